@@ -1,0 +1,204 @@
+"""Gates of checkpoints: what is stored is complete, durable, verified, and an interrupted run equals an uninterrupted one."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+from contracts.gate import Verdict, decide, decides, failed, passed
+
+FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
+REQUIRED_STATE = ("step", "cursor", "tokens_seen", "scaler", "stopper", "gates", "config", "config_sha256", "tokenizer_sha256")
+
+
+def _tensor_hashes(path: Path) -> dict[str, str]:
+    """sha256 of every tensor's bytes, read with nothing but the format's definition."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    body = memoryview(data)[8 + length :]
+    spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
+    return {name: hashlib.sha256(body[start:stop]).hexdigest() for name, (start, stop) in spans.items()}
+
+
+@decides("checkpoint.contract")
+def contract(limits: SimpleNamespace, *, checkpoint_dir: Path, live_sha256: Mapping[str, str], expected_step: int) -> Verdict:
+    """A saved folder holds exactly the live weights, every declared key, no pickle, matching hashes, and `latest` names it.
+
+    `live_sha256` are the hashes of the parameters in memory at the moment of the save, taken without the writer's help.
+    """
+    if missing := [f for f in FILES if not (checkpoint_dir / f).is_file()]:
+        return failed(f"{checkpoint_dir.name} lacks {', '.join(missing)}", missing_files=len(missing))
+    strangers = sorted(p.name for p in checkpoint_dir.iterdir() if p.name not in FILES)
+    if strangers:
+        return failed(f"{checkpoint_dir.name} holds files nobody declared: {', '.join(strangers)}", strangers=len(strangers))
+    stored = _tensor_hashes(checkpoint_dir / "model.safetensors")
+    if stored.keys() != live_sha256.keys():
+        odd = sorted(stored.keys() ^ live_sha256.keys())
+        return failed(f"stored and live parameters differ in name: {', '.join(odd[:4])}", differing_names=len(odd))
+    if wrong := sorted(n for n in stored if stored[n] != live_sha256[n]):
+        return failed(f"stored tensor {wrong[0]} is not the live one", differing_tensors=len(wrong))
+    state = json.loads((checkpoint_dir / "state.json").read_bytes())
+    if absent := [k for k in REQUIRED_STATE if k not in state]:
+        return failed(f"state.json lacks {', '.join(absent)}", absent_keys=len(absent))
+    if "rng.cpu" not in _tensor_hashes(checkpoint_dir / "state.safetensors"):
+        return failed("state.safetensors lacks the random state", absent_keys=1)
+    manifest = json.loads((checkpoint_dir / "manifest.json").read_bytes())["files"]
+    actual = {f: hashlib.sha256((checkpoint_dir / f).read_bytes()).hexdigest() for f in FILES[:3]}
+    if bad := [f for f in actual if manifest.get(f, {}).get("sha256") != actual[f]]:
+        return failed(f"the manifest does not describe {', '.join(bad)}", bad_hashes=len(bad))
+    if state["step"] != expected_step:
+        return failed(f"the folder says step {state['step']}, the run is at {expected_step}", stored_step=state["step"])
+    latest = (checkpoint_dir.parent / "latest").read_text().strip()
+    return decide(latest == checkpoint_dir.name, f"latest names {latest}", tensors=len(stored), differing_tensors=0)
+
+
+class _Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@contextmanager
+def _fault(target: str, at: int, error: BaseException) -> Iterator[list[int]]:
+    """Make the `at`-th call of `os.<target>` raise; yields a one-element call counter."""
+    original, calls = getattr(os, target), [0]
+
+    def wrapper(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == at:
+            raise error
+        return original(*args, **kwargs)
+
+    with mock.patch.object(os, target, wrapper):
+        yield calls
+
+
+@decides("checkpoint.durability")
+def durability(limits: SimpleNamespace, *, save_checkpoint: Callable, load_checkpoint: Callable) -> Verdict:
+    """Whatever breaks during a save, an error is raised and a loadable checkpoint remains; damaged ones are refused.
+
+    `save_checkpoint(root, step)` writes a real checkpoint; `load_checkpoint(root)` loads what `latest` names and returns its step.
+    """
+    with tempfile.TemporaryDirectory(prefix="stackproof-durability-") as temporary:
+        root = Path(temporary)
+        save_checkpoint(root, 1)
+        faults = 0
+        for target in ("fsync", "replace"):
+            for at in range(1, int(limits.faults_per_call_min) + 1):
+                for error in (OSError(errno.ENOSPC, "No space left on device"), _Killed()):
+                    problem = _survives(root, target, at, error, save_checkpoint, load_checkpoint)
+                    if problem:
+                        return failed(f"{type(error).__name__} at os.{target} #{at}: {problem}", faults=faults)
+                    faults += 1
+        accepted = [name for name, damage in _DAMAGES.items() if not _refuses(root, damage, load_checkpoint)]
+        if accepted:
+            return failed(f"a damaged checkpoint was loaded: {', '.join(accepted)}", damages_accepted=len(accepted), faults=faults)
+    return passed("", faults=faults, damages_refused=len(_DAMAGES))
+
+
+def _survives(root: Path, target: str, at: int, error: BaseException, save: Callable, load: Callable) -> str:
+    """What went wrong under one injected fault; empty if nothing."""
+    before = load(root)
+    raised = False
+    with _fault(target, at, error) as calls:
+        try:
+            save(root, before + 1)
+        except (Exception, _Killed):
+            raised = True
+    if calls[0] < at:
+        return "" if at > 2 else f"a save never calls os.{target}, so it cannot be durable"
+    if not raised:
+        return "the save reported success"
+    try:
+        after = load(root)
+    except Exception as e:
+        return f"no loadable checkpoint remains ({type(e).__name__})"
+    return "" if after in (before, before + 1) else f"latest went from step {before} to {after}"
+
+
+def _flip(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-3] ^= 0x40
+    (folder / "model.safetensors").write_bytes(bytes(data))
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-16])
+
+
+def _drop_key(folder: Path) -> None:
+    """Remove the loss scale and re-hash, as a consistent but incomplete writer would."""
+    state = json.loads((folder / "state.json").read_bytes())
+    del state["scaler"]
+    data = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_bytes(json.dumps(manifest).encode())
+
+
+def _pickle_instead(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x80\x04\x95" + b"\x00" * 64)
+
+
+_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a flipped bit": _flip,
+    "a truncated file": _truncate,
+    "a missing key": _drop_key,
+    "a pickle": _pickle_instead,
+}
+
+
+def _refuses(root: Path, damage: Callable[[Path], None], load: Callable) -> bool:
+    copy = root.parent / (root.name + "-damaged")
+    shutil.copytree(root, copy)
+    try:
+        damage(copy / (copy / "latest").read_text().strip())
+        load(copy)
+    except Exception:
+        return True
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    return False
+
+
+@decides("checkpoint.resume-equivalence")
+def resume_equivalence(limits: SimpleNamespace, *, fresh_state, advance, save_state, resume_state, digest, epoch_samples: int) -> Verdict:
+    """A run interrupted twice, once before an epoch's end and once after it, equals the uninterrupted one bit for bit.
+
+    `fresh_state(cursor)` builds the run's own state; `advance(state)` makes one update and returns its loss;
+    `save_state(state, root)`, `resume_state(root)`; `digest(state)` maps every part of the state to a hash.
+    """
+    straight = fresh_state(None)
+    samples_per_step = digest(straight)["samples_per_step"]
+    cursor = max(0, epoch_samples - 2 * samples_per_step)
+    straight = fresh_state(cursor)
+    losses = [advance(straight) for _ in range(4)]
+    expected = digest(straight)
+    with tempfile.TemporaryDirectory(prefix="stackproof-resume-") as temporary:
+        state, resumed_losses = fresh_state(cursor), []
+        for part, n in enumerate((1, 2, 1)):
+            resumed_losses += [advance(state) for _ in range(n)]
+            if part < 2:
+                save_state(state, Path(temporary) / str(part))
+                state = resume_state(Path(temporary) / str(part))
+        got = digest(state)
+    differing = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))
+    if losses != resumed_losses:
+        differing.insert(0, "losses")
+    crossed = cursor + 4 * samples_per_step > epoch_samples
+    return decide(
+        len(differing) <= limits.differing_parts_max,
+        f"a resumed run differs from the straight one in {', '.join(differing[:5])}",
+        differing_parts=len(differing),
+        compared_parts=len(expected),
+        crossed_epoch_end=crossed,
+    )

@@ -1,0 +1,243 @@
+"""Gates of evaluation: bytes are conserved, a score does not depend on how it was computed, and decisions beat the noise."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from contracts.events import Evaluated, Event
+from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+
+# --- conservation of bytes ------------------------------------------------------------------------------------------
+
+KNOWN = "The quick brown fox jumps over the lazy dog; 0123456789 times it did, and then it slept. " * 3
+UNKNOWN_CHARS = 7
+
+
+@decides("evaluation.byte-conservation")
+def byte_conservation(
+    limits: SimpleNamespace,
+    *,
+    evaluate_known: Callable[[str], Any],
+    known_text: str,
+    evaluate_with_unknown: Callable[[str], Any],
+    evaluate_uniform: Callable[[str], Any],
+    uniform_vocab_size: int,
+    unknown_char: str,
+) -> Verdict:
+    """Each byte of a text is scored once; characters outside the vocabulary are counted and change no score; guessing costs log2 V.
+
+    `evaluate_known(text)` uses the run's own model and tokenizer, to which every character of `known_text` is known; `evaluate_with_unknown` a tokenizer that has ASCII but lacks
+    `unknown_char`, `evaluate_uniform` a model that gives every token the same logit and one token per character. All go through
+    the stack's own evaluation and return bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars, dropped_bytes.
+    """
+    own = evaluate_known(known_text)
+    lost_bytes = abs(own.bytes - len(known_text.encode())) + own.dropped_chars + own.dropped_bytes
+    own_error = abs(own.bits_per_byte - own.total_nats / math.log(2) / own.bytes) / own.bits_per_byte
+
+    clean, dirty = evaluate_with_unknown(KNOWN), evaluate_with_unknown(_with_unknown(KNOWN, unknown_char))
+    counted = dirty.dropped_chars == UNKNOWN_CHARS and dirty.dropped_bytes == UNKNOWN_CHARS * len(unknown_char.encode())
+    counted = counted and clean.dropped_chars == 0 and clean.bytes == len(KNOWN.encode()) and clean.chars == len(KNOWN)
+    flattery = max(_rel(dirty.bits_per_byte, clean.bits_per_byte), _rel(dirty.bits_per_char, clean.bits_per_char))
+
+    uniform = evaluate_uniform(KNOWN)
+    uniform_error = abs(uniform.bits_per_char - math.log2(uniform_vocab_size))
+    worst = max(own_error, flattery, uniform_error)
+    ok = worst <= limits.rel_error_max and lost_bytes <= limits.lost_bytes_max and counted
+    return decide(
+        ok,
+        "bytes are not conserved between text and score, or characters outside the vocabulary change it",
+        lost_bytes=lost_bytes,
+        flattery=flattery,
+        uniform_error_bits=uniform_error,
+        dropped_chars=dirty.dropped_chars,
+        expected_dropped_chars=UNKNOWN_CHARS,
+    )
+
+
+def _with_unknown(text: str, char: str) -> str:
+    """The text with UNKNOWN_CHARS characters put in at even distances."""
+    step = len(text) // UNKNOWN_CHARS
+    return "".join(c + (char if i % step == step - 1 and i // step < UNKNOWN_CHARS else "") for i, c in enumerate(text))
+
+
+def _rel(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
+
+
+# --- invariance -----------------------------------------------------------------------------------------------------
+
+
+@decides("evaluation.invariance")
+def invariance(limits: SimpleNamespace, *, evaluated_model: nn.Module, evaluate_rows: Callable[[int], Any]) -> Verdict:
+    """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
+
+    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly
+    masked, with the stack's own evaluation and returns loss_nats and bits_per_byte.
+    """
+    model = evaluated_model.train()
+    if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return failed("the model given to the gate has no dropout, so an evaluation in training mode would not show")
+    still = next(m for m in reversed(list(model.modules())) if not isinstance(m, nn.Dropout))
+    still.eval()
+    before = _state(model)
+    one, again, eight = evaluate_rows(1), evaluate_rows(1), evaluate_rows(8)
+    after = _state(model)
+    changed = [name for name in before if before[name] != after[name]]
+    repeat = max(abs(one.loss_nats - again.loss_nats), abs(one.bits_per_byte - again.bits_per_byte))
+    batch_error = max(_rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte))
+    text = (
+        f"an evaluation changed {', '.join(changed)}"
+        if changed
+        else "the score depends on how it was computed: batch size, or the same call again"
+    )
+    ok = not changed and repeat <= limits.repeat_abs_max and batch_error <= limits.batch_rel_error_max
+    return decide(ok, text, repeat_abs=repeat, batch_rel_error=batch_error, changed=len(changed))
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Everything an evaluation must leave alone: weights, buffers, each module's mode and drop rate, gradients, random numbers."""
+    digest = hashlib.sha256()
+    for tensor in (*model.parameters(), *model.buffers()):
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "the weights": digest.hexdigest(),
+        "a module's mode": [m.training for m in model.modules()],
+        "a drop rate": [m.p for m in model.modules() if isinstance(m, nn.Dropout)],
+        "what is trained": [p.requires_grad for p in model.parameters()],
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "the random state": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+    }
+
+
+# --- the stop rule --------------------------------------------------------------------------------------------------
+
+NOISE_BAND_NATS, TREND_NATS, TREND_ROUNDS, SIMULATIONS = 0.04, 0.03, 24, 200
+CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4
+
+
+@decides("evaluation.stop-rule")
+def stop_rule(
+    limits: SimpleNamespace,
+    *,
+    make_stop_rule: Callable[[], Any],
+    stop_declared: dict[str, Any],
+    paired_difference_std: float,
+    n_eval_batches: int,
+    expected_gain_nats: float | None,
+) -> Verdict:
+    """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly when declared, and sees the gain
+    it waits for: 2 standard errors of the paired difference at the run's own number of held-out batches are below it.
+
+    `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and `wait`. `stop_declared` holds kind,
+    patience and min_epochs.
+    """
+    if stop_declared["kind"] == "never":
+        stopped = sum(d.stop for d in map(make_stop_rule().update, [[1.0, 1.1]] * 64))
+        return passed("the run trains all its steps", false_stops=0) if not stopped else failed("a rule that never stops stopped")
+    false_stops = sum(_stops_on_noise(make_stop_rule(), seed, n_eval_batches, paired_difference_std) for seed in range(SIMULATIONS))
+    late = _plateau_delay(make_stop_rule(), CLIFF_ROUNDS, stop_declared)
+    early = _plateau_delay(make_stop_rule(), 1, stop_declared)
+    detectable = 2 * paired_difference_std / math.sqrt(n_eval_batches)
+    rate = false_stops / SIMULATIONS
+    wrong = [
+        text
+        for ok, text in (
+            (rate <= limits.false_stop_rate_max, f"{false_stops} of {SIMULATIONS} simulated runs stop on noise"),
+            (late == 0 and early == 0, "a plateau does not stop the run exactly at best + patience"),
+            (
+                detectable <= expected_gain_nats,
+                f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, a gain of {expected_gain_nats:g} is expected",
+            ),
+        )
+        if not ok
+    ]
+    return decide(
+        not wrong,
+        "; ".join(wrong),
+        false_stop_rate=rate,
+        plateau_delay_rounds=max(abs(late), abs(early)),
+        detectable_gain_nats=detectable,
+        expected_gain_nats=expected_gain_nats,
+        n_eval_batches=n_eval_batches,
+    )
+
+
+def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float) -> bool:
+    """Whether the rule ends a run whose loss falls by TREND_NATS a round under noise of ±NOISE_BAND_NATS (the figures of seeds/002).
+
+    Each batch keeps its own difficulty over the rounds, and adds noise whose paired differences have the measured spread.
+    """
+    draw = np.random.default_rng(seed)
+    difficulty = draw.normal(0, 0.5, n_batches)
+    for r in range(TREND_ROUNDS):
+        level = 10.0 - TREND_NATS * r + draw.uniform(-NOISE_BAND_NATS, NOISE_BAND_NATS)
+        noise = draw.normal(0, paired_std / math.sqrt(2), n_batches)
+        if rule.update((level + difficulty + noise - noise.mean()).tolist()).stop:
+            return True
+    return False
+
+
+def _plateau_delay(rule: Any, falling_rounds: int, declared: dict[str, Any]) -> int:
+    """Rounds by which the stop misses its declared place on a curve that falls steeply, then stays level. −1 if there is no stop."""
+    due = max(falling_rounds - 1 + declared["patience"], declared["min_epochs"] - 1)
+    for r in range(due + 64):
+        level = 10.0 - CLIFF_NATS * min(r, falling_rounds - 1)
+        if rule.update([level, level + 0.3, level - 0.2]).stop:
+            return r - due
+    return -1
+
+
+# --- inside the run -------------------------------------------------------------------------------------------------
+
+
+@decides("evaluation.divergence")
+class Divergence(Stateless):
+    """Held-out loss is finite, at first not far above guessing, and never a multiple of the evaluation before."""
+
+    events = (Evaluated,)
+
+    def observe(self, event: Event) -> Verdict:
+        first = event.previous_loss_nats is None
+        base = event.random_loss_nats if first else event.previous_loss_nats
+        allowed = self.limits.over_random_max if first else self.limits.over_previous_max
+        ratio = event.loss_nats / base
+        return decide(
+            ratio <= allowed,
+            f"step {event.step}: held-out loss {event.loss_nats:.4g} nats is {ratio:.3g} × {'ln V' if first else 'the evaluation before'}",
+            ratio=ratio,
+            loss_nats=event.loss_nats,
+        )
+
+
+@decides("evaluation.same-batches")
+class SameBatches:
+    """Every evaluation of a run scores the same batches; otherwise its differences say nothing about the model."""
+
+    events = (Evaluated,)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.batch_hash, self.n_batches, self.changes = limits, None, 0, 0
+
+    def observe(self, event: Event) -> Verdict:
+        if self.batch_hash is None:
+            self.batch_hash, self.n_batches = event.batch_hash, len(event.batch_nats)
+        differs = event.batch_hash != self.batch_hash or len(event.batch_nats) != self.n_batches
+        self.changes += differs
+        return decide(
+            self.changes <= self.limits.changes_max,
+            f"step {event.step}: the held-out batches are not those of the first evaluation",
+            changes=self.changes,
+            n_batches=len(event.batch_nats),
+        )
+
+    def state_dict(self) -> dict:
+        return {"batch_hash": self.batch_hash, "n_batches": self.n_batches, "changes": self.changes}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.batch_hash, self.n_batches, self.changes = state["batch_hash"], state["n_batches"], state["changes"]

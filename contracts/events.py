@@ -1,0 +1,96 @@
+"""What happens inside a run, as runtime gates see it. All numbers are plain Python values, read off the device by the caller."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A run begins or continues after `step`. `plan` holds what was declared: peak_lr, warmup_steps, max_steps, final_lr_frac, …"""
+
+    step: int
+    plan: Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDrawn:
+    """The data of one optimizer step was drawn. `cursor_before/after` count samples over the whole run."""
+
+    step: int
+    cursor_before: int
+    cursor_after: int
+    sample_ids: tuple[int, ...]
+    epoch: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTaken:
+    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it."""
+
+    step: int
+    loss_nats: float
+    grad_norm: float
+    clipped_grad_norm: float
+    max_grad_norm: float
+    lr: float
+    n_valid_tokens: int
+    n_expected_tokens: int
+    tokens_seen: int
+    wall_s: float
+    flops: float
+    peak_flops: float
+    changed_tensor_frac: float
+    overflow_retries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Held-out evaluation. `batch_nats` are per-batch mean losses over the same batches every time."""
+
+    step: int
+    loss_nats: float
+    bits_per_byte: float
+    batch_nats: tuple[float, ...]
+    batch_hash: str
+    previous_loss_nats: float | None
+    random_loss_nats: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A text was drawn from the model for the audit; `language` chooses the word list."""
+
+    step: int
+    text: str
+    prompt: str = ""
+    language: str = "en"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint folder was written, renamed into place and re-read."""
+
+    step: int
+    path: str
+    expected_sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A run continued from a checkpoint."""
+
+    step: int
+    path: str
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The loop has ended; the last event of every run."""
+
+    step: int
+    status: str
+
+
+Event = Started | BatchDrawn | StepTaken | Evaluated | Sampled | Saved | Resumed | Finished

@@ -1,0 +1,176 @@
+"""The Gatekeeper: runs preflight gates, routes events to runtime gates, counts heartbeats and raises GateFailed."""
+
+import datetime as dt
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from contracts.events import Event, Finished
+from contracts.gate import Verdict, call_check, limits_of, not_run, resolve
+from spec.errors import ConfigError, GateFailed
+from spec.gates import Gate, Spec
+from spec.records import GateResult, Waiver
+
+
+@dataclass
+class _Seat:
+    """One gate as installed in one run."""
+
+    gate: Gate
+    watcher: Any = None
+    checks: int = 0
+    seconds: float = 0.0
+    heartbeat_last_step: int | None = None
+    first_failure_step: int | None = None
+    verdict: Verdict = field(default_factory=lambda: not_run("was never asked"))
+
+
+class Gatekeeper:
+    """Holds every gate that applies to one kind of run. The caller announces events; this class decides who looks.
+
+    `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict and for each red runtime verdict.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        kind: str = "train",
+        waivers: Iterable[Waiver] = (),
+        only: Iterable[str] | None = None,
+        on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: None,
+    ):
+        self.spec, self.on_verdict = spec, on_verdict
+        self.waivers = {w.id: w for w in waivers}
+        for gate_id, waiver in self.waivers.items():
+            if gate_id not in spec.gates:
+                raise ConfigError(f"gates.waive names {gate_id}, which is no gate", allowed=", ".join(sorted(spec.gates)))
+            if dt.date.fromisoformat(waiver.expires) < dt.date.today():
+                raise ConfigError(f"the waiver of {gate_id} has expired", value=waiver.expires, next_step="renew it or mend the cause")
+        wanted = set(only) if only is not None else None
+        self.seats = {
+            g.id: _Seat(g) for g in spec.gates.values() if kind in g.kinds and g.moment != "repository" and (wanted is None or g.id in wanted)
+        }
+        for seat in self.seats.values():
+            if seat.gate.moment == "runtime":
+                seat.watcher = resolve(seat.gate)(limits_of(seat.gate))
+
+    def preflight(self, ingredients: Mapping[str, Any], progress: Callable[[Gate, Verdict, float], None] = lambda *a: None) -> None:
+        """Run all preflight gates on the user's own parts. Every gate is asked before the first red one raises."""
+        red = []
+        for seat in self._moment("preflight"):
+            verdict = self._ask(seat, ingredients)
+            progress(seat.gate, verdict, seat.seconds)
+            if self._halts(seat, verdict):
+                red.append(seat)
+        if red:
+            raise self._failure(red[0])
+
+    def artifact(self, ingredients: Mapping[str, Any], *, step: int | None = None) -> None:
+        """Run all artifact gates whose ingredients are given. Raises GateFailed on the first red one."""
+        for seat in self._moment("artifact"):
+            before = seat.verdict
+            verdict = self._ask(seat, ingredients, step)
+            if verdict.outcome == "not_run" and seat.checks > 1:
+                seat.verdict, seat.checks = before, seat.checks - 1
+            if self._halts(seat, verdict):
+                raise self._failure(seat)
+
+    def observe(self, event: Event) -> None:
+        """Show an event to every runtime gate that watches its type. Raises GateFailed on a red verdict that halts."""
+        red = []
+        for seat in self._moment("runtime"):
+            if not isinstance(event, seat.watcher.events):
+                continue
+            started = time.perf_counter()
+            verdict = seat.watcher.observe(event)
+            seat.seconds += time.perf_counter() - started
+            if verdict is None:
+                continue
+            seat.checks += 1
+            seat.heartbeat_last_step = event.step
+            if seat.first_failure_step is None:
+                seat.verdict = verdict
+            if verdict.outcome == "fail":
+                self.on_verdict(seat.gate.id, event.step, verdict)
+                if seat.first_failure_step is None:
+                    seat.first_failure_step, seat.verdict = event.step, verdict
+                if self._halts(seat, verdict):
+                    red.append(seat)
+        if red:
+            raise self._failure(red[0])
+        if isinstance(event, Finished):
+            self._require_heartbeats()
+
+    def results(self) -> list[GateResult]:
+        """What every installed gate said, ready for the record."""
+        return [
+            GateResult(
+                id=gate_id,
+                fingerprint=self.spec.fingerprint(gate_id),
+                verdict=seat.verdict.outcome,
+                checks=seat.checks,
+                heartbeat_last_step=seat.heartbeat_last_step,
+                first_failure_step=seat.first_failure_step,
+                measured=dict(seat.verdict.measured),
+                limits=vars(limits_of(seat.gate)),
+                message=seat.verdict.message,
+                seconds=round(seat.seconds, 4),
+                waiver=self.waivers.get(gate_id) if seat.verdict.outcome == "fail" else None,
+            )
+            for gate_id, seat in sorted(self.seats.items())
+        ]
+
+    def state_dict(self) -> dict:
+        """State of the runtime gates, JSON-ready, for the checkpoint."""
+        return {
+            s.gate.id: {"checks": s.checks, "heartbeat": s.heartbeat_last_step, "watcher": s.watcher.state_dict()}
+            for s in self._moment("runtime")
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue counting where a checkpoint left off. Gates the checkpoint does not know start afresh."""
+        for seat in self._moment("runtime"):
+            if saved := state.get(seat.gate.id):
+                seat.checks, seat.heartbeat_last_step = saved["checks"], saved["heartbeat"]
+                seat.watcher.load_state_dict(saved["watcher"])
+
+    def _moment(self, moment: str) -> list[_Seat]:
+        return [s for s in self.seats.values() if s.gate.moment == moment]
+
+    def _ask(self, seat: _Seat, ingredients: Mapping[str, Any], step: int | None = None) -> Verdict:
+        started = time.perf_counter()
+        seat.verdict = call_check(seat.gate, ingredients)
+        seat.seconds += time.perf_counter() - started
+        seat.checks += 1
+        seat.heartbeat_last_step = step
+        if seat.verdict.outcome == "fail" and seat.first_failure_step is None:
+            seat.first_failure_step = step if step is not None else 0
+        if seat.verdict.outcome != "not_run":
+            self.on_verdict(seat.gate.id, step, seat.verdict)
+        return seat.verdict
+
+    def _halts(self, seat: _Seat, verdict: Verdict) -> bool:
+        return verdict.outcome == "fail" and seat.gate.severity == "halt" and seat.gate.id not in self.waivers
+
+    def _require_heartbeats(self) -> None:
+        silent = [s for s in self._moment("runtime") if s.checks == 0 and s.gate.id not in self.waivers]
+        if silent:
+            raise GateFailed(
+                silent[0].gate.id,
+                what=f"it never looked at this run (its events: {', '.join(e.__name__ for e in silent[0].watcher.events)})",
+                allowed="at least one heartbeat per run",
+                next_step="lower the interval that feeds it (eval.every, sample.every, checkpoint.every), or waive it with a reason",
+            )
+
+    def _failure(self, seat: _Seat) -> GateFailed:
+        measured = ", ".join(f"{k} = {v:.6g}" if isinstance(v, float) else f"{k} = {v}" for k, v in seat.verdict.measured.items())
+        allowed = ", ".join(f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in seat.gate.limits.items())
+        return GateFailed(
+            seat.gate.id,
+            seat.verdict,
+            value=measured or None,
+            allowed=allowed or seat.gate.statement,
+            next_step=f"stack gates show {seat.gate.id}",
+        )

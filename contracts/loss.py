@@ -1,0 +1,92 @@
+"""Gates of the loss: hand-computed values, and a gradient that does not depend on how a batch is cut."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+from contracts.gate import Verdict, decide, decides, failed
+
+IGNORE = -100
+
+
+def _rel_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a−b‖ / ‖b‖ in float64; 0 if both are zero."""
+    a, b = a.double(), b.double()
+    scale = float(b.norm())
+    return float((a - b).norm()) / scale if scale else float(a.norm())
+
+
+@decides("loss.golden")
+def golden(limits: SimpleNamespace, *, cross_entropy_sum, micro_batch_nats, ignore_index: int = IGNORE) -> Verdict:
+    """The loss equals values worked out by hand, from logits and through the whole micro-step.
+
+    `cross_entropy_sum(logits_BTV, labels_BT)` is the stack's loss. `micro_batch_nats(logits_BTV, input_ids_BT, labels_BT)` sends
+    the same numbers through the real backward path with a model that returns these logits, and gives the reported mean.
+    """
+    # Three positions over V=4 with logits ln of (1,2,3,4)/10: −log p = ln(10/k) for label k−1.
+    row = torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    logits = row.expand(1, 3, 4).clone()
+    logits[0, 1] = logits[0, 1].roll(1)
+    labels = torch.tensor([[0, 0, 2]])
+    by_hand = math.log(10 / 1) + math.log(10 / 4) + math.log(10 / 3)
+    errors = {"sum": abs(float(cross_entropy_sum(logits, labels)) - by_hand)}
+
+    masked = torch.tensor([[0, ignore_index, 2]])
+    errors["masked"] = abs(float(cross_entropy_sum(logits, masked)) - (math.log(10) + math.log(10 / 3)))
+
+    padded = torch.cat([logits, torch.full((1, 5, 4), 3.0)], dim=1)
+    padding = torch.cat([labels, torch.full((1, 5), ignore_index)], dim=1)
+    errors["padding"] = abs(float(cross_entropy_sum(padded, padding)) - by_hand)
+
+    ids = torch.tensor([[3, 0, 0]])
+    errors["micro_step"] = abs(micro_batch_nats(logits, ids, labels) - by_hand / 3)
+    errors["micro_step_masked"] = abs(micro_batch_nats(logits, ids, masked) - (math.log(10) + math.log(10 / 3)) / 2)
+    worst = max(errors, key=lambda k: errors[k] if math.isfinite(errors[k]) else math.inf)
+    ok = all(e <= limits.abs_error_max for e in errors.values())
+    return decide(ok, f"the loss differs from the value worked out by hand ({worst})", abs_error=errors[worst], worst=worst)
+
+
+@decides("loss.partition-equivalence")
+def partition_equivalence(limits: SimpleNamespace, *, gradient_of, ragged_batch, eval_mode=True) -> Verdict:
+    """One batch, its micro-batches of unequal token counts, its permuted rows and a repeated call give one gradient.
+
+    `gradient_of(list of (input_ids_BT, labels_BT)) -> (mean nats, dict name → gradient)` is the stack's own accumulation with
+    dropout off; `ragged_batch` is (input_ids, labels) with ≥ 4 rows and a different number of valid labels per row.
+    """
+    ids, labels = ragged_batch
+    valid = (labels != IGNORE).sum(dim=1)
+    if len(ids) < 4 or len(set(valid.tolist())) < len(ids):
+        return failed("the batch given to the gate is not ragged", rows=len(ids))
+    whole_nats, whole = gradient_of([(ids, labels)])
+    order = torch.arange(len(ids)).roll(1)
+    partitions = {
+        "rows one by one": [(ids[i : i + 1], labels[i : i + 1]) for i in range(len(ids))],
+        "one and the rest": [(ids[:1], labels[:1]), (ids[1:], labels[1:])],
+        "rows permuted": [(ids[order], labels[order])],
+        "the same call again": [(ids, labels)],
+    }
+    errors, loss_errors, worst_tensor = {}, {}, {}
+    for name, parts in partitions.items():
+        nats, grads = gradient_of(parts)
+        per_tensor = {k: _rel_error(grads[k], g) for k, g in whole.items() if float(g.norm()) > 0}
+        worst_tensor[name] = max(per_tensor, key=per_tensor.get)
+        errors[name], loss_errors[name] = per_tensor[worst_tensor[name]], abs(nats - whole_nats) / abs(whole_nats)
+    worst = max(errors, key=errors.get)
+    n_valid = int(valid.sum())
+    scale_error = _scale_error(gradient_of, ids, labels, whole)
+    ok = errors[worst] <= limits.rel_error_max and max(loss_errors.values()) <= limits.rel_error_max and scale_error <= limits.rel_error_max
+    return decide(
+        ok,
+        f"the gradient depends on the partition: {worst} ({worst_tensor[worst]})",
+        rel_error=max(errors[worst], scale_error),
+        loss_rel_error=max(loss_errors.values()),
+        partition=worst,
+        n_valid=n_valid,
+    )
+
+
+def _scale_error(gradient_of, ids, labels, whole) -> float:
+    """Repeating every row must leave the mean's gradient as it is; a missing division doubles it."""
+    _, doubled = gradient_of([(ids, labels), (ids, labels)])
+    return max(_rel_error(doubled[k], g) for k, g in whole.items() if float(g.norm()) > 0)

@@ -1,0 +1,173 @@
+"""Gates of every step: it did real, finite, bounded work. They see plain numbers the loop already has."""
+
+import math
+from collections import deque
+from statistics import median
+
+from contracts.events import Event, Started, StepTaken
+from contracts.gate import Stateless, Verdict, decide, decides, passed
+
+
+@decides("runtime.finite")
+class Finite(Stateless):
+    """Loss and gradient norm are finite at every step, before any masking."""
+
+    events = (StepTaken,)
+
+    def observe(self, event: Event) -> Verdict:
+        ok = math.isfinite(event.loss_nats) and math.isfinite(event.grad_norm) and event.overflow_retries <= self.limits.overflow_retries_max
+        return Verdict(
+            "pass" if ok else "fail",
+            "" if ok else f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, {event.overflow_retries} overflow(s)",
+            {"loss_nats": str(event.loss_nats), "grad_norm": str(event.grad_norm), "overflow_retries": event.overflow_retries},
+        )
+
+
+@decides("runtime.params-changed")
+class ParamsChanged(Stateless):
+    """Every step moves the parameters it was meant to move."""
+
+    events = (StepTaken,)
+
+    def observe(self, event: Event) -> Verdict:
+        return decide(
+            event.changed_tensor_frac >= self.limits.changed_tensor_frac_min,
+            f"step {event.step}: only {event.changed_tensor_frac:.0%} of the parameter tensors moved",
+            changed_tensor_frac=event.changed_tensor_frac,
+        )
+
+
+@decides("runtime.tokens-consumed")
+class TokensConsumed:
+    """Each step consumes exactly the declared tokens, most of them count in the loss, and the total adds up."""
+
+    events = (Started, StepTaken)
+
+    def __init__(self, limits):
+        self.limits, self.per_step, self.total = limits, None, None
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.per_step, self.total = event.plan["tokens_per_step"], event.plan["tokens_seen"]
+            return None
+        self.total += self.per_step
+        valid_frac = event.n_valid_tokens / self.per_step
+        ok = (
+            event.tokens_seen == self.total
+            and event.n_expected_tokens == self.per_step
+            and self.limits.valid_frac_min <= valid_frac <= 1
+        )
+        return decide(
+            ok,
+            f"step {event.step}: {event.tokens_seen} tokens seen, {self.total} declared; {event.n_valid_tokens} of {self.per_step} counted",
+            tokens_seen=event.tokens_seen,
+            declared_tokens=self.total,
+            valid_frac=valid_frac,
+        )
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        return None
+
+
+@decides("runtime.loss-not-constant")
+class LossNotConstant:
+    """The same float loss several steps in a row is a placeholder, not a measurement."""
+
+    events = (StepTaken,)
+
+    def __init__(self, limits):
+        self.limits, self.last, self.repeats = limits, None, 1
+
+    def observe(self, event: Event) -> Verdict:
+        self.repeats = self.repeats + 1 if event.loss_nats == self.last else 1
+        self.last = event.loss_nats
+        return decide(
+            self.repeats <= self.limits.equal_steps_max,
+            f"step {event.step}: the loss is {event.loss_nats!r} for the {self.repeats}th step in a row",
+            equal_steps=self.repeats,
+        )
+
+    def state_dict(self) -> dict:
+        return {"last": self.last, "repeats": self.repeats}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.last, self.repeats = state["last"], state["repeats"]
+
+
+@decides("runtime.step-time")
+class StepTime:
+    """A step takes the time its arithmetic needs: not faster than the machine can compute, nor far below its own median."""
+
+    events = (StepTaken,)
+    WINDOW = 32
+
+    def __init__(self, limits):
+        self.limits, self.recent = limits, deque(maxlen=self.WINDOW)
+
+    def observe(self, event: Event) -> Verdict:
+        achieved_frac = event.flops / event.wall_s / event.peak_flops if event.wall_s > 0 else math.inf
+        typical = median(self.recent) if len(self.recent) >= 8 else event.wall_s
+        self.recent.append(event.wall_s)
+        over_median = event.wall_s / typical if typical else 0.0
+        ok = achieved_frac <= self.limits.peak_frac_max and over_median >= self.limits.median_frac_min
+        return decide(
+            ok,
+            f"step {event.step}: {event.wall_s * 1e3:.3g} ms would be {achieved_frac:.2g} of the machine's peak rate, "
+            f"{over_median:.2g} of the median step",
+            peak_frac=achieved_frac,
+            median_frac=over_median,
+        )
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        return None
+
+
+@decides("runtime.loss-spike")
+class LossSpike:
+    """Loss and gradient norm stay within a robust band of their recent past.
+
+    Red if a loss stands more than `robust_z_max` scaled median deviations and `jump_nats_min` above the recent median for
+    `steps_in_a_row` steps, or if it is above random guessing by `over_random_nats` after the warm-up.
+    """
+
+    events = (Started, StepTaken)
+    WINDOW, WARM = 48, 12
+
+    def __init__(self, limits):
+        self.limits, self.recent, self.high, self.plan = limits, deque(maxlen=self.WINDOW), 0, {}
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.plan = event.plan
+            return None
+        if len(self.recent) < self.WARM:
+            self.recent.append(event.loss_nats)
+            return passed("", robust_z=0.0, jump_nats=0.0)
+        middle = median(self.recent)
+        spread = max(1.4826 * median(abs(x - middle) for x in self.recent), 1e-3)
+        jump, z = event.loss_nats - middle, (event.loss_nats - middle) / spread
+        spiked = z > self.limits.robust_z_max and jump > self.limits.jump_nats_min
+        self.high = self.high + 1 if spiked else 0
+        if not spiked:
+            self.recent.append(event.loss_nats)
+        excess = event.loss_nats - self.plan["random_loss_nats"] if event.step > self.plan["warmup_steps"] else 0.0
+        ok = self.high < self.limits.steps_in_a_row and excess <= self.limits.over_random_nats_max
+        return decide(
+            ok,
+            f"step {event.step}: loss {event.loss_nats:.4g} is {jump:.3g} nats above its recent median for {self.high} step(s)",
+            robust_z=z,
+            jump_nats=jump,
+            steps_high=self.high,
+        )
+
+    def state_dict(self) -> dict:
+        return {"recent": list(self.recent), "high": self.high}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent, self.high = deque(state["recent"], maxlen=self.WINDOW), state["high"]

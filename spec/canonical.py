@@ -1,0 +1,93 @@
+"""Canonical JSON (RFC 8785), strict parsing and sha256, in one place."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from spec.errors import IntegrityError
+
+MAX_SAFE_INTEGER = 2**53 - 1
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def to_jsonable(value: Any) -> Any:
+    """Map a value onto what canonical JSON can hold: non-finite floats and integers beyond 2^53 become strings."""
+    match value:
+        case bool() | None | str():
+            return value
+        case int():
+            return value if abs(value) <= MAX_SAFE_INTEGER else str(value)
+        case float():
+            if math.isnan(value):
+                return "NaN"
+            return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+        case dict():
+            return {str(k): to_jsonable(v) for k, v in value.items()}
+        case list() | tuple() | set() | frozenset():
+            items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+            return [to_jsonable(v) for v in items]
+        case Path():
+            return value.as_posix()
+    raise TypeError(f"cannot put a {type(value).__name__} into canonical JSON: {value!r}")
+
+
+def canonical_json(value: Any) -> bytes:
+    """RFC 8785 bytes of `value` after `to_jsonable`. The same value always gives the same bytes."""
+    return rfc8785.dumps(to_jsonable(value))
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of the canonical JSON of a value."""
+    return sha256_bytes(canonical_json(value))
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    keys = [k for k, _ in pairs]
+    if len(keys) != len(set(keys)):
+        duplicate = next(k for k in keys if keys.count(k) > 1)
+        raise ValueError(f"duplicate key {duplicate!r}")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON; write it as a string")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} overflows")
+    return value
+
+
+def parse_strict(data: bytes, *, origin: str) -> Any:
+    """Parse JSON that an adversary may have written: UTF-8 only, no byte-order mark, duplicate key, NaN or overflow.
+
+    Raises IntegrityError naming `origin` on anything else, including nesting bombs and over-long integers.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise IntegrityError(f"{origin} is too large to be a record", value=f"{len(data)} bytes", allowed=f"at most {MAX_JSON_BYTES}")
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite_float
+        )
+    except (ValueError, RecursionError) as e:
+        raise IntegrityError(f"{origin} is not strict JSON: {e}", next_step="restore the file from git or from the run directory") from e

@@ -1,0 +1,105 @@
+"""The exception tree. Every user-facing error carries a cause, a value with its origin, what is allowed, and a next step."""
+
+
+class StackproofError(Exception):
+    """Base of every error a user can cause. `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, value: object = None, allowed: str = "", next_step: str = ""):
+        self.what, self.value, self.allowed, self.next_step = what, value, allowed, next_step
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The message as four short labelled lines; empty parts are left out."""
+        parts = [self.what]
+        if self.value is not None:
+            parts.append(f"  got      {self.value}")
+        if self.allowed:
+            parts.append(f"  allowed  {self.allowed}")
+        if self.next_step:
+            parts.append(f"  next     {self.next_step}")
+        return "\n".join(parts)
+
+    def as_json(self) -> dict:
+        """The same parts as a JSON-ready mapping."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "value": None if self.value is None else str(self.value),
+            "allowed": self.allowed,
+            "next_step": self.next_step,
+            "exit_code": self.exit_code,
+        }
+
+
+class UsageError(StackproofError):
+    """A command or argument that cannot be acted on."""
+
+    exit_code = 2
+
+
+class ConfigError(StackproofError):
+    """A configuration that is wrong, contradictory or unknown."""
+
+    exit_code = 2
+
+
+class DataError(StackproofError):
+    """A corpus, shard, tokenizer or text that cannot be trusted or read."""
+
+    exit_code = 3
+
+
+class StreamExhausted(DataError):
+    """The corpus has ended and `data.on_exhausted` is `error`."""
+
+
+class GateFailed(StackproofError):
+    """A gate of severity `halt` turned red. `gate_id` names it, `verdict` holds what was measured, `record` the halted run's record."""
+
+    exit_code = 4
+
+    def __init__(self, gate_id: str, verdict=None, **parts):
+        self.gate_id, self.verdict, self.record = gate_id, verdict, None
+        super().__init__(f"gate {gate_id} failed: {parts.pop('what', '') or getattr(verdict, 'message', '')}", **parts)
+
+
+class CheckpointError(StackproofError):
+    """A checkpoint that is incomplete, damaged, unsafe or could not be written."""
+
+    exit_code = 5
+
+
+class IntegrityError(StackproofError):
+    """Evidence, ledger, spec or registry that contradict each other."""
+
+    exit_code = 6
+
+
+class EnvironmentUnfit(StackproofError):
+    """The machine or installation cannot do what was asked."""
+
+    exit_code = 7
+
+
+class Stopped(StackproofError):
+    """A signal asked the run to stop; a good checkpoint was written first."""
+
+    def __init__(self, what: str, *, exit_code: int, **parts):
+        self.exit_code = exit_code
+        super().__init__(what, **parts)
+
+
+EXIT_CODES = {
+    0: "done, gates passed",
+    1: "a bug in stackproof",
+    2: "usage or configuration",
+    3: "data",
+    4: "a gate failed",
+    5: "checkpoint",
+    6: "integrity of evidence",
+    7: "the environment cannot do it",
+    75: "preempted (SIGTERM), checkpoint good",
+    130: "interrupted (Ctrl-C), checkpoint good",
+}

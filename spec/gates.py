@@ -1,0 +1,232 @@
+"""The spec: gates with their limits, loaded from TOML, fingerprinted together with the source of their checks."""
+
+import ast
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spec import ROOT, SPEC_DIR
+from spec.canonical import sha256_bytes, sha256_json
+from spec.errors import IntegrityError
+
+Moment = Literal["preflight", "runtime", "artifact", "repository"]
+Severity = Literal["halt", "block-release", "warn"]
+SUBSYSTEMS = (
+    "data tokenizer model kernel loss optim schedule checkpoint evaluation sampling precision distributed runtime moe export tuning evidence"
+).split()
+
+
+class Frozen(BaseModel):
+    """Base of all models here: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Limit(Frozen):
+    """One number a gate holds a measurement against, with its unit, direction and reason."""
+
+    value: float
+    unit: str
+    direction: Literal["at-most", "at-least", "exactly"]
+    why: str = Field(min_length=10)
+
+    def allows(self, measured: float) -> bool:
+        """Whether a measurement is within the limit. NaN is never allowed."""
+        match self.direction:
+            case "at-most":
+                return bool(measured <= self.value)
+            case "at-least":
+                return bool(measured >= self.value)
+            case "exactly":
+                return bool(measured == self.value)
+
+    def looser_than(self, other: "Limit") -> bool:
+        """Whether this limit admits something `other` refuses."""
+        if self.direction != other.direction:
+            return True
+        match self.direction:
+            case "at-most":
+                return self.value > other.value
+            case "at-least":
+                return self.value < other.value
+            case "exactly":
+                return self.value != other.value
+
+
+class Gate(Frozen):
+    """An acceptance rule. `check` names the function or class in `contracts` that decides it."""
+
+    id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
+    title: str
+    statement: str
+    moment: Moment
+    severity: Severity
+    check: str = Field(pattern=r"^contracts(\.[a-z_]+)+:[A-Za-z_][A-Za-z0-9_]*$")
+    plants: tuple[str, ...]
+    tests: tuple[str, ...]
+    since: str
+    sources: tuple[str, ...]
+    kinds: tuple[str, ...] = ("train",)
+    limits: dict[str, Limit] = {}
+
+    @property
+    def subsystem(self) -> str:
+        return self.id.split(".")[0]
+
+    @model_validator(mode="after")
+    def _known_subsystem(self):
+        if self.subsystem not in SUBSYSTEMS:
+            raise ValueError(f"gate {self.id}: {self.subsystem} is not a subsystem; known: {' '.join(SUBSYSTEMS)}")
+        return self
+
+    def normative(self) -> dict:
+        """What a change of the gate's meaning must touch: statement, moment, severity, check and limits."""
+        limits = {k: {"value": v.value, "unit": v.unit, "direction": v.direction} for k, v in sorted(self.limits.items())}
+        return {
+            "id": self.id,
+            "statement": self.statement,
+            "moment": self.moment,
+            "severity": self.severity,
+            "check": self.check,
+            "kinds": list(self.kinds),
+            "limits": limits,
+        }
+
+
+class Spec(Frozen):
+    """The whole spec: version, title, scope and gates by id."""
+
+    version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
+    title: str
+    scope: str
+    gates: dict[str, Gate]
+    root: Path = Field(default=ROOT, exclude=True)
+
+    def fingerprint(self, gate_id: str) -> str:
+        """sha256 over the gate's normative fields and the source of its check; evidence binds to it."""
+        return fingerprint(self.gates[gate_id], self.root)
+
+    @property
+    def sha256(self) -> str:
+        """One hash of the version and every gate's fingerprint."""
+        return sha256_json({"version": self.version, "gates": {g: self.fingerprint(g) for g in sorted(self.gates)}})
+
+
+def load_spec(root: Path = ROOT) -> Spec:
+    """Read `spec/spec.toml` and `spec/gates/*.toml` under `root`. Raises IntegrityError naming file and field."""
+    return _load_spec(Path(root).resolve())
+
+
+@cache
+def _load_spec(root: Path) -> Spec:
+    directory = root / "spec"
+    head = _read_toml(directory / "spec.toml")
+    gates: dict[str, Gate] = {}
+    for path in sorted((directory / "gates").glob("*.toml")):
+        for entry in _read_toml(path).get("gate", []):
+            try:
+                gate = Gate.model_validate(entry)
+            except ValidationError as e:
+                first = e.errors()[0]
+                where = ".".join(str(p) for p in first["loc"])
+                raise IntegrityError(f"{path.name}: gate {entry.get('id', '?')}: {where}: {first['msg']}") from e
+            if gate.subsystem != path.stem:
+                raise IntegrityError(f"{path.name}: gate {gate.id} belongs into {gate.subsystem}.toml")
+            if gate.id in gates:
+                raise IntegrityError(f"gate id {gate.id} is used twice", next_step="ids are never reused; choose another")
+            gates[gate.id] = gate
+    try:
+        return Spec(**head, gates=gates, root=root)
+    except ValidationError as e:
+        raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
+
+
+def _read_toml(path: Path) -> dict:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise IntegrityError(f"cannot read {path}: {e}") from e
+
+
+def fingerprint(gate: Gate, root: Path = ROOT) -> str:
+    """sha256 over a gate's normative fields and the text of everything its check is made of inside `contracts`."""
+    return sha256_json({"normative": gate.normative(), "check_source": sha256_bytes(check_source(gate.check, root).encode())})
+
+
+def check_source(check: str, root: Path = ROOT) -> str:
+    """Source text of a check and of every `contracts` function, class and constant it reaches by name.
+
+    A tolerance moved from the check into a helper therefore changes the fingerprint as well.
+    """
+    module, name = check.split(":")
+    seen: dict[tuple[str, str], str] = {}
+    _collect(root, module, name, seen)
+    if (module, name) not in seen:
+        raise IntegrityError(f"check {check} does not exist", next_step=f"define {name} in {module.replace('.', '/')}.py")
+    return "\n".join(seen[key] for key in sorted(seen))
+
+
+# Plumbing that carries verdicts but decides nothing; a change here must not re-open every gate.
+_PLUMBING = {"contracts.gate", "contracts.keeper", "contracts.conditions"}
+
+
+def _collect(root: Path, module: str, name: str, seen: dict[tuple[str, str], str]) -> None:
+    if module in _PLUMBING or (module, name) in seen:
+        return
+    definitions, imports = _module_table(root / (module.replace(".", "/") + ".py"))
+    if name not in definitions:
+        if name in imports:
+            _collect(root, *imports[name], seen)
+        return
+    text, used = definitions[name]
+    seen[(module, name)] = text
+    for other in used:
+        _collect(root, module, other, seen)
+
+
+@cache
+def _module_table(path: Path) -> tuple[dict[str, tuple[str, tuple[str, ...]]], dict[str, tuple[str, str]]]:
+    """Top-level definitions (name → text, names used) and `from contracts… import` bindings of one file."""
+    if not path.is_file():
+        return {}, {}
+    text = path.read_text("utf-8")
+    lines = text.splitlines()
+    definitions: dict[str, tuple[str, tuple[str, ...]]] = {}
+    imports: dict[str, tuple[str, str]] = {}
+    for node in ast.parse(text).body:
+        match node:
+            case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef():
+                names, first = [node.name], min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            case ast.Assign(targets=[ast.Name(id=target)]):
+                names, first = [target], node.lineno
+            case ast.AnnAssign(target=ast.Name(id=target)):
+                names, first = [target], node.lineno
+            case ast.ImportFrom(module=str(source)) if source.split(".")[0] == "contracts":
+                imports |= {a.asname or a.name: (source, a.name) for a in node.names}
+                continue
+            case _:
+                continue
+        source = "\n".join(line.rstrip() for line in lines[first - 1 : node.end_lineno])
+        used = tuple(sorted({n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(names)))
+        definitions |= dict.fromkeys(names, (source, used))
+    return definitions, imports
+
+
+def frozen_release(spec: Spec) -> dict:
+    """What `spec/releases/<version>.json` must hold: each gate's fingerprint and limits."""
+    return {
+        "version": spec.version,
+        "sha256": spec.sha256,
+        "gates": {
+            gate_id: {"fingerprint": spec.fingerprint(gate_id), "limits": gate.normative()["limits"]}
+            for gate_id, gate in sorted(spec.gates.items())
+        },
+    }
+
+
+def release_path(version: str, root: Path = ROOT) -> Path:
+    """Where the frozen form of a spec version lies."""
+    return (SPEC_DIR if root == ROOT else root / "spec") / "releases" / f"{version}.json"

@@ -1,0 +1,117 @@
+"""The evidence ledger: an append-only hash chain, one canonical JSON line per accepted record."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from spec.canonical import canonical_json, parse_strict, sha256_bytes
+from spec.errors import IntegrityError
+from spec.gates import Frozen
+from spec.records import HEX64, Record, parse_record
+
+GENESIS = "0" * 64
+
+
+class Entry(Frozen):
+    """One line: sequence number from 0, record id, sha256 of its metadata.json, sha256 of the previous line's bytes."""
+
+    seq: int = Field(ge=0)
+    record: str
+    sha256: str = Field(pattern=HEX64)
+    prev: str = Field(pattern=HEX64)
+    supersedes: str | None = None
+
+    def to_line(self) -> bytes:
+        return canonical_json(self.model_dump(exclude_none=True))
+
+
+class Ledger:
+    """The chain in `<directory>/ledger.jsonl` and the records beside it."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.path = self.directory / "ledger.jsonl"
+
+    def lines(self) -> list[bytes]:
+        """Raw lines without their newline; empty if there is no ledger yet."""
+        if not self.path.is_file():
+            return []
+        data = self.path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            raise IntegrityError(f"{self.path} ends in the middle of a line", next_step="git checkout the ledger")
+        return data.split(b"\n")[:-1]
+
+    def entries(self) -> list[Entry]:
+        """All entries, parsed but not yet verified."""
+        entries = []
+        for number, line in enumerate(self.lines(), start=1):
+            try:
+                entries.append(Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}")))
+            except ValidationError as e:
+                raise IntegrityError(f"{self.path}:{number}: {e.errors()[0]['msg']}") from e
+        return entries
+
+    @property
+    def head(self) -> str:
+        """sha256 of the last line, or the genesis hash."""
+        lines = self.lines()
+        return sha256_bytes(lines[-1]) if lines else GENESIS
+
+    def record_path(self, record_id: str) -> Path:
+        """Where a record lies. Refuses ids that would leave the directory."""
+        if "/" in record_id or "\\" in record_id or record_id.startswith("."):
+            raise IntegrityError(f"record id {record_id!r} is not a plain name")
+        return self.directory / record_id / "metadata.json"
+
+    def read(self, entry: Entry) -> Record:
+        """The record of an entry, hashed and parsed from the same bytes. Raises IntegrityError on any mismatch."""
+        path = self.record_path(entry.record)
+        if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+            raise IntegrityError(f"record {entry.record} is missing or not a regular file", value=path)
+        data = path.read_bytes()
+        if sha256_bytes(data) != entry.sha256:
+            raise IntegrityError(
+                f"record {entry.record} was changed after it was accepted",
+                value=f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} says {entry.sha256[:12]}…",
+                next_step="restore it from git; a wrong record is superseded by a new one, never edited",
+            )
+        return parse_record(data, origin=str(path))
+
+    def records(self) -> dict[str, Record]:
+        """All accepted records that no later entry supersedes, in ledger order, each verified by hash."""
+        entries = self.entries()
+        gone = {e.supersedes for e in entries if e.supersedes}
+        return {e.record: self.read(e) for e in entries if e.record not in gone}
+
+    def problems(self) -> list[tuple[int, str]]:
+        """Breaks of the chain as (line number, what is wrong): sequence, previous hash, canonical form, unknown or double ids."""
+        found, previous, seen = [], GENESIS, set()
+        for number, line in enumerate(self.lines(), start=1):
+            entry = Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}"))
+            if entry.to_line() != line:
+                found.append((number, "line is not canonical JSON"))
+            if entry.seq != number - 1:
+                found.append((number, f"sequence number {entry.seq}, expected {number - 1}: a line was removed or inserted"))
+            if entry.prev != previous:
+                found.append((number, "previous-line hash does not match: the ledger was edited"))
+            if entry.record in seen:
+                found.append((number, f"record {entry.record} was accepted twice"))
+            if entry.supersedes and entry.supersedes not in seen:
+                found.append((number, f"supersedes {entry.supersedes}, which is not earlier in the ledger"))
+            seen.add(entry.record)
+            previous = sha256_bytes(line)
+        return found
+
+    def append(self, record: Record, *, supersedes: str | None = None) -> Entry:
+        """Append a record that already lies in `<directory>/<id>/metadata.json`. Raises IntegrityError if the chain is broken."""
+        if problems := self.problems():
+            raise IntegrityError(f"{self.path}:{problems[0][0]}: {problems[0][1]}", next_step="repair the ledger from git before adding to it")
+        entries = self.entries()
+        if any(e.record == record.id for e in entries):
+            raise IntegrityError(f"record {record.id} is already in the ledger")
+        if supersedes and not any(e.record == supersedes for e in entries):
+            raise IntegrityError(f"cannot supersede {supersedes}: it is not in the ledger")
+        entry = Entry(seq=len(entries), record=record.id, sha256=record.sha256, prev=self.head, supersedes=supersedes)
+        with open(self.path, "ab") as f:
+            f.write(entry.to_line() + b"\n")
+        return entry

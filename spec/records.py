@@ -1,0 +1,178 @@
+"""The record every run leaves: `metadata.json`, canonical JSON, validated on the way in and on the way out."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from spec.canonical import canonical_json, parse_strict, sha256_bytes
+from spec.errors import IntegrityError
+from spec.gates import Frozen
+
+SCHEMA = "stackproof/record/1"
+Kind = Literal["train", "tune", "evaluate", "trace", "compare", "falsification", "export", "benchmark", "resume", "rerun", "data"]
+Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempted", "failed"]
+Scalar = bool | int | float | str | None
+Sha256 = str
+HEX64 = r"^[0-9a-f]{64}$"
+
+
+class Waiver(Frozen):
+    """A gate the user chose to let fail, with reason and expiry (ISO date)."""
+
+    id: str
+    reason: str = Field(min_length=10)
+    expires: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+
+
+class GateResult(Frozen):
+    """What one gate said in one run. `checks` counts how often it looked."""
+
+    id: str
+    fingerprint: str = Field(pattern=HEX64)
+    verdict: Literal["pass", "fail", "not_run"]
+    checks: int = Field(ge=0)
+    heartbeat_last_step: int | None = None
+    first_failure_step: int | None = None
+    measured: dict[str, Scalar] = {}
+    limits: dict[str, float] = {}
+    message: str = ""
+    seconds: float = Field(default=0.0, ge=0)
+    waiver: Waiver | None = None
+
+
+class Kill(Frozen):
+    """The receipt of one plant under one gate: red on the plant, green on the control."""
+
+    gate: str
+    fingerprint: str = Field(pattern=HEX64)
+    plant: str
+    plant_sha256: str = Field(pattern=HEX64)
+    outcome: Literal["killed", "missed", "crashed", "equivalent", "awaiting"]
+    control: Literal["pass", "fail", "not_run"]
+    latency: str
+    seconds: float = Field(ge=0)
+    measured: dict[str, Scalar] = {}
+    message: str = ""
+
+
+class Metric(Frozen):
+    """One number with unit, sample count and spread. `better` says which way is good."""
+
+    value: int | float | str
+    unit: str
+    n: int | None = None
+    stderr: float | str | None = None
+    better: Literal["lower", "higher", "neither"] = "neither"
+
+
+class Artefact(Frozen):
+    """A file that went in or came out, by hash."""
+
+    name: str
+    path: str
+    sha256: str = Field(pattern=HEX64)
+    bytes: int = Field(ge=0)
+    tokens: int | None = None
+    license: str | None = None
+
+
+class Series(Frozen):
+    """A JSON-lines file beside the record."""
+
+    path: str
+    sha256: str = Field(pattern=HEX64)
+
+
+class SpecRef(Frozen):
+    version: str
+    sha256: str = Field(pattern=HEX64)
+
+
+class Code(Frozen):
+    """The code that ran. `commit` is `unknown` outside a git checkout; such a record can never discharge a gate."""
+
+    commit: str = Field(pattern=r"^([0-9a-f]{40}|unknown)$")
+    dirty: bool
+    diff_sha256: str | None = None
+    lock_sha256: str | None = None
+
+
+class Override(Frozen):
+    """One configuration value that differs from its default, and where it came from."""
+
+    key: str
+    value: object
+    source: str = Field(alias="from")
+    model_config = {"frozen": True, "extra": "forbid", "populate_by_name": True}
+
+
+class Record(Frozen):
+    """One run. Field meanings are in docs/records.md; nothing here is ever edited after it was written."""
+
+    schema_: str = Field(alias="schema", pattern=f"^{SCHEMA}$")
+    id: str = Field(pattern=r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$")
+    kind: Kind
+    status: Status
+    end_reason: str
+    exit_code: int
+    claim: str
+    not_covered: tuple[str, ...]
+    spec: SpecRef
+    code: Code
+    command: tuple[str, ...]
+    config: dict
+    config_sha256: str = Field(pattern=HEX64)
+    overrides: tuple[Override, ...] = ()
+    environment: dict[str, Scalar]
+    compute: Literal["real", "synthetic"]
+    inputs: tuple[Artefact, ...] = ()
+    outputs: tuple[Artefact, ...] = ()
+    metrics: dict[str, Metric] = {}
+    series: tuple[Series, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    kills: tuple[Kill, ...] = ()
+    parents: tuple[str, ...] = ()
+    started_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
+    finished_at: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?Z$")
+    wall_s: float = Field(ge=0)
+    device_s: float = Field(ge=0)
+    model_config = {"frozen": True, "extra": "forbid", "populate_by_name": True}
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON bytes; their sha256 is what the ledger holds."""
+        return canonical_json(self.model_dump(by_alias=True, mode="json"))
+
+    @property
+    def sha256(self) -> str:
+        return sha256_bytes(self.to_bytes())
+
+    @property
+    def succeeded(self) -> bool:
+        """Ended as planned, by itself."""
+        return self.status in ("completed", "early_stopped")
+
+    def metric(self, name: str) -> float | int | str:
+        """A metric's value. Raises IntegrityError if the record does not hold it."""
+        if name not in self.metrics:
+            raise IntegrityError(f"record {self.id} has no metric {name}", allowed=", ".join(sorted(self.metrics)))
+        return self.metrics[name].value
+
+
+def parse_record(data: bytes, *, origin: str) -> Record:
+    """Strictly parse and validate a record. Raises IntegrityError naming file and field."""
+    try:
+        return Record.model_validate(parse_strict(data, origin=origin))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise IntegrityError(f"{origin}: field {where}: {first['msg']}", value=str(first.get("input"))[:120]) from e
+
+
+def read_record(path: Path) -> Record:
+    """Read one `metadata.json`. Raises IntegrityError if it is missing or invalid."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise IntegrityError(f"cannot read record {path}: {e.strerror}", next_step="give a run directory that holds metadata.json") from e
+    return parse_record(data, origin=str(path))

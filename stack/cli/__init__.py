@@ -1,0 +1,53 @@
+"""The command line. Nothing here imports torch before a verb needs it."""
+
+import json
+import sys
+
+import click
+import typer
+
+from spec.errors import StackproofError
+
+app = typer.Typer(
+    name="stack",
+    help="Train a language model whose every number can be traced, re-run and refuted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _register() -> None:
+    from stack.cli import doctor, evidence, gates, look, train
+
+    for module in (train, look, gates, evidence, doctor):
+        module.register(app)
+
+
+_register()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a verb and maps errors onto the documented exit codes."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(args=arguments, standalone_mode=False, prog_name="stack")
+        sys.exit(code if isinstance(code, int) else 0)
+    except StackproofError as e:
+        _report(e.as_json(), str(e), arguments)
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        next_step = f"stack {' '.join(a for a in arguments[:1] if not a.startswith('-'))} --help".replace("  ", " ")
+        parts = {"error": "UsageError", "what": e.format_message(), "next_step": next_step, "exit_code": 2}
+        _report(parts, f"{e.format_message()}\n  next     {next_step}", arguments)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _report(document: dict, text: str, arguments: list[str]) -> None:
+    if "--json" in arguments:
+        print(json.dumps(document))
+    print(f"error: {text}", file=sys.stderr)

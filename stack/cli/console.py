@@ -1,0 +1,119 @@
+"""What a person sees of a run: preflight table, progress, samples, verdicts, and what to try next."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from contracts.gate import Verdict
+from spec.gates import Gate
+from spec.records import Record
+from stack.cli.output import MARKS, measured_text, stderr, table
+from stack.train.listener import Listener
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+class ConsoleListener(Listener):
+    """Writes to stderr: a live bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.quiet = quiet
+        self.rows: list[list[Any]] = []
+        self.progress: Progress | None = None
+        self.last_line_s = 0.0
+        self.last_bpb: float | None = None
+
+    def on_phase(self, name: str) -> None:
+        stderr.print(f"· {name}", style="dim")
+
+    def on_opened(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
+        stderr.print(
+            f"[bold]{cfg.recipe}[/]: {n_params:,} parameters, {dataset.train.n_tokens:,} training tokens of "
+            f"{cfg.data.corpus.kind}, {cfg.train.max_steps} steps of {cfg.train.tokens_per_step:,} tokens → {run_dir}"
+        )
+
+    def on_preflight(self, gate: Gate, verdict: Verdict, seconds: float) -> None:
+        self.rows.append([gate.id, MARKS[verdict.outcome], f"{seconds:.2f} s", verdict.message or measured_text(dict(verdict.measured))])
+
+    def _show_preflight(self) -> None:
+        if self.rows:
+            stderr.print(table("Preflight", ["gate", "verdict", "took", "measured"], self.rows))
+            self.rows = []
+
+    def on_step(self, line: dict[str, Any], max_steps: int) -> None:
+        self._show_preflight()
+        if sys.stderr.isatty() and not self.quiet:
+            self._bar(line, max_steps)
+        elif line["step"] in (1, max_steps) or time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S:
+            self.last_line_s = time.monotonic()
+            stderr.print(self._line(line, max_steps), markup=False)
+
+    def _line(self, line: dict[str, Any], max_steps: int) -> str:
+        width = len(str(max_steps))
+        eta_s = (max_steps - line["step"]) * (line["tokens_seen"] / line["step"]) / line["tokens_per_s"]
+        bpb = f"  val bits/byte {self.last_bpb:.3f}" if self.last_bpb is not None else ""
+        return (
+            f"step {line['step']:0{width}d}/{max_steps}  loss {line['loss_nats']:.3f}{bpb}  lr {line['lr']:.1e}  "
+            f"grad norm {line['grad_norm']:.2f}  tok/s {line['tokens_per_s']:.0f}  ETA {eta_s:.0f} s"
+        )
+
+    def _bar(self, line: dict[str, Any], max_steps: int) -> None:
+        if self.progress is None:
+            self.progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(), console=stderr)
+            self.progress.start()
+            self.progress.add_task("", total=max_steps)
+        task = self.progress.tasks[0].id
+        self.progress.update(task, completed=line["step"], description=self._line(line, max_steps).rsplit("  ETA", 1)[0])
+
+    def on_evaluation(self, step: int, result: Any, decision: Any) -> None:
+        self.last_bpb = result.bits_per_byte
+        waited = f"  no significant gain for {decision.wait}" if decision.wait else ""
+        stderr.print(
+            f"  eval @ {step}: {result.loss_nats:.4f} ± {result.stderr_nats:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte{waited}",
+            markup=False,
+        )
+
+    def on_sample(self, step: int, prompt: str, text: str, score: float) -> None:
+        shown = " ".join((prompt + text).split())
+        stderr.print(f"  sample @ {step} (coherence {score:.0f}/100): {shown[:160]}", style="cyan", markup=False)
+
+    def on_saved(self, step: int, folder: Path) -> None:
+        stderr.print(f"  saved {folder}", style="dim", markup=False)
+
+    def on_event(self, message: str) -> None:
+        stderr.print(f"  {message}", markup=False)
+
+    def on_finished(self, record: Record, run_dir: Path) -> None:
+        self._show_preflight()
+        if self.progress is not None:
+            self.progress.stop()
+        rows = [[g.id, MARKS[g.verdict] + (" (waived)" if g.waiver else ""), g.checks, g.message or measured_text(dict(g.measured))] for g in record.gates]
+        stderr.print(table("Gates", ["gate", "verdict", "looks", "last measured"], rows))
+        self._show_metrics(record)
+        stderr.print(f"{record.status}: {record.end_reason}", style="bold green" if record.succeeded else "bold red", markup=False)
+        stderr.print(f"record {run_dir / 'metadata.json'}  ({record.id})", markup=False)
+        if record.succeeded:
+            stderr.print("next", style="bold")
+            for command in (
+                f'stack sample {run_dir} --prompt "The function "',
+                f"stack evaluate {run_dir}",
+                f"stack inspect {run_dir}",
+            ):
+                stderr.print(f"  {command}", markup=False)
+        elif record.exit_code in (75, 130):
+            stderr.print(f"next  stack train --resume {run_dir}", markup=False)
+
+    def _show_metrics(self, record: Record) -> None:
+        wanted = (
+            "val_loss_nats val_bits_per_byte baseline_bigram_bits_per_byte baseline_unigram_bits_per_byte random_loss_nats "
+            "tokens_seen epochs tokens_per_s train_s gates_overhead_frac"
+        ).split()
+        rows = []
+        for name in wanted:
+            if metric := record.metrics.get(name):
+                value = f"{metric.value:,.4f}" if isinstance(metric.value, float) else f"{metric.value:,}"
+                rows.append([name, value + (f" ± {metric.stderr:.4f}" if metric.stderr else ""), metric.unit])
+        stderr.print(table("Result", ["metric", "value", "unit"], rows))

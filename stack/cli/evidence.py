@@ -1,0 +1,138 @@
+"""`stack evidence add | show | verify | diff | rerun | certify-resume`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spec.errors import IntegrityError
+from stack.cli.output import MARKS, Json, emit, stdout, table
+
+app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
+Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
+
+
+def register(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="evidence")
+
+
+def _directory(given: Path | None) -> Path:
+    from stack.evidence.ledgering import default_directory
+
+    return given or default_directory()
+
+
+@app.command()
+def add(
+    run_dir: Annotated[Path, typer.Argument(help="A folder with metadata.json.")],
+    supersedes: Annotated[str | None, typer.Option("--supersedes", help="Id of a wrong record this one replaces.")] = None,
+    evidence: Directory = None,
+    json: Json = False,
+) -> None:
+    """Copy a run's record into the evidence folder and append it to the ledger."""
+    from stack.evidence.ledgering import accept
+
+    record, entry = accept(run_dir, _directory(evidence), supersedes=supersedes)
+    if not emit({"record": record.id, "seq": entry.seq, "sha256": entry.sha256, "prev": entry.prev, "dirty": record.code.dirty}, json):
+        stdout.print(f"added {record.id} as line {entry.seq + 1}")
+        if record.code.dirty:
+            stdout.print("its code was not committed, so it can discharge no gate", style="yellow")
+
+
+@app.command()
+def show(
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="Record id, unique prefix, or run directory.")],
+    evidence: Directory = None,
+    json: Json = False,
+) -> None:
+    """Show one record."""
+    from stack.evidence.ledgering import find
+
+    record = find(_directory(evidence), record_id)
+    if emit(record.model_dump(by_alias=True, mode="json"), json):
+        return
+    stdout.print(f"[bold]{record.id}[/]  {record.kind}  {record.status}: {record.end_reason}")
+    stdout.print(f"claim        {record.claim}", markup=False)
+    stdout.print(f"not covered  {'; '.join(record.not_covered)}", markup=False)
+    stdout.print(f"code         {record.code.commit}{' (dirty)' if record.code.dirty else ''}", markup=False)
+    stdout.print(f"command      {' '.join(record.command)}", markup=False)
+    rows = [[n, m.value, m.unit, m.n or "", m.stderr or ""] for n, m in sorted(record.metrics.items())]
+    stdout.print(table("Metrics", ["name", "value", "unit", "n", "stderr"], rows))
+    if record.gates:
+        stdout.print(table("Gates", ["gate", "verdict", "looks", "message"], [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates]))
+    if record.kills:
+        stdout.print(table("Kills", ["plant", "gate", "outcome", "control"], [[k.plant, k.gate, k.outcome, k.control] for k in record.kills]))
+
+
+@app.command()
+def verify(evidence: Directory = None, json: Json = False) -> None:
+    """Re-hash every record and the chain of the ledger. Exit code 6 if anything differs."""
+    from spec.ledger import Ledger
+    from stack.evidence.ledgering import verify as problems_of
+
+    directory = _directory(evidence)
+    problems = problems_of(directory)
+    ledger = Ledger(directory)
+    lines = len(ledger.lines())
+    if lines == 0:
+        problems = [*problems, f"{ledger.path} holds no line, so there is nothing to verify"]
+    document = {"ok": not problems, "records": lines, "head": ledger.head, "problems": problems}
+    if not emit(document, json):
+        stdout.print(f"{lines} record(s), head {document['head'][:16]}…: {'all hashes hold' if not problems else 'BROKEN'}")
+    if problems:
+        raise IntegrityError("the evidence does not verify: " + "; ".join(problems[:5]), next_step="restore evidence/ from git")
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="Record id or run directory.")],
+    b: Annotated[str, typer.Argument(help="Record id or run directory.")],
+    evidence: Directory = None,
+    json: Json = False,
+) -> None:
+    """Fields in which two records differ, ids and clocks left out."""
+    from stack.evidence.ledgering import differences, find
+
+    directory = _directory(evidence)
+    found = differences(find(directory, a), find(directory, b))
+    if not emit({"a": a, "b": b, "differences": found}, json):
+        stdout.print(table(f"{len(found)} difference(s)", ["field", a, b], [[d["key"], d["a"], d["b"]] for d in found]))
+
+
+@app.command()
+def rerun(
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="A train record's id or run directory.")],
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the new run.")] = None,
+    evidence: Directory = None,
+    json: Json = False,
+) -> None:
+    """Train a record's configuration again and compare: weights by hash, losses by value. Exit code 6 if they differ."""
+    from stack.cli.console import ConsoleListener
+    from stack.evidence.ledgering import find
+    from stack.train.rerun import rerun as again
+
+    outcome = again(find(_directory(evidence), record_id), run_dir, ConsoleListener(quiet=json))
+    if not emit(outcome, json):
+        stdout.print(table("Re-run", ["what", "recorded", "now", "equal"], [[c["what"], c["recorded"], c["now"], c["equal"]] for c in outcome["compared"]]))
+    if not outcome["ok"]:
+        raise IntegrityError("the re-run differs from the record", value=outcome["run_dir"], next_step="stack evidence diff ID RUN_DIR")
+
+
+@app.command("certify-resume")
+def certify_resume(
+    recipe: Annotated[str, typer.Argument(help="Recipe to run in small.")] = "pocket",
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps of each run.")] = 60,
+    kills: Annotated[int, typer.Option("--kills", help="How often the second run is killed with SIGKILL at a random moment.")] = 3,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder for both runs and the certificate.")] = None,
+    json: Json = False,
+) -> None:
+    """Train once straight and once through SIGKILLs, compare the weights byte for byte, write a record of kind resume."""
+    from stack.train.certificate import certify
+
+    record, directory = certify(recipe, steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir)
+    document = {"record": record.id, "run_dir": str(directory), "status": record.status, "metrics": {n: m.value for n, m in record.metrics.items()}}
+    if not emit(document, json):
+        stdout.print(f"{record.status}: {record.end_reason}")
+    if not record.succeeded:
+        raise IntegrityError("the resumed run is not the straight one", value=str(directory), next_step="stack evidence show " + str(directory))

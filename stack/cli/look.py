@@ -1,0 +1,185 @@
+"""`stack evaluate`, `stack sample`, `stack inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spec.errors import DataError, UsageError
+from stack.cli.output import Json, emit, stdout, table
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
+TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+    app.command("sample")(sample)
+    app.command("inspect")(inspect)
+
+
+def evaluate(
+    model: Model,
+    text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file. Default: the run's held-out split.")] = None,
+    tokenizer: TokenizerFile = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward; the result does not depend on it.")] = 8,
+    stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between two windows. Default: half the context.")] = None,
+    strict_oov: Annotated[bool, typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")] = False,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
+    json: Json = False,
+) -> None:
+    """Bits per byte and per character, numerator and denominator over the same bytes. Writes a record."""
+    from stack.cli.models import open_model
+    from stack.evaluate.bits_per_byte import evaluate_text
+    from stack.evidence.provenance import environment
+    from stack.evidence.record import RecordBuilder, artefact
+
+    opened = open_model(model, tokenizer)
+    builder = _builder(RecordBuilder, opened, environment())
+    texts, source = _texts(text, opened, builder, artefact)
+    seq_len = opened.cfg.model.max_seq_len
+    result = evaluate_text(
+        opened.model, opened.tokenizer, texts, seq_len=seq_len, stride=min(stride or max(1, seq_len // 2), seq_len), batch_size=batch_size
+    )
+    document = {
+        "bits_per_byte": result.bits_per_byte,
+        "bits_per_char": result.bits_per_char,
+        "loss_nats": result.loss_nats,
+        "total_nats": result.total_nats,
+        "bytes": result.bytes,
+        "chars": result.chars,
+        "tokens": result.tokens,
+        "dropped_chars": result.dropped_chars,
+        "dropped_bytes": result.dropped_bytes,
+        "text": source,
+        "checkpoint": str(opened.folder),
+    }
+    units = {"bits_per_byte": "bits per byte", "bits_per_char": "bits per character", "loss_nats": "nats per token", "total_nats": "nats"}
+    for name in ("bits_per_byte", "bits_per_char", "loss_nats", "total_nats", "bytes", "chars", "tokens", "dropped_chars", "dropped_bytes"):
+        n = {"bits_per_byte": result.bytes, "bits_per_char": result.chars, "loss_nats": result.tokens}.get(name)
+        builder.metric(name, document[name], units.get(name, name), n=n, better="lower" if name in units else "neither")
+    refused = strict_oov and result.dropped_chars > 0
+    directory = run_dir or Path("runs") / builder.id
+    directory.mkdir(parents=True, exist_ok=True)
+    record = builder.finish(
+        directory,
+        status="failed" if refused else "completed",
+        end_reason=f"{result.dropped_chars} characters outside the vocabulary" if refused else "scored every byte",
+        exit_code=3 if refused else 0,
+    )
+    document |= {"record": record.id, "run_dir": str(directory)}
+    if not emit(document, json):
+        stdout.print(table(f"{opened.folder} on {source}", ["what", "value"], [[k, f"{v:,.4f}" if isinstance(v, float) else v] for k, v in document.items()]))
+    if refused:
+        raise DataError(
+            "the text holds characters the tokenizer does not know",
+            value=f"{result.dropped_chars} of {result.chars + result.dropped_chars} characters",
+            next_step="drop --strict-oov to score the rest (they are counted), or train with a byte or bpe tokenizer",
+        )
+
+
+def _builder(record_builder, opened, environment: dict):
+    from spec.gates import load_spec
+
+    return record_builder(
+        kind="evaluate",
+        spec=load_spec(),
+        config=opened.cfg.to_dict(),
+        claim="These weights give this code length on this text, every byte scored exactly once.",
+        not_covered=("other texts", "the first tokens of the text, which have less context than later ones"),
+        environment=environment,
+        parents=(opened.state["record"],),
+    )
+
+
+def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str]:
+    """The documents to score and a word for them; states the inputs of the record."""
+    builder.inputs = [artefact(opened.folder / "model.safetensors", root=opened.run_dir), artefact(opened.run_dir / "tokenizer.json", root=opened.run_dir)]
+    if text is not None:
+        try:
+            content = text.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"cannot read the text {text}: {e}", allowed="a UTF-8 file", next_step="give --text another file") from e
+        if not content:
+            raise DataError(f"the text {text} is empty, so there is nothing to score", next_step="give --text another file")
+        builder.inputs.append(artefact(text.resolve(), root=Path.cwd()))
+        return [content], str(text)
+    from stack.data.prepare import prepare
+
+    dataset = prepare(opened.cfg.data, progress=lambda message: None)
+    if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
+        raise DataError("the run's corpus has changed since, so its held-out split is another one", next_step="give --text FILE")
+    builder.inputs += [i for i in map(_as_artefact, dataset.inputs())]
+    return list(dataset.validation_texts()), f"held-out split of {opened.cfg.data.corpus.kind}"
+
+
+def _as_artefact(entry: dict):
+    from spec.records import Artefact
+
+    return Artefact(**entry)
+
+
+def sample(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "The ",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Keep the k most likely tokens; 0 keeps all.")] = 50,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the smallest set with this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="Above 1 repeats less.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many samples.")] = 1,
+    tokenizer: TokenizerFile = None,
+    json: Json = False,
+) -> None:
+    """Continue a prompt, with a KV cache. Prints the text and its coherence score."""
+    from contracts.sampling import coherence
+    from stack.cli.models import open_model
+    from stack.evaluate.sampling import generate
+    from stack.train.randomness import generator
+
+    if not 0 < top_p <= 1:
+        raise UsageError("--top-p is a probability", value=top_p, allowed="above 0, at most 1")
+    opened = open_model(model, tokenizer)
+    encoding = opened.tokenizer.encode(prompt)
+    samples = []
+    for index in range(count):
+        ids = generate(
+            opened.model,
+            [opened.tokenizer.eos_id, *encoding.ids],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            generator=generator(seed, "cli-sample", index),
+            eos_id=opened.tokenizer.eos_id,
+        )
+        text = opened.tokenizer.decode([i for i in ids if i != opened.tokenizer.eos_id])
+        score = coherence(text, opened.cfg.sample.language)
+        samples.append({"prompt": prompt, "text": text, "tokens": len(ids), "seed": seed, "index": index, "coherence": score.score})
+    if not emit({"samples": samples, "dropped_prompt_chars": encoding.dropped_chars, "checkpoint": str(opened.folder)}, json):
+        if encoding.dropped_chars:
+            stdout.print(f"{encoding.dropped_chars} character(s) of the prompt are outside the vocabulary and were left out", style="yellow")
+        for one in samples:
+            stdout.print(one["prompt"] + one["text"], markup=False)
+            stdout.print(f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", style="dim")
+
+
+def inspect(model: Model, json: Json = False) -> None:
+    """Architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is INVALID."""
+    from spec.errors import CheckpointError
+    from spec.formulas import parameter_count
+    from stack.train import checkpoint
+
+    document = checkpoint.describe(checkpoint.find(model))
+    if document["checksum"] == "VALID":
+        document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
+    if not emit(document, json):
+        head = [[k, v] for k, v in document.items() if k not in ("tensors", "model")]
+        stdout.print(table("Checkpoint", ["what", "value"], head))
+        if "tensors" in document:
+            rows = [[t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"] for t in document["tensors"]]
+            stdout.print(table("Tensors", ["name", "shape", "dtype", "parameters"], rows))
+    if document["checksum"] == "INVALID":
+        raise CheckpointError("checksum INVALID: " + document["problem"], value=document["value"], next_step="resume from an older step folder")

@@ -1,0 +1,41 @@
+"""One JSON document on stdout, or tables and lines for people."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spec.canonical import to_jsonable
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False)
+
+
+def emit(document: dict[str, Any], as_json: bool) -> bool:
+    """Print the document if JSON was asked for; says whether it did."""
+    if as_json:
+        print(json.dumps(to_jsonable(document), allow_nan=False))
+    return as_json
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]]) -> Table:
+    """A plain table; numbers in cells are already formatted."""
+    made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "not_run": "[yellow]not run[/]"}
+
+
+def measured_text(measured: dict[str, Any], limit: int = 3) -> str:
+    """The first measurements of a verdict, short."""
+    parts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(measured.items())[:limit]]
+    return ", ".join(parts)

@@ -1,0 +1,124 @@
+"""`stack train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spec.errors import UsageError
+from stack.cli.output import Json, emit, stdout
+
+EXAMPLES = [
+    "stack train",
+    "stack train pocket-code --set train.max_steps=200",
+    "stack train --set data.corpus.kind=files --set data.corpus.paths='[\"notes/\"]'",
+    "stack train --resume runs/pocket-1",
+    "stack train --fork runs/pocket-1 --set optim.lr=1e-3",
+    "stack train --dry-run",
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train", epilog="Examples: " + " · ".join(EXAMPLES))(train)
+
+
+def train(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE | run.toml]", help="A recipe's name or a TOML file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/<recipe>-<n>.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Continue the run in this folder, bit for bit.")] = None,
+    fork: Annotated[Path | None, typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model under its gates and leave a record.
+
+    Without arguments: a million parameters on the documentation of the running Python, offline, in a few minutes.
+    """
+    if resume and fork:
+        raise UsageError("--resume and --fork exclude each other", next_step="--resume keeps the configuration, --fork may change it")
+    if (resume or fork) and recipe:
+        raise UsageError("a resumed or forked run takes its configuration from its folder", value=recipe, next_step="drop the recipe; use --set")
+    sets = tuple(set_ or ())
+    if dry_run:
+        return _dry_run(recipe, sets, device, fork or resume, json)
+    from stack.cli.console import ConsoleListener
+    from stack.train import session
+
+    listener = ConsoleListener(quiet=json)
+    if resume:
+        if run_dir:
+            raise UsageError("--resume continues in its own folder", value=str(run_dir), next_step="drop --run-dir, or use --fork")
+        original = session.read_config(resume)
+        changed, overrides = _resolve(original, None, sets, device)
+        record = session.resume(resume, overrides, changed, listener)
+        directory = resume
+    else:
+        base, file = (session.read_config(fork), None) if fork else _base(recipe)
+        cfg, overrides = _resolve(base, file, sets, device)
+        from stack.train.rundir import default_run_dir
+
+        directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
+        record = session.start(cfg, overrides, directory, listener, parent=fork)
+    document = {
+        "run_dir": str(directory),
+        "record": record.id,
+        "status": record.status,
+        "exit_code": record.exit_code,
+        "metrics": {name: m.value for name, m in record.metrics.items()},
+        "gates": [{"id": g.id, "verdict": g.verdict} for g in record.gates],
+    }
+    emit(document, json)
+
+
+def _base(recipe: str | None):
+    """The recipe a run file builds on, or the named recipe, and the file."""
+    from stack.config import read_run_file
+    from stack.recipes import recipe as named
+
+    if recipe and (recipe.endswith(".toml") or Path(recipe).is_file()):
+        return named(read_run_file(Path(recipe)).get("recipe", "pocket")), Path(recipe)
+    return named(recipe or "pocket"), None
+
+
+def _resolve(base, file: Path | None, sets: tuple[str, ...], device: str | None):
+    from stack.config import load_config
+
+    return load_config(base, run_file=file, sets=sets, fixed={"device": (device, "--device")} if device else None)
+
+
+def _dry_run(recipe: str | None, sets: tuple[str, ...], device: str | None, parent: Path | None, as_json: bool) -> None:
+    """Configuration and what follows from it by arithmetic; no data is read and no model is built."""
+    from spec.formulas import flops_per_token, parameter_count
+
+    if parent:
+        from stack.train import session
+
+        base, file = session.read_config(parent), None
+    else:
+        base, file = _base(recipe)
+    cfg, overrides = _resolve(base, file, sets, device)
+    model = cfg.model.model_dump()
+    vocab_size = {"bpe": getattr(cfg.data.tokenizer, "vocab_size", 0), "byte": 257}.get(cfg.data.tokenizer.kind)
+    derived = {"tokens": cfg.train.max_steps * cfg.train.tokens_per_step, "accumulation": cfg.accumulation()}
+    if vocab_size:
+        per_token = flops_per_token(model, vocab_size, cfg.model.max_seq_len)
+        n_params = parameter_count(model, vocab_size)
+        derived |= {"n_params": n_params, "flops_per_token": per_token, "flops": per_token * derived["tokens"]}
+        derived |= {"state_bytes": 16 * n_params, "checkpoint_bytes": 12 * n_params}
+    document = {"config": cfg.to_dict(), "overrides": [o.model_dump(by_alias=True) for o in overrides], "derived": derived}
+    if emit(document, as_json):
+        return
+    origins = {o.key: o.source for o in overrides}
+    for key, value in _lines(document["config"]):
+        stdout.print(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""), markup=False)
+    for key, value in derived.items():
+        stdout.print(f"# {key}: {value:,}", markup=False)
+
+
+def _lines(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    leaves = []
+    for name, value in tree.items():
+        leaves += _lines(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return leaves

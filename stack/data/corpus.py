@@ -1,0 +1,187 @@
+"""Documents of the embedded corpora and of files, in a fixed order."""
+
+import ast
+import glob
+import gzip
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from inspect import cleandoc
+from pathlib import Path
+from typing import assert_never
+
+from spec.errors import DataError
+from stack.config import Files, StdlibCode, StdlibDocs
+
+EXTRACTOR_VERSION = 1
+MIN_DOC_CHARS = 40
+SKIPPED_FOLDERS = frozenset("test tests idle_test lib2to3 site-packages dist-packages __pycache__ ensurepip".split())
+TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".jsonl"))
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a name that says where it came from."""
+
+    id: str
+    text: str
+
+
+def read_documents(cfg: StdlibDocs | StdlibCode | Files) -> Iterator[Document]:
+    """All documents of a corpus in a fixed order. Raises DataError naming file and line of what cannot be read."""
+    match cfg:
+        case StdlibDocs():
+            yield from _stdlib_docs()
+        case StdlibCode():
+            for path in _stdlib_files():
+                yield Document(_stdlib_name(path), path.read_text("utf-8", errors="replace"))
+        case Files():
+            for path in resolve_paths(cfg):
+                yield from _file_documents(path, cfg)
+        case _:
+            assert_never(cfg)
+
+
+def corpus_sha256(cfg: StdlibDocs | StdlibCode | Files) -> str:
+    """Hash of the content of every source file and of how it is read; no parsing."""
+    digest = hashlib.sha256(f"{EXTRACTOR_VERSION}/{cfg.model_dump_json(exclude={'license'})}".encode())
+    match cfg:
+        case StdlibDocs():
+            from pydoc_data import topics
+
+            paths = [*_stdlib_files(), Path(topics.__file__)]
+            digest.update(sys.version.encode())
+        case StdlibCode():
+            paths = _stdlib_files()
+        case Files():
+            paths = resolve_paths(cfg)
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _stdlib_name(path: Path) -> str:
+    parts = path.relative_to(_stdlib_root()).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def _stdlib_files() -> list[Path]:
+    root = _stdlib_root()
+    return sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
+
+
+def _stdlib_docs() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(f"topic {name}", topics[name].strip())
+    for path in _stdlib_files():
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        yield from _docstrings(tree, _stdlib_name(path))
+    yield from _builtin_docs()
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[Document]:
+    """Docstrings of a module and everything defined in it, outside in, each under its name and signature."""
+    text = ast.get_docstring(node)
+    if text and len(text) >= MIN_DOC_CHARS:
+        signature = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+        yield Document(name, f"{name}{signature}\n\n{text}")
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child, f"{name}.{child.name}")
+
+
+def _builtin_docs() -> Iterator[Document]:
+    """Documentation of what is written in C: builtins and the modules compiled into the interpreter."""
+    for module_name in sorted({"builtins", *sys.builtin_module_names}):
+        module = sys.modules.get(module_name)
+        for name in sorted(vars(module)) if module else ():
+            member = vars(module)[name]
+            members = [(name, member)]
+            if isinstance(member, type) and member.__module__ == module_name:
+                members += [(f"{name}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__")]
+            for qualified, value in members:
+                text = getattr(value, "__doc__", None)
+                if isinstance(text, str) and len(text) >= MIN_DOC_CHARS and not isinstance(value, str | int | tuple | dict | list):
+                    yield Document(f"{module_name}.{qualified}", f"{module_name}.{qualified}\n\n{cleandoc(text)}")
+
+
+def resolve_paths(cfg: Files) -> list[Path]:
+    """Files meant by paths, folders and globs, sorted, each once. Raises DataError if one names nothing."""
+    found: list[Path] = []
+    for pattern in cfg.paths:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [p for p in path.rglob("*") if p.is_file() and _suffix(p) in TEXT_SUFFIXES]
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+        if not matches:
+            raise DataError(
+                f"data.corpus.paths names nothing readable: {pattern}",
+                allowed=f"files, globs, or folders with {' '.join(sorted(TEXT_SUFFIXES))} files, also .gz",
+                next_step="check the path, relative to the folder you run stack in",
+            )
+        found += sorted(matches)
+    return list(dict.fromkeys(found))
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = e.object[: e.start].count(b"\n") + 1
+        raise DataError(
+            f"{path} line {line} is not UTF-8", value=f"byte 0x{e.object[e.start]:02x} at {e.start}", next_step="convert the file with iconv"
+        ) from e
+    except (OSError, EOFError) as e:
+        raise DataError(f"cannot read {path}: {e}", next_step="check the file") from e
+
+
+def _file_documents(path: Path, cfg: Files) -> Iterator[Document]:
+    text = _read_text(path)
+    if _suffix(path) == ".jsonl":
+        yield from _json_lines(path, text, cfg.text_field)
+        return
+    match cfg.documents:
+        case "file":
+            parts = [text]
+        case "paragraph":
+            parts = text.split("\n\n")
+        case "line":
+            parts = text.splitlines()
+    for number, part in enumerate(parts):
+        if part.strip():
+            yield Document(f"{path}#{number}", part)
+
+
+def _json_lines(path: Path, text: str, field: str) -> Iterator[Document]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as e:
+            raise DataError(f"{path} line {number} is not JSON: {e}", next_step="repair the line") from e
+        if not isinstance(value, dict) or not isinstance(value.get(field), str):
+            keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+            raise DataError(f"{path} line {number} has no text under {field!r}", value=keys, next_step="--set data.corpus.text_field=NAME")
+        if value[field].strip():
+            yield Document(f"{path}#{number}", value[field])

@@ -1,0 +1,245 @@
+"""Held-out loss in nats per token and bits per byte. Sums and counts are kept; each mean is divided once.
+
+B batch, T tokens, V vocab. Bits per byte, unlike loss per token, compares models with different tokenizers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contracts.conditions import ensure, require
+from spec.errors import DataError
+from spec.formulas import bits_per_byte
+
+IGNORE = -100
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss over batches. `n_bytes` are those of the scored labels; end-of-text tokens stand for none."""
+
+    loss_nats: float
+    total_nats: float
+    n_tokens: int
+    n_bytes: int
+    bits_per_byte: float
+    batch_nats: tuple[float, ...]
+    stderr_nats: float
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """Held-out loss over texts. Nats, bytes and characters cover the same symbols: those the tokenizer kept."""
+
+    bits_per_byte: float
+    bits_per_char: float
+    loss_nats: float
+    total_nats: float
+    bytes: int
+    chars: int
+    tokens: int
+    dropped_chars: int
+    dropped_bytes: int
+    windows: int
+    seq_len: int
+    stride: int
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode is put back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """−log p of each label, (B, T) float64; 0 where the label is −100."""
+    nats = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none")
+    return nats.double().view(labels_BT.shape)
+
+
+def batch_sums(model: nn.Module, batch: Any, device: torch.device | str, autocast: Autocast) -> tuple[float, int]:
+    """Summed nats and number of scored labels of one batch."""
+    labels_BT = batch.labels.to(device)
+    with autocast():
+        logits_BTV = model(batch.input_ids.to(device))
+    return float(token_nats(logits_BTV, labels_BT).sum()), int((batch.labels != IGNORE).sum())
+
+
+def label_bytes(labels: Tensor, token_bytes: np.ndarray) -> int:
+    """UTF-8 bytes behind the scored labels."""
+    kept = labels[labels != IGNORE].cpu().numpy()
+    return int(np.asarray(token_bytes)[kept].sum(dtype=np.int64))
+
+
+@require(lambda batches: len(batches) >= 1, "there is at least one held-out batch")
+@ensure(lambda result, batches: len(result.batch_nats) == len(batches), "one mean per batch")
+def evaluate_batches(
+    model: nn.Module,
+    batches: Sequence[Any],
+    token_bytes: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    autocast: Autocast = nullcontext,
+) -> Evaluation:
+    """Loss of `model` over batches with `input_ids` and `labels` (B, T) int64, label −100 not scored.
+
+    `token_bytes[id]` is the number of UTF-8 bytes an id stands for. `stderr_nats` is the standard error of the mean over batches.
+    Every module's mode and torch's random state are the same afterwards. Raises DataError if a batch scores nothing.
+    """
+    with evaluating(model):
+        sums = [batch_sums(model, b, device, autocast) for b in batches]
+    if not all(n for _, n in sums):
+        raise DataError("a held-out batch has no valid label, so it has no loss", next_step="check the label mask")
+    return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches))
+
+
+def _combine(sums: Sequence[tuple[float, int]], n_bytes: int) -> Evaluation:
+    total_nats, n_tokens = math.fsum(nats for nats, _ in sums), sum(n for _, n in sums)
+    means = [nats / n for nats, n in sums]
+    stderr = float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    per_byte = bits_per_byte(total_nats, n_bytes) if n_bytes else math.inf
+    return Evaluation(total_nats / n_tokens, total_nats, n_tokens, n_bytes, per_byte, tuple(means), stderr)
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows of equal length; labels of symbols scored elsewhere, and of padding, are −100."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+def windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, stride: int, pad_id: int) -> Window:
+    """Overlapping windows over a token stream, so that each token but the first is a label exactly once.
+
+        stream   E a b c d e f    seq_len 4, stride 2
+        window 0 E a b c          scores a b c d
+        window 1     b c d e      scores e f (labels c d … were scored above, and serve as context)
+
+    Returns input_ids and labels, both (windows, seq_len) int64; the last window is padded with `pad_id`.
+    """
+    stream = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    n_labels = len(stream) - 1
+    n_windows = 1 + max(0, math.ceil((n_labels - seq_len) / stride))
+    input_ids = torch.full((n_windows, seq_len), pad_id, dtype=torch.int64)
+    labels = torch.full((n_windows, seq_len), IGNORE, dtype=torch.int64)
+    scored = 0
+    for w in range(n_windows):
+        start = w * stride
+        stop = min(start + seq_len, n_labels)
+        input_ids[w, : stop - start] = stream[start:stop]
+        labels[w, scored - start : stop - start] = stream[scored + 1 : stop + 1]
+        scored = stop
+    return Window(input_ids, labels)
+
+
+@require(lambda seq_len, stride: 1 <= stride <= seq_len, "1 ≤ stride ≤ seq_len, or symbols would be skipped")
+@require(lambda batch_size: batch_size >= 1, "a batch has at least one row")
+def evaluate_tokens(
+    model: nn.Module,
+    ids: Sequence[int] | np.ndarray,
+    token_bytes: np.ndarray,
+    *,
+    seq_len: int,
+    stride: int,
+    batch_size: int = 8,
+    pad_id: int = 0,
+    device: torch.device | str = "cpu",
+    autocast: Autocast = nullcontext,
+) -> Evaluation:
+    """Loss over a whole token stream; its first token is context only. `batch_nats` holds one mean per window.
+
+    All windows have one length, so the batch size changes the result by no more than float32 matrix products do (1e-6 relative).
+    Raises DataError if there is nothing to score.
+    """
+    if len(ids) < 2:
+        raise DataError("there is no token to score", value=f"{len(ids)} token(s)", next_step="give a longer text")
+    rows = windows(ids, seq_len=seq_len, stride=stride, pad_id=pad_id)
+    sums: list[tuple[float, int]] = []
+    with evaluating(model):
+        for start, stop in pairwise([*range(0, len(rows.labels), batch_size), len(rows.labels)]):
+            part = Window(rows.input_ids[start:stop].to(device), rows.labels[start:stop].to(device))
+            with autocast():
+                logits_BTV = model(part.input_ids)
+            nats_B = token_nats(logits_BTV, part.labels).sum(1)
+            sums += zip(nats_B.tolist(), (part.labels != IGNORE).sum(1).tolist())
+    return _combine(sums, label_bytes(rows.labels, token_bytes))
+
+
+def evaluate_stream(model: nn.Module, stream: Any, token_bytes: np.ndarray, *, seq_len: int, **options: Any) -> Evaluation:
+    """`evaluate_tokens` over a whole TokenStream."""
+    return evaluate_tokens(model, stream.token_range(0, stream.n_tokens), token_bytes, seq_len=seq_len, **options)
+
+
+def evaluate_text(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    autocast: Autocast = nullcontext,
+) -> TextEvaluation:
+    """Score texts, joined by end-of-text tokens and beginning with one. Every byte the tokenizer keeps is scored exactly once.
+
+    Nats of the end-of-text tokens between texts are counted, and stand for 0 bytes; a single text has none. Characters
+    the tokenizer drops leave numerator and denominator alike, and are counted. `stride` (default half of `seq_len`) is how far
+    a window moves; the rest of it is context. Raises DataError if nothing is left to score.
+    """
+    stride = max(1, seq_len // 2) if stride is None else stride
+    encodings = [tokenizer.encode(text) for text in texts]
+    ids = [i for e in encodings for i in (tokenizer.eos_id, *e.ids)]
+    dropped_chars = sum(n_dropped(e) for e in encodings)
+    shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "pad_id": tokenizer.eos_id}
+    result = evaluate_tokens(model, ids, tokenizer.token_bytes, **shape, device=device, autocast=autocast)
+    chars, n_bytes = kept_symbols(texts, result, dropped_chars)
+    if not n_bytes:
+        raise DataError(
+            "the tokenizer knows no character of the text", value=f"{dropped_chars} dropped", next_step="use a byte or bpe tokenizer"
+        )
+    return TextEvaluation(
+        bits_per_byte=bits_per_byte(result.total_nats, n_bytes),
+        bits_per_char=bits_per_byte(result.total_nats, chars),
+        loss_nats=result.loss_nats,
+        total_nats=result.total_nats,
+        bytes=n_bytes,
+        chars=chars,
+        tokens=result.n_tokens,
+        dropped_chars=dropped_chars,
+        dropped_bytes=sum(len(t.encode()) for t in texts) - result.n_bytes,
+        windows=len(result.batch_nats),
+        seq_len=seq_len,
+        stride=stride,
+    )
+
+
+def kept_symbols(texts: Sequence[str], result: Evaluation, dropped_chars: int) -> tuple[int, int]:
+    """Characters and bytes behind the scored symbols: what the tokenizer dropped is in neither."""
+    return sum(len(t) for t in texts) - dropped_chars, result.n_bytes
+
+
+def n_dropped(encoding: Any) -> int:
+    """Characters a tokenizer left out, whether it gives their count or a list of them."""
+    dropped = encoding.dropped_chars
+    return dropped if isinstance(dropped, int) else len(dropped)

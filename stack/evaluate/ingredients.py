@@ -1,0 +1,201 @@
+"""What the gates of model, sampling and evaluation get to see of a run. Functions are looked up when called, not when gathered.
+
+Besides these, the gates take from the training side:
+    build_model()                              a fresh model of the run, on its device
+    make_optimizer(model)                      the run's optimizer
+    train_on(model, optimizer, batch) -> nats  one update by the run's own loss, accumulation and clipping; leaves modes as they are
+    paired_difference_std                      spread over held-out batches of the loss difference between two evaluations, nats
+    n_eval_batches                             held-out batches of each evaluation
+B batch, T tokens, D d_model, V vocab
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from contracts.evaluation import KNOWN
+from spec.formulas import parameter_count
+from stack.config import RunConfig
+from stack.evaluate import bits_per_byte, sampling, stopping
+from stack.model.build import build_model
+from stack.model.cache import KVCache
+from stack.model.init import row_of
+from stack.model.transformer import Transformer
+
+IGNORE = bits_per_byte.IGNORE
+PROBE_DROPOUT = 0.1
+
+
+def model_ingredients(cfg: RunConfig, model: Transformer, tokenizer: Any, *, loss_batch: Any = None) -> dict[str, Any]:
+    """Ingredients of every preflight gate of these three subsystems that the model, the tokenizer and the configuration can give.
+
+    `model` is at step 0. `loss_batch` is a batch of real data with input_ids and labels; without one, random tokens are used.
+    """
+    device = model.embed.weight.device
+    return {
+        **_model_parts(cfg, model, tokenizer, loss_batch),
+        **_sampling_parts(cfg, model, device),
+        **_evaluation_parts(cfg, model, tokenizer, device),
+    }
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+def _model_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch: Any) -> dict[str, Any]:
+    m, vocab_size = cfg.model, tokenizer.vocab_size
+    ids = _random_ids((4, min(m.max_seq_len, 128)), vocab_size, seed=31)
+    return {
+        "model": model,
+        "vocab_size": vocab_size,
+        "max_seq_len": m.max_seq_len,
+        "eos_id": tokenizer.eos_id,
+        "declared_init": {n: (row_of(m, n).law, row_of(m, n).std) for n, _ in model.named_parameters()},
+        "declared_parameter_count": parameter_count(m.model_dump(), vocab_size),
+        "declared_architecture": m.model_dump(),
+        "rotary_tables": (model.rotary.cos, model.rotary.sin),
+        "embedding_weight": model.embed.weight,
+        "head_weight": model.head_weight,
+        "loss_batch": (ids[:, :-1], ids[:, 1:]) if loss_batch is None else (loss_batch.input_ids, loss_batch.labels),
+        "attention_layers": [(_attend(model, layer.attention), _attention_weights(layer.attention)) for layer in model.layers],
+        "oracle_weights": _oracle_weights(model),
+        "overfit_batch": overfit_batch(vocab_size, tokenizer.eos_id, min(m.max_seq_len, 24)),
+        "overfit_lr": overfit_lr(m.d_model),
+    }
+
+
+def _random_ids(shape: tuple[int, ...], vocab_size: int, seed: int) -> Tensor:
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _attend(model: Transformer, attention: nn.Module) -> Any:
+    return lambda x_BTD: attention(x_BTD, model.rotary(0, x_BTD.shape[1]))
+
+
+def _attention_weights(attention: nn.Module) -> dict[str, Tensor]:
+    return {name: getattr(attention, name).weight for name in ("q", "k", "v", "out")}
+
+
+def _oracle_weights(model: Transformer) -> dict[str, Any]:
+    layers = [
+        _attention_weights(layer.attention)
+        | {"attention_norm": layer.attention_norm.weight, "ffn_norm": layer.ffn_norm.weight}
+        | {name: getattr(layer.ffn, name).weight for name in ("gate", "up", "down")}
+        for layer in model.layers
+    ]
+    return {"embed": model.embed.weight, "final_norm": model.final_norm.weight, "head": model.head_weight, "layers": layers}
+
+
+def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> SimpleNamespace:
+    """Two rows over a handful of tokens, the end-of-text token among them, so that one token has many successors.
+
+    Each row begins with its own token; the rest can only be told apart by what came before. input_ids and labels (2, T) int64.
+    """
+    others = [i for i in range(min(vocab_size, 9)) if i != eos_id]
+    kinds = torch.tensor([eos_id, *others[2:]] if len(others) > 2 else [eos_id, *others])
+    draw = torch.Generator().manual_seed(41)
+    rows = kinds[torch.randint(0, len(kinds), (2, seq_len + 1), generator=draw)]
+    rows[:, 0] = torch.tensor([others[0], others[min(1, len(others) - 1)]])
+    rows[:, -1] = eos_id
+    return SimpleNamespace(
+        input_ids=rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous(), sample_ids=(0, 1), epoch=0, cursor_before=0, cursor_after=2
+    )
+
+
+def overfit_lr(d_model: int) -> float:
+    """Learning rate at which one batch is learned by heart: inverse to the width, at most 1e-2 (measured for widths 16 to 512)."""
+    return min(1e-2, 0.2 / d_model)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) -> dict[str, Any]:
+    def logits(ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        with bits_per_byte.evaluating(model):
+            return model(ids_BT.to(device), cache).cpu()
+
+    return {
+        "full_logits": logits,
+        "cached_logits": logits,
+        "make_cache": lambda batch_size: KVCache(cfg.model, batch_size, device=device),
+        "filtered_probs": lambda logits_V, **options: sampling.filtered_probs(logits_V, **options),
+        "pick": lambda probs_V, uniforms_R: sampling.pick(probs_V, uniforms_R),
+    }
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class ProbeTokenizer:
+    """One id per ASCII character, an end-of-text token, and nothing else: its unknown characters are known to the gate."""
+
+    kind, eos_id, vocab_size = "char", 0, 128
+
+    def __init__(self) -> None:
+        self.token_bytes = np.array([0] + [1] * 127, dtype=np.int32)
+
+    def encode(self, text: str) -> SimpleNamespace:
+        """Ids of the ASCII characters; the rest is dropped and counted."""
+        ids = [ord(c) for c in text if 0 < ord(c) < 128]
+        return SimpleNamespace(ids=ids, dropped_chars=len(text) - len(ids))
+
+
+class UniformModel(nn.Module):
+    """Gives each of `vocab_size` tokens the same logit, at every position."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return torch.zeros(*ids_BT.shape, self.vocab_size, device=ids_BT.device)
+
+
+def known_text(tokenizer: Any) -> str:
+    """A text in which the tokenizer knows every character: English prose as far as possible, else its own entries."""
+    kept = {c for c in set(KNOWN) if not bits_per_byte.n_dropped(tokenizer.encode(c))}
+    if kept:
+        return "".join(c for c in KNOWN if c in kept)
+    return tokenizer.decode([i for i in range(tokenizer.vocab_size) if i != tokenizer.eos_id])
+
+
+def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device: torch.device) -> dict[str, Any]:
+    small = cfg.model.model_copy(update={"n_layers": min(cfg.model.n_layers, 2), "dropout": max(cfg.model.dropout, PROBE_DROPOUT)})
+    evaluated = build_model(small, tokenizer.vocab_size, seed=51, device=device)
+    probe, uniform = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size)
+    seq_len = min(cfg.model.max_seq_len, 48)
+
+    def score(judged: nn.Module, judge: Any, text: str) -> bits_per_byte.TextEvaluation:
+        return bits_per_byte.evaluate_text(judged, judge, [text], seq_len=seq_len, stride=max(1, seq_len // 3), device=device)
+
+    return {
+        "evaluate_known": lambda text: score(model, tokenizer, text),
+        "known_text": known_text(tokenizer),
+        "evaluate_with_unknown": lambda text: score(uniform, probe, text),
+        "evaluate_uniform": lambda text: score(uniform, probe, text),
+        "uniform_vocab_size": probe.vocab_size,
+        "unknown_char": "Ω",
+        "evaluated_model": evaluated,
+        "evaluate_rows": _evaluate_rows(evaluated, tokenizer, seq_len, device),
+        "make_stop_rule": lambda: stopping.make_stop_rule(cfg.stop),
+        "stop_declared": cfg.stop.model_dump(),
+        "expected_gain_nats": getattr(cfg.stop, "expected_gain_nats", None),
+    }
+
+
+def _evaluate_rows(model: Transformer, tokenizer: Any, seq_len: int, device: torch.device) -> Any:
+    """Scores six fixed rows at any batch size; most labels of the last row are masked."""
+    ids = _random_ids((6, seq_len + 1), tokenizer.vocab_size, seed=52)
+    labels = ids[:, 1:].clone()
+    labels[-1, seq_len // 3 :] = IGNORE
+
+    def evaluate_rows(batch_size: int) -> bits_per_byte.Evaluation:
+        cuts = range(0, len(ids), batch_size)
+        batches = [SimpleNamespace(input_ids=ids[c : c + batch_size, :-1], labels=labels[c : c + batch_size]) for c in cuts]
+        return bits_per_byte.evaluate_batches(model, batches, tokenizer.token_bytes, device=device)
+
+    return evaluate_rows

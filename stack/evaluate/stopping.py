@@ -1,0 +1,121 @@
+"""When to stop: on a lack of gain that stands out of the noise, never on the noise. All losses in nats per token."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from contracts.conditions import require
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one evaluation round decided. `se_diff` is the standard error of the paired difference to the best round."""
+
+    improved: bool
+    stop: bool
+    wait: int
+    best_round: int
+    se_diff: float
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 for fewer than two values, which carry no notion of spread."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+class StopRule:
+    """Stop after `patience` rounds without an improvement, but not before `min_epochs` rounds.
+
+    A round improves if its mean is below the best round's by more than `min_delta_nats` and by more than `z` standard errors of
+    the difference, taken batch by batch. The held-out batches are the same each time, so most of their spread cancels.
+    """
+
+    def __init__(self, patience: int, min_epochs: int, z: float, min_delta_nats: float):
+        self.patience, self.min_epochs, self.z, self.min_delta_nats = patience, min_epochs, z, min_delta_nats
+        self.rounds, self.wait, self.best_round = 0, 0, -1
+        self.best_batch_nats: list[float] = []
+
+    @require(lambda batch_nats: len(batch_nats) >= 1, "a round has at least one batch")
+    @require(lambda self, batch_nats: self.rounds == 0 or len(batch_nats) == len(self.best_batch_nats), "the same batches in every round")
+    def update(self, batch_nats: Sequence[float]) -> Decision:
+        """Take in one round's mean loss per batch."""
+        se_diff, improved = self._compare(batch_nats)
+        if improved:
+            self.best_round, self.best_batch_nats, self.wait = self.rounds, list(batch_nats), 0
+        else:
+            self.wait += 1
+        self.rounds += 1
+        stop = self.wait >= self.patience and self.rounds >= self.min_epochs
+        return Decision(improved, stop, self.wait, self.best_round, se_diff)
+
+    def _compare(self, batch_nats: Sequence[float]) -> tuple[float, bool]:
+        """Standard error of the paired difference, and whether the gain exceeds it `z` times and `min_delta_nats`."""
+        if self.rounds == 0:
+            return 0.0, True
+        differences = [best - now for best, now in zip(self.best_batch_nats, batch_nats)]
+        se_diff = standard_error(differences)
+        return se_diff, fmean(differences) > max(self.min_delta_nats, self.z * se_diff)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, JSON-ready."""
+        return {"rounds": self.rounds, "wait": self.wait, "best_round": self.best_round, "best_batch_nats": self.best_batch_nats}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.rounds, self.wait, self.best_round = state["rounds"], state["wait"], state["best_round"]
+        self.best_batch_nats = list(state["best_batch_nats"])
+
+
+class NeverStopRule(StopRule):
+    """Keeps the same books and never stops."""
+
+    def __init__(self) -> None:
+        super().__init__(patience=1, min_epochs=1, z=0.0, min_delta_nats=0.0)
+
+    def update(self, batch_nats: Sequence[float]) -> Decision:
+        """Take in one round; `stop` is always False."""
+        decision = super().update(batch_nats)
+        return Decision(decision.improved, False, decision.wait, decision.best_round, decision.se_diff)
+
+
+def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
+    """The rule a `stop` section of the configuration asks for."""
+    match cfg.kind:
+        case "patience":
+            return StopRule(cfg.patience, cfg.min_epochs, cfg.z, cfg.min_delta_nats)
+        case "never":
+            return NeverStopRule()
+    raise ValueError(f"unknown stop rule {cfg.kind!r}")
+
+
+def detectable_gain(differences: Sequence[float]) -> float:
+    """Smallest gain that stands out of these paired per-batch differences: 2 standard errors, nats."""
+    return 2 * standard_error(differences)
+
+
+@require(lambda diff_std, expected_gain: diff_std >= 0 and expected_gain > 0, "a spread is not negative and an expected gain is positive")
+def batches_needed(diff_std: float, expected_gain: float) -> int:
+    """Held-out batches for which 2 standard errors of the paired difference are at most `expected_gain`; at least 2."""
+    return max(2, math.ceil((2 * diff_std / expected_gain) ** 2))
+
+
+def slope(values: Sequence[float]) -> float:
+    """Least-squares slope over equally spaced points."""
+    middle, mean = (len(values) - 1) / 2, fmean(values)
+    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
+
+
+def overfit_onset(train_losses: Sequence[float], val_losses: Sequence[float], rounds: int = 3) -> int | None:
+    """First round whose last `rounds` rounds show training loss falling and held-out loss rising, once the gap has changed sign.
+
+    The gap is held-out minus training loss; it must be positive at that round and have been negative or zero before it.
+    Returns None if there is no such round.
+    """
+    gaps = [v - t for t, v in zip(train_losses, val_losses)]
+    for r in range(rounds - 1, len(gaps)):
+        window = slice(r - rounds + 1, r + 1)
+        if slope(train_losses[window]) < 0 < slope(val_losses[window]) and gaps[r] > 0 and min(gaps[:r]) <= 0:
+            return r
+    return None

@@ -1,0 +1,1 @@
+"""Builds and writes records, accepts them into the ledger, compares and re-runs them."""

@@ -1,0 +1,116 @@
+"""Accepts records into the ledger and compares them."""
+
+import shutil
+from pathlib import Path
+
+from spec import ROOT
+from spec.canonical import sha256_file
+from spec.errors import IntegrityError
+from spec.ledger import Entry, Ledger
+from spec.records import Record, read_record
+
+MAX_ARTEFACT_BYTES = 4 * 2**20
+MAGIC_OF_WEIGHTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"GGUF", b"\x89HDF")
+
+
+def default_directory() -> Path:
+    """`evidence/` of the working directory if there is one, else that of the checkout."""
+    here = Path.cwd() / "evidence"
+    return here if here.is_dir() else ROOT / "evidence"
+
+
+def accept(run_dir: Path, directory: Path, *, supersedes: str | None = None) -> tuple[Record, Entry]:
+    """Copy a run's record and its series into the evidence folder and append the ledger line.
+
+    Raises IntegrityError if the record is invalid, its series do not match their hashes, or it names no commit.
+    """
+    record = read_record(run_dir / "metadata.json")
+    if record.code.commit == "unknown":
+        raise IntegrityError(f"record {record.id} names no commit, so nobody could re-run it", next_step="run from a git checkout")
+    files = [(run_dir / s.path, s.path, s.sha256) for s in record.series]
+    for path, name, sha256 in files:
+        _require_small_text(path, name, sha256)
+    target = directory / record.id
+    if target.exists():
+        raise IntegrityError(f"{target} exists already", next_step="records are added once")
+    target.mkdir(parents=True)
+    try:
+        (target / "metadata.json").write_bytes(record.to_bytes())
+        for path, name, _ in files:
+            shutil.copyfile(path, target / name)
+        return record, Ledger(directory).append(record, supersedes=supersedes)
+    except BaseException:
+        shutil.rmtree(target)
+        raise
+
+
+def _require_small_text(path: Path, name: str, sha256: str) -> None:
+    if "/" in name or name.startswith(".") or path.is_symlink() or not path.is_file():
+        raise IntegrityError(f"series {name} is not a plain file beside the record")
+    if path.stat().st_size > MAX_ARTEFACT_BYTES:
+        raise IntegrityError(f"series {name} is too large for git", value=f"{path.stat().st_size} bytes", allowed=f"{MAX_ARTEFACT_BYTES}")
+    if path.open("rb").read(4).startswith(MAGIC_OF_WEIGHTS):
+        raise IntegrityError(f"series {name} looks like a weight file; weights never enter git")
+    if sha256_file(path) != sha256:
+        raise IntegrityError(f"series {name} was changed after the run", next_step="run again; a record cannot be repaired")
+
+
+def verify(directory: Path) -> list[str]:
+    """Problems of a ledger and its records, as messages; empty if all hashes and the chain hold."""
+    ledger = Ledger(directory)
+    try:
+        found = [f"{ledger.path}:{line}: {message}" for line, message in ledger.problems()]
+        entries = ledger.entries()
+    except IntegrityError as e:
+        return [str(e)]
+    for entry in entries:
+        try:
+            record = ledger.read(entry)
+            for series in record.series:
+                path = directory / record.id / series.path
+                if not path.is_file() or sha256_file(path) != series.sha256:
+                    found.append(f"{path}: does not match the hash in its record")
+        except IntegrityError as e:
+            found.append(str(e))
+    known = {e.record for e in entries}
+    found += [f"{p.parent}: lies here without a ledger line" for p in directory.glob("*/metadata.json") if p.parent.name not in known]
+    return found
+
+
+def find(directory: Path, record_id: str) -> Record:
+    """A record by id, unique prefix, or run directory. Raises IntegrityError if there is none or more than one."""
+    if (Path(record_id) / "metadata.json").is_file():
+        return read_record(Path(record_id) / "metadata.json")
+    entries = [e for e in Ledger(directory).entries() if e.record.startswith(record_id)]
+    if len(entries) != 1:
+        known = ", ".join(e.record for e in Ledger(directory).entries()[-6:])
+        raise IntegrityError(
+            f"{record_id!r} names {len(entries) or 'no'} record(s) of {directory}",
+            allowed=known or "the ledger is empty",
+            next_step="stack evidence show ID with a full id, or the path of a run directory",
+        )
+    return Ledger(directory).read(entries[0])
+
+
+def differences(a: Record, b: Record) -> list[dict]:
+    """Fields in which two records differ, flattened to dotted keys, without ids and clocks."""
+    left, right = _flatten(a), _flatten(b)
+    keys = [k for k in sorted(left.keys() | right.keys()) if left.get(k) != right.get(k)]
+    return [{"key": k, "a": left.get(k), "b": right.get(k)} for k in keys]
+
+
+def _flatten(record: Record) -> dict[str, object]:
+    skip = {"id", "started_at", "finished_at", "wall_s", "device_s", "series", "outputs"}
+    tree = {k: v for k, v in record.model_dump(by_alias=True, mode="json").items() if k not in skip}
+    tree["gates"] = {g["id"]: g["verdict"] for g in tree["gates"]}
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{prefix}.{k}" if prefix else k, v)
+        else:
+            flat[prefix] = value
+
+    walk("", tree)
+    return flat

@@ -1,0 +1,1 @@
+"""The decoder: readable in one sitting, single-device, initialised in one place."""

@@ -1,0 +1,71 @@
+"""A pre-norm decoder in the manner of Llama. B batch, T tokens, D d_model, V vocab, J = head_dim/2."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spec.errors import UsageError
+from stack.config import ModelConfig
+from stack.model.attention import Attention
+from stack.model.cache import KVCache
+from stack.model.feedforward import SwiGLU
+from stack.model.init import Embedding, Linear
+from stack.model.norm import RMSNorm
+from stack.model.rotary import Rotary
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normalised at its input and added to the residual stream."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attention = Attention(cfg, layer)
+        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ffn = SwiGLU(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """One step of the residual stream, same shape."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache))
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+
+class Transformer(nn.Module):
+    """Token ids to next-token logits. A tied head multiplies by the embedding itself, so no weight has two names."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.embed = Embedding(vocab_size, cfg.d_model)
+        self.rotary = Rotary(cfg.head_dim, cfg.max_seq_len, cfg.rope_theta)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        if not cfg.tied_head:
+            self.head = Linear(cfg.d_model, vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) matrix that turns features into logits: the embedding itself if tied."""
+        return self.embed.weight if self.cfg.tied_head else self.head.weight
+
+    def forward(self, input_ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) float32 (float64 for a float64 model). With a cache, the ids continue the positions it holds.
+
+        Raises UsageError if the positions exceed max_seq_len.
+        """
+        start = 0 if cache is None else cache.length
+        stop = start + input_ids_BT.shape[1]
+        if stop > self.cfg.max_seq_len:
+            raise UsageError("the input exceeds the context", value=f"{stop} tokens", allowed=f"max_seq_len = {self.cfg.max_seq_len}")
+        rotary = self.rotary(start, stop)
+        x_BTD = self.embed(input_ids_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotary, cache)
+        if cache is not None:
+            cache.advance(input_ids_BT.shape[1])
+        return self.logits(self.final_norm(x_BTD))
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Output head on the normalised stream, (B, T, V), float32 or wider."""
+        logits_BTV = F.linear(x_BTD, self.embed.weight) if self.cfg.tied_head else self.head(x_BTD)
+        return logits_BTV if logits_BTV.dtype.itemsize >= 4 else logits_BTV.float()

@@ -1,0 +1,1 @@
+"""Planted bugs, one file per subsystem, and the prover that runs gates against them."""

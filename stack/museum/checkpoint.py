@@ -1,0 +1,225 @@
+"""Plants in saving, loading and resuming."""
+
+
+import torch
+
+from spec.errors import CheckpointError
+from stack.museum.plant import plant, swap
+from stack.train import checkpoint
+
+
+@plant(
+    "checkpoint.live-tensor-changed",
+    gate="checkpoint.contract",
+    title="The writer stores other weights than the live ones",
+    story="An averaged copy, or a tensor that another thread is already updating, reaches the file instead of the weights of this step. "
+    "Loading works, hashes match what was written, and the run goes on from somewhere it has never been.",
+    sources=("https://github.com/ByteDance-Seed/VeOmni/issues/1176", "https://github.com/harubaru/waifu-diffusion/issues/31"),
+)
+def live_tensor_changed():
+    original = checkpoint.model_tensors
+
+    def averaged(model):
+        tensors = original(model)
+        first = next(iter(tensors))
+        return tensors | {first: tensors[first] * 0.999}
+
+    with swap(checkpoint, "model_tensors", averaged):
+        yield
+
+
+@plant(
+    "checkpoint.rng-not-saved",
+    gate="checkpoint.contract",
+    title="The random state is not in the file",
+    story="Weights and moments are saved, the state of the random generator is not. A resumed run draws other dropout masks. It is a "
+    "different run wearing the same checkpoint.",
+    sources=("seed:000",),
+)
+def rng_not_saved():
+    with swap(checkpoint, "default_rng_state", lambda: {}):
+        yield
+
+
+@plant(
+    "checkpoint.tensor-dropped",
+    gate="checkpoint.contract",
+    title="A tensor is missing from the file",
+    story="A tensor taken for a shared one is left out while saving. The loader fills the gap with fresh random numbers and the model "
+    "answers like a beginner, but it does answer.",
+    sources=("https://github.com/safetensors/safetensors/issues/265", "https://github.com/pytorch/torchtitan/issues/3764"),
+)
+def tensor_dropped():
+    original = checkpoint.model_tensors
+
+    def one_short(model):
+        tensors = original(model)
+        tensors.pop(sorted(tensors)[-1])
+        return tensors
+
+    with swap(checkpoint, "model_tensors", one_short):
+        yield
+
+
+@plant(
+    "checkpoint.torn-write",
+    gate="checkpoint.durability",
+    title="Written straight to its final name",
+    story="The checkpoint is written in place and `latest` is moved first. A kill in the middle leaves half a file over the only good "
+    "one. A graceful exception in a test never shows it, a power cut does.",
+    sources=("https://github.com/Lightning-AI/pytorch-lightning/issues/688", "https://github.com/PrimeIntellect-ai/prime-rl/issues/2992"),
+)
+def torn_write():
+    original = checkpoint.save
+
+    def in_place(root, state, document):
+        root.mkdir(parents=True, exist_ok=True)
+        folder = root / f"step-{state.step:08d}"
+        (root / "latest").write_text(folder.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_bytes(b"{}")
+        return original(root, state, document)
+
+    with swap(checkpoint, "save", in_place):
+        yield
+
+
+@plant(
+    "checkpoint.disk-full-swallowed",
+    gate="checkpoint.durability",
+    title="A full disk is only a warning",
+    story="Saving is wrapped in a broad except that logs and goes on, so that one failed save does not end a long run. The disk stays "
+    "full, every later save fails as well, and the night's work ends with the process.",
+    sources=("https://github.com/harvard-edge/cs249r_book/issues/2068",),
+)
+def disk_full_swallowed():
+    original = checkpoint.save
+
+    def swallowing(root, state, document):
+        try:
+            return original(root, state, document)
+        except CheckpointError:
+            return root
+
+    with swap(checkpoint, "save", swallowing):
+        yield
+
+
+@plant(
+    "checkpoint.hash-not-checked",
+    gate="checkpoint.durability",
+    title="Hashes are written but never read",
+    story="Every file carries its hash, and the loader does not look. Neither torch nor safetensors notices a flipped exponent bit, so one "
+    "weight is off by a power of two and the file loads without complaint.",
+    sources=("https://arxiv.org/abs/2102.11245",),
+)
+def hash_not_checked():
+    with swap(checkpoint, "_verify_file", lambda path, entry: None):
+        yield
+
+
+@plant(
+    "checkpoint.missing-keys-ignored",
+    gate="checkpoint.durability",
+    title="Missing state is filled with defaults",
+    story="The loader takes what it finds and uses defaults for the rest. A checkpoint without its loss scale resumes at the default "
+    "scale, skips some steps and goes on. Nothing says that anything was missing.",
+    sources=("seed:000", "https://github.com/torchgeo/torchgeo/issues/4036"),
+)
+def missing_keys_ignored():
+    original = checkpoint._read_json
+
+    def forgiving(path):
+        document = original(path)
+        return dict.fromkeys(checkpoint.STATE_KEYS) | document if path.name == "state.json" else document
+
+    with swap(checkpoint, "_read_json", forgiving):
+        yield
+
+
+@plant(
+    "checkpoint.rng-lost",
+    gate="checkpoint.resume-equivalence",
+    title="Resume loses the random state",
+    story="The state is in the file and nobody puts it back. Dropout after the resume repeats masks of the start. Without dropout, or "
+    "with a tolerance on the loss, the seam cannot be seen.",
+    sources=("seed:000",),
+)
+def rng_lost():
+    with swap(checkpoint, "set_default_rng_state", lambda states: None):
+        yield
+
+
+@plant(
+    "checkpoint.batch-order-restarted",
+    gate="checkpoint.resume-equivalence",
+    title="Resume starts the data from the beginning",
+    story="The loader is built anew and its position is not restored. The first samples are seen twice and the last ones never, and the "
+    "loss even improves a little, which looks like progress.",
+    sources=("seed:000", "https://github.com/huggingface/accelerate/issues/2016"),
+)
+def batch_order_restarted():
+    original = checkpoint.restore
+
+    def from_the_start(state, loaded):
+        original(state, loaded)
+        state.reader.cursor = 0
+
+    with swap(checkpoint, "restore", from_the_start):
+        yield
+
+
+@plant(
+    "checkpoint.step-off-by-one",
+    gate="checkpoint.resume-equivalence",
+    title="The resumed run repeats a step number",
+    story="The step is saved before it is counted. Every resume repeats one update number, so the learning rate lags by one and the run "
+    "ends one update late. Any tolerance on the loss lets it through.",
+    sources=("seed:000", "https://github.com/InternLM/InternEvo/issues/351"),
+)
+def step_off_by_one():
+    original = checkpoint.restore
+
+    def one_less(state, loaded):
+        original(state, loaded)
+        state.step -= 1
+
+    with swap(checkpoint, "restore", one_less):
+        yield
+
+
+@plant(
+    "checkpoint.moments-lost",
+    gate="checkpoint.resume-equivalence",
+    title="Resume forgets the optimizer's moments",
+    story="Only the weights come back. AdamW starts with empty moments, takes a few large steps and recovers. The curve shows a small "
+    "bump that is easily blamed on the data.",
+    sources=("https://github.com/pytorch/torchtitan/issues/809",),
+)
+def moments_lost():
+    def forget(state, tensors):
+        state.optimizer.state.clear()
+
+    with swap(checkpoint, "_restore_optimizer", forget):
+        yield
+
+
+@plant(
+    "checkpoint.loss-scale-lost",
+    gate="checkpoint.resume-equivalence",
+    title="Resume restarts the loss scale",
+    story="The half-precision loss scale begins at its default after every resume. The first updates overflow and are retried until the "
+    "scale has found its place again. In bf16 and fp32 there is nothing to see.",
+    sources=("seed:000",),
+)
+def loss_scale_lost():
+    original = checkpoint.restore
+
+    def default_scale(state, loaded):
+        original(state, loaded)
+        state.scaler = torch.amp.GradScaler(state.device.type, enabled=True, init_scale=2.0**10)
+
+    with swap(checkpoint, "restore", default_scale):
+        yield
+
+

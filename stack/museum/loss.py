@@ -1,0 +1,142 @@
+"""Plants in the loss and in gradient accumulation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from stack.museum.plant import plant, swap
+from stack.train import losses
+from stack.train import step as steps
+
+
+@plant(
+    "loss.padding-counted",
+    gate="loss.golden",
+    title="Padding counted in the loss",
+    story="The mask is lost on the way to the loss, so padded positions are scored as if they were text. The loss falls as padding "
+    "grows, which looks like progress. Runs that pack every row full never notice.",
+    sources=("https://github.com/QwenAudio/CosyVoice/issues/1449",),
+)
+def padding_counted():
+    def unmasked(logits_BTV, labels_BT):
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.clamp(min=0).flatten(), reduction="sum")
+
+    with swap(losses, "cross_entropy_sum", unmasked):
+        yield
+
+
+@plant(
+    "loss.labels-shifted-twice",
+    gate="loss.golden",
+    title="Labels shifted twice",
+    story="The data set already pairs each token with its successor, and the loss shifts once more. The model learns to skip a token: "
+    "the loss still falls, only to a higher plateau, and samples leave letters out.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def labels_shifted_twice():
+    original = losses.cross_entropy_sum
+
+    def shifted(logits_BTV, labels_BT):
+        return original(logits_BTV[:, :-1], labels_BT[:, 1:])
+
+    with swap(losses, "cross_entropy_sum", shifted):
+        yield
+
+
+@plant(
+    "loss.bits-instead-of-nats",
+    gate="loss.golden",
+    title="Bits reported as nats",
+    story="A base-two logarithm slips into the loss. Curves keep their shape and every comparison within the project holds, but each "
+    "figure quoted to others is off by 44 percent and perplexity no longer follows from it.",
+    sources=("https://github.com/allenai/OLMo-core/issues/261",),
+)
+def bits_instead_of_nats():
+    original = losses.cross_entropy_sum
+
+    def in_bits(logits_BTV, labels_BT):
+        return original(logits_BTV, labels_BT) / math.log(2)
+
+    with swap(losses, "cross_entropy_sum", in_bits):
+        yield
+
+
+@plant(
+    "loss.mean-of-means",
+    gate="loss.partition-equivalence",
+    title="Mean of micro-batch means",
+    story="Each micro-batch is averaged over its own tokens and the averages are averaged again. Short micro-batches weigh too much. "
+    "With equal token counts the two are identical, so uniform packing hides it for years.",
+    sources=("https://github.com/huggingface/transformers/issues/34191", "https://github.com/huggingface/transformers/issues/34242"),
+)
+def mean_of_means():
+    def accumulate(state, batches):
+        state.optimizer.zero_grad(set_to_none=True)
+        means = [float(steps.backward(state, b, losses.count_valid(b.labels) * len(batches))) / losses.count_valid(b.labels) for b in batches]
+        return sum(means) / len(means), sum(losses.count_valid(b.labels) for b in batches)
+
+    with swap(steps, "accumulate", accumulate):
+        yield
+
+
+@plant(
+    "loss.undivided-accumulation",
+    gate="loss.partition-equivalence",
+    title="Accumulated loss not divided",
+    story="Every micro-batch is divided by its own count only, so N micro-batches give N times the gradient. AdamW does not care about "
+    "scale, so the curves agree to the seventh digit, while clipping and decay quietly change their meaning.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/206", "https://github.com/karpathy/nanoGPT/issues/207"),
+)
+def undivided_accumulation():
+    original = steps.backward
+
+    def undivided(state, batch, n_valid):
+        return original(state, batch, losses.count_valid(batch.labels))
+
+    with swap(steps, "backward", undivided):
+        yield
+
+
+@plant(
+    "loss.stale-gradients",
+    gate="loss.partition-equivalence",
+    title="Gradients of the last step are still there",
+    story="The call that clears gradients is missing. Each update carries all earlier ones with it. The norm grows with the step "
+    "count, AdamW normalises most of it away, and the loss still goes down.",
+    sources=("https://github.com/pytorch/torchtitan/issues/3575",),
+)
+def stale_gradients():
+    original = steps.accumulate
+
+    def without_zero_grad(state, batches):
+        state.optimizer.zero_grad = lambda set_to_none=True: None
+        try:
+            return original(state, batches)
+        finally:
+            del state.optimizer.zero_grad
+
+    with swap(steps, "accumulate", without_zero_grad):
+        yield
+
+
+@plant(
+    "loss.rows-leak",
+    gate="loss.partition-equivalence",
+    title="Targets leak across rows",
+    story="Rows are flattened before the shift, so the last position of one row is trained on the first token of the next. The effect "
+    "is one in a sequence length; nothing in the curve shows it. Reordering the rows does.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def rows_leak():
+    original = losses.cross_entropy_sum
+
+    def leaking(logits_BTV, labels_BT):
+        labels = labels_BT.clone()
+        if len(labels) > 1:
+            labels[:, -1] = torch.roll(labels_BT, 1, dims=0)[:, -1]
+            labels[0, -1] = labels_BT[0, -1]
+        return original(logits_BTV, labels)
+
+    with swap(losses, "cross_entropy_sum", leaking):
+        yield

@@ -1,0 +1,145 @@
+"""Plants in the optimizer and in clipping."""
+
+import torch
+
+from stack.museum.plant import plant, swap
+from stack.train import optimizer as opt
+from stack.train import step as steps
+
+
+@plant(
+    "optim.parameter-missing",
+    gate="optim.parameter-census",
+    title="A parameter the optimizer does not know",
+    story="Groups are built from a name filter that misses one tensor. It stays at its initial value for ever while everything else "
+    "learns around it. The loss falls, a little slower than it could.",
+    sources=("https://github.com/zjunlp/HVPNeT/issues/5", "https://github.com/luxonis/luxonis-train/issues/432"),
+)
+def parameter_missing():
+    original = opt.make_optimizer
+
+    def one_short(model, cfg):
+        optimizer = original(model, cfg)
+        optimizer.param_groups[0]["params"].pop()
+        return optimizer
+
+    with swap(opt, "make_optimizer", one_short):
+        yield
+
+
+@plant(
+    "optim.decay-on-norms",
+    gate="optim.parameter-census",
+    title="Weight decay on the gains of norms",
+    story="All parameters share one group, so the gains of the norms are pulled towards zero with everything else. Training compensates "
+    "in the neighbouring matrices and the curve looks the same.",
+    sources=("https://github.com/KellerJordan/Muon/issues/54",),
+)
+def decay_on_norms():
+    with swap(opt, "decays", lambda name, parameter: True):
+        yield
+
+
+@plant(
+    "optim.no-decay",
+    gate="optim.parameter-census",
+    title="No weight decay at all",
+    story="The configuration asks for decoupled decay and the optimizer is built without it. Weights grow slowly, samples start to "
+    "repeat after tens of thousands of steps, and nobody connects the two.",
+    sources=("seed:004",),
+)
+def no_decay():
+    with swap(opt, "decays", lambda name, parameter: False):
+        yield
+
+
+@plant(
+    "optim.frozen-moves",
+    gate="optim.parameter-census",
+    title="Frozen parameters keep moving",
+    story="A tensor is frozen after a backward pass, but its last gradient stays in place and the optimizer still owns it. Momentum and "
+    "decay carry it away step by step from the value that was meant to be kept.",
+    sources=("https://github.com/facebookresearch/fairseq/issues/4702", "https://github.com/iamwangyabin/S-Prompts/issues/2"),
+)
+def frozen_moves():
+    original = steps.accumulate
+
+    def keeping_gradients(state, batches):
+        kept = {p: p.grad.clone() for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None and not p.requires_grad}
+        result = original(state, batches)
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
+        return result
+
+    with swap(steps, "accumulate", keeping_gradients):
+        yield
+
+
+@plant(
+    "optim.bias-correction-stuck",
+    gate="optim.reference-update",
+    title="The bias correction never advances",
+    story="The optimizer's update count stays at one, so early moments are corrected as if every step were the first. Updates are "
+    "several times too large where they should settle. The loss still falls.",
+    sources=("https://github.com/allenai/OLMo-core/issues/309",),
+)
+def bias_correction_stuck():
+    original = torch.optim.AdamW.step
+
+    def stuck(self, closure=None):
+        for state in self.state.values():
+            state["step"].zero_()
+        return original(self, closure)
+
+    with swap(torch.optim.AdamW, "step", stuck):
+        yield
+
+
+@plant(
+    "optim.clip-per-tensor",
+    gate="optim.clip-spike",
+    title="Each tensor clipped by its own norm",
+    story="Clipping looks at one tensor at a time. Every norm is within bounds, but the tensors are scaled by different factors, so the "
+    "update points somewhere the loss never asked for.",
+    sources=("https://github.com/pytorch/pytorch/issues/72548", "https://github.com/ByteDance-Seed/VeOmni/issues/184"),
+)
+def clip_per_tensor():
+    def per_tensor(grads, norm, max_norm):
+        for g in grads:
+            g.mul_((max_norm / (g.norm() + 1e-6)).clamp(max=1.0))
+
+    with swap(opt, "clip_gradients", per_tensor):
+        yield
+
+
+@plant(
+    "optim.no-clipping",
+    gate="optim.clip-norm",
+    title="The clip call is gone",
+    story="A rewrite drops the line that clips. On calm data nothing changes. At a change of source one batch throws the run into a "
+    "basin it never leaves, and the samples turn into one repeated word.",
+    sources=("seed:004",),
+)
+def no_clipping():
+    with swap(opt, "clip_gradients", lambda grads, norm, max_norm: None):
+        yield
+
+
+@plant(
+    "optim.clip-before-unscale",
+    gate="optim.clip-norm",
+    title="Clipping gradients that still carry the loss scale",
+    story="With half precision the gradients are 65,536 times too large until they are unscaled. Clipping before that leaves updates of "
+    "almost nothing, which an optimizer that normalises hides nearly completely.",
+    sources=("https://github.com/Lightning-AI/pytorch-lightning/issues/9599", "https://github.com/NVIDIA/apex/issues/1512"),
+)
+def clip_before_unscale():
+    original = opt.clip_gradients
+
+    def while_scaled(grads, norm, max_norm):
+        torch._foreach_mul_(grads, 65536.0)
+        original(grads, opt.global_norm(grads), max_norm)
+        torch._foreach_mul_(grads, 1 / 65536.0)
+
+    with swap(opt, "clip_gradients", while_scaled):
+        yield

@@ -1,0 +1,78 @@
+"""A plant: a deliberate bug, put into the real stack for the length of a `with`, that one gate must catch."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from spec.canonical import sha256_bytes
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One exhibit of the museum. `apply()` puts the bug in place until the context ends."""
+
+    id: str
+    gate: str
+    title: str
+    story: str
+    sources: tuple[str, ...]
+    apply: Callable[[], AbstractContextManager[None]]
+    sha256: str
+
+
+PLANTS: dict[str, Plant] = {}
+_touches = 0
+
+
+def plant(plant_id: str, *, gate: str, title: str, story: str, sources: tuple[str, ...]) -> Callable:
+    """Register a generator function (patch, `yield`, restore) as a plant. All arguments are literals: the site reads them as text."""
+
+    def register(function: Callable[[], Iterator[None]]) -> Plant:
+        if plant_id in PLANTS:
+            raise ValueError(f"plant id {plant_id} is used twice")
+        source = inspect.getsource(function)
+        exhibit = Plant(plant_id, gate, title, story, sources, contextmanager(function), sha256_bytes(source.encode()))
+        PLANTS[plant_id] = exhibit
+        return exhibit
+
+    return register
+
+
+@contextmanager
+def swap(owner: object, name: str, replacement: object) -> Iterator[None]:
+    """Replace `owner.name` for the length of the context and count each call of the replacement."""
+    original = inspect.getattr_static(owner, name)
+    counted = replacement
+    if inspect.isfunction(replacement):
+
+        @functools.wraps(replacement)
+        def counted(*args, **kwargs):
+            touch()
+            return replacement(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def touch() -> None:
+    """Say that the planted line ran. Called by `swap`; a plant that replaces data calls it itself."""
+    global _touches
+    _touches += 1
+
+
+def touches() -> int:
+    """How often planted lines have run in this process."""
+    return _touches
+
+
+def load_museum() -> dict[str, Plant]:
+    """Import every room and return all plants by id."""
+    for room in ("data", "tokenizer", "model", "loss", "optim", "schedule", "checkpoint", "evaluation", "sampling", "runtime"):
+        importlib.import_module(f"stack.museum.{room}")
+    return PLANTS

@@ -1,0 +1,185 @@
+"""Plants in the steps of the run itself."""
+
+import torch
+
+from stack.museum.plant import plant, swap, touch
+from stack.train import loop, losses
+from stack.train import optimizer as opt
+from stack.train import step as steps
+
+BAD_STEP = 7
+
+
+@plant(
+    "runtime.nan-in-a-weight",
+    gate="runtime.finite",
+    title="A NaN appears at step seven",
+    story="One weight becomes NaN in the middle of a run. The optimizer spreads it to its neighbours, the logger drops or averages it "
+    "away, and the run goes on for days as a machine for producing nothing.",
+    sources=("seed:003", "https://github.com/karpathy/nanoGPT/issues/227"),
+)
+def nan_in_a_weight():
+    original = steps.train_step
+
+    def poisoned(state, batches):
+        if state.step + 1 == BAD_STEP:
+            with torch.no_grad():
+                next(state.model.parameters())[0, 0] = float("nan")
+                list(state.model.parameters())[-1][0] = float("nan")
+        return original(state, batches)
+
+    with swap(steps, "train_step", poisoned):
+        yield
+
+
+@plant(
+    "runtime.infinite-activation",
+    gate="runtime.finite",
+    title="The loss overflows",
+    story="A logit grows past the range of its type for one batch. A skip rule throws the step away without a word. The batch is lost, the "
+    "cause stays, and every later epoch loses it again.",
+    sources=("https://github.com/dome272/Wuerstchen/issues/27",),
+)
+def infinite_activation():
+    original = losses.cross_entropy_sum
+
+    def overflowing(logits_BTV, labels_BT):
+        return original(logits_BTV, labels_BT) * float("inf")
+
+    with swap(losses, "cross_entropy_sum", overflowing):
+        yield
+
+
+@plant(
+    "runtime.nan-masked",
+    gate="runtime.params-changed",
+    title="Bad values turned into zeros",
+    story="Gradients pass through nan_to_num before anyone looks, so a broken backward becomes a step of zeros. Every number in the log is "
+    "finite and nothing is learned.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/227",),
+)
+def nan_masked():
+    original = steps.backward
+
+    def masked(state, batch, n_valid):
+        nats = original(state, batch, n_valid)
+        for p in state.model.parameters():
+            p.grad = torch.nan_to_num(p.grad * float("nan"))
+        return nats
+
+    with swap(steps, "backward", masked):
+        yield
+
+
+@plant(
+    "runtime.update-skipped",
+    gate="runtime.params-changed",
+    title="The optimizer never steps",
+    story="The update is guarded by a condition that is never true. Loss, norm and learning rate are logged as always, and the small "
+    "movement of the loss from batch to batch looks like training at a plateau.",
+    sources=("seed:002",),
+)
+def update_skipped():
+    with swap(torch.optim.AdamW, "step", lambda self, closure=None: None):
+        yield
+
+
+@plant(
+    "runtime.micro-batch-dropped",
+    gate="runtime.tokens-consumed",
+    title="A micro-batch is dropped",
+    story="The accumulation loop ends one too early. The run consumes fewer tokens than it says, and every figure that is computed from "
+    "steps times batch size is wrong.",
+    sources=("seed:003", "https://github.com/huggingface/trl/pull/6025"),
+)
+def micro_batch_dropped():
+    original = loop.draw
+
+    def one_less(run):
+        return original(run)[:-1]
+
+    with swap(loop, "draw", one_less):
+        yield
+
+
+@plant(
+    "runtime.labels-all-masked",
+    gate="runtime.tokens-consumed",
+    title="Most labels are masked away",
+    story="A template changes and the mask no longer finds the answer, so almost every label is ignored. Tokens are counted as before, "
+    "the loss is a number, and the model learns from a handful of positions.",
+    sources=("https://github.com/huggingface/trl/pull/6320", "https://github.com/hiyouga/LlamaFactory/issues/3995"),
+)
+def labels_all_masked():
+    original = loop.draw
+
+    def masked(run):
+        batches = original(run)
+        for b in batches:
+            b.labels[:, 2:] = losses.IGNORE_INDEX
+        return batches
+
+    with swap(loop, "draw", masked):
+        yield
+
+
+@plant(
+    "runtime.placeholder-loss",
+    gate="runtime.loss-not-constant",
+    title="A placeholder instead of a loss",
+    story="When the corpus ends, the step returns a loss of one and a gradient norm of one instead of an error. Thousands of steps pass in "
+    "under a second. The mean is finite and lower than before, so the dashboard is green.",
+    sources=("seed:002",),
+)
+def placeholder_loss():
+    original = steps.train_step
+
+    def placeholder(state, batches):
+        report = original(state, batches)
+        values = {**report.__dict__, "loss_nats": 1.0}
+        return steps.StepReport(**values)
+
+    with swap(steps, "train_step", placeholder):
+        yield
+
+
+@plant(
+    "runtime.instant-steps",
+    gate="runtime.step-time",
+    title="Steps faster than the machine",
+    story="The step returns before the work is done, or without it. The log shows a throughput no machine of this kind can reach, and since "
+    "a high number pleases, nobody asks.",
+    sources=("seed:002",),
+)
+def instant_steps():
+    original = loop.time.perf_counter
+
+    def frozen_clock():
+        return original() * 1e-6
+
+    class Clock:
+        perf_counter = staticmethod(frozen_clock)
+
+    touch()
+    with swap(loop, "time", Clock):
+        yield
+
+
+@plant(
+    "runtime.lr-spike",
+    gate="runtime.loss-spike",
+    title="The learning rate jumps",
+    story="A restart applies a far larger learning rate than the schedule says and the run leaves its basin. Norm and loss jump within a few steps, the "
+    "run seems to recover, and it ends visibly worse than its twin.",
+    sources=("https://github.com/stanford-crfm/mistral/issues/115", "https://arxiv.org/abs/2204.02311"),
+)
+def lr_spike():
+    original = opt.set_lr
+    calls = [0]
+
+    def spiking(optimizer, lr):
+        calls[0] += 1
+        original(optimizer, lr * (60 if calls[0] > 16 else 1))
+
+    with swap(opt, "set_lr", spiking):
+        yield

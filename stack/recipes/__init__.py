@@ -1,0 +1,22 @@
+"""Complete configurations, named by size. Each is a function without arguments that returns a RunConfig."""
+
+import difflib
+from collections.abc import Callable
+
+from spec.errors import ConfigError
+from stack.config import RunConfig
+from stack.recipes.pocket import pocket, pocket_code
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {"pocket": pocket, "pocket-code": pocket_code}
+
+
+def recipe(name: str) -> RunConfig:
+    """The configuration of a recipe. Raises ConfigError naming the nearest one."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        raise ConfigError(
+            f"there is no recipe {name!r}",
+            allowed=", ".join(RECIPES),
+            next_step=f"stack train {near[0]}" if near else "stack train pocket, or give the path of a .toml file",
+        )
+    return RECIPES[name]()

@@ -1,0 +1,325 @@
+"""Checkpoints: hashed, atomic, complete. A fresh folder is written, verified and only then becomes `latest`.
+
+checkpoints/step-00000200/   model.safetensors  state.safetensors  state.json  manifest.json
+checkpoints/latest, best     text files naming a step folder
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from contracts.conditions import ensure, require
+from spec.canonical import canonical_json, parse_strict, sha256_bytes, sha256_file
+from spec.errors import CheckpointError, IntegrityError
+from stack import tensorfile
+from stack.evidence.record import write_atomically
+from stack.train.randomness import default_rng_state, set_default_rng_state
+from stack.train.state import TrainState
+
+SCHEMA = "stackproof/checkpoint/1"
+FILES = ("model.safetensors", "state.safetensors", "state.json")
+STATE_KEYS = frozenset(
+    "schema step tokens_seen cursor wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
+    "config config_sha256 tokenizer_sha256 vocab_size record".split()
+)
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A verified checkpoint in memory: model tensors, state tensors and the state document."""
+
+    path: Path
+    model: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    state: dict
+
+
+def plain_name(name: str) -> str:
+    """A parameter name without the prefixes that compiling or wrapping puts in front."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters by plain name, detached; a tied head is the embedding and has no entry of its own."""
+    return {plain_name(n): p.detach() for n, p in model.named_parameters()}
+
+
+def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Moments and update counts as `optim.<parameter>.<field>`."""
+    names = {p: plain_name(n) for n, p in state.model.named_parameters()}
+    return {
+        f"optim.{names[p]}.{field}": value.detach()
+        for p, fields in state.optimizer.state.items()
+        for field, value in fields.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def state_document(state: TrainState, *, tokenizer_sha256: str, vocab_size: int, gates: dict, record: str) -> dict:
+    """The JSON half of a checkpoint."""
+    config = state.cfg.to_dict()
+    return {
+        "schema": SCHEMA,
+        "step": state.step,
+        "tokens_seen": state.tokens_seen,
+        "cursor": state.reader.cursor,
+        "wall_s": round(state.wall_s, 3),
+        "scaler": {k: float(v) for k, v in state.scaler.state_dict().items()},
+        "stopper": state.stopper.state_dict(),
+        "gates": gates,
+        "ema_loss_nats": state.ema_loss_nats,
+        "min_ema_loss_nats": state.min_ema_loss_nats,
+        "last_val_nats": state.last_val_nats,
+        "best": state.best,
+        "config": config,
+        "config_sha256": sha256_bytes(canonical_json(config)),
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "record": record,
+    }
+
+
+@require(lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys")
+@ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
+def save(root: Path, state: TrainState, document: dict) -> Path:
+    """Write `root/step-XXXXXXXX` and point `latest` at it. Returns the folder.
+
+    Raises CheckpointError if anything fails; the earlier checkpoints and pointers are then untouched.
+    """
+    final = root / f"step-{state.step:08d}"
+    temporary = root / f".writing-{final.name}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        tensorfile.write(temporary / "model.safetensors", model_tensors(state.model), {"format": "pt", "step": str(state.step)})
+        tensorfile.write(temporary / "state.safetensors", optimizer_tensors(state) | default_rng_state(), {"step": str(state.step)})
+        _write_and_sync(temporary / "state.json", canonical_json(document))
+        _write_and_sync(temporary / "manifest.json", canonical_json(_manifest(temporary)))
+        _sync_directory(temporary)
+        if final.exists():
+            os.replace(final, root / f".replaced-{final.name}-{os.getpid()}")
+        os.replace(temporary, final)
+        _sync_directory(root)
+        load(final)
+        point(root, "latest", final)
+    except (OSError, tensorfile.BadTensorFile) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {state.step} could not be written: {e}",
+            value=f"{_free_bytes(root)} bytes free below {root}",
+            allowed="a disk with room for two checkpoints",
+            next_step="free space, then stack train --resume; earlier checkpoints are intact",
+        ) from e
+    return final
+
+
+def _manifest(folder: Path) -> dict:
+    files = {}
+    for name in FILES:
+        path = folder / name
+        files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        if name.endswith(".safetensors"):
+            files[name]["tensors"] = tensorfile.tensor_sha256(path)
+    return {"schema": SCHEMA, "files": files}
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(root: Path) -> int:
+    return shutil.disk_usage(root if root.exists() else root.parent).free
+
+
+def point(root: Path, name: str, folder: Path) -> None:
+    """Make the pointer `name` (`latest` or `best`) name a step folder, atomically."""
+    write_atomically(root / name, folder.name.encode())
+
+
+def retain(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` step folders and those a pointer names, and leftovers of torn writes."""
+    pointed = {(root / n).read_text().strip() for n in ("latest", "best") if (root / n).is_file()}
+    folders = sorted(p for p in root.glob("step-*") if p.is_dir())
+    for folder in folders[:-keep]:
+        if folder.name not in pointed:
+            shutil.rmtree(folder)
+    for leftover in (*root.glob(".writing-*"), *root.glob(".replaced-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def find(path: Path) -> Path:
+    """The step folder meant by a run directory, a checkpoints folder or a step folder.
+
+    Follows `latest`; if that folder is gone, the newest complete one. A damaged one is an error, never skipped.
+    Raises CheckpointError if there is none.
+    """
+    if path.is_file():
+        _refuse_file(path)
+    if (path / "manifest.json").is_file():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    pointer = root / "latest"
+    if pointer.is_file() and (root / pointer.read_text().strip() / "manifest.json").is_file():
+        return root / pointer.read_text().strip()
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"there is no checkpoint in {path}", allowed="a run directory or a step folder", next_step="stack train --run-dir DIR makes one"
+    )
+
+
+def _refuse_file(path: Path) -> None:
+    magic = path.open("rb").read(4)
+    kind = "a pickle" if magic[:1] == b"\x80" else "a zip archive as torch.save writes it, with a pickle inside" if magic[:2] == b"PK" else "a file"
+    raise CheckpointError(
+        f"{path} is {kind}, not a checkpoint folder",
+        allowed="a folder with model.safetensors, state.safetensors, state.json and manifest.json",
+        next_step="loading a pickle can run foreign code, so no option allows it; convert the weights to safetensors first",
+    )
+
+
+def load(folder: Path) -> Loaded:
+    """Read and verify a step folder: every file and every tensor by sha256, the exact set of keys. Never unpickles.
+
+    Raises CheckpointError naming the file and what differs.
+    """
+    manifest = _read_json(folder / "manifest.json")
+    if manifest.get("schema") != SCHEMA or set(manifest.get("files", {})) != set(FILES):
+        raise CheckpointError(f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}", value=sorted(manifest.get("files", {})))
+    for name, entry in manifest["files"].items():
+        _verify_file(folder / name, entry)
+    document = _read_json(folder / "state.json")
+    if set(document) != STATE_KEYS:
+        odd = sorted(set(document) ^ STATE_KEYS)
+        raise CheckpointError(f"{folder / 'state.json'} lacks or adds keys", value=", ".join(odd), allowed="exactly the declared keys")
+    return Loaded(folder, _read_tensors(folder / "model.safetensors"), _read_tensors(folder / "state.safetensors"), document)
+
+
+def _verify_file(path: Path, entry: dict) -> None:
+    damaged = CheckpointError(
+        f"{path} is damaged", allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes", next_step="resume from an older step folder"
+    )
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", next_step="resume from an older step folder")
+    if path.stat().st_size != entry["bytes"]:
+        raise CheckpointError(f"{path} is truncated or padded", value=f"{path.stat().st_size} bytes", allowed=f"{entry['bytes']} bytes")
+    if path.suffix == ".safetensors":
+        try:
+            tensors = tensorfile.tensor_sha256(path)
+        except tensorfile.BadTensorFile as e:
+            raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
+        if wrong := sorted(n for n in tensors.keys() | entry["tensors"].keys() if tensors.get(n) != entry["tensors"].get(n)):
+            raise CheckpointError(f"{path}: tensor {wrong[0]} does not match its hash", value=f"{len(wrong)} tensor(s) differ") from damaged
+    if sha256_file(path) != entry["sha256"]:
+        raise damaged
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return parse_strict(path.read_bytes(), origin=str(path))
+    except (OSError, IntegrityError) as e:
+        raise CheckpointError(f"cannot read {path}: {e}", next_step="resume from an older step folder") from e
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path)
+
+
+def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into a model. The names must be the same on both sides. Raises CheckpointError naming those that are not."""
+    own = model_tensors(model)
+    given = {plain_name(n): t for n, t in tensors.items()}
+    if missing := sorted(own.keys() ^ given.keys()):
+        raise CheckpointError("the checkpoint's tensors are not the model's", value=", ".join(missing[:6]), allowed=f"{len(own)} parameters")
+    for name, parameter in own.items():
+        if parameter.shape != given[name].shape:
+            raise CheckpointError(f"tensor {name} has another shape", value=tuple(given[name].shape), allowed=tuple(parameter.shape))
+        parameter.copy_(given[name])
+
+
+def restore(state: TrainState, loaded: Loaded) -> None:
+    """Put a checkpoint into a freshly built state of the same configuration: after this the run goes on bit for bit."""
+    document = loaded.state
+    load_model(state.model, loaded.model)
+    _restore_optimizer(state, loaded.tensors)
+    set_default_rng_state(loaded.tensors)
+    if state.scaler.is_enabled():
+        state.scaler.load_state_dict({k: int(v) if k == "_growth_tracker" else v for k, v in document["scaler"].items()})
+    state.stopper.load_state_dict(document["stopper"])
+    state.reader.cursor = document["cursor"]
+    state.step, state.tokens_seen, state.wall_s = document["step"], document["tokens_seen"], document["wall_s"]
+    state.ema_loss_nats, state.min_ema_loss_nats = document["ema_loss_nats"], document["min_ema_loss_nats"]
+    state.last_val_nats, state.best = document["last_val_nats"], document["best"]
+    state.probe.changed_frac()
+
+
+def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    expected = {f"optim.{plain_name(n)}.{field}" for n, p in state.model.named_parameters() for field in ("step", "exp_avg", "exp_avg_sq")}
+    given = {n for n in tensors if n.startswith("optim.")}
+    if given != expected and (given or state.step):
+        odd = sorted(given ^ expected)
+        raise CheckpointError("the checkpoint's optimizer state is not this optimizer's", value=", ".join(odd[:6]))
+    for name, parameter in state.model.named_parameters():
+        for field in ("step", "exp_avg", "exp_avg_sq") if given else ():
+            value = tensors[f"optim.{plain_name(name)}.{field}"]
+            state.optimizer.state[parameter][field] = value.to(parameter.device).clone()
+
+
+def read_best(root: Path) -> str | None:
+    """Name of the best step folder, if one was chosen."""
+    return (root / "best").read_text().strip() if (root / "best").is_file() else None
+
+
+def describe(folder: Path) -> dict:
+    """Architecture, tensors, counts and checksum of a step folder; never raises for a damaged one, but says INVALID."""
+    try:
+        loaded = load(folder)
+    except CheckpointError as e:
+        return {"path": str(folder), "checksum": "INVALID", "problem": e.what, "value": None if e.value is None else str(e.value)}
+    tensors = [{"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "numel": t.numel()} for n, t in loaded.model.items()]
+    return {
+        "path": str(folder),
+        "checksum": "VALID",
+        "architecture": "decoder: RMSNorm, rotary GQA, SwiGLU",
+        "step": loaded.state["step"],
+        "tokens_seen": loaded.state["tokens_seen"],
+        "vocab_size": loaded.state["vocab_size"],
+        "model": loaded.state["config"]["model"],
+        "n_params": sum(t["numel"] for t in tensors),
+        "n_tensors": len(tensors),
+        "bytes": sum((folder / f).stat().st_size for f in (*FILES, "manifest.json")),
+        "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"]["sha256"],
+        "best": read_best(folder.parent) == folder.name,
+        "tensors": tensors,
+    }
+
+
+def load_for_inference(model: nn.Module, folder: Path) -> dict:
+    """Verify a step folder and put its weights into a model. Returns the state document."""
+    loaded = load(folder)
+    with torch.no_grad():
+        load_model(model, loaded.model)
+    return loaded.state

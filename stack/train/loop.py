@@ -1,0 +1,71 @@
+"""The training loop: draw, step, look, evaluate, sample, save."""
+
+import time
+
+from contracts.events import BatchDrawn
+from spec.errors import Stopped
+from stack.data.reader import Batch
+from stack.train import step as steps
+from stack.train.run import Run
+from stack.train.signals import STATUS_OF_SIGNAL, Requests, listening
+
+
+def train_loop(run: Run) -> tuple[str, str]:
+    """Train to the last step or an early stop. Returns (status, reason).
+
+    Raises GateFailed when a gate halts, Stopped after a signal, StreamExhausted when the corpus ends and may not wrap.
+    """
+    state, cfg = run.state, run.cfg
+    status, reason = "completed", f"all {cfg.train.max_steps} steps"
+    with listening() as requests:
+        while state.step < cfg.train.max_steps:
+            started = time.perf_counter()
+            batches = draw(run)
+            report = steps.train_step(state, batches)
+            run.after_step(report, batches, time.perf_counter() - started)
+
+            last = state.step == cfg.train.max_steps
+            evaluated = last or state.step % cfg.eval.every == 0
+            if evaluated and run.evaluate() and not last:
+                status, reason, last = "early_stopped", f"no significant gain for {state.stopper.wait} evaluations", True
+            if last or state.step % cfg.sample.every == 0:
+                run.sample()
+            run.flush_line()
+
+            new_best = evaluated and state.best.get("step") == state.step
+            if last or new_best or state.step % cfg.checkpoint.every == 0 or requests.checkpoint or requests.stop:
+                run.save()
+                requests.checkpoint = False
+            stop_if_asked(requests, run)
+            if last:
+                break
+    return status, reason
+
+
+def draw(run: Run) -> list[Batch]:
+    """The micro-batches of one optimizer step, shown to the gates."""
+    reader, before = run.state.reader, run.state.reader.cursor
+    batches = [reader.draw() for _ in range(run.cfg.accumulation())]
+    run.keeper.observe(
+        BatchDrawn(
+            step=run.state.step + 1,
+            cursor_before=before,
+            cursor_after=reader.cursor,
+            sample_ids=tuple(i for b in batches for i in b.sample_ids),
+            epoch=batches[-1].epoch,
+            n_tokens=sum(b.input_ids.numel() for b in batches),
+        )
+    )
+    return batches
+
+
+def stop_if_asked(requests: Requests, run: Run) -> None:
+    """End the run if a signal asked for it; the checkpoint of this step is already written."""
+    if requests.stop is None or run.state.step == run.cfg.train.max_steps:
+        return
+    status, exit_code = STATUS_OF_SIGNAL[requests.stop]
+    raise Stopped(
+        f"{status} after step {run.state.step}; its checkpoint is good",
+        exit_code=exit_code,
+        next_step=f"stack train --resume {run.dir.path}",
+    )

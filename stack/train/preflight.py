@@ -1,0 +1,251 @@
+"""What preflight gates get to see: the run's own model, data, loss, optimizer and checkpoints, shrunk only in rows."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.keeper import Gatekeeper
+from spec.formulas import parameter_count
+from stack.config import RunConfig
+from stack.data.ingredients import data_ingredients
+from stack.data.prepare import Dataset
+from stack.data.reader import Batch, eval_batches
+from stack.evaluate.ingredients import model_ingredients
+from stack.evaluate.stopping import batches_needed
+from stack.model.build import build_model
+from stack.train import checkpoint, losses
+from stack.train import optimizer as opt
+from stack.train import step as steps
+from stack.train.randomness import generator, stream_seed
+from stack.train.state import TrainState, build_state
+
+PROBE_WINDOWS = 24
+
+
+def shrunk(cfg: RunConfig) -> RunConfig:
+    """The run in small: at most 2 rows and 2 micro-steps, eager, wrapping; model, length, dtype and dropout stay."""
+    rows, accumulation = min(cfg.train.micro_batch_size, 2), min(cfg.accumulation(), 2)
+    train = cfg.train.model_copy(
+        update={"micro_batch_size": rows, "tokens_per_step": rows * cfg.model.max_seq_len * accumulation, "compile": False}
+    )
+    return cfg.model_copy(update={"train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+
+
+def micro(cfg: RunConfig) -> RunConfig:
+    """A model of a few hundred parameters, for gates that judge files and not arithmetic."""
+    model = cfg.model.model_copy(
+        update={"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 16, "max_seq_len": min(16, cfg.model.max_seq_len)}
+    )
+    train = cfg.train.model_copy(update={"micro_batch_size": 1, "tokens_per_step": model.max_seq_len, "compile": False})
+    return cfg.model_copy(update={"model": model, "train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+
+
+def preflight(
+    cfg: RunConfig, dataset: Dataset, device: torch.device, keeper: Gatekeeper, progress: Callable[..., None], *, n_eval_batches: int | None
+) -> int:
+    """Run every preflight gate. torch's random state is the same afterwards. Returns the number of held-out batches to use.
+
+    Raises GateFailed for the first red gate that halts, after all were asked.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        n_eval_batches, ingredients = gather(cfg, dataset, device, n_eval_batches=n_eval_batches)
+        keeper.preflight(ingredients, progress)
+    return n_eval_batches
+
+
+def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_batches: int | None = None) -> tuple[int, dict[str, Any]]:
+    """All ingredients of all preflight gates, and the number of held-out batches the power check asks for."""
+    vocab_size = dataset.tokenizer.vocab_size
+    n_params = parameter_count(cfg.model.model_dump(), vocab_size)
+    build = lambda: build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)  # noqa: E731
+    ingredients: dict[str, Any] = data_ingredients(
+        cfg, dataset, n_params=n_params, planned_tokens=cfg.train.max_steps * cfg.train.tokens_per_step
+    )
+    ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
+    ingredients |= _training_ingredients(cfg, dataset, device, build)
+    ingredients |= _checkpoint_ingredients(cfg, dataset, device)
+    difference_std = paired_difference_std(cfg, dataset, device)
+    available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
+    n_batches = n_eval_batches or min(max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), max(available, 2))
+    ingredients |= {"paired_difference_std": difference_std, "n_eval_batches": n_batches}
+    return n_batches, ingredients
+
+
+def _wanted_batches(cfg: RunConfig, difference_std: float) -> int:
+    return batches_needed(difference_std, cfg.stop.expected_gain_nats) if cfg.stop.kind == "patience" else cfg.eval.batches
+
+
+def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device) -> float:
+    """Standard deviation of the per-batch loss difference between two evaluations around a few updates, nats.
+
+    Measured per window on the run's own model at the start, where it is largest, and scaled to the batch size.
+    """
+    state = build_state(shrunk(cfg), dataset, device)
+    windows = eval_batches(dataset.validation, cfg.model.max_seq_len, 1, min(PROBE_WINDOWS, dataset.validation.n_windows(cfg.model.max_seq_len)))
+    rounds = []
+    for _ in range(2):
+        advance(state)
+        rounds.append(torch.tensor([_window_nats(state, w) for w in windows]))
+    return float((rounds[1] - rounds[0]).std()) / cfg.eval.batch_size**0.5
+
+
+@torch.no_grad()
+def _window_nats(state: TrainState, window: Batch) -> float:
+    state.model.eval()
+    with state.autocast():
+        nats = losses.cross_entropy_sum(state.model(window.input_ids.to(state.device)), window.labels.to(state.device))
+    state.model.train()
+    return float(nats) / losses.count_valid(window.labels)
+
+
+def advance(state: TrainState) -> float:
+    """Draw one step's batches and make one update; returns the loss in nats."""
+    batches = [state.reader.draw() for _ in range(state.cfg.accumulation())]
+    return steps.train_step(state, batches).loss_nats
+
+
+def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device, build: Callable[[], nn.Module]) -> dict[str, Any]:
+    vocab_size, seq_len = dataset.tokenizer.vocab_size, min(cfg.model.max_seq_len, 64)
+    draw = generator(cfg.seed, "preflight")
+    ids = torch.randint(0, vocab_size, (5, seq_len), generator=draw)
+    ragged = torch.randint(0, vocab_size, (5, seq_len), generator=draw)
+    for row in range(5):
+        ragged[row, : row * seq_len // 6] = losses.IGNORE_INDEX
+    census = Batch(ids[:4], torch.randint(0, vocab_size, (4, seq_len), generator=draw), tuple(range(4)), 0, 0, 4)
+    exact = shrunk(cfg).model_copy(update={"train": shrunk(cfg).train.model_copy(update={"dtype": "float32"})})
+    return {
+        "build_model": build,
+        "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
+        "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
+        "census_batch": census,
+        "declared": {
+            "lr": cfg.optim.lr,
+            "weight_decay": cfg.optim.weight_decay,
+            "betas": (cfg.optim.beta1, cfg.optim.beta2),
+            "eps": cfg.optim.eps,
+            "decays": lambda name, parameter: parameter.ndim >= 2,
+        },
+        "cross_entropy_sum": losses.cross_entropy_sum,
+        "micro_batch_nats": _micro_batch_nats,
+        "gradient_of": _gradient_of(exact, dataset, device),
+        "ragged_batch": (ids, ragged),
+        "clip": lambda grads: _clip(cfg, grads),
+    }
+
+
+def _bench(forward: Callable, optimizer: torch.optim.Optimizer, device: torch.device, autocast: Callable, model=None) -> SimpleNamespace:
+    """The part of a TrainState that `accumulate` uses, around another model."""
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    return SimpleNamespace(forward=forward, optimizer=optimizer, device=device, autocast=autocast, scaler=scaler, model=model)
+
+
+def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One update of any model by the stack's own accumulation and clipping; returns the loss in nats."""
+    bench = _bench(model, optimizer, device, nullcontext, model)
+    loss_nats, _ = steps.accumulate(bench, [batch])
+    _clip(cfg, opt.gradients(model))
+    optimizer.step()
+    return loss_nats
+
+
+def _clip(cfg: RunConfig, grads: list[Tensor]) -> float:
+    opt.clip_gradients(grads, opt.global_norm(grads), cfg.optim.max_grad_norm)
+    return cfg.optim.max_grad_norm
+
+
+def _micro_batch_nats(logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor) -> float:
+    """The mean the real accumulation reports when the model answers `logits_BTV`."""
+    answer = logits_BTV.clone().requires_grad_(True)
+    bench = _bench(lambda ids: answer * 1.0, torch.optim.SGD([answer], lr=0.0), torch.device("cpu"), nullcontext)
+    return steps.accumulate(bench, [Batch(ids_BT, labels_BT, (0,), 0, 0, 1)])[0]
+
+
+def _gradient_of(cfg: RunConfig, dataset: Dataset, device: torch.device) -> Callable:
+    state = build_state(cfg, dataset, device)
+    state.model.eval()
+
+    def gradient_of(parts: list[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+        batches = [Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids)) for ids, labels in parts]
+        nats, _ = steps.accumulate(state, batches)
+        return nats, {n: p.grad.detach().clone() for n, p in state.model.named_parameters()}
+
+    return gradient_of
+
+
+def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    small, tiny = shrunk(cfg), micro(cfg)
+
+    def save(state: TrainState, root: Path) -> Path:
+        document = checkpoint.state_document(
+            state, tokenizer_sha256=dataset.tokenizer.sha256, vocab_size=dataset.tokenizer.vocab_size, gates={}, record="preflight"
+        )
+        return checkpoint.save(root, state, document)
+
+    def save_at(root: Path, step: int) -> Path:
+        state = build_state(tiny, dataset, device)
+        state.step = step
+        return save(state, root)
+
+    def resume(root: Path) -> TrainState:
+        state = build_state(small, dataset, device)
+        with torch.no_grad():
+            checkpoint.restore(state, checkpoint.load(checkpoint.find(root)))
+        return state
+
+    return {
+        "save_checkpoint": save_at,
+        "load_checkpoint": lambda root: checkpoint.load(checkpoint.find(root)).state["step"],
+        "fresh_state": lambda cursor: build_state(small, dataset, device, cursor=cursor or 0),
+        "advance": advance,
+        "save_state": lambda state, root: save(state, root),
+        "resume_state": resume,
+        "digest": digest,
+        "epoch_samples": dataset.train.n_windows(cfg.model.max_seq_len),
+    }
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes as they are in memory."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def live_sha256(model: nn.Module) -> dict[str, str]:
+    """Hash of every parameter as it is in memory, by plain name."""
+    return {checkpoint.plain_name(n): tensor_sha256(p) for n, p in model.named_parameters()}
+
+
+def digest(state: TrainState) -> dict[str, Any]:
+    """Every part of a run's state, as hashes and numbers."""
+    parts: dict[str, Any] = {f"weights.{n}": h for n, h in live_sha256(state.model).items()}
+    parts |= {n: tensor_sha256(t) for n, t in checkpoint.optimizer_tensors(state).items()}
+    parts |= {n: tensor_sha256(t) for n, t in checkpoint.default_rng_state().items()}
+    parts |= {"cursor": state.reader.cursor, "step": state.step, "tokens_seen": state.tokens_seen}
+    parts |= {"lr": state.optimizer.param_groups[0]["lr"], "scaler": state.scaler.state_dict()}
+    parts["samples_per_step"] = state.cfg.train.tokens_per_step // state.cfg.model.max_seq_len
+    return parts
+
+
+def probe_peak_flops(device: torch.device) -> float:
+    """Floating-point operations per second of a large float32 (GPU: bfloat16) matrix product, best of five."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        _wait(device)
+        started = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,172 @@
+"""A run while it goes on: what it holds, and the bookkeeping after each step, evaluation, sample and save."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from contracts.events import Evaluated, Sampled, StepTaken
+from contracts.keeper import Gatekeeper
+from contracts.sampling import coherence
+from stack.config import RunConfig
+from stack.data.prepare import Dataset
+from stack.data.reader import Batch, batch_hash
+from stack.evaluate.bits_per_byte import evaluate_batches
+from stack.evaluate.sampling import generate
+from stack.evidence.record import RecordBuilder
+from stack.train import checkpoint
+from stack.train.listener import Listener
+from stack.train.preflight import live_sha256
+from stack.train.randomness import generator
+from stack.train.rundir import RunDir
+from stack.train.state import TrainState
+from stack.train.step import StepReport
+
+
+@dataclass
+class Run:
+    """Everything one run holds besides its TrainState."""
+
+    cfg: RunConfig
+    dir: RunDir
+    device: torch.device
+    dataset: Dataset
+    keeper: Gatekeeper
+    builder: RecordBuilder
+    listener: Listener
+    state: TrainState
+    peak_flops: float
+    flops_per_step: float
+    held_out: list[Batch] = field(default_factory=list)
+    random_loss_nats: float = 0.0
+    line: dict[str, Any] = field(default_factory=dict)
+    process_s: float = 0.0
+    last_report: StepReport | None = None
+    last_val: Any = None
+
+    def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
+        """Update running numbers, prepare the log line and show the step to the gates."""
+        state = self.state
+        state.wall_s += wall_s
+        state.update_ema(report.loss_nats)
+        self.process_s += wall_s
+        self.last_report = report
+        n_tokens = sum(b.input_ids.numel() for b in batches)
+        self.line = {
+            "step": report.step,
+            "loss_nats": report.loss_nats,
+            "ema_loss_nats": state.ema_loss_nats,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "clipped_grad_norm": report.clipped_grad_norm,
+            "tokens_seen": state.tokens_seen,
+            "tokens_per_s": n_tokens / wall_s,
+            "epoch": batches[-1].epoch,
+        }
+        self.listener.on_step(self.line, self.cfg.train.max_steps)
+        self.keeper.observe(
+            StepTaken(
+                step=report.step,
+                loss_nats=report.loss_nats,
+                grad_norm=report.grad_norm,
+                clipped_grad_norm=report.clipped_grad_norm,
+                max_grad_norm=self.cfg.optim.max_grad_norm,
+                lr=report.lr,
+                n_valid_tokens=report.n_valid_tokens,
+                n_expected_tokens=n_tokens,
+                tokens_seen=state.tokens_seen,
+                wall_s=wall_s,
+                flops=self.flops_per_step,
+                peak_flops=self.peak_flops,
+                changed_tensor_frac=report.changed_tensor_frac,
+                overflow_retries=report.overflow_retries,
+            )
+        )
+
+    def evaluate(self) -> bool:
+        """Held-out loss on the same batches as always. Returns whether the stop rule says stop."""
+        state = self.state
+        result = evaluate_batches(
+            state.model, self.held_out, self.dataset.tokenizer.token_bytes, device=self.device, autocast=state.autocast
+        )
+        previous, state.last_val_nats = state.last_val_nats, result.loss_nats
+        self.last_val = result
+        decision = state.stopper.update(result.batch_nats)
+        if result.loss_nats < state.best.get("val_loss_nats", float("inf")):
+            state.best = {"step": state.step, "val_loss_nats": result.loss_nats}
+        self.line |= {"val_loss_nats": result.loss_nats, "val_bits_per_byte": result.bits_per_byte, "val_stderr_nats": result.stderr_nats}
+        self.listener.on_evaluation(state.step, result, decision)
+        self.keeper.observe(
+            Evaluated(
+                step=state.step,
+                loss_nats=result.loss_nats,
+                bits_per_byte=result.bits_per_byte,
+                batch_nats=tuple(result.batch_nats),
+                batch_hash=batch_hash(self.held_out),
+                previous_loss_nats=previous,
+                random_loss_nats=self.random_loss_nats,
+            )
+        )
+        return decision.stop
+
+    def sample(self) -> None:
+        """Draw a text, score it, log it and show it to the gates."""
+        cfg, step = self.cfg.sample, self.state.step
+        tokenizer = self.dataset.tokenizer
+        prompt_ids = [tokenizer.eos_id, *tokenizer.encode(cfg.prompt).ids]
+        ids = generate(
+            self.state.model,
+            prompt_ids,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            generator=generator(self.cfg.seed, "sample", step),
+            eos_id=None,
+        )
+        text = tokenizer.decode(ids)
+        score = coherence(text, cfg.language)
+        self.dir.log("samples.jsonl", step=step, prompt=cfg.prompt, text=text, score=score.score, parts=dict(score.parts))
+        self.listener.on_sample(step, cfg.prompt, text, score.score)
+        self.keeper.observe(Sampled(step=step, text=text, prompt=cfg.prompt, language=cfg.language))
+
+    def save(self) -> None:
+        """Write a checkpoint, let the artifact gates judge it, move the pointers, then delete what is no longer kept."""
+        document = checkpoint.state_document(
+            self.state,
+            tokenizer_sha256=self.dataset.tokenizer.sha256,
+            vocab_size=self.dataset.tokenizer.vocab_size,
+            gates=self.keeper.state_dict(),
+            record=self.builder.id,
+        )
+        live = live_sha256(self.state.model)
+        folder = checkpoint.save(self.dir.checkpoints, self.state, document)
+        self.keeper.artifact({"checkpoint_dir": folder, "live_sha256": live, "expected_step": self.state.step}, step=self.state.step)
+        if self.state.best.get("step") == self.state.step:
+            checkpoint.point(self.dir.checkpoints, "best", folder)
+        checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
+        self.listener.on_saved(self.state.step, folder)
+
+    def flush_line(self) -> None:
+        """Write the step's line to metrics.jsonl, at the declared interval and whenever it holds an evaluation."""
+        due = self.state.step % self.cfg.train.log_every == 0 or "val_loss_nats" in self.line or self.state.step == self.cfg.train.max_steps
+        if self.line and due:
+            self.dir.log("metrics.jsonl", **self.line)
+
+    def plan(self) -> dict[str, Any]:
+        """What the run declares to its gates."""
+        cfg = self.cfg
+        return {
+            "peak_lr": cfg.optim.lr,
+            "warmup_steps": cfg.schedule.warmup_steps,
+            "final_lr_frac": cfg.schedule.final_lr_frac,
+            "max_steps": cfg.train.max_steps,
+            "tokens_per_step": cfg.train.tokens_per_step,
+            "tokens_seen": self.state.tokens_seen,
+            "rows_per_step": cfg.train.tokens_per_step // cfg.model.max_seq_len,
+            "cursor": self.state.reader.cursor,
+            "n_windows": self.dataset.train.n_windows(cfg.model.max_seq_len),
+            "random_loss_nats": self.random_loss_nats,
+        }

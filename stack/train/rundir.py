@@ -1,0 +1,84 @@
+"""The run directory: run.json before step 1, one JSON line per step, sample and verdict, and what a resume rewinds."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from spec.canonical import canonical_json, parse_strict
+from spec.errors import CheckpointError, IntegrityError, UsageError
+from stack.evidence.record import write_atomically
+
+SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "events.jsonl")
+
+
+class RunDir:
+    """Paths and append-only logs of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def create(self) -> None:
+        """Make the folder. Raises UsageError if a run already lives there."""
+        if (self.path / "run.json").exists():
+            raise UsageError(
+                f"{self.path} already holds a run", allowed="a new folder", next_step=f"stack train --resume {self.path}, or choose another --run-dir"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_run(self, document: dict) -> None:
+        write_atomically(self.path / "run.json", canonical_json(document))
+
+    def read_run(self) -> dict:
+        """The run.json. Raises CheckpointError if there is none."""
+        try:
+            return parse_strict((self.path / "run.json").read_bytes(), origin=str(self.path / "run.json"))
+        except (OSError, IntegrityError) as e:
+            raise CheckpointError(
+                f"{self.path} is no run directory: {e}", allowed="a folder with run.json", next_step="stack train --run-dir DIR makes one"
+            ) from e
+
+    def log(self, name: str, **line: Any) -> None:
+        """Append one canonical JSON line to a series, whole or not at all."""
+        with open(self.path / name, "ab") as f:
+            f.write(canonical_json(line) + b"\n")
+
+    def rewind(self, step: int) -> int:
+        """Cut every series back to lines of at most `step`, so that replayed steps are not logged twice. Returns lines cut."""
+        cut = 0
+        for name in SERIES[:3]:
+            path = self.path / name
+            if not path.is_file():
+                continue
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+            cut += len(lines) - len(kept)
+            if len(kept) != len(lines):
+                write_atomically(path, b"".join(kept))
+        return cut
+
+    def read_lines(self, name: str) -> list[dict]:
+        path = self.path / name
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+
+    def size_bytes(self) -> int:
+        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+
+
+def _step_of(line: bytes) -> int | None:
+    """Step of a log line; None for a line that a kill cut off; 0 for lines of before step 1."""
+    if not line.endswith(b"\n"):
+        return None
+    step = json.loads(line).get("step")
+    return 0 if step is None else step
+
+
+def default_run_dir(recipe: str, seed: int) -> Path:
+    """`runs/<recipe>-<n>`, the first that is free."""
+    n = 1
+    while (path := Path("runs") / f"{recipe}-{n}").exists():
+        n += 1
+    return path
+
+

@@ -1,0 +1,271 @@
+"""Opens a run (fresh, resumed or forked), trains it and closes it with a record, however it ends."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contracts.events import Finished, Resumed, Started
+from contracts.keeper import Gatekeeper
+from spec.errors import ConfigError, EnvironmentUnfit, GateFailed, StackproofError, Stopped, StreamExhausted
+from spec.formulas import flops_per_token, parameter_count
+from spec.gates import load_spec
+from spec.records import Artefact, Override, Record
+from stack.config import RunConfig, validate
+from stack.data.prepare import Dataset, prepare
+from stack.data.reader import eval_batches
+from stack.evidence.provenance import environment
+from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
+from stack.kernels import dispatch
+from stack.train import checkpoint
+from stack.train.listener import Listener
+from stack.train.loop import train_loop
+from stack.train.measures import state_metrics
+from stack.train.preflight import preflight, probe_peak_flops
+from stack.train.run import Run
+from stack.train.rundir import SERIES, RunDir
+from stack.train.state import build_state
+from stack.train.step import nonfinite_parts
+
+CLAIM = "This configuration, on this data and code, gives these losses, weights and samples, with every gate below looked at."
+NOT_COVERED = (
+    "quality on any task or text other than the held-out split of this corpus",
+    "behaviour beyond the trained context length",
+    "bitwise equality on another processor, torch build or number of threads",
+)
+# Keys a resumed run may change: they decide what is kept or shown, not what is computed.
+RESUMABLE_KEYS = ("train.log_every", "checkpoint.keep", "gates.waive")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes the GPU if there is one; asking for an absent GPU is an error, never a fall-back."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentUnfit(
+            "a CUDA device was asked for and there is none", value=f"torch {torch.__version__}", next_step="--device cpu, or see stack doctor"
+        )
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration a run directory was started with. Raises CheckpointError if it is none."""
+    return validate(RunDir(run_dir).read_run()["config"])
+
+
+def start(
+    cfg: RunConfig,
+    overrides: Sequence[Override],
+    run_dir: Path,
+    listener: Listener,
+    *,
+    parent: Path | None = None,
+    only: Sequence[str] | None = None,
+) -> Record:
+    """A fresh run, or with `parent` a child that continues the parent's latest checkpoint under a changed configuration.
+
+    `only` installs just these gates, for proving them one by one; no command offers it. The record of a run that a gate
+    halted travels with the exception as `error.record`.
+    """
+    loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
+    directory = RunDir(run_dir)
+    directory.create()
+    run = _open(cfg, overrides, directory, listener, only=only)
+    with _recording(run):
+        n_eval_batches = _check_before_step_one(run, None)
+        _write_run_json(run, overrides, n_eval_batches)
+        if loaded is not None:
+            _adopt(run, loaded)
+            run.builder.parents = (loaded.state["record"],)
+        return _train(run)
+
+
+def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener: Listener) -> Record:
+    """Continue a run at its latest checkpoint. `changed` is its configuration after `--set`; only resumable keys may differ.
+
+    Raises ConfigError for any other change, CheckpointError if nothing can be loaded.
+    """
+    directory = RunDir(run_dir)
+    document = directory.read_run()
+    _refuse_changes(validate(document["config"]), changed, sets)
+    loaded = checkpoint.load(checkpoint.find(run_dir))
+    former = [Override.model_validate(o) for o in document["overrides"]]
+    run = _open(changed, [*former, *sets], directory, listener, document=document)
+    if run.dataset.tokenizer.sha256 != loaded.state["tokenizer_sha256"]:
+        raise ConfigError("the corpus now gives another tokenizer than the checkpoint's", next_step="restore the corpus, or --fork")
+    with _recording(run):
+        _check_before_step_one(run, document["n_eval_batches"])
+        cut = directory.rewind(loaded.state["step"])
+        _adopt(run, loaded)
+        directory.log("events.jsonl", event="resumed", step=run.state.step, lines_cut=cut, at=iso(utc_now()))
+        return _train(run)
+
+
+def _refuse_changes(original: RunConfig, changed: RunConfig, sets: Sequence[Override]) -> None:
+    refused = [o for o in sets if not any(o.key == k or o.key.startswith(k + ".") for k in RESUMABLE_KEYS)]
+    if changed != original and refused:
+        raise ConfigError(
+            f"a resumed run keeps its configuration, and {refused[0].key} decides what is computed",
+            value=f"{refused[0].value} from {refused[0].source}",
+            allowed=f"changes of {', '.join(RESUMABLE_KEYS)}",
+            next_step=f"stack train --fork DIR {' '.join(o.source for o in sets)} starts a child run with the change recorded",
+        )
+
+
+def _open(
+    cfg: RunConfig,
+    overrides: Sequence[Override],
+    directory: RunDir,
+    listener: Listener,
+    *,
+    document: dict | None = None,
+    only: Sequence[str] | None = None,
+) -> Run:
+    spec = load_spec()
+    device = resolve_device(document["device"] if document else cfg.device)
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    listener.on_phase("data")
+    builder = RecordBuilder(
+        kind="train", spec=spec, config=cfg.to_dict(), claim=CLAIM, not_covered=NOT_COVERED, overrides=overrides, command=_command()
+    )
+    if document:
+        builder.continue_record(document["record"], document["started_at"])
+    dataset = prepare(cfg.data, progress=listener.on_phase)
+    _refuse_certain_exhaustion(cfg, dataset)
+    builder.environment = environment(str(device), **{f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()})
+    builder.inputs = [Artefact(**i) for i in dataset.inputs()]
+    if cfg.data.verify != "full":
+        builder.not_covered = (*NOT_COVERED, "bit flips in the token shards: only their sizes were compared")
+
+    def log_verdict(gate: str, step: int | None, verdict: Any) -> None:
+        directory.log(
+            "gates.jsonl", gate=gate, step=step, verdict=verdict.outcome, measured=dict(verdict.measured), message=verdict.message
+        )
+
+    vocab_size, model = dataset.tokenizer.vocab_size, cfg.model.model_dump()
+    listener.on_opened(cfg, dataset, parameter_count(model, vocab_size), directory.path)
+    return Run(
+        cfg=cfg,
+        dir=directory,
+        device=device,
+        dataset=dataset,
+        keeper=Gatekeeper(spec, kind="train", waivers=cfg.gates.waive, only=only, on_verdict=log_verdict),
+        builder=builder,
+        listener=listener,
+        state=build_state(cfg, dataset, device),
+        peak_flops=probe_peak_flops(device),
+        flops_per_step=flops_per_token(model, vocab_size, cfg.model.max_seq_len) * cfg.train.tokens_per_step,
+        random_loss_nats=math.log(vocab_size),
+    )
+
+
+def _command() -> list[str]:
+    import sys
+
+    return ["stack", *sys.argv[1:]]
+
+
+def _refuse_certain_exhaustion(cfg: RunConfig, dataset: Dataset) -> None:
+    """With `on_exhausted = "error"`, a plan that cannot end well is refused before step 1."""
+    rows = cfg.train.max_steps * cfg.train.tokens_per_step // cfg.model.max_seq_len
+    windows = dataset.train.n_windows(cfg.model.max_seq_len)
+    if cfg.data.on_exhausted == "error" and rows > windows:
+        raise StreamExhausted(
+            "the corpus ends before the run does",
+            value=f"{rows} windows planned, {windows} in the training split (data.on_exhausted = error)",
+            allowed=f"at most {windows * cfg.model.max_seq_len // cfg.train.tokens_per_step} steps",
+            next_step="lower train.max_steps, add text, or --set data.on_exhausted=wrap for further epochs",
+        )
+
+
+def _check_before_step_one(run: Run, n_eval_batches: int | None) -> int:
+    run.listener.on_phase("preflight")
+    started = time.perf_counter()
+    n = preflight(run.cfg, run.dataset, run.device, run.keeper, run.listener.on_preflight, n_eval_batches=n_eval_batches)
+    run.builder.metric("preflight_s", round(time.perf_counter() - started, 3), "s", better="lower")
+    run.held_out = eval_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.eval.batch_size, n)
+    return n
+
+
+def _write_run_json(run: Run, overrides: Sequence[Override], n_eval_batches: int) -> None:
+    run.dataset.tokenizer.save(run.dir.path / "tokenizer.json")
+    run.dir.write_run(
+        {
+            "record": run.builder.id,
+            "config": run.cfg.to_dict(),
+            "overrides": [o.model_dump(by_alias=True, mode="json") for o in overrides],
+            "device": run.device.type,
+            "environment": run.builder.environment,
+            "code": run.builder.code.model_dump(),
+            "data": run.dataset.manifest,
+            "n_eval_batches": n_eval_batches,
+            "command": list(run.builder.command),
+            "started_at": iso(run.builder.started),
+        }
+    )
+
+
+def _adopt(run: Run, loaded: checkpoint.Loaded) -> None:
+    with torch.no_grad():
+        checkpoint.restore(run.state, loaded)
+    run.keeper.load_state_dict(loaded.state["gates"])
+    run.keeper.observe(Resumed(step=run.state.step, path=str(loaded.path), cursor=run.state.reader.cursor))
+    run.listener.on_event(f"continuing after step {run.state.step} from {loaded.path}")
+
+
+def _train(run: Run) -> Record:
+    run.keeper.observe(Started(step=run.state.step, plan=run.plan()))
+    status, reason = train_loop(run)
+    run.keeper.observe(Finished(step=run.state.step, status=status))
+    return _close(run, status, reason, 0)
+
+
+class _recording:
+    """Writes the record of a run that an exception ends; the exception travels on."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is not None:
+            record = _close(self.run, *_ending(self.run, error))
+            if isinstance(error, GateFailed):
+                error.record = record
+
+
+def _ending(run: Run, error: BaseException) -> tuple[str, str, int]:
+    """Status, reason and exit code of a run that an exception ended."""
+    match error:
+        case GateFailed():
+            if error.gate_id == "runtime.finite":
+                run.dir.log("events.jsonl", event="nonfinite", step=run.state.step, **nonfinite_parts(run.state.model))
+            return "halted", error.what, error.exit_code
+        case Stopped(exit_code=75):
+            return "preempted", error.what, 75
+        case Stopped():
+            return "interrupted", error.what, 130
+        case KeyboardInterrupt():
+            return "interrupted", "stopped at once by a second signal; the last checkpoint is good", 130
+        case StackproofError():
+            return "failed", error.what, error.exit_code
+    return "failed", f"{type(error).__name__}: {error}", 1
+
+
+def _close(run: Run, status: str, reason: str, exit_code: int) -> Record:
+    """State the metrics and write the record; also for runs that ended badly."""
+    state_metrics(run, with_baselines=exit_code == 0)
+    run.builder.device_s = run.state.wall_s
+    pointer = run.dir.checkpoints / "latest"
+    if pointer.is_file():
+        folder = run.dir.checkpoints / pointer.read_text().strip()
+        run.builder.outputs = [artefact(folder / f, root=run.dir.path) for f in (*checkpoint.FILES, "manifest.json")]
+        run.builder.outputs.append(artefact(run.dir.path / "tokenizer.json", root=run.dir.path))
+    record = run.builder.finish(
+        run.dir.path, status=status, end_reason=reason, exit_code=exit_code, gates=run.keeper.results(), series=SERIES
+    )
+    run.listener.on_finished(record, run.dir.path)
+    return record

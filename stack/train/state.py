@@ -1,0 +1,84 @@
+"""Everything that changes while a run goes on, in one object that can be captured and put back."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from stack.config import RunConfig
+from stack.data.prepare import Dataset
+from stack.data.reader import Reader
+from stack.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
+from stack.model.build import build_model
+from stack.train import optimizer as opt
+from stack.train.randomness import seed_dropout, stream_seed
+
+EMA_DECAY = 0.98
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, data position and running statistics. `step` counts finished updates."""
+
+    cfg: RunConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    reader: Reader
+    stopper: StopRule | NeverStopRule
+    probe: opt.ParameterProbe
+    device: torch.device
+    forward: Any
+    step: int = 0
+    tokens_seen: int = 0
+    ema_loss_nats: float | None = None
+    min_ema_loss_nats: float | None = None
+    last_val_nats: float | None = None
+    best: dict = field(default_factory=dict)
+    wall_s: float = 0.0
+
+    def autocast(self) -> torch.autocast:
+        """The declared compute precision, as a context."""
+        dtype = AUTOCAST[self.cfg.train.dtype]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def update_ema(self, loss_nats: float) -> None:
+        """Exponential mean of the training loss (decay 0.98) and its minimum so far."""
+        previous = self.ema_loss_nats
+        self.ema_loss_nats = loss_nats if previous is None else EMA_DECAY * previous + (1 - EMA_DECAY) * loss_nats
+        self.min_ema_loss_nats = min(self.ema_loss_nats, self.min_ema_loss_nats or self.ema_loss_nats)
+
+
+def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows: int | None = None, cursor: int = 0) -> TrainState:
+    """A fresh state at step 0. `rows` overrides the micro-batch, for gates that shrink the run.
+
+    Raises ConfigError for impossible sizes.
+    """
+    model = build_model(cfg.model, dataset.tokenizer.vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
+    model.train()
+    seed_dropout(cfg.seed)
+    return TrainState(
+        cfg=cfg,
+        model=model,
+        optimizer=opt.make_optimizer(model, cfg.optim),
+        scaler=torch.amp.GradScaler(device.type, enabled=cfg.train.dtype == "float16"),
+        reader=make_reader(cfg, dataset, rows=rows, cursor=cursor),
+        stopper=make_stop_rule(cfg.stop),
+        probe=opt.ParameterProbe(model),
+        device=device,
+        forward=torch.compile(model) if cfg.train.compile else model,
+    )
+
+
+def make_reader(cfg: RunConfig, dataset: Dataset, *, rows: int | None = None, cursor: int = 0) -> Reader:
+    """The reader of the training split at a position."""
+    return Reader(
+        dataset.train,
+        seq_len=cfg.model.max_seq_len,
+        seed=stream_seed(cfg.seed, "order"),
+        rows=rows or cfg.train.micro_batch_size,
+        on_exhausted=cfg.data.on_exhausted,
+        cursor=cursor,
+    )

@@ -1,0 +1,94 @@
+"""One optimizer step, top to bottom in the order of the algorithm."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from contracts.conditions import require
+from spec.errors import DataError
+from stack.data.reader import Batch
+from stack.train import losses
+from stack.train import optimizer as opt
+from stack.train.schedule import lr_at
+from stack.train.state import TrainState
+
+MAX_OVERFLOW_RETRIES = 24
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update measured. Norms are global L2; `grad_norm` is before clipping."""
+
+    step: int
+    loss_nats: float
+    grad_norm: float
+    clipped_grad_norm: float
+    lr: float
+    n_valid_tokens: int
+    changed_tensor_frac: float
+    overflow_retries: int
+
+    @property
+    def applied(self) -> bool:
+        """Whether the optimizer moved: never on a loss or gradient that is not finite."""
+        return losses.is_finite(self.loss_nats, self.grad_norm)
+
+
+def backward(state: TrainState, batch: Batch, n_valid: int) -> Tensor:
+    """Forward and backward of one micro-batch. The loss is divided by `n_valid`, the count over the whole step.
+
+    Returns the micro-batch's summed loss in nats, shape (), detached.
+    """
+    with state.autocast():
+        logits_BTV = state.forward(batch.input_ids.to(state.device, non_blocking=True))
+        nats = losses.cross_entropy_sum(logits_BTV, batch.labels.to(state.device, non_blocking=True))
+    state.scaler.scale(nats / n_valid).backward()
+    return nats.detach()
+
+
+@require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")
+def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Gradients of the mean loss over all valid labels of all micro-batches, left unscaled in `.grad`.
+
+    Returns (mean loss in nats, number of valid labels). Raises DataError if no label is valid.
+    """
+    n_valid = sum(losses.count_valid(b.labels) for b in batches)
+    if n_valid == 0:
+        raise DataError("no label of this step is valid, so there is nothing to learn", value="0 valid labels", next_step="check the label mask")
+    state.optimizer.zero_grad(set_to_none=True)
+    total_nats = sum(backward(state, b, n_valid) for b in batches)
+    state.scaler.unscale_(state.optimizer)
+    return float(total_nats) / n_valid, n_valid
+
+
+def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
+    """One update. A non-finite loss or gradient leaves the parameters untouched; an fp16 overflow is retried at a lower scale."""
+    step = state.step + 1
+    lr = lr_at(step, state.cfg.optim, state.cfg.schedule, state.cfg.train.max_steps)
+    opt.set_lr(state.optimizer, lr)
+    for retries in range(MAX_OVERFLOW_RETRIES):
+        loss_nats, n_valid = accumulate(state, batches)
+        grads = opt.gradients(state.model)
+        norm = opt.global_norm(grads)
+        grad_norm = float(norm)
+        if losses.is_finite(grad_norm) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
+            break
+        state.scaler.update()
+    opt.clip_gradients(grads, norm, state.cfg.optim.max_grad_norm)
+    clipped = float(opt.global_norm(grads))
+    if losses.is_finite(loss_nats, grad_norm):
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    changed = state.probe.changed_frac()
+    state.step = step
+    state.tokens_seen += sum(b.input_ids.numel() for b in batches)
+    return StepReport(step, loss_nats, grad_norm, clipped, lr, n_valid, changed, retries)
+
+
+def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Names of parameters and gradients that hold a NaN or infinity."""
+    return {
+        "parameters": [n for n, p in model.named_parameters() if not bool(p.isfinite().all())],
+        "gradients": [n for n, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())],
+    }

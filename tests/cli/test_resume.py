@@ -1,0 +1,77 @@
+"""Kills and signals: an interrupted run equals an uninterrupted one, byte for byte."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+
+from tests.cli.conftest import tiny
+
+LAST = "step-00000060"
+
+
+def sixty(text_file, **changes):
+    return tiny(text_file, **{"train__max_steps": "60", "checkpoint__every": "6", "eval__every": "20", "sample__every": "20"} | changes)
+
+
+def wait_for_step(run, step: int, process, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        lines = (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").is_file() else 0
+        if lines >= step or process.poll() is not None:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+def test_three_sigkills_leave_identical_weights(stack, text_file):
+    straight = stack("train", *sixty(text_file), "--run-dir", "straight", "--json")
+    assert straight.code == 0, straight.err
+    run, draw = stack.folder / "killed", random.Random(5)
+    arguments = ["train", *sixty(text_file), "--run-dir", "killed"]
+    for target in (9, 27, 44):
+        process = stack.popen(*arguments)
+        wait_for_step(run, target, process)
+        time.sleep(draw.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        arguments = ["train", "--resume", "killed"]
+    done = stack(*arguments, "--json")
+    assert done.code == 0, done.err
+    weights = [(stack.folder / r / "checkpoints" / LAST / "model.safetensors").read_bytes() for r in ("straight", "killed")]
+    assert weights[0] == weights[1]
+    series = [[json.loads(x) for x in (stack.folder / r / "metrics.jsonl").read_text().splitlines()] for r in ("straight", "killed")]
+    for a, b in zip(*series, strict=True):
+        assert {k: v for k, v in a.items() if k != "tokens_per_s"} == {k: v for k, v in b.items() if k != "tokens_per_s"}
+    assert sum(json.loads(x)["event"] == "resumed" for x in (run / "events.jsonl").read_text().splitlines()) == 3
+
+
+def test_sigterm_saves_and_exits_75_and_sigusr1_saves_and_goes_on(stack, text_file):
+    run = stack.folder / "run"
+    process = stack.popen("train", *sixty(text_file, checkpoint__every="1000", eval__every="1000", sample__every="1000"), "--run-dir", "run")
+    wait_for_step(run, 5, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for_step(run, 12, process)
+    assert process.poll() is None and list(run.glob("checkpoints/step-*")), "SIGUSR1 saves and the run goes on"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    record = json.loads((run / "metadata.json").read_text())
+    assert record["status"] == "preempted" and "--resume" in err
+    done = stack("train", "--resume", "run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads((run / "metadata.json").read_text())["id"] == record["id"]
+
+
+def test_ctrl_c_saves_and_exits_130(stack, text_file):
+    run = stack.folder / "run"
+    process = stack.popen("train", *sixty(text_file), "--run-dir", "run")
+    wait_for_step(run, 4, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads((run / "metadata.json").read_text())["status"] == "interrupted"
+    assert stack("inspect", "run", "--json").json["checksum"] == "VALID"

@@ -1,0 +1,53 @@
+"""The command line is what the spec says, and each verb is exercised by some test."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from spec import SPEC_DIR
+from stack.cli.surface import surface
+from tests.cli.conftest import ROOT
+
+
+def test_cli_matches_the_spec():
+    assert surface() == json.loads((SPEC_DIR / "cli.json").read_text()), "python -m stack.cli.surface > spec/cli.json"
+
+
+def test_every_verb_answers_help_without_torch():
+    code = (
+        "import sys\nfrom stack.cli.surface import surface\nimport typer, stack.cli\n"
+        "assert surface()['verbs']\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("verb", sorted(surface()["verbs"]))
+def test_help_of_each_verb(verb):
+    from typer.testing import CliRunner
+
+    from stack.cli import app
+
+    result = CliRunner().invoke(app, [*verb.split(), "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_help_is_quick():
+    """The promise is half a second; best of three, because the machine is shared."""
+    best = min(_seconds([sys.executable, "-m", "stack", "--help"]) for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(command):
+    started = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def test_each_verb_is_run_by_a_test():
+    text = "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
+    for verb in surface()["verbs"]:
+        quoted = ", ".join(f'"{word}"' for word in verb.split())
+        assert quoted in text, f"no test runs `stack {verb}`"

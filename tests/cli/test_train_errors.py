@@ -1,0 +1,149 @@
+"""Bad input and bad luck: the documented exit code, a message by the standard, the previous checkpoint intact."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import Stack, tiny
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text_file, cli_cache):
+    """A finished small run; tests copy it before they damage it."""
+    stack = Stack(tmp_path_factory.mktemp("finished"), cli_cache)
+    done = stack("train", *tiny(text_file), "--run-dir", "run", "--json")
+    assert done.code == 0, done.err
+    return stack
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished.folder / "run", tmp_path / "run")
+    return Stack(tmp_path, finished.environment["STACKPROOF_CACHE"])
+
+
+def assert_standard(done, code: int, *words: str) -> None:
+    """Exit code, and a message with a cause and a next step or an allowed value; no traceback."""
+    assert done.code == code, f"exit {done.code}\n{done.err}"
+    assert "Traceback" not in done.err
+    assert "error:" in done.err and ("next " in done.err or "allowed" in done.err)
+    for word in words:
+        assert word in done.err, done.err
+
+
+def test_unknown_key_names_the_nearest(stack):
+    assert_standard(stack("train", "--set", "optim.learning_rate=3"), 2, "optim.learning_rate", "optim.lr")
+    assert_standard(stack("train", "--set", "train.max_step=3"), 2, "train.max_steps")
+    assert_standard(stack("train", "pockets"), 2, "pocket")
+
+
+def test_json_errors_are_one_document_on_stdout(stack):
+    done = stack("train", "--set", "optim.learning_rate=3", "--json")
+    assert done.code == 2 and done.json["exit_code"] == 2 and done.json["error"] == "ConfigError"
+
+
+def test_dry_run_shows_every_override(stack):
+    done = stack("train", "--dry-run", "--json", "--set", "optim.lr=1e-3", "--set", "train.max_steps=77", "--device", "cpu")
+    assert done.code == 0
+    assert done.json["config"]["optim"]["lr"] == 1e-3 and done.json["config"]["train"]["max_steps"] == 77
+    assert [o["key"] for o in done.json["overrides"]] == ["optim.lr", "train.max_steps", "device"]
+
+
+def test_absent_gpu_is_an_error_not_a_fallback(stack, text_file):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert_standard(stack("train", *tiny(text_file), "--device", "cuda"), 7, "CUDA")
+
+
+def test_exhausted_corpus_with_error(stack, text_file):
+    sets = tiny(text_file, **{"data__on_exhausted": "error", "train__max_steps": "100000"})
+    assert_standard(stack("train", *sets), 3, "on_exhausted")
+
+
+def test_resume_with_a_changed_learning_rate(run):
+    before = (run.folder / "run" / "checkpoints" / "latest").read_text()
+    assert_standard(run("train", "--resume", "run", "--set", "optim.lr=0.5"), 2, "optim.lr", "--fork")
+    assert (run.folder / "run" / "checkpoints" / "latest").read_text() == before
+
+
+def test_flipped_bit_in_a_checkpoint(run):
+    path = run.folder / "run" / "checkpoints" / "step-00000024" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x10
+    path.write_bytes(bytes(data))
+    for verb in (["train", "--resume", "run"], ["evaluate", "run"], ["sample", "run"], ["inspect", "run"]):
+        assert_standard(run(*verb), 5, "model.safetensors")
+    assert run("inspect", "run/checkpoints/step-00000016", "--json").json["checksum"] == "VALID"
+
+
+def test_pickle_offered_as_checkpoint(run):
+    import pickle
+
+    (run.folder / "weights.pt").write_bytes(pickle.dumps({"a": 1}))
+    assert_standard(run("evaluate", "weights.pt"), 5, "pickle")
+    (run.folder / "run" / "checkpoints" / "step-00000024" / "model.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    assert_standard(run("evaluate", "run"), 5)
+
+
+def test_another_tokenizer_at_evaluation(run, text_file):
+    from stack.config import BpeTokenizer
+    from stack.data.tokenizer import train_tokenizer
+
+    train_tokenizer(BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40).save(run.folder / "other.json")
+    assert_standard(run("evaluate", "run", "--tokenizer", "other.json"), 3, "tokenizer")
+
+
+def test_truncated_shard(stack, text_file, tmp_path):
+    private = Stack(tmp_path, tmp_path / "cache")
+    assert private("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "a").code == 0
+    shard = next((tmp_path / "cache").rglob("train-*.safetensors"))
+    shard.chmod(0o644)
+    shard.write_bytes(shard.read_bytes()[:-64])
+    assert_standard(private("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "b"), 3, "train-")
+
+
+def test_full_disk_during_a_save(run, text_file):
+    """The kernel refuses to let any file grow beyond 20 kB: every checkpoint write fails as on a full disk."""
+    limit = f"import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE,({20_000},{20_000})); "
+    code = limit + "from stack.cli import main; main(sys.argv[1:])"
+    latest = (run.folder / "run" / "checkpoints" / "latest").read_text()
+    sets = tiny(text_file, **{"checkpoint__every": "3", "train__max_steps": "9"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", *sets, "--run-dir", "full"], cwd=run.folder, env=run.environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 5, done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list((run.folder / "full").glob("checkpoints/step-*"))
+    assert (run.folder / "run" / "checkpoints" / "latest").read_text() == latest
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
+    """Halted at the very step, exit code 4, the record names the gate, the checkpoint of before is good."""
+    code = (
+        "import sys; from stack.museum.plant import load_museum; from stack.cli import main\n"
+        "with load_museum()['runtime.nan-in-a-weight'].apply(): main(sys.argv[1:])"
+    )
+    stack = Stack(tmp_path, cli_cache)
+    sets = tiny(text_file, checkpoint__every="3")
+    # The plant lives in the train step, so preflight's short runs do not reach step seven.
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", *sets, "--run-dir", "run", "--json"], cwd=tmp_path, env=stack.environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 4, done.stderr
+    record = json.loads((tmp_path / "run" / "metadata.json").read_text())
+    finite = next(g for g in record["gates"] if g["id"] == "runtime.finite")
+    assert record["status"] == "halted" and finite["verdict"] == "fail" and finite["first_failure_step"] == 7
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert any(e["event"] == "nonfinite" and e["parameters"] for e in events)
+    assert stack("inspect", "run", "--json").json["step"] == 6
+
+
+def test_run_directory_is_never_overwritten(run, text_file):
+    assert_standard(run("train", *tiny(text_file), "--run-dir", "run"), 2, "already holds a run")

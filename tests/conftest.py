@@ -1,0 +1,57 @@
+"""Fixtures shared by all rooms: a small real corpus, a small configuration, and the ingredients of its preflight."""
+
+import json
+import pydoc_data.topics
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """The interpreter's help topics as JSON lines: real English, on every machine."""
+    path = tmp_path_factory.mktemp("text") / "topics.jsonl"
+    topics = pydoc_data.topics.topics
+    path.write_text("".join(json.dumps({"text": topics[n]}) + "\n" for n in sorted(topics)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Prepared data of the tests never meets the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("STACKPROOF_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def small_cfg(text_file):
+    """The museum's configuration: dropout, accumulation, grouped heads, length beyond 256."""
+    from stack.museum.prove import museum_config
+
+    return museum_config(text_file)
+
+
+@pytest.fixture(scope="session")
+def dataset(small_cfg, private_cache):
+    from stack.data.prepare import prepare
+
+    return prepare(small_cfg.data)
+
+
+@pytest.fixture(scope="session")
+def ingredients(small_cfg, dataset):
+    """Everything preflight gates see, of the small run."""
+    import torch
+
+    from stack.train.preflight import gather
+
+    torch.set_num_threads(1)
+    return gather(small_cfg, dataset, torch.device("cpu"))[1]
+
+
+@pytest.fixture(scope="session")
+def spec():
+    from spec.gates import load_spec
+
+    return load_spec()

@@ -1,0 +1,53 @@
+"""Gates of checkpoints against real saves and real damage."""
+
+import pytest
+import torch
+
+from contracts.gate import call_check
+from stack.museum.plant import load_museum
+from stack.train.preflight import live_sha256, micro
+from stack.train.state import build_state
+
+
+@pytest.fixture
+def saved(small_cfg, dataset, ingredients, tmp_path):
+    state = build_state(micro(small_cfg), dataset, torch.device("cpu"))
+    live = live_sha256(state.model)
+    return {"checkpoint_dir": ingredients["save_state"](state, tmp_path), "live_sha256": live, "expected_step": 0}
+
+
+def test_contract_is_green_on_a_real_save(spec, saved):
+    verdict = call_check(spec.gates["checkpoint.contract"], saved)
+    assert verdict.outcome == "pass", verdict.message
+
+
+def test_contract_is_red_on_one_flipped_bit(spec, saved):
+    path = saved["checkpoint_dir"] / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert call_check(spec.gates["checkpoint.contract"], saved).outcome == "fail"
+
+
+def test_contract_is_red_on_a_stranger_and_on_a_wrong_step(spec, saved):
+    assert call_check(spec.gates["checkpoint.contract"], saved | {"expected_step": 1}).outcome == "fail"
+    (saved["checkpoint_dir"] / "optimizer.pt").write_bytes(b"PK\x03\x04")
+    assert "optimizer.pt" in call_check(spec.gates["checkpoint.contract"], saved).message
+
+
+def test_durability_is_green_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["checkpoint.durability"], ingredients)
+    assert verdict.outcome == "pass", verdict.message
+    assert verdict.measured["faults"] >= 12 and verdict.measured["damages_refused"] == 4
+
+
+def test_resume_equivalence_is_green_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["checkpoint.resume-equivalence"], ingredients)
+    assert verdict.outcome == "pass", verdict.message
+    assert verdict.measured["crossed_epoch_end"] is True and verdict.measured["compared_parts"] > 20
+
+
+@pytest.mark.parametrize("plant_id", [p for p in load_museum() if p.startswith("checkpoint.") and load_museum()[p].gate == "checkpoint.resume-equivalence"])
+def test_resume_equivalence_sees_each_lost_part(spec, ingredients, plant_id):
+    with load_museum()[plant_id].apply():
+        assert call_check(spec.gates["checkpoint.resume-equivalence"], ingredients).outcome == "fail"

@@ -1,0 +1,52 @@
+"""Gates of the loss: green on the stack, red on a one percent error."""
+
+import pytest
+
+from contracts.gate import call_check
+from stack.museum.plant import load_museum
+
+
+def test_golden_is_green_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["loss.golden"], ingredients)
+    assert verdict.outcome == "pass"
+    assert verdict.measured["abs_error"] < 1e-6  # measured worst case 2.4e-7
+
+
+def test_golden_is_red_on_one_percent(spec, ingredients):
+    honest = ingredients["cross_entropy_sum"]
+    off = ingredients | {"cross_entropy_sum": lambda logits, labels: honest(logits, labels) * 1.01}
+    assert call_check(spec.gates["loss.golden"], off).outcome == "fail"
+
+
+def test_partition_is_green_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients)
+    assert verdict.outcome == "pass"
+    assert verdict.measured["rel_error"] < 2e-5  # five times below the limit
+
+
+def test_partition_is_red_on_one_percent(spec, ingredients):
+    honest = ingredients["gradient_of"]
+
+    def skewed(parts):
+        nats, grads = honest(parts)
+        return nats, {k: g * (1.01 if len(parts) > 1 else 1.0) for k, g in grads.items()}
+
+    verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients | {"gradient_of": skewed})
+    assert verdict.outcome == "fail"
+    assert verdict.measured["rel_error"] == pytest.approx(0.01, rel=0.05)
+
+
+def test_partition_refuses_a_batch_that_is_not_ragged(spec, ingredients):
+    ids, labels = ingredients["ragged_batch"]
+    full = labels.clone()
+    full[full == -100] = 1
+    verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients | {"ragged_batch": (ids, full)})
+    assert verdict.outcome == "fail" and "ragged" in verdict.message
+
+
+@pytest.mark.parametrize("plant_id", ["loss.mean-of-means", "loss.undivided-accumulation", "loss.stale-gradients", "loss.rows-leak"])
+def test_partition_names_the_partition_that_breaks(spec, ingredients, plant_id):
+    with load_museum()[plant_id].apply():
+        verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients)
+    assert verdict.outcome == "fail"
+    assert verdict.measured["rel_error"] > 10 * spec.gates["loss.partition-equivalence"].limits["rel_error_max"].value
