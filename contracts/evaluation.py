@@ -32,12 +32,13 @@ def byte_conservation(
 ) -> Verdict:
     """Each byte of a text is scored once; characters outside the vocabulary are counted and change no score; guessing costs log2 V.
 
-    `evaluate_known(text)` uses the run's own model and tokenizer, to which every character of `known_text` is known; `evaluate_with_unknown` a tokenizer that has ASCII but lacks
-    `unknown_char`, `evaluate_uniform` a model that gives every token the same logit and one token per character. All go through
-    the stack's own evaluation and return bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars, dropped_bytes.
+    `evaluate_known(text)` uses the run's own model and tokenizer, which knows every character of `known_text`;
+    `evaluate_with_unknown` a tokenizer that has ASCII but lacks `unknown_char`; `evaluate_uniform` a model that gives every token
+    the same logit and one token per character. All go through the stack's own evaluation and return bits_per_byte, bits_per_char,
+    total_nats, bytes, chars, dropped_chars and dropped_bytes.
     """
     own = evaluate_known(known_text)
-    lost_bytes = abs(own.bytes - len(known_text.encode())) + own.dropped_chars + own.dropped_bytes
+    lost_bytes = abs(own.bytes - len(known_text.encode())) + own.dropped_chars + abs(own.dropped_bytes)
     own_error = abs(own.bits_per_byte - own.total_nats / math.log(2) / own.bytes) / own.bits_per_byte
 
     clean, dirty = evaluate_with_unknown(KNOWN), evaluate_with_unknown(_with_unknown(KNOWN, unknown_char))
@@ -117,7 +118,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 # --- the stop rule --------------------------------------------------------------------------------------------------
 
-NOISE_BAND_NATS, TREND_NATS, TREND_ROUNDS, SIMULATIONS = 0.04, 0.03, 24, 200
+NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
 CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4
 
 
@@ -140,7 +141,10 @@ def stop_rule(
     if stop_declared["kind"] == "never":
         stopped = sum(d.stop for d in map(make_stop_rule().update, [[1.0, 1.1]] * 64))
         return passed("the run trains all its steps", false_stops=0) if not stopped else failed("a rule that never stops stopped")
-    false_stops = sum(_stops_on_noise(make_stop_rule(), seed, n_eval_batches, paired_difference_std) for seed in range(SIMULATIONS))
+    simulated = (
+        _stops_on_noise(make_stop_rule(), s, n_eval_batches, paired_difference_std, expected_gain_nats) for s in range(SIMULATIONS)
+    )
+    false_stops = sum(simulated)
     late = _plateau_delay(make_stop_rule(), CLIFF_ROUNDS, stop_declared)
     early = _plateau_delay(make_stop_rule(), 1, stop_declared)
     detectable = 2 * paired_difference_std / math.sqrt(n_eval_batches)
@@ -168,15 +172,15 @@ def stop_rule(
     )
 
 
-def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float) -> bool:
-    """Whether the rule ends a run whose loss falls by TREND_NATS a round under noise of ±NOISE_BAND_NATS (the figures of seeds/002).
+def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gain: float) -> bool:
+    """Whether the rule ends a run whose loss falls by `gain` a round under noise 4/3 as wide: a band of ±0.04 on 0.03 in seeds/002.
 
     Each batch keeps its own difficulty over the rounds, and adds noise whose paired differences have the measured spread.
     """
     draw = np.random.default_rng(seed)
     difficulty = draw.normal(0, 0.5, n_batches)
     for r in range(TREND_ROUNDS):
-        level = 10.0 - TREND_NATS * r + draw.uniform(-NOISE_BAND_NATS, NOISE_BAND_NATS)
+        level = 10.0 - gain * r + draw.uniform(-1, 1) * NOISE_OVER_GAIN * gain
         noise = draw.normal(0, paired_std / math.sqrt(2), n_batches)
         if rule.update((level + difficulty + noise - noise.mean()).tolist()).stop:
             return True

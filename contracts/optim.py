@@ -86,8 +86,9 @@ class ClipNorm(Stateless):
     events = (StepTaken,)
 
     def observe(self, event: Event) -> Verdict:
-        bound = min(event.grad_norm, event.max_grad_norm) * (1 + self.limits.rel_excess_max)
-        ok = event.clipped_grad_norm <= bound and event.clipped_grad_norm >= bound * (1 - self.limits.rel_shortfall_max)
+        declared = min(event.grad_norm, event.max_grad_norm)
+        low, high = declared * (1 - self.limits.rel_shortfall_max), declared * (1 + self.limits.rel_excess_max)
+        ok = low <= event.clipped_grad_norm <= high
         return decide(
             ok,
             f"step {event.step}: the gradient norm after clipping is {event.clipped_grad_norm:.4g}, before {event.grad_norm:.4g}, "

@@ -104,7 +104,7 @@ def _english(unit: str) -> float:
 
 def _program(unit: str) -> float:
     """An identifier, number, string or call as programs are made of; a lone operator."""
-    return float(unit == "<p>" or re.fullmatch(r"[\w.,:;=+\-*/%<>!&|^~@#$?()\[\]{}'\"`\\]{1,60}", unit, re.ASCII) is not None)
+    return float(unit != "<s>" and re.fullmatch(r"[\w.,:;=+\-*/%<>!&|^~@#$?()\[\]{}'\"`\\]{1,60}", unit, re.ASCII) is not None)
 
 
 def _letters_share(unit: str) -> float:

@@ -3,10 +3,12 @@
 import json
 import sys
 
-import click
 import typer
 
 from spec.errors import StackproofError
+
+# typer carries its own copy of click in newer versions and depends on it in older ones; both derive their errors from this class.
+ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="stack",
@@ -37,12 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
     except StackproofError as e:
         _report(e.as_json(), str(e), arguments)
         sys.exit(e.exit_code)
-    except click.ClickException as e:
+    except ClickException as e:
         next_step = f"stack {' '.join(a for a in arguments[:1] if not a.startswith('-'))} --help".replace("  ", " ")
         parts = {"error": "UsageError", "what": e.format_message(), "next_step": next_step, "exit_code": 2}
         _report(parts, f"{e.format_message()}\n  next     {next_step}", arguments)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         sys.exit(130)
 

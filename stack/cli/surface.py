@@ -4,8 +4,8 @@ python -m stack.cli.surface > spec/cli.json
 """
 
 import json
+from typing import Any
 
-import click
 import typer
 
 from stack.cli import app
@@ -18,7 +18,7 @@ def surface() -> dict:
     return {"verbs": dict(sorted(verbs.items()))}
 
 
-def _walk(command: click.Command, path: str, verbs: dict[str, dict]) -> None:
+def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
     if hasattr(command, "commands"):
         for name, child in command.commands.items():
             _walk(child, f"{path} {name}".strip(), verbs)

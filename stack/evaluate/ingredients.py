@@ -27,6 +27,7 @@ from stack.model.transformer import Transformer
 
 IGNORE = bits_per_byte.IGNORE
 PROBE_DROPOUT = 0.1
+PROBE_SPREAD = 8.0  # rows of an untrained model all cost ln V; wider logits make them differ, so that weighting shows
 
 
 def model_ingredients(cfg: RunConfig, model: Transformer, tokenizer: Any, *, loss_batch: Any = None) -> dict[str, Any]:
@@ -166,6 +167,8 @@ def known_text(tokenizer: Any) -> str:
 def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device: torch.device) -> dict[str, Any]:
     small = cfg.model.model_copy(update={"n_layers": min(cfg.model.n_layers, 2), "dropout": max(cfg.model.dropout, PROBE_DROPOUT)})
     evaluated = build_model(small, tokenizer.vocab_size, seed=51, device=device)
+    with torch.no_grad():
+        evaluated.head_weight.mul_(PROBE_SPREAD)
     probe, uniform = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size)
     seq_len = min(cfg.model.max_seq_len, 48)
 

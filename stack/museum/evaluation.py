@@ -1,0 +1,188 @@
+"""Plants in evaluation: scores that flatter, change by themselves or end a run for nothing."""
+
+import dataclasses
+import math
+
+import torch.nn.functional as F
+
+from stack.evaluate import bits_per_byte, stopping
+from stack.model import transformer
+from stack.museum.plant import plant, swap
+from stack.train import run
+
+
+@plant(
+    "evaluation.oov-flattered",
+    gate="evaluation.byte-conservation",
+    title="Unknown characters make the score better",
+    story="Characters outside the vocabulary are dropped before the model sees them, but still counted when the score is divided by "
+    "the length of the text. The stranger the text, the better the figure.",
+    sources=("seed:000",),
+)
+def oov_flattered():
+    def all_of_it(texts, result, dropped_chars):
+        return sum(len(t) for t in texts), sum(len(t.encode()) for t in texts)
+
+    with swap(bits_per_byte, "kept_symbols", all_of_it):
+        yield
+
+
+@plant(
+    "evaluation.bytes-scored-twice",
+    gate="evaluation.byte-conservation",
+    title="Overlapping windows count twice",
+    story="Windows overlap to give context, and the overlap is scored again in each. Easy, well-conditioned bytes weigh more than the "
+    "rest. The sum no longer belongs to any text.",
+    sources=("seed:000",),
+)
+def bytes_scored_twice():
+    original = bits_per_byte.windows
+
+    def unmasked(ids, *, seq_len, stride, pad_id):
+        rows = original(ids, seq_len=seq_len, stride=stride, pad_id=pad_id)
+        labels = rows.labels.clone()
+        for w in range(1, len(labels)):
+            overlap = seq_len - stride
+            labels[w, :overlap] = rows.input_ids[w, 1 : overlap + 1]
+        return bits_per_byte.Window(rows.input_ids, labels)
+
+    with swap(bits_per_byte, "windows", unmasked):
+        yield
+
+
+@plant(
+    "evaluation.dropout-active",
+    gate="evaluation.invariance",
+    title="Dropout in evaluation",
+    story="The block calls functional dropout with a constant rate, which does not know about evaluation mode. Scores are worse than "
+    "they should be and differ at each call. A configuration without dropout hides it.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/240", "https://github.com/ipolharvard/ethos-ares/issues/20"),
+)
+def dropout_active():
+    def constant(self, x_BTD, rotary, cache=None):
+        x_BTD = x_BTD + F.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache), 0.1)
+        return x_BTD + F.dropout(self.ffn(self.ffn_norm(x_BTD)), 0.1)
+
+    with swap(transformer.Block, "forward", constant):
+        yield
+
+
+@plant(
+    "evaluation.train-mode-lost",
+    gate="evaluation.invariance",
+    title="Training goes on in evaluation mode",
+    story="After the first evaluation nobody calls train() again. From then on there is no dropout, training loss drops at once, and "
+    "the model begins to memorise. The curve looks like a breakthrough.",
+    sources=("https://github.com/NVIDIA/Megatron-LM/issues/411", "https://github.com/fartashf/vsepp/issues/4"),
+)
+def train_mode_lost():
+    original = bits_per_byte.evaluate_batches
+
+    def forgetful(model, batches, token_bytes, **options):
+        result = original(model, batches, token_bytes, **options)
+        model.eval()
+        return result
+
+    with swap(bits_per_byte, "evaluate_batches", forgetful):
+        yield
+
+
+@plant(
+    "evaluation.mean-of-means",
+    gate="evaluation.invariance",
+    title="A mean of batch means",
+    story="Each batch is averaged, then the averages are. A ragged last batch with three tokens weighs as much as a full one, so the "
+    "score depends on the batch size. Batches of equal size hide it.",
+    sources=("https://github.com/facebookresearch/ParlAI/issues/623", "https://github.com/keras-team/keras-hub/issues/2958"),
+)
+def mean_of_means():
+    original = bits_per_byte.evaluate_batches
+
+    def averaged(model, batches, token_bytes, **options):
+        result = original(model, batches, token_bytes, **options)
+        mean = math.fsum(result.batch_nats) / len(result.batch_nats)
+        return dataclasses.replace(result, loss_nats=mean, bits_per_byte=result.bits_per_byte * mean / result.loss_nats)
+
+    with swap(bits_per_byte, "evaluate_batches", averaged):
+        yield
+
+
+@plant(
+    "evaluation.noise-stop",
+    gate="evaluation.stop-rule",
+    title="Stopped by noise",
+    story="Two held-out batches, a patience of two, and any rise counts. In a noise band wider than the gain of a round, two bad "
+    "draws come soon. The run ends at epoch 5 of 24 with most of its learning ahead.",
+    sources=("seed:002",),
+)
+def noise_stop():
+    original = stopping.StopRule.update
+
+    def hasty(self, batch_nats):
+        self.patience = 2
+        return original(self, batch_nats)
+
+    with swap(stopping.StopRule, "update", hasty):
+        yield
+
+
+@plant(
+    "evaluation.stop-one-round-late",
+    gate="evaluation.stop-rule",
+    title="Patience counts one round too many",
+    story="The waiting counter is compared before it is raised, so each stop comes one evaluation late. Every run pays for a round "
+    "that was declared unneeded, and declared patience cannot be compared with anyone else's.",
+    sources=("seed:002",),
+)
+def stop_one_round_late():
+    original = stopping.StopRule.update
+
+    def late(self, batch_nats):
+        decision = original(self, batch_nats)
+        return dataclasses.replace(decision, stop=decision.stop and decision.wait > self.patience)
+
+    with swap(stopping.StopRule, "update", late):
+        yield
+
+
+@plant(
+    "evaluation.diverging",
+    gate="evaluation.divergence",
+    title="Held-out loss more than doubles",
+    story="Training pushes the weights out of the region where the model works, between two evaluations. Training loss is noisy "
+    "enough to excuse it for a while. Held-out loss has more than doubled and the run goes on.",
+    sources=("seed:002",),
+)
+def diverging():
+    original = run.evaluate_batches
+    factor = 1.0
+
+    def growing(*args, **options):
+        nonlocal factor
+        result = original(*args, **options)
+        loss = result.loss_nats * factor
+        factor *= 3.0
+        return dataclasses.replace(result, loss_nats=loss)
+
+    with swap(run, "evaluate_batches", growing):
+        yield
+
+
+@plant(
+    "evaluation.drifting-batches",
+    gate="evaluation.same-batches",
+    title="Other held-out data at each evaluation",
+    story="The iterator over held-out data is kept between evaluations instead of being started afresh. Each evaluation scores other "
+    "text, so a gain may be an easier page. Curves are noisier and nobody knows why.",
+    sources=("https://github.com/allenai/OLMo-core/issues/652",),
+)
+def drifting_batches():
+    original = run.Run.evaluate
+
+    def drifting(self):
+        decision = original(self)
+        self.held_out = [*self.held_out[1:], self.held_out[0]]
+        return decision
+
+    with swap(run.Run, "evaluate", drifting):
+        yield

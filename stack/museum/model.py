@@ -1,0 +1,229 @@
+"""Plants in the model: weights, masks, scales, positions and branches that are wrong in silence."""
+
+import torch
+import torch.nn.functional as F
+
+from stack.kernels import attention
+from stack.model import build, rotary, transformer
+from stack.museum.plant import plant, swap
+from stack.train import losses
+
+
+@plant(
+    "model.head-init-wrong",
+    gate="model.init-law",
+    title="Output projections forget the depth",
+    story="The projections that write into the residual stream are meant to shrink with the number of layers. A refactoring renames "
+    "them, the rule no longer matches, and they fall back to the common spread. The first loss is the same; deep models train "
+    "worse.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/227",),
+)
+def head_init_wrong():
+    original = build.initialise
+
+    def forgetful(model, cfg, generator):
+        original(model, cfg, generator)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("attention.out.weight", "ffn.down.weight")):
+                    parameter.normal_(0.0, cfg.init_std, generator=generator)
+
+    with swap(build, "initialise", forgetful):
+        yield
+
+
+@plant(
+    "model.init-std-too-big",
+    gate="model.init-law",
+    title="Weights one tenth too wide",
+    story="Someone tunes the initial spread of one kind of matrix in the code and leaves the configuration as it was. The record now "
+    "states a number nobody used. No loss curve shows it.",
+    sources=("seed:001",),
+)
+def init_std_too_big():
+    original = build.initialise
+
+    def wide(model, cfg, generator):
+        original(model, cfg, generator)
+        with torch.no_grad():
+            model.layers[0].attention.q.weight.mul_(1.1)
+            model.embed.weight.mul_(1.1)
+
+    with swap(build, "initialise", wide):
+        yield
+
+
+@plant(
+    "model.norm-garbage-buffer",
+    gate="model.init-law",
+    title="Rotary tables nobody filled",
+    story="A model built on the meta device gets real memory, but its rotary tables are no parameters and no checkpoint holds them. "
+    "They keep whatever lay there. Losses differ from run to run and everyone blames the seed.",
+    sources=("https://github.com/Lightning-AI/litgpt/issues/887", "https://github.com/allenai/OLMo-core/issues/341"),
+)
+def norm_garbage_buffer():
+    def left_as_found(self):
+        if not self.cos.is_meta:
+            self.cos.fill_(1e-3)
+            self.sin.fill_(1e-3)
+
+    with swap(rotary.Rotary, "reset", left_as_found):
+        yield
+
+
+@plant(
+    "model.logits-scaled",
+    gate="model.initial-loss",
+    title="Logits eight times too large",
+    story="A temperature that belongs to sampling is applied inside the model. The untrained model is confidently wrong, and the "
+    "first hundred updates go into unlearning it.",
+    sources=("seed:001",),
+)
+def logits_scaled():
+    original = transformer.Transformer.logits
+
+    def hot(self, x_BTD):
+        return original(self, x_BTD) * 8
+
+    with swap(transformer.Transformer, "logits", hot):
+        yield
+
+
+@plant(
+    "model.causal-mask-off-by-one",
+    gate="model.causality",
+    title="Causal mask off by one",
+    story="The triangle of allowed pairs starts one diagonal too high, so every position sees the token it must predict. The first "
+    "loss is as it should be, then it falls towards zero as never before. Samples are noise.",
+    sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062", "https://github.com/facebookresearch/xformers/issues/103"),
+)
+def causal_mask_off_by_one():
+    def leaky(q_BNTH, k_BKSH, v_BKSH):
+        length = q_BNTH.shape[2]
+        allowed = torch.ones(length, length, dtype=torch.bool, device=q_BNTH.device).tril(1)
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=allowed, enable_gqa=True)
+
+    with swap(attention, "whole", leaky):
+        yield
+
+
+@plant(
+    "model.rows-mixed",
+    gate="model.causality",
+    title="A norm over the batch",
+    story="The mean square is taken over rows as well as features. Each text now depends on the strangers it shares a batch with. "
+    "Training works, and scores change with the batch size.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/240",),
+)
+def rows_mixed():
+    def over_rows(self, x_BTD):
+        return x_BTD * torch.rsqrt(x_BTD.pow(2).mean((0, 2), keepdim=True) + self.eps) * self.weight
+
+    with swap(transformer.RMSNorm, "forward", over_rows):
+        yield
+
+
+def _scaled(scale):
+    def whole(q_BNTH, k_BKSH, v_BKSH):
+        h = q_BNTH.shape[3]
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=True, scale=scale(h))
+
+    return whole
+
+
+@plant(
+    "model.missing-scale",
+    gate="model.reference-differential",
+    title="Scores without their scale",
+    story="The division by the root of the head width is lost. At step 0 scores are tiny and the loss is the same to three digits. "
+    "Thousands of steps later attention freezes on single tokens and the run diverges.",
+    sources=("seed:003", "https://github.com/mlc-ai/mlc-llm/issues/3426"),
+)
+def missing_scale():
+    with swap(attention, "whole", _scaled(lambda h: 1.0)):
+        yield
+
+
+@plant(
+    "model.double-scale",
+    gate="model.reference-differential",
+    title="Scores scaled twice",
+    story="Queries are scaled when they are made, and the kernel scales the scores again. Attention stays almost uniform. The model "
+    "learns, slowly, and looks merely small.",
+    sources=("seed:003", "https://github.com/FrancescoSaverioZuppichini/ViT/issues/2"),
+)
+def double_scale():
+    with swap(attention, "whole", _scaled(lambda h: 1.0 / h)):
+        yield
+
+
+@plant(
+    "model.rope-bf16-table",
+    gate="model.reference-differential",
+    title="Positions in half precision",
+    story="Positions are cast to bfloat16 before they meet the frequencies. Up to 256 every position is distinct, so short tests "
+    "pass. Beyond it neighbours collide and long texts lose their order.",
+    sources=("https://github.com/huggingface/transformers/issues/29285", "https://github.com/EleutherAI/gpt-neox/issues/1016"),
+)
+def rope_bf16_table():
+    def coarse(head_dim, max_seq_len, theta, device="cpu"):
+        frequency_J = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+        position_T = torch.arange(max_seq_len, device=device).to(torch.bfloat16).double()
+        angle_TJ = position_T[:, None] * frequency_J
+        return angle_TJ.cos().float(), angle_TJ.sin().float()
+
+    with swap(rotary, "rotary_tables", coarse):
+        yield
+
+
+@plant(
+    "model.gqa-head-order",
+    gate="sampling.cache-parity",
+    title="Head groups in another order when decoding",
+    story="Training repeats each key head for its neighbours in turn; the decoding path tiles the whole set instead. Each path is "
+    "right by itself. Together they make a well-trained model babble.",
+    sources=("https://github.com/onnx/onnx/issues/7274", "https://github.com/apple/axlearn/issues/842"),
+)
+def gqa_head_order():
+    def tiled(q_BNTH, k_BKSH, v_BKSH):
+        groups, (n_new, n_all) = q_BNTH.shape[1] // k_BKSH.shape[1], (q_BNTH.shape[2], k_BKSH.shape[2])
+        allowed = torch.ones(n_new, n_all, dtype=torch.bool, device=q_BNTH.device).tril(n_all - n_new)
+        k_BNSH, v_BNSH = k_BKSH.repeat(1, groups, 1, 1), v_BKSH.repeat(1, groups, 1, 1)
+        return F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=allowed)
+
+    with swap(attention, "continued", tiled):
+        yield
+
+
+@plant(
+    "model.attention-branch-lost",
+    gate="model.overfit-one-batch",
+    title="Attention adds nothing",
+    story="After a merge, the block adds the feed-forward branch twice and attention never. The model is a table of which token "
+    "follows which. Its loss falls nicely to that of a bigram and stays there.",
+    sources=("seed:002",),
+)
+def attention_branch_lost():
+    def without_attention(self, x_BTD, rotary, cache=None):
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD))) + 0 * self.attention(self.attention_norm(x_BTD), rotary, cache)
+
+    with swap(transformer.Block, "forward", without_attention):
+        yield
+
+
+@plant(
+    "model.labels-of-the-past",
+    gate="model.overfit-one-batch",
+    title="Labels that are the input",
+    story="The shift between input and labels is undone on the way to the loss, so the model learns to repeat the token it was just "
+    "given. Its loss is near zero within minutes. It has learned nothing.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def labels_of_the_past():
+    original = losses.cross_entropy_sum
+
+    def unshifted(logits_BTV, labels_BT):
+        return original(logits_BTV[:, 1:], labels_BT[:, :-1])
+
+    with swap(losses, "cross_entropy_sum", unshifted):
+        yield

@@ -1,0 +1,108 @@
+"""Plants in sampling: caches, filters and draws that are almost right, and a model that loops."""
+
+import torch
+
+from stack.evaluate import sampling
+from stack.model.cache import KVCache
+from stack.museum.plant import plant, swap
+from stack.train import run
+
+
+@plant(
+    "sampling.cache-position-off-by-one",
+    gate="sampling.cache-parity",
+    title="Cache position off by one",
+    story="The cache counts the new token before the model asks for its position. Every token but the first is read one place to the "
+    "right of where it was trained. Text with the cache on is garbled, and only then.",
+    sources=("https://github.com/lucidrains/x-transformers/issues/219", "https://github.com/Lightning-AI/litgpt/issues/298"),
+)
+def cache_position_off_by_one():
+    original = KVCache.append
+
+    def overwriting(self, layer, k_BKTH, v_BKTH):
+        if self.length == 0 or k_BKTH.shape[2] != 1:
+            return original(self, layer, k_BKTH, v_BKTH)
+        self.length -= 1
+        try:
+            return original(self, layer, k_BKTH, v_BKTH)
+        finally:
+            self.length += 1
+
+    with swap(KVCache, "append", overwriting):
+        yield
+
+
+@plant(
+    "sampling.top-p-drops-crossing",
+    gate="sampling.distribution",
+    title="Top-p drops the token that crosses",
+    story="The mask compares the running sum with p without the shift by one, so the token that reaches p is thrown out. With p of "
+    "0.6 a set of mass 0.5 is kept. Texts are a little duller than asked for.",
+    sources=("https://github.com/fishaudio/fish-speech/issues/1171", "https://github.com/Biohub/esm/issues/360"),
+)
+def top_p_drops_crossing():
+    def without_shift(logits_V, p):
+        order = logits_V.argsort(descending=True, stable=True)
+        beyond = logits_V.double().softmax(-1)[order].cumsum(-1) > p
+        beyond[0] = False
+        return logits_V if p >= 1.0 else logits_V.index_fill(0, order[beyond], sampling.MASKED)
+
+    with swap(sampling, "keep_top_p", without_shift):
+        yield
+
+
+@plant(
+    "sampling.zero-probability",
+    gate="sampling.distribution",
+    title="An impossible token, once in ten million",
+    story="The cumulative distribution is searched with the wrong side of the inequality, and a uniform number of exactly zero gives "
+    "the first token whatever its probability. A masked control token appears in a text, and nobody can reproduce it.",
+    sources=("https://github.com/pytorch/pytorch/issues/48841", "https://github.com/pytorch/pytorch/issues/50034"),
+)
+def zero_probability():
+    def wrong_side(probs_V, uniforms_R):
+        cumulative = probs_V.cumsum(-1)
+        return torch.searchsorted(cumulative, uniforms_R.to(cumulative)).clamp(max=len(probs_V) - 1)
+
+    with swap(sampling, "pick", wrong_side):
+        yield
+
+
+@plant(
+    "sampling.filter-before-temperature",
+    gate="sampling.distribution",
+    title="Top-p before temperature",
+    story="The nucleus is chosen from the unsharpened distribution and the temperature applied to what is left. At low temperature "
+    "too many tokens stay in. Settings copied from a paper do not reproduce it.",
+    sources=("https://github.com/thu-nics/C2C/issues/21",),
+)
+def filter_before_temperature():
+    original = sampling.filtered_probs
+
+    def swapped(logits_V, *, temperature, top_k=0, top_p=1.0):
+        if temperature == 0.0:
+            return original(logits_V, temperature=0.0)
+        kept = sampling.keep_top_p(sampling.keep_top_k(logits_V.double(), top_k), top_p)
+        return (kept / temperature).softmax(-1)
+
+    with swap(sampling, "filtered_probs", swapped):
+        yield
+
+
+@plant(
+    "sampling.monitor-blind",
+    gate="sampling.coherence",
+    title="The model loops and nobody reads",
+    story="Generation falls into repeating one token. The monitor that should see it hangs on an older runner that no longer "
+    "runs. The loss looks fine, and garbage is produced for ten days.",
+    sources=("seed:004",),
+)
+def monitor_blind():
+    original = run.generate
+
+    def looping(model, ids, **options):
+        drawn = original(model, ids, **options)
+        return drawn[:1] * len(drawn)
+
+    with swap(run, "generate", looping):
+        yield

@@ -1,0 +1,165 @@
+"""Gates of evaluation: green on the stack, red on every plant, and the runtime tables of seeds/002."""
+
+import json
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from contracts.evaluation import Divergence, SameBatches
+from contracts.events import Evaluated
+from contracts.gate import call_check, limits_of
+from stack.evaluate.stopping import NeverStopRule, StopRule, batches_needed
+from stack.museum.plant import load_museum, touches
+from stack.train import run
+from stack.train.preflight import gather
+
+GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
+PLANTS = [
+    "evaluation.oov-flattered",
+    "evaluation.bytes-scored-twice",
+    "evaluation.dropout-active",
+    "evaluation.train-mode-lost",
+    "evaluation.mean-of-means",
+    "evaluation.noise-stop",
+    "evaluation.stop-one-round-late",
+]
+
+
+@pytest.mark.parametrize("gate_id", GATES)
+def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
+    verdict = call_check(spec.gates[gate_id], ingredients)
+    assert verdict.outcome == "pass", verdict.message
+
+
+@pytest.mark.parametrize("plant_id", PLANTS)
+def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
+    plant, before = load_museum()[plant_id], touches()
+    with plant.apply():
+        verdict = call_check(spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1])
+    assert verdict.outcome == "fail" and verdict.message and touches() > before
+
+
+def test_mean_of_means_is_far_beyond_the_limit(spec, small_cfg, dataset):
+    with load_museum()["evaluation.mean-of-means"].apply():
+        verdict = call_check(spec.gates["evaluation.invariance"], gather(small_cfg, dataset, torch.device("cpu"))[1])
+    assert verdict.measured["batch_rel_error"] > 50 * spec.gates["evaluation.invariance"].limits["batch_rel_error_max"].value
+
+
+def test_invariance_refuses_a_model_without_dropout(spec, ingredients):
+    verdict = call_check(spec.gates["evaluation.invariance"], ingredients | {"evaluated_model": torch.nn.Linear(2, 2)})
+    assert verdict.outcome == "fail" and "no dropout" in verdict.message
+
+
+def stop_parts(rule, **changes):
+    declared = {"kind": "patience", "patience": 5, "min_epochs": 3}
+    parts = {
+        "make_stop_rule": rule,
+        "stop_declared": declared,
+        "paired_difference_std": 0.03,
+        "n_eval_batches": 16,
+        "expected_gain_nats": 0.02,
+    }
+    return parts | changes
+
+
+def test_stop_rule_power_check_is_two_sided(spec):
+    gate, default = spec.gates["evaluation.stop-rule"], lambda: StopRule(5, 3, 2.0, 0.0)
+    needed = batches_needed(0.03, 0.02)
+    assert needed == 9
+    assert call_check(gate, stop_parts(default, n_eval_batches=needed)).passed
+    verdict = call_check(gate, stop_parts(default, n_eval_batches=needed - 1))
+    assert verdict.outcome == "fail" and "can see a gain" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("rule", "declared"),
+    [
+        (lambda: StopRule(2, 3, 2.0, 0.0), {"kind": "patience", "patience": 2, "min_epochs": 3}),  # the policy of seeds/002
+        (lambda: StopRule(5, 3, 2.0, 0.5), {"kind": "patience", "patience": 5, "min_epochs": 3}),  # a delta above the gain
+        (lambda: StopRule(5, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 12}),  # min_epochs not obeyed
+        (lambda: StopRule(6, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 3}),  # another patience than declared
+        (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3}),
+    ],
+)
+def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
+    assert call_check(spec.gates["evaluation.stop-rule"], stop_parts(rule, stop_declared=declared)).outcome == "fail"
+
+
+def test_stop_rule_obeys_min_epochs_beyond_patience(spec):
+    declared = {"kind": "patience", "patience": 5, "min_epochs": 12}
+    assert call_check(spec.gates["evaluation.stop-rule"], stop_parts(lambda: StopRule(5, 12, 2.0, 0.0), stop_declared=declared)).passed
+
+
+def test_never_stop_passes_by_definition_and_is_held_to_it(spec):
+    gate, declared = spec.gates["evaluation.stop-rule"], {"kind": "never"}
+    verdict = call_check(gate, stop_parts(NeverStopRule, stop_declared=declared, expected_gain_nats=None))
+    assert verdict.passed and "all its steps" in verdict.message
+    assert call_check(gate, stop_parts(lambda: StopRule(5, 3, 2.0, 0.0), stop_declared=declared)).outcome == "fail"
+
+
+# --- runtime --------------------------------------------------------------------------------------------------------
+
+
+def evaluated(loss, previous=None, vocab_size=50257, batch_hash="a", batches=(1.0, 2.0), step=1):
+    return Evaluated(step, loss, 1.0, batches, batch_hash, previous, math.log(vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("loss", "previous", "outcome"),
+    [(7.1, 3.5, "fail"), (7.0, 3.5, "pass"), (18.0, None, "pass"), (25.0, None, "fail"), (math.nan, 3.5, "fail"), (math.inf, None, "fail")],
+)
+def test_divergence_table(spec, loss, previous, outcome):
+    check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
+    assert check.observe(evaluated(loss, previous)).outcome == outcome
+
+
+def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):
+    check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
+    batch = SimpleNamespace(input_ids=ingredients["overfit_batch"].input_ids, labels=ingredients["overfit_batch"].labels)
+    losses = [None]
+    with load_museum()["evaluation.diverging"].apply():
+        for _ in range(2):
+            losses.append(run.evaluate_batches(ingredients["model"], [batch], dataset.tokenizer.token_bytes).loss_nats)
+    verdicts = [check.observe(evaluated(now, before, dataset.tokenizer.vocab_size)).outcome for before, now in pairwise(losses)]
+    assert verdicts == ["pass", "fail"]
+
+
+def same_batches(spec):
+    return SameBatches(limits_of(spec.gates["evaluation.same-batches"]))
+
+
+def test_same_batches_survives_a_resume(spec):
+    first, second = same_batches(spec), same_batches(spec)
+    assert first.observe(evaluated(3.0)).passed and first.observe(evaluated(2.9)).passed
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.observe(evaluated(2.8)).passed
+    assert not second.observe(evaluated(2.8, batch_hash="b")).passed
+
+
+def test_same_batches_sees_another_number_of_batches(spec):
+    check = same_batches(spec)
+    assert check.observe(evaluated(3.0)).passed
+    assert not check.observe(evaluated(3.0, batches=(1.0,))).passed
+
+
+def test_drifting_plant_moves_the_batches():
+    held = SimpleNamespace(held_out=["first", "second"])
+    with load_museum()["evaluation.drifting-batches"].apply(), pytest.raises(AttributeError):
+        run.Run.evaluate(held)
+    assert held.held_out == ["first", "second"]
+
+
+def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
+    from spec.errors import GateFailed
+    from stack.train import session
+    from stack.train.listener import Listener
+
+    cfg = small_cfg.model_copy(update={"train": small_cfg.train.model_copy(update={"max_steps": 16})})
+    for plant_id in ("evaluation.drifting-batches", "evaluation.diverging"):
+        plant = load_museum()[plant_id]
+        with plant.apply(), pytest.raises(GateFailed) as caught:
+            session.start(cfg, (), tmp_path / plant_id, Listener(), only=(plant.gate,))
+        assert caught.value.gate_id == plant.gate

@@ -1,0 +1,141 @@
+"""Gates of the model: green on the stack, red on every plant, and sharp enough to see small errors."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from contracts.gate import call_check
+from stack.kernels import attention
+from stack.model.build import build_model
+from stack.museum.plant import load_museum, swap, touches
+from stack.train.preflight import gather
+
+GATES = ["model.init-law", "model.initial-loss", "model.causality", "model.reference-differential", "model.overfit-one-batch"]
+PLANTS = [
+    "model.head-init-wrong",
+    "model.init-std-too-big",
+    "model.norm-garbage-buffer",
+    "model.logits-scaled",
+    "model.causal-mask-off-by-one",
+    "model.rows-mixed",
+    "model.missing-scale",
+    "model.double-scale",
+    "model.rope-bf16-table",
+    "model.attention-branch-lost",
+    "model.labels-of-the-past",
+]
+
+
+def test_the_museum_can_show_what_the_gates_look_for(small_cfg):
+    model = small_cfg.model
+    assert 1 < model.n_kv_heads < model.n_heads and model.dropout > 0 and model.max_seq_len > 256
+
+
+@pytest.mark.parametrize("gate_id", GATES)
+def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
+    verdict = call_check(spec.gates[gate_id], ingredients)
+    assert verdict.outcome == "pass", verdict.message
+
+
+@pytest.mark.parametrize("plant_id", PLANTS)
+def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
+    plant, before = load_museum()[plant_id], touches()
+    with plant.apply():
+        verdict = call_check(spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1])
+    assert verdict.outcome == "fail" and verdict.message and touches() > before
+    assert plant.id in spec.gates[plant.gate].plants
+
+
+def test_a_plant_leaves_nothing_behind(spec, small_cfg, dataset):
+    for plant_id in PLANTS:
+        with load_museum()[plant_id].apply():
+            pass
+    assert call_check(spec.gates["model.reference-differential"], gather(small_cfg, dataset, torch.device("cpu"))[1]).passed
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_init_law_sees_five_percent(spec, factor):
+    gate, parts = spec.gates["model.init-law"], wide_ingredients()
+    assert call_check(gate, parts).passed
+    with torch.no_grad():
+        parts["model"].layers[0].ffn.up.weight.mul_(factor)
+    verdict = call_check(gate, parts)
+    assert verdict.outcome == "fail" and verdict.measured["worst"] == "layers.0.ffn.up.weight"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_init_law_raises_no_false_alarm(spec, seed):
+    verdict = call_check(spec.gates["model.init-law"], wide_ingredients(seed))
+    assert verdict.passed and verdict.measured["z"] < 5  # measured worst of ten seeds 3.6
+
+
+def wide_ingredients(seed=5):
+    from stack.data.tokenizer import Bytes
+    from stack.evaluate.ingredients import model_ingredients
+    from stack.recipes.pocket import pocket
+
+    cfg = pocket()
+    return model_ingredients(cfg, build_model(cfg.model, 257, seed=seed), Bytes())
+
+
+@pytest.mark.parametrize("change", ["gain", "nan", "untied", "stranger"])
+def test_init_law_sees_other_breaches(spec, small_cfg, dataset, change):
+    parts = gather(small_cfg, dataset, torch.device("cpu"))[1]
+    model = parts["model"]
+    with torch.no_grad():
+        match change:
+            case "gain":
+                model.final_norm.weight[3] = 1.0001
+            case "nan":
+                model.layers[1].ffn.up.weight[0, 0] = float("nan")
+            case "untied":
+                parts["head_weight"] = model.embed.weight.clone()
+            case "stranger":
+                model.extra = torch.nn.Linear(2, 2)
+    assert call_check(spec.gates["model.init-law"], parts).outcome == "fail"
+
+
+def test_differential_sees_one_percent_of_scale(spec, ingredients):
+    original = attention.whole
+    with swap(attention, "whole", lambda q, k, v: original(q * 1.01, k, v)):
+        verdict = call_check(spec.gates["model.reference-differential"], ingredients)
+    assert verdict.outcome == "fail"
+    assert verdict.measured["attention_rel_error"] > 5 * spec.gates["model.reference-differential"].limits["rel_error_max"].value
+
+
+def test_differential_is_far_below_its_limit_on_the_stack(spec, ingredients):
+    measured = call_check(spec.gates["model.reference-differential"], ingredients).measured
+    assert max(measured["attention_rel_error"], measured["logit_rel_error"]) < 2e-6  # measured worst case 3.3e-7
+    assert measured["table_abs_error"] < 1e-7
+
+
+def test_causality_refuses_a_model_that_ignores_its_input(spec, ingredients):
+    class Deaf(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids):
+            return self.weight.expand(*ids.shape, 4)
+
+    assert "sees nothing" in call_check(spec.gates["model.causality"], ingredients | {"model": Deaf()}).message
+
+
+def test_causality_leaves_mode_and_random_state(spec, ingredients):
+    state, modes = torch.get_rng_state(), [m.training for m in ingredients["model"].modules()]
+    assert call_check(spec.gates["model.causality"], ingredients).passed
+    assert torch.equal(torch.get_rng_state(), state) and [m.training for m in ingredients["model"].modules()] == modes
+
+
+def test_overfit_refuses_a_batch_without_ambiguity(spec, ingredients):
+    ids = torch.arange(10).view(1, -1)
+    batch = SimpleNamespace(input_ids=ids, labels=ids + 1)
+    verdict = call_check(spec.gates["model.overfit-one-batch"], ingredients | {"overfit_batch": batch})
+    assert verdict.outcome == "fail" and "one successor" in verdict.message
+
+
+def test_overfit_is_red_when_nothing_is_learned(spec, ingredients):
+    idle = ingredients | {"train_on": lambda model, optimizer, batch: 0.01}
+    verdict = call_check(spec.gates["model.overfit-one-batch"], idle)
+    assert verdict.outcome == "fail" and verdict.measured["loss_nats"] > 1

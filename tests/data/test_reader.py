@@ -1,0 +1,111 @@
+"""The order of windows and the reader's one-integer state."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec.errors import DataError, StreamExhausted
+from stack.data.reader import Reader, batch_hash, eval_batches, permute, window_order
+
+
+class Counting:
+    """A stream of n windows in which every token is its own position."""
+
+    vocab_size = 2**31
+
+    def __init__(self, n: int):
+        self.n, self.n_tokens = n, n * 4 + 1
+
+    def n_windows(self, seq_len):
+        return self.n
+
+    def windows(self, numbers, seq_len):
+        return np.asarray(numbers)[:, None] * seq_len + np.arange(seq_len + 1)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_permute_is_a_bijection(n, key):
+    image = permute(np.arange(n), n, key)
+    assert np.array_equal(np.sort(image), np.arange(n))
+
+
+@given(st.integers(1, 2**48), st.integers(0, 2**64 - 1), st.data())
+def test_permute_needs_no_table(n, key, data):
+    """Any single position of a corpus of any size, in constant memory, inside the domain and repeatable."""
+    position = np.array([data.draw(st.integers(0, n - 1))])
+    image = permute(position, n, key)
+    assert 0 <= image[0] < n and np.array_equal(image, permute(position, n, key))
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 200), st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**31 - 1))
+def test_ranks_are_disjoint_and_complete(n, world_size, rows, seed):
+    """Two epochs: all ranks together deliver every window exactly twice, in whatever way batches cross the epoch's end."""
+    readers = [Reader(Counting(n), seq_len=4, seed=seed, rows=rows, rank=r, world_size=world_size) for r in range(world_size)]
+    seen: list[tuple[int, int]] = []
+    while readers[0].cursor < 2 * n:
+        start = readers[0].cursor
+        for r, reader in enumerate(readers):
+            for k, window in enumerate(reader.draw().sample_ids):
+                position = start + r * rows + k
+                seen += [(position // n, window)] if position < 2 * n else []
+    assert sorted(seen) == [(epoch, window) for epoch in range(2) for window in range(n)]
+
+
+@given(st.integers(2, 100), st.integers(0, 300))
+def test_a_reader_entered_anywhere_goes_on_as_if_it_had_arrived(n, cursor):
+    straight = Reader(Counting(n), seq_len=4, seed=3, rows=1)
+    for _ in range(cursor):
+        straight.draw()
+    entered = Reader(Counting(n), seq_len=4, seed=3, rows=1, cursor=cursor)
+    assert straight.cursor == entered.cursor
+    assert torch.equal(straight.draw().input_ids, entered.draw().input_ids)
+
+
+def test_labels_are_the_next_tokens():
+    batch = Reader(Counting(9), seq_len=4, seed=0, rows=3).draw()
+    assert torch.equal(batch.labels, batch.input_ids + 1)
+
+
+def test_error_raises_at_the_end_and_keeps_its_place():
+    reader = Reader(Counting(5), seq_len=4, seed=0, rows=2, on_exhausted="error")
+    reader.draw()
+    reader.draw()
+    with pytest.raises(StreamExhausted, match="after 4 of 5"):
+        reader.draw()
+    assert reader.cursor == 4
+
+
+def test_wrap_says_when_it_wraps():
+    said = []
+    reader = Reader(Counting(5), seq_len=4, seed=0, rows=2, on_wrap=lambda epoch, tokens: said.append((epoch, tokens)))
+    for _ in range(5):
+        reader.draw()
+    assert said == [(1, 24), (2, 40)]
+
+
+def test_epochs_and_seeds_differ():
+    indices = np.arange(500)
+    epochs, windows = window_order(np.arange(1000), 500, seed=1)
+    assert epochs.tolist() == [0] * 500 + [1] * 500
+    assert (windows[:500] == windows[500:]).mean() < 0.05
+    assert (windows[:500] == window_order(indices, 500, seed=2)[1]).mean() < 0.05
+
+
+def test_held_out_batches_are_always_the_same_and_spread_out():
+    a, b = (eval_batches(Counting(100), 4, 5, 4) for _ in range(2))
+    assert batch_hash(a) == batch_hash(b)
+    assert [i for batch in a for i in batch.sample_ids] == list(range(0, 100, 5))
+    assert batch_hash(a) != batch_hash(eval_batches(Counting(100), 4, 5, 3))
+
+
+def test_too_few_held_out_windows_says_what_there_is():
+    with pytest.raises(DataError, match="at most 3 batches"):
+        eval_batches(Counting(15), 4, 5, 4)
+
+
+def test_corpus_shorter_than_a_window_is_refused():
+    with pytest.raises(DataError, match="shorter than one window"):
+        Reader(Counting(0), seq_len=4, seed=0, rows=1)

@@ -1,0 +1,129 @@
+"""Stop rules against noise and against seeds/002; counting baselines."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracts.conditions import ContractError
+from stack.config import NeverStop, Patience
+from stack.evaluate import baselines
+from stack.evaluate.stopping import NeverStopRule, StopRule, batches_needed, detectable_gain, make_stop_rule, overfit_onset
+
+# seeds/002, run tuned-50k, nats per token by epoch
+TRAIN = [10.010209, 9.79865, 9.690327, 9.623082, 9.563993, 9.543517, 9.518022]
+VAL = [9.94694, 9.837993, 9.776764, 9.847031, 9.859493, 9.828791, 9.915636]
+
+
+def test_replay_of_seed_002_waits_four_rounds_at_epoch_six():
+    rule = StopRule(5, 3, 2.0, 0.0)
+    decisions = [rule.update([v, v]) for v in VAL]
+    assert [d.best_round for d in decisions] == [0, 1, 2, 2, 2, 2, 2]
+    assert [d.wait for d in decisions] == [0, 0, 0, 1, 2, 3, 4]
+    assert not any(d.stop for d in decisions)
+    assert rule.update([9.9, 9.9]).stop
+
+
+def test_replay_of_seed_002_overfits_from_epoch_three():
+    assert overfit_onset(TRAIN, VAL) == 3
+    assert overfit_onset(TRAIN[:3], VAL[:3]) is None
+    assert overfit_onset(TRAIN, [t + 1 for t in TRAIN]) is None
+
+
+@pytest.mark.parametrize(("patience", "min_epochs", "last"), [(2, 3, 2), (5, 3, 5), (2, 9, 8)])
+def test_a_plateau_stops_at_best_plus_patience_but_not_before_min_epochs(patience, min_epochs, last):
+    rule = StopRule(patience, min_epochs, 2.0, 0.0)
+    assert [rule.update([1.0, 2.0]).stop for _ in range(last + 1)] == [False] * last + [True]
+
+
+def test_pairing_sees_a_gain_far_below_the_spread_of_batches():
+    difficulty = np.linspace(8, 12, 16)
+    rule = StopRule(5, 3, 2.0, 0.0)
+    rule.update(difficulty.tolist())
+    decision = rule.update((difficulty - 0.01 + np.tile([0.002, -0.002], 8)).tolist())
+    assert decision.improved and decision.se_diff == pytest.approx(np.std(np.tile([0.002, -0.002], 8), ddof=1) / 4)
+    assert not rule.update((difficulty - 0.01 + np.tile([0.2, -0.2], 8)).tolist()).improved
+
+
+def test_min_delta_must_be_exceeded():
+    rule = StopRule(5, 3, 2.0, 0.1)
+    rule.update([2.0, 2.0])
+    assert not rule.update([1.91, 1.91]).improved
+    assert rule.update([1.89, 1.89]).improved
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.floats(0.1, 9), min_size=3, max_size=3), min_size=2, max_size=12), st.data())
+def test_a_resumed_rule_decides_the_same(rounds, data):
+    cut = data.draw(st.integers(0, len(rounds)))
+    straight, first, second = (StopRule(2, 3, 1.0, 0.0) for _ in range(3))
+    expected = [straight.update(r) for r in rounds]
+    got = [first.update(r) for r in rounds[:cut]]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert got + [second.update(r) for r in rounds[cut:]] == expected
+
+
+def test_never_stop_never_stops_and_keeps_its_books():
+    rule = make_stop_rule(NeverStop())
+    assert isinstance(rule, NeverStopRule)
+    assert not any(rule.update([1.0]).stop for _ in range(50))
+    assert rule.wait == 49
+    assert isinstance(make_stop_rule(Patience()), StopRule)
+
+
+def test_rounds_over_other_batches_are_refused():
+    rule = StopRule(5, 3, 2.0, 0.0)
+    rule.update([1.0, 2.0])
+    with pytest.raises(ContractError):
+        rule.update([1.0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, 3), st.floats(0.01, 1))
+def test_enough_batches_see_the_gain_and_one_fewer_does_not(std, gain):
+    n = batches_needed(std, gain)
+    assert 2 * std / math.sqrt(n) <= gain * (1 + 1e-9)
+    assert n == 2 or 2 * std / math.sqrt(n - 1) > gain * (1 - 1e-9)
+
+
+def test_detectable_gain_is_two_standard_errors():
+    assert detectable_gain([0.1, 0.3, 0.2, 0.2]) == pytest.approx(2 * np.std([0.1, 0.3, 0.2, 0.2], ddof=1) / 2)
+
+
+# --- baselines ------------------------------------------------------------------------------------------------------
+
+
+def stream(ids):
+    return SimpleNamespace(n_tokens=len(ids), token_range=lambda a, b: np.asarray(ids[a:b], np.uint16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=50), st.integers(7, 9))
+def test_bigram_probabilities_are_positive_and_sum_to_one_in_every_context(ids, vocab_size):
+    model = baselines.Bigram(np.array(ids), vocab_size)
+    for a in range(vocab_size):
+        probs = model.probs(np.full(vocab_size, a), np.arange(vocab_size))
+        assert (probs > 0).all() and probs.sum() == pytest.approx(1, abs=1e-12)
+    assert model.unigram.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_baselines_by_hand():
+    tokenizer = SimpleNamespace(vocab_size=2, token_bytes=np.array([1, 1]))
+    train, held_out = stream([0, 1, 0, 1]), stream([0, 1, 1])
+    assert baselines.unigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(1.0)  # (2+1)/(4+2) = ½ each
+    # p(1|0) = (2 + 1·½)/(2 + 1) = 5/6; p(1|1) = (0 + 1·½)/(1 + 1) = 1/4
+    assert baselines.bigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(-(math.log2(5 / 6) + math.log2(1 / 4)) / 2)
+    assert baselines.uniform_loss_nats(50257) == pytest.approx(10.8249, abs=1e-4)
+
+
+def test_the_bigram_beats_the_unigram_on_text():
+    ids = list(("the quick brown fox jumps over the lazy dog and runs away " * 30).encode())
+    tokenizer = SimpleNamespace(vocab_size=257, token_bytes=np.ones(257, np.int32))
+    bigram, unigram = (
+        f(stream(ids), stream(ids[:300]), tokenizer) for f in (baselines.bigram_bits_per_byte, baselines.unigram_bits_per_byte)
+    )
+    assert 0 < bigram < 0.7 * unigram

@@ -1,0 +1,214 @@
+"""Shapes, parameter count, gradients and caches of the decoder."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracts.conditions import ContractError
+from spec.errors import UsageError
+from spec.formulas import parameter_count
+from stack.config import ModelConfig
+from stack.kernels import dispatch, reference
+from stack.model.attention import Attention
+from stack.model.build import build_model, n_parameters
+from stack.model.cache import KVCache
+from stack.model.feedforward import SwiGLU
+from stack.model.init import declared_std, row_of
+from stack.model.norm import RMSNorm
+from stack.model.rotary import Rotary, rotary_tables, rotate
+
+TINY = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=20, dropout=0.1)
+
+
+@st.composite
+def model_configs(draw):
+    kv = draw(st.sampled_from([1, 2, 3]))
+    return ModelConfig(
+        d_model=draw(st.integers(8, 24)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=kv * draw(st.integers(1, 3)),
+        n_kv_heads=kv,
+        head_dim=2 * draw(st.integers(1, 5)),
+        d_ff=draw(st.integers(8, 40)),
+        max_seq_len=draw(st.integers(4, 12)),
+        tied_head=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(model_configs(), st.integers(2, 40), st.integers(1, 3), st.data())
+def test_parameter_count_and_shapes_follow_from_the_configuration(cfg, vocab_size, rows, data):
+    model = build_model(cfg, vocab_size, seed=1)
+    assert n_parameters(model) == parameter_count(cfg.model_dump(), vocab_size)
+    length = data.draw(st.integers(1, cfg.max_seq_len))
+    logits = model(torch.zeros(rows, length, dtype=torch.int64))
+    assert logits.shape == (rows, length, vocab_size) and logits.dtype == torch.float32
+
+
+def test_seed_003_model_has_its_published_size():
+    cfg = ModelConfig(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=512)
+    assert parameter_count(cfg.model_dump(), 32_000) == 10_358_016
+
+
+def test_a_tied_head_has_no_second_name_and_shares_storage():
+    model = build_model(TINY, 30, seed=1)
+    assert not any("head" in name for name in model.state_dict())
+    assert model.head_weight.data_ptr() == model.embed.weight.data_ptr()
+    untied = build_model(TINY.model_copy(update={"tied_head": False}), 30, seed=1)
+    assert untied.head_weight is untied.head.weight
+
+
+def test_one_seed_is_one_model_and_the_global_random_state_stays():
+    before = torch.get_rng_state()
+    a, b, c = (build_model(TINY, 30, seed=s) for s in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.embed.weight, c.embed.weight)
+
+
+def test_the_table_names_every_parameter_and_nothing_else():
+    model = build_model(TINY, 30, seed=1)
+    for name, parameter in model.named_parameters():
+        expected = 0.0 if "norm" in name else TINY.init_std / (2 if name.endswith(("out.weight", "down.weight")) else 1)
+        assert declared_std(TINY, name, tuple(parameter.shape)) == pytest.approx(expected)
+    with pytest.raises(KeyError, match="no row"):
+        row_of(TINY, "layers.0.attention.q.bias")
+
+
+def test_too_long_inputs_and_full_caches_are_refused():
+    model = build_model(TINY, 30, seed=1)
+    with pytest.raises(UsageError, match="exceeds the context"):
+        model(torch.zeros(1, 21, dtype=torch.int64))
+    cache = KVCache(TINY)
+    model(torch.zeros(1, 20, dtype=torch.int64), cache)
+    with pytest.raises(UsageError, match="context"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache)
+    with pytest.raises(ContractError):
+        build_model(TINY, 1, seed=1)
+
+
+def test_cache_memory_is_the_share_of_key_value_heads():
+    grouped = TINY.model_copy(update={"n_heads": 4, "n_kv_heads": 1})
+    full = TINY.model_copy(update={"n_heads": 4, "n_kv_heads": 4})
+    assert KVCache(full).bytes() == 4 * KVCache(grouped).bytes() == 2 * 2 * 4 * 20 * 4 * 4  # k,v · layers · heads · S · H · bytes
+
+
+def test_every_parameter_gets_a_finite_gradient():
+    model = build_model(TINY, 30, seed=1)
+    model(torch.arange(20).view(1, -1)).logsumexp(-1).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+# --- layers against the slow reference ------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 2), st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3), (4, 1)]), st.integers(1, 9), st.integers(0, 6), st.integers(0, 99)
+)
+def test_attention_equals_the_reference(rows, heads, n_new, n_cached, seed):
+    (n, k), s, draw = heads, n_new + n_cached, torch.Generator().manual_seed(seed)
+    q, key, value = (torch.randn(rows, h, t, 4, generator=draw, dtype=torch.float64) * 3 for h, t in ((n, n_new), (k, s), (k, s)))
+    # float64, different summation order: measured worst case 4e-15 on values around 3
+    torch.testing.assert_close(dispatch.causal_attention(q, key, value), reference.causal_attention(q, key, value), rtol=0, atol=1e-12)
+
+
+def test_attention_gradient_equals_the_reference():
+    draw = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(2, h, 6, 4, generator=draw, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    grads = [torch.autograd.grad(f(*inputs).pow(2).sum(), inputs) for f in (dispatch.causal_attention, _autograd_reference)]
+    for fast, slow in zip(*grads):
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)  # measured worst case 1e-14
+
+
+def _autograd_reference(q, k, v):
+    """The reference writes in place; the same rows, stacked, can be differentiated."""
+    whole = [reference.causal_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1]) for t in range(q.shape[2])]
+    return torch.cat(whole, 2)
+
+
+@pytest.mark.parametrize("layer", ["attention", "swiglu", "rmsnorm"])
+def test_gradients_equal_finite_differences_in_float64(layer):
+    torch.manual_seed(0)
+    module = {"attention": Attention(TINY, 0), "swiglu": SwiGLU(TINY), "rmsnorm": RMSNorm(16, 1e-6)}[layer].double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    rotary = tuple(t.double() for t in rotary_tables(4, 3, 10_000.0))
+    x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*module.named_parameters())
+
+    def forward(x, *weights):
+        extra = (rotary,) if layer == "attention" else ()
+        return torch.func.functional_call(module, dict(zip(names, weights)), (x, *extra))
+
+    assert torch.autograd.gradcheck(forward, (x, *values), eps=1e-6, atol=1e-7, fast_mode=True)
+
+
+def test_swiglu_and_norm_equal_the_reference():
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 5, 16, generator=draw, dtype=torch.float64) * 3
+    norm, ffn = RMSNorm(16, 1e-6).double(), SwiGLU(TINY).double()
+    with torch.no_grad():
+        for p in ffn.parameters():
+            p.normal_(generator=draw)
+        norm.weight.normal_(generator=draw)
+        expected = reference.swiglu(ffn.gate(x), ffn.up(x)) @ ffn.down.weight.T
+        torch.testing.assert_close(ffn(x), expected, rtol=1e-13, atol=1e-12)  # measured worst case 3e-14
+        torch.testing.assert_close(norm(x), reference.rms_norm(x, norm.weight, 1e-6), rtol=1e-13, atol=1e-12)
+
+
+def test_norm_statistics_of_half_precision_are_float32():
+    x = torch.full((1, 1, 4096), 300.0, dtype=torch.float16)  # 300² overflows float16
+    assert torch.equal(RMSNorm(4096, 1e-6)(x), torch.ones_like(x))
+
+
+# --- rotary positions -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 23), st.integers(0, 999))
+def test_rotary_scores_depend_on_the_distance_only(m, n, shift, seed):
+    draw = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=draw, dtype=torch.float64)
+    cos, sin = (t.double() for t in rotary_tables(8, 64, 10_000.0))
+
+    def score(i, j):
+        return float((rotate(q, cos[i : i + 1], sin[i : i + 1]) * rotate(k, cos[j : j + 1], sin[j : j + 1])).sum())
+
+    # float32 tables: each cosine is off by at most 3e-8; measured worst case 9e-7
+    assert score(m, n) == pytest.approx(score(m + shift, n + shift), abs=5e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 63), st.integers(0, 999))
+def test_rotation_keeps_each_pairs_length(t, seed):
+    x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(seed))
+    cos, sin = rotary_tables(8, 64, 10_000.0)
+    y = rotate(x, cos[t : t + 1], sin[t : t + 1])
+    torch.testing.assert_close(y[..., :4].hypot(y[..., 4:]), x[..., :4].hypot(x[..., 4:]), rtol=1e-6, atol=1e-6)
+
+
+def test_rotary_tables_are_exact_to_float32_and_not_stored():
+    cos, sin = rotary_tables(8, 5000, 10_000.0)
+    for t, j in ((0, 0), (1, 3), (4999, 0), (4999, 2)):
+        angle = t * 10_000.0 ** (-2 * j / 8)
+        assert float(cos[t, j]) == pytest.approx(math.cos(angle), abs=6e-8)
+        assert float(sin[t, j]) == pytest.approx(math.sin(angle), abs=6e-8)
+    assert not Rotary(8, 16, 10_000.0).state_dict()
+
+
+def test_dropout_acts_in_training_only():
+    model, ids = build_model(TINY, 30, seed=1), torch.arange(20).view(1, -1)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_choices_are_json_ready():
+    import json
+
+    assert json.loads(json.dumps(dispatch.choices("cpu")))["attention"].endswith("scaled_dot_product_attention")

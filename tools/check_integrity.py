@@ -1,0 +1,66 @@
+"""Holds spec, code, evidence, registry, documents and git against each other. Needs no torch.
+
+python tools/check_integrity.py [--json | --list | --explain CODE | --write] [--root DIR]
+Exit code 0: nothing found. 6: findings. 2: usage.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.integrity import blocks, docs_rules, evidence_rules, registry_rules, repo_rules, spec_rules  # noqa: E402, F401
+from tools.integrity.core import RULES, Finding, Repo  # noqa: E402
+
+
+def check(root: Path) -> list[Finding]:
+    """All findings of all rules, ordered by rule and place, each once."""
+    repo = Repo(root)
+    found = [f for rule in RULES.values() for f in rule.run(repo)]
+    return sorted(set(found), key=lambda f: (f.code, f.path, f.line, f.message))
+
+
+def explain(code: str) -> int:
+    """Print what a rule holds, why, and how to mend a finding."""
+    if code not in RULES:
+        near = difflib.get_close_matches(code, RULES, n=1, cutoff=0.3)
+        print(f"error: there is no rule {code}\n  nearest  {near[0] if near else '--list shows all'}", file=sys.stderr)
+        return 2
+    rule = RULES[code]
+    print(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  mend  {rule.hint}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="check_integrity.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to look at (default: this one)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--list", action="store_true", help="list all rules")
+    parser.add_argument("--explain", metavar="CODE", help="what a rule holds, why, and how to mend a finding")
+    parser.add_argument("--write", action="store_true", help="regenerate generated blocks, then check")
+    options = parser.parse_args(arguments)
+    if options.explain:
+        return explain(options.explain)
+    if options.list:
+        print("\n".join(f"{r.code:20} {r.title}" for r in RULES.values()))
+        return 0
+    if options.write:
+        for path in blocks.write(Repo(options.root)):
+            print(f"wrote {path}", file=sys.stderr)
+    findings = check(options.root)
+    if options.json:
+        print(json.dumps({"ok": not findings, "findings": [asdict(f) for f in findings], "rules_run": len(RULES)}))
+    else:
+        for f in findings:
+            print(f"{f.code:20} {f.path}{f':{f.line}' if f.line else ''}  {f.message}\n{'':20}   → {f.hint}")
+        print(f"{len(RULES)} rules, {len(findings)} finding(s)")
+    return 6 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Findings, the rule decorator, and the repository as rules see it: every file and git fact read once."""
+
+import ast
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from spec.coverage import GateState, coverage
+from spec.errors import StackproofError
+from spec.gates import Spec, load_spec
+from spec.ledger import Entry, Ledger
+from spec.records import Record
+from spec.registry import Release, read_registry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    code: str
+    path: str
+    line: int
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named check of the repository. `look` yields (path, line, message)."""
+
+    code: str
+    title: str
+    why: str
+    hint: str
+    look: Callable[["Repo"], Iterator[tuple[str, int, str]]]
+
+    def run(self, repo: "Repo") -> list[Finding]:
+        """Findings of this rule. What it cannot read is itself a finding: a checker that cannot look never says green."""
+        try:
+            return [Finding(self.code, path, line, message, self.hint) for path, line, message in self.look(repo)]
+        except StackproofError as e:
+            return [Finding("SCHEMA", "", 0, f"{self.code} could not look: {e.what}", "repair what SCHEMA names first")]
+        except Exception as e:
+            return [Finding("INTERNAL", "tools", 0, f"rule {self.code} crashed: {type(e).__name__}: {e}", "this is a bug of the checker")]
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(code: str, *, title: str, why: str, hint: str) -> Callable:
+    """Register a generator `look(repo)` as a rule."""
+
+    def register(look: Callable) -> Callable:
+        if code in RULES:
+            raise ValueError(f"rule {code} is defined twice")
+        RULES[code] = Rule(code, title, why, hint, look)
+        return look
+
+    return register
+
+
+class Repo:
+    """A checkout. Everything is read lazily and once."""
+
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+
+    def git(self, *arguments: str) -> str | None:
+        """Output of a git command, or None if it failed."""
+        done = subprocess.run(["git", "-C", str(self.root), *arguments], capture_output=True)
+        return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
+
+    @cached_property
+    def tracked(self) -> list[str]:
+        return [p for p in (self.git("ls-files", "-z") or "").split("\0") if p]
+
+    @cached_property
+    def ancestors(self) -> dict[str, int]:
+        """Commits reachable from HEAD with their committer time, seconds."""
+        lines = (self.git("log", "--format=%H %ct", "HEAD") or "").splitlines()
+        return {sha: int(time) for sha, time in (line.split() for line in lines)}
+
+    @cached_property
+    def spec(self) -> Spec:
+        return load_spec(self.root)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.root / "evidence")
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        return self.ledger.entries()
+
+    @cached_property
+    def records(self) -> dict[str, Record]:
+        """Readable, hash-true records that no later one supersedes; the others are findings of their own rules."""
+        gone = {e.supersedes for e in self.entries if e.supersedes}
+        found = {}
+        for entry in self.entries:
+            try:
+                record = self.ledger.read(entry)
+            except StackproofError:
+                continue
+            if entry.record not in gone:
+                found[entry.record] = record
+        return found
+
+    @cached_property
+    def states(self) -> dict[str, GateState]:
+        return coverage(self.spec, self.records)
+
+    @cached_property
+    def registry(self) -> list[Release]:
+        return read_registry(self.root / "evidence" / "registry.toml")
+
+    def record_file(self, record_id: str, name: str = "metadata.json") -> str:
+        return f"evidence/{record_id}/{name}"
+
+    def series(self, record_id: str, name: str) -> list[dict]:
+        """Lines of a series beside a record; empty if it has none."""
+        path = self.root / "evidence" / record_id / name
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+    @cached_property
+    def markdown(self) -> list[str]:
+        """Hand-written Markdown files, relative."""
+        wanted = [p for p in self.tracked if p.endswith(".md")]
+        return [p for p in wanted if (self.root / p).is_file() and not p.startswith((".venv/", "evidence/"))]
+
+    def text(self, path: str) -> str:
+        return (self.root / path).read_text("utf-8")
+
+    def python_functions(self, path: str) -> dict[str, int]:
+        """Top-level functions and classes of a Python file with their line."""
+        file = self.root / path
+        if not file.is_file():
+            return {}
+        body = ast.parse(file.read_text("utf-8")).body
+        return {n.name: n.lineno for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+
+    @cached_property
+    def plants(self) -> dict[str, dict]:
+        """Plants by id, read from the decorators in stack/museum: gate, title, story, sources, path, line."""
+        found: dict[str, dict] = {}
+        for file in sorted((self.root / "stack" / "museum").glob("*.py")):
+            for node in ast.parse(file.read_text("utf-8")).body:
+                for decorator in getattr(node, "decorator_list", []):
+                    if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "plant":
+                        fields = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
+                        plant_id = ast.literal_eval(decorator.args[0])
+                        where = {"path": file.relative_to(self.root).as_posix(), "line": node.lineno}
+                        found[plant_id] = fields | where
+        return found

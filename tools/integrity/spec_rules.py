@@ -1,0 +1,258 @@
+"""Rules about the spec, its gates, checks, plants and tests."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from spec.errors import StackproofError
+from spec.gates import Limit, frozen_release
+from spec.ledger import Ledger
+from spec.records import read_record
+from spec.registry import read_registry
+from tools.integrity.core import Repo, rule
+
+Found = Iterator[tuple[str, int, str]]
+
+
+@rule(
+    "SCHEMA",
+    title="Spec, records, ledger and registry are valid and strict",
+    why="A duplicate key, NaN or unknown field lets a file say two things at once.",
+    hint="restore the file from git or mend the named field",
+)
+def schema(repo: Repo) -> Found:
+    readers = {
+        "spec": lambda: repo.spec,
+        "evidence/ledger.jsonl": lambda: Ledger(repo.root / "evidence").entries(),
+        "evidence/registry.toml": lambda: read_registry(repo.root / "evidence" / "registry.toml"),
+    }
+    for path in sorted((repo.root / "evidence").glob("*/metadata.json")):
+        readers[path.relative_to(repo.root).as_posix()] = lambda path=path: read_record(path)
+    for path, read in readers.items():
+        try:
+            read()
+        except StackproofError as e:
+            yield path, 0, e.what
+
+
+@rule(
+    "SPEC-EMPTY",
+    title="The spec holds gates",
+    why="An empty scope is always green.",
+    hint="spec/gates/*.toml must define gates",
+)
+def spec_empty(repo: Repo) -> Found:
+    if not repo.spec.gates:
+        yield "spec/gates", 0, "there is no gate at all"
+
+
+@rule(
+    "ID-UNIQUE",
+    title="Ids are unique, also without regard to case",
+    why="Two things under one name let evidence for one discharge the other.",
+    hint="choose another id; ids are never reused",
+)
+def id_unique(repo: Repo) -> Found:
+    groups = {
+        "spec/gates": list(repo.spec.gates),
+        "evidence/ledger.jsonl": [e.record for e in repo.entries],
+        "evidence/registry.toml": [m.id for m in repo.registry],
+        "docs/adr": [p.name[:4] for p in (repo.root / "docs" / "adr").glob("[0-9]*.md")],
+    }
+    for path, ids in groups.items():
+        for name, count in Counter(i.casefold() for i in ids).items():
+            if count > 1:
+                yield path, 0, f"the id {name} is used {count} times"
+
+
+def _release(repo: Repo, version: str) -> dict | None:
+    path = repo.root / "spec" / "releases" / f"{version}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _releases(repo: Repo) -> list[dict]:
+    """All frozen releases, oldest first."""
+    files = (repo.root / "spec" / "releases").glob("*.json")
+    return sorted((json.loads(f.read_text("utf-8")) for f in files), key=lambda r: _number(r["version"]))
+
+
+@rule(
+    "SPEC-NOBUMP",
+    title="A change of the spec comes with a new version",
+    why="Evidence binds to fingerprints; a silent change would leave old evidence standing for a new promise.",
+    hint="raise spec/spec.toml's version and run python tools/freeze_spec.py",
+)
+def spec_nobump(repo: Repo) -> Found:
+    spec = repo.spec
+    frozen = _release(repo, spec.version)
+    if frozen is None:
+        yield f"spec/releases/{spec.version}.json", 0, f"version {spec.version} was never frozen"
+        return
+    now = frozen_release(spec)["gates"]
+    for gate_id in sorted(now.keys() | frozen["gates"].keys()):
+        if gate_id not in frozen["gates"] or gate_id not in now:
+            yield "spec/spec.toml", 0, f"gate {gate_id} was {'added' if gate_id in now else 'removed'} without a new version"
+        elif now[gate_id]["fingerprint"] != frozen["gates"][gate_id]["fingerprint"]:
+            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id} or its check differs from frozen version {spec.version}"
+
+
+@rule(
+    "SPEC-CHANGELOG",
+    title="The current version is the newest and has a changelog entry",
+    why="A version nobody described cannot be reviewed.",
+    hint="add a section to spec/CHANGELOG.md",
+)
+def spec_changelog(repo: Repo) -> Found:
+    version = repo.spec.version
+    path = repo.root / "spec" / "CHANGELOG.md"
+    if not path.is_file() or not re.search(rf"^## {re.escape(version)}\b", path.read_text("utf-8"), re.M):
+        yield "spec/CHANGELOG.md", 0, f"there is no section for version {version}"
+    for release in _releases(repo):
+        if _number(release["version"]) > _number(version):
+            yield "spec/spec.toml", 0, f"version {version} is older than the frozen {release['version']}"
+
+
+@rule(
+    "GOALPOST",
+    title="A limit is loosened only by a new version that says so",
+    why="A threshold moved after the run turns a failure into a success.",
+    hint="name the gate in the new version's section of spec/CHANGELOG.md; its evidence is re-opened",
+)
+def goalpost(repo: Repo) -> Found:
+    spec, changelog = repo.spec, repo.root / "spec" / "CHANGELOG.md"
+    text = changelog.read_text("utf-8") if changelog.is_file() else ""
+    section = re.split(r"^## ", text, flags=re.M)
+    current = next((s for s in section if s.startswith(spec.version)), "")
+    for release in reversed(_releases(repo)):
+        excused = release["version"] != spec.version
+        for gate_id, frozen in release["gates"].items():
+            gate = spec.gates.get(gate_id)
+            for name, old in frozen["limits"].items() if gate else ():
+                limit = gate.limits.get(name)
+                before = Limit(**old, why="as it was frozen")
+                if (limit is None or limit.looser_than(before)) and not (excused and gate_id in current):
+                    now = "gone" if limit is None else f"{limit.value:g}"
+                    yield f"spec/gates/{gate.subsystem}.toml", 0, f"{gate_id}.{name}: {old['value']:g} in {release['version']}, now {now}"
+        if release["version"] != spec.version:
+            break
+
+
+@rule(
+    "RELEASE-FROZEN",
+    title="A frozen release never changes",
+    why="It is the memory of what was promised.",
+    hint="git checkout the file; make a new version instead",
+)
+def release_frozen(repo: Repo) -> Found:
+    log = repo.git("log", "--name-status", "--format=", "--", "spec/releases") or ""
+    added = Counter(line.split("\t")[-1] for line in log.splitlines() if line)
+    for path, changes in added.items():
+        if changes > 1:
+            yield path, 0, f"was changed {changes - 1} time(s) after it was committed"
+    for path in added:
+        committed, file = repo.git("show", f"HEAD:{path}"), repo.root / path
+        if committed is not None and (not file.is_file() or file.read_text("utf-8") != committed):
+            yield path, 0, "differs from its committed form"
+
+
+def _kills(repo: Repo, gate_id: str) -> list:
+    return [k for r in repo.records.values() for k in r.kills if k.gate == gate_id]
+
+
+@rule(
+    "GATE-KILLED",
+    title="Every gate has been seen red on its plants and green on the control",
+    why="A gate that never fired is not evidence of anything.",
+    hint="stack gates prove, then stack evidence add DIR",
+)
+def gate_killed(repo: Repo) -> Found:
+    for gate_id, state in repo.states.items():
+        current = repo.spec.fingerprint(gate_id)
+        kills = _kills(repo, gate_id)
+        if state.state == "unproven" and not (kills and all(k.fingerprint != current for k in kills)):
+            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id} is unproven: {state.reason}"
+
+
+@rule(
+    "STALE-KILL",
+    title="Kills are of the gate as it is now",
+    why="A check that changed after its proof is unproven.",
+    hint="stack gates prove at the current commit, then stack evidence add DIR",
+)
+def stale_kill(repo: Repo) -> Found:
+    for gate_id in repo.spec.gates:
+        current = repo.spec.fingerprint(gate_id)
+        newest = {k.plant: k for k in _kills(repo, gate_id)}
+        stale = sorted(p for p, k in newest.items() if k.fingerprint != current)
+        if stale:
+            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id}: the kill of {', '.join(stale)} is of an older fingerprint"
+
+
+@rule(
+    "GATE-FAILED",
+    title="No gate's latest accepted run is red",
+    why="A red result in the ledger is a known defect.",
+    hint="mend the cause and add a new run, or waive it with reason and expiry",
+)
+def gate_failed(repo: Repo) -> Found:
+    for gate_id, state in repo.states.items():
+        if state.state == "failed":
+            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id}: {state.reason}"
+
+
+@rule(
+    "PLANT-EXISTS",
+    title="Gates and plants name each other",
+    why="A gate without its plant cannot be falsified; a plant without its gate proves nothing.",
+    hint="add the plant to stack/museum or the id to the gate's plants",
+)
+def plant_exists(repo: Repo) -> Found:
+    for gate in repo.spec.gates.values():
+        if not gate.plants:
+            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} names no plant"
+        for plant_id in gate.plants:
+            if plant_id not in repo.plants:
+                yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} names the plant {plant_id}, which is not in the museum"
+    for plant_id, fields in repo.plants.items():
+        gate = repo.spec.gates.get(fields.get("gate", ""))
+        if gate is None or plant_id not in gate.plants:
+            yield fields["path"], fields["line"], f"plant {plant_id} is for {fields.get('gate')}, which does not list it"
+        if not fields.get("story") or not fields.get("sources"):
+            yield fields["path"], fields["line"], f"plant {plant_id} lacks its story or its sources"
+
+
+@rule(
+    "CHECK-EXISTS",
+    title="Every gate's check exists and is bound to it",
+    why="A gate whose check is missing is never asked.",
+    hint="define the function in contracts/ and decorate it with @decides",
+)
+def check_exists(repo: Repo) -> Found:
+    for gate in repo.spec.gates.values():
+        module, name = gate.check.split(":")
+        path = module.replace(".", "/") + ".py"
+        if name not in repo.python_functions(path):
+            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id}: {path} defines no {name}"
+        elif f'@decides("{gate.id}")' not in repo.text(path):
+            yield path, repo.python_functions(path)[name], f"{name} is not decorated with @decides({gate.id!r})"
+
+
+@rule(
+    "TEST-EXISTS",
+    title="Every cited test exists",
+    why="A test that is cited and absent is a promise nobody keeps.",
+    hint="write the test or correct the citation",
+)
+def test_exists(repo: Repo) -> Found:
+    for gate in repo.spec.gates.values():
+        if not gate.tests:
+            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} cites no test"
+        for test in gate.tests:
+            path, _, name = test.partition("::")
+            if name not in repo.python_functions(path):
+                yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} cites {test}, which does not exist"
