@@ -69,15 +69,28 @@ def coherence(text: str, language: str = "en") -> Coherence:
 
 
 def _units(text: str) -> list[str]:
-    """Words, symbols for punctuation and for long blank runs; a unit too long to be a word is cut into pieces."""
+    """Words, symbols for punctuation and for long blank runs; a run too long to be a word is cut into pieces."""
     units: list[str] = []
     for blank, raw in re.findall(r"(\s+)|(\S+)", text.lower()):
         if blank:
             units += ["<s>"] * (len(blank) // BLANK_RUN)
             continue
-        word = re.sub(r"^\W+|\W+$", "", raw) or "<p>"
-        units += [word[i : i + PIECE] for i in range(0, len(word), PIECE)] if len(word) > LONG_UNIT else [word]
+        word = re.sub(r"^\W+|\W+$", "", raw)
+        if not word:
+            units += ["<p>"] * (1 + len(raw) // LONG_UNIT * (LONG_UNIT // PIECE))
+        else:
+            units += _pieces(word) if len(word) > LONG_UNIT else [word]
     return units
+
+
+def _pieces(run: str) -> list[str]:
+    """Cut an unbroken run behind characters whose code is divisible by 4, so that a loop is cut alike in each of its rounds."""
+    pieces = [""]
+    for char in run:
+        pieces[-1] += char
+        if ord(char) % 4 == 0 or len(pieces[-1]) == 2 * PIECE:
+            pieces.append("")
+    return [p for p in pieces if p]
 
 
 def _diversity(units: Sequence[str], k: int) -> float:

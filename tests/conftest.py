@@ -1,17 +1,17 @@
 """Fixtures shared by all rooms: a small real corpus, a small configuration, and the ingredients of its preflight."""
 
 import json
-import pydoc_data.topics
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
-    """The interpreter's help topics as JSON lines: real English, on every machine."""
+    """The museum's text as JSON lines: real English, on every machine."""
+    from stack.museum.prove import museum_texts
+
     path = tmp_path_factory.mktemp("text") / "topics.jsonl"
-    topics = pydoc_data.topics.topics
-    path.write_text("".join(json.dumps({"text": topics[n]}) + "\n" for n in sorted(topics)), "utf-8")
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
     return path
 
 

@@ -128,9 +128,10 @@ def certify_resume(
     json: Json = False,
 ) -> None:
     """Train once straight and once through SIGKILLs, compare the weights byte for byte, write a record of kind resume."""
+    from stack.recipes import recipe as named
     from stack.train.certificate import certify
 
-    record, directory = certify(recipe, steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir)
+    record, directory = certify(named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir)
     document = {"record": record.id, "run_dir": str(directory), "status": record.status, "metrics": {n: m.value for n, m in record.metrics.items()}}
     if not emit(document, json):
         stdout.print(f"{record.status}: {record.end_reason}")

@@ -194,7 +194,7 @@ def _evaluate_rows(model: Transformer, tokenizer: Any, seq_len: int, device: tor
     """Scores six fixed rows at any batch size; most labels of the last row are masked."""
     ids = _random_ids((6, seq_len + 1), tokenizer.vocab_size, seed=52)
     labels = ids[:, 1:].clone()
-    labels[-1, seq_len // 3 :] = IGNORE
+    labels[-1, max(1, seq_len // 3) :] = IGNORE
 
     def evaluate_rows(batch_size: int) -> bits_per_byte.Evaluation:
         cuts = range(0, len(ids), batch_size)

@@ -197,14 +197,14 @@ def split_overlap():
     sources=("https://github.com/marin-community/marin/issues/6742",),
 )
 def blind_scanner():
-    original = checks._ngram_hashes
+    original = checks._span_hashes
     calls = [0]
 
-    def differently_salted(tokens):
+    def differently_salted(tokens, span):
         calls[0] += 1
-        return original(tokens) ^ np.uint64(calls[0])
+        return original(tokens, span) ^ np.uint64(calls[0])
 
-    with swap(checks, "_ngram_hashes", differently_salted):
+    with swap(checks, "_span_hashes", differently_salted):
         yield
 
 

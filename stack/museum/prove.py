@@ -67,15 +67,24 @@ def museum_config(text: Path) -> RunConfig:
     )
 
 
+def museum_texts() -> list[str]:
+    """Help topics of the interpreter that do not mostly repeat earlier ones: real English, on every machine."""
+    topics, seen, chosen = pydoc_data.topics.topics, set(), []
+    for name in sorted(topics, key=lambda n: (-len(topics[n]), n)):
+        lines = {line.strip() for line in topics[name].splitlines() if len(line.strip()) > 20}
+        if len(lines & seen) <= 0.1 * len(lines):
+            chosen.append(topics[name])
+            seen |= lines
+    return chosen
+
+
 @contextmanager
 def workshop() -> Iterator[Path]:
     """A temporary folder with the museum's text and a data cache of its own; one thread, so that small models run fast."""
     threads, former = torch.get_num_threads(), os.environ.get("STACKPROOF_CACHE")
     with tempfile.TemporaryDirectory(prefix="stackproof-museum-") as folder:
         root = Path(folder)
-        topics = pydoc_data.topics.topics
-        lines = [json.dumps({"text": topics[name]}) for name in sorted(topics)]
-        (root / "topics.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        (root / "topics.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
         torch.set_num_threads(1)
         try:
             yield root

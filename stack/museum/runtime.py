@@ -1,10 +1,11 @@
 """Plants in the steps of the run itself."""
 
+import dataclasses
+
 import torch
 
 from stack.museum.plant import plant, swap, touch
 from stack.train import loop, losses
-from stack.train import optimizer as opt
 from stack.train import step as steps
 
 BAD_STEP = 7
@@ -41,12 +42,17 @@ def nan_in_a_weight():
     sources=("https://github.com/dome272/Wuerstchen/issues/27",),
 )
 def infinite_activation():
-    original = losses.cross_entropy_sum
+    original_step, original_loss = steps.train_step, losses.cross_entropy_sum
+    now = [0]
+
+    def counted(state, batches):
+        now[0] = state.step + 1
+        return original_step(state, batches)
 
     def overflowing(logits_BTV, labels_BT):
-        return original(logits_BTV, labels_BT) * float("inf")
+        return original_loss(logits_BTV, labels_BT) * (float("inf") if now[0] == BAD_STEP else 1.0)
 
-    with swap(losses, "cross_entropy_sum", overflowing):
+    with swap(steps, "train_step", counted), swap(losses, "cross_entropy_sum", overflowing):
         yield
 
 
@@ -115,9 +121,7 @@ def labels_all_masked():
 
     def masked(run):
         batches = original(run)
-        for b in batches:
-            b.labels[:, 2:] = losses.IGNORE_INDEX
-        return batches
+        return [dataclasses.replace(b, labels=b.labels.clone().index_fill_(1, torch.arange(2, b.labels.shape[1]), losses.IGNORE_INDEX)) for b in batches]
 
     with swap(loop, "draw", masked):
         yield
@@ -174,12 +178,10 @@ def instant_steps():
     sources=("https://github.com/stanford-crfm/mistral/issues/115", "https://arxiv.org/abs/2204.02311"),
 )
 def lr_spike():
-    original = opt.set_lr
-    calls = [0]
+    original = steps.lr_at
 
-    def spiking(optimizer, lr):
-        calls[0] += 1
-        original(optimizer, lr * (60 if calls[0] > 16 else 1))
+    def spiking(step, optim, schedule, max_steps):
+        return original(step, optim, schedule, max_steps) * (100 if step > 16 else 1)
 
-    with swap(opt, "set_lr", spiking):
+    with swap(steps, "lr_at", spiking):
         yield

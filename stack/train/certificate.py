@@ -11,10 +11,9 @@ from spec.canonical import sha256_file
 from spec.errors import ConfigError
 from spec.gates import load_spec
 from spec.records import Record
-from stack.config import load_config
+from stack.config import RunConfig, load_config
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, artefact
-from stack.recipes import recipe as named
 from stack.train import checkpoint
 from stack.train.randomness import stream_seed
 from stack.train.rundir import RunDir
@@ -24,19 +23,22 @@ NOT_COVERED = ("another processor, torch build or number of threads", "kills by 
 DEADLINE_S = 900.0
 
 
-def certify(recipe: str, *, steps: int, kills: int, sets: tuple[str, ...], run_dir: Path | None) -> tuple[Record, Path]:
-    """Run both, compare, write the record. Raises ConfigError if the plan leaves no room for the kills."""
+def certify(base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], run_dir: Path | None) -> tuple[Record, Path]:
+    """Run both, compare, write the record. `base` is a recipe's configuration.
+
+    Raises ConfigError if the plan leaves no room for the kills.
+    """
     if steps < 2 * (kills + 1):
         raise ConfigError(f"{steps} steps leave no room for {kills} kills", allowed=f"at least {2 * (kills + 1)} steps", next_step="--steps 60")
     every = max(1, steps // (3 * (kills + 1)))
     sets = (f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 10)}", f"checkpoint.every={every}", *sets)
-    cfg, overrides = load_config(named(recipe), sets=sets)
+    cfg, overrides = load_config(base, sets=sets)
     builder = RecordBuilder(
         kind="resume", spec=load_spec(), config=cfg.to_dict(), claim=CLAIM, not_covered=NOT_COVERED, overrides=overrides, environment=environment()
     )
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "stack", "train", recipe, *(f"--set={s}" for s in sets), "--run-dir"]
+    command = [sys.executable, "-m", "stack", "train", base.recipe, *(f"--set={s}" for s in sets), "--run-dir"]
     straight, killed = directory / "straight", directory / "killed"
     _finish([*command, str(straight)], directory / "straight.log")
     moments = _with_kills([*command, str(killed)], killed, directory / "killed.log", steps, kills, cfg.seed)

@@ -92,7 +92,21 @@ def test_healthy_prose_scores_high_at_any_length(topic, copies):
 
 @pytest.mark.parametrize("language", ["en", "code", "any"])
 @pytest.mark.parametrize(
-    "text", ["", "   ", "\n" * 96, "a b " * 40, "a" * 96, "the the the the the the the the the", "= = = = = = = = = =", "a" + "\n" * 96]
+    "text",
+    [
+        "",
+        "   ",
+        "\n" * 96,
+        "a b " * 40,
+        "a" * 96,
+        "the the the the the the the the the",
+        "= = = = = = = = = =",
+        "a" + "\n" * 96,
+        "(" * 48,
+        "�" * 96,
+        "abcdefghijklm" * 12,
+        "111111" * 12,
+    ],
 )
 def test_loops_score_low_in_every_language(text, language):
     assert coherence(text, language).score < 30

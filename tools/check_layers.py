@@ -1,0 +1,93 @@
+"""Imports flow one way. Reads the source, runs nothing, needs no torch.
+
+python tools/check_layers.py [--root DIR]
+Exit code 0: nothing found. 6: an import against the arrow.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Bottom to top. A package may import itself and everything before it. Modules directly in stack/ stand with stack.config.
+ORDER = (
+    "spec contracts stack.config stack.evidence stack.kernels stack.data stack.model stack.evaluate stack.trace stack.surgery "
+    "stack.export stack.tune stack.train stack.recipes stack.museum stack.cli"
+).split()
+RANK = {name: rank for rank, name in enumerate(ORDER)}
+# Nothing in these may import the named packages, at module level or anywhere.
+FORBIDDEN = {
+    "spec": ("torch", "numpy", "typer", "rich", "tokenizers", "safetensors"),
+    "tools": ("torch", "numpy", "stack", "contracts", "tokenizers", "safetensors"),
+    "contracts": ("stack", "tools"),
+    "stack": ("transformers", "tools"),
+}
+# These are imported by commands that must answer without torch.
+LIGHT_AT_IMPORT = ("contracts/gate.py", "contracts/keeper.py", "contracts/events.py", "contracts/conditions.py", "stack/config.py")
+
+
+def package_of(module: str) -> str | None:
+    """The layer a dotted module belongs to; None for modules that are not ours."""
+    parts = module.split(".")
+    if parts[0] in ("spec", "contracts"):
+        return parts[0]
+    if parts[0] != "stack":
+        return None
+    named = f"stack.{parts[1]}" if len(parts) > 1 else "stack.config"
+    return named if named in RANK else ("stack.cli" if named == "stack.__main__" else "stack.config")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted module, at module level) of every import, also inside functions and conditions."""
+    top = {id(n) for n in ast.iter_child_nodes(tree)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, a.name, id(node) in top) for a in names)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                yield from ((node.lineno, f"{module}.{a.name}" if module == "stack" else module, id(node) in top) for a in names)
+            case ast.ImportFrom(level=level) if level > 0:
+                yield node.lineno, "." * level, id(node) in top
+
+
+def check_file(root: Path, path: Path) -> Iterator[str]:
+    """Problems of one file as `path:line message`."""
+    relative = path.relative_to(root)
+    own = package_of(".".join(relative.with_suffix("").parts))
+    light = relative.parts[:2] == ("stack", "cli") or relative.as_posix() in LIGHT_AT_IMPORT
+    for line, module, at_top in imports(ast.parse(path.read_text("utf-8"))):
+        where, first = f"{relative.as_posix()}:{line}", module.split(".")[0]
+        if module.startswith("."):
+            yield f"{where} relative import; write the full name"
+        if first in FORBIDDEN.get(relative.parts[0], ()):
+            yield f"{where} {relative.parts[0]} must not import {first}"
+        if light and at_top and first in ("torch", "numpy", "safetensors", "tokenizers"):
+            yield f"{where} imports {first} at module level; commands must answer without it"
+        target = package_of(module)
+        if own and target and RANK[target] > RANK[own]:
+            yield f"{where} {own} imports {target}, which stands above it"
+
+
+def check(root: Path) -> list[str]:
+    """All problems of a checkout. An empty checkout is a problem."""
+    files = [p for folder in ("spec", "contracts", "stack", "tools") for p in sorted((root / folder).rglob("*.py"))]
+    if not files:
+        return [f"{root} holds no source file of spec, contracts, stack or tools"]
+    return [problem for path in files for problem in check_file(root, path)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="check_layers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT)
+    problems = check(parser.parse_args(arguments).root.resolve())
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} import(s) against the arrow: {' < '.join(ORDER)}")
+    return 6 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
