@@ -65,7 +65,10 @@ def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
         twice, missing = len(delivered) - len(set(delivered)), n - len(set(delivered))
         if twice or missing:
             return failed(
-                f"{world_size} rank(s): {twice} window(s) delivered twice, {missing} never", world_size=world_size, twice=twice, missing=missing
+                f"{world_size} rank(s): {twice} window(s) delivered twice, {missing} never",
+                world_size=world_size,
+                twice=twice,
+                missing=missing,
             )
     reader = make_reader(rows=2)
     batch = reader.draw()
@@ -219,17 +222,25 @@ class Consumption:
         rows, n = self.plan["rows_per_step"], self.plan["n_windows"]
         if event.cursor_before != self.cursor or event.cursor_after != self.cursor + rows or len(event.sample_ids) != rows:
             return failed(
-                f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were drawn, {self.cursor} … {self.cursor + rows} declared",
+                f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were drawn, "
+                f"{self.cursor} … {self.cursor + rows} declared",
                 cursor=event.cursor_after,
             )
         if event.n_tokens != self.plan["tokens_per_step"]:
-            return failed(f"step {event.step}: {event.n_tokens} tokens drawn, {self.plan['tokens_per_step']} declared", tokens=event.n_tokens)
+            return failed(
+                f"step {event.step}: {event.n_tokens} tokens drawn, {self.plan['tokens_per_step']} declared", tokens=event.n_tokens
+            )
         self.cursor = event.cursor_after
         keys = [((event.cursor_before + k) // n, i) for k, i in enumerate(event.sample_ids)]
         repeats = len(keys) - len(set(keys)) + len(set(keys) & set(self.recent))
         outside = sum(not 0 <= i < n for i in event.sample_ids)
         self.recent.extend(keys)
-        return decide(not repeats and not outside, f"step {event.step}: {repeats} window(s) repeat within their epoch", repeats=repeats, outside=outside)
+        return decide(
+            not repeats and not outside,
+            f"step {event.step}: {repeats} window(s) repeat within their epoch",
+            repeats=repeats,
+            outside=outside,
+        )
 
     def state_dict(self) -> dict:
         return {"cursor": self.cursor, "recent": [list(k) for k in self.recent]}

@@ -2,7 +2,7 @@
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,9 @@ class Gatekeeper:
                 raise ConfigError(f"the waiver of {gate_id} has expired", value=waiver.expires, next_step="renew it or mend the cause")
         wanted = set(only) if only is not None else None
         self.seats = {
-            g.id: _Seat(g) for g in spec.gates.values() if kind in g.kinds and g.moment != "repository" and (wanted is None or g.id in wanted)
+            g.id: _Seat(g)
+            for g in spec.gates.values()
+            if kind in g.kinds and g.moment != "repository" and (wanted is None or g.id in wanted)
         }
         for seat in self.seats.values():
             if seat.gate.moment == "runtime":
@@ -65,7 +67,7 @@ class Gatekeeper:
             if self._halts(seat, verdict):
                 red.append(seat)
         if red:
-            raise self._failure(red[0])
+            raise self._failure(red[0], also=red[1:])
 
     def artifact(self, ingredients: Mapping[str, Any], *, step: int | None = None) -> None:
         """Run all artifact gates whose ingredients are given. Raises GateFailed on the first red one."""
@@ -99,7 +101,7 @@ class Gatekeeper:
                 if self._halts(seat, verdict):
                     red.append(seat)
         if red:
-            raise self._failure(red[0])
+            raise self._failure(red[0], also=red[1:])
         if isinstance(event, Finished):
             self._require_heartbeats()
 
@@ -164,12 +166,13 @@ class Gatekeeper:
                 next_step="lower the interval that feeds it (eval.every, sample.every, checkpoint.every), or waive it with a reason",
             )
 
-    def _failure(self, seat: _Seat) -> GateFailed:
+    def _failure(self, seat: _Seat, also: Sequence[_Seat] = ()) -> GateFailed:
         measured = ", ".join(f"{k} = {v:.6g}" if isinstance(v, float) else f"{k} = {v}" for k, v in seat.verdict.measured.items())
         allowed = ", ".join(f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in seat.gate.limits.items())
         return GateFailed(
             seat.gate.id,
             seat.verdict,
+            what=seat.verdict.message + (f"; also red: {', '.join(s.gate.id for s in also)}" if also else ""),
             value=measured or None,
             allowed=allowed or seat.gate.statement,
             next_step=f"stack gates show {seat.gate.id}",

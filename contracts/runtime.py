@@ -15,10 +15,14 @@ class Finite(Stateless):
     events = (StepTaken,)
 
     def observe(self, event: Event) -> Verdict:
-        ok = math.isfinite(event.loss_nats) and math.isfinite(event.grad_norm) and event.overflow_retries <= self.limits.overflow_retries_max
+        ok = (
+            math.isfinite(event.loss_nats) and math.isfinite(event.grad_norm) and event.overflow_retries <= self.limits.overflow_retries_max
+        )
         return Verdict(
             "pass" if ok else "fail",
-            "" if ok else f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, {event.overflow_retries} overflow(s)",
+            ""
+            if ok
+            else f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, {event.overflow_retries} overflow(s)",
             {"loss_nats": str(event.loss_nats), "grad_norm": str(event.grad_norm), "overflow_retries": event.overflow_retries},
         )
 
@@ -52,11 +56,7 @@ class TokensConsumed:
             return None
         self.total += self.per_step
         valid_frac = event.n_valid_tokens / self.per_step
-        ok = (
-            event.tokens_seen == self.total
-            and event.n_expected_tokens == self.per_step
-            and self.limits.valid_frac_min <= valid_frac <= 1
-        )
+        ok = event.tokens_seen == self.total and event.n_expected_tokens == self.per_step and self.limits.valid_frac_min <= valid_frac <= 1
         return decide(
             ok,
             f"step {event.step}: {event.tokens_seen} tokens seen, {self.total} declared; {event.n_valid_tokens} of {self.per_step} counted",

@@ -86,8 +86,6 @@ def parse_strict(data: bytes, *, origin: str) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise IntegrityError(f"{origin} is too large to be a record", value=f"{len(data)} bytes", allowed=f"at most {MAX_JSON_BYTES}")
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite_float
-        )
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as e:
         raise IntegrityError(f"{origin} is not strict JSON: {e}", next_step="restore the file from git or from the run directory") from e

@@ -15,7 +15,8 @@ from spec.errors import IntegrityError
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
 SUBSYSTEMS = (
-    "data tokenizer model kernel loss optim schedule checkpoint evaluation sampling precision distributed runtime moe export tuning evidence"
+    "data tokenizer model kernel loss optim schedule checkpoint evaluation sampling "
+    "precision distributed runtime moe export tuning evidence"
 ).split()
 
 

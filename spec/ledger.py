@@ -105,7 +105,9 @@ class Ledger:
     def append(self, record: Record, *, supersedes: str | None = None) -> Entry:
         """Append a record that already lies in `<directory>/<id>/metadata.json`. Raises IntegrityError if the chain is broken."""
         if problems := self.problems():
-            raise IntegrityError(f"{self.path}:{problems[0][0]}: {problems[0][1]}", next_step="repair the ledger from git before adding to it")
+            raise IntegrityError(
+                f"{self.path}:{problems[0][0]}: {problems[0][1]}", next_step="repair the ledger from git before adding to it"
+            )
         entries = self.entries()
         if any(e.record == record.id for e in entries):
             raise IntegrityError(f"record {record.id} is already in the ledger")

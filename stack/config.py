@@ -254,7 +254,9 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
 
 def unknown_key(key: str, origin: str) -> ConfigError:
     """The error for a key that does not exist, naming the nearest that does."""
-    near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5) or [k for k in known_keys() if k.endswith("." + key.split(".")[-1])]
+    near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5) or [
+        k for k in known_keys() if k.endswith("." + key.split(".")[-1])
+    ]
     return ConfigError(
         f"{key} is not a configuration key",
         value=f"from {origin}",

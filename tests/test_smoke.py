@@ -87,7 +87,7 @@ def test_checkpoint_holds_the_declared_parts(trained):
 def test_sample_and_evaluate_answer(trained):
     stack, _, _ = trained
     sampled = stack("sample", "run", "--prompt", "the ", "--max-new-tokens", "12", "--json")
-    assert sampled.code == 0 and len(sampled.json["samples"][0]["text"]) == 12
+    assert sampled.code == 0 and 0 < len(sampled.json["samples"][0]["text"]) <= 12
     evaluated = stack("evaluate", "run", "--json")
     assert evaluated.code == 0 and evaluated.json["dropped_chars"] == 0
     # 28 letters and the end of text: an untrained model is near log2(29) = 4.86 bits per character.

@@ -20,9 +20,14 @@ def freeze(root: Path) -> int:
     spec = load_spec(root)
     path = release_path(spec.version, root)
     text = json.dumps(frozen_release(spec), indent=1, sort_keys=True) + "\n"
-    committed = subprocess.run(["git", "-C", str(root), "show", f"HEAD:{path.relative_to(root).as_posix()}"], capture_output=True, text=True)
+    committed = subprocess.run(
+        ["git", "-C", str(root), "show", f"HEAD:{path.relative_to(root).as_posix()}"], capture_output=True, text=True
+    )
     if committed.returncode == 0 and committed.stdout != text:
-        print(f"error: version {spec.version} is already frozen and the spec has changed\n  next  raise version in spec/spec.toml", file=sys.stderr)
+        print(
+            f"error: version {spec.version} is already frozen and the spec has changed\n  next  raise version in spec/spec.toml",
+            file=sys.stderr,
+        )
         return 6
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, "utf-8")

@@ -90,7 +90,10 @@ class ConsoleListener(Listener):
         self._show_preflight()
         if self.progress is not None:
             self.progress.stop()
-        rows = [[g.id, MARKS[g.verdict] + (" (waived)" if g.waiver else ""), g.checks, g.message or measured_text(dict(g.measured))] for g in record.gates]
+        rows = [
+            [g.id, MARKS[g.verdict] + (" (waived)" if g.waiver else ""), g.checks, g.message or measured_text(dict(g.measured))]
+            for g in record.gates
+        ]
         stderr.print(table("Gates", ["gate", "verdict", "looks", "last measured"], rows))
         self._show_metrics(record)
         stderr.print(f"{record.status}: {record.end_reason}", style="bold green" if record.succeeded else "bold red", markup=False)

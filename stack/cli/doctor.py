@@ -19,7 +19,13 @@ def doctor(json: Json = False) -> None:
     findings = list(_findings())
     ok = all(f["ok"] or not f["required"] for f in findings)
     if not emit({"ok": ok, "findings": findings}, json):
-        stdout.print(table("Environment", ["what", "found", "needed", "ok"], [[f["what"], f["found"], f["needed"], "yes" if f["ok"] else "NO"] for f in findings]))
+        stdout.print(
+            table(
+                "Environment",
+                ["what", "found", "needed", "ok"],
+                [[f["what"], f["found"], f["needed"], "yes" if f["ok"] else "NO"] for f in findings],
+            )
+        )
     if not ok:
         missing = [f["what"] for f in findings if f["required"] and not f["ok"]]
         raise EnvironmentUnfit(f"training cannot run here: {', '.join(missing)}", next_step="pip install 'stackproof[train]'")

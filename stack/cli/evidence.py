@@ -59,9 +59,13 @@ def show(
     rows = [[n, m.value, m.unit, m.n or "", m.stderr or ""] for n, m in sorted(record.metrics.items())]
     stdout.print(table("Metrics", ["name", "value", "unit", "n", "stderr"], rows))
     if record.gates:
-        stdout.print(table("Gates", ["gate", "verdict", "looks", "message"], [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates]))
+        stdout.print(
+            table("Gates", ["gate", "verdict", "looks", "message"], [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates])
+        )
     if record.kills:
-        stdout.print(table("Kills", ["plant", "gate", "outcome", "control"], [[k.plant, k.gate, k.outcome, k.control] for k in record.kills]))
+        stdout.print(
+            table("Kills", ["plant", "gate", "outcome", "control"], [[k.plant, k.gate, k.outcome, k.control] for k in record.kills])
+        )
 
 
 @app.command()
@@ -113,7 +117,13 @@ def rerun(
 
     outcome = again(find(_directory(evidence), record_id), run_dir, ConsoleListener(quiet=json))
     if not emit(outcome, json):
-        stdout.print(table("Re-run", ["what", "recorded", "now", "equal"], [[c["what"], c["recorded"], c["now"], c["equal"]] for c in outcome["compared"]]))
+        stdout.print(
+            table(
+                "Re-run",
+                ["what", "recorded", "now", "equal"],
+                [[c["what"], c["recorded"], c["now"], c["equal"]] for c in outcome["compared"]],
+            )
+        )
     if not outcome["ok"]:
         raise IntegrityError("the re-run differs from the record", value=outcome["run_dir"], next_step="stack evidence diff ID RUN_DIR")
 
@@ -132,8 +142,15 @@ def certify_resume(
     from stack.train.certificate import certify
 
     record, directory = certify(named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir)
-    document = {"record": record.id, "run_dir": str(directory), "status": record.status, "metrics": {n: m.value for n, m in record.metrics.items()}}
+    document = {
+        "record": record.id,
+        "run_dir": str(directory),
+        "status": record.status,
+        "metrics": {n: m.value for n, m in record.metrics.items()},
+    }
     if not emit(document, json):
         stdout.print(f"{record.status}: {record.end_reason}")
     if not record.succeeded:
-        raise IntegrityError("the resumed run is not the straight one", value=str(directory), next_step="stack evidence show " + str(directory))
+        raise IntegrityError(
+            "the resumed run is not the straight one", value=str(directory), next_step="stack evidence show " + str(directory)
+        )

@@ -37,7 +37,13 @@ def list_(evidence: Directory = None, json: Json = False) -> None:
         for g in spec.gates.values()
     ]
     if not emit({"gates": rows, "counts": tally(states)}, json):
-        stdout.print(table(f"Spec {spec.version}", ["gate", "moment", "severity", "state", "title"], [[r[c] for c in ("id", "moment", "severity", "state", "title")] for r in rows]))
+        stdout.print(
+            table(
+                f"Spec {spec.version}",
+                ["gate", "moment", "severity", "state", "title"],
+                [[r[c] for c in ("id", "moment", "severity", "state", "title")] for r in rows],
+            )
+        )
 
 
 @app.command()
@@ -59,7 +65,13 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
     stdout.print(f"{gate.moment}, {gate.severity}; state {state.state}: {state.reason}", markup=False)
     stdout.print(f"check {gate.check}   fingerprint {document['fingerprint'][:16]}…", markup=False)
     if gate.limits:
-        stdout.print(table("Limits", ["name", "rule", "value", "unit", "why"], [[n, v.direction, f"{v.value:g}", v.unit, v.why] for n, v in gate.limits.items()]))
+        stdout.print(
+            table(
+                "Limits",
+                ["name", "rule", "value", "unit", "why"],
+                [[n, v.direction, f"{v.value:g}", v.unit, v.why] for n, v in gate.limits.items()],
+            )
+        )
     stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
     stdout.print(f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False)
 
@@ -90,7 +102,11 @@ def prove(
 
     def report(kill) -> None:
         colour = "green" if kill.outcome == "killed" and kill.control == "pass" else "red"
-        stderr.print(f"[{colour}]{kill.outcome:10}[/] {kill.plant:40} {kill.gate:34} control {kill.control:7} {kill.latency:14} {kill.seconds:5.1f} s")
+        stderr.print(
+            f"[{colour}]{kill.outcome:10}[/] {kill.plant:36} {kill.gate:30} control {kill.control:7} "
+            f"{kill.latency:13} {kill.seconds:4.1f} s",
+            soft_wrap=True,
+        )
 
     builder = prover.open_builder()
     directory = run_dir or Path("runs") / builder.id
@@ -105,7 +121,9 @@ def prove(
         stdout.print(f"{record.status}: {record.end_reason}\nrecord {directory / 'metadata.json'}", markup=False)
     if not record.succeeded:
         first = next((k for k in kills if k.outcome != "killed" or k.control != "pass"), None)
-        raise GateFailed(first.gate if first else "gates", what=record.end_reason, next_step="stack gates show ID; read the plant in stack/museum")
+        raise GateFailed(
+            first.gate if first else "gates", what=record.end_reason, next_step="stack gates show ID; read the plant in stack/museum"
+        )
 
 
 @app.command()
@@ -119,5 +137,5 @@ def backtest(
 
     outcome = replay(gate, log)
     if not emit(outcome, json):
-        first = outcome["first_fire_step"]
-        stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {outcome['fires']} of {outcome['records']} line(s) red")
+        first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
+        stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}")

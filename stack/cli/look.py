@@ -69,7 +69,13 @@ def evaluate(
     )
     document |= {"record": record.id, "run_dir": str(directory)}
     if not emit(document, json):
-        stdout.print(table(f"{opened.folder} on {source}", ["what", "value"], [[k, f"{v:,.4f}" if isinstance(v, float) else v] for k, v in document.items()]))
+        stdout.print(
+            table(
+                f"{opened.folder} on {source}",
+                ["what", "value"],
+                [[k, f"{v:,.4f}" if isinstance(v, float) else v] for k, v in document.items()],
+            )
+        )
     if refused:
         raise DataError(
             "the text holds characters the tokenizer does not know",
@@ -94,7 +100,10 @@ def _builder(record_builder, opened, environment: dict):
 
 def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str]:
     """The documents to score and a word for them; states the inputs of the record."""
-    builder.inputs = [artefact(opened.folder / "model.safetensors", root=opened.run_dir), artefact(opened.run_dir / "tokenizer.json", root=opened.run_dir)]
+    builder.inputs = [
+        artefact(opened.folder / "model.safetensors", root=opened.run_dir),
+        artefact(opened.run_dir / "tokenizer.json", root=opened.run_dir),
+    ]
     if text is not None:
         try:
             content = text.read_text("utf-8")
@@ -160,7 +169,9 @@ def sample(
         samples.append({"prompt": prompt, "text": text, "tokens": len(ids), "seed": seed, "index": index, "coherence": score.score})
     if not emit({"samples": samples, "dropped_prompt_chars": encoding.dropped_chars, "checkpoint": str(opened.folder)}, json):
         if encoding.dropped_chars:
-            stdout.print(f"{encoding.dropped_chars} character(s) of the prompt are outside the vocabulary and were left out", style="yellow")
+            stdout.print(
+                f"{encoding.dropped_chars} character(s) of the prompt are outside the vocabulary and were left out", style="yellow"
+            )
         for one in samples:
             stdout.print(one["prompt"] + one["text"], markup=False)
             stdout.print(f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", style="dim")
@@ -182,4 +193,6 @@ def inspect(model: Model, json: Json = False) -> None:
             rows = [[t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"] for t in document["tensors"]]
             stdout.print(table("Tensors", ["name", "shape", "dtype", "parameters"], rows))
     if document["checksum"] == "INVALID":
-        raise CheckpointError("checksum INVALID: " + document["problem"], value=document["value"], next_step="resume from an older step folder")
+        raise CheckpointError(
+            "checksum INVALID: " + document["problem"], value=document["value"], next_step="resume from an older step folder"
+        )

@@ -33,9 +33,7 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
             for p in parameters
             if p.param_type_name == "argument"
         ],
-        "options": [
-            {"flags": list(o.opts), "takes_value": not o.is_flag, "many": bool(o.multiple), "help": o.help or ""} for o in options
-        ],
+        "options": [{"flags": list(o.opts), "takes_value": not o.is_flag, "many": bool(o.multiple), "help": o.help or ""} for o in options],
     }
 
 

@@ -39,7 +39,9 @@ def train(
     if resume and fork:
         raise UsageError("--resume and --fork exclude each other", next_step="--resume keeps the configuration, --fork may change it")
     if (resume or fork) and recipe:
-        raise UsageError("a resumed or forked run takes its configuration from its folder", value=recipe, next_step="drop the recipe; use --set")
+        raise UsageError(
+            "a resumed or forked run takes its configuration from its folder", value=recipe, next_step="drop the recipe; use --set"
+        )
     sets = tuple(set_ or ())
     if dry_run:
         return _dry_run(recipe, sets, device, fork or resume, json)

@@ -149,7 +149,9 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise DataError(
-            f"{path} line {line} is not UTF-8", value=f"byte 0x{e.object[e.start]:02x} at {e.start}", next_step="convert the file with iconv"
+            f"{path} line {line} is not UTF-8",
+            value=f"byte 0x{e.object[e.start]:02x} at {e.start}",
+            next_step="convert the file with iconv",
         ) from e
     except (OSError, EOFError) as e:
         raise DataError(f"cannot read {path}: {e}", next_step="check the file") from e

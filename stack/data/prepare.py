@@ -29,7 +29,11 @@ class Dataset:
     def inputs(self) -> list[dict]:
         """Shards and tokenizer as the record names them."""
         rows = [
-            {"name": f"{split} tokens", **{k: s[k] for k in ("path", "sha256", "bytes", "tokens")}, "license": self.manifest["corpus"]["license"]}
+            {
+                "name": f"{split} tokens",
+                **{k: s[k] for k in ("path", "sha256", "bytes", "tokens")},
+                "license": self.manifest["corpus"]["license"],
+            }
             for split in SPLITS
             for s in self.manifest["splits"][split]["shards"]
         ]
@@ -69,7 +73,9 @@ def prepare(cfg: DataConfig, *, cache_dir: Path | None = None, progress: Callabl
             os.replace(temporary, folder)
         except OSError as e:
             if not (folder / "manifest.json").is_file():
-                raise DataError(f"the prepared data could not be written to {folder}: {e}", next_step="free space or set STACKPROOF_CACHE") from e
+                raise DataError(
+                    f"the prepared data could not be written to {folder}: {e}", next_step="free space or set STACKPROOF_CACHE"
+                ) from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return _open(folder, cfg.verify)
@@ -93,7 +99,9 @@ def _verify(path: Path, entry: dict, verify: str) -> None:
     size = path.stat().st_size if path.is_file() else -1
     rebuild = f"delete {path.parent} and run again to rebuild it"
     if size != entry["bytes"]:
-        raise DataError(f"shard {path} is missing, truncated or padded", value=f"{size} bytes", allowed=f"{entry['bytes']} bytes", next_step=rebuild)
+        raise DataError(
+            f"shard {path} is missing, truncated or padded", value=f"{size} bytes", allowed=f"{entry['bytes']} bytes", next_step=rebuild
+        )
     if verify == "full" and sha256_file(path) != entry["sha256"]:
         raise DataError(f"shard {path} was changed since it was written", allowed=f"sha256 {entry['sha256'][:12]}…", next_step=rebuild)
 

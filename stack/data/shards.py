@@ -32,7 +32,9 @@ def pack_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """Ids in the storage type. Raises DataError for an id outside the vocabulary, before a cast could wrap it."""
     array = np.asarray(ids, np.int64)
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
-        raise DataError(f"token id {int(array.max())} is outside the vocabulary", allowed=f"0 … {vocab_size - 1}", next_step="rebuild the tokenizer")
+        raise DataError(
+            f"token id {int(array.max())} is outside the vocabulary", allowed=f"0 … {vocab_size - 1}", next_step="rebuild the tokenizer"
+        )
     return array.astype(token_dtype(vocab_size))
 
 
@@ -64,7 +66,13 @@ def _write(folder: Path, split: str, number: int, parts: list, starts: list, has
     arrays = {"tokens": tokens, "document_starts": np.array(starts, np.int64), "document_hashes": np.array(hashes, np.int64)}
     metadata = {"tokenizer_sha256": tokenizer.sha256, "split": split, "vocab_size": str(tokenizer.vocab_size)}
     tensorfile.write(path, arrays, metadata)
-    return {"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size, "tokens": int(tokens.size), "documents": len(starts)}
+    return {
+        "path": path.name,
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
+        "tokens": int(tokens.size),
+        "documents": len(starts),
+    }
 
 
 class TokenStream:
@@ -106,7 +114,9 @@ class TokenStream:
             start = (number - (int(ends[shard - 1]) if shard else 0)) * seq_len
             out[row] = self._tokens[shard][start : start + seq_len + 1]
         if out.max(initial=0) >= self.vocab_size:
-            raise DataError(f"a shard holds token id {int(out.max())}", allowed=f"0 … {self.vocab_size - 1}", next_step="rebuild the corpus")
+            raise DataError(
+                f"a shard holds token id {int(out.max())}", allowed=f"0 … {self.vocab_size - 1}", next_step="rebuild the corpus"
+            )
         return out
 
     def token_range(self, start: int, stop: int) -> np.ndarray:

@@ -185,6 +185,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             loaded = Bytes() if document["stackproof_tokenizer"] == "byte" else Chars(document["symbols"])
     except Exception as e:
         raise DataError(
-            f"{path} is not a tokenizer: {e}", allowed="the tokenizer.json of a run or prepared corpus", next_step="restore it from the run directory"
+            f"{path} is not a tokenizer: {e}",
+            allowed="the tokenizer.json of a run or prepared corpus",
+            next_step="restore it from the run directory",
         ) from e
     return loaded

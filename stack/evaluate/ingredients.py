@@ -93,14 +93,16 @@ def _oracle_weights(model: Transformer) -> dict[str, Any]:
 def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> SimpleNamespace:
     """Two rows over a handful of tokens, the end-of-text token among them, so that one token has many successors.
 
-    Each row begins with its own token; the rest can only be told apart by what came before. input_ids and labels (2, T) int64.
+    Each row begins with its own token; the rest can only be told apart by what came before. In particular the last token is an
+    end of text in both rows, followed by another in the first only. input_ids and labels (2, T) int64, T ≥ 2.
     """
     others = [i for i in range(min(vocab_size, 9)) if i != eos_id]
     kinds = torch.tensor([eos_id, *others[2:]] if len(others) > 2 else [eos_id, *others])
     draw = torch.Generator().manual_seed(41)
     rows = kinds[torch.randint(0, len(kinds), (2, seq_len + 1), generator=draw)]
     rows[:, 0] = torch.tensor([others[0], others[min(1, len(others) - 1)]])
-    rows[:, -1] = eos_id
+    rows[:, -2] = eos_id
+    rows[:, -1] = torch.tensor([eos_id, others[0]])
     return SimpleNamespace(
         input_ids=rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous(), sample_ids=(0, 1), epoch=0, cursor_before=0, cursor_after=2
     )

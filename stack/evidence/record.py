@@ -26,9 +26,7 @@ def iso(moment: dt.datetime) -> str:
 def artefact(path: Path, *, root: Path, name: str | None = None, tokens: int | None = None, license: str | None = None) -> Artefact:
     """A file by hash; its path is kept relative to `root` where it lies below it."""
     shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    return Artefact(
-        name=name or path.name, path=shown, sha256=sha256_file(path), bytes=path.stat().st_size, tokens=tokens, license=license
-    )
+    return Artefact(name=name or path.name, path=shown, sha256=sha256_file(path), bytes=path.stat().st_size, tokens=tokens, license=license)
 
 
 @dataclass
@@ -63,7 +61,9 @@ class RecordBuilder:
         """Go on under the id and start of an interrupted run; its wall-clock time then runs from that start."""
         self.id, self.started, self._clock = record_id, dt.datetime.fromisoformat(started_at), None
 
-    def metric(self, name: str, value: float, unit: str, *, n: int | None = None, stderr: float | None = None, better: str = "neither") -> None:
+    def metric(
+        self, name: str, value: float, unit: str, *, n: int | None = None, stderr: float | None = None, better: str = "neither"
+    ) -> None:
         """State one number."""
         as_text = value if isinstance(value, int) or abs(value) < float("inf") else str(value)
         self.metrics[name] = Metric(value=as_text, unit=unit, n=n, stderr=stderr, better=better)

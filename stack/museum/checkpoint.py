@@ -1,6 +1,5 @@
 """Plants in saving, loading and resuming."""
 
-
 import torch
 
 from spec.errors import CheckpointError
@@ -221,5 +220,3 @@ def loss_scale_lost():
 
     with swap(checkpoint, "restore", default_scale):
         yield
-
-

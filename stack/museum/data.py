@@ -182,7 +182,10 @@ def split_overlap():
 
     def overlapping(cfg, texts):
         sides = original(cfg, texts)
-        return {"train": sides["train"] + sides["validation"][: max(1, len(sides["validation"]) * 8 // 10)], "validation": sides["validation"]}
+        return {
+            "train": sides["train"] + sides["validation"][: max(1, len(sides["validation"]) * 8 // 10)],
+            "validation": sides["validation"],
+        }
 
     with swap(prepare, "split_texts", overlapping):
         yield

@@ -73,7 +73,9 @@ def bits_instead_of_nats():
 def mean_of_means():
     def accumulate(state, batches):
         state.optimizer.zero_grad(set_to_none=True)
-        means = [float(steps.backward(state, b, losses.count_valid(b.labels) * len(batches))) / losses.count_valid(b.labels) for b in batches]
+        means = [
+            float(steps.backward(state, b, losses.count_valid(b.labels) * len(batches))) / losses.count_valid(b.labels) for b in batches
+        ]
         return sum(means) / len(means), sum(losses.count_valid(b.labels) for b in batches)
 
     with swap(steps, "accumulate", accumulate):

@@ -54,7 +54,9 @@ def museum_config(text: Path) -> RunConfig:
         seed=11,
         device="cpu",
         data=DataConfig(
-            corpus=Files(paths=(str(text),), license="PSF-2.0"), split=HashSplit(validation_frac=0.2), tokenizer=BpeTokenizer(vocab_size=384)
+            corpus=Files(paths=(str(text),), license="PSF-2.0"),
+            split=HashSplit(validation_frac=0.2),
+            tokenizer=BpeTokenizer(vocab_size=384),
         ),
         model=ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, max_seq_len=288, dropout=0.1),
         train=TrainConfig(max_steps=28, tokens_per_step=4 * 288, micro_batch_size=2),
@@ -157,7 +159,9 @@ def selection(gate_ids: Iterable[str]) -> list[Gate]:
     spec = load_spec()
     wanted = list(gate_ids) or list(spec.gates)
     if unknown := [g for g in wanted if g not in spec.gates]:
-        raise ConfigError(f"there is no gate {unknown[0]}", allowed="stack gates list", next_step="stack gates prove without ids proves all")
+        raise ConfigError(
+            f"there is no gate {unknown[0]}", allowed="stack gates list", next_step="stack gates prove without ids proves all"
+        )
     return [spec.gates[g] for g in wanted]
 
 
@@ -182,7 +186,14 @@ def _prove_one(prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, c
     control_verdict = control.verdict if control else "not_run"
     if plant is None:
         return Kill(
-            gate=gate.id, fingerprint=fingerprint, plant=plant_id, plant_sha256="0" * 64, outcome="awaiting", control=control_verdict, latency="", seconds=0.0
+            gate=gate.id,
+            fingerprint=fingerprint,
+            plant=plant_id,
+            plant_sha256="0" * 64,
+            outcome="awaiting",
+            control=control_verdict,
+            latency="",
+            seconds=0.0,
         )
     outcome, verdict, latency = prover.planted(gate, plant)
     return Kill(
@@ -208,7 +219,9 @@ def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: P
         builder.metric(outcome, counts.get(outcome, 0), "plants", better="higher" if outcome == "killed" else "lower")
     builder.metric("gates", len({k.gate for k in kills}), "gates")
     builder.metric("controls_green", len({k.gate for k in kills if k.control == "pass"}), "gates", better="higher")
-    bad = [f"{k.plant} {k.outcome}" for k in kills if k.outcome != "killed"] + sorted({f"control of {k.gate} {k.control}" for k in kills if k.control != "pass"})
+    bad = [f"{k.plant} {k.outcome}" for k in kills if k.outcome != "killed"] + sorted(
+        {f"control of {k.gate} {k.control}" for k in kills if k.control != "pass"}
+    )
     return builder.finish(
         directory,
         status="failed" if bad else "completed",

@@ -121,7 +121,10 @@ def labels_all_masked():
 
     def masked(run):
         batches = original(run)
-        return [dataclasses.replace(b, labels=b.labels.clone().index_fill_(1, torch.arange(2, b.labels.shape[1]), losses.IGNORE_INDEX)) for b in batches]
+        return [
+            dataclasses.replace(b, labels=b.labels.clone().index_fill_(1, torch.arange(2, b.labels.shape[1]), losses.IGNORE_INDEX))
+            for b in batches
+        ]
 
     with swap(loop, "draw", masked):
         yield
@@ -151,8 +154,8 @@ def placeholder_loss():
     "runtime.instant-steps",
     gate="runtime.step-time",
     title="Steps faster than the machine",
-    story="The step returns before the work is done, or without it. The log shows a throughput no machine of this kind can reach, and since "
-    "a high number pleases, nobody asks.",
+    story="The step returns before the work is done, or without it. The log shows a throughput no machine of this kind can reach, "
+    "and since a high number pleases, nobody asks.",
     sources=("seed:002",),
 )
 def instant_steps():
@@ -173,8 +176,8 @@ def instant_steps():
     "runtime.lr-spike",
     gate="runtime.loss-spike",
     title="The learning rate jumps",
-    story="A restart applies a far larger learning rate than the schedule says and the run leaves its basin. Norm and loss jump within a few steps, the "
-    "run seems to recover, and it ends visibly worse than its twin.",
+    story="A restart applies a far larger learning rate than the schedule says and the run leaves its basin. Norm and loss jump "
+    "within a few steps, the run seems to recover, and it ends visibly worse than its twin.",
     sources=("https://github.com/stanford-crfm/mistral/issues/115", "https://arxiv.org/abs/2204.02311"),
 )
 def lr_spike():

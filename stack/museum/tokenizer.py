@@ -59,7 +59,9 @@ def other_merges():
     def with_another(folder, verify):
         dataset = original(folder, verify)
         cfg = tokenizers.BpeTokenizer(vocab_size=dataset.tokenizer.vocab_size)
-        dataset.tokenizer = tokenizers.train_tokenizer(cfg, ["other words give other merges, and every id is still valid "] * 50 + [str(n) for n in range(5000)])
+        dataset.tokenizer = tokenizers.train_tokenizer(
+            cfg, ["other words give other merges, and every id is still valid "] * 50 + [str(n) for n in range(5000)]
+        )
         return dataset
 
     with swap(prepare, "_open", with_another):

@@ -29,12 +29,20 @@ def certify(base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], r
     Raises ConfigError if the plan leaves no room for the kills.
     """
     if steps < 2 * (kills + 1):
-        raise ConfigError(f"{steps} steps leave no room for {kills} kills", allowed=f"at least {2 * (kills + 1)} steps", next_step="--steps 60")
+        raise ConfigError(
+            f"{steps} steps leave no room for {kills} kills", allowed=f"at least {2 * (kills + 1)} steps", next_step="--steps 60"
+        )
     every = max(1, steps // (3 * (kills + 1)))
     sets = (f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 10)}", f"checkpoint.every={every}", *sets)
     cfg, overrides = load_config(base, sets=sets)
     builder = RecordBuilder(
-        kind="resume", spec=load_spec(), config=cfg.to_dict(), claim=CLAIM, not_covered=NOT_COVERED, overrides=overrides, environment=environment()
+        kind="resume",
+        spec=load_spec(),
+        config=cfg.to_dict(),
+        claim=CLAIM,
+        not_covered=NOT_COVERED,
+        overrides=overrides,
+        environment=environment(),
     )
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)

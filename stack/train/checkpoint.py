@@ -191,7 +191,13 @@ def find(path: Path) -> Path:
 
 def _refuse_file(path: Path) -> None:
     magic = path.open("rb").read(4)
-    kind = "a pickle" if magic[:1] == b"\x80" else "a zip archive as torch.save writes it, with a pickle inside" if magic[:2] == b"PK" else "a file"
+    kind = (
+        "a pickle"
+        if magic[:1] == b"\x80"
+        else "a zip archive as torch.save writes it, with a pickle inside"
+        if magic[:2] == b"PK"
+        else "a file"
+    )
     raise CheckpointError(
         f"{path} is {kind}, not a checkpoint folder",
         allowed="a folder with model.safetensors, state.safetensors, state.json and manifest.json",
@@ -218,7 +224,9 @@ def load(folder: Path) -> Loaded:
 
 def _verify_file(path: Path, entry: dict) -> None:
     damaged = CheckpointError(
-        f"{path} is damaged", allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes", next_step="resume from an older step folder"
+        f"{path} is damaged",
+        allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes",
+        next_step="resume from an older step folder",
     )
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", next_step="resume from an older step folder")
@@ -230,7 +238,12 @@ def _verify_file(path: Path, entry: dict) -> None:
         except tensorfile.BadTensorFile as e:
             raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
         if wrong := sorted(n for n in tensors.keys() | entry["tensors"].keys() if tensors.get(n) != entry["tensors"].get(n)):
-            raise CheckpointError(f"{path}: tensor {wrong[0]} does not match its hash", value=f"{len(wrong)} tensor(s) differ") from damaged
+            raise CheckpointError(
+                f"{path}: tensor {wrong[0]} does not match its hash",
+                value=f"{len(wrong)} tensor(s) differ",
+                allowed="bytes as they were written",
+                next_step="resume from an older step folder",
+            ) from damaged
     if sha256_file(path) != entry["sha256"]:
         raise damaged
 
@@ -253,7 +266,9 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = model_tensors(model)
     given = {plain_name(n): t for n, t in tensors.items()}
     if missing := sorted(own.keys() ^ given.keys()):
-        raise CheckpointError("the checkpoint's tensors are not the model's", value=", ".join(missing[:6]), allowed=f"{len(own)} parameters")
+        raise CheckpointError(
+            "the checkpoint's tensors are not the model's", value=", ".join(missing[:6]), allowed=f"{len(own)} parameters"
+        )
     for name, parameter in own.items():
         if parameter.shape != given[name].shape:
             raise CheckpointError(f"tensor {name} has another shape", value=tuple(given[name].shape), allowed=tuple(parameter.shape))
@@ -299,7 +314,10 @@ def describe(folder: Path) -> dict:
         loaded = load(folder)
     except CheckpointError as e:
         return {"path": str(folder), "checksum": "INVALID", "problem": e.what, "value": None if e.value is None else str(e.value)}
-    tensors = [{"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "numel": t.numel()} for n, t in loaded.model.items()]
+    tensors = [
+        {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "numel": t.numel()}
+        for n, t in loaded.model.items()
+    ]
     return {
         "path": str(folder),
         "checksum": "VALID",

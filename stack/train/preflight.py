@@ -41,7 +41,15 @@ def shrunk(cfg: RunConfig) -> RunConfig:
 def micro(cfg: RunConfig) -> RunConfig:
     """A model of a few hundred parameters, for gates that judge files and not arithmetic."""
     model = cfg.model.model_copy(
-        update={"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 16, "max_seq_len": min(16, cfg.model.max_seq_len)}
+        update={
+            "d_model": 16,
+            "n_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 1,
+            "head_dim": 8,
+            "d_ff": 16,
+            "max_seq_len": min(16, cfg.model.max_seq_len),
+        }
     )
     train = cfg.train.model_copy(update={"micro_batch_size": 1, "tokens_per_step": model.max_seq_len, "compile": False})
     return cfg.model_copy(update={"model": model, "train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
@@ -88,7 +96,9 @@ def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device
     Measured per window on the run's own model at the start, where it is largest, and scaled to the batch size.
     """
     state = build_state(shrunk(cfg), dataset, device)
-    windows = eval_batches(dataset.validation, cfg.model.max_seq_len, 1, min(PROBE_WINDOWS, dataset.validation.n_windows(cfg.model.max_seq_len)))
+    windows = eval_batches(
+        dataset.validation, cfg.model.max_seq_len, 1, min(PROBE_WINDOWS, dataset.validation.n_windows(cfg.model.max_seq_len))
+    )
     rounds = []
     for _ in range(2):
         advance(state)

@@ -21,4 +21,10 @@ def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
     compared.append({"what": "model.safetensors", "recorded": weights[0], "now": weights[1]})
     for row in compared:
         row["equal"] = row["recorded"] == row["now"]
-    return {"ok": all(row["equal"] for row in compared), "record": record.id, "rerun": again.id, "run_dir": str(directory), "compared": compared}
+    return {
+        "ok": all(row["equal"] for row in compared),
+        "record": record.id,
+        "rerun": again.id,
+        "run_dir": str(directory),
+        "compared": compared,
+    }

@@ -1,7 +1,6 @@
 """The run directory: run.json before step 1, one JSON line per step, sample and verdict, and what a resume rewinds."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ class RunDir:
         """Make the folder. Raises UsageError if a run already lives there."""
         if (self.path / "run.json").exists():
             raise UsageError(
-                f"{self.path} already holds a run", allowed="a new folder", next_step=f"stack train --resume {self.path}, or choose another --run-dir"
+                f"{self.path} already holds a run",
+                allowed="a new folder",
+                next_step=f"stack train --resume {self.path}, or choose another --run-dir",
             )
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -80,5 +81,3 @@ def default_run_dir(recipe: str, seed: int) -> Path:
     while (path := Path("runs") / f"{recipe}-{n}").exists():
         n += 1
     return path
-
-

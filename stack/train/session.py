@@ -44,7 +44,9 @@ def resolve_device(name: str) -> torch.device:
     """`auto` takes the GPU if there is one; asking for an absent GPU is an error, never a fall-back."""
     if name == "cuda" and not torch.cuda.is_available():
         raise EnvironmentUnfit(
-            "a CUDA device was asked for and there is none", value=f"torch {torch.__version__}", next_step="--device cpu, or see stack doctor"
+            "a CUDA device was asked for and there is none",
+            value=f"torch {torch.__version__}",
+            next_step="--device cpu, or see stack doctor",
         )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
@@ -241,7 +243,7 @@ def _ending(run: Run, error: BaseException) -> tuple[str, str, int]:
     """Status, reason and exit code of a run that an exception ended."""
     match error:
         case GateFailed():
-            if error.gate_id == "runtime.finite":
+            if any(g.id == "runtime.finite" and g.verdict == "fail" for g in run.keeper.results()):
                 run.dir.log("events.jsonl", event="nonfinite", step=run.state.step, **nonfinite_parts(run.state.model))
             return "halted", error.what, error.exit_code
         case Stopped(exit_code=75):

@@ -55,7 +55,9 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
     """
     n_valid = sum(losses.count_valid(b.labels) for b in batches)
     if n_valid == 0:
-        raise DataError("no label of this step is valid, so there is nothing to learn", value="0 valid labels", next_step="check the label mask")
+        raise DataError(
+            "no label of this step is valid, so there is nothing to learn", value="0 valid labels", next_step="check the label mask"
+        )
     state.optimizer.zero_grad(set_to_none=True)
     total_nats = sum(backward(state, b, n_valid) for b in batches)
     state.scaler.unscale_(state.optimizer)
@@ -67,7 +69,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     step = state.step + 1
     lr = lr_at(step, state.cfg.optim, state.cfg.schedule, state.cfg.train.max_steps)
     opt.set_lr(state.optimizer, lr)
-    for retries in range(MAX_OVERFLOW_RETRIES):
+    for retries in range(MAX_OVERFLOW_RETRIES):  # noqa: B007 - the report says how many it took
         loss_nats, n_valid = accumulate(state, batches)
         grads = opt.gradients(state.model)
         norm = opt.global_norm(grads)

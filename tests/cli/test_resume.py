@@ -51,7 +51,9 @@ def test_three_sigkills_leave_identical_weights(stack, text_file):
 
 def test_sigterm_saves_and_exits_75_and_sigusr1_saves_and_goes_on(stack, text_file):
     run = stack.folder / "run"
-    process = stack.popen("train", *sixty(text_file, checkpoint__every="1000", eval__every="1000", sample__every="1000"), "--run-dir", "run")
+    process = stack.popen(
+        "train", *sixty(text_file, checkpoint__every="1000", eval__every="1000", sample__every="1000"), "--run-dir", "run"
+    )
     wait_for_step(run, 5, process)
     process.send_signal(signal.SIGUSR1)
     wait_for_step(run, 12, process)

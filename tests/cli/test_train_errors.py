@@ -95,7 +95,9 @@ def test_another_tokenizer_at_evaluation(run, text_file):
     from stack.config import BpeTokenizer
     from stack.data.tokenizer import train_tokenizer
 
-    train_tokenizer(BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40).save(run.folder / "other.json")
+    train_tokenizer(BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40).save(
+        run.folder / "other.json"
+    )
     assert_standard(run("evaluate", "run", "--tokenizer", "other.json"), 3, "tokenizer")
 
 
@@ -110,12 +112,18 @@ def test_truncated_shard(stack, text_file, tmp_path):
 
 def test_full_disk_during_a_save(run, text_file):
     """The kernel refuses to let any file grow beyond 20 kB: every checkpoint write fails as on a full disk."""
-    limit = f"import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE,({20_000},{20_000})); "
+    limit = "import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     code = limit + "from stack.cli import main; main(sys.argv[1:])"
     latest = (run.folder / "run" / "checkpoints" / "latest").read_text()
     sets = tiny(text_file, **{"checkpoint__every": "3", "train__max_steps": "9"})
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", *sets, "--run-dir", "full"], cwd=run.folder, env=run.environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, "train", *sets, "--run-dir", "full"],
+        cwd=run.folder,
+        env=run.environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 5, done.stderr
     assert "could not be written" in done.stderr and "Traceback" not in done.stderr
@@ -134,7 +142,12 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
     sets = tiny(text_file, checkpoint__every="3")
     # The plant lives in the train step, so preflight's short runs do not reach step seven.
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", *sets, "--run-dir", "run", "--json"], cwd=tmp_path, env=stack.environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code, "train", *sets, "--run-dir", "run", "--json"],
+        cwd=tmp_path,
+        env=stack.environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 4, done.stderr
     record = json.loads((tmp_path / "run" / "metadata.json").read_text())

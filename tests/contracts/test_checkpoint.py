@@ -47,7 +47,9 @@ def test_resume_equivalence_is_green_on_the_stack(spec, ingredients):
     assert verdict.measured["crossed_epoch_end"] is True and verdict.measured["compared_parts"] > 20
 
 
-@pytest.mark.parametrize("plant_id", [p for p in load_museum() if p.startswith("checkpoint.") and load_museum()[p].gate == "checkpoint.resume-equivalence"])
+@pytest.mark.parametrize(
+    "plant_id", [p for p in load_museum() if p.startswith("checkpoint.") and load_museum()[p].gate == "checkpoint.resume-equivalence"]
+)
 def test_resume_equivalence_sees_each_lost_part(spec, ingredients, plant_id):
     with load_museum()[plant_id].apply():
         assert call_check(spec.gates["checkpoint.resume-equivalence"], ingredients).outcome == "fail"

@@ -91,7 +91,14 @@ PLAN = {"rows_per_step": 4, "tokens_per_step": 40, "n_windows": 100, "cursor": 0
 
 
 def drawn(step: int, cursor: int, ids=None, **changes) -> BatchDrawn:
-    values = {"step": step, "cursor_before": cursor, "cursor_after": cursor + 4, "sample_ids": ids or tuple(range(cursor, cursor + 4)), "epoch": 0, "n_tokens": 40}
+    values = {
+        "step": step,
+        "cursor_before": cursor,
+        "cursor_after": cursor + 4,
+        "sample_ids": ids or tuple(range(cursor, cursor + 4)),
+        "epoch": 0,
+        "n_tokens": 40,
+    }
     return BatchDrawn(**values | changes)
 
 

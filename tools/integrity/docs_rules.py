@@ -108,9 +108,12 @@ def gen_stale(repo: Repo) -> Found:
     hint="use a generated block or a fact marker",
 )
 def tally_typed(repo: Repo) -> Found:
-    pattern = re.compile(
-        r"\b\d+\s*(?:of|/|out of)\s*\d+\s+(?:gates|plants|rules|checks)\b|\ball \d+ (?:gates|plants)\b|\b\d+ (?:gates|plants) (?:pass|are|killed)\b", re.I
+    shapes = (
+        r"\b\d+\s*(?:of|/|out of)\s*\d+\s+(?:gates|plants|rules|checks)\b",
+        r"\ball \d+ (?:gates|plants)\b",
+        r"\b\d+ (?:gates|plants) (?:pass|are|killed)\b",
     )
+    pattern = re.compile("|".join(shapes), re.I)
     for path in repo.markdown:
         without = blocks.PATTERN.sub(lambda m: "\n" * m.group(0).count("\n"), repo.text(path))
         for number, line in prose(without):

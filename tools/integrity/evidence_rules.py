@@ -99,7 +99,9 @@ def artefact_hash(repo: Repo) -> Found:
                 yield where, 0, "was changed after the run"
 
 
-@rule("PPL", title="Perplexity is exp of the loss", why="Two figures of one quantity must agree.", hint="supersede the record with a true one")
+@rule(
+    "PPL", title="Perplexity is exp of the loss", why="Two figures of one quantity must agree.", hint="supersede the record with a true one"
+)
 def ppl(repo: Repo) -> Found:
     for record in repo.records.values():
         for name in record.metrics:
@@ -164,7 +166,9 @@ def _rate_problems(record: Record) -> Iterator[str]:
 @rule("FINITE", title="A finished run has finite numbers", why="Every comparison with NaN is silently false.", hint="supersede the record")
 def finite(repo: Repo) -> Found:
     for record in repo.records.values():
-        bad = [n for n, m in record.metrics.items() if isinstance(m.value, str) or (isinstance(m.value, float) and not math.isfinite(m.value))]
+        bad = [
+            n for n, m in record.metrics.items() if isinstance(m.value, str) or (isinstance(m.value, float) and not math.isfinite(m.value))
+        ]
         for name in bad if record.succeeded else ():
             yield repo.record_file(record.id), 0, f"{name} = {record.metrics[name].value}"
         for line in repo.series(record.id, "metrics.jsonl") if record.succeeded else ():
@@ -200,7 +204,11 @@ def placeholder(repo: Repo) -> Found:
         lines = repo.series(record.id, "metrics.jsonl")
         for a, b, c in zip(lines, lines[1:], lines[2:]):
             if a.get("loss_nats") == b.get("loss_nats") == c.get("loss_nats"):
-                yield repo.record_file(record.id, "metrics.jsonl"), 0, f"steps {a['step']} to {c['step']} have the same loss {a['loss_nats']}"
+                yield (
+                    repo.record_file(record.id, "metrics.jsonl"),
+                    0,
+                    f"steps {a['step']} to {c['step']} have the same loss {a['loss_nats']}",
+                )
                 break
         if any(a.get("grad_norm") == b.get("grad_norm") == 1.0 for a, b in zip(lines, lines[1:])):
             yield repo.record_file(record.id, "metrics.jsonl"), 0, "the gradient norm is exactly one twice in a row"
@@ -241,7 +249,11 @@ def metric_recompute(repo: Repo) -> Found:
         if record.kind != "train" or not lines:
             continue
         values = [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]
-        truth = {"train_loss_nats": lines[-1]["loss_nats"], "tokens_seen": lines[-1]["tokens_seen"], "ema_loss_nats": lines[-1]["ema_loss_nats"]}
+        truth = {
+            "train_loss_nats": lines[-1]["loss_nats"],
+            "tokens_seen": lines[-1]["tokens_seen"],
+            "ema_loss_nats": lines[-1]["ema_loss_nats"],
+        }
         if values:
             truth["val_loss_nats"] = values[-1]
         if values and not record.parents:
@@ -307,7 +319,12 @@ def spec_at_commit(repo: Repo) -> Found:
             yield repo.record_file(record.id), 0, f"says spec {record.spec.version}, its commit has another"
 
 
-@rule("PARENTS", title="Parents of records are in the ledger", why="A chain of runs is only as good as its first.", hint="add the parent first")
+@rule(
+    "PARENTS",
+    title="Parents of records are in the ledger",
+    why="A chain of runs is only as good as its first.",
+    hint="add the parent first",
+)
 def parents(repo: Repo) -> Found:
     known = {e.record for e in repo.entries}
     for record in repo.records.values():

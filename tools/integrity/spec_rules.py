@@ -190,7 +190,11 @@ def stale_kill(repo: Repo) -> Found:
         newest = {k.plant: k for k in _kills(repo, gate_id)}
         stale = sorted(p for p, k in newest.items() if k.fingerprint != current)
         if stale:
-            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id}: the kill of {', '.join(stale)} is of an older fingerprint"
+            yield (
+                f"spec/gates/{gate_id.split('.')[0]}.toml",
+                0,
+                f"gate {gate_id}: the kill of {', '.join(stale)} is of an older fingerprint",
+            )
 
 
 @rule(
