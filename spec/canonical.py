@@ -24,6 +24,8 @@ def to_jsonable(value: Any) -> Any:
         case float():
             if math.isnan(value):
                 return "NaN"
+            if MAX_SAFE_INTEGER < abs(value) < 1e21:  # written without exponent, it would be read back as an unsafe integer
+                return str(int(value))
             return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
         case dict():
             return {str(k): to_jsonable(v) for k, v in value.items()}

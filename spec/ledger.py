@@ -43,13 +43,13 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """All entries, parsed but not yet verified."""
-        entries = []
-        for number, line in enumerate(self.lines(), start=1):
-            try:
-                entries.append(Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}")))
-            except ValidationError as e:
-                raise IntegrityError(f"{self.path}:{number}: {e.errors()[0]['msg']}") from e
-        return entries
+        return [self._parse(line, number) for number, line in enumerate(self.lines(), start=1)]
+
+    def _parse(self, line: bytes, number: int) -> Entry:
+        try:
+            return Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}"))
+        except ValidationError as e:
+            raise IntegrityError(f"{self.path}:{number}: {e.errors()[0]['msg']}", next_step="git checkout the ledger") from e
 
     @property
     def head(self) -> str:
@@ -87,7 +87,7 @@ class Ledger:
         """Breaks of the chain as (line number, what is wrong): sequence, previous hash, canonical form, unknown or double ids."""
         found, previous, seen = [], GENESIS, set()
         for number, line in enumerate(self.lines(), start=1):
-            entry = Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}"))
+            entry = self._parse(line, number)
             if entry.to_line() != line:
                 found.append((number, "line is not canonical JSON"))
             if entry.seq != number - 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from spec.canonical import sha256_file
 from spec.coverage import GateState, coverage
 from spec.errors import StackproofError
 from spec.gates import Spec, load_spec
@@ -121,9 +122,12 @@ class Repo:
         return f"evidence/{record_id}/{name}"
 
     def series(self, record_id: str, name: str) -> list[dict]:
-        """Lines of a series beside a record; empty if it has none."""
+        """Lines of a series beside a record; empty if it has none, or if it is not the one that was hashed (ARTEFACT-HASH says so)."""
         path = self.root / "evidence" / record_id / name
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+        expected = {s.path: s.sha256 for s in self.records[record_id].series}
+        if not path.is_file() or sha256_file(path) != expected.get(name):
+            return []
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
     @cached_property
     def markdown(self) -> list[str]:

@@ -163,7 +163,7 @@ def at_precision(truth: float | int | str, shown: str) -> str:
 def until(repo: Repo) -> Found:
     for path in repo.markdown:
         for number, line in prose(repo.text(path)):
-            for expression in re.findall(r"<!--\s*until:\s*([^>]+?)\s*-->", line):
+            for expression in re.findall(r"<!--\s*until:\s*(.+?)\s*-->", line):
                 outcome = _holds(repo, expression)
                 if outcome is None:
                     yield path, number, f"cannot read the condition {expression!r}"

@@ -1,0 +1,75 @@
+"""Canonical JSON, strict parsing and the hash chain."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spec.canonical import canonical_json, parse_strict
+from spec.errors import IntegrityError
+from spec.formulas import bits_per_byte, flops_per_token, parameter_count, perplexity, tokens_seen
+from spec.ledger import Ledger
+from tests.tools import small_repo
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+def test_canonical_bytes_parse_strictly_and_are_stable(value):
+    data = canonical_json(value)
+    assert canonical_json(parse_strict(data, origin="x")) == data
+    json.loads(data.decode("utf-8"))
+
+
+def test_what_json_cannot_hold_becomes_a_string():
+    assert (
+        canonical_json([float("nan"), float("inf"), -float("inf"), 2**53, 1.5]) == b'["NaN","Infinity","-Infinity","9007199254740992",1.5]'
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'{"a":1,"a":2}', b"[NaN]", b"[1e999]", b"\xef\xbb\xbf{}", b"\xff", b"[" * 100_000, b"1" * 5000, b"{", b"[Infinity]"],
+    ids=["duplicate", "nan", "overflow", "bom", "not-utf8", "deep", "long-integer", "torn", "infinity"],
+)
+def test_hostile_json_is_refused_and_never_crashes(data):
+    with pytest.raises(IntegrityError, match="ledger-7"):
+        parse_strict(data, origin="ledger-7")
+
+
+def test_chain_names_the_broken_line(tmp_path):
+    root = tmp_path / "repo"
+    small_repo.build(root)
+    ledger = Ledger(root / "evidence")
+    assert ledger.problems() == [] and len(ledger.entries()) == 4
+    lines = ledger.lines()
+    ledger.path.write_bytes(b"\n".join([lines[0], lines[2], lines[3]]) + b"\n")
+    assert [n for n, _ in ledger.problems()] == [2, 2, 3]
+    with pytest.raises(IntegrityError, match="sequence"):
+        ledger.append(next(iter(ledger.records().values())))
+    ledger.path.write_bytes(b"\n".join(lines))
+    with pytest.raises(IntegrityError, match="middle of a line"):
+        ledger.lines()
+
+
+def test_a_record_id_never_leaves_the_folder(tmp_path):
+    for name in ("../x", "a/b", ".hidden", "a\\b"):
+        with pytest.raises(IntegrityError, match="plain name"):
+            Ledger(tmp_path).record_path(name)
+
+
+def test_arithmetic_of_the_founding_runs():
+    nanolm = {"d_model": 256, "n_layers": 6, "n_heads": 8, "n_kv_heads": 2, "head_dim": 32, "d_ff": 256, "tied_head": True}
+    assert abs(parameter_count(nanolm, 32_000) / 10.4e6 - 1) < 0.01
+    assert tokens_seen(20_000, 64, 512, 1, 1) == 655_360_000
+    assert perplexity(0.0) == 1.0
+    assert bits_per_byte(8 * 0.6931471805599453, 8) == pytest.approx(1.0)
+    per_token = flops_per_token(nanolm, 32_000, 512)
+    matrices = parameter_count(nanolm, 32_000) - 13 * 256
+    assert per_token == 6 * matrices + 6 * 6 * 256 * 512
+    assert flops_per_token(nanolm, 32_000, 512, backward=False) * 3 == per_token

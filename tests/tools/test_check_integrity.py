@@ -1,0 +1,310 @@
+"""Every integrity rule is green on a valid repository and red on the one break it is for."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spec.canonical import canonical_json, sha256_bytes
+from spec.gates import _load_spec
+from spec.ledger import GENESIS, Entry
+from tests.tools import small_repo
+from tests.tools.small_repo import git, write
+from tools.check_integrity import check, explain, main
+from tools.integrity import core
+from tools.integrity.core import RULES, Repo
+from tools.integrity.repo_rules import looks_like_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def valid(tmp_path_factory):
+    root = tmp_path_factory.mktemp("valid") / "repo"
+    small_repo.build(root)
+    return root
+
+
+@pytest.fixture
+def repo(valid, tmp_path):
+    root = tmp_path / "repo"
+    shutil.copytree(valid, root, symlinks=True)
+    _load_spec.cache_clear()
+    return root
+
+
+def found(root: Path) -> set[str]:
+    _load_spec.cache_clear()
+    return {f.code for f in check(root)}
+
+
+def edit(root: Path, path: str, old: str, new: str) -> None:
+    text = (root / path).read_text()
+    assert old in text, (path, old)
+    (root / path).write_text(text.replace(old, new, 1))
+
+
+def folder(root: Path, kind: str) -> Path:
+    return next((root / "evidence").glob(f"{kind}-*"))
+
+
+def rechain(root: Path, kind: str, change: Callable[[dict], None], *, series: Callable[[list[dict]], None] | None = None) -> None:
+    """Edit a record and re-hash everything after it, as somebody with write access would, then commit."""
+    path = folder(root, kind)
+    document = json.loads((path / "metadata.json").read_bytes())
+    if series:
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        series(lines)
+        data = b"".join(canonical_json(line) + b"\n" for line in lines)
+        (path / "metrics.jsonl").write_bytes(data)
+        document["series"][0]["sha256"] = sha256_bytes(data)
+    change(document)
+    (path / "metadata.json").write_bytes(canonical_json(document))
+    previous, out = GENESIS, []
+    for line in (root / "evidence" / "ledger.jsonl").read_bytes().splitlines():
+        entry = json.loads(line)
+        sha256 = sha256_bytes((root / "evidence" / entry["record"] / "metadata.json").read_bytes())
+        out.append(Entry(seq=entry["seq"], record=entry["record"], sha256=sha256, prev=previous).to_line())
+        previous = sha256_bytes(out[-1])
+    (root / "evidence" / "ledger.jsonl").write_bytes(b"\n".join(out) + b"\n")
+
+
+def put(*path: str, value):
+    """A change that sets one nested field."""
+
+    def change(document: dict) -> None:
+        for part in path[:-1]:
+            document = document[part]
+        document[path[-1]] = value
+
+    return change
+
+
+def metric(name: str, value):
+    return put("metrics", name, "value", value=value)
+
+
+def nothing(document: dict) -> None:
+    return None
+
+
+def drop_ledger_line(root: Path) -> None:
+    lines = (root / "evidence" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (root / "evidence" / "ledger.jsonl").write_bytes(b"".join(lines[:1] + lines[2:]))
+
+
+def second_train(root: Path) -> None:
+    config = json.loads(json.dumps(small_repo.CONFIG)) | {"seed": 2}
+    commit = git(root, "rev-parse", "HEAD")
+    small_repo.record(
+        root, "train", 9, commit, config=config, metrics=small_repo.train_metrics(), series_lines={"metrics.jsonl": small_repo.log_lines()}
+    )
+
+
+def commit_all(root: Path) -> None:
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "more", when="2026-01-12T00:00:00Z")
+
+
+def change_frozen(root: Path) -> None:
+    write(root, "spec/releases/1.0.0.json", (root / "spec/releases/1.0.0.json").read_text() + "\n")
+
+
+def loosen(root: Path) -> None:
+    edit(root, "spec/gates/loss.toml", "value = 1e-5", "value = 1e-2")
+
+
+def stale(root: Path) -> None:
+    edit(root, "contracts/loss.py", "return x", "return x + 1")
+
+
+def failed_gate(document: dict) -> None:
+    document["gates"][0]["verdict"] = "fail"
+    document["status"], document["exit_code"] = "halted", 4
+
+
+def expired(document: dict) -> None:
+    document["gates"][0] |= {"verdict": "fail", "waiver": {"id": "loss.golden", "reason": "it was known then", "expires": "2026-01-12"}}
+
+
+def big_file(root: Path) -> None:
+    write(root, "stack/big.py", "x = 1\n" * 401)
+    git(root, "add", "-A")
+
+
+def weights(root: Path) -> None:
+    write(root, "docs/logo.png", (16).to_bytes(8, "little") + b'{"a":1}         ' + b"\0" * 8)
+    git(root, "add", "-A")
+
+
+def link_evidence(root: Path) -> None:
+    (folder(root, "train") / "extra.json").symlink_to("metadata.json")
+
+
+def spec_of_another_version(root: Path) -> None:
+    rechain(root, "train", put("spec", "version", value="0.9.0"))
+
+
+def remove_gates(root: Path) -> None:
+    (root / "spec/gates/loss.toml").unlink()
+
+
+BREAKS: dict[str, Callable[[Path], None]] = {
+    "SCHEMA": lambda r: rechain(r, "train", put("surprise", value=1)),
+    "SPEC-EMPTY": remove_gates,
+    "ID-UNIQUE": lambda r: write(r, "docs/adr/0001-two.md", small_repo.ADR),
+    "SPEC-NOBUMP": stale,
+    "SPEC-CHANGELOG": lambda r: write(r, "spec/CHANGELOG.md", "# Changes\n"),
+    "GOALPOST": loosen,
+    "RELEASE-FROZEN": change_frozen,
+    "GATE-KILLED": lambda r: rechain(r, "falsification", lambda d: d["kills"][0].update(outcome="missed")),
+    "STALE-KILL": stale,
+    "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
+    "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
+    "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
+    "TEST-EXISTS": lambda r: edit(r, "tests/test_loss.py", "test_golden", "test_silver"),
+    "CHAIN": drop_ledger_line,
+    "LEDGER-APPEND-ONLY": lambda r: rechain(r, "resume", put("claim", value="another")),
+    "RECORD-HASH": lambda r: (
+        edit(r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":2.1', '"value":1.1')
+        if '"value":2.1' in (folder(r, "train") / "metadata.json").read_text()
+        else edit(r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":1.9', '"value":1.8')
+    ),
+    "RECORD-ORPHAN": lambda r: shutil.copytree(folder(r, "resume"), r / "evidence" / "resume-20260101T000000Z-00000000"),
+    "ARTEFACT-HASH": lambda r: edit(r, f"evidence/{folder(r, 'train').name}/metrics.jsonl", "2.3", "2.2"),
+    "PPL": lambda r: rechain(r, "train", metric("val_ppl", 7.0)),
+    "TOKENS": lambda r: rechain(r, "train", metric("tokens_seen", 65)),
+    "WALL": lambda r: rechain(r, "train", put("wall_s", value=3000.0)),
+    "FINITE": lambda r: rechain(r, "train", metric("val_loss_nats", "NaN")),
+    "STATUS": lambda r: rechain(r, "train", put("exit_code", value=4)),
+    "PLACEHOLDER": lambda r: rechain(r, "train", nothing, series=lambda x: [line.update(loss_nats=1.0) for line in x]),
+    "STEPS-CONTIGUOUS": lambda r: rechain(r, "train", nothing, series=lambda x: x.pop(2)),
+    "METRIC-RECOMPUTE": lambda r: rechain(r, "train", metric("best_val_loss_nats", 1.0)),
+    "COMMIT": lambda r: rechain(r, "train", put("code", "commit", value="d" * 40)),
+    "TIME": lambda r: rechain(r, "train", lambda d: d.update(started_at="2025-01-01T00:00:00Z", finished_at="2025-01-01T00:00:30Z")),
+    "DIRTY": lambda r: rechain(r, "train", put("code", "dirty", value=True)),
+    "SPEC-AT-COMMIT": spec_of_another_version,
+    "PARENTS": lambda r: rechain(r, "evaluate", put("parents", value=["train-20200101T000000Z-00000000"])),
+    "DUP-METRICS": second_train,
+    "WAIVER-EXPIRED": lambda r: rechain(r, "train", expired),
+    "REG-REF": lambda r: edit(r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'),
+    "REG-RECORDS": lambda r: edit(r, "evidence/registry.toml", 'resume = "resume-', 'resume = "resume-9'),
+    "REG-FILES": lambda r: (r / "docs/models/small.md").unlink(),
+    "REG-PARAMS": lambda r: edit(r, "evidence/registry.toml", f"n_params = {small_repo.N_PARAMS}", "n_params = 120000000"),
+    "REG-WEIGHTS": lambda r: rechain(r, "evaluate", put("inputs", value=[])),
+    "LINK": lambda r: edit(r, "README.md", "0001-one.md#context", "0001-one.md#contexts"),
+    "GEN-STALE": lambda r: edit(r, "README.md", "| 0 |", "| 00 |"),
+    "TALLY-TYPED": lambda r: write(r, "README.md", (r / "README.md").read_text() + "\nWe pass 41 of 45 gates.\n"),
+    "FACT-CONFLICT": lambda r: edit(r, "README.md", f"-->{small_repo.N_PARAMS}<!--", "-->7<!--"),
+    "UNTIL": lambda r: edit(r, "README.md", "registry.models>7", "registry.models>0"),
+    "DOC-COMMAND": lambda r: edit(r, "README.md", "--set a=b", "--sets a=b"),
+    "ADR": lambda r: edit(r, "docs/adr/0001-one.md", "## Rejected", "## Other"),
+    "WEIGHTS-IN-GIT": weights,
+    "SYMLINK": link_evidence,
+    "LOC": big_file,
+    "CI-SELF": lambda r: edit(r, ".ci/run", "make test", "# make test"),
+    "UNFINISHED": lambda r: edit(r, "stack/recipes/small.py", "return 1", "return 1  # TO" + "DO"),
+}
+
+
+def test_a_valid_repository_has_no_finding(repo):
+    assert [f"{f.code} {f.path} {f.message}" for f in check(repo)] == []
+
+
+def test_every_rule_has_its_break():
+    assert set(BREAKS) == set(RULES) and len(RULES) >= 24
+
+
+@pytest.mark.parametrize("code", sorted(BREAKS))
+def test_rule_is_red_on_its_break(repo, code):
+    BREAKS[code](repo)
+    assert code in found(repo)
+
+
+def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):
+    edit(repo, "README.md", "0001-one.md#context", "0002-two.md")
+    findings = [f for f in check(repo) if f.code == "LINK"]
+    assert findings[0].path == "README.md" and findings[0].line == 3 and "0002-two.md" in findings[0].message
+
+
+def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):
+    loosen(repo)
+    edit(repo, "spec/spec.toml", "1.0.0", "1.1.0")
+    assert "GOALPOST" in found(repo)
+    edit(repo, "spec/CHANGELOG.md", "# Changes\n", "# Changes\n\n## 1.1.0\n\nloss.golden: error_max, because of noise.\n")
+    codes = found(repo)
+    assert "GOALPOST" not in codes and "STALE-KILL" in codes, "what the old limit discharged is open again"
+
+
+def test_write_restores_blocks_byte_for_byte_and_twice_is_once(repo, capsys):
+    before = (repo / "README.md").read_bytes()
+    BREAKS["GEN-STALE"](repo)
+    assert main(["--root", str(repo), "--write"]) == 0
+    assert (repo / "README.md").read_bytes() == before
+    assert main(["--root", str(repo), "--write"]) == 0
+    assert (repo / "README.md").read_bytes() == before
+
+
+def test_a_crashing_rule_is_a_finding(repo, monkeypatch):
+    def crash(repo):
+        raise RuntimeError("oops")
+        yield
+
+    monkeypatch.setitem(RULES, "CHAIN", core.Rule("CHAIN", "t", "w", "h", crash))
+    assert "INTERNAL" in found(repo)
+
+
+def test_json_is_one_document_and_exit_code_6(repo):
+    BREAKS["LINK"](repo)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/check_integrity.py"), "--json", "--root", str(repo)], capture_output=True, text=True, cwd="/"
+    )
+    document = json.loads(done.stdout)
+    assert done.returncode == 6 and document["ok"] is False and document["rules_run"] == len(RULES)
+    assert set(document["findings"][0]) == {"code", "path", "line", "message", "hint"}
+
+
+def test_explain_names_the_nearest_rule(capsys):
+    assert explain("GOALPOST") == 0 and "mend" in capsys.readouterr().out
+    assert explain("GOALPOSTS") == 2 and "GOALPOST" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_changed_byte_of_the_evidence_is_found(repo, seed):
+    """One random byte of the ledger, a record or a series: always a finding, never a crash."""
+    draw = random.Random(seed)
+    files = sorted(p for p in (repo / "evidence").rglob("*.json*") if p.is_file())
+    path = files[seed % len(files)]
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(bytes(data))
+    codes = found(repo)
+    assert codes and "INTERNAL" not in codes, codes
+
+
+def test_weights_are_known_by_their_first_bytes():
+    assert looks_like_weights(b"\x80\x04\x95" + b"\0" * 20, "notes.txt") == "a pickle"
+    assert looks_like_weights(b"GGUF" + b"\0" * 20, "a") == "GGUF"
+    assert looks_like_weights((40).to_bytes(8, "little") + b'{"x"', "a.md") == "safetensors"
+    assert looks_like_weights(b"PK\x03\x04" + b"archive/data.pkl", "a.dat") == "a torch archive"
+    assert looks_like_weights(b"# a heading of plain text\n", "a.md") == ""
+
+
+def test_the_real_repository_is_read_quickly_and_without_torch():
+    code = "import sys, time; sys.modules['torch'] = None; sys.modules['numpy'] = None\n"
+    code += "from tools.check_integrity import check, ROOT; t = time.perf_counter(); f = check(ROOT)\n"
+    code += "assert not [x for x in f if x.code == 'INTERNAL'], f\nprint(time.perf_counter() - t)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2.0
+
+
+def test_repo_reads_plants_from_their_decorators(repo):
+    plants = Repo(repo).plants
+    assert plants["loss.wrong"]["gate"] == "loss.golden" and re.match(r"stack/museum/loss\.py", plants["loss.wrong"]["path"])
