@@ -42,7 +42,7 @@ prove: $(VENV)/.train
 	$(BIN)/stack gates prove
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/run.py --device cpu
+	$(BIN)/python benchmarks/gate_overhead.py --device cpu
 
 ## gpu: GPU tests, then benchmarks; each part writes its record and is skipped when it is done
 gpu:

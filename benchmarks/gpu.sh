@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# GPU tests, then a gated pocket run and the cost of the gates on the GPU. Each part is skipped once its folder says it is done,
+# so that the whole can be spread over short stretches of GPU time. Needs only a python with the [train] extra: PYTHON=python3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
+OUT_DIR="${OUT_DIR:-runs/gpu}"
+mkdir -p "$OUT_DIR"
+
+part() {
+    local name="$1"
+    shift
+    if [ -f "$OUT_DIR/$name.done" ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name: $*"
+    "$@" && touch "$OUT_DIR/$name.done"
+}
+
+part doctor "$PYTHON" -m stack doctor
+part tests "$PYTHON" -m pytest -m gpu -q tests
+part train "$PYTHON" -m stack train pocket --device cuda --run-dir "$OUT_DIR/pocket-cuda"
+part train-bf16 "$PYTHON" -m stack train pocket --device cuda --set train.dtype=bfloat16 --run-dir "$OUT_DIR/pocket-cuda-bf16"
+part overhead "$PYTHON" benchmarks/gate_overhead.py --device cuda --run-dir "$OUT_DIR/gate-overhead"

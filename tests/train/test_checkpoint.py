@@ -1,0 +1,95 @@
+"""Checkpoints under kills, and what loading refuses."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from spec.errors import CheckpointError
+from stack.train import checkpoint
+from stack.train.preflight import advance, digest, micro, shrunk
+from stack.train.state import build_state
+
+
+def document(state, dataset):
+    return checkpoint.state_document(
+        state, tokenizer_sha256=dataset.tokenizer.sha256, vocab_size=dataset.tokenizer.vocab_size, gates={}, record="test"
+    )
+
+
+@pytest.fixture
+def state(small_cfg, dataset):
+    return build_state(micro(small_cfg), dataset, torch.device("cpu"))
+
+
+def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(state, dataset, tmp_path):
+    """A child saves as fast as it can and is killed at random moments; whatever `latest` names always loads."""
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    draw, steps = random.Random(3), [0]
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            while True:
+                state.step = (state.step + 1) % 5
+                checkpoint.save(tmp_path, state, document(state, dataset))
+                checkpoint.retain(tmp_path, 2)
+        time.sleep(draw.uniform(0.002, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        steps.append(checkpoint.load(checkpoint.find(tmp_path)).state["step"])
+    assert len(set(steps)) > 1, "the child did save"
+
+
+def test_retain_keeps_the_newest_the_best_and_nothing_torn(state, dataset, tmp_path):
+    for step in range(1, 6):
+        state.step = step
+        folder = checkpoint.save(tmp_path, state, document(state, dataset))
+        if step == 2:
+            checkpoint.point(tmp_path, "best", folder)
+        (tmp_path / f".writing-step-{step}").mkdir()
+        checkpoint.retain(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", "step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_wrapper_prefixes_do_not_change_names(state, dataset, tmp_path):
+    plain = checkpoint.model_tensors(state.model)
+    wrapped = {f"_orig_mod.module.{n}": t for n, t in plain.items()}
+    assert list(map(checkpoint.plain_name, wrapped)) == list(plain)
+    checkpoint.load_model(state.model, {n: t.clone() for n, t in wrapped.items()})
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_weights_of_another_model_are_refused(state, change):
+    tensors = {n: t.clone() for n, t in checkpoint.model_tensors(state.model).items()}
+    first = next(iter(tensors))
+    match change:
+        case "missing":
+            del tensors[first]
+        case "extra":
+            tensors["more.weight"] = torch.zeros(1)
+        case "shape":
+            tensors[first] = tensors[first][:-1]
+    with pytest.raises(CheckpointError, match="tensor"):
+        checkpoint.load_model(state.model, tensors)
+
+
+def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_path):
+    state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
+    for _ in range(3):
+        advance(state)
+    expected = digest(state)
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    fresh = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
+    assert digest(fresh) != expected
+    with torch.no_grad():
+        checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path)))
+    got = digest(fresh)
+    assert {k for k in expected if expected[k] != got[k]} <= {"lr"}, "the rate is a function of the step and set before each update"
+
+
+def test_a_missing_folder_says_how_to_make_one(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.find(tmp_path)

@@ -1,0 +1,75 @@
+"""The configuration: typed, frozen, traced to its origin, and read."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import stack
+from spec.errors import ConfigError
+from stack.config import known_keys, load_config, validate
+from stack.recipes import RECIPES, recipe
+
+STACK = Path(stack.__file__).parent
+
+
+def test_recipes_are_complete_and_survive_a_round_trip():
+    for name in RECIPES:
+        cfg = recipe(name)
+        assert cfg.recipe == name and validate(cfg.to_dict()) == cfg
+
+
+def test_file_then_sets_then_flags_and_each_origin_is_kept(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('recipe = "pocket"\nseed = 5\n[optim]\nlr = 1e-3\n[data.tokenizer]\nkind = "byte"\n')
+    cfg, overrides = load_config(
+        recipe("pocket"), run_file=path, sets=("optim.lr=2e-3", "sample.prompt=hello there"), fixed={"device": ("cpu", "--device")}
+    )
+    assert (cfg.seed, cfg.optim.lr, cfg.data.tokenizer.kind, cfg.sample.prompt, cfg.device) == (5, 2e-3, "byte", "hello there", "cpu")
+    assert [(o.key, o.source) for o in overrides][-3:] == [
+        ("optim.lr", "--set optim.lr=2e-3"),
+        ("sample.prompt", "--set sample.prompt=hello there"),
+        ("device", "--device"),
+    ]
+    assert overrides[0].source == str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim.learning_rate=1", "optim.lr"),
+        ("optim.lr='1e-3'", "valid number"),
+        ("model.n_kv_heads=3", "must divide"),
+        ("model.head_dim=31", "even"),
+        ("train.tokens_per_step=100", "multiple of"),
+        ("schedule.warmup_steps=100000", "below train.max_steps"),
+        ("data.corpus.kind=web", "web"),
+        ("data.corpus.paths=['a']", "not a configuration key|Extra|paths"),
+        ("train.max_steps=0", "greater than or equal to 1"),
+        ("nonsense", "key=value"),
+        ("model=3", "model"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_origin(text, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(recipe("pocket"), sets=(text,))
+    assert text in str(caught.value) or "the recipe" in str(caught.value)
+
+
+def test_every_key_is_read_somewhere():
+    """A key the stack never reads would be a promise without effect."""
+    source = "\n".join(p.read_text() for p in STACK.rglob("*.py") if p.name != "config.py")
+    config = (STACK / "config.py").read_text()
+    unread = [k for k in known_keys() if not re.search(rf"\.{k.split('.')[-1]}\b|\b{k.split('.')[-1]}\s*=\s*\w+\)?:", source)]
+    unread = [k for k in unread if not re.search(rf"self\.{k.split('.')[-1]}\b|self\.\w+\.{k.split('.')[-1]}\b", config)]
+    assert unread == []
+
+
+def test_waivers_must_name_a_gate_and_be_in_force(spec):
+    from contracts.keeper import Gatekeeper
+    from spec.records import Waiver
+
+    with pytest.raises(ConfigError, match="no gate"):
+        Gatekeeper(spec, waivers=[Waiver(id="no.gate", reason="because I say so", expires="2999-01-01")])
+    with pytest.raises(ConfigError, match="expired"):
+        Gatekeeper(spec, waivers=[Waiver(id="loss.golden", reason="because I say so", expires="2020-01-01")])
