@@ -173,7 +173,9 @@ def stop_rule(
 
 
 def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gain: float) -> bool:
-    """Whether the rule ends a run whose loss falls by `gain` a round under noise 4/3 as wide: a band of ±0.04 on 0.03 in seeds/002.
+    """Whether the rule ends a run whose loss falls by `gain` a round under noise 4/3 as wide.
+
+    The founding note ship-two-001 saw a band of ±0.04 on a gain of 0.03.
 
     Each batch keeps its own difficulty over the rounds, and adds noise whose paired differences have the measured spread.
     """

@@ -29,13 +29,17 @@ class Finite(Stateless):
 
 @decides("runtime.params-changed")
 class ParamsChanged(Stateless):
-    """Every step moves the parameters it was meant to move."""
+    """Every step moves the parameters it was meant to move.
+
+    Below `visible_lr_min` a step is smaller than float32's spacing at one, so gains of norms may rightly stay; then any move counts.
+    """
 
     events = (StepTaken,)
 
     def observe(self, event: Event) -> Verdict:
+        visible = event.lr >= self.limits.visible_lr_min
         return decide(
-            event.changed_tensor_frac >= self.limits.changed_tensor_frac_min,
+            event.changed_tensor_frac >= self.limits.changed_tensor_frac_min if visible else event.changed_tensor_frac > 0,
             f"step {event.step}: only {event.changed_tensor_frac:.0%} of the parameter tensors moved",
             changed_tensor_frac=event.changed_tensor_frac,
         )

@@ -49,7 +49,7 @@ def coherence(text: str, language: str = "en") -> Coherence:
     Units are lower-cased words without outer punctuation; a unit of punctuation only counts as one symbol. Diversity D_k is the
     share of distinct k-grams, averaged over windows of 32 k-grams (stride 16), so that it does not sink with the length of a text.
     Score = 35·ramp(D_2; 0.2, 0.6) + 35·ramp(D_3; 0.3, 0.8) + 20·(share of word-like units) + 10·min(1, distinct letters / 16).
-    An empty text scores 0. Source: seeds/004, research/algorithms.md d.1.
+    An empty text scores 0. Source: the founding note ANDREA-120M.
     """
     units = _units(text)
     if not units:

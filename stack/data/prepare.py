@@ -14,7 +14,7 @@ from stack.data import tokenizer as tokenizers
 from stack.data.shards import TokenStream
 from stack.data.tokenizer import Tokenizer
 
-FORMAT = "stackproof/data/1"
+FORMAT = "stackproof/data/2"
 SPLITS = ("train", "validation")
 
 

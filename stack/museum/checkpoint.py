@@ -33,7 +33,7 @@ def live_tensor_changed():
     title="The random state is not in the file",
     story="Weights and moments are saved, the state of the random generator is not. A resumed run draws other dropout masks. It is a "
     "different run wearing the same checkpoint.",
-    sources=("seed:000",),
+    sources=("founding note: the twenty-second training run",),
 )
 def rng_not_saved():
     with swap(checkpoint, "default_rng_state", lambda: {}):
@@ -123,7 +123,7 @@ def hash_not_checked():
     title="Missing state is filled with defaults",
     story="The loader takes what it finds and uses defaults for the rest. A checkpoint without its loss scale resumes at the default "
     "scale, skips some steps and goes on. Nothing says that anything was missing.",
-    sources=("seed:000", "https://github.com/torchgeo/torchgeo/issues/4036"),
+    sources=("founding note: the twenty-second training run", "https://github.com/torchgeo/torchgeo/issues/4036"),
 )
 def missing_keys_ignored():
     original = checkpoint._read_json
@@ -142,7 +142,7 @@ def missing_keys_ignored():
     title="Resume loses the random state",
     story="The state is in the file and nobody puts it back. Dropout after the resume repeats masks of the start. Without dropout, or "
     "with a tolerance on the loss, the seam cannot be seen.",
-    sources=("seed:000",),
+    sources=("founding note: the twenty-second training run",),
 )
 def rng_lost():
     with swap(checkpoint, "set_default_rng_state", lambda states: None):
@@ -155,7 +155,7 @@ def rng_lost():
     title="Resume starts the data from the beginning",
     story="The loader is built anew and its position is not restored. The first samples are seen twice and the last ones never, and the "
     "loss even improves a little, which looks like progress.",
-    sources=("seed:000", "https://github.com/huggingface/accelerate/issues/2016"),
+    sources=("founding note: the twenty-second training run", "https://github.com/huggingface/accelerate/issues/2016"),
 )
 def batch_order_restarted():
     original = checkpoint.restore
@@ -174,7 +174,7 @@ def batch_order_restarted():
     title="The resumed run repeats a step number",
     story="The step is saved before it is counted. Every resume repeats one update number, so the learning rate lags by one and the run "
     "ends one update late. Any tolerance on the loss lets it through.",
-    sources=("seed:000", "https://github.com/InternLM/InternEvo/issues/351"),
+    sources=("founding note: the twenty-second training run", "https://github.com/InternLM/InternEvo/issues/351"),
 )
 def step_off_by_one():
     original = checkpoint.restore
@@ -209,7 +209,7 @@ def moments_lost():
     title="Resume restarts the loss scale",
     story="The half-precision loss scale begins at its default after every resume. The first updates overflow and are retried until the "
     "scale has found its place again. In bf16 and fp32 there is nothing to see.",
-    sources=("seed:000",),
+    sources=("founding note: the twenty-second training run",),
 )
 def loss_scale_lost():
     original = checkpoint.restore

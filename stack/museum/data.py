@@ -100,7 +100,7 @@ def labels_unshifted():
     title="A placeholder at the end of the corpus",
     story="When the corpus ends, the reader hands out an empty batch so that the loop can finish its epoch. Thousands of steps train on "
     "nothing. Loss and speed both look remarkable.",
-    sources=("seed:002",),
+    sources=("founding note: ship-two-001",),
 )
 def placeholder_on_exhaustion():
     original = reader.Reader.draw
@@ -217,7 +217,7 @@ def blind_scanner():
     title="A corpus far too small for the model",
     story="Eighteen million tokens for 370 million parameters: the training loss falls as it should, and from the third round on the "
     "held-out loss rises. Nothing is broken, except the plan.",
-    sources=("seed:002",),
+    sources=("founding note: ship-two-001",),
 )
 def tiny_corpus():
     original = prepare.split_texts

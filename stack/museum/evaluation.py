@@ -17,7 +17,7 @@ from stack.train import run
     title="Unknown characters make the score better",
     story="Characters outside the vocabulary are dropped before the model sees them, but still counted when the score is divided by "
     "the length of the text. The stranger the text, the better the figure.",
-    sources=("seed:000",),
+    sources=("founding note: the twenty-second training run",),
 )
 def oov_flattered():
     def all_of_it(texts, result, dropped_chars):
@@ -33,7 +33,7 @@ def oov_flattered():
     title="Overlapping windows count twice",
     story="Windows overlap to give context, and the overlap is scored again in each. Easy, well-conditioned bytes weigh more than the "
     "rest. The sum no longer belongs to any text.",
-    sources=("seed:000",),
+    sources=("https://github.com/huggingface/transformers/issues/30975",),
 )
 def bytes_scored_twice():
     original = bits_per_byte.windows
@@ -111,9 +111,9 @@ def mean_of_means():
     "evaluation.noise-stop",
     gate="evaluation.stop-rule",
     title="Stopped by noise",
-    story="Two held-out batches, a patience of two, and any rise counts. In a noise band wider than the gain of a round, two bad "
-    "draws come soon. The run ends at epoch 5 of 24 with most of its learning ahead.",
-    sources=("seed:002",),
+    story="The rule waits two evaluations only, in a noise band wider than the gain of one. Two bad draws in a row come soon. The "
+    "run ends at epoch 5 of 24 with most of its learning ahead.",
+    sources=("founding note: ship-two-001",),
 )
 def noise_stop():
     original = stopping.StopRule.update
@@ -132,7 +132,7 @@ def noise_stop():
     title="Patience counts one round too many",
     story="The waiting counter is compared before it is raised, so each stop comes one evaluation late. Every run pays for a round "
     "that was declared unneeded, and declared patience cannot be compared with anyone else's.",
-    sources=("seed:002",),
+    sources=("https://github.com/keras-team/keras/pull/8100",),
 )
 def stop_one_round_late():
     original = stopping.StopRule.update
@@ -151,7 +151,7 @@ def stop_one_round_late():
     title="Held-out loss more than doubles",
     story="Training pushes the weights out of the region where the model works, between two evaluations. Training loss is noisy "
     "enough to excuse it for a while. Held-out loss has more than doubled and the run goes on.",
-    sources=("seed:002",),
+    sources=("founding note: ship-two-001",),
 )
 def diverging():
     original = run.evaluate_batches

@@ -16,7 +16,7 @@ from stack.train import losses
     story="The projections that write into the residual stream are meant to shrink with the number of layers. A refactoring renames "
     "them, the rule no longer matches, and they fall back to the common spread. The first loss is the same; deep models train "
     "worse.",
-    sources=("https://github.com/karpathy/nanoGPT/issues/227",),
+    sources=("https://github.com/huggingface/transformers/issues/47458",),
 )
 def head_init_wrong():
     original = build.initialise
@@ -38,7 +38,7 @@ def head_init_wrong():
     title="Weights one tenth too wide",
     story="Someone tunes the initial spread of one kind of matrix in the code and leaves the configuration as it was. The record now "
     "states a number nobody used. No loss curve shows it.",
-    sources=("seed:001",),
+    sources=("https://github.com/karpathy/nanochat/blob/master/nanochat/gpt.py",),
 )
 def init_std_too_big():
     original = build.initialise
@@ -77,7 +77,7 @@ def norm_garbage_buffer():
     title="Logits eight times too large",
     story="A temperature that belongs to sampling is applied inside the model. The untrained model is confidently wrong, and the "
     "first hundred updates go into unlearning it.",
-    sources=("seed:001",),
+    sources=("founding note: tinygpt validation",),
 )
 def logits_scaled():
     original = transformer.Transformer.logits
@@ -113,7 +113,7 @@ def causal_mask_off_by_one():
     title="A norm over the batch",
     story="The mean square is taken over rows as well as features. Each text now depends on the strangers it shares a batch with. "
     "Training works, and scores change with the batch size.",
-    sources=("https://github.com/karpathy/nanoGPT/issues/240",),
+    sources=("https://github.com/yaodongyu/TRADES/issues/3",),
 )
 def rows_mixed():
     def over_rows(self, x_BTD):
@@ -137,7 +137,7 @@ def _scaled(scale):
     title="Scores without their scale",
     story="The division by the root of the head width is lost. At step 0 scores are tiny and the loss is the same to three digits. "
     "Thousands of steps later attention freezes on single tokens and the run diverges.",
-    sources=("seed:003", "https://github.com/mlc-ai/mlc-llm/issues/3426"),
+    sources=("founding note: nanolm", "https://github.com/mlc-ai/mlc-llm/issues/3426"),
 )
 def missing_scale():
     with swap(attention, "whole", _scaled(lambda h: 1.0)):
@@ -150,7 +150,7 @@ def missing_scale():
     title="Scores scaled twice",
     story="Queries are scaled when they are made, and the kernel scales the scores again. Attention stays almost uniform. The model "
     "learns, slowly, and looks merely small.",
-    sources=("seed:003", "https://github.com/FrancescoSaverioZuppichini/ViT/issues/2"),
+    sources=("founding note: nanolm", "https://github.com/FrancescoSaverioZuppichini/ViT/issues/2"),
 )
 def double_scale():
     with swap(attention, "whole", _scaled(lambda h: 1.0 / h)):
@@ -199,9 +199,9 @@ def gqa_head_order():
     "model.attention-branch-lost",
     gate="model.overfit-one-batch",
     title="Attention adds nothing",
-    story="After a merge, the block adds the feed-forward branch twice and attention never. The model is a table of which token "
-    "follows which. Its loss falls nicely to that of a bigram and stays there.",
-    sources=("seed:002",),
+    story="After a merge, the block computes attention and throws its output away. The model is a table of which token follows "
+    "which. Its loss falls nicely to that of a bigram and stays there.",
+    sources=("https://github.com/theislab/CellFlow/pull/296",),
 )
 def attention_branch_lost():
     def without_attention(self, x_BTD, rotary, cache=None):

@@ -46,7 +46,7 @@ def decay_on_norms():
     title="No weight decay at all",
     story="The configuration asks for decoupled decay and the optimizer is built without it. Weights grow slowly, samples start to "
     "repeat after tens of thousands of steps, and nobody connects the two.",
-    sources=("seed:004",),
+    sources=("founding note: ANDREA-120M",),
 )
 def no_decay():
     with swap(opt, "decays", lambda name, parameter: False):
@@ -118,7 +118,7 @@ def clip_per_tensor():
     title="The clip call is gone",
     story="A rewrite drops the line that clips. On calm data nothing changes. At a change of source one batch throws the run into a "
     "basin it never leaves, and the samples turn into one repeated word.",
-    sources=("seed:004",),
+    sources=("founding note: ANDREA-120M",),
 )
 def no_clipping():
     with swap(opt, "clip_gradients", lambda grads, norm, max_norm: None):

@@ -17,7 +17,7 @@ BAD_STEP = 7
     title="A NaN appears at step seven",
     story="One weight becomes NaN in the middle of a run. The optimizer spreads it to its neighbours, the logger drops or averages it "
     "away, and the run goes on for days as a machine for producing nothing.",
-    sources=("seed:003", "https://github.com/karpathy/nanoGPT/issues/227"),
+    sources=("founding note: nanolm", "https://github.com/karpathy/nanoGPT/issues/227"),
 )
 def nan_in_a_weight():
     original = steps.train_step
@@ -83,7 +83,7 @@ def nan_masked():
     title="The optimizer never steps",
     story="The update is guarded by a condition that is never true. Loss, norm and learning rate are logged as always, and the small "
     "movement of the loss from batch to batch looks like training at a plateau.",
-    sources=("seed:002",),
+    sources=("founding note: ship-two-001",),
 )
 def update_skipped():
     with swap(torch.optim.AdamW, "step", lambda self, closure=None: None):
@@ -96,7 +96,7 @@ def update_skipped():
     title="A micro-batch is dropped",
     story="The accumulation loop ends one too early. The run consumes fewer tokens than it says, and every figure that is computed from "
     "steps times batch size is wrong.",
-    sources=("seed:003", "https://github.com/huggingface/trl/pull/6025"),
+    sources=("founding note: nanolm", "https://github.com/huggingface/trl/pull/6025"),
 )
 def micro_batch_dropped():
     original = loop.draw
@@ -136,7 +136,7 @@ def labels_all_masked():
     title="A placeholder instead of a loss",
     story="When the corpus ends, the step returns a loss of one and a gradient norm of one instead of an error. Thousands of steps pass in "
     "under a second. The mean is finite and lower than before, so the dashboard is green.",
-    sources=("seed:002",),
+    sources=("founding note: ship-two-001",),
 )
 def placeholder_loss():
     original = steps.train_step
@@ -156,7 +156,7 @@ def placeholder_loss():
     title="Steps faster than the machine",
     story="The step returns before the work is done, or without it. The log shows a throughput no machine of this kind can reach, "
     "and since a high number pleases, nobody asks.",
-    sources=("seed:002",),
+    sources=("founding note: ship-two-001",),
 )
 def instant_steps():
     original = loop.time.perf_counter

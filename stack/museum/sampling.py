@@ -12,8 +12,8 @@ from stack.train import run
     "sampling.cache-position-off-by-one",
     gate="sampling.cache-parity",
     title="Cache position off by one",
-    story="The cache counts the new token before the model asks for its position. Every token but the first is read one place to the "
-    "right of where it was trained. Text with the cache on is garbled, and only then.",
+    story="The write index lags one place behind, so each new token overwrites the keys and values of the one before it. Nothing "
+    "crashes and the lengths look plausible. Text with the cache on is garbled, and only then.",
     sources=("https://github.com/lucidrains/x-transformers/issues/219", "https://github.com/Lightning-AI/litgpt/issues/298"),
 )
 def cache_position_off_by_one():
@@ -74,7 +74,7 @@ def zero_probability():
     title="Top-p before temperature",
     story="The nucleus is chosen from the unsharpened distribution and the temperature applied to what is left. At low temperature "
     "too many tokens stay in. Settings copied from a paper do not reproduce it.",
-    sources=("https://github.com/thu-nics/C2C/issues/21",),
+    sources=("https://github.com/Blaizzy/mlx-audio/issues/732",),
 )
 def filter_before_temperature():
     original = sampling.filtered_probs
@@ -95,7 +95,7 @@ def filter_before_temperature():
     title="The model loops and nobody reads",
     story="Generation falls into repeating one token. The monitor that should see it hangs on an older runner that no longer "
     "runs. The loss looks fine, and garbage is produced for ten days.",
-    sources=("seed:004",),
+    sources=("founding note: ANDREA-120M",),
 )
 def monitor_blind():
     original = run.generate

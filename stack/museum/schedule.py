@@ -11,7 +11,7 @@ from stack.train import step as steps
     title="No warm-up",
     story="The learning rate starts at its peak. The first updates throw the weights into a poor basin. The loss recovers within minutes "
     "and stays a little worse for the rest of the run, which only a second run would show.",
-    sources=("seed:004",),
+    sources=("founding note: ANDREA-120M",),
 )
 def no_warmup():
     original = schedule.cosine_lr

@@ -100,7 +100,7 @@ def save(root: Path, state: TrainState, document: dict) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        tensorfile.write(temporary / "model.safetensors", model_tensors(state.model), {"format": "pt", "step": str(state.step)})
+        tensorfile.write(temporary / "model.safetensors", model_tensors(state.model), {"step": str(state.step)})
         tensorfile.write(temporary / "state.safetensors", optimizer_tensors(state) | default_rng_state(), {"step": str(state.step)})
         _write_and_sync(temporary / "state.json", canonical_json(document))
         _write_and_sync(temporary / "manifest.json", canonical_json(_manifest(temporary)))

@@ -10,7 +10,7 @@ from stack.train.run import Run
 def state_metrics(run: Run, *, with_baselines: bool) -> None:
     """Put all metrics into the record builder; baselines only for a run that ended well."""
     _plan_metrics(run)
-    if run.last_report is not None:
+    if run.line:
         _training_metrics(run)
     if run.last_val is not None:
         _held_out_metrics(run)
@@ -34,13 +34,13 @@ def _plan_metrics(run: Run) -> None:
 
 def _training_metrics(run: Run) -> None:
     state, metric = run.state, run.builder.metric
-    metric("train_loss_nats", run.last_report.loss_nats, "nats per token", n=run.last_report.n_valid_tokens, better="lower")
+    metric("train_loss_nats", run.line["loss_nats"], "nats per token", n=run.cfg.train.tokens_per_step, better="lower")
     metric("ema_loss_nats", state.ema_loss_nats, "nats per token", better="lower")
     metric("min_ema_loss_nats", state.min_ema_loss_nats, "nats per token", better="lower")
     metric("train_s", round(state.wall_s, 3), "s", better="lower")
     metric("tokens_per_s", state.tokens_seen / state.wall_s, "tokens/s", better="higher")
     gate_s = sum(seat.seconds for seat in run.keeper.seats.values() if seat.gate.moment == "runtime")
-    metric("gates_overhead_frac", gate_s / run.process_s, "1", better="lower")
+    metric("gates_overhead_frac", gate_s / (run.process_s or state.wall_s), "1", better="lower")
     if run.device.type == "cuda":
         metric("peak_device_memory_bytes", torch.cuda.max_memory_allocated(run.device), "bytes", better="lower")
 

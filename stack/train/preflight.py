@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.keeper import Gatekeeper
+from spec.errors import DataError
 from spec.formulas import parameter_count
 from stack.config import RunConfig
 from stack.data.ingredients import data_ingredients
@@ -79,9 +80,16 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
-    difference_std = paired_difference_std(cfg, dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
-    n_batches = n_eval_batches or min(max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), max(available, 2))
+    if available < 2:
+        raise DataError(
+            "the held-out split is too short to evaluate on",
+            value=f"{dataset.validation.n_windows(cfg.model.max_seq_len)} windows of {cfg.model.max_seq_len} tokens",
+            allowed=f"at least two batches of {cfg.eval.batch_size} (eval.batch_size)",
+            next_step="add text, raise data.split.validation_frac, or lower eval.batch_size or model.max_seq_len",
+        )
+    difference_std = paired_difference_std(cfg, dataset, device)
+    n_batches = n_eval_batches or min(max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), available)
     ingredients |= {"paired_difference_std": difference_std, "n_eval_batches": n_batches}
     return n_batches, ingredients
 
@@ -243,11 +251,11 @@ def digest(state: TrainState) -> dict[str, Any]:
 
 
 def probe_peak_flops(device: torch.device) -> float:
-    """Floating-point operations per second of a large float32 (GPU: bfloat16) matrix product, best of five."""
+    """Floating-point operations per second of a large float32 (GPU: bfloat16) matrix product, best of ten."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = 0.0
-    for _ in range(5):
+    for _ in range(10):
         _wait(device)
         started = time.perf_counter()
         a @ a

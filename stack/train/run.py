@@ -12,7 +12,7 @@ from contracts.sampling import coherence
 from stack.config import RunConfig
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
-from stack.evaluate.bits_per_byte import evaluate_batches
+from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
@@ -42,8 +42,7 @@ class Run:
     random_loss_nats: float = 0.0
     line: dict[str, Any] = field(default_factory=dict)
     process_s: float = 0.0
-    last_report: StepReport | None = None
-    last_val: Any = None
+    last_val: Evaluation | None = None
 
     def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
         """Update running numbers, prepare the log line and show the step to the gates."""
@@ -51,7 +50,6 @@ class Run:
         state.wall_s += wall_s
         state.update_ema(report.loss_nats)
         self.process_s += wall_s
-        self.last_report = report
         n_tokens = sum(b.input_ids.numel() for b in batches)
         self.line = {
             "step": report.step,
@@ -86,10 +84,7 @@ class Run:
 
     def evaluate(self) -> bool:
         """Held-out loss on the same batches as always. Returns whether the stop rule says stop."""
-        state = self.state
-        result = evaluate_batches(
-            state.model, self.held_out, self.dataset.tokenizer.token_bytes, device=self.device, autocast=state.autocast
-        )
+        state, result = self.state, self.measure()
         previous, state.last_val_nats = state.last_val_nats, result.loss_nats
         self.last_val = result
         decision = state.stopper.update(result.batch_nats)
@@ -109,6 +104,11 @@ class Run:
             )
         )
         return decision.stop
+
+    def measure(self) -> Evaluation:
+        """Held-out loss, without telling anyone."""
+        sizes = self.dataset.tokenizer.token_bytes
+        return evaluate_batches(self.state.model, self.held_out, sizes, device=self.device, autocast=self.state.autocast)
 
     def sample(self) -> None:
         """Draw a text, score it, log it and show it to the gates."""

@@ -13,7 +13,7 @@ from contracts.keeper import Gatekeeper
 from spec.errors import ConfigError, EnvironmentUnfit, GateFailed, StackproofError, Stopped, StreamExhausted
 from spec.formulas import flops_per_token, parameter_count
 from spec.gates import load_spec
-from spec.records import Artefact, Override, Record
+from spec.records import Artefact, Override, Record, read_record
 from stack.config import RunConfig, validate
 from stack.data.prepare import Dataset, prepare
 from stack.data.reader import eval_batches
@@ -91,6 +91,10 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
     directory = RunDir(run_dir)
     document = directory.read_run()
     _refuse_changes(validate(document["config"]), changed, sets)
+    finished = run_dir / "metadata.json"
+    if finished.is_file() and (record := read_record(finished)).succeeded:
+        listener.on_event(f"{run_dir} is {record.status}; there is nothing left to do. --fork continues it under a changed configuration")
+        return record
     loaded = checkpoint.load(checkpoint.find(run_dir))
     former = [Override.model_validate(o) for o in document["overrides"]]
     run = _open(changed, [*former, *sets], directory, listener, document=document)
@@ -212,6 +216,7 @@ def _adopt(run: Run, loaded: checkpoint.Loaded) -> None:
     with torch.no_grad():
         checkpoint.restore(run.state, loaded)
     run.keeper.load_state_dict(loaded.state["gates"])
+    run.line = next(iter(run.dir.read_lines("metrics.jsonl")[-1:]), {})
     run.keeper.observe(Resumed(step=run.state.step, path=str(loaded.path), cursor=run.state.reader.cursor))
     run.listener.on_event(f"continuing after step {run.state.step} from {loaded.path}")
 
@@ -219,6 +224,8 @@ def _adopt(run: Run, loaded: checkpoint.Loaded) -> None:
 def _train(run: Run) -> Record:
     run.keeper.observe(Started(step=run.state.step, plan=run.plan()))
     status, reason = train_loop(run)
+    if run.last_val is None:  # a kill came between the last checkpoint and the record
+        run.last_val = run.measure()
     run.keeper.observe(Finished(step=run.state.step, status=status))
     return _close(run, status, reason, 0)
 

@@ -77,3 +77,22 @@ def test_ctrl_c_saves_and_exits_130(stack, text_file):
     assert process.returncode == 130
     assert json.loads((run / "metadata.json").read_text())["status"] == "interrupted"
     assert stack("inspect", "run", "--json").json["checksum"] == "VALID"
+
+
+def test_resuming_a_finished_run_changes_nothing(stack, text_file):
+    assert stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run").code == 0
+    before = (stack.folder / "run" / "metadata.json").read_bytes()
+    done = stack("train", "--resume", "run", "--json")
+    assert done.code == 0 and done.json["status"] == "completed" and "nothing left to do" in done.err
+    assert (stack.folder / "run" / "metadata.json").read_bytes() == before
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_record_loses_nothing(stack, text_file):
+    assert stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run").code == 0
+    path = stack.folder / "run" / "metadata.json"
+    before = json.loads(path.read_text())["metrics"]
+    path.unlink()
+    assert stack("train", "--resume", "run").code == 0
+    after = json.loads(path.read_text())["metrics"]
+    same = ("steps", "tokens_seen", "train_loss_nats", "val_loss_nats", "val_bits_per_byte", "best_val_loss_nats", "ema_loss_nats")
+    assert {n: before[n] for n in same} == {n: after[n] for n in same}

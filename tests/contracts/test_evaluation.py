@@ -1,4 +1,4 @@
-"""Gates of evaluation: green on the stack, red on every plant, and the runtime tables of seeds/002."""
+"""Gates of evaluation: green on the stack, red on every plant, and the runtime tables of the founding note ship-two-001."""
 
 import json
 import math
@@ -77,7 +77,10 @@ def test_stop_rule_power_check_is_two_sided(spec):
 @pytest.mark.parametrize(
     ("rule", "declared"),
     [
-        (lambda: StopRule(2, 3, 2.0, 0.0), {"kind": "patience", "patience": 2, "min_epochs": 3}),  # the policy of seeds/002
+        (
+            lambda: StopRule(2, 3, 2.0, 0.0),
+            {"kind": "patience", "patience": 2, "min_epochs": 3},
+        ),  # the policy of the founding note ship-two-001
         (lambda: StopRule(5, 3, 2.0, 0.5), {"kind": "patience", "patience": 5, "min_epochs": 3}),  # a delta above the gain
         (lambda: StopRule(5, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 12}),  # min_epochs not obeyed
         (lambda: StopRule(6, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 3}),  # another patience than declared

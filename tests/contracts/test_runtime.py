@@ -30,6 +30,8 @@ def test_params_changed_is_two_sided(spec):
     check = make(spec, ParamsChanged)
     assert check.observe(step_taken(changed_tensor_frac=0.9)).passed
     assert not check.observe(step_taken(changed_tensor_frac=0.89)).passed
+    assert check.observe(step_taken(changed_tensor_frac=0.1, lr=1e-8)).passed
+    assert not check.observe(step_taken(changed_tensor_frac=0.0, lr=1e-8)).passed
 
 
 def test_tokens_consumed_is_red_on_one_token(spec):

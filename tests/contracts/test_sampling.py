@@ -13,7 +13,7 @@ from stack.museum.plant import load_museum, touches
 from stack.train import run
 from stack.train.preflight import gather
 
-# seeds/004 and seeds/001: text, whether it is coherent
+# the founding note ANDREA-120M and the founding note tinygpt validation: text, whether it is coherent
 SEED_SAMPLES = [
     ("region region region region region region region region", False),
     ("''''' ''''' '' ''' '' ''' '''?' ''' ' '' '' '", False),

@@ -1,4 +1,4 @@
-"""Stop rules against noise and against seeds/002; counting baselines."""
+"""Stop rules against noise and against the founding note ship-two-001; counting baselines."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from stack.config import NeverStop, Patience
 from stack.evaluate import baselines
 from stack.evaluate.stopping import NeverStopRule, StopRule, batches_needed, detectable_gain, make_stop_rule, overfit_onset
 
-# seeds/002, run tuned-50k, nats per token by epoch
+# the founding note ship-two-001, run tuned-50k, nats per token by epoch
 TRAIN = [10.010209, 9.79865, 9.690327, 9.623082, 9.563993, 9.543517, 9.518022]
 VAL = [9.94694, 9.837993, 9.776764, 9.847031, 9.859493, 9.828791, 9.915636]
 

@@ -1,9 +1,9 @@
 """Reference pages: the command line, exit codes and errors, rules of the integrity check."""
 
-import importlib
 import inspect
 
 from spec import errors
+from tools.check_integrity import RULES
 from tools.site_pages.markup import Page, bullets, code, esc, fenced, prose, table
 from tools.site_pages.world import World
 
@@ -71,20 +71,5 @@ def _first_line(kind: type) -> str:
 
 
 def integrity_rules(world: World, page: Page) -> str:
-    """Rules of the integrity check, if the checker is there to ask: code and first line of what it holds."""
-    try:
-        module = importlib.import_module("tools.integrity")
-        rules = module.RULES
-    except (ImportError, AttributeError):
-        return "The rules cannot be read in this build. `python tools/check_integrity.py --explain` lists them."
-    described = rules.values() if isinstance(rules, dict) else rules
-    return bullets(f"{code(_name(r))}: {prose(_meaning(r))}" for r in described) or "No rule is registered."
-
-
-def _name(rule: object) -> str:
-    return str(getattr(rule, "code", None) or getattr(rule, "id", None) or getattr(rule, "__name__", rule))
-
-
-def _meaning(rule: object) -> str:
-    text = getattr(rule, "statement", None) or getattr(rule, "title", None) or getattr(rule, "explain", None) or inspect.getdoc(rule) or ""
-    return str(text).strip().splitlines()[0] if str(text).strip() else ""
+    """Rules of the integrity check: code and what it holds."""
+    return bullets(f"{code(rule.code)}: {prose(rule.title)}" for rule in RULES.values())
