@@ -4,9 +4,13 @@ import ast
 import glob
 import gzip
 import hashlib
+import importlib
 import json
+import re
 import sys
 import sysconfig
+import types
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import cleandoc
@@ -16,10 +20,23 @@ from typing import assert_never
 from spec.errors import DataError
 from stack.config import Files, StdlibCode, StdlibDocs
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2
 MIN_DOC_CHARS = 40
 SKIPPED_FOLDERS = frozenset("test tests idle_test lib2to3 site-packages dist-packages __pycache__ ensurepip".split())
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".jsonl"))
+LINE_END = re.compile(r"\r\n|\n|\r")
+BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
+# What a C module defines. Anything else found in one (open files, module state, what an import put there) differs between processes.
+C_DEFINED = (
+    type,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.ClassMethodDescriptorType,
+    staticmethod,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,8 @@ def read_documents(cfg: StdlibDocs | StdlibCode | Files) -> Iterator[Document]:
             yield from _stdlib_docs()
         case StdlibCode():
             for path in _stdlib_files():
-                yield Document(_stdlib_name(path), path.read_text("utf-8", errors="replace"))
+                if (text := _read_text(path)).strip():
+                    yield Document(_stdlib_name(path), text)
         case Files():
             for path in resolve_paths(cfg):
                 yield from _file_documents(path, cfg)
@@ -46,8 +64,11 @@ def read_documents(cfg: StdlibDocs | StdlibCode | Files) -> Iterator[Document]:
 
 
 def corpus_sha256(cfg: StdlibDocs | StdlibCode | Files) -> str:
-    """Hash of the content of every source file and of how it is read; no parsing."""
-    digest = hashlib.sha256(f"{EXTRACTOR_VERSION}/{cfg.model_dump_json(exclude={'license'})}".encode())
+    """Hash of the content of every source file and of how it is read; no parsing.
+
+    Where the files lie and what their licence is called do not enter: the same text has the same hash on every machine.
+    """
+    digest = hashlib.sha256(f"{EXTRACTOR_VERSION}/{cfg.model_dump_json(exclude={'license', 'paths'})}".encode())
     match cfg:
         case StdlibDocs():
             from pydoc_data import topics
@@ -58,8 +79,12 @@ def corpus_sha256(cfg: StdlibDocs | StdlibCode | Files) -> str:
             paths = _stdlib_files()
         case Files():
             paths = resolve_paths(cfg)
+        case _:
+            assert_never(cfg)
     for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        # The suffix decides how a file is cut into documents; a document of the standard library carries its module's name.
+        name = _suffix(path) if isinstance(cfg, Files) else path.name
+        digest.update(name.encode() + b"\0" + hashlib.sha256(_read_bytes(path)).digest())
     return digest.hexdigest()
 
 
@@ -103,17 +128,22 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[Document]:
 
 
 def _builtin_docs() -> Iterator[Document]:
-    """Documentation of what is written in C: builtins and the modules compiled into the interpreter."""
+    """Documentation of what is written in C: builtins and the modules compiled into the interpreter.
+
+    These modules are imported, so that the text does not depend on what the process happened to import before.
+    """
     for module_name in sorted({"builtins", *sys.builtin_module_names}):
-        module = sys.modules.get(module_name)
-        for name in sorted(vars(module)) if module else ():
-            member = vars(module)[name]
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            continue
+        for name, member in sorted(vars(module).items()):
             members = [(name, member)]
             if isinstance(member, type) and member.__module__ == module_name:
                 members += [(f"{name}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__")]
             for qualified, value in members:
                 text = getattr(value, "__doc__", None)
-                if isinstance(text, str) and len(text) >= MIN_DOC_CHARS and not isinstance(value, str | int | tuple | dict | list):
+                if isinstance(value, C_DEFINED) and isinstance(text, str) and len(text) >= MIN_DOC_CHARS:
                     yield Document(f"{module_name}.{qualified}", f"{module_name}.{qualified}\n\n{cleandoc(text)}")
 
 
@@ -142,9 +172,17 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return path.read_bytes()
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions") from e
+
+
+def _read_text(path: Path) -> str:
+    data = _read_bytes(path)
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
@@ -153,8 +191,8 @@ def _read_text(path: Path) -> str:
             value=f"byte 0x{e.object[e.start]:02x} at {e.start}",
             next_step="convert the file with iconv",
         ) from e
-    except (OSError, EOFError) as e:
-        raise DataError(f"cannot read {path}: {e}", next_step="check the file") from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"cannot read {path}: {e}", next_step="unpack it with gzip to see what is wrong with it") from e
 
 
 def _file_documents(path: Path, cfg: Files) -> Iterator[Document]:
@@ -166,16 +204,16 @@ def _file_documents(path: Path, cfg: Files) -> Iterator[Document]:
         case "file":
             parts = [text]
         case "paragraph":
-            parts = text.split("\n\n")
+            parts = BLANK_LINES.split(text)
         case "line":
-            parts = text.splitlines()
+            parts = LINE_END.split(text)
     for number, part in enumerate(parts):
         if part.strip():
             yield Document(f"{path}#{number}", part)
 
 
 def _json_lines(path: Path, text: str, field: str) -> Iterator[Document]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # str.splitlines would cut at U+2028, which JSON allows in a text
         if not line.strip():
             continue
         try:
@@ -185,5 +223,16 @@ def _json_lines(path: Path, text: str, field: str) -> Iterator[Document]:
         if not isinstance(value, dict) or not isinstance(value.get(field), str):
             keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
             raise DataError(f"{path} line {number} has no text under {field!r}", value=keys, next_step="--set data.corpus.text_field=NAME")
+        if not _is_unicode(value[field]):
+            raise DataError(f"{path} line {number} has half of a surrogate pair in its text", next_step="repair the \\u escape")
         if value[field].strip():
             yield Document(f"{path}#{number}", value[field])
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON can spell one that cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -91,11 +91,11 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
     directory = RunDir(run_dir)
     document = directory.read_run()
     _refuse_changes(validate(document["config"]), changed, sets)
+    loaded = checkpoint.load(checkpoint.find(run_dir))
     finished = run_dir / "metadata.json"
     if finished.is_file() and (record := read_record(finished)).succeeded:
         listener.on_event(f"{run_dir} is {record.status}; there is nothing left to do. --fork continues it under a changed configuration")
         return record
-    loaded = checkpoint.load(checkpoint.find(run_dir))
     former = [Override.model_validate(o) for o in document["overrides"]]
     run = _open(changed, [*former, *sets], directory, listener, document=document)
     if run.dataset.tokenizer.sha256 != loaded.state["tokenizer_sha256"]:

@@ -158,5 +158,13 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
     assert stack("inspect", "run", "--json").json["step"] == 6
 
 
+@pytest.mark.parametrize(("level", "code"), [("off", 0), ("full", 0), ("some", 2)])
+def test_contract_levels(stack, text_file, level, code):
+    """Conditions on public functions can be switched off or read whole tensors; another word is refused."""
+    done = stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run", STACK_CONTRACTS=level)
+    assert done.code == code, done.err
+    assert code or json.loads((stack.folder / "run/metadata.json").read_text())["environment"]["contracts_level"] == level
+
+
 def test_run_directory_is_never_overwritten(run, text_file):
     assert_standard(run("train", *tiny(text_file), "--run-dir", "run"), 2, "already holds a run")
