@@ -5,7 +5,9 @@ import sys
 
 import typer
 
-from spec.errors import StackproofError
+from spec.errors import EnvironmentUnfit, StackproofError
+
+TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers")
 
 # typer carries its own copy of click in newer versions and depends on it in older ones; both derive their errors from this class.
 ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -39,6 +41,16 @@ def main(arguments: list[str] | None = None) -> None:
     except StackproofError as e:
         _report(e.as_json(), str(e), arguments)
         sys.exit(e.exit_code)
+    except ModuleNotFoundError as e:
+        if e.name not in TRAIN_EXTRA:
+            raise
+        unfit = EnvironmentUnfit(
+            f"this command needs {e.name}, which is not installed",
+            allowed="the light install reads and verifies evidence; training and models need the [train] extra",
+            next_step="pip install 'stackproof[train]', then stack doctor",
+        )
+        _report(unfit.as_json(), str(unfit), arguments)
+        sys.exit(unfit.exit_code)
     except ClickException as e:
         next_step = f"stack {' '.join(a for a in arguments[:1] if not a.startswith('-'))} --help".replace("  ", " ")
         parts = {"error": "UsageError", "what": e.format_message(), "next_step": next_step, "exit_code": 2}

@@ -84,7 +84,10 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
     if not emit(document, json):
         stdout.print(f"{lines} record(s), head {document['head'][:16]}…: {'all hashes hold' if not problems else 'BROKEN'}")
     if problems:
-        raise IntegrityError("the evidence does not verify: " + "; ".join(problems[:5]), next_step="restore evidence/ from git")
+        raise IntegrityError(
+            "the evidence does not verify: " + "; ".join(problems[:5]),
+            next_step="restore evidence/ from git, or name another folder with --evidence",
+        )
 
 
 @app.command()

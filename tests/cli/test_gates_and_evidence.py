@@ -133,5 +133,7 @@ def test_light_install_needs_no_torch():
         done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         json.loads(done.stdout)
+    absent = subprocess.run([sys.executable, "-c", code, "train"], cwd=ROOT, capture_output=True, text=True)
+    assert absent.returncode == 7 and "[train]" in absent.stderr and "Traceback" not in absent.stderr
     done = subprocess.run([sys.executable, "-c", code, "evidence", "verify", "--json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (0, 6) and "problems" in json.loads(done.stdout.splitlines()[0])
