@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from contracts.events import BatchDrawn, Event, Started
-from contracts.gate import Verdict, decide, decides, failed, passed
+from contracts.gate import Verdict, decide, decides, failed, not_run, passed
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
+WORLDS = ((1, 1), (2, 3), (3, 2), (8, 1))  # ranks and rows; one row alone hides a stride that forgets the rows
+PIECE_TOKENS = 4 * 2**20  # read at a time, so that memory stays bounded
+CANARY_TOKENS = 2**20  # training tokens of the copy in which the canary is hidden
 SPAN_BYTES, MIN_SPAN = 60, 16  # about a dozen English words
 
 
@@ -38,12 +41,15 @@ def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
     trend = abs(float(np.corrcoef(ranks, first)[0, 1])) if n > 2 else 0.0
     neighbours = float((np.abs(np.diff(first)) == 1).mean()) if n > 2 else 0.0
     # For a uniform permutation the correlation has standard deviation 1/√(n−1), fixed points and neighbours about 1/n and 2/n.
-    small = n < limits.windows_min
-    ok = small or (
-        max(repeated) <= limits.repeated_positions_max
-        and trend <= limits.trend_sigmas_max / np.sqrt(n - 1)
-        and neighbours <= limits.neighbours_max
-    )
+    # Below windows_min those bands mean nothing; then only an order that is wholly the same is red, where chance cannot explain it.
+    if n < limits.windows_min:
+        ok = n < limits.distinct_windows_min or max(repeated) < 1
+    else:
+        ok = (
+            max(repeated) <= limits.repeated_positions_max
+            and trend <= limits.trend_sigmas_max / np.sqrt(n - 1)
+            and neighbours <= limits.neighbours_max
+        )
     return decide(
         bool(ok),
         "the order repeats between epochs or seeds, or is hardly shuffled",
@@ -57,34 +63,51 @@ def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
 
 @decides("data.coverage")
 def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
-    """Over all ranks of several world sizes every window is delivered exactly once per epoch, with the right tokens."""
+    """Over all ranks of several world sizes every window is delivered exactly once per epoch, with the right tokens.
+
+    Judged on drawn batches, at the end of the pipeline: the first epoch from its start, and the second one by readers that
+    resume shortly before it begins, so that batches cross the end of an epoch.
+    """
     n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
-    for world_size in (1, 2, 3, 8):
-        per_rank = _epoch(make_reader, n, world_size)
-        delivered = [i for ids in per_rank for i in ids]
-        twice, missing = len(delivered) - len(set(delivered)), n - len(set(delivered))
-        if twice or missing:
-            return failed(
-                f"{world_size} rank(s): {twice} window(s) delivered twice, {missing} never",
-                world_size=world_size,
-                twice=twice,
-                missing=missing,
-            )
-    reader = make_reader(rows=2)
-    batch = reader.draw()
-    truth = reader.stream.windows(np.array(batch.sample_ids), seq_len)
-    shifted = bool((batch.labels.numpy() == truth[:, 1:]).all()) and bool((batch.input_ids.numpy() == truth[:, :-1]).all())
-    return decide(shifted, "labels are not the next tokens of the declared windows", windows=n, twice=0, missing=0)
+    for world_size, rows in WORLDS:
+        for epoch, cursor in ((0, 0), (1, max(0, n - 5))):
+            ids, wrong_tokens, wrong_epoch = _delivered(make_reader, n, seq_len, epoch, cursor, rows, world_size)
+            twice, missing = len(ids) - len(set(ids)), n - len(set(ids))
+            if twice or missing:
+                return failed(
+                    f"{world_size} rank(s) of {rows} row(s), epoch {epoch}: {twice} window(s) delivered twice, {missing} never",
+                    world_size=world_size,
+                    rows=rows,
+                    twice=twice,
+                    missing=missing,
+                )
+            if wrong_tokens or wrong_epoch:
+                return failed(
+                    f"{wrong_tokens} row(s) are not the declared window with its next tokens as labels, {wrong_epoch} not of their epoch",
+                    wrong_rows=wrong_tokens,
+                    wrong_epoch=wrong_epoch,
+                )
+    return passed("", windows=n, twice=0, missing=0, worlds=len(WORLDS), largest_world=max(w for w, _ in WORLDS))
 
 
-def _epoch(make_reader, n: int, world_size: int) -> list[list[int]]:
-    """Window numbers each rank delivers within the first epoch, taken from drawn batches."""
-    per_rank = []
+def _delivered(make_reader, n: int, seq_len: int, epoch: int, cursor: int, rows: int, world_size: int) -> tuple[list[int], int, int]:
+    """What all ranks deliver of one epoch: window numbers, rows with other tokens than declared, batches with a wrong epoch number.
+
+    Places are counted here, not asked of the reader, so a position that stands still ends in a verdict and not in an endless loop.
+    """
+    ids, wrong_tokens, wrong_epoch = [], 0, 0
     for rank in range(world_size):
-        reader = make_reader(rows=1, rank=rank, world_size=world_size, n_windows=n)
-        ids = [reader.draw().sample_ids[0] for _ in range(-(-n // world_size))]
-        per_rank.append([i for k, i in enumerate(ids) if k * world_size + rank < n])
-    return per_rank
+        reader = make_reader(rows=rows, rank=rank, world_size=world_size, n_windows=n, cursor=cursor)
+        for first in range(cursor + rank * rows, (epoch + 1) * n + rank * rows, rows * world_size):
+            batch = reader.draw()
+            places = range(first, first + rows)
+            ids += [i for place, i in zip(places, batch.sample_ids) if place // n == epoch]
+            wrong_epoch += batch.epoch != places[-1] // n
+            if epoch == 0 and rank == world_size - 1:
+                truth = reader.stream.windows(np.array(batch.sample_ids), seq_len)
+                wrong = (batch.input_ids.numpy() != truth[:, :-1]).any(1) | (batch.labels.numpy() != truth[:, 1:]).any(1)
+                wrong_tokens += int(wrong.sum())
+    return ids, wrong_tokens, wrong_epoch
 
 
 @decides("data.exhaustion")
@@ -100,6 +123,8 @@ def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
         return failed("a corpus that is exhausted still delivers a batch")
     if strict.cursor != n:
         return failed("a refused draw moved the position", cursor=strict.cursor)
+    if _delivers(make_reader(rows=2, n_windows=n, cursor=n - 1, on_exhausted="error")):
+        return failed("two windows are wanted, one is left, and a batch comes nevertheless")
     last = make_reader(rows=1, n_windows=n, cursor=n - 1, on_exhausted="error").draw()
     wrapping = make_reader(rows=1, n_windows=n, cursor=n - 1)
     batches = [wrapping.draw() for _ in range(3)]
@@ -110,36 +135,67 @@ def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
     return decide(ok, f"the end of the corpus gives {raised} and epochs {epochs}", raised=raised, wrapped_windows_are_real=real)
 
 
+def _delivers(reader) -> bool:
+    try:
+        reader.draw()
+    except Exception:
+        return False
+    return True
+
+
 @decides("data.integrity")
 def integrity(limits: SimpleNamespace, *, splits, manifest, tokenizer) -> Verdict:
-    """Ids fit their vocabulary, documents end where they should, and tokens and bytes add up to the manifest."""
-    sizes = tokenizer.token_bytes
+    """Ids fit their vocabulary, documents begin and end where they should, and tokens and bytes add up to the manifest."""
     for name, stream in splits.items():
         declared = manifest["splits"][name]
-        tokens = stream.token_range(0, min(stream.n_tokens, int(limits.tokens_read_max)))
-        complete = len(tokens) == stream.n_tokens
-        if int(tokens.max()) >= tokenizer.vocab_size:
-            return failed(f"{name}: token id {int(tokens.max())} is outside the vocabulary of {tokenizer.vocab_size}", split=name)
+        n_read = min(stream.n_tokens, int(limits.tokens_read_max))
+        highest, ends, n_bytes = _census(stream, n_read, tokenizer)
+        if highest >= tokenizer.vocab_size:
+            return failed(f"{name}: token id {highest} is outside the vocabulary of {tokenizer.vocab_size}", split=name)
         if sum(s["tokens"] for s in declared["shards"]) != declared["tokens"]:
             return failed(f"{name}: the shards do not add up to the declared tokens", split=name)
-        ends = int((tokens == tokenizer.eos_id).sum())
-        n_bytes = int(sizes[tokens].sum())
         expected_ends = declared["documents"] + len(declared["shards"])
-        if complete and (ends != expected_ends or n_bytes != declared["bytes"]):
+        if n_read == stream.n_tokens and (ends != expected_ends or n_bytes != declared["bytes"]):
             return failed(
                 f"{name}: {ends} ends of text for {declared['documents']} documents, {n_bytes} bytes for {declared['bytes']}",
                 split=name,
                 ends=ends,
                 bytes=n_bytes,
             )
-        if int(tokens[0]) != tokenizer.eos_id:
+        if int(stream.token_range(0, 1)[0]) != tokenizer.eos_id:
             return failed(f"{name}: the stream does not begin with an end of text, so its first token is never predicted", split=name)
+        astray = _starts_astray(stream, n_read, tokenizer.eos_id)
+        if astray or len(stream.document_starts) != declared["documents"]:
+            return failed(f"{name}: {astray} document(s) do not begin after an end of text", split=name, astray=astray)
     return passed("", splits=len(splits), vocabulary=tokenizer.vocab_size)
+
+
+def _census(stream, n_tokens: int, tokenizer) -> tuple[int, int, int]:
+    """(highest id, ends of text, bytes of text) of the first tokens of a stream, read in pieces of bounded size."""
+    highest = ends = n_bytes = 0
+    for start in range(0, n_tokens, PIECE_TOKENS):
+        tokens = stream.token_range(start, min(start + PIECE_TOKENS, n_tokens))
+        highest = max(highest, int(tokens.max()))
+        if highest >= tokenizer.vocab_size:
+            return highest, 0, 0
+        ends += int((tokens == tokenizer.eos_id).sum())
+        n_bytes += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
+    return highest, ends, n_bytes
+
+
+def _starts_astray(stream, n_tokens: int, eos_id: int) -> int:
+    """How many of the declared document starts within the first tokens do not follow an end of text."""
+    starts, astray = stream.document_starts, 0
+    for low in range(0, n_tokens, PIECE_TOKENS):
+        high = min(low + PIECE_TOKENS, n_tokens)
+        before = starts[(starts > low) & (starts <= high)] - 1
+        astray += int((stream.token_range(low, high)[before - low] != eos_id).sum())
+    return astray
 
 
 def span_of(mean_token_bytes: float) -> int:
     """Tokens of a compared run: the power of two that covers SPAN_BYTES on average, so that tokenizers compare alike."""
-    return max(MIN_SPAN, 1 << math.ceil(math.log2(SPAN_BYTES / mean_token_bytes)))
+    return max(MIN_SPAN, 1 << max(0, math.ceil(math.log2(SPAN_BYTES / mean_token_bytes))))
 
 
 def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
@@ -156,8 +212,21 @@ def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
 
 def _contained(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     """Which values are in a sorted array; a binary search is a hundred times faster here than numpy's hashing `isin`."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
     places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     return ordered[places] == values
+
+
+def _finds_canary(held_tokens: np.ndarray, held: np.ndarray, found: np.ndarray, train_tokens: np.ndarray, span: int) -> bool:
+    """Whether a held-out run that the training tokens do not hold is found once it is spliced into a copy of them."""
+    absent = np.flatnonzero(~found)
+    if not absent.size:  # every run was found already, so the scanner sees
+        return bool(found.size)
+    at = int(absent[absent.size // 2])
+    copy = train_tokens[:CANARY_TOKENS]
+    spliced = np.concatenate([copy[: len(copy) // 2], held_tokens[at : at + span], copy[len(copy) // 2 :]])
+    return bool(_contained(held[at : at + 1], np.sort(_span_hashes(spliced, span))).all())
 
 
 @decides("data.leakage")
@@ -168,14 +237,18 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
     budget = int(limits.tokens_read_max)
     held_tokens = held_out.token_range(0, min(held_out.n_tokens, budget))
     train_tokens = train.token_range(0, min(train.n_tokens, budget))
+    if not held_out.n_bytes:
+        return not_run("the held-out split holds no text that the tokenizer can spell")
     span = span_of(held_out.n_bytes / held_out.n_tokens)
-    held = _span_hashes(held_tokens, span)
-    canary = np.random.default_rng(0).integers(0, tokenizer.vocab_size, span + 1)
-    spliced = np.concatenate([train_tokens[: len(train_tokens) // 2], canary, train_tokens[len(train_tokens) // 2 :]])
-    seen = np.sort(_span_hashes(spliced, span))
-    if not _contained(_span_hashes(canary, span), seen).all():
-        return failed("the scanner does not find a canary planted in the training tokens, so its zeros mean nothing", canary_found=False)
-    overlap = float(_contained(held, seen).mean()) if held.size else 0.0
+    if min(len(held_tokens), len(train_tokens)) < span:
+        return not_run(f"a split is shorter than one run of {span} tokens")
+    held, seen = _span_hashes(held_tokens, span), np.sort(_span_hashes(train_tokens, span))
+    found = _contained(held, seen)
+    if not _finds_canary(held_tokens, held, found, train_tokens, span):
+        return failed(
+            "the scanner does not find a held-out passage hidden in the training tokens, so its zeros mean nothing", canary_found=False
+        )
+    overlap = float(found.mean())
     ok = shared <= limits.shared_documents_max and overlap <= limits.run_overlap_max
     return decide(
         bool(ok),
@@ -230,6 +303,8 @@ class Consumption:
             return failed(
                 f"step {event.step}: {event.n_tokens} tokens drawn, {self.plan['tokens_per_step']} declared", tokens=event.n_tokens
             )
+        if event.epoch != (event.cursor_after - 1) // n:
+            return failed(f"step {event.step}: called epoch {event.epoch}, its last sample is of {(event.cursor_after - 1) // n}")
         self.cursor = event.cursor_after
         keys = [((event.cursor_before + k) // n, i) for k, i in enumerate(event.sample_ids)]
         repeats = len(keys) - len(set(keys)) + len(set(keys) & set(self.recent))
@@ -237,7 +312,7 @@ class Consumption:
         self.recent.extend(keys)
         return decide(
             not repeats and not outside,
-            f"step {event.step}: {repeats} window(s) repeat within their epoch",
+            f"step {event.step}: {repeats} window(s) repeat within their epoch, {outside} are outside the corpus",
             repeats=repeats,
             outside=outside,
         )
@@ -247,4 +322,5 @@ class Consumption:
 
     def load_state_dict(self, state: dict) -> None:
         self.cursor = state["cursor"]
+        self.recent.clear()
         self.recent.extend((epoch, window) for epoch, window in state["recent"])

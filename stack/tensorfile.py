@@ -60,7 +60,9 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with open(path, "rb") as f:
         start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if size < 10:
+            raise BadTensorFile(_foreign(start) or f"the file has only {size} bytes")
+        (length,) = struct.unpack("<Q", start)
         if length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
             raise BadTensorFile(_foreign(start) or f"the header claims {length} bytes, the file has {size}")
         raw = f.read(length)

@@ -32,7 +32,8 @@ class ConsoleListener(Listener):
     def on_opened(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
         stderr.print(
             f"[bold]{cfg.recipe}[/]: {n_params:,} parameters, {dataset.train.n_tokens:,} training tokens of "
-            f"{cfg.data.corpus.kind}, {cfg.train.max_steps} steps of {cfg.train.tokens_per_step:,} tokens → {run_dir}"
+            f"{cfg.data.corpus.kind}, {cfg.train.max_steps} steps of {cfg.train.tokens_per_step:,} tokens → {run_dir}",
+            soft_wrap=True,
         )
 
     def on_preflight(self, gate: Gate, verdict: Verdict, seconds: float) -> None:
@@ -49,7 +50,7 @@ class ConsoleListener(Listener):
             self._bar(line, max_steps)
         elif line["step"] in (1, max_steps) or time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S:
             self.last_line_s = time.monotonic()
-            stderr.print(self._line(line, max_steps), markup=False)
+            stderr.print(self._line(line, max_steps), markup=False, soft_wrap=True)
 
     def _line(self, line: dict[str, Any], max_steps: int) -> str:
         width = len(str(max_steps))
@@ -74,17 +75,18 @@ class ConsoleListener(Listener):
         stderr.print(
             f"  eval @ {step}: {result.loss_nats:.4f} ± {result.stderr_nats:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte{waited}",
             markup=False,
+            soft_wrap=True,
         )
 
     def on_sample(self, step: int, prompt: str, text: str, score: float) -> None:
         shown = " ".join((prompt + text).split())
-        stderr.print(f"  sample @ {step} (coherence {score:.0f}/100): {shown[:160]}", style="cyan", markup=False)
+        stderr.print(f"  sample @ {step} (coherence {score:.0f}/100): {shown[:160]}", style="cyan", markup=False, soft_wrap=True)
 
     def on_saved(self, step: int, folder: Path) -> None:
-        stderr.print(f"  saved {folder}", style="dim", markup=False)
+        stderr.print(f"  saved {folder}", style="dim", markup=False, soft_wrap=True)
 
     def on_event(self, message: str) -> None:
-        stderr.print(f"  {message}", markup=False)
+        stderr.print(f"  {message}", markup=False, soft_wrap=True)
 
     def on_finished(self, record: Record, run_dir: Path) -> None:
         self._show_preflight()
@@ -97,7 +99,7 @@ class ConsoleListener(Listener):
         stderr.print(table("Gates", ["gate", "verdict", "looks", "last measured"], rows))
         self._show_metrics(record)
         stderr.print(f"{record.status}: {record.end_reason}", style="bold green" if record.succeeded else "bold red", markup=False)
-        stderr.print(f"record {run_dir / 'metadata.json'}  ({record.id})", markup=False)
+        stderr.print(f"record {run_dir / 'metadata.json'}  ({record.id})", markup=False, soft_wrap=True)
         if record.succeeded:
             stderr.print("next", style="bold")
             for command in (
@@ -105,7 +107,7 @@ class ConsoleListener(Listener):
                 f"stack evaluate {run_dir}",
                 f"stack inspect {run_dir}",
             ):
-                stderr.print(f"  {command}", markup=False)
+                stderr.print(f"  {command}", markup=False, soft_wrap=True)
         elif record.exit_code in (75, 130):
             stderr.print(f"next  stack train --resume {run_dir}", markup=False)
 

@@ -37,6 +37,8 @@ C_DEFINED = (
     types.ClassMethodDescriptorType,
     staticmethod,
 )
+# Places in which programs leave their own objects; the originals stand beside them under __excepthook__ and so on.
+REPLACEABLE = frozenset("sys.excepthook sys.displayhook sys.unraisablehook sys.breakpointhook sys.last_type".split())
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,24 @@ def _builtin_docs() -> Iterator[Document]:
     These modules are imported, so that the text does not depend on what the process happened to import before.
     """
     for module_name in sorted({"builtins", *sys.builtin_module_names}):
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
+        for name, value in _c_members(module_name):
+            text = getattr(value, "__doc__", None)
+            if isinstance(value, C_DEFINED) and isinstance(text, str) and len(text) >= MIN_DOC_CHARS:
+                yield Document(name, f"{name}\n\n{cleandoc(text)}")
+
+
+def _c_members(module_name: str) -> Iterator[tuple[str, object]]:
+    """Qualified names and values in a built-in module and in the classes it defines, in order."""
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError:
+        return
+    for name, member in sorted(vars(module).items()):
+        if f"{module_name}.{name}" in REPLACEABLE:
             continue
-        for name, member in sorted(vars(module).items()):
-            members = [(name, member)]
-            if isinstance(member, type) and member.__module__ == module_name:
-                members += [(f"{name}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__")]
-            for qualified, value in members:
-                text = getattr(value, "__doc__", None)
-                if isinstance(value, C_DEFINED) and isinstance(text, str) and len(text) >= MIN_DOC_CHARS:
-                    yield Document(f"{module_name}.{qualified}", f"{module_name}.{qualified}\n\n{cleandoc(text)}")
+        yield f"{module_name}.{name}", member
+        if isinstance(member, type) and member.__module__ == module_name:
+            yield from ((f"{module_name}.{name}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__"))
 
 
 def resolve_paths(cfg: Files) -> list[Path]:

@@ -18,6 +18,7 @@ HARD_TEXTS = (
     " ",
     "\x00\x01\x7f",
 )
+HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096  # documents of the round trip, and tokens of each, so that one huge document costs no time
 
 
 class Cut:
@@ -35,7 +36,10 @@ class Cut:
 
 
 def data_ingredients(cfg: RunConfig, dataset: Dataset, *, n_params: int, planned_tokens: int) -> dict[str, Any]:
-    """Ingredients by name, as the checks in `contracts.data` and `contracts.tokenizer` ask for them."""
+    """Ingredients by name, as the checks in `contracts.data` and `contracts.tokenizer` ask for them.
+
+    `n_params` counts the model's parameters; `planned_tokens` is what the run will read. Raises DataError if a shard cannot be read.
+    """
     tokenizer, seq_len = dataset.tokenizer, cfg.model.max_seq_len
 
     def make_reader(*, n_windows: int | None = None, seed: int = cfg.seed, **options: Any):
@@ -49,10 +53,9 @@ def data_ingredients(cfg: RunConfig, dataset: Dataset, *, n_params: int, planned
         "tokenizer": tokenizer,
         "seq_len": seq_len,
         "hard_texts": HARD_TEXTS,
-        "held_out_texts": _first(dataset.validation_texts(), 64),
+        "held_out_texts": _first(dataset.validation_texts(HELD_OUT_TOKENS), HELD_OUT_TEXTS),
         "n_params": n_params,
         "planned_tokens": planned_tokens,
-        "epochs_forbidden": cfg.data.on_exhausted == "error",
     }
 
 

@@ -1,6 +1,7 @@
 """From a corpus to a prepared data set: split, tokenizer, shards, manifest; cached by content."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from stack.data import corpus, shards
 from stack.data import tokenizer as tokenizers
 from stack.data.shards import TokenStream
 from stack.data.tokenizer import Tokenizer
+from stack.tensorfile import BadTensorFile
 
 FORMAT = "stackproof/data/2"
 SPLITS = ("train", "validation")
@@ -40,15 +42,13 @@ class Dataset:
         path = self.directory / "tokenizer.json"
         return [*rows, {"name": "tokenizer", "path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}]
 
-    def validation_texts(self) -> Iterator[str]:
-        """Held-out documents as text, decoded from the shards."""
-        document: list[int] = []
-        for token in self.validation.token_range(0, self.validation.n_tokens).tolist():
-            if token != self.tokenizer.eos_id:
-                document.append(token)
-            elif document:
-                yield self.tokenizer.decode(document)
-                document = []
+    def validation_texts(self, max_tokens: int | None = None) -> Iterator[str]:
+        """Held-out documents as text, decoded from the shards; of each at most `max_tokens`. Documents without a token are left out."""
+        starts = [*self.validation.document_starts.tolist(), self.validation.n_tokens]
+        for start, stop in zip(starts, starts[1:]):
+            ids = self.validation.token_range(start, stop if max_tokens is None else min(stop, start + max_tokens))
+            if text := self.tokenizer.decode(ids[ids != self.tokenizer.eos_id].tolist()):
+                yield text
 
 
 def cache_directory() -> Path:
@@ -59,40 +59,55 @@ def cache_directory() -> Path:
 def prepare(cfg: DataConfig, *, cache_dir: Path | None = None, progress: Callable[[str], None] = lambda message: None) -> Dataset:
     """Build the data set, or take it from the cache after verifying it.
 
-    Raises DataError for an unreadable or empty corpus, a split without documents, or a damaged cache.
+    Raises DataError for an unreadable or empty corpus, a split without documents, a cache that cannot be written, or a damaged one.
     """
     corpus_sha256 = corpus.corpus_sha256(cfg.corpus)
-    key = sha256_json([FORMAT, corpus_sha256, cfg.split.model_dump(), cfg.tokenizer.model_dump()])[:24]
+    key = sha256_json([FORMAT, corpus_sha256, _license(cfg), cfg.split.model_dump(), cfg.tokenizer.model_dump()])[:24]
     folder = (cache_dir or cache_directory()) / "data" / key
-    if not (folder / "manifest.json").is_file():
-        temporary = folder.with_name(f".{key}-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            _build(cfg, corpus_sha256, temporary, progress)
-            os.replace(temporary, folder)
-        except OSError as e:
-            if not (folder / "manifest.json").is_file():
-                raise DataError(
-                    f"the prepared data could not be written to {folder}: {e}", next_step="free space or set STACKPROOF_CACHE"
-                ) from e
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if not folder.exists():
+        _build_aside(cfg, corpus_sha256, folder, progress)
     return _open(folder, cfg.verify)
 
 
-def _open(folder: Path, verify: str) -> Dataset:
+def _build_aside(cfg: DataConfig, corpus_sha256: str, folder: Path, progress: Callable[[str], None]) -> None:
+    """Build in a fresh folder and rename it into place; of two processes that build the same data the second takes the first's."""
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        manifest = parse_strict((folder / "manifest.json").read_bytes(), origin=str(folder / "manifest.json"))
-    except IntegrityError as e:
-        raise DataError(f"the manifest of {folder} is damaged: {e}", next_step=f"delete {folder} and run again") from e
-    for split in SPLITS:
-        for entry in manifest["splits"][split]["shards"]:
-            _verify(folder / entry["path"], entry, verify)
-    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
-    if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-        raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these shards", next_step=f"delete {folder} and run again")
-    return Dataset(folder, manifest, tokenizer)
+        temporary.mkdir(parents=True)
+        _build(cfg, corpus_sha256, temporary, progress)
+        if corpus.corpus_sha256(cfg.corpus) != corpus_sha256:
+            raise DataError("the corpus changed while it was read", next_step="run again when nothing writes to data.corpus.paths")
+        os.replace(temporary, folder)
+    except (OSError, BadTensorFile) as e:
+        if not folder.exists():
+            raise DataError(
+                f"the prepared data could not be written to {folder}: {e}",
+                next_step="free space, or set STACKPROOF_CACHE to a folder that can be written",
+            ) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _license(cfg: DataConfig) -> str:
+    """Licence of the text; the standard library carries Python's."""
+    return cfg.corpus.license if isinstance(cfg.corpus, Files) else "PSF-2.0"
+
+
+def _open(folder: Path, verify: str) -> Dataset:
+    path, rebuild = folder / "manifest.json", f"delete {folder} and run again to rebuild it"
+    try:
+        manifest = parse_strict(path.read_bytes(), origin=str(path))
+        if manifest["schema"] != FORMAT:
+            raise DataError(f"{path} is of another format: {manifest['schema']}", allowed=FORMAT, next_step=rebuild)
+        for split in SPLITS:
+            for entry in manifest["splits"][split]["shards"]:
+                _verify(folder / entry["path"], entry, verify)
+        tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
+        if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+            raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these shards", next_step=rebuild)
+        return Dataset(folder, manifest, tokenizer)
+    except (OSError, IntegrityError, KeyError, TypeError) as e:
+        raise DataError(f"the prepared data in {folder} are damaged: {type(e).__name__}: {e}", next_step=rebuild) from e
 
 
 def _verify(path: Path, entry: dict, verify: str) -> None:
@@ -127,7 +142,7 @@ def _build(cfg: DataConfig, corpus_sha256: str, folder: Path, progress: Callable
         "corpus": {
             "kind": cfg.corpus.kind,
             "sha256": corpus_sha256,
-            "license": cfg.corpus.license if isinstance(cfg.corpus, Files) else "PSF-2.0",
+            "license": _license(cfg),
             "documents": len(texts),
             "duplicates_dropped": duplicates,
             "bytes": sum(len(t.encode()) for t in texts),

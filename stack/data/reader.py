@@ -81,8 +81,14 @@ def window_order(indices: np.ndarray, n_windows: int, seed: int) -> tuple[np.nda
 
 
 class Reader:
-    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together, is its only state."""
+    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together, is its only state.
 
+    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is told of every epoch that begins.
+    Raises DataError if the stream is shorter than one window.
+    """
+
+    @require(lambda seq_len, rows, cursor: seq_len >= 1 and rows >= 1 and cursor >= 0, "seq_len and rows are at least 1, cursor 0")
+    @require(lambda on_exhausted: on_exhausted in ("wrap", "error"), "on_exhausted is wrap or error")
     def __init__(
         self,
         stream,
@@ -131,6 +137,7 @@ class Reader:
         return Batch(tokens_RT[:, :-1], tokens_RT[:, 1:], tuple(windows.tolist()), int(epochs[-1]), before, after)
 
 
+@require(lambda seq_len, batch_size, n_batches: min(seq_len, batch_size, n_batches) >= 1, "sizes are at least 1")
 def eval_batches(stream, seq_len: int, batch_size: int, n_batches: int) -> list[Batch]:
     """Always the same windows, spread evenly over the stream. Raises DataError naming what the split can give."""
     available, wanted = stream.n_windows(seq_len), batch_size * n_batches

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from contracts.conditions import require
 from spec.canonical import sha256_file
 from spec.errors import DataError
 from stack import tensorfile
@@ -32,9 +33,8 @@ def pack_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """Ids in the storage type. Raises DataError for an id outside the vocabulary, before a cast could wrap it."""
     array = np.asarray(ids, np.int64)
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
-        raise DataError(
-            f"token id {int(array.max())} is outside the vocabulary", allowed=f"0 … {vocab_size - 1}", next_step="rebuild the tokenizer"
-        )
+        worst = int(array.max()) if array.max() >= vocab_size else int(array.min())
+        raise DataError(f"token id {worst} is outside the vocabulary", allowed=f"0 … {vocab_size - 1}", next_step="rebuild the tokenizer")
     return array.astype(token_dtype(vocab_size))
 
 
@@ -83,6 +83,13 @@ class TokenStream:
         self.vocab_size = vocab_size
         self.paths = [folder / s["path"] for s in split["shards"]]
         self._tokens = [self._map(p, "tokens") for p in self.paths]
+        for path, tokens in zip(self.paths, self._tokens):
+            if tokens.dtype != token_dtype(vocab_size):
+                raise DataError(
+                    f"shard {path} stores ids as {tokens.dtype}",
+                    allowed=f"{np.dtype(token_dtype(vocab_size))} for a vocabulary of {vocab_size}",
+                    next_step=f"delete {path.parent} and run again to rebuild it",
+                )
         self._starts = np.cumsum([0, *(len(t) for t in self._tokens)])
 
     @staticmethod
@@ -102,28 +109,51 @@ class TokenStream:
         """What each shard's header says it was encoded with."""
         return [tensorfile.read_header(p).metadata.get("tokenizer_sha256", "") for p in self.paths]
 
+    @property
+    def document_starts(self) -> np.ndarray:
+        """Position of every document's first token in the split, int64 (n_documents,)."""
+        parts = [np.asarray(self._map(p, "document_starts")) + first for p, first in zip(self.paths, self._starts.tolist())]
+        return np.concatenate(parts)
+
+    @require(lambda seq_len: seq_len >= 1, "a window has at least one input")
     def n_windows(self, seq_len: int) -> int:
+        """How many windows of seq_len + 1 tokens the shards hold; the last few tokens of a shard may fill none."""
         return int(sum((len(t) - 1) // seq_len for t in self._tokens))
 
+    def window(self, number: int, seq_len: int) -> np.ndarray:
+        """Tokens of one window, int64 (seq_len + 1,). Raises DataError for an id outside the vocabulary."""
+        return self.windows(np.array([number]), seq_len)[0]
+
+    @require(lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)), "window numbers are 0 … n_windows-1")
     def windows(self, numbers: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens of windows by number, int64 (len(numbers), seq_len + 1)."""
+        """Tokens of windows by number, int64 (len(numbers), seq_len + 1). Raises DataError for an id outside the vocabulary."""
         ends = np.cumsum([(len(t) - 1) // seq_len for t in self._tokens])
         shards = np.searchsorted(ends, numbers, side="right")
         out = np.empty((len(numbers), seq_len + 1), np.int64)
         for row, (shard, number) in enumerate(zip(shards.tolist(), np.asarray(numbers).tolist())):
             start = (number - (int(ends[shard - 1]) if shard else 0)) * seq_len
             out[row] = self._tokens[shard][start : start + seq_len + 1]
-        if out.max(initial=0) >= self.vocab_size:
+        return self._checked(out)
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        if ids.max(initial=0) >= self.vocab_size:
             raise DataError(
-                f"a shard holds token id {int(out.max())}", allowed=f"0 … {self.vocab_size - 1}", next_step="rebuild the corpus"
+                f"a shard under {self.paths[0].parent} holds token id {int(ids.max())}",
+                allowed=f"0 … {self.vocab_size - 1}",
+                next_step=f"delete {self.paths[0].parent} and run again to rebuild it",
             )
-        return out
+        return ids
 
     def token_range(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop-1 of the split in order, int64."""
+        """Tokens start … stop-1 of the split in order, over shard boundaries, int64. Raises DataError for an id outside the vocabulary."""
         pieces = []
         for first, tokens in zip(self._starts.tolist(), self._tokens):
             low, high = max(start - first, 0), min(stop - first, len(tokens))
             if low < high:
                 pieces.append(np.asarray(tokens[low:high], np.int64))
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+        return self._checked(np.concatenate(pieces)) if pieces else np.zeros(0, np.int64)
+
+
+def _within(numbers: np.ndarray, n: int) -> bool:
+    """Whether all numbers are in 0 … n-1."""
+    return len(numbers) == 0 or (int(np.min(numbers)) >= 0 and int(np.max(numbers)) < n)

@@ -32,15 +32,18 @@ class Tokenizer:
     eos_id: int
 
     def encode(self, text: str) -> Encoding:
+        """Ids of a text; a literal end-of-text marker in it is spelled out like any other text."""
         raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         return [self.encode(t) for t in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; ids that cut a character in two give U+FFFD, the end of text gives nothing."""
         raise NotImplementedError
 
     def to_bytes(self) -> bytes:
+        """The saved form; what `sha256` pins."""
         raise NotImplementedError
 
     @cached_property
@@ -83,6 +86,8 @@ class Bpe(Tokenizer):
         """The exact bytes of every id; the end of text decodes to nothing."""
         alphabet = {c: b for b, c in _byte_alphabet().items()}
         pieces = [self.inner.id_to_token(i) for i in range(self.vocab_size)]
+        if None in pieces:
+            raise ValueError(f"id {pieces.index(None)} of {self.vocab_size} stands for nothing")
         return [b"" if i == self.eos_id else bytes(alphabet[c] for c in p) for i, p in enumerate(pieces)]
 
     @cached_property
@@ -175,18 +180,31 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Bpe:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a saved tokenizer. Raises DataError naming the file if it is damaged or of an unknown kind."""
     try:
-        data = path.read_bytes()
-        document = json.loads(data)
-        if "model" in document:
-            from tokenizers import Tokenizer as Inner
-
-            loaded: Tokenizer = Bpe(Inner.from_str(data.decode()))
-        else:
-            loaded = Bytes() if document["stackproof_tokenizer"] == "byte" else Chars(document["symbols"])
-    except Exception as e:
+        return _parse(path.read_bytes())
+    except Exception as e:  # the tokenizers library raises bare Exception
         raise DataError(
             f"{path} is not a tokenizer: {e}",
             allowed="the tokenizer.json of a run or prepared corpus",
             next_step="restore it from the run directory",
         ) from e
-    return loaded
+
+
+def _parse(data: bytes) -> Tokenizer:
+    """The tokenizer that bytes describe. Raises ValueError or whatever the library raises if they describe none we can trust."""
+    match json.loads(data):
+        case {"model": _}:
+            from tokenizers import Tokenizer as Inner
+
+            inner = Inner.from_str(data.decode("utf-8"))
+            if inner.token_to_id(END_OF_TEXT) is None:
+                raise ValueError(f"it has no {END_OF_TEXT} token")
+            if inner.normalizer is not None:
+                raise ValueError("it has a normaliser, so text would not survive it")
+            loaded = Bpe(inner)
+            _ = loaded.token_bytes  # every id must stand for bytes
+            return loaded
+        case {"stackproof_tokenizer": "byte"}:
+            return Bytes()
+        case {"stackproof_tokenizer": "char", "symbols": str(symbols)} if symbols and len(set(symbols)) == len(symbols):
+            return Chars(symbols)
+    raise ValueError("it is of no known kind")

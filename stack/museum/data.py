@@ -58,6 +58,31 @@ def rank_shards_overlap():
 
 
 @plant(
+    "data.rank-stride-one",
+    gate="data.coverage",
+    title="Ranks start one row apart, not one batch",
+    story="The offset of a rank is its number, where it should be its number times the rows of a batch. Neighbouring ranks share all rows "
+    "but one. A test with one row per rank is green, because there the two are the same.",
+    sources=("https://github.com/huggingface/datasets/issues/7868", "https://github.com/pytorch/torchtitan/issues/3131"),
+)
+def rank_stride_one():
+    original = reader.Reader.draw
+
+    def one_row_apart(self):
+        rank, before = self.rank, self.cursor
+        self.rank, self.cursor = 0, before + rank
+        try:
+            b = original(self)
+        finally:
+            self.rank, self.cursor = rank, before
+        self.cursor = before + self.rows * self.world_size
+        return reader.Batch(b.input_ids, b.labels, b.sample_ids, b.epoch, before, self.cursor)
+
+    with swap(reader.Reader, "draw", one_row_apart):
+        yield
+
+
+@plant(
     "data.head-only",
     gate="data.coverage",
     title="Only the head of the corpus is read",

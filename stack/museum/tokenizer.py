@@ -46,6 +46,28 @@ def special_from_text():
 
 
 @plant(
+    "tokenizer.special-from-corpus",
+    gate="tokenizer.round-trip",
+    title="A literal becomes a control id, but only while shards are written",
+    story="The guard against literals is set where prompts are read and forgotten on the batch path, which writes the shards. Every test "
+    "of the encoder is green. A document that quotes the marker is cut in two, and the model learns that text may end anywhere.",
+    sources=("https://github.com/hiyouga/LlamaFactory/issues/9600",),
+)
+def special_from_corpus():
+    original = tokenizers.Bpe.encode_batch
+
+    def unguarded(self, texts):
+        self.inner.encode_special_tokens = False
+        try:
+            return original(self, texts)
+        finally:
+            self.inner.encode_special_tokens = True
+
+    with swap(tokenizers.Bpe, "encode_batch", unguarded):
+        yield
+
+
+@plant(
     "tokenizer.other-merges",
     gate="tokenizer.pinning",
     title="Another tokenizer of the same size",

@@ -1,11 +1,17 @@
 """Gates of the data: green on the stack, red on what they are for."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from contracts.data import Consumption
 from contracts.events import BatchDrawn, Started
 from contracts.gate import call_check, limits_of
+from stack.data.ingredients import data_ingredients
+from stack.data.prepare import prepare
+from stack.data.reader import Reader
+from stack.museum.plant import PLANTS, load_museum, touches
 
 PREFLIGHT = ["data.order", "data.coverage", "data.exhaustion", "data.integrity", "data.leakage", "data.corpus-budget"]
 
@@ -14,6 +20,40 @@ PREFLIGHT = ["data.order", "data.coverage", "data.exhaustion", "data.integrity",
 def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
     verdict = call_check(spec.gates[gate_id], ingredients)
     assert verdict.outcome == "pass", verdict.message
+
+
+def planted_verdict(spec, cfg, plant, cache):
+    """What a preflight gate says when data are prepared and handed over while its plant is in place."""
+    before = touches()
+    with plant.apply():
+        ingredients = data_ingredients(cfg, prepare(cfg.data, cache_dir=cache), n_params=20_000, planned_tokens=50_000)
+        verdict = call_check(spec.gates[plant.gate], ingredients)
+    assert touches() > before, "the planted line never ran"
+    return verdict
+
+
+@pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate in PREFLIGHT])
+def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
+    assert planted_verdict(spec, small_cfg, PLANTS[plant_id], tmp_path).outcome == "fail"
+
+
+@pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate == "data.consumption"])
+def test_consumption_is_red_under_each_of_its_plants(spec, dataset, plant_id):
+    """Four rows a step from the stack's own reader: green for two epochs without the plant, red within three steps with it."""
+    n = dataset.train.n_windows(288)
+    plan = {"rows_per_step": 4, "tokens_per_step": 4 * 288, "n_windows": n, "cursor": 0}
+
+    def verdicts(n_steps):
+        reader = Reader(dataset.train, seq_len=288, seed=5, rows=4)
+        check = Consumption(limits_of(spec.gates["data.consumption"]))
+        check.observe(Started(step=0, plan=plan))
+        for step in range(1, n_steps + 1):
+            before, batch = reader.cursor, reader.draw()
+            yield check.observe(BatchDrawn(step, before, reader.cursor, batch.sample_ids, batch.epoch, batch.input_ids.numel())).outcome
+
+    assert set(verdicts(2 * n // 4 + 2)) == {"pass"}
+    with PLANTS[plant_id].apply():
+        assert "fail" in set(verdicts(3))
 
 
 class Proxy:
@@ -55,17 +95,86 @@ def test_coverage_is_red_on_one_lost_window(spec, ingredients):
     assert verdict.outcome == "fail" and verdict.measured["missing"] == 1
 
 
+def test_coverage_sees_rows_of_other_tokens_and_of_another_epoch(spec, ingredients):
+    honest = ingredients["make_reader"]
+
+    def altered(change):
+        class Altered(Proxy):
+            def draw(self):
+                return change(self._reader.draw())
+
+        return ingredients | {"make_reader": lambda **options: Altered(honest(**options), None)}
+
+    stale = altered(lambda b: dataclasses.replace(b, input_ids=b.input_ids.roll(1, 1)))
+    assert call_check(spec.gates["data.coverage"], stale).measured["wrong_rows"] > 0
+    misnamed = altered(lambda b: dataclasses.replace(b, epoch=0))
+    verdict = call_check(spec.gates["data.coverage"], misnamed)
+    assert verdict.outcome == "fail" and verdict.measured["wrong_epoch"] > 0
+
+
+def test_coverage_ends_on_a_reader_that_stands_still(spec, ingredients):
+    honest = ingredients["make_reader"]
+
+    class Stuck(Proxy):
+        def draw(self):
+            self._reader.cursor = 0
+            return self._reader.draw()
+
+    off = ingredients | {"make_reader": lambda **options: Stuck(honest(**options), None)}
+    assert call_check(spec.gates["data.coverage"], off).outcome == "fail"
+
+
+def test_exhaustion_refuses_a_part_of_a_batch(spec, ingredients):
+    """Two rows are wanted, one is left: neither a short batch nor a padded one is right."""
+    honest = ingredients["make_reader"]
+
+    class Lenient(Proxy):
+        def draw(self):
+            if self._reader.cursor == self.n_windows - 1:
+                self._reader.rows = 1
+            return self._reader.draw()
+
+    off = ingredients | {"make_reader": lambda **options: Lenient(honest(**options), None)}
+    verdict = call_check(spec.gates["data.exhaustion"], off)
+    assert verdict.outcome == "fail" and "one is left" in verdict.message
+
+
+@pytest.mark.parametrize("n", [11, 40])
+def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(spec, ingredients, n):
+    """From twelve windows on, two wholly equal epochs are no chance."""
+    honest = ingredients["make_reader"]
+    few = ingredients | {"make_reader": lambda **options: honest(**options | {"n_windows": n})}
+    gate = spec.gates["data.order"]
+    assert call_check(gate, few).outcome == "pass"
+    with PLANTS["data.epoch-order-constant"].apply():
+        assert call_check(gate, few).outcome == ("fail" if n >= 12 else "pass")
+
+
+def test_integrity_is_red_on_one_start_astray(spec, ingredients):
+    starts = ingredients["splits"]["train"].document_starts.copy()
+    starts[7] += 1
+    off = ingredients["splits"] | {"train": With(ingredients["splits"]["train"], document_starts=starts)}
+    verdict = call_check(spec.gates["data.integrity"], ingredients | {"splits": off})
+    assert verdict.outcome == "fail" and verdict.measured["astray"] == 1
+
+
+def test_integrity_reads_in_pieces_what_it_reads_at_once(spec, ingredients, monkeypatch):
+    monkeypatch.setattr("contracts.data.PIECE_TOKENS", 1009)
+    assert call_check(spec.gates["data.integrity"], ingredients).outcome == "pass"
+
+
 def test_integrity_is_red_on_one_missing_byte(spec, ingredients):
     manifest = {**ingredients["manifest"], "splits": {k: dict(v) for k, v in ingredients["manifest"]["splits"].items()}}
     manifest["splits"]["train"]["bytes"] += 1
     assert call_check(spec.gates["data.integrity"], ingredients | {"manifest": manifest}).outcome == "fail"
 
 
-class WithHashes:
-    """A split whose document hashes are replaced."""
+class With:
+    """A split of which some attributes are replaced."""
 
-    def __init__(self, stream, hashes):
-        self._stream, self.document_hashes = stream, hashes
+    def __init__(self, stream, **replaced):
+        self._stream = stream
+        vars(self).update(replaced)
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -73,9 +182,26 @@ class WithHashes:
 
 def test_leakage_sees_one_shared_document(spec, ingredients):
     train, held_out = ingredients["splits"]["train"], ingredients["splits"]["validation"]
-    tainted = WithHashes(train, np.append(train.document_hashes, held_out.document_hashes[3]))
+    tainted = With(train, document_hashes=np.append(train.document_hashes, held_out.document_hashes[3]))
     verdict = call_check(spec.gates["data.leakage"], ingredients | {"splits": {"train": tainted, "validation": held_out}})
     assert verdict.outcome == "fail" and verdict.measured["shared_documents"] == 1
+
+
+def test_leakage_sees_passages_inside_documents_that_differ(spec, ingredients):
+    """A third of the held-out text, pasted into the training text under no shared document hash, is measured as a third."""
+    train, held_out = ingredients["splits"]["train"], ingredients["splits"]["validation"]
+    passage = held_out.token_range(0, held_out.n_tokens // 3)
+    tokens = np.concatenate([train.token_range(0, train.n_tokens), passage])
+    tainted = With(train, n_tokens=len(tokens), token_range=lambda start, stop: tokens[start:stop])
+    verdict = call_check(spec.gates["data.leakage"], ingredients | {"splits": {"train": tainted, "validation": held_out}})
+    assert verdict.outcome == "fail" and verdict.measured["shared_documents"] == 0
+    assert verdict.measured["run_overlap"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_leakage_does_not_judge_a_split_shorter_than_a_run(spec, ingredients):
+    held_out = ingredients["splits"]["validation"]
+    splits = ingredients["splits"] | {"validation": With(held_out, n_tokens=9)}
+    assert call_check(spec.gates["data.leakage"], ingredients | {"splits": splits}).outcome == "not_run"
 
 
 def test_budget_refuses_the_founding_failure(spec, ingredients):
@@ -120,6 +246,26 @@ def test_consumption_is_red_on_a_gap_and_on_a_short_step(watch, spec):
     again = Consumption(limits_of(spec.gates["data.consumption"]))
     again.observe(Started(step=0, plan=PLAN))
     assert not again.observe(drawn(1, 0, n_tokens=30)).passed
+
+
+def test_consumption_is_red_on_a_wrong_epoch_and_on_a_window_that_does_not_exist(watch):
+    assert not watch.observe(drawn(1, 0, epoch=1)).passed
+    assert not watch.observe(drawn(1, 0, ids=(0, 1, 2, 100))).passed
+
+
+def test_consumption_may_see_a_window_again_in_the_next_epoch(spec):
+    check = Consumption(limits_of(spec.gates["data.consumption"]))
+    check.observe(Started(step=0, plan=PLAN | {"n_windows": 6}))
+    assert check.observe(drawn(1, 0, ids=(0, 1, 2, 3))).passed
+    assert check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1)).passed
+    assert not check.observe(drawn(3, 8, ids=(2, 3, 4, 0), epoch=1)).passed
+
+
+def test_consumption_remembers_a_bounded_number_of_windows(watch):
+    for step in range(1, 400):
+        watch.plan = PLAN | {"n_windows": 10_000}
+        assert watch.observe(drawn(step, 4 * (step - 1))).passed
+    assert len(watch.state_dict()["recent"]) == watch.limits.recent_windows_min == 512
 
 
 def test_consumption_counts_over_a_resume(watch, spec):

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contracts.conditions import ContractError
 from spec.errors import DataError, StreamExhausted
-from stack.data.reader import Reader, batch_hash, eval_batches, permute, window_order
+from stack.data.reader import IGNORE_INDEX, Reader, batch_hash, eval_batches, permute, window_order
 
 
 class Counting:
@@ -109,3 +110,18 @@ def test_too_few_held_out_windows_says_what_there_is():
 def test_corpus_shorter_than_a_window_is_refused():
     with pytest.raises(DataError, match="shorter than one window"):
         Reader(Counting(0), seq_len=4, seed=0, rows=1)
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"seq_len": 0}, {"cursor": -1}, {"on_exhausted": "stop"}])
+def test_impossible_readers_are_refused(wrong):
+    with pytest.raises(ContractError):
+        Reader(Counting(9), **{"seq_len": 4, "seed": 0, "rows": 1} | wrong)
+
+
+def test_a_rank_outside_its_world_is_refused():
+    with pytest.raises(DataError, match="rank 2 is not one of 2"):
+        Reader(Counting(9), seq_len=4, seed=0, rows=1, rank=2, world_size=2)
+
+
+def test_labels_that_do_not_count_have_one_number():
+    assert IGNORE_INDEX == -100

@@ -1,14 +1,19 @@
 """Strict safetensors files: equal content is equal bytes, and nothing ambiguous is read."""
 
 import json
+import pickle
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
+from spec.canonical import sha256_bytes
 from stack import tensorfile
 from stack.tensorfile import BadTensorFile
 
@@ -62,9 +67,9 @@ def test_ambiguous_or_damaged_files_are_refused(tmp_path, header, body, says):
         tensorfile.read_header(tmp_path / "f")
 
 
-@pytest.mark.parametrize(("start", "says"), [(b"PK\x03\x04", "zip"), (b"\x80\x04\x95", "pickle"), (b"abc", "claims")])
+@pytest.mark.parametrize(("start", "says"), [(b"PK\x03\x04", "zip"), (b"\x80\x04\x95", "pickle"), (b"abc", "only 3 bytes")])
 def test_foreign_formats_are_named(tmp_path, start, says):
-    (tmp_path / "f").write_bytes(start if len(start) == 3 else start + b"\0" * 64)
+    (tmp_path / "f").write_bytes(start if len(start) == 3 and start == b"abc" else start + b"\0" * 64)
     with pytest.raises(BadTensorFile, match=says):
         tensorfile.read_header(tmp_path / "f")
 
@@ -73,3 +78,69 @@ def test_a_header_that_claims_more_than_the_file_is_refused(tmp_path):
     (tmp_path / "f").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(BadTensorFile, match="claims"):
         tensorfile.read_header(tmp_path / "f")
+
+
+def test_a_header_of_any_length_is_read(tmp_path):
+    """The length is the file's first bytes: 384 looks like a pickle, 19,280 like a zip, and both are sound."""
+    for filler in [*range(0, 512, 4), *range(19_200, 19_300, 4)]:
+        tensorfile.write(tmp_path / "f", {"a": np.arange(4)}, {"filler": "x" * filler})
+        assert tensorfile.memmap(tmp_path / "f", "a").tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shape": [2**32, 2**32], "data_offsets": [0, 0]},
+        {"shape": [-1, -2]},
+        {"shape": [2.0]},
+        {"data_offsets": [0.0, 2.0]},
+        {"data_offsets": [0, 2, 4]},
+        {"shape": [True, 2]},
+        {"more": 1},
+    ],
+)
+def test_shapes_and_offsets_are_counts_that_do_not_wrap_around(tmp_path, fields):
+    """2^32 by 2^32 bytes are 0 in 64 bits; -1 by -2 are 2."""
+    body = b"" if fields.get("data_offsets") == [0, 0] else b"xy"
+    make(tmp_path / "f", json.dumps({"a": ENTRY | fields}).encode(), body)
+    with pytest.raises(BadTensorFile, match="not valid"):
+        tensorfile.read_header(tmp_path / "f")
+
+
+def test_metadata_are_strings(tmp_path):
+    make(tmp_path / "f", json.dumps({"a": ENTRY, "__metadata__": {"n": 1}}).encode(), b"xy")
+    with pytest.raises(BadTensorFile, match="metadata"):
+        tensorfile.read_header(tmp_path / "f")
+
+
+def test_a_real_torch_pickle_is_named(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "zip")
+    (tmp_path / "pickle").write_bytes(pickle.dumps({"a": list(range(100))}))
+    for name, says in (("zip", "zip archive"), ("pickle", "this is a pickle")):
+        with pytest.raises(BadTensorFile, match=says):
+            tensorfile.read_header(tmp_path / name)
+
+
+def test_torch_tensors_of_every_type_survive(tmp_path):
+    """Also bfloat16, which numpy does not have, scalars, and two names for one storage."""
+    shared = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    tensors = {"bf16": shared, "tied": shared.T, "scalar": torch.tensor(2.5), "bool": torch.tensor([True, False])}
+    tensorfile.write(tmp_path / "f", tensors, {})
+    loaded = safetensors.torch.load_file(tmp_path / "f")
+    assert all(torch.equal(loaded[n], t) and loaded[n].dtype == t.dtype for n, t in tensors.items())
+
+
+def test_a_tensors_hash_is_that_of_its_bytes(tmp_path):
+    arrays = {"a": np.arange(300_000, dtype=np.int64), "b": np.ones(3, np.float32)}
+    tensorfile.write(tmp_path / "f", arrays, {})
+    assert tensorfile.tensor_sha256(tmp_path / "f") == {n: sha256_bytes(a.tobytes()) for n, a in arrays.items()}
+
+
+def test_a_full_disk_is_an_oserror():
+    with pytest.raises(OSError):
+        tensorfile.write(Path("/dev/full"), {"a": np.zeros(100_000)}, {})
+
+
+def test_reading_needs_no_torch():
+    code = "import sys; from stack import tensorfile; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,5 +1,7 @@
 """Tokenizers: nothing is lost, nothing is invented."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,9 +57,43 @@ def test_batch_and_single_encoding_agree():
     assert [e.ids for e in BPE.encode_batch(TEXTS)] == [BPE.encode(t).ids for t in TEXTS]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04", b'{"stackproof_tokenizer": "char"}', b'{"model": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"\x80\x04",
+        b'{"stackproof_tokenizer": "char"}',
+        b'{"model": 1}',
+        b"[]",
+        b'{"stackproof_tokenizer": "char", "symbols": "aa"}',
+        b'{"stackproof_tokenizer": "words", "symbols": "ab"}',
+    ],
+)
 def test_a_damaged_file_is_refused(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match="not a tokenizer"):
         load_tokenizer(path)
+
+
+def test_a_foreign_bpe_without_an_end_of_text_or_with_a_normaliser_is_refused(tmp_path):
+    document = json.loads(BPE.to_bytes())
+    without_end = json.dumps(document).replace(END_OF_TEXT, "<|other|>")
+    lowercase = json.dumps(document | {"normalizer": {"type": "Lowercase"}})
+    for content, says in ((without_end, "has no"), (lowercase, "normaliser")):
+        (tmp_path / "t.json").write_text(content)
+        with pytest.raises(DataError, match=says):
+            load_tokenizer(tmp_path / "t.json")
+
+
+@given(ids=st.lists(st.integers(0, 299)))
+def test_any_ids_decode_and_their_bytes_add_up(ids):
+    """Also ids that end within a character; bytes are counted before what cannot be shown is replaced."""
+    assert isinstance(BPE.decode(ids), str)
+    assert int(BPE.token_bytes[ids].sum() if ids else 0) == len(b"".join(BPE._pieces[i] for i in ids))
+
+
+def test_every_byte_is_in_the_bpe_alphabet():
+    assert {p for p in BPE._pieces if len(p) == 1} == {bytes([b]) for b in range(256)}
+    assert int(BPE.token_bytes[BPE.eos_id]) == 0

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from spec.coverage import tally
-from spec.errors import EXIT_CODES, IntegrityError
+from spec.errors import EXIT_CODES
 from tools.integrity.core import RULES, Repo
 
 PATTERN = re.compile(r"(<!-- generated:([\w.:-]+) -->\n)(.*?)(<!-- /generated -->)", re.S)
@@ -73,7 +73,7 @@ FACTS = (
 def _record_facts(repo: Repo, argument: str) -> list[str]:
     model = next((m for m in repo.registry if m.id == argument), None)
     if model is None:
-        raise IntegrityError(f"a generated block names the model {argument}, which is not in the registry")
+        return ["", f"There is no model {argument} in the registry.", ""]
     rows = []
     for kind in ("train", "evaluate"):
         record = repo.records.get(model.records.get(kind, ""))
