@@ -7,6 +7,11 @@ PYTHON="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyt
 OUT_DIR="${OUT_DIR:-runs/gpu}"
 mkdir -p "$OUT_DIR"
 
+"$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 7)' || {
+    echo "error: there is no CUDA device, so nothing was run and nothing is recorded" >&2
+    exit 7
+}
+
 part() {
     local name="$1"
     shift
