@@ -1,6 +1,8 @@
 """Opens a run (fresh, resumed or forked), trains it and closes it with a record, however it ends."""
 
 import math
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +50,8 @@ def resolve_device(name: str) -> torch.device:
             value=f"torch {torch.__version__}",
             next_step="--device cpu, or see stack doctor",
         )
+    # cuBLAS is deterministic only with a fixed workspace, and reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
@@ -167,8 +171,6 @@ def _open(
 
 
 def _command() -> list[str]:
-    import sys
-
     return ["stack", *sys.argv[1:]]
 
 
