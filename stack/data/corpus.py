@@ -20,7 +20,7 @@ from typing import assert_never
 from spec.errors import DataError
 from stack.config import Files, StdlibCode, StdlibDocs
 
-EXTRACTOR_VERSION = 2
+EXTRACTOR_VERSION = 3
 MIN_DOC_CHARS = 40
 SKIPPED_FOLDERS = frozenset("test tests idle_test lib2to3 site-packages dist-packages __pycache__ ensurepip".split())
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".jsonl"))
@@ -37,8 +37,10 @@ C_DEFINED = (
     types.ClassMethodDescriptorType,
     staticmethod,
 )
-# Places in which programs leave their own objects; the originals stand beside them under __excepthook__ and so on.
-REPLACEABLE = frozenset("sys.excepthook sys.displayhook sys.unraisablehook sys.breakpointhook sys.last_type".split())
+# Places of `sys` where programs leave their own objects. The first two are left out; of the others the original beside them is read
+# (`sys.__displayhook__`), so that a corpus is the same under Typer, pytest, a debugger and a bare interpreter.
+LEFT_OUT = frozenset(("sys.excepthook", "sys.last_type"))
+HOOKS = frozenset(("sys.displayhook", "sys.unraisablehook", "sys.breakpointhook"))
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,16 @@ def _builtin_docs() -> Iterator[Document]:
 def _c_members(module_name: str) -> Iterator[tuple[str, object]]:
     """Qualified names and values in a built-in module and in the classes it defines, in order."""
     try:
-        module = importlib.import_module(module_name)
+        members = vars(importlib.import_module(module_name))
     except ImportError:
         return
-    for name, member in sorted(vars(module).items()):
-        if f"{module_name}.{name}" in REPLACEABLE:
+    for name, member in sorted(members.items()):
+        qualified = f"{module_name}.{name}"
+        if qualified in LEFT_OUT:
             continue
-        yield f"{module_name}.{name}", member
+        yield qualified, members[f"__{name}__"] if qualified in HOOKS else member
         if isinstance(member, type) and member.__module__ == module_name:
-            yield from ((f"{module_name}.{name}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__"))
+            yield from ((f"{qualified}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__"))
 
 
 def resolve_paths(cfg: Files) -> list[Path]:

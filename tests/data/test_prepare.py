@@ -288,16 +288,17 @@ def test_the_standard_library_is_a_corpus_everywhere(tmp_path):
 
 
 def test_the_standard_library_is_the_same_whatever_was_imported():
-    """The text of C modules is theirs alone: not what a process happened to import, print to or wrap before."""
+    """The text of C modules is theirs alone: not what a process happened to import, print to, or hook itself into as Typer does."""
     code = (
-        "import sys, hashlib{}; from stack.data import corpus; print(hashlib.sha256(repr([*corpus._builtin_docs()]).encode()).hexdigest())"
+        "import sys, hashlib{}\nfrom stack.data import corpus\nprint(hashlib.sha256(repr([*corpus._builtin_docs()]).encode()).hexdigest())"
     )
-    bare, crowded = (
+    hooked = "\nsys.excepthook = sys.displayhook = sys.unraisablehook = sys.breakpointhook = lambda *a: None\nsys.last_type = OSError"
+    bare, crowded, hooks = (
         subprocess.run([sys.executable, "-c", code.format(extra)], check=True, capture_output=True, text=True).stdout
-        for extra in ("", ", asyncio, faulthandler, multiprocessing, numpy, pytest; sys.stdout.note = 1")
+        for extra in ("", ", asyncio, faulthandler, multiprocessing, numpy, pytest", hooked)
     )
     own = hashlib.sha256(repr([*corpus._builtin_docs()]).encode()).hexdigest() + "\n"
-    assert bare == crowded == own, "the third is this process, with pytest's own output streams"
+    assert bare == crowded == hooks == own, "the last is this process, with pytest's own streams and hooks"
 
 
 def test_the_same_corpus_gives_the_same_shards_in_every_process(texts, tmp_path):
