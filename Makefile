@@ -41,8 +41,12 @@ docs: $(VENV)/.dev
 prove: $(VENV)/.train
 	$(BIN)/stack gates prove
 
+## bench: rates next to those of installed peers, in the same run; peers that are not installed are left out
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/gate_overhead.py --device cpu
+	$(BIN)/python benchmarks/reader.py
+	$(BIN)/python benchmarks/tokenizer_speed.py
+	$(BIN)/python benchmarks/build.py
 
 ## gpu: GPU tests, then benchmarks; each part writes its record and is skipped when it is done
 gpu:

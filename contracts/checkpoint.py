@@ -16,7 +16,7 @@ from unittest import mock
 from contracts.gate import Verdict, decide, decides, failed, passed
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
-REQUIRED_STATE = ("step", "cursor", "tokens_seen", "scaler", "stopper", "gates", "config", "config_sha256", "tokenizer_sha256")
+REQUIRED_STATE = tuple("step cursor curriculum tokens_seen scaler stopper gates config config_sha256 tokenizer_sha256".split())
 
 
 def _tensor_hashes(path: Path) -> dict[str, str]:

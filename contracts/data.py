@@ -104,10 +104,21 @@ def _delivered(make_reader, n: int, seq_len: int, epoch: int, cursor: int, rows:
             ids += [i for place, i in zip(places, batch.sample_ids) if place // n == epoch]
             wrong_epoch += batch.epoch != places[-1] // n
             if epoch == 0 and rank == world_size - 1:
-                truth = reader.stream.windows(np.array(batch.sample_ids), seq_len)
-                wrong = (batch.input_ids.numpy() != truth[:, :-1]).any(1) | (batch.labels.numpy() != truth[:, 1:]).any(1)
+                truth = reader.stream.rows(np.array(batch.sample_ids), seq_len)
+                wrong = (batch.input_ids.numpy() != truth.input_ids).any(1) | (batch.labels.numpy() != truth.labels).any(1)
+                wrong |= _not_shifted(batch)
                 wrong_tokens += int(wrong.sum())
     return ids, wrong_tokens, wrong_epoch
+
+
+def _not_shifted(batch) -> np.ndarray:
+    """Rows in which a label is not the next input, seen from the batch alone; bool (R,). Borders of documents kept apart aside."""
+    labels, following = batch.labels.numpy()[:, :-1], batch.input_ids.numpy()[:, 1:]
+    within = np.ones_like(labels, bool)
+    if batch.document_ids is not None:
+        ids = batch.document_ids.numpy()
+        within = (ids[:, 1:] == ids[:, :-1]) & (labels != -100)
+    return ((labels != following) & within).any(1)
 
 
 @decides("data.exhaustion")
@@ -128,8 +139,8 @@ def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
     last = make_reader(rows=1, n_windows=n, cursor=n - 1, on_exhausted="error").draw()
     wrapping = make_reader(rows=1, n_windows=n, cursor=n - 1)
     batches = [wrapping.draw() for _ in range(3)]
-    truth = wrapping.stream.windows(np.array([i for b in batches for i in b.sample_ids]), batches[0].input_ids.shape[1])
-    real = all(bool((b.input_ids.numpy()[0] == t[:-1]).all()) for b, t in zip(batches, truth))
+    truth = wrapping.stream.rows(np.array([i for b in batches for i in b.sample_ids]), batches[0].input_ids.shape[1])
+    real = all(bool((b.input_ids.numpy()[0] == t).all()) for b, t in zip(batches, truth.input_ids))
     epochs = [b.epoch for b in batches]
     ok = raised == "StreamExhausted" and last.epoch == 0 and epochs == [0, 1, 1] and real
     return decide(ok, f"the end of the corpus gives {raised} and epochs {epochs}", raised=raised, wrapped_windows_are_real=real)
@@ -198,7 +209,7 @@ def span_of(mean_token_bytes: float) -> int:
     return max(MIN_SPAN, 1 << max(0, math.ceil(math.log2(SPAN_BYTES / mean_token_bytes))))
 
 
-def _span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
+def span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
     """64-bit hash of every run of `span` tokens (a power of two), built by doubling: log2(span) passes over the tokens."""
     value = tokens.astype(np.uint64) + np.uint64(1)
     with np.errstate(over="ignore"):
@@ -226,7 +237,7 @@ def _finds_canary(held_tokens: np.ndarray, held: np.ndarray, found: np.ndarray, 
     at = int(absent[absent.size // 2])
     copy = train_tokens[:CANARY_TOKENS]
     spliced = np.concatenate([copy[: len(copy) // 2], held_tokens[at : at + span], copy[len(copy) // 2 :]])
-    return bool(_contained(held[at : at + 1], np.sort(_span_hashes(spliced, span))).all())
+    return bool(_contained(held[at : at + 1], np.sort(span_hashes(spliced, span))).all())
 
 
 @decides("data.leakage")
@@ -242,7 +253,7 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
     span = span_of(held_out.n_bytes / held_out.n_tokens)
     if min(len(held_tokens), len(train_tokens)) < span:
         return not_run(f"a split is shorter than one run of {span} tokens")
-    held, seen = _span_hashes(held_tokens, span), np.sort(_span_hashes(train_tokens, span))
+    held, seen = span_hashes(held_tokens, span), np.sort(span_hashes(train_tokens, span))
     found = _contained(held, seen)
     if not _finds_canary(held_tokens, held, found, train_tokens, span):
         return failed(
@@ -278,21 +289,22 @@ def corpus_budget(limits: SimpleNamespace, *, splits, n_params: int, planned_tok
 
 @decides("data.consumption")
 class Consumption:
-    """The position moves on without gap, each step draws what was declared, and no window repeats within its epoch."""
+    """The position moves on without gap, each step draws what was declared, and no window repeats within its source's epoch."""
 
     events = (Started, BatchDrawn)
 
     def __init__(self, limits):
         self.limits, self.plan, self.cursor = limits, None, None
+        self.drawn: list[int] = []
         self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
             if self.cursor is not None and self.cursor != event.plan["cursor"]:
                 return failed(f"the run goes on at sample {event.plan['cursor']}, it had stopped at {self.cursor}", cursor=self.cursor)
-            self.plan, self.cursor = event.plan, event.plan["cursor"]
+            self.plan, self.cursor, self.drawn = event.plan, event.plan["cursor"], list(event.plan["drawn"])
             return None
-        rows, n = self.plan["rows_per_step"], self.plan["n_windows"]
+        rows = self.plan["rows_per_step"]
         if event.cursor_before != self.cursor or event.cursor_after != self.cursor + rows or len(event.sample_ids) != rows:
             return failed(
                 f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were drawn, "
@@ -303,12 +315,21 @@ class Consumption:
             return failed(
                 f"step {event.step}: {event.n_tokens} tokens drawn, {self.plan['tokens_per_step']} declared", tokens=event.n_tokens
             )
-        if event.epoch != (event.cursor_after - 1) // n:
-            return failed(f"step {event.step}: called epoch {event.epoch}, its last sample is of {(event.cursor_after - 1) // n}")
         self.cursor = event.cursor_after
-        keys = [((event.cursor_before + k) // n, i) for k, i in enumerate(event.sample_ids)]
+        return self._windows(event)
+
+    def _windows(self, event: BatchDrawn) -> Verdict:
+        """Every row is of the epoch its source is in, of windows that exist, and new in that epoch."""
+        wrong_epochs = outside = 0
+        for source, epoch, window in zip(event.sources, event.epochs, event.sample_ids, strict=True):
+            arm = self.plan["sources"][source]
+            wrong_epochs += epoch != self.drawn[source] // arm["n_windows"]
+            outside += not arm["first"] <= window < arm["first"] + arm["n_windows"]
+            self.drawn[source] += 1
+        if wrong_epochs or event.epoch != max(event.epochs):
+            return failed(f"step {event.step}: {wrong_epochs} row(s) are not of the epoch their source is in", wrong_epochs=wrong_epochs)
+        keys = list(zip(event.epochs, event.sample_ids))
         repeats = len(keys) - len(set(keys)) + len(set(keys) & set(self.recent))
-        outside = sum(not 0 <= i < n for i in event.sample_ids)
         self.recent.extend(keys)
         return decide(
             not repeats and not outside,

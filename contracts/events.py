@@ -1,6 +1,6 @@
 """What happens inside a run, as runtime gates see it. All numbers are plain Python values, read off the device by the caller."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -22,6 +22,8 @@ class BatchDrawn:
     sample_ids: tuple[int, ...]
     epoch: int
     n_tokens: int
+    sources: tuple[int, ...] = ()
+    epochs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,18 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A text was drawn from the model for the audit; `language` chooses the word list."""
+    """A text was drawn from the model for the audit; `language` chooses the word list.
+
+    `loss_nats` is the model's own mean loss on it; `found_in_corpus()` says which share of its runs is in the training text, and is
+    only asked where the loss is suspicious.
+    """
 
     step: int
     text: str
     prompt: str = ""
     language: str = "en"
+    loss_nats: float | None = None
+    found_in_corpus: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

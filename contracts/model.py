@@ -1,4 +1,4 @@
-"""Gates of the model: initial weights, causality, equality with an independent float64 oracle, and the ability to learn one batch.
+"""Gates of the model: initial weights, causality, packed documents, equality with a float64 oracle, and the ability to learn one batch.
 
 B batch, T tokens, D d_model, N query heads, K key/value heads, H head_dim, J = H/2, V vocab
 """
@@ -16,6 +16,7 @@ from contracts.gate import Verdict, decide, decides, failed
 IGNORE = -100
 LENGTHS = (2, 17, 64, 65, 129, 2048)
 ORACLE_TOKENS = 40
+PACKED_LENGTHS = (17, 129)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -165,6 +166,86 @@ def _with_other_token(ids_BT: Tensor, position: int, vocab_size: int) -> Tensor:
     other = ids_BT.clone()
     other[:, position] = (other[:, position] + 1) % vocab_size
     return other
+
+
+# --- packed documents -----------------------------------------------------------------------------------------------
+
+
+@decides("model.document-isolation")
+def document_isolation(
+    limits: SimpleNamespace,
+    *,
+    model: nn.Module,
+    packed_logits: Callable[[Tensor, Tensor], Tensor],
+    embedding: nn.Module,
+    vocab_size: int,
+    max_seq_len: int,
+) -> Verdict:
+    """Documents packed into a row have the logits they have alone, and neither logits nor gradients pass between them; dropout is off.
+
+    `packed_logits(input_ids_BT, document_ids_BT)` runs `model` on packed rows; `embedding` is its module that looks up tokens.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    found = []
+    for length in sorted({min(n, max_seq_len) for n in PACKED_LENGTHS}):
+        documents = packing(length).to(_device(model))
+        ids = _draw_ids((2, length), vocab_size, seed=length).to(_device(model))
+        ids[1, documents[1] == documents[1, -1]] = 0
+        logits = _logits_between(model, packed_logits, ids, documents, vocab_size)
+        found.append((*logits, *_gradients_between(packed_logits, embedding, ids, documents)))
+    for module, training in modes:
+        module.training = training
+    rel_error, leak, deaf, gradient, unlearned = torch.tensor(found, dtype=torch.float64).amax(0).tolist()
+    if deaf or unlearned:
+        return failed("a document's tokens do not move its own logits, so this check sees nothing", deaf=deaf, unlearned=unlearned)
+    ok = rel_error <= limits.rel_error_max and leak <= limits.leak_abs_max and gradient <= limits.gradient_abs_max
+    text = "packed documents are not kept apart (logits against those alone, effect on neighbours, or gradient at their tokens)"
+    return decide(ok, text, rel_error=rel_error, leak_abs=leak, gradient_abs=gradient)
+
+
+def packing(length: int) -> Tensor:
+    """Document ids (2, T): row 0 begins with a document of one token and is full; row 1 has one inside and ends in padding."""
+    cuts = ((1, length // 3), (length // 4, length // 4 + 1, 7 * length // 8))
+    return torch.tensor([[sum(cut <= t for cut in row) for t in range(length)] for row in cuts])
+
+
+def _each_document(documents_BT: Tensor) -> list[tuple[int, Tensor]]:
+    """Row and places (T,) bool of every document."""
+    return [(b, documents_BT[b] == i) for b in range(len(documents_BT)) for i in documents_BT[b].unique()]
+
+
+@torch.no_grad()
+def _logits_between(
+    model: nn.Module, packed_logits: Callable, ids_BT: Tensor, documents_BT: Tensor, vocab_size: int
+) -> tuple[float, float, int]:
+    """(worst relative error of a token's logits against those alone, largest effect on other documents, documents without effect)."""
+    packed, errors, leaks, deaf = packed_logits(ids_BT, documents_BT), [], [], 0
+    for row, own_T in _each_document(documents_BT):
+        alone = model(ids_BT[row, own_T][None])[0].double()
+        errors.append(((packed[row, own_T] - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+        other = ids_BT.clone()
+        other[row, own_T] = (other[row, own_T] + 1) % vocab_size
+        moved_BT = (packed_logits(other, documents_BT) - packed).abs().amax(-1)
+        deaf += not bool(moved_BT[row, own_T].all())
+        moved_BT[row, own_T] = 0
+        leaks.append(moved_BT.max())
+    return float(torch.stack(errors).max()), float(torch.stack(leaks).max()), deaf
+
+
+def _gradients_between(packed_logits: Callable, embedding: nn.Module, ids_BT: Tensor, documents_BT: Tensor) -> tuple[float, int]:
+    """(largest gradient of a document's loss at the embeddings of other documents, documents without one at their own)."""
+    leaves: list[Tensor] = []
+    hook = embedding.register_forward_hook(lambda _, __, x_BTD: leaves.append(x_BTD.detach().requires_grad_()) or leaves[-1])
+    loss_BT = packed_logits(ids_BT, documents_BT).log_softmax(-1)[..., 0]
+    hook.remove()
+    foreign, unlearned = [], 0
+    for row, own_T in _each_document(documents_BT):
+        (gradient_BTD,) = torch.autograd.grad(loss_BT[row, own_T].sum(), leaves, retain_graph=True, materialize_grads=True)
+        unlearned += not bool(gradient_BTD[row, own_T].any(-1).all())
+        gradient_BTD[row, own_T] = 0
+        foreign.append(gradient_BTD.abs().max())
+    return float(torch.stack(foreign).max()), unlearned
 
 
 # --- an independent oracle ------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 import math
 import re
+import statistics
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.events import Event, Sampled
+from contracts.events import Event, Sampled, Started
 from contracts.gate import Verdict, decide, decides, failed
 
 # --- coherence ------------------------------------------------------------------------------------------------------
@@ -153,6 +154,75 @@ class CoherenceWatch:
 
     def load_state_dict(self, state: dict) -> None:
         self.low = state["low"]
+
+
+@decides("sampling.dominance")
+class Dominance:
+    """Red at the sample that makes one more in a row than is allowed in which a single word has too large a share.
+
+    A model that has only learnt how frequent words are says the most frequent one too often; samples of the warm-up do not count.
+    """
+
+    events = (Started, Sampled)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.high, self.warmup_steps = limits, 0, 0
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.warmup_steps = event.plan.get("warmup_steps", 0)
+            return None
+        words = [u for u in _units(event.text) if u[0].isalpha()]
+        word, n = Counter(words).most_common(1)[0] if words else ("", 0)
+        share = n / len(words) if len(words) >= self.limits.words_min else 0.0
+        self.high = self.high + 1 if share > self.limits.top_word_frac_max and event.step > self.warmup_steps else 0
+        return decide(
+            self.high <= self.limits.high_in_a_row_max,
+            f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th sample in a row",
+            top_word=word,
+            top_word_frac=share,
+            high_in_a_row=self.high,
+        )
+
+    def state_dict(self) -> dict:
+        return {"high": self.high}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.high = state["high"]
+
+
+@decides("sampling.memorised")
+class Memorised:
+    """A sample the model finds far too easy must not be a passage of the training text."""
+
+    events = (Sampled,)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.losses = limits, deque(maxlen=32)
+
+    def observe(self, event: Event) -> Verdict | None:
+        if event.loss_nats is None:
+            return None
+        usual = self.losses if len(self.losses) >= self.limits.known_samples_min else None
+        low = statistics.mean(usual) - self.limits.sigmas_below * statistics.stdev(usual) if usual else -math.inf
+        suspicious = event.loss_nats < max(low, self.limits.loss_nats_min)
+        if not suspicious:
+            self.losses.append(event.loss_nats)
+        found = event.found_in_corpus() if suspicious and event.found_in_corpus else 0.0
+        return decide(
+            found <= self.limits.found_frac_max,
+            f"step {event.step}: loss {event.loss_nats:.2f} on its own sample, {found:.0%} of which is training text: {event.text[:60]!r}",
+            sample_loss_nats=event.loss_nats,
+            suspicious=suspicious,
+            found_frac=found,
+        )
+
+    def state_dict(self) -> dict:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses.clear()
+        self.losses.extend(state["losses"])
 
 
 # --- cached decoding ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from spec.errors import IntegrityError
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
 SUBSYSTEMS = (
-    "data tokenizer model kernel loss optim schedule checkpoint evaluation sampling "
+    "corpus data tokenizer curriculum model kernel loss optim schedule checkpoint evaluation sampling "
     "precision distributed runtime moe export tuning evidence"
 ).split()
 

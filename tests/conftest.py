@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """The museum's text as JSON lines: real English, on every machine."""
-    from stack.museum.prove import museum_texts
+    from stack.museum.collection import museum_texts
 
     path = tmp_path_factory.mktemp("text") / "topics.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
@@ -25,11 +25,21 @@ def private_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_cfg(text_file):
-    """The museum's configuration: dropout, accumulation, grouped heads, length beyond 256."""
-    from stack.museum.prove import museum_config
+def museum_folder(tmp_path_factory):
+    """The museum's sources and evaluation set as files."""
+    from stack.museum.collection import write_texts
 
-    return museum_config(text_file)
+    folder = tmp_path_factory.mktemp("museum")
+    write_texts(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_cfg(museum_folder):
+    """The museum's configuration: a mixture, packed documents, dropout, accumulation, grouped heads, length beyond 256."""
+    from stack.museum.collection import museum_config
+
+    return museum_config(museum_folder)
 
 
 @pytest.fixture(scope="session")

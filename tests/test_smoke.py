@@ -7,14 +7,14 @@ import json
 
 import pytest
 
+from stack.config import Pangram
+from stack.data import corpus
 from tests.cli.conftest import Stack
 
-PANGRAM = "the quick brown fox jumps over the lazy dog. " * 200
 REASON = "the pangram repeats itself, so its split cannot be disjoint and its tokens are few"
 WAIVERS = ",".join(f'{{id="{gate}", reason="{REASON}", expires="2999-01-01"}}' for gate in ("data.leakage", "data.corpus-budget"))
 VALUES = {
-    "data.corpus.kind": "files",
-    "data.corpus.paths": '["pangram.txt"]',
+    "data.corpus.kind": "pangram",
     "data.split.kind": "tail",
     "data.split.validation_frac": "0.1",
     "data.tokenizer.kind": "char",
@@ -45,7 +45,6 @@ SETS = [part for key, value in VALUES.items() for part in ("--set", f"{key}={val
 def trained(tmp_path_factory):
     """The folder after training five steps and continuing to ten."""
     folder = tmp_path_factory.mktemp("smoke")
-    (folder / "pangram.txt").write_text(PANGRAM)
     stack = Stack(folder, folder / "cache")
     first = stack("train", *SETS, "--run-dir", "run", "--device", "cpu", "--json")
     assert first.code == 0, first.err
@@ -55,7 +54,8 @@ def trained(tmp_path_factory):
 
 
 def test_pangram_corpus_has_the_declared_shape():
-    assert len(PANGRAM) == 9000 and len(set(PANGRAM)) == 28
+    (document,) = corpus.read_documents(Pangram())
+    assert len(document.text) == 9000 and len(set(document.text)) == 28
 
 
 def test_training_leaves_a_record_without_red_or_unasked_gates(trained):

@@ -26,7 +26,7 @@ FORBIDDEN = {
     "stack": ("transformers", "tools"),
 }
 # These are imported by commands that must answer without torch.
-LIGHT_AT_IMPORT = ("contracts/gate.py", "contracts/keeper.py", "contracts/events.py", "contracts/conditions.py", "stack/config.py")
+LIGHT_AT_IMPORT = ("contracts/gate.py", "contracts/keeper.py", "contracts/events.py", "contracts/conditions.py", "stack/config/load.py")
 
 
 def package_of(module: str) -> str | None:

@@ -7,7 +7,7 @@ import typer
 
 from spec.errors import EnvironmentUnfit, StackproofError
 
-TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers")
+TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
 
 # typer carries its own copy of click in newer versions and depends on it in older ones; both derive their errors from this class.
 ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -23,9 +23,9 @@ app = typer.Typer(
 
 
 def _register() -> None:
-    from stack.cli import doctor, evidence, gates, look, train
+    from stack.cli import data, doctor, evidence, gates, look, tokenizer, train
 
-    for module in (train, look, gates, evidence, doctor):
+    for module in (train, look, data, tokenizer, gates, evidence, doctor):
         module.register(app)
 
 
@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(document: dict, text: str, arguments: list[str]) -> None:
-    if "--json" in arguments:
+    from stack.cli.output import emitted
+
+    if "--json" in arguments and not emitted():
         print(json.dumps(document))
     print(f"error: {text}", file=sys.stderr)

@@ -24,10 +24,16 @@ class ConsoleListener(Listener):
         self.rows: list[list[Any]] = []
         self.progress: Progress | None = None
         self.last_line_s = 0.0
+        self.stage = ""
         self.last_bpb: float | None = None
 
     def on_phase(self, name: str) -> None:
         stderr.print(f"· {name}", style="dim")
+
+    def on_build(self, progress: Any) -> None:
+        if progress.stage != self.stage:
+            self.stage = progress.stage
+            self.on_phase(progress.stage)
 
     def on_opened(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
         stderr.print(

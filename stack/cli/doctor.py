@@ -9,6 +9,13 @@ import typer
 from spec.errors import EnvironmentUnfit
 from stack.cli.output import Json, emit, stdout, table
 
+OPTIONAL = {
+    "tiktoken": "faster batches, the extra data",
+    "pyarrow": "parquet files, the extra data",
+    "zstandard": ".zst files, the extra data",
+    "datatrove": "builds on many machines, the extra scale",
+}
+
 
 def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
@@ -37,9 +44,12 @@ def _findings():
 
     version = sys.version_info
     yield finding("python", ".".join(map(str, version[:3])), "3.11 or later", version >= (3, 11))
-    for package in ("torch", "numpy", "safetensors", "tokenizers"):
+    for package in ("torch", "numpy", "safetensors", "tokenizers", "rensa"):
         found = importlib.util.find_spec(package) is not None
-        yield finding(package, "installed" if found else "absent", "the [train] extra", found)
+        yield finding(package, "installed" if found else "absent", "the extra train", found)
+    for package, use in OPTIONAL.items():
+        found = importlib.util.find_spec(package) is not None
+        yield finding(package, "installed" if found else "absent", use, found, required=False)
     yield finding("git", shutil.which("git") or "absent", "for records that name their commit", shutil.which("git"), required=False)
     free = shutil.disk_usage(".").free
     yield finding("free disk", f"{free / 2**30:.1f} GiB", "1 GiB for a pocket run", free > 2**30)

@@ -115,7 +115,7 @@ def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str
         return [content], str(text)
     from stack.data.prepare import prepare
 
-    dataset = prepare(opened.cfg.data, progress=lambda message: None)
+    dataset = prepare(opened.cfg.data)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
         raise DataError("the run's corpus has changed since, so its held-out split is another one", next_step="give --text FILE")
     builder.inputs += [i for i in map(_as_artefact, dataset.inputs())]

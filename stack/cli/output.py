@@ -15,9 +15,19 @@ stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False)
 
 
+_emitted = False
+
+
+def emitted() -> bool:
+    """Whether this process has printed its JSON document; an error that follows must not print another."""
+    return _emitted
+
+
 def emit(document: dict[str, Any], as_json: bool) -> bool:
     """Print the document if JSON was asked for; says whether it did."""
+    global _emitted
     if as_json:
+        _emitted = True
         print(json.dumps(to_jsonable(document), allow_nan=False))
     return as_json
 

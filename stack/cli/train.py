@@ -1,5 +1,6 @@
 """`stack train`."""
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ EXAMPLES = [
     "stack train --set data.corpus.kind=files --set data.corpus.paths='[\"notes/\"]'",
     "stack train --resume runs/pocket-1",
     "stack train --fork runs/pocket-1 --set optim.lr=1e-3",
+    "stack train --data data/mix --set curriculum.kind=bandit",
+    "stack train --polish runs/pocket-1 --set curriculum.caps.wikitext=0.2",
     "stack train --dry-run",
 ]
 
@@ -28,6 +31,8 @@ def train(
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/<recipe>-<n>.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue the run in this folder, bit for bit.")] = None,
     fork: Annotated[Path | None, typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes.")] = None,
+    polish: Annotated[Path | None, typer.Option("--polish", help="Continue this run under another mixture, with its history.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Train on a folder that stack data build wrote.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop.")] = False,
     json: Json = False,
@@ -36,17 +41,24 @@ def train(
 
     Without arguments: a million parameters on the documentation of the running Python, offline, in a few minutes.
     """
-    if resume and fork:
-        raise UsageError("--resume and --fork exclude each other", next_step="--resume keeps the configuration, --fork may change it")
-    if (resume or fork) and recipe:
+    parent = fork or polish
+    if sum(map(bool, (resume, fork, polish))) > 1:
         raise UsageError(
-            "a resumed or forked run takes its configuration from its folder", value=recipe, next_step="drop the recipe; use --set"
+            "--resume, --fork and --polish exclude each other",
+            next_step="--resume keeps the configuration, --polish changes the mixture, --fork may change anything",
         )
-    sets = tuple(set_ or ())
+    if (resume or parent) and (recipe or data):
+        raise UsageError(
+            "a resumed, forked or polished run takes its configuration from its folder",
+            value=recipe or str(data),
+            next_step="drop it; use --set",
+        )
+    sets = (*(("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}") if data else ()), *(set_ or ()))
     if dry_run:
-        return _dry_run(recipe, sets, device, fork or resume, json)
+        return _dry_run(recipe, sets, device, parent or resume, json)
     from stack.cli.console import ConsoleListener
     from stack.train import session
+    from stack.train.polish import parent_run
 
     listener = ConsoleListener(quiet=json)
     if resume:
@@ -57,12 +69,12 @@ def train(
         record = session.resume(resume, overrides, changed, listener)
         directory = resume
     else:
-        base, file = (session.read_config(fork), None) if fork else _base(recipe)
+        base, file = (session.read_config(parent_run(parent)), None) if parent else _base(recipe)
         cfg, overrides = _resolve(base, file, sets, device)
         from stack.train.rundir import default_run_dir
 
         directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
-        record = session.start(cfg, overrides, directory, listener, parent=fork)
+        record = session.start(cfg, overrides, directory, listener, parent=parent, polishing=bool(polish))
     document = {
         "run_dir": str(directory),
         "record": record.id,

@@ -1,24 +1,19 @@
-"""What the gates of data and tokenizer get to see."""
+"""What the gates of corpus, data, tokenizer and curriculum get to see. Functions are looked up when called, not when gathered."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from stack.config import RunConfig
-from stack.data import reader
+from contracts.data import PIECE_TOKENS, span_hashes, span_of
+from stack.config import BanditCurriculum, RunConfig
+from stack.data import curriculum, dedup, files, filters, reader
+from stack.data import tokenizer as tokenizers
 from stack.data.prepare import Dataset
+from stack.data.shards import TokenStream
 
-HARD_TEXTS = (
-    "hello ! how are you ?  two  spaces, a\ttab, a\r\nline end and \u00a0 no-break space",
-    "naïve café — “quotes”, 漢字, עברית, emoji 👩‍👩‍👧 and a combining e\u0301",
-    "<|endoftext|> is text here, and so is <|endoftext|><|endoftext|>",
-    "def f(x):\n    return x**2  # 1e-5, 0x1F, ::, ->, ...\n",
-    "",
-    " ",
-    "\x00\x01\x7f",
-)
 HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096  # documents of the round trip, and tokens of each, so that one huge document costs no time
+SAMPLED_TOKENS = 65536  # of a document looked at again; longer ones are passed over
 
 
 class Cut:
@@ -31,16 +26,17 @@ class Cut:
     def n_windows(self, seq_len: int) -> int:
         return min(self._n, self.stream.n_windows(seq_len))
 
-    def windows(self, numbers: np.ndarray, seq_len: int) -> np.ndarray:
-        return self.stream.windows(numbers, seq_len)
+    def rows(self, numbers: np.ndarray, seq_len: int):
+        return self.stream.rows(numbers, seq_len)
 
 
-def data_ingredients(cfg: RunConfig, dataset: Dataset, *, n_params: int, planned_tokens: int) -> dict[str, Any]:
-    """Ingredients by name, as the checks in `contracts.data` and `contracts.tokenizer` ask for them.
+def data_ingredients(cfg: RunConfig, dataset: Dataset, *, n_params: int, planned_tokens: int, order_seed: int) -> dict[str, Any]:
+    """Ingredients by name, as the checks in `contracts.{corpus,data,tokenizer,curriculum}` ask for them.
 
-    `n_params` counts the model's parameters; `planned_tokens` is what the run will read. Raises DataError if a shard cannot be read.
+    `n_params` counts the model's parameters; `planned_tokens` is what the run will read; `order_seed` is that of the run's order.
+    Raises DataError if a shard cannot be read.
     """
-    tokenizer, seq_len = dataset.tokenizer, cfg.model.max_seq_len
+    seq_len = cfg.model.max_seq_len
 
     def make_reader(*, n_windows: int | None = None, seed: int = cfg.seed, **options: Any):
         stream = Cut(dataset.train, n_windows) if n_windows else dataset.train
@@ -48,14 +44,81 @@ def data_ingredients(cfg: RunConfig, dataset: Dataset, *, n_params: int, planned
 
     return {
         "make_reader": make_reader,
-        "splits": {"train": dataset.train, "validation": dataset.validation},
-        "manifest": dataset.manifest,
-        "tokenizer": tokenizer,
-        "seq_len": seq_len,
-        "hard_texts": HARD_TEXTS,
-        "held_out_texts": _first(dataset.validation_texts(HELD_OUT_TOKENS), HELD_OUT_TEXTS),
         "n_params": n_params,
         "planned_tokens": planned_tokens,
+        **folder_ingredients(dataset, seq_len),
+        **_curriculum_ingredients(cfg, dataset, order_seed),
+    }
+
+
+def folder_ingredients(dataset: Dataset, seq_len: int) -> dict[str, Any]:
+    """What can be judged of a data set without a run: rows are those of `seq_len` tokens."""
+    return {
+        "splits": {"train": dataset.train, "validation": dataset.validation},
+        "manifest": dataset.manifest,
+        "tokenizer": dataset.tokenizer,
+        "seq_len": seq_len,
+        "hard_texts": tokenizers.HARD_TEXTS,
+        "held_out_texts": _first(dataset.validation_texts(HELD_OUT_TOKENS), HELD_OUT_TEXTS),
+        "reject": lambda text, languages: filters.rejection(text, languages),
+        "sample_documents": lambda frac, minimum: sampled_documents(dataset, frac, minimum),
+        "chat_text": lambda turns: files.chat_text(turns, "planted"),
+        "near_repeats": _near_repeats,
+        "gram_set": lambda texts: dedup.gram_set(texts),
+        "shares_gram": lambda text, grams: dedup.shares_gram(text, grams),
+        "evaluation_grams": dataset.evaluation_grams(),
+        "row_stream": dataset.train,
+        "trained_merges": lambda texts, n: tokenizers.train_bpe(257 + n, texts).merges(),
+    }
+
+
+def _near_repeats(texts: list[str]) -> list[bool]:
+    signatures = dedup.signatures(texts, 5)
+    return dedup.near_repeats([signatures], [np.ones(len(texts), bool)], 0.7)[0].tolist()
+
+
+def sampled_documents(dataset: Dataset, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
+    """(source, text) of a share of the training documents of every source, spread evenly, decoded from the shards; at least `minimum`."""
+    stream: TokenStream = dataset.train
+    bounds = np.append(stream.document_starts, stream.n_tokens)
+    source_of = np.repeat(np.array(stream.shard_sources), [len(s) for s in stream.shard_document_starts()])
+    for source in dict.fromkeys(stream.shard_sources):
+        mine = np.flatnonzero(source_of == source)
+        wanted = min(len(mine), max(minimum, round(frac * len(mine))))
+        for i in mine[(np.arange(wanted) * len(mine)) // wanted].tolist():
+            start, stop = int(bounds[i]), int(bounds[i + 1])
+            if stop - start <= SAMPLED_TOKENS:
+                ids = stream.token_range(start, stop)
+                yield source, dataset.tokenizer.decode(ids[ids != dataset.tokenizer.eos_id].tolist())
+
+
+def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:
+    """Share of a text's runs of about 60 bytes that occur in the first `max_tokens` of a stream; 0 for a text shorter than a run."""
+    span = span_of(stream.n_bytes / stream.n_tokens)
+    own = np.unique(span_hashes(np.asarray(ids, np.int64), span)) if len(ids) >= span else np.zeros(0, np.uint64)
+    found = np.zeros(len(own), bool)
+    for start in range(0, min(stream.n_tokens, max_tokens) if len(own) else 0, PIECE_TOKENS):
+        tokens = stream.token_range(start, min(start + PIECE_TOKENS + span, stream.n_tokens))
+        found |= np.isin(own, span_hashes(tokens, span)) if len(tokens) >= span else False
+    return float(found.mean()) if len(own) else 0.0
+
+
+def _curriculum_ingredients(cfg: RunConfig, dataset: Dataset, order_seed: int) -> dict[str, Any]:
+    rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
+    bandit = cfg.curriculum if isinstance(cfg.curriculum, BanditCurriculum) else BanditCurriculum()
+
+    def make_bandit(capped: str = ""):
+        arms = [
+            curriculum.Source(n, 1000 * i, 1000, 1.0, 0.0 if n == capped else 1.0, 0.0) for i, n in enumerate(("useful", "list", "other"))
+        ]
+        plain = bandit.model_copy(update={"weights": {}, "caps": {}, "floors": {}, "warmup_steps": 0, "warmup_sources": ()})
+        return curriculum.make_order(plain, arms, seed=cfg.seed, rows_per_step=rows_per_step)
+
+    return {
+        "make_run_order": lambda: curriculum.run_order(cfg, dataset, seed=order_seed),
+        "make_bandit": make_bandit,
+        "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
+        "warmup_sources": cfg.curriculum.warmup_sources,
     }
 
 

@@ -1,4 +1,4 @@
-"""Draws training windows in an order that is a pure function of (seed, epoch, index); the whole state is one integer."""
+"""Draws training rows in a declared order. The position is one integer; only a bandit's order has a state besides."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from contracts.conditions import ensure, require
 from spec.errors import DataError, StreamExhausted
-
-IGNORE_INDEX = -100
+from stack.data.curriculum import Draws, Order, UniformOrder
+from stack.data.packing import IGNORE_INDEX, Rows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro-step. Shapes (R, T) int64; `sample_ids` are window numbers; cursors count samples over all ranks."""
+    """Rows of one micro-step. Shapes (R, T) int64; `sample_ids` are window numbers; cursors count samples over all ranks.
+
+    `document_ids` (R, T) where documents are kept apart; `sources` and `epochs` per row, an epoch being one of its source.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -24,67 +27,21 @@ class Batch:
     epoch: int
     cursor_before: int
     cursor_after: int
+    document_ids: Tensor | None = None
+    sources: tuple[int, ...] = ()
+    epochs: tuple[int, ...] = ()
 
-
-_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-def _mix(x: np.ndarray, key: int) -> np.ndarray:
-    """splitmix64 finaliser of x + key, vectorised; uint64 in, uint64 out."""
-    with np.errstate(over="ignore"):
-        x = x.astype(np.uint64) + np.uint64(key & 0xFFFFFFFFFFFFFFFF)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-ROUNDS = 6
-
-
-@require(lambda n: 1 <= n <= 2**48, "the domain has 1 … 2^48 elements")
-def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Image of `positions` (int64, 0 … n-1) under a keyed bijection of 0 … n-1.
-
-    A Feistel network over the next even number of bits; images outside the domain walk on until they fall inside
-    (cycle walking), so nothing is ever materialised: O(1) memory and start-up for any n.
-    """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    x = positions.astype(np.uint64)
-    pending = np.ones(x.shape, bool)
-    while pending.any():
-        x[pending] = _feistel(x[pending], half, mask, key)
-        pending = x >= np.uint64(n)
-    return x.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, half: int, mask: np.uint64, key: int) -> np.ndarray:
-    left, right = x >> np.uint64(half), x & mask
-    for r in range(ROUNDS):
-        left, right = right, left ^ (_mix(right, key + r * 0x9E3779B97F4A7C15) & mask)
-    return (left << np.uint64(half)) | right
-
-
-def order_key(seed: int, epoch: int) -> int:
-    """64-bit key of one epoch's order."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big")
-
-
-def window_order(indices: np.ndarray, n_windows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(epoch, window) of global sample numbers; epochs follow each other without a gap."""
-    epochs, positions = np.divmod(indices, n_windows)
-    windows = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        windows[chosen] = permute(positions[chosen], n_windows, order_key(seed, int(epoch)))
-    return epochs, windows
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the rows, padding aside."""
+        return self.input_ids.numel() if self.document_ids is None else int((self.labels != IGNORE_INDEX).sum())
 
 
 class Reader:
-    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together, is its only state.
+    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together, says where it is.
 
-    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is told of every epoch that begins.
-    Raises DataError if the stream is shorter than one window.
+    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is told of every epoch that begins. Without an `order` the windows
+    of the whole stream are shuffled. Raises DataError if the stream is shorter than one window.
     """
 
     @require(lambda seq_len, rows, cursor: seq_len >= 1 and rows >= 1 and cursor >= 0, "seq_len and rows are at least 1, cursor 0")
@@ -100,6 +57,7 @@ class Reader:
         world_size: int = 1,
         on_exhausted: str = "wrap",
         cursor: int = 0,
+        order: Order | None = None,
         on_wrap: Callable[[int, int], None] = lambda epoch, tokens: None,
     ):
         if not 0 <= rank < world_size:
@@ -115,26 +73,51 @@ class Reader:
                 allowed=f"at least {seq_len + 1}",
                 next_step="add text or lower model.max_seq_len",
             )
+        self.order = order or UniformOrder(self.n_windows, seed)
+        self._n_windows = np.array([max(1, s.n_windows) for s in self.order.sources])
 
     @ensure(lambda self, result: result.input_ids.shape == (self.rows, self.seq_len), "a batch is full")
     def draw(self) -> Batch:
-        """The next `rows` windows of this rank. Raises StreamExhausted at the end of the corpus unless it wraps."""
+        """The next rows of this rank. Raises StreamExhausted at the end of a source unless it wraps."""
         before = self.cursor
         after = before + self.rows * self.world_size
-        if self.on_exhausted == "error" and after > self.n_windows:
-            raise StreamExhausted(
-                f"the corpus is exhausted after {before} of {self.n_windows} windows",
-                value=f"{after - before} windows wanted, {self.n_windows - before} left",
-                allowed="data.on_exhausted = wrap, or fewer steps",
-                next_step="--set data.on_exhausted=wrap, or add text",
-            )
-        indices = before + self.rank * self.rows + np.arange(self.rows)
-        epochs, windows = window_order(indices, self.n_windows, self.seed)
-        tokens_RT = torch.from_numpy(self.stream.windows(windows, self.seq_len))
+        rounds = self.order.counts(before) // self._n_windows
+        self.order.decide(before, after)
+        counts = self.order.counts(after)
+        if self.on_exhausted == "error" and (counts > self._n_windows).any():
+            raise self._exhausted(before, after, int(np.argmax(counts - self._n_windows)))
+        draws = self.order.at(before + self.rank * self.rows + np.arange(self.rows))
+        rows = self.stream.rows(draws.windows, self.seq_len)
         self.cursor = after
-        if after // self.n_windows > before // self.n_windows:
-            self.on_wrap(after // self.n_windows, after * self.seq_len)
-        return Batch(tokens_RT[:, :-1], tokens_RT[:, 1:], tuple(windows.tolist()), int(epochs[-1]), before, after)
+        if (counts // self._n_windows > rounds).any():
+            self.on_wrap(int((counts // self._n_windows).max()), after * self.seq_len)
+        return as_batch(rows, draws, before, after)
+
+    def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
+        arm = self.order.sources[source]
+        left = max(0, arm.n_windows - int(self.order.counts(before)[source])) if len(self.order.sources) == 1 else 0
+        return StreamExhausted(
+            f"the corpus is exhausted after {before} samples: source {arm.name} has {arm.n_windows} windows",
+            value=f"{after - before} windows wanted, {left} left",
+            allowed="data.on_exhausted = wrap, or fewer steps",
+            next_step="--set data.on_exhausted=wrap, or add text",
+        )
+
+
+def as_batch(rows: Rows, draws: Draws, before: int, after: int) -> Batch:
+    """Rows of a stream and what they are, as tensors."""
+    ids = None if rows.document_ids is None else torch.from_numpy(rows.document_ids)
+    return Batch(
+        torch.from_numpy(rows.input_ids),
+        torch.from_numpy(rows.labels),
+        tuple(draws.windows.tolist()),
+        int(draws.epochs.max()),
+        before,
+        after,
+        ids,
+        tuple(draws.sources.tolist()),
+        tuple(draws.epochs.tolist()),
+    )
 
 
 @require(lambda seq_len, batch_size, n_batches: min(seq_len, batch_size, n_batches) >= 1, "sizes are at least 1")
@@ -149,11 +132,21 @@ def eval_batches(stream, seq_len: int, batch_size: int, n_batches: int) -> list[
             next_step="lower eval.batches or eval.batch_size, or raise data.split.validation_frac",
         )
     chosen = (np.arange(wanted) * available) // wanted
-    batches = []
-    for start in range(0, wanted, batch_size):
-        windows = chosen[start : start + batch_size]
-        tokens_RT = torch.from_numpy(stream.windows(windows, seq_len))
-        batches.append(Batch(tokens_RT[:, :-1], tokens_RT[:, 1:], tuple(windows.tolist()), 0, start, start + batch_size))
+    return [rows_batch(stream, chosen[i : i + batch_size], seq_len) for i in range(0, wanted, batch_size)]
+
+
+def rows_batch(stream, numbers: np.ndarray, seq_len: int) -> Batch:
+    """Rows of a stream by number, outside any order."""
+    nothing = np.zeros(len(numbers), np.int64)
+    return as_batch(stream.rows(numbers, seq_len), Draws(nothing, numbers, nothing), 0, len(numbers))
+
+
+def probe_batches(stream, seq_len: int, n_windows: int) -> dict[str, Batch]:
+    """For every source the same few windows of a split, spread evenly over it; a source without a window there is left out."""
+    batches = {}
+    for source, (first, available) in stream.spans(seq_len).items():
+        if n := min(n_windows, available):
+            batches[source] = rows_batch(stream, first + (np.arange(n) * available) // n, seq_len)
     return batches
 
 
@@ -163,4 +156,6 @@ def batch_hash(batches: Sequence[Batch]) -> str:
     for b in batches:
         digest.update(b.input_ids.contiguous().numpy().tobytes())
         digest.update(b.labels.contiguous().numpy().tobytes())
+        if b.document_ids is not None:
+            digest.update(b.document_ids.contiguous().numpy().tobytes())
     return digest.hexdigest()

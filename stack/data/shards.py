@@ -1,10 +1,14 @@
 """Token shards: safetensors files of ids and document starts, described by a manifest with hashes."""
 
+import errno
 import hashlib
+import mmap
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from contracts.conditions import require
 from spec.canonical import sha256_file
@@ -12,6 +16,8 @@ from spec.errors import DataError
 from stack import tensorfile
 
 MAX_SHARD_TOKENS = 64 * 2**20
+GRIDS_KEPT = 64
+MAX_MAPPED = 32_000  # shards of a stream at a time; Linux allows a process 65,530 maps
 
 
 def normalised(text: str) -> str:
@@ -39,24 +45,31 @@ def pack_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 def write_split(
-    folder: Path, split: str, documents: Iterable[tuple[list[int], int]], tokenizer, *, max_tokens: int = MAX_SHARD_TOKENS
+    folder: Path,
+    split: str,
+    documents: Iterable[tuple[Sequence[int], int]],
+    tokenizer,
+    *,
+    max_tokens: int = MAX_SHARD_TOKENS,
+    first_number: int = 0,
 ) -> list[dict]:
     """Write (ids, document hash) pairs as shards; an end-of-text id begins the split and ends every document.
 
     Returns the manifest's entries: path, sha256, bytes, tokens, documents.
     """
     entries: list[dict] = []
-    parts, starts, hashes, length = [np.array([tokenizer.eos_id])], [], [], 1
+    end = pack_ids([tokenizer.eos_id], tokenizer.vocab_size)
+    parts, starts, hashes, length = [end], [], [], 1
     for ids, digest in documents:
         starts.append(length)
         hashes.append(digest)
-        parts.append(pack_ids([*ids, tokenizer.eos_id], tokenizer.vocab_size))
+        parts += [pack_ids(ids, tokenizer.vocab_size), end]
         length += len(ids) + 1
         if length >= max_tokens:
-            entries.append(_write(folder, split, len(entries), parts, starts, hashes, tokenizer))
-            parts, starts, hashes, length = [np.array([tokenizer.eos_id])], [], [], 1
+            entries.append(_write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer))
+            parts, starts, hashes, length = [end], [], [], 1
     if starts:
-        entries.append(_write(folder, split, len(entries), parts, starts, hashes, tokenizer))
+        entries.append(_write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer))
     return entries
 
 
@@ -75,6 +88,69 @@ def _write(folder: Path, split: str, number: int, parts: list, starts: list, has
     }
 
 
+class MappedShards(Sequence):
+    """Token arrays of shards by number, mapped when they are asked for; of more than `mappable()` the least recently used go.
+
+    `lengths` int64 (n_shards,) are those of the manifest, so that opening a stream reads no file but the first shard.
+    """
+
+    def __init__(self, paths: Sequence[Path], entries: Sequence[dict], vocab_size: int):
+        self.paths, self.vocab_size = paths, vocab_size
+        self.lengths = np.array([e["tokens"] for e in entries], np.int64)
+        self._recent = lru_cache(mappable())(self._random_access)
+        if len(paths):
+            self._recent(0)  # what was built for another vocabulary shows at once
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return self._recent(number)
+
+    def _random_access(self, number: int) -> np.ndarray:
+        """A map whose page faults read no neighbouring pages: rows are far apart."""
+        tokens = self.fresh(number)
+        if isinstance(tokens, np.memmap) and hasattr(mmap, "MADV_RANDOM"):
+            tokens._mmap.madvise(mmap.MADV_RANDOM)
+        return np.asarray(tokens)  # a slice of a memmap is another memmap, at five times the price
+
+    def fresh(self, number: int) -> np.ndarray:
+        """A map of its own, for reading in order. Raises DataError if the shard is not what the manifest says."""
+        path, dtype = self.paths[number], token_dtype(self.vocab_size)
+        tokens = map_shard(path, "tokens")
+        if tokens.dtype != dtype or len(tokens) != self.lengths[number]:
+            raise DataError(
+                f"shard {path} stores ids as {tokens.dtype}, {len(tokens)} of them",
+                allowed=f"{self.lengths[number]} of {np.dtype(dtype)} for a vocabulary of {self.vocab_size}",
+                next_step=f"delete {path.parent} and run again to rebuild it",
+            )
+        return tokens
+
+
+def mappable() -> int:
+    """Shards that a stream may keep mapped: a quarter of the process's file descriptors, one of which each map holds."""
+    try:
+        import resource
+    except ImportError:
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_MAPPED if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, MAX_MAPPED))
+
+
+def map_shard(path: Path, name: str) -> np.ndarray:
+    """One array of a shard as a memory map. Raises DataError saying what is wrong with the shard, or with the limits of the process."""
+    try:
+        return tensorfile.memmap(path, name)
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise DataError(
+                f"shard {path} cannot be opened: {e}", next_step="raise ulimit -n or vm.max_map_count; the data are sound"
+            ) from e
+        raise DataError(f"shard {path} cannot be read: {e}", next_step=f"delete {path.parent} and run again to rebuild it") from e
+    except tensorfile.BadTensorFile as e:
+        raise DataError(f"shard {path} cannot be read: {e}", next_step=f"delete {path.parent} and run again to rebuild it") from e
+
+
 class TokenStream:
     """The shards of one split, memory-mapped. A window is seq_len + 1 tokens; windows do not cross shards."""
 
@@ -82,22 +158,13 @@ class TokenStream:
         self.n_tokens, self.n_bytes, self.n_documents = split["tokens"], split["bytes"], split["documents"]
         self.vocab_size = vocab_size
         self.paths = [folder / s["path"] for s in split["shards"]]
-        self._tokens = [self._map(p, "tokens") for p in self.paths]
-        for path, tokens in zip(self.paths, self._tokens):
-            if tokens.dtype != token_dtype(vocab_size):
-                raise DataError(
-                    f"shard {path} stores ids as {tokens.dtype}",
-                    allowed=f"{np.dtype(token_dtype(vocab_size))} for a vocabulary of {vocab_size}",
-                    next_step=f"delete {path.parent} and run again to rebuild it",
-                )
-        self._starts = np.cumsum([0, *(len(t) for t in self._tokens)])
+        self.shard_sources = [s["source"] for s in split["shards"]]
+        self._tokens = MappedShards(self.paths, split["shards"], vocab_size)
+        self._starts = np.concatenate([[0], np.cumsum(self._tokens.lengths)])
+        self._cuts: dict[int, np.ndarray] = {}
+        self._grid = lru_cache(min(GRIDS_KEPT, mappable()))(self._make_grid)
 
-    @staticmethod
-    def _map(path: Path, name: str) -> np.ndarray:
-        try:
-            return tensorfile.memmap(path, name)
-        except (OSError, tensorfile.BadTensorFile) as e:
-            raise DataError(f"shard {path} cannot be read: {e}", next_step=f"delete {path.parent} and run again to rebuild it") from e
+    _map = staticmethod(map_shard)
 
     @property
     def document_hashes(self) -> np.ndarray:
@@ -109,16 +176,41 @@ class TokenStream:
         """What each shard's header says it was encoded with."""
         return [tensorfile.read_header(p).metadata.get("tokenizer_sha256", "") for p in self.paths]
 
+    def shard_document_starts(self) -> list[np.ndarray]:
+        """Position of every document's first token in its shard, int64, per shard."""
+        return [np.asarray(self._map(p, "document_starts")) for p in self.paths]
+
     @property
     def document_starts(self) -> np.ndarray:
         """Position of every document's first token in the split, int64 (n_documents,)."""
-        parts = [np.asarray(self._map(p, "document_starts")) + first for p, first in zip(self.paths, self._starts.tolist())]
-        return np.concatenate(parts)
+        return np.concatenate([starts + first for starts, first in zip(self.shard_document_starts(), self._starts.tolist())])
 
     @require(lambda seq_len: seq_len >= 1, "a window has at least one input")
     def n_windows(self, seq_len: int) -> int:
         """How many windows of seq_len + 1 tokens the shards hold; the last few tokens of a shard may fill none."""
-        return int(sum((len(t) - 1) // seq_len for t in self._tokens))
+        return int(self._window_ends(seq_len)[-1]) if self.paths else 0
+
+    def _window_ends(self, seq_len: int) -> np.ndarray:
+        """Windows up to the end of every shard, int64 (n_shards,)."""
+        if seq_len not in self._cuts:
+            self._cuts[seq_len] = np.cumsum((self._tokens.lengths - 1) // seq_len)
+        return self._cuts[seq_len]
+
+    def _make_grid(self, shard: int, seq_len: int) -> np.ndarray:
+        """A shard as a view (its windows, seq_len + 1) in which neighbouring windows share a token."""
+        return sliding_window_view(self._tokens[shard], seq_len + 1)[::seq_len]
+
+    def shard_windows(self, seq_len: int) -> list[int]:
+        """Windows of every shard."""
+        return ((self._tokens.lengths - 1) // seq_len).tolist()
+
+    def spans(self, seq_len: int) -> dict[str, tuple[int, int]]:
+        """(first window, number of windows) of every source, in order; the shards of a source lie side by side."""
+        spans, first = {}, 0
+        for source, n in zip(self.shard_sources, self.shard_windows(seq_len)):
+            spans[source] = (spans[source][0], spans[source][1] + n) if source in spans else (first, n)
+            first += n
+        return spans
 
     def window(self, number: int, seq_len: int) -> np.ndarray:
         """Tokens of one window, int64 (seq_len + 1,). Raises DataError for an id outside the vocabulary."""
@@ -127,13 +219,13 @@ class TokenStream:
     @require(lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)), "window numbers are 0 … n_windows-1")
     def windows(self, numbers: np.ndarray, seq_len: int) -> np.ndarray:
         """Tokens of windows by number, int64 (len(numbers), seq_len + 1). Raises DataError for an id outside the vocabulary."""
-        ends = np.cumsum([(len(t) - 1) // seq_len for t in self._tokens])
+        numbers, ends = np.asarray(numbers, np.int64), self._window_ends(seq_len)
         shards = np.searchsorted(ends, numbers, side="right")
-        out = np.empty((len(numbers), seq_len + 1), np.int64)
-        for row, (shard, number) in enumerate(zip(shards.tolist(), np.asarray(numbers).tolist())):
-            start = (number - (int(ends[shard - 1]) if shard else 0)) * seq_len
-            out[row] = self._tokens[shard][start : start + seq_len + 1]
-        return self._checked(out)
+        out = np.empty((len(numbers), seq_len + 1), token_dtype(self.vocab_size))
+        for shard in set(shards.tolist()):
+            here = shards == shard
+            out[here] = self._grid(shard, seq_len)[numbers[here] - (ends[shard - 1] if shard else 0)]
+        return self._checked(out).astype(np.int64)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         if ids.max(initial=0) >= self.vocab_size:
@@ -147,10 +239,12 @@ class TokenStream:
     def token_range(self, start: int, stop: int) -> np.ndarray:
         """Tokens start … stop-1 of the split in order, over shard boundaries, int64. Raises DataError for an id outside the vocabulary."""
         pieces = []
-        for first, tokens in zip(self._starts.tolist(), self._tokens):
-            low, high = max(start - first, 0), min(stop - first, len(tokens))
+        first, last = np.searchsorted(self._starts, [start, stop], side="right")
+        for shard in range(max(int(first) - 1, 0), min(int(last), len(self.paths))):
+            offset, n = int(self._starts[shard]), int(self._tokens.lengths[shard])
+            low, high = max(start - offset, 0), min(stop - offset, n)
             if low < high:
-                pieces.append(np.asarray(tokens[low:high], np.int64))
+                pieces.append(np.asarray(self._tokens.fresh(shard)[low:high], np.int64))
         return self._checked(np.concatenate(pieces)) if pieces else np.zeros(0, np.int64)
 
 

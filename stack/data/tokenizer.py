@@ -1,4 +1,7 @@
-"""Byte-level BPE, byte and character tokenizers behind one interface. Text never becomes a control id."""
+"""Byte-level BPE, byte and character tokenizers, and any of the Hugging Face format, behind one interface.
+
+Text never becomes a control id.
+"""
 
 import json
 from collections.abc import Iterable
@@ -11,9 +14,15 @@ import numpy as np
 
 from spec.canonical import canonical_json, sha256_bytes
 from spec.errors import DataError
-from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer
+from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+# Tokens that end a text in the tokenizers people publish, most telling first.
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "[SEP]")
+# tiktoken's pattern engine gives up on about a million white-space characters in a row, and takes the process with it.
+FAST_CHARS_MAX = 500_000
+# GPT-2's way of cutting a text into words, which the byte-level pre-tokenizer shares.
+GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,15 @@ class Tokenizer:
     kind: str
     vocab_size: int
     eos_id: int
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that no text can become: the end of text and declared special tokens. They stand for no bytes."""
+        return frozenset((self.eos_id,))
+
+    def literal(self, control_id: int) -> str:
+        """How a control id is written; as text it must be spelled out. Empty where it has no writing."""
+        return ""
 
     def encode(self, text: str) -> Encoding:
         """Ids of a text; a literal end-of-text marker in it is spelled out like any other text."""
@@ -60,42 +78,132 @@ class Tokenizer:
 
 
 class Bpe(Tokenizer):
-    """Byte-level BPE of the `tokenizers` library, no normaliser, no added space; saved in that library's own format."""
+    """A tokenizer of the `tokenizers` library, saved in that library's own format; ours is byte-level BPE without a normaliser.
+
+    `eos_token` ends a document. Batches are encoded by tiktoken where it is installed and the merges allow it: the ids are the same.
+    """
 
     kind = "bpe"
 
-    def __init__(self, inner):
+    def __init__(self, inner, eos_token: str = END_OF_TEXT):
         self.inner = inner
         # A literal "<|endoftext|>" in a document is text and must not end it.
         self.inner.encode_special_tokens = True
         self.vocab_size = inner.get_vocab_size()
-        self.eos_id = inner.token_to_id(END_OF_TEXT)
+        self.eos_id = inner.token_to_id(eos_token)
+        # Appended to the file when saved, because the format has no place for it.
+        self.eos_token = eos_token
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        added = self.inner.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special) | {self.eos_id}
+
+    def literal(self, control_id: int) -> str:
+        return self.inner.id_to_token(control_id)
 
     def encode(self, text: str) -> Encoding:
         return Encoding(self.inner.encode(text, add_special_tokens=False).ids)
 
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The merges in the order they are applied, as bytes. Raises KeyError for a vocabulary that is not byte-level."""
+        alphabet = {c: b for b, c in _byte_alphabet().items()}
+        return [tuple(bytes(alphabet[c] for c in side) for side in pair) for pair in _saved_merges(json.loads(self.inner.to_str()))]
+
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
+        if self._fast is not None:
+            return [self.encode(t) if len(t) > FAST_CHARS_MAX else Encoding(self._fast.encode_ordinary(t)) for t in texts]
         return [Encoding(e.ids) for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @property
+    def encoder(self) -> str:
+        """Which library encodes batches."""
+        return "tokenizers" if self._fast is None else "tiktoken"
+
+    @cached_property
+    def _fast(self):
+        """The same merges in tiktoken, or None where it is absent, cannot hold them, or answers otherwise on a hard text."""
+        ranks = _tiktoken_ranks(self.inner, self._pieces, self.control_ids)
+        try:
+            import tiktoken
+        except ImportError:
+            return None
+        if ranks is None:
+            return None
+        fast = tiktoken.Encoding("stackproof", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+        same = all(fast.encode_ordinary(t) == self.encode(t).ids for t in HARD_TEXTS)
+        return fast if same else None
+
     def decode(self, ids: Iterable[int]) -> str:
+        if self._pieces is None:
+            return self.inner.decode([i for i in ids if i not in self.control_ids], skip_special_tokens=False)
         pieces = [self._pieces[i] for i in ids]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
-        """The exact bytes of every id; the end of text decodes to nothing."""
+    def _pieces(self) -> list[bytes] | None:
+        """The exact bytes of every id, control ids none; None for a vocabulary that is not byte-level."""
+        if not _is_byte_level(self.inner):
+            return None
         alphabet = {c: b for b, c in _byte_alphabet().items()}
         pieces = [self.inner.id_to_token(i) for i in range(self.vocab_size)]
         if None in pieces:
             raise ValueError(f"id {pieces.index(None)} of {self.vocab_size} stands for nothing")
-        return [b"" if i == self.eos_id else bytes(alphabet[c] for c in p) for i, p in enumerate(pieces)]
+        added = self.inner.get_added_tokens_decoder()
+        return [b"" if i in self.control_ids else p.encode() if i in added else bytes(alphabet[c] for c in p) for i, p in enumerate(pieces)]
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        return np.array([len(p) for p in self._pieces], np.int32)
+        if self._pieces is not None:
+            return np.array([len(p) for p in self._pieces], np.int32)
+        return np.array(
+            [0 if i in self.control_ids else _written_bytes(self.inner.id_to_token(i)) for i in range(self.vocab_size)], np.int32
+        )
 
     def to_bytes(self) -> bytes:
-        return self.inner.to_str(pretty=False).encode()
+        saved = self.inner.to_str(pretty=False)
+        if self.eos_token == _known_end(self.inner):
+            return saved.encode()
+        # The library's format has no place for the choice of another end of text.
+        return canonical_json({"stackproof_tokenizer": "hf", "eos_token": self.eos_token, "tokenizer": saved})
+
+
+def _known_end(inner) -> str | None:
+    """The first token of KNOWN_ENDS that a vocabulary has."""
+    return next((t for t in KNOWN_ENDS if inner.token_to_id(t) is not None), None)
+
+
+def _is_byte_level(inner) -> bool:
+    """Whether the vocabulary spells bytes by GPT-2's table."""
+    decoder = json.loads(inner.to_str()).get("decoder") or {}
+    kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", ()))}
+    return "ByteLevel" in kinds
+
+
+def _written_bytes(piece: str) -> int:
+    """Bytes of text behind a piece of a SentencePiece or WordPiece vocabulary."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return 1
+    return len(piece.removeprefix("##").replace("▁", " ").encode())
+
+
+def _saved_merges(saved: dict) -> list[list[str]]:
+    """Merges of a saved tokenizer, of which older files hold each as one string."""
+    return [m if isinstance(m, list) else m.split(" ") for m in saved["model"]["merges"]]
+
+
+def _tiktoken_ranks(inner, pieces: list[bytes] | None, control_ids: frozenset[int]) -> dict[bytes, int] | None:
+    """Bytes to rank for tiktoken, or None for what it cannot express: another way of cutting words, a normaliser, ids out of order."""
+    saved = json.loads(inner.to_str())
+    cut = saved.get("pre_tokenizer") or {}
+    plain = cut.get("type") == "ByteLevel" and not cut.get("add_prefix_space") and cut.get("use_regex", True)
+    if pieces is None or not plain or saved.get("normalizer") or len(saved["added_tokens"]) != len(control_ids):
+        return None
+    made = [saved["model"]["vocab"]["".join(m)] for m in _saved_merges(saved)]
+    if any(a >= b for a, b in zip(made, made[1:])) or saved["model"].get("ignore_merges"):
+        return None
+    ranks = {p: i for i, p in enumerate(pieces) if i not in control_ids}
+    return ranks if len(ranks) == len(pieces) - len(control_ids) else None
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -151,19 +259,25 @@ class Chars(Tokenizer):
         return canonical_json({"stackproof_tokenizer": "char", "symbols": self.symbols})
 
 
-def train_tokenizer(cfg: BpeTokenizer | ByteTokenizer | CharTokenizer, texts: Iterable[str]) -> Tokenizer:
-    """Build the declared tokenizer from texts; the same texts in the same order give the same bytes."""
+def make_tokenizer(cfg: BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, texts: Iterable[str]) -> Tokenizer:
+    """Train the declared tokenizer on texts, or load it; the same texts in the same order give the same bytes.
+
+    Raises DataError for a file that is no tokenizer, or texts too short for the vocabulary.
+    """
     match cfg:
         case BpeTokenizer():
-            return _train_bpe(cfg.vocab_size, texts)
+            return train_bpe(cfg.vocab_size, texts, cfg.special_tokens)
         case ByteTokenizer():
             return Bytes()
         case CharTokenizer():
             return Chars("".join(sorted(set().union(*texts))))
+        case FileTokenizer():
+            return load_tokenizer(Path(cfg.path), eos_token=cfg.eos_token)
     assert_never(cfg)
 
 
-def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Bpe:
+def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[str] = ()) -> Bpe:
+    """Byte-level BPE by the `tokenizers` library. Ids: control tokens, 256 bytes, then merges in the order they were made."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -171,40 +285,64 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Bpe:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(dict.fromkeys((END_OF_TEXT, *special_tokens))),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
     return Bpe(inner)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a saved tokenizer. Raises DataError naming the file if it is damaged or of an unknown kind."""
+def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
+    """Read a saved tokenizer, ours or any tokenizer.json of the Hugging Face format.
+
+    `eos_token` names the token that ends a document; empty takes the first known one. Raises DataError naming the file if it is
+    damaged, of an unknown kind, or has no such token.
+    """
     try:
-        return _parse(path.read_bytes())
+        return _parse(path.read_bytes(), eos_token)
     except Exception as e:  # the tokenizers library raises bare Exception
         raise DataError(
             f"{path} is not a tokenizer: {e}",
-            allowed="the tokenizer.json of a run or prepared corpus",
-            next_step="restore it from the run directory",
+            allowed="the tokenizer.json of a run, of prepared data, or of the Hugging Face format",
+            next_step="restore it, or name its end of text with data.tokenizer.eos_token",
         ) from e
 
 
-def _parse(data: bytes) -> Tokenizer:
+def _parse(data: bytes, eos_token: str) -> Tokenizer:
     """The tokenizer that bytes describe. Raises ValueError or whatever the library raises if they describe none we can trust."""
     match json.loads(data):
         case {"model": _}:
-            from tokenizers import Tokenizer as Inner
-
-            inner = Inner.from_str(data.decode("utf-8"))
-            if inner.token_to_id(END_OF_TEXT) is None:
-                raise ValueError(f"it has no {END_OF_TEXT} token")
-            if inner.normalizer is not None:
-                raise ValueError("it has a normaliser, so text would not survive it")
-            loaded = Bpe(inner)
-            _ = loaded.token_bytes  # every id must stand for bytes
-            return loaded
+            return _from_library(data.decode("utf-8"), eos_token)
+        case {"stackproof_tokenizer": "hf", "eos_token": str(saved_eos), "tokenizer": str(saved)}:
+            return _from_library(saved, saved_eos)
         case {"stackproof_tokenizer": "byte"}:
             return Bytes()
         case {"stackproof_tokenizer": "char", "symbols": str(symbols)} if symbols and len(set(symbols)) == len(symbols):
             return Chars(symbols)
     raise ValueError("it is of no known kind")
+
+
+def _from_library(saved: str, eos_token: str) -> Bpe:
+    from tokenizers import Tokenizer as Inner
+
+    inner = Inner.from_str(saved)
+    end = eos_token or _known_end(inner)
+    if end is None or inner.token_to_id(end) is None:
+        raise ValueError(f"it has no token {eos_token or ' or '.join(KNOWN_ENDS)} that could end a text")
+    loaded = Bpe(inner, end)
+    _ = loaded.token_bytes  # every id must stand for bytes
+    return loaded
+
+
+HARD_TEXTS = (
+    "hello ! how are you ?  two  spaces, a\ttab, a\r\nline end and \u00a0 no-break space",
+    "naïve café — “quotes”, 漢字, עברית, emoji 👩‍👩‍👧 and a combining e\u0301",
+    "<|endoftext|> is text here, and so is <|endoftext|><|endoftext|>",
+    "def f(x):\n    return x**2  # 1e-5, 0x1F, ::, ->, ...\n",
+    "it's they'll we've I'M   \n\n  \t end  ",
+    "",
+    " ",
+    "\x00\x01\x7f",
+)

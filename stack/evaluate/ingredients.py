@@ -58,6 +58,8 @@ def _model_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch:
         "declared_parameter_count": parameter_count(m.model_dump(), vocab_size),
         "declared_architecture": m.model_dump(),
         "rotary_tables": (model.rotary.cos, model.rotary.sin),
+        "embedding": model.embed,
+        "packed_logits": lambda ids_BT, document_ids_BT: model(ids_BT, document_ids_BT=document_ids_BT),
         "embedding_weight": model.embed.weight,
         "head_weight": model.head_weight,
         "loss_batch": (ids[:, :-1], ids[:, 1:]) if loss_batch is None else (loss_batch.input_ids, loss_batch.labels),

@@ -1,4 +1,4 @@
-"""Causal attention through torch's fused scaled_dot_product_attention.
+"""Causal attention, of whole rows and of documents packed into rows, through torch's fused scaled_dot_product_attention.
 
 B batch, N query heads, K key/value heads, T queries, S keys, H head_dim
 """
@@ -28,6 +28,20 @@ def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     mask_TS = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, enable_gqa=grouped(q_BNTH, k_BKSH))
+
+
+def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor) -> Tensor:
+    """softmax(q·k/√H)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // (N/K).
+
+    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
+    """
+    return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, enable_gqa=grouped(q_BNTH, k_BKTH))
+
+
+def document_mask(start_BT: Tensor) -> Tensor:
+    """Which keys each query may see, (B, 1, T, T) bool: its own and those back to `start_BT`, the first index of its document."""
+    index_T = torch.arange(start_BT.shape[1], device=start_BT.device)
+    return ((index_T <= index_T[:, None]) & (index_T >= start_BT[:, :, None]))[:, None]
 
 
 def grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:

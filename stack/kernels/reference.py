@@ -29,6 +29,34 @@ def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
     return out
 
 
+def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor) -> Tensor:
+    """softmax(q·k/√H)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // G.
+
+    Returns shape (B, N, T, H), dtype of the input; exact to float64 rounding for float64 input. One query at a time.
+    """
+    B, N, T, H = q_BNTH.shape
+    G = N // k_BKTH.shape[1]
+    out = torch.empty_like(q_BNTH)
+    for b in range(B):
+        for n in range(N):
+            for t in range(T):
+                seen = mask_B1TT[b, 0, t].nonzero()[:, 0]
+                scores_S = k_BKTH[b, n // G, seen] @ q_BNTH[b, n, t] / math.sqrt(H)
+                weights_S = (scores_S - scores_S.max()).exp()
+                out[b, n, t] = (weights_S / weights_S.sum()) @ v_BKTH[b, n // G, seen]
+    return out
+
+
+def document_mask(start_BT: Tensor) -> Tensor:
+    """Which keys each query may see, (B, 1, T, T) bool: its own and those back to `start_BT`, the first index of its document."""
+    B, T = start_BT.shape
+    mask_B1TT = torch.zeros(B, 1, T, T, dtype=torch.bool)
+    for b in range(B):
+        for t in range(T):
+            mask_B1TT[b, 0, t, int(start_BT[b, t]) : t + 1] = True
+    return mask_B1TT
+
+
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """gate·sigmoid(gate)·up, element by element. Source: arXiv:2002.05202."""
     return gate_BTF / (1 + torch.exp(-gate_BTF)) * up_BTF

@@ -44,3 +44,7 @@ class Rotary(nn.Module):
     def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows `start … stop−1` of both tables, each (T, H/2)."""
         return self.cos[start:stop], self.sin[start:stop]
+
+    def at(self, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of both tables at each token's own position (int64), each (B, 1, T, H/2): one for all heads."""
+        return self.cos[position_BT][:, None], self.sin[position_BT][:, None]

@@ -1,9 +1,11 @@
 """Plants in corpora, shards and the reader."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from contracts import data as checks
-from stack.data import prepare, reader, shards
+from stack.data import permutation, reader, shards, stages
 from stack.museum.plant import plant, swap
 
 
@@ -16,9 +18,9 @@ from stack.museum.plant import plant, swap
     sources=("https://github.com/pytorch/pytorch/issues/31771", "https://github.com/pytorch/pytorch/issues/11324"),
 )
 def epoch_order_constant():
-    original = reader.order_key
+    original = permutation.order_key
 
-    with swap(reader, "order_key", lambda seed, epoch: original(seed, 0)):
+    with swap(permutation, "order_key", lambda seed, epoch, source="": original(seed, 0, source)):
         yield
 
 
@@ -31,7 +33,7 @@ def epoch_order_constant():
     sources=("https://github.com/allenai/OLMo-core/issues/316",),
 )
 def sequential_order():
-    with swap(reader, "permute", lambda positions, n, key: positions):
+    with swap(permutation, "permute", lambda positions, n, key: positions):
         yield
 
 
@@ -83,6 +85,53 @@ def rank_stride_one():
 
 
 @plant(
+    "data.split-then-mix",
+    gate="data.coverage",
+    title="The split by rank is lost when sources are mixed",
+    story="Each source is split by rank, then a wrapper that mixes them rebuilds the list from the whole. Every rank walks its own copy "
+    "from the start, so all deliver the same rows in the same order. The test of the splitter itself stays green.",
+    sources=("https://github.com/huggingface/datasets/issues/7868", "https://github.com/pytorch/torchtitan/issues/3131"),
+)
+def split_then_mix():
+    original = reader.Reader.draw
+
+    def own_copy(self):
+        rank, world_size, before = self.rank, self.world_size, self.cursor
+        self.rank, self.world_size, self.cursor = 0, 1, before // world_size
+        try:
+            b = original(self)
+        finally:
+            self.rank, self.world_size, self.cursor = rank, world_size, before + self.rows * world_size
+        return replace(b, cursor_before=before, cursor_after=self.cursor)
+
+    with swap(reader.Reader, "draw", own_copy):
+        yield
+
+
+@plant(
+    "data.workers-share-generator",
+    gate="data.coverage",
+    title="Every worker draws the same random rows",
+    story="The random generator is made when the data set is, and copied into every worker with its state. Half of the draws are "
+    "duplicates. Seeding the global generator per worker does not help, because this one is the data set's own.",
+    sources=("https://github.com/pytorch/pytorch/issues/5059", "https://github.com/facebookresearch/fairseq/issues/1383"),
+)
+def workers_share_generator():
+    original = reader.Reader.draw
+
+    def copied(self):
+        b = original(self)
+        self.copied = getattr(self, "copied", None) or np.random.default_rng(self.seed)
+        windows = self.copied.integers(0, self.n_windows, self.rows)
+        rows = self.stream.rows(windows, self.seq_len)
+        tokens = {"input_ids": reader.torch.from_numpy(rows.input_ids), "labels": reader.torch.from_numpy(rows.labels)}
+        return replace(b, **tokens, sample_ids=tuple(windows.tolist()))
+
+    with swap(reader.Reader, "draw", copied):
+        yield
+
+
+@plant(
     "data.head-only",
     gate="data.coverage",
     title="Only the head of the corpus is read",
@@ -91,12 +140,12 @@ def rank_stride_one():
     sources=("https://github.com/allenai/OLMo-core/issues/147",),
 )
 def head_only():
-    original = reader.permute
+    original = permutation.permute
 
     def truncated(positions, n, key):
         return original(positions, n, key) % max(1, n // 2)
 
-    with swap(reader, "permute", truncated):
+    with swap(permutation, "permute", truncated):
         yield
 
 
@@ -113,7 +162,7 @@ def labels_unshifted():
 
     def unshifted(self):
         b = original(self)
-        return reader.Batch(b.input_ids, b.input_ids.clone(), b.sample_ids, b.epoch, b.cursor_before, b.cursor_after)
+        return replace(b, labels=b.input_ids.clone())
 
     with swap(reader.Reader, "draw", unshifted):
         yield
@@ -135,7 +184,7 @@ def placeholder_on_exhaustion():
             return original(self)
         except reader.StreamExhausted:
             zeros = reader.torch.zeros(self.rows, self.seq_len, dtype=reader.torch.int64)
-            return reader.Batch(zeros, zeros, (0,) * self.rows, 0, self.cursor, self.cursor)
+            return reader.Batch(zeros, zeros, (0,) * self.rows, 0, self.cursor, self.cursor, None, (0,) * self.rows, (0,) * self.rows)
 
     with swap(reader.Reader, "draw", placeholder):
         yield
@@ -188,7 +237,8 @@ def eos_missing():
     original = shards.pack_ids
 
     def without_end(ids, vocab_size):
-        return original(list(ids)[:-1] or list(ids), vocab_size)
+        packed = original(ids, vocab_size)
+        return packed[:0] if len(packed) == 1 else packed
 
     with swap(shards, "pack_ids", without_end):
         yield
@@ -203,16 +253,15 @@ def eos_missing():
     sources=("https://github.com/openai/parameter-golf/issues/2127", "https://github.com/huggingface/datasets/issues/4261"),
 )
 def split_overlap():
-    original = prepare.split_texts
+    original = stages.sides
 
-    def overlapping(cfg, texts):
-        sides = original(cfg, texts)
-        return {
-            "train": sides["train"] + sides["validation"][: max(1, len(sides["validation"]) * 8 // 10)],
-            "validation": sides["validation"],
-        }
+    def overlapping(cfg, texts, hashes):
+        for n, (split, text, digest) in enumerate(original(cfg, texts, hashes)):
+            yield split, text, digest
+            if split == "validation" and n % 10 < 8:
+                yield "train", text, digest
 
-    with swap(prepare, "split_texts", overlapping):
+    with swap(stages, "sides", overlapping):
         yield
 
 
@@ -225,14 +274,14 @@ def split_overlap():
     sources=("https://github.com/marin-community/marin/issues/6742",),
 )
 def blind_scanner():
-    original = checks._span_hashes
+    original = checks.span_hashes
     calls = [0]
 
     def differently_salted(tokens, span):
         calls[0] += 1
         return original(tokens, span) ^ np.uint64(calls[0])
 
-    with swap(checks, "_span_hashes", differently_salted):
+    with swap(checks, "span_hashes", differently_salted):
         yield
 
 
@@ -245,13 +294,13 @@ def blind_scanner():
     sources=("founding note: ship-two-001",),
 )
 def tiny_corpus():
-    original = prepare.split_texts
+    original = stages.sides
 
-    def tiny(cfg, texts):
-        sides = original(cfg, texts)
-        return {"train": [t[:60] for t in sides["train"][:30]], "validation": sides["validation"]}
+    def tiny(cfg, texts, hashes):
+        for split, text, digest in original(cfg, texts, hashes):
+            yield split, text if split == "validation" else text[:60], digest
 
-    with swap(prepare, "split_texts", tiny):
+    with swap(stages, "sides", tiny):
         yield
 
 
@@ -270,7 +319,7 @@ def window_drawn_twice():
         b = original(self)
         last = getattr(self, "_last", b)
         self._last = b
-        return reader.Batch(last.input_ids, last.labels, last.sample_ids, b.epoch, b.cursor_before, b.cursor_after)
+        return replace(last, epoch=b.epoch, cursor_before=b.cursor_before, cursor_after=b.cursor_after)
 
     with swap(reader.Reader, "draw", stale):
         yield

@@ -59,8 +59,8 @@ def bytes_scored_twice():
     sources=("https://github.com/karpathy/nanoGPT/issues/240", "https://github.com/ipolharvard/ethos-ares/issues/20"),
 )
 def dropout_active():
-    def constant(self, x_BTD, rotary, cache=None):
-        x_BTD = x_BTD + F.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache), 0.1)
+    def constant(self, x_BTD, rotary, cache=None, mask=None):
+        x_BTD = x_BTD + F.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask), 0.1)
         return x_BTD + F.dropout(self.ffn(self.ffn_norm(x_BTD)), 0.1)
 
     with swap(transformer.Block, "forward", constant):
@@ -154,17 +154,17 @@ def stop_one_round_late():
     sources=("founding note: ship-two-001",),
 )
 def diverging():
-    original = run.evaluate_batches
+    original = run.Run.measure
     factor = 1.0
 
-    def growing(*args, **options):
+    def growing(self):
         nonlocal factor
-        result = original(*args, **options)
+        result = original(self)
         loss = result.loss_nats * factor
         factor *= 3.0
         return dataclasses.replace(result, loss_nats=loss)
 
-    with swap(run, "evaluate_batches", growing):
+    with swap(run.Run, "measure", growing):
         yield
 
 

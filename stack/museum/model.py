@@ -123,6 +123,62 @@ def rows_mixed():
         yield
 
 
+@plant(
+    "model.document-mask-lost",
+    gate="model.document-isolation",
+    title="Packed documents see each other",
+    story="Several documents share a row, and the mask that should keep them apart is dropped on the way to the kernel, which falls "
+    "back to the causal one. Every document reads its predecessors. The loss looks as usual, even a little lower where neighbours "
+    "are alike.",
+    sources=("https://github.com/huggingface/nanoVLM/pull/204", "https://github.com/huggingface/trl/issues/784"),
+)
+def document_mask_lost():
+    def causal_only(start_BT):
+        rows, length = start_BT.shape
+        return torch.ones(length, length, dtype=torch.bool, device=start_BT.device).tril().expand(rows, 1, length, length)
+
+    with swap(attention, "document_mask", causal_only):
+        yield
+
+
+@plant(
+    "model.document-mask-off-by-one",
+    gate="model.document-isolation",
+    title="Document mask off by one",
+    story="The border between documents is drawn one query late: the first token of a document still sees the last token of the one "
+    "before. It is one pair in thousands. Through it every document starts from a stranger's last word.",
+    sources=("https://github.com/OpenEvaByte/evabyte/issues/10", "https://github.com/pytorch/torchtitan/issues/3130"),
+)
+def document_mask_off_by_one():
+    original = attention.document_mask
+
+    def one_pair_more(start_BT):
+        index_T = torch.arange(start_BT.shape[1], device=start_BT.device)
+        previous_TT = index_T == index_T[:, None] - 1
+        return original(start_BT) | ((start_BT == index_T)[:, :, None] & previous_TT)[:, None]
+
+    with swap(attention, "document_mask", one_pair_more):
+        yield
+
+
+@plant(
+    "model.positions-restart-late",
+    gate="model.document-isolation",
+    title="Positions restart one token late",
+    story="The counter of positions is set back after the first token of a document instead of before it. That token keeps the "
+    "position at which it follows the last document, so all others take it for far away. No mask is wrong, and no loss curve shows it.",
+    sources=("https://github.com/swiss-ai/Megatron-LM/pull/40", "https://github.com/hiyouga/LlamaFactory/pull/7754"),
+)
+def positions_restart_late():
+    original = rotary.Rotary.at
+
+    def late(self, position_BT):
+        return original(self, F.pad(position_BT[:, :-1] + 1, (1, 0)))
+
+    with swap(rotary.Rotary, "at", late):
+        yield
+
+
 def _scaled(scale):
     def whole(q_BNTH, k_BKSH, v_BKSH):
         h = q_BNTH.shape[3]
@@ -204,8 +260,9 @@ def gqa_head_order():
     sources=("https://github.com/theislab/CellFlow/pull/296",),
 )
 def attention_branch_lost():
-    def without_attention(self, x_BTD, rotary, cache=None):
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD))) + 0 * self.attention(self.attention_norm(x_BTD), rotary, cache)
+    def without_attention(self, x_BTD, rotary, cache=None, mask=None):
+        lost = self.attention(self.attention_norm(x_BTD), rotary, cache, mask)
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD))) + 0 * lost
 
     with swap(transformer.Block, "forward", without_attention):
         yield

@@ -23,6 +23,7 @@ class Plant:
     sha256: str
 
 
+ROOMS = "corpus data tokenizer curriculum model loss optim schedule checkpoint evaluation sampling runtime".split()
 PLANTS: dict[str, Plant] = {}
 _touches = 0
 
@@ -73,6 +74,6 @@ def touches() -> int:
 
 def load_museum() -> dict[str, Plant]:
     """Import every room and return all plants by id."""
-    for room in ("data", "tokenizer", "model", "loss", "optim", "schedule", "checkpoint", "evaluation", "sampling", "runtime"):
+    for room in ROOMS:
         importlib.import_module(f"stack.museum.{room}")
     return PLANTS

@@ -1,8 +1,6 @@
 """Proves gates: green on the clean stack, red on every plant, by the gate that is named and by no crash."""
 
-import json
 import os
-import pydoc_data.topics
 import tempfile
 import time
 from collections import Counter
@@ -16,24 +14,10 @@ from contracts.gate import Verdict, call_check, not_run
 from spec.errors import ConfigError, GateFailed
 from spec.gates import Gate, load_spec
 from spec.records import GateResult, Kill, Record
-from stack.config import (
-    AdamW,
-    BpeTokenizer,
-    CheckpointConfig,
-    Cosine,
-    DataConfig,
-    EvalConfig,
-    Files,
-    HashSplit,
-    ModelConfig,
-    Patience,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
 from stack.data.prepare import prepare
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder
+from stack.museum.collection import museum_config, write_texts
 from stack.museum.plant import Plant, load_museum, touches
 from stack.train import session
 from stack.train.listener import Listener
@@ -47,46 +31,13 @@ NOT_COVERED = (
 )
 
 
-def museum_config(text: Path) -> RunConfig:
-    """A small run in which every planted property can break: dropout, accumulation, grouped heads, length beyond 256, real text."""
-    return RunConfig(
-        recipe="museum",
-        seed=11,
-        device="cpu",
-        data=DataConfig(
-            corpus=Files(paths=(str(text),), license="PSF-2.0"),
-            split=HashSplit(validation_frac=0.2),
-            tokenizer=BpeTokenizer(vocab_size=384),
-        ),
-        model=ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, max_seq_len=288, dropout=0.1),
-        train=TrainConfig(max_steps=28, tokens_per_step=4 * 288, micro_batch_size=2),
-        optim=AdamW(lr=3e-3, max_grad_norm=0.5),
-        schedule=Cosine(warmup_steps=8),
-        eval=EvalConfig(every=7, batches=4, batch_size=4),
-        stop=Patience(expected_gain_nats=0.3),
-        sample=SampleConfig(every=2, max_new_tokens=48),
-        checkpoint=CheckpointConfig(every=14),
-    )
-
-
-def museum_texts() -> list[str]:
-    """Help topics of the interpreter that do not mostly repeat earlier ones: real English, on every machine."""
-    topics, seen, chosen = pydoc_data.topics.topics, set(), []
-    for name in sorted(topics, key=lambda n: (-len(topics[n]), n)):
-        lines = {line.strip() for line in topics[name].splitlines() if len(line.strip()) > 20}
-        if len(lines & seen) <= 0.1 * len(lines):
-            chosen.append(topics[name])
-            seen |= lines
-    return chosen
-
-
 @contextmanager
 def workshop() -> Iterator[Path]:
-    """A temporary folder with the museum's text and a data cache of its own; one thread, so that small models run fast."""
+    """A temporary folder with the museum's texts and a data cache of its own; one thread, so that small models run fast."""
     threads, former = torch.get_num_threads(), os.environ.get("STACKPROOF_CACHE")
     with tempfile.TemporaryDirectory(prefix="stackproof-museum-") as folder:
         root = Path(folder)
-        (root / "topics.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
+        write_texts(root)
         torch.set_num_threads(1)
         try:
             yield root
@@ -107,7 +58,7 @@ class Prover:
 
     def __init__(self, root: Path):
         self.root, self.spec = root, load_spec()
-        self.cfg = museum_config(root / "topics.jsonl")
+        self.cfg = museum_config(root)
         self._runs = 0
 
     def control(self, gate_ids: Iterable[str]) -> dict[str, GateResult]:
@@ -121,7 +72,7 @@ class Prover:
 
     def planted(self, gate: Gate, plant: Plant) -> tuple[str, Verdict, str]:
         """(outcome, verdict, latency) of one gate on one plant. Data are prepared under the plant where the gate judges data."""
-        _set_cache(self.root / (plant.id if gate.subsystem in ("data", "tokenizer") else "cache"))
+        _set_cache(self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache"))
         before = touches()
         try:
             with plant.apply():
@@ -235,7 +186,7 @@ def open_builder() -> RecordBuilder:
     return RecordBuilder(
         kind="falsification",
         spec=load_spec(),
-        config=museum_config(Path("topics.jsonl")).to_dict(),
+        config=museum_config(Path()).to_dict(),
         claim=CLAIM,
         not_covered=NOT_COVERED,
         environment=environment(),

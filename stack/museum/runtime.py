@@ -184,7 +184,7 @@ def lr_spike():
     original = steps.lr_at
 
     def spiking(step, optim, schedule, max_steps):
-        return original(step, optim, schedule, max_steps) * (100 if step > 16 else 1)
+        return original(step, optim, schedule, max_steps) * (1000 if step > 16 else 1)
 
     with swap(steps, "lr_at", spiking):
         yield

@@ -106,3 +106,42 @@ def monitor_blind():
 
     with swap(run, "generate", looping):
         yield
+
+
+@plant(
+    "sampling.article-everywhere",
+    gate="sampling.dominance",
+    title="One article between all words",
+    story="A defect in the data teaches the model that a fifth of all words is one article. Every second word of a sample is fine, so "
+    "scores of diversity are fine, and the loss is what it always was.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def article_everywhere():
+    original = run.Sampled
+
+    def said(**event):
+        words = event["text"].split() * 8
+        return original(**{**event, "text": " the ".join(words)})
+
+    with swap(run, "Sampled", said):
+        yield
+
+
+@plant(
+    "sampling.training-text-recited",
+    gate="sampling.memorised",
+    title="The model recites its corpus",
+    story="A sample stands out by its low loss and reads well, which is taken for progress. It is a passage of the training text, word for "
+    "word, and the held-out loss has been rising since.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def training_text_recited():
+    original = run.Run.sample
+
+    def reciting(self):
+        passage = self.dataset.train.token_range(200, 296).tolist()
+        with swap(run, "generate", lambda model, ids, **options: passage):
+            original(self)
+
+    with swap(run.Run, "sample", reciting), swap(run.Run, "own_loss", lambda self, prompt_ids, ids: 0.1):
+        yield

@@ -1,5 +1,9 @@
 """Plants in tokenizers."""
 
+import json
+from collections import Counter
+
+from contracts.tokenizer import WORDS
 from stack.data import prepare
 from stack.data import tokenizer as tokenizers
 from stack.museum.plant import plant, swap
@@ -57,7 +61,7 @@ def special_from_corpus():
     original = tokenizers.Bpe.encode_batch
 
     def unguarded(self, texts):
-        self.inner.encode_special_tokens = False
+        self.inner.encode_special_tokens, self._fast = False, None
         try:
             return original(self, texts)
         finally:
@@ -76,15 +80,53 @@ def special_from_corpus():
     sources=("https://github.com/Lightning-AI/litgpt/issues/1734", "https://github.com/Lightning-AI/litgpt/issues/1772"),
 )
 def other_merges():
-    original = prepare._open
+    original = prepare.open_folder
 
-    def with_another(folder, verify):
-        dataset = original(folder, verify)
-        cfg = tokenizers.BpeTokenizer(vocab_size=dataset.tokenizer.vocab_size)
-        dataset.tokenizer = tokenizers.train_tokenizer(
-            cfg, ["other words give other merges, and every id is still valid "] * 50 + [str(n) for n in range(5000)]
-        )
+    def with_another(folder, cfg):
+        dataset = original(folder, cfg)
+        texts = ["other words give other merges, and every id is still valid "] * 50 + [str(n) for n in range(5000)]
+        dataset.tokenizer = tokenizers.train_bpe(dataset.tokenizer.vocab_size, texts)
         return dataset
 
-    with swap(prepare, "_open", with_another):
+    with swap(prepare, "open_folder", with_another):
+        yield
+
+
+@plant(
+    "tokenizer.pair-counter-overflows",
+    gate="tokenizer.merges",
+    title="The pair counter overflows",
+    story="Pairs are counted in an integer that is too short for the corpus. The most frequent pair of all wraps around, looks rare, and "
+    "is never merged: on the largest corpora the commonest word stays in letters.",
+    sources=("https://github.com/huggingface/tokenizers/issues/437", "https://github.com/huggingface/tokenizers/issues/2057"),
+)
+def pair_counter_overflows():
+    original = tokenizers.train_bpe
+
+    def in_sixteen_bits(vocab_size, texts, special_tokens=()):
+        words = Counter(w for text in texts for w in WORDS.findall(text))
+        return original(vocab_size, [w * max(0, (n + 2**15) % 2**16 - 2**15) for w, n in words.items()], special_tokens)
+
+    with swap(tokenizers, "train_bpe", in_sixteen_bits):
+        yield
+
+
+@plant(
+    "tokenizer.merges-out-of-order",
+    gate="tokenizer.merges",
+    title="Merges are saved in another order",
+    story="The merges go through a set on their way into the file and come out in another order. The vocabulary is the same, every text "
+    "survives, and every text is cut in other places than in training.",
+    sources=("https://github.com/huggingface/transformers/issues/36325",),
+)
+def merges_out_of_order():
+    original = tokenizers.train_bpe
+
+    def shuffled(vocab_size, texts, special_tokens=()):
+        trained = original(vocab_size, texts, special_tokens)
+        saved = json.loads(trained.inner.to_str())
+        saved["model"]["merges"][:2] = reversed(saved["model"]["merges"][:2])
+        return tokenizers.Bpe(type(trained.inner).from_str(json.dumps(saved)))
+
+    with swap(tokenizers, "train_bpe", shuffled):
         yield

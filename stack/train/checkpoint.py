@@ -21,10 +21,10 @@ from stack.evidence.record import write_atomically
 from stack.train.randomness import default_rng_state, set_default_rng_state
 from stack.train.state import TrainState
 
-SCHEMA = "stackproof/checkpoint/1"
+SCHEMA = "stackproof/checkpoint/2"
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 STATE_KEYS = frozenset(
-    "schema step tokens_seen cursor wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
+    "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
     "config config_sha256 tokenizer_sha256 vocab_size record".split()
 )
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
@@ -71,6 +71,7 @@ def state_document(state: TrainState, *, tokenizer_sha256: str, vocab_size: int,
         "step": state.step,
         "tokens_seen": state.tokens_seen,
         "cursor": state.reader.cursor,
+        "curriculum": state.reader.order.state_dict(),
         "wall_s": round(state.wall_s, 3),
         "scaler": {k: float(v) for k, v in state.scaler.state_dict().items()},
         "stopper": state.stopper.state_dict(),
@@ -212,7 +213,12 @@ def load(folder: Path) -> Loaded:
     """
     manifest = _read_json(folder / "manifest.json")
     if manifest.get("schema") != SCHEMA or set(manifest.get("files", {})) != set(FILES):
-        raise CheckpointError(f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}", value=sorted(manifest.get("files", {})))
+        raise CheckpointError(
+            f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}",
+            value=f"{manifest.get('schema')}, {', '.join(sorted(manifest.get('files', {})))}",
+            allowed=f"{SCHEMA} with {', '.join(FILES)}",
+            next_step="use the version of stackproof that wrote it: its record names the commit",
+        )
     for name, entry in manifest["files"].items():
         _verify_file(folder / name, entry)
     document = _read_json(folder / "state.json")
@@ -275,8 +281,11 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         parameter.copy_(given[name])
 
 
-def restore(state: TrainState, loaded: Loaded) -> None:
-    """Put a checkpoint into a freshly built state of the same configuration: after this the run goes on bit for bit."""
+def restore(state: TrainState, loaded: Loaded) -> list[str]:
+    """Put a checkpoint into a freshly built state of the same configuration: after this the run goes on bit for bit.
+
+    Returns the curriculum's arms that were dropped because the configuration and the data do not have them.
+    """
     document = loaded.state
     load_model(state.model, loaded.model)
     _restore_optimizer(state, loaded.tensors)
@@ -289,6 +298,7 @@ def restore(state: TrainState, loaded: Loaded) -> None:
     state.ema_loss_nats, state.min_ema_loss_nats = document["ema_loss_nats"], document["min_ema_loss_nats"]
     state.last_val_nats, state.best = document["last_val_nats"], document["best"]
     state.probe.changed_frac()
+    return state.reader.order.load_state_dict(document["curriculum"])
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:

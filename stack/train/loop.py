@@ -4,6 +4,7 @@ import time
 
 from contracts.events import BatchDrawn
 from spec.errors import Stopped
+from stack.config import BanditCurriculum
 from stack.data.reader import Batch
 from stack.train import step as steps
 from stack.train.run import Run
@@ -24,6 +25,8 @@ def train_loop(run: Run) -> tuple[str, str]:
             report = steps.train_step(state, batches)
             run.after_step(report, batches, time.perf_counter() - started)
 
+            if isinstance(cfg.curriculum, BanditCurriculum) and state.step % cfg.curriculum.probe_every == 0:
+                run.probe()
             last = state.step == cfg.train.max_steps
             evaluated = last or state.step % cfg.eval.every == 0
             if evaluated and run.evaluate() and not last:
@@ -33,9 +36,10 @@ def train_loop(run: Run) -> tuple[str, str]:
             run.flush_line()
 
             new_best = evaluated and state.best.get("step") == state.step
-            if last or new_best or state.step % cfg.checkpoint.every == 0 or requests.checkpoint or requests.stop:
+            asked = requests.checkpoint and state.step % cfg.checkpoint.signal_boundary == 0
+            if last or new_best or state.step % cfg.checkpoint.every == 0 or asked or requests.stop:
                 run.save()
-                requests.checkpoint = False
+                requests.checkpoint = requests.checkpoint and not asked
             stop_if_asked(requests, run)
             if last:
                 break
@@ -54,6 +58,8 @@ def draw(run: Run) -> list[Batch]:
             sample_ids=tuple(i for b in batches for i in b.sample_ids),
             epoch=batches[-1].epoch,
             n_tokens=sum(b.input_ids.numel() for b in batches),
+            sources=tuple(s for b in batches for s in b.sources),
+            epochs=tuple(e for b in batches for e in b.epochs),
         )
     )
     return batches

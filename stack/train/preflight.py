@@ -75,7 +75,11 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
     build = lambda: build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)  # noqa: E731
     ingredients: dict[str, Any] = data_ingredients(
-        cfg, dataset, n_params=n_params, planned_tokens=cfg.train.max_steps * cfg.train.tokens_per_step
+        cfg,
+        dataset,
+        n_params=n_params,
+        planned_tokens=cfg.train.max_steps * cfg.train.tokens_per_step,
+        order_seed=stream_seed(cfg.seed, "order"),
     )
     ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
     ingredients |= _training_ingredients(cfg, dataset, device, build)
@@ -118,7 +122,7 @@ def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device
 def _window_nats(state: TrainState, window: Batch) -> float:
     state.model.eval()
     with state.autocast():
-        nats = losses.cross_entropy_sum(state.model(window.input_ids.to(state.device)), window.labels.to(state.device))
+        nats = losses.cross_entropy_sum(state.model(*steps.on_device(window, state.device)), window.labels.to(state.device))
     state.model.train()
     return float(nats) / losses.count_valid(window.labels)
 
@@ -245,6 +249,7 @@ def digest(state: TrainState) -> dict[str, Any]:
     parts |= {n: tensor_sha256(t) for n, t in checkpoint.optimizer_tensors(state).items()}
     parts |= {n: tensor_sha256(t) for n, t in checkpoint.default_rng_state().items()}
     parts |= {"cursor": state.reader.cursor, "step": state.step, "tokens_seen": state.tokens_seen}
+    parts["curriculum"] = state.reader.order.state_dict()
     parts |= {"lr": state.optimizer.param_groups[0]["lr"], "scaler": state.scaler.state_dict()}
     parts["samples_per_step"] = state.cfg.train.tokens_per_step // state.cfg.model.max_seq_len
     return parts

@@ -1,5 +1,6 @@
 """A run while it goes on: what it holds, and the bookkeeping after each step, evaluation, sample and save."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from contracts.events import Evaluated, Sampled, StepTaken
 from contracts.keeper import Gatekeeper
 from contracts.sampling import coherence
+from spec.records import Artefact
 from stack.config import RunConfig
+from stack.data.ingredients import found_in
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
-from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches
+from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
@@ -22,6 +25,8 @@ from stack.train.randomness import generator
 from stack.train.rundir import RunDir
 from stack.train.state import TrainState
 from stack.train.step import StepReport
+
+MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is looked for
 
 
 @dataclass
@@ -39,10 +44,12 @@ class Run:
     peak_flops: float
     flops_per_step: float
     held_out: list[Batch] = field(default_factory=list)
+    probes: dict[str, Batch] = field(default_factory=dict)
     random_loss_nats: float = 0.0
     line: dict[str, Any] = field(default_factory=dict)
     process_s: float = 0.0
     last_val: Evaluation | None = None
+    kept: list[Artefact] = field(default_factory=list)
 
     def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
         """Update running numbers, prepare the log line and show the step to the gates."""
@@ -62,6 +69,7 @@ class Run:
             "tokens_per_s": n_tokens / wall_s,
             "epoch": batches[-1].epoch,
         }
+        self._log_draws(batches)
         self.listener.on_step(self.line, self.cfg.train.max_steps)
         self.keeper.observe(
             StepTaken(
@@ -81,6 +89,13 @@ class Run:
                 overflow_retries=report.overflow_retries,
             )
         )
+
+    def _log_draws(self, batches: Sequence[Batch]) -> None:
+        """Enter into the data ledger how many rows of which source the step read."""
+        names = [s.name for s in self.state.reader.order.sources]
+        if len(names) > 1:
+            drawn = Counter(names[s] for b in batches for s in b.sources)
+            self.dir.log("curriculum.jsonl", step=self.state.step, event="rows", rows=dict(sorted(drawn.items())))
 
     def evaluate(self) -> bool:
         """Held-out loss on the same batches as always. Returns whether the stop rule says stop."""
@@ -105,6 +120,15 @@ class Run:
         )
         return decision.stop
 
+    def probe(self) -> None:
+        """Measure the held-out loss of every source, end the bandit's turn with it, and log both."""
+        sizes = self.dataset.tokenizer.token_bytes
+        evaluated = {
+            source: evaluate_batches(self.state.model, [batch], sizes, device=self.device, autocast=self.state.autocast).loss_nats
+            for source, batch in self.probes.items()
+        }
+        self.dir.log("curriculum.jsonl", step=self.state.step, event="turn", **self.state.reader.order.reward(evaluated))
+
     def measure(self) -> Evaluation:
         """Held-out loss, without telling anyone."""
         sizes = self.dataset.tokenizer.token_bytes
@@ -126,11 +150,29 @@ class Run:
             generator=generator(self.cfg.seed, "sample", step),
             eos_id=None,
         )
-        text = tokenizer.decode(ids)
+        text, loss_nats = tokenizer.decode(ids), self.own_loss(prompt_ids, ids)
         score = coherence(text, cfg.language)
-        self.dir.log("samples.jsonl", step=step, prompt=cfg.prompt, text=text, score=score.score, parts=dict(score.parts))
+        line = {"text": text, "score": score.score, "loss_nats": loss_nats, "parts": dict(score.parts)}
+        self.dir.log("samples.jsonl", step=step, prompt=cfg.prompt, **line)
         self.listener.on_sample(step, cfg.prompt, text, score.score)
-        self.keeper.observe(Sampled(step=step, text=text, prompt=cfg.prompt, language=cfg.language))
+        self.keeper.observe(
+            Sampled(
+                step=step,
+                text=text,
+                prompt=cfg.prompt,
+                language=cfg.language,
+                loss_nats=loss_nats,
+                found_in_corpus=lambda: found_in(ids, self.dataset.train, MAX_SEARCHED_TOKENS),
+            )
+        )
+
+    def own_loss(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> float:
+        """Mean loss of the model on what it drew itself, nats per token, at temperature 1."""
+        context = torch.tensor([*prompt_ids, *ids])[-self.cfg.model.max_seq_len - 1 :]
+        n = min(len(ids), len(context) - 1)
+        with evaluating(self.state.model), self.state.autocast():
+            logits_TV = self.state.model(context[None, :-1].to(self.device))[0, -n:]
+        return float(token_nats(logits_TV[None], context[None, -n:].to(self.device)).mean())
 
     def save(self) -> None:
         """Write a checkpoint, let the artifact gates judge it, move the pointers, then delete what is no longer kept."""
@@ -157,7 +199,8 @@ class Run:
 
     def plan(self) -> dict[str, Any]:
         """What the run declares to its gates."""
-        cfg = self.cfg
+        cfg, order = self.cfg, self.state.reader.order
+        rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
         return {
             "peak_lr": cfg.optim.lr,
             "warmup_steps": cfg.schedule.warmup_steps,
@@ -165,8 +208,11 @@ class Run:
             "max_steps": cfg.train.max_steps,
             "tokens_per_step": cfg.train.tokens_per_step,
             "tokens_seen": self.state.tokens_seen,
-            "rows_per_step": cfg.train.tokens_per_step // cfg.model.max_seq_len,
+            "rows_per_step": rows_per_step,
             "cursor": self.state.reader.cursor,
-            "n_windows": self.dataset.train.n_windows(cfg.model.max_seq_len),
+            "sources": [{k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")} for s in order.sources],
+            "drawn": order.counts(self.state.reader.cursor).tolist(),
+            "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
+            "warmup_sources": list(cfg.curriculum.warmup_sources),
             "random_loss_nats": self.random_loss_nats,
         }

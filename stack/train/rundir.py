@@ -8,7 +8,8 @@ from spec.canonical import canonical_json, parse_strict
 from spec.errors import CheckpointError, IntegrityError, UsageError
 from stack.evidence.record import write_atomically
 
-SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "events.jsonl")
+SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "curriculum.jsonl", "events.jsonl")
+STEPPED = SERIES[:4]  # rewound when a run goes on from an earlier step
 
 
 class RunDir:
@@ -48,7 +49,7 @@ class RunDir:
     def rewind(self, step: int) -> int:
         """Cut every series back to lines of at most `step`, so that replayed steps are not logged twice. Returns lines cut."""
         cut = 0
-        for name in SERIES[:3]:
+        for name in STEPPED:
             path = self.path / name
             if not path.is_file():
                 continue
@@ -58,6 +59,13 @@ class RunDir:
             if len(kept) != len(lines):
                 write_atomically(path, b"".join(kept))
         return cut
+
+    def copy_history(self, source: "RunDir", name: str, step: int) -> None:
+        """Take over another run's lines of a series up to a step."""
+        path = source.path / name
+        if path.is_file():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if (at := _step_of(line)) is not None and at <= step]
+            write_atomically(self.path / name, b"".join(kept))
 
     def read_lines(self, name: str) -> list[dict]:
         path = self.path / name

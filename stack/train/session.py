@@ -16,13 +16,13 @@ from spec.errors import ConfigError, EnvironmentUnfit, GateFailed, StackproofErr
 from spec.formulas import flops_per_token, parameter_count
 from spec.gates import load_spec
 from spec.records import Artefact, Override, Record, read_record
-from stack.config import RunConfig, validate
+from stack.config import BanditCurriculum, RunConfig, validate
 from stack.data.prepare import Dataset, prepare
-from stack.data.reader import eval_batches
+from stack.data.reader import eval_batches, probe_batches
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
 from stack.kernels import dispatch
-from stack.train import checkpoint
+from stack.train import checkpoint, polish
 from stack.train.listener import Listener
 from stack.train.loop import train_loop
 from stack.train.measures import state_metrics
@@ -67,13 +67,18 @@ def start(
     listener: Listener,
     *,
     parent: Path | None = None,
+    polishing: bool = False,
     only: Sequence[str] | None = None,
 ) -> Record:
     """A fresh run, or with `parent` a child that continues the parent's latest checkpoint under a changed configuration.
 
+    `polishing` changes the curriculum alone, takes over the parent's histories and archives its samples and curriculum state.
+
     `only` installs just these gates, for proving them one by one; no command offers it. The record of a run that a gate
     halted travels with the exception as `error.record`.
     """
+    if polishing:
+        polish.refuse_other_changes(overrides)
     loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
     directory = RunDir(run_dir)
     directory.create()
@@ -82,6 +87,8 @@ def start(
         n_eval_batches = _check_before_step_one(run, None)
         _write_run_json(run, overrides, n_eval_batches)
         if loaded is not None:
+            if polishing:
+                run.kept = polish.carry_over(parent, directory, loaded, cfg, run.dataset)
             _adopt(run, loaded)
             run.builder.parents = (loaded.state["record"],)
         return _train(run)
@@ -141,7 +148,7 @@ def _open(
     )
     if document:
         builder.continue_record(document["record"], document["started_at"])
-    dataset = prepare(cfg.data, progress=listener.on_phase)
+    dataset = prepare(cfg.data, on_progress=listener.on_build)
     _refuse_certain_exhaustion(cfg, dataset)
     builder.environment = environment(str(device), **{f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()})
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]
@@ -193,6 +200,8 @@ def _check_before_step_one(run: Run, n_eval_batches: int | None) -> int:
     n = preflight(run.cfg, run.dataset, run.device, run.keeper, run.listener.on_preflight, n_eval_batches=n_eval_batches)
     run.builder.metric("preflight_s", round(time.perf_counter() - started, 3), "s", better="lower")
     run.held_out = eval_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.eval.batch_size, n)
+    if isinstance(run.cfg.curriculum, BanditCurriculum):
+        run.probes = probe_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.curriculum.probe_windows)
     return n
 
 
@@ -216,7 +225,12 @@ def _write_run_json(run: Run, overrides: Sequence[Override], n_eval_batches: int
 
 def _adopt(run: Run, loaded: checkpoint.Loaded) -> None:
     with torch.no_grad():
-        checkpoint.restore(run.state, loaded)
+        dropped = checkpoint.restore(run.state, loaded)
+    if validate(loaded.state["config"]).curriculum != run.cfg.curriculum:
+        dropped = run.state.reader.order.load_state_dict(polish.rebased(loaded, run.dataset))
+    for name in dropped:
+        run.dir.log("events.jsonl", event="arm_dropped", step=run.state.step, source=name)
+        run.listener.on_event(f"the curriculum's state knows source {name}, which is no arm of this run; dropped")
     run.keeper.load_state_dict(loaded.state["gates"])
     run.line = next(iter(run.dir.read_lines("metrics.jsonl")[-1:]), {})
     run.keeper.observe(Resumed(step=run.state.step, path=str(loaded.path), cursor=run.state.reader.cursor))
@@ -243,7 +257,11 @@ class _recording:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None:
-            record = _close(self.run, *_ending(self.run, error))
+            try:
+                record = _close(self.run, *_ending(self.run, error))
+            except OSError as e:  # a full disk takes the record too; the first error is the one to tell
+                self.run.listener.on_event(f"the record could not be written: {e}")
+                return
             if isinstance(error, GateFailed):
                 error.record = record
 
@@ -275,6 +293,7 @@ def _close(run: Run, status: str, reason: str, exit_code: int) -> Record:
         folder = run.dir.checkpoints / pointer.read_text().strip()
         run.builder.outputs = [artefact(folder / f, root=run.dir.path) for f in (*checkpoint.FILES, "manifest.json")]
         run.builder.outputs.append(artefact(run.dir.path / "tokenizer.json", root=run.dir.path))
+        run.builder.outputs += run.kept
     record = run.builder.finish(
         run.dir.path, status=status, end_reason=reason, exit_code=exit_code, gates=run.keeper.results(), series=SERIES
     )

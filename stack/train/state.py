@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stack.config import RunConfig
+from stack.data import curriculum
 from stack.data.prepare import Dataset
 from stack.data.reader import Reader
 from stack.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
@@ -74,11 +75,13 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
 
 def make_reader(cfg: RunConfig, dataset: Dataset, *, rows: int | None = None, cursor: int = 0) -> Reader:
     """The reader of the training split at a position."""
+    seed = stream_seed(cfg.seed, "order")
     return Reader(
         dataset.train,
         seq_len=cfg.model.max_seq_len,
-        seed=stream_seed(cfg.seed, "order"),
+        seed=seed,
         rows=rows or cfg.train.micro_batch_size,
         on_exhausted=cfg.data.on_exhausted,
         cursor=cursor,
+        order=curriculum.run_order(cfg, dataset, seed=seed),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from contracts.conditions import require
@@ -41,10 +42,17 @@ def backward(state: TrainState, batch: Batch, n_valid: int) -> Tensor:
     Returns the micro-batch's summed loss in nats, shape (), detached.
     """
     with state.autocast():
-        logits_BTV = state.forward(batch.input_ids.to(state.device, non_blocking=True))
+        logits_BTV = state.forward(*on_device(batch, state.device))
         nats = losses.cross_entropy_sum(logits_BTV, batch.labels.to(state.device, non_blocking=True))
     state.scaler.scale(nats / n_valid).backward()
     return nats.detach()
+
+
+def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
+    """What the model takes of a batch: its ids, and where documents are kept apart (ids, no cache, document ids)."""
+    ids_BT = batch.input_ids.to(device, non_blocking=True)
+    documents_BT = getattr(batch, "document_ids", None)
+    return (ids_BT,) if documents_BT is None else (ids_BT, None, documents_BT.to(device, non_blocking=True))
 
 
 @require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")

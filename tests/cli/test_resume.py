@@ -52,20 +52,28 @@ def test_three_sigkills_leave_identical_weights(stack, text_file):
     assert sum(json.loads(x)["event"] == "resumed" for x in (run / "events.jsonl").read_text().splitlines()) == 3
 
 
-def test_sigterm_saves_and_exits_75_and_sigusr1_saves_and_goes_on(stack, text_file):
-    run = stack.folder / "run"
-    process = stack.popen(
-        "train", *sixty(text_file, checkpoint__every="1000", eval__every="1000", sample__every="1000"), "--run-dir", "run"
-    )
-    wait_for_step(run, 5, process)
+def saved_steps(run) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in run.glob("checkpoints/step-*"))
+
+
+def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_on(stack, text_file):
+    """Nothing else saves in this run: steps saved are the next multiple of the boundary after SIGUSR1, once, and the step of SIGTERM."""
+    run, seldom = stack.folder / "run", {f"{k}__every": "1000" for k in ("checkpoint", "eval", "sample")}
+    sets = sixty(text_file, **seldom, checkpoint__signal_boundary="10", train__max_steps="200")
+    process = stack.popen("train", *sets, "--run-dir", "run")
+    wait_for_step(run, 3, process)
     process.send_signal(signal.SIGUSR1)
-    wait_for_step(run, 12, process)
-    assert process.poll() is None and list(run.glob("checkpoints/step-*")), "SIGUSR1 saves and the run goes on"
+    asked_by = len((run / "metrics.jsonl").read_text().splitlines())
+    wait_for_step(run, asked_by + 12, process)
+    assert process.poll() is None, "SIGUSR1 saves and the run goes on"
+    (boundary,) = saved_steps(run)
+    assert boundary % 10 == 0 and boundary < asked_by + 12
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     record = json.loads((run / "metadata.json").read_text())
     assert record["status"] == "preempted" and "--resume" in err
+    assert saved_steps(run) == [boundary, record["metrics"]["steps"]["value"]] and saved_steps(run)[1] >= asked_by + 12
     done = stack("train", "--resume", "run", "--json")
     assert done.code == 0, done.err
     assert json.loads((run / "metadata.json").read_text())["id"] == record["id"]

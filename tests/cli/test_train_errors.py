@@ -93,11 +93,10 @@ def test_pickle_offered_as_checkpoint(run):
 
 def test_another_tokenizer_at_evaluation(run, text_file):
     from stack.config import BpeTokenizer
-    from stack.data.tokenizer import train_tokenizer
+    from stack.data.tokenizer import make_tokenizer
 
-    train_tokenizer(BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40).save(
-        run.folder / "other.json"
-    )
+    other = make_tokenizer(BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40)
+    other.save(run.folder / "other.json")
     assert_standard(run("evaluate", "run", "--tokenizer", "other.json"), 3, "tokenizer")
 
 
@@ -110,15 +109,31 @@ def test_truncated_shard(stack, text_file, tmp_path):
     assert_standard(private("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "b"), 3, "train-")
 
 
-def test_full_disk_during_a_save(run, text_file):
-    """The kernel refuses to let any file grow beyond 20 kB: every checkpoint write fails as on a full disk."""
-    limit = "import resource,signal,sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-    code = limit + "from stack.cli import main; main(sys.argv[1:])"
+FULL = """
+import resource, signal, sys
+from stack.cli import main
+from stack.train.run import Run
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+when, n_bytes = sys.argv[1], int(sys.argv[2])
+fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+if when == "at the start":
+    fill()
+save = Run.save
+Run.save = lambda self: (fill(), save(self))
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "n_bytes", "steps"), [("at the start", 100_000, 0), ("at the first save", 100_000, 3), ("at the first save", 20_000, 3)]
+)
+def test_full_disk_during_a_save(run, text_file, when, n_bytes, steps):
+    """The kernel refuses to let any file grow beyond a size: every checkpoint write fails as on a full disk; at 20 kB the record's too."""
     latest = (run.folder / "run" / "checkpoints" / "latest").read_text()
     sets = tiny(text_file, **{"checkpoint__every": "3", "train__max_steps": "9"})
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", *sets, "--run-dir", "full"],
+        [sys.executable, "-c", FULL, when, str(n_bytes), "train", *sets, "--run-dir", "full"],
         cwd=run.folder,
         env=run.environment,
         capture_output=True,
@@ -127,7 +142,9 @@ def test_full_disk_during_a_save(run, text_file):
     )
     assert done.returncode == 5, done.stderr
     assert "could not be written" in done.stderr and "Traceback" not in done.stderr
-    assert not list((run.folder / "full").glob("checkpoints/step-*"))
+    full, series = run.folder / "full", run.folder / "full" / "metrics.jsonl"
+    assert not list(full.glob("checkpoints/step-*")) and (series.read_bytes().count(b"\n") if series.is_file() else 0) == steps
+    assert n_bytes < 100_000 or json.loads((full / "metadata.json").read_text())["status"] == "failed"
     assert (run.folder / "run" / "checkpoints" / "latest").read_text() == latest
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 

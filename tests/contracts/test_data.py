@@ -8,6 +8,9 @@ import pytest
 from contracts.data import Consumption
 from contracts.events import BatchDrawn, Started
 from contracts.gate import call_check, limits_of
+from stack.config import StaticCurriculum
+from stack.data import permutation
+from stack.data.curriculum import UniformOrder, run_order
 from stack.data.ingredients import data_ingredients
 from stack.data.prepare import prepare
 from stack.data.reader import Reader
@@ -26,7 +29,8 @@ def planted_verdict(spec, cfg, plant, cache):
     """What a preflight gate says when data are prepared and handed over while its plant is in place."""
     before = touches()
     with plant.apply():
-        ingredients = data_ingredients(cfg, prepare(cfg.data, cache_dir=cache), n_params=20_000, planned_tokens=50_000)
+        dataset = prepare(cfg.data, cache_dir=cache)
+        ingredients = data_ingredients(cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5)
         verdict = call_check(spec.gates[plant.gate], ingredients)
     assert touches() > before, "the planted line never ran"
     return verdict
@@ -37,19 +41,32 @@ def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, pl
     assert planted_verdict(spec, small_cfg, PLANTS[plant_id], tmp_path).outcome == "fail"
 
 
+def orders(cfg, dataset) -> dict:
+    """Makers of the orders in which a run may draw: one shuffled stream, a mixture by fixed shares, and the museum's bandit."""
+    static = cfg.model_copy(update={"curriculum": StaticCurriculum(warmup_steps=3, warmup_sources=("grammar", "tools"))})
+    return {
+        "uniform": lambda: UniformOrder(dataset.train.n_windows(288), 5),
+        "static": lambda: run_order(static, dataset, seed=5),
+        "bandit": lambda: run_order(cfg, dataset, seed=5),
+    }
+
+
+@pytest.mark.parametrize("order", ["uniform", "static", "bandit"])
 @pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate == "data.consumption"])
-def test_consumption_is_red_under_each_of_its_plants(spec, dataset, plant_id):
+def test_consumption_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id, order):
     """Four rows a step from the stack's own reader: green for two epochs without the plant, red within three steps with it."""
     n = dataset.train.n_windows(288)
-    plan = {"rows_per_step": 4, "tokens_per_step": 4 * 288, "n_windows": n, "cursor": 0}
 
     def verdicts(n_steps):
-        reader = Reader(dataset.train, seq_len=288, seed=5, rows=4)
+        reader = Reader(dataset.train, seq_len=288, seed=5, rows=4, order=orders(small_cfg, dataset)[order]())
+        sources = [{"name": s.name, "first": s.first, "n_windows": s.n_windows} for s in reader.order.sources]
+        plan = {"rows_per_step": 4, "tokens_per_step": 4 * 288, "sources": sources, "drawn": [0] * len(sources), "cursor": 0}
         check = Consumption(limits_of(spec.gates["data.consumption"]))
         check.observe(Started(step=0, plan=plan))
         for step in range(1, n_steps + 1):
-            before, batch = reader.cursor, reader.draw()
-            yield check.observe(BatchDrawn(step, before, reader.cursor, batch.sample_ids, batch.epoch, batch.input_ids.numel())).outcome
+            before, b = reader.cursor, reader.draw()
+            drawn = BatchDrawn(step, before, reader.cursor, b.sample_ids, b.epoch, b.input_ids.numel(), b.sources, b.epochs)
+            yield check.observe(drawn).outcome
 
     assert set(verdicts(2 * n // 4 + 2)) == {"pass"}
     with PLANTS[plant_id].apply():
@@ -65,17 +82,14 @@ class Proxy:
 
     def draw(self):
         batch = self._reader.draw()
-        changed = tuple(self._renumber(i) for i in batch.sample_ids)
-        return type(batch)(batch.input_ids, batch.labels, changed, batch.epoch, batch.cursor_before, batch.cursor_after)
+        return dataclasses.replace(batch, sample_ids=tuple(self._renumber(i) for i in batch.sample_ids))
 
     def __getattr__(self, name):
         return getattr(self._reader, name)
 
 
 def test_order_is_red_on_half_a_shuffle(spec, ingredients, monkeypatch):
-    from stack.data import reader
-
-    honest = reader.permute
+    honest = permutation.permute
 
     def blockwise(positions, n, key):
         """Shuffles within blocks of 32 only, as a small shuffle buffer does."""
@@ -83,7 +97,7 @@ def test_order_is_red_on_half_a_shuffle(spec, ingredients, monkeypatch):
         inner = honest(positions % 32, 32, key)
         return np.minimum(block * 32 + inner, n - 1)
 
-    monkeypatch.setattr(reader, "permute", blockwise)
+    monkeypatch.setattr(permutation, "permute", blockwise)
     verdict = call_check(spec.gates["data.order"], ingredients)
     assert verdict.outcome == "fail" and verdict.measured["trend"] > 0.9
 
@@ -213,26 +227,37 @@ def test_budget_refuses_the_founding_failure(spec, ingredients):
     assert too_often.outcome == "fail" and too_often.measured["epochs"] == 17
 
 
-PLAN = {"rows_per_step": 4, "tokens_per_step": 40, "n_windows": 100, "cursor": 0}
+def plan(*n_windows: int, **changes) -> dict:
+    """A plan of sources of so many windows, side by side, from the start."""
+    firsts = np.cumsum([0, *n_windows]).tolist()
+    sources = [{"name": f"s{i}", "first": firsts[i], "n_windows": n, "cap": 1.0, "floor": 0.0} for i, n in enumerate(n_windows)]
+    return {"rows_per_step": 4, "tokens_per_step": 40, "sources": sources, "drawn": [0] * len(sources), "cursor": 0} | changes
 
 
 def drawn(step: int, cursor: int, ids=None, **changes) -> BatchDrawn:
+    epoch = changes.get("epoch", 0)
     values = {
         "step": step,
         "cursor_before": cursor,
         "cursor_after": cursor + 4,
         "sample_ids": ids or tuple(range(cursor, cursor + 4)),
-        "epoch": 0,
+        "epoch": epoch,
         "n_tokens": 40,
+        "sources": (0,) * 4,
+        "epochs": (epoch,) * 4,
     }
     return BatchDrawn(**values | changes)
 
 
+def watching(spec, declared: dict) -> Consumption:
+    check = Consumption(limits_of(spec.gates["data.consumption"]))
+    check.observe(Started(step=0, plan=declared))
+    return check
+
+
 @pytest.fixture
 def watch(spec):
-    check = Consumption(limits_of(spec.gates["data.consumption"]))
-    check.observe(Started(step=0, plan=PLAN))
-    return check
+    return watching(spec, plan(100))
 
 
 def test_consumption_is_red_on_a_repeat(watch):
@@ -243,36 +268,57 @@ def test_consumption_is_red_on_a_repeat(watch):
 def test_consumption_is_red_on_a_gap_and_on_a_short_step(watch, spec):
     assert watch.observe(drawn(1, 0)).passed
     assert not watch.observe(drawn(2, 8)).passed
-    again = Consumption(limits_of(spec.gates["data.consumption"]))
-    again.observe(Started(step=0, plan=PLAN))
-    assert not again.observe(drawn(1, 0, n_tokens=30)).passed
+    assert not watching(spec, plan(100)).observe(drawn(1, 0, n_tokens=30)).passed
 
 
-def test_consumption_is_red_on_a_wrong_epoch_and_on_a_window_that_does_not_exist(watch):
-    assert not watch.observe(drawn(1, 0, epoch=1)).passed
-    assert not watch.observe(drawn(1, 0, ids=(0, 1, 2, 100))).passed
+def test_consumption_is_red_on_a_wrong_epoch(spec):
+    assert not watching(spec, plan(100)).observe(drawn(1, 0, epoch=1)).passed, "the rows' own"
+    batch_alone = drawn(1, 0, epoch=1, epochs=(0,) * 4)
+    assert not watching(spec, plan(100)).observe(batch_alone).passed, "the batch's is not that of its last row"
+
+
+def test_consumption_is_red_on_a_window_that_does_not_exist_and_on_one_of_another_source(spec):
+    assert not watching(spec, plan(100)).observe(drawn(1, 0, ids=(0, 1, 2, 100))).passed
+    assert watching(spec, plan(50, 50)).observe(drawn(1, 0, ids=(0, 1, 50, 51), sources=(0, 0, 1, 1))).passed
+    verdict = watching(spec, plan(50, 50)).observe(drawn(1, 0, ids=(0, 1, 50, 51), sources=(0, 0, 0, 1)))
+    assert not verdict.passed and verdict.measured["outside"] == 1
 
 
 def test_consumption_may_see_a_window_again_in_the_next_epoch(spec):
-    check = Consumption(limits_of(spec.gates["data.consumption"]))
-    check.observe(Started(step=0, plan=PLAN | {"n_windows": 6}))
+    check = watching(spec, plan(6))
     assert check.observe(drawn(1, 0, ids=(0, 1, 2, 3))).passed
-    assert check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1)).passed
+    assert check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1, epochs=(0, 0, 1, 1))).passed
     assert not check.observe(drawn(3, 8, ids=(2, 3, 4, 0), epoch=1)).passed
 
 
-def test_consumption_remembers_a_bounded_number_of_windows(watch):
+def test_consumption_counts_the_epochs_of_every_source_by_itself(spec):
+    """A source of two windows is in its third epoch when the other is still in its first."""
+    for epochs, passes in (((1, 2, 0, 0), True), ((1, 1, 0, 0), False), ((1, 2, 1, 1), False)):
+        check = watching(spec, plan(2, 20))
+        assert check.observe(drawn(1, 0, ids=(0, 1, 0, 2), sources=(0, 0, 0, 1), epochs=(0, 0, 1, 0), epoch=1)).passed
+        second = drawn(2, 4, ids=(1, 0, 3, 4), sources=(0, 0, 1, 1), epochs=epochs, epoch=max(epochs))
+        assert check.observe(second).passed == passes
+
+
+def test_consumption_remembers_a_bounded_number_of_windows(spec):
+    check = watching(spec, plan(10_000))
     for step in range(1, 400):
-        watch.plan = PLAN | {"n_windows": 10_000}
-        assert watch.observe(drawn(step, 4 * (step - 1))).passed
-    assert len(watch.state_dict()["recent"]) == watch.limits.recent_windows_min == 512
+        assert check.observe(drawn(step, 4 * (step - 1))).passed
+    assert len(check.state_dict()["recent"]) == check.limits.recent_windows_min == 512
 
 
 def test_consumption_counts_over_a_resume(watch, spec):
     watch.observe(drawn(1, 0))
     resumed = Consumption(limits_of(spec.gates["data.consumption"]))
     resumed.load_state_dict(watch.state_dict())
-    assert not resumed.observe(Started(step=1, plan=PLAN)).passed, "the run starts over at sample 0"
+    assert not resumed.observe(Started(step=1, plan=plan(100))).passed, "the run starts over at sample 0"
     resumed.load_state_dict(watch.state_dict())
-    assert resumed.observe(Started(step=1, plan=PLAN | {"cursor": 4})) is None
+    assert resumed.observe(Started(step=1, plan=plan(100, cursor=4, drawn=[4]))) is None
     assert resumed.observe(drawn(2, 4)).passed
+
+
+def test_consumption_counts_the_epochs_over_a_resume_from_the_plan(spec):
+    """Six windows, four of them drawn before: the second epoch begins after two more."""
+    for declared, passes in (([4], True), ([0], False)):
+        check = watching(spec, plan(6, cursor=4, drawn=declared))
+        assert check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1, epochs=(0, 0, 1, 1))).passed == passes

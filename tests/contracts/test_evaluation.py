@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -120,14 +121,18 @@ def test_divergence_table(spec, loss, previous, outcome):
 
 
 def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):
-    check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
     batch = SimpleNamespace(input_ids=ingredients["overfit_batch"].input_ids, labels=ingredients["overfit_batch"].labels)
-    losses = [None]
+    state = SimpleNamespace(model=ingredients["model"], autocast=nullcontext)
+    held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch], device="cpu")
+
+    def verdicts():
+        check, losses = Divergence(limits_of(spec.gates["evaluation.divergence"])), [None]
+        losses += [run.Run.measure(held).loss_nats for _ in range(2)]
+        return [check.observe(evaluated(now, before, dataset.tokenizer.vocab_size)).outcome for before, now in pairwise(losses)]
+
+    assert verdicts() == ["pass", "pass"]
     with load_museum()["evaluation.diverging"].apply():
-        for _ in range(2):
-            losses.append(run.evaluate_batches(ingredients["model"], [batch], dataset.tokenizer.token_bytes).loss_nats)
-    verdicts = [check.observe(evaluated(now, before, dataset.tokenizer.vocab_size)).outcome for before, now in pairwise(losses)]
-    assert verdicts == ["pass", "fail"]
+        assert verdicts() == ["pass", "fail"]
 
 
 def same_batches(spec):

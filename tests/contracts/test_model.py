@@ -6,12 +6,21 @@ import pytest
 import torch
 
 from contracts.gate import call_check
+from contracts.model import packing
+from stack.config import ModelConfig
 from stack.kernels import attention
 from stack.model.build import build_model
 from stack.museum.plant import load_museum, swap, touches
 from stack.train.preflight import gather
 
-GATES = ["model.init-law", "model.initial-loss", "model.causality", "model.reference-differential", "model.overfit-one-batch"]
+GATES = [
+    "model.init-law",
+    "model.initial-loss",
+    "model.causality",
+    "model.document-isolation",
+    "model.reference-differential",
+    "model.overfit-one-batch",
+]
 PLANTS = [
     "model.head-init-wrong",
     "model.init-std-too-big",
@@ -19,6 +28,9 @@ PLANTS = [
     "model.logits-scaled",
     "model.causal-mask-off-by-one",
     "model.rows-mixed",
+    "model.document-mask-lost",
+    "model.document-mask-off-by-one",
+    "model.positions-restart-late",
     "model.missing-scale",
     "model.double-scale",
     "model.rope-bf16-table",
@@ -126,6 +138,88 @@ def test_causality_leaves_mode_and_random_state(spec, ingredients):
     state, modes = torch.get_rng_state(), [m.training for m in ingredients["model"].modules()]
     assert call_check(spec.gates["model.causality"], ingredients).passed
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in ingredients["model"].modules()] == modes
+
+
+def packed_parts(model):
+    return {
+        "model": model,
+        "packed_logits": lambda ids, documents: model(ids, document_ids_BT=documents),
+        "embedding": model.embed,
+        "vocab_size": model.vocab_size,
+        "max_seq_len": model.cfg.max_seq_len,
+    }
+
+
+@pytest.mark.parametrize("heads, max_seq_len, tied", [((6, 3), 131, False), ((4, 1), 20, True), ((2, 2), 7, True), ((1, 1), 2, True)])
+def test_isolation_holds_for_other_shapes(spec, heads, max_seq_len, tied):
+    cfg = ModelConfig(
+        d_model=24, n_layers=3, n_heads=heads[0], n_kv_heads=heads[1], head_dim=6, d_ff=40, max_seq_len=max_seq_len, tied_head=tied
+    )
+    verdict = call_check(spec.gates["model.document-isolation"], packed_parts(build_model(cfg, 61, seed=3)))
+    assert verdict.passed, verdict.message
+    assert verdict.measured["rel_error"] < 2e-6  # measured worst case 2.6e-7
+
+
+def test_isolation_looks_at_short_documents_full_rows_and_padding():
+    for length in (17, 129):
+        full, padded = (row.unique_consecutive(return_counts=True)[1].tolist() for row in packing(length))
+        assert full[0] == 1 and len(full) == 3 and padded[1] == 1 and len(padded) == 4 and sum(full) == sum(padded) == length
+
+
+def test_isolation_is_far_from_its_limit_on_both_sides(spec, small_cfg, dataset, ingredients):
+    gate = spec.gates["model.document-isolation"]
+    limit = gate.limits["rel_error_max"].value
+    assert call_check(gate, ingredients).measured["rel_error"] < limit / 100  # measured 2e-7
+    for plant_id in gate.plants:
+        with load_museum()[plant_id].apply():
+            measured = call_check(gate, gather(small_cfg, dataset, torch.device("cpu"))[1]).measured
+        assert measured["rel_error"] > 10 * limit  # measured 4.4e-3 or more
+        assert (measured["leak_abs"] > 0.05) == (measured["gradient_abs"] > 0.05) == ("mask" in plant_id)
+
+
+def test_isolation_sees_a_leak_in_the_gradient_alone(spec, ingredients):
+    original = attention.document_attention
+
+    def leaks_backward(q, k, v, mask):
+        seen = original(q, k, v, mask.new_ones(mask.shape).tril())
+        return original(q, k, v, mask) + (seen - seen.detach())
+
+    with swap(attention, "document_attention", leaks_backward):
+        verdict = call_check(spec.gates["model.document-isolation"], ingredients)
+    assert verdict.outcome == "fail" and verdict.measured["gradient_abs"] > 0.1
+    assert verdict.measured["leak_abs"] == 0 and verdict.measured["rel_error"] < 1e-5
+
+
+def test_isolation_sees_packed_rows_that_are_scored_another_way(spec, ingredients):
+    honest = ingredients["packed_logits"]
+    shifted = ingredients | {"packed_logits": lambda ids, documents: honest(ids, documents) * 1.001}
+    verdict = call_check(spec.gates["model.document-isolation"], shifted)
+    assert verdict.outcome == "fail" and verdict.measured["leak_abs"] == verdict.measured["gradient_abs"] == 0
+
+
+def test_isolation_refuses_a_model_that_ignores_its_input(spec):
+    class Deaf(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(4, 4)
+
+        def forward(self, ids):
+            return 0 * self.embed(ids) + torch.arange(4)
+
+    model = Deaf()
+    parts = {"model": model, "packed_logits": lambda ids, documents: model(ids), "embedding": model.embed, "vocab_size": 4}
+    verdict = call_check(spec.gates["model.document-isolation"], parts | {"max_seq_len": 32})
+    assert verdict.outcome == "fail" and "sees nothing" in verdict.message and verdict.measured["unlearned"] > 0
+
+
+def test_isolation_leaves_modes_gradients_and_random_state(spec, ingredients):
+    model = ingredients["model"].train()
+    model.layers[0].ffn.eval()
+    state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    assert call_check(spec.gates["model.document-isolation"], ingredients).passed
+    assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters()) and not model.embed._forward_hooks
+    model.train()
 
 
 def test_overfit_refuses_a_batch_without_ambiguity(spec, ingredients):

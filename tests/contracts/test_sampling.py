@@ -6,9 +6,9 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from contracts.events import Sampled
+from contracts.events import Sampled, Started
 from contracts.gate import call_check, limits_of
-from contracts.sampling import CoherenceWatch, coherence
+from contracts.sampling import CoherenceWatch, Dominance, Memorised, coherence
 from stack.museum.plant import load_museum, touches
 from stack.train import run
 from stack.train.preflight import gather
@@ -169,3 +169,39 @@ def test_coherence_plant_loops(spec, ingredients, dataset):
             verdicts.append(check.observe(Sampled(step=step, text=dataset.tokenizer.decode(ids))).outcome)
     assert verdicts == ["pass"] * 4 + ["fail"]
     assert check.state_dict() == {"low": 5}
+
+
+def sampled(step: int, text: str, **parts):
+    return Sampled(step=step, text=text, **parts)
+
+
+def test_dominance_halts_at_the_fifth_sample(spec):
+    gate = spec.gates["sampling.dominance"]
+    watch = Dominance(limits_of(gate))
+    watch.observe(Started(step=0, plan={"warmup_steps": 10}))
+    words = "river stone window letter garden morning winter table".split()
+    one_word = " the ".join(words * 3)
+    assert all(watch.observe(sampled(s, one_word)).outcome == "pass" for s in range(1, 11)), "the warm-up does not count"
+    outcomes = [watch.observe(sampled(s, one_word)).outcome for s in range(11, 16)]
+    assert outcomes == ["pass"] * 4 + ["fail"]
+    assert watch.observe(sampled(16, " ".join(words * 3))).outcome == "pass", "a good sample starts the count afresh"
+    assert watch.observe(sampled(17, "the the the")).measured["top_word_frac"] == 0.0, "three words are no sample"
+
+
+def test_memorised_needs_a_low_loss_and_a_passage(spec):
+    asked = []
+
+    def found(share):
+        return lambda: asked.append(share) or share
+
+    def outcome(loss, share, usual=()):
+        watch = Memorised(limits_of(spec.gates["sampling.memorised"]))
+        for step, nats in enumerate(usual):
+            watch.observe(sampled(step, "a", loss_nats=nats, found_in_corpus=found(1.0)))
+        return watch.observe(sampled(99, "b", loss_nats=loss, found_in_corpus=found(share))).outcome
+
+    assert outcome(2.0, 1.0) == "pass" and not asked, "the corpus is only searched where the loss is suspicious"
+    assert outcome(0.13, 0.9) == "fail" and outcome(0.13, 0.05) == "pass"
+    usual = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.02]
+    assert outcome(1.2, 0.9, usual) == "fail" and outcome(1.8, 0.9, usual) == "pass"
+    assert Memorised(limits_of(spec.gates["sampling.memorised"])).observe(sampled(1, "foreign trainers may not know the loss")) is None

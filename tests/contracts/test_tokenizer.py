@@ -1,15 +1,18 @@
 """Gates of the tokenizer: green on the stack, red on what they are for."""
 
+import json
+
 import pytest
 
 from contracts.gate import call_check
+from contracts.tokenizer import bpe_merges
 from stack.config import ByteTokenizer, CharTokenizer
-from stack.data.tokenizer import Chars, Encoding, train_tokenizer
+from stack.data.tokenizer import Bpe, Chars, Encoding, make_tokenizer, train_bpe
 from stack.museum.plant import PLANTS, load_museum
 from tests.contracts.test_data import planted_verdict
 
 
-@pytest.mark.parametrize("gate_id", ["tokenizer.round-trip", "tokenizer.pinning"])
+@pytest.mark.parametrize("gate_id", ["tokenizer.round-trip", "tokenizer.pinning", "tokenizer.merges"])
 def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
     verdict = call_check(spec.gates[gate_id], ingredients)
     assert verdict.outcome == "pass", verdict.message
@@ -60,6 +63,34 @@ def test_round_trip_is_red_where_both_paths_take_a_literal_seriously(spec, ingre
     assert verdict.outcome == "fail" and "literal" in verdict.message
 
 
+def test_round_trip_is_red_on_a_tokenizer_that_lowers_case(spec, ingredients):
+    """A foreign tokenizer may have a normaliser, and then its text does not survive."""
+    saved = json.loads(ingredients["tokenizer"].inner.to_str())
+    for normaliser, outcome in ((None, "pass"), ({"type": "Lowercase"}, "fail")):
+        tokenizer = Bpe(type(ingredients["tokenizer"].inner).from_str(json.dumps(saved | {"normalizer": normaliser})))
+        assert call_check(spec.gates["tokenizer.round-trip"], ingredients | {"tokenizer": tokenizer}).outcome == outcome
+
+
+def test_round_trip_covers_every_declared_control_token(spec, ingredients):
+    """The museum's tokenizer declares <|user|> besides the end of text; a literal of it in a text is text."""
+    tokenizer = ingredients["tokenizer"]
+    assert len(tokenizer.control_ids) == 2 and {tokenizer.literal(i) for i in tokenizer.control_ids} == {"<|endoftext|>", "<|user|>"}
+
+    class Obedient(Forgetful):
+        def decode(self, ids):
+            return self._inner.decode(ids)
+
+        def encode(self, text):
+            user = next(i for i in self.control_ids if self.literal(i) == "<|user|>")
+            return Encoding([user]) if text == "<|user|>" else self._inner.encode(text)
+
+        def encode_batch(self, texts):
+            return [self.encode(t) for t in texts]
+
+    verdict = call_check(spec.gates["tokenizer.round-trip"], ingredients | {"tokenizer": Obedient(tokenizer)})
+    assert verdict.outcome == "fail" and "literal" in verdict.message
+
+
 class Trimming(Forgetful):
     """A tokenizer whose batches lose the space at a text's end."""
 
@@ -78,9 +109,49 @@ def test_round_trip_compares_batches_with_single_texts(spec, ingredients):
 @pytest.mark.parametrize("cfg", [CharTokenizer(), ByteTokenizer()], ids=["char", "byte"])
 def test_round_trip_is_green_on_other_tokenizers_and_counts_what_they_drop(spec, ingredients, cfg):
     """A character tokenizer of plain English drops most of the hard texts, says how much, and keeps the rest in order."""
-    tokenizer = train_tokenizer(cfg, ["the quick brown fox jumps over the lazy dog. "])
+    tokenizer = make_tokenizer(cfg, ["the quick brown fox jumps over the lazy dog. "])
     gate = spec.gates["tokenizer.round-trip"]
     assert call_check(gate, ingredients | {"tokenizer": tokenizer}).outcome == "pass"
     if cfg.kind == "char":
         tokenizer.encode = lambda text: Encoding(Chars.encode(tokenizer, text).ids, 0)
         assert call_check(gate, ingredients | {"tokenizer": tokenizer}).outcome == "fail", "drops without counting"
+
+
+# --- merges ---------------------------------------------------------------------------------------------------------
+
+
+def test_merges_is_red_on_two_merges_swapped(spec, ingredients):
+    """Anywhere among the first 48, and not beyond."""
+    honest, gate = ingredients["trained_merges"], spec.gates["tokenizer.merges"]
+
+    def swapped(at):
+        def trained(texts, n):
+            merges = honest(texts, n + 2)
+            merges[at], merges[at + 1] = merges[at + 1], merges[at]
+            return merges
+
+        return call_check(gate, ingredients | {"trained_merges": trained})
+
+    assert gate.limits["merges_min"].value == 48
+    for at in (0, 20, 46):
+        verdict = swapped(at)
+        assert verdict.outcome == "fail" and f"merge {at} is" in verdict.message
+    assert swapped(48).passed
+
+
+def test_merges_is_red_on_one_merge_too_few(spec, ingredients):
+    honest = ingredients["trained_merges"]
+    verdict = call_check(spec.gates["tokenizer.merges"], ingredients | {"trained_merges": lambda texts, n: honest(texts, n)[:-1]})
+    assert verdict.outcome == "fail" and "47 of 48" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("texts", "merges"),
+    [
+        (["aaaa"], [(b"a", b"a"), (b"aa", b"aa")]),  # pairs may overlap when they are counted, and are merged from the left
+        (["ab ab cd"], [(b"a", b"b"), (b"c", b"d"), (b" ", b"ab"), (b" ", b"cd")]),  # a blank's stand-in comes after letters
+        (["don't don't"], [(b"'", b"t"), (b"d", b"o"), (b"do", b"n"), (b" ", b"don")]),
+    ],
+)
+def test_oracle_and_trainer_count_as_by_hand(texts, merges):
+    assert bpe_merges(texts, len(merges)) == merges == train_bpe(257 + len(merges), texts).merges()

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from contracts.conditions import ContractError
 from spec.errors import DataError, StreamExhausted
-from stack.data.reader import IGNORE_INDEX, Reader, batch_hash, eval_batches, permute, window_order
+from stack.data import permutation
+from stack.data.packing import IGNORE_INDEX, Rows
+from stack.data.permutation import Shuffle, permute, window_order
+from stack.data.reader import Reader, batch_hash, eval_batches
 
 
 class Counting:
@@ -22,8 +25,9 @@ class Counting:
     def n_windows(self, seq_len):
         return self.n
 
-    def windows(self, numbers, seq_len):
-        return np.asarray(numbers)[:, None] * seq_len + np.arange(seq_len + 1)
+    def rows(self, numbers, seq_len):
+        tokens_RT = np.asarray(numbers)[:, None] * seq_len + np.arange(seq_len + 1)
+        return Rows(tokens_RT[:, :-1], tokens_RT[:, 1:])
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -38,6 +42,18 @@ def test_permute_needs_no_table(n, key, data):
     position = np.array([data.draw(st.integers(0, n - 1))])
     image = permute(position, n, key)
     assert 0 <= image[0] < n and np.array_equal(image, permute(position, n, key))
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 20_000), st.integers(0, 2**64 - 1), st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=40))
+def test_blocks_worked_out_ahead_give_the_same_order(n, key, places):
+    """However one jumps, also after blocks were thrown away."""
+    positions, shuffle = np.array([int(p * n) for p in places]), Shuffle()
+    with pytest.MonkeyPatch.context() as few:
+        few.setattr(permutation, "BLOCKS_KEPT", 2)
+        for part in (positions, positions[::-1], positions[:1]):
+            assert np.array_equal(shuffle.permute(part, n, key), permute(part, n, key))
+    assert len(shuffle._blocks) <= 2
 
 
 @settings(max_examples=30)
@@ -74,7 +90,7 @@ def test_error_raises_at_the_end_and_keeps_its_place():
     reader = Reader(Counting(5), seq_len=4, seed=0, rows=2, on_exhausted="error")
     reader.draw()
     reader.draw()
-    with pytest.raises(StreamExhausted, match="after 4 of 5"):
+    with pytest.raises(StreamExhausted, match=r"(?s)after 4 samples: .* has 5 windows.*2 windows wanted, 1 left"):
         reader.draw()
     assert reader.cursor == 4
 
@@ -85,6 +101,13 @@ def test_wrap_says_when_it_wraps():
     for _ in range(5):
         reader.draw()
     assert said == [(1, 24), (2, 40)]
+
+
+def test_every_row_names_its_epoch_and_the_batch_the_last_of_them():
+    reader = Reader(Counting(5), seq_len=4, seed=0, rows=2)
+    batches = [reader.draw() for _ in range(5)]
+    assert [b.epochs for b in batches] == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1)] and [b.epoch for b in batches] == [0, 0, 1, 1, 1]
+    assert {b.sources for b in batches} == {(0, 0)}
 
 
 def test_epochs_and_seeds_differ():

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spec.errors import DataError
-from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer
-from stack.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
+from stack.data.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer
 
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 20, "naïve café 漢字 " * 10]
-BPE = train_tokenizer(BpeTokenizer(vocab_size=300), TEXTS)
-BYTES = train_tokenizer(ByteTokenizer(), TEXTS)
-CHARS = train_tokenizer(CharTokenizer(), TEXTS)
+BPE = make_tokenizer(BpeTokenizer(vocab_size=300), TEXTS)
+BYTES = make_tokenizer(ByteTokenizer(), TEXTS)
+CHARS = make_tokenizer(CharTokenizer(), TEXTS)
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "byte"])
@@ -49,12 +49,24 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
 
 
 def test_training_twice_gives_the_same_bytes():
-    assert train_tokenizer(BpeTokenizer(vocab_size=300), TEXTS).to_bytes() == BPE.to_bytes()
+    assert make_tokenizer(BpeTokenizer(vocab_size=300), TEXTS).to_bytes() == BPE.to_bytes()
     assert BPE.vocab_size == 300 and max(BPE.encode(TEXTS[0]).ids) < 300
 
 
 def test_batch_and_single_encoding_agree():
     assert [e.ids for e in BPE.encode_batch(TEXTS)] == [BPE.encode(t).ids for t in TEXTS]
+
+
+@given(text=st.text())
+def test_tiktoken_gives_the_ids_of_the_library_it_stands_in_for(text):
+    pytest.importorskip("tiktoken")
+    assert BPE.encoder == "tiktoken" and BPE.encode_batch([text])[0].ids == BPE.encode(text).ids
+
+
+def test_a_million_blank_lines_are_encoded_in_a_batch_as_alone():
+    """Such a document passes every filter."""
+    text = "A sentence before the gap." + "\n" * 1_000_000 + "Another one after it."
+    assert BPE.encode_batch([text])[0].ids == BPE.encode(text).ids
 
 
 @pytest.mark.parametrize(
@@ -77,14 +89,26 @@ def test_a_damaged_file_is_refused(tmp_path, content):
         load_tokenizer(path)
 
 
-def test_a_foreign_bpe_without_an_end_of_text_or_with_a_normaliser_is_refused(tmp_path):
-    document = json.loads(BPE.to_bytes())
-    without_end = json.dumps(document).replace(END_OF_TEXT, "<|other|>")
-    lowercase = json.dumps(document | {"normalizer": {"type": "Lowercase"}})
-    for content, says in ((without_end, "has no"), (lowercase, "normaliser")):
-        (tmp_path / "t.json").write_text(content)
-        with pytest.raises(DataError, match=says):
-            load_tokenizer(tmp_path / "t.json")
+def test_a_foreign_bpe_without_an_end_of_text_is_refused_unless_one_is_named(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_bytes(BPE.to_bytes().replace(END_OF_TEXT.encode(), b"<|other|>"))
+    with pytest.raises(DataError, match=r"has no token .* that could end a text"):
+        load_tokenizer(path)
+    with pytest.raises(DataError, match=r"has no token <\|absent\|>"):
+        load_tokenizer(path, eos_token="<|absent|>")
+    named = make_tokenizer(FileTokenizer(path=str(path), eos_token="<|other|>"), [])
+    assert named.literal(named.eos_id) == "<|other|>" and named.decode([named.eos_id]) == ""
+    named.save(path)
+    assert load_tokenizer(path).eos_id == named.eos_id and load_tokenizer(path).sha256 == named.sha256
+
+
+def test_a_foreign_bpe_with_a_normaliser_is_never_taken_for_one_without(tmp_path):
+    """It is read, by the library alone, and is not the plain one; that its text does not survive is for the gate to say."""
+    saved = json.loads(BPE.to_bytes()) | {"normalizer": {"type": "Lowercase"}}
+    (tmp_path / "t.json").write_text(json.dumps(saved))
+    lower = load_tokenizer(tmp_path / "t.json")
+    assert lower.encoder == "tokenizers" and lower.sha256 != BPE.sha256
+    assert lower.encode("The FOX").ids == lower.encode_batch(["The FOX"])[0].ids == BPE.encode("the fox").ids != BPE.encode("The FOX").ids
 
 
 @given(ids=st.lists(st.integers(0, 299)))

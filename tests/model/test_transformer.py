@@ -19,6 +19,7 @@ from stack.model.feedforward import SwiGLU
 from stack.model.init import declared_std, row_of
 from stack.model.norm import RMSNorm
 from stack.model.rotary import Rotary, rotary_tables, rotate
+from stack.model.transformer import document_starts
 
 TINY = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=20, dropout=0.1)
 
@@ -117,6 +118,39 @@ def test_attention_equals_the_reference(rows, heads, n_new, n_cached, seed):
     torch.testing.assert_close(dispatch.causal_attention(q, key, value), reference.causal_attention(q, key, value), rtol=0, atol=1e-12)
 
 
+def draw_starts(draw, rows, length):
+    """First index of each token's document, for documents of random lengths."""
+    return document_starts(torch.tensor([draw_documents(draw, length) for _ in range(rows)]))
+
+
+def draw_documents(draw, length):
+    """Ids of the documents in one row: every place may begin a document; ids may jump."""
+    jumps = draw(st.lists(st.sampled_from([0, 0, 1, 3]), min_size=length, max_size=length))
+    return [sum(jumps[: t + 1]) for t in range(length)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 1)]), st.integers(1, 9), st.integers(0, 99), st.data())
+def test_document_attention_equals_the_reference(heads, length, seed, data):
+    (n, k), draw = heads, torch.Generator().manual_seed(seed)
+    start = draw_starts(data.draw, 2, length)
+    mask = dispatch.document_mask(start)
+    assert torch.equal(mask, reference.document_mask(start))
+    q, key, value = (torch.randn(2, h, length, 4, generator=draw, dtype=torch.float64) * 3 for h in (n, k, k))
+    expected = reference.document_attention(q, key, value, mask)
+    # float64, different summation order: measured worst case 4e-15 on values around 3
+    torch.testing.assert_close(dispatch.document_attention(q, key, value, mask), expected, rtol=0, atol=1e-12)
+
+
+def test_one_document_is_plain_causal_attention():
+    draw = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(2, h, 7, 4, generator=draw, dtype=torch.float64) for h in (4, 2, 2))
+    mask = dispatch.document_mask(torch.zeros(2, 7, dtype=torch.int64))
+    expected = reference.causal_attention(q, k, v)
+    for masked in (dispatch.document_attention, reference.document_attention):
+        torch.testing.assert_close(masked(q, k, v, mask), expected, rtol=0, atol=1e-12)
+
+
 def test_attention_gradient_equals_the_reference():
     draw = torch.Generator().manual_seed(3)
     inputs = [torch.randn(2, h, 6, 4, generator=draw, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
@@ -164,6 +198,70 @@ def test_swiglu_and_norm_equal_the_reference():
 def test_norm_statistics_of_half_precision_are_float32():
     x = torch.full((1, 1, 4096), 300.0, dtype=torch.float16)  # 300² overflows float16
     assert torch.equal(RMSNorm(4096, 1e-6)(x), torch.ones_like(x))
+
+
+# --- packed documents -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-6)])  # measured worst cases 2e-16 and 1.2e-7
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(1, 20), seed=st.integers(0, 99), data=st.data())
+def test_a_packed_document_is_read_as_if_alone(dtype, atol, length, seed, data):
+    model = build_model(TINY, 30, seed=seed).eval().to(dtype)
+    documents = torch.tensor([draw_documents(data.draw, length) for _ in range(2)])
+    ids = torch.randint(0, 30, (2, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        packed = model(ids, document_ids_BT=documents)
+        for row in range(2):
+            for document in documents[row].unique():
+                own = documents[row] == document
+                torch.testing.assert_close(packed[row, own], model(ids[row, own][None])[0], rtol=0, atol=atol)
+
+
+def test_positions_restart_with_every_document():
+    model, documents = build_model(TINY, 30, seed=1), torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 9]])
+    assert document_starts(documents).tolist() == [[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 5]]
+    (cos, sin), _ = model.packed(documents, None, documents)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]])
+    assert torch.equal(cos, model.rotary.cos[positions][:, None]) and torch.equal(sin, model.rotary.sin[positions][:, None])
+
+
+def test_plain_rows_take_the_plain_path_bit_for_bit(monkeypatch):
+    model, ids = build_model(TINY, 30, seed=1).eval(), torch.arange(20).view(2, 10)
+    x = model.embed(ids)
+    for layer in model.layers:
+        q, k, v = (layer.attention.heads(p(layer.attention_norm(x))) for p in (layer.attention.q, layer.attention.k, layer.attention.v))
+        q, k = (rotate(h, model.rotary.cos[:10], model.rotary.sin[:10]) for h in (q, k))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + layer.attention.out(mixed.transpose(1, 2).flatten(2))
+        x = x + layer.ffn(layer.ffn_norm(x))
+    monkeypatch.setattr(dispatch, "document_mask", None)
+    monkeypatch.setattr(dispatch, "document_attention", None)
+    assert torch.equal(model(ids), model.logits(model.final_norm(x))) and torch.equal(model(ids, document_ids_BT=None), model(ids))
+
+
+def test_mask_and_positions_are_made_once_per_forward(monkeypatch):
+    model, documents, calls = build_model(TINY, 30, seed=1), torch.tensor([[0, 0, 1, 1]]), []
+    monkeypatch.setattr(dispatch, "document_mask", lambda start: calls.append(1) or reference.document_mask(start))
+    model(documents, document_ids_BT=documents)
+    assert len(calls) == 1 < TINY.n_layers
+
+
+def test_packed_rows_and_plain_rows_compile_without_a_graph_break():
+    model, documents = build_model(TINY, 30, seed=1).eval(), torch.tensor([[0, 0, 1, 1, 2]])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(documents), model(documents))
+    assert torch.equal(compiled(documents, document_ids_BT=documents), model(documents, document_ids_BT=documents))
+
+
+def test_packed_rows_refuse_a_cache_another_shape_and_too_many_tokens():
+    model, documents = build_model(TINY, 30, seed=1), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(UsageError, match="one document per row"):
+        model(documents, KVCache(TINY), documents)
+    with pytest.raises(UsageError, match="do not fit"):
+        model(documents, document_ids_BT=documents[0])
+    with pytest.raises(UsageError, match="exceeds the context"):
+        model(torch.zeros(1, 21, dtype=torch.int64), document_ids_BT=torch.arange(21)[None])
 
 
 # --- rotary positions -----------------------------------------------------------------------------------------------

@@ -90,6 +90,35 @@ def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_p
     assert {k for k in expected if expected[k] != got[k]} <= {"lr"}, "the rate is a function of the step and set before each update"
 
 
+def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(small_cfg, dataset, tmp_path):
+    state, fresh = (build_state(shrunk(small_cfg), dataset, torch.device("cpu")) for _ in range(2))
+    for turn in range(4):
+        advance(state)
+        state.reader.order.reward({n: 5.0 - (turn + i) / 7 for i, n in enumerate(dataset.sources)})
+    order, learnt = state.reader.order, state.reader.order.state_dict()
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    assert fresh.reader.order.state_dict() != learnt and learnt["n_drops"] == 3
+    with torch.no_grad():
+        assert checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path))) == [], "no arm is dropped"
+    assert fresh.reader.order.state_dict() == learnt and fresh.reader.order.focus == order.focus
+    for _ in range(12):
+        assert fresh.reader.draw().sample_ids == state.reader.draw().sample_ids
+
+
+@pytest.mark.parametrize("missing", ["the schema", "the key"])
+def test_a_checkpoint_without_a_curriculum_is_refused(state, dataset, tmp_path, monkeypatch, missing):
+    whole = document(state, dataset)
+    with monkeypatch.context() as former:
+        if missing == "the schema":
+            former.setattr(checkpoint, "SCHEMA", "stackproof/checkpoint/1")
+        else:
+            former.setattr(checkpoint, "STATE_KEYS", checkpoint.STATE_KEYS - {"curriculum"})
+            del whole["curriculum"]
+        folder = checkpoint.save(tmp_path, state, whole)
+    with pytest.raises(CheckpointError, match="checkpoint/2" if missing == "the schema" else "lacks or adds keys\n.*curriculum"):
+        checkpoint.load(folder)
+
+
 def test_a_missing_folder_says_how_to_make_one(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.find(tmp_path)

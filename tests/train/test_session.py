@@ -8,14 +8,14 @@ import torch
 from spec.errors import GateFailed, UsageError
 from spec.records import read_record
 from stack.config import NeverStop
-from stack.museum.prove import museum_config
+from stack.museum.collection import museum_config
 from stack.train import session
 from stack.train.listener import Listener
 
 
 @pytest.fixture
-def cfg(text_file):
-    base = museum_config(text_file)
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
     return base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14}), "stop": NeverStop()})
 
 

@@ -1,7 +1,7 @@
-"""Configuration keys, read as text from `stack/config.py`, so that the page needs neither pydantic models nor torch."""
+"""Configuration keys, read as text from `stack/config/`, so that the page needs neither pydantic models nor torch."""
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spec.errors import IntegrityError
@@ -33,10 +33,10 @@ class Section:
 def config_page(world: World) -> Page:
     """Every key with type, range, default and meaning, one table per section or variant."""
     page = Page("config.md", "Configuration")
-    path = world.root / "stack" / "config.py"
-    if not path.is_file():
-        return page.add("`stack/config.py` is not part of this build.")
-    sections = read_sections(path)
+    folder = world.root / "stack" / "config"
+    if not folder.is_dir():
+        return page.add("`stack/config/` is not part of this build.")
+    sections = read_sections(folder)
     page.add(
         "Values come from a recipe, then from a run file, then from `--set key=value`, in this order. "
         "An unknown key is an error that names the nearest one. A key marked *set by the recipe* has no default of its own.",
@@ -45,16 +45,36 @@ def config_page(world: World) -> Page:
     return page.add(*_tables(sections, "RunConfig", "", ""))
 
 
-def read_sections(path: Path) -> dict[str, Section]:
-    """Classes of the module by name. Raises IntegrityError without a RunConfig."""
-    sections: dict[str, Section] = {}
-    for node in ast.parse(path.read_text("utf-8")).body:
-        if isinstance(node, ast.ClassDef):
-            section = sections[node.name] = Section(ast.get_docstring(node) or "")
-            section.keys += [_key(x) for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
+def read_sections(folder: Path) -> dict[str, Section]:
+    """Classes of the package by name, with the keys they inherit. Raises IntegrityError without a RunConfig."""
+    nodes = [n for path in sorted(folder.glob("*.py")) for n in ast.parse(path.read_text("utf-8")).body]
+    classes = {n.name: n for n in nodes if isinstance(n, ast.ClassDef)}
+    unions = {n.targets[0].id: n.value for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+    sections = {name: Section(ast.get_docstring(node) or "", _keys(node, classes, unions)) for name, node in classes.items()}
     if "RunConfig" not in sections:
-        raise IntegrityError(f"{path} defines no RunConfig", next_step="name the root of the configuration RunConfig")
+        raise IntegrityError(f"{folder} defines no RunConfig", next_step="name the root of the configuration RunConfig")
     return sections
+
+
+def _keys(node: ast.ClassDef, classes: dict[str, ast.ClassDef], unions: dict[str, ast.expr]) -> list[Key]:
+    """Keys of a class after those of its bases; a name that stands for a union is replaced by it."""
+    found: dict[str, Key] = {}
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name) and base.id in classes:
+            found |= {k.name: k for k in _keys(classes[base.id], classes, unions)}
+    own = [_key(x) for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
+    named = {n: u for n, u in unions.items() if any(c in ast.unparse(u) for c in classes)}
+    return [*(found | {k.name: replace(k, annotation=_Named(named).visit(k.annotation)) for k in own}).values()]
+
+
+class _Named(ast.NodeTransformer):
+    """Puts unions in the place of their names."""
+
+    def __init__(self, unions: dict[str, ast.expr]):
+        self.unions = unions
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.unions.get(node.id, node)
 
 
 def _key(node: ast.AnnAssign) -> Key:

@@ -4,6 +4,7 @@ import shlex
 
 from spec.records import Artefact, Record
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
+from tools.site_pages.data import draws, sources
 from tools.site_pages.markup import (
     Page,
     bullets,
@@ -58,6 +59,7 @@ def run_page(world: World, record: Record) -> Page:
     page.add("## What it does not cover", bullets(prose(t) for t in record.not_covered) or "The record names nothing.")
     if chart := chart_of(world, record):
         page.add("## Loss", chart)
+    page.add(*sources(world, record), *draws(world, record))
     page.add(*_metrics(record), *_gates(record, page), *_kills(record, page), *_samples(world, record))
     page.add("## How to repeat it", *_repeat(record), "## Configuration", *_config(record))
     page.add("## Environment", table(["fact", "value"], [[code(k), number(v)] for k, v in sorted(record.environment.items())]))

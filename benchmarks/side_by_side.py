@@ -1,0 +1,148 @@
+"""Rates of several contestants in one run, in turn, and their ratios round by round. What the benchmarks of this folder share."""
+
+import importlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PEER_PACKAGES = ("tokenizers", "tiktoken", "litdata", "mosaicml-streaming")
+IMPORT_NAME = {"mosaicml-streaming": "streaming"}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of doing the work: `open` makes it ready and returns what is timed; `goal` is the least wanted ratio of rates, ours / it."""
+
+    name: str
+    package: str
+    open: Callable[..., Callable]
+    goal: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant's rates of all rounds in `unit`, or why there are none. `ratio` is ours / it, round by round: median, min, max."""
+
+    name: str
+    unit: str
+    rates: tuple[float, ...] = ()
+    missing: str = ""
+    ratio: tuple[float, float, float] | None = None
+    goal: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median ratio reaches the goal; None where there is no goal or no figure."""
+        return None if self.goal is None or self.ratio is None else self.ratio[0] >= self.goal
+
+
+def why_not(package: str) -> str:
+    """Empty if the package can be imported, else what to print in the place of a figure."""
+    try:
+        if package:
+            importlib.import_module(package)
+    except ModuleNotFoundError as e:
+        return "not installed" if e.name == package else f"not importable: no module {e.name}"
+    except Exception as e:  # a package may fail in any way where it does not fit what is installed beside it
+        return f"not importable: {type(e).__name__}"
+    return ""
+
+
+def facts(packages: tuple[str, ...]) -> dict:
+    """The machine and the versions of packages; None for those that are not installed."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": versions,
+    }
+
+
+def alternate(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
+    """Rates of every contestant over `rounds` rounds A B C A B C …, after one that is thrown away."""
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, once in work.items():
+            rate = once()
+            if number:
+                rates[name].append(rate)
+    return {name: tuple(r) for name, r in rates.items()}
+
+
+def against(ours: str, rows: list[Row]) -> list[Row]:
+    """Rows with their ratio to ours, taken within each round and then summarised."""
+    base = next(r for r in rows if r.name == ours).rates
+    return [replace(r, ratio=spread([a / b for a, b in zip(base, r.rates)])) if r.rates and r.name != ours else r for r in rows]
+
+
+def spread(values: list[float] | tuple[float, ...]) -> tuple[float, float, float]:
+    """(median, min, max)."""
+    return statistics.median(values), min(values), max(values)
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """Print rows as a table."""
+    print(f"\n{title}\n{'':34}{'median [min – max]':>32}  {'ours / this':>22}  wanted")
+    for r in rows:
+        rate = "{:.4g} [{:.4g} – {:.4g}] {}".format(*spread(r.rates), r.unit) if r.rates else r.missing
+        ratio = "{:.2f} [{:.2f} – {:.2f}]".format(*r.ratio) if r.ratio else ""
+        goal = "" if r.goal is None else f"≥ {r.goal:.3g}" + {True: " reached", False: " missed", None: ""}[r.met]
+        print(f"{r.name:34}{rate:>32}  {ratio:>22}  {goal}")
+
+
+def as_json(rows: list[Row]) -> list[dict]:
+    """Rows as they are written to the file."""
+    return [asdict(r) | {"rate": spread(r.rates) if r.rates else None, "rounds": len(r.rates), "met": r.met} for r in rows]
+
+
+def write_json(path: Path | None, document: dict) -> None:
+    if path:
+        path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_record(run_dir: Path | None, name: str, config: dict, rows: list[Row], extra: dict[str, tuple[float, str]]) -> None:
+    """Leave a record of kind benchmark: the ratio to every peer with its spread, and further figures as (value, unit)."""
+    if run_dir is None:
+        return
+    from spec.gates import load_spec
+    from stack.evidence.provenance import environment
+    from stack.evidence.record import RecordBuilder
+
+    machine = facts(tuple(c for c in PEER_PACKAGES if not why_not(IMPORT_NAME.get(c, c))))
+    versions = {f"peer_{k}": v for k, v in machine.pop("versions").items()}
+    builder = RecordBuilder(
+        kind="benchmark",
+        spec=load_spec(),
+        config={"benchmark": name, **config},
+        claim=f"On this machine, in one run and on the same data, {name} had these rates relative to its peers.",
+        not_covered=("other machines, data and versions", "absolute rates: other work may have run beside this"),
+        environment=environment() | {k: v for k, v in machine.items() if k in ("cpus", "load_average_1min")} | versions,
+    )
+    for row in rows:
+        key = "".join(c if c.isalnum() else "_" for c in row.name.lower()).strip("_")
+        if row.rates:
+            builder.metric(f"rate_{key}", spread(row.rates)[0], row.unit, n=len(row.rates), better="higher")
+        if row.ratio:
+            for part, value in zip(("", "_min", "_max"), row.ratio):
+                builder.metric(f"ratio_to_{key}{part}", value, "1", n=len(row.rates), better="higher")
+        if row.ratio and row.goal is not None:
+            builder.metric(f"wanted_ratio_to_{key}", row.goal, "1")
+    for key, (value, unit) in extra.items():
+        builder.metric(key, value, unit)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    missed = [r.name for r in rows if r.met is False]
+    reason = f"below the wanted ratio: {', '.join(missed)}" if missed else "every wanted ratio reached"
+    builder.finish(run_dir, status="completed", end_reason=reason, exit_code=0)
+    print(f"record {run_dir / 'metadata.json'}")

@@ -1,0 +1,175 @@
+"""Gates of the corpus: no source unfiltered, no repeats, nothing of an evaluation set, and every token accounted for in the rows."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+
+from contracts.gate import Verdict, decide, decides, failed, passed
+
+WORDS = "amber bronze copper dune ember field grove harbour island jetty kelp lagoon meadow north orchard pebble quarry river".split()
+SENTENCES = [f"The {a} lies behind the {b}, and nobody had walked there before spring came." for a, b in zip(WORDS, WORDS[1:])]
+GOOD = " ".join(SENTENCES[:3])
+PROMPT = "# Agent X\n\n## Identity\nYou are a shard.\n\n## Rules\nDo as told, always, and say nothing about it."
+# (reason the filter must give, languages, text). Reason None must be kept.
+PLANTED = (
+    ("too-short", ("en",), "Chapter 3"),
+    ("broken-text", ("en",), GOOD + "\0"),
+    ("broken-text", ("en",), GOOD.replace("a", "\ufffd", 3)),
+    ("long-paragraph", ("en",), " ".join(f"{w}{i}" for i in range(40) for w in WORDS)),
+    ("foreign-script", ("en",), "Это предложение написано на другом языке, и его здесь быть не должно."),
+    ("foreign-script", ("ru",), GOOD),
+    ("low-diversity", ("en",), "region " * 60),
+    ("low-diversity", ("en",), "games, tales, " * 40),
+    ("repetition", ("en",), "\n".join([" ".join(SENTENCES[:4])] * 6)),
+    ("system-prompt", ("en",), f"> {PROMPT} / < Understood."),
+    ("system-prompt", ("en",), f"> # One\n# Two\n{GOOD * 3} / < Understood."),
+    ("system-prompt", ("en",), f"> This file defines who you are. {GOOD * 3} / < Understood."),
+    ("system-prompt", ("en",), f"> {PROMPT.replace('#', '#').replace('shard', '◆ ✦ shard')} / < Understood."),
+    ("chat-turns", ("en",), "> What is the capital of France, please? / < Paris. / < And of Spain it is Madrid."),
+    (None, ("en",), GOOD),
+    (None, ("en",), f"> Where is it, at https://example.org/a/b/c or in /etc/hosts? / < {PROMPT}"),
+    (None, ("en",), f"{PROMPT}\n\nThis is a plain text with headers, and no chat."),
+    (None, ("en",), f"{GOOD} They call it 東京, and the old name was Эдо."),
+    (None, ("ru",), "Это предложение написано по-русски, и здесь ему самое место, как и слову laser."),
+    (None, ("code",), "def area(width, height):\n    return width * height\n\nprint(area(3, 4), area(5, 6))\n"),
+)
+
+
+@decides("corpus.filters")
+def filters(limits: SimpleNamespace, *, manifest, reject, chat_text, sample_documents) -> Verdict:
+    """The filter tells planted texts apart, every source has a receipt that adds up, and the shipped shards pass the filter again."""
+    wrong = [(want, got) for want, languages, text in PLANTED if (got := reject(text, languages)) != want]
+    if wrong:
+        want, got = wrong[0]
+        return failed(f"a planted text that must be {want or 'kept'} was {got or 'kept'}", wrong_plants=len(wrong))
+    if message := _converter_fault(chat_text, reject):
+        return failed(message)
+    if missing := {w for w, _, _ in PLANTED if w} - set(manifest["filters"]["rules"]):
+        return failed(f"the corpus was built without the rule {sorted(missing)[0]}", missing_rules=len(missing))
+    for source in manifest["sources"]:
+        if message := _receipt_fault(source, manifest):
+            return failed(f"source {source['name']}: {message}", source=source["name"])
+    worst, judged = ("", 0.0), 0
+    languages = {s["name"]: tuple(s["languages"]) for s in manifest["sources"]}
+    counts: dict[str, Counter] = {}
+    for source, text in sample_documents(limits.refiltered_frac_min, int(limits.refiltered_documents_min)):
+        counts.setdefault(source, Counter())[reject(text, languages[source]) is not None] += 1
+    for source, found in counts.items():
+        judged += found.total()
+        rejected = found[True] / found.total()
+        worst = max(worst, (source, rejected), key=lambda w: w[1])
+    silent = [s["name"] for s in manifest["sources"] if s["receipt"]["documents_out"] and s["name"] not in counts]
+    return decide(
+        worst[1] <= limits.refiltered_rejected_max and not silent,
+        f"{worst[1]:.1%} of the shipped documents of {worst[0] or silent} are rejected when filtered again",
+        refiltered_documents=judged,
+        rejected_frac=worst[1],
+        planted_texts=len(PLANTED),
+        sources=len(languages),
+    )
+
+
+def _converter_fault(chat_text, reject) -> str:
+    """What is wrong with the way chats become text, or an empty text: a system prompt must not arrive as a turn of the user's."""
+    turns = [{"role": "user", "content": "Where does the path begin?"}, {"role": "assistant", "content": GOOD}]
+    text = chat_text([{"role": "system", "content": PROMPT}, *turns])
+    if "# Agent" in text or "Identity" in text or reject(text, ("en",)):
+        return "the system prompt of a chat became part of its text"
+    if reject(chat_text([{"role": "user", "content": PROMPT}, turns[1]]), ("en",)) != "system-prompt":
+        return "a chat whose first user turn is a system prompt is not recognised once it is text"
+    return ""
+
+
+def _receipt_fault(source: dict, manifest: dict) -> str:
+    """What is wrong with a source's receipt, or an empty text."""
+    receipt = source["receipt"]
+    for unit in ("documents", "bytes"):
+        dropped = sum(row[unit] for row in receipt["dropped"].values())
+        if receipt[f"{unit}_in"] != receipt[f"{unit}_out"] + dropped:
+            return f"{receipt[f'{unit}_in']} {unit} came in, {receipt[f'{unit}_out']} went out and {dropped} were dropped"
+    if (source["kind"] == "pangram") != (source["languages"] == ["synthetic"]):
+        return "text of people is declared synthetic, which no filter looks at"
+    shipped = sum(e["documents"] for s in manifest["splits"].values() for e in s["shards"] if e["source"] == source["name"])
+    if manifest["config"]["split"]["kind"] == "document-hash" and shipped != receipt["documents_out"]:
+        return f"{receipt['documents_out']} documents passed the filters, {shipped} are in the shards"
+    return ""
+
+
+@decides("corpus.no-repeats")
+def no_repeats(limits: SimpleNamespace, *, splits, manifest, near_repeats) -> Verdict:
+    """No document is in the shards twice, and where near repeats are dropped, one with a changed word is seen and others are not."""
+    # A tail split cuts documents: two that end alike have equal tails, which no repeat is.
+    judged = ["train"] if manifest["config"]["split"]["kind"] == "tail" else list(splits)
+    hashes = np.sort(np.concatenate([splits[name].document_hashes for name in judged]))
+    repeated = int((hashes[1:] == hashes[:-1]).sum())
+    measured = {"documents": len(hashes), "repeated": repeated}
+    if manifest["config"]["dedup"]["kind"] == "near":
+        changed = " ".join(SENTENCES[:12]).replace("meadow", "valley", 1)
+        found = near_repeats([" ".join(SENTENCES[:12]), " ".join(reversed(WORDS * 4)), changed])
+        if found != [False, False, True]:
+            return failed("a document with one changed word is not seen as a repeat, or an unlike one is", near_repeats_seen=False)
+        measured["near_repeats_seen"] = True
+    return decide(repeated <= limits.repeated_documents_max, f"{repeated} document(s) are in the shards more than once", **measured)
+
+
+@decides("corpus.decontamination")
+def decontamination(limits: SimpleNamespace, *, manifest, gram_set, shares_gram, evaluation_grams, sample_documents) -> Verdict:
+    """The scanner finds a hidden passage and nothing else, and no sampled document shares a run of words with an evaluation set."""
+    canary = " ".join(SENTENCES[4:8])
+    grams = gram_set([canary])
+    if not shares_gram(f"{GOOD} {canary.upper().replace(',', ';')} {GOOD}", grams) or shares_gram(" ".join(SENTENCES[8:]), grams):
+        return failed("the scanner misses a passage hidden in a document, or finds one that is not there", canary_found=False)
+    declared = manifest["decontamination"]
+    if declared is None:
+        return passed("", canary_found=True, evaluation_sets=0)
+    if not shares_gram(declared["canary"], evaluation_grams):
+        return failed("the stored word runs do not hold the evaluation text they were made from", canary_found=False)
+    texts = list(sample_documents(limits.scanned_frac_min, int(limits.scanned_documents_min)))
+    hits = sum(shares_gram(text, evaluation_grams) for _, text in texts)
+    return decide(
+        hits <= limits.contaminated_documents_max and len(evaluation_grams) == declared["grams"],
+        f"{hits} of {len(texts)} documents share a run of {declared['gram_words']} words with an evaluation set",
+        canary_found=True,
+        evaluation_sets=len(declared["sets"]),
+        scanned_documents=len(texts),
+        contaminated=hits,
+    )
+
+
+@decides("corpus.packing")
+def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> Verdict:
+    """Rows hold every token of the shards once as a label, up to the declared remainder, and documents end where they end."""
+    n_rows = row_stream.n_windows(seq_len)
+    judged = min(n_rows, max(1, int(limits.labels_judged_max) // seq_len))
+    n_labels = crossed = broken = 0
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for first in range(0, judged, 64):
+        rows = row_stream.rows(np.arange(first, min(first + 64, judged)), seq_len)
+        valid = rows.labels != -100
+        n_labels += int(valid.sum())
+        counts += np.bincount(rows.labels[valid], minlength=len(counts))
+        if rows.document_ids is None:
+            broken += int((rows.input_ids[:, 1:] != rows.labels[:, :-1]).sum())
+            continue
+        same = (rows.document_ids[:, 1:] == rows.document_ids[:, :-1]) & valid[:, 1:]
+        broken += int((same & (rows.input_ids[:, 1:] != rows.labels[:, :-1])).sum())
+        # Inside a document no label but its last is an end of text; where it goes on after one, two documents share an id.
+        crossed += int((same & (rows.labels[:, :-1] == tokenizer.eos_id)).sum())
+    leading, dropped = len(row_stream.paths), row_stream.dropped_tokens(seq_len)
+    unaccounted = row_stream.n_tokens - leading - dropped - n_labels if judged == n_rows else 0
+    if judged == n_rows and not dropped and not unaccounted:
+        tokens = np.bincount(row_stream.token_range(0, row_stream.n_tokens), minlength=len(counts))
+        tokens[tokenizer.eos_id] -= leading
+        unaccounted = int(np.abs(tokens - counts).sum())  # a token lost beside one that comes twice
+    return decide(
+        not unaccounted and not crossed and not broken and dropped <= leading * seq_len,
+        f"{unaccounted} token(s) are in no row and not declared as dropped; {crossed} document border(s) are not kept, "
+        f"{broken} label(s) are not the next token",
+        rows=judged,
+        labels=n_labels,
+        dropped_tokens=dropped,
+        padding_frac=row_stream.padding(seq_len) / (n_rows * seq_len),
+        unaccounted=unaccounted,
+        crossed_borders=crossed,
+    )

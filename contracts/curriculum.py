@@ -1,0 +1,271 @@
+"""Gates of the curriculum: rows come from the declared sources in the declared shares, and rewards cannot be had cheaply."""
+
+import math
+import statistics
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+
+from contracts.events import BatchDrawn, Event, Started, StepTaken
+from contracts.gate import Verdict, decide, decides, failed
+
+JUDGED_ROWS, TURN_ROWS = 8192, 256
+TURNS = 90
+
+
+def _drawn(order, first: int, n: int) -> np.ndarray:
+    """(sources, windows, epochs) of the next n samples, int64 (3, n)."""
+    order.decide(first, first + n)
+    draws = order.at(np.arange(first, first + n))
+    return np.stack([draws.sources, draws.windows, draws.epochs])
+
+
+def _stretch(order, first: int, n: int) -> np.ndarray:
+    """As `_drawn`, with a turn of random losses after every TURN_ROWS rows where the order learns from losses."""
+    losses = np.random.default_rng(7)
+    parts = []
+    for start in range(first, first + n, TURN_ROWS):
+        parts.append(_drawn(order, start, min(TURN_ROWS, first + n - start)))
+        if hasattr(order, "reward"):
+            order.reward({s.name: float(losses.normal(5, 0.1)) for s in order.sources})
+    return np.concatenate(parts, axis=1)
+
+
+@decides("curriculum.order")
+def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources) -> Verdict:
+    """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once per epoch and from everywhere."""
+    arms = make_run_order().sources
+    listed = [i for i, s in enumerate(arms) if s.name in warmup_sources]
+    warm = _stretch(make_run_order(), 0, min(warmup_rows, JUDGED_ROWS)) if warmup_rows else np.zeros((3, 0), np.int64)
+    early = int((~np.isin(warm[0], listed)).sum())
+    if early:
+        return failed(f"{early} rows of the warm-up are of other sources than {', '.join(warmup_sources)}", early_rows=early)
+    before = make_run_order().counts(warmup_rows)
+    sources, windows, epochs = _stretch(make_run_order(), warmup_rows, JUDGED_ROWS)
+    if not np.array_equal(sources, _stretch(make_run_order(), warmup_rows, JUDGED_ROWS)[0]):
+        return failed("the same seed gives two orders")
+    for i, arm in enumerate(arms):
+        mine = sources == i
+        if message := _arm_fault(arm, int(before[i]), windows[mine], epochs[mine], limits):
+            return failed(f"source {arm.name}: {message}", source=arm.name)
+    worst = max(_bound_fault(arm, sources == i, len(arms), limits) for i, arm in enumerate(arms))
+    return decide(
+        worst <= 0,
+        f"a source leaves its bounds by {worst:.1f} rows in a window of {limits.window_rows:g}",
+        rows=JUDGED_ROWS,
+        sources=len(arms),
+        worst_excess_rows=worst,
+    )
+
+
+def _arm_fault(arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits: SimpleNamespace) -> str:
+    """What is wrong with the windows drawn from one source, or an empty text."""
+    if len(windows) and arm.cap == 0:
+        return f"its cap is 0 and {len(windows)} rows are drawn from it"
+    if ((windows < arm.first) | (windows >= arm.first + arm.n_windows)).any():
+        return "rows of other sources are drawn in its name"
+    if len(np.unique(np.stack([epochs, windows]), axis=1).T) != len(windows):
+        return "a window is drawn twice in one epoch"
+    if not np.array_equal(epochs, (before + np.arange(len(epochs))) // max(1, arm.n_windows)):
+        return "an epoch begins before the last one is over"
+    first = windows[: arm.n_windows] - arm.first
+    if len(first) >= limits.uniformity_rows_min and arm.n_windows > 1:
+        place = np.sort(first / (arm.n_windows - 1))
+        ranks = np.arange(len(place))
+        distance = max((place - ranks / len(place)).max(), ((ranks + 1) / len(place) - place).max())
+        if distance > limits.uniformity_sigmas_max / math.sqrt(len(place)):
+            return f"rows come from one end of it (Kolmogorov distance {distance:.2f})"
+    return ""
+
+
+def _bound_fault(arm, mine: np.ndarray, n_sources: int, limits: SimpleNamespace) -> float:
+    """By how many rows the worst window leaves [floor, cap], the granted slack of one row per source aside."""
+    window = int(limits.window_rows)
+    if len(mine) < window:
+        return 0.0
+    total = np.concatenate([[0], np.cumsum(mine)])
+    counts = total[window:] - total[:-window]
+    slack = limits.slack_rows_per_source * n_sources
+    return float(max(counts.max() - arm.cap * window, arm.floor * window - counts.min()) - slack)
+
+
+def _play(bandit, own_drop: float, scale: float = 1.0, turns: int = TURNS) -> list[str]:
+    """The focus of every turn in a world of three sources: turns of "useful" lower every loss, turns of "list" lower their own by
+    `own_drop` at the cost of "other", so that the sum stays, and turns of "other" do nothing."""
+    losses = dict.fromkeys(("useful", "list", "other"), 5.0 * scale)
+    noise = np.random.default_rng(5)
+    focus = []
+    bandit.reward(losses)
+    for _ in range(turns):
+        chosen = bandit.sources[bandit.focus].name
+        focus.append(chosen)
+        drift = noise.normal(0, 1e-3) * scale
+        losses = {n: v - drift for n, v in losses.items()}
+        if chosen == "useful":
+            losses = {n: v - 0.02 * scale for n, v in losses.items()}
+        if chosen == "list":
+            losses |= {"list": losses["list"] - own_drop * scale, "other": losses["other"] + own_drop * scale}
+        bandit.reward(losses)
+    return focus
+
+
+@decides("curriculum.reward")
+def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
+    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses."""
+    plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
+    if plain != cheap:
+        return failed("a source earns by lowering its own loss at the cost of the others", list_turns=cheap.count("list"))
+    if any(_play(make_bandit(), 0.0, scale=scale) != plain for scale in (1024.0, 1 / 1024)):
+        return failed("the choice of sources depends on the scale of the losses, so rewards are not normalised")
+    if _play(make_bandit(), 0.0) != plain:
+        return failed("the same losses give two curricula")
+    useful, untried = plain.count("useful") / len(plain), 3 - len(set(plain))
+    return decide(
+        useful >= limits.useful_turns_min and not untried,
+        f"the source that lowers every loss had {useful:.0%} of the turns, {untried} source(s) none",
+        useful_turns=useful,
+        list_turns=plain.count("list") / len(plain),
+    )
+
+
+@decides("curriculum.state")
+def state(limits: SimpleNamespace, *, make_bandit, make_run_order) -> Verdict:
+    """A restored curriculum goes on as if never stopped, and arms of its state that the configuration does not have are dropped."""
+    for make in (make_bandit, make_run_order):
+        whole = make()
+        _drawn(whole, 0, 500)
+        if hasattr(whole, "reward"):
+            whole.reward({s.name: 5.0 - 0.1 * i for i, s in enumerate(whole.sources)})
+            whole.reward({s.name: 4.9 - 0.2 * i for i, s in enumerate(whole.sources)})
+        saved, restored = whole.state_dict(), make()
+        dropped = restored.load_state_dict(saved)
+        if dropped or not np.array_equal(_drawn(whole, 500, 500), _drawn(restored, 500, 500)):
+            return failed("a restored curriculum draws other rows than one that was never stopped", dropped=len(dropped))
+    saved = make_bandit()
+    _drawn(saved, 0, 500)
+    document = saved.state_dict()
+    zombie = dict(next(iter(document["arms"].values())))
+    document["arms"] |= {"zombie": {**zombie, "pulls": 1.546, "drawn": 40}}
+    revived = make_bandit(capped="list")
+    dropped = revived.load_state_dict(document)
+    drawn = {revived.sources[i].name for i in _drawn(revived, 500, 1000)[0].tolist()}
+    arms = set(revived.state_dict()["arms"])
+    return decide(
+        set(dropped) == {"zombie", "list"} and drawn == arms == {"useful", "other"},
+        f"sources {', '.join(sorted(drawn | arms))} take part, of a state with a source that is gone and one whose cap is 0 now",
+        dropped=len(dropped),
+        arms=len(arms),
+    )
+
+
+@decides("curriculum.draws")
+class Draws:
+    """Every row is of the source it is entered under, the warm-up holds, and shares stay within caps and floors over a rolling window."""
+
+    events = (Started, BatchDrawn)
+
+    def __init__(self, limits):
+        self.limits, self.plan, self.bounds = limits, None, []
+        self.recent: deque[int] = deque(maxlen=int(limits.window_rows))
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            bounds = [[a["name"], a["cap"], a["floor"]] for a in event.plan["sources"]]
+            if bounds != self.bounds:  # a changed mixture is judged from its first row on
+                self.recent.clear()
+            self.plan, self.bounds = event.plan, bounds
+            return None
+        arms = self.plan["sources"]
+        for row, (source, window) in enumerate(zip(event.sources, event.sample_ids), start=event.cursor_before):
+            arm = arms[source]
+            if not arm["first"] <= window < arm["first"] + arm["n_windows"]:
+                return failed(f"step {event.step}: window {window} is entered under source {arm['name']}, which does not hold it")
+            if row < self.plan["warmup_rows"] and arm["name"] not in self.plan["warmup_sources"]:
+                return failed(f"step {event.step}: a row of {arm['name']} in the warm-up", row=row, source=arm["name"])
+            if arm["cap"] == 0:
+                return failed(f"step {event.step}: a row of {arm['name']}, whose cap is 0", source=arm["name"])
+            if row >= self.plan["warmup_rows"]:
+                self.recent.append(source)
+        if len(event.sources) != len(event.sample_ids):
+            return failed(f"step {event.step}: {len(event.sample_ids)} rows, {len(event.sources)} entries in the ledger")
+        return self._bounds(event.step, arms)
+
+    def _bounds(self, step: int, arms: list[dict]) -> Verdict:
+        n, slack = len(self.recent), self.limits.slack_rows_per_source * len(arms)
+        if n < self.limits.judged_rows_min or len(arms) == 1:
+            return decide(True, "", rows=n, sources=len(arms))
+        counts = np.bincount(np.array(self.recent), minlength=len(arms))
+        over = [(c - a["cap"] * n - slack, a["name"]) for c, a in zip(counts, arms)]
+        under = [(a["floor"] * n - c - slack, a["name"]) for c, a in zip(counts, arms)]
+        worst = max(over + under)
+        return decide(
+            worst[0] <= 0,
+            f"step {step}: source {worst[1]} leaves its bounds by {worst[0]:.1f} rows in the last {n}",
+            rows=n,
+            sources=len(arms),
+            worst_excess_rows=float(worst[0]),
+        )
+
+    def state_dict(self) -> dict:
+        return {"recent": list(self.recent), "bounds": self.bounds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent.clear()
+        self.recent.extend(state["recent"])
+        self.bounds = state["bounds"]
+
+
+@decides("curriculum.gradient-shock")
+class GradientShock:
+    """After the mixture of a step changes, the gradient norm stays within a multiple of its recent median."""
+
+    events = (BatchDrawn, StepTaken)
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.norms: deque[float] = deque(maxlen=int(limits.median_steps))
+        self.mix: list[float] = []
+        self.since_switch, self.switches, self.worst = 10**9, 0, 0.0
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, BatchDrawn):
+            self._note_mixture(event)
+            return None
+        median = statistics.median(self.norms) if len(self.norms) >= self.limits.known_steps_min else None
+        near = self.since_switch < self.limits.steps_after_switch
+        ratio = event.grad_norm / median if near and median else 0.0
+        self.worst = max(self.worst, ratio)
+        if math.isfinite(event.grad_norm):
+            self.norms.append(event.grad_norm)
+        return decide(
+            ratio <= self.limits.norm_over_median_max,
+            f"step {event.step}: the gradient norm is {ratio:.1f} times its median right after the sources changed",
+            ratio=ratio,
+            worst_ratio=self.worst,
+            switches=self.switches,
+        )
+
+    def _note_mixture(self, event: BatchDrawn) -> None:
+        counts = np.bincount(np.array(event.sources, np.int64), minlength=len(self.mix) or 1)
+        mix = (counts / max(1, counts.sum())).tolist()
+        before = self.mix + [0.0] * (len(mix) - len(self.mix))
+        changed = sum(abs(a - b) for a, b in zip(mix, before)) / 2
+        self.since_switch += 1
+        if self.mix and changed >= self.limits.share_change_min:
+            self.since_switch, self.switches = 0, self.switches + 1
+        self.mix = mix
+
+    def state_dict(self) -> dict:
+        return {
+            "norms": list(self.norms),
+            "mix": self.mix,
+            "since_switch": self.since_switch,
+            "switches": self.switches,
+            "worst": self.worst,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.norms.clear()
+        self.norms.extend(state["norms"])
+        self.mix, self.since_switch, self.switches, self.worst = (state[k] for k in ("mix", "since_switch", "switches", "worst"))

@@ -1,0 +1,242 @@
+"""A configuration from a recipe, a TOML file and `--set`, with the origin of every changed value."""
+
+import difflib
+import json
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from spec.canonical import parse_strict
+from spec.errors import ConfigError, IntegrityError
+from spec.records import Override
+from stack.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
+from stack.config.run import RunConfig
+
+BUILT_KEYS = ("split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields")  # what a build decides once and for all
+
+
+def load_config(
+    base: RunConfig, *, run_file: Path | None = None, sets: tuple[str, ...] = (), fixed: dict[str, tuple[Any, str]] | None = None
+) -> tuple[RunConfig, list[Override]]:
+    """A recipe's configuration, changed by a TOML file, then `--set a.b=v` in order, then values fixed by flags.
+
+    Returns the configuration and the list of changed values with their origin.
+    Raises ConfigError for an unknown key (naming the nearest), a wrong type, or an impossible combination.
+    """
+    tree, overrides = base.to_dict(), []
+    changes: list[tuple[str, Any, str]] = []
+    if run_file is not None:
+        changes += [(key, value, f"{run_file}") for key, value in _flatten(read_run_file(run_file)) if key != "recipe"]
+    changes += [(*_parse_set(text), f"--set {text}") for text in sets]
+    changes += [(key, value, origin) for key, (value, origin) in (fixed or {}).items()]
+    for key, value, origin in changes:
+        _assign(tree, key, value, origin)
+        overrides.append(Override(key=key, value=value, source=origin))
+    overrides += _adopt_built(tree["data"], {o.key for o in overrides})
+    return validate(tree, origins={o.key: o.source for o in overrides}), overrides
+
+
+def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
+    """Build a RunConfig from a JSON-ready tree. Raises ConfigError in the project's form."""
+    _default_kinds(tree.get("data", {}))
+    try:
+        return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
+        origin = next((o for k, o in (origins or {}).items() if key.startswith(k)), "the recipe")
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            raise unknown_key(key, origin) from e
+        if error["type"] == "missing":
+            raise ConfigError(f"{key} is missing", value=f"from {origin}", next_step=f"--set {key}=…") from e
+        shown = f"{error.get('input')!r} from {origin}" if key else f"from {', '.join((origins or {}).values()) or origin}"
+        raise ConfigError(f"{key}: {message}" if key else message, value=shown, next_step="stack train --dry-run shows every value") from e
+
+
+def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
+    """For a built folder: the split, tokenizer and cleaning it was built with, so that the configuration says what is used.
+
+    Raises ConfigError where a chosen value contradicts the folder.
+    """
+    if data["corpus"].get("kind") != "built":
+        return []
+    path = Path(data["corpus"].get("path", ""), "manifest.json")
+    try:
+        built = parse_strict(path.read_bytes(), origin=str(path))["config"]
+    except (OSError, IntegrityError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"data.corpus.path names no built data: {path} ({type(e).__name__})",
+            next_step="stack data build SRC… --out DIR makes such a folder",
+        ) from e
+    adopted = []
+    for key in BUILT_KEYS:
+        clash = [k for k in chosen if k == f"data.{key}" or k.startswith(f"data.{key}.")]
+        if clash and data[key] != built[key]:
+            raise ConfigError(
+                f"{clash[0]} differs from what {path.parent} was built with",
+                value=str(data[key]),
+                allowed=str(built[key]),
+                next_step="leave the key away, or build the data anew with it",
+            )
+        if data[key] != built[key]:
+            data[key] = built[key]
+            adopted.append(Override(key=f"data.{key}", value=json.dumps(built[key]), source=str(path)))
+    return adopted
+
+
+def load_mixture(path: Path) -> DataConfig:
+    """The data part of a configuration from a mixture file: `[[source]]` tables beside keys such as `[tokenizer]` and `[split]`.
+
+    Paths are relative to the file. Raises ConfigError naming the file and the key.
+    """
+    tree = read_run_file(path)
+    sources = tree.pop("source", [])
+    if not sources:
+        raise ConfigError(
+            f"{path} names no source", allowed="at least one [[source]] table with name and paths", next_step="see docs/data.md"
+        )
+    for source in sources:
+        source["paths"] = [str(path.parent / p) for p in source["paths"]] if source.get("paths") else source.get("paths", [])
+        if source.get("kind", "files") != "files":
+            del source["paths"]
+    if "corpus" in tree:
+        raise ConfigError(f"{path}: a mixture's corpus are its [[source]] tables", value="corpus", next_step="remove the key")
+    tree["decontaminate"] = [str(path.parent / p) for p in tree.get("decontaminate", [])]
+    return validate_data({**tree, "corpus": {"kind": "mixture", "sources": sources}}, origin=str(path))
+
+
+def validate_data(tree: dict, *, origin: str) -> DataConfig:
+    """Build a DataConfig from a JSON-ready tree. Raises ConfigError naming the key and its origin."""
+    _default_kinds(tree)
+    try:
+        return DataConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
+        message = error["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(error.get("input"), dict | list) else f"{error.get('input')!r} "
+        raise ConfigError(
+            f"{key}: {message}" if key else message,
+            value=f"{shown}from {origin}",
+            allowed=f"nearest: {', '.join(near)}" if (near := _near(key.split(".")[-1])) else "",
+            next_step="see docs/data.md",
+        ) from e
+
+
+def _default_kinds(data: dict) -> None:
+    """A source that does not say what it is, is made of files."""
+    corpus = data.get("corpus")
+    for source in corpus.get("sources", ()) if isinstance(corpus, dict) else ():
+        if isinstance(source, dict):
+            source.setdefault("kind", "files")
+
+
+def _near(leaf: str) -> list[str]:
+    leaves = {name for m in (DataConfig, FilesSource) for name in m.model_fields}
+    return [] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), n=2, cutoff=0.5)
+
+
+def unknown_key(key: str, origin: str) -> ConfigError:
+    """The error for a key that does not exist, naming the nearest that does."""
+    near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5) or [
+        k for k in known_keys() if k.endswith("." + key.split(".")[-1])
+    ]
+    return ConfigError(
+        f"{key} is not a configuration key",
+        value=f"from {origin}",
+        allowed=f"nearest: {', '.join(near)}" if near else "stack train --dry-run lists all keys",
+        next_step=f"--set {near[0]}=…" if near else "remove it",
+    )
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the configuration, over all variants."""
+    return sorted(set(_keys(RunConfig, "")))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> list[str]:
+    found = []
+    for name, field in model.model_fields.items():
+        is_list = get_origin(field.annotation) is tuple
+        nested = [] if is_list else _models_in(field.annotation)
+        found += [k for v in nested for k in _keys(v, f"{prefix}{name}.")] if nested else [prefix + name]
+    return found
+
+
+@cache
+def _variant_tags() -> frozenset[str]:
+    """The `kind` of every variant; pydantic puts them into the path of an error."""
+    return frozenset(_tags(RunConfig))
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    found = [model.model_fields["kind"].default] if "kind" in model.model_fields else []
+    for variant in (v for f in model.model_fields.values() for v in _models_in(f.annotation)):
+        found += _tags(variant)
+    return found
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Configuration types inside an annotation: itself, the members of a union, the items of a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for inner in get_args(annotation) for m in _models_in(inner)]
+
+
+def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
+    """Set a dotted key. Choosing another `kind` drops the values of the former variant, but what all curricula have in common stays.
+
+    Below a table by name, any name is a key.
+    """
+    *path, leaf = key.split(".")
+    node = tree
+    for part in path:
+        if not isinstance(node.get(part), dict):
+            raise unknown_key(key, origin)
+        node = node[part]
+    if key not in known_keys() and not any(key.startswith(f"{k}.") for k in _named_tables()):
+        raise unknown_key(key, origin)
+    if leaf == "kind" and node.get("kind") != value:
+        common = Curriculum.model_fields if path == ["curriculum"] else ()
+        for name in [n for n in node if n not in common]:
+            del node[name]
+    node[leaf] = value
+
+
+def _named_tables() -> tuple[str, ...]:
+    """Keys whose value is a table with names of the user's."""
+    return tuple(f"curriculum.{k}" for k, f in StaticCurriculum.model_fields.items() if get_origin(f.annotation) is dict)
+
+
+def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of a nested table in order, a table's `kind` first."""
+    leaves = []
+    for name, value in sorted(tree.items(), key=lambda item: item[0] != "kind"):
+        key = f"{prefix}{name}"
+        leaves += _flatten(value, key + ".") if isinstance(value, dict) else [(key, value)]
+    return leaves
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    """`a.b=v` with v read as TOML, or as a bare string where it is none."""
+    key, separator, raw = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("--set takes key=value", value=text, next_step="for example --set optim.lr=3e-4")
+    try:
+        return key.strip(), tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), raw.strip()
+
+
+def read_run_file(path: Path) -> dict:
+    """The tree of a TOML run file. Raises ConfigError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError(f"there is no run file {path}", next_step="give a recipe name or the path of a .toml file") from e
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot read the run file {path}: {e}") from e

@@ -1,0 +1,145 @@
+"""Everything that decides what a run computes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from spec.records import Waiver
+from stack.config.base import Frozen
+from stack.config.data import BanditCurriculum, DataConfig, StaticCurriculum
+
+
+class ModelConfig(Frozen):
+    d_model: int = Field(ge=8, description="width of the residual stream, features")
+    n_layers: int = Field(ge=1, description="blocks")
+    n_heads: int = Field(ge=1, description="query heads")
+    n_kv_heads: int = Field(ge=1, description="key/value heads")
+    head_dim: int = Field(ge=2, description="width of a head, features; even, for rotary pairs")
+    d_ff: int = Field(ge=8, description="inner width of the feed-forward, features")
+    max_seq_len: int = Field(ge=2, description="context length, tokens")
+    rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary frequencies")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
+    tied_head: bool = Field(True, description="use the embedding as the output head")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of residual-branch activations dropped in training (0-1)")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of embedding and input projections at step 0")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary positions turn pairs of features")
+        return self
+
+
+class TrainConfig(Frozen):
+    max_steps: int = Field(ge=1, description="optimizer steps")
+    tokens_per_step: int = Field(ge=1, description="tokens of one optimizer step, over all micro-steps and ranks")
+    micro_batch_size: int = Field(ge=1, description="rows of one forward/backward")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast type; weights stay float32")
+    compile: bool = Field(False, description="run the model through torch.compile")
+    log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
+
+
+class AdamW(Frozen):
+    """Decoupled weight decay (arXiv:1711.05101), applied to matrices only."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="per unit of learning rate; norms are never decayed")
+    max_grad_norm: float = Field(1.0, gt=0, description="global L2 norm to which gradients are clipped")
+
+
+class Cosine(Frozen):
+    """Linear warm-up, then a half cosine down to `final_lr_frac` of the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = Field(ge=1, description="steps until the peak")
+    final_lr_frac: float = Field(0.1, ge=0, le=1, description="learning rate of the last step over the peak (0-1)")
+
+
+class EvalConfig(Frozen):
+    every: int = Field(ge=1, description="steps between two evaluations on held-out data")
+    batches: int = Field(16, ge=2, description="held-out batches, the same ones each time; the power check may raise it")
+    batch_size: int = Field(8, ge=1, description="rows per held-out batch")
+
+
+class Patience(Frozen):
+    """Stop after `patience` evaluations without an improvement that stands out of the paired noise."""
+
+    kind: Literal["patience"] = "patience"
+    patience: int = Field(5, ge=2, description="evaluations to wait")
+    min_epochs: int = Field(3, ge=1, description="evaluation rounds before a stop is possible")
+    z: float = Field(2.0, gt=0, description="standard errors of the paired difference an improvement must exceed")
+    min_delta_nats: float = Field(0.0, ge=0, description="smallest improvement that counts, nats per token")
+    expected_gain_nats: float = Field(0.02, gt=0, description="gain per evaluation the held-out set must be able to see")
+
+
+class NeverStop(Frozen):
+    """Train all steps."""
+
+    kind: Literal["never"] = "never"
+
+
+class SampleConfig(Frozen):
+    every: int = Field(ge=1, description="steps between two audited samples")
+    prompt: str = Field("The ", description="text the sample continues")
+    max_new_tokens: int = Field(96, ge=8)
+    temperature: float = Field(0.8, ge=0, description="0 takes the most likely token")
+    top_k: int = Field(50, ge=0, description="0 keeps all")
+    language: Literal["en", "code", "any"] = Field("en", description="which word-likeness the coherence score uses")
+
+
+class CheckpointConfig(Frozen):
+    every: int = Field(ge=1, description="steps between two checkpoints")
+    keep: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
+    signal_boundary: int = Field(100, ge=1, description="SIGUSR1 saves after the next step that is a multiple of this")
+
+
+class GatesConfig(Frozen):
+    waive: tuple[Waiver, ...] = Field((), description="gates allowed to fail, each with reason and expiry; written into the record")
+
+
+class RunConfig(Frozen):
+    """Everything that decides what a run computes."""
+
+    recipe: str = Field(description="name of the recipe this was built from")
+    seed: int = Field(1337, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig = DataConfig()
+    curriculum: Annotated[StaticCurriculum | BanditCurriculum, Field(discriminator="kind")] = StaticCurriculum()
+    model: ModelConfig
+    train: TrainConfig
+    optim: AdamW
+    schedule: Cosine
+    eval: EvalConfig
+    stop: Annotated[Patience | NeverStop, Field(discriminator="kind")] = Patience()
+    sample: SampleConfig
+    checkpoint: CheckpointConfig
+    gates: GatesConfig = GatesConfig()
+
+    @property
+    def tokens_per_micro_step(self) -> int:
+        return self.train.micro_batch_size * self.model.max_seq_len
+
+    def accumulation(self, world_size: int = 1) -> int:
+        """Micro-steps of one optimizer step on each rank."""
+        return self.train.tokens_per_step // (self.tokens_per_micro_step * world_size)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.train.tokens_per_step % self.tokens_per_micro_step:
+            raise ValueError(
+                f"train.tokens_per_step ({self.train.tokens_per_step}) must be a multiple of train.micro_batch_size × model.max_seq_len "
+                f"({self.train.micro_batch_size} × {self.model.max_seq_len} = {self.tokens_per_micro_step})"
+            )
+        if self.schedule.warmup_steps >= self.train.max_steps:
+            raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below train.max_steps ({self.train.max_steps})")
+        return self
+
+    def to_dict(self) -> dict:
+        """The resolved tree, JSON-ready."""
+        return self.model_dump(mode="json")

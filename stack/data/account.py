@@ -1,0 +1,194 @@
+"""What a built data set says about itself: its table of sources, the verdicts of its gates, its record and its page."""
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from contracts.gate import call_check, limits_of
+from spec.canonical import canonical_json
+from spec.errors import GateFailed
+from spec.gates import load_spec
+from spec.records import GateResult, Record
+from stack.config import DataConfig
+from stack.data import corpus, dedup, receipts
+from stack.data.ingredients import folder_ingredients
+from stack.data.prepare import Dataset
+from stack.evidence.provenance import environment
+from stack.evidence.record import RecordBuilder, artefact, write_atomically
+
+SOURCES = "sources.jsonl"
+JUDGED_SEQ_LEN = 512
+MAX_INPUT_FILES = 1000
+GATES = (
+    "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity data.leakage "
+    "tokenizer.round-trip tokenizer.pinning tokenizer.merges"
+).split()
+CLAIM = "These files, filtered, freed of repeats and tokenised by this code, give these shards, and every document is accounted for."
+NOT_COVERED = (
+    "whether the text is true, useful or lawful to train on: the licence is what the user declared",
+    "repeats below the declared similarity, and passages shared with evaluation sets that nobody declared",
+)
+
+
+def open_record(cfg: DataConfig) -> RecordBuilder:
+    """A record of kind data, opened before the build begins."""
+    return RecordBuilder(
+        kind="data",
+        spec=load_spec(),
+        config=cfg.model_dump(mode="json", exclude={"packing", "on_exhausted", "verify"}),
+        claim=CLAIM,
+        not_covered=NOT_COVERED,
+    )
+
+
+def judge(dataset: Dataset) -> list[GateResult]:
+    """Ask every gate that can judge a data set without a run."""
+    spec, ingredients, results = load_spec(), folder_ingredients(dataset, JUDGED_SEQ_LEN), []
+    for gate_id in GATES:
+        gate = spec.gates[gate_id]
+        verdict = call_check(gate, ingredients)
+        results.append(
+            GateResult(
+                id=gate_id,
+                fingerprint=spec.fingerprint(gate_id),
+                verdict=verdict.outcome,
+                checks=1,
+                first_failure_step=0 if verdict.outcome == "fail" else None,
+                measured=dict(verdict.measured),
+                limits=vars(limits_of(gate)),
+                message=verdict.message,
+            )
+        )
+    return results
+
+
+def require_green(results: Iterable[GateResult]) -> None:
+    """Raises GateFailed for the first red gate that halts."""
+    spec = load_spec()
+    for result in results:
+        if result.verdict == "fail" and spec.gates[result.id].severity == "halt":
+            raise GateFailed(result.id, what=result.message, next_step=f"stack gates show {result.id}")
+
+
+def source_rows(manifest: dict) -> list[dict[str, Any]]:
+    """One JSON-ready row per source: what it is, what came in and out, and why the rest was dropped."""
+    return [
+        {
+            **{k: s[k] for k in ("name", "kind", "license", "languages", "weight", "cap", "floor", "files", "sha256", "tokens")},
+            **{k: s["receipt"][k] for k in ("documents_in", "documents_out", "bytes_in", "bytes_out", "dropped")},
+        }
+        for s in manifest["sources"]
+    ]
+
+
+def write_record(builder: RecordBuilder, cfg: DataConfig, dataset: Dataset, results: list[GateResult], seconds: float) -> Record:
+    """Write sources.jsonl and metadata.json into the folder of a data set and return the record."""
+    folder, manifest = dataset.directory, dataset.manifest
+    write_atomically(folder / SOURCES, b"".join(canonical_json(row) + b"\n" for row in source_rows(manifest)))
+    builder.environment = environment()
+    builder.inputs = [
+        artefact(path, root=Path.cwd(), name=name, license=corpus.license_of(source))
+        for name, source in corpus.sources_of(cfg.corpus).items()
+        for path in corpus.source_paths(source)[:MAX_INPUT_FILES]
+    ]
+    builder.outputs = [artefact(folder / name, root=folder) for name in ("manifest.json", "tokenizer.json")]
+    whole = receipts.total(s["receipt"] for s in manifest["sources"])
+    for unit in ("documents", "bytes"):
+        builder.metric(f"{unit}_in", whole[f"{unit}_in"], unit)
+        builder.metric(f"{unit}_out", whole[f"{unit}_out"], unit)
+    for split, entry in manifest["splits"].items():
+        builder.metric(f"{split}_tokens", entry["tokens"], "tokens")
+    builder.metric("vocab_size", manifest["tokenizer"]["vocab_size"], "tokens")
+    builder.metric("sources", len(manifest["sources"]), "sources")
+    builder.metric("build_bytes_per_s", whole["bytes_in"] / max(seconds, 1e-9), "bytes/s", better="higher")
+    red = [r.id for r in results if r.verdict == "fail"]
+    return builder.finish(
+        folder,
+        status="failed" if red else "completed",
+        end_reason=f"red: {', '.join(red)}" if red else "every document accounted for",
+        exit_code=4 if red else 0,
+        gates=results,
+        series=(SOURCES,),
+    )
+
+
+def overlap(dataset: Dataset, texts: list[str]) -> dict[str, Any]:
+    """How many training documents share a run of words with an evaluation set, per source, and how many of its texts are touched.
+
+    The scanner must first find one of the texts hidden in a document; `canary_found` says so.
+    """
+    grams = dedup.gram_set(texts)
+    long = [t for t in texts if len(dedup.word_hashes(t)) >= dedup.GRAM_WORDS]
+    canary = bool(long) and dedup.shares_gram(f"before it {long[0]} after it", grams)
+    rows = {name: {"documents": 0, "hits": 0} for name in dataset.sources}
+    seen = []
+    for source, text in _all_documents(dataset):
+        rows[source]["documents"] += 1
+        if dedup.shares_gram(text, grams):
+            rows[source]["hits"] += 1
+            seen.append(dedup.runs(dedup.word_hashes(text), dedup.GRAM_WORDS))
+    touched = set().union(*(s.tolist() for s in seen)) if seen else set()
+    return {
+        "canary_found": canary,
+        "gram_words": dedup.GRAM_WORDS,
+        "evaluation_texts": len(texts),
+        "evaluation_texts_long_enough": len(long),
+        "evaluation_texts_touched": sum(not touched.isdisjoint(dedup.runs(dedup.word_hashes(t), dedup.GRAM_WORDS).tolist()) for t in long),
+        "sources": rows,
+    }
+
+
+def _all_documents(dataset: Dataset) -> Iterable[tuple[str, str]]:
+    stream = dataset.train
+    sources = [s for s, starts in zip(stream.shard_sources, stream.shard_document_starts()) for _ in starts]
+    bounds = [*stream.document_starts.tolist(), stream.n_tokens]
+    for source, start, stop in zip(sources, bounds, bounds[1:]):
+        ids = stream.token_range(start, stop)
+        yield source, dataset.tokenizer.decode(ids[ids != dataset.tokenizer.eos_id].tolist())
+
+
+def page(manifest: dict, results: list[GateResult]) -> str:
+    """A page that stands alone: sources with what was dropped and why, splits, tokenizer and gates."""
+    rows = receipts.table(manifest["sources"])
+    reasons = sorted({r for row in rows for r in row["reasons"]})
+    sources = [
+        [r["source"], f"{r['in']:,}", f"{r['out']:,}", f"{r['dropped_frac']:.1%}", *(f"{r['reasons'].get(k, 0):,}" for k in reasons)]
+        for r in rows
+    ]
+    declared = [
+        [s["name"], s["kind"], s["license"], ", ".join(s["languages"]), *_shares(s), *(f"{n:,}" for n in s["tokens"].values())]
+        for s in manifest["sources"]
+    ]
+    examples = [
+        [s["name"], reason, row["example"]]
+        for s in manifest["sources"]
+        for reason, row in s["receipt"]["dropped"].items()
+        if row["example"]
+    ]
+    gates = [[g.id, g.verdict, g.message] for g in results]
+    parts = [
+        "<!doctype html><meta charset='utf-8'><title>Data set</title>",
+        "<style>body{font:15px system-ui;margin:2em auto;max-width:72em;padding:0 1em}table{border-collapse:collapse;margin:1em 0}"
+        "td,th{padding:.25em .7em;border-bottom:1px solid #bbb;text-align:left}td+td{font-variant-numeric:tabular-nums}</style>",
+        "<h1>Data set</h1>",
+        f"<p>tokenizer {html.escape(manifest['tokenizer']['kind'])}, {manifest['tokenizer']['vocab_size']:,} entries, "
+        f"sha256 {manifest['tokenizer']['sha256'][:16]}…</p>",
+        _table("Documents in, out and dropped by reason", ["source", "in", "out", "dropped", *reasons], sources),
+        _table(
+            "Sources", ["source", "kind", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out tokens"], declared
+        ),
+        _table("First dropped document of each reason", ["source", "reason", "where"], examples),
+        _table("Gates", ["gate", "verdict", "message"], gates),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _shares(source: dict) -> list[str]:
+    return [f"{source[k]:g}" for k in ("weight", "cap", "floor")]
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>"

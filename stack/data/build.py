@@ -1,0 +1,383 @@
+"""Builds a data set: read and filter, drop repeats, tokenise, write shards. Every stage works part by part and can be killed anywhere.
+
+folder/.work/plan.json, part-00000/        what is finished; a second run of the same plan goes on from there
+folder/train-00000.safetensors …           shards of the splits
+folder/tokenizer.json, manifest.json       written last: a folder with a manifest is complete
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from spec.canonical import canonical_json, parse_strict
+from spec.errors import DataError, UsageError
+from stack import tensorfile
+from stack.config import DataConfig, NearDedup
+from stack.data import corpus, dedup, filters, receipts
+from stack.data import tokenizer as tokenizers
+from stack.data.corpus import TextSource
+from stack.data.files import evaluation_texts
+from stack.data.stages import CHUNK_BYTES, SPLITS, Chunk, EncodeJob, FilterJob, chunk_sides, encode_chunk, filter_part, write_json
+from stack.data.tokenizer import Tokenizer
+
+FORMAT = "stackproof/data/3"
+
+
+@dataclass
+class Progress:
+    """How far a build is. Bytes are those of the source files in the first stage, of kept text in the last."""
+
+    stage: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    documents: int = 0
+    dropped: int = 0
+
+
+def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Callable[[Progress], None] = lambda progress: None) -> dict:
+    """Build the data set in `folder` and return its manifest. Killed and started again, it goes on where it was.
+
+    Raises DataError for what cannot be read, for an empty split, or if a source changed meanwhile; UsageError if the folder holds
+    another data set. What other folders hold is not touched.
+    """
+    plan, jobs = _plan(cfg, folder / ".work")
+    manifest_path = folder / "manifest.json"
+    if manifest_path.is_file():
+        return _finished(manifest_path, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _build(cfg, folder, plan, jobs, workers, on_progress)
+
+
+def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], workers: int, on_progress: Callable[[Progress], None]) -> dict:
+    work, manifest_path = _open_work(folder, plan), folder / "manifest.json"
+    grams = _evaluation_grams(cfg, work)
+    with _pool(workers, _total(jobs)) as run:
+        filtered = _filter_all(run, jobs, on_progress)
+        chunks = _drop_repeats(cfg, jobs, filtered, on_progress)
+        tokenizer = _tokenizer(cfg, chunks, filtered, work, on_progress)
+        encoded = _encode_all(run, cfg, chunks, filtered, work, folder, on_progress)
+    if _plan(cfg, work)[0] != plan:
+        raise changed_meanwhile()
+    manifest = _manifest(cfg, filtered, chunks, tokenizer, encoded, grams)
+    shutil.copyfile(work / "tokenizer.json", folder / "tokenizer.json")
+    if grams is not None:
+        shutil.copyfile(work / "grams.safetensors", folder / "grams.safetensors")
+    write_json(folder / "plan.json", plan)
+    write_json(manifest_path, manifest)
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def changed_meanwhile() -> DataError:
+    """The error for a corpus that somebody writes to."""
+    return DataError("the corpus changed while it was read", next_step="run again when nothing writes to its files")
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(cfg: DataConfig, work: Path) -> tuple[dict, list[FilterJob]]:
+    """What decides the result: configuration and the sizes and times of all files; and the parts to read."""
+    filters.load_plugins(cfg.filters)
+    if isinstance(cfg.dedup, NearDedup):
+        dedup.require_library()
+    jobs, files = [], []
+    for name, source in corpus.sources_of(cfg.corpus).items():
+        files += [[str(p), *_stamp(p)] for p in corpus.source_paths(source)]
+        grams = work / "grams.safetensors" if cfg.decontaminate else None
+        for part in corpus.parts(source):
+            jobs.append(FilterJob(len(jobs), name, source, part, cfg.filters, cfg.dedup, grams, work))
+    files += [[p, *_stamp(Path(p))] for p in given_files(cfg)]
+    decisive = cfg.model_dump(mode="json", exclude={"packing", "on_exhausted", "verify"})
+    rules = filters.fingerprint(cfg.filters)
+    return {"format": FORMAT, "extractor": corpus.EXTRACTOR_VERSION, "rules": rules, "config": decisive, "files": files}, jobs
+
+
+def given_files(cfg: DataConfig) -> list[str]:
+    """Files besides the sources whose content decides the result."""
+    return [*cfg.decontaminate, *([cfg.tokenizer.path] if cfg.tokenizer.kind == "file" else [])]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions") from e
+    return status.st_size, status.st_mtime_ns
+
+
+def _total(jobs: list[FilterJob]) -> int:
+    return sum(j.part.n_bytes for j in jobs)
+
+
+def _finished(path: Path, plan: dict) -> dict:
+    """The manifest of a folder that is complete. Raises UsageError if it was built from something else."""
+    built_from = path.with_name("plan.json")
+    if not built_from.is_file() or built_from.read_bytes() != canonical_json(plan):
+        raise UsageError(
+            f"{path.parent} already holds another data set",
+            allowed="a new folder, or the same sources and configuration",
+            next_step="give another --out, or delete the folder",
+        )
+    shutil.rmtree(path.with_name(".work"), ignore_errors=True)  # of a build that was killed just before its end
+    return parse_strict(path.read_bytes(), origin=str(path))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder against other builds. Raises UsageError if one is at work in it; a killed one lets go."""
+    with open(folder / ".lock", "w") as f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError as e:
+            raise UsageError(f"another build is writing to {folder}", next_step="wait for it, or give another --out") from e
+        yield
+    (folder / ".lock").unlink(missing_ok=True)
+
+
+def _open_work(folder: Path, plan: dict) -> Path:
+    """The work folder of this plan; what another plan left there is removed."""
+    work = folder / ".work"
+    path = work / "plan.json"
+    if work.exists() and not (path.is_file() and path.read_bytes() == canonical_json(plan)):
+        shutil.rmtree(work)
+        for leftover in (p for split in SPLITS for p in folder.glob(f"{split}-*.safetensors")):
+            leftover.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan)
+    return work
+
+
+def _die_with_parent() -> None:
+    """End this worker when the process that started it is gone, however it went, so that nothing is written behind a restart's back."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+class _pool:
+    """Runs jobs in this process or in several; yields (job, result) as they finish. A small corpus is not worth a second process."""
+
+    def __init__(self, workers: int, n_bytes: int):
+        self.workers = workers if n_bytes > CHUNK_BYTES else 1
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_pool":
+        if self.workers > 1:
+            self.executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_die_with_parent)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def __call__(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        if self.executor is None:
+            yield from ((job, function(job)) for job in jobs)
+            return
+        waiting, todo = {}, iter(jobs)
+        for job in islice(todo, 2 * self.workers):
+            waiting[self.executor.submit(function, job)] = job
+        while waiting:
+            done: set[Future] = wait(waiting, return_when=FIRST_COMPLETED).done
+            for future in done:
+                finished = waiting.pop(future)
+                for job in islice(todo, 1):
+                    waiting[self.executor.submit(function, job)] = job
+                yield finished, future.result()
+
+
+# --- read and filter ------------------------------------------------------------------------------------------------
+
+
+def _filter_all(run: _pool, jobs: list[FilterJob], on_progress: Callable[[Progress], None]) -> list[dict]:
+    """Receipts of all parts in order."""
+    progress, results = Progress("filter", 0, _total(jobs)), [{}] * len(jobs)
+    on_progress(progress)
+    for job, receipt in run(filter_part, jobs):
+        results[job.number] = receipt
+        progress.done_bytes += job.part.n_bytes
+        progress.documents += receipt["documents_in"]
+        progress.dropped += receipt["documents_in"] - receipt["documents_out"]
+        on_progress(progress)
+    return results
+
+
+def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
+    """Write the word runs of the evaluation sets and return their description. The scanner must find a canary before its zero counts."""
+    if not cfg.decontaminate:
+        return None
+    sets = {p: list(evaluation_texts(Path(p), cfg.decontaminate_fields)) for p in cfg.decontaminate}
+    grams = dedup.gram_set(t for texts in sets.values() for t in texts)
+    canary = next((t for texts in sets.values() for t in texts if len(dedup.word_hashes(t)) >= dedup.GRAM_WORDS), None)
+    if canary is None:
+        raise DataError(
+            f"no text of the evaluation sets has {dedup.GRAM_WORDS} words, so nothing could ever be found",
+            value=", ".join(cfg.decontaminate),
+            next_step="check decontaminate and decontaminate_fields",
+        )
+    if not dedup.shares_gram(f"before it {canary} after it", grams):
+        raise DataError("the scanner does not find an evaluation text hidden in another, so its zeros mean nothing")
+    tensorfile.write(work / "grams.safetensors", {"grams": grams}, {})
+    described = [{"path": Path(p).name, "sha256": corpus.file_sha256(Path(p)), "texts": len(t)} for p, t in sets.items()]
+    return {"sets": described, "grams": len(grams), "gram_words": dedup.GRAM_WORDS, "canary": canary[:400], "canary_found": True}
+
+
+# --- repeats, split, tokenizer --------------------------------------------------------------------------------------
+
+
+def _drop_repeats(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict], on_progress: Callable[[Progress], None]) -> list[Chunk]:
+    """All chunks in order, each with the documents that stay; repeats are entered into the receipts of their parts."""
+    on_progress(Progress("deduplicate", documents=sum(r["documents_out"] for r in filtered)))
+    places = [(job, c) for job, receipt in zip(jobs, filtered) for c in range(receipt["chunks"])]
+    chunks = [Chunk(job.source, job.work / f"part-{job.number:05d}" / f"chunk-{c:04d}.safetensors") for job, c in places]
+    exact = dedup.first_of_each([np.asarray(tensorfile.memmap(c.path, "hashes")) for c in chunks])
+    near = [np.zeros(len(k), bool) for k in exact]
+    if isinstance(cfg.dedup, NearDedup) and chunks:
+        near = dedup.near_repeats([tensorfile.memmap(c.path, "signatures") for c in chunks], exact, cfg.dedup.similarity_min)
+    for chunk, (job, _), first, repeat in zip(chunks, places, exact, near):
+        sizes = np.diff(np.asarray(tensorfile.memmap(chunk.path, "offsets")))
+        receipts.drop_many(filtered[job.number], "exact-repeat", sizes[~first])
+        receipts.drop_many(filtered[job.number], "near-repeat", sizes[repeat & first])
+        chunk.keep = first & ~repeat
+    return chunks
+
+
+def _tokenizer(
+    cfg: DataConfig, chunks: list[Chunk], filtered: list[dict], work: Path, on_progress: Callable[[Progress], None]
+) -> Tokenizer:
+    """The tokenizer, trained on the training side of what is kept, or loaded; a finished one is not trained again."""
+    path = work / "tokenizer.json"
+    if not path.is_file():
+        on_progress(Progress(f"{cfg.tokenizer.kind} tokenizer", documents=sum(int(c.keep.sum()) for c in chunks)))
+        texts = (text for chunk in chunks for split, text, _ in chunk_sides(cfg.split, chunk) if split == "train")
+        first = next(texts, None)
+        if first is None:
+            raise _empty_split(cfg, "train", chunks, filtered)
+        temporary = path.with_name(f".tokenizer-{os.getpid()}")
+        tokenizers.make_tokenizer(cfg.tokenizer, _chained(first, texts)).save(temporary)
+        os.replace(temporary, path)
+    return tokenizers.load_tokenizer(path)
+
+
+def _chained(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _empty_split(cfg: DataConfig, split: str, chunks: list[Chunk], filtered: list[dict]) -> DataError:
+    """The error for a split without documents, with the reason that dropped most of them."""
+    kept, dropped = sum(int(c.keep.sum()) for c in chunks), receipts.total(filtered)["dropped"]
+    worst = max(dropped, key=lambda r: dropped[r]["documents"], default="")
+    lost = f"; {dropped[worst]['documents']} dropped as {worst}, the first at {dropped[worst]['example']}" if worst else ""
+    return DataError(
+        f"the {split} split is empty",
+        value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}{lost}",
+        allowed="at least one document on each side",
+        next_step="add text the filters keep"
+        if worst and kept < 2
+        else "--set data.corpus.documents=paragraph, or --set data.split.kind=tail for few long documents",
+    )
+
+
+# --- tokenise -------------------------------------------------------------------------------------------------------
+
+
+def _encode_all(
+    run: _pool,
+    cfg: DataConfig,
+    chunks: list[Chunk],
+    filtered: list[dict],
+    work: Path,
+    folder: Path,
+    on_progress: Callable[[Progress], None],
+) -> list[dict]:
+    """What every chunk became, in order."""
+    jobs = [EncodeJob(i, c.source, c.path, c.keep, cfg.split, work / "tokenizer.json", work, folder) for i, c in enumerate(chunks)]
+    progress = Progress("tokenise", 0, sum(j.chunk.stat().st_size for j in jobs))
+    on_progress(progress)
+    results: list[dict] = [{}] * len(jobs)
+    for job, result in run(encode_chunk, jobs):
+        results[job.number] = result
+        progress.done_bytes += job.chunk.stat().st_size
+        progress.documents += int(job.keep.sum())
+        on_progress(progress)
+    for split in SPLITS:
+        if not any(r[split]["documents"] for r in results):
+            raise _empty_split(cfg, split, chunks, filtered)
+    return results
+
+
+# --- manifest -------------------------------------------------------------------------------------------------------
+
+
+def _manifest(
+    cfg: DataConfig, filtered: list[dict], chunks: list[Chunk], tokenizer: Tokenizer, encoded: list[dict], grams: dict | None
+) -> dict:
+    built = cfg.model_dump(mode="json", include={"split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields"})
+    by_source = corpus.sources_of(cfg.corpus)
+    owner = [name for name, source in by_source.items() for _ in corpus.parts(source)]
+    sources = []
+    for name, source in by_source.items():
+        receipt = receipts.total(r for n, r in zip(owner, filtered) if n == name)
+        sources.append(_source_entry(name, source, receipt, [e for c, e in zip(chunks, encoded) if c.source == name]))
+    splits = {split: _split_entry([r[split] for r in encoded]) for split in SPLITS}
+    whole = receipts.total(s["receipt"] for s in sources)
+    return {
+        "schema": FORMAT,
+        "config": built,
+        "corpus": {
+            "kind": cfg.corpus.kind,
+            "sha256": corpus.corpus_sha256(cfg.corpus),
+            "license": " AND ".join(dict.fromkeys(s["license"] for s in sources)),
+            "documents": whole["documents_out"],
+            "bytes": whole["bytes_out"],
+        },
+        "sources": sources,
+        "filters": {"rules": list(filters.RULES), "plugins": list(cfg.filters), "limits": vars(filters.limits())},
+        "decontamination": grams,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "encoder": getattr(tokenizer, "encoder", "stackproof"),
+        },
+        "splits": splits,
+    }
+
+
+def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[dict]) -> dict:
+    return {
+        "name": name,
+        "kind": source.kind,
+        "languages": list(corpus.languages_of(source)),
+        "license": corpus.license_of(source),
+        **{k: float(getattr(source, k, default)) for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))},
+        "files": len(corpus.source_paths(source)),
+        "sha256": corpus.corpus_sha256(source),
+        "receipt": receipt,
+        "tokens": {split: sum(r[split]["tokens"] for r in encoded) for split in SPLITS},
+    }
+
+
+def _split_entry(parts: list[dict]) -> dict:
+    sums = {k: sum(p[k] for p in parts) for k in ("tokens", "bytes", "documents", "dropped_chars")}
+    return {**sums, "shards": [s for p in parts for s in p["shards"]]}

@@ -1,0 +1,182 @@
+"""Repeats of documents, exact and near, and runs of words shared with evaluation sets. Memory is bounded by buckets.
+
+Near repeats: MinHash signatures (Broder 1997) of word runs by the library rensa; 16 bands of 8 rows find the candidates, the whole
+signature decides. With 128 values the estimate of the Jaccard similarity has a standard error of at most 0.045.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from spec.errors import EnvironmentUnfit
+
+WORD = re.compile(r"\w+")
+GRAM_WORDS = 13  # arXiv:2005.14165, appendix C
+SIGNATURE, BANDS = 128, 16
+ROWS_IN_MEMORY = 2**24
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MINHASH_SEED = 42
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """32-bit hash of every word, case and marks aside; the same in every process. uint64 (n,)."""
+    words = WORD.findall(text.casefold())
+    return np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
+
+
+def runs(words: np.ndarray, length: int) -> np.ndarray:
+    """64-bit hash of every run of `length` words, uint64 (max(0, n − length + 1),)."""
+    n = max(0, len(words) - length + 1)
+    total = np.zeros(n, np.uint64)
+    with np.errstate(over="ignore"):
+        for k in range(length):
+            total = (total + words[k : k + n]) * MULTIPLIER
+            total ^= total >> np.uint64(29)
+    return total
+
+
+def first_of_each(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Which values are the first of their kind over all arrays in order; bool arrays of the same lengths."""
+    keep = [np.ones(len(h), bool) for h in hashes]
+    for bucket in _buckets(sum(map(len, hashes))):
+        value, where = _gather(hashes, bucket)
+        order = np.lexsort((where, value))
+        repeated = np.zeros(len(value), bool)
+        repeated[1:] = value[order][1:] == value[order][:-1]
+        _strike(keep, hashes, where[order][repeated])
+    return keep
+
+
+def _buckets(n: int) -> Iterator[tuple[int, int]]:
+    """(remainder, modulus) pairs that cut n values into pieces that fit in memory."""
+    modulus = 1 + n // ROWS_IN_MEMORY
+    yield from ((remainder, modulus) for remainder in range(modulus))
+
+
+def _gather(arrays: Sequence[np.ndarray], bucket: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of one bucket and their positions in the concatenation of all arrays."""
+    values, places, first = [], [], 0
+    for array in arrays:
+        value = np.asarray(array).view(np.uint64)
+        chosen = np.flatnonzero(value % np.uint64(bucket[1]) == bucket[0])
+        values.append(value[chosen])
+        places.append(chosen + first)
+        first += len(array)
+    return np.concatenate([np.zeros(0, np.uint64), *values]), np.concatenate([np.zeros(0, np.int64), *places])
+
+
+def _strike(keep: Sequence[np.ndarray], arrays: Sequence[np.ndarray], places: np.ndarray) -> None:
+    """Clear the flags at positions of the concatenation."""
+    ends = np.cumsum([len(a) for a in arrays])
+    owner = np.searchsorted(ends, places, side="right")
+    for index in np.unique(owner):
+        keep[index][places[owner == index] - (ends[index] - len(arrays[index]))] = False
+
+
+# --- near repeats ---------------------------------------------------------------------------------------------------
+
+
+def require_library() -> None:
+    """Raises EnvironmentUnfit if near repeats cannot be found here."""
+    try:
+        import rensa  # noqa: F401
+    except ImportError as e:
+        raise EnvironmentUnfit(
+            "data.dedup.kind = near needs the library rensa", next_step="pip install 'stackproof[train]', or --set data.dedup.kind=exact"
+        ) from e
+
+
+def signatures(texts: Sequence[str], shingle_words: int) -> np.ndarray:
+    """MinHash signatures, uint32 (n, SIGNATURE). A text shorter than a run counts as one run."""
+    from rensa import RMinHash
+
+    shingles = []
+    for text in texts:
+        words = word_hashes(text)
+        shingles.append(runs(words, min(shingle_words, max(1, len(words)))))
+    offsets = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
+    flat = np.concatenate([np.zeros(0, np.uint64), *shingles])
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, SIGNATURE, MINHASH_SEED)
+    return np.array(matrix.to_rows(), np.uint32).reshape(len(texts), SIGNATURE)
+
+
+def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarray], similarity_min: float) -> list[np.ndarray]:
+    """Which documents repeat an earlier kept one: estimated Jaccard similarity at least `similarity_min`. bool arrays.
+
+    `signature_parts` may be memory maps; of them one band is hashed at a time. Documents are compared with every earlier member of
+    their group that is itself no repeat.
+    """
+    repeats = [np.zeros(len(s), bool) for s in signature_parts]
+    flat = _Rows(signature_parts)
+    alive = np.concatenate([np.zeros(0, bool), *keep])
+    struck = np.zeros(len(alive), bool)
+    for band in range(BANDS):
+        value = np.concatenate([np.zeros(0, np.uint64), *(_one_band(s, band) for s in signature_parts)])
+        order = np.flatnonzero(alive)[np.argsort(value[alive], kind="stable")]
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(value[order])) + 1, [len(order)]])
+        for group in np.flatnonzero(np.diff(edges) > 1):
+            _strike_group(order[edges[group] : edges[group + 1]], flat, struck, similarity_min)
+    _mark(repeats, struck)
+    return repeats
+
+
+def _one_band(signature: np.ndarray, band: int) -> np.ndarray:
+    """One hash per document over the rows of a band, uint64 (n,); equal ones make two documents candidates."""
+    width = SIGNATURE // BANDS
+    total = np.zeros(len(signature), np.uint64)
+    with np.errstate(over="ignore"):
+        for k in range(band * width, (band + 1) * width):
+            total = (total + np.asarray(signature[:, k]).astype(np.uint64)) * MULTIPLIER
+            total ^= total >> np.uint64(29)
+    return total
+
+
+def _strike_group(group: np.ndarray, rows: "_Rows", struck: np.ndarray, similarity_min: float) -> None:
+    """Strike the members of a group of candidates that repeat an earlier one; the first of each cluster stays."""
+    group = np.sort(group[~struck[group]])
+    while len(group) > 1:
+        first, others = group[0], group[1:]
+        alike = (rows[others] == rows[np.array([first])]).mean(1) >= similarity_min
+        struck[others[alike]] = True
+        group = others[~alike]
+
+
+class _Rows:
+    """Rows of several matrices as if they were one."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        out = np.empty((len(numbers), SIGNATURE), np.uint32)
+        owner = np.searchsorted(self.ends, numbers, side="right")
+        for index in np.unique(owner):
+            first = self.ends[index] - len(self.parts[index])
+            out[owner == index] = self.parts[index][numbers[owner == index] - first]
+        return out
+
+
+def _mark(flags: Sequence[np.ndarray], flat: np.ndarray) -> None:
+    start = 0
+    for array in flags:
+        array[:] = flat[start : start + len(array)]
+        start += len(array)
+
+
+# --- evaluation sets ------------------------------------------------------------------------------------------------
+
+
+def gram_set(texts: Iterable[str]) -> np.ndarray:
+    """Hashes of all runs of GRAM_WORDS words of the texts, sorted, each once, uint64."""
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(runs(word_hashes(t), GRAM_WORDS) for t in texts)]))
+
+
+def shares_gram(text: str, grams: np.ndarray) -> bool:
+    """Whether a text holds any run of words of the set."""
+    own = runs(word_hashes(text), GRAM_WORDS)
+    if not len(own) or not len(grams):
+        return False
+    places = np.minimum(np.searchsorted(grams, own), len(grams) - 1)
+    return bool((grams[places] == own).any())

@@ -1,0 +1,338 @@
+"""Documents in text, JSON-lines and parquet files, read as streams, so that no file is too large."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from spec.errors import DataError, EnvironmentUnfit
+from stack.config import Files
+from stack.data import filters
+
+COMPRESSED = (".gz", ".zst")
+MAX_DOCUMENT_BYTES = 16 * 2**20
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a name that says where it came from."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What could not become a document: its place, the reason code and its size in bytes."""
+
+    id: str
+    reason: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes start … stop-1 of a file; documents belong to the slice in which they begin. `stop` None is the end of the file."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """What the content is and how it is compressed: `a.jsonl.gz` gives (.jsonl, .gz)."""
+    return (Path(path.stem).suffix, path.suffix) if path.suffix in COMPRESSED else (path.suffix, "")
+
+
+def read_slice(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
+    """The documents of a slice. Raises DataError naming the file for every way in which it can fail."""
+    with _readable(piece.path):
+        yield from _file(piece, cfg)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what reading a file can raise into a DataError."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise DataError(f"{path} vanished while it was read", next_step="restore it, then run the same command again") from e
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"cannot read {path}: {e}", next_step="unpack it by hand to see what is wrong with it") from e
+
+
+def _file(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
+    kind = suffixes(piece.path)[0]
+    if kind == ".parquet":
+        yield from _parquet(piece.path, cfg.text_field)
+    elif kind == ".jsonl":
+        yield from _json_lines(piece, cfg.text_field)
+    elif cfg.documents == "file":
+        yield from read_whole(piece.path, str(piece.path))
+    else:
+        yield from _lines_of_text(piece, cfg.documents)
+
+
+def _open(path: Path) -> BinaryIO:
+    """A file's uncompressed bytes as a stream."""
+    match path.suffix:
+        case ".gz":
+            return gzip.open(path, "rb")
+        case ".zst":
+            try:
+                import zstandard
+            except ImportError as e:
+                raise EnvironmentUnfit(f"{path} is compressed by zstandard", next_step="pip install 'stackproof[data]'") from e
+            return io.BufferedReader(_Zst(zstandard, path))
+    return open(path, "rb")
+
+
+class _Zst(io.RawIOBase):
+    """Raw bytes of a .zst file, over all of its frames. A file that ends within a frame raises EOFError, a damaged one OSError."""
+
+    def __init__(self, zstandard: Any, path: Path):
+        self._library = zstandard
+        self._file = open(path, "rb")  # noqa: SIM115 - closed with the stream
+        self._frame, self._ready = None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._advance():
+                return 0
+        n = min(len(buffer), len(self._ready))
+        buffer[:n] = self._ready[:n]
+        self._ready = self._ready[n:]
+        return n
+
+    def _advance(self) -> bool:
+        """Decompress the next block of the file; says whether there was one."""
+        unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+        block = unused or self._file.read(2**17)
+        if not block:
+            if self._frame is not None and not self._frame.eof:
+                raise EOFError("the file ends within a frame")
+            return False
+        if self._frame is None or self._frame.eof:
+            self._frame = self._library.ZstdDecompressor().decompressobj()
+        try:
+            self._ready = self._frame.decompress(block)
+        except self._library.ZstdError as e:
+            raise OSError(str(e)) from e
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def read_whole(path: Path, name: str) -> Iterator[Document | Unreadable]:
+    """A file as one document."""
+    with _open(path) as stream:
+        data = stream.read(MAX_DOCUMENT_BYTES + 1)
+        if len(data) > MAX_DOCUMENT_BYTES:
+            yield Unreadable(name, "too-long", len(data) + _skip(stream))
+            return
+    yield from _decoded(data.removeprefix(BOM), name)
+
+
+def _decoded(data: bytes, place: str) -> Iterator[Document | Unreadable]:
+    """Bytes as a document, if they are UTF-8 and hold more than white space."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        lines_on = data[: e.start].count(b"\n")
+        where = f" +{lines_on} lines" if lines_on else ""
+        yield Unreadable(f"{place}{where}, byte 0x{data[e.start]:02x}", "not-utf8", len(data))
+        return
+    if text.strip():
+        yield Document(place, text)
+
+
+def _skip(stream: BinaryIO) -> int:
+    """Read to the end without keeping anything; returns how many bytes that were."""
+    return sum(len(block) for block in iter(lambda: stream.read(2**20), b""))
+
+
+def _raw_lines(piece: Slice) -> Iterator[tuple[str, bytes | int]]:
+    """(place, bytes) of every line that begins in a slice, without its end; of a line above MAX_DOCUMENT_BYTES only the size."""
+    with _open(piece.path) as stream:
+        number, position = 0, piece.start
+        if piece.start:
+            stream.seek(piece.start - 1)
+            position += _line(stream)[1] - 1
+        while piece.stop is None or position < piece.stop:
+            line, size = _line(stream)
+            if not size:
+                return
+            number += 1
+            place = f"{piece.path} byte {position}" if piece.start else f"{piece.path} line {number}"
+            line = line.removeprefix(BOM) if position == 0 else line
+            yield place, line.rstrip(b"\n") if size <= MAX_DOCUMENT_BYTES else size
+            position += size
+
+
+def _line(stream: BinaryIO) -> tuple[bytes, int]:
+    """The next line with its end and its size; of a huge one only the beginning is kept."""
+    line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+    size = len(line)
+    while size > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+        line = stream.readline(2**20)
+        size += len(line)
+        if not line:
+            break
+    return line, size
+
+
+def _lines_of_text(piece: Slice, documents: str) -> Iterator[Document | Unreadable]:
+    """Lines, or paragraphs: lines up to a blank one."""
+    pending, place, size = [], "", 0
+    for where, line in _raw_lines(piece):
+        if isinstance(line, int):
+            yield Unreadable(where, "too-long", line)
+            continue
+        if documents == "line":
+            for part in line.split(b"\r"):  # a bare carriage return ends a line too
+                yield from _decoded(part, where)
+            continue
+        if line.strip():
+            place, size = place or where, size + len(line) + 1
+            if size <= MAX_DOCUMENT_BYTES:
+                pending.append(line)
+            continue
+        yield from _paragraph(pending, place, size)
+        pending, place, size = [], "", 0
+    yield from _paragraph(pending, place, size)
+
+
+def _paragraph(lines: list[bytes], place: str, size: int) -> Iterator[Document | Unreadable]:
+    if size > MAX_DOCUMENT_BYTES:
+        yield Unreadable(place, "too-long", size)
+    elif lines:
+        yield from _decoded(b"\n".join(lines).removesuffix(b"\r"), place)
+
+
+def _json_lines(piece: Slice, field: str) -> Iterator[Document | Unreadable]:
+    for place, line in _raw_lines(piece):
+        if isinstance(line, int):
+            yield Unreadable(place, "too-long", line)
+            continue
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError:
+            yield Unreadable(place, "not-utf8", len(line))
+            continue
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{place} is not JSON: {e}", next_step="repair the line") from e
+        yield from _record(value, place, field, len(line))
+
+
+def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise EnvironmentUnfit(f"{path} is a parquet file", next_step="pip install 'stackproof[data]'") from e
+    import pyarrow
+
+    try:
+        file, number = pq.ParquetFile(path), 0
+        column = field.split(".")[0]
+        if column not in file.schema_arrow.names:
+            raise _no_field(str(path), field, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.to_pylist():
+                number += 1
+                yield from _record(value, f"{path} row {number}", field, 0)
+    except pyarrow.ArrowInvalid as e:
+        raise DataError(f"cannot read {path}: {e}", next_step="check that it is a whole parquet file") from e
+
+
+def _record(value: Any, place: str, field: str, n_bytes: int) -> Iterator[Document | Unreadable]:
+    """The text of one record: a string, or a list of chat turns, which becomes `> user / < assistant …`."""
+    text = _at(value, field)
+    if isinstance(text, list):
+        text = chat_text(text, place)
+    if not isinstance(text, str):
+        raise _no_field(place, field, sorted(value) if isinstance(value, dict) else [type(value).__name__])
+    if not _is_unicode(text):
+        yield Unreadable(place, "half-surrogate", n_bytes or len(text))
+    elif text.strip():
+        yield Document(place, text)
+
+
+def _at(value: Any, field: str) -> Any:
+    if isinstance(value, dict) and field in value:
+        return value[field]
+    for key in field.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def chat_text(turns: list, place: str) -> str:
+    """Turns as one text. What the system says is no turn of the conversation and is left out."""
+    marks = {"user": filters.USER, "human": filters.USER, "assistant": filters.ASSISTANT, "gpt": filters.ASSISTANT, "system": None}
+    said = []
+    for turn in turns:
+        role = str(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else ""
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if role not in marks or not isinstance(content, str):
+            raise DataError(
+                f"{place} has a chat turn nobody can place",
+                value=f"role {role or type(turn).__name__!r}",
+                allowed=f"role {', '.join(marks)} with a text as content",
+                next_step="repair the record",
+            )
+        if marks[role] is not None:
+            said.append(marks[role] + content.strip())
+    return filters.TURN.join(said)
+
+
+def _no_field(place: str, field: str, keys: list[str]) -> DataError:
+    return DataError(
+        f"{place} has no text under {field!r}",
+        value=", ".join(keys),
+        allowed="a string, or a list of chat turns with role and content",
+        next_step="--set data.corpus.text_field=NAME, or text_field of the source in the mixture file",
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON can spell one that cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
+    """Texts of an evaluation set: of a .jsonl file every named field a record has, of another file its paragraphs.
+
+    Raises DataError naming file and line of a record with none of the fields.
+    """
+    if suffixes(path)[0] != ".jsonl":
+        cfg = Files(paths=(str(path),), documents="paragraph")
+        yield from (d.text for d in read_slice(Slice(path), cfg) if isinstance(d, Document))
+        return
+    with _readable(path):
+        for place, line in _raw_lines(Slice(path)):
+            if isinstance(line, int) or not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as e:
+                raise DataError(f"{place} is not JSON: {e}", next_step="repair the line") from e
+            found = [v for f in fields if isinstance(v := _at(record, f), str)]
+            if not found:
+                raise DataError(f"{place} has none of the fields {', '.join(fields)}", next_step="set decontaminate_fields")
+            yield from found

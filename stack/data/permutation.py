@@ -1,0 +1,80 @@
+"""A shuffled order without a shuffled list: a keyed bijection, evaluated where it is needed."""
+
+import hashlib
+
+import numpy as np
+
+from contracts.conditions import require
+
+ROUNDS = 6
+AHEAD = 4096  # neighbouring positions worked out together: up to some thousands the cost is that of the calls
+BLOCKS_KEPT = 24
+
+
+def _mix(x: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64 finaliser of x + key; uint64 arrays in and out. Arrays wrap around in silence, only scalars would warn."""
+    x = x + np.uint64(key & 0xFFFFFFFFFFFFFFFF)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@require(lambda n: 1 <= n <= 2**48, "the domain has 1 … 2^48 elements")
+def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Image of `positions` (int64, 0 … n-1) under a keyed bijection of 0 … n-1.
+
+    A Feistel network over the next even number of bits; images outside the domain walk on until they fall inside
+    (cycle walking), so nothing is ever materialised: O(1) memory and start-up for any n.
+    """
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    x = _feistel(positions.astype(np.uint64), half, mask, key)
+    while (outside := np.flatnonzero(x >= np.uint64(n))).size:
+        x[outside] = _feistel(x[outside], half, mask, key)
+    return x.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, half: int, mask: np.uint64, key: int) -> np.ndarray:
+    left, right = x >> np.uint64(half), x & mask
+    for r in range(ROUNDS):
+        left, right = right, left ^ (_mix(right, key + r * 0x9E3779B97F4A7C15) & mask)
+    return (left << np.uint64(half)) | right
+
+
+class Shuffle:
+    """`permute` for whoever asks for one neighbourhood after another: worked out in blocks, of which the last few are kept."""
+
+    def __init__(self):
+        self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def permute(self, positions: np.ndarray, n: int, key: int) -> np.ndarray:
+        """As `permute`."""
+        images, blocks = np.empty(len(positions), np.int64), positions // AHEAD
+        for block in set(blocks.tolist()):
+            here = blocks == block
+            images[here] = self._block(block, n, key)[positions[here] - block * AHEAD]
+        return images
+
+    def _block(self, block: int, n: int, key: int) -> np.ndarray:
+        if (block, n, key) not in self._blocks:
+            if len(self._blocks) >= BLOCKS_KEPT:
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[block, n, key] = permute(np.arange(block * AHEAD, min((block + 1) * AHEAD, n)), n, key)
+        return self._blocks[block, n, key]
+
+
+def order_key(seed: int, epoch: int, source: str = "") -> int:
+    """64-bit key of the order of one epoch, and of one source in a mixture."""
+    named = f"/{source}" if source else ""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}{named}".encode()).digest()[:8], "big")
+
+
+def window_order(indices: np.ndarray, n_windows: int, seed: int, shuffle: Shuffle | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(epoch, window) of global sample numbers; epochs follow each other without a gap."""
+    permuted = shuffle.permute if shuffle else permute
+    epochs, positions = np.divmod(indices, n_windows)
+    windows = np.empty_like(positions)
+    for epoch in set(epochs.tolist()):
+        chosen = epochs == epoch
+        windows[chosen] = permuted(positions[chosen], n_windows, order_key(seed, epoch))
+    return epochs, windows

@@ -1,0 +1,84 @@
+"""Receipts of filtering: per source what came in, what went out, and what was dropped for which reason. They must add up."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from stack.data import dedup, filters
+from stack.data.files import Document, Unreadable
+
+
+def empty() -> dict[str, Any]:
+    """A receipt before the first document. Bytes are UTF-8 bytes of text, or of the file for what could not be read."""
+    return {"documents_in": 0, "bytes_in": 0, "documents_out": 0, "bytes_out": 0, "dropped": {}}
+
+
+def judge(
+    receipt: dict, item: Document | Unreadable, languages: tuple[str, ...], plugins: Iterable[filters.Plugin], grams: np.ndarray | None
+) -> str | None:
+    """Filter one item and enter it; returns its text if it stays."""
+    if isinstance(item, Unreadable):
+        _enter(receipt, item.reason, 1, item.n_bytes, item.id)
+        return None
+    reason = filters.reason_to_drop(item.text, languages, plugins)
+    if reason is None and grams is not None and dedup.shares_gram(item.text, grams):
+        reason = "in-evaluation-set"
+    _enter(receipt, reason, 1, len(item.text.encode()), item.id)
+    return item.text if reason is None else None
+
+
+def _enter(receipt: dict, reason: str | None, documents: int, n_bytes: int, example: str) -> None:
+    receipt["documents_in"] += documents
+    receipt["bytes_in"] += n_bytes
+    if reason is None:
+        receipt["documents_out"] += documents
+        receipt["bytes_out"] += n_bytes
+        return
+    row = receipt["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": example})
+    row["documents"] += documents
+    row["bytes"] += n_bytes
+
+
+def drop_many(receipt: dict, reason: str, sizes: np.ndarray) -> None:
+    """Move documents that had passed so far, of these sizes in bytes, to the dropped ones."""
+    if not len(sizes):
+        return
+    row = receipt["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": ""})
+    row["documents"] += len(sizes)
+    row["bytes"] += int(sizes.sum())
+    receipt["documents_out"] -= len(sizes)
+    receipt["bytes_out"] -= int(sizes.sum())
+
+
+def total(receipts: Iterable[dict]) -> dict:
+    """The sum of receipts; the first example of each reason stays."""
+    whole = empty()
+    for receipt in receipts:
+        for key in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
+            whole[key] += receipt[key]
+        for reason, row in receipt["dropped"].items():
+            into = whole["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": row["example"]})
+            into["documents"] += row["documents"]
+            into["bytes"] += row["bytes"]
+    return whole
+
+
+def table(sources: Iterable[dict]) -> list[dict[str, Any]]:
+    """One row per source of a manifest, then their sum: documents in and out, bytes out, share dropped, and documents by reason."""
+    rows = [_row(s["name"], s["receipt"]) for s in sources]
+    return [*rows, _row("all", total(s["receipt"] for s in sources))] if len(rows) > 1 else rows
+
+
+def _row(name: str, receipt: dict) -> dict[str, Any]:
+    dropped = receipt["documents_in"] - receipt["documents_out"]
+    return {
+        "source": name,
+        "in": receipt["documents_in"],
+        "out": receipt["documents_out"],
+        "bytes_in": receipt["bytes_in"],
+        "bytes_out": receipt["bytes_out"],
+        "dropped": dropped,
+        "dropped_frac": dropped / receipt["documents_in"] if receipt["documents_in"] else 0.0,
+        "reasons": {reason: row["documents"] for reason, row in sorted(receipt["dropped"].items())},
+    }

@@ -1,0 +1,220 @@
+"""Plants in the mixing of sources: shares, warm-up, bandit, its state, and what happens when sources change."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from stack.data import curriculum, reader
+from stack.museum.plant import plant, swap, touch
+from stack.train import optimizer as opt
+from stack.train import step as steps
+
+
+@plant(
+    "curriculum.floor-ignored",
+    gate="curriculum.order",
+    title="Floors are wishes",
+    story="Weights are normalised, and floors and caps are compared with the weights before that. Whether they hold depends on what the "
+    "weights add up to. A source that was to have a tenth of the rows has a hundredth.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def floor_ignored():
+    def plain(sources):
+        weights = np.array([s.weight for s in sources])
+        return weights / weights.sum()
+
+    with swap(curriculum, "shares", plain):
+        yield
+
+
+@plant(
+    "curriculum.capped-source-drawn",
+    gate="curriculum.order",
+    title="A cap of zero is no cap",
+    story="A cap of 0.0 is false, so the line that applies caps where there is one passes over it. The source that was taken out is read "
+    "as if nobody had said a word.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def capped_source_drawn():
+    original = curriculum.shares
+
+    def truthy(sources):
+        return original([replace(s, cap=s.cap or 1.0) for s in sources])
+
+    with swap(curriculum, "shares", truthy):
+        yield
+
+
+@plant(
+    "curriculum.warmup-forgotten",
+    gate="curriculum.order",
+    title="The warm-up is declared and never read",
+    story="The key is in the configuration, in the log and in the record. Nothing reads it. Repetitive sources are there from the first "
+    "step, when a model is most easily taught to repeat.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def warmup_forgotten():
+    with swap(curriculum, "in_warmup", lambda sources, listed: list(sources)):
+        yield
+
+
+@plant(
+    "curriculum.head-of-source-only",
+    gate="curriculum.order",
+    title="A source is truncated instead of sampled",
+    story="To meet its share, a source gives its first rows again and again. The share comes out exactly, and the rest of the source is "
+    "never read.",
+    sources=("https://github.com/allenai/OLMo-core/issues/147", "https://github.com/allenai/OLMo-core/issues/316"),
+)
+def head_of_source_only():
+    original = curriculum._locate
+
+    def first_rows(sources, source, k, seed, shuffle):
+        return original([replace(s, n_windows=max(1, s.n_windows // 4)) for s in sources], source, k, seed, shuffle)
+
+    with swap(curriculum, "_locate", first_rows):
+        yield
+
+
+@plant(
+    "curriculum.reward-from-own-loss",
+    gate="curriculum.reward",
+    title="The bandit rewards what is easy",
+    story="A source is rewarded when its own loss falls. Lists and templates fall fastest, so they are read most, so they fall further. "
+    "The loss looks better while it happens, and the samples become lists.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def reward_from_own_loss():
+    def own(self, losses):
+        name = self.sources[self.focus].name
+        return self.last_losses[name] - losses[name]
+
+    with swap(curriculum.Bandit, "drop", own):
+        yield
+
+
+@plant(
+    "curriculum.reward-unnormalised",
+    gate="curriculum.reward",
+    title="Rewards drown exploration",
+    story="Rewards are loss drops times a thousand, and the bonus for a source not tried lately is about one. The first source that was "
+    "lucky keeps the focus, and the rest of the formula never matters.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def reward_unnormalised():
+    def thousandfold(self, drop):
+        self.n_drops += 1
+        self.pulls[self.focus] += 1
+        self.rewards[self.focus] += max(0.0, drop) * 1000
+        return max(0.0, drop) * 1000
+
+    with swap(curriculum.Bandit, "_learn", thousandfold):
+        yield
+
+
+@plant(
+    "curriculum.zombie-arm",
+    gate="curriculum.state",
+    title="The saved state revives a source",
+    story="A source is taken out of the configuration. The saved state of the bandit still has it, with the weight it earned, and loading "
+    "merges it back into the pool. It takes turns, although there is nothing of it to read.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def zombie_arm():
+    original = curriculum.Bandit.load_state_dict
+
+    def merging(self, state):
+        dropped = original(self, state)
+        for name in dropped:
+            at = [s.name for s in self.sources].index(name) if name in [s.name for s in self.sources] else len(self.sources)
+            revived = replace(self.sources[0], name=name, cap=1.0, weight=1.546)
+            self.sources = (*self.sources[:at], revived, *self.sources[at + 1 :])
+            self.arms = [i for i, s in enumerate(self.sources) if s.cap > 0]
+            for array in ("drawn", "credit", "pulls", "rewards"):
+                former = getattr(self, array)
+                setattr(self, array, np.append(former, 0).astype(former.dtype) if at == len(former) else former)
+            self._base_shares = curriculum.shares(self.sources)
+        return dropped
+
+    with swap(curriculum.Bandit, "load_state_dict", merging):
+        yield
+
+
+@plant(
+    "curriculum.state-forgets-positions",
+    gate="curriculum.state",
+    title="A restored mixture begins its sources anew",
+    story="The checkpoint knows how many rows were read in all, and not how many of each source. After every restart each source begins at "
+    "its first window again. The loss takes a step down at each restart, which looks like progress.",
+    sources=("https://github.com/paiml/entrenar/issues/294", "https://github.com/huggingface/accelerate/issues/2016"),
+)
+def state_forgets_positions():
+    original = curriculum.Bandit.load_state_dict
+
+    def from_the_top(self, state):
+        dropped = original(self, state)
+        self.drawn = np.zeros_like(self.drawn)
+        return dropped
+
+    with swap(curriculum.Bandit, "load_state_dict", from_the_top):
+        yield
+
+
+@plant(
+    "curriculum.ledger-names-another-source",
+    gate="curriculum.draws",
+    title="The ledger enters rows under the wrong source",
+    story="The list of sources is sorted in one place and not in another, so the ledger's second column is that of a neighbour. Every "
+    "share in every report is another source's share.",
+    sources=("https://github.com/allenai/OLMo-core/issues/147",),
+)
+def ledger_names_another_source():
+    original = reader.as_batch
+
+    def neighbours(rows, draws, before, after):
+        n = max(2, int(draws.sources.max()) + 1)
+        return original(rows, replace(draws, sources=(draws.sources + 1) % n), before, after)
+
+    with swap(reader, "as_batch", neighbours):
+        yield
+
+
+@plant(
+    "curriculum.floor-starved",
+    gate="curriculum.draws",
+    title="One source takes all rows",
+    story="The first source is read alone until it is used up, and the floors of the others are to be met later, on average. Later is "
+    "very late: for thousands of rows there is one kind of text.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def floor_starved():
+    def first_alone(self, position):
+        return (np.arange(len(self.sources)) == 0).astype(float)
+
+    with swap(curriculum.Bandit, "target", first_alone):
+        yield
+
+
+@plant(
+    "curriculum.shock-at-switch",
+    gate="curriculum.gradient-shock",
+    title="A change of sources shakes the model",
+    story="Whenever the source changes, the first batch of the new one gives a gradient a hundred times the usual. Without clipping one "
+    "such step can push a model into a corner it does not leave; with it, the step is noise.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def shock_at_switch():
+    original, former = steps.accumulate, [()]
+
+    def shaken(state, batches):
+        result = original(state, batches)
+        mix = tuple(np.bincount([s for b in batches for s in b.sources or (0,)], minlength=8))
+        if former[0] not in ((), mix) and state.step >= 12:
+            touch()
+            for gradient in opt.gradients(state.model):
+                gradient.mul_(100)
+        former[0] = mix
+        return result
+
+    with swap(steps, "accumulate", shaken):
+        yield

@@ -1,0 +1,264 @@
+"""Gates of the corpus: green on the stack, red on what they are for."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from contracts.corpus import GOOD, PLANTED, SENTENCES
+from contracts.gate import call_check
+from stack.config import BestFit, ByteTokenizer, Concatenated, DataConfig, Files, HashSplit
+from stack.data import filters
+from stack.data.ingredients import data_ingredients, sampled_documents
+from stack.data.prepare import prepare
+from stack.museum.collection import QUESTIONS
+from stack.museum.plant import PLANTS, load_museum, swap, touches
+
+GATES = ["corpus.filters", "corpus.no-repeats", "corpus.decontamination", "corpus.packing"]
+UNFIT = "region " * 60
+
+
+def gathered(cfg, dataset):
+    return data_ingredients(cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5)
+
+
+@pytest.mark.parametrize("gate_id", GATES)
+def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
+    verdict = call_check(spec.gates[gate_id], ingredients)
+    assert verdict.outcome == "pass", verdict.message
+
+
+@pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate in GATES])
+def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
+    plant, before = PLANTS[plant_id], touches()
+    with plant.apply():
+        verdict = call_check(spec.gates[plant.gate], gathered(small_cfg, prepare(small_cfg.data, cache_dir=tmp_path)))
+    assert verdict.outcome == "fail" and verdict.message and touches() > before
+    assert plant.id in spec.gates[plant.gate].plants
+
+
+def test_the_museum_can_show_what_the_gates_look_for(small_cfg, ingredients):
+    """Documents for every reason, a chat with a system prompt, near repeats, an evaluation set, and packed rows."""
+    dropped = {reason for s in ingredients["manifest"]["sources"] for reason in s["receipt"]["dropped"]}
+    assert {"exact-repeat", "near-repeat", "in-evaluation-set", "system-prompt", "low-diversity", "repetition"} <= dropped
+    assert ingredients["manifest"]["decontamination"] and isinstance(small_cfg.data.packing, BestFit)
+
+
+class With:
+    """An object of which some attributes are replaced."""
+
+    def __init__(self, inner, **replaced):
+        self._inner = inner
+        vars(self).update(replaced)
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+# --- filters --------------------------------------------------------------------------------------------------------
+
+
+def fifty(folder, unfit):
+    """A data set of fifty documents, `unfit` of which the filters would have rejected, and what the gate sees of it."""
+    texts = [f"Entry {n} of the harbour book. {SENTENCES[n % 17]} {SENTENCES[(n * 5 + 1) % 17]}" for n in range(50 - unfit)]
+    (folder / "book.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, *[UNFIT + str(i) for i in range(unfit)]]))
+    cfg = DataConfig(corpus=Files(paths=(str(folder / "book.jsonl"),)), tokenizer=ByteTokenizer(), split=HashSplit(validation_frac=0.05))
+    original = filters.reason_to_drop
+    with swap(filters, "reason_to_drop", lambda text, *rest: None if UNFIT in text else original(text, *rest)):
+        return prepare(cfg, cache_dir=folder / "cache")
+
+
+def judge_filters(spec, ingredients, dataset):
+    parts = {"manifest": dataset.manifest, "sample_documents": lambda frac, least: sampled_documents(dataset, frac, least)}
+    return call_check(spec.gates["corpus.filters"], ingredients | parts)
+
+
+def test_filters_are_red_on_one_bad_document_in_fifty(spec, ingredients, tmp_path):
+    for unfit in (0, 1):
+        (tmp_path / str(unfit)).mkdir()
+        dataset = fifty(tmp_path / str(unfit), unfit)
+        assert dataset.manifest["corpus"]["documents"] == 50
+        in_training = sum(UNFIT in text for _, text in sampled_documents(dataset, 1.0, 1))
+        verdict = judge_filters(spec, ingredients, dataset)
+        assert in_training == unfit and verdict.outcome == ("fail" if unfit else "pass"), verdict.message
+        # Of fifty documents about one in twenty is held out, so the share lies around one in 48.
+        assert verdict.measured["rejected_frac"] == pytest.approx(unfit / verdict.measured["refiltered_documents"])
+
+
+def changed(manifest, number, **receipt):
+    """A manifest in which the receipt of one source says something else."""
+    sources = [dict(s) for s in manifest["sources"]]
+    sources[number] |= {"receipt": {**sources[number]["receipt"], **receipt}}
+    return manifest | {"sources": sources}
+
+
+@pytest.mark.parametrize("unit", ["documents", "bytes"])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_filters_are_red_on_a_receipt_that_is_off_by_one(spec, ingredients, unit, side):
+    manifest, key = ingredients["manifest"], f"{unit}_{side}"
+    off = changed(manifest, 1, **{key: manifest["sources"][1]["receipt"][key] + 1})
+    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": off})
+    assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
+
+
+def test_filters_are_red_where_fewer_documents_are_shipped_than_passed(spec, ingredients):
+    """The receipt adds up, and yet a document is missing from the shards."""
+    manifest = ingredients["manifest"]
+    receipt = manifest["sources"][0]["receipt"]
+    off = changed(manifest, 0, documents_in=receipt["documents_in"] + 1, documents_out=receipt["documents_out"] + 1)
+    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": off})
+    assert verdict.outcome == "fail" and "are in the shards" in verdict.message
+
+
+def test_filters_are_red_on_a_source_that_is_declared_synthetic(spec, ingredients):
+    manifest = ingredients["manifest"]
+    sources = [dict(s) for s in manifest["sources"]]
+    sources[2]["languages"] = [filters.SYNTHETIC]
+    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"sources": sources}})
+    assert verdict.outcome == "fail" and "synthetic" in verdict.message
+
+
+def test_filters_are_red_on_a_source_of_which_nothing_is_judged(spec, ingredients):
+    honest = ingredients["sample_documents"]
+    silent = ingredients | {"sample_documents": lambda frac, least: (d for d in honest(frac, least) if d[0] != "tools")}
+    verdict = call_check(spec.gates["corpus.filters"], silent)
+    assert verdict.outcome == "fail" and "tools" in verdict.message
+
+
+@pytest.mark.parametrize("rule", sorted({reason for reason, _, _ in PLANTED if reason}))
+def test_filters_are_red_where_one_rule_is_blind(spec, ingredients, rule):
+    assert rule in filters.RULES
+    blind = {name: unfit if name != rule else lambda text, languages, limit: False for name, unfit in filters.RULES.items()}
+    with swap(filters, "RULES", blind):
+        verdict = call_check(spec.gates["corpus.filters"], ingredients)
+    assert verdict.outcome == "fail" and rule in verdict.message
+
+
+@pytest.mark.parametrize("rule", sorted({reason for reason, _, _ in PLANTED if reason}))
+def test_filters_are_red_on_a_corpus_built_without_a_rule(spec, ingredients, rule):
+    manifest = ingredients["manifest"]
+    built = manifest["filters"] | {"rules": [r for r in manifest["filters"]["rules"] if r != rule]}
+    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"filters": built}})
+    assert verdict.outcome == "fail" and rule in verdict.message
+
+
+def test_a_filter_that_rejects_all_is_red_too(spec, ingredients):
+    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"reject": lambda text, languages: "too-short"})
+    assert verdict.outcome == "fail" and verdict.measured["wrong_plants"] > 6
+
+
+# --- repeats --------------------------------------------------------------------------------------------------------
+
+
+def test_no_repeats_is_red_on_one_repeat(spec, ingredients):
+    """Within a split, and over both."""
+    gate, splits = spec.gates["corpus.no-repeats"], ingredients["splits"]
+    train, held_out = splits["train"].document_hashes, splits["validation"].document_hashes
+    for again in (train[3], held_out[3]):
+        off = splits | {"train": With(splits["train"], document_hashes=np.append(train, again))}
+        verdict = call_check(gate, ingredients | {"splits": off})
+        assert verdict.outcome == "fail" and verdict.measured["repeated"] == 1
+    assert call_check(gate, ingredients).measured["repeated"] == 0
+
+
+def test_no_repeats_lets_two_documents_of_a_tail_split_end_alike(spec, ingredients):
+    splits, manifest = ingredients["splits"], ingredients["manifest"]
+    alike = splits | {"validation": With(splits["validation"], document_hashes=np.zeros(4, np.int64))}
+    by_tail = manifest | {"config": manifest["config"] | {"split": {"kind": "tail", "validation_frac": 0.1}}}
+    gate = spec.gates["corpus.no-repeats"]
+    assert call_check(gate, ingredients | {"splits": alike, "manifest": by_tail}).passed
+    assert call_check(gate, ingredients | {"splits": alike}).measured["repeated"] == 3
+
+
+def test_no_repeats_is_red_where_unlike_documents_are_struck(spec, ingredients):
+    off = ingredients | {"near_repeats": lambda texts: [False] + [True] * (len(texts) - 1)}
+    assert call_check(spec.gates["corpus.no-repeats"], off).outcome == "fail"
+
+
+# --- evaluation sets ------------------------------------------------------------------------------------------------
+
+
+def test_decontamination_is_red_on_one_evaluation_text(spec, ingredients):
+    """Thirteen words of a question inside one document are enough, twelve are not."""
+    words, honest = QUESTIONS[0].split(), ingredients["sample_documents"]
+    for length, outcome in ((13, "fail"), (12, "pass")):
+        text = f"{GOOD} {' '.join(words[:length]).upper()}! {GOOD}"
+        tainted = ingredients | {"sample_documents": lambda frac, least, text=text: [*honest(frac, least), ("tools", text)]}
+        verdict = call_check(spec.gates["corpus.decontamination"], tainted)
+        assert verdict.outcome == outcome and verdict.measured["contaminated"] == (length == 13)
+
+
+def test_decontamination_is_red_on_stored_runs_of_something_else(spec, ingredients):
+    gate, grams = spec.gates["corpus.decontamination"], np.asarray(ingredients["evaluation_grams"])
+    foreign = ingredients["gram_set"](SENTENCES[8:])
+    assert call_check(gate, ingredients | {"evaluation_grams": foreign}).outcome == "fail"
+    assert call_check(gate, ingredients | {"evaluation_grams": np.append(grams, grams[-1] + np.uint64(1))}).outcome == "fail"
+
+
+def test_decontamination_is_red_on_a_scanner_that_sees_it_everywhere(spec, ingredients):
+    verdict = call_check(spec.gates["corpus.decontamination"], ingredients | {"shares_gram": lambda text, grams: True})
+    assert verdict.outcome == "fail" and verdict.measured["canary_found"] is False
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def judged(spec, ingredients, stream, change):
+    """The verdict on a stream whose row 3 is changed; its place among the rows of a call varies."""
+
+    def rows(numbers, seq_len):
+        made = stream.rows(numbers, seq_len)
+        for at in np.flatnonzero(np.asarray(numbers) == 3):
+            made = change(made, int(at))
+        return made
+
+    return call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
+
+
+def replaced(rows, key, at, value):
+    array = getattr(rows, key).copy()
+    array[at] = value
+    return replace(rows, **{key: array})
+
+
+@pytest.fixture(params=[BestFit(), Concatenated()], ids=lambda how: how.kind)
+def row_stream(request, small_cfg):
+    return prepare(small_cfg.data.model_copy(update={"packing": request.param})).train
+
+
+def test_packing_is_red_on_one_lost_token(spec, ingredients, row_stream):
+    whole = judged(spec, ingredients, row_stream, lambda rows, at: rows)
+    lost = judged(spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 0), -100))
+    assert whole.outcome == "pass" and whole.measured["unaccounted"] == 0
+    assert lost.outcome == "fail" and lost.measured["unaccounted"] == 1
+
+
+def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, ingredients, row_stream):
+    verdict = judged(spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 2), rows.labels[at, 2] ^ 1))
+    assert verdict.outcome == "fail" and "1 label(s) are not the next token" in verdict.message
+
+
+def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, ingredients, row_stream):
+    """What is declared may be a remainder, less than a row of every shard: eight rows of four shards are more, one row is not."""
+    whole, honest = row_stream.n_windows(288), row_stream.dropped_tokens(288)
+    for n_cut, outcome in ((8, "fail"), (1, "pass")):
+        cut = np.arange(whole - n_cut, whole)
+        lost = honest + int((row_stream.rows(cut, 288).labels != -100).sum())
+        shorter = With(row_stream, n_windows=lambda seq_len, n=whole - n_cut: n, dropped_tokens=lambda seq_len, lost=lost: lost)
+        verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": shorter})
+        assert verdict.measured["unaccounted"] == 0 and verdict.outcome == outcome
+
+
+def test_packing_is_red_on_two_documents_under_one_id(spec, ingredients, dataset):
+    stream, eos = dataset.train, dataset.tokenizer.eos_id
+    labels = stream.rows(np.arange(stream.n_windows(288)), 288).labels
+    n = int(np.flatnonzero(((labels[:, :-1] == eos) & (labels[:, 1:] != -100)).any(1))[0])
+
+    def rows(numbers, seq_len):
+        made = stream.rows(numbers, seq_len)
+        at = np.flatnonzero(np.asarray(numbers) == n)
+        return replaced(made, "document_ids", at, 0) if len(at) else made
+
+    verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
+    assert verdict.outcome == "fail" and verdict.measured["crossed_borders"] >= 1 and verdict.measured["unaccounted"] == 0
