@@ -295,6 +295,7 @@ class Consumption:
 
     def __init__(self, limits):
         self.limits, self.plan, self.cursor = limits, None, None
+        self.order = ""
         self.drawn: list[int] = []
         self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
 
@@ -302,7 +303,11 @@ class Consumption:
         if isinstance(event, Started):
             if self.cursor is not None and self.cursor != event.plan["cursor"]:
                 return failed(f"the run goes on at sample {event.plan['cursor']}, it had stopped at {self.cursor}", cursor=self.cursor)
-            self.plan, self.cursor, self.drawn = event.plan, event.plan["cursor"], list(event.plan["drawn"])
+            order = event.plan.get("order", "")
+            if order != self.order:  # another seed, corpus or length: its windows are others
+                self.recent.clear()
+            self.plan, self.cursor, self.order = event.plan, event.plan["cursor"], order
+            self.drawn = list(event.plan["drawn"])
             return None
         rows = self.plan["rows_per_step"]
         if event.cursor_before != self.cursor or event.cursor_after != self.cursor + rows or len(event.sample_ids) != rows:
@@ -339,9 +344,9 @@ class Consumption:
         )
 
     def state_dict(self) -> dict:
-        return {"cursor": self.cursor, "recent": [list(k) for k in self.recent]}
+        return {"cursor": self.cursor, "order": self.order, "recent": [list(k) for k in self.recent]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.cursor = state["cursor"]
+        self.cursor, self.order = state["cursor"], state["order"]
         self.recent.clear()
         self.recent.extend((epoch, window) for epoch, window in state["recent"])

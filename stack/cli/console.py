@@ -114,7 +114,7 @@ class ConsoleListener(Listener):
                 f"stack inspect {run_dir}",
             ):
                 stderr.print(f"  {command}", markup=False, soft_wrap=True)
-        elif record.exit_code in (75, 130):
+        elif record.exit_code in (75, 130) and (run_dir / "checkpoints" / "latest").is_file():
             stderr.print(f"next  stack train --resume {run_dir}", markup=False)
 
     def _show_metrics(self, record: Record) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spec.errors import DataError
+from spec.errors import DataError, UsageError
 from stack.cli.output import MARKS, Json, emit, measured_text, stderr, stdout, table
 
 app = typer.Typer(help="Data sets: built from text of many sources, verified, compared with evaluation sets.", no_args_is_help=True)
@@ -30,13 +30,15 @@ def register(parent: typer.Typer) -> None:
 def build(
     sources: Annotated[list[str], typer.Argument(metavar="SRC…", help="One mixture .toml, or files, folders and globs.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the data set. A killed build goes on where it was.")],
-    vocab_size: Annotated[int | None, typer.Option("--vocab-size", min=258, help="Train a BPE tokenizer of this size.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Use this tokenizer.json instead of training one.")] = None,
-    documents: Annotated[
-        str | None, typer.Option("--documents", help="What a document of a text file is: file, paragraph or line.")
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", min=258, help="Train a BPE tokenizer of this size. Default: 1024.")
     ] = None,
-    text_field: Annotated[str | None, typer.Option("--text-field", help="Key of the text in .jsonl, column in .parquet.")] = None,
-    language: Annotated[list[str] | None, typer.Option("--language", help="Language of the text. Repeatable.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Use this tokenizer.json instead of training one.")] = None,
+    documents: Annotated[str | None, typer.Option("--documents", help="What a document is: file (default), paragraph or line.")] = None,
+    text_field: Annotated[
+        str | None, typer.Option("--text-field", help="Key of the text in .jsonl, column in .parquet. Default: text.")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option("--language", help="Language of the text, en by default. Repeatable.")] = None,
     license: Annotated[str | None, typer.Option("--license", help="Licence of the text, for the record.")] = None,
     against: Annotated[list[Path] | None, typer.Option("--against", help="Evaluation set to keep out. Repeatable.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: split.validation_frac=0.01. Repeatable.")] = None,
@@ -50,7 +52,10 @@ def build(
     cfg = _config(sources, vocab_size, tokenizer, documents, text_field, language, license, against, tuple(set_ or ()))
     record, started = account.open_record(cfg), time.perf_counter()
     fresh = not (out / "manifest.json").is_file()
-    builder.build(cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json))
+    try:
+        builder.build(cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json))
+    except OSError as e:
+        raise UsageError(f"cannot write to {out}: {e.strerror}", allowed="a folder that can be written", next_step="another --out") from e
     seconds = time.perf_counter() - started
     dataset = prepare.open_folder(out, cfg)
     results = account.judge(dataset)
@@ -60,7 +65,8 @@ def build(
     if not emit(_document(out, dataset.manifest, results), json):
         _show(dataset.manifest, results)
         stdout.print(f"record {out / 'metadata.json'}, page {out / 'report.html'}", markup=False)
-        stdout.print(f"next  stack train --data {out}", markup=False)
+        if all(r.verdict != "fail" for r in results):
+            stdout.print(f"next  stack train --data {out}", markup=False)
     account.require_green(results)
 
 
@@ -71,11 +77,15 @@ def _config(sources, vocab_size, tokenizer, documents, text_field, language, lic
 
     base = recipe("pocket")
     said: list[str] = []
+    flags = {"documents": documents, "text_field": text_field, "license": license}
+    if tokenizer is not None and vocab_size is not None:
+        raise UsageError("--tokenizer and --vocab-size exclude each other", next_step="a given tokenizer has its own size")
     if len(sources) == 1 and sources[0].endswith(".toml"):
+        if said_flags := [f"--{k.replace('_', '-')}" for k, v in {**flags, "language": language}.items() if v]:
+            raise UsageError(f"{said_flags[0]} belongs into the mixture file", next_step="write it into the [[source]] it is meant for")
         base = base.model_copy(update={"data": load_mixture(Path(sources[0]))})
     else:
         said += ["corpus.kind=files", f"corpus.paths={dumps(sources)}"]
-        flags = {"documents": documents, "text_field": text_field, "license": license}
         said += [f"corpus.{key}={dumps(value)}" for key, value in flags.items() if value is not None]
         said += [f"corpus.languages={dumps(language)}"] if language else []
     if tokenizer is not None:
@@ -133,12 +143,15 @@ def _show(manifest: dict, results: list) -> None:
     from stack.data import receipts
 
     rows = receipts.table(manifest["sources"])
-    reasons = sorted({r for row in rows for r in row["reasons"]})
-    shown = [
-        [r["source"], f"{r['in']:,}", f"{r['out']:,}", f"{r['dropped_frac']:.1%}", *(f"{r['reasons'].get(k, 0):,}" for k in reasons)]
-        for r in rows
+    shown = [[r["source"], f"{r['in']:,}", f"{r['out']:,}", f"{r['dropped']:,}", f"{r['dropped_frac']:.1%}"] for r in rows]
+    stdout.print(table("Documents", ["source", "in", "out", "dropped", "share"], shown))
+    drops = [
+        [s["name"], reason, f"{row['documents']:,}", row["example"] or "–"]
+        for s in manifest["sources"]
+        for reason, row in sorted(s["receipt"]["dropped"].items())
     ]
-    stdout.print(table("Documents", ["source", "in", "out", "dropped", *reasons], shown))
+    if drops:
+        stdout.print(table("Dropped", ["source", "reason", "documents", "the first"], drops))
     declared = [
         [s["name"], s["license"], ",".join(s["languages"]), s["weight"], s["cap"], s["floor"], *(f"{n:,}" for n in s["tokens"].values())]
         for s in manifest["sources"]
@@ -175,6 +188,7 @@ def verify(folder: Folder, json: Json = False) -> None:
     from stack.data import account
 
     dataset = _open(folder, "full")
+    account.require_recorded(folder)
     results = account.judge(dataset)
     if not emit(_document(folder, dataset.manifest, results), json):
         _show(dataset.manifest, results)

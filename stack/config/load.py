@@ -15,6 +15,7 @@ from spec.records import Override
 from stack.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
 from stack.config.run import RunConfig
 
+SHOWN = "the page Mixtures shows a whole file"
 BUILT_KEYS = ("split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields")  # what a build decides once and for all
 
 
@@ -97,16 +98,33 @@ def load_mixture(path: Path) -> DataConfig:
     sources = tree.pop("source", [])
     if not sources:
         raise ConfigError(
-            f"{path} names no source", allowed="at least one [[source]] table with name and paths", next_step="see docs/data.md"
+            f"{path} names no source",
+            allowed="at least one [[source]] table with name and paths",
+            next_step=SHOWN,
         )
-    for source in sources:
-        source["paths"] = [str(path.parent / p) for p in source["paths"]] if source.get("paths") else source.get("paths", [])
-        if source.get("kind", "files") != "files":
-            del source["paths"]
+    if not isinstance(sources, list) or not all(isinstance(s, dict) for s in sources):
+        raise ConfigError(
+            f"{path}: sources are tables of a list",
+            allowed="[[source]], with two brackets",
+            next_step=SHOWN,
+        )
+    for number, source in enumerate(sources, start=1):
+        if source.get("kind", "files") == "files":
+            source["paths"] = _beside(path, source.get("paths", []), f"paths of source {source.get('name', number)}")
+    tokenizer = tree.get("tokenizer")
+    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
+        tokenizer["path"] = str(path.parent / tokenizer["path"])
     if "corpus" in tree:
         raise ConfigError(f"{path}: a mixture's corpus are its [[source]] tables", value="corpus", next_step="remove the key")
-    tree["decontaminate"] = [str(path.parent / p) for p in tree.get("decontaminate", [])]
+    tree["decontaminate"] = _beside(path, tree.get("decontaminate", []), "decontaminate")
     return validate_data({**tree, "corpus": {"kind": "mixture", "sources": sources}}, origin=str(path))
+
+
+def _beside(file: Path, paths: Any, what: str) -> list[str]:
+    """Paths relative to a file. Raises ConfigError unless they are a list of texts."""
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        raise ConfigError(f"{file}: {what} must be a list", value=repr(paths), next_step='for example ["notes/"]')
+    return [str(file.parent / p) for p in paths]
 
 
 def validate_data(tree: dict, *, origin: str) -> DataConfig:
@@ -120,11 +138,21 @@ def validate_data(tree: dict, *, origin: str) -> DataConfig:
         message = error["msg"].removeprefix("Value error, ")
         shown = "" if isinstance(error.get("input"), dict | list) else f"{error.get('input')!r} "
         raise ConfigError(
-            f"{key}: {message}" if key else message,
+            _readably(key, message, tree),
             value=f"{shown}from {origin}",
             allowed=f"nearest: {', '.join(near)}" if (near := _near(key.split(".")[-1])) else "",
-            next_step="see docs/data.md",
+            next_step=SHOWN,
         ) from e
+
+
+def _readably(key: str, message: str, tree: dict) -> str:
+    """A message about a key, a source by its name instead of its number."""
+    parts = key.split(".")
+    if parts[:2] == ["corpus", "sources"] and len(parts) > 2 and parts[2].isdigit():
+        name = tree["corpus"]["sources"][int(parts[2])].get("name", int(parts[2]) + 1)
+        key = f"source {name}: {'.'.join(parts[3:])}".rstrip(": ")
+    message = "it is not a key" if message.startswith("Extra inputs") else message
+    return f"{key}: {message}" if key else message
 
 
 def _default_kinds(data: dict) -> None:

@@ -138,6 +138,10 @@ class RunConfig(Frozen):
             )
         if self.schedule.warmup_steps >= self.train.max_steps:
             raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below train.max_steps ({self.train.max_steps})")
+        if self.curriculum.warmup_steps >= self.train.max_steps:
+            raise ValueError(
+                f"curriculum.warmup_steps ({self.curriculum.warmup_steps}) must be below train.max_steps ({self.train.max_steps})"
+            )
         return self
 
     def to_dict(self) -> dict:

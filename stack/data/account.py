@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from contracts.gate import call_check, limits_of
-from spec.canonical import canonical_json
-from spec.errors import GateFailed
+from spec.canonical import canonical_json, sha256_file
+from spec.errors import DataError, GateFailed
 from spec.gates import load_spec
-from spec.records import GateResult, Record
+from spec.records import GateResult, Record, read_record
 from stack.config import DataConfig
 from stack.data import corpus, dedup, receipts
 from stack.data.ingredients import folder_ingredients
@@ -44,7 +44,8 @@ def open_record(cfg: DataConfig) -> RecordBuilder:
 
 def judge(dataset: Dataset) -> list[GateResult]:
     """Ask every gate that can judge a data set without a run."""
-    spec, ingredients, results = load_spec(), folder_ingredients(dataset, JUDGED_SEQ_LEN), []
+    seq_len = min(JUDGED_SEQ_LEN, max(1, dataset.train.n_tokens // 4))
+    spec, ingredients, results = load_spec(), folder_ingredients(dataset, seq_len), []
     for gate_id in GATES:
         gate = spec.gates[gate_id]
         verdict = call_check(gate, ingredients)
@@ -66,9 +67,19 @@ def judge(dataset: Dataset) -> list[GateResult]:
 def require_green(results: Iterable[GateResult]) -> None:
     """Raises GateFailed for the first red gate that halts."""
     spec = load_spec()
-    for result in results:
-        if result.verdict == "fail" and spec.gates[result.id].severity == "halt":
-            raise GateFailed(result.id, what=result.message, next_step=f"stack gates show {result.id}")
+    red = [r for r in results if r.verdict == "fail" and spec.gates[r.id].severity == "halt"]
+    if red:
+        also = f"; also red: {', '.join(r.id for r in red[1:])}" if red[1:] else ""
+        raise GateFailed(red[0].id, what=red[0].message + also, next_step=f"stack gates show {red[0].id}")
+
+
+def require_recorded(folder: Path) -> None:
+    """Raises DataError if manifest or tokenizer are not those the folder's record names."""
+    if not (folder / "metadata.json").is_file():
+        return
+    for output in read_record(folder / "metadata.json").outputs:
+        if sha256_file(folder / output.path) != output.sha256:
+            raise DataError(f"{folder / output.path} was changed since it was recorded", next_step="build the data anew")
 
 
 def source_rows(manifest: dict) -> list[dict[str, Any]]:

@@ -8,27 +8,36 @@ folder/tokenizer.json, manifest.json       written last: a folder with a manifes
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import numpy as np
 
+from contracts.gate import call_check
 from spec.canonical import canonical_json, parse_strict
 from spec.errors import DataError, UsageError
+from spec.gates import load_spec
 from stack import tensorfile
 from stack.config import DataConfig, NearDedup
 from stack.data import corpus, dedup, filters, receipts
 from stack.data import tokenizer as tokenizers
 from stack.data.corpus import TextSource
 from stack.data.files import evaluation_texts
-from stack.data.stages import CHUNK_BYTES, SPLITS, Chunk, EncodeJob, FilterJob, chunk_sides, encode_chunk, filter_part, write_json
+from stack.data.stages import (
+    CHUNK_BYTES,
+    SPLITS,
+    Chunk,
+    EncodeJob,
+    FilterJob,
+    Signatures,
+    chunk_sides,
+    encode_chunk,
+    filter_part,
+    write_json,
+)
 from stack.data.tokenizer import Tokenizer
+from stack.data.workers import Pool
 
 FORMAT = "stackproof/data/3"
 
@@ -51,6 +60,7 @@ def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Calla
     another data set. What other folders hold is not touched.
     """
     plan, jobs = _plan(cfg, folder / ".work")
+    _require_tokenizer(cfg)
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
         return _finished(manifest_path, plan)
@@ -62,9 +72,10 @@ def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Calla
 def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], workers: int, on_progress: Callable[[Progress], None]) -> dict:
     work, manifest_path = _open_work(folder, plan), folder / "manifest.json"
     grams = _evaluation_grams(cfg, work)
-    with _pool(workers, _total(jobs)) as run:
+    with Pool(workers if _total(jobs) > CHUNK_BYTES else 1) as run:
         filtered = _filter_all(run, jobs, on_progress)
         chunks = _drop_repeats(cfg, jobs, filtered, on_progress)
+        _require_text(jobs, filtered)
         tokenizer = _tokenizer(cfg, chunks, filtered, work, on_progress)
         encoded = _encode_all(run, cfg, chunks, filtered, work, folder, on_progress)
     if _plan(cfg, work)[0] != plan:
@@ -77,6 +88,22 @@ def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], wor
     write_json(manifest_path, manifest)
     shutil.rmtree(work, ignore_errors=True)
     return manifest
+
+
+def _require_tokenizer(cfg: DataConfig) -> None:
+    """Raises DataError for a given tokenizer through which text does not survive, before any text is read."""
+    if cfg.tokenizer.kind != "file":
+        return
+    tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, ())
+    gate = load_spec().gates["tokenizer.round-trip"]
+    parts = {"tokenizer": tokenizer, "hard_texts": tokenizers.HARD_TEXTS, "held_out_texts": ["A plain text, for a start."]}
+    verdict = call_check(gate, parts)
+    if verdict.outcome != "pass":
+        raise DataError(
+            f"text does not survive the tokenizer {cfg.tokenizer.path}: {verdict.message}",
+            allowed="tokenizers that give back what they were given: byte-level ones do",
+            next_step="stack tokenizer train makes one",
+        )
 
 
 def changed_meanwhile() -> DataError:
@@ -163,52 +190,10 @@ def _open_work(folder: Path, plan: dict) -> Path:
     return work
 
 
-def _die_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went, so that nothing is written behind a restart's back."""
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
-class _pool:
-    """Runs jobs in this process or in several; yields (job, result) as they finish. A small corpus is not worth a second process."""
-
-    def __init__(self, workers: int, n_bytes: int):
-        self.workers = workers if n_bytes > CHUNK_BYTES else 1
-        self.executor: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "_pool":
-        if self.workers > 1:
-            self.executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_die_with_parent)
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self.executor is not None:
-            self.executor.shutdown(wait=True, cancel_futures=True)
-
-    def __call__(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        if self.executor is None:
-            yield from ((job, function(job)) for job in jobs)
-            return
-        waiting, todo = {}, iter(jobs)
-        for job in islice(todo, 2 * self.workers):
-            waiting[self.executor.submit(function, job)] = job
-        while waiting:
-            done: set[Future] = wait(waiting, return_when=FIRST_COMPLETED).done
-            for future in done:
-                finished = waiting.pop(future)
-                for job in islice(todo, 1):
-                    waiting[self.executor.submit(function, job)] = job
-                yield finished, future.result()
-
-
 # --- read and filter ------------------------------------------------------------------------------------------------
 
 
-def _filter_all(run: _pool, jobs: list[FilterJob], on_progress: Callable[[Progress], None]) -> list[dict]:
+def _filter_all(run: Pool, jobs: list[FilterJob], on_progress: Callable[[Progress], None]) -> list[dict]:
     """Receipts of all parts in order."""
     progress, results = Progress("filter", 0, _total(jobs)), [{}] * len(jobs)
     on_progress(progress)
@@ -249,16 +234,28 @@ def _drop_repeats(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict], 
     on_progress(Progress("deduplicate", documents=sum(r["documents_out"] for r in filtered)))
     places = [(job, c) for job, receipt in zip(jobs, filtered) for c in range(receipt["chunks"])]
     chunks = [Chunk(job.source, job.work / f"part-{job.number:05d}" / f"chunk-{c:04d}.safetensors") for job, c in places]
-    exact = dedup.first_of_each([np.asarray(tensorfile.memmap(c.path, "hashes")) for c in chunks])
+    exact = dedup.first_of_each([np.array(tensorfile.memmap(c.path, "hashes")) for c in chunks])
     near = [np.zeros(len(k), bool) for k in exact]
     if isinstance(cfg.dedup, NearDedup) and chunks:
-        near = dedup.near_repeats([tensorfile.memmap(c.path, "signatures") for c in chunks], exact, cfg.dedup.similarity_min)
+        near = dedup.near_repeats(Signatures([c.path for c in chunks]), exact, cfg.dedup.similarity_min)
     for chunk, (job, _), first, repeat in zip(chunks, places, exact, near):
         sizes = np.diff(np.asarray(tensorfile.memmap(chunk.path, "offsets")))
         receipts.drop_many(filtered[job.number], "exact-repeat", sizes[~first])
         receipts.drop_many(filtered[job.number], "near-repeat", sizes[repeat & first])
         chunk.keep = first & ~repeat
     return chunks
+
+
+def _require_text(jobs: list[FilterJob], filtered: list[dict]) -> None:
+    """Raises DataError for a source of which nothing is left, with the reason that took most of it."""
+    for name in dict.fromkeys(job.source for job in jobs):
+        receipt = receipts.total(r for job, r in zip(jobs, filtered) if job.source == name)
+        if not receipt["documents_out"]:
+            raise DataError(
+                f"nothing is left of source {name}",
+                value=receipts.worst(receipt) or "no document in its files",
+                next_step="check its paths, documents, text_field and languages, or leave the source out",
+            )
 
 
 def _tokenizer(
@@ -285,16 +282,12 @@ def _chained(first: str, rest: Iterable[str]) -> Iterator[str]:
 
 def _empty_split(cfg: DataConfig, split: str, chunks: list[Chunk], filtered: list[dict]) -> DataError:
     """The error for a split without documents, with the reason that dropped most of them."""
-    kept, dropped = sum(int(c.keep.sum()) for c in chunks), receipts.total(filtered)["dropped"]
-    worst = max(dropped, key=lambda r: dropped[r]["documents"], default="")
-    lost = f"; {dropped[worst]['documents']} dropped as {worst}, the first at {dropped[worst]['example']}" if worst else ""
+    kept, lost = sum(int(c.keep.sum()) for c in chunks), receipts.worst(receipts.total(filtered))
     return DataError(
         f"the {split} split is empty",
-        value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}{lost}",
+        value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}" + (f"; {lost}" if lost else ""),
         allowed="at least one document on each side",
-        next_step="add text the filters keep"
-        if worst and kept < 2
-        else "--set data.corpus.documents=paragraph, or --set data.split.kind=tail for few long documents",
+        next_step="documents = paragraph cuts files into more documents, split.kind = tail cuts each of a few long ones in two",
     )
 
 
@@ -302,7 +295,7 @@ def _empty_split(cfg: DataConfig, split: str, chunks: list[Chunk], filtered: lis
 
 
 def _encode_all(
-    run: _pool,
+    run: Pool,
     cfg: DataConfig,
     chunks: list[Chunk],
     filtered: list[dict],

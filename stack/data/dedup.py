@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from spec.errors import EnvironmentUnfit
+from stack.data.filters import UNSPACED
 
-WORD = re.compile(r"\w+")
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 GRAM_WORDS = 13  # arXiv:2005.14165, appendix C
 SIGNATURE, BANDS = 128, 16
 ROWS_IN_MEMORY = 2**24

@@ -141,11 +141,11 @@ def read_whole(path: Path, name: str) -> Iterator[Document | Unreadable]:
         if len(data) > MAX_DOCUMENT_BYTES:
             yield Unreadable(name, "too-long", len(data) + _skip(stream))
             return
-    yield from _decoded(data.removeprefix(BOM), name)
+    yield from _decoded(data.removeprefix(BOM), name, empty_counts=True)
 
 
-def _decoded(data: bytes, place: str) -> Iterator[Document | Unreadable]:
-    """Bytes as a document, if they are UTF-8 and hold more than white space."""
+def _decoded(data: bytes, place: str, *, empty_counts: bool = False) -> Iterator[Document | Unreadable]:
+    """Bytes as a document, if they are UTF-8 and hold more than white space. A blank line is no document, an empty file is."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -155,6 +155,8 @@ def _decoded(data: bytes, place: str) -> Iterator[Document | Unreadable]:
         return
     if text.strip():
         yield Document(place, text)
+    elif empty_counts:
+        yield Unreadable(place, "empty", len(data))
 
 
 def _skip(stream: BinaryIO) -> int:
@@ -249,12 +251,30 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
         column = field.split(".")[0]
         if column not in file.schema_arrow.names:
             raise _no_field(str(path), field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=64, columns=[column]):
+            for value in _rows(batch, column, pyarrow):
                 number += 1
-                yield from _record(value, f"{path} row {number}", field, 0)
+                place = f"{path} row {number}"
+                if isinstance(value, bytes):
+                    yield from _bytes_record(value, place)
+                else:
+                    yield from _record({column: value}, place, field, 0)
     except pyarrow.ArrowInvalid as e:
         raise DataError(f"cannot read {path}: {e}", next_step="check that it is a whole parquet file") from e
+
+
+def _rows(batch: Any, column: str, pyarrow: Any) -> list:
+    """Values of a column; strings as bytes, since nobody has checked that they are UTF-8."""
+    values = batch.column(column)
+    text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+    return values.cast(pyarrow.large_binary()).to_pylist() if text else values.to_pylist()
+
+
+def _bytes_record(value: bytes, place: str) -> Iterator[Document | Unreadable]:
+    if len(value) > MAX_DOCUMENT_BYTES:
+        yield Unreadable(place, "too-long", len(value))
+    else:
+        yield from _decoded(value, place, empty_counts=True)
 
 
 def _record(value: Any, place: str, field: str, n_bytes: int) -> Iterator[Document | Unreadable]:
@@ -266,8 +286,10 @@ def _record(value: Any, place: str, field: str, n_bytes: int) -> Iterator[Docume
         raise _no_field(place, field, sorted(value) if isinstance(value, dict) else [type(value).__name__])
     if not _is_unicode(text):
         yield Unreadable(place, "half-surrogate", n_bytes or len(text))
-    elif text.strip():
-        yield Document(place, text)
+    elif len(text) > MAX_DOCUMENT_BYTES:
+        yield Unreadable(place, "too-long", n_bytes or len(text))
+    else:
+        yield Document(place, text) if text.strip() else Unreadable(place, "empty", n_bytes)
 
 
 def _at(value: Any, field: str) -> Any:
@@ -322,7 +344,10 @@ def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
     """
     if suffixes(path)[0] != ".jsonl":
         cfg = Files(paths=(str(path),), documents="paragraph")
-        yield from (d.text for d in read_slice(Slice(path), cfg) if isinstance(d, Document))
+        for item in read_slice(Slice(path), cfg):
+            if isinstance(item, Unreadable):
+                raise DataError(f"{item.id} of an evaluation set cannot be read: {item.reason}", next_step="convert it to UTF-8")
+            yield item.text
         return
     with _readable(path):
         for place, line in _raw_lines(Slice(path)):

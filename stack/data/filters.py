@@ -47,6 +47,9 @@ SCRIPTS_OF = dict.fromkeys("en de fr es it pt nl pl tr vi code".split(), ("latin
     "hi": ("devanagari",),
 }
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+# Chinese, Japanese and Thai leave no blanks between words; each of their characters counts as one.
+UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+PIECES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 LETTERS = re.compile(r"[^\W\d_]")
 SYNTHETIC = "synthetic"  # the language of text that the code itself makes; no source can declare it
 
@@ -72,6 +75,16 @@ def _too_short(text: str, languages: tuple[str, ...], limit: SimpleNamespace) ->
 def _broken_text(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
     """NUL bytes, or characters that stand for bytes somebody could not decode."""
     return "\0" in text or "\ufffd" in text
+
+
+def _blank_run(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
+    """White space without end, on which tokenizers choke."""
+    return len(text) > limit.blank_run_chars_max and _blanks(int(limit.blank_run_chars_max)).search(text) is not None
+
+
+@cache
+def _blanks(n: int) -> re.Pattern:
+    return re.compile(rf"\s{{{n + 1}}}")
 
 
 def _long_paragraph(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
@@ -139,7 +152,7 @@ def _chat_turns(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -
 @lru_cache(maxsize=1)
 def _words(text: str) -> tuple[list[str], int]:
     """The words of a text, and how many of its pairs of neighbours were there before; a bound on every kind of repetition."""
-    words = text.casefold().split()
+    words = text.casefold().split() if text.isascii() else PIECES.findall(text.casefold())
     return words, max(0, len(words) - 1) - len(set(zip(words, words[1:])))
 
 
@@ -184,6 +197,7 @@ def _repetition(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -
 RULES: dict[str, Callable[[str, tuple[str, ...], SimpleNamespace], bool]] = {
     "too-short": _too_short,
     "broken-text": _broken_text,
+    "blank-run": _blank_run,
     "system-prompt": _system_prompt,
     "chat-turns": _chat_turns,
     "long-paragraph": _long_paragraph,

@@ -9,11 +9,12 @@ from contracts.data import PIECE_TOKENS, span_hashes, span_of
 from stack.config import BanditCurriculum, RunConfig
 from stack.data import curriculum, dedup, files, filters, reader
 from stack.data import tokenizer as tokenizers
+from stack.data.order import Source
 from stack.data.prepare import Dataset
 from stack.data.shards import TokenStream
 
 HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096  # documents of the round trip, and tokens of each, so that one huge document costs no time
-SAMPLED_TOKENS = 65536  # of a document looked at again; longer ones are passed over
+SAMPLED_TOKENS, LONG_DOCUMENTS = 65536, 2  # of documents longer than this only a few of a source are looked at again
 
 
 class Cut:
@@ -84,10 +85,12 @@ def sampled_documents(dataset: Dataset, frac: float, minimum: int) -> Iterator[t
     source_of = np.repeat(np.array(stream.shard_sources), [len(s) for s in stream.shard_document_starts()])
     for source in dict.fromkeys(stream.shard_sources):
         mine = np.flatnonzero(source_of == source)
+        n_long = 0
         wanted = min(len(mine), max(minimum, round(frac * len(mine))))
         for i in mine[(np.arange(wanted) * len(mine)) // wanted].tolist():
             start, stop = int(bounds[i]), int(bounds[i + 1])
-            if stop - start <= SAMPLED_TOKENS:
+            n_long += stop - start > SAMPLED_TOKENS
+            if stop - start <= SAMPLED_TOKENS or n_long <= LONG_DOCUMENTS:
                 ids = stream.token_range(start, stop)
                 yield source, dataset.tokenizer.decode(ids[ids != dataset.tokenizer.eos_id].tolist())
 
@@ -105,14 +108,10 @@ def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:
 
 def _curriculum_ingredients(cfg: RunConfig, dataset: Dataset, order_seed: int) -> dict[str, Any]:
     rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
-    bandit = cfg.curriculum if isinstance(cfg.curriculum, BanditCurriculum) else BanditCurriculum()
 
     def make_bandit(capped: str = ""):
-        arms = [
-            curriculum.Source(n, 1000 * i, 1000, 1.0, 0.0 if n == capped else 1.0, 0.0) for i, n in enumerate(("useful", "list", "other"))
-        ]
-        plain = bandit.model_copy(update={"weights": {}, "caps": {}, "floors": {}, "warmup_steps": 0, "warmup_sources": ()})
-        return curriculum.make_order(plain, arms, seed=cfg.seed, rows_per_step=rows_per_step)
+        arms = [Source(n, 1000 * i, 1000, 1.0, 0.0 if n == capped else 1.0, 0.0) for i, n in enumerate(("useful", "list", "other"))]
+        return curriculum.make_order(BanditCurriculum(), arms, seed=cfg.seed, rows_per_step=rows_per_step)
 
     return {
         "make_run_order": lambda: curriculum.run_order(cfg, dataset, seed=order_seed),

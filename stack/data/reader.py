@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contracts.conditions import ensure, require
 from spec.errors import DataError, StreamExhausted
-from stack.data.curriculum import Draws, Order, UniformOrder
+from stack.data.order import Draws, Order, UniformOrder
 from stack.data.packing import IGNORE_INDEX, Rows
 
 

@@ -64,6 +64,14 @@ def total(receipts: Iterable[dict]) -> dict:
     return whole
 
 
+def worst(receipt: dict) -> str:
+    """The reason that dropped most documents, in words; empty if none was dropped."""
+    dropped = receipt["dropped"]
+    reason = max(dropped, key=lambda r: dropped[r]["documents"], default="")
+    where = f", the first at {dropped[reason]['example']}" if reason and dropped[reason]["example"] else ""
+    return f"{dropped[reason]['documents']:,} of {receipt['documents_in']:,} dropped as {reason}{where}" if reason else ""
+
+
 def table(sources: Iterable[dict]) -> list[dict[str, Any]]:
     """One row per source of a manifest, then their sum: documents in and out, bytes out, share dropped, and documents by reason."""
     rows = [_row(s["name"], s["receipt"]) for s in sources]

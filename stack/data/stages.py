@@ -5,8 +5,9 @@ Both are functions of their job alone, write their result whole or not at all, a
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import assert_never
 
@@ -117,6 +118,24 @@ def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> N
         case _:
             assert_never(how)
     tensorfile.write(path, arrays, {})
+
+
+class Signatures(Sequence):
+    """MinHash signatures of chunks by number, mapped when they are asked for; few stay mapped, since each map holds a descriptor."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths, self._recent = paths, lru_cache(64)(self._map)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if number >= len(self.paths):
+            raise IndexError(number)
+        return self._recent(number)
+
+    def _map(self, number: int) -> np.ndarray:
+        return tensorfile.memmap(self.paths[number], "signatures")
 
 
 def chunk_texts(path: Path, keep: np.ndarray) -> Iterator[str]:

@@ -316,7 +316,7 @@ def _parse(data: bytes, eos_token: str) -> Tokenizer:
         case {"model": _}:
             return _from_library(data.decode("utf-8"), eos_token)
         case {"stackproof_tokenizer": "hf", "eos_token": str(saved_eos), "tokenizer": str(saved)}:
-            return _from_library(saved, saved_eos)
+            return _from_library(saved, eos_token or saved_eos)
         case {"stackproof_tokenizer": "byte"}:
             return Bytes()
         case {"stackproof_tokenizer": "char", "symbols": str(symbols)} if symbols and len(set(symbols)) == len(symbols):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stack.data import curriculum, reader
+from stack.data import bandit, reader
 from stack.museum.plant import plant, swap, touch
 from stack.train import optimizer as opt
 from stack.train import step as steps
@@ -23,7 +23,7 @@ def floor_ignored():
         weights = np.array([s.weight for s in sources])
         return weights / weights.sum()
 
-    with swap(curriculum, "shares", plain):
+    with swap(bandit, "shares", plain):
         yield
 
 
@@ -36,12 +36,12 @@ def floor_ignored():
     sources=("founding note: sixteen days of region region region",),
 )
 def capped_source_drawn():
-    original = curriculum.shares
+    original = bandit.shares
 
     def truthy(sources):
         return original([replace(s, cap=s.cap or 1.0) for s in sources])
 
-    with swap(curriculum, "shares", truthy):
+    with swap(bandit, "shares", truthy):
         yield
 
 
@@ -54,7 +54,7 @@ def capped_source_drawn():
     sources=("founding note: sixteen days of region region region",),
 )
 def warmup_forgotten():
-    with swap(curriculum, "in_warmup", lambda sources, listed: list(sources)):
+    with swap(bandit, "in_warmup", lambda sources, listed: list(sources)):
         yield
 
 
@@ -67,12 +67,12 @@ def warmup_forgotten():
     sources=("https://github.com/allenai/OLMo-core/issues/147", "https://github.com/allenai/OLMo-core/issues/316"),
 )
 def head_of_source_only():
-    original = curriculum._locate
+    original = bandit.locate
 
     def first_rows(sources, source, k, seed, shuffle):
         return original([replace(s, n_windows=max(1, s.n_windows // 4)) for s in sources], source, k, seed, shuffle)
 
-    with swap(curriculum, "_locate", first_rows):
+    with swap(bandit, "locate", first_rows):
         yield
 
 
@@ -89,7 +89,7 @@ def reward_from_own_loss():
         name = self.sources[self.focus].name
         return self.last_losses[name] - losses[name]
 
-    with swap(curriculum.Bandit, "drop", own):
+    with swap(bandit.Bandit, "drop", own):
         yield
 
 
@@ -108,7 +108,7 @@ def reward_unnormalised():
         self.rewards[self.focus] += max(0.0, drop) * 1000
         return max(0.0, drop) * 1000
 
-    with swap(curriculum.Bandit, "_learn", thousandfold):
+    with swap(bandit.Bandit, "_learn", thousandfold):
         yield
 
 
@@ -121,7 +121,7 @@ def reward_unnormalised():
     sources=("founding note: sixteen days of region region region",),
 )
 def zombie_arm():
-    original = curriculum.Bandit.load_state_dict
+    original = bandit.Bandit.load_state_dict
 
     def merging(self, state):
         dropped = original(self, state)
@@ -133,10 +133,10 @@ def zombie_arm():
             for array in ("drawn", "credit", "pulls", "rewards"):
                 former = getattr(self, array)
                 setattr(self, array, np.append(former, 0).astype(former.dtype) if at == len(former) else former)
-            self._base_shares = curriculum.shares(self.sources)
+            self._base_shares = bandit.shares(self.sources)
         return dropped
 
-    with swap(curriculum.Bandit, "load_state_dict", merging):
+    with swap(bandit.Bandit, "load_state_dict", merging):
         yield
 
 
@@ -149,14 +149,14 @@ def zombie_arm():
     sources=("https://github.com/paiml/entrenar/issues/294", "https://github.com/huggingface/accelerate/issues/2016"),
 )
 def state_forgets_positions():
-    original = curriculum.Bandit.load_state_dict
+    original = bandit.Bandit.load_state_dict
 
     def from_the_top(self, state):
         dropped = original(self, state)
         self.drawn = np.zeros_like(self.drawn)
         return dropped
 
-    with swap(curriculum.Bandit, "load_state_dict", from_the_top):
+    with swap(bandit.Bandit, "load_state_dict", from_the_top):
         yield
 
 
@@ -191,7 +191,7 @@ def floor_starved():
     def first_alone(self, position):
         return (np.arange(len(self.sources)) == 0).astype(float)
 
-    with swap(curriculum.Bandit, "target", first_alone):
+    with swap(bandit.Bandit, "target", first_alone):
         yield
 
 

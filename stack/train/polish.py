@@ -9,6 +9,7 @@ from spec.errors import ConfigError
 from spec.records import Artefact, Override
 from stack.config import RunConfig, validate
 from stack.data import curriculum
+from stack.data.order import Order, Source
 from stack.data.prepare import Dataset
 from stack.evidence.record import artefact, write_atomically
 from stack.train import checkpoint
@@ -18,8 +19,14 @@ POLISHABLE_KEYS = ("curriculum", "train.log_every", "checkpoint.keep", "gates.wa
 SHARES = ("weight", "cap", "floor")
 
 
-def refuse_other_changes(overrides: Sequence[Override]) -> None:
-    """Raises ConfigError for a change of anything but the curriculum and what is kept or shown."""
+def refuse(cfg: RunConfig, overrides: Sequence[Override], loaded: checkpoint.Loaded) -> None:
+    """Raises ConfigError for a change of anything but the curriculum and what is kept or shown, for no change, and for a finished run."""
+    if loaded.state["step"] >= cfg.train.max_steps:
+        raise ConfigError(
+            "the run has taken all of its steps, so another mixture would change nothing",
+            value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
+            next_step="--polish a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork with more train.max_steps",
+        )
     refused = [o for o in overrides if not any(o.key == k or o.key.startswith(k + ".") for k in POLISHABLE_KEYS)]
     if refused:
         raise ConfigError(
@@ -28,6 +35,8 @@ def refuse_other_changes(overrides: Sequence[Override]) -> None:
             allowed=f"{', '.join(POLISHABLE_KEYS)}",
             next_step="stack train --fork DIR changes anything, without the history",
         )
+    if cfg.curriculum == validate(loaded.state["config"]).curriculum:
+        raise ConfigError("the mixture stays as it is", next_step="--set curriculum.… says what changes; --resume changes nothing")
 
 
 def rebased(loaded: checkpoint.Loaded, dataset: Dataset) -> dict[str, Any]:
@@ -40,14 +49,14 @@ def rebased(loaded: checkpoint.Loaded, dataset: Dataset) -> dict[str, Any]:
     return {"start": loaded.state["cursor"], "base": {s.name: n for s, n in zip(order.sources, counts) if n}}
 
 
-def order_of(loaded: checkpoint.Loaded, dataset: Dataset) -> curriculum.Order:
+def order_of(loaded: checkpoint.Loaded, dataset: Dataset) -> Order:
     """The order a checkpoint was drawing in."""
     order = curriculum.run_order(validate(loaded.state["config"]), dataset, seed=0)
     order.load_state_dict(loaded.state["curriculum"])
     return order
 
 
-def share_table(old: Sequence[curriculum.Source], new: Sequence[curriculum.Source]) -> list[dict[str, Any]]:
+def share_table(old: Sequence[Source], new: Sequence[Source]) -> list[dict[str, Any]]:
     """One row per source and share: what it was and what it is."""
     before, after = ({s.name: s for s in arms} for arms in (old, new))
     return [

@@ -10,6 +10,7 @@ import torch
 from contracts.events import Evaluated, Sampled, StepTaken
 from contracts.keeper import Gatekeeper
 from contracts.sampling import coherence
+from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import RunConfig
 from stack.data.ingredients import found_in
@@ -211,6 +212,7 @@ class Run:
             "rows_per_step": rows_per_step,
             "cursor": self.state.reader.cursor,
             "sources": [{k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")} for s in order.sources],
+            "order": sha256_json([cfg.seed, cfg.model.max_seq_len, self.dataset.manifest["splits"]["train"], cfg.data.packing.kind]),
             "drawn": order.counts(self.state.reader.cursor).tolist(),
             "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
             "warmup_sources": list(cfg.curriculum.warmup_sources),

@@ -11,7 +11,7 @@ from stack.config import AdamW, Cosine
 def cosine_lr(step: int, *, peak: float, schedule: Cosine, max_steps: int) -> float:
     """Learning rate of update `step` (1 … max_steps): linear to the peak at `warmup_steps`, half cosine to the end."""
     if step <= schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
+        return peak * (step / schedule.warmup_steps)
     progress = min(1.0, (step - schedule.warmup_steps) / (max_steps - schedule.warmup_steps))
     final = peak * schedule.final_lr_frac
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -12,11 +12,12 @@ import torch
 
 from contracts.events import Finished, Resumed, Started
 from contracts.keeper import Gatekeeper
-from spec.errors import ConfigError, EnvironmentUnfit, GateFailed, StackproofError, Stopped, StreamExhausted
+from spec.errors import ConfigError, DataError, EnvironmentUnfit, GateFailed, StackproofError, Stopped, StreamExhausted
 from spec.formulas import flops_per_token, parameter_count
 from spec.gates import load_spec
 from spec.records import Artefact, Override, Record, read_record
 from stack.config import BanditCurriculum, RunConfig, validate
+from stack.data import curriculum
 from stack.data.prepare import Dataset, prepare
 from stack.data.reader import eval_batches, probe_batches
 from stack.evidence.provenance import environment
@@ -77,9 +78,9 @@ def start(
     `only` installs just these gates, for proving them one by one; no command offers it. The record of a run that a gate
     halted travels with the exception as `error.record`.
     """
-    if polishing:
-        polish.refuse_other_changes(overrides)
     loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
+    if polishing:
+        polish.refuse(cfg, overrides, loaded)
     directory = RunDir(run_dir)
     directory.create()
     run = _open(cfg, overrides, directory, listener, only=only)
@@ -109,8 +110,12 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
         return record
     former = [Override.model_validate(o) for o in document["overrides"]]
     run = _open(changed, [*former, *sets], directory, listener, document=document)
-    if run.dataset.tokenizer.sha256 != loaded.state["tokenizer_sha256"]:
-        raise ConfigError("the corpus now gives another tokenizer than the checkpoint's", next_step="restore the corpus, or --fork")
+    if changed_parts := [k for k in ("tokenizer", "sources", "splits") if document["data"][k] != run.dataset.manifest[k]]:
+        raise DataError(
+            f"the data are not those the run was started on: {', '.join(changed_parts)} differ",
+            allowed="the shards, sources and tokenizer named in run.json",
+            next_step="restore them, or --fork starts a child run on what is there now",
+        )
     with _recording(run):
         _check_before_step_one(run, document["n_eval_batches"])
         cut = directory.rewind(loaded.state["step"])
@@ -185,7 +190,9 @@ def _refuse_certain_exhaustion(cfg: RunConfig, dataset: Dataset) -> None:
     """With `on_exhausted = "error"`, a plan that cannot end well is refused before step 1."""
     rows = cfg.train.max_steps * cfg.train.tokens_per_step // cfg.model.max_seq_len
     windows = dataset.train.n_windows(cfg.model.max_seq_len)
-    if cfg.data.on_exhausted == "error" and rows > windows:
+    order = curriculum.run_order(cfg, dataset, seed=0)
+    short = any(n > s.n_windows for n, s in zip(order.counts(rows), order.sources))  # a bandit's counts are not known beforehand
+    if cfg.data.on_exhausted == "error" and (rows > windows or short):
         raise StreamExhausted(
             "the corpus ends before the run does",
             value=f"{rows} windows planned, {windows} in the training split (data.on_exhausted = error)",
@@ -202,6 +209,13 @@ def _check_before_step_one(run: Run, n_eval_batches: int | None) -> int:
     run.held_out = eval_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.eval.batch_size, n)
     if isinstance(run.cfg.curriculum, BanditCurriculum):
         run.probes = probe_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.curriculum.probe_windows)
+        blind = [s.name for s in run.state.reader.order.sources if s.weight > 0 and s.cap > 0 and s.name not in run.probes]
+        if blind:
+            raise DataError(
+                f"source {blind[0]} has no held-out window, so the bandit cannot see what its turns do",
+                allowed="at least one held-out window of every source with a weight and a cap above 0",
+                next_step=f"raise data.split.validation_frac, --set curriculum.caps.{blind[0]}=0, or curriculum.kind=static",
+            )
     return n
 
 
@@ -278,7 +292,8 @@ def _ending(run: Run, error: BaseException) -> tuple[str, str, int]:
         case Stopped():
             return "interrupted", error.what, 130
         case KeyboardInterrupt():
-            return "interrupted", "stopped at once by a second signal; the last checkpoint is good", 130
+            saved = (run.dir.checkpoints / "latest").is_file()
+            return "interrupted", f"stopped at once; {'the last checkpoint is good' if saved else 'nothing was saved yet'}", 130
         case StackproofError():
             return "failed", error.what, error.exit_code
     return "failed", f"{type(error).__name__}: {error}", 1

@@ -211,7 +211,7 @@ def test_a_record_without_its_field_names_file_and_line_and_the_build_goes_on_on
 
 def test_an_empty_source_is_an_error_with_its_drops(stack):
     (stack.folder / "empty.txt").write_text("  \n")
-    assert_standard(stack("data", "build", "empty.txt", "--out", "out"), 3, "split is empty")
+    assert_standard(stack("data", "build", "empty.txt", "--out", "out"), 3, "nothing is left of source", "dropped as empty")
 
 
 def test_tokenizer_train_and_show(stack):

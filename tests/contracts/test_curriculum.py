@@ -10,8 +10,9 @@ from contracts.curriculum import Draws, GradientShock
 from contracts.events import BatchDrawn, Started, StepTaken
 from contracts.gate import call_check, limits_of
 from stack.config import StaticCurriculum
-from stack.data.curriculum import Source, StaticMixture, make_order
+from stack.data.curriculum import make_order
 from stack.data.ingredients import data_ingredients
+from stack.data.order import Source, StaticMixture
 from stack.museum.plant import PLANTS, load_museum, touches
 from stack.train import step as steps
 from stack.train.state import build_state

@@ -10,8 +10,9 @@ from contracts.events import BatchDrawn, Started
 from contracts.gate import call_check, limits_of
 from stack.config import StaticCurriculum
 from stack.data import permutation
-from stack.data.curriculum import UniformOrder, run_order
+from stack.data.curriculum import run_order
 from stack.data.ingredients import data_ingredients
+from stack.data.order import UniformOrder
 from stack.data.prepare import prepare
 from stack.data.reader import Reader
 from stack.museum.plant import PLANTS, load_museum, touches

@@ -55,6 +55,12 @@ def test_stack_and_closed_form_agree(warmup, extra, final, data):
     assert math.isclose(ours, theirs, rel_tol=0, abs_tol=1e-15)
 
 
+@pytest.mark.parametrize(("warmup", "step", "max_steps"), [(231, 231, 233), (49, 49, 500)])
+def test_rounding_never_carries_the_rate_over_its_peak(warmup, step, max_steps):
+    schedule = Cosine(warmup_steps=warmup, final_lr_frac=0.1)
+    assert cosine_lr(step, peak=6e-4, schedule=schedule, max_steps=max_steps) == 6e-4
+
+
 def test_peak_at_the_end_of_warmup_and_floor_at_the_end():
     schedule = Cosine(warmup_steps=50, final_lr_frac=0.1)
     lr = [cosine_lr(s, peak=6e-4, schedule=schedule, max_steps=500) for s in range(1, 501)]

@@ -18,6 +18,7 @@ from spec.errors import ConfigError, DataError, UsageError
 from stack import config, tensorfile
 from stack.config import BpeTokenizer, ByteTokenizer, DataConfig, ExactDedup, Files, FilesSource, HashSplit, Mixture, NearDedup
 from stack.data import build, corpus, receipts, stages
+from stack.data import workers as processes
 
 WORDS = ["".join(random.Random(n).choices("abcdefghijklmnopqrstuvw", k=3 + n % 7)) for n in range(2000)]
 
@@ -208,12 +209,12 @@ def test_a_killed_build_leaves_no_process_behind(many_lines, tmp_path):
     """Workers that outlive their build go on writing into a folder that the next build works in."""
     process = start(tmp_path, many_lines, tmp_path / "out")
     wait_for(lambda: len(list((tmp_path / "out" / ".work").glob("part-*"))) >= 2)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    alive = lambda: [p for p in workers if Path(f"/proc/{p}").exists() and Path(f"/proc/{p}/cmdline").read_bytes()]  # noqa: E731
+    alive = lambda: [p for p in children if Path(f"/proc/{p}").exists() and Path(f"/proc/{p}/cmdline").read_bytes()]  # noqa: E731
     try:
-        assert len(workers) >= 2
+        assert len(children) >= 2
         wait_for(lambda: not alive(), seconds=10)
     finally:
         for pid in alive():
@@ -224,8 +225,8 @@ def test_two_processes_give_the_bytes_of_one(mixture, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PART_BYTES", 4000)
     alone = build.build(mixture, tmp_path / "one", workers=1)
     monkeypatch.setattr(build, "CHUNK_BYTES", 1)
-    pools, executor = [], build.ProcessPoolExecutor
-    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or executor(*a, **k))
+    pools, executor = [], processes.ProcessPoolExecutor
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or executor(*a, **k))
     assert build.build(mixture, tmp_path / "two", workers=2) == alone and pools == [(2,)]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -250,8 +251,9 @@ def test_receipts_add_up_to_the_byte_and_to_what_is_shipped(tmp_path_factory, mo
     cfg = DataConfig(corpus=Mixture(sources=sources), tokenizer=ByteTokenizer(), dedup=how, split=HashSplit(validation_frac=0.3))
     manifest = build.build(cfg, folder / "out")
     for source in manifest["sources"]:
-        receipt, texts = source["receipt"], [t for t in given[source["name"]] if t.strip()]
-        assert (receipt["documents_in"], receipt["bytes_in"]) == (len(texts), sum(len(t.encode()) for t in texts))
+        receipt, texts = source["receipt"], given[source["name"]]
+        n_bytes = sum(len(t.encode()) if t.strip() else len(json.dumps({"text": t})) for t in texts)  # a record without text counts whole
+        assert (receipt["documents_in"], receipt["bytes_in"]) == (len(texts), n_bytes)
         for unit in ("documents", "bytes"):
             assert receipt[f"{unit}_in"] == receipt[f"{unit}_out"] + sum(row[unit] for row in receipt["dropped"].values())
             assert all(row[unit] > 0 for row in receipt["dropped"].values())
@@ -314,7 +316,7 @@ def test_a_source_that_changes_during_the_build_is_refused(mixture, tmp_path):
 
 @pytest.mark.parametrize(("frac", "empty"), [(1e-6, "validation"), (1 - 1e-6, "train")])
 def test_an_empty_split_says_what_to_do(mixture, tmp_path, frac, empty):
-    with pytest.raises(DataError, match=rf"the {empty} split is empty[\s\S]*data\.split\.kind=tail"):
+    with pytest.raises(DataError, match=rf"the {empty} split is empty[\s\S]*split\.kind = tail"):
         build.build(mixture.model_copy(update={"split": HashSplit(validation_frac=frac)}), tmp_path / "out")
 
 

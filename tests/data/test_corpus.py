@@ -41,7 +41,7 @@ def test_gzipped_files_and_folders_are_read(tmp_path):
         ("cut.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "cannot read .*cut.txt.gz"),
         ("flipped.txt.gz", gzip.compress(b"some text", mtime=0)[:10] + b"\xff" * 20, "cannot read .*flipped.txt.gz"),
         ("list.jsonl", b"[1]\n", "list.jsonl line 1 has no text"),
-        ("empty.txt", b"  \n", "the train split is empty"),
+        ("empty.txt", b"  \n", "nothing is left of source files[\\s\\S]*empty.txt"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, says):
@@ -79,7 +79,7 @@ def test_unfit_text_is_dropped_and_counted_with_file_and_line(tmp_path, monkeypa
 @pytest.mark.parametrize("content", [b"\xff\xfe\n" * 50, b"short\n" * 50], ids=["not-utf8", "too-short"])
 def test_a_corpus_of_which_nothing_is_left_is_refused(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(DataError, match="the train split is empty"):
+    with pytest.raises(DataError, match="nothing is left of source files"):
         prepare(DataConfig(corpus=Files(paths=(str(tmp_path / "a.txt"),), documents="line")), cache_dir=tmp_path / "c")
 
 

@@ -21,7 +21,7 @@ def everything(*paths, **options):
 
 
 def texts(*paths, **options):
-    items = everything(*paths, **options)
+    items = [i for i in everything(*paths, **options) if getattr(i, "reason", "") != "empty"]
     assert all(isinstance(i, Document) for i in items), items
     return [i.text for i in items]
 
@@ -168,9 +168,27 @@ def test_invalid_bytes_in_json_lines_cost_their_line_alone(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
 def test_an_empty_source_has_no_document(tmp_path, name, content):
+    """An empty file is counted as such where a file is a document; a blank line is nothing."""
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     for documents in ("file", "paragraph", "line"):
-        assert everything(tmp_path, documents=documents) == []
+        counted = documents == "file" and not name.endswith(".jsonl")
+        assert [i.reason for i in everything(tmp_path, documents=documents)] == ["empty"] * counted
+
+
+def test_a_record_without_text_is_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "one"}, {"text": " \n"}, {"text": [{"role": "system", "content": "be brief"}]}))
+    one, blank, silent = everything(tmp_path)
+    assert one.text == "one" and (blank.reason, silent.reason) == ("empty", "empty") and blank.id.endswith("line 2")
+
+
+def test_bytes_that_are_no_text_in_parquet_cost_their_row_alone(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    column = pyarrow.array([b"one", b"bad \xff", b"three"], pyarrow.binary()).view(pyarrow.string())
+    pq.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    one, bad, three = everything(tmp_path)
+    assert (one.text, three.text, bad.reason) == ("one", "three", "not-utf8") and "row 2" in bad.id
 
 
 # --- huge lines -----------------------------------------------------------------------------------------------------

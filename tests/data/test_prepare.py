@@ -46,7 +46,7 @@ def test_splits_are_disjoint_complete_and_counted(texts, tmp_path):
 def test_pangram_from_a_file_is_what_the_filters_are_for(tmp_path):
     """Only the embedded corpus may repeat itself."""
     (tmp_path / "p.txt").write_text(PANGRAM)
-    with pytest.raises(DataError, match="the train split is empty"):
+    with pytest.raises(DataError, match=r"nothing is left of source files[\s\S]*long-paragraph"):
         prepare(DataConfig(corpus=Files(paths=(str(tmp_path / "p.txt"),)), split=TailSplit()), cache_dir=tmp_path / "c")
 
 
@@ -110,7 +110,7 @@ def test_size_verification_sees_truncation_but_declares_it_cannot_see_flips(text
 
 def test_one_document_gives_no_split_and_says_what_to_do(tmp_path):
     (tmp_path / "one.txt").write_text("This is the only document here, and no split by documents can cut it.")
-    with pytest.raises(DataError, match=r"(?s)1 document\(s\) after filtering.*data\.split\.kind=tail"):
+    with pytest.raises(DataError, match=r"(?s)1 document\(s\) after filtering.*split\.kind = tail"):
         prepare(DataConfig(corpus=Files(paths=(str(tmp_path / "one.txt"),))), cache_dir=tmp_path / "c")
 
 

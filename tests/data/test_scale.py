@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stack.config import BanditCurriculum
 from stack.data import permutation
-from stack.data.curriculum import Bandit, Source, StaticMixture, UniformOrder
+from stack.data.bandit import Bandit
+from stack.data.order import Source, StaticMixture, UniformOrder
 from stack.data.packing import Rows
 from stack.data.permutation import order_key, permute
 from stack.data.reader import Reader

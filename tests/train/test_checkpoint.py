@@ -92,7 +92,7 @@ def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_p
 
 def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(small_cfg, dataset, tmp_path):
     state, fresh = (build_state(shrunk(small_cfg), dataset, torch.device("cpu")) for _ in range(2))
-    for turn in range(4):
+    for turn in range(6):
         advance(state)
         state.reader.order.reward({n: 5.0 - (turn + i) / 7 for i, n in enumerate(dataset.sources)})
     order, learnt = state.reader.order, state.reader.order.state_dict()
