@@ -41,7 +41,7 @@ class Dataset:
         return tensorfile.memmap(self.directory / "grams.safetensors", "grams") if self.manifest["decontamination"] else None
 
     def inputs(self) -> list[dict]:
-        """Shards and tokenizer as the record names them."""
+        """Shards, tokenizer and manifest as the record names them."""
         rows = [
             {
                 "name": f"{split} tokens",
@@ -51,8 +51,8 @@ class Dataset:
             for split in SPLITS
             for s in self.manifest["splits"][split]["shards"]
         ]
-        path = self.directory / "tokenizer.json"
-        return [*rows, {"name": "tokenizer", "path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}]
+        paths = [self.directory / name for name in ("tokenizer.json", "manifest.json")]
+        return [*rows, *({"name": p.stem, "path": p.name, "sha256": sha256_file(p), "bytes": p.stat().st_size} for p in paths)]
 
     def validation_texts(self, max_tokens: int | None = None) -> Iterator[str]:
         """Held-out documents as text, decoded from the shards; of each at most `max_tokens`. Documents without a token are left out."""

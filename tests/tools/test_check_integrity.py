@@ -191,6 +191,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "DIRTY": lambda r: rechain(r, "train", put("code", "dirty", value=True)),
     "SPEC-AT-COMMIT": spec_of_another_version,
     "PARENTS": lambda r: rechain(r, "evaluate", put("parents", value=["train-20200101T000000Z-00000000"])),
+    "DATA-RECORD": lambda r: rechain(r, "train", put("config", "data", value={"corpus": {"kind": "built"}})),
     "DUP-METRICS": second_train,
     "WAIVER-EXPIRED": lambda r: rechain(r, "train", expired),
     "REG-REF": lambda r: edit(r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'),
@@ -204,6 +205,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "FACT-CONFLICT": lambda r: edit(r, "README.md", f"-->{small_repo.N_PARAMS}<!--", "-->7<!--"),
     "UNTIL": lambda r: edit(r, "README.md", "registry.models>7", "registry.models>0"),
     "DOC-COMMAND": lambda r: edit(r, "README.md", "--set a=b", "--sets a=b"),
+    "DOC-TEST": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\nIt holds: `tests/test_loss.py::test_silver`.\n"),
     "ADR": lambda r: edit(r, "docs/adr/0001-one.md", "## Rejected", "## Other"),
     "WEIGHTS-IN-GIT": weights,
     "SYMLINK": link_evidence,
@@ -240,6 +242,20 @@ def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):
     edit(repo, "spec/CHANGELOG.md", "# Changes\n", "# Changes\n\n## 1.1.0\n\nloss.golden: error_max, because of noise.\n")
     codes = found(repo)
     assert "GOALPOST" not in codes and "STALE-KILL" in codes, "what the old limit discharged is open again"
+
+
+def test_a_run_on_a_data_set_that_is_recorded_is_fine(repo):
+    manifest = small_repo.artefact("manifest.json", "e" * 64)
+    small_repo.record(repo, "data", 0, git(repo, "rev-parse", "HEAD"), outputs=[manifest])
+    rechain(repo, "train", lambda d: d["config"].update(data={"corpus": {"kind": "built"}}) or d["inputs"].append(manifest))
+    assert "DATA-RECORD" not in found(repo)
+    rechain(repo, "train", lambda d: d["inputs"][-1].update(sha256="f" * 64))
+    assert "DATA-RECORD" in found(repo)
+
+
+def test_a_citation_of_a_test_that_is_there_is_fine(repo):
+    edit(repo, "README.md", "# Small\n", "# Small\n\nIt holds: `tests/test_loss.py::test_golden`.\n")
+    assert "DOC-TEST" not in found(repo)
 
 
 def test_write_restores_blocks_byte_for_byte_and_twice_is_once(repo, capsys):

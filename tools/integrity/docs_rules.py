@@ -246,6 +246,20 @@ def _refusal(command: str, verbs: dict, targets: set[str]) -> str:
 
 
 @rule(
+    "DOC-TEST",
+    title="Every test a document cites exists",
+    why="A claim whose proof was renamed away is a claim without proof.",
+    hint="correct the citation or write the test",
+)
+def doc_test(repo: Repo) -> Found:
+    for path in repo.markdown:
+        for number, line in enumerate(repo.text(path).splitlines(), start=1):
+            for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", line):
+                if name not in repo.python_functions(file):
+                    yield path, number, f"cites {file}::{name}, which does not exist"
+
+
+@rule(
     "ADR",
     title="Decisions are complete",
     why="A decision without what was rejected will be taken again.",

@@ -334,6 +334,20 @@ def parents(repo: Repo) -> Found:
 
 
 @rule(
+    "DATA-RECORD",
+    title="A run on a built data set has that data set's record",
+    why="Whoever asks what a model was fed must find the sources, their licences and what was dropped.",
+    hint="stack evidence add the folder that stack data build made",
+)
+def data_record(repo: Repo) -> Found:
+    recorded = {o.sha256 for r in repo.records.values() if r.kind == "data" for o in r.outputs if o.path == "manifest.json"}
+    for record in repo.records.values():
+        built = record.kind == "train" and record.config.get("data", {}).get("corpus", {}).get("kind") == "built"
+        if built and not any(i.path == "manifest.json" and i.sha256 in recorded for i in record.inputs):
+            yield repo.record_file(record.id), 0, "was trained on a data set of which the ledger holds no record"
+
+
+@rule(
     "DUP-METRICS",
     title="Two runs do not share their losses",
     why="Identical curves under two configurations are one run counted twice.",
