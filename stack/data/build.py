@@ -25,7 +25,6 @@ from stack.data import tokenizer as tokenizers
 from stack.data.corpus import TextSource
 from stack.data.files import evaluation_texts
 from stack.data.stages import (
-    CHUNK_BYTES,
     SPLITS,
     Chunk,
     EncodeJob,
@@ -72,7 +71,7 @@ def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Calla
 def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], workers: int, on_progress: Callable[[Progress], None]) -> dict:
     work, manifest_path = _open_work(folder, plan), folder / "manifest.json"
     grams = _evaluation_grams(cfg, work)
-    with Pool(workers if _total(jobs) > CHUNK_BYTES else 1) as run:
+    with Pool(workers if _total(jobs) > corpus.PART_BYTES else 1) as run:
         filtered = _filter_all(run, jobs, on_progress)
         chunks = _drop_repeats(cfg, jobs, filtered, on_progress)
         _require_text(jobs, filtered)
@@ -263,16 +262,18 @@ def _tokenizer(
 ) -> Tokenizer:
     """The tokenizer, trained on the training side of what is kept, or loaded; a finished one is not trained again."""
     path = work / "tokenizer.json"
-    if not path.is_file():
-        on_progress(Progress(f"{cfg.tokenizer.kind} tokenizer", documents=sum(int(c.keep.sum()) for c in chunks)))
-        texts = (text for chunk in chunks for split, text, _ in chunk_sides(cfg.split, chunk) if split == "train")
-        first = next(texts, None)
-        if first is None:
-            raise _empty_split(cfg, "train", chunks, filtered)
-        temporary = path.with_name(f".tokenizer-{os.getpid()}")
-        tokenizers.make_tokenizer(cfg.tokenizer, _chained(first, texts)).save(temporary)
-        os.replace(temporary, path)
-    return tokenizers.load_tokenizer(path)
+    if path.is_file():
+        return tokenizers.load_tokenizer(path)
+    on_progress(Progress(f"{cfg.tokenizer.kind} tokenizer", documents=sum(int(c.keep.sum()) for c in chunks)))
+    texts = (text for chunk in chunks for split, text, _ in chunk_sides(cfg.split, chunk) if split == "train")
+    first = next(texts, None)
+    if first is None:
+        raise _empty_split(cfg, "train", chunks, filtered)
+    tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, _chained(first, texts))
+    temporary = path.with_name(f".tokenizer-{os.getpid()}")
+    tokenizer.save(temporary)
+    os.replace(temporary, path)
+    return tokenizer
 
 
 def _chained(first: str, rest: Iterable[str]) -> Iterator[str]:

@@ -49,8 +49,12 @@ SCRIPTS_OF = dict.fromkeys("en de fr es it pt nl pl tr vi code".split(), ("latin
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # Chinese, Japanese and Thai leave no blanks between words; each of their characters counts as one.
 UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 PIECES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+STRIDE = 100  # a run of n characters holds n // STRIDE of every STRIDE-th; looking at those first is quick
 LETTERS = re.compile(r"[^\W\d_]")
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+NO_LETTERS = bytes(b for b in range(128) if not chr(b).isalpha())
 SYNTHETIC = "synthetic"  # the language of text that the code itself makes; no source can declare it
 
 
@@ -79,12 +83,15 @@ def _broken_text(text: str, languages: tuple[str, ...], limit: SimpleNamespace) 
 
 def _blank_run(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
     """White space without end, on which tokenizers choke."""
-    return len(text) > limit.blank_run_chars_max and _blanks(int(limit.blank_run_chars_max)).search(text) is not None
+    n = int(limit.blank_run_chars_max) + 1
+    if len(text) < n or not _blanks(n // STRIDE).search(text[::STRIDE]):
+        return False
+    return _blanks(n).search(text) is not None
 
 
 @cache
 def _blanks(n: int) -> re.Pattern:
-    return re.compile(rf"\s{{{n + 1}}}")
+    return re.compile(rf"\s{{{n}}}")
 
 
 def _long_paragraph(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
@@ -107,14 +114,16 @@ def _own_letters_of(languages: tuple[str, ...]) -> re.Pattern:
 
 def _foreign_script(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
     """Too many letters of other scripts, or hardly any of the declared ones."""
-    latin = any(SCRIPTS_OF[language] == ("latin",) for language in languages)
-    if latin and text.isascii():
+    if any(SCRIPTS_OF[language] == ("latin",) for language in languages) and text.isascii():
         return False
-    letters = len(LETTERS.findall(text))
+    latin_is_own = any("latin" in SCRIPTS_OF[language] for language in languages)
+    n_ascii = len(text.encode("ascii", "ignore").translate(None, NO_LETTERS))
+    other = "".join(NOT_ASCII.findall(text))
+    letters = n_ascii + len(LETTERS.findall(other))
     if not letters:
         return False
-    foreign = letters - len(_letters_of(languages).findall(text))
-    own = len(_own_letters_of(languages).findall(text))
+    foreign = letters - n_ascii - len(_letters_of(languages).findall(other))
+    own = len(_own_letters_of(languages).findall(other)) + (n_ascii if latin_is_own else 0)
     return foreign > limit.foreign_letters_max * letters or own < limit.own_letters_min * letters
 
 
@@ -152,7 +161,8 @@ def _chat_turns(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -
 @lru_cache(maxsize=1)
 def _words(text: str) -> tuple[list[str], int]:
     """The words of a text, and how many of its pairs of neighbours were there before; a bound on every kind of repetition."""
-    words = text.casefold().split() if text.isascii() else PIECES.findall(text.casefold())
+    folded = text.casefold()
+    words = PIECES.findall(folded) if HAS_UNSPACED.search(folded) else folded.split()
     return words, max(0, len(words) - 1) - len(set(zip(words, words[1:])))
 
 

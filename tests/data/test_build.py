@@ -161,7 +161,7 @@ from stack.config import DataConfig
 from stack.data import build, corpus
 
 if __name__ == "__main__":
-    corpus.PART_BYTES, build.CHUNK_BYTES = 60_000, 1  # many parts, and worth a second process
+    corpus.PART_BYTES = 60_000  # many parts, and worth a second process
     build.build(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), workers=2)
 """
 
@@ -224,7 +224,6 @@ def test_a_killed_build_leaves_no_process_behind(many_lines, tmp_path):
 def test_two_processes_give_the_bytes_of_one(mixture, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PART_BYTES", 4000)
     alone = build.build(mixture, tmp_path / "one", workers=1)
-    monkeypatch.setattr(build, "CHUNK_BYTES", 1)
     pools, executor = [], processes.ProcessPoolExecutor
     monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda *a, **k: pools.append(a) or executor(*a, **k))
     assert build.build(mixture, tmp_path / "two", workers=2) == alone and pools == [(2,)]
