@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -229,15 +230,22 @@ def _contained(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return ordered[places] == values
 
 
-def _finds_canary(held_tokens: np.ndarray, held: np.ndarray, found: np.ndarray, train_tokens: np.ndarray, span: int) -> bool:
+def _run_hashes(stream, n_tokens: int, span: int) -> Iterator[np.ndarray]:
+    """Hashes of all runs of the first tokens of a stream, in pieces of bounded size."""
+    for start in range(0, n_tokens - span + 1, PIECE_TOKENS):
+        yield span_hashes(stream.token_range(start, min(start + PIECE_TOKENS + span - 1, n_tokens)), span)
+
+
+def _finds_canary(held_out, train, places: np.ndarray, found: np.ndarray, span: int) -> bool:
     """Whether a held-out run that the training tokens do not hold is found once it is spliced into a copy of them."""
     absent = np.flatnonzero(~found)
     if not absent.size:  # every run was found already, so the scanner sees
         return bool(found.size)
-    at = int(absent[absent.size // 2])
-    copy = train_tokens[:CANARY_TOKENS]
-    spliced = np.concatenate([copy[: len(copy) // 2], held_tokens[at : at + span], copy[len(copy) // 2 :]])
-    return bool(_contained(held[at : at + 1], np.sort(span_hashes(spliced, span))).all())
+    at = int(places[absent[absent.size // 2]])
+    passage = held_out.token_range(at, at + span)
+    copy = train.token_range(0, min(train.n_tokens, CANARY_TOKENS))
+    spliced = np.concatenate([copy[: len(copy) // 2], passage, copy[len(copy) // 2 :]])
+    return bool(_contained(span_hashes(passage, span), np.sort(span_hashes(spliced, span))).all())
 
 
 @decides("data.leakage")
@@ -246,16 +254,19 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
     train, held_out = splits["train"], splits["validation"]
     shared = np.intersect1d(train.document_hashes, held_out.document_hashes).size
     budget = int(limits.tokens_read_max)
-    held_tokens = held_out.token_range(0, min(held_out.n_tokens, budget))
-    train_tokens = train.token_range(0, min(train.n_tokens, budget))
+    n_held, n_train = min(held_out.n_tokens, budget), min(train.n_tokens, budget)
     if not held_out.n_bytes:
         return not_run("the held-out split holds no text that the tokenizer can spell")
     span = span_of(held_out.n_bytes / held_out.n_tokens)
-    if min(len(held_tokens), len(train_tokens)) < span:
+    if min(n_held, n_train) < span:
         return not_run(f"a split is shorter than one run of {span} tokens")
-    held, seen = span_hashes(held_tokens, span), np.sort(span_hashes(train_tokens, span))
-    found = _contained(held, seen)
-    if not _finds_canary(held_tokens, held, found, train_tokens, span):
+    held = np.concatenate(list(_run_hashes(held_out, n_held, span)))
+    places = np.argsort(held)  # sorted values are looked up several times as fast
+    held, found = held[places], np.zeros(len(held), bool)
+    for seen in map(np.sort, _run_hashes(train, n_train, span)):
+        for start in range(0, len(held), PIECE_TOKENS):
+            found[start : start + PIECE_TOKENS] |= _contained(held[start : start + PIECE_TOKENS], seen)
+    if not _finds_canary(held_out, train, places, found, span):
         return failed(
             "the scanner does not find a held-out passage hidden in the training tokens, so its zeros mean nothing", canary_found=False
         )
@@ -268,7 +279,7 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
         run_overlap=overlap,
         span_tokens=span,
         canary_found=True,
-        train_tokens_read=len(train_tokens),
+        train_tokens_read=n_train,
     )
 
 

@@ -16,7 +16,7 @@ from stack.data.filters import UNSPACED
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 GRAM_WORDS = 13  # arXiv:2005.14165, appendix C
 SIGNATURE, BANDS = 128, 16
-ROWS_IN_MEMORY = 2**24
+ROWS_IN_MEMORY, PAIRS_AT_ONCE = 2**24, 2**15
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MINHASH_SEED = 42
 
@@ -56,7 +56,7 @@ def _buckets(n: int) -> Iterator[tuple[int, int]]:
     yield from ((remainder, modulus) for remainder in range(modulus))
 
 
-def _gather(arrays: Sequence[np.ndarray], bucket: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _gather(arrays: Iterable[np.ndarray], bucket: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Values of one bucket and their positions in the concatenation of all arrays."""
     values, places, first = [], [], 0
     for array in arrays:
@@ -106,19 +106,19 @@ def signatures(texts: Sequence[str], shingle_words: int) -> np.ndarray:
 def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarray], similarity_min: float) -> list[np.ndarray]:
     """Which documents repeat an earlier kept one: estimated Jaccard similarity at least `similarity_min`. bool arrays.
 
-    `signature_parts` may be memory maps; of them one band is hashed at a time. Documents are compared with every earlier member of
-    their group that is itself no repeat.
+    `signature_parts` may open memory maps when they are indexed; one band of one bucket is held at a time. Documents are compared with
+    every earlier member of their group that is itself no repeat.
     """
-    repeats = [np.zeros(len(s), bool) for s in signature_parts]
-    flat = _Rows(signature_parts)
+    repeats = [np.zeros(len(k), bool) for k in keep]
+    rows = _Rows(signature_parts)
     alive = np.concatenate([np.zeros(0, bool), *keep])
     struck = np.zeros(len(alive), bool)
     for band in range(BANDS):
-        value = np.concatenate([np.zeros(0, np.uint64), *(_one_band(s, band) for s in signature_parts)])
-        order = np.flatnonzero(alive)[np.argsort(value[alive], kind="stable")]
-        edges = np.concatenate([[0], np.flatnonzero(np.diff(value[order])) + 1, [len(order)]])
-        for group in np.flatnonzero(np.diff(edges) > 1):
-            _strike_group(order[edges[group] : edges[group + 1]], flat, struck, similarity_min)
+        for bucket in _buckets(len(alive)):
+            value, where = _gather((_one_band(s, band) for s in signature_parts), bucket)
+            open_yet = alive[where] & ~struck[where]
+            order = np.argsort(value[open_yet], kind="stable")
+            _strike_groups(value[open_yet][order], where[open_yet][order], rows, struck, similarity_min)
     _mark(repeats, struck)
     return repeats
 
@@ -134,14 +134,20 @@ def _one_band(signature: np.ndarray, band: int) -> np.ndarray:
     return total
 
 
-def _strike_group(group: np.ndarray, rows: "_Rows", struck: np.ndarray, similarity_min: float) -> None:
-    """Strike the members of a group of candidates that repeat an earlier one; the first of each cluster stays."""
-    group = np.sort(group[~struck[group]])
-    while len(group) > 1:
-        first, others = group[0], group[1:]
-        alike = (rows[others] == rows[np.array([first])]).mean(1) >= similarity_min
-        struck[others[alike]] = True
-        group = others[~alike]
+def _strike_groups(value: np.ndarray, where: np.ndarray, rows: "_Rows", struck: np.ndarray, similarity_min: float) -> None:
+    """Strike candidates that repeat an earlier one of their value; the first of each cluster stays. Sorted by value, then place.
+
+    In each round all groups at once: everybody is compared with the first of the group, who then leaves it.
+    """
+    while len(value):
+        first = np.concatenate([[True], value[1:] != value[:-1]])
+        leader = np.flatnonzero(first)[np.cumsum(first) - 1]
+        others = np.flatnonzero(~first)
+        for piece in np.array_split(others, 1 + len(others) // PAIRS_AT_ONCE):
+            alike = (rows[where[piece]] == rows[where[leader[piece]]]).mean(1) >= similarity_min
+            struck[where[piece[alike]]] = True
+        left = ~first & ~struck[where]
+        value, where = value[left], where[left]
 
 
 class _Rows:

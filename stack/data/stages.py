@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import assert_never
 
@@ -121,20 +120,15 @@ def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> N
 
 
 class Signatures(Sequence):
-    """MinHash signatures of chunks by number, mapped when they are asked for; few stay mapped, since each map holds a descriptor."""
+    """MinHash signatures of chunks by number, mapped anew each time they are asked for, so that what was read does not stay resident."""
 
     def __init__(self, paths: list[Path]):
-        self.paths, self._recent = paths, lru_cache(64)(self._map)
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        if number >= len(self.paths):
-            raise IndexError(number)
-        return self._recent(number)
-
-    def _map(self, number: int) -> np.ndarray:
         return tensorfile.memmap(self.paths[number], "signatures")
 
 

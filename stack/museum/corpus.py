@@ -100,7 +100,7 @@ def repeats_kept():
     sources=("https://arxiv.org/abs/2107.06499",),
 )
 def near_repeats_unseen():
-    with swap(dedup, "_strike_group", lambda group, rows, struck, similarity_min: None):
+    with swap(dedup, "_strike_groups", lambda value, where, rows, struck, similarity_min: None):
         yield
 
 
