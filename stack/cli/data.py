@@ -140,7 +140,7 @@ def _document(folder: Path, manifest: dict, results: list) -> dict[str, Any]:
 
 
 def _show(manifest: dict, results: list) -> None:
-    from stack.data import receipts
+    from stack.data import account, receipts
 
     rows = receipts.table(manifest["sources"])
     shown = [[r["source"], f"{r['in']:,}", f"{r['out']:,}", f"{r['dropped']:,}", f"{r['dropped_frac']:.1%}"] for r in rows]
@@ -157,6 +157,8 @@ def _show(manifest: dict, results: list) -> None:
         for s in manifest["sources"]
     ]
     stdout.print(table("Sources", ["source", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out"], declared))
+    for line in account.passed_over(manifest):
+        stdout.print(line, markup=False)
     t = manifest["tokenizer"]
     facts = f"tokenizer {t['kind']}, {t['vocab_size']:,} entries, sha256 {t['sha256'][:12]}…, encoded by {t['encoder']}"
     stdout.print(facts, markup=False)

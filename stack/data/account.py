@@ -86,7 +86,22 @@ def source_rows(manifest: dict) -> list[dict[str, Any]]:
     """One JSON-ready row per source: what it is, what came in and out, and why the rest was dropped."""
     return [
         {
-            **{k: s[k] for k in ("name", "kind", "license", "languages", "weight", "cap", "floor", "files", "sha256", "tokens")},
+            **{
+                k: s[k]
+                for k in (
+                    "name",
+                    "kind",
+                    "license",
+                    "languages",
+                    "weight",
+                    "cap",
+                    "floor",
+                    "files",
+                    "files_passed_over",
+                    "sha256",
+                    "tokens",
+                )
+            },
             **{k: s["receipt"][k] for k in ("documents_in", "documents_out", "bytes_in", "bytes_out", "dropped")},
         }
         for s in manifest["sources"]
@@ -189,10 +204,17 @@ def page(manifest: dict, results: list[GateResult]) -> str:
         _table(
             "Sources", ["source", "kind", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out tokens"], declared
         ),
+        *(f"<p>{html.escape(line)}</p>" for line in passed_over(manifest)),
         _table("First dropped document of each reason", ["source", "reason", "where"], examples),
         _table("Gates", ["gate", "verdict", "message"], gates),
     ]
     return "\n".join(parts) + "\n"
+
+
+def passed_over(manifest: dict) -> list[str]:
+    """One line per source in whose folders lie files that were not read."""
+    rows = [(s["name"], s["files_passed_over"]) for s in manifest["sources"]]
+    return [f"{name}: {f['number']:,} file(s) of another kind were not read, the first {f['example']}" for name, f in rows if f["number"]]
 
 
 def _shares(source: dict) -> list[str]:

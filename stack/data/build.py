@@ -359,6 +359,7 @@ def _manifest(
 
 
 def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[dict]) -> dict:
+    passed_over = corpus.passed_over(source)
     return {
         "name": name,
         "kind": source.kind,
@@ -366,6 +367,7 @@ def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[di
         "license": corpus.license_of(source),
         **{k: float(getattr(source, k, default)) for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))},
         "files": len(corpus.source_paths(source)),
+        "files_passed_over": {"number": len(passed_over), "example": str(passed_over[0]) if passed_over else ""},
         "sha256": corpus.corpus_sha256(source),
         "receipt": receipt,
         "tokens": {split: sum(r[split]["tokens"] for r in encoded) for split in SPLITS},

@@ -132,6 +132,13 @@ def resolve_paths(cfg: Files) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def passed_over(cfg: TextSource) -> list[Path]:
+    """Files in the folders of a source that are of no kind that is read, sorted."""
+    folders = [Path(p).expanduser() for p in cfg.paths] if isinstance(cfg, Files) else []
+    files = (p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in files if suffixes(p)[0] not in TEXT_SUFFIXES)
+
+
 def parts(cfg: TextSource) -> list[Part]:
     """A source as parts of about PART_BYTES: small files together, large plain files of lines cut. Raises DataError for a lost file."""
     if not isinstance(cfg, Files):

@@ -10,7 +10,7 @@ import pytest
 
 from spec.errors import DataError
 from stack.config import ByteTokenizer, DataConfig, Files, StdlibDocs
-from stack.data import corpus, files, shards, stdlib
+from stack.data import account, corpus, files, shards, stdlib
 from stack.data.prepare import prepare
 
 GOOD = [f"Good document number {n} says something of its own, so that it stays." for n in range(100)]
@@ -30,6 +30,21 @@ def test_gzipped_files_and_folders_are_read(tmp_path):
     (tmp_path / "a" / "two.jsonl").write_text('{"body": "third"}\n\n{"body": "fourth"}\n')
     (tmp_path / "a" / "ignored.bin").write_bytes(b"\x00")
     assert read(tmp_path / "a", documents="paragraph", text_field="body") == ["first", "second", "third", "fourth"]
+
+
+def test_files_of_another_kind_in_a_folder_are_counted_and_named(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "texts.jsonl").write_bytes(as_lines(GOOD))
+    for name in ("scan.pdf", "table.csv.gz"):
+        (folder / name).write_bytes(b"\x00")
+    cfg = DataConfig(corpus=Files(paths=(str(folder), str(folder / "texts.jsonl"))), tokenizer=ByteTokenizer())
+    manifest = prepare(cfg, cache_dir=tmp_path / "c").manifest
+    assert account.passed_over(manifest) == [f"files: 2 file(s) of another kind were not read, the first {folder}/scan.pdf"]
+    (folder / "scan.pdf").unlink()
+    (folder / "table.csv.gz").unlink()
+    again = prepare(cfg, cache_dir=tmp_path / "d").manifest
+    assert account.passed_over(again) == [] and again["splits"] == manifest["splits"]
 
 
 @pytest.mark.parametrize(
