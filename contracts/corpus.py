@@ -55,6 +55,8 @@ def filters(limits: SimpleNamespace, *, manifest, reject, chat_text, sample_docu
     worst, judged = ("", 0.0), 0
     languages = {s["name"]: tuple(s["languages"]) for s in manifest["sources"]}
     counts: dict[str, Counter] = {}
+    if message := _bytes_fault(manifest):
+        return failed(message)
     whole = manifest["config"]["split"]["kind"] == "document-hash"  # a tail split leaves heads, which may be short
     for source, text in sample_documents(limits.refiltered_frac_min, int(limits.refiltered_documents_min)):
         reason = reject(text, languages[source]) if whole or len(text) >= limits.chars_min else None
@@ -80,10 +82,13 @@ def _converter_fault(chat_text, reject) -> str:
     """What is wrong with the way chats become text, or an empty text: a system prompt must not arrive as a turn of the user's."""
     turns = [{"role": "user", "content": "Where does the path begin?"}, {"role": "assistant", "content": GOOD}]
     text = chat_text([{"role": "system", "content": PROMPT}, *turns])
-    if "# Agent" in text or "Identity" in text or reject(text, ("en",)):
-        return "the system prompt of a chat became part of its text"
-    if reject(chat_text([{"role": "user", "content": PROMPT}, turns[1]]), ("en",)) != "system-prompt":
-        return "a chat whose first user turn is a system prompt is not recognised once it is text"
+    if text is None or "# Agent" in text or "Identity" in text or reject(text, ("en",)):
+        return "a chat is lost because of its system prompt, or the prompt became part of its text"
+    prompt, user, assistant = {"role": "user", "content": PROMPT}, {"role": "user", "content": GOOD}, turns[1]
+    for chat in ([prompt], [prompt, assistant], [prompt, user, assistant], [assistant, prompt, assistant]):
+        text = chat_text(chat)
+        if text is not None and reject(text, ("en",)) not in ("system-prompt", "chat-turns"):
+            return f"a chat of {len(chat)} turn(s) in which a system prompt stands as the user's is kept"
     return ""
 
 
@@ -102,20 +107,23 @@ def _receipt_fault(source: dict, manifest: dict) -> str:
     return ""
 
 
+def _bytes_fault(manifest: dict) -> str:
+    """What is wrong with the bytes in the shards next to those that passed the filters, or an empty text."""
+    passed_bytes = sum(s["receipt"]["bytes_out"] for s in manifest["sources"])
+    shipped, dropped = (sum(s[k] for s in manifest["splits"].values()) for k in ("bytes", "dropped_chars"))
+    if not dropped <= passed_bytes - shipped <= 4 * dropped:  # a character that a tokenizer drops has one to four bytes
+        return f"{passed_bytes} bytes passed the filters, {shipped} are in the shards and {dropped} characters were declared as dropped"
+    return ""
+
+
 @decides("corpus.no-repeats")
 def no_repeats(limits: SimpleNamespace, *, splits, manifest, near_repeats) -> Verdict:
     """No document is in the shards twice, and where near repeats are dropped, one with a changed word is seen and others are not."""
-    parts = [stream.document_hashes.view(np.uint64) for stream in splits.values()]
-    if manifest["config"]["split"]["kind"] == "tail":
-        # Documents are cut in two: two that begin or end alike are no repeats, two that do both are.
-        whole = len({len(p) for p in parts}) == 1  # else some were too short to have a tail
-        parts = [np.bitwise_xor.reduce([p * np.uint64(2 * i + 1) for i, p in enumerate(parts)])] if whole else [max(parts, key=len)]
-    hashes = np.sort(np.concatenate(parts))
+    hashes = np.sort(np.concatenate([stream.document_hashes for stream in splits.values()]))
     repeated = int((hashes[1:] == hashes[:-1]).sum())
     measured = {"documents": len(hashes), "repeated": repeated}
     if manifest["config"]["dedup"]["kind"] == "near":
-        changed = " ".join(SENTENCES[:12]).replace("meadow", "valley", 1)
-        found = near_repeats([" ".join(SENTENCES[:12]), " ".join(reversed(WORDS * 4)), changed])
+        found = near_repeats([" ".join(SENTENCES), " ".join(reversed(WORDS * 4)), " ".join(SENTENCES).removesuffix("came.") + "went."])
         if found != [False, False, True]:
             return failed("a document with one changed word is not seen as a repeat, or an unlike one is", near_repeats_seen=False)
         measured["near_repeats_seen"] = True
@@ -134,6 +142,12 @@ def decontamination(limits: SimpleNamespace, *, manifest, gram_set, shares_gram,
         return passed("", canary_found=True, evaluation_sets=0)
     if not shares_gram(declared["canary"], evaluation_grams):
         return failed("the stored word runs do not hold the evaluation text they were made from", canary_found=False)
+    for kept_out in declared["sets"]:
+        if kept_out["records_kept_out"] < limits.records_kept_out_min * kept_out["records"]:
+            return failed(
+                f"of {kept_out['records']} records of {kept_out['path']} {kept_out['records_kept_out']} have a text of 13 words",
+                canary_found=True,
+            )
     hits = scanned = 0
     for _, text in sample_documents(limits.scanned_frac_min, int(limits.scanned_documents_min)):
         scanned += 1
@@ -143,6 +157,7 @@ def decontamination(limits: SimpleNamespace, *, manifest, gram_set, shares_gram,
         f"{hits} of {scanned} documents share a run of {declared['gram_words']} words with an evaluation set",
         canary_found=True,
         evaluation_sets=len(declared["sets"]),
+        records_kept_out=sum(s["records_kept_out"] for s in declared["sets"]),
         scanned_documents=scanned,
         contaminated=hits,
     )
@@ -170,11 +185,12 @@ def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> 
         # Inside a document no label but its last is an end of text; where it goes on after one, two documents share an id.
         crossed += int((same & (rows.labels[:, :-1] == tokenizer.eos_id)).sum())
     leading, dropped = len(row_stream.paths), row_stream.dropped_tokens(seq_len)
-    unaccounted = row_stream.n_tokens - leading - dropped - n_labels if judged == n_rows else 0
-    if judged == n_rows and not dropped and not unaccounted:
+    unaccounted = 0
+    if judged == n_rows:
         tokens = np.bincount(row_stream.token_range(0, row_stream.n_tokens), minlength=len(counts))
         tokens[tokenizer.eos_id] -= leading
-        unaccounted = int(np.abs(tokens - counts).sum())  # a token lost beside one that comes twice
+        twice = int(np.maximum(counts - tokens, 0).sum())  # each stands where another is lost
+        unaccounted = row_stream.n_tokens - leading - dropped - n_labels or twice
     return decide(
         not unaccounted and not crossed and not broken and dropped <= leading * seq_len,
         f"{unaccounted} token(s) are in no row and not declared as dropped; {crossed} document border(s) are not kept, "

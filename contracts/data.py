@@ -358,6 +358,6 @@ class Consumption:
         return {"cursor": self.cursor, "order": self.order, "recent": [list(k) for k in self.recent]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.cursor, self.order = state["cursor"], state["order"]
+        self.cursor, self.order = state["cursor"], state.get("order", "")
         self.recent.clear()
         self.recent.extend((epoch, window) for epoch, window in state["recent"])

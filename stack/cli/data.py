@@ -54,6 +54,9 @@ def build(
     fresh = not (out / "manifest.json").is_file()
     try:
         builder.build(cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json))
+    except KeyboardInterrupt:
+        stderr.print(f"\nstopped; what is finished lies in {out / '.work'}, and the same command goes on", markup=False)
+        raise
     except OSError as e:
         raise UsageError(f"cannot write to {out}: {e.strerror}", allowed="a folder that can be written", next_step="another --out") from e
     seconds = time.perf_counter() - started
@@ -80,6 +83,8 @@ def _config(sources, vocab_size, tokenizer, documents, text_field, language, lic
     flags = {"documents": documents, "text_field": text_field, "license": license}
     if tokenizer is not None and vocab_size is not None:
         raise UsageError("--tokenizer and --vocab-size exclude each other", next_step="a given tokenizer has its own size")
+    if len(sources) > 1 and any(s.endswith(".toml") for s in sources):
+        raise UsageError("a mixture file is the only source of its build", next_step="name the other sources in it, as [[source]] tables")
     if len(sources) == 1 and sources[0].endswith(".toml"):
         if said_flags := [f"--{k.replace('_', '-')}" for k, v in {**flags, "language": language}.items() if v]:
             raise UsageError(f"{said_flags[0]} belongs into the mixture file", next_step="write it into the [[source]] it is meant for")
@@ -157,7 +162,7 @@ def _show(manifest: dict, results: list) -> None:
         for s in manifest["sources"]
     ]
     stdout.print(table("Sources", ["source", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out"], declared))
-    for line in account.passed_over(manifest):
+    for line in account.notices(manifest):
         stdout.print(line, markup=False)
     t = manifest["tokenizer"]
     facts = f"tokenizer {t['kind']}, {t['vocab_size']:,} entries, sha256 {t['sha256'][:12]}…, encoded by {t['encoder']}"
@@ -201,7 +206,9 @@ def verify(folder: Folder, json: Json = False) -> None:
 def overlap(
     folder: Folder,
     against: Annotated[list[Path], typer.Option("--against", help="An evaluation set: .jsonl or text. Repeatable.")],
-    field: Annotated[list[str] | None, typer.Option("--field", help="Key of the text in .jsonl. Default: text, question.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option("--field", help="Key of a text in .jsonl. Repeatable. Default: all that hold text.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Count training documents that share a run of 13 words with an evaluation set. Exit code 3 if the scanner finds no canary."""
@@ -210,7 +217,7 @@ def overlap(
     from stack.data.files import evaluation_texts
 
     fields = tuple(field or DataConfig().decontaminate_fields)
-    texts = [t for path in against for t in evaluation_texts(path, fields)]
+    texts = [t for path in against for record in evaluation_texts(path, fields) for t in record]
     found = account.overlap(_open(folder), texts)
     if not emit({"folder": str(folder), "against": [str(p) for p in against], **found}, json):
         rows = [[name, f"{r['documents']:,}", f"{r['hits']:,}"] for name, r in found["sources"].items()]

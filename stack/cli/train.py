@@ -113,6 +113,10 @@ def _dry_run(recipe: str | None, sets: tuple[str, ...], device: str | None, pare
     else:
         base, file = _base(recipe)
     cfg, overrides = _resolve(base, file, sets, device)
+    if cfg.data.corpus.kind in ("mixture", "built"):
+        from stack.data.curriculum import apply_shares, declared_sources
+
+        apply_shares(cfg.curriculum, declared_sources(cfg.data))
     model = cfg.model.model_dump()
     vocab_size = {"bpe": getattr(cfg.data.tokenizer, "vocab_size", 0), "byte": 257}.get(cfg.data.tokenizer.kind)
     derived = {"tokens": cfg.train.max_steps * cfg.train.tokens_per_step, "accumulation": cfg.accumulation()}

@@ -159,7 +159,7 @@ class NearDedup(Frozen):
     """Drop exact repeats and documents whose word runs mostly occur in an earlier one (MinHash, locality-sensitive hashing)."""
 
     kind: Literal["near"] = "near"
-    similarity_min: float = Field(0.8, ge=0.5, le=1, description="estimated Jaccard similarity from which a document is a repeat (0-1)")
+    similarity_min: float = Field(0.8, ge=0.5, le=0.95, description="estimated Jaccard similarity from which a document is a repeat (0-1)")
     shingle_words: int = Field(5, ge=1, le=16, description="words of one compared run")
 
 
@@ -182,7 +182,7 @@ class DataConfig(Frozen):
     filters: tuple[str, ...] = Field((), description="further filters as module:function, after the built-in ones")
     dedup: Annotated[ExactDedup | NearDedup, Field(discriminator="kind")] = ExactDedup()
     decontaminate: tuple[str, ...] = Field((), description="evaluation sets; documents that share a run of 13 words with one are dropped")
-    decontaminate_fields: tuple[str, ...] = Field(("text", "question"), description="keys of the text in .jsonl evaluation sets")
+    decontaminate_fields: tuple[str, ...] = Field((), description="keys of the text in .jsonl evaluation sets; every text when empty")
     packing: Annotated[Concatenated | BestFit, Field(discriminator="kind")] = Concatenated()
     on_exhausted: Literal["wrap", "error"] = Field("wrap", description="begin another epoch, or end the run with exit code 3")
     verify: Literal["full", "size"] = Field("full", description="hash every shard at start, or only compare its size")

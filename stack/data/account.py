@@ -19,6 +19,7 @@ from stack.evidence.record import RecordBuilder, artefact, write_atomically
 
 SOURCES = "sources.jsonl"
 JUDGED_SEQ_LEN = 512
+LOST_BYTES_FRAC = 0.5  # of a source that lost more, the end of a build says so
 MAX_INPUT_FILES = 1000
 GATES = (
     "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity data.leakage "
@@ -145,7 +146,7 @@ def overlap(dataset: Dataset, texts: list[str]) -> dict[str, Any]:
     The scanner must first find one of the texts hidden in a document; `canary_found` says so.
     """
     grams = dedup.gram_set(texts)
-    long = [t for t in texts if len(dedup.word_hashes(t)) >= dedup.GRAM_WORDS]
+    long = [t for t in texts if dedup.is_long(t)]
     canary = bool(long) and dedup.shares_gram(f"before it {long[0]} after it", grams)
     rows = {name: {"documents": 0, "hits": 0} for name in dataset.sources}
     seen = []
@@ -204,17 +205,28 @@ def page(manifest: dict, results: list[GateResult]) -> str:
         _table(
             "Sources", ["source", "kind", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out tokens"], declared
         ),
-        *(f"<p>{html.escape(line)}</p>" for line in passed_over(manifest)),
+        *(f"<p>{html.escape(line)}</p>" for line in notices(manifest)),
         _table("First dropped document of each reason", ["source", "reason", "where"], examples),
         _table("Gates", ["gate", "verdict", "message"], gates),
     ]
     return "\n".join(parts) + "\n"
 
 
-def passed_over(manifest: dict) -> list[str]:
-    """One line per source in whose folders lie files that were not read."""
-    rows = [(s["name"], s["files_passed_over"]) for s in manifest["sources"]]
-    return [f"{name}: {f['number']:,} file(s) of another kind were not read, the first {f['example']}" for name, f in rows if f["number"]]
+def notices(manifest: dict) -> list[str]:
+    """What a person should know who only reads the end: files not read, sources that lost most of their text, what is kept out."""
+    lines = []
+    for source in manifest["sources"]:
+        skipped, receipt = source["files_passed_over"], source["receipt"]
+        if skipped["number"]:
+            lines.append(f"{source['name']}: {skipped['number']:,} file(s) of another kind were not read, the first {skipped['example']}")
+        lost = 1 - receipt["bytes_out"] / max(1, receipt["bytes_in"])
+        if lost > LOST_BYTES_FRAC:
+            cut = "; documents = paragraph or line cuts files, so that less is lost" if "long-paragraph" in receipt["dropped"] else ""
+            lines.append(f"{source['name']}: {lost:.0%} of its bytes were dropped: {receipts.worst(receipt)}{cut}")
+    for kept_out in (manifest["decontamination"] or {}).get("sets", ()):
+        found = f"{kept_out['records_kept_out']:,} of {kept_out['records']:,} records"
+        lines.append(f"kept out: {found} of {kept_out['path']}; the others are shorter than {dedup.GRAM_WORDS} words")
+    return lines
 
 
 def _shares(source: dict) -> list[str]:

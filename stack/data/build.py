@@ -8,7 +8,6 @@ folder/tokenizer.json, manifest.json       written last: a folder with a manifes
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from stack.data.stages import (
 )
 from stack.data.tokenizer import Tokenizer
 from stack.data.workers import Pool
+from stack.evidence.exclusive import alone
 
 FORMAT = "stackproof/data/3"
 
@@ -64,7 +64,14 @@ def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Calla
     if manifest_path.is_file():
         return _finished(manifest_path, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    if (others := {p.name for p in folder.iterdir()} - {".lock"}) and ".work" not in others:
+        raise UsageError(
+            f"{folder} holds something else",
+            value=sorted(others)[0],
+            allowed="an empty folder, or that of a build",
+            next_step="another --out",
+        )
+    with alone(folder, "build"):
         return _build(cfg, folder, plan, jobs, workers, on_progress)
 
 
@@ -160,22 +167,6 @@ def _finished(path: Path, plan: dict) -> dict:
     return parse_strict(path.read_bytes(), origin=str(path))
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder against other builds. Raises UsageError if one is at work in it; a killed one lets go."""
-    with open(folder / ".lock", "w") as f:
-        try:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError as e:
-            raise UsageError(f"another build is writing to {folder}", next_step="wait for it, or give another --out") from e
-        yield
-    (folder / ".lock").unlink(missing_ok=True)
-
-
 def _open_work(folder: Path, plan: dict) -> Path:
     """The work folder of this plan; what another plan left there is removed."""
     work = folder / ".work"
@@ -210,8 +201,9 @@ def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
     if not cfg.decontaminate:
         return None
     sets = {p: list(evaluation_texts(Path(p), cfg.decontaminate_fields)) for p in cfg.decontaminate}
-    grams = dedup.gram_set(t for texts in sets.values() for t in texts)
-    canary = next((t for texts in sets.values() for t in texts if len(dedup.word_hashes(t)) >= dedup.GRAM_WORDS), None)
+    grams = dedup.gram_set(t for records in sets.values() for texts in records for t in texts)
+    long = {p: [r for texts in records if (r := [t for t in texts if dedup.is_long(t)])] for p, records in sets.items()}
+    canary = next((texts[0] for records in long.values() for texts in records), None)
     if canary is None:
         raise DataError(
             f"no text of the evaluation sets has {dedup.GRAM_WORDS} words, so nothing could ever be found",
@@ -221,7 +213,10 @@ def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
     if not dedup.shares_gram(f"before it {canary} after it", grams):
         raise DataError("the scanner does not find an evaluation text hidden in another, so its zeros mean nothing")
     tensorfile.write(work / "grams.safetensors", {"grams": grams}, {})
-    described = [{"path": Path(p).name, "sha256": corpus.file_sha256(Path(p)), "texts": len(t)} for p, t in sets.items()]
+    described = [
+        {"path": Path(p).name, "sha256": corpus.file_sha256(Path(p)), "records": len(r), "records_kept_out": len(long[p])}
+        for p, r in sets.items()
+    ]
     return {"sets": described, "grams": len(grams), "gram_words": dedup.GRAM_WORDS, "canary": canary[:400], "canary_found": True}
 
 
@@ -288,7 +283,8 @@ def _empty_split(cfg: DataConfig, split: str, chunks: list[Chunk], filtered: lis
         f"the {split} split is empty",
         value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}" + (f"; {lost}" if lost else ""),
         allowed="at least one document on each side",
-        next_step="documents = paragraph cuts files into more documents, split.kind = tail cuts each of a few long ones in two",
+        next_step="more documents (documents = paragraph or line cuts files), a larger split.validation_frac, "
+        "or split.kind = tail, which cuts each document in two",
     )
 
 

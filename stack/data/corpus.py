@@ -124,9 +124,15 @@ def resolve_paths(cfg: Files) -> list[Path]:
             matches = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         if not matches:
             raise DataError(
-                f"data.corpus.paths names nothing readable: {pattern}",
+                f"paths{f' of source {name}' if (name := getattr(cfg, 'name', '')) else ''} names nothing readable: {pattern}",
                 allowed=f"files, globs, or folders with {' '.join(sorted(TEXT_SUFFIXES))} files, also {' '.join(COMPRESSED)}",
-                next_step="check the path, relative to the folder you run stack in",
+                next_step="check the path: in a mixture file it is relative to that file, elsewhere to where you are",
+            )
+        if unread := [p for p in matches if suffixes(p)[0] == ".json"]:
+            raise DataError(
+                f"{unread[0]} is one JSON value, and no text",
+                allowed="one record per line in a .jsonl file",
+                next_step="convert it, or leave it out",
             )
         found += sorted(matches)
     return list(dict.fromkeys(found))

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, assert_never
 
+from spec.canonical import parse_strict
 from spec.errors import ConfigError, DataError
-from stack.config import BanditCurriculum, RunConfig, StaticCurriculum
+from stack.config import BanditCurriculum, Built, DataConfig, Mixture, RunConfig, StaticCurriculum
 from stack.data.bandit import Bandit
 from stack.data.order import Source, StaticMixture, UniformOrder, shares
 
@@ -13,6 +15,18 @@ from stack.data.order import Source, StaticMixture, UniformOrder, shares
 def sources_of(entries: Mapping[str, Mapping[str, Any]], spans: Mapping[str, tuple[int, int]]) -> list[Source]:
     """Arms out of a manifest's sources and their windows in the stream; a source without a shard has no window."""
     return [Source(name, *spans.get(name, (0, 0)), *(float(e[k]) for k in ("weight", "cap", "floor"))) for name, e in entries.items()]
+
+
+def declared_sources(cfg: DataConfig) -> list[Source]:
+    """The sources a configuration names, as far as they are known before any text is read; of one window each."""
+    match cfg.corpus:
+        case Mixture(sources=sources):
+            entries = {s.name: s.model_dump() for s in sources}
+        case Built(path=path):
+            entries = {e["name"]: e for e in parse_strict(Path(path, "manifest.json").read_bytes(), origin=path)["sources"]}
+        case _:
+            return []
+    return sources_of(entries, dict.fromkeys(entries, (0, 1)))
 
 
 def run_order(cfg: RunConfig, dataset: Any, *, seed: int) -> UniformOrder | StaticMixture | Bandit:
@@ -51,7 +65,12 @@ def apply_shares(cfg: StaticCurriculum | BanditCurriculum, sources: Sequence[Sou
     tables = {"weights": cfg.weights, "caps": cfg.caps, "floors": cfg.floors, "warmup_sources": dict.fromkeys(cfg.warmup_sources, 0)}
     for key, table in tables.items():
         if unknown := [n for n in table if n not in names]:
-            raise ConfigError(f"curriculum.{key} names a source that is not there", value=unknown[0], allowed=", ".join(names))
+            raise ConfigError(
+                f"curriculum.{key} names a source that is not there",
+                value=unknown[0],
+                allowed=", ".join(names),
+                next_step="correct the name",
+            )
     made = [
         replace(s, weight=cfg.weights.get(s.name, s.weight), cap=cfg.caps.get(s.name, s.cap), floor=cfg.floors.get(s.name, s.floor))
         for s in sources

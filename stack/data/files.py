@@ -47,7 +47,9 @@ class Slice:
 
 def suffixes(path: Path) -> tuple[str, str]:
     """What the content is and how it is compressed: `a.jsonl.gz` gives (.jsonl, .gz)."""
-    return (Path(path.stem).suffix, path.suffix) if path.suffix in COMPRESSED else (path.suffix, "")
+    last = path.suffix.lower()
+    kind, packed = (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, "")
+    return ".jsonl" if kind == ".ndjson" else kind, packed
 
 
 def read_slice(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
@@ -280,10 +282,12 @@ def _bytes_record(value: bytes, place: str) -> Iterator[Document | Unreadable]:
 def _record(value: Any, place: str, field: str, n_bytes: int) -> Iterator[Document | Unreadable]:
     """The text of one record: a string, or a list of chat turns, which becomes `> user / < assistant …`."""
     text = _at(value, field)
-    if isinstance(text, list):
-        text = chat_text(text, place)
+    if isinstance(text, list) and (text := chat_text(text, place)) is None:
+        yield Unreadable(place, "chat-turns", n_bytes)
+        return
     if not isinstance(text, str):
-        raise _no_field(place, field, sorted(value) if isinstance(value, dict) else [type(value).__name__])
+        found = f"a {type(text).__name__} under it; " if text is not None else ""
+        raise _no_field(place, field, [f"{found}keys {', '.join(sorted(value))}"] if isinstance(value, dict) else [type(value).__name__])
     if not _is_unicode(text):
         yield Unreadable(place, "half-surrogate", n_bytes or len(text))
     elif len(text) > MAX_DOCUMENT_BYTES:
@@ -300,8 +304,11 @@ def _at(value: Any, field: str) -> Any:
     return value
 
 
-def chat_text(turns: list, place: str) -> str:
-    """Turns as one text. What the system says is no turn of the conversation and is left out."""
+def chat_text(turns: list, place: str) -> str | None:
+    """Turns as one text; what the system says is no turn and is left out. None unless user and assistant take turns, the user first.
+
+    Raises DataError for a turn of somebody else.
+    """
     marks = {"user": filters.USER, "human": filters.USER, "assistant": filters.ASSISTANT, "gpt": filters.ASSISTANT, "system": None}
     said = []
     for turn in turns:
@@ -316,7 +323,8 @@ def chat_text(turns: list, place: str) -> str:
             )
         if marks[role] is not None:
             said.append(marks[role] + content.strip())
-    return filters.TURN.join(said)
+    text = filters.TURN.join(said)
+    return text if not said or filters.takes_turns(said) else None
 
 
 def _no_field(place: str, field: str, keys: list[str]) -> DataError:
@@ -324,7 +332,7 @@ def _no_field(place: str, field: str, keys: list[str]) -> DataError:
         f"{place} has no text under {field!r}",
         value=", ".join(keys),
         allowed="a string, or a list of chat turns with role and content",
-        next_step="--set data.corpus.text_field=NAME, or text_field of the source in the mixture file",
+        next_step="--text-field NAME, or text_field of the source in the mixture file",
     )
 
 
@@ -337,27 +345,39 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[str]:
-    """Texts of an evaluation set: of a .jsonl file every named field a record has, of another file its paragraphs.
+def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[list[str]]:
+    """The texts of each record of an evaluation set: of a .jsonl file the named fields, or all that hold text; of another its paragraphs.
 
     Raises DataError naming file and line of a record with none of the fields.
     """
+    if not path.is_file():
+        raise DataError(f"there is no evaluation set {path}", next_step="check the path; in a mixture file it is relative to that file")
     if suffixes(path)[0] != ".jsonl":
         cfg = Files(paths=(str(path),), documents="paragraph")
         for item in read_slice(Slice(path), cfg):
             if isinstance(item, Unreadable):
                 raise DataError(f"{item.id} of an evaluation set cannot be read: {item.reason}", next_step="convert it to UTF-8")
-            yield item.text
+            yield [item.text]
         return
     with _readable(path):
         for place, line in _raw_lines(Slice(path)):
-            if isinstance(line, int) or not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as e:
-                raise DataError(f"{place} is not JSON: {e}", next_step="repair the line") from e
-            found = [v for f in fields if isinstance(v := _at(record, f), str)]
-            if not found:
-                raise DataError(f"{place} has none of the fields {', '.join(fields)}", next_step="set decontaminate_fields")
-            yield from found
+            if isinstance(line, int):
+                raise DataError(f"{place} of an evaluation set is too long to be read", value=f"{line:,} bytes", next_step="cut the line")
+            if line.strip():
+                yield _evaluation_record(line, place, fields)
+
+
+def _evaluation_record(line: bytes, place: str, fields: tuple[str, ...]) -> list[str]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{place} is not JSON: {e}", next_step="repair the line") from e
+    keys = fields or (tuple(record) if isinstance(record, dict) else ())
+    found = [v for f in keys if isinstance(v := _at(record, f), str)]
+    if not found:
+        raise DataError(
+            f"{place} has no text under {', '.join(fields) or 'any key'}",
+            value=f"keys {', '.join(record) if isinstance(record, dict) else type(record).__name__}",
+            next_step="name other fields: --field, or decontaminate_fields in a mixture file",
+        )
+    return found

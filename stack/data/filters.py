@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
@@ -52,7 +52,6 @@ UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 PIECES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 STRIDE = 100  # a run of n characters holds n // STRIDE of every STRIDE-th; looking at those first is quick
-LETTERS = re.compile(r"[^\W\d_]")
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 NO_LETTERS = bytes(b for b in range(128) if not chr(b).isalpha())
 SYNTHETIC = "synthetic"  # the language of text that the code itself makes; no source can declare it
@@ -119,7 +118,7 @@ def _foreign_script(text: str, languages: tuple[str, ...], limit: SimpleNamespac
     latin_is_own = any("latin" in SCRIPTS_OF[language] for language in languages)
     n_ascii = len(text.encode("ascii", "ignore").translate(None, NO_LETTERS))
     other = "".join(NOT_ASCII.findall(text))
-    letters = n_ascii + len(LETTERS.findall(other))
+    letters = n_ascii + sum(map(str.isalpha, other))
     if not letters:
         return False
     foreign = letters - n_ascii - len(_letters_of(languages).findall(other))
@@ -154,8 +153,12 @@ def _chat_turns(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -
     """A chat whose turns are empty or do not alternate between user and assistant."""
     if first_user_turn(text) is None:
         return False
-    turns = NEXT_TURN.split(text)
-    return any(not t[2:].strip() or t[:2] != (USER, ASSISTANT)[i % 2] for i, t in enumerate(turns))
+    return not takes_turns(NEXT_TURN.split(text))
+
+
+def takes_turns(turns: list[str]) -> bool:
+    """Whether user and assistant speak in turn, the user first, the assistant at least once, and nobody says nothing."""
+    return len(turns) > 1 and all(t[2:].strip() and t[:2] == (USER, ASSISTANT)[i % 2] for i, t in enumerate(turns))
 
 
 @lru_cache(maxsize=1)
@@ -234,9 +237,9 @@ def _import(name: str) -> Callable:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
+    except Exception as e:
         raise ConfigError(
-            f"the filter {name} cannot be imported: {e}",
+            f"the filter {name} cannot be imported: {type(e).__name__}: {e}",
             allowed="module:function, importable where stack runs",
             next_step="check data.filters and PYTHONPATH",
         ) from e
@@ -248,7 +251,14 @@ def _import(name: str) -> Callable:
 def fingerprint(plugins: Iterable[str]) -> str:
     """Hash of everything that decides what is dropped: these rules, their limits, and the source of every plug-in's module."""
     modules = [sys.modules[__name__], *(importlib.import_module(name.partition(":")[0]) for name in plugins)]
-    return sha256_json([vars(limits()), [inspect.getsource(m) for m in modules]])
+    return sha256_json([vars(limits()), [_source(m) for m in modules]])
+
+
+def _source(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):  # of compiled modules there is none
+        return f"{module.__name__} of {sys.version}"
 
 
 def reason_to_drop(text: str, languages: tuple[str, ...], plugins: Iterable[Plugin]) -> str | None:

@@ -64,7 +64,7 @@ def folder_ingredients(dataset: Dataset, seq_len: int) -> dict[str, Any]:
         "reject": lambda text, languages: filters.rejection(text, languages),
         "sample_documents": lambda frac, minimum: sampled_documents(dataset, frac, minimum),
         "chat_text": lambda turns: files.chat_text(turns, "planted"),
-        "near_repeats": _near_repeats,
+        "near_repeats": lambda texts: _near_repeats(texts, dataset.manifest["config"]["dedup"]),
         "gram_set": lambda texts: dedup.gram_set(texts),
         "shares_gram": lambda text, grams: dedup.shares_gram(text, grams),
         "evaluation_grams": dataset.evaluation_grams(),
@@ -73,9 +73,9 @@ def folder_ingredients(dataset: Dataset, seq_len: int) -> dict[str, Any]:
     }
 
 
-def _near_repeats(texts: list[str]) -> list[bool]:
-    signatures = dedup.signatures(texts, 5)
-    return dedup.near_repeats([signatures], [np.ones(len(texts), bool)], 0.7)[0].tolist()
+def _near_repeats(texts: list[str], how: dict[str, Any]) -> list[bool]:
+    signatures = dedup.signatures(texts, how["shingle_words"])
+    return dedup.near_repeats([signatures], [np.ones(len(texts), bool)], how["similarity_min"])[0].tolist()
 
 
 def sampled_documents(dataset: Dataset, frac: float, minimum: int) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from stack.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 CHUNK_BYTES = 32 * 2**20
+HELD_OUT_MARK = 0x5A5A5A5A5A5A5A5A
 SHINGLES_AT_ONCE, ENCODED_AT_ONCE = 4096, 512
 
 
@@ -140,17 +141,20 @@ def chunk_texts(path: Path, keep: np.ndarray) -> Iterator[str]:
 
 
 def sides(cfg: HashSplit | TailSplit, texts: Iterable[str], hashes: Iterable[int]) -> Iterator[tuple[str, str, int]]:
-    """(split, text, document hash) of every text. Equal documents are always on one side of a hash split; a tail split cuts each in two."""
+    """(split, text, document hash) of every text. Equal documents are always on one side of a hash split.
+
+    A tail split cuts each in two; the held-out half has the hash of the whole with HELD_OUT_MARK, so that halves are told apart.
+    """
     match cfg:
         case HashSplit(validation_frac=frac):
             for text, digest in zip(texts, hashes):
                 yield ("validation" if (digest % 2**32) / 2**32 < frac else "train"), text, digest
         case TailSplit(validation_frac=frac):
-            for text in texts:
+            for text, digest in zip(texts, hashes):
                 cut = len(text) - round(len(text) * frac)
-                for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+                for split, part, mark in (("train", text[:cut], 0), ("validation", text[cut:], HELD_OUT_MARK)):
                     if part:
-                        yield split, part, shards.document_hash(part)
+                        yield split, part, digest ^ mark
         case _:
             assert_never(cfg)
 

@@ -89,6 +89,9 @@ class Bpe(Tokenizer):
         self.inner = inner
         # A literal "<|endoftext|>" in a document is text and must not end it.
         self.inner.encode_special_tokens = True
+        # A file may say that texts are cut or filled up to a length; a corpus is neither.
+        self.inner.no_truncation()
+        self.inner.no_padding()
         self.vocab_size = inner.get_vocab_size()
         self.eos_id = inner.token_to_id(eos_token)
         # Appended to the file when saved, because the format has no place for it.
@@ -277,7 +280,10 @@ def make_tokenizer(cfg: BpeTokenizer | ByteTokenizer | CharTokenizer | FileToken
 
 
 def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[str] = ()) -> Bpe:
-    """Byte-level BPE by the `tokenizers` library. Ids: control tokens, 256 bytes, then merges in the order they were made."""
+    """Byte-level BPE by the `tokenizers` library. Ids: control tokens, 256 bytes, then merges in the order they were made.
+
+    Raises DataError for a special token that is a word of the texts, since the two would share an id.
+    """
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -291,6 +297,13 @@ def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[st
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
+    made = {*_byte_alphabet().values(), *("".join(m) for m in _saved_merges(json.loads(inner.to_str())))}
+    if words := [s for s in special_tokens if s in made]:
+        raise DataError(
+            f"the special token {words[0]!r} is a piece of the texts too, so text would become a control token",
+            allowed="tokens that no text is made of, such as <|user|>",
+            next_step="give it another name",
+        )
     return Bpe(inner)
 
 

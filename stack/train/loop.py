@@ -18,7 +18,7 @@ def train_loop(run: Run) -> tuple[str, str]:
     """
     state, cfg = run.state, run.cfg
     status, reason = "completed", f"all {cfg.train.max_steps} steps"
-    with listening() as requests:
+    with listening(run.on_checkpoint_asked) as requests:
         while state.step < cfg.train.max_steps:
             started = time.perf_counter()
             batches = draw(run)

@@ -192,6 +192,10 @@ class Run:
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
         self.listener.on_saved(self.state.step, folder)
 
+    def on_checkpoint_asked(self) -> None:
+        every = self.cfg.checkpoint.signal_boundary
+        self.listener.on_event(f"a checkpoint was asked for; it comes after a multiple of {every} steps, or with the last one")
+
     def flush_line(self) -> None:
         """Write the step's line to metrics.jsonl, at the declared interval and whenever it holds an evaluation."""
         due = self.state.step % self.cfg.train.log_every == 0 or "val_loss_nats" in self.line or self.state.step == self.cfg.train.max_steps

@@ -17,9 +17,9 @@ from spec.formulas import flops_per_token, parameter_count
 from spec.gates import load_spec
 from spec.records import Artefact, Override, Record, read_record
 from stack.config import BanditCurriculum, RunConfig, validate
-from stack.data import curriculum
-from stack.data.prepare import Dataset, prepare
+from stack.data.prepare import prepare
 from stack.data.reader import eval_batches, probe_batches
+from stack.evidence.exclusive import alone
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
 from stack.kernels import dispatch
@@ -83,16 +83,19 @@ def start(
         polish.refuse(cfg, overrides, loaded)
     directory = RunDir(run_dir)
     directory.create()
-    run = _open(cfg, overrides, directory, listener, only=only)
-    with _recording(run):
-        n_eval_batches = _check_before_step_one(run, None)
-        _write_run_json(run, overrides, n_eval_batches)
-        if loaded is not None:
-            if polishing:
-                run.kept = polish.carry_over(parent, directory, loaded, cfg, run.dataset)
-            _adopt(run, loaded)
-            run.builder.parents = (loaded.state["record"],)
-        return _train(run)
+    with alone(run_dir, "run"):
+        run = _open(cfg, overrides, directory, listener, only=only)
+        with _recording(run):
+            if loaded is None:
+                _refuse_certain_exhaustion(run)
+            n_eval_batches = _check_before_step_one(run, None)
+            _write_run_json(run, overrides, n_eval_batches)
+            if loaded is not None:
+                if polishing:
+                    run.kept = polish.carry_over(parent, directory, loaded, cfg, run.dataset)
+                _adopt(run, loaded)
+                run.builder.parents = (loaded.state["record"],)
+            return _train(run)
 
 
 def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener: Listener) -> Record:
@@ -103,25 +106,30 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
     directory = RunDir(run_dir)
     document = directory.read_run()
     _refuse_changes(validate(document["config"]), changed, sets)
-    loaded = checkpoint.load(checkpoint.find(run_dir))
-    finished = run_dir / "metadata.json"
-    if finished.is_file() and (record := read_record(finished)).succeeded:
-        listener.on_event(f"{run_dir} is {record.status}; there is nothing left to do. --fork continues it under a changed configuration")
-        return record
-    former = [Override.model_validate(o) for o in document["overrides"]]
-    run = _open(changed, [*former, *sets], directory, listener, document=document)
-    if changed_parts := [k for k in ("tokenizer", "sources", "splits") if document["data"][k] != run.dataset.manifest[k]]:
+    with alone(run_dir, "run"):
+        loaded = checkpoint.load(checkpoint.find(run_dir))
+        finished = run_dir / "metadata.json"
+        if finished.is_file() and (record := read_record(finished)).succeeded:
+            listener.on_event(f"{run_dir} is {record.status}; nothing is left to do. --fork continues it under a changed configuration")
+            return record
+        former = [Override.model_validate(o) for o in document["overrides"]]
+        run = _open(changed, [*former, *sets], directory, listener, document=document)
+        _require_same_data(run, document)
+        with _recording(run):
+            _check_before_step_one(run, document["n_eval_batches"])
+            cut = directory.rewind(loaded.state["step"])
+            _adopt(run, loaded)
+            directory.log("events.jsonl", event="resumed", step=run.state.step, lines_cut=cut, at=iso(utc_now()))
+            return _train(run)
+
+
+def _require_same_data(run: Run, document: dict) -> None:
+    if changed := [k for k in ("tokenizer", "sources", "splits") if document["data"][k] != run.dataset.manifest[k]]:
         raise DataError(
-            f"the data are not those the run was started on: {', '.join(changed_parts)} differ",
+            f"the data are not those the run was started on: {', '.join(changed)} differ",
             allowed="the shards, sources and tokenizer named in run.json",
             next_step="restore them, or --fork starts a child run on what is there now",
         )
-    with _recording(run):
-        _check_before_step_one(run, document["n_eval_batches"])
-        cut = directory.rewind(loaded.state["step"])
-        _adopt(run, loaded)
-        directory.log("events.jsonl", event="resumed", step=run.state.step, lines_cut=cut, at=iso(utc_now()))
-        return _train(run)
 
 
 def _refuse_changes(original: RunConfig, changed: RunConfig, sets: Sequence[Override]) -> None:
@@ -154,7 +162,6 @@ def _open(
     if document:
         builder.continue_record(document["record"], document["started_at"])
     dataset = prepare(cfg.data, on_progress=listener.on_build)
-    _refuse_certain_exhaustion(cfg, dataset)
     builder.environment = environment(str(device), **{f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()})
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":
@@ -186,17 +193,21 @@ def _command() -> list[str]:
     return ["stack", *sys.argv[1:]]
 
 
-def _refuse_certain_exhaustion(cfg: RunConfig, dataset: Dataset) -> None:
-    """With `on_exhausted = "error"`, a plan that cannot end well is refused before step 1."""
+def _refuse_certain_exhaustion(run: Run) -> None:
+    """With `on_exhausted = "error"`, a plan that cannot end well is refused before it begins, or goes on."""
+    cfg, order = run.cfg, run.state.reader.order
     rows = cfg.train.max_steps * cfg.train.tokens_per_step // cfg.model.max_seq_len
-    windows = dataset.train.n_windows(cfg.model.max_seq_len)
-    order = curriculum.run_order(cfg, dataset, seed=0)
-    short = any(n > s.n_windows for n, s in zip(order.counts(rows), order.sources))  # a bandit's counts are not known beforehand
-    if cfg.data.on_exhausted == "error" and (rows > windows or short):
+    n_windows = sum(s.n_windows for s in order.sources)
+    planned = dict(zip((s.name for s in order.sources), order.counts(rows).tolist()))  # what a bandit will draw is not known
+    short = [(s.name, planned[s.name], s.n_windows) for s in order.sources if planned[s.name] > s.n_windows]
+    if rows > n_windows:
+        short = [("all", rows, n_windows)]
+    if cfg.data.on_exhausted == "error" and short:
+        name, wanted, there = short[0]
         raise StreamExhausted(
-            "the corpus ends before the run does",
-            value=f"{rows} windows planned, {windows} in the training split (data.on_exhausted = error)",
-            allowed=f"at most {windows * cfg.model.max_seq_len // cfg.train.tokens_per_step} steps",
+            "the corpus ends before the run does" if name == "all" else f"source {name} ends before the run does",
+            value=f"{wanted} windows planned, {there} in the training split (data.on_exhausted = error)",
+            allowed=f"at most {there} windows of {cfg.model.max_seq_len} tokens",
             next_step="lower train.max_steps, add text, or --set data.on_exhausted=wrap for further epochs",
         )
 
@@ -245,6 +256,7 @@ def _adopt(run: Run, loaded: checkpoint.Loaded) -> None:
     for name in dropped:
         run.dir.log("events.jsonl", event="arm_dropped", step=run.state.step, source=name)
         run.listener.on_event(f"the curriculum's state knows source {name}, which is no arm of this run; dropped")
+    _refuse_certain_exhaustion(run)
     run.keeper.load_state_dict(loaded.state["gates"])
     run.line = next(iter(run.dir.read_lines("metrics.jsonl")[-1:]), {})
     run.keeper.observe(Resumed(step=run.state.step, path=str(loaded.path), cursor=run.state.reader.cursor))

@@ -1,7 +1,7 @@
 """Signals as requests the loop reads at its next boundary. The second Ctrl-C stops at once."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ class Requests:
 
     stop: int | None = None
     checkpoint: bool = False
+    on_checkpoint: Callable[[], None] = lambda: None
 
     def _on_stop(self, number: int, frame) -> None:
         if self.stop is not None:
@@ -20,15 +21,16 @@ class Requests:
 
     def _on_checkpoint(self, number: int, frame) -> None:
         self.checkpoint = True
+        self.on_checkpoint()
 
 
 STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preempted", 75)}
 
 
 @contextmanager
-def listening() -> Iterator[Requests]:
-    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context."""
-    requests = Requests()
+def listening(on_checkpoint: Callable[[], None]) -> Iterator[Requests]:
+    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context; a SIGUSR1 is acknowledged at once."""
+    requests = Requests(on_checkpoint=on_checkpoint)
     handlers = {signal.SIGINT: requests._on_stop, signal.SIGTERM: requests._on_stop, signal.SIGUSR1: requests._on_checkpoint}
     try:
         former = {number: signal.signal(number, handler) for number, handler in handlers.items()}

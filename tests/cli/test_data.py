@@ -128,9 +128,8 @@ def test_training_on_the_folder_with_a_bandit_and_polishing_it(built):
         "curriculum.caps.plain": "1.0",
     }  # fmt: skip
     sets = [a for k, v in sizes.items() for a in ("--set", f"{k}={v}")]
-    refused = stack("train", "--data", "mix", *sets, "--set", "curriculum.caps.plane=0.2", "--dry-run")
-    assert refused.code == 0  # names are checked against the data, which a dry run does not read
-    assert_standard(stack("train", "--data", "mix", *sets, "--set", "curriculum.caps.plane=0.2"), 2, "plane", "plain, records")
+    for dry in ([], ["--dry-run"]):
+        assert_standard(stack("train", "--data", "mix", *sets, "--set", "curriculum.caps.plane=0.2", *dry), 2, "plane", "plain, records")
     process = stack.popen("train", "--data", "mix", *sets, "--run-dir", "run")
     wait_for(stack.folder / "run" / "checkpoints" / "step-00000012", process)
     process.send_signal(signal.SIGKILL)
@@ -207,6 +206,15 @@ def test_a_record_without_its_field_names_file_and_line_and_the_build_goes_on_on
     assert not (stack.folder / "mix" / "manifest.json").exists()
     (stack.folder / "records.jsonl.gz").write_bytes(good)
     assert stack("data", "build", "mix.toml", "--out", "mix").code == 0
+
+
+def test_what_else_a_folder_or_a_command_line_holds_is_refused(built):
+    stack, _ = built
+    (stack.folder / "foreign").mkdir()
+    (stack.folder / "foreign" / "mine.txt").write_text("something else")
+    assert_standard(stack("data", "build", "plain.txt", "--out", "foreign"), 2, "foreign holds something else", "mine.txt")
+    assert_standard(stack("data", "build", "mix.toml", "plain.txt", "--out", "none"), 2, "a mixture file is the only source")
+    assert_standard(stack("data", "overlap", "mix", "--against", "nosuch.jsonl"), 3, "there is no evaluation set nosuch.jsonl")
 
 
 def test_an_empty_source_is_an_error_with_its_drops(stack):

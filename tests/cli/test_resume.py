@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from stack.evidence.exclusive import alone
 from tests.cli.conftest import tiny
+from tests.cli.test_train_errors import assert_standard
 
 LAST = "step-00000060"
 
@@ -70,7 +72,7 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
     assert boundary % 10 == 0 and boundary < asked_by + 12
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
+    assert process.returncode == 75 and "a checkpoint was asked for; it comes after a multiple of 10 steps" in err, err
     record = json.loads((run / "metadata.json").read_text())
     assert record["status"] == "preempted" and "--resume" in err
     assert saved_steps(run) == [boundary, record["metrics"]["steps"]["value"]] and saved_steps(run)[1] >= asked_by + 12
@@ -94,8 +96,10 @@ def test_resuming_a_finished_run_changes_nothing(stack, text_file):
     assert stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run").code == 0
     before = (stack.folder / "run" / "metadata.json").read_bytes()
     done = stack("train", "--resume", "run", "--json")
-    assert done.code == 0 and done.json["status"] == "completed" and "nothing left to do" in done.err
+    assert done.code == 0 and done.json["status"] == "completed" and "nothing is left to do" in done.err
     assert (stack.folder / "run" / "metadata.json").read_bytes() == before
+    with alone(stack.folder / "run", "run"):
+        assert_standard(stack("train", "--resume", "run"), 2, "another run is writing to run")
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_record_loses_nothing(stack, text_file):

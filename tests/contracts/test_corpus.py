@@ -8,7 +8,7 @@ import pytest
 
 from contracts.corpus import GOOD, PLANTED, SENTENCES
 from contracts.gate import call_check
-from stack.config import BestFit, ByteTokenizer, Concatenated, DataConfig, Files, HashSplit
+from stack.config import BestFit, ByteTokenizer, Concatenated, DataConfig, ExactDedup, Files, HashSplit, TailSplit
 from stack.data import filters
 from stack.data.ingredients import data_ingredients, sampled_documents
 from stack.data.prepare import prepare
@@ -102,6 +102,26 @@ def test_filters_are_red_on_a_receipt_that_is_off_by_one(spec, ingredients, unit
     assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
 
 
+def test_filters_are_red_on_one_byte_that_is_in_no_shard(spec, ingredients):
+    manifest, gate = ingredients["manifest"], spec.gates["corpus.filters"]
+    for split in ("train", "validation"):
+        entry = manifest["splits"][split]
+        short = manifest | {"splits": manifest["splits"] | {split: entry | {"bytes": entry["bytes"] - 1}}}
+        verdict = call_check(gate, ingredients | {"manifest": short})
+        assert verdict.outcome == "fail" and "bytes passed the filters" in verdict.message
+        declared = manifest | {"splits": manifest["splits"] | {split: entry | {"bytes": entry["bytes"] - 3, "dropped_chars": 1}}}
+        assert call_check(gate, ingredients | {"manifest": declared}).passed
+
+
+@pytest.mark.parametrize("keeps", [1, 2, 3])
+def test_filters_are_red_on_a_converter_that_lets_a_prompt_stand_as_the_users(spec, ingredients, keeps):
+    """By the number of turns: a lone prompt, a prompt that the rules see as a chat, two user turns, an assistant first."""
+    honest = ingredients["chat_text"]
+    lax = lambda turns: honest(turns) or (" ".join(t["content"] for t in turns) if len(turns) == keeps else None)  # noqa: E731
+    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"chat_text": lax})
+    assert verdict.outcome == ("pass" if keeps == 2 else "fail")
+
+
 def test_filters_are_red_where_fewer_documents_are_shipped_than_passed(spec, ingredients):
     """The receipt adds up, and yet a document is missing from the shards."""
     manifest = ingredients["manifest"]
@@ -162,15 +182,23 @@ def test_no_repeats_is_red_on_one_repeat(spec, ingredients):
     assert call_check(gate, ingredients).measured["repeated"] == 0
 
 
-def test_no_repeats_lets_two_documents_of_a_tail_split_end_alike(spec, ingredients):
-    splits, manifest = ingredients["splits"], ingredients["manifest"]
-    alike = splits | {"validation": With(splits["validation"], document_hashes=np.zeros_like(splits["train"].document_hashes))}
-    by_tail = manifest | {"config": manifest["config"] | {"split": {"kind": "tail", "validation_frac": 0.1}}}
-    gate = spec.gates["corpus.no-repeats"]
-    assert call_check(gate, ingredients | {"splits": alike, "manifest": by_tail}).passed
-    again = {name: With(s, document_hashes=np.append(s.document_hashes, s.document_hashes[0])) for name, s in alike.items()}
-    assert call_check(gate, ingredients | {"splits": again, "manifest": by_tail}).measured["repeated"] == 1
-    assert not call_check(gate, ingredients | {"splits": alike}).passed
+def test_halves_of_a_tail_split_that_are_alike_are_no_repeats(spec, small_cfg, tmp_path):
+    """Documents that differ in their end alone, one too short to have a tail among them; and one document that is there twice."""
+    forms = [f"{GOOD} Form number {n}" for n in range(9)]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in [*forms, "A note of thirty-two characters.", *SENTENCES])
+    )
+    split = TailSplit(validation_frac=0.01)
+    cfg = small_cfg.data.model_copy(
+        update={"corpus": Files(paths=(str(tmp_path / "a.jsonl"),)), "split": split, "dedup": ExactDedup(), "packing": Concatenated()}
+    )
+    dataset = prepare(cfg, cache_dir=tmp_path / "c")
+    parts = {"splits": {"train": dataset.train, "validation": dataset.validation}, "manifest": dataset.manifest, "near_repeats": None}
+    assert len(dataset.train.document_hashes) > len(dataset.validation.document_hashes)
+    gate, hashes = spec.gates["corpus.no-repeats"], dataset.train.document_hashes
+    assert call_check(gate, parts).passed
+    again = parts | {"splits": parts["splits"] | {"train": With(dataset.train, document_hashes=np.append(hashes, hashes[0]))}}
+    assert call_check(gate, again).measured["repeated"] == 1
 
 
 def test_no_repeats_is_red_where_unlike_documents_are_struck(spec, ingredients):
@@ -196,6 +224,14 @@ def test_decontamination_is_red_on_stored_runs_of_something_else(spec, ingredien
     foreign = ingredients["gram_set"](SENTENCES[8:])
     assert call_check(gate, ingredients | {"evaluation_grams": foreign}).outcome == "fail"
     assert call_check(gate, ingredients | {"evaluation_grams": np.append(grams, grams[-1] + np.uint64(1))}).outcome == "fail"
+
+
+def test_decontamination_is_red_on_a_set_that_is_mostly_too_short_to_be_found(spec, ingredients):
+    declared = ingredients["manifest"]["decontamination"]
+    for n, outcome in ((200, "fail"), (100, "pass")):
+        sets = [declared["sets"][0] | {"records": n, "records_kept_out": 50}]
+        manifest = ingredients["manifest"] | {"decontamination": declared | {"sets": sets}}
+        assert call_check(spec.gates["corpus.decontamination"], ingredients | {"manifest": manifest}).outcome == outcome
 
 
 def test_decontamination_is_red_on_a_scanner_that_sees_it_everywhere(spec, ingredients):
@@ -234,6 +270,16 @@ def test_packing_is_red_on_one_lost_token(spec, ingredients, row_stream):
     lost = judged(spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 0), -100))
     assert whole.outcome == "pass" and whole.measured["unaccounted"] == 0
     assert lost.outcome == "fail" and lost.measured["unaccounted"] == 1
+
+
+def test_packing_is_red_on_rows_that_come_twice_where_others_never_do(spec, ingredients, row_stream):
+    """Every second row is read twice: numbers of labels are as declared."""
+    twice = With(row_stream, rows=lambda numbers, seq_len: row_stream.rows(numbers & ~1, seq_len))
+    if row_stream.n_windows(288) % 2:
+        twice.n_windows = lambda seq_len: row_stream.n_windows(seq_len) - 1
+        twice.dropped_tokens = lambda seq_len: row_stream.dropped_tokens(seq_len) + 288
+    verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": twice})
+    assert verdict.outcome == "fail" and verdict.measured["unaccounted"]
 
 
 def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, ingredients, row_stream):

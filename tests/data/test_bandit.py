@@ -159,6 +159,22 @@ def test_nothing_is_learnt_in_the_warm_up():
     assert "reward" in bandit.reward({"a": 0.0, "b": 0.0, "c": 0.0}) and bandit.pulls.sum() == 1
 
 
+def test_a_turn_of_the_warm_up_stays_one_over_a_restore():
+    """Saved in the middle of the turn that straddles the end of the warm-up, which ends without a reward."""
+    cfg = BanditCurriculum(warmup_steps=11, warmup_sources=("a",))
+    orders = [Bandit(ARMS, 7, cfg, warmup_rows=110) for _ in range(2)]
+    for first in (0, 50):
+        straight_turn(orders[0], first, 50)
+        orders[0].reward({"a": 5.0, "b": 5.0, "c": 5.0})
+    straight_turn(orders[0], 100, 25)
+    orders[1].load_state_dict(json.loads(json.dumps(orders[0].state_dict())))
+    lines = []
+    for order in orders:
+        straight_turn(order, 125, 25)
+        lines.append(order.reward({"a": 4.0, "b": 4.0, "c": 4.0}))
+    assert lines[0] == lines[1] and "reward" not in lines[1] and not orders[1].pulls.any()
+
+
 def test_other_shares_keep_positions_and_forget_rewards():
     bandit, changed = Bandit(ARMS, 7, BanditCurriculum()), Bandit([replace(A, floor=0.3), B, C], 7, BanditCurriculum())
     play(bandit, 30, 20, lambda turn: [5 - 0.1 * turn, 5, 5])

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spec.errors import ConfigError, DataError, UsageError
-from stack import config, tensorfile
+from spec.errors import DataError, UsageError
+from stack import tensorfile
 from stack.config import BpeTokenizer, ByteTokenizer, DataConfig, ExactDedup, Files, FilesSource, HashSplit, Mixture, NearDedup
 from stack.data import build, corpus, receipts, stages
 from stack.data import workers as processes
@@ -272,6 +272,41 @@ def test_a_document_that_several_sources_hold_belongs_to_the_first(tmp_path):
     assert a["receipt"]["dropped"] == {} and b["receipt"]["dropped"]["exact-repeat"]["documents"] == 10
 
 
+def dropped(cfg, folder):
+    """Documents of the only source that were dropped, by reason."""
+    (source,) = build.build(cfg, folder)["sources"]
+    return {reason: row["documents"] for reason, row in source["receipt"]["dropped"].items()}
+
+
+@pytest.mark.parametrize(
+    ("how", "near"),
+    [
+        (NearDedup(similarity_min=0.6), 1),
+        (NearDedup(similarity_min=0.95), 0),
+        (NearDedup(shingle_words=1), 2),
+        (NearDedup(shingle_words=5), 0),
+    ],
+)
+def test_the_declared_likeness_decides(tmp_path, how, near):
+    """Among other texts a pair that shares 0.75 of its runs of five words, and of its words 0.93, and a text with its words reversed."""
+    one, two = prose(1, 120).split(), prose(2, 80).split()
+    changed = [*one[:50], "new", *one[51:70], "other", *one[71:90], "third", *one[91:]]
+    texts = [" ".join(words) for words in (one, changed, two, two[::-1])]
+    path = write_lines(tmp_path / "a.jsonl", [*texts, *(prose(10 + n) for n in range(30))])
+    cfg = DataConfig(corpus=Files(paths=(path,)), tokenizer=ByteTokenizer(), dedup=how, split=HashSplit(validation_frac=0.3))
+    assert dropped(cfg, tmp_path / "out").get("near-repeat", 0) == near
+
+
+def test_every_evaluation_set_is_kept_out_and_counted(tmp_path):
+    exams = [prose(100 + n, 20) for n in range(3)]
+    paths = tuple(write_lines(tmp_path / f"exam{n}.jsonl", [e, "too short to be found"]) for n, e in enumerate(exams))
+    source = write_lines(tmp_path / "a.jsonl", [*(prose(n) for n in range(30)), *(f"Before it. {e} After it." for e in exams)])
+    cfg = DataConfig(corpus=Files(paths=(source,)), tokenizer=ByteTokenizer(), decontaminate=paths, split=HashSplit(validation_frac=0.3))
+    assert dropped(cfg, tmp_path / "out") == {"in-evaluation-set": 3}
+    declared = json.loads((tmp_path / "out" / "manifest.json").read_bytes())["decontamination"]
+    assert [(s["records"], s["records_kept_out"]) for s in declared["sets"]] == [(2, 1)] * 3
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -323,56 +358,6 @@ def test_an_evaluation_set_without_a_run_of_words_is_refused(mixture, tmp_path):
     exam = write_lines(tmp_path / "short.jsonl", ["two words", "twelve words " * 6])
     with pytest.raises(DataError, match="nothing could ever be found"):
         build.build(mixture.model_copy(update={"decontaminate": (exam,)}), tmp_path / "out")
-
-
-# --- mixture files --------------------------------------------------------------------------------------------------
-
-MIXTURE = """
-decontaminate = ["exam.jsonl"]
-[[source]]
-name = "web"
-paths = ["texts/*.jsonl"]
-weight = 2.0
-[[source]]
-name = "docs"
-kind = "stdlib-docs"
-[tokenizer]
-kind = "byte"
-"""
-
-
-def mixture_file(tmp_path, change=lambda text: text):
-    path = tmp_path / "mixture.toml"
-    path.write_text(change(MIXTURE))
-    return path
-
-
-def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path):
-    cfg = config.load_mixture(mixture_file(tmp_path))
-    web, docs = cfg.corpus.sources
-    assert web.paths == (str(tmp_path / "texts/*.jsonl"),) and cfg.decontaminate == (str(tmp_path / "exam.jsonl"),)
-    assert (web.kind, web.weight, docs.kind, docs.weight, cfg.tokenizer.kind) == ("files", 2.0, "stdlib-docs", 1.0, "byte")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("weight", "wieght", r"wieght[\s\S]*nearest: weight"),
-        ('name = "docs"', 'name = "web"', "two sources are called web"),
-        ("weight = 2.0", "floor = 0.7\n[[source]]\nname = 'b'\npaths = ['x']\nfloor = 0.4", r"floors of web, b add up to 1\.1"),
-        ("weight = 2.0", "floor = 0.7\ncap = 0.5", r"source web: floor \(0\.7\) is above its cap \(0\.5\)"),
-        ("weight = 2.0", "cap = 1.5", "cap"),
-        ('name = "web"', 'name = "Web!"', "name"),
-        ('paths = ["texts/*.jsonl"]', "", "paths"),
-        (MIXTURE, "[tokenizer]\nkind = 'byte'", "names no source"),
-        ("[tokenizer]", "[corpus]\nkind = 'files'\n[tokenizer]", r"\[\[source\]\] tables"),
-    ],
-)
-def test_what_is_wrong_in_a_mixture_file_is_named(tmp_path, old, new, says):
-    path = mixture_file(tmp_path, lambda text: text.replace(old, new))
-    with pytest.raises(ConfigError, match=says) as error:
-        config.load_mixture(path)
-    assert "mixture.toml" in str(error.value)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -40,11 +40,11 @@ def test_files_of_another_kind_in_a_folder_are_counted_and_named(tmp_path):
         (folder / name).write_bytes(b"\x00")
     cfg = DataConfig(corpus=Files(paths=(str(folder), str(folder / "texts.jsonl"))), tokenizer=ByteTokenizer())
     manifest = prepare(cfg, cache_dir=tmp_path / "c").manifest
-    assert account.passed_over(manifest) == [f"files: 2 file(s) of another kind were not read, the first {folder}/scan.pdf"]
+    assert account.notices(manifest) == [f"files: 2 file(s) of another kind were not read, the first {folder}/scan.pdf"]
     (folder / "scan.pdf").unlink()
     (folder / "table.csv.gz").unlink()
     again = prepare(cfg, cache_dir=tmp_path / "d").manifest
-    assert account.passed_over(again) == [] and again["splits"] == manifest["splits"]
+    assert account.notices(again) == [] and again["splits"] == manifest["splits"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,24 @@ def test_unfit_text_is_dropped_and_counted_with_file_and_line(tmp_path, monkeypa
     assert receipt["dropped"] == {reason: {"documents": 1, "bytes": n_bytes, "example": f"{tmp_path}/{example}"}}
     assert (receipt["documents_in"], receipt["documents_out"]) == (101, 100)
     assert receipt["bytes_out"] == sum(len(t.encode()) for t in GOOD) == receipt["bytes_in"] - n_bytes
+
+
+def test_a_source_that_lost_most_of_its_text_is_named(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(as_lines([*GOOD, " ".join(GOOD)]))
+    manifest = prepare(
+        DataConfig(corpus=Files(paths=(str(tmp_path / "texts.jsonl"),)), tokenizer=ByteTokenizer()), cache_dir=tmp_path / "c"
+    ).manifest
+    (line,) = account.notices(manifest)
+    assert line.startswith("files: 50% of its bytes were dropped: 1 of 101 dropped as long-paragraph") and "documents = paragraph" in line
+
+
+def test_suffixes_count_in_any_case_and_other_json_is_refused(tmp_path):
+    (tmp_path / "A.TXT").write_text("first")
+    (tmp_path / "b.NDJSON").write_bytes(as_lines(["second"]))
+    assert read(tmp_path) == ["first", "second"] == [*read(tmp_path / "A.TXT"), *read(tmp_path / "b.NDJSON")]
+    (tmp_path / "c.json").write_text('{"text": "third"}')
+    with pytest.raises(DataError, match=r"c\.json is one JSON value"):
+        read(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\n" * 50, b"short\n" * 50], ids=["not-utf8", "too-short"])

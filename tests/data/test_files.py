@@ -128,6 +128,16 @@ def test_a_turn_that_nobody_can_place_is_named(turn):
         chat_text([*TURNS, turn], "line 7")
 
 
+def test_chats_in_which_nobody_takes_turns_are_counted(tmp_path):
+    """A lone user turn, two in a row, an assistant who speaks first: shapes in which a system prompt would pass for the user's."""
+    _, user, assistant = TURNS
+    chats = ([user], [user, user, assistant], [assistant, user, assistant], [user, {"role": "assistant", "content": " "}])
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": TURNS}, *({"text": c} for c in chats), {"text": [*TURNS, user]}))
+    first, *bad, last = everything(tmp_path)
+    assert isinstance(first, Document) and isinstance(last, Document)
+    assert [i.reason for i in bad] == ["chat-turns"] * 4 and all(i.n_bytes > 0 for i in bad)
+
+
 # --- bytes ----------------------------------------------------------------------------------------------------------
 
 
@@ -323,14 +333,16 @@ def test_small_files_share_a_part_and_what_cannot_be_cut_is_whole(tmp_path, monk
 
 def test_an_evaluation_set_gives_every_named_field_or_its_paragraphs(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"question": "q1", "text": "t1"}, {"question": "q2"}))
-    assert list(evaluation_texts(tmp_path / "a.jsonl", ("text", "question"))) == ["t1", "q1", "q2"]
+    assert list(evaluation_texts(tmp_path / "a.jsonl", ("text", "question"))) == [["t1", "q1"], ["q2"]]
+    (tmp_path / "c.jsonl").write_bytes(lines({"n": 1, "answer": "a1", "question": "q1"}, {"other": "o2"}))
+    assert list(evaluation_texts(tmp_path / "c.jsonl", ())) == [["a1", "q1"], ["o2"]]
     (tmp_path / "b.txt").write_bytes(b"one\ntwo\n\nthree")
-    assert list(evaluation_texts(tmp_path / "b.txt", ("text",))) == ["one\ntwo", "three"]
-    with pytest.raises(DataError, match=r"a\.jsonl line 2 has none of the fields text"):
+    assert list(evaluation_texts(tmp_path / "b.txt", ("text",))) == [["one\ntwo"], ["three"]]
+    with pytest.raises(DataError, match=r"a\.jsonl line 2 has no text under text"):
         list(evaluation_texts(tmp_path / "a.jsonl", ("text",)))
 
 
-@pytest.mark.parametrize("content", [b'{"question": "\xff"}\n', b"{oops\n"])
+@pytest.mark.parametrize("content", [b'{"question": "\xff"}\n', b"{oops\n", b"[" * 100_000])
 def test_a_damaged_evaluation_set_is_named_and_never_passed_over(tmp_path, content):
     (tmp_path / "a.jsonl").write_bytes(lines({"question": "fine"}) + content)
     with pytest.raises(DataError, match=r"a\.jsonl line 2"):

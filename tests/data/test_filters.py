@@ -105,6 +105,7 @@ BORDERS = [
     ("long-paragraph", "en", LONG[:2001], LONG[:2000]),
     ("long-paragraph", "en", GOOD + "\n" + LONG[:2001] + "\n" + GOOD, "\n".join([LONG[:2000], LONG[2000:3900]])),
     ("foreign-script", "en", "Это предложение на другом языке.", "Это is Russian for this, as one learns in the first lesson."),
+    ("foreign-script", "en", "Эдо, а не что другое, m².", "½ kg, ¼ l, ¾ kg, 14 m², 9 m²; as the list in the kitchen says."),
     ("foreign-script", "ru", GOOD, "Это предложение на своём языке, a laser is лазер."),
     ("low-diversity", "en", "region " * 60, "one two three four five six seven eight nine ten"),
     ("low-diversity", "en", "a b " * 20, "a b " * 3 + "and then it goes on in other ways"),
@@ -282,14 +283,25 @@ def test_a_plugin_that_fails_is_named(plugin_module):
         ("a_users_filters:absent", "cannot be imported"),
         ("no_such_module:f", "cannot be imported"),
         ("a_users_filters", "cannot be imported"),
+        ("raising_filters:f", "cannot be imported: ZeroDivisionError"),
+        ("misspelt_filters:f", "cannot be imported: SyntaxError"),
         (":f", "cannot be imported"),
         ("a_users_filters:number", "is no function"),
     ],
 )
-def test_a_plugin_that_cannot_be_had_is_named(plugin_module, name, says):
+def test_a_plugin_that_cannot_be_had_is_named(plugin_module, tmp_path, monkeypatch, name, says):
+    (tmp_path / "raising_filters.py").write_text("1 / 0\n")
+    (tmp_path / "misspelt_filters.py").write_text("def f(\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=says) as error:
         load_plugins([name])
     assert name in str(error.value)
+
+
+def test_the_fingerprint_knows_the_source_of_plugins_and_bears_that_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_filters.py").write_text("def f(text, languages):\n    return False\n")
+    assert len({filters.fingerprint(()), filters.fingerprint(["own_filters:f"]), filters.fingerprint(["math:isfinite"])}) == 3
 
 
 # --- no way around --------------------------------------------------------------------------------------------------

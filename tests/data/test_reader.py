@@ -11,7 +11,7 @@ from spec.errors import DataError, StreamExhausted
 from stack.data import permutation
 from stack.data.packing import IGNORE_INDEX, Rows
 from stack.data.permutation import Shuffle, permute, window_order
-from stack.data.reader import Reader, batch_hash, eval_batches
+from stack.data.reader import Reader, batch_hash, eval_batches, probe_batches
 
 
 class Counting:
@@ -148,3 +148,21 @@ def test_a_rank_outside_its_world_is_refused():
 
 def test_labels_that_do_not_count_have_one_number():
     assert IGNORE_INDEX == -100
+
+
+class TwoSources(Counting):
+    """A hundred windows of one source, then forty of another."""
+
+    def __init__(self):
+        super().__init__(140)
+
+    def spans(self, seq_len):
+        return {"one": (0, 100), "two": (100, 40)}
+
+
+def test_probes_are_spread_over_the_whole_of_each_source():
+    probes = probe_batches(TwoSources(), 16, 4)
+    assert {name: b.input_ids[:, 0].tolist() for name, b in probes.items()} == {
+        "one": [0, 25 * 16, 50 * 16, 75 * 16],
+        "two": [100 * 16, 110 * 16, 120 * 16, 130 * 16],
+    }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spec.errors import DataError
 from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
-from stack.data.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer
+from stack.data.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer, train_bpe
 
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 20, "naïve café 漢字 " * 10]
 BPE = make_tokenizer(BpeTokenizer(vocab_size=300), TEXTS)
@@ -121,3 +121,27 @@ def test_any_ids_decode_and_their_bytes_add_up(ids):
 def test_every_byte_is_in_the_bpe_alphabet():
     assert {p for p in BPE._pieces if len(p) == 1} == {bytes([b]) for b in range(256)}
     assert int(BPE.token_bytes[BPE.eos_id]) == 0
+
+
+def test_lengths_that_a_file_prescribes_cut_and_fill_nothing(tmp_path):
+    saved = json.loads(BPE.to_bytes())
+    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    (tmp_path / "t.json").write_text(json.dumps(saved))
+    loaded = load_tokenizer(tmp_path / "t.json")
+    for text in ("A sentence of more than four tokens, and of less than sixty-four.", "x"):
+        assert loaded.encode(text).ids == BPE.encode(text).ids == loaded.encode_batch([text])[0].ids
+        assert [e.ids for e in loaded.inner.encode_batch_fast([text, text + text])] == [BPE.encode(text).ids, BPE.encode(text + text).ids]
+
+
+@pytest.mark.parametrize("special", ["the", "a", "Ġthe"])
+def test_a_special_token_that_texts_are_made_of_is_refused(special):
+    with pytest.raises(DataError, match="is a piece of the texts too"):
+        train_bpe(300, ["the cat and the dog and the bird"] * 50, ("<|user|>", special))

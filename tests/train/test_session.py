@@ -1,13 +1,16 @@
 """Whole small runs in one process: seeds, precisions, records and gates that must be fed."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from spec.errors import GateFailed, UsageError
+from spec.errors import GateFailed, StreamExhausted, UsageError
 from spec.records import read_record
 from stack.config import NeverStop
+from stack.data.order import Source, StaticMixture
 from stack.museum.collection import museum_config
 from stack.train import session
 from stack.train.listener import Listener
@@ -96,6 +99,21 @@ def test_a_folder_with_a_run_is_refused(cfg, tmp_path):
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UsageError, match="already holds a run"):
         session.start(cfg, (), tmp_path / "run", Listener())
+
+
+def test_certain_exhaustion_is_judged_where_the_run_stands(cfg):
+    """A run that has read 250 windows of `a` may go on with 50 of `b`, although 300 of `b` were never there."""
+    a, b = Source("a", 0, 400, 0.0, 0.0, 0.0), Source("b", 400, 100, 1.0, 1.0, 0.0)
+    rows = 300 * cfg.model.max_seq_len // cfg.train.tokens_per_step  # steps of 300 windows
+    cfg = with_train(cfg, max_steps=rows).model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "error"})})
+    for start, refused in ((250, False), (150, True), (0, True)):
+        order = StaticMixture([a, b], 7)
+        order.load_state_dict({"start": start, "base": {"a": start}})
+        run = SimpleNamespace(cfg=cfg, state=SimpleNamespace(reader=SimpleNamespace(order=order)))
+        with pytest.raises(StreamExhausted, match="source b ends before the run does") if refused else nullcontext():
+            session._refuse_certain_exhaustion(run)
+    run.cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+    session._refuse_certain_exhaustion(run)
 
 
 def test_observing_more_often_does_not_change_training(cfg, tmp_path):

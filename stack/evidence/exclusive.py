@@ -1,0 +1,25 @@
+"""One process at a time in a folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spec.errors import UsageError
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder against others that do `what` in it. Raises UsageError if one is at work there; a killed one lets go."""
+    with open(folder / ".lock", "w") as f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # nothing holds a folder here
+            pass
+        except OSError as e:
+            raise UsageError(f"another {what} is writing to {folder}", next_step="wait for it, or name another folder") from e
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
