@@ -49,6 +49,7 @@ class Run:
     random_loss_nats: float = 0.0
     line: dict[str, Any] = field(default_factory=dict)
     process_s: float = 0.0
+    inherited_s: float = 0.0  # of a child run, the seconds its parents had trained before
     last_val: Evaluation | None = None
     kept: list[Artefact] = field(default_factory=list)
 

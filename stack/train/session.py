@@ -88,6 +88,7 @@ def start(
         with _recording(run):
             if loaded is None:
                 _refuse_certain_exhaustion(run)
+            run.inherited_s = loaded.state["wall_s"] if loaded is not None else 0.0
             n_eval_batches = _check_before_step_one(run, None)
             _write_run_json(run, overrides, n_eval_batches)
             if loaded is not None:
@@ -115,6 +116,7 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
         former = [Override.model_validate(o) for o in document["overrides"]]
         run = _open(changed, [*former, *sets], directory, listener, document=document)
         _require_same_data(run, document)
+        run.inherited_s = document["inherited_s"]
         with _recording(run):
             _check_before_step_one(run, document["n_eval_batches"])
             cut = directory.rewind(loaded.state["step"])
@@ -244,6 +246,7 @@ def _write_run_json(run: Run, overrides: Sequence[Override], n_eval_batches: int
             "n_eval_batches": n_eval_batches,
             "command": list(run.builder.command),
             "started_at": iso(run.builder.started),
+            "inherited_s": run.inherited_s,
         }
     )
 
@@ -314,7 +317,7 @@ def _ending(run: Run, error: BaseException) -> tuple[str, str, int]:
 def _close(run: Run, status: str, reason: str, exit_code: int) -> Record:
     """State the metrics and write the record; also for runs that ended badly."""
     state_metrics(run, with_baselines=exit_code == 0)
-    run.builder.device_s = run.state.wall_s
+    run.builder.device_s = max(0.0, run.state.wall_s - run.inherited_s)
     pointer = run.dir.checkpoints / "latest"
     if pointer.is_file():
         folder = run.dir.checkpoints / pointer.read_text().strip()

@@ -61,10 +61,19 @@ def test_loss_not_constant_counts_over_a_resume(spec):
 
 def test_step_time_is_red_on_an_impossible_step(spec):
     check = make(spec, StepTime)
-    assert all(check.observe(step_taken(wall_s=0.1)).passed for _ in range(10))
-    assert not check.observe(step_taken(wall_s=0.1 * 0.04)).passed
+    assert all(check.observe(step_taken(wall_s=0.4)).passed for _ in range(10))  # a fortieth of the peak rate
+    assert check.observe(step_taken(wall_s=0.4 * 0.06)).passed
+    assert not check.observe(step_taken(wall_s=0.4 * 0.04)).passed
     assert not make(spec, StepTime).observe(step_taken(wall_s=1e-9)).passed
     assert not make(spec, StepTime).observe(step_taken(wall_s=0.0)).passed
+
+
+def test_step_time_is_green_when_a_crowded_machine_is_free_again(spec):
+    """From 1.8 s to 48 ms, a tenth of the peak rate; the same leap to over half of it is not believed."""
+    for free_s, passes in ((0.048, True), (0.021, True), (0.008, False)):
+        check = make(spec, StepTime)
+        assert all(check.observe(step_taken(wall_s=1.8, flops=5e8)).passed for _ in range(8))
+        assert check.observe(step_taken(wall_s=free_s, flops=5e8)).passed is passes
 
 
 def test_loss_spike_needs_three_in_a_row(spec):

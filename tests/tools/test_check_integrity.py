@@ -244,6 +244,22 @@ def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):
     assert "GOALPOST" not in codes and "STALE-KILL" in codes, "what the old limit discharged is open again"
 
 
+@pytest.mark.parametrize(("train_s", "plausible"), [(45.0, True), (75.0, False)])
+def test_a_child_has_trained_as_long_as_its_parents_and_itself(repo, train_s, plausible):
+    """30 s of its own and 30 s of its parent's."""
+    metrics = small_repo.train_metrics() | {"train_s": small_repo.metric(train_s), "tokens_per_s": small_repo.metric(64 / train_s)}
+    small_repo.record(
+        repo,
+        "train",
+        9,
+        git(repo, "rev-parse", "HEAD"),
+        metrics=metrics,
+        series_lines={"metrics.jsonl": small_repo.log_lines()},
+        parents=[folder(repo, "train").name],
+    )
+    assert ("WALL" not in found(repo)) is plausible
+
+
 def test_a_run_on_a_data_set_that_is_recorded_is_fine(repo):
     manifest = small_repo.artefact("manifest.json", "e" * 64)
     small_repo.record(repo, "data", 0, git(repo, "rev-parse", "HEAD"), outputs=[manifest])

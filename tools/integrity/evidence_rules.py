@@ -145,18 +145,23 @@ def wall(repo: Repo) -> Found:
         if abs(elapsed - record.wall_s) > 5 + 0.05 * elapsed:
             yield where, 0, f"wall_s = {record.wall_s}, the timestamps are {elapsed:.1f} s apart"
         if record.kind == "train" and record.succeeded:
-            yield from ((where, 0, message) for message in _rate_problems(record))
+            yield from ((where, 0, message) for message in _rate_problems(record, _wall_s_with_parents(repo, record)))
 
 
-def _rate_problems(record: Record) -> Iterator[str]:
+def _wall_s_with_parents(repo: Repo, record: Record) -> float:
+    """Seconds of a record and of all it continues."""
+    return record.wall_s + sum(_wall_s_with_parents(repo, repo.records[p]) for p in record.parents if p in repo.records)
+
+
+def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
     rate, seen, train_s = (number(record, n) for n in ("tokens_per_s", "tokens_seen", "train_s"))
     if not record.wall_s or rate is None or seen is None:
         yield "a finished training run states no time or no rate"
         return
     if train_s and not 0.2 <= seen / train_s / rate <= 5:
         yield f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are {seen / train_s:.0f}"
-    if train_s and train_s > record.wall_s * 1.05 + 5:
-        yield f"train_s = {train_s} is longer than wall_s = {record.wall_s}"
+    if train_s and train_s > wall_s * 1.05 + 5:
+        yield f"train_s = {train_s} is longer than wall_s = {wall_s}, that of its parents among it"
     model = record.config["model"]
     flops = formulas.flops_per_token(model, int(number(record, "vocab_size")), model["max_seq_len"])
     if rate * flops > ROOFLINE_FLOPS:
