@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from side_by_side import Row, against, alternate, as_json, facts, show, write_json, write_record
+from side_by_side import Row, against, alternate, as_json, close_record, facts, open_record, show, write_json
 from tokenizer_speed import VOCAB_SIZE, batches, n_bytes, read_texts
 
 from stack.config import DataConfig, Files, FileTokenizer
@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    record = open_record(options, "a whole build")
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if options.workers > 1 else "false"
     texts = read_texts(options.text, int(options.megabytes * 1e6))
     size = n_bytes(texts)
@@ -88,8 +89,7 @@ def main() -> int:
     print(f"\n{receipt['documents_in']:,} documents in, {receipt['documents_out']:,} out; encoded by {manifest['tokenizer']['encoder']}")
     machine = facts(("tokenizers", "tiktoken", "numpy"))
     print(machine)
-    settings = {"bytes": size, "workers": options.workers, "rounds": options.rounds}
-    write_record(options.run_dir, "a whole build", settings, rows, {})
+    close_record(record, options.run_dir, rows, {"text_bytes": (size, "bytes")})
     write_json(options.json, {"machine": machine, "bytes": size, "workers": options.workers, "rows": as_json(rows)})
     return 0
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from side_by_side import Contestant, Row, against, alternate, as_json, facts, show, spread, why_not, write_json, write_record
+from side_by_side import Contestant, Row, against, alternate, as_json, close_record, facts, open_record, show, spread, why_not, write_json
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -273,6 +273,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    record = open_record(options, "the reader of batches")
     torch.set_num_threads(options.threads)
     machine = facts(PACKAGES)
     with tempfile.TemporaryDirectory() as name:
@@ -293,7 +294,7 @@ def main() -> int:
     resume_entry = {"median_ms": resume[0], "max_ms": resume[2], "n": options.resumes, "bound_ms": RESUME_BOUND_MS}
     write_json(options.json, document | {"resume": resume_entry})
     extra = {"resume_median_ms": (resume[0], "ms"), "resume_max_ms": (resume[2], "ms"), "resume_bound_ms": (RESUME_BOUND_MS, "ms")}
-    write_record(options.run_dir, "the reader of batches", document["settings"], rows, extra)
+    close_record(record, options.run_dir, rows, extra)
     return 0
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import statistics
+import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -112,24 +114,32 @@ def write_json(path: Path | None, document: dict) -> None:
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_record(run_dir: Path | None, name: str, config: dict, rows: list[Row], extra: dict[str, tuple[float, str]]) -> None:
-    """Leave a record of kind benchmark: the ratio to every peer with its spread, and further figures as (value, unit)."""
-    if run_dir is None:
-        return
+def open_record(options: Namespace, name: str):
+    """The record of a benchmark, opened before anything is measured; None if nobody asked for one."""
+    if options.run_dir is None:
+        return None
     from spec.gates import load_spec
     from stack.evidence.provenance import environment
     from stack.evidence.record import RecordBuilder
 
     machine = facts(tuple(c for c in PEER_PACKAGES if not why_not(IMPORT_NAME.get(c, c))))
     versions = {f"peer_{k}": v for k, v in machine.pop("versions").items()}
-    builder = RecordBuilder(
+    settings = {k: [str(p) for p in v] if isinstance(v, list) else v for k, v in vars(options).items() if k not in ("json", "run_dir")}
+    return RecordBuilder(
         kind="benchmark",
         spec=load_spec(),
-        config={"benchmark": name, **config},
+        config={"benchmark": name, **settings},
+        command=("python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]),
         claim=f"On this machine, in one run and on the same data, {name} had these rates relative to its peers.",
         not_covered=("other machines, data and versions", "absolute rates: other work may have run beside this"),
         environment=environment() | {k: v for k, v in machine.items() if k in ("cpus", "load_average_1min")} | versions,
     )
+
+
+def close_record(builder, run_dir: Path | None, rows: list[Row], extra: dict[str, tuple[float, str]]) -> None:
+    """Write the record: the ratio to every peer with its spread, and further figures as (value, unit)."""
+    if builder is None:
+        return
     for row in rows:
         key = "".join(c if c.isalnum() else "_" for c in row.name.lower()).strip("_")
         if row.rates:

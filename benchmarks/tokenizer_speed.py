@@ -23,7 +23,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from side_by_side import Contestant, Row, against, alternate, as_json, facts, show, why_not, write_json, write_record
+from side_by_side import Contestant, Row, against, alternate, as_json, close_record, facts, open_record, show, why_not, write_json
 
 VOCAB_SIZE = 32000
 BATCH_BYTES = 10**6
@@ -244,6 +244,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    record = open_record(options, "the tokenizer")
     machine = facts(PACKAGES)
     texts = read_texts(options.text, int(options.megabytes * 1e6))
     size = n_bytes(texts)
@@ -262,8 +263,8 @@ def main() -> int:
     document |= {"training": as_json(training), "encoding": {f"{n} threads": as_json(rows) for n, rows in encoding.items()}}
     write_json(options.json, document)
     every = [replace(r, name=f"{n} threads, {r.name}") for n, rows in encoding.items() for r in rows]
-    settings = {"bytes": size, "vocab_size": VOCAB_SIZE, "rounds": options.rounds}
-    write_record(options.run_dir, "the tokenizer", settings, [*training, *every], {"ids_compared": (n_ids, "tokens")})
+    figures = {"ids_compared": (n_ids, "tokens"), "text_bytes": (size, "bytes"), "vocab_size": (VOCAB_SIZE, "tokens")}
+    close_record(record, options.run_dir, [*training, *every], figures)
     return 0
 
 

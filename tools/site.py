@@ -19,6 +19,7 @@ from mkdocs.structure.pages import Page as MkDocsPage  # noqa: E402
 
 from spec.errors import StackproofError  # noqa: E402
 from tools.site_pages import home, reference  # noqa: E402
+from tools.site_pages.benchmarks import benchmarks_page  # noqa: E402
 from tools.site_pages.config_keys import config_page  # noqa: E402
 from tools.site_pages.data import data_index  # noqa: E402
 from tools.site_pages.gates import coverage_page, gate_page, gates_index  # noqa: E402
@@ -43,6 +44,7 @@ def generated_pages(world: World) -> list[Page]:
         runs_index(world),
         *(run_page(world, record) for record in world.records.values()),
         data_index(world),
+        benchmarks_page(world),
         models_index(world),
         *(model_page(world, model) for model in world.releases),
         reference.cli_page(world),
