@@ -1,6 +1,9 @@
 """Gates of the tokenizer: green on the stack, red on what they are for."""
 
+import argparse
+import inspect
 import json
+from pydoc_data import topics
 
 import pytest
 
@@ -155,3 +158,10 @@ def test_merges_is_red_on_one_merge_too_few(spec, ingredients):
 )
 def test_oracle_and_trainer_count_as_by_hand(texts, merges):
     assert bpe_merges(texts, len(merges)) == merges == train_bpe(257 + len(merges), texts).merges()
+
+
+def test_a_thousand_merges_of_50_kb_are_those_of_the_readable_trainer():
+    """English and code of the standard library: every merge, in the same order, ties included."""
+    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))[:25_000] + inspect.getsource(argparse)[:25_000]
+    texts = text.split("\n\n")
+    assert len(text.encode()) >= 50_000 and bpe_merges(texts, 1000) == train_bpe(1257, texts).merges()
