@@ -212,12 +212,10 @@ def overlap(
     json: Json = False,
 ) -> None:
     """Count training documents that share a run of 13 words with an evaluation set. Exit code 3 if the scanner finds no canary."""
-    from stack.config import DataConfig
     from stack.data import account
     from stack.data.files import evaluation_texts
 
-    fields = tuple(field or DataConfig().decontaminate_fields)
-    texts = [t for path in against for record in evaluation_texts(path, fields) for t in record]
+    texts = [t for path in against for record in evaluation_texts(path, tuple(field or ())) for t in record]
     found = account.overlap(_open(folder), texts)
     if not emit({"folder": str(folder), "against": [str(p) for p in against], **found}, json):
         rows = [[name, f"{r['documents']:,}", f"{r['hits']:,}"] for name, r in found["sources"].items()]

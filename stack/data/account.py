@@ -25,6 +25,8 @@ GATES = (
     "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity data.leakage "
     "tokenizer.round-trip tokenizer.pinning tokenizer.merges"
 ).split()
+DECLARED = "name kind license languages weight cap floor files files_passed_over sha256 tokens".split()
+RECEIVED = "documents_in documents_out bytes_in bytes_out dropped".split()
 CLAIM = "These files, filtered, freed of repeats and tokenised by this code, give these shards, and every document is accounted for."
 NOT_COVERED = (
     "whether the text is true, useful or lawful to train on: the licence is what the user declared",
@@ -85,28 +87,7 @@ def require_recorded(folder: Path) -> None:
 
 def source_rows(manifest: dict) -> list[dict[str, Any]]:
     """One JSON-ready row per source: what it is, what came in and out, and why the rest was dropped."""
-    return [
-        {
-            **{
-                k: s[k]
-                for k in (
-                    "name",
-                    "kind",
-                    "license",
-                    "languages",
-                    "weight",
-                    "cap",
-                    "floor",
-                    "files",
-                    "files_passed_over",
-                    "sha256",
-                    "tokens",
-                )
-            },
-            **{k: s["receipt"][k] for k in ("documents_in", "documents_out", "bytes_in", "bytes_out", "dropped")},
-        }
-        for s in manifest["sources"]
-    ]
+    return [{k: s[k] for k in DECLARED} | {k: s["receipt"][k] for k in RECEIVED} for s in manifest["sources"]]
 
 
 def write_record(builder: RecordBuilder, cfg: DataConfig, dataset: Dataset, results: list[GateResult], seconds: float) -> Record:
@@ -171,8 +152,7 @@ def _all_documents(dataset: Dataset) -> Iterable[tuple[str, str]]:
     sources = [s for s, starts in zip(stream.shard_sources, stream.shard_document_starts()) for _ in starts]
     bounds = [*stream.document_starts.tolist(), stream.n_tokens]
     for source, start, stop in zip(sources, bounds, bounds[1:]):
-        ids = stream.token_range(start, stop)
-        yield source, dataset.tokenizer.decode(ids[ids != dataset.tokenizer.eos_id].tolist())
+        yield source, dataset.text(stream, start, stop)
 
 
 def page(manifest: dict, results: list[GateResult]) -> str:

@@ -48,8 +48,7 @@ class Bandit:
             return shares(self._warm)
         if not self.last_losses and not self.n_drops:
             return self._base_shares
-        f = self.cfg.focus_share
-        f = min(f, 1 - 1e-6)  # what the cap of the source in focus leaves goes to the others
+        f = min(self.cfg.focus_share, 1 - 1e-6)  # what the cap of the source in focus leaves goes to the others
         wanted = (1 - f) * self._base_shares + f * (np.arange(len(self.sources)) == self.focus)
         return shares([replace(s, weight=float(w)) for s, w in zip(self.sources, wanted)])
 

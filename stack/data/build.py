@@ -81,12 +81,12 @@ def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], wor
     with Pool(workers if _total(jobs) > corpus.PART_BYTES else 1) as run:
         filtered = _filter_all(run, jobs, on_progress)
         chunks = _drop_repeats(cfg, jobs, filtered, on_progress)
-        _require_text(jobs, filtered)
+        by_source = _by_source(cfg, jobs, filtered)
         tokenizer = _tokenizer(cfg, chunks, filtered, work, on_progress)
         encoded = _encode_all(run, cfg, chunks, filtered, work, folder, on_progress)
     if _plan(cfg, work)[0] != plan:
         raise changed_meanwhile()
-    manifest = _manifest(cfg, filtered, chunks, tokenizer, encoded, grams)
+    manifest = _manifest(cfg, by_source, chunks, tokenizer, encoded, grams)
     shutil.copyfile(work / "tokenizer.json", folder / "tokenizer.json")
     if grams is not None:
         shutil.copyfile(work / "grams.safetensors", folder / "grams.safetensors")
@@ -240,16 +240,18 @@ def _drop_repeats(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict], 
     return chunks
 
 
-def _require_text(jobs: list[FilterJob], filtered: list[dict]) -> None:
-    """Raises DataError for a source of which nothing is left, with the reason that took most of it."""
-    for name in dict.fromkeys(job.source for job in jobs):
-        receipt = receipts.total(r for job, r in zip(jobs, filtered) if job.source == name)
-        if not receipt["documents_out"]:
+def _by_source(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict]) -> dict[str, dict]:
+    """The receipt of every source. Raises DataError for one of which nothing is left, with the reason that took most of it."""
+    whole = {}
+    for name in corpus.sources_of(cfg.corpus):
+        whole[name] = receipts.total(r for job, r in zip(jobs, filtered) if job.source == name)
+        if not whole[name]["documents_out"]:
             raise DataError(
                 f"nothing is left of source {name}",
-                value=receipts.worst(receipt) or "no document in its files",
+                value=receipts.worst(whole[name]) or "no document in its files",
                 next_step="check its paths, documents, text_field and languages, or leave the source out",
             )
+    return whole
 
 
 def _tokenizer(
@@ -320,15 +322,13 @@ def _encode_all(
 
 
 def _manifest(
-    cfg: DataConfig, filtered: list[dict], chunks: list[Chunk], tokenizer: Tokenizer, encoded: list[dict], grams: dict | None
+    cfg: DataConfig, by_source: dict[str, dict], chunks: list[Chunk], tokenizer: Tokenizer, encoded: list[dict], grams: dict | None
 ) -> dict:
     built = cfg.model_dump(mode="json", include={"split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields"})
-    by_source = corpus.sources_of(cfg.corpus)
-    owner = [name for name, source in by_source.items() for _ in corpus.parts(source)]
-    sources = []
-    for name, source in by_source.items():
-        receipt = receipts.total(r for n, r in zip(owner, filtered) if n == name)
-        sources.append(_source_entry(name, source, receipt, [e for c, e in zip(chunks, encoded) if c.source == name]))
+    sources = [
+        _source_entry(name, source, by_source[name], [e for c, e in zip(chunks, encoded) if c.source == name])
+        for name, source in corpus.sources_of(cfg.corpus).items()
+    ]
     splits = {split: _split_entry([r[split] for r in encoded]) for split in SPLITS}
     whole = receipts.total(s["receipt"] for s in sources)
     return {

@@ -31,10 +31,15 @@ def word_hashes(text: str) -> np.ndarray:
 def runs(words: np.ndarray, length: int) -> np.ndarray:
     """64-bit hash of every run of `length` words, uint64 (max(0, n − length + 1),)."""
     n = max(0, len(words) - length + 1)
+    return _folded((words[k : k + n] for k in range(length)), n)
+
+
+def _folded(columns: Iterable[np.ndarray], n: int) -> np.ndarray:
+    """One 64-bit hash per row of n rows given by columns; the order of columns matters. uint64 (n,)."""
     total = np.zeros(n, np.uint64)
     with np.errstate(over="ignore"):
-        for k in range(length):
-            total = (total + words[k : k + n]) * MULTIPLIER
+        for column in columns:
+            total = (total + column) * MULTIPLIER
             total ^= total >> np.uint64(29)
     return total
 
@@ -112,9 +117,10 @@ def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarra
     `signature_parts` may open memory maps when they are indexed; one band of one bucket is held at a time. A document that was struck
     for the sake of one that is struck itself comes back and is compared again, so that the result is that of going through them in order.
     """
-    repeats = [np.zeros(len(k), bool) for k in keep]
+    if not keep:
+        return []
     rows = _Rows(signature_parts)
-    alive = np.concatenate([np.zeros(0, bool), *keep])
+    alive = np.concatenate(keep)
     like = np.full(len(alive), -1)  # the earlier document that a struck one repeats
     while True:
         for band in range(_bands(similarity_min)):
@@ -128,8 +134,7 @@ def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarra
         if not orphans.any():
             break
         like[orphans] = -1
-    _mark(repeats, struck)
-    return repeats
+    return np.split(struck, np.cumsum([len(k) for k in keep])[:-1])
 
 
 def _bands(similarity_min: float) -> int:
@@ -140,12 +145,8 @@ def _bands(similarity_min: float) -> int:
 def _one_band(signature: np.ndarray, band: int, bands: int) -> np.ndarray:
     """One hash per document over the rows of a band, uint64 (n,); equal ones make two documents candidates."""
     width = SIGNATURE // bands
-    total = np.zeros(len(signature), np.uint64)
-    with np.errstate(over="ignore"):
-        for k in range(band * width, (band + 1) * width):
-            total = (total + np.asarray(signature[:, k]).astype(np.uint64)) * MULTIPLIER
-            total ^= total >> np.uint64(29)
-    return total
+    columns = (np.asarray(signature[:, k]).astype(np.uint64) for k in range(band * width, (band + 1) * width))
+    return _folded(columns, len(signature))
 
 
 def _strike_groups(value: np.ndarray, where: np.ndarray, rows: "_Rows", like: np.ndarray, similarity_min: float) -> None:
@@ -177,13 +178,6 @@ class _Rows:
             first = self.ends[index] - len(self.parts[index])
             out[owner == index] = self.parts[index][numbers[owner == index] - first]
         return out
-
-
-def _mark(flags: Sequence[np.ndarray], flat: np.ndarray) -> None:
-    start = 0
-    for array in flags:
-        array[:] = flat[start : start + len(array)]
-        start += len(array)
 
 
 # --- evaluation sets ------------------------------------------------------------------------------------------------

@@ -91,8 +91,7 @@ def sampled_documents(dataset: Dataset, frac: float, minimum: int) -> Iterator[t
             start, stop = int(bounds[i]), int(bounds[i + 1])
             n_long += stop - start > SAMPLED_TOKENS
             if stop - start <= SAMPLED_TOKENS or n_long <= LONG_DOCUMENTS:
-                ids = stream.token_range(start, stop)
-                yield source, dataset.tokenizer.decode(ids[ids != dataset.tokenizer.eos_id].tolist())
+                yield source, dataset.text(stream, start, stop)
 
 
 def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:

@@ -16,6 +16,7 @@ from stack.data import build, corpus, filters, packing
 from stack.data import tokenizer as tokenizers
 from stack.data.build import FORMAT, Progress
 from stack.data.packing import Packing
+from stack.data.shards import TokenStream
 from stack.data.stages import SPLITS
 from stack.data.tokenizer import Tokenizer
 from stack.tensorfile import BadTensorFile
@@ -58,9 +59,13 @@ class Dataset:
         """Held-out documents as text, decoded from the shards; of each at most `max_tokens`. Documents without a token are left out."""
         starts = [*self.validation.document_starts.tolist(), self.validation.n_tokens]
         for start, stop in zip(starts, starts[1:]):
-            ids = self.validation.token_range(start, stop if max_tokens is None else min(stop, start + max_tokens))
-            if text := self.tokenizer.decode(ids[ids != self.tokenizer.eos_id].tolist()):
+            if text := self.text(self.validation, start, stop if max_tokens is None else min(stop, start + max_tokens)):
                 yield text
+
+    def text(self, stream: TokenStream, start: int, stop: int) -> str:
+        """Tokens start … stop-1 of a split as text, without ends of text."""
+        ids = stream.token_range(start, stop)
+        return self.tokenizer.decode(ids[ids != self.tokenizer.eos_id].tolist())
 
 
 def cache_directory() -> Path:

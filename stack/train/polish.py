@@ -85,8 +85,7 @@ def carry_over(parent: Path, directory: RunDir, loaded: checkpoint.Loaded, cfg: 
     if (source.path / "samples.jsonl").is_file():
         write_atomically(archive / "samples.jsonl", (source.path / "samples.jsonl").read_bytes())
     write_atomically(archive / "curriculum.json", canonical_json(loaded.state["curriculum"]))
-    old_cfg, seed = validate(loaded.state["config"]), 0
-    old, new = curriculum.run_order(old_cfg, dataset, seed=seed), curriculum.run_order(cfg, dataset, seed=seed)
+    old_cfg, old, new = validate(loaded.state["config"]), order_of(loaded, dataset), curriculum.run_order(cfg, dataset, seed=0)
     document = {
         "parent": loaded.state["record"],
         "step": step,
