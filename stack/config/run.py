@@ -7,29 +7,7 @@ from pydantic import Field, model_validator
 from spec.records import Waiver
 from stack.config.base import Frozen
 from stack.config.data import BanditCurriculum, DataConfig, StaticCurriculum
-
-
-class ModelConfig(Frozen):
-    d_model: int = Field(ge=8, description="width of the residual stream, features")
-    n_layers: int = Field(ge=1, description="blocks")
-    n_heads: int = Field(ge=1, description="query heads")
-    n_kv_heads: int = Field(ge=1, description="key/value heads")
-    head_dim: int = Field(ge=2, description="width of a head, features; even, for rotary pairs")
-    d_ff: int = Field(ge=8, description="inner width of the feed-forward, features")
-    max_seq_len: int = Field(ge=2, description="context length, tokens")
-    rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary frequencies")
-    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
-    tied_head: bool = Field(True, description="use the embedding as the output head")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of residual-branch activations dropped in training (0-1)")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of embedding and input projections at step 0")
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary positions turn pairs of features")
-        return self
+from stack.config.model import ModelConfig
 
 
 class TrainConfig(Frozen):

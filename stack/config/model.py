@@ -1,0 +1,223 @@
+"""The model: sizes are numbers, and every choice of architecture is a type."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stack.config.base import Frozen
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+class Unscaled(Frozen):
+    """Rotary frequencies as `rope_theta` gives them."""
+
+    kind: Literal["none"] = "none"
+
+
+class LinearScaling(Frozen):
+    """All rotary frequencies divided by one factor (arXiv:2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(ge=1, description="how many times longer the context is than the one first trained on")
+
+
+class Llama3Scaling(Frozen):
+    """Long rotary waves divided by a factor, short ones kept, those between blended (Llama 3.1)."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float = Field(8.0, ge=1, description="divisor of frequencies whose wave is long")
+    low_freq_factor: float = Field(1.0, gt=0, description="waves longer than original_max_seq_len over this are divided")
+    high_freq_factor: float = Field(4.0, gt=0, description="waves shorter than original_max_seq_len over this are kept")
+    original_max_seq_len: int = Field(8192, ge=2, description="context length first trained on, tokens")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"positions.scaling.high_freq_factor ({self.high_freq_factor:g}) must be above low_freq_factor ({self.low_freq_factor:g})"
+            )
+        return self
+
+
+class RotaryPositions(Frozen):
+    """Queries and keys are turned by their position (arXiv:2104.09864); the base is model.rope_theta."""
+
+    kind: Literal["rotary"] = "rotary"
+    scaling: Annotated[Unscaled | LinearScaling | Llama3Scaling, Field(discriminator="kind")] = Unscaled()
+
+
+class LearnedPositions(Frozen):
+    """A learned vector per position is added to the embedding (GPT-2)."""
+
+    kind: Literal["learned"] = "learned"
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+class RmsNorm(Frozen):
+    """Root-mean-square normalisation with a gain (arXiv:1910.07467)."""
+
+    kind: Literal["rmsnorm"] = "rmsnorm"
+
+
+class LayerNorm(Frozen):
+    """Mean and variance normalisation with gain and bias (arXiv:1607.06450)."""
+
+    kind: Literal["layernorm"] = "layernorm"
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class Attention(Frozen):
+    """What both ways of attending have in common."""
+
+    qk_norm: bool = Field(False, description="RMSNorm of each query and key head before rotation (Qwen3)")
+    qkv_bias: bool = Field(False, description="biases on queries, keys and values (Qwen2, GPT-2)")
+    out_bias: bool = Field(False, description="bias on the output projection (GPT-2)")
+    window: int | None = Field(None, ge=1, description="keys a query sees, itself included, tokens; none: all before it (Mistral)")
+
+
+class SoftmaxAttention(Attention):
+    """softmax(q·k/√H)·v."""
+
+    kind: Literal["softmax"] = "softmax"
+
+
+class DifferentialAttention(Attention):
+    """The difference of two softmax maps over halves of each head (arXiv:2410.05258).
+
+    `paper`: λ from four learned vectors, RMSNorm per head, scaled by 1 − λ_init. `scalar`: one learned λ per layer and no head norm.
+    """
+
+    kind: Literal["differential"] = "differential"
+    form: Literal["paper", "scalar"] = Field("paper", description="how λ is made, and whether heads are normalised")
+
+
+# --- feed-forward ---------------------------------------------------------------------------------------------------
+
+
+class SwiGLU(Frozen):
+    """down(silu(gate(x)) · up(x)), without biases (arXiv:2002.05202)."""
+
+    kind: Literal["swiglu"] = "swiglu"
+
+
+class Gelu(Frozen):
+    """down(gelu(up(x)))."""
+
+    kind: Literal["gelu"] = "gelu"
+    bias: bool = Field(True, description="biases on both projections (GPT-2)")
+    approximate: Literal["tanh", "none"] = Field("tanh", description="the tanh formula of GPT-2, or the exact one")
+
+
+class AuxiliaryLoss(Frozen):
+    """Experts · Σ share of choices · mean probability, added to the loss (arXiv:2101.03961), over all top_k choices; 1 when even."""
+
+    kind: Literal["auxiliary-loss"] = "auxiliary-loss"
+    weight: float = Field(0.01, gt=0, description="factor of the balance term, nats")
+
+
+class BiasBalance(Frozen):
+    """A bias per expert that enters the selection only, and is moved against the load after each update (arXiv:2408.15664)."""
+
+    kind: Literal["selection-bias"] = "selection-bias"
+    rate: float = Field(1e-3, gt=0, description="change of a bias per update")
+
+
+class MixtureOfExperts(Frozen):
+    """Each token is sent to `top_k` of `n_experts` feed-forwards by a router without bias; weights are renormalised over the chosen ones.
+
+    With top_k = 1 the weight is the probability itself: renormalised it would be 1, and the router would learn nothing from the loss.
+    """
+
+    kind: Literal["moe"] = "moe"
+    n_experts: int = Field(8, ge=2, description="feed-forwards per layer, each of width d_ff")
+    top_k: int = Field(2, ge=1, description="experts each token visits")
+    expert: Annotated[SwiGLU | Gelu, Field(discriminator="kind")] = SwiGLU()
+    balance: Annotated[AuxiliaryLoss | BiasBalance, Field(discriminator="kind")] = AuxiliaryLoss()
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="an expert takes this many times its even share of a micro-batch in training and drops later tokens; none: no drops",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.top_k > self.n_experts:
+            raise ValueError(f"model.ffn.top_k ({self.top_k}) must be at most model.ffn.n_experts ({self.n_experts})")
+        return self
+
+
+# --- depth ----------------------------------------------------------------------------------------------------------
+
+
+class FullDepth(Frozen):
+    """Every token goes through every block."""
+
+    kind: Literal["full"] = "full"
+
+
+class SoftGate(Frozen):
+    """Each token takes σ(w·x + b) of what the block would change."""
+
+    kind: Literal["soft"] = "soft"
+
+
+class HardCapacity(Frozen):
+    """A block reads only tokens whose score is among the highest `capacity_frac` of those read so far, so no token depends on later ones."""
+
+    kind: Literal["hard"] = "hard"
+    capacity_frac: float = Field(0.5, gt=0, lt=1, description="share of the tokens that a gated block reads (0-1)")
+
+
+class MixtureOfDepths(Frozen):
+    """Gated blocks change some tokens more than others, or skip them (arXiv:2404.02258)."""
+
+    kind: Literal["mixture-of-depths"] = "mixture-of-depths"
+    gate: Annotated[SoftGate | HardCapacity, Field(discriminator="kind")] = SoftGate()
+    every: int = Field(1, ge=1, description="each block whose number is a multiple of this is gated; 1: all of them")
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Frozen):
+    d_model: int = Field(ge=8, description="width of the residual stream, features")
+    n_layers: int = Field(ge=1, description="blocks")
+    n_heads: int = Field(ge=1, description="query heads")
+    n_kv_heads: int = Field(ge=1, description="key/value heads")
+    head_dim: int = Field(ge=2, description="width of a head, features; even, for rotary pairs")
+    d_ff: int = Field(ge=8, description="inner width of the feed-forward or of one expert, features")
+    max_seq_len: int = Field(ge=2, description="context length, tokens")
+    positions: Annotated[RotaryPositions | LearnedPositions, Field(discriminator="kind")] = RotaryPositions()
+    rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary frequencies")
+    norm: Annotated[RmsNorm | LayerNorm, Field(discriminator="kind")] = RmsNorm()
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square or variance in norms")
+    attention: Annotated[SoftmaxAttention | DifferentialAttention, Field(discriminator="kind")] = SoftmaxAttention()
+    ffn: Annotated[SwiGLU | Gelu | MixtureOfExperts, Field(discriminator="kind")] = SwiGLU()
+    depth: Annotated[FullDepth | MixtureOfDepths, Field(discriminator="kind")] = FullDepth()
+    tied_head: bool = Field(True, description="use the embedding as the output head")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of residual-branch activations dropped in training (0-1)")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of embedding and input projections at step 0")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})")
+        rotary, halves = self.positions.kind == "rotary", self.attention.kind == "differential"
+        unit = (2 if rotary else 1) * (2 if halves else 1)
+        if self.head_dim % unit:
+            why = " and ".join(
+                text for on, text in ((rotary, "rotary positions turn pairs of features"), (halves, "differential heads have halves")) if on
+            )
+            raise ValueError(f"model.head_dim ({self.head_dim}) must be a multiple of {unit}: {why}")
+        if not rotary and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
+            raise ValueError(f"model.rope_theta ({self.rope_theta:g}) has no effect with model.positions.kind = learned")
+        if self.depth.kind == "mixture-of-depths" and self.depth.every > self.n_layers:
+            raise ValueError(
+                f"model.depth.every ({self.depth.every}) is above model.n_layers ({self.n_layers}), so no block would be gated"
+            )
+        return self
