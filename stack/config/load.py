@@ -48,14 +48,17 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
-        origin = next((o for k, o in (origins or {}).items() if key.startswith(k)), "the recipe")
+        origin = next((o for k, o in (origins or {}).items() if key.startswith(k) or (key and k.startswith(f"{key}."))), "the recipe")
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             raise unknown_key(key, origin) from e
         if error["type"] == "missing":
             raise ConfigError(f"{key} is missing", value=f"from {origin}", next_step=f"--set {key}=…") from e
-        shown = f"{error.get('input')!r} from {origin}" if key else f"from {', '.join((origins or {}).values()) or origin}"
-        raise ConfigError(f"{key}: {message}" if key else message, value=shown, next_step="stack train --dry-run shows every value") from e
+        whole = not key or message.startswith(f"{key}.")
+        shown = f"{error.get('input')!r} from {origin}" if not whole else f"from {', '.join((origins or {}).values()) or origin}"
+        raise ConfigError(
+            message if whole else f"{key}: {message}", value=shown, next_step="stack train --dry-run shows every value"
+        ) from e
 
 
 def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
@@ -169,7 +172,12 @@ def _near(leaf: str) -> list[str]:
 
 
 def unknown_key(key: str, origin: str) -> ConfigError:
-    """The error for a key that does not exist, naming the nearest that does."""
+    """The error for a key that does not exist, or not with the kind that was chosen, naming the nearest that does."""
+    if key in known_keys():
+        table = key.rpartition(".")[0]
+        return ConfigError(
+            f"{key} belongs to another {table}.kind", value=f"from {origin}", next_step=f"--set {table}.kind=… before it, or remove it"
+        )
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5) or [
         k for k in known_keys() if k.endswith("." + key.split(".")[-1])
     ]
@@ -216,7 +224,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
-    """Set a dotted key. Choosing another `kind` drops the values of the former variant, but what all curricula have in common stays.
+    """Set a dotted key. Another `kind` begins with that variant's defaults, but what all curricula have in common stays.
 
     Below a table by name, any name is a key.
     """
@@ -232,7 +240,23 @@ def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
         common = Curriculum.model_fields if path == ["curriculum"] else ()
         for name in [n for n in node if n not in common]:
             del node[name]
+        for variant in (v for v in _models_at(path) if v.model_fields["kind"].default == value):
+            node |= {n: v for n, v in _defaults(variant).items() if n not in node}
     node[leaf] = value
+
+
+def _models_at(path: list[str]) -> list[type[BaseModel]]:
+    """The configuration types a dotted key may lead to."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in path:
+        models = [m for owner in models if part in owner.model_fields for m in _models_in(owner.model_fields[part].annotation)]
+    return models
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """Values of the fields that need not be given, JSON-ready."""
+    given = {n: f.get_default(call_default_factory=True) for n, f in model.model_fields.items() if not f.is_required()}
+    return {n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in given.items()}
 
 
 def _named_tables() -> tuple[str, ...]:

@@ -167,7 +167,7 @@ class SoftGate(Frozen):
 
 
 class HardCapacity(Frozen):
-    """A block reads only tokens whose score is among the highest `capacity_frac` of those read so far, so no token depends on later ones."""
+    """A block reads the tokens whose score is among the highest `capacity_frac` of those so far, so that none depends on later ones."""
 
     kind: Literal["hard"] = "hard"
     capacity_frac: float = Field(0.5, gt=0, lt=1, description="share of the tokens that a gated block reads (0-1)")
@@ -209,11 +209,10 @@ class ModelConfig(Frozen):
             raise ValueError(f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})")
         rotary, halves = self.positions.kind == "rotary", self.attention.kind == "differential"
         unit = (2 if rotary else 1) * (2 if halves else 1)
+        reasons = [t for on, t in ((rotary, "rotary positions turn pairs of features"), (halves, "differential heads have halves")) if on]
         if self.head_dim % unit:
-            why = " and ".join(
-                text for on, text in ((rotary, "rotary positions turn pairs of features"), (halves, "differential heads have halves")) if on
-            )
-            raise ValueError(f"model.head_dim ({self.head_dim}) must be a multiple of {unit}: {why}")
+            number = "even" if unit == 2 else f"a multiple of {unit}"
+            raise ValueError(f"model.head_dim ({self.head_dim}) must be {number}: {' and '.join(reasons)}")
         if not rotary and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
             raise ValueError(f"model.rope_theta ({self.rope_theta:g}) has no effect with model.positions.kind = learned")
         if self.depth.kind == "mixture-of-depths" and self.depth.every > self.n_layers:
