@@ -54,17 +54,17 @@ def _model_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch:
         "vocab_size": vocab_size,
         "max_seq_len": m.max_seq_len,
         "eos_id": tokenizer.eos_id,
-        "declared_init": {n: (row_of(m, n).law, row_of(m, n).std) for n, _ in model.named_parameters()},
+        "declared_init": {n: (row_of(m, n).law, row_of(m, n).value) for n, _ in model.named_parameters()},
         "declared_parameter_count": parameter_count(m.model_dump(), vocab_size),
         "declared_architecture": m.model_dump(),
-        "rotary_tables": (model.rotary.cos, model.rotary.sin),
+        "rotary_tables": model.positions.tables(0, m.max_seq_len),
         "embedding": model.embed,
         "packed_logits": lambda ids_BT, document_ids_BT: model(ids_BT, document_ids_BT=document_ids_BT),
         "embedding_weight": model.embed.weight,
         "head_weight": model.head_weight,
         "loss_batch": (ids[:, :-1], ids[:, 1:]) if loss_batch is None else (loss_batch.input_ids, loss_batch.labels),
-        "attention_layers": [(_attend(model, layer.attention), _attention_weights(layer.attention)) for layer in model.layers],
-        "oracle_weights": _oracle_weights(model),
+        "attention_layers": [_attend(model, layer.attention) for layer in model.layers],
+        "weights": dict(model.state_dict()),
         "overfit_batch": overfit_batch(vocab_size, tokenizer.eos_id, min(m.max_seq_len, 24)),
         "overfit_lr": overfit_lr(m.d_model),
     }
@@ -75,21 +75,7 @@ def _random_ids(shape: tuple[int, ...], vocab_size: int, seed: int) -> Tensor:
 
 
 def _attend(model: Transformer, attention: nn.Module) -> Any:
-    return lambda x_BTD: attention(x_BTD, model.rotary(0, x_BTD.shape[1]))
-
-
-def _attention_weights(attention: nn.Module) -> dict[str, Tensor]:
-    return {name: getattr(attention, name).weight for name in ("q", "k", "v", "out")}
-
-
-def _oracle_weights(model: Transformer) -> dict[str, Any]:
-    layers = [
-        _attention_weights(layer.attention)
-        | {"attention_norm": layer.attention_norm.weight, "ffn_norm": layer.ffn_norm.weight}
-        | {name: getattr(layer.ffn, name).weight for name in ("gate", "up", "down")}
-        for layer in model.layers
-    ]
-    return {"embed": model.embed.weight, "final_norm": model.final_norm.weight, "head": model.head_weight, "layers": layers}
+    return lambda x_BTD: attention(x_BTD, model.reading(torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)))
 
 
 def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""Causal attention, of whole rows and of documents packed into rows, through torch's fused scaled_dot_product_attention.
+"""Causal attention, of whole rows and of packed or windowed ones, through torch's fused scaled_dot_product_attention.
 
 B batch, N query heads, K key/value heads, T queries, S keys, H head_dim
 """
@@ -8,40 +8,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
-    """softmax(q·k/√H + causal mask)·v. The T queries are the last T of S positions; query head n reads key/value head n // (N/K).
+def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask_B1TS: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(q·k·scale)·v over the keys each query may see: those that `mask_B1TS` allows, or all up to its own position.
 
-    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.causal_attention`.
+    The T queries are the last T of S positions; query head n reads key/value head n // (N/K); `scale` is 1/√H unless given.
+    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.attention`.
     """
+    if mask_B1TS is not None:
+        return masked(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale)
     if q_BNTH.shape[2] == k_BKSH.shape[2]:
-        return whole(q_BNTH, k_BKSH, v_BKSH)
-    return continued(q_BNTH, k_BKSH, v_BKSH)
+        return whole(q_BNTH, k_BKSH, v_BKSH, scale)
+    return continued(q_BNTH, k_BKSH, v_BKSH, scale)
 
 
-def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float | None = None) -> Tensor:
     """Queries for every position: training, and the first part of a generation."""
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=grouped(q_BNTH, k_BKSH))
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float | None = None) -> Tensor:
     """Queries for the last T positions only; the earlier keys and values come from a cache."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     mask_TS = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, enable_gqa=grouped(q_BNTH, k_BKSH))
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor) -> Tensor:
-    """softmax(q·k/√H)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // (N/K).
-
-    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
-    """
-    return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, enable_gqa=grouped(q_BNTH, k_BKTH))
+def masked(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor, scale: float | None = None) -> Tensor:
+    """Queries that see the keys `mask_B1TS` (bool, query by key) allows: packed documents, windows, blocks that skip tokens."""
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_B1TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def document_mask(start_BT: Tensor) -> Tensor:
-    """Which keys each query may see, (B, 1, T, T) bool: its own and those back to `start_BT`, the first index of its document."""
-    index_T = torch.arange(start_BT.shape[1], device=start_BT.device)
-    return ((index_T <= index_T[:, None]) & (index_T >= start_BT[:, :, None]))[:, None]
+def document_mask(first_BT: Tensor) -> Tensor:
+    """Which keys each query may see, (B, 1, T, T) bool: its own and those back to `first_BT`, where its document or window begins."""
+    index_T = torch.arange(first_BT.shape[1], device=first_BT.device)
+    return ((index_T <= index_T[:, None]) & (index_T >= first_BT[:, :, None]))[:, None]
+
+
+def window_mask(start: int, stop: int, window: int, device: torch.device | str) -> Tensor:
+    """Which of `stop` keys the queries `start … stop−1` may see, (1, 1, T, S) bool: `window` of them, the query's own included."""
+    index_S, index_T = torch.arange(stop, device=device), torch.arange(start, stop, device=device)[:, None]
+    return ((index_S <= index_T) & (index_S > index_T - window))[None, None]
 
 
 def grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:

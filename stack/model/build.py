@@ -28,6 +28,6 @@ def build_model(cfg: ModelConfig, vocab_size: int, *, seed: int, device: torch.d
     with torch.device("meta"):
         model = Transformer(cfg, vocab_size)
     model.to_empty(device="cpu")
-    model.rotary.reset()
+    model.positions.reset()
     initialise(model, cfg, torch.Generator().manual_seed(seed))
     return model.to(device)

@@ -1,10 +1,12 @@
-"""Gated feed-forward. B batch, T tokens, D d_model, F d_ff."""
+"""Feed-forwards of every token. B batch, T tokens, D d_model, F d_ff."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stack.config import ModelConfig
+from stack.config import Gelu, ModelConfig
+from stack.kernels import dispatch
 from stack.model.init import Linear
+from stack.model.reading import Reading
 
 
 class SwiGLU(nn.Module):
@@ -16,6 +18,20 @@ class SwiGLU(nn.Module):
         self.up = Linear(cfg.d_model, cfg.d_ff, bias=False)
         self.down = Linear(cfg.d_ff, cfg.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
         """Same shape and dtype as `x_BTD`."""
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(dispatch.swiglu(self.gate(x_BTD), self.up(x_BTD)))
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))). Source: arXiv:1606.08415."""
+
+    def __init__(self, cfg: ModelConfig, gelu: Gelu):
+        super().__init__()
+        self.approximate = gelu.approximate
+        self.up = Linear(cfg.d_model, cfg.d_ff, bias=gelu.bias)
+        self.down = Linear(cfg.d_ff, cfg.d_model, bias=gelu.bias)
+
+    def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
+        """Same shape and dtype as `x_BTD`."""
+        return self.down(F.gelu(self.up(x_BTD), approximate=self.approximate))

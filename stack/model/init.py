@@ -23,25 +23,35 @@ class Embedding(nn.Embedding):
         """Leave the memory as it is."""
 
 
+def Parameter(width: int) -> nn.Parameter:
+    """A vector without a value of its own: the table below gives it."""
+    return nn.Parameter(torch.empty(width))
+
+
 @dataclass(frozen=True)
 class InitRow:
-    """Parameters whose name matches `pattern` follow `law`: `normal` with mean 0 and `std`, or `ones`."""
+    """Parameters whose name matches `pattern` follow `law`: `normal` with mean 0 and this spread, or `constant` with this value."""
 
     pattern: str
     law: str
-    std: float
+    value: float
     why: str
 
 
 def init_table(cfg: ModelConfig) -> list[InitRow]:
     """The law of every parameter; the first matching row counts."""
     branch_std = cfg.init_std / (2 * cfg.n_layers) ** 0.5
+    branches = "2·n_layers branches add up to init_std (GPT-2, sec. 2.3)"
     return [
-        InitRow("*norm.weight", "ones", 0.0, "a norm starts as plain normalisation"),
-        InitRow("layers.*.attention.out.weight", "normal", branch_std, "2·n_layers branches add up to init_std (GPT-2, sec. 2.3)"),
-        InitRow("layers.*.ffn.down.weight", "normal", branch_std, "2·n_layers branches add up to init_std (GPT-2, sec. 2.3)"),
-        InitRow("layers.*.weight", "normal", cfg.init_std, "input projections of both branches"),
+        InitRow("*norm.weight", "constant", 1.0, "a norm starts as plain normalisation"),
+        InitRow("*.bias", "constant", 0.0, "no feature is preferred; a gate of depth starts near one half"),
+        InitRow("layers.*.attention.lambda_weight", "constant", 0.5, "the second map counts half (founding note: tinygpt validation)"),
+        InitRow("layers.*.attention.lambda_[qk][12]", "normal", 0.1, "λ starts near λ_init (arXiv:2410.05258)"),
+        InitRow("layers.*.attention.out.weight", "normal", branch_std, branches),
+        InitRow("layers.*.ffn*.down.weight", "normal", branch_std, branches),
+        InitRow("layers.*.weight", "normal", cfg.init_std, "input projections and routers"),
         InitRow("embed.weight", "normal", cfg.init_std, "also the tied head: keeps the first loss near ln V"),
+        InitRow("positions.weight", "normal", cfg.init_std, "as wide as the embedding it is added to"),
         InitRow("head.weight", "normal", cfg.init_std, "keeps the first loss near ln V"),
     ]
 
@@ -54,17 +64,18 @@ def row_of(cfg: ModelConfig, name: str) -> InitRow:
     raise KeyError(f"no row of the initialisation table matches the parameter {name}")
 
 
-def declared_std(cfg: ModelConfig, name: str, shape: tuple[int, ...] = ()) -> float:
-    """Standard deviation at step 0; 0 for a parameter of ones. `shape` is there for laws that depend on it."""
-    return row_of(cfg, name).std
-
-
 @torch.no_grad()
 def initialise(model: nn.Module, cfg: ModelConfig, generator: torch.Generator) -> None:
     """Fill every parameter by the table, in the order of `named_parameters`, drawing only from `generator` (CPU)."""
     for name, parameter in model.named_parameters():
         row = row_of(cfg, name)
-        if row.law == "ones":
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, row.std, generator=generator)
+        match row.law:
+            case "constant":
+                parameter.fill_(row.value)
+            case "normal":
+                parameter.normal_(0.0, row.value, generator=generator)
+            case other:
+                raise ValueError(f"the initialisation table names a law that does not exist: {other}")
+    for name, buffer in model.named_buffers():
+        if name.endswith("selection_bias"):
+            buffer.zero_()

@@ -1,8 +1,11 @@
-"""Root-mean-square normalisation. B batch, T tokens, D features."""
+"""Normalisation of features. B batch, T tokens, D features."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stack.kernels import dispatch
+from stack.model.init import Parameter
 
 
 class RMSNorm(nn.Module):
@@ -11,11 +14,24 @@ class RMSNorm(nn.Module):
     Returns shape and dtype of the input. Source: arXiv:1910.07467.
     """
 
-    def __init__(self, d_model: int, eps: float):
+    def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.weight = Parameter(width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return dispatch.rms_norm(x_BTD, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / √(variance + eps) · weight + bias over the last axis; statistics as in RMSNorm. Source: arXiv:1607.06450."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = Parameter(width), Parameter(width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
-        return F.rms_norm(wide, (x_BTD.shape[-1],), self.weight.to(wide.dtype), self.eps).to(x_BTD.dtype)
+        weight, bias = (p.to(wide.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(wide, (x_BTD.shape[-1],), weight, bias, self.eps).to(x_BTD.dtype)

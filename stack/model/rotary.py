@@ -1,16 +1,47 @@
-"""Rotary positions. B batch, N heads, T tokens, H head_dim, J = H/2 rotated pairs."""
+"""Rotary positions. B batch, N heads, T tokens, H width that is rotated, J = H/2 rotated pairs."""
+
+import math
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
+from stack.config import LinearScaling, Llama3Scaling, Unscaled
+from stack.kernels import dispatch
 
-def rotary_tables(head_dim: int, max_seq_len: int, theta: float, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position·theta^(−2j/H), each (max_seq_len, H/2) float32, computed in float64 and rounded once.
+Scaling = Unscaled | LinearScaling | Llama3Scaling
+
+
+def frequencies(width: int, theta: float, scaling: Scaling, device: torch.device | str = "cpu") -> Tensor:
+    """theta^(−2j/H) for each pair j, scaled as declared, (J,) float64, radians per position."""
+    frequency_J = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    match scaling:
+        case Unscaled():
+            return frequency_J
+        case LinearScaling(factor=factor):
+            return frequency_J / factor
+        case Llama3Scaling():
+            return _llama3(frequency_J, scaling)
+        case other:
+            assert_never(other)
+
+
+def _llama3(frequency_J: Tensor, s: Llama3Scaling) -> Tensor:
+    """Waves of more than `low` tokens divided by the factor, of fewer than `high` kept, blended by wave count between them."""
+    waves_J = s.original_max_seq_len * frequency_J / (2 * math.pi)
+    kept_J = ((waves_J - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return frequency_J * (kept_J + (1 - kept_J) / s.factor)
+
+
+def rotary_tables(
+    width: int, max_seq_len: int, theta: float, scaling: Scaling = Unscaled(), device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position·frequency, each (max_seq_len, J) float32, computed in float64 and rounded once.
 
     Positions in half precision collide beyond 256 (huggingface/transformers#29285). Source: RoFormer, arXiv:2104.09864.
     """
-    frequency_J = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angle_TJ = torch.arange(max_seq_len, dtype=torch.float64, device=device)[:, None] * frequency_J
+    position_T = torch.arange(max_seq_len, dtype=torch.float64, device=device)
+    angle_TJ = position_T[:, None] * frequencies(width, theta, scaling, device)
     return angle_TJ.cos().float(), angle_TJ.sin().float()
 
 
@@ -19,32 +50,35 @@ def rotate(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
 
     Computes in float32 or wider, returns the dtype of `x_BNTH`. Keeps each pair's length (property-tested).
     """
-    a, b = x_BNTH.chunk(2, dim=-1)
-    return torch.cat((a * cos_TJ - b * sin_TJ, b * cos_TJ + a * sin_TJ), dim=-1).to(x_BNTH.dtype)
+    return dispatch.rope(x_BNTH, cos_TJ, sin_TJ)
 
 
 class Rotary(nn.Module):
     """Holds the tables as buffers. They follow from the configuration, so they are not stored in checkpoints."""
 
-    def __init__(self, head_dim: int, max_seq_len: int, theta: float):
+    def __init__(self, width: int, max_seq_len: int, theta: float, scaling: Scaling = Unscaled()):
         super().__init__()
-        self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
-        self.register_buffer("cos", torch.empty(max_seq_len, head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(max_seq_len, head_dim // 2), persistent=False)
+        self.width, self.max_seq_len, self.theta, self.scaling = width, max_seq_len, theta, scaling
+        self.register_buffer("cos", torch.empty(max_seq_len, width // 2), persistent=False)
+        self.register_buffer("sin", torch.empty(max_seq_len, width // 2), persistent=False)
         self.reset()
 
     def reset(self) -> None:
         """Compute the tables afresh; needed whenever the module was moved to real memory from the meta device."""
         if self.cos.is_meta:
             return
-        cos_TJ, sin_TJ = rotary_tables(self.head_dim, self.max_seq_len, self.theta)
+        cos_TJ, sin_TJ = rotary_tables(self.width, self.max_seq_len, self.theta, self.scaling)
         self.cos.copy_(cos_TJ)
         self.sin.copy_(sin_TJ)
 
-    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows `start … stop−1` of both tables, each (T, H/2)."""
+    def tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows `start … stop−1` of both tables, each (T, J)."""
         return self.cos[start:stop], self.sin[start:stop]
 
     def at(self, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of both tables at each token's own position (int64), each (B, 1, T, H/2): one for all heads."""
+        """Rows of both tables at each token's own position (int64), each (B, 1, T, J): one for all heads."""
         return self.cos[position_BT][:, None], self.sin[position_BT][:, None]
+
+    def added(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:
+        """The embedding as it is: positions enter in attention."""
+        return x_BTD

@@ -1,37 +1,42 @@
-"""A pre-norm decoder in the manner of Llama. B batch, T tokens, D d_model, V vocab, J = head_dim/2."""
+"""A pre-norm decoder. B batch, T tokens, D d_model, V vocab, S keys, J rotated pairs."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spec.errors import UsageError
-from stack.config import ModelConfig
+from stack.config import AuxiliaryLoss, BiasBalance, MixtureOfExperts, ModelConfig
 from stack.kernels import dispatch
-from stack.model.attention import Attention
 from stack.model.cache import KVCache
-from stack.model.feedforward import SwiGLU
 from stack.model.init import Embedding, Linear
-from stack.model.norm import RMSNorm
-from stack.model.rotary import Rotary
+from stack.model.moe import update_selection_bias
+from stack.model.positions import make_positions
+from stack.model.reading import ExpertLoad, Reading, Report
+from stack.model.variants import make_attention, make_depth, make_feedforward, make_norm
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normalised at its input and added to the residual stream."""
+    """Attention, then feed-forward, each normalised at its input and added to the residual stream; `depth` says for which tokens."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.attention = Attention(cfg, layer)
-        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.ffn = SwiGLU(cfg)
+        self.attention_norm = make_norm(cfg)
+        self.attention = make_attention(cfg, layer)
+        self.ffn_norm = make_norm(cfg)
+        self.ffn = make_feedforward(cfg, cfg.ffn)
+        self.depth = make_depth(cfg, layer)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None, mask_B1TT: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, reading: Reading) -> Tensor:
         """One step of the residual stream, same shape."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask_B1TT))
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+        return self.depth(self.residual, x_BTD, reading)
+
+    def residual(self, x_BTD: Tensor, reading: Reading) -> Tensor:
+        """Both branches, for the tokens given."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), reading))
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), reading))
 
 
 class Transformer(nn.Module):
@@ -41,9 +46,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
         self.embed = Embedding(vocab_size, cfg.d_model)
-        self.rotary = Rotary(cfg.head_dim, cfg.max_seq_len, cfg.rope_theta)
+        self.positions = make_positions(cfg)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
-        self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.final_norm = make_norm(cfg)
         if not cfg.tied_head:
             self.head = Linear(cfg.d_model, vocab_size, bias=False)
 
@@ -52,6 +57,20 @@ class Transformer(nn.Module):
         """The (V, D) matrix that turns features into logits: the embedding itself if tied."""
         return self.embed.weight if self.cfg.tied_head else self.head.weight
 
+    @property
+    def balance_weight(self) -> float:
+        """Factor of the experts' balance term in the loss; 0 where balance is kept another way or there are no experts."""
+        match self.cfg.ffn:
+            case MixtureOfExperts(balance=AuxiliaryLoss(weight=weight)):
+                return weight
+        return 0.0
+
+    def after_update(self, loads: Sequence[Sequence[ExpertLoad]]) -> None:
+        """What follows an update besides the optimizer: selection biases move against the loads of all its micro-batches."""
+        match self.cfg.ffn:
+            case MixtureOfExperts(balance=BiasBalance(rate=rate)):
+                update_selection_bias(self, [torch.stack([load.load_E for load in layer]).sum(0) for layer in zip(*loads)], rate)
+
     def forward(self, input_ids_BT: Tensor, cache: KVCache | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) float32 (float64 for a float64 model). With a cache, the ids continue the positions it holds.
 
@@ -59,39 +78,49 @@ class Transformer(nn.Module):
         is read as if it stood alone, from position 0. Source: arXiv:2404.10830.
         Raises UsageError if the positions exceed max_seq_len, or for document ids of another shape or beside a cache.
         """
-        start = 0 if cache is None else cache.length
-        stop = start + input_ids_BT.shape[1]
-        if stop > self.cfg.max_seq_len:
-            raise UsageError("the input exceeds the context", value=f"{stop} tokens", allowed=f"max_seq_len = {self.cfg.max_seq_len}")
-        if document_ids_BT is None:
-            rotary, mask = self.rotary(start, stop), ()
-        else:
-            rotary, *mask = self.packed(input_ids_BT, cache, document_ids_BT)
-        x_BTD = self.embed(input_ids_BT)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary, cache, *mask)
+        return self.logits(self.features(input_ids_BT, cache, document_ids_BT)[0])
+
+    def features(self, input_ids_BT: Tensor, cache: KVCache | None = None, document_ids_BT: Tensor | None = None) -> tuple[Tensor, Report]:
+        """What the head multiplies, (B, T, D), and what the blocks report. Arguments and errors as in `forward`."""
+        reading = self.reading(input_ids_BT, cache, document_ids_BT)
+        x_BTD = self.positions.added(self.embed(input_ids_BT), reading.position_BT)
+        for block in self.layers:
+            x_BTD = block(x_BTD, reading)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
-        return self.logits(self.final_norm(x_BTD))
+        return self.final_norm(x_BTD), Report(tuple(reading.loads), tuple(reading.kept_fracs))
 
-    def packed(self, input_ids_BT: Tensor, cache: KVCache | None, document_ids_BT: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """What keeps documents apart in every layer: rotary tables (B, 1, T, J) that restart, and the mask (B, 1, T, T)."""
-        if cache is not None:
-            raise UsageError(
-                "a cache continues one document per row", value="cache and document_ids", next_step="generate without document_ids"
-            )
-        if document_ids_BT.shape != input_ids_BT.shape:
-            raise UsageError(
-                "document_ids do not fit the input", value=f"shape {tuple(document_ids_BT.shape)}", allowed=f"{tuple(input_ids_BT.shape)}"
-            )
+    def reading(self, input_ids_BT: Tensor, cache: KVCache | None = None, document_ids_BT: Tensor | None = None) -> Reading:
+        """Positions, and what keeps documents apart in every block."""
+        start = 0 if cache is None else cache.length
+        stop, device = start + input_ids_BT.shape[1], input_ids_BT.device
+        if stop > self.cfg.max_seq_len:
+            raise UsageError("the input exceeds the context", value=f"{stop} tokens", allowed=f"max_seq_len = {self.cfg.max_seq_len}")
+        window, index_1T = self.cfg.attention.window, torch.arange(start, stop, device=device)[None]
+        if document_ids_BT is None:
+            mask = dispatch.window_mask(start, stop, window, device) if window is not None and stop > window else None
+            return Reading(index_1T, None, mask, window, self.positions.tables(start, stop), cache=cache)
+        _refuse_unfit(input_ids_BT, cache, document_ids_BT)
         start_BT = document_starts(document_ids_BT)
-        position_BT = torch.arange(start_BT.shape[1], device=start_BT.device) - start_BT
-        return self.rotary.at(position_BT), dispatch.document_mask(start_BT)
+        first_BT = start_BT if window is None else start_BT.maximum(index_1T - window + 1)
+        position_BT = index_1T - start_BT
+        return Reading(position_BT, start_BT, dispatch.document_mask(first_BT), window, self.positions.at(position_BT))
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Output head on the normalised stream, (B, T, V), float32 or wider."""
         logits_BTV = F.linear(x_BTD, self.embed.weight) if self.cfg.tied_head else self.head(x_BTD)
         return logits_BTV if logits_BTV.dtype.itemsize >= 4 else logits_BTV.float()
+
+
+def _refuse_unfit(input_ids_BT: Tensor, cache: KVCache | None, document_ids_BT: Tensor) -> None:
+    if cache is not None:
+        raise UsageError(
+            "a cache continues one document per row", value="cache and document_ids", next_step="generate without document_ids"
+        )
+    if document_ids_BT.shape != input_ids_BT.shape:
+        raise UsageError(
+            "document_ids do not fit the input", value=f"shape {tuple(document_ids_BT.shape)}", allowed=f"{tuple(input_ids_BT.shape)}"
+        )
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from stack.train import step as steps
     sources=("https://github.com/QwenAudio/CosyVoice/issues/1449",),
 )
 def padding_counted():
-    def unmasked(logits_BTV, labels_BT):
-        return F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.clamp(min=0).flatten(), reduction="sum")
+    def unmasked(x_BTD, head_VD, labels_BT):
+        return F.cross_entropy((x_BTD @ head_VD.T).flatten(0, 1), labels_BT.clamp(min=0).flatten(), reduction="sum")
 
-    with swap(losses, "cross_entropy_sum", unmasked):
+    with swap(losses, "linear_cross_entropy_sum", unmasked):
         yield
 
 
@@ -35,12 +35,12 @@ def padding_counted():
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def labels_shifted_twice():
-    original = losses.cross_entropy_sum
+    original = losses.linear_cross_entropy_sum
 
-    def shifted(logits_BTV, labels_BT):
-        return original(logits_BTV[:, :-1], labels_BT[:, 1:])
+    def shifted(x_BTD, head_VD, labels_BT):
+        return original(x_BTD[:, :-1], head_VD, labels_BT[:, 1:])
 
-    with swap(losses, "cross_entropy_sum", shifted):
+    with swap(losses, "linear_cross_entropy_sum", shifted):
         yield
 
 
@@ -53,12 +53,12 @@ def labels_shifted_twice():
     sources=("https://github.com/allenai/OLMo-core/issues/261",),
 )
 def bits_instead_of_nats():
-    original = losses.cross_entropy_sum
+    original = losses.linear_cross_entropy_sum
 
-    def in_bits(logits_BTV, labels_BT):
-        return original(logits_BTV, labels_BT) / math.log(2)
+    def in_bits(x_BTD, head_VD, labels_BT):
+        return original(x_BTD, head_VD, labels_BT) / math.log(2)
 
-    with swap(losses, "cross_entropy_sum", in_bits):
+    with swap(losses, "linear_cross_entropy_sum", in_bits):
         yield
 
 
@@ -74,7 +74,8 @@ def mean_of_means():
     def accumulate(state, batches):
         state.optimizer.zero_grad(set_to_none=True)
         means = [
-            float(steps.backward(state, b, losses.count_valid(b.labels) * len(batches))) / losses.count_valid(b.labels) for b in batches
+            float(steps.backward(state, b, losses.count_valid(b.labels) * len(batches), b.input_ids.numel())) / losses.count_valid(b.labels)
+            for b in batches
         ]
         return sum(means) / len(means), sum(losses.count_valid(b.labels) for b in batches)
 
@@ -93,8 +94,8 @@ def mean_of_means():
 def undivided_accumulation():
     original = steps.backward
 
-    def undivided(state, batch, n_valid):
-        return original(state, batch, losses.count_valid(batch.labels))
+    def undivided(state, batch, n_valid, n_tokens):
+        return original(state, batch, losses.count_valid(batch.labels), n_tokens)
 
     with swap(steps, "backward", undivided):
         yield
@@ -131,14 +132,14 @@ def stale_gradients():
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def rows_leak():
-    original = losses.cross_entropy_sum
+    original = losses.linear_cross_entropy_sum
 
-    def leaking(logits_BTV, labels_BT):
+    def leaking(x_BTD, head_VD, labels_BT):
         labels = labels_BT.clone()
         if len(labels) > 1:
             labels[:, -1] = torch.roll(labels_BT, 1, dims=0)[:, -1]
             labels[0, -1] = labels_BT[0, -1]
-        return original(logits_BTV, labels)
+        return original(x_BTD, head_VD, labels)
 
-    with swap(losses, "cross_entropy_sum", leaking):
+    with swap(losses, "linear_cross_entropy_sum", leaking):
         yield

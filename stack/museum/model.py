@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from stack.kernels import attention
-from stack.model import build, rotary, transformer
+from stack.model import build, norm, rotary, transformer
 from stack.museum.plant import plant, swap
 from stack.train import losses
 
@@ -98,7 +98,7 @@ def logits_scaled():
     sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062", "https://github.com/facebookresearch/xformers/issues/103"),
 )
 def causal_mask_off_by_one():
-    def leaky(q_BNTH, k_BKSH, v_BKSH):
+    def leaky(q_BNTH, k_BKSH, v_BKSH, scale=None):
         length = q_BNTH.shape[2]
         allowed = torch.ones(length, length, dtype=torch.bool, device=q_BNTH.device).tril(1)
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=allowed, enable_gqa=True)
@@ -119,7 +119,7 @@ def rows_mixed():
     def over_rows(self, x_BTD):
         return x_BTD * torch.rsqrt(x_BTD.pow(2).mean((0, 2), keepdim=True) + self.eps) * self.weight
 
-    with swap(transformer.RMSNorm, "forward", over_rows):
+    with swap(norm.RMSNorm, "forward", over_rows):
         yield
 
 
@@ -180,7 +180,7 @@ def positions_restart_late():
 
 
 def _scaled(scale):
-    def whole(q_BNTH, k_BKSH, v_BKSH):
+    def whole(q_BNTH, k_BKSH, v_BKSH, given=None):
         h = q_BNTH.shape[3]
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=True, scale=scale(h))
 
@@ -222,8 +222,8 @@ def double_scale():
     sources=("https://github.com/huggingface/transformers/issues/29285", "https://github.com/EleutherAI/gpt-neox/issues/1016"),
 )
 def rope_bf16_table():
-    def coarse(head_dim, max_seq_len, theta, device="cpu"):
-        frequency_J = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    def coarse(width, max_seq_len, theta, scaling=None, device="cpu"):
+        frequency_J = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
         position_T = torch.arange(max_seq_len, device=device).to(torch.bfloat16).double()
         angle_TJ = position_T[:, None] * frequency_J
         return angle_TJ.cos().float(), angle_TJ.sin().float()
@@ -241,7 +241,7 @@ def rope_bf16_table():
     sources=("https://github.com/onnx/onnx/issues/7274", "https://github.com/apple/axlearn/issues/842"),
 )
 def gqa_head_order():
-    def tiled(q_BNTH, k_BKSH, v_BKSH):
+    def tiled(q_BNTH, k_BKSH, v_BKSH, scale=None):
         groups, (n_new, n_all) = q_BNTH.shape[1] // k_BKSH.shape[1], (q_BNTH.shape[2], k_BKSH.shape[2])
         allowed = torch.ones(n_new, n_all, dtype=torch.bool, device=q_BNTH.device).tril(n_all - n_new)
         k_BNSH, v_BNSH = k_BKSH.repeat(1, groups, 1, 1), v_BKSH.repeat(1, groups, 1, 1)
@@ -260,11 +260,11 @@ def gqa_head_order():
     sources=("https://github.com/theislab/CellFlow/pull/296",),
 )
 def attention_branch_lost():
-    def without_attention(self, x_BTD, rotary, cache=None, mask=None):
-        lost = self.attention(self.attention_norm(x_BTD), rotary, cache, mask)
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD))) + 0 * lost
+    def without_attention(self, x_BTD, reading):
+        lost = self.attention(self.attention_norm(x_BTD), reading)
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), reading)) + 0 * lost
 
-    with swap(transformer.Block, "forward", without_attention):
+    with swap(transformer.Block, "residual", without_attention):
         yield
 
 
@@ -277,10 +277,10 @@ def attention_branch_lost():
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def labels_of_the_past():
-    original = losses.cross_entropy_sum
+    original = losses.linear_cross_entropy_sum
 
-    def unshifted(logits_BTV, labels_BT):
-        return original(logits_BTV[:, 1:], labels_BT[:, :-1])
+    def unshifted(x_BTD, head_VD, labels_BT):
+        return original(x_BTD[:, 1:], head_VD, labels_BT[:, :-1])
 
-    with swap(losses, "cross_entropy_sum", unshifted):
+    with swap(losses, "linear_cross_entropy_sum", unshifted):
         yield

@@ -42,17 +42,17 @@ def nan_in_a_weight():
     sources=("https://github.com/dome272/Wuerstchen/issues/27",),
 )
 def infinite_activation():
-    original_step, original_loss = steps.train_step, losses.cross_entropy_sum
+    original_step, original_loss = steps.train_step, losses.linear_cross_entropy_sum
     now = [0]
 
     def counted(state, batches):
         now[0] = state.step + 1
         return original_step(state, batches)
 
-    def overflowing(logits_BTV, labels_BT):
-        return original_loss(logits_BTV, labels_BT) * (float("inf") if now[0] == BAD_STEP else 1.0)
+    def overflowing(x_BTD, head_VD, labels_BT):
+        return original_loss(x_BTD, head_VD, labels_BT) * (float("inf") if now[0] == BAD_STEP else 1.0)
 
-    with swap(steps, "train_step", counted), swap(losses, "cross_entropy_sum", overflowing):
+    with swap(steps, "train_step", counted), swap(losses, "linear_cross_entropy_sum", overflowing):
         yield
 
 
@@ -67,8 +67,8 @@ def infinite_activation():
 def nan_masked():
     original = steps.backward
 
-    def masked(state, batch, n_valid):
-        nats = original(state, batch, n_valid)
+    def masked(state, batch, n_valid, n_tokens):
+        nats = original(state, batch, n_valid, n_tokens)
         for p in state.model.parameters():
             p.grad = torch.nan_to_num(p.grad * float("nan"))
         return nats

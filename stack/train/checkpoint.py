@@ -48,8 +48,8 @@ def plain_name(name: str) -> str:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters by plain name, detached; a tied head is the embedding and has no entry of its own."""
-    return {plain_name(n): p.detach() for n, p in model.named_parameters()}
+    """All parameters and lasting buffers by plain name, detached; a tied head is the embedding and has no entry of its own."""
+    return {plain_name(n): t.detach() for n, t in model.state_dict(keep_vars=True).items()}
 
 
 def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -1,19 +1,29 @@
 """Cross-entropy as a sum over valid labels; whoever averages divides once, by the global count."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from contracts.conditions import ensure, require
+from stack.kernels import dispatch
+from stack.model.reading import ExpertLoad
 
 IGNORE_INDEX = -100
 
 
-@require(lambda logits_BTV, labels_BT: logits_BTV.shape[:2] == labels_BT.shape, "logits and labels agree in batch and length")
+@require(lambda x_BTD, labels_BT: x_BTD.shape[:2] == labels_BT.shape, "features and labels agree in batch and length")
 @ensure(lambda result: result.ndim == 0, "the sum is one number")
-def cross_entropy_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX. Computed and returned in float32, shape ()."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+def linear_cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX, where p = softmax(x·headᵀ). Returned in float32, shape ()."""
+    return dispatch.linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def balance_term(loads: Sequence[ExpertLoad], weight: float) -> Tensor | float:
+    """Weighted balance of the layers with experts, averaged over layers and summed over tokens, shape (); 0 without any."""
+    if not loads or weight == 0:
+        return 0.0
+    return weight * sum(load.balance_sum for load in loads) / len(loads)
 
 
 def count_valid(labels_BT: Tensor) -> int:

@@ -21,6 +21,7 @@ from stack.data.reader import Batch, eval_batches
 from stack.evaluate.ingredients import model_ingredients
 from stack.evaluate.stopping import batches_needed
 from stack.model.build import build_model
+from stack.model.reading import Report
 from stack.train import checkpoint, losses
 from stack.train import optimizer as opt
 from stack.train import step as steps
@@ -122,7 +123,8 @@ def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device
 def _window_nats(state: TrainState, window: Batch) -> float:
     state.model.eval()
     with state.autocast():
-        nats = losses.cross_entropy_sum(state.model(*steps.on_device(window, state.device)), window.labels.to(state.device))
+        x_BTD, _ = state.model.features(*steps.on_device(window, state.device))
+        nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, window.labels.to(state.device))
     state.model.train()
     return float(nats) / losses.count_valid(window.labels)
 
@@ -154,7 +156,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
             "eps": cfg.optim.eps,
             "decays": lambda name, parameter: parameter.ndim >= 2,
         },
-        "cross_entropy_sum": losses.cross_entropy_sum,
+        "cross_entropy_sum": _cross_entropy_sum,
         "micro_batch_nats": _micro_batch_nats,
         "gradient_of": _gradient_of(exact, dataset, device),
         "ragged_batch": (ids, ragged),
@@ -162,18 +164,21 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
     }
 
 
-def _bench(forward: Callable, optimizer: torch.optim.Optimizer, device: torch.device, autocast: Callable, model=None) -> SimpleNamespace:
-    """The part of a TrainState that `accumulate` uses, around another model."""
+def _bench(model: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> SimpleNamespace:
+    """The part of a TrainState that `accumulate` uses, around another model, in float32."""
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    return SimpleNamespace(forward=forward, optimizer=optimizer, device=device, autocast=autocast, scaler=scaler, model=model)
+    return SimpleNamespace(
+        features=model.features, optimizer=optimizer, device=device, autocast=nullcontext, scaler=scaler, model=model, loads=[]
+    )
 
 
 def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """One update of any model by the stack's own accumulation and clipping; returns the loss in nats."""
-    bench = _bench(model, optimizer, device, nullcontext, model)
+    bench = _bench(model, optimizer, device)
     loss_nats, _ = steps.accumulate(bench, [batch])
     _clip(cfg, opt.gradients(model))
     optimizer.step()
+    model.after_update(bench.loads)
     return loss_nats
 
 
@@ -185,8 +190,16 @@ def _clip(cfg: RunConfig, grads: list[Tensor]) -> float:
 def _micro_batch_nats(logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor) -> float:
     """The mean the real accumulation reports when the model answers `logits_BTV`."""
     answer = logits_BTV.clone().requires_grad_(True)
-    bench = _bench(lambda ids: answer * 1.0, torch.optim.SGD([answer], lr=0.0), torch.device("cpu"), nullcontext)
+    model = SimpleNamespace(
+        features=lambda ids: (answer * 1.0, Report((), ())), head_weight=torch.eye(logits_BTV.shape[-1]), balance_weight=0.0
+    )
+    bench = _bench(model, torch.optim.SGD([answer], lr=0.0), torch.device("cpu"))
     return steps.accumulate(bench, [Batch(ids_BT, labels_BT, (0,), 0, 0, 1)])[0]
+
+
+def _cross_entropy_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """The loss in terms of logits: the head is the identity."""
+    return losses.linear_cross_entropy_sum(logits_BTV, torch.eye(logits_BTV.shape[-1]), labels_BT)
 
 
 def _gradient_of(cfg: RunConfig, dataset: Dataset, device: torch.device) -> Callable:
@@ -239,8 +252,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def live_sha256(model: nn.Module) -> dict[str, str]:
-    """Hash of every parameter as it is in memory, by plain name."""
-    return {checkpoint.plain_name(n): tensor_sha256(p) for n, p in model.named_parameters()}
+    """Hash of every parameter and lasting buffer as it is in memory, by plain name."""
+    return {name: tensor_sha256(tensor) for name, tensor in checkpoint.model_tensors(model).items()}
 
 
 def digest(state: TrainState) -> dict[str, Any]:

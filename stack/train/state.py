@@ -21,7 +21,10 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float1
 
 @dataclass
 class TrainState:
-    """Model, optimizer, data position and running statistics. `step` counts finished updates."""
+    """Model, optimizer, data position and running statistics. `step` counts finished updates.
+
+    `features` is the model's own, compiled if declared; `loads` holds the expert loads of each micro-batch of the last step.
+    """
 
     cfg: RunConfig
     model: nn.Module
@@ -31,7 +34,8 @@ class TrainState:
     stopper: StopRule | NeverStopRule
     probe: opt.ParameterProbe
     device: torch.device
-    forward: Any
+    features: Any
+    loads: list = field(default_factory=list)
     step: int = 0
     tokens_seen: int = 0
     ema_loss_nats: float | None = None
@@ -69,7 +73,7 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=device,
-        forward=torch.compile(model) if cfg.train.compile else model,
+        features=torch.compile(model.features) if cfg.train.compile else model.features,
     )
 
 

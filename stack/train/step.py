@@ -36,15 +36,17 @@ class StepReport:
         return losses.is_finite(self.loss_nats, self.grad_norm)
 
 
-def backward(state: TrainState, batch: Batch, n_valid: int) -> Tensor:
-    """Forward and backward of one micro-batch. The loss is divided by `n_valid`, the count over the whole step.
+def backward(state: TrainState, batch: Batch, n_valid: int, n_tokens: int) -> Tensor:
+    """Forward and backward of one micro-batch. Its loss is divided by `n_valid`, its balance term by `n_tokens`: counts of the whole step.
 
     Returns the micro-batch's summed loss in nats, shape (), detached.
     """
     with state.autocast():
-        logits_BTV = state.forward(*on_device(batch, state.device))
-        nats = losses.cross_entropy_sum(logits_BTV, batch.labels.to(state.device, non_blocking=True))
-    state.scaler.scale(nats / n_valid).backward()
+        x_BTD, report = state.features(*on_device(batch, state.device))
+        nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, batch.labels.to(state.device, non_blocking=True))
+    objective = nats / n_valid + losses.balance_term(report.loads, state.model.balance_weight) / n_tokens
+    state.scaler.scale(objective).backward()
+    state.loads.append(report.loads)
     return nats.detach()
 
 
@@ -57,7 +59,7 @@ def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
 
 @require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")
 def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Gradients of the mean loss over all valid labels of all micro-batches, left unscaled in `.grad`.
+    """Gradients of the mean loss over all valid labels of all micro-batches, left unscaled in `.grad`; expert loads in `state.loads`.
 
     Returns (mean loss in nats, number of valid labels). Raises DataError if no label is valid.
     """
@@ -67,7 +69,9 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
             "no label of this step is valid, so there is nothing to learn", value="0 valid labels", next_step="check the label mask"
         )
     state.optimizer.zero_grad(set_to_none=True)
-    total_nats = sum(backward(state, b, n_valid) for b in batches)
+    state.loads.clear()
+    n_tokens = sum(b.input_ids.numel() for b in batches)
+    total_nats = sum(backward(state, b, n_valid, n_tokens) for b in batches)
     state.scaler.unscale_(state.optimizer)
     return float(total_nats) / n_valid, n_valid
 
@@ -90,6 +94,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     if losses.is_finite(loss_nats, grad_norm):
         state.scaler.step(state.optimizer)
         state.scaler.update()
+        state.model.after_update(state.loads)
     changed = state.probe.changed_frac()
     state.step = step
     state.tokens_seen += sum(b.input_ids.numel() for b in batches)

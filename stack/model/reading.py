@@ -1,0 +1,43 @@
+"""What all blocks of one forward share, and what they report. B batch, T tokens, S keys, L layers, E experts, J = rotated pairs."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stack.model.cache import KVCache
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """One layer's routing: the balance term summed over tokens (), choices per expert before dropping (E,) int64, dropped choices ()."""
+
+    balance_sum: Tensor
+    load_E: Tensor
+    dropped: Tensor
+
+
+@dataclass
+class Reading:
+    """The tokens' places. Positions count from 0 in each document, indices along the row or the cache.
+
+    `start_BT` is the first index of each token's document (None: all rows are one document), `mask_B1TS` the keys each query may
+    see (None: all before it), `rotary` cosine and sine of the positions, `inside_BT` which tokens count (None: all of them).
+    """
+
+    position_BT: Tensor
+    start_BT: Tensor | None
+    mask_B1TS: Tensor | None
+    window: int | None
+    rotary: tuple[Tensor, Tensor] | None
+    inside_BT: Tensor | None = None
+    cache: KVCache | None = None
+    loads: list[ExpertLoad] = field(default_factory=list)
+    kept_fracs: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the blocks of one forward report: expert loads by layer, and of blocks with hard capacity the share of tokens read."""
+
+    loads: tuple[ExpertLoad, ...]
+    kept_fracs: tuple[Tensor, ...]
