@@ -24,6 +24,7 @@ from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
 from stack.kernels import dispatch
 from stack.train import checkpoint, polish
+from stack.train.allocator import keep_heap
 from stack.train.listener import Listener
 from stack.train.loop import train_loop
 from stack.train.measures import state_metrics
@@ -156,6 +157,7 @@ def _open(
 ) -> Run:
     spec = load_spec()
     device = resolve_device(document["device"] if document else cfg.device)
+    allocator = keep_heap()
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     listener.on_phase("data")
     builder = RecordBuilder(
@@ -164,7 +166,8 @@ def _open(
     if document:
         builder.continue_record(document["record"], document["started_at"])
     dataset = prepare(cfg.data, on_progress=listener.on_build)
-    builder.environment = environment(str(device), **{f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()})
+    kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()}
+    builder.environment = environment(str(device), allocator=allocator, **kernels)
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":
         builder.not_covered = (*NOT_COVERED, "bit flips in the token shards: only their sizes were compared")
