@@ -1,5 +1,6 @@
 """Element-wise operations in plain torch, with derivatives written out so that few passes over memory and few saved tensors are left.
 
+A compiler that traces them gets the bare formula instead: it fuses passes itself.
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
 
@@ -14,6 +15,8 @@ from torch.autograd.function import once_differentiable
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last axis; statistics in float32, or float64 for float64 input; dtype of the input."""
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x_BTD.dtype)
     return _RMSNorm.apply(x_BTD.to(wide), weight_D.to(wide), eps).to(x_BTD.dtype)
 
 
@@ -39,6 +42,9 @@ class _RMSNorm(torch.autograd.Function):
 def rope(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     """Turn each pair (feature j, feature j + J) by its angle; float32 or wider inside, dtype of the input outside."""
     wide = torch.promote_types(x_BNTH.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        a, b = x_BNTH.to(wide).chunk(2, -1)
+        return torch.cat((a * cos_TJ - b * sin_TJ, b * cos_TJ + a * sin_TJ), -1).to(x_BNTH.dtype)
     return _Rope.apply(x_BNTH.to(wide), cos_TJ.to(wide), sin_TJ.to(wide)).to(x_BNTH.dtype)
 
 
@@ -65,6 +71,8 @@ def _turn(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, direction: int) -> Ten
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """silu(gate)·up; only its two inputs are kept for the backward."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate_BTF) * up_BTF
     return _SwiGLU.apply(gate_BTF, up_BTF)
 
 
