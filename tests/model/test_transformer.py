@@ -254,9 +254,11 @@ def test_mask_and_positions_are_made_once_per_forward(monkeypatch):
 def test_packed_rows_and_plain_rows_compile_without_a_graph_break():
     model, documents = build_model(TINY, 30, seed=1).eval(), torch.tensor([[0, 0, 1, 1, 2]])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for given in (None, documents):
+    for packing in (None, documents):
         # a compiler gets bare formulas, whose sums round otherwise: measured worst case 6e-8 on logits around 0.1
-        torch.testing.assert_close(compiled(documents, document_ids_BT=given), model(documents, document_ids_BT=given), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            compiled(documents, document_ids_BT=packing), model(documents, document_ids_BT=packing), rtol=0, atol=1e-6
+        )
 
 
 def test_packed_rows_refuse_a_cache_another_shape_and_too_many_tokens():
