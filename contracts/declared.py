@@ -111,6 +111,8 @@ def _drawn(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
             return noise
         case ["positions", _]:
             return 0.5 * noise
+        case ["depth", _, "bias"]:
+            return 1 + 0.3 * noise
         case [*_, "bias"]:
             return 0.3 * noise
         case [*_, "weight"] if len(shape) == 1:

@@ -45,14 +45,14 @@ def reference_differential(
     twin.load_state_dict(drawn_weights(shapes, torch.Generator().manual_seed(13)))
     drawn_error, drawn_judged = _logit_error(limits, twin, ids_BT, twin.state_dict(), a)
     effect, weakest = min((_effect(twin, ids_BT, kind, shapes), kind) for kind in kinds(shapes) if kind not in silent_kinds(a))
-    table_error, judged = table_error(rotary_tables, a), min(own_judged, drawn_judged)
+    tables_off, judged = table_error(rotary_tables, a), min(own_judged, drawn_judged)
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     wrong = [
         text
         for ok, text in (
             (errors[layer] <= limits.rel_error_max, f"attention of layer {layer} differs from the float64 oracle"),
             (max(own_error, drawn_error) <= limits.rel_error_max, "logits differ from the float64 oracle"),
-            (table_error <= limits.table_abs_error_max, "rotary tables differ from the definition"),
+            (tables_off <= limits.table_abs_error_max, "rotary tables differ from the definition"),
             (not beyond, f"{beyond} layers do not see exactly the keys of their window"),
             (effect >= limits.effect_min, f"{weakest} hardly changes the logits"),
             (judged >= limits.judged_frac_min, "the choices of too many tokens are within rounding of a tie"),
@@ -65,7 +65,7 @@ def reference_differential(
         attention_rel_error=errors[layer],
         logit_rel_error=own_error,
         drawn_rel_error=drawn_error,
-        table_abs_error=table_error,
+        table_abs_error=tables_off,
         weakest=weakest,
         weakest_effect=effect,
         judged_frac=judged,
