@@ -276,9 +276,10 @@ def _closed_loop(limits: SimpleNamespace, model: nn.Module, route: Callable, upd
 
 @decides("moe.router-collapse")
 class RouterCollapse:
-    """No expert takes nearly all tokens, or none, for many steps in a row.
+    """No expert takes nearly all tokens, or none, for many steps in a row after the warm-up.
 
-    `Started.plan` holds expert_layers, n_experts and top_k; 0 layers for a model without experts, of which nothing is judged.
+    `Started.plan` holds warmup_steps, expert_layers, n_experts and top_k; 0 layers for a model without experts, of which nothing is
+    judged. While the learning rate still rises routers hardly move, and what an untrained one prefers is not collapse.
     """
 
     events = (Started, StepTaken)
@@ -302,8 +303,10 @@ class RouterCollapse:
         visited = {f"{i}.{e}": s * top_k for i, shares in enumerate(event.expert_shares) for e, s in enumerate(shares)}
         even = top_k / n_experts
         ceiling = even + self.limits.excess_frac_max * (1 - even)
-        self.crowded = {at: self.crowded.get(at, 0) + 1 for at, frac in visited.items() if not frac <= ceiling}
-        self.idle = {at: self.idle.get(at, 0) + 1 for at, frac in visited.items() if not frac >= self.limits.share_over_even_min * even}
+        if event.step > self.plan["warmup_steps"]:
+            floor = self.limits.share_over_even_min * even
+            self.crowded = {at: self.crowded.get(at, 0) + 1 for at, frac in visited.items() if not frac <= ceiling}
+            self.idle = {at: self.idle.get(at, 0) + 1 for at, frac in visited.items() if not frac >= floor}
         return self._judge(event.step, visited)
 
     def _judge(self, step: int, visited: Mapping[str, float]) -> Verdict:
