@@ -132,8 +132,8 @@ def balance_loss(
     """The balance term follows its formula, is 1 when even and more when not, and enters the loss with its weight, once per update.
 
     `balance(probs_RE, experts_Rk)` gives the term, shape (). `balance_gradients(weight, n_micro)` builds a fresh model of the run whose
-    term has this weight, and runs the run's own accumulation, without an update, over `n_micro` micro-batches of one row, all of them
-    `ids_T`: it gives (weights by name, ids_T, gradients of the routers by name).
+    term has this weight, without dropout and with room for all tokens, and runs the run's own accumulation, without an update, over
+    `n_micro` micro-batches of one row, all of them `ids_T`: it gives (weights by name, ids_T, gradients of the routers by name).
     """
     if reason := no_experts(declared_architecture):
         return not_run(reason)
@@ -310,7 +310,7 @@ class RouterCollapse:
         return self._judge(event.step, visited)
 
     def _judge(self, step: int, visited: Mapping[str, float]) -> Verdict:
-        runs = {**{("idle", at): n for at, n in self.idle.items()}, **{("crowded", at): n for at, n in self.crowded.items()}}
+        runs = {(state, at): n for state, counts in (("crowded", self.crowded), ("idle", self.idle)) for at, n in counts.items()}
         (state, at), steps = max(runs.items(), key=lambda item: item[1], default=(("even", "none"), 0))
         layer, _, expert = at.partition(".")
         return decide(

@@ -273,3 +273,49 @@ def parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
         "vocab_size": vocab_size,
         "max_seq_len": a["max_seq_len"],
     }
+
+
+def moe_parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
+    """Ingredients of the gates of experts; functions are looked up in this module when called, so that plants reach them."""
+
+    def training(a):
+        return Decoder(a, vocab_size, seed).train()
+
+    def nats(model: Decoder, ids_BT: Tensor, n_micro: int) -> Tensor:
+        """Mean cross-entropy plus its share of the balance term."""
+        loss = F.cross_entropy(model(ids_BT[:, :-1]).flatten(0, 1), ids_BT[:, 1:].flatten())
+        terms = [balance(*layer.ffn.found) for layer in model.layers if layer.ffn.found is not None]
+        return (loss + sum(terms) * model.a["ffn"]["balance"].get("weight", 0.0)) / n_micro
+
+    def balance_gradients(weight: float, n_micro: int):
+        ffn = a["ffn"] | {"capacity_factor": None, "balance": {"kind": "auxiliary-loss", "weight": weight}}
+        model = training(a | {"dropout": 0.0, "ffn": ffn})
+        row_T = torch.randint(0, vocab_size, (33,), generator=torch.Generator().manual_seed(5))
+        for _ in range(n_micro):
+            nats(model, row_T[None], n_micro).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if n.endswith("ffn.router.weight")}
+        return model.state_dict(), row_T[:-1], gradients
+
+    def bias_step(n_micro: int):
+        model = training(a)
+        ids_BT = torch.randint(0, vocab_size, (4, 33), generator=torch.Generator().manual_seed(6))
+        loads_LE = 0
+        for micro in ids_BT.chunk(n_micro):
+            nats(model, micro, n_micro).backward()
+            loads_LE = loads_LE + torch.stack(
+                [torch.bincount(m.ffn.found[1].flatten(), minlength=m.ffn.declared["n_experts"]) for m in model.layers]
+            )
+        update_selection_bias(model, loads_LE, a["ffn"]["balance"]["rate"])
+        return loads_LE, torch.stack([m.ffn.selection_bias for m in model.layers])
+
+    return {
+        "declared_architecture": a,
+        "build_model": lambda: Decoder(a, vocab_size, seed),
+        "route": lambda *inputs: route(*inputs),
+        "dispatch": lambda *inputs: dispatch(*inputs),
+        "balance": lambda *inputs: balance(*inputs),
+        "update_selection_bias": lambda *inputs: update_selection_bias(*inputs),
+        "make_moe_layer": lambda: MixtureOfExperts(a),
+        "balance_gradients": balance_gradients,
+        "bias_step": bias_step,
+    }
