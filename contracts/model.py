@@ -312,9 +312,10 @@ def overfit_one_batch(
 ) -> Verdict:
     """The run's own model, optimizer, loss and clipping learn one small batch by heart, end-of-text tokens included.
 
-    `train_on(model, optimizer, batch)` makes one update and returns the mean loss in nats. `overfit_batch` has input_ids and
-    labels (B, T); its tokens recur with different successors, so that only a model that sees its context can learn it.
-    The loss is also measured here, without the stack's loss function. Dropout is off, so that the limit means the same everywhere.
+    `train_on(model, optimizer, batch)` makes one update and returns the mean cross-entropy in nats, without any term of balance.
+    `overfit_batch` has input_ids and labels (B, T); its tokens recur with different successors, so that only a model that sees its
+    context can learn it. The loss is also measured here, without the stack's loss function. Dropout is off, so that the limit means
+    the same everywhere.
     """
     if not ambiguous(overfit_batch.input_ids, overfit_batch.labels):
         return failed("every token of the batch has one successor, so learning it shows nothing about context", ambiguous_tokens=0)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from contracts import differential
 from contracts.declared import kind_of, kinds, parameter_shapes, silent_kinds
 from contracts.gate import call_check
 from stack.config import ModelConfig
+from stack.evaluate.ingredients import overfit_batch, overfit_lr
 from stack.museum.plant import swap
 from tests.contracts import variants
 
@@ -53,7 +56,8 @@ def test_causality_and_isolation_are_green_on_every_variant(spec, variant, gate_
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_differential_sees_one_percent_of_every_kind_of_parameter(spec, variant):
+def test_differential_sees_one_percent_of_every_kind_of_parameter(spec, variant, monkeypatch):
+    monkeypatch.setattr(differential, "_effect", lambda *inputs: 1.0)  # many forwards, and not what is looked at here
     gate, a = spec.gates["model.reference-differential"], declared(variant)
     shapes = parameter_shapes(a, 61)
     for kind in kinds(shapes):
@@ -195,3 +199,38 @@ def test_init_law_wants_kept_buffers_at_zero_and_constants_met(spec):
         assert call_check(gate, parts).outcome == "fail"
         with torch.no_grad():
             tensor.sub_(0.001)
+
+
+def by_heart(spec, a):
+    """Verdict of model.overfit-one-batch; the loss that is reported leaves out the balance term."""
+
+    def train_on(model, optimizer, batch):
+        optimizer.zero_grad()
+        nats = F.cross_entropy(model(batch.input_ids).flatten(0, 1), batch.labels.flatten())
+        terms = [variants.balance(*layer.ffn.found) for layer in model.layers] if a["ffn"]["kind"] == "moe" else []
+        (nats + a["ffn"].get("balance", {}).get("weight", 0.0) * sum(terms)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        return float(nats.detach())
+
+    parts = {
+        "build_model": lambda: variants.Decoder(a, 61, 3),
+        "make_optimizer": lambda model: torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95)),
+        "train_on": train_on,
+        "overfit_batch": overfit_batch(61, 0, 24),
+        "overfit_lr": overfit_lr(a["d_model"]),
+        "eos_id": 0,
+    }
+    return call_check(spec.gates["model.overfit-one-batch"], parts)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "hard"])
+def test_every_variant_learns_one_batch(spec, variant):
+    verdict = by_heart(spec, declared(variant, n_layers=2))
+    assert verdict.outcome == "pass", verdict.measured
+
+
+def test_a_model_that_may_pass_a_token_by_in_every_block_cannot_learn_one_batch(spec):
+    few = HARD | {"gate": {"kind": "hard", "capacity_frac": 0.1}}
+    verdict = by_heart(spec, declared("hard", n_layers=2, depth=few))
+    assert verdict.outcome == "fail" and verdict.measured["accuracy"] < 0.8, verdict.measured
