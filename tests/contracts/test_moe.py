@@ -151,15 +151,14 @@ def test_balance_refuses_one_that_prefers_the_uneven(spec):
 
 
 def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
-    honest = variants.moe_parts(declared(BIASED))["bias_step"]
+    micro_batches = torch.tensor([[[9, 1, 3, 3]], [[8, 2, 3, 3]], [[9, 2, 2, 3]], [[2, 6, 5, 3]]])
 
     def forgetful(n_micro):
-        loads_LE, _ = honest(n_micro)
-        partial_LE = loads_LE - loads_LE.roll(1, -1) // n_micro if n_micro > 1 else loads_LE
-        return loads_LE, 1e-3 * torch.sign(partial_LE.double().mean(-1, keepdim=True) - partial_LE)
+        counted_LE = micro_batches[-1] if n_micro > 1 else micro_batches.sum(0)
+        return micro_batches.sum(0), 1e-3 * torch.sign(counted_LE.double().mean(-1, keepdim=True) - counted_LE)
 
     verdict = judged(spec, "moe.bias-balance", bias_step=forgetful)
-    assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] >= 1
+    assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == pytest.approx(2)
 
 
 def test_bias_loop_is_red_when_nothing_moves(spec):

@@ -79,7 +79,8 @@ def everything_double(patch):
 
 
 def transformers_model(source, a):
-    transformers = pytest.importorskip("transformers", reason="the frozen values below stand in for it")
+    import transformers
+
     scaling = a["positions"].get("scaling", {"kind": "none"})
     rope = {"rope_type": "default" if scaling["kind"] == "none" else scaling["kind"], "rope_theta": a["rope_theta"]}
     rope |= {k: v for k, v in scaling.items() if k not in ("kind", "original_max_seq_len")}
@@ -179,6 +180,9 @@ def gpt2_names(weights, a):
 
 @pytest.mark.parametrize("source", DECLARED)
 def test_oracle_equals_transformers(source):
+    transformers = pytest.importorskip("transformers", reason="the frozen values below stand in for it")
+    kinds = "Llama Qwen2 Qwen3 Mistral Mixtral GPT2LMHead".split()
+    assert all(hasattr(transformers, f"{k}Model" if k == "GPT2LMHead" else f"{k}ForCausalLM") for k in kinds), "loaded before the patch"
     a = architecture(source)
     weights = plain_weights(a)
     with pytest.MonkeyPatch.context() as patch, everything_double(patch), torch.no_grad():
