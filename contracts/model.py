@@ -139,9 +139,8 @@ def causality(
     with _modes_kept(model), _wide_enough(model, a):
         for training in (False, True):
             _set_mode(model, a, training)
-            n_rows = 1 if training and rows_share_capacity(a) else 2
             for length in sorted({min(n, max_seq_len) for n in LENGTHS}):
-                ids = _draw_ids((n_rows, length), vocab_size, seed=length).to(device_of(model))
+                ids = _draw_ids((2, length), vocab_size, seed=length).to(device_of(model))
                 before = _same_dropout(model, ids)
                 for position in sorted({1, length // 2, length - 1}):
                     after = _same_dropout(model, _with_other_token(ids, position, vocab_size))
@@ -158,16 +157,11 @@ def causality(
     return decide(ok, text, leak_abs=worst_leak, row_abs=worst_row)
 
 
-def rows_share_capacity(a: Mapping[str, Any]) -> bool:
-    """Whether experts of limited capacity make rows of a training batch compete, so that only single rows can be judged there."""
-    return a["ffn"]["kind"] == "moe" and a["ffn"]["capacity_factor"] is not None
-
-
 def _row_effect(model: nn.Module, ids_BT: Tensor, before_BTV: Tensor, vocab_size: int) -> float:
-    """Largest change of the other rows' logits when the first row changes; 0 for a single row."""
+    """Largest change of the other rows' logits when the first row changes."""
     rows = ids_BT.clone()
     rows[0] = (rows[0] + 1) % vocab_size
-    return float((_same_dropout(model, rows) - before_BTV)[1:].abs().max()) if len(rows) > 1 else 0.0
+    return float((_same_dropout(model, rows) - before_BTV)[1:].abs().max())
 
 
 @contextmanager

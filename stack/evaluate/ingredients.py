@@ -20,6 +20,7 @@ from contracts.evaluation import KNOWN
 from spec.formulas import parameter_count
 from stack.config import RunConfig
 from stack.evaluate import bits_per_byte, sampling, stopping
+from stack.model import moe
 from stack.model.build import build_model
 from stack.model.cache import KVCache
 from stack.model.init import row_of
@@ -28,6 +29,17 @@ from stack.model.transformer import Transformer
 IGNORE = bits_per_byte.IGNORE
 PROBE_DROPOUT = 0.1
 PROBE_SPREAD = 8.0  # rows of an untrained model all cost ln V; wider logits make them differ, so that weighting shows
+
+
+def expert_ingredients(cfg: RunConfig) -> dict[str, Any]:
+    """Parts of a mixture of experts; its gates are installed only in runs that have one."""
+    return {
+        "route": lambda logits_RE, top_k, bias_E: moe.route(logits_RE, top_k, bias_E),
+        "dispatch": lambda *arguments: moe.dispatch(*arguments),
+        "balance": lambda probs_RE, experts_Rk: moe.balance(probs_RE, experts_Rk),
+        "update_selection_bias": lambda model, loads_LE, rate: moe.update_selection_bias(model, loads_LE, rate),
+        "make_moe_layer": lambda: build_model(cfg.model, 2, seed=cfg.seed).layers[0].ffn,
+    }
 
 
 def model_ingredients(cfg: RunConfig, model: Transformer, tokenizer: Any, *, loss_batch: Any = None) -> dict[str, Any]:
@@ -40,6 +52,7 @@ def model_ingredients(cfg: RunConfig, model: Transformer, tokenizer: Any, *, los
         **_model_parts(cfg, model, tokenizer, loss_batch),
         **_sampling_parts(cfg, model, device),
         **_evaluation_parts(cfg, model, tokenizer, device),
+        **expert_ingredients(cfg),
     }
 
 
@@ -75,7 +88,11 @@ def _random_ids(shape: tuple[int, ...], vocab_size: int, seed: int) -> Tensor:
 
 
 def _attend(model: Transformer, attention: nn.Module) -> Any:
-    return lambda x_BTD: attention(x_BTD, model.reading(torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)))
+    def attend(x_BTD: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        ids_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
+        return attention(x_BTD, model.reading(ids_BT, None, document_ids_BT))
+
+    return attend
 
 
 def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> SimpleNamespace:

@@ -15,25 +15,25 @@ def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask_B1TS: Tens
     Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.attention`.
     """
     if mask_B1TS is not None:
-        return masked(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale)
+        return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)
     if q_BNTH.shape[2] == k_BKSH.shape[2]:
-        return whole(q_BNTH, k_BKSH, v_BKSH, scale)
-    return continued(q_BNTH, k_BKSH, v_BKSH, scale)
+        return whole(q_BNTH, k_BKSH, v_BKSH, scale=scale)
+    return continued(q_BNTH, k_BKSH, v_BKSH, scale=scale)
 
 
-def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float | None = None) -> Tensor:
+def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries for every position: training, and the first part of a generation."""
     return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float | None = None) -> Tensor:
+def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries for the last T positions only; the earlier keys and values come from a cache."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     mask_TS = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def masked(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor, scale: float | None = None) -> Tensor:
+def document_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries that see the keys `mask_B1TS` (bool, query by key) allows: packed documents, windows, blocks that skip tokens."""
     return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_B1TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 

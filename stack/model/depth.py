@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stack.config import ModelConfig
@@ -46,7 +47,7 @@ class HardCapacity(nn.Module):
 
     def forward(self, block: Residual, x_BTD: Tensor, reading: Reading) -> Tensor:
         score_BT = self.router(x_BTD)[..., 0]
-        read_BT = self.chosen(score_BT.detach(), reading)
+        read_BT = self.chosen(self.rank(x_BTD), reading)
         reading.kept_fracs.append(read_BT.double().mean())
         n_read = int(read_BT.sum(1).max())
         if n_read == 0:
@@ -59,6 +60,11 @@ class HardCapacity(nn.Module):
         gate_BR1 = score_BT.gather(1, index_BR).sigmoid()[..., None]
         y_BRD = torch.where(inside_BR[..., None], x_BRD + gate_BR1 * (changed_BRD - x_BRD), x_BRD)
         return x_BTD.scatter(1, at_BRD, y_BRD)
+
+    @torch.no_grad()
+    def rank(self, x_BTD: Tensor) -> Tensor:
+        """Scores to compare, (B, T) float32: summed in float64, so that equal tokens score alike in any shape of batch."""
+        return F.linear(x_BTD.double(), self.router.weight.double(), self.router.bias.double())[..., 0].float()
 
     def chosen(self, score_BT: Tensor, reading: Reading) -> Tensor:
         """Which of these tokens the block reads, (B, T) bool."""

@@ -47,7 +47,7 @@ def dispatch(
     capacity: int | None = None,
     row_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Send each token to its experts and add up weight·expert(token): (y_RD, choices per expert (E,), dropped choices ()).
+    """Send each token to its experts and add up weight·expert(token): (y_RD, tokens each expert took (E,), dropped choices ()).
 
     Each expert runs once on the tokens that chose it. Beyond `capacity` tokens of a row it drops that row's later ones, which add
     nothing: so no row depends on another, and no token on a later one.
@@ -63,7 +63,7 @@ def dispatch(
     y_RD, weight_C = torch.zeros_like(x_RD), weights_Rk.flatten().to(x_RD.dtype)
     for expert, taken in zip(experts, order_C.split(kept_E.tolist())):
         y_RD = y_RD.index_add(0, taken // k, (expert(x_RD[taken // k]) * weight_C[taken][:, None]).to(x_RD.dtype))
-    return y_RD, load_E, (load_E - kept_E).sum()
+    return y_RD, kept_E, (load_E - kept_E).sum()
 
 
 def _place_in_group(expert_C: Tensor, row_C: Tensor) -> Tensor:
@@ -84,14 +84,17 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.register_buffer("selection_bias", torch.zeros(declared.n_experts) if declared.balance.kind == "selection-bias" else None)
 
-    def forward(self, x_BTD: Tensor, reading: Reading) -> Tensor:
+    def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
         """Same shape and dtype as `x_BTD`; reports its load to `reading`."""
-        inside_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if reading.inside_BT is None else reading.inside_BT
+        inside_BT = None if reading is None else reading.inside_BT
+        inside_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if inside_BT is None else inside_BT
         row_R = inside_BT.nonzero()[:, 0]
         x_RD = x_BTD[inside_BT]
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), self.top_k, self.selection_bias)
-        y_RD, load_E, dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, self.capacity(x_BTD.shape[1]), row_R)
-        reading.loads.append(ExpertLoad(balance(probs_RE, experts_Rk, row_R) * len(x_RD), load_E, dropped))
+        y_RD, _, dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, self.capacity(x_BTD.shape[1]), row_R)
+        if reading is not None:
+            chosen_E = torch.bincount(experts_Rk.flatten(), minlength=len(self.experts))
+            reading.loads.append(ExpertLoad(balance(probs_RE, experts_Rk, row_R) * len(x_RD), chosen_E, dropped))
         return torch.zeros_like(x_BTD).masked_scatter(inside_BT[..., None], y_RD)
 
     def capacity(self, n_tokens: int) -> int | None:
@@ -99,6 +102,11 @@ class MixtureOfExperts(nn.Module):
         if self.capacity_factor is None or not self.training:
             return None
         return math.ceil(self.capacity_factor * n_tokens * self.top_k / len(self.experts))
+
+
+def totals(loads: Sequence[Sequence[ExpertLoad]]) -> list[Tensor]:
+    """Choices per expert (E,) of each layer, over all micro-batches of a step."""
+    return [torch.stack([load.load_E for load in layer]).sum(0) for layer in zip(*loads)]
 
 
 @torch.no_grad()

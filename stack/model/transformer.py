@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from spec.errors import UsageError
 from stack.config import AuxiliaryLoss, BiasBalance, MixtureOfExperts, ModelConfig
 from stack.kernels import dispatch
+from stack.model import moe
 from stack.model.cache import KVCache
 from stack.model.init import Embedding, Linear
-from stack.model.moe import update_selection_bias
 from stack.model.positions import make_positions
 from stack.model.reading import ExpertLoad, Reading, Report
 from stack.model.variants import make_attention, make_depth, make_feedforward, make_norm
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         """What follows an update besides the optimizer: selection biases move against the loads of all its micro-batches."""
         match self.cfg.ffn:
             case MixtureOfExperts(balance=BiasBalance(rate=rate)):
-                update_selection_bias(self, [torch.stack([load.load_E for load in layer]).sum(0) for layer in zip(*loads)], rate)
+                moe.update_selection_bias(self, moe.totals(loads), rate)
 
     def forward(self, input_ids_BT: Tensor, cache: KVCache | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) float32 (float64 for a float64 model). With a cache, the ids continue the positions it holds.

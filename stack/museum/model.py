@@ -98,7 +98,7 @@ def logits_scaled():
     sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062", "https://github.com/facebookresearch/xformers/issues/103"),
 )
 def causal_mask_off_by_one():
-    def leaky(q_BNTH, k_BKSH, v_BKSH, scale=None):
+    def leaky(q_BNTH, k_BKSH, v_BKSH, *, scale=None):
         length = q_BNTH.shape[2]
         allowed = torch.ones(length, length, dtype=torch.bool, device=q_BNTH.device).tril(1)
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=allowed, enable_gqa=True)
@@ -179,10 +179,10 @@ def positions_restart_late():
         yield
 
 
-def _scaled(scale):
-    def whole(q_BNTH, k_BKSH, v_BKSH, given=None):
+def _scaled(wrong):
+    def whole(q_BNTH, k_BKSH, v_BKSH, *, scale=None):
         h = q_BNTH.shape[3]
-        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=True, scale=scale(h))
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=True, scale=wrong(h))
 
     return whole
 
@@ -241,7 +241,7 @@ def rope_bf16_table():
     sources=("https://github.com/onnx/onnx/issues/7274", "https://github.com/apple/axlearn/issues/842"),
 )
 def gqa_head_order():
-    def tiled(q_BNTH, k_BKSH, v_BKSH, scale=None):
+    def tiled(q_BNTH, k_BKSH, v_BKSH, *, scale=None):
         groups, (n_new, n_all) = q_BNTH.shape[1] // k_BKSH.shape[1], (q_BNTH.shape[2], k_BKSH.shape[2])
         allowed = torch.ones(n_new, n_all, dtype=torch.bool, device=q_BNTH.device).tril(n_all - n_new)
         k_BNSH, v_BNSH = k_BKSH.repeat(1, groups, 1, 1), v_BKSH.repeat(1, groups, 1, 1)

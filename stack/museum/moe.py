@@ -17,7 +17,7 @@ from stack.museum.plant import plant, swap
 def weights_not_renormalised():
     original = moe.route
 
-    def as_they_are(logits_RE, top_k, selection_bias_E):
+    def as_they_are(logits_RE, top_k, selection_bias_E=None):
         experts_Rk, _, probs_RE = original(logits_RE, top_k, selection_bias_E)
         return experts_Rk, probs_RE.gather(1, experts_Rk), probs_RE
 
@@ -36,7 +36,7 @@ def weights_not_renormalised():
 def bias_in_the_weights():
     original = moe.route
 
-    def biased(logits_RE, top_k, selection_bias_E):
+    def biased(logits_RE, top_k, selection_bias_E=None):
         experts_Rk, weights_Rk, probs_RE = original(logits_RE, top_k, selection_bias_E)
         if selection_bias_E is None:
             return experts_Rk, weights_Rk, probs_RE
@@ -58,8 +58,8 @@ def bias_in_the_weights():
 def drops_uncounted():
     original = moe.dispatch
 
-    def one_fewer(x_RD, experts_Rk, weights_Rk, experts, capacity):
-        _, load_E, dropped = original(x_RD, experts_Rk, weights_Rk, experts, capacity)
+    def one_fewer(x_RD, experts_Rk, weights_Rk, experts, capacity=None, row_R=None):
+        _, load_E, dropped = original(x_RD, experts_Rk, weights_Rk, experts, capacity, row_R)
         y_RD, _, _ = original(x_RD, experts_Rk, weights_Rk, experts, max(0, int(load_E.max()) - 1))
         return y_RD, load_E, dropped
 
@@ -78,8 +78,8 @@ def drops_uncounted():
 def balance_left_out():
     original = moe.balance
 
-    def cut_off(probs_RE, experts_Rk):
-        return original(probs_RE, experts_Rk).detach()
+    def cut_off(probs_RE, experts_Rk, row_R=None):
+        return original(probs_RE, experts_Rk, row_R).detach()
 
     with swap(moe, "balance", cut_off):
         yield
@@ -98,7 +98,7 @@ def balance_left_out():
     ),
 )
 def balance_insensitive():
-    def broadcast(probs_RE, experts_Rk):
+    def broadcast(probs_RE, experts_Rk, row_R=None):
         n_experts = probs_RE.shape[1]
         share_E = torch.bincount(experts_Rk.flatten(), minlength=n_experts).to(probs_RE.dtype) / experts_Rk.numel()
         return (share_E[:, None] * probs_RE.mean(0)[None, :]).sum()
@@ -118,8 +118,8 @@ def balance_insensitive():
 def balance_cheated():
     original = moe.balance
 
-    def normalised_again(probs_RE, experts_Rk):
-        return original(probs_RE / (probs_RE.sum(-1, keepdim=True) + 0.1), experts_Rk)
+    def normalised_again(probs_RE, experts_Rk, row_R=None):
+        return original(probs_RE / (probs_RE.sum(-1, keepdim=True) + 0.1), experts_Rk, row_R)
 
     with swap(moe, "balance", normalised_again):
         yield
@@ -154,14 +154,14 @@ def bias_sign_flipped():
 def bias_per_micro_batch():
     original = moe.MixtureOfExperts.forward
 
-    def eager(self, x_BTD):
+    def eager(self, x_BTD, reading=None):
         if self.training and self.selection_bias is not None:
             with torch.no_grad():
                 probs_RE = self.router(x_BTD.flatten(0, -2)).softmax(-1)
                 chosen_Rk = (probs_RE + self.selection_bias).topk(2).indices
                 load_E = torch.bincount(chosen_Rk.flatten(), minlength=len(self.selection_bias)).double()
                 self.selection_bias += 1e-3 * torch.sign(load_E.mean() - load_E).to(self.selection_bias)
-        return original(self, x_BTD)
+        return original(self, x_BTD, reading)
 
     with swap(moe.MixtureOfExperts, "forward", eager):
         yield
@@ -178,7 +178,7 @@ def bias_per_micro_batch():
 def router_reads_the_mean():
     original = moe.route
 
-    def pooled(logits_RE, top_k, selection_bias_E):
+    def pooled(logits_RE, top_k, selection_bias_E=None):
         return original(logits_RE.mean(0, keepdim=True).expand_as(logits_RE), top_k, selection_bias_E)
 
     with swap(moe, "route", pooled):

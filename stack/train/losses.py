@@ -20,10 +20,10 @@ def linear_cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) 
 
 
 def balance_term(loads: Sequence[ExpertLoad], weight: float) -> Tensor | float:
-    """Weighted balance of the layers with experts, averaged over layers and summed over tokens, shape (); 0 without any."""
+    """Weighted balance of all layers with experts, summed over tokens, shape (); 0 without any."""
     if not loads or weight == 0:
         return 0.0
-    return weight * sum(load.balance_sum for load in loads) / len(loads)
+    return weight * sum(load.balance_sum for load in loads)
 
 
 def count_valid(labels_BT: Tensor) -> int:

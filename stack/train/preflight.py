@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from contracts.keeper import Gatekeeper
 from spec.errors import DataError
 from spec.formulas import parameter_count
-from stack.config import RunConfig
+from stack.config import AuxiliaryLoss, RunConfig
 from stack.data.ingredients import data_ingredients
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, eval_batches
 from stack.evaluate.ingredients import model_ingredients
 from stack.evaluate.stopping import batches_needed
+from stack.model import moe
 from stack.model.build import build_model
 from stack.model.reading import Report
 from stack.train import checkpoint, losses
@@ -160,6 +161,8 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "micro_batch_nats": _micro_batch_nats,
         "gradient_of": _gradient_of(exact, dataset, device),
         "ragged_batch": (ids, ragged),
+        "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
+        "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads),
     }
 
@@ -180,6 +183,33 @@ def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: 
     optimizer.step()
     model.after_update(bench.loads)
     return loss_nats
+
+
+def balance_gradients(cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int) -> tuple:
+    """Accumulation over equal micro-batches of one row, with the balance term at this weight: (weights, ids_T, router gradients)."""
+    ffn = cfg.model.ffn.model_copy(update={"balance": AuxiliaryLoss(weight=weight), "capacity_factor": None})
+    model = build_model(cfg.model.model_copy(update={"ffn": ffn, "dropout": 0.0}), vocab_size, seed=cfg.seed, device=device)
+    batches = _equal_rows(cfg, vocab_size, n_micro)
+    steps.accumulate(_bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches)
+    routers = {n: p.grad.clone() for n, p in model.named_parameters() if n.endswith("ffn.router.weight")}
+    return checkpoint.model_tensors(model), batches[0].input_ids[0], routers
+
+
+def bias_step(cfg: RunConfig, device: torch.device, vocab_size: int, n_micro: int) -> tuple[Tensor, Tensor]:
+    """One update of a fresh model in `n_micro` micro-batches: (loads of the update, selection biases after it), both (L, E)."""
+    model = build_model(cfg.model, vocab_size, seed=cfg.seed, device=device).train()
+    bench = _bench(model, opt.make_optimizer(model, cfg.optim), device)
+    steps.accumulate(bench, _equal_rows(cfg, vocab_size, n_micro, step=1))
+    bench.optimizer.step()
+    model.after_update(bench.loads)
+    return torch.stack(moe.totals(bench.loads)), torch.stack([block.ffn.selection_bias for block in model.layers])
+
+
+def _equal_rows(cfg: RunConfig, vocab_size: int, n_micro: int, step: int = 0) -> list[Batch]:
+    """Micro-batches of one row each; all alike, unless `step` makes each its own."""
+    seq_len = min(cfg.model.max_seq_len, 64)
+    rows = [torch.randint(0, vocab_size, (1, seq_len + 1), generator=generator(cfg.seed, "experts", step * i)) for i in range(n_micro)]
+    return [Batch(row[:, :-1], row[:, 1:], (i,), 0, i, i + 1) for i, row in enumerate(rows)]
 
 
 def _clip(cfg: RunConfig, grads: list[Tensor]) -> float:

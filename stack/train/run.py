@@ -12,7 +12,7 @@ from contracts.keeper import Gatekeeper
 from contracts.sampling import coherence
 from spec.canonical import sha256_json
 from spec.records import Artefact
-from stack.config import RunConfig
+from stack.config import MixtureOfExperts, ModelConfig, RunConfig
 from stack.data.ingredients import found_in
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
@@ -89,6 +89,7 @@ class Run:
                 peak_flops=self.peak_flops,
                 changed_tensor_frac=report.changed_tensor_frac,
                 overflow_retries=report.overflow_retries,
+                expert_shares=report.expert_shares,
             )
         )
 
@@ -222,4 +223,13 @@ class Run:
             "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
             "warmup_sources": list(cfg.curriculum.warmup_sources),
             "random_loss_nats": self.random_loss_nats,
+            **_experts(cfg.model),
         }
+
+
+def _experts(model: ModelConfig) -> dict[str, int]:
+    """What a mixture of experts declares to its gates; nothing for other models."""
+    match model.ffn:
+        case MixtureOfExperts(n_experts=n_experts, top_k=top_k):
+            return {"expert_layers": model.n_layers, "n_experts": n_experts, "top_k": top_k}
+    return {}

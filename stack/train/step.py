@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from contracts.conditions import require
 from spec.errors import DataError
 from stack.data.reader import Batch
+from stack.model import moe
 from stack.train import losses
 from stack.train import optimizer as opt
 from stack.train.schedule import lr_at
@@ -19,7 +20,7 @@ MAX_OVERFLOW_RETRIES = 24
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update measured. Norms are global L2; `grad_norm` is before clipping."""
+    """What one update measured. Norms are global L2; `grad_norm` is before clipping. `expert_shares`: of its choices, per layer."""
 
     step: int
     loss_nats: float
@@ -29,6 +30,7 @@ class StepReport:
     n_valid_tokens: int
     changed_tensor_frac: float
     overflow_retries: int
+    expert_shares: tuple[tuple[float, ...], ...] = ()
 
     @property
     def applied(self) -> bool:
@@ -98,7 +100,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     changed = state.probe.changed_frac()
     state.step = step
     state.tokens_seen += sum(b.input_ids.numel() for b in batches)
-    return StepReport(step, loss_nats, grad_norm, clipped, lr, n_valid, changed, retries)
+    shares = tuple(tuple((n_E / n_E.sum()).tolist()) for n_E in moe.totals(state.loads))
+    return StepReport(step, loss_nats, grad_norm, clipped, lr, n_valid, changed, retries, shares)
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:

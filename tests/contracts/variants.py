@@ -60,8 +60,10 @@ class MixtureOfExperts(nn.Module):
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), declared["top_k"], self.selection_bias)
         capacity = None
         if self.training and declared["capacity_factor"]:
-            capacity = math.ceil(declared["capacity_factor"] * len(x_RD) * declared["top_k"] / declared["n_experts"])
-        y_RD, self.load_E, self.dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity)
+            capacity = math.ceil(declared["capacity_factor"] * x.shape[1] * declared["top_k"] / declared["n_experts"])
+        rows = [r.split(x.shape[1]) for r in (x_RD, experts_Rk, weights_Rk)]
+        found = [dispatch(*row, self.experts, capacity) for row in zip(*rows)]
+        y_RD, self.load_E, self.dropped = torch.cat([y for y, _, _ in found]), sum(n for _, n, _ in found), sum(d for _, _, d in found)
         self.found = probs_RE, experts_Rk
         return y_RD.view(x.shape)
 
