@@ -5,27 +5,34 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-DTYPES = {
+from spec.canonical import sha256_file
+
+DTYPES = {  # from the first laid out to the last, as the library does it
+    "U64": (8, "<u8"),
+    "I64": (8, "<i8"),
     "F64": (8, "<f8"),
     "F32": (4, "<f4"),
-    "F16": (2, "<f2"),
-    "BF16": (2, "<u2"),
-    "I64": (8, "<i8"),
+    "U32": (4, "<u4"),
     "I32": (4, "<i4"),
+    "BF16": (2, "<u2"),
+    "F16": (2, "<f2"),
+    "U16": (2, "<u2"),
     "I16": (2, "<i2"),
     "I8": (1, "|i1"),
-    "U64": (8, "<u8"),
-    "U32": (4, "<u4"),
-    "U16": (2, "<u2"),
     "U8": (1, "|u1"),
     "BOOL": (1, "|b1"),
 }
+LAYOUT = tuple(DTYPES)
+CODES = dict(zip("uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool".split(), LAYOUT, strict=True))
+SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, and compared
 MAX_HEADER_BYTES = 100 * 2**20
 METADATA_KEY = "stackproof"
 
@@ -140,46 +147,95 @@ def tensor_sha256(path: Path) -> dict[str, str]:
     return hashes
 
 
+def digests(path: Path) -> tuple[str, dict[str, str]]:
+    """Hex sha256 of a file, and of every tensor's bytes in it by name. Takes two threads. Raises BadTensorFile, OSError."""
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(sha256_file, path)
+        tensors = tensor_sha256(path)
+    return whole.result(), tensors
+
+
 def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Serialise numpy arrays or torch tensors of any type and put the file on the disk. The same content gives the same bytes.
+    """Put numpy arrays or torch tensors of any type and device on the disk. The same content gives the same bytes.
 
-    Raises OSError if it cannot be written, BadTensorFile if it cannot be expressed.
+    No copy of the whole is made. Raises OSError if it cannot be written, BadTensorFile if it cannot be expressed.
     """
-    import safetensors
-
-    try:
-        data = _serialised(tensors, metadata)
-    except safetensors.SafetensorError as e:
-        raise BadTensorFile(f"these tensors cannot be written: {e}") from e
-    (length,) = struct.unpack("<Q", data[:8])
-    header = _ordered_header(data[8 : 8 + length])
     with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(header)) + header)
-        f.write(memoryview(data)[8 + length :])
-        f.flush()
+        _put(f, tensors, metadata)
         os.fsync(f.fileno())
 
 
-def _ordered_header(raw: bytes) -> bytes:
-    """The header with its metadata in alphabetical order: the library writes them in an order that differs between processes."""
-    document = json.loads(raw)
-    document["__metadata__"] = dict(sorted(document.get("__metadata__", {}).items()))
-    ordered = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    return ordered + b" " * (-len(ordered) % 8)
+def write_hashed(path: Path, tensors: dict[str, Any], metadata: dict[str, str], pool: Executor) -> Future[tuple[str, dict[str, str]]]:
+    """As `write`; `pool` reads the file back for its `digests` while the disk is still busy with it."""
+    with open(path, "wb") as f:
+        _put(f, tensors, metadata)
+        hashed = pool.submit(digests, path)
+        os.fsync(f.fileno())
+    return hashed
 
 
-def _serialised(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    """The library's bytes. Arrays go through numpy, which has no bfloat16; a file that holds one goes through torch."""
-    if any(str(t.dtype) == "torch.bfloat16" for t in tensors.values()):
-        import safetensors.torch
-        import torch
+def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Read a file and compare it byte for byte with what `write` was given. Raises BadTensorFile naming the first part that differs."""
+    block = np.empty(SLICE_BYTES, np.uint8)
+    with open(path, "rb") as f:
+        for part, piece in _pieces(tensors, metadata):
+            read = block[: len(piece)]
+            if (n := f.readinto(read)) != len(piece):
+                raise BadTensorFile(f"{part} ends {len(piece) - n} bytes early")
+            if not np.array_equal(read, piece):
+                raise BadTensorFile(f"{part} is not what was written")
+        if f.read(1):
+            raise BadTensorFile("there are bytes behind the last tensor")
 
-        copies = {name: torch.as_tensor(t).detach().cpu().clone().contiguous() for name, t in tensors.items()}
-        return safetensors.torch.save(copies, metadata=metadata)
-    import safetensors.numpy
 
-    arrays = {n: t if isinstance(t, np.ndarray) else t.detach().cpu().contiguous().numpy() for n, t in tensors.items()}
-    return safetensors.numpy.save({name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}, metadata=metadata)
+def _put(f: BinaryIO, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    for _, piece in _pieces(tensors, metadata):
+        f.write(piece)
+    f.flush()
+
+
+def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
+    """A file's bytes from first to last as uint8 arrays of at most SLICE_BYTES, each with the part it belongs to. Raises BadTensorFile."""
+    codes = {name: _code(name, t) for name, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: (LAYOUT.index(codes[name]), name))
+    header = _header_bytes([(name, codes[name], list(tensors[name].shape)) for name in order], metadata)
+    parts = [("the header", np.frombuffer(header, np.uint8)), *((f"tensor {name}", tensors[name]) for name in order)]
+    for part, tensor in parts:
+        flat = _in_a_row(tensor)
+        n_elements = SLICE_BYTES // flat.itemsize
+        for start in range(0, len(flat), n_elements):
+            piece = flat[start : start + n_elements]
+            yield part, (piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()).view(np.uint8)
+
+
+def _code(name: str, tensor: Any) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.") if not isinstance(tensor, np.ndarray) else tensor.dtype.name
+    if kind not in CODES or name == "__metadata__":
+        raise BadTensorFile(f"these tensors cannot be written: {name} is of type {kind}; allowed: {' '.join(CODES)}")
+    return CODES[kind]
+
+
+def _header_bytes(entries: list[tuple[str, str, list[int]]], metadata: dict[str, str]) -> bytes:
+    """Length and header, its metadata in alphabetical order: the library writes them in an order that differs between processes."""
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name, code, shape in entries:
+        stop = start + DTYPES[code][0] * math.prod(shape)
+        document[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    raw = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _in_a_row(tensor: Any) -> Any:
+    """An array or tensor as one dimension, little-endian, where it is, without a copy if it lies so; bfloat16 as its int16 bits."""
+    if isinstance(tensor, np.ndarray):
+        return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1)
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
 
 
 def memmap(path: Path, name: str) -> np.ndarray:
