@@ -5,11 +5,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,8 @@ DTYPES = {  # from the first laid out to the last, as the library does it
 }
 LAYOUT = tuple(DTYPES)
 CODES = dict(zip("uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool".split(), LAYOUT, strict=True))
-SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, and compared
+SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, hashed, compared
+Pieces = SimpleQueue[tuple[str | None, Any] | None]
 MAX_HEADER_BYTES = 100 * 2**20
 METADATA_KEY = "stackproof"
 
@@ -160,17 +163,20 @@ def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None
 
     No copy of the whole is made. Raises OSError if it cannot be written, BadTensorFile if it cannot be expressed.
     """
-    with open(path, "wb") as f:
-        _put(f, tensors, metadata)
-        os.fsync(f.fileno())
+    _write(path, tensors, metadata, ())
 
 
-def write_hashed(path: Path, tensors: dict[str, Any], metadata: dict[str, str], pool: Executor) -> Future[tuple[str, dict[str, str]]]:
-    """As `write`; `pool` reads the file back for its `digests` while the disk is still busy with it."""
-    with open(path, "wb") as f:
-        _put(f, tensors, metadata)
-        hashed = pool.submit(digests, path)
-        os.fsync(f.fileno())
+def write_hashed(
+    path: Path, tensors: dict[str, Any], metadata: dict[str, str], pool: Executor
+) -> tuple[Future[str], Future[dict[str, str]]]:
+    """As `write`; two threads of `pool` follow the writing and hash the file and its tensors. The futures hold what `digests` returns."""
+    queues: tuple[Pieces, Pieces] = (SimpleQueue(), SimpleQueue())
+    hashed = pool.submit(_hash_whole, queues[0]), pool.submit(_hash_tensors, queues[1])
+    try:
+        _write(path, tensors, metadata, queues)
+    finally:
+        for queue in queues:
+            queue.put(None)
     return hashed
 
 
@@ -178,34 +184,63 @@ def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
     """Read a file and compare it byte for byte with what `write` was given. Raises BadTensorFile naming the first part that differs."""
     block = np.empty(SLICE_BYTES, np.uint8)
     with open(path, "rb") as f:
-        for part, piece in _pieces(tensors, metadata):
-            read = block[: len(piece)]
-            if (n := f.readinto(read)) != len(piece):
-                raise BadTensorFile(f"{part} ends {len(piece) - n} bytes early")
-            if not np.array_equal(read, piece):
+        for name, piece in _pieces(tensors, metadata):
+            part, expected = "the header" if name is None else f"tensor {name}", _bytes_of(piece)
+            read = block[: len(expected)]
+            if (n := f.readinto(read)) != len(expected):
+                raise BadTensorFile(f"{part} ends {len(expected) - n} bytes early")
+            if not np.array_equal(read, expected):
                 raise BadTensorFile(f"{part} is not what was written")
         if f.read(1):
             raise BadTensorFile("there are bytes behind the last tensor")
 
 
-def _put(f: BinaryIO, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    for _, piece in _pieces(tensors, metadata):
-        f.write(piece)
-    f.flush()
+def _write(path: Path, tensors: dict[str, Any], metadata: dict[str, str], followers: Sequence[Pieces]) -> None:
+    """Write and sync; each piece goes to the followers once it is written, as a view of the tensor and not as a copy.
+
+    In this order a tensor that changes meanwhile cannot agree with the hash, the file and a later comparison at once.
+    """
+    with open(path, "wb") as f:
+        for name, piece in _pieces(tensors, metadata):
+            f.write(_bytes_of(piece))
+            for queue in followers:
+                queue.put((name, piece))
+        f.flush()
+        os.fsync(f.fileno())
 
 
-def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-    """A file's bytes from first to last as uint8 arrays of at most SLICE_BYTES, each with the part it belongs to. Raises BadTensorFile."""
+def _hash_whole(queue: Pieces) -> str:
+    digest = hashlib.sha256()
+    for _, piece in iter(queue.get, None):
+        digest.update(_bytes_of(piece))
+    return digest.hexdigest()
+
+
+def _hash_tensors(queue: Pieces) -> dict[str, str]:
+    hashes = defaultdict(hashlib.sha256)
+    for name, piece in iter(queue.get, None):
+        hashes[name].update(_bytes_of(piece))
+    return {name: digest.hexdigest() for name, digest in hashes.items() if name is not None}
+
+
+def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple[str | None, Any]]:
+    """A file from first to last byte: its header, named None, then each tensor by name in slices of at most SLICE_BYTES, at least one.
+
+    Raises BadTensorFile.
+    """
     codes = {name: _code(name, t) for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (LAYOUT.index(codes[name]), name))
     header = _header_bytes([(name, codes[name], list(tensors[name].shape)) for name in order], metadata)
-    parts = [("the header", np.frombuffer(header, np.uint8)), *((f"tensor {name}", tensors[name]) for name in order)]
-    for part, tensor in parts:
+    for name, tensor in [(None, np.frombuffer(header, np.uint8)), *((name, tensors[name]) for name in order)]:
         flat = _in_a_row(tensor)
         n_elements = SLICE_BYTES // flat.itemsize
-        for start in range(0, len(flat), n_elements):
-            piece = flat[start : start + n_elements]
-            yield part, (piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()).view(np.uint8)
+        for start in range(0, max(1, len(flat)), n_elements):
+            yield name, flat[start : start + n_elements]
+
+
+def _bytes_of(piece: Any) -> np.ndarray:
+    """The bytes of a piece as uint8, copied only if it lies on another device."""
+    return (piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()).view(np.uint8)
 
 
 def _code(name: str, tensor: Any) -> str:

@@ -26,17 +26,16 @@ class Content:
 
 
 def write(folder: Path, content: Content) -> bytes:
-    """Write and sync the files, then the manifest, then the folder. Returns the manifest; its hashes are of the bytes read back.
+    """Write and sync the files, then the manifest, then the folder. Returns the manifest.
 
-    Hashing goes on beside the writing, in threads. Raises OSError, BadTensorFile.
+    Hashing follows the writing in threads, two for each file. Raises OSError, BadTensorFile.
     """
-    with ThreadPoolExecutor(len(content.tensors)) as pool:
+    with ThreadPoolExecutor(2 * len(content.tensors)) as pool:
         hashed = {n: tensorfile.write_hashed(folder / n, tensors, content.metadata, pool) for n, tensors in content.tensors.items()}
         _write_and_sync(folder / "state.json", content.document)
     files: dict[str, dict] = {"state.json": {"sha256": sha256_bytes(content.document), "bytes": len(content.document)}}
-    for name, future in hashed.items():
-        sha256, tensors = future.result()
-        files[name] = {"sha256": sha256, "bytes": (folder / name).stat().st_size, "tensors": tensors}
+    for name, (whole, tensors) in hashed.items():
+        files[name] = {"sha256": whole.result(), "bytes": (folder / name).stat().st_size, "tensors": tensors.result()}
     manifest = canonical_json({"schema": content.schema, "files": files})
     _write_and_sync(folder / "manifest.json", manifest)
     _sync_directory(folder)

@@ -206,9 +206,9 @@ def test_a_comparison_names_what_differs(tmp_path, at, says):
 
 
 def test_digests_are_those_of_the_file_and_its_tensors_and_name_a_torn_one(tmp_path):
-    arrays = {"a": np.arange(300_000, dtype=np.int64), "b": np.ones(3, np.float32)}
+    arrays = {"a": np.arange(1_200_000, dtype=np.int64), "b": np.ones(3, np.float32), "empty": np.zeros((0, 2))}
     with ThreadPoolExecutor(1) as pool:
-        hashed = tensorfile.write_hashed(tmp_path / "f", arrays, {}, pool).result()
+        hashed = tuple(future.result() for future in tensorfile.write_hashed(tmp_path / "f", arrays, {}, pool))
     whole = (tmp_path / "f").read_bytes()
     assert hashed == tensorfile.digests(tmp_path / "f") == (sha256_bytes(whole), {n: sha256_bytes(a.tobytes()) for n, a in arrays.items()})
     (tmp_path / "f").write_bytes(whole[:-1])
