@@ -5,27 +5,37 @@ import json
 import math
 import os
 import struct
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
-DTYPES = {
+from spec.canonical import sha256_file
+
+DTYPES = {  # from the first laid out to the last, as the library does it
+    "U64": (8, "<u8"),
+    "I64": (8, "<i8"),
     "F64": (8, "<f8"),
     "F32": (4, "<f4"),
-    "F16": (2, "<f2"),
-    "BF16": (2, "<u2"),
-    "I64": (8, "<i8"),
+    "U32": (4, "<u4"),
     "I32": (4, "<i4"),
+    "BF16": (2, "<u2"),
+    "F16": (2, "<f2"),
+    "U16": (2, "<u2"),
     "I16": (2, "<i2"),
     "I8": (1, "|i1"),
-    "U64": (8, "<u8"),
-    "U32": (4, "<u4"),
-    "U16": (2, "<u2"),
     "U8": (1, "|u1"),
     "BOOL": (1, "|b1"),
 }
+LAYOUT = tuple(DTYPES)
+CODES = dict(zip("uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool".split(), LAYOUT, strict=True))
+SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, hashed, compared
+Pieces = SimpleQueue[tuple[str | None, Any] | None]
 MAX_HEADER_BYTES = 100 * 2**20
 METADATA_KEY = "stackproof"
 
@@ -140,46 +150,127 @@ def tensor_sha256(path: Path) -> dict[str, str]:
     return hashes
 
 
+def digests(path: Path) -> tuple[str, dict[str, str]]:
+    """Hex sha256 of a file, and of every tensor's bytes in it by name. Takes two threads. Raises BadTensorFile, OSError."""
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(sha256_file, path)
+        tensors = tensor_sha256(path)
+    return whole.result(), tensors
+
+
 def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Serialise numpy arrays or torch tensors of any type and put the file on the disk. The same content gives the same bytes.
+    """Put numpy arrays or torch tensors of any type and device on the disk. The same content gives the same bytes.
 
-    Raises OSError if it cannot be written, BadTensorFile if it cannot be expressed.
+    No copy of the whole is made. Raises OSError if it cannot be written, BadTensorFile if it cannot be expressed.
     """
-    import safetensors
+    _write(path, tensors, metadata, ())
 
+
+def write_hashed(
+    path: Path, tensors: dict[str, Any], metadata: dict[str, str], pool: Executor
+) -> tuple[Future[str], Future[dict[str, str]]]:
+    """As `write`; two threads of `pool` follow the writing and hash the file and its tensors. The futures hold what `digests` returns."""
+    queues: tuple[Pieces, Pieces] = (SimpleQueue(), SimpleQueue())
+    hashed = pool.submit(_hash_whole, queues[0]), pool.submit(_hash_tensors, queues[1])
     try:
-        data = _serialised(tensors, metadata)
-    except safetensors.SafetensorError as e:
-        raise BadTensorFile(f"these tensors cannot be written: {e}") from e
-    (length,) = struct.unpack("<Q", data[:8])
-    header = _ordered_header(data[8 : 8 + length])
+        _write(path, tensors, metadata, queues)
+    finally:
+        for queue in queues:
+            queue.put(None)
+    return hashed
+
+
+def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Read a file and compare it byte for byte with what `write` was given. Raises BadTensorFile naming the first part that differs."""
+    block = np.empty(SLICE_BYTES, np.uint8)
+    with open(path, "rb") as f:
+        for name, piece in _pieces(tensors, metadata):
+            part, expected = "the header" if name is None else f"tensor {name}", _bytes_of(piece)
+            read = block[: len(expected)]
+            if (n := f.readinto(read)) != len(expected):
+                raise BadTensorFile(f"{part} ends {len(expected) - n} bytes early")
+            if not np.array_equal(read, expected):
+                raise BadTensorFile(f"{part} is not what was written")
+        if f.read(1):
+            raise BadTensorFile("there are bytes behind the last tensor")
+
+
+def _write(path: Path, tensors: dict[str, Any], metadata: dict[str, str], followers: Sequence[Pieces]) -> None:
+    """Write and sync; each piece goes to the followers once it is written, as a view of the tensor and not as a copy.
+
+    In this order a tensor that changes meanwhile cannot agree with the hash, the file and a later comparison at once.
+    """
     with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(header)) + header)
-        f.write(memoryview(data)[8 + length :])
+        for name, piece in _pieces(tensors, metadata):
+            f.write(_bytes_of(piece))
+            for queue in followers:
+                queue.put((name, piece))
         f.flush()
         os.fsync(f.fileno())
 
 
-def _ordered_header(raw: bytes) -> bytes:
-    """The header with its metadata in alphabetical order: the library writes them in an order that differs between processes."""
-    document = json.loads(raw)
-    document["__metadata__"] = dict(sorted(document.get("__metadata__", {}).items()))
-    ordered = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    return ordered + b" " * (-len(ordered) % 8)
+def _hash_whole(queue: Pieces) -> str:
+    digest = hashlib.sha256()
+    for _, piece in iter(queue.get, None):
+        digest.update(_bytes_of(piece))
+    return digest.hexdigest()
 
 
-def _serialised(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
-    """The library's bytes. Arrays go through numpy, which has no bfloat16; a file that holds one goes through torch."""
-    if any(str(t.dtype) == "torch.bfloat16" for t in tensors.values()):
-        import safetensors.torch
-        import torch
+def _hash_tensors(queue: Pieces) -> dict[str, str]:
+    hashes = defaultdict(hashlib.sha256)
+    for name, piece in iter(queue.get, None):
+        hashes[name].update(_bytes_of(piece))
+    return {name: digest.hexdigest() for name, digest in hashes.items() if name is not None}
 
-        copies = {name: torch.as_tensor(t).detach().cpu().clone().contiguous() for name, t in tensors.items()}
-        return safetensors.torch.save(copies, metadata=metadata)
-    import safetensors.numpy
 
-    arrays = {n: t if isinstance(t, np.ndarray) else t.detach().cpu().contiguous().numpy() for n, t in tensors.items()}
-    return safetensors.numpy.save({name: np.ascontiguousarray(a).reshape(a.shape) for name, a in arrays.items()}, metadata=metadata)
+def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple[str | None, Any]]:
+    """A file from first to last byte: its header, named None, then each tensor by name in slices of at most SLICE_BYTES, at least one.
+
+    Raises BadTensorFile.
+    """
+    codes = {name: _code(name, t) for name, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: (LAYOUT.index(codes[name]), name))
+    header = _header_bytes([(name, codes[name], list(tensors[name].shape)) for name in order], metadata)
+    for name, tensor in [(None, np.frombuffer(header, np.uint8)), *((name, tensors[name]) for name in order)]:
+        flat = _in_a_row(tensor)
+        n_elements = SLICE_BYTES // flat.itemsize
+        for start in range(0, max(1, len(flat)), n_elements):
+            yield name, flat[start : start + n_elements]
+
+
+def _bytes_of(piece: Any) -> np.ndarray:
+    """The bytes of a piece as uint8, copied only if it lies on another device."""
+    return (piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()).view(np.uint8)
+
+
+def _code(name: str, tensor: Any) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.") if not isinstance(tensor, np.ndarray) else tensor.dtype.name
+    if kind not in CODES or name == "__metadata__":
+        raise BadTensorFile(f"these tensors cannot be written: {name} is of type {kind}; allowed: {' '.join(CODES)}")
+    return CODES[kind]
+
+
+def _header_bytes(entries: list[tuple[str, str, list[int]]], metadata: dict[str, str]) -> bytes:
+    """Length and header, its metadata in alphabetical order: the library writes them in an order that differs between processes."""
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name, code, shape in entries:
+        stop = start + DTYPES[code][0] * math.prod(shape)
+        document[name] = {"dtype": code, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    raw = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _in_a_row(tensor: Any) -> Any:
+    """An array or tensor as one dimension, little-endian, where it is, without a copy if it lies so; bfloat16 as its int16 bits."""
+    if isinstance(tensor, np.ndarray):
+        return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1)
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
 
 
 def memmap(path: Path, name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from spec.errors import CheckpointError, IntegrityError
 from stack import tensorfile
 from stack.config import ModelConfig, validate
 from stack.evidence.record import write_atomically
+from stack.train import stepfolder
 from stack.train.randomness import default_rng_state, set_default_rng_state
 from stack.train.state import TrainState
 
@@ -92,9 +93,9 @@ def state_document(state: TrainState, *, tokenizer_sha256: str, vocab_size: int,
 @require(lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys")
 @ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
 def save(root: Path, state: TrainState, document: dict) -> Path:
-    """Write `root/step-XXXXXXXX` and point `latest` at it. Returns the folder.
+    """Write `root/step-XXXXXXXX`, compare it with memory and point `latest` at it. Returns the folder.
 
-    Raises CheckpointError if anything fails; the earlier checkpoints and pointers are then untouched.
+    Raises CheckpointError if anything fails; the earlier checkpoints and pointers are then as they were.
     """
     final = root / f"step-{state.step:08d}"
     temporary = root / f".writing-{final.name}-{os.getpid()}"
@@ -102,17 +103,12 @@ def save(root: Path, state: TrainState, document: dict) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        tensorfile.write(temporary / "model.safetensors", model_tensors(state.model), {"step": str(state.step)})
-        tensorfile.write(temporary / "state.safetensors", optimizer_tensors(state) | default_rng_state(), {"step": str(state.step)})
-        _write_and_sync(temporary / "state.json", canonical_json(document))
-        _write_and_sync(temporary / "manifest.json", canonical_json(_manifest(temporary)))
-        _sync_directory(temporary)
-        if final.exists():
-            os.replace(final, root / f".replaced-{final.name}-{os.getpid()}")
-        os.replace(temporary, final)
-        _sync_directory(root)
-        load(final)
-        point(root, "latest", final)
+        tensors = {"model.safetensors": model_tensors(state.model), "state.safetensors": optimizer_tensors(state) | default_rng_state()}
+        content = stepfolder.Content(SCHEMA, tensors, {"step": str(state.step)}, canonical_json(document))
+        manifest = stepfolder.write(temporary, content)
+        with stepfolder.in_place(temporary, final):
+            stepfolder.compare(final, content, manifest)
+            point(root, "latest", final)
     except (OSError, tensorfile.BadTensorFile) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -122,31 +118,6 @@ def save(root: Path, state: TrainState, document: dict) -> Path:
             next_step="free space, then stack train --resume; earlier checkpoints are intact",
         ) from e
     return final
-
-
-def _manifest(folder: Path) -> dict:
-    files = {}
-    for name in FILES:
-        path = folder / name
-        files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        if name.endswith(".safetensors"):
-            files[name]["tensors"] = tensorfile.tensor_sha256(path)
-    return {"schema": SCHEMA, "files": files}
-
-
-def _write_and_sync(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_bytes(root: Path) -> int:
@@ -172,7 +143,8 @@ def retain(root: Path, keep: int) -> None:
 def find(path: Path) -> Path:
     """The step folder meant by a run directory, a checkpoints folder or a step folder.
 
-    Follows `latest`; if that folder is gone, the newest complete one. A damaged one is an error, never skipped.
+    Follows `latest`; if a kill came while that folder made room for its successor, the one moved aside; if it is gone, the newest
+    complete one. A damaged one is an error, never skipped.
     Raises CheckpointError if there is none.
     """
     if path.is_file():
@@ -181,9 +153,8 @@ def find(path: Path) -> Path:
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     pointer = root / "latest"
-    if pointer.is_file() and (root / pointer.read_text().strip() / "manifest.json").is_file():
-        return root / pointer.read_text().strip()
-    for folder in sorted(root.glob("step-*"), reverse=True):
+    name = pointer.read_text().strip() if pointer.is_file() else "none"
+    for folder in (root / name, *root.glob(f".replaced-{name}-*"), *sorted(root.glob("step-*"), reverse=True)):
         if (folder / "manifest.json").is_file():
             return folder
     raise CheckpointError(
@@ -239,19 +210,19 @@ def _verify_file(path: Path, entry: dict) -> None:
         raise CheckpointError(f"{path} is missing", next_step="resume from an older step folder")
     if path.stat().st_size != entry["bytes"]:
         raise CheckpointError(f"{path} is truncated or padded", value=f"{path.stat().st_size} bytes", allowed=f"{entry['bytes']} bytes")
-    if path.suffix == ".safetensors":
-        try:
-            tensors = tensorfile.tensor_sha256(path)
-        except tensorfile.BadTensorFile as e:
-            raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
-        if wrong := sorted(n for n in tensors.keys() | entry["tensors"].keys() if tensors.get(n) != entry["tensors"].get(n)):
-            raise CheckpointError(
-                f"{path}: tensor {wrong[0]} does not match its hash",
-                value=f"{len(wrong)} tensor(s) differ",
-                allowed="bytes as they were written",
-                next_step="resume from an older step folder",
-            ) from damaged
-    if sha256_file(path) != entry["sha256"]:
+    try:
+        sha256, tensors = tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
+    except (OSError, tensorfile.BadTensorFile) as e:
+        raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
+    declared = entry.get("tensors", {})
+    if wrong := sorted(n for n in tensors.keys() | declared.keys() if tensors.get(n) != declared.get(n)):
+        raise CheckpointError(
+            f"{path}: tensor {wrong[0]} does not match its hash",
+            value=f"{len(wrong)} tensor(s) differ",
+            allowed="bytes as they were written",
+            next_step="resume from an older step folder",
+        ) from damaged
+    if sha256 != entry["sha256"]:
         raise damaged
 
 

@@ -1,5 +1,6 @@
 """Checkpoints under kills, and what loading refuses."""
 
+import errno
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from spec.errors import CheckpointError
+from stack import tensorfile
 from stack.train import checkpoint
 from stack.train.preflight import advance, digest, micro, shrunk
 from stack.train.state import build_state
@@ -26,8 +28,10 @@ def state(small_cfg, dataset):
 
 
 def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(state, dataset, tmp_path):
-    """A child saves as fast as it can and is killed at random moments; whatever `latest` names always loads."""
+    """A child saves as fast as it can and is killed at random moments of its first three saves; whatever `latest` names always loads."""
+    began = time.monotonic()
     checkpoint.save(tmp_path, state, document(state, dataset))
+    save_s = time.monotonic() - began
     draw, steps = random.Random(3), [0]
     for _ in range(40):
         child = os.fork()
@@ -36,7 +40,7 @@ def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(state, datas
                 state.step = (state.step + 1) % 5
                 checkpoint.save(tmp_path, state, document(state, dataset))
                 checkpoint.retain(tmp_path, 2)
-        time.sleep(draw.uniform(0.002, 0.03))
+        time.sleep(draw.uniform(0, 3 * save_s))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         steps.append(checkpoint.load(checkpoint.find(tmp_path)).state["step"])
@@ -122,3 +126,132 @@ def test_a_checkpoint_without_a_curriculum_is_refused(state, dataset, tmp_path, 
 def test_a_missing_folder_says_how_to_make_one(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.find(tmp_path)
+
+
+def stored(root):
+    """Every file below a folder of checkpoints, as bytes."""
+    return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def flip(at):
+    def damage(path):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 0x10
+        path.write_bytes(data)
+
+    return damage
+
+
+def spread(path):
+    """Put one more blank behind the header, as a writer with another padding would."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+
+
+DAMAGES = {
+    "the first tensor's name": ("model.safetensors", flip(40)),
+    "padding": ("model.safetensors", spread),
+    "a weight": ("model.safetensors", flip(-2)),
+    "a moment": ("state.safetensors", flip(-2)),
+    "the end of a file": ("state.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-8])),
+    "one byte more": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes() + b"\0")),
+    "the document": ("state.json", flip(5)),
+    "the manifest": ("manifest.json", flip(5)),
+}
+
+
+@pytest.mark.parametrize("part", DAMAGES)
+def test_what_the_disk_changes_after_the_write_is_found_before_latest_moves(state, dataset, tmp_path, monkeypatch, part):
+    """The damage comes with the rename, behind the back of the hashes: only reading again can see it."""
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    before, replace, (name, damage) = stored(tmp_path), os.replace, DAMAGES[part]
+
+    def damaging(source, target):
+        replace(source, target)
+        if os.path.basename(target) == "step-00000001":
+            damage(target / name)
+
+    state.step = 1
+    with monkeypatch.context() as torn, pytest.raises(CheckpointError, match=f"{name} was written and read back otherwise"):
+        torn.setattr(os, "replace", damaging)
+        checkpoint.save(tmp_path, state, document(state, dataset))
+    assert stored(tmp_path) == before, "nothing of the failed save remains"
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    assert checkpoint.load(checkpoint.find(tmp_path)).state["step"] == 1
+
+
+@pytest.mark.parametrize("part", DAMAGES)
+def test_what_the_disk_changes_later_is_refused_by_name(state, dataset, tmp_path, part):
+    folder, (name, damage) = checkpoint.save(tmp_path, state, document(state, dataset)), DAMAGES[part]
+    checkpoint.load(folder)
+    damage(folder / name)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("function", ["_hash_whole", "_hash_tensors", "require_equal"])
+def test_an_error_in_a_thread_ends_the_save_and_loses_nothing(state, dataset, tmp_path, monkeypatch, function):
+    """A disk that cannot be read while a thread hashes or compares: the folder of the same step comes back."""
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    before = stored(tmp_path)
+
+    def failing(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken, pytest.raises(CheckpointError, match="Input/output error"):
+        broken.setattr(tensorfile, function, failing)
+        checkpoint.save(tmp_path, state, document(state, dataset))
+    assert stored(tmp_path) == before
+
+
+def test_an_unreadable_file_is_a_checkpoint_error(state, dataset, tmp_path, monkeypatch):
+    folder = checkpoint.save(tmp_path, state, document(state, dataset))
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(tensorfile, "digests", failing)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*Input/output error"):
+        checkpoint.load(folder)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@pytest.mark.parametrize("at", range(1, 4))
+def test_a_kill_between_any_two_renames_of_the_same_step_leaves_it_loadable(state, dataset, tmp_path, monkeypatch, at):
+    """The only checkpoint is replaced by its successor: aside, in place, pointer."""
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    replace, calls = os.replace, []
+
+    def dying(source, target):
+        calls.append(target)
+        if len(calls) == at:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as killed, pytest.raises(Killed):
+        killed.setattr(os, "replace", dying)
+        checkpoint.save(tmp_path, state, document(state, dataset))
+    assert checkpoint.load(checkpoint.find(tmp_path)).state["step"] == 0
+    for _ in range(2):
+        checkpoint.save(tmp_path, state, document(state, dataset))
+    checkpoint.retain(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000000"]
+
+
+def test_weights_that_change_while_they_are_saved_are_noticed(state, dataset, tmp_path, monkeypatch):
+    """Another thread's update between the write and the comparison."""
+    sync, parameter = os.fsync, next(state.model.parameters())
+
+    def updating(descriptor):
+        sync(descriptor)
+        with torch.no_grad():
+            parameter.view(-1)[0] += 1
+
+    monkeypatch.setattr(os, "fsync", updating)
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        checkpoint.save(tmp_path, state, document(state, dataset))
+    assert stored(tmp_path) == {}

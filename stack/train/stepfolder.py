@@ -1,0 +1,104 @@
+"""A step folder on its way to the disk: written, hashed, put in its place and compared with memory."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from spec.canonical import canonical_json, sha256_bytes
+from spec.errors import CheckpointError
+from stack import tensorfile
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a step folder is to hold, as it is in memory: the tensors of each file, their metadata, and the bytes of state.json."""
+
+    schema: str
+    tensors: dict[str, dict[str, Tensor]]
+    metadata: dict[str, str]
+    document: bytes
+
+
+def write(folder: Path, content: Content) -> bytes:
+    """Write and sync the files, then the manifest, then the folder. Returns the manifest.
+
+    Hashing follows the writing in threads, two for each file. Raises OSError, BadTensorFile.
+    """
+    with ThreadPoolExecutor(2 * len(content.tensors)) as pool:
+        hashed = {n: tensorfile.write_hashed(folder / n, tensors, content.metadata, pool) for n, tensors in content.tensors.items()}
+        _write_and_sync(folder / "state.json", content.document)
+    files: dict[str, dict] = {"state.json": {"sha256": sha256_bytes(content.document), "bytes": len(content.document)}}
+    for name, (whole, tensors) in hashed.items():
+        files[name] = {"sha256": whole.result(), "bytes": (folder / name).stat().st_size, "tensors": tensors.result()}
+    manifest = canonical_json({"schema": content.schema, "files": files})
+    _write_and_sync(folder / "manifest.json", manifest)
+    _sync_directory(folder)
+    return manifest
+
+
+@contextmanager
+def in_place(temporary: Path, final: Path) -> Iterator[None]:
+    """Rename a written folder to `final` for a block that proves it. If the block fails, `final` is again what it was before.
+
+    An earlier folder of that name is moved aside first and deleted last, so that a kill at any point leaves it or its successor.
+    """
+    replaced = final.with_name(f".replaced-{final.name}-{os.getpid()}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    try:
+        os.replace(temporary, final)
+        _sync_directory(final.parent)
+        yield
+    except Exception:
+        shutil.rmtree(final, ignore_errors=True)
+        if replaced.exists():
+            os.replace(replaced, final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def compare(folder: Path, content: Content, manifest: bytes) -> None:
+    """Open the files of a folder again and compare every byte with memory. Raises CheckpointError naming what differs."""
+    with ThreadPoolExecutor(len(content.tensors)) as pool:
+        compared = {
+            folder / n: pool.submit(tensorfile.require_equal, folder / n, tensors, content.metadata)
+            for n, tensors in content.tensors.items()
+        }
+    for path, future in compared.items():
+        try:
+            future.result()
+        except tensorfile.BadTensorFile as e:
+            raise _changed(path, str(e)) from e
+    for name, written in (("state.json", content.document), ("manifest.json", manifest)):
+        if (folder / name).read_bytes() != written:
+            raise _changed(folder / name, "it is not what was written")
+
+
+def _changed(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was written and read back otherwise: {what}",
+        allowed="the bytes that are in memory, which nothing may change while a checkpoint is written",
+        next_step="check the disk and the memory of this machine; earlier checkpoints are intact",
+    )
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
