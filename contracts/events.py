@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run begins or continues after `step`. `plan` holds what was declared: peak_lr, warmup_steps, max_steps, final_lr_frac, …"""
+    """A run begins or continues after `step`. `plan` holds what was declared: peak_lr, peak_lrs, schedule, max_steps, …"""
 
     step: int
     plan: Mapping[str, float | int | str]
@@ -28,7 +28,10 @@ class BatchDrawn:
 
 @dataclass(frozen=True, slots=True)
 class StepTaken:
-    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it."""
+    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it.
+
+    `group_lrs` holds the learning rate by group as it stands in the optimizer.
+    """
 
     step: int
     loss_nats: float
@@ -44,6 +47,7 @@ class StepTaken:
     peak_flops: float
     changed_tensor_frac: float
     overflow_retries: int = 0
+    group_lrs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

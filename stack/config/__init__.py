@@ -31,10 +31,9 @@ from stack.config.data import (
     check_shares,
 )
 from stack.config.load import known_keys, load_config, load_mixture, read_run_file, unknown_key, validate, validate_data
+from stack.config.optim import AdamW, Cosine, Muon, Optim, Schedule, Wsd
 from stack.config.run import (
-    AdamW,
     CheckpointConfig,
-    Cosine,
     EvalConfig,
     GatesConfig,
     ModelConfig,

@@ -25,7 +25,7 @@ class TrainState:
 
     cfg: RunConfig
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: opt.Optimizer
     scaler: torch.amp.GradScaler
     reader: Reader
     stopper: StopRule | NeverStopRule
