@@ -12,6 +12,7 @@ from stack.model.cache import KVCache
 from stack.model.feedforward import SwiGLU
 from stack.model.init import Embedding, Linear
 from stack.model.norm import RMSNorm
+from stack.model.recompute import run_block
 from stack.model.rotary import Rotary
 
 
@@ -39,7 +40,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, vocab_size: int):
         super().__init__()
-        self.cfg, self.vocab_size = cfg, vocab_size
+        self.cfg, self.vocab_size, self.recompute = cfg, vocab_size, False
         self.embed = Embedding(vocab_size, cfg.d_model)
         self.rotary = Rotary(cfg.head_dim, cfg.max_seq_len, cfg.rope_theta)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
             rotary, *mask = self.packed(input_ids_BT, cache, document_ids_BT)
         x_BTD = self.embed(input_ids_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary, cache, *mask)
+            x_BTD = run_block(layer, x_BTD, rotary, cache, *mask, recompute=self.recompute)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
         return self.logits(self.final_norm(x_BTD))

@@ -112,8 +112,15 @@ def make_optimizer(model: nn.Module, cfg: Optim) -> Optimizer:
         case AdamW():
             return _adamw(groups, cfg)
         case Muon():
-            settings = {k: getattr(cfg, k) for k in ("momentum", "nesterov", "ns_steps", "lr_scale", "dtype")}
-            return Together(muon.Muon([groups["muon"]], **settings), _adamw(groups, cfg))
+            matrices = muon.Muon(
+                [groups["muon"]],
+                momentum=cfg.momentum,
+                nesterov=cfg.nesterov,
+                ns_steps=cfg.ns_steps,
+                lr_scale=cfg.lr_scale,
+                dtype=cfg.dtype,
+            )
+            return Together(matrices, _adamw(groups, cfg))
     assert_never(cfg)
 
 

@@ -44,8 +44,6 @@ def remaining(done: float, schedule: Schedule) -> float:
     match schedule:
         case Cosine():
             return 0.5 * (1 + math.cos(math.pi * done))
-        case Wsd(decay_shape="linear"):
-            return 1 - done
-        case Wsd(decay_shape="1-sqrt"):
-            return 1 - math.sqrt(done)
-    raise AssertionError(f"schedule is {schedule}")
+        case Wsd():
+            return 1 - (done if schedule.decay_shape == "linear" else math.sqrt(done))
+    assert_never(schedule)

@@ -59,6 +59,7 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
     """
     model = build_model(cfg.model, dataset.tokenizer.vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
+    model.recompute = cfg.train.activation_checkpointing == "blocks"
     seed_dropout(cfg.seed)
     return TrainState(
         cfg=cfg,
