@@ -24,6 +24,7 @@ from stack.model.build import build_model
 from stack.train import checkpoint, losses
 from stack.train import optimizer as opt
 from stack.train import step as steps
+from stack.train.compiled import compiled_ingredients
 from stack.train.randomness import generator, stream_seed
 from stack.train.state import TrainState, build_state
 
@@ -84,6 +85,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
+    ingredients |= compiled_ingredients(cfg, dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:
         raise DataError(

@@ -12,6 +12,7 @@ from stack.data.prepare import Dataset
 from stack.data.reader import Reader
 from stack.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stack.model.build import build_model
+from stack.model.compiled import compile_model
 from stack.train import optimizer as opt
 from stack.train.randomness import seed_dropout, stream_seed
 
@@ -70,7 +71,7 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=device,
-        forward=torch.compile(model) if cfg.train.compile else model,
+        forward=compile_model(model) if cfg.train.compile else model,
     )
 
 

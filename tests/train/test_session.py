@@ -97,6 +97,19 @@ def test_every_rule_and_schedule_trains_under_all_gates(cfg, tmp_path, optim, sc
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.05  # measured falls of 0.1 and more
 
 
+def test_a_compiled_run_ends_as_the_plain_one_and_names_its_gate(cfg, tmp_path, monkeypatch):
+    """Evaluates and samples with the eager model, which shares the parameters. The graph runs in eager: that is the same to a rounding."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"))
+    compiled = session.start(with_train(cfg, compile=True), (), tmp_path / "compiled", Listener())
+    plain = session.start(cfg, (), tmp_path / "plain", Listener())
+    assert compiled.status == plain.status == "completed" and all(g.verdict == "pass" for g in compiled.gates)
+    assert {g.id for g in compiled.gates} - {g.id for g in plain.gates} == {"kernel.compiled-graph"}
+    for name in ("val_loss_nats", "train_loss_nats"):
+        assert compiled.metric(name) == pytest.approx(plain.metric(name), rel=1e-4)
+    torch._dynamo.reset()
+
+
 def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):
     """A monitor that is wired to nothing: the run does not end well."""
     from stack.train.run import Run
