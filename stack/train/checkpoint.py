@@ -309,7 +309,12 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     given = {n for n in tensors if n.startswith("optim.")}
     if given != expected and (given or state.step):
         odd = sorted(given ^ expected)
-        raise CheckpointError("the checkpoint's optimizer state is not this optimizer's", value=", ".join(odd[:6]))
+        raise CheckpointError(
+            "the checkpoint's optimizer state is not this optimizer's",
+            value=", ".join(odd[:6]),
+            allowed=f"the moments of optim.kind = {state.cfg.optim.kind}",
+            next_step="keep optim.kind as the checkpoint's run had it: moments of one rule mean nothing to another",
+        )
     for name, parameter in owned:
         for field in fields[parameter] if given else ():
             value = tensors[f"optim.{name}.{field}"]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stack.config import AdamW, Muon
 from stack.model.build import build_model
@@ -25,7 +27,7 @@ def ours(parameters, **changes) -> muon.Muon:
 @pytest.mark.parametrize("lr_scale", ["match-rms-adamw", "original"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_equals_torch_muon_within_bfloat16(lr_scale, nesterov):
-    """Ten updates, distance over the way gone. torch computes in bfloat16; measured worst case 1.3e-2 for it, and the same for float32."""
+    """Ten updates, distance over the way gone. torch computes in bfloat16: measured worst case 1.25e-2 for ours in it, 8.1e-3 in float32."""
     for dtype in ("bfloat16", "float32"):
         mine, theirs = ([torch.nn.Parameter(m) for m in matrices(0)] for _ in range(2))
         a = ours(mine, lr_scale=lr_scale, nesterov=nesterov, dtype=dtype)
@@ -42,20 +44,20 @@ def test_muon_equals_torch_muon_within_bfloat16(lr_scale, nesterov):
 
 @pytest.mark.parametrize("shape", [(12, 12), (30, 12), (12, 30)])
 def test_orthogonalising_keeps_singular_vectors_and_brings_values_near_one(shape):
-    """Against the quintic on float64 singular values. Measured worst case 3e-5 in float32."""
+    """Against the quintic on float64 singular values. Measured worst case 8.8e-7 in float32, values from 0.68 to 1.14."""
     x_NAB = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
     u, s, v = torch.linalg.svd(x_NAB.double(), full_matrices=False)
     expected = s / s.square().sum(-1, keepdim=True).sqrt()
     for _ in range(5):
         expected = expected * (3.4445 - 4.7750 * expected**2 + 2.0315 * expected**4)
     got = muon.orthogonalise(x_NAB, steps=5, dtype=torch.float32).double()
-    torch.testing.assert_close(got, (u * expected[:, None]) @ v, rtol=0, atol=2e-4)
+    torch.testing.assert_close(got, (u * expected[:, None]) @ v, rtol=0, atol=1e-5)
     values = torch.linalg.svdvals(got)
-    assert float(values.min()) > 0.3 and float(values.max()) < 1.3
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.2
 
 
 def test_matrices_of_one_shape_do_not_see_each_other():
-    """Together or alone: products of stacked matrices may be summed in another order. Measured worst case 2e-7."""
+    """Together or alone: products of stacked matrices may be summed in another order. Measured 0 here."""
     x_NAB = torch.randn(4, 20, 12, generator=torch.Generator().manual_seed(3))
     alone = torch.cat([muon.orthogonalise(x[None], steps=5, dtype=torch.float32) for x in x_NAB])
     torch.testing.assert_close(muon.orthogonalise(x_NAB, steps=5, dtype=torch.float32), alone, rtol=0, atol=1e-5)
@@ -120,3 +122,43 @@ def test_two_rules_act_as_one(small_cfg):
     assert all(set(both.state[p]) == set(fields[p]) for p in model.parameters()) and set(both.state) == set(model.parameters())
     both.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_adamw_equals_torchs_plain_one_over_a_hundred_steps(small_cfg):
+    """Fused against one tensor at a time, with the declared decay by group. Measured worst case 7.5e-9."""
+    cfg = AdamW(lr=1e-3, weight_decay=0.01)
+    mine, theirs = (build_model(small_cfg.model, 50, seed=1) for _ in range(2))
+    a = opt.make_optimizer(mine, cfg)
+    decayed, kept = ([p for p in theirs.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": kept, "weight_decay": 0.0}]
+    b = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
+    draw = torch.Generator().manual_seed(4)
+    for _ in range(100):
+        for x, y in zip(mine.parameters(), theirs.parameters()):
+            x.grad = torch.randn(x.shape, generator=draw)
+            y.grad = x.grad.clone()
+        a.step()
+        b.step()
+    assert max(float((x - y).detach().abs().max()) for x, y in zip(mine.parameters(), theirs.parameters())) <= 1e-7
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-2, 10.0), st.integers(0, 2**31))
+def test_clipping_equals_torchs_keeps_the_direction_and_never_exceeds_the_norm(size, max_norm, seed):
+    draw = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(s, generator=draw) * size for s in ((5, 4), (7,), (2, 3))]
+    holders = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for holder, g in zip(holders, grads):
+        holder.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(holders, max_norm)
+    before, norm = torch.cat([g.flatten() for g in grads]).double(), opt.global_norm(grads)
+    assert float(norm) == pytest.approx(float(before.norm()), rel=1e-6)
+    opt.clip_gradients(grads, norm, max_norm)
+    after = torch.cat([g.flatten() for g in grads]).double()
+    assert float(after.norm()) <= max_norm * (1 + 1e-6)
+    assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 1 - 1e-12
+    assert all(torch.equal(g, h.grad) for g, h in zip(grads, holders))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_has_a_norm_that_says_so(bad):
+    assert not torch.isfinite(opt.global_norm([torch.ones(3), torch.tensor([1.0, bad])]))
