@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run begins or continues after `step`. `plan` holds what was declared: peak_lr, warmup_steps, max_steps, final_lr_frac, …"""
+    """A run begins or continues after `step`. `plan` holds what was declared: peak_lr, peak_lrs, schedule, max_steps, …"""
 
     step: int
     plan: Mapping[str, float | int | str]
@@ -31,6 +31,7 @@ class StepTaken:
     """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it.
 
     `expert_shares` holds per layer with experts the share (0-1) of the step's choices that went to each, before any is dropped.
+    `group_lrs` holds the learning rate by group as it stands in the optimizer.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepTaken:
     changed_tensor_frac: float
     overflow_retries: int = 0
     expert_shares: tuple[tuple[float, ...], ...] = ()
+    group_lrs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

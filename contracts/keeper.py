@@ -27,7 +27,7 @@ class _Seat:
 
 
 class Gatekeeper:
-    """Holds every gate that applies to one kind of run. The caller announces events; this class decides who looks.
+    """Holds every gate that applies to a kind of run and its resolved `config`. The caller announces events; this class decides who looks.
 
     `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict and for each red runtime verdict.
     """
@@ -39,6 +39,7 @@ class Gatekeeper:
         kind: str = "train",
         waivers: Iterable[Waiver] = (),
         only: Iterable[str] | None = None,
+        config: Mapping[str, Any] | None = None,
         on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: None,
     ):
         self.spec, self.on_verdict = spec, on_verdict
@@ -52,7 +53,7 @@ class Gatekeeper:
         self.seats = {
             g.id: _Seat(g)
             for g in spec.gates.values()
-            if kind in g.kinds and g.moment != "repository" and (wanted is None or g.id in wanted)
+            if kind in g.kinds and g.moment != "repository" and (wanted is None or g.id in wanted) and g.applies_to(config or {})
         }
         for seat in self.seats.values():
             if seat.gate.moment == "runtime":

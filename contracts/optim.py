@@ -1,19 +1,25 @@
 """Gates of the optimizer: every parameter is optimised as declared, by the declared formula, within the declared norm."""
 
 import copy
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from contracts.events import Event, StepTaken
 from contracts.gate import Stateless, Verdict, decide, decides, failed
 
+RATE = 1e-2
+
 
 @decides("optim.parameter-census")
-def parameter_census(limits: SimpleNamespace, *, build_model, make_optimizer, train_on, census_batch, declared) -> Verdict:
-    """Every trainable parameter is owned once, with its declared decay, gets a gradient and moves; frozen ones do not move.
+def parameter_census(limits: SimpleNamespace, *, build_model, make_optimizer, train_on, census_batch, declared_law) -> Verdict:
+    """Every trainable parameter is owned once, in a group of its declared law, gets a gradient and moves; frozen ones do not move.
 
-    `declared` holds lr, weight_decay and `decays(name, parameter)`. `train_on(model, optimizer, batch)` makes one update.
+    `declared_law(name, parameter)` holds rule (adamw or muon), lr, weight_decay and what else the rule needs.
+    `train_on(model, optimizer, batch)` makes one update.
     """
     model = build_model()
     names = {id(p): n for n, p in model.named_parameters()}
@@ -26,14 +32,16 @@ def parameter_census(limits: SimpleNamespace, *, build_model, make_optimizer, tr
     twice = sorted({names[i] for i in ids if ids.count(i) > 1})
     if missing or twice:
         return failed(f"not owned exactly once by the optimizer: {', '.join(missing + twice)}", missing=len(missing), twice=len(twice))
-    wrong = [
-        names[id(p)]
-        for p, g in owned
-        if g["weight_decay"] != (declared["weight_decay"] if declared["decays"](names[id(p)], p) else 0.0) or g["lr"] != declared["lr"]
-    ]
+    wrong = [names[id(p)] for p, g in owned if not _is_of(declared_law(names[id(p)], p), g)]
     if wrong:
-        return failed(f"learning rate or weight decay is not the declared one: {wrong[0]}", wrong_groups=len(wrong))
+        return failed(f"rule, learning rate or weight decay is not the declared one: {wrong[0]}", wrong_groups=len(wrong))
     return _movement(limits, model, optimizer, train_on, census_batch)
+
+
+def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's group has a law's rule, learning rate and decay. The settings a group holds show its rule."""
+    rule = "adamw" if "betas" in group else "muon" if "momentum" in group else "unknown"
+    return (rule, group["lr"], group["weight_decay"]) == (law["rule"], law["lr"], law["weight_decay"])
 
 
 def _movement(limits: SimpleNamespace, model, optimizer, train_on, batch) -> Verdict:
@@ -54,29 +62,108 @@ def _movement(limits: SimpleNamespace, model, optimizer, train_on, batch) -> Ver
 
 
 @decides("optim.reference-update")
-def reference_update(limits: SimpleNamespace, *, make_optimizer, declared) -> Verdict:
-    """Ten updates of the real optimizer equal AdamW written out in float64, with a zero gradient among them."""
-    draw = torch.Generator().manual_seed(7)
-    module = torch.nn.Linear(6, 5, bias=True)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw))
-    optimizer = make_optimizer(module)
-    oracle = {n: p.detach().double().clone() for n, p in module.named_parameters()}
-    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in oracle.items()}
-    lr, (b1, b2), eps = declared["lr"], declared["betas"], declared["eps"]
+def reference_update(limits: SimpleNamespace, *, build_model, make_optimizer, declared_law) -> Verdict:
+    """Ten updates of the real optimizer equal each parameter's declared rule written out in float64, with a zero gradient among them.
+
+    The optimizer is built for the model's parameter names and devices, on tensors of a few entries. Each group's learning rate is
+    multiplied by what brings its declared rate to RATE, so that rounding weighs the same for all. Where a parameter does not decay, a
+    gradient that was always zero leaves it bit for bit.
+    """
+    small = _Small(build_model())
+    if moved := _moved_by_nothing(small, make_optimizer, declared_law):
+        return failed(f"{moved[0]} does not decay and had zero gradients only, and moved", moved=len(moved))
+    laws = {n: dict(declared_law(n, p)) for n, p in small.pairs}
+    oracle = {n: p.detach().double() for n, p in small.pairs}
+    first, memory = dict(oracle), {n: {} for n in oracle}
+    optimizer, draw = _at_rate(make_optimizer(small), {id(p): laws[n]["lr"] for n, p in small.pairs}), torch.Generator().manual_seed(7)
     for t in range(1, 11):
-        for n, p in module.named_parameters():
-            p.grad = torch.zeros_like(p) if t == 5 else torch.randn(p.shape, generator=draw) * 10.0 ** (t % 3 - 1)
-            g = p.grad.double()
-            m, v = moments[n]
-            m.mul_(b1).add_(g, alpha=1 - b1)
-            v.mul_(b2).addcmul_(g, g, value=1 - b2)
-            decay = declared["weight_decay"] if declared["decays"](n, p) else 0.0
-            oracle[n] -= lr * ((m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps) + decay * oracle[n])
+        for n, p in small.pairs:
+            gradient = torch.zeros(p.shape) if t == 5 else torch.randn(p.shape, generator=draw) * 10.0 ** (t % 3 - 1)
+            p.grad = gradient.to(p.device)
+            oracle[n] = _RULES[laws[n]["rule"]](oracle[n], p.grad.double(), memory[n], laws[n] | {"lr": RATE}, t)
         optimizer.step()
-    error = max(float((p.detach().double() - oracle[n]).abs().max()) for n, p in module.named_parameters()) / lr
-    return decide(error <= limits.rel_error_max, "updates differ from AdamW in float64", error_over_lr=error)
+    errors: dict[str, dict[str, float]] = {"error_over_lr": {}, "muon_rel_error": {}, "muon_bf16_rel_error": {}}
+    allowed = dict(zip(errors, (limits.rel_error_max, limits.muon_rel_error_max, limits.muon_bf16_rel_error_max)))
+    for n, p in small.pairs:
+        off, law = p.detach().double() - oracle[n], laws[n]
+        if law["rule"] == "adamw":
+            errors["error_over_lr"][n] = float(off.abs().max()) / RATE
+        else:
+            kind = "muon_rel_error" if law["dtype"] == "float32" else "muon_bf16_rel_error"
+            errors[kind][n] = float(off.norm() / (oracle[n] - first[n]).norm())
+    worst = {kind: max(found.items(), key=lambda item: item[1]) for kind, found in errors.items() if found}
+    over = [name for kind, (name, error) in worst.items() if not error <= allowed[kind]]
+    text = f"updates differ from the declared rule in float64, worst in {', '.join(over)}"
+    return decide(not over, text, **{kind: error for kind, (_, error) in worst.items()})
+
+
+class _Small:
+    """A model's parameter names and devices on tensors of a few entries: wide where the model's are wide, tall where they are tall."""
+
+    def __init__(self, model: torch.nn.Module):
+        draw = torch.Generator().manual_seed(5)
+        self.pairs = [
+            (n, torch.nn.Parameter(torch.randn(_few(p.shape), generator=draw).to(p.device)))
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        ]
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return self.pairs
+
+
+def _at_rate(optimizer: Any, declared: Mapping[int, float]) -> Any:
+    """The optimizer with each group's rate times RATE over what is declared for the group's first parameter."""
+    for group in (g for g in optimizer.param_groups if g["params"]):
+        group["lr"] *= RATE / declared[id(group["params"][0])]
+    return optimizer
+
+
+def _few(shape: torch.Size) -> tuple[int, ...]:
+    if len(shape) != 2:
+        return (5,) * len(shape)
+    return (6, 6) if shape[0] == shape[1] else (9, 6) if shape[0] > shape[1] else (6, 9)
+
+
+def _moved_by_nothing(small: _Small, make_optimizer: Callable, declared_law: Callable) -> list[str]:
+    """Names of parameters that do not decay and move in two updates with gradients of zero."""
+    optimizer, before = make_optimizer(small), [p.detach().clone() for _, p in small.pairs]
+    for _ in range(2):
+        for _, p in small.pairs:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    still = [n for (n, p), kept in zip(small.pairs, before) if torch.equal(p.detach(), kept)]
+    moved = [n for n, p in small.pairs if n not in still and declared_law(n, p)["weight_decay"] == 0]
+    for (_, p), kept in zip(small.pairs, before):
+        p.data.copy_(kept)
+    return moved
+
+
+def _adamw(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: int) -> Tensor:
+    """x − lr·(m̂/(√v̂ + eps) + decay·x). Source: arXiv:1711.05101, algorithm 2."""
+    b1, b2 = law["betas"]
+    m = memory["m"] = b1 * memory.get("m", 0.0) + (1 - b1) * gradient
+    v = memory["v"] = b2 * memory.get("v", 0.0) + (1 - b2) * gradient**2
+    return x - law["lr"] * ((m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + law["eps"]) + law["weight_decay"] * x)
+
+
+def _muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: int) -> Tensor:
+    """x − lr·decay·x − lr·factor·U·p(S)·Vᵀ of the running mean U·S·Vᵀ: the Newton-Schulz quintic acts on each singular value alone.
+
+    Sources: Keller Jordan's post on Muon, 2024; the factor of update size arXiv:2502.16982, sec. 2.2.
+    """
+    m = memory["m"] = law["momentum"] * memory.get("m", 0.0) + (1 - law["momentum"]) * gradient
+    ahead = law["momentum"] * m + (1 - law["momentum"]) * gradient if law["nesterov"] else m
+    u, s, v = torch.linalg.svd(ahead, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(law["ns_steps"]):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    rows, columns = x.shape
+    factor = {"match-rms-adamw": 0.2 * max(rows, columns) ** 0.5, "original": max(1.0, rows / columns) ** 0.5}[law["lr_scale"]]
+    return x * (1 - law["lr"] * law["weight_decay"]) - law["lr"] * factor * (u * s) @ v
+
+
+_RULES = {"adamw": _adamw, "muon": _muon}
 
 
 @decides("optim.clip-norm")

@@ -2,9 +2,10 @@
 
 import ast
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -58,7 +59,11 @@ class Limit(Frozen):
 
 
 class Gate(Frozen):
-    """An acceptance rule. `check` names the function or class in `contracts` that decides it."""
+    """An acceptance rule. `check` names the function or class in `contracts` that decides it.
+
+    A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by dotted key. In all others it is
+    absent: neither a pass nor a gap. `museum` holds further values under which the museum proves it, where its own run would not show it.
+    """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
     title: str
@@ -71,11 +76,17 @@ class Gate(Frozen):
     since: str
     sources: tuple[str, ...]
     kinds: tuple[str, ...] = ("train",)
+    when: dict[str, bool | int | float | str] = {}
+    museum: dict[str, bool | int | float | str] = {}
     limits: dict[str, Limit] = {}
 
     @property
     def subsystem(self) -> str:
         return self.id.split(".")[0]
+
+    def applies_to(self, config: Mapping[str, Any]) -> bool:
+        """Whether a resolved configuration holds every value of `when`. A key of another variant is absent, so the gate is not for it."""
+        return all(_at(config, key) == value for key, value in self.when.items())
 
     @model_validator(mode="after")
     def _known_subsystem(self):
@@ -94,7 +105,15 @@ class Gate(Frozen):
             "check": self.check,
             "kinds": list(self.kinds),
             "limits": limits,
-        }
+        } | ({"when": dict(sorted(self.when.items()))} if self.when else {})
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, or None where a table on the way is not there."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 class Spec(Frozen):

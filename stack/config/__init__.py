@@ -52,10 +52,9 @@ from stack.config.model import (
     SwiGLU,
     Unscaled,
 )
+from stack.config.optim import AdamW, Cosine, Muon, Optim, Schedule, Wsd
 from stack.config.run import (
-    AdamW,
     CheckpointConfig,
-    Cosine,
     EvalConfig,
     GatesConfig,
     NeverStop,

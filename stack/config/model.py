@@ -220,3 +220,10 @@ class ModelConfig(Frozen):
                 f"model.depth.every ({self.depth.every}) is above model.n_layers ({self.n_layers}), so no block would be gated"
             )
         return self
+
+    def ragged(self) -> str:
+        """The choice that makes shapes depend on the data, by key; empty if there is none."""
+        if isinstance(self.ffn, MixtureOfExperts):
+            return "model.ffn.kind = moe"
+        hard = isinstance(self.depth, MixtureOfDepths) and isinstance(self.depth.gate, HardCapacity)
+        return "model.depth.gate.kind = hard" if hard else ""

@@ -8,6 +8,7 @@ from spec.records import Waiver
 from stack.config.base import Frozen
 from stack.config.data import BanditCurriculum, DataConfig, StaticCurriculum
 from stack.config.model import ModelConfig
+from stack.config.optim import Optim, Schedule, Wsd
 
 
 class TrainConfig(Frozen):
@@ -16,27 +17,10 @@ class TrainConfig(Frozen):
     micro_batch_size: int = Field(ge=1, description="rows of one forward/backward")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast type; weights stay float32")
     compile: bool = Field(False, description="run the model through torch.compile")
+    activation_checkpointing: Literal["none", "blocks"] = Field(
+        "none", description="what the forward keeps for the backward: all of it, or each block's input, and the block is computed again"
+    )
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
-
-
-class AdamW(Frozen):
-    """Decoupled weight decay (arXiv:1711.05101), applied to matrices only."""
-
-    kind: Literal["adamw"] = "adamw"
-    lr: float = Field(gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="per unit of learning rate; norms are never decayed")
-    max_grad_norm: float = Field(1.0, gt=0, description="global L2 norm to which gradients are clipped")
-
-
-class Cosine(Frozen):
-    """Linear warm-up, then a half cosine down to `final_lr_frac` of the peak."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup_steps: int = Field(ge=1, description="steps until the peak")
-    final_lr_frac: float = Field(0.1, ge=0, le=1, description="learning rate of the last step over the peak (0-1)")
 
 
 class EvalConfig(Frozen):
@@ -91,8 +75,8 @@ class RunConfig(Frozen):
     curriculum: Annotated[StaticCurriculum | BanditCurriculum, Field(discriminator="kind")] = StaticCurriculum()
     model: ModelConfig
     train: TrainConfig
-    optim: AdamW
-    schedule: Cosine
+    optim: Annotated[Optim, Field(discriminator="kind")]
+    schedule: Annotated[Schedule, Field(discriminator="kind")]
     eval: EvalConfig
     stop: Annotated[Patience | NeverStop, Field(discriminator="kind")] = Patience()
     sample: SampleConfig
@@ -116,6 +100,13 @@ class RunConfig(Frozen):
             )
         if self.schedule.warmup_steps >= self.train.max_steps:
             raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below train.max_steps ({self.train.max_steps})")
+        if isinstance(self.schedule, Wsd) and self.schedule.warmup_steps > (begins := self.schedule.decay_begins(self.train.max_steps)):
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must end before the decay begins, which is after step {begins} "
+                f"(schedule.decay_frac {self.schedule.decay_frac:g} of train.max_steps {self.train.max_steps})"
+            )
+        if self.train.compile and (ragged := self.model.ragged()):
+            raise ValueError(f"train.compile cannot be combined with {ragged}: how many tokens meet which weights depends on their content")
         if self.curriculum.warmup_steps >= self.train.max_steps:
             raise ValueError(
                 f"curriculum.warmup_steps ({self.curriculum.warmup_steps}) must be below train.max_steps ({self.train.max_steps})"

@@ -14,6 +14,7 @@ from stack.model.cache import KVCache
 from stack.model.init import Embedding, Linear
 from stack.model.positions import make_positions
 from stack.model.reading import ExpertLoad, Reading, Report
+from stack.model.recompute import run_block
 from stack.model.variants import make_attention, make_depth, make_feedforward, make_norm
 
 
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, vocab_size: int):
         super().__init__()
-        self.cfg, self.vocab_size = cfg, vocab_size
+        self.cfg, self.vocab_size, self.recompute = cfg, vocab_size, False
         self.embed = Embedding(vocab_size, cfg.d_model)
         self.positions = make_positions(cfg)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
@@ -85,7 +86,7 @@ class Transformer(nn.Module):
         reading = self.reading(input_ids_BT, cache, document_ids_BT)
         x_BTD = self.positions.added(self.embed(input_ids_BT), reading.position_BT)
         for block in self.layers:
-            x_BTD = block(x_BTD, reading)
+            x_BTD = run_block(block, x_BTD, reading, recompute=self.recompute)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
         return self.final_norm(x_BTD), Report(tuple(reading.loads), tuple(reading.kept_fracs))

@@ -5,7 +5,6 @@ import pydoc_data.topics
 from pathlib import Path
 
 from stack.config import (
-    AdamW,
     BanditCurriculum,
     BestFit,
     BpeTokenizer,
@@ -17,6 +16,7 @@ from stack.config import (
     HashSplit,
     Mixture,
     ModelConfig,
+    Muon,
     NearDedup,
     Patience,
     RunConfig,
@@ -49,7 +49,7 @@ CHAT = [
 
 def museum_config(folder: Path) -> RunConfig:
     """A small run in which every planted property can break: four sources with caps and floors, warm-up, bandit, packed documents,
-    near repeats, an evaluation set, dropout, accumulation, grouped heads, length beyond 256, real text."""
+    near repeats, an evaluation set, dropout, accumulation, grouped heads, length beyond 256, two rules of update, real text."""
     sources = tuple(
         FilesSource(name=name, paths=(str(folder / f"{name}.jsonl"),), license="PSF-2.0", weight=weight, cap=cap, floor=floor)
         for name, (weight, cap, floor) in SHARES.items()
@@ -69,7 +69,7 @@ def museum_config(folder: Path) -> RunConfig:
         curriculum=BanditCurriculum(warmup_steps=3, warmup_sources=("grammar", "tools"), probe_every=2, probe_windows=1, focus_share=0.6),
         model=ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, max_seq_len=288, dropout=0.1),
         train=TrainConfig(max_steps=28, tokens_per_step=4 * 288, micro_batch_size=2),
-        optim=AdamW(lr=3e-3, max_grad_norm=0.5),
+        optim=Muon(lr=3e-3, adamw_lr=3e-3, max_grad_norm=0.5),
         schedule=Cosine(warmup_steps=8),
         eval=EvalConfig(every=7, batches=4, batch_size=4),
         stop=Patience(expected_gain_nats=0.3),

@@ -3,6 +3,7 @@
 import torch
 
 from stack.museum.plant import plant, swap
+from stack.train import muon
 from stack.train import optimizer as opt
 from stack.train import step as steps
 
@@ -36,7 +37,8 @@ def parameter_missing():
     sources=("https://github.com/KellerJordan/Muon/issues/54",),
 )
 def decay_on_norms():
-    with swap(opt, "decays", lambda name, parameter: True):
+    original = opt.group_of
+    with swap(opt, "group_of", lambda name, cfg: "muon" if original(name, cfg) == "muon" else "decay"):
         yield
 
 
@@ -49,7 +51,12 @@ def decay_on_norms():
     sources=("founding note: ANDREA-120M",),
 )
 def no_decay():
-    with swap(opt, "decays", lambda name, parameter: False):
+    original = opt.make_optimizer
+
+    def undecayed(model, cfg):
+        return original(model, cfg.model_copy(update={"weight_decay": 0.0}))
+
+    with swap(opt, "make_optimizer", undecayed):
         yield
 
 
@@ -87,11 +94,84 @@ def bias_correction_stuck():
     original = torch.optim.AdamW.step
 
     def stuck(self, closure=None):
-        for state in self.state.values():
-            state["step"].zero_()
+        for parameter in (p for group in self.param_groups for p in group["params"] if p in self.state):
+            self.state[parameter]["step"].zero_()
         return original(self, closure)
 
     with swap(torch.optim.AdamW, "step", stuck):
+        yield
+
+
+@plant(
+    "optim.embedding-in-muon",
+    gate="optim.parameter-census",
+    title="The embedding is orthogonalised",
+    story="The filter for Muon asks for two axes and forgets where a matrix stands. The embedding has two axes. Its rows for rare tokens, "
+    "which got almost no gradient, move as far as those of common ones in every step. The loss falls, and ends a little higher.",
+    sources=("https://github.com/deepspeedai/DeepSpeed/pull/7641", "https://github.com/vllm-project/speculators/pull/866"),
+)
+def embedding_in_muon():
+    original = opt.group_of
+
+    def by_axes(name, cfg):
+        return "muon" if name == "embed.weight" and cfg.kind == "muon" else original(name, cfg)
+
+    with swap(opt, "group_of", by_axes):
+        yield
+
+
+@plant(
+    "optim.muon-without-nesterov",
+    gate="optim.reference-update",
+    title="Muon's step ahead is lost",
+    story="A rewrite orthogonalises the running mean itself and not the mean one step ahead. The configuration still says nesterov. Every "
+    "update lags by a fraction of a step, which costs a little of what Muon was chosen for.",
+    sources=("https://kellerjordan.github.io/posts/muon/",),
+)
+def muon_without_nesterov():
+    original = muon.Muon._update
+
+    def behind(self, parameters, group):
+        original(self, parameters, group | {"nesterov": False})
+
+    with swap(muon.Muon, "_update", behind):
+        yield
+
+
+@plant(
+    "optim.muon-wrong-axis",
+    gate="optim.reference-update",
+    title="The factor by shape is taken from the wrong axes",
+    story="Updates are scaled by the shape of the matrix, so that all of them are as large as AdamW's. The shape is read after a reshape "
+    "and its largest axis is lost. Wide and tall matrices learn too slowly by the root of their ratio, square ones as they should.",
+    sources=("https://github.com/huggingface/pytorch-image-models/pull/2791", "https://github.com/microsoft/dion/pull/94"),
+)
+def muon_wrong_axis():
+    original = muon.shape_factor
+
+    def smaller_axis(rows, columns, lr_scale):
+        return original(min(rows, columns), min(rows, columns), lr_scale)
+
+    with swap(muon, "shape_factor", smaller_axis):
+        yield
+
+
+@plant(
+    "optim.decay-by-the-wrong-rate",
+    gate="optim.reference-update",
+    title="Muon's decay is scaled by the shape as well",
+    story="The learning rate is multiplied by the factor by shape before the decay is applied, so wide matrices decay several times "
+    "faster than the configuration says. Nothing shows in the loss until the weights of the large layers have shrunk.",
+    sources=("https://arxiv.org/abs/2502.16982",),
+)
+def decay_by_the_wrong_rate():
+    original = muon.Muon._update
+
+    def decaying_by_shape(self, parameters, group):
+        factor = muon.shape_factor(*parameters[0].shape, group["lr_scale"])
+        original(self, parameters, group | {"weight_decay": group["weight_decay"] * factor})
+
+    with swap(muon.Muon, "_update", decaying_by_shape):
         yield
 
 

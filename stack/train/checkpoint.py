@@ -19,6 +19,7 @@ from spec.errors import CheckpointError, IntegrityError
 from stack import tensorfile
 from stack.config import ModelConfig, validate
 from stack.evidence.record import write_atomically
+from stack.train import optimizer as opt
 from stack.train import stepfolder
 from stack.train.randomness import default_rng_state, set_default_rng_state
 from stack.train.state import TrainState
@@ -274,14 +275,21 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    expected = {f"optim.{plain_name(n)}.{field}" for n, p in state.model.named_parameters() for field in ("step", "exp_avg", "exp_avg_sq")}
+    fields = opt.state_fields(state.optimizer)
+    owned = [(plain_name(n), p) for n, p in state.model.named_parameters() if p in fields]
+    expected = {f"optim.{n}.{field}" for n, p in owned for field in fields[p]}
     given = {n for n in tensors if n.startswith("optim.")}
     if given != expected and (given or state.step):
         odd = sorted(given ^ expected)
-        raise CheckpointError("the checkpoint's optimizer state is not this optimizer's", value=", ".join(odd[:6]))
-    for name, parameter in state.model.named_parameters():
-        for field in ("step", "exp_avg", "exp_avg_sq") if given else ():
-            value = tensors[f"optim.{plain_name(name)}.{field}"]
+        raise CheckpointError(
+            "the checkpoint's optimizer state is not this optimizer's",
+            value=", ".join(odd[:6]),
+            allowed=f"the moments of optim.kind = {state.cfg.optim.kind}",
+            next_step="keep optim.kind as the checkpoint's run had it: moments of one rule mean nothing to another",
+        )
+    for name, parameter in owned:
+        for field in fields[parameter] if given else ():
+            value = tensors[f"optim.{name}.{field}"]
             state.optimizer.state[parameter][field] = value.to(parameter.device).clone()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from contracts.keeper import Gatekeeper
 from spec.errors import DataError
 from spec.formulas import parameter_count
-from stack.config import AuxiliaryLoss, RunConfig
+from stack.config import AuxiliaryLoss, Optim, RunConfig
 from stack.data.ingredients import data_ingredients
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, eval_batches
@@ -26,6 +26,7 @@ from stack.model.reading import Report
 from stack.train import checkpoint, losses
 from stack.train import optimizer as opt
 from stack.train import step as steps
+from stack.train.compiled import compiled_ingredients
 from stack.train.randomness import generator, stream_seed
 from stack.train.state import TrainState, build_state
 
@@ -86,6 +87,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
+    ingredients |= compiled_ingredients(cfg, dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:
         raise DataError(
@@ -150,13 +152,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
         "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
         "census_batch": census,
-        "declared": {
-            "lr": cfg.optim.lr,
-            "weight_decay": cfg.optim.weight_decay,
-            "betas": (cfg.optim.beta1, cfg.optim.beta2),
-            "eps": cfg.optim.eps,
-            "decays": lambda name, parameter: parameter.ndim >= 2,
-        },
+        "declared_law": declared_law(cfg.optim),
         "cross_entropy_sum": _cross_entropy_sum,
         "micro_batch_nats": _micro_batch_nats,
         "gradient_of": _gradient_of(exact, dataset, device),
@@ -165,6 +161,18 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads),
     }
+
+
+def declared_law(optim: Optim) -> Callable[[str, Tensor], dict[str, Any]]:
+    """What the configuration promises each parameter, told by its shape and place and not by the optimizer's own table."""
+    adamw = {"rule": "adamw", "lr": getattr(optim, "adamw_lr", optim.lr), "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+
+    def law(name: str, parameter: Tensor) -> dict[str, Any]:
+        decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}
+        in_block = parameter.ndim == 2 and name.startswith("layers.") and ".router." not in name
+        return (optim.model_dump() | {"rule": "muon"} if optim.kind == "muon" and in_block else adamw) | decay
+
+    return law
 
 
 def _bench(model: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> SimpleNamespace:

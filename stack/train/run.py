@@ -21,6 +21,7 @@ from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
 from stack.train.listener import Listener
+from stack.train.optimizer import peak_lrs
 from stack.train.preflight import live_sha256
 from stack.train.randomness import generator
 from stack.train.rundir import RunDir
@@ -81,6 +82,7 @@ class Run:
                 clipped_grad_norm=report.clipped_grad_norm,
                 max_grad_norm=self.cfg.optim.max_grad_norm,
                 lr=report.lr,
+                group_lrs=report.group_lrs,
                 n_valid_tokens=report.n_valid_tokens,
                 n_expected_tokens=n_tokens,
                 tokens_seen=state.tokens_seen,
@@ -210,8 +212,9 @@ class Run:
         rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
         return {
             "peak_lr": cfg.optim.lr,
+            "peak_lrs": peak_lrs(cfg.optim),
+            "schedule": cfg.schedule.model_dump(),
             "warmup_steps": cfg.schedule.warmup_steps,
-            "final_lr_frac": cfg.schedule.final_lr_frac,
             "max_steps": cfg.train.max_steps,
             "tokens_per_step": cfg.train.tokens_per_step,
             "tokens_seen": self.state.tokens_seen,

@@ -188,7 +188,7 @@ def _open(
         dir=directory,
         device=device,
         dataset=dataset,
-        keeper=Gatekeeper(spec, kind="train", waivers=cfg.gates.waive, only=only, on_verdict=log_verdict),
+        keeper=Gatekeeper(spec, kind="train", waivers=cfg.gates.waive, only=only, config=cfg.to_dict(), on_verdict=log_verdict),
         builder=builder,
         listener=listener,
         state=build_state(cfg, dataset, device),

@@ -12,6 +12,7 @@ from stack.data.prepare import Dataset
 from stack.data.reader import Reader
 from stack.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stack.model.build import build_model
+from stack.model.compiled import compile_features
 from stack.train import optimizer as opt
 from stack.train.randomness import seed_dropout, stream_seed
 
@@ -28,7 +29,7 @@ class TrainState:
 
     cfg: RunConfig
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: opt.Optimizer
     scaler: torch.amp.GradScaler
     reader: Reader
     stopper: StopRule | NeverStopRule
@@ -63,6 +64,7 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
     """
     model = build_model(cfg.model, dataset.tokenizer.vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
+    model.recompute = cfg.train.activation_checkpointing == "blocks"
     seed_dropout(cfg.seed)
     return TrainState(
         cfg=cfg,
@@ -73,7 +75,7 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=device,
-        features=torch.compile(model.features) if cfg.train.compile else model.features,
+        features=compile_features(model) if cfg.train.compile else model.features,
     )
 
 

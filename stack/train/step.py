@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,17 @@ MAX_OVERFLOW_RETRIES = 24
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update measured. Norms are global L2; `grad_norm` is before clipping. `expert_shares`: of its choices, per layer."""
+    """What one update measured. Norms are global L2; `grad_norm` is before clipping.
+
+    `group_lrs` is what the optimizer's groups held, `expert_shares` the share of choices by layer and expert.
+    """
 
     step: int
     loss_nats: float
     grad_norm: float
     clipped_grad_norm: float
     lr: float
+    group_lrs: dict[str, float]
     n_valid_tokens: int
     changed_tensor_frac: float
     overflow_retries: int
@@ -81,8 +86,8 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
 def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     """One update. A non-finite loss or gradient leaves the parameters untouched; an fp16 overflow is retried at a lower scale."""
     step = state.step + 1
-    lr = lr_at(step, state.cfg.optim, state.cfg.schedule, state.cfg.train.max_steps)
-    opt.set_lr(state.optimizer, lr)
+    scheduled = partial(lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps)
+    opt.set_lr(state.optimizer, lambda peak: scheduled(peak=peak))
     for retries in range(MAX_OVERFLOW_RETRIES):  # noqa: B007 - the report says how many it took
         loss_nats, n_valid = accumulate(state, batches)
         grads = opt.gradients(state.model)
@@ -100,8 +105,9 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     changed = state.probe.changed_frac()
     state.step = step
     state.tokens_seen += sum(b.input_ids.numel() for b in batches)
+    lr, group_lrs = scheduled(peak=state.cfg.optim.lr), opt.group_lrs(state.optimizer)
     shares = tuple(tuple((n_E / n_E.sum()).tolist()) for n_E in moe.totals(state.loads))
-    return StepReport(step, loss_nats, grad_norm, clipped, lr, n_valid, changed, retries, shares)
+    return StepReport(step, loss_nats, grad_norm, clipped, lr, group_lrs, n_valid, changed, retries, shares)
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:

@@ -1,10 +1,15 @@
 """Gates of the optimizer: green on the stack, red on what they are for."""
 
+import pytest
 import torch
 
 from contracts.events import StepTaken
 from contracts.gate import call_check, limits_of
 from contracts.optim import ClipNorm
+from stack.config import AdamW, Muon
+from stack.museum.plant import load_museum
+from stack.train.optimizer import make_optimizer
+from stack.train.preflight import declared_law
 
 
 def step_taken(**changes) -> StepTaken:
@@ -36,23 +41,102 @@ def test_census_is_green_on_the_stack(spec, ingredients):
 def test_census_sees_a_dead_parameter(spec, ingredients):
     def with_dead_weight():
         model = ingredients["build_model"]()
-        model.unused = torch.nn.Parameter(torch.ones(3, 3))
+        model.layers[0].unused = torch.nn.Linear(3, 3, bias=False)
         return model
 
     verdict = call_check(spec.gates["optim.parameter-census"], ingredients | {"build_model": with_dead_weight})
     assert verdict.outcome == "fail" and "unused" in verdict.message
 
 
-def test_reference_update_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["optim.reference-update"], ingredients)
-    assert verdict.outcome == "pass", verdict.measured
+@pytest.mark.parametrize("change", ["rule", "lr", "weight_decay"])
+def test_census_sees_a_parameter_in_the_wrong_group(spec, ingredients, change):
+    """One parameter of all is declared otherwise than the optimizer has it."""
+    honest, other = ingredients["declared_law"], {"rule": "adamw", "lr": 2.9e-3, "weight_decay": 0.0}[change]
+
+    def otherwise(name, parameter):
+        return honest(name, parameter) | ({change: other} if name == "layers.1.ffn.up.weight" else {})
+
+    verdict = call_check(spec.gates["optim.parameter-census"], ingredients | {"declared_law": otherwise})
+    assert verdict.outcome == "fail" and "layers.1.ffn.up.weight" in verdict.message
 
 
-def test_reference_update_is_red_on_one_percent(spec, ingredients):
-    declared = ingredients["declared"] | {"weight_decay": ingredients["declared"]["weight_decay"] * 1.01 + 1e-2}
-    assert call_check(spec.gates["optim.reference-update"], ingredients | {"declared": declared}).outcome == "fail"
-    slower = ingredients["declared"] | {"lr": ingredients["declared"]["lr"] * 0.99}
-    assert call_check(spec.gates["optim.reference-update"], ingredients | {"declared": slower}).outcome == "fail"
+OPTIMS = {
+    "adamw": AdamW(lr=6e-4),
+    "adamw with a tiny rate": AdamW(lr=1e-6, weight_decay=0.01),
+    "muon": Muon(lr=3e-3, adamw_lr=3e-4),
+    "muon, original": Muon(lr=2e-2, adamw_lr=3e-4, lr_scale="original", nesterov=False, weight_decay=0.0),
+    "muon in bfloat16": Muon(lr=2e-2, adamw_lr=3e-4, dtype="bfloat16"),
+}
+
+
+def parts_of(ingredients, optim) -> dict:
+    """The small run's ingredients with another optimizer."""
+    return ingredients | {"make_optimizer": lambda model: make_optimizer(model, optim), "declared_law": declared_law(optim)}
+
+
+@pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
+def test_reference_update_is_green_on_the_stack(spec, ingredients, optim):
+    for gate in ("optim.parameter-census", "optim.reference-update"):
+        verdict = call_check(spec.gates[gate], parts_of(ingredients, optim))
+        assert verdict.outcome == "pass", (verdict.message, verdict.measured)
+
+
+MUON_ONLY = ["momentum", "muon lr", "nesterov", "lr_scale", "ns_steps"]
+
+
+@pytest.mark.parametrize("change", ["weight_decay", "lr", "betas", *MUON_ONLY])
+def test_reference_update_is_red_on_one_percent(spec, ingredients, change):
+    """Of a number; or on another choice. The weakest, decay by Muon, is ten times its limit."""
+    honest = ingredients["declared_law"]
+
+    def otherwise(name, parameter):
+        law = dict(honest(name, parameter))
+        if (law["rule"] == "muon") != (change in MUON_ONLY) and change != "weight_decay":
+            return law
+        match change:
+            case "muon lr":
+                law["lr"] *= 1.01
+            case "nesterov":
+                law["nesterov"] = False
+            case "lr_scale":
+                law["lr_scale"] = "original"
+            case "ns_steps":
+                law["ns_steps"] += 1
+            case "betas":
+                law["betas"] = (law["betas"][0], 0.955)
+            case _:
+                law[change] *= 1.01
+        return law
+
+    verdict = call_check(spec.gates["optim.reference-update"], ingredients | {"declared_law": otherwise})
+    assert verdict.outcome == "fail"
+    assert verdict.measured["muon_rel_error" if change in MUON_ONLY else "error_over_lr"] > 5e-3  # measured 6.4e-3 and more
+
+
+def test_reference_update_is_far_from_its_limits_on_both_sides(spec, ingredients):
+    """Clean distances a tenth of the limits (bfloat16: half); plants ten times the limit that sees them."""
+    gate, plants = spec.gates["optim.reference-update"], load_museum()
+    limit = {name: gate.limits[name].value for name in gate.limits}
+    clean = call_check(gate, ingredients).measured
+    assert clean["error_over_lr"] < limit["rel_error_max"] / 10 and clean["muon_rel_error"] < limit["muon_rel_error_max"] / 10
+    assert call_check(gate, parts_of(ingredients, OPTIMS["muon in bfloat16"])).measured["muon_bf16_rel_error"] < 0.015  # measured 1.1e-2
+    for plant_id in gate.plants:
+        with plants[plant_id].apply():
+            measured = call_check(gate, ingredients).measured
+        assert measured["error_over_lr"] > 0.1 or measured["muon_rel_error"] > 10 * limit["muon_rel_error_max"], plant_id
+
+
+def test_a_parameter_without_decay_stays_under_zero_gradients(spec, ingredients):
+    honest = ingredients["make_optimizer"]
+
+    def with_decay_on_all(model):
+        optimizer = honest(model)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.1
+        return optimizer
+
+    verdict = call_check(spec.gates["optim.reference-update"], ingredients | {"make_optimizer": with_decay_on_all})
+    assert verdict.outcome == "fail" and "zero gradients" in verdict.message and verdict.measured["moved"] == 5
 
 
 def test_clip_spike_is_green_on_the_stack(spec, ingredients):

@@ -11,6 +11,7 @@ import torch
 
 from spec.errors import CheckpointError
 from stack import tensorfile
+from stack.config import AdamW, Muon
 from stack.train import checkpoint
 from stack.train.preflight import advance, digest, micro, shrunk
 from stack.train.state import build_state
@@ -80,7 +81,12 @@ def test_weights_of_another_model_are_refused(state, change):
         checkpoint.load_model(state.model, tensors)
 
 
-def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_path):
+OPTIMS = {"adamw": AdamW(lr=3e-3), "muon": Muon(lr=3e-3, adamw_lr=1e-3)}
+
+
+@pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
+def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_path, optim):
+    small_cfg = small_cfg.model_copy(update={"optim": optim})
     state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
     for _ in range(3):
         advance(state)
@@ -92,6 +98,28 @@ def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_p
         checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path)))
     got = digest(fresh)
     assert {k for k in expected if expected[k] != got[k]} <= {"lr"}, "the rate is a function of the step and set before each update"
+
+
+@pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
+def test_a_restored_run_goes_on_bit_for_bit(small_cfg, dataset, tmp_path, optim):
+    """Three steps, a save, three more; the restored state makes the same last three, with dropout on."""
+    cfg = shrunk(small_cfg.model_copy(update={"optim": optim}))
+    state, fresh = (build_state(cfg, dataset, torch.device("cpu")) for _ in range(2))
+    for _ in range(3):
+        advance(state)
+    checkpoint.save(tmp_path, state, document(state, dataset))
+    expected = [advance(state) for _ in range(3)]
+    with torch.no_grad():
+        checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path)))
+    assert [advance(fresh) for _ in range(3)] == expected and digest(fresh) == digest(state)
+
+
+def test_the_state_of_another_optimizer_is_refused(small_cfg, dataset, tmp_path):
+    mine, other = (build_state(micro(small_cfg.model_copy(update={"optim": o})), dataset, torch.device("cpu")) for o in OPTIMS.values())
+    advance(mine)
+    checkpoint.save(tmp_path, mine, document(mine, dataset))
+    with torch.no_grad(), pytest.raises(CheckpointError, match="not this optimizer's"):
+        checkpoint.restore(other, checkpoint.load(checkpoint.find(tmp_path)))
 
 
 def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(small_cfg, dataset, tmp_path):

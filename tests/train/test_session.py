@@ -9,7 +9,7 @@ import torch
 
 from spec.errors import GateFailed, StreamExhausted, UsageError
 from spec.records import read_record
-from stack.config import NeverStop
+from stack.config import AdamW, Cosine, Muon, NeverStop, Wsd
 from stack.data.order import Source, StaticMixture
 from stack.museum.collection import museum_config
 from stack.train import session
@@ -86,6 +86,34 @@ def test_the_record_holds_what_the_run_was(cfg, tmp_path):
     assert {"baseline_unigram_bits_per_byte", "baseline_bigram_bits_per_byte", "epochs"} <= set(record.metrics)
     assert len(record.gates) >= 18 and all(g.verdict == "pass" and g.checks >= 1 for g in record.gates)
     assert (tmp_path / "run/checkpoints/best").read_text() == f"step-{record.metric('best_step'):08d}"
+
+
+@pytest.mark.parametrize(
+    ("optim", "schedule"),
+    [
+        (AdamW(lr=3e-3, max_grad_norm=0.5), Wsd(warmup_steps=4, decay_frac=0.4)),
+        (Muon(lr=2e-2, adamw_lr=1e-3, lr_scale="original"), Cosine(warmup_steps=4, decay_from="start")),
+    ],
+)
+def test_every_rule_and_schedule_trains_under_all_gates(cfg, tmp_path, optim, schedule):
+    """And under fp16, whose scaler has to know both rules as one optimizer."""
+    cfg = cfg.model_copy(update={"optim": optim, "schedule": schedule})
+    record = session.start(with_train(cfg, dtype="float16"), (), tmp_path / "run", Listener())
+    assert record.status == "completed" and all(g.verdict == "pass" for g in record.gates)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.05  # measured falls of 0.1 and more
+
+
+def test_a_compiled_run_ends_as_the_plain_one_and_names_its_gate(cfg, tmp_path, monkeypatch):
+    """Evaluates and samples with the eager model, which shares the parameters. The graph runs in eager: that is the same to a rounding."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"))
+    compiled = session.start(with_train(cfg, compile=True), (), tmp_path / "compiled", Listener())
+    plain = session.start(cfg, (), tmp_path / "plain", Listener())
+    assert compiled.status == plain.status == "completed" and all(g.verdict == "pass" for g in compiled.gates)
+    assert {g.id for g in compiled.gates} - {g.id for g in plain.gates} == {"kernel.compiled-graph"}
+    for name in ("val_loss_nats", "train_loss_nats"):
+        assert compiled.metric(name) == pytest.approx(plain.metric(name), rel=1e-4)
+    torch._dynamo.reset()
 
 
 def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):

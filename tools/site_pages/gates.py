@@ -66,7 +66,7 @@ def gate_page(world: World, gate: Gate) -> Page:
             [
                 ["moment", f"{gate.moment}: {MOMENTS[gate.moment]}"],
                 ["severity", gate.severity],
-                ["installed in", esc(", ".join(gate.kinds))],
+                ["installed in", esc(", ".join(gate.kinds)) + _when(gate)],
                 ["since spec", esc(gate.since)],
                 ["fingerprint", code(world.spec.fingerprint(gate.id))],
             ],
@@ -87,6 +87,11 @@ def gate_page(world: World, gate: Gate) -> Page:
         bullets(source_link(s) for s in gate.sources) or "None named.",
     )
     return page
+
+
+def _when(gate: Gate) -> str:
+    """The configuration a run needs for the gate to be installed."""
+    return "".join(f", where {code(f'{key} = {str(value).lower()}')}" for key, value in gate.when.items())
 
 
 def _limits(gate: Gate) -> str:

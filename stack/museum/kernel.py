@@ -1,0 +1,51 @@
+"""Plants in compiled graphs."""
+
+import torch
+
+from stack.museum.plant import plant, swap
+from stack.train import state
+
+
+@plant(
+    "kernel.compiled-gradient-zero",
+    gate="kernel.compiled-graph",
+    title="One gradient of the compiled graph is zero",
+    story="A version of the compiler loses the gradient of one tensor. The forward is right and so is the loss. The tensor stays where it "
+    "began while all others learn around it, which takes thousands of steps to show in a curve and shows in no single one.",
+    sources=(
+        "https://github.com/pytorch/pytorch/issues/182012",
+        "https://github.com/pytorch/pytorch/issues/193061",
+        "https://github.com/pytorch/pytorch/issues/138908",
+    ),
+)
+def compiled_gradient_zero():
+    original = state.compile_features
+
+    def losing(model):
+        graph, lost = original(model), dict(model.named_parameters())["layers.0.ffn.up.weight"]
+
+        def features(*arguments):
+            def once(gradient):
+                hook.remove()
+                return torch.zeros_like(gradient)
+
+            hook = lost.register_hook(once)
+            return graph(*arguments)
+
+        return features
+
+    with swap(state, "compile_features", losing):
+        yield
+
+
+@plant(
+    "kernel.compile-gives-up",
+    gate="kernel.compiled-graph",
+    title="Eager runs where a graph was asked for",
+    story="Compiling fails, somebody catches the error and goes on with the plain model. Numbers are right and nothing is logged. The run "
+    "takes twice as long as planned and is reported as compiled.",
+    sources=("https://github.com/NVIDIA/Model-Optimizer/pull/2149", "https://github.com/pytorch/pytorch/issues/181817"),
+)
+def compile_gives_up():
+    with swap(torch, "compile", lambda model, **options: model):
+        yield
