@@ -330,3 +330,57 @@ def _window_words(cfg: ModelConfig) -> dict[str, Any]:
         return {"use_sliding_window": False}
     types = ["sliding_attention"] * cfg.n_layers
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0, "layer_types": types}
+
+
+# --- the documents of a folder ---------------------------------------------------------------------------------------
+
+INDEX = "model.safetensors.index.json"
+
+
+def config_document(kind: Kind, cfg: ModelConfig, vocab_size: int, eos_id: int, dtype: str) -> dict[str, Any]:
+    """config.json. Our texts begin and end with the same token."""
+    return kind.write(cfg, vocab_size) | {"bos_token_id": eos_id, "eos_token_id": eos_id, "torch_dtype": dtype}
+
+
+def generation_document(cfg: ModelConfig, eos_id: int) -> dict[str, Any]:
+    """generation_config.json."""
+    return {"bos_token_id": eos_id, "eos_token_id": eos_id, "max_length": cfg.max_seq_len}
+
+
+def tokenizer_document(cfg: ModelConfig, eos_token: str) -> dict[str, Any]:
+    """tokenizer_config.json: the file tokenizer.json says the rest, and nothing is put around a text."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos_token,
+        "eos_token": eos_token,
+        "model_max_length": cfg.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def index_document(places: Mapping[str, str], total_bytes: int) -> dict[str, Any]:
+    """The index of a sharded model: which tensor lies in which file."""
+    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(places)}
+
+
+def files_of_index(document: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor to file, from an index. Raises ConfigError if it is none."""
+    match document:
+        case {"weight_map": dict(places)} if all(isinstance(f, str) for f in places.values()):
+            return places
+    raise ConfigError(f"{INDEX} does not say which tensor lies in which file", allowed="weight_map, a table of file names")
+
+
+def vocabulary_of(document: Mapping[str, Any]) -> int:
+    """Rows of the embedding. Raises ConfigError if config.json does not say it."""
+    if not isinstance(size := document.get("vocab_size"), int) or size < 2:
+        raise ConfigError("config.json has no vocab_size", value=repr(size), allowed="an integer of at least 2")
+    return size
+
+
+def end_of_text(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | int | None:
+    """The token that ends a text, by its writing or its id; None where neither file names a single one."""
+    match tokenizer.get("eos_token"):
+        case str(token) | {"content": str(token)}:
+            return token
+    return ids if isinstance(ids := config.get("eos_token_id"), int) else None

@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 
 from contracts.gate import Verdict, call_check, not_run
+from contracts.keeper import Gatekeeper
 from spec.errors import ConfigError, GateFailed
 from spec.gates import Gate, load_spec
 from spec.records import GateResult, Kill, Record
 from stack.data.prepare import prepare
+from stack.data.tokenizer import Bytes
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder
-from stack.museum.collection import museum_config, write_texts
+from stack.export import huggingface
+from stack.model.build import build_model
+from stack.museum.collection import exportable, museum_config, write_texts
 from stack.museum.plant import Plant, load_museum, touches
 from stack.train import session
 from stack.train.listener import Listener
@@ -64,11 +68,16 @@ class Prover:
     def control(self, gate_ids: Iterable[str]) -> dict[str, GateResult]:
         """Verdicts of all gates in one clean run."""
         _set_cache(self.root / "cache")
-        try:
-            record = session.start(self.cfg, (), self._run_dir(), Listener(), only=tuple(gate_ids))
-        except GateFailed as e:
-            record = e.record
-        return {g.id: g for g in record.gates}
+        exported = [g for g in gate_ids if "export" in self.spec.gates[g].kinds]
+        trained = tuple(g for g in gate_ids if g not in exported)
+        results = self._export(exported) if exported else []
+        if trained or not exported:
+            try:
+                record = session.start(self.cfg, (), self._run_dir(), Listener(), only=trained)
+            except GateFailed as e:
+                record = e.record
+            results = [*results, *record.gates]
+        return {g.id: g for g in results}
 
     def planted(self, gate: Gate, plant: Plant) -> tuple[str, Verdict, str]:
         """(outcome, verdict, latency) of one gate on one plant. Data are prepared under the plant where the gate judges data."""
@@ -91,9 +100,19 @@ class Prover:
             dataset = prepare(self.cfg.data)
             _, ingredients = gather(self.cfg, dataset, torch.device("cpu"))
             return call_check(gate, ingredients), "before step 1"
+        if "export" in gate.kinds:
+            result = self._export([gate.id])[0]
+            return Verdict(result.verdict, result.message, result.measured), "before the folder was in place"
         record = session.start(self.cfg, (), self._run_dir(), Listener(), only=(gate.id,))
         result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), f"step {result.first_failure_step}"
+
+    def _export(self, gate_ids: Iterable[str]) -> list[GateResult]:
+        """Verdicts on an export of a small model; a red gate raises."""
+        model = build_model(exportable(self.cfg.model), Bytes().vocab_size, seed=self.cfg.seed)
+        keeper = Gatekeeper(self.spec, kind="export", only=gate_ids)
+        huggingface.export(model, Bytes(), self._run_dir(), keeper, card=lambda made: "")
+        return keeper.results()
 
     def _run_dir(self) -> Path:
         self._runs += 1
