@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from contracts.keeper import Gatekeeper
-from spec.errors import CheckpointError, UsageError
+from spec.errors import CheckpointError
 from spec.records import GateResult
 from stack import tensorfile
 from stack.data.tokenizer import Tokenizer
+from stack.evidence.exclusive import refuse_occupied
 from stack.evidence.record import write_atomically
 from stack.export import parity, vocabulary
 from stack.model import names
@@ -51,7 +52,7 @@ def export(
     Raises ConfigError if no kind says the model, UsageError if `out` holds something, GateFailed if a gate is red; `out` is then untouched.
     """
     kind = names.kind_for(model.cfg)
-    refuse_occupied(out)
+    refuse_occupied(out, "--out")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".writing-{out.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -69,12 +70,6 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return made
-
-
-def refuse_occupied(out: Path) -> None:
-    """Raises UsageError unless `out` is a place for a new folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty", allowed="a new folder", next_step="choose another --out; an export never replaces files")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 B batch, T tokens, V vocab
 """
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ CALLED = ("their_logits", "their_continuation")
 def available() -> bool:
     """Whether the other library is installed."""
     return importlib.util.find_spec("transformers") is not None
+
+
+def version() -> str | None:
+    """Version of the other library; None if it is not installed."""
+    return importlib.metadata.version("transformers") if available() else None
 
 
 def witness(folder: Path) -> dict[str, Any]:
