@@ -21,6 +21,13 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
 MARKS = ("<!-- measured: benchmarks/hf_parity.py -->\n", "<!-- /measured -->")
 
 
+def compared(model, other) -> dict[int, float]:
+    """Worst difference by length. Ends the program where next tokens or greedy text differ."""
+    if not models.same_greedy_text(model, other):
+        sys.exit(f"the greedy text of {type(other).__name__} differs")
+    return models.differences(model, other)
+
+
 def rows():
     """(direction, model, kind, worst difference by length) of every model of the tests."""
     for name in models.THEIRS:
@@ -28,7 +35,7 @@ def rows():
             other = models.theirs(name)
             other.save_pretrained(folder)
             source = reading.open_folder(Path(folder))
-            yield "import", name, source.kind.architecture, models.differences(reading.load_weights(source), other)
+            yield "import", name, source.kind.architecture, compared(reading.load_weights(source), other)
     for name in models.OURS:
         with tempfile.TemporaryDirectory() as folder:
             model = models.ours(name, Bytes().vocab_size)
@@ -36,7 +43,7 @@ def rows():
             huggingface.write_documents(Path(folder), kind, model, Bytes(), "float32")
             huggingface.write_weights(Path(folder), kind, model, "float32", 2**30)
             other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            yield "export", name, kind.architecture, models.differences(model, other)
+            yield "export", name, kind.architecture, compared(model, other)
 
 
 def table() -> str:
