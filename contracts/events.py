@@ -28,7 +28,10 @@ class BatchDrawn:
 
 @dataclass(frozen=True, slots=True)
 class StepTaken:
-    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it."""
+    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it.
+
+    `expert_shares` holds per layer with experts the share (0-1) of the step's choices that went to each, before any is dropped.
+    """
 
     step: int
     loss_nats: float
@@ -44,6 +47,7 @@ class StepTaken:
     peak_flops: float
     changed_tensor_frac: float
     overflow_retries: int = 0
+    expert_shares: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,11 @@ EXAMPLES = [
     "stack train --fork runs/pocket-1 --set optim.lr=1e-3",
     "stack train --data data/mix --set curriculum.kind=bandit",
     "stack train --polish runs/pocket-1 --set curriculum.caps.wikitext=0.2",
-    "stack train --dry-run",
+    "stack train --depth 3 --dry-run",
 ]
+
+
+REACHED_SHARE = 0.5  # of the matrix-product rate: small models lose the rest to passes over memory
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +35,9 @@ def train(
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue the run in this folder, bit for bit.")] = None,
     fork: Annotated[Path | None, typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes.")] = None,
     polish: Annotated[Path | None, typer.Option("--polish", help="Continue this run under another mixture, with its history.")] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", min=1, max=64, help="Instead of a recipe: that many layers, all else follows.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Train on a folder that stack data build wrote.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop.")] = False,
@@ -47,15 +53,17 @@ def train(
             "--resume, --fork and --polish exclude each other",
             next_step="--resume keeps the configuration, --polish changes the mixture, --fork may change anything",
         )
-    if (resume or parent) and (recipe or data):
+    if (resume or parent) and (recipe or data or depth):
         raise UsageError(
             "a resumed, forked or polished run takes its configuration from its folder",
-            value=recipe or str(data),
+            value=recipe or str(data or f"--depth {depth}"),
             next_step="drop it; use --set",
         )
+    if recipe and depth:
+        raise UsageError("--depth takes the place of a recipe", value=f"{recipe} and --depth {depth}", next_step="drop one of them")
     sets = (*(("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}") if data else ()), *(set_ or ()))
     if dry_run:
-        return _dry_run(recipe, sets, device, parent or resume, json)
+        return _dry_run(recipe, depth, data, sets, device, parent or resume, json)
     from stack.cli.console import ConsoleListener
     from stack.train import session
     from stack.train.polish import parent_run
@@ -69,7 +77,7 @@ def train(
         record = session.resume(resume, overrides, changed, listener)
         directory = resume
     else:
-        base, file = (session.read_config(parent_run(parent)), None) if parent else _base(recipe)
+        base, file = (session.read_config(parent_run(parent)), None) if parent else _base(recipe, depth, data)
         cfg, overrides = _resolve(base, file, sets, device)
         from stack.train.rundir import default_run_dir
 
@@ -86,11 +94,15 @@ def train(
     emit(document, json)
 
 
-def _base(recipe: str | None):
-    """The recipe a run file builds on, or the named recipe, and the file."""
+def _base(recipe: str | None, depth: int | None, data: Path | None):
+    """The recipe a run file builds on, the named recipe, or what follows from a depth; and the file."""
     from stack.config import read_run_file
     from stack.recipes import recipe as named
+    from stack.recipes.depth import depth as from_depth
+    from stack.recipes.depth import sizes_of
 
+    if depth:
+        return from_depth(depth, **(sizes_of(data) if data else {})), None
     if recipe and (recipe.endswith(".toml") or Path(recipe).is_file()):
         return named(read_run_file(Path(recipe)).get("recipe", "pocket")), Path(recipe)
     return named(recipe or "pocket"), None
@@ -102,29 +114,29 @@ def _resolve(base, file: Path | None, sets: tuple[str, ...], device: str | None)
     return load_config(base, run_file=file, sets=sets, fixed={"device": (device, "--device")} if device else None)
 
 
-def _dry_run(recipe: str | None, sets: tuple[str, ...], device: str | None, parent: Path | None, as_json: bool) -> None:
+def _dry_run(
+    recipe: str | None,
+    depth: int | None,
+    data: Path | None,
+    sets: tuple[str, ...],
+    device: str | None,
+    parent: Path | None,
+    as_json: bool,
+) -> None:
     """Configuration and what follows from it by arithmetic; no data is read and no model is built."""
-    from spec.formulas import flops_per_token, parameter_count
 
     if parent:
         from stack.train import session
 
         base, file = session.read_config(parent), None
     else:
-        base, file = _base(recipe)
+        base, file = _base(recipe, depth, data)
     cfg, overrides = _resolve(base, file, sets, device)
     if cfg.data.corpus.kind in ("mixture", "built"):
         from stack.data.curriculum import apply_shares, declared_sources
 
         apply_shares(cfg.curriculum, declared_sources(cfg.data))
-    model = cfg.model.model_dump()
-    vocab_size = {"bpe": getattr(cfg.data.tokenizer, "vocab_size", 0), "byte": 257}.get(cfg.data.tokenizer.kind)
-    derived = {"tokens": cfg.train.max_steps * cfg.train.tokens_per_step, "accumulation": cfg.accumulation()}
-    if vocab_size:
-        per_token = flops_per_token(model, vocab_size, cfg.model.max_seq_len)
-        n_params = parameter_count(model, vocab_size)
-        derived |= {"n_params": n_params, "flops_per_token": per_token, "flops": per_token * derived["tokens"]}
-        derived |= {"state_bytes": 16 * n_params, "checkpoint_bytes": 12 * n_params}
+    derived = _derived(cfg)
     document = {"config": cfg.to_dict(), "overrides": [o.model_dump(by_alias=True) for o in overrides], "derived": derived}
     if emit(document, as_json):
         return
@@ -133,6 +145,36 @@ def _dry_run(recipe: str | None, sets: tuple[str, ...], device: str | None, pare
         stdout.print(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""), markup=False)
     for key, value in derived.items():
         stdout.print(f"# {key}: {value:,}", markup=False)
+
+
+def _derived(cfg) -> dict[str, float]:
+    """Counts, memory and time of a run. The time assumes the share of the matrix-product rate that the default recipe reaches."""
+    from spec.formulas import flops_per_token, parameter_count
+    from stack.train.memory import predict_bytes
+    from stack.train.preflight import probe_peak_flops
+    from stack.train.session import resolve_device
+
+    derived = {"tokens": cfg.train.max_steps * cfg.train.tokens_per_step, "accumulation": cfg.accumulation()}
+    vocab_size = _vocab_size(cfg)
+    if vocab_size is None:
+        return derived
+    model = cfg.model.model_dump()
+    per_token, n_params = flops_per_token(model, vocab_size, cfg.model.max_seq_len), parameter_count(model, vocab_size)
+    derived |= {"vocab_size": vocab_size, "n_params": n_params, "tokens_per_parameter": round(derived["tokens"] / n_params, 2)}
+    derived |= {"flops_per_token": per_token, "flops": per_token * derived["tokens"], "checkpoint_bytes": 12 * n_params}
+    derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
+    rate = probe_peak_flops(resolve_device(cfg.device))
+    return derived | {"probed_flops_per_s": round(rate), "eta_s": round(derived["flops"] / (REACHED_SHARE * rate))}
+
+
+def _vocab_size(cfg) -> int | None:
+    """Entries of the vocabulary, where the configuration decides them."""
+    match cfg.data.tokenizer.kind:
+        case "bpe":
+            return cfg.data.tokenizer.vocab_size
+        case "byte":
+            return 257
+    return None
 
 
 def _lines(tree: dict, prefix: str = "") -> list[tuple[str, object]]:

@@ -75,10 +75,9 @@ def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
 def _to_probabilities(logits_CV: Tensor, target_C: Tensor) -> Tensor:
     """Turn logits into probabilities in place; returns −log p of the targets, (C,), exact also where p underflows."""
     chosen_C = logits_CV.gather(1, target_C[:, None])[:, 0]
-    top_C, index_C = logits_CV.max(1)
+    top_C = logits_CV.amax(1)
     torch.ops.aten._softmax.out(logits_CV, 1, False, out=logits_CV)
-    log_of_top_C = logits_CV.gather(1, index_C[:, None])[:, 0].log()
-    return (top_C - log_of_top_C) - chosen_C
+    return (top_C - logits_CV.amax(1).log()) - chosen_C
 
 
 def _to_gradient(probs_CV: Tensor, target_C: Tensor, kept_C: Tensor) -> None:

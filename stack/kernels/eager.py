@@ -1,25 +1,90 @@
-"""Element-wise operations in plain torch, with derivatives written out so that few passes over memory are left.
+"""Element-wise operations in plain torch, with derivatives written out so that few passes over memory and few saved tensors are left.
 
+A compiler that traces them gets the bare formula instead: it fuses passes itself.
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last axis; statistics in float32, or float64 for float64 input; dtype of the input."""
-    wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
-    return F.rms_norm(wide, (x_BTD.shape[-1],), weight_D.to(wide.dtype), eps).to(x_BTD.dtype)
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x_BTD.dtype)
+    return _RMSNorm.apply(x_BTD.to(wide), weight_D.to(wide), eps).to(x_BTD.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        rms_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_().div_(x_BTD.shape[-1]).add_(eps).sqrt_()
+        ctx.save_for_backward(x_BTD, weight_D, rms_BT1)
+        return (x_BTD / rms_BT1).mul_(weight_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_BTD, weight_D, rms_BT1 = ctx.saved_tensors
+        unit_BTD = x_BTD / rms_BT1
+        scaled_BTD = grad_BTD * weight_D
+        along_BT1 = torch.linalg.vecdot(scaled_BTD, unit_BTD).unsqueeze(-1).div_(x_BTD.shape[-1])
+        grad_x_BTD = scaled_BTD.addcmul_(unit_BTD, along_BT1, value=-1).div_(rms_BT1)
+        grad_weight_D = unit_BTD.mul_(grad_BTD).flatten(0, -2).sum(0)
+        return grad_x_BTD, grad_weight_D, None
 
 
 def rope(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     """Turn each pair (feature j, feature j + J) by its angle; float32 or wider inside, dtype of the input outside."""
-    a, b = x_BNTH.chunk(2, dim=-1)
-    return torch.cat((a * cos_TJ - b * sin_TJ, b * cos_TJ + a * sin_TJ), dim=-1).to(x_BNTH.dtype)
+    wide = torch.promote_types(x_BNTH.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        a, b = x_BNTH.to(wide).chunk(2, -1)
+        return torch.cat((a * cos_TJ - b * sin_TJ, b * cos_TJ + a * sin_TJ), -1).to(x_BNTH.dtype)
+    return _Rope.apply(x_BNTH.to(wide), cos_TJ.to(wide), sin_TJ.to(wide)).to(x_BNTH.dtype)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TJ, sin_TJ)
+        return _turn(x_BNTH, cos_TJ, sin_TJ, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BNTH: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(grad_BNTH, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, direction: int) -> Tensor:
+    """Rotate forwards (1) or back (−1) into fresh memory of the same layout."""
+    y_BNTH = torch.empty_like(x_BNTH)
+    (a, b), (c, d) = x_BNTH.chunk(2, -1), y_BNTH.chunk(2, -1)
+    torch.mul(a, cos_TJ, out=c).addcmul_(b, sin_TJ, value=-direction)
+    torch.mul(b, cos_TJ, out=d).addcmul_(a, sin_TJ, value=direction)
+    return y_BNTH
 
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """silu(gate)·up."""
-    return F.silu(gate_BTF) * up_BTF
+    """silu(gate)·up; only its two inputs are kept for the backward."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate_BTF) * up_BTF
+    return _SwiGLU.apply(gate_BTF, up_BTF)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_BTF, up_BTF)
+        return F.silu(gate_BTF).mul_(up_BTF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_BTF, up_BTF = ctx.saved_tensors
+        grad_up_BTF = F.silu(gate_BTF).mul_(grad_BTF)
+        return torch.ops.aten.silu_backward(grad_BTF * up_BTF, gate_BTF), grad_up_BTF

@@ -5,9 +5,19 @@ from collections.abc import Callable
 
 from spec.errors import ConfigError
 from stack.config import RunConfig
+from stack.recipes import sizes
 from stack.recipes.pocket import pocket, pocket_code
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"pocket": pocket, "pocket-code": pocket_code}
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "pocket": pocket,
+    "pocket-code": pocket_code,
+    "tiny": sizes.tiny,
+    "huge": sizes.huge,
+    "nanolm": sizes.nanolm,
+    "llama-370m": sizes.llama_370m,
+    "gpt2-124m": sizes.gpt2_124m,
+    "andrea-120m": sizes.andrea_120m,
+}
 
 
 def recipe(name: str) -> RunConfig:

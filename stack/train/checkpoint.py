@@ -17,6 +17,7 @@ from contracts.conditions import ensure, require
 from spec.canonical import canonical_json, parse_strict, sha256_bytes, sha256_file
 from spec.errors import CheckpointError, IntegrityError
 from stack import tensorfile
+from stack.config import ModelConfig, validate
 from stack.evidence.record import write_atomically
 from stack.train.randomness import default_rng_state, set_default_rng_state
 from stack.train.state import TrainState
@@ -318,6 +319,17 @@ def read_best(root: Path) -> str | None:
     return (root / "best").read_text().strip() if (root / "best").is_file() else None
 
 
+def architecture(m: ModelConfig) -> str:
+    """The kinds of a decoder's parts in one line, for people."""
+    shared = f"{m.n_heads} heads on {m.n_kv_heads}" if m.n_kv_heads < m.n_heads else f"{m.n_heads} heads"
+    extras = [name for name in ("qk_norm", "qkv_bias", "out_bias") if getattr(m.attention, name)]
+    extras += [f"window {m.attention.window}"] if m.attention.window else []
+    ffn = f"{m.ffn.n_experts} {m.ffn.expert.kind} experts, top {m.ffn.top_k}" if m.ffn.kind == "moe" else m.ffn.kind
+    parts = [m.norm.kind, f"{m.positions.kind} positions", ", ".join((f"{m.attention.kind} attention, {shared}", *extras)), ffn]
+    parts += [f"mixture of depths, {m.depth.gate.kind}"] if m.depth.kind == "mixture-of-depths" else []
+    return "decoder: " + "; ".join((*parts, "tied head" if m.tied_head else "head of its own"))
+
+
 def describe(folder: Path) -> dict:
     """Architecture, tensors, counts and checksum of a step folder; never raises for a damaged one, but says INVALID."""
     try:
@@ -331,7 +343,7 @@ def describe(folder: Path) -> dict:
     return {
         "path": str(folder),
         "checksum": "VALID",
-        "architecture": "decoder: RMSNorm, rotary GQA, SwiGLU",
+        "architecture": architecture(validate(loaded.state["config"]).model),
         "step": loaded.state["step"],
         "tokens_seen": loaded.state["tokens_seen"],
         "vocab_size": loaded.state["vocab_size"],

@@ -24,13 +24,16 @@ from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
 from stack.kernels import dispatch
 from stack.train import checkpoint, polish
+from stack.train.allocator import keep_heap
 from stack.train.listener import Listener
 from stack.train.loop import train_loop
 from stack.train.measures import state_metrics
+from stack.train.memory import refuse_too_large
+from stack.train.precision import refuse_emulated
 from stack.train.preflight import preflight, probe_peak_flops
 from stack.train.run import Run
 from stack.train.rundir import SERIES, RunDir
-from stack.train.state import build_state
+from stack.train.state import AUTOCAST, build_state
 from stack.train.step import nonfinite_parts
 
 CLAIM = "This configuration, on this data and code, gives these losses, weights and samples, with every gate below looked at."
@@ -156,6 +159,8 @@ def _open(
 ) -> Run:
     spec = load_spec()
     device = resolve_device(document["device"] if document else cfg.device)
+    allocator = keep_heap()
+    refuse_emulated(AUTOCAST[cfg.train.dtype], device)
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     listener.on_phase("data")
     builder = RecordBuilder(
@@ -164,7 +169,9 @@ def _open(
     if document:
         builder.continue_record(document["record"], document["started_at"])
     dataset = prepare(cfg.data, on_progress=listener.on_build)
-    builder.environment = environment(str(device), **{f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()})
+    refuse_too_large(cfg, dataset.tokenizer.vocab_size, device)
+    kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()}
+    builder.environment = environment(str(device), allocator=allocator, **kernels)
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":
         builder.not_covered = (*NOT_COVERED, "bit flips in the token shards: only their sizes were compared")

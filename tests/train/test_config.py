@@ -69,7 +69,7 @@ def unread(names: list[str]) -> list[str]:
     is_config = lambda p: p.parent.name == "config"  # noqa: E731
     source = "\n".join(p.read_text() for p in STACK.rglob("*.py") if not is_config(p))
     config = "\n".join(p.read_text() for p in STACK.rglob("*.py") if is_config(p))
-    names = [n for n in names if not re.search(rf"\.{n}\b|\b{n}\s*=\s*\w+\)?:", source)]
+    names = [n for n in names if not re.search(rf"\.{n}\b|\b{n}\s*=\s*\w+\)*:", source)]
     return [n for n in names if not re.search(rf"self\.{n}\b|self\.\w+\.{n}\b", config)]
 
 

@@ -41,8 +41,14 @@ def test_same_seed_same_losses_other_seed_other_losses(cfg, tmp_path):
     assert max(abs(x - y) for x, y in zip(a, c)) > 1e-4
 
 
+@pytest.fixture
+def any_precision(monkeypatch):
+    """Lets half precision run on processors that only emulate it."""
+    monkeypatch.setattr(session, "refuse_emulated", lambda dtype, device: None)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_trains_under_all_gates_close_to_single(cfg, tmp_path, dtype):
+def test_half_precision_trains_under_all_gates_close_to_single(cfg, tmp_path, dtype, any_precision):
     """After 14 steps the half-precision loss is within 0.05 nats of float32's; measured worst case 0.01."""
     record = session.start(with_train(cfg, dtype=dtype), (), tmp_path / dtype, Listener())
     assert record.status == "completed" and all(g.verdict == "pass" for g in record.gates)
@@ -50,13 +56,13 @@ def test_half_precision_trains_under_all_gates_close_to_single(cfg, tmp_path, dt
     assert abs(losses(tmp_path / dtype)[-1] - losses(tmp_path / "single")[-1]) < 0.05
 
 
-def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(cfg, tmp_path, monkeypatch):
+def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(cfg, tmp_path, monkeypatch, any_precision):
     from stack.train import step as steps
 
     original, failed = steps.backward, []
 
-    def overflowing(state, batch, n_valid):
-        nats = original(state, batch, n_valid)
+    def overflowing(state, batch, n_valid, n_tokens):
+        nats = original(state, batch, n_valid, n_tokens)
         if not failed and state.step == 3:
             failed.append(1)
             next(state.model.parameters()).grad.fill_(float("inf"))

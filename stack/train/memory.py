@@ -1,0 +1,69 @@
+"""How much memory a run will need, from its configuration. F d_ff, D d_model, N and K heads, H head_dim."""
+
+from pathlib import Path
+
+import torch
+
+from spec.errors import EnvironmentUnfit
+from spec.formulas import parameter_count
+from stack.config import ModelConfig, RunConfig
+from stack.kernels.cross_entropy import CHUNK_BYTES
+
+FLOAT = 4
+HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that nothing fits into, and packing buffers of matrix products
+
+
+def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
+    """Peak memory that training adds to a process which has imported everything, bytes, and what it is made of.
+
+    Measured peaks lie within 1.3 times of it, either way, on recipes and variants: see benchmarks/memory.py.
+    """
+    m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
+    n_tokens = cfg.train.micro_batch_size * m.max_seq_len
+    activations = FLOAT * n_tokens * (m.n_layers * saved_per_token(m) + 3 * m.d_model)
+    logits = min(FLOAT * n_tokens * vocab_size, CHUNK_BYTES)
+    head = logits + 2 * FLOAT * vocab_size * m.d_model
+    state = FLOAT * n_params
+    passing = FLOAT * n_tokens * (3 * m.d_ff + 4 * m.d_model)
+    parts = {"weights": state, "moments": 2 * state, "gradients": state, "activations": activations + passing, "head": head}
+    return parts | {"peak": round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES}
+
+
+def saved_per_token(m: ModelConfig) -> int:
+    """Numbers a block keeps for the backward per token."""
+    q_width, kv_width = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
+    maps = 2 if m.attention.kind == "differential" else 1
+    attention = maps * 2 * (q_width + kv_width) + (q_width + kv_width if m.attention.qk_norm else 0)
+    match m.ffn.kind:
+        case "swiglu":
+            ffn = 3 * m.d_ff
+        case "gelu":
+            ffn = 2 * m.d_ff
+        case "moe":
+            ffn = m.ffn.top_k * ((3 if m.ffn.expert.kind == "swiglu" else 2) * m.d_ff + 3 * m.d_model) + 4 * m.ffn.n_experts
+    dropped = m.d_model if m.dropout else 0
+    gated = 3 * m.d_model if m.depth.kind == "mixture-of-depths" else 0
+    return attention + ffn + 4 * m.d_model + dropped + gated
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free now, bytes; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
+def refuse_too_large(cfg: RunConfig, vocab_size: int, device: torch.device) -> None:
+    """Raise EnvironmentUnfit for a run that cannot fit, before anything is built."""
+    needed, there = predict_bytes(cfg, vocab_size)["peak"], available_bytes(device)
+    if there is not None and needed > there:
+        raise EnvironmentUnfit(
+            "the run does not fit into memory",
+            value=f"about {needed / 2**30:.1f} GiB needed for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens",
+            allowed=f"{there / 2**30:.1f} GiB are free on {device}",
+            next_step="lower train.micro_batch_size (tokens_per_step may stay), or the model",
+        )

@@ -1,0 +1,254 @@
+"""Gates of mixtures of experts: green on a second implementation, red on every plant, and sharp enough to see small errors.
+
+The second implementation stands in for the stack's module, so that a plant is judged against code that shares nothing with the oracle.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from contracts.events import Started
+from contracts.gate import call_check, limits_of
+from contracts.moe import RouterCollapse
+from stack.config import ModelConfig
+from stack.museum.plant import load_museum, swap, touches
+from tests.contracts import variants
+from tests.contracts.test_optim import step_taken
+
+SIZES = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48, "max_seq_len": 64, "dropout": 0.1}
+AUXILIARY, BIASED = {"kind": "moe"}, {"kind": "moe", "balance": {"kind": "selection-bias"}}
+OF_GATE = {"moe.dispatch-parity": BIASED, "moe.balance-loss": AUXILIARY, "moe.bias-balance": BIASED}
+SHAPES = [
+    {},
+    {"n_experts": 4, "capacity_factor": 1.0},
+    {"n_experts": 3, "top_k": 1, "expert": {"kind": "gelu"}},
+    {"n_experts": 2, "top_k": 1},
+    {"n_experts": 64, "top_k": 6},
+]
+
+
+def declared(ffn):
+    return ModelConfig(**SIZES, ffn=ffn).model_dump()
+
+
+def judged(spec, gate_id, ffn=None, **changed):
+    return call_check(spec.gates[gate_id], variants.moe_parts(declared(ffn or OF_GATE[gate_id])) | changed)
+
+
+def plants_of(*gate_ids):
+    return [p.id for p in load_museum().values() if p.gate in gate_ids]
+
+
+@pytest.mark.parametrize("gate_id", OF_GATE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_preflight_gate_is_green_on_a_second_implementation(spec, gate_id, shape):
+    verdict = judged(spec, gate_id, OF_GATE[gate_id] | shape)
+    assert verdict.outcome == "pass", verdict.message
+
+
+@pytest.mark.parametrize("gate_id", OF_GATE)
+def test_what_does_not_apply_is_not_run(spec, gate_id):
+    other = {"moe.balance-loss": BIASED, "moe.bias-balance": AUXILIARY}
+    for ffn in ({"kind": "swiglu"}, *([other[gate_id]] if gate_id in other else [])):
+        verdict = judged(spec, gate_id, ffn)
+        assert verdict.outcome == "not_run" and "model.ffn" in verdict.message
+
+
+def test_biases_of_experts_that_are_all_chosen_are_not_judged(spec):
+    verdict = judged(spec, "moe.bias-balance", BIASED | {"n_experts": 2, "top_k": 2})
+    assert verdict.outcome == "not_run" and "every token" in verdict.message
+
+
+@pytest.mark.parametrize("plant_id", plants_of(*OF_GATE))
+def test_preflight_gate_is_red_on_its_plant(spec, monkeypatch, plant_id):
+    from stack.museum import moe as room
+
+    monkeypatch.setattr(room, "moe", variants)
+    plant, before = load_museum()[plant_id], touches()
+    with plant.apply():
+        verdict = judged(spec, plant.gate)
+    assert verdict.outcome == "fail" and verdict.message and touches() > before
+    assert plant.id in spec.gates[plant.gate].plants
+    assert judged(spec, plant.gate).passed, "the plant leaves nothing behind"
+
+
+# --- dispatch -------------------------------------------------------------------------------------------------------
+
+
+def test_dispatch_sees_one_percent(spec):
+    def louder(*inputs):
+        y_RD, load_E, dropped = variants.dispatch(*inputs)
+        return y_RD * 1.01, load_E, dropped
+
+    verdict = judged(spec, "moe.dispatch-parity", dispatch=louder)
+    limit = spec.gates["moe.dispatch-parity"].limits["rel_error_max"].value
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["rel_error"] == pytest.approx(0.01)
+        and verdict.measured["layer_rel_error"] < limit / 1e6
+    )
+
+
+def test_dispatch_sees_ties_that_go_to_the_higher_id(spec):
+    def backwards(logits_RE, top_k, bias_E):
+        bias_E = None if bias_E is None else bias_E.flip(0)
+        experts_Rk, weights_Rk, probs_RE = variants.route(logits_RE.flip(1), top_k, bias_E)
+        return logits_RE.shape[1] - 1 - experts_Rk, weights_Rk, probs_RE.flip(1)
+
+    verdict = judged(spec, "moe.dispatch-parity", route=backwards)
+    assert verdict.outcome == "fail" and verdict.measured["swapped"] > 100 and "lower of equals" in verdict.message
+
+
+@pytest.mark.parametrize("wrong", ["drops in evaluation", "no drops in training", "drops the first"])
+def test_dispatch_sees_a_layer_that_drops_otherwise(spec, wrong):
+    def other(self, x_BTD):
+        if wrong == "drops the first":
+            return original(self, x_BTD.flip(0, 1)).flip(0, 1)
+        mode, self.training = self.training, wrong == "drops in evaluation"
+        y_BTD = original(self, x_BTD)
+        self.training = mode
+        return y_BTD
+
+    original = variants.MixtureOfExperts.forward
+    with swap(variants.MixtureOfExperts, "forward", other):
+        verdict = judged(spec, "moe.dispatch-parity", BIASED | {"capacity_factor": 1.0})
+    assert verdict.outcome == "fail" and verdict.measured["layer_rel_error"] > 0.1 and verdict.measured["rel_error"] < 1e-14
+
+
+@pytest.mark.parametrize("lost", [(0, 1), (1, 0)])
+def test_dispatch_sees_wrong_counts(spec, lost):
+    def miscounting(*inputs):
+        y_RD, load_E, dropped = variants.dispatch(*inputs)
+        return y_RD, load_E - lost[0], dropped + lost[1]
+
+    assert "miscounted" in judged(spec, "moe.dispatch-parity", dispatch=miscounting).message
+
+
+# --- balance --------------------------------------------------------------------------------------------------------
+
+
+def test_balance_is_red_when_it_enters_once_per_micro_batch(spec):
+    honest = variants.moe_parts(declared(AUXILIARY))["balance_gradients"]
+    verdict = judged(spec, "moe.balance-loss", balance_gradients=lambda weight, n_micro: honest(weight * n_micro, n_micro))
+    assert verdict.outcome == "fail" and verdict.measured["entry_rel_error"] == pytest.approx(3, rel=1e-3)
+
+
+def test_balance_sees_one_percent(spec):
+    honest = variants.moe_parts(declared(AUXILIARY))["balance_gradients"]
+    entry = judged(spec, "moe.balance-loss", balance_gradients=lambda weight, n_micro: honest(weight * 1.01, n_micro))
+    assert entry.outcome == "fail" and entry.measured["entry_rel_error"] == pytest.approx(0.01, rel=1e-2)
+    value = judged(spec, "moe.balance-loss", balance=lambda *inputs: variants.balance(*inputs) * 1.01)
+    assert value.outcome == "fail" and value.measured["even_error"] == pytest.approx(0.01)
+
+
+def test_balance_refuses_one_that_prefers_the_uneven(spec):
+    verdict = judged(spec, "moe.balance-loss", balance=lambda *inputs: 2 - variants.balance(*inputs))
+    assert verdict.outcome == "fail" and verdict.measured["uneven_excess"] < 0 and verdict.measured["even_error"] < 1e-12
+
+
+# --- bias -----------------------------------------------------------------------------------------------------------
+
+
+def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
+    micro_batches = torch.tensor([[[9, 1, 3, 3]], [[8, 2, 3, 3]], [[9, 2, 2, 3]], [[2, 6, 5, 3]]])
+
+    def forgetful(n_micro):
+        counted_LE = micro_batches[-1] if n_micro > 1 else micro_batches.sum(0)
+        return micro_batches.sum(0), 1e-3 * torch.sign(counted_LE.double().mean(-1, keepdim=True) - counted_LE)
+
+    verdict = judged(spec, "moe.bias-balance", bias_step=forgetful)
+    assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == pytest.approx(2)
+
+
+def test_bias_loop_is_red_when_nothing_moves(spec):
+    verdict = judged(spec, "moe.bias-balance", update_selection_bias=lambda model, loads_LE, rate: None)
+    assert verdict.outcome == "fail" and verdict.measured["skew_after"] == verdict.measured["skew_before"] > 1
+
+
+def test_bias_refuses_loads_that_show_nothing(spec):
+    even = torch.full((2, 8), 32)
+    verdict = judged(spec, "moe.bias-balance", bias_step=lambda n_micro: (even, torch.zeros(2, 8)))
+    assert verdict.outcome == "fail" and "NaN" in verdict.message
+
+
+# --- collapse -------------------------------------------------------------------------------------------------------
+
+EVEN = (0.25, 0.25, 0.25, 0.25)
+CROWDED, IDLE = (0.97, 0.01, 0.01, 0.01), (0.33, 0.33, 0.335, 0.005)
+ALMOST = ((0.8, 0.06, 0.07, 0.07), (0.33, 0.33, 0.32, 0.02))
+
+
+def watcher(spec, **plan) -> RouterCollapse:
+    check = RouterCollapse(limits_of(spec.gates["moe.router-collapse"]))
+    plan = {"warmup_steps": 10, "expert_layers": 2, "n_experts": 4, "top_k": 1} | plan
+    assert check.observe(Started(0, plan)) is None
+    return check
+
+
+def seen(check, steps, *shares):
+    return [check.observe(replace(step_taken(step=step), expert_shares=shares)) for step in steps]
+
+
+@pytest.mark.parametrize("shares, state", [(CROWDED, "crowded"), (IDLE, "idle")])
+def test_collapse_is_red_on_a_crowded_and_on_an_idle_expert(spec, shares, state):
+    check = watcher(spec)
+    allowed = int(check.limits.steps_max)
+    assert all(v.passed for v in seen(check, range(1, 11 + allowed), EVEN, shares))
+    verdict = seen(check, [11 + allowed], EVEN, shares)[0]
+    assert verdict.outcome == "fail" and state in verdict.message and "layer 1" in verdict.message
+    assert verdict.measured["steps"] == allowed + 1
+
+
+def test_collapse_leaves_what_is_inside_the_band(spec):
+    assert all(v.passed for v in seen(watcher(spec), range(1, 600), *ALMOST))
+
+
+def test_collapse_needs_steps_in_a_row(spec):
+    check = watcher(spec)
+    for first in range(11, 1200, 200):
+        assert all(v.passed for v in seen(check, range(first, first + 199), IDLE, EVEN))
+        assert seen(check, [first + 199], EVEN, EVEN)[0].measured["steps"] == 0
+
+
+def test_collapse_counts_an_expert_that_takes_all_with_several_choices(spec):
+    check = watcher(spec, top_k=2)
+    busy = (0.48, 0.18, 0.17, 0.17)  # of two choices per token, so 96 % of the tokens visit the first
+    assert seen(check, range(11, 400), EVEN, busy)[-1].outcome == "fail"
+
+
+def test_collapse_goes_on_over_a_resume(spec):
+    check = watcher(spec)
+    half = int(check.limits.steps_max) // 2
+    seen(check, range(11, 11 + half), EVEN, IDLE)
+    resumed = watcher(spec)
+    resumed.load_state_dict(check.state_dict())
+    later = range(11 + half, 12 + int(check.limits.steps_max))
+    whole, continued = seen(check, later, EVEN, IDLE), seen(resumed, later, EVEN, IDLE)
+    assert whole == continued and [v.outcome for v in continued].count("fail") == 1
+
+
+def test_collapse_refuses_steps_without_shares(spec):
+    for shares in ((), (EVEN,), (EVEN, EVEN[:3])):
+        assert "no shares" in seen(watcher(spec), [1], *shares)[0].message
+    assert seen(watcher(spec), range(11, 400), EVEN, (float("nan"),) * 4)[-1].outcome == "fail"
+
+
+def test_collapse_is_not_run_without_a_choice(spec):
+    assert seen(watcher(spec, expert_layers=0, n_experts=0, top_k=0), [1])[0].outcome == "not_run"
+    assert seen(watcher(spec, top_k=4), [1], EVEN, EVEN)[0].outcome == "not_run"
+
+
+def test_collapse_is_red_under_its_plant(spec, monkeypatch):
+    from stack.museum import moe as room
+
+    monkeypatch.setattr(room, "moe", variants)
+    model = variants.Decoder(declared(AUXILIARY), 61, 3)
+    ids_BT = torch.randint(0, 61, (8, 64), generator=torch.Generator().manual_seed(1))
+    check = watcher(spec, n_experts=8, top_k=2)
+    with load_museum()["moe.router-reads-the-mean"].apply(), torch.no_grad():
+        model(ids_BT)
+    chosen = [torch.bincount(layer.ffn.found[1].flatten(), minlength=8) for layer in model.layers]
+    shares = [tuple((c / c.sum()).tolist()) for c in chosen]
+    assert seen(check, range(11, 400), *shares)[-1].outcome == "fail"
+    assert seen(check, [400], *shares)[0].measured["busiest_frac"] == 1.0

@@ -1,0 +1,321 @@
+"""A second decoder with every variant, vectorised, for tests of the gates that judge one: hand-written, and no part of the stack.
+
+B batch, T tokens, R = B·T tokens, D d_model, N query heads, K key/value heads, H head_dim, E experts, k top_k, V vocab
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def route(logits_RE: Tensor, top_k: int, selection_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(experts (R, k), weights (R, k), probabilities (R, E))."""
+    probs_RE = logits_RE.softmax(-1)
+    score_RE = probs_RE.detach() if selection_bias_E is None else probs_RE.detach() + selection_bias_E
+    experts_Rk = score_RE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights_Rk = probs_RE.gather(1, experts_Rk)
+    return experts_Rk, renormalised(weights_Rk), probs_RE
+
+
+def renormalised(weights_Rk: Tensor) -> Tensor:
+    return weights_Rk / weights_Rk.sum(-1, keepdim=True) if weights_Rk.shape[1] > 1 else weights_Rk
+
+
+def balance(probs_RE: Tensor, experts_Rk: Tensor) -> Tensor:
+    share_E = F.one_hot(experts_Rk, probs_RE.shape[1]).to(probs_RE.dtype).mean((0, 1))
+    return probs_RE.shape[1] * share_E @ probs_RE.mean(0)
+
+
+def dispatch(x_RD: Tensor, experts_Rk: Tensor, weights_Rk: Tensor, experts, capacity: int | None) -> tuple[Tensor, Tensor, int]:
+    """(sum of weighted experts (R, D), tokens each took (E,), choices dropped)."""
+    y_RD, loads = torch.zeros_like(x_RD), []
+    for e, expert in enumerate(experts):
+        token, choice = (experts_Rk == e).nonzero(as_tuple=True)
+        token, choice = token[:capacity], choice[:capacity]
+        y_RD = y_RD.index_add(0, token, expert(x_RD[token]) * weights_Rk[token, choice, None])
+        loads.append(len(token))
+    return y_RD, torch.tensor(loads), experts_Rk.numel() - sum(loads)
+
+
+def update_selection_bias(model: nn.Module, loads_LE: Tensor, rate: float) -> None:
+    layers = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    for layer, load_E in zip(layers, loads_LE.double()):
+        layer.selection_bias += rate * torch.sign(load_E.mean() - load_E).to(layer.selection_bias)
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.declared = a["ffn"]
+        self.router = nn.Linear(a["d_model"], self.declared["n_experts"], bias=False)
+        self.experts = nn.ModuleList(feedforward(a, self.declared["expert"]) for _ in range(self.declared["n_experts"]))
+        biased = self.declared["balance"]["kind"] == "selection-bias"
+        self.register_buffer("selection_bias", torch.zeros(self.declared["n_experts"]) if biased else None)
+        self.found = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_RD, declared = x.flatten(0, -2), self.declared
+        experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), declared["top_k"], self.selection_bias)
+        capacity = None
+        if self.training and declared["capacity_factor"]:
+            capacity = math.ceil(declared["capacity_factor"] * len(x_RD) * declared["top_k"] / declared["n_experts"])
+        y_RD, self.load_E, self.dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity)
+        self.found = probs_RE, experts_Rk
+        return y_RD.view(x.shape)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.gate, self.up = (nn.Linear(a["d_model"], a["d_ff"], bias=False) for _ in range(2))
+        self.down = nn.Linear(a["d_ff"], a["d_model"], bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Gelu(nn.Module):
+    def __init__(self, a, declared):
+        super().__init__()
+        self.approximate = declared["approximate"]
+        self.up = nn.Linear(a["d_model"], a["d_ff"], bias=declared["bias"])
+        self.down = nn.Linear(a["d_ff"], a["d_model"], bias=declared["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+def feedforward(a, declared) -> nn.Module:
+    match declared["kind"]:
+        case "swiglu":
+            return SwiGLU(a)
+        case "gelu":
+            return Gelu(a, declared)
+        case "moe":
+            return MixtureOfExperts(a)
+
+
+def rotary_tables(a) -> tuple[Tensor, Tensor] | None:
+    if a["positions"]["kind"] == "learned":
+        return None
+    width, scaling = a["head_dim"] // (2 if a["attention"]["kind"] == "differential" else 1), a["positions"]["scaling"]
+    rate = a["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if scaling["kind"] == "linear":
+        rate = rate / scaling["factor"]
+    if scaling["kind"] == "llama3":
+        wave, first = 2 * math.pi / rate, scaling["original_max_seq_len"]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        smooth = ((first / wave - low) / (high - low)).clamp(0, 1)
+        rate = (1 - smooth) * rate / scaling["factor"] + smooth * rate
+    angle = torch.arange(a["max_seq_len"], dtype=torch.float64)[:, None] * rate
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, a, layer: int):
+        super().__init__()
+        self.a, self.declared, d, h = a, a["attention"], a["d_model"], a["head_dim"]
+        self.q = nn.Linear(d, a["n_heads"] * h, bias=self.declared["qkv_bias"])
+        self.k, self.v = (nn.Linear(d, a["n_kv_heads"] * h, bias=self.declared["qkv_bias"]) for _ in range(2))
+        self.out = nn.Linear(a["n_heads"] * h, d, bias=self.declared["out_bias"])
+        self.differential = self.declared["kind"] == "differential"
+        if self.declared["qk_norm"]:
+            width = h // 2 if self.differential else h
+            self.q_norm, self.k_norm = nn.RMSNorm(width, a["norm_eps"]), nn.RMSNorm(width, a["norm_eps"])
+        if self.differential and self.declared["form"] == "paper":
+            self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                self.register_parameter(name, nn.Parameter(torch.zeros(h // 2)))
+            self.head_norm = nn.RMSNorm(h, a["norm_eps"])
+        if self.differential and self.declared["form"] == "scalar":
+            self.lambda_weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask_BTT: Tensor, tables) -> Tensor:
+        h, split = self.a["head_dim"], 2 if self.differential else 1
+        q, k, v = (part(x_BTD).unflatten(-1, (-1, h)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = (x.unflatten(-1, (split, -1)).movedim(-2, 0) for x in (q, k))
+        if self.declared["qk_norm"]:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if tables is not None:
+            q, k = (rotate(x, *(t.to(x.dtype)[position_BT][:, None] for t in tables)) for x in (q, k))
+        maps = [self.mixed(q[i], k[i], v, mask_BTT) for i in range(split)]
+        return self.out(self.joined(*maps).transpose(1, 2).flatten(2))
+
+    def mixed(self, q, k, v, mask_BTT) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTT[:, None], enable_gqa=q.shape[1] != k.shape[1])
+
+    def joined(self, first: Tensor, second: Tensor | None = None) -> Tensor:
+        if second is None:
+            return first
+        if self.declared["form"] == "scalar":
+            return first - self.lambda_weight * second
+        learned = (self.lambda_q1 * self.lambda_k1).sum().exp() - (self.lambda_q2 * self.lambda_k2).sum().exp() + self.start
+        return self.head_norm(first - learned * second) * (1 - self.start)
+
+
+def norm(a) -> nn.Module:
+    return (nn.LayerNorm if a["norm"]["kind"] == "layernorm" else nn.RMSNorm)(a["d_model"], eps=a["norm_eps"])
+
+
+class Depth(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.router, self.gate = nn.Linear(a["d_model"], 1), a["depth"]["gate"]
+
+    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask_BTT: Tensor, tables, block) -> Tensor:
+        score_BT = ((x_BTD.double() * self.router.weight[0].double()).sum(-1) + self.router.bias).float()  # equal tokens tie exactly
+        if self.gate["kind"] == "soft":
+            return x_BTD + score_BT.sigmoid()[..., None].to(x_BTD) * (block(x_BTD, position_BT, mask_BTT, tables) - x_BTD)
+        return torch.stack([self.some(*row, tables, block) for row in zip(x_BTD, score_BT, position_BT, mask_BTT)])
+
+    def some(self, x_TD: Tensor, score_T: Tensor, position_T: Tensor, mask_TT: Tensor, tables, block) -> Tensor:
+        index_T = torch.arange(len(x_TD), device=x_TD.device)
+        same_TT = (index_T - position_T)[:, None] == (index_T - position_T)[None, :]
+        higher_T = (same_TT & (index_T[None, :] < index_T[:, None]) & (score_T[None, :] > score_T[:, None])).sum(-1)
+        read = higher_T < torch.ceil(self.gate["capacity_frac"] * (position_T + 1).double())
+        x_RD = x_TD[read]
+        y_RD = block(x_RD[None], position_T[None, read], mask_TT[read][:, read][None], tables)[0]
+        changed_TD = x_TD.clone()
+        changed_TD[read] = x_RD + score_T[read].sigmoid()[:, None].to(x_RD) * (y_RD - x_RD)
+        return changed_TD
+
+
+class Block(nn.Module):
+    def __init__(self, a, layer: int):
+        super().__init__()
+        self.attention_norm, self.attention, self.ffn_norm = norm(a), Attention(a, layer), norm(a)
+        self.ffn, self.dropout = feedforward(a, a["ffn"]), nn.Dropout(a["dropout"])
+        if a["depth"]["kind"] == "mixture-of-depths" and (layer + 1) % a["depth"]["every"] == 0:
+            self.depth = Depth(a)
+
+    def forward(self, x_BTD: Tensor, *context) -> Tensor:
+        return self.depth(x_BTD, *context, self.plain) if hasattr(self, "depth") else self.plain(x_BTD, *context)
+
+    def plain(self, x_BTD: Tensor, *context) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), *context))
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+
+class Decoder(nn.Module):
+    """Names and shapes of parameters as declared; `a` is the resolved `model` section."""
+
+    def __init__(self, a, vocab_size: int, seed: int = 0):
+        super().__init__()
+        self.a, self.tables = a, rotary_tables(a)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(vocab_size, a["d_model"])
+            if self.tables is None:
+                self.positions = nn.Embedding(a["max_seq_len"], a["d_model"])
+            self.layers = nn.ModuleList(Block(a, i) for i in range(a["n_layers"]))
+            self.final_norm = norm(a)
+            if not a["tied_head"]:
+                self.head = nn.Linear(a["d_model"], vocab_size, bias=False)
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.ndim > 1 and "head.weight" not in name:
+                p.normal_(0, self.a["init_std"] * (1 if "embed" in name or "up" in name else 2))
+            elif "lambda_weight" in name:
+                p.fill_(0.5)
+            elif "lambda_" in name:
+                p.normal_(0, 0.1)
+
+    def context(self, documents_BT: Tensor):
+        index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+        begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+        start_BT = (index_T * begins_BT).cummax(1).values
+        back_TT = index_T[:, None] - index_T
+        window = self.a["attention"]["window"] or len(index_T)
+        mask_BTT = (back_TT >= 0) & (back_TT < window) & (index_T >= start_BT[:, :, None])
+        return index_T - start_BT, mask_BTT, self.tables
+
+    def forward(self, ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        context = self.context(torch.zeros_like(ids_BT) if documents_BT is None else documents_BT)
+        x_BTD = self.embed(ids_BT)
+        if self.tables is None:
+            x_BTD = x_BTD + self.positions(context[0])
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, *context)
+        return F.linear(self.final_norm(x_BTD), self.embed.weight if self.a["tied_head"] else self.head.weight)
+
+    def attend(self, layer: int):
+        def attention(x_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
+            documents_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64) if documents_BT is None else documents_BT
+            return self.layers[layer].attention(x_BTD, *self.context(documents_BT))
+
+        return attention
+
+
+def parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
+    """Ingredients of the model's gates for a decoder of this declaration."""
+    model = Decoder(a, vocab_size, seed)
+    return {
+        "model": model,
+        "build_model": lambda: Decoder(a, vocab_size, seed),
+        "attention_layers": [model.attend(i) for i in range(a["n_layers"])],
+        "weights": model.state_dict(),
+        "declared_architecture": a,
+        "rotary_tables": model.tables,
+        "packed_logits": model,
+        "embedding": model.embed,
+        "vocab_size": vocab_size,
+        "max_seq_len": a["max_seq_len"],
+    }
+
+
+def moe_parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
+    """Ingredients of the gates of experts; functions are looked up in this module when called, so that plants reach them."""
+
+    def training(a):
+        return Decoder(a, vocab_size, seed).train()
+
+    def nats(model: Decoder, ids_BT: Tensor, n_micro: int) -> Tensor:
+        """Mean cross-entropy plus its share of the balance term."""
+        loss = F.cross_entropy(model(ids_BT[:, :-1]).flatten(0, 1), ids_BT[:, 1:].flatten())
+        terms = [balance(*layer.ffn.found) for layer in model.layers if layer.ffn.found is not None]
+        return (loss + sum(terms) * model.a["ffn"]["balance"].get("weight", 0.0)) / n_micro
+
+    def balance_gradients(weight: float, n_micro: int):
+        ffn = a["ffn"] | {"capacity_factor": None, "balance": {"kind": "auxiliary-loss", "weight": weight}}
+        model = training(a | {"dropout": 0.0, "ffn": ffn})
+        row_T = torch.randint(0, vocab_size, (33,), generator=torch.Generator().manual_seed(5))
+        for _ in range(n_micro):
+            nats(model, row_T[None], n_micro).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if n.endswith("ffn.router.weight")}
+        return model.state_dict(), row_T[:-1], gradients
+
+    def bias_step(n_micro: int):
+        model = training(a)
+        ids_BT = torch.randint(0, vocab_size, (4, 33), generator=torch.Generator().manual_seed(6))
+        loads_LE = 0
+        for micro in ids_BT.chunk(n_micro):
+            nats(model, micro, n_micro).backward()
+            loads_LE = loads_LE + torch.stack(
+                [torch.bincount(m.ffn.found[1].flatten(), minlength=m.ffn.declared["n_experts"]) for m in model.layers]
+            )
+        update_selection_bias(model, loads_LE, a["ffn"]["balance"]["rate"])
+        return loads_LE, torch.stack([m.ffn.selection_bias for m in model.layers])
+
+    return {
+        "declared_architecture": a,
+        "build_model": lambda: Decoder(a, vocab_size, seed),
+        "route": lambda *inputs: route(*inputs),
+        "dispatch": lambda *inputs: dispatch(*inputs),
+        "balance": lambda *inputs: balance(*inputs),
+        "update_selection_bias": lambda *inputs: update_selection_bias(*inputs),
+        "make_moe_layer": lambda: MixtureOfExperts(a),
+        "balance_gradients": balance_gradients,
+        "bias_step": bias_step,
+    }

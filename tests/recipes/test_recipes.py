@@ -1,0 +1,76 @@
+"""Sizes of the recipes by arithmetic, and what follows from one dial."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec.errors import ConfigError, DataError
+from spec.formulas import parameter_count
+from stack.recipes import RECIPES, recipe
+from stack.recipes.depth import EMBEDDED_TOKENS, EPOCHS, depth, sizes_of
+
+
+def by_hand(v, d, layers, q, kv, f, ffn_matrices, *, norms, extras=0, head=1):
+    """Parameters written out: embedding and head, attention, feed-forward, norms, and what a recipe has besides."""
+    return head * v * d + layers * (2 * d * q + 2 * d * kv + ffn_matrices * d * f) + (2 * layers + 1) * norms + extras
+
+
+SIZES = {
+    "pocket": by_hand(1024, 128, 4, 128, 64, 352, 3, norms=128),
+    "pocket-code": by_hand(1024, 128, 4, 128, 64, 352, 3, norms=128),
+    "tiny": by_hand(257, 128, 4, 128, 128, 352, 3, norms=128),
+    "huge": by_hand(49_152, 256, 12, 256, 256, 688, 3, norms=256),
+    "nanolm": by_hand(32_000, 256, 6, 256, 64, 256, 3, norms=256),
+    "llama-370m": by_hand(49_152, 1024, 24, 1024, 256, 2816, 3, norms=1024, head=2),
+    "gpt2-124m": by_hand(50_257, 768, 12, 768, 768, 3072, 2, norms=2 * 768, extras=1024 * 768 + 12 * (4 * 768 + 3072 + 768)),
+    "andrea-120m": by_hand(8449, 768, 12, 768, 768, 3072, 2, norms=768, extras=1024 * 768, head=2),
+}
+PUBLISHED = {"nanolm": 10_358_016, "gpt2-124m": 124_439_808, "andrea-120m": 98_698_752 + 25 * 768}  # the note's model has no gains
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_the_parameters_its_name_says(name):
+    cfg = recipe(name)
+    vocab_size = getattr(cfg.data.tokenizer, "vocab_size", 257)
+    assert parameter_count(cfg.model.model_dump(), vocab_size) == SIZES[name] == PUBLISHED.get(name, SIZES[name])
+    assert cfg.recipe == name
+
+
+def test_seeds_of_the_recipes():
+    assert recipe("nanolm").train.max_steps * recipe("nanolm").train.tokens_per_step == 655_360_000
+    huge = recipe("huge")
+    assert (huge.model.n_layers, huge.model.d_model, huge.model.max_seq_len) == (12, 256, 512)
+    assert huge.train.tokens_per_step // huge.train.micro_batch_size == 4 * 512
+    assert recipe("andrea-120m").optim.weight_decay == 0.01 and recipe("andrea-120m").schedule.warmup_steps == 2000
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="nanolm"):
+        recipe("nano")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 64), st.sampled_from([1024, 8192, 50_257]), st.integers(10**5, 10**12))
+def test_every_depth_is_a_valid_run_within_its_corpus(n_layers, vocab_size, unique_tokens):
+    cfg = depth(n_layers, vocab_size=vocab_size, unique_tokens=unique_tokens)
+    n_params = parameter_count(cfg.model.model_dump(), vocab_size)
+    planned = cfg.train.max_steps * cfg.train.tokens_per_step
+    assert planned <= max(20 * n_params, 40 * 4096) and (planned <= EPOCHS * unique_tokens or cfg.train.max_steps == 40)
+    assert cfg.model.d_model == 64 * n_layers == cfg.model.n_heads * cfg.model.head_dim
+
+
+def test_the_dial_makes_models_larger_and_steps_smaller():
+    runs = [depth(n, vocab_size=32_768, unique_tokens=10**12) for n in range(1, 25)]
+    counts = [parameter_count(r.model.model_dump(), 32_768) for r in runs]
+    rates = [r.optim.lr for r in runs]
+    assert counts == sorted(set(counts)) and rates == sorted(rates, reverse=True) and depth(2).optim.lr == recipe("pocket").optim.lr
+    assert depth(2).train.max_steps * 4096 == pytest.approx(EPOCHS * EMBEDDED_TOKENS, rel=1e-3)
+
+
+def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path):
+    with pytest.raises(DataError, match="holds no built data"):
+        sizes_of(tmp_path)
+    (tmp_path / "manifest.json").write_text(
+        '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}]}}}', "utf-8"
+    )
+    assert sizes_of(tmp_path) == {"vocab_size": 4096, "unique_tokens": 100}
