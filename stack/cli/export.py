@@ -96,7 +96,7 @@ def import_(
 ) -> None:
     """Read a folder of Hugging Face into a run directory, compared with what transformers computes. Leaves a record in it."""
     from stack.evidence.exclusive import refuse_occupied
-    from stack.export import parity, reading, vocabulary
+    from stack.export import huggingface, parity, reading, vocabulary
     from stack.model import names
     from stack.recipes.imported import imported
     from stack.train.adopted import write_run
@@ -112,7 +112,8 @@ def import_(
     builder.inputs = _artefacts([*source.files, tokenizer or folder / "tokenizer.json"], Path.cwd())
     model = reading.load_weights(source)
     try:
-        keeper.artifact(parity.own(model) | (parity.witness(folder) if parity.available() else {}))
+        with huggingface.readable(source, model) as readable:
+            keeper.artifact(parity.own(model) | (parity.witness(readable) if parity.available() else {}))
     except GateFailed as e:
         raise _refusal(builder, keeper, Path("runs") / builder.id, e, f"nothing is at {out}") from e
     document = {
@@ -120,11 +121,13 @@ def import_(
         "architecture": source.kind.architecture,
         "n_params": sum(p.numel() for p in model.parameters()),
         "vocab_size": made.vocab_size,
+        "renamed_tensors": source.renamed,
         "not_carried": list(source.aside),
         "tokenizer": said,
     }
     builder.metric("n_params", document["n_params"], "parameters")
-    described = {"folder": str(folder), "architecture": source.kind.architecture, "not_carried": list(source.aside), "tokenizer": said}
+    told = ("architecture", "renamed_tensors", "not_carried", "tokenizer")
+    described = {"folder": str(folder)} | {k: document[k] for k in told}
     record = write_run(out, cfg, model, made, builder, described, gates=keeper.results(), **_ending(keeper))
     _show("Import", document, record, out, json)
 

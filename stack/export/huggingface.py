@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from stack.data.tokenizer import Tokenizer
 from stack.evidence.exclusive import refuse_occupied
 from stack.evidence.record import write_atomically
 from stack.export import parity, vocabulary
+from stack.export.reading import Folder
 from stack.model import names
 from stack.model.foreign import Kind, Row, plain_name, to_theirs
 from stack.model.transformer import Transformer
 
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 ROUNDING_TOKENS = 64
+MAX_SHARD_BYTES = 5 * 2**30
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def export(
     keeper: Gatekeeper,
     *,
     dtype: str = "float32",
-    max_shard_bytes: int = 5 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     card: Callable[[Exported], str],
 ) -> Exported:
     """Write `out` and judge it; the model's own weights become those that were written.
@@ -137,6 +141,18 @@ def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> N
     keeper.artifact({"export_dir": folder, "live_shapes": shapes, "dtype": DTYPES[dtype][1]})
     if parity.available():
         keeper.artifact({"export_dir": folder} | parity.own(model) | parity.witness(folder))
+
+
+@contextmanager
+def readable(source: Folder, model: Transformer) -> Iterator[Path]:
+    """The folder of an import as the other library can read it: itself, or where names differ a copy of its weights under plain ones."""
+    if not source.renamed:
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory(prefix="stackproof-plain-") as folder:
+        shutil.copy(source.path / "config.json", folder)
+        write_weights(Path(folder), source.kind, model, "float32", MAX_SHARD_BYTES)
+        yield Path(folder)
 
 
 def _into_place(temporary: Path, out: Path) -> None:

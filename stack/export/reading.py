@@ -35,7 +35,8 @@ class Place:
 class Folder:
     """A folder that can be read: its configuration in our words, and the place of every tensor by its plain name.
 
-    `aside` are keys of training in config.json that were not taken over.
+    `aside` are keys of training in config.json that were not taken over, `renamed` counts tensors that lie under another name or are of
+    no use.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Folder:
     vocab_size: int
     aside: tuple[str, ...]
     places: dict[str, Place]
+    renamed: int
 
     @property
     def files(self) -> list[Path]:
@@ -71,8 +73,9 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     if not any(n.startswith(kind.base) for n in places):
         head = kind.modules["head"]
         places = {n if n.startswith(head) else kind.base + n: p for n, p in places.items()}
+    renamed = sum(n != p.name or bool(names.DERIVED.search(n)) for n, p in places.items())
     places = {n: p for n, p in places.items() if not names.DERIVED.search(n)}
-    return Folder(path, document, kind, cfg, names.vocabulary_of(document), tuple(aside), places)
+    return Folder(path, document, kind, cfg, names.vocabulary_of(document), tuple(aside), places, renamed)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -104,6 +104,21 @@ def test_an_imported_published_model_keeps_its_tokenizer(stack, tmp_path, compar
     assert stack("sample", "run", "--prompt", "the quick", "--max-new-tokens", 4)[0] == 0
 
 
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", ""])
+def test_names_that_transformers_cannot_read_are_compared_under_plain_ones(stack, run_dir, tmp_path, compares, prefix):
+    import torch
+
+    from stack import tensorfile
+
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = {prefix + n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}
+    tensors |= {prefix + "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    tensorfile.write(path, tensors, {})
+    code, said = stack("import", "source", "--out", "again")
+    assert code == 0 and verdicts(said) == {"export.logit-parity": "pass"}
+    assert said["renamed_tensors"] == (len(tensors) if prefix else 1)
+
+
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_a_red_comparison_ends_with_six_and_leaves_a_record_only(stack, run_dir, tmp_path, compares, monkeypatch, verb):
     witness = parity.witness

@@ -288,3 +288,12 @@ def test_an_export_that_breaks_leaves_nothing(exported, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         exported(models.ours("plain", 257), tmp_path / "place" / "out")
     assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_no_other_file_of_the_stack_holds_names_of_hugging_face():
+    from pathlib import Path
+
+    words = "hidden_size num_attention_heads self_attn q_proj lm_head n_embd c_attn block_sparse_moe wte rope_scaling weight_map".split()
+    root = Path(names.__file__).parents[1]
+    held = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if any(w in p.read_text("utf-8") for w in words)}
+    assert held == {"model/names.py"}

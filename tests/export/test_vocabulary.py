@@ -110,6 +110,23 @@ def test_unicode_normalisation_is_said(saved, bpe):
     ]
 
 
+def test_pieces_with_a_marked_space_and_bytes_as_last_resort_are_read(tmp_path):
+    """The form of Llama 2: a space in front of every text, `▁` for spaces, bytes for what has no piece."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *map(chr, range(33, 127)), "th", "the", "▁the"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    inner = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(after)
+    inner.add_special_tokens([AddedToken(s, special=True) for s in pieces[:3]])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    made, said = vocabulary.from_file(tmp_path / "tokenizer.json", len(pieces), 2)
+    assert made.eos_id == 2 and said == [] and made.decode(made.encode("the naïve cat").ids) == "the naïve cat"
+    assert vocabulary.to_library(made).encode("the cat", add_special_tokens=False).ids == made.encode("the cat").ids
+
+
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, saved, bpe):
     with pytest.raises(DataError, match=r"there is no .*absent\.json"):
         vocabulary.from_file(tmp_path / "absent.json", 300, None)
