@@ -68,6 +68,8 @@ def from_file(file: Path, vocab_size: int, end: str | int | None) -> tuple[Token
         raise DataError(f"there is no {file}", allowed="a tokenizer.json", next_step="give --tokenizer FILE; other formats are not read")
     token = _written(file, end) if isinstance(end, int) else end or ""
     tokenizer, said = load_tokenizer(file, eos_token=token), []
+    if isinstance(end, int) and tokenizer.eos_id != end:
+        raise DataError(f"{file} ends texts with id {tokenizer.eos_id}, config.json with {end}", next_step="give --tokenizer FILE")
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{file} has more ids than the model",
@@ -84,12 +86,18 @@ def from_file(file: Path, vocab_size: int, end: str | int | None) -> tuple[Token
 
 
 def _written(file: Path, token_id: int) -> str:
+    """How the token of an id is written; empty for a file of ours, which says itself what ends a text."""
     from tokenizers import Tokenizer as Inner
 
     try:
-        return Inner.from_file(str(file)).id_to_token(token_id) or ""
+        if "model" not in json.loads(saved := file.read_bytes()):
+            return ""
+        token = Inner.from_buffer(saved).id_to_token(token_id)
     except Exception as e:  # the tokenizers library raises bare Exception
         raise DataError(f"{file} is not a tokenizer: {e}", next_step="give --tokenizer FILE") from e
+    if token is None:
+        raise DataError(f"config.json ends texts with id {token_id}, which {file} does not have", next_step="give --tokenizer FILE")
+    return token
 
 
 def _padded(file: Path, tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:

@@ -75,6 +75,12 @@ def test_the_end_of_text_is_taken_by_writing_or_by_id(saved, bpe):
     assert vocabulary.from_file(saved, bpe.vocab_size, None)[0].eos_id == bpe.eos_id
     with pytest.raises(DataError, match=r"<\|absent\|>"):
         vocabulary.from_file(saved, bpe.vocab_size, "<|absent|>")
+    with pytest.raises(DataError, match="id 9999"):
+        vocabulary.from_file(saved, bpe.vocab_size, 9999)
+    Bytes().save(saved)
+    assert vocabulary.from_file(saved, 257, 256)[0].eos_id == 256
+    with pytest.raises(DataError, match=r"ends texts with id 256, config\.json with 3"):
+        vocabulary.from_file(saved, 257, 3)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +139,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, saved, bpe):
     Bytes().save(saved)
     with pytest.raises(DataError, match="fewer ids"):
         vocabulary.from_file(saved, 300, None)
-    saved.write_text("{}")
+    saved.write_text('{"model": 1}')
     for end in (None, 3):
         with pytest.raises(DataError, match="not a tokenizer"):
             vocabulary.from_file(saved, 300, end)
