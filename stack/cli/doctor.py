@@ -14,6 +14,7 @@ OPTIONAL = {
     "pyarrow": "parquet files, the extra data",
     "zstandard": ".zst files, the extra data",
     "datatrove": "builds on many machines, the extra scale",
+    "transformers": "compares exports and imports, the extra hf",
 }
 
 

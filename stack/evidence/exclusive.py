@@ -23,3 +23,9 @@ def alone(folder: Path, what: str) -> Iterator[None]:
             yield
         finally:
             (folder / ".lock").unlink(missing_ok=True)
+
+
+def refuse_occupied(path: Path, option: str) -> None:
+    """Raises UsageError unless `path` is a place for a new folder; `option` is the flag that names it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} is not empty", allowed="a new folder", next_step=f"choose another {option}; nothing is replaced")

@@ -78,6 +78,12 @@ def museum_config(folder: Path) -> RunConfig:
     )
 
 
+def exportable(model: ModelConfig) -> ModelConfig:
+    """The part of a model that another library has words for: the sizes stay; wide weights, so that attention is not flat."""
+    sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
+    return ModelConfig(**{name: getattr(model, name) for name in sizes}, init_std=0.2)
+
+
 def museum_texts() -> list[str]:
     """Help topics of the interpreter that do not mostly repeat earlier ones: real English, on every machine."""
     topics, seen, chosen = pydoc_data.topics.topics, set(), []

@@ -28,6 +28,8 @@ def test_the_repository_keeps_its_arrow():
         ("stack/config/load.py", "import torch\n", "at module level"),
         ("stack/cli/a.py", "import numpy as np\n", "at module level"),
         ("stack/model/a.py", "import transformers\n", "must not import transformers"),
+        ("stack/export/a.py", "def f():\n    import transformers\n", "must not import transformers"),
+        ("stack/export/parity.py", "import transformers\n", "must not import transformers"),
         ("tools/a.py", "from contracts.gate import Verdict\n", "must not import contracts"),
         ("stack/model/a.py", "from . import norm\n", "relative import"),
     ],
@@ -41,6 +43,7 @@ def test_an_import_against_the_arrow_is_named_with_its_line(tmp_path, path, sour
 def test_imports_along_the_arrow_are_fine(tmp_path):
     write(tmp_path, "stack/train/a.py", "from stack.model import norm\nfrom contracts.gate import x\nfrom spec.gates import y\n")
     write(tmp_path, "stack/cli/a.py", "def f():\n    import torch\n")
+    write(tmp_path, "stack/export/parity.py", "def f():\n    import transformers\n")
     assert check_layers.check(tmp_path) == []
 
 

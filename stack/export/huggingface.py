@@ -1,0 +1,176 @@
+"""A model as a folder of Hugging Face: written beside its place, judged there, and moved into place only when every gate agrees."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contracts.keeper import Gatekeeper
+from spec.errors import CheckpointError
+from spec.records import GateResult
+from stack import tensorfile
+from stack.data.tokenizer import Tokenizer
+from stack.evidence.exclusive import refuse_occupied
+from stack.evidence.record import write_atomically
+from stack.export import parity, vocabulary
+from stack.export.reading import Folder
+from stack.model import names
+from stack.model.foreign import Kind, Row, plain_name, to_theirs
+from stack.model.transformer import Transformer
+
+DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
+ROUNDING_TOKENS = 64
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the kind, the files by name, the verdicts, and what narrower weights changed (empty for float32)."""
+
+    kind: Kind
+    files: tuple[str, ...]
+    gates: tuple[GateResult, ...]
+    rounding: dict[str, float]
+
+
+def export(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    out: Path,
+    keeper: Gatekeeper,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: Callable[[Exported], str],
+) -> Exported:
+    """Write `out` and judge it; the model's own weights become those that were written.
+
+    Raises ConfigError if no kind says the model, UsageError if `out` holds something, GateFailed if a gate is red; `out` is then untouched.
+    """
+    kind = names.kind_for(model.cfg)
+    refuse_occupied(out, "--out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".writing-{out.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        rounding = round_weights(model, dtype)
+        write_documents(temporary, kind, model, tokenizer, dtype)
+        write_weights(temporary, kind, model, dtype, max_shard_bytes)
+        judge(temporary, model, keeper, dtype)
+        made = Exported(kind, tuple(sorted({p.name for p in temporary.iterdir()} | {"README.md"})), tuple(keeper.results()), rounding)
+        write_atomically(temporary / "README.md", card(made).encode())
+        _into_place(temporary, out)
+    except OSError as e:
+        raise CheckpointError(f"the export could not be written: {e}", next_step="free space, or choose another --out") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return made
+
+
+@torch.no_grad()
+def round_weights(model: Transformer, dtype: str) -> dict[str, float]:
+    """Give the model the weights that the file can hold, and say what that changes. float32 changes nothing."""
+    if dtype == "float32":
+        return {}
+    length = min(ROUNDING_TOKENS, model.cfg.max_seq_len)
+    ids_1T = torch.randint(0, model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    before = parity.our_logits(model, ids_1T, length)
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.to(DTYPES[dtype][0]))
+    after = parity.our_logits(model, ids_1T, length)
+    return {
+        "rounding_abs_error": float((before - after).abs().max()),
+        "rounding_argmax_changed_frac": float((before.argmax(-1) != after.argmax(-1)).double().mean()),
+    }
+
+
+def write_documents(folder: Path, kind: Kind, model: Transformer, tokenizer: Tokenizer, dtype: str) -> None:
+    """Configuration, generation settings and tokenizer."""
+    cfg, eos_id = model.cfg, tokenizer.eos_id
+    _write_json(folder / "config.json", names.config_document(kind, cfg, model.vocab_size, eos_id, dtype))
+    _write_json(folder / "generation_config.json", names.generation_document(cfg, eos_id))
+    _write_json(folder / "tokenizer_config.json", names.tokenizer_document(cfg, vocabulary.eos_token(tokenizer)))
+    write_atomically(folder / "tokenizer.json", vocabulary.to_library(tokenizer).to_str(pretty=False).encode())
+
+
+def own_tensors(model: Transformer) -> dict[str, Tensor]:
+    """All tensors that make the model, by plain name."""
+    return {plain_name(n): t.detach() for n, t in model.state_dict().items()}
+
+
+def write_weights(folder: Path, kind: Kind, model: Transformer, dtype: str, max_shard_bytes: int) -> None:
+    """One file, or as many as needed for none to hold more than `max_shard_bytes` of tensors, and their index."""
+    tensors, wide = own_tensors(model), DTYPES[dtype][0]
+    shards = list(_shards(kind.rows(tensors), tensors, wide.itemsize, max_shard_bytes))
+    total, places = 0, {}
+    for number, rows in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {row.theirs: to_theirs(row, tensors).to(wide) for row in rows}
+        total += sum(t.numel() * t.itemsize for t in shard.values())
+        places |= dict.fromkeys(shard, file)
+        tensorfile.write(folder / file, shard, {"format": "pt"})
+    if len(shards) > 1:
+        _write_json(folder / names.INDEX, names.index_document(places, total))
+
+
+def _shards(rows: list[Row], tensors: dict[str, Tensor], itemsize: int, max_shard_bytes: int) -> Iterator[list[Row]]:
+    """Rows in order, cut before the one that would be too much; a single larger one stands alone."""
+    shard, n_bytes = [], 0
+    for row in rows:
+        size = sum(tensors[n].numel() for n in row.ours) * itemsize
+        if shard and n_bytes + size > max_shard_bytes:
+            yield shard
+            shard, n_bytes = [], 0
+        shard.append(row)
+        n_bytes += size
+    yield shard
+
+
+def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> None:
+    """Ask every gate of exports. Without the other library what needs it stays `not_run`. Raises GateFailed."""
+    shapes = [tuple(t.shape) for t in own_tensors(model).values()]
+    keeper.artifact({"export_dir": folder, "live_shapes": shapes, "dtype": DTYPES[dtype][1]})
+    if parity.available():
+        keeper.artifact({"export_dir": folder} | parity.own(model) | parity.witness(folder))
+
+
+@contextmanager
+def readable(source: Folder, model: Transformer) -> Iterator[Path]:
+    """The folder of an import as the other library can read it: itself, or where names differ a copy of its weights under plain ones."""
+    if not source.renamed:
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory(prefix="stackproof-plain-") as folder:
+        shutil.copy(source.path / "config.json", folder)
+        write_weights(Path(folder), source.kind, model, "float32", MAX_SHARD_BYTES)
+        yield Path(folder)
+
+
+def _into_place(temporary: Path, out: Path) -> None:
+    """Everything on the disk, then one rename, then the name on the disk."""
+    _sync(temporary)
+    if out.exists():
+        out.rmdir()
+    os.replace(temporary, out)
+    _sync(out.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())

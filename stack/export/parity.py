@@ -1,0 +1,88 @@
+"""The other library as a witness: it reads a folder by itself and says what it computes. The only place that imports transformers.
+
+B batch, T tokens, V vocab
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spec.canonical import sha256_file
+from stack.evaluate.bits_per_byte import evaluating
+from stack.evaluate.sampling import generate
+from stack.model.transformer import Transformer
+
+CALLED = ("their_logits", "their_continuation")
+
+
+def available() -> bool:
+    """Whether the other library is installed."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def version() -> str | None:
+    """Version of the other library; None if it is not installed."""
+    return importlib.metadata.version("transformers") if available() else None
+
+
+def witness(folder: Path) -> dict[str, Any]:
+    """What the other library computes from a folder, in float32, and the hashes of the weight files it read."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    compared = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    try:
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as e:  # whatever it raises, it has not read the model
+        return {"their_complaints": f"{type(e).__name__}: {str(e)[:300]}", "compared_sha256": compared} | dict.fromkeys(CALLED)
+    theirs.eval()
+    complaints = [
+        f"{kind.replace('_', ' ')} {', '.join(map(str, sorted(found, key=str)))[:200]}" for kind, found in report.items() if found
+    ]
+    return {
+        "their_logits": lambda ids_BT, last: _their_logits(theirs, ids_BT, last),
+        "their_continuation": lambda prompt, n_new: _their_continuation(theirs, prompt, n_new),
+        "their_complaints": "; ".join(complaints),
+        "compared_sha256": compared,
+    }
+
+
+@torch.no_grad()
+def _their_logits(theirs: Any, ids_BT: Tensor, last: int) -> Tensor:
+    return theirs(input_ids=ids_BT, use_cache=False, logits_to_keep=min(last, ids_BT.shape[1])).logits
+
+
+@torch.no_grad()
+def _their_continuation(theirs: Any, prompt: Sequence[int], n_new: int) -> list[int]:
+    """Greedy, with the other library's own cache."""
+    unread, past, made = torch.tensor([list(prompt)]), None, []
+    for _ in range(n_new):
+        answer = theirs(input_ids=unread, past_key_values=past, use_cache=True)
+        past, token = answer.past_key_values, int(answer.logits[0, -1].argmax())
+        made.append(token)
+        unread = torch.tensor([[token]])
+    return made
+
+
+def own(model: Transformer) -> dict[str, Any]:
+    """The model's side of the comparison."""
+    return {
+        "our_logits": lambda ids_BT, last: our_logits(model, ids_BT, last),
+        "our_continuation": lambda prompt, n_new: generate(model, prompt, max_new_tokens=n_new, temperature=0.0),
+        "max_seq_len": model.cfg.max_seq_len,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def our_logits(model: Transformer, ids_BT: Tensor, last: int) -> Tensor:
+    """Logits of the last positions, (B, ≤ last, V) float32."""
+    with evaluating(model):
+        return model.logits(model.features(ids_BT)[0][:, -last:])

@@ -1,0 +1,218 @@
+"""Reading a folder of Hugging Face: config.json and safetensors, one file or many, every tensor accounted for. Never a pickle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec.errors import CheckpointError, ConfigError
+from stack import tensorfile
+from stack.config import LearnedPositions, ModelConfig
+from stack.model import names
+from stack.model.foreign import Kind, Row, plain_name, their_shape, to_ours
+from stack.model.transformer import Transformer
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+READABLE = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: file, name in it, type and shape."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that can be read: its configuration in our words, and the place of every tensor by its plain name.
+
+    `aside` are keys of training in config.json that were not taken over, `renamed` counts tensors that lie under another name or are of
+    no use.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    kind: Kind
+    cfg: ModelConfig
+    vocab_size: int
+    aside: tuple[str, ...]
+    places: dict[str, Place]
+    renamed: int
+
+    @property
+    def files(self) -> list[Path]:
+        """config.json and the weight files."""
+        return [self.path / "config.json", *sorted({p.file for p in self.places.values()})]
+
+
+def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
+    """Read config.json and the headers of all weight files; `max_seq_len` takes a shorter context than the folder declares.
+
+    Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for a model that cannot be computed here.
+    """
+    document = read_json(path / "config.json")
+    kind = names.kind_of(document)
+    cfg, aside = kind.read(document)
+    if max_seq_len is not None:
+        cfg = _shortened(cfg, max_seq_len)
+    places = {}
+    for file in _weight_files(path):
+        for name, place in _places(file).items():
+            if name in places:
+                raise CheckpointError(f"tensor {name} is there twice", value=f"{places[name].file.name} and {file.name}")
+            places[name] = place
+    if not any(n.startswith(kind.base) for n in places):
+        head = kind.modules["head"]
+        places = {n if n.startswith(head) else kind.base + n: p for n, p in places.items()}
+    renamed = sum(n != p.name or bool(names.DERIVED.search(n)) for n, p in places.items())
+    places = {n: p for n, p in places.items() if not names.DERIVED.search(n)}
+    return Folder(path, document, kind, cfg, names.vocabulary_of(document), tuple(aside), places, renamed)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table. Raises CheckpointError if it is none."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(
+            f"cannot read {path}: {e}", allowed="a folder with config.json and safetensors", next_step="give the folder of a model"
+        ) from e
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds no table")
+    return document
+
+
+def _shortened(cfg: ModelConfig, max_seq_len: int) -> ModelConfig:
+    if isinstance(cfg.positions, LearnedPositions) or not 2 <= max_seq_len <= cfg.max_seq_len:
+        raise ConfigError(
+            "the context cannot be cut to this length",
+            value=f"--max-seq-len {max_seq_len}",
+            allowed=f"2 to {cfg.max_seq_len}, and only for rotary positions",
+        )
+    return cfg.model_copy(update={"max_seq_len": max_seq_len})
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index, single = path / names.INDEX, path / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise CheckpointError(f"{path} holds one weight file and an index of many", next_step="remove the one that is not meant")
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        told = names.files_of_index(read_json(index))
+        return _checked_shards(path, told)
+    if pickles := sorted(p.name for p in path.iterdir() if p.suffix in PICKLES):
+        raise CheckpointError(
+            f"the weights in {path} are pickles",
+            value=", ".join(pickles),
+            allowed="safetensors: loading a pickle can run foreign code",
+            next_step="convert them where you trust them: model.save_pretrained(DIR) of transformers writes safetensors",
+        )
+    raise CheckpointError(f"there are no weights in {path}", allowed=f"model.safetensors, or {names.INDEX} with its files")
+
+
+def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
+    """The files of an index, which hold exactly the tensors it says."""
+    files = sorted(set(told.values()))
+    for file in files:
+        if Path(file).name != file or not (path / file).is_file():
+            raise CheckpointError(f"{names.INDEX} names {file}, which is not in {path}", next_step="fetch the folder again, all of it")
+        held = set(_header(path / file).tensors)
+        if odd := sorted(held ^ {n for n, f in told.items() if f == file}):
+            raise CheckpointError(f"{file} and {names.INDEX} disagree on {odd[0]}", value=f"{len(odd)} tensors")
+    return [path / file for file in files]
+
+
+def _header(file: Path) -> tensorfile.Header:
+    try:
+        return tensorfile.read_header(file)
+    except tensorfile.BadTensorFile as e:
+        raise CheckpointError(f"{file}: {e}", next_step="fetch the file again") from e
+
+
+def _places(file: Path) -> dict[str, Place]:
+    places = {}
+    for name, entry in _header(file).tensors.items():
+        plain = plain_name(name)
+        if plain in places:
+            raise CheckpointError(f"{file} holds {plain} twice, under two prefixes", value=f"{places[plain].name} and {name}")
+        places[plain] = Place(file, name, entry.dtype, entry.shape)
+    return places
+
+
+def load_weights(folder: Folder) -> Transformer:
+    """The model with the folder's weights, float32. One tensor at a time is in memory besides it.
+
+    Raises CheckpointError naming tensors that are missing, unexpected, of another shape or type, or not finite.
+    """
+    with torch.device("meta"):
+        model = Transformer(folder.cfg, folder.vocab_size)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    rows = folder.kind.rows(shapes)
+    places = _without_second_head(folder, dict(folder.places))
+    _require_same_names({r.theirs for r in rows}, set(places), folder)
+    model.to_empty(device="cpu")
+    model.positions.reset()
+    live = model.state_dict()
+    for row in rows:
+        _fill(live, row, places[row.theirs], shapes)
+    return model.eval()
+
+
+def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, Place]:
+    """Drop a stored head that repeats the embedding it is tied to. Raises CheckpointError if it is another."""
+    head, embed = (f"{folder.kind.modules[m]}.weight" for m in ("head", "embed"))
+    if not folder.cfg.tied_head or head not in places or embed not in places:
+        return places
+    if not torch.equal(_read(places[head]), _read(places[embed])):
+        raise CheckpointError(
+            f"config.json ties {head} to {embed}, and the file holds two different tensors",
+            value=f"{places[head].file.name}",
+            allowed="equal tensors, one tensor, or a configuration that does not tie them",
+            next_step="ask its publisher which head is meant; with the wrong one the model writes gibberish",
+        )
+    return {n: p for n, p in places.items() if n != head}
+
+
+def _require_same_names(expected: set[str], given: set[str], folder: Folder) -> None:
+    if missing := sorted(expected - given):
+        raise CheckpointError(
+            f"{folder.path} lacks {missing[0]}", value=f"{len(missing)} tensors missing", allowed=f"{len(expected)} tensors by config.json"
+        )
+    if strange := sorted(given - expected):
+        raise CheckpointError(
+            f"{folder.path} holds {strange[0]}, which {folder.kind.architecture} does not have",
+            value=f"{len(strange)} unexpected tensors",
+            next_step="config.json describes another model than the weights",
+        )
+
+
+@torch.no_grad()
+def _fill(live: Mapping[str, Tensor], row: Row, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if place.shape != (wanted := their_shape(row, shapes)):
+        raise CheckpointError(f"tensor {row.theirs} has another shape than config.json says", value=place.shape, allowed=wanted)
+    tensor = _read(place)
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"tensor {row.theirs} holds values that are not finite", value=place.file.name)
+    for name, part in to_ours(row, tensor, shapes).items():
+        live[name].copy_(part)
+
+
+def _read(place: Place) -> Tensor:
+    """One tensor as float32."""
+    if place.dtype not in READABLE:
+        raise CheckpointError(
+            f"tensor {place.name} is of type {place.dtype}", allowed=", ".join(READABLE), next_step="take the weights before quantisation"
+        )
+    stored = np.array(tensorfile.memmap(place.file, place.name))
+    tensor = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16) if place.dtype == "BF16" else torch.from_numpy(stored)
+    return tensor.float()

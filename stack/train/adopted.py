@@ -1,0 +1,81 @@
+"""A model that was not trained here becomes a run: a run directory whose checkpoint is step 0 and whose optimizer has no memory."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spec.records import Record
+from stack.config import RunConfig
+from stack.data.tokenizer import Tokenizer
+from stack.evaluate.stopping import make_stop_rule
+from stack.evidence.exclusive import refuse_occupied
+from stack.evidence.record import RecordBuilder, artefact, iso
+from stack.train import checkpoint
+from stack.train import optimizer as opt
+from stack.train.randomness import seed_dropout
+from stack.train.rundir import RunDir
+from stack.train.state import TrainState
+
+
+def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
+    """The state of a run before its first step, without data: position 0 of whatever text it will be given."""
+    seed_dropout(cfg.seed)
+    order = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
+    return TrainState(
+        cfg=cfg,
+        model=model,
+        optimizer=opt.make_optimizer(model, cfg.optim),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        reader=SimpleNamespace(cursor=0, order=order),
+        stopper=make_stop_rule(cfg.stop),
+        probe=opt.ParameterProbe(model),
+        device=torch.device("cpu"),
+        features=model.features,
+    )
+
+
+def write_run(
+    run_dir: Path, cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer, builder: RecordBuilder, source: Mapping[str, Any], **ending: Any
+) -> Record:
+    """Write the run directory, its record last; `ending` goes to the record. A failure leaves nothing at `run_dir`."""
+    refuse_occupied(run_dir, "--out")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = RunDir(run_dir.parent / f".writing-{run_dir.name}-{os.getpid()}")
+    shutil.rmtree(temporary.path, ignore_errors=True)
+    try:
+        temporary.create()
+        tokenizer.save(temporary.path / "tokenizer.json")
+        temporary.write_run(
+            {
+                "record": builder.id,
+                "config": cfg.to_dict(),
+                "overrides": [],
+                "device": "cpu",
+                "environment": builder.environment,
+                "code": builder.code.model_dump(),
+                "imported_from": dict(source),
+                "command": list(builder.command),
+                "started_at": iso(builder.started),
+                "inherited_s": 0.0,
+            }
+        )
+        state = first_state(cfg, model)
+        document = checkpoint.state_document(
+            state, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, gates={}, record=builder.id
+        )
+        folder = checkpoint.save(temporary.checkpoints, state, document)
+        builder.outputs = [artefact(folder / f, root=temporary.path) for f in (*checkpoint.FILES, "manifest.json")]
+        builder.outputs.append(artefact(temporary.path / "tokenizer.json", root=temporary.path))
+        record = builder.finish(temporary.path, **ending)
+        if run_dir.exists():
+            run_dir.rmdir()
+        os.replace(temporary.path, run_dir)
+    finally:
+        shutil.rmtree(temporary.path, ignore_errors=True)
+    return record

@@ -1,0 +1,143 @@
+"""Gates of exports against real folders and real damage."""
+
+import json
+
+import pytest
+import torch
+
+from contracts.gate import call_check
+from spec.errors import GateFailed
+from stack import tensorfile
+from stack.data.tokenizer import Bytes
+from stack.export import huggingface, parity
+from stack.model import names
+from stack.museum.plant import load_museum
+from tests.export import models
+
+PLANTS = [p for p in load_museum() if p.startswith("export.")]
+
+
+def keeper(spec, only=None):
+    from contracts.keeper import Gatekeeper
+
+    return Gatekeeper(spec, kind="export", only=only)
+
+
+@pytest.fixture
+def folder(spec, tmp_path):
+    model = models.ours("plain", 257)
+    huggingface.export(model, Bytes(), tmp_path / "out", keeper(spec), max_shard_bytes=30_000, card=lambda made: "card")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def complete(folder):
+    shapes = [tuple(t.shape) for t in models.ours("plain", 257).state_dict().values()]
+    return {"export_dir": folder, "live_shapes": shapes, "dtype": "F32"}
+
+
+@pytest.fixture
+def compared(folder):
+    pytest.importorskip("transformers", reason="the witness: pip install 'stackproof[hf]'")
+    return {"export_dir": folder} | parity.own(models.ours("plain", 257)) | parity.witness(folder)
+
+
+def test_complete_is_green_on_a_real_export(spec, complete):
+    verdict = call_check(spec.gates["export.complete"], complete)
+    assert verdict.outcome == "pass", verdict.message
+    assert verdict.measured["shards"] > 2
+
+
+def test_complete_is_red_on_a_stranger_and_on_another_type(spec, complete, folder):
+    gate = spec.gates["export.complete"]
+    assert "BF16" in call_check(gate, complete | {"dtype": "BF16"}).message
+    assert call_check(gate, complete | {"live_shapes": complete["live_shapes"][1:]}).outcome == "fail"
+    (folder / "optimizer.pt").write_bytes(b"PK\x03\x04")
+    assert "optimizer.pt" in call_check(gate, complete).message
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", names.INDEX])
+def test_complete_is_red_without_a_document(spec, complete, folder, name):
+    (folder / name).unlink()
+    assert call_check(spec.gates["export.complete"], complete).outcome == "fail"
+
+
+def test_complete_is_red_on_an_index_that_miscounts(spec, complete, folder):
+    index = json.loads((folder / names.INDEX).read_text())
+    index["metadata"]["total_size"] += 4
+    (folder / names.INDEX).write_text(json.dumps(index))
+    assert "bytes" in call_check(spec.gates["export.complete"], complete).message
+
+
+def test_parity_is_green_on_a_real_export(spec, compared):
+    verdict = call_check(spec.gates["export.logit-parity"], compared)
+    assert verdict.outcome == "pass", verdict.message
+    assert 0 < verdict.measured["logit_abs_error"] < 1e-5 and verdict.measured["lengths"] == "1 5 10 20 40"
+
+
+def test_parity_is_red_on_one_changed_weight(spec, compared):
+    """Up to the rounding of float32: one entry of one matrix, by a twentieth of its spread."""
+    model = models.ours("plain", 257)
+    with torch.no_grad():
+        model.layers[0].attention.q.weight[3, 5] += 0.05 * model.layers[0].attention.q.weight.std()
+    assert call_check(spec.gates["export.logit-parity"], compared | parity.own(model)).outcome == "fail"
+
+
+def test_parity_is_red_on_nan_on_complaints_and_on_other_text(spec, compared):
+    gate = spec.gates["export.logit-parity"]
+    lost = compared | {"their_logits": lambda ids, last: compared["their_logits"](ids, last) * float("nan")}
+    assert "cannot be compared" in call_check(gate, lost).message
+    assert "missing keys x" in call_check(gate, compared | {"their_complaints": "missing keys x"}).message
+    other = compared | {"their_continuation": lambda prompt, n: [0] * n}
+    assert "differs" in call_check(gate, other).message
+
+
+def test_a_folder_the_other_library_cannot_read_is_red(spec, compared, folder):
+    (folder / "config.json").write_text("{")
+    verdict = call_check(spec.gates["export.logit-parity"], compared | parity.witness(folder))
+    assert verdict.outcome == "fail" and "complains" in verdict.message
+
+
+def test_compared_bytes_is_green_and_red(spec, compared, folder):
+    gate = spec.gates["export.compared-bytes"]
+    assert call_check(gate, compared).outcome == "pass"
+    path = sorted(folder.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert call_check(gate, compared).outcome == "fail"
+    path.unlink()
+    assert call_check(gate, compared).outcome == "fail"
+
+
+def test_without_the_other_library_nothing_is_called_a_pass(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "available", lambda: False)
+    gates = keeper(spec)
+    huggingface.export(models.ours("plain", 257), Bytes(), tmp_path / "out", gates, card=lambda made: "card")
+    assert {g.id: g.verdict for g in gates.results()} == {
+        "export.complete": "pass",
+        "export.logit-parity": "not_run",
+        "export.compared-bytes": "not_run",
+    }
+
+
+@pytest.mark.parametrize("plant_id", PLANTS)
+def test_each_plant_is_stopped_and_nothing_is_left(spec, tmp_path, plant_id):
+    plant = load_museum()[plant_id]
+    if plant.gate != "export.complete":
+        pytest.importorskip("transformers", reason="the witness: pip install 'stackproof[hf]'")
+    model = models.ours("untied" if plant_id == "export.matrix-transposed" else "plain", 257)
+    with plant.apply(), pytest.raises(GateFailed) as red:
+        huggingface.export(model, Bytes(), tmp_path / "place" / "out", keeper(spec, (plant.gate,)), card=lambda made: "card")
+    assert red.value.gate_id == plant.gate and list((tmp_path / "place").iterdir()) == []
+
+
+def test_a_hash_of_a_weight_file_is_that_of_its_bytes(folder):
+    from contracts.export import _header, _weights_sha256
+    from spec.canonical import sha256_file
+
+    for path in folder.glob("*.safetensors"):
+        assert _weights_sha256(folder)[path.name] == sha256_file(path)
+        assert {n: tuple(e["shape"]) for n, e in _header(path).items()} == {
+            n: e.shape for n, e in tensorfile.read_header(path).tensors.items()
+        }
