@@ -7,6 +7,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spec.errors import UsageError
+
+
+def attention(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, start_BS: Tensor | None = None, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale·q·k + mask)·v for the last T of S positions; query head n reads key/value head n // (N/K).
+
+    The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where `start_BS` (int64, start[p] <= p) is the first
+    index of each position's document. `scale` is 1/√H unless given. Returns (B, N, T, H) in the dtype of the input. Raises UsageError for
+    shapes that do not fit. Oracle: `stack.kernels.reference.attention`.
+    """
+    check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window)
+    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    all_seen = start_BS is None and (window is None or window >= S)
+    causal = all_seen and T == S
+    mask = None if causal or (all_seen and T == 1) else visible(T, S, start_BS, window, q_BNTH.device)
+    return F.scaled_dot_product_attention(
+        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH)
+    )
+
+
+def visible(T: int, S: int, start_BS: Tensor | None, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each of the last T of S positions may see: (T, S) bool, or (B, 1, T, S) with documents."""
+    s_S = torch.arange(S, device=device)
+    p_T1 = s_S[S - T :, None]
+    mask = s_S <= p_T1
+    if window is not None:
+        mask = mask & (s_S > p_T1 - window)
+    return mask if start_BS is None else mask & (s_S >= start_BS[:, None, S - T :, None])
+
+
+def check_shapes(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, start_BS: Tensor | None, window: int | None, *, max_head_dim: int | None = None
+) -> None:
+    """Refuse shapes that are not those of one causal attention."""
+    shapes = f"q {tuple(q_BNTH.shape)}, k {tuple(k_BKSH.shape)}, v {tuple(v_BKSH.shape)}"
+    if not q_BNTH.ndim == k_BKSH.ndim == 4 or k_BKSH.shape != v_BKSH.shape:
+        raise UsageError("attention: shapes do not fit", value=shapes, allowed="q (B, N, T, H); k and v (B, K, S, H)")
+    (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    if (k_BKSH.shape[0], k_BKSH.shape[3]) != (B, H) or T > S or K == 0 or N % K:
+        raise UsageError("attention: shapes do not fit", value=shapes, allowed="same B and H, T at most S, K a divisor of N")
+    if not q_BNTH.dtype == k_BKSH.dtype == v_BKSH.dtype:
+        raise UsageError(
+            "attention: q, k and v differ in dtype", value=f"{q_BNTH.dtype}, {k_BKSH.dtype}, {v_BKSH.dtype}", allowed="one dtype"
+        )
+    if start_BS is not None and (start_BS.shape != (B, S) or start_BS.dtype != torch.int64):
+        got = f"{tuple(start_BS.shape)} {start_BS.dtype}"
+        raise UsageError("attention: start does not fit", value=got, allowed=f"({B}, {S}) torch.int64, one number per position")
+    if window is not None and window < 1:
+        raise UsageError("attention: window", value=window, allowed="at least 1: a position sees itself")
+    if max_head_dim is not None and max_head_dim < H:
+        raise UsageError("attention: head_dim", value=H, allowed=f"at most {max_head_dim}", next_step='dispatch.using(attention="torch")')
+
 
 def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
     """softmax(q·k/√H + causal mask)·v. The T queries are the last T of S positions; query head n reads key/value head n // (N/K).

@@ -9,6 +9,28 @@ import torch
 from torch import Tensor
 
 
+def attention(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, start_BS: Tensor | None = None, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale·q·k)·v, one query at a time over the keys it may see; arguments as in `stack.kernels.attention.attention`.
+
+    Query head n reads key/value head n // G. Returns (B, N, T, H), dtype of the input; exact to float64 rounding for float64 input.
+    Source: arXiv:1706.03762, eq. 1; grouped heads: arXiv:2305.13245.
+    """
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1], k_BKSH.shape[2]
+    rows = []
+    for b in range(B):
+        for n in range(N):
+            for p in range(S - T, S):
+                low = max(0 if window is None else p - window + 1, 0 if start_BS is None else int(start_BS[b, p]), 0)
+                k_SH, v_SH = k_BKSH[b, n // (N // K), low : p + 1], v_BKSH[b, n // (N // K), low : p + 1]
+                scores_S = k_SH @ q_BNTH[b, n, p - S + T] * (1 / math.sqrt(H) if scale is None else scale)
+                weights_S = (scores_S - scores_S.max()).exp()
+                rows.append((weights_S / weights_S.sum()) @ v_SH)
+    return torch.stack(rows).view(B, N, T, H)
+
+
 def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
     """softmax(q·k/√H + causal mask)·v. The T queries are the last T of S positions; query head n reads key/value head n // G.
 
