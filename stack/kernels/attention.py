@@ -21,22 +21,14 @@ def attention(
     """
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
-    all_seen = start_BS is None and (window is None or window >= S)
-    causal = all_seen and T == S
-    mask = None if causal or (all_seen and T == 1) else visible(T, S, start_BS, window, q_BNTH.device)
-    return F.scaled_dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH)
-    )
-
-
-def visible(T: int, S: int, start_BS: Tensor | None, window: int | None, device: torch.device) -> Tensor:
-    """Which keys each of the last T of S positions may see: (T, S) bool, or (B, 1, T, S) with documents."""
-    s_S = torch.arange(S, device=device)
-    p_T1 = s_S[S - T :, None]
-    mask = s_S <= p_T1
+    scaled = {} if scale is None else {"scale": scale}
+    if start_BS is None and (window is None or window >= S):
+        return (whole if T == S else continued)(q_BNTH, k_BKSH, v_BKSH, **scaled)
+    mask = document_mask(torch.zeros(1, S, dtype=torch.int64, device=q_BNTH.device) if start_BS is None else start_BS)
     if window is not None:
-        mask = mask & (s_S > p_T1 - window)
-    return mask if start_BS is None else mask & (s_S >= start_BS[:, None, S - T :, None])
+        index_S = torch.arange(S, device=q_BNTH.device)
+        mask = mask & (index_S > index_S[:, None] - window)
+    return document_attention(q_BNTH, k_BKSH, v_BKSH, mask[:, :, S - T :], **scaled)
 
 
 def check_shapes(
@@ -72,24 +64,24 @@ def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
     return continued(q_BNTH, k_BKSH, v_BKSH)
 
 
-def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries for every position: training, and the first part of a generation."""
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=grouped(q_BNTH, k_BKSH))
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries for the last T positions only; the earlier keys and values come from a cache."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     mask_TS = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, enable_gqa=grouped(q_BNTH, k_BKSH))
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor) -> Tensor:
-    """softmax(q·k/√H)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // (N/K).
+def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor, *, scale: float | None = None) -> Tensor:
+    """softmax(scale·q·k)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // (N/K).
 
     Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
     """
-    return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, enable_gqa=grouped(q_BNTH, k_BKTH))
+    return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, scale=scale, enable_gqa=grouped(q_BNTH, k_BKTH))
 
 
 def document_mask(start_BT: Tensor) -> Tensor:
