@@ -144,9 +144,9 @@ def chunk_rows(R: int, D: int, V: int) -> int:
 @triton.jit
 def _capped(logit_E, softcap):
     """softcap · tanh(logit / softcap), by a form that does not overflow; as it is without a softcap."""
-    if softcap is None:
-        return logit_E
-    return softcap * (2.0 * tl.sigmoid(2.0 * logit_E / softcap) - 1.0)
+    if softcap is not None:
+        logit_E = softcap * (2.0 * tl.sigmoid(2.0 * logit_E / softcap) - 1.0)
+    return logit_E
 
 
 @triton.jit
