@@ -216,4 +216,6 @@ def choices(device: torch.device | str) -> dict[str, str]:
     for op in CANDIDATES:
         name, reason = choose(op, device)
         document |= {op: CANDIDATES[op][name].title, f"{op}_reason": reason}
+        if isinstance(CANDIDATES[op][name], Triton):
+            document[f"{op}_parity"] = parity.why_not(op) or f"passed on {parity.passed()[op]['passed_on']}"
     return document

@@ -92,7 +92,7 @@ def run(kernel: str, tests: Path) -> dict | None:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "STACKPROOF_PARITY_OUT": str(errors)})
         if done.returncode != 0:
             return None
-        worst = json.loads(errors.read_text("utf-8"))
+        worst = {dtype: float(f"{error:.1e}") for dtype, error in json.loads(errors.read_text("utf-8")).items()}
     return {"sha256": before, "passed_on": where, "torch": version("torch"), "triton": version("triton"), "worst": worst}
 
 

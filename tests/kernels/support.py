@@ -16,9 +16,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Relative error in the 2-norm, and largest error over the largest value. A result of b bits is off by half a unit in the last place per
 # rounding: 2^-24, 2^-11, 2^-8 of the value at most. Kernels round once at the end and, in attention and cross-entropy, once between two
-# products. Worst cases measured over all tests of this folder are in stack/kernels/parity.json; the limits are about twice these.
-# A scale that is off by one percent is an error of 1e-2 in the 2-norm, beyond every first limit.
-LIMITS = {torch.float32: (2e-6, 5e-6), torch.float16: (1.5e-3, 3e-3), torch.bfloat16: (7e-3, 2e-2)}
+# products. Worst cases measured over all tests of this folder are in stack/kernels/parity.json. The limits are about twice these, and
+# four times for float32, since a GPU's exponential and division are less exact than the interpreter's. A scale that is off by one percent
+# is an error of 1e-2 in the 2-norm, beyond every first limit.
+LIMITS = {torch.float32: (2e-6, 5e-6), torch.float16: (8e-4, 2e-3), torch.bfloat16: (6e-3, 1.5e-2)}
 WORST: dict[str, float] = {}
 
 
