@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spec.errors import EnvironmentUnfit
 from stack.kernels import flash_attention_kernels as kernels
@@ -51,7 +52,7 @@ def attention(
     UsageError for shapes or dtypes that do not fit, EnvironmentUnfit where Triton cannot run. Oracle: `stack.kernels.reference.attention`.
     """
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window, max_head_dim=256)
-    launch.require("attention", {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH})
+    launch.require("attention", {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH, "start": start_BS})
     refuse_broken_dot(q_BNTH)
     scale = q_BNTH.shape[-1] ** -0.5 if scale is None else scale
     return FlashAttention.apply(q_BNTH, k_BKSH, v_BKSH, start_BS, window, scale)
@@ -81,7 +82,7 @@ class FlashAttention(torch.autograd.Function):
         if q_BNTH.numel():
             tile = call.tiles()[0]
             with launch.on(q_BNTH):
-                kernels.forward[(triton.cdiv(T, tile.queries), B * N)](
+                kernels.forward[(triton.cdiv(T, tile.queries) * B * N,)](
                     *(q_BNTH, k_BKSH, v_BKSH, out_BNTH, lse_BNT, start_BS),
                     *(q_BNTH.stride(), k_BKSH.stride(), v_BKSH.stride(), out_BNTH.stride(), call.start_stride()),
                     *call.sizes(),
@@ -92,6 +93,7 @@ class FlashAttention(torch.autograd.Function):
         return out_BNTH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BNTH):
         q_BNTH, k_BKSH, v_BKSH, out_BNTH, lse_BNT, start_BS = ctx.saved_tensors
         call = ctx.call
@@ -106,13 +108,13 @@ class FlashAttention(torch.autograd.Function):
         strides = (q_BNTH.stride(), k_BKSH.stride(), v_BKSH.stride(), grad_BNTH.stride(), call.start_stride())
         _, by_query, by_key = call.tiles()
         with launch.on(q_BNTH):
-            kernels.row_delta[(triton.cdiv(T, 64), B * N)](
+            kernels.row_delta[(triton.cdiv(T, 64) * B * N,)](
                 out_BNTH, grad_BNTH, delta_BNT, out_BNTH.stride(), grad_BNTH.stride(), N, T, H=call.H, E=call.E, M=64, **launch.OPTIONS
             )
-            kernels.backward_q[(triton.cdiv(T, by_query.queries), B * N)](
+            kernels.backward_q[(triton.cdiv(T, by_query.queries) * B * N,)](
                 *inputs, dq_BNTH, *strides, dq_BNTH.stride(), *call.sizes(), **call.options(by_query)
             )
-            kernels.backward_kv[(triton.cdiv(S, by_key.keys), B * K)](
+            kernels.backward_kv[(triton.cdiv(S, by_key.keys) * B * K,)](
                 *inputs, dk_BKSH, dv_BKSH, *strides, dk_BKSH.stride(), dv_BKSH.stride(), *call.sizes(), **call.options(by_key)
             )
         return dq_BNTH, dk_BKSH, dv_BKSH, None, None, None

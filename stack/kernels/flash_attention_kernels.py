@@ -18,6 +18,14 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
+def _place(length, heads, TILE: tl.constexpr):
+    """This program's tile, tiles per head, row of the batch and head. Tiles of one head are neighbours, since they share keys."""
+    tiles = tl.cdiv(length, TILE)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    return tile, tiles, tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
+
+
+@triton.jit
 def _rows(base, first, row_R, n_rows, stride, e_E, H: tl.constexpr, E: tl.constexpr, BOUNDED: tl.constexpr):
     """Rows `first + row_R` of a (rows, H) matrix with any strides, zero beyond H and, if BOUNDED, from row `n_rows` on."""
     at_RE = base + tl.cast(first, tl.int64) * stride[2] + row_R[:, None] * stride[2] + e_E[None, :] * stride[3]
@@ -87,8 +95,8 @@ def forward(
     H: tl.constexpr, E: tl.constexpr, M: tl.constexpr, J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. The last tiles see most keys and come first."""
-    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    b, n = tl.cast(tl.program_id(1) // N, tl.int64), tl.cast(tl.program_id(1) % N, tl.int64)
+    tile, tiles, b, n = _place(T, N, M)
+    i0 = (tiles - 1 - tile) * M
     q += b * q_stride[0] + n * q_stride[1]
     k += b * k_stride[0] + n // G * k_stride[1]
     v += b * v_stride[0] + n // G * v_stride[1]
@@ -116,8 +124,8 @@ def forward(
 @triton.jit
 def row_delta(out, grad, delta, out_stride, grad_stride, N, T, H: tl.constexpr, E: tl.constexpr, M: tl.constexpr):
     """sum over features of output · its gradient, per query: what every weight's gradient is reduced by."""
-    b, n = tl.cast(tl.program_id(1) // N, tl.int64), tl.cast(tl.program_id(1) % N, tl.int64)
-    i0, i_M, e_E = tl.program_id(0) * M, tl.arange(0, M), tl.arange(0, E)
+    tile, _, b, n = _place(T, N, M)
+    i0, i_M, e_E = tile * M, tl.arange(0, M), tl.arange(0, E)
     out_ME = _rows(out + b * out_stride[0] + n * out_stride[1], i0, i_M, T, out_stride, e_E, H, E, True).to(tl.float32)
     grad_ME = _rows(grad + b * grad_stride[0] + n * grad_stride[1], i0, i_M, T, grad_stride, e_E, H, E, True).to(tl.float32)
     tl.store(delta + (b * N + n) * T + i0 + i_M, tl.sum(out_ME * grad_ME, 1), mask=i0 + i_M < T)
@@ -149,8 +157,8 @@ def backward_q(
     H: tl.constexpr, E: tl.constexpr, M: tl.constexpr, J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of queries of one head."""
-    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    b, n = tl.cast(tl.program_id(1) // N, tl.int64), tl.cast(tl.program_id(1) % N, tl.int64)
+    tile, tiles, b, n = _place(T, N, M)
+    i0 = (tiles - 1 - tile) * M
     k += b * k_stride[0] + n // G * k_stride[1]
     v += b * v_stride[0] + n // G * v_stride[1]
     i_M, e_E = tl.arange(0, M), tl.arange(0, E)
@@ -210,8 +218,8 @@ def backward_kv(
     H: tl.constexpr, E: tl.constexpr, M: tl.constexpr, J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of keys and values, summed over the heads that read them, always in the same order."""
-    s0, K = tl.program_id(0) * J, N // G
-    b, m = tl.cast(tl.program_id(1) // K, tl.int64), tl.cast(tl.program_id(1) % K, tl.int64)
+    tile, _, b, m = _place(S, N // G, J)
+    s0 = tile * J
     j_J, e_E = tl.arange(0, J), tl.arange(0, E)
     k_JE = _rows(k + b * k_stride[0] + m * k_stride[1], s0, j_J, S, k_stride, e_E, H, E, True)
     v_JE = _rows(v + b * v_stride[0] + m * v_stride[1], s0, j_J, S, v_stride, e_E, H, E, True)

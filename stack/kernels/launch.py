@@ -43,7 +43,7 @@ def why_not(device: torch.device | str) -> str:
 
 
 def require(kernel: str, inputs: dict[str, Tensor | None], dtypes: Iterable[torch.dtype] = FLOATS) -> None:
-    """Refuse inputs of other dtypes, on several devices, or on a device that runs no Triton kernel."""
+    """Refuse numbers of other dtypes, inputs on several devices, or on a device that runs no Triton kernel. Indices are int64."""
     tensors = {name: x for name, x in inputs.items() if x is not None}
     devices = {x.device for x in tensors.values()}
     if len(devices) != 1:
@@ -56,7 +56,7 @@ def require(kernel: str, inputs: dict[str, Tensor | None], dtypes: Iterable[torc
             next_step=f'choose torch\'s own with dispatch.using({kernel}="torch")',
         )
     for name, x in tensors.items():
-        if x.dtype not in dtypes:
+        if x.dtype not in dtypes and x.dtype != torch.int64:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise UsageError(f"{kernel}: {name} has a dtype the kernel was not written for", value=x.dtype, allowed=allowed)
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spec.errors import UsageError
 from stack.kernels import launch
@@ -36,7 +37,7 @@ def linear_cross_entropy(
     do not fit and for labels out of range; on a GPU these end in a device-side assertion, as waiting for the answer would stop the queue.
     Oracle: `stack.kernels.reference.linear_cross_entropy`.
     """
-    launch.require("linear_cross_entropy", {"x": x_RD, "weight": weight_VD})
+    launch.require("linear_cross_entropy", {"x": x_RD, "weight": weight_VD, "labels": labels_R})
     check(x_RD, weight_VD, labels_R, ignore_index, softcap, z_loss)
     kind = x_RD.device.type
     if torch.is_autocast_enabled(kind):
@@ -79,6 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses[0], losses[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_nats, grad_z):
         dx_RD, dweight_VD, *inputs = ctx.saved_tensors
         if inputs and not same(grad_nats, grad_z):

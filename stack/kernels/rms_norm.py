@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spec.errors import UsageError
 from stack.kernels import launch
@@ -61,6 +62,7 @@ class RMSNorm(torch.autograd.Function):
         return y_RD.view(x_BTD.shape), None if total_RD is None else total_RD.view(x_BTD.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y_BTD, grad_total_BTD):
         x_RD, weight_D, rstd_R = ctx.saved_tensors
         R, D = x_RD.shape

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spec.errors import UsageError
 from stack.kernels import launch
@@ -41,6 +42,7 @@ class Rope(torch.autograd.Function):
         return turned(x_BNTH, cos_BTJ, sin_BTJ, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BNTH):
         return turned(grad_BNTH, *ctx.saved_tensors, -1.0), None, None
 
@@ -54,7 +56,7 @@ def turned(x_BNTH: Tensor, cos_BTJ: Tensor, sin_BTJ: Tensor, sign: float) -> Ten
     if x_BNTH.numel():
         strides = (x_BNTH.stride(), cos_BTJ.stride(), sin_BTJ.stride(), out_BNTH.stride())
         with launch.on(x_BNTH):
-            rotate[(triton.cdiv(T, M), B * N)](x_BNTH, cos_BTJ, sin_BTJ, out_BNTH, *strides, N, T, sign, H // 2, M, E, **launch.OPTIONS)
+            rotate[(triton.cdiv(T, M) * B * N,)](x_BNTH, cos_BTJ, sin_BTJ, out_BNTH, *strides, N, T, sign, H // 2, M, E, **launch.OPTIONS)
     return out_BNTH
 
 
@@ -66,8 +68,10 @@ def rotate(
     x, cos, sin, out, x_stride, cos_stride, sin_stride, out_stride, N, T, sign, J: tl.constexpr, M: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
     """One tile of tokens of one head."""
-    b, n = tl.cast(tl.program_id(1) // N, tl.int64), tl.cast(tl.program_id(1) % N, tl.int64)
-    t_M, e_E = tl.cast(tl.program_id(0), tl.int64) * M + tl.arange(0, M), tl.arange(0, E)
+    tiles = tl.cdiv(T, M)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, n = tl.cast(head // N, tl.int64), tl.cast(head % N, tl.int64)
+    t_M, e_E = tl.cast(tile, tl.int64) * M + tl.arange(0, M), tl.arange(0, E)
     inside_ME = (t_M < T)[:, None] & (e_E < J)[None, :]
     x += b * x_stride[0] + n * x_stride[1]
     out += b * out_stride[0] + n * out_stride[1]

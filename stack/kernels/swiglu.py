@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spec.errors import UsageError
 from stack.kernels import launch
@@ -40,6 +41,7 @@ class SwiGLU(torch.autograd.Function):
         return out_RF.view(gate_BTF.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BTF):
         gate_RF, up_RF, grad_RF = rows(*ctx.saved_tensors, grad_BTF)
         dgate_RF, dup_RF = (torch.empty_like(gate_RF, memory_format=torch.contiguous_format) for _ in range(2))

@@ -90,7 +90,8 @@ def heads(dtype, H, S=32):
 def launch_all():
     """Every kernel at least once, with what makes the most of its branches."""
     flash_attention.attention(*heads(torch.bfloat16, 64), start_BS=torch.zeros(1, 32, dtype=torch.int64), window=20).sum().backward()
-    flash_attention.attention(*heads(torch.float32, 32)).sum().backward()
+    q, k, v = heads(torch.float16, 32)  # one query of one head: every count is 1 and compiled in
+    flash_attention.attention(q[:, :1, :1], k[:, :1], v[:, :1], window=1).sum().backward()
     x, weight, residual = (torch.randn(n).requires_grad_() for n in ((3, 64), (64,), (3, 64)))
     sum(y.sum() for y in rms_norm.rms_norm(x, weight, 1e-5, residual)).backward()
     rms_norm.rms_norm(x, weight, 1e-5).sum().backward()
@@ -112,12 +113,13 @@ def compiled(launches: list[dict]) -> list[list]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_and_fits(monkeypatch):
     watch = Watch(monkeypatch)
     launch_all()
     names = {(launch["module"], launch["kernel"]) for launch in watch.launches}
     assert len(names) == 4 + 2 + 1 + 2 + 2 + 3 + 1  # attention, rms_norm, rope, swiglu, linear_cross_entropy, clip, adamw
-    launches = [launch | {"capability": 90} for launch in watch.launches] + [launch | {"capability": 80} for launch in watch.launches[:4]]
+    launches = [launch | {"capability": 90} for launch in watch.launches] + [watch.launches[0] | {"capability": 80}]
     made = compiled(launches)
     assert len(made) == len(launches)
     for kernel, capability, shared, code in made:

@@ -107,6 +107,24 @@ def test_every_operation_gives_the_same_through_either():
     assert not all(torch.equal(a, b) for a, b in zip(by_torch, by_triton))  # it was not the same function twice
 
 
+def test_gradients_of_gradients_are_refused_not_wrong():
+    """The kernels know the first derivative. A second one through them would leave out what they do not know."""
+    x, table = torch.randn(1, 1, 5, 32, device=DEVICE, requires_grad=True), torch.rand(5, 16, device=DEVICE)
+    labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    calls = {
+        "attention": lambda: dispatch.attention(x, x, x),
+        "rms_norm": lambda: dispatch.rms_norm(x, x[0, 0, 0], 1e-5),
+        "rope": lambda: dispatch.rope(x, table, table),
+        "swiglu": lambda: dispatch.swiglu(x, x),
+        "linear_cross_entropy": lambda: dispatch.linear_cross_entropy(x[0, 0], x[0, 0], labels)[0],
+    }
+    for op, call in calls.items():
+        with dispatch.using(**{op: "triton"}):
+            (dx,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
 def test_triton_is_not_imported_until_it_is_chosen():
     code = (
         "import sys, torch; from stack.kernels import dispatch; x = torch.zeros(1, 1, 4, 32);"

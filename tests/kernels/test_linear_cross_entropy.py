@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused():
     for bad, options, message in (
         ((x, torch.zeros(5, 3), labels), {}, "fit"),
         ((x, weight, labels[:2]), {}, "fit"),
-        ((x, weight, labels.int()), {}, "fit"),
+        ((x, weight, labels.int()), {}, "dtype"),
         ((x, weight.half(), labels), {}, "dtypes differ"),
         ((x.double(), weight.double(), labels), {}, "dtype"),
         ((x, weight, labels), {"softcap": 0.0}, "softcap"),
