@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU tests, then a gated pocket run and the cost of the gates on the GPU. Each part is skipped once its folder says it is done,
+# GPU tests, then a gated pocket run, the cost of the gates and the kernels next to torch's on the GPU. Each part is skipped once its folder says it is done,
 # so that the whole can be spread over short stretches of GPU time. Needs only a python with the [train] extra: PYTHON=python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,3 +28,6 @@ part tests "$PYTHON" -m pytest -m gpu -q tests
 part train "$PYTHON" -m stack train pocket --device cuda --run-dir "$OUT_DIR/pocket-cuda"
 part train-bf16 "$PYTHON" -m stack train pocket --device cuda --set train.dtype=bfloat16 --run-dir "$OUT_DIR/pocket-cuda-bf16"
 part overhead "$PYTHON" benchmarks/gate_overhead.py --device cuda --run-dir "$OUT_DIR/gate-overhead"
+for name in attention-64 attention-128 forward-64 forward-128 naive-64 rms-norm swiglu clip adamw cross-entropy; do
+    part "kernels-$name" "$PYTHON" benchmarks/kernels.py --part "$name" --run-dir "$OUT_DIR/kernels-$name"
+done

@@ -1,4 +1,4 @@
-"""Causal attention, of whole rows and of packed or windowed ones, through torch's fused scaled_dot_product_attention.
+"""Causal attention, of whole rows and of documents packed into rows, through torch's fused scaled_dot_product_attention.
 
 B batch, N query heads, K key/value heads, T queries, S keys, H head_dim
 """
@@ -7,18 +7,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spec.errors import UsageError
 
-def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask_B1TS: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(q·k·scale)·v over the keys each query may see: those that `mask_B1TS` allows, or all up to its own position.
 
-    The T queries are the last T of S positions; query head n reads key/value head n // (N/K); `scale` is 1/√H unless given.
-    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.attention`.
+def attention(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, start_BS: Tensor | None = None, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale·q·k + mask)·v for the last T of S positions; query head n reads key/value head n // (N/K).
+
+    The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where `start_BS` (int64, start[p] <= p) is the first
+    index of each position's document. `scale` is 1/√H unless given. Returns (B, N, T, H) in the dtype of the input. Raises UsageError for
+    shapes that do not fit. Oracle: `stack.kernels.reference.attention`.
     """
-    if mask_B1TS is not None:
-        return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)
+    check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window)
+    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    scaled = {} if scale is None else {"scale": scale}
+    if start_BS is None and (window is None or window >= S):
+        return (whole if T == S else continued)(q_BNTH, k_BKSH, v_BKSH, **scaled)
+    mask = document_mask(torch.zeros(1, S, dtype=torch.int64, device=q_BNTH.device) if start_BS is None else start_BS)
+    if window is not None:
+        index_S = torch.arange(S, device=q_BNTH.device)
+        mask = mask & (index_S > index_S[:, None] - window)
+    return document_attention(q_BNTH, k_BKSH, v_BKSH, mask[:, :, S - T :], **scaled)
+
+
+def check_shapes(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, start_BS: Tensor | None, window: int | None, *, max_head_dim: int | None = None
+) -> None:
+    """Refuse shapes that are not those of one causal attention."""
+    shapes = f"q {tuple(q_BNTH.shape)}, k {tuple(k_BKSH.shape)}, v {tuple(v_BKSH.shape)}"
+    if not q_BNTH.ndim == k_BKSH.ndim == 4 or k_BKSH.shape != v_BKSH.shape:
+        raise UsageError("attention: shapes do not fit", value=shapes, allowed="q (B, N, T, H); k and v (B, K, S, H)")
+    (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    if (k_BKSH.shape[0], k_BKSH.shape[3]) != (B, H) or T > S or K == 0 or N % K:
+        raise UsageError("attention: shapes do not fit", value=shapes, allowed="same B and H, T at most S, K a divisor of N")
+    if not q_BNTH.dtype == k_BKSH.dtype == v_BKSH.dtype:
+        raise UsageError(
+            "attention: q, k and v differ in dtype", value=f"{q_BNTH.dtype}, {k_BKSH.dtype}, {v_BKSH.dtype}", allowed="one dtype"
+        )
+    if start_BS is not None and (start_BS.shape != (B, S) or start_BS.dtype != torch.int64):
+        got = f"{tuple(start_BS.shape)} {start_BS.dtype}"
+        raise UsageError("attention: start does not fit", value=got, allowed=f"({B}, {S}) torch.int64, one number per position")
+    if window is not None and window < 1:
+        raise UsageError("attention: window", value=window, allowed="at least 1: a position sees itself")
+    if max_head_dim is not None and max_head_dim < H:
+        raise UsageError("attention: head_dim", value=H, allowed=f"at most {max_head_dim}", next_step='dispatch.using(attention="torch")')
+
+
+def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
+    """softmax(q·k/√H + causal mask)·v. The T queries are the last T of S positions; query head n reads key/value head n // (N/K).
+
+    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.causal_attention`.
+    """
     if q_BNTH.shape[2] == k_BKSH.shape[2]:
-        return whole(q_BNTH, k_BKSH, v_BKSH, scale=scale)
-    return continued(q_BNTH, k_BKSH, v_BKSH, scale=scale)
+        return whole(q_BNTH, k_BKSH, v_BKSH)
+    return continued(q_BNTH, k_BKSH, v_BKSH)
 
 
 def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
@@ -33,15 +76,18 @@ def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | 
     return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
 
 
-def document_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor, *, scale: float | None = None) -> Tensor:
-    """Queries that see the keys `mask_B1TS` (bool, query by key) allows: packed documents, windows, blocks that skip tokens."""
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_B1TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
+def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor, *, scale: float | None = None) -> Tensor:
+    """softmax(scale·q·k)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // (N/K).
+
+    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
+    """
+    return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, scale=scale, enable_gqa=grouped(q_BNTH, k_BKTH))
 
 
-def document_mask(first_BT: Tensor) -> Tensor:
-    """Which keys each query may see, (B, 1, T, T) bool: its own and those back to `first_BT`, where its document or window begins."""
-    index_T = torch.arange(first_BT.shape[1], device=first_BT.device)
-    return ((index_T <= index_T[:, None]) & (index_T >= first_BT[:, :, None]))[:, None]
+def document_mask(start_BT: Tensor) -> Tensor:
+    """Which keys each query may see, (B, 1, T, T) bool: its own and those back to `start_BT`, the first index of its document."""
+    index_T = torch.arange(start_BT.shape[1], device=start_BT.device)
+    return ((index_T <= index_T[:, None]) & (index_T >= start_BT[:, :, None]))[:, None]
 
 
 def window_mask(start: int, stop: int, window: int, device: torch.device | str) -> Tensor:

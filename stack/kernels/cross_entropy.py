@@ -1,99 +1,162 @@
 """Cross-entropy of a linear head without ever holding all logits. R rows (tokens), D features, V vocab, C rows of a chunk."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spec.errors import UsageError
+
 CHUNK_BYTES = 128 * 2**20  # of float32 logits at a time; larger chunks gain nothing, smaller ones starve the matrix products
 _workspace: dict[tuple, Tensor] = {}
 
 
-def linear_cross_entropy(x_RD: Tensor, head_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Sum of −log softmax(x·headᵀ)[label] in nats over labels that are not `ignore_index`, float32 (float64 for float64), shape ().
+def linear_cross_entropy(
+    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sum of −log p(label) in nats, and z_loss · the sum of log normalisers squared, over labels that are not `ignore_index`.
 
-    Rows go through one reused buffer, which holds logits, then probabilities, then the gradient; both gradients are therefore complete
-    when the forward ends. Products run in the autocast type, the rest in float32. Idea: github.com/linkedin/Liger-Kernel.
-    Oracle: `stack.kernels.reference.linear_cross_entropy`. Raises IndexError for a label outside the vocabulary.
+    Both are float32 (float64 for float64), shape (). Rows go through one reused buffer, which holds logits, then probabilities, then the
+    gradient; both gradients are therefore complete when the forward ends. Products run in the autocast type, the rest in float32.
+    Idea: github.com/linkedin/Liger-Kernel. Oracle: `stack.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside
+    the vocabulary, on the CPU.
     """
-    return _LinearCrossEntropy.apply(x_RD, head_VD, labels_R, ignore_index)
+    if not labels_R.is_cuda and len(labels_R):
+        _refuse_strangers(labels_R, len(weight_VD), ignore_index)
+    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss))
+
+
+def _refuse_strangers(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
+    strangers = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= vocab_size))]
+    if len(strangers):
+        raise UsageError(
+            "linear_cross_entropy: a label is not in the vocabulary",
+            value=int(strangers[0]),
+            allowed=f"0 to {vocab_size - 1}, or {ignore_index} for a position without label",
+        )
+
+
+@dataclass(frozen=True)
+class _Rule:
+    ignore_index: int
+    softcap: float | None
+    z_loss: float
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor, ignore_index: int) -> Tensor:
-        kept_R = labels_R != ignore_index
-        target_R = labels_R.where(kept_R, 0)
+    def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
         kind = x_RD.device.type
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
-        with torch.autocast(kind, enabled=False):
-            x_p, head_p = x_RD.to(product), head_VD.to(product)
-            wants = ctx.needs_input_grad[:2]
-            grad_x = torch.empty_like(x_p) if wants[0] else None
-            grad_head = torch.zeros_like(head_p, dtype=torch.promote_types(product, torch.float32)) if wants[1] else None
-            nats = torch.zeros((), dtype=torch.promote_types(product, torch.float32), device=x_RD.device)
-            for rows in chunks(len(x_RD), len(head_VD)):
-                logits_CV = _logits(x_p[rows], head_p)
-                nats_C = _to_probabilities(logits_CV, target_R[rows])
-                nats += nats_C.masked_fill(~kept_R[rows], 0).sum()
-                if any(wants):
-                    _to_gradient(logits_CV, target_R[rows], kept_R[rows])
-                    _multiply(logits_CV.to(product), x_p[rows], head_p, grad_x[rows] if wants[0] else None, grad_head)
-        ctx.gradients = (grad_x, grad_head)
-        ctx.dtypes = (x_RD.dtype, head_VD.dtype)
-        return nats
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
+        ctx.rule, ctx.wanted = rule, ctx.needs_input_grad[:2]
+        sums, ctx.gradients = _run(x_RD, weight_VD, labels_R, rule, ctx.dtype, ctx.wanted)
+        ctx.save_for_backward(*((x_RD, weight_VD, labels_R) if rule.z_loss else ()))
+        ctx.dtypes = (x_RD.dtype, weight_VD.dtype)
+        return sums[0], sums[1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor, z_scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were already taken; run the forward again")
+        if ctx.rule.z_loss and not torch.equal(scale, z_scale):
+            gradients = _run(*ctx.saved_tensors, ctx.rule, ctx.dtype, ctx.wanted, float(scale), float(z_scale))[1]
+            scale = torch.ones_like(scale)
         grads = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
         return grads[0], grads[1], None, None
 
 
+def _run(
+    x_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    rule: _Rule,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+    scale: float = 1.0,
+    z_scale: float = 1.0,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Both sums (2,), and the gradients of scale·nats + z_scale·z with respect to features and head, where wanted."""
+    kept_R = labels_R != rule.ignore_index
+    target_R, wide = labels_R.where(kept_R, 0), torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x_RD.device.type, enabled=False), torch.no_grad():
+        x_RD, weight_VD = x_RD.to(dtype), weight_VD.to(dtype)
+        grad_x = torch.empty_like(x_RD, memory_format=torch.contiguous_format) if wanted[0] else None
+        grad_weight = torch.zeros(weight_VD.shape, dtype=wide, device=x_RD.device) if wanted[1] else None
+        sums = torch.zeros(2, dtype=wide, device=x_RD.device)
+        for rows in chunks(len(x_RD), len(weight_VD)):
+            logits_CV = _logits(x_RD[rows], weight_VD)
+            slope_CV = None if rule.softcap is None else _cap(logits_CV, rule.softcap)
+            nats_C, norm_C = _to_probabilities(logits_CV, target_R[rows])
+            kept_C = kept_R[rows]
+            sums[0] += nats_C.masked_fill(~kept_C, 0).sum()
+            sums[1] += rule.z_loss * norm_C.masked_fill(~kept_C, 0).square().sum()
+            if any(wanted):
+                z_factor_C = 2 * rule.z_loss * z_scale * norm_C if rule.z_loss else None
+                _to_gradient(logits_CV, target_R[rows], kept_C, z_factor_C, scale, slope_CV)
+                _multiply(logits_CV.to(dtype), x_RD[rows], weight_VD, None if grad_x is None else grad_x[rows], grad_weight)
+    return sums, (grad_x, grad_weight)
+
+
 def chunks(n_rows: int, vocab_size: int) -> list[slice]:
-    """Consecutive rows whose logits fit into the buffer."""
-    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    """Consecutive rows whose logits fit into the buffer, as even as can be."""
+    n_chunks = max(1, -(-n_rows // max(1, CHUNK_BYTES // (4 * vocab_size))))
+    size = max(1, -(-n_rows // n_chunks))
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
+def _logits(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """Logits (C, V) in float32 or wider, in the reused buffer."""
     wide = torch.promote_types(x_CD.dtype, torch.float32)
-    n_entries, key = len(x_CD) * len(head_VD), (x_CD.device, wide)
+    n_entries, key = len(x_CD) * len(weight_VD), (x_CD.device, wide)
     if key not in _workspace or _workspace[key].numel() < n_entries:
         _workspace[key] = torch.empty(n_entries, dtype=wide, device=x_CD.device)
-    logits_CV = _workspace[key][:n_entries].view(len(x_CD), len(head_VD))
+    logits_CV = _workspace[key][:n_entries].view(len(x_CD), len(weight_VD))
     if x_CD.dtype == wide:
-        return torch.mm(x_CD, head_VD.T, out=logits_CV)
-    return logits_CV.copy_(x_CD @ head_VD.T)
+        return torch.mm(x_CD, weight_VD.T, out=logits_CV)
+    return logits_CV.copy_(x_CD @ weight_VD.T)
 
 
-def _to_probabilities(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-    """Turn logits into probabilities in place; returns −log p of the targets, (C,), exact also where p underflows."""
+def _cap(logits_CV: Tensor, softcap: float) -> Tensor:
+    """Bend logits to within ±softcap in place; returns the slope of that."""
+    logits_CV.div_(softcap).tanh_()
+    slope_CV = 1 - logits_CV.square()
+    logits_CV.mul_(softcap)
+    return slope_CV
+
+
+def _to_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into probabilities in place; returns −log p of the targets, exact also where p underflows, and log normalisers, (C,)."""
     chosen_C = logits_CV.gather(1, target_C[:, None])[:, 0]
     top_C = logits_CV.amax(1)
     torch.ops.aten._softmax.out(logits_CV, 1, False, out=logits_CV)
-    return (top_C - logits_CV.amax(1).log()) - chosen_C
+    norm_C = top_C - logits_CV.amax(1).log()
+    return norm_C - chosen_C, norm_C
 
 
-def _to_gradient(probs_CV: Tensor, target_C: Tensor, kept_C: Tensor) -> None:
-    """Turn probabilities into the gradient of the summed loss with respect to the logits, in place."""
-    probs_CV.scatter_add_(1, target_C[:, None], probs_CV.new_full((len(target_C), 1), -1.0))
-    if not bool(kept_C.all()):
+def _to_gradient(
+    probs_CV: Tensor, target_C: Tensor, kept_C: Tensor, z_factor_C: Tensor | None, scale: float, slope_CV: Tensor | None
+) -> None:
+    """Turn probabilities into the gradient of scale·nats + z with respect to the logits, in place."""
+    if z_factor_C is not None:
+        probs_CV.mul_((scale + z_factor_C)[:, None])
+    probs_CV.scatter_add_(1, target_C[:, None], probs_CV.new_full((len(target_C), 1), -scale))
+    if slope_CV is not None:
+        probs_CV.mul_(slope_CV)
+    if probs_CV.is_cuda or not bool(kept_C.all()):
         probs_CV.mul_(kept_C[:, None])
 
 
-def _multiply(grad_CV: Tensor, x_CD: Tensor, head_VD: Tensor, grad_x_CD: Tensor | None, grad_head_VD: Tensor | None) -> None:
+def _multiply(grad_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, grad_x_CD: Tensor | None, grad_weight_VD: Tensor | None) -> None:
     """Carry the gradient through the product, adding to the head's."""
     if grad_x_CD is not None:
-        torch.mm(grad_CV, head_VD, out=grad_x_CD)
-    if grad_head_VD is None:
+        torch.mm(grad_CV, weight_VD, out=grad_x_CD)
+    if grad_weight_VD is None:
         return
-    if grad_head_VD.dtype == grad_CV.dtype:
-        grad_head_VD.addmm_(grad_CV.T, x_CD)
+    if grad_weight_VD.dtype == grad_CV.dtype:
+        grad_weight_VD.addmm_(grad_CV.T, x_CD)
     else:
-        grad_head_VD += grad_CV.T @ x_CD
+        grad_weight_VD += grad_CV.T @ x_CD

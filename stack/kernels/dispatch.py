@@ -1,60 +1,233 @@
 """Which kernel runs on which device, and why. The model calls kernels only through here.
 
-B batch, N query heads, K key/value heads, T queries, S keys, H head_dim, D features, F inner features
+B batch, N query heads, K key/value heads, T queries, S keys, H head_dim, D d_model, F d_ff, R rows (positions), V vocabulary
+
+Each operation has candidates with the same arguments. Chosen is what `using` names; else what was measured to be fastest on this device
+(`MEASURED`, each line with the record it rests on); else torch's own.
 """
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from stack.kernels import attention as sdpa
-from stack.kernels import cross_entropy, eager
+from spec.errors import EnvironmentUnfit, UsageError
+from stack.kernels import attention as torch_attention
+from stack.kernels import cross_entropy, eager, launch, parity
 
 
-def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask_B1TS: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """The attention kernel of this device; same arguments as `stack.kernels.attention.attention`."""
-    return sdpa.attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS=mask_B1TS, scale=scale)
+@dataclass(frozen=True)
+class Plain:
+    """A way to do an operation without Triton, and what a record calls it."""
+
+    function: Callable
+    title: str
 
 
-def document_mask(first_BT: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Triton:
+    """A Triton kernel: the module beside this one that holds a function of the operation's name, imported only when it is chosen."""
+
+    module: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """The winner of a comparison on one kind of device, and the id of the benchmark record that shows it."""
+
+    kernel: str
+    record: str
+
+
+TORCH, LIBRARY, TRITON = "torch", "library", "triton"
+CANDIDATES: dict[str, dict[str, Plain | Triton]] = {
+    "attention": {
+        TORCH: Plain(torch_attention.attention, "torch.scaled_dot_product_attention"),
+        TRITON: Triton("flash_attention", "triton flash attention"),
+    },
+    "rms_norm": {TORCH: Plain(eager.rms_norm, "torch, derivative written out"), TRITON: Triton("rms_norm", "triton rms_norm")},
+    "rope": {TORCH: Plain(eager.rope, "torch, derivative written out"), TRITON: Triton("rope", "triton rope")},
+    "swiglu": {TORCH: Plain(eager.swiglu, "torch, derivative written out"), TRITON: Triton("swiglu", "triton swiglu")},
+    "linear_cross_entropy": {
+        TORCH: Plain(cross_entropy.linear_cross_entropy, "torch, rows in chunks through one buffer"),
+        LIBRARY: Plain(eager.library_linear_cross_entropy, "torch.nn.functional.linear_cross_entropy"),
+        TRITON: Triton("linear_cross_entropy", "triton linear_cross_entropy"),
+    },
+    "clip": {TORCH: Plain(eager.clip, "torch.nn.utils.get_total_norm"), TRITON: Triton("clip", "triton clip")},
+    "adamw": {TORCH: Plain(eager.adamw, "torch, over lists of tensors"), TRITON: Triton("adamw", "triton adamw")},
+}
+# (name of the device as torch gives it, operation) -> winner. The only place to edit when a benchmark has been recorded.
+MEASURED: dict[tuple[str, str], Fastest] = {}
+
+_by_hand: dict[str, str] = {}
+
+
+# ---- the operations
+
+
+def attention(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    start_BS: Tensor | None = None,
+    window: int | None = None,
+    mask_B1TS: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of the last T of S positions; same arguments as `stack.kernels.reference.attention`.
+
+    `mask_B1TS` stands for start and window where it was made once for all layers, or where visible keys are no range: always torch's.
+    """
+    if mask_B1TS is not None:
+        return torch_attention.document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)
+    return kernel("attention", q_BNTH.device)(q_BNTH, k_BKSH, v_BKSH, start_BS=start_BS, window=window, scale=scale)
+
+
+def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalisation, with the residual sum before it if given; same arguments as `stack.kernels.reference.rms_norm`."""
+    return kernel("rms_norm", x_BTD.device)(x_BTD, weight_D, eps, residual_BTD)
+
+
+def rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions; same arguments as `stack.kernels.reference.rope`."""
+    return kernel("rope", x_BNTH.device)(x_BNTH, cos, sin)
+
+
+def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """silu(gate)·up; same arguments as `stack.kernels.reference.swiglu`."""
+    return kernel("swiglu", gate_BTF.device)(gate_BTF, up_BTF)
+
+
+def linear_cross_entropy(
+    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sums of nats and of z-loss; same arguments as `stack.kernels.reference.linear_cross_entropy`."""
+    loss = kernel("linear_cross_entropy", x_RD.device)
+    return loss(x_RD, weight_VD, labels_R, ignore_index=ignore_index, softcap=softcap, z_loss=z_loss)
+
+
+def clip(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Clip by the global norm, in place; same arguments as `stack.kernels.reference.clip`."""
+    return kernel("clip", gradients[0].device if gradients else "cpu")(gradients, max_norm)
+
+
+def adamw(
+    parameters: list[Tensor], gradients: list[Tensor], first_moments: list[Tensor], second_moments: list[Tensor], **numbers: object
+) -> None:
+    """One AdamW step, in place; same arguments as `stack.kernels.reference.adamw`."""
+    update = kernel("adamw", parameters[0].device if parameters else "cpu")
+    update(parameters, gradients, first_moments, second_moments, **numbers)
+
+
+def takes_masks(device: torch.device | str) -> bool:
+    """Whether the attention of this device wants a mask made once for all layers, and not the ranges it stands for."""
+    return choose("attention", device)[0] == TORCH
+
+
+def document_mask(start_BT: Tensor) -> Tensor:
     """The mask of packed rows; same arguments as `stack.kernels.reference.document_mask`."""
-    return sdpa.document_mask(first_BT)
+    return torch_attention.document_mask(start_BT)
 
 
 def window_mask(start: int, stop: int, window: int, device: torch.device | str) -> Tensor:
     """The mask of a sliding window; same arguments as `stack.kernels.attention.window_mask`."""
-    return sdpa.window_mask(start, stop, window, device)
+    return torch_attention.window_mask(start, stop, window, device)
 
 
-def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation; same arguments as `stack.kernels.reference.rms_norm`."""
-    return eager.rms_norm(x_BTD, weight_D, eps)
+# ---- the choice
 
 
-def rope(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
-    """Rotation of feature pairs by position."""
-    return eager.rope(x_BNTH, cos_TJ, sin_TJ)
+@contextmanager
+def using(**kernels: str) -> Iterator[None]:
+    """Choose kernels by hand, `using(attention="triton")`, in the whole process until the block ends.
+
+    Raises UsageError for an unknown operation or kernel, EnvironmentUnfit where it cannot run, IntegrityError for a Triton kernel whose
+    source is not the one that passed its parity tests.
+    """
+    for op, name in kernels.items():
+        require(op, name)
+    before = dict(_by_hand)
+    _by_hand.update(kernels)
+    try:
+        yield
+    finally:
+        _by_hand.clear()
+        _by_hand.update(before)
 
 
-def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """The gated product; same arguments as `stack.kernels.reference.swiglu`."""
-    return eager.swiglu(gate_BTF, up_BTF)
+def require(op: str, name: str) -> None:
+    """Refuse a choice that is unknown or that no device of this machine can run."""
+    if op not in CANDIDATES:
+        near = ", ".join(difflib.get_close_matches(op, CANDIDATES, cutoff=0)[:3])
+        raise UsageError(f"{op} is not an operation with kernels", value=f"{op}={name}", allowed=f"nearest: {near}")
+    if name not in CANDIDATES[op]:
+        raise UsageError(f"{op} has no kernel of this name", value=f"{op}={name}", allowed=", ".join(CANDIDATES[op]))
+    reasons = [why_not(op, name, device) for device in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]]
+    if all(reasons):
+        raise EnvironmentUnfit(f"{op}: the kernel {name} cannot run here", value=reasons[0], allowed=", ".join(CANDIDATES[op]))
+    if isinstance(CANDIDATES[op][name], Triton):
+        parity.require(op)
 
 
-def linear_cross_entropy(x_RD: Tensor, head_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Sum of −log softmax(x·headᵀ)[label] over labels that are not `ignore_index`, float32, shape ()."""
-    return cross_entropy.linear_cross_entropy(x_RD, head_VD, labels_R, ignore_index=ignore_index)
+def why_not(op: str, name: str, device: torch.device | str) -> str:
+    """Why a candidate cannot run on `device`; empty if it can. Dtypes and shapes are for the kernel to refuse."""
+    match CANDIDATES[op][name]:
+        case Triton():
+            return launch.why_not(device)
+        case Plain(eager.library_linear_cross_entropy):
+            return eager.why_no_library_linear_cross_entropy()
+        case Plain():
+            return ""
+
+
+def choose(op: str, device: torch.device | str) -> tuple[str, str]:
+    """The name of the kernel for `op` on `device`, and the reason."""
+    device = torch.device(device)
+    if op in _by_hand:
+        return _by_hand[op], "chosen by hand"
+    if device.type == "cpu":
+        return TORCH, "torch's own; on the CPU Triton only has an interpreter"
+    if device.type != "cuda":
+        return TORCH, f"no kernel of our own for {device.type}"
+    fastest = MEASURED.get((device_name(device), op))
+    if fastest is None:
+        return TORCH, "not measured on this device yet"
+    return fastest.kernel, f"fastest on this device, record {fastest.record}"
+
+
+def kernel(op: str, device: torch.device | str) -> Callable:
+    """The function chosen for `op` on `device`; raises where that cannot run or has not passed its parity tests."""
+    name, reason = choose(op, device)
+    match CANDIDATES[op][name]:
+        case Plain(function):
+            return function
+        case Triton(module):
+            if unfit := launch.why_not(device):
+                raise EnvironmentUnfit(f"{op}: the kernel {name}, {reason}, cannot run on {device}", value=unfit, allowed=TORCH)
+            parity.require(op)
+            return getattr(import_module(f"stack.kernels.{module}"), op)
+
+
+def device_name(device: torch.device) -> str:
+    """As torch names it; without CUDA the type alone."""
+    return torch.cuda.get_device_properties(device).name if torch.cuda.is_available() else device.type
 
 
 def choices(device: torch.device | str) -> dict[str, str]:
     """Kernel chosen per operation on `device` with the reason, JSON-ready, for the record."""
-    kind = torch.device(device).type
-    reason = {
-        "cpu": "torch's fused CPU attention, the only fused one there",
-        "cuda": "torch chooses flash, efficient or cuDNN attention by shape and dtype",
-    }.get(kind, f"no kernel of our own for {kind}")
-    return {
-        "attention": "torch.scaled_dot_product_attention",
-        "attention_reason": reason,
+    document = {
         "document_attention": "torch.scaled_dot_product_attention, boolean mask",
         "document_attention_reason": "one mask per forward keeps packed documents apart on every device",
     }
+    for op in CANDIDATES:
+        name, reason = choose(op, device)
+        document |= {op: CANDIDATES[op][name].title, f"{op}_reason": reason}
+        if isinstance(CANDIDATES[op][name], Triton):
+            document[f"{op}_parity"] = parity.why_not(op) or f"passed on {parity.passed()[op]['passed_on']}"
+    return document

@@ -4,6 +4,7 @@ A compiler that traces them gets the bare formula instead: it fuses passes itsel
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,9 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spec.errors import UsageError
 
-def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last axis; statistics in float32, or float64 for float64 input; dtype of the input."""
+
+def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """x / √(mean(x²) + eps) · weight over the last axis; with a residual, that of x + residual, and this sum as a second result.
+
+    Statistics in float32, or float64 for float64 input; results in the dtype of what is normalised.
+    """
+    if residual_BTD is not None:
+        total_BTD = x_BTD + residual_BTD
+        return rms_norm(total_BTD, weight_D, eps), total_BTD
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     if torch.compiler.is_compiling():
         return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x_BTD.dtype)
@@ -88,3 +97,56 @@ class _SwiGLU(torch.autograd.Function):
         gate_BTF, up_BTF = ctx.saved_tensors
         grad_up_BTF = F.silu(gate_BTF).mul_(grad_BTF)
         return torch.ops.aten.silu_backward(grad_BTF * up_BTF, gate_BTF), grad_up_BTF
+
+
+def library_linear_cross_entropy(
+    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The same through `torch.nn.functional.linear_cross_entropy` in chunks (torch 2.13 on), which knows neither softcap nor z-loss."""
+    if softcap is not None or z_loss:
+        got = f"softcap {softcap}, z_loss {z_loss}"
+        raise UsageError("linear_cross_entropy: torch's chunked one has neither", value=got, next_step='choose "torch" or "triton"')
+    options = torch.nn.LinearCrossEntropyOptions()
+    nats = F.linear_cross_entropy(x_RD, weight_VD, labels_R, reduction="sum", ignore_index=ignore_index, options=options).float()
+    return nats, torch.zeros_like(nats)
+
+
+def clip(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Scale `gradients` in place by max_norm / (norm + 1e-6) if that is below 1 and the norm is finite; return their norm, shape ()."""
+    if not max_norm > 0:
+        raise UsageError("clip: max_norm", value=max_norm, allowed="above 0")
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))
+    return norm
+
+
+def adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """p -= lr·(m̂/(√v̂ + eps) + weight_decay·p) in place, by passes over lists of tensors; `step` counts from 1."""
+    beta1, beta2 = betas
+    torch._foreach_lerp_(first_moments, gradients, 1 - beta1)
+    torch._foreach_mul_(second_moments, beta2)
+    torch._foreach_addcmul_(second_moments, gradients, gradients, 1 - beta2)
+    roots = torch._foreach_sqrt(second_moments)
+    torch._foreach_div_(roots, math.sqrt(1 - beta2**step))
+    torch._foreach_add_(roots, eps)
+    torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(parameters, first_moments, roots, -lr / (1 - beta1**step))
+
+
+def why_no_library_linear_cross_entropy() -> str:
+    """Empty where torch has the chunked linear cross-entropy."""
+    return "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"torch {torch.__version__} has no chunked linear_cross_entropy"

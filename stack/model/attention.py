@@ -63,7 +63,7 @@ class SoftmaxAttention(Projections):
 
     def forward(self, x_BTD: Tensor, reading: Reading) -> Tensor:
         """Mix each position with those before it; same shape and dtype as `x_BTD`."""
-        mixed_BNTH = dispatch.attention(*self.qkv(x_BTD, reading), mask_B1TS=reading.mask_B1TS)
+        mixed_BNTH = dispatch.attention(*self.qkv(x_BTD, reading), **reading.visible())
         return self.out(mixed_BNTH.transpose(1, 2).flatten(2))
 
 
@@ -99,7 +99,7 @@ class DifferentialAttention(Projections):
             self.parts(q_BNTH),
             self.parts(k_BKSH),
             torch.cat((v_BKSH, v_BKSH), 1),
-            mask_B1TS=reading.mask_B1TS,
+            **reading.visible(),
             scale=(self.head_dim // 2) ** -0.5,
         )
         first_BNTH, second_BNTH = mixed.chunk(2, 1)

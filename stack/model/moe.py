@@ -91,7 +91,8 @@ class MixtureOfExperts(nn.Module):
         row_R = inside_BT.nonzero()[:, 0]
         x_RD = x_BTD[inside_BT]
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), self.top_k, self.selection_bias)
-        y_RD, _, dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, self.capacity(x_BTD.shape[1]), row_R)
+        capacity = self.capacity(x_BTD.shape[1] if reading is None else reading.row_tokens)
+        y_RD, _, dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity, row_R)
         if reading is not None:
             chosen_E = torch.bincount(experts_Rk.flatten(), minlength=len(self.experts))
             reading.loads.append(ExpertLoad(balance(probs_RE, experts_Rk, row_R) * len(x_RD), chosen_E, dropped))

@@ -1,6 +1,7 @@
 """What all blocks of one forward share, and what they report. B batch, T tokens, S keys, L layers, E experts, J = rotated pairs."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -20,8 +21,9 @@ class ExpertLoad:
 class Reading:
     """The tokens' places. Positions count from 0 in each document, indices along the row or the cache.
 
-    `start_BT` is the first index of each token's document (None: all rows are one document), `mask_B1TS` the keys each query may
-    see (None: all before it), `rotary` cosine and sine of the positions, `inside_BT` which tokens count (None: all of them).
+    `start_BT` is the first index of each token's document (None: all rows are one document). `mask_B1TS` are the keys each query may
+    see, where they were worked out beforehand (None: all before it, within document and window). `rotary` holds cosine and sine of the
+    positions. `row_tokens` is the length of a whole row; `inside_BT` says which of the tokens given count (None: all of them).
     """
 
     position_BT: Tensor
@@ -29,10 +31,15 @@ class Reading:
     mask_B1TS: Tensor | None
     window: int | None
     rotary: tuple[Tensor, Tensor] | None
+    row_tokens: int
     inside_BT: Tensor | None = None
     cache: KVCache | None = None
     loads: list[ExpertLoad] = field(default_factory=list)
     kept_fracs: list[Tensor] = field(default_factory=list)
+
+    def visible(self) -> dict[str, Any]:
+        """What a query may see, as arguments of attention."""
+        return {"start_BS": self.start_BT, "window": self.window, "mask_B1TS": self.mask_B1TS}
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,15 @@ class Transformer(nn.Module):
             raise UsageError("the input exceeds the context", value=f"{stop} tokens", allowed=f"max_seq_len = {self.cfg.max_seq_len}")
         window, index_1T = self.cfg.attention.window, torch.arange(start, stop, device=device)[None]
         if document_ids_BT is None:
-            mask = dispatch.window_mask(start, stop, window, device) if window is not None and stop > window else None
-            return Reading(index_1T, None, mask, window, self.positions.tables(start, stop), cache=cache)
+            narrow = window is not None and stop > window and dispatch.takes_masks(device)
+            mask = dispatch.window_mask(start, stop, window, device) if narrow else None
+            return Reading(index_1T, None, mask, window, self.positions.tables(start, stop), stop - start, cache=cache)
         _refuse_unfit(input_ids_BT, cache, document_ids_BT)
         start_BT = document_starts(document_ids_BT)
         first_BT = start_BT if window is None else start_BT.maximum(index_1T - window + 1)
         position_BT = index_1T - start_BT
-        return Reading(position_BT, start_BT, dispatch.document_mask(first_BT), window, self.positions.at(position_BT))
+        mask = dispatch.document_mask(first_BT) if dispatch.takes_masks(device) else None
+        return Reading(position_BT, start_BT, mask, window, self.positions.at(position_BT), stop - start)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Output head on the normalised stream, (B, T, V), float32 or wider."""

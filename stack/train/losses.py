@@ -16,7 +16,8 @@ IGNORE_INDEX = -100
 @ensure(lambda result: result.ndim == 0, "the sum is one number")
 def linear_cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
     """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX, where p = softmax(x·headᵀ). Returned in float32, shape ()."""
-    return dispatch.linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX)
+    nats, _ = dispatch.linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX)
+    return nats
 
 
 def balance_term(loads: Sequence[ExpertLoad], weight: float) -> Tensor | float:

@@ -174,7 +174,7 @@ def test_gradients_equal_finite_differences_in_float64(layer):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     rotary = tuple(t.double() for t in rotary_tables(4, 3, 10_000.0))
-    reading = Reading(torch.arange(3)[None], None, None, None, rotary)
+    reading = Reading(torch.arange(3)[None], None, None, None, rotary, 3)
     x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
     names, values = zip(*module.named_parameters())
 

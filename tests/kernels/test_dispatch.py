@@ -1,0 +1,133 @@
+"""What is chosen, why, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spec.errors import EnvironmentUnfit, UsageError
+from stack.kernels import attention as torch_attention
+from stack.kernels import dispatch, eager, flash_attention, launch, swiglu
+from tests.kernels.support import DEVICE
+
+
+def test_torch_is_chosen_until_something_else_was_measured(monkeypatch):
+    for device in ("cpu", "cuda", "mps"):
+        assert {dispatch.choose(op, device)[0] for op in dispatch.CANDIDATES} == {"torch"}
+    assert dispatch.choose("rope", "cuda")[1] == "not measured on this device yet"
+    monkeypatch.setitem(dispatch.MEASURED, (dispatch.device_name(torch.device("cuda")), "rope"), dispatch.Fastest("triton", "benchmark-1"))
+    assert dispatch.choose("rope", "cuda") == ("triton", "fastest on this device, record benchmark-1")
+    assert dispatch.choose("rope", "cpu")[0] == "torch" and dispatch.choose("swiglu", "cuda")[0] == "torch"
+
+
+def test_choices_are_json_ready_and_give_every_reason():
+    document = json.loads(json.dumps(dispatch.choices("cpu")))
+    assert all(document[op] and document[f"{op}_reason"] for op in (*dispatch.CANDIDATES, "document_attention"))
+    with dispatch.using(attention="triton"):
+        assert dispatch.choices("cpu")["attention"] == "triton flash attention"
+        assert dispatch.choices("cpu")["attention_reason"] == "chosen by hand"
+    assert dispatch.choices("cpu") == document
+
+
+def test_the_choice_holds_within_its_block_alone():
+    assert dispatch.kernel("swiglu", DEVICE) is eager.swiglu
+    with dispatch.using(swiglu="triton"):
+        assert dispatch.kernel("swiglu", DEVICE) is swiglu.swiglu
+        with dispatch.using(swiglu="torch", attention="triton"):
+            assert dispatch.kernel("swiglu", DEVICE) is eager.swiglu
+            assert dispatch.kernel("attention", DEVICE) is flash_attention.attention
+        assert dispatch.kernel("attention", DEVICE) is torch_attention.attention
+        with pytest.raises(ZeroDivisionError), dispatch.using(swiglu="torch"):
+            _ = 1 / 0
+        assert dispatch.kernel("swiglu", DEVICE) is swiglu.swiglu
+    assert dispatch.kernel("swiglu", DEVICE) is eager.swiglu
+
+
+def test_what_is_unknown_is_refused_with_what_there_is():
+    with pytest.raises(UsageError, match="not an operation") as caught, dispatch.using(atention="triton"):
+        pass
+    assert "attention" in caught.value.allowed
+    with pytest.raises(UsageError, match="no kernel of this name") as caught, dispatch.using(rope="library"):
+        pass
+    assert caught.value.allowed == "torch, triton"
+
+
+def test_what_cannot_run_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(launch, "installed", lambda: False)
+    with pytest.raises(EnvironmentUnfit, match="not installed"), dispatch.using(rope="triton"):
+        pass
+    monkeypatch.setattr(launch, "installed", lambda: True)
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentUnfit, match="interpreter"), dispatch.using(rope="triton"):
+        pass
+    monkeypatch.setattr(eager, "why_no_library_linear_cross_entropy", lambda: "too old")
+    with pytest.raises(EnvironmentUnfit, match="too old"), dispatch.using(linear_cross_entropy="library"):
+        pass
+
+
+def test_a_kernel_on_a_device_it_cannot_run_on_is_refused_not_replaced(monkeypatch):
+    x = torch.zeros(2, 3)
+    with dispatch.using(swiglu="triton"):
+        monkeypatch.setattr(launch, "interpreted", lambda: False)
+        with pytest.raises(EnvironmentUnfit, match="cannot run on cpu"):
+            dispatch.swiglu(x, x)
+    with pytest.raises(EnvironmentUnfit, match="cannot run on cpu"):
+        swiglu.swiglu(x, x)
+
+
+def test_every_operation_gives_the_same_through_either():
+    """One call of each, by torch and by Triton; that the numbers are right is what the tests of each kernel show."""
+    q, x, weight = (torch.randn(*n, device=DEVICE) for n in ((1, 2, 9, 32), (9, 32), (50, 32)))
+    labels, table = torch.randint(50, (9,), device=DEVICE), torch.rand(9, 16, device=DEVICE)
+
+    def everything():
+        lists = [[torch.full((5,), float(i), device=DEVICE)] for i in range(4)]
+        dispatch.adamw(*lists, step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        gradient = [torch.full((5,), 2.0, device=DEVICE)]
+        return [
+            dispatch.attention(q, q, q, window=4),
+            dispatch.attention(q, q, q),
+            dispatch.rms_norm(x, weight[0], 1e-5),
+            *dispatch.rms_norm(x, weight[0], 1e-5, x),
+            dispatch.rope(q, table, table),
+            dispatch.swiglu(x, x),
+            *dispatch.linear_cross_entropy(x, weight, labels, softcap=5.0, z_loss=0.1),
+            *(t for xs in lists for t in xs),
+            dispatch.clip(gradient, 1.0),
+            *gradient,
+        ]
+
+    by_torch = everything()
+    with dispatch.using(**dict.fromkeys(dispatch.CANDIDATES, "triton")):
+        by_triton = everything()
+    torch.testing.assert_close(by_triton, by_torch, rtol=1e-5, atol=2e-6)  # float32 twice; measured worst case 5e-7
+    assert not all(torch.equal(a, b) for a, b in zip(by_torch, by_triton))  # it was not the same function twice
+
+
+def test_gradients_of_gradients_are_refused_not_wrong():
+    """The kernels know the first derivative. A second one through them would leave out what they do not know."""
+    x, table = torch.randn(1, 1, 5, 32, device=DEVICE, requires_grad=True), torch.rand(5, 16, device=DEVICE)
+    labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    calls = {
+        "attention": lambda: dispatch.attention(x, x, x),
+        "rms_norm": lambda: dispatch.rms_norm(x, x[0, 0, 0], 1e-5),
+        "rope": lambda: dispatch.rope(x, table, table),
+        "swiglu": lambda: dispatch.swiglu(x, x),
+        "linear_cross_entropy": lambda: dispatch.linear_cross_entropy(x[0, 0], x[0, 0], labels)[0],
+    }
+    for op, call in calls.items():
+        with dispatch.using(**{op: "triton"}):
+            (dx,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+def test_triton_is_not_imported_until_it_is_chosen():
+    code = (
+        "import sys, torch; from stack.kernels import dispatch; x = torch.zeros(1, 1, 4, 32);"
+        "dispatch.attention(x, x, x); dispatch.swiglu(x, x); dispatch.choices('cuda'); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
