@@ -14,7 +14,7 @@ from contracts.gate import Verdict, call_check, not_run
 from contracts.keeper import Gatekeeper
 from spec.errors import ConfigError, GateFailed
 from spec.gates import Gate, load_spec
-from spec.records import Kill, Record
+from spec.records import GateResult, Kill, Record
 from stack.config import load_config
 from stack.data.prepare import prepare
 from stack.data.tokenizer import Bytes
