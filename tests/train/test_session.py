@@ -95,7 +95,7 @@ def test_the_record_holds_what_the_run_was(cfg, tmp_path):
         (Muon(lr=2e-2, adamw_lr=1e-3, lr_scale="original"), Cosine(warmup_steps=4, decay_from="start")),
     ],
 )
-def test_every_rule_and_schedule_trains_under_all_gates(cfg, tmp_path, optim, schedule):
+def test_every_rule_and_schedule_trains_under_all_gates(cfg, tmp_path, any_precision, optim, schedule):
     """And under fp16, whose scaler has to know both rules as one optimizer."""
     cfg = cfg.model_copy(update={"optim": optim, "schedule": schedule})
     record = session.start(with_train(cfg, dtype="float16"), (), tmp_path / "run", Listener())
