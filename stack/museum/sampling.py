@@ -3,7 +3,7 @@
 import torch
 
 from stack.evaluate import sampling
-from stack.model.cache import KVCache
+from stack.model.cache import LayerCache
 from stack.museum.plant import plant, swap
 from stack.train import run
 
@@ -17,18 +17,14 @@ from stack.train import run
     sources=("https://github.com/lucidrains/x-transformers/issues/219", "https://github.com/Lightning-AI/litgpt/issues/298"),
 )
 def cache_position_off_by_one():
-    original = KVCache.append
+    original = LayerCache.append
 
-    def overwriting(self, layer, k_BKTH, v_BKTH):
-        if self.length == 0 or k_BKTH.shape[2] != 1:
-            return original(self, layer, k_BKTH, v_BKTH)
-        self.length -= 1
-        try:
-            return original(self, layer, k_BKTH, v_BKTH)
-        finally:
-            self.length += 1
+    def overwriting(self, k_BKTH, v_BKTH):
+        if self.filled and k_BKTH.shape[2] == 1:
+            self.filled -= 1
+        return original(self, k_BKTH, v_BKTH)
 
-    with swap(KVCache, "append", overwriting):
+    with swap(LayerCache, "append", overwriting):
         yield
 
 
