@@ -1,5 +1,6 @@
 """Strict access to safetensors files: what is read is exactly what the header declares, and what is written is on the disk."""
 
+import errno
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ DTYPES = {  # from the first laid out to the last, as the library does it
 LAYOUT = tuple(DTYPES)
 CODES = dict(zip("uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool".split(), LAYOUT, strict=True))
 SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, hashed, compared
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)  # what a file system, or a device, says that has no such call
 Pieces = SimpleQueue[tuple[str | None, Any] | None]
 MAX_HEADER_BYTES = 100 * 2**20
 METADATA_KEY = "stackproof"
@@ -200,13 +202,29 @@ def _write(path: Path, tensors: dict[str, Any], metadata: dict[str, str], follow
 
     In this order a tensor that changes meanwhile cannot agree with the hash, the file and a later comparison at once.
     """
+    pieces = _pieces(tensors, metadata)
     with open(path, "wb") as f:
-        for name, piece in _pieces(tensors, metadata):
+        _reserve(f.fileno(), sum(t.nbytes for t in tensors.values()))
+        for name, piece in pieces:
             f.write(_bytes_of(piece))
             for queue in followers:
                 queue.put((name, piece))
         f.flush()
         os.fsync(f.fileno())
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Ask for room before the first byte, where the system can: a full disk says so at once, and writing costs less.
+
+    Less than the file will have, so that one that was cut off is never as long as a whole one.
+    """
+    if not n_bytes or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as e:
+        if e.errno not in CANNOT_RESERVE:
+            raise
 
 
 def _hash_whole(queue: Pieces) -> str:
@@ -226,12 +244,16 @@ def _hash_tensors(queue: Pieces) -> dict[str, str]:
 def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple[str | None, Any]]:
     """A file from first to last byte: its header, named None, then each tensor by name in slices of at most SLICE_BYTES, at least one.
 
-    Raises BadTensorFile.
+    Raises BadTensorFile at once, before the first piece is asked for.
     """
     codes = {name: _code(name, t) for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (LAYOUT.index(codes[name]), name))
     header = _header_bytes([(name, codes[name], list(tensors[name].shape)) for name in order], metadata)
-    for name, tensor in [(None, np.frombuffer(header, np.uint8)), *((name, tensors[name]) for name in order)]:
+    return _slices([(None, np.frombuffer(header, np.uint8)), *((name, tensors[name]) for name in order)])
+
+
+def _slices(parts: list[tuple[str | None, Any]]) -> Iterator[tuple[str | None, Any]]:
+    for name, tensor in parts:
         flat = _in_a_row(tensor)
         n_elements = SLICE_BYTES // flat.itemsize
         for start in range(0, max(1, len(flat)), n_elements):

@@ -1,6 +1,8 @@
 """Strict safetensors files: equal content is equal bytes, and nothing ambiguous is read."""
 
+import errno
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -220,11 +222,28 @@ def test_digests_are_those_of_the_file_and_its_tensors_and_name_a_torn_one(tmp_p
 def test_a_type_the_format_lacks_is_refused(tmp_path, tensor):
     with pytest.raises(BadTensorFile, match="a is of type"):
         tensorfile.write(tmp_path / "f", {"a": tensor}, {})
+    assert not (tmp_path / "f").exists()
 
 
 def test_a_full_disk_is_an_oserror():
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left"):
         tensorfile.write(Path("/dev/full"), {"a": np.zeros(100_000)}, {})
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EOPNOTSUPP])
+def test_a_disk_without_room_says_so_before_the_first_byte_and_one_that_cannot_tell_is_written(tmp_path, monkeypatch, error):
+    def answer(descriptor, offset, n_bytes):
+        assert (offset, n_bytes) == (0, 800_000)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "posix_fallocate", answer, raising=False)
+    if error == errno.ENOSPC:
+        with pytest.raises(OSError, match="No space left"):
+            tensorfile.write(tmp_path / "f", {"a": np.zeros(100_000)}, {})
+        assert (tmp_path / "f").stat().st_size == 0
+    else:
+        tensorfile.write(tmp_path / "f", {"a": np.zeros(100_000)}, {})
+        assert tensorfile.memmap(tmp_path / "f", "a").shape == (100_000,)
 
 
 def test_reading_needs_no_torch():
