@@ -25,12 +25,11 @@ def announce(run: session.Run) -> None:
 
 
 def gated_step(run: session.Run) -> None:
-    """What `stack train` does between two evaluations: draw, update, look, write the line."""
+    """What `stack train` does for every step: draw, update, look."""
     started = time.perf_counter()
     batches = loop.draw(run)
     report = steps.train_step(run.state, batches)
     run.after_step(report, batches, max(time.perf_counter() - started, 1e-9))
-    run.flush_line()
 
 
 def bare_step(run: session.Run) -> None:

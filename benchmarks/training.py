@@ -50,7 +50,12 @@ def open_ours(shape: Shape, folder: Path, compiled: bool) -> tuple[Callable[[], 
     sets = (*shape.sets(), *write_corpus(folder, shape.vocab_size, CORPUS_TOKENS), *settings, f"optim.max_grad_norm={MAX_GRAD_NORM}")
     cfg, overrides = load_config(recipe("pocket"), sets=sets)
     run = our_run.open_run(cfg, overrides, folder / "run")
-    return lambda: our_run.gated_step(run), matrix_parameters(run.state.model)
+
+    def step() -> None:
+        our_run.gated_step(run)
+        run.flush_line()
+
+    return step, matrix_parameters(run.state.model)
 
 
 def open_peer(name: str, shape: Shape, compiled: bool) -> tuple[Callable[[], None], int]:
@@ -154,29 +159,27 @@ def product_rate(threads: int) -> Callable[[], float]:
 def measure(options: argparse.Namespace, missing: dict[str, str]) -> tuple[dict[str, Seat], dict[str, tuple[float, ...]], list[float]]:
     """Seats, rates by contestant, and the probed rates before, between and after."""
     shape, probes, probe = SHAPES[options.shape], [], product_rate(options.threads)
-    env = child.ALLOCATORS[options.allocator]
-    with tempfile.TemporaryDirectory(prefix="stackproof-bench-") as folder:
+    steps = options.steps or STEPS[options.shape]
 
-        def seat(variant: str) -> Seat:
+    def looked_at(seat: Seat) -> Callable[[], float]:
+        def once() -> float:
+            probes.append(probe())
+            return seat.once()
+
+        return once
+
+    with tempfile.TemporaryDirectory(prefix="stackproof-bench-") as cache:
+        env = child.ALLOCATORS[options.allocator] | {"STACKPROOF_CACHE": cache}
+        seats = {}
+        for variant in (v for v, reason in missing.items() if not reason):
             command = child.itself("--contestant", variant, "--shape", options.shape, "--threads", str(options.threads))
-            steps = options.steps or STEPS[options.shape]
-            return Seat(variant, command, env, shape, steps, kept=not shape.fresh)
-
-        seats = {v: seat(v) for v, reason in missing.items() if not reason}
-
-        def looked_at(seat: Seat) -> Callable[[], float]:
-            def once() -> float:
-                probes.append(probe())
-                return seat.once()
-
-            return once
-
+            seats[variant] = Seat(variant, command, env, shape, steps, kept=not shape.fresh)
         try:
             rates = alternate({v: looked_at(s) for v, s in seats.items()}, options.rounds, thrown_away=0 if shape.fresh else 1)
         finally:
-            for opened in seats.values():
-                opened.close()
-        probes.append(probe())
+            for seat in seats.values():
+                seat.close()
+    probes.append(probe())
     return seats, rates, probes
 
 
@@ -198,7 +201,8 @@ def figures(seats: dict[str, Seat], rates: dict[str, tuple[float, ...]], probes:
 
 def show_figures(seats: dict[str, Seat], found: dict[str, tuple[float, str]]) -> None:
     """Print what the table of rates does not hold."""
-    print(f"\n{'':24}{'GFLOP/step':>11}{'of probe':>10}{'built GB':>10}{'peak GB':>9}{'/ ours':>8}{'fresh MB/step':>15}{'first steps s':>15}")
+    print(f"\n{'':24}{'GFLOP/step':>11}{'of probe':>10}{'built GB':>10}{'peak GB':>9}", end="")
+    print(f"{'/ ours':>8}{'fresh MB/step':>15}{'first steps s':>15}")
     for variant, seat in seats.items():
         key = metric_key(variant)
         ratio = found.get(f"memory_ratio_{key}", (1.0, ""))[0]
@@ -228,7 +232,8 @@ def main() -> int:
     missing = {v: why_not(VARIANTS[v]) for v in dict.fromkeys((OURS, *options.only))}
     seats, rates, probes = measure(options, missing)
     rows = against(OURS, [Row(v, "tokens/s", rates.get(v, ()), reason) for v, reason in missing.items()])
-    show(f"training, shape {options.shape}, allocator {options.allocator}, {options.threads} threads, {options.rounds} rounds in turn", rows)
+    title = f"training, shape {options.shape}, allocator {options.allocator}"
+    show(f"{title}, {options.threads} threads, {options.rounds} rounds in turn", rows)
     found = figures(seats, rates, probes)
     show_figures(seats, found)
     machine = facts(PACKAGES)
