@@ -122,7 +122,9 @@ def measure(options: argparse.Namespace) -> dict[int, list[Row]]:
         for threads in options.threads:
             work = {n: partial(rate, p, options.new, threads) for n, p in processes.items()}
             rates = alternate(work, options.rounds)
-            found[threads] = against(OURS, [Row(c.name, "tokens/s", rates.get(c.name, ()), missing[c.name], goal=c.goal) for c in CONTESTANTS])
+            found[threads] = against(
+                OURS, [Row(c.name, "tokens/s", rates.get(c.name, ()), missing[c.name], goal=c.goal) for c in CONTESTANTS]
+            )
     finally:
         for process in processes.values():
             process.close()
