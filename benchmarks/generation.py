@@ -118,17 +118,16 @@ def measure(options: argparse.Namespace) -> dict[int, list[Row]]:
     try:
         for name in (n for n, reason in missing.items() if not reason):
             processes[name] = child.Child(child.itself("--contestant", name, *sizes))
-        found = {}
-        for threads in options.threads:
-            work = {n: partial(rate, p, options.new, threads) for n, p in processes.items()}
-            rates = alternate(work, options.rounds)
-            found[threads] = against(
-                OURS, [Row(c.name, "tokens/s", rates.get(c.name, ()), missing[c.name], goal=c.goal) for c in CONTESTANTS]
-            )
+        return {n: rows_of(processes, missing, n, options) for n in options.threads}
     finally:
         for process in processes.values():
             process.close()
-    return found
+
+
+def rows_of(processes: dict[str, child.Child], missing: dict[str, str], threads: int, options: argparse.Namespace) -> list[Row]:
+    """All contestants on one number of threads."""
+    rates = alternate({n: partial(rate, p, options.new, threads) for n, p in processes.items()}, options.rounds)
+    return against(OURS, [Row(c.name, "tokens/s", rates.get(c.name, ()), missing[c.name], goal=c.goal) for c in CONTESTANTS])
 
 
 def rate(process: child.Child, n_new: int, threads: int) -> float:
