@@ -19,9 +19,12 @@ class Cut:
         return len(self.tail.encode())
 
 
-def cut(text: Path, held_out: Path | None) -> Cut:
-    """The last tenth of the characters is held out, or all of another file. Raises SystemExit if a part is empty."""
-    whole = text.read_text("utf-8")
+def cut(text: Path | None, held_out: Path | None) -> Cut:
+    """The last tenth of the characters is held out, or all of another file. Without a text, the standard library's documentation.
+
+    Raises SystemExit if a part is empty.
+    """
+    whole = text.read_text("utf-8") if text else standard_library()
     if held_out is None:
         at = int(len(whole) * (1 - TAIL_FRAC))
         parts = Cut(whole[:at], whole[at:])
@@ -30,6 +33,14 @@ def cut(text: Path, held_out: Path | None) -> Cut:
     if not parts.head or not parts.tail:
         raise SystemExit(f"nothing to train on or nothing held out: {len(parts.head)} and {len(parts.tail)} characters of {text}")
     return parts
+
+
+def standard_library() -> str:
+    """The documentation of the running Python, in a fixed order."""
+    from stack.config import StdlibDocs
+    from stack.data.corpus import read_documents
+
+    return "\n\n".join(document.text for document in read_documents(StdlibDocs()))
 
 
 def use_threads(n: int) -> None:

@@ -114,6 +114,11 @@ def write_json(path: Path | None, document: dict) -> None:
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def plain(value):
+    """A setting as JSON can hold it."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
 def open_record(options: Namespace, name: str):
     """The record of a benchmark, opened before anything is measured; None if nobody asked for one."""
     if options.run_dir is None:
@@ -124,7 +129,8 @@ def open_record(options: Namespace, name: str):
 
     machine = facts(tuple(c for c in PEER_PACKAGES if not why_not(IMPORT_NAME.get(c, c))))
     versions = {f"peer_{k}": v for k, v in machine.pop("versions").items()}
-    settings = {k: [str(p) for p in v] if isinstance(v, list) else v for k, v in vars(options).items() if k not in ("json", "run_dir")}
+    given = {k: v for k, v in vars(options).items() if k not in ("json", "run_dir") and v is not None}
+    settings = {k: [plain(p) for p in v] if isinstance(v, list) else plain(v) for k, v in given.items()}
     return RecordBuilder(
         kind="benchmark",
         spec=load_spec(),

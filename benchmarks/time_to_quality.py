@@ -1,15 +1,16 @@
 """Seconds until ours is as good as nanoGPT's CPU recipe is at its end, in bits per byte on the same held-out bytes.
 
-    python benchmarks/time_to_quality.py --text FILE [--held-out FILE] [--recipe pocket] [--set KEY=VALUE ...] [--rounds 3]
+    python benchmarks/time_to_quality.py [--text FILE] [--held-out FILE] [--recipe pocket] [--set KEY=VALUE ...] [--rounds 3]
 
 nanoGPT's recipe for a small machine: 4 layers of 128, 4 heads, context 64, 12 rows, 2,000 updates, AdamW 1e-3 to 1e-4 by a cosine after
 100 updates, second beta 0.99, decay 0.1, clipping to 1.0, no dropout, characters as tokens; of texts with more than 256 different
 characters, bytes. It ends at some number of bits per byte. Ours is the real `stack train`, a recipe by name with `--set` values, gates
 on; its checkpoints are judged afterwards, in order, until one is at least that good.
 
-Both train on the same characters and are scored on the same held-out ones: the last tenth of the text, or another file. Every held-out byte
-is scored once, in windows of the model's own context that move by half of it, so that each byte but the first has at least half a
-context before it. Before the first byte nanoGPT's model sees the last character trained on, ours the end-of-text token.
+The text is a file, or else the documentation of the standard library. Both train on the same characters and are scored on the same
+held-out ones: the last tenth of the text, or another file. Every held-out byte is scored once, in windows of the model's own context that
+move by half of it, so that each byte but the first ones has at least half a context before it. Before the first byte nanoGPT's model sees
+the last character trained on, ours the end-of-text token.
 
 Two clocks for both. `training` is the updates alone: for nanoGPT drawing and updating, for ours everything between two updates but
 evaluating, sampling and saving, so with its gates and its log. `everything` adds what each does at its own cadence: for nanoGPT its
@@ -132,8 +133,8 @@ class Clock(Listener):
         self.opened_s, self.preflight_s, self.beside_s = 0.0, 0.0, 0.0
         self.now = time.perf_counter()
         self.begun: float | None = None
-        self.steps: dict[int, tuple[float, float]] = {}
-        self.saved: dict[int, Path] = {}
+        self.trained_s: dict[int, float] = {}
+        self.saved: list[dict[str, Any]] = []
 
     def lap(self) -> float:
         before, self.now = self.now, time.perf_counter()
@@ -149,7 +150,7 @@ class Clock(Listener):
             self.begun = now - line["tokens_seen"] / line["tokens_per_s"]
             self.preflight_s = self.begun - self.now
         self.now = now
-        self.steps[line["step"]] = (now - self.begun - self.beside_s, now - self.begun)
+        self.trained_s[line["step"]] = now - self.begun - self.beside_s
 
     def on_evaluation(self, step: int, result: Any, decision: Any) -> None:
         self.beside_s += self.lap()
@@ -159,7 +160,8 @@ class Clock(Listener):
 
     def on_saved(self, step: int, folder: Path) -> None:
         self.beside_s += self.lap()
-        self.saved[step] = folder
+        clocks = {"training_s": self.trained_s[step], "everything_s": self.now - self.begun}
+        self.saved.append({"step": step, "path": str(folder), **clocks})
 
 
 def train_ours(parts: held_out.Cut, seed: int, name: str, sets: list[str], folder: Path) -> dict[str, Any]:
@@ -177,8 +179,8 @@ def train_ours(parts: held_out.Cut, seed: int, name: str, sets: list[str], folde
     record = session.start(cfg, overrides, folder / "run", clock)
     if record.status != "completed":
         raise SystemExit(f"our run ended as {record.status}: {record.end_reason}")
-    at = [{"step": s, "path": str(p), "training_s": clock.steps[s][0], "everything_s": clock.steps[s][1]} for s, p in clock.saved.items()]
-    return {"prepare_s": clock.opened_s, "preflight_s": clock.preflight_s, "tokens_per_step": cfg.train.tokens_per_step, "checkpoints": at}
+    apart = {"prepare_s": clock.opened_s, "preflight_s": clock.preflight_s}
+    return apart | {"tokens_per_step": cfg.train.tokens_per_step, "checkpoints": clock.saved}
 
 
 def first_as_good(checkpoints: list[dict], target: float, tail: str) -> tuple[dict | None, list[tuple[int, float]]]:
@@ -206,10 +208,10 @@ def contest(options: argparse.Namespace) -> dict[str, Any]:
 def one_side(name: str, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """Run one side in a process of its own and return what it says."""
     folder.mkdir()
-    arguments = ["--contestant", name, "--seed", str(seed), "--scratch", str(folder), "--text", str(options.text)]
+    arguments = ["--contestant", name, "--seed", str(seed), "--scratch", str(folder)]
     arguments += ["--recipe", options.recipe, "--updates", str(options.updates), "--threads", str(options.threads)]
     arguments += [a for s in options.set for a in ("--set", s)]
-    arguments += ["--held-out", str(options.held_out)] if options.held_out else []
+    arguments += [a for flag, path in (("--text", options.text), ("--held-out", options.held_out)) if path for a in (flag, str(path))]
     process = child.Child(child.itself(*arguments), env={"STACKPROOF_CACHE": str(folder / "cache")})
     process.close()
     return process.ready
@@ -270,7 +272,7 @@ def figures(rounds: list[dict[str, Any]]) -> dict[str, tuple[float, str]]:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to train on")
+    parser.add_argument("--text", type=Path, help="UTF-8 text to train on; default: the documentation of the standard library")
     parser.add_argument("--held-out", type=Path, help="UTF-8 text to score; default: the last tenth of --text")
     parser.add_argument("--recipe", default="pocket")
     parser.add_argument(
@@ -291,11 +293,11 @@ def main() -> int:
     options = parsed()
     if options.contestant:
         return child.serve(lambda: (contest(options), lambda question: {}))
-    options.text = options.text.resolve()
-    record = open_record(options, f"time to quality on {options.text.name}")
+    name = options.text.name if options.text else "the standard library's documentation"
+    record = open_record(options, f"time to quality on {name}")
     rounds = measure(options)
     rows, found = rows_of(rounds), figures(rounds)
-    show(f"time to nanoGPT's quality on {options.text.name}, {options.rounds} rounds in turn", rows)
+    show(f"time to nanoGPT's quality on {name}, {options.rounds} rounds in turn", rows)
     print("\n" + "\n".join(f"{name:28}{value:12,.4f} {unit}" for name, (value, unit) in found.items()))
     machine = facts(PACKAGES)
     print(machine)
