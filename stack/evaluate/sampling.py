@@ -100,7 +100,7 @@ def generate(
     without cache alike. Every module's mode is put back.
     """
     tokens, start, cache = list(ids), 0, None
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         head_VD = head_for_rows(model, max_new_tokens)
         while len(tokens) - len(ids) < max_new_tokens:
             moved = window_start(len(tokens), start, model.cfg.max_seq_len)

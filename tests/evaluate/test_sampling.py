@@ -46,6 +46,13 @@ def test_the_cache_changes_no_token_also_beyond_the_context(model):
     assert draw(model) == draw(model, use_cache=False)
 
 
+def test_a_model_that_has_written_a_text_can_still_be_trained():
+    fresh = build_model(TINY, 40, seed=2)
+    draw(fresh, max_new_tokens=20)
+    fresh(torch.tensor([[3, 1, 4]])).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and not p.is_inference() for p in fresh.parameters())
+
+
 def test_temperature_zero_follows_the_argmax(model):
     tokens = [3, 1]
     model.eval()
