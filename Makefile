@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
-.PHONY: train test lint docs bench gpu prove integrity clean
+.PHONY: train test lint docs bench bench-fresh gpu prove integrity clean
 
 ## train: everything from nothing to a trained, gated, recorded model
 train: $(VENV)/.train
@@ -41,12 +41,44 @@ docs: $(VENV)/.dev
 prove: $(VENV)/.train
 	$(BIN)/stack gates prove
 
-## bench: rates next to those of installed peers, in the same run; peers that are not installed are left out
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/gate_overhead.py --device cpu
-	$(BIN)/python benchmarks/reader.py
-	$(BIN)/python benchmarks/tokenizer_speed.py
-	$(BIN)/python benchmarks/build.py
+## bench: rates next to those of installed peers, in the same run, about an hour; peers that are not installed are left out
+# Each part leaves a record in BENCH_DIR and is skipped while it is there; FRESH=1 begins anew. BENCH_PYTHON names an interpreter with
+# the peers, see docs/benchmarks-guide.md; BENCH_TEXT a text for time-to-quality.
+BENCH_DIR ?= runs/bench
+BENCH_PYTHON ?= $(BIN)/python
+BENCH_TEXT ?=
+BENCH_PARTS := startup checkpoint generation training-a training-b training-b-heap-kept time-to-quality gate-overhead reader tokenizer build
+BENCH := PYTHONPATH=$(CURDIR) $(BENCH_PYTHON)
+
+bench: $(if $(FRESH),bench-fresh) $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
+	$(foreach part,$(BENCH_PARTS),$(MAKE) --no-print-directory $(BENCH_DIR)/$(part)/metadata.json &&) true
+	$(BENCH) benchmarks/tables.py $(BENCH_DIR)
+
+bench-fresh:
+	rm -rf $(BENCH_PARTS:%=$(BENCH_DIR)/%)
+
+$(BENCH_DIR)/startup/metadata.json:
+	$(BENCH) benchmarks/startup.py --run-dir $(@D)
+$(BENCH_DIR)/checkpoint/metadata.json:
+	$(BENCH) benchmarks/checkpoint.py --run-dir $(@D)
+$(BENCH_DIR)/generation/metadata.json:
+	$(BENCH) benchmarks/generation.py --run-dir $(@D)
+$(BENCH_DIR)/training-a/metadata.json:
+	$(BENCH) benchmarks/training.py --shape a --run-dir $(@D)
+$(BENCH_DIR)/training-b/metadata.json:
+	$(BENCH) benchmarks/training.py --shape b --rounds 3 --run-dir $(@D)
+$(BENCH_DIR)/training-b-heap-kept/metadata.json:
+	$(BENCH) benchmarks/training.py --shape b --rounds 3 --allocator heap-kept --run-dir $(@D)
+$(BENCH_DIR)/time-to-quality/metadata.json:
+	$(BENCH) benchmarks/time_to_quality.py $(if $(BENCH_TEXT),--text $(BENCH_TEXT)) --set checkpoint.every=20 --run-dir $(@D)
+$(BENCH_DIR)/gate-overhead/metadata.json:
+	$(BENCH) benchmarks/gate_overhead.py --device cpu --run-dir $(@D)
+$(BENCH_DIR)/reader/metadata.json:
+	$(BENCH) benchmarks/reader.py --run-dir $(@D)
+$(BENCH_DIR)/tokenizer/metadata.json:
+	$(BENCH) benchmarks/tokenizer_speed.py --run-dir $(@D)
+$(BENCH_DIR)/build/metadata.json:
+	$(BENCH) benchmarks/build.py --run-dir $(@D)
 
 ## gpu: GPU tests, then benchmarks; each part writes its record and is skipped when it is done
 gpu:

@@ -12,17 +12,14 @@ import time
 from pathlib import Path
 
 import torch
+from our_run import announce, bare_step, gated_step, open_run
 
-from contracts.events import Started
 from spec.gates import load_spec
 from stack.config import load_config
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder
 from stack.recipes import recipe
-from stack.train import loop, session
-from stack.train import step as steps
-from stack.train.listener import Listener
-from stack.train.rundir import RunDir
+from stack.train import session
 
 CLAIM = "Median step time with all runtime gates over that without any, alternating in one process."
 NOT_COVERED = ("preflight and artifact gates", "other model sizes; the cost per step does not depend on the size, the step does")
@@ -33,10 +30,7 @@ def timed_steps(run: session.Run, n: int, *, gated: bool) -> list[float]:
     taken = []
     for _ in range(n):
         started = time.perf_counter()
-        batches = loop.draw(run) if gated else [run.state.reader.draw() for _ in range(run.cfg.accumulation())]
-        report = steps.train_step(run.state, batches)
-        if gated:
-            run.after_step(report, batches, max(time.perf_counter() - started, 1e-9))
+        gated_step(run) if gated else bare_step(run)
         taken.append(time.perf_counter() - started)
     return taken
 
@@ -58,13 +52,11 @@ def main() -> int:
     directory = options.run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        scratch = RunDir(Path(folder) / "run")
-        scratch.create()
-        run = session._open(cfg, overrides, scratch, Listener())
+        run = open_run(cfg, overrides, Path(folder) / "run")
         medians: dict[bool, list[float]] = {True: [], False: []}
         for round_number in range(options.rounds + 1):
             for gated in (False, True):
-                run.keeper.observe(Started(step=run.state.step, plan=run.plan()))
+                announce(run)
                 taken = timed_steps(run, options.steps, gated=gated)
                 if round_number:
                     medians[gated].append(statistics.median(taken))

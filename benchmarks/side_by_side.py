@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PEER_PACKAGES = ("tokenizers", "tiktoken", "litdata", "mosaicml-streaming")
+PEER_PACKAGES = ("tokenizers", "tiktoken", "litdata", "mosaicml-streaming", "transformers", "litgpt", "safetensors")
 IMPORT_NAME = {"mosaicml-streaming": "streaming"}
 
 
@@ -72,13 +72,13 @@ def facts(packages: tuple[str, ...]) -> dict:
     }
 
 
-def alternate(work: dict[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Rates of every contestant over `rounds` rounds A B C A B C …, after one that is thrown away."""
+def alternate(work: dict[str, Callable[[], float]], rounds: int, *, thrown_away: int = 1) -> dict[str, tuple[float, ...]]:
+    """Rates of every contestant over `rounds` rounds A B C A B C …, after some that are thrown away."""
     rates: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(rounds + 1):
+    for number in range(thrown_away + rounds):
         for name, once in work.items():
             rate = once()
-            if number:
+            if number >= thrown_away:
                 rates[name].append(rate)
     return {name: tuple(r) for name, r in rates.items()}
 
@@ -114,6 +114,11 @@ def write_json(path: Path | None, document: dict) -> None:
         path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def plain(value):
+    """A setting as JSON can hold it."""
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
 def open_record(options: Namespace, name: str):
     """The record of a benchmark, opened before anything is measured; None if nobody asked for one."""
     if options.run_dir is None:
@@ -124,7 +129,8 @@ def open_record(options: Namespace, name: str):
 
     machine = facts(tuple(c for c in PEER_PACKAGES if not why_not(IMPORT_NAME.get(c, c))))
     versions = {f"peer_{k}": v for k, v in machine.pop("versions").items()}
-    settings = {k: [str(p) for p in v] if isinstance(v, list) else v for k, v in vars(options).items() if k not in ("json", "run_dir")}
+    given = {k: v for k, v in vars(options).items() if k not in ("json", "run_dir") and v is not None}
+    settings = {k: [plain(p) for p in v] if isinstance(v, list) else plain(v) for k, v in given.items()}
     return RecordBuilder(
         kind="benchmark",
         spec=load_spec(),
@@ -136,12 +142,17 @@ def open_record(options: Namespace, name: str):
     )
 
 
+def metric_key(name: str) -> str:
+    """A contestant's name as part of a metric's."""
+    return "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_")
+
+
 def close_record(builder, run_dir: Path | None, rows: list[Row], extra: dict[str, tuple[float, str]]) -> None:
     """Write the record: the ratio to every peer with its spread, and further figures as (value, unit)."""
     if builder is None:
         return
     for row in rows:
-        key = "".join(c if c.isalnum() else "_" for c in row.name.lower()).strip("_")
+        key = metric_key(row.name)
         if row.rates:
             builder.metric(f"rate_{key}", spread(row.rates)[0], row.unit, n=len(row.rates), better="higher")
         if row.ratio:
@@ -153,6 +164,7 @@ def close_record(builder, run_dir: Path | None, rows: list[Row], extra: dict[str
         builder.metric(key, value, unit)
     run_dir.mkdir(parents=True, exist_ok=True)
     missed = [r.name for r in rows if r.met is False]
-    reason = f"below the wanted ratio: {', '.join(missed)}" if missed else "every wanted ratio reached"
+    reached = "every wanted ratio reached" if any(r.met for r in rows) else "measured; no ratio was wanted"
+    reason = f"below the wanted ratio: {', '.join(missed)}" if missed else reached
     builder.finish(run_dir, status="completed", end_reason=reason, exit_code=0)
     print(f"record {run_dir / 'metadata.json'}")

@@ -10,6 +10,7 @@ from stack.evaluate.bits_per_byte import evaluating
 from stack.model.cache import KVCache
 
 MASKED = float("-inf")
+COPY_PAYS_FROM_TOKENS = 64
 
 
 def penalise_repetition(logits_V: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
@@ -17,9 +18,9 @@ def penalise_repetition(logits_V: Tensor, seen: Iterable[int], penalty: float) -
 
     Source: CTRL, arXiv:1909.05858, sec. 4.1.
     """
-    ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits_V.device)
-    if penalty == 1.0 or not len(ids):
+    if penalty == 1.0:
         return logits_V
+    ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits_V.device)
     chosen = logits_V[ids]
     return logits_V.index_copy(0, ids, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
@@ -28,8 +29,10 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
     """Mask all but the k largest logits with −inf; of equal logits the lower id stays. 0, or k ≥ V, keeps all."""
     if k == 0 or k >= logits_V.shape[-1]:
         return logits_V
-    order = logits_V.argsort(descending=True, stable=True)
-    return logits_V.index_fill(0, order[k:], MASKED)
+    least = logits_V.topk(k).values[-1]
+    tied = (logits_V == least).nonzero().flatten()
+    n_above = int((logits_V > least).sum())
+    return logits_V.masked_fill(logits_V < least, MASKED).index_fill(0, tied[k - n_above :], MASKED)
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
@@ -39,10 +42,11 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
     """
     if p >= 1.0:
         return logits_V
-    order = logits_V.argsort(descending=True, stable=True)
-    probs_V = logits_V.double().softmax(-1)[order]
-    before_V = probs_V.cumsum(-1) - probs_V
-    return logits_V.index_fill(0, order[before_V >= p], MASKED)
+    support = (logits_V > MASKED).nonzero().flatten()
+    order = support[logits_V[support].argsort(descending=True, stable=True)]
+    probs_S = logits_V[order].double().softmax(-1)
+    before_S = probs_S.cumsum(-1) - probs_S
+    return logits_V.index_fill(0, order[before_S >= p], MASKED)
 
 
 def filtered_probs(logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -96,28 +100,45 @@ def generate(
     without cache alike. Every module's mode is put back.
     """
     tokens, start, cache = list(ids), 0, None
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
+        head_VD = head_for_rows(model, max_new_tokens)
         while len(tokens) - len(ids) < max_new_tokens:
             moved = window_start(len(tokens), start, model.cfg.max_seq_len)
             cache = cache if moved == start else None
             start = moved
-            logits_V, cache = next_logits(model, tokens[start:], cache, use_cache)
+            logits_V, cache = next_logits(model, tokens[start:], cache, use_cache, head_VD)
             logits_V = penalise_repetition(logits_V, tokens[start:], repetition_penalty)
-            probs_V = filtered_probs(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
-            token = int(probs_V.argmax()) if temperature == 0 else int(pick(probs_V, _uniform(generator)))
+            if temperature == 0:
+                token = int(logits_V.argmax())
+            else:
+                probs_V = filtered_probs(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
+                token = int(pick(probs_V, _uniform(generator)))
             if token == eos_id:
                 break
             tokens.append(token)
     return tokens[len(ids) :]
 
 
-def next_logits(model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool) -> tuple[Tensor, KVCache | None]:
-    """Logits (V,) after `context`, and the cache that now holds it. Only positions the cache lacks are computed."""
+def head_for_rows(model: nn.Module, n_tokens: int) -> Tensor:
+    """The head's matrix (V, D), copied on a CPU so that the weights of one feature lie side by side, if enough tokens pay for the copy.
+
+    A product with a single row then reads them as a stream; row by row the library's product waits for memory.
+    """
+    head_VD = model.head_weight
+    if head_VD.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
+        return head_VD
+    return head_VD.t().contiguous().t()
+
+
+def next_logits(
+    model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool, head_VD: Tensor
+) -> tuple[Tensor, KVCache | None]:
+    """Logits (V,) after `context`, and the cache that now holds it. Only positions the cache lacks are read, and the last gets logits."""
     if use_cache and cache is None:
         cache = KVCache(model.cfg, device=model.embed.weight.device, dtype=model.embed.weight.dtype)
     unread = context[cache.length :] if use_cache else context
-    input_ids = torch.tensor([unread], device=model.embed.weight.device)
-    return model(input_ids, cache)[0, -1].cpu(), cache
+    x_BTD, _ = model.features(torch.tensor([unread], device=model.embed.weight.device), cache)
+    return model.logits(x_BTD[:, -1:], head_VD)[0, -1].cpu(), cache
 
 
 def _uniform(generator: torch.Generator) -> Tensor:

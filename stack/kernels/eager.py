@@ -1,6 +1,7 @@
 """Element-wise operations in plain torch, with derivatives written out so that few passes over memory and few saved tensors are left.
 
-A compiler that traces them gets the bare formula instead: it fuses passes itself.
+A compiler that traces them gets the bare formula instead: it fuses passes itself. Where no gradient is wanted, the forward is called
+without a node for the backward, which costs as much as its arithmetic on one token.
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
 
@@ -26,15 +27,23 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor |
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     if torch.compiler.is_compiling():
         return F.rms_norm(x_BTD.to(wide), weight_D.shape, weight_D.to(wide), eps).to(x_BTD.dtype)
+    if not torch.is_grad_enabled():
+        return _normalised(x_BTD.to(wide), weight_D.to(wide), eps)[0].to(x_BTD.dtype)
     return _RMSNorm.apply(x_BTD.to(wide), weight_D.to(wide), eps).to(x_BTD.dtype)
+
+
+def _normalised(x_BTD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and the root of the mean square, (B, T, 1)."""
+    rms_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_().div_(x_BTD.shape[-1]).add_(eps).sqrt_()
+    return (x_BTD / rms_BT1).mul_(weight_D), rms_BT1
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        rms_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_().div_(x_BTD.shape[-1]).add_(eps).sqrt_()
+        y_BTD, rms_BT1 = _normalised(x_BTD, weight_D, eps)
         ctx.save_for_backward(x_BTD, weight_D, rms_BT1)
-        return (x_BTD / rms_BT1).mul_(weight_D)
+        return y_BTD
 
     @staticmethod
     @once_differentiable
@@ -54,6 +63,8 @@ def rope(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         a, b = x_BNTH.to(wide).chunk(2, -1)
         return torch.cat((a * cos_TJ - b * sin_TJ, b * cos_TJ + a * sin_TJ), -1).to(x_BNTH.dtype)
+    if not torch.is_grad_enabled():
+        return _turn(x_BNTH.to(wide), cos_TJ.to(wide), sin_TJ.to(wide), 1).to(x_BNTH.dtype)
     return _Rope.apply(x_BNTH.to(wide), cos_TJ.to(wide), sin_TJ.to(wide)).to(x_BNTH.dtype)
 
 
@@ -82,6 +93,8 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """silu(gate)·up; only its two inputs are kept for the backward."""
     if torch.compiler.is_compiling():
         return F.silu(gate_BTF) * up_BTF
+    if not torch.is_grad_enabled():
+        return F.silu(gate_BTF).mul_(up_BTF)
     return _SwiGLU.apply(gate_BTF, up_BTF)
 
 

@@ -1,0 +1,124 @@
+"""Peers' models in a shape, and their updates as their own users write them. Weights are random, float32, tied heads."""
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+
+import nanogpt
+import torch
+from shapes import SEED, Shape
+from torch import Tensor, nn
+
+MAX_GRAD_NORM = 1.0
+LR = 1e-4
+BATCHES_HELD = 8
+
+
+def huggingface_model(shape: Shape, max_seq_len: int | None = None) -> nn.Module:
+    """Llama of the transformers library, as it comes from its configuration."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_ff,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_kv_heads,
+            max_position_embeddings=max_seq_len or shape.seq_len,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def litgpt_model(shape: Shape) -> nn.Module:
+    """litgpt's GPT set up as a Llama."""
+    from litgpt import GPT, Config
+
+    torch.manual_seed(SEED)
+    model = GPT(
+        Config(
+            name="benchmark",
+            block_size=shape.seq_len,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_query_groups=shape.n_kv_heads,
+            n_embd=shape.d_model,
+            intermediate_size=shape.d_ff,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    model.apply(_small)
+    model.transformer.wte.weight = model.lm_head.weight
+    return model
+
+
+def _small(module: nn.Module) -> None:
+    """litgpt leaves initialisation to its scripts; of their law only the size matters here."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def nanogpt_model(shape: Shape) -> nanogpt.NanoGPT:
+    """The plain model of this folder; it has no grouped heads and a feed-forward of four times the width."""
+    torch.manual_seed(SEED)
+    return nanogpt.NanoGPT(shape.n_layers, shape.d_model, shape.n_heads, shape.seq_len, shape.vocab_size)
+
+
+def huggingface_loss(model: nn.Module, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Labels given; the library shifts them itself, so the last position of a row is not scored."""
+    forward = torch.compile(model) if compiled else model
+    return lambda ids_BT, labels_BT: forward(input_ids=ids_BT, labels=ids_BT).loss
+
+
+def litgpt_loss(model: nn.Module, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """As its pretraining script: the model compiled, its cross-entropy over chunks of the logits beside it."""
+    from litgpt.utils import chunked_cross_entropy
+
+    forward = torch.compile(model) if compiled else model
+    return lambda ids_BT, labels_BT: chunked_cross_entropy(forward(ids_BT), labels_BT)
+
+
+def nanogpt_loss(model: nanogpt.NanoGPT, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss is part of what is compiled, as there."""
+
+    def both(ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        return nanogpt.loss(model(ids_BT), labels_BT)
+
+    return torch.compile(both) if compiled else both
+
+
+def random_batches(shape: Shape) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random ids and the ids after them, the same few batches over and over, held in memory."""
+    generator = torch.Generator().manual_seed(SEED)
+    rows = [torch.randint(shape.vocab_size, (shape.rows, shape.seq_len + 1), generator=generator) for _ in range(BATCHES_HELD)]
+    return cycle((row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows)
+
+
+def update(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Callable[[], None]:
+    """One optimizer step: clear, forward, backward, clip, fused AdamW."""
+    optimizer, batches = nanogpt.make_optimizer(model, lr=LR), random_batches(shape)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(*next(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+
+    return step
+
+
+def matrix_parameters(model: nn.Module) -> int:
+    """Entries of all matrices that are multiplied by; a tied embedding counts once, as the head."""
+    if isinstance(model, nanogpt.NanoGPT):
+        return model.matrix_parameters()
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2)
