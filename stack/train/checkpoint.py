@@ -19,6 +19,7 @@ from spec.errors import CheckpointError, IntegrityError
 from stack import tensorfile
 from stack.config import ModelConfig, validate
 from stack.evidence.record import write_atomically
+from stack.model.foreign import plain_name
 from stack.train import optimizer as opt
 from stack.train import stepfolder
 from stack.train.randomness import default_rng_state, set_default_rng_state
@@ -30,7 +31,6 @@ STATE_KEYS = frozenset(
     "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
     "config config_sha256 tokenizer_sha256 vocab_size record".split()
 )
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,6 @@ class Loaded:
     model: dict[str, Tensor]
     tensors: dict[str, Tensor]
     state: dict
-
-
-def plain_name(name: str) -> str:
-    """A parameter name without the prefixes that compiling or wrapping puts in front."""
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

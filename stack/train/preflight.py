@@ -286,7 +286,7 @@ def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.devi
 
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes as they are in memory."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def live_sha256(model: nn.Module) -> dict[str, str]:
