@@ -8,8 +8,9 @@ values, context 512, vocabulary 32,000, 8 rows. nanoGPT's model has as many key/
 three of 3·d; its own count of operations is used. Every contestant has a process of its own; processes take turns, and a ratio is taken
 within each round. On shape b a process lives for one round, as together they would not fit into memory.
 
-Memory is the most that was ever resident in the process. The allocator is C's, as shipped or told to keep its heap; it decides how often
-pages come fresh from the system, and that is measured too. Peers that cannot be imported are left out, and their rows say so.
+Memory is the most that was ever resident in the process. The allocator is C's, as shipped or told from outside to keep its heap; it decides
+how often pages come fresh from the system, and that is measured too. A run of ours tells it so itself, so that with `shipped` only the
+peers' heaps are returned. Peers that cannot be imported are left out, and their rows say so.
 """
 
 import argparse

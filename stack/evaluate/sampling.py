@@ -1,5 +1,6 @@
 """Drawing text from a model. Filters are pure functions on logits; chance comes in as uniform numbers. V vocab, R draws."""
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -101,12 +102,12 @@ def generate(
     """
     tokens, start, cache = list(ids), 0, None
     with evaluating(model), torch.inference_mode():
-        head_VD = head_for_rows(model, max_new_tokens)
+        reader = laid_out_for_rows(model, max_new_tokens)
         while len(tokens) - len(ids) < max_new_tokens:
             moved = window_start(len(tokens), start, model.cfg.max_seq_len)
             cache = cache if moved == start else None
             start = moved
-            logits_V, cache = next_logits(model, tokens[start:], cache, use_cache, head_VD)
+            logits_V, cache = next_logits(reader, tokens[start:], cache, use_cache)
             logits_V = penalise_repetition(logits_V, tokens[start:], repetition_penalty)
             if temperature == 0:
                 token = int(logits_V.argmax())
@@ -119,26 +120,24 @@ def generate(
     return tokens[len(ids) :]
 
 
-def head_for_rows(model: nn.Module, n_tokens: int) -> Tensor:
-    """The head's matrix (V, D), copied on a CPU so that the weights of one feature lie side by side, if enough tokens pay for the copy.
+def laid_out_for_rows(model: nn.Module, n_tokens: int) -> nn.Module:
+    """The model; on a CPU, if enough tokens pay for it, a copy whose matrices hold the weights of one input feature side by side.
 
-    A product with a single row then reads them as a stream; row by row the library's product waits for memory.
+    A product with a single row then reads its matrix as a stream; output by output, as they are stored, it waits for memory.
     """
-    head_VD = model.head_weight
-    if head_VD.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
-        return head_VD
-    return head_VD.t().contiguous().t()
+    if model.embed.weight.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
+        return model
+    matrices = (p for p in model.parameters() if p.ndim == 2)
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.t().contiguous().t(), requires_grad=False) for p in matrices})
 
 
-def next_logits(
-    model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool, head_VD: Tensor
-) -> tuple[Tensor, KVCache | None]:
+def next_logits(model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool) -> tuple[Tensor, KVCache | None]:
     """Logits (V,) after `context`, and the cache that now holds it. Only positions the cache lacks are read, and the last gets logits."""
     if use_cache and cache is None:
         cache = KVCache(model.cfg, device=model.embed.weight.device, dtype=model.embed.weight.dtype)
     unread = context[cache.length :] if use_cache else context
     x_BTD, _ = model.features(torch.tensor([unread], device=model.embed.weight.device), cache)
-    return model.logits(x_BTD[:, -1:], head_VD)[0, -1].cpu(), cache
+    return model.logits(x_BTD[:, -1:])[0, -1].cpu(), cache
 
 
 def _uniform(generator: torch.Generator) -> Tensor:

@@ -109,9 +109,9 @@ class Transformer(nn.Module):
         mask = dispatch.document_mask(first_BT) if dispatch.takes_masks(device) else None
         return Reading(position_BT, start_BT, mask, window, self.positions.at(position_BT), stop - start)
 
-    def logits(self, x_BTD: Tensor, head_VD: Tensor | None = None) -> Tensor:
-        """Output head on the normalised stream, (B, T, V), float32 or wider. `head_VD` is its matrix in a layout of the caller's."""
-        logits_BTV = F.linear(x_BTD, self.head_weight if head_VD is None else head_VD)
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Output head on the normalised stream, (B, T, V), float32 or wider."""
+        logits_BTV = F.linear(x_BTD, self.embed.weight) if self.cfg.tied_head else self.head(x_BTD)
         return logits_BTV if logits_BTV.dtype.itemsize >= 4 else logits_BTV.float()
 
 
