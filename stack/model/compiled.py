@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from spec.errors import EnvironmentUnfit
 from stack.model.reading import Report
@@ -29,6 +28,8 @@ def compile_features(model: nn.Module) -> Callable[..., tuple[Tensor, Report]]:
 @contextmanager
 def building() -> Iterator[None]:
     """Turn what torch raises when it cannot build a graph into EnvironmentUnfit with its reason."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import, and only runs that compile need it
+
     try:
         yield
     except TorchDynamoException as e:
