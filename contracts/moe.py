@@ -277,7 +277,7 @@ def _closed_loop(limits: SimpleNamespace, model: nn.Module, route: Callable, upd
 
 @decides("moe.router-collapse")
 class RouterCollapse:
-    """No expert takes nearly all tokens, or none, for many steps in a row after the warm-up.
+    """In no layer one expert takes nearly all tokens, and no expert none, for many steps in a row after the warm-up.
 
     `Started.plan` holds warmup_steps, expert_layers, n_experts and top_k; 0 layers for a model without experts, of which nothing is
     judged. While the learning rate still rises routers hardly move, and what an untrained one prefers is not collapse.
@@ -306,7 +306,8 @@ class RouterCollapse:
         ceiling = even + self.limits.excess_frac_max * (1 - even)
         if event.step > self.plan["warmup_steps"]:
             floor = self.limits.share_over_even_min * even
-            self.crowded = {at: self.crowded.get(at, 0) + 1 for at, frac in visited.items() if not frac <= ceiling}
+            crowds = [str(i) for i, shares in enumerate(event.expert_shares) if not max(shares) * top_k <= ceiling]
+            self.crowded = {layer: self.crowded.get(layer, 0) + 1 for layer in crowds}
             self.idle = {at: self.idle.get(at, 0) + 1 for at, frac in visited.items() if not frac >= floor}
         return self._judge(event.step, visited)
 
@@ -314,9 +315,12 @@ class RouterCollapse:
         runs = {(state, at): n for state, counts in (("crowded", self.crowded), ("idle", self.idle)) for at, n in counts.items()}
         (state, at), steps = max(runs.items(), key=lambda item: item[1], default=(("even", "none"), 0))
         layer, _, expert = at.partition(".")
+        if state == "crowded":  # whichever expert it is: a router that sends all tokens now here, now there has collapsed as well
+            expert = max((a for a in visited if a.startswith(f"{layer}.")), key=visited.__getitem__).partition(".")[2]
+        taken = visited.get(f"{layer}.{expert}", 0.0)
         return decide(
             steps <= self.limits.steps_max,
-            f"step {step}: expert {expert} of layer {layer} is {state} for {steps} steps ({visited.get(at, 0.0):.1%} of tokens visit it)",
+            f"step {step}: expert {expert} of layer {layer} is {state} for {steps} steps ({taken:.1%} of tokens visit it)",
             steps=steps,
             busiest_frac=max(visited.values()),
             idlest_frac=min(visited.values()),

@@ -59,11 +59,11 @@ def bytes_scored_twice():
     sources=("https://github.com/karpathy/nanoGPT/issues/240", "https://github.com/ipolharvard/ethos-ares/issues/20"),
 )
 def dropout_active():
-    def constant(self, x_BTD, rotary, cache=None, mask=None):
-        x_BTD = x_BTD + F.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask), 0.1)
-        return x_BTD + F.dropout(self.ffn(self.ffn_norm(x_BTD)), 0.1)
+    def constant(self, x_BTD, reading):
+        x_BTD = x_BTD + F.dropout(self.attention(self.attention_norm(x_BTD), reading), 0.1)
+        return x_BTD + F.dropout(self.ffn(self.ffn_norm(x_BTD), reading), 0.1)
 
-    with swap(transformer.Block, "forward", constant):
+    with swap(transformer.Block, "residual", constant):
         yield
 
 

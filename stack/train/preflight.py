@@ -22,6 +22,7 @@ from stack.evaluate.ingredients import model_ingredients
 from stack.evaluate.stopping import batches_needed
 from stack.model import moe
 from stack.model.build import build_model
+from stack.model.foreign import plain_name
 from stack.model.reading import Report
 from stack.train import checkpoint, losses
 from stack.train import optimizer as opt
@@ -290,8 +291,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def live_sha256(model: nn.Module) -> dict[str, str]:
-    """Hash of every parameter and lasting buffer as it is in memory, by plain name."""
-    return {name: tensor_sha256(tensor) for name, tensor in checkpoint.model_tensors(model).items()}
+    """Hash of every parameter and lasting buffer as it is in memory, by plain name; taken without what checkpoints are made with."""
+    return {plain_name(name): tensor_sha256(tensor) for name, tensor in model.state_dict().items()}
 
 
 def digest(state: TrainState) -> dict[str, Any]:
