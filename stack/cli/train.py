@@ -148,11 +148,9 @@ def _dry_run(
 
 
 def _derived(cfg) -> dict[str, float]:
-    """Counts, memory and time of a run. The time assumes the share of the matrix-product rate that the default recipe reaches."""
+    """Counts, memory and, where torch is there to probe the machine, time: at the share of the probed rate that the default recipe reaches."""
     from spec.formulas import flops_per_token, parameter_count
     from stack.train.memory import predict_bytes
-    from stack.train.preflight import probe_peak_flops
-    from stack.train.session import resolve_device
 
     derived = {"tokens": cfg.train.max_steps * cfg.train.tokens_per_step, "accumulation": cfg.accumulation()}
     vocab_size = _vocab_size(cfg)
@@ -163,6 +161,11 @@ def _derived(cfg) -> dict[str, float]:
     derived |= {"vocab_size": vocab_size, "n_params": n_params, "tokens_per_parameter": round(derived["tokens"] / n_params, 2)}
     derived |= {"flops_per_token": per_token, "flops": per_token * derived["tokens"], "checkpoint_bytes": 12 * n_params}
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
+    try:
+        from stack.train.preflight import probe_peak_flops
+        from stack.train.session import resolve_device
+    except ModuleNotFoundError:
+        return derived
     rate = probe_peak_flops(resolve_device(cfg.device))
     return derived | {"probed_flops_per_s": round(rate), "eta_s": round(derived["flops"] / (REACHED_SHARE * rate))}
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spec.errors import UsageError
+from stack.kernels import HEAD_CHUNK_BYTES
 
-CHUNK_BYTES = 128 * 2**20  # of float32 logits at a time; larger chunks gain nothing, smaller ones starve the matrix products
 _workspace: dict[tuple, Tensor] = {}
 
 
@@ -103,7 +103,7 @@ def _run(
 
 def chunks(n_rows: int, vocab_size: int) -> list[slice]:
     """Consecutive rows whose logits fit into the buffer, as even as can be."""
-    n_chunks = max(1, -(-n_rows // max(1, CHUNK_BYTES // (4 * vocab_size))))
+    n_chunks = max(1, -(-n_rows // max(1, HEAD_CHUNK_BYTES // (4 * vocab_size))))
     size = max(1, -(-n_rows // n_chunks))
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 

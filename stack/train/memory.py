@@ -1,13 +1,15 @@
 """How much memory a run will need, from its configuration. F d_ff, D d_model, N and K heads, H head_dim."""
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from spec.errors import EnvironmentUnfit
 from spec.formulas import parameter_count
 from stack.config import ModelConfig, RunConfig
-from stack.kernels.cross_entropy import CHUNK_BYTES
+from stack.kernels import HEAD_CHUNK_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 FLOAT = 4
 HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that nothing fits into, and packing buffers of matrix products
@@ -21,7 +23,7 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
     n_tokens = cfg.train.micro_batch_size * m.max_seq_len
     activations = FLOAT * n_tokens * (m.n_layers * saved_per_token(m) + 3 * m.d_model)
-    logits = min(FLOAT * n_tokens * vocab_size, CHUNK_BYTES)
+    logits = min(FLOAT * n_tokens * vocab_size, HEAD_CHUNK_BYTES)
     head = logits + 2 * FLOAT * vocab_size * m.d_model
     state = FLOAT * n_params
     passing = FLOAT * n_tokens * (3 * m.d_ff + 4 * m.d_model)
@@ -46,9 +48,11 @@ def saved_per_token(m: ModelConfig) -> int:
     return attention + ffn + 4 * m.d_model + dropped + gated
 
 
-def available_bytes(device: torch.device) -> int | None:
+def available_bytes(device: "torch.device") -> int | None:
     """Memory that is free now, bytes; None where the system does not say."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -57,7 +61,7 @@ def available_bytes(device: torch.device) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
-def refuse_too_large(cfg: RunConfig, vocab_size: int, device: torch.device) -> None:
+def refuse_too_large(cfg: RunConfig, vocab_size: int, device: "torch.device") -> None:
     """Raise EnvironmentUnfit for a run that cannot fit, before anything is built."""
     needed, there = predict_bytes(cfg, vocab_size)["peak"], available_bytes(device)
     if there is not None and needed > there:

@@ -23,13 +23,24 @@ def renormalised(weights_Rk: Tensor) -> Tensor:
     return weights_Rk / weights_Rk.sum(-1, keepdim=True) if weights_Rk.shape[1] > 1 else weights_Rk
 
 
-def balance(probs_RE: Tensor, experts_Rk: Tensor) -> Tensor:
+def balance(probs_RE: Tensor, experts_Rk: Tensor, row_R: Tensor | None = None) -> Tensor:
+    if row_R is not None:
+        inside = [row_R == row for row in row_R.unique()]
+        return sum(balance(probs_RE[r], experts_Rk[r]) * r.sum() for r in inside) / len(row_R)
     share_E = F.one_hot(experts_Rk, probs_RE.shape[1]).to(probs_RE.dtype).mean((0, 1))
     return probs_RE.shape[1] * share_E @ probs_RE.mean(0)
 
 
-def dispatch(x_RD: Tensor, experts_Rk: Tensor, weights_Rk: Tensor, experts, capacity: int | None) -> tuple[Tensor, Tensor, int]:
-    """(sum of weighted experts (R, D), tokens each took (E,), choices dropped)."""
+def dispatch(
+    x_RD: Tensor, experts_Rk: Tensor, weights_Rk: Tensor, experts, capacity: int | None, row_R: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """(sum of weighted experts (R, D), tokens each took (E,), choices dropped); with `row_R` the capacity is each row's."""
+    if row_R is not None:
+        y_RD, loads, dropped = torch.zeros_like(x_RD), [], 0
+        for r in (row_R == row for row in row_R.unique()):
+            y_RD[r], load_E, left_out = dispatch(x_RD[r], experts_Rk[r], weights_Rk[r], experts, capacity)
+            loads, dropped = [*loads, load_E], dropped + left_out
+        return y_RD, sum(loads), dropped
     y_RD, loads = torch.zeros_like(x_RD), []
     for e, expert in enumerate(experts):
         token, choice = (experts_Rk == e).nonzero(as_tuple=True)
@@ -55,15 +66,14 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(self.declared["n_experts"]) if biased else None)
         self.found = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reading=None) -> Tensor:
         x_RD, declared = x.flatten(0, -2), self.declared
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), declared["top_k"], self.selection_bias)
         capacity = None
         if self.training and declared["capacity_factor"]:
             capacity = math.ceil(declared["capacity_factor"] * x.shape[1] * declared["top_k"] / declared["n_experts"])
-        rows = [r.split(x.shape[1]) for r in (x_RD, experts_Rk, weights_Rk)]
-        found = [dispatch(*row, self.experts, capacity) for row in zip(*rows)]
-        y_RD, self.load_E, self.dropped = torch.cat([y for y, _, _ in found]), sum(n for _, n, _ in found), sum(d for _, _, d in found)
+        row_R = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
+        y_RD, self.load_E, self.dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity, row_R)
         self.found = probs_RE, experts_Rk
         return y_RD.view(x.shape)
 

@@ -104,7 +104,7 @@ class Widest(TorchDispatchMode):
 
 
 def test_the_logits_are_never_held_as_a_whole(small_chunks, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 16 * 256 * 4)
+    monkeypatch.setattr(cross_entropy, "HEAD_CHUNK_BYTES", 16 * 256 * 4)
     x, weight, labels = inputs(F32, 64, 8, 256, DEVICE)
     seen = {}
     for loss in (linear_cross_entropy.linear_cross_entropy, cross_entropy.linear_cross_entropy):
