@@ -37,7 +37,7 @@ from side_by_side import Row, against, as_json, close_record, facts, open_record
 from stack.train.listener import Listener
 
 OURS, NANOGPT = "ours", "nanogpt"
-GOAL = 1.0
+GOAL = 2.0
 PACKAGES = ("torch", "numpy")
 # nanoGPT's README ("I only have a macbook", CPU) over config/train_shakespeare_char.py.
 LAYERS, D_MODEL, HEADS, CONTEXT, ROWS, UPDATES = 4, 128, 4, 64, 12, 2000

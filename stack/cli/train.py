@@ -148,7 +148,7 @@ def _dry_run(
 
 
 def _derived(cfg) -> dict[str, float]:
-    """Counts, memory and, where torch is there to probe the machine, time: at the share of the probed rate that the default recipe reaches."""
+    """Counts, memory and, if torch is there to probe the machine, time, at the share of the probed rate that the default recipe reaches."""
     from spec.formulas import flops_per_token, parameter_count
     from stack.train.memory import predict_bytes
 
