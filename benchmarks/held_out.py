@@ -53,14 +53,8 @@ def use_threads(n: int) -> None:
 
 def bits_per_byte_of(step_folder: Path, text: str) -> float:
     """Bits per byte of a checkpoint of ours on a text: every byte scored once, with at least half of the model's context before it."""
-    from stack.config import validate
-    from stack.data.tokenizer import load_tokenizer
+    from stack.cli.models import open_model
     from stack.evaluate.bits_per_byte import evaluate_text
-    from stack.model.build import build_model
-    from stack.train import checkpoint
 
-    tokenizer = load_tokenizer(step_folder.parent.parent / "tokenizer.json")
-    cfg = validate(checkpoint.load(step_folder).state["config"])
-    model = build_model(cfg.model, tokenizer.vocab_size, seed=0)
-    checkpoint.load_for_inference(model, step_folder)
-    return evaluate_text(model, tokenizer, [text], seq_len=cfg.model.max_seq_len).bits_per_byte
+    opened = open_model(step_folder)
+    return evaluate_text(opened.model, opened.tokenizer, [text], seq_len=opened.cfg.model.max_seq_len).bits_per_byte

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.gate import Verdict, decide, decides, failed
+from contracts.loss import gradient_errors
 
 Step = Callable[[int], tuple[float, Mapping[str, Tensor]]]
 
@@ -33,8 +34,8 @@ def compiled_graph(limits: SimpleNamespace, *, model: nn.Module, compiled_step: 
     for got, wanted in ((first, eager_step(0)), (second, expected)):
         if odd := sorted(got[1].keys() ^ wanted[1].keys()):
             return failed(f"a gradient is there on one side only: {odd[0]}", one_sided=len(odd))
-        found = {"the loss": _rel(torch.tensor(got[0]), torch.tensor(wanted[0]))}
-        found |= {name: _rel(got[1][name], gradient) for name, gradient in wanted[1].items()}
+        of_loss = gradient_errors({"the loss": torch.tensor(got[0])}, {"the loss": torch.tensor(wanted[0])})
+        found = of_loss | gradient_errors(got[1], wanted[1])
         errors = {name: max(error, errors.get(name, 0.0)) for name, error in found.items()}
     worst = max(errors, key=errors.__getitem__)
     return decide(
@@ -46,13 +47,6 @@ def compiled_graph(limits: SimpleNamespace, *, model: nn.Module, compiled_step: 
         gradients=len(errors) - 1,
         modules_in_python=ran,
     )
-
-
-def _rel(got: Tensor, expected: Tensor) -> float:
-    """‖got − expected‖ / ‖expected‖ in float64; of an expected zero, 0 for a zero and infinity for all else. NaN counts as infinity."""
-    off, size = float((got.double() - expected.double()).norm()), float(expected.double().norm())
-    error = off / size if size else (0.0 if off == 0 else torch.inf)
-    return error if error == error else torch.inf
 
 
 def _watched(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:

@@ -21,7 +21,8 @@ class Reading:
     """What the oracle found: logits (B, T, V) float64; and what the choices of routers were worth.
 
     `margin_BT` is the smallest relative margin of any choice that a token's logits depend on, inf where nothing was chosen.
-    `balance` maps a layer to experts · Σ share of choices · mean probability over all tokens of the call, shape ().
+    `balance` maps a layer to experts · Σ share of choices · mean probability over the tokens that reach it, shape (), times their share
+    of all tokens of the call: with the capacity of depths a layer passes some by, and weighs that much less.
     """
 
     logits_BTV: Tensor
@@ -58,7 +59,10 @@ def oracle_reading(ids_BT: Tensor, weights: Weights, architecture: Architecture,
         notes = Notes(torch.full((places.stop - places.start,), math.inf, dtype=torch.float64), routed)
         logits.append(_decode(ids_BT[row, places], wide, architecture, notes))
         margins.append(notes.margin_T.cummin(0).values)
-    balance = {layer: balance_of(*(torch.cat(parts) for parts in zip(*found))) for layer, found in routed.items()}
+    balance = {}
+    for layer, found in routed.items():
+        probs_RE, experts_Rk = (torch.cat(parts) for parts in zip(*found))
+        balance[layer] = balance_of(probs_RE, experts_Rk) * (len(probs_RE) / ids_BT.numel())
     return Reading(torch.cat(logits).view(*ids_BT.shape, -1), torch.cat(margins).view(ids_BT.shape), balance)
 
 

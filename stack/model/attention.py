@@ -40,13 +40,12 @@ class Projections(nn.Module):
 
     def placed(self, x_BTE: Tensor, norm: RMSNorm | None, reading: Reading) -> Tensor:
         """Heads of queries or keys, each part normalised if declared and turned by its position: (B, heads, T, H)."""
-        x_BNTPE = self.heads(x_BTE).unflatten(-1, (self.n_parts, -1)) if self.n_parts > 1 else self.heads(x_BTE)
+        x_BPTE = x_BTE.unflatten(-1, (-1, self.head_dim // self.n_parts)).transpose(1, 2)
         if norm is not None:
-            x_BNTPE = norm(x_BNTPE)
+            x_BPTE = norm(x_BPTE)
         if reading.rotary is not None:
-            tables = [t.unsqueeze(-2) for t in reading.rotary] if self.n_parts > 1 else reading.rotary
-            x_BNTPE = rotate(x_BNTPE, *tables)
-        return x_BNTPE.flatten(-2) if self.n_parts > 1 else x_BNTPE
+            x_BPTE = rotate(x_BPTE, *reading.rotary)
+        return x_BPTE if self.n_parts == 1 else self.heads(x_BPTE.transpose(1, 2).flatten(2))
 
     def qkv(self, x_BTD: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, T, H) of these tokens, keys and values (B, K, S, H) of all so far."""

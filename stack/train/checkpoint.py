@@ -10,7 +10,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from contracts.conditions import ensure, require
@@ -327,11 +326,3 @@ def describe(folder: Path) -> dict:
         "best": read_best(folder.parent) == folder.name,
         "tensors": tensors,
     }
-
-
-def load_for_inference(model: nn.Module, folder: Path) -> dict:
-    """Verify a step folder and put its weights into a model. Returns the state document."""
-    loaded = load(folder)
-    with torch.no_grad():
-        load_model(model, loaded.model)
-    return loaded.state

@@ -1,8 +1,12 @@
 """Gates of the loss: green on the stack, red on a one percent error."""
 
+import math
+
 import pytest
+import torch
 
 from contracts.gate import call_check
+from contracts.loss import gradient_errors
 from stack.museum.plant import load_museum
 
 
@@ -34,6 +38,19 @@ def test_partition_is_red_on_one_percent(spec, ingredients):
     verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients | {"gradient_of": skewed})
     assert verdict.outcome == "fail"
     assert verdict.measured["rel_error"] == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_gradient_that_is_rounding_is_no_finding_and_one_above_it_is():
+    wanted = {"matrix": torch.tensor([1.0]), "key bias": torch.tensor([2e-11]), "small": torch.tensor([5e-6])}
+    errors = gradient_errors({"matrix": torch.tensor([1.01]), "key bias": torch.tensor([-1e-11]), "small": torch.tensor([5.05e-6])}, wanted)
+    assert errors["matrix"] == pytest.approx(0.01, rel=1e-4) and errors["small"] == pytest.approx(0.01, rel=1e-4)
+    assert errors["key bias"] == pytest.approx(3e-5, rel=1e-4)
+
+
+def test_what_is_absent_or_not_a_number_is_infinitely_wrong():
+    wanted = {"a": torch.ones(2), "b": torch.ones(2), "zero": torch.zeros(2)}
+    errors = gradient_errors({"a": torch.tensor([1.0, math.nan]), "zero": torch.zeros(2)}, wanted)
+    assert errors == {"a": math.inf, "b": math.inf, "zero": 0.0}
 
 
 def test_partition_refuses_a_batch_that_is_not_ragged(spec, ingredients):
