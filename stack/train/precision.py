@@ -20,8 +20,8 @@ def product_s(dtype: torch.dtype) -> float:
     return best
 
 
-def refuse_emulated(dtype: torch.dtype | None, device: torch.device) -> None:
-    """Raise EnvironmentUnfit where the CPU only emulates the autocast type: training would be ten times slower and say nothing."""
+def refuse_emulated(dtype: torch.dtype | None, device: torch.device, key: str) -> None:
+    """Raise EnvironmentUnfit where the CPU only emulates what `key` asks for: training would be ten times slower and say nothing."""
     if dtype is None or device.type != "cpu":
         return
     share = product_s(torch.float32) / product_s(dtype)
@@ -31,5 +31,5 @@ def refuse_emulated(dtype: torch.dtype | None, device: torch.device) -> None:
             f"this processor has no units for {name}",
             value=f"its products run at {share:.2g} times the float32 rate",
             allowed=f"at least {LEAST_SHARE:g} times",
-            next_step="--set train.dtype=float32, or a GPU",
+            next_step=f"--set {key}=float32, or a GPU",
         )

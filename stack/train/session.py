@@ -160,7 +160,9 @@ def _open(
     spec = load_spec()
     device = resolve_device(document["device"] if document else cfg.device)
     allocator = keep_heap()
-    refuse_emulated(AUTOCAST[cfg.train.dtype], device)
+    refuse_emulated(AUTOCAST[cfg.train.dtype], device, "train.dtype")
+    if cfg.optim.kind == "muon":
+        refuse_emulated(AUTOCAST[cfg.optim.dtype], device, "optim.dtype")
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a search for reads of unwritten memory that costs 3 % of a step
     listener.on_phase("data")

@@ -15,16 +15,16 @@ CPU = torch.device("cpu")
 def test_an_emulated_type_is_refused_with_its_rate(monkeypatch, share, refused):
     monkeypatch.setattr(precision, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 1.0 / share)
     if not refused:
-        return precision.refuse_emulated(torch.bfloat16, CPU)
+        return precision.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
     with pytest.raises(EnvironmentUnfit, match="no units for bfloat16") as caught:
-        precision.refuse_emulated(torch.bfloat16, CPU)
-    assert f"{share:.2g} times" in str(caught.value) and "train.dtype=float32" in str(caught.value)
+        precision.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
+    assert f"{share:.2g} times" in str(caught.value) and "optim.dtype=float32" in str(caught.value)
 
 
 def test_float32_and_other_devices_are_not_measured(monkeypatch):
     monkeypatch.setattr(precision, "product_s", None)
-    precision.refuse_emulated(None, CPU)
-    precision.refuse_emulated(torch.bfloat16, torch.device("cuda"))
+    precision.refuse_emulated(None, CPU, "train.dtype")
+    precision.refuse_emulated(torch.bfloat16, torch.device("cuda"), "train.dtype")
 
 
 def test_a_rate_is_measured():

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spec.errors import GateFailed, StreamExhausted, UsageError
+from spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
 from spec.records import read_record
 from stack.config import AdamW, Cosine, Muon, NeverStop, Wsd
 from stack.data.order import Source, StaticMixture
 from stack.museum.collection import museum_config
-from stack.train import session
+from stack.train import precision, session
 from stack.train.listener import Listener
 
 
@@ -44,7 +44,7 @@ def test_same_seed_same_losses_other_seed_other_losses(cfg, tmp_path):
 @pytest.fixture
 def any_precision(monkeypatch):
     """Lets half precision run on processors that only emulate it."""
-    monkeypatch.setattr(session, "refuse_emulated", lambda dtype, device: None)
+    monkeypatch.setattr(session, "refuse_emulated", lambda *asked: None)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -54,6 +54,14 @@ def test_half_precision_trains_under_all_gates_close_to_single(cfg, tmp_path, dt
     assert record.status == "completed" and all(g.verdict == "pass" for g in record.gates)
     session.start(cfg, (), tmp_path / "single", Listener(), only=FEW)
     assert abs(losses(tmp_path / dtype)[-1] - losses(tmp_path / "single")[-1]) < 0.05
+
+
+def test_a_type_of_the_optimizer_that_is_only_emulated_is_refused_by_its_key(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 10.0)
+    half = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"dtype": "bfloat16"})})
+    with pytest.raises(EnvironmentUnfit, match="no units for bfloat16") as caught:
+        session.start(half, (), tmp_path / "run", Listener())
+    assert "optim.dtype=float32" in str(caught.value)
 
 
 def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(cfg, tmp_path, monkeypatch, any_precision):

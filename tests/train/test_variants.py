@@ -77,3 +77,21 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(museum_folder, tmp
         assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
     assert len(generate(open_model(tmp_path / "whole").model, [0], max_new_tokens=70, temperature=0.0)) == 70
+
+
+def test_differential_attention_and_depths_train_together_in_bfloat16(museum_folder, tmp_path, monkeypatch):
+    """With accumulation, clipping, a cosine and a held-out split, and what is saved is read back."""
+    monkeypatch.setattr(session, "refuse_emulated", lambda *asked: None)
+    base = museum_config(museum_folder)
+    parts = {
+        "model": base.model.model_copy(update={"attention": DifferentialAttention(), "depth": MixtureOfDepths()}),
+        "train": base.train.model_copy(update={"dtype": "bfloat16"}),
+        "stop": NeverStop(),
+    }
+    record = session.start(base.model_copy(update=parts), (), tmp_path / "run", Listener())
+    assert record.status == "completed" and all(g.verdict == "pass" for g in record.gates)
+    assert base.accumulation() == 2
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    held_out = [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]
+    assert held_out[-1] < held_out[0] - 0.05
+    checkpoint.load(checkpoint.find(tmp_path / "run"))
