@@ -47,7 +47,7 @@ prove: $(VENV)/.train
 BENCH_DIR ?= runs/bench
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_TEXT ?=
-BENCH_PARTS := startup checkpoint generation training-a training-b training-b-heap-kept time-to-quality gate-overhead reader tokenizer build
+BENCH_PARTS := startup checkpoint memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead reader tokenizer build
 BENCH := PYTHONPATH=$(CURDIR) $(BENCH_PYTHON)
 
 bench: $(if $(FRESH),bench-fresh) $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
@@ -61,6 +61,8 @@ $(BENCH_DIR)/startup/metadata.json:
 	$(BENCH) benchmarks/startup.py --run-dir $(@D)
 $(BENCH_DIR)/checkpoint/metadata.json:
 	$(BENCH) benchmarks/checkpoint.py --run-dir $(@D)
+$(BENCH_DIR)/memory/metadata.json:
+	$(BENCH) benchmarks/memory.py --run-dir $(@D)
 $(BENCH_DIR)/generation/metadata.json:
 	$(BENCH) benchmarks/generation.py --run-dir $(@D)
 $(BENCH_DIR)/training-a/metadata.json:

@@ -31,3 +31,4 @@ part overhead "$PYTHON" benchmarks/gate_overhead.py --device cuda --run-dir "$OU
 for name in attention-64 attention-128 forward-64 forward-128 naive-64 rms-norm swiglu clip adamw cross-entropy; do
     part "kernels-$name" "$PYTHON" benchmarks/kernels.py --part "$name" --run-dir "$OUT_DIR/kernels-$name"
 done
+part training "$PYTHON" benchmarks/training.py --shape llama-370m --device cuda --rounds 3 --run-dir "$OUT_DIR/training-llama-370m"

@@ -1,4 +1,4 @@
-"""Peers' models in a shape, and their updates as their own users write them. Weights are random, float32, tied heads."""
+"""Peers' models in a shape, and their updates as their own users write them. Weights are random and float32; half precision is autocast."""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -27,7 +27,7 @@ def huggingface_model(shape: Shape, max_seq_len: int | None = None) -> nn.Module
             num_attention_heads=shape.n_heads,
             num_key_value_heads=shape.n_kv_heads,
             max_position_embeddings=max_seq_len or shape.seq_len,
-            tie_word_embeddings=True,
+            tie_word_embeddings=shape.tied_head,
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -58,7 +58,8 @@ def litgpt_model(shape: Shape) -> nn.Module:
         )
     )
     model.apply(_small)
-    model.transformer.wte.weight = model.lm_head.weight
+    if shape.tied_head:
+        model.transformer.wte.weight = model.lm_head.weight
     return model
 
 
@@ -97,20 +98,23 @@ def nanogpt_loss(model: nanogpt.NanoGPT, compiled: bool) -> Callable[[Tensor, Te
     return torch.compile(both) if compiled else both
 
 
-def random_batches(shape: Shape) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random ids and the ids after them, the same few batches over and over, held in memory."""
+def random_batches(shape: Shape, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random ids and the ids after them, the same few batches over and over, held on the device."""
     generator = torch.Generator().manual_seed(SEED)
     rows = [torch.randint(shape.vocab_size, (shape.rows, shape.seq_len + 1), generator=generator) for _ in range(BATCHES_HELD)]
-    return cycle((row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows)
+    return cycle((row[:, :-1].contiguous().to(device), row[:, 1:].contiguous().to(device)) for row in rows)
 
 
-def update(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: Shape) -> Callable[[], None]:
+def update(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: str) -> Callable[[], None]:
     """One optimizer step: clear, forward, backward, clip, fused AdamW."""
-    optimizer, batches = nanogpt.make_optimizer(model, lr=LR), random_batches(shape)
+    optimizer, batches = nanogpt.make_optimizer(model, lr=LR), random_batches(shape, device)
+    dtype = getattr(torch, shape.dtype)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss_of(*next(batches)).backward()
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(*next(batches))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
 
@@ -118,7 +122,8 @@ def update(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape:
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Entries of all matrices that are multiplied by; a tied embedding counts once, as the head."""
+    """Entries of all matrices that are multiplied by: a tied embedding counts as the head, one that is only looked up does not."""
     if isinstance(model, nanogpt.NanoGPT):
         return model.matrix_parameters()
-    return sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    multiplied = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [getattr(model, "head_weight", None)]
+    return sum({id(p): p.numel() for p in multiplied if p is not None}.values())

@@ -1,4 +1,4 @@
-"""The two model sizes that are compared, ours by configuration, and a corpus of random tokens for them."""
+"""The model sizes that are compared, ours by configuration, and a corpus of random tokens for them."""
 
 import json
 import string
@@ -17,7 +17,7 @@ LINES_PER_DOCUMENT = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder with tied head, and of one optimizer step on it. `fresh`: a new process for every round, as memory is short."""
+    """Sizes of a decoder, and of one optimizer step on it. `fresh`: a new process for every round, as memory is short."""
 
     n_layers: int
     d_model: int
@@ -28,6 +28,8 @@ class Shape:
     vocab_size: int
     rows: int
     fresh: bool
+    dtype: str = "float32"
+    tied_head: bool = True
 
     @property
     def tokens_per_step(self) -> int:
@@ -52,12 +54,15 @@ class Shape:
             f"model.max_seq_len={self.seq_len}",
             f"train.tokens_per_step={self.tokens_per_step}",
             f"train.micro_batch_size={self.rows}",
+            f"train.dtype={self.dtype}",
+            f"model.tied_head={str(self.tied_head).lower()}",
         )
 
 
 SHAPES = {
     "a": Shape(4, 128, 4, 4, 384, 256, 512, 16, fresh=False),
     "b": Shape(6, 256, 8, 2, 768, 512, 32_000, 8, fresh=True),
+    "llama-370m": Shape(24, 1024, 16, 4, 2816, 2048, 49_152, 16, fresh=True, dtype="bfloat16", tied_head=False),
 }
 
 

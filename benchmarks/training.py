@@ -1,16 +1,17 @@
 """Training steps of ours, Hugging Face, litgpt and nanoGPT's recipe: tokens/s, memory, share of the machine's matrix-product rate.
 
-    python benchmarks/training.py [--shape a|b] [--allocator shipped|heap-kept] [--rounds 5] [--steps N] [--only NAME ...]
+    python benchmarks/training.py [--shape a|b|llama-370m] [--device cpu|cuda] [--allocator shipped|heap-kept] [--rounds 5] [--only …]
 
-A step is forward, backward, clipping to 1.0 and fused AdamW, float32, on random tokens. Ours is the real run: reader, step, runtime gates,
-log line. Shape a: 4 layers of 128, context 256, vocabulary 512, 16 rows. Shape b: 6 layers of 256, 8 heads of which 2 hold keys and
-values, context 512, vocabulary 32,000, 8 rows. nanoGPT's model has as many key/value heads as heads, and two matrices of 4·d in place of
-three of 3·d; its own count of operations is used. Every contestant has a process of its own; processes take turns, and a ratio is taken
-within each round. On shape b a process lives for one round, as together they would not fit into memory.
+A step is forward, backward, clipping to 1.0 and fused AdamW on random tokens. Ours is the real run: reader, step, runtime gates, log line.
+Shape a: 4 layers of 128, context 256, vocabulary 512, 16 rows. Shape b: 6 layers of 256, 8 heads of which 2 hold keys and values, context
+512, vocabulary 32,000, 8 rows. Both are float32. Shape llama-370m, for a GPU: the recipe's sizes, 16 rows of 2048, bfloat16 by autocast.
+nanoGPT's model has as many key/value heads as heads, and two matrices of 4·d in place of three of 3·d; its own count of operations is used.
+Every contestant has a process of its own; processes take turns, and a ratio is taken within each round. On the larger shapes a process
+lives for one round, as together they would not fit into memory.
 
-Memory is the most that was ever resident in the process. The allocator is C's, as shipped or told from outside to keep its heap; it decides
-how often pages come fresh from the system, and that is measured too. A run of ours tells it so itself, so that with `shipped` only the
-peers' heaps are returned. Peers that cannot be imported are left out, and their rows say so.
+Memory is the most that was ever resident in the process, on a GPU the most that was ever allocated there. The allocator is C's, as shipped
+or told from outside to keep its heap; it decides how often pages come fresh from the system, and that is measured too. A run of ours tells
+it so itself, so that with `shipped` only the peers' heaps are returned. Peers that cannot be imported are left out, and their rows say so.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import child
@@ -30,7 +32,15 @@ OURS = "ours"
 PACKAGE = {"ours": "", "huggingface": "transformers", "litgpt": "litgpt", "nanogpt": ""}
 VARIANTS = {f"{name}{kind}": package for name, package in PACKAGE.items() for kind in ("", " compiled")}
 PACKAGES = ("torch", "transformers", "litgpt", "numpy")
-STEPS = {"a": 10, "b": 3}
+STEPS = {"a": 10, "b": 3, "llama-370m": 5}
+PROBED = {"cpu": 1024, "cuda": 8192}
+# (shape, allocator) -> least wanted ratio of our rate to a peer's, the peer eager
+GOALS = {
+    ("a", "shipped"): {"huggingface": 1.1, "nanogpt": 1.0},
+    ("b", "shipped"): {"huggingface": 1.5, "litgpt": 1.25, "nanogpt": 1.3},
+    ("b", "heap-kept"): {"huggingface": 1.1, "litgpt": 1.1, "nanogpt": 1.1},
+    ("llama-370m", "shipped"): {"huggingface compiled": 1.15, "litgpt": 1.05, "litgpt compiled": 1.05},
+}
 WARM_STEPS = 2
 CORPUS_TOKENS = 400_000
 MAX_STEPS = 100_000
@@ -39,7 +49,7 @@ MAX_STEPS = 100_000
 # ---- what the process of a contestant does
 
 
-def open_ours(shape: Shape, folder: Path, compiled: bool) -> tuple[Callable[[], None], int]:
+def open_ours(shape: Shape, folder: Path, compiled: bool, device: str) -> tuple[Callable[[], None], int]:
     """Our step and the number of matrix parameters."""
     import our_run
     from peers import LR, MAX_GRAD_NORM, matrix_parameters
@@ -47,7 +57,7 @@ def open_ours(shape: Shape, folder: Path, compiled: bool) -> tuple[Callable[[], 
     from stack.config import load_config
     from stack.recipes import recipe
 
-    settings = (f"train.max_steps={MAX_STEPS}", f"train.compile={str(compiled).lower()}", f"optim.lr={LR}")
+    settings = (f"device={device}", f"train.max_steps={MAX_STEPS}", f"train.compile={str(compiled).lower()}", f"optim.lr={LR}")
     sets = (*shape.sets(), *write_corpus(folder, shape.vocab_size, CORPUS_TOKENS), *settings, f"optim.max_grad_norm={MAX_GRAD_NORM}")
     cfg, overrides = load_config(recipe("pocket"), sets=sets)
     run = our_run.open_run(cfg, overrides, folder / "run")
@@ -59,7 +69,7 @@ def open_ours(shape: Shape, folder: Path, compiled: bool) -> tuple[Callable[[], 
     return step, matrix_parameters(run.state.model)
 
 
-def open_peer(name: str, shape: Shape, compiled: bool) -> tuple[Callable[[], None], int]:
+def open_peer(name: str, shape: Shape, compiled: bool, device: str) -> tuple[Callable[[], None], int]:
     """A peer's step and the number of matrix parameters."""
     import peers
 
@@ -69,21 +79,25 @@ def open_peer(name: str, shape: Shape, compiled: bool) -> tuple[Callable[[], Non
         "nanogpt": (peers.nanogpt_model, peers.nanogpt_loss),
     }
     make, loss_of = makers[name]
-    model = make(shape).train()
-    return peers.update(model, loss_of(model, compiled), shape), peers.matrix_parameters(model)
+    model = make(shape).train().to(device)
+    return peers.update(model, loss_of(model, compiled), shape, device), peers.matrix_parameters(model)
 
 
-def contest(variant: str, shape: Shape, threads: int, folder: Path) -> tuple[dict, Callable[[dict], dict]]:
+def contest(variant: str, shape: Shape, threads: int, device: str, folder: Path) -> tuple[dict, Callable[[dict], dict]]:
     """Make a contestant ready and return what it says of itself, and how it answers `{"steps": n}`."""
     import torch
 
     torch.set_num_threads(threads)
     name, compiled = variant.split()[0], variant.endswith("compiled")
-    step, matrices = open_ours(shape, folder, compiled) if name == OURS else open_peer(name, shape, compiled)
-    built_bytes = child.status_bytes("VmRSS")
+    step, matrices = open_ours(shape, folder, compiled, device) if name == OURS else open_peer(name, shape, compiled, device)
+    wait, peak_bytes = torch.cuda.synchronize, torch.cuda.max_memory_allocated
+    if device == "cpu":
+        wait, peak_bytes = (lambda: None), partial(child.status_bytes, "VmHWM")
+    built_bytes = child.status_bytes("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
     started = time.perf_counter()
     for _ in range(WARM_STEPS):
         step()
+    wait()
     ready = {"matrix_parameters": matrices, "built_bytes": built_bytes, "warm_s": time.perf_counter() - started}
 
     def answer(question: dict) -> dict:
@@ -91,9 +105,10 @@ def contest(variant: str, shape: Shape, threads: int, folder: Path) -> tuple[dic
         for _ in range(question["steps"]):
             started = time.perf_counter()
             step()
+            wait()
             step_s.append(time.perf_counter() - started)
         fresh = (child.fresh_bytes() - before) / question["steps"]
-        return {"step_s": step_s, "peak_bytes": child.status_bytes("VmHWM"), "fresh_bytes_per_step": fresh}
+        return {"step_s": step_s, "peak_bytes": peak_bytes(), "fresh_bytes_per_step": fresh}
 
     return ready, answer
 
@@ -140,18 +155,19 @@ class Seat:
         return self.shape.flops_per_step(self.ready[0]["matrix_parameters"])
 
 
-def product_rate(threads: int) -> Callable[[], float]:
-    """Probe of the machine: GFLOP/s of float32 products of 1024 × 1024, best of half a second."""
+def product_rate(threads: int, device: str, dtype: str) -> Callable[[], float]:
+    """Probe of the machine: GFLOP/s of square products in the type that is trained in, best of half a second."""
     import torch
 
     torch.set_num_threads(threads)
-    a = torch.rand(1024, 1024)
+    size = PROBED[device]
+    a = torch.rand(size, size, device=device, dtype=getattr(torch, dtype))
 
     def probe() -> float:
         best, end = 0.0, time.perf_counter() + 0.5
         while (started := time.perf_counter()) < end:
-            a @ a
-            best = max(best, 2 * 1024**3 / (time.perf_counter() - started) / 1e9)
+            float((a @ a)[0, 0])  # the number is fetched, so the product is over
+            best = max(best, 2 * size**3 / (time.perf_counter() - started) / 1e9)
         return best
 
     return probe
@@ -159,7 +175,8 @@ def product_rate(threads: int) -> Callable[[], float]:
 
 def measure(options: argparse.Namespace, missing: dict[str, str]) -> tuple[dict[str, Seat], dict[str, tuple[float, ...]], list[float]]:
     """Seats, rates by contestant, and the probed rates before, between and after."""
-    shape, probes, probe = SHAPES[options.shape], [], product_rate(options.threads)
+    shape, probes = SHAPES[options.shape], []
+    probe = product_rate(options.threads, options.device, shape.dtype)
     steps = options.steps or STEPS[options.shape]
 
     def looked_at(seat: Seat) -> Callable[[], float]:
@@ -174,6 +191,7 @@ def measure(options: argparse.Namespace, missing: dict[str, str]) -> tuple[dict[
         seats = {}
         for variant in (v for v, reason in missing.items() if not reason):
             command = child.itself("--contestant", variant, "--shape", options.shape, "--threads", str(options.threads))
+            command += ["--device", options.device]
             seats[variant] = Seat(variant, command, env, shape, steps, kept=not shape.fresh)
         try:
             rates = alternate({v: looked_at(s) for v, s in seats.items()}, options.rounds, thrown_away=0 if shape.fresh else 1)
@@ -217,9 +235,12 @@ def show_figures(seats: dict[str, Seat], found: dict[str, tuple[float, str]]) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
+    parser.add_argument("--device", choices=sorted(PROBED), default="cpu")
     parser.add_argument("--allocator", choices=sorted(child.ALLOCATORS), default="shipped")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="timed steps of one contestant in one round; 10 of shape a, 3 of shape b")
+    parser.add_argument(
+        "--steps", type=int, help="timed steps of one contestant in one round; 10 of shape a, 3 of shape b, 5 of llama-370m"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--contestant", choices=list(VARIANTS), help=argparse.SUPPRESS)
@@ -228,13 +249,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.contestant:
         with tempfile.TemporaryDirectory(prefix="stackproof-bench-") as folder:
-            return child.serve(lambda: contest(options.contestant, SHAPES[options.shape], options.threads, Path(folder)))
+            shape = SHAPES[options.shape]
+            return child.serve(lambda: contest(options.contestant, shape, options.threads, options.device, Path(folder)))
     record = open_record(options, f"training shape {options.shape}, allocator {options.allocator}")
     missing = {v: why_not(VARIANTS[v]) for v in dict.fromkeys((OURS, *options.only))}
     seats, rates, probes = measure(options, missing)
-    rows = against(OURS, [Row(v, "tokens/s", rates.get(v, ()), reason) for v, reason in missing.items()])
+    goals = GOALS.get((options.shape, options.allocator), {})
+    rows = against(OURS, [Row(v, "tokens/s", rates.get(v, ()), reason, goal=goals.get(v)) for v, reason in missing.items()])
     title = f"training, shape {options.shape}, allocator {options.allocator}"
-    show(f"{title}, {options.threads} threads, {options.rounds} rounds in turn", rows)
+    show(f"{title}, {options.device}, {options.threads} threads, {options.rounds} rounds in turn", rows)
     found = figures(seats, rates, probes)
     show_figures(seats, found)
     machine = facts(PACKAGES)

@@ -27,7 +27,7 @@ def test_a_shape_is_what_our_configuration_becomes(name):
         shape.n_heads,
         shape.n_kv_heads,
     )
-    assert model.d_ff == shape.d_ff and model.head_dim * model.n_heads == model.d_model and model.tied_head
+    assert model.d_ff == shape.d_ff and model.head_dim * model.n_heads == model.d_model and model.tied_head == shape.tied_head
     assert cfg.train.tokens_per_step == shape.tokens_per_step and cfg.accumulation() == 1
 
 
@@ -100,3 +100,14 @@ def test_a_shape_counts_attention_once_for_half_of_all_pairs():
     attention = 3 * 10 * (3 * 2 * 2) * 2 * (10 / 2) * 16  # tokens · (forward + backward) of two products · layers · mean keys · width
     assert shape.flops_per_step(0) == attention
     assert shape.flops_per_step(7) - shape.flops_per_step(0) == 6 * 7 * 30
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_matrix_counts_if_it_is_multiplied_by(tied):
+    from peers import matrix_parameters
+
+    shape = Shape(2, 16, 2, 2, 24, 8, 40, 1, fresh=False, tied_head=tied)
+    cfg, _ = load_config(recipe("pocket"), sets=shape.sets())
+    model = build_model(cfg.model, shape.vocab_size, seed=1)
+    layer = 4 * 16 * 16 + 3 * 16 * 24
+    assert matrix_parameters(model) == 2 * layer + 40 * 16
