@@ -28,7 +28,7 @@ CONFIGURATIONS = {
     "shape b": (LARGE, ()),
     "shape b, half the rows at a time": (LARGE, ("train.micro_batch_size=4",)),
     "shape b, muon": (LARGE, ("optim.kind=muon", "optim.lr=2e-3", "optim.adamw_lr=2e-3")),
-    "shape b, blocks recomputed": (LARGE, ("train.activation_checkpointing=true",)),
+    "shape b, blocks recomputed": (LARGE, ("train.activation_checkpointing=blocks",)),
     "shape a, experts": (SMALL, ROUTED),
     "shape a, mixture of depths": (SMALL, ("model.depth.kind=mixture-of-depths",)),
     "shape a, differential attention": (SMALL, ("model.attention.kind=differential",)),

@@ -105,3 +105,18 @@ def _scale_error(gradient_of, ids, labels, whole) -> float:
     """Repeating every row must leave the mean's gradient as it is; a missing division doubles it."""
     _, doubled = gradient_of([(ids, labels), (ids, labels)])
     return max(gradient_errors(doubled, whole).values())
+
+
+@decides("loss.nan-visible")
+def nan_visible(limits: SimpleNamespace, *, poisoned_step) -> Verdict:
+    """One number that is not one, in one of two micro-batches, shows in the step's loss or gradient norm and moves nothing.
+
+    `poisoned_step(which) -> (report, moved)` makes one whole train step; the report has `loss_nats`, `grad_norm` and `applied`.
+    """
+    hidden = moved = 0
+    for which in (0, 1):
+        report, weights_moved = poisoned_step(which)
+        hidden += math.isfinite(report.loss_nats) and math.isfinite(report.grad_norm)
+        moved += bool(weights_moved or report.applied)
+    ok = hidden <= limits.hidden_max and moved <= limits.moved_max
+    return decide(ok, f"a NaN in one of two micro-batches: hidden {hidden} times, weights moved {moved} times", hidden=hidden, moved=moved)

@@ -54,26 +54,16 @@ def check_shapes(
         raise UsageError("attention: head_dim", value=H, allowed=f"at most {max_head_dim}", next_step='dispatch.using(attention="torch")')
 
 
-def causal_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
-    """softmax(q·k/√H + causal mask)·v. The T queries are the last T of S positions; query head n reads key/value head n // (N/K).
-
-    Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.causal_attention`.
-    """
-    if q_BNTH.shape[2] == k_BKSH.shape[2]:
-        return whole(q_BNTH, k_BKSH, v_BKSH)
-    return continued(q_BNTH, k_BKSH, v_BKSH)
-
-
 def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries for every position: training, and the first part of a generation."""
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
+    return _fused(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale)
 
 
 def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
     """Queries for the last T positions only; the earlier keys and values come from a cache."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     mask_TS = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
-    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale, enable_gqa=grouped(q_BNTH, k_BKSH))
+    return _fused(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale)
 
 
 def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor, *, scale: float | None = None) -> Tensor:
@@ -81,7 +71,7 @@ def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT
 
     Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
     """
-    return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, scale=scale, enable_gqa=grouped(q_BNTH, k_BKTH))
+    return _fused(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, scale=scale)
 
 
 def document_mask(start_BT: Tensor) -> Tensor:
@@ -96,6 +86,10 @@ def window_mask(start: int, stop: int, window: int, device: torch.device | str) 
     return ((index_S <= index_T) & (index_S > index_T - window))[None, None]
 
 
-def grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:
-    """Whether several query heads share a key/value head."""
-    return q_BNTH.shape[1] != k_BKSH.shape[1]
+def _fused(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, attn_mask: Tensor | None = None, **options: object) -> Tensor:
+    """torch's own. On CUDA only flash attention, which takes neither masks nor float32, shares heads without holding all scores."""
+    shared = q_BNTH.shape[1] // max(1, k_BKSH.shape[1])
+    if shared > 1 and q_BNTH.is_cuda and (attn_mask is not None or q_BNTH.dtype == torch.float32):
+        k_BKSH, v_BKSH = (x[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 2) for x in (k_BKSH, v_BKSH))
+        shared = 1
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=attn_mask, enable_gqa=shared > 1, **options)

@@ -65,8 +65,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.rule.z_loss and not torch.equal(scale, z_scale):
             gradients = _run(*ctx.saved_tensors, ctx.rule, ctx.dtype, ctx.wanted, float(scale), float(z_scale))[1]
             scale = torch.ones_like(scale)
-        grads = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+        grads = [None if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
         return grads[0], grads[1], None, None
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Times a number that is not rounded to the gradient's type first, as `mul_` on a GPU rounds it."""
+    return gradient.mul_(scale) if gradient.dtype.itemsize >= 4 else gradient.float().mul_(scale)
 
 
 def _run(

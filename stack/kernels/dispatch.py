@@ -61,6 +61,9 @@ CANDIDATES: dict[str, dict[str, Plain | Triton]] = {
     "clip": {TORCH: Plain(eager.clip, "torch.nn.utils.get_total_norm"), TRITON: Triton("clip", "triton clip")},
     "adamw": {TORCH: Plain(eager.adamw, "torch, over lists of tensors"), TRITON: Triton("adamw", "triton adamw")},
 }
+# Operations that a training step takes from here; clipping and AdamW are torch's own, `stack.train.optimizer`.
+TRAINED = ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy")
+FUSED_BY_COMPILER = ("rms_norm", "rope", "swiglu")
 # (name of the device as torch gives it, operation) -> winner. The only place to edit when a benchmark has been recorded.
 MEASURED: dict[tuple[str, str], Fastest] = {}
 
@@ -219,15 +222,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).name if torch.cuda.is_available() else device.type
 
 
-def choices(device: torch.device | str) -> dict[str, str]:
-    """Kernel chosen per operation on `device` with the reason, JSON-ready, for the record."""
-    document = {
-        "document_attention": "torch.scaled_dot_product_attention, boolean mask",
-        "document_attention_reason": "one mask per forward keeps packed documents apart on every device",
-    }
-    for op in CANDIDATES:
+def choices(device: torch.device | str, *, compiled: bool = False) -> dict[str, str]:
+    """Kernel of every operation of a training step on `device` with the reason, JSON-ready, for the record."""
+    document = {}
+    for op in TRAINED:
         name, reason = choose(op, device)
+        if compiled and name == TORCH and op in FUSED_BY_COMPILER:
+            document |= {op: "torch.compile", f"{op}_reason": "the compiler is given the formula"}
+            continue
         document |= {op: CANDIDATES[op][name].title, f"{op}_reason": reason}
         if isinstance(CANDIDATES[op][name], Triton):
             document[f"{op}_parity"] = parity.why_not(op) or f"passed on {parity.passed()[op]['passed_on']}"
+    if takes_masks(device):
+        document["document_attention"] = f"{document['attention']}, boolean mask"
     return document

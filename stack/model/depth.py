@@ -72,11 +72,11 @@ class HardCapacity(nn.Module):
         if reading.cache is not None:
             cache = reading.cache.layers[self.layer]
             score_BT = cache.score_BT = score_BT if cache.score_BT is None else torch.cat((cache.score_BT, score_BT), 1)
-        index_T = torch.arange(score_BT.shape[1], device=score_BT.device)
-        earlier_BTT = index_T < index_T[:, None]
+        index_S = torch.arange(score_BT.shape[1], device=score_BT.device)
+        earlier_BTS = index_S < index_S[-n_new:, None]
         if reading.start_BT is not None:
-            earlier_BTT = earlier_BTT & (index_T >= reading.start_BT[:, :, None])
-        n_higher_BT = ((score_BT[:, None, :] > score_BT[:, :, None]) & earlier_BTT).sum(-1)[:, -n_new:]
+            earlier_BTS = earlier_BTS & (index_S >= reading.start_BT[:, :, None])
+        n_higher_BT = ((score_BT[:, None, :] > score_BT[:, -n_new:, None]) & earlier_BTS).sum(-1)
         return n_higher_BT < (self.capacity_frac * (reading.position_BT.double() + 1)).ceil()
 
     def among_read(self, index_BR: Tensor, inside_BR: Tensor, reading: Reading) -> Reading:

@@ -96,8 +96,7 @@ class Llama(HuggingFace):
         }
 
     def attention(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
-        if sizes["d_model"] % sizes["n_heads"]:
-            raise ConfigError(f"model.d_model ({sizes['d_model']}) must be a multiple of model.n_heads ({sizes['n_heads']}) in this kind")
+        _refuse_uneven_heads(sizes)
         bias = keys.take("attention_bias")
         return {"qkv_bias": bias, "out_bias": bias}
 
@@ -218,6 +217,7 @@ class Gpt2(HuggingFace):
     transposed = frozenset(f"transformer.h.{{}}.{m}" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
 
     def parts(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
+        _refuse_uneven_heads(sizes)
         return {
             "d_ff": 4 * sizes["d_model"] if sizes["d_ff"] is None else sizes["d_ff"],
             "n_kv_heads": sizes["n_heads"],
@@ -231,6 +231,11 @@ class Gpt2(HuggingFace):
     def words(self, cfg: ModelConfig) -> dict[str, Any]:
         exact = cfg.ffn.kind == "gelu" and cfg.ffn.approximate == "none"
         return {"activation_function": "gelu" if exact else "gelu_new", "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def _refuse_uneven_heads(sizes: dict[str, Any]) -> None:
+    if sizes["d_model"] % sizes["n_heads"]:
+        raise ConfigError(f"model.d_model ({sizes['d_model']}) must be a multiple of model.n_heads ({sizes['n_heads']}) in this kind")
 
 
 KINDS: tuple[Kind, ...] = (Llama(), Qwen2(), Qwen3(), Mistral(), Mixtral(), Gpt2())

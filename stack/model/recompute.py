@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 def run_block(block: nn.Module, x_BTD: Tensor, *context: Any, recompute: bool) -> Tensor:
     """`block(x_BTD, *context)`. With `recompute`, in training, only the input is kept and the backward runs the block a second time.
 
-    The second run draws the same dropout and works under the same autocast, so the gradients are the same bit for bit. A block must
-    not count or store anything in its forward: it would do so twice. Source: arXiv:1604.06174.
+    The second run draws the same dropout and works under the same autocast, so the gradients are the same bit for bit. What
+    a block reports must be taken before the backward, which makes it report again. Source: arXiv:1604.06174.
     """
     if recompute and block.training and torch.is_grad_enabled():
         return checkpoint(block, x_BTD, *context, use_reentrant=False)

@@ -11,7 +11,7 @@ from stack.kernels import HEAD_CHUNK_BYTES
 if TYPE_CHECKING:
     import torch
 
-FLOAT = 4
+FLOAT, HALF = 4, 2
 HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that nothing fits into, and packing buffers of matrix products
 
 
@@ -22,12 +22,20 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     """
     m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
     n_tokens = cfg.train.micro_batch_size * m.max_seq_len
-    activations = FLOAT * n_tokens * (m.n_layers * saved_per_token(m) + 3 * m.d_model)
+    saved = (HALF if cfg.train.dtype != "float32" else FLOAT) * saved_per_token(m)
+    match cfg.train.activation_checkpointing:
+        case "none":
+            blocks = m.n_layers * saved
+        case "blocks":
+            blocks = m.n_layers * FLOAT * m.d_model + saved
+    activations = n_tokens * (blocks + 3 * FLOAT * m.d_model)
     logits = min(FLOAT * n_tokens * vocab_size, HEAD_CHUNK_BYTES)
     head = logits + 2 * FLOAT * vocab_size * m.d_model
     state = FLOAT * n_params
     passing = FLOAT * n_tokens * (3 * m.d_ff + 4 * m.d_model)
-    parts = {"weights": state, "moments": 2 * state, "gradients": state, "activations": activations + passing, "head": head}
+    tables = FLOAT * vocab_size * m.d_model * (1 if m.tied_head else 2)
+    moments = 2 * state if cfg.optim.kind == "adamw" else state + tables  # Muon keeps one per matrix
+    parts = {"weights": state, "moments": moments, "gradients": state, "activations": activations + passing, "head": head}
     return parts | {"peak": round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES}
 
 
@@ -69,5 +77,5 @@ def refuse_too_large(cfg: RunConfig, vocab_size: int, device: "torch.device") ->
             "the run does not fit into memory",
             value=f"about {needed / 2**30:.1f} GiB needed for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens",
             allowed=f"{there / 2**30:.1f} GiB are free on {device}",
-            next_step="lower train.micro_batch_size (tokens_per_step may stay), or the model",
+            next_step="lower train.micro_batch_size (tokens_per_step may stay) or the model, or train.activation_checkpointing=blocks",
         )

@@ -63,9 +63,14 @@ class Muon(torch.optim.Optimizer):
             for parameters in by_shape.values():
                 self._update(parameters, group)
 
+    def _mean(self, parameter: Tensor) -> Tensor:
+        if "momentum_buffer" not in self.state[parameter]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return self.state[parameter]["momentum_buffer"]
+
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters]
-        means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+        means = [self._mean(p) for p in parameters]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, means, group["momentum"]) if group["nesterov"] else means
         turned_NAB = orthogonalise(torch.stack(tuple(ahead)), steps=group["ns_steps"], dtype=getattr(torch, group["dtype"]))

@@ -21,8 +21,16 @@ def product_s(dtype: torch.dtype) -> float:
 
 
 def refuse_emulated(dtype: torch.dtype | None, device: torch.device, key: str) -> None:
-    """Raise EnvironmentUnfit where the CPU only emulates what `key` asks for: training would be ten times slower and say nothing."""
-    if dtype is None or device.type != "cpu":
+    """Raise EnvironmentUnfit where the device only emulates what `key` asks for: training would be ten times slower and say nothing."""
+    if dtype is None:
+        return
+    if device.type == "cuda":
+        if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise EnvironmentUnfit(
+                f"{torch.cuda.get_device_name(device)} has no units for bfloat16",
+                allowed="compute capability 8.0 and above",
+                next_step=f"--set {key}=float16 where it takes that, or float32",
+            )
         return
     share = product_s(torch.float32) / product_s(dtype)
     if share < LEAST_SHARE:

@@ -157,6 +157,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "cross_entropy_sum": _cross_entropy_sum,
         "micro_batch_nats": _micro_batch_nats,
         "gradient_of": _gradient_of(exact, dataset, device),
+        "poisoned_step": lambda which: poisoned_step(exact, dataset, device, which),
         "ragged_batch": (ids, ragged),
         "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
@@ -176,22 +177,25 @@ def declared_law(optim: Optim) -> Callable[[str, Tensor], dict[str, Any]]:
     return law
 
 
-def _bench(model: Any, optimizer: torch.optim.Optimizer, device: torch.device) -> SimpleNamespace:
-    """The part of a TrainState that `accumulate` uses, around another model, in float32."""
+def _bench(model: Any, optimizer: torch.optim.Optimizer, device: torch.device, cfg: RunConfig | None = None) -> SimpleNamespace:
+    """The part of a TrainState that `accumulate` and, given `cfg`, `apply_gradients` use, around another model, in float32."""
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     return SimpleNamespace(
-        features=model.features, optimizer=optimizer, device=device, autocast=nullcontext, scaler=scaler, model=model, loads=[]
+        features=model.features, optimizer=optimizer, device=device, autocast=nullcontext, scaler=scaler, model=model, loads=[], cfg=cfg
     )
 
 
-def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """One update of any model by the stack's own accumulation and clipping; returns the loss in nats."""
-    bench = _bench(model, optimizer, device)
-    loss_nats, _ = steps.accumulate(bench, [batch])
-    _clip(cfg, opt.gradients(model))
-    optimizer.step()
-    model.after_update(bench.loads)
+def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
+    """One update by the stack's own steps; returns the loss in nats."""
+    loss_nats, _ = steps.accumulate(bench, batches)
+    grads = opt.gradients(bench.model)
+    steps.apply_gradients(bench, grads, opt.global_norm(grads))
     return loss_nats
+
+
+def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One update of any model by the stack's own accumulation, clipping and what follows; returns the loss in nats."""
+    return _update(_bench(model, optimizer, device, cfg), [batch])
 
 
 def balance_gradients(cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int) -> tuple:
@@ -207,10 +211,8 @@ def balance_gradients(cfg: RunConfig, device: torch.device, vocab_size: int, wei
 def bias_step(cfg: RunConfig, device: torch.device, vocab_size: int, n_micro: int) -> tuple[Tensor, Tensor]:
     """One update of a fresh model in `n_micro` micro-batches: (loads of the update, selection biases after it), both (L, E)."""
     model = build_model(cfg.model, vocab_size, seed=cfg.seed, device=device).train()
-    bench = _bench(model, opt.make_optimizer(model, cfg.optim), device)
-    steps.accumulate(bench, _equal_rows(cfg, vocab_size, n_micro, step=1))
-    bench.optimizer.step()
-    model.after_update(bench.loads)
+    bench = _bench(model, opt.make_optimizer(model, cfg.optim), device, cfg)
+    _update(bench, _equal_rows(cfg, vocab_size, n_micro, step=1))
     return torch.stack(moe.totals(bench.loads)), torch.stack([block.ffn.selection_bias for block in model.layers])
 
 
@@ -251,6 +253,24 @@ def _gradient_of(cfg: RunConfig, dataset: Dataset, device: torch.device) -> Call
         return nats, {n: p.grad.detach().clone() for n, p in state.model.named_parameters()}
 
     return gradient_of
+
+
+def poisoned_step(cfg: RunConfig, dataset: Dataset, device: torch.device, which: int) -> tuple[steps.StepReport, bool]:
+    """A train step of two micro-batches, in one of which, 0 or 1, a single feature is NaN: (its report, whether any weight moved)."""
+    state = build_state(cfg, dataset, device)
+    before, passes = live_sha256(state.model), []
+
+    def features(*inputs: Tensor | None) -> tuple[Tensor, Report]:
+        x_BTD, report = state.model.features(*inputs)
+        passes.append(x_BTD)
+        if len(passes) - 1 == which:
+            x_BTD = x_BTD.clone()
+            x_BTD[0, -1, 0] = torch.nan
+        return x_BTD, report
+
+    state.features = features
+    report = steps.train_step(state, _equal_rows(cfg, dataset.tokenizer.vocab_size, 2, step=1))
+    return report, live_sha256(state.model) != before
 
 
 def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:

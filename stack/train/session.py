@@ -163,7 +163,7 @@ def _open(
     refuse_emulated(AUTOCAST[cfg.train.dtype], device, "train.dtype")
     if cfg.optim.kind == "muon":
         refuse_emulated(AUTOCAST[cfg.optim.dtype], device, "optim.dtype")
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.use_deterministic_algorithms(True)  # warn_only would let attention's backward sum in any order on a GPU
     torch.utils.deterministic.fill_uninitialized_memory = False  # a search for reads of unwritten memory that costs 3 % of a step
     listener.on_phase("data")
     builder = RecordBuilder(
@@ -173,7 +173,7 @@ def _open(
         builder.continue_record(document["record"], document["started_at"])
     dataset = prepare(cfg.data, on_progress=listener.on_build)
     refuse_too_large(cfg, dataset.tokenizer.vocab_size, device)
-    kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device).items()}
+    kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device, compiled=cfg.train.compile).items()}
     builder.environment = environment(str(device), allocator=allocator, **kernels)
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":

@@ -21,7 +21,7 @@ MAX_OVERFLOW_RETRIES = 24
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update measured. Norms are global L2; `grad_norm` is before clipping.
+    """What one update measured. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` is left after the update.
 
     `group_lrs` is what the optimizer's groups held, `expert_shares` the share of choices by layer and expert.
     """
@@ -83,8 +83,16 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
     return float(total_nats) / n_valid, n_valid
 
 
+def apply_gradients(state: TrainState, grads: list[Tensor], norm: Tensor) -> None:
+    """Clip, move, and what follows an update. `grads` stay behind as the optimizer had them, for whoever measures them."""
+    opt.clip_gradients(grads, norm, state.cfg.optim.max_grad_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.model.after_update(state.loads)
+
+
 def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
-    """One update. A non-finite loss or gradient leaves the parameters untouched; an fp16 overflow is retried at a lower scale."""
+    """One update. A non-finite loss or gradient leaves the parameters untouched; an fp16 overflow of gradients is retried at a lower scale."""
     step = state.step + 1
     scheduled = partial(lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps)
     opt.set_lr(state.optimizer, lambda peak: scheduled(peak=peak))
@@ -96,12 +104,11 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
         if losses.is_finite(grad_norm) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
             break
         state.scaler.update()
-    opt.clip_gradients(grads, norm, state.cfg.optim.max_grad_norm)
-    clipped = float(opt.global_norm(grads))
     if losses.is_finite(loss_nats, grad_norm):
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.model.after_update(state.loads)
+        apply_gradients(state, grads, norm)
+    else:
+        state.scaler.update()  # it holds that gradients were unscaled, and these are dropped
+    clipped = float(opt.global_norm(grads))
     changed = state.probe.changed_frac()
     state.step = step
     state.tokens_seen += sum(b.input_ids.numel() for b in batches)

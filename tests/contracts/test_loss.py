@@ -67,3 +67,21 @@ def test_partition_names_the_partition_that_breaks(spec, ingredients, plant_id):
         verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients)
     assert verdict.outcome == "fail"
     assert verdict.measured["rel_error"] > 10 * spec.gates["loss.partition-equivalence"].limits["rel_error_max"].value
+
+
+def test_nan_is_visible_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["loss.nan-visible"], ingredients)
+    assert verdict.outcome == "pass" and verdict.measured == {"hidden": 0, "moved": 0}
+
+
+@pytest.mark.parametrize("plant_id", ["loss.nan-micro-batch-skipped", "loss.nan-made-zero"])
+def test_nan_visible_is_red_on_its_plants(spec, ingredients, plant_id):
+    with load_museum()[plant_id].apply():
+        verdict = call_check(spec.gates["loss.nan-visible"], ingredients)
+    assert verdict.outcome == "fail" and verdict.measured["hidden"] >= 1 and verdict.measured["moved"] >= 1
+
+
+def test_nan_visible_is_red_on_an_update_that_says_it_was_not_made(spec, ingredients):
+    honest = ingredients["poisoned_step"]
+    verdict = call_check(spec.gates["loss.nan-visible"], ingredients | {"poisoned_step": lambda which: (honest(which)[0], which == 1)})
+    assert verdict.outcome == "fail" and verdict.measured == {"hidden": 0, "moved": 1}

@@ -24,7 +24,7 @@ def test_torch_is_chosen_until_something_else_was_measured(monkeypatch):
 
 def test_choices_are_json_ready_and_give_every_reason():
     document = json.loads(json.dumps(dispatch.choices("cpu")))
-    assert all(document[op] and document[f"{op}_reason"] for op in (*dispatch.CANDIDATES, "document_attention"))
+    assert all(document[op] and document[f"{op}_reason"] for op in dispatch.TRAINED)
     with dispatch.using(attention="triton"):
         assert dispatch.choices("cpu")["attention"] == "triton flash attention"
         assert dispatch.choices("cpu")["attention_reason"] == "chosen by hand"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spec.errors import EnvironmentUnfit
+from stack.config import Muon
 from stack.recipes import recipe
 from stack.train import memory, precision
 from stack.train.memory import predict_bytes
@@ -21,10 +22,22 @@ def test_an_emulated_type_is_refused_with_its_rate(monkeypatch, share, refused):
     assert f"{share:.2g} times" in str(caught.value) and "optim.dtype=float32" in str(caught.value)
 
 
-def test_float32_and_other_devices_are_not_measured(monkeypatch):
+def test_float32_is_not_measured(monkeypatch):
     monkeypatch.setattr(precision, "product_s", None)
     precision.refuse_emulated(None, CPU, "train.dtype")
-    precision.refuse_emulated(torch.bfloat16, torch.device("cuda"), "train.dtype")
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_a_gpu_is_asked_and_not_measured(monkeypatch, has_units):
+    monkeypatch.setattr(precision, "product_s", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of 2018")
+    gpu = torch.device("cuda")
+    precision.refuse_emulated(torch.float16, gpu, "train.dtype")
+    if has_units:
+        return precision.refuse_emulated(torch.bfloat16, gpu, "train.dtype")
+    with pytest.raises(EnvironmentUnfit, match="a GPU of 2018 has no units for bfloat16"):
+        precision.refuse_emulated(torch.bfloat16, gpu, "train.dtype")
 
 
 def test_a_rate_is_measured():
@@ -50,3 +63,22 @@ def test_the_prediction_grows_with_what_it_should():
     rows = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": 32})})
     assert predict_bytes(rows, 1024)["activations"] == 2 * parts["activations"]
     assert 0 < memory.available_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize(
+    "section, change, part",
+    [("train", {"activation_checkpointing": "blocks"}, "activations"), ("train", {"dtype": "float32"}, "activations")],
+)
+def test_what_saves_memory_is_predicted_to(section, change, part):
+    cfg = recipe("llama-370m")
+    other = cfg.model_copy(update={section: getattr(cfg, section).model_copy(update=change)})
+    before, after = predict_bytes(cfg, 49_152), predict_bytes(other, 49_152)
+    assert after[part] < 0.5 * before[part] if change.get("activation_checkpointing") else after[part] > 1.5 * before[part]
+
+
+def test_muon_keeps_one_moment_of_a_matrix():
+    cfg = recipe("llama-370m")
+    muon = cfg.model_copy(update={"optim": Muon(lr=1e-3, adamw_lr=1e-3)})
+    tables = 2 * 4 * 49_152 * cfg.model.d_model
+    parts = predict_bytes(muon, 49_152)
+    assert parts["moments"] == parts["weights"] + tables
