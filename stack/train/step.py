@@ -92,7 +92,7 @@ def apply_gradients(state: TrainState, grads: list[Tensor], norm: Tensor) -> Non
 
 
 def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
-    """One update. A non-finite loss or gradient leaves the parameters untouched; an fp16 overflow of gradients is retried at a lower scale."""
+    """One update. A non-finite loss or gradient leaves parameters untouched; an fp16 overflow of gradients is retried at a lower scale."""
     step = state.step + 1
     scheduled = partial(lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps)
     opt.set_lr(state.optimizer, lambda peak: scheduled(peak=peak))

@@ -7,8 +7,8 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux only")
 
-import kernels  # noqa: E402
-from side_by_side import why_not  # noqa: E402
+import kernels
+from side_by_side import why_not
 
 
 @pytest.mark.parametrize("part", kernels.PARTS)
