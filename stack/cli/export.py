@@ -112,7 +112,7 @@ def import_(
     builder.inputs = _artefacts([*source.files, tokenizer or folder / "tokenizer.json"], Path.cwd())
     model = reading.load_weights(source)
     try:
-        with huggingface.readable(source, model) as readable:
+        with huggingface.readable(source) as readable:
             keeper.artifact(parity.own(model) | (parity.witness(readable) if parity.available() else {}))
     except GateFailed as e:
         raise _refusal(builder, keeper, Path("runs") / builder.id, e, f"nothing is at {out}") from e

@@ -21,7 +21,7 @@ from stack.data.tokenizer import Tokenizer
 from stack.evidence.exclusive import refuse_occupied
 from stack.evidence.record import write_atomically
 from stack.export import parity, vocabulary
-from stack.export.reading import Folder
+from stack.export.reading import Folder, read_tensor
 from stack.model import names
 from stack.model.foreign import Kind, Row, plain_name, to_theirs
 from stack.model.transformer import Transformer
@@ -144,14 +144,26 @@ def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> N
 
 
 @contextmanager
-def readable(source: Folder, model: Transformer) -> Iterator[Path]:
-    """The folder of an import as the other library can read it: itself, or where names differ a copy of its weights under plain ones."""
+def readable(source: Folder) -> Iterator[Path]:
+    """The folder of an import as the other library can read it: itself, or where names differ a copy of its tensors under plain ones.
+
+    The copy is of what the files hold, not of what was understood: what was misread here must not be handed over there.
+    """
     if not source.renamed:
         yield source.path
         return
     with tempfile.TemporaryDirectory(prefix="stackproof-plain-") as folder:
         shutil.copy(source.path / "config.json", folder)
-        write_weights(Path(folder), source.kind, model, "float32", MAX_SHARD_BYTES)
+        files = sorted({place.file for place in source.places.values()})
+        told, total = {}, 0
+        for number, file in enumerate(files, start=1):
+            name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            held = {n: read_tensor(place) for n, place in source.places.items() if place.file == file}
+            tensorfile.write(Path(folder) / name, held, {"format": "pt"})
+            told |= dict.fromkeys(held, name)
+            total += sum(t.numel() * t.itemsize for t in held.values())
+        if len(files) > 1:
+            _write_json(Path(folder) / names.INDEX, names.index_document(told, total))
         yield Path(folder)
 
 

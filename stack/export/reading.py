@@ -173,7 +173,7 @@ def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, 
     head, embed = (f"{folder.kind.modules[m]}.weight" for m in ("head", "embed"))
     if not folder.cfg.tied_head or head not in places or embed not in places:
         return places
-    if not torch.equal(_read(places[head]), _read(places[embed])):
+    if not torch.equal(read_tensor(places[head]), read_tensor(places[embed])):
         raise CheckpointError(
             f"config.json ties {head} to {embed}, and the file holds two different tensors",
             value=f"{places[head].file.name}",
@@ -200,14 +200,14 @@ def _require_same_names(expected: set[str], given: set[str], folder: Folder) -> 
 def _fill(live: Mapping[str, Tensor], row: Row, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if place.shape != (wanted := their_shape(row, shapes)):
         raise CheckpointError(f"tensor {row.theirs} has another shape than config.json says", value=place.shape, allowed=wanted)
-    tensor = _read(place)
+    tensor = read_tensor(place)
     if not tensor.isfinite().all():
         raise CheckpointError(f"tensor {row.theirs} holds values that are not finite", value=place.file.name)
     for name, part in to_ours(row, tensor, shapes).items():
         live[name].copy_(part)
 
 
-def _read(place: Place) -> Tensor:
+def read_tensor(place: Place) -> Tensor:
     """One tensor as float32."""
     if place.dtype not in READABLE:
         raise CheckpointError(

@@ -119,6 +119,29 @@ def test_names_that_transformers_cannot_read_are_compared_under_plain_ones(stack
     assert said["renamed_tensors"] == (len(tensors) if prefix else 1)
 
 
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_weights_misread_at_import_are_seen_under_any_names(stack, run_dir, tmp_path, compares, monkeypatch, prefix):
+    """Rotary pairs taken for neighbours, as other code bases lay them out. What is compared is what the files hold."""
+    import torch
+
+    from stack import tensorfile
+    from stack.export import reading
+
+    path = tmp_path / "source" / "model.safetensors"
+    tensorfile.write(
+        path, {prefix + n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}, {}
+    )
+    honest = reading.to_ours
+
+    def interleaved(row, tensor, shapes):
+        parts = honest(row, tensor, shapes)
+        return {n: torch.cat((p[::2], p[1::2])) if n.endswith("attention.q.weight") else p for n, p in parts.items()}
+
+    monkeypatch.setattr(reading, "to_ours", interleaved)
+    code, said = stack("import", "source", "--out", "again")
+    assert code == 6 and "export.logit-parity" in said["what"]
+
+
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_a_red_comparison_ends_with_six_and_leaves_a_record_only(stack, run_dir, tmp_path, compares, monkeypatch, verb):
     witness = parity.witness
