@@ -149,8 +149,8 @@ def rows_leak():
     "loss.nan-micro-batch-skipped",
     gate="loss.nan-visible",
     title="A micro-batch that is not a number is skipped",
-    story="The loss of one micro-batch is NaN, and the loop goes on with the next, as robust code does. Its gradient is dropped, its labels "
-    "are still counted in the mean. The step reports a loss that is a little low and moves a little less. Bad rows never come to light.",
+    story="The loss of one micro-batch is NaN, and the loop goes on with the next, as robust code does. Its gradient is dropped, its "
+    "labels are still counted in the mean. The step reports a loss that is a little low and moves a little less. Bad rows never come to light.",
     sources=("https://github.com/karpathy/nanoGPT/issues/227", "https://github.com/dome272/Wuerstchen/issues/27"),
 )
 def nan_micro_batch_skipped():
