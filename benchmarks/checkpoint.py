@@ -41,7 +41,7 @@ def open_state(megabytes: float, folder: Path) -> tuple[TrainState, dict]:
     """The state of a run after one update, of about that size, and its document."""
     n_layers = max(1, round(megabytes * 1e6 / BYTES_PER_PARAMETER / (4 * D_MODEL**2 + 3 * D_MODEL * D_FF)))
     shape = Shape(n_layers, D_MODEL, 8, 8, D_FF, seq_len=64, vocab_size=512, rows=1, fresh=False)
-    cfg, overrides = load_config(recipe("pocket"), sets=(*shape.sets(), *write_corpus(folder, shape.vocab_size, 100_000)))
+    cfg, overrides = load_config(recipe("tiny"), sets=(*shape.sets(), *write_corpus(folder, shape.vocab_size, 100_000)))
     run = our_run.open_run(cfg, overrides, folder / "run")
     our_run.bare_step(run)
     tokenizer = run.dataset.tokenizer

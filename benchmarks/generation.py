@@ -32,7 +32,7 @@ def open_ours(shape: Shape) -> Generate:
     from stack.model.build import build_model
     from stack.recipes import recipe
 
-    cfg, _ = load_config(recipe("pocket"), sets=shape.sets())
+    cfg, _ = load_config(recipe("tiny"), sets=shape.sets())
     model = build_model(cfg.model, shape.vocab_size, seed=SEED)
     return lambda ids, n_new: generate(model, ids, max_new_tokens=n_new, temperature=0.0)
 

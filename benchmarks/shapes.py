@@ -43,7 +43,7 @@ class Shape:
         return self.tokens_per_step * (6 * matrix_parameters + 6 * self.n_layers * self.d_model * self.seq_len)
 
     def sets(self) -> tuple[str, ...]:
-        """This shape as `--set` values of the recipe pocket."""
+        """This shape as `--set` values of the recipe tiny."""
         return (
             f"model.n_layers={self.n_layers}",
             f"model.d_model={self.d_model}",

@@ -59,7 +59,7 @@ def open_ours(shape: Shape, folder: Path, compiled: bool, device: str) -> tuple[
 
     settings = (f"device={device}", f"train.max_steps={MAX_STEPS}", f"train.compile={str(compiled).lower()}", f"optim.lr={LR}")
     sets = (*shape.sets(), *write_corpus(folder, shape.vocab_size, CORPUS_TOKENS), *settings, f"optim.max_grad_norm={MAX_GRAD_NORM}")
-    cfg, overrides = load_config(recipe("pocket"), sets=sets)
+    cfg, overrides = load_config(recipe("tiny"), sets=sets)
     run = our_run.open_run(cfg, overrides, folder / "run")
 
     def step() -> None:

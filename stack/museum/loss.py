@@ -150,7 +150,7 @@ def rows_leak():
     gate="loss.nan-visible",
     title="A micro-batch that is not a number is skipped",
     story="The loss of one micro-batch is NaN, and the loop goes on with the next, as robust code does. Its gradient is dropped, its "
-    "labels are still counted in the mean. The step reports a loss that is a little low and moves a little less. Bad rows never come to light.",
+    "labels are still counted in the mean. The step reports a loss that is a little low and moves a little less. Nobody sees the bad rows.",
     sources=("https://github.com/karpathy/nanoGPT/issues/227", "https://github.com/dome272/Wuerstchen/issues/27"),
 )
 def nan_micro_batch_skipped():

@@ -1,35 +1,45 @@
 """About a million parameters, trained in minutes on two CPU cores on text every Python installation has."""
 
 from stack.config import (
-    AdamW,
     BpeTokenizer,
     CheckpointConfig,
-    Cosine,
     DataConfig,
     EvalConfig,
     ModelConfig,
+    Muon,
     Patience,
     RunConfig,
     SampleConfig,
+    SoftmaxAttention,
     StdlibCode,
     StdlibDocs,
     TrainConfig,
+    Wsd,
 )
 
 
 def pocket() -> RunConfig:
-    """The embedded default: English of the standard library's documentation."""
+    """The embedded default: English of the standard library's documentation. How its settings were found: docs/adr/0023."""
     return RunConfig(
         recipe="pocket",
-        data=DataConfig(corpus=StdlibDocs(), tokenizer=BpeTokenizer(vocab_size=1024)),
-        model=ModelConfig(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=352, max_seq_len=256),
-        train=TrainConfig(max_steps=420, tokens_per_step=4096, micro_batch_size=16),
-        optim=AdamW(lr=4e-3, weight_decay=0.1),
-        schedule=Cosine(warmup_steps=35),
-        eval=EvalConfig(every=60),
+        data=DataConfig(corpus=StdlibDocs(), tokenizer=BpeTokenizer(vocab_size=2048)),
+        model=ModelConfig(
+            d_model=128,
+            n_layers=4,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=32,
+            d_ff=352,
+            max_seq_len=256,
+            attention=SoftmaxAttention(qk_norm=True),
+        ),
+        train=TrainConfig(max_steps=700, tokens_per_step=2048, micro_batch_size=8),
+        optim=Muon(lr=4e-3, adamw_lr=1.6e-2, weight_decay=0.1),
+        schedule=Wsd(warmup_steps=10, decay_frac=0.6, decay_shape="linear"),
+        eval=EvalConfig(every=100),
         stop=Patience(),
-        sample=SampleConfig(every=60, prompt="The "),
-        checkpoint=CheckpointConfig(every=120),
+        sample=SampleConfig(every=100, prompt="The "),
+        checkpoint=CheckpointConfig(every=200),
     )
 
 

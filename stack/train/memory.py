@@ -16,7 +16,7 @@ HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that not
 
 
 def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
-    """Peak memory that training adds to a process which has imported everything, bytes, and what it is made of.
+    """Peak memory that training adds to a process which has opened its data, bytes, and what it is made of.
 
     Measured peaks lie within 1.3 times of it, either way, on recipes and variants: see benchmarks/memory.py.
     """

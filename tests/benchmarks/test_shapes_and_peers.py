@@ -19,7 +19,7 @@ from stack.recipes import recipe
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_shape_is_what_our_configuration_becomes(name):
     shape = SHAPES[name]
-    cfg, _ = load_config(recipe("pocket"), sets=shape.sets())
+    cfg, _ = load_config(recipe("tiny"), sets=shape.sets())
     model = cfg.model
     assert (model.n_layers, model.d_model, model.n_heads, model.n_kv_heads) == (
         shape.n_layers,
@@ -33,7 +33,7 @@ def test_a_shape_is_what_our_configuration_becomes(name):
 
 def test_operations_are_counted_as_the_spec_counts_them():
     shape = SHAPES["a"]
-    cfg, _ = load_config(recipe("pocket"), sets=shape.sets())
+    cfg, _ = load_config(recipe("tiny"), sets=shape.sets())
     matrices = sum(p.numel() for p in build_model(cfg.model, shape.vocab_size, seed=1).parameters() if p.ndim == 2)
     expected = shape.tokens_per_step * flops_per_token(cfg.model.model_dump(), shape.vocab_size, shape.seq_len)
     assert shape.flops_per_step(matrices) == expected
@@ -107,7 +107,7 @@ def test_a_matrix_counts_if_it_is_multiplied_by(tied):
     from peers import matrix_parameters
 
     shape = Shape(2, 16, 2, 2, 24, 8, 40, 1, fresh=False, tied_head=tied)
-    cfg, _ = load_config(recipe("pocket"), sets=shape.sets())
+    cfg, _ = load_config(recipe("tiny"), sets=shape.sets())
     model = build_model(cfg.model, shape.vocab_size, seed=1)
     layer = 4 * 16 * 16 + 3 * 16 * 24
     assert matrix_parameters(model) == 2 * layer + 40 * 16

@@ -134,7 +134,7 @@ def test_peak_at_the_end_of_warmup_and_floor_at_the_end():
 
 
 def test_a_decay_that_begins_in_the_warmup_is_refused():
-    sets = ("schedule.kind=wsd", "schedule.warmup_steps=300", "schedule.decay_frac=0.4")
-    with pytest.raises(ConfigError, match=r"300.*before the decay begins.*252"):
-        load_config(recipe("pocket"), sets=sets)
-    assert load_config(recipe("pocket"), sets=(*sets[:2], "schedule.decay_frac=0.2"))[0].schedule.decay_begins(420) == 336
+    sets = ("schedule.kind=wsd", "schedule.warmup_steps=400", "schedule.decay_frac=0.4")
+    with pytest.raises(ConfigError, match=r"400.*before the decay begins.*360"):
+        load_config(recipe("tiny"), sets=sets)
+    assert load_config(recipe("tiny"), sets=(*sets[:2], "schedule.decay_frac=0.2"))[0].schedule.decay_begins(600) == 480

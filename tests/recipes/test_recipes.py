@@ -16,8 +16,8 @@ def by_hand(v, d, layers, q, kv, f, ffn_matrices, *, norms, extras=0, head=1):
 
 
 SIZES = {
-    "pocket": by_hand(1024, 128, 4, 128, 64, 352, 3, norms=128),
-    "pocket-code": by_hand(1024, 128, 4, 128, 64, 352, 3, norms=128),
+    "pocket": by_hand(2048, 128, 4, 128, 64, 352, 3, norms=128, extras=4 * 2 * 32),
+    "pocket-code": by_hand(2048, 128, 4, 128, 64, 352, 3, norms=128, extras=4 * 2 * 32),
     "tiny": by_hand(257, 128, 4, 128, 128, 352, 3, norms=128),
     "huge": by_hand(49_152, 256, 12, 256, 256, 688, 3, norms=256),
     "nanolm": by_hand(32_000, 256, 6, 256, 64, 256, 3, norms=256),
@@ -63,7 +63,7 @@ def test_the_dial_makes_models_larger_and_steps_smaller():
     runs = [depth(n, vocab_size=32_768, unique_tokens=10**12) for n in range(1, 25)]
     counts = [parameter_count(r.model.model_dump(), 32_768) for r in runs]
     rates = [r.optim.lr for r in runs]
-    assert counts == sorted(set(counts)) and rates == sorted(rates, reverse=True) and depth(2).optim.lr == recipe("pocket").optim.lr
+    assert counts == sorted(set(counts)) and rates == sorted(rates, reverse=True) and depth(2).optim.lr == recipe("tiny").optim.lr
     assert depth(2).train.max_steps * 4096 == pytest.approx(EPOCHS * EMBEDDED_TOKENS, rel=1e-3)
 
 

@@ -57,11 +57,11 @@ def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):
 
 
 def test_the_prediction_grows_with_what_it_should():
-    cfg = recipe("pocket")
-    parts = predict_bytes(cfg, 1024)
-    assert parts["weights"] == parts["gradients"] == parts["moments"] / 2 == 4 * 869_504
+    cfg = recipe("tiny")
+    parts = predict_bytes(cfg, 257)
+    assert parts["weights"] == parts["gradients"] == parts["moments"] / 2 == 4 * 836_864
     rows = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": 32})})
-    assert predict_bytes(rows, 1024)["activations"] == 2 * parts["activations"]
+    assert predict_bytes(rows, 257)["activations"] == 2 * parts["activations"]
     assert 0 < memory.available_bytes(CPU) < 2**50
 
 
