@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +157,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "cross_entropy_sum": _cross_entropy_sum,
         "micro_batch_nats": _micro_batch_nats,
         "gradient_of": _gradient_of(exact, dataset, device),
+        "accumulated_gradients": lambda model, parts: accumulated_gradients(cfg, device, model, parts),
         "ragged_batch": (ids, ragged),
         "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
@@ -192,6 +193,16 @@ def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: 
     optimizer.step()
     model.after_update(bench.loads)
     return loss_nats
+
+
+def accumulated_gradients(
+    cfg: RunConfig, device: torch.device, model: nn.Module, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> tuple[float, dict[str, Tensor]]:
+    """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over micro-batches of ids, labels, documents."""
+    model.recompute = cfg.train.activation_checkpointing == "blocks"
+    batches = [Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents) for ids, labels, documents in parts]
+    nats, _ = steps.accumulate(_bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches)
+    return nats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def balance_gradients(cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int) -> tuple:
