@@ -267,9 +267,9 @@ class _Doubled(torch.autograd.Function):
     "model.shared-gradient-clobbered",
     gate="model.gradient",
     title="A backward writes into a gradient that others share",
-    story="Branches are kept at half their size and doubled when they are added. The hand-written backward of the doubling saves memory and "
-    "works in place. Tested alone it is right. In a block the same memory is the gradient of the residual stream, so every layer passes "
-    "down twice what it should. The forward is right to the last bit, and the loss still falls.",
+    story="Branches are kept at half their size and doubled when they are added. The hand-written backward of the doubling saves memory "
+    "and works in place. Tested alone it is right. In a block the same memory is the gradient of the residual stream, so every layer "
+    "passes down twice what it should. The forward is right to the last bit, and the loss still falls.",
     sources=("https://github.com/linkedin/Liger-Kernel/issues/1305", "https://github.com/pytorch/pytorch/issues/81417"),
 )
 def shared_gradient_clobbered():

@@ -29,6 +29,7 @@ from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.compiled import compiled_ingredients
 from stack.train.randomness import generator, stream_seed
+from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
 
 PROBE_WINDOWS = 24
@@ -89,6 +90,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
     ingredients |= compiled_ingredients(cfg, dataset, device)
+    ingredients |= shadow_ingredients(cfg, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:
         raise DataError(
