@@ -151,20 +151,19 @@ def gradient(
 
     `accumulated_gradients(model, parts)` is the stack's own accumulation over micro-batches (input_ids_BT, labels_BT, document_ids_BT or
     None) with the weights given and dropout off; it returns the mean loss in nats, without any term of balance, and gradients by name.
-    Some rows are packed, some labels masked. Where routers choose, each row is a micro-batch of its own and ends before its first token
-    that depends on a choice within rounding of a tie.
+    Each row is a micro-batch; some are packed, and some labels masked. Where routers choose, there are twice as many, and a row ends before
+    its first token that depends on a choice within rounding of a tie.
     """
     a, model = declared_architecture, build_model().eval()
     model.load_state_dict(drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(16)))
     leaves = {n: p.detach().double().cpu().requires_grad_() for n, p in model.named_parameters()}
-    rows = _labelled_rows(min(ORACLE_TOKENS, a["max_seq_len"], vocab_size - 1), vocab_size)
+    rows = _labelled_rows(min(ORACLE_TOKENS, a["max_seq_len"], vocab_size - 1), vocab_size)[: ORACLE_ROWS if chooses(a) else 2]
     nats, objective, read = _oracle_objective(limits, rows, leaves | dict(model.named_buffers()), a)
     judged = sum(ids.numel() for ids, _, _ in read) / sum(ids.numel() for ids, _, _ in rows)
     if judged < limits.judged_frac_min:
         return failed("the choices of too many tokens are within rounding of a tie", judged_frac=judged)
-    wanted = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values()))))
-    parts = read if chooses(a) else [_together(read[:2]), _together(read[2:])]
-    got_nats, got = accumulated_gradients(model, parts)
+    wanted = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)))
+    got_nats, got = accumulated_gradients(model, read)
     errors = _errors(got, wanted, a)
     worst = max(errors, key=errors.__getitem__)
     loss_error = abs(got_nats - nats) / nats
@@ -180,17 +179,12 @@ def gradient(
 
 
 def _labelled_rows(length: int, vocab_size: int) -> list[Part]:
-    """Four micro-batches of one row: two of one document, two packed; every seventh label is masked."""
+    """Micro-batches of one row, whole and packed by turns; every seventh label is masked."""
     ids_BT = _distinct_ids(ORACLE_ROWS, length + 1, vocab_size)
     labels_BT = ids_BT[:, 1:].clone()
     labels_BT[:, 3::7] = IGNORE
-    documents = [None, None, *packing(length).split(1)]
+    documents = [own for packed in packing(length).split(1) for own in (None, packed)]
     return [(ids[None, :-1], labels[None], own) for ids, labels, own in zip(ids_BT, labels_BT, documents)]
-
-
-def _together(parts: Sequence[Part]) -> Part:
-    ids, labels, documents = zip(*parts)
-    return torch.cat(ids), torch.cat(labels), None if documents[0] is None else torch.cat(documents)
 
 
 def _oracle_objective(
@@ -221,8 +215,10 @@ def _balance_weight(a: Mapping[str, Any]) -> float:
 def _errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a: Mapping[str, Any]) -> dict[str, float]:
     """Relative errors by name. What is rightly 0 is held against the norm of all gradients, and all λ count as one tensor.
 
-    The gradient of one λ is a sum over all positions that may cancel to almost nothing, and then is rounding alone.
+    An expert that nobody chose has a gradient of 0 or none. The gradient of one λ is a sum over all positions that may cancel to almost
+    nothing, and then is rounding alone.
     """
+    got = {n: torch.zeros_like(g) for n, g in wanted.items() if not g.any()} | got
     silent = {n for n in wanted if kind_of(n) in silent_kinds(a)}
     whole = math.hypot(*(float(g.norm()) for g in wanted.values()))
     errors = gradient_errors(_lambdas_joined(got, silent), _lambdas_joined(wanted, silent))

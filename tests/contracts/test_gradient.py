@@ -47,7 +47,7 @@ def parts(a):
 def test_gate_is_green_on_the_stack(spec, ingredients):
     verdict = call_check(spec.gates[GATE], ingredients)
     assert verdict.outcome == "pass", verdict.message
-    assert verdict.measured["rel_error"] < 1e-5 and verdict.measured["loss_rel_error"] < 1e-6  # measured 7e-7 and 4e-8
+    assert verdict.measured["rel_error"] < 1e-5 and verdict.measured["loss_rel_error"] < 1e-6  # measured 9e-7 and 8e-8
     assert verdict.measured["judged_frac"] == 1 and verdict.measured["gradients"] == len(list(ingredients["model"].parameters()))
 
 
@@ -79,7 +79,7 @@ def test_recomputed_blocks_are_judged_where_a_run_has_them(spec, small_cfg, ingr
 def test_gate_is_green_on_every_variant(spec, variant):
     verdict = call_check(spec.gates[GATE], parts(declared(variant)))
     assert verdict.outcome == "pass", verdict.message
-    assert verdict.measured["rel_error"] < 2e-5 and verdict.measured["judged_frac"] == 1  # measured worst case 4.4e-6
+    assert verdict.measured["rel_error"] < 2e-5 and verdict.measured["judged_frac"] == 1  # measured worst case 6.5e-6
 
 
 def one_percent_off(accumulated, names):
