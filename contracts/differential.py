@@ -1,14 +1,17 @@
-"""The gate that holds the run's own model against the float64 oracle: B batch, T tokens, D d_model, V vocab."""
+"""The gates that hold the run's own model and its gradients against the float64 oracle: B batch, T tokens, D d_model, V vocab."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contracts.declared import chooses, drawn_weights, kind_of, kinds, parameter_shapes, silent_kinds
 from contracts.gate import Verdict, decide, decides, failed
+from contracts.loss import IGNORE, gradient_errors
 from contracts.model import device_of, in_eval, packing, table_error
 from contracts.oracle import below, oracle_attention, oracle_reading
 
@@ -128,3 +131,102 @@ def _effect(twin: nn.Module, ids_BT: Tensor, kind: str, shapes: Mapping[str, tup
 def _put(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         live[name].copy_(value)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+Part = tuple[Tensor, Tensor, Tensor | None]
+
+
+@decides("model.gradient")
+def gradient(
+    limits: SimpleNamespace,
+    *,
+    build_model: Callable[[], nn.Module],
+    accumulated_gradients: Callable[[nn.Module, Sequence[Part]], tuple[float, Mapping[str, Tensor]]],
+    declared_architecture: Mapping[str, Any],
+    vocab_size: int,
+) -> Verdict:
+    """The gradient of the mean loss of every parameter is the one that autograd takes through the oracle, under drawn weights.
+
+    `accumulated_gradients(model, parts)` is the stack's own accumulation over micro-batches (input_ids_BT, labels_BT, document_ids_BT or
+    None) with the weights given and dropout off; it returns the mean loss in nats, without any term of balance, and gradients by name.
+    Each row is a micro-batch; some are packed, and some labels masked. Where routers choose, there are twice as many, and a row ends before
+    its first token that depends on a choice within rounding of a tie.
+    """
+    a, model = declared_architecture, build_model().eval()
+    model.load_state_dict(drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(16)))
+    leaves = {n: p.detach().double().cpu().requires_grad_() for n, p in model.named_parameters()}
+    rows = _labelled_rows(min(ORACLE_TOKENS, a["max_seq_len"], vocab_size - 1), vocab_size)[: ORACLE_ROWS if chooses(a) else 2]
+    nats, objective, read = _oracle_objective(limits, rows, leaves | dict(model.named_buffers()), a)
+    judged = sum(ids.numel() for ids, _, _ in read) / sum(ids.numel() for ids, _, _ in rows)
+    if judged < limits.judged_frac_min:
+        return failed("the choices of too many tokens are within rounding of a tie", judged_frac=judged)
+    wanted = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)))
+    got_nats, got = accumulated_gradients(model, read)
+    errors = _errors(got, wanted, a)
+    worst = max(errors, key=errors.__getitem__)
+    loss_error = abs(got_nats - nats) / nats
+    return decide(
+        max(errors[worst], loss_error) <= limits.rel_error_max,
+        f"the gradient of {worst} differs by {errors[worst]:.2g} from the oracle's, the loss by {loss_error:.2g}",
+        rel_error=errors[worst],
+        loss_rel_error=loss_error,
+        worst=worst,
+        gradients=len(wanted),
+        judged_frac=judged,
+    )
+
+
+def _labelled_rows(length: int, vocab_size: int) -> list[Part]:
+    """Micro-batches of one row, whole and packed by turns; every seventh label is masked."""
+    ids_BT = _distinct_ids(ORACLE_ROWS, length + 1, vocab_size)
+    labels_BT = ids_BT[:, 1:].clone()
+    labels_BT[:, 3::7] = IGNORE
+    documents = [own for packed in packing(length).split(1) for own in (None, packed)]
+    return [(ids[None, :-1], labels[None], own) for ids, labels, own in zip(ids_BT, labels_BT, documents)]
+
+
+def _oracle_objective(
+    limits: SimpleNamespace, rows: Sequence[Part], weights: Mapping[str, Tensor], a: Mapping[str, Any]
+) -> tuple[float, Tensor, list[Part]]:
+    """(mean loss in nats, that and the balance term with its weight as a tensor with a graph, the rows as far as choices are clear)."""
+    nats, balance, read = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), []
+    for row in rows:
+        reading = oracle_reading(row[0], weights, a, row[2])
+        unclear_T = (reading.margin_BT[0] < limits.choice_margin_min).nonzero()
+        if len(unclear_T):
+            row = tuple(None if t is None else t[:, : int(unclear_T[0])] for t in row)
+            if not row[0].numel():
+                continue
+            reading = oracle_reading(row[0], weights, a, row[2])
+        nats = nats + F.cross_entropy(reading.logits_BTV[0], row[1][0], ignore_index=IGNORE, reduction="sum")
+        balance = balance + row[0].numel() * sum(reading.balance.values())
+        read.append(row)
+    n_valid, n_tokens = sum(int((labels != IGNORE).sum()) for _, labels, _ in read), sum(ids.numel() for ids, _, _ in read)
+    mean = nats / max(n_valid, 1)
+    return float(mean.detach()), mean + _balance_weight(a) * balance / max(n_tokens, 1), read
+
+
+def _balance_weight(a: Mapping[str, Any]) -> float:
+    return a["ffn"].get("balance", {}).get("weight", 0.0)
+
+
+def _errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a: Mapping[str, Any]) -> dict[str, float]:
+    """Relative errors by name. What is rightly 0 is held against the norm of all gradients, and all λ count as one tensor.
+
+    An expert that nobody chose has a gradient of 0 or none. The gradient of one λ is a sum over all positions that may cancel to almost
+    nothing, and then is rounding alone.
+    """
+    got = {n: torch.zeros_like(g) for n, g in wanted.items() if not g.any()} | got
+    silent = {n for n in wanted if kind_of(n) in silent_kinds(a)}
+    whole = math.hypot(*(float(g.norm()) for g in wanted.values()))
+    errors = gradient_errors(_lambdas_joined(got, silent), _lambdas_joined(wanted, silent))
+    return errors | {n: float(got[n].double().norm()) / whole if n in got else math.inf for n in silent}
+
+
+def _lambdas_joined(gradients: Mapping[str, Tensor], without: set[str]) -> dict[str, Tensor]:
+    kept = {n: g.double().cpu() for n, g in gradients.items() if n not in without}
+    lambdas = [n for n in kept if ".lambda_" in n]
+    joined = {"every lambda": torch.cat([kept.pop(n).flatten() for n in lambdas])} if lambdas else {}
+    return kept | joined

@@ -62,7 +62,8 @@ class Gate(Frozen):
     """An acceptance rule. `check` names the function or class in `contracts` that decides it.
 
     A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by dotted key. In all others it is
-    absent: neither a pass nor a gap. `museum` holds further values under which the museum proves it, where its own run would not show it.
+    absent: neither a pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under which the museum
+    proves it, where its own run would not show it, and says which one of a list.
     """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
@@ -76,7 +77,7 @@ class Gate(Frozen):
     since: str
     sources: tuple[str, ...]
     kinds: tuple[str, ...] = ("train",)
-    when: dict[str, bool | int | float | str] = {}
+    when: dict[str, bool | int | float | str | tuple[str, ...]] = {}
     museum: dict[str, bool | int | float | str] = {}
     limits: dict[str, Limit] = {}
 
@@ -86,12 +87,22 @@ class Gate(Frozen):
 
     def applies_to(self, config: Mapping[str, Any]) -> bool:
         """Whether a resolved configuration holds every value of `when`. A key of another variant is absent, so the gate is not for it."""
-        return all(_at(config, key) == value for key, value in self.when.items())
+        return all(_at(config, key) in allowed for key, allowed in self._allowed().items())
+
+    def _allowed(self) -> dict[str, tuple]:
+        return {key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()}
 
     @model_validator(mode="after")
     def _known_subsystem(self):
         if self.subsystem not in SUBSYSTEMS:
             raise ValueError(f"gate {self.id}: {self.subsystem} is not a subsystem; known: {' '.join(SUBSYSTEMS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _provable(self):
+        for key, allowed in self._allowed().items():
+            if self.museum.get(key, allowed[0] if len(allowed) == 1 else None) not in allowed:
+                raise ValueError(f"gate {self.id}: museum must hold one of the values of {key} in when: {', '.join(map(str, allowed))}")
         return self
 
     def normative(self) -> dict:
@@ -105,7 +116,7 @@ class Gate(Frozen):
             "check": self.check,
             "kinds": list(self.kinds),
             "limits": limits,
-        } | ({"when": dict(sorted(self.when.items()))} if self.when else {})
+        } | ({"when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(self.when.items())}} if self.when else {})
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:

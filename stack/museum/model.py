@@ -251,6 +251,36 @@ def gqa_head_order():
         yield
 
 
+class _Doubled(torch.autograd.Function):
+    """2·x. Its backward doubles the gradient where it lies."""
+
+    @staticmethod
+    def forward(ctx, x_BTD):
+        return 2 * x_BTD
+
+    @staticmethod
+    def backward(ctx, grad_BTD):
+        return grad_BTD.mul_(2)
+
+
+@plant(
+    "model.shared-gradient-clobbered",
+    gate="model.gradient",
+    title="A backward writes into a gradient that others share",
+    story="Branches are kept at half their size and doubled when they are added. The hand-written backward of the doubling saves memory "
+    "and works in place. Tested alone it is right. In a block the same memory is the gradient of the residual stream, so every layer "
+    "passes down twice what it should. The forward is right to the last bit, and the loss still falls.",
+    sources=("https://github.com/linkedin/Liger-Kernel/issues/1305", "https://github.com/pytorch/pytorch/issues/81417"),
+)
+def shared_gradient_clobbered():
+    def residual(self, x_BTD, reading):
+        x_BTD = x_BTD + _Doubled.apply(self.dropout(self.attention(self.attention_norm(x_BTD), reading)) / 2)
+        return x_BTD + _Doubled.apply(self.dropout(self.ffn(self.ffn_norm(x_BTD), reading)) / 2)
+
+    with swap(transformer.Block, "residual", residual):
+        yield
+
+
 @plant(
     "model.attention-branch-lost",
     gate="model.overfit-one-batch",

@@ -23,7 +23,9 @@ class Plant:
     sha256: str
 
 
-ROOMS = "corpus data tokenizer curriculum model moe kernel loss optim schedule checkpoint evaluation sampling runtime export".split()
+ROOMS = (
+    "corpus data tokenizer curriculum model moe kernel precision loss optim schedule checkpoint evaluation sampling runtime export"
+).split()
 PLANTS: dict[str, Plant] = {}
 _touches = 0
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.compiled import compiled_ingredients
 from stack.train.randomness import generator, stream_seed
+from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
 
 PROBE_WINDOWS = 24
@@ -89,6 +90,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
     ingredients |= compiled_ingredients(cfg, dataset, device)
+    ingredients |= shadow_ingredients(cfg, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:
         raise DataError(
@@ -158,6 +160,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "micro_batch_nats": _micro_batch_nats,
         "gradient_of": _gradient_of(exact, dataset, device),
         "poisoned_step": lambda which: poisoned_step(exact, dataset, device, which),
+        "accumulated_gradients": lambda model, parts: accumulated_gradients(cfg, device, model, parts),
         "ragged_batch": (ids, ragged),
         "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
@@ -196,6 +199,16 @@ def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
 def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """One update of any model by the stack's own accumulation, clipping and what follows; returns the loss in nats."""
     return _update(_bench(model, optimizer, device, cfg), [batch])
+
+
+def accumulated_gradients(
+    cfg: RunConfig, device: torch.device, model: nn.Module, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> tuple[float, dict[str, Tensor]]:
+    """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over micro-batches of ids, labels, documents."""
+    model.recompute = cfg.train.activation_checkpointing == "blocks"
+    batches = [Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents) for ids, labels, documents in parts]
+    nats, _ = steps.accumulate(_bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches)
+    return nats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def balance_gradients(cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int) -> tuple:

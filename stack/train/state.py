@@ -20,6 +20,12 @@ EMA_DECAY = 0.98
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def declared_autocast(cfg: RunConfig, device: torch.device) -> torch.autocast:
+    """The compute precision of a run, as a context."""
+    dtype = AUTOCAST[cfg.train.dtype]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 @dataclass
 class TrainState:
     """Model, optimizer, data position and running statistics. `step` counts finished updates.
@@ -47,8 +53,7 @@ class TrainState:
 
     def autocast(self) -> torch.autocast:
         """The declared compute precision, as a context."""
-        dtype = AUTOCAST[self.cfg.train.dtype]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return declared_autocast(self.cfg, self.device)
 
     def update_ema(self, loss_nats: float) -> None:
         """Exponential mean of the training loss (decay 0.98) and its minimum so far."""

@@ -20,6 +20,7 @@ GATES = [
     "model.causality",
     "model.document-isolation",
     "model.reference-differential",
+    "model.gradient",
     "model.overfit-one-batch",
 ]
 PLANTS = [
@@ -35,6 +36,7 @@ PLANTS = [
     "model.missing-scale",
     "model.double-scale",
     "model.rope-bf16-table",
+    "model.shared-gradient-clobbered",
     "model.attention-branch-lost",
     "model.labels-of-the-past",
 ]

@@ -91,7 +91,8 @@ def gate_page(world: World, gate: Gate) -> Page:
 
 def _when(gate: Gate) -> str:
     """The configuration a run needs for the gate to be installed."""
-    return "".join(f", where {code(f'{key} = {str(value).lower()}')}" for key, value in gate.when.items())
+    values = {key: " or ".join(value) if isinstance(value, tuple) else str(value).lower() for key, value in gate.when.items()}
+    return "".join(f", where {code(f'{key} = {value}')}" for key, value in values.items())
 
 
 def _limits(gate: Gate) -> str:

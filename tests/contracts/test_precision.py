@@ -1,0 +1,168 @@
+"""The gate of half precision: green on the stack and on a second implementation, red on its plants and on every path in half precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from contracts.gate import call_check
+from contracts.keeper import Gatekeeper
+from spec.gates import Gate
+from stack.config import LayerNorm, MixtureOfExperts
+from stack.kernels import eager
+from stack.model import norm
+from stack.museum.plant import load_museum, swap, touches
+from stack.train.preflight import gather
+from stack.train.shadow import shadow_ingredients
+
+GATE = "precision.shadow"
+CPU = torch.device("cpu")
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPERTS = {"ffn": MixtureOfExperts(n_experts=8, top_k=2)}
+
+
+def in_half(cfg, dtype, **model):
+    train, model = cfg.train.model_copy(update={"dtype": dtype}), cfg.model.model_copy(update=model)
+    return cfg.model_copy(update={"train": train, "model": model})
+
+
+def parts(cfg):
+    return {**shadow_ingredients(cfg, CPU), "declared_architecture": cfg.model.model_dump()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": LayerNorm()}, EXPERTS], ids=["plain", "layernorm", "experts"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gate_is_green_on_the_stack(spec, small_cfg, dtype, changes):
+    verdict = call_check(spec.gates[GATE], parts(in_half(small_cfg, dtype, **changes)))
+    assert verdict.outcome == "pass", verdict.message
+    measured = verdict.measured
+    assert 0 < measured["norm_roundings"] < 0.01 and 0 < measured["loss_roundings"] < 1e-3  # measured 6.6e-3 and 8.5e-5
+    assert (0 < measured["router_roundings"] < 1e-3) == (changes is EXPERTS)  # measured 2.7e-4
+
+
+@pytest.mark.parametrize("plant_id", ["precision.norm-in-half", "precision.loss-in-half"])
+def test_gate_is_red_on_its_plants_and_nothing_else_is(spec, small_cfg, dataset, plant_id):
+    gate, before = spec.gates[GATE], touches()
+    with load_museum()[plant_id].apply():
+        ingredients = gather(in_half(small_cfg, "bfloat16"), dataset, CPU)[1]
+        verdict = call_check(gate, ingredients)
+        others = ["loss.golden", "loss.partition-equivalence", "model.reference-differential", "model.gradient", "model.document-isolation"]
+        assert all(call_check(spec.gates[gate_id], ingredients).passed for gate_id in others)
+    assert verdict.outcome == "fail" and touches() > before and plant_id in gate.plants
+    red = [name for name, error in verdict.measured.items() if name != "rounding" and error > 0.1]
+    assert red == [f"{plant_id.split('.')[1].split('-')[0]}_roundings"]
+
+
+def by_hand(dtype, **wrong):
+    """Ingredients of a second implementation, of which some parts are computed otherwise."""
+    half = HALVES[dtype]
+
+    def rms(x, gain):
+        wide = x.float()
+        return (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain).to(x.dtype)
+
+    def route(logits, top_k):
+        probs = logits.float().softmax(-1)
+        weights, experts = probs.topk(top_k)
+        return experts, weights / weights.sum(-1, keepdim=True), probs
+
+    def loss(x, head, labels):
+        return F.cross_entropy((x.to(half) @ head.to(half).T)[0].float(), labels[0], reduction="sum")
+
+    return {"half_dtype": half, "half_norm": rms, "half_route": route, "half_loss": loss} | wrong
+
+
+def declared(small_cfg):
+    return {"declared_architecture": in_half(small_cfg, "bfloat16", **EXPERTS).model.model_dump()}
+
+
+def rounded_before_its_gain(x, gain):
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) * gain.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gate_is_green_on_a_second_implementation(spec, small_cfg, dtype):
+    honest = by_hand(dtype) | declared(small_cfg)
+    assert call_check(spec.gates[GATE], honest).passed
+    verdict = call_check(spec.gates[GATE], honest | {"half_norm": rounded_before_its_gain})
+    assert verdict.passed and verdict.measured["norm_roundings"] < 0.028  # measured 0.025
+
+
+def everything_in_half(half):
+    def rms(x, gain):
+        return (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain.to(x.dtype)).to(x.dtype)
+
+    def under_autocast(x, gain):
+        return rms(x.to(half), gain).to(x.dtype)
+
+    def factor(x, gain):
+        return x * (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt().to(x.dtype) * gain.to(x.dtype)
+
+    def route(logits, top_k):
+        probs = logits.softmax(-1)
+        weights, experts = probs.topk(top_k)
+        return experts, weights / weights.sum(-1, keepdim=True), probs
+
+    def weights_alone(logits, top_k):
+        experts, weights, probs = by_hand("bfloat16")["half_route"](logits, top_k)
+        return experts, weights.to(half), probs
+
+    def logits_kept(x, head, labels):
+        return F.cross_entropy((x.to(half) @ head.to(half).T)[0], labels[0], reduction="sum")
+
+    def sum_alone(x, head, labels):
+        return F.cross_entropy((x.to(half) @ head.to(half).T)[0].float(), labels[0], reduction="none").to(half).sum()
+
+    return {
+        "half_norm": (rms, under_autocast, factor),
+        "half_route": (route, weights_alone),
+        "half_loss": (logits_kept, sum_alone),
+    }
+
+
+@pytest.mark.parametrize("part, number", [(part, i) for part, wrong in everything_in_half(None).items() for i in range(len(wrong))])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gate_sees_one_path_in_half_precision(spec, small_cfg, dtype, part, number):
+    wrong = {part: everything_in_half(HALVES[dtype])[part][number]}
+    verdict = call_check(spec.gates[GATE], by_hand(dtype, **wrong) | declared(small_cfg))
+    name = {"half_norm": "norm", "half_route": "router", "half_loss": "loss"}[part]
+    assert verdict.outcome == "fail" and name in verdict.message
+    assert verdict.measured[f"{name}_roundings"] > 5 * spec.gates[GATE].limits[f"{name}_roundings_max"].value
+
+
+@pytest.mark.parametrize("part", ["half_norm", "half_loss"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gate_sees_one_percent(spec, small_cfg, dtype, part):
+    honest = by_hand(dtype)[part]
+    verdict = call_check(spec.gates[GATE], by_hand(dtype, **{part: lambda *given: 1.01 * honest(*given)}) | declared(small_cfg))
+    assert verdict.outcome == "fail"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gate_is_red_on_what_is_no_number(spec, small_cfg, value):
+    broken = by_hand("float16", half_loss=lambda x, head, labels: torch.tensor(value))
+    assert call_check(spec.gates[GATE], broken | declared(small_cfg)).outcome == "fail"
+
+
+def test_the_path_that_trains_is_judged(spec, small_cfg):
+    """With gradients wanted, the norm takes another way than without."""
+    told = parts(in_half(small_cfg, "bfloat16"))
+    with swap(eager, "_normalised", lambda x, weight, eps: (torch.zeros_like(x), x[..., :1])):
+        assert call_check(spec.gates[GATE], told).outcome == "fail"
+    before = touches()
+    with swap(norm.RMSNorm, "forward", lambda self, x: eager._RMSNorm.apply(x.float(), self.weight, self.eps).to(x.dtype)):
+        assert call_check(spec.gates[GATE], told).passed and touches() == before + 2
+
+
+def test_gate_is_absent_in_float32(spec, small_cfg, ingredients):
+    assert GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).seats and "half_norm" not in ingredients
+    for dtype in HALVES:
+        assert GATE in Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).seats
+    assert spec.gates[GATE].normative()["when"] == {"train.dtype": ["bfloat16", "float16"]}
+
+
+def test_a_choice_of_configurations_needs_one_for_the_museum(spec):
+    gate = spec.gates[GATE].model_dump()
+    for museum in ({}, {"train.dtype": "float32"}):
+        with pytest.raises(ValueError, match="museum must hold one of the values"):
+            Gate.model_validate(gate | {"museum": museum})
