@@ -62,7 +62,7 @@ def test_the_allocator_keeps_its_heap_or_gives_it_back():
         process = child.Child([sys.executable, "-c", AGAIN], env=env)
         process.close()
         fresh[name] = process.ready
-        assert process.ready["peak"] >= max(64 << 20, process.ready["now"])
+        assert process.ready["peak"] >= max(64 << 20, process.ready["now"] - (1 << 20))  # the kernel counts pages in batches per core
     # Measured 1.00 as shipped and 0.00 kept.
     assert fresh["shipped"]["fresh_frac"] > 0.9
     assert fresh["heap-kept"]["fresh_frac"] < 0.1

@@ -10,7 +10,7 @@ from shapes import SHAPES
 
 
 def options(**given) -> Namespace:
-    return Namespace(**{"recipe": "pocket", "file": None, "tries": [], "set": [], "seeds": None, "tokens": 81920, "seconds": None} | given)
+    return Namespace(**{"recipe": "tiny", "file": None, "tries": [], "set": [], "seeds": None, "tokens": 81920, "seconds": None} | given)
 
 
 def test_tries_come_from_the_file_and_the_command_line(tmp_path):

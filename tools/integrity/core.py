@@ -68,6 +68,7 @@ class Repo:
 
     def __init__(self, root: Path):
         self.root = root.resolve()
+        self._functions: dict[str, dict[str, int]] = {}
 
     def git(self, *arguments: str) -> str | None:
         """Output of a git command, or None if it failed."""
@@ -140,11 +141,12 @@ class Repo:
 
     def python_functions(self, path: str) -> dict[str, int]:
         """Top-level functions and classes of a Python file with their line."""
-        file = self.root / path
-        if not file.is_file():
-            return {}
-        body = ast.parse(file.read_text("utf-8")).body
-        return {n.name: n.lineno for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+        if path not in self._functions:
+            file = self.root / path
+            body = ast.parse(file.read_text("utf-8")).body if file.is_file() else []
+            found = (n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef))
+            self._functions[path] = {n.name: n.lineno for n in found}
+        return self._functions[path]
 
     @cached_property
     def plants(self) -> dict[str, dict]:
