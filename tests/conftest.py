@@ -5,6 +5,11 @@ import json
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that no worker is left with a long one at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """The museum's text as JSON lines: real English, on every machine."""

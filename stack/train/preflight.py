@@ -156,8 +156,8 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
         "census_batch": census,
         "declared_law": declared_law(cfg.optim),
-        "cross_entropy_sum": _cross_entropy_sum,
-        "micro_batch_nats": _micro_batch_nats,
+        "cross_entropy_sum": lambda logits_BTV, labels_BT: _cross_entropy_sum(logits_BTV, labels_BT, device),
+        "micro_batch_nats": lambda logits_BTV, ids_BT, labels_BT: _micro_batch_nats(logits_BTV, ids_BT, labels_BT, device),
         "gradient_of": _gradient_of(exact, dataset, device),
         "poisoned_step": lambda which: poisoned_step(exact, dataset, device, which),
         "accumulated_gradients": lambda model, parts: accumulated_gradients(cfg, device, model, parts),
@@ -241,19 +241,20 @@ def _clip(cfg: RunConfig, grads: list[Tensor]) -> float:
     return cfg.optim.max_grad_norm
 
 
-def _micro_batch_nats(logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor) -> float:
+def _micro_batch_nats(logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor, device: torch.device) -> float:
     """The mean the real accumulation reports when the model answers `logits_BTV`."""
-    answer = logits_BTV.clone().requires_grad_(True)
+    answer = logits_BTV.to(device, copy=True).requires_grad_(True)
     model = SimpleNamespace(
-        features=lambda ids: (answer * 1.0, Report((), ())), head_weight=torch.eye(logits_BTV.shape[-1]), balance_weight=0.0
+        features=lambda ids: (answer * 1.0, Report((), ())), head_weight=torch.eye(logits_BTV.shape[-1], device=device), balance_weight=0.0
     )
-    bench = _bench(model, torch.optim.SGD([answer], lr=0.0), torch.device("cpu"))
+    bench = _bench(model, torch.optim.SGD([answer], lr=0.0), device)
     return steps.accumulate(bench, [Batch(ids_BT, labels_BT, (0,), 0, 0, 1)])[0]
 
 
-def _cross_entropy_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """The loss in terms of logits: the head is the identity."""
-    return losses.linear_cross_entropy_sum(logits_BTV, torch.eye(logits_BTV.shape[-1]), labels_BT)
+def _cross_entropy_sum(logits_BTV: Tensor, labels_BT: Tensor, device: torch.device) -> Tensor:
+    """The loss in terms of logits, by the kernel of `device`: the head is the identity."""
+    head_VV = torch.eye(logits_BTV.shape[-1], device=device)
+    return losses.linear_cross_entropy_sum(logits_BTV.to(device), head_VV, labels_BT.to(device))
 
 
 def _gradient_of(cfg: RunConfig, dataset: Dataset, device: torch.device) -> Callable:

@@ -28,16 +28,14 @@ from stack.train.listener import Listener
 STEPS, HALT = 14, 7
 FEW = ("runtime.finite", "schedule.trace", "runtime.params-changed")
 VARIANTS = {
-    "differential": dict(attention=DifferentialAttention(qk_norm=True)),
-    "differential-scalar-windowed": dict(attention=DifferentialAttention(form="scalar", window=40)),
+    "differential": dict(attention=DifferentialAttention(form="scalar", qk_norm=True, window=40)),
     "gpt2": dict(
         attention=SoftmaxAttention(qkv_bias=True, out_bias=True), ffn=Gelu(), norm=LayerNorm(), positions=LearnedPositions(), dropout=0.0
     ),
     "qwen": dict(attention=SoftmaxAttention(qk_norm=True, qkv_bias=True), positions=RotaryPositions(scaling=LinearScaling(factor=2.0))),
     "experts": dict(ffn=MixtureOfExperts(n_experts=4)),
     "experts-by-bias": dict(ffn=MixtureOfExperts(n_experts=4, balance=BiasBalance(), expert=Gelu(), capacity_factor=1.5)),
-    "depths-soft": dict(depth=MixtureOfDepths(every=2), tied_head=False),
-    "depths-hard": dict(depth=MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5), every=2)),
+    "depths-hard": dict(depth=MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5), every=2), tied_head=False),
     "depths-and-experts": dict(
         attention=DifferentialAttention(), ffn=MixtureOfExperts(n_experts=4), depth=MixtureOfDepths(gate=HardCapacity(), every=2)
     ),
