@@ -18,7 +18,7 @@ HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that not
 def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     """Peak memory that training adds to a process which has opened its data, bytes, and what it is made of.
 
-    Measured peaks lie within 1.3 times of it, either way, on recipes and variants: see benchmarks/memory.py.
+    Measured peaks were 0.75 to 1.15 times as much, over sizes and variants: see benchmarks/memory.py.
     """
     m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
     n_tokens = cfg.train.micro_batch_size * m.max_seq_len
