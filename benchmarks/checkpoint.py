@@ -24,6 +24,7 @@ from shapes import Shape, write_corpus
 from side_by_side import Row, against, alternate, as_json, close_record, facts, open_record, show, write_json
 from torch import Tensor
 
+from stack import tensorfile
 from stack.config import load_config
 from stack.recipes import recipe
 from stack.train import checkpoint
@@ -51,15 +52,6 @@ def open_state(megabytes: float, folder: Path) -> tuple[TrainState, dict]:
     return run.state, document
 
 
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def timed(work: Callable[[], object], size: int, unit: float) -> Callable[[], float]:
     """What one round does; returns bytes per second in `unit`."""
 
@@ -80,11 +72,11 @@ def savers(state: TrainState, document: dict, tensors: dict[str, Tensor], folder
 
     def torch_save() -> None:
         torch.save(tensors, folder / "torch.pt")
-        sync(folder / "torch.pt")
+        tensorfile.sync(folder / "torch.pt")
 
     def safetensors_save() -> None:
         safetensors.torch.save_file(tensors, folder / "peer.safetensors")
-        sync(folder / "peer.safetensors")
+        tensorfile.sync(folder / "peer.safetensors")
 
     return {OURS_SAVE: ours, "torch.save + fsync": torch_save, "safetensors save_file + fsync": safetensors_save}
 

@@ -306,3 +306,12 @@ def memmap(path: Path, name: str) -> np.ndarray:
     if not entry.shape:
         return np.fromfile(path, DTYPES[entry.dtype][1], count=1, offset=entry.start).reshape(())
     return np.memmap(path, dtype=DTYPES[entry.dtype][1], mode="r", offset=entry.start, shape=entry.shape)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,14 +111,18 @@ def write_weights(folder: Path, kind: Kind, model: Transformer, dtype: str, max_
     """One file, or as many as needed for none to hold more than `max_shard_bytes` of tensors, and their index."""
     tensors, wide = own_tensors(model), DTYPES[dtype][0]
     shards = list(_shards(kind.rows(tensors), tensors, wide.itemsize, max_shard_bytes))
+    _write_shards(folder, len(shards), ({row.theirs: to_theirs(row, tensors).to(wide) for row in rows} for rows in shards))
+
+
+def _write_shards(folder: Path, n_files: int, shards: Iterable[dict[str, Tensor]]) -> None:
+    """Each shard as a file, taken one at a time, and where there are several the index of which tensor is where."""
     total, places = 0, {}
-    for number, rows in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {row.theirs: to_theirs(row, tensors).to(wide) for row in rows}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if n_files == 1 else f"model-{number:05d}-of-{n_files:05d}.safetensors"
         total += sum(t.numel() * t.itemsize for t in shard.values())
         places |= dict.fromkeys(shard, file)
         tensorfile.write(folder / file, shard, {"format": "pt"})
-    if len(shards) > 1:
+    if n_files > 1:
         _write_json(folder / names.INDEX, names.index_document(places, total))
 
 
@@ -155,33 +159,18 @@ def readable(source: Folder) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="stackproof-plain-") as folder:
         shutil.copy(source.path / "config.json", folder)
         files = sorted({place.file for place in source.places.values()})
-        told, total = {}, 0
-        for number, file in enumerate(files, start=1):
-            name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            held = {n: read_tensor(place) for n, place in source.places.items() if place.file == file}
-            tensorfile.write(Path(folder) / name, held, {"format": "pt"})
-            told |= dict.fromkeys(held, name)
-            total += sum(t.numel() * t.itemsize for t in held.values())
-        if len(files) > 1:
-            _write_json(Path(folder) / names.INDEX, names.index_document(told, total))
+        held = ({n: read_tensor(place) for n, place in source.places.items() if place.file == file} for file in files)
+        _write_shards(Path(folder), len(files), held)
         yield Path(folder)
 
 
 def _into_place(temporary: Path, out: Path) -> None:
     """Everything on the disk, then one rename, then the name on the disk."""
-    _sync(temporary)
+    tensorfile.sync(temporary)
     if out.exists():
         out.rmdir()
     os.replace(temporary, out)
-    _sync(out.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    tensorfile.sync(out.parent)
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def write(folder: Path, content: Content) -> bytes:
         files[name] = {"sha256": whole.result(), "bytes": (folder / name).stat().st_size, "tensors": tensors.result()}
     manifest = canonical_json({"schema": content.schema, "files": files})
     _write_and_sync(folder / "manifest.json", manifest)
-    _sync_directory(folder)
+    tensorfile.sync(folder)
     return manifest
 
 
@@ -54,7 +54,7 @@ def in_place(temporary: Path, final: Path) -> Iterator[None]:
         os.replace(final, replaced)
     try:
         os.replace(temporary, final)
-        _sync_directory(final.parent)
+        tensorfile.sync(final.parent)
         yield
     except Exception:
         shutil.rmtree(final, ignore_errors=True)
@@ -94,11 +94,3 @@ def _write_and_sync(path: Path, data: bytes) -> None:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
