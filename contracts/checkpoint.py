@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,44 +21,50 @@ FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json"
 REQUIRED_STATE = tuple("step cursor curriculum tokens_seen scaler stopper gates config config_sha256 tokenizer_sha256".split())
 
 
-def _tensor_hashes(path: Path) -> dict[str, str]:
-    """sha256 of every tensor's bytes, read with nothing but the format's definition."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    body = memoryview(data)[8 + length :]
-    spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
-    return {name: hashlib.sha256(body[start:stop]).hexdigest() for name, (start, stop) in spans.items()}
+def _contents(path: Path) -> tuple[str, dict[str, int]]:
+    """sha256 of a file, and crc32 of every tensor's bytes in it, read with nothing but the format's definition."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+        (length,) = struct.unpack("<Q", view[:8])
+        header = json.loads(bytes(view[8 : 8 + length]))
+        spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
+        crcs = {}
+        for name, (start, stop) in spans.items():
+            with view[8 + length + start : 8 + length + stop] as body:
+                crcs[name] = zlib.crc32(body)
+        return hashlib.sha256(view).hexdigest(), crcs
 
 
 @decides("checkpoint.contract")
-def contract(limits: SimpleNamespace, *, checkpoint_dir: Path, live_sha256: Mapping[str, str], expected_step: int) -> Verdict:
-    """A saved folder holds exactly the live weights, every declared key, no pickle, matching hashes, and `latest` names it.
+def contract(limits: SimpleNamespace, *, checkpoint_dir: Path, live_crc32: Mapping[str, int], expected_step: int) -> Verdict:
+    """A saved folder holds exactly the live state, every declared key, no pickle, matching hashes, and `latest` names it.
 
-    `live_sha256` are the hashes of the parameters in memory at the moment of the save, taken without the writer's help.
+    `live_crc32` are checksums of the parameters, buffers, moments (`optim.<parameter>.<field>`) and random states (`rng.cpu`) in memory
+    at the moment of the save, taken without the writer's help. They are no defence against intent; the sha256 of the manifest are.
     """
     if missing := [f for f in FILES if not (checkpoint_dir / f).is_file()]:
         return failed(f"{checkpoint_dir.name} lacks {', '.join(missing)}", missing_files=len(missing))
     strangers = sorted(p.name for p in checkpoint_dir.iterdir() if p.name not in FILES)
     if strangers:
         return failed(f"{checkpoint_dir.name} holds files nobody declared: {', '.join(strangers)}", strangers=len(strangers))
-    stored = _tensor_hashes(checkpoint_dir / "model.safetensors")
-    if stored.keys() != live_sha256.keys():
-        odd = sorted(stored.keys() ^ live_sha256.keys())
-        return failed(f"stored and live parameters differ in name: {', '.join(odd[:4])}", differing_names=len(odd))
-    if wrong := sorted(n for n in stored if stored[n] != live_sha256[n]):
+    (model_sha256, weights), (state_sha256, moments) = (_contents(checkpoint_dir / f) for f in FILES[:2])
+    stored = weights | moments
+    if stored.keys() != live_crc32.keys():
+        odd = sorted(stored.keys() ^ live_crc32.keys())
+        return failed(f"stored and live tensors differ in name: {', '.join(odd[:4])}", differing_names=len(odd))
+    if wrong := sorted(n for n in stored if stored[n] != live_crc32[n]):
         return failed(f"stored tensor {wrong[0]} is not the live one", differing_tensors=len(wrong))
     state = json.loads((checkpoint_dir / "state.json").read_bytes())
     if absent := [k for k in REQUIRED_STATE if k not in state]:
         return failed(f"state.json lacks {', '.join(absent)}", absent_keys=len(absent))
-    if "rng.cpu" not in _tensor_hashes(checkpoint_dir / "state.safetensors"):
+    if "rng.cpu" not in moments:
         return failed("state.safetensors lacks the random state", absent_keys=1)
     manifest = json.loads((checkpoint_dir / "manifest.json").read_bytes())["files"]
-    actual = {f: hashlib.sha256((checkpoint_dir / f).read_bytes()).hexdigest() for f in FILES[:3]}
+    document_sha256 = hashlib.sha256((checkpoint_dir / "state.json").read_bytes()).hexdigest()
+    actual = dict(zip(FILES, (model_sha256, state_sha256, document_sha256), strict=False))
     if bad := [f for f in actual if manifest.get(f, {}).get("sha256") != actual[f]]:
         return failed(f"the manifest does not describe {', '.join(bad)}", bad_hashes=len(bad))
     if state["step"] != expected_step:
-        return failed(f"the folder says step {state['step']}, the run is at {expected_step}", stored_step=state["step"])
+        return failed(f"the folder says step {state['step']}, the run was at {expected_step}", stored_step=state["step"])
     latest = (checkpoint_dir.parent / "latest").read_text().strip()
     return decide(latest == checkpoint_dir.name, f"latest names {latest}", tensors=len(stored), differing_tensors=0)
 
@@ -177,18 +185,19 @@ def resume_equivalence(limits: SimpleNamespace, *, fresh_state, advance, save_st
     `fresh_state(cursor)` builds the run's own state; `advance(state)` makes one update and returns its loss;
     `save_state(state, root)`, `resume_state(root)`; `digest(state)` maps every part of the state to a hash.
     """
-    straight = fresh_state(None)
-    samples_per_step = digest(straight)["samples_per_step"]
+    samples_per_step = digest(fresh_state(None))["samples_per_step"]
     cursor = max(0, epoch_samples - 2 * samples_per_step)
-    straight = fresh_state(cursor)
-    losses = [advance(straight) for _ in range(4)]
-    expected = digest(straight)
+    state = fresh_state(cursor)
+    losses = [advance(state) for _ in range(4)]
+    expected = digest(state)
+    del state  # one state in memory at a time: a large model's are most of what it needs
     with tempfile.TemporaryDirectory(prefix="stackproof-resume-") as temporary:
         state, resumed_losses = fresh_state(cursor), []
         for part, n in enumerate((1, 2, 1)):
             resumed_losses += [advance(state) for _ in range(n)]
             if part < 2:
                 save_state(state, Path(temporary) / str(part))
+                del state
                 state = resume_state(Path(temporary) / str(part))
         got = digest(state)
     differing = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))

@@ -58,6 +58,9 @@ class SampleConfig(Frozen):
 class CheckpointConfig(Frozen):
     every: int = Field(ge=1, description="steps between two checkpoints")
     keep: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
+    writing: Literal["in-line", "behind"] = Field(
+        "in-line", description="whether training waits for the disk, or goes on while a copy of the state is written behind it"
+    )
     signal_boundary: int = Field(100, ge=1, description="SIGUSR1 saves after the next step that is a multiple of this")
 
 

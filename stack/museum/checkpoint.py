@@ -1,10 +1,14 @@
 """Plants in saving, loading and resuming."""
 
+import time
+
 import torch
 
 from spec.errors import CheckpointError
 from stack.museum.plant import plant, swap
 from stack.train import checkpoint
+
+PATIENCE_S = 5.0  # a slow disk; enough for one update of a small model
 
 
 @plant(
@@ -24,6 +28,29 @@ def live_tensor_changed():
         return tensors | {first: tensors[first] * 0.999}
 
     with swap(checkpoint, "model_tensors", averaged):
+        yield
+
+
+@plant(
+    "checkpoint.snapshot-aliases-live",
+    gate="checkpoint.contract",
+    title="The copy that is written behind training is no copy",
+    story="A checkpoint is written while training goes on, from what should be a copy of the state. The copy shares memory with the live "
+    "tensors. By the time the disk is ready the next update has moved some of them, and the file holds a state that never was: the "
+    "step number of one update, the weights of another. It loads, its hashes match, and a resumed run is only slightly wrong.",
+    sources=("https://github.com/ByteDance-Seed/VeOmni/issues/1176", "https://github.com/pytorch/tutorials/issues/3584"),
+)
+def snapshot_aliases_live():
+    write = checkpoint.write
+
+    def late(root, snapshot):
+        moments = snapshot.content.tensors["state.safetensors"]
+        seen, began = {n: t.clone() for n, t in moments.items()}, time.monotonic()
+        while all(torch.equal(t, seen[n]) for n, t in moments.items()) and time.monotonic() - began < PATIENCE_S:
+            time.sleep(0.001)
+        return write(root, snapshot)
+
+    with swap(checkpoint, "copies", lambda tensors: tensors), swap(checkpoint, "write", late):
         yield
 
 

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from contracts.conditions import ensure, require
@@ -83,29 +84,57 @@ def state_document(state: TrainState, *, tokenizer_sha256: str, vocab_size: int,
     }
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one step, ready to be written: its tensors and the bytes of its document."""
+
+    step: int
+    content: stepfolder.Content
+
+
 @require(lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys")
-@ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
+def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
+    """What `write` needs of a state: the live tensors themselves, or copies in host memory that later steps leave alone."""
+    tensors = {"model.safetensors": model_tensors(state.model), "state.safetensors": optimizer_tensors(state) | default_rng_state()}
+    if copied:
+        tensors = {file: copies(group) for file, group in tensors.items()}
+    return Snapshot(state.step, stepfolder.Content(SCHEMA, tensors, {"step": str(state.step)}, canonical_json(document)))
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory; from a GPU by way of pinned buffers, which torch keeps for the next time."""
+    on_gpu = any(t.is_cuda for t in tensors.values())
+    hosts = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True) for n, t in tensors.items()}
+    if on_gpu:
+        torch.cuda.synchronize()
+    return hosts
+
+
 def save(root: Path, state: TrainState, document: dict) -> Path:
+    """Write `root/step-XXXXXXXX` from the live tensors; see `write`."""
+    return write(root, capture(state, document, copied=False))
+
+
+@ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
+def write(root: Path, snapshot: Snapshot) -> Path:
     """Write `root/step-XXXXXXXX`, compare it with memory and point `latest` at it. Returns the folder.
 
     Raises CheckpointError if anything fails; the earlier checkpoints and pointers are then as they were.
     """
-    final = root / f"step-{state.step:08d}"
+    final = root / f"step-{snapshot.step:08d}"
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        tensors = {"model.safetensors": model_tensors(state.model), "state.safetensors": optimizer_tensors(state) | default_rng_state()}
-        content = stepfolder.Content(SCHEMA, tensors, {"step": str(state.step)}, canonical_json(document))
-        manifest = stepfolder.write(temporary, content)
+        manifest = stepfolder.write(temporary, snapshot.content)
         with stepfolder.in_place(temporary, final):
-            stepfolder.compare(final, content, manifest)
+            stepfolder.compare(final, snapshot.content, manifest)
             point(root, "latest", final)
     except (OSError, tensorfile.BadTensorFile) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint of step {state.step} could not be written: {e}",
+            f"the checkpoint of step {snapshot.step} could not be written: {e}",
             value=f"{_free_bytes(root)} bytes free below {root}",
             allowed="a disk with room for two checkpoints",
             next_step="free space, then stack train --resume; earlier checkpoints are intact",

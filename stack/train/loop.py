@@ -43,6 +43,7 @@ def train_loop(run: Run) -> tuple[str, str]:
             stop_if_asked(requests, run)
             if last:
                 break
+        run.writer.settle()
     return status, reason
 
 
@@ -69,6 +70,7 @@ def stop_if_asked(requests: Requests, run: Run) -> None:
     """End the run if a signal asked for it; the checkpoint of this step is already written."""
     if requests.stop is None or run.state.step == run.cfg.train.max_steps:
         return
+    run.writer.settle()
     status, exit_code = STATUS_OF_SIGNAL[requests.stop]
     raise Stopped(
         f"{status} after step {run.state.step}; its checkpoint is good",

@@ -2,12 +2,14 @@
 
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -321,12 +323,27 @@ def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.devi
 
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes as they are in memory."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def live_sha256(model: nn.Module) -> dict[str, str]:
     """Hash of every parameter and lasting buffer as it is in memory, by plain name; taken without what checkpoints are made with."""
     return {plain_name(name): tensor_sha256(tensor) for name, tensor in model.state_dict().items()}
+
+
+def live_crc32(state: TrainState) -> dict[str, int]:
+    """Checksum of every tensor a checkpoint must hold, as it is in memory; taken without what checkpoints are made with."""
+    owners = {p: plain_name(n) for n, p in state.model.named_parameters()}
+    tensors = {plain_name(n): t for n, t in state.model.state_dict().items()} | {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for parameter, fields in state.optimizer.state.items():
+        tensors |= {f"optim.{owners[parameter]}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
+    return {n: zlib.crc32(_bytes_of(t)) for n, t in tensors.items()}
 
 
 def digest(state: TrainState) -> dict[str, Any]:

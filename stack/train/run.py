@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
-from stack.train.preflight import live_sha256
+from stack.train.preflight import live_crc32
 from stack.train.randomness import generator
 from stack.train.rundir import RunDir
 from stack.train.state import TrainState
 from stack.train.step import StepReport
+from stack.train.writing import Behind, InLine
 
 MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is looked for
 
@@ -45,6 +47,7 @@ class Run:
     state: TrainState
     peak_flops: float
     flops_per_step: float
+    writer: InLine | Behind
     held_out: list[Batch] = field(default_factory=list)
     probes: dict[str, Batch] = field(default_factory=dict)
     random_loss_nats: float = 0.0
@@ -180,21 +183,27 @@ class Run:
         return float(token_nats(logits_TV[None], context[None, -n:].to(self.device)).mean())
 
     def save(self) -> None:
-        """Write a checkpoint, let the artifact gates judge it, move the pointers, then delete what is no longer kept."""
+        """Hand a checkpoint of this step to the writer, after the one before it is done."""
+        self.writer.settle()
+        state = self.state
         document = checkpoint.state_document(
-            self.state,
+            state,
             tokenizer_sha256=self.dataset.tokenizer.sha256,
             vocab_size=self.dataset.tokenizer.vocab_size,
             gates=self.keeper.state_dict(),
             record=self.builder.id,
         )
-        live = live_sha256(self.state.model)
-        folder = checkpoint.save(self.dir.checkpoints, self.state, document)
-        self.keeper.artifact({"checkpoint_dir": folder, "live_sha256": live, "expected_step": self.state.step}, step=self.state.step)
-        if self.state.best.get("step") == self.state.step:
+        snapshot = checkpoint.capture(state, document, copied=self.writer.copied)
+        self.writer.start(partial(self._store, snapshot, live_crc32(state), state.best.get("step") == state.step))
+
+    def _store(self, snapshot: checkpoint.Snapshot, live: dict[str, int], is_best: bool) -> None:
+        """Write a checkpoint, let the artifact gates judge it, move the pointers, then delete what is no longer kept."""
+        folder = checkpoint.write(self.dir.checkpoints, snapshot)
+        self.keeper.artifact({"checkpoint_dir": folder, "live_crc32": live, "expected_step": snapshot.step}, step=snapshot.step)
+        if is_best:
             checkpoint.point(self.dir.checkpoints, "best", folder)
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
-        self.listener.on_saved(self.state.step, folder)
+        self.listener.on_saved(snapshot.step, folder)
 
     def on_checkpoint_asked(self) -> None:
         every = self.cfg.checkpoint.signal_boundary

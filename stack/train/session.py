@@ -35,6 +35,7 @@ from stack.train.run import Run
 from stack.train.rundir import SERIES, RunDir
 from stack.train.state import AUTOCAST, build_state
 from stack.train.step import nonfinite_parts
+from stack.train.writing import make_writer
 
 CLAIM = "This configuration, on this data and code, gives these losses, weights and samples, with every gate below looked at."
 NOT_COVERED = (
@@ -197,6 +198,7 @@ def _open(
         state=build_state(cfg, dataset, device),
         peak_flops=probe_peak_flops(device),
         flops_per_step=flops_per_token(model, vocab_size, cfg.model.max_seq_len) * cfg.train.tokens_per_step,
+        writer=make_writer(cfg.checkpoint),
         random_loss_nats=math.log(vocab_size),
     )
 
@@ -296,6 +298,7 @@ class _recording:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None:
+            self._let_the_writer_end()
             try:
                 record = _close(self.run, *_ending(self.run, error))
             except OSError as e:  # a full disk takes the record too; the first error is the one to tell
@@ -303,6 +306,14 @@ class _recording:
                 return
             if isinstance(error, GateFailed):
                 error.record = record
+
+    def _let_the_writer_end(self) -> None:
+        """The record names the last good checkpoint. A save that failed beside the error that ends the run is told as an event."""
+        try:
+            self.run.writer.settle()
+        except Exception as e:
+            self.run.dir.log("events.jsonl", event="save_failed", step=self.run.state.step, message=str(e))
+            self.run.listener.on_event(f"besides, the checkpoint behind the run failed: {e}")
 
 
 def _ending(run: Run, error: BaseException) -> tuple[str, str, int]:

@@ -1,0 +1,95 @@
+"""Checkpoints written behind training: the same files, later; and nothing lost when one fails."""
+
+import json
+import threading
+
+import pytest
+
+from spec.errors import CheckpointError
+from spec.records import read_record
+from stack.config import NeverStop
+from stack.museum.collection import museum_config
+from stack.train import checkpoint, session, stepfolder
+from stack.train.listener import Listener
+
+FEW = ("runtime.finite", "checkpoint.contract")
+
+
+@pytest.fixture
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
+    train = base.train.model_copy(update={"max_steps": 9})
+    return base.model_copy(update={"train": train, "stop": NeverStop()})
+
+
+def saving(cfg, writing: str):
+    return cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"every": 3, "keep": 9, "writing": writing})})
+
+
+def tensor_files(run_dir) -> dict[str, str]:
+    """sha256 of every tensor file of a run's checkpoints."""
+    manifests = {p.parent.name: json.loads(p.read_bytes())["files"] for p in run_dir.glob("checkpoints/step-*/manifest.json")}
+    return {f"{step}/{name}": entry["sha256"] for step, files in manifests.items() for name, entry in files.items() if "tensors" in entry}
+
+
+def test_what_is_written_behind_is_what_is_written_in_line(cfg, tmp_path):
+    for writing in ("in-line", "behind"):
+        session.start(saving(cfg, writing), (), tmp_path / writing, Listener(), only=FEW)
+    files = tensor_files(tmp_path / "behind")
+    assert files == tensor_files(tmp_path / "in-line")
+    assert {name.split("/")[0] for name in files} >= {"step-00000003", "step-00000006", "step-00000009"}
+    assert (tmp_path / "behind/checkpoints/latest").read_text() == "step-00000009"
+
+
+@pytest.mark.parametrize(("writing", "goes_on"), [("behind", True), ("in-line", False)])
+def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, writing, goes_on):
+    """The first write waits until a later step is taken; in line that step never comes, and the wait ends by itself."""
+    later, waited, write = threading.Event(), [], checkpoint.write
+
+    def slow(root, snapshot):
+        if not waited:
+            waited.append(later.wait(timeout=60 if goes_on else 1))
+        return write(root, snapshot)
+
+    class Watching(Listener):
+        def on_step(self, line, max_steps):
+            if line["step"] == 4:
+                later.set()
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    record = session.start(saving(cfg, writing), (), tmp_path / "run", Watching(), only=FEW)
+    assert waited == [goes_on]
+    assert record.succeeded and next(g for g in record.gates if g.id == "checkpoint.contract").checks >= 3
+
+
+def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(cfg, tmp_path, monkeypatch):
+    calls, write = [], stepfolder.write
+
+    def full(folder, content):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(folder, content)
+
+    monkeypatch.setattr(stepfolder, "write", full)
+    with pytest.raises(CheckpointError, match="step 6 could not be written"):
+        session.start(saving(cfg, "behind"), (), tmp_path / "run", Listener(), only=("runtime.finite",))
+    record = read_record(tmp_path / "run/metadata.json")
+    assert (record.status, record.exit_code) == ("failed", 5)
+    assert checkpoint.load(checkpoint.find(tmp_path / "run")).state["step"] == 3
+
+
+def test_two_failures_at_once_are_both_told(cfg, tmp_path, monkeypatch):
+    """While a checkpoint fails behind, the run ends for another reason: that one travels on, the save's is an event."""
+    monkeypatch.setattr(stepfolder, "write", lambda folder, content: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    class Broken(Listener):
+        def on_step(self, line, max_steps):
+            if line["step"] == 4:
+                raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        session.start(saving(cfg, "behind"), (), tmp_path / "run", Broken(), only=("runtime.finite",))
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert next(e["message"] for e in events if e["event"] == "save_failed").startswith("the checkpoint of step 3 could not be written")
+    assert read_record(tmp_path / "run/metadata.json").end_reason == "RuntimeError: something else"
