@@ -15,10 +15,15 @@ FLOAT, HALF = 4, 2
 HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that nothing fits into, and packing buffers of matrix products
 
 
-def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
-    """Peak memory that training adds to a process which has opened its data, bytes, and what it is made of.
+PREFLIGHT_BYTES_PER_PARAMETER = 50  # measured 47 at 58 M parameters on a CPU: a state beside references in float64
+COPY_BYTES_PER_PARAMETER = 12
 
-    Measured peaks were 0.75 to 1.15 times as much, over sizes and variants: see benchmarks/memory.py.
+
+def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
+    """Peak memory that training adds to a process which has opened its data, bytes, and what it is made of; `copy` is in host memory.
+
+    Measured peaks were 0.75 to 1.15 times as much, over sizes and variants: see benchmarks/memory.py. `preflight` comes and goes before
+    step 1, so the larger of both is what must fit on a CPU.
     """
     m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
     n_tokens = cfg.train.micro_batch_size * m.max_seq_len
@@ -36,7 +41,9 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     tables = FLOAT * vocab_size * m.d_model * (1 if m.tied_head else 2)
     moments = 2 * state if cfg.optim.kind == "adamw" else state + tables  # Muon keeps one per matrix
     parts = {"weights": state, "moments": moments, "gradients": state, "activations": activations + passing, "head": head}
-    return parts | {"peak": round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES}
+    peak = round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES
+    copy = COPY_BYTES_PER_PARAMETER * n_params if cfg.checkpoint.writing == "behind" else 0
+    return parts | {"peak": peak, "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params, "copy": copy}
 
 
 def saved_per_token(m: ModelConfig) -> int:
@@ -71,11 +78,15 @@ def available_bytes(device: "torch.device") -> int | None:
 
 def refuse_too_large(cfg: RunConfig, vocab_size: int, device: "torch.device") -> None:
     """Raise EnvironmentUnfit for a run that cannot fit, before anything is built."""
-    needed, there = predict_bytes(cfg, vocab_size)["peak"], available_bytes(device)
-    if there is not None and needed > there:
+    predicted, there = predict_bytes(cfg, vocab_size), available_bytes(device)
+    on_cpu = device.type == "cpu"  # elsewhere the copy and the references of preflight lie in host memory
+    training = predicted["peak"] + (predicted["copy"] if on_cpu else 0)
+    preflight = predicted["preflight"] if on_cpu else 0
+    if there is not None and max(training, preflight) > there:
+        rows = f"for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens"
         raise EnvironmentUnfit(
             "the run does not fit into memory",
-            value=f"about {needed / 2**30:.1f} GiB needed for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens",
+            value=f"about {max(training, preflight) / 2**30:.1f} GiB needed {rows if training >= preflight else 'to check it before step 1'}",
             allowed=f"{there / 2**30:.1f} GiB are free on {device}",
             next_step="lower train.micro_batch_size (tokens_per_step may stay) or the model, or train.activation_checkpointing=blocks",
         )

@@ -46,7 +46,8 @@ def test_a_rate_is_measured():
 
 def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):
     cfg = recipe("llama-370m")
-    needed = predict_bytes(cfg, 49_152)["peak"]
+    predicted = predict_bytes(cfg, 49_152)
+    needed = predicted["peak"] + predicted["copy"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     with pytest.raises(EnvironmentUnfit, match="does not fit") as caught:
         memory.refuse_too_large(cfg, 49_152, CPU)
@@ -54,6 +55,19 @@ def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):
     for enough in (needed, None):
         monkeypatch.setattr(memory, "available_bytes", lambda device, enough=enough: enough)
         memory.refuse_too_large(cfg, 49_152, CPU)
+
+
+def test_a_model_that_could_train_but_not_be_checked_is_refused(monkeypatch):
+    """Few tokens at a time: preflight needs more than the steps do."""
+    base = recipe("llama-370m")
+    cfg = base.model_copy(update={"train": base.train.model_copy(update={"micro_batch_size": 1, "activation_checkpointing": "blocks"})})
+    predicted = predict_bytes(cfg, 49_152)
+    between = (predicted["peak"] + predicted["copy"] + predicted["preflight"]) // 2
+    assert predicted["peak"] + predicted["copy"] < between < predicted["preflight"]
+    monkeypatch.setattr(memory, "available_bytes", lambda device: between)
+    with pytest.raises(EnvironmentUnfit, match="GiB needed to check it before step 1"):
+        memory.refuse_too_large(cfg, 49_152, CPU)
+    memory.refuse_too_large(cfg, 49_152, torch.device("cuda"))
 
 
 def test_the_prediction_grows_with_what_it_should():
