@@ -84,9 +84,10 @@ def refuse_too_large(cfg: RunConfig, vocab_size: int, device: "torch.device") ->
     preflight = predicted["preflight"] if on_cpu else 0
     if there is not None and max(training, preflight) > there:
         rows = f"for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens"
+        purpose = rows if training >= preflight else "to check it before step 1"
         raise EnvironmentUnfit(
             "the run does not fit into memory",
-            value=f"about {max(training, preflight) / 2**30:.1f} GiB needed {rows if training >= preflight else 'to check it before step 1'}",
+            value=f"about {max(training, preflight) / 2**30:.1f} GiB needed {purpose}",
             allowed=f"{there / 2**30:.1f} GiB are free on {device}",
             next_step="lower train.micro_batch_size (tokens_per_step may stay) or the model, or train.activation_checkpointing=blocks",
         )
