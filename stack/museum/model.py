@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from stack.kernels import attention
 from stack.model import build, norm, rotary, transformer
-from stack.museum.plant import plant, swap
+from stack.museum.plant import plant, swap, touch
 from stack.train import losses
 
 
@@ -313,4 +314,60 @@ def labels_of_the_past():
         return original(x_BTD[:, 1:], head_VD, labels_BT[:, :-1])
 
     with swap(losses, "linear_cross_entropy_sum", unshifted):
+        yield
+
+
+class _Unscaled(nn.Dropout):
+    def forward(self, x_BTD):
+        touch()
+        return x_BTD * (torch.rand_like(x_BTD) >= self.p) if self.training else x_BTD
+
+
+@plant(
+    "model.dropout-unscaled",
+    gate="model.dropout-law",
+    title="Dropout that forgets its factor",
+    story="Dropout is written by hand: a random mask, a product. The division by the share that is kept is forgotten. In training every "
+    "branch is a tenth weaker than in evaluation, so the held-out loss measures a model that was never trained.",
+    sources=("https://arxiv.org/abs/1207.0580",),
+)
+def dropout_unscaled():
+    with swap(transformer.nn, "Dropout", _Unscaled):
+        yield
+
+
+@plant(
+    "model.dropout-on-one-branch",
+    gate="model.dropout-law",
+    title="Dropout on one of two branches",
+    story="Dropout is applied in the block where it used to be, and a second branch is added below without it. The record states a rate that "
+    "half of the model never had. The curves of both look alike.",
+    sources=("https://arxiv.org/abs/1207.0580",),
+)
+def dropout_on_one_branch():
+    def residual(self, x_BTD, reading):
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), reading))
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD), reading)
+
+    with swap(transformer.Block, "residual", residual):
+        yield
+
+
+@plant(
+    "model.dropout-same-masks",
+    gate="model.dropout-law",
+    title="The same masks at every step",
+    story="To make a run reproducible, the generator is seeded at the start of every step, with the same number. Dropout then removes the same "
+    "features in every step: no noise any more, but a smaller model, while evaluation uses the whole one.",
+    sources=("https://arxiv.org/abs/1207.0580",),
+)
+def dropout_same_masks():
+    original = transformer.Transformer.features
+
+    def seeded(self, *inputs):
+        if self.training:
+            torch.manual_seed(0)
+        return original(self, *inputs)
+
+    with swap(transformer.Transformer, "features", seeded):
         yield

@@ -30,6 +30,7 @@ from stack.train import checkpoint, losses
 from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.compiled import compiled_ingredients
+from stack.train.dropout import branch_draws
 from stack.train.randomness import generator, stream_seed
 from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
@@ -167,6 +168,9 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads),
+        "branch_draws": lambda: branch_draws(shrunk(cfg), dataset, device),
+        "dropout": cfg.model.dropout,
+        "n_layers": cfg.model.n_layers,
     }
 
 

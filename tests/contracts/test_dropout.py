@@ -1,0 +1,71 @@
+"""The gate of dropout on the stack, on its plants, and on draws made by hand."""
+
+import pytest
+import torch
+
+from contracts.gate import call_check
+from stack.museum.plant import load_museum
+from stack.train.dropout import branch_draws
+from stack.train.preflight import shrunk
+
+CPU = torch.device("cpu")
+GATE = "model.dropout-law"
+
+
+def asked(cfg, dataset):
+    draws = lambda: branch_draws(shrunk(cfg), dataset, CPU)  # noqa: E731
+    return {"branch_draws": draws, "dropout": cfg.model.dropout, "n_layers": cfg.model.n_layers}
+
+
+def with_model(cfg, **changes):
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5])
+def test_gate_is_green_on_the_stack(spec, small_cfg, dataset, rate):
+    verdict = call_check(spec.gates[GATE], asked(with_model(small_cfg, dropout=rate), dataset))
+    assert verdict.outcome == "pass", verdict.message
+    assert verdict.measured["draws"] == 2 * 2 * 2 * 2, "steps, micro-batches, layers, branches"
+    assert verdict.measured["scale_rel_error"] < 1e-4 and verdict.measured["likeness"] < 0.1, "measured 2e-6 and 0.05"
+
+
+def test_gate_is_red_on_its_plants(spec, small_cfg, dataset):
+    for plant_id in spec.gates[GATE].plants:
+        with load_museum()[plant_id].apply():
+            assert call_check(spec.gates[GATE], asked(small_cfg, dataset)).outcome == "fail", plant_id
+
+
+def by_hand(mask_of, rate=0.1, factor=None):
+    """Draws of two branches of one layer in two steps, with masks as given by (step, branch, generator)."""
+    draw, factor = torch.Generator().manual_seed(5), 1 / (1 - rate) if factor is None else factor
+    draws = []
+    for step in range(2):
+        for branch in ("attention", "ffn"):
+            given = torch.randn(64, 32, generator=draw)
+            draws.append(((0, branch), given, given * mask_of(draw) * factor))
+    return {"branch_draws": lambda: draws, "dropout": rate, "n_layers": 1}
+
+
+def fresh(rate):
+    return lambda draw: torch.rand(64, 32, generator=draw) >= rate
+
+
+def test_gate_sees_other_rates_and_shared_masks(spec):
+    gate, once = spec.gates[GATE], torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) >= 0.1
+    assert call_check(gate, by_hand(fresh(0.1))).outcome == "pass"
+    wrong = {
+        "twice the rate": by_hand(fresh(0.2)),
+        "one percent of another factor and five more": by_hand(fresh(0.1), factor=1.06 / 0.9),
+        "one mask for all": by_hand(lambda draw: once),
+        "one mask for all tokens": by_hand(lambda draw: (torch.rand(1, 32, generator=draw) >= 0.1).expand(64, 32)),
+        "one mask for all features": by_hand(lambda draw: (torch.rand(64, 1, generator=draw) >= 0.1).expand(64, 32)),
+        "a branch that nobody saw": by_hand(fresh(0.1)) | {"n_layers": 2},
+        "dropout where none is declared": by_hand(fresh(0.1), factor=1.0) | {"dropout": 0.0},
+    }
+    assert [name for name, given in wrong.items() if call_check(gate, given).outcome != "fail"] == []
+
+
+def test_too_few_numbers_are_no_verdict(spec):
+    few = by_hand(fresh(0.1))
+    small = [(where, given[:4], added[:4]) for where, given, added in few["branch_draws"]()]
+    assert call_check(spec.gates[GATE], few | {"branch_draws": lambda: small}).outcome == "not_run"
