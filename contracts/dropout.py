@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from itertools import combinations, pairwise
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
 from contracts.gate import Verdict, decide, decides, failed, not_run

@@ -340,8 +340,8 @@ def dropout_unscaled():
     "model.dropout-on-one-branch",
     gate="model.dropout-law",
     title="Dropout on one of two branches",
-    story="Dropout is applied in the block where it used to be, and a second branch is added below without it. The record states a rate that "
-    "half of the model never had. The curves of both look alike.",
+    story="Dropout is applied in the block where it used to be, and a second branch is added below without it. The record states a rate "
+    "that half of the model never had. The curves of both look alike.",
     sources=("https://arxiv.org/abs/1207.0580",),
 )
 def dropout_on_one_branch():
@@ -357,8 +357,8 @@ def dropout_on_one_branch():
     "model.dropout-same-masks",
     gate="model.dropout-law",
     title="The same masks at every step",
-    story="To make a run reproducible, the generator is seeded at the start of every step, with the same number. Dropout then removes the same "
-    "features in every step: no noise any more, but a smaller model, while evaluation uses the whole one.",
+    story="To make a run reproducible, the generator is seeded at the start of every step, with the same number. Dropout then removes the "
+    "same features in every step: no noise any more, but a smaller model, while evaluation uses the whole one.",
     sources=("https://arxiv.org/abs/1207.0580",),
 )
 def dropout_same_masks():

@@ -36,10 +36,10 @@ def test_gate_is_red_on_its_plants(spec, small_cfg, dataset):
 
 
 def by_hand(mask_of, rate=0.1, factor=None):
-    """Draws of two branches of one layer in two steps, with masks as given by (step, branch, generator)."""
+    """Draws of two branches of one layer in two steps, with masks as drawn from a generator."""
     draw, factor = torch.Generator().manual_seed(5), 1 / (1 - rate) if factor is None else factor
     draws = []
-    for step in range(2):
+    for _ in range(2):
         for branch in ("attention", "ffn"):
             given = torch.randn(64, 32, generator=draw)
             draws.append(((0, branch), given, given * mask_of(draw) * factor))
