@@ -176,6 +176,20 @@ def decay_by_the_wrong_rate():
 
 
 @plant(
+    "optim.clip-skips-parameter",
+    gate="optim.clip-spike",
+    title="One parameter is not in the norm",
+    story="The list of gradients to clip is built by hand and ends one short. The norm in the log is plausible, everything else is clipped by "
+    "it, and one tensor takes every spike in full.",
+    sources=("https://github.com/ByteDance-Seed/VeOmni/issues/184",),
+)
+def clip_skips_parameter():
+    original = opt.gradients
+    with swap(opt, "gradients", lambda model: original(model)[:-1]):
+        yield
+
+
+@plant(
     "optim.clip-per-tensor",
     gate="optim.clip-spike",
     title="Each tensor clipped by its own norm",

@@ -167,7 +167,8 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "ragged_batch": (ids, ragged),
         "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
-        "clip": lambda grads: _clip(cfg, grads),
+        "clip": lambda grads: _clip(cfg, grads)[1],
+        "clip_model": lambda model: _clip(cfg, opt.gradients(model)),
         "branch_draws": lambda: branch_draws(shrunk(cfg), dataset, device),
         "dropout": cfg.model.dropout,
         "n_layers": cfg.model.n_layers,
@@ -242,9 +243,11 @@ def _equal_rows(cfg: RunConfig, vocab_size: int, n_micro: int, step: int = 0) ->
     return [Batch(row[:, :-1], row[:, 1:], (i,), 0, i, i + 1) for i, row in enumerate(rows)]
 
 
-def _clip(cfg: RunConfig, grads: list[Tensor]) -> float:
-    opt.clip_gradients(grads, opt.global_norm(grads), cfg.optim.max_grad_norm)
-    return cfg.optim.max_grad_norm
+def _clip(cfg: RunConfig, grads: list[Tensor]) -> tuple[float, float]:
+    """Clip gradients as the train step does: (norm before, declared maximum)."""
+    norm = opt.global_norm(grads)
+    opt.clip_gradients(grads, norm, cfg.optim.max_grad_norm)
+    return float(norm), cfg.optim.max_grad_norm
 
 
 def _micro_batch_nats(logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor, device: torch.device) -> float:

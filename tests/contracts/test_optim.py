@@ -155,6 +155,12 @@ def test_clip_spike_is_red_on_a_sign_flip(spec, ingredients):
     assert call_check(spec.gates["optim.clip-spike"], ingredients | {"clip": flipped}).outcome == "fail"
 
 
+def test_clip_spike_is_red_on_its_plants(spec, ingredients):
+    for plant_id in spec.gates["optim.clip-spike"].plants:
+        with load_museum()[plant_id].apply():
+            assert call_check(spec.gates["optim.clip-spike"], ingredients).outcome == "fail", plant_id
+
+
 def test_clip_norm_band_is_two_sided(spec):
     check = ClipNorm(limits_of(spec.gates["optim.clip-norm"]))
     assert check.observe(step_taken()).passed
