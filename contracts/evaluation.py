@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contracts.events import Evaluated, Event
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
@@ -75,11 +75,20 @@ def _rel(a: float, b: float) -> float:
 
 
 @decides("evaluation.invariance")
-def invariance(limits: SimpleNamespace, *, evaluated_model: nn.Module, evaluate_rows: Callable[[int], Any]) -> Verdict:
+def invariance(
+    limits: SimpleNamespace,
+    *,
+    evaluated_model: nn.Module,
+    evaluate_rows: Callable[[int], Any],
+    evaluated_rows: tuple[Tensor, Tensor],
+    token_bytes: np.ndarray,
+) -> Verdict:
     """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
 
     `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly
-    masked, with the stack's own evaluation and returns loss_nats and bits_per_byte.
+    masked, with the stack's own evaluation and returns loss_nats, bits_per_byte and n_bytes. `evaluated_rows` are their input_ids and
+    labels (R, T), from which the score is also worked out here, in float64 on the model's own logits; `token_bytes[id]` is how many
+    bytes an id stands for.
     """
     model = evaluated_model.train()
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
@@ -92,13 +101,29 @@ def invariance(limits: SimpleNamespace, *, evaluated_model: nn.Module, evaluate_
     changed = [name for name in before if before[name] != after[name]]
     repeat = max(abs(one.loss_nats - again.loss_nats), abs(one.bits_per_byte - again.bits_per_byte))
     batch_error = max(_rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte))
+    nats, n_bytes = _worked_out(model, *evaluated_rows, token_bytes)
+    own_error = max(_rel(one.loss_nats, nats), _rel(one.n_bytes, n_bytes), _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)))
     text = (
         f"an evaluation changed {', '.join(changed)}"
         if changed
+        else f"the score is not what follows from the logits: {one.loss_nats:.6g} nats for {nats:.6g}, {one.n_bytes} bytes for {n_bytes}"
+        if own_error > limits.own_rel_error_max
         else "the score depends on how it was computed: batch size, or the same call again"
     )
-    ok = not changed and repeat <= limits.repeat_abs_max and batch_error <= limits.batch_rel_error_max
-    return decide(ok, text, repeat_abs=repeat, batch_rel_error=batch_error, changed=len(changed))
+    ok = repeat <= limits.repeat_abs_max and batch_error <= limits.batch_rel_error_max and own_error <= limits.own_rel_error_max
+    ok = ok and not changed
+    return decide(ok, text, repeat_abs=repeat, batch_rel_error=batch_error, own_rel_error=own_error, changed=len(changed))
+
+
+def _worked_out(model: nn.Module, ids_RT: Tensor, labels_RT: Tensor, token_bytes: np.ndarray) -> tuple[float, int]:
+    """(mean nats of the labels that are scored, bytes they stand for), row by row in float64."""
+    model.eval()
+    scored, nats = labels_RT >= 0, []
+    with torch.no_grad():
+        for ids_T, labels_T, scored_T in zip(ids_RT, labels_RT, scored):
+            log_probs_TV = model(ids_T[None].to(next(model.parameters()).device))[0].cpu().double().log_softmax(-1)
+            nats.append(-log_probs_TV[scored_T].gather(1, labels_T[scored_T, None]))
+    return float(torch.cat(nats).mean()), int(np.asarray(token_bytes)[labels_RT[scored].numpy()].sum())
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device
         evaluated.head_weight.mul_(PROBE_SPREAD)
     probe, uniform = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size)
     seq_len = min(cfg.model.max_seq_len, 48)
+    rows = _held_out_rows(tokenizer.vocab_size, seq_len)
 
     def score(judged: nn.Module, judge: Any, text: str) -> bits_per_byte.TextEvaluation:
         return bits_per_byte.evaluate_text(judged, judge, [text], seq_len=seq_len, stride=max(1, seq_len // 3), device=device)
@@ -190,22 +191,27 @@ def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device
         "uniform_vocab_size": probe.vocab_size,
         "unknown_char": "Ω",
         "evaluated_model": evaluated,
-        "evaluate_rows": _evaluate_rows(evaluated, tokenizer, seq_len, device),
+        "evaluate_rows": lambda batch_size: _evaluate_rows(evaluated, tokenizer, *rows, batch_size, device),
+        "evaluated_rows": rows,
+        "token_bytes": tokenizer.token_bytes,
         "make_stop_rule": lambda: stopping.make_stop_rule(cfg.stop),
         "stop_declared": cfg.stop.model_dump(),
         "expected_gain_nats": getattr(cfg.stop, "expected_gain_nats", None),
     }
 
 
-def _evaluate_rows(model: Transformer, tokenizer: Any, seq_len: int, device: torch.device) -> Any:
-    """Scores six fixed rows at any batch size; most labels of the last row are masked."""
-    ids = _random_ids((6, seq_len + 1), tokenizer.vocab_size, seed=52)
+def _held_out_rows(vocab_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Input ids and labels of six fixed rows; most labels of the last row are masked."""
+    ids = _random_ids((6, seq_len + 1), vocab_size, seed=52)
     labels = ids[:, 1:].clone()
     labels[-1, max(1, seq_len // 3) :] = IGNORE
+    return ids[:, :-1], labels
 
-    def evaluate_rows(batch_size: int) -> bits_per_byte.Evaluation:
-        cuts = range(0, len(ids), batch_size)
-        batches = [SimpleNamespace(input_ids=ids[c : c + batch_size, :-1], labels=labels[c : c + batch_size]) for c in cuts]
-        return bits_per_byte.evaluate_batches(model, batches, tokenizer.token_bytes, device=device)
 
-    return evaluate_rows
+def _evaluate_rows(
+    model: Transformer, tokenizer: Any, ids_RT: Tensor, labels_RT: Tensor, batch_size: int, device: torch.device
+) -> bits_per_byte.Evaluation:
+    """The stack's own score of rows, in batches of that size."""
+    cuts = range(0, len(ids_RT), batch_size)
+    batches = [SimpleNamespace(input_ids=ids_RT[c : c + batch_size], labels=labels_RT[c : c + batch_size]) for c in cuts]
+    return bits_per_byte.evaluate_batches(model, batches, tokenizer.token_bytes, device=device)

@@ -51,6 +51,36 @@ def bytes_scored_twice():
 
 
 @plant(
+    "evaluation.padding-has-bytes",
+    gate="evaluation.invariance",
+    title="Padding counts as text",
+    story="Nats are summed over the labels that are scored, bytes over all of them. Rows that end in padding bring bytes that cost "
+    "nothing, and the more padding, the better the model looks.",
+    sources=("https://github.com/huggingface/transformers/issues/30975",),
+)
+def padding_has_bytes():
+    def all_labels(labels, token_bytes):
+        return int(token_bytes[labels.abs().cpu().numpy()].sum())
+
+    with swap(bits_per_byte, "label_bytes", all_labels):
+        yield
+
+
+@plant(
+    "evaluation.half-precision-score",
+    gate="evaluation.invariance",
+    title="A score from rounded logits",
+    story="The evaluation runs in half precision from end to end, the loss included. Every score is off in the third digit, which is "
+    "where models are compared.",
+    sources=("https://github.com/facebookresearch/ParlAI/issues/623",),
+)
+def half_precision_score():
+    original = bits_per_byte.token_nats
+    with swap(bits_per_byte, "token_nats", lambda logits_BTV, labels_BT: original(logits_BTV.bfloat16(), labels_BT)):
+        yield
+
+
+@plant(
     "evaluation.dropout-active",
     gate="evaluation.invariance",
     title="Dropout in evaluation",

@@ -179,8 +179,8 @@ def decay_by_the_wrong_rate():
     "optim.clip-skips-parameter",
     gate="optim.clip-spike",
     title="One parameter is not in the norm",
-    story="The list of gradients to clip is built by hand and ends one short. The norm in the log is plausible, everything else is clipped by "
-    "it, and one tensor takes every spike in full.",
+    story="The list of gradients to clip is built by hand and ends one short. The norm in the log is plausible, everything else is "
+    "clipped by it, and one tensor takes every spike in full.",
     sources=("https://github.com/ByteDance-Seed/VeOmni/issues/184",),
 )
 def clip_skips_parameter():
