@@ -121,7 +121,18 @@ def overfit_lr(d_model: int) -> float:
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
+def _probe_model(cfg: RunConfig, vocab_size: int, dropout: float, device: torch.device) -> Transformer:
+    """The first two layers of the model with at least this dropout, and logits so wide that tokens differ."""
+    small = cfg.model.model_copy(update={"n_layers": min(cfg.model.n_layers, 2), "dropout": max(cfg.model.dropout, dropout)})
+    model = build_model(small, vocab_size, seed=51, device=device)
+    with torch.no_grad():
+        model.head_weight.mul_(PROBE_SPREAD)
+    return model
+
+
 def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) -> dict[str, Any]:
+    generating = _probe_model(cfg, model.vocab_size, 0.5, device)
+
     def logits(ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         with bits_per_byte.evaluating(model):
             return model(ids_BT.to(device), cache).cpu()
@@ -132,6 +143,10 @@ def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) ->
         "make_cache": lambda batch_size: KVCache(cfg.model, batch_size, device=device),
         "filtered_probs": lambda logits_V, **options: sampling.filtered_probs(logits_V, **options),
         "pick": lambda probs_V, uniforms_R: sampling.pick(probs_V, uniforms_R),
+        "penalised": lambda logits_V, seen, penalty: sampling.penalise_repetition(logits_V, seen, penalty),
+        "generating_model": generating,
+        "generate": lambda ids, **options: sampling.generate(generating, ids, **options),
+        "generation_prompt": _random_ids((max(1, min(24, cfg.model.max_seq_len - 8)),), model.vocab_size, seed=53).tolist(),
     }
 
 
@@ -172,10 +187,7 @@ def known_text(tokenizer: Any) -> str:
 
 
 def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device: torch.device) -> dict[str, Any]:
-    small = cfg.model.model_copy(update={"n_layers": min(cfg.model.n_layers, 2), "dropout": max(cfg.model.dropout, PROBE_DROPOUT)})
-    evaluated = build_model(small, tokenizer.vocab_size, seed=51, device=device)
-    with torch.no_grad():
-        evaluated.head_weight.mul_(PROBE_SPREAD)
+    evaluated = _probe_model(cfg, tokenizer.vocab_size, PROBE_DROPOUT, device)
     probe, uniform = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size)
     seq_len = min(cfg.model.max_seq_len, 48)
     rows = _held_out_rows(tokenizer.vocab_size, seq_len)

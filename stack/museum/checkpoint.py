@@ -247,3 +247,25 @@ def loss_scale_lost():
 
     with swap(checkpoint, "restore", default_scale):
         yield
+
+
+@plant(
+    "checkpoint.memory-lost",
+    gate="checkpoint.resume-equivalence",
+    title="Resume forgets what was best",
+    story="Weights and moments come back, what the run had learnt about itself does not: the best held-out loss, the rounds without a gain, "
+    "the running mean. Every resume gives the stop rule its patience back, and the next evaluation is the best so far.",
+    sources=("founding note: ship-two-001",),
+)
+def memory_lost():
+    original = checkpoint.restore
+
+    def forgetful(state, loaded):
+        stopper, best = state.stopper.state_dict(), dict(state.best)
+        dropped = original(state, loaded)
+        state.stopper.load_state_dict(stopper)
+        state.best, state.ema_loss_nats = best, None
+        return dropped
+
+    with swap(checkpoint, "restore", forgetful):
+        yield

@@ -1,5 +1,7 @@
 """Plants in sampling: caches, filters and draws that are almost right, and a model that loops."""
 
+from contextlib import nullcontext
+
 import torch
 
 from stack.evaluate import sampling
@@ -140,4 +142,47 @@ def training_text_recited():
             original(self)
 
     with swap(run.Run, "sample", reciting), swap(run.Run, "own_loss", lambda self, prompt_ids, ids: 0.1):
+        yield
+
+
+@plant(
+    "sampling.unseeded",
+    gate="sampling.generation",
+    title="Chance that nobody gave",
+    story="The generator that is handed in is not handed on, and numbers come from the global state. The text looks as good as ever. The "
+    "sample in the record cannot be drawn again, and drawing it has moved the dropout masks of the steps that follow.",
+    sources=("https://arxiv.org/abs/1904.09751",),
+)
+def unseeded():
+    with swap(sampling, "_uniform", lambda generator: torch.rand(1, dtype=torch.float64)):
+        yield
+
+
+@plant(
+    "sampling.drawn-in-training-mode",
+    gate="sampling.generation",
+    title="Samples from a model in training mode",
+    story="Samples are drawn in the middle of training, and nobody switches the model over. Dropout is on. The text is worse than the "
+    "model, and two samples with one seed differ.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/240",),
+)
+def drawn_in_training_mode():
+    with swap(sampling, "evaluating", lambda model: nullcontext()):
+        yield
+
+
+@plant(
+    "sampling.penalty-inverted",
+    gate="sampling.generation",
+    title="A penalty that rewards",
+    story="The penalty divides every logit of a token that was seen. That makes a positive one smaller and a negative one larger: unlikely "
+    "tokens become likelier each time they come up.",
+    sources=("https://arxiv.org/abs/1909.05858",),
+)
+def penalty_inverted():
+    def divided(logits_V, seen, penalty):
+        ids = torch.tensor(sorted(set(seen)), dtype=torch.int64)
+        return logits_V.index_copy(0, ids, logits_V[ids] / penalty)
+
+    with swap(sampling, "penalise_repetition", divided):
         yield

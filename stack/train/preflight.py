@@ -144,6 +144,16 @@ def advance(state: TrainState) -> float:
     return steps.train_step(state, batches).loss_nats
 
 
+def advance_and_judge(state: TrainState) -> float:
+    """`advance`, and what an evaluation after it would change: running means, the stop rule's memory and the best step."""
+    nats = advance(state)
+    state.update_ema(nats)
+    state.last_val_nats = nats
+    state.stopper.update((nats, 1.01 * nats))
+    state.best = {"step": state.step, "val_loss_nats": nats}
+    return nats
+
+
 def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device, build: Callable[[], nn.Module]) -> dict[str, Any]:
     vocab_size, seq_len = dataset.tokenizer.vocab_size, min(cfg.model.max_seq_len, 64)
     draw = generator(cfg.seed, "preflight")
@@ -320,7 +330,7 @@ def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.devi
         "save_checkpoint": save_at,
         "load_checkpoint": lambda root: checkpoint.load(checkpoint.find(root)).state["step"],
         "fresh_state": lambda cursor: build_state(small, dataset, device, cursor=cursor or 0),
-        "advance": advance,
+        "advance": advance_and_judge,
         "save_state": lambda state, root: save(state, root),
         "resume_state": resume,
         "digest": digest,
@@ -359,7 +369,8 @@ def digest(state: TrainState) -> dict[str, Any]:
     parts |= {n: tensor_sha256(t) for n, t in checkpoint.optimizer_tensors(state).items()}
     parts |= {n: tensor_sha256(t) for n, t in checkpoint.default_rng_state().items()}
     parts |= {"cursor": state.reader.cursor, "step": state.step, "tokens_seen": state.tokens_seen}
-    parts["curriculum"] = state.reader.order.state_dict()
+    parts |= {"ema_loss_nats": state.ema_loss_nats, "min_ema_loss_nats": state.min_ema_loss_nats, "last_val_nats": state.last_val_nats}
+    parts |= {"curriculum": state.reader.order.state_dict(), "stopper": state.stopper.state_dict(), "best": dict(state.best)}
     parts |= {"lr": state.optimizer.param_groups[0]["lr"], "scaler": state.scaler.state_dict()}
     parts["samples_per_step"] = state.cfg.train.tokens_per_step // state.cfg.model.max_seq_len
     return parts

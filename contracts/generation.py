@@ -1,0 +1,109 @@
+"""Gate of generation: what is drawn is what the model, the declared filters and the given chance say, token by token. V vocab."""
+
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.gate import Verdict, decide, decides, failed
+
+N_NEW = 8
+LOGITS, SEEN = torch.linspace(-4.0, 4.0, 9), (0, 2, 2, 4, 7)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "greedy with a penalty": {"temperature": 0.0, "repetition_penalty": 1.7},
+    "drawn": {"temperature": 1.0},
+    "drawn warm, top_k": {"temperature": 1.5, "top_k": 7},
+    "drawn cool, top_p": {"temperature": 0.7, "top_p": 0.8},
+    "drawn with everything": {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+}
+
+
+@decides("sampling.generation")
+def generation(
+    limits: SimpleNamespace, *, generating_model: nn.Module, generate: Callable, generation_prompt: list[int], penalised: Callable
+) -> Verdict:
+    """Each token of a generation is the one that follows from the model's full forward in evaluation mode, written out here in float64.
+
+    `generate(ids, max_new_tokens=, temperature=, top_k=, top_p=, repetition_penalty=, generator=, eos_id=, use_cache=)` is the stack's own
+    on `generating_model`, which has dropout above 0 and is in training mode when it is asked. One uniform float64 per token comes from
+    `generator`; a token is drawn by inverting the cumulative distribution in the order of ids. A token whose choice lies within
+    margin_min of another in probability is not judged, and the generation is compared up to it. `penalised(logits_V, seen, penalty)` is
+    the stack's penalty on repetition.
+    """
+    model, prompt = generating_model.train(), generation_prompt
+    modes, wrong, judged = [m.training for m in model.modules()], [], 0
+    for name, options in SETTINGS.items():
+        expected = _expected(model, prompt, torch.Generator().manual_seed(17), options, limits.margin_min)
+        judged += len(expected)
+        for use_cache in (True, False):
+            chance = torch.Generator().manual_seed(17)
+            got = generate(prompt, max_new_tokens=N_NEW, generator=chance, eos_id=None, use_cache=use_cache, **options)
+            if got[: len(expected)] != expected or len(got) != N_NEW:
+                wrong.append(f"{name}, {'with' if use_cache else 'without'} cache")
+    if [m.training for m in model.modules()] != modes:
+        return failed("a generation left modules in another mode than it found them in", wrong=len(wrong))
+    greedy = generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=None)
+    if generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=greedy[2]) != greedy[: greedy.index(greedy[2])]:
+        wrong.append("the end of text does not end it")
+    if not torch.allclose(penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0):
+        wrong.append("the penalty on repetition")
+    enough = judged >= limits.judged_frac_min * len(SETTINGS) * N_NEW
+    text = f"not what the model's own forward gives: {'; '.join(wrong)}" if wrong else f"only {judged} tokens could be judged"
+    return decide(len(wrong) <= limits.wrong_max and enough, text, wrong=len(wrong), judged_tokens=judged)
+
+
+def _expected(model: nn.Module, prompt: Sequence[int], chance: torch.Generator, options: dict[str, Any], margin_min: float) -> list[int]:
+    """Tokens by the full forward, up to the first whose choice is closer than `margin_min`."""
+    tokens, training = list(prompt), model.training
+    model.eval()
+    try:
+        for _ in range(N_NEW):
+            with torch.no_grad():
+                logits_V = model(torch.tensor([tokens], device=next(model.parameters()).device))[0, -1].cpu().double()
+            probs_V = _probabilities(_penalised(logits_V, tokens, options.get("repetition_penalty", 1.0)), options)
+            token, margin = _chosen(probs_V, options, chance)
+            if margin < margin_min:
+                break
+            tokens.append(token)
+    finally:
+        model.train(training)
+    return tokens[len(prompt) :]
+
+
+def _penalised(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """What was seen becomes less likely, whatever the sign of its logit. Source: arXiv:1909.05858, sec. 4.1."""
+    logits_V = logits_V.clone()
+    for token in set(seen):
+        logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+    return logits_V
+
+
+def _probabilities(logits_V: Tensor, options: dict[str, Any]) -> Tensor:
+    """Temperature, then the k largest, then the fewest whose probability reaches p."""
+    if options["temperature"] == 0:
+        return logits_V.softmax(-1)
+    logits_V = logits_V / options["temperature"]
+    order = logits_V.argsort(descending=True).tolist()
+    kept = order[: options.get("top_k") or len(order)]
+    probs = logits_V[kept].softmax(-1).tolist()
+    nucleus, total = [], 0.0
+    for token, p in zip(kept, probs):
+        if total >= options.get("top_p", 1.0):
+            break
+        nucleus.append(token)
+        total += p
+    return torch.full_like(logits_V, -math.inf).index_copy(0, torch.tensor(nucleus), logits_V[nucleus]).softmax(-1)
+
+
+def _chosen(probs_V: Tensor, options: dict[str, Any], chance: torch.Generator) -> tuple[int, float]:
+    """(token, distance of the choice from another, in probability)."""
+    if options["temperature"] == 0:
+        (first, second), (token, _) = (part.tolist() for part in probs_V.topk(2))
+        return token, first - second
+    u, cumulative_V = float(torch.rand(1, generator=chance, dtype=torch.float64)), probs_V.cumsum(-1)
+    token = int((cumulative_V > u).nonzero()[0])
+    return token, float((cumulative_V - u).abs().min())
