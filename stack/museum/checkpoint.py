@@ -253,8 +253,8 @@ def loss_scale_lost():
     "checkpoint.memory-lost",
     gate="checkpoint.resume-equivalence",
     title="Resume forgets what was best",
-    story="Weights and moments come back, what the run had learnt about itself does not: the best held-out loss, the rounds without a gain, "
-    "the running mean. Every resume gives the stop rule its patience back, and the next evaluation is the best so far.",
+    story="Weights and moments come back, what the run had learnt about itself does not: the best held-out loss, the rounds without a "
+    "gain, the running mean. Every resume gives the stop rule its patience back, and the next evaluation is the best so far.",
     sources=("founding note: ship-two-001",),
 )
 def memory_lost():
