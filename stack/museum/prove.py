@@ -20,7 +20,7 @@ from stack.data.prepare import prepare
 from stack.data.tokenizer import Bytes
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder
-from stack.export import huggingface
+from stack.export import huggingface, parity, reading
 from stack.model.build import build_model
 from stack.museum.collection import exportable, museum_config, write_texts
 from stack.museum.plant import Plant, load_museum, touches
@@ -107,18 +107,34 @@ class Prover:
             _, ingredients = gather(cfg, dataset, torch.device("cpu"))
             return call_check(gate, ingredients), "before step 1"
         if "export" in gate.kinds:
-            result = self._export([gate.id])[0]
+            result = self._export(gate)
+            if "import" in gate.kinds and result.verdict == "pass":
+                result = self._import(gate)
             return Verdict(result.verdict, result.message, result.measured), "before the folder was in place"
         record = session.start(cfg, (), self._run_dir(), Listener(), only=(gate.id,))
         result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), f"step {result.first_failure_step}"
 
-    def _export(self, gate_ids: Iterable[str]) -> list[GateResult]:
-        """Verdicts on an export of a small model; a red gate raises."""
-        model = build_model(exportable(self.cfg.model), Bytes().vocab_size, seed=self.cfg.seed)
-        keeper = Gatekeeper(self.spec, kind="export", only=gate_ids)
-        huggingface.export(model, Bytes(), self._run_dir(), keeper, card=lambda made: "")
-        return keeper.results()
+    def _export(self, gate: Gate) -> GateResult:
+        """Verdict on an export of a small model; a red one raises."""
+        keeper = Gatekeeper(self.spec, kind="export", only=[gate.id])
+        self._write_folder(keeper, tied=True)
+        return keeper.results()[0]
+
+    def _import(self, gate: Gate) -> GateResult:
+        """Verdict on a folder of a model with a head of its own that is read back; a red one raises."""
+        keeper = Gatekeeper(self.spec, kind="import", only=[gate.id])
+        source = reading.open_folder(self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=False))
+        model = reading.load_weights(source)
+        with huggingface.readable(source) as readable:
+            keeper.artifact(parity.own(model) | (parity.witness(readable) if parity.available() else {}))
+        return keeper.results()[0]
+
+    def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:
+        cfg, folder = exportable(self.cfg.model).model_copy(update={"tied_head": tied}), self._run_dir()
+        model = build_model(cfg, Bytes().vocab_size, seed=self.cfg.seed)
+        huggingface.export(model, Bytes(), folder, keeper, card=lambda made: "")
+        return folder
 
     def _run_dir(self) -> Path:
         self._runs += 1

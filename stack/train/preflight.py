@@ -28,6 +28,7 @@ from stack.train import checkpoint, losses
 from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.compiled import compiled_ingredients
+from stack.train.head import head_ingredients, loss_scale_ingredients
 from stack.train.randomness import generator, stream_seed
 from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
@@ -91,6 +92,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
     ingredients |= compiled_ingredients(cfg, dataset, device)
     ingredients |= shadow_ingredients(cfg, device)
+    ingredients |= head_ingredients(device) | loss_scale_ingredients(shrunk(cfg), dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:
         raise DataError(
@@ -154,6 +156,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "build_model": build,
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
         "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
+        "census_update": lambda model, optimizer, batch: census_update(cfg, device, model, optimizer, batch),
         "census_batch": census,
         "declared_law": declared_law(cfg.optim),
         "cross_entropy_sum": lambda logits_BTV, labels_BT: _cross_entropy_sum(logits_BTV, labels_BT, device),
@@ -199,6 +202,15 @@ def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
 def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """One update of any model by the stack's own accumulation, clipping and what follows; returns the loss in nats."""
     return _update(_bench(model, optimizer, device, cfg), [batch])
+
+
+def census_update(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> set[str]:
+    """One update; returns the names of the parameters of experts that no token of the batch chose."""
+    bench = _bench(model, optimizer, device, cfg)
+    _update(bench, [batch])
+    idle = [(layer, e) for layer, n_E in enumerate(moe.totals(bench.loads)) for e in range(len(n_E)) if not n_E[e]]
+    prefixes = tuple(f"layers.{layer}.ffn.experts.{e}." for layer, e in idle)
+    return {n for n, _ in model.named_parameters() if prefixes and n.startswith(prefixes)}
 
 
 def accumulated_gradients(
@@ -336,7 +348,9 @@ def digest(state: TrainState) -> dict[str, Any]:
     parts |= {n: tensor_sha256(t) for n, t in checkpoint.default_rng_state().items()}
     parts |= {"cursor": state.reader.cursor, "step": state.step, "tokens_seen": state.tokens_seen}
     parts["curriculum"] = state.reader.order.state_dict()
-    parts |= {"lr": state.optimizer.param_groups[0]["lr"], "scaler": state.scaler.state_dict()}
+    for group in state.optimizer.param_groups:
+        parts |= {f"optim.{group['name']}.{key}": value for key, value in group.items() if key not in ("params", "name")}
+    parts["scaler"] = state.scaler.state_dict()
     parts["samples_per_step"] = state.cfg.train.tokens_per_step // state.cfg.model.max_seq_len
     return parts
 
