@@ -16,13 +16,14 @@ RATE = 1e-2
 
 @decides("optim.parameter-census")
 def parameter_census(
-    limits: SimpleNamespace, *, build_model, make_optimizer, census_update, census_batch, declared_law, declared_parameter_count: int
+    limits: SimpleNamespace, *, build_model, make_optimizer, census_update, census_batch, loss_of, declared_law
 ) -> Verdict:
     """Every trainable parameter is owned once, in a group of its declared law, gets a gradient and moves; frozen ones do not move.
 
-    What is owned holds `declared_parameter_count` numbers, so that a module nobody looks into is missed. `declared_law(name, parameter)`
-    holds rule (adamw or muon), lr, weight_decay and what else the rule needs. `census_update(model, optimizer, batch)` makes one update and
-    returns the names of parameters that no token was sent to; only these may lack a gradient.
+    `declared_law(name, parameter)` holds rule (adamw or muon), lr, weight_decay and what else the rule needs. `census_update(model,
+    optimizer, batch)` makes one update and returns the names of parameters that no token was sent to; only these may lack a gradient.
+    `loss_of(model, batch)` is the loss with its graph: whatever wants a gradient there is a parameter of the model, also what hangs in a
+    list that the framework does not look into.
     """
     model = build_model()
     names = {id(p): n for n, p in model.named_parameters()}
@@ -38,13 +39,8 @@ def parameter_census(
     wrong = [names[id(p)] for p, g in owned if not _is_of(declared_law(names[id(p)], p), g)]
     if wrong:
         return failed(f"rule, learning rate or weight decay is not the declared one: {wrong[0]}", wrong_groups=len(wrong))
-    n_owned = sum(p.numel() for p, _ in owned)
-    if n_owned != declared_parameter_count:
-        return failed(
-            f"the optimizer owns {n_owned} numbers, the declared model has {declared_parameter_count}",
-            numbers_owned=n_owned,
-            numbers_declared=declared_parameter_count,
-        )
+    if unregistered := [tuple(p.shape) for p in _leaves(loss_of(model, census_batch)) if id(p) not in names]:
+        return failed(f"the loss depends on {len(unregistered)} weight(s) that are no parameter", unregistered=len(unregistered))
     return _movement(model, optimizer, census_update, census_batch)
 
 
@@ -52,6 +48,19 @@ def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     """Whether an optimizer's group has a law's rule, learning rate and decay. The settings a group holds show its rule."""
     rule = "adamw" if "betas" in group else "muon" if "momentum" in group else "unknown"
     return (rule, group["lr"], group["weight_decay"]) == (law["rule"], law["lr"], law["weight_decay"])
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Every tensor that the backward of a loss would give a gradient to."""
+    found, seen, todo = [], set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node.variable] if hasattr(node, "variable") else []
+        todo += [parent for parent, _ in node.next_functions]
+    return found
 
 
 def _movement(model, optimizer, census_update, batch) -> Verdict:
@@ -71,7 +80,7 @@ def _movement(model, optimizer, census_update, batch) -> Verdict:
     census_update(model, optimizer, batch)
     moved = not torch.equal(frozen.detach(), kept)
     n_owned = sum(len(g["params"]) for g in optimizer.param_groups)
-    return decide(not moved, f"{frozen_name} was frozen and still moves", owned=n_owned, still=0, dead=0, unreached=len(never), frozen_moved=moved)
+    return decide(not moved, f"{frozen_name} was frozen and still moves", owned=n_owned, still=0, dead=0, unregistered=0, unreached=len(never), frozen_moved=moved)
 
 
 @decides("optim.reference-update")

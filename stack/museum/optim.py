@@ -2,7 +2,7 @@
 
 import torch
 
-from stack.model import build
+from stack.model import build, transformer
 from stack.museum.plant import plant, swap
 from stack.train import muon
 from stack.train import optimizer as opt
@@ -227,21 +227,26 @@ def clip_before_unscale():
 
 
 @plant(
-    "optim.module-in-a-list",
+    "optim.probe-in-a-list",
     gate="optim.parameter-census",
-    title="A module in a plain list",
-    story="Modules are collected in a Python list, where the framework does not look. Their weights are in no group, in no checkpoint and in "
-    "no count. They work, with the values they were drawn with, and the rest of the model learns around them.",
+    title="A probe in a plain list",
+    story="A probe is attached to the model through a Python list, where the framework does not look. Its weights are in no group, in no "
+    "checkpoint and in no count. They take part in every forward with the values they were drawn with, and nothing ever trains them.",
     sources=("founding note: tinygpt validation",),
 )
-def module_in_a_list():
-    original = build.initialise
+def probe_in_a_list():
+    initialise, features = build.initialise, transformer.Transformer.features
 
-    def hidden(model, cfg, generator):
-        original(model, cfg, generator)
-        model.__dict__["final_norm"] = model._modules.pop("final_norm")
+    def attaching(model, cfg, generator):
+        initialise(model, cfg, generator)
+        like = model.embed.weight
+        model.__dict__["probes"] = [torch.nn.Linear(cfg.d_model, cfg.d_model, bias=False, device=like.device, dtype=like.dtype)]
 
-    with swap(build, "initialise", hidden):
+    def through_the_probe(self, *inputs):
+        x_BTD, report = features(self, *inputs)
+        return x_BTD + self.probes[0](x_BTD), report
+
+    with swap(build, "initialise", attaching), swap(transformer.Transformer, "features", through_the_probe):
         yield
 
 

@@ -157,6 +157,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
         "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
         "census_update": lambda model, optimizer, batch: census_update(cfg, device, model, optimizer, batch),
+        "loss_of": lambda model, batch: loss_of(device, model, batch),
         "census_batch": census,
         "declared_law": declared_law(cfg.optim),
         "cross_entropy_sum": lambda logits_BTV, labels_BT: _cross_entropy_sum(logits_BTV, labels_BT, device),
@@ -211,6 +212,13 @@ def census_update(cfg: RunConfig, device: torch.device, model: nn.Module, optimi
     idle = [(layer, e) for layer, n_E in enumerate(moe.totals(bench.loads)) for e in range(len(n_E)) if not n_E[e]]
     prefixes = tuple(f"layers.{layer}.ffn.experts.{e}." for layer, e in idle)
     return {n for n, _ in model.named_parameters() if prefixes and n.startswith(prefixes)}
+
+
+def loss_of(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
+    """Summed loss of a batch in nats, shape (), with its graph: every weight that the run's own forward uses."""
+    x_BTD, report = model.features(*steps.on_device(batch, device))
+    nats = losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
+    return nats + losses.balance_term(report.loads, model.balance_weight)
 
 
 def accumulated_gradients(
