@@ -24,12 +24,13 @@ def nan_in_a_weight():
 
     def poisoned(state, batches):
         if state.step + 1 == BAD_STEP:
+            touch()
             with torch.no_grad():
                 next(state.model.parameters())[0, 0] = float("nan")
                 list(state.model.parameters())[-1][0] = float("nan")
         return original(state, batches)
 
-    with swap(steps, "train_step", poisoned):
+    with swap(steps, "train_step", poisoned, counted=False):
         yield
 
 
@@ -50,9 +51,16 @@ def infinite_activation():
         return original_step(state, batches)
 
     def overflowing(x_BTD, head_VD, labels_BT):
-        return original_loss(x_BTD, head_VD, labels_BT) * (float("inf") if now[0] == BAD_STEP else 1.0)
+        nats = original_loss(x_BTD, head_VD, labels_BT)
+        if now[0] != BAD_STEP:
+            return nats
+        touch()
+        return nats * float("inf")
 
-    with swap(steps, "train_step", counted), swap(losses, "linear_cross_entropy_sum", overflowing):
+    with (
+        swap(steps, "train_step", counted, counted=False),
+        swap(losses, "linear_cross_entropy_sum", overflowing, counted=False),
+    ):
         yield
 
 
@@ -184,9 +192,12 @@ def lr_spike():
     original = steps.lr_at
 
     def spiking(step, **declared):
-        return original(step, **declared) * (1000 if step > 16 else 1)
+        if step <= 16:
+            return original(step, **declared)
+        touch()
+        return original(step, **declared) * 1000
 
-    with swap(steps, "lr_at", spiking):
+    with swap(steps, "lr_at", spiking, counted=False):
         yield
 
 
