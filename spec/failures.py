@@ -32,6 +32,7 @@ class Capability(Frozen):
         return any(_is_there(root, sign) for sign in self.signs)
 
 
+@cache
 def _is_there(root: Path, sign: str) -> bool:
     glob, _, pattern = sign.partition("::")
     files = (p for p in root.glob(glob) if p.is_file())
