@@ -80,7 +80,16 @@ def _movement(model, optimizer, census_update, batch) -> Verdict:
     census_update(model, optimizer, batch)
     moved = not torch.equal(frozen.detach(), kept)
     n_owned = sum(len(g["params"]) for g in optimizer.param_groups)
-    return decide(not moved, f"{frozen_name} was frozen and still moves", owned=n_owned, still=0, dead=0, unregistered=0, unreached=len(never), frozen_moved=moved)
+    return decide(
+        not moved,
+        f"{frozen_name} was frozen and still moves",
+        owned=n_owned,
+        still=0,
+        dead=0,
+        unregistered=0,
+        unreached=len(never),
+        frozen_moved=moved,
+    )
 
 
 @decides("optim.reference-update")
@@ -113,7 +122,9 @@ def reference_update(limits: SimpleNamespace, *, build_model, make_optimizer, de
     return decide(not over, text, **{kind: error for kind, (_, error) in worst.items()})
 
 
-def _driven(small: "_Small", make_optimizer: Callable, laws: Mapping[str, Any], first: Mapping[str, Tensor], tiny: bool) -> dict[str, Tensor]:
+def _driven(
+    small: "_Small", make_optimizer: Callable, laws: Mapping[str, Any], first: Mapping[str, Tensor], tiny: bool
+) -> dict[str, Tensor]:
     """Drive the real optimizer from `first` and return where float64 ends; with `tiny`, AdamW's gradients are multiplied by its eps."""
     for n, p in small.pairs:
         p.data.copy_(first[n])

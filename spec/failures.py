@@ -99,7 +99,12 @@ class Catalogue(Frozen):
         return ("at export" if "export" in gate.kinds else _MOMENTS[gate.moment]), None
 
 
-_MOMENTS: dict[str, Latency] = {"preflight": "before step 1", "runtime": "within k steps", "artifact": "at checkpoint", "repository": "in CI"}
+_MOMENTS: dict[str, Latency] = {
+    "preflight": "before step 1",
+    "runtime": "within k steps",
+    "artifact": "at checkpoint",
+    "repository": "in CI",
+}
 
 
 def answering_gates(spec: Spec, failure: Failure) -> tuple[str, ...]:

@@ -71,6 +71,4 @@ def _margin(gate: Gate, name: str, limit: Limit, kills: list[Kill]) -> Margin | 
     weakest = (max if low else min)(caught, key=caught.__getitem__)
     room = _times(worst, limit.value) if low else _times(limit.value, worst)
     reach = _times(limit.value, caught[weakest]) if low else _times(caught[weakest], limit.value)
-    return Margin(
-        gate.id, name, limit.value, limit.unit, limit.direction, worst, room, len(caught), weakest, caught[weakest], reach
-    )
+    return Margin(gate.id, name, limit.value, limit.unit, limit.direction, worst, room, len(caught), weakest, caught[weakest], reach)

@@ -227,8 +227,9 @@ def loss_scale_lost():
     "checkpoint.tie-broken-on-load",
     gate="checkpoint.resume-equivalence",
     title="Head and embedding come back as two tensors",
-    story="The loader fills every name with a tensor of its own, and the weight that head and embedding share is now two. They are equal, so "
-    "the loss after the resume is right to the last bit. From the next update on they drift apart, and each is saved as the other.",
+    story="The loader fills every name with a tensor of its own, and the weight that head and embedding share is now two. They are equal,"
+    " so the loss after the resume is right to the last bit. From the next update on they drift apart, and each is saved as the "
+    "other.",
     sources=("https://github.com/NVIDIA-NeMo/Automodel/issues/2571", "https://github.com/huggingface/accelerate/issues/1204"),
 )
 def tie_broken_on_load():
@@ -249,8 +250,8 @@ def tie_broken_on_load():
     "checkpoint.prefix-ignored",
     gate="checkpoint.resume-equivalence",
     title="Nothing in the file has the right name, and nobody minds",
-    story="A wrapper puts its prefix before every name that is saved. The loader is told not to be strict, finds none of its own names, loads "
-    "nothing and returns. What goes on is a model with fresh weights and the moments of a trained one.",
+    story="A wrapper puts its prefix before every name that is saved. The loader is told not to be strict, finds none of its own names, "
+    "loads nothing and returns. What goes on is a model with fresh weights and the moments of a trained one.",
     sources=("https://github.com/torchgeo/torchgeo/issues/4036", "https://github.com/pytorch/pytorch/issues/141256"),
 )
 def prefix_ignored():
@@ -268,8 +269,8 @@ def prefix_ignored():
     "checkpoint.average-left-in",
     gate="checkpoint.resume-equivalence",
     title="The averaged weights stay in the model",
-    story="For the save, the running average of the weights is put into the model, and the line that puts the live ones back is missing. From "
-    "then on training goes on from the average. How often a run saves now decides what it learns.",
+    story="For the save, the running average of the weights is put into the model, and the line that puts the live ones back is missing. "
+    "From then on training goes on from the average. How often a run saves now decides what it learns.",
     sources=("https://github.com/harubaru/waifu-diffusion/issues/31",),
 )
 def average_left_in():
@@ -289,8 +290,8 @@ def average_left_in():
     "checkpoint.decay-restored-wrong",
     gate="checkpoint.resume-equivalence",
     title="A resumed optimizer decays by another factor",
-    story="Learning rates are put back before the first update, other numbers of the groups after it. The first update of every resume uses "
-    "the decay the optimizer was built with. Whoever compares learning rates over the seam sees nothing.",
+    story="Learning rates are put back before the first update, other numbers of the groups after it. The first update of every resume "
+    "uses the decay the optimizer was built with. Whoever compares learning rates over the seam sees nothing.",
     sources=("https://github.com/NVIDIA-NeMo/Automodel/issues/3882",),
 )
 def decay_restored_wrong():

@@ -138,8 +138,8 @@ def narrowed_after_the_comparison():
     "export.import-pairs-interleaved",
     gate="export.logit-parity",
     title="Queries and keys are read in the other pairing",
-    story="The importer knows that some libraries pair neighbouring features and reorders the rows of queries and keys. This folder was written "
-    "by one that does not. Trained from scratch either pairing is right; read across, the model babbles.",
+    story="The importer knows that some libraries pair neighbouring features and reorders the rows of queries and keys. This folder was "
+    "written by one that does not. Trained from scratch either pairing is right; read across, the model babbles.",
     sources=("https://github.com/karpathy/nanochat/issues/264", "https://github.com/huggingface/transformers/issues/39687"),
 )
 def import_pairs_interleaved():

@@ -56,9 +56,9 @@ def compile_gives_up():
     "kernel.row-twice-at-a-border",
     gate="kernel.head-borders",
     title="A row at the border of two chunks is read twice",
-    story="The head works through the rows in chunks, so that it never holds all logits. Every chunk but the first begins one row too early. "
-    "Small batches fit into one chunk, and with them every test. In a real run a few rows per step count double, and a loss a little off is "
-    "what losses are.",
+    story="The head works through the rows in chunks, so that it never holds all logits. Every chunk but the first begins one row too "
+    "early. Small batches fit into one chunk, and with them every test. In a real run a few rows per step count double, and a loss "
+    "a little off is what losses are.",
     sources=("https://github.com/66RING/tiny-flash-attention/issues/12", "https://github.com/Dao-AILab/flash-attention/issues/2790"),
 )
 def row_twice_at_a_border():

@@ -210,8 +210,8 @@ def z_term_reported():
     "loss.end-of-text-masked",
     gate="model.overfit-one-batch",
     title="The end of text is taken for padding",
-    story="Padding has no id of its own and borrows that of the end of text. Whoever masks padding masks every end as well. The loss is fine, "
-    "even a little lower, and the model has never been told to stop.",
+    story="Padding has no id of its own and borrows that of the end of text. Whoever masks padding masks every end as well. The loss is "
+    "fine, even a little lower, and the model has never been told to stop.",
     sources=("https://github.com/huggingface/transformers/issues/23530", "https://github.com/huggingface/trl/issues/976"),
 )
 def end_of_text_masked():

@@ -320,9 +320,9 @@ def labels_of_the_past():
     "model.ffn-channels-apart",
     gate="model.reference-differential",
     title="One feed-forward multiplies neighbours",
-    story="In one layer the two factors of the feed-forward come out of one product, and the second is cut one channel too late. Every channel "
-    "is multiplied with its neighbour. A model trained so has learned to live with it; one trained elsewhere and read here falls apart in "
-    "that layer, seventeen times as loud as its neighbours.",
+    story="In one layer the two factors of the feed-forward come out of one product, and the second is cut one channel too late. Every "
+    "channel is multiplied with its neighbour. A model trained so has learned to live with it; one trained elsewhere and read here "
+    "falls apart in that layer, seventeen times as loud as its neighbours.",
     sources=("founding note: ship-two-001",),
 )
 def ffn_channels_apart():

@@ -86,5 +86,7 @@ def watching() -> Iterator[dict[str, dict[str, Scalar]]]:
 def fruits_of_run(record: Record, run_dir: Path) -> list:
     """All that a run computed: its log without times, its samples, and the hashes of its weights."""
     directory = RunDir(run_dir)
-    lines = [{k: v for k, v in line.items() if k not in TIMED} for n in ("metrics.jsonl", "samples.jsonl") for line in directory.read_lines(n)]
+    lines = [
+        {k: v for k, v in line.items() if k not in TIMED} for n in ("metrics.jsonl", "samples.jsonl") for line in directory.read_lines(n)
+    ]
     return [lines, sorted((o.name, o.sha256) for o in record.outputs if o.name.endswith(".safetensors"))]

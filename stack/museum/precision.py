@@ -58,9 +58,9 @@ def loss_in_half():
     "precision.unscale-left-out",
     gate="precision.loss-scale",
     title="The clip sees gradients that carry the loss scale",
-    story="In half precision the loss is multiplied by some ten thousand, so that small gradients survive. The line that divides it out before "
-    "the clip is lost. A fused optimizer divides by itself, so nothing crashes. But the clip has seen a norm ten thousand times too large, "
-    "and what it left over is nearly nothing. AdamW hides even that, until its eps is larger than what is left.",
+    story="In half precision the loss is multiplied by some ten thousand, so that small gradients survive. The line that divides it out "
+    "before the clip is lost. A fused optimizer divides by itself, so nothing crashes. But the clip has seen a norm ten thousand times "
+    "too large, and what it left over is nearly nothing. AdamW hides even that, until its eps is larger than what is left.",
     sources=(
         "https://github.com/Lightning-AI/pytorch-lightning/issues/9599",
         "https://github.com/NVIDIA/apex/issues/1512",

@@ -15,7 +15,7 @@ import torch
 
 from contracts.gate import Verdict, call_check, not_run
 from contracts.keeper import Gatekeeper
-from spec.canonical import sha256_file
+from spec.canonical import canonical_json, sha256_file
 from spec.errors import ConfigError, GateFailed
 from spec.failures import load_catalogue
 from spec.gates import Gate, load_spec
@@ -24,7 +24,7 @@ from stack.config import RunConfig, load_config
 from stack.data.prepare import prepare
 from stack.data.tokenizer import Bytes
 from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder
+from stack.evidence.record import RecordBuilder, write_atomically
 from stack.export import huggingface, parity, reading
 from stack.model.build import build_model
 from stack.museum.collection import exportable, museum_config, write_texts
@@ -40,6 +40,7 @@ NOT_COVERED = (
     "GPU kernels and more than one process: the proof runs on one CPU process, eagerly but for the gate of the compiled graph",
     "other configurations than the museum's own small one",
 )
+MATRIX = "matrix.jsonl"
 
 
 @contextmanager
@@ -54,10 +55,11 @@ def workshop() -> Iterator[Path]:
             yield root
         finally:
             torch.set_num_threads(threads)
-            _set_cache(former)
+            use_cache(former)
 
 
-def _set_cache(path: str | Path | None) -> None:
+def use_cache(path: str | Path | None) -> None:
+    """Where prepared data are kept from now on; None: where the user has them."""
     if path is None:
         os.environ.pop("STACKPROOF_CACHE", None)
     else:
@@ -95,13 +97,13 @@ class Prover:
 
     def control(self, gates: list[Gate]) -> dict[str, Control]:
         """Every gate on the clean stack: all in one run, and each that asks for another configuration under that one."""
-        _set_cache(self.root / "cache")
+        use_cache(self.root / "cache")
         found: dict[str, Control] = {}
         together = [g for g in gates if "train" in g.kinds and not g.when]
         with watching() as worst:
             if together:
                 try:
-                    record = session.start(self.cfg, (), self._run_dir(), Listener(), only=tuple(g.id for g in together))
+                    record = session.start(self.cfg, (), self.run_dir(), Listener(), only=tuple(g.id for g in together))
                 except GateFailed as e:
                     record = e.record
                 found |= {g.id: Control(g.verdict, dict(g.measured)) for g in record.gates}
@@ -118,7 +120,7 @@ class Prover:
 
         Killed is only what the gate itself turned red on, in time, and only if the planted line ran.
         """
-        _set_cache(self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache"))
+        use_cache(self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache"))
         clock = Clock()
         try:
             with plant.apply():
@@ -161,8 +163,12 @@ class Prover:
         if kind == "export":
             folder = self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=True)
             return {p.name: sha256_file(p) for p in folder.iterdir()}
-        run_dir = self._run_dir()
+        run_dir = self.run_dir()
         return fruits_of_run(session.start(self.cfg, (), run_dir, Listener(), only=()), run_dir)
+
+    def verdict_of(self, gate: Gate) -> Verdict:
+        """The gate's verdict on the stack as it is now. Raises GateFailed where a red gate halts."""
+        return self._run(gate, Listener())[0]
 
     def _run(self, gate: Gate, listener: Listener) -> tuple[Verdict, int | None]:
         """The gate's verdict, and the step at which it turned red in a run."""
@@ -176,7 +182,7 @@ class Prover:
             if "import" in gate.kinds and result.verdict == "pass":
                 result = self._import(gate)
         else:
-            record = session.start(cfg, (), self._run_dir(), listener, only=(gate.id,))
+            record = session.start(cfg, (), self.run_dir(), listener, only=(gate.id,))
             result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
 
@@ -196,12 +202,13 @@ class Prover:
         return keeper.results()[0]
 
     def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:
-        cfg, folder = exportable(self.cfg.model).model_copy(update={"tied_head": tied}), self._run_dir()
+        cfg, folder = exportable(self.cfg.model).model_copy(update={"tied_head": tied}), self.run_dir()
         model = build_model(cfg, Bytes().vocab_size, seed=self.cfg.seed)
         huggingface.export(model, Bytes(), folder, keeper, card=lambda made: "")
         return folder
 
-    def _run_dir(self) -> Path:
+    def run_dir(self) -> Path:
+        """A fresh folder of the workshop, not made yet."""
         self._runs += 1
         return self.root / "runs" / str(self._runs)
 
@@ -267,10 +274,19 @@ def plain(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
 
 
-def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: Path) -> Record:
-    """Write the record of a proof. Its status is completed only if every plant was killed and every control was green."""
-    counts = Counter(k.outcome for k in kills)
+def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: Path, matrix: list[dict] | None = None) -> Record:
+    """Write the record of a proof. Its status is completed only if every plant was killed and every control was green.
+
+    Failures of the catalogue that await a part of the stack are counted as such, and are neither killed nor a defect. Rows of a `matrix`
+    become a series beside the record.
+    """
+    counts, catalogue = Counter(k.outcome for k in kills), load_catalogue()
     builder.kills = kills
+    builder.metric("failures", len(catalogue.failures), "failures")
+    builder.metric("failures_awaiting", len(catalogue.awaiting()), "failures")
+    if matrix is not None:
+        write_atomically(directory / MATRIX, b"".join(canonical_json(row) + b"\n" for row in matrix))
+        builder.metric("matrix_s", round(sum(row["seconds"] for row in matrix), 1), "s", better="lower")
     builder.metric("plants", len(kills), "plants")
     for outcome in ("killed", "missed", "crashed", "equivalent", "awaiting"):
         builder.metric(outcome, counts.get(outcome, 0), "plants", better="higher" if outcome == "killed" else "lower")
@@ -284,6 +300,7 @@ def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: P
         status="failed" if bad else "completed",
         end_reason="; ".join(bad) if bad else "every plant killed, every control green",
         exit_code=4 if bad else 0,
+        series=(MATRIX,),
     )
 
 

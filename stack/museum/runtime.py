@@ -205,8 +205,8 @@ def lr_spike():
     "runtime.skipped-update-counted",
     gate="runtime.params-changed",
     title="A skipped update is counted",
-    story="Gradients overflow, the scaler skips the update, and schedule and counters go on as if it had been made. After a hundred skipped "
-    "updates the learning rate is a hundred steps ahead of the weights, and the record names more updates than there were.",
+    story="Gradients overflow, the scaler skips the update, and schedule and counters go on as if it had been made. After a hundred "
+    "skipped updates the learning rate is a hundred steps ahead of the weights, and the record names more updates than there were.",
     sources=("https://github.com/huggingface/accelerate/issues/500",),
 )
 def skipped_update_counted():
@@ -227,8 +227,8 @@ def skipped_update_counted():
     "runtime.weights-rounded-to-half",
     gate="runtime.params-changed",
     title="Weights without a float32 copy",
-    story="Weights live in bfloat16 and nothing keeps the digits that do not fit. An update of less than half a rounding is lost, each time "
-    "anew. Gains of norms, which are close to one, never move at all. Training slows down and stops, long before it should.",
+    story="Weights live in bfloat16 and nothing keeps the digits that do not fit. An update of less than half a rounding is lost, each "
+    "time anew. Gains of norms, which are close to one, never move at all. Training slows down and stops, long before it should.",
     sources=(
         "https://github.com/pytorch/ao/issues/1124",
         "https://github.com/workofart/ml-by-hand/issues/85",
@@ -252,8 +252,8 @@ def weights_rounded_to_half():
     "runtime.tokens-counted-twice",
     gate="runtime.tokens-consumed",
     title="Every token is counted twice",
-    story="Tokens are added up where they are drawn and again where they are trained on. The speed doubles overnight, and so does every figure "
-    "that is computed from it. Since a high number pleases, it goes into the report.",
+    story="Tokens are added up where they are drawn and again where they are trained on. The speed doubles overnight, and so does every "
+    "figure that is computed from it. Since a high number pleases, it goes into the report.",
     sources=("https://github.com/allenai/OLMo-core/issues/614", "https://github.com/pytorch/torchtitan/issues/1393"),
 )
 def tokens_counted_twice():

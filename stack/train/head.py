@@ -49,7 +49,7 @@ def _small_chunks(vocab_size: int) -> Iterator[None]:
 
 
 def loss_scale_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
-    """`scaled_step(scale)` makes one train step of `cfg` from its start under a loss scale: gradient norms (before, left). {} but in fp16."""
+    """`scaled_step(scale)` is one train step of `cfg` from its start under a loss scale: gradient norms (before, left). Float16 alone."""
     if cfg.train.dtype != "float16":
         return {}
     return {"scaled_step": _scaled_step(cfg, dataset, device)}
