@@ -96,9 +96,10 @@ def _movement(model, optimizer, census_update, batch) -> Verdict:
 def reference_update(limits: SimpleNamespace, *, build_model, make_optimizer, declared_law) -> Verdict:
     """Ten updates of the real optimizer equal each parameter's declared rule written out in float64, with a zero gradient among them.
 
-    AdamW is driven twice: with gradients of 0.1 to 10, and with those as many times its eps, where eps decides. The optimizer is built for the model's parameter names and devices, on tensors of a few entries. Each group's learning rate is
-    multiplied by what brings its declared rate to RATE, so that rounding weighs the same for all. Where a parameter does not decay, a
-    gradient that was always zero leaves it bit for bit.
+    AdamW is driven twice: with gradients of 0.1 to 10, and with those as many times its eps, where eps decides. The optimizer is built
+    for the model's parameter names and devices, on tensors of a few entries. Each group's learning rate is multiplied by what brings its
+    declared rate to RATE, so that rounding weighs the same for all. Where a parameter does not decay, a gradient that was always zero
+    leaves it bit for bit.
     """
     small = _Small(build_model())
     if moved := _moved_by_nothing(small, make_optimizer, declared_law):

@@ -21,7 +21,7 @@ LATENCIES: tuple[Latency, ...] = ("before step 1", "within k steps", "at checkpo
 
 
 class Capability(Frozen):
-    """A part of the stack that may not be built yet. A sign is a glob below the root; after `::` a pattern that a matching file must hold."""
+    """A part of the stack that may not be built yet. A sign is a glob below the root; after `::` a pattern that such a file must hold."""
 
     name: str
     signs: tuple[str, ...] = Field(min_length=1)

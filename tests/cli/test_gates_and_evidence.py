@@ -37,7 +37,10 @@ def test_gates_show_names_limits_and_nearest(trained):
 def test_prove_one_gate_writes_a_record_of_its_kills(trained):
     done = trained("gates", "prove", "loss.golden", "--run-dir", "proof", "--json")
     assert done.code == 0, done.err
-    assert {k["plant"] for k in done.json["kills"]} == {"loss.padding-counted", "loss.labels-shifted-twice", "loss.bits-instead-of-nats"}
+    plants = {"loss.padding-counted", "loss.labels-shifted-twice", "loss.bits-instead-of-nats", "loss.z-term-reported"}
+    assert {k["plant"] for k in done.json["kills"]} == plants and done.json["counts"]["awaiting"] == 0
+    margin = done.json["margins"][0]
+    assert margin["gate"] == "loss.golden" and margin["clean"] < margin["bound"] < margin["value"] and margin["plants"] == 4
     assert all(k["outcome"] == "killed" and k["control"] == "pass" and k["seconds"] > 0 for k in done.json["kills"])
     assert json.loads((trained.folder / "proof" / "metadata.json").read_text())["kind"] == "falsification"
     assert trained("gates", "prove", "loss.nothing").code == 2
@@ -58,7 +61,7 @@ def test_a_surviving_plant_is_reported_and_exits_4(trained):
     )
     assert done.returncode == 4, done.stderr
     counts = json.loads(done.stdout.splitlines()[0])["counts"]
-    assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 3
+    assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 4
 
 
 def test_backtest_replays_a_log(trained):
