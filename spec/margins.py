@@ -68,6 +68,8 @@ def _margin(gate: Gate, name: str, limit: Limit, kills: list[Kill]) -> Margin | 
         return None
     low = limit.direction == "at-least"
     worst = min(clean) if low else max(clean)
+    if not limit.allows(worst):  # it counts only together with another one
+        return None
     weakest = (max if low else min)(caught, key=caught.__getitem__)
     room = _times(worst, limit.value) if low else _times(limit.value, worst)
     reach = _times(limit.value, caught[weakest]) if low else _times(caught[weakest], limit.value)

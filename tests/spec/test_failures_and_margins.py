@@ -78,6 +78,11 @@ def test_margins_know_the_other_direction_and_a_limit_of_zero(spec):
     assert (exact.room, exact.reach) == (1.0, math.inf)
 
 
+def test_a_limit_that_the_clean_stack_goes_past_is_no_margin(spec):
+    """Such a limit counts only together with another one; its ratio would say nothing."""
+    assert margins(spec, [kill("a", {"abs_error": 1e-3}, {"abs_error": 1e-2})]) == []
+
+
 def test_what_is_measured_under_another_name_is_found_and_nan_is_infinitely_wrong(spec):
     limit = spec.gates["model.reference-differential"].limits["rel_error_max"]
     assert measured_for("rel_error_max", limit, {"logit_rel_error": 1e-3, "attention_rel_error": 2e-3}) == 2e-3
