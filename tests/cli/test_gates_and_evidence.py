@@ -25,6 +25,9 @@ def test_gates_list_and_coverage_agree(trained):
     covered = trained("gates", "coverage", "--json").json
     assert listed["counts"] == covered["counts"] and sum(listed["counts"].values()) == len(listed["gates"]) >= 18
     assert all(g["state"] == "unproven" and g["plants"] for g in listed["gates"]), "an empty ledger proves nothing"
+    failures = covered["failures"]
+    assert failures["documented"] == 102 and failures["awaiting"] == len(failures["awaits"]) > 0
+    assert failures["awaits"]["SF-X01"] == "several-ranks" and "SF-L01" not in failures["awaits"]
 
 
 def test_gates_show_names_limits_and_nearest(trained):
