@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.gate import Verdict, decide, decides, failed
-from contracts.loss import gradient_errors
+from contracts.loss import IGNORE, gradient_errors
 
 Step = Callable[[int], tuple[float, Mapping[str, Tensor]]]
 
@@ -64,3 +64,35 @@ def _watched(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, int]:
         return call(), count
     finally:
         sys.setprofile(former)
+
+
+@decides("kernel.head-borders")
+def head_borders(limits: SimpleNamespace, *, head_in_chunks: Callable[[Tensor, Tensor, Tensor], tuple], head_chunk_rows: int) -> Verdict:
+    """The head gives the loss and both gradients of float64 for as many rows as one chunk holds, and for some more and some fewer.
+
+    `head_in_chunks(x_RD, head_VD, labels_R)` is the run's own head on its device, taking `head_chunk_rows` rows at a time: it returns
+    (sum of nats, gradient of x, gradient of the head). Some labels do not count, the first and the last of a chunk among them.
+    """
+    n, errors, borders = head_chunk_rows, {}, 0
+    for rows in (n - 1, n, n + 1, 2 * n, 2 * n + 1, 3 * n + n // 2):
+        draw = torch.Generator().manual_seed(rows)
+        x, head = torch.randn(rows, 6, generator=draw), torch.randn(11, 6, generator=draw)
+        labels = torch.randint(0, 11, (rows,), generator=draw)
+        labels[:: max(2, n // 2)] = IGNORE
+        got = [torch.as_tensor(part).cpu() for part in head_in_chunks(x, head, labels)]
+        wanted = _head_in_float64(x.double(), head.double(), labels)
+        names = (f"the loss of {rows} rows", f"the features' gradient of {rows} rows", f"the head's gradient of {rows} rows")
+        errors |= gradient_errors(dict(zip(names, got)), dict(zip(names, wanted)))
+        borders += -(-rows // n) - 1
+    worst = max(errors, key=errors.__getitem__)
+    text = f"the head differs from float64 by {errors[worst]:.2g} in {worst}, taken {n} at a time"
+    return decide(errors[worst] <= limits.rel_error_max, text, rel_error=errors[worst], worst=worst, borders=borders, chunk_rows=n)
+
+
+def _head_in_float64(x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of −log p(label), and its gradients written out: p minus one at the label, zero where there is none."""
+    kept_R = labels_R != IGNORE
+    log_p_RV = (x_RD @ head_VD.T).log_softmax(1)
+    at_label_RV = torch.zeros_like(log_p_RV).scatter(1, labels_R.where(kept_R, 0)[:, None], 1.0)
+    slope_RV = (log_p_RV.exp() - at_label_RV) * kept_R[:, None]
+    return -(log_p_RV * at_label_RV)[kept_R].sum(), slope_RV @ head_VD, slope_RV.T @ x_RD

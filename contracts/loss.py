@@ -54,6 +54,9 @@ def golden(limits: SimpleNamespace, *, cross_entropy_sum, micro_batch_nats, igno
     padding = torch.cat([labels, torch.full((1, 5), ignore_index)], dim=1)
     errors["padding"] = abs(float(cross_entropy_sum(padded, padding)) - by_hand)
 
+    # The same probabilities from logits that are not normalised: whatever is made of the log normaliser must not be in the loss.
+    errors["shifted"] = abs(float(cross_entropy_sum(logits + 3.0, labels)) - by_hand)
+
     ids = torch.tensor([[3, 0, 0]])
     errors["micro_step"] = abs(micro_batch_nats(logits, ids, labels) - by_hand / 3)
     errors["micro_step_masked"] = abs(micro_batch_nats(logits, ids, masked) - (math.log(10) + math.log(10 / 3)) / 2)

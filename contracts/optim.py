@@ -15,11 +15,15 @@ RATE = 1e-2
 
 
 @decides("optim.parameter-census")
-def parameter_census(limits: SimpleNamespace, *, build_model, make_optimizer, train_on, census_batch, declared_law) -> Verdict:
+def parameter_census(
+    limits: SimpleNamespace, *, build_model, make_optimizer, census_update, census_batch, loss_of, declared_law
+) -> Verdict:
     """Every trainable parameter is owned once, in a group of its declared law, gets a gradient and moves; frozen ones do not move.
 
-    `declared_law(name, parameter)` holds rule (adamw or muon), lr, weight_decay and what else the rule needs.
-    `train_on(model, optimizer, batch)` makes one update.
+    `declared_law(name, parameter)` holds rule (adamw or muon), lr, weight_decay and what else the rule needs. `census_update(model,
+    optimizer, batch)` makes one update and returns the names of parameters that no token was sent to; only these may lack a gradient.
+    `loss_of(model, batch)` is the loss with its graph: whatever wants a gradient there is a parameter of the model, also what hangs in a
+    list that the framework does not look into.
     """
     model = build_model()
     names = {id(p): n for n, p in model.named_parameters()}
@@ -35,7 +39,9 @@ def parameter_census(limits: SimpleNamespace, *, build_model, make_optimizer, tr
     wrong = [names[id(p)] for p, g in owned if not _is_of(declared_law(names[id(p)], p), g)]
     if wrong:
         return failed(f"rule, learning rate or weight decay is not the declared one: {wrong[0]}", wrong_groups=len(wrong))
-    return _movement(limits, model, optimizer, train_on, census_batch)
+    if unregistered := [tuple(p.shape) for p in _leaves(loss_of(model, census_batch)) if id(p) not in names]:
+        return failed(f"the loss depends on {len(unregistered)} weight(s) that are no parameter", unregistered=len(unregistered))
+    return _movement(model, optimizer, census_update, census_batch)
 
 
 def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
@@ -44,57 +50,95 @@ def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     return (rule, group["lr"], group["weight_decay"]) == (law["rule"], law["lr"], law["weight_decay"])
 
 
-def _movement(limits: SimpleNamespace, model, optimizer, train_on, batch) -> Verdict:
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Every tensor that the backward of a loss would give a gradient to."""
+    found, seen, todo = [], set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node.variable] if hasattr(node, "variable") else []
+        todo += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _movement(model, optimizer, census_update, batch) -> Verdict:
+    before, unreached = {n: p.detach().clone() for n, p in model.named_parameters()}, []
+    dead: set[str] = set()
     for _ in range(2):
-        train_on(model, optimizer, batch)
-    still = sorted(n for n, p in model.named_parameters() if p.requires_grad and torch.equal(p.detach(), before[n]))
-    dead = sorted(n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not bool(p.grad.any())))
+        idle = census_update(model, optimizer, batch)
+        unreached.append(idle)
+        dead |= {n for n, p in model.named_parameters() if p.requires_grad and n not in idle and (p.grad is None or not bool(p.grad.any()))}
+    never = set.intersection(*unreached)
+    still = {n for n, p in model.named_parameters() if p.requires_grad and n not in never and torch.equal(p.detach(), before[n])}
     if still or dead:
-        return failed(f"gets no gradient or does not move: {', '.join(sorted(set(still + dead)))}", still=len(still), dead=len(dead))
+        return failed(f"gets no gradient or does not move: {', '.join(sorted(still | dead))}", still=len(still), dead=len(dead))
     frozen_name, frozen = next((n, p) for n, p in model.named_parameters() if p.ndim >= 2)
     frozen.requires_grad_(False)
     kept = frozen.detach().clone()
-    train_on(model, optimizer, batch)
+    census_update(model, optimizer, batch)
     moved = not torch.equal(frozen.detach(), kept)
     n_owned = sum(len(g["params"]) for g in optimizer.param_groups)
-    return decide(not moved, f"{frozen_name} was frozen and still moves", owned=n_owned, still=0, dead=0, frozen_moved=moved)
+    return decide(
+        not moved,
+        f"{frozen_name} was frozen and still moves",
+        owned=n_owned,
+        still=0,
+        dead=0,
+        unregistered=0,
+        unreached=len(never),
+        frozen_moved=moved,
+    )
 
 
 @decides("optim.reference-update")
 def reference_update(limits: SimpleNamespace, *, build_model, make_optimizer, declared_law) -> Verdict:
     """Ten updates of the real optimizer equal each parameter's declared rule written out in float64, with a zero gradient among them.
 
-    The optimizer is built for the model's parameter names and devices, on tensors of a few entries. Each group's learning rate is
-    multiplied by what brings its declared rate to RATE, so that rounding weighs the same for all. Where a parameter does not decay, a
-    gradient that was always zero leaves it bit for bit.
+    AdamW is driven twice: with gradients of 0.1 to 10, and with those as many times its eps, where eps decides. The optimizer is built
+    for the model's parameter names and devices, on tensors of a few entries. Each group's learning rate is multiplied by what brings its
+    declared rate to RATE, so that rounding weighs the same for all. Where a parameter does not decay, a gradient that was always zero
+    leaves it bit for bit.
     """
     small = _Small(build_model())
     if moved := _moved_by_nothing(small, make_optimizer, declared_law):
         return failed(f"{moved[0]} does not decay and had zero gradients only, and moved", moved=len(moved))
     laws = {n: dict(declared_law(n, p)) for n, p in small.pairs}
-    oracle = {n: p.detach().double() for n, p in small.pairs}
-    first, memory = dict(oracle), {n: {} for n in oracle}
-    optimizer, draw = _at_rate(make_optimizer(small), {id(p): laws[n]["lr"] for n, p in small.pairs}), torch.Generator().manual_seed(7)
-    for t in range(1, 11):
-        for n, p in small.pairs:
-            gradient = torch.zeros(p.shape) if t == 5 else torch.randn(p.shape, generator=draw) * 10.0 ** (t % 3 - 1)
-            p.grad = gradient.to(p.device)
-            oracle[n] = _RULES[laws[n]["rule"]](oracle[n], p.grad.double(), memory[n], laws[n] | {"lr": RATE}, t)
-        optimizer.step()
     errors: dict[str, dict[str, float]] = {"error_over_lr": {}, "muon_rel_error": {}, "muon_bf16_rel_error": {}}
     allowed = dict(zip(errors, (limits.rel_error_max, limits.muon_rel_error_max, limits.muon_bf16_rel_error_max)))
-    for n, p in small.pairs:
-        off, law = p.detach().double() - oracle[n], laws[n]
-        if law["rule"] == "adamw":
-            errors["error_over_lr"][n] = float(off.abs().max()) / RATE
-        else:
-            kind = "muon_rel_error" if law["dtype"] == "float32" else "muon_bf16_rel_error"
-            errors[kind][n] = float(off.norm() / (oracle[n] - first[n]).norm())
+    first = {n: p.detach().clone() for n, p in small.pairs}
+    for tiny in (False, True):
+        oracle = _driven(small, make_optimizer, laws, first, tiny)
+        for n, p in small.pairs:
+            off, law = p.detach().double() - oracle[n], laws[n]
+            if law["rule"] == "adamw":
+                errors["error_over_lr"][n] = max(float(off.abs().max()) / RATE, errors["error_over_lr"].get(n, 0.0))
+            elif not tiny:
+                kind = "muon_rel_error" if law["dtype"] == "float32" else "muon_bf16_rel_error"
+                errors[kind][n] = float(off.norm() / (oracle[n] - first[n].double()).norm())
     worst = {kind: max(found.items(), key=lambda item: item[1]) for kind, found in errors.items() if found}
     over = [name for kind, (name, error) in worst.items() if not error <= allowed[kind]]
     text = f"updates differ from the declared rule in float64, worst in {', '.join(over)}"
     return decide(not over, text, **{kind: error for kind, (_, error) in worst.items()})
+
+
+def _driven(
+    small: "_Small", make_optimizer: Callable, laws: Mapping[str, Any], first: Mapping[str, Tensor], tiny: bool
+) -> dict[str, Tensor]:
+    """Drive the real optimizer from `first` and return where float64 ends; with `tiny`, AdamW's gradients are multiplied by its eps."""
+    for n, p in small.pairs:
+        p.data.copy_(first[n])
+    oracle, memory = {n: p.double() for n, p in first.items()}, {n: {} for n in first}
+    optimizer, draw = _at_rate(make_optimizer(small), {id(p): laws[n]["lr"] for n, p in small.pairs}), torch.Generator().manual_seed(7)
+    for t in range(1, 11):
+        for n, p in small.pairs:
+            scale = 10.0 ** (t % 3 - 1) * (laws[n]["eps"] if tiny and laws[n]["rule"] == "adamw" else 1.0)
+            gradient = torch.zeros(p.shape) if t == 5 else torch.randn(p.shape, generator=draw) * scale
+            p.grad = gradient.to(p.device)
+            oracle[n] = _RULES[laws[n]["rule"]](oracle[n], p.grad.double(), memory[n], laws[n] | {"lr": RATE}, t)
+        optimizer.step()
+    return oracle
 
 
 class _Small:

@@ -10,6 +10,7 @@ from torch import Tensor
 from contracts.gate import Verdict, decide, decides
 
 ROWS, WIDTH, VOCAB_SIZE, SCALE = 64, 4096, 8192, 3.0
+SCALES = (2.0**9, 2.0**13)  # far below where the gradients of a mean overflow float16, far above where they vanish in it
 ALONE = 8  # tokens whose loss is also taken by itself
 
 
@@ -45,6 +46,25 @@ def shadow(
         router_roundings=errors["router"],
         loss_roundings=errors["loss"],
         rounding=rounding,
+    )
+
+
+@decides("precision.loss-scale")
+def loss_scale(limits: SimpleNamespace, *, scaled_step: Callable[[float], tuple[float, float]]) -> Verdict:
+    """What the clip sees and what it leaves do not depend on the loss scale.
+
+    `scaled_step(scale)` makes one train step of the run's own state with this loss scale, always from the same start, and returns the
+    gradient norm before clipping and the one left after the update.
+    """
+    (low, low_left), (high, high_left) = (scaled_step(scale) for scale in SCALES)
+    before, left = abs(low / high - 1), abs(low_left / high_left - 1)
+    return decide(
+        max(before, left) <= limits.rel_error_max,
+        f"a loss scale {SCALES[1] / SCALES[0]:g} times as large changes the gradient norm from {low:.4g} to {high:.4g} before clipping and "
+        f"from {low_left:.4g} to {high_left:.4g} after it",
+        rel_error=max(before, left),
+        norm=high,
+        norm_left=high_left,
     )
 
 

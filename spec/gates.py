@@ -28,12 +28,16 @@ class Frozen(BaseModel):
 
 
 class Limit(Frozen):
-    """One number a gate holds a measurement against, with its unit, direction and reason."""
+    """One number a gate holds a measurement against, with its unit, direction and reason.
+
+    `measured` names what the check reports for it, where that is not the limit's own name without `_max` or `_min`.
+    """
 
     value: float
     unit: str
     direction: Literal["at-most", "at-least", "exactly"]
     why: str = Field(min_length=10)
+    measured: tuple[str, ...] = ()
 
     def allows(self, measured: float) -> bool:
         """Whether a measurement is within the limit. NaN is never allowed."""

@@ -42,7 +42,11 @@ class GateResult(Frozen):
 
 
 class Kill(Frozen):
-    """The receipt of one plant under one gate: red on the plant, green on the control."""
+    """The receipt of one plant under one gate: red on the plant, green on the control.
+
+    `measured` is what the gate measured on the plant, `control_measured` its worst on the same stack without it. `moment` is when it turned
+    red, `latency_steps` how many steps of a run the planted line had lived by then, `touches` how often it ran.
+    """
 
     gate: str
     fingerprint: str = Field(pattern=HEX64)
@@ -54,6 +58,10 @@ class Kill(Frozen):
     seconds: float = Field(ge=0)
     measured: dict[str, Scalar] = {}
     message: str = ""
+    control_measured: dict[str, Scalar] = {}
+    moment: str = ""
+    latency_steps: int | None = None
+    touches: int | None = None
 
 
 class Metric(Frozen):

@@ -26,6 +26,7 @@ from tools.site_pages.gates import coverage_page, gate_page, gates_index  # noqa
 from tools.site_pages.markup import Page  # noqa: E402
 from tools.site_pages.models import model_page, models_index  # noqa: E402
 from tools.site_pages.museum import museum_page  # noqa: E402
+from tools.site_pages.proof import failures_page, margins_page, matrix_page  # noqa: E402
 from tools.site_pages.runs import run_page, runs_index  # noqa: E402
 from tools.site_pages.world import World, load_world  # noqa: E402
 
@@ -41,6 +42,9 @@ def generated_pages(world: World) -> list[Page]:
         *(gate_page(world, gate) for gate in world.spec.gates.values()),
         coverage_page(world),
         museum_page(world),
+        matrix_page(world),
+        margins_page(world),
+        failures_page(world),
         runs_index(world),
         *(run_page(world, record) for record in world.records.values()),
         data_index(world),

@@ -78,14 +78,19 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
 
 @app.command()
 def coverage(evidence: Directory = None, json: Json = False) -> None:
-    """How many gates are in which state, computed from the ledger."""
+    """How many gates are in which state, computed from the ledger, and how many documented failures await a part of the stack."""
     from spec.coverage import tally
+    from spec.failures import load_catalogue
 
     spec, states = _states(evidence)
     counts = tally(states)
     document = {"spec": spec.version, "counts": counts, "gates": {g: {"state": s.state, "reason": s.reason} for g, s in states.items()}}
+    catalogue = load_catalogue()
+    awaited = {f.id: f.awaiting for f in catalogue.awaiting()}
+    document["failures"] = {"documented": len(catalogue.failures), "awaiting": len(awaited), "awaits": awaited}
     if not emit(document, json):
         stdout.print(table(f"Spec {spec.version}", ["state", "gates"], [[k, v] for k, v in counts.items()]))
+        stdout.print(f"{len(catalogue.failures)} documented failures, {len(awaited)} of them awaiting a part of the stack", markup=False)
         for gate_id, state in states.items():
             if state.state not in ("discharged", "proven"):
                 stdout.print(f"{gate_id}: {state.state}: {state.reason}", markup=False)
@@ -94,10 +99,14 @@ def coverage(evidence: Directory = None, json: Json = False) -> None:
 @app.command()
 def prove(
     gate_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Gates to prove; all without ids.")] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Then ask all gates about every plant, which takes many times as long.")] = False,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
     json: Json = False,
 ) -> None:
     """Run the control and every plant, and write the kills as a record. Exit code 4 if a plant survives or a control is red."""
+    from spec.failures import load_catalogue
+    from spec.gates import load_spec
+    from spec.margins import margins
     from stack.museum import prove as prover
 
     def report(kill) -> None:
@@ -112,18 +121,38 @@ def prove(
     directory = run_dir or Path("runs") / builder.id
     kills = prover.prove(gate_ids or (), report)
     directory.mkdir(parents=True, exist_ok=True)
-    record = prover.falsification_record(kills, builder, directory)
-    rows = [k.model_dump(include={"gate", "plant", "outcome", "control", "latency", "seconds", "measured", "message"}) for k in kills]
+    crossed = _matrix(gate_ids or ()) if matrix else None
+    record = prover.falsification_record(kills, builder, directory, crossed)
+    rows = [k.model_dump(exclude={"fingerprint", "plant_sha256"}) for k in kills]
     outcomes = ("killed", "missed", "crashed", "equivalent", "awaiting")
     counts = {o: sum(k.outcome == o for k in kills) for o in outcomes}
+    awaited = [] if gate_ids else [{"failure": f.id, "awaits": f.awaiting} for f in load_catalogue().awaiting()]
+    counts["awaiting"] += len(awaited)
     document = {"kills": rows, "counts": counts, "record": record.id, "run_dir": str(directory), "seconds": record.wall_s}
+    document |= {"awaiting": awaited, "margins": [prover.plain(m._asdict()) for m in margins(load_spec(), kills)]}
+    document |= {"matrix": crossed} if matrix else {}
     if not emit(document, json):
+        if awaited:
+            stdout.print(f"{len(awaited)} documented failures await a part of the stack: stack gates coverage", markup=False)
         stdout.print(f"{record.status}: {record.end_reason}\nrecord {directory / 'metadata.json'}", markup=False)
     if not record.succeeded:
         first = next((k for k in kills if k.outcome != "killed" or k.control != "pass"), None)
         raise GateFailed(
             first.gate if first else "gates", what=record.end_reason, next_step="stack gates show ID; read the plant in stack/museum"
         )
+
+
+def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
+    """Ask all gates about every plant, telling each row as it is done."""
+    from stack.museum.matrix import matrix
+
+    def report(row: dict) -> None:
+        also = [g for g in row["red"] if g != row["gate"]]
+        stderr.print(
+            f"{row['plant']:36} red {len(row['red']):2} of {row['asked']}  {row['seconds']:5.1f} s  also {', '.join(also)}", soft_wrap=True
+        )
+
+    return matrix(tuple(gate_ids), report)
 
 
 @app.command()

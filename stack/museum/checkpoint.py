@@ -5,6 +5,7 @@ import time
 import torch
 
 from spec.errors import CheckpointError
+from stack.model import transformer
 from stack.museum.plant import plant, swap
 from stack.train import checkpoint
 
@@ -268,4 +269,88 @@ def memory_lost():
         return dropped
 
     with swap(checkpoint, "restore", forgetful):
+        yield
+
+
+@plant(
+    "checkpoint.tie-broken-on-load",
+    gate="checkpoint.resume-equivalence",
+    title="Head and embedding come back as two tensors",
+    story="The loader fills every name with a tensor of its own, and the weight that head and embedding share is now two. They are equal,"
+    " so the loss after the resume is right to the last bit. From the next update on they drift apart, and each is saved as the "
+    "other.",
+    sources=("https://github.com/NVIDIA-NeMo/Automodel/issues/2571", "https://github.com/huggingface/accelerate/issues/1204"),
+)
+def tie_broken_on_load():
+    original, shared = checkpoint.restore, transformer.Transformer.head_weight
+    copies = {}
+
+    def untied(state, loaded):
+        dropped = original(state, loaded)
+        copies[id(state.model)] = state.model.embed.weight.detach().clone()
+        return dropped
+
+    head = property(lambda self: copies.get(id(self), shared.fget(self)))
+    with swap(checkpoint, "restore", untied), swap(transformer.Transformer, "head_weight", head):
+        yield
+
+
+@plant(
+    "checkpoint.prefix-ignored",
+    gate="checkpoint.resume-equivalence",
+    title="Nothing in the file has the right name, and nobody minds",
+    story="A wrapper puts its prefix before every name that is saved. The loader is told not to be strict, finds none of its own names, "
+    "loads nothing and returns. What goes on is a model with fresh weights and the moments of a trained one.",
+    sources=("https://github.com/torchgeo/torchgeo/issues/4036", "https://github.com/pytorch/pytorch/issues/141256"),
+)
+def prefix_ignored():
+    def not_strict(model, tensors):
+        wrapped = {f"wrapped.{name}": tensor for name, tensor in tensors.items()}
+        own = checkpoint.model_tensors(model)
+        for name in own.keys() & wrapped.keys():
+            own[name].copy_(wrapped[name])
+
+    with swap(checkpoint, "load_model", not_strict):
+        yield
+
+
+@plant(
+    "checkpoint.average-left-in",
+    gate="checkpoint.resume-equivalence",
+    title="The averaged weights stay in the model",
+    story="For the save, the running average of the weights is put into the model, and the line that puts the live ones back is missing. "
+    "From then on training goes on from the average. How often a run saves now decides what it learns.",
+    sources=("https://github.com/harubaru/waifu-diffusion/issues/31",),
+)
+def average_left_in():
+    original = checkpoint.save
+
+    def averaging(root, state, document):
+        with torch.no_grad():
+            for tensor in checkpoint.model_tensors(state.model).values():
+                tensor.mul_(0.999)
+        return original(root, state, document)
+
+    with swap(checkpoint, "save", averaging):
+        yield
+
+
+@plant(
+    "checkpoint.decay-restored-wrong",
+    gate="checkpoint.resume-equivalence",
+    title="A resumed optimizer decays by another factor",
+    story="Learning rates are put back before the first update, other numbers of the groups after it. The first update of every resume "
+    "uses the decay the optimizer was built with. Whoever compares learning rates over the seam sees nothing.",
+    sources=("https://github.com/NVIDIA-NeMo/Automodel/issues/3882",),
+)
+def decay_restored_wrong():
+    original = checkpoint.restore
+
+    def of_the_constructor(state, loaded):
+        dropped = original(state, loaded)
+        for group in state.optimizer.param_groups:
+            group["weight_decay"] *= 0.5
+        return dropped
+
+    with swap(checkpoint, "restore", of_the_constructor):
         yield

@@ -216,5 +216,5 @@ def shock_at_switch():
         former[0] = mix
         return result
 
-    with swap(steps, "accumulate", shaken):
+    with swap(steps, "accumulate", shaken, counted=False):
         yield

@@ -1,8 +1,10 @@
 """Plants in exports: folders that load without complaint and are another model."""
 
+from dataclasses import replace
+
 import torch
 
-from stack.export import huggingface, parity
+from stack.export import huggingface, parity, reading
 from stack.model import foreign, names
 from stack.museum.plant import plant, swap, touch
 
@@ -129,4 +131,49 @@ def narrowed_after_the_comparison():
         return witness
 
     with swap(parity, "witness", compared_then_narrowed):
+        yield
+
+
+@plant(
+    "export.import-pairs-interleaved",
+    gate="export.logit-parity",
+    title="Queries and keys are read in the other pairing",
+    story="The importer knows that some libraries pair neighbouring features and reorders the rows of queries and keys. This folder was "
+    "written by one that does not. Trained from scratch either pairing is right; read across, the model babbles.",
+    sources=("https://github.com/karpathy/nanochat/issues/264", "https://github.com/huggingface/transformers/issues/39687"),
+)
+def import_pairs_interleaved():
+    original = foreign.to_ours
+
+    def reordered(row, tensor, shapes):
+        parts = original(row, tensor, shapes)
+        for name in parts:
+            if name.endswith(("attention.q.weight", "attention.k.weight")):
+                touch()
+                parts[name] = torch.stack(parts[name].chunk(2), 1).flatten(0, 1)
+        return parts
+
+    with swap(reading, "to_ours", reordered, counted=False):
+        yield
+
+
+@plant(
+    "export.import-drops-a-head",
+    gate="export.logit-parity",
+    title="The importer ties what is not tied",
+    story="Head and embedding are one in every model the importer was tested with, so it ties them, whatever the file says. The head that "
+    "was trained is dropped without a word. Every shape fits, and the model writes gibberish.",
+    sources=("https://github.com/vllm-project/vllm/issues/51665", "https://github.com/huggingface/transformers/issues/42612"),
+)
+def import_drops_a_head():
+    original = reading.open_folder
+
+    def tied(path, **options):
+        folder = original(path, **options)
+        return replace(folder, cfg=folder.cfg.model_copy(update={"tied_head": True}))
+
+    def without_head(folder, places):
+        return {n: p for n, p in places.items() if n != f"{folder.kind.modules['head']}.weight"}
+
+    with swap(reading, "open_folder", tied), swap(reading, "_without_second_head", without_head):
         yield

@@ -2,6 +2,7 @@
 
 import torch
 
+from stack.kernels import cross_entropy
 from stack.museum.plant import plant, swap
 from stack.train import state
 
@@ -48,4 +49,23 @@ def compiled_gradient_zero():
 )
 def compile_gives_up():
     with swap(torch, "compile", lambda model, **options: model):
+        yield
+
+
+@plant(
+    "kernel.row-twice-at-a-border",
+    gate="kernel.head-borders",
+    title="A row at the border of two chunks is read twice",
+    story="The head works through the rows in chunks, so that it never holds all logits. Every chunk but the first begins one row too "
+    "early. Small batches fit into one chunk, and with them every test. In a real run a few rows per step count double, and a loss "
+    "a little off is what losses are.",
+    sources=("https://github.com/66RING/tiny-flash-attention/issues/12", "https://github.com/Dao-AILab/flash-attention/issues/2790"),
+)
+def row_twice_at_a_border():
+    original = cross_entropy.chunks
+
+    def overlapping(n_rows, vocab_size):
+        return [slice(max(0, rows.start - 1), rows.stop) for rows in original(n_rows, vocab_size)]
+
+    with swap(cross_entropy, "chunks", overlapping):
         yield

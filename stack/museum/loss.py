@@ -185,3 +185,40 @@ def nan_made_zero():
 
     with swap(losses, "linear_cross_entropy_sum", cleaned):
         yield
+
+
+@plant(
+    "loss.z-term-reported",
+    gate="loss.golden",
+    title="The reported loss has another term in it",
+    story="A small multiple of the squared log normaliser is added to keep logits from growing. One branch returns it together with the "
+    "cross-entropy and calls the sum cross-entropy. The figure is a little high, by an amount that depends on the branch that ran.",
+    sources=("https://github.com/allenai/OLMo-core/issues/261",),
+)
+def z_term_reported():
+    original = losses.dispatch.linear_cross_entropy
+
+    def together(x_RD, weight_VD, labels_R, **options):
+        nats, z = original(x_RD, weight_VD, labels_R, **options | {"z_loss": 1e-4})
+        return nats + z, z
+
+    with swap(losses.dispatch, "linear_cross_entropy", together):
+        yield
+
+
+@plant(
+    "loss.end-of-text-masked",
+    gate="model.overfit-one-batch",
+    title="The end of text is taken for padding",
+    story="Padding has no id of its own and borrows that of the end of text. Whoever masks padding masks every end as well. The loss is "
+    "fine, even a little lower, and the model has never been told to stop.",
+    sources=("https://github.com/huggingface/transformers/issues/23530", "https://github.com/huggingface/trl/issues/976"),
+)
+def end_of_text_masked():
+    original, end = losses.linear_cross_entropy_sum, 0
+
+    def unended(x_BTD, head_VD, labels_BT):
+        return original(x_BTD, head_VD, labels_BT.masked_fill(labels_BT == end, losses.IGNORE_INDEX))
+
+    with swap(losses, "linear_cross_entropy_sum", unended):
+        yield

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stack.kernels import attention
-from stack.model import build, norm, rotary, transformer
+from stack.kernels import attention, dispatch
+from stack.model import build, feedforward, norm, rotary, transformer
 from stack.museum.plant import plant, swap, touch
 from stack.train import losses
 
@@ -370,4 +370,27 @@ def dropout_same_masks():
         return original(self, *inputs)
 
     with swap(transformer.Transformer, "features", seeded):
+        yield
+
+
+@plant(
+    "model.ffn-channels-apart",
+    gate="model.reference-differential",
+    title="One feed-forward multiplies neighbours",
+    story="In one layer the two factors of the feed-forward come out of one product, and the second is cut one channel too late. Every "
+    "channel is multiplied with its neighbour. A model trained so has learned to live with it; one trained elsewhere and read here "
+    "falls apart in that layer, seventeen times as loud as its neighbours.",
+    sources=("founding note: ship-two-001",),
+)
+def ffn_channels_apart():
+    def one_apart(self, x_BTD, reading=None):
+        return self.down(dispatch.swiglu(self.gate(x_BTD), self.up(x_BTD).roll(1, -1) if self.layer == 1 else self.up(x_BTD)))
+
+    original = transformer.Block.__init__
+
+    def numbered(self, cfg, layer):
+        original(self, cfg, layer)
+        self.ffn.layer = layer
+
+    with swap(transformer.Block, "__init__", numbered), swap(feedforward.SwiGLU, "forward", one_apart):
         yield

@@ -2,7 +2,8 @@
 
 import torch
 
-from stack.museum.plant import plant, swap
+from stack.model import build, transformer
+from stack.museum.plant import plant, swap, touch
 from stack.train import muon
 from stack.train import optimizer as opt
 from stack.train import step as steps
@@ -215,7 +216,11 @@ def clip_per_tensor():
     sources=("founding note: ANDREA-120M",),
 )
 def no_clipping():
-    with swap(opt, "clip_gradients", lambda grads, norm, max_norm: None):
+    def gone(grads, norm, max_norm):
+        if norm > max_norm:
+            touch()
+
+    with swap(opt, "clip_gradients", gone, counted=False):
         yield
 
 
@@ -236,4 +241,78 @@ def clip_before_unscale():
         torch._foreach_mul_(grads, 1 / 65536.0)
 
     with swap(opt, "clip_gradients", while_scaled):
+        yield
+
+
+@plant(
+    "optim.probe-in-a-list",
+    gate="optim.parameter-census",
+    title="A probe in a plain list",
+    story="A probe is attached to the model through a Python list, where the framework does not look. Its weights are in no group, in no "
+    "checkpoint and in no count. They take part in every forward with the values they were drawn with, and nothing ever trains them.",
+    sources=("founding note: tinygpt validation",),
+)
+def probe_in_a_list():
+    initialise, features = build.initialise, transformer.Transformer.features
+
+    def attaching(model, cfg, generator):
+        initialise(model, cfg, generator)
+        like = model.embed.weight
+        model.__dict__["probes"] = [torch.nn.Linear(cfg.d_model, cfg.d_model, bias=False, device=like.device, dtype=like.dtype)]
+
+    def through_the_probe(self, *inputs):
+        x_BTD, report = features(self, *inputs)
+        return x_BTD + self.probes[0](x_BTD), report
+
+    with swap(build, "initialise", attaching), swap(transformer.Transformer, "features", through_the_probe):
+        yield
+
+
+@plant(
+    "optim.untouched-decays",
+    gate="optim.reference-update",
+    title="Decay for what the batch did not touch",
+    story="A tensor that no token of the batch reached has a gradient of zeros and not none at all. The optimizer takes the zeros for a "
+    "gradient and applies decay, also where none was declared. What is rarely used shrinks towards nothing.",
+    sources=("https://github.com/KellerJordan/Muon/issues/54", "https://github.com/extropic-ai/sparse-transformers/issues/3"),
+)
+def untouched_decays():
+    original = torch.optim.AdamW.step
+
+    def shrinking(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None and not p.grad.any()):
+                p.data.mul_(1 - 0.1 * group["lr"])
+        return original(self, closure)
+
+    with swap(torch.optim.AdamW, "step", shrinking):
+        yield
+
+
+@plant(
+    "optim.eps-inside-the-root",
+    gate="optim.reference-update",
+    title="A second copy of the update adds its constant under the root",
+    story="A copy of the optimizer is written for another purpose and adds eps before the root is taken, not after it. With gradients of "
+    "usual size both give the same digits. Where gradients are tiny one moves and the other stands still, and the two models part.",
+    sources=("https://github.com/karpathy/nanochat/commit/a9d0a86",),
+)
+def eps_inside_the_root():
+    @torch.no_grad()
+    def second_copy(self, closure=None):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state["step"] += 1
+                t = int(state["step"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                state["exp_avg"].lerp_(p.grad, 1 - b1)
+                state["exp_avg_sq"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                root = (state["exp_avg_sq"] / (1 - b2**t) + group["eps"]).sqrt()
+                p.sub_(group["lr"] * state["exp_avg"] / (1 - b1**t) / root)
+
+    with swap(torch.optim.AdamW, "step", second_copy):
         yield

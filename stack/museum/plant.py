@@ -45,18 +45,21 @@ def plant(plant_id: str, *, gate: str, title: str, story: str, sources: tuple[st
 
 
 @contextmanager
-def swap(owner: object, name: str, replacement: object) -> Iterator[None]:
-    """Replace `owner.name` for the length of the context and count each call of the replacement."""
+def swap(owner: object, name: str, replacement: object, *, counted: bool = True) -> Iterator[None]:
+    """Replace `owner.name` for the length of the context and count each call of the replacement.
+
+    With `counted` false the plant says by `touch()` itself when the bug struck: for replacements that mostly do as the original does.
+    """
     original = inspect.getattr_static(owner, name)
-    counted = replacement
-    if inspect.isfunction(replacement):
+    placed = replacement
+    if counted and inspect.isfunction(replacement):
 
         @functools.wraps(replacement)
-        def counted(*args, **kwargs):
+        def placed(*args, **kwargs):
             touch()
             return replacement(*args, **kwargs)
 
-    setattr(owner, name, counted)
+    setattr(owner, name, placed)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import torch
 from stack.kernels import cross_entropy
 from stack.model import norm
 from stack.museum.plant import plant, swap
+from stack.train import step as steps
 
 
 @plant(
@@ -50,4 +51,28 @@ def loss_in_half():
         return x_CD @ weight_VD.T
 
     with swap(cross_entropy, "_logits", as_multiplied):
+        yield
+
+
+@plant(
+    "precision.unscale-left-out",
+    gate="precision.loss-scale",
+    title="The clip sees gradients that carry the loss scale",
+    story="In half precision the loss is multiplied by some ten thousand, so that small gradients survive. The line that divides it out "
+    "before the clip is lost. A fused optimizer divides by itself, so nothing crashes. But the clip has seen a norm ten thousand times "
+    "too large, and what it left over is nearly nothing. AdamW hides even that, until its eps is larger than what is left.",
+    sources=(
+        "https://github.com/Lightning-AI/pytorch-lightning/issues/9599",
+        "https://github.com/NVIDIA/apex/issues/1512",
+        "https://github.com/pytorch/examples/issues/1196",
+    ),
+)
+def unscale_left_out():
+    original = steps.accumulate
+
+    def still_scaled(state, batches):
+        with swap(torch.amp.GradScaler, "unscale_", lambda self, optimizer: None):
+            return original(state, batches)
+
+    with swap(steps, "accumulate", still_scaled):
         yield

@@ -1,28 +1,34 @@
 """Proves gates: green on the clean stack, red on every plant, by the gate that is named and by no crash."""
 
+import math
 import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from contracts.gate import Verdict, call_check, not_run
 from contracts.keeper import Gatekeeper
+from spec.canonical import canonical_json, sha256_file
 from spec.errors import ConfigError, GateFailed
+from spec.failures import load_catalogue
 from spec.gates import Gate, load_spec
 from spec.records import GateResult, Kill, Record
-from stack.config import load_config
+from stack.config import RunConfig, load_config
 from stack.data.prepare import prepare
 from stack.data.tokenizer import Bytes
 from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder
-from stack.export import huggingface
+from stack.evidence.record import RecordBuilder, write_atomically
+from stack.export import huggingface, parity, reading
 from stack.model.build import build_model
 from stack.museum.collection import exportable, museum_config, write_texts
+from stack.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stack.museum.plant import Plant, load_museum, touches
 from stack.train import session
 from stack.train.listener import Listener
@@ -34,6 +40,7 @@ NOT_COVERED = (
     "GPU kernels and more than one process: the proof runs on one CPU process, eagerly but for the gate of the compiled graph",
     "other configurations than the museum's own small one",
 )
+MATRIX = "matrix.jsonl"
 
 
 @contextmanager
@@ -48,86 +55,171 @@ def workshop() -> Iterator[Path]:
             yield root
         finally:
             torch.set_num_threads(threads)
-            _set_cache(former)
+            use_cache(former)
 
 
-def _set_cache(path: str | Path | None) -> None:
+def use_cache(path: str | Path | None) -> None:
+    """Where prepared data are kept from now on; None: where the user has them."""
     if path is None:
         os.environ.pop("STACKPROOF_CACHE", None)
     else:
         os.environ["STACKPROOF_CACHE"] = str(path)
 
 
+class Seen(NamedTuple):
+    """What was seen of one gate on one plant."""
+
+    outcome: str
+    verdict: Verdict
+    latency: str = ""
+    steps: int | None = None
+    touches: int = 0
+
+
+class Control(NamedTuple):
+    """A gate on the clean stack, with the worst it measured there."""
+
+    outcome: str
+    measured: dict[str, Any]
+
+
+UNASKED = Control("not_run", {})
+
+
 class Prover:
     """Runs one gate at a time on the museum's configuration, with or without a plant."""
 
     def __init__(self, root: Path):
-        self.root, self.spec = root, load_spec()
+        self.root, self.spec, self.catalogue = root, load_spec(), load_catalogue()
         self.cfg = museum_config(root)
         self._runs = 0
+        self._fruits: dict[str, Any] = {}
 
-    def control(self, gates: list[Gate]) -> dict[str, str]:
-        """Outcome by gate on the clean stack: all in one run, and each that asks for another configuration under that one."""
-        _set_cache(self.root / "cache")
-        outcomes: dict[str, str] = {}
+    def control(self, gates: list[Gate]) -> dict[str, Control]:
+        """Every gate on the clean stack: all in one run, and each that asks for another configuration under that one."""
+        use_cache(self.root / "cache")
+        found: dict[str, Control] = {}
         together = [g for g in gates if "train" in g.kinds and not g.when]
-        if together:
-            try:
-                record = session.start(self.cfg, (), self._run_dir(), Listener(), only=tuple(g.id for g in together))
-            except GateFailed as e:
-                record = e.record
-            outcomes |= {g.id: g.verdict for g in record.gates}
-        for gate in (g for g in gates if g not in together):
-            try:
-                outcomes[gate.id] = self._run(gate)[0].outcome
-            except GateFailed:
-                outcomes[gate.id] = "fail"
-        return outcomes
+        with watching() as worst:
+            if together:
+                try:
+                    record = session.start(self.cfg, (), self.run_dir(), Listener(), only=tuple(g.id for g in together))
+                except GateFailed as e:
+                    record = e.record
+                found |= {g.id: Control(g.verdict, dict(g.measured)) for g in record.gates}
+            for gate in (g for g in gates if g not in together):
+                try:
+                    verdict, _ = self._run(gate, Listener())
+                    found[gate.id] = Control(verdict.outcome, dict(verdict.measured))
+                except GateFailed as e:
+                    found[gate.id] = Control("fail", dict(e.verdict.measured) if e.verdict else {})
+        return {g: c._replace(measured=c.measured | worst.get(g, {})) for g, c in found.items()}
 
-    def planted(self, gate: Gate, plant: Plant) -> tuple[str, Verdict, str]:
-        """(outcome, verdict, latency) of one gate on one plant. Data are prepared under the plant where the gate judges data."""
-        _set_cache(self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache"))
-        before = touches()
+    def planted(self, gate: Gate, plant: Plant, control: Control = UNASKED) -> Seen:
+        """One gate on one plant. Data are prepared under the plant where the gate judges data.
+
+        Killed is only what the gate itself turned red on, in time, and only if the planted line ran.
+        """
+        use_cache(self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache"))
+        clock = Clock()
         try:
             with plant.apply():
-                verdict, latency = self._run(gate)
+                verdict, step = self._run(gate, clock)
         except GateFailed as e:
-            named = e.gate_id == gate.id
-            return ("killed" if named else "missed"), e.verdict or not_run(str(e)), _latency(e) if named else f"{e.gate_id} fired instead"
+            if e.gate_id != gate.id:
+                return Seen("missed", e.verdict or not_run(str(e)), f"{e.gate_id} fired instead", touches=touches() - clock.before)
+            verdict, step = e.verdict or Verdict("fail", str(e)), _step_of(e, gate, self.cfg)
         except Exception as e:
-            return "crashed", not_run(f"{type(e).__name__}: {e}"), ""
+            return Seen("crashed", not_run(f"{type(e).__name__}: {e}"), touches=touches() - clock.before)
+        ran = touches() - clock.before
+        if not ran:
+            return Seen("equivalent", replace(verdict, message=f"the planted line never ran; {verdict.message}"))
         if verdict.outcome == "fail":
-            return "killed", verdict, latency
-        return ("missed" if touches() > before else "equivalent"), verdict, latency
+            return self._judged(gate, plant, verdict, step, clock, ran)
+        same = dict(verdict.measured) == control.measured and not self._differs(gate, plant)
+        return Seen("equivalent" if same else "missed", verdict, touches=ran)
 
-    def _run(self, gate: Gate) -> tuple[Verdict, str]:
+    def _judged(self, gate: Gate, plant: Plant, verdict: Verdict, step: int | None, clock: Clock, ran: int) -> Seen:
+        """A red gate: a kill if it is not later than the catalogue says."""
+        moment, (_, allowed) = moment_of(gate), self.catalogue.deadline(gate, plant.id)
+        steps = None if step is None or gate.moment != "runtime" else clock.lived(step)
+        if allowed is not None and steps is not None and steps > allowed:
+            late = f"seen {steps} steps after it began, at most {allowed} are stated; {verdict.message}"
+            return Seen("missed", replace(verdict, message=late), f"step {step}", steps, ran)
+        return Seen("killed", verdict, moment if steps is None else f"step {step}", steps, ran)
+
+    def _differs(self, gate: Gate, plant: Plant) -> bool:
+        """Whether anything a run or an export brings forth is other than without the plant. An error is a difference."""
+        kind = "export" if "export" in gate.kinds else "train"
+        if kind not in self._fruits:
+            self._fruits[kind] = self._brought_forth(kind)
+        try:
+            with plant.apply():
+                return self._brought_forth(kind) != self._fruits[kind]
+        except Exception:
+            return True
+
+    def _brought_forth(self, kind: str) -> Any:
+        if kind == "export":
+            folder = self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=True)
+            return {p.name: sha256_file(p) for p in folder.iterdir()}
+        run_dir = self.run_dir()
+        return fruits_of_run(session.start(self.cfg, (), run_dir, Listener(), only=()), run_dir)
+
+    def verdict_of(self, gate: Gate) -> Verdict:
+        """The gate's verdict on the stack as it is now. Raises GateFailed where a red gate halts."""
+        return self._run(gate, Listener())[0]
+
+    def _run(self, gate: Gate, listener: Listener) -> tuple[Verdict, int | None]:
+        """The gate's verdict, and the step at which it turned red in a run."""
         cfg, _ = load_config(self.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()})
         if gate.moment == "preflight":
             dataset = prepare(cfg.data)
             _, ingredients = gather(cfg, dataset, torch.device("cpu"))
-            return call_check(gate, ingredients), "before step 1"
+            return call_check(gate, ingredients), None
         if "export" in gate.kinds:
-            result = self._export([gate.id])[0]
-            return Verdict(result.verdict, result.message, result.measured), "before the folder was in place"
-        record = session.start(cfg, (), self._run_dir(), Listener(), only=(gate.id,))
-        result = next(g for g in record.gates if g.id == gate.id)
-        return Verdict(result.verdict, result.message, result.measured), f"step {result.first_failure_step}"
+            result = self._export(gate)
+            if "import" in gate.kinds and result.verdict == "pass":
+                result = self._import(gate)
+        else:
+            record = session.start(cfg, (), self.run_dir(), listener, only=(gate.id,))
+            result = next(g for g in record.gates if g.id == gate.id)
+        return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
 
-    def _export(self, gate_ids: Iterable[str]) -> list[GateResult]:
-        """Verdicts on an export of a small model; a red gate raises."""
-        model = build_model(exportable(self.cfg.model), Bytes().vocab_size, seed=self.cfg.seed)
-        keeper = Gatekeeper(self.spec, kind="export", only=gate_ids)
-        huggingface.export(model, Bytes(), self._run_dir(), keeper, card=lambda made: "")
-        return keeper.results()
+    def _export(self, gate: Gate) -> GateResult:
+        """Verdict on an export of a small model; a red one raises."""
+        keeper = Gatekeeper(self.spec, kind="export", only=[gate.id])
+        self._write_folder(keeper, tied=True)
+        return keeper.results()[0]
 
-    def _run_dir(self) -> Path:
+    def _import(self, gate: Gate) -> GateResult:
+        """Verdict on a folder of a model with a head of its own that is read back; a red one raises."""
+        keeper = Gatekeeper(self.spec, kind="import", only=[gate.id])
+        source = reading.open_folder(self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=False))
+        model = reading.load_weights(source)
+        with huggingface.readable(source) as readable:
+            keeper.artifact(parity.own(model) | (parity.witness(readable) if parity.available() else {}))
+        return keeper.results()[0]
+
+    def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:
+        cfg, folder = exportable(self.cfg.model).model_copy(update={"tied_head": tied}), self.run_dir()
+        model = build_model(cfg, Bytes().vocab_size, seed=self.cfg.seed)
+        huggingface.export(model, Bytes(), folder, keeper, card=lambda made: "")
+        return folder
+
+    def run_dir(self) -> Path:
+        """A fresh folder of the workshop, not made yet."""
         self._runs += 1
         return self.root / "runs" / str(self._runs)
 
 
-def _latency(error: GateFailed) -> str:
-    result = next((g for g in error.record.gates if g.id == error.gate_id), None) if getattr(error, "record", None) else None
-    return f"step {result.first_failure_step}" if result else "before step 1"
+def _step_of(error: GateFailed, gate: Gate, cfg: RunConfig) -> int | None:
+    """The step at which a run was halted; its last one for a gate that was missed only then."""
+    if gate.moment != "runtime":
+        return None
+    results = error.record.gates if getattr(error, "record", None) else ()
+    step = next((g.first_failure_step for g in results if g.id == gate.id), None)
+    return cfg.train.max_steps if step is None else step
 
 
 def selection(gate_ids: Iterable[str]) -> list[Gate]:
@@ -150,45 +242,51 @@ def prove(gate_ids: Iterable[str], on_kill: Callable[[Kill], None] = lambda kill
         controls = prover.control(gates)
         for gate in gates:
             for plant_id in gate.plants:
-                kill = _prove_one(prover, gate, plants.get(plant_id), plant_id, controls.get(gate.id, "not_run"))
+                kill = _prove_one(prover, gate, plants.get(plant_id), plant_id, controls.get(gate.id, UNASKED))
                 kills.append(kill)
                 on_kill(kill)
     return kills
 
 
-def _prove_one(prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, control: str) -> Kill:
+def _prove_one(prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, control: Control) -> Kill:
     started = time.perf_counter()
-    fingerprint = prover.spec.fingerprint(gate.id)
-    if plant is None:
-        return Kill(
-            gate=gate.id,
-            fingerprint=fingerprint,
-            plant=plant_id,
-            plant_sha256="0" * 64,
-            outcome="awaiting",
-            control=control,
-            latency="",
-            seconds=0.0,
-        )
-    outcome, verdict, latency = prover.planted(gate, plant)
+    seen = Seen("awaiting", not_run("nobody built it")) if plant is None else prover.planted(gate, plant, control)
     return Kill(
         gate=gate.id,
-        fingerprint=fingerprint,
-        plant=plant.id,
-        plant_sha256=plant.sha256,
-        outcome=outcome,
-        control=control,
-        latency=latency,
+        fingerprint=prover.spec.fingerprint(gate.id),
+        plant=plant_id,
+        plant_sha256="0" * 64 if plant is None else plant.sha256,
+        outcome=seen.outcome,
+        control=control.outcome,
+        latency=seen.latency,
         seconds=round(time.perf_counter() - started, 3),
-        measured={k: str(v) if isinstance(v, float) and v != v else v for k, v in verdict.measured.items()},
-        message=verdict.message,
+        measured=plain(seen.verdict.measured),
+        message=seen.verdict.message,
+        control_measured=plain(control.measured),
+        moment=moment_of(gate) if seen.outcome == "killed" else "",
+        latency_steps=seen.steps,
+        touches=seen.touches,
     )
 
 
-def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: Path) -> Record:
-    """Write the record of a proof. Its status is completed only if every plant was killed and every control was green."""
-    counts = Counter(k.outcome for k in kills)
+def plain(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Measurements as a record takes them: what is no finite number as text."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
+
+
+def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: Path, matrix: list[dict] | None = None) -> Record:
+    """Write the record of a proof. Its status is completed only if every plant was killed and every control was green.
+
+    Failures of the catalogue that await a part of the stack are counted as such, and are neither killed nor a defect. Rows of a `matrix`
+    become a series beside the record.
+    """
+    counts, catalogue = Counter(k.outcome for k in kills), load_catalogue()
     builder.kills = kills
+    builder.metric("failures", len(catalogue.failures), "failures")
+    builder.metric("failures_awaiting", len(catalogue.awaiting()), "failures")
+    if matrix is not None:
+        write_atomically(directory / MATRIX, b"".join(canonical_json(row) + b"\n" for row in matrix))
+        builder.metric("matrix_s", round(sum(row["seconds"] for row in matrix), 1), "s", better="lower")
     builder.metric("plants", len(kills), "plants")
     for outcome in ("killed", "missed", "crashed", "equivalent", "awaiting"):
         builder.metric(outcome, counts.get(outcome, 0), "plants", better="higher" if outcome == "killed" else "lower")
@@ -202,6 +300,7 @@ def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: P
         status="failed" if bad else "completed",
         end_reason="; ".join(bad) if bad else "every plant killed, every control green",
         exit_code=4 if bad else 0,
+        series=(MATRIX,),
     )
 
 

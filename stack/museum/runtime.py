@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from stack.museum.plant import plant, swap, touch
-from stack.train import loop, losses
+from stack.train import loop, losses, state
 from stack.train import step as steps
 
 BAD_STEP = 7
@@ -24,12 +24,13 @@ def nan_in_a_weight():
 
     def poisoned(state, batches):
         if state.step + 1 == BAD_STEP:
+            touch()
             with torch.no_grad():
                 next(state.model.parameters())[0, 0] = float("nan")
                 list(state.model.parameters())[-1][0] = float("nan")
         return original(state, batches)
 
-    with swap(steps, "train_step", poisoned):
+    with swap(steps, "train_step", poisoned, counted=False):
         yield
 
 
@@ -50,9 +51,16 @@ def infinite_activation():
         return original_step(state, batches)
 
     def overflowing(x_BTD, head_VD, labels_BT):
-        return original_loss(x_BTD, head_VD, labels_BT) * (float("inf") if now[0] == BAD_STEP else 1.0)
+        nats = original_loss(x_BTD, head_VD, labels_BT)
+        if now[0] != BAD_STEP:
+            return nats
+        touch()
+        return nats * float("inf")
 
-    with swap(steps, "train_step", counted), swap(losses, "linear_cross_entropy_sum", overflowing):
+    with (
+        swap(steps, "train_step", counted, counted=False),
+        swap(losses, "linear_cross_entropy_sum", overflowing, counted=False),
+    ):
         yield
 
 
@@ -184,7 +192,90 @@ def lr_spike():
     original = steps.lr_at
 
     def spiking(step, **declared):
-        return original(step, **declared) * (1000 if step > 16 else 1)
+        if step <= 16:
+            return original(step, **declared)
+        touch()
+        return original(step, **declared) * 1000
 
-    with swap(steps, "lr_at", spiking):
+    with swap(steps, "lr_at", spiking, counted=False):
+        yield
+
+
+@plant(
+    "runtime.skipped-update-counted",
+    gate="runtime.params-changed",
+    title="A skipped update is counted",
+    story="Gradients overflow, the scaler skips the update, and schedule and counters go on as if it had been made. After a hundred "
+    "skipped updates the learning rate is a hundred steps ahead of the weights, and the record names more updates than there were.",
+    sources=("https://github.com/huggingface/accelerate/issues/500",),
+)
+def skipped_update_counted():
+    original, now = torch.amp.GradScaler.step, [0]
+
+    def skipping(self, optimizer):
+        now[0] += 1
+        if now[0] != BAD_STEP:
+            return original(self, optimizer)
+        touch()
+        return None
+
+    with swap(torch.amp.GradScaler, "step", skipping, counted=False):
+        yield
+
+
+@plant(
+    "runtime.weights-rounded-to-half",
+    gate="runtime.params-changed",
+    title="Weights without a float32 copy",
+    story="Weights live in bfloat16 and nothing keeps the digits that do not fit. An update of less than half a rounding is lost, each "
+    "time anew. Gains of norms, which are close to one, never move at all. Training slows down and stops, long before it should.",
+    sources=(
+        "https://github.com/pytorch/ao/issues/1124",
+        "https://github.com/workofart/ml-by-hand/issues/85",
+        "https://github.com/meta-pytorch/torchtune/issues/2254",
+    ),
+)
+def weights_rounded_to_half():
+    original = steps.apply_gradients
+
+    @torch.no_grad()
+    def rounding(state, grads, norm):
+        original(state, grads, norm)
+        for p in state.model.parameters():
+            p.copy_(p.bfloat16())
+
+    with swap(steps, "apply_gradients", rounding):
+        yield
+
+
+@plant(
+    "runtime.tokens-counted-twice",
+    gate="runtime.tokens-consumed",
+    title="Every token is counted twice",
+    story="Tokens are added up where they are drawn and again where they are trained on. The speed doubles overnight, and so does every "
+    "figure that is computed from it. Since a high number pleases, it goes into the report.",
+    sources=("https://github.com/allenai/OLMo-core/issues/614", "https://github.com/pytorch/torchtitan/issues/1393"),
+)
+def tokens_counted_twice():
+    original = steps.train_step
+
+    def twice(state, batches):
+        report = original(state, batches)
+        state.tokens_seen += sum(b.input_ids.numel() for b in batches)
+        return report
+
+    with swap(steps, "train_step", twice):
+        yield
+
+
+@plant(
+    "runtime.dropout-unseeded",
+    gate="checkpoint.resume-equivalence",
+    title="Dropout has no seed",
+    story="Weights and data have a seed, the generator that dropout draws from does not. Two runs of one configuration are two runs. Every "
+    "comparison of a change with its baseline measures chance as well, and nobody can repeat what somebody saw.",
+    sources=("https://github.com/mosaicml/streaming/issues/750", "https://github.com/pytorch/torchtitan/issues/1983"),
+)
+def dropout_unseeded():
+    with swap(state, "seed_dropout", lambda seed: torch.seed()):
         yield

@@ -186,3 +186,16 @@ def penalty_inverted():
 
     with swap(sampling, "penalise_repetition", divided):
         yield
+
+
+@plant(
+    "sampling.monitor-not-called",
+    gate="sampling.coherence",
+    title="The monitor is never called",
+    story="Samples were read by the old runner. The new one trains faster and has no line for it. The gate is installed, its page is green "
+    "because it never said otherwise, and the model writes garbage from step eighty thousand on.",
+    sources=("founding note: ANDREA-120M",),
+)
+def monitor_not_called():
+    with swap(run.Run, "sample", lambda self: None):
+        yield

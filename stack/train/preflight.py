@@ -31,6 +31,7 @@ from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.compiled import compiled_ingredients
 from stack.train.dropout import branch_draws
+from stack.train.head import head_ingredients, loss_scale_ingredients
 from stack.train.randomness import generator, stream_seed
 from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
@@ -94,6 +95,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
     ingredients |= compiled_ingredients(cfg, dataset, device)
     ingredients |= shadow_ingredients(cfg, device)
+    ingredients |= head_ingredients(device) | loss_scale_ingredients(shrunk(cfg), dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:
         raise DataError(
@@ -167,6 +169,8 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "build_model": build,
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
         "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
+        "census_update": lambda model, optimizer, batch: census_update(cfg, device, model, optimizer, batch),
+        "loss_of": lambda model, batch: loss_of(device, model, batch),
         "census_batch": census,
         "declared_law": declared_law(cfg.optim),
         "cross_entropy_sum": lambda logits_BTV, labels_BT: _cross_entropy_sum(logits_BTV, labels_BT, device),
@@ -216,6 +220,22 @@ def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
 def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """One update of any model by the stack's own accumulation, clipping and what follows; returns the loss in nats."""
     return _update(_bench(model, optimizer, device, cfg), [batch])
+
+
+def census_update(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> set[str]:
+    """One update; returns the names of the parameters of experts that no token of the batch chose."""
+    bench = _bench(model, optimizer, device, cfg)
+    _update(bench, [batch])
+    idle = [(layer, e) for layer, n_E in enumerate(moe.totals(bench.loads)) for e in range(len(n_E)) if not n_E[e]]
+    prefixes = tuple(f"layers.{layer}.ffn.experts.{e}." for layer, e in idle)
+    return {n for n, _ in model.named_parameters() if prefixes and n.startswith(prefixes)}
+
+
+def loss_of(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
+    """Summed loss of a batch in nats, shape (), with its graph: every weight that the run's own forward uses."""
+    x_BTD, report = model.features(*steps.on_device(batch, device))
+    nats = losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
+    return nats + losses.balance_term(report.loads, model.balance_weight)
 
 
 def accumulated_gradients(
@@ -371,7 +391,9 @@ def digest(state: TrainState) -> dict[str, Any]:
     parts |= {"cursor": state.reader.cursor, "step": state.step, "tokens_seen": state.tokens_seen}
     parts |= {"ema_loss_nats": state.ema_loss_nats, "min_ema_loss_nats": state.min_ema_loss_nats, "last_val_nats": state.last_val_nats}
     parts |= {"curriculum": state.reader.order.state_dict(), "stopper": state.stopper.state_dict(), "best": dict(state.best)}
-    parts |= {"lr": state.optimizer.param_groups[0]["lr"], "scaler": state.scaler.state_dict()}
+    for group in state.optimizer.param_groups:
+        parts |= {f"optim.{group['name']}.{key}": value for key, value in group.items() if key not in ("params", "name")}
+    parts["scaler"] = state.scaler.state_dict()
     parts["samples_per_step"] = state.cfg.train.tokens_per_step // state.cfg.model.max_seq_len
     return parts
 

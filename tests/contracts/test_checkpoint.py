@@ -53,3 +53,18 @@ def test_resume_equivalence_is_green_on_the_stack(spec, ingredients):
 def test_resume_equivalence_sees_each_lost_part(spec, ingredients, plant_id):
     with load_museum()[plant_id].apply():
         assert call_check(spec.gates["checkpoint.resume-equivalence"], ingredients).outcome == "fail"
+
+
+def test_digest_holds_every_number_of_every_group(small_cfg, dataset):
+    """Learning rate, peak, decay and what else a rule has: what a resume could put back wrongly."""
+    import torch
+
+    from stack.train.preflight import digest, shrunk
+    from stack.train.state import build_state
+
+    state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
+    before = digest(state)
+    for group in state.optimizer.param_groups:
+        group["weight_decay"] += 0.5
+        assert digest(state)[f"optim.{group['name']}.weight_decay"] != before[f"optim.{group['name']}.weight_decay"]
+    assert {"optim.muon.momentum", "optim.decay.betas", "optim.no-decay.lr", "optim.muon.peak_lr"} <= before.keys()

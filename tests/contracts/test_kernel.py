@@ -15,6 +15,7 @@ from stack.model import compiled as compiling
 from stack.museum.plant import load_museum
 from stack.train import checkpoint
 from stack.train.compiled import compiled_ingredients
+from stack.train.head import head_ingredients
 from stack.train.preflight import advance, digest
 from stack.train.state import build_state
 from tests.train.test_checkpoint import document
@@ -154,3 +155,33 @@ def test_gate_is_green_on_the_compiled_stack(spec, small_cfg, dataset, ingredien
     plain = build_state(small_cfg, dataset, CPU)
     assert losses == pytest.approx([advance(plain) for _ in range(2)], rel=1e-6)  # measured 1e-7
     torch._dynamo.reset()
+
+
+BORDERS = "kernel.head-borders"
+
+
+def test_head_is_green_across_borders(spec):
+    verdict = call_check(spec.gates[BORDERS], head_ingredients(CPU))
+    assert verdict.passed and verdict.measured["borders"] >= 5 and verdict.measured["rel_error"] < 1e-6  # measured 1.2e-7
+
+
+def test_head_is_red_on_its_plant_and_on_one_percent_of_one_row(spec):
+    parts, gate = head_ingredients(CPU), spec.gates[BORDERS]
+    with load_museum()["kernel.row-twice-at-a-border"].apply():
+        assert call_check(gate, parts).measured["rel_error"] > 0.1
+
+    def one_row_off(x, head, labels):
+        nats, dx, dhead = parts["head_in_chunks"](x, head, labels)
+        dx[-1] *= 1.01
+        return nats, dx, dhead
+
+    verdict = call_check(gate, parts | {"head_in_chunks": one_row_off})
+    assert verdict.outcome == "fail" and verdict.measured["rel_error"] > 1e-4
+
+
+def test_small_chunks_are_only_for_the_length_of_the_question():
+    from stack.kernels import cross_entropy
+
+    before = cross_entropy.HEAD_CHUNK_BYTES
+    head_ingredients(CPU)["head_in_chunks"](torch.randn(20, 6), torch.randn(11, 6), torch.zeros(20, dtype=torch.int64))
+    assert before == cross_entropy.HEAD_CHUNK_BYTES

@@ -85,3 +85,10 @@ def test_nan_visible_is_red_on_an_update_that_says_it_was_not_made(spec, ingredi
     honest = ingredients["poisoned_step"]
     verdict = call_check(spec.gates["loss.nan-visible"], ingredients | {"poisoned_step": lambda which: (honest(which)[0], which == 1)})
     assert verdict.outcome == "fail" and verdict.measured == {"hidden": 0, "moved": 1}
+
+
+def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, ingredients):
+    """Logits of a normalised distribution have none, so a z-term shows only where they are shifted: measured 8.4e-3 nats."""
+    with load_museum()["loss.z-term-reported"].apply():
+        verdict = call_check(spec.gates["loss.golden"], ingredients)
+    assert verdict.outcome == "fail" and verdict.measured["worst"] == "shifted"

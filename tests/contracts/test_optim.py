@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from contracts import optim as optim_checks
 from contracts.events import StepTaken
 from contracts.gate import call_check, limits_of
 from contracts.optim import ClipNorm
-from stack.config import AdamW, Muon
+from stack.config import AdamW, MixtureOfExperts, Muon
 from stack.museum.plant import load_museum
 from stack.train.optimizer import make_optimizer
 from stack.train.preflight import declared_law
@@ -123,7 +124,8 @@ def test_reference_update_is_far_from_its_limits_on_both_sides(spec, ingredients
     for plant_id in gate.plants:
         with plants[plant_id].apply():
             measured = call_check(gate, ingredients).measured
-        assert measured["error_over_lr"] > 0.1 or measured["muon_rel_error"] > 10 * limit["muon_rel_error_max"], plant_id
+        far = measured.get("error_over_lr", 0) > 0.1 or measured.get("muon_rel_error", 0) > 10 * limit["muon_rel_error_max"]
+        assert far or measured.get("moved", 0) > 0, plant_id
 
 
 def test_a_parameter_without_decay_stays_under_zero_gradients(spec, ingredients):
@@ -168,3 +170,51 @@ def test_clip_norm_band_is_two_sided(spec):
     assert not check.observe(step_taken(clipped_grad_norm=1.01)).passed
     assert not check.observe(step_taken(clipped_grad_norm=0.99)).passed
     assert not check.observe(step_taken(clipped_grad_norm=float("nan"))).passed
+
+
+def test_eps_under_the_root_is_seen_only_where_gradients_are_tiny(spec, ingredients, monkeypatch):
+    """Measured 4.7 rates off with gradients as small as eps; without them the plant is 2e-4 off and would pass."""
+    gate, plant = spec.gates["optim.reference-update"], load_museum()["optim.eps-inside-the-root"]
+    with plant.apply():
+        assert call_check(gate, ingredients).measured["error_over_lr"] > 1
+        driven = optim_checks._driven
+        monkeypatch.setattr(optim_checks, "_driven", lambda *arguments: driven(*arguments[:-1], False))
+        assert call_check(gate, ingredients).passed
+
+
+def many_experts(small_cfg, n_experts=64):
+    """So many experts that a batch of 256 tokens leaves some without any."""
+    ffn = MixtureOfExperts(n_experts=n_experts, top_k=1)
+    return small_cfg.model_copy(update={"model": small_cfg.model.model_copy(update={"ffn": ffn})})
+
+
+def test_census_excuses_an_expert_without_tokens_and_no_other(spec, small_cfg, dataset, monkeypatch):
+    from stack.train.preflight import gather
+
+    gate = spec.gates["optim.parameter-census"]
+    ingredients = gather(many_experts(small_cfg), dataset, torch.device("cpu"))[1]
+    honest = ingredients["census_update"]
+    clean = call_check(gate, ingredients)
+    assert clean.outcome == "pass" and clean.measured["unreached"] > 0, clean
+    unexcused = call_check(gate, ingredients | {"census_update": lambda *arguments: honest(*arguments) and set()})
+    assert unexcused.outcome == "fail" and "experts." in unexcused.message
+
+    def cut_off(model, optimizer, batch):
+        busy = model.layers[0].ffn.experts
+        hooks = [expert.register_forward_hook(lambda module, inputs, output: output.detach()) for expert in busy]
+        idle = honest(model, optimizer, batch)
+        for hook in hooks:
+            hook.remove()
+        return idle
+
+    verdict = call_check(gate, ingredients | {"census_update": cut_off})
+    assert verdict.outcome == "fail" and "layers.0.ffn.experts." in verdict.message
+
+
+def test_census_sees_a_weight_that_is_no_parameter(spec, ingredients):
+    """A tied and a recomputed model have none; a probe in a list is one."""
+    honest, hidden = ingredients["loss_of"], torch.nn.Parameter(torch.ones(()))
+    verdict = call_check(
+        spec.gates["optim.parameter-census"], ingredients | {"loss_of": lambda model, batch: honest(model, batch) * hidden}
+    )
+    assert verdict.outcome == "fail" and verdict.measured["unregistered"] == 1

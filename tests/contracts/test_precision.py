@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from contracts.gate import call_check
 from contracts.keeper import Gatekeeper
 from spec.gates import Gate
-from stack.config import LayerNorm, MixtureOfExperts
+from stack.config import AdamW, LayerNorm, MixtureOfExperts
 from stack.kernels import eager
 from stack.model import norm
 from stack.museum.plant import load_museum, swap, touches
-from stack.train.preflight import gather
+from stack.train.head import loss_scale_ingredients
+from stack.train.preflight import gather, shrunk
 from stack.train.shadow import shadow_ingredients
 
 GATE = "precision.shadow"
@@ -166,3 +167,35 @@ def test_a_choice_of_configurations_needs_one_for_the_museum(spec):
     for museum in ({}, {"train.dtype": "float32"}):
         with pytest.raises(ValueError, match="museum must hold one of the values"):
             Gate.model_validate(gate | {"museum": museum})
+
+
+def scaled(small_cfg, dataset):
+    return loss_scale_ingredients(shrunk(in_half(small_cfg, "float16")), dataset, CPU)
+
+
+def test_loss_scale_is_green_on_the_stack(spec, small_cfg, dataset):
+    verdict = call_check(spec.gates["precision.loss-scale"], scaled(small_cfg, dataset))
+    assert verdict.passed and verdict.measured["rel_error"] < 1e-3  # measured 8.2e-7 over three seeds
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_loss_scale_is_red_on_its_plant(spec, small_cfg, dataset, kind):
+    """With Muon the scaler divides in its step, with fused AdamW the optimizer itself: the clip has seen the scaled norm in both."""
+    gate = spec.gates["precision.loss-scale"]
+    optim = small_cfg.optim if kind == "muon" else AdamW(lr=3e-3, max_grad_norm=0.5)
+    ingredients = scaled(small_cfg.model_copy(update={"optim": optim}), dataset)
+    assert call_check(gate, ingredients).passed
+    with load_museum()["precision.unscale-left-out"].apply():
+        verdict = call_check(gate, ingredients)
+    assert verdict.outcome == "fail" and verdict.measured["rel_error"] > 10
+
+
+def test_loss_scale_is_red_on_a_few_percent(spec):
+    norms = {2.0**9: (1.0, 0.5), 2.0**13: (1.0, 0.515)}
+    assert call_check(spec.gates["precision.loss-scale"], {"scaled_step": norms.get}).outcome == "fail"
+    assert call_check(spec.gates["precision.loss-scale"], {"scaled_step": lambda scale: (1.0, 0.5)}).passed
+
+
+def test_loss_scale_is_for_float16_alone(spec, small_cfg):
+    seats = [Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).seats for dtype in ("bfloat16", "float16")]
+    assert ["precision.loss-scale" in s for s in seats] == [False, True]

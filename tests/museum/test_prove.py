@@ -1,11 +1,16 @@
 """Every gate kills its plants; what is no kill is never counted as one."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from contracts.gate import failed, passed
+from spec.errors import GateFailed
+from spec.failures import load_catalogue
+from stack.museum import observe
 from stack.museum import prove as prover
+from stack.museum.matrix import matrix
 from stack.museum.plant import PLANTS, Plant, load_museum, swap, touch
 
 
@@ -44,35 +49,132 @@ def doing(action):
     yield
 
 
-def outcome_of(spec, verdict, *, plant_action=touch, error=None):
-    """What the prover calls a verdict of a gate under a plant that does `plant_action`."""
-    gate = spec.gates["loss.golden"]
-    plant = Plant("x.y", gate.id, "t", "s", ("u",), lambda: doing(plant_action), "0" * 64)
+def seen(spec, verdict, *, plant_action=touch, error=None, step=None, gate_id="loss.golden", plant_id="x.y", brings=1, measured=None):
+    """What the prover makes of a verdict of a gate under a plant that does `plant_action`; `brings` is what a run then brings forth."""
+    gate = spec.gates[gate_id]
+    plant = Plant(plant_id, gate.id, "t", "s", ("u",), lambda: doing(plant_action), "0" * 64)
 
     class Scripted(prover.Prover):
         def __init__(self):
-            self.root, self.spec = __import__("pathlib").Path("/nonexistent"), spec
+            self.root, self.cfg, self.spec, self.catalogue = Path("/nonexistent"), None, spec, load_catalogue()
+            self._fruits = {"train": 1, "export": 1}
 
-        def _run(self, gate):
+        def _run(self, gate, listener):
             if error:
                 raise error
-            return verdict, "before step 1"
+            return verdict, step
 
-    return Scripted().planted(gate, plant)[0]
+        def _brought_forth(self, kind):
+            return brings
+
+    return Scripted().planted(gate, plant, prover.Control("pass", measured or {}))
+
+
+def nothing():
+    return None
 
 
 def test_outcomes_are_told_apart(spec):
-    assert outcome_of(spec, failed("red")) == "killed"
-    assert outcome_of(spec, passed()) == "missed"
-    assert outcome_of(spec, passed(), plant_action=lambda: None) == "equivalent"
-    assert outcome_of(spec, None, error=RuntimeError("boom")) == "crashed"
+    assert seen(spec, failed("red")).outcome == "killed"
+    assert seen(spec, None, error=RuntimeError("boom")).outcome == "crashed"
+    assert seen(spec, passed(), brings=2).outcome == "missed", "a run brings forth something else, and the gate is green"
+    assert seen(spec, passed(z=2.0), measured={"z": 1.0}).outcome == "missed", "the gate measures something else, and is green"
+    assert seen(spec, passed(z=1.0), measured={"z": 1.0}).outcome == "equivalent", "it ran, and nothing differs"
+
+
+def test_a_line_that_never_ran_kills_nothing(spec):
+    """Neither where the gate is green nor where it is red for another reason, nor where it would halt a run."""
+    assert seen(spec, passed(), plant_action=nothing).outcome == "equivalent"
+    red = seen(spec, failed("red"), plant_action=nothing)
+    assert red.outcome == "equivalent" and "never ran" in red.verdict.message
+    halted = seen(spec, None, error=GateFailed("loss.golden", failed("red")), plant_action=nothing)
+    assert halted.outcome == "equivalent"
 
 
 def test_another_gate_firing_is_no_kill(spec):
-    from spec.errors import GateFailed
+    assert seen(spec, None, error=GateFailed("loss.golden", failed("red"))).outcome == "killed"
+    assert seen(spec, None, error=GateFailed("data.order", failed("red"))).outcome == "missed"
 
-    assert outcome_of(spec, None, error=GateFailed("loss.golden", failed("red"))) == "killed"
-    assert outcome_of(spec, None, error=GateFailed("data.order", failed("red"))) == "missed"
+
+def test_a_kill_that_comes_too_late_is_none(spec):
+    """SF-R06 says eight steps; this plant began with the first, as no step was logged before it."""
+    late = dict(gate_id="runtime.loss-spike", plant_id="runtime.lr-spike")
+    assert load_catalogue().deadline(spec.gates["runtime.loss-spike"], "runtime.lr-spike") == ("within k steps", 8)
+
+    def began_at_one(self, line_step):
+        return line_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prover.Clock, "lived", began_at_one)
+        assert seen(spec, failed("red"), step=8, **late).outcome == "killed"
+        found = seen(spec, failed("red"), step=9, **late)
+    assert found.outcome == "missed" and "seen 9 steps after it began, at most 8" in found.verdict.message
+
+
+def test_latency_counts_from_the_first_step_in_which_the_line_ran():
+    clock = observe.Clock()
+    clock.on_step({"step": 1}, 9)
+    touch()
+    clock.on_step({"step": 4}, 9)
+    clock.on_step({"step": 5}, 9)
+    assert (clock.began, clock.lived(6)) == (4, 3)
+    assert observe.Clock().lived(7) == 1, "seen before the first line of the log"
+
+
+def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp_path):
+    """On the real stack: a renamed local is nothing, one percent of the learning rate is something; no gate is asked."""
+    from stack.train import step as steps
+
+    def plant(factor):
+        original = steps.lr_at
+
+        @contextmanager
+        def apply():
+            with swap(steps, "lr_at", lambda step, **declared: original(step, **declared) * factor):
+                yield
+
+        return Plant(f"x.{factor}", "loss.golden", "t", "s", ("u",), apply, "0" * 64)
+
+    with prover.workshop() as root:
+        judge = prover.Prover(root)
+        gate = judge.spec.gates["loss.golden"]
+        prover.use_cache(root / "cache")
+        clean = prover.Control("pass", dict(judge.verdict_of(gate).measured))
+        assert judge.planted(gate, plant(1.0), clean).outcome == "equivalent", "a gate of preflight never runs the line"
+
+        def blind(gate, listener):
+            steps.lr_at(1, peak=1.0, schedule=judge.cfg.schedule, max_steps=9)
+            return passed(**clean.measured), None
+
+        judge._run = blind
+        assert judge.planted(gate, plant(1.0), clean).outcome == "equivalent"
+        assert judge.planted(gate, plant(1.01), clean).outcome == "missed"
+
+
+def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
+    """Of a run whose second of three steps was the worst, in the direction of each limit."""
+    gate = spec.gates["runtime.tokens-consumed"]
+
+    class Script:
+        events = ()
+        said = iter([passed(valid_frac=0.9), passed(valid_frac=0.6), passed(valid_frac=0.8, other=3)])
+
+        def observe(self, event):
+            return next(self.said)
+
+    worst = {}
+    check = observe._Attentive(Script(), gate.limits, worst)
+    for _ in range(3):
+        check.observe(None)
+    assert worst == {"valid_frac": 0.6, "other": 3}
+
+
+def test_matrix_shows_who_else_turns_red():
+    """A missing file and a head too many are seen by the comparison as well; nothing is red without a plant."""
+    rows = {row["plant"]: row for row in matrix(("export.complete",))}
+    assert set(rows) == {"export.shard-left-out", "export.second-head"}
+    assert all(set(row["red"]) == {"export.complete", "export.logit-parity"} and row["asked"] == 3 for row in rows.values())
+    assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())
 
 
 def test_swap_counts_calls_and_restores():

@@ -40,6 +40,31 @@ PLANT = """
 def wrong():
     yield
 """
+FAILURES = """
+[[capability]]
+name = "tuning"
+signs = ["stack/tune/*.py::def tune"]
+why = "Anything that tunes a model."
+
+[[failure]]
+id = "SF-L01"
+name = "A wrong loss"
+mechanism = "The loss is another number than it says."
+latency = "before step 1"
+severity = 5
+plants = ["loss.wrong"]
+sources = ["a thread"]
+
+[[failure]]
+id = "SF-T01"
+name = "A wrong mask"
+mechanism = "The mask lies one token off what it covers."
+latency = "within k steps"
+steps = 3
+severity = 3
+awaiting = "tuning"
+sources = ["a thread"]
+"""
 ADR = "# 0001 One decision\n\nStatus: accepted\n\n## Context\n\nx\n\n## Decision\n\nx\n\n## Rejected\n\nx\n\n## Evidence\n\nx\n"
 CI = """set -e
 make test
@@ -163,6 +188,7 @@ def build(root: Path) -> None:
     git(root.parent, "init", "-q", "-b", "main", str(root))
     write(root, "spec/spec.toml", 'version = "1.0.0"\ntitle = "t"\nscope = "s"\n')
     write(root, "spec/gates/loss.toml", GATE)
+    write(root, "spec/failures/loss.toml", FAILURES)
     write(root, "spec/CHANGELOG.md", "# Changes\n\n## 1.0.0 — today\n\nFirst.\n")
     verbs = {"train": {"arguments": [], "options": [{"flags": ["--set"], "takes_value": True, "many": True}]}}
     write(root, "spec/cli.json", json.dumps({"verbs": verbs}))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spec import failures
 from spec.canonical import canonical_json, sha256_bytes
 from spec.gates import _load_spec
 from spec.ledger import GENESIS, Entry
@@ -35,12 +36,18 @@ def valid(tmp_path_factory):
 def repo(valid, tmp_path):
     root = tmp_path / "repo"
     shutil.copytree(valid, root, symlinks=True)
-    _load_spec.cache_clear()
+    forget()
     return root
 
 
-def found(root: Path) -> set[str]:
+def forget() -> None:
+    """What was read of another repository at the same place is read anew."""
     _load_spec.cache_clear()
+    failures._load.cache_clear()
+
+
+def found(root: Path) -> set[str]:
+    forget()
     return {f.code for f in check(root)}
 
 
@@ -167,6 +174,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
+    "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),
     "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
     "TEST-EXISTS": lambda r: edit(r, "tests/test_loss.py", "test_golden", "test_silver"),
     "CHAIN": drop_ledger_line,
@@ -340,3 +348,31 @@ def test_the_real_repository_is_read_quickly_and_without_torch():
 def test_repo_reads_plants_from_their_decorators(repo):
     plants = Repo(repo).plants
     assert plants["loss.wrong"]["gate"] == "loss.golden" and re.match(r"stack/museum/loss\.py", plants["loss.wrong"]["path"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('plants = ["loss.wrong"]', 'plants = ["loss.lost"]', "which is not in the museum"),
+        ('plants = ["loss.wrong"]', 'rules = ["NO-RULE"]', "names the rule NO-RULE"),
+        ('plants = ["loss.wrong"]', 'tests = ["tests/test_loss.py::test_gone"]', "names the test"),
+    ],
+)
+def test_a_failure_that_names_what_is_not_there_is_found(repo, old, new, says):
+    edit(repo, "spec/failures/loss.toml", old, new)
+    forget()
+    assert [f.message for f in check(repo) if f.code == "FAILURE-PLANTED" and says in f.message]
+
+
+def test_a_failure_of_before_step_one_needs_a_gate_that_looks_there(repo):
+    edit(repo, "spec/gates/loss.toml", 'moment = "preflight"', 'moment = "runtime"')
+    forget()
+    assert "no gate of its plants looks there" in " ".join(f.message for f in check(repo) if f.code == "FAILURE-PLANTED")
+
+
+def test_an_awaited_failure_is_no_finding_until_its_capability_is_built(repo):
+    write(repo, "stack/tune/masks.py", "x = 1\n")
+    assert "FAILURE-PLANTED" not in found(repo)
+    write(repo, "stack/tune/masks.py", "def tune():\n    return 1\n")
+    messages = [f.message for f in check(repo) if f.code == "FAILURE-PLANTED"]
+    assert messages == ["SF-T01 A wrong mask: nothing stands for it, and tuning is built"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from spec.canonical import sha256_file
 from spec.coverage import GateState, coverage
 from spec.errors import StackproofError
+from spec.failures import Catalogue, load_catalogue
 from spec.gates import Spec, load_spec
 from spec.ledger import Entry, Ledger
 from spec.records import Record
@@ -88,6 +89,10 @@ class Repo:
     @cached_property
     def spec(self) -> Spec:
         return load_spec(self.root)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return load_catalogue(self.root)
 
     @cached_property
     def ledger(self) -> Ledger:

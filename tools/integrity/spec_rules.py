@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from spec.errors import StackproofError
+from spec.failures import Failure, answering_gates
 from spec.gates import Limit, frozen_release
 from spec.ledger import Ledger
 from spec.records import read_record
 from spec.registry import read_registry
-from tools.integrity.core import Repo, rule
+from tools.integrity.core import RULES, Repo, rule
 
 Found = Iterator[tuple[str, int, str]]
 
@@ -24,6 +25,7 @@ Found = Iterator[tuple[str, int, str]]
 def schema(repo: Repo) -> Found:
     readers = {
         "spec": lambda: repo.spec,
+        "spec/failures": lambda: repo.catalogue,
         "evidence/ledger.jsonl": lambda: Ledger(repo.root / "evidence").entries(),
         "evidence/registry.toml": lambda: read_registry(repo.root / "evidence" / "registry.toml"),
     }
@@ -260,3 +262,35 @@ def test_exists(repo: Repo) -> Found:
             path, _, name = test.partition("::")
             if name not in repo.python_functions(path):
                 yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} cites {test}, which does not exist"
+
+
+@rule(
+    "FAILURE-PLANTED",
+    title="Every documented failure that can happen here has been planted",
+    why="A failure that is known and never planted is the next one nobody sees. One that cannot happen yet is counted as awaiting.",
+    hint="write the plant, or correct what spec/failures names; a capability that is built awaits nothing",
+)
+def failure_planted(repo: Repo) -> Found:
+    for failure in repo.catalogue.failures.values():
+        if repo.catalogue.awaits(failure):
+            continue
+        path = f"spec/failures/{failure.subsystem}.toml"
+        built = f", and {failure.awaiting} is built" if failure.awaiting else ""
+        if not (failure.plants or failure.rules or failure.tests):
+            yield path, 0, f"{failure.id} {failure.name}: nothing stands for it{built}"
+        for text in _loose_ends(repo, failure):
+            yield path, 0, f"{failure.id} {failure.name}: {text}{built}"
+
+
+def _loose_ends(repo: Repo, failure: Failure) -> Iterator[str]:
+    """What a failure names and the repository does not have."""
+    gates = answering_gates(repo.spec, failure)
+    yield from (f"names the plant {p}, which is not in the museum" for p in failure.plants if p not in repo.plants)
+    yield from (f"names the rule {r}, which there is not" for r in failure.rules if r not in RULES)
+    for test in failure.tests:
+        path, _, name = test.partition("::")
+        if name not in repo.python_functions(path):
+            yield f"names the test {test}, which there is not"
+    early = failure.plants and failure.latency == "before step 1"
+    if early and not any(repo.spec.gates[g].moment == "preflight" for g in gates):
+        yield "says before step 1, and no gate of its plants looks there"

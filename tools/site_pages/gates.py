@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 from spec.coverage import STATES, tally
+from spec.failures import load_catalogue
 from spec.gates import SUBSYSTEMS, Gate, check_source
 from tools.site_pages.markup import (
     MEANINGS,
@@ -151,6 +152,11 @@ def coverage_page(world: World) -> Page:
     page.add(
         "States are computed from the ledger at build time. Nobody types them.",
         table(["state", "gates", "meaning"], [[f"{chip(s)} {s}", str(counts[s]), MEANINGS[s]] for s in STATES]),
+    )
+    catalogue = load_catalogue(world.root)
+    page.add(
+        f"{len(catalogue.failures)} documented failures are in the {page.link('catalogue', 'failures.md')}; {len(catalogue.awaiting())} of "
+        "them await a part of the stack that is not built, and are counted as such."
     )
     rows = []
     for gate_id, state in world.states.items():

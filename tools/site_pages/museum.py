@@ -1,18 +1,25 @@
-"""The museum: every deliberate bug with its story, and the matrix of which gate killed it."""
+"""The museum: every deliberate bug with its story, what it changes, which gate killed it, how late and by which numbers."""
 
+from spec.records import Scalar
+from tools.site_pages.diffs import plant_diff
 from tools.site_pages.exhibits import Exhibit
-from tools.site_pages.markup import Page, anchor, bullets, code, esc, folded, pairs, prose, source_link, table
+from tools.site_pages.markup import Page, anchor, bullets, code, esc, folded, number, prose, source_link, table
+from tools.site_pages.proof import failures_of, latency_histogram
 from tools.site_pages.world import World
 
 
 def museum_page(world: World) -> Page:
-    """Kill matrix, then one section per plant."""
+    """Who was killed by whom and how late, then one section per plant."""
     page = Page("museum.md", "Museum")
     page.add(
         "A plant is a deliberate bug. Each one here is put into the real stack for the length of a test, "
         f"and a gate must turn red on it and green without it. {page.link('How this works', 'gates-guide.md')}.",
-        "## Kill matrix",
+        f"Who else turns red: {page.link('kill matrix', 'kill-matrix.md')}. How far limits stand: {page.link('margins', 'margins.md')}. "
+        f"What other people's runs have died of: {page.link('known failures', 'failures.md')}.",
     )
+    if histogram := latency_histogram(world):
+        page.add("## How late", histogram)
+    page.add("## Plants and their gates")
     if not world.plants:
         return page.add("The museum is empty.")
     head = ["plant", "gate", "outcome", "control", "latency", "record"]
@@ -38,12 +45,22 @@ def _last(world: World, plant: Exhibit, page: Page) -> list[str]:
 def _exhibit(world: World, plant: Exhibit, page: Page) -> list[str]:
     outcome, control, latency, record = _last(world, plant, page)
     kills = world.kills_of(gate=plant.gate, plant=plant.id)
-    measured = f"<br>measured: {pairs(kills[-1][1].measured)}" if kills and kills[-1][1].measured else ""
+    kill = kills[-1][1] if kills else None
+    measured = f"<br>measured on the plant: {_line(kill.measured)}" if kill and kill.measured else ""
+    measured += f"<br>measured without it: {_line(kill.control_measured)}" if kill and kill.control_measured else ""
+    measured += f"<br>{esc(kill.message)}" if kill and kill.message else ""
+    diff = plant_diff(world.root, plant)
     return [
         f"### {esc(plant.title)} {{ #{anchor(plant.id)} }}",
         f"{code(plant.id)} must be caught by {page.gate(plant.gate)}",
         prose(plant.story),
+        failures_of(world, page, plant.id),
         f"Last kill: {outcome}, control {control}, latency {latency}, record {record}{measured}",
         bullets(source_link(s) for s in plant.sources),
+        folded("What it replaces, and by what", diff, "diff") if diff else "",
         folded(f"{plant.path}:{plant.line}", plant.source, "python"),
     ]
+
+
+def _line(measured: dict[str, Scalar]) -> str:
+    return ", ".join(f"{code(k)} {number(v)}" for k, v in sorted(measured.items()))

@@ -1,0 +1,149 @@
+"""The catalogue of documented silent failures: which plants, rules and tests of this repository stand for each, computed where it can be.
+
+A failure that belongs to a part of the stack which is not built yet is *awaiting*. That is found out by looking for the part's signs in the
+tree, and is never counted as killed.
+"""
+
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from spec import ROOT
+from spec.errors import IntegrityError
+from spec.gates import Frozen, Gate, Spec
+
+Latency = Literal["before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI"]
+LATENCIES: tuple[Latency, ...] = ("before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI")
+
+
+class Capability(Frozen):
+    """A part of the stack that may not be built yet. A sign is a glob below the root; after `::` a pattern that such a file must hold."""
+
+    name: str
+    signs: tuple[str, ...] = Field(min_length=1)
+    why: str = Field(min_length=10, description="what counts as built")
+
+    def exists(self, root: Path = ROOT) -> bool:
+        """Whether any sign is in the tree."""
+        return any(_is_there(root, sign) for sign in self.signs)
+
+
+@cache
+def _is_there(root: Path, sign: str) -> bool:
+    glob, _, pattern = sign.partition("::")
+    files = (p for p in root.glob(glob) if p.is_file())
+    return any(not pattern or re.search(pattern, p.read_text("utf-8")) for p in files)
+
+
+class Failure(Frozen):
+    """One documented silent failure. `steps` is how many steps after its start it may live, where the latency is counted in steps.
+
+    It is realised by `plants` of the museum, by broken-repository tests of integrity `rules`, or by `tests`. `awaiting` names the
+    capability without which it cannot happen here. The gates that answer are those of its plants.
+    """
+
+    id: str = Field(pattern=r"^SF-[A-Z]+\d+$")
+    name: str
+    subsystem: str
+    mechanism: str = Field(min_length=20)
+    latency: Latency
+    steps: int | None = Field(None, ge=1)
+    severity: int = Field(ge=1, le=5, description="5 run worthless or false claim; 4 materially wrong; 3 degraded; 2 cost; 1 cosmetic")
+    sources: tuple[str, ...] = Field(min_length=1)
+    plants: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    awaiting: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if (self.steps is None) == (self.latency == "within k steps"):
+            raise ValueError(f"{self.id}: steps belongs to the latency within k steps, and only to it")
+        if not (self.plants or self.rules or self.tests or self.awaiting):
+            raise ValueError(f"{self.id}: name a plant, a rule, a test, or the capability it awaits")
+        return self
+
+
+class Catalogue(Frozen):
+    """All failures and capabilities by name."""
+
+    failures: dict[str, Failure]
+    capabilities: dict[str, Capability]
+    root: Path = Field(default=ROOT, exclude=True)
+
+    def awaits(self, failure: Failure) -> bool:
+        """Whether the failure's capability is not built yet."""
+        return failure.awaiting is not None and not self.capabilities[failure.awaiting].exists(self.root)
+
+    def awaiting(self) -> list[Failure]:
+        """Failures that cannot happen here yet, because what would have them is not built."""
+        return [f for f in self.failures.values() if self.awaits(f)]
+
+    def of_plant(self, plant_id: str) -> list[Failure]:
+        """Failures that a plant realises."""
+        return [f for f in self.failures.values() if plant_id in f.plants]
+
+    def deadline(self, gate: Gate, plant_id: str) -> tuple[Latency, int | None]:
+        """The latest moment at which a kill of the plant still counts, and steps where it is counted in steps.
+
+        Stated by the plant's failures, the earliest of them; where none does, it is the moment of the gate.
+        """
+        stated = [(LATENCIES.index(f.latency), f.steps) for f in self.of_plant(plant_id)]
+        if stated:
+            order, steps = min(stated, key=lambda s: (s[0], s[1] or 0))
+            return LATENCIES[order], steps
+        return ("at export" if "export" in gate.kinds else _MOMENTS[gate.moment]), None
+
+
+_MOMENTS: dict[str, Latency] = {
+    "preflight": "before step 1",
+    "runtime": "within k steps",
+    "artifact": "at checkpoint",
+    "repository": "in CI",
+}
+
+
+def answering_gates(spec: Spec, failure: Failure) -> tuple[str, ...]:
+    """Ids of the gates that name one of the failure's plants."""
+    return tuple(g.id for g in spec.gates.values() if set(g.plants) & set(failure.plants))
+
+
+def load_catalogue(root: Path = ROOT) -> Catalogue:
+    """Read `spec/failures/*.toml` under `root`; a tree without them has an empty catalogue. Raises IntegrityError naming file and field."""
+    return _load(Path(root).resolve())
+
+
+@cache
+def _load(root: Path) -> Catalogue:
+    failures: dict[str, Failure] = {}
+    capabilities: dict[str, Capability] = {}
+    for path in sorted((root / "spec" / "failures").glob("*.toml")):
+        try:
+            document = tomllib.loads(path.read_text("utf-8"))
+            for entry in document.pop("capability", []):
+                capability = Capability.model_validate(entry)
+                _enter(capabilities, capability.name, capability, path)
+            for entry in document.pop("failure", []):
+                failure = Failure.model_validate({"subsystem": path.stem} | entry)
+                _enter(failures, failure.id, failure, path)
+        except (OSError, tomllib.TOMLDecodeError) as e:
+            raise IntegrityError(f"cannot read {path}: {e}") from e
+        except ValidationError as e:
+            where = ".".join(str(p) for p in e.errors()[0]["loc"])
+            raise IntegrityError(f"{path.name}: {entry.get('id', entry.get('name', '?'))}: {where}: {e.errors()[0]['msg']}") from e
+        if document:
+            raise IntegrityError(f"{path.name}: unknown table {', '.join(document)}", allowed="failure, capability")
+    for failure in failures.values():
+        if failure.awaiting is not None and failure.awaiting not in capabilities:
+            raise IntegrityError(f"{failure.id} awaits {failure.awaiting}, which is no capability", allowed=", ".join(sorted(capabilities)))
+    return Catalogue(failures=failures, capabilities=capabilities, root=root)
+
+
+def _enter(table: dict, key: str, value: object, path: Path) -> None:
+    if key in table:
+        raise IntegrityError(f"{path.name}: {key} is there twice", next_step="ids are never reused; choose another")
+    table[key] = value

@@ -1,0 +1,132 @@
+"""The kill matrix: every plant against every gate, to see who else turns red, and who does so first and at the least cost."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from contracts.gate import call_check, not_run
+from spec.canonical import sha256_json
+from spec.errors import GateFailed
+from spec.gates import Gate
+from spec.records import Waiver
+from stack.config import RunConfig, load_config
+from stack.data.prepare import prepare
+from stack.museum.plant import Plant, load_museum
+from stack.museum.prove import Prover, selection, use_cache, workshop
+from stack.train import session
+from stack.train.listener import Listener
+from stack.train.preflight import gather
+
+JUDGES_DATA = ("corpus", "data", "tokenizer")
+WHOLE = "the stack itself"  # what raised where no gate was being asked
+
+
+class _Stopwatch(Listener):
+    """Seconds from the first step to the end of each."""
+
+    def __init__(self) -> None:
+        self.began, self.at = time.perf_counter(), {}
+
+    def on_phase(self, name: str) -> None:
+        self.began = time.perf_counter()
+
+    def on_step(self, line: dict[str, Any], max_steps: int) -> None:
+        self.at[line["step"]] = time.perf_counter() - self.began
+
+
+Row = dict[str, Any]
+
+
+def matrix(gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row: None) -> list[Row]:
+    """A row for every plant of the chosen gates: `{"plant", "gate", "red": {gate: {"seconds", "step"}}, "raised", "asked", "seconds"}`.
+
+    A preflight gate's seconds are those of its check, a runtime gate's those of the run until it turned red. Every plant meets all gates
+    that apply to the configuration its own gate is proven under; a gate that is red there without the plant is left out.
+    """
+    gates, museum, rows = selection(gate_ids), load_museum(), []
+    with workshop() as root:
+        prover, controls = Prover(root), {}
+        for gate in gates:
+            cfg = _config(prover, gate)
+            key = sha256_json([cfg.to_dict(), "export" in gate.kinds])
+            for plant in (museum[p] for p in gate.plants if p in museum):
+                if key not in controls:
+                    controls[key] = _asked_of_all(prover, gate, cfg, nullcontext)[0]
+                rows.append(_row(prover, gate, cfg, plant, set(controls[key])))
+                on_row(rows[-1])
+    return rows
+
+
+def _config(prover: Prover, gate: Gate) -> RunConfig:
+    """The configuration a gate is proven under, with every gate of a run allowed to fail, so that each of them is heard."""
+    cfg, _ = load_config(prover.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()})
+    waive = tuple(Waiver(id=g.id, reason="the matrix asks all of them", expires="9999-12-31") for g in prover.spec.gates.values())
+    return cfg.model_copy(update={"gates": cfg.gates.model_copy(update={"waive": waive})})
+
+
+def _row(prover: Prover, gate: Gate, cfg: RunConfig, plant: Plant, red_anyway: set[str]) -> Row:
+    started = time.perf_counter()
+    use_cache(prover.root / (plant.id if gate.subsystem in JUDGES_DATA else "cache"))
+    red, raised, asked = _asked_of_all(prover, gate, cfg, plant.apply)
+    return {
+        "plant": plant.id,
+        "gate": gate.id,
+        "red": {g: seen for g, seen in red.items() if g not in red_anyway},
+        "raised": raised,
+        "asked": asked - len(red_anyway),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+Red = dict[str, dict[str, float | int | None]]
+
+
+def _asked_of_all(
+    prover: Prover, gate: Gate, cfg: RunConfig, apply: Callable[[], AbstractContextManager[None]]
+) -> tuple[Red, dict[str, str], int]:
+    """(red gates, what raised, how many were asked) of the gates of exports, or of those of runs."""
+    red: Red = {}
+    raised: dict[str, str] = {}
+    if "export" in gate.kinds:
+        of_exports = [g for g in prover.spec.gates.values() if "export" in g.kinds]
+        for one in of_exports:
+            with _raising(one.id, raised), apply():
+                _note(red, one.id, lambda one=one: prover.verdict_of(one).outcome)
+        return red, raised, len(of_exports)
+    here = [g for g in prover.spec.gates.values() if "train" in g.kinds and g.applies_to(cfg.to_dict())]
+    before = [g for g in here if g.moment == "preflight"]
+    with _raising(WHOLE, raised), torch.random.fork_rng(devices=[]), apply():
+        _, ingredients = gather(cfg, prepare(cfg.data), torch.device("cpu"))
+        for one in before:
+            with _raising(one.id, raised):
+                _note(red, one.id, lambda one=one: call_check(one, ingredients).outcome)
+    within = [g.id for g in here if g.moment != "preflight"]
+    watch = _Stopwatch()
+    with _raising("the run", raised), apply():
+        record = session.start(cfg, (), prover.run_dir(), watch, only=within)
+        for result in (r for r in record.gates if r.verdict == "fail"):
+            step = result.first_failure_step
+            red[result.id] = {"seconds": round(watch.at.get(step, max(watch.at.values(), default=0.0)), 3), "step": step}
+    return red, raised, len(here)
+
+
+def _note(red: Red, gate_id: str, ask: Callable[[], str]) -> None:
+    started = time.perf_counter()
+    try:
+        outcome = ask()
+    except GateFailed as e:
+        outcome = (e.verdict or not_run("")).outcome if e.gate_id == gate_id else "pass"
+    if outcome == "fail":
+        red[gate_id] = {"seconds": round(time.perf_counter() - started, 4), "step": None}
+
+
+@contextmanager
+def _raising(who: str, raised: dict[str, str]) -> Iterator[None]:
+    """Whatever is raised is written down as such: it is neither red nor green."""
+    try:
+        yield
+    except Exception as e:
+        raised[who] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:160]

@@ -1,0 +1,109 @@
+"""Pages of the proof: what they show is what the kills and the matrix say."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from spec.failures import load_catalogue
+from spec.records import Kill, Record
+from tools.site_pages import proof
+from tools.site_pages.diffs import plant_diff
+from tools.site_pages.museum import museum_page
+from tools.site_pages.world import load_world
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """The repository without its ledger."""
+    world = load_world(ROOT, ROOT / "evidence")
+    return dataclasses.replace(world, records={}, superseded={})
+
+
+def kill(world, gate, plant, **fields):
+    given = {"fingerprint": world.spec.fingerprint(gate), "plant_sha256": "b" * 64, "outcome": "killed", "control": "pass"}
+    return Kill(gate=gate, plant=plant, **given | {"latency": "", "seconds": 0.1, "moment": "before step 1"} | fields)
+
+
+def proven(world, *kills, rows=None):
+    record = Record.model_construct(id="falsification-20260101T000000Z-00000000", kills=kills, series=(), gates=())
+    made = dataclasses.replace(world, records={record.id: record})
+    if rows is None:
+        return made
+
+    class WithRows(type(made)):
+        def series(self, record, name, *keys):
+            return rows
+
+    return WithRows(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+
+def test_a_plant_is_shown_as_what_it_replaces(bare):
+    """A function of the stack, one that a module has from elsewhere, a method, a helper's closure; torch's own have no text here."""
+    diffs = {p: plant_diff(ROOT, exhibit) for p, exhibit in bare.plants.items()}
+    assert "-def whole(" in diffs["model.missing-scale"] and "+def _scaled(wrong):" in diffs["model.missing-scale"]
+    assert (
+        "--- stack/train/randomness.py: default_rng_state" in diffs["checkpoint.rng-not-saved"]
+        and "+lambda: {}" in diffs["checkpoint.rng-not-saved"]
+    )
+    assert "-def draw(self)" in diffs["data.labels-unshifted"] and "+def unshifted(self):" in diffs["data.labels-unshifted"]
+    without = {p for p, diff in diffs.items() if not diff}
+    assert len(without) <= len(diffs) / 20 and "runtime.update-skipped" in without, without
+
+
+def test_the_state_of_a_failure_is_that_of_all_its_plants(bare):
+    catalogue = load_catalogue(ROOT)
+    failure = catalogue.failures["SF-M05"]
+    first, second = (kill(bare, "model.document-isolation", p) for p in failure.plants)
+    state = lambda *kills: proof.failure_state(catalogue, failure, proof.newest_kills(proven(bare, *kills)))  # noqa: E731
+    assert state(first, second) == "killed" and state(first) == "planted"
+    assert state(first, second.model_copy(update={"fingerprint": "0" * 64})) == "planted", "an older fingerprint is no kill"
+    assert state(first, second.model_copy(update={"control": "fail"})) == "planted"
+    assert proof.failure_state(catalogue, catalogue.failures["SF-X01"], {}) == "awaiting"
+    assert proof.failure_state(catalogue, catalogue.failures["SF-R05"], {}) == "held by rules and tests"
+
+
+def test_latency_is_counted_once_per_plant(bare):
+    kills = [
+        kill(bare, "loss.golden", "loss.padding-counted"),
+        kill(bare, "runtime.finite", "runtime.nan-in-a-weight", moment="within k steps", latency_steps=1),
+        kill(bare, "schedule.trace", "schedule.decay-never-begins", moment="within k steps", latency_steps=9),
+        kill(bare, "loss.golden", "loss.padding-counted"),
+    ]
+    shown = proof.latency_histogram(proven(bare, *kills))
+    assert "before step 1 1, within 5 steps 1, later in the run 1, at checkpoint 0" in shown
+    assert proof.latency_histogram(bare) == ""
+
+
+def test_pages_without_any_record_say_how_to_get_one(bare):
+    for page in (proof.margins_page(bare), proof.matrix_page(bare)):
+        assert "stack gates prove" in page.text() and "|" not in page.text()
+
+
+def test_matrix_shows_who_else_and_who_is_cheapest(bare):
+    red = {"loss.golden": {"seconds": 0.02, "step": None}, "model.overfit-one-batch": {"seconds": 3.0, "step": None}}
+    rows = [
+        {
+            "plant": "loss.padding-counted",
+            "gate": "loss.golden",
+            "red": red,
+            "raised": {"data.order": "KeyError: x"},
+            "asked": 54,
+            "seconds": 8.0,
+        }
+    ]
+    text = proof.matrix_page(proven(bare, rows=rows)).text()
+    line = next(x for x in text.splitlines() if "padding-counted" in x)
+    assert line.index("model.overfit-one-batch") < line.index("0.02 s") and "data.order" in line and "54" in line
+    assert re.search(r"overfit-one-batch.*\| 1 \| 0 \| 0 \|", text)
+
+
+def test_margins_and_museum_show_both_sides(bare):
+    made = kill(bare, "loss.golden", "loss.padding-counted", measured={"abs_error": 0.5}, control_measured={"abs_error": 1e-7})
+    world = proven(bare, made)
+    assert "100×" in proof.margins_page(world).text() and "5e+04×" in proof.margins_page(world).text()
+    text = museum_page(world).text()
+    assert "measured without it" in text and "failures.md#sf-l06" in text and "What it replaces" in text
