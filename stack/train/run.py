@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from contracts.events import Evaluated, Sampled, StepTaken
+from contracts.events import Evaluated, Sampled, Saved, StepTaken
 from contracts.keeper import Gatekeeper
 from contracts.sampling import coherence
 from spec.canonical import sha256_json
@@ -195,6 +195,7 @@ class Run:
             checkpoint.point(self.dir.checkpoints, "best", folder)
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
         self.listener.on_saved(self.state.step, folder)
+        self.keeper.observe(Saved(step=self.state.step, path=str(folder), expected_sha256=live))
 
     def on_checkpoint_asked(self) -> None:
         every = self.cfg.checkpoint.signal_boundary
@@ -226,6 +227,11 @@ class Run:
             "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
             "warmup_sources": list(cfg.curriculum.warmup_sources),
             "random_loss_nats": self.random_loss_nats,
+            "intervals": {
+                "Evaluated": (cfg.eval.every, "eval.every"),
+                "Sampled": (cfg.sample.every, "sample.every"),
+                "Saved": (cfg.checkpoint.every, "checkpoint.every"),
+            },
             **_experts(cfg.model),
         }
 

@@ -87,7 +87,7 @@ def start(
     directory = RunDir(run_dir)
     directory.create()
     with alone(run_dir, "run"):
-        run = _open(cfg, overrides, directory, listener, only=only)
+        run = _open(cfg, overrides, directory, listener, runner="resume" if parent else "train", only=only)
         with _recording(run):
             if loaded is None:
                 _refuse_certain_exhaustion(run)
@@ -117,7 +117,7 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
             listener.on_event(f"{run_dir} is {record.status}; nothing is left to do. --fork continues it under a changed configuration")
             return record
         former = [Override.model_validate(o) for o in document["overrides"]]
-        run = _open(changed, [*former, *sets], directory, listener, document=document)
+        run = _open(changed, [*former, *sets], directory, listener, runner="resume", document=document)
         _require_same_data(run, document)
         run.inherited_s = document["inherited_s"]
         with _recording(run):
@@ -154,6 +154,7 @@ def _open(
     directory: RunDir,
     listener: Listener,
     *,
+    runner: str = "train",
     document: dict | None = None,
     only: Sequence[str] | None = None,
 ) -> Run:
@@ -191,7 +192,9 @@ def _open(
         dir=directory,
         device=device,
         dataset=dataset,
-        keeper=Gatekeeper(spec, kind="train", waivers=cfg.gates.waive, only=only, config=cfg.to_dict(), on_verdict=log_verdict),
+        keeper=Gatekeeper(
+            spec, kind="train", runner=runner, waivers=cfg.gates.waive, only=only, config=cfg.to_dict(), on_verdict=log_verdict
+        ),
         builder=builder,
         listener=listener,
         state=build_state(cfg, dataset, device),
