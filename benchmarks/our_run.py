@@ -11,7 +11,6 @@ from stack.train import step as steps
 from stack.train.listener import Listener
 from stack.train.rundir import RunDir
 
-
 STEPS = {"Started", "BatchDrawn", "StepTaken"}
 
 

@@ -32,7 +32,7 @@ class Gatekeeper:
 
     `runner` names the entry of spec/runners.toml that asks (default: the one named like `kind`). One that is not entered there, is of
     another kind, or does not announce what an installed gate watches is refused here, before anything runs. `on_verdict(gate_id, step,
-    verdict)` is called for every preflight and artifact verdict and for each red runtime verdict.
+    verdict)` is called for every preflight and artifact verdict and for each red runtime verdict; `shown` is then its event.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Gatekeeper:
         on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: None,
     ):
         self.spec, self.on_verdict, self.runner = spec, on_verdict, _entered(spec, runner or kind, kind)
+        self.shown: Event | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             if gate_id not in spec.gates:
@@ -87,7 +88,7 @@ class Gatekeeper:
 
     def observe(self, event: Event) -> None:
         """Show an event to every runtime gate that watches its type. Raises GateFailed on a red verdict that halts."""
-        red = []
+        red, self.shown = [], event
         for seat in self._moment("runtime"):
             if not isinstance(event, seat.watcher.events):
                 continue

@@ -1,4 +1,4 @@
-"""`stack gates list | show | prove | backtest | coverage`."""
+"""`stack gates list | show | prove | backtest | repro | coverage`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -139,3 +139,46 @@ def backtest(
     if not emit(outcome, json):
         first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
         stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}")
+
+
+@app.command(epilog="Example: stack gates repro runs/pocket-1/repro/runtime.finite-step-7")
+def repro(
+    bundle: Annotated[Path, typer.Argument(help="A folder of RUN/repro, or a copy of one.")],
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: where the run was.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="Step folder to begin from, where the bundle only names one.")] = None,
+    json: Json = False,
+) -> None:
+    """Replay the steps that turned a gate red, from the folder alone. Exit code 4 if it is red again, 0 if it is not."""
+    from stack.train.replay import replay
+
+    held, outcome = replay(bundle, device=device, base=base)
+    measured = dict(outcome.verdict.measured) if outcome.verdict else {}
+    document = {
+        "gate": held.gate,
+        "step": held.step,
+        "event": held.event,
+        "reproduced": outcome.reproduced,
+        "step_now": outcome.step,
+        "same": outcome.same,
+        "same_random_state": outcome.same_random_state,
+        "measured": measured,
+        "measured_then": held.measured,
+        "replayed_from": held.base.step,
+        "commit": held.code.commit,
+        "message": outcome.verdict.message if outcome.reproduced else "",
+    }
+    emit(document, json)
+    if outcome.reproduced:
+        raise GateFailed(
+            held.gate,
+            what=f"reproduced: {outcome.verdict.message}",
+            value=f"{measured} at step {outcome.step}; in the run {held.measured} at step {held.step}",
+            allowed=", ".join(f"{k} {v:g}" for k, v in held.limits.items()),
+            next_step=f"mend it and replay again; stack gates show {held.gate}",
+        )
+    if not json:
+        stdout.print(
+            f"not reproduced: {held.gate} is green on this code from step {held.base.step} to step {held.step}, where the run was red\n"
+            f"  measured now {measured}\n  in the run   {held.measured}",
+            markup=False,
+        )

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from contracts.events import Evaluated, Sampled, Saved, StepTaken
+from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from contracts.sampling import coherence
 from spec.canonical import sha256_json
@@ -20,6 +22,7 @@ from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluatin
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
+from stack.train.bundle import Recent, write_bundle
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
 from stack.train.preflight import live_sha256
@@ -53,6 +56,15 @@ class Run:
     inherited_s: float = 0.0  # of a child run, the seconds its parents had trained before
     last_val: Evaluation | None = None
     kept: list[Artefact] = field(default_factory=list)
+    begun_at: Path | None = None  # the step folder that the run began from
+    recent: Recent = field(default_factory=Recent)
+
+    def on_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+        """Log a verdict; a red one of inside the run leaves a bundle with which it can be seen again."""
+        said = {"verdict": verdict.outcome, "measured": dict(verdict.measured), "message": verdict.message}
+        self.dir.log("gates.jsonl", gate=gate_id, step=step, **said)
+        if verdict.outcome == "fail" and self.keeper.seats[gate_id].gate.moment == "runtime":
+            write_bundle(self, gate_id, step, verdict)
 
     def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
         """Update running numbers, prepare the log line and show the step to the gates."""
@@ -167,9 +179,13 @@ class Run:
                 prompt=cfg.prompt,
                 language=cfg.language,
                 loss_nats=loss_nats,
-                found_in_corpus=lambda: found_in(ids, self.dataset.train, MAX_SEARCHED_TOKENS),
+                found_in_corpus=lambda: self.found_in_corpus(ids),
             )
         )
+
+    def found_in_corpus(self, ids: Sequence[int]) -> float:
+        """Share of a text's runs of about 60 bytes that stand in the training split."""
+        return found_in(ids, self.dataset.train, MAX_SEARCHED_TOKENS)
 
     def own_loss(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> float:
         """Mean loss of the model on what it drew itself, nats per token, at temperature 1."""
@@ -195,6 +211,7 @@ class Run:
             checkpoint.point(self.dir.checkpoints, "best", folder)
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
         self.listener.on_saved(self.state.step, folder)
+        self.recent.begin(folder, self.state.step, self.plan(), document["gates"], continued=True)
         self.keeper.observe(Saved(step=self.state.step, path=str(folder), expected_sha256=live))
 
     def on_checkpoint_asked(self) -> None:
