@@ -9,6 +9,7 @@ from spec.errors import ConfigError, GateFailed
 from stack.cli.output import Json, emit, stderr, stdout, table
 
 app = typer.Typer(help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True)
+MOMENTS = ("preflight", "runtime", "artifact")
 Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
 
 
@@ -27,10 +28,16 @@ def _states(evidence: Path | None):
 
 
 @app.command("list")
-def list_(evidence: Directory = None, json: Json = False) -> None:
+def list_(
+    evidence: Directory = None,
+    runners: Annotated[bool, typer.Option("--runners", help="Instead: who runs which gates, and which are not fed.")] = False,
+    json: Json = False,
+) -> None:
     """All gates with their computed state."""
     from spec.coverage import tally
 
+    if runners:
+        return _runners(json)
     spec, states = _states(evidence)
     rows = [
         {"id": g.id, "moment": g.moment, "severity": g.severity, "state": states[g.id].state, "plants": list(g.plants), "title": g.title}
@@ -43,6 +50,31 @@ def list_(evidence: Directory = None, json: Json = False) -> None:
                 ["gate", "moment", "severity", "state", "title"],
                 [[r[c] for c in ("id", "moment", "severity", "state", "title")] for r in rows],
             )
+        )
+
+
+def _runners(as_json: bool) -> None:
+    """Every runner, the gates of its kind by moment, and those it does not feed. Exit code 4 if there is one."""
+    from collections import Counter
+
+    from spec.gates import load_spec
+    from spec.runners import load_runners, required, unfed
+
+    spec, rows = load_spec(), []
+    for runner in load_runners(spec.root).values():
+        gates, missing = required(spec, runner.kind), [{"gate": g, "why": why} for g, why in unfed(spec, runner)]
+        counts = Counter(g.moment for g in gates)
+        rows.append(
+            {"runner": runner.name, "verb": runner.verb, "kind": runner.kind, "announces": list(runner.announces)}
+            | {"gates": [g.id for g in gates], "counts": dict(counts), "unfed": missing}
+        )
+    if not emit({"runners": rows}, as_json):
+        shown = [[r["verb"], r["kind"], *(r["counts"].get(m, 0) for m in MOMENTS), len(r["unfed"])] for r in rows]
+        stdout.print(table(f"Runners of spec {spec.version}", ["runner", "kind", *MOMENTS, "not fed"], shown))
+    first = next(((r["runner"], m) for r in rows for m in r["unfed"]), None)
+    if first:
+        raise GateFailed(
+            first[1]["gate"], what=f"the runner {first[0]} does not feed it: {first[1]['why']}", next_step="mend the runner, or its entry"
         )
 
 

@@ -29,11 +29,24 @@ error_max = { value = 1e-5, unit = "nats", direction = "at-most", why = "Because
 """
 CHECK = """
 @decides("loss.golden")
-def golden(limits):
+def golden(limits, *, loss):
     return helper(limits.error_max)
 
 def helper(x):
     return x
+"""
+RUNNER = """
+[[runner]]
+name = "train"
+verb = "stack train"
+kind = "train"
+files = ["stack/train.py"]
+ingredients = ["stack/train.py"]
+"""
+TRAIN = """
+def train():
+    keeper = Gatekeeper(spec)
+    keeper.preflight({"loss": 1.0})
 """
 PLANT = """
 @plant("loss.wrong", gate="loss.golden", title="Wrong", story="It is wrong and nobody sees it.", sources=("a thread",))
@@ -83,6 +96,12 @@ def write(root: Path, path: str, text: str | bytes) -> None:
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def edit(root: Path, path: str, old: str, new: str) -> None:
+    text = (root / path).read_text()
+    assert old in text, (path, old)
+    (root / path).write_text(text.replace(old, new, 1))
 
 
 def artefact(name: str, sha256: str) -> dict:
@@ -166,6 +185,8 @@ def build(root: Path) -> None:
     write(root, "spec/CHANGELOG.md", "# Changes\n\n## 1.0.0 — today\n\nFirst.\n")
     verbs = {"train": {"arguments": [], "options": [{"flags": ["--set"], "takes_value": True, "many": True}]}}
     write(root, "spec/cli.json", json.dumps({"verbs": verbs}))
+    write(root, "spec/runners.toml", RUNNER)
+    write(root, "stack/train.py", TRAIN)
     write(root, "contracts/loss.py", CHECK)
     write(root, "stack/museum/loss.py", PLANT)
     write(root, "stack/recipes/small.py", "def small():\n    return 1\n")

@@ -15,7 +15,7 @@ from spec.canonical import canonical_json, sha256_bytes
 from spec.gates import _load_spec
 from spec.ledger import GENESIS, Entry
 from tests.tools import small_repo
-from tests.tools.small_repo import git, write
+from tests.tools.small_repo import edit, git, write
 from tools.check_integrity import check, explain, main
 from tools.integrity import core
 from tools.integrity.core import RULES, Repo
@@ -24,30 +24,9 @@ from tools.integrity.repo_rules import looks_like_weights
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def valid(tmp_path_factory):
-    root = tmp_path_factory.mktemp("valid") / "repo"
-    small_repo.build(root)
-    return root
-
-
-@pytest.fixture
-def repo(valid, tmp_path):
-    root = tmp_path / "repo"
-    shutil.copytree(valid, root, symlinks=True)
-    _load_spec.cache_clear()
-    return root
-
-
 def found(root: Path) -> set[str]:
     _load_spec.cache_clear()
     return {f.code for f in check(root)}
-
-
-def edit(root: Path, path: str, old: str, new: str) -> None:
-    text = (root / path).read_text()
-    assert old in text, (path, old)
-    (root / path).write_text(text.replace(old, new, 1))
 
 
 def folder(root: Path, kind: str) -> Path:
@@ -168,6 +147,8 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
     "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
+    "RUNNER-FED": lambda r: edit(r, "stack/train.py", '"loss"', '"los"'),
+    "RECORD-GATES": lambda r: rechain(r, "train", put("gates", value=[])),
     "TEST-EXISTS": lambda r: edit(r, "tests/test_loss.py", "test_golden", "test_silver"),
     "CHAIN": drop_ledger_line,
     "LEDGER-APPEND-ONLY": lambda r: rechain(r, "resume", put("claim", value="another")),

@@ -1,0 +1,23 @@
+"""A valid small repository, and a copy of it that a test may break."""
+
+import shutil
+
+import pytest
+
+from spec.gates import _load_spec
+from tests.tools import small_repo
+
+
+@pytest.fixture(scope="session")
+def valid(tmp_path_factory):
+    root = tmp_path_factory.mktemp("valid") / "repo"
+    small_repo.build(root)
+    return root
+
+
+@pytest.fixture
+def repo(valid, tmp_path):
+    root = tmp_path / "repo"
+    shutil.copytree(valid, root, symlinks=True)
+    _load_spec.cache_clear()
+    return root
