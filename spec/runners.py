@@ -87,32 +87,38 @@ def wanted_ingredients(gate: Gate, root: Path = ROOT) -> set[str]:
 
 def _definition(gate: Gate, root: Path) -> ast.AST | None:
     module, name = gate.check.split(":")
-    body = _tree(root / (module.replace(".", "/") + ".py")).body
+    path = root / (module.replace(".", "/") + ".py")
+    body = _parsed(path, path.stat().st_mtime_ns).body if path.is_file() else []
     return next((n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name), None)
 
 
 def _announced(root: Path, files: Iterable[str]) -> set[str]:
     """Events that are made inside a call of something's `observe`."""
-    shown = set()
-    for node in (n for f in files for n in ast.walk(_tree(root / f))):
-        match node:
-            case ast.Call(func=ast.Attribute(attr="observe"), args=[ast.Call(func=ast.Name(id=event))]):
-                shown.add(event)
-    return shown
+    return set().union(*(_said(root / f)[0] for f in files))
 
 
 def _given(root: Path, files: Iterable[str]) -> set[str]:
     """Keys of the dictionaries that are written out in files."""
-    nodes = (n for f in files for n in ast.walk(_tree(root / f)))
-    keys = (key for n in nodes if isinstance(n, ast.Dict) for key in n.keys)
-    return {k.value for k in keys if isinstance(k, ast.Constant) and isinstance(k.value, str)}
+    return set().union(*(_said(root / f)[1] for f in files))
+
+
+def _said(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """(events shown, keys written out) of a file; nothing of one that is not there."""
+    return _read(path, path.stat().st_mtime_ns) if path.is_file() else (frozenset(), frozenset())
+
+
+@cache
+def _read(path: Path, stamp: int) -> tuple[frozenset[str], frozenset[str]]:
+    shown, keys = set(), set()
+    for node in ast.walk(_parsed(path, stamp)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="observe"), args=[ast.Call(func=ast.Name(id=event))]):
+                shown.add(event)
+            case ast.Dict():
+                keys |= {k.value for k in node.keys if isinstance(k, ast.Constant) and isinstance(k.value, str)}
+    return frozenset(shown), frozenset(keys)
 
 
 @cache
 def _parsed(path: Path, stamp: int) -> ast.Module:
     return ast.parse(path.read_text("utf-8"))
-
-
-def _tree(path: Path) -> ast.Module:
-    """A file's syntax tree; that of an empty file where there is none."""
-    return _parsed(path, path.stat().st_mtime_ns) if path.is_file() else ast.Module([], [])
