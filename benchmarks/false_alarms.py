@@ -2,16 +2,19 @@
 
 python benchmarks/false_alarms.py --runs 200 --run-dir runs/false-alarms [--work DIR] [--only NAME …]
 
-Run number n trains configuration n modulo their count with seed n. Finished runs in the work folder are taken as they are, so that
-two hundred can be made in parts (--first, --runs); each is a process of its own with one thread. Writes a record of kind benchmark: per gate the runs
-that held it, its alarms, and the upper end of the exact 95 % interval. Exit code 0 if no gate fired, 4 if one did, 1 if a run broke.
+Run number n trains configuration n modulo their count with seed 1000 + n. Finished runs in the work folder are taken as they are, so
+two hundred can be made in parts (--first, --runs); each is a process of its own with one thread. Writes a record of kind benchmark:
+per gate the runs that held it, its looks, its alarms, and the upper end of the exact 95 % interval of their rate. Exit code 0 if no
+gate fired, 4 if one did, 1 if a run broke.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +106,8 @@ def stack(arguments: list[str], log: Path) -> int:
 def trained(shape: Shape, seed: int, folder: Path, text: Path) -> Record | None:
     """The record of a clean run, made now unless it is there; None if it ended without one."""
     if not (folder / "metadata.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (folder, folder.with_name(folder.name + "-parent")):
+            shutil.rmtree(leftover, ignore_errors=True)
         log, sets, half = folder.with_suffix(".log"), sets_of(shape, seed, text), shape.steps // 2
         if shape.seam == "resume":
             kill_after(half, [*sets, "--set", f"checkpoint.every={max(1, half // 2)}"], folder, log)
@@ -125,8 +129,6 @@ def unfit(folder: Path) -> bool:
 
 def kill_after(step: int, sets: list[str], folder: Path, log: Path) -> None:
     """Start a run and kill it, without a word, when its log reaches a step."""
-    import time
-
     command = [sys.executable, "-m", "stack", "train", "pocket", *sets, "--run-dir", str(folder)]
     with open(log, "a") as f:
         process = subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"})
