@@ -47,7 +47,10 @@ class MicroBatch(Frozen):
 
 
 class Step(Frozen):
+    """What was drawn for one step; `cursor` is where the reader then stood."""
+
     step: int = Field(ge=1)
+    cursor: int = Field(ge=0)
     batches: tuple[MicroBatch, ...]
 
 

@@ -37,7 +37,7 @@ class Recent:
     continued: bool = False
     plan: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)
-    steps: deque[tuple[int, list[Batch], dict[str, Tensor]]] = field(default_factory=deque)
+    steps: deque[tuple[repro.Step, dict[str, Tensor]]] = field(default_factory=deque)
     rng: dict[str, Tensor] = field(default_factory=dict)
     n_bytes: int = 0
     dropped: int = 0
@@ -48,14 +48,14 @@ class Recent:
         self.steps.clear()
         self.n_bytes = self.dropped = 0
 
-    def draw(self, step: int, batches: list[Batch]) -> None:
-        """Remember the rows of a step."""
+    def draw(self, step: int, batches: list[Batch], cursor: int) -> None:
+        """Remember the rows of a step, and where the reader stands after it."""
         self.rng = default_rng_state()
         tensors = {f"step-{step:08d}.{i}.{name}": t for i, batch in enumerate(batches) for name, t in rows_of(batch).items()}
-        self.steps.append((step, batches_without_rows(batches), tensors))
+        self.steps.append((repro.Step(step=step, cursor=cursor, batches=without_rows(batches)), tensors))
         self.n_bytes += size_of(tensors)
         while self.n_bytes > ROWS_BYTES_MAX and len(self.steps) > 1:
-            self.n_bytes -= size_of(self.steps.popleft()[2])
+            self.n_bytes -= size_of(self.steps.popleft()[1])
             self.dropped += 1
 
 
@@ -69,9 +69,9 @@ def size_of(tensors: dict[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def batches_without_rows(batches: list[Batch]) -> list[repro.MicroBatch]:
+def without_rows(batches: list[Batch]) -> tuple[repro.MicroBatch, ...]:
     """What a document holds of batches."""
-    return [repro.MicroBatch(**{name: getattr(b, name) for name in repro.MicroBatch.model_fields}) for b in batches]
+    return tuple(repro.MicroBatch(**{name: getattr(b, name) for name in repro.MicroBatch.model_fields}) for b in batches)
 
 
 def write_bundle(run: Any, gate_id: str, step: int, verdict: Verdict) -> None:
@@ -98,8 +98,10 @@ def write_bundle(run: Any, gate_id: str, step: int, verdict: Verdict) -> None:
 
 def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) -> None:
     recent, gate = run.recent, run.keeper.spec.gates[gate_id]
+    if gate_id not in recent.gates:
+        raise StackproofError("the run had not begun, so there is nothing to begin again from")
     held_out = run.held_out if Evaluated in run.keeper.seats[gate_id].watcher.events else []
-    tensors = {name: t for _, _, rows in recent.steps for name, t in rows.items()} | recent.rng
+    tensors = {name: t for _, rows in recent.steps for name, t in rows.items()} | recent.rng
     tensors |= {f"held_out.{i}.{name}": t for i, b in enumerate(held_out) for name, t in rows_of(b).items()}
     safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, folder / repro.TENSORS)
     run.dataset.tokenizer.save(folder / repro.TOKENIZER)
@@ -132,7 +134,7 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
         continued=recent.continued,
         plan=recent.plan,
         gates={gate_id: recent.gates[gate_id]},
-        steps=tuple(repro.Step(step=n, batches=tuple(batches)) for n, batches, _ in recent.steps),
+        steps=tuple(step for step, _ in recent.steps),
         n_held_out=len(held_out),
         lacking=lacking,
         command=("stack", "gates", "repro", "."),

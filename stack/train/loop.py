@@ -54,7 +54,7 @@ def draw(run: Run) -> list[Batch]:
     """The micro-batches of one optimizer step, shown to the gates."""
     reader, before = run.state.reader, run.state.reader.cursor
     batches = [reader.draw() for _ in range(run.cfg.accumulation())]
-    run.recent.draw(run.state.step + 1, batches)
+    run.recent.draw(run.state.step + 1, batches, reader.cursor)
     run.keeper.observe(
         BatchDrawn(
             step=run.state.step + 1,

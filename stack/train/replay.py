@@ -31,9 +31,9 @@ from stack.train.state import TrainState, state_around
 
 
 class Recorded:
-    """Stands in for the reader of a run: gives out rows of a bundle, in their order."""
+    """Stands in for the reader of a run: gives out rows of a bundle, in their order, each with the position after it."""
 
-    def __init__(self, batches: list[Batch], sources: list[dict], cursor: int):
+    def __init__(self, batches: list[tuple[Batch, int]], sources: list[dict], cursor: int):
         self.batches, self.cursor = list(batches), cursor
         names = [SimpleNamespace(**s) for s in sources]
         self.order = SimpleNamespace(sources=names, load_state_dict=lambda state: [])
@@ -42,8 +42,7 @@ class Recorded:
         """The next rows. Raises DataError when there are none."""
         if not self.batches:
             raise DataError("the bundle holds no further rows: this code draws more than the run did")
-        batch = self.batches.pop(0)
-        self.cursor = batch.cursor_after
+        batch, self.cursor = self.batches.pop(0)
         return batch
 
 
@@ -178,7 +177,10 @@ def _open(
 
 def open_state(cfg: RunConfig, bundle: repro.Bundle, tensors: dict[str, Tensor], device: torch.device) -> TrainState:
     """A fresh state that reads the bundle's rows."""
-    rows = [_batch(tensors, f"step-{s.step:08d}.{i}", b) for s in bundle.steps for i, b in enumerate(s.batches)]
+    rows = []
+    for step in bundle.steps:
+        after = [*(b.cursor_after for b in step.batches[:-1]), step.cursor]
+        rows += [(_batch(tensors, f"step-{step.step:08d}.{i}", b), after[i]) for i, b in enumerate(step.batches)]
     return state_around(cfg, bundle.vocab_size, Recorded(rows, bundle.plan["sources"], bundle.plan["cursor"]), device)
 
 

@@ -1,5 +1,6 @@
 """A red gate leaves a folder from which it turns red again: elsewhere, without corpus and cache, by one command."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -102,6 +103,33 @@ def test_a_bundle_of_a_run_that_was_resumed_begins_at_its_checkpoint(cfg, tmp_pa
     assert held.continued and held.base.step == 14 and held.base.kind == "checkpoint"
     with load_museum()["runtime.lr-spike"].apply():
         assert replay(folder)[1].same
+
+
+def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_path, monkeypatch):
+    """Held-out loss five times what it was, at step 14; replayed from the state of step 7."""
+    from stack.train.run import Run
+
+    original = Run.measure
+
+    def diverging(self):
+        result = original(self)
+        return dataclasses.replace(result, loss_nats=result.loss_nats * (5 if self.state.step == 14 else 1))
+
+    monkeypatch.setattr(Run, "measure", diverging)
+    with pytest.raises(GateFailed, match="divergence"):
+        session.start(cfg, (), tmp_path / "run", Listener(), only=("evaluation.divergence",))
+    folder = tmp_path / "run" / "repro" / "evaluation.divergence-step-14"
+    assert repro.read_bundle(folder).n_held_out >= cfg.eval.batches
+    assert replay(folder)[1].same
+    monkeypatch.undo()
+    assert not replay(folder)[1].reproduced
+
+
+@pytest.mark.parametrize("plant", ["data.window-drawn-twice", "data.position-skips"])
+def test_what_was_drawn_wrongly_is_in_the_bundle_and_needs_no_plant(cfg, tmp_path, plant):
+    """The fault lies in the rows or their position, and these are there: the gate of the draw is red again on clean code."""
+    folder = broken(cfg, plant, "data.consumption", tmp_path)
+    assert replay(folder)[1].same
 
 
 def test_a_gate_that_only_warns_leaves_a_bundle_and_the_run_goes_on(cfg, tmp_path, monkeypatch):
