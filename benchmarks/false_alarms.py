@@ -1,69 +1,224 @@
-"""Clean runs of a recipe over seeds: how often does any gate fire although nothing is wrong?
+"""Clean runs over seeds and configurations, with every gate on: how often does each gate fire although nothing is wrong?
 
-python benchmarks/false_alarms.py --runs 20 --steps 60 [--recipe pocket] [--run-dir DIR]
-Writes a record of kind benchmark. Exit code 0 if no gate fired, 4 if one did.
+python benchmarks/false_alarms.py --runs 200 --run-dir runs/false-alarms [--work DIR] [--only NAME …]
+
+Run number n trains configuration n modulo their count with seed 1000 + n. Finished runs in the work folder are taken as they are, so
+two hundred can be made in parts (--first, --runs); each is a process of its own with one thread. Writes a record of kind benchmark:
+per gate the runs that held it, its looks, its alarms, and the upper end of the exact 95 % interval of their rate. Exit code 0 if no
+gate fired, 4 if one did, 1 if a run broke.
 """
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from spec.gates import load_spec
-from stack.config import load_config
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder
-from stack.recipes import recipe
+from side_by_side import close_record, open_record
 
-CLAIM = "Clean runs over seeds: no gate fired."
-NOT_COVERED = ("longer runs", "other recipes, devices and compute types")
+from spec.records import Record, read_record
+
+CONFIDENCE = 0.95
+STEPS = 48
+# A pocket-shaped run in small: the same parts and proportions, seconds instead of minutes.
+SMALL = """model.d_model=48 model.n_layers=2 model.n_heads=4 model.n_kv_heads=2 model.head_dim=12 model.d_ff=96 model.max_seq_len=64
+ train.tokens_per_step=512 train.micro_batch_size=8 schedule.warmup_steps=6 eval.every=12 eval.batches=4 sample.every=6
+ sample.max_new_tokens=48 checkpoint.every=24 stop.expected_gain_nats=0.5 data.tokenizer.vocab_size=512 device=cpu""".split()
+CORPUS = ("data.corpus.kind=files", "data.split.validation_frac=0.2")
+ADAMW = "optim.kind=adamw optim.lr=4e-3 optim.weight_decay=0.1".split()
+MOE = "model.ffn.kind=moe model.ffn.n_experts=4 model.ffn.top_k=2 model.ffn.expert.kind=swiglu".split()
+# One sentence over and over has no held-out side and no budget of tokens: both gates are right, and say so in every run of it.
+WAIVED = ",".join(
+    f'{{id="{gate}", reason="the pangram is one sentence over and over", expires="2999-01-01"}}'
+    for gate in ("data.leakage", "data.corpus-budget")
+)
 
 
-def clean_run(name: str, seed: int, steps: int, folder: Path) -> dict:
-    """Train with one seed; returns exit code and every gate that did not pass."""
-    sets = [f"seed={seed}", f"train.max_steps={steps}", f"eval.every={max(2, steps // 4)}", f"sample.every={max(1, steps // 8)}"]
-    sets.append(f"schedule.warmup_steps={max(1, steps // 6)}")
-    command = [sys.executable, "-m", "stack", "train", name, "--run-dir", str(folder), "--json", *(a for s in sets for a in ("--set", s))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    record = json.loads((folder / "metadata.json").read_text())
-    fired = [g["id"] for g in record["gates"] if g["verdict"] != "pass"]
-    return {"seed": seed, "exit_code": done.returncode, "fired": fired, "looks": sum(g["checks"] for g in record["gates"])}
+@dataclass(frozen=True)
+class Shape:
+    """One configuration: what it sets, and whether it is stopped, resumed or continued in a child at its half."""
+
+    name: str
+    sets: tuple[str, ...] = ()
+    seam: str = ""
+    steps: int = STEPS
+
+
+SHAPES = (
+    Shape("pocket"),
+    Shape("pocket-long", steps=4 * STEPS),
+    Shape("adamw-cosine", (*ADAMW, "schedule.kind=cosine")),
+    Shape("adamw-wsd", tuple(ADAMW)),
+    Shape("muon-cosine", ("schedule.kind=cosine",)),
+    Shape("accumulate-2", ("train.micro_batch_size=4",)),
+    Shape("accumulate-4", ("train.micro_batch_size=2",)),
+    Shape("dropout", ("model.dropout=0.1",)),
+    Shape("no-qk-norm", ("model.attention.qk_norm=false",)),
+    Shape("differential", ("model.attention.kind=differential", "model.attention.qk_norm=false")),
+    Shape("mixture-of-depths", ("model.depth.kind=mixture-of-depths",)),
+    Shape("experts", tuple(MOE)),
+    Shape("experts-adamw-accumulate-2", (*ADAMW, *MOE, "train.micro_batch_size=4")),
+    Shape("packed", ("data.packing.kind=best-fit",)),
+    Shape("packed-dropout-accumulate-2", ("data.packing.kind=best-fit", "model.dropout=0.1", "train.micro_batch_size=4")),
+    Shape("gpt2-parts", ("model.norm.kind=layernorm", "model.positions.kind=learned", "model.ffn.kind=gelu", *ADAMW)),
+    Shape("untied", ("model.tied_head=false",)),
+    Shape("resumed", ("model.dropout=0.1",), seam="resume"),
+    Shape("forked", tuple(ADAMW), seam="fork"),
+    Shape("recomputed", ("train.activation_checkpointing=blocks",)),
+    Shape("bytes", ("data.tokenizer.kind=byte",)),
+    Shape("bfloat16", ("train.dtype=bfloat16",)),
+    Shape("compiled", ("train.compile=true",), steps=STEPS // 2),
+    Shape(
+        "pangram",
+        (
+            *"data.corpus.kind=pangram data.split.kind=tail data.tokenizer.kind=char sample.language=any".split(),
+            *"model.max_seq_len=32 train.tokens_per_step=256 data.split.validation_frac=0.1".split(),
+            f"gates.waive=[{WAIVED}]",
+        ),
+    ),
+)
+
+
+def sets_of(shape: Shape, seed: int, text: Path) -> list[str]:
+    """What a run sets; a later word on the same key counts, so that a shape can differ in anything. Kinds come before their keys."""
+    corpus = () if any(s.startswith("data.corpus.kind") for s in shape.sets) else (*CORPUS, f'data.corpus.paths=["{text}"]')
+    wanted = dict(s.split("=", 1) for s in (*SMALL, f"train.max_steps={shape.steps}", f"seed={seed}", *corpus, *shape.sets))
+    if "data.tokenizer.kind" in wanted:
+        del wanted["data.tokenizer.vocab_size"]
+    ordered = sorted(wanted.items(), key=lambda item: not item[0].endswith(".kind"))
+    return [a for k, v in ordered for a in ("--set", f"{k}={v}")]
+
+
+def stack(arguments: list[str], log: Path) -> int:
+    """One command of the stack in a process of its own; returns its exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "stack", *arguments], capture_output=True, text=True, env=environment)
+    with open(log, "a") as f:
+        f.write(f"$ stack {' '.join(arguments)}\n{done.stderr}\nexit {done.returncode}\n")
+    return done.returncode
+
+
+def trained(shape: Shape, seed: int, folder: Path, text: Path) -> Record | None:
+    """The record of a clean run, made now unless it is there; None if it ended without one."""
+    if not (folder / "metadata.json").is_file():
+        for leftover in (folder, folder.with_name(folder.name + "-parent")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        log, sets, half = folder.with_suffix(".log"), sets_of(shape, seed, text), shape.steps // 2
+        if shape.seam == "resume":
+            kill_after(half, [*sets, "--set", f"checkpoint.every={max(1, half // 2)}"], folder, log)
+            stack(["train", "--resume", str(folder)], log)
+        elif shape.seam == "fork":
+            parent = folder.with_name(folder.name + "-parent")
+            stack(["train", "pocket", *sets, "--set", f"train.max_steps={half}", "--run-dir", str(parent)], log)
+            stack(["train", "--fork", str(parent), "--set", f"train.max_steps={shape.steps}", "--run-dir", str(folder)], log)
+        else:
+            stack(["train", "pocket", *sets, "--run-dir", str(folder)], log)
+    return read_record(folder / "metadata.json") if (folder / "metadata.json").is_file() else None
+
+
+def unfit(folder: Path) -> bool:
+    """Whether a run without a record was refused because this machine has no units for its type: it says nothing about gates."""
+    log = folder.with_suffix(".log")
+    return log.is_file() and "exit 7" in log.read_text()
+
+
+def kill_after(step: int, sets: list[str], folder: Path, log: Path) -> None:
+    """Start a run and kill it, without a word, when its log reaches a step."""
+    command = [sys.executable, "-m", "stack", "train", "pocket", *sets, "--run-dir", str(folder)]
+    with open(log, "a") as f:
+        process = subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") >= step):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
+def upper_bound(alarms: int, runs: int, confidence: float = CONFIDENCE) -> float:
+    """Upper end of the exact one-sided interval of a rate (Clopper-Pearson): the rate at which so few alarms have a chance of 5 %.
+
+    Without an alarm this is 1 − 0.05^(1/n), which the rule of three gives as 3/n.
+    """
+    if alarms >= runs:
+        return 1.0
+    low, high = alarms / runs, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_most(alarms, runs, middle) > 1 - confidence else (low, middle)
+    return high
+
+
+def at_most(alarms: int, runs: int, rate: float) -> float:
+    """Chance of at most so many alarms in so many runs."""
+    total = term = (1 - rate) ** runs
+    for k in range(1, alarms + 1):
+        term *= (runs - k + 1) / k * rate / (1 - rate) if rate < 1 else 0.0
+        total += term
+    return total
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--recipe", default="pocket")
-    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help=f"of {', '.join(s.name for s in SHAPES)}")
+    parser.add_argument("--work", type=Path, default=Path("runs/false-alarms"), help="where the runs lie; finished ones are kept")
+    parser.add_argument("--run-dir", type=Path, help="folder of the record")
     options = parser.parse_args()
-    cfg, _ = load_config(recipe(options.recipe))
-    builder = RecordBuilder(
-        kind="benchmark", spec=load_spec(), config=cfg.to_dict(), claim=CLAIM, not_covered=NOT_COVERED, environment=environment()
-    )
-    builder.command = ["python", "benchmarks/false_alarms.py", *sys.argv[1:]]
-    directory = options.run_dir or Path("runs") / builder.id
-    directory.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for seed in range(1, options.runs + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes.append(clean_run(options.recipe, seed, options.steps, Path(folder)))
-        print(json.dumps(outcomes[-1]), flush=True)
-    alarms = [o for o in outcomes if o["fired"] or o["exit_code"]]
-    builder.metric("runs", len(outcomes), "runs")
-    builder.metric("steps_per_run", options.steps, "steps")
-    builder.metric("gate_looks", sum(o["looks"] for o in outcomes), "looks")
-    builder.metric("false_alarms", len(alarms), "runs", n=len(outcomes), better="lower")
-    builder.finish(
-        directory,
-        status="failed" if alarms else "completed",
-        end_reason=f"{len(alarms)} of {len(outcomes)} clean runs had a gate that did not pass",
-        exit_code=4 if alarms else 0,
-    )
-    print(directory / "metadata.json")
-    return 4 if alarms else 0
+    builder = open_record(options, "false alarms of the gates")
+    text = write_text(options.work)
+    held, fired, looks, broken, skipped = Counter(), Counter(), Counter(), [], []
+    shapes = [s for s in SHAPES if not options.only or s.name in options.only]
+    for number in range(options.first, options.first + options.runs):
+        shape = shapes[number % len(shapes)]
+        name = f"{number:04d}-{shape.name}"
+        record = trained(shape, 1000 + number, options.work / name, text)
+        alarms = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver] if record else []
+        if record is None or (not record.succeeded and not alarms):
+            (skipped if unfit(options.work / name) else broken).append(name)
+        else:
+            held.update(g.id for g in record.gates)
+            looks.update({g.id: g.checks for g in record.gates})
+            fired.update(alarms)
+        row = {"run": name, "status": record.status if record else "none", "alarms": alarms, "wall_s": record.wall_s if record else None}
+        print(json.dumps(row), flush=True)
+    show(held, fired, looks, broken)
+    counts = {"runs": options.runs - len(broken) - len(skipped), "broken_runs": len(broken), "runs_unfit_here": len(skipped)}
+    extra = {k: (n, "runs") for k, n in counts.items()} | {"shapes": (len(shapes), "configurations")}
+    for gate in sorted(held):
+        name = gate.replace(".", "_").replace("-", "_")
+        extra |= {f"{name}_runs": (held[gate], "runs"), f"{name}_alarms": (fired[gate], "runs"), f"{name}_looks": (looks[gate], "looks")}
+        extra[f"{name}_alarm_rate_upper_95"] = (round(upper_bound(fired[gate], held[gate]), 6), "1")
+    if builder:
+        builder.claim = "In complete clean trainings over seeds and configurations the gates gave these alarms and no others."
+        builder.not_covered = ("longer runs, larger models, other text, and GPUs", "alarms that depend on how busy the machine is")
+    close_record(builder, options.run_dir, [], extra)
+    return 1 if broken else 4 if fired else 0
+
+
+def show(held: Counter, fired: Counter, looks: Counter, broken: list[str]) -> None:
+    """Print what every gate said, and the runs that ended by no gate."""
+    print(f"\n{'gate':34}{'runs':>6}{'looks':>8}{'alarms':>8}{'rate at most (95 %)':>22}")
+    for gate in sorted(held):
+        print(f"{gate:34}{held[gate]:>6}{looks[gate]:>8}{fired[gate]:>8}{upper_bound(fired[gate], held[gate]):>22.2%}")
+    if broken:
+        print(f"broken, by no gate: {', '.join(broken)}; see the .log beside each")
+
+
+def write_text(work: Path) -> Path:
+    """The museum's text as JSON lines: real English that is on every machine."""
+    from stack.museum.collection import museum_texts
+
+    work.mkdir(parents=True, exist_ok=True)
+    path = work.resolve() / "text.jsonl"
+    if not path.is_file():
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
+    return path
 
 
 if __name__ == "__main__":

@@ -1,20 +1,29 @@
-"""A real run of the stack, opened without its preflight, and one step of it with every runtime gate looking on."""
+"""A real run of the stack, opened without its preflight, and one step of it with every gate of steps looking on."""
 
 import time
 from pathlib import Path
 
 from contracts.events import Started
+from spec.gates import Gate, load_spec
+from spec.runners import required, watched_events
 from stack.train import loop, session
 from stack.train import step as steps
 from stack.train.listener import Listener
 from stack.train.rundir import RunDir
+
+STEPS = {"Started", "BatchDrawn", "StepTaken"}
+
+
+def fed(gate: Gate) -> bool:
+    """Whether steps alone let a gate look; nothing is sampled or evaluated here."""
+    return gate.moment != "runtime" or set(watched_events(gate)) <= STEPS
 
 
 def open_run(cfg, overrides, folder: Path) -> session.Run:
     """A run in a new folder, at step 0, its gates told that it starts."""
     directory = RunDir(folder)
     directory.create()
-    run = session._open(cfg, overrides, directory, Listener())
+    run = session._open(cfg, overrides, directory, Listener(), only=[g.id for g in required(load_spec(), "train") if fed(g)])
     announce(run)
     return run
 

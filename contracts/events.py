@@ -87,7 +87,6 @@ class Saved:
 
     step: int
     path: str
-    expected_sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from contracts.gate import Verdict, call_check, limits_of, not_run, resolve
 from spec.errors import ConfigError, GateFailed
 from spec.gates import Gate, Spec
 from spec.records import GateResult, Waiver
+from spec.runners import Runner, load_runners
 
 
 @dataclass
@@ -29,7 +30,9 @@ class _Seat:
 class Gatekeeper:
     """Holds every gate that applies to a kind of run and its resolved `config`. The caller announces events; this class decides who looks.
 
-    `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict and for each red runtime verdict.
+    `runner` names the entry of spec/runners.toml that asks (default: the one named like `kind`). One that is not entered there, is of
+    another kind, or does not announce what an installed gate watches is refused here, before anything runs. `on_verdict(gate_id, step,
+    verdict)` is called for every preflight and artifact verdict and for each red runtime verdict; `shown` is then its event.
     """
 
     def __init__(
@@ -37,12 +40,14 @@ class Gatekeeper:
         spec: Spec,
         *,
         kind: str = "train",
+        runner: str | None = None,
         waivers: Iterable[Waiver] = (),
         only: Iterable[str] | None = None,
         config: Mapping[str, Any] | None = None,
         on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: None,
     ):
-        self.spec, self.on_verdict = spec, on_verdict
+        self.spec, self.on_verdict, self.runner = spec, on_verdict, _entered(spec, runner or kind, kind)
+        self.shown: Event | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             if gate_id not in spec.gates:
@@ -58,6 +63,7 @@ class Gatekeeper:
         for seat in self.seats.values():
             if seat.gate.moment == "runtime":
                 seat.watcher = resolve(seat.gate)(limits_of(seat.gate))
+                self._require_fed(seat)
 
     def preflight(self, ingredients: Mapping[str, Any], progress: Callable[[Gate, Verdict, float], None] = lambda *a: None) -> None:
         """Run all preflight gates on the user's own parts. Every gate is asked before the first red one raises."""
@@ -82,7 +88,7 @@ class Gatekeeper:
 
     def observe(self, event: Event) -> None:
         """Show an event to every runtime gate that watches its type. Raises GateFailed on a red verdict that halts."""
-        red = []
+        red, self.shown = [], event
         for seat in self._moment("runtime"):
             if not isinstance(event, seat.watcher.events):
                 continue
@@ -157,6 +163,17 @@ class Gatekeeper:
     def _halts(self, seat: _Seat, verdict: Verdict) -> bool:
         return verdict.outcome == "fail" and seat.gate.severity == "halt" and seat.gate.id not in self.waivers
 
+    def _require_fed(self, seat: _Seat) -> None:
+        """A gate whose events nobody announces could never look; its runner does not start."""
+        if missing := [e.__name__ for e in seat.watcher.events if e.__name__ not in self.runner.announces]:
+            raise GateFailed(
+                seat.gate.id,
+                what=f"the runner {self.runner.name} announces no {', '.join(missing)}, so it could never look",
+                value=f"announced: {', '.join(self.runner.announces) or 'nothing'}",
+                allowed="a runner that feeds every gate of its kind",
+                next_step="stack gates list --runners; show the event to the Gatekeeper and enter it in spec/runners.toml",
+            )
+
     def _require_heartbeats(self) -> None:
         silent = [s for s in self._moment("runtime") if s.checks == 0 and s.gate.id not in self.waivers]
         if silent:
@@ -178,3 +195,15 @@ class Gatekeeper:
             allowed=allowed or seat.gate.statement,
             next_step=f"stack gates show {seat.gate.id}",
         )
+
+
+def _entered(spec: Spec, name: str, kind: str) -> Runner:
+    """A runner's entry. Raises ConfigError if there is none, or it is for another kind of run."""
+    runners = load_runners(spec.root)
+    if name not in runners or runners[name].kind != kind:
+        raise ConfigError(
+            f"no runner {name} for runs of kind {kind} is entered in spec/runners.toml, so nothing says what it feeds",
+            allowed=", ".join(f"{r.name} ({r.kind})" for r in runners.values()),
+            next_step="enter it with the events it announces, or run under one that is",
+        )
+    return runners[name]

@@ -4,8 +4,8 @@ import math
 from collections import deque
 from statistics import median
 
-from contracts.events import Event, Started, StepTaken
-from contracts.gate import Stateless, Verdict, decide, decides, passed
+from contracts.events import BatchDrawn, Evaluated, Event, Sampled, Saved, Started, StepTaken
+from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 
 
 @decides("runtime.finite")
@@ -179,3 +179,67 @@ class LossSpike:
 
     def load_state_dict(self, state: dict) -> None:
         self.recent, self.high = deque(state["recent"], maxlen=self.WINDOW), state["high"]
+
+
+@decides("runtime.cadence")
+class Cadence:
+    """Monitors are declared to look often enough, and look as often as they were declared to.
+
+    `Started.plan["intervals"]` holds by event name the steps between two of them and the key that says so. They are judged before
+    step 1; afterwards every event asks how long ago each of the others was last announced.
+    """
+
+    events = (Started, BatchDrawn, StepTaken, Evaluated, Sampled, Saved)
+    EVERY_STEP = {"BatchDrawn": (1, "every step"), "StepTaken": (1, "every step")}
+    MONITORS = {"Evaluated": "evaluated_gap_steps_max", "Sampled": "sampled_gap_steps_max", "Saved": "saved_gap_steps_max"}
+
+    def __init__(self, limits):
+        self.limits, self.intervals = limits, {}
+        self.last: dict[str, int] = {}
+        self.every: dict[str, int] = {}
+
+    def observe(self, event: Event) -> Verdict:
+        if isinstance(event, Started):
+            self._begin(event)
+            return self._declared(event.plan["max_steps"])
+        self.last[type(event).__name__] = event.step
+        gaps = {name: event.step - self.last.get(name, event.step) for name in self.intervals}
+        late = max(gaps, key=lambda name: gaps[name] - self.intervals[name][0])
+        every, key = self.intervals[late]
+        return decide(
+            gaps[late] <= every,
+            f"step {event.step}: no {late} for {gaps[late]} steps, declared is one in {every} ({key})",
+            gap_steps=gaps[late],
+            declared_steps=every,
+            monitor=late,
+        )
+
+    def _begin(self, event: Started) -> None:
+        """Clocks of a resumed run go on; one whose interval was changed meanwhile, and that of saves, starts where the run does."""
+        self.intervals = {**self.EVERY_STEP, **{name: tuple(v) for name, v in event.plan["intervals"].items()}}
+        for name, (every, _) in self.intervals.items():
+            goes_on = self.every.get(name) == every and name != "Saved"
+            self.last[name] = max(self.last.get(name, 0), event.step - every) if goes_on else event.step
+        self.every = {name: every for name, (every, _) in self.intervals.items()}
+
+    def _declared(self, max_steps: int) -> Verdict:
+        """No monitor is without an interval, none is slower than the spec allows, and none that judges begins after the end."""
+        if absent := sorted(self.MONITORS.keys() - self.intervals.keys()):
+            return failed(f"the run declares no interval for {', '.join(absent)}", monitor=absent[0])
+        for name, limit in self.MONITORS.items():
+            every, key = self.intervals[name]
+            allowed = int(getattr(self.limits, limit))
+            if every > allowed or (name != "Saved" and every > max_steps):
+                why = (
+                    f"at most {allowed} are allowed"
+                    if every > allowed
+                    else f"the run has {max_steps}, so it would be looked at once, at the end"
+                )
+                return failed(f"{key} is {every} steps, and {why}: set {key} lower", declared_steps=every, monitor=name)
+        return passed("", gap_steps=0, declared_steps=max(every for every, _ in self.intervals.values()), monitor="all")
+
+    def state_dict(self) -> dict:
+        return {"last": self.last, "every": self.every}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.last, self.every = dict(state["last"]), dict(state["every"])

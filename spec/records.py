@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from spec.canonical import canonical_json, parse_strict, sha256_bytes
 from spec.errors import IntegrityError
@@ -26,7 +26,7 @@ class Waiver(Frozen):
 
 
 class GateResult(Frozen):
-    """What one gate said in one run. `checks` counts how often it looked."""
+    """What one gate said in one run. `checks` counts how often it looked; one that never did cannot have passed or failed."""
 
     id: str
     fingerprint: str = Field(pattern=HEX64)
@@ -39,6 +39,12 @@ class GateResult(Frozen):
     message: str = ""
     seconds: float = Field(default=0.0, ge=0)
     waiver: Waiver | None = None
+
+    @model_validator(mode="after")
+    def _has_looked(self):
+        if self.verdict != "not_run" and self.checks == 0:
+            raise ValueError(f"gate {self.id} says {self.verdict} and has never looked (0 checks)")
+        return self
 
 
 class Kill(Frozen):

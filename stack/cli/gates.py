@@ -1,4 +1,4 @@
-"""`stack gates list | show | prove | backtest | coverage`."""
+"""`stack gates list | show | prove | backtest | repro | coverage`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ from spec.errors import ConfigError, GateFailed
 from stack.cli.output import Json, emit, stderr, stdout, table
 
 app = typer.Typer(help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True)
+MOMENTS = ("preflight", "runtime", "artifact")
 Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
 
 
@@ -27,10 +28,16 @@ def _states(evidence: Path | None):
 
 
 @app.command("list")
-def list_(evidence: Directory = None, json: Json = False) -> None:
+def list_(
+    evidence: Directory = None,
+    runners: Annotated[bool, typer.Option("--runners", help="Instead: who runs which gates, and which are not fed.")] = False,
+    json: Json = False,
+) -> None:
     """All gates with their computed state."""
     from spec.coverage import tally
 
+    if runners:
+        return _runners(json)
     spec, states = _states(evidence)
     rows = [
         {"id": g.id, "moment": g.moment, "severity": g.severity, "state": states[g.id].state, "plants": list(g.plants), "title": g.title}
@@ -43,6 +50,31 @@ def list_(evidence: Directory = None, json: Json = False) -> None:
                 ["gate", "moment", "severity", "state", "title"],
                 [[r[c] for c in ("id", "moment", "severity", "state", "title")] for r in rows],
             )
+        )
+
+
+def _runners(as_json: bool) -> None:
+    """Every runner, the gates of its kind by moment, and those it does not feed. Exit code 4 if there is one."""
+    from collections import Counter
+
+    from spec.gates import load_spec
+    from spec.runners import load_runners, required, unfed
+
+    spec, rows = load_spec(), []
+    for runner in load_runners(spec.root).values():
+        gates, missing = required(spec, runner.kind), [{"gate": g, "why": why} for g, why in unfed(spec, runner)]
+        counts = Counter(g.moment for g in gates)
+        rows.append(
+            {"runner": runner.name, "verb": runner.verb, "kind": runner.kind, "announces": list(runner.announces)}
+            | {"gates": [g.id for g in gates], "counts": dict(counts), "unfed": missing}
+        )
+    if not emit({"runners": rows}, as_json):
+        shown = [[r["verb"], r["kind"], *(r["counts"].get(m, 0) for m in MOMENTS), len(r["unfed"])] for r in rows]
+        stdout.print(table(f"Runners of spec {spec.version}", ["runner", "kind", *MOMENTS, "not fed"], shown))
+    first = next(((r["runner"], m) for r in rows for m in r["unfed"]), None)
+    if first:
+        raise GateFailed(
+            first[1]["gate"], what=f"the runner {first[0]} does not feed it: {first[1]['why']}", next_step="mend the runner, or its entry"
         )
 
 
@@ -168,3 +200,46 @@ def backtest(
     if not emit(outcome, json):
         first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
         stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}")
+
+
+@app.command(epilog="Example: stack gates repro runs/pocket-1/repro/runtime.finite-step-7")
+def repro(
+    bundle: Annotated[Path, typer.Argument(help="A folder of RUN/repro, or a copy of one.")],
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: where the run was.")] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="Step folder to begin from, where the bundle only names one.")] = None,
+    json: Json = False,
+) -> None:
+    """Replay the steps that turned a gate red, from the folder alone. Exit code 4 if it is red again, 0 if it is not."""
+    from stack.train.replay import replay
+
+    held, outcome = replay(bundle, device=device, base=base)
+    measured = dict(outcome.verdict.measured) if outcome.verdict else {}
+    document = {
+        "gate": held.gate,
+        "step": held.step,
+        "event": held.event,
+        "reproduced": outcome.reproduced,
+        "step_now": outcome.step,
+        "same": outcome.same,
+        "same_random_state": outcome.same_random_state,
+        "measured": measured,
+        "measured_then": held.measured,
+        "replayed_from": held.base.step,
+        "commit": held.code.commit,
+        "message": outcome.verdict.message if outcome.reproduced else "",
+    }
+    emit(document, json)
+    if outcome.reproduced:
+        raise GateFailed(
+            held.gate,
+            what=f"reproduced: {outcome.verdict.message}",
+            value=f"{measured} at step {outcome.step}; in the run {held.measured} at step {held.step}",
+            allowed=", ".join(f"{k} {v:g}" for k, v in held.limits.items()),
+            next_step=f"mend it and replay again; stack gates show {held.gate}",
+        )
+    if not json:
+        stdout.print(
+            f"not reproduced: {held.gate} is green on this code from step {held.base.step} to step {held.step}, where the run was red\n"
+            f"  measured now {measured}\n  in the run   {held.measured}",
+            markup=False,
+        )

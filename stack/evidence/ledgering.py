@@ -6,8 +6,10 @@ from pathlib import Path
 from spec import ROOT
 from spec.canonical import sha256_file
 from spec.errors import IntegrityError
+from spec.gates import load_spec
 from spec.ledger import Entry, Ledger
 from spec.records import Record, read_record
+from spec.runners import left_out
 
 MAX_ARTEFACT_BYTES = 4 * 2**20
 MAGIC_OF_WEIGHTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"GGUF", b"\x89HDF")
@@ -22,11 +24,20 @@ def default_directory() -> Path:
 def accept(run_dir: Path, directory: Path, *, supersedes: str | None = None) -> tuple[Record, Entry]:
     """Copy a run's record and its series into the evidence folder and append the ledger line.
 
-    Raises IntegrityError if the record is invalid, its series do not match their hashes, or it names no commit.
+    Raises IntegrityError if the record is invalid, its series do not match their hashes, it names no commit, or it lacks a gate that
+    runs of its kind and configuration must hold.
     """
     record = read_record(run_dir / "metadata.json")
     if record.code.commit == "unknown":
         raise IntegrityError(f"record {record.id} names no commit, so nobody could re-run it", next_step="run from a git checkout")
+    spec = load_spec()
+    if record.spec.sha256 == spec.sha256 and (absent := left_out(spec, record)):
+        raise IntegrityError(
+            f"record {record.id} was made without gate {absent[0]}",
+            value=f"{len(absent)} gate(s) absent",
+            allowed="a run with every gate of its kind installed",
+            next_step="run it again by its verb; gates cannot be left out, only waived with a reason",
+        )
     files = [(run_dir / s.path, s.path, s.sha256) for s in record.series]
     for path, name, sha256 in files:
         _require_small_text(path, name, sha256)

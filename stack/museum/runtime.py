@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from stack.museum.plant import plant, swap, touch
-from stack.train import loop, losses, state
+from stack.train import loop, losses, run, session, state
 from stack.train import step as steps
 
 BAD_STEP = 7
@@ -278,4 +278,48 @@ def tokens_counted_twice():
 )
 def dropout_unseeded():
     with swap(state, "seed_dropout", lambda seed: torch.seed()):
+        yield
+
+
+@plant(
+    "runtime.monitor-on-another-runner",
+    gate="runtime.cadence",
+    title="The sample monitor hangs on another runner",
+    story="The run that trains is started by a newer script, and the call that draws and judges samples stayed in the old one. The "
+    "configuration still says every so many steps. Nothing is sampled, nothing is red, and garbage is found ten days later.",
+    sources=("founding note: ANDREA-120M",),
+)
+def monitor_on_another_runner():
+    with swap(run.Run, "sample", lambda self: None):
+        yield
+
+
+@plant(
+    "runtime.evaluation-never-called",
+    gate="runtime.cadence",
+    title="Evaluation is switched on and never called",
+    story="A flag is read and the branch behind it is gone. The training loss goes down, the held-out loss is not in the log at all, and "
+    "what is not in a log is not missed.",
+    sources=("founding note: ANDREA-120M",),
+)
+def evaluation_never_called():
+    with swap(run.Run, "evaluate", lambda self: False):
+        yield
+
+
+@plant(
+    "runtime.interval-beyond-the-end",
+    gate="runtime.cadence",
+    title="A monitor that would first look after the end",
+    story="The interval of the samples is copied from a run of a hundred thousand steps into one of a few dozen. The monitor is on, every "
+    "line of the configuration says so, and it will never be asked while the run could still be stopped.",
+    sources=("founding note: ANDREA-120M",),
+)
+def interval_beyond_the_end():
+    original = session._open
+
+    def copied(cfg, *arguments, **options):
+        return original(cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"every": 1000})}), *arguments, **options)
+
+    with swap(session, "_open", copied):
         yield

@@ -57,9 +57,9 @@ def depth(n_layers: int, *, vocab_size: int = 1024, unique_tokens: int = EMBEDDE
         ),
         optim=AdamW(lr=round(4e-3 * (128 / d_model) ** 0.75, 6)),
         schedule=Cosine(warmup_steps=max(10, steps // 12)),
-        eval=EvalConfig(every=max(5, steps // 7)),
-        sample=SampleConfig(every=max(5, steps // 7)),
-        checkpoint=CheckpointConfig(every=max(10, steps // 3)),
+        eval=EvalConfig(every=min(1000, max(5, steps // 7))),
+        sample=SampleConfig(every=min(100, max(5, steps // 7))),
+        checkpoint=CheckpointConfig(every=min(2000, max(10, steps // 3))),
     )
 
 

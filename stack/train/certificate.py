@@ -33,7 +33,8 @@ def certify(base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], r
             f"{steps} steps leave no room for {kills} kills", allowed=f"at least {2 * (kills + 1)} steps", next_step="--steps 60"
         )
     every = max(1, steps // (3 * (kills + 1)))
-    sets = (f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 10)}", f"checkpoint.every={every}", *sets)
+    looks = (f"eval.every={min(steps, base.eval.every)}", f"sample.every={min(steps, base.sample.every)}")
+    sets = (f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 10)}", f"checkpoint.every={every}", *looks, *sets)
     cfg, overrides = load_config(base, sets=sets)
     builder = RecordBuilder(
         kind="resume",

@@ -20,11 +20,7 @@ def train_loop(run: Run) -> tuple[str, str]:
     status, reason = "completed", f"all {cfg.train.max_steps} steps"
     with listening(run.on_checkpoint_asked) as requests:
         while state.step < cfg.train.max_steps:
-            started = time.perf_counter()
-            batches = draw(run)
-            report = steps.train_step(state, batches)
-            run.after_step(report, batches, time.perf_counter() - started)
-
+            take_step(run)
             if isinstance(cfg.curriculum, BanditCurriculum) and state.step % cfg.curriculum.probe_every == 0:
                 run.probe()
             last = state.step == cfg.train.max_steps
@@ -47,10 +43,19 @@ def train_loop(run: Run) -> tuple[str, str]:
     return status, reason
 
 
+def take_step(run: Run) -> None:
+    """Draw, update, look; the clock runs from before the draw."""
+    started = time.perf_counter()
+    batches = draw(run)
+    report = steps.train_step(run.state, batches)
+    run.after_step(report, batches, time.perf_counter() - started)
+
+
 def draw(run: Run) -> list[Batch]:
     """The micro-batches of one optimizer step, shown to the gates."""
     reader, before = run.state.reader, run.state.reader.cursor
     batches = [reader.draw() for _ in range(run.cfg.accumulation())]
+    run.recent.draw(run.state.step + 1, batches, reader.cursor)
     run.keeper.observe(
         BatchDrawn(
             step=run.state.step + 1,

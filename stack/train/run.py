@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from contracts.events import Evaluated, Sampled, StepTaken
+from contracts.events import Evaluated, Sampled, Saved, StepTaken
+from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from contracts.sampling import coherence
 from spec.canonical import sha256_json
@@ -21,6 +23,7 @@ from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluatin
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
+from stack.train.bundle import Recent, write_bundle
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
 from stack.train.preflight import live_crc32
@@ -56,6 +59,15 @@ class Run:
     inherited_s: float = 0.0  # of a child run, the seconds its parents had trained before
     last_val: Evaluation | None = None
     kept: list[Artefact] = field(default_factory=list)
+    begun_at: Path | None = None  # the step folder that the run began from
+    recent: Recent = field(default_factory=Recent)
+
+    def on_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+        """Log a verdict; a red one of inside the run leaves a bundle with which it can be seen again."""
+        said = {"verdict": verdict.outcome, "measured": dict(verdict.measured), "message": verdict.message}
+        self.dir.log("gates.jsonl", gate=gate_id, step=step, **said)
+        if verdict.outcome == "fail" and self.keeper.seats[gate_id].gate.moment == "runtime":
+            write_bundle(self, gate_id, step, verdict)
 
     def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
         """Update running numbers, prepare the log line and show the step to the gates."""
@@ -170,9 +182,13 @@ class Run:
                 prompt=cfg.prompt,
                 language=cfg.language,
                 loss_nats=loss_nats,
-                found_in_corpus=lambda: found_in(ids, self.dataset.train, MAX_SEARCHED_TOKENS),
+                found_in_corpus=lambda: self.found_in_corpus(ids),
             )
         )
+
+    def found_in_corpus(self, ids: Sequence[int]) -> float:
+        """Share of a text's runs of about 60 bytes that stand in the training split."""
+        return found_in(ids, self.dataset.train, MAX_SEARCHED_TOKENS)
 
     def own_loss(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> float:
         """Mean loss of the model on what it drew itself, nats per token, at temperature 1."""
@@ -194,16 +210,25 @@ class Run:
             record=self.builder.id,
         )
         snapshot = checkpoint.capture(state, document, copied=self.writer.copied)
-        self.writer.start(partial(self._store, snapshot, live_crc32(state), state.best.get("step") == state.step))
+        is_best = state.best.get("step") == state.step
+        self.writer.start(
+            partial(self._write, snapshot, live_crc32(state), is_best), partial(self._written, state.step, self.plan(), document["gates"])
+        )
 
-    def _store(self, snapshot: checkpoint.Snapshot, live: dict[str, int], is_best: bool) -> None:
-        """Write a checkpoint, let the artifact gates judge it, move the pointers, then delete what is no longer kept."""
+    def _write(self, snapshot: checkpoint.Snapshot, live: dict[str, int], is_best: bool) -> Path:
+        """Write a checkpoint, let the artifact gates judge it, move the pointers. Touches nothing that a training step touches."""
         folder = checkpoint.write(self.dir.checkpoints, snapshot)
         self.keeper.artifact({"checkpoint_dir": folder, "live_crc32": live, "expected_step": snapshot.step}, step=snapshot.step)
         if is_best:
             checkpoint.point(self.dir.checkpoints, "best", folder)
+        return folder
+
+    def _written(self, step: int, plan: dict[str, Any], gates: dict[str, Any], folder: Path) -> None:
+        """Delete what is no longer kept, and say that a run could go on from here."""
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
-        self.listener.on_saved(snapshot.step, folder)
+        self.listener.on_saved(step, folder)
+        self.recent.begin(folder, step, plan, gates, continued=True)
+        self.keeper.observe(Saved(step=step, path=str(folder)))
 
     def on_checkpoint_asked(self) -> None:
         every = self.cfg.checkpoint.signal_boundary
@@ -235,6 +260,11 @@ class Run:
             "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
             "warmup_sources": list(cfg.curriculum.warmup_sources),
             "random_loss_nats": self.random_loss_nats,
+            "intervals": {
+                "Evaluated": (cfg.eval.every, "eval.every"),
+                "Sampled": (cfg.sample.every, "sample.every"),
+                "Saved": (cfg.checkpoint.every, "checkpoint.every"),
+            },
             **_experts(cfg.model),
         }
 

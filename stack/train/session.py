@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -88,7 +87,7 @@ def start(
     directory = RunDir(run_dir)
     directory.create()
     with alone(run_dir, "run"):
-        run = _open(cfg, overrides, directory, listener, only=only)
+        run = _open(cfg, overrides, directory, listener, runner="resume" if parent else "train", only=only)
         with _recording(run):
             if loaded is None:
                 _refuse_certain_exhaustion(run)
@@ -118,7 +117,7 @@ def resume(run_dir: Path, sets: Sequence[Override], changed: RunConfig, listener
             listener.on_event(f"{run_dir} is {record.status}; nothing is left to do. --fork continues it under a changed configuration")
             return record
         former = [Override.model_validate(o) for o in document["overrides"]]
-        run = _open(changed, [*former, *sets], directory, listener, document=document)
+        run = _open(changed, [*former, *sets], directory, listener, runner="resume", document=document)
         _require_same_data(run, document)
         run.inherited_s = document["inherited_s"]
         with _recording(run):
@@ -155,6 +154,7 @@ def _open(
     directory: RunDir,
     listener: Listener,
     *,
+    runner: str = "train",
     document: dict | None = None,
     only: Sequence[str] | None = None,
 ) -> Run:
@@ -180,19 +180,15 @@ def _open(
     if cfg.data.verify != "full":
         builder.not_covered = (*NOT_COVERED, "bit flips in the token shards: only their sizes were compared")
 
-    def log_verdict(gate: str, step: int | None, verdict: Any) -> None:
-        directory.log(
-            "gates.jsonl", gate=gate, step=step, verdict=verdict.outcome, measured=dict(verdict.measured), message=verdict.message
-        )
-
     vocab_size, model = dataset.tokenizer.vocab_size, cfg.model.model_dump()
     listener.on_opened(cfg, dataset, parameter_count(model, vocab_size), directory.path)
-    return Run(
+    said = lambda gate_id, step, verdict: run.on_verdict(gate_id, step, verdict)  # noqa: E731 - the run holds its keeper
+    run = Run(
         cfg=cfg,
         dir=directory,
         device=device,
         dataset=dataset,
-        keeper=Gatekeeper(spec, kind="train", waivers=cfg.gates.waive, only=only, config=cfg.to_dict(), on_verdict=log_verdict),
+        keeper=Gatekeeper(spec, kind="train", runner=runner, waivers=cfg.gates.waive, only=only, config=cfg.to_dict(), on_verdict=said),
         builder=builder,
         listener=listener,
         state=build_state(cfg, dataset, device),
@@ -201,6 +197,7 @@ def _open(
         writer=make_writer(cfg.checkpoint),
         random_loss_nats=math.log(vocab_size),
     )
+    return run
 
 
 def _command() -> list[str]:
@@ -273,13 +270,16 @@ def _adopt(run: Run, loaded: checkpoint.Loaded) -> None:
         run.listener.on_event(f"the curriculum's state knows source {name}, which is no arm of this run; dropped")
     _refuse_certain_exhaustion(run)
     run.keeper.load_state_dict(loaded.state["gates"])
+    run.begun_at = loaded.path
     run.line = next(iter(run.dir.read_lines("metrics.jsonl")[-1:]), {})
     run.keeper.observe(Resumed(step=run.state.step, path=str(loaded.path), cursor=run.state.reader.cursor))
     run.listener.on_event(f"continuing after step {run.state.step} from {loaded.path}")
 
 
 def _train(run: Run) -> Record:
-    run.keeper.observe(Started(step=run.state.step, plan=run.plan()))
+    plan = run.plan()
+    run.recent.begin(run.begun_at, run.state.step, plan, run.keeper.state_dict(), continued=run.begun_at is not None)
+    run.keeper.observe(Started(step=run.state.step, plan=plan))
     status, reason = train_loop(run)
     if run.last_val is None:  # a kill came between the last checkpoint and the record
         run.last_val = run.measure()
@@ -345,6 +345,7 @@ def _close(run: Run, status: str, reason: str, exit_code: int) -> Record:
         run.builder.outputs = [artefact(folder / f, root=run.dir.path) for f in (*checkpoint.FILES, "manifest.json")]
         run.builder.outputs.append(artefact(run.dir.path / "tokenizer.json", root=run.dir.path))
         run.builder.outputs += run.kept
+    run.builder.outputs += [artefact(p, root=run.dir.path) for p in sorted(run.dir.path.glob("repro/*/repro.json"))]
     record = run.builder.finish(
         run.dir.path, status=status, end_reason=reason, exit_code=exit_code, gates=run.keeper.results(), series=SERIES
     )

@@ -67,7 +67,12 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
 
     Raises ConfigError for impossible sizes.
     """
-    model = build_model(cfg.model, dataset.tokenizer.vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
+    return state_around(cfg, dataset.tokenizer.vocab_size, make_reader(cfg, dataset, rows=rows, cursor=cursor), device)
+
+
+def state_around(cfg: RunConfig, vocab_size: int, reader: Reader, device: torch.device) -> TrainState:
+    """A fresh state that draws from a given reader."""
+    model = build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
     model.recompute = cfg.train.activation_checkpointing == "blocks"
     seed_dropout(cfg.seed)
@@ -76,7 +81,7 @@ def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows:
         model=model,
         optimizer=opt.make_optimizer(model, cfg.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.train.dtype == "float16"),
-        reader=make_reader(cfg, dataset, rows=rows, cursor=cursor),
+        reader=reader,
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=device,

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from stack.config import CheckpointConfig
-
-Job = Callable[[], None]
 
 
 class InLine:
@@ -13,35 +12,45 @@ class InLine:
 
     copied = False
 
-    def start(self, job: Job) -> None:
-        job()
+    def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        then(job())
+
+    def poll(self) -> None:
+        """Nothing is ever left to ask for."""
 
     def settle(self) -> None:
         """Nothing is ever left to wait for."""
 
 
 class Behind:
-    """Does one job at a time in a thread of its own, on a copy of the state."""
+    """Does one job at a time in a thread of its own, on a copy of the state. What follows a job is done by the thread that asks for it."""
 
     copied = True
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._job: Future[None] | None = None
+        self._running: tuple[Future[Path], Callable[[Path], None]] | None = None
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
         """Begin a job, after the one before it. Raises what that one raised."""
         self.settle()
-        self._job = self._pool.submit(job)
+        self._running = self._pool.submit(job), then
+
+    def poll(self) -> None:
+        """Take up what the job returned, if it has ended. Raises what it raised."""
+        if self._running is not None and self._running[0].done():
+            self.settle()
 
     def settle(self) -> None:
-        """Wait for the job that is being done, if any, and raise what it raised. It raises once."""
-        if self._job is not None:
-            job = self._job
-            error = job.exception()
-            self._job = None
-            if error is not None:
-                raise error
+        """Wait for the job, if any, and take up what it returned. Raises what it raised, once."""
+        if self._running is None:
+            return
+        job, then = self._running
+        error = job.exception()
+        self._running = None
+        if error is not None:
+            raise error
+        then(job.result())
 
 
 def make_writer(cfg: CheckpointConfig) -> InLine | Behind:

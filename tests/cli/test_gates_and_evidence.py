@@ -30,6 +30,25 @@ def test_gates_list_and_coverage_agree(trained):
     assert failures["awaits"]["SF-X01"] == "several-ranks" and "SF-L01" not in failures["awaits"]
 
 
+def test_runners_are_listed_with_the_gates_they_feed(stack):
+    """All are fed, and a runner whose entry names one event less is told with exit code 4."""
+    listed = stack("gates", "list", "--runners", "--json")
+    rows = {r["runner"]: r for r in listed.json["runners"]}
+    assert listed.code == 0 and all(r["unfed"] == [] for r in rows.values()), listed.err
+    assert "sampling.coherence" in rows["resume"]["gates"] and rows["train"]["counts"]["preflight"] > 30
+    assert "export.complete" in rows["export"]["gates"] and rows["data"]["gates"] == []
+    code = (
+        "import sys\nfrom spec import runners\nfrom stack.cli import main\noriginal = runners.load_runners\n"
+        "def mute(root):\n    found = original(root)\n    fewer = tuple(e for e in found['train'].announces if e != 'Sampled')\n"
+        "    return found | {'train': found['train'].model_copy(update={'announces': fewer})}\n"
+        "runners.load_runners = mute\nmain(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "gates", "list", "--runners"], cwd=stack.folder, env=stack.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 4 and "the runner train does not feed it: it does not announce Sampled" in done.stderr, done.stderr
+
+
 def test_gates_show_names_limits_and_nearest(trained):
     shown = trained("gates", "show", "loss.golden", "--json").json
     assert shown["limits"]["abs_error_max"]["why"] and shown["state"] == "unproven" and len(shown["fingerprint"]) == 64

@@ -6,6 +6,7 @@ import math
 import subprocess
 from pathlib import Path
 
+from spec import failures
 from spec.canonical import canonical_json, sha256_bytes, sha256_json
 from spec.formulas import parameter_count
 from spec.gates import _load_spec, frozen_release, load_spec
@@ -29,11 +30,24 @@ error_max = { value = 1e-5, unit = "nats", direction = "at-most", why = "Because
 """
 CHECK = """
 @decides("loss.golden")
-def golden(limits):
+def golden(limits, *, loss):
     return helper(limits.error_max)
 
 def helper(x):
     return x
+"""
+RUNNER = """
+[[runner]]
+name = "train"
+verb = "stack train"
+kind = "train"
+files = ["stack/train.py"]
+ingredients = ["stack/train.py"]
+"""
+TRAIN = """
+def train():
+    keeper = Gatekeeper(spec)
+    keeper.preflight({"loss": 1.0})
 """
 PLANT = """
 @plant("loss.wrong", gate="loss.golden", title="Wrong", story="It is wrong and nobody sees it.", sources=("a thread",))
@@ -97,6 +111,13 @@ STEPS = 4
 START = dt.datetime(2026, 1, 10, 12, 0, tzinfo=dt.UTC)
 
 
+def forget() -> None:
+    """What was read of another repository at the same place is read anew."""
+    _load_spec.cache_clear()
+    failures._load.cache_clear()
+    failures._is_there.cache_clear()
+
+
 def git(root: Path, *arguments: str, when: str = "2026-01-01T00:00:00Z") -> str:
     """A git command under a fixed name and clock."""
     environment = {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when, "HOME": str(root), "PATH": "/usr/bin:/bin:/usr/local/bin"}
@@ -108,6 +129,12 @@ def write(root: Path, path: str, text: str | bytes) -> None:
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def edit(root: Path, path: str, old: str, new: str) -> None:
+    text = (root / path).read_text()
+    assert old in text, (path, old)
+    (root / path).write_text(text.replace(old, new, 1))
 
 
 def artefact(name: str, sha256: str) -> dict:
@@ -192,6 +219,8 @@ def build(root: Path) -> None:
     write(root, "spec/CHANGELOG.md", "# Changes\n\n## 1.0.0 — today\n\nFirst.\n")
     verbs = {"train": {"arguments": [], "options": [{"flags": ["--set"], "takes_value": True, "many": True}]}}
     write(root, "spec/cli.json", json.dumps({"verbs": verbs}))
+    write(root, "spec/runners.toml", RUNNER)
+    write(root, "stack/train.py", TRAIN)
     write(root, "contracts/loss.py", CHECK)
     write(root, "stack/museum/loss.py", PLANT)
     write(root, "stack/recipes/small.py", "def small():\n    return 1\n")

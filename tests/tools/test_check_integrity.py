@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from spec import failures
 from spec.canonical import canonical_json, sha256_bytes
-from spec.gates import _load_spec
 from spec.ledger import GENESIS, Entry
 from tests.tools import small_repo
-from tests.tools.small_repo import git, write
+from tests.tools.small_repo import edit, git, write
 from tools.check_integrity import check, explain, main
 from tools.integrity import core
 from tools.integrity.core import RULES, Repo
@@ -25,36 +23,9 @@ from tools.integrity.repo_rules import looks_like_weights
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def valid(tmp_path_factory):
-    root = tmp_path_factory.mktemp("valid") / "repo"
-    small_repo.build(root)
-    return root
-
-
-@pytest.fixture
-def repo(valid, tmp_path):
-    root = tmp_path / "repo"
-    shutil.copytree(valid, root, symlinks=True)
-    forget()
-    return root
-
-
-def forget() -> None:
-    """What was read of another repository at the same place is read anew."""
-    _load_spec.cache_clear()
-    failures._load.cache_clear()
-
-
 def found(root: Path) -> set[str]:
-    forget()
+    small_repo.forget()
     return {f.code for f in check(root)}
-
-
-def edit(root: Path, path: str, old: str, new: str) -> None:
-    text = (root / path).read_text()
-    assert old in text, (path, old)
-    (root / path).write_text(text.replace(old, new, 1))
 
 
 def folder(root: Path, kind: str) -> Path:
@@ -176,6 +147,8 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
     "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),
     "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
+    "RUNNER-FED": lambda r: edit(r, "stack/train.py", '"loss"', '"los"'),
+    "RECORD-GATES": lambda r: rechain(r, "train", put("gates", value=[])),
     "TEST-EXISTS": lambda r: edit(r, "tests/test_loss.py", "test_golden", "test_silver"),
     "CHAIN": drop_ledger_line,
     "LEDGER-APPEND-ONLY": lambda r: rechain(r, "resume", put("claim", value="another")),
@@ -360,13 +333,13 @@ def test_repo_reads_plants_from_their_decorators(repo):
 )
 def test_a_failure_that_names_what_is_not_there_is_found(repo, old, new, says):
     edit(repo, "spec/failures/loss.toml", old, new)
-    forget()
+    small_repo.forget()
     assert [f.message for f in check(repo) if f.code == "FAILURE-PLANTED" and says in f.message]
 
 
 def test_a_failure_of_before_step_one_needs_a_gate_that_looks_there(repo):
     edit(repo, "spec/gates/loss.toml", 'moment = "preflight"', 'moment = "runtime"')
-    forget()
+    small_repo.forget()
     assert "no gate of its plants looks there" in " ".join(f.message for f in check(repo) if f.code == "FAILURE-PLANTED")
 
 
@@ -374,5 +347,6 @@ def test_an_awaited_failure_is_no_finding_until_its_capability_is_built(repo):
     write(repo, "stack/tune/masks.py", "x = 1\n")
     assert "FAILURE-PLANTED" not in found(repo)
     write(repo, "stack/tune/masks.py", "def tune():\n    return 1\n")
+    small_repo.forget()
     messages = [f.message for f in check(repo) if f.code == "FAILURE-PLANTED"]
     assert messages == ["SF-T01 A wrong mask: nothing stands for it, and tuning is built"]

@@ -125,12 +125,14 @@ def test_a_compiled_run_ends_as_the_plain_one_and_names_its_gate(cfg, tmp_path, 
 
 
 def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):
-    """A monitor that is wired to nothing: the run does not end well."""
+    """A monitor that is wired to nothing: the run does not end well, also without the gate that sees it at the first gap."""
     from stack.train.run import Run
 
     monkeypatch.setattr(Run, "sample", lambda self: None)
+    with pytest.raises(GateFailed, match=r"runtime\.cadence.*no Sampled for 3 steps"):
+        session.start(cfg, (), tmp_path / "gap", Listener())
     with pytest.raises(GateFailed, match=r"sampling\.coherence.*never looked") as caught:
-        session.start(cfg, (), tmp_path / "run", Listener())
+        session.start(cfg, (), tmp_path / "run", Listener(), only=(*FEW, "sampling.coherence"))
     assert caught.value.record.status == "halted"
     silent = next(g for g in caught.value.record.gates if g.id == "sampling.coherence")
     assert silent.verdict == "not_run" and silent.checks == 0

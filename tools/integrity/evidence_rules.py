@@ -8,6 +8,7 @@ from spec import formulas
 from spec.canonical import sha256_file
 from spec.errors import StackproofError
 from spec.records import Record
+from spec.runners import left_out
 from tools.integrity.core import Repo, rule
 
 Found = Iterator[tuple[str, int, str]]
@@ -383,3 +384,16 @@ def waiver_expired(repo: Repo) -> Found:
             for gate in record.gates if record else ():
                 if gate.waiver and dt.date.fromisoformat(gate.waiver.expires) < today:
                     yield repo.record_file(record_id), 0, f"the waiver of {gate.id} expired on {gate.waiver.expires}"
+
+
+@rule(
+    "RECORD-GATES",
+    title="A record holds every gate of its kind and configuration",
+    why="A run with a gate left out is green where nobody looked.",
+    hint="run it again by its verb and supersede the record",
+)
+def record_gates(repo: Repo) -> Found:
+    now = repo.spec.sha256
+    for record in (r for r in repo.records.values() if r.spec.sha256 == now):
+        if absent := left_out(repo.spec, record):
+            yield repo.record_file(record.id), 0, f"made without {len(absent)} gate(s): {', '.join(absent[:4])}"

@@ -1,0 +1,57 @@
+"""The count of false alarms: its bound is exact, its configurations exist, and an alarm or a broken run is told."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import false_alarms
+import pytest
+
+from stack.config import load_config
+from stack.recipes import recipe
+
+
+def test_the_bound_is_that_of_clopper_and_pearson():
+    """Without an alarm 1 − 0.05^(1/n), which the rule of three overstates by less than one in a hundred; 1 of 10 from tables."""
+    for n in (20, 200):
+        assert false_alarms.upper_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-9)
+    assert 0.99 < false_alarms.upper_bound(0, 200) / (3 / 200) < 1
+    assert false_alarms.upper_bound(1, 10) == pytest.approx(0.3942, abs=5e-5)
+    assert false_alarms.upper_bound(3, 3) == 1.0
+    for alarms, runs in ((2, 50), (7, 40)):
+        rate = false_alarms.upper_bound(alarms, runs)
+        chance = sum(math.comb(runs, k) * rate**k * (1 - rate) ** (runs - k) for k in range(alarms + 1))
+        assert chance == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", false_alarms.SHAPES, ids=lambda s: s.name)
+def test_every_configuration_is_a_run_with_its_monitors_on(shape, tmp_path):
+    cfg, _ = load_config(recipe("pocket"), sets=false_alarms.sets_of(shape, 7, tmp_path / "text.jsonl")[1::2])
+    assert cfg.seed == 7 and cfg.train.max_steps == shape.steps
+    assert max(cfg.eval.every, cfg.sample.every) * 2 <= cfg.train.max_steps
+
+
+def counted(monkeypatch, tmp_path, capsys, records) -> tuple[int, str]:
+    given = iter(records)
+    monkeypatch.setattr(false_alarms, "trained", lambda *a: next(given))
+    monkeypatch.setattr(sys, "argv", ["false_alarms.py", "--runs", str(len(records)), "--work", str(tmp_path)])
+    return false_alarms.main(), capsys.readouterr().out
+
+
+def gate(verdict: str, waiver=None):
+    return SimpleNamespace(id="runtime.finite", verdict=verdict, checks=5, waiver=waiver)
+
+
+def record(verdict: str = "pass", succeeded: bool = True, waiver=None):
+    return SimpleNamespace(gates=[gate(verdict, waiver)], succeeded=succeeded, status="completed" if succeeded else "halted", wall_s=1.0)
+
+
+def test_an_alarm_is_counted_a_waived_one_is_not_and_a_broken_run_is_told(monkeypatch, tmp_path, capsys):
+    code, said = counted(monkeypatch, tmp_path, capsys, [record(), record("fail", waiver="known")])
+    assert code == 0 and "runtime.finite                         2      10       0" in said
+    code, said = counted(monkeypatch, tmp_path, capsys, [record(), record("fail", succeeded=False), record("not_run")])
+    assert code == 4 and "runtime.finite                         3      15       2" in said
+    assert json.loads(said.splitlines()[1])["alarms"] == ["runtime.finite"]
+    code, said = counted(monkeypatch, tmp_path, capsys, [record(), record(succeeded=False), None])
+    assert code == 1 and "0001-pocket-long, 0002-adamw-cosine" in said

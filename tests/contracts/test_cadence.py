@@ -1,0 +1,181 @@
+"""Runners that feed their gates, and monitors that look as often as they were declared to."""
+
+import json
+
+import pytest
+
+from contracts.events import BatchDrawn, Evaluated, Sampled, Saved, Started
+from contracts.gate import limits_of
+from contracts.keeper import Gatekeeper
+from contracts.runtime import Cadence
+from spec import runners
+from spec.errors import ConfigError, GateFailed
+from spec.records import GateResult
+from stack.config import NeverStop
+from stack.museum.collection import museum_config
+from stack.museum.plant import load_museum
+from stack.recipes import RECIPES
+from stack.recipes.depth import depth
+from stack.train import session
+from stack.train.listener import Listener
+from tests.contracts.test_optim import step_taken
+
+GATE = "runtime.cadence"
+EVERY = {"Evaluated": (10, "eval.every"), "Sampled": (5, "sample.every"), "Saved": (20, "checkpoint.every")}
+
+
+def started(step: int = 0, max_steps: int = 100, **changed) -> Started:
+    return Started(step=step, plan={"max_steps": max_steps, "intervals": EVERY | changed})
+
+
+def make(spec) -> Cadence:
+    return Cadence(limits_of(spec.gates[GATE]))
+
+
+def drawn(step: int) -> BatchDrawn:
+    return BatchDrawn(step=step, cursor_before=0, cursor_after=1, sample_ids=(0,), epoch=0, n_tokens=1)
+
+
+def play(check, steps, *, without: str = "") -> int | None:
+    """The step at which a loop like that of `stack train` turns red, in which one kind of event is missing."""
+    for step in steps:
+        shown = [drawn(step), step_taken(step=step)]
+        shown += [Evaluated(step, 1.0, 1.0, (1.0,), "h", None, 2.0)] if step % 10 == 0 else []
+        shown += [Sampled(step, "text")] if step % 5 == 0 else []
+        shown += [Saved(step, "folder")] if step % 20 == 0 else []
+        for event in shown:
+            if type(event).__name__ != without and not check.observe(event).passed:
+                return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("without", "red_at"), [("", None), ("Evaluated", 11), ("Sampled", 6), ("Saved", 21), ("StepTaken", 2), ("BatchDrawn", 2)]
+)
+def test_a_gap_beyond_the_declared_interval_is_red_at_its_step(spec, without, red_at):
+    check = make(spec)
+    assert check.observe(started()).passed
+    assert play(check, range(1, 61), without=without) == red_at
+
+
+@pytest.mark.parametrize("key", ["sampled", "evaluated", "saved"])
+def test_an_interval_that_disables_a_monitor_is_red_before_step_one(spec, key):
+    """At the limit it passes, one step beyond it is red; and a monitor must fit into the run, saves aside: a run saves at its end."""
+    name, limit = key.capitalize(), int(spec.gates[GATE].limits[f"{key}_gap_steps_max"].value)
+    assert make(spec).observe(started(max_steps=10**6, **{name: (limit, "k")})).passed
+    beyond = make(spec).observe(started(max_steps=10**6, **{name: (limit + 1, "the.key")}))
+    assert not beyond.passed and "the.key" in beyond.message and str(limit) in beyond.message
+    assert make(spec).observe(started(max_steps=30, **{name: (31, "k")})).passed is (name == "Saved")
+
+
+def test_an_interval_that_is_not_declared_is_red(spec):
+    verdict = make(spec).observe(Started(step=0, plan={"max_steps": 100, "intervals": {"Evaluated": EVERY["Evaluated"]}}))
+    assert not verdict.passed and "Sampled" in verdict.message
+
+
+def test_clocks_go_on_over_a_resume_and_start_afresh_where_an_interval_was_changed(spec):
+    check, resumed, forked = make(spec), make(spec), make(spec)
+    check.observe(started())
+    assert play(check, range(1, 14)) is None
+    saved = json.loads(json.dumps(check.state_dict()))
+    resumed.load_state_dict(saved)
+    resumed.observe(started(step=13))
+    assert play(resumed, range(14, 61), without="Sampled") == 16, "the last sample was at step 10"
+    forked.load_state_dict(saved)
+    forked.observe(started(step=13, Sampled=(2, "sample.every")))
+    assert all(forked.observe(event(step)).passed for step in (14, 15) for event in (drawn, lambda n: step_taken(step=n)))
+    assert forked.observe(drawn(16)).measured["monitor"] == "Sampled", "13 + 2 steps are over, not 10 + 2"
+
+
+def test_every_recipe_keeps_the_cadence(spec):
+    for cfg in [make_cfg() for make_cfg in RECIPES.values()] + [depth(n) for n in (1, 3, 8, 24)]:
+        intervals = {"Evaluated": cfg.eval.every, "Sampled": cfg.sample.every, "Saved": cfg.checkpoint.every}
+        verdict = make(spec).observe(started(max_steps=cfg.train.max_steps, **{k: (v, k) for k, v in intervals.items()}))
+        assert verdict.passed, (cfg.recipe, verdict.message)
+
+
+@pytest.fixture
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
+    return base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14}), "stop": NeverStop()})
+
+
+@pytest.mark.parametrize(
+    ("plant", "step"),
+    [("runtime.monitor-on-another-runner", 3), ("runtime.evaluation-never-called", 8), ("runtime.interval-beyond-the-end", 0)],
+)
+def test_plants_are_seen_at_the_first_missed_look(cfg, tmp_path, plant, step):
+    with load_museum()[plant].apply(), pytest.raises(GateFailed, match=GATE) as caught:
+        session.start(cfg, (), tmp_path / "run", Listener(), only=(GATE,))
+    record = caught.value.record
+    assert record.status == "halted" and record.gates[0].first_failure_step == step
+    assert (tmp_path / "run" / "metrics.jsonl").exists() is (step > 0), "a declared gap is refused before step 1"
+
+
+# --- runners --------------------------------------------------------------------------------------------------------
+
+
+def test_every_runner_feeds_every_gate_of_its_kind(spec):
+    for runner in runners.load_runners().values():
+        assert list(runners.unfed(spec, runner)) == [], runner.name
+    assert {k for g in spec.gates.values() if g.moment != "repository" for k in g.kinds} <= {
+        r.kind for r in runners.load_runners().values()
+    }
+
+
+def test_what_a_runner_says_is_held_against_what_its_files_do(spec):
+    train = runners.load_runners()["train"]
+    loop_alone = train.model_copy(update={"files": ("stack/train/loop.py",)})
+    assert ("sampling.coherence", "it is to announce Sampled, and none of its files shows one to the Gatekeeper") in runners.unfed(
+        spec, loop_alone
+    )
+    mute = train.model_copy(update={"announces": tuple(e for e in train.announces if e != "Evaluated")})
+    assert ("evaluation.divergence", "it does not announce Evaluated") in runners.unfed(spec, mute)
+    bare = train.model_copy(update={"ingredients": ()})
+    assert any(gate == "loss.golden" and "none of its files makes" in why for gate, why in runners.unfed(spec, bare))
+
+
+def test_a_runner_that_cannot_feed_a_gate_does_not_start(spec, monkeypatch):
+    """Also where it is one event of one gate. Without a change the same call opens."""
+    known = runners.load_runners()
+    Gatekeeper(spec, kind="train")
+    for event, gate in (
+        ("Sampled", "sampling.coherence"),
+        ("Evaluated", "evaluation.divergence"),
+        ("StepTaken", "curriculum.gradient-shock"),
+    ):
+        mute = known["train"].model_copy(update={"announces": tuple(e for e in known["train"].announces if e != event)})
+        monkeypatch.setattr("contracts.keeper.load_runners", lambda root, mute=mute: known | {"train": mute})
+        for only in (None, (gate,)):
+            with pytest.raises(GateFailed, match=f"announces no {event}") as caught:
+                Gatekeeper(spec, kind="train", only=only)
+            assert caught.value.exit_code == 4
+        assert caught.value.gate_id == gate
+
+
+def test_a_runner_nobody_entered_and_one_of_another_kind_are_refused(spec):
+    with pytest.raises(ConfigError, match="no runner homemade"):
+        Gatekeeper(spec, kind="train", runner="homemade")
+    with pytest.raises(ConfigError, match="no runner export for runs of kind train"):
+        Gatekeeper(spec, kind="train", runner="export")
+
+
+def test_a_gate_that_never_looked_can_neither_pass_nor_fail():
+    said = {"id": GATE, "fingerprint": "a" * 64, "verdict": "pass", "checks": 1}
+    assert GateResult.model_validate(said).checks == 1
+    for verdict in ("pass", "fail"):
+        with pytest.raises(ValueError, match="never looked"):
+            GateResult.model_validate(said | {"verdict": verdict, "checks": 0})
+    assert GateResult.model_validate(said | {"verdict": "not_run", "checks": 0}).verdict == "not_run"
+
+
+def test_a_monitor_that_falls_silent_in_the_middle_is_seen_although_it_has_a_heartbeat(cfg, tmp_path, monkeypatch):
+    from stack.train.run import Run
+
+    original = Run.sample
+    monkeypatch.setattr(Run, "sample", lambda self: original(self) if self.state.step < 6 else None)
+    with pytest.raises(GateFailed, match=GATE) as caught:
+        session.start(cfg, (), tmp_path / "run", Listener(), only=(GATE, "sampling.coherence"))
+    looked = {g.id: g for g in caught.value.record.gates}
+    assert looked["sampling.coherence"].checks == 2 and looked[GATE].first_failure_step == 7
+    assert caught.value.verdict.measured["monitor"] == "Sampled"

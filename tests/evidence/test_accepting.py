@@ -1,0 +1,28 @@
+"""What the ledger takes in."""
+
+import pytest
+
+from spec.errors import IntegrityError
+from stack.evidence import ledgering
+from stack.museum.collection import museum_config
+from stack.train import session
+from stack.train.listener import Listener
+
+
+def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
+    """Of a finished run under two gates; nothing of it is copied. The gates that are absent are counted, those of other runs are not."""
+    base = museum_config(museum_folder)
+    cfg = base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14})})
+    record = session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.finite", "runtime.cadence"))
+    assert record.succeeded
+    with pytest.raises(IntegrityError, match="made without gate") as caught:
+        ledgering.accept(tmp_path / "run", tmp_path / "evidence")
+    from spec.gates import load_spec
+    from spec.runners import left_out, required
+
+    spec = load_spec()
+    absent = left_out(spec, record)
+    wanted = [g.id for g in required(spec, "train") if g.applies_to(record.config)]
+    assert str(caught.value.value).startswith(str(len(absent))) and len(absent) == len(wanted) - 2
+    assert "kernel.compiled-graph" not in absent and "sampling.coherence" in absent
+    assert not (tmp_path / "evidence").exists()

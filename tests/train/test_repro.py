@@ -1,0 +1,213 @@
+"""A red gate leaves a folder from which it turns red again: elsewhere, without corpus and cache, by one command."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spec.errors import DataError, GateFailed, IntegrityError
+from stack.config import NeverStop
+from stack.evidence import repro
+from stack.museum.collection import museum_config, write_texts
+from stack.museum.plant import load_museum
+from stack.train import bundle as bundles
+from stack.train import session
+from stack.train.listener import Listener
+from stack.train.replay import replay
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANTED = (
+    "import sys\nfrom stack.cli import main\nfrom stack.museum.plant import load_museum\n"
+    "with load_museum()[sys.argv[1]].apply():\n    main(['gates', 'repro', sys.argv[2], '--json'])\n"
+)
+# plant, gate, where the replay begins
+CASES = [
+    ("runtime.nan-in-a-weight", "runtime.finite", 0),
+    ("runtime.labels-all-masked", "runtime.tokens-consumed", 0),
+    ("runtime.update-skipped", "runtime.params-changed", 0),
+    ("runtime.placeholder-loss", "runtime.loss-not-constant", 0),
+    ("runtime.lr-spike", "runtime.loss-spike", 14),
+    ("runtime.monitor-on-another-runner", "runtime.cadence", 0),
+    ("sampling.monitor-blind", "sampling.coherence", 7),
+]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    """The museum's run on texts of its own, which a test can take away."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return museum_config(folder).model_copy(update={"stop": NeverStop()})
+
+
+def broken(cfg, plant: str, gate: str, folder: Path) -> Path:
+    """The bundle of a run that a plant turned red."""
+    torch.set_num_threads(1)
+    with load_museum()[plant].apply(), pytest.raises(GateFailed, match=gate):
+        session.start(cfg, (), folder / "run", Listener(), only=(gate,))
+    (found,) = (folder / "run" / "repro").iterdir()
+    assert found.name.startswith(f"{gate}-step-")
+    return found
+
+
+@pytest.mark.parametrize(("plant", "gate", "base"), CASES)
+def test_the_same_gate_is_red_again_with_the_same_figures_and_green_without_the_plant(cfg, tmp_path, plant, gate, base):
+    """Digit by digit, in this process; measured difference 0 for all of them."""
+    folder = broken(cfg, plant, gate, tmp_path)
+    held = repro.read_bundle(folder)
+    assert held.base.step == base and held.gate == gate and held.step == held.steps[-1].step and not held.lacking
+    with load_museum()[plant].apply():
+        _, planted = replay(folder)
+    assert planted.reproduced and planted.same and planted.step == held.step and planted.same_random_state
+    _, clean = replay(folder)
+    assert not clean.reproduced and not clean.same and clean.verdict.outcome == "pass"
+
+
+def test_on_another_machine_one_command_turns_it_red(cfg, tmp_path):
+    """Another folder, another process, an empty cache, and neither run nor corpus: exit 4 with the plant, 0 without it."""
+    own = cfg.model_copy(update={"seed": 12})
+    folder = broken(own, "runtime.nan-in-a-weight", "runtime.finite", tmp_path)
+    elsewhere = tmp_path / "elsewhere" / "bundle"
+    shutil.copytree(folder, elsewhere)
+    shutil.rmtree(tmp_path / "run")
+    environment = os.environ | {"STACKPROOF_CACHE": str(tmp_path / "no-cache"), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+
+    def command(*arguments: str):
+        return subprocess.run([sys.executable, *arguments], cwd=elsewhere.parent, env=environment, capture_output=True, text=True)
+
+    red = command("-c", PLANTED, "runtime.nan-in-a-weight", "bundle")
+    assert red.returncode == 4, red.stderr
+    said = json.loads(red.stdout.splitlines()[0])
+    assert said["reproduced"] and said["same"] and said["step_now"] == 7 and said["measured"]["loss_nats"] == "nan"
+    assert "runtime.finite failed: reproduced" in red.stderr
+    green = command("-m", "stack", "gates", "repro", "bundle")
+    assert green.returncode == 0 and "not reproduced: runtime.finite is green" in green.stdout, green.stderr
+    assert not (tmp_path / "no-cache").exists()
+
+
+def test_a_bundle_of_a_run_that_was_resumed_begins_at_its_checkpoint(cfg, tmp_path):
+    """The fault comes ten steps after the resume: the state, the watcher and the rows are those of the resumed run."""
+    short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 14})})
+    session.start(short, (), tmp_path / "parent", Listener(), only=("runtime.loss-spike",))
+    with load_museum()["runtime.lr-spike"].apply(), pytest.raises(GateFailed):
+        session.start(cfg, (), tmp_path / "run", Listener(), parent=tmp_path / "parent", only=("runtime.loss-spike",))
+    (folder,) = (tmp_path / "run" / "repro").iterdir()
+    shutil.rmtree(tmp_path / "parent")
+    held = repro.read_bundle(folder)
+    assert held.continued and held.base.step == 14 and held.base.kind == "checkpoint"
+    with load_museum()["runtime.lr-spike"].apply():
+        assert replay(folder)[1].same
+
+
+def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_path, monkeypatch):
+    """Held-out loss five times what it was, at step 14; replayed from the state of step 7."""
+    from stack.train.run import Run
+
+    original = Run.measure
+
+    def diverging(self):
+        result = original(self)
+        return dataclasses.replace(result, loss_nats=result.loss_nats * (5 if self.state.step == 14 else 1))
+
+    monkeypatch.setattr(Run, "measure", diverging)
+    with pytest.raises(GateFailed, match="divergence"):
+        session.start(cfg, (), tmp_path / "run", Listener(), only=("evaluation.divergence",))
+    folder = tmp_path / "run" / "repro" / "evaluation.divergence-step-14"
+    assert repro.read_bundle(folder).n_held_out >= cfg.eval.batches
+    assert replay(folder)[1].same
+    monkeypatch.undo()
+    assert not replay(folder)[1].reproduced
+
+
+@pytest.mark.parametrize("plant", ["data.window-drawn-twice", "data.position-skips"])
+def test_what_was_drawn_wrongly_is_in_the_bundle_and_needs_no_plant(cfg, tmp_path, plant):
+    """The fault lies in the rows or their position, and these are there: the gate of the draw is red again on clean code."""
+    folder = broken(cfg, plant, "data.consumption", tmp_path)
+    assert replay(folder)[1].same
+
+
+def test_a_gate_that_only_warns_leaves_a_bundle_and_the_run_goes_on(cfg, tmp_path, monkeypatch):
+    from contracts import sampling
+    from contracts.gate import failed, passed
+
+    def warn(self, event):
+        return failed("said so", found_frac=0.5, at=event.step) if event.step >= 4 else passed("", found_frac=0.0)
+
+    monkeypatch.setattr(sampling.Memorised, "observe", warn)
+    record = session.start(cfg, (), tmp_path / "run", Listener(), only=("sampling.memorised",))
+    assert record.status == "completed" and record.gates[0].verdict == "fail"
+    (folder,) = (tmp_path / "run" / "repro").iterdir()
+    assert folder.name == "sampling.memorised-step-4", "the first time, and once"
+    assert any(o.path == f"repro/{folder.name}/repro.json" for o in record.outputs)
+    assert replay(folder)[1].same
+    monkeypatch.undo()
+    assert not replay(folder)[1].reproduced
+
+
+def test_a_bundle_holds_rows_state_names_and_the_command(cfg, tmp_path):
+    import safetensors.torch
+
+    folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path)
+    held, tensors = repro.read_bundle(folder), safetensors.torch.load_file(folder / repro.TENSORS)
+    assert held.nonfinite["parameters"] and held.measured["loss_nats"] == "nan" and held.command[:3] == ("stack", "gates", "repro")
+    assert [s.step for s in held.steps] == list(range(1, 8)) and len(held.steps[-1].batches) == cfg.accumulation()
+    rows = tensors["step-00000007.0.input_ids"]
+    assert rows.shape == (cfg.train.micro_batch_size, cfg.model.max_seq_len) and "rng.cpu" in tensors
+    assert len(held.code.commit) in (7, 40) and held.config == json.loads(json.dumps(cfg.to_dict()))
+    assert {"tokenizer.json", "tensors.safetensors"} <= set(held.files)
+
+
+def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
+    folder = broken(cfg, "runtime.update-skipped", "runtime.params-changed", tmp_path)
+    document = json.loads((folder / repro.DOCUMENT).read_text())
+    (folder / repro.DOCUMENT).write_text(json.dumps(document | {"surprise": 1}))
+    with pytest.raises(IntegrityError, match="surprise"):
+        repro.read_bundle(folder)
+    (folder / repro.DOCUMENT).write_text(json.dumps(document | {"schema": "stackproof/repro/2"}))
+    with pytest.raises(IntegrityError, match="schema"):
+        repro.read_bundle(folder)
+    (folder / repro.DOCUMENT).write_text(json.dumps(document))
+    data = bytearray((folder / repro.TENSORS).read_bytes())
+    data[-1] ^= 1
+    (folder / repro.TENSORS).write_bytes(data)
+    with pytest.raises(IntegrityError, match="was changed"):
+        replay(folder)
+    with pytest.raises(DataError, match="no repro bundle"):
+        repro.read_bundle(tmp_path)
+
+
+def test_what_is_too_large_is_not_copied_and_said(cfg, tmp_path, monkeypatch):
+    """Rows beyond the budget are dropped from the oldest on; of a large state the place is named, and --base gives it."""
+    monkeypatch.setattr(bundles, "CHECKPOINT_BYTES_MAX", 1000)
+    folder = broken(cfg, "runtime.lr-spike", "runtime.loss-spike", tmp_path)
+    held = repro.read_bundle(folder)
+    assert held.base.kind == "elsewhere" and held.base.path.endswith("step-00000014") and not (folder / "checkpoint").exists()
+    with pytest.raises(DataError, match="too large to copy"):
+        replay(folder)
+    with load_museum()["runtime.lr-spike"].apply():
+        assert replay(folder, base=Path(held.base.path))[1].same
+    row_bytes = 4 * cfg.train.tokens_per_step * 3
+    monkeypatch.setattr(bundles, "ROWS_BYTES_MAX", 2 * row_bytes)
+    (tmp_path / "again").mkdir()
+    folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path / "again")
+    assert [s.step for s in repro.read_bundle(folder).steps] == [6, 7]
+    assert (folder / repro.TENSORS).stat().st_size < 2 * row_bytes + 20_000, "random state and header are 20 kB"
+    with pytest.raises(DataError, match="first 5 steps"):
+        replay(folder)
+
+
+def test_a_full_disk_spoils_no_verdict(cfg, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundles.safetensors.torch, "save_file", full)
+    with load_museum()["runtime.update-skipped"].apply(), pytest.raises(GateFailed, match="params-changed"):
+        session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.params-changed",))
+    assert list((tmp_path / "run" / "repro").iterdir()) == []
+    assert "repro_failed" in (tmp_path / "run" / "events.jsonl").read_text()
