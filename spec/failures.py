@@ -6,7 +6,7 @@ tree, and is never counted as killed.
 
 import re
 import tomllib
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,6 @@ class Capability(Frozen):
         return any(_is_there(root, sign) for sign in self.signs)
 
 
-@cache
 def _is_there(root: Path, sign: str) -> bool:
     glob, _, pattern = sign.partition("::")
     files = (p for p in root.glob(glob) if p.is_file())
@@ -75,9 +74,14 @@ class Catalogue(Frozen):
     capabilities: dict[str, Capability]
     root: Path = Field(default=ROOT, exclude=True)
 
+    @cached_property
+    def missing(self) -> frozenset[str]:
+        """Names of the capabilities that are not built yet, looked for once."""
+        return frozenset(name for name, capability in self.capabilities.items() if not capability.exists(self.root))
+
     def awaits(self, failure: Failure) -> bool:
         """Whether the failure's capability is not built yet."""
-        return failure.awaiting is not None and not self.capabilities[failure.awaiting].exists(self.root)
+        return failure.awaiting in self.missing
 
     def awaiting(self) -> list[Failure]:
         """Failures that cannot happen here yet, because what would have them is not built."""

@@ -47,8 +47,8 @@ def _number(value: Scalar) -> float | None:
 
 
 def _times(large: float, small: float) -> float:
-    """large over small, of numbers that are not negative; infinite over 0."""
-    return 1.0 if large == small else (math.inf if small == 0 else large / small)
+    """large over small, of numbers that are not negative; infinite over 0, also for 0."""
+    return math.inf if small == 0 else large / small
 
 
 def margins(spec: Spec, kills: Iterable[Kill]) -> list[Margin]:

@@ -75,7 +75,7 @@ def test_margins_know_the_other_direction_and_a_limit_of_zero(spec):
     (low,) = margins(spec, [kill("a", {"valid_frac": 0.9}, {"valid_frac": 0.1}, gate="runtime.tokens-consumed")])
     assert low.direction == "at-least" and low.room == pytest.approx(1.8) and low.reach == pytest.approx(5)
     (exact,) = margins(spec, [kill("a", {"changes": 0}, {"changes": 3}, gate="evaluation.same-batches")])
-    assert (exact.room, exact.reach) == (1.0, math.inf)
+    assert (exact.room, exact.reach) == (math.inf, math.inf)
 
 
 def test_a_limit_that_the_clean_stack_goes_past_is_no_margin(spec):

@@ -24,8 +24,9 @@ def newest_kills(world: World) -> dict[str, Kill]:
     return found
 
 
-def _times(ratio: float) -> str:
-    return "exact" if math.isinf(ratio) else f"{ratio:.3g}×"
+def _times(ratio: float, bound: float) -> str:
+    """A ratio; beside a limit of 0 there is none, and nothing is as far as one pleases from 0."""
+    return f"{ratio:.3g}×" if math.isfinite(ratio) else ("exact" if bound == 0 else "∞")
 
 
 def margins_page(world: World) -> Page:
@@ -48,9 +49,9 @@ def margins_page(world: World) -> Page:
             code(m.limit),
             f"{m.direction.replace('-', ' ')} {m.bound:g}",
             number(m.clean),
-            _times(m.room),
+            _times(m.room, m.bound),
             f"{number(m.value)} {page.plant(m.weakest)}",
-            _times(m.reach),
+            _times(m.reach, m.bound),
             str(m.plants),
         ]
         for m in sorted(found, key=lambda m: min(m.room, m.reach))
