@@ -226,16 +226,16 @@ class Cadence:
         """No monitor is without an interval, none is slower than the spec allows, and none that judges begins after the end."""
         if absent := sorted(self.MONITORS.keys() - self.intervals.keys()):
             return failed(f"the run declares no interval for {', '.join(absent)}", monitor=absent[0])
+        problems = {}
         for name, limit in self.MONITORS.items():
             every, key = self.intervals[name]
             allowed = int(getattr(self.limits, limit))
-            if every > allowed or (name != "Saved" and every > max_steps):
-                why = (
-                    f"at most {allowed} are allowed"
-                    if every > allowed
-                    else f"the run has {max_steps}, so it would be looked at once, at the end"
-                )
-                return failed(f"{key} is {every} steps, and {why}: set {key} lower", declared_steps=every, monitor=name)
+            if every > allowed:
+                problems[name] = f"{key} is {every} steps and at most {allowed} are allowed"
+            elif name != "Saved" and every > max_steps:
+                problems[name] = f"{key} is {every} steps and the run has {max_steps}, so it would look once, at the end"
+        if problems:
+            return failed(f"{'; '.join(problems.values())}: --set each lower", monitor=", ".join(problems))
         return passed("", gap_steps=0, declared_steps=max(every for every, _ in self.intervals.values()), monitor="all")
 
     def state_dict(self) -> dict:

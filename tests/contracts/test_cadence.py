@@ -66,6 +66,8 @@ def test_an_interval_that_disables_a_monitor_is_red_before_step_one(spec, key):
     beyond = make(spec).observe(started(max_steps=10**6, **{name: (limit + 1, "the.key")}))
     assert not beyond.passed and "the.key" in beyond.message and str(limit) in beyond.message
     assert make(spec).observe(started(max_steps=30, **{name: (31, "k")})).passed is (name == "Saved")
+    both = make(spec).observe(started(max_steps=3))
+    assert "eval.every is 10" in both.message and "sample.every is 5" in both.message, "all are told at once"
 
 
 def test_an_interval_that_is_not_declared_is_red(spec):
