@@ -191,6 +191,7 @@ def fingerprint(gate: Gate, root: Path = ROOT) -> str:
     return sha256_json({"normative": gate.normative(), "check_source": sha256_bytes(check_source(gate.check, root).encode())})
 
 
+@cache
 def check_source(check: str, root: Path = ROOT) -> str:
     """Source text of a check and of every `contracts` function, class and constant it reaches by name.
 
