@@ -29,7 +29,7 @@ from stack import tensorfile
 from stack.config import load_config
 from stack.recipes import recipe
 from stack.train import checkpoint
-from stack.train.preflight import live_crc32
+from stack.train.digest import live_crc32
 from stack.train.state import TrainState
 
 OURS_SAVE, OURS_LOAD = "ours: save", "ours: load, verified"

@@ -24,9 +24,9 @@ from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
 from stack.train.bundle import Recent, write_bundle
+from stack.train.digest import live_crc32
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
-from stack.train.preflight import live_crc32
 from stack.train.randomness import generator
 from stack.train.rundir import RunDir
 from stack.train.state import TrainState

@@ -5,7 +5,8 @@ import torch
 
 from contracts.gate import call_check
 from stack.museum.plant import load_museum
-from stack.train.preflight import live_crc32, micro
+from stack.train.digest import live_crc32
+from stack.train.preflight import micro
 from stack.train.state import build_state
 
 
@@ -59,7 +60,8 @@ def test_digest_holds_every_number_of_every_group(small_cfg, dataset):
     """Learning rate, peak, decay and what else a rule has: what a resume could put back wrongly."""
     import torch
 
-    from stack.train.preflight import digest, shrunk
+    from stack.train.digest import digest
+    from stack.train.preflight import shrunk
     from stack.train.state import build_state
 
     state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))

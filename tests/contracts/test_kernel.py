@@ -15,8 +15,9 @@ from stack.model import compiled as compiling
 from stack.museum.plant import load_museum
 from stack.train import checkpoint
 from stack.train.compiled import compiled_ingredients
+from stack.train.digest import digest
 from stack.train.head import head_ingredients
-from stack.train.preflight import advance, digest
+from stack.train.preflight import advance
 from stack.train.state import build_state
 from tests.train.test_checkpoint import document
 

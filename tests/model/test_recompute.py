@@ -5,7 +5,8 @@ import torch
 
 from stack.model.build import build_model
 from stack.model.recompute import run_block
-from stack.train.preflight import advance, digest, shrunk
+from stack.train.digest import digest
+from stack.train.preflight import advance, shrunk
 from stack.train.state import build_state
 
 

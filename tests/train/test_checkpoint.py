@@ -13,7 +13,8 @@ from spec.errors import CheckpointError
 from stack import tensorfile
 from stack.config import AdamW, Muon
 from stack.train import checkpoint
-from stack.train.preflight import advance, digest, micro, shrunk
+from stack.train.digest import digest
+from stack.train.preflight import advance, micro, shrunk
 from stack.train.state import build_state
 
 
