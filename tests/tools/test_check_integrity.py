@@ -374,5 +374,6 @@ def test_an_awaited_failure_is_no_finding_until_its_capability_is_built(repo):
     write(repo, "stack/tune/masks.py", "x = 1\n")
     assert "FAILURE-PLANTED" not in found(repo)
     write(repo, "stack/tune/masks.py", "def tune():\n    return 1\n")
+    forget()
     messages = [f.message for f in check(repo) if f.code == "FAILURE-PLANTED"]
     assert messages == ["SF-T01 A wrong mask: nothing stands for it, and tuning is built"]
