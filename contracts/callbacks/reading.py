@@ -22,6 +22,7 @@ class Reading:
 
     n_learned: int = 0
     n_expected: int = 0
+    n_labels: int = 0
     n_judged: int = 0
     n_masked_learned: int = 0
     offsets: list[int] = field(default_factory=list)
@@ -87,12 +88,11 @@ def read(logits_BTV: Tensor, gradient_BTV: Tensor, ids_BT: Tensor, silent: Tenso
     g_NV = gradient_BTV[rows, at].double() / scale
     fits, weights, clear = zip(*(_fit(p_NV, g_NV, ids_BT[rows], at + k, smoothing) for k in (0, 1, 2)))
     found.nats = (-_at(p_NV, ids_BT[rows, at + 1]).clamp_min(1e-300).log()).tolist()
-    judged = clear[1]
+    judged, fit = clear[1], torch.stack(fits).amin(0)
     best = torch.where(fits[1] <= FIT_MAX, 1, torch.stack(fits).argmin(0))
     found.n_judged = int(judged.sum())
-    found.offsets = [int(b) if f <= FIT_MAX else -1 for b, f in zip(best[judged], torch.stack(fits).amin(0)[judged])]
-    right = judged & (fits[1] <= FIT_MAX)
-    found.weights = weights[1][right].tolist()
+    found.offsets = torch.where(fit <= FIT_MAX, best, -1)[judged].tolist()
+    found.weights = torch.stack(weights).gather(0, best[None])[0][judged & (fit <= FIT_MAX)].tolist()
     return found
 
 

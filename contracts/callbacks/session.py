@@ -114,7 +114,7 @@ def ingredients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         given |= {
             "tokenizer_size": len(tokenizer),
             "embedding_rows": int(embedding.weight.shape[0]),
-            "special_ids": {n: (getattr(tokenizer, n, None), getattr(config, n, None)) for n in ("bos_token_id", "eos_token_id", "pad_token_id")},
+            "special_ids": {n: (getattr(tokenizer, n, None), getattr(config, n, None)) for n in ("bos_token_id", "eos_token_id")},
         }
     if optimizer is not None:
         given |= {"named_parameters": list(model.named_parameters()), "param_groups": optimizer.param_groups}
@@ -128,9 +128,11 @@ def is_causal(model: nn.Module) -> bool:
     return not getattr(config, "is_encoder_decoder", False) and not any(word in name for word in ("MaskedLM", "Classification", "Encoder"))
 
 
-def ask_all(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None) -> dict[str, Verdict]:
-    """Verdict of every preflight gate on a live model, each asked, none raised; the model is afterwards as before."""
-    spec = load_spec()
+def ask_all(
+    model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None, only: str = ""
+) -> dict[str, Verdict]:
+    """Verdict of every preflight gate on a live model, or of one; none raises, and the model is afterwards as before."""
+    gates = [g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight" and only in ("", g.id)]
     with untouched(model):
         given = ingredients_of(model, optimizer, tokenizer)
-        return {g.id: call_check(g, given) for g in spec.gates.values() if KIND in g.kinds and g.moment == "preflight"}
+        return {g.id: call_check(g, given) for g in gates}
