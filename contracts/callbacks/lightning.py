@@ -51,6 +51,7 @@ class GateCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
+        self._watch = None
         self.session = Session(
             self._mode, log_path=self._log_path or Path(trainer.default_root_dir) / "gates.jsonl", skip=self._skip, only=self._only
         )
@@ -78,7 +79,8 @@ class GateCallback(Callback):
             update_hooks=False,
         )
         if self._restored is not None:
-            self.session.observe(self._memory.restored(self._restored, self._parts()))
+            restored, self._restored = self._restored, None
+            self.session.observe(self._memory.restored(restored, self._parts()))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watch is None:
@@ -113,7 +115,6 @@ class GateCallback(Callback):
     def _detach(self) -> None:
         if self._watch:
             self._watch.detach()
-        self._watch = None
 
     def _facts(self, trainer: Trainer, model: Any, configs: list) -> Facts:
         config = config_of(model)

@@ -66,20 +66,21 @@ def trailing_padding(ids_BT: Tensor, pad_id: int, eos_id: int | None) -> Tensor:
 def read(logits_BTV: Tensor, gradient_BTV: Tensor, ids_BT: Tensor, silent: Tensor, *, scale: float = 1.0, smoothing: float = 0.0) -> Reading:
     """Reading of one backward pass. `silent` is (B, T-1) bool, `scale` what the loss was multiplied with, as by a loss scaler.
 
-    The last place of a row is left out: its next token is not in the row. At most SAMPLED places are judged one by one, evenly spread.
+    The last place of a row is counted and not judged: its next token is not in the row. At most SAMPLED places are judged one by one, evenly
+    spread; where nothing is learned, places that should be.
     """
     norm_BT = gradient_BTV.float().norm(dim=-1)
     learned = norm_BT[:, :-1] > 0
     finite = bool(torch.isfinite(norm_BT).all()) and not bool(torch.isnan(logits_BTV.sum()))
     expected = ~silent
     found = Reading(
-        n_learned=int(learned.sum()),
+        n_learned=int((norm_BT > 0).sum()),
         n_expected=int(expected.sum()),
         n_masked_learned=int((learned & silent).sum()),
         vocab_size=logits_BTV.shape[-1],
         finite=finite,
     )
-    places = (learned & expected).nonzero()
+    places = (learned & expected if bool((learned & expected).any()) else expected).nonzero()
     if not finite or not len(places):
         return found
     chosen = places[torch.linspace(0, len(places) - 1, min(SAMPLED, len(places)), device=places.device).round().long()]

@@ -265,6 +265,7 @@ class Watch:
     def before_update(self) -> None:
         """Everything that is known before weights move. Raises GateFailed in mode `raise`, so that a bad update never lands."""
         now = self._now
+        self._rates = tuple(float(g["lr"]) for g in self.optimizer.param_groups)
         if not now.passes:
             return
         step, scale = self.step + 1, self.facts.loss_scale()
@@ -272,7 +273,6 @@ class Watch:
         norm, clipped = float(after.norm()) / scale, float(used.norm())
         finite = all(r.finite for r in now.readings)
         loss = sum(now.losses) if now.losses else self._mean_nats()
-        self._rates = tuple(float(g["lr"]) for g in self.optimizer.param_groups)
         self.session.observe(self._step_taken(step, loss if finite else math.nan, norm, clipped))
         if not (finite and math.isfinite(norm)):
             return
@@ -324,8 +324,6 @@ class Watch:
 
     def after_update(self, also_before: bool = False) -> None:
         """What the update moved, and at which rate."""
-        if not self._now.passes:
-            return
         if also_before:
             self.before_update()
         self.step, self.updates = self.step + 1, self.updates + 1

@@ -66,7 +66,7 @@ def test_left_padding_prompts_and_frozen_parts_are_clean(tmp_path):
     assert error is None and callback.first_failures() == {}
 
 
-@pytest.mark.parametrize("model", [llama, lambda: gpt2(drop=0.1)])
+@pytest.mark.parametrize("model", [llama, gpt2])
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_resumed_run_is_clean(tmp_path, model, at):
     plan = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "gradient_accumulation_steps": 3}
