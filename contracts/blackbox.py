@@ -130,7 +130,9 @@ def fits_model(limits: SimpleNamespace, *, tokenizer_size: int, embedding_rows: 
     `special_ids` maps a name to (tokenizer's id, model's id or ids); None where one of them has none.
     """
     differing = [
-        f"{name} is {a} here, {b} there" for name, (a, b) in special_ids.items() if a is not None and b is not None and a not in _as_tuple(b)
+        f"{name} is {a} here, {b} there"
+        for name, (a, b) in special_ids.items()
+        if a is not None and b is not None and a not in _as_tuple(b)
     ]
     unused = embedding_rows - tokenizer_size
     outside = [f"{name} {a}" for name, (a, _) in special_ids.items() if a is not None and not 0 <= a < embedding_rows]
@@ -163,9 +165,7 @@ def ownership(limits: SimpleNamespace, *, named_parameters: Sequence, param_grou
     twice = [names.get(i, "?") for i, n in count.items() if n > 1]
     strangers = [i for i in count if i not in names]
     text = [
-        f"{what}: {', '.join(found[:4])}"
-        for what, found in (("not in the optimizer", missing), ("in the optimizer twice", twice))
-        if found
+        f"{what}: {', '.join(found[:4])}" for what, found in (("not in the optimizer", missing), ("in the optimizer twice", twice)) if found
     ]
     text += [f"{len(strangers)} tensor(s) in the optimizer belong to no parameter of the model"] if strangers else []
     return decide(not text, "; ".join(text), missing=len(missing), twice=len(twice), strangers=len(strangers), owned=len(count))
@@ -179,12 +179,14 @@ def decay_groups(limits: SimpleNamespace, *, named_parameters: Sequence, param_g
     decays = {decay for _, _, decay in rows}
     decayed = [n for n, ndim, decay in rows if ndim < 2 and decay > 0]
     text = f"weight decay pulls {len(decayed)} bias(es) or gain(s) to zero: {', '.join(decayed[:4])}"
-    ok = len(decayed) <= limits.decayed_vectors_max or len(decays) == 1 and max(decays) <= limits.uniform_decay_max
+    ok = len(decayed) <= limits.decayed_vectors_max or (len(decays) == 1 and max(decays) <= limits.uniform_decay_max)
     return decide(ok, text, decayed_vectors=len(decayed), groups=len(param_groups), weight_decay=max(decays, default=0.0))
 
 
 @decides("checkpoint.reload")
-def reload(limits: SimpleNamespace, *, live: Mapping[str, int], reloaded: Mapping[str, int], live_tied: bool, reloaded_tied: bool) -> Verdict:
+def reload(
+    limits: SimpleNamespace, *, live: Mapping[str, int], reloaded: Mapping[str, int], live_tied: bool, reloaded_tied: bool
+) -> Verdict:
     """A saved model, loaded again, has the live tensors bit for bit, and one head and embedding where the live model has one."""
     differing = sorted(n for n in live.keys() | reloaded.keys() if live.get(n) != reloaded.get(n))
     text = f"saved and loaded again, {len(differing)} tensor(s) are others: {', '.join(differing[:4])}"

@@ -122,11 +122,14 @@ class LearnableBatch(Stateless):
     events = (BatchSeen,)
 
     def observe(self, event: BatchSeen) -> Verdict:
-        outside = event.min_id < 0 or bool(event.embedding_rows) and event.max_id >= event.embedding_rows
+        outside = event.min_id < 0 or (bool(event.embedding_rows) and event.max_id >= event.embedding_rows)
         wrong = [
             text
             for bad, text in (
-                (outside, f"id {event.max_id if event.min_id >= 0 else event.min_id} is outside the {event.embedding_rows} of the embedding"),
+                (
+                    outside,
+                    f"id {event.max_id if event.min_id >= 0 else event.min_id} is outside the {event.embedding_rows} of the embedding",
+                ),
                 (bool(event.max_length) and event.length > event.max_length, f"rows of {event.length} exceed {event.max_length} positions"),
                 (event.n_labels > 0 and event.n_valid < self.limits.valid_min, "no label is left to learn from"),
                 (event.n_stops > 0 and event.n_stops_learned == 0, f"{event.n_stops} stop token(s) end learned text, none has a label"),

@@ -56,7 +56,9 @@ def of_run(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, s
 
 def of_batch(batch: Any) -> str:
     """sha256 over the integer tensors of a batch, by name; empty where there is none."""
-    named = batch if isinstance(batch, Mapping) else {str(i): t for i, t in enumerate(batch if isinstance(batch, (list, tuple)) else [batch])}
+    named = (
+        batch if isinstance(batch, Mapping) else {str(i): t for i, t in enumerate(batch if isinstance(batch, (list, tuple)) else [batch])}
+    )
     found = {str(k): t for k, t in named.items() if isinstance(t, Tensor) and (is_ids(t) or not t.is_floating_point())}
     return hashlib.sha256(json.dumps(of_tensors(dict(sorted(found.items())))).encode()).hexdigest() if found else ""
 

@@ -63,21 +63,33 @@ def trailing_padding(ids_BT: Tensor, pad_id: int, eos_id: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def read(logits_BTV: Tensor, gradient_BTV: Tensor, ids_BT: Tensor, silent: Tensor, *, scale: float = 1.0, smoothing: float = 0.0) -> Reading:
-    """Reading of one backward pass. `silent` is (B, T-1) bool, `scale` what the loss was multiplied with, as by a loss scaler.
+def read(
+    values: Tensor,
+    gradient: Tensor,
+    ids_BT: Tensor,
+    silent: Tensor,
+    *,
+    head: Tensor | None = None,
+    scale: float = 1.0,
+    smoothing: float = 0.0,
+) -> Reading:
+    """Reading of one backward pass from logits (B, T, V), or from what enters a head of weight `head` (V, D), and its gradient.
+
+    A loss that never builds the logits, as fused ones do, is read through the head: a gradient g at the logits is g·head before it.
+    `silent` is (B, T-1) bool, `scale` what the loss was multiplied with, as by a loss scaler.
 
     The last place of a row is counted and not judged: its next token is not in the row. At most SAMPLED places are judged one by one, evenly
     spread; where nothing is learned, places that should be.
     """
-    norm_BT = gradient_BTV.float().norm(dim=-1)
+    norm_BT = gradient.float().norm(dim=-1)
     learned = norm_BT[:, :-1] > 0
-    finite = bool(torch.isfinite(norm_BT).all()) and not bool(torch.isnan(logits_BTV.sum()))
+    finite = bool(torch.isfinite(norm_BT).all()) and not bool(torch.isnan(values.sum()))
     expected = ~silent
     found = Reading(
         n_learned=int((norm_BT > 0).sum()),
         n_expected=int(expected.sum()),
         n_masked_learned=int((learned & silent).sum()),
-        vocab_size=logits_BTV.shape[-1],
+        vocab_size=values.shape[-1] if head is None else head.shape[0],
         finite=finite,
     )
     places = (learned & expected if bool((learned & expected).any()) else expected).nonzero()
@@ -85,9 +97,10 @@ def read(logits_BTV: Tensor, gradient_BTV: Tensor, ids_BT: Tensor, silent: Tenso
         return found
     chosen = places[torch.linspace(0, len(places) - 1, min(SAMPLED, len(places)), device=places.device).round().long()]
     rows, at = chosen.unbind(1)
-    p_NV = logits_BTV[rows, at].double().softmax(-1)
-    g_NV = gradient_BTV[rows, at].double() / scale
-    fits, weights, clear = zip(*(_fit(p_NV, g_NV, ids_BT[rows], at + k, smoothing) for k in (0, 1, 2)))
+    head = None if head is None else head.double()
+    p_NV = (values[rows, at].double() if head is None else values[rows, at].double() @ head.T).softmax(-1)
+    g_N = gradient[rows, at].double() / scale
+    fits, weights, clear = zip(*(_fit(p_NV, g_N, ids_BT[rows], at + k, smoothing, head) for k in (0, 1, 2)))
     found.nats = (-_at(p_NV, ids_BT[rows, at + 1]).clamp_min(1e-300).log()).tolist()
     judged, fit = clear[1], torch.stack(fits).amin(0)
     best = torch.where(fits[1] <= FIT_MAX, 1, torch.stack(fits).argmin(0))
@@ -101,14 +114,16 @@ def _at(p_NV: Tensor, y_N: Tensor) -> Tensor:
     return p_NV.gather(1, y_N.long()[:, None])[:, 0]
 
 
-def _fit(p_NV: Tensor, g_NV: Tensor, ids_NT: Tensor, place_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fit(
+    p_NV: Tensor, g_N: Tensor, ids_NT: Tensor, place_N: Tensor, smoothing: float, head: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(share of the gradient not explained, weight, whether a place tells anything) if the target is the token at `place_N`."""
     inside = place_N < ids_NT.shape[1]
     y_N = ids_NT.gather(1, place_N.clamp_max(ids_NT.shape[1] - 1)[:, None])[:, 0].long()
     d_NV = p_NV - smoothing / p_NV.shape[1]
     d_NV.scatter_add_(1, y_N[:, None], torch.full_like(d_NV[:, :1], smoothing - 1))
-    size = d_NV.square().sum(1)
-    weight = (g_NV * d_NV).sum(1) / size.clamp_min(1e-30)
-    left = (g_NV - weight[:, None] * d_NV).norm(dim=1) / g_NV.norm(dim=1).clamp_min(1e-300)
+    d_N = d_NV if head is None else d_NV @ head
+    weight = (g_N * d_N).sum(1) / d_N.square().sum(1).clamp_min(1e-30)
+    left = (g_N - weight[:, None] * d_N).norm(dim=1) / g_N.norm(dim=1).clamp_min(1e-300)
     left = torch.where(inside & (weight > 0), left, torch.inf)
     return left, weight, inside & (1 - _at(p_NV, y_N) > CLEAR)

@@ -79,6 +79,7 @@ class Watch:
         self.drops = bool(probe.dropout_names(model))
         self._now, self._inside, self._busy, self._in_backward, self._repeat_due = _Step(), None, False, False, True
         self._head_output: Tensor | None = None
+        self._hidden: Tensor | None = None
         self._told: float | None = None
         self._names, self._parameters = map(list, zip(*model.named_parameters()))
         self._frozen_at_first = [not p.requires_grad for p in self._parameters]
@@ -97,6 +98,9 @@ class Watch:
         handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in candidates]
         if (head := probe.head_of(self.model)) is not None:
             handles.append(head.register_forward_hook(self._head))
+        base = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "-", None)
+        if isinstance(base, nn.Module):
+            handles.append(base.register_forward_hook(self._base))
         if update_hooks:
             handles.append(self.optimizer.register_step_pre_hook(lambda *_: self.before_update()))
         handles.append(self.optimizer.register_step_post_hook(lambda *_: self.after_update(also_before=not update_hooks)))
@@ -127,7 +131,9 @@ class Watch:
             return
         if not torch.is_grad_enabled():
             return
-        self._see_batch(ids, *self._mask_and_labels(ids, named))
+        places = named.get("position_ids")
+        length = int(places.max()) + 1 if isinstance(places, Tensor) and places.numel() else ids.shape[1]
+        self._see_batch(ids, length, *self._mask_and_labels(ids, named))
         idle = self.drops and not module.training
         self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
 
@@ -140,7 +146,7 @@ class Watch:
             labels = probe.labels_of(self.batch) if labels is None else labels
         return tuple(t.to(ids.device) if isinstance(t, Tensor) and t.shape == ids.shape else None for t in (mask, labels))
 
-    def _see_batch(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> None:
+    def _see_batch(self, ids: Tensor, length: int, mask: Tensor | None, labels: Tensor | None) -> None:
         pad, eos = self.facts.pad_id, self.facts.eos_id
         text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
         padding = ~text
@@ -159,7 +165,7 @@ class Watch:
             BatchSeen(
                 step=self.step + 1,
                 n_rows=ids.shape[0],
-                length=ids.shape[1],
+                length=length,
                 max_length=self.max_length,
                 min_id=int(ids.min()),
                 max_id=int(ids.max()),
@@ -172,6 +178,10 @@ class Watch:
             )
         )
 
+    def _base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._inside is not None:
+            self._hidden = getattr(output, "last_hidden_state", None)
+
     def _head(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._inside is not None and isinstance(output, Tensor):
             self._head_output = output
@@ -180,32 +190,45 @@ class Watch:
         if self._busy or self._inside is not module:
             return
         self._inside, logits = None, probe.logits_of(output)
-        if logits is None:
-            return
+        hidden, self._hidden = self._hidden, None
         if self.phase() == "evaluation":
-            self._ask_twice(module, args, kwargs, logits)
+            if logits is not None:
+                self._ask_twice(module, args, kwargs, logits)
             return
-        if not (torch.is_grad_enabled() and logits.requires_grad):
+        sources = self._sources(logits, hidden)
+        if not (torch.is_grad_enabled() and sources):
             return
         self._repeat_due = True
         named = probe.arguments_of(module, args, kwargs)
         ids = probe.ids_of(named)
-        if ids is None or ids.shape != logits.shape[:2]:
+        if ids is None or ids.shape != sources[0][0].shape[:2]:
             return
         mask, labels = self._mask_and_labels(ids, named)
         place = {"ids": ids, "silent": silent_places(ids, mask, labels, self.facts.pad_id, self.facts.eos_id), "done": False}
         place["labels"] = 0 if labels is None else int((labels != IGNORE).sum())
         loss = probe.loss_of(output)
         place["loss"] = None if loss is None else float(loss.detach())
-        for tensor in self._sources(logits):
-            tensor.register_hook(lambda gradient, tensor=tensor.detach(): self._backward(place, tensor, gradient))
+        for tensor, weight in sources:
+            tensor.register_hook(lambda g, tensor=tensor.detach(), weight=weight: self._backward(place, tensor, g, weight))
 
-    def _sources(self, logits: Tensor) -> list[Tensor]:
-        """The logits, and the head's own output where the trainer has converted it and the loss may have been taken before that."""
+    def _sources(self, logits: Tensor | None, hidden: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Where a loss can be read: (tensor, weight of the head it has yet to pass). The first that gets a gradient counts.
+
+        The logits; the head's own output, where the trainer has converted it and the loss may have been taken before that; and where
+        there are no logits, as with a fused loss, what enters the head, if the head is a matrix and nothing comes after it.
+        """
         raw, self._head_output = self._head_output, None
+        if logits is None:
+            head, config = probe.head_of(self.model), probe.config_of(self.model)
+            bent = any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+            plain = isinstance(head, nn.Linear) and head.bias is None and not bent
+            return [(hidden, head.weight.detach())] if plain and hidden is not None and hidden.requires_grad else []
+        if not logits.requires_grad:
+            return []
         if raw is None or raw is logits or raw.shape != logits.shape or not raw.requires_grad:
-            return [logits]
-        return [logits, raw] if torch.equal(raw.detach().float(), logits.detach().float()) else [logits]
+            return [(logits, None)]
+        same = torch.equal(raw.detach().float(), logits.detach().float())
+        return [(logits, None), (raw, None)] if same else [(logits, None)]
 
     @torch.no_grad()
     def _ask_twice(self, module: nn.Module, args: tuple, kwargs: dict, logits: Tensor) -> None:
@@ -223,7 +246,7 @@ class Watch:
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
-    def _backward(self, place: dict, logits: Tensor, gradient: Tensor) -> None:
+    def _backward(self, place: dict, values: Tensor, gradient: Tensor, head: Tensor | None) -> None:
         if place["done"] or self._busy:
             return
         place["done"] = True
@@ -231,9 +254,8 @@ class Watch:
             self._in_backward = True
             self._begin_pass()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
-        reading = read(
-            logits, gradient, place["ids"], place["silent"], scale=self.facts.loss_scale(), smoothing=self.facts.smoothing
-        )
+        scale, smoothing = self.facts.loss_scale(), self.facts.smoothing
+        reading = read(values, gradient, place["ids"], place["silent"], head=head, scale=scale, smoothing=smoothing)
         reading.n_labels = place["labels"]
         if place["loss"] is not None and not math.isfinite(place["loss"]):
             reading.finite = False

@@ -52,7 +52,9 @@ def arguments(folder, **changes) -> TrainingArguments:
     return TrainingArguments(str(folder), **quiet | plan | changes)
 
 
-def script(folder, model=None, *, trainer_class=Trainer, callback=None, extra=(), resume=None, data=None, collator=collate, more=None, **plan):
+def script(
+    folder, model=None, *, trainer_class=Trainer, callback=None, extra=(), resume=None, data=None, collator=collate, more=None, **plan
+):
     """Train once. Returns (callback, what was raised or None)."""
     callback = callback or GateCallback()
     trainer = trainer_class(

@@ -23,8 +23,11 @@ def tokenizer():
 def fine_tune(folder, model, **plan):
     text = [{"text": " ".join(f"w{i}" for i in r["input_ids"][1:-1])} for r in rows()]
     callback = GateCallback()
-    config = trl.SFTConfig(**{k: v for k, v in arguments(folder).to_dict().items() if k in ("report_to", "use_cpu", "disable_tqdm", "seed")}
-        | {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "bf16": False} | plan)
+    config = trl.SFTConfig(
+        **{k: v for k, v in arguments(folder).to_dict().items() if k in ("report_to", "use_cpu", "disable_tqdm", "seed")}
+        | {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "bf16": False}
+        | plan
+    )
     trainer = trl.SFTTrainer(
         model, config, train_dataset=datasets.Dataset.from_list(text), processing_class=tokenizer(), callbacks=[callback]
     )
