@@ -35,9 +35,9 @@ class LossRead:
     """The loss of one optimizer step as its gradient at the logits tells it, over all micro-steps.
 
     `n_judged` positions were looked at one by one; `n_off_target` of them are not taught the next token, and `offset` is the distance
-    of the token most of those are taught instead (-1: none of the row's first three). `weight_min` and `weight_max` are the weights of judged
-    positions in units of 1/N, N being the tokens to learn in this step. `n_masked_learned` counts positions with gradient though label or
-    mask say there is nothing to learn.
+    of the token most of those are taught instead (-1: none of 0, 1, 2). `weight_min` and `weight_max` are the weights of judged positions
+    in units of 1/N, N being the tokens to learn in this step. `n_masked_learned` counts positions with gradient though label or mask say
+    there is nothing to learn.
     """
 
     step: int

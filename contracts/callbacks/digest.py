@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.callbacks.probe import is_ids
+from contracts.callbacks.probe import embedding_of, head_of, is_ids
 from contracts.witness import StateRestored
 
 FILE = "stack_gates.json"
@@ -52,6 +52,22 @@ def of_run(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, s
     parts = {f"weights.{n}": h for n, h in of_tensors(dict(model.named_parameters())).items()}
     parts |= of_optimizer(optimizer) | {"step": step}
     return parts | ({"schedule.last_epoch": scheduler.last_epoch} if hasattr(scheduler, "last_epoch") else {})
+
+
+def of_both(model: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """What the gate of reloading compares: a live model, and one made of what was saved."""
+    return {
+        "live": of_tensors(model.state_dict()),
+        "reloaded": of_tensors(other.state_dict()),
+        "live_tied": is_tied(model),
+        "reloaded_tied": is_tied(other),
+    }
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether embedding and head are one tensor."""
+    pair = [getattr(m, "weight", None) for m in (embedding_of(model), head_of(model))]
+    return all(w is not None for w in pair) and pair[0].data_ptr() == pair[1].data_ptr()
 
 
 def of_batch(batch: Any) -> str:

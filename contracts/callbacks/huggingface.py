@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from contracts.callbacks import digest
-from contracts.callbacks.probe import config_of, embedding_of, head_of, untouched
+from contracts.callbacks.probe import config_of, untouched
 from contracts.callbacks.session import Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
@@ -90,7 +89,8 @@ class GateCallback(TrainerCallback):
         if not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
             self._reloaded = True
             with untouched(model):
-                self.session.artifact(_reload(model, folder), state.global_step)
+                other = type(model).from_pretrained(folder, dtype=model.dtype)
+                self.session.artifact(digest.of_both(model, other), state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()
@@ -161,16 +161,3 @@ def _other_objective(trainer: Trainer | None) -> bool:
     """Whether a trainer of TRL learns something else than the next token; all but SFT do."""
     names = {c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")}
     return bool(names) and not any(n.startswith("SFT") for n in names)
-
-
-def _reload(model: torch.nn.Module, folder: Path) -> dict[str, Any]:
-    """What the live model is and what the folder becomes when it is loaded by the model's own class."""
-    other = type(model).from_pretrained(folder, dtype=model.dtype)
-    live, loaded = (digest.of_tensors(m.state_dict()) for m in (model, other))
-    return {"live": live, "reloaded": loaded, "live_tied": _tied(model), "reloaded_tied": _tied(other)}
-
-
-def _tied(model: torch.nn.Module) -> bool:
-    """Whether embedding and head are one tensor."""
-    pair = [getattr(m, "weight", None) for m in (embedding_of(model), head_of(model))]
-    return all(w is not None for w in pair) and pair[0].data_ptr() == pair[1].data_ptr()

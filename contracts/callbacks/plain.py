@@ -44,6 +44,10 @@ class Gate:
         self._watch.step = state["parts"]["step"]
         self._session.observe(self._memory.restored(state, self._parts()))
 
+    def reloaded(self, other: nn.Module) -> None:
+        """A model made of what was saved: it must be the live one. Raises GateFailed if it is another."""
+        self._session.artifact(digest.of_both(self._watch.model, other), self._watch.step)
+
     def verdicts(self) -> dict:
         """Verdict of every gate so far, by id."""
         return self._session.verdicts()

@@ -134,7 +134,7 @@ def dropout_names(model: nn.Module) -> list[str]:
 
 
 class Probe:
-    """A model as a function from ids and mask to logits on the CPU, in float32 or wider. `refusal` says why it cannot be one, or is empty."""
+    """A model as a function from ids and mask to logits on the CPU, in float32. `refusal` says why it cannot be one, or is empty."""
 
     def __init__(self, model: nn.Module):
         self.model = model

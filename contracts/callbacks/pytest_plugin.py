@@ -6,8 +6,6 @@ A gate that could not look is a skip with its reason, never a pass.
 
 import pytest
 
-from spec.gates import load_spec
-
 KIND = "foreign"
 
 
@@ -20,6 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list) -> None:
     """One test for each gate, once a session, beside the folder the run was started in."""
     if config.getoption("--stack-gates"):
+        from spec.gates import load_spec
+
         gates = [g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight"]
         home = next((i.getparent(pytest.Module) for i in items if i.getparent(pytest.Module)), None) or _anchor(session)
         items += [GateItem.from_parent(home, name=f"stack-gate[{g.id}]", gate=g) for g in gates]

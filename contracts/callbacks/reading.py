@@ -78,8 +78,8 @@ def read(
     A loss that never builds the logits, as fused ones do, is read through the head: a gradient g at the logits is g·head before it.
     `silent` is (B, T-1) bool, `scale` what the loss was multiplied with, as by a loss scaler.
 
-    The last place of a row is counted and not judged: its next token is not in the row. At most SAMPLED places are judged one by one, evenly
-    spread; where nothing is learned, places that should be.
+    The last place of a row is counted and not judged: its next token is not in the row. At most SAMPLED places are judged one by one,
+    evenly spread; where nothing is learned, places that should be.
     """
     norm_BT = gradient.float().norm(dim=-1)
     learned = norm_BT[:, :-1] > 0

@@ -22,6 +22,7 @@ from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder
 from stack.export import huggingface
 from stack.model.build import build_model
+from stack.museum import script
 from stack.museum.collection import exportable, museum_config, write_texts
 from stack.museum.plant import Plant, load_museum, touches
 from stack.train import session
@@ -101,6 +102,8 @@ class Prover:
         return ("missed" if touches() > before else "equivalent"), verdict, latency
 
     def _run(self, gate: Gate) -> tuple[Verdict, str]:
+        if gate.kinds == ("foreign",):
+            return script.ask(gate.id)
         cfg, _ = load_config(self.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()})
         if gate.moment == "preflight":
             dataset = prepare(cfg.data)

@@ -77,7 +77,7 @@ def test_a_module_left_out_of_the_optimizer(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD([p for n, p in self.named_parameters() if "out" not in n], lr=0.1)
 
-    callback, error, _ = fit(tmp_path, Forgets())
+    _, error, _ = fit(tmp_path, Forgets())
     assert error.gate_id == "optim.ownership" and error.verdict.measured["missing"] == 2
 
 

@@ -1,4 +1,4 @@
-"""The same callback in TRL's trainers, which are Trainers: supervised fine-tuning is judged, other objectives only where it means something."""
+"""The same callback in a trainer of TRL, whose loss never builds the logits."""
 
 import pytest
 
