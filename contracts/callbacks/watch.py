@@ -88,6 +88,8 @@ class Watch:
         self._norms_after: Tensor | None = None
         if self.facts.max_grad_norm is None:
             session.forget("optim.clip-norm", "the largest gradient norm was not told")
+        if any(p.requires_grad and p.element_size() < 4 for p in self._parameters):
+            session.forget("optim.clip-norm", "gradients are held in half precision, whose norm is rounded by more than the limit")
         if scheduler is None:
             session.forget("schedule.declared-rate", "no schedule was told")
         self._handles = self._attach(update_hooks)
@@ -353,6 +355,15 @@ class Watch:
         if self.scheduler is not None and self._rates:
             self.session.observe(self._rates_used())
         self._now, self._norms_after = _Step(), None
+
+    def close(self, skipped: bool = False) -> None:
+        """Told by a trainer that says when a step is over: an update that never came moved nothing, one that was skipped is forgotten."""
+        if not self._now.passes:
+            return
+        if skipped:
+            self._now, self._norms_after = _Step(), None
+        else:
+            self.after_update(also_before=True)
 
     def _moved(self) -> Moved:
         before, self._sums = self._sums, checksums(self._parameters)

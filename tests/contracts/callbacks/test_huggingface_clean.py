@@ -66,6 +66,12 @@ def test_left_padding_prompts_and_frozen_parts_are_clean(tmp_path):
     assert error is None and callback.first_failures() == {}
 
 
+def test_a_model_in_bfloat16_is_clean_and_its_clipping_is_not_judged(tmp_path):
+    callback, error = script(tmp_path, llama().to(torch.bfloat16), gradient_accumulation_steps=2, **EVALUATES)
+    assert error is None and callback.first_failures() == {}
+    assert callback.verdicts()["optim.clip-norm"].outcome == "not_run"
+
+
 @pytest.mark.parametrize("model", [llama, gpt2])
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_resumed_run_is_clean(tmp_path, model, at):

@@ -170,6 +170,17 @@ def test_gradients_that_are_left_from_before(tmp_path):
     assert caught(script(tmp_path, model), "optim.gradient-kept", 2)["stale_norm"] > 0.01
 
 
+def test_an_update_that_does_nothing(tmp_path):
+    class Idle(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            made = super().create_optimizer(*args, **kwargs)
+            made.step = lambda closure=None: None
+            return made
+
+    measured = caught(script(tmp_path, trainer_class=Idle, warmup_steps=1, max_steps=8), "optim.moves", 5)
+    assert measured["longest_still"] == 4 and measured["moved_frac"] == 0
+
+
 def test_gradients_that_are_not_clipped(tmp_path):
     class Unclipped(Trainer):
         def _clip_grad_norm(self, model):
