@@ -78,6 +78,10 @@ class GateCallback(TrainerCallback):
         if (resumed or state.global_step) and (document := digest.read(folder)):
             self.session.observe(self._memory.restored(document, digest.of_run(model, inner, lr_scheduler, state.global_step)))
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._watch is not None:
+            self._watch.before_update()
+
     def on_step_end(self, args, state, control, *, optimizer=None, **kwargs):
         if self._watch is not None:
             self._watch.close(skipped=bool(getattr(optimizer, "step_was_skipped", False)))

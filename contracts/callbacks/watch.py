@@ -49,6 +49,7 @@ class _Step:
     stale_norm: float = 0.0
     lost: int = 0
     passes: int = 0
+    judged: bool = False
 
 
 class Watch:
@@ -86,6 +87,7 @@ class Watch:
         self._first = self._sums = checksums(self._parameters)
         self._still = [0] * len(self._parameters)
         self._norms_after: Tensor | None = None
+        self._rates: tuple[float, ...] = ()
         if self.facts.max_grad_norm is None:
             session.forget("optim.clip-norm", "the largest gradient norm was not told")
         if any(p.requires_grad and p.element_size() < 4 for p in self._parameters):
@@ -289,9 +291,12 @@ class Watch:
     def before_update(self) -> None:
         """Everything that is known before weights move. Raises GateFailed in mode `raise`, so that a bad update never lands."""
         now = self._now
-        self._rates = tuple(float(g["lr"]) for g in self.optimizer.param_groups)
-        if not now.passes:
+        if not now.judged:
+            self._rates = tuple(float(g["lr"]) for g in self.optimizer.param_groups)
+            self._tick = getattr(self.scheduler, "last_epoch", 0)
+        if not now.passes or now.judged:
             return
+        now.judged = True
         step, scale = self.step + 1, self.facts.loss_scale()
         after, used = self._norms_after, self._norms()
         norm, clipped = float(after.norm()) / scale, float(used.norm())
@@ -363,14 +368,14 @@ class Watch:
         if skipped:
             self._now, self._norms_after = _Step(), None
         else:
-            self.after_update(also_before=True)
+            self.after_update()
 
     def _moved(self) -> Moved:
         before, self._sums = self._sums, checksums(self._parameters)
         changed = (self._sums != before).tolist()
         ever = (self._sums != self._first).tolist()
         frozen = [not p.requires_grad and was for p, was in zip(self._parameters, self._frozen_at_first)]
-        visible = {id(p) for g in self.optimizer.param_groups if g["lr"] >= VISIBLE_RATE for p in g["params"]}
+        visible = {id(p) for g, rate in zip(self.optimizer.param_groups, self._rates) if rate >= VISIBLE_RATE for p in g["params"]}
         owned = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in visible]
         for i in owned:
             judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
@@ -385,9 +390,9 @@ class Watch:
         )
 
     def _rates_used(self) -> RatesUsed:
-        ticks, done = self.scheduler.last_epoch - self.first_tick, self.updates - 1
+        ticks, done = self._tick - self.first_tick, self.updates - 1
         if isinstance(self.scheduler, LambdaLR):
-            at = self.step - 1 if self.facts.ticks_per_update else self.scheduler.last_epoch
+            at = self.step - 1 if self.facts.ticks_per_update else self._tick
             declared = tuple(float(base * rule(at)) for base, rule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas))
         else:
             declared = tuple(map(float, self.scheduler.get_last_lr())) if hasattr(self.scheduler, "get_last_lr") else ()
