@@ -93,8 +93,10 @@ def _definition(gate: Gate, root: Path) -> ast.AST | None:
 
 
 def _announced(root: Path, files: Iterable[str]) -> set[str]:
-    """Events that are made inside a call of something's `observe`."""
-    return set().union(*(_said(root / f)[0] for f in files))
+    """Events that are made inside a call of something's `observe`, or by a function that says to return one and is called there."""
+    said = [_said(root / f) for f in files]
+    made = {name: event for _, _, returns in said for name, event in returns}
+    return {made.get(shown, shown) for shows, _, _ in said for shown in shows}
 
 
 def _given(root: Path, files: Iterable[str]) -> set[str]:
@@ -102,21 +104,23 @@ def _given(root: Path, files: Iterable[str]) -> set[str]:
     return set().union(*(_said(root / f)[1] for f in files))
 
 
-def _said(path: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """(events shown, keys written out) of a file; nothing of one that is not there."""
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else (frozenset(), frozenset())
+def _said(path: Path) -> tuple[frozenset[str], frozenset[str], frozenset[tuple[str, str]]]:
+    """(what is called to be shown, keys written out, functions and what they say to return) of a file; nothing of one that is not there."""
+    return _read(path, path.stat().st_mtime_ns) if path.is_file() else (frozenset(), frozenset(), frozenset())
 
 
 @cache
-def _read(path: Path, stamp: int) -> tuple[frozenset[str], frozenset[str]]:
-    shown, keys = set(), set()
+def _read(path: Path, stamp: int) -> tuple[frozenset[str], frozenset[str], frozenset[tuple[str, str]]]:
+    shown, keys, returns = set(), set(), set()
     for node in ast.walk(_parsed(path, stamp)):
         match node:
-            case ast.Call(func=ast.Attribute(attr="observe"), args=[ast.Call(func=ast.Name(id=event))]):
-                shown.add(event)
+            case ast.Call(func=ast.Attribute(attr="observe"), args=[ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))]):
+                shown.add(name)
+            case ast.FunctionDef(name=name, returns=ast.Name(id=event)):
+                returns.add((name, event))
             case ast.Dict():
                 keys |= {k.value for k in node.keys if isinstance(k, ast.Constant) and isinstance(k.value, str)}
-    return frozenset(shown), frozenset(keys)
+    return frozenset(shown), frozenset(keys), frozenset(returns)
 
 
 @cache

@@ -27,6 +27,7 @@ from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, write_atomically
 from stack.export import huggingface, parity, reading
 from stack.model.build import build_model
+from stack.museum import script
 from stack.museum.collection import exportable, museum_config, write_texts
 from stack.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stack.museum.plant import Plant, load_museum, touches
@@ -172,6 +173,8 @@ class Prover:
 
     def _run(self, gate: Gate, listener: Listener) -> tuple[Verdict, int | None]:
         """The gate's verdict, and the step at which it turned red in a run."""
+        if gate.kinds == ("foreign",):
+            return script.ask(gate.id)
         cfg, _ = load_config(self.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()})
         if gate.moment == "preflight":
             dataset = prepare(cfg.data)

@@ -1,0 +1,144 @@
+"""Exact, cheap fingerprints of weights, optimizer state, random state and batches."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.callbacks.probe import embedding_of, head_of, is_ids
+from contracts.witness import StateRestored
+
+FILE = "stack_gates.json"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksums(tensors: Iterable[Tensor]) -> Tensor:
+    """(N,) int64: the sum of each tensor's bits read as integers, on its device; any single changed entry changes it."""
+    sums = [t.detach().contiguous().view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return gathered(sums, torch.int64)
+
+
+def gathered(scalars: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """(N,) on the CPU, with one copy for each device."""
+    out = torch.zeros(len(scalars), dtype=dtype)
+    for device in {s.device for s in scalars}:
+        places = [i for i, s in enumerate(scalars) if s.device == device]
+        out[places] = torch.stack([scalars[i].to(dtype) for i in places]).cpu()
+    return out
+
+
+def of_tensors(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """sha256 of every tensor's bytes, by name; complex and sub-byte types as they lie in memory."""
+    return {
+        n: hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for n, t in named.items()
+    }
+
+
+def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Hashes of an optimizer's state by place, and each group's rate and decay."""
+    document = optimizer.state_dict()
+    tensors = {f"optimizer.{i}.{k}": v for i, state in document["state"].items() for k, v in state.items() if isinstance(v, Tensor)}
+    rates = {f"group.{i}.{k}": g[k] for i, g in enumerate(document["param_groups"]) for k in ("lr", "weight_decay") if k in g}
+    return of_tensors(tensors) | {k: float(v) for k, v in rates.items()}
+
+
+def of_run(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, step: int) -> dict[str, Any]:
+    """Everything a checkpoint must bring back but random state and data, which are compared at the next batch."""
+    parts = {f"weights.{n}": h for n, h in of_tensors(dict(model.named_parameters())).items()}
+    parts |= of_optimizer(optimizer) | {"step": step}
+    return parts | ({"schedule.last_epoch": scheduler.last_epoch} if hasattr(scheduler, "last_epoch") else {})
+
+
+def of_both(model: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """What the gate of reloading compares: a live model, and one made of what was saved."""
+    return {
+        "live": of_tensors(model.state_dict()),
+        "reloaded": of_tensors(other.state_dict()),
+        "live_tied": is_tied(model),
+        "reloaded_tied": is_tied(other),
+    }
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether embedding and head are one tensor."""
+    pair = [getattr(m, "weight", None) for m in (embedding_of(model), head_of(model))]
+    return all(w is not None for w in pair) and pair[0].data_ptr() == pair[1].data_ptr()
+
+
+def of_batch(batch: Any) -> str:
+    """sha256 over the integer tensors of a batch, by name; empty where there is none."""
+    named = (
+        batch if isinstance(batch, Mapping) else {str(i): t for i, t in enumerate(batch if isinstance(batch, (list, tuple)) else [batch])}
+    )
+    found = {str(k): t for k, t in named.items() if isinstance(t, Tensor) and (is_ids(t) or not t.is_floating_point())}
+    return hashlib.sha256(json.dumps(of_tensors(dict(sorted(found.items())))).encode()).hexdigest() if found else ""
+
+
+def of_random() -> str:
+    """sha256 of torch's random state on the CPU."""
+    return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+
+
+class Memory:
+    """Remembers at a save what the run was, and at its next batch what came then; compares both when a run goes on from there."""
+
+    def __init__(self):
+        self.epoch_batches: list[str] = []
+        self.epoch = 0
+        self._open: list[dict] = []
+        self._due: dict | None = None
+
+    def saved(self, parts: dict[str, Any]) -> dict:
+        """The document to keep beside the checkpoint. It is completed when the next batch comes; see `drawn`."""
+        document = {"parts": parts, "epoch": self.epoch, "epoch_batches": list(self.epoch_batches), "next": None}
+        self._open.append(document)
+        return document
+
+    def restored(self, document: dict, parts: dict[str, Any]) -> StateRestored:
+        """What differs between a saved document and the run as it is now; the next batch is compared when it comes."""
+        kept = document["parts"]
+        self._due = document
+        self.epoch, self.epoch_batches = document["epoch"], list(document["epoch_batches"])
+        differing = sorted(k for k in kept.keys() | parts.keys() if kept.get(k) != parts.get(k))
+        return StateRestored(parts["step"], tuple(differing), len(kept))
+
+    def drawn(self, batch: Any, epoch: int, step: int) -> tuple[StateRestored | None, list[dict]]:
+        """Called for every batch: (comparison with what came after the save, if it is due; documents that are now complete)."""
+        if not (self._open or self._due) and epoch == self.epoch and len(self.epoch_batches) >= 4096:
+            return None, []
+        came = {"batch": of_batch(batch), "random": of_random()}
+        verdict = self._compare(came, epoch, step) if self._due else None
+        self._due = None
+        complete, self._open = self._open, []
+        for document in complete:
+            document["next"] = came
+        if epoch != self.epoch:
+            self.epoch, self.epoch_batches = epoch, []
+        self.epoch_batches.append(came["batch"])
+        return verdict, complete
+
+    def _compare(self, came: dict, epoch: int, step: int) -> StateRestored | None:
+        """Exact where the straight run went on after the save; else a batch must not come twice in an epoch of distinct ones."""
+        if wanted := self._due["next"]:
+            differing = tuple(name for key, name in (("batch", "the next batch"), ("random", "random state")) if wanted[key] != came[key])
+            return StateRestored(step, differing, 2)
+        seen = self._due["epoch_batches"]
+        if epoch != self._due["epoch"] or len(set(seen)) < max(2, len(seen)):
+            return None
+        return StateRestored(step, ("the next batch (it came before in this epoch)",) if came["batch"] in seen else (), 1)
+
+
+def write(folder: Path, document: dict) -> None:
+    """Keep a document beside a checkpoint."""
+    (folder / FILE).write_text(json.dumps(document), encoding="utf-8")
+
+
+def read(folder: Path) -> dict | None:
+    """The document beside a checkpoint, or None where there is none."""
+    path = folder / FILE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

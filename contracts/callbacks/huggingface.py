@@ -1,0 +1,171 @@
+"""Gates inside `transformers.Trainer` and what is built on it, such as TRL's: `Trainer(…, callbacks=[GateCallback()])`."""
+
+import inspect
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from contracts.callbacks import digest
+from contracts.callbacks.probe import config_of, untouched
+from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.watch import Facts, Watch
+from contracts.gate import Verdict
+
+LOSS_GATES = ("loss.next-token", "loss.token-weights", "model.first-loss", "data.learnable-batch")
+
+
+class GateCallback(TrainerCallback):
+    """Asks the preflight gates when training begins, then watches every step, evaluation, save and resume of the Trainer it is given to.
+
+    Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON lines, default
+    `gates.jsonl` in the output folder) and to logging, and nothing is raised. `skip` leaves gates out by id.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "raise",
+        *,
+        log_path: str | Path | None = None,
+        skip: Iterable[str] = (),
+        only: Iterable[str] | None = None,
+    ):
+        self._mode, self._log_path, self._skip, self._only = mode, log_path, tuple(skip), only
+        self.session: Session | None = None
+        self._watch: Watch | None = None
+        self._trainer: Trainer | None = None
+        self._memory = digest.Memory()
+        self._folders: dict[int, Path] = {}
+        self._phase, self._reloaded = "", False
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """Verdict of every gate so far, by id; empty before training begins."""
+        return self.session.verdicts() if self.session else {}
+
+    def first_failures(self) -> dict[str, int | None]:
+        """Step of each red gate's first failure."""
+        return self.session.first_failures() if self.session else {}
+
+    # --- events of the trainer --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, processing_class=None, **kwargs):
+        self._detach()
+        log_path = self._log_path or Path(args.output_dir) / "gates.jsonl"
+        self.session = Session(self._mode, log_path=log_path, skip=self._skip, only=self._only)
+        self.session.on_halt = self._detach
+        self._trainer, resumed = _caller()
+        inner = getattr(optimizer, "optimizer", optimizer)
+        tokenizer = processing_class if hasattr(processing_class, "eos_token_id") else None
+        if _other_objective(self._trainer):
+            for gate_id in LOSS_GATES:
+                self.session.forget(gate_id, f"{type(self._trainer).__name__} does not learn the next token by cross-entropy")
+        with untouched(model):
+            self.session.preflight(ingredients_of(model, inner, tokenizer))
+        self._watch = Watch(
+            model,
+            inner,
+            self.session,
+            scheduler=lr_scheduler,
+            facts=self._facts(args, model, tokenizer),
+            step=state.global_step,
+            **({"phase": lambda: self._phase} if self._trainer else {}),
+        )
+        if self._trainer:
+            self._wrap(self._trainer)
+        folder = Path(resumed) if isinstance(resumed, str) else Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if (resumed or state.global_step) and (document := digest.read(folder)):
+            self.session.observe(self._memory.restored(document, digest.of_run(model, inner, lr_scheduler, state.global_step)))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._watch is not None:
+            self._watch.before_update()
+
+    def on_step_end(self, args, state, control, *, optimizer=None, **kwargs):
+        if self._watch is not None:
+            self._watch.close(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
+
+    def on_save(self, args, state, control, *, model, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._watch is None or not folder.is_dir():
+            return
+        watch = self._watch
+        document = self._memory.saved(digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step))
+        digest.write(folder, document)
+        self._folders[id(document)] = folder
+        if not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
+            self._reloaded = True
+            with untouched(model):
+                other = type(model).from_pretrained(folder, dtype=model.dtype)
+                self.session.artifact(digest.of_both(model, other), state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._detach()
+
+    # --- what the trainer does not tell its callbacks ---------------------------------------------------------------
+
+    def _wrap(self, trainer: Trainer) -> None:
+        """Stand around two methods of this one trainer: they hold the batch, the loss before the logger, and the phase."""
+        step, predict = trainer.training_step, trainer.prediction_step
+
+        def training_step(model, inputs, *args, **kwargs):
+            verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
+            for document in complete:
+                digest.write(self._folders.pop(id(document)), document)
+            if verdict is not None:
+                self.session.observe(verdict)
+            self._watch.batch = dict(inputs)
+            loss = self._during("training", step, model, inputs, *args, **kwargs)
+            self._watch.tell_loss(loss)
+            return loss
+
+        def prediction_step(*args, **kwargs):
+            return self._during("evaluation", predict, *args, **kwargs)
+
+        trainer.training_step, trainer.prediction_step = training_step, prediction_step
+
+    def _during(self, phase: str, call, *args, **kwargs) -> Any:
+        before, self._phase = self._phase, phase
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._phase = before
+
+    def _detach(self) -> None:
+        if self._watch:
+            self._watch.detach()
+        for name in ("training_step", "prediction_step"):
+            if self._trainer is not None:
+                vars(self._trainer).pop(name, None)
+        self._watch = self._trainer = None
+
+    def _facts(self, args, model, tokenizer) -> Facts:
+        config, trainer = config_of(model), self._trainer
+        scaler = getattr(getattr(trainer, "accelerator", None), "scaler", None)
+        return Facts(
+            pad_id=getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
+            eos_id=getattr(tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
+            smoothing=float(args.label_smoothing_factor),
+            max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else math.inf,
+            ticks_per_update=scaler is None,
+            loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
+            absolute=args.world_size <= 1,
+        )
+
+
+def _caller() -> tuple[Trainer | None, Any]:
+    """(the trainer that is calling, what it was asked to resume from). The Trainer gives its callbacks no reference to itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        own = frame.f_locals.get("self")
+        if isinstance(own, Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            return own, frame.f_locals["resume_from_checkpoint"]
+        frame = frame.f_back
+    return None, None
+
+
+def _other_objective(trainer: Trainer | None) -> bool:
+    """Whether a trainer of TRL learns something else than the next token; all but SFT do."""
+    names = {c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")}
+    return bool(names) and not any(n.startswith("SFT") for n in names)

@@ -1,0 +1,99 @@
+"""Gates around a loop you wrote yourself: one import and one `with`, nothing inside the loop."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.callbacks import digest
+from contracts.callbacks.probe import config_of, untouched
+from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.watch import Facts, Watch
+
+
+class Gate:
+    """What a `with gated(…)` gives. The loop may tell it more than it can see; nothing has to be told."""
+
+    def __init__(self, session: Session, watch: Watch):
+        self._session, self._watch = session, watch
+        self._memory = digest.Memory()
+        self._epoch = 0
+
+    def batch(self, batch: Any, *, epoch: int = 0) -> None:
+        """The batch about to be used: a mapping, or (ids, labels). Needed where the model is not given mask and labels, and for resume."""
+        named = batch if hasattr(batch, "keys") else dict(zip(("input_ids", "labels"), batch)) if isinstance(batch, (list, tuple)) else {}
+        self._watch.batch = named
+        verdict, _ = self._memory.drawn(batch, epoch, self._watch.step)
+        if verdict is not None:
+            self._session.observe(verdict)
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-step, as it is; given back unchanged."""
+        self._watch.tell_loss(loss.detach())
+        return loss
+
+    def state_dict(self) -> dict:
+        """To be kept in a checkpoint beside weights and optimizer: their hashes, and later what batch came next. JSON-ready."""
+        return self._memory.saved(self._parts())
+
+    def load_state_dict(self, state: dict) -> None:
+        """To be called when a run goes on, after weights, optimizer and schedule are restored. Raises GateFailed if they are others."""
+        self._watch.step = state["parts"]["step"]
+        self._session.observe(self._memory.restored(state, self._parts()))
+
+    def reloaded(self, other: nn.Module) -> None:
+        """A model made of what was saved: it must be the live one. Raises GateFailed if it is another."""
+        self._session.artifact(digest.of_both(self._watch.model, other), self._watch.step)
+
+    def verdicts(self) -> dict:
+        """Verdict of every gate so far, by id."""
+        return self._session.verdicts()
+
+    def first_failures(self) -> dict[str, int | None]:
+        """Step of each red gate's first failure."""
+        return self._session.first_failures()
+
+    def _parts(self) -> dict[str, Any]:
+        watch = self._watch
+        return digest.of_run(watch.model, watch.optimizer, watch.scheduler, watch.step)
+
+
+@contextmanager
+def gated(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scheduler: Any = None,
+    tokenizer: Any = None,
+    max_grad_norm: float | None = None,
+    scaler: Any = None,
+    mode: Mode = "raise",
+    log_path: str | Path | None = None,
+    skip: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+) -> Iterator[Gate]:
+    """Ask the preflight gates on the live model, then watch every step until the block ends.
+
+    The model maps ids (B, T) to logits (B, T, V), alone or beside a loss, and is called as a module. `max_grad_norm` is what the loop
+    clips at (infinity: nothing), `scaler` a GradScaler. Raises GateFailed at the first red gate that halts; with mode "log" nothing.
+    """
+    session = Session(mode, log_path=log_path, skip=skip, only=only)
+    with untouched(model):
+        session.preflight(ingredients_of(model, optimizer, tokenizer))
+    config = config_of(model)
+    facts = Facts(
+        pad_id=getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
+        eos_id=getattr(tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
+        max_grad_norm=max_grad_norm,
+        loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
+        absolute=not (torch.distributed.is_available() and torch.distributed.is_initialized()),
+    )
+    watch = Watch(model, optimizer, session, scheduler=scheduler, facts=facts)
+    session.on_halt = watch.detach
+    try:
+        yield Gate(session, watch)
+    finally:
+        watch.detach()

@@ -1,0 +1,138 @@
+"""One watched run: which gates are asked, what becomes of a red one, and the preflight on a live model."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from contracts.callbacks.probe import Probe, config_of, embedding_of, head_of, untouched
+from contracts.gate import Verdict, call_check, not_run
+from contracts.keeper import Gatekeeper
+from spec.errors import ConfigError, GateFailed
+from spec.gates import load_spec
+
+KIND = "foreign"
+Mode = Literal["raise", "log"]
+logger = logging.getLogger("stackproof.gates")
+
+
+class Session:
+    """The gates of kind `foreign` in one run. In mode `raise` a red one that halts raises GateFailed; in mode `log` nothing is raised.
+
+    Every verdict of a preflight or artifact gate, and every red one of a runtime gate, becomes one line of `log_path` and one of logging.
+    `skip` leaves gates out by id. Raises ConfigError for an unknown mode or gate.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "raise",
+        *,
+        log_path: str | Path | None = None,
+        skip: Iterable[str] = (),
+        only: Iterable[str] | None = None,
+    ):
+        if mode not in ("raise", "log"):
+            raise ConfigError("mode is neither raise nor log", value=mode, allowed="raise | log")
+        spec = load_spec()
+        known = {g.id for g in spec.gates.values() if KIND in g.kinds}
+        if odd := sorted({*skip, *(only or ())} - known):
+            raise ConfigError(f"no gate {odd[0]} is asked here", allowed=", ".join(sorted(known)))
+        self.mode, self.log_path = mode, Path(log_path) if log_path else None
+        self.only = (known if only is None else set(only)) - set(skip)
+        self.keeper = Gatekeeper(spec, kind=KIND, only=self.only, on_verdict=self._note)
+        self.absent: dict[str, Verdict] = {}
+        self.on_halt = lambda: None
+
+    def observe(self, event: Any) -> None:
+        """Show an event to the gates. Raises GateFailed in mode `raise`."""
+        self._guard(lambda: self.keeper.observe(event))
+
+    def preflight(self, ingredients: Mapping[str, Any]) -> None:
+        """Ask every preflight gate. Raises GateFailed in mode `raise`."""
+        self._guard(lambda: self.keeper.preflight(ingredients))
+
+    def artifact(self, ingredients: Mapping[str, Any], step: int) -> None:
+        """Ask the artifact gates. Raises GateFailed in mode `raise`."""
+        self._guard(lambda: self.keeper.artifact(ingredients, step=step))
+
+    def forget(self, gate_id: str, why: str) -> None:
+        """Take a gate out, because its question has no meaning here; its verdict stays `not_run` with the reason."""
+        if self.keeper.seats.pop(gate_id, None):
+            self.absent[gate_id] = not_run(why)
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """Verdict of every gate so far; one that was never asked is `not_run`."""
+        return self.absent | {r.id: Verdict(r.verdict, r.message, r.measured) for r in self.keeper.results()}
+
+    def first_failures(self) -> dict[str, int | None]:
+        """Step of the first red verdict by gate; a preflight gate's is 0."""
+        return {r.id: r.first_failure_step for r in self.keeper.results() if r.verdict == "fail"}
+
+    def _guard(self, ask) -> None:
+        try:
+            ask()
+        except GateFailed:
+            if self.mode == "raise":
+                self.on_halt()
+                raise
+
+    def _note(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+        level = logging.WARNING if verdict.outcome == "fail" else logging.DEBUG
+        logger.log(level, "%s %s at step %s: %s", gate_id, verdict.outcome, step, verdict.message)
+        if self.log_path is None:
+            return
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        measured = {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in verdict.measured.items()}
+        line = {
+            "time": round(time.time(), 3),
+            "gate": gate_id,
+            "step": step,
+            "verdict": verdict.outcome,
+            "message": verdict.message,
+            "measured": measured,
+        }
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def ingredients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None) -> dict[str, Any]:
+    """What the preflight gates can be told about a live model; what cannot be had is absent, and its gate says not_run."""
+    given: dict[str, Any] = {}
+    probe = Probe(model)
+    if not probe.refusal and is_causal(model):
+        given |= {"probe": probe}
+    embedding, head, config = embedding_of(model), head_of(model), config_of(model)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", getattr(config, "tie_word_embeddings", None))
+    if embedding is not None and getattr(head, "weight", None) is not None and tied is not None:
+        given |= {"tied_declared": bool(tied), "embedding_weight": embedding.weight, "head_weight": head.weight}
+    if tokenizer is not None and embedding is not None and hasattr(tokenizer, "__len__"):
+        given |= {
+            "tokenizer_size": len(tokenizer),
+            "embedding_rows": int(embedding.weight.shape[0]),
+            "special_ids": {n: (getattr(tokenizer, n, None), getattr(config, n, None)) for n in ("bos_token_id", "eos_token_id")},
+        }
+    if optimizer is not None:
+        given |= {"named_parameters": list(model.named_parameters()), "param_groups": optimizer.param_groups}
+    return given
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model is meant to predict the next token. One that says nothing about itself is taken at its user's word."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    return not getattr(config, "is_encoder_decoder", False) and not any(word in name for word in ("MaskedLM", "Classification", "Encoder"))
+
+
+def ask_all(
+    model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None, only: str = ""
+) -> dict[str, Verdict]:
+    """Verdict of every preflight gate on a live model, or of one; none raises, and the model is afterwards as before."""
+    gates = [g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight" and only in ("", g.id)]
+    with untouched(model):
+        given = ingredients_of(model, optimizer, tokenizer)
+        return {g.id: call_check(g, given) for g in gates}

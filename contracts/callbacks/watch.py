@@ -1,0 +1,399 @@
+"""Takes numbers at the source inside a trainer that is not ours: hooks on the model's forward, on its logits' gradient and on the update.
+
+B batch, T tokens, V vocab
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from contracts.callbacks import probe
+from contracts.callbacks.digest import checksums, gathered
+from contracts.callbacks.reading import IGNORE, Reading, read, silent_places, trailing_padding
+from contracts.callbacks.session import Session
+from contracts.events import StepTaken
+from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, Moved, RatesUsed
+
+VISIBLE_RATE = 1e-7
+
+
+@dataclass
+class Facts:
+    """What only the trainer can say. `max_grad_norm` is None where unknown and infinity where nothing is clipped.
+
+    `ticks_per_update`: the schedule ticks once an update; otherwise it may tick more rarely. `loss_scale()` is what a loss scaler
+    multiplies with. `absolute`: the weight of a token can be told, as in one process.
+    """
+
+    pad_id: int | None = None
+    eos_id: int | None = None
+    smoothing: float = 0.0
+    max_grad_norm: float | None = None
+    clips_values: bool = False
+    ticks_per_update: bool = False
+    loss_scale: Callable[[], float] = lambda: 1.0
+    absolute: bool = True
+
+
+@dataclass
+class _Step:
+    """What one optimizer step has shown so far."""
+
+    readings: list[Reading] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    stale_norm: float = 0.0
+    lost: int = 0
+    passes: int = 0
+    judged: bool = False
+
+
+class Watch:
+    """Hooks on one model and one optimizer; shows events to a session. `phase()` is training, evaluation or empty (look away).
+
+    `heads` are the modules whose call gives the logits; the outermost that is called counts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        session: Session,
+        *,
+        scheduler: Any = None,
+        facts: Facts | None = None,
+        step: int = 0,
+        phase: Callable[[], str] = lambda: "training" if torch.is_grad_enabled() else "evaluation",
+        update_hooks: bool = True,
+    ):
+        self.model, self.optimizer, self.session, self.scheduler = model, optimizer, session, scheduler
+        self.facts, self.step, self.phase = facts or Facts(), step, phase
+        self.batch: Mapping[str, Any] = {}
+        self.updates, self.first_tick = 0, getattr(scheduler, "last_epoch", 0)
+        self.max_length = probe.max_length_of(model)
+        embedding = probe.embedding_of(model)
+        self.embedding_rows = int(embedding.weight.shape[0]) if embedding is not None else 0
+        self.drops = bool(probe.dropout_names(model))
+        self._now, self._inside, self._busy, self._in_backward, self._repeat_due = _Step(), None, False, False, True
+        self._head_output: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self._told: float | None = None
+        self._names, self._parameters = map(list, zip(*model.named_parameters()))
+        self._frozen_at_first = [not p.requires_grad for p in self._parameters]
+        self._first = self._sums = checksums(self._parameters)
+        self._still = [0] * len(self._parameters)
+        self._norms_after: Tensor | None = None
+        self._rates: tuple[float, ...] = ()
+        if self.facts.max_grad_norm is None:
+            session.forget("optim.clip-norm", "the largest gradient norm was not told")
+        if any(p.requires_grad and p.element_size() < 4 for p in self._parameters):
+            session.forget("optim.clip-norm", "gradients are held in half precision, whose norm is rounded by more than the limit")
+        if scheduler is None:
+            session.forget("schedule.declared-rate", "no schedule was told")
+        self._handles = self._attach(update_hooks)
+
+    def _attach(self, update_hooks: bool) -> list:
+        candidates = [self.model, *(m for m in self.model.children() if not isinstance(m, (nn.Embedding, nn.ModuleList)))]
+        handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in candidates]
+        handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in candidates]
+        if (head := probe.head_of(self.model)) is not None:
+            handles.append(head.register_forward_hook(self._head))
+        base = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "-", None)
+        if isinstance(base, nn.Module):
+            handles.append(base.register_forward_hook(self._base))
+        if update_hooks:
+            handles.append(self.optimizer.register_step_pre_hook(lambda *_: self.before_update()))
+        handles.append(self.optimizer.register_step_post_hook(lambda *_: self.after_update(also_before=not update_hooks)))
+        return handles
+
+    def detach(self) -> None:
+        """Take all hooks off; harmless when done twice."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def tell_loss(self, loss: Tensor | float) -> None:
+        """The loss of one micro-step as the trainer has it, before any logger."""
+        self._now.losses.append(float(loss))
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._busy or self._inside not in (None, module) or not (phase := self.phase()):
+            return
+        named = probe.arguments_of(module, args, kwargs)
+        ids = probe.ids_of(named)
+        if ids is None:
+            return
+        self._inside, self._head_output = module, None
+        if phase == "evaluation":
+            wrong = tuple(n for n, m in self.model.named_modules() if m.training)
+            self.session.observe(ModeSeen(self.step, phase, wrong))
+            return
+        if not torch.is_grad_enabled():
+            return
+        places = named.get("position_ids")
+        length = int(places.max()) + 1 if isinstance(places, Tensor) and places.numel() else ids.shape[1]
+        self._see_batch(ids, length, *self._mask_and_labels(ids, named))
+        idle = self.drops and not module.training
+        self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
+
+    def _mask_and_labels(self, ids: Tensor, named: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and labels of a batch: those the model is given, else those of the batch the trainer drew."""
+        mask, labels = named.get(probe.MASK), probe.labels_of(named)
+        own = probe.ids_of(self.batch) if self.batch else None
+        if own is not None and own.shape == ids.shape and torch.equal(own.to(ids.device), ids):
+            mask = self.batch.get(probe.MASK) if mask is None else mask
+            labels = probe.labels_of(self.batch) if labels is None else labels
+        return tuple(t.to(ids.device) if isinstance(t, Tensor) and t.shape == ids.shape else None for t in (mask, labels))
+
+    def _see_batch(self, ids: Tensor, length: int, mask: Tensor | None, labels: Tensor | None) -> None:
+        pad, eos = self.facts.pad_id, self.facts.eos_id
+        text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
+        padding = ~text
+        if mask is None and pad is not None:
+            padding = trailing_padding(ids, pad, eos)
+            padding &= torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)  # one end of text is text
+        stops = learned_stops = n_padding = 0
+        valid = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != IGNORE
+        own = labels is not None and bool((labels == ids)[valid].float().mean() > 0.5) if bool(valid.any()) else False
+        if own and eos is not None and (mask is not None or pad != eos):
+            ends = (ids == eos)[:, 1:] & text[:, 1:] & ~padding[:, 1:] & valid[:, :-1]
+            stops, learned_stops = int(ends.sum()), int((ends & valid[:, 1:]).sum())
+        if own:
+            n_padding = int((valid & padding).sum())
+        self.session.observe(
+            BatchSeen(
+                step=self.step + 1,
+                n_rows=ids.shape[0],
+                length=length,
+                max_length=self.max_length,
+                min_id=int(ids.min()),
+                max_id=int(ids.max()),
+                embedding_rows=self.embedding_rows,
+                n_labels=0 if labels is None else labels.numel(),
+                n_valid=int(valid[:, 1:].sum()) if own or labels is None or not bool(valid.any()) else int(valid.sum()),
+                n_stops=stops,
+                n_stops_learned=learned_stops,
+                n_padding_labels=n_padding,
+            )
+        )
+
+    def _base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._inside is not None:
+            self._hidden = getattr(output, "last_hidden_state", None)
+
+    def _head(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._inside is not None and isinstance(output, Tensor):
+            self._head_output = output
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._busy or self._inside is not module:
+            return
+        self._inside, logits = None, probe.logits_of(output)
+        hidden, self._hidden = self._hidden, None
+        if self.phase() == "evaluation":
+            if logits is not None:
+                self._ask_twice(module, args, kwargs, logits)
+            return
+        sources = self._sources(logits, hidden)
+        if not (torch.is_grad_enabled() and sources):
+            return
+        self._repeat_due = True
+        named = probe.arguments_of(module, args, kwargs)
+        ids = probe.ids_of(named)
+        if ids is None or ids.shape != sources[0][0].shape[:2]:
+            return
+        mask, labels = self._mask_and_labels(ids, named)
+        place = {"ids": ids, "silent": silent_places(ids, mask, labels, self.facts.pad_id, self.facts.eos_id), "done": False}
+        place["labels"] = 0 if labels is None else int((labels != IGNORE).sum())
+        loss = probe.loss_of(output)
+        place["loss"] = None if loss is None else float(loss.detach())
+        for tensor, weight in sources:
+            tensor.register_hook(lambda g, tensor=tensor.detach(), weight=weight: self._backward(place, tensor, g, weight))
+
+    def _sources(self, logits: Tensor | None, hidden: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Where a loss can be read: (tensor, weight of the head it has yet to pass). The first that gets a gradient counts.
+
+        The logits; the head's own output, where the trainer has converted it and the loss may have been taken before that; and where
+        there are no logits, as with a fused loss, what enters the head, if the head is a matrix and nothing comes after it.
+        """
+        raw, self._head_output = self._head_output, None
+        if logits is None:
+            head, config = probe.head_of(self.model), probe.config_of(self.model)
+            bent = any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+            plain = isinstance(head, nn.Linear) and head.bias is None and not bent
+            return [(hidden, head.weight.detach())] if plain and hidden is not None and hidden.requires_grad else []
+        if not logits.requires_grad:
+            return []
+        if raw is None or raw is logits or raw.shape != logits.shape or not raw.requires_grad:
+            return [(logits, None)]
+        same = torch.equal(raw.detach().float(), logits.detach().float())
+        return [(logits, None), (raw, None)] if same else [(logits, None)]
+
+    @torch.no_grad()
+    def _ask_twice(self, module: nn.Module, args: tuple, kwargs: dict, logits: Tensor) -> None:
+        """Once after each stretch of training: the same batch again, with other random numbers, gives the same logits."""
+        if not self._repeat_due or kwargs.get("past_key_values") is not None:
+            return
+        self._repeat_due, self._busy = False, True
+        try:
+            with probe.random_kept():
+                again = probe.logits_of(module(*args, **kwargs))
+        finally:
+            self._busy = False
+        repeat = float((again.float() - logits.float()).abs().nan_to_num().max())
+        self.session.observe(ModeSeen(self.step, "evaluation", (), repeat))
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+
+    def _backward(self, place: dict, values: Tensor, gradient: Tensor, head: Tensor | None) -> None:
+        if place["done"] or self._busy:
+            return
+        place["done"] = True
+        if not self._in_backward:
+            self._in_backward = True
+            self._begin_pass()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+        scale, smoothing = self.facts.loss_scale(), self.facts.smoothing
+        reading = read(values, gradient, place["ids"], place["silent"], head=head, scale=scale, smoothing=smoothing)
+        reading.n_labels = place["labels"]
+        if place["loss"] is not None and not math.isfinite(place["loss"]):
+            reading.finite = False
+        self._now.readings.append(reading)
+
+    def _begin_pass(self) -> None:
+        norms = self._norms()
+        if self._now.passes == 0:
+            self._now.stale_norm = float(norms.norm())
+        elif self._norms_after is not None:
+            self._now.lost += not torch.equal(norms.nan_to_num(), self._norms_after.nan_to_num())
+        self._now.passes += 1
+
+    def _end_pass(self) -> None:
+        self._in_backward = False
+        self._norms_after = self._norms()
+
+    def _norms(self) -> Tensor:
+        """(P,) float64: the norm of each parameter's gradient, 0 where there is none."""
+        held = [(i, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
+        norms = torch.zeros(len(self._parameters), dtype=torch.float64)
+        if held:
+            places, gradients = zip(*held)
+            norms[list(places)] = gathered([torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in gradients], torch.float64)
+        return norms
+
+    # --- update -----------------------------------------------------------------------------------------------------
+
+    def before_update(self) -> None:
+        """Everything that is known before weights move. Raises GateFailed in mode `raise`, so that a bad update never lands."""
+        now = self._now
+        if not now.judged:
+            self._rates = tuple(float(g["lr"]) for g in self.optimizer.param_groups)
+            self._tick = getattr(self.scheduler, "last_epoch", 0)
+        if not now.passes or now.judged:
+            return
+        now.judged = True
+        step, scale = self.step + 1, self.facts.loss_scale()
+        after, used = self._norms_after, self._norms()
+        norm, clipped = float(after.norm()) / scale, float(used.norm())
+        finite = all(r.finite for r in now.readings)
+        loss = sum(now.losses) if now.losses else self._mean_nats()
+        self.session.observe(self._step_taken(step, loss if finite else math.nan, norm, clipped))
+        if not (finite and math.isfinite(norm)):
+            return
+        self._observe_loss(step)
+        self.session.observe(GradientsSeen(step, now.passes, now.stale_norm, now.lost, self._factor_spread(after, used)))
+
+    def _step_taken(self, step: int, loss: float, norm: float, clipped: float) -> StepTaken:
+        n = sum(r.n_expected for r in self._now.readings)
+        maximum = math.inf if self.facts.max_grad_norm is None else self.facts.max_grad_norm
+        return StepTaken(step, loss, norm, clipped, maximum, self._rates[0], n, n, 0, 0.0, 0.0, 0.0, 0.0)
+
+    def _mean_nats(self) -> float:
+        nats = [x for r in self._now.readings for x in r.nats]
+        return sum(nats) / len(nats) if nats else math.nan
+
+    def _observe_loss(self, step: int) -> None:
+        readings = self._now.readings
+        offsets = [o for r in readings for o in r.offsets]
+        wrong = [o for o in offsets if o != 1]
+        learned, expected = sum(r.n_learned for r in readings), sum(r.n_expected for r in readings)
+        weights = [w for r in readings for w in r.weights] or [math.nan]
+        # What a loss leaves out beyond labels and mask, such as a prompt, is not ours to judge: N is then what it does learn. A trainer
+        # may count the first label of each row, which no logit predicts, as transformers 5.23 does for GPT-2 (26 of 28 on short rows).
+        counts = (expected, learned, sum(r.n_labels for r in readings))
+        n = min(counts, key=lambda n: abs(max(weights) * n - 1))
+        self.session.observe(
+            LossRead(
+                step=step,
+                n_learned=learned,
+                n_judged=len(offsets),
+                n_off_target=len(wrong),
+                offset=max(set(wrong), key=wrong.count) if wrong else 1,
+                n_masked_learned=sum(r.n_masked_learned for r in readings),
+                weight_min=min(weights) * n,
+                weight_max=max(weights) * n,
+                mean_nats=self._mean_nats(),
+                vocab_size=max((r.vocab_size for r in readings), default=0),
+                absolute=self.facts.absolute,
+            )
+        )
+
+    def _factor_spread(self, after: Tensor, used: Tensor) -> float:
+        """How unequally tensors were scaled between the last backward pass and the update; 0 where values are clipped one by one."""
+        seen = after > 1e-6 * after.norm()
+        if self.facts.clips_values or not bool(seen.any()):
+            return 0.0
+        factors = used[seen] / after[seen]
+        return float((factors.max() - factors.min()) / factors.max()) if float(factors.max()) > 0 else 1.0
+
+    def after_update(self, also_before: bool = False) -> None:
+        """What the update moved, and at which rate."""
+        if also_before:
+            self.before_update()
+        self.step, self.updates = self.step + 1, self.updates + 1
+        self.session.observe(self._moved())
+        if self.scheduler is not None and self._rates:
+            self.session.observe(self._rates_used())
+        self._now, self._norms_after = _Step(), None
+
+    def close(self, skipped: bool = False) -> None:
+        """Told by a trainer that says when a step is over: an update that never came moved nothing, one that was skipped is forgotten."""
+        if not self._now.passes:
+            return
+        if skipped:
+            self._now, self._norms_after = _Step(), None
+        else:
+            self.after_update()
+
+    def _moved(self) -> Moved:
+        before, self._sums = self._sums, checksums(self._parameters)
+        changed = (self._sums != before).tolist()
+        ever = (self._sums != self._first).tolist()
+        frozen = [not p.requires_grad and was for p, was in zip(self._parameters, self._frozen_at_first)]
+        visible = {id(p) for g, rate in zip(self.optimizer.param_groups, self._rates) if rate >= VISIBLE_RATE for p in g["params"]}
+        owned = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in visible]
+        for i in owned:
+            judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
+            self._still[i] = 0 if changed[i] or not judged else self._still[i] + 1
+        stillest = max(range(len(self._still)), key=self._still.__getitem__)
+        return Moved(
+            step=self.step,
+            frozen_moved=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),
+            longest_still=self._still[stillest],
+            stillest=self._names[stillest],
+            moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
+        )
+
+    def _rates_used(self) -> RatesUsed:
+        ticks, done = self._tick - self.first_tick, self.updates - 1
+        if isinstance(self.scheduler, LambdaLR):
+            at = self.step - 1 if self.facts.ticks_per_update else self._tick
+            declared = tuple(float(base * rule(at)) for base, rule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas))
+        else:
+            declared = tuple(map(float, self.scheduler.get_last_lr())) if hasattr(self.scheduler, "get_last_lr") else ()
+        return RatesUsed(self.step, self._rates, declared, ticks, done)

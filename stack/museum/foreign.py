@@ -1,0 +1,226 @@
+"""Plants in a training script that is not ours; see `stack.museum.script`."""
+
+import torch
+from torch.nn import functional as F
+
+from stack.museum import script
+from stack.museum.plant import plant, swap, touch
+
+
+@plant(
+    "loss.foreign-labels-unshifted",
+    gate="loss.next-token",
+    title="The loss compares each logit with its own token",
+    story="A loss written beside the model forgets that somebody has to shift. The model learns to copy its input: the loss falls "
+    "to zero within minutes, faster than any run before, and the text it writes repeats one token.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def labels_unshifted():
+    def unshifted(logits, batch, n):
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / n
+
+    with swap(script, "loss_of", unshifted):
+        yield
+
+
+@plant(
+    "loss.foreign-labels-shifted-twice",
+    gate="loss.next-token",
+    title="Labels are shifted by the collator and again by the loss",
+    story="The collator was written for a model that does not shift, and the model was changed for one that does. Every token is "
+    "taught the one after the next. The loss falls, only not as far, and nothing says why.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def labels_shifted_twice():
+    original = script.collate
+
+    def shifted(rows):
+        batch = original(rows)
+        return batch | {"labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+
+    with swap(script, "collate", shifted):
+        yield
+
+
+@plant(
+    "loss.foreign-padding-learned",
+    gate="loss.token-weights",
+    title="Padding counts in the loss",
+    story="The label of padding is the padding token itself, and the loss ignores nothing. Short rows in a batch with one long "
+    "row teach little but padding, and the mean loss looks better the more padding there is.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def padding_learned():
+    original = script.loss_of
+
+    def padded(logits, batch, n):
+        return original(logits, batch | {"labels": batch["input_ids"]}, n)
+
+    with swap(script, "loss_of", padded):
+        yield
+
+
+@plant(
+    "loss.foreign-mean-of-means",
+    gate="loss.token-weights",
+    title="Each micro-batch is averaged by itself",
+    story="Accumulation adds up the means of micro-batches and divides by their number. Where rows are ragged a token of a short "
+    "micro-batch weighs more than one of a long one. It stood in widely used trainers for years.",
+    sources=("https://github.com/huggingface/transformers/issues/34191",),
+)
+def mean_of_means():
+    def mean(logits, batch, n):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()) / script.MICRO
+
+    with swap(script, "loss_of", mean):
+        yield
+
+
+@plant(
+    "data.foreign-labels-all-masked",
+    gate="data.learnable-batch",
+    title="A batch has no label left",
+    story="A prompt is longer than the row, so truncation cuts off the whole answer, and everything before it is masked. The "
+    "batch costs a forward and a backward pass, and its mean loss is zero divided by zero.",
+    sources=("https://github.com/huggingface/trl/pull/6320",),
+)
+def labels_all_masked():
+    original = script.collate
+
+    def masked(rows):
+        batch = original(rows)
+        return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+    with swap(script, "collate", masked):
+        yield
+
+
+@plant(
+    "data.foreign-stop-never-learned",
+    gate="data.learnable-batch",
+    title="The stop token is masked as if it were padding",
+    story="Padding is given the id of the stop token, as many guides advise, and the collator masks every label with that id. The "
+    "model is never taught to stop; fine-tuned, it answers and then goes on for ever.",
+    sources=("https://github.com/huggingface/trl/pull/6320",),
+)
+def stop_never_learned():
+    original = script.collate
+
+    def masked(rows):
+        batch = original(rows)
+        return batch | {"labels": batch["labels"].masked_fill(batch["input_ids"] == script.EOS, -100)}
+
+    with swap(script, "collate", masked):
+        yield
+
+
+@plant(
+    "data.foreign-padding-labelled",
+    gate="data.learnable-batch",
+    title="Labels are a copy of the padded ids",
+    story="The collator pads and then clones ids into labels. The mask is right and attention ignores the padding, so the forward "
+    "pass is fine; only the loss learns to predict padding after padding, the easiest token there is.",
+    sources=("https://github.com/huggingface/transformers/issues/47394",),
+)
+def padding_labelled():
+    original = script.collate
+
+    def cloned(rows):
+        batch = original(rows)
+        return batch | {"labels": batch["input_ids"].clone()}
+
+    with swap(script, "collate", cloned):
+        yield
+
+
+@plant(
+    "model.foreign-mask-missing",
+    gate="model.future-blind",
+    title="Attention has lost its causal mask",
+    story="A mask of padding is handed to the attention, which then takes it for the whole mask. Every token sees the one it is "
+    "to predict. The loss falls to almost nothing, and generation, where there is no future, is noise.",
+    sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062",),
+)
+def mask_missing():
+    def all_visible(ids, mask):
+        return torch.ones(1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+
+    with swap(script, "visible", all_visible):
+        yield
+
+
+@plant(
+    "model.foreign-padding-seen",
+    gate="model.padding-blind",
+    title="The mask of padding is accepted and not used",
+    story="The model takes an attention mask and does not pass it on. With padding on the right nothing shows, because no token "
+    "looks ahead. With padding on the left, as generation in batches needs it, every row reads the padding.",
+    sources=("https://github.com/huggingface/transformers/issues/29285",),
+)
+def padding_seen():
+    original = script.visible
+
+    def unmasked(ids, mask):
+        return original(ids, None)
+
+    with swap(script, "visible", unmasked):
+        yield
+
+
+@plant(
+    "model.foreign-head-untied",
+    gate="model.tied-head",
+    title="The head is a copy of the embedding",
+    story="A function that moves or casts weights makes a new tensor for the head. The configuration still says that both are "
+    "one. They drift apart during training, and one of them is thrown away at the next load.",
+    sources=("https://github.com/huggingface/transformers/issues/42612",),
+)
+def head_untied():
+    original = script.Small
+
+    def loose():
+        touch()
+        model = original()
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+        return model
+
+    with swap(script, "Small", loose):
+        yield
+
+
+@plant(
+    "model.foreign-logits-scaled",
+    gate="model.first-loss",
+    title="Logits are far too large",
+    story="A scale that belonged into the attention is applied to the logits, or an initial spread is a hundred times too large. "
+    "The first loss stands several nats above guessing, and the first thousand steps only mend that.",
+    sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062",),
+)
+def logits_scaled():
+    original = script.logits
+
+    def scaled(head, x):
+        return original(head, x) * 12
+
+    with swap(script, "logits", scaled):
+        yield
+
+
+@plant(
+    "tokenizer.foreign-too-large",
+    gate="tokenizer.fits-model",
+    title="The tokenizer has more ids than the embedding has rows",
+    story="Special tokens were added to the tokenizer, and nobody resized the embedding. As long as no text contains them all is "
+    "well; the first that does is an index beyond the table, an assertion on a GPU a hundred calls later.",
+    sources=("https://github.com/Lightning-AI/litgpt/issues/1734",),
+)
+def too_large():
+    original = script.make_tokenizer
+
+    def larger():
+        made = original()
+        type(made).__len__ = lambda self: script.VOCAB + 2
+        return made
+
+    with swap(script, "make_tokenizer", larger):
+        yield

@@ -1,0 +1,165 @@
+"""A training script as anyone writes it: its own small model, loss and loop, none of it the stack's. Plants of foreign trainers go in here.
+
+B batch, T tokens, D width, V vocab
+"""
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contracts.callbacks.plain import gated
+from contracts.gate import Verdict
+
+VOCAB, WIDTH, PAD, EOS, STEPS, MICRO = 48, 16, 0, 1, 5, 2
+
+
+class Small(nn.Module):
+    """One layer of causal attention with dropout, and a head that is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True, max_seq_len=24, pad_token_id=PAD, eos_token_id=EOS)
+        self.embed, self.place = nn.Embedding(VOCAB, WIDTH), nn.Embedding(24, WIDTH)
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(WIDTH, VOCAB, bias=False)
+        for p in (self.embed.weight, self.place.weight):
+            nn.init.normal_(p, std=0.2)
+        self.head.weight = self.embed.weight
+        self.place.weight.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x_BTD = self.drop(self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1])))
+        q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, -1)
+        seen = visible(input_ids, attention_mask)
+        return logits(self.head, x_BTD + self.out(mixed(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))))
+
+
+def visible(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """What each token may look at: (B, T, T) bool."""
+    past = torch.ones(ids_BT.shape[1], ids_BT.shape[1], dtype=torch.bool).tril()
+    return past[None] if mask_BT is None else past[None] & (mask_BT[:, None, :] > 0) | torch.eye(ids_BT.shape[1], dtype=torch.bool)
+
+
+def mixed(x_BTD: Tensor) -> Tensor:
+    return x_BTD
+
+
+def logits(head: nn.Module, x_BTD: Tensor) -> Tensor:
+    return head(x_BTD)
+
+
+def texts() -> Iterator[list[list[int]]]:
+    """Rows of ids without end, three at a time, each ended by EOS."""
+    draw = torch.Generator().manual_seed(4)
+    while True:
+        lengths = torch.randint(4, 14, (3,), generator=draw).tolist()
+        yield [[*torch.randint(2, VOCAB, (n,), generator=draw).tolist(), EOS] for n in lengths]
+
+
+def collate(rows: list[list[int]]) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    padded = [(r + [PAD] * (longest - len(r)), [1] * len(r) + [0] * (longest - len(r))) for r in rows]
+    ids, mask = (torch.tensor(part) for part in zip(*padded))
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def tokens_in(batches: list[dict[str, Tensor]]) -> int:
+    return sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+
+
+def loss_of(logits_BTV: Tensor, batch: dict[str, Tensor], n_tokens: int) -> Tensor:
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / n_tokens
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2]}, {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+
+
+def rate_at(update: int) -> float:
+    return 1.0 / (1 + update)
+
+
+def micro_step_done(scheduler: Any) -> None:
+    """Nothing belongs here; a plant may think otherwise."""
+
+
+def before_update(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def after_update(model: nn.Module) -> None:
+    model.zero_grad()
+
+
+def evaluate(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    model.eval()
+    with torch.no_grad():
+        loss = loss_of(model(batch["input_ids"], batch["attention_mask"]), batch, tokens_in([batch]))
+    model.train()
+    return float(loss)
+
+
+def make_tokenizer() -> Any:
+    class Words:
+        pad_token_id, eos_token_id, bos_token_id = PAD, EOS, None
+
+        def __len__(self) -> int:
+            return VOCAB
+
+    return Words()
+
+
+def saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def loaded(kept: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+
+
+def ask(gate_id: str) -> tuple[Verdict, int | None]:
+    """Run the script with one gate around it: (its verdict, the step at which it was first red)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Small()
+        optimizer = make_optimizer(model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i))
+        told = {"scheduler": scheduler, "tokenizer": make_tokenizer(), "max_grad_norm": 1.0, "mode": "log", "only": (gate_id,)}
+        with gated(model, optimizer, **told) as gate:
+            _train(gate, model, optimizer, scheduler)
+        return gate.verdicts()[gate_id], gate.first_failures().get(gate_id)
+
+
+def _train(gate: Any, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    rows = texts()
+    for _ in range(STEPS):
+        batches = [collate(next(rows)) for _ in range(MICRO)]
+        for batch in batches:
+            gate.batch(batch)
+            loss_of(model(batch["input_ids"], batch["attention_mask"]), batch, tokens_in(batches)).backward()
+            micro_step_done(scheduler)
+        before_update(model)
+        optimizer.step()
+        scheduler.step()
+        after_update(model)
+        evaluate(model, batches[0])
+    state, kept = gate.state_dict(), saved(model, optimizer)
+    other = Small()
+    loaded(kept, other, make_optimizer(other))
+    gate.reloaded(other)
+    loaded(kept, model, optimizer)
+    gate.load_state_dict(state)

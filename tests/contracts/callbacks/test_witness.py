@@ -1,0 +1,106 @@
+"""Each check of what a foreign trainer shows, on numbers alone: one step inside its limit it is green, one step outside red."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from contracts.callbacks.reading import is_ahead, read, silent_places
+from contracts.gate import limits_of, resolve
+from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, Moved, RatesUsed, StateRestored
+from spec.gates import load_spec
+
+BATCH = BatchSeen(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
+LOSS = LossRead(1, 100, 64, 0, 1, 0, 0.999, 1.001, 3.4, 32)
+GRADIENTS = GradientsSeen(1, 4, 0.0, 0, 1e-6)
+MOVED = Moved(1, (), 0, "", 1.0)
+RATES = RatesUsed(3, (1e-3, 1e-3), (1e-3, 1e-3), 2, 2)
+MODE = ModeSeen(1, "evaluation", (), 0.0)
+STATE = StateRestored(5, (), 12)
+CASES = [
+    (
+        "data.learnable-batch",
+        BATCH,
+        [{"max_id": 32}, {"min_id": -1}, {"length": 17}, {"n_valid": 0}, {"n_stops_learned": 0}, {"n_padding_labels": 1}],
+    ),
+    ("loss.next-token", LOSS, [{"n_off_target": 1, "offset": 0}]),
+    ("loss.token-weights", LOSS, [{"weight_min": 0.97}, {"weight_max": 1.03}, {"n_masked_learned": 1}, {"weight_max": float("nan")}]),
+    ("model.first-loss", LOSS, [{"mean_nats": 4.5}]),
+    ("optim.gradient-kept", GRADIENTS, [{"stale_norm": 1e-9}, {"lost": 1}, {"factor_spread": 0.03}, {"factor_spread": float("nan")}]),
+    ("optim.moves", MOVED, [{"frozen_moved": ("a",)}, {"longest_still": 4}]),
+    ("schedule.declared-rate", RATES, [{"used": (1e-3, 1.001e-3)}, {"ticks": 3}]),
+    ("evaluation.mode", MODE, [{"wrong": ("drop",)}, {"repeat_abs": 1e-6}]),
+    ("checkpoint.state-restored", STATE, [{"differing": ("weights.a",)}, {"compared": 0}]),
+]
+
+
+def watcher(gate_id):
+    gate = load_spec().gates[gate_id]
+    return resolve(gate)(limits_of(gate))
+
+
+@pytest.mark.parametrize(("gate_id", "event", "changes"), CASES, ids=[c[0] for c in CASES])
+def test_each_check_is_green_inside_and_red_outside(gate_id, event, changes):
+    assert watcher(gate_id).observe(event).outcome == "pass"
+    for change in changes:
+        assert watcher(gate_id).observe(replace(event, **change)).outcome == "fail", change
+
+
+def test_gradient_kept_sees_a_tensor_scaled_alone():
+    verdict = watcher("optim.gradient-kept").observe(replace(GRADIENTS, factor_spread=0.5))
+    assert verdict.outcome == "fail" and "factors 0.5 apart" in verdict.message
+
+
+def test_moves_counts_updates_without_one():
+    check = watcher("optim.moves")
+    assert [check.observe(replace(MOVED, longest_still=n)).outcome for n in (2, 3, 4)] == ["pass", "pass", "fail"]
+
+
+def test_a_rate_may_be_zero_once():
+    check, zero = watcher("schedule.declared-rate"), RatesUsed(1, (0.0,), (0.0,), 0, 0)
+    assert [check.observe(e).outcome for e in (zero, RATES, zero, zero)] == ["pass", "pass", "pass", "fail"]
+
+
+def test_nothing_that_could_be_judged_is_no_pass():
+    assert watcher("loss.next-token").observe(replace(LOSS, n_judged=0)).outcome == "not_run"
+    assert watcher("loss.token-weights").observe(replace(LOSS, n_judged=0)).outcome == "not_run"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_target_and_weight_are_read_off_a_gradient(dtype, offset):
+    """Worst weight error measured: 3e-7 in float32, 5e-3 in bfloat16 (20 draws)."""
+    draw = torch.Generator().manual_seed(offset)
+    ids = torch.randint(0, 50, (3, 12), generator=draw)
+    logits = torch.randn(3, 12, 50, generator=draw).to(dtype).requires_grad_()
+    targets = torch.full_like(ids, -100)
+    targets[:, :-2] = ids[:, offset : offset + 10]
+    (0.25 * torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")).backward()
+    found = read(logits.detach(), logits.grad, ids, torch.zeros(3, 11, dtype=torch.bool))
+    same = (ids[:, 1:11] == targets[:, :10]).flatten().tolist()
+    assert found.n_learned == found.n_judged == 30
+    assert all(o == offset or (o == 1 and s) for o, s in zip(found.offsets, same))
+    assert max(abs(w - 0.25) for w in found.weights) < 0.25 * (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_gradient_is_read_through_a_head_as_at_the_logits():
+    draw = torch.Generator().manual_seed(3)
+    ids, head = torch.randint(0, 50, (2, 9), generator=draw), torch.randn(50, 24, generator=draw)
+    hidden = torch.randn(2, 9, 24, generator=draw).requires_grad_()
+    logits = hidden @ head.T
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    found = read(hidden.detach(), hidden.grad, ids, torch.zeros(2, 8, dtype=torch.bool), head=head)
+    assert set(found.offsets) == {1} and max(abs(w * 16 - 1) for w in found.weights) < 1e-4
+
+
+def test_silence_is_read_from_labels_of_either_convention_mask_or_trailing_padding():
+    ids = torch.tensor([[5, 6, 7, 1, 0, 0]])
+    labels = torch.tensor([[5, 6, 7, 1, -100, -100]])
+    ahead = torch.tensor([[6, 7, 1, -100, -100, -100]])
+    wanted = [[False, False, False, True, True]]
+    assert not is_ahead(ids, labels) and is_ahead(ids, ahead)
+    assert silent_places(ids, None, labels, None, None).tolist() == wanted
+    assert silent_places(ids, None, ahead, None, None).tolist() == wanted
+    assert silent_places(ids, (ids > 0).long(), None, None, None).tolist() == wanted
+    assert silent_places(ids, None, None, 0, 1).tolist() == wanted
+    assert silent_places(ids, None, None, 0, 0).tolist() == [[False, False, False, False, True]]
