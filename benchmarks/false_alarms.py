@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from side_by_side import close_record, open_record
+from side_by_side import open_record
 
 from spec.records import Record, read_record
 
@@ -194,11 +194,17 @@ def main() -> int:
         name = gate.replace(".", "_").replace("-", "_")
         extra |= {f"{name}_runs": (held[gate], "runs"), f"{name}_alarms": (fired[gate], "runs"), f"{name}_looks": (looks[gate], "looks")}
         extra[f"{name}_alarm_rate_upper_95"] = (round(upper_bound(fired[gate], held[gate]), 6), "1")
+    code = 1 if broken else 4 if fired else 0
     if builder:
         builder.claim = "In complete clean trainings over seeds and configurations the gates gave these alarms and no others."
         builder.not_covered = ("longer runs, larger models, other text, and GPUs", "alarms that depend on how busy the machine is")
-    close_record(builder, options.run_dir, [], extra)
-    return 1 if broken else 4 if fired else 0
+        for name, (value, unit) in extra.items():
+            builder.metric(name, value, unit)
+        alarms = f"{sum(fired.values())} alarm(s) in {counts['runs']} clean runs, {len(broken)} run(s) broken"
+        options.run_dir.mkdir(parents=True, exist_ok=True)
+        builder.finish(options.run_dir, status="failed" if code else "completed", end_reason=alarms, exit_code=code)
+        print(f"record {options.run_dir / 'metadata.json'}")
+    return code
 
 
 def show(held: Counter, fired: Counter, looks: Counter, broken: list[str]) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import false_alarms
 import pytest
 
+from spec.records import read_record
 from stack.config import load_config
 from stack.recipes import recipe
 
@@ -35,7 +36,9 @@ def test_every_configuration_is_a_run_with_its_monitors_on(shape, tmp_path):
 def counted(monkeypatch, tmp_path, capsys, records) -> tuple[int, str]:
     given = iter(records)
     monkeypatch.setattr(false_alarms, "trained", lambda *a: next(given))
-    monkeypatch.setattr(sys, "argv", ["false_alarms.py", "--runs", str(len(records)), "--work", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["false_alarms.py", "--runs", str(len(records)), "--work", str(tmp_path), "--run-dir", str(tmp_path / "record")]
+    )
     return false_alarms.main(), capsys.readouterr().out
 
 
@@ -55,3 +58,6 @@ def test_an_alarm_is_counted_a_waived_one_is_not_and_a_broken_run_is_told(monkey
     assert json.loads(said.splitlines()[1])["alarms"] == ["runtime.finite"]
     code, said = counted(monkeypatch, tmp_path, capsys, [record(), record(succeeded=False), None])
     assert code == 1 and "0001-pocket-long, 0002-adamw-cosine" in said
+    told = read_record(tmp_path / "record" / "metadata.json")
+    assert told.status == "failed" and told.exit_code == 1 and told.end_reason == "0 alarm(s) in 1 clean runs, 2 run(s) broken"
+    assert told.metric("runtime_finite_alarm_rate_upper_95") == 0.95
