@@ -1,7 +1,8 @@
 """Reads a loss from its gradient at the logits: what each position is taught, and how much that weighs.
 
 For L = Σ w·CE(logits, y) the gradient at one position is w·(softmax − onehot(y)). So y and w can be read off, whoever computed the loss
-and wherever: in the model, in a trainer's own function or in a loop. Measured on float32 Llama and GPT-2, w is exact to 1e-6.
+and wherever: in the model, in a trainer's own function or in a loop. In clean float32 runs of a Llama and a
+GPT-2 of width 32, w was right to 1e-7.
 B batch, T tokens, V vocab
 """
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 IGNORE = -100
 SAMPLED = 64
-FIT_MAX = 0.1  # of the gradient's norm; bfloat16 measures below 0.01, another target 0.7 or more
+FIT_MAX = 0.1  # of the gradient's norm; the right target left at most 2.1e-3 in bfloat16, another 0.87 or more
 CLEAR = 0.05  # positions whose softmax is closer to their label than this tell nothing exact
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.contracts.callbacks.stock import VOCAB, GateCallback, arguments, gpt2, llama, rows
+from tests.contracts.callbacks.stock import VOCAB, GateCallback, Trainer, arguments, gpt2, llama, rows, script
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -43,6 +43,17 @@ def test_supervised_fine_tuning_is_clean(tmp_path, plan):
     callback, error = fine_tune(tmp_path, llama(), **plan)
     assert error is None and callback.first_failures() == {}
     assert callback.verdicts()["loss.next-token"].passed and callback.verdicts()["tokenizer.fits-model"].passed
+
+
+def test_another_objective_is_not_judged_and_says_so(tmp_path):
+    class Preference(Trainer):
+        pass
+
+    Preference.__module__ = "trl.trainer.preference"
+    callback, error = script(tmp_path, trainer_class=Preference)
+    verdict = callback.verdicts()["loss.next-token"]
+    assert error is None and verdict.outcome == "not_run" and "Preference" in verdict.message
+    assert callback.verdicts()["optim.moves"].passed
 
 
 def test_a_plant_is_caught_there_too(tmp_path):

@@ -69,7 +69,7 @@ def test_nothing_that_could_be_judged_is_no_pass():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_target_and_weight_are_read_off_a_gradient(dtype, offset):
-    """Worst weight error measured: 3e-7 in float32, 5e-3 in bfloat16 (20 draws)."""
+    """Worst relative weight error over 20 draws and three offsets: 3.5e-7 in float32, 2.6e-3 in bfloat16."""
     draw = torch.Generator().manual_seed(offset)
     ids = torch.randint(0, 50, (3, 12), generator=draw)
     logits = torch.randn(3, 12, 50, generator=draw).to(dtype).requires_grad_()
