@@ -83,7 +83,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint folder was written, renamed into place and re-read."""
+    """A checkpoint of this step was given to its writer. A write that fails ends the run by itself."""
 
     step: int
     path: str

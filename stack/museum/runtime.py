@@ -312,7 +312,7 @@ def evaluation_never_called():
     gate="runtime.cadence",
     title="A monitor that would first look after the end",
     story="The interval of the samples is copied from a run of a hundred thousand steps into one of a few dozen. The monitor is on, every "
-    "line of the configuration says so, and it will never be asked while the run could still be stopped.",
+    "line of the configuration says so, and it will be asked once, when nothing is left to be stopped.",
     sources=("founding note: ANDREA-120M",),
 )
 def interval_beyond_the_end():

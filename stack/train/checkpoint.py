@@ -91,6 +91,11 @@ class Snapshot:
     step: int
     content: stepfolder.Content
 
+    @property
+    def name(self) -> str:
+        """Name of its step folder."""
+        return f"step-{self.step:08d}"
+
 
 @require(lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys")
 def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
@@ -121,7 +126,7 @@ def write(root: Path, snapshot: Snapshot) -> Path:
 
     Raises CheckpointError if anything fails; the earlier checkpoints and pointers are then as they were.
     """
-    final = root / f"step-{snapshot.step:08d}"
+    final = root / snapshot.name
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)

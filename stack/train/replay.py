@@ -28,6 +28,7 @@ from stack.train.run import Run
 from stack.train.rundir import RunDir
 from stack.train.session import resolve_device
 from stack.train.state import TrainState, state_around
+from stack.train.writing import InLine
 
 
 class Recorded:
@@ -169,6 +170,7 @@ def _open(
         state=state,
         peak_flops=bundle.peak_flops,
         flops_per_step=bundle.flops_per_step,
+        writer=InLine(),
         held_out=held_out,
         random_loss_nats=bundle.plan["random_loss_nats"],
         found_frac=float(bundle.measured.get("found_frac") or 0.0),

@@ -214,6 +214,7 @@ class Run:
         self.writer.start(
             partial(self._write, snapshot, live_crc32(state), is_best), partial(self._written, state.step, self.plan(), document["gates"])
         )
+        self.keeper.observe(Saved(step=state.step, path=str(self.dir.checkpoints / snapshot.name)))
 
     def _write(self, snapshot: checkpoint.Snapshot, live: dict[str, int], is_best: bool) -> Path:
         """Write a checkpoint, let the artifact gates judge it, move the pointers. Touches nothing that a training step touches."""
@@ -228,7 +229,6 @@ class Run:
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
         self.listener.on_saved(step, folder)
         self.recent.begin(folder, step, plan, gates, continued=True)
-        self.keeper.observe(Saved(step=step, path=str(folder)))
 
     def on_checkpoint_asked(self) -> None:
         every = self.cfg.checkpoint.signal_boundary
