@@ -1,228 +1,52 @@
-"""Gates of sampling: cached decoding equals the full forward, draws follow the declared distribution, text stays coherent."""
+"""Gates of sampling: cached decoding equals the full forward, draws follow the declared distribution, and samples are drawn in time."""
 
 import math
-import re
-import statistics
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contracts.events import Event, Sampled, Started
+from contracts.events import Event, Finished, Sampled, Started, StepTaken
 from contracts.gate import Verdict, decide, decides, failed
 
-# --- coherence ------------------------------------------------------------------------------------------------------
-
-WINDOW, STRIDE = 32, 16
-LONG_UNIT, PIECE, BLANK_RUN = 24, 6, 16
-VOWELS = set("aeiouy")
-COMMON_EN = frozenset(
-    re.split(
-        r"\s+",
-        """the of and to in a is that for it as was with be by on not he i this are or his from at which but have an had they you were
-    their one all we can her has there been if more when will would who so no she my your its than them then now only do did does some
-    could time these two may first any like other into our over out up about what after new such me him us also most made many must
-    before should very where through back much own see how because each just those people mr way use used using get set go make
-    between being under never same another while last might here even both without part again off down well too year years day long
-    work against right still know take good found found men thing come world same think little old life every three upon say said
-    great since however since state true false none object value values return returns name type list string file function method
-    class code data number default given text line""",
-    )
-)
+# --- cadence --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Coherence:
-    """A text's score, 0-100, with the parts it is the sum of, and further signs that are reported but not added."""
+@decides("sampling.cadence")
+class Cadence:
+    """Red where more steps than allowed, or than the run declares, pass without a sample, and where the last step has none.
 
-    score: float
-    parts: Mapping[str, float]
-
-
-def coherence(text: str, language: str = "en") -> Coherence:
-    """How much a text looks like writing and how little like a loop. `language` is en, code or any.
-
-    Units are lower-cased words without outer punctuation; a unit of punctuation only counts as one symbol. Diversity D_k is the
-    share of distinct k-grams, averaged over windows of 32 k-grams (stride 16), so that it does not sink with the length of a text.
-    Score = 35·ramp(D_2; 0.2, 0.6) + 35·ramp(D_3; 0.3, 0.8) + 20·(share of word-like units) + 10·min(1, distinct letters / 16).
-    An empty text scores 0. Source: the founding note ANDREA-120M.
-    """
-    units = _units(text)
-    if not units:
-        return Coherence(0.0, dict.fromkeys(("bigram", "trigram", "words", "letters", "top_unit_frac", "compressed_frac"), 0.0))
-    wordlike = WORDLIKE[language]
-    shown = {
-        "bigram": 35 * _ramp(_diversity(units, 2), 0.2, 0.6),
-        "trigram": 35 * _ramp(_diversity(units, 3), 0.3, 0.8),
-        "words": 20 * sum(wordlike(u) for u in units) / len(units),
-        "letters": 10 * min(1.0, len({c for c in text.lower() if c.isalpha()}) / 16),
-    }
-    score = sum(shown.values())
-    raw = text.encode()
-    top = Counter(units).most_common(1)[0][1] / len(units)
-    shown |= {"top_unit_frac": top, "compressed_frac": len(zlib.compress(raw, 9)) / len(raw)}
-    return Coherence(round(score, 4), {k: round(v, 4) for k, v in shown.items()})
-
-
-def _units(text: str) -> list[str]:
-    """Words, symbols for punctuation and for long blank runs; a run too long to be a word is cut into pieces."""
-    units: list[str] = []
-    for blank, raw in re.findall(r"(\s+)|(\S+)", text.lower()):
-        if blank:
-            units += ["<s>"] * (len(blank) // BLANK_RUN)
-            continue
-        word = re.sub(r"^\W+|\W+$", "", raw)
-        if not word:
-            units += ["<p>"] * (1 + len(raw) // LONG_UNIT * (LONG_UNIT // PIECE))
-        else:
-            units += _pieces(word) if len(word) > LONG_UNIT else [word]
-    return units
-
-
-def _pieces(run: str) -> list[str]:
-    """Cut an unbroken run behind characters whose code is divisible by 4, so that a loop is cut alike in each of its rounds."""
-    pieces = [""]
-    for char in run:
-        pieces[-1] += char
-        if ord(char) % 4 == 0 or len(pieces[-1]) == 2 * PIECE:
-            pieces.append("")
-    return [p for p in pieces if p]
-
-
-def _diversity(units: Sequence[str], k: int) -> float:
-    """Distinct over total k-grams, averaged over sliding windows; 1 for a text of fewer than k units."""
-    grams = [tuple(units[i : i + k]) for i in range(max(1, len(units) - k + 1))]
-    starts = range(0, max(1, len(grams) - WINDOW + STRIDE), STRIDE)
-    shares = [len(set(part)) / len(part) for s in starts if (part := grams[s : s + WINDOW])]
-    return sum(shares) / len(shares)
-
-
-def _ramp(x: float, low: float, high: float) -> float:
-    return min(1.0, max(0.0, (x - low) / (high - low)))
-
-
-def _english(unit: str) -> float:
-    """A common word, a short number, or letters in a shape English words have."""
-    if unit in COMMON_EN or re.fullmatch(r"[+-]?\d[\d.,:/%-]{0,9}", unit):
-        return 1.0
-    for part in re.split(r"['’\-–_./()=,:]", unit):
-        if part and not (part.isalpha() and 2 <= len(part) <= 20 and VOWELS & set(part)):
-            return 0.0
-    return float(not re.search(r"[^aeiouy\W\d_]{6}|(.)\1\1", unit) and any(c.isalpha() for c in unit))
-
-
-def _program(unit: str) -> float:
-    """An identifier, number, string or call as programs are made of; a lone operator."""
-    return float(unit != "<s>" and re.fullmatch(r"[\w.,:;=+\-*/%<>!&|^~@#$?()\[\]{}'\"`\\]{1,60}", unit, re.ASCII) is not None)
-
-
-def _letters_share(unit: str) -> float:
-    """Share of letters, marks and digits in the unit."""
-    return 0.0 if unit in ("<p>", "<s>") else sum(c.isalnum() for c in unit) / len(unit)
-
-
-WORDLIKE: dict[str, Callable[[str], float]] = {"en": _english, "code": _program, "any": _letters_share}
-
-
-@decides("sampling.coherence")
-class CoherenceWatch:
-    """Red at the sample that makes one more low score in a row than is allowed; a good sample starts the count afresh."""
-
-    events = (Sampled,)
-
-    def __init__(self, limits: SimpleNamespace):
-        self.limits, self.low = limits, 0
-
-    def observe(self, event: Event) -> Verdict:
-        result = coherence(event.text, event.language)
-        self.low = self.low + 1 if not result.score >= self.limits.score_min else 0
-        return decide(
-            self.low <= self.limits.low_in_a_row_max,
-            f"step {event.step}: coherence {result.score:.1f} of 100 is the {self.low}th low score in a row: {event.text[:60]!r}",
-            score=result.score,
-            low_in_a_row=self.low,
-            **result.parts,
-        )
-
-    def state_dict(self) -> dict:
-        return {"low": self.low}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.low = state["low"]
-
-
-@decides("sampling.dominance")
-class Dominance:
-    """Red at the sample that makes one more in a row than is allowed in which a single word has too large a share.
-
-    A model that has only learnt how frequent words are says the most frequent one too often; samples of the warm-up do not count.
+    A plan that declares too rare samples is red before its first step.
     """
 
-    events = (Started, Sampled)
+    events = (Started, StepTaken, Sampled, Finished)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.high, self.warmup_steps = limits, 0, 0
+        self.limits, self.last, self.allowed = limits, None, int(limits.gap_steps_max)
 
     def observe(self, event: Event) -> Verdict | None:
-        if isinstance(event, Started):
-            self.warmup_steps = event.plan.get("warmup_steps", 0)
-            return None
-        words = [u for u in _units(event.text) if u[0].isalpha()]
-        word, n = Counter(words).most_common(1)[0] if words else ("", 0)
-        share = n / len(words) if len(words) >= self.limits.words_min else 0.0
-        self.high = self.high + 1 if share > self.limits.top_word_frac_max and event.step > self.warmup_steps else 0
-        return decide(
-            self.high <= self.limits.high_in_a_row_max,
-            f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th sample in a row",
-            top_word=word,
-            top_word_frac=share,
-            high_in_a_row=self.high,
-        )
+        match event:
+            case Started():
+                declared = event.plan.get("sample_every", self.limits.gap_steps_max)
+                self.last, self.allowed = event.step if self.last is None else self.last, min(declared, int(self.limits.gap_steps_max))
+                if declared <= self.limits.gap_steps_max:
+                    return None
+                return failed(f"a sample every {declared} steps is declared, one every {self.allowed} is due", gap_steps=declared)
+            case Sampled():
+                self.last = event.step
+            case Finished(status="failed"):
+                return None
+        gap = event.step - (self.last if self.last is not None else event.step)
+        late = gap > (0 if isinstance(event, Finished) else self.allowed)
+        return decide(not late, f"step {event.step}: the last sample is {gap} steps ago", gap_steps=gap, allowed_steps=self.allowed)
 
     def state_dict(self) -> dict:
-        return {"high": self.high}
+        return {"last": self.last}
 
     def load_state_dict(self, state: dict) -> None:
-        self.high = state["high"]
-
-
-@decides("sampling.memorised")
-class Memorised:
-    """A sample the model finds far too easy must not be a passage of the training text."""
-
-    events = (Sampled,)
-
-    def __init__(self, limits: SimpleNamespace):
-        self.limits, self.losses = limits, deque(maxlen=32)
-
-    def observe(self, event: Event) -> Verdict | None:
-        if event.loss_nats is None:
-            return None
-        usual = self.losses if len(self.losses) >= self.limits.known_samples_min else None
-        low = statistics.mean(usual) - self.limits.sigmas_below * statistics.stdev(usual) if usual else -math.inf
-        suspicious = event.loss_nats < max(low, self.limits.loss_nats_min)
-        if not suspicious:
-            self.losses.append(event.loss_nats)
-        found = event.found_in_corpus() if suspicious and event.found_in_corpus else 0.0
-        return decide(
-            found <= self.limits.found_frac_max,
-            f"step {event.step}: loss {event.loss_nats:.2f} on its own sample, {found:.0%} of which is training text: {event.text[:60]!r}",
-            sample_loss_nats=event.loss_nats,
-            suspicious=suspicious,
-            found_frac=found,
-        )
-
-    def state_dict(self) -> dict:
-        return {"losses": list(self.losses)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.losses.clear()
-        self.losses.extend(state["losses"])
+        self.last = state["last"]
 
 
 # --- cached decoding ------------------------------------------------------------------------------------------------

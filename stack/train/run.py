@@ -9,7 +9,7 @@ import torch
 
 from contracts.events import Evaluated, Sampled, StepTaken
 from contracts.keeper import Gatekeeper
-from contracts.sampling import coherence
+from contracts.coherence import coherence
 from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import MixtureOfExperts, ModelConfig, RunConfig
