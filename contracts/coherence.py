@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from contracts.events import Event, Sampled, Started
-from contracts.gate import Verdict, decide, decides
+from contracts.gate import Verdict, decide, decides, failed, passed
 
 WINDOW, STRIDE = 32, 16
 PASSAGE = 6  # words of a run that healthy text hardly ever says twice
@@ -182,6 +182,7 @@ class Dominance:
     """Red at the sample that makes one more in a row than is allowed in which a single word has too large a share.
 
     A model that has only learnt how frequent words are says the most frequent one too often; samples of the warm-up do not count.
+    The first such sample is a warning: a green verdict with a message.
     """
 
     events = (Started, Sampled)
@@ -197,13 +198,9 @@ class Dominance:
         word, n = Counter(words).most_common(1)[0] if words else ("", 0)
         share = n / len(words) if len(words) >= self.limits.words_min else 0.0
         self.high = self.high + 1 if share > self.limits.top_word_frac_max and event.step > self.warmup_steps else 0
-        return decide(
-            self.high <= self.limits.high_in_a_row_max,
-            f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th sample in a row",
-            top_word=word,
-            top_word_frac=share,
-            high_in_a_row=self.high,
-        )
+        message = f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th sample in a row"
+        measured = {"top_word": word, "top_word_frac": share, "high_in_a_row": self.high}
+        return (passed if self.high <= self.limits.high_in_a_row_max else failed)(message if self.high else "", **measured)
 
     def state_dict(self) -> dict:
         return {"high": self.high}

@@ -29,7 +29,8 @@ class _Seat:
 class Gatekeeper:
     """Holds every gate that applies to a kind of run and its resolved `config`. The caller announces events; this class decides who looks.
 
-    `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict and for each red runtime verdict.
+    `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict, and of the runtime verdicts for each red
+    one and each green one that has something to say.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Gatekeeper:
             seat.heartbeat_last_step = event.step
             if seat.first_failure_step is None:
                 seat.verdict = verdict
-            if verdict.outcome == "fail":
+            if verdict.outcome == "fail" or verdict.message:
                 self.on_verdict(seat.gate.id, event.step, verdict)
+            if verdict.outcome == "fail":
                 if seat.first_failure_step is None:
                     seat.first_failure_step, seat.verdict = event.step, verdict
                 if self._halts(seat, verdict):

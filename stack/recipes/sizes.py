@@ -62,7 +62,7 @@ def nanolm() -> RunConfig:
         optim=AdamW(lr=3e-4),
         schedule=Cosine(warmup_steps=200, final_lr_frac=0.1),
         eval=EvalConfig(every=500),
-        sample=SampleConfig(every=500),
+        sample=SampleConfig(every=100),
         checkpoint=CheckpointConfig(every=500),
     )
 
@@ -79,7 +79,7 @@ def llama_370m() -> RunConfig:
         optim=AdamW(lr=6e-4),
         schedule=Cosine(warmup_steps=1000, final_lr_frac=0.1),
         eval=EvalConfig(every=500),
-        sample=SampleConfig(every=500),
+        sample=SampleConfig(every=100),
         checkpoint=CheckpointConfig(every=1000),
     )
 
@@ -107,7 +107,7 @@ def gpt2_124m() -> RunConfig:
         optim=AdamW(lr=6e-4),
         schedule=Cosine(warmup_steps=350, final_lr_frac=0.1),
         eval=EvalConfig(every=250),
-        sample=SampleConfig(every=250),
+        sample=SampleConfig(every=100),
         checkpoint=CheckpointConfig(every=500),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from contracts.events import Evaluated, Sampled, StepTaken
+from contracts.events import Evaluated, Recited, Sampled, StepTaken
 from contracts.keeper import Gatekeeper
 from contracts.coherence import coherence
 from spec.canonical import sha256_json
@@ -16,7 +16,9 @@ from stack.config import MixtureOfExperts, ModelConfig, RunConfig
 from stack.data.ingredients import found_in
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
+from stack.data.shards import TokenStream
 from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
+from stack.evaluate.recitation import PASSAGE_TOKENS, matched, passages
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
@@ -53,10 +55,11 @@ class Run:
     inherited_s: float = 0.0  # of a child run, the seconds its parents had trained before
     last_val: Evaluation | None = None
     kept: list[Artefact] = field(default_factory=list)
+    read: Sequence[Batch] = ()  # the micro-batches of the last step
 
     def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
         """Update running numbers, prepare the log line and show the step to the gates."""
-        state = self.state
+        state, self.read = self.state, batches
         state.wall_s += wall_s
         state.update_ema(report.loss_nats)
         self.process_s += wall_s
@@ -121,9 +124,34 @@ class Run:
                 batch_hash=batch_hash(self.held_out),
                 previous_loss_nats=previous,
                 random_loss_nats=self.random_loss_nats,
+                train_loss_nats=state.ema_loss_nats,
+                pretrained=self.cfg.recipe == "imported",
             )
         )
+        self.recite()
         return decision.stop
+
+    def recite(self) -> None:
+        """Ask the model for the second half of passages it was trained on, log how many it knows by heart and show it to the gates."""
+        recited, n, tokens = self._recited(self.read, self.dataset.train)
+        self.line |= {"recited_frac": recited / n, "matched_tokens": tokens}
+        self.keeper.observe(
+            Recited(
+                step=self.state.step,
+                n_windows=n,
+                n_recited=recited,
+                prefix_tokens=min(PASSAGE_TOKENS, self.cfg.model.max_seq_len) // 2,
+                matched_tokens=tokens,
+                held_out=lambda: self._recited(self.held_out, self.dataset.validation)[:2],
+            )
+        )
+
+    def _recited(self, batches: Sequence[Batch], stream: TokenStream) -> tuple[int, int, float]:
+        """(passages continued word for word, passages, tokens matched on average)."""
+        ids_NW = passages(batches, stream, self.cfg.model.max_seq_len)
+        tokens = matched(self.state.model, ids_NW, device=self.device, autocast=self.state.autocast)
+        asked = ids_NW.shape[1] - ids_NW.shape[1] // 2
+        return tokens.count(asked), len(tokens), sum(tokens) / len(tokens)
 
     def probe(self) -> None:
         """Measure the held-out loss of every source, end the bandit's turn with it, and log both."""
@@ -215,6 +243,7 @@ class Run:
             "peak_lrs": peak_lrs(cfg.optim),
             "schedule": cfg.schedule.model_dump(),
             "warmup_steps": cfg.schedule.warmup_steps,
+            "sample_every": cfg.sample.every,
             "max_steps": cfg.train.max_steps,
             "tokens_per_step": cfg.train.tokens_per_step,
             "tokens_seen": self.state.tokens_seen,
