@@ -258,29 +258,27 @@ class SameBatches:
 
 @decides("evaluation.overfit-onset")
 class OverfitOnset:
-    """Training loss falls while held-out loss rises out of its noise, once held-out loss is the higher of the two.
+    """Training loss falls while held-out loss rises out of its noise.
 
     Both slopes are those of the last `rounds` evaluations. The rise from the first to the last of them must exceed `rise_z_min`
-    standard errors of the paired difference over the held-out batches. The gap, held-out minus training loss, must be positive and
-    have been negative or zero before: a model that never saw the text as easy cannot have begun to learn it by heart.
+    standard errors of the paired difference over the held-out batches. The gap is held-out minus training loss.
     """
 
     events = (Evaluated,)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.rounds, self.least_gap = limits, [], math.inf
+        self.limits, self.rounds = limits, []
 
     def observe(self, event: Event) -> Verdict | None:
         if event.train_loss_nats is None:
             return None
         self.rounds = [*self.rounds, [event.train_loss_nats, event.loss_nats, list(event.batch_nats)]][-int(self.limits.rounds) :]
-        gap, before = event.loss_nats - event.train_loss_nats, self.least_gap
-        self.least_gap = min(before, gap)
+        gap = event.loss_nats - event.train_loss_nats
         if len(self.rounds) < self.limits.rounds:
             return passed("", train_slope=0.0, held_out_slope=0.0, gap_nats=gap, rise_z=0.0)
         train, held_out = _slope([r[0] for r in self.rounds]), _slope([r[1] for r in self.rounds])
         z = _rise_z(self.rounds[0][2], self.rounds[-1][2])
-        onset = train < 0 < held_out and gap > 0 >= before and z > self.limits.rise_z_min
+        onset = train < 0 < held_out and gap > 0 and z > self.limits.rise_z_min
         return decide(
             not onset,
             f"step {event.step}: training loss falls by {-train:.3g} nats a round and held-out loss rises by {held_out:.3g}",
@@ -291,10 +289,10 @@ class OverfitOnset:
         )
 
     def state_dict(self) -> dict:
-        return {"rounds": self.rounds, "least_gap": self.least_gap if math.isfinite(self.least_gap) else None}
+        return {"rounds": self.rounds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rounds, self.least_gap = state["rounds"], math.inf if state["least_gap"] is None else state["least_gap"]
+        self.rounds = state["rounds"]
 
 
 def _slope(values: list[float]) -> float:

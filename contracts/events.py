@@ -75,7 +75,7 @@ class Recited:
     """The model was given the first `prefix_tokens` of passages it was trained on, and went on with its most likely tokens.
 
     `n_recited` of `n_windows` passages came out word for word to their end; `matched_tokens` is how far it went on average.
-    `held_out()` gives (recited, passages) of held-out text, and is only asked where the first count is suspicious.
+    `held_out()` counts the same over `n_held_out` held-out passages, and is only asked where the first count is suspicious.
     """
 
     step: int
@@ -83,7 +83,8 @@ class Recited:
     n_recited: int
     prefix_tokens: int
     matched_tokens: float
-    held_out: Callable[[], tuple[int, int]]
+    n_held_out: int
+    held_out: Callable[[], int]
 
 
 @dataclass(frozen=True, slots=True)

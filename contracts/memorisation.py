@@ -6,29 +6,32 @@ from collections import deque
 from types import SimpleNamespace
 
 from contracts.events import Event, Recited, Sampled
-from contracts.gate import Stateless, Verdict, decide, decides
+from contracts.gate import Stateless, Verdict, decide, decides, not_run
 
 
 @decides("sampling.recitation")
 class Recitation(Stateless):
     """Given the beginning of a passage, a model goes on word for word no more often in training text than in text it never saw.
 
-    Held-out text is only asked where training text alone could be too many. Source: arXiv:2012.07805; arXiv:2202.07646, sec. 3.
+    Held-out text is only asked where training text alone could be too many. Rows that hold no passage within one document are not
+    judged. Source: arXiv:2012.07805.
     """
 
     events = (Recited,)
 
     def observe(self, event: Event) -> Verdict:
-        held_out, n_held_out = 0, event.n_windows
-        if chance_of(event.n_recited, event.n_windows, held_out, n_held_out) < self.limits.p_value_min:
-            held_out, n_held_out = event.held_out()
-        p = chance_of(event.n_recited, event.n_windows, held_out, n_held_out)
+        if not event.n_windows:
+            return not_run("no row of the step held a passage within one document")
+        m, held_out = event.n_held_out, 0
+        if chance_of(event.n_recited, event.n_windows, 0, m) < self.limits.p_value_min:
+            held_out = event.held_out()
+        p = chance_of(event.n_recited, event.n_windows, held_out, m)
         return decide(
             p >= self.limits.p_value_min,
             f"step {event.step}: {event.n_recited} of {event.n_windows} training passages are continued word for word after "
-            f"{event.prefix_tokens} tokens, and {held_out} of {n_held_out} held-out ones",
-            recited_frac=event.n_recited / max(1, event.n_windows),
-            held_out_frac=held_out / max(1, n_held_out),
+            f"{event.prefix_tokens} tokens, and {held_out} of {m} held-out ones",
+            recited_frac=event.n_recited / event.n_windows,
+            held_out_frac=held_out / max(1, m),
             windows=event.n_windows,
             matched_tokens=event.matched_tokens,
             p_value=p,
@@ -38,7 +41,8 @@ class Recitation(Stateless):
 def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
     """Probability that of all recited passages, of `n` read and `m` held out, so many or more are read ones if it makes no difference.
 
-    Fisher's exact test, one-sided. Of 32 and 32, with nothing recited of the held-out text, it falls below 1e-4 at 11 passages.
+    Fisher's exact test, one-sided. With nothing recited of 32 held-out passages it falls below 1e-4 at 11 passages of 32, and at
+    4 of 4; of fewer than 4 it cannot.
     """
     both = recited + held_out
     return sum(math.comb(n, k) * math.comb(m, both - k) for k in range(recited, min(n, both) + 1)) / math.comb(n + m, both)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,20 +31,17 @@ def matched(
     return found
 
 
-def passages(batches: Sequence[Any], stream: Any, max_seq_len: int) -> Tensor:
-    """Up to PASSAGES passages (N, W): from the rows of the batches, each within one document, then at even places of the stream."""
-    width = min(PASSAGE_TOKENS, max_seq_len)
+def passages(batches: Sequence[Any]) -> Tensor:
+    """Up to PASSAGES passages (N, W) int64 of the rows of some batches, each within one document; W is at most a row's length."""
+    width = min(PASSAGE_TOKENS, batches[0].input_ids.shape[1])
     chosen = [p for _, p in zip(range(PASSAGES), _of_rows(batches, width))]
-    missing = PASSAGES - len(chosen)
-    starts = np.linspace(0, max(0, stream.n_tokens - width), missing, dtype=np.int64).tolist() if missing else []
-    chosen += [torch.from_numpy(stream.token_range(s, s + width).astype(np.int64)) for s in dict.fromkeys(starts)]
-    return torch.stack([p for p in chosen if len(p) == width])
+    return torch.stack(chosen) if chosen else torch.zeros(0, width, dtype=torch.int64)
 
 
 def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
     """Passages that do not overlap, the first of every row before the second of any."""
     rows = [(b, r) for b in batches for r in range(len(b.input_ids))]
-    for start in range(0, batches[0].input_ids.shape[1] - width + 1, width) if batches else ():
+    for start in range(0, batches[0].input_ids.shape[1] - width + 1, width):
         for batch, row in rows:
             place = slice(start, start + width)
             documents = batch.document_ids

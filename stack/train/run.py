@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from contracts.events import Evaluated, Recited, Sampled, StepTaken
 from contracts.keeper import Gatekeeper
@@ -16,9 +17,8 @@ from stack.config import MixtureOfExperts, ModelConfig, RunConfig
 from stack.data.ingredients import found_in
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
-from stack.data.shards import TokenStream
 from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
-from stack.evaluate.recitation import PASSAGE_TOKENS, matched, passages
+from stack.evaluate.recitation import matched, passages
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
@@ -133,25 +133,25 @@ class Run:
 
     def recite(self) -> None:
         """Ask the model for the second half of passages it was trained on, log how many it knows by heart and show it to the gates."""
-        recited, n, tokens = self._recited(self.read, self.dataset.train)
-        self.line |= {"recited_frac": recited / n, "matched_tokens": tokens}
+        read, unread = passages(self.read), passages(self.held_out)
+        tokens = self._matched(read)
+        asked = read.shape[1] - read.shape[1] // 2
+        average = sum(tokens) / max(1, len(tokens))
+        self.line |= {"passages": len(tokens), "recited": tokens.count(asked), "matched_tokens": average}
         self.keeper.observe(
             Recited(
                 step=self.state.step,
-                n_windows=n,
-                n_recited=recited,
-                prefix_tokens=min(PASSAGE_TOKENS, self.cfg.model.max_seq_len) // 2,
-                matched_tokens=tokens,
-                held_out=lambda: self._recited(self.held_out, self.dataset.validation)[:2],
+                n_windows=len(tokens),
+                n_recited=tokens.count(asked),
+                prefix_tokens=read.shape[1] // 2,
+                matched_tokens=average,
+                n_held_out=len(unread),
+                held_out=lambda: self._matched(unread).count(asked),
             )
         )
 
-    def _recited(self, batches: Sequence[Batch], stream: TokenStream) -> tuple[int, int, float]:
-        """(passages continued word for word, passages, tokens matched on average)."""
-        ids_NW = passages(batches, stream, self.cfg.model.max_seq_len)
-        tokens = matched(self.state.model, ids_NW, device=self.device, autocast=self.state.autocast)
-        asked = ids_NW.shape[1] - ids_NW.shape[1] // 2
-        return tokens.count(asked), len(tokens), sum(tokens) / len(tokens)
+    def _matched(self, ids_NW: Tensor) -> list[int]:
+        return matched(self.state.model, ids_NW, device=self.device, autocast=self.state.autocast)
 
     def probe(self) -> None:
         """Measure the held-out loss of every source, end the bandit's turn with it, and log both."""
