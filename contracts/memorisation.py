@@ -41,7 +41,7 @@ class Recitation(Stateless):
 def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
     """Probability that of all recited passages, of `n` read and `m` held out, so many or more are read ones if it makes no difference.
 
-    Fisher's exact test, one-sided. With nothing recited of 32 held-out passages it falls below 1e-4 at 11 passages of 32, and at
+    Fisher's exact test, one-sided. With nothing recited of 32 held-out passages it falls below 1e-4 at 12 passages of 32, and at
     4 of 4; of fewer than 4 it cannot.
     """
     both = recited + held_out
