@@ -130,12 +130,18 @@ def prove(
 def backtest(
     log: Annotated[Path, typer.Argument(help="samples.jsonl or metrics.jsonl of any run.")],
     gate: Annotated[str, typer.Option("--gate", help="Runtime gate to replay.")] = "sampling.coherence",
+    seconds_per_step: Annotated[
+        float | None, typer.Option("--seconds-per-step", min=0.0, help="Tells the time saved where the log does not.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Replay a log through a runtime gate: when would it have fired first?"""
+    """Replay a log through a runtime gate: when would it have fired first, and what would that have saved?"""
     from contracts.backtest import replay
 
-    outcome = replay(gate, log)
+    outcome = replay(gate, log, seconds_per_step)
     if not emit(outcome, json):
         first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
         stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}")
+        if first is not None:
+            time = "" if outcome["saved_s"] is None else f", {outcome['saved_s'] / 3600:.3g} hours"
+            stdout.print(f"stopping there saves {outcome['saved_steps']} steps ({outcome['saved_frac']:.0%}{time})")
