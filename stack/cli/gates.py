@@ -72,6 +72,10 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
                 [[n, v.direction, f"{v.value:g}", v.unit, v.why] for n, v in gate.limits.items()],
             )
         )
+    if gate.rates:
+        rates = gate.rates
+        stdout.print(f"false alarms {rates.false_alarm:g} per {rates.per}; power {rates.power:g} where {rates.effect}", markup=False)
+        stdout.print(f"measured by {rates.measured_by}", markup=False)
     stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
     stdout.print(f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False)
 
