@@ -45,5 +45,7 @@ def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
         for batch, row in rows:
             place = slice(start, start + width)
             documents = batch.document_ids
-            if documents is None or bool((documents[row, place] == documents[row, start]).all() & (batch.labels[row, place][:-1] >= 0).all()):
+            if documents is None or bool(
+                (documents[row, place] == documents[row, start]).all() & (batch.labels[row, place][:-1] >= 0).all()
+            ):
                 yield batch.input_ids[row, place]

@@ -99,4 +99,3 @@ def detectable_gain(differences: Sequence[float]) -> float:
 def batches_needed(diff_std: float, expected_gain: float) -> int:
     """Held-out batches for which 2 standard errors of the paired difference are at most `expected_gain`; at least 2."""
     return max(2, math.ceil((2 * diff_std / expected_gain) ** 2))
-

@@ -102,9 +102,18 @@ def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_impr
             lambda: StopRule(2, 3, 2.0, 0.0),
             {"kind": "patience", "patience": 2, "min_epochs": 3, "min_delta_nats": 0.0},
         ),  # the policy of the founding note ship-two-001
-        (lambda: StopRule(5, 3, 2.0, 0.5), {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}),  # a delta above the gain
-        (lambda: StopRule(5, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 12, "min_delta_nats": 0.0}),  # min_epochs not obeyed
-        (lambda: StopRule(6, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}),  # another patience than declared
+        (
+            lambda: StopRule(5, 3, 2.0, 0.5),
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0},
+        ),  # a delta above the gain
+        (
+            lambda: StopRule(5, 3, 2.0, 0.0),
+            {"kind": "patience", "patience": 5, "min_epochs": 12, "min_delta_nats": 0.0},
+        ),  # min_epochs not obeyed
+        (
+            lambda: StopRule(6, 3, 2.0, 0.0),
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0},
+        ),  # another patience than declared
         (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}),
     ],
 )

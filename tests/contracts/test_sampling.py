@@ -12,6 +12,7 @@ from stack.museum.plant import load_museum, touches
 from stack.train.preflight import gather
 from tests.contracts.test_optim import step_taken
 
+
 @pytest.mark.parametrize("gate_id", ["sampling.cache-parity", "sampling.distribution"])
 def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
     verdict = call_check(spec.gates[gate_id], ingredients)
