@@ -36,7 +36,7 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
     watcher = resolve(gate)(limits_of(gate))
     lines = _read(log)
     asked = [line for line in lines if key in line]
-    if not asked or key in ("text", "loss_nats") and len(asked) < len(lines):
+    if not asked or (key in ("text", "loss_nats") and len(asked) < len(lines)):
         number = next(i for i, line in enumerate(lines, 1) if key not in line)
         raise DataError(
             f"{log} line {number} has no {key}", value=", ".join(sorted(lines[number - 1])), next_step="replay a log of the right kind"

@@ -227,7 +227,7 @@ class Loops:
         looping = parts["loop_frac"] > self.limits.loop_frac_max or packed < self.limits.compressed_frac_min
         return decide(
             not looping or event.step <= self.warmup_steps,
-            f"step {event.step}: {parts['loop_frac']:.0%} of the sample is a loop at its end, zlib leaves {packed:.0%}: {event.text[-60:]!r}",
+            f"step {event.step}: {parts['loop_frac']:.0%} of the sample loops at its end, zlib leaves {packed:.0%}: {event.text[-50:]!r}",
             loop_frac=parts["loop_frac"],
             compressed_frac=packed,
         )

@@ -186,8 +186,8 @@ def monitor_unwired():
     "sampling.corpus-of-one-page",
     gate="sampling.recitation",
     title="The corpus is one page",
-    story="A glob matches one file of thousands, and the run reads its page hundreds of times. Training loss falls as never before, samples "
-    "read well, and the model can only say that page.",
+    story="A glob matches one file of thousands, and the run reads its page hundreds of times. Training loss falls as never before, it "
+    "reads well, and the model can only say that page.",
     sources=("founding note: tinygpt validation", "https://arxiv.org/abs/2012.07805"),
 )
 def corpus_of_one_page():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contracts.coherence import coherence
 from contracts.events import Evaluated, Recited, Sampled, StepTaken
 from contracts.keeper import Gatekeeper
-from contracts.coherence import coherence
 from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import MixtureOfExperts, ModelConfig, RunConfig

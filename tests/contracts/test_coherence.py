@@ -117,7 +117,7 @@ def test_ornaments_nobody_has_listed_score_low(symbols, language):
 
 
 OTHERS = {
-    "German": "Am frühen Morgen öffnet der Bäcker seinen Laden an der Ecke und legt vierzig Brote ins Fenster, bevor die ersten Leute kommen.",
+    "German": "Am frühen Morgen öffnet der Bäcker seinen Laden an der Ecke und legt vierzig Brote ins Fenster, bevor die Leute kommen.",
     "Russian": "Рано утром пекарь открывает лавку на углу и кладёт сорок хлебов в окно, прежде чем придут первые покупатели из деревни.",
     "Chinese": "清晨面包师打开街角的店铺，把四十个面包放进橱窗，然后等待第一批从村里来的顾客，他们每天都在同一时间出现，带着零钱和新闻。",
 }

@@ -151,7 +151,7 @@ SELECTS = "chooses what is judged; it judges nothing itself"
 HALF = "half precision rounds by about a percent; errors of a percent are for the float32 limit beside it"
 NOT_SO = {
     "loss.nan-visible": COUNTS,
-    "model.init-law": "compares a sample of draws with their law; its sharpness is that of the number of draws and stands in the gate's rates",
+    "model.init-law": "compares a sample of draws with their law; its sharpness stands in the rates",
     "model.initial-loss": LEVEL,
     "model.causality": BITWISE,
     ("model.document-isolation", "leak_abs_max"): BITWISE,
