@@ -9,6 +9,7 @@ import torch
 from contracts.coherence import PARTS, CoherenceWatch, Dominance, Loops, coherence, looping_end
 from contracts.events import Sampled, Started
 from contracts.gate import limits_of
+from contracts.keeper import Gatekeeper
 from stack.museum.plant import load_museum
 from stack.train import run
 
@@ -206,3 +207,12 @@ def test_dominance_warns_at_the_first_and_halts_at_the_fifth_sample(spec):
     good = watch.observe(sampled(16, " ".join(words * 3)))
     assert good.passed and not good.message, "a good sample starts the count afresh"
     assert watch.observe(sampled(17, "the the the")).measured["top_word_frac"] == 0.0, "three words are no sample"
+
+
+def test_the_warning_of_a_green_verdict_reaches_the_log(spec):
+    told = []
+    keeper = Gatekeeper(spec, only=["sampling.dominance"], on_verdict=lambda gate, step, verdict: told.append((step, verdict.outcome)))
+    keeper.observe(Started(step=0, plan={"warmup_steps": 0}))
+    keeper.observe(sampled(1, SENTENCES["a paragraph"]))
+    keeper.observe(sampled(2, " the ".join("river stone window letter garden".split() * 4)))
+    assert told == [(2, "pass")]

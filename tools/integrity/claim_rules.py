@@ -62,7 +62,10 @@ def _series(repo: Repo, record: str, name: str) -> list[float]:
 )
 def claim_series(repo: Repo) -> Found:
     for path in repo.markdown:
-        lines = repo.text(path).splitlines()
+        text = repo.text(path)
+        if not CLAIM.search(text) and not IN_WORDS.search(text):
+            continue
+        lines = text.splitlines()
         for number, line in enumerate(lines, start=1):
             for kind, name, bound, record in CLAIM.findall(line):
                 values = _series(repo, record, name) if record else table_column(lines, number - 1, name)
