@@ -86,7 +86,13 @@ def steps_within(options: argparse.Namespace, sets: tuple[str, ...], out: Path) 
 
 def steps_sets(n: int) -> tuple[str, ...]:
     """A short run that only measures: no sample and one evaluation, at its end."""
-    return (f"train.max_steps={n}", "schedule.warmup_steps=1", f"eval.every={n}", f"sample.every={n + 1}", f"checkpoint.every={n}")
+    return (
+        f"train.max_steps={n}",
+        "schedule.warmup_steps=1",
+        f"eval.every={n}",
+        f"sample.every={min(n + 1, 100)}",
+        f"checkpoint.every={n}",
+    )
 
 
 def key_of(name: str, sets: tuple[str, ...]) -> str:
