@@ -89,12 +89,6 @@ def steps_sets(n: int) -> tuple[str, ...]:
     return (f"train.max_steps={n}", "schedule.warmup_steps=1", f"eval.every={n}", f"sample.every={min(n, 100)}", f"checkpoint.every={n}")
 
 
-def fitting(name: str, sets: tuple[str, ...], n: int) -> tuple[str, ...]:
-    """What makes monitors look in a run that is shorter than their intervals; nothing in any other."""
-    cfg = load_config(recipe(name), sets=sets)[0]
-    return tuple(f"{key}.every={n}" for key, every in (("eval", cfg.eval.every), ("sample", cfg.sample.every)) if every > n)
-
-
 def key_of(name: str, sets: tuple[str, ...]) -> str:
     """Names a run by everything that was asked of it."""
     return sha256_json([name, *sets])[:16]
@@ -195,7 +189,7 @@ def main() -> int:
         sets = (*common, *chosen)
         n_steps = steps_within(options, sets, options.out)
         for seed in seeds:
-            asked = (*sets, f"seed={seed}", f"train.max_steps={n_steps}", *fitting(options.recipe, sets, n_steps))
+            asked = (*sets, f"seed={seed}", f"train.max_steps={n_steps}")
             folder = options.out / f"run-{key_of(options.recipe, asked)}"
             outcomes.append(outcome_of(trial, seed, finished_run(options.recipe, asked, folder), folder, text))
             print(json.dumps({"try": options.tries[trial], **vars(outcomes[-1])}), flush=True)

@@ -158,7 +158,8 @@ def stop_rule(
     expected_gain_nats: float | None,
 ) -> Verdict:
     """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly when declared, and sees the gain
-    it waits for: 2 standard errors of the paired difference at the run's own number of held-out batches are below it.
+    it waits for: 2 standard errors of the paired difference at the run's own number of held-out batches are below it. Where the rule
+    has a least improvement that counts (min_delta_nats), that must stand out as well: its standard error is at most half of it.
 
     `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and `wait`. `stop_declared` holds kind,
     patience and min_epochs.
@@ -173,6 +174,7 @@ def stop_rule(
     late = _plateau_delay(make_stop_rule(), CLIFF_ROUNDS, stop_declared)
     early = _plateau_delay(make_stop_rule(), 1, stop_declared)
     detectable = 2 * paired_difference_std / math.sqrt(n_eval_batches)
+    to_see = min(x for x in (expected_gain_nats, stop_declared["min_delta_nats"]) if x > 0)
     rate = false_stops / SIMULATIONS
     wrong = [
         text
@@ -180,8 +182,8 @@ def stop_rule(
             (rate <= limits.false_stop_rate_max, f"{false_stops} of {SIMULATIONS} simulated runs stop on noise"),
             (late == 0 and early == 0, "a plateau does not stop the run exactly at best + patience"),
             (
-                detectable <= expected_gain_nats,
-                f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, a gain of {expected_gain_nats:g} is expected",
+                detectable <= to_see,
+                f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, one of {to_see:g} is to be seen",
             ),
         )
         if not ok
@@ -229,7 +231,10 @@ def _plateau_delay(rule: Any, falling_rounds: int, declared: dict[str, Any]) -> 
 
 @decides("evaluation.divergence")
 class Divergence(Stateless):
-    """Held-out loss is finite, at first not far above guessing, and never a multiple of the evaluation before."""
+    """Held-out loss is finite, at first not far above guessing, and never a multiple of the evaluation before.
+
+    Weights that were trained elsewhere begin far below guessing, whatever the vocabulary: their first loss has a bound of its own.
+    """
 
     events = (Evaluated,)
 
@@ -238,9 +243,11 @@ class Divergence(Stateless):
         base = event.random_loss_nats if first else event.previous_loss_nats
         allowed = self.limits.over_random_max if first else self.limits.over_previous_max
         ratio = event.loss_nats / base
+        known = not first or not event.pretrained or event.loss_nats <= self.limits.pretrained_nats_max
         return decide(
-            ratio <= allowed,
-            f"step {event.step}: held-out loss {event.loss_nats:.4g} nats is {ratio:.3g} × {'ln V' if first else 'the evaluation before'}",
+            ratio <= allowed and known,
+            f"step {event.step}: held-out loss {event.loss_nats:.4g} nats is {ratio:.3g} × {'ln V' if first else 'the evaluation before'}"
+            + ("" if known else f"; weights trained before begin at {self.limits.pretrained_nats_max:g} at most"),
             ratio=ratio,
             loss_nats=event.loss_nats,
         )
@@ -272,3 +279,56 @@ class SameBatches:
 
     def load_state_dict(self, state: dict) -> None:
         self.batch_hash, self.n_batches, self.changes = state["batch_hash"], state["n_batches"], state["changes"]
+
+
+@decides("evaluation.overfit-onset")
+class OverfitOnset:
+    """Training loss falls while held-out loss rises out of its noise.
+
+    Both slopes are those of the last `rounds` evaluations. The rise from the first to the last of them must exceed `rise_z_min`
+    standard errors of the paired difference over the held-out batches. The gap is held-out minus training loss.
+    """
+
+    events = (Evaluated,)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.rounds = limits, []
+
+    def observe(self, event: Event) -> Verdict | None:
+        if event.train_loss_nats is None:
+            return None
+        self.rounds = [*self.rounds, [event.train_loss_nats, event.loss_nats, list(event.batch_nats)]][-int(self.limits.rounds) :]
+        gap = event.loss_nats - event.train_loss_nats
+        if len(self.rounds) < self.limits.rounds:
+            return passed("", train_slope=0.0, held_out_slope=0.0, gap_nats=gap, rise_z=0.0)
+        train, held_out = _slope([r[0] for r in self.rounds]), _slope([r[1] for r in self.rounds])
+        z = _rise_z(self.rounds[0][2], self.rounds[-1][2])
+        onset = train < 0 < held_out and gap > 0 and z > self.limits.rise_z_min
+        return decide(
+            not onset,
+            f"step {event.step}: training loss falls by {-train:.3g} nats a round and held-out loss rises by {held_out:.3g}",
+            train_slope=train,
+            held_out_slope=held_out,
+            gap_nats=gap,
+            rise_z=min(z, 1e9),
+        )
+
+    def state_dict(self) -> dict:
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rounds = state["rounds"]
+
+
+def _slope(values: list[float]) -> float:
+    """Least-squares slope over equally spaced points."""
+    middle, mean = (len(values) - 1) / 2, math.fsum(values) / len(values)
+    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
+
+
+def _rise_z(first: list[float], last: list[float]) -> float:
+    """Mean rise over batches in standard errors of the paired difference; infinite for a rise without spread."""
+    rises = np.asarray(last) - np.asarray(first)
+    error = float(rises.std(ddof=1)) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+    rise = float(rises.mean())
+    return rise / error if error else math.copysign(math.inf, rise) if rise else 0.0

@@ -54,7 +54,10 @@ class StepTaken:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Held-out evaluation. `batch_nats` are per-batch mean losses over the same batches every time."""
+    """Held-out evaluation. `batch_nats` are per-batch mean losses over the same batches every time.
+
+    `train_loss_nats` is the run's exponential mean of the training loss; `pretrained` says that the weights did not begin here.
+    """
 
     step: int
     loss_nats: float
@@ -63,6 +66,25 @@ class Evaluated:
     batch_hash: str
     previous_loss_nats: float | None
     random_loss_nats: float
+    train_loss_nats: float | None = None
+    pretrained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recited:
+    """The model was given the first `prefix_tokens` of passages it was trained on, and went on with its most likely tokens.
+
+    `n_recited` of `n_windows` passages came out word for word to their end; `matched_tokens` is how far it went on average.
+    `held_out()` counts the same over `n_held_out` held-out passages, and is only asked where the first count is suspicious.
+    """
+
+    step: int
+    n_windows: int
+    n_recited: int
+    prefix_tokens: int
+    matched_tokens: float
+    n_held_out: int
+    held_out: Callable[[], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +128,4 @@ class Finished:
     status: str
 
 
-Event = Started | BatchDrawn | StepTaken | Evaluated | Sampled | Saved | Resumed | Finished
+Event = Started | BatchDrawn | StepTaken | Evaluated | Recited | Sampled | Saved | Resumed | Finished

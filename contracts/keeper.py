@@ -32,7 +32,8 @@ class Gatekeeper:
 
     `runner` names the entry of spec/runners.toml that asks (default: the one named like `kind`). One that is not entered there, is of
     another kind, or does not announce what an installed gate watches is refused here, before anything runs. `on_verdict(gate_id, step,
-    verdict)` is called for every preflight and artifact verdict and for each red runtime verdict; `shown` is then its event.
+    verdict)` is called for every preflight and artifact verdict, and of the runtime verdicts for each red one and each green one that has
+    something to say; `shown` is then its event.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Gatekeeper:
             seat.heartbeat_last_step = event.step
             if seat.first_failure_step is None:
                 seat.verdict = verdict
-            if verdict.outcome == "fail":
+            if verdict.outcome == "fail" or verdict.message:
                 self.on_verdict(seat.gate.id, event.step, verdict)
+            if verdict.outcome == "fail":
                 if seat.first_failure_step is None:
                     seat.first_failure_step, seat.verdict = event.step, verdict
                 if self._halts(seat, verdict):

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from statistics import median
 
-from contracts.events import BatchDrawn, Evaluated, Event, Sampled, Saved, Started, StepTaken
+from contracts.events import BatchDrawn, Evaluated, Event, Finished, Sampled, Saved, Started, StepTaken
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 
 
@@ -78,7 +78,7 @@ class TokensConsumed:
 
 @decides("runtime.loss-not-constant")
 class LossNotConstant:
-    """The same float loss several steps in a row is a placeholder, not a measurement."""
+    """The same float loss several steps in a row is a placeholder, not a measurement; so is a loss of 1 with a gradient norm of 1."""
 
     events = (StepTaken,)
 
@@ -88,10 +88,13 @@ class LossNotConstant:
     def observe(self, event: Event) -> Verdict:
         self.repeats = self.repeats + 1 if event.loss_nats == self.last else 1
         self.last = event.loss_nats
+        off_one = max(abs(event.loss_nats - 1), abs(event.grad_norm - 1))
         return decide(
-            self.repeats <= self.limits.equal_steps_max,
-            f"step {event.step}: the loss is {event.loss_nats!r} for the {self.repeats}th step in a row",
+            self.repeats <= self.limits.equal_steps_max and off_one > self.limits.off_one_min,
+            f"step {event.step}: the loss is {event.loss_nats!r} for the {self.repeats}th step in a row, at a gradient norm of "
+            f"{event.grad_norm!r}",
             equal_steps=self.repeats,
+            off_one=off_one,
         )
 
     def state_dict(self) -> dict:
@@ -106,6 +109,7 @@ class StepTime:
     """A step takes the time its arithmetic needs: not faster than the machine can compute, nor far below its own median.
 
     Against the median alone a machine that was crowded and is free again would be accused; its steps stay well below its peak rate.
+    Where no rate is known (`flops` of 0, as in a log), the median decides alone.
     """
 
     events = (StepTaken,)
@@ -115,11 +119,13 @@ class StepTime:
         self.limits, self.recent = limits, deque(maxlen=self.WINDOW)
 
     def observe(self, event: Event) -> Verdict:
-        achieved_frac = event.flops / event.wall_s / event.peak_flops if event.wall_s > 0 else math.inf
+        rate = event.flops / event.peak_flops if event.flops else 0.0
+        achieved_frac = rate / event.wall_s if event.wall_s > 0 else math.inf
         typical = median(self.recent) if len(self.recent) >= 8 else event.wall_s
         self.recent.append(event.wall_s)
         over_median = event.wall_s / typical if typical else 0.0
-        sudden = over_median < self.limits.median_frac_min and achieved_frac > self.limits.sudden_peak_frac_max
+        fast = achieved_frac > self.limits.sudden_peak_frac_max or not event.flops
+        sudden = over_median < self.limits.median_frac_min and fast
         ok = achieved_frac <= self.limits.peak_frac_max and not sudden
         return decide(
             ok,
@@ -189,7 +195,7 @@ class Cadence:
     step 1; afterwards every event asks how long ago each of the others was last announced.
     """
 
-    events = (Started, BatchDrawn, StepTaken, Evaluated, Sampled, Saved)
+    events = (Started, BatchDrawn, StepTaken, Evaluated, Sampled, Saved, Finished)
     EVERY_STEP = {"BatchDrawn": (1, "every step"), "StepTaken": (1, "every step")}
     MONITORS = {"Evaluated": "evaluated_gap_steps_max", "Sampled": "sampled_gap_steps_max", "Saved": "saved_gap_steps_max"}
 
@@ -202,6 +208,8 @@ class Cadence:
         if isinstance(event, Started):
             self._begin(event)
             return self._declared()
+        if isinstance(event, Finished):
+            return self._ended(event)
         self.last[type(event).__name__] = event.step
         gaps = {name: event.step - self.last.get(name, event.step) for name in self.intervals}
         late = max(gaps, key=lambda name: gaps[name] - self.intervals[name][0])
@@ -222,6 +230,11 @@ class Cadence:
             self.last[name] = max(self.last.get(name, 0), event.step - every) if goes_on else event.step
         self.every = {name: every for name, (every, _) in self.intervals.items()}
 
+    def _ended(self, event: Finished) -> Verdict:
+        """A run whose interval is longer than it is looks once, at its end; so does every other."""
+        unseen = sorted(name for name in ("Evaluated", "Sampled") if self.last.get(name) != event.step)
+        return decide(not unseen, f"the run ended at step {event.step} without {', '.join(unseen)} there", unseen=len(unseen))
+
     def _declared(self) -> Verdict:
         """No monitor is without an interval, and none is slower than the spec allows. The last step of a run is always looked at."""
         if absent := sorted(self.MONITORS.keys() - self.intervals.keys()):
@@ -241,3 +254,53 @@ class Cadence:
 
     def load_state_dict(self, state: dict) -> None:
         self.last, self.every = dict(state["last"]), dict(state["every"])
+
+
+@decides("runtime.trend")
+class Trend:
+    """The mean loss does not climb away from its minimum, nor the gradient norm from its own while the loss no longer falls.
+
+    Both are exponential means over about `SPAN` steps, of the loss and of the logarithm of the norm, so that no single step shows. A
+    run that diverges slowly stays inside every band drawn around its recent past; it cannot stay near its minimum.
+    """
+
+    events = (Started, StepTaken)
+    SPAN = 50
+
+    def __init__(self, limits):
+        self.limits, self.steps, self.away, self.warmup_steps = limits, 0, 0, 0
+        self.loss, self.log_norm, self.least_loss, self.least_log_norm = None, None, math.inf, math.inf
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.warmup_steps = event.plan["warmup_steps"]
+            return None
+        self.loss = self._mean(self.loss, event.loss_nats)
+        self.log_norm = self._mean(self.log_norm, math.log(max(event.grad_norm, 1e-30)))
+        self.steps += 1
+        if min(self.steps, event.step - self.warmup_steps) < self.SPAN:
+            return passed("", rise_nats=0.0, norm_ratio=1.0, steps_away=0)
+        self.least_loss, self.least_log_norm = min(self.least_loss, self.loss), min(self.least_log_norm, self.log_norm)
+        rise, ratio = self.loss - self.least_loss, math.exp(min(self.log_norm - self.least_log_norm, 700.0))
+        away = rise > self.limits.rise_nats_max or (ratio > self.limits.norm_ratio_max and rise > self.limits.stale_nats_min)
+        self.away = self.away + 1 if away else 0
+        return decide(
+            self.away < self.limits.steps_in_a_row,
+            f"step {event.step}: the mean loss is {rise:.3g} nats above its minimum and the mean gradient norm {ratio:.3g} times its own, "
+            f"for {self.away} step(s)",
+            rise_nats=rise,
+            norm_ratio=ratio,
+            steps_away=self.away,
+        )
+
+    def _mean(self, before: float | None, now: float) -> float:
+        return now if before is None else before + (now - before) / self.SPAN
+
+    def state_dict(self) -> dict:
+        means = {"loss": self.loss, "log_norm": self.log_norm}
+        least = {"least_loss": self.least_loss, "least_log_norm": self.least_log_norm} if math.isfinite(self.least_loss) else {}
+        return {"steps": self.steps, "away": self.away, **means, **least}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -62,6 +62,16 @@ class Limit(Frozen):
                 return self.value != other.value
 
 
+class Rates(Frozen):
+    """How often a statistical gate is wrong in either direction, and where both figures were measured. Not normative."""
+
+    false_alarm: float = Field(ge=0, le=1, description="share of looks, or of runs where `per` says so, at which a clean run is red")
+    per: Literal["look", "run"]
+    power: float = Field(ge=0, le=1, description="share of runs with the effect in which the gate is red")
+    effect: str = Field(min_length=10, description="what has to be wrong, and how much")
+    measured_by: str = Field(pattern=r"^(tests|benchmarks)/\S+$", description="the test or benchmark that measures both again")
+
+
 class Gate(Frozen):
     """An acceptance rule. `check` names the function or class in `contracts` that decides it.
 
@@ -84,6 +94,7 @@ class Gate(Frozen):
     when: dict[str, bool | int | float | str | tuple[str, ...]] = {}
     museum: dict[str, bool | int | float | str] = {}
     limits: dict[str, Limit] = {}
+    rates: Rates | None = None
 
     @property
     def subsystem(self) -> str:

@@ -104,6 +104,10 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
                 [[n, v.direction, f"{v.value:g}", v.unit, v.why] for n, v in gate.limits.items()],
             )
         )
+    if gate.rates:
+        rates = gate.rates
+        stdout.print(f"false alarms {rates.false_alarm:g} per {rates.per}; power {rates.power:g} where {rates.effect}", markup=False)
+        stdout.print(f"measured by {rates.measured_by}", markup=False)
     stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
     stdout.print(f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False)
 
@@ -191,15 +195,21 @@ def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
 def backtest(
     log: Annotated[Path, typer.Argument(help="samples.jsonl or metrics.jsonl of any run.")],
     gate: Annotated[str, typer.Option("--gate", help="Runtime gate to replay.")] = "sampling.coherence",
+    seconds_per_step: Annotated[
+        float | None, typer.Option("--seconds-per-step", min=0.0, help="Tells the time saved where the log does not.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Replay a log through a runtime gate: when would it have fired first?"""
+    """Replay a log through a runtime gate: when would it have fired first, and what would that have saved?"""
     from contracts.backtest import replay
 
-    outcome = replay(gate, log)
+    outcome = replay(gate, log, seconds_per_step)
     if not emit(outcome, json):
         first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
         stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}")
+        if first is not None:
+            time = "" if outcome["saved_s"] is None else f", {outcome['saved_s'] / 3600:.3g} hours"
+            stdout.print(f"stopping there saves {outcome['saved_steps']} steps ({outcome['saved_frac']:.0%}{time})")
 
 
 @app.command(epilog="Example: stack gates repro runs/pocket-1/repro/runtime.finite-step-7")

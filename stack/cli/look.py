@@ -142,7 +142,7 @@ def sample(
     json: Json = False,
 ) -> None:
     """Continue a prompt, with a KV cache. Prints the text and its coherence score."""
-    from contracts.sampling import coherence
+    from contracts.coherence import coherence
     from stack.cli.models import open_model
     from stack.evaluate.sampling import generate
     from stack.train.randomness import generator

@@ -99,23 +99,3 @@ def detectable_gain(differences: Sequence[float]) -> float:
 def batches_needed(diff_std: float, expected_gain: float) -> int:
     """Held-out batches for which 2 standard errors of the paired difference are at most `expected_gain`; at least 2."""
     return max(2, math.ceil((2 * diff_std / expected_gain) ** 2))
-
-
-def slope(values: Sequence[float]) -> float:
-    """Least-squares slope over equally spaced points."""
-    middle, mean = (len(values) - 1) / 2, fmean(values)
-    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
-
-
-def overfit_onset(train_losses: Sequence[float], val_losses: Sequence[float], rounds: int = 3) -> int | None:
-    """First round whose last `rounds` rounds show training loss falling and held-out loss rising, once the gap has changed sign.
-
-    The gap is held-out minus training loss; it must be positive at that round and have been negative or zero before it.
-    Returns None if there is no such round.
-    """
-    gaps = [v - t for t, v in zip(train_losses, val_losses)]
-    for r in range(rounds - 1, len(gaps)):
-        window = slice(r - rounds + 1, r + 1)
-        if slope(train_losses[window]) < 0 < slope(val_losses[window]) and gaps[r] > 0 and min(gaps[:r]) <= 0:
-            return r
-    return None

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+from contextlib import contextmanager
 
 import torch.nn.functional as F
 
 from stack.evaluate import bits_per_byte, stopping
 from stack.model import transformer
 from stack.museum.plant import plant, swap
-from stack.train import run
+from stack.train import loop, run
+from stack.train import step as steps
+
+TENSORS = ("input_ids", "labels", "document_ids")
 
 
 @plant(
@@ -215,4 +219,38 @@ def drifting_batches():
         return decision
 
     with swap(run.Run, "evaluate", drifting):
+        yield
+
+
+@contextmanager
+def one_page_over_and_over():
+    """Every step reads the first 64 tokens of each row of the first step, sixteen times over."""
+    original_draw, original_step, page = loop.draw, steps.train_step, []
+
+    def same(run):
+        drawn = original_draw(run)
+        page.extend([] if page else [dataclasses.replace(b, **{k: getattr(b, k)[:, :64] for k in TENSORS}) for b in drawn])
+        return page
+
+    def again(state, batches):
+        for _ in range(15):
+            before = state.step, state.tokens_seen
+            original_step(state, batches)
+            state.step, state.tokens_seen = before
+        return original_step(state, batches)
+
+    with swap(loop, "draw", same), swap(steps, "train_step", again):
+        yield
+
+
+@plant(
+    "evaluation.page-learned-by-heart",
+    gate="evaluation.overfit-onset",
+    title="A page is learned by heart",
+    story="The corpus is far too small for the model, or one file of it is read again and again. Training loss falls on, and held-out loss "
+    "has turned. Averaged curves and a patient stop rule hide the turn for half of the run.",
+    sources=("founding note: ship-two-001",),
+)
+def page_learned_by_heart():
+    with one_page_over_and_over():
         yield

@@ -323,3 +323,28 @@ def interval_beyond_the_end():
 
     with swap(session, "_open", copied):
         yield
+
+
+@plant(
+    "runtime.uphill",
+    gate="runtime.trend",
+    title="Updates go uphill a little",
+    story="After a merge a sign is wrong, and from step 40 on each update raises the loss by a hair. No step is a spike, and every "
+    "window around the recent past moves along. The log is read once a day.",
+    sources=("founding note: nanolm",),
+)
+def uphill():
+    original_step, original_apply = steps.train_step, steps.apply_gradients
+    now = [0]
+
+    def counted(state, batches):
+        now[0] = state.step + 1
+        return original_step(state, batches)
+
+    def turned(state, grads, norm):
+        for grad in grads if now[0] > 40 else ():
+            grad.neg_()
+        original_apply(state, grads, norm)
+
+    with swap(steps, "train_step", counted), swap(steps, "apply_gradients", turned):
+        yield

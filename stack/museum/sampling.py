@@ -6,6 +6,7 @@ import torch
 
 from stack.evaluate import sampling
 from stack.model.cache import LayerCache
+from stack.museum.evaluation import one_page_over_and_over
 from stack.museum.plant import plant, swap
 from stack.train import run
 
@@ -159,6 +160,25 @@ def unseeded():
 
 
 @plant(
+    "sampling.tail-loops",
+    gate="sampling.loops",
+    title="The end of every sample goes round in a loop",
+    story="Samples begin well and end in the same three words, over and over. Their first half keeps the score up, and whoever reads the "
+    "first line of the log sees a sentence.",
+    sources=("founding note: ANDREA-120M", "https://arxiv.org/abs/1904.09751"),
+)
+def tail_loops():
+    original = run.Sampled
+
+    def looping(**event):
+        words = event["text"].split()[:8] or ["said"]
+        return original(**{**event, "text": " ".join(words + ["and", "so", "on"] * 12)})
+
+    with swap(run, "Sampled", looping):
+        yield
+
+
+@plant(
     "sampling.drawn-in-training-mode",
     gate="sampling.generation",
     title="Samples from a model in training mode",
@@ -198,4 +218,36 @@ def penalty_inverted():
 )
 def monitor_not_called():
     with swap(run.Run, "sample", lambda self: None):
+        yield
+
+
+@plant(
+    "sampling.monitor-unwired",
+    gate="runtime.cadence",
+    title="The sample monitor hangs on another runner",
+    story="Samples are audited in a script that this run does not use. The gate that would have read them is installed, the first sample "
+    "was drawn by hand, and none follows. Ten days later somebody looks.",
+    sources=("founding note: ANDREA-120M",),
+)
+def monitor_unwired():
+    original = run.Run.sample
+
+    def first_only(self):
+        if self.state.step <= self.cfg.sample.every:
+            original(self)
+
+    with swap(run.Run, "sample", first_only):
+        yield
+
+
+@plant(
+    "sampling.corpus-of-one-page",
+    gate="sampling.recitation",
+    title="The corpus is one page",
+    story="A glob matches one file of thousands, and the run reads its page hundreds of times. Training loss falls as never before, it "
+    "reads well, and the model can only say that page.",
+    sources=("founding note: tinygpt validation", "https://arxiv.org/abs/2012.07805"),
+)
+def corpus_of_one_page():
+    with one_page_over_and_over():
         yield

@@ -108,7 +108,9 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
 
 
 def _wanted_batches(cfg: RunConfig, difference_std: float) -> int:
-    return batches_needed(difference_std, cfg.stop.expected_gain_nats) if cfg.stop.kind == "patience" else cfg.eval.batches
+    if cfg.stop.kind != "patience":
+        return cfg.eval.batches
+    return batches_needed(difference_std, min(x for x in (cfg.stop.expected_gain_nats, cfg.stop.min_delta_nats) if x > 0))
 
 
 def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device) -> float:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from contracts.events import Evaluated, Sampled, Saved, StepTaken
+from contracts.coherence import coherence
+from contracts.events import Evaluated, Recited, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
-from contracts.sampling import coherence
 from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import MixtureOfExperts, ModelConfig, RunConfig
@@ -20,6 +21,7 @@ from stack.data.ingredients import found_in
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
 from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
+from stack.evaluate.recitation import matched, passages
 from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
@@ -61,6 +63,7 @@ class Run:
     kept: list[Artefact] = field(default_factory=list)
     begun_at: Path | None = None  # the step folder that the run began from
     recent: Recent = field(default_factory=Recent)
+    read: Sequence[Batch] = ()  # the micro-batches of the last step
 
     def on_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
         """Log a verdict; a red one of inside the run leaves a bundle with which it can be seen again."""
@@ -71,7 +74,7 @@ class Run:
 
     def after_step(self, report: StepReport, batches: Sequence[Batch], wall_s: float) -> None:
         """Update running numbers, prepare the log line and show the step to the gates."""
-        state = self.state
+        state, self.read = self.state, batches
         state.wall_s += wall_s
         state.update_ema(report.loss_nats)
         self.process_s += wall_s
@@ -136,9 +139,34 @@ class Run:
                 batch_hash=batch_hash(self.held_out),
                 previous_loss_nats=previous,
                 random_loss_nats=self.random_loss_nats,
+                train_loss_nats=state.ema_loss_nats,
+                pretrained=self.cfg.recipe == "imported",
             )
         )
+        self.recite()
         return decision.stop
+
+    def recite(self) -> None:
+        """Ask the model for the second half of passages it was trained on, log how many it knows by heart and show it to the gates."""
+        read, unread = passages(self.read), passages(self.held_out)
+        tokens = self._matched(read)
+        asked = read.shape[1] - read.shape[1] // 2
+        average = sum(tokens) / max(1, len(tokens))
+        self.line |= {"passages": len(tokens), "recited": tokens.count(asked), "matched_tokens": average}
+        self.keeper.observe(
+            Recited(
+                step=self.state.step,
+                n_windows=len(tokens),
+                n_recited=tokens.count(asked),
+                prefix_tokens=read.shape[1] // 2,
+                matched_tokens=average,
+                n_held_out=len(unread),
+                held_out=lambda: self._matched(unread).count(asked),
+            )
+        )
+
+    def _matched(self, ids_NW: Tensor) -> list[int]:
+        return matched(self.state.model, ids_NW, device=self.device, autocast=self.state.autocast)
 
     def probe(self) -> None:
         """Measure the held-out loss of every source, end the bandit's turn with it, and log both."""

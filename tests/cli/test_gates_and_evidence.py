@@ -92,6 +92,9 @@ def test_backtest_replays_a_log(trained):
     log.write_text("".join(json.dumps({"step": 1000 * n, "text": loop}) + "\n" for n in range(8)))
     done = trained("gates", "backtest", "samples.jsonl", "--json")
     assert done.code == 0 and done.json["first_fire_step"] == 4000 and done.json["records"] == 8
+    assert done.json["saved_steps"] == 3000 and done.json["saved_frac"] == pytest.approx(3 / 7) and done.json["saved_s"] is None
+    said = trained("gates", "backtest", "samples.jsonl", "--seconds-per-step", "7.2").out
+    assert "fires first at step 4000" in said and "saves 3000 steps (43%, 6 hours)" in said
     log.write_text("")
     assert trained("gates", "backtest", "samples.jsonl").code == 3
     assert trained("gates", "backtest", "samples.jsonl", "--gate", "loss.golden").code == 2

@@ -60,7 +60,7 @@ def saved_steps(run) -> list[int]:
 
 def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_on(stack, text_file):
     """Nothing else saves in this run: steps saved are the next multiple of the boundary after SIGUSR1, once, and the step of SIGTERM."""
-    run, seldom = stack.folder / "run", {"checkpoint__every": "1000", "eval__every": "200", "sample__every": "100"}
+    run, seldom = stack.folder / "run", {f"{k}__every": "1000" for k in ("checkpoint", "eval")} | {"sample__every": "100"}
     sets = sixty(text_file, **seldom, checkpoint__signal_boundary="10", train__max_steps="200")
     process = stack.popen("train", *sets, "--run-dir", "run")
     wait_for_step(run, 3, process)

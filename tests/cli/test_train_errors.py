@@ -185,3 +185,16 @@ def test_contract_levels(stack, text_file, level, code):
 
 def test_run_directory_is_never_overwritten(run, text_file):
     assert_standard(run("train", *tiny(text_file), "--run-dir", "run"), 2, "already holds a run")
+
+
+def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_record(stack, text_file):
+    large = tiny(text_file, model__d_model="384", model__d_ff="1024", train__max_steps="2", schedule__warmup_steps="1", sample__every="2")
+    refused = stack("train", *large, "--run-dir", "refused")
+    assert_standard(refused, 4, "data.corpus-budget", "unique tokens for")
+    waiver = 'gates.waive=[{id="data.corpus-budget", reason="a test of the waiver", expires="2999-01-01"}]'
+    assert stack("train", *large, "--set", waiver.replace("a test of the waiver", ""), "--run-dir", "bare").code == 2
+    done = stack("train", *large, "--set", waiver, "--run-dir", "waived", "--json")
+    assert done.code == 0, done.err
+    record = json.loads((stack.folder / "waived" / "metadata.json").read_text())
+    (gate,) = [g for g in record["gates"] if g["id"] == "data.corpus-budget"]
+    assert gate["verdict"] == "fail" and gate["waiver"]["reason"] == "a test of the waiver"

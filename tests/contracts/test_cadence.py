@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from contracts.events import BatchDrawn, Evaluated, Sampled, Saved, Started
+from contracts.events import BatchDrawn, Evaluated, Finished, Sampled, Saved, Started
 from contracts.gate import limits_of
 from contracts.keeper import Gatekeeper
 from contracts.runtime import Cadence
@@ -69,6 +69,17 @@ def test_an_interval_that_disables_a_monitor_is_red_before_step_one(spec, key):
     assert make(spec).observe(started(max_steps=30, **{name: (31, "k")})).passed
     both = make(spec).observe(started(Evaluated=(10**6, "eval.every"), Sampled=(10**6, "sample.every")))
     assert "eval.every is 1000000" in both.message and "sample.every is 1000000" in both.message, "all are told at once"
+
+
+def test_the_last_step_is_looked_at(spec):
+    check = make(spec)
+    check.observe(started())
+    assert play(check, range(1, 14)) is None
+    assert not check.observe(Finished(step=13, status="completed")).passed
+    for seen in (Evaluated, Sampled):
+        assert not check.observe(Finished(step=13, status="completed")).passed
+        check.last[seen.__name__] = 13
+    assert check.observe(Finished(step=13, status="completed")).passed
 
 
 def test_an_interval_that_is_not_declared_is_red(spec):

@@ -1,22 +1,26 @@
 """Gates of evaluation: green on the stack, red on every plant, and the runtime tables of the founding note ship-two-001."""
 
+import dataclasses
 import json
 import math
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from contracts.evaluation import Divergence, SameBatches
+from contracts.evaluation import Divergence, OverfitOnset, SameBatches
 from contracts.events import Evaluated
 from contracts.gate import call_check, limits_of
+from stack.config import EvalConfig, Patience
 from stack.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stack.museum.plant import load_museum, touches
 from stack.train import run
-from stack.train.preflight import gather
+from stack.train.preflight import _wanted_batches, gather
 
+FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
 GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
 PLANTS = [
     "evaluation.oov-flattered",
@@ -55,7 +59,7 @@ def test_invariance_refuses_a_model_without_dropout(spec, ingredients):
 
 
 def stop_parts(rule, **changes):
-    declared = {"kind": "patience", "patience": 5, "min_epochs": 3}
+    declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}
     parts = {
         "make_stop_rule": rule,
         "stop_declared": declared,
@@ -75,17 +79,42 @@ def test_stop_rule_power_check_is_two_sided(spec):
     assert verdict.outcome == "fail" and "can see a gain" in verdict.message
 
 
+def test_a_least_improvement_that_is_noise_is_refused(spec):
+    """The standard error of the difference is 0.0075 nats at 16 batches, so half of 0.015."""
+    gate = spec.gates["evaluation.stop-rule"]
+    for min_delta, outcome in ((0.0151, "pass"), (0.0149, "fail")):
+        declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": min_delta}
+        verdict = call_check(gate, stop_parts(lambda: StopRule(5, 3, 2.0, min_delta), stop_declared=declared))  # noqa: B023
+        assert verdict.outcome == outcome, verdict.message
+
+
+def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_improvement_asks_for_them(small_cfg):
+    assert EvalConfig(every=1).batches == 16
+    for changes, wanted in (({}, 1), ({"min_delta_nats": 0.1}, 9), ({"min_delta_nats": 1.0}, 1)):
+        cfg = small_cfg.model_copy(update={"stop": Patience(expected_gain_nats=0.3, **changes)})
+        assert _wanted_batches(cfg, 0.15) == max(2, wanted)
+
+
 @pytest.mark.parametrize(
     ("rule", "declared"),
     [
         (
             lambda: StopRule(2, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 2, "min_epochs": 3},
+            {"kind": "patience", "patience": 2, "min_epochs": 3, "min_delta_nats": 0.0},
         ),  # the policy of the founding note ship-two-001
-        (lambda: StopRule(5, 3, 2.0, 0.5), {"kind": "patience", "patience": 5, "min_epochs": 3}),  # a delta above the gain
-        (lambda: StopRule(5, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 12}),  # min_epochs not obeyed
-        (lambda: StopRule(6, 3, 2.0, 0.0), {"kind": "patience", "patience": 5, "min_epochs": 3}),  # another patience than declared
-        (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3}),
+        (
+            lambda: StopRule(5, 3, 2.0, 0.5),
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0},
+        ),  # a delta above the gain
+        (
+            lambda: StopRule(5, 3, 2.0, 0.0),
+            {"kind": "patience", "patience": 5, "min_epochs": 12, "min_delta_nats": 0.0},
+        ),  # min_epochs not obeyed
+        (
+            lambda: StopRule(6, 3, 2.0, 0.0),
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0},
+        ),  # another patience than declared
+        (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}),
     ],
 )
 def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
@@ -93,7 +122,7 @@ def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
 
 
 def test_stop_rule_obeys_min_epochs_beyond_patience(spec):
-    declared = {"kind": "patience", "patience": 5, "min_epochs": 12}
+    declared = {"kind": "patience", "patience": 5, "min_epochs": 12, "min_delta_nats": 0.0}
     assert call_check(spec.gates["evaluation.stop-rule"], stop_parts(lambda: StopRule(5, 12, 2.0, 0.0), stop_declared=declared)).passed
 
 
@@ -118,6 +147,45 @@ def evaluated(loss, previous=None, vocab_size=50257, batch_hash="a", batches=(1.
 def test_divergence_table(spec, loss, previous, outcome):
     check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
     assert check.observe(evaluated(loss, previous)).outcome == outcome
+
+
+def test_weights_that_were_trained_before_begin_at_ten_nats_or_less(spec):
+    check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
+    for loss, pretrained, outcome in ((11.0, True, "fail"), (10.0, True, "pass"), (11.0, False, "pass")):
+        assert check.observe(dataclasses.replace(evaluated(loss), pretrained=pretrained)).outcome == outcome
+
+
+def onset(spec, rounds):
+    check = OverfitOnset(limits_of(spec.gates["evaluation.overfit-onset"]))
+    seen = [dataclasses.replace(evaluated(val, step=i, batches=(val, val)), train_loss_nats=train) for i, (train, val) in enumerate(rounds)]
+    return [i for i, event in enumerate(seen) if not check.observe(event).passed]
+
+
+def test_overfit_onset_on_the_founding_run_is_epoch_three(spec):
+    runs = {name: [(r["train_loss"], r["val_loss"]) for r in rows] for name, rows in FOUNDING["runs"].items()}
+    assert onset(spec, runs["tuned-50k"])[0] == 3 and onset(spec, runs["tuned-50k"][:3]) == []
+    assert onset(spec, runs["wrapped-5k"]) == [4]
+    assert onset(spec, [(t, t + 1) for t, _ in runs["tuned-50k"]]) == [], "both fall"
+    assert onset(spec, [(v, v - 1) for _, v in runs["tuned-50k"]]) == [], "held-out text is the easier one"
+
+
+def test_overfit_onset_counts_over_a_resume_and_keeps_silent_without_a_training_loss(spec):
+    first, second = (OverfitOnset(limits_of(spec.gates["evaluation.overfit-onset"])) for _ in range(2))
+    rows = [dataclasses.replace(evaluated(v, batches=(v, v)), train_loss_nats=t) for t, v in ((3.0, 3.1), (2.9, 3.2), (2.8, 3.3))]
+    assert first.observe(evaluated(3.0)) is None and first.observe(rows[0]).passed and first.observe(rows[1]).passed
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert not second.observe(rows[2]).passed
+
+
+def test_a_rise_within_noise_is_no_onset(spec):
+    check = OverfitOnset(limits_of(spec.gates["evaluation.overfit-onset"]))
+    quiet, loud = (3.11, 3.11, 3.12, 3.10), (3.4, 2.9, 3.3, 2.9)
+    for batches, outcome in ((loud, "pass"), (quiet, "fail")):
+        rounds = [(3.0, (3.0, 3.0, 3.0, 3.0)), (2.9, (3.05,) * 4), (2.8, batches)]
+        verdicts = [
+            check.observe(dataclasses.replace(evaluated(sum(b) / 4, batches=b), train_loss_nats=train)).outcome for train, b in rounds
+        ]
+        assert verdicts[-1] == outcome
 
 
 def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):

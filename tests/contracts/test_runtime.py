@@ -1,12 +1,15 @@
 """Step gates against hand-made events, two-sided."""
 
+import json
+import math
 import random
+from pathlib import Path
 
 import pytest
 
 from contracts.events import Started
 from contracts.gate import limits_of
-from contracts.runtime import Finite, LossNotConstant, LossSpike, ParamsChanged, StepTime, TokensConsumed
+from contracts.runtime import Finite, LossNotConstant, LossSpike, ParamsChanged, StepTime, TokensConsumed, Trend
 from tests.contracts.test_optim import step_taken
 
 PLAN = {"tokens_per_step": 100, "tokens_seen": 0, "random_loss_nats": 6.0, "warmup_steps": 5}
@@ -62,8 +65,13 @@ def test_loss_not_constant_counts_over_a_resume(spec):
 def test_step_time_is_red_on_an_impossible_step(spec):
     check = make(spec, StepTime)
     assert all(check.observe(step_taken(wall_s=0.4)).passed for _ in range(10))  # a fortieth of the peak rate
-    assert check.observe(step_taken(wall_s=0.4 * 0.06)).passed
+    assert check.observe(step_taken(wall_s=0.4 * 0.06)).passed, "sixteen times as fast, but below half of the peak rate"
     assert not check.observe(step_taken(wall_s=0.4 * 0.04)).passed
+    for factor, outcome in ((4.9, "pass"), (5.1, "fail")):
+        near_peak = make(spec, StepTime)
+        assert all(near_peak.observe(step_taken(wall_s=0.05)).passed for _ in range(10))
+        assert near_peak.observe(step_taken(wall_s=0.05 / factor, flops=2e8)).outcome == "pass", "a smaller step"
+        assert near_peak.observe(step_taken(wall_s=0.05 / factor)).outcome == outcome
     assert not make(spec, StepTime).observe(step_taken(wall_s=1e-9)).passed
     assert not make(spec, StepTime).observe(step_taken(wall_s=0.0)).passed
 
@@ -100,3 +108,78 @@ def test_loss_above_guessing_after_warmup_is_red(spec):
     for s in range(1, 20):
         check.observe(step_taken(step=s, loss_nats=5.5))
     assert not check.observe(step_taken(step=20, loss_nats=7.01)).passed
+
+
+FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
+
+
+def test_the_exhausted_runs_of_the_founding_note_halt_at_once(spec):
+    """Loss 1, perplexity e, gradient norm 1, 0.4 s for an epoch: the first such line is red, by its numbers and by its time."""
+    for epochs in FOUNDING["runs"].values():
+        check, clock = make(spec, LossNotConstant), make(spec, StepTime)
+        for epoch in epochs:
+            assert check.observe(step_taken(loss_nats=epoch["train_loss"])).passed
+            assert clock.observe(step_taken(wall_s=epoch["wall_s"], flops=0.0)).passed
+    for row in FOUNDING["exhausted-5k"]:
+        assert row["train_ppl"] == pytest.approx(math.e)
+        assert not make(spec, LossNotConstant).observe(step_taken(loss_nats=row["train_loss"], grad_norm=row["grad_norm"])).passed
+    clock = make(spec, StepTime)
+    assert all(clock.observe(step_taken(wall_s=255.0 + i, flops=0.0)).passed for i in range(8))
+    assert not clock.observe(step_taken(wall_s=0.4, flops=0.0)).passed
+
+
+def test_a_loss_near_one_is_no_placeholder(spec):
+    check = make(spec, LossNotConstant)
+    assert check.observe(step_taken(loss_nats=1.0, grad_norm=0.93)).passed
+    assert check.observe(step_taken(loss_nats=1.00001, grad_norm=1.0)).passed
+    assert not check.observe(step_taken(loss_nats=1 + 5e-7, grad_norm=1.0)).passed
+
+
+def trend(spec, losses, norms=None, first=1):
+    """The first step at which the gate is red."""
+    check = make(spec, Trend)
+    check.observe(Started(step=0, plan=PLAN))
+    for step, loss in enumerate(losses, first):
+        if not check.observe(step_taken(step=step, loss_nats=loss, grad_norm=norms[step - first] if norms else 0.5)).passed:
+            return step
+    return None
+
+
+def founding_curve(step, diverges_from, slope):
+    return 2.6 + 8 * 0.9993**step + max(0, step - diverges_from) * slope
+
+
+@pytest.mark.parametrize(("slope", "latest"), [(0.002, 5900), (0.005, 5700), (0.02, 5600)])
+def test_trend_fires_before_step_six_thousand(spec, slope, latest):
+    """A run like those of the founding note nanolm, which diverged unseen around step 6,000: here it turns at 5,500."""
+    draw = random.Random(3)
+    losses = [founding_curve(s, 5500, slope) + draw.gauss(0, 0.1) for s in range(1, 6001)]
+    assert 5500 < trend(spec, losses) <= latest
+    assert trend(spec, [founding_curve(s, 9e9, slope) + draw.gauss(0, 0.1) for s in range(1, 6001)]) is None
+    spikes = make(spec, LossSpike)
+    spikes.observe(Started(step=0, plan=PLAN | {"random_loss_nats": 10.8}))
+    if slope == 0.002:
+        assert all(spikes.observe(step_taken(step=s, loss_nats=x)).passed for s, x in enumerate(losses, 1)), "no step is a spike"
+
+
+def test_trend_sees_a_gradient_that_grows_while_the_loss_stands(spec):
+    norms = [0.5 * 1.01 ** max(0, s - 300) for s in range(900)]
+    stands = [3.0 - 0.002 * min(s, 300) + 0.0002 * max(0, s - 300) for s in range(900)]
+    falls = [3.0 - 0.002 * s for s in range(900)]
+    assert 500 < trend(spec, stands, norms) < 760
+    assert trend(spec, falls, norms) is None, "a growing gradient of a falling loss does no harm"
+    assert trend(spec, stands) is None
+
+
+def test_trend_goes_on_over_a_resume(spec):
+    losses = [3.0 - 0.005 * s for s in range(200)] + [2.0 + 0.01 * s for s in range(200)]
+    whole, halves = make(spec, Trend), [make(spec, Trend), make(spec, Trend)]
+    got = {}
+    for name, checks in (("whole", [whole, whole]), ("halves", halves)):
+        for part, check in enumerate(checks):
+            if name == "halves" and part:
+                check.load_state_dict(json.loads(json.dumps(halves[0].state_dict())))
+            check.observe(Started(step=200 * part, plan=PLAN))
+            for s in range(200 * part, 200 * part + 200):
+                got.setdefault(name, []).append(check.observe(step_taken(step=s + 1, loss_nats=losses[s])).outcome)
+    assert got["whole"] == got["halves"] and "fail" in got["whole"]

@@ -159,6 +159,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     ),
     "RECORD-ORPHAN": lambda r: shutil.copytree(folder(r, "resume"), r / "evidence" / "resume-20260101T000000Z-00000000"),
     "ARTEFACT-HASH": lambda r: edit(r, f"evidence/{folder(r, 'train').name}/metrics.jsonl", "2.3", "2.2"),
+    "CLAIM-SERIES": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\n| loss |\n|---|\n| 2 |\n| 3 |\n\nIt is `monotone(loss)`.\n"),
     "PPL": lambda r: rechain(r, "train", metric("val_ppl", 7.0)),
     "TOKENS": lambda r: rechain(r, "train", metric("tokens_seen", 65)),
     "WALL": lambda r: rechain(r, "train", put("wall_s", value=3000.0)),

@@ -260,7 +260,7 @@ def test_exists(repo: Repo) -> Found:
     for gate in repo.spec.gates.values():
         if not gate.tests:
             yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} cites no test"
-        for test in gate.tests:
+        for test in (*gate.tests, *([gate.rates.measured_by] if gate.rates else ())):
             path, _, name = test.partition("::")
             if name not in repo.python_functions(path):
                 yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} cites {test}, which does not exist"

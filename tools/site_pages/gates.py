@@ -74,6 +74,7 @@ def gate_page(world: World, gate: Gate) -> Page:
         ),
         "## Limits",
         _limits(gate),
+        *_rates(gate),
         "## Check",
         *_check(world, gate),
         "## Plants",
@@ -99,6 +100,19 @@ def _when(gate: Gate) -> str:
 def _limits(gate: Gate) -> str:
     rows = [[code(n), x.direction.replace("-", " "), f"{x.value:g}", esc(x.unit), prose(x.why)] for n, x in gate.limits.items()]
     return table(["limit", "direction", "value", "unit", "why"], rows) if rows else "This gate has no number; its statement is all."
+
+
+def _rates(gate: Gate) -> list[str]:
+    """How often a statistical gate is wrong in either direction; nothing for a gate that compares."""
+    if (rates := gate.rates) is None:
+        return []
+    rows = [
+        [f"false alarms per {rates.per}", f"{rates.false_alarm:g}"],
+        ["power", f"{rates.power:g}"],
+        ["effect", esc(rates.effect)],
+        ["measured by", code(rates.measured_by)],
+    ]
+    return ["## Rates", table(["", ""], rows)]
 
 
 def _check(world: World, gate: Gate) -> list[str]:

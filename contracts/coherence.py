@@ -1,0 +1,239 @@
+"""Gates of what a run says: each sample is scored, and loops, ruling words and recitals are seen while it goes on."""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from contracts.events import Event, Sampled, Started
+from contracts.gate import Verdict, decide, decides, failed, passed
+
+WINDOW, STRIDE = 32, 16
+PASSAGE = 6  # words of a run that healthy text hardly ever says twice
+LONGEST_LOOP = 512  # units of the longest period that is looked for at the end of a text
+LONG_UNIT, PIECE, BLANK_RUN = 24, 6, 16
+VOWELS = set("aeiouy")
+COMMON_EN = frozenset(
+    re.split(
+        r"\s+",
+        """the of and to in a is that for it as was with be by on not he i this are or his from at which but have an had they you were
+    their one all we can her has there been if more when will would who so no she my your its than them then now only do did does some
+    could time these two may first any like other into our over out up about what after new such me him us also most made many must
+    before should very where through back much own see how because each just those people mr way use used using get set go make
+    between being under never same another while last might here even both without part again off down well too year years day long
+    work against right still know take good found found men thing come world same think little old life every three upon say said
+    great since however since state true false none object value values return returns name type list string file function method
+    class code data number default given text line""",
+    )
+)
+
+
+PARTS = ("bigram", "trigram", "words", "letters")
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """A text's score, 0-100, with the parts it is the sum of, and further signs that are reported but not added."""
+
+    score: float
+    parts: Mapping[str, float]
+
+
+def coherence(text: str, language: str = "en") -> Coherence:
+    """How much a text looks like writing and how little like a loop. `language` is en, code or any.
+
+    Units are lower-cased words without outer punctuation; a unit of punctuation only counts as one symbol. Diversity D_k is the
+    share of distinct k-grams, averaged over windows of 32 k-grams (stride 16), so that it does not sink with the length of a text.
+    Score = F · (35·ramp(D_2; 0.2, 0.6) + 35·ramp(D_3; 0.3, 0.8) + 20·(share of word-like units) + 10·min(1, distinct letters / 16)).
+    F = ramp(share of distinct 6-grams in the whole text; 0.4, 0.7) sees what windows of 32 cannot: a loop of whole sentences or
+    paragraphs. Of the interpreter's help topics and any four of them in a row the least share is 0.69; a passage said three times
+    has 0.41 or less. An empty text scores 0. Source: the founding note ANDREA-120M.
+
+    Reported besides: the share of the most frequent unit, of the text's end that is a loop of three rounds or more, and of zlib.
+    """
+    units = _units(text)
+    if not units:
+        return Coherence(0.0, dict.fromkeys((*PARTS, "distinct_frac", "top_unit_frac", "loop_frac", "compressed_frac"), 0.0))
+    wordlike = WORDLIKE[language]
+    passages = _grams(units, PASSAGE)
+    distinct = len(set(passages)) / len(passages)
+    full = {
+        "bigram": 35 * _ramp(_diversity(units, 2), 0.2, 0.6),
+        "trigram": 35 * _ramp(_diversity(units, 3), 0.3, 0.8),
+        "words": 20 * sum(wordlike(u) for u in units) / len(units),
+        "letters": 10 * min(1.0, len({c for c in text.lower() if c.isalpha()}) / 16),
+    }
+    shown = {name: part * _ramp(distinct, 0.4, 0.7) for name, part in full.items()}
+    score = sum(shown.values())
+    raw = text.encode()
+    top = Counter(units).most_common(1)[0][1] / len(units)
+    shown |= {"distinct_frac": distinct, "top_unit_frac": top, "loop_frac": looping_end(units)}
+    shown |= {"compressed_frac": len(zlib.compress(raw, 9)) / len(raw)}
+    return Coherence(round(score, 4), {k: round(v, 4) for k, v in shown.items()})
+
+
+def _units(text: str) -> list[str]:
+    """Words, symbols for punctuation and for long blank runs; a run too long to be a word is cut into pieces."""
+    units: list[str] = []
+    for blank, raw in re.findall(r"(\s+)|(\S+)", text.lower()):
+        if blank:
+            units += ["<s>"] * (len(blank) // BLANK_RUN)
+            continue
+        word = re.sub(r"^\W+|\W+$", "", raw)
+        if not word:
+            units += ["<p>"] * (1 + len(raw) // LONG_UNIT * (LONG_UNIT // PIECE))
+        else:
+            units += _pieces(word) if len(word) > LONG_UNIT else [word]
+    return units
+
+
+def _pieces(run: str) -> list[str]:
+    """Cut an unbroken run behind characters whose code is divisible by 4, so that a loop is cut alike in each of its rounds."""
+    pieces = [""]
+    for char in run:
+        pieces[-1] += char
+        if ord(char) % 4 == 0 or len(pieces[-1]) == 2 * PIECE:
+            pieces.append("")
+    return [p for p in pieces if p]
+
+
+def looping_end(units: Sequence[str]) -> float:
+    """Share of a text taken by a loop at its end, of one to LONGEST_LOOP units, that has gone round three times or more."""
+    longest = 0
+    for period in range(1, min(len(units) // 3, LONGEST_LOOP) + 1):
+        same = 0
+        while same < len(units) - period and units[-1 - same] == units[-1 - same - period]:
+            same += 1
+        longest = max(longest, same + period if same >= 2 * period else 0)
+    return longest / len(units)
+
+
+def _grams(units: Sequence[str], k: int) -> list[tuple[str, ...]]:
+    """All runs of k units; the whole, where there are fewer."""
+    return [tuple(units[i : i + k]) for i in range(max(1, len(units) - k + 1))]
+
+
+def _diversity(units: Sequence[str], k: int) -> float:
+    """Distinct over total k-grams, averaged over sliding windows; 1 for a text of fewer than k units."""
+    grams = _grams(units, k)
+    starts = range(0, max(1, len(grams) - WINDOW + STRIDE), STRIDE)
+    shares = [len(set(part)) / len(part) for s in starts if (part := grams[s : s + WINDOW])]
+    return sum(shares) / len(shares)
+
+
+def _ramp(x: float, low: float, high: float) -> float:
+    return min(1.0, max(0.0, (x - low) / (high - low)))
+
+
+def _english(unit: str) -> float:
+    """A common word, a short number, or letters in a shape English words have."""
+    if unit in COMMON_EN or re.fullmatch(r"[+-]?\d[\d.,:/%-]{0,9}", unit):
+        return 1.0
+    for part in re.split(r"['’\-–_./()=,:]", unit):
+        if part and not (part.isalpha() and 2 <= len(part) <= 20 and VOWELS & set(part)):
+            return 0.0
+    return float(not re.search(r"[^aeiouy\W\d_]{6}|(.)\1\1", unit) and any(c.isalpha() for c in unit))
+
+
+def _program(unit: str) -> float:
+    """An identifier, number, string or call as programs are made of; a lone operator."""
+    return float(unit != "<s>" and re.fullmatch(r"[\w.,:;=+\-*/%<>!&|^~@#$?()\[\]{}'\"`\\]{1,60}", unit, re.ASCII) is not None)
+
+
+def _letters_share(unit: str) -> float:
+    """Share of letters, marks and digits in the unit."""
+    return 0.0 if unit in ("<p>", "<s>") else sum(c.isalnum() for c in unit) / len(unit)
+
+
+WORDLIKE: dict[str, Callable[[str], float]] = {"en": _english, "code": _program, "any": _letters_share}
+
+
+@decides("sampling.coherence")
+class CoherenceWatch:
+    """Red at the sample that makes one more low score in a row than is allowed; a good sample starts the count afresh."""
+
+    events = (Sampled,)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.low = limits, 0
+
+    def observe(self, event: Event) -> Verdict:
+        result = coherence(event.text, event.language)
+        self.low = self.low + 1 if not result.score >= self.limits.score_min else 0
+        return decide(
+            self.low <= self.limits.low_in_a_row_max,
+            f"step {event.step}: coherence {result.score:.1f} of 100 is the {self.low}th low score in a row: {event.text[:60]!r}",
+            score=result.score,
+            low_in_a_row=self.low,
+            **result.parts,
+        )
+
+    def state_dict(self) -> dict:
+        return {"low": self.low}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.low = state["low"]
+
+
+@decides("sampling.dominance")
+class Dominance:
+    """Red at the sample that makes one more in a row than is allowed in which a single word has too large a share.
+
+    A model that has only learnt how frequent words are says the most frequent one too often; samples of the warm-up do not count.
+    The first such sample is a warning: a green verdict with a message.
+    """
+
+    events = (Started, Sampled)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.high, self.warmup_steps = limits, 0, 0
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.warmup_steps = event.plan.get("warmup_steps", 0)
+            return None
+        words = [u for u in _units(event.text) if u[0].isalpha()]
+        word, n = Counter(words).most_common(1)[0] if words else ("", 0)
+        share = n / len(words) if len(words) >= self.limits.words_min else 0.0
+        self.high = self.high + 1 if share > self.limits.top_word_frac_max and event.step > self.warmup_steps else 0
+        message = f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th sample in a row"
+        measured = {"top_word": word, "top_word_frac": share, "high_in_a_row": self.high}
+        return (passed if self.high <= self.limits.high_in_a_row_max else failed)(message if self.high else "", **measured)
+
+    def state_dict(self) -> dict:
+        return {"high": self.high}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.high = state["high"]
+
+
+@decides("sampling.loops")
+class Loops:
+    """One sample that ends in a loop, or that zlib makes very short, is worth a look; samples of the warm-up do not count."""
+
+    events = (Started, Sampled)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.warmup_steps = limits, 0
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.warmup_steps = event.plan.get("warmup_steps", 0)
+            return None
+        parts = coherence(event.text, event.language).parts
+        packed = parts["compressed_frac"] if len(event.text) >= self.limits.chars_min else 1.0
+        looping = parts["loop_frac"] > self.limits.loop_frac_max or packed < self.limits.compressed_frac_min
+        return decide(
+            not looping or event.step <= self.warmup_steps,
+            f"step {event.step}: {parts['loop_frac']:.0%} of the sample loops at its end, zlib leaves {packed:.0%}: {event.text[-50:]!r}",
+            loop_frac=parts["loop_frac"],
+            compressed_frac=packed,
+        )
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        return None

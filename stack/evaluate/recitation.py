@@ -1,0 +1,51 @@
+"""Does the model continue what it has read word for word? N passages, W tokens each, T tokens of a row, V vocab."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stack.evaluate.bits_per_byte import evaluating
+
+PASSAGES, PASSAGE_TOKENS = 32, 64  # the first half of a passage is given, the second asked for
+ROWS_AT_ONCE = 8  # so that the logits of a large vocabulary stay small
+
+
+def matched(
+    model: nn.Module, ids_NW: Tensor, *, device: torch.device, autocast: Callable[[], AbstractContextManager] = nullcontext
+) -> list[int]:
+    """How many tokens of each passage's second half the model's most likely tokens repeat before the first that differs.
+
+    A greedy continuation is the passage word for word exactly if the most likely token is the passage's at each place where all
+    before it are, so one forward over the passage answers what generating would.
+    """
+    given, found = ids_NW.shape[1] // 2, []
+    with evaluating(model), torch.inference_mode():
+        for rows in ids_NW.split(ROWS_AT_ONCE):
+            with autocast():
+                x_RWD, _ = model.features(rows[:, :-1].to(device))
+                best_RC = model.logits(x_RWD[:, given - 1 :]).argmax(-1)
+            found += (best_RC.cpu() == rows[:, given:]).cumprod(1).sum(1).tolist()
+    return found
+
+
+def passages(batches: Sequence[Any]) -> Tensor:
+    """Up to PASSAGES passages (N, W) int64 of the rows of some batches, each within one document; W is at most a row's length."""
+    width = min(PASSAGE_TOKENS, batches[0].input_ids.shape[1])
+    chosen = [p for _, p in zip(range(PASSAGES), _of_rows(batches, width))]
+    return torch.stack(chosen) if chosen else torch.zeros(0, width, dtype=torch.int64)
+
+
+def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
+    """Passages that do not overlap, the first of every row before the second of any."""
+    rows = [(b, r) for b in batches for r in range(len(b.input_ids))]
+    for start in range(0, batches[0].input_ids.shape[1] - width + 1, width):
+        for batch, row in rows:
+            place = slice(start, start + width)
+            documents = batch.document_ids
+            if documents is None or bool(
+                (documents[row, place] == documents[row, start]).all() & (batch.labels[row, place][:-1] >= 0).all()
+            ):
+                yield batch.input_ids[row, place]
