@@ -130,8 +130,10 @@ def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "sample", lambda self: None)
     with pytest.raises(GateFailed, match=r"sampling\.coherence.*never looked") as caught:
-        session.start(cfg, (), tmp_path / "run", Listener())
+        session.start(cfg, (), tmp_path / "alone", Listener(), only=("sampling.coherence",))
     assert caught.value.record.status == "halted"
+    with pytest.raises(GateFailed, match=r"sampling\.cadence.*the last sample is \d+ steps ago"):
+        session.start(cfg, (), tmp_path / "run", Listener())
     silent = next(g for g in caught.value.record.gates if g.id == "sampling.coherence")
     assert silent.verdict == "not_run" and silent.checks == 0
 
