@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contracts.events import Evaluated, Event
+from contracts.events import Evaluated, Event, Started
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 
 # --- conservation of bytes ------------------------------------------------------------------------------------------
@@ -251,6 +251,60 @@ class Divergence(Stateless):
             ratio=ratio,
             loss_nats=event.loss_nats,
         )
+
+
+@decides("evaluation.held-out")
+class HeldOut:
+    """What is scored is as many different rows as declared, not read in training; and the best evaluation is the lowest there was."""
+
+    events = (Started, Evaluated)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.n_batches, self.best, self.rows, self.begun_at = limits, None, None, None, 0
+
+    def observe(self, event: Event) -> Verdict | None:
+        if isinstance(event, Started):
+            self.n_batches, self.rows, self.begun_at = event.plan.get("n_eval_batches"), None, event.step
+            return None
+        if self.rows is None and event.rows is not None:
+            self.rows = event.rows()
+        problem = self._problem(event)
+        self.best = [event.best_step, event.best_loss_nats]
+        found = 0.0 if self.rows is None else self.rows.found_in_training_frac
+        repeated = 0 if self.rows is None else self.rows.n_rows - self.rows.n_distinct
+        return decide(
+            not problem,
+            f"step {event.step}: {problem}",
+            found_in_training_frac=found,
+            repeated_rows=repeated,
+            n_batches=len(event.batch_nats),
+        )
+
+    def _problem(self, event: Evaluated) -> str:
+        """What is wrong; empty if nothing is."""
+        if self.rows is None:
+            return "nobody says which rows were scored"
+        if self.rows.n_rows - self.rows.n_distinct > self.limits.repeated_rows_max * self.rows.n_rows:
+            return f"only {self.rows.n_distinct} of {self.rows.n_rows} held-out rows are different ones"
+        if self.rows.found_in_training_frac > self.limits.found_in_training_frac_max:
+            return f"{self.rows.found_in_training_frac:.0%} of what is scored is in the training split"
+        if self.n_batches is not None and len(event.batch_nats) != self.n_batches:
+            return f"{len(event.batch_nats)} batches were scored, {self.n_batches} were declared"
+        step, loss = self.best or (None, math.inf)
+        expected = [event.step, event.loss_nats] if loss is None or event.loss_nats < loss else [step, loss]
+        if self.best is None and self.begun_at and event.best_loss_nats is not None and event.best_loss_nats < event.loss_nats:
+            return ""  # a run that goes on may know of evaluations this gate has not seen
+        if [event.best_step, event.best_loss_nats] != expected:
+            return (
+                f"the best evaluation is said to be {event.best_loss_nats} at step {event.best_step}, it is {expected[1]} at {expected[0]}"
+            )
+        return ""
+
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"]
 
 
 @decides("evaluation.same-batches")

@@ -53,10 +53,21 @@ class StepTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutRows:
+    """The rows an evaluation scores: how many, how many different ones, and which share (0-1) of their passages is in the training split."""
+
+    n_rows: int
+    n_distinct: int
+    found_in_training_frac: float
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """Held-out evaluation. `batch_nats` are per-batch mean losses over the same batches every time.
 
     `train_loss_nats` is the run's exponential mean of the training loss; `pretrained` says that the weights did not begin here.
+    `best_step` and `best_loss_nats` are the best evaluation so far, this one included, as the run remembers it. `rows()` looks at what is
+    scored; it reads the training split, and is asked once.
     """
 
     step: int
@@ -68,6 +79,9 @@ class Evaluated:
     random_loss_nats: float
     train_loss_nats: float | None = None
     pretrained: bool = False
+    best_step: int | None = None
+    best_loss_nats: float | None = None
+    rows: Callable[[], HeldOutRows] | None = None
 
 
 @dataclass(frozen=True, slots=True)

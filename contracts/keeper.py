@@ -67,15 +67,25 @@ class Gatekeeper:
                 self._require_fed(seat)
 
     def preflight(self, ingredients: Mapping[str, Any], progress: Callable[[Gate, Verdict, float], None] = lambda *a: None) -> None:
-        """Run all preflight gates on the user's own parts. Every gate is asked before the first red one raises."""
-        red = []
+        """Run all preflight gates on the user's own parts. Every gate is asked before the first red one raises.
+
+        A check that breaks is no verdict: its error travels on after all were asked, unless a red gate says more about the cause.
+        """
+        red, broken = [], []
         for seat in self._moment("preflight"):
-            verdict = self._ask(seat, ingredients)
+            try:
+                verdict = self._ask(seat, ingredients)
+            except Exception as e:
+                seat.verdict = not_run(f"its check broke: {type(e).__name__}: {e}")
+                broken.append(e)
+                continue
             progress(seat.gate, verdict, seat.seconds)
             if self._halts(seat, verdict):
                 red.append(seat)
         if red:
-            raise self._failure(red[0], also=red[1:])
+            raise self._failure(red[0], also=red[1:]) from next(iter(broken), None)
+        if broken:
+            raise broken[0]
 
     def artifact(self, ingredients: Mapping[str, Any], *, step: int | None = None) -> None:
         """Run all artifact gates whose ingredients are given. Raises GateFailed on the first red one."""

@@ -105,6 +105,18 @@ def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:
     return float(found.mean()) if len(own) else 0.0
 
 
+def passages_found(rows: Sequence[Sequence[int]], stream: TokenStream, max_tokens: int) -> float:
+    """Share of passages of about 60 bytes, four from every row, that occur in the first `max_tokens` of a stream."""
+    span = span_of(stream.n_bytes / stream.n_tokens)
+    cuts = [row[start : start + span] for row in rows for start in (0, len(row) // 4, len(row) // 2, 3 * len(row) // 4)]
+    wanted = [np.asarray(c, "<u4").tobytes() for c in cuts if len(c) == span]
+    found = [False] * len(wanted)
+    for start in range(0, min(stream.n_tokens, max_tokens), PIECE_TOKENS):
+        piece = stream.token_range(start, min(start + PIECE_TOKENS + span, stream.n_tokens)).astype("<u4").tobytes()
+        found = [was or passage in piece for was, passage in zip(found, wanted)]
+    return sum(found) / len(found) if found else 0.0
+
+
 def _curriculum_ingredients(cfg: RunConfig, dataset: Dataset, order_seed: int) -> dict[str, Any]:
     rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from stack.evaluate import bits_per_byte, stopping
 from stack.model import transformer
 from stack.museum.plant import plant, swap
-from stack.train import loop, run
+from stack.train import loop, run, session
 from stack.train import step as steps
 
 TENSORS = ("input_ids", "labels", "document_ids")
@@ -253,4 +253,61 @@ def one_page_over_and_over():
 )
 def page_learned_by_heart():
     with one_page_over_and_over():
+        yield
+
+
+@plant(
+    "evaluation.scored-on-training",
+    gate="evaluation.held-out",
+    title="Held-out batches from the wrong split",
+    story="One argument is the wrong stream. The held-out loss is taken on text the model is trained on, falls as the training loss falls, "
+    "and no curve will ever show that the model learns by heart.",
+    sources=("https://arxiv.org/abs/2012.07805",),
+)
+def scored_on_training():
+    original = session._check_before_step_one
+
+    def from_training(run, n_eval_batches):
+        n = original(run, n_eval_batches)
+        run.held_out = session.eval_batches(run.dataset.train, run.cfg.model.max_seq_len, run.cfg.eval.batch_size, n)
+        return n
+
+    with swap(session, "_check_before_step_one", from_training):
+        yield
+
+
+@plant(
+    "evaluation.rows-repeated",
+    gate="evaluation.held-out",
+    title="The same held-out batch, again and again",
+    story="The loader of the held-out split begins anew for every batch. Sixteen batches are scored and each is the first. The standard "
+    "error comes out as zero, and decisions stand on a sixteenth of the text they claim.",
+    sources=("https://github.com/allenai/OLMo-core/issues/652",),
+)
+def rows_repeated():
+    original = session.eval_batches
+
+    def first_only(stream, seq_len, batch_size, n_batches):
+        return original(stream, seq_len, batch_size, n_batches)[:1] * n_batches
+
+    with swap(session, "eval_batches", first_only):
+        yield
+
+
+@plant(
+    "evaluation.best-from-zero",
+    gate="evaluation.held-out",
+    title="Nothing is better than zero",
+    story="The best held-out loss is set to zero where it should begin at infinity. No evaluation is ever better, so the pointer to the "
+    "best checkpoint stays where it was put first. What is released as the best is the worst.",
+    sources=("founding note: ship-two-001",),
+)
+def best_from_zero():
+    original = run.Run.measure
+
+    def from_zero(self):
+        self.state.best = self.state.best or {"step": 0, "val_loss_nats": 0.0}
+        return original(self)
+
+    with swap(run.Run, "measure", from_zero):
         yield

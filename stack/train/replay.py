@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from contracts.events import Evaluated, Resumed, Sampled, Started
+from contracts.events import Evaluated, HeldOutRows, Resumed, Sampled, Started
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from spec.canonical import to_jsonable
@@ -49,12 +49,17 @@ class Recorded:
 
 @dataclass
 class Replayed(Run):
-    """A run of recorded rows. Whether a sample stands in the corpus is taken from the bundle, which holds no corpus."""
+    """A run of recorded rows. What stands in the corpus is taken from the bundle, which holds no corpus."""
 
     found_frac: float = 0.0
+    found_in_training_frac: float = 0.0
 
     def found_in_corpus(self, ids: list[int]) -> float:
         return self.found_frac
+
+    def held_out_rows(self) -> HeldOutRows:
+        rows = [tuple(row) for batch in self.held_out for row in batch.input_ids.tolist()]
+        return HeldOutRows(len(rows), len(set(rows)), self.found_in_training_frac)
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ def _open(
         held_out=held_out,
         random_loss_nats=bundle.plan["random_loss_nats"],
         found_frac=float(bundle.measured.get("found_frac") or 0.0),
+        found_in_training_frac=float(bundle.measured.get("found_in_training_frac") or 0.0),
     )
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
-from contracts.events import Evaluated, Recited, Sampled, Saved, StepTaken
+from contracts.events import Evaluated, HeldOutRows, Recited, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import MixtureOfExperts, ModelConfig, RunConfig
-from stack.data.ingredients import found_in
+from stack.data.ingredients import found_in, passages_found
 from stack.data.prepare import Dataset
 from stack.data.reader import Batch, batch_hash
 from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
@@ -35,6 +35,7 @@ from stack.train.state import TrainState
 from stack.train.step import StepReport
 from stack.train.writing import Behind, InLine
 
+SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
 MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is looked for
 
 
@@ -54,6 +55,7 @@ class Run:
     flops_per_step: float
     writer: InLine | Behind
     held_out: list[Batch] = field(default_factory=list)
+    n_eval_batches: int = 0  # as preflight found that the stop rule needs
     probes: dict[str, Batch] = field(default_factory=dict)
     random_loss_nats: float = 0.0
     line: dict[str, Any] = field(default_factory=dict)
@@ -141,10 +143,19 @@ class Run:
                 random_loss_nats=self.random_loss_nats,
                 train_loss_nats=state.ema_loss_nats,
                 pretrained=self.cfg.recipe == "imported",
+                best_step=state.best.get("step"),
+                best_loss_nats=state.best.get("val_loss_nats"),
+                rows=self.held_out_rows,
             )
         )
         self.recite()
         return decision.stop
+
+    def held_out_rows(self) -> HeldOutRows:
+        """What the held-out batches are made of, held against the training split."""
+        rows = [row for batch in self.held_out for row in batch.input_ids.tolist()]
+        few = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
+        return HeldOutRows(len(rows), len({tuple(row) for row in rows}), passages_found(few, self.dataset.train, 10 * MAX_SEARCHED_TOKENS))
 
     def recite(self) -> None:
         """Ask the model for the second half of passages it was trained on, log how many it knows by heart and show it to the gates."""
@@ -288,6 +299,7 @@ class Run:
             "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
             "warmup_sources": list(cfg.curriculum.warmup_sources),
             "random_loss_nats": self.random_loss_nats,
+            "n_eval_batches": self.n_eval_batches,
             "intervals": {
                 "Evaluated": (cfg.eval.every, "eval.every"),
                 "Sampled": (cfg.sample.every, "sample.every"),

@@ -228,6 +228,7 @@ def _check_before_step_one(run: Run, n_eval_batches: int | None) -> int:
     started = time.perf_counter()
     n = preflight(run.cfg, run.dataset, run.device, run.keeper, run.listener.on_preflight, n_eval_batches=n_eval_batches)
     run.builder.metric("preflight_s", round(time.perf_counter() - started, 3), "s", better="lower")
+    run.n_eval_batches = n
     run.held_out = eval_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.eval.batch_size, n)
     if isinstance(run.cfg.curriculum, BanditCurriculum):
         run.probes = probe_batches(run.dataset.validation, run.cfg.model.max_seq_len, run.cfg.curriculum.probe_windows)

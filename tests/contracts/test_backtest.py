@@ -45,7 +45,7 @@ def red_line(key, n):
     }[key]
 
 
-@pytest.mark.parametrize("gate_id", set(REPLAYABLE) - {"sampling.dominance", "runtime.trend", "runtime.loss-spike"})
+@pytest.mark.parametrize("gate_id", sorted(set(REPLAYABLE) - {"sampling.dominance", "runtime.trend", "runtime.loss-spike"}))
 def test_every_gate_that_can_be_replayed_fires_on_a_log_that_is_red(tmp_path, gate_id):
     lines = [{"step": n} | red_line(REPLAYABLE[gate_id], n) for n in range(1, 100)]
     assert replay(gate_id, log_of(tmp_path, lines))["first_fire_step"] is not None
