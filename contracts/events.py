@@ -54,7 +54,7 @@ class StepTaken:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
-    """The rows an evaluation scores: how many, how many different ones, and which share (0-1) of their passages is in the training split."""
+    """Rows that an evaluation scores: how many, how many different ones, and which share (0-1) of their passages is in training."""
 
     n_rows: int
     n_distinct: int

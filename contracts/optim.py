@@ -271,3 +271,27 @@ def _spikes_missed(small: "_Small", clip_model: Callable, rel_excess_max: float)
         if not exact or abs(norm - 100 * max_norm) > rel_excess_max * norm:
             missed.append(name)
     return missed
+
+
+@decides("optim.step-report")
+def step_report(limits: SimpleNamespace, *, reported_steps: Callable[[], list[tuple[Any, Mapping[str, Any]]]]) -> Verdict:
+    """What a step says about itself is what happened: norms before and after clipping, rates, labels, and how many tensors moved.
+
+    `reported_steps()` makes two real steps, the second with one tensor held still, and gives of each (its report, what was measured beside
+    it): norm_before, norm_after, group_lrs, n_valid_tokens and changed_tensor_frac. Watchers inside a run see the report alone.
+    """
+    wrong, worst = [], 0.0
+    for number, (report, seen) in enumerate(reported_steps(), start=1):
+        pairs = {
+            "the norm before clipping": (report.grad_norm, seen["norm_before"]),
+            "the norm after clipping": (report.clipped_grad_norm, seen["norm_after"]),
+            "the number of labels": (report.n_valid_tokens, seen["n_valid_tokens"]),
+            "the share of tensors that moved": (report.changed_tensor_frac, seen["changed_tensor_frac"]),
+            **{f"the rate of {name}": (report.group_lrs.get(name, -1.0), lr) for name, lr in seen["group_lrs"].items()},
+        }
+        for name, (said, happened) in pairs.items():
+            error = abs(said - happened) / max(abs(happened), 1e-30)
+            worst = max(worst, error)
+            if not error <= limits.rel_error_max:
+                wrong.append(f"{name} of step {number} is said to be {said:.6g} and was {happened:.6g}")
+    return decide(not wrong, "; ".join(wrong[:3]), rel_error=worst, wrong=len(wrong))

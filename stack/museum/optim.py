@@ -316,3 +316,42 @@ def eps_inside_the_root():
 
     with swap(torch.optim.AdamW, "step", second_copy):
         yield
+
+
+@plant(
+    "optim.norm-reported-after-clipping",
+    gate="optim.step-report",
+    title="The norm in the log is the clipped one",
+    story="Clipping returns a norm, and somebody logs the smaller of it and the maximum. The curve is flat at the maximum and looks "
+    "calm. The spikes that clipping hides are hidden from people as well.",
+    sources=("https://github.com/allenai/OLMo-core/issues/614",),
+)
+def norm_reported_after_clipping():
+    original = steps.StepReport
+
+    def calm(step, loss_nats, grad_norm, clipped, *rest):
+        return original(step, loss_nats, min(grad_norm, clipped), clipped, *rest)
+
+    with swap(steps, "StepReport", calm):
+        yield
+
+
+@plant(
+    "optim.movement-since-the-start",
+    gate="optim.step-report",
+    title="Everything has moved, once",
+    story="Whether weights move is told by a comparison with the first step instead of the last. Each tensor moved in the first minute, so "
+    "the monitor is satisfied for ever, also after a layer has stopped.",
+    sources=("https://github.com/allenai/OLMo-core/issues/614",),
+)
+def movement_since_the_start():
+    original = opt.ParameterProbe.changed_frac
+
+    def since_the_start(self):
+        before = self._before
+        frac = original(self)
+        self._before = before
+        return frac
+
+    with swap(opt.ParameterProbe, "changed_frac", since_the_start):
+        yield

@@ -30,6 +30,7 @@ from stack.train.digest import digest, live_sha256
 from stack.train.dropout import branch_draws
 from stack.train.head import head_ingredients, loss_scale_ingredients
 from stack.train.randomness import generator, stream_seed
+from stack.train.reporting import reported_steps
 from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
 
@@ -181,6 +182,7 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads)[1],
+        "reported_steps": lambda: reported_steps(exact, dataset, device),
         "clip_model": lambda model: _clip(cfg, opt.gradients(model)),
         "branch_draws": lambda: branch_draws(shrunk(cfg), dataset, device),
         "dropout": cfg.model.dropout,

@@ -218,3 +218,23 @@ def test_census_sees_a_weight_that_is_no_parameter(spec, ingredients):
         spec.gates["optim.parameter-census"], ingredients | {"loss_of": lambda model, batch: honest(model, batch) * hidden}
     )
     assert verdict.outcome == "fail" and verdict.measured["unregistered"] == 1
+
+
+def test_step_report_is_green_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["optim.step-report"], ingredients)
+    assert verdict.outcome == "pass", verdict.message
+    (_, first), (second, seen) = ingredients["reported_steps"]()
+    assert first["changed_tensor_frac"] == 1 > seen["changed_tensor_frac"] == second.changed_tensor_frac
+    assert first["norm_before"] > first["norm_after"], "something was clipped"
+
+
+def test_step_report_is_red_on_its_plants_and_on_one_percent(spec, ingredients):
+    gate, honest = spec.gates["optim.step-report"], ingredients["reported_steps"]()
+    for plant_id in gate.plants:
+        with load_museum()[plant_id].apply():
+            assert call_check(gate, ingredients).outcome == "fail", plant_id
+    for key in ("norm_before", "norm_after", "n_valid_tokens", "changed_tensor_frac"):
+        off = [(report, seen | {key: 1.01 * seen[key]}) for report, seen in honest]
+        assert call_check(gate, {"reported_steps": lambda off=off: off}).outcome == "fail", key
+    off = [(report, seen | {"group_lrs": {n: 1.01 * lr for n, lr in seen["group_lrs"].items()}}) for report, seen in honest]
+    assert call_check(gate, {"reported_steps": lambda: off}).outcome == "fail"

@@ -133,13 +133,13 @@ def test_what_was_drawn_wrongly_is_in_the_bundle_and_needs_no_plant(cfg, tmp_pat
 
 
 def test_a_gate_that_only_warns_leaves_a_bundle_and_the_run_goes_on(cfg, tmp_path, monkeypatch):
-    from contracts import sampling
+    from contracts import memorisation
     from contracts.gate import failed, passed
 
     def warn(self, event):
         return failed("said so", found_frac=0.5, at=event.step) if event.step >= 4 else passed("", found_frac=0.0)
 
-    monkeypatch.setattr(sampling.Memorised, "observe", warn)
+    monkeypatch.setattr(memorisation.Memorised, "observe", warn)
     record = session.start(cfg, (), tmp_path / "run", Listener(), only=("sampling.memorised",))
     assert record.status == "completed" and record.gates[0].verdict == "fail"
     (folder,) = (tmp_path / "run" / "repro").iterdir()
