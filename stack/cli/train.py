@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import UsageError
+from spec.errors import EnvironmentUnfit, UsageError
 from stack.cli.output import Json, emit, stdout
 
 EXAMPLES = [
@@ -144,10 +144,12 @@ def _dry_run(
     for key, value in _lines(document["config"]):
         stdout.print(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""), markup=False)
     for key, value in derived.items():
-        stdout.print(f"# {key}: {value:,}", markup=False)
+        stdout.print(f"# {key}: {value if isinstance(value, str) else format(value, ',')}", markup=False)
+    if cfg.data.tokenizer.kind == "bpe":
+        stdout.print("# a corpus too small for so many merges gives a smaller vocabulary, and then fewer parameters", markup=False)
 
 
-def _derived(cfg) -> dict[str, float]:
+def _derived(cfg) -> dict[str, float | str]:
     """Counts, memory and, if torch is there to probe the machine, time, at the share of the probed rate that the default recipe reaches."""
     from spec.formulas import flops_per_token, parameter_count
     from stack.train.memory import predict_bytes
@@ -166,8 +168,24 @@ def _derived(cfg) -> dict[str, float]:
         from stack.train.session import resolve_device
     except ModuleNotFoundError:
         return derived
-    rate = probe_peak_flops(resolve_device(cfg.device))
-    return derived | {"probed_flops_per_s": round(rate), "eta_s": round(derived["flops"] / (REACHED_SHARE * rate))}
+    device = resolve_device(cfg.device)
+    rate = probe_peak_flops(device)
+    derived |= {"probed_flops_per_s": round(rate), "eta_s": round(derived["flops"] / (REACHED_SHARE * rate))}
+    return derived | ({"this_machine_refuses": refusal} if (refusal := _refusal(cfg, vocab_size, device)) else {})
+
+
+def _refusal(cfg, vocab_size: int, device) -> str:
+    """Why this machine would not run it; empty if nothing speaks against it."""
+    from stack.train.memory import refuse_too_large
+    from stack.train.precision import refuse_emulated
+    from stack.train.state import AUTOCAST
+
+    try:
+        refuse_too_large(cfg, vocab_size, device)
+        refuse_emulated(AUTOCAST[cfg.train.dtype], device, "train.dtype")
+    except EnvironmentUnfit as e:
+        return f"{e.what}: {e.value}; {e.allowed}"
+    return ""
 
 
 def _vocab_size(cfg) -> int | None:

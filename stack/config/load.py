@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from stack.config.data import Curriculum, DataConfig, FilesSource, StaticCurricu
 from stack.config.run import RunConfig
 
 SHOWN = "the page Mixtures shows a whole file"
+COMMON = {"curriculum": tuple(Curriculum.model_fields), "schedule": ("warmup_steps",)}  # keys that mean the same in every kind
 BUILT_KEYS = ("split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields")  # what a build decides once and for all
 
 
@@ -53,12 +55,47 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
         if error["type"] == "extra_forbidden":
             raise unknown_key(key, origin) from e
         if error["type"] == "missing":
-            raise ConfigError(f"{key} is missing", value=f"from {origin}", next_step=f"--set {key}=…") from e
+            raise _missing(key, origin, origins or {}) from e
         whole = not key or message.startswith(f"{key}.")
-        shown = f"{error.get('input')!r} from {origin}" if not whole else f"from {', '.join((origins or {}).values()) or origin}"
+        shown = f"from {_named_in(message, origins or {})}" if whole else f"{error.get('input')!r} from {origin}"
+        if error["type"] == "union_tag_invalid":
+            key, shown = f"{key}.kind", f"{error['ctx']['tag']!r} from {origin}"
+            message = "there is no such kind"
         raise ConfigError(
-            message if whole else f"{key}: {message}", value=shown, next_step="stack train --dry-run shows every value"
+            message if whole else f"{key}: {message}",
+            value=shown,
+            allowed=_allowed(error),
+            next_step="stack train --dry-run without the change shows every value",
         ) from e
+
+
+def _missing(key: str, origin: str, origins: dict[str, str]) -> ConfigError:
+    """The error for a required key that is not there. Another `kind` takes the values of the one before it away."""
+    table = key.rpartition(".")[0]
+    if chosen := origins.get(f"{table}.kind"):
+        return ConfigError(
+            f"{key} is missing: another {table}.kind begins without the values of the one before it, and this one has no default",
+            value=f"{table}.kind from {chosen}",
+            next_step=f"--set {key}=… after it",
+        )
+    return ConfigError(f"{key} is missing", value=f"from {origin}", next_step=f"--set {key}=…")
+
+
+def _named_in(message: str, origins: dict[str, str]) -> str:
+    """Where the changed values come from that a message names, or else the recipe."""
+    words = set(re.findall(r"[a-z_0-9.]+", message))
+    named = {origin: None for key, origin in origins.items() if any(key == w or key.endswith(f".{w}") for w in words if len(w) > 2)}
+    return ", ".join(named) or "the recipe"
+
+
+def _allowed(error: Any) -> str:
+    """What an error of a union or an enumeration would have taken, the nearest first."""
+    context = error.get("ctx", {})
+    choices = re.findall(
+        r"'([^']*)'", str(context.get("expected_tags") or (context.get("expected") if error["type"] == "literal_error" else ""))
+    )
+    near = difflib.get_close_matches(str(context.get("tag", error.get("input"))), choices, n=1, cutoff=0.4)
+    return ", ".join([*near, *(c for c in choices if c not in near)])
 
 
 def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
@@ -171,10 +208,10 @@ def _near(leaf: str) -> list[str]:
     return [] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), n=2, cutoff=0.5)
 
 
-def unknown_key(key: str, origin: str) -> ConfigError:
-    """The error for a key that does not exist, or not with the kind that was chosen, naming the nearest that does."""
+def unknown_key(key: str, origin: str, table: str | None = None) -> ConfigError:
+    """The error for a key that does not exist, or not with the kind that was chosen for `table`, naming the nearest that does."""
     if key in known_keys():
-        table = key.rpartition(".")[0]
+        table = table or key.rpartition(".")[0]
         return ConfigError(
             f"{key} belongs to another {table}.kind", value=f"from {origin}", next_step=f"--set {table}.kind=… before it, or remove it"
         )
@@ -224,20 +261,20 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
-    """Set a dotted key. Another `kind` begins with that variant's defaults, but what all curricula have in common stays.
+    """Set a dotted key. Another `kind` begins with that variant's defaults, but keys of COMMON stay.
 
     Below a table by name, any name is a key.
     """
     *path, leaf = key.split(".")
     node = tree
-    for part in path:
+    for depth, part in enumerate(path):
         if not isinstance(node.get(part), dict):
-            raise unknown_key(key, origin)
+            raise unknown_key(key, origin, ".".join(path[:depth]) or None)
         node = node[part]
     if key not in known_keys() and not any(key.startswith(f"{k}.") for k in _named_tables()):
         raise unknown_key(key, origin)
     if leaf == "kind" and node.get("kind") != value:
-        common = Curriculum.model_fields if path == ["curriculum"] else ()
+        common = COMMON.get(".".join(path), ())
         for name in [n for n in node if n not in common]:
             del node[name]
         for variant in (v for v in _models_at(path) if v.model_fields["kind"].default == value):

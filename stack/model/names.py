@@ -268,7 +268,8 @@ def kind_for(cfg: ModelConfig) -> Kind:
     for kind, missing in lost.items():
         if not missing:
             return kind
-    nearest = min(reversed(KINDS), key=lambda k: len(lost[k]))
+    stopped_early = {k: any("config.json" in reason for reason in lost[k]) for k in KINDS}  # so what else it lacks is not known
+    nearest = min(reversed(KINDS), key=lambda k: (stopped_early[k], len(lost[k])))
     raise ConfigError(
         f"no kind of Hugging Face says this model; {nearest.architecture} comes nearest and cannot say {', '.join(lost[nearest])}",
         value="; ".join(f"{k.architecture} cannot say {', '.join(v)}" for k, v in lost.items()),

@@ -38,7 +38,9 @@ class RunDir:
             return parse_strict((self.path / "run.json").read_bytes(), origin=str(self.path / "run.json"))
         except (OSError, IntegrityError) as e:
             raise CheckpointError(
-                f"{self.path} is no run directory: {e}", allowed="a folder with run.json", next_step="stack train --run-dir DIR makes one"
+                f"{self.path} is no run directory: {e}",
+                allowed="a folder with run.json",
+                next_step="stack train --run-dir DIR makes one; a run that ended before step 1 is begun again in the same way",
             ) from e
 
     def log(self, name: str, **line: Any) -> None:
