@@ -87,3 +87,34 @@ def test_waivers_must_name_a_gate_and_be_in_force(spec):
         Gatekeeper(spec, waivers=[Waiver(id="no.gate", reason="because I say so", expires="2999-01-01")])
     with pytest.raises(ConfigError, match="expired"):
         Gatekeeper(spec, waivers=[Waiver(id="loss.golden", reason="because I say so", expires="2020-01-01")])
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "rest"),
+    [
+        (
+            ("model.positions.kind=learned", "model.positions.scaling.kind=linear"),
+            "another model.positions.kind",
+            "--set model.positions.kind",
+        ),
+        (("model.depth.gate.kind=hard",), "another model.depth.kind", "--set model.depth.kind"),
+        (("optim.kind=adamw",), "optim.lr is missing: another optim.kind", "optim.kind from --set optim.kind=adamw"),
+        (("model.attention.kind=diff",), "model.attention.kind: there is no such kind", "differential, softmax"),
+        (("checkpoint.writing=behnd",), "checkpoint.writing", "behind, in-line"),
+    ],
+)
+def test_an_error_names_the_cause_and_what_there_is(sets, what, rest):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe("pocket"), sets=sets)
+    assert what in caught.value.what and rest in str(caught.value)
+
+
+def test_an_error_between_keys_names_the_sources_of_those_keys_alone():
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe("pocket"), sets=("seed=7", "model.n_kv_heads=3", "eval.every=20"))
+    assert caught.value.value == "from --set model.n_kv_heads=3"
+
+
+def test_another_schedule_keeps_the_warm_up():
+    cfg, _ = load_config(recipe("pocket"), sets=("schedule.warmup_steps=17", "schedule.kind=cosine"))
+    assert (cfg.schedule.kind, cfg.schedule.warmup_steps) == ("cosine", 17)
