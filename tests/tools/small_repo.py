@@ -115,7 +115,6 @@ def forget() -> None:
     """What was read of another repository at the same place is read anew."""
     _load_spec.cache_clear()
     failures._load.cache_clear()
-    failures._is_there.cache_clear()
 
 
 def git(root: Path, *arguments: str, when: str = "2026-01-01T00:00:00Z") -> str:
