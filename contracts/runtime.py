@@ -88,6 +88,8 @@ class LossNotConstant:
     def observe(self, event: Event) -> Verdict:
         self.repeats = self.repeats + 1 if event.loss_nats == self.last else 1
         self.last = event.loss_nats
+        if not math.isfinite(event.loss_nats + event.grad_norm):
+            return passed("", equal_steps=self.repeats)  # what is no number is the business of runtime.finite
         off_one = max(abs(event.loss_nats - 1), abs(event.grad_norm - 1))
         return decide(
             self.repeats <= self.limits.equal_steps_max and off_one > self.limits.off_one_min,

@@ -55,7 +55,8 @@ def test_gate_sees_other_rates_and_shared_masks(spec):
     assert call_check(gate, by_hand(fresh(0.1))).outcome == "pass"
     wrong = {
         "twice the rate": by_hand(fresh(0.2)),
-        "one percent of another factor and five more": by_hand(fresh(0.1), factor=1.06 / 0.9),
+        "one percent of another factor": by_hand(fresh(0.1), factor=1.01 / 0.9),
+        "the other sign": by_hand(fresh(0.1), factor=-1 / 0.9),
         "one mask for all": by_hand(lambda draw: once),
         "one mask for all tokens": by_hand(lambda draw: (torch.rand(1, 32, generator=draw) >= 0.1).expand(64, 32)),
         "one mask for all features": by_hand(lambda draw: (torch.rand(64, 1, generator=draw) >= 0.1).expand(64, 32)),

@@ -55,6 +55,7 @@ def fresh(root) -> str:
     from spec import gates
 
     gates._module_table.cache_clear()
+    gates.check_source.cache_clear()
     return load_spec(root).fingerprint("loss.golden")
 
 
