@@ -1,6 +1,7 @@
 """Plants in saving, loading and resuming."""
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -45,11 +46,13 @@ def snapshot_aliases_live():
     write = checkpoint.write
 
     def late(root, snapshot):
-        moments = snapshot.content.tensors["state.safetensors"]
+        live = snapshot.content.tensors
+        moments = live["state.safetensors"]
         seen, began = {n: t.clone() for n, t in moments.items()}, time.monotonic()
         while all(torch.equal(t, seen[n]) for n, t in moments.items()) and time.monotonic() - began < PATIENCE_S:
             time.sleep(0.001)
-        return write(root, snapshot)
+        by_then = {file: {n: t.clone() for n, t in tensors.items()} for file, tensors in live.items()}
+        return write(root, replace(snapshot, content=replace(snapshot.content, tensors=by_then)))
 
     with swap(checkpoint, "copies", lambda tensors: tensors), swap(checkpoint, "write", late):
         yield
