@@ -14,6 +14,7 @@ WINDOW, STRIDE = 32, 16
 PASSAGE = 6  # words of a run that healthy text hardly ever says twice
 LONGEST_LOOP = 512  # units of the longest period that is looked for at the end of a text
 LONG_UNIT, PIECE, BLANK_RUN = 24, 6, 16
+RULING = re.compile(r"(\W)\1{3,}")  # one sign said four times or more
 VOWELS = set("aeiouy")
 COMMON_EN = frozenset(
     re.split(
@@ -211,29 +212,37 @@ class Dominance:
 
 @decides("sampling.loops")
 class Loops:
-    """One sample that ends in a loop, or that zlib makes very short, is worth a look; samples of the warm-up do not count."""
+    """Two samples in a row that end in a loop, or that zlib makes very short, are worth a look; those of the warm-up do not count.
+
+    A ruling line is no loop: one sign said many times is shortened before the sample is judged. Text that says nothing else is the business
+    of `sampling.coherence`.
+    """
 
     events = (Started, Sampled)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.warmup_steps = limits, 0
+        self.limits, self.warmup_steps, self.in_a_row = limits, 0, 0
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
             self.warmup_steps = event.plan.get("warmup_steps", 0)
             return None
-        parts = coherence(event.text, event.language).parts
-        packed = parts["compressed_frac"] if len(event.text) >= self.limits.chars_min else 1.0
+        text = RULING.sub(lambda line: line[0][:3], event.text)
+        parts = coherence(text, event.language).parts
+        packed = parts["compressed_frac"] if len(text) >= self.limits.chars_min else 1.0
         looping = parts["loop_frac"] > self.limits.loop_frac_max or packed < self.limits.compressed_frac_min
+        self.in_a_row = self.in_a_row + 1 if looping and event.step > self.warmup_steps else 0
         return decide(
-            not looping or event.step <= self.warmup_steps,
-            f"step {event.step}: {parts['loop_frac']:.0%} of the sample loops at its end, zlib leaves {packed:.0%}: {event.text[-50:]!r}",
+            self.in_a_row < self.limits.in_a_row,
+            f"step {event.step}: {parts['loop_frac']:.0%} of the sample loops at its end, zlib leaves {packed:.0%}, for the "
+            f"{self.in_a_row}th sample in a row: {event.text[-50:]!r}",
             loop_frac=parts["loop_frac"],
             compressed_frac=packed,
+            in_a_row=self.in_a_row,
         )
 
     def state_dict(self) -> dict:
-        return {}
+        return {"in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict) -> None:
-        return None
+        self.in_a_row = state["in_a_row"]
