@@ -1,5 +1,7 @@
 """Every gate kills its plants; what is no kill is never counted as one."""
 
+import os
+import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +15,28 @@ from stack.museum import prove as prover
 from stack.museum.matrix import matrix
 from stack.museum.plant import PLANTS, Plant, load_museum, swap, touch
 
+PARTS = 4
+
+
+def chosen_gates(spec) -> list[str]:
+    """A quarter of all gates, another one with most commits; all of them with STACKPROOF_PROVE=all.
+
+    The whole proof is a record, and the integrity check refuses it as soon as a check or a plant is another one.
+    """
+    gates = sorted(spec.gates)
+    if os.environ.get("STACKPROOF_PROVE") == "all":
+        return gates
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    return gates[int(head[:8] or "0", 16) % PARTS :: PARTS]
+
 
 @pytest.mark.slow
-def test_every_plant_is_killed_by_its_gate_and_every_control_is_green():
-    kills = prover.prove(())
+def test_every_plant_is_killed_by_its_gate_and_every_control_is_green(spec):
+    gates = chosen_gates(spec)
+    kills = prover.prove(gates)
     assert [(k.plant, k.outcome, k.message) for k in kills if k.outcome != "killed"] == []
     assert [(k.gate, k.control) for k in kills if k.control != "pass"] == []
-    assert len(kills) >= 30 and {k.plant for k in kills} == set(PLANTS)
+    assert {k.plant for k in kills} == {p.id for p in PLANTS.values() if p.gate in gates} and len(kills) >= 20
 
 
 def test_each_gate_has_a_plant_and_each_plant_a_story(spec):

@@ -312,11 +312,11 @@ def test_weights_are_known_by_their_first_bytes():
 
 def test_the_real_repository_is_read_quickly_and_without_torch():
     code = "import sys, time; sys.modules['torch'] = None; sys.modules['numpy'] = None\n"
-    code += "from tools.check_integrity import check, ROOT; t = time.perf_counter(); f = check(ROOT)\n"
-    code += "assert not [x for x in f if x.code == 'INTERNAL'], f\nprint(time.perf_counter() - t)"
+    code += "from tools.check_integrity import check, ROOT; t = time.process_time(); f = check(ROOT)\n"
+    code += "assert not [x for x in f if x.code == 'INTERNAL'], f\nprint(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 2.0
+    assert float(done.stdout) < 4.0, "seconds of one processor; measured 1.4 on a quiet machine"
 
 
 def test_repo_reads_plants_from_their_decorators(repo):
