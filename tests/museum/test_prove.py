@@ -15,11 +15,11 @@ from stack.museum import prove as prover
 from stack.museum.matrix import matrix
 from stack.museum.plant import PLANTS, Plant, load_museum, swap, touch
 
-PARTS = 4
+PARTS = 8
 
 
 def chosen_gates(spec) -> list[str]:
-    """A quarter of all gates, another one with most commits; all of them with STACKPROOF_PROVE=all.
+    """An eighth of all gates, another one with most commits; all of them with STACKPROOF_PROVE=all.
 
     The whole proof is a record, and the integrity check refuses it as soon as a check or a plant is another one.
     """
@@ -36,7 +36,7 @@ def test_every_plant_is_killed_by_its_gate_and_every_control_is_green(spec):
     kills = prover.prove(gates)
     assert [(k.plant, k.outcome, k.message) for k in kills if k.outcome != "killed"] == []
     assert [(k.gate, k.control) for k in kills if k.control != "pass"] == []
-    assert {k.plant for k in kills} == {p.id for p in PLANTS.values() if p.gate in gates} and len(kills) >= 20
+    assert {k.plant for k in kills} == {p.id for p in PLANTS.values() if p.gate in gates} and len(kills) >= 10
 
 
 def test_each_gate_has_a_plant_and_each_plant_a_story(spec):
