@@ -15,9 +15,6 @@ class InLine:
     def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
         then(job())
 
-    def poll(self) -> None:
-        """Nothing is ever left to ask for."""
-
     def settle(self) -> None:
         """Nothing is ever left to wait for."""
 
@@ -35,11 +32,6 @@ class Behind:
         """Begin a job, after the one before it. Raises what that one raised."""
         self.settle()
         self._running = self._pool.submit(job), then
-
-    def poll(self) -> None:
-        """Take up what the job returned, if it has ended. Raises what it raised."""
-        if self._running is not None and self._running[0].done():
-            self.settle()
 
     def settle(self) -> None:
         """Wait for the job, if any, and take up what it returned. Raises what it raised, once."""
