@@ -53,6 +53,15 @@ class StepTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class Recomputed:
+    """A step was computed twice from one state. `differing` names what of the `n_compared` results was not the same to the bit."""
+
+    step: int
+    n_compared: int
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HeldOutRows:
     """Rows that an evaluation scores: how many, how many different ones, and which share (0-1) of their passages is in training."""
 
@@ -142,4 +151,4 @@ class Finished:
     status: str
 
 
-Event = Started | BatchDrawn | StepTaken | Evaluated | Recited | Sampled | Saved | Resumed | Finished
+Event = Started | BatchDrawn | StepTaken | Recomputed | Evaluated | Recited | Sampled | Saved | Resumed | Finished

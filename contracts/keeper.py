@@ -124,6 +124,11 @@ class Gatekeeper:
         if isinstance(event, Finished):
             self._require_heartbeats()
 
+    def charge(self, gate_id: str, seconds: float) -> None:
+        """Count time that the run spent on what a gate looks at, outside of its check, as the gate's."""
+        if gate_id in self.seats:
+            self.seats[gate_id].seconds += seconds
+
     def results(self) -> list[GateResult]:
         """What every installed gate said, ready for the record."""
         return [

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from statistics import median
 
-from contracts.events import BatchDrawn, Evaluated, Event, Finished, Sampled, Saved, Started, StepTaken
+from contracts.events import BatchDrawn, Evaluated, Event, Finished, Recomputed, Sampled, Saved, Started, StepTaken
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 
 
@@ -197,9 +197,14 @@ class Cadence:
     step 1; afterwards every event asks how long ago each of the others was last announced.
     """
 
-    events = (Started, BatchDrawn, StepTaken, Evaluated, Sampled, Saved, Finished)
+    events = (Started, BatchDrawn, StepTaken, Recomputed, Evaluated, Sampled, Saved, Finished)
     EVERY_STEP = {"BatchDrawn": (1, "every step"), "StepTaken": (1, "every step")}
-    MONITORS = {"Evaluated": "evaluated_gap_steps_max", "Sampled": "sampled_gap_steps_max", "Saved": "saved_gap_steps_max"}
+    MONITORS = {
+        "Evaluated": "evaluated_gap_steps_max",
+        "Sampled": "sampled_gap_steps_max",
+        "Saved": "saved_gap_steps_max",
+        "Recomputed": "recomputed_gap_steps_max",
+    }
 
     def __init__(self, limits):
         self.limits, self.intervals = limits, {}

@@ -20,7 +20,7 @@ def flops_per_token(model: dict, vocab_size: int, seq_len: int, *, backward: boo
 
     6·(matrix parameters a token meets, incl. the head) + 12·q_width·(mean number of visible keys) per layer for attention
     (PaLM, arXiv:2204.02311, app. B, halved for causality). A token meets top_k experts, and blocks with hard capacity only at times.
-    Forward alone is a third of it.
+    Forward alone is a third of it, and a `seq_len` of 0 leaves the products of attention out.
     """
     per_token = 2.0 * vocab_size * model["d_model"]
     q_width = model["n_heads"] * model["head_dim"]
@@ -54,7 +54,7 @@ def _share_of_tokens(model: dict, layer: int) -> float:
 def _visible_keys(model: dict, seq_len: float) -> float:
     """Keys a query sees on average over a row, in a window if there is one."""
     window = min(model.get("attention", {}).get("window") or seq_len, seq_len)
-    return window - window * window / (2 * seq_len)
+    return window - window * window / (2 * seq_len) if seq_len else 0.0
 
 
 def _block_matrices(model: dict, layer: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ class TrainConfig(Frozen):
     activation_checkpointing: Literal["none", "blocks"] = Field(
         "none", description="what the forward keeps for the backward: all of it, or each block's input, and the block is computed again"
     )
+    recompute_every: int = Field(500, ge=1, description="steps between two that are computed twice and compared; the last one always is")
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
 
 

@@ -24,7 +24,7 @@ class Plant:
 
 
 ROOMS = (
-    "corpus data tokenizer curriculum model moe kernel precision loss optim schedule checkpoint evaluation sampling runtime export "
+    "corpus data tokenizer curriculum model moe kernel precision loss optim schedule checkpoint evaluation sampling runtime figures export "
     "foreign foreign_updates"
 ).split()
 PLANTS: dict[str, Plant] = {}

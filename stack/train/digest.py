@@ -38,6 +38,11 @@ def live_crc32(state: TrainState) -> dict[str, int]:
     return {n: zlib.crc32(_bytes_of(t)) for n, t in tensors.items()}
 
 
+def gradient_crc32(model: nn.Module) -> dict[str, int]:
+    """Checksum of every gradient that exists, by the plain name of its parameter."""
+    return {plain_name(n): zlib.crc32(_bytes_of(p.grad)) for n, p in model.named_parameters() if p.grad is not None}
+
+
 def digest(state: TrainState) -> dict[str, Any]:
     """Every part of a run's state, as hashes and numbers."""
     parts: dict[str, Any] = {f"weights.{n}": h for n, h in live_sha256(state.model).items()}

@@ -7,6 +7,7 @@ from spec.errors import Stopped
 from stack.config import BanditCurriculum
 from stack.data.reader import Batch
 from stack.train import step as steps
+from stack.train.recompute import recomputed_step
 from stack.train.run import Run
 from stack.train.signals import STATUS_OF_SIGNAL, Requests, listening
 
@@ -44,11 +45,14 @@ def train_loop(run: Run) -> tuple[str, str]:
 
 
 def take_step(run: Run) -> None:
-    """Draw, update, look; the clock runs from before the draw."""
+    """Draw, update, look; the clock runs from before the draw. Now and then the step is computed twice."""
     started = time.perf_counter()
     batches = draw(run)
+    first = recomputed_step(run.state, batches) if run.recompute_due() else None
     report = steps.train_step(run.state, batches)
     run.after_step(report, batches, time.perf_counter() - started)
+    if first is not None:
+        run.compare(first)
 
 
 def draw(run: Run) -> list[Batch]:

@@ -22,7 +22,7 @@ from stack.evaluate.stopping import batches_needed
 from stack.model import moe
 from stack.model.build import build_model
 from stack.model.reading import Report
-from stack.train import checkpoint, losses
+from stack.train import checkpoint, losses, operations
 from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.compiled import compiled_ingredients
@@ -93,6 +93,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
     ingredients |= compiled_ingredients(cfg, dataset, device)
     ingredients |= shadow_ingredients(cfg, device)
+    ingredients |= operations.flops_ingredients(cfg, vocab_size, build, device)
     ingredients |= head_ingredients(device) | loss_scale_ingredients(shrunk(cfg), dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:

@@ -1,5 +1,6 @@
 """A run while it goes on: what it holds, and the bookkeeping after each step, evaluation, sample and save."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
-from contracts.events import Evaluated, HeldOutRows, Recited, Sampled, Saved, StepTaken
+from contracts.events import Evaluated, HeldOutRows, Recited, Recomputed, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from spec.canonical import sha256_json
@@ -26,10 +27,11 @@ from stack.evaluate.sampling import generate
 from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
 from stack.train.bundle import Recent, write_bundle
-from stack.train.digest import live_crc32
+from stack.train.digest import gradient_crc32, live_crc32
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
 from stack.train.randomness import generator
+from stack.train.recompute import Computed
 from stack.train.rundir import RunDir
 from stack.train.state import TrainState
 from stack.train.step import StepReport
@@ -114,6 +116,19 @@ class Run:
                 expert_shares=report.expert_shares,
             )
         )
+
+    def recompute_due(self) -> bool:
+        """Whether the step to come is one of those that are computed twice. The last one always is."""
+        step, cfg = self.state.step + 1, self.cfg.train
+        return step % cfg.recompute_every == 0 or step == cfg.max_steps
+
+    def compare(self, first: Computed) -> None:
+        """Hold the step just taken against what it came to the first time, and show it to the gates."""
+        started = time.perf_counter()
+        again = gradient_crc32(self.state.model)
+        differing = first.differing(again)
+        self.keeper.charge("runtime.recomputed-step", first.seconds + time.perf_counter() - started)
+        self.keeper.observe(Recomputed(step=self.state.step, n_compared=len(again), differing=differing))
 
     def _log_draws(self, batches: Sequence[Batch]) -> None:
         """Enter into the data ledger how many rows of which source the step read."""
@@ -304,6 +319,7 @@ class Run:
                 "Evaluated": (cfg.eval.every, "eval.every"),
                 "Sampled": (cfg.sample.every, "sample.every"),
                 "Saved": (cfg.checkpoint.every, "checkpoint.every"),
+                "Recomputed": (cfg.train.recompute_every, "train.recompute_every"),
             },
             **_experts(cfg.model),
         }

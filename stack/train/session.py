@@ -12,7 +12,7 @@ import torch
 from contracts.events import Finished, Resumed, Started
 from contracts.keeper import Gatekeeper
 from spec.errors import ConfigError, DataError, EnvironmentUnfit, GateFailed, StackproofError, Stopped, StreamExhausted
-from spec.formulas import flops_per_token, parameter_count
+from spec.formulas import parameter_count
 from spec.gates import load_spec
 from spec.records import Artefact, Override, Record, read_record
 from stack.config import BanditCurriculum, RunConfig, validate
@@ -22,7 +22,7 @@ from stack.evidence.exclusive import alone
 from stack.evidence.provenance import environment
 from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
 from stack.kernels import dispatch
-from stack.train import checkpoint, polish
+from stack.train import checkpoint, operations, polish
 from stack.train.allocator import keep_heap
 from stack.train.listener import Listener
 from stack.train.loop import train_loop
@@ -193,7 +193,7 @@ def _open(
         listener=listener,
         state=build_state(cfg, dataset, device),
         peak_flops=probe_peak_flops(device),
-        flops_per_step=flops_per_token(model, vocab_size, cfg.model.max_seq_len) * cfg.train.tokens_per_step,
+        flops_per_step=operations.flops_per_step(cfg, vocab_size),
         writer=make_writer(cfg.checkpoint),
         random_loss_nats=math.log(vocab_size),
     )

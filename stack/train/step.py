@@ -83,6 +83,20 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
     return float(total_nats) / n_valid, n_valid
 
 
+def finite_gradients(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int, Tensor, int]:
+    """`accumulate`, again at a lower loss scale as long as gradients overflow.
+
+    Returns (mean loss in nats, number of valid labels, global gradient norm, overflows). Loss or norm may be no number all the same.
+    """
+    for retries in range(MAX_OVERFLOW_RETRIES):  # noqa: B007 - it is returned
+        loss_nats, n_valid = accumulate(state, batches)
+        norm = opt.global_norm(opt.gradients(state.model))
+        if losses.is_finite(float(norm)) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
+            break
+        state.scaler.update()
+    return loss_nats, n_valid, norm, retries
+
+
 def apply_gradients(state: TrainState, grads: list[Tensor], norm: Tensor) -> None:
     """Clip, move, and what follows an update. `grads` stay behind as the optimizer had them, for whoever measures them."""
     opt.clip_gradients(grads, norm, state.cfg.optim.max_grad_norm)
@@ -96,14 +110,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     step = state.step + 1
     scheduled = partial(lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps)
     opt.set_lr(state.optimizer, lambda peak: scheduled(peak=peak))
-    for retries in range(MAX_OVERFLOW_RETRIES):  # noqa: B007 - the report says how many it took
-        loss_nats, n_valid = accumulate(state, batches)
-        grads = opt.gradients(state.model)
-        norm = opt.global_norm(grads)
-        grad_norm = float(norm)
-        if losses.is_finite(grad_norm) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
-            break
-        state.scaler.update()
+    loss_nats, n_valid, norm, retries = finite_gradients(state, batches)
+    grads, grad_norm = opt.gradients(state.model), float(norm)
     if losses.is_finite(loss_nats, grad_norm):
         apply_gradients(state, grads, norm)
     else:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from contracts.events import BatchDrawn, Evaluated, Finished, Sampled, Saved, Started
+from contracts.events import BatchDrawn, Evaluated, Finished, Recomputed, Sampled, Saved, Started
 from contracts.gate import limits_of
 from contracts.keeper import Gatekeeper
 from contracts.runtime import Cadence
@@ -21,7 +21,12 @@ from stack.train.listener import Listener
 from tests.contracts.test_optim import step_taken
 
 GATE = "runtime.cadence"
-EVERY = {"Evaluated": (10, "eval.every"), "Sampled": (5, "sample.every"), "Saved": (20, "checkpoint.every")}
+EVERY = {
+    "Evaluated": (10, "eval.every"),
+    "Sampled": (5, "sample.every"),
+    "Saved": (20, "checkpoint.every"),
+    "Recomputed": (25, "train.recompute_every"),
+}
 
 
 def started(step: int = 0, max_steps: int = 100, **changed) -> Started:
@@ -43,22 +48,24 @@ def play(check, steps, *, without: str = "") -> int | None:
         shown += [Evaluated(step, 1.0, 1.0, (1.0,), "h", None, 2.0)] if step % 10 == 0 else []
         shown += [Sampled(step, "text")] if step % 5 == 0 else []
         shown += [Saved(step, "folder")] if step % 20 == 0 else []
+        shown += [Recomputed(step, 1, ())] if step % 25 == 0 else []
         for event in shown:
             if type(event).__name__ != without and not check.observe(event).passed:
                 return step
     return None
 
 
-@pytest.mark.parametrize(
-    ("without", "red_at"), [("", None), ("Evaluated", 11), ("Sampled", 6), ("Saved", 21), ("StepTaken", 2), ("BatchDrawn", 2)]
-)
+RED_WITHOUT = {"": None, "Evaluated": 11, "Sampled": 6, "Saved": 21, "Recomputed": 26, "StepTaken": 2, "BatchDrawn": 2}
+
+
+@pytest.mark.parametrize(("without", "red_at"), RED_WITHOUT.items())
 def test_a_gap_beyond_the_declared_interval_is_red_at_its_step(spec, without, red_at):
     check = make(spec)
     assert check.observe(started()).passed
     assert play(check, range(1, 61), without=without) == red_at
 
 
-@pytest.mark.parametrize("key", ["sampled", "evaluated", "saved"])
+@pytest.mark.parametrize("key", ["sampled", "evaluated", "saved", "recomputed"])
 def test_an_interval_that_disables_a_monitor_is_red_before_step_one(spec, key):
     """At the limit it passes, one step beyond it is red, however short the run. A run shorter than an allowed interval looks at its end."""
     name, limit = key.capitalize(), int(spec.gates[GATE].limits[f"{key}_gap_steps_max"].value)
@@ -104,6 +111,7 @@ def test_clocks_go_on_over_a_resume_and_start_afresh_where_an_interval_was_chang
 def test_every_recipe_keeps_the_cadence(spec):
     for cfg in [make_cfg() for make_cfg in RECIPES.values()] + [depth(n) for n in (1, 3, 8, 24)]:
         intervals = {"Evaluated": cfg.eval.every, "Sampled": cfg.sample.every, "Saved": cfg.checkpoint.every}
+        intervals["Recomputed"] = cfg.train.recompute_every
         verdict = make(spec).observe(started(max_steps=cfg.train.max_steps, **{k: (v, k) for k, v in intervals.items()}))
         assert verdict.passed, (cfg.recipe, verdict.message)
 

@@ -1,0 +1,97 @@
+"""Gates of what a run says about itself: how long its steps took, how many operations they are, and that the machine repeats them."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+from types import SimpleNamespace
+
+from contracts.events import BatchDrawn, Evaluated, Event, Finished, Recited, Recomputed, Sampled, Saved, Started, StepTaken
+from contracts.gate import Stateless, Verdict, decide, decides, passed
+
+
+@decides("runtime.recomputed-step")
+class RecomputedStep(Stateless):
+    """A step that was computed twice from one state came to the same bits."""
+
+    events = (Recomputed,)
+
+    def observe(self, event: Event) -> Verdict:
+        named = ", ".join(event.differing[:3]) + (", …" if len(event.differing) > 3 else "")
+        return decide(
+            event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
+            f"step {event.step}: of {event.n_compared} gradients {len(event.differing)} differ between two computations ({named})",
+            differing=len(event.differing),
+            n_compared=event.n_compared,
+        )
+
+
+@decides("runtime.clock")
+class Clock(Stateless):
+    """The time a step is said to take is the time that passes between what the run announces, on a clock of the gate's own.
+
+    From the batch to the step's end passes less than the step; from whatever was announced before the batch passes more. Both are
+    judged by the median of the last `WINDOW` steps, so that no single hold-up counts.
+    """
+
+    events = (Started, BatchDrawn, StepTaken, Recomputed, Evaluated, Recited, Sampled, Saved, Finished)
+    WINDOW = 16
+
+    def __init__(self, limits: SimpleNamespace, now: Callable[[], float] = time.perf_counter):
+        super().__init__(limits)
+        self.now, self.before, self.drawn = now, None, None
+        self.least: deque[float] = deque(maxlen=self.WINDOW)
+        self.most: deque[float] = deque(maxlen=self.WINDOW)
+
+    def observe(self, event: Event) -> Verdict | None:
+        at = self.now()
+        match event:
+            case BatchDrawn():
+                self.drawn = at
+                return None
+            case StepTaken() if self.drawn is not None and self.before is not None:
+                self._learn(event.wall_s, at)
+                self.before, self.drawn = at, None
+                return self._judge(event.step)
+        self.before = at
+        return None
+
+    def _learn(self, said_s: float, at: float) -> None:
+        slack_s = self.limits.slack_s
+        self.least.append((said_s + slack_s) / max(at - self.drawn, 1e-9))
+        self.most.append((said_s - slack_s) / max(at - self.before, 1e-9))
+
+    def _judge(self, step: int) -> Verdict:
+        least, most = median(self.least), median(self.most)
+        if len(self.least) < self.WINDOW // 2:
+            return passed("", said_to_batch_frac=least, said_to_all_frac=most)
+        return decide(
+            least >= self.limits.said_to_batch_frac_min and most <= self.limits.said_to_all_frac_max,
+            f"step {step}: steps are said to take {least:.2g} of the time from their batch to their end, {most:.2g} of all that passed",
+            said_to_batch_frac=least,
+            said_to_all_frac=most,
+        )
+
+
+@decides("runtime.flops")
+def flops(
+    limits: SimpleNamespace,
+    *,
+    declared_flops_per_step: float,
+    attention_flops_per_step: float,
+    tokens_per_step: int,
+    matrix_flops: Callable[[], tuple[int, int]],
+) -> Verdict:
+    """The operations that a run says its step has, less those of attention, are those of its matrix products, counted.
+
+    `matrix_flops()` counts them in one forward and backward, head included: (operations, tokens). Attention is left out since kernels
+    visit keys that are masked, and a count of what a kernel does is none of what it is for.
+    """
+    n_flops, n_tokens = matrix_flops()
+    declared, counted = declared_flops_per_step - attention_flops_per_step, n_flops / n_tokens * tokens_per_step
+    ratio = declared / counted
+    return decide(
+        limits.declared_over_counted_min <= ratio <= limits.declared_over_counted_max,
+        f"a step is said to have {declared:.4g} operations in matrix products, and {counted:.4g} were counted",
+        declared_over_counted=ratio,
+    )

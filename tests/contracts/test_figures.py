@@ -1,0 +1,67 @@
+"""What a run says about itself, against hand-made clocks, counts and checksums; two-sided."""
+
+import pytest
+
+from contracts.events import Evaluated, Recomputed, Started
+from contracts.figures import Clock, RecomputedStep, flops
+from contracts.gate import limits_of
+from tests.contracts.test_cadence import drawn
+from tests.contracts.test_optim import step_taken
+
+
+def test_a_gradient_that_differs_is_named(spec):
+    check = RecomputedStep(limits_of(spec.gates["runtime.recomputed-step"]))
+    assert check.observe(Recomputed(step=5, n_compared=9, differing=())).passed
+    red = check.observe(Recomputed(step=5, n_compared=9, differing=("embed.weight",)))
+    assert red.outcome == "fail" and "embed.weight" in red.message and red.measured["differing"] == 1
+    assert check.observe(Recomputed(step=5, n_compared=0, differing=())).outcome == "fail", "nothing compared is nothing shown"
+
+
+def ticking(spec, said, *, n_steps=20, step_s=0.1, draw_s=0.01, before_s=0.002, hold_up=()):
+    """Verdicts of a clock gate over steps that take `step_s` from their batch on and say `said(true seconds)`."""
+    at = [0.0]
+    check = Clock(limits_of(spec.gates["runtime.clock"]), now=lambda: at[0])
+    check.observe(Started(0, {}))
+    verdicts = []
+    for step in range(1, n_steps + 1):
+        at[0] += before_s + draw_s
+        check.observe(drawn(step))
+        at[0] += step_s
+        seconds = draw_s + step_s
+        at[0] += 5.0 if step in hold_up else 0.0
+        verdicts.append(check.observe(step_taken(step=step, wall_s=said(seconds))))
+        if step % 5 == 0:
+            at[0] += 3.0
+            check.observe(Evaluated(step, 1.0, 1.0, (1.0,), "h", None, 2.0))
+    return verdicts
+
+
+@pytest.mark.parametrize(("factor", "red"), [(1.0, False), (0.84, True), (0.94, False), (1.0 / 3, True), (1.05, True), (1000, True)])
+def test_clock_is_two_sided(spec, factor, red):
+    """From its batch on a step takes 100 ms, all in all 110, and 112 pass between announcements; a millisecond is free either way."""
+    outcomes = [v.outcome for v in ticking(spec, lambda s: s * factor)]
+    assert outcomes[:7] == ["pass"] * 7, "a median of less than eight steps is no verdict"
+    assert set(outcomes[7:]) == ({"fail"} if red else {"pass"})
+
+
+def test_one_hold_up_is_no_verdict(spec):
+    assert all(v.passed for v in ticking(spec, lambda s: s, hold_up=(3, 4, 9, 10, 15)))
+
+
+def test_clock_leaves_out_what_lies_between_steps(spec):
+    """Evaluations of three seconds after every fifth step change nothing."""
+    last = ticking(spec, lambda s: s)[-1]
+    assert last.measured["said_to_batch_frac"] == pytest.approx(1.11) and last.measured["said_to_all_frac"] == pytest.approx(109 / 112)
+
+
+def test_flops_are_two_sided(spec):
+    limits = limits_of(spec.gates["runtime.flops"])
+
+    def verdict(declared):
+        return flops(
+            limits, declared_flops_per_step=declared, attention_flops_per_step=200.0, tokens_per_step=40, matrix_flops=lambda: (100, 4)
+        )
+
+    assert verdict(1200.0).passed and verdict(1200.0).measured["declared_over_counted"] == 1.0
+    assert not verdict(1210.1).passed and not verdict(1189.9).passed, "one percent either way"
+    assert not verdict(2200.0).passed and not verdict(float("nan")).passed
