@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         _report(unfit.as_json(), str(unfit), arguments)
         sys.exit(unfit.exit_code)
     except ClickException as e:
-        next_step = f"stack {' '.join(a for a in arguments[:1] if not a.startswith('-'))} --help".replace("  ", " ")
+        next_step = f"{e.ctx.command_path if getattr(e, 'ctx', None) else 'stack'} --help"
         parts = {"error": "UsageError", "what": e.format_message(), "next_step": next_step, "exit_code": 2}
         _report(parts, f"{e.format_message()}\n  next     {next_step}", arguments)
         sys.exit(2)

@@ -1,6 +1,8 @@
 """One JSON document on stdout, or tables and lines for people."""
 
 import json
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +13,8 @@ from spec.canonical import to_jsonable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
-stdout = Console(highlight=False, soft_wrap=True)
+UNSEEN_WIDTH = 160  # columns of tables where no terminal says how many it has
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else UNSEEN_WIDTH)
 stderr = Console(stderr=True, highlight=False)
 
 

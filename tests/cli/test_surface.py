@@ -8,6 +8,7 @@ import time
 import pytest
 
 from spec import SPEC_DIR
+from stack.cli import main
 from stack.cli.surface import surface
 from tests.cli.conftest import ROOT
 
@@ -32,6 +33,15 @@ def test_help_of_each_verb(verb):
 
     result = CliRunner().invoke(app, [*verb.split(), "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("said", "next_step"), [("trian", "stack --help"), ("gates sho", "stack gates --help"), ("gates show", "stack gates show --help")]
+)
+def test_a_mistyped_command_is_sent_to_help_that_there_is(said, next_step, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(said.split())
+    assert ended.value.code == 2 and f"next     {next_step}\n" in capsys.readouterr().err
 
 
 def test_help_is_quick():

@@ -297,3 +297,16 @@ def test_no_other_file_of_the_stack_holds_names_of_hugging_face():
     root = Path(names.__file__).parents[1]
     held = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if any(w in p.read_text("utf-8") for w in words)}
     assert held == {"model/names.py"}
+
+
+def test_what_no_kind_can_say_names_the_nearest_and_what_it_lacks():
+    """GPT-2 has no rotary positions, Qwen3 normalises queries and keys: a model with both is nearest to the one that lacks less."""
+    llama = ModelConfig(d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=16)
+    assert names.kind_for(llama).architecture == "LlamaForCausalLM"
+    gated = llama.model_copy(update={"depth": MixtureOfDepths()})
+    with pytest.raises(ConfigError) as caught:
+        names.kind_for(gated)
+    nearest = caught.value.what.partition("; ")[2].partition(" ")[0]
+    lacks = {part.partition(" cannot say ")[0]: part.partition(" cannot say ")[2] for part in caught.value.value.split("; ")}
+    assert set(lacks) == {k.architecture for k in names.KINDS} and lacks[nearest] in caught.value.what
+    assert len(lacks[nearest].split(", ")) == min(len(v.split(", ")) for k, v in lacks.items() if "config.json" not in v)

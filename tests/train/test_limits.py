@@ -96,3 +96,14 @@ def test_muon_keeps_one_moment_of_a_matrix():
     tables = 2 * 4 * 49_152 * cfg.model.d_model
     parts = predict_bytes(muon, 49_152)
     assert parts["moments"] == parts["weights"] + tables
+
+
+def test_a_dry_run_says_that_this_machine_would_refuse(monkeypatch):
+    """With both figures; and nothing of the kind where it would not."""
+    from stack.cli import train as cli
+
+    cfg = recipe("pocket")
+    assert cli._refusal(cfg, 1024, CPU) == "" and "this_machine_refuses" not in cli._derived(cfg)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
+    said = cli._derived(cfg)["this_machine_refuses"]
+    assert said == cli._refusal(cfg, cli._vocab_size(cfg), CPU) and "memory" in said and "0.0 GiB" in said, said
