@@ -2,10 +2,10 @@
 
 python benchmarks/false_alarms.py --runs 200 --run-dir runs/false-alarms [--work DIR] [--only NAME …]
 
-Run number n trains configuration n modulo their count with seed 1000 + n. Finished runs in the work folder are taken as they are, so
-two hundred can be made in parts (--first, --runs); each is a process of its own with one thread. Writes a record of kind benchmark:
-per gate the runs that held it, its looks, its alarms, and the upper end of the exact 95 % interval of their rate. Exit code 0 if no
-gate fired, 4 if one did, 1 if a run broke.
+Run number n trains configuration n modulo their count with seed 1000 + n. Finished runs of the same code in the work folder are
+taken as they are, so two hundred can be made in parts (--first, --runs); each is a process of its own with one thread. Writes a record
+of kind benchmark: per gate the runs that held it, its looks, its alarms, and the upper end of the exact 95 % interval of their rate.
+Exit code 0 if no gate fired, 4 if one did, 1 if a run broke.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 
 from side_by_side import open_record
 
-from spec.records import Record, read_record
+from spec.records import Code, Record, read_record
+from stack.evidence.provenance import code_state
 
 CONFIDENCE = 0.95
 STEPS = 48
@@ -103,9 +104,10 @@ def stack(arguments: list[str], log: Path) -> int:
     return done.returncode
 
 
-def trained(shape: Shape, seed: int, folder: Path, text: Path) -> Record | None:
-    """The record of a clean run, made now unless it is there; None if it ended without one."""
-    if not (folder / "metadata.json").is_file():
+def trained(shape: Shape, seed: int, folder: Path, text: Path, code: Code) -> Record | None:
+    """The record of a clean run, made now unless this code has made it; None if it ended without one."""
+    made = read_record(folder / "metadata.json") if (folder / "metadata.json").is_file() else None
+    if made is None or (made.code.commit, made.code.diff_sha256) != (code.commit, code.diff_sha256):
         for leftover in (folder, folder.with_name(folder.name + "-parent")):
             shutil.rmtree(leftover, ignore_errors=True)
         log, sets, half = folder.with_suffix(".log"), sets_of(shape, seed, text), shape.steps // 2
@@ -172,12 +174,13 @@ def main() -> int:
     options = parser.parse_args()
     builder = open_record(options, "false alarms of the gates")
     text = write_text(options.work)
+    source = builder.code if builder else code_state()
     held, fired, looks, broken, skipped = Counter(), Counter(), Counter(), [], []
     shapes = [s for s in SHAPES if not options.only or s.name in options.only]
     for number in range(options.first, options.first + options.runs):
         shape = shapes[number % len(shapes)]
         name = f"{number:04d}-{shape.name}"
-        record = trained(shape, 1000 + number, options.work / name, text)
+        record = trained(shape, 1000 + number, options.work / name, text, source)
         alarms = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver] if record else []
         if record is None or (not record.succeeded and not alarms):
             (skipped if unfit(options.work / name) else broken).append(name)

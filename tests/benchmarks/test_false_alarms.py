@@ -61,3 +61,16 @@ def test_an_alarm_is_counted_a_waived_one_is_not_and_a_broken_run_is_told(monkey
     told = read_record(tmp_path / "record" / "metadata.json")
     assert told.status == "failed" and told.exit_code == 1 and told.end_reason == "0 alarm(s) in 1 clean runs, 2 run(s) broken"
     assert told.metric("runtime_finite_alarm_rate_upper_95") == 0.95
+
+
+@pytest.mark.parametrize(("commit", "made_again"), [("a" * 40, False), ("b" * 40, True)])
+def test_a_finished_run_of_other_code_is_made_again(monkeypatch, tmp_path, commit, made_again):
+    asked, folder = [], tmp_path / "0000-pocket"
+    folder.mkdir()
+    (folder / "metadata.json").write_text("{}")
+    lying = SimpleNamespace(code=SimpleNamespace(commit="a" * 40, diff_sha256=None))
+    monkeypatch.setattr(false_alarms, "read_record", lambda path: lying)
+    monkeypatch.setattr(false_alarms, "stack", lambda arguments, log: asked.append(folder.exists()))
+    found = false_alarms.trained(false_alarms.SHAPES[0], 1, folder, tmp_path / "t", SimpleNamespace(commit=commit, diff_sha256=None))
+    assert asked == ([False] if made_again else []), "what lay there is gone before"
+    assert (found is None) == made_again
