@@ -145,6 +145,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
+    "RATES-STATED": lambda r: (r / "spec/chance.toml").unlink(),
     "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),
     "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
     "RUNNER-FED": lambda r: edit(r, "stack/train.py", '"loss"', '"los"'),
@@ -249,6 +250,29 @@ def test_a_run_on_a_data_set_that_is_recorded_is_fine(repo):
     assert "DATA-RECORD" not in found(repo)
     rechain(repo, "train", lambda d: d["inputs"][-1].update(sha256="f" * 64))
     assert "DATA-RECORD" in found(repo)
+
+
+RATES = 'rates = { false_alarm = 0.01, per = "look", power = POWER, effect = "a tenth off", measured_by = "tests/test_loss.py::test_golden" }'
+
+
+@pytest.mark.parametrize(
+    ("power", "listed", "message"),
+    [
+        (0.9, "", None),
+        (0.01, "", "no more often"),
+        (0.9, '"loss.golden"', "not beyond chance"),
+        (0.9, '"loss.silver"', "is no gate"),
+    ],
+)
+def test_rates_are_stated_in_one_place_and_say_something(repo, power, listed, message):
+    edit(repo, "spec/gates/loss.toml", "[gate.limits]", RATES.replace("POWER", str(power)) + "\n[gate.limits]")
+    edit(repo, "spec/chance.toml", '"loss.golden"', listed)
+    assert [message in f.message for f in check(repo) if f.code == "RATES-STATED"] == ([True] if message else [])
+
+
+def test_a_gate_that_chance_is_said_to_spare_twice_is_refused(repo):
+    edit(repo, "spec/chance.toml", '"loss.golden"', '"loss.golden", "loss.golden"')
+    assert any("listed twice" in f.message for f in check(repo) if f.code == "SCHEMA")
 
 
 def test_a_citation_of_a_test_that_is_there_is_fine(repo):
