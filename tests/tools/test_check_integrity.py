@@ -252,7 +252,7 @@ def test_a_run_on_a_data_set_that_is_recorded_is_fine(repo):
     assert "DATA-RECORD" in found(repo)
 
 
-RATES = 'rates = { false_alarm = 0.01, per = "look", power = POWER, effect = "a tenth off", measured_by = "tests/test_loss.py::test_golden" }'
+RATES = 'rates = { false_alarm = 0.01, per = "run", power = POWER, effect = "ten percent", measured_by = "tests/a.py::test_golden" }'
 
 
 @pytest.mark.parametrize(
