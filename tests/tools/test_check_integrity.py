@@ -133,6 +133,15 @@ def remove_gates(root: Path) -> None:
     (root / "spec/gates/loss.toml").unlink()
 
 
+def audited(root: Path, breadth: int, passes: int) -> None:
+    """An audit at two steps; at the last, one of two domains passes, with two prompts."""
+    seen = [(8, "a", True), (8, "b", True), (9, "a", True), (9, "a", True), (9, "b", False)]
+    lines = [{"step": step, "domain": domain, "passed": ok} for step, domain, ok in seen]
+    metrics = {"breadth": small_repo.metric(breadth), "passes": small_repo.metric(passes)}
+    commit, parents = git(root, "rev-parse", "HEAD"), [folder(root, "train").name]
+    small_repo.record(root, "evaluate", 9, commit, metrics=metrics, series_lines={"audits.jsonl": lines}, parents=parents)
+
+
 BREAKS: dict[str, Callable[[Path], None]] = {
     "SCHEMA": lambda r: rechain(r, "train", put("surprise", value=1)),
     "SPEC-EMPTY": remove_gates,
@@ -169,6 +178,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "PLACEHOLDER": lambda r: rechain(r, "train", nothing, series=lambda x: [line.update(loss_nats=1.0) for line in x]),
     "STEPS-CONTIGUOUS": lambda r: rechain(r, "train", nothing, series=lambda x: x.pop(2)),
     "METRIC-RECOMPUTE": lambda r: rechain(r, "train", metric("best_val_loss_nats", 1.0)),
+    "AUDIT-RECOMPUTE": lambda r: audited(r, 2, 2),
     "COMMIT": lambda r: rechain(r, "train", put("code", "commit", value="d" * 40)),
     "TIME": lambda r: rechain(r, "train", lambda d: d.update(started_at="2025-01-01T00:00:00Z", finished_at="2025-01-01T00:00:30Z")),
     "DIRTY": lambda r: rechain(r, "train", put("code", "dirty", value=True)),
@@ -273,6 +283,13 @@ def test_rates_are_stated_in_one_place_and_say_something(repo, power, listed, me
 def test_a_gate_that_chance_is_said_to_spare_twice_is_refused(repo):
     edit(repo, "spec/chance.toml", '"loss.golden"', '"loss.golden", "loss.golden"')
     assert any("listed twice" in f.message for f in check(repo) if f.code == "SCHEMA")
+
+
+@pytest.mark.parametrize(("breadth", "passes", "named"), [(1, 2, None), (2, 2, "breadth"), (1, 3, "passes")])
+def test_breadth_is_that_of_the_answers(repo, breadth, passes, named):
+    audited(repo, breadth, passes)
+    said = [f.message for f in check(repo) if f.code == "AUDIT-RECOMPUTE"]
+    assert len(said) == bool(named) and all(named in message for message in said)
 
 
 def test_a_citation_of_a_test_that_is_there_is_fine(repo):
