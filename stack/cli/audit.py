@@ -33,7 +33,7 @@ def audit_models(
 
     file = suite_file(suite)
     made, folders = load_suite(file), _folders(model) if every_checkpoint else [model]
-    suite_input, answers, steps = artefact(file.resolve(), root=Path.cwd(), name="suite"), [], []
+    suite_input, answers, steps = artefact(file.resolve(), root=_root(file), name="suite"), [], []
     builder = None
     for folder in folders:
         opened = open_model(folder, tokenizer)
@@ -66,6 +66,13 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(), console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda prompt: bar.advance(task)
+
+
+def _root(file: Path) -> Path:
+    """What the path of a suite is told from: the installed code for one that comes along."""
+    from spec import ROOT
+
+    return ROOT if file.resolve().is_relative_to(ROOT) else Path.cwd()
 
 
 def _folders(model: Path) -> list[Path]:

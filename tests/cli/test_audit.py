@@ -59,6 +59,7 @@ def test_the_suite_that_comes_along_leaves_a_record(stack):
     assert document["breadth"] == record["metrics"]["breadth"]["value"] == sum(d["passes"] > 0 for d in document["domains"].values())
     assert record["kind"] == "evaluate" and record["metrics"]["passes"]["n"] == 24 and record["series"][0]["path"] == "audits.jsonl"
     assert {i["name"] for i in record["inputs"]} == {"suite", "tokenizer.json", "model.safetensors"}
+    assert record["inputs"][0]["path"] == "stack/evaluate/suites/domains.toml"
     assert all(line["grade"] is None and line["passed"] is not bool(line["faults"]) for line in lines_of("domains"))
 
 
