@@ -295,7 +295,7 @@ def test_dropout_law(spec):
 
 
 def test_gradient_shock(spec):
-    """Norms spread by a quarter, one step in a hundred by four times as much, which is as wide as those of thirteen released runs: there
+    """Norms spread by a quarter, one step in a hundred by four times as much, which is as wide as those of thirteen recorded runs: there
     4 of 4,186 steps were above 8 times the median. The mixture changes at every fourth step. Then one norm is twenty times as large."""
     limits, draw, base = limits_of(spec.gates["curriculum.gradient-shock"]), random.Random(14), step_taken()
 
