@@ -72,6 +72,13 @@ class Rates(Frozen):
     measured_by: str = Field(pattern=r"^(tests|benchmarks)/\S+$", description="the test or benchmark that measures both again")
 
 
+class Certain(Frozen):
+    """Gates that chance cannot turn red on a clean run, and why. Not normative."""
+
+    why: str = Field(min_length=40)
+    gates: tuple[str, ...]
+
+
 class Gate(Frozen):
     """An acceptance rule. `check` names the function or class in `contracts` that decides it.
 
@@ -143,12 +150,13 @@ def _at(config: Mapping[str, Any], key: str) -> Any:
 
 
 class Spec(Frozen):
-    """The whole spec: version, title, scope and gates by id."""
+    """The whole spec: version, title, scope, gates by id, and by id why a gate that states no rates needs none."""
 
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
     title: str
     scope: str
     gates: dict[str, Gate]
+    certain: dict[str, str] = {}
     root: Path = Field(default=ROOT, exclude=True)
 
     def fingerprint(self, gate_id: str) -> str:
@@ -185,9 +193,23 @@ def _load_spec(root: Path) -> Spec:
                 raise IntegrityError(f"gate id {gate.id} is used twice", next_step="ids are never reused; choose another")
             gates[gate.id] = gate
     try:
-        return Spec(**head, gates=gates, root=root)
+        return Spec(**head, gates=gates, certain=_certain(directory / "chance.toml"), root=root)
     except ValidationError as e:
         raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
+
+
+def _certain(path: Path) -> dict[str, str]:
+    """Why a gate needs no rates, by gate id. Raises IntegrityError if one is listed twice or without a reason."""
+    found: dict[str, str] = {}
+    for entry in _read_toml(path).get("certain", []) if path.is_file() else ():
+        try:
+            certain = Certain.model_validate(entry)
+        except ValidationError as e:
+            raise IntegrityError(f"{path.name}: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}") from e
+        if twice := [g for g in certain.gates if g in found or certain.gates.count(g) > 1]:
+            raise IntegrityError(f"{path.name}: gate {twice[0]} is listed twice")
+        found |= dict.fromkeys(certain.gates, certain.why)
+    return found
 
 
 def _read_toml(path: Path) -> dict:

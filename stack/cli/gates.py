@@ -108,6 +108,8 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
         rates = gate.rates
         stdout.print(f"false alarms {rates.false_alarm:g} per {rates.per}; power {rates.power:g} where {rates.effect}", markup=False)
         stdout.print(f"measured by {rates.measured_by}", markup=False)
+    elif gate_id in spec.certain:
+        stdout.print(f"no rates: {spec.certain[gate_id]}", markup=False)
     stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
     stdout.print(f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False)
 

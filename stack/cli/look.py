@@ -10,10 +10,15 @@ from stack.cli.output import Json, emit, stdout, table
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
 TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one.")]
+EVALUATIONS = (
+    "stack evaluate runs/pocket-1",
+    "stack evaluate runs/pocket-1 --suite domains --every-checkpoint",
+    "stack evaluate runs/pocket-1 --suite mine.toml --earlier runs/audit-1 --grades graded.jsonl",
+)
 
 
 def register(app: typer.Typer) -> None:
-    app.command("evaluate")(evaluate)
+    app.command("evaluate", epilog="Examples: " + " · ".join(EVALUATIONS))(evaluate)
     app.command("sample")(sample)
     app.command("inspect")(inspect)
 
@@ -22,13 +27,33 @@ def evaluate(
     model: Model,
     text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file. Default: the run's held-out split.")] = None,
     tokenizer: TokenizerFile = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Ask a suite of prompts instead, greedily: domains, or a TOML file of your own.")
+    ] = None,
+    every_checkpoint: Annotated[
+        bool, typer.Option("--every-checkpoint", help="With --suite: ask all checkpoints the run still has.")
+    ] = False,
+    earlier: Annotated[
+        list[Path] | None,
+        typer.Option("--earlier", help="With --suite: folder of an earlier audit of this run; breadth is followed over both."),
+    ] = None,
+    grades: Annotated[
+        Path | None, typer.Option("--grades", help="With --suite: a copy of audits.jsonl in which a person has filled in grades.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward; the result does not depend on it.")] = 8,
     stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between two windows. Default: half the context.")] = None,
     strict_oov: Annotated[bool, typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")] = False,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
     json: Json = False,
 ) -> None:
-    """Bits per byte and per character, numerator and denominator over the same bytes. Writes a record."""
+    """Bits per byte and per character, numerator and denominator over the same bytes; or a suite's prompts. Writes a record."""
+    if suite is not None:
+        from stack.cli.audit import audit_models
+
+        _refuse_beside("--suite", {"--text": text, "--stride": stride, "--strict-oov": strict_oov})
+        asked = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
+        return audit_models(model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked)
+    _refuse_beside("an evaluation without --suite", {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades})
     from stack.cli.models import open_model
     from stack.evaluate.bits_per_byte import evaluate_text
     from stack.evidence.provenance import environment
@@ -82,6 +107,12 @@ def evaluate(
             value=f"{result.dropped_chars} of {result.chars + result.dropped_chars} characters",
             next_step="drop --strict-oov to score the rest (they are counted), or train with a byte or bpe tokenizer",
         )
+
+
+def _refuse_beside(what: str, flags: dict) -> None:
+    """Refuse what the other form of the verb would have to ignore."""
+    if given := [flag for flag, value in flags.items() if value]:
+        raise UsageError(f"{given[0]} says nothing in {what}", value=given[0], next_step="leave one of them out; stack evaluate --help")
 
 
 def _builder(record_builder, opened, environment: dict):

@@ -57,9 +57,9 @@ class TrainState:
 
     def update_ema(self, loss_nats: float) -> None:
         """Exponential mean of the training loss (decay 0.98) and its minimum so far."""
-        previous = self.ema_loss_nats
+        previous, lowest = self.ema_loss_nats, self.min_ema_loss_nats
         self.ema_loss_nats = loss_nats if previous is None else EMA_DECAY * previous + (1 - EMA_DECAY) * loss_nats
-        self.min_ema_loss_nats = min(self.ema_loss_nats, self.min_ema_loss_nats or self.ema_loss_nats)
+        self.min_ema_loss_nats = self.ema_loss_nats if lowest is None else min(self.ema_loss_nats, lowest)
 
 
 def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows: int | None = None, cursor: int = 0) -> TrainState:

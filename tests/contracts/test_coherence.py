@@ -9,9 +9,10 @@ import torch
 from contracts.coherence import PARTS, CoherenceWatch, Dominance, Loops, coherence, looping_end
 from contracts.events import Sampled, Started
 from contracts.gate import limits_of
-from contracts.keeper import Gatekeeper
+from contracts.keeper import GateFailed, Gatekeeper
 from stack.museum.plant import load_museum
 from stack.train import run
+from tests.contracts.test_optim import step_taken
 
 # the founding note ANDREA-120M and the founding note tinygpt validation: text, whether it is coherent
 SEED_SAMPLES = [
@@ -186,6 +187,25 @@ def test_the_count_survives_a_resume(spec):
 def test_back_test_on_seed_004_fires_at_the_fifth_collapsed_sample(spec):
     history = [GOOD, *(text for text, good in SEED_SAMPLES if not good), BAD]
     assert outcomes(watch(spec), history)[-2:] == ["pass", "fail"]
+
+
+def test_a_loss_that_looks_well_does_not_hide_collapsed_samples(spec):
+    """The founding run in small: from guessing, 9.04 nats, to 3.23, while samples collapse. Every gate of the loss is green to the end."""
+    keeper = Gatekeeper(spec, only=["runtime.loss-spike", "runtime.trend", "runtime.loss-not-constant", "sampling.coherence"])
+    keeper.observe(Started(step=0, plan={"random_loss_nats": 9.04, "warmup_steps": 5}))
+    loops = ["region " * 40, "games, " * 40, "Budy " * 40, BAD, BAD]
+    with pytest.raises(GateFailed, match=r"sampling\.coherence"):
+        for step in range(1, 601):
+            keeper.observe(step_taken(step=step, loss_nats=3.23 + 5.81 * 0.99**step + 0.01 * (step % 7)))
+            if step >= 100 and step % 100 == 0:
+                keeper.observe(sampled(step, loops[step // 100 - 1]))
+    assert step == 500
+    assert {r.id: r.verdict for r in keeper.results()} == {
+        "runtime.loss-spike": "pass",
+        "runtime.trend": "pass",
+        "runtime.loss-not-constant": "pass",
+        "sampling.coherence": "fail",
+    }
 
 
 def test_coherence_plant_loops(spec, ingredients, dataset):

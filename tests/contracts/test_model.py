@@ -1,5 +1,6 @@
 """Gates of the model: green on the stack, red on every plant, and sharp enough to see small errors."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,15 @@ def wide_ingredients(seed=5):
 
     cfg = pocket()
     return model_ingredients(cfg, build_model(cfg.model, 257, seed=seed), Bytes())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_of_bytes_begins_at_ln_256(spec, seed):
+    """ln 256 = 5.545; measured 0.057 to 0.072 above it, with the 257th id, the end of text. Guessing among half of the bytes is red."""
+    gate, parts = spec.gates["model.initial-loss"], wide_ingredients(seed)
+    verdict = call_check(gate, parts)
+    assert verdict.passed and abs(verdict.measured["loss_nats"] - math.log(256)) < 0.3
+    assert call_check(gate, parts | {"vocab_size": 128}).outcome == "fail"
 
 
 @pytest.mark.parametrize("change", ["gain", "nan", "untied", "stranger"])

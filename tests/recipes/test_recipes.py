@@ -1,13 +1,17 @@
 """Sizes of the recipes by arithmetic, and what follows from one dial."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spec.errors import ConfigError, DataError
 from spec.formulas import parameter_count
+from stack.config import load_config
 from stack.recipes import RECIPES, recipe
 from stack.recipes.depth import EMBEDDED_TOKENS, EPOCHS, depth, sizes_of
+from stack.recipes.imported import imported
 
 
 def by_hand(v, d, layers, q, kv, f, ffn_matrices, *, norms, extras=0, head=1):
@@ -74,3 +78,15 @@ def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path):
         '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}]}}}', "utf-8"
     )
     assert sizes_of(tmp_path) == {"vocab_size": 4096, "unique_tokens": 100}
+
+
+@pytest.mark.parametrize("name", ["tiny", "huge", "nanolm", "gpt2-124m", "andrea-120m"])
+def test_a_model_from_elsewhere_is_trained_more_gently_than_one_from_scratch(name):
+    """Less than half the rate the same model is begun with, fewer steps, a warm-up of a tenth of them. What a user sets goes before it."""
+    scratch = recipe(name)
+    gentle = imported(scratch.model, Path("tokenizer.json"))
+    assert gentle.model == scratch.model and gentle.data.tokenizer.path == "tokenizer.json"
+    assert gentle.optim.lr < scratch.optim.lr / 2 and gentle.train.max_steps < scratch.train.max_steps
+    assert 0 < gentle.schedule.warmup_steps <= gentle.train.max_steps / 10
+    changed, overrides = load_config(gentle, sets=("optim.lr=3e-3",))
+    assert changed.optim.lr == 3e-3 and [o.key for o in overrides] == ["optim.lr"] and changed.schedule == gentle.schedule

@@ -54,6 +54,11 @@ PLANT = """
 def wrong():
     yield
 """
+CHANCE = """
+[[certain]]
+why = "Compares a loss with the right one on numbers that are always the same."
+gates = ["loss.golden"]
+"""
 FAILURES = """
 [[capability]]
 name = "tuning"
@@ -214,6 +219,7 @@ def build(root: Path) -> None:
     git(root.parent, "init", "-q", "-b", "main", str(root))
     write(root, "spec/spec.toml", 'version = "1.0.0"\ntitle = "t"\nscope = "s"\n')
     write(root, "spec/gates/loss.toml", GATE)
+    write(root, "spec/chance.toml", CHANCE)
     write(root, "spec/failures/loss.toml", FAILURES)
     write(root, "spec/CHANGELOG.md", "# Changes\n\n## 1.0.0 — today\n\nFirst.\n")
     verbs = {"train": {"arguments": [], "options": [{"flags": ["--set"], "takes_value": True, "many": True}]}}

@@ -133,6 +133,15 @@ def remove_gates(root: Path) -> None:
     (root / "spec/gates/loss.toml").unlink()
 
 
+def audited(root: Path, breadth: int, passes: int) -> None:
+    """An audit at two steps; at the last, one of two domains passes, with two prompts."""
+    seen = [(8, "a", True), (8, "b", True), (9, "a", True), (9, "a", True), (9, "b", False)]
+    lines = [{"step": step, "domain": domain, "passed": ok} for step, domain, ok in seen]
+    metrics = {"breadth": small_repo.metric(breadth), "passes": small_repo.metric(passes)}
+    commit, parents = git(root, "rev-parse", "HEAD"), [folder(root, "train").name]
+    small_repo.record(root, "evaluate", 9, commit, metrics=metrics, series_lines={"audits.jsonl": lines}, parents=parents)
+
+
 BREAKS: dict[str, Callable[[Path], None]] = {
     "SCHEMA": lambda r: rechain(r, "train", put("surprise", value=1)),
     "SPEC-EMPTY": remove_gates,
@@ -145,6 +154,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
+    "RATES-STATED": lambda r: (r / "spec/chance.toml").unlink(),
     "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),
     "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
     "RUNNER-FED": lambda r: edit(r, "stack/train.py", '"loss"', '"los"'),
@@ -168,6 +178,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "PLACEHOLDER": lambda r: rechain(r, "train", nothing, series=lambda x: [line.update(loss_nats=1.0) for line in x]),
     "STEPS-CONTIGUOUS": lambda r: rechain(r, "train", nothing, series=lambda x: x.pop(2)),
     "METRIC-RECOMPUTE": lambda r: rechain(r, "train", metric("best_val_loss_nats", 1.0)),
+    "AUDIT-RECOMPUTE": lambda r: audited(r, 2, 2),
     "COMMIT": lambda r: rechain(r, "train", put("code", "commit", value="d" * 40)),
     "TIME": lambda r: rechain(r, "train", lambda d: d.update(started_at="2025-01-01T00:00:00Z", finished_at="2025-01-01T00:00:30Z")),
     "DIRTY": lambda r: rechain(r, "train", put("code", "dirty", value=True)),
@@ -249,6 +260,36 @@ def test_a_run_on_a_data_set_that_is_recorded_is_fine(repo):
     assert "DATA-RECORD" not in found(repo)
     rechain(repo, "train", lambda d: d["inputs"][-1].update(sha256="f" * 64))
     assert "DATA-RECORD" in found(repo)
+
+
+RATES = 'rates = { false_alarm = 0.01, per = "run", power = POWER, effect = "ten percent", measured_by = "tests/a.py::test_golden" }'
+
+
+@pytest.mark.parametrize(
+    ("power", "listed", "message"),
+    [
+        (0.9, "", None),
+        (0.01, "", "no more often"),
+        (0.9, '"loss.golden"', "not beyond chance"),
+        (0.9, '"loss.silver"', "is no gate"),
+    ],
+)
+def test_rates_are_stated_in_one_place_and_say_something(repo, power, listed, message):
+    edit(repo, "spec/gates/loss.toml", "[gate.limits]", RATES.replace("POWER", str(power)) + "\n[gate.limits]")
+    edit(repo, "spec/chance.toml", '"loss.golden"', listed)
+    assert [message in f.message for f in check(repo) if f.code == "RATES-STATED"] == ([True] if message else [])
+
+
+def test_a_gate_that_chance_is_said_to_spare_twice_is_refused(repo):
+    edit(repo, "spec/chance.toml", '"loss.golden"', '"loss.golden", "loss.golden"')
+    assert any("listed twice" in f.message for f in check(repo) if f.code == "SCHEMA")
+
+
+@pytest.mark.parametrize(("breadth", "passes", "named"), [(1, 2, None), (2, 2, "breadth"), (1, 3, "passes")])
+def test_breadth_is_that_of_the_answers(repo, breadth, passes, named):
+    audited(repo, breadth, passes)
+    said = [f.message for f in check(repo) if f.code == "AUDIT-RECOMPUTE"]
+    assert len(said) == bool(named) and all(named in message for message in said)
 
 
 def test_a_citation_of_a_test_that_is_there_is_fine(repo):

@@ -94,6 +94,9 @@ def test_the_record_holds_what_the_run_was(cfg, tmp_path):
     assert {"baseline_unigram_bits_per_byte", "baseline_bigram_bits_per_byte", "epochs"} <= set(record.metrics)
     assert len(record.gates) >= 18 and all(g.verdict == "pass" and g.checks >= 1 for g in record.gates)
     assert (tmp_path / "run/checkpoints/best").read_text() == f"step-{record.metric('best_step'):08d}"
+    samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert samples and all(0 <= s["score"] <= 100 and s["parts"]["bigram"] >= 0 and s["loss_nats"] > 0 for s in samples)
+    assert record.compute == "real", "what the user's own command line makes is real; only a caller that says so is synthetic"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Claims about a series are evaluated on the series: `monotone(x)`, `falls(x)` and `below(x, bound)`, in documents and in records."""
+"""Claims are evaluated on what they speak of: `monotone(x)`, `falls(x)`, `below(x, bound)` on a series, breadth on its answers."""
 
 import re
 from collections.abc import Iterator
@@ -80,3 +80,20 @@ def claim_series(repo: Repo) -> Found:
                 yield where, 0, f"{kind}({name}) does not hold: {problem}"
         if IN_WORDS.search(record.claim) and not CLAIM.search(record.claim):
             yield where, 0, f"the claim says {IN_WORDS.search(record.claim).group()} and names no series"
+
+
+@rule(
+    "AUDIT-RECOMPUTE",
+    title="The breadth of an audit is that of its answers",
+    why="A breadth that was edited, or counted over other answers, is a capability nobody has seen.",
+    hint="supersede the record with a true one",
+)
+def audit_recompute(repo: Repo) -> Found:
+    for record in repo.records.values():
+        lines = repo.series(record.id, "audits.jsonl")
+        last = [line for line in lines if line["step"] == max(x["step"] for x in lines)]
+        truth = {"passes": sum(line["passed"] for line in last), "breadth": len({line["domain"] for line in last if line["passed"]})}
+        for name, value in truth.items() if lines else ():
+            stated = record.metrics[name].value if name in record.metrics else None
+            if stated != value:
+                yield repo.record_file(record.id), 0, f"{name} = {stated}, its answers say {value}"

@@ -267,6 +267,25 @@ def test_exists(repo: Repo) -> Found:
 
 
 @rule(
+    "RATES-STATED",
+    title="Every gate states how often it is wrong, or why chance has no say in it",
+    why="A gate that decides on noise and does not say how often it errs cannot be weighed: its red may be luck, and its green blindness.",
+    hint="measure `rates` in tests/contracts/test_rates.py, or list the gate under a reason in spec/chance.toml",
+)
+def rates_stated(repo: Repo) -> Found:
+    for gate in repo.spec.gates.values():
+        if gate.rates is None and gate.id not in repo.spec.certain:
+            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} states no rates, and spec/chance.toml does not say why"
+        if gate.rates is not None and gate.id in repo.spec.certain:
+            yield "spec/chance.toml", 0, f"gate {gate.id} states rates, so it is not beyond chance"
+        if gate.rates is not None and gate.rates.power <= gate.rates.false_alarm:
+            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} is red on its effect no more often than on a clean run"
+    for gate_id in repo.spec.certain:
+        if gate_id not in repo.spec.gates:
+            yield "spec/chance.toml", 0, f"{gate_id} is no gate"
+
+
+@rule(
     "FAILURE-PLANTED",
     title="Every documented failure that can happen here has been planted",
     why="A failure that is known and never planted is the next one nobody sees. One that cannot happen yet is counted as awaiting.",

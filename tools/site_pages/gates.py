@@ -74,7 +74,7 @@ def gate_page(world: World, gate: Gate) -> Page:
         ),
         "## Limits",
         _limits(gate),
-        *_rates(gate),
+        *_rates(world, gate),
         "## Check",
         *_check(world, gate),
         "## Plants",
@@ -102,10 +102,10 @@ def _limits(gate: Gate) -> str:
     return table(["limit", "direction", "value", "unit", "why"], rows) if rows else "This gate has no number; its statement is all."
 
 
-def _rates(gate: Gate) -> list[str]:
-    """How often a statistical gate is wrong in either direction; nothing for a gate that compares."""
+def _rates(world: World, gate: Gate) -> list[str]:
+    """How often a statistical gate is wrong in either direction, or why chance has no say in it."""
     if (rates := gate.rates) is None:
-        return []
+        return ["## Rates", f"None: {prose(world.spec.certain.get(gate.id, 'not stated'))}"]
     rows = [
         [f"false alarms per {rates.per}", f"{rates.false_alarm:g}"],
         ["power", f"{rates.power:g}"],
