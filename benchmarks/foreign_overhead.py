@@ -84,7 +84,7 @@ def stock_trainer(device: str, n_steps: int, folder: str, watched: bool) -> tupl
     trainer.log = lambda *args, **kwargs: None
     started = now()
     trainer.train()
-    return clock.begun[0] - started, between(clock.begun), gates.cost().per_step if watched else 0.0
+    return clock.begun[0] - started, between(clock.begun), gates.cost().per_step_s if watched else 0.0
 
 
 def own_loop(device: str, n_steps: int, folder: str, watched: bool) -> tuple[float, Steps, float]:
@@ -108,7 +108,7 @@ def own_loop(device: str, n_steps: int, folder: str, watched: bool) -> tuple[flo
         return begun[0] - started, between(begun), 0.0
     with gated(model, optimizer, max_grad_norm=MAX_NORM) as gate:
         train()
-    return begun[0] - started, between(begun), gate.cost().per_step
+    return begun[0] - started, between(begun), gate.cost().per_step_s
 
 
 SCRIPTS: dict[str, Callable] = {"trainer": stock_trainer, "loop": own_loop}

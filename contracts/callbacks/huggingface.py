@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
@@ -47,6 +47,10 @@ class GateCallback(TrainerCallback):
     def first_failures(self) -> dict[str, int | None]:
         """Step of each red gate's first failure."""
         return self.session.first_failures() if self.session else {}
+
+    def cost(self) -> Cost | None:
+        """What looking has taken so far; None before training begins."""
+        return self.session.cost() if self.session else None
 
     # --- events of the trainer --------------------------------------------------------------------------------------
 
@@ -110,7 +114,8 @@ class GateCallback(TrainerCallback):
         step, predict = trainer.training_step, trainer.prediction_step
 
         def training_step(model, inputs, *args, **kwargs):
-            verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
+            with self.session.clock:
+                verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
             for document in complete:
                 digest.write(self._folders.pop(id(document)), document)
             if verdict is not None:

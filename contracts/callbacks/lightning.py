@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
@@ -48,6 +48,10 @@ class GateCallback(Callback):
     def first_failures(self) -> dict[str, int | None]:
         """Step of each red gate's first failure."""
         return self.session.first_failures() if self.session else {}
+
+    def cost(self) -> Cost | None:
+        """What looking has taken so far; None before training begins."""
+        return self.session.cost() if self.session else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 
 
@@ -55,6 +55,10 @@ class Gate:
     def first_failures(self) -> dict[str, int | None]:
         """Step of each red gate's first failure."""
         return self._session.first_failures()
+
+    def cost(self) -> Cost:
+        """What looking has taken so far."""
+        return self._session.cost()
 
     def _parts(self) -> dict[str, Any]:
         watch = self._watch
