@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from contracts.callbacks.huggingface import GateCallback
 from contracts.callbacks.plain import gated
+from spec.building import RecordBuilder
 from spec.gates import load_spec
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder
+from spec.provenance import environment
 
 CLAIM = "Step time of a stock transformers.Trainer and of a hand-written loop with the gates over that without them, alternating."
 NOT_COVERED = (

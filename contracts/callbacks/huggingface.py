@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from transformers import Trainer, TrainerCallback
 
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
+from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
 from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
+PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
 LOSS_GATES = ("loss.next-token", "loss.token-weights", "model.first-loss", "data.learnable-batch")
 
 
@@ -22,6 +25,7 @@ class GateCallback(TrainerCallback):
 
     Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON lines, default
     `gates.jsonl` in the output folder) and to logging, and nothing is raised. `skip` leaves gates out by id.
+    `record` names a folder for the record of the run; it is written when training ends or a gate halts it, by the first process only.
     """
 
     def __init__(
@@ -31,8 +35,10 @@ class GateCallback(TrainerCallback):
         log_path: str | Path | None = None,
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
+        record: str | Path | None = None,
     ):
-        self._mode, self._log_path, self._skip, self._only = mode, log_path, tuple(skip), only
+        self._mode, self._skip, self._only, self._record = mode, tuple(skip), only, record
+        self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
         self._trainer: Trainer | None = None
@@ -65,6 +71,8 @@ class GateCallback(TrainerCallback):
         if _other_objective(self._trainer):
             for gate_id in LOSS_GATES:
                 self.session.forget(gate_id, f"{type(self._trainer).__name__} does not learn the next token by cross-entropy")
+        if self._record and args.process_index == 0:
+            self._open_record(args, state, model, inner, lr_scheduler)
         with untouched(model):
             self.session.preflight(ingredients_of(model, inner, tokenizer))
         self._watch = Watch(
@@ -106,6 +114,17 @@ class GateCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()
+        status, reason, exit_code = how_it_ended(None)
+        if state.global_step < state.max_steps:
+            status, reason = "early_stopped", f"the trainer stopped at step {state.global_step} of {state.max_steps}"
+        self.session.on_end(status, reason, exit_code)
+
+    def _open_record(self, args, state, model, optimizer, scheduler) -> None:
+        plain, defaults = args.to_sanitized_dict(), {f.name: f.default for f in fields(args)}
+        told = {k: v for k, v in plain.items() if k not in PRIVATE and str(v) != str(defaults.get(k))}
+        trainer = trainer_of(type(self._trainer) if self._trainer else Trainer, "transformers")
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "first_step": state.global_step}
+        RunRecord(self._record, self.session, trainer=trainer, told=told, **parts)
 
     # --- what the trainer does not tell its callbacks ---------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from contracts.callbacks.probe import Probe, config_of, embedding_of, head_of, untouched
+from contracts.events import StepTaken
 from contracts.gate import Verdict, call_check, not_run
 from contracts.keeper import Gatekeeper
 from spec.errors import ConfigError, GateFailed
@@ -87,11 +88,16 @@ class Session:
         self.only = (known if only is None else set(only)) - set(skip)
         self.keeper = Gatekeeper(spec, kind=KIND, only=self.only, on_verdict=self._note)
         self.absent: dict[str, Verdict] = {}
+        self.left_out = known - self.only
         self.on_halt = lambda: None
+        self.on_step: Callable[[StepTaken], None] = lambda event: None
+        self.on_end: Callable[[str, str, int], None] = lambda status, reason, exit_code: None
         self.clock, self.steps, self._preflight_s = Stopwatch(), 0, 0.0
 
     def observe(self, event: Any) -> None:
         """Show an event to the gates. Raises GateFailed in mode `raise`."""
+        if isinstance(event, StepTaken):
+            self.on_step(event)
         self._guard(lambda: self.keeper.observe(event))
 
     def preflight(self, ingredients: Mapping[str, Any]) -> None:
@@ -126,9 +132,10 @@ class Session:
     def _guard(self, ask) -> None:
         try:
             ask()
-        except GateFailed:
+        except GateFailed as e:
             if self.mode == "raise":
                 self.on_halt()
+                self.on_end("halted", str(e).splitlines()[0], e.exit_code)
                 raise
 
     def _note(self, gate_id: str, step: int | None, verdict: Verdict) -> None:

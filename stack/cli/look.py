@@ -29,10 +29,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Bits per byte and per character, numerator and denominator over the same bytes. Writes a record."""
+    from spec.building import RecordBuilder, artefact
+    from spec.provenance import environment
     from stack.cli.models import open_model
     from stack.evaluate.bits_per_byte import evaluate_text
-    from stack.evidence.provenance import environment
-    from stack.evidence.record import RecordBuilder, artefact
 
     opened = open_model(model, tokenizer)
     builder = _builder(RecordBuilder, opened, environment())
