@@ -72,6 +72,23 @@ def of_both(model: nn.Module, other: nn.Module) -> dict[str, Any]:
     }
 
 
+def of_processes(model: nn.Module) -> dict[str, Any] | None:
+    """What the gate of reloading compares where several processes hold one model: this one's tensors, and those of one that differs.
+
+    Every process has to call this at the same time, and all come to the same verdict. None where there is one process.
+    """
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
+        return None
+    names, tensors = zip(*model.named_parameters())
+    own = checksums(tensors).to(tensors[0].device)
+    held = [torch.empty_like(own) for _ in range(group.get_world_size())]
+    group.all_gather(held, own)
+    live, *others = ([int(x) for x in sums] for sums in (own, *held))
+    other = next((sums for sums in others if sums != live), live)
+    return {"live": dict(zip(names, live)), "reloaded": dict(zip(names, other)), "live_tied": is_tied(model), "reloaded_tied": is_tied(model)}
+
+
 def is_tied(model: nn.Module) -> bool:
     """Whether embedding and head are one tensor."""
     pair = [getattr(m, "weight", None) for m in (embedding_of(model), head_of(model))]

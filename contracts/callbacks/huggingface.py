@@ -100,13 +100,18 @@ class GateCallback(TrainerCallback):
 
     def on_save(self, args, state, control, *, model, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._watch is None or not folder.is_dir():
+        if self._watch is None or not (folder.is_dir() or args.world_size > 1):
             return
         watch = self._watch
+        if (replicas := digest.of_processes(model)) is not None:  # nobody reads on before the first process has written
+            self.session.artifact(replicas, state.global_step)
         document = self._memory.saved(digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step))
-        digest.write(folder, document)
-        self._folders[id(document)] = folder
-        if not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
+        if args.process_index == 0:
+            digest.write(folder, document)
+            self._folders[id(document)] = folder
+        if not (folder / "config.json").is_file():
+            self.session.forget("checkpoint.reload", "what is saved is no whole model, as with adapters")
+        elif not self._reloaded and hasattr(model, "from_pretrained"):
             self._reloaded = True
             with untouched(model):
                 other = type(model).from_pretrained(folder, dtype=model.dtype)
@@ -136,7 +141,8 @@ class GateCallback(TrainerCallback):
             with self.session.clock:
                 verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
             for document in complete:
-                digest.write(self._folders.pop(id(document)), document)
+                if folder := self._folders.pop(id(document), None):
+                    digest.write(folder, document)
             if verdict is not None:
                 self.session.observe(verdict)
             self._watch.batch = dict(inputs)

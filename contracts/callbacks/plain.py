@@ -85,8 +85,11 @@ def gated(
 
     The model maps ids (B, T) to logits (B, T, V), alone or beside a loss, and is called as a module. `max_grad_norm` is what the loop
     clips at (infinity: nothing), `scaler` a GradScaler. Raises GateFailed at the first red gate that halts; with mode "log" nothing.
-    `record` names a folder for the record of the run, written when the block ends however it ends.
+    `record` names a folder for the record of the run, written when the block ends however it ends. What `accelerate` has prepared
+    may be given as it is, and so may a model that `torch.compile` has made; before step 1 what it was made of is asked.
     """
+    model = getattr(model, "_orig_mod", model)
+    optimizer, scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
     session = Session(mode, log_path=log_path or (Path(record) / LOG if record else None), skip=skip, only=only)
     if record:
         told = {"max_grad_norm": max_grad_norm}

@@ -48,15 +48,15 @@ def silent_places(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor | No
     elif pad_id is not None:
         silent |= trailing_padding(ids_BT, pad_id, eos_id)[:, 1:]
     if labels_BT is not None and labels_BT.shape == ids_BT.shape:
-        silent |= (labels_BT[:, :-1] if is_ahead(ids_BT, labels_BT) else labels_BT[:, 1:]) == IGNORE
+        silent |= torch.where(is_ahead(ids_BT, labels_BT), labels_BT[:, :-1], labels_BT[:, 1:]) == IGNORE
     return silent
 
 
-def is_ahead(ids_BT: Tensor, labels_BT: Tensor) -> bool:
-    """Whether labels stand one place ahead of their tokens, as a loss that does not shift wants them."""
+def is_ahead(ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """() bool: whether labels stand one place ahead of their tokens, as a loss that does not shift wants them."""
     here, ahead = labels_BT == ids_BT, labels_BT[:, :-1] == ids_BT[:, 1:]
     valid = labels_BT != IGNORE
-    return bool((ahead & valid[:, :-1]).sum() > (here & valid).sum())
+    return (ahead & valid[:, :-1]).sum() > (here & valid).sum()
 
 
 def trailing_padding(ids_BT: Tensor, pad_id: int, eos_id: int | None) -> Tensor:

@@ -4,6 +4,7 @@ B batch, T tokens, V vocab
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,14 +94,15 @@ class Watch:
         self._handles = self._attach(update_hooks)
 
     def _attach(self, update_hooks: bool) -> list:
+        shy = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook  # looking is no part of a compiled graph
         candidates = [self.model, *(m for m in self.model.children() if not isinstance(m, (nn.Embedding, nn.ModuleList)))]
-        handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in candidates]
-        handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in candidates]
+        handles = [m.register_forward_pre_hook(shy(self._before), with_kwargs=True) for m in candidates]
+        handles += [m.register_forward_hook(shy(self._after), with_kwargs=True) for m in candidates]
         if (head := probe.head_of(self.model)) is not None:
-            handles.append(head.register_forward_hook(self._head))
+            handles.append(head.register_forward_hook(shy(self._head)))
         base = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "-", None)
         if isinstance(base, nn.Module):
-            handles.append(base.register_forward_hook(self._base))
+            handles.append(base.register_forward_hook(shy(self._base)))
         if update_hooks:
             handles.append(self.optimizer.register_step_pre_hook(lambda *_: self.before_update()))
         handles.append(self.optimizer.register_step_post_hook(lambda *_: self.after_update(also_before=not update_hooks)))
@@ -227,7 +229,7 @@ class Watch:
         if not self._in_backward:
             self._in_backward = True
             self._begin_pass()
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+            self._when_done(lambda: self._when_done(self._end_pass))  # once more, as a wrapper may average gradients in one of its own
         told = {"scale": self.facts.loss_scale(), "smoothing": self.facts.smoothing, "n_labels": place["labels"], "loss": place["loss"]}
         self._turn += 1
         self._now.unread.append(read(values, gradient, place["ids"], place["silent"], head=head, turn=self._turn, **told))
@@ -239,6 +241,11 @@ class Watch:
         elif self._norms_after is not None:
             now.lost = now.lost + (norms.nan_to_num() != self._norms_after.nan_to_num()).any()
         now.passes += 1
+
+    @staticmethod
+    def _when_done(call: Callable[[], None]) -> None:
+        """Call when the backward pass is over, after whatever asked for that before."""
+        torch.autograd.Variable._execution_engine.queue_callback(call)
 
     @timed
     def _end_pass(self) -> None:
