@@ -86,7 +86,12 @@ def of_processes(model: nn.Module) -> dict[str, Any] | None:
     group.all_gather(held, own)
     live, *others = ([int(x) for x in sums] for sums in (own, *held))
     other = next((sums for sums in others if sums != live), live)
-    return {"live": dict(zip(names, live)), "reloaded": dict(zip(names, other)), "live_tied": is_tied(model), "reloaded_tied": is_tied(model)}
+    return {
+        "live": dict(zip(names, live)),
+        "reloaded": dict(zip(names, other)),
+        "live_tied": is_tied(model),
+        "reloaded_tied": is_tied(model),
+    }
 
 
 def is_tied(model: nn.Module) -> bool:

@@ -109,9 +109,9 @@ class GateCallback(TrainerCallback):
         if args.process_index == 0:
             digest.write(folder, document)
             self._folders[id(document)] = folder
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and args.world_size == 1:
             self.session.forget("checkpoint.reload", "what is saved is no whole model, as with adapters")
-        elif not self._reloaded and hasattr(model, "from_pretrained"):
+        elif not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
             self._reloaded = True
             with untouched(model):
                 other = type(model).from_pretrained(folder, dtype=model.dtype)

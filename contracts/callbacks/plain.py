@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.callbacks import digest
-from contracts.callbacks.probe import config_of, untouched
+from contracts.callbacks.probe import config_of, untouched, unwrapped
 from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
 from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
@@ -88,7 +88,7 @@ def gated(
     `record` names a folder for the record of the run, written when the block ends however it ends. What `accelerate` has prepared
     may be given as it is, and so may a model that `torch.compile` has made; before step 1 what it was made of is asked.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     optimizer, scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
     session = Session(mode, log_path=log_path or (Path(record) / LOG if record else None), skip=skip, only=only)
     if record:
