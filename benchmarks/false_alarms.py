@@ -21,8 +21,8 @@ from pathlib import Path
 
 from side_by_side import open_record
 
+from spec.provenance import code_state
 from spec.records import Code, Record, read_record
-from stack.evidence.provenance import code_state
 
 CONFIDENCE = 0.95
 STEPS = 48

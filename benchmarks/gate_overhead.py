@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from our_run import announce, bare_step, gated_step, open_run
 
+from spec.building import RecordBuilder
 from spec.gates import load_spec
+from spec.provenance import environment
 from stack.config import load_config
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder
 from stack.recipes import recipe
 from stack.train import session
 

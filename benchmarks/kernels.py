@@ -319,7 +319,7 @@ def try_tiles(sizes: Sizes, rounds: int) -> None:
 
 def open_gpu_record(options: argparse.Namespace, title: str):
     """The record, with the GPU's facts in place of the CPU's."""
-    from stack.evidence.provenance import environment
+    from spec.provenance import environment
 
     builder = open_record(options, title)
     if builder is not None:

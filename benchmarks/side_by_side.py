@@ -123,9 +123,9 @@ def open_record(options: Namespace, name: str):
     """The record of a benchmark, opened before anything is measured; None if nobody asked for one."""
     if options.run_dir is None:
         return None
+    from spec.building import RecordBuilder
     from spec.gates import load_spec
-    from stack.evidence.provenance import environment
-    from stack.evidence.record import RecordBuilder
+    from spec.provenance import environment
 
     machine = facts(tuple(c for c in PEER_PACKAGES if not why_not(IMPORT_NAME.get(c, c))))
     versions = {f"peer_{k}": v for k, v in machine.pop("versions").items()}

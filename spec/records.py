@@ -10,7 +10,9 @@ from spec.errors import IntegrityError
 from spec.gates import Frozen
 
 SCHEMA = "stackproof/record/1"
-Kind = Literal["train", "tune", "evaluate", "trace", "compare", "falsification", "export", "import", "benchmark", "resume", "rerun", "data"]
+Kind = Literal[
+    "train", "tune", "evaluate", "trace", "compare", "falsification", "export", "import", "benchmark", "resume", "rerun", "data", "foreign"
+]
 Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempted", "failed"]
 Scalar = bool | int | float | str | None
 Sha256 = str

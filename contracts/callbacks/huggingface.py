@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from transformers import Trainer, TrainerCallback
 
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
+from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
+PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
 LOSS_GATES = ("loss.next-token", "loss.token-weights", "model.first-loss", "data.learnable-batch")
 
 
@@ -22,6 +25,7 @@ class GateCallback(TrainerCallback):
 
     Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON lines, default
     `gates.jsonl` in the output folder) and to logging, and nothing is raised. `skip` leaves gates out by id.
+    `record` names a folder for the record of the run; it is written when training ends or a gate halts it, by the first process only.
     """
 
     def __init__(
@@ -31,8 +35,10 @@ class GateCallback(TrainerCallback):
         log_path: str | Path | None = None,
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
+        record: str | Path | None = None,
     ):
-        self._mode, self._log_path, self._skip, self._only = mode, log_path, tuple(skip), only
+        self._mode, self._skip, self._only, self._record = mode, tuple(skip), only, record
+        self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
         self._trainer: Trainer | None = None
@@ -48,6 +54,10 @@ class GateCallback(TrainerCallback):
         """Step of each red gate's first failure."""
         return self.session.first_failures() if self.session else {}
 
+    def cost(self) -> Cost | None:
+        """What looking has taken so far; None before training begins."""
+        return self.session.cost() if self.session else None
+
     # --- events of the trainer --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, processing_class=None, **kwargs):
@@ -61,6 +71,8 @@ class GateCallback(TrainerCallback):
         if _other_objective(self._trainer):
             for gate_id in LOSS_GATES:
                 self.session.forget(gate_id, f"{type(self._trainer).__name__} does not learn the next token by cross-entropy")
+        if self._record and args.process_index == 0:
+            self._open_record(args, state, model, inner, lr_scheduler)
         with untouched(model):
             self.session.preflight(ingredients_of(model, inner, tokenizer))
         self._watch = Watch(
@@ -88,13 +100,18 @@ class GateCallback(TrainerCallback):
 
     def on_save(self, args, state, control, *, model, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._watch is None or not folder.is_dir():
+        if self._watch is None or not (folder.is_dir() or args.world_size > 1):
             return
         watch = self._watch
+        if (replicas := digest.of_processes(model)) is not None:  # nobody reads on before the first process has written
+            self.session.artifact(replicas, state.global_step)
         document = self._memory.saved(digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step))
-        digest.write(folder, document)
-        self._folders[id(document)] = folder
-        if not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
+        if args.process_index == 0:
+            digest.write(folder, document)
+            self._folders[id(document)] = folder
+        if not (folder / "config.json").is_file() and args.world_size == 1:
+            self.session.forget("checkpoint.reload", "what is saved is no whole model, as with adapters")
+        elif not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
             self._reloaded = True
             with untouched(model):
                 other = type(model).from_pretrained(folder, dtype=model.dtype)
@@ -102,6 +119,17 @@ class GateCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()
+        status, reason, exit_code = how_it_ended(None)
+        if state.global_step < state.max_steps:
+            status, reason = "early_stopped", f"the trainer stopped at step {state.global_step} of {state.max_steps}"
+        self.session.on_end(status, reason, exit_code)
+
+    def _open_record(self, args, state, model, optimizer, scheduler) -> None:
+        plain, defaults = args.to_sanitized_dict(), {f.name: f.default for f in fields(args)}
+        told = {k: v for k, v in plain.items() if k not in PRIVATE and str(v) != str(defaults.get(k))}
+        trainer = trainer_of(type(self._trainer) if self._trainer else Trainer, "transformers")
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "first_step": state.global_step}
+        RunRecord(self._record, self.session, trainer=trainer, told=told, **parts)
 
     # --- what the trainer does not tell its callbacks ---------------------------------------------------------------
 
@@ -110,9 +138,11 @@ class GateCallback(TrainerCallback):
         step, predict = trainer.training_step, trainer.prediction_step
 
         def training_step(model, inputs, *args, **kwargs):
-            verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
+            with self.session.clock:
+                verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
             for document in complete:
-                digest.write(self._folders.pop(id(document)), document)
+                if folder := self._folders.pop(id(document), None):
+                    digest.write(folder, document)
             if verdict is not None:
                 self.session.observe(verdict)
             self._watch.batch = dict(inputs)

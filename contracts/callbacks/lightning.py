@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
+from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
@@ -22,6 +23,7 @@ class GateCallback(Callback):
     The language model is the LightningModule itself, or its one child that is called with ids (B, T) and gives logits (B, T, V);
     `model` names the attribute where it cannot be guessed. Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts
     go to `log_path` (JSON lines, default `gates.jsonl` in the root folder) and to logging, and nothing is raised.
+    `record` names a folder for the record of the run, written when it ends however it ends.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class GateCallback(Callback):
         log_path: str | Path | None = None,
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
+        record: str | Path | None = None,
     ):
         self._mode, self._name, self._tokenizer = mode, model, tokenizer
-        self._log_path, self._skip, self._only = log_path, tuple(skip), only
+        self._skip, self._only, self._record = tuple(skip), only, record
+        self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
         self._memory = digest.Memory()
@@ -49,6 +53,10 @@ class GateCallback(Callback):
         """Step of each red gate's first failure."""
         return self.session.first_failures() if self.session else {}
 
+    def cost(self) -> Cost | None:
+        """What looking has taken so far; None before training begins."""
+        return self.session.cost() if self.session else None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
         self._watch = None
@@ -60,6 +68,11 @@ class GateCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = getattr(pl_module, self._name) if self._name else _language_model(pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        if self._record and trainer.is_global_zero and optimizer is not None:
+            configs, told = trainer.lr_scheduler_configs, {"max_grad_norm": trainer.gradient_clip_val, "precision": trainer.precision}
+            parts = {"model": model, "optimizer": optimizer, "scheduler": configs[0].scheduler if configs else None}
+            said = trainer_of(type(trainer), "lightning")
+            RunRecord(self._record, self.session, trainer=said, told=told, first_step=trainer.global_step, **parts)
         with untouched(pl_module):
             given = ingredients_of(model, None, self._tokenizer)
             if optimizer is not None:
@@ -105,9 +118,12 @@ class GateCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
+        self.session.on_end(*how_it_ended(None))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
+        if self.session is not None:
+            self.session.on_end(*how_it_ended(exception))
 
     def _parts(self) -> dict[str, Any]:
         return digest.of_run(self._watch.model, self._watch.optimizer, self._watch.scheduler, self._watch.step)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from contracts.callbacks import digest
-from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.session import Mode, Session, ingredients_of
+from contracts.callbacks.probe import config_of, untouched, unwrapped
+from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
+from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 
 
@@ -56,6 +57,10 @@ class Gate:
         """Step of each red gate's first failure."""
         return self._session.first_failures()
 
+    def cost(self) -> Cost:
+        """What looking has taken so far."""
+        return self._session.cost()
+
     def _parts(self) -> dict[str, Any]:
         watch = self._watch
         return digest.of_run(watch.model, watch.optimizer, watch.scheduler, watch.step)
@@ -74,13 +79,22 @@ def gated(
     log_path: str | Path | None = None,
     skip: Iterable[str] = (),
     only: Iterable[str] | None = None,
+    record: str | Path | None = None,
 ) -> Iterator[Gate]:
     """Ask the preflight gates on the live model, then watch every step until the block ends.
 
     The model maps ids (B, T) to logits (B, T, V), alone or beside a loss, and is called as a module. `max_grad_norm` is what the loop
     clips at (infinity: nothing), `scaler` a GradScaler. Raises GateFailed at the first red gate that halts; with mode "log" nothing.
+    `record` names a folder for the record of the run, written when the block ends however it ends. What `accelerate` has prepared
+    may be given as it is, and so may a model that `torch.compile` has made; before step 1 what it was made of is asked.
     """
-    session = Session(mode, log_path=log_path, skip=skip, only=only)
+    model = unwrapped(model)
+    optimizer, scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
+    session = Session(mode, log_path=log_path or (Path(record) / LOG if record else None), skip=skip, only=only)
+    if record:
+        told = {"max_grad_norm": max_grad_norm}
+        trainer = trainer_of(torch.optim.Optimizer, "torch") | {"name": "a loop written by hand"}
+        RunRecord(record, session, model=model, optimizer=optimizer, scheduler=scheduler, trainer=trainer, told=told)
     with untouched(model):
         session.preflight(ingredients_of(model, optimizer, tokenizer))
     config = config_of(model)
@@ -95,5 +109,10 @@ def gated(
     session.on_halt = watch.detach
     try:
         yield Gate(session, watch)
+    except BaseException as e:
+        session.on_end(*how_it_ended(e))
+        raise
+    else:
+        session.on_end(*how_it_ended(None))
     finally:
         watch.detach()

@@ -19,6 +19,17 @@ MASK = "attention_mask"
 MAX_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len", "block_size", "n_ctx", "context_length")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or a wrapper for several processes was made of; other models are themselves."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 @contextmanager
 def untouched(*modules: nn.Module) -> Iterator[None]:
     """Modes, buffers, gradients and every random stream (Python, numpy, torch, each GPU) are afterwards as before, also after an error."""

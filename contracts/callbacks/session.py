@@ -3,14 +3,16 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from contracts.callbacks.probe import Probe, config_of, embedding_of, head_of, untouched
+from contracts.events import StepTaken
 from contracts.gate import Verdict, call_check, not_run
 from contracts.keeper import Gatekeeper
 from spec.errors import ConfigError, GateFailed
@@ -19,6 +21,46 @@ from spec.gates import load_spec
 KIND = "foreign"
 Mode = Literal["raise", "log"]
 logger = logging.getLogger("stackproof.gates")
+
+
+class Cost(NamedTuple):
+    """What looking took: seconds before step 1, seconds of all later looks, and the optimizer steps these belong to."""
+
+    preflight_s: float
+    watching_s: float
+    steps: int
+
+    @property
+    def per_step_s(self) -> float:
+        return self.watching_s / max(1, self.steps)
+
+
+class Stopwatch:
+    """Seconds inside `with`; one inside another counts once."""
+
+    def __init__(self):
+        self.seconds, self._depth, self._began = 0.0, 0, 0.0
+
+    def __enter__(self):
+        if self._depth == 0:
+            self._began = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *_):
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.perf_counter() - self._began
+
+
+def timed(method: Callable) -> Callable:
+    """A method of something that has a session; its time is counted there."""
+
+    @wraps(method)
+    def counted(self, *args, **kwargs):
+        with self.session.clock:
+            return method(self, *args, **kwargs)
+
+    return counted
 
 
 class Session:
@@ -46,15 +88,25 @@ class Session:
         self.only = (known if only is None else set(only)) - set(skip)
         self.keeper = Gatekeeper(spec, kind=KIND, only=self.only, on_verdict=self._note)
         self.absent: dict[str, Verdict] = {}
+        self.left_out = known - self.only
         self.on_halt = lambda: None
+        self.on_step: Callable[[StepTaken], None] = lambda event: None
+        self.on_end: Callable[[str, str, int], None] = lambda status, reason, exit_code: None
+        self.clock, self.steps, self._preflight_s = Stopwatch(), 0, 0.0
 
     def observe(self, event: Any) -> None:
         """Show an event to the gates. Raises GateFailed in mode `raise`."""
+        if isinstance(event, StepTaken):
+            self.on_step(event)
         self._guard(lambda: self.keeper.observe(event))
 
     def preflight(self, ingredients: Mapping[str, Any]) -> None:
         """Ask every preflight gate. Raises GateFailed in mode `raise`."""
-        self._guard(lambda: self.keeper.preflight(ingredients))
+        began = time.perf_counter()
+        try:
+            self._guard(lambda: self.keeper.preflight(ingredients))
+        finally:
+            self._preflight_s += time.perf_counter() - began
 
     def artifact(self, ingredients: Mapping[str, Any], step: int) -> None:
         """Ask the artifact gates. Raises GateFailed in mode `raise`."""
@@ -64,6 +116,10 @@ class Session:
         """Take a gate out, because its question has no meaning here; its verdict stays `not_run` with the reason."""
         if self.keeper.seats.pop(gate_id, None):
             self.absent[gate_id] = not_run(why)
+
+    def cost(self) -> Cost:
+        """What looking has taken so far."""
+        return Cost(self._preflight_s, self.clock.seconds, self.steps)
 
     def verdicts(self) -> dict[str, Verdict]:
         """Verdict of every gate so far; one that was never asked is `not_run`."""
@@ -76,9 +132,10 @@ class Session:
     def _guard(self, ask) -> None:
         try:
             ask()
-        except GateFailed:
+        except GateFailed as e:
             if self.mode == "raise":
                 self.on_halt()
+                self.on_end("halted", str(e).splitlines()[0], e.exit_code)
                 raise
 
     def _note(self, gate_id: str, step: int | None, verdict: Verdict) -> None:

@@ -4,6 +4,7 @@ B batch, T tokens, V vocab
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from contracts.callbacks import probe
-from contracts.callbacks.digest import checksums, gathered
-from contracts.callbacks.reading import IGNORE, Reading, read, silent_places, trailing_padding
-from contracts.callbacks.session import Session
+from contracts.callbacks import batch, probe
+from contracts.callbacks.movement import Movement
+from contracts.callbacks.reading import IGNORE, Reading, Unread, read, resolve, silent_places
+from contracts.callbacks.session import Session, timed
 from contracts.events import StepTaken
-from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, Moved, RatesUsed
-
-VISIBLE_RATE = 1e-7
+from contracts.witness import GradientsSeen, LossRead, ModeSeen, RatesUsed
 
 
 @dataclass
@@ -44,10 +43,11 @@ class Facts:
 class _Step:
     """What one optimizer step has shown so far."""
 
+    unread: list[Unread] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    stale_norm: float = 0.0
-    lost: int = 0
+    losses: list[Tensor | float] = field(default_factory=list)
+    stale: Tensor | None = None
+    lost: Tensor | int = 0
     passes: int = 0
     judged: bool = False
 
@@ -79,13 +79,10 @@ class Watch:
         self.embedding_rows = int(embedding.weight.shape[0]) if embedding is not None else 0
         self.drops = bool(probe.dropout_names(model))
         self._now, self._inside, self._busy, self._in_backward, self._repeat_due = _Step(), None, False, False, True
+        self._turn = 0
         self._head_output: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._told: float | None = None
-        self._names, self._parameters = map(list, zip(*model.named_parameters()))
-        self._frozen_at_first = [not p.requires_grad for p in self._parameters]
-        self._first = self._sums = checksums(self._parameters)
-        self._still = [0] * len(self._parameters)
+        self._parameters, self._movement = list(model.parameters()), Movement(model)
         self._norms_after: Tensor | None = None
         self._rates: tuple[float, ...] = ()
         if self.facts.max_grad_norm is None:
@@ -97,14 +94,15 @@ class Watch:
         self._handles = self._attach(update_hooks)
 
     def _attach(self, update_hooks: bool) -> list:
+        shy = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook  # looking is no part of a compiled graph
         candidates = [self.model, *(m for m in self.model.children() if not isinstance(m, (nn.Embedding, nn.ModuleList)))]
-        handles = [m.register_forward_pre_hook(self._before, with_kwargs=True) for m in candidates]
-        handles += [m.register_forward_hook(self._after, with_kwargs=True) for m in candidates]
+        handles = [m.register_forward_pre_hook(shy(self._before), with_kwargs=True) for m in candidates]
+        handles += [m.register_forward_hook(shy(self._after), with_kwargs=True) for m in candidates]
         if (head := probe.head_of(self.model)) is not None:
-            handles.append(head.register_forward_hook(self._head))
+            handles.append(head.register_forward_hook(shy(self._head)))
         base = getattr(self.model, getattr(self.model, "base_model_prefix", "") or "-", None)
         if isinstance(base, nn.Module):
-            handles.append(base.register_forward_hook(self._base))
+            handles.append(base.register_forward_hook(shy(self._base)))
         if update_hooks:
             handles.append(self.optimizer.register_step_pre_hook(lambda *_: self.before_update()))
         handles.append(self.optimizer.register_step_post_hook(lambda *_: self.after_update(also_before=not update_hooks)))
@@ -117,10 +115,11 @@ class Watch:
 
     def tell_loss(self, loss: Tensor | float) -> None:
         """The loss of one micro-step as the trainer has it, before any logger."""
-        self._now.losses.append(float(loss))
+        self._now.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
+    @timed
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._busy or self._inside not in (None, module) or not (phase := self.phase()):
             return
@@ -136,8 +135,11 @@ class Watch:
         if not torch.is_grad_enabled():
             return
         places = named.get("position_ids")
-        length = int(places.max()) + 1 if isinstance(places, Tensor) and places.numel() else ids.shape[1]
-        self._see_batch(ids, length, *self._mask_and_labels(ids, named))
+        facts = {"pad_id": self.facts.pad_id, "eos_id": self.facts.eos_id, "step": self.step + 1}
+        facts |= {"max_length": self.max_length, "embedding_rows": self.embedding_rows}
+        self.session.observe(
+            batch.describe(ids, *self._mask_and_labels(ids, named), places if isinstance(places, Tensor) else None, **facts)
+        )
         idle = self.drops and not module.training
         self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
 
@@ -150,38 +152,6 @@ class Watch:
             labels = probe.labels_of(self.batch) if labels is None else labels
         return tuple(t.to(ids.device) if isinstance(t, Tensor) and t.shape == ids.shape else None for t in (mask, labels))
 
-    def _see_batch(self, ids: Tensor, length: int, mask: Tensor | None, labels: Tensor | None) -> None:
-        pad, eos = self.facts.pad_id, self.facts.eos_id
-        text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
-        padding = ~text
-        if mask is None and pad is not None:
-            padding = trailing_padding(ids, pad, eos)
-            padding &= torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)  # one end of text is text
-        stops = learned_stops = n_padding = 0
-        valid = torch.ones_like(ids, dtype=torch.bool) if labels is None else labels != IGNORE
-        own = labels is not None and bool((labels == ids)[valid].float().mean() > 0.5) if bool(valid.any()) else False
-        if own and eos is not None and (mask is not None or pad != eos):
-            ends = (ids == eos)[:, 1:] & text[:, 1:] & ~padding[:, 1:] & valid[:, :-1]
-            stops, learned_stops = int(ends.sum()), int((ends & valid[:, 1:]).sum())
-        if own:
-            n_padding = int((valid & padding).sum())
-        self.session.observe(
-            BatchSeen(
-                step=self.step + 1,
-                n_rows=ids.shape[0],
-                length=length,
-                max_length=self.max_length,
-                min_id=int(ids.min()),
-                max_id=int(ids.max()),
-                embedding_rows=self.embedding_rows,
-                n_labels=0 if labels is None else labels.numel(),
-                n_valid=int(valid[:, 1:].sum()) if own or labels is None or not bool(valid.any()) else int(valid.sum()),
-                n_stops=stops,
-                n_stops_learned=learned_stops,
-                n_padding_labels=n_padding,
-            )
-        )
-
     def _base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._inside is not None:
             self._hidden = getattr(output, "last_hidden_state", None)
@@ -190,6 +160,7 @@ class Watch:
         if self._inside is not None and isinstance(output, Tensor):
             self._head_output = output
 
+    @timed
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self._busy or self._inside is not module:
             return
@@ -209,9 +180,9 @@ class Watch:
             return
         mask, labels = self._mask_and_labels(ids, named)
         place = {"ids": ids, "silent": silent_places(ids, mask, labels, self.facts.pad_id, self.facts.eos_id), "done": False}
-        place["labels"] = 0 if labels is None else int((labels != IGNORE).sum())
+        place["labels"] = None if labels is None else (labels != IGNORE).sum()
         loss = probe.loss_of(output)
-        place["loss"] = None if loss is None else float(loss.detach())
+        place["loss"] = None if loss is None else loss.detach()
         for tensor, weight in sources:
             tensor.register_hook(lambda g, tensor=tensor.detach(), weight=weight: self._backward(place, tensor, g, weight))
 
@@ -250,6 +221,7 @@ class Watch:
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
+    @timed
     def _backward(self, place: dict, values: Tensor, gradient: Tensor, head: Tensor | None) -> None:
         if place["done"] or self._busy:
             return
@@ -257,37 +229,44 @@ class Watch:
         if not self._in_backward:
             self._in_backward = True
             self._begin_pass()
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
-        scale, smoothing = self.facts.loss_scale(), self.facts.smoothing
-        reading = read(values, gradient, place["ids"], place["silent"], head=head, scale=scale, smoothing=smoothing)
-        reading.n_labels = place["labels"]
-        if place["loss"] is not None and not math.isfinite(place["loss"]):
-            reading.finite = False
-        self._now.readings.append(reading)
+            self._when_done(lambda: self._when_done(self._end_pass))  # once more, as a wrapper may average gradients in one of its own
+        told = {"scale": self.facts.loss_scale(), "smoothing": self.facts.smoothing, "n_labels": place["labels"], "loss": place["loss"]}
+        self._turn += 1
+        self._now.unread.append(read(values, gradient, place["ids"], place["silent"], head=head, turn=self._turn, **told))
 
     def _begin_pass(self) -> None:
-        norms = self._norms()
-        if self._now.passes == 0:
-            self._now.stale_norm = float(norms.norm())
+        norms, now = self._norms(), self._now
+        if now.passes == 0:
+            now.stale = norms
         elif self._norms_after is not None:
-            self._now.lost += not torch.equal(norms.nan_to_num(), self._norms_after.nan_to_num())
-        self._now.passes += 1
+            now.lost = now.lost + (norms.nan_to_num() != self._norms_after.nan_to_num()).any()
+        now.passes += 1
 
+    @staticmethod
+    def _when_done(call: Callable[[], None]) -> None:
+        """Call when the backward pass is over, after whatever asked for that before."""
+        torch.autograd.Variable._execution_engine.queue_callback(call)
+
+    @timed
     def _end_pass(self) -> None:
         self._in_backward = False
         self._norms_after = self._norms()
 
+    @torch.no_grad()
     def _norms(self) -> Tensor:
-        """(P,) float64: the norm of each parameter's gradient, 0 where there is none."""
+        """(P,) float64: the norm of each parameter's gradient, 0 where there is none; on the device of the first parameter."""
+        home = self._parameters[0].device
         held = [(i, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
-        norms = torch.zeros(len(self._parameters), dtype=torch.float64)
+        norms = torch.zeros(len(self._parameters), dtype=torch.float64, device=home)
         if held:
             places, gradients = zip(*held)
-            norms[list(places)] = gathered([torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in gradients], torch.float64)
+            found = torch._foreach_norm([g.detach() for g in gradients], 2, dtype=torch.float32)
+            norms[list(places)] = torch.stack([n.to(home) for n in found]).double()
         return norms
 
     # --- update -----------------------------------------------------------------------------------------------------
 
+    @timed
     def before_update(self) -> None:
         """Everything that is known before weights move. Raises GateFailed in mode `raise`, so that a bad update never lands."""
         now = self._now
@@ -298,15 +277,19 @@ class Watch:
             return
         now.judged = True
         step, scale = self.step + 1, self.facts.loss_scale()
-        after, used = self._norms_after, self._norms()
+        lost = torch.as_tensor(now.lost).double().reshape(1)
+        losses = [torch.as_tensor(x).double().reshape(1) for x in now.losses]
+        now.readings, told = resolve(now.unread, [self._norms_after, self._norms(), now.stale, lost, *losses])
+        after, used, stale, lost, *losses = told
         norm, clipped = float(after.norm()) / scale, float(used.norm())
         finite = all(r.finite for r in now.readings)
-        loss = sum(now.losses) if now.losses else self._mean_nats()
+        loss = float(sum(losses)) if losses else self._mean_nats()
         self.session.observe(self._step_taken(step, loss if finite else math.nan, norm, clipped))
         if not (finite and math.isfinite(norm)):
             return
         self._observe_loss(step)
-        self.session.observe(GradientsSeen(step, now.passes, now.stale_norm, now.lost, self._factor_spread(after, used)))
+        spread = self._factor_spread(after, used)
+        self.session.observe(GradientsSeen(step, now.passes, float(stale.norm()), int(lost), spread))
 
     def _step_taken(self, step: int, loss: float, norm: float, clipped: float) -> StepTaken:
         n = sum(r.n_expected for r in self._now.readings)
@@ -351,12 +334,14 @@ class Watch:
         factors = used[seen] / after[seen]
         return float((factors.max() - factors.min()) / factors.max()) if float(factors.max()) > 0 else 1.0
 
+    @timed
     def after_update(self, also_before: bool = False) -> None:
         """What the update moved, and at which rate."""
         if also_before:
             self.before_update()
         self.step, self.updates = self.step + 1, self.updates + 1
-        self.session.observe(self._moved())
+        self.session.steps = self.updates
+        self.session.observe(self._movement.judge(self.step, self.optimizer, self._rates))
         if self.scheduler is not None and self._rates:
             self.session.observe(self._rates_used())
         self._now, self._norms_after = _Step(), None
@@ -369,25 +354,6 @@ class Watch:
             self._now, self._norms_after = _Step(), None
         else:
             self.after_update()
-
-    def _moved(self) -> Moved:
-        before, self._sums = self._sums, checksums(self._parameters)
-        changed = (self._sums != before).tolist()
-        ever = (self._sums != self._first).tolist()
-        frozen = [not p.requires_grad and was for p, was in zip(self._parameters, self._frozen_at_first)]
-        visible = {id(p) for g, rate in zip(self.optimizer.param_groups, self._rates) if rate >= VISIBLE_RATE for p in g["params"]}
-        owned = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in visible]
-        for i in owned:
-            judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
-            self._still[i] = 0 if changed[i] or not judged else self._still[i] + 1
-        stillest = max(range(len(self._still)), key=self._still.__getitem__)
-        return Moved(
-            step=self.step,
-            frozen_moved=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),
-            longest_still=self._still[stillest],
-            stillest=self._names[stillest],
-            moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
-        )
 
     def _rates_used(self) -> RatesUsed:
         ticks, done = self._tick - self.first_tick, self.updates - 1

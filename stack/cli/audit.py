@@ -27,9 +27,9 @@ def audit_models(
     json: bool,
 ) -> None:
     """Ask, judge, write a record with `audits.jsonl` beside it, and say since which step breadth stands still."""
+    from spec.building import artefact, write_atomically
     from stack.evaluate import audit
     from stack.evaluate.suite import load_suite, suite_file
-    from stack.evidence.record import artefact, write_atomically
 
     file = suite_file(suite)
     made, folders = load_suite(file), _folders(model) if every_checkpoint else [model]
@@ -84,9 +84,9 @@ def _folders(model: Path) -> list[Path]:
 
 
 def _builder(opened: Opened, suite_input: Any) -> Any:
+    from spec.building import RecordBuilder, artefact
     from spec.gates import load_spec
-    from stack.evidence.provenance import environment
-    from stack.evidence.record import RecordBuilder, artefact
+    from spec.provenance import environment
 
     builder = RecordBuilder(
         kind="evaluate",

@@ -135,9 +135,9 @@ def import_(
 def _open(kind: str, config: dict, claim: str, parents: tuple[str, ...]) -> tuple[Any, Any]:
     """A record and the gates of its kind."""
     from contracts.keeper import Gatekeeper
+    from spec.building import RecordBuilder
     from spec.gates import load_spec
-    from stack.evidence.provenance import environment
-    from stack.evidence.record import RecordBuilder
+    from spec.provenance import environment
     from stack.export.parity import version
 
     spec = load_spec()
@@ -162,7 +162,7 @@ def _record_of(run_dir: Path, record_id: str) -> Any:
 
 
 def _artefacts(files: list[Path], root: Path) -> list[Any]:
-    from stack.evidence.record import artefact
+    from spec.building import artefact
 
     return [artefact(f.resolve(), root=root.resolve()) for f in files]
 

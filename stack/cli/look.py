@@ -54,10 +54,10 @@ def evaluate(
         asked = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
         return audit_models(model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked)
     _refuse_beside("an evaluation without --suite", {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades})
+    from spec.building import RecordBuilder, artefact
+    from spec.provenance import environment
     from stack.cli.models import open_model
     from stack.evaluate.bits_per_byte import evaluate_text
-    from stack.evidence.provenance import environment
-    from stack.evidence.record import RecordBuilder, artefact
 
     opened = open_model(model, tokenizer)
     builder = _builder(RecordBuilder, opened, environment())

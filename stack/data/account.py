@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from contracts.gate import call_check, limits_of
+from spec.building import RecordBuilder, artefact, write_atomically
 from spec.canonical import canonical_json, sha256_file
 from spec.errors import DataError, GateFailed
 from spec.gates import load_spec
+from spec.provenance import environment
 from spec.records import GateResult, Record, read_record
 from stack.config import DataConfig
 from stack.data import corpus, dedup, receipts
 from stack.data.ingredients import folder_ingredients
 from stack.data.prepare import Dataset
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder, artefact, write_atomically
 
 SOURCES = "sources.jsonl"
 JUDGED_SEQ_LEN = 512

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from contracts.keeper import Gatekeeper
+from spec.building import write_atomically
 from spec.errors import CheckpointError
 from spec.records import GateResult
 from stack import tensorfile
 from stack.data.tokenizer import Tokenizer
 from stack.evidence.exclusive import refuse_occupied
-from stack.evidence.record import write_atomically
 from stack.export import parity, vocabulary
 from stack.export.reading import Folder, read_tensor
 from stack.model import names

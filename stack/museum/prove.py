@@ -15,16 +15,16 @@ import torch
 
 from contracts.gate import Verdict, call_check, not_run
 from contracts.keeper import Gatekeeper
+from spec.building import RecordBuilder, write_atomically
 from spec.canonical import canonical_json, sha256_file
 from spec.errors import ConfigError, GateFailed
 from spec.failures import load_catalogue
 from spec.gates import Gate, load_spec
+from spec.provenance import environment
 from spec.records import GateResult, Kill, Record
 from stack.config import RunConfig, load_config
 from stack.data.prepare import prepare
 from stack.data.tokenizer import Bytes
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder, write_atomically
 from stack.export import huggingface, parity, reading
 from stack.model.build import build_model
 from stack.museum import script

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from spec.building import RecordBuilder, artefact, iso
 from spec.records import Record
 from stack.config import RunConfig
 from stack.data.tokenizer import Tokenizer
 from stack.evaluate.stopping import make_stop_rule
 from stack.evidence.exclusive import refuse_occupied
-from stack.evidence.record import RecordBuilder, artefact, iso
 from stack.train import checkpoint
 from stack.train import optimizer as opt
 from stack.train.randomness import seed_dropout

@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+from spec.building import RecordBuilder, artefact
 from spec.canonical import sha256_file
 from spec.errors import ConfigError
 from spec.gates import load_spec
+from spec.provenance import environment
 from spec.records import Record
 from stack.config import RunConfig, load_config
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder, artefact
 from stack.train import checkpoint
 from stack.train.randomness import stream_seed
 from stack.train.rundir import RunDir

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from contracts.conditions import ensure, require
+from spec.building import write_atomically
 from spec.canonical import canonical_json, parse_strict, sha256_bytes, sha256_file
 from spec.errors import CheckpointError, IntegrityError
 from stack import tensorfile
 from stack.config import ModelConfig, validate
-from stack.evidence.record import write_atomically
 from stack.model.foreign import plain_name
 from stack.train import optimizer as opt
 from stack.train import stepfolder

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spec.building import artefact, write_atomically
 from spec.canonical import canonical_json, sha256_file
 from spec.errors import ConfigError
 from spec.records import Artefact, Override
@@ -11,7 +12,6 @@ from stack.config import RunConfig, validate
 from stack.data import curriculum
 from stack.data.order import Order, Source
 from stack.data.prepare import Dataset
-from stack.evidence.record import artefact, write_atomically
 from stack.train import checkpoint
 from stack.train.rundir import RunDir
 

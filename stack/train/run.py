@@ -15,6 +15,7 @@ from contracts.coherence import coherence
 from contracts.events import Evaluated, HeldOutRows, Recited, Recomputed, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
+from spec.building import RecordBuilder
 from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import MixtureOfExperts, ModelConfig, RunConfig
@@ -24,7 +25,6 @@ from stack.data.reader import Batch, batch_hash
 from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
 from stack.evaluate.recitation import matched, passages
 from stack.evaluate.sampling import generate
-from stack.evidence.record import RecordBuilder
 from stack.train import checkpoint
 from stack.train.bundle import Recent, write_bundle
 from stack.train.digest import gradient_crc32, live_crc32

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spec.building import write_atomically
 from spec.canonical import canonical_json, parse_strict
 from spec.errors import CheckpointError, IntegrityError, UsageError
-from stack.evidence.record import write_atomically
 
 SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "curriculum.jsonl", "events.jsonl")
 STEPPED = SERIES[:4]  # rewound when a run goes on from an earlier step

@@ -11,16 +11,16 @@ import torch
 
 from contracts.events import Finished, Resumed, Started
 from contracts.keeper import Gatekeeper
+from spec.building import RecordBuilder, artefact, iso, utc_now
 from spec.errors import ConfigError, DataError, EnvironmentUnfit, GateFailed, StackproofError, Stopped, StreamExhausted
 from spec.formulas import parameter_count
 from spec.gates import load_spec
+from spec.provenance import environment
 from spec.records import Artefact, Override, Record, read_record
 from stack.config import BanditCurriculum, RunConfig, validate
 from stack.data.prepare import prepare
 from stack.data.reader import eval_batches, probe_batches
 from stack.evidence.exclusive import alone
-from stack.evidence.provenance import environment
-from stack.evidence.record import RecordBuilder, artefact, iso, utc_now
 from stack.kernels import dispatch
 from stack.train import checkpoint, operations, polish
 from stack.train.allocator import keep_heap

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contracts.callbacks.reading import is_ahead, read, silent_places
+from contracts.callbacks import reading
+from contracts.callbacks.reading import STRIPS, is_ahead, read, silent_places
 from contracts.gate import limits_of, resolve
 from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, Moved, RatesUsed, StateRestored
 from spec.gates import load_spec
@@ -66,6 +67,10 @@ def test_nothing_that_could_be_judged_is_no_pass():
     assert watcher("loss.token-weights").observe(replace(LOSS, n_judged=0)).outcome == "not_run"
 
 
+def fetched(*given, **told):
+    return reading.resolve([read(*given, **told)])[0][0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_target_and_weight_are_read_off_a_gradient(dtype, offset):
@@ -76,7 +81,7 @@ def test_target_and_weight_are_read_off_a_gradient(dtype, offset):
     targets = torch.full_like(ids, -100)
     targets[:, :-2] = ids[:, offset : offset + 10]
     (0.25 * torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")).backward()
-    found = read(logits.detach(), logits.grad, ids, torch.zeros(3, 11, dtype=torch.bool))
+    found = fetched(logits.detach(), logits.grad, ids, torch.zeros(3, 11, dtype=torch.bool))
     same = (ids[:, 1:11] == targets[:, :10]).flatten().tolist()
     assert found.n_learned == found.n_judged == 30
     assert all(o == offset or (o == 1 and s) for o, s in zip(found.offsets, same))
@@ -89,7 +94,7 @@ def test_a_gradient_is_read_through_a_head_as_at_the_logits():
     hidden = torch.randn(2, 9, 24, generator=draw).requires_grad_()
     logits = hidden @ head.T
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    found = read(hidden.detach(), hidden.grad, ids, torch.zeros(2, 8, dtype=torch.bool), head=head)
+    found = fetched(hidden.detach(), hidden.grad, ids, torch.zeros(2, 8, dtype=torch.bool), head=head)
     assert set(found.offsets) == {1} and max(abs(w * 16 - 1) for w in found.weights) < 1e-4
 
 
@@ -104,3 +109,26 @@ def test_silence_is_read_from_labels_of_either_convention_mask_or_trailing_paddi
     assert silent_places(ids, (ids > 0).long(), None, None, None).tolist() == wanted
     assert silent_places(ids, None, None, 0, 1).tolist() == wanted
     assert silent_places(ids, None, None, 0, 0).tolist() == [[False, False, False, False, True]]
+
+
+def test_a_nan_among_the_values_is_found_at_its_place_at_once_and_in_one_column_within_all_turns():
+    ids, silent = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(3)), torch.zeros(2, 8, dtype=torch.bool)
+    clean, gradient = torch.zeros(2, 9, 50), torch.full((2, 9, 50), 0.01)
+    place, column = clean.clone(), clean.clone()
+    place[1, 8], column[1, 8, 37] = torch.nan, torch.nan  # the last place of a row is never among those judged one by one
+    found = {
+        name: sum(not fetched(values, gradient, ids, silent, turn=t).finite for t in range(STRIPS))
+        for name, values in (("clean", clean), ("place", place), ("column", column))
+    }
+    assert found == {"clean": 0, "place": STRIPS, "column": 1}
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 63, 64, 65, 300])
+def test_places_are_spread_over_all_that_count_without_waiting_for_the_device(n):
+    flags = torch.zeros(4, 100, dtype=torch.bool)
+    chosen = torch.randperm(400, generator=torch.Generator().manual_seed(n))[:n].sort().values
+    flags.view(-1)[chosen] = True
+    rows, at, counts = reading._spread(flags, torch.zeros_like(flags))
+    found = (rows * 100 + at)[counts]
+    wanted = chosen[torch.linspace(0, max(n - 1, 0), min(64, n)).round().long()]
+    assert found.tolist() == wanted.tolist()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from spec.canonical import sha256_file, sha256_json
 from spec.gates import Spec
+from spec.provenance import code_state
 from spec.records import SCHEMA, Artefact, Code, GateResult, Kill, Metric, Override, Record, Scalar, Series, SpecRef
-from stack.evidence.provenance import code_state
 
 
 def utc_now() -> dt.datetime:

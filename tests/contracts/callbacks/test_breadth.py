@@ -1,0 +1,157 @@
+"""Ways of training beyond the plain script: clean runs raise no alarm, and a plant in each is still caught."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from contracts.callbacks.plain import gated
+from spec.errors import GateFailed
+from spec.records import read_record
+from tests.contracts.callbacks.stock import VOCAB, Trainer, caught, collate, llama, rows, script
+from tests.contracts.callbacks.test_plain import F, Tiny, batches
+
+ROOT = Path(__file__).resolve().parents[3]
+LOOKED = {"loss.next-token", "loss.token-weights", "optim.gradient-kept", "optim.moves", "runtime.finite", "model.future-blind"}
+SAVES = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+def clean(callback, error=None):
+    assert error is None and callback.first_failures() == {}
+    looked = {g for g, v in callback.verdicts().items() if v.outcome == "pass"}
+    assert looked >= LOOKED, LOOKED - looked
+
+
+def adapted(**changes):
+    peft = pytest.importorskip("peft")
+    told = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    return peft.get_peft_model(llama(), peft.LoraConfig(**told | changes))
+
+
+PLANS = {
+    "saves": SAVES,
+    "bfloat16, accumulation": {"bf16": True, "gradient_accumulation_steps": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_adapters_on_a_frozen_base_with_a_tied_head_are_clean(tmp_path, name):
+    callback, error = script(tmp_path, adapted(), **PLANS[name])
+    clean(callback, error)
+    if name == "saves":
+        assert "no whole model" in callback.verdicts()["checkpoint.reload"].message
+
+
+def test_a_frozen_base_that_moves_under_its_adapters_is_caught(tmp_path):
+    model = adapted()
+    base = model.get_base_model().model.layers[0].mlp.up_proj.weight
+
+    class Drifts(Trainer):
+        def training_step(self, *args, **kwargs):
+            with torch.no_grad():
+                base.view(-1)[7] += 1e-4 if self.state.global_step == 2 else 0.0
+            return super().training_step(*args, **kwargs)
+
+    assert caught(script(tmp_path, model, trainer_class=Drifts), "optim.moves", 3)["frozen_moved"] == 1
+
+
+def test_a_head_that_an_adapter_copies_is_no_longer_the_embedding(tmp_path):
+    assert not caught(script(tmp_path, adapted(modules_to_save=["lm_head"])), "model.tied-head", 0)["tied"]
+
+
+def test_checkpointed_activations_with_autocast_and_rows_grouped_by_length_are_clean(tmp_path):
+    grouped = (
+        {"train_sampling_strategy": "group_by_length"} if hasattr(_defaults(), "train_sampling_strategy") else {"group_by_length": True}
+    )
+    plan = {"gradient_checkpointing": True, "bf16": True, "gradient_accumulation_steps": 2}
+    clean(*script(tmp_path, **plan, **grouped))
+
+
+def _defaults():
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+def looped(model, watched, *, zero=True):
+    """A loop by hand through `model`, with the gates around `watched`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with gated(watched, optimizer) as gate:
+        for ids in batches():
+            F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+            optimizer.step()
+            if zero:
+                optimizer.zero_grad()
+    return gate
+
+
+@pytest.mark.parametrize("given", ["what was compiled", "what compiling gave"])
+def test_a_compiled_model_is_clean_and_a_plant_in_it_is_caught(given):
+    """Compiled by `aot_eager`: the graphs are those of any backend, without waiting for a C++ compiler."""
+    torch.manual_seed(0)
+    model = Tiny()
+    compiled = torch.compile(model, backend="aot_eager")
+    clean(looped(compiled, model if given == "what was compiled" else compiled))
+    with pytest.raises(GateFailed, match=r"optim\.gradient-kept.*step 2"):
+        looped(compiled, compiled, zero=False)
+
+
+def accelerated(accumulate: int = 3, clip: float = 1.0, divide: bool = True):
+    accelerate = pytest.importorskip("accelerate")
+    maker = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
+    loader = torch.utils.data.DataLoader(rows(ragged=False), batch_size=2, collate_fn=collate)
+    model, optimizer, loader, scheduler = maker.prepare(model, optimizer, loader, scheduler)
+    with gated(model, optimizer, scheduler=scheduler, max_grad_norm=1.0) as gate:
+        for batch in loader:
+            with maker.accumulate(model):
+                loss = model(**batch).loss
+                maker.backward(loss if divide else loss * accumulate)
+                if maker.sync_gradients and clip:
+                    maker.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    return gate
+
+
+def test_a_loop_of_accelerate_that_accumulates_is_clean():
+    gate = accelerated()
+    clean(gate)
+    assert gate.verdicts()["schedule.declared-rate"].passed and gate.verdicts()["optim.clip-norm"].passed
+
+
+@pytest.mark.parametrize(("plant", "gate_id"), [({"divide": False}, "loss.token-weights"), ({"clip": 0}, "optim.clip-norm")])
+def test_a_plant_in_a_loop_of_accelerate_is_caught(plant, gate_id):
+    with pytest.raises(GateFailed) as e:
+        accelerated(**plant)
+    assert e.value.gate_id == gate_id
+
+
+@pytest.mark.slow
+def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
+    """Clean runs are green in both; what moved in one process, and what differs from the first step on, stops both at the first save."""
+    told = ["--nproc-per-node", "2", "--standalone", str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *told], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for said in (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)):
+        for name in ("clean", "accumulation"):
+            outcomes = said[name]["outcomes"]
+            assert said[name]["red"] == {} and {g for g, o in outcomes.items() if o == "pass"} >= LOOKED, name
+        assert said["clean"]["outcomes"]["checkpoint.reload"] == "pass"
+        assert said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reload": 2}
+        assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.next-token"] == 1
+    record = read_record(tmp_path / "clean" / "record" / "metadata.json")
+    assert (
+        record.environment["world_size"] == 2 and record.status == "completed" and record.config["model"]["config"]["vocab_size"] == VOCAB
+    )
