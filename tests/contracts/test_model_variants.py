@@ -186,9 +186,11 @@ def test_causality_sees_a_future_that_only_chooses(spec, variant):
 def test_init_law_wants_kept_buffers_at_zero_and_constants_met(spec):
     a = declared("biased experts", attention={"kind": "differential", "form": "scalar"})
     model = variants.Decoder(a, 61)
-    held = {n: p.detach() for n, p in model.named_parameters()}
-    laws = {n: ("normal", float(p.std())) if p.ndim > 1 else ("constant", float(p[0])) for n, p in held.items()}
-    parts = variants.parts(a) | {"model": model, "declared_init": laws, "embedding_weight": model.embed.weight}
+    draw = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        law, value = initial_law(name, a)
+        p.data = torch.full_like(p, value) if law == "constant" else value * torch.randn(p.shape, generator=draw)
+    parts = variants.parts(a) | {"model": model, "embedding_weight": model.embed.weight}
     parts |= {"head_weight": model.embed.weight, "declared_parameter_count": sum(p.numel() for p in model.parameters())}
     gate = spec.gates["model.init-law"]
     assert call_check(gate, parts).passed
