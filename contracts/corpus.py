@@ -170,8 +170,8 @@ def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> 
     if not n_rows:
         return not_run(f"there is no row of {seq_len} tokens")
     judged = min(n_rows, max(1, int(limits.labels_judged_max) // seq_len))
-    n_labels = crossed = broken = seams = 0
-    end = np.zeros(0, np.int64)
+    n_labels = crossed = broken = 0
+    end, begins_shard = np.zeros(0, np.int64), np.cumsum(row_stream.shard_windows(seq_len))
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for first in range(0, judged, 64):
         rows = row_stream.rows(np.arange(first, min(first + 64, judged)), seq_len)
@@ -181,14 +181,15 @@ def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> 
         if rows.document_ids is None:
             broken += int((rows.input_ids[:, 1:] != rows.labels[:, :-1]).sum())
             before = np.append(end if first else rows.input_ids[:1, 0], rows.labels[:-1, -1])  # what the row before ends with
-            seams, end = seams + int((before != rows.input_ids[:, 0]).sum()), rows.labels[-1:, -1]
+            follows = ~np.isin(np.arange(first, first + len(before)), begins_shard)
+            broken += int(((before != rows.input_ids[:, 0]) & follows).sum())
+            end = rows.labels[-1:, -1]
             continue
         same = (rows.document_ids[:, 1:] == rows.document_ids[:, :-1]) & valid[:, 1:]
         broken += int((same & (rows.input_ids[:, 1:] != rows.labels[:, :-1])).sum())
         # Inside a document no label but its last is an end of text; where it goes on after one, two documents share an id.
         crossed += int((same & (rows.labels[:, :-1] == tokenizer.eos_id)).sum())
     leading, dropped = len(row_stream.paths), row_stream.dropped_tokens(seq_len)
-    broken += max(0, seams - leading)  # a shard's first row follows no other
     unaccounted = 0
     if judged == n_rows:
         tokens = np.bincount(row_stream.token_range(0, row_stream.n_tokens), minlength=len(counts))

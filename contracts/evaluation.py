@@ -39,8 +39,8 @@ def byte_conservation(
     `evaluate_known(text)` uses the run's own model and tokenizer, which knows every character of `known_text`;
     `evaluate_with_unknown` a tokenizer that has ASCII but lacks `unknown_char`; `evaluate_uniform` a model that gives every token
     the same logit and one token per character, its code point; `evaluate_pairs` one that knows nothing but the token before: its logits
-    are a row of `pair_logits` (V, V), and a text begins after token 0. All go through the stack's own evaluation and return bits_per_byte, bits_per_char,
-    total_nats, bytes, chars, dropped_chars and dropped_bytes.
+    are a row of `pair_logits` (V, V), and a text begins after token 0. All go through the stack's own evaluation and return
+    bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars and dropped_bytes.
     """
     own = evaluate_known(known_text)
     lost_bytes = abs(own.bytes - len(known_text.encode())) + own.dropped_chars + abs(own.dropped_bytes)
@@ -99,10 +99,10 @@ def invariance(
 ) -> Verdict:
     """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
 
-    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly
-    masked, with the stack's own evaluation and returns loss_nats, bits_per_byte and n_bytes. `evaluated_rows` are their input_ids, labels
-    and document ids (R, T), of several documents a row, each read here as if it stood alone; from them the score is also worked out here, in float64 on the model's own logits; `token_bytes[id]` is how many
-    bytes an id stands for.
+    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly masked, with
+    the stack's own evaluation and returns loss_nats, bits_per_byte and n_bytes. `evaluated_rows` are their input_ids, labels and document
+    ids (R, T), from which the score is also worked out here, in float64 on the model's own logits, each document as if it stood alone;
+    `token_bytes[id]` is how many bytes an id stands for.
     """
     model = evaluated_model.train()
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
@@ -129,9 +129,7 @@ def invariance(
     return decide(ok, text, repeat_abs=repeat, batch_rel_error=batch_error, own_rel_error=own_error, changed=len(changed))
 
 
-def _worked_out(
-    model: nn.Module, ids_RT: Tensor, labels_RT: Tensor, document_ids_RT: Tensor, token_bytes: np.ndarray
-) -> tuple[float, int]:
+def _worked_out(model: nn.Module, ids_RT: Tensor, labels_RT: Tensor, document_ids_RT: Tensor, token_bytes: np.ndarray) -> tuple[float, int]:
     """(mean nats of the labels that are scored, bytes they stand for), document by document in float64."""
     model.eval()
     scored, nats = labels_RT >= 0, []

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from contracts.declared import initial_law, parameter_shapes
@@ -59,7 +58,9 @@ def init_law(
         )
         if not ok
     ]
-    return decide(not wrong, "; ".join(wrong), z=z[worst], worst=worst, likeness_z=alike, buffer_abs_error=buffer_error, n_parameters=n_entries)
+    return decide(
+        not wrong, "; ".join(wrong), z=z[worst], worst=worst, likeness_z=alike, buffer_abs_error=buffer_error, n_parameters=n_entries
+    )
 
 
 def _law_z(values: Tensor, law: str, value: float) -> float:

@@ -126,8 +126,9 @@ def own_batch(limits: SimpleNamespace, *, own_step: Callable[[], tuple[float, Se
                 kept_T = labels_T != IGNORE
                 nats -= float(log_p_TV[kept_T].gather(1, labels_T[kept_T, None]).sum())
                 n_valid, n_rows = n_valid + int(kept_T.sum()), n_rows + 1
-    error = abs(reported - nats / max(n_valid, 1)) / (nats / max(n_valid, 1))
-    text = f"a step on {n_rows} rows of {parts[0][0].shape[1]} tokens reports {reported:.6g} nats, its logits give {nats / max(n_valid, 1):.6g}"
+    mean = nats / max(n_valid, 1)
+    error = abs(reported - mean) / max(mean, 1e-30)
+    text = f"a step on {n_rows} rows of {parts[0][0].shape[1]} tokens reports {reported:.6g} nats, its logits give {mean:.6g}"
     return decide(error <= limits.rel_error_max and n_valid > 0, text, rel_error=error, rows=n_rows, n_valid=n_valid)
 
 

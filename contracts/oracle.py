@@ -1,7 +1,7 @@
 """The decoder written out in float64 from its declaration and the papers: slow, plain, one document and one head at a time.
 
-B batch, T tokens of a row or of one document, Q of them that ask, R tokens in any order, D d_model, H head_dim, S width of a rotated head or half-head,
-J = S/2 rotated pairs, F d_ff, E experts, k top_k, V vocab
+B batch, T tokens of a row or of one document, Q of them that ask, R tokens in any order, D d_model, H head_dim, S width of a rotated
+head or half-head, J = S/2 rotated pairs, F d_ff, E experts, k top_k, V vocab
 """
 
 import math

@@ -129,7 +129,7 @@ def _probe_model(cfg: RunConfig, vocab_size: int, dropout: float, device: torch.
     return model
 
 
-def _talkative(model: Transformer) -> dict[str, Tensor]:
+def talkative(model: Transformer) -> dict[str, Tensor]:
     """Weights under which the next token depends on the context, and not, as at step 0 or under a wide tied head, on the last one alone."""
     weights = drawn_weights(parameter_shapes(model.cfg.model_dump(), model.vocab_size), torch.Generator().manual_seed(51))
     return weights | {"embed.weight": 0.3 * weights["embed.weight"], "final_norm.weight": 3 * weights["final_norm.weight"]}
@@ -137,7 +137,7 @@ def _talkative(model: Transformer) -> dict[str, Tensor]:
 
 def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) -> dict[str, Any]:
     generating = _probe_model(cfg, model.vocab_size, 0.5, device)
-    generating.load_state_dict(_talkative(generating))
+    generating.load_state_dict(talkative(generating))
 
     def logits(ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         with bits_per_byte.evaluating(model):

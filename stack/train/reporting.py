@@ -9,11 +9,12 @@ from torch import Tensor
 from contracts.optim import Applied, Move
 from stack.config import Muon, RunConfig
 from stack.data.prepare import Dataset
+from stack.evaluate.ingredients import talkative
 from stack.train import losses
 from stack.train import step as steps
 from stack.train.state import TrainState, build_state
 
-LOW_NORM, WIDER = 1e-2, 8.0
+LOW_NORM = 1e-2
 APPLIED_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21  # entries looked at: of a tensor one by one, and of matrices as a whole together
 
 
@@ -56,12 +57,11 @@ def _square(gradient: Tensor) -> float:
 def own_step(cfg: RunConfig, dataset: Dataset, device: torch.device) -> tuple[float, list[tuple], Callable]:
     """One step's batches of a run, accumulated with dropout off: (mean loss in nats, what was read, logits by ids and document ids).
 
-    The head is widened: at step 0 every label costs ln V, and no row would be told from another.
+    Under weights that make something of the context: at step 0 every label costs ln V, and no row would be told from another.
     """
     state = build_state(cfg, dataset, device)
     state.model.eval()
-    with torch.no_grad():
-        state.model.head_weight.mul_(WIDER)
+    state.model.load_state_dict(talkative(state.model))
     batches = [state.reader.draw() for _ in range(cfg.accumulation())]
     loss_nats, _ = steps.accumulate(state, batches)
 

@@ -16,8 +16,8 @@ from contracts.coherence import Dominance, Loops, coherence
 from contracts.evaluation import OverfitOnset
 from contracts.events import Evaluated, Sampled, Started
 from contracts.gate import limits_of
-from contracts.memorisation import Memorised, chance_of
 from contracts.initial import _law_z
+from contracts.memorisation import Memorised, chance_of
 from contracts.runtime import LossNotConstant, LossSpike, Trend
 from tests.contracts.test_optim import step_taken
 
