@@ -100,7 +100,7 @@ def invariance(
     """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
 
     `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly masked, with
-    the stack's own evaluation and returns loss_nats, bits_per_byte and n_bytes. `evaluated_rows` are their input_ids, labels and document
+    the stack's own evaluation and returns loss_nats, bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their input_ids, labels and document
     ids (R, T), from which the score is also worked out here, in float64 on the model's own logits, each document as if it stood alone;
     `token_bytes[id]` is how many bytes an id stands for.
     """
@@ -117,6 +117,8 @@ def invariance(
     batch_error = max(_rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte))
     nats, n_bytes = _worked_out(model, *evaluated_rows, token_bytes)
     own_error = max(_rel(one.loss_nats, nats), _rel(one.n_bytes, n_bytes), _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)))
+    spread = float(np.std(one.batch_nats, ddof=1)) / math.sqrt(len(one.batch_nats))
+    own_error = max(own_error, _rel(one.stderr_nats, spread))
     text = (
         f"an evaluation changed {', '.join(changed)}"
         if changed

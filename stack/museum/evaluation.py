@@ -365,3 +365,22 @@ def noise_counts_as_gain():
 
     with swap(stopping.StopRule, "_compare", any_gain):
         yield
+
+
+@plant(
+    "evaluation.error-too-small",
+    gate="evaluation.invariance",
+    title="The standard error is divided by the number, not by its root",
+    story="Beside each loss stands a standard error that is too small by the root of the number of batches. Differences of nothing are "
+    "many standard errors wide, and whoever compares two models by them finds a winner every time.",
+    sources=("founding note: ship-two-001",),
+)
+def error_too_small():
+    original = bits_per_byte._combine
+
+    def small(sums, n_bytes):
+        result = original(sums, n_bytes)
+        return dataclasses.replace(result, stderr_nats=result.stderr_nats / len(sums) ** 0.5)
+
+    with swap(bits_per_byte, "_combine", small):
+        yield

@@ -49,8 +49,8 @@ def gradient_turned_after_clipping():
     "optim.moments-set-at-run-time",
     gate="optim.applied-update",
     title="The moments' decay is set anew at every step",
-    story="A schedule for the optimizer writes its own betas into the groups before each step. The optimizer is built as declared and tested "
-    "so; the one that runs is another.",
+    story="A schedule for the optimizer writes its own betas into the groups before each step. The optimizer is built and tested as "
+    "declared; the one that runs is another.",
     sources=("https://github.com/allenai/OLMo-core/issues/309",),
 )
 def moments_set_at_run_time():

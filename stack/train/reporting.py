@@ -12,9 +12,10 @@ from stack.data.prepare import Dataset
 from stack.evaluate.ingredients import talkative
 from stack.train import losses
 from stack.train import step as steps
+from stack.train.digest import live_sha256, tensor_sha256
 from stack.train.state import TrainState, build_state
 
-LOW_NORM = 1e-2
+LOW_NORM, FIRST_DRAWS = 1e-2, 8
 APPLIED_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21  # entries looked at: of a tensor one by one, and of matrices as a whole together
 
 
@@ -52,6 +53,17 @@ def _beside(state: TrainState) -> tuple[steps.StepReport, Mapping[str, Any]]:
 
 def _square(gradient: Tensor) -> float:
     return float(gradient.detach().double().square().sum())
+
+
+def begun(cfg: RunConfig, dataset: Dataset, device: torch.device, offset: int) -> dict[str, Any]:
+    """What a run begins with under its seed plus `offset`: hash of its weights, window numbers of its first rows, hash of its masks' state.
+
+    torch's random state is left as this run would have it; preflight puts it back.
+    """
+    seeded = cfg.model_copy(update={"seed": cfg.seed + offset})
+    state = build_state(seeded, dataset, device)
+    rows = [n for _ in range(FIRST_DRAWS) for n in state.reader.draw().sample_ids]
+    return {"weights": live_sha256(state.model), "order": rows, "masks": tensor_sha256(torch.get_rng_state())}
 
 
 def own_step(cfg: RunConfig, dataset: Dataset, device: torch.device) -> tuple[float, list[tuple], Callable]:

@@ -14,6 +14,7 @@ from contracts.coherence import coherence
 from contracts.events import Evaluated, HeldOutRows, Recited, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
+from contracts.witness import ModeSeen
 from spec.canonical import sha256_json
 from spec.records import Artefact
 from stack.config import MixtureOfExperts, ModelConfig, RunConfig
@@ -93,6 +94,8 @@ class Run:
             "epoch": batches[-1].epoch,
         }
         self._log_draws(batches)
+        resting = tuple(name for name, module in state.model.named_modules() if not module.training)
+        self.keeper.observe(ModeSeen(step=report.step, phase="training", wrong=resting))
         self.listener.on_step(self.line, self.cfg.train.max_steps)
         self.keeper.observe(
             StepTaken(

@@ -33,6 +33,7 @@ PLANTS = [
     "evaluation.inputs-shifted",
     "evaluation.documents-run-together",
     "evaluation.noise-counts-as-gain",
+    "evaluation.error-too-small",
 ]
 
 
