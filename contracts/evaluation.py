@@ -100,9 +100,9 @@ def invariance(
     """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
 
     `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly masked, with
-    the stack's own evaluation and returns loss_nats, bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their input_ids, labels and document
-    ids (R, T), from which the score is also worked out here, in float64 on the model's own logits, each document as if it stood alone;
-    `token_bytes[id]` is how many bytes an id stands for.
+    the stack's own evaluation and returns loss_nats, bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their
+    input_ids, labels and document ids (R, T), from which the score is also worked out here, in float64 on the model's own logits, each
+    document as if it stood alone; `token_bytes[id]` is how many bytes an id stands for.
     """
     model = evaluated_model.train()
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contracts.optim import Applied, Move
 from stack.config import Muon, RunConfig
@@ -64,6 +64,21 @@ def begun(cfg: RunConfig, dataset: Dataset, device: torch.device, offset: int) -
     state = build_state(seeded, dataset, device)
     rows = [n for _ in range(FIRST_DRAWS) for n in state.reader.draw().sample_ids]
     return {"weights": live_sha256(state.model), "order": rows, "masks": tensor_sha256(torch.get_rng_state())}
+
+
+def computed_dtypes(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, str]:
+    """Type of what each linear layer returned in one real step, by the layer's name; "mixed" where it was not always the same."""
+    state, found = build_state(cfg, dataset, device), {}
+
+    def note(name: str, output: Tensor) -> None:
+        dtype = str(output.dtype).removeprefix("torch.")
+        found[name] = dtype if found.get(name, dtype) == dtype else "mixed"
+
+    for name, module in state.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+    steps.train_step(state, [state.reader.draw() for _ in range(cfg.accumulation())])
+    return found
 
 
 def own_step(cfg: RunConfig, dataset: Dataset, device: torch.device) -> tuple[float, list[tuple], Callable]:
