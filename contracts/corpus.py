@@ -171,6 +171,7 @@ def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> 
         return not_run(f"there is no row of {seq_len} tokens")
     judged = min(n_rows, max(1, int(limits.labels_judged_max) // seq_len))
     n_labels = crossed = broken = 0
+    end, begins_shard = np.zeros(0, np.int64), np.cumsum(row_stream.shard_windows(seq_len))
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for first in range(0, judged, 64):
         rows = row_stream.rows(np.arange(first, min(first + 64, judged)), seq_len)
@@ -179,6 +180,10 @@ def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> 
         counts += np.bincount(rows.labels[valid], minlength=len(counts))
         if rows.document_ids is None:
             broken += int((rows.input_ids[:, 1:] != rows.labels[:, :-1]).sum())
+            before = np.append(end if first else rows.input_ids[:1, 0], rows.labels[:-1, -1])  # what the row before ends with
+            follows = ~np.isin(np.arange(first, first + len(before)), begins_shard)
+            broken += int(((before != rows.input_ids[:, 0]) & follows).sum())
+            end = rows.labels[-1:, -1]
             continue
         same = (rows.document_ids[:, 1:] == rows.document_ids[:, :-1]) & valid[:, 1:]
         broken += int((same & (rows.input_ids[:, 1:] != rows.labels[:, :-1])).sum())

@@ -85,6 +85,26 @@ def _expert(a: Mapping[str, Any], declared: Mapping[str, Any]) -> Shapes:
     return {"up.weight": (f, d), "down.weight": (d, f)} | ({"up.bias": (f,), "down.bias": (d,)} if declared["bias"] else {})
 
 
+def initial_law(name: str, a: Mapping[str, Any]) -> tuple[str, float]:
+    """("normal", spread about 0) or ("constant", value) of a parameter at step 0.
+
+    What a branch adds to the residual stream is drawn so narrow that all 2·n_layers branches together are as wide as the embedding
+    (GPT-2, sec. 2.3); λ of differential attention begin as in arXiv:2410.05258, the single one at a half.
+    """
+    match kind_of(name).split("."):
+        case [*_, last, "weight"] if last.endswith("norm"):
+            return "constant", 1.0
+        case [*_, "bias"]:
+            return "constant", 0.0
+        case [*_, "lambda_weight"]:
+            return "constant", 0.5
+        case [*_, ("lambda_q1" | "lambda_k1" | "lambda_q2" | "lambda_k2")]:
+            return "normal", 0.1
+        case ["attention", "out", _] | ["ffn", "down", _] | ["down", _]:
+            return "normal", a["init_std"] / math.sqrt(2 * a["n_layers"])
+    return "normal", a["init_std"]
+
+
 # --- weights under which everything shows ---------------------------------------------------------------------------
 
 

@@ -13,9 +13,10 @@ from contracts.declared import chooses, drawn_weights, kind_of, kinds, parameter
 from contracts.gate import Verdict, decide, decides, failed
 from contracts.loss import IGNORE, gradient_errors
 from contracts.model import device_of, in_eval, packing, table_error
-from contracts.oracle import below, oracle_attention, oracle_reading
+from contracts.oracle import below, oracle_attention, oracle_attention_at_end, oracle_reading
 
 ORACLE_TOKENS, ORACLE_ROWS = 40, 4
+ASKING_AT_END = 3  # tokens at the end of a row of full length
 
 
 @decides("model.reference-differential")
@@ -48,12 +49,14 @@ def reference_differential(
     twin.load_state_dict(drawn_weights(shapes, torch.Generator().manual_seed(13)))
     drawn_error, drawn_judged = _logit_error(limits, twin, ids_BT, twin.state_dict(), a)
     effect, weakest = min((_effect(twin, ids_BT, kind, shapes), kind) for kind in kinds(shapes) if kind not in silent_kinds(a))
+    far = max(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
     tables_off, judged = table_error(rotary_tables, a), min(own_judged, drawn_judged)
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     wrong = [
         text
         for ok, text in (
             (errors[layer] <= limits.rel_error_max, f"attention of layer {layer} differs from the float64 oracle"),
+            (far <= limits.rel_error_max, f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does"),
             (max(own_error, drawn_error) <= limits.rel_error_max, "logits differ from the float64 oracle"),
             (tables_off <= limits.table_abs_error_max, "rotary tables differ from the definition"),
             (not beyond, f"{beyond} layers do not see exactly the keys of their window"),
@@ -66,6 +69,7 @@ def reference_differential(
         not wrong,
         "; ".join(wrong),
         attention_rel_error=errors[layer],
+        full_length_rel_error=far,
         logit_rel_error=own_error,
         drawn_rel_error=drawn_error,
         table_abs_error=tables_off,
@@ -94,6 +98,18 @@ def _attention_error(attend: Callable, weights: Mapping[str, Tensor], a: Mapping
     whole = _rel(attend(x_BTD.to(device), None), oracle_attention(x_BTD, own, a, layer))
     packed_BT = packing(length)
     return max(whole, _rel(attend(x_BTD.to(device), packed_BT.to(device)), oracle_attention(x_BTD, own, a, layer, packed_BT)))
+
+
+def _error_at_end(attend: Callable, weights: Mapping[str, Tensor], a: Mapping[str, Any], layer: int) -> float:
+    """Worse of the errors of the last tokens of a row of full length: in one document, and in one that begins after a short one."""
+    own, length = below(weights, f"layers.{layer}.attention."), a["max_seq_len"]
+    x_BTD, device = 3 * torch.randn(1, length, a["d_model"], generator=torch.Generator().manual_seed(19)), own["q.weight"].device
+    errors, first = [], length // 8
+    for start, own_BT in ((0, None), (first, (torch.arange(length) >= first).long()[None])):
+        last = min(ASKING_AT_END, length - start)
+        got_TD = attend(x_BTD.to(device), None if own_BT is None else own_BT.to(device))[0, -last:]
+        errors.append(_rel(got_TD, oracle_attention_at_end(x_BTD[0, start:], own, a, layer, last)))
+    return max(errors)
 
 
 def _beyond_window(attend: Callable, a: Mapping[str, Any], device: torch.device) -> bool:

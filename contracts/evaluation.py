@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from contracts.events import Evaluated, Event, Started
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+from contracts.oracle import documents
 
 # --- conservation of bytes ------------------------------------------------------------------------------------------
 
@@ -29,13 +30,17 @@ def byte_conservation(
     evaluate_uniform: Callable[[str], Any],
     uniform_vocab_size: int,
     unknown_char: str,
+    evaluate_pairs: Callable[[str], Any],
+    pair_logits: Tensor,
 ) -> Verdict:
-    """Each byte of a text is scored once; characters outside the vocabulary are counted and change no score; guessing costs log2 V.
+    """Each byte of a text is scored once, after the token before it; characters outside the vocabulary are counted and change no score;
+    guessing costs log2 V.
 
     `evaluate_known(text)` uses the run's own model and tokenizer, which knows every character of `known_text`;
     `evaluate_with_unknown` a tokenizer that has ASCII but lacks `unknown_char`; `evaluate_uniform` a model that gives every token
-    the same logit and one token per character. All go through the stack's own evaluation and return bits_per_byte, bits_per_char,
-    total_nats, bytes, chars, dropped_chars and dropped_bytes.
+    the same logit and one token per character, its code point; `evaluate_pairs` one that knows nothing but the token before: its logits
+    are a row of `pair_logits` (V, V), and a text begins after token 0. All go through the stack's own evaluation and return
+    bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars and dropped_bytes.
     """
     own = evaluate_known(known_text)
     lost_bytes = abs(own.bytes - len(known_text.encode())) + own.dropped_chars + abs(own.dropped_bytes)
@@ -48,7 +53,9 @@ def byte_conservation(
 
     uniform = evaluate_uniform(KNOWN)
     uniform_error = abs(uniform.bits_per_char - math.log2(uniform_vocab_size))
-    worst = max(own_error, flattery, uniform_error)
+    paired, nats = evaluate_pairs(KNOWN), _nats_of_pairs(KNOWN, pair_logits)
+    pair_error = max(_rel(paired.total_nats, nats), _rel(paired.bits_per_char * paired.chars, nats / math.log(2)))
+    worst = max(own_error, flattery, uniform_error, pair_error)
     ok = worst <= limits.rel_error_max and lost_bytes <= limits.lost_bytes_max and counted
     return decide(
         ok,
@@ -56,9 +63,16 @@ def byte_conservation(
         lost_bytes=lost_bytes,
         flattery=flattery,
         uniform_error_bits=uniform_error,
+        pair_error=pair_error,
         dropped_chars=dirty.dropped_chars,
         expected_dropped_chars=UNKNOWN_CHARS,
     )
+
+
+def _nats_of_pairs(text: str, logits_VV: Tensor) -> float:
+    """What a text costs if each character depends on the one before it alone, and the first on token 0."""
+    ids = torch.tensor([0, *text.encode("ascii")])
+    return -float(logits_VV.double().log_softmax(-1)[ids[:-1], ids[1:]].sum())
 
 
 def _with_unknown(text: str, char: str) -> str:
@@ -80,15 +94,15 @@ def invariance(
     *,
     evaluated_model: nn.Module,
     evaluate_rows: Callable[[int], Any],
-    evaluated_rows: tuple[Tensor, Tensor],
+    evaluated_rows: tuple[Tensor, Tensor, Tensor],
     token_bytes: np.ndarray,
 ) -> Verdict:
     """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
 
-    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly
-    masked, with the stack's own evaluation and returns loss_nats, bits_per_byte and n_bytes. `evaluated_rows` are their input_ids and
-    labels (R, T), from which the score is also worked out here, in float64 on the model's own logits; `token_bytes[id]` is how many
-    bytes an id stands for.
+    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly masked, with
+    the stack's own evaluation and returns loss_nats, bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their
+    input_ids, labels and document ids (R, T), from which the score is also worked out here, in float64 on the model's own logits, each
+    document as if it stood alone; `token_bytes[id]` is how many bytes an id stands for.
     """
     model = evaluated_model.train()
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
@@ -103,6 +117,8 @@ def invariance(
     batch_error = max(_rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte))
     nats, n_bytes = _worked_out(model, *evaluated_rows, token_bytes)
     own_error = max(_rel(one.loss_nats, nats), _rel(one.n_bytes, n_bytes), _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)))
+    spread = float(np.std(one.batch_nats, ddof=1)) / math.sqrt(len(one.batch_nats))
+    own_error = max(own_error, _rel(one.stderr_nats, spread))
     text = (
         f"an evaluation changed {', '.join(changed)}"
         if changed
@@ -115,14 +131,15 @@ def invariance(
     return decide(ok, text, repeat_abs=repeat, batch_rel_error=batch_error, own_rel_error=own_error, changed=len(changed))
 
 
-def _worked_out(model: nn.Module, ids_RT: Tensor, labels_RT: Tensor, token_bytes: np.ndarray) -> tuple[float, int]:
-    """(mean nats of the labels that are scored, bytes they stand for), row by row in float64."""
+def _worked_out(model: nn.Module, ids_RT: Tensor, labels_RT: Tensor, document_ids_RT: Tensor, token_bytes: np.ndarray) -> tuple[float, int]:
+    """(mean nats of the labels that are scored, bytes they stand for), document by document in float64."""
     model.eval()
     scored, nats = labels_RT >= 0, []
     with torch.no_grad():
-        for ids_T, labels_T, scored_T in zip(ids_RT, labels_RT, scored):
-            log_probs_TV = model(ids_T[None].to(next(model.parameters()).device))[0].cpu().double().log_softmax(-1)
-            nats.append(-log_probs_TV[scored_T].gather(1, labels_T[scored_T, None]))
+        for row, places in documents(ids_RT.shape, document_ids_RT):
+            own = row, places
+            log_probs_TV = model(ids_RT[own][None].to(next(model.parameters()).device))[0].cpu().double().log_softmax(-1)
+            nats.append(-log_probs_TV[scored[own]].gather(1, labels_RT[own][scored[own], None]))
     return float(torch.cat(nats).mean()), int(np.asarray(token_bytes)[labels_RT[scored].numpy()].sum())
 
 
@@ -139,91 +156,6 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "torch's gradient mode": torch.is_grad_enabled(),
         "the random state": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
     }
-
-
-# --- the stop rule --------------------------------------------------------------------------------------------------
-
-NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
-CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4
-
-
-@decides("evaluation.stop-rule")
-def stop_rule(
-    limits: SimpleNamespace,
-    *,
-    make_stop_rule: Callable[[], Any],
-    stop_declared: dict[str, Any],
-    paired_difference_std: float,
-    n_eval_batches: int,
-    expected_gain_nats: float | None,
-) -> Verdict:
-    """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly when declared, and sees the gain
-    it waits for: 2 standard errors of the paired difference at the run's own number of held-out batches are below it. Where the rule
-    has a least improvement that counts (min_delta_nats), that must stand out as well: its standard error is at most half of it.
-
-    `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and `wait`. `stop_declared` holds kind,
-    patience and min_epochs.
-    """
-    if stop_declared["kind"] == "never":
-        stopped = sum(d.stop for d in map(make_stop_rule().update, [[1.0, 1.1]] * 64))
-        return passed("the run trains all its steps", false_stops=0) if not stopped else failed("a rule that never stops stopped")
-    simulated = (
-        _stops_on_noise(make_stop_rule(), s, n_eval_batches, paired_difference_std, expected_gain_nats) for s in range(SIMULATIONS)
-    )
-    false_stops = sum(simulated)
-    late = _plateau_delay(make_stop_rule(), CLIFF_ROUNDS, stop_declared)
-    early = _plateau_delay(make_stop_rule(), 1, stop_declared)
-    detectable = 2 * paired_difference_std / math.sqrt(n_eval_batches)
-    to_see = min(x for x in (expected_gain_nats, stop_declared["min_delta_nats"]) if x > 0)
-    rate = false_stops / SIMULATIONS
-    wrong = [
-        text
-        for ok, text in (
-            (rate <= limits.false_stop_rate_max, f"{false_stops} of {SIMULATIONS} simulated runs stop on noise"),
-            (late == 0 and early == 0, "a plateau does not stop the run exactly at best + patience"),
-            (
-                detectable <= to_see,
-                f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, one of {to_see:g} is to be seen",
-            ),
-        )
-        if not ok
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
-        false_stop_rate=rate,
-        plateau_delay_rounds=max(abs(late), abs(early)),
-        detectable_gain_nats=detectable,
-        expected_gain_nats=expected_gain_nats,
-        n_eval_batches=n_eval_batches,
-    )
-
-
-def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gain: float) -> bool:
-    """Whether the rule ends a run whose loss falls by `gain` a round under noise 4/3 as wide.
-
-    The founding note ship-two-001 saw a band of ±0.04 on a gain of 0.03.
-
-    Each batch keeps its own difficulty over the rounds, and adds noise whose paired differences have the measured spread.
-    """
-    draw = np.random.default_rng(seed)
-    difficulty = draw.normal(0, 0.5, n_batches)
-    for r in range(TREND_ROUNDS):
-        level = 10.0 - gain * r + draw.uniform(-1, 1) * NOISE_OVER_GAIN * gain
-        noise = draw.normal(0, paired_std / math.sqrt(2), n_batches)
-        if rule.update((level + difficulty + noise - noise.mean()).tolist()).stop:
-            return True
-    return False
-
-
-def _plateau_delay(rule: Any, falling_rounds: int, declared: dict[str, Any]) -> int:
-    """Rounds by which the stop misses its declared place on a curve that falls steeply, then stays level. −1 if there is no stop."""
-    due = max(falling_rounds - 1 + declared["patience"], declared["min_epochs"] - 1)
-    for r in range(due + 64):
-        level = 10.0 - CLIFF_NATS * min(r, falling_rounds - 1)
-        if rule.update([level, level + 0.3, level - 0.2]).stop:
-            return r - due
-    return -1
 
 
 # --- inside the run -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contracts.gate import Verdict, decide, decides, failed
 
-N_NEW = 8
+N_NEW, MANY_NEW = 8, 80  # so many that a stack may prepare the model for them
 LOGITS, SEEN = torch.linspace(-4.0, 4.0, 9), (0, 2, 2, 4, 7)
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -24,20 +24,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @decides("sampling.generation")
 def generation(
-    limits: SimpleNamespace, *, generating_model: nn.Module, generate: Callable, generation_prompt: list[int], penalised: Callable
+    limits: SimpleNamespace,
+    *,
+    generating_model: nn.Module,
+    generate: Callable,
+    generation_prompt: list[int],
+    penalised: Callable,
+    max_seq_len: int,
 ) -> Verdict:
     """Each token of a generation is the one that follows from the model's full forward in evaluation mode, written out here in float64.
 
     `generate(ids, max_new_tokens=, temperature=, top_k=, top_p=, repetition_penalty=, generator=, eos_id=, use_cache=)` is the stack's own
     on `generating_model`, which has dropout above 0 and is in training mode when it is asked. One uniform float64 per token comes from
     `generator`; a token is drawn by inverting the cumulative distribution in the order of ids. A token whose choice lies within
-    margin_min of another in probability is not judged, and the generation is compared up to it. `penalised(logits_V, seen, penalty)` is
+    margin_min of another in probability is not judged, and the generation is compared up to it. Where prompt and new tokens exceed
+    `max_seq_len`, the model goes on with the last half of its context: one prompt nearly fills it. `penalised(logits_V, seen, penalty)` is
     the stack's penalty on repetition.
     """
     model, prompt = generating_model.train(), generation_prompt
     modes, wrong, judged = [m.training for m in model.modules()], [], 0
-    for name, options in SETTINGS.items():
-        expected = _expected(model, prompt, torch.Generator().manual_seed(17), options, limits.margin_min)
+    filling = (prompt * -(-max_seq_len // len(prompt)))[: max(1, max_seq_len - 3)]
+    asked = [(name, prompt, options) for name, options in SETTINGS.items()]
+    asked.append(("beyond the context", filling, {"temperature": 1.0, "repetition_penalty": 1.3}))
+    for name, prompt, options in asked:
+        expected = _expected(model, prompt, torch.Generator().manual_seed(17), options, limits.margin_min, max_seq_len)
         judged += len(expected)
         for use_cache in (True, False):
             chance = torch.Generator().manual_seed(17)
@@ -46,25 +56,33 @@ def generation(
                 wrong.append(f"{name}, {'with' if use_cache else 'without'} cache")
     if [m.training for m in model.modules()] != modes:
         return failed("a generation left modules in another mode than it found them in", wrong=len(wrong))
+    prompt = generation_prompt
     greedy = generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=None)
+    expected = _expected(model, prompt, torch.Generator(), {"temperature": 0.0}, limits.margin_min, max_seq_len)
+    if generate(prompt, max_new_tokens=MANY_NEW, temperature=0.0, eos_id=None)[: len(expected)] != expected:
+        wrong.append(f"{MANY_NEW} tokens asked for at once")
     if generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=greedy[2]) != greedy[: greedy.index(greedy[2])]:
         wrong.append("the end of text does not end it")
     if not torch.allclose(penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0):
         wrong.append("the penalty on repetition")
-    enough = judged >= limits.judged_frac_min * len(SETTINGS) * N_NEW
+    enough = judged >= limits.judged_frac_min * len(asked) * N_NEW
     text = f"not what the model's own forward gives: {'; '.join(wrong)}" if wrong else f"only {judged} tokens could be judged"
     return decide(len(wrong) <= limits.wrong_max and enough, text, wrong=len(wrong), judged_tokens=judged)
 
 
-def _expected(model: nn.Module, prompt: Sequence[int], chance: torch.Generator, options: dict[str, Any], margin_min: float) -> list[int]:
+def _expected(
+    model: nn.Module, prompt: Sequence[int], chance: torch.Generator, options: dict[str, Any], margin_min: float, max_seq_len: int
+) -> list[int]:
     """Tokens by the full forward, up to the first whose choice is closer than `margin_min`."""
-    tokens, training = list(prompt), model.training
+    tokens, training, start = list(prompt), model.training, 0
     model.eval()
     try:
         for _ in range(N_NEW):
+            if len(tokens) - start > max_seq_len:
+                start = len(tokens) - max(1, max_seq_len // 2)
             with torch.no_grad():
-                logits_V = model(torch.tensor([tokens], device=next(model.parameters()).device))[0, -1].cpu().double()
-            probs_V = _probabilities(_penalised(logits_V, tokens, options.get("repetition_penalty", 1.0)), options)
+                logits_V = model(torch.tensor([tokens[start:]], device=next(model.parameters()).device))[0, -1].cpu().double()
+            probs_V = _probabilities(_penalised(logits_V, tokens[start:], options.get("repetition_penalty", 1.0)), options)
             token, margin = _chosen(probs_V, options, chance)
             if margin < margin_min:
                 break

@@ -1,7 +1,7 @@
 """Gates of the loss: hand-computed values, and a gradient that does not depend on how a batch is cut."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -108,6 +108,28 @@ def _scale_error(gradient_of, ids, labels, whole) -> float:
     """Repeating every row must leave the mean's gradient as it is; a missing division doubles it."""
     _, doubled = gradient_of([(ids, labels), (ids, labels)])
     return max(gradient_errors(doubled, whole).values())
+
+
+@decides("loss.own-batch")
+def own_batch(limits: SimpleNamespace, *, own_step: Callable[[], tuple[float, Sequence[tuple], Callable]]) -> Verdict:
+    """The mean loss that a step reports on the run's own rows, whole and as they are packed, is the one its logits give in float64.
+
+    `own_step()` accumulates one step of drawn batches with dropout off and gives (its mean loss in nats, (input_ids_BT, labels_BT,
+    document_ids_BT or None) of every micro-batch, the model's logits (B, T, V) by ids and document ids).
+    """
+    reported, parts, logits_of = own_step()
+    nats = n_valid = n_rows = 0
+    with torch.no_grad():
+        for batch in parts:
+            for ids_T, labels_T, own_T in zip(*(batch if batch[2] is not None else (*batch[:2], [None] * len(batch[0])))):
+                log_p_TV = logits_of(ids_T[None], None if own_T is None else own_T[None])[0].cpu().double().log_softmax(-1)
+                kept_T = labels_T != IGNORE
+                nats -= float(log_p_TV[kept_T].gather(1, labels_T[kept_T, None]).sum())
+                n_valid, n_rows = n_valid + int(kept_T.sum()), n_rows + 1
+    mean = nats / max(n_valid, 1)
+    error = abs(reported - mean) / max(mean, 1e-30)
+    text = f"a step on {n_rows} rows of {parts[0][0].shape[1]} tokens reports {reported:.6g} nats, its logits give {mean:.6g}"
+    return decide(error <= limits.rel_error_max and n_valid > 0, text, rel_error=error, rows=n_rows, n_valid=n_valid)
 
 
 @decides("loss.nan-visible")

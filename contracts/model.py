@@ -1,4 +1,4 @@
-"""Gates of the model: initial weights, causality, packed documents, and the ability to learn one batch.
+"""Gates of the model: the first loss, causality, packed documents, training against evaluation mode, and learning one batch.
 
 B batch, T tokens, D d_model, J rotated pairs of a head, V vocab
 """
@@ -29,60 +29,7 @@ def _draw_ids(shape: tuple[int, ...], vocab_size: int, seed: int) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- initial weights ------------------------------------------------------------------------------------------------
-
-
-@decides("model.init-law")
-def init_law(
-    limits: SimpleNamespace,
-    *,
-    model: nn.Module,
-    declared_init: Mapping[str, tuple[str, float]],
-    declared_parameter_count: int,
-    declared_architecture: Mapping[str, Any],
-    rotary_tables: tuple[Tensor, Tensor] | None,
-    embedding_weight: Tensor,
-    head_weight: Tensor,
-) -> Verdict:
-    """Each parameter follows its law: mean and spread lie where a sample of its size must, or every entry is the declared constant.
-
-    `declared_init` maps every parameter name to ("normal", std) or ("constant", value). Rotary tables equal a fresh computation, and
-    buffers that checkpoints hold are 0. `rotary_tables` is None without rotary positions.
-    """
-    parameters = dict(model.named_parameters())
-    if odd := sorted(parameters.keys() ^ declared_init.keys()):
-        return failed(f"parameters without a declared law, or the reverse: {', '.join(odd)}", undeclared=len(odd))
-    n_entries = sum(p.numel() for p in parameters.values())
-    tensors = [*parameters.values(), *model.buffers()]
-    infinite = sum(int((~t.isfinite()).sum()) for t in tensors if t.is_floating_point())
-    if infinite:
-        return failed("weights or buffers are not finite", not_finite=infinite)
-    z = {name: _law_z(p.detach(), *declared_init[name]) for name, p in parameters.items()}
-    worst = max(z, key=z.get)
-    held = [t for n, t in model.state_dict().items() if n not in parameters]
-    buffer_error = max([table_error(rotary_tables, declared_architecture), *(float(t.double().abs().max()) for t in held)])
-    shared = embedding_weight.data_ptr() == head_weight.data_ptr()
-    wrong = [
-        text
-        for ok, text in (
-            (z[worst] <= limits.z_max, f"{worst} does not follow its declared law"),
-            (buffer_error <= limits.buffer_abs_error_max, "rotary tables differ from a fresh computation, or a kept buffer is not 0"),
-            (shared == declared_architecture["tied_head"], "the head is tied where it should not be, or not where it should"),
-            (n_entries == declared_parameter_count, f"{n_entries} parameters, {declared_parameter_count} by the formula"),
-        )
-        if not ok
-    ]
-    return decide(not wrong, "; ".join(wrong), z=z[worst], worst=worst, buffer_abs_error=buffer_error, n_parameters=n_entries)
-
-
-def _law_z(values: Tensor, law: str, value: float) -> float:
-    """How many standard errors mean or spread of a sample lie from the declared law; infinite for a constant that is not met."""
-    if law == "constant":
-        return 0.0 if bool((values == value).all()) else math.inf
-    n, wide = values.numel(), values.double()
-    of_mean = abs(float(wide.mean())) * math.sqrt(n) / value
-    of_spread = abs(float(wide.square().mean().sqrt()) / value - 1) * math.sqrt(2 * n)
-    return max(of_mean, of_spread)
+# --- before the first update ----------------------------------------------------------------------------------------
 
 
 def table_error(tables: tuple[Tensor, Tensor] | None, a: Mapping[str, Any]) -> float:
@@ -288,6 +235,38 @@ def _gradients_between(packed_logits: Callable, embedding: nn.Module, ids_BT: Te
         gradient_BTD[row, own_T] = 0
         foreign.append(gradient_BTD.abs().max())
     return float(torch.stack(foreign).max()), unlearned
+
+
+# --- training and evaluation ------------------------------------------------------------------------------------------
+
+
+@decides("model.training-forward")
+def training_forward(
+    limits: SimpleNamespace, *, model: nn.Module, declared_architecture: Mapping[str, Any], vocab_size: int, max_seq_len: int
+) -> Verdict:
+    """In training mode, with its dropout modules off, the model computes what it computes in evaluation mode.
+
+    So nothing else that evaluation leaves out is at work in training: no dropout of another kind, no branch, no other scale. Experts stay
+    in evaluation mode where a capacity is declared, because that is meant to act in training alone.
+    """
+    ids_BT, errors = _draw_ids((2, min(max_seq_len, 129)), vocab_size, seed=71).to(device_of(model)), {}
+    capacity = declared_architecture["ffn"].get("capacity_factor") is not None
+    with torch.no_grad():
+        expected = in_eval(model, ids_BT).double()
+    with _modes_kept(model), torch.random.fork_rng(devices=[ids_BT.device] if ids_BT.is_cuda else []):
+        model.train()
+        for name, module in model.named_modules():
+            module.training = not isinstance(module, nn.Dropout) and not (capacity and name.endswith(".ffn"))
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                off = model(ids_BT).detach().double() - expected
+            errors["with gradients" if gradients else "without"] = float(off.norm() / expected.norm())
+    worst = max(errors, key=errors.__getitem__)
+    return decide(
+        errors[worst] <= limits.rel_error_max,
+        f"with dropout off, logits of training mode are {errors[worst]:.3g} from those of evaluation mode ({worst})",
+        rel_error=errors[worst],
+    )
 
 
 # --- learning one batch ---------------------------------------------------------------------------------------------

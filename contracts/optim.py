@@ -1,7 +1,8 @@
 """Gates of the optimizer: every parameter is optimised as declared, by the declared formula, within the declared norm."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from contracts.events import Event, StepTaken
 from contracts.gate import Stateless, Verdict, decide, decides, failed
+from contracts.schedule import closed_form
 
 RATE = 1e-2
+ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it
 
 
 @decides("optim.parameter-census")
@@ -211,6 +214,63 @@ def _muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: 
 
 
 _RULES = {"adamw": _adamw, "muon": _muon}
+
+
+@dataclass(frozen=True)
+class Move:
+    """What one real step did to one parameter, or to some entries of one: `gradient` is as backward left it, None where there was none."""
+
+    law: Mapping[str, Any]
+    before: Tensor
+    gradient: Tensor | None
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One real step: its number, the norm of all its gradients before anybody scaled them, and the moves by parameter."""
+
+    step: int
+    grad_norm: float
+    moves: Mapping[str, Move]
+
+
+@decides("optim.applied-update")
+def applied_update(
+    limits: SimpleNamespace, *, applied_steps: Callable[[], Sequence[Applied]], declared_updates: Mapping[str, Any]
+) -> Verdict:
+    """Whole train steps of the run move each parameter as clipping, schedule and rule say together, and nothing else moves it.
+
+    `applied_steps()` makes real steps from fresh moments; `declared_updates` holds schedule, max_steps and max_grad_norm. Each step is
+    worked out in float64 from the weights before it and the gradients of backward, at the rate of its number. AdamW is off by shares of
+    the rate, beyond the rounding of the weight itself; Muon, in float32, by shares of the way that was to go.
+    """
+    memory: dict[str, dict] = {}
+    errors: dict[str, tuple[float, str]] = {}
+    for applied in applied_steps():
+        clip = min(1.0, declared_updates["max_grad_norm"] / (applied.grad_norm + 1e-6))
+        for name, move in applied.moves.items():
+            kind, error = _move_error(move, memory.setdefault(name, {"t": 0}), clip, applied.step, declared_updates)
+            errors[kind] = max(errors.get(kind, (0.0, "")), (error, f"{name} in step {applied.step}"))
+    allowed = {"error_over_lr": limits.rel_error_max, "muon_rel_error": limits.muon_rel_error_max}
+    over = [f"{where} by {error:.3g}" for kind, (error, where) in errors.items() if not error <= allowed[kind]]
+    text = f"a step moved what clipping, schedule and rule do not: {', '.join(over)}"
+    return decide(bool(errors) and not over, text, **{kind: error for kind, (error, _) in errors.items()})
+
+
+def _move_error(move: Move, memory: dict, clip: float, step: int, declared: Mapping[str, Any]) -> tuple[str, float]:
+    """(kind of error, how far a parameter is from where its law takes it). Without a gradient it may not move at all."""
+    law, off = move.law, move.after.double() - move.before.double()
+    lr = closed_form(step, peak=law["lr"], schedule=declared["schedule"], max_steps=declared["max_steps"])
+    kind = {"adamw": "error_over_lr", "muon": "muon_rel_error"}[law["rule"]]
+    if move.gradient is None:
+        return kind, float("inf") if bool(off.any()) else 0.0
+    memory["t"] += 1
+    there = _RULES[law["rule"]](move.before.double(), move.gradient.double() * clip, memory, law | {"lr": lr}, memory["t"])
+    off = move.after.double() - there
+    if law["rule"] == "muon":
+        return kind, float(off.norm() / (there - move.before.double()).norm().clamp(min=1e-300))
+    return kind, float((off.abs() - ULPS * move.before.abs()).clamp(min=0).max() / lr) if lr else float(off.abs().max())
 
 
 @decides("optim.clip-norm")

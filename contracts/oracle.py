@@ -1,7 +1,7 @@
 """The decoder written out in float64 from its declaration and the papers: slow, plain, one document and one head at a time.
 
-B batch, T tokens of a row or of one document, R tokens in any order, D d_model, H head_dim, S width of a rotated head or half-head,
-J = S/2 rotated pairs, F d_ff, E experts, k top_k, V vocab
+B batch, T tokens of a row or of one document, Q of them that ask, R tokens in any order, D d_model, H head_dim, S width of a rotated
+head or half-head, J = S/2 rotated pairs, F d_ff, E experts, k top_k, V vocab
 """
 
 import math
@@ -73,13 +73,21 @@ def oracle_attention(
 
     `layer_weights` has the names below `layers.<layer>.attention.`: q.weight, …, as far as they are declared.
     """
-    wide = {name: weight.double().cpu() for name, weight in layer_weights.items()}
-    x_BTD = x_BTD.double().cpu()
+    wide, x_BTD = _wide(layer_weights), x_BTD.double().cpu()
     parts = [
         _attention(x_BTD[row, places], wide, architecture, layer, torch.arange(places.stop - places.start))
         for row, places in documents(x_BTD.shape[:2], document_ids_BT)
     ]
     return torch.cat(parts).view(x_BTD.shape)
+
+
+def oracle_attention_at_end(x_TD: Tensor, layer_weights: Weights, architecture: Architecture, layer: int, last: int) -> Tensor:
+    """The last rows (last, D) of what `oracle_attention` gives for one document (T, D), at a cost that grows with T alone."""
+    return _attention(x_TD.double().cpu(), _wide(layer_weights), architecture, layer, torch.arange(len(x_TD)), last)
+
+
+def _wide(weights: Weights) -> Weights:
+    return {name: weight.double().cpu() for name, weight in weights.items()}
 
 
 def below(weights: Weights, prefix: str) -> dict[str, Tensor]:
@@ -213,41 +221,44 @@ def _rotated(x_TS: Tensor, angle_TJ: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def _attention(x_TD: Tensor, w: Weights, a: Architecture, layer: int, position_T: Tensor) -> Tensor:
-    """Attention of tokens of one document at their positions: one query head at a time, a table of allowed pairs."""
+def _attention(x_TD: Tensor, w: Weights, a: Architecture, layer: int, position_T: Tensor, last: int = 0) -> Tensor:
+    """Attention of tokens of one document at their positions: one query head at a time, a table of allowed pairs.
+
+    With `last`, only so many tokens at the end ask: Q of T.
+    """
     declared, h, group = a["attention"], a["head_dim"], a["n_heads"] // a["n_kv_heads"]
-    q, k, v = (_linear(x_TD, w, name, declared["qkv_bias"]) for name in ("q", "k", "v"))
-    back_TT = position_T[:, None] - position_T[None, :]
-    allowed_TT = (back_TT >= 0) & (back_TT < (declared["window"] or math.inf))
+    q, k, v = (_linear(x, w, name, declared["qkv_bias"]) for x, name in ((x_TD[-last:], "q"), (x_TD, "k"), (x_TD, "v")))
+    back_QT = position_T[-last:, None] - position_T[None, :]
+    allowed_QT = (back_QT >= 0) & (back_QT < (declared["window"] or math.inf))
     heads = []
     for n in range(a["n_heads"]):
         mine, theirs = slice(n * h, (n + 1) * h), slice(n // group * h, (n // group + 1) * h)
-        heads.append(_head(q[:, mine], k[:, theirs], v[:, theirs], w, a, layer, position_T, allowed_TT))
+        heads.append(_head(q[:, mine], k[:, theirs], v[:, theirs], w, a, layer, position_T, allowed_QT))
     return _linear(torch.cat(heads, -1), w, "out", declared["out_bias"])
 
 
-def _head(q_TH, k_TH, v_TH, w: Weights, a: Architecture, layer: int, position_T: Tensor, allowed_TT: Tensor) -> Tensor:
-    """Output (T, H) of one head."""
+def _head(q_QH, k_TH, v_TH, w: Weights, a: Architecture, layer: int, position_T: Tensor, allowed_QT: Tensor) -> Tensor:
+    """Output (Q, H) of one head."""
 
-    def weights_TT(q_TS: Tensor, k_TS: Tensor) -> Tensor:
+    def weights_QT(q_QS: Tensor, k_TS: Tensor) -> Tensor:
         if a["attention"]["qk_norm"]:
-            q_TS, k_TS = _rms(q_TS, w["q_norm.weight"], a["norm_eps"]), _rms(k_TS, w["k_norm.weight"], a["norm_eps"])
+            q_QS, k_TS = _rms(q_QS, w["q_norm.weight"], a["norm_eps"]), _rms(k_TS, w["k_norm.weight"], a["norm_eps"])
         if a["positions"]["kind"] == "rotary":
             angle_TJ = rotary_angles(a, position_T)
-            q_TS, k_TS = _rotated(q_TS, angle_TJ), _rotated(k_TS, angle_TJ)
-        return (q_TS @ k_TS.T / math.sqrt(q_TS.shape[1])).masked_fill(~allowed_TT, -math.inf).softmax(-1)
+            q_QS, k_TS = _rotated(q_QS, angle_TJ[-len(q_QS) :]), _rotated(k_TS, angle_TJ)
+        return (q_QS @ k_TS.T / math.sqrt(q_QS.shape[1])).masked_fill(~allowed_QT, -math.inf).softmax(-1)
 
     match a["attention"]:
         case {"kind": "softmax"}:
-            return weights_TT(q_TH, k_TH) @ v_TH
+            return weights_QT(q_QH, k_TH) @ v_TH
         case {"kind": "differential", "form": form}:
             s = a["head_dim"] // 2
-            first_TT, second_TT = weights_TT(q_TH[:, :s], k_TH[:, :s]), weights_TT(q_TH[:, s:], k_TH[:, s:])
+            first_QT, second_QT = weights_QT(q_QH[:, :s], k_TH[:, :s]), weights_QT(q_QH[:, s:], k_TH[:, s:])
             if form == "scalar":
-                return (first_TT - w["lambda_weight"] * second_TT) @ v_TH
+                return (first_QT - w["lambda_weight"] * second_QT) @ v_TH
             start = lambda_init(layer)
             learned = torch.exp(w["lambda_q1"] @ w["lambda_k1"]) - torch.exp(w["lambda_q2"] @ w["lambda_k2"]) + start
-            return _rms((first_TT - learned * second_TT) @ v_TH, w["head_norm.weight"], a["norm_eps"]) * (1 - start)
+            return _rms((first_QT - learned * second_QT) @ v_TH, w["head_norm.weight"], a["norm_eps"]) * (1 - start)
         case other:
             raise ValueError(f"no oracle for model.attention.kind = {other['kind']}")
 

@@ -49,6 +49,18 @@ def shadow(
     )
 
 
+@decides("precision.declared")
+def declared(limits: SimpleNamespace, *, computed_dtypes: Callable[[], Mapping[str, str]], declared_dtype: str) -> Verdict:
+    """Every matrix product of a real train step comes out in the declared type: neither half precision nobody asked for, nor none.
+
+    `computed_dtypes()` makes one step and gives, by name, the type of what each linear layer returned in it.
+    """
+    found = computed_dtypes()
+    odd = [f"{name} in {dtype}" for name, dtype in found.items() if dtype != declared_dtype]
+    text = f"train.dtype is {declared_dtype}, and {len(odd)} of {len(found)} layers compute otherwise: {', '.join(odd[:3])}"
+    return decide(len(odd) <= limits.odd_max and bool(found), text, odd=len(odd), layers=len(found))
+
+
 @decides("precision.loss-scale")
 def loss_scale(limits: SimpleNamespace, *, scaled_step: Callable[[float], tuple[float, float]]) -> Verdict:
     """What the clip sees and what it leaves do not depend on the loss scale.

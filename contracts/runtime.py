@@ -1,11 +1,15 @@
-"""Gates of every step: it did real, finite, bounded work. They see plain numbers the loop already has."""
+"""Gates of every step: it did real, finite, bounded work, from the declared seed. Most see plain numbers the loop already has."""
 
 import math
 from collections import deque
+from collections.abc import Callable, Mapping
 from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 from contracts.events import BatchDrawn, Evaluated, Event, Finished, Recomputed, Sampled, Saved, Started, StepTaken
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+from contracts.witness import ModeSeen
 
 
 @decides("runtime.finite")
@@ -25,6 +29,32 @@ class Finite(Stateless):
             else f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, {event.overflow_retries} overflow(s)",
             {"loss_nats": str(event.loss_nats), "grad_norm": str(event.grad_norm), "overflow_retries": event.overflow_retries},
         )
+
+
+@decides("runtime.training-mode")
+class TrainingMode(Stateless):
+    """Every step is taken with every module in training mode, also the one after an evaluation, a sample or a save."""
+
+    events = (ModeSeen,)
+
+    def observe(self, event: ModeSeen) -> Verdict:
+        n = len(event.wrong)
+        text = f"step {event.step}: {n} module(s) were in evaluation mode, first {event.wrong[0] or 'the model'}" if n else ""
+        return decide(n <= self.limits.wrong_modules_max, text, wrong_modules=n)
+
+
+@decides("runtime.seed")
+def seed(limits: SimpleNamespace, *, begun: Callable[[int], Mapping[str, Any]], epoch_samples: int) -> Verdict:
+    """A run is what its seed makes of it: the same seed begins the same run, another one another, in every use of chance.
+
+    `begun(offset)` gives what the run would begin with under its seed plus an offset, by name: weights, order and masks. The order of a
+    corpus too small to be shuffled otherwise (`windows_min`) is not judged.
+    """
+    first, again, other = begun(0), begun(0), begun(1)
+    unlike = [name for name in first if first[name] != again[name]]
+    alike = [n for n in first if first[n] == other[n] and (n != "order" or epoch_samples >= limits.windows_min)]
+    text = f"two runs of one seed begin with other {', '.join(unlike)}" if unlike else f"the seed does not reach {', '.join(alike)}"
+    return decide(not unlike and not alike and len(first) >= limits.uses_min, text, unlike=len(unlike), alike=len(alike), uses=len(first))
 
 
 @decides("runtime.params-changed")

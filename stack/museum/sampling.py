@@ -7,7 +7,7 @@ import torch
 from stack.evaluate import sampling
 from stack.model.cache import LayerCache
 from stack.museum.evaluation import one_page_over_and_over
-from stack.museum.plant import plant, swap
+from stack.museum.plant import plant, swap, touch
 from stack.train import run
 
 
@@ -250,4 +250,46 @@ def monitor_unwired():
 )
 def corpus_of_one_page():
     with one_page_over_and_over():
+        yield
+
+
+@plant(
+    "sampling.context-forgotten",
+    gate="sampling.generation",
+    title="A full context is forgotten",
+    story="When prompt and new tokens exceed the context, the window should move on by half of itself, and moves on to the last token. "
+    "Everything is well up to that length. From there on the text has nothing to do with what was said before.",
+    sources=("https://github.com/Lightning-AI/litgpt/issues/298",),
+)
+def context_forgotten():
+    original = sampling.window_start
+
+    def to_the_end(n_tokens, start, max_seq_len):
+        return start if original(n_tokens, start, max_seq_len) == start else n_tokens - 1
+
+    with swap(sampling, "window_start", to_the_end):
+        yield
+
+
+@plant(
+    "sampling.copy-transposed",
+    gate="sampling.generation",
+    title="The copy for long texts has square matrices turned",
+    story="For many tokens the weights are copied into another layout, and square matrices come out transposed; others would not fit and "
+    "be noticed. Short samples, of tests, are drawn without the copy and are right.",
+    sources=("https://github.com/Lightning-AI/litgpt/issues/298",),
+)
+def copy_transposed():
+    original = sampling.laid_out_for_rows
+
+    def turned(model, n_tokens):
+        copied = original(model, n_tokens)
+        if copied is not model:
+            for p in copied.parameters():
+                if p.ndim == 2 and p.shape[0] == p.shape[1]:
+                    touch()
+                    p.data = p.data.t()
+        return copied
+
+    with swap(sampling, "laid_out_for_rows", turned, counted=False):
         yield

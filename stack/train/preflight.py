@@ -30,7 +30,7 @@ from stack.train.digest import digest, live_sha256
 from stack.train.dropout import branch_draws
 from stack.train.head import head_ingredients, loss_scale_ingredients
 from stack.train.randomness import generator, stream_seed
-from stack.train.reporting import reported_steps
+from stack.train.reporting import applied_steps, begun, computed_dtypes, own_step, reported_steps
 from stack.train.shadow import shadow_ingredients
 from stack.train.state import TrainState, build_state
 
@@ -184,6 +184,16 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads)[1],
         "reported_steps": lambda: reported_steps(exact, dataset, device),
+        "computed_dtypes": lambda: computed_dtypes(shrunk(cfg), dataset, device),
+        "declared_dtype": cfg.train.dtype,
+        "begun": lambda offset: begun(shrunk(cfg), dataset, device, offset),
+        "own_step": lambda: own_step(exact, dataset, device),
+        "applied_steps": lambda: applied_steps(exact, dataset, device, declared_law(cfg.optim)),
+        "declared_updates": {
+            "schedule": cfg.schedule.model_dump(),
+            "max_steps": cfg.train.max_steps,
+            "max_grad_norm": cfg.optim.max_grad_norm,
+        },
         "clip_model": lambda model: _clip(cfg, opt.gradients(model)),
         "branch_draws": lambda: branch_draws(shrunk(cfg), dataset, device),
         "dropout": cfg.model.dropout,

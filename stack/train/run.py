@@ -15,6 +15,7 @@ from contracts.coherence import coherence
 from contracts.events import Evaluated, HeldOutRows, Recited, Recomputed, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
+from contracts.witness import ModeSeen
 from spec.building import RecordBuilder
 from spec.canonical import sha256_json
 from spec.records import Artefact
@@ -95,6 +96,8 @@ class Run:
             "epoch": batches[-1].epoch,
         }
         self._log_draws(batches)
+        resting = tuple(name for name, module in state.model.named_modules() if not module.training)
+        self.keeper.observe(ModeSeen(step=report.step, phase="training", wrong=resting))
         self.listener.on_step(self.line, self.cfg.train.max_steps)
         self.keeper.observe(
             StepTaken(

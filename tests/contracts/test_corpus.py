@@ -310,3 +310,21 @@ def test_packing_is_red_on_two_documents_under_one_id(spec, ingredients, dataset
 
     verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
     assert verdict.outcome == "fail" and verdict.measured["crossed_borders"] >= 1 and verdict.measured["unaccounted"] == 0
+
+
+def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, ingredients, small_cfg):
+    """All labels are there, one each: the last ones of two rows have changed places."""
+    stream = prepare(small_cfg.data.model_copy(update={"packing": Concatenated()})).train
+    last = stream.rows(np.array([3, 5]), 288).labels[:, -1]
+    assert last[0] != last[1]
+
+    def rows(numbers, seq_len):
+        made = stream.rows(numbers, seq_len)
+        for n, label in ((3, last[1]), (5, last[0])):
+            for at in np.flatnonzero(np.asarray(numbers) == n):
+                made = replaced(made, "labels", (int(at), -1), label)
+        return made
+
+    assert call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": stream}).outcome == "pass"
+    verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
+    assert verdict.outcome == "fail" and "2 label(s) are not the next token" in verdict.message and verdict.measured["unaccounted"] == 0

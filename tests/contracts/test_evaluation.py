@@ -30,6 +30,10 @@ PLANTS = [
     "evaluation.mean-of-means",
     "evaluation.noise-stop",
     "evaluation.stop-one-round-late",
+    "evaluation.inputs-shifted",
+    "evaluation.documents-run-together",
+    "evaluation.noise-counts-as-gain",
+    "evaluation.error-too-small",
 ]
 
 
@@ -59,7 +63,7 @@ def test_invariance_refuses_a_model_without_dropout(spec, ingredients):
 
 
 def stop_parts(rule, **changes):
-    declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}
+    declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0}
     parts = {
         "make_stop_rule": rule,
         "stop_declared": declared,
@@ -83,7 +87,7 @@ def test_a_least_improvement_that_is_noise_is_refused(spec):
     """The standard error of the difference is 0.0075 nats at 16 batches, so half of 0.015."""
     gate = spec.gates["evaluation.stop-rule"]
     for min_delta, outcome in ((0.0151, "pass"), (0.0149, "fail")):
-        declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": min_delta}
+        declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": min_delta}
         verdict = call_check(gate, stop_parts(lambda: StopRule(5, 3, 2.0, min_delta), stop_declared=declared))  # noqa: B023
         assert verdict.outcome == outcome, verdict.message
 
@@ -100,21 +104,21 @@ def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_impr
     [
         (
             lambda: StopRule(2, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 2, "min_epochs": 3, "min_delta_nats": 0.0},
+            {"kind": "patience", "patience": 2, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
         ),  # the policy of the founding note ship-two-001
         (
             lambda: StopRule(5, 3, 2.0, 0.5),
-            {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0},
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
         ),  # a delta above the gain
         (
             lambda: StopRule(5, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 5, "min_epochs": 12, "min_delta_nats": 0.0},
+            {"kind": "patience", "patience": 5, "min_epochs": 12, "z": 2.0, "min_delta_nats": 0.0},
         ),  # min_epochs not obeyed
         (
             lambda: StopRule(6, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0},
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
         ),  # another patience than declared
-        (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3, "min_delta_nats": 0.0}),
+        (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0}),
     ],
 )
 def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
@@ -122,7 +126,7 @@ def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
 
 
 def test_stop_rule_obeys_min_epochs_beyond_patience(spec):
-    declared = {"kind": "patience", "patience": 5, "min_epochs": 12, "min_delta_nats": 0.0}
+    declared = {"kind": "patience", "patience": 5, "min_epochs": 12, "z": 2.0, "min_delta_nats": 0.0}
     assert call_check(spec.gates["evaluation.stop-rule"], stop_parts(lambda: StopRule(5, 12, 2.0, 0.0), stop_declared=declared)).passed
 
 
@@ -239,3 +243,11 @@ def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
         with plant.apply(), pytest.raises(GateFailed) as caught:
             session.start(cfg, (), tmp_path / plant_id, Listener(), only=(plant.gate,))
         assert caught.value.gate_id == plant.gate
+
+
+@pytest.mark.parametrize("change", [{"z": 2.05}, {"z": 1.95}, {"min_delta_nats": 0.01}])
+def test_stop_rule_counts_a_gain_exactly_from_what_is_declared(spec, ingredients, change):
+    """A rule that is two and a half percent stricter or laxer, or has another least improvement, than the one declared."""
+    declared = ingredients["stop_declared"] | change
+    verdict = call_check(spec.gates["evaluation.stop-rule"], ingredients | {"stop_declared": declared})
+    assert verdict.outcome == "fail" and "is what counts" in verdict.message

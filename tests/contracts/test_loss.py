@@ -92,3 +92,25 @@ def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, ingredients):
     with load_museum()["loss.z-term-reported"].apply():
         verdict = call_check(spec.gates["loss.golden"], ingredients)
     assert verdict.outcome == "fail" and verdict.measured["worst"] == "shifted"
+
+
+def test_own_batch_is_green_on_the_stack(spec, ingredients):
+    verdict = call_check(spec.gates["loss.own-batch"], ingredients)
+    assert verdict.outcome == "pass" and verdict.measured["rel_error"] < 1e-7  # measured 3.9e-10
+    assert verdict.measured["n_valid"] > 1000, "rows of full length"
+    assert all(documents is not None for _, _, documents in ingredients["own_step"]()[1]), "packed rows"
+
+
+def test_own_batch_is_red_on_its_plants_and_on_one_label(spec, ingredients):
+    gate = spec.gates["loss.own-batch"]
+    for plant_id in gate.plants:
+        with load_museum()[plant_id].apply():
+            assert call_check(gate, ingredients).outcome == "fail", plant_id
+    nats, parts, logits_of = ingredients["own_step"]()
+    ids, labels, documents = parts[0]
+    other = labels.clone()
+    other[0, -40] = (other[0, -40].clamp(min=0) + 1) % 384
+    cut = [(ids, labels, 9 * documents + (torch.arange(ids.shape[1]) >= 100)), *parts[1:]]
+    for changed in ([(ids, other, documents), *parts[1:]], cut, parts[1:]):
+        verdict = call_check(gate, {"own_step": lambda changed=changed: (nats, changed, logits_of)})
+        assert verdict.outcome == "fail" and verdict.measured["rel_error"] > 5e-5

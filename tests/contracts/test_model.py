@@ -22,9 +22,15 @@ GATES = [
     "model.document-isolation",
     "model.reference-differential",
     "model.gradient",
+    "model.training-forward",
     "model.overfit-one-batch",
 ]
 PLANTS = [
+    "model.far-keys-unseen",
+    "model.layers-drawn-alike",
+    "model.branches-drawn-wide",
+    "model.dropout-undeclared",
+    "model.scaled-in-training",
     "model.head-init-wrong",
     "model.init-std-too-big",
     "model.norm-garbage-buffer",
@@ -104,6 +110,20 @@ def test_a_model_of_bytes_begins_at_ln_256(spec, seed):
     assert call_check(gate, parts | {"vocab_size": 128}).outcome == "fail"
 
 
+@pytest.mark.parametrize("change", ["uniform", "halves"])
+def test_init_law_sees_draws_of_another_shape_and_draws_made_twice(spec, change):
+    parts = wide_ingredients()
+    weight = parts["model"].layers[0].ffn.up.weight
+    with torch.no_grad():
+        if change == "uniform":
+            weight.uniform_(-(3**0.5) * 0.02, 3**0.5 * 0.02, generator=torch.Generator().manual_seed(1))
+        else:
+            weight[len(weight) // 2 :] = weight[: len(weight) // 2]
+    verdict = call_check(spec.gates["model.init-law"], parts)
+    assert verdict.outcome == "fail" and "layers.0.ffn.up.weight" in verdict.message
+    assert verdict.measured["z" if change == "uniform" else "likeness_z"] > 10
+
+
 @pytest.mark.parametrize("change", ["gain", "nan", "untied", "stranger"])
 def test_init_law_sees_other_breaches(spec, small_cfg, dataset, change):
     parts = gather(small_cfg, dataset, torch.device("cpu"))[1]
@@ -131,7 +151,7 @@ def test_differential_sees_one_percent_of_scale(spec, ingredients):
 
 def test_differential_is_far_below_its_limit_on_the_stack(spec, ingredients):
     measured = call_check(spec.gates["model.reference-differential"], ingredients).measured
-    errors = [measured[f"{part}_rel_error"] for part in ("attention", "logit", "drawn")]
+    errors = [measured[f"{part}_rel_error"] for part in ("attention", "logit", "drawn", "full_length")]
     assert max(errors) < 2e-6  # measured worst case 3.3e-7
     assert measured["table_abs_error"] < 1e-7
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from contracts import differential
-from contracts.declared import kind_of, kinds, parameter_shapes, silent_kinds
+from contracts.declared import initial_law, kind_of, kinds, parameter_shapes, silent_kinds
 from contracts.gate import call_check
 from stack.config import ModelConfig
 from stack.evaluate.ingredients import overfit_batch, overfit_lr
@@ -53,6 +53,15 @@ def test_causality_and_isolation_are_green_on_every_variant(spec, variant, gate_
     assert max(v for k, v in verdict.measured.items() if k in ("leak_abs", "row_abs")) < 1e-14  # measured worst case 2e-15
     after = parts["model"].state_dict()
     assert all(torch.equal(p, after[n]) and p.dtype == after[n].dtype for n, p in before.items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_forward_is_green_on_every_variant(spec, variant):
+    parts = variants.parts(declared(variant))
+    modes = [m.training for m in parts["model"].modules()]
+    verdict = call_check(spec.gates["model.training-forward"], parts)
+    assert verdict.outcome == "pass" and verdict.measured["rel_error"] < 1e-12, verdict.message
+    assert [m.training for m in parts["model"].modules()] == modes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -186,9 +195,11 @@ def test_causality_sees_a_future_that_only_chooses(spec, variant):
 def test_init_law_wants_kept_buffers_at_zero_and_constants_met(spec):
     a = declared("biased experts", attention={"kind": "differential", "form": "scalar"})
     model = variants.Decoder(a, 61)
-    held = {n: p.detach() for n, p in model.named_parameters()}
-    laws = {n: ("normal", float(p.std())) if p.ndim > 1 else ("constant", float(p[0])) for n, p in held.items()}
-    parts = variants.parts(a) | {"model": model, "declared_init": laws, "embedding_weight": model.embed.weight}
+    draw = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        law, value = initial_law(name, a)
+        p.data = torch.full_like(p, value) if law == "constant" else value * torch.randn(p.shape, generator=draw)
+    parts = variants.parts(a) | {"model": model, "embedding_weight": model.embed.weight}
     parts |= {"head_weight": model.embed.weight, "declared_parameter_count": sum(p.numel() for p in model.parameters())}
     gate = spec.gates["model.init-law"]
     assert call_check(gate, parts).passed

@@ -11,6 +11,7 @@ from stack.config import AdamW, LayerNorm, MixtureOfExperts
 from stack.kernels import eager
 from stack.model import norm
 from stack.museum.plant import load_museum, swap, touches
+from stack.train import state
 from stack.train.head import loss_scale_ingredients
 from stack.train.preflight import gather, shrunk
 from stack.train.shadow import shadow_ingredients
@@ -199,3 +200,21 @@ def test_loss_scale_is_red_on_a_few_percent(spec):
 def test_loss_scale_is_for_float16_alone(spec, small_cfg):
     seats = [Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).seats for dtype in ("bfloat16", "float16")]
     assert ["precision.loss-scale" in s for s in seats] == [False, True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_declared_is_two_sided(spec, small_cfg, dataset, dtype, monkeypatch):
+    """Half precision is entered where it is declared and nowhere else; one layer that is not is enough."""
+    cfg, gate = (
+        small_cfg.model_copy(update={"train": small_cfg.train.model_copy(update={"dtype": dtype})}),
+        spec.gates["precision.declared"],
+    )
+    parts = gather(cfg, dataset, torch.device("cpu"))[1]
+    verdict = call_check(gate, parts)
+    assert verdict.outcome == "pass" and verdict.measured["layers"] == 14
+    one_odd = parts["computed_dtypes"]() | {"layers.1.ffn.up": "float64"}
+    assert call_check(gate, parts | {"computed_dtypes": lambda: one_odd}).outcome == "fail"
+    assert call_check(gate, parts | {"computed_dtypes": dict}).outcome == "fail", "nothing was seen"
+    other = {"float32": torch.bfloat16, "bfloat16": None}[dtype]
+    monkeypatch.setitem(state.AUTOCAST, dtype, other)
+    assert call_check(gate, parts).measured["odd"] == 14

@@ -20,8 +20,8 @@ from contracts.curriculum import GradientShock, _arm_fault
 from contracts.evaluation import OverfitOnset
 from contracts.events import BatchDrawn, Evaluated, Sampled, Started
 from contracts.gate import call_check, limits_of
+from contracts.initial import _law_z
 from contracts.memorisation import Memorised, chance_of
-from contracts.model import _law_z
 from contracts.moe import RouterCollapse
 from contracts.runtime import LossNotConstant, LossSpike, Trend
 from stack.data.order import Source

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from contracts.events import Started
-from contracts.gate import limits_of
-from contracts.runtime import Finite, LossNotConstant, LossSpike, ParamsChanged, StepTime, TokensConsumed, Trend
+from contracts.gate import call_check, limits_of
+from contracts.runtime import Finite, LossNotConstant, LossSpike, ParamsChanged, StepTime, TokensConsumed, TrainingMode, Trend
+from contracts.witness import ModeSeen
+from stack.museum.plant import load_museum
 from tests.contracts.test_optim import step_taken
 
 PLAN = {"tokens_per_step": 100, "tokens_seen": 0, "random_loss_nats": 6.0, "warmup_steps": 5}
@@ -183,3 +185,31 @@ def test_trend_goes_on_over_a_resume(spec):
             for s in range(200 * part, 200 * part + 200):
                 got.setdefault(name, []).append(check.observe(step_taken(step=s + 1, loss_nats=losses[s])).outcome)
     assert got["whole"] == got["halves"] and "fail" in got["whole"]
+
+
+def test_training_mode_is_red_on_one_module(spec):
+    check = make(spec, TrainingMode)
+    assert check.observe(ModeSeen(step=3, phase="training", wrong=())).passed
+    for module in ("", "layers.0.dropout"):
+        verdict = check.observe(ModeSeen(step=3, phase="training", wrong=(module,)))
+        assert verdict.outcome == "fail" and (module or "the model") in verdict.message
+
+
+def test_seed_is_green_on_the_stack_and_red_on_what_it_does_not_reach(spec, ingredients):
+    gate = spec.gates["runtime.seed"]
+    assert call_check(gate, ingredients).outcome == "pass"
+    for plant_id in gate.plants:
+        with load_museum()[plant_id].apply():
+            assert call_check(gate, ingredients).outcome == "fail", plant_id
+    honest, calls = ingredients["begun"], []
+
+    def drifting(offset):
+        calls.append(offset)
+        return honest(offset) | {"masks": str(len(calls))}
+
+    for begun, said in ((drifting, "one seed"), (lambda offset: honest(offset) | {"masks": "same"}, "reach masks")):
+        verdict = call_check(gate, ingredients | {"begun": begun})
+        assert verdict.outcome == "fail" and said in verdict.message
+    fixed = {"begun": lambda offset: honest(offset) | {"order": [1, 2]}, "epoch_samples": 31}
+    assert call_check(gate, ingredients | fixed).outcome == "pass", "a corpus of 31 windows"
+    assert call_check(gate, ingredients | fixed | {"epoch_samples": 32}).outcome == "fail"
