@@ -9,7 +9,7 @@ import pytest
 
 from spec import SPEC_DIR
 from stack.cli.surface import surface
-from tests.cli.conftest import ROOT
+from tests.processes import ROOT
 
 
 def test_cli_matches_the_spec():
