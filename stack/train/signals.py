@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,7 +12,7 @@ class Requests:
 
     stop: int | None = None
     checkpoint: bool = False
-    on_checkpoint: Callable[[], None] = lambda: None
+    on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)  # signal.signal writes out its handler, and this holds a run
 
     def _on_stop(self, number: int, frame) -> None:
         if self.stop is not None:

@@ -1,6 +1,7 @@
 """Whole small runs in one process: seeds, precisions, records and gates that must be fed."""
 
 import json
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from stack.data.order import Source, StaticMixture
 from stack.museum.collection import museum_config
 from stack.train import precision, session
 from stack.train.listener import Listener
+from stack.train.signals import listening
 
 
 @pytest.fixture
@@ -167,6 +169,20 @@ def test_observing_more_often_does_not_change_training(cfg, tmp_path):
     session.start(cfg, (), tmp_path / "seldom", Listener(), only=FEW)
     session.start(often, (), tmp_path / "often", Listener(), only=FEW)
     assert losses(tmp_path / "seldom") == losses(tmp_path / "often")
+
+
+def test_listening_to_signals_does_not_write_out_the_run():
+    """`signal.signal` makes a text of its handler, six times a run: of all tensors and batches if the handler shows them."""
+
+    class Held:
+        def __repr__(self):
+            raise AssertionError("written out")
+
+        def asked(self):
+            return None
+
+    with listening(Held().asked) as requests:
+        assert requests.stop is None and signal.getsignal(signal.SIGTERM) == requests._on_stop
 
 
 @pytest.mark.gpu
