@@ -68,15 +68,15 @@ def test_prove_one_gate_writes_a_record_of_its_kills(trained):
 
 
 def test_a_surviving_plant_is_reported_and_exits_4(trained):
-    """A gate that looks away: its plants survive, and prove says so instead of passing."""
+    """A gate that looks away: its plant survives, and prove says so instead of passing."""
     code = (
-        "import sys\nfrom contracts import loss\nfrom contracts.gate import passed\nfrom stack.cli import main\n"
-        "def blind(limits): return passed()\nblind.gate_id = 'loss.golden'\nloss.golden = blind\nmain(sys.argv[1:])"
+        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\nfrom stack.cli import main\n"
+        "def blind(limits): return passed()\nblind.gate_id = 'kernel.head-borders'\nkernel.head_borders = blind\nmain(sys.argv[1:])"
     )
-    done = trained("gates", "prove", "loss.golden", "--run-dir", "blind", "--json", code=code)
+    done = trained("gates", "prove", "kernel.head-borders", "--run-dir", "blind", "--json", code=code)
     assert done.code == 4, done.err
     counts = json.loads(done.out.splitlines()[0])["counts"]
-    assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 4
+    assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 1
 
 
 def test_backtest_replays_a_log(trained):

@@ -176,7 +176,8 @@ def test_run_directory_is_never_overwritten(run, text_file):
 
 
 def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_record(stack, text_file):
-    large = tiny(text_file, model__d_model="192", model__d_ff="512", train__max_steps="2", schedule__warmup_steps="1", sample__every="2")
+    large = {"model__d_ff": "1024", "data__split__validation_frac": "0.8"}
+    large = tiny(text_file, **large, train__max_steps="2", schedule__warmup_steps="1", sample__every="2")
     refused = stack("train", *large, "--run-dir", "refused")
     assert_standard(refused, 4, "data.corpus-budget", "unique tokens for")
     waiver = 'gates.waive=[{id="data.corpus-budget", reason="a test of the waiver", expires="2999-01-01"}]'
