@@ -12,7 +12,9 @@ class Requests:
 
     stop: int | None = None
     checkpoint: bool = False
-    on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)  # signal.signal writes out its handler, and this holds a run
+    on_checkpoint: Callable[[], None] = field(
+        default=lambda: None, repr=False
+    )  # signal.signal writes out its handler, and this holds a run
 
     def _on_stop(self, number: int, frame) -> None:
         if self.stop is not None:

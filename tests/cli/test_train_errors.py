@@ -163,7 +163,7 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
 
 @pytest.mark.parametrize(("level", "code"), [("off", 0), ("full", 0), ("some", 2)])
 def test_contract_levels(stack, text_file, level, code):
-    """Conditions on public functions can be switched off or read whole tensors; another word is refused. Read at import, so from nothing."""
+    """Conditions on public functions can be switched off or read whole tensors; another word is refused. Read at import."""
     command = [sys.executable, "-m", "stack", "train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run"]
     environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240)

@@ -377,7 +377,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process table of Linux")
 def test_a_large_corpus_is_built_in_bounded_memory(tmp_path):
     """What is held does not grow with the corpus: 16 MB more of it cost less than a quarter of their size, read in parts of 1 MiB
-    (measured 0.7 to 3.2 MB), and more than all of it where one part holds everything (measured 121 MB), which is how this would turn red."""
+    (measured 0.7 to 3.2 MB), and more than all of it where one part holds everything (121 MB): so would this turn red."""
     lines = [prose(n, 100) for n in range(2000)]
 
     def peak_bytes(n_bytes: int, part_bytes: int) -> int:
