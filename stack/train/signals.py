@@ -12,9 +12,8 @@ class Requests:
 
     stop: int | None = None
     checkpoint: bool = False
-    on_checkpoint: Callable[[], None] = field(
-        default=lambda: None, repr=False
-    )  # signal.signal writes out its handler, and this holds a run
+    # Not shown: signal.signal makes a text of its handler, and this one holds a whole run.
+    on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def _on_stop(self, number: int, frame) -> None:
         if self.stop is not None:
