@@ -63,7 +63,7 @@ def bpe_merges(texts, n_merges: int) -> list[tuple[bytes, bytes]]:
         best = min(pairs, key=lambda p: (-pairs[p], order[p[0]], order[p[1]]))
         merges.append(best)
         order.setdefault(best[0] + best[1], len(order))
-        split = {w: _merged(p, best) for w, p in split.items()}
+        split = {w: _merged(p, best) if best[0] in p else p for w, p in split.items()}
     return merges
 
 

@@ -1,32 +1,15 @@
 """Fixtures shared by all rooms: a small real corpus, a small configuration, and the ingredients of its preflight."""
 
 import json
-import os
-import subprocess
-import zlib
-from pathlib import Path
 
 import pytest
 
 SLOW_ROOMS = ("tests/cli/", "tests/train/test_variants.py", "tests/train/test_session.py")
-TURNS = 3
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests first, so that no worker is left with a long one at the end; a third of them at each commit.
-
-    STACKPROOF_TESTS=all runs all. Which third it is follows from the commit; the others are skips that say so.
-    """
-    slow = [i for i in items if "slow" in i.keywords or i.nodeid.startswith(SLOW_ROOMS)]
-    items.sort(key=lambda item: item not in slow)
-    if len(slow) < 40 or os.environ.get("STACKPROOF_TESTS") == "all":
-        return  # somebody asks for these
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    turn = int(head[:8] or "0", 16) % TURNS
-    later = pytest.mark.skip(reason="the turn of this slow test comes with another commit; STACKPROOF_TESTS=all runs all")
-    for item in slow:
-        if zlib.crc32(item.nodeid.encode()) % TURNS != turn:
-            item.add_marker(later)
+    """Slow tests first, so that no worker is left with a long one at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords and not item.nodeid.startswith(SLOW_ROOMS))
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,8 @@ def shares(sources: Sequence[Source]) -> np.ndarray:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
+        if middle in (low, high):
+            break  # no number lies between them any more
         low, high = (middle, high) if np.clip(middle * weight, floor, cap).sum() < 1 else (low, middle)
     return np.clip(high * weight, floor, cap)
 

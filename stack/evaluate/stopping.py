@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from contracts.conditions import require
@@ -21,8 +21,15 @@ class Decision:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for fewer than two values, which carry no notion of spread."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Standard error of the mean; 0 for fewer than two values, which carry no notion of spread.
+
+    `statistics.stdev` works in fractions: sixteen times as long, for a relative difference of 4e-16 at most (20,000 random samples).
+    """
+    n = len(values)
+    if n < 2:
+        return 0.0
+    mean = fmean(values)
+    return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1) / n)
 
 
 class StopRule:

@@ -347,10 +347,13 @@ def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.devi
         )
         return checkpoint.save(root, state, document)
 
+    kept: list[TrainState] = []  # one for all the saves of a check: what is judged is what happens to files
+
     def save_at(root: Path, step: int) -> Path:
-        state = build_state(tiny, dataset, device)
-        state.step = step
-        return save(state, root)
+        if not kept:
+            kept.append(build_state(tiny, dataset, device))
+        kept[0].step = step
+        return save(kept[0], root)
 
     def resume(root: Path) -> TrainState:
         state = build_state(small, dataset, device)

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,7 +12,8 @@ class Requests:
 
     stop: int | None = None
     checkpoint: bool = False
-    on_checkpoint: Callable[[], None] = lambda: None
+    # Not shown: signal.signal makes a text of its handler, and this one holds a whole run.
+    on_checkpoint: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def _on_stop(self, number: int, frame) -> None:
         if self.stop is not None:

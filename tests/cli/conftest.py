@@ -1,55 +1,27 @@
-"""Runs the real command line in its own process."""
+"""Runs the real command line in a process of its own."""
 
-import json
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        return json.loads(self.out)
+from tests.processes import STACK, Command, Done
 
 
 class Stack:
-    """`stack …` in a folder, with a private data cache and one thread."""
+    """`stack …` in a folder, with a private data cache; `code` stands for it where a test changes something in its process."""
 
-    def __init__(self, folder: Path, cache: Path):
-        self.folder = folder
-        self.environment = os.environ | {"STACKPROOF_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    def __init__(self, folder: Path, cache: Path, code: str = STACK):
+        self.folder, self.code = folder, code
+        self.environment = os.environ | {"STACKPROOF_CACHE": str(cache)}
 
-    def __call__(self, *arguments: str, timeout: float = 240, **environment: str) -> Done:
-        done = subprocess.run(
-            [sys.executable, "-m", "stack", *arguments],
-            cwd=self.folder,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        return Done(done.returncode, done.stdout, done.stderr)
+    def __call__(self, *arguments: str, code: str | None = None) -> Done:
+        """All that the command said, when it has ended."""
+        return self.begin(*arguments, code=code).wait()
 
-    def popen(self, *arguments: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-m", "stack", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def begin(self, *arguments: str, code: str | None = None) -> Command:
+        """The command, running."""
+        return Command(*arguments, folder=self.folder, environment=self.environment, code=code or self.code)
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +32,6 @@ def cli_cache(tmp_path_factory):
 @pytest.fixture
 def stack(tmp_path, cli_cache):
     return Stack(tmp_path, cli_cache)
-
-
-@pytest.fixture(scope="session")
-def tiny_sets(text_file):
-    """Overrides that make any recipe train in a second."""
-    return tiny(text_file)
 
 
 def tiny(text_file: Path, **changes: str) -> list[str]:

@@ -4,7 +4,6 @@ import gzip
 import json
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from stack.museum.collection import museum_texts
 from tests.cli.conftest import Stack
 from tests.cli.test_train_errors import assert_standard
+from tests.processes import NO_PREFLIGHT, Command
 
 EXAM = "Which of the nine lighthouses on the northern coast was the last one to lose its keeper, and in which year was that?"
 MIXTURE = """
@@ -130,13 +130,13 @@ def test_training_on_the_folder_with_a_bandit_and_polishing_it(built):
     sets = [a for k, v in sizes.items() for a in ("--set", f"{k}={v}")]
     for dry in ([], ["--dry-run"]):
         assert_standard(stack("train", "--data", "mix", *sets, "--set", "curriculum.caps.plane=0.2", *dry), 2, "plane", "plain, records")
-    process = stack.popen("train", "--data", "mix", *sets, "--run-dir", "run")
+    process = stack.begin("train", "--data", "mix", *sets, "--run-dir", "run", code=NO_PREFLIGHT)
     wait_for(stack.folder / "run" / "checkpoints" / "step-00000012", process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert process.wait().code == -signal.SIGKILL
     resumed = stack("train", "--resume", "run", "--json")
     assert resumed.code == 0, resumed.err
-    whole = stack("train", "--data", "mix", *sets, "--run-dir", "whole", "--json")
+    whole = stack("train", "--data", "mix", *sets, "--run-dir", "whole", "--json", code=NO_PREFLIGHT)
     assert whole.code == 0, whole.err
     for name in ("curriculum.jsonl", "checkpoints/step-00000024/model.safetensors", "checkpoints/step-00000024/state.safetensors"):
         assert (stack.folder / "run" / name).read_bytes() == (stack.folder / "whole" / name).read_bytes(), name
@@ -172,11 +172,11 @@ def check_polish(stack) -> None:
     assert sum(r.get("plain", 0) for r in drawn) <= 0.5 * 6 * 8 + 2 and len(drawn) == 6
 
 
-def wait_for(path, process: subprocess.Popen) -> None:
+def wait_for(path, process: Command) -> None:
     for _ in range(4000):
         if (path / "manifest.json").is_file():
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.wait().err
         time.sleep(0.01)
     raise AssertionError(f"{path} was not written")
 

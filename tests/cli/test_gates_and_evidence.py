@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from spec.errors import EXIT_CODES
-from tests.cli.conftest import ROOT, Stack, tiny
+from tests.cli.conftest import Stack, tiny
+from tests.processes import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,8 @@ def test_runners_are_listed_with_the_gates_they_feed(stack):
         "    return found | {'train': found['train'].model_copy(update={'announces': fewer})}\n"
         "runners.load_runners = mute\nmain(sys.argv[1:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "gates", "list", "--runners"], cwd=stack.folder, env=stack.environment, capture_output=True, text=True
-    )
-    assert done.returncode == 4 and "the runner train does not feed it: it does not announce Sampled" in done.stderr, done.stderr
+    done = stack("gates", "list", "--runners", code=code)
+    assert done.code == 4 and "the runner train does not feed it: it does not announce Sampled" in done.err, done.err
 
 
 def test_gates_show_names_limits_and_nearest(trained):
@@ -69,21 +68,15 @@ def test_prove_one_gate_writes_a_record_of_its_kills(trained):
 
 
 def test_a_surviving_plant_is_reported_and_exits_4(trained):
-    """A gate that looks away: its plants survive, and prove says so instead of passing."""
+    """A gate that looks away: its plant survives, and prove says so instead of passing."""
     code = (
-        "import sys\nfrom contracts import loss\nfrom contracts.gate import passed\nfrom stack.cli import main\n"
-        "def blind(limits): return passed()\nblind.gate_id = 'loss.golden'\nloss.golden = blind\nmain(sys.argv[1:])"
+        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\nfrom stack.cli import main\n"
+        "def blind(limits): return passed()\nblind.gate_id = 'kernel.head-borders'\nkernel.head_borders = blind\nmain(sys.argv[1:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "gates", "prove", "loss.golden", "--run-dir", "blind", "--json"],
-        cwd=trained.folder,
-        env=trained.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 4, done.stderr
-    counts = json.loads(done.stdout.splitlines()[0])["counts"]
-    assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 4
+    done = trained("gates", "prove", "kernel.head-borders", "--run-dir", "blind", "--json", code=code)
+    assert done.code == 4, done.err
+    counts = json.loads(done.out.splitlines()[0])["counts"]
+    assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 1
 
 
 def test_backtest_replays_a_log(trained):

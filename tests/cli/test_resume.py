@@ -8,10 +8,16 @@ import time
 import pytest
 
 from stack.evidence.exclusive import alone
-from tests.cli.conftest import tiny
+from tests.cli.conftest import Stack, tiny
 from tests.cli.test_train_errors import assert_standard
+from tests.processes import NO_PREFLIGHT
 
 LAST = "step-00000060"
+
+
+@pytest.fixture
+def stack(tmp_path, cli_cache):
+    return Stack(tmp_path, cli_cache, NO_PREFLIGHT)
 
 
 def sixty(text_file, **changes):
@@ -38,11 +44,11 @@ def test_three_sigkills_leave_identical_weights(stack, text_file):
     assert straight.json["metrics"]["epochs"] > 1.05
     arguments = ["train", *sets, "--run-dir", "killed"]
     for target in (9, 27, 44):
-        process = stack.popen(*arguments)
+        process = stack.begin(*arguments)
         wait_for_step(run, target, process)
         time.sleep(draw.random() * 0.05)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        assert process.wait().code == -signal.SIGKILL
         arguments = ["train", "--resume", "killed"]
     done = stack(*arguments, "--json")
     assert done.code == 0, done.err
@@ -62,7 +68,7 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
     """Nothing else saves in this run: steps saved are the next multiple of the boundary after SIGUSR1, once, and the step of SIGTERM."""
     run, seldom = stack.folder / "run", {f"{k}__every": "1000" for k in ("checkpoint", "eval")} | {"sample__every": "100"}
     sets = sixty(text_file, **seldom, checkpoint__signal_boundary="10", train__max_steps="200")
-    process = stack.popen("train", *sets, "--run-dir", "run")
+    process = stack.begin("train", *sets, "--run-dir", "run")
     wait_for_step(run, 3, process)
     process.send_signal(signal.SIGUSR1)
     asked_by = len((run / "metrics.jsonl").read_text().splitlines())
@@ -71,10 +77,10 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
     (boundary,) = saved_steps(run)
     assert boundary % 10 == 0 and boundary < asked_by + 12
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75 and "a checkpoint was asked for; it comes after a multiple of 10 steps" in err, err
+    done = process.wait(60)
+    assert done.code == 75 and "a checkpoint was asked for; it comes after a multiple of 10 steps" in done.err, done.err
     record = json.loads((run / "metadata.json").read_text())
-    assert record["status"] == "preempted" and "--resume" in err
+    assert record["status"] == "preempted" and "--resume" in done.err
     assert saved_steps(run) == [boundary, record["metrics"]["steps"]["value"]] and saved_steps(run)[1] >= asked_by + 12
     done = stack("train", "--resume", "run", "--json")
     assert done.code == 0, done.err
@@ -83,11 +89,10 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
 
 def test_ctrl_c_saves_and_exits_130(stack, text_file):
     run = stack.folder / "run"
-    process = stack.popen("train", *sixty(text_file), "--run-dir", "run")
+    process = stack.begin("train", *sixty(text_file), "--run-dir", "run")
     wait_for_step(run, 4, process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait(60).code == 130
     assert json.loads((run / "metadata.json").read_text())["status"] == "interrupted"
     assert stack("inspect", "run", "--json").json["checksum"] == "VALID"
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.cli.conftest import Stack, tiny
+from tests.processes import NO_PREFLIGHT, ROOT, STACK
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_another_tokenizer_at_evaluation(run, text_file):
 
 
 def test_truncated_shard(stack, text_file, tmp_path):
-    private = Stack(tmp_path, tmp_path / "cache")
+    private = Stack(tmp_path, tmp_path / "cache", NO_PREFLIGHT)
     assert private("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "a").code == 0
     shard = next((tmp_path / "cache").rglob("train-*.safetensors"))
     shard.chmod(0o644)
@@ -111,7 +112,6 @@ def test_truncated_shard(stack, text_file, tmp_path):
 
 FULL = """
 import resource, signal, sys
-from stack.cli import main
 from stack.train.run import Run
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -121,7 +121,7 @@ if when == "at the start":
     fill()
 save = Run.save
 Run.save = lambda self: (fill(), save(self))
-main(sys.argv[3:])
+del sys.argv[1:3]
 """
 
 
@@ -132,16 +132,9 @@ def test_full_disk_during_a_save(run, text_file, when, n_bytes, steps):
     """The kernel refuses to let any file grow beyond a size: every checkpoint write fails as on a full disk; at 20 kB the record's too."""
     latest = (run.folder / "run" / "checkpoints" / "latest").read_text()
     sets = tiny(text_file, **{"checkpoint__every": "3", "train__max_steps": "9"})
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, when, str(n_bytes), "train", *sets, "--run-dir", "full"],
-        cwd=run.folder,
-        env=run.environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 5, done.stderr
-    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    done = run(when, str(n_bytes), "train", *sets, "--run-dir", "full", code=FULL + (NO_PREFLIGHT if steps else STACK))
+    assert done.code == 5, done.err
+    assert "could not be written" in done.err and "Traceback" not in done.err
     full, series = run.folder / "full", run.folder / "full" / "metrics.jsonl"
     assert not list(full.glob("checkpoints/step-*")) and (series.read_bytes().count(b"\n") if series.is_file() else 0) == steps
     assert n_bytes < 100_000 or json.loads((full / "metadata.json").read_text())["status"] == "failed"
@@ -158,15 +151,8 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
     stack = Stack(tmp_path, cli_cache)
     sets = tiny(text_file, checkpoint__every="3")
     # The plant lives in the train step, so preflight's short runs do not reach step seven.
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", *sets, "--run-dir", "run", "--json"],
-        cwd=tmp_path,
-        env=stack.environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 4, done.stderr
+    done = stack("train", *sets, "--run-dir", "run", "--json", code=code)
+    assert done.code == 4, done.err
     record = json.loads((tmp_path / "run" / "metadata.json").read_text())
     finite = next(g for g in record["gates"] if g["id"] == "runtime.finite")
     assert record["status"] == "halted" and finite["verdict"] == "fail" and finite["first_failure_step"] == 7
@@ -177,9 +163,11 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
 
 @pytest.mark.parametrize(("level", "code"), [("off", 0), ("full", 0), ("some", 2)])
 def test_contract_levels(stack, text_file, level, code):
-    """Conditions on public functions can be switched off or read whole tensors; another word is refused."""
-    done = stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run", STACK_CONTRACTS=level)
-    assert done.code == code, done.err
+    """Conditions on public functions can be switched off or read whole tensors; another word is refused. Read at import."""
+    command = [sys.executable, "-m", "stack", "train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run"]
+    environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
     assert code or json.loads((stack.folder / "run/metadata.json").read_text())["environment"]["contracts_level"] == level
 
 
@@ -188,7 +176,8 @@ def test_run_directory_is_never_overwritten(run, text_file):
 
 
 def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_record(stack, text_file):
-    large = tiny(text_file, model__d_model="192", model__d_ff="512", train__max_steps="2", schedule__warmup_steps="1", sample__every="2")
+    large = {"model__d_ff": "1024", "data__split__validation_frac": "0.8"}
+    large = tiny(text_file, **large, train__max_steps="2", schedule__warmup_steps="1", sample__every="2")
     refused = stack("train", *large, "--run-dir", "refused")
     assert_standard(refused, 4, "data.corpus-budget", "unique tokens for")
     waiver = 'gates.waive=[{id="data.corpus-budget", reason="a test of the waiver", expires="2999-01-01"}]'

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,8 @@ from stack.train import bundle as bundles
 from stack.train import session
 from stack.train.listener import Listener
 from stack.train.replay import replay
+from tests.processes import Command
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANTED = (
     "import sys\nfrom stack.cli import main\nfrom stack.museum.plant import load_museum\n"
     "with load_museum()[sys.argv[1]].apply():\n    main(['gates', 'repro', sys.argv[2], '--json'])\n"
@@ -76,18 +74,15 @@ def test_on_another_machine_one_command_turns_it_red(cfg, tmp_path):
     elsewhere = tmp_path / "elsewhere" / "bundle"
     shutil.copytree(folder, elsewhere)
     shutil.rmtree(tmp_path / "run")
-    environment = os.environ | {"STACKPROOF_CACHE": str(tmp_path / "no-cache"), "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-
-    def command(*arguments: str):
-        return subprocess.run([sys.executable, *arguments], cwd=elsewhere.parent, env=environment, capture_output=True, text=True)
-
-    red = command("-c", PLANTED, "runtime.nan-in-a-weight", "bundle")
-    assert red.returncode == 4, red.stderr
-    said = json.loads(red.stdout.splitlines()[0])
+    environment = os.environ | {"STACKPROOF_CACHE": str(tmp_path / "no-cache"), "HOME": str(tmp_path)}
+    place = {"folder": elsewhere.parent, "environment": environment}
+    red = Command("runtime.nan-in-a-weight", "bundle", code=PLANTED, **place).wait()
+    assert red.code == 4, red.err
+    said = json.loads(red.out.splitlines()[0])
     assert said["reproduced"] and said["same"] and said["step_now"] == 7 and said["measured"]["loss_nats"] == "nan"
-    assert "runtime.finite failed: reproduced" in red.stderr
-    green = command("-m", "stack", "gates", "repro", "bundle")
-    assert green.returncode == 0 and "not reproduced: runtime.finite is green" in green.stdout, green.stderr
+    assert "runtime.finite failed: reproduced" in red.err
+    green = Command("gates", "repro", "bundle", **place).wait()
+    assert green.code == 0 and "not reproduced: runtime.finite is green" in green.out, green.err
     assert not (tmp_path / "no-cache").exists()
 
 

@@ -1,6 +1,7 @@
 """Whole small runs in one process: seeds, precisions, records and gates that must be fed."""
 
 import json
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ from stack.data.order import Source, StaticMixture
 from stack.museum.collection import museum_config
 from stack.train import precision, session
 from stack.train.listener import Listener
+from stack.train.signals import listening
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cfg(museum_folder):
     base = museum_config(museum_folder)
     return base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14}), "stop": NeverStop()})
@@ -33,12 +35,21 @@ def with_train(cfg, **changes):
 FEW = ("runtime.finite", "schedule.trace", "runtime.params-changed")
 
 
-def test_same_seed_same_losses_other_seed_other_losses(cfg, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+@pytest.fixture(scope="module")
+def plain(cfg, tmp_path_factory):
+    """The folder of a run of `cfg` under all gates; tests only read it."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    session.start(cfg, (), folder, Listener())
+    return folder
+
+
+def test_same_seed_same_losses_other_seed_other_losses(cfg, plain, tmp_path):
+    """Whichever gates look on."""
+    for name, seed in (("again", cfg.seed), ("other", cfg.seed + 1)):
         session.start(cfg.model_copy(update={"seed": seed}), (), tmp_path / name, Listener(), only=FEW)
-    a, b, c = (losses(tmp_path / n) for n in "abc")
-    assert a == b, "bit for bit"
-    assert max(abs(x - y) for x, y in zip(a, c)) > 1e-4
+    first, again, other = (losses(folder) for folder in (plain, tmp_path / "again", tmp_path / "other"))
+    assert first == again, "bit for bit"
+    assert max(abs(x - y) for x, y in zip(first, other)) > 1e-4
 
 
 @pytest.fixture
@@ -48,12 +59,11 @@ def any_precision(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_trains_under_all_gates_close_to_single(cfg, tmp_path, dtype, any_precision):
+def test_half_precision_trains_under_all_gates_close_to_single(cfg, plain, tmp_path, dtype, any_precision):
     """After 14 steps the half-precision loss is within 0.05 nats of float32's; measured worst case 0.01."""
     record = session.start(with_train(cfg, dtype=dtype), (), tmp_path / dtype, Listener())
     assert record.status == "completed" and all(g.verdict == "pass" for g in record.gates)
-    session.start(cfg, (), tmp_path / "single", Listener(), only=FEW)
-    assert abs(losses(tmp_path / dtype)[-1] - losses(tmp_path / "single")[-1]) < 0.05
+    assert abs(losses(tmp_path / dtype)[-1] - losses(plain)[-1]) < 0.05
 
 
 def test_a_type_of_the_optimizer_that_is_only_emulated_is_refused_by_its_key(cfg, tmp_path, monkeypatch):
@@ -84,17 +94,21 @@ def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(cfg, tmp_path,
     assert state["scaler"]["scale"] == 2.0**15
 
 
-def test_the_record_holds_what_the_run_was(cfg, tmp_path):
-    record = session.start(cfg, (), tmp_path / "run", Listener())
+def test_the_record_is_what_is_written(cfg, tmp_path):
+    record = session.start(cfg, (), tmp_path / "run", Listener(), only=FEW)
     again = read_record(tmp_path / "run" / "metadata.json")
     assert again == record and again.sha256 == record.sha256
-    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_record_holds_what_the_run_was(cfg, plain):
+    record = read_record(plain / "metadata.json")
+    lines = [json.loads(x) for x in (plain / "metrics.jsonl").read_text().splitlines()]
     assert record.metric("tokens_seen") == 14 * cfg.train.tokens_per_step == lines[-1]["tokens_seen"]
     assert record.metric("best_val_loss_nats") == min(x["val_loss_nats"] for x in lines if "val_loss_nats" in x)
     assert {"baseline_unigram_bits_per_byte", "baseline_bigram_bits_per_byte", "epochs"} <= set(record.metrics)
     assert len(record.gates) >= 18 and all(g.verdict == "pass" and g.checks >= 1 for g in record.gates)
-    assert (tmp_path / "run/checkpoints/best").read_text() == f"step-{record.metric('best_step'):08d}"
-    samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert (plain / "checkpoints/best").read_text() == f"step-{record.metric('best_step'):08d}"
+    samples = [json.loads(x) for x in (plain / "samples.jsonl").read_text().splitlines()]
     assert samples and all(0 <= s["score"] <= 100 and s["parts"]["bigram"] >= 0 and s["loss_nats"] > 0 for s in samples)
     assert record.compute == "real", "what the user's own command line makes is real; only a caller that says so is synthetic"
 
@@ -114,12 +128,12 @@ def test_every_rule_and_schedule_trains_under_all_gates(cfg, tmp_path, any_preci
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.05  # measured falls of 0.1 and more
 
 
-def test_a_compiled_run_ends_as_the_plain_one_and_names_its_gate(cfg, tmp_path, monkeypatch):
+def test_a_compiled_run_ends_as_the_plain_one_and_names_its_gate(cfg, plain, tmp_path, monkeypatch):
     """Evaluates and samples with the eager model, which shares the parameters. The graph runs in eager: that is the same to a rounding."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"))
     compiled = session.start(with_train(cfg, compile=True), (), tmp_path / "compiled", Listener())
-    plain = session.start(cfg, (), tmp_path / "plain", Listener())
+    plain = read_record(plain / "metadata.json")
     assert compiled.status == plain.status == "completed" and all(g.verdict == "pass" for g in compiled.gates)
     assert {g.id for g in compiled.gates} - {g.id for g in plain.gates} == {"kernel.compiled-graph"}
     for name in ("val_loss_nats", "train_loss_nats"):
@@ -133,7 +147,7 @@ def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "sample", lambda self: None)
     with pytest.raises(GateFailed, match=r"runtime\.cadence.*no Sampled for 3 steps"):
-        session.start(cfg, (), tmp_path / "gap", Listener())
+        session.start(cfg, (), tmp_path / "gap", Listener(), only=(*FEW, "runtime.cadence", "sampling.coherence"))
     with pytest.raises(GateFailed, match=r"sampling\.coherence.*never looked") as caught:
         session.start(cfg, (), tmp_path / "run", Listener(), only=(*FEW, "sampling.coherence"))
     assert caught.value.record.status == "halted"
@@ -163,13 +177,26 @@ def test_certain_exhaustion_is_judged_where_the_run_stands(cfg):
     session._refuse_certain_exhaustion(run)
 
 
-def test_observing_more_often_does_not_change_training(cfg, tmp_path):
+def test_observing_more_often_does_not_change_training(cfg, plain, tmp_path):
     """Evaluations, samples and saves at other intervals leave every loss as it is, with dropout on."""
     often = cfg.model_copy(update={"eval": cfg.eval.model_copy(update={"every": 2}), "sample": cfg.sample.model_copy(update={"every": 1})})
     often = often.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"every": 3})})
-    session.start(cfg, (), tmp_path / "seldom", Listener(), only=FEW)
     session.start(often, (), tmp_path / "often", Listener(), only=FEW)
-    assert losses(tmp_path / "seldom") == losses(tmp_path / "often")
+    assert losses(plain) == losses(tmp_path / "often")
+
+
+def test_listening_to_signals_does_not_write_out_the_run():
+    """`signal.signal` makes a text of its handler, six times a run: of all tensors and batches if the handler shows them."""
+
+    class Held:
+        def __repr__(self):
+            raise AssertionError("written out")
+
+        def asked(self):
+            return None
+
+    with listening(Held().asked) as requests:
+        assert requests.stop is None and signal.getsignal(signal.SIGTERM) == requests._on_stop
 
 
 @pytest.mark.gpu

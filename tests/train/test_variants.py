@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from contracts.keeper import Gatekeeper
 from stack.cli.models import open_model
 from stack.config import (
     BiasBalance,
@@ -51,7 +52,7 @@ class HaltsAt(Listener):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_trains_under_all_gates_resumes_and_answers(museum_folder, tmp_path, name):
+def test_a_variant_trains_under_all_gates_resumes_and_answers(museum_folder, tmp_path, monkeypatch, name):
     base = museum_config(museum_folder)
     parts = {
         "model": base.model.model_copy(update=VARIANTS[name]),
@@ -67,6 +68,7 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(museum_folder, tmp
 
     with pytest.raises(KeyboardInterrupt):
         session.start(cfg, (), tmp_path / "halted", HaltsAt(), only=FEW)
+    monkeypatch.setattr(session, "Gatekeeper", lambda *given, **options: Gatekeeper(*given, **options | {"only": FEW}))
     session.resume(tmp_path / "halted", (), cfg, Listener())
     whole, resumed = (checkpoint.load(checkpoint.find(tmp_path / folder)) for folder in ("whole", "halted"))
     assert whole.state["step"] == resumed.state["step"] == STEPS

@@ -1,0 +1,89 @@
+"""Commands in processes of their own, forked from one that has imported the libraries: a child has its own memory, signals and exit code.
+
+Importing torch and all that hangs on it takes three to five seconds, more than most of these commands.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+STACK = "from stack.cli import main; main()"
+# For what is claimed of the run itself: preflight is most of the time that a run of seconds takes.
+NO_PREFLIGHT = f"""
+from spec.gates import load_spec
+from stack.train import session
+later = [g.id for g in load_spec().gates.values() if g.moment != "preflight"]
+keeper = session.Gatekeeper
+session.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
+{STACK}
+"""
+PRELOADED = ["torch._dynamo", "stack.cli", "stack.train.session", "stack.museum.prove", "stack.evaluate.sampling"]
+
+
+@dataclass
+class Done:
+    """What a command left: exit code (negative for a signal), and all it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@cache
+def _context():
+    """The process that imports once. It computes nothing, so that its children inherit no thread and no random state in use."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class Command:
+    """Python `code` begun in a folder, with `arguments` in sys.argv and one thread; `stack …` unless said otherwise."""
+
+    def __init__(self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None, code: str = STACK):
+        self.temporary = tempfile.TemporaryDirectory(prefix="stackproof-said-")
+        self.said = Path(self.temporary.name)
+        environment = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = _context().Process(target=_become, args=(code, arguments, str(folder), environment, str(self.said)))
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # the server inherits what stands here when the first command is given
+            self.process.start()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float = 240) -> Done:
+        """Raises TimeoutError if the command has not ended in time; it is killed then."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"not done after {timeout} s: {(self.said / 'err').read_text()}")
+        return Done(self.process.exitcode, *((self.said / name).read_text("utf-8") for name in ("out", "err")))
+
+
+def _become(code: str, arguments: tuple[str, ...], folder: str, environment: dict[str, str], said: str) -> None:
+    """In the child: be that command."""
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["stack", *arguments]
+    exec(compile(code, "<command>", "exec"), {"__name__": "__main__"})
