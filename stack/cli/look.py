@@ -40,7 +40,9 @@ def evaluate(
     grades: Annotated[
         Path | None, typer.Option("--grades", help="With --suite: a copy of audits.jsonl in which a person has filled in grades.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward; the result does not depend on it.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Rows per forward, 8 if not given; the result does not depend on it.")
+    ] = None,
     stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between two windows. Default: half the context.")] = None,
     strict_oov: Annotated[bool, typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")] = False,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
@@ -50,7 +52,7 @@ def evaluate(
     if suite is not None:
         from stack.cli.audit import audit_models
 
-        _refuse_beside("--suite", {"--text": text, "--stride": stride, "--strict-oov": strict_oov})
+        _refuse_beside("--suite", {"--text": text, "--batch-size": batch_size, "--stride": stride, "--strict-oov": strict_oov})
         asked = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
         return audit_models(model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked)
     _refuse_beside("an evaluation without --suite", {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades})
@@ -64,7 +66,12 @@ def evaluate(
     texts, source = _texts(text, opened, builder, artefact)
     seq_len = opened.cfg.model.max_seq_len
     result = evaluate_text(
-        opened.model, opened.tokenizer, texts, seq_len=seq_len, stride=min(stride or max(1, seq_len // 2), seq_len), batch_size=batch_size
+        opened.model,
+        opened.tokenizer,
+        texts,
+        seq_len=seq_len,
+        stride=min(stride or max(1, seq_len // 2), seq_len),
+        batch_size=batch_size or 8,
     )
     document = {
         "bits_per_byte": result.bits_per_byte,
