@@ -73,23 +73,7 @@ def evaluate(
         stride=min(stride or max(1, seq_len // 2), seq_len),
         batch_size=batch_size or 8,
     )
-    document = {
-        "bits_per_byte": result.bits_per_byte,
-        "bits_per_char": result.bits_per_char,
-        "loss_nats": result.loss_nats,
-        "total_nats": result.total_nats,
-        "bytes": result.bytes,
-        "chars": result.chars,
-        "tokens": result.tokens,
-        "dropped_chars": result.dropped_chars,
-        "dropped_bytes": result.dropped_bytes,
-        "text": source,
-        "checkpoint": str(opened.folder),
-    }
-    units = {"bits_per_byte": "bits per byte", "bits_per_char": "bits per character", "loss_nats": "nats per token", "total_nats": "nats"}
-    for name in ("bits_per_byte", "bits_per_char", "loss_nats", "total_nats", "bytes", "chars", "tokens", "dropped_chars", "dropped_bytes"):
-        n = {"bits_per_byte": result.bytes, "bits_per_char": result.chars, "loss_nats": result.tokens}.get(name)
-        builder.metric(name, document[name], units.get(name, name), n=n, better="lower" if name in units else "neither")
+    document = _stated(builder, result) | {"text": source, "checkpoint": str(opened.folder)}
     refused = strict_oov and result.dropped_chars > 0
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
@@ -114,6 +98,17 @@ def evaluate(
             value=f"{result.dropped_chars} of {result.chars + result.dropped_chars} characters",
             next_step="drop --strict-oov to score the rest (they are counted), or train with a byte or bpe tokenizer",
         )
+
+
+def _stated(builder, result) -> dict:
+    """The numbers of a text's evaluation, stated in the record as well."""
+    names = "bits_per_byte bits_per_char loss_nats total_nats bytes chars tokens dropped_chars dropped_bytes".split()
+    units = {"bits_per_byte": "bits per byte", "bits_per_char": "bits per character", "loss_nats": "nats per token", "total_nats": "nats"}
+    counts = {"bits_per_byte": result.bytes, "bits_per_char": result.chars, "loss_nats": result.tokens}
+    for name in names:
+        better = "lower" if name in units else "neither"
+        builder.metric(name, getattr(result, name), units.get(name, name), n=counts.get(name), better=better)
+    return {name: getattr(result, name) for name in names}
 
 
 def _refuse_beside(what: str, flags: dict) -> None:
