@@ -40,7 +40,9 @@ def evaluate(
     grades: Annotated[
         Path | None, typer.Option("--grades", help="With --suite: a copy of audits.jsonl in which a person has filled in grades.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward; the result does not depend on it.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Rows per forward, 8 if not given; the result does not depend on it.")
+    ] = None,
     stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between two windows. Default: half the context.")] = None,
     strict_oov: Annotated[bool, typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")] = False,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
@@ -50,7 +52,7 @@ def evaluate(
     if suite is not None:
         from stack.cli.audit import audit_models
 
-        _refuse_beside("--suite", {"--text": text, "--stride": stride, "--strict-oov": strict_oov})
+        _refuse_beside("--suite", {"--text": text, "--batch-size": batch_size, "--stride": stride, "--strict-oov": strict_oov})
         asked = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
         return audit_models(model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked)
     _refuse_beside("an evaluation without --suite", {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades})
@@ -64,25 +66,14 @@ def evaluate(
     texts, source = _texts(text, opened, builder, artefact)
     seq_len = opened.cfg.model.max_seq_len
     result = evaluate_text(
-        opened.model, opened.tokenizer, texts, seq_len=seq_len, stride=min(stride or max(1, seq_len // 2), seq_len), batch_size=batch_size
+        opened.model,
+        opened.tokenizer,
+        texts,
+        seq_len=seq_len,
+        stride=min(stride or max(1, seq_len // 2), seq_len),
+        batch_size=batch_size or 8,
     )
-    document = {
-        "bits_per_byte": result.bits_per_byte,
-        "bits_per_char": result.bits_per_char,
-        "loss_nats": result.loss_nats,
-        "total_nats": result.total_nats,
-        "bytes": result.bytes,
-        "chars": result.chars,
-        "tokens": result.tokens,
-        "dropped_chars": result.dropped_chars,
-        "dropped_bytes": result.dropped_bytes,
-        "text": source,
-        "checkpoint": str(opened.folder),
-    }
-    units = {"bits_per_byte": "bits per byte", "bits_per_char": "bits per character", "loss_nats": "nats per token", "total_nats": "nats"}
-    for name in ("bits_per_byte", "bits_per_char", "loss_nats", "total_nats", "bytes", "chars", "tokens", "dropped_chars", "dropped_bytes"):
-        n = {"bits_per_byte": result.bytes, "bits_per_char": result.chars, "loss_nats": result.tokens}.get(name)
-        builder.metric(name, document[name], units.get(name, name), n=n, better="lower" if name in units else "neither")
+    document = _stated(builder, result) | {"text": source, "checkpoint": str(opened.folder)}
     refused = strict_oov and result.dropped_chars > 0
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,6 +98,17 @@ def evaluate(
             value=f"{result.dropped_chars} of {result.chars + result.dropped_chars} characters",
             next_step="drop --strict-oov to score the rest (they are counted), or train with a byte or bpe tokenizer",
         )
+
+
+def _stated(builder, result) -> dict:
+    """The numbers of a text's evaluation, stated in the record as well."""
+    names = "bits_per_byte bits_per_char loss_nats total_nats bytes chars tokens dropped_chars dropped_bytes".split()
+    units = {"bits_per_byte": "bits per byte", "bits_per_char": "bits per character", "loss_nats": "nats per token", "total_nats": "nats"}
+    counts = {"bits_per_byte": result.bytes, "bits_per_char": result.chars, "loss_nats": result.tokens}
+    for name in names:
+        better = "lower" if name in units else "neither"
+        builder.metric(name, getattr(result, name), units.get(name, name), n=counts.get(name), better=better)
+    return {name: getattr(result, name) for name in names}
 
 
 def _refuse_beside(what: str, flags: dict) -> None:

@@ -105,7 +105,9 @@ def test_what_cannot_be_asked_is_refused(stack):
     assert bad.code == 3 and "bad.toml" in bad.json["what"] and "domain" in bad.json["what"]
     unknown = stack("evaluate", "run", "--suite", "domain")
     assert unknown.code == 2 and "domains, or a TOML file" in unknown.err
-    assert stack("evaluate", "run", "--suite", "domains", "--strict-oov").code == 2
+    for beside in (["--strict-oov"], ["--stride", "8"], ["--batch-size", "4"], ["--text", "none.toml"]):
+        both = stack("evaluate", "run", "--suite", "domains", *beside)
+        assert both.code == 2 and f"{beside[0]} says nothing in --suite" in both.err
     alone = stack("evaluate", "run", "--every-checkpoint")
     assert alone.code == 2 and "--every-checkpoint says nothing" in alone.err
     assert not Path("runs").exists()
