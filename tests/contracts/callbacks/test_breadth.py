@@ -142,6 +142,4 @@ def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
         assert said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reload": 2}
         assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.next-token"] == 1
     record = read_record(tmp_path / "clean" / "record" / "metadata.json")
-    assert (
-        record.environment["world_size"] == 2 and record.status == "completed" and record.config["model"]["config"]["vocab_size"] == VOCAB
-    )
+    assert record.environment["world_size"] == 2 and record.status == "completed"
