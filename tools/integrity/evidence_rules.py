@@ -2,17 +2,15 @@
 
 import datetime as dt
 import math
-from collections.abc import Iterator
 
 from spec import formulas
 from spec.canonical import sha256_file
 from spec.errors import StackproofError
 from spec.records import Record
 from spec.runners import left_out
-from tools.integrity import foreign
 from tools.integrity.core import Repo, rule
+from tools.integrity.foreign import Found, admitted, flattery, gaps
 
-Found = Iterator[tuple[str, int, str]]
 EXIT_OF_STATUS = {"completed": {0}, "early_stopped": {0}, "halted": {4}, "preempted": {75}, "interrupted": {130}}
 ROOFLINE_FLOPS = 2e15  # dense bf16 rate of one current accelerator, rounded up
 
@@ -189,7 +187,7 @@ def status(repo: Repo) -> Found:
         allowed = EXIT_OF_STATUS.get(record.status)
         if (allowed is not None and record.exit_code not in allowed) or (record.status == "failed" and record.exit_code == 0):
             yield repo.record_file(record.id), 0, f"status {record.status} with exit code {record.exit_code}"
-        red = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver and not foreign.admitted(record, g)]
+        red = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver and not admitted(record, g)]
         if record.succeeded and red:
             yield repo.record_file(record.id), 0, f"a finished run whose gates did not all pass: {', '.join(red[:4])}"
         for kill in record.kills:
@@ -228,7 +226,7 @@ def placeholder(repo: Repo) -> Found:
     hint="git checkout the series",
 )
 def steps_contiguous(repo: Repo) -> Found:
-    yield from foreign.gaps(repo)
+    yield from gaps(repo)
     for record in repo.records.values():
         lines = repo.series(record.id, "metrics.jsonl")
         if record.kind != "train" or not record.succeeded:
@@ -252,7 +250,7 @@ def steps_contiguous(repo: Repo) -> Found:
     hint="supersede the record with a true one",
 )
 def metric_recompute(repo: Repo) -> Found:
-    yield from foreign.flattery(repo)
+    yield from flattery(repo)
     for record in repo.records.values():
         lines = repo.series(record.id, "metrics.jsonl")
         if record.kind != "train" or not lines:
