@@ -80,6 +80,15 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """What changed between one update and the next, when nothing should: names in `changed`, out of `compared` tensors."""
+
+    step: int
+    changed: tuple[str, ...]
+    compared: int
+
+
+@dataclass(frozen=True, slots=True)
 class RatesUsed:
     """Learning rates by group as one update used them; `declared` by the scheduler's own closed form, empty where it has none.
 
@@ -258,11 +267,18 @@ class GradientKept(Stateless):
 
 @decides("optim.moves")
 class Moves(Stateless):
-    """What is frozen stays bit for bit; what has a gradient and a learning rate moves."""
+    """What is frozen stays bit for bit, what has a gradient and a learning rate moves, and nothing moves but in an update."""
 
-    events = (Moved,)
+    events = (Moved, LeftAlone)
 
-    def observe(self, event: Moved) -> Verdict:
+    def observe(self, event: Moved | LeftAlone) -> Verdict:
+        if isinstance(event, LeftAlone):
+            return decide(
+                len(event.changed) <= self.limits.changed_between_max,
+                f"step {event.step}: {len(event.changed)} parameter(s) changed since the last update, first {', '.join(event.changed[:4])}",
+                changed_between=len(event.changed),
+                compared=event.compared,
+            )
         still = event.longest_still > self.limits.still_updates_max
         text = f"{', '.join(event.frozen_moved[:4])} is frozen and moved" if event.frozen_moved else ""
         if still:

@@ -119,6 +119,8 @@ class GateCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()
+        if self.session is None:
+            return
         status, reason, exit_code = how_it_ended(None)
         if state.global_step < state.max_steps:
             status, reason = "early_stopped", f"the trainer stopped at step {state.global_step} of {state.max_steps}"

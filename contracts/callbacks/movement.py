@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from contracts.callbacks.digest import checksums
-from contracts.witness import Moved
+from contracts.witness import LeftAlone, Moved
 
 VISIBLE_RATE = 1e-7
 
@@ -17,6 +17,15 @@ class Movement:
         self._frozen_at_first = [not p.requires_grad for p in self._parameters]
         self._first = self._sums = checksums(self._parameters)
         self._still = [0] * len(self._parameters)
+
+    def settle(self) -> None:
+        """Take the weights as they are, as when a checkpoint was loaded into them."""
+        self._sums = checksums(self._parameters)
+
+    def between(self, step: int) -> LeftAlone:
+        """What has changed since the last update was judged."""
+        changed = (checksums(self._parameters) != self._sums).tolist()
+        return LeftAlone(step, tuple(n for n, c in zip(self._names, changed) if c), len(changed))
 
     def judge(self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]) -> Moved:
         """What the update that ended `step` moved; `rates` are those it used, by group of the optimizer."""

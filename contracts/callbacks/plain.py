@@ -42,7 +42,7 @@ class Gate:
 
     def load_state_dict(self, state: dict) -> None:
         """To be called when a run goes on, after weights, optimizer and schedule are restored. Raises GateFailed if they are others."""
-        self._watch.step = state["parts"]["step"]
+        self._watch.restored(state["parts"]["step"])
         self._session.observe(self._memory.restored(state, self._parts()))
 
     def reloaded(self, other: nn.Module) -> None:

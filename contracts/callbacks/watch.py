@@ -20,6 +20,8 @@ from contracts.callbacks.session import Session, timed
 from contracts.events import StepTaken
 from contracts.witness import GradientsSeen, LossRead, ModeSeen, RatesUsed
 
+BETWEEN_EVERY = 16  # updates; after an evaluation it is asked as well
+
 
 @dataclass
 class Facts:
@@ -79,7 +81,7 @@ class Watch:
         self.embedding_rows = int(embedding.weight.shape[0]) if embedding is not None else 0
         self.drops = bool(probe.dropout_names(model))
         self._now, self._inside, self._busy, self._in_backward, self._repeat_due = _Step(), None, False, False, True
-        self._turn = 0
+        self._turn, self._evaluated, self._asks_between = 0, False, update_hooks
         self._head_output: Tensor | None = None
         self._hidden: Tensor | None = None
         self._parameters, self._movement = list(model.parameters()), Movement(model)
@@ -113,6 +115,11 @@ class Watch:
         while self._handles:
             self._handles.pop().remove()
 
+    def restored(self, step: int) -> None:
+        """The weights were just loaded from a checkpoint of this step."""
+        self.step = step
+        self._movement.settle()
+
     def tell_loss(self, loss: Tensor | float) -> None:
         """The loss of one micro-step as the trainer has it, before any logger."""
         self._now.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
@@ -129,6 +136,7 @@ class Watch:
             return
         self._inside, self._head_output = module, None
         if phase == "evaluation":
+            self._evaluated = True
             wrong = tuple(n for n, m in self.model.named_modules() if m.training)
             self.session.observe(ModeSeen(self.step, phase, wrong))
             return
@@ -276,6 +284,9 @@ class Watch:
         if not now.passes or now.judged:
             return
         now.judged = True
+        if self._asks_between and (self._evaluated or not (self.updates + 1) % BETWEEN_EVERY):
+            self._evaluated = False
+            self.session.observe(self._movement.between(self.step + 1))
         step, scale = self.step + 1, self.facts.loss_scale()
         lost = torch.as_tensor(now.lost).double().reshape(1)
         losses = [torch.as_tensor(x).double().reshape(1) for x in now.losses]

@@ -109,6 +109,25 @@ def branch_detached():
 
 
 @plant(
+    "optim.foreign-evaluation-writes",
+    gate="optim.moves",
+    title="An evaluation changes the weights",
+    story="For a faster evaluation the weights are cast to half precision and back, or an average is swapped in and the way back "
+    "forgets one tensor. Training goes on from other weights than it had reached, and every evaluation costs a little of them.",
+    sources=("https://github.com/pytorch/ao/issues/1124",),
+)
+def evaluation_writes():
+    original = script.evaluate
+
+    def rounded(model, batch):
+        model.qkv.weight.data = model.qkv.weight.data.half().float()
+        return original(model, batch)
+
+    with swap(script, "evaluate", rounded):
+        yield
+
+
+@plant(
     "schedule.foreign-per-micro-step",
     gate="schedule.declared-rate",
     title="The schedule ticks at every micro-step",

@@ -2,16 +2,15 @@
 
 import datetime as dt
 import math
-from collections.abc import Iterator
 
 from spec import formulas
 from spec.canonical import sha256_file
 from spec.errors import StackproofError
-from spec.records import GateResult, Record
+from spec.records import Record
 from spec.runners import left_out
 from tools.integrity.core import Repo, rule
+from tools.integrity.foreign import Found, admitted, flattery, gaps
 
-Found = Iterator[tuple[str, int, str]]
 EXIT_OF_STATUS = {"completed": {0}, "early_stopped": {0}, "halted": {4}, "preempted": {75}, "interrupted": {130}}
 ROOFLINE_FLOPS = 2e15  # dense bf16 rate of one current accelerator, rounded up
 
@@ -182,18 +181,13 @@ def finite(repo: Repo) -> Found:
                 yield repo.record_file(record.id, "metrics.jsonl"), 0, f"step {line.get('step')} is not finite"
 
 
-def _admitted(record: Record, gate: GateResult) -> bool:
-    """Whether a run that is not ours says openly that it did not ask a gate, and why; what it could not look at it does not cover."""
-    return record.kind == "foreign" and gate.verdict == "not_run" and f"{gate.id}: {gate.message}" in record.not_covered
-
-
 @rule("STATUS", title="Status and exit code agree", why="A failure recorded as success is the oldest trick.", hint="supersede the record")
 def status(repo: Repo) -> Found:
     for record in repo.records.values():
         allowed = EXIT_OF_STATUS.get(record.status)
         if (allowed is not None and record.exit_code not in allowed) or (record.status == "failed" and record.exit_code == 0):
             yield repo.record_file(record.id), 0, f"status {record.status} with exit code {record.exit_code}"
-        red = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver and not _admitted(record, g)]
+        red = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver and not admitted(record, g)]
         if record.succeeded and red:
             yield repo.record_file(record.id), 0, f"a finished run whose gates did not all pass: {', '.join(red[:4])}"
         for kill in record.kills:
@@ -232,16 +226,13 @@ def placeholder(repo: Repo) -> Found:
     hint="git checkout the series",
 )
 def steps_contiguous(repo: Repo) -> Found:
+    yield from gaps(repo)
     for record in repo.records.values():
         lines = repo.series(record.id, "metrics.jsonl")
-        if record.kind not in ("train", "foreign") or not record.succeeded:
+        if record.kind != "train" or not record.succeeded:
             continue
         where = repo.record_file(record.id, "metrics.jsonl")
         steps = [line["step"] for line in lines]
-        if record.kind == "foreign":
-            if steps != list(range(record.config["first_step"] + 1, int(number(record, "steps")) + 1)) or not steps:
-                yield where, 0, f"a line for each step after {record.config['first_step']} is wanted, and there are {len(steps)}"
-            continue
         every = record.config["train"]["log_every"]
         expected = set(range(every, int(number(record, "steps")) + 1, every)) | {int(number(record, "steps"))}
         if not steps or sorted(set(steps)) != steps:
@@ -259,10 +250,9 @@ def steps_contiguous(repo: Repo) -> Found:
     hint="supersede the record with a true one",
 )
 def metric_recompute(repo: Repo) -> Found:
+    yield from flattery(repo)
     for record in repo.records.values():
         lines = repo.series(record.id, "metrics.jsonl")
-        if record.kind == "foreign" and record.succeeded and lines and number(record, "train_loss_nats") != lines[-1]["loss_nats"]:
-            yield repo.record_file(record.id), 0, f"train_loss_nats is not the log's last loss, {lines[-1]['loss_nats']}"
         if record.kind != "train" or not lines:
             continue
         values = [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]

@@ -12,7 +12,7 @@ import torch
 from contracts.callbacks.plain import gated
 from spec.errors import GateFailed
 from spec.records import read_record
-from tests.contracts.callbacks.stock import VOCAB, Trainer, caught, collate, llama, rows, script
+from tests.contracts.callbacks.stock import Trainer, caught, collate, llama, rows, script
 from tests.contracts.callbacks.test_plain import F, Tiny, batches
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,17 +65,9 @@ def test_a_head_that_an_adapter_copies_is_no_longer_the_embedding(tmp_path):
 
 
 def test_checkpointed_activations_with_autocast_and_rows_grouped_by_length_are_clean(tmp_path):
-    grouped = (
-        {"train_sampling_strategy": "group_by_length"} if hasattr(_defaults(), "train_sampling_strategy") else {"group_by_length": True}
-    )
+    grouped = {"train_sampling_strategy": "group_by_length"}
     plan = {"gradient_checkpointing": True, "bf16": True, "gradient_accumulation_steps": 2}
     clean(*script(tmp_path, **plan, **grouped))
-
-
-def _defaults():
-    from transformers import TrainingArguments
-
-    return TrainingArguments
 
 
 def looped(model, watched, *, zero=True):
@@ -145,13 +137,9 @@ def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for said in (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)):
-        for name in ("clean", "accumulation"):
-            outcomes = said[name]["outcomes"]
-            assert said[name]["red"] == {} and {g for g, o in outcomes.items() if o == "pass"} >= LOOKED, name
-        assert said["clean"]["outcomes"]["checkpoint.reload"] == "pass"
+        looked = {g for g, outcome in said["clean"]["outcomes"].items() if outcome == "pass"}
+        assert said["clean"]["red"] == {} and LOOKED | {"checkpoint.reload"} <= looked
         assert said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reload": 2}
         assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.next-token"] == 1
     record = read_record(tmp_path / "clean" / "record" / "metadata.json")
-    assert (
-        record.environment["world_size"] == 2 and record.status == "completed" and record.config["model"]["config"]["vocab_size"] == VOCAB
-    )
+    assert record.environment["world_size"] == 2 and record.status == "completed"

@@ -8,7 +8,7 @@ import torch
 from contracts.callbacks import reading
 from contracts.callbacks.reading import STRIPS, is_ahead, read, silent_places
 from contracts.gate import limits_of, resolve
-from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, Moved, RatesUsed, StateRestored
+from contracts.witness import BatchSeen, GradientsSeen, LeftAlone, LossRead, ModeSeen, Moved, RatesUsed, StateRestored
 from spec.gates import load_spec
 
 BATCH = BatchSeen(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
@@ -29,6 +29,7 @@ CASES = [
     ("model.first-loss", LOSS, [{"mean_nats": 4.5}]),
     ("optim.gradient-kept", GRADIENTS, [{"stale_norm": 1e-9}, {"lost": 1}, {"factor_spread": 0.03}, {"factor_spread": float("nan")}]),
     ("optim.moves", MOVED, [{"frozen_moved": ("a",)}, {"longest_still": 4}]),
+    ("optim.moves", LeftAlone(16, (), 20), [{"changed": ("a",)}]),
     ("schedule.declared-rate", RATES, [{"used": (1e-3, 1.001e-3)}, {"ticks": 3}]),
     ("evaluation.mode", MODE, [{"wrong": ("drop",)}, {"repeat_abs": 1e-6}]),
     ("checkpoint.state-restored", STATE, [{"differing": ("weights.a",)}, {"compared": 0}]),

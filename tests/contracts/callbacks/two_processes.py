@@ -14,7 +14,6 @@ from tests.contracts.callbacks.stock import GateCallback, Trainer, llama, script
 
 torch.set_num_threads(1)
 FOLDER = Path(sys.argv[1])
-ACCUMULATES = {"gradient_accumulation_steps": 2, "max_steps": 4}
 SAVES = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -49,8 +48,7 @@ class OwnWeights(TrainerCallback):
 
 
 CASES = {
-    "clean": {"plan": SAVES},
-    "accumulation": {"plan": ACCUMULATES},
+    "clean": {"plan": SAVES | {"gradient_accumulation_steps": 2}},
     "moved on one": {"trainer_class": MovesOnOne, "plan": SAVES},
     "other weights": {"extra": (OwnWeights(),), "plan": SAVES},
     "unshifted": {"trainer_class": Unshifted, "plan": {}},
