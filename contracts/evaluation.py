@@ -187,7 +187,7 @@ class Divergence(Stateless):
 
 @decides("evaluation.held-out")
 class HeldOut:
-    """What is scored is as many different rows as declared, from all over the split and not trained on; the best evaluation is the lowest."""
+    """What is scored is as many different rows as declared, of all the split and not trained on; the best evaluation is the lowest."""
 
     events = (Started, Evaluated)
 

@@ -306,8 +306,8 @@ def rows_repeated():
     sources=("https://github.com/allenai/OLMo-core/issues/652",),
 )
 def head_of_split():
-    def first_ones(stream, seq_len, batch_size, n_batches):
-        return [reader.rows_batch(stream, batch_size * i + np.arange(batch_size), seq_len) for i in range(n_batches)]
+    def first_ones(stream, seq_len, size, n_batches):
+        return [reader.rows_batch(stream, size * i + np.arange(size), seq_len) for i in range(n_batches)]
 
     with swap(session, "eval_batches", first_ones):
         yield
@@ -394,8 +394,7 @@ def error_too_small():
     original = bits_per_byte._combine
 
     def small(sums, n_bytes):
-        result = original(sums, n_bytes)
-        return dataclasses.replace(result, stderr_nats=result.stderr_nats / len(sums) ** 0.5)
+        return dataclasses.replace(result := original(sums, n_bytes), stderr_nats=result.stderr_nats / len(sums) ** 0.5)
 
     with swap(bits_per_byte, "_combine", small):
         yield
