@@ -187,7 +187,7 @@ class Divergence(Stateless):
 
 @decides("evaluation.held-out")
 class HeldOut:
-    """What is scored is as many different rows as declared, not read in training; and the best evaluation is the lowest there was."""
+    """What is scored is as many different rows as declared, of all the split and not trained on; the best evaluation is the lowest."""
 
     events = (Started, Evaluated)
 
@@ -209,6 +209,7 @@ class HeldOut:
             f"step {event.step}: {problem}",
             found_in_training_frac=found,
             repeated_rows=repeated,
+            reach_frac=1.0 if self.rows is None else self.rows.reach_frac,
             n_batches=len(event.batch_nats),
         )
 
@@ -220,6 +221,8 @@ class HeldOut:
             return f"only {self.rows.n_distinct} of {self.rows.n_rows} held-out rows are different ones"
         if self.rows.found_in_training_frac > self.limits.found_in_training_frac_max:
             return f"{self.rows.found_in_training_frac:.0%} of what is scored is in the training split"
+        if self.rows.reach_frac < self.limits.reach_frac_min:
+            return f"the rows that are scored reach over {self.rows.reach_frac:.0%} of the held-out split"
         if self.n_batches is not None and len(event.batch_nats) != self.n_batches:
             return f"{len(event.batch_nats)} batches were scored, {self.n_batches} were declared"
         step, loss = self.best or (None, math.inf)

@@ -63,11 +63,13 @@ class Recomputed:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
-    """Rows that an evaluation scores: how many, how many different ones, and which share (0-1) of their passages is in training."""
+    """Rows that an evaluation scores: how many, how many different ones, which share (0-1) of their passages is in training, and over
+    which share of the held-out split they reach from the first to the last."""
 
     n_rows: int
     n_distinct: int
     found_in_training_frac: float
+    reach_frac: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import numpy as np
 import torch.nn.functional as F
 
+from stack.data import reader
 from stack.evaluate import bits_per_byte, stopping
 from stack.model import transformer
 from stack.museum.plant import plant, swap
@@ -295,6 +298,22 @@ def rows_repeated():
 
 
 @plant(
+    "evaluation.head-of-split",
+    gate="evaluation.held-out",
+    title="Only the head of the held-out split is scored",
+    story="Held-out batches are taken from the beginning of the split. It holds the sources one after another, so the first is scored and "
+    "the others never are. The loss is that of one kind of text.",
+    sources=("https://github.com/allenai/OLMo-core/issues/652",),
+)
+def head_of_split():
+    def first_ones(stream, seq_len, size, n_batches):
+        return [reader.rows_batch(stream, size * i + np.arange(size), seq_len) for i in range(n_batches)]
+
+    with swap(session, "eval_batches", first_ones):
+        yield
+
+
+@plant(
     "evaluation.best-from-zero",
     gate="evaluation.held-out",
     title="Nothing is better than zero",
@@ -349,19 +368,15 @@ def documents_run_together():
     "evaluation.noise-counts-as-gain",
     gate="evaluation.stop-rule",
     title="Noise counts as a gain",
-    story="The rule that should ask for a gain of two standard errors asks for any. On a curve without noise it stops when it should. On a "
-    "real plateau one round in a few is lower than the best by chance, patience begins anew, and the run goes on for nothing.",
+    story="The rule that should ask for a gain of two standard errors asks for any. On a curve without noise it stops when it should. On "
+    "a real plateau a round is lower than the best by chance now and then, and patience begins anew.",
     sources=("founding note: ship-two-001",),
 )
 def noise_counts_as_gain():
     original = stopping.StopRule._compare
 
     def any_gain(self, batch_nats):
-        z, self.z = self.z, 0.0
-        try:
-            return original(self, batch_nats)
-        finally:
-            self.z = z
+        return original(SimpleNamespace(**vars(self) | {"z": 0.0}), batch_nats)
 
     with swap(stopping.StopRule, "_compare", any_gain):
         yield
@@ -379,8 +394,7 @@ def error_too_small():
     original = bits_per_byte._combine
 
     def small(sums, n_bytes):
-        result = original(sums, n_bytes)
-        return dataclasses.replace(result, stderr_nats=result.stderr_nats / len(sums) ** 0.5)
+        return dataclasses.replace(result := original(sums, n_bytes), stderr_nats=result.stderr_nats / len(sums) ** 0.5)
 
     with swap(bits_per_byte, "_combine", small):
         yield

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from stack.model import init, reading, transformer
-from stack.museum.plant import plant, swap, touch
+from stack.model import build, init, reading, rotary, transformer
+from stack.museum.plant import plant, swap
 
 
 @plant(
@@ -35,15 +35,17 @@ def far_keys_unseen():
     sources=("https://github.com/netket/netket/issues/241", "https://github.com/marian-nmt/marian-dev/issues/77"),
 )
 def layers_drawn_alike():
-    original = torch.Tensor.normal_
+    original = build.initialise
 
-    def seeded(self, mean=0.0, std=1.0, *, generator=None):
-        if generator is not None:
-            touch()
-            generator.manual_seed(7)
-        return original(self, mean, std, generator=generator)
+    @torch.no_grad()
+    def alike(model, cfg, generator):
+        original(model, cfg, generator)
+        for name, parameter in model.named_parameters():
+            row = init.row_of(cfg, name)
+            if row.law == "normal":
+                parameter.normal_(0.0, row.value, generator=torch.Generator().manual_seed(7))
 
-    with swap(torch.Tensor, "normal_", seeded, counted=False):
+    with swap(build, "initialise", alike):
         yield
 
 
@@ -74,12 +76,10 @@ def branches_drawn_wide():
     sources=("https://github.com/BogiHsu/Tacotron2-PyTorch/issues/8", "https://arxiv.org/abs/1207.0580"),
 )
 def dropout_undeclared():
-    original = transformer.Embedding.forward
+    def dropped(self, x_BTD, position_BT):
+        return F.dropout(x_BTD, 0.1, self.training)
 
-    def dropped(self, ids_BT):
-        return F.dropout(original(self, ids_BT), 0.1, self.training)
-
-    with swap(transformer.Embedding, "forward", dropped):
+    with swap(rotary.Rotary, "added", dropped):
         yield
 
 

