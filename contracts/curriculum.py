@@ -90,19 +90,20 @@ def _bound_fault(arm, mine: np.ndarray, n_sources: int, limits: SimpleNamespace)
     return float(max(counts.max() - arm.cap * window, arm.floor * window - counts.min()) - slack)
 
 
-def _play(bandit, own_drop: float, scale: float = 1.0, turns: int = TURNS) -> list[str]:
+def _play(bandit, own_drop: float, scale: float = 1.0, turns: int = TURNS, used_up: int = TURNS) -> list[str]:
     """The focus of every turn in a world of three sources: turns of "useful" lower every loss, turns of "list" lower their own by
-    `own_drop` at the cost of "other", so that the sum stays, and turns of "other" do nothing."""
+    `own_drop` at the cost of "other", so that the sum stays, and turns of "other" do nothing. From turn `used_up` on it is "other"
+    that lowers every loss, and "useful" does nothing."""
     losses = dict.fromkeys(("useful", "list", "other"), 5.0 * scale)
     noise = np.random.default_rng(5)
     focus = []
     bandit.reward(losses)
-    for _ in range(turns):
+    for turn in range(turns):
         chosen = bandit.sources[bandit.focus].name
         focus.append(chosen)
         drift = noise.normal(0, 1e-3) * scale
         losses = {n: v - drift for n, v in losses.items()}
-        if chosen == "useful":
+        if chosen == ("useful" if turn < used_up else "other"):
             losses = {n: v - 0.02 * scale for n, v in losses.items()}
         if chosen == "list":
             losses |= {"list": losses["list"] - own_drop * scale, "other": losses["other"] + own_drop * scale}
@@ -112,7 +113,10 @@ def _play(bandit, own_drop: float, scale: float = 1.0, turns: int = TURNS) -> li
 
 @decides("curriculum.reward")
 def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
-    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses."""
+    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses.
+
+    A source that does nothing at first, and from half of the turns on is the one that lowers every loss, is found again.
+    """
     plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
     if plain != cheap:
         return failed("a source earns by lowering its own loss at the cost of the others", list_turns=cheap.count("list"))
@@ -120,11 +124,14 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
         return failed("the choice of sources depends on the scale of the losses, so rewards are not normalised")
     if _play(make_bandit(), 0.0) != plain:
         return failed("the same losses give two curricula")
-    useful, untried = plain.count("useful") / len(plain), 3 - len(set(plain))
+    later = _play(make_bandit(), 0.0, used_up=TURNS // 2)[TURNS // 2 :]
+    useful, regained, untried = plain.count("useful") / len(plain), later.count("other") / len(later), 3 - len(set(plain))
     return decide(
-        useful >= limits.useful_turns_min and not untried,
-        f"the source that lowers every loss had {useful:.0%} of the turns, {untried} source(s) none",
+        useful >= limits.useful_turns_min and regained >= limits.regained_turns_min and not untried,
+        f"the source that lowers every loss had {useful:.0%} of the turns, one that does so later {regained:.0%} of those after it, "
+        f"{untried} source(s) none",
         useful_turns=useful,
+        regained_turns=regained,
         list_turns=plain.count("list") / len(plain),
     )
 

@@ -113,6 +113,45 @@ def reward_unnormalised():
 
 
 @plant(
+    "curriculum.never-looks-back",
+    gate="curriculum.reward",
+    title="The bandit never looks back",
+    story="The bonus for what was not tried lately is lost, so the source with the best mean keeps the focus. Each source was tried once, "
+    "and the useful one has nearly all turns, which looks like a fast learner. When it has given what it had, the turns go on.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def never_looks_back():
+    def greedy(self):
+        candidates = [i for i in self.arms if self.sources[i].weight > 0]
+        untried = [i for i in candidates if self.pulls[i] == 0]
+        return untried[0] if untried else max(candidates, key=lambda i: (self._means()[i], -i))
+
+    with swap(bandit.Bandit, "_choose", greedy):
+        yield
+
+
+@plant(
+    "curriculum.rewards-never-fade",
+    gate="curriculum.reward",
+    title="Turns are forgotten, and what they earned is not",
+    story="The counts of turns are discounted, the sums of rewards are not. The mean of a source that was tried often grows beyond every "
+    "reward there is, and it keeps the focus for what it did long ago.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def rewards_never_fade():
+    original = bandit.Bandit._learn
+
+    def remembering(self, drop):
+        before = self.rewards.copy()
+        reward = original(self, drop)
+        self.rewards += (1 - self.cfg.discount) * before
+        return reward
+
+    with swap(bandit.Bandit, "_learn", remembering):
+        yield
+
+
+@plant(
     "curriculum.zombie-arm",
     gate="curriculum.state",
     title="The saved state revives a source",

@@ -168,6 +168,22 @@ def test_reward_is_red_on_a_bandit_that_never_learns(spec, ingredients):
     assert learned.passed and learned.measured["useful_turns"] > 0.5  # measured 0.84
 
 
+def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, ingredients):
+    """The useful source has nearly all turns at first; whether another is found later decides, to the turn: 18 of 45 are the limit."""
+
+    def verdict(regained):
+        first, second = ["useful", "list", "other"] + ["useful"] * 42, ["other"] * regained + ["useful"] * (45 - regained)
+        names = [s.name for s in Fixed.sources]
+        turns = [names.index(n) for n in first + second + ["useful"]]
+        return call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(turns)})
+
+    assert verdict(18).passed
+    red = verdict(17)
+    assert red.outcome == "fail" and red.measured["regained_turns"] == pytest.approx(17 / 45)
+    learned = call_check(spec.gates["curriculum.reward"], ingredients)
+    assert learned.passed and learned.measured["regained_turns"] > 0.6  # measured 0.84
+
+
 def test_reward_is_red_where_a_source_is_never_tried(spec, ingredients):
     verdict = call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(n % 2 for n in range(91))})
     assert verdict.outcome == "fail" and "1 source(s) none" in verdict.message
