@@ -12,6 +12,7 @@ from contracts.gate import Verdict, decide, decides, failed
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
 TURNS = 90
+LEARNT_ROWS = 6 * TURN_ROWS
 
 
 def _drawn(order, first: int, n: int) -> np.ndarray:
@@ -137,18 +138,19 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
 
 
 @decides("curriculum.state")
-def state(limits: SimpleNamespace, *, make_bandit, make_run_order) -> Verdict:
-    """A restored curriculum goes on as if never stopped, and arms of its state that the configuration does not have are dropped."""
+def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: int) -> Verdict:
+    """A restored curriculum goes on, and goes on learning, as if never stopped, and arms of its state that the configuration does not have
+    are dropped. It is saved inside a turn of the warm-up and inside a later one, and both go through the same turns of losses after that."""
     for make in (make_bandit, make_run_order):
-        whole = make()
-        _drawn(whole, 0, 500)
-        if hasattr(whole, "reward"):
-            whole.reward({s.name: 5.0 - 0.1 * i for i, s in enumerate(whole.sources)})
-            whole.reward({s.name: 4.9 - 0.2 * i for i, s in enumerate(whole.sources)})
-        saved, restored = whole.state_dict(), make()
-        dropped = restored.load_state_dict(saved)
-        if dropped or not np.array_equal(_drawn(whole, 500, 500), _drawn(restored, 500, 500)):
-            return failed("a restored curriculum draws other rows than one that was never stopped", dropped=len(dropped))
+        for saved_at in (max(2, min(warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
+            whole, restored = make(), make()
+            _stretch(whole, 0, saved_at // 2)
+            _drawn(whole, saved_at // 2, saved_at - saved_at // 2)
+            dropped = restored.load_state_dict(whole.state_dict())
+            if dropped or not np.array_equal(*(_stretch(o, saved_at, LEARNT_ROWS) for o in (whole, restored))):
+                return failed("a restored curriculum draws other rows than one that was never stopped", dropped=len(dropped))
+            if whole.state_dict() != restored.state_dict():
+                return failed("a restored curriculum has learnt something else from the same turns than one that was never stopped")
     saved = make_bandit()
     _drawn(saved, 0, 500)
     document = saved.state_dict()

@@ -200,6 +200,42 @@ def state_forgets_positions():
 
 
 @plant(
+    "curriculum.state-forgets-spread",
+    gate="curriculum.state",
+    title="A restored bandit has forgotten how much losses vary",
+    story="Positions, pulls and rewards come back, and mean and spread of the drops begin at nothing. The next rows are the right ones, so "
+    "a comparison of what is read after the restart is equal. The turns after that are judged by another measure, and other sources win.",
+    sources=("founding note: the twenty-second training run",),
+)
+def state_forgets_spread():
+    original = bandit.Bandit.load_state_dict
+
+    def half(self, state):
+        return original(self, {**state, "drop_mean": 0.0, "drop_var": 0.0, "n_drops": 0})
+
+    with swap(bandit.Bandit, "load_state_dict", half):
+        yield
+
+
+@plant(
+    "curriculum.state-forgets-warmup",
+    gate="curriculum.state",
+    title="A turn of the warm-up is credited after a restart",
+    story="What a turn of the warm-up did is no merit of the source in focus, which was not read. The mark that says so is not saved. A run "
+    "that restarts there credits or blames a source for rows of others.",
+    sources=("founding note: the twenty-second training run",),
+)
+def state_forgets_warmup():
+    original = bandit.Bandit.load_state_dict
+
+    def unmarked(self, state):
+        return original(self, {**state, "in_warmup": False})
+
+    with swap(bandit.Bandit, "load_state_dict", unmarked):
+        yield
+
+
+@plant(
     "curriculum.ledger-names-another-source",
     gate="curriculum.draws",
     title="The ledger enters rows under the wrong source",

@@ -197,6 +197,28 @@ def test_state_is_red_on_a_revived_arm(spec, ingredients):
     assert verdict.outcome == "fail" and "list" in verdict.message and verdict.measured["arms"] == 3
 
 
+@pytest.mark.parametrize(
+    "key", ["drop_mean", "drop_var", "n_drops", "last_losses", "in_warmup", "focus", "drawn", "credit", "pulls", "rewards"]
+)
+def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
+    """Every entry of the saved state that a fresh bandit has otherwise; each is put back to what a fresh one says."""
+
+    def forgetful():
+        made = ingredients["make_run_order"]()
+        fresh, load = made.state_dict(), made.load_state_dict
+
+        def restored(state):
+            if key in state:
+                return load({**state, key: fresh[key]})
+            return load({**state, "arms": {n: {**a, key: fresh["arms"][n][key]} for n, a in state["arms"].items()}})
+
+        made.load_state_dict = restored
+        return made
+
+    verdict = call_check(spec.gates["curriculum.state"], ingredients | {"make_run_order": forgetful})
+    assert verdict.outcome == "fail" and "never stopped" in verdict.message
+
+
 def test_state_is_red_on_dropped_arms_that_nobody_names(spec, ingredients):
     def silent(capped=""):
         made = ingredients["make_bandit"](capped)
