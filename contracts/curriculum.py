@@ -139,8 +139,10 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
 
 @decides("curriculum.state")
 def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: int) -> Verdict:
-    """A restored curriculum goes on, and goes on learning, as if never stopped, and arms of its state that the configuration does not have
-    are dropped. It is saved inside a turn of the warm-up and inside a later one, and both go through the same turns of losses after that."""
+    """A restored curriculum goes on, and goes on learning, as if never stopped; arms that the configuration does not have are dropped.
+
+    It is saved inside a turn of the warm-up and inside a later one, and both go through the same turns of losses after that.
+    """
     for make in (make_bandit, make_run_order):
         for saved_at in (max(2, min(warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
             whole, restored = make(), make()

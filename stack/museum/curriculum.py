@@ -221,8 +221,8 @@ def state_forgets_spread():
     "curriculum.state-forgets-warmup",
     gate="curriculum.state",
     title="A turn of the warm-up is credited after a restart",
-    story="What a turn of the warm-up did is no merit of the source in focus, which was not read. The mark that says so is not saved. A run "
-    "that restarts there credits or blames a source for rows of others.",
+    story="What a turn of the warm-up did is no merit of the source in focus, which was not read. The mark that says so is not saved. A "
+    "run that restarts there credits or blames a source for rows of others.",
     sources=("founding note: the twenty-second training run",),
 )
 def state_forgets_warmup():
