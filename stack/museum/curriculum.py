@@ -59,6 +59,27 @@ def warmup_forgotten():
 
 
 @plant(
+    "curriculum.warmup-outlasts-its-rows",
+    gate="curriculum.order",
+    title="A batch over the end of the warm-up belongs to it as a whole",
+    story="Shares are worked out once for each call that asks for rows. The call that reaches beyond the warm-up keeps the shares of its "
+    "first row. How many rows are of the warm-up then depends on the size of a micro-batch, and so does every row after it.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def warmup_outlasts_its_rows():
+    original = bandit.Bandit.decide
+
+    def whole_call(self, before, after):
+        rows, inside = self._warmup_rows, before < self._warmup_rows
+        self._warmup_rows = after if inside else rows
+        original(self, before, after)
+        self._warmup_rows = rows
+
+    with swap(bandit.Bandit, "decide", whole_call):
+        yield
+
+
+@plant(
     "curriculum.head-of-source-only",
     gate="curriculum.order",
     title="A source is truncated instead of sampled",
@@ -148,6 +169,26 @@ def rewards_never_fade():
         return reward
 
     with swap(bandit.Bandit, "_learn", remembering):
+        yield
+
+
+@plant(
+    "curriculum.trend-is-merit",
+    gate="curriculum.reward",
+    title="What every turn brings is merit",
+    story="Drops of the loss are divided by their spread, and their mean is not taken out. While a model learns every loss falls in every "
+    "turn, so all rewards are the best there is, all sources look alike, and the turns go round. No number looks wrong.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def trend_is_merit():
+    original = bandit.Bandit._learn
+
+    def uncentred(self, drop):
+        reward = original(self, drop)
+        self.drop_mean = 0.0
+        return reward
+
+    with swap(bandit.Bandit, "_learn", uncentred):
         yield
 
 
