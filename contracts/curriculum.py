@@ -11,7 +11,8 @@ from contracts.events import BatchDrawn, Event, Started, StepTaken
 from contracts.gate import Verdict, decide, decides, failed
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
-TURNS = 90
+TURNS, TREND = 90, 0.25  # nats per turn, ten times what the useful source adds to it
+LEARNT_ROWS = 6 * TURN_ROWS
 
 
 def _drawn(order, first: int, n: int) -> np.ndarray:
@@ -34,7 +35,10 @@ def _stretch(order, first: int, n: int) -> np.ndarray:
 
 @decides("curriculum.order")
 def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources) -> Verdict:
-    """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once per epoch and from everywhere."""
+    """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once per epoch and from everywhere.
+
+    Rows that are decided one at a time, over the end of the warm-up, are those that are decided all at once.
+    """
     arms = make_run_order().sources
     listed = [i for i, s in enumerate(arms) if s.name in warmup_sources]
     warm = _stretch(make_run_order(), 0, min(warmup_rows, JUDGED_ROWS)) if warmup_rows else np.zeros((3, 0), np.int64)
@@ -49,6 +53,10 @@ def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_s
         mine = sources == i
         if message := _arm_fault(arm, int(before[i]), windows[mine], epochs[mine], limits):
             return failed(f"source {arm.name}: {message}", source=arm.name)
+    n = min(warmup_rows, JUDGED_ROWS) + TURN_ROWS
+    one, singly = make_run_order(), make_run_order()
+    if not np.array_equal(_drawn(one, 0, n), np.concatenate([_drawn(singly, i, 1) for i in range(n)], axis=1)):
+        return failed("rows depend on how many of them are decided at a time")
     worst = max(_bound_fault(arm, sources == i, len(arms), limits) for i, arm in enumerate(arms))
     return decide(
         worst <= 0,
@@ -90,19 +98,20 @@ def _bound_fault(arm, mine: np.ndarray, n_sources: int, limits: SimpleNamespace)
     return float(max(counts.max() - arm.cap * window, arm.floor * window - counts.min()) - slack)
 
 
-def _play(bandit, own_drop: float, scale: float = 1.0, turns: int = TURNS) -> list[str]:
+def _play(bandit, own_drop: float, scale: float = 1.0, used_up: int = TURNS, trend: float = 0.0) -> list[str]:
     """The focus of every turn in a world of three sources: turns of "useful" lower every loss, turns of "list" lower their own by
-    `own_drop` at the cost of "other", so that the sum stays, and turns of "other" do nothing."""
+    `own_drop` at the cost of "other", so that the sum stays, and turns of "other" do nothing. From turn `used_up` on it is "other"
+    that lowers every loss, and "useful" does nothing. Every turn lowers every loss by `trend`, whichever it is."""
     losses = dict.fromkeys(("useful", "list", "other"), 5.0 * scale)
     noise = np.random.default_rng(5)
     focus = []
     bandit.reward(losses)
-    for _ in range(turns):
+    for turn in range(TURNS):
         chosen = bandit.sources[bandit.focus].name
         focus.append(chosen)
-        drift = noise.normal(0, 1e-3) * scale
+        drift = noise.normal(trend, 1e-3) * scale
         losses = {n: v - drift for n, v in losses.items()}
-        if chosen == "useful":
+        if chosen == ("useful" if turn < used_up else "other"):
             losses = {n: v - 0.02 * scale for n, v in losses.items()}
         if chosen == "list":
             losses |= {"list": losses["list"] - own_drop * scale, "other": losses["other"] + own_drop * scale}
@@ -112,7 +121,11 @@ def _play(bandit, own_drop: float, scale: float = 1.0, turns: int = TURNS) -> li
 
 @decides("curriculum.reward")
 def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
-    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses."""
+    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses.
+
+    A source that does nothing at first, and from half of the turns on is the one that lowers every loss, is found again. Where all
+    losses fall whatever is read, as they do while a model trains, the useful source is found as well.
+    """
     plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
     if plain != cheap:
         return failed("a source earns by lowering its own loss at the cost of the others", list_turns=cheap.count("list"))
@@ -120,28 +133,36 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
         return failed("the choice of sources depends on the scale of the losses, so rewards are not normalised")
     if _play(make_bandit(), 0.0) != plain:
         return failed("the same losses give two curricula")
-    useful, untried = plain.count("useful") / len(plain), 3 - len(set(plain))
+    later = _play(make_bandit(), 0.0, used_up=TURNS // 2)[TURNS // 2 :]
+    worlds = (plain, _play(make_bandit(), 0.0, trend=TREND))
+    useful, untried = min(w.count("useful") / TURNS for w in worlds), 3 - len(set(plain))
+    regained = later.count("other") / len(later)
     return decide(
-        useful >= limits.useful_turns_min and not untried,
-        f"the source that lowers every loss had {useful:.0%} of the turns, {untried} source(s) none",
+        useful >= limits.useful_turns_min and regained >= limits.regained_turns_min and not untried,
+        f"the source that lowers every loss had {useful:.0%} of the turns, one that does so later {regained:.0%} of those after it, "
+        f"{untried} source(s) none",
         useful_turns=useful,
+        regained_turns=regained,
         list_turns=plain.count("list") / len(plain),
     )
 
 
 @decides("curriculum.state")
-def state(limits: SimpleNamespace, *, make_bandit, make_run_order) -> Verdict:
-    """A restored curriculum goes on as if never stopped, and arms of its state that the configuration does not have are dropped."""
+def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: int) -> Verdict:
+    """A restored curriculum goes on, and goes on learning, as if never stopped; arms that the configuration does not have are dropped.
+
+    It is saved inside a turn of the warm-up and inside a later one, and both go through the same turns of losses after that.
+    """
     for make in (make_bandit, make_run_order):
-        whole = make()
-        _drawn(whole, 0, 500)
-        if hasattr(whole, "reward"):
-            whole.reward({s.name: 5.0 - 0.1 * i for i, s in enumerate(whole.sources)})
-            whole.reward({s.name: 4.9 - 0.2 * i for i, s in enumerate(whole.sources)})
-        saved, restored = whole.state_dict(), make()
-        dropped = restored.load_state_dict(saved)
-        if dropped or not np.array_equal(_drawn(whole, 500, 500), _drawn(restored, 500, 500)):
-            return failed("a restored curriculum draws other rows than one that was never stopped", dropped=len(dropped))
+        for saved_at in (max(2, min(warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
+            whole, restored = make(), make()
+            _stretch(whole, 0, saved_at // 2)
+            _drawn(whole, saved_at // 2, saved_at - saved_at // 2)
+            dropped = restored.load_state_dict(whole.state_dict())
+            if dropped or not np.array_equal(*(_stretch(o, saved_at, LEARNT_ROWS) for o in (whole, restored))):
+                return failed("a restored curriculum draws other rows than one that was never stopped", dropped=len(dropped))
+            if whole.state_dict() != restored.state_dict():
+                return failed("a restored curriculum has learnt something else from the same turns than one that was never stopped")
     saved = make_bandit()
     _drawn(saved, 0, 500)
     document = saved.state_dict()

@@ -59,6 +59,27 @@ def warmup_forgotten():
 
 
 @plant(
+    "curriculum.warmup-outlasts-its-rows",
+    gate="curriculum.order",
+    title="A batch over the end of the warm-up belongs to it as a whole",
+    story="Shares are worked out once for each call that asks for rows. The call that reaches beyond the warm-up keeps the shares of its "
+    "first row. How many rows are of the warm-up then depends on the size of a micro-batch, and so does every row after it.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def warmup_outlasts_its_rows():
+    original = bandit.Bandit.decide
+
+    def whole_call(self, before, after):
+        rows, inside = self._warmup_rows, before < self._warmup_rows
+        self._warmup_rows = after if inside else rows
+        original(self, before, after)
+        self._warmup_rows = rows
+
+    with swap(bandit.Bandit, "decide", whole_call):
+        yield
+
+
+@plant(
     "curriculum.head-of-source-only",
     gate="curriculum.order",
     title="A source is truncated instead of sampled",
@@ -113,6 +134,65 @@ def reward_unnormalised():
 
 
 @plant(
+    "curriculum.never-looks-back",
+    gate="curriculum.reward",
+    title="The bandit never looks back",
+    story="The bonus for what was not tried lately is lost, so the source with the best mean keeps the focus. Each source was tried once, "
+    "and the useful one has nearly all turns, which looks like a fast learner. When it has given what it had, the turns go on.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def never_looks_back():
+    def greedy(self):
+        candidates = [i for i in self.arms if self.sources[i].weight > 0]
+        untried = [i for i in candidates if self.pulls[i] == 0]
+        return untried[0] if untried else max(candidates, key=lambda i: (self._means()[i], -i))
+
+    with swap(bandit.Bandit, "_choose", greedy):
+        yield
+
+
+@plant(
+    "curriculum.rewards-never-fade",
+    gate="curriculum.reward",
+    title="Turns are forgotten, and what they earned is not",
+    story="The counts of turns are discounted, the sums of rewards are not. The mean of a source that was tried often grows beyond every "
+    "reward there is, and it keeps the focus for what it did long ago.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def rewards_never_fade():
+    original = bandit.Bandit._learn
+
+    def remembering(self, drop):
+        before = self.rewards.copy()
+        reward = original(self, drop)
+        self.rewards += (1 - self.cfg.discount) * before
+        return reward
+
+    with swap(bandit.Bandit, "_learn", remembering):
+        yield
+
+
+@plant(
+    "curriculum.trend-is-merit",
+    gate="curriculum.reward",
+    title="What every turn brings is merit",
+    story="Drops of the loss are divided by their spread, and their mean is not taken out. While a model learns every loss falls in every "
+    "turn, so all rewards are the best there is, all sources look alike, and the turns go round. No number looks wrong.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def trend_is_merit():
+    original = bandit.Bandit._learn
+
+    def uncentred(self, drop):
+        reward = original(self, drop)
+        self.drop_mean = 0.0
+        return reward
+
+    with swap(bandit.Bandit, "_learn", uncentred):
+        yield
+
+
+@plant(
     "curriculum.zombie-arm",
     gate="curriculum.state",
     title="The saved state revives a source",
@@ -157,6 +237,42 @@ def state_forgets_positions():
         return dropped
 
     with swap(bandit.Bandit, "load_state_dict", from_the_top):
+        yield
+
+
+@plant(
+    "curriculum.state-forgets-spread",
+    gate="curriculum.state",
+    title="A restored bandit has forgotten how much losses vary",
+    story="Positions, pulls and rewards come back, and mean and spread of the drops begin at nothing. The next rows are the right ones, so "
+    "a comparison of what is read after the restart is equal. The turns after that are judged by another measure, and other sources win.",
+    sources=("founding note: the twenty-second training run",),
+)
+def state_forgets_spread():
+    original = bandit.Bandit.load_state_dict
+
+    def half(self, state):
+        return original(self, {**state, "drop_mean": 0.0, "drop_var": 0.0, "n_drops": 0})
+
+    with swap(bandit.Bandit, "load_state_dict", half):
+        yield
+
+
+@plant(
+    "curriculum.state-forgets-warmup",
+    gate="curriculum.state",
+    title="A turn of the warm-up is credited after a restart",
+    story="What a turn of the warm-up did is no merit of the source in focus, which was not read. The mark that says so is not saved. A "
+    "run that restarts there credits or blames a source for rows of others.",
+    sources=("founding note: the twenty-second training run",),
+)
+def state_forgets_warmup():
+    original = bandit.Bandit.load_state_dict
+
+    def unmarked(self, state):
+        return original(self, {**state, "in_warmup": False})
+
+    with swap(bandit.Bandit, "load_state_dict", unmarked):
         yield
 
 

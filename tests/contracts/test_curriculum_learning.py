@@ -1,0 +1,81 @@
+"""Gates of the curriculum that judge what a bandit learns: red on faults that only later turns, or other calls, bring to light."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from contracts.curriculum import TURNS, _play
+from contracts.gate import call_check
+from stack.data.order import StaticMixture
+from stack.museum.plant import PLANTS
+from tests.contracts.test_curriculum import ARMS, Fixed, Redrawn
+
+
+def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredients):
+    """Of every call that decides more than one row, two rows of one source have changed places."""
+
+    def exchanged(draws, numbers):
+        mine, windows = np.flatnonzero(draws.sources == 1)[:2], draws.windows.copy()
+        windows[mine] = windows[mine[::-1]]
+        return replace(draws, windows=windows)
+
+    class Counted(Redrawn):
+        def at(self, numbers):
+            draws = self._inner.at(numbers)
+            return self._change(draws, numbers) if len(numbers) > 1 else draws
+
+    def judged(change):
+        make = lambda: Counted(StaticMixture(ARMS, 5), change)  # noqa: E731
+        return call_check(spec.gates["curriculum.order"], ingredients | {"make_run_order": make, "warmup_rows": 0, "warmup_sources": ()})
+
+    assert judged(lambda draws, numbers: draws).passed
+    verdict = judged(exchanged)
+    assert verdict.outcome == "fail" and "at a time" in verdict.message
+
+
+def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, ingredients):
+    """The useful source has nearly all turns at first; whether another is found later decides, to the turn: 18 of 45 are the limit."""
+
+    def verdict(regained):
+        first, second = ["useful", "list", "other"] + ["useful"] * 42, ["other"] * regained + ["useful"] * (45 - regained)
+        names = [s.name for s in Fixed.sources]
+        turns = [names.index(n) for n in first + second + ["useful"]]
+        return call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(turns)})
+
+    assert verdict(18).passed
+    red = verdict(17)
+    assert red.outcome == "fail" and red.measured["regained_turns"] == pytest.approx(17 / 45)
+    learned = call_check(spec.gates["curriculum.reward"], ingredients)
+    assert learned.passed and learned.measured["regained_turns"] > 0.6  # measured 0.84
+
+
+def test_reward_is_red_where_the_common_trend_is_merit(spec, ingredients):
+    """Red in the world in which all losses fall, and there alone: without a trend the same bandit is green."""
+    with PLANTS["curriculum.trend-is-merit"].apply():
+        plain = _play(ingredients["make_bandit"](), 0.0).count("useful") / TURNS
+        verdict = call_check(spec.gates["curriculum.reward"], ingredients)
+    assert plain > 0.6  # measured 0.75
+    assert verdict.outcome == "fail" and verdict.measured["useful_turns"] < 0.4  # measured 0.34
+
+
+@pytest.mark.parametrize(
+    "key", ["drop_mean", "drop_var", "n_drops", "last_losses", "in_warmup", "focus", "drawn", "credit", "pulls", "rewards"]
+)
+def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
+    """Every entry of the saved state that a fresh bandit has otherwise; each is put back to what a fresh one says."""
+
+    def forgetful():
+        made = ingredients["make_run_order"]()
+        fresh, load = made.state_dict(), made.load_state_dict
+
+        def restored(state):
+            if key in state:
+                return load({**state, key: fresh[key]})
+            return load({**state, "arms": {n: {**a, key: fresh["arms"][n][key]} for n, a in state["arms"].items()}})
+
+        made.load_state_dict = restored
+        return made
+
+    verdict = call_check(spec.gates["curriculum.state"], ingredients | {"make_run_order": forgetful})
+    assert verdict.outcome == "fail" and "never stopped" in verdict.message
