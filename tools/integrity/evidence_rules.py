@@ -2,6 +2,7 @@
 
 import datetime as dt
 import math
+from collections.abc import Iterator
 
 from spec import formulas
 from spec.canonical import sha256_file
