@@ -119,12 +119,26 @@ def _play(bandit, own_drop: float, scale: float = 1.0, used_up: int = TURNS, tre
     return focus
 
 
+def _share_error(bandit) -> float:
+    """Worst number of rows by which a source misses its share of a turn: its weight's before the first turn, then what the focus leaves."""
+    weights = np.array([s.weight for s in bandit.sources])
+    base, errors = weights / weights.sum(), []
+    for turn in range(len(base) + 1):
+        focused = bandit.cfg.focus_share * (np.arange(len(base)) == bandit.focus)
+        share = base if turn == 0 else focused + (1 - bandit.cfg.focus_share) * base
+        counts = np.bincount(_drawn(bandit, turn * TURN_ROWS, TURN_ROWS)[0], minlength=len(base))
+        errors.append(float(np.abs(counts - TURN_ROWS * share).max()))
+        bandit.reward(dict.fromkeys((s.name for s in bandit.sources), 5.0 - turn))
+    return max(errors)
+
+
 @decides("curriculum.reward")
 def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
     """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses.
 
     A source that does nothing at first, and from half of the turns on is the one that lowers every loss, is found again. Where all
-    losses fall whatever is read, as they do while a model trains, the useful source is found as well.
+    losses fall whatever is read, as they do while a model trains, the useful source is found as well. The rows of a turn follow its focus.
+    `make_bandit()` has sources without caps and floors, and `cfg.focus_share`.
     """
     plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
     if plain != cheap:
@@ -133,6 +147,8 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
         return failed("the choice of sources depends on the scale of the losses, so rewards are not normalised")
     if _play(make_bandit(), 0.0) != plain:
         return failed("the same losses give two curricula")
+    if (off := _share_error(make_bandit())) > limits.slack_rows_per_source * len(make_bandit().sources):
+        return failed(f"the rows of a turn do not follow its focus: a source is {off:.1f} of {TURN_ROWS} rows off its share", off_rows=off)
     later = _play(make_bandit(), 0.0, used_up=TURNS // 2)[TURNS // 2 :]
     worlds = (plain, _play(make_bandit(), 0.0, trend=TREND))
     useful, untried = min(w.count("useful") / TURNS for w in worlds), 3 - len(set(plain))

@@ -193,6 +193,45 @@ def trend_is_merit():
 
 
 @plant(
+    "curriculum.focus-shuns",
+    gate="curriculum.reward",
+    title="The source in focus is the one that is not read",
+    story="One sign is wrong where a choice becomes shares: the focus is taken off the source that has it. The log of turns shows a bandit "
+    "that learns well and chooses right. The rows are those of the others, and caps and floors hold all the while.",
+    sources=("https://arxiv.org/abs/0805.3415",),
+)
+def focus_shuns():
+    original = bandit.Bandit.target
+
+    def away(self, position):
+        share = original(self, position)
+        rest = np.where(np.arange(len(share)) == self.focus, 0.0, self._base_shares)
+        return bandit.shares([replace(s, weight=float(w)) for s, w in zip(self.sources, rest)]) if self.last_losses else share
+
+    with swap(bandit.Bandit, "target", away):
+        yield
+
+
+@plant(
+    "curriculum.shares-drift-together",
+    gate="curriculum.reward",
+    title="Shares are met half",
+    story="A drawn row costs its source two credits and not one. The credits of all fall together, and every source has half of its share "
+    "and an even part of the rest. Each is within its cap and floor, so nothing is wrong but the mixture.",
+    sources=("https://github.com/allenai/OLMo-core/issues/147",),
+)
+def shares_drift_together():
+    original = bandit.Bandit.target
+
+    def evened(self, position):
+        share = original(self, position)
+        return np.where(share > 0, share / 2 + 0.5 / max(1, (share > 0).sum()), 0.0)
+
+    with swap(bandit.Bandit, "target", evened):
+        yield
+
+
+@plant(
     "curriculum.zombie-arm",
     gate="curriculum.state",
     title="The saved state revives a source",

@@ -1,6 +1,7 @@
 """Gates of the curriculum: green on the stack, red on what they are for."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,12 +151,20 @@ def test_order_is_red_on_one_row_of_the_warm_up(spec, ingredients):
 
 
 class Fixed:
-    """A bandit whose focus goes round, whatever it is told."""
+    """A bandit whose focus goes round, whatever it is told; every source has a third of the rows."""
+
+    cfg = SimpleNamespace(focus_share=0.0)
 
     sources = (Source("useful", 0, 9, 1, 1, 0), Source("list", 9, 9, 1, 1, 0), Source("other", 18, 9, 1, 1, 0))
 
     def __init__(self, turns):
         self._turns, self.focus = iter(turns), 0
+
+    def decide(self, before, after):
+        pass
+
+    def at(self, numbers):
+        return SimpleNamespace(sources=numbers % 3, windows=numbers, epochs=0 * numbers)
 
     def reward(self, losses):
         self.focus = next(self._turns)

@@ -79,3 +79,25 @@ def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
 
     verdict = call_check(spec.gates["curriculum.state"], ingredients | {"make_run_order": forgetful})
     assert verdict.outcome == "fail" and "never stopped" in verdict.message
+
+
+@pytest.mark.parametrize(("moved", "outcome"), [(1, "pass"), (4, "fail"), (-4, "fail")])
+def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, ingredients, moved, outcome):
+    """Some rows of every turn go to the source in focus instead of its neighbour, or the reverse; three rows are the slack."""
+
+    def shifted():
+        made = ingredients["make_bandit"]()
+        at = made.at
+
+        def moving(numbers):
+            draws, focus = at(numbers), made.focus
+            giver, taker = ((focus + 1) % 3, focus) if moved > 0 else (focus, (focus + 1) % 3)
+            sources = draws.sources.copy()
+            sources[np.flatnonzero(sources == giver)[: abs(moved)]] = taker
+            return replace(draws, sources=sources)
+
+        made.at = moving
+        return made
+
+    verdict = call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": shifted})
+    assert verdict.outcome == outcome and ("follow its focus" in verdict.message) == (outcome == "fail")

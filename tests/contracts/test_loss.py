@@ -108,6 +108,7 @@ def test_own_batch_is_red_on_its_plants_and_on_one_label(spec, ingredients):
             assert call_check(gate, ingredients).outcome == "fail", plant_id
     nats, parts, logits_of = ingredients["own_step"]()
     ids, labels, documents = parts[0]
+    assert call_check(gate, {"own_step": lambda: (1.01 * nats, parts, logits_of)}).outcome == "fail"
     other = labels.clone()
     other[0, -40] = (other[0, -40].clamp(min=0) + 1) % 384
     cut = [(ids, labels, 9 * documents + (torch.arange(ids.shape[1]) >= 100)), *parts[1:]]

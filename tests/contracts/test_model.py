@@ -10,6 +10,7 @@ from contracts.gate import call_check
 from contracts.model import packing
 from stack.config import ModelConfig
 from stack.kernels import attention
+from stack.model import transformer
 from stack.model.build import build_model
 from stack.museum.plant import load_museum, swap, touches
 from stack.train.preflight import gather
@@ -74,6 +75,13 @@ def test_a_plant_leaves_nothing_behind(spec, small_cfg, dataset):
         with load_museum()[plant_id].apply():
             pass
     assert call_check(spec.gates["model.reference-differential"], gather(small_cfg, dataset, torch.device("cpu"))[1]).passed
+
+
+def test_training_forward_sees_one_percent(spec, ingredients):
+    original = transformer.Transformer.logits
+    with swap(transformer.Transformer, "logits", lambda self, x: original(self, x) * (1.01 if self.training else 1.0)):
+        verdict = call_check(spec.gates["model.training-forward"], ingredients)
+    assert verdict.outcome == "fail" and verdict.measured["rel_error"] == pytest.approx(0.01, rel=0.01)
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])

@@ -250,7 +250,7 @@ def test_applied_update_is_green_on_the_stack(spec, ingredients):
     assert len(steps) == 3 and {*steps[0].moves} == {n for n, _ in ingredients["build_model"]().named_parameters()}
 
 
-def test_applied_update_is_red_on_its_plants_and_on_one_percent(spec, ingredients):
+def test_applied_update_is_red_on_plants_and_one_percent(spec, ingredients):
     gate, honest, declared = spec.gates["optim.applied-update"], ingredients["applied_steps"](), ingredients["declared_updates"]
     for plant_id in gate.plants:
         with load_museum()[plant_id].apply():

@@ -172,9 +172,7 @@ def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
 @rule("FINITE", title="A finished run has finite numbers", why="Every comparison with NaN is silently false.", hint="supersede the record")
 def finite(repo: Repo) -> Found:
     for record in repo.records.values():
-        bad = [
-            n for n, m in record.metrics.items() if isinstance(m.value, str) or (isinstance(m.value, float) and not math.isfinite(m.value))
-        ]
+        bad = [n for n, m in record.metrics.items() if not isinstance(m.value, int | float) or not math.isfinite(m.value)]
         for name in bad if record.succeeded else ():
             yield repo.record_file(record.id), 0, f"{name} = {record.metrics[name].value}"
         for line in repo.series(record.id, "metrics.jsonl") if record.succeeded else ():
