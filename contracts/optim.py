@@ -77,6 +77,8 @@ def _movement(model, optimizer, census_update, batch) -> Verdict:
     still = {n for n, p in model.named_parameters() if p.requires_grad and n not in never and torch.equal(p.detach(), before[n])}
     if still or dead:
         return failed(f"gets no gradient or does not move: {', '.join(sorted(still | dead))}", still=len(still), dead=len(dead))
+    if infinite := sorted(n for n, p in model.named_parameters() if not bool(p.detach().isfinite().all())):
+        return failed(f"two updates leave {len(infinite)} parameters that are not finite, first {infinite[0]}", infinite=len(infinite))
     frozen_name, frozen = next((n, p) for n, p in model.named_parameters() if p.ndim >= 2)
     frozen.requires_grad_(False)
     kept = frozen.detach().clone()

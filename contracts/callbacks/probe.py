@@ -17,6 +17,7 @@ IDS = ("input_ids", "idx", "ids", "tokens", "token_ids", "x", "input", "inputs")
 LABELS = ("labels", "targets", "target", "y")
 MASK = "attention_mask"
 MAX_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len", "block_size", "n_ctx", "context_length")
+TRIED = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -118,10 +119,14 @@ def config_of(model: nn.Module) -> Any:
 
 
 def max_length_of(model: nn.Module) -> int:
-    """How many positions a model declares; 0 where it says nothing."""
+    """How many positions a model declares, or has in the shortest table of its own that is named after positions; 0 where neither is."""
     config = config_of(model)
     found = next((getattr(config, name, None) for name in MAX_LENGTH if getattr(config, name, None)), 0)
-    return int(found) if isinstance(found, int) else 0
+    if isinstance(found, int) and found:
+        return found
+    named = [(n.rpartition(".")[2].lower(), m.num_embeddings) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    named += [(n.rpartition(".")[2].lower(), p.shape[-2]) for n, p in model.named_parameters(recurse=True) if p.ndim >= 2 and "." not in n]
+    return min((rows for name, rows in named if "pos" in name or name == "wpe"), default=0)
 
 
 def embedding_of(model: nn.Module) -> nn.Module | None:
@@ -167,8 +172,18 @@ class Probe:
         with untouched(self.model), torch.no_grad():
             try:
                 self.logits(torch.zeros(1, 2, dtype=torch.long))
+                self._learn_length()
             except Exception as e:
                 self.refusal = f"the model cannot be called with ids alone: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+
+    def _learn_length(self) -> None:
+        """Where a model says nothing of its length: the longest of `TRIED` it takes. Only on a CPU, where a row too long does no harm."""
+        for length in TRIED if not self.max_length and self.device.type == "cpu" else ():
+            try:
+                self.logits(torch.zeros(1, length, dtype=torch.long))
+            except Exception:
+                return
+            self.max_length = length
 
     def logits(self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) in float32 on the CPU, with the same random numbers in every call. Raises TypeError if there are none."""

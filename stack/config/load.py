@@ -65,7 +65,7 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
             message if whole else f"{key}: {message}",
             value=shown,
             allowed=_allowed(error),
-            next_step="stack train --dry-run without the change shows every value",
+            next_step=_set_the_other(message, origins or {}) or "stack train --dry-run without the change shows every value",
         ) from e
 
 
@@ -86,6 +86,13 @@ def _named_in(message: str, origins: dict[str, str]) -> str:
     words = set(re.findall(r"[a-z_0-9.]+", message))
     named = {origin: None for key, origin in origins.items() if any(key == w or key.endswith(f".{w}") for w in words if len(w) > 2)}
     return ", ".join(named) or "the recipe"
+
+
+def _set_the_other(message: str, origins: dict[str, str]) -> str:
+    """A rule between two keys of which only one was changed is met by changing the other as well; empty for any other message."""
+    named = list(dict.fromkeys(re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", message)))
+    others = [key for key in named if key not in origins]
+    return f"--set {others[0]}=… as well" if len(others) == len(named) - 1 and others else ""
 
 
 def _allowed(error: Any) -> str:

@@ -281,3 +281,17 @@ def test_applied_update_holds_over_schedules_and_rules(spec, small_cfg, dataset)
         _, parts = gather(cfg, dataset, torch.device("cpu"))
         verdict = call_check(spec.gates["optim.applied-update"], parts)
         assert verdict.outcome == "pass", (optim, verdict.message)
+
+
+def test_census_calls_a_model_that_explodes_by_its_name(spec, ingredients):
+    """Not a frozen weight that moves: numbers that are none."""
+
+    def exploding(model, optimizer, batch):
+        idle = ingredients["census_update"](model, optimizer, batch)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(float("inf"))
+        return idle
+
+    verdict = call_check(spec.gates["optim.parameter-census"], ingredients | {"census_update": exploding})
+    assert verdict.outcome == "fail" and "not finite" in verdict.message and "frozen" not in verdict.message

@@ -118,3 +118,12 @@ def test_an_error_between_keys_names_the_sources_of_those_keys_alone():
 def test_another_schedule_keeps_the_warm_up():
     cfg, _ = load_config(recipe("pocket"), sets=("schedule.warmup_steps=17", "schedule.kind=cosine"))
     assert (cfg.schedule.kind, cfg.schedule.warmup_steps) == ("cosine", 17)
+
+
+def test_a_rule_between_two_keys_names_the_one_that_was_not_changed():
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe("tiny"), sets=("train.max_steps=15",))
+    assert caught.value.next_step == "--set schedule.warmup_steps=… as well"
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe("tiny"), sets=("train.max_steps=15", "schedule.warmup_steps=20"))
+    assert "--dry-run" in caught.value.next_step, "both are the user's"

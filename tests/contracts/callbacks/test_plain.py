@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from contracts import blackbox
 from contracts.callbacks.plain import gated
-from contracts.callbacks.probe import Probe, untouched
+from contracts.callbacks.probe import Probe, max_length_of, untouched
 from contracts.callbacks.session import ask_all
 from spec.errors import ConfigError, GateFailed
 
@@ -199,3 +200,32 @@ def test_an_unknown_mode_or_gate_is_refused():
         pass
     with pytest.raises(ConfigError, match=r"loss\.golden"), gated(model, optimizer, skip=["loss.golden"]):
         pass
+
+
+class Silent(Tiny):
+    """Says nothing of its length, which a table without a telling name bounds."""
+
+    config = property(lambda self: None)
+
+    def __init__(self):
+        super().__init__()
+        del self.max_seq_len
+
+
+def test_a_model_that_does_not_say_its_length_is_asked_within_it():
+    model = Silent()
+    assert Probe(model).max_length == T
+    gate = loop(model)
+    assert gate.first_failures() == {} and gate.verdicts()["model.future-blind"].passed
+    model.place, model.pos = nn.Identity(), nn.Embedding(7, 16)
+    assert max_length_of(model) == 7, "a table of positions is known by its name, also where nothing may be tried"
+
+
+def test_a_check_that_breaks_on_a_model_is_told_and_stops_nobody(monkeypatch, caplog):
+    """No verdict, the reason in the log, and the loop goes on; a red gate beside it still halts."""
+    monkeypatch.setattr(blackbox, "drawn", lambda *arguments: 1 / 0)
+    gate = loop()
+    broken = [v for v in gate.verdicts().values() if "ZeroDivisionError" in v.message]
+    assert broken and all(v.outcome == "not_run" for v in broken) and "ZeroDivisionError" in caplog.text
+    with pytest.raises(GateFailed, match=r"optim\.ownership"):
+        loop(optimizer=torch.optim.AdamW(nn.Linear(2, 2).parameters()))
