@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from contracts.events import Evaluated, Event, Finished, Started
 from contracts.gate import Verdict, decide, decides, failed, passed
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
@@ -211,3 +213,42 @@ def resume_equivalence(limits: SimpleNamespace, *, fresh_state, advance, save_st
         compared_parts=len(expected),
         crossed_epoch_end=crossed,
     )
+
+
+@decides("checkpoint.pointers")
+class Pointers:
+    """At the end of a run `latest` names the folder of its last step, and `best` that of its lowest held-out loss; both folders are there.
+
+    A child run whose lowest loss is its parent's has no folder of that.
+    """
+
+    events = (Started, Evaluated, Finished)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.least_nats, self.least_step, self.began = limits, math.inf, 0, 0
+
+    def observe(self, event: Event) -> Verdict | None:
+        match event:
+            case Started():
+                self.began = event.step
+            case Evaluated() if event.loss_nats < self.least_nats:
+                self.least_nats, self.least_step = event.loss_nats, event.step
+            case Finished():
+                return self._judge(event)
+        return None
+
+    def _judge(self, event: Finished) -> Verdict:
+        inherited = event.best_step is None and self.least_step <= self.began
+        wrong = [
+            f"{name} names {f'step {named}' if named is not None else 'no folder that is there'}, not step {meant}"
+            for name, named, meant in (("latest", event.latest_step, event.step), ("best", event.best_step, self.least_step))
+            if named != meant and not (name == "best" and inherited)
+        ]
+        return decide(len(wrong) <= self.limits.wrong_max, "; ".join(wrong), wrong=len(wrong), best_step=self.least_step)
+
+    def state_dict(self) -> dict:
+        return {"least_nats": self.least_nats, "least_step": self.least_step} if self.least_step else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

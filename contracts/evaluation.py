@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contracts.events import Evaluated, Event, Started
+from contracts.events import Evaluated, Event, Looked, Started
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 from contracts.oracle import documents
 
@@ -321,3 +321,18 @@ def _rise_z(first: list[float], last: list[float]) -> float:
     error = float(rises.std(ddof=1)) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
     rise = float(rises.mean())
     return rise / error if error else math.copysign(math.inf, rise) if rise else 0.0
+
+
+@decides("evaluation.leaves-no-trace")
+class LeavesNoTrace(Stateless):
+    """An evaluation, a sample and a save leave weights, moments, random state, rows to come and modes as they found them."""
+
+    events = (Looked,)
+
+    def observe(self, event: Event) -> Verdict:
+        named = ", ".join(event.differing[:3]) + (", …" if len(event.differing) > 3 else "")
+        return decide(
+            event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
+            f"step {event.step}: the {event.at} changed {len(event.differing)} of {event.n_compared} parts of the training state ({named})",
+            differing=len(event.differing),
+        )

@@ -146,11 +146,23 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class Looked:
+    """An evaluation, a sample or a save is over. `differing` names what of the `n_compared` parts of the training state it changed."""
+
+    step: int
+    at: str
+    n_compared: int
+    differing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """The loop has ended; the last event of every run."""
+    """The loop has ended; the last event of every run. `latest_step` and `best_step` are those of the folders that the pointers name."""
 
     step: int
     status: str
+    latest_step: int | None = None
+    best_step: int | None = None
 
 
-Event = Started | BatchDrawn | StepTaken | Recomputed | Evaluated | Recited | Sampled | Saved | Resumed | Finished
+Event = Started | BatchDrawn | StepTaken | Recomputed | Evaluated | Recited | Sampled | Saved | Looked | Resumed | Finished

@@ -25,7 +25,7 @@ class Plant:
 
 ROOMS = (
     "corpus data tokenizer curriculum model model_hidden moe kernel precision loss optim optim_steps schedule checkpoint evaluation "
-    "sampling runtime figures export foreign foreign_updates"
+    "sampling runtime figures wiring export foreign foreign_updates"
 ).split()
 PLANTS: dict[str, Plant] = {}
 _touches = 0

@@ -156,6 +156,12 @@ def point(root: Path, name: str, folder: Path) -> None:
     write_atomically(root / name, folder.name.encode())
 
 
+def pointed_step(root: Path, name: str) -> int | None:
+    """Step of the folder that the pointer `name` names; None if it names none that is complete."""
+    folder = root / (root / name).read_text().strip() if (root / name).is_file() else root
+    return int(folder.name.removeprefix("step-")) if folder != root and (folder / "manifest.json").is_file() else None
+
+
 def retain(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` step folders and those a pointer names, and leftovers of torn writes."""
     pointed = {(root / n).read_text().strip() for n in ("latest", "best") if (root / n).is_file()}

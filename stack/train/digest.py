@@ -43,6 +43,12 @@ def gradient_crc32(model: nn.Module) -> dict[str, int]:
     return {plain_name(n): zlib.crc32(_bytes_of(p.grad)) for n, p in model.named_parameters() if p.grad is not None}
 
 
+def trained_parts(state: TrainState) -> dict[str, Any]:
+    """What an evaluation has no business with: weights, moments and random state as checksums, the place in the rows, modes, loss scale."""
+    modes = {f"mode.{n}": m.training for n, m in state.model.named_modules()}
+    return live_crc32(state) | modes | {"cursor": state.reader.cursor, "scaler": state.scaler.state_dict(), "step": state.step}
+
+
 def digest(state: TrainState) -> dict[str, Any]:
     """Every part of a run's state, as hashes and numbers."""
     parts: dict[str, Any] = {f"weights.{n}": h for n, h in live_sha256(state.model).items()}

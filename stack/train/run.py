@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
-from contracts.events import Evaluated, HeldOutRows, Recited, Recomputed, Sampled, Saved, StepTaken
+from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from contracts.witness import ModeSeen
@@ -28,7 +29,7 @@ from stack.evaluate.recitation import matched, passages
 from stack.evaluate.sampling import generate
 from stack.train import checkpoint
 from stack.train.bundle import Recent, write_bundle
-from stack.train.digest import gradient_crc32, live_crc32
+from stack.train.digest import gradient_crc32, live_crc32, trained_parts
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
 from stack.train.randomness import generator
@@ -69,6 +70,7 @@ class Run:
     begun_at: Path | None = None  # the step folder that the run began from
     recent: Recent = field(default_factory=Recent)
     read: Sequence[Batch] = ()  # the micro-batches of the last step
+    looked: set[str] = field(default_factory=set)  # kinds of looking that were held to leave no trace
 
     def on_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
         """Log a verdict; a red one of inside the run leaves a bundle with which it can be seen again."""
@@ -140,8 +142,28 @@ class Run:
             drawn = Counter(names[s] for b in batches for s in b.sources)
             self.dir.log("curriculum.jsonl", step=self.state.step, event="rows", rows=dict(sorted(drawn.items())))
 
+    @contextmanager
+    def looking(self, at: str) -> Iterator[None]:
+        """What is done inside is to leave the training state as it is; the first of each kind in a process is held to it."""
+        if at in self.looked:
+            yield
+            return
+        self.looked.add(at)
+        started = time.perf_counter()
+        before, spent = trained_parts(self.state), time.perf_counter() - started
+        yield
+        started = time.perf_counter()
+        after = trained_parts(self.state)
+        differing = tuple(sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)))
+        self.keeper.charge("evaluation.leaves-no-trace", spent + time.perf_counter() - started)
+        self.keeper.observe(Looked(step=self.state.step, at=at, n_compared=len(after), differing=differing))
+
     def evaluate(self) -> bool:
         """Held-out loss on the same batches as always. Returns whether the stop rule says stop."""
+        with self.looking("evaluation"):
+            return self._evaluate()
+
+    def _evaluate(self) -> bool:
         state, result = self.state, self.measure()
         previous, state.last_val_nats = state.last_val_nats, result.loss_nats
         self.last_val = result
@@ -216,6 +238,10 @@ class Run:
 
     def sample(self) -> None:
         """Draw a text, score it, log it and show it to the gates."""
+        with self.looking("sample"):
+            self._sample()
+
+    def _sample(self) -> None:
         cfg, step = self.cfg.sample, self.state.step
         tokenizer = self.dataset.tokenizer
         prompt_ids = [tokenizer.eos_id, *tokenizer.encode(cfg.prompt).ids]
@@ -261,6 +287,10 @@ class Run:
     def save(self) -> None:
         """Hand a checkpoint of this step to the writer, after the one before it is done."""
         self.writer.settle()
+        with self.looking("save"):
+            self._save()
+
+    def _save(self) -> None:
         state = self.state
         document = checkpoint.state_document(
             state,

@@ -284,7 +284,8 @@ def _train(run: Run) -> Record:
     status, reason = train_loop(run)
     if run.last_val is None:  # a kill came between the last checkpoint and the record
         run.last_val = run.measure()
-    run.keeper.observe(Finished(step=run.state.step, status=status))
+    pointed = {f"{name}_step": checkpoint.pointed_step(run.dir.checkpoints, name) for name in ("latest", "best")}
+    run.keeper.observe(Finished(step=run.state.step, status=status, **pointed))
     return _close(run, status, reason, 0)
 
 
