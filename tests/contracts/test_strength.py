@@ -204,6 +204,7 @@ NOT_SO = {
     "evaluation.divergence": LEVEL,
     "evaluation.same-batches": COUNTS,
     "evaluation.overfit-onset": LEVEL,
+    "evaluation.leaves-no-trace": COUNTS,
 }
 
 
