@@ -1,6 +1,7 @@
 """Gates of the optimizer: every parameter is optimised as declared, by the declared formula, within the declared norm."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -230,10 +231,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Applied:
-    """One real step: its number, the norm of all its gradients before anybody scaled them, and the moves by parameter."""
+    """One real step: its number, the norm of all its gradients before anybody scaled them, the one it clipped by, and the moves."""
 
     step: int
     grad_norm: float
+    said_norm: float
     moves: Mapping[str, Move]
 
 
@@ -244,20 +246,32 @@ def applied_update(
     """Whole train steps of the run move each parameter as clipping, schedule and rule say together, and nothing else moves it.
 
     `applied_steps()` makes real steps from fresh moments; `declared_updates` holds schedule, max_steps and max_grad_norm. Each step is
-    worked out in float64 from the weights before it and the gradients of backward, at the rate of its number. AdamW is off by shares of
-    the rate, beyond the rounding of the weight itself; Muon, in float32, by shares of the way that was to go.
+    worked out in float64 from the weights before it and the gradients of backward, at the rate of its number, and clipped by the norm
+    that it says; that norm is held against one in float64, since a float32 sum of half a million squares is off by 2e-5. AdamW is off by
+    shares of the rate, beyond the rounding of the weight itself; Muon, in float32, by shares of the way that was to go.
     """
     memory: dict[str, dict] = {}
     errors: dict[str, tuple[float, str]] = {}
     for applied in applied_steps():
-        clip = min(1.0, declared_updates["max_grad_norm"] / (applied.grad_norm + 1e-6))
+        norm_error = abs(applied.said_norm / applied.grad_norm - 1) if applied.grad_norm else math.inf
+        _worst(errors, "norm_rel_error", norm_error, f"the norm in step {applied.step}")
+        clip = min(1.0, declared_updates["max_grad_norm"] / (applied.said_norm + 1e-6))
         for name, move in applied.moves.items():
             kind, error = _move_error(move, memory.setdefault(name, {"t": 0}), clip, applied.step, declared_updates)
-            errors[kind] = max(errors.get(kind, (0.0, "")), (error, f"{name} in step {applied.step}"))
-    allowed = {"error_over_lr": limits.rel_error_max, "muon_rel_error": limits.muon_rel_error_max}
+            _worst(errors, kind, error, f"{name} in step {applied.step}")
+    allowed = {
+        "error_over_lr": limits.rel_error_max,
+        "muon_rel_error": limits.muon_rel_error_max,
+        "norm_rel_error": limits.norm_rel_error_max,
+    }
     over = [f"{where} by {error:.3g}" for kind, (error, where) in errors.items() if not error <= allowed[kind]]
     text = f"a step moved what clipping, schedule and rule do not: {', '.join(over)}"
     return decide(bool(errors) and not over, text, **{kind: error for kind, (error, _) in errors.items()})
+
+
+def _worst(errors: dict[str, tuple[float, str]], kind: str, error: float, where: str) -> None:
+    """Keep the largest error of each kind; one that is no number is larger than any."""
+    errors[kind] = max(errors.get(kind, (0.0, "")), (math.inf if math.isnan(error) else error, where))
 
 
 def _move_error(move: Move, memory: dict, clip: float, step: int, declared: Mapping[str, Any]) -> tuple[str, float]:

@@ -130,11 +130,11 @@ def _applied(state: TrainState, seen: Mapping[str, tuple[Tensor, Mapping[str, An
 
     hooks = [p.register_post_accumulate_grad_hook(keep) for p in state.model.parameters()]
     before = {name: _picked(p, place) for name, (p, _, place) in seen.items()}
-    steps.train_step(state, [state.reader.draw() for _ in range(state.cfg.accumulation())])
+    report = steps.train_step(state, [state.reader.draw() for _ in range(state.cfg.accumulation())])
     for hook in hooks:
         hook.remove()
     moves = {n: Move(law, before[n], gradients.get(id(p)), _picked(p, place)) for n, (p, law, place) in seen.items()}
-    return Applied(state.step, sum(squares.values()) ** 0.5, moves)
+    return Applied(state.step, sum(squares.values()) ** 0.5, report.grad_norm, moves)
 
 
 def _picked(tensor: Tensor, place: slice | None) -> Tensor:

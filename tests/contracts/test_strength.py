@@ -144,6 +144,7 @@ ELSEWHERE = {
     ("schedule.trace", "rel_error_max"): "tests/contracts/test_schedule.py::test_trace_is_red_on_one_percent",
     ("model.dropout-law", "scale_rel_error_max"): "tests/contracts/test_dropout.py::test_gate_sees_other_rates_and_shared_masks",
     ("optim.step-report", "rel_error_max"): "tests/contracts/test_optim.py::test_step_report_is_red_on_its_plants_and_on_one_percent",
+    ("optim.applied-update", "norm_rel_error_max"): "tests/contracts/test_optim.py::test_applied_update_holds_the_norm_by_itself",
     ("optim.applied-update", "rel_error_max"): "tests/contracts/test_optim.py::test_applied_update_is_red_on_plants_and_one_percent",
     (
         "optim.applied-update",
