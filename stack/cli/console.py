@@ -28,6 +28,7 @@ class ConsoleListener(Listener):
         self.last_bpb: float | None = None
 
     def on_phase(self, name: str) -> None:
+        self.last_line_s = time.monotonic()
         stderr.print(f"· {name}", style="dim")
 
     def on_build(self, progress: Any) -> None:
@@ -44,6 +45,9 @@ class ConsoleListener(Listener):
 
     def on_preflight(self, gate: Gate, verdict: Verdict, seconds: float) -> None:
         self.rows.append([gate.id, MARKS[verdict.outcome], f"{seconds:.2f} s", verdict.message or measured_text(dict(verdict.measured))])
+        if time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S:
+            self.last_line_s = time.monotonic()
+            stderr.print(f"  {len(self.rows)} gates asked, the last {gate.id}", style="dim", markup=False, soft_wrap=True)
 
     def _show_preflight(self) -> None:
         if self.rows:

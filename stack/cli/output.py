@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -14,8 +14,15 @@ from spec.canonical import to_jsonable
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 UNSEEN_WIDTH = 160  # columns of tables where no terminal says how many it has
-stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else UNSEEN_WIDTH)
-stderr = Console(stderr=True, highlight=False)
+
+
+def _width(stream: TextIO) -> int | None:
+    """What a console is told of its width: nothing where a terminal, or COLUMNS, says it."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else UNSEEN_WIDTH
+
+
+stdout = Console(highlight=False, soft_wrap=True, width=_width(sys.stdout))
+stderr = Console(stderr=True, highlight=False, width=_width(sys.stderr))
 
 
 _emitted = False
