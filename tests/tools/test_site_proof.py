@@ -107,3 +107,23 @@ def test_margins_and_museum_show_both_sides(bare):
     assert "100×" in proof.margins_page(world).text() and "5e+04×" in proof.margins_page(world).text()
     text = museum_page(world).text()
     assert "measured without it" in text and "failures.md#sf-l06" in text and "What it replaces" in text
+
+
+def test_a_matrix_made_in_parts_is_one_with_the_newest_row_of_each_plant(bare):
+    """Two records: the newer one holds one plant of the older one again, and not the other."""
+    row = lambda plant, seconds: {"plant": plant, "gate": "loss.golden", "red": {}, "raised": {}, "asked": 54, "seconds": seconds}  # noqa: E731
+    held = {
+        "falsification-20260101T000000Z-00000000": [row("loss.padding-counted", 8.0), row("loss.bits-instead-of-nats", 9.0)],
+        "falsification-20260102T000000Z-00000000": [row("loss.padding-counted", 5.0)],
+    }
+    records = {i: Record.model_construct(id=i, kills=(), series=(), gates=()) for i in held}
+
+    class WithRows(type(bare)):
+        def series(self, record, name, *keys):
+            return held[record.id]
+
+    fields = {f.name: getattr(bare, f.name) for f in dataclasses.fields(bare)} | {"records": records}
+    rows, used = proof._newest_rows(WithRows(**fields))
+    assert {r["plant"]: r["seconds"] for r in rows} == {"loss.padding-counted": 5.0, "loss.bits-instead-of-nats": 9.0}
+    assert used == sorted(held, reverse=True)
+    assert f"2 of {len(bare.plants)} plants" in proof.matrix_page(WithRows(**fields)).text()

@@ -6,7 +6,7 @@ from collections import Counter
 
 from spec.failures import Catalogue, Failure, answering_gates, load_catalogue
 from spec.margins import margins
-from spec.records import Kill, Record
+from spec.records import Kill
 from tools.site_pages.markup import Page, bullets, code, esc, number, source_link, table
 from tools.site_pages.world import World
 
@@ -60,13 +60,14 @@ def margins_page(world: World) -> Page:
 
 
 def matrix_page(world: World) -> Page:
-    """Which gates turn red on which plant, from the newest record that holds a matrix."""
+    """Which gates turn red on which plant, of each plant from the newest record whose matrix has it."""
     page = Page("kill-matrix.md", "Kill matrix")
     page.add("Every plant meets every gate that applies, not only its own. What turns red besides, and what sees it at the least cost.")
-    record, rows = _newest_matrix(world)
-    if record is None:
+    rows, records = _newest_rows(world)
+    if not rows:
         return page.add("No accepted record holds a matrix yet: `stack gates prove --matrix`, then `stack evidence add`.")
-    page.add(f"From {page.run(record.id)}: {len(rows)} plants, {number(sum(r['seconds'] for r in rows))} s.")
+    seconds = number(sum(r["seconds"] for r in rows))
+    page.add(f"{len(rows)} of {len(world.plants)} plants, {seconds} s; from {', '.join(map(page.run, records))}.")
     body = []
     for row in rows:
         others = [g for g in row["red"] if g != row["gate"]]
@@ -79,11 +80,16 @@ def matrix_page(world: World) -> Page:
     return page.add("## Gates", _by_gate(page, rows))
 
 
-def _newest_matrix(world: World) -> tuple[Record | None, list[dict]]:
+def _newest_rows(world: World) -> tuple[list[dict], list[str]]:
+    """The newest row of every plant, and the ids of the records they are from. A matrix may be made in parts, by gates."""
+    rows: dict[str, dict] = {}
+    records = []
     for record in reversed(world.live):
-        if rows := world.series(record, MATRIX, "plant", "gate", "red", "raised", "asked", "seconds"):
-            return record, rows
-    return None, []
+        found = world.series(record, MATRIX, "plant", "gate", "red", "raised", "asked", "seconds") or []
+        new = [row for row in found if row["plant"] not in rows]
+        rows |= {row["plant"]: row for row in new}
+        records += [record.id] if new else []
+    return sorted(rows.values(), key=lambda row: (row["gate"], row["plant"])), records
 
 
 def _by_gate(page: Page, rows: list[dict]) -> str:
