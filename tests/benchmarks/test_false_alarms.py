@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -63,14 +64,42 @@ def test_an_alarm_is_counted_a_waived_one_is_not_and_a_broken_run_is_told(monkey
     assert told.metric("runtime_finite_alarm_rate_upper_95") == 0.95
 
 
-@pytest.mark.parametrize(("commit", "made_again"), [("a" * 40, False), ("b" * 40, True)])
-def test_a_finished_run_of_other_code_is_made_again(monkeypatch, tmp_path, commit, made_again):
+@pytest.mark.parametrize("same", [True, False])
+def test_a_finished_run_of_other_code_is_made_again(monkeypatch, tmp_path, same):
     asked, folder = [], tmp_path / "0000-pocket"
     folder.mkdir()
     (folder / "metadata.json").write_text("{}")
-    lying = SimpleNamespace(code=SimpleNamespace(commit="a" * 40, diff_sha256=None))
-    monkeypatch.setattr(false_alarms, "read_record", lambda path: lying)
+    monkeypatch.setattr(false_alarms, "read_record", lambda path: SimpleNamespace(code=None))
+    monkeypatch.setattr(false_alarms, "same_code", lambda one, other: same)
     monkeypatch.setattr(false_alarms, "stack", lambda arguments, log: asked.append(folder.exists()))
-    found = false_alarms.trained(false_alarms.SHAPES[0], 1, folder, tmp_path / "t", SimpleNamespace(commit=commit, diff_sha256=None))
-    assert asked == ([False] if made_again else []), "what lay there is gone before"
-    assert (found is None) == made_again
+    found = false_alarms.trained(false_alarms.SHAPES[0], 1, folder, tmp_path / "t", None)
+    assert asked == ([] if same else [False]), "what lay there is gone before"
+    assert (found is None) != same
+
+
+def test_the_same_code_is_that_of_what_decides_a_run(tmp_path, monkeypatch):
+    """Another text beside spec, contracts and stack is the same code; another line in them, or a change nobody committed, is not."""
+    git = lambda *a: subprocess.run(["git", *a], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()  # noqa: E731
+    git("init", "-q")
+
+    def commit(path: str, text: str) -> SimpleNamespace:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+        git("add", "-A")
+        git("-c", "user.name=x", "-c", "user.email=x@y", "commit", "-qm", "m")
+        return SimpleNamespace(commit=git("rev-parse", "HEAD"), dirty=False)
+
+    for part in ("spec", "contracts"):
+        commit(f"{part}/a", "1")
+    first, beside, within = commit("stack/a", "1"), commit("README", "2"), commit("stack/a", "2")
+    monkeypatch.chdir(tmp_path)
+    assert false_alarms.same_code(first, beside) and not false_alarms.same_code(beside, within)
+    assert not false_alarms.same_code(first, SimpleNamespace(commit=first.commit, dirty=True))
+    assert not false_alarms.same_code(first, SimpleNamespace(commit="unknown", dirty=False))
+
+
+def test_a_halted_run_accuses_only_the_gate_that_halted_it(monkeypatch, tmp_path, capsys):
+    halted = record("fail", succeeded=False)
+    halted.gates.append(SimpleNamespace(id="runtime.trend", verdict="not_run", checks=0, waiver=None))
+    code, said = counted(monkeypatch, tmp_path, capsys, [halted])
+    assert code == 4 and json.loads(said.splitlines()[0])["alarms"] == ["runtime.finite"] and "runtime.trend" not in said.splitlines()[-1]
