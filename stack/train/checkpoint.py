@@ -156,18 +156,23 @@ def point(root: Path, name: str, folder: Path) -> None:
     write_atomically(root / name, folder.name.encode())
 
 
+def pointed(root: Path, name: str) -> Path | None:
+    """The step folder that the pointer `name` names, be it there or not; None without such a pointer."""
+    return root / (root / name).read_text().strip() if (root / name).is_file() else None
+
+
 def pointed_step(root: Path, name: str) -> int | None:
     """Step of the folder that the pointer `name` names; None if it names none that is complete."""
-    folder = root / (root / name).read_text().strip() if (root / name).is_file() else root
-    return int(folder.name.removeprefix("step-")) if folder != root and (folder / "manifest.json").is_file() else None
+    folder = pointed(root, name)
+    return int(folder.name.removeprefix("step-")) if folder is not None and (folder / "manifest.json").is_file() else None
 
 
 def retain(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` step folders and those a pointer names, and leftovers of torn writes."""
-    pointed = {(root / n).read_text().strip() for n in ("latest", "best") if (root / n).is_file()}
+    kept = {pointed(root, n) for n in ("latest", "best")}
     folders = sorted(p for p in root.glob("step-*") if p.is_dir())
     for folder in folders[:-keep]:
-        if folder.name not in pointed:
+        if folder not in kept:
             shutil.rmtree(folder)
     for leftover in (*root.glob(".writing-*"), *root.glob(".replaced-*")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -185,8 +190,8 @@ def find(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    pointer = root / "latest"
-    name = pointer.read_text().strip() if pointer.is_file() else "none"
+    latest = pointed(root, "latest")
+    name = latest.name if latest else "none"
     for folder in (root / name, *root.glob(f".replaced-{name}-*"), *sorted(root.glob("step-*"), reverse=True)):
         if (folder / "manifest.json").is_file():
             return folder
@@ -325,11 +330,6 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
             state.optimizer.state[parameter][field] = value.to(parameter.device).clone()
 
 
-def read_best(root: Path) -> str | None:
-    """Name of the best step folder, if one was chosen."""
-    return (root / "best").read_text().strip() if (root / "best").is_file() else None
-
-
 def architecture(m: ModelConfig) -> str:
     """The kinds of a decoder's parts in one line, for people."""
     shared = f"{m.n_heads} heads on {m.n_kv_heads}" if m.n_kv_heads < m.n_heads else f"{m.n_heads} heads"
@@ -363,6 +363,6 @@ def describe(folder: Path) -> dict:
         "n_tensors": len(tensors),
         "bytes": sum((folder / f).stat().st_size for f in (*FILES, "manifest.json")),
         "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"]["sha256"],
-        "best": read_best(folder.parent) == folder.name,
+        "best": pointed(folder.parent, "best") == folder,
         "tensors": tensors,
     }

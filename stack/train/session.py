@@ -341,9 +341,7 @@ def _close(run: Run, status: str, reason: str, exit_code: int) -> Record:
     """State the metrics and write the record; also for runs that ended badly."""
     state_metrics(run, with_baselines=exit_code == 0)
     run.builder.device_s = max(0.0, run.state.wall_s - run.inherited_s)
-    pointer = run.dir.checkpoints / "latest"
-    if pointer.is_file():
-        folder = run.dir.checkpoints / pointer.read_text().strip()
+    if folder := checkpoint.pointed(run.dir.checkpoints, "latest"):
         run.builder.outputs = [artefact(folder / f, root=run.dir.path) for f in (*checkpoint.FILES, "manifest.json")]
         run.builder.outputs.append(artefact(run.dir.path / "tokenizer.json", root=run.dir.path))
         run.builder.outputs += run.kept
