@@ -23,8 +23,8 @@ from contracts.gate import call_check, limits_of
 from contracts.initial import _law_z
 from contracts.memorisation import Memorised, chance_of
 from contracts.moe import RouterCollapse
-from contracts.runtime import LossNotConstant, LossSpike, Trend
 from contracts.rows import FreshRows, RowsSeen
+from contracts.runtime import LossNotConstant, LossSpike, Trend
 from stack.data.order import Source
 from tests.contracts.test_optim import step_taken
 
