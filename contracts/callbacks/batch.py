@@ -25,8 +25,8 @@ def describe(
     eos_id: int | None,
     max_length: int,
     embedding_rows: int,
-) -> BatchSeen:
-    """What the gate of batches judges, with one read of the device. `places` are position ids, where the model is given some."""
+) -> tuple[BatchSeen, RowsSeen]:
+    """What the gates of batches and rows judge, with one read of the device. `places` are position ids, where the model is given some."""
     ids_BT = ids_BT.long()
     text = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
     padding = ~text
@@ -41,10 +41,11 @@ def describe(
     follows, up = _places_up(places, text)
     masks = (valid, valid[:, 1:], same, ends, ends & valid[:, 1:], valid & padding, _left_padded(ids_BT, mask_BT, pad_id), follows, up)
     longest = places.max() + 1 if places is not None and places.numel() else torch.tensor(ids_BT.shape[1], device=ids_BT.device)
-    told = torch.stack([ids_BT.min(), ids_BT.max(), longest, *(m.sum() for m in masks)]).tolist()
+    told = torch.stack([ids_BT.min(), ids_BT.max(), longest, *(m.sum() for m in masks)])
+    told, rows = (part.tolist() for part in torch.cat([told, _row_sums(ids_BT, text).flatten()]).split([len(told), 2 * len(ids_BT)]))
     low, high, longest, n_valid, n_valid_next, n_same, n_ends, n_ends_learned, n_padded, n_left, n_places, n_up = map(int, told)
     own = 2 * n_same > n_valid  # labels stand with their own token, and are not those of another task
-    return BatchSeen(
+    seen = BatchSeen(
         step=step,
         n_rows=ids_BT.shape[0],
         length=longest,
@@ -61,6 +62,7 @@ def describe(
         n_places=n_places,
         n_places_up=n_up,
     )
+    return seen, _rows_seen(rows, step, "training")
 
 
 def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> Tensor:
@@ -80,14 +82,22 @@ def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
     return follows, follows & (places[:, 1:] - places[:, :-1] == 1)
 
 
-def rows_seen(ids_BT: Tensor, mask_BT: Tensor | None, *, step: int, phase: str) -> RowsSeen:
-    """The rows of a batch by the sum of id times a number that depends on the token's place in its text, in wrapping 64-bit integers.
+def held_out_rows(ids_BT: Tensor, mask_BT: Tensor | None, *, step: int) -> RowsSeen:
+    """The rows of an evaluation's batch, with one read of the device."""
+    text_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
+    return _rows_seen(_row_sums(ids_BT.long(), text_BT).flatten().tolist(), step, "evaluation")
+
+
+def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:
+    """(2, B) int64: of each row the sum of id times a number that depends on the token's place in its text, wrapping; and its length.
 
     Padding counts nothing on either side; equal sums of unequal rows are as rare as 1 in 2^64.
     """
-    text_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
     rank_BT = text_BT.long().cumsum(1)
     keys_BT = (rank_BT * 0x1E3779B97F4A7C15 ^ rank_BT << 29) * 0x3F58476D1CE4E5B9
-    sums_B = ((ids_BT.long() + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1)
-    told = torch.stack([sums_B, rank_BT[:, -1]]).tolist()
-    return RowsSeen(step, phase, tuple(row for row, length in zip(*told) if length >= SHORT))
+    return torch.stack([((ids_BT + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1), rank_BT[:, -1]])
+
+
+def _rows_seen(told: list[int], step: int, phase: str) -> RowsSeen:
+    rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
+    return RowsSeen(step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT))

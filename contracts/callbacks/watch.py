@@ -143,8 +143,10 @@ class Watch:
             self._evaluated = True
             wrong = tuple(n for n, m in self.model.named_modules() if m.training)
             self.session.observe(ModeSeen(self.step, phase, wrong))
-            if not module.training and named.get("past_key_values") is None:
-                self._see_rows(ids, named.get(probe.MASK), phase)
+            if not module.training and named.get("past_key_values") is None and ids.shape[1] >= batch.SHORT:
+                mask = named.get(probe.MASK)
+                fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+                self.session.observe(batch.held_out_rows(ids, mask if fits else None, step=self.step))
             return
         if not torch.is_grad_enabled():
             return
@@ -152,15 +154,10 @@ class Watch:
         facts = {"pad_id": self.facts.pad_id, "eos_id": self.facts.eos_id, "step": self.step + 1}
         facts |= {"max_length": self.max_length, "embedding_rows": self.embedding_rows}
         mask, labels = self._mask_and_labels(ids, named)
-        self.session.observe(batch.describe(ids, mask, labels, places if isinstance(places, Tensor) else None, **facts))
-        self._see_rows(ids, mask, phase)
+        for event in batch.describe(ids, mask, labels, places if isinstance(places, Tensor) else None, **facts):
+            self.session.observe(event)
         idle = self.drops and not module.training
         self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
-
-    def _see_rows(self, ids: Tensor, mask: Any, phase: str) -> None:
-        if ids.shape[1] >= batch.SHORT and "data.fresh-rows" in self.session.keeper.seats:
-            fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-            self.session.observe(batch.rows_seen(ids, mask if fits else None, step=self.step, phase=phase))
 
     def _mask_and_labels(self, ids: Tensor, named: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Mask and labels of a batch: those the model is given, else those of the batch the trainer drew."""

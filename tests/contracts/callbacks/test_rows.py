@@ -59,19 +59,21 @@ def test_held_out_rows_that_were_trained_on_are_seen():
 
 def test_rows_are_told_apart_by_their_tokens_alone():
     ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
-    told = batch.rows_seen(ids, None, step=1, phase="training").rows
+    rows = lambda ids, mask=None: batch.held_out_rows(ids, mask, step=1).rows  # noqa: E731
+    told = rows(ids)
     assert len(set(told)) == 64
     padded = torch.cat([torch.zeros(64, 6, dtype=torch.long), ids], 1), torch.cat([torch.zeros(64, 6), torch.ones(64, 20)], 1)
-    assert batch.rows_seen(*padded, step=1, phase="training").rows == told
+    assert rows(*padded) == told
     right = torch.cat([ids, torch.ones(64, 3, dtype=torch.long)], 1), torch.cat([torch.ones(64, 20), torch.zeros(64, 3)], 1)
-    assert batch.rows_seen(*right, step=1, phase="training").rows == told
+    assert rows(*right) == told
+    assert described(*right)[1] == RowsSeen(1, "training", told), "the same number in training"
     for column in range(19):
         turned = ids.clone()
         turned[:, [column, column + 1]] = ids[:, [column + 1, column]]
-        others = batch.rows_seen(turned, None, step=1, phase="training").rows
+        others = rows(turned)
         same = (ids[:, column] == ids[:, column + 1]).tolist()
         assert [a == b for a, b in zip(told, others)] == same
-    assert batch.rows_seen(ids[:, :15], None, step=1, phase="training").rows == ()
+    assert rows(ids[:, :15]) == ()
 
 
 def described(ids, mask=None, places=None, pad_id=0):
@@ -80,21 +82,22 @@ def described(ids, mask=None, places=None, pad_id=0):
 
 def test_left_padding_is_counted_only_where_no_mask_tells_it():
     ids = T([[0, 0, 0, 0, 5, 6, 7, 8], [0, 0, 0, 5, 6, 7, 8, 9], [5, 6, 7, 8, 0, 0, 0, 0], [0] * 8])
-    assert described(ids).n_left_padded == 1
-    assert described(ids, torch.ones_like(ids)).n_left_padded == 1
-    assert described(ids, (ids != 0).long()).n_left_padded == 0
-    assert described(ids, pad_id=None).n_left_padded == 0
+    assert described(ids)[0].n_left_padded == 1
+    assert described(ids, torch.ones_like(ids))[0].n_left_padded == 1
+    assert described(ids, (ids != 0).long())[0].n_left_padded == 0
+    assert described(ids, pad_id=None)[0].n_left_padded == 0
 
 
 def test_position_ids_count_where_a_token_stands_before():
     ids = torch.full((2, 6), 9)
-    seen = described(ids, None, T([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
+    seen, _ = described(ids, None, T([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
     assert (seen.n_places, seen.n_places_up) == (10, 9)
-    assert (described(ids, None, torch.zeros_like(ids)).n_places, described(ids, None, torch.zeros_like(ids)).n_places_up) == (10, 0)
-    masked = described(ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
+    still, _ = described(ids, None, torch.zeros_like(ids))
+    assert (still.n_places, still.n_places_up) == (10, 0)
+    masked, _ = described(ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
     assert (masked.n_places, masked.n_places_up) == (8, 8)
-    assert described(ids).n_places == 0
-    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long)).n_places == 0  # positions in three axes are another matter
+    assert described(ids)[0].n_places == 0
+    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long))[0].n_places == 0  # positions in three axes are another matter
 
 
 def optimizers() -> dict:
