@@ -276,14 +276,17 @@ class Watching:
     def report(self, *results: Any, ended_by: str = "") -> Report:
         """The event that reached `results`, the gradients or the weights; else one that was seen to land in a gradient or a number.
 
-        Of an error only the first event is known to come before it, so that is named.
+        A NaN of infinities that were put in goes back to them only where they land in a number themselves, as a loss does. Of an
+        error no more is known than what came before it, so the first event is named.
         """
         watch = self.watch
         tensors = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
         tensors += [t for m in self.models.values() for p in m.parameters() for t in (p, p.grad) if t is not None]
         reached = [e for t in tensors if not is_finite(t) and (e := watch.mark(t)) is not None]
         reached = reached or watch.landed or (watch.events if ended_by else [])
-        first = min(reached, key=lambda e: (not e.strong, e.number), default=None)
+        alone = [e for e in watch.landed if reached and not e.strong]
+        weak = {id(e) for e in reached if not e.strong} - {id(e) for e in alone}
+        first = min([*reached, *alone], key=lambda e: (id(e) in weak, e.number), default=None)
         others = tuple(e for e in watch.events if e is not first)
         return Report(first, others, self.already, watch.operations, self.seconds, ended_by)
 
