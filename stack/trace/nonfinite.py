@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stack.trace.sites import Site, Whereabouts, whereabouts
+from stack.trace.whereabouts import Where, Whereabouts, whereabouts
 
 EVENTS_MAX = 64  # told in one report
 SHOWN_MAX = 4  # tensors of a list that an operation takes or gives
@@ -61,7 +61,7 @@ class Event:
     kind: Literal["made", "came in", "put in"]
     what: Literal["NaN", "Inf"]
     op: str
-    site: Site
+    where: Where
     number: int
     inputs: tuple[Values, ...]
     outputs: tuple[Values, ...]
@@ -99,6 +99,23 @@ class _Read:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class _Operation:
+    """One operation as it was called: arguments by name, and what it was about to read."""
+
+    func: Any
+    given: dict[str, Any]
+    where: Where
+    read: list[_Read]
+
+    @property
+    def name(self) -> str:
+        return self.func._schema.name
+
+
+_Result = tuple[str, int | None, Tensor]
+
+
 class Watch(TorchDispatchMode):
     """Looks at every operation for the time of a `with`. `held` names storages of parameters and buffers."""
 
@@ -113,13 +130,13 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         self.operations += 1
-        given, site = _given(func, args, kwargs), self.here.site(str(func))
-        read = _read(func, given)
+        given = _given(func, args, kwargs)
+        operation = _Operation(func, given, self.here.where(str(func)), _read(func, given))
         result = func(*args, **kwargs)
-        if func._schema.name == HOST_READ or site.node == INTO_GRADIENT:
-            self.landed += [mark for r in read if not is_finite(r.values) and (mark := self.mark(r.tensor))]
-        if func._schema.name not in UNWRITTEN:
-            self._look(func, site, given, read, _results(func, given, read, result))
+        if operation.name == HOST_READ or operation.where.node == INTO_GRADIENT:
+            self.landed += [mark for r in operation.read if not is_finite(r.values) and (mark := self.mark(r.tensor))]
+        if operation.name not in UNWRITTEN:
+            self._look(operation, _results(operation, result))
         return result
 
     def mark(self, tensor: Tensor) -> Event | None:
@@ -127,9 +144,9 @@ class Watch(TorchDispatchMode):
         _, event = self._marks.get(tensor.untyped_storage()._cdata, (None, None))
         return event
 
-    def _look(self, func: Any, site: Site, given: dict[str, Any], read: list[_Read], results: list[tuple[str, int | None, Tensor]]) -> None:
+    def _look(self, operation: _Operation, results: list[_Result]) -> None:
         bad = [(name, i, t) for name, i, t in results if not is_finite(t)]
-        event = self._explain(func, site, given, read, bad) if bad else None
+        event = self._explain(operation, bad) if bad else None
         for _, _, tensor in results:
             storage = tensor.untyped_storage()
             if tensor.numel() * tensor.element_size() == storage.nbytes():
@@ -138,31 +155,31 @@ class Watch(TorchDispatchMode):
             storage = tensor.untyped_storage()
             self._marks[storage._cdata] = (StorageWeakRef(storage), event)
 
-    def _explain(self, func: Any, site: Site, given: dict[str, Any], read: list[_Read], bad: list) -> Event:
+    def _explain(self, operation: _Operation, bad: list[_Result]) -> Event:
         """The event that a result that is not finite goes back to: an earlier one, or a new one."""
-        guilty = [r for r in read if not is_finite(r.values)]
+        guilty = [r for r in operation.read if not is_finite(r.values)]
         marks = {id(r): self.mark(r.tensor) for r in guilty}
         if strong := [m for m in marks.values() if m is not None and m.strong]:
             return min(strong, key=lambda e: e.number)
         what = "NaN" if any(bool(t.isnan().any()) for _, _, t in bad) else "Inf"
         alike = [r for r in guilty if bool(r.values.isnan().any())] if what == "NaN" else guilty
-        if func._schema.name == CONSTANT or (not alike and _has(given, what)):
-            return self._enter("put in", what, func, site, given, read, bad)
+        if operation.name == CONSTANT or (not alike and _has(operation.given, what)):
+            return self._enter("put in", what, operation, bad)
         if strangers := [r for r in alike if marks[id(r)] is None]:
             carrier = next((c for r in strangers if (c := self.held.get(r.tensor.untyped_storage()._cdata, ""))), "")
-            return self._enter("came in", what, func, site, given, read, bad, carrier or f"argument {strangers[0].name}")
+            return self._enter("came in", what, operation, bad, carrier or f"argument {strangers[0].name}")
         if alike:
             return min((marks[id(r)] for r in alike), key=lambda e: e.number)
-        return self._enter("made", what, func, site, given, read, bad)
+        return self._enter("made", what, operation, bad)
 
-    def _enter(self, kind: str, what: str, func: Any, site: Site, given: dict, read: list[_Read], bad: list, carrier: str = "") -> Event:
-        at = bad[0][1]
-        shown = [r for r in read if r.index is None or r.index == at or at is None][: 2 * SHOWN_MAX]
+    def _enter(self, kind: str, what: str, operation: _Operation, bad: list[_Result], carrier: str = "") -> Event:
+        at, given = bad[0][1], operation.given
+        shown = [r for r in operation.read if r.index is None or r.index == at or at is None][: 2 * SHOWN_MAX]
         event = Event(
             kind=kind,
             what=what,
-            op=str(func),
-            site=site,
+            op=str(operation.func),
+            where=operation.where,
             number=self.operations,
             inputs=tuple(self._values(_numbered(r.name, r.index), r.tensor, r.values) for r in shown),
             outputs=tuple(self._values(_numbered(name, i), t, t) for name, i, t in bad[:SHOWN_MAX]),
@@ -249,11 +266,11 @@ def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
     ]
 
 
-def _results(func: Any, given: dict[str, Any], read: list[_Read], result: Any) -> list[tuple[str, int | None, Tensor]]:
+def _results(operation: _Operation, result: Any) -> list[_Result]:
     """New values that the operation has made: results that are no views of what it read, and what it wrote to."""
-    written = [(name, i, t) for name in sorted(_written(func)) for i, t in _tensors(given.get(name))]
-    known = {t.untyped_storage()._cdata for _, _, t in written} | {r.tensor.untyped_storage()._cdata for r in read}
-    fresh = [("result", i, t) for i, t in _tensors(result) if func._schema.name == CONSTANT or t.untyped_storage()._cdata not in known]
+    written = [(name, i, t) for name in sorted(_written(operation.func)) for i, t in _tensors(operation.given.get(name))]
+    known = {t.untyped_storage()._cdata for _, _, t in written} | {r.tensor.untyped_storage()._cdata for r in operation.read}
+    fresh = [("result", i, t) for i, t in _tensors(result) if operation.name == CONSTANT or t.untyped_storage()._cdata not in known]
     return written + fresh
 
 

@@ -31,7 +31,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 def line(event) -> str:
     """Where and what the line of an event is."""
-    first = event.site.lines[0]
+    first = event.where.lines[0]
     assert first.number > 0 and first.text
     return f"{first.file.split('/')[-1]} {first.function} {first.text}"
 
@@ -51,7 +51,7 @@ def test_a_weight_that_overflows_in_a_cast_is_named_with_its_module_line_and_ran
 
     first = first_nonfinite(call, models=model).first
     assert (first.kind, first.what, first.op) == ("made", "Inf", "aten._to_copy.default")
-    assert (first.site.module, first.site.layer, first.site.phase) == ("layers.1.ffn.up", 1, "forward")
+    assert (first.where.module, first.where.layer, first.where.phase) == ("layers.1.ffn.up", 1, "forward")
     (given,) = first.inputs
     assert given.held == "parameter layers.1.ffn.up.weight" and given.max == 1e5 and given.first_bad is None
     assert given.shape == (40, 32) and given.dtype == "float32" and dict(first.scalars)["dtype"] == "torch.float16"
@@ -73,10 +73,10 @@ def test_activations_that_overflow_in_a_product_are_named_not_the_casts_before_o
 
     first = first_nonfinite(call, models=model).first
     assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.mul_.Tensor")
-    assert (first.site.module, first.site.layer) == ("layers.2.ffn", 2) and "eager.py _SwiGLU.forward" in line(first)
+    assert (first.where.module, first.where.layer) == ("layers.2.ffn", 2) and "eager.py _SwiGLU.forward" in line(first)
     a, b = first.inputs
     assert a.n_posinf == b.n_posinf == 0 and 256 < a.max < 65504 and 256 < b.max < 65504, "inputs as they were, though it works in place"
-    assert first.site.lines[1].function == "swiglu", "and who called that"
+    assert first.where.lines[1].function == "swiglu", "and who called that"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -87,7 +87,7 @@ def test_an_exploded_weight_is_named_in_every_variant(variant):
         model.layers[1].attention.q.weight.fill_(1e25)
         model.layers[1].attention.k.weight.fill_(1e25)
     report = first_nonfinite(model, IDS)
-    assert report.first.kind == "made" and report.first.site.layer == 1 and report.first.site.module == "layers.1.attention"
+    assert report.first.kind == "made" and report.first.where.layer == 1 and report.first.where.module == "layers.1.attention"
     assert "scaled_dot_product" in report.first.op or report.first.op.startswith("aten.bmm") or report.first.op.startswith("aten.mul")
     given = {v.name: v for v in report.first.inputs}
     mask = given.pop("attn_mask", None)
@@ -103,7 +103,7 @@ def test_a_norm_without_eps_divides_zero_by_zero():
     for block in model.layers:
         block.attention_norm.eps = 0.0
     first = first_nonfinite(model, IDS).first
-    assert (first.kind, first.what, first.op, first.site.module) == ("made", "NaN", "aten.div.Tensor", "layers.0.attention_norm")
+    assert (first.kind, first.what, first.op, first.where.module) == ("made", "NaN", "aten.div.Tensor", "layers.0.attention_norm")
     assert "eager.py _normalised" in line(first) and "x_BTD / rms_BT1" in line(first)
     assert [v.min for v in first.inputs][1] == 0.0 and first.outputs[0].first_bad == (0, 5, 0) and first.outputs[0].n_nan == 32
     clean = model_of()
@@ -118,7 +118,7 @@ def test_a_logarithm_of_zero_in_a_loss_is_named_outside_the_modules():
         return -probs.log().gather(-1, IDS[..., None]).mean()
 
     first = first_nonfinite(call, models=model).first
-    assert (first.kind, first.what, first.op, first.site.module, first.site.layer) == ("made", "Inf", "aten.log.default", "", None)
+    assert (first.kind, first.what, first.op, first.where.module, first.where.layer) == ("made", "Inf", "aten.log.default", "", None)
     assert "probs.log()" in line(first) and first.inputs[0].min == 0.0 and first.outputs[0].n_neginf > 0
 
 
@@ -131,8 +131,8 @@ def test_the_derivative_of_a_root_at_zero_is_found_in_the_backward_with_the_line
 
     report = first_nonfinite(call, models=model, backward=True)
     first = report.first
-    assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.div.Tensor") and first.site.phase == "backward"
-    assert first.site.node == "SqrtBackward0" and first.site.of == "aten.sqrt.default" and ".sqrt().mean()" in line(first)
+    assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.div.Tensor") and first.where.phase == "backward"
+    assert first.where.node == "SqrtBackward0" and first.where.of == "aten.sqrt.default" and ".sqrt().mean()" in line(first)
     assert first.inputs[1].max == 0.0 and first.inputs[0].first_bad is None
 
 
@@ -142,8 +142,8 @@ def test_a_derivative_inside_a_module_has_the_modules_path_and_a_written_one_its
     ffn = model.layers[2].ffn
     ffn.forward = lambda x, reading=None, original=ffn.forward: (original(x, reading) * 0).sqrt()
     first = first_nonfinite(lambda: loss_of(model), models=model, backward=True).first
-    assert (first.site.phase, first.site.module, first.site.layer) == ("backward", "layers.2.ffn", 2)
-    assert (first.site.node, first.site.of, first.what) == ("SqrtBackward0", "aten.sqrt.default", "Inf") and ".sqrt()" in line(first)
+    assert (first.where.phase, first.where.module, first.where.layer) == ("backward", "layers.2.ffn", 2)
+    assert (first.where.node, first.where.of, first.what) == ("SqrtBackward0", "aten.sqrt.default", "Inf") and ".sqrt()" in line(first)
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -158,8 +158,8 @@ def test_a_derivative_inside_a_module_has_the_modules_path_and_a_written_one_its
     ffn = model.layers[2].ffn
     ffn.forward = lambda x, reading=None, original=ffn.forward: Wrong.apply(original(x, reading))
     first = first_nonfinite(lambda: loss_of(model), models=model, backward=True).first
-    assert (first.site.phase, first.site.module, first.site.layer) == ("backward", "layers.2.ffn", 2)
-    assert "Wrong.backward return grad / torch.zeros_like(grad)" in line(first) and first.site.node == "WrongBackward"
+    assert (first.where.phase, first.where.module, first.where.layer) == ("backward", "layers.2.ffn", 2)
+    assert "Wrong.backward return grad / torch.zeros_like(grad)" in line(first) and first.where.node == "WrongBackward"
 
 
 # ---- masks: infinities that are put in
@@ -200,7 +200,7 @@ def test_what_is_thrown_away_is_no_finding_but_its_derivative_is():
     report = first_nonfinite(chosen)
     assert report.first is None and [e.op for e in report.others] == ["aten.log.default"]
     first = first_nonfinite(chosen, backward=True).first
-    assert (first.op, first.site.phase, first.site.of) == ("aten.div.Tensor", "backward", "aten.log.default") and first.what == "NaN"
+    assert (first.op, first.where.phase, first.where.of) == ("aten.div.Tensor", "backward", "aten.log.default") and first.what == "NaN"
 
 
 # ---- what came in
@@ -213,7 +213,7 @@ def test_a_nan_in_a_weight_is_said_to_have_come_in_with_it():
     report = first_nonfinite(model, IDS)
     assert report.already == ("layers.1.attention.v.weight",)
     first = report.first
-    assert (first.kind, first.carrier, first.site.module) == ("came in", "parameter layers.1.attention.v.weight", "layers.1.attention.v")
+    assert (first.kind, first.carrier, first.where.module) == ("came in", "parameter layers.1.attention.v.weight", "layers.1.attention.v")
 
 
 def test_a_nan_written_while_the_trace_runs_is_named_at_the_line_that_writes_it():
@@ -271,7 +271,7 @@ def test_an_update_that_overflows_names_the_parameter():
         optimizer.step()
 
     first = first_nonfinite(call, models=model).first
-    assert first.site.phase == "update" and first.kind == "made" and first.what == "Inf"
+    assert first.where.phase == "update" and first.kind == "made" and first.what == "Inf"
     assert any("parameter" in v.held for v in first.outputs)
 
 
@@ -293,8 +293,8 @@ def test_a_hugging_face_model_is_watched_with_its_own_paths():
         model.model.layers[2].mlp.gate_proj.weight.fill_(1e25)
         model.model.layers[2].mlp.up_proj.weight.fill_(1e25)
     first = first_nonfinite(lambda: model(IDS).logits, models=model).first
-    assert first.op == "aten.mul.Tensor" and first.site.module == "model.layers.2.mlp" and first.site.layer == 2
-    assert first.site.lines[0].file == "transformers/models/llama/modeling_llama.py"
+    assert first.op == "aten.mul.Tensor" and first.where.module == "model.layers.2.mlp" and first.where.layer == 2
+    assert first.where.lines[0].file == "transformers/models/llama/modeling_llama.py"
 
 
 def test_modules_that_nobody_named_go_by_their_class():
@@ -304,10 +304,10 @@ def test_modules_that_nobody_named_go_by_their_class():
         return net(torch.ones(2, 4)) / 0.0
 
     first = first_nonfinite(call).first
-    assert first.site.module == "" and first.op == "aten.div.Tensor"
+    assert first.where.module == "" and first.op == "aten.div.Tensor"
     net[0].weight.data.fill_(3e38)
     first = first_nonfinite(call).first
-    assert first.site.module == "Linear"
+    assert first.where.module == "Linear"
 
 
 def test_an_error_after_the_fact_is_told_and_one_without_it_travels_on():

@@ -66,8 +66,8 @@ def test_an_overflow_of_one_layer_at_one_step_is_named_from_the_last_checkpoint(
     assert held.base.step == 14 and found.steps == (15, 16, 17) and found.step == held.step == 17
     first = found.report.first
     assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.mul_.Tensor")
-    assert (first.site.phase, first.site.module, first.site.layer) == ("forward", "layers.1.ffn", 1)
-    assert first.site.lines[0].file == "stack/kernels/eager.py" and first.site.lines[0].function == "_SwiGLU.forward"
+    assert (first.where.phase, first.where.module, first.where.layer) == ("forward", "layers.1.ffn", 1)
+    assert first.where.lines[0].file == "stack/kernels/eager.py" and first.where.lines[0].function == "_SwiGLU.forward"
     assert all(v.first_bad is None and v.max > 1e15 for v in first.inputs)
     held, clean = locate(folder)
     assert clean.step is None and clean.report is None and clean.steps == (15, 16, 17), "without the plant nothing is found"
@@ -87,8 +87,8 @@ def test_a_derivative_at_one_step_is_named_with_the_line_of_the_forward(cfg, tmp
         held, found = locate(folder)
     first = found.report.first
     assert found.step == 4 and held.base.kind == "seed" and found.steps == (1, 2, 3, 4)
-    assert first.site.phase == "backward" and first.site.node == "SqrtBackward0" and first.what == "Inf"
-    assert ".square().sum().sqrt()" in first.site.lines[0].text and first.inputs[1].max == 0.0
+    assert first.where.phase == "backward" and first.where.node == "SqrtBackward0" and first.what == "Inf"
+    assert ".square().sum().sqrt()" in first.where.lines[0].text and first.inputs[1].max == 0.0
 
 
 def test_a_run_that_blows_up_by_itself_needs_no_plant(cfg, tmp_path):
@@ -99,7 +99,7 @@ def test_a_run_that_blows_up_by_itself_needs_no_plant(cfg, tmp_path):
     assert found.step == held.step and found.report.first.kind == "made"
     first = found.report.first
     assert first.outputs and all(v.first_bad is None for v in first.inputs) and max(v.max or 0 for v in first.inputs) > 1e15
-    assert first.site.lines[0].file.startswith("stack/")
+    assert first.where.lines[0].file.startswith("stack/")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_the_museum_is_read_to_the_line(cfg, tmp_path, plant, kind, what, line):
         found = locate(halted(cfg, tmp_path))[1]
     first = found.report.first
     assert found.step == 7 and (first.kind, first.what) == (kind, what)
-    assert (first.site.lines[0].file, first.site.lines[0].text) == ("stack/museum/runtime.py", line)
+    assert (first.where.lines[0].file, first.where.lines[0].text) == ("stack/museum/runtime.py", line)
 
 
 def test_a_bundle_of_another_gate_is_finite_and_that_is_said(cfg, tmp_path):
@@ -136,7 +136,7 @@ def test_an_overflow_that_the_loss_scale_answers_is_no_finding(cfg, tmp_path, mo
     with at_step(monkeypatch, 4, explode):
         folder = halted(half, tmp_path)
         found = locate(folder)[1]
-    assert found.step == 4 and found.report.first.site.module == "layers.1.ffn.gate" and found.report.first.op == "aten._to_copy.default"
+    assert found.step == 4 and found.report.first.where.module == "layers.1.ffn.gate" and found.report.first.op == "aten._to_copy.default"
     monkeypatch.setattr(steps, "accumulate", lambda state, batches: attempts.append(state.step + 1) or original(state, batches))
     assert locate(folder)[1].step is None and attempts.count(1) > 3, "several attempts in step 1, each but the last with an overflow"
 

@@ -37,7 +37,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Site:
+class Where:
     """Where an operation ran. `module` is the dotted path of the innermost running module, "" outside all of them.
 
     `node` is autograd's name of the derivative that ran and `of` the operation of the forward it belongs to; both are "" in a forward.
@@ -84,21 +84,21 @@ class Whereabouts:
     names: Mapping[int, str]
     running: list[str] = field(default_factory=list)
     updating: int = 0
-    recorded: dict[int, tuple[Site, str]] = field(default_factory=dict)
+    recorded: dict[int, tuple[Where, str]] = field(default_factory=dict)
 
-    def site(self, op: str) -> Site:
+    def where(self, op: str) -> Where:
         """Where the operation that runs now is. Called once for each, in order."""
         frames, below_engine = _frames()
         node = torch._C._current_autograd_node()
         module = self.running[-1] if self.running else ""
         if node is None:
-            here = Site("update" if self.updating else "forward", module, frames)
+            here = Where("update" if self.updating else "forward", module, frames)
             self.recorded.setdefault(torch.autograd._get_sequence_nr() - 1, (here, op))
             return here
         forward, of = self.recorded.get(node._sequence_nr(), (None, ""))
         if forward is None:
-            return Site("backward", module, frames, node.name(), of)
-        return Site("backward", module or forward.module, frames if below_engine else forward.frames, node.name(), of)
+            return Where("backward", module, frames, node.name(), of)
+        return Where("backward", module or forward.module, frames if below_engine else forward.frames, node.name(), of)
 
 
 def _frames() -> tuple[tuple[tuple[Any, int], ...], bool]:
