@@ -1,1 +1,5 @@
-"""Looks into a model while it computes: which operation, at which place, made a number what it is."""
+"""Look inside a model while it runs: points, statistics, comparison of two models, bisection, patching."""
+
+from stack.trace.trace import trace
+
+__all__ = ["trace"]
