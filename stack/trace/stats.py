@@ -139,7 +139,7 @@ def figures(x_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _better(x_RC: Tensor, found: Tensor) -> Tensor | None:
-    """What to take the moments of again: the same where the mean hides the spread, float64 where squares overflowed; None if all is well."""
+    """What to take the moments of again: the same where the mean hides the spread, float64 where squares overflowed; None if neither."""
     n, total, squares, fourth, broken = found[0], found[1], found[2], found[4], found[8]
     if broken:
         return None
