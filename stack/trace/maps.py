@@ -31,7 +31,7 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
         return ours(model.cfg)
     for kind in names.KINDS:
         if type(model).__name__ == kind.architecture:
-            return hugging_face(kind, model.config)
+            return hugging_face(kind, model)
     raise UsageError(
         "nobody has said where the points of this model are",
         value=type(model).__name__,
@@ -107,21 +107,22 @@ def _rows(place: Place) -> Place:
     return replace(place, layout="RF")
 
 
-def hugging_face(kind: Kind, config: Any) -> NameMap:
+def hugging_face(kind: Kind, model: Any) -> NameMap:
     """The map of a model that transformers has built, by the names that `stack.model.names` holds for its kind.
 
     Attention is seen inside only where the model calls torch's own; its experts are one tensor, so none of them has points.
     """
-    at = dict(kind.modules) | dict(kind.running)
+    config, at = model.config, dict(kind.modules) | dict(kind.running)
     block, attention = _parent(at["layers.{}.attention_norm"]), _parent(at["layers.{}.attention.q"])
-    mixed = getattr(config, "num_local_experts", None) is not None
+    mixed = "layers.{}.ffn.router" in kind.running
     gated = not mixed and "layers.{}.ffn.gate" in at
     q, k, v = (at[f"layers.{{}}.attention.{n}"] for n in "qkv")
     joint = q == k == v
     places: dict[str, Place] = {"embedding": Input(block.format(0)), "layers.{}.attention_norm": Output(at["layers.{}.attention_norm"])}
     for i, (name, path) in enumerate({"q": q, "k": k, "v": v}.items()):
         places[f"layers.{{}}.{name}"] = Output(path, part=(i, 3) if joint else None)
-    if kind.model_type == "qwen3":
+    q_norm = at.get("layers.{}.attention.q_norm", "{}").format(0)
+    if q_norm in dict(model.named_modules()):
         places |= {f"layers.{{}}.{n}_norm": Output(at[f"layers.{{}}.attention.{n}_norm"], "BTNH") for n in "qk"}
     inside = getattr(config, "_attn_implementation", "sdpa") == "sdpa"
     seen = _attention(rotary="positions" not in at)
@@ -140,8 +141,9 @@ def hugging_face(kind: Kind, config: Any) -> NameMap:
         "final_norm": Output(at["final_norm"]),
         "logits": Output(at["head"]),
     }
-    n_heads = config.num_attention_heads
-    function = Function(*TORCH_ATTENTION, n_heads, getattr(config, "num_key_value_heads", None) or n_heads)
+    n_heads = getattr(config, kind.sizes["n_heads"])
+    n_kv_heads = getattr(config, kind.sizes.get("n_kv_heads", ""), None) or n_heads
+    function = Function(*TORCH_ATTENTION, n_heads, n_kv_heads)
     return NameMap(f"{kind.architecture} of transformers", places, block, function if inside else None, without)
 
 

@@ -1,6 +1,6 @@
 """Figures of attention scores, worked out beside the model from what it passes to its attention function, a few queries at a time.
 
-B batch, T queries, S keys, N query heads, K key/value heads, G = N/K, H head_dim
+B batch, T queries, S keys, N query heads, K key/value heads, H head_dim, Z = B·K, R queries of one key head
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stack.kernels import attention
 
-CHUNK = 2**20  # scores that exist at once
+CHUNK = 2**18  # scores that exist at once: what a core's cache holds too
 HIDDEN = -1e30  # a masked score: finite, so that its product with a weight of 0 is 0
 
 
@@ -58,31 +58,32 @@ def figures(call: Call) -> tuple[Tensor, Tensor]:
     q_BNTH, k_BKSH = call.q_BNTH, call.k_BKSH
     (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
     wide = torch.promote_types(q_BNTH.dtype, torch.float32)
-    k_BKHS = k_BKSH.to(wide).transpose(-1, -2)
+    k_ZHS = k_BKSH.to(wide).transpose(-1, -2).flatten(0, 1)
     top_BNT, entropy_BNT = (torch.empty(B, N, T, dtype=wide, device=q_BNTH.device) for _ in range(2))
     step = max(1, CHUNK // max(1, B * N * S))
+    room = torch.empty(2, B * N * min(T, step) * S, dtype=wide, device=q_BNTH.device)  # fresh memory for each chunk would cost more
     for first in range(0, T, step):
         last = min(T, first + step)
         n_keys = min(S, last + call.offset) if call.causal else S
-        q_BKRH = (q_BNTH[:, :, first:last].to(wide) * call.scale).reshape(B, K, -1, H)
-        scores = torch.matmul(q_BKRH, k_BKHS[..., :n_keys]).view(B, N, last - first, n_keys)
+        q_ZRH = (q_BNTH[:, :, first:last].to(wide) * call.scale).reshape(B * K, -1, H)
+        scores, weights = (r[: B * N * (last - first) * n_keys] for r in room)
+        torch.bmm(q_ZRH, k_ZHS[..., :n_keys], out=scores.view(B * K, -1, n_keys))
+        scores, weights = (r.view(B, N, last - first, n_keys) for r in (scores, weights))
         _hide(scores, call, first, last)
-        top = scores.amax(-1, keepdim=True)
-        scores.sub_(top)
-        weights = scores.exp()
-        total = weights.sum(-1)
-        top_BNT[:, :, first:last] = top[..., 0]
-        entropy_BNT[:, :, first:last] = total.log() - scores.mul_(weights).sum(-1) / total
+        top = top_BNT[:, :, first:last] = scores.amax(-1)
+        torch.softmax(scores, -1, out=weights)
+        normaliser = top - weights.amax(-1).log()  # the largest weight is 1 over the sum of exp(score − top)
+        entropy_BNT[:, :, first:last] = normaliser - scores.mul_(weights).sum(-1)
     return top_BNT.transpose(1, 2), entropy_BNT.transpose(1, 2)
 
 
 def _hide(scores: Tensor, call: Call, first: int, last: int) -> None:
     """Apply the mask to scores (B, N, queries, keys) in place."""
     n_keys = scores.shape[-1]
-    if call.causal:
-        index_S = torch.arange(n_keys, device=scores.device)
-        seen = index_S <= torch.arange(first, last, device=scores.device)[:, None] + call.offset
-        scores.masked_fill_(~seen, HIDDEN)
+    if call.causal:  # keys before those of the first query are seen by all
+        index_S = torch.arange(min(first + call.offset, n_keys), n_keys, device=scores.device)
+        later = index_S > torch.arange(first, last, device=scores.device)[:, None] + call.offset
+        scores[..., n_keys - len(index_S) :].masked_fill_(later, HIDDEN)
     if call.mask is None:
         return
     mask = call.mask[..., first:last, :n_keys] if call.mask.shape[-2] > 1 else call.mask[..., :n_keys]
