@@ -8,16 +8,20 @@ that a later choice throws away, is told apart. What torch.compile or a Triton k
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from spec.errors import UsageError
+from stack.trace.maps import map_of
+from stack.trace.points import Point, sites
+from stack.trace.tap import tap
 from stack.trace.whereabouts import Where, Whereabouts, whereabouts
 
 EVENTS_MAX = 64  # told in one report
@@ -78,7 +82,8 @@ class Event:
 class Report:
     """`first` made what reached the result; None where all of that is finite. `others` reached nothing or came later.
 
-    `already` names parameters and buffers that were not finite before; `ended_by` is the error that the call ended with, if one.
+    `point` is the first place of the map of names that showed it, "" where no map fits or it passed none; in a backward, by its
+    gradient. `already` names parameters and buffers that were not finite before; `ended_by` is the error that the call ended with, if one.
     """
 
     first: Event | None
@@ -86,6 +91,7 @@ class Report:
     already: tuple[str, ...]
     operations: int
     seconds: float
+    point: str = ""
     ended_by: str = ""
 
 
@@ -124,6 +130,7 @@ class Watch(TorchDispatchMode):
         self.here, self.held = here, held
         self.events: list[Event] = []
         self.landed: list[Event] = []  # what reached a gradient, or a number that was read out of a tensor
+        self.passed: list[tuple[str, Event]] = []  # points that showed something that is not finite
         self.operations, self.started = 0, time.perf_counter()
         self._marks: dict[int, tuple[StorageWeakRef, Event]] = {}  # the weak reference keeps the key from being used again
 
@@ -143,6 +150,12 @@ class Watch(TorchDispatchMode):
         """Where what is not finite in the tensor comes from."""
         _, event = self._marks.get(tensor.untyped_storage()._cdata, (None, None))
         return event
+
+    def pass_by(self, point: Point, tensor: Tensor) -> None:
+        """Note a point that shows what is not finite. A handler of `tap`, for values and gradients."""
+        with _disable_current_modes():
+            if not is_finite(tensor) and (mark := self.mark(tensor)):
+                self.passed.append((point.name, mark))
 
     def _look(self, operation: _Operation, results: list[_Result]) -> None:
         bad = [(name, i, t) for name, i, t in results if not is_finite(t)]
@@ -305,7 +318,8 @@ class Watching:
         weak = {id(e) for e in reached if not e.strong} - {id(e) for e in alone}
         first = min([*reached, *alone], key=lambda e: (id(e) in weak, e.number), default=None)
         others = tuple(e for e in watch.events if e is not first)
-        return Report(first, others, self.already, watch.operations, self.seconds, ended_by)
+        point = next((name for name, event in watch.passed if event is first), "")
+        return Report(first, others, self.already, watch.operations, self.seconds, point, ended_by)
 
 
 @contextmanager
@@ -326,10 +340,21 @@ def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Itera
         watch = Watch(here, held)
         seen = Watching(watch, named, tuple(already))
         try:
-            with watch:
+            with _passing_by(named, watch), watch:
                 yield seen
         finally:
             seen.seconds = time.perf_counter() - watch.started
+
+
+@contextmanager
+def _passing_by(models: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
+    """Points of those models that a map of names fits."""
+    with ExitStack() as stack:
+        for model in models.values():
+            with suppress(UsageError):
+                names = [s.point.name for s in sites(model, map_of(model)) if not s.point.derived]
+                stack.enter_context(tap(model, names, watch.pass_by, on_grad=watch.pass_by))
+        yield
 
 
 def first_nonfinite(

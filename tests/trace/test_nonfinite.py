@@ -49,8 +49,9 @@ def test_a_weight_that_overflows_in_a_cast_is_named_with_its_module_line_and_ran
         with torch.autocast("cpu", dtype=torch.float16):
             return model(IDS)
 
-    first = first_nonfinite(call, models=model).first
-    assert (first.kind, first.what, first.op) == ("made", "Inf", "aten._to_copy.default")
+    report = first_nonfinite(call, models=model)
+    first = report.first
+    assert (first.kind, first.what, first.op) == ("made", "Inf", "aten._to_copy.default") and report.point == "layers.1.ffn.up"
     assert (first.where.module, first.where.layer, first.where.phase) == ("layers.1.ffn.up", 1, "forward")
     (given,) = first.inputs
     assert given.held == "parameter layers.1.ffn.up.weight" and given.max == 1e5 and given.first_bad is None
@@ -71,8 +72,9 @@ def test_activations_that_overflow_in_a_product_are_named_not_the_casts_before_o
         with torch.autocast("cpu", dtype=torch.float16):
             return model(IDS)
 
-    first = first_nonfinite(call, models=model).first
-    assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.mul_.Tensor")
+    report = first_nonfinite(call, models=model)
+    first = report.first
+    assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.mul_.Tensor") and report.point == "layers.2.ffn.swiglu"
     assert (first.where.module, first.where.layer) == ("layers.2.ffn", 2) and "eager.py _SwiGLU.forward" in line(first)
     a, b = first.inputs
     assert a.n_posinf == b.n_posinf == 0 and 256 < a.max < 65504 and 256 < b.max < 65504, "inputs as they were, though it works in place"
@@ -141,8 +143,10 @@ def test_a_derivative_inside_a_module_has_the_modules_path_and_a_written_one_its
     model = model_of()
     ffn = model.layers[2].ffn
     ffn.forward = lambda x, reading=None, original=ffn.forward: (original(x, reading) * 0).sqrt()
-    first = first_nonfinite(lambda: loss_of(model), models=model, backward=True).first
+    report = first_nonfinite(lambda: loss_of(model), models=model, backward=True)
+    first = report.first
     assert (first.where.phase, first.where.module, first.where.layer) == ("backward", "layers.2.ffn", 2)
+    assert report.point == "layers.2.ffn.swiglu", "the first point on the way back whose gradient shows it"
     assert (first.where.node, first.where.of, first.what) == ("SqrtBackward0", "aten.sqrt.default", "Inf") and ".sqrt()" in line(first)
 
     class Wrong(torch.autograd.Function):
@@ -292,8 +296,14 @@ def test_a_hugging_face_model_is_watched_with_its_own_paths():
     with torch.no_grad():
         model.model.layers[2].mlp.gate_proj.weight.fill_(1e25)
         model.model.layers[2].mlp.up_proj.weight.fill_(1e25)
-    first = first_nonfinite(lambda: model(IDS).logits, models=model).first
-    assert first.op == "aten.mul.Tensor" and first.where.module == "model.layers.2.mlp" and first.where.layer == 2
+    report = first_nonfinite(lambda: model(IDS).logits, models=model)
+    first = report.first
+    assert (
+        report.point == "layers.2.ffn.swiglu"
+        and first.op == "aten.mul.Tensor"
+        and first.where.module == "model.layers.2.mlp"
+        and first.where.layer == 2
+    )
     assert first.where.lines[0].file == "transformers/models/llama/modeling_llama.py"
 
 
