@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from stack.trace.stats import Stat
@@ -13,7 +13,6 @@ from stack.trace.trace import Trace
 RATIO = 8.0  # times the layer before, or one over it
 ROBUST_Z = 2.5
 FEWEST = 5  # layers without which a spread over layers says nothing
-LONE_Z = 6.0  # for the first layer, which has none before it
 # A massive activation is one token and one channel (arXiv:2402.17762): these shares of all energy, among at least so many tokens.
 TOKEN_SHARE, VALUE_SHARE, TOKENS = 0.5, 0.25, 8
 GAIN_RISE = 2.0  # times the layer before
@@ -24,7 +23,8 @@ class Row:
     """One slot in one layer. `ratio_to_previous` is std over that of the layer before, `robust_z` of log std over the layers of the slot.
 
     `baseline` says what both were compared with; both are None where there is nothing to compare with. `massive` says that one token and
-    one channel hold the energy. `cascade` marks what comes after the first anomaly and is out of line as well.
+    one channel hold the energy, or that this token still does further on. `cascade` marks what comes after the first anomaly and is out of
+    line as well.
     """
 
     point: str
@@ -71,14 +71,28 @@ def _of_one_expert(slot: str) -> bool:
 
 def of_spreads(std: Mapping[tuple[int, str], float], stats: Mapping[tuple[int, str], Stat] | None = None) -> Profile:
     """The same from the standard deviations by layer and slot, in execution order; `stats` tell massive activations from bugs."""
-    rows = [_row(layer, slot, std, (stats or {}).get((layer, slot)), stats) for layer, slot in std]
+    rows = _marked([_row(layer, slot, std, (stats or {}).get((layer, slot)), stats) for layer, slot in std], stats or {})
     found = next((r for r in rows if r.anomalous and not r.massive), None) or next((r for r in rows if r.anomalous), None)
     if found is not None:
         at = rows.index(found)
-        rows = [Row(**(vars(r) | {"cascade": i > at and (r.anomalous or _high(r, found))})) for i, r in enumerate(rows)]
+        rows = [replace(r, cascade=i > at and (r.anomalous or _high(r, found))) for i, r in enumerate(rows)]
         found = rows[at]
     gains = _gains(std)
     return Profile(tuple(rows), found, gains, _verdict(found, gains, stats is not None))
+
+
+def _marked(rows: Sequence[Row], stats: Mapping[tuple[int, str], Stat]) -> list[Row]:
+    """Massive is as well what a massive activation makes of its token further on, spread over all channels by a matrix."""
+    tokens: set[int] = set()
+    marked = []
+    for row in rows:
+        stat = stats.get((row.layer, row.slot))
+        if row.massive:
+            tokens.add(stat.top_token)
+        elif stat is not None and stat.top_token in tokens and stat.top_token_energy_frac >= TOKEN_SHARE:
+            row = replace(row, massive=True)
+        marked.append(row)
+    return marked
 
 
 def _row(layer: int, slot: str, std: Mapping[tuple[int, str], float], stat: Stat | None, stats: Mapping | None) -> Row:
@@ -87,10 +101,8 @@ def _row(layer: int, slot: str, std: Mapping[tuple[int, str], float], stat: Stat
     comparable = stats is None or (layer - 1, slot) not in stats or stat.support.differs(stats[layer - 1, slot].support) is None
     ratio = value / previous if previous and comparable else None
     z = robust_z(value, over_layers)
-    if ratio is not None:
-        out = not 1 / RATIO < ratio < RATIO and (z is None or abs(z) >= ROBUST_Z)
-    else:
-        out = previous is None and z is not None and abs(z) >= LONE_Z
+    step = ratio if ratio is not None or z is None or previous is not None else value / median(over_layers)  # the first has none before it
+    out = step is not None and not 1 / RATIO < step < RATIO and (z is None or abs(z) >= ROBUST_Z)
     dead = value == 0 or not math.isfinite(value)
     named = [f"layer {layer - 1}"] if ratio is not None else []
     named += [f"median of {len(over_layers)} layers"] if z is not None else []
@@ -140,11 +152,9 @@ def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
     gain = next((g for g in gains if g.layer == found.layer), None)
     if found.slot == "ffn.swiglu" and gain is not None and gain.ratio_to_previous is not None and gain.ratio_to_previous >= GAIN_RISE:
         said += (
-            f"; gate and up are in line and their product is not: gain {gain.gain:.3g}, {gain.ratio_to_previous:.3g} times the layer before."
-            " Factors that are large in the same token and channel do that; a misaligned product cannot, because it pairs values that do"
-            " not belong together and so lowers the gain"
+            f"; gate and up are in line, their product is not: gain {gain.gain:.3g}, {gain.ratio_to_previous:.3g} times the layer before"
         )
-        said += (
-            "" if has_stats else ". Whether one token holds the energy was not recorded, so a massive activation is likely and not shown"
-        )
+        said += ". Factors that are large in the same token and channel do that; a misaligned product, which pairs values that do not"
+        said += " belong together, does not raise the gain"
+        said += "" if has_stats else ". Whether one token holds the energy was not recorded: a massive activation is likely, and not shown"
     return said
