@@ -101,8 +101,10 @@ def _row(layer: int, slot: str, std: Mapping[tuple[int, str], float], stat: Stat
     comparable = stats is None or (layer - 1, slot) not in stats or stat.support.differs(stats[layer - 1, slot].support) is None
     ratio = value / previous if previous and comparable else None
     z = robust_z(value, over_layers)
-    step = ratio if ratio is not None or z is None or previous is not None else value / median(over_layers)  # the first has none before it
-    out = step is not None and not 1 / RATIO < step < RATIO and (z is None or abs(z) >= ROBUST_Z)
+    if ratio is None and previous is None and z is not None:  # of the first layer only a large value is odd: the stream grows with depth
+        out = value / median(over_layers) >= RATIO and z >= ROBUST_Z
+    else:
+        out = ratio is not None and not 1 / RATIO < ratio < RATIO and (z is None or abs(z) >= ROBUST_Z)
     dead = value == 0 or not math.isfinite(value)
     named = [f"layer {layer - 1}"] if ratio is not None else []
     named += [f"median of {len(over_layers)} layers"] if z is not None else []
