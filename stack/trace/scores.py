@@ -53,7 +53,7 @@ def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any
 def figures(call: Call) -> tuple[Tensor, Tensor]:
     """The largest score of each query and head, and the entropy of its weights in nats: two (B, T, N) float32, or wider for wider input.
 
-    At most CHUNK scores exist at once. A query that sees no key has the largest score −1e30.
+    At most CHUNK scores exist at once. Both are 0 for a query that sees no key.
     """
     q_BNTH, k_BKSH = call.q_BNTH, call.k_BKSH
     (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
@@ -74,6 +74,9 @@ def figures(call: Call) -> tuple[Tensor, Tensor]:
         torch.softmax(scores, -1, out=weights)
         normaliser = top - weights.amax(-1).log()  # the largest weight is 1 over the sum of exp(score − top)
         entropy_BNT[:, :, first:last] = normaliser - scores.mul_(weights).sum(-1)
+    blind = top_BNT <= HIDDEN / 2
+    top_BNT.masked_fill_(blind, 0.0)
+    entropy_BNT.masked_fill_(blind, 0.0)
     return top_BNT.transpose(1, 2), entropy_BNT.transpose(1, 2)
 
 
