@@ -326,7 +326,7 @@ class Watching:
 def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Iterator[Watching]:
     """Look at every operation inside the `with`, and name places in the modules of `models` by their paths.
 
-    No hook stays behind. What is computed is the same to the bit; it takes several times as long: measured in docs/nonfinite.md.
+    No hook stays behind. What is computed is the same to the bit; it takes several times as long: measured in docs/probing.md.
     """
     named = {"": models} if isinstance(models, nn.Module) else dict(models or {})
     held, already = {}, []

@@ -59,6 +59,20 @@ def test_weights_moments_and_losses_are_the_same_to_the_bit(plain, recorded):
     assert not (plain / "points.jsonl").exists()
 
 
+def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monkeypatch):
+    """Hooks on a compiled graph would be ignored or break it; the recording runs beside it."""
+    real, ends = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"))
+    short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 4, "compile": True})})
+    short = short.model_copy(update={"schedule": cfg.schedule.model_copy(update={"warmup_steps": 2})})
+    for every in (0, 2):
+        folder = tmp_path / f"every-{every}"
+        session.start(traced(short, every), (), folder, Listener(), only=FEW)
+        ends.append(json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())["files"]["state.safetensors"])
+        assert [line["step"] for line in RunDir(folder).read_lines("points.jsonl")] == ([2, 4] if every else [])
+    assert ends[0]["sha256"] == ends[1]["sha256"]
+
+
 def test_a_line_holds_every_point_of_every_layer_with_what_it_was_computed_over(cfg, recorded):
     lines = RunDir(recorded).read_lines("points.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
