@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.events import Evaluated, Event, Looked, Started
-from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+from contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
 from contracts.oracle import documents
 
 # --- conservation of bytes ------------------------------------------------------------------------------------------
@@ -330,9 +330,9 @@ class LeavesNoTrace(Stateless):
     events = (Looked,)
 
     def observe(self, event: Event) -> Verdict:
-        named = ", ".join(event.differing[:3]) + (", …" if len(event.differing) > 3 else "")
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
-            f"step {event.step}: the {event.at} changed {len(event.differing)} of {event.n_compared} parts of the training state ({named})",
+            f"step {event.step}: the {event.at} changed {len(event.differing)} of {event.n_compared} parts of the training state "
+            f"({first_of(event.differing)})",
             differing=len(event.differing),
         )

@@ -7,7 +7,7 @@ from statistics import median
 from types import SimpleNamespace
 
 from contracts.events import BatchDrawn, Evaluated, Event, Finished, Recited, Recomputed, Sampled, Saved, Started, StepTaken
-from contracts.gate import Stateless, Verdict, decide, decides, passed
+from contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run, passed
 
 
 @decides("runtime.recomputed-step")
@@ -17,13 +17,54 @@ class RecomputedStep(Stateless):
     events = (Recomputed,)
 
     def observe(self, event: Event) -> Verdict:
-        named = ", ".join(event.differing[:3]) + (", …" if len(event.differing) > 3 else "")
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
-            f"step {event.step}: of {event.n_compared} gradients {len(event.differing)} differ between two computations ({named})",
+            f"step {event.step}: of {event.n_compared} gradients {len(event.differing)} differ between two computations "
+            f"({first_of(event.differing)})",
             differing=len(event.differing),
             n_compared=event.n_compared,
         )
+
+
+@decides("runtime.learned")
+class Learned:
+    """A run that has ended has a lower loss than the one it began with, over the first and the last `SPAN` steps."""
+
+    events = (Started, StepTaken, Finished)
+    SPAN = 8
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.first, self.unseen = limits, [], False
+        self.last: deque[float] = deque(maxlen=self.SPAN)
+
+    def observe(self, event: Event) -> Verdict | None:
+        match event:
+            case Started(step=step):
+                self.unseen = step > 0 and not self.first
+            case StepTaken(loss_nats=loss):
+                self.last.append(loss)
+                if len(self.first) < self.SPAN and not self.unseen:
+                    self.first.append(loss)
+            case Finished():
+                return self._judge(event.step)
+        return None
+
+    def _judge(self, step: int) -> Verdict:
+        if self.unseen or step < self.limits.steps_min:
+            return not_run("its beginning was not seen" if self.unseen else f"{step} steps are too few to have learned")
+        began, ended = sum(self.first) / len(self.first), sum(self.last) / len(self.last)
+        return decide(
+            began - ended >= self.limits.fall_nats_min,
+            f"after {step} steps the loss is {ended:.4g} nats and began at {began:.4g}: nothing was learned",
+            fall_nats=began - ended,
+            loss_nats=ended,
+        )
+
+    def state_dict(self) -> dict:
+        return {"first": list(self.first), "last": list(self.last)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.first, self.last = list(state["first"]), deque(state["last"], maxlen=self.SPAN)
 
 
 @decides("runtime.clock")

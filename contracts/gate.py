@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
@@ -63,6 +63,11 @@ class RuntimeCheck(Protocol):
     def observe(self, event: Event) -> Verdict | None: ...
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
+
+
+def first_of(names: Sequence[str], n: int = 3) -> str:
+    """The first few names of many, for a message."""
+    return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
 
 class Stateless:

@@ -83,7 +83,7 @@ class Gatekeeper:
             if self._halts(seat, verdict):
                 red.append(seat)
         if red:
-            raise self._failure(red[0], also=red[1:]) from next(iter(broken), None)
+            raise self._failure(red) from next(iter(broken), None)
         if broken:
             raise broken[0]
 
@@ -95,7 +95,7 @@ class Gatekeeper:
             if verdict.outcome == "not_run" and seat.checks > 1:
                 seat.verdict, seat.checks = before, seat.checks - 1
             if self._halts(seat, verdict):
-                raise self._failure(seat)
+                raise self._failure([seat])
 
     def observe(self, event: Event) -> None:
         """Show an event to every runtime gate that watches its type. Raises GateFailed on a red verdict that halts."""
@@ -120,7 +120,7 @@ class Gatekeeper:
                 if self._halts(seat, verdict):
                     red.append(seat)
         if red:
-            raise self._failure(red[0], also=red[1:])
+            raise self._failure(red)
         if isinstance(event, Finished):
             self._require_heartbeats()
 
@@ -201,7 +201,10 @@ class Gatekeeper:
                 next_step="lower the interval that feeds it (eval.every, sample.every, checkpoint.every), or waive it with a reason",
             )
 
-    def _failure(self, seat: _Seat, also: Sequence[_Seat] = ()) -> GateFailed:
+    def _failure(self, red: Sequence[_Seat]) -> GateFailed:
+        """The error that names the first cause among red gates; those that yield to another red one come after it."""
+        ids = {s.gate.id for s in red}
+        seat, *also = sorted(red, key=lambda s: len(ids.intersection(s.gate.yields_to)))
         measured = ", ".join(f"{k} = {v:.6g}" if isinstance(v, float) else f"{k} = {v}" for k, v in seat.verdict.measured.items())
         allowed = ", ".join(f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in seat.gate.limits.items())
         return GateFailed(
@@ -210,7 +213,7 @@ class Gatekeeper:
             what=seat.verdict.message + (f"; also red: {', '.join(s.gate.id for s in also)}" if also else ""),
             value=measured or None,
             allowed=allowed or seat.gate.statement,
-            next_step=f"stack gates show {seat.gate.id}",
+            next_step="; ".join(filter(None, (seat.gate.hint, f"stack gates show {seat.gate.id}"))),
         )
 
 

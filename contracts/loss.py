@@ -15,15 +15,17 @@ IGNORE = -100
 # Softmax does not feel a key bias where positions are not rotated: that gradient is rounding alone, measured at 2e-11 of the whole one,
 # while the least that carries anything was 6e-5 of it.
 ROUNDING_FRAC = 1e-6
-CANCELLED_FRAC = 1e-5
+# Sums over all tokens that nearly cancel keep the rounding of their terms: the gradients of differential attention's λ, a millionth of the
+# whole, differ by up to 2.9e-4 of themselves, which is 6.2e-10 of the whole, as the order of the rows does.
+CANCELLED_FRAC = 5e-5
 
 
-def gradient_errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+def gradient_errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC) -> dict[str, float]:
     """‖got − wanted‖ / ‖wanted‖ by name, in float64; infinity for what is absent or not a number.
 
-    A tensor is held against no less than ROUNDING_FRAC of the norm of all `wanted` together.
+    A tensor is held against no less than `least_frac` of the norm of all `wanted` together.
     """
-    least = ROUNDING_FRAC * math.hypot(*(float(g.double().norm()) for g in wanted.values()))
+    least = least_frac * math.hypot(*(float(g.double().norm()) for g in wanted.values()))
     errors = {}
     for name, gradient in wanted.items():
         off = float((got[name].double() - gradient.double()).norm()) if name in got else math.inf
@@ -88,7 +90,7 @@ def partition_equivalence(limits: SimpleNamespace, *, gradient_of, ragged_batch,
     errors, loss_errors, worst_tensor = {}, {}, {}
     for name, parts in partitions.items():
         nats, grads = gradient_of(parts)
-        per_tensor = _partition_errors(grads, whole)
+        per_tensor = gradient_errors(grads, whole, CANCELLED_FRAC)
         worst_tensor[name] = max(per_tensor, key=per_tensor.get)
         errors[name], loss_errors[name] = per_tensor[worst_tensor[name]], abs(nats - whole_nats) / abs(whole_nats)
     worst = max(errors, key=errors.get)
@@ -108,19 +110,7 @@ def partition_equivalence(limits: SimpleNamespace, *, gradient_of, ragged_batch,
 def _scale_error(gradient_of, ids, labels, whole) -> float:
     """Repeating every row must leave the mean's gradient as it is; a missing division doubles it."""
     _, doubled = gradient_of([(ids, labels), (ids, labels)])
-    return max(_partition_errors(doubled, whole).values())
-
-
-def _partition_errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """`gradient_errors`, but a tensor is held against no less than CANCELLED_FRAC of the norm of all.
-
-    Sums over all tokens that nearly cancel keep the rounding of their terms: the gradients of differential attention's λ, a millionth of
-    the whole, differ by up to 2.9e-4 of themselves, which is 3.4e-10 of the whole, as the order of the rows does.
-    """
-    norms = {n: float(g.double().norm()) for n, g in wanted.items()}
-    whole = math.hypot(*norms.values())
-    scale = {n: max(norm, ROUNDING_FRAC * whole) / max(norm, CANCELLED_FRAC * whole) if whole else 1.0 for n, norm in norms.items()}
-    return {n: error * scale[n] for n, error in gradient_errors(got, wanted).items()}
+    return max(gradient_errors(doubled, whole, CANCELLED_FRAC).values())
 
 
 @decides("loss.own-batch")

@@ -14,6 +14,8 @@ class BatchSeen:
     """One batch on its way into the model, before it is used. `max_length` and `embedding_rows` are 0 where unknown.
 
     `n_stops` counts stop tokens that follow a learned token and are no padding, `n_stops_learned` those of them that have a label.
+    `n_left_padded` counts rows that begin with padding which no mask tells. Of `n_places` position ids that have a token before them,
+    `n_places_up` are one more than the one before.
     """
 
     step: int
@@ -28,6 +30,9 @@ class BatchSeen:
     n_stops: int = 0
     n_stops_learned: int = 0
     n_padding_labels: int = 0
+    n_left_padded: int = 0
+    n_places: int = 0
+    n_places_up: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ class GradientsSeen:
 
     `stale_norm` is what lay there before the first backward pass, `lost` counts passes after which gradients changed before the next,
     `factor_spread` is how much the factor between the last pass and the update differs among tensors, relative to the largest.
+    `usual` is the largest number of passes an update has had before, 0 where there was none yet. Shown before every update, and once
+    when passes have become many more than usual without one.
     """
 
     step: int
@@ -66,17 +73,22 @@ class GradientsSeen:
     stale_norm: float
     lost: int
     factor_spread: float
+    usual: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Which tensors one update moved. `longest_still` is the longest run of updates in which a tensor with gradient has not moved."""
+    """Which tensors one update moved. `longest_still` is the longest run of updates in which a tensor with gradient has not moved.
+
+    `uphill` is the cosine of movement and gradient at an optimizer's very first update, 0 at all others.
+    """
 
     step: int
     frozen_moved: tuple[str, ...]
     longest_still: int
     stillest: str
     moved_frac: float
+    uphill: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +155,14 @@ class LearnableBatch(Stateless):
                 (event.n_labels > 0 and event.n_valid < self.limits.valid_min, "no label is left to learn from"),
                 (event.n_stops > 0 and event.n_stops_learned == 0, f"{event.n_stops} stop token(s) end learned text, none has a label"),
                 (event.n_padding_labels > self.limits.padding_labels_max, f"{event.n_padding_labels} label(s) stand on padding"),
+                (
+                    event.n_left_padded > self.limits.left_padded_max,
+                    f"{event.n_left_padded} row(s) begin with padding that the attention_mask takes for text",
+                ),
+                (
+                    event.n_places_up < self.limits.places_up_frac_min * event.n_places,
+                    f"only {event.n_places_up} of {event.n_places} position_ids are one more than the one before",
+                ),
             )
             if bad
         ]
@@ -156,6 +176,8 @@ class LearnableBatch(Stateless):
             n_stops=event.n_stops,
             n_stops_learned=event.n_stops_learned,
             n_padding_labels=event.n_padding_labels,
+            n_left_padded=event.n_left_padded,
+            places_up_frac=event.n_places_up / event.n_places if event.n_places else 1.0,
         )
 
 
@@ -252,6 +274,10 @@ class GradientKept(Stateless):
                     not event.factor_spread <= self.limits.factor_spread_max,
                     f"some tensors' gradients were changed before the update, by factors {event.factor_spread:.3g} apart",
                 ),
+                (
+                    event.micro_steps > self.limits.passes_factor_max * (event.usual or self.limits.first_passes_max),
+                    f"{event.micro_steps} backward passes and no update, which came after {event.usual or 'none'} before",
+                ),
             )
             if bad
         ]
@@ -280,15 +306,19 @@ class Moves(Stateless):
                 compared=event.compared,
             )
         still = event.longest_still > self.limits.still_updates_max
+        uphill = not event.uphill <= self.limits.uphill_cosine_max
         text = f"{', '.join(event.frozen_moved[:4])} is frozen and moved" if event.frozen_moved else ""
         if still:
             text = f"{event.stillest} has a gradient and has not moved in {event.longest_still} updates"
+        if uphill:
+            text = f"the first update goes along its gradient, not against it (cosine {event.uphill:.3g}): the loss is made larger"
         return decide(
-            not still and len(event.frozen_moved) <= self.limits.frozen_moved_max,
+            not still and not uphill and len(event.frozen_moved) <= self.limits.frozen_moved_max,
             f"step {event.step}: {text}",
             frozen_moved=len(event.frozen_moved),
             longest_still=event.longest_still,
             moved_frac=event.moved_frac,
+            uphill_cosine=event.uphill,
         )
 
 

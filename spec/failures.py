@@ -49,6 +49,7 @@ class Failure(Frozen):
     name: str
     subsystem: str
     mechanism: str = Field(min_length=20)
+    symptom: str = Field(min_length=5, description="what a person sees, if anything")
     latency: Latency
     steps: int | None = Field(None, ge=1)
     severity: int = Field(ge=1, le=5, description="5 run worthless or false claim; 4 materially wrong; 3 degraded; 2 cost; 1 cosmetic")

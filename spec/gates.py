@@ -84,7 +84,8 @@ class Gate(Frozen):
 
     A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by dotted key. In all others it is
     absent: neither a pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under which the museum
-    proves it, where its own run would not show it, and says which one of a list.
+    proves it, where its own run would not show it, and says which one of a list. `hint` is where a person looks first when it is red.
+    Beside one of the gates in `yields_to` it is told as a consequence.
     """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
@@ -102,6 +103,8 @@ class Gate(Frozen):
     museum: dict[str, bool | int | float | str] = {}
     limits: dict[str, Limit] = {}
     rates: Rates | None = None
+    hint: str = ""
+    yields_to: tuple[str, ...] = ()
 
     @property
     def subsystem(self) -> str:
@@ -192,6 +195,8 @@ def _load_spec(root: Path) -> Spec:
             if gate.id in gates:
                 raise IntegrityError(f"gate id {gate.id} is used twice", next_step="ids are never reused; choose another")
             gates[gate.id] = gate
+    if strange := [(g.id, other) for g in gates.values() for other in g.yields_to if other not in gates or other == g.id]:
+        raise IntegrityError(f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate")
     try:
         return Spec(**head, gates=gates, certain=_certain(directory / "chance.toml"), root=root)
     except ValidationError as e:

@@ -51,6 +51,12 @@ def _times(large: float, small: float) -> float:
     return math.inf if small == 0 else large / small
 
 
+def _ahead(better: float, worse: float, limit: float) -> float:
+    """How many times one number is above another; of shares that must be large, how many times less it misses of the whole."""
+    share = 0.5 <= limit < 1 and 0 <= worse <= better <= 1
+    return _times(1 - worse, 1 - better) if share else _times(better, worse)
+
+
 def margins(spec: Spec, kills: Iterable[Kill]) -> list[Margin]:
     """A line for every limit that a check reports a number for, both on the clean stack and on a plant that it caught."""
     killed = [k for k in kills if k.outcome == "killed" and k.control == "pass" and k.gate in spec.gates]
@@ -71,6 +77,6 @@ def _margin(gate: Gate, name: str, limit: Limit, kills: list[Kill]) -> Margin | 
     if not limit.allows(worst):  # it counts only together with another one
         return None
     weakest = (max if low else min)(caught, key=caught.__getitem__)
-    room = _times(worst, limit.value) if low else _times(limit.value, worst)
-    reach = _times(limit.value, caught[weakest]) if low else _times(caught[weakest], limit.value)
+    room = _ahead(worst, limit.value, limit.value) if low else _times(limit.value, worst)
+    reach = _ahead(limit.value, caught[weakest], limit.value) if low else _times(caught[weakest], limit.value)
     return Margin(gate.id, name, limit.value, limit.unit, limit.direction, worst, room, len(caught), weakest, caught[weakest], reach)

@@ -25,8 +25,8 @@ from tools.site_pages.data import data_index  # noqa: E402
 from tools.site_pages.gates import coverage_page, gate_page, gates_index  # noqa: E402
 from tools.site_pages.markup import Page  # noqa: E402
 from tools.site_pages.models import model_page, models_index  # noqa: E402
-from tools.site_pages.museum import museum_page  # noqa: E402
-from tools.site_pages.proof import failures_page, margins_page, matrix_page  # noqa: E402
+from tools.site_pages.museum import museum_page, room_pages  # noqa: E402
+from tools.site_pages.proof import failures_page, margins_page, matrix_page, symptoms_page  # noqa: E402
 from tools.site_pages.runs import run_page, runs_index  # noqa: E402
 from tools.site_pages.world import World, load_world  # noqa: E402
 
@@ -42,6 +42,8 @@ def generated_pages(world: World) -> list[Page]:
         *(gate_page(world, gate) for gate in world.spec.gates.values()),
         coverage_page(world),
         museum_page(world),
+        *room_pages(world),
+        symptoms_page(world),
         matrix_page(world),
         margins_page(world),
         failures_page(world),

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from contracts.callbacks.reading import IGNORE, trailing_padding
+from contracts.rows import RowsSeen
 from contracts.witness import BatchSeen
+
+LEFT_PADS = 4  # where padding is the end of text, a row of packed documents may begin with one or two
+SHORT = 16  # tokens; shorter rows may well be alike
 
 
 def describe(
@@ -34,10 +38,11 @@ def describe(
     ends = torch.zeros_like(text[:, 1:])
     if eos_id is not None and (mask_BT is not None or pad_id != eos_id):
         ends = (ids_BT == eos_id)[:, 1:] & text[:, 1:] & ~padding[:, 1:] & valid[:, :-1]
-    masks = (valid, valid[:, 1:], same, ends, ends & valid[:, 1:], valid & padding)
+    follows, up = _places_up(places, text)
+    masks = (valid, valid[:, 1:], same, ends, ends & valid[:, 1:], valid & padding, _left_padded(ids_BT, mask_BT, pad_id), follows, up)
     longest = places.max() + 1 if places is not None and places.numel() else torch.tensor(ids_BT.shape[1], device=ids_BT.device)
     told = torch.stack([ids_BT.min(), ids_BT.max(), longest, *(m.sum() for m in masks)]).tolist()
-    low, high, longest, n_valid, n_valid_next, n_same, n_ends, n_ends_learned, n_padded = map(int, told)
+    low, high, longest, n_valid, n_valid_next, n_same, n_ends, n_ends_learned, n_padded, n_left, n_places, n_up = map(int, told)
     own = 2 * n_same > n_valid  # labels stand with their own token, and are not those of another task
     return BatchSeen(
         step=step,
@@ -52,4 +57,37 @@ def describe(
         n_stops=n_ends if own else 0,
         n_stops_learned=n_ends_learned if own else 0,
         n_padding_labels=n_padded if own else 0,
+        n_left_padded=n_left,
+        n_places=n_places,
+        n_places_up=n_up,
     )
+
+
+def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> Tensor:
+    """(B,) bool: rows that begin with padding, and go on, where no mask says so."""
+    if pad_id is None or ids_BT.shape[1] <= LEFT_PADS:
+        return torch.zeros_like(ids_BT[:, 0], dtype=torch.bool)
+    is_pad = ids_BT == pad_id
+    taken_for_text = is_pad if mask_BT is None else is_pad & (mask_BT > 0)
+    return taken_for_text[:, :LEFT_PADS].all(1) & ~is_pad.all(1)
+
+
+def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens that have a token before them, those of them whose position is one more); none where positions are of another shape."""
+    if places is None or places.ndim != 2 or places.shape[1] != text_BT.shape[1] or places.shape[0] not in (1, text_BT.shape[0]):
+        return torch.zeros_like(text_BT[:, 1:]), torch.zeros_like(text_BT[:, 1:])
+    follows = text_BT[:, 1:] & text_BT[:, :-1]
+    return follows, follows & (places[:, 1:] - places[:, :-1] == 1)
+
+
+def rows_seen(ids_BT: Tensor, mask_BT: Tensor | None, *, step: int, phase: str) -> RowsSeen:
+    """The rows of a batch by the sum of id times a number that depends on the token's place in its text, in wrapping 64-bit integers.
+
+    Padding counts nothing on either side; equal sums of unequal rows are as rare as 1 in 2^64.
+    """
+    text_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
+    rank_BT = text_BT.long().cumsum(1)
+    keys_BT = (rank_BT * 0x1E3779B97F4A7C15 ^ rank_BT << 29) * 0x3F58476D1CE4E5B9
+    sums_B = ((ids_BT.long() + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1)
+    told = torch.stack([sums_B, rank_BT[:, -1]]).tolist()
+    return RowsSeen(step, phase, tuple(row for row, length in zip(*told) if length >= SHORT))

@@ -17,7 +17,7 @@ from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
 PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
-LOSS_GATES = ("loss.next-token", "loss.token-weights", "model.first-loss", "data.learnable-batch")
+LOSS_GATES = ("loss.next-token", "loss.token-weights", "model.first-loss", "data.learnable-batch", "runtime.trend", "runtime.loss-spike")
 
 
 class GateCallback(TrainerCallback):
@@ -183,6 +183,7 @@ class GateCallback(TrainerCallback):
             ticks_per_update=scaler is None,
             loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
             absolute=args.world_size <= 1,
+            warmup_steps=args.get_warmup_steps(trainer.state.max_steps) if trainer else 0,
         )
 
 

@@ -1,12 +1,13 @@
-"""Which tensors an update moved, to the bit."""
+"""Which tensors an update moved, to the bit, and whether its first step went downhill."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contracts.callbacks.digest import checksums
 from contracts.witness import LeftAlone, Moved
 
 VISIBLE_RATE = 1e-7
+SLOPE_ENTRIES = 4_000_000  # of weights, copied once
 
 
 class Movement:
@@ -17,6 +18,7 @@ class Movement:
         self._frozen_at_first = [not p.requires_grad for p in self._parameters]
         self._first = self._sums = checksums(self._parameters)
         self._still = [0] * len(self._parameters)
+        self._before: list[tuple[Tensor, Tensor, float, float]] | None = None
 
     def settle(self) -> None:
         """Take the weights as they are, as when a checkpoint was loaded into them."""
@@ -26,6 +28,34 @@ class Movement:
         """What has changed since the last update was judged."""
         changed = (checksums(self._parameters) != self._sums).tolist()
         return LeftAlone(step, tuple(n for n, c in zip(self._names, changed) if c), len(changed))
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep some weights as they are, if this optimizer has yet to take its first step. Whole tensors, up to SLOPE_ENTRIES."""
+        if self._before is not None:
+            return
+        self._before, left = [], SLOPE_ENTRIES
+        for group in optimizer.param_groups if not optimizer.state else ():
+            for p in group["params"]:
+                if p.grad is not None and not p.grad.is_sparse and group["lr"] >= VISIBLE_RATE and p.numel() <= left:
+                    left -= p.numel()
+                    self._before.append((p, p.detach().clone(), float(group["lr"]), float(group.get("weight_decay") or 0.0)))
+
+    def _uphill(self) -> float:
+        """Cosine of movement and gradient in the first update, 0 where it is not known. Decay, in the gradient or beside it, is taken out.
+
+        Without moments every rule in use steps against the gradient: plain, scaled by entry, by its sign, or orthogonalised.
+        """
+        kept, self._before = self._before or [], []
+        along, along_coupled, moved, slope = 0.0, 0.0, 0.0, 0.0
+        for p, before, rate, decay in kept:
+            if p.grad is None:
+                return 0.0
+            step, gradient = p.detach().double() - before.double(), p.grad.detach().double()
+            along += float(((step + rate * decay * before) * gradient).sum())
+            along_coupled += float((step * (gradient + decay * before)).sum())
+            moved, slope = moved + float(step.square().sum()), slope + float(gradient.square().sum())
+        scale = (moved * slope) ** 0.5
+        return max(-1.0, min(along, along_coupled) / scale) if scale > 0 else 0.0
 
     def judge(self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]) -> Moved:
         """What the update that ended `step` moved; `rates` are those it used, by group of the optimizer."""
@@ -45,4 +75,5 @@ class Movement:
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
             moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
+            uphill=self._uphill(),
         )

@@ -17,10 +17,11 @@ from contracts.callbacks import batch, probe
 from contracts.callbacks.movement import Movement
 from contracts.callbacks.reading import IGNORE, Reading, Unread, read, resolve, silent_places
 from contracts.callbacks.session import Session, timed
-from contracts.events import StepTaken
+from contracts.events import Started, StepTaken
 from contracts.witness import GradientsSeen, LossRead, ModeSeen, RatesUsed
 
 BETWEEN_EVERY = 16  # updates; after an evaluation it is asked as well
+WAITING = 32  # backward passes without an update, from where on it is asked at each power of two whether one will come
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Facts:
     """What only the trainer can say. `max_grad_norm` is None where unknown and infinity where nothing is clipped.
 
     `ticks_per_update`: the schedule ticks once an update; otherwise it may tick more rarely. `loss_scale()` is what a loss scaler
-    multiplies with. `absolute`: the weight of a token can be told, as in one process.
+    multiplies with. `absolute`: the weight of a token can be told, as in one process. `warmup_steps` are those of the learning rate.
     """
 
     pad_id: int | None = None
@@ -39,6 +40,7 @@ class Facts:
     ticks_per_update: bool = False
     loss_scale: Callable[[], float] = lambda: 1.0
     absolute: bool = True
+    warmup_steps: int = 12
 
 
 @dataclass
@@ -93,6 +95,8 @@ class Watch:
             session.forget("optim.clip-norm", "gradients are held in half precision, whose norm is rounded by more than the limit")
         if scheduler is None:
             session.forget("schedule.declared-rate", "no schedule was told")
+        self._most_passes = 0
+        session.observe(Started(step, {"warmup_steps": self.facts.warmup_steps, "random_loss_nats": math.inf}))
         self._handles = self._attach(update_hooks)
 
     def _attach(self, update_hooks: bool) -> list:
@@ -139,17 +143,24 @@ class Watch:
             self._evaluated = True
             wrong = tuple(n for n, m in self.model.named_modules() if m.training)
             self.session.observe(ModeSeen(self.step, phase, wrong))
+            if not module.training and named.get("past_key_values") is None:
+                self._see_rows(ids, named.get(probe.MASK), phase)
             return
         if not torch.is_grad_enabled():
             return
         places = named.get("position_ids")
         facts = {"pad_id": self.facts.pad_id, "eos_id": self.facts.eos_id, "step": self.step + 1}
         facts |= {"max_length": self.max_length, "embedding_rows": self.embedding_rows}
-        self.session.observe(
-            batch.describe(ids, *self._mask_and_labels(ids, named), places if isinstance(places, Tensor) else None, **facts)
-        )
+        mask, labels = self._mask_and_labels(ids, named)
+        self.session.observe(batch.describe(ids, mask, labels, places if isinstance(places, Tensor) else None, **facts))
+        self._see_rows(ids, mask, phase)
         idle = self.drops and not module.training
         self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
+
+    def _see_rows(self, ids: Tensor, mask: Any, phase: str) -> None:
+        if ids.shape[1] >= batch.SHORT and "data.fresh-rows" in self.session.keeper.seats:
+            fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+            self.session.observe(batch.rows_seen(ids, mask if fits else None, step=self.step, phase=phase))
 
     def _mask_and_labels(self, ids: Tensor, named: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Mask and labels of a batch: those the model is given, else those of the batch the trainer drew."""
@@ -249,6 +260,8 @@ class Watch:
         elif self._norms_after is not None:
             now.lost = now.lost + (norms.nan_to_num() != self._norms_after.nan_to_num()).any()
         now.passes += 1
+        if now.passes > WAITING and now.passes & (now.passes - 1) == 0:
+            self.session.observe(GradientsSeen(self.step + 1, now.passes, 0.0, 0, 0.0, self._most_passes))
 
     @staticmethod
     def _when_done(call: Callable[[], None]) -> None:
@@ -281,6 +294,7 @@ class Watch:
         if not now.judged:
             self._rates = tuple(float(g["lr"]) for g in self.optimizer.param_groups)
             self._tick = getattr(self.scheduler, "last_epoch", 0)
+            self._movement.prepare(self.optimizer)
         if not now.passes or now.judged:
             return
         now.judged = True
@@ -300,7 +314,8 @@ class Watch:
             return
         self._observe_loss(step)
         spread = self._factor_spread(after, used)
-        self.session.observe(GradientsSeen(step, now.passes, float(stale.norm()), int(lost), spread))
+        self.session.observe(GradientsSeen(step, now.passes, float(stale.norm()), int(lost), spread, self._most_passes))
+        self._most_passes = max(self._most_passes, now.passes)
 
     def _step_taken(self, step: int, loss: float, norm: float, clipped: float) -> StepTaken:
         n = sum(r.n_expected for r in self._now.readings)

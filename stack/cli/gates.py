@@ -110,6 +110,8 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
         stdout.print(f"measured by {rates.measured_by}", markup=False)
     elif gate_id in spec.certain:
         stdout.print(f"no rates: {spec.certain[gate_id]}", markup=False)
+    if gate.hint:
+        stdout.print(f"when it is red: {gate.hint}", markup=False)
     stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
     stdout.print(f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False)
 

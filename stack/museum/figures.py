@@ -54,6 +54,29 @@ def gradients_in_any_order():
 
 
 @plant(
+    "runtime.update-undone",
+    gate="runtime.learned",
+    title="Updates are made on a copy",
+    story="The optimizer holds the weights in full precision and a copy computes, and nobody copies back. Norms, rates and moments look as "
+    "ever, the weights that are stepped do move, the log is written every ten steps. After a night the loss is where it was.",
+    sources=("https://github.com/pytorch/ao/issues/1124",),
+)
+def update_undone():
+    original = steps.train_step
+
+    def undone(state, batches, **kwargs):
+        weights = [p.detach().clone() for p in state.model.parameters()]
+        report = original(state, batches, **kwargs)
+        with torch.no_grad():
+            for p, before in zip(state.model.parameters(), weights):
+                p.copy_(before)
+        return report
+
+    with swap(steps, "train_step", undone):
+        yield
+
+
+@plant(
     "runtime.time-without-backward",
     gate="runtime.clock",
     title="The clock stops before the work is done",

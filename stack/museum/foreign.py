@@ -134,6 +134,79 @@ def padding_labelled():
 
 
 @plant(
+    "data.foreign-left-padding-unmasked",
+    gate="data.learnable-batch",
+    title="Left padding that the mask takes for text",
+    story="Padding is looked for at the end of a row, and this tokenizer pads at the beginning. The mask comes out all ones: every token "
+    "sees the padding and stands too far right. No label is on padding, so the loss looks normal.",
+    sources=("https://github.com/NVIDIA-NeMo/Automodel/pull/3704", "https://github.com/huggingface/transformers/issues/33095"),
+)
+def left_padding_unmasked():
+    original = script.collate
+
+    def left(rows):
+        batch = original(rows)
+        turned = {name: torch.stack([r.roll(int((m == 0).sum())) for r, m in zip(batch[name], batch["attention_mask"])]) for name in batch}
+        return turned | {"attention_mask": torch.ones_like(batch["attention_mask"]), "position_ids": batch["position_ids"]}
+
+    with swap(script, "collate", left):
+        yield
+
+
+@plant(
+    "data.foreign-places-all-zero",
+    gate="data.learnable-batch",
+    title="Every token stands at position 0",
+    story="The collator makes the position ids from a mask that is not there yet, and each comes out as 0. The model has become a bag "
+    "of words: it still learns which words are frequent and near, and the loss falls to where such a model ends.",
+    sources=("https://github.com/huggingface/transformers/issues/33095",),
+)
+def places_all_zero():
+    original = script.collate
+
+    def unplaced(rows):
+        batch = original(rows)
+        return batch | {"position_ids": torch.zeros_like(batch["position_ids"])}
+
+    with swap(script, "collate", unplaced):
+        yield
+
+
+@plant(
+    "data.foreign-order-repeats",
+    gate="data.fresh-rows",
+    title="Every epoch has the order of the first",
+    story="The sampler is seeded once and never told the epoch. Each epoch brings the same rows in the same order, so that the same rows "
+    "always share a batch and the last ones seen are always the same. The curve looks as ever; it generalises a little worse.",
+    sources=("https://github.com/pytorch/pytorch/issues/31771",),
+)
+def order_repeats():
+    original = script.order_of
+
+    def of_the_first(epoch):
+        return original(0)
+
+    with swap(script, "order_of", of_the_first):
+        yield
+
+
+@plant(
+    "data.foreign-held-out-trained",
+    gate="data.fresh-rows",
+    title="Held-out rows are in the training split as well",
+    story="The split is taken after rows were repeated to balance the sources, or from a list that was sorted in the meantime. The "
+    "held-out loss goes down with the training loss, and the better the model knows the rows by heart, the better it looks.",
+    sources=("https://github.com/openai/parameter-golf/issues/2127", "https://github.com/marin-community/marin/pull/2700"),
+)
+def held_out_trained():
+    def drawn_before():
+        return script.texts(script.ROWS, seed=4)[:9]
+
+    with swap(script, "held_out", drawn_before):
+        yield
+
+
+@plant(
     "model.foreign-mask-missing",
     gate="model.future-blind",
     title="Attention has lost its causal mask",

@@ -109,6 +109,46 @@ def branch_detached():
 
 
 @plant(
+    "optim.foreign-uphill",
+    gate="optim.moves",
+    title="The optimizer climbs",
+    story="An optimizer written after a paper adds the step where its paper subtracts it, or is asked to maximise. With a small rate the "
+    "loss stands near that of guessing for hundreds of steps before anyone calls it a divergence.",
+    sources=("https://github.com/torch/optim/pull/52",),
+)
+def uphill():
+    original = script.make_optimizer
+
+    def climbing(model):
+        optimizer = original(model)
+        for group in optimizer.param_groups:
+            group["maximize"] = True
+        return optimizer
+
+    with swap(script, "make_optimizer", climbing):
+        yield
+
+
+@plant(
+    "optim.foreign-never-steps",
+    gate="optim.gradient-kept",
+    title="After the first update there is no other",
+    story="The step stands behind the condition that gradients are complete, and the counter behind that condition is off by one. Losses "
+    "are logged for every batch, gradients add up for ever, and the weights are those of the first update.",
+    sources=("https://github.com/huggingface/diffusers/issues/10553",),
+)
+def never_steps():
+    original = script.update
+
+    def once(optimizer):
+        if not optimizer.state:
+            original(optimizer)
+
+    with swap(script, "update", once), swap(script, "STEPS", 40), swap(script, "after_update", lambda model: None):
+        yield
+
+
+@plant(
     "optim.foreign-evaluation-writes",
     gate="optim.moves",
     title="An evaluation changes the weights",
@@ -171,7 +211,7 @@ def rate_zero():
 def dropout_on():
     def loud(model, batch):
         with torch.no_grad():
-            return float(model(batch["input_ids"], batch["attention_mask"]).sum())
+            return float(model(**script.inputs_of(batch)).sum())
 
     with swap(script, "evaluate", loud):
         yield
@@ -189,7 +229,7 @@ def stays_in_evaluation():
     def left_in_eval(model, batch):
         model.eval()
         with torch.no_grad():
-            return float(model(batch["input_ids"], batch["attention_mask"]).sum())
+            return float(model(**script.inputs_of(batch)).sum())
 
     with swap(script, "evaluate", left_in_eval):
         yield

@@ -44,9 +44,10 @@ def matrix(gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row
     """A row for every plant of the chosen gates: `{"plant", "gate", "red": {gate: {"seconds", "step"}}, "raised", "asked", "seconds"}`.
 
     A preflight gate's seconds are those of its check, a runtime gate's those of the run until it turned red. Every plant meets all gates
-    that apply to the configuration its own gate is proven under; a gate that is red there without the plant is left out.
+    that apply to the configuration its own gate is proven under; a gate that is red there without the plant is left out. Plants of
+    foreign trainers do not touch the stack and have no row.
     """
-    gates, museum, rows = selection(gate_ids), load_museum(), []
+    gates, museum, rows = [g for g in selection(gate_ids) if g.kinds != ("foreign",)], load_museum(), []
     with workshop() as root:
         prover, controls = Prover(root), {}
         for gate in gates:

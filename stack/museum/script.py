@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from contracts.callbacks.plain import gated
 from contracts.gate import Verdict
 
-VOCAB, WIDTH, PAD, EOS, STEPS, MICRO = 48, 16, 0, 1, 5, 2
+VOCAB, WIDTH, PAD, EOS, STEPS, MICRO, ROWS = 48, 16, 0, 1, 8, 2, 12
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Small(nn.Module):
@@ -38,8 +39,9 @@ class Small(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x_BTD = self.drop(self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1])))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        places = torch.arange(input_ids.shape[1]) if position_ids is None else position_ids
+        x_BTD = self.drop(self.embed(input_ids) + self.place(places))
         q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, -1)
         seen = visible(input_ids, attention_mask)
         return logits(self.head, x_BTD + self.out(mixed(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))))
@@ -59,19 +61,40 @@ def logits(head: nn.Module, x_BTD: Tensor) -> Tensor:
     return head(x_BTD)
 
 
-def texts() -> Iterator[list[list[int]]]:
-    """Rows of ids without end, three at a time, each ended by EOS."""
-    draw = torch.Generator().manual_seed(4)
+def texts(n: int, seed: int) -> list[list[int]]:
+    """`n` rows of ids, each ended by EOS."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(16, 23, (n,), generator=draw).tolist()
+    return [[*torch.randint(2, VOCAB, (n,), generator=draw).tolist(), EOS] for n in lengths]
+
+
+def held_out() -> list[list[int]]:
+    return texts(9, seed=5)
+
+
+def order_of(epoch: int) -> list[int]:
+    return torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch)).tolist()
+
+
+def batches() -> Iterator[dict[str, Tensor]]:
+    """Three rows at a time, epoch after epoch without end."""
+    rows, epoch = texts(ROWS, seed=4), 0
     while True:
-        lengths = torch.randint(4, 14, (3,), generator=draw).tolist()
-        yield [[*torch.randint(2, VOCAB, (n,), generator=draw).tolist(), EOS] for n in lengths]
+        order, epoch = order_of(epoch), epoch + 1
+        for first in range(0, ROWS, 3):
+            yield collate([rows[i] for i in order[first : first + 3]])
 
 
 def collate(rows: list[list[int]]) -> dict[str, Tensor]:
     longest = max(map(len, rows))
     padded = [(r + [PAD] * (longest - len(r)), [1] * len(r) + [0] * (longest - len(r))) for r in rows]
     ids, mask = (torch.tensor(part) for part in zip(*padded))
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    places = torch.arange(longest).expand(len(rows), -1)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in INPUTS if name in batch}
 
 
 def tokens_in(batches: list[dict[str, Tensor]]) -> int:
@@ -100,6 +123,10 @@ def before_update(model: nn.Module) -> None:
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
+def update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+
+
 def after_update(model: nn.Module) -> None:
     model.zero_grad()
 
@@ -107,7 +134,7 @@ def after_update(model: nn.Module) -> None:
 def evaluate(model: nn.Module, batch: dict[str, Tensor]) -> float:
     model.eval()
     with torch.no_grad():
-        loss = loss_of(model(batch["input_ids"], batch["attention_mask"]), batch, tokens_in([batch]))
+        loss = loss_of(model(**inputs_of(batch)), batch, tokens_in([batch]))
     model.train()
     return float(loss)
 
@@ -145,18 +172,18 @@ def ask(gate_id: str) -> tuple[Verdict, int | None]:
 
 
 def _train(gate: Any, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    rows = texts()
+    drawn, scored = batches(), collate(held_out())
     for _ in range(STEPS):
-        batches = [collate(next(rows)) for _ in range(MICRO)]
-        for batch in batches:
+        micro_batches = [next(drawn) for _ in range(MICRO)]
+        for batch in micro_batches:
             gate.batch(batch)
-            loss_of(model(batch["input_ids"], batch["attention_mask"]), batch, tokens_in(batches)).backward()
+            loss_of(model(**inputs_of(batch)), batch, tokens_in(micro_batches)).backward()
             micro_step_done(scheduler)
         before_update(model)
-        optimizer.step()
+        update(optimizer)
         scheduler.step()
         after_update(model)
-        evaluate(model, batches[0])
+        evaluate(model, scored)
     state, kept = gate.state_dict(), saved(model, optimizer)
     other = Small()
     loaded(kept, other, make_optimizer(other))

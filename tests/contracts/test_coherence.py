@@ -105,13 +105,14 @@ def test_loops_sees_the_end_of_a_sample(spec):
     assert check.observe(Started(step=0, plan={"warmup_steps": 5})) is None
     half = SENTENCES["nine words"] + " and so on" * 12
     assert check.observe(sampled(4, half)).passed and check.observe(sampled(5, half)).passed, "the warm-up does not count"
-    assert check.observe(sampled(6, half)).passed, "one is none"
-    assert not check.observe(sampled(7, half)).passed
-    assert not check.observe(sampled(8, "abcdefgh" * 40)).passed, "without a blank zlib sees it"
-    assert check.observe(sampled(9, SENTENCES["a paragraph"])).passed and check.observe(sampled(10, "no no no")).passed
+    assert check.observe(sampled(6, half)).passed and check.observe(sampled(7, half)).passed, "two are none"
+    assert not check.observe(sampled(8, half)).passed
+    assert not check.observe(sampled(9, "abcdefgh" * 40)).passed, "without a blank zlib sees it"
+    assert check.observe(sampled(10, SENTENCES["a paragraph"])).passed
+    assert check.observe(sampled(11, "no no no")).passed and check.observe(sampled(12, "no no no")).passed
     resumed = Loops(limits_of(spec.gates["sampling.loops"]))
     resumed.load_state_dict(json.loads(json.dumps(check.state_dict())))
-    assert resumed.observe(sampled(11, "no no no")).outcome == "fail", "over a resume"
+    assert resumed.observe(sampled(13, "no no no")).outcome == "fail", "over a resume"
 
 
 def test_ruling_lines_are_no_loop(spec):

@@ -1,9 +1,11 @@
 """What a run says about itself, against hand-made clocks, counts and checksums; two-sided."""
 
+import json
+
 import pytest
 
-from contracts.events import Evaluated, Recomputed, Started
-from contracts.figures import Clock, RecomputedStep, flops
+from contracts.events import Evaluated, Finished, Recomputed, Started
+from contracts.figures import Clock, Learned, RecomputedStep, flops
 from contracts.gate import limits_of
 from tests.contracts.test_cadence import drawn
 from tests.contracts.test_optim import step_taken
@@ -15,6 +17,30 @@ def test_a_gradient_that_differs_is_named(spec):
     red = check.observe(Recomputed(step=5, n_compared=9, differing=("embed.weight",)))
     assert red.outcome == "fail" and "embed.weight" in red.message and red.measured["differing"] == 1
     assert check.observe(Recomputed(step=5, n_compared=0, differing=())).outcome == "fail", "nothing compared is nothing shown"
+
+
+def ended(spec, losses, *, begins=0, check=None):
+    check = check or Learned(limits_of(spec.gates["runtime.learned"]))
+    assert check.observe(Started(begins, {})) is None
+    for step, loss in enumerate(losses, begins + 1):
+        assert check.observe(step_taken(step=step, loss_nats=loss)) is None
+    return check, check.observe(Finished(step=begins + len(losses), status="completed"))
+
+
+@pytest.mark.parametrize(("fall", "outcome"), [(0.06, "pass"), (0.04, "fail"), (-1.0, "fail"), (float("nan"), "fail")])
+def test_a_run_that_ends_where_it_began_has_not_learned(spec, fall, outcome):
+    losses = [5.0] * 8 + [4.0] * 16 + [5.0 - fall] * 8
+    _, verdict = ended(spec, losses)
+    assert verdict.outcome == outcome and (fall != fall or verdict.measured["fall_nats"] == pytest.approx(fall))
+    before, _ = ended(spec, losses[:20])
+    resumed = Learned(limits_of(spec.gates["runtime.learned"]))
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert ended(spec, losses[20:], begins=20, check=resumed)[1] == verdict or fall != fall, "the same over a resume"
+
+
+def test_what_has_no_beginning_is_not_judged(spec):
+    assert ended(spec, [5.0] * 23)[1].outcome == "not_run" and ended(spec, [5.0] * 24)[1].outcome == "fail"
+    assert ended(spec, [5.0] * 40, begins=10)[1].outcome == "not_run"
 
 
 def ticking(spec, said, *, n_steps=20, step_s=0.1, draw_s=0.01, before_s=0.002, hold_up=()):

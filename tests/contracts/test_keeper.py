@@ -1,7 +1,10 @@
 """The Gatekeeper: a check that breaks is no verdict, and hides none."""
 
+import math
+
 import pytest
 
+from contracts.events import StepTaken
 from contracts.keeper import Gatekeeper
 from spec.errors import GateFailed
 
@@ -27,3 +30,21 @@ def test_a_check_that_breaks_alone_is_an_error_and_the_others_were_asked(spec, i
     with pytest.raises(RuntimeError, match="out of order"):
         keeper.preflight(ingredients | {"cross_entropy_sum": broken})
     assert {r.id: r.verdict for r in keeper.results()} == {"loss.golden": "not_run", "optim.clip-spike": "pass"}
+
+
+def test_a_consequence_comes_after_its_cause(spec):
+    keeper = Gatekeeper(spec, kind="foreign", only=("optim.clip-norm", "runtime.finite"))
+    taken = StepTaken(3, math.nan, math.nan, math.nan, 1.0, 1e-3, 8, 8, 0, 0.0, 0.0, 0.0, 0.0)
+    with pytest.raises(GateFailed) as caught:
+        keeper.observe(taken)
+    assert [s.gate.id for s in keeper.seats.values()] == ["optim.clip-norm", "runtime.finite"], "the order of the spec is the other way"
+    assert caught.value.gate_id == "runtime.finite" and "also red: optim.clip-norm" in caught.value.what
+    assert caught.value.next_step.startswith("usual causes: a rate that is too large") and "show runtime.finite" in caught.value.next_step
+    alone = Gatekeeper(spec, kind="foreign", only=("optim.clip-norm",))
+    with pytest.raises(GateFailed) as caught:
+        alone.observe(taken)
+    assert caught.value.gate_id == "optim.clip-norm"
+
+
+def test_every_gate_a_foreign_trainer_meets_says_where_to_look(spec):
+    assert [g.id for g in spec.gates.values() if "foreign" in g.kinds and len(g.hint) < 30] == []

@@ -23,6 +23,7 @@ from contracts.gate import call_check, limits_of
 from contracts.initial import _law_z
 from contracts.memorisation import Memorised, chance_of
 from contracts.moe import RouterCollapse
+from contracts.rows import FreshRows, RowsSeen
 from contracts.runtime import LossNotConstant, LossSpike, Trend
 from stack.data.order import Source
 from tests.contracts.test_optim import step_taken
@@ -91,6 +92,17 @@ def test_loops(spec):
     false = sum(not check.observe(Sampled(step=1, text=" ".join(w))).passed for w in prose)
     caught = sum(not check.observe(Sampled(step=1, text=looped(w, draw, 0.75))).passed for w in prose)
     stated(spec, "sampling.loops", false, len(prose), caught, len(prose))
+
+
+def test_fresh_rows(spec):
+    """A thousand runs of 100 epochs over eight rows, four at a time."""
+    draw, limits, false, caught = random.Random(6), limits_of(spec.gates["data.fresh-rows"]), 0, 0
+    for _ in range(1000):
+        shuffled, sorted_ = FreshRows(limits), FreshRows(limits)
+        orders = [draw.sample(range(8), 8) for _ in range(100)]
+        false += any(not shuffled.observe(RowsSeen(1, "training", tuple(o[i : i + 4]))).passed for o in orders for i in (0, 4))
+        caught += any(not sorted_.observe(RowsSeen(1, "training", tuple(orders[0][i : i + 4]))).passed for _ in orders for i in (0, 4))
+    stated(spec, "data.fresh-rows", false, 1000, caught, 1000)
 
 
 def test_memorised(spec):

@@ -43,6 +43,15 @@ def test_unknown_keys_and_subsystems_are_refused(spec):
         Gate.model_validate(good | {"id": "lost.golden"})
 
 
+def test_a_gate_yields_to_gates_that_exist(small):
+    path = small / "spec/gates/loss.toml"
+    for other in ("loss.gone", "loss.golden"):
+        path.write_text(path.read_text().replace('since = "1.0.0"', f'since = "1.0.0"\nyields_to = ["{other}"]', 1))
+        with pytest.raises(IntegrityError, match=f"yields to {other}, which is no other gate"):
+            fresh(small)
+        path.write_text(path.read_text().replace(f'\nyields_to = ["{other}"]', ""))
+
+
 @pytest.fixture
 def small(tmp_path):
     root = tmp_path / "repo"

@@ -10,7 +10,7 @@ from spec.failures import load_catalogue
 from spec.records import Kill, Record
 from tools.site_pages import proof
 from tools.site_pages.diffs import plant_diff
-from tools.site_pages.museum import museum_page
+from tools.site_pages.museum import museum_page, room_pages
 from tools.site_pages.world import load_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,8 +105,18 @@ def test_margins_and_museum_show_both_sides(bare):
     made = kill(bare, "loss.golden", "loss.padding-counted", measured={"abs_error": 0.5}, control_measured={"abs_error": 1e-7})
     world = proven(bare, made)
     assert "100×" in proof.margins_page(world).text() and "5e+04×" in proof.margins_page(world).text()
-    text = museum_page(world).text()
-    assert "measured without it" in text and "failures.md#sf-l06" in text and "What it replaces" in text
+    rooms = {page.path: page.text() for page in room_pages(world)}
+    text = rooms["museum/loss.md"]
+    assert "measured without it" in text and "../failures.md#sf-l06" in text and "What it replaces" in text
+    assert "museum/loss.md#loss-padding-counted" in museum_page(world).text() and sum(t.count("Last kill:") for t in rooms.values()) == len(
+        world.plants
+    )
+
+
+def test_every_documented_failure_has_its_symptom_with_the_gates_that_ask(bare):
+    text = proof.symptoms_page(bare).text()
+    line = next(x for x in text.splitlines() if "failures.md#sf-l06" in x)
+    assert "gates/loss." in line and text.count("failures.md#") == 102
 
 
 def test_a_matrix_made_in_parts_is_one_with_the_newest_row_of_each_plant(bare):

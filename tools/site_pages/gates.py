@@ -72,6 +72,7 @@ def gate_page(world: World, gate: Gate) -> Page:
                 ["fingerprint", code(world.spec.fingerprint(gate.id))],
             ],
         ),
+        *(["## When it is red", esc(gate.hint[0].upper() + gate.hint[1:]) + "."] if gate.hint else []),
         "## Limits",
         _limits(gate),
         *_rates(world, gate),

@@ -160,7 +160,7 @@ class Page:
         return self.link(code(gate_id), f"gates/{gate_id}.md")
 
     def plant(self, plant_id: str) -> str:
-        return self.link(code(plant_id), "museum.md", anchor(plant_id))
+        return self.link(code(plant_id), f"museum/{plant_id.split('.')[0]}.md", anchor(plant_id))
 
     def run(self, record_id: str) -> str:
         return self.link(code(record_id), f"runs/{record_id}.md")

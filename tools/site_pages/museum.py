@@ -1,4 +1,4 @@
-"""The museum: every deliberate bug with its story, what it changes, which gate killed it, how late and by which numbers."""
+"""The museum and its rooms: every deliberate bug with its story, what it changes, which gate killed it, how late and by which numbers."""
 
 from spec.records import Scalar
 from tools.site_pages.diffs import plant_diff
@@ -9,28 +9,45 @@ from tools.site_pages.world import World
 
 
 def museum_page(world: World) -> Page:
-    """Who was killed by whom and how late, then one section per plant."""
+    """Who was killed by whom and how late; the way to the rooms."""
     page = Page("museum.md", "Museum")
     page.add(
         "A plant is a deliberate bug. Each one here is put into the real stack for the length of a test, "
         f"and a gate must turn red on it and green without it. {page.link('How this works', 'gates-guide.md')}.",
         f"Who else turns red: {page.link('kill matrix', 'kill-matrix.md')}. How far limits stand: {page.link('margins', 'margins.md')}. "
-        f"What other people's runs have died of: {page.link('known failures', 'failures.md')}.",
+        f"What other people's runs have died of: {page.link('known failures', 'failures.md')}, "
+        f"{page.link('by symptom', 'symptoms.md')}.",
     )
     if histogram := latency_histogram(world):
         page.add("## How late", histogram)
-    page.add("## Plants and their gates")
     if not world.plants:
         return page.add("The museum is empty.")
+    page.add("## Rooms", bullets(f"{page.link(room, f'museum/{room}.md')}: {len(plants)} plants" for room, plants in _rooms(world).items()))
     head = ["plant", "gate", "outcome", "control", "latency", "record"]
-    page.add(table(head, [[page.plant(p.id), page.gate(p.gate), *_last(world, p, page)] for p in world.plants.values()]))
-    room = ""
+    page.add("## Plants and their gates")
+    return page.add(table(head, [[page.plant(p.id), page.gate(p.gate), *_last(world, p, page)] for p in world.plants.values()]))
+
+
+def room_pages(world: World) -> list[Page]:
+    """A page for every subsystem, with one section per plant."""
+    pages = []
+    for room, plants in _rooms(world).items():
+        page = Page(f"museum/{room}.md", f"Museum: {room}")
+        page.add(
+            f"{page.link('Museum', 'museum.md')} · {len(plants)} plants", bullets(f"{page.plant(p.id)} {esc(p.title)}" for p in plants)
+        )
+        for plant in plants:
+            page.add(*_exhibit(world, plant, page))
+        pages.append(page)
+    return pages
+
+
+def _rooms(world: World) -> dict[str, list[Exhibit]]:
+    """Plants by subsystem, which is the first word of their ids."""
+    rooms: dict[str, list[Exhibit]] = {}
     for plant in world.plants.values():
-        if plant.path != room:
-            room = plant.path
-            page.add(f"## Room: {room.rsplit('/', 1)[-1].removesuffix('.py')}")
-        page.add(*_exhibit(world, plant, page))
-    return page
+        rooms.setdefault(plant.id.split(".")[0], []).append(plant)
+    return rooms
 
 
 def _last(world: World, plant: Exhibit, page: Page) -> list[str]:
@@ -51,7 +68,7 @@ def _exhibit(world: World, plant: Exhibit, page: Page) -> list[str]:
     measured += f"<br>{esc(kill.message)}" if kill and kill.message else ""
     diff = plant_diff(world.root, plant)
     return [
-        f"### {esc(plant.title)} {{ #{anchor(plant.id)} }}",
+        f"## {esc(plant.title)} {{ #{anchor(plant.id)} }}",
         f"{code(plant.id)} must be caught by {page.gate(plant.gate)}",
         prose(plant.story),
         failures_of(world, page, plant.id),

@@ -156,6 +156,21 @@ def failures_page(world: World) -> Page:
     return page
 
 
+def symptoms_page(world: World) -> Page:
+    """What a person may see, and which documented failures look like that."""
+    page, catalogue = Page("symptoms.md", "By symptom"), load_catalogue(world.root)
+    page.add("What you may see in a run that went wrong, if you see anything, and what has looked like that before.")
+    body = [
+        [
+            esc(f.symptom),
+            page.link(esc(f.name), "failures.md", f.id.lower()),
+            "<br>".join(map(page.gate, answering_gates(world.spec, f))) or "–",
+        ]
+        for f in sorted(catalogue.failures.values(), key=lambda f: f.symptom.lower())
+    ]
+    return page.add(table(["what you see", "what it has been", "which gates ask"], body))
+
+
 def failure_state(catalogue: Catalogue, failure: Failure, kills: dict[str, Kill]) -> str:
     """killed: every plant of it, at the present fingerprint; awaiting; held by a rule or a test; else planted."""
     if catalogue.awaits(failure):
@@ -173,6 +188,7 @@ def _failure(world: World, page: Page, failure: Failure, state: str) -> list[str
     stands += [f"rule {code(r)}" for r in failure.rules] + [code(t) for t in failure.tests]
     facts = [
         f"{esc(failure.mechanism)}",
+        f"what you see: {esc(failure.symptom)}",
         f"state **{state}**" + (f", for want of {esc(failure.awaiting)}" if state == "awaiting" else ""),
         f"seen {due} at the latest; severity {failure.severity} of 5",
         *([f"stands for it: {', '.join(stands)}"] if stands else []),

@@ -1,0 +1,206 @@
+"""Rows, positions, direction and waiting of a trainer that is not ours: green on what is common, red on each fault, by the real hooks."""
+
+import pytest
+import torch
+from torch import nn
+
+from contracts.callbacks import batch
+from contracts.callbacks.movement import Movement
+from contracts.callbacks.plain import gated
+from contracts.gate import limits_of, resolve
+from contracts.rows import FreshRows, RowsSeen
+from spec.gates import load_spec
+from stack.museum import script
+from tests.contracts.callbacks.stock import llama
+
+T = torch.tensor
+
+
+def fresh() -> FreshRows:
+    gate = load_spec().gates["data.fresh-rows"]
+    return resolve(gate)(limits_of(gate))
+
+
+def drawn(check: FreshRows, rows, step: int = 1, phase: str = "training"):
+    return check.observe(RowsSeen(step, phase, tuple(rows)))
+
+
+def outcomes(check: FreshRows, epochs) -> set[str]:
+    return {drawn(check, epoch[i : i + 4]).outcome for epoch in epochs for i in range(0, len(epoch), 4)}
+
+
+def test_an_epoch_in_the_same_order_is_seen():
+    once = list(range(100, 140))
+    assert outcomes(fresh(), [once]) == {"pass"}
+    assert outcomes(fresh(), [once, once]) == {"pass", "fail"}
+    shuffled = [[once[i] for i in torch.randperm(40, generator=torch.Generator().manual_seed(e))] for e in range(20)]
+    assert outcomes(fresh(), shuffled) == {"pass"}
+
+
+def test_one_batch_again_and_again_is_seen_at_the_twenty_fifth_row():
+    check, verdicts = fresh(), []
+    for _ in range(8):
+        verdicts.append(drawn(check, [1, 2, 3, 4]))
+    assert [v.outcome for v in verdicts] == ["pass"] * 7 + ["fail"]
+    assert verdicts[-1].measured["rows_in_order"] == 28 and "4 rows before" in verdicts[-1].message
+
+
+def test_held_out_rows_that_were_trained_on_are_seen():
+    check = fresh()
+    drawn(check, range(100))
+    assert drawn(check, range(200, 204), phase="evaluation") is None  # too few to say
+    assert drawn(check, range(204, 208), phase="evaluation").outcome == "pass"
+    verdict = drawn(check, [5, 208], phase="evaluation")
+    assert verdict.outcome == "pass" and verdict.measured == {"trained_frac": 0.1, "scored": 10}
+    assert drawn(check, [6], phase="evaluation").outcome == "fail"
+    drawn(check, [300])
+    assert drawn(check, range(400, 408), phase="evaluation").outcome == "pass"  # a new evaluation counts anew
+
+
+def test_rows_are_told_apart_by_their_tokens_alone():
+    ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
+    told = batch.rows_seen(ids, None, step=1, phase="training").rows
+    assert len(set(told)) == 64
+    padded = torch.cat([torch.zeros(64, 6, dtype=torch.long), ids], 1), torch.cat([torch.zeros(64, 6), torch.ones(64, 20)], 1)
+    assert batch.rows_seen(*padded, step=1, phase="training").rows == told
+    right = torch.cat([ids, torch.ones(64, 3, dtype=torch.long)], 1), torch.cat([torch.ones(64, 20), torch.zeros(64, 3)], 1)
+    assert batch.rows_seen(*right, step=1, phase="training").rows == told
+    for column in range(19):
+        turned = ids.clone()
+        turned[:, [column, column + 1]] = ids[:, [column + 1, column]]
+        others = batch.rows_seen(turned, None, step=1, phase="training").rows
+        same = (ids[:, column] == ids[:, column + 1]).tolist()
+        assert [a == b for a, b in zip(told, others)] == same
+    assert batch.rows_seen(ids[:, :15], None, step=1, phase="training").rows == ()
+
+
+def described(ids, mask=None, places=None, pad_id=0):
+    return batch.describe(ids, mask, None, places, step=1, pad_id=pad_id, eos_id=1, max_length=0, embedding_rows=0)
+
+
+def test_left_padding_is_counted_only_where_no_mask_tells_it():
+    ids = T([[0, 0, 0, 0, 5, 6, 7, 8], [0, 0, 0, 5, 6, 7, 8, 9], [5, 6, 7, 8, 0, 0, 0, 0], [0] * 8])
+    assert described(ids).n_left_padded == 1
+    assert described(ids, torch.ones_like(ids)).n_left_padded == 1
+    assert described(ids, (ids != 0).long()).n_left_padded == 0
+    assert described(ids, pad_id=None).n_left_padded == 0
+
+
+def test_position_ids_count_where_a_token_stands_before():
+    ids = torch.full((2, 6), 9)
+    seen = described(ids, None, T([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
+    assert (seen.n_places, seen.n_places_up) == (10, 9)
+    assert (described(ids, None, torch.zeros_like(ids)).n_places, described(ids, None, torch.zeros_like(ids)).n_places_up) == (10, 0)
+    masked = described(ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
+    assert (masked.n_places, masked.n_places_up) == (8, 8)
+    assert described(ids).n_places == 0
+    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long)).n_places == 0  # positions in three axes are another matter
+
+
+def optimizers() -> dict:
+    o = torch.optim
+    return {
+        "SGD": lambda p: o.SGD(p, lr=1e-2),
+        "SGD with momentum and coupled decay": lambda p: o.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01),
+        "Adam with coupled decay": lambda p: o.Adam(p, lr=1e-3, weight_decay=0.01),
+        "AdamW": lambda p: o.AdamW(p, lr=1e-3, weight_decay=0.1),
+        "AdamW with much decay": lambda p: o.AdamW(p, lr=1e-3, weight_decay=50.0),
+        "Adamax": lambda p: o.Adamax(p, lr=1e-3),
+        "NAdam": lambda p: o.NAdam(p, lr=1e-3),
+        "RAdam": lambda p: o.RAdam(p, lr=1e-3),
+        "RMSprop": lambda p: o.RMSprop(p, lr=1e-3),
+        "Adadelta": lambda p: o.Adadelta(p, lr=1.0),
+        "Adafactor": lambda p: o.Adafactor(p, lr=1e-3),
+        "Rprop": lambda p: o.Rprop(p, lr=1e-3),
+        "Muon": lambda p: o.Muon([x for x in p if x.ndim == 2], lr=1e-3, weight_decay=0.0),
+        "Muon with much decay": lambda p: o.Muon([x for x in p if x.ndim == 2], lr=1e-3, weight_decay=0.1),
+    }
+
+
+def slope(make, seed: int, *, dtype=torch.float32, sign: float = 1.0) -> float:
+    """`uphill` of the first update of a small model; with `sign` -1 the optimizer is given gradients turned around."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32)).to(dtype)
+    optimizer, movement = make(list(model.parameters())), Movement(model)
+    ids = torch.randint(0, 32, (4, 8))
+    nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.roll(-1, 1).flatten()).backward()
+    movement.prepare(optimizer)
+    for p in model.parameters():
+        p.grad.mul_(sign)
+    optimizer.step()
+    for p in model.parameters():
+        p.grad.mul_(sign)
+    return movement.judge(1, optimizer, (1e-3,) * len(optimizer.param_groups)).uphill
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_a_first_update_goes_downhill_with_every_optimizer(name):
+    found = [slope(optimizers()[name], seed, dtype=d) for seed in range(6) for d in (torch.float32, torch.bfloat16)]
+    climbing = [slope(optimizers()[name], seed, sign=-1.0) for seed in range(3)]
+    assert max(found) < -0.01  # worst: -0.18 with Adafactor, -0.011 where decay is most of the step
+    assert "much decay" in name or min(climbing) > 0.02  # a step that is nearly all decay is not judged
+
+
+def test_only_the_first_update_of_a_fresh_optimizer_is_asked():
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, maximize=True)
+    found = []
+    movement = Movement(model)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        movement.prepare(optimizer)
+        optimizer.step()
+        found.append(movement.judge(step, optimizer, (1e-3,)).uphill)
+    assert found[0] > 0.5 and found[1] == 0.0
+    again = Movement(model)
+    again.prepare(optimizer)
+    assert again.judge(3, optimizer, (1e-3,)).uphill == 0.0
+    filled_at_birth = Movement(model)
+    filled_at_birth.prepare(torch.optim.Adagrad(model.parameters()))
+    assert filled_at_birth.judge(1, optimizer, (1e-3,)).uphill == 0.0
+
+
+def test_an_update_that_no_longer_comes_is_seen_and_a_doubled_accumulation_is_not():
+    def passes(*plan: int) -> str:
+        model = script.Small()
+        optimizer = script.make_optimizer(model)
+        ids = torch.randint(2, script.VOCAB, (1, 12), generator=torch.Generator().manual_seed(1))
+        with gated(model, optimizer, mode="log", only=("optim.gradient-kept",)) as gate:
+            for n in plan:
+                for _ in range(n):
+                    script.loss_of(model(ids), {"labels": ids}, 11 * n).backward()
+                if n < 60:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return gate.verdicts()["optim.gradient-kept"].message or "pass"
+
+    assert passes(2, 2, 4, 16) == "pass"
+    assert "64 backward passes and no update, which came after 2 before" in passes(2, 2, 70)
+
+
+def test_a_loss_that_runs_away_is_seen_in_a_loop_of_ones_own():
+    def trained(rate: float) -> dict:
+        torch.manual_seed(0)
+        model = script.Small()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+        drawn_batches = script.batches()
+        with gated(model, optimizer, mode="log", only=("runtime.trend", "runtime.loss-spike")) as gate:
+            for _ in range(140):
+                one = next(drawn_batches)
+                script.loss_of(model(**script.inputs_of(one)), one, script.tokens_in([one])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return gate.first_failures()
+
+    assert trained(0.1) == {}
+    assert trained(30.0)
+
+
+def test_position_ids_of_zero_stop_a_stock_model_before_it_learns():
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(4, 60, (2, 20), generator=torch.Generator().manual_seed(1))
+    with gated(model, optimizer, mode="log", only=("data.learnable-batch",)) as gate:
+        model(input_ids=ids, labels=ids, position_ids=torch.zeros_like(ids)).loss.backward()
+        assert "only 0 of 38 position_ids" in gate.verdicts()["data.learnable-batch"].message
