@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
-from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken
+from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken, Traced
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from contracts.witness import ModeSeen
@@ -134,8 +134,10 @@ class Run:
             return 0.0
         with self.looking("trace"):
             began = time.perf_counter()
-            self.dir.log("points.jsonl", step=step, **points_document(self.state, batch))
+            document = points_document(self.state, batch)
+            self.dir.log("points.jsonl", step=step, **document)
             self.trace_s += time.perf_counter() - began
+        self.keeper.observe(Traced(step, {row["point"]: {"n": row["support"]["n"], **row["stats"]} for row in document["points"]}))
         return time.perf_counter() - started
 
     def recompute_due(self) -> bool:
