@@ -74,6 +74,10 @@ SHAPES = (
     Shape("recomputed", ("train.activation_checkpointing=blocks",)),
     Shape("bytes", ("data.tokenizer.kind=byte",)),
     Shape("bfloat16", ("train.dtype=bfloat16",)),
+    Shape("traced", ("trace.every=8",)),
+    Shape("traced-experts-no-qk-norm", (*MOE, "trace.every=8", "model.attention.qk_norm=false")),
+    Shape("traced-differential", ("trace.every=8", "model.attention.kind=differential", "model.attention.qk_norm=false")),
+    Shape("traced-mixture-of-depths", ("trace.every=8", "model.depth.kind=mixture-of-depths")),
     Shape("compiled", ("train.compile=true",), steps=STEPS // 2),
     Shape(
         "pangram",

@@ -82,10 +82,10 @@ class Certain(Frozen):
 class Gate(Frozen):
     """An acceptance rule. `check` names the function or class in `contracts` that decides it.
 
-    A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by dotted key. In all others it is
-    absent: neither a pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under which the museum
-    proves it, where its own run would not show it, and says which one of a list. `hint` is where a person looks first when it is red.
-    Beside one of the gates in `yields_to` it is told as a consequence.
+    A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by dotted key, and sets the keys in `needs`
+    to more than 0. In all others it is absent: neither a pass nor a gap. A list in `when` allows each of its values. `museum` holds
+    further values under which the museum proves it, where its own run would not show it, and says which one of a list. `hint` is where a
+    person looks first when it is red. Beside one of the gates in `yields_to` it is told as a consequence.
     """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
@@ -100,6 +100,7 @@ class Gate(Frozen):
     sources: tuple[str, ...]
     kinds: tuple[str, ...] = ("train",)
     when: dict[str, bool | int | float | str | tuple[str, ...]] = {}
+    needs: tuple[str, ...] = ()
     museum: dict[str, bool | int | float | str] = {}
     limits: dict[str, Limit] = {}
     rates: Rates | None = None
@@ -111,8 +112,9 @@ class Gate(Frozen):
         return self.id.split(".")[0]
 
     def applies_to(self, config: Mapping[str, Any]) -> bool:
-        """Whether a resolved configuration holds every value of `when`. A key of another variant is absent, so the gate is not for it."""
-        return all(_at(config, key) in allowed for key, allowed in self._allowed().items())
+        """Whether a resolved configuration is one the gate is for. A key of another variant is absent, so the gate is not for it."""
+        set_ = all((_at(config, key) or 0) > 0 for key in self.needs)
+        return set_ and all(_at(config, key) in allowed for key, allowed in self._allowed().items())
 
     def _allowed(self) -> dict[str, tuple]:
         return {key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()}
@@ -125,6 +127,8 @@ class Gate(Frozen):
 
     @model_validator(mode="after")
     def _provable(self):
+        if unset := [key for key in self.needs if not self.museum.get(key)]:
+            raise ValueError(f"gate {self.id}: museum must set {unset[0]}, which the gate needs")
         for key, allowed in self._allowed().items():
             if self.museum.get(key, allowed[0] if len(allowed) == 1 else None) not in allowed:
                 raise ValueError(f"gate {self.id}: museum must hold one of the values of {key} in when: {', '.join(map(str, allowed))}")
@@ -133,15 +137,19 @@ class Gate(Frozen):
     def normative(self) -> dict:
         """What a change of the gate's meaning must touch: statement, moment, severity, check and limits."""
         limits = {k: {"value": v.value, "unit": v.unit, "direction": v.direction} for k, v in sorted(self.limits.items())}
-        return {
-            "id": self.id,
-            "statement": self.statement,
-            "moment": self.moment,
-            "severity": self.severity,
-            "check": self.check,
-            "kinds": list(self.kinds),
-            "limits": limits,
-        } | ({"when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(self.when.items())}} if self.when else {})
+        return (
+            {
+                "id": self.id,
+                "statement": self.statement,
+                "moment": self.moment,
+                "severity": self.severity,
+                "check": self.check,
+                "kinds": list(self.kinds),
+                "limits": limits,
+            }
+            | ({"needs": list(self.needs)} if self.needs else {})
+            | ({"when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(self.when.items())}} if self.when else {})
+        )
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:

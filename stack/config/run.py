@@ -65,6 +65,10 @@ class CheckpointConfig(Frozen):
     signal_boundary: int = Field(100, ge=1, description="SIGUSR1 saves after the next step that is a multiple of this")
 
 
+class TraceConfig(Frozen):
+    every: int = Field(0, ge=0, description="steps between two of which every point's statistics are recorded; 0 records none")
+
+
 class GatesConfig(Frozen):
     waive: tuple[Waiver, ...] = Field((), description="gates allowed to fail, each with reason and expiry; written into the record")
 
@@ -85,6 +89,7 @@ class RunConfig(Frozen):
     stop: Annotated[Patience | NeverStop, Field(discriminator="kind")] = Patience()
     sample: SampleConfig
     checkpoint: CheckpointConfig
+    trace: TraceConfig = TraceConfig()
     gates: GatesConfig = GatesConfig()
 
     @property

@@ -74,7 +74,8 @@ class Kind:
     """One architecture: its keys for our sizes, the values it needs, its modules for ours. `{}` stands for a number.
 
     `fixed` are keys with the values under which the computation is ours, written and read; `absent` are only read. `defaults` are what
-    their reader takes for keys that files leave out. `aside` are keys of training without a counterpart.
+    their reader takes for keys that files leave out. `aside` are keys of training without a counterpart. `running` are modules that their
+    library names otherwise in memory than in files.
     """
 
     model_type: ClassVar[str]
@@ -88,6 +89,7 @@ class Kind:
     aside: ClassVar[frozenset[str]]
     modules: ClassVar[dict[str, str]]
     transposed: ClassVar[frozenset[str]] = frozenset()
+    running: ClassVar[Mapping[str, str]] = {}
 
     def parts(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
         """Our choices of architecture, from their keys."""

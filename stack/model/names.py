@@ -157,6 +157,7 @@ class Mixtral(Mistral):
     defaults = Mistral.defaults | {"sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
     defaults = defaults | {"num_experts_per_tok": 2, "num_local_experts": 8}
     absent = Mistral.absent | {"router_jitter_noise": (0.0,)}
+    running: ClassVar[dict[str, str]] = {"layers.{}.ffn.router": "model.layers.{}.mlp.gate"}
 
     def ffn(self, keys: Keys) -> dict[str, Any]:
         if (top_k := keys.take("num_experts_per_tok")) == 1:

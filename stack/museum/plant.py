@@ -24,7 +24,7 @@ class Plant:
 
 
 ROOMS = (
-    "corpus data tokenizer curriculum model model_hidden moe kernel precision loss optim optim_steps schedule checkpoint evaluation "
+    "corpus data tokenizer curriculum model model_hidden points moe kernel precision loss optim optim_steps schedule checkpoint evaluation "
     "sampling runtime figures wiring export foreign foreign_updates"
 ).split()
 PLANTS: dict[str, Plant] = {}

@@ -100,7 +100,7 @@ class Prover:
         """Every gate on the clean stack: all in one run, and each that asks for another configuration under that one."""
         use_cache(self.root / "cache")
         found: dict[str, Control] = {}
-        together = [g for g in gates if "train" in g.kinds and not g.when]
+        together = [g for g in gates if "train" in g.kinds and not (g.when or g.needs)]
         with watching() as worst:
             if together:
                 try:

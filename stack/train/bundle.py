@@ -90,7 +90,8 @@ def write_bundle(run: Any, gate_id: str, step: int, verdict: Verdict) -> None:
         _write(temporary, run, gate_id, step, verdict)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        run.listener.on_event(f"gate {gate_id} is red at step {step}; to see it again: stack gates repro {folder}")
+        made = f"; what made it: stack trace --repro {folder}" if gate_id == "runtime.finite" else ""
+        run.listener.on_event(f"gate {gate_id} is red at step {step}; to see it again: stack gates repro {folder}{made}")
     except (OSError, StackproofError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         run.dir.log("events.jsonl", event="repro_failed", step=step, gate=gate_id, message=str(e))

@@ -48,6 +48,7 @@ def take_step(run: Run) -> None:
     """Draw, update, look; the clock runs from before the draw. Now and then the step is computed twice."""
     started = time.perf_counter()
     batches = draw(run)
+    started += run.record_points(batches[0])
     first = recomputed_step(run.state, batches) if run.recompute_due() else None
     report = steps.train_step(run.state, batches)
     run.after_step(report, batches, time.perf_counter() - started)

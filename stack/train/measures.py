@@ -41,6 +41,8 @@ def _training_metrics(run: Run) -> None:
     metric("tokens_per_s", state.tokens_seen / state.wall_s, "tokens/s", better="higher")
     gate_s = sum(seat.seconds for seat in run.keeper.seats.values() if seat.gate.moment == "runtime")
     metric("gates_overhead_frac", gate_s / (run.process_s or state.wall_s), "1", better="lower")
+    if run.trace_s:
+        metric("trace_overhead_frac", run.trace_s / (run.process_s or state.wall_s), "1", better="lower")
     if run.device.type == "cuda":
         metric("peak_device_memory_bytes", torch.cuda.max_memory_allocated(run.device), "bytes", better="lower")
 

@@ -1,7 +1,8 @@
 """Replays a repro bundle: the state it holds, the rows it holds, the run's own steps, and one gate that looks."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +58,9 @@ class Replayed(Run):
     def found_in_corpus(self, ids: list[int]) -> float:
         return self.found_frac
 
+    def record_points(self, batch: Batch) -> float:
+        return 0.0
+
     def held_out_rows(self) -> HeldOutRows:
         rows = [tuple(row) for batch in self.held_out for row in batch.input_ids.tolist()]
         return HeldOutRows(len(rows), len(set(rows)), self.found_in_training_frac)
@@ -76,6 +80,19 @@ class Outcome:
 def replay(folder: Path, *, device: str | None = None, base: Path | None = None) -> tuple[repro.Bundle, Outcome]:
     """Go from the bundle's state through its steps until its gate is red again, or its last step is over.
 
+    Arguments and errors are those of `replaying`.
+    """
+    red: list[tuple[int, Verdict]] = []
+    with replaying(folder, device=device, base=base, on_verdict=lambda gate, step, verdict: red.append((step, verdict))) as (bundle, run):
+        return bundle, _play(folder, bundle, run, red)
+
+
+@contextmanager
+def replaying(
+    folder: Path, *, device: str | None = None, base: Path | None = None, on_verdict: Callable = lambda *_: None
+) -> Iterator[tuple[repro.Bundle, Run]]:
+    """A run that stands where the bundle's replay begins; `take_replayed_step` goes on from there.
+
     `base` is the step folder where the bundle only names one. Nothing outside the folder is read, nothing is written.
     Raises DataError if the bundle lacks what is needed, IntegrityError if it was changed, EnvironmentUnfit without its device.
     """
@@ -86,7 +103,11 @@ def replay(folder: Path, *, device: str | None = None, base: Path | None = None)
     torch.set_num_threads(bundle.threads)
     try:
         with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), tempfile.TemporaryDirectory() as scratch:
-            return bundle, _play(folder, bundle, place, base, RunDir(Path(scratch)))
+            tensors = safetensors.torch.load_file(folder / repro.TENSORS)
+            run = _open(folder, bundle, tensors, place, RunDir(Path(scratch)), on_verdict)
+            with suppress(GateFailed):
+                _begin(run, bundle, folder / repro.CHECKPOINT if bundle.base.kind == "checkpoint" else base)
+            yield bundle, run
     finally:
         torch.set_num_threads(threads)
 
@@ -103,17 +124,14 @@ def _refuse_unreplayable(bundle: repro.Bundle, base: Path | None) -> None:
         )
 
 
-def _play(folder: Path, bundle: repro.Bundle, device: torch.device, base: Path | None, directory: RunDir) -> Outcome:
-    tensors = safetensors.torch.load_file(folder / repro.TENSORS)
-    red: list[tuple[int, Verdict]] = []
-    run = _open(folder, bundle, tensors, device, directory, lambda gate, step, verdict: red.append((step, verdict)))
+def _play(folder: Path, bundle: repro.Bundle, run: Run, red: list[tuple[int, Verdict]]) -> Outcome:
     random_state = None
     try:
-        _begin(run, bundle, folder / repro.CHECKPOINT if bundle.base.kind == "checkpoint" else base)
-        for step in (s.step for s in bundle.steps):
+        for step in () if red else (s.step for s in bundle.steps):
             if step == bundle.step:
+                tensors = safetensors.torch.load_file(folder / repro.TENSORS)
                 random_state = all(torch.equal(t, tensors[n]) for n, t in default_rng_state().items() if n in tensors)
-            _step(run, bundle)
+            take_replayed_step(run, bundle)
             if red:
                 break
     except GateFailed:
@@ -144,7 +162,7 @@ def _begin(run: Run, bundle: repro.Bundle, base: Path | None) -> None:
     run.keeper.observe(Started(step=run.state.step, plan=bundle.plan))
 
 
-def _step(run: Run, bundle: repro.Bundle) -> None:
+def take_replayed_step(run: Run, bundle: repro.Bundle) -> None:
     """One step of the run, with the evaluation or sample after it where the gate watches them and the run had one."""
     loop.take_step(run)
     watched = run.keeper.seats[bundle.gate].watcher.events

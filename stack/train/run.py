@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
-from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken
+from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken, Traced
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from contracts.witness import ModeSeen
@@ -32,6 +32,7 @@ from stack.train.bundle import Recent, write_bundle
 from stack.train.digest import gradient_crc32, live_crc32, trained_parts
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
+from stack.train.points import points_document
 from stack.train.randomness import generator
 from stack.train.recompute import Computed
 from stack.train.rundir import RunDir
@@ -64,6 +65,7 @@ class Run:
     random_loss_nats: float = 0.0
     line: dict[str, Any] = field(default_factory=dict)
     process_s: float = 0.0
+    trace_s: float = 0.0  # of this process, spent on recording points
     inherited_s: float = 0.0  # of a child run, the seconds its parents had trained before
     last_val: Evaluation | None = None
     kept: list[Artefact] = field(default_factory=list)
@@ -121,6 +123,22 @@ class Run:
                 expert_shares=report.expert_shares,
             )
         )
+
+    def record_points(self, batch: Batch) -> float:
+        """Log what every point holds while the model reads a batch of the step to come, where that is due.
+
+        Returns the seconds it took, which are no part of the step's.
+        """
+        step, every, started = self.state.step + 1, self.cfg.trace.every, time.perf_counter()
+        if every == 0 or step % every:
+            return 0.0
+        with self.looking("trace"):
+            began = time.perf_counter()
+            document = points_document(self.state, batch)
+            self.dir.log("points.jsonl", step=step, **document)
+            self.trace_s += time.perf_counter() - began
+        self.keeper.observe(Traced(step, {row["point"]: {"n": row["support"]["n"], **row["stats"]} for row in document["points"]}))
+        return time.perf_counter() - started
 
     def recompute_due(self) -> bool:
         """Whether the step to come is one of those that are computed twice. The last one always is."""

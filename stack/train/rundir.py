@@ -8,8 +8,8 @@ from spec.building import write_atomically
 from spec.canonical import canonical_json, parse_strict
 from spec.errors import CheckpointError, IntegrityError, UsageError
 
-SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "curriculum.jsonl", "events.jsonl")
-STEPPED = SERIES[:4]  # rewound when a run goes on from an earlier step
+SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "curriculum.jsonl", "points.jsonl", "events.jsonl")
+STEPPED = SERIES[:5]  # rewound when a run goes on from an earlier step
 
 
 class RunDir:

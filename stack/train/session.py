@@ -43,7 +43,7 @@ NOT_COVERED = (
     "bitwise equality on another processor, torch build or number of threads",
 )
 # Keys a resumed run may change: they decide what is kept or shown, not what is computed.
-RESUMABLE_KEYS = ("train.log_every", "checkpoint.keep", "gates.waive")
+RESUMABLE_KEYS = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")
 
 
 def resolve_device(name: str) -> torch.device:

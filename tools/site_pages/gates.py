@@ -95,7 +95,8 @@ def gate_page(world: World, gate: Gate) -> Page:
 def _when(gate: Gate) -> str:
     """The configuration a run needs for the gate to be installed."""
     values = {key: " or ".join(value) if isinstance(value, tuple) else str(value).lower() for key, value in gate.when.items()}
-    return "".join(f", where {code(f'{key} = {value}')}" for key, value in values.items())
+    set_ = "".join(f", where {code(key)} is set" for key in gate.needs)
+    return set_ + "".join(f", where {code(f'{key} = {value}')}" for key, value in values.items())
 
 
 def _limits(gate: Gate) -> str:

@@ -3,6 +3,7 @@
 import shlex
 
 from spec.records import Artefact, Record
+from tools.site_pages import traces
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
 from tools.site_pages.data import draws, sources
 from tools.site_pages.markup import (
@@ -61,6 +62,7 @@ def run_page(world: World, record: Record) -> Page:
         page.add("## Loss", chart)
     page.add(*sources(world, record), *draws(world, record))
     page.add(*_metrics(record), *_gates(record, page), *_kills(record, page), *_samples(world, record))
+    page.add(*traces.sections(world, record))
     page.add("## How to repeat it", *_repeat(record), "## Configuration", *_config(record))
     page.add("## Environment", table(["fact", "value"], [[code(k), number(v)] for k, v in sorted(record.environment.items())]))
     page.add("## Files", _artefacts("in", record.inputs), _artefacts("out", record.outputs), _series(record))

@@ -1,0 +1,87 @@
+"""Gates of what the points of a model hold while it is trained: scores that grow, attention that collapses, points that die or explode."""
+
+import math
+from types import SimpleNamespace
+
+from contracts.events import Event, Traced
+from contracts.gate import Stateless, Verdict, decide, decides, first_of
+
+
+@decides("model.attention-logits")
+class AttentionLogits(Stateless):
+    """No attention score is so large that softmax is a choice of one and its gradient nothing."""
+
+    events = (Traced,)
+
+    def observe(self, event: Event) -> Verdict:
+        scores = _at(event, "scores", "absmax")
+        worst = max(scores, key=lambda name: math.inf if math.isnan(scores[name]) else scores[name])
+        return decide(
+            scores[worst] <= self.limits.logit_abs_max,
+            f"step {event.step}: a score of {worst} has grown to {scores[worst]:.4g}",
+            logit_abs=scores[worst],
+        )
+
+
+class _InARow:
+    """Base of checks that look for what has been so for `in_a_row` traces."""
+
+    events = (Traced,)
+
+    def __init__(self, limits: SimpleNamespace):
+        self.limits, self.found = limits, {}
+
+    def lasting(self, now: list[str]) -> list[str]:
+        """Those points that have been found `in_a_row` times."""
+        self.found = {name: self.found.get(name, 0) + 1 for name in now}
+        return [name for name, times in self.found.items() if times >= self.limits.in_a_row]
+
+    def state_dict(self) -> dict:
+        return {"found": self.found}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.found = state["found"]
+
+
+@decides("model.attention-entropy")
+class AttentionEntropy(_InARow):
+    """In no layer do all heads look at one token each."""
+
+    def observe(self, event: Event) -> Verdict:
+        entropy = _at(event, "entropy", "mean")
+        lowest = min(entropy, key=entropy.get)
+        lasting = self.lasting([name for name, nats in entropy.items() if not nats >= self.limits.entropy_nats_min])
+        return decide(
+            not lasting,
+            f"step {event.step}: attention has collapsed in {first_of(lasting)}: {entropy[lowest]:.3g} nats over all heads and tokens",
+            entropy_nats=entropy[lowest],
+        )
+
+
+@decides("model.live-points")
+class LivePoints(_InARow):
+    """Every point varies over its tokens and features, and stays within what half precision can hold."""
+
+    def observe(self, event: Event) -> Verdict:
+        seen = {name: figures for name, figures in event.points.items() if figures["n"] > 1 and not name.endswith((".entropy", ".scores"))}
+        dead = self.lasting([name for name, figures in seen.items() if figures["std"] <= self.limits.dead_std_max])
+        broken = [name for name, figures in seen.items() if figures["frac_nonfinite"] > 0 or math.isnan(figures["absmax"])]
+        large = max(seen, key=lambda name: seen[name]["absmax"])
+        wrong = [
+            *([f"{first_of(broken)} hold numbers that are none"] if broken else []),
+            *([f"{first_of(dead)} no longer vary at all"] if dead else []),
+            *([f"{large} has grown to {seen[large]['absmax']:.4g}"] if seen[large]["absmax"] > self.limits.absmax_max else []),
+        ]
+        return decide(
+            not wrong,
+            f"step {event.step}: {'; '.join(wrong)}",
+            absmax=seen[large]["absmax"],
+            dead_std=min(figures["std"] for figures in seen.values()),
+            broken=len(broken),
+            dead=len(dead),
+        )
+
+
+def _at(event: Traced, slot: str, figure: str) -> dict[str, float]:
+    """One figure of one slot by point."""
+    return {name: figures[figure] for name, figures in event.points.items() if name.endswith(f".{slot}") and figures["n"]}

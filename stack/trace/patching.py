@@ -1,0 +1,214 @@
+"""What hangs on a value: it is taken away, or put in from another text, and the loss is asked. B batch, T tokens, V vocab
+
+A target is written `POINT[@POSITION]`: `layers.3.attention_out`, `layers.*.ffn.out`, `layers.3` for both branches of a block at once;
+a position counts from 0 or, negative, from the end; `2:5` are three of them, `*` is each by itself.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spec.errors import UsageError
+from stack.trace.lens import Names, divergence
+from stack.trace.maps import map_of
+from stack.trace.points import Point, sites
+from stack.trace.tap import tap
+from stack.trace.trace import run
+
+BRANCHES = ("attention_out", "ffn.out")  # what a block adds to the stream
+Edit = Callable[[Point, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Points that are changed together, in execution order, and where: `positions` are a first and a last (exclusive), None all tokens."""
+
+    text: str
+    points: tuple[str, ...]
+    positions: tuple[int, int] | None = None
+
+    def within(self, n_tokens: int) -> slice:
+        """The positions in a text of `n_tokens`. Raises UsageError for those it does not have."""
+        if self.positions is None:
+            return slice(None)
+        first, last = (p + n_tokens if p < 0 else p for p in self.positions)
+        last = n_tokens if self.positions[1] == 0 and self.positions[0] < 0 else last
+        if not 0 <= first < last <= n_tokens:
+            raise UsageError(f"{self.text}: the text has no such position", allowed=f"0 to {n_tokens - 1}, or -{n_tokens} to -1")
+        return slice(first, last)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one target does to the text. Losses are means of the next token over the text, None for a single token.
+
+    `kl_nats` is KL(before ‖ after), averaged over tokens. `restored_frac`, of a patch, is the share of the way from the text's own last
+    distribution to that of the other text, in KL: 1 is all of it. `top_before` and `top_after` are the likeliest next token of the
+    first row and its probability.
+    """
+
+    target: Target
+    loss_nats: float | None
+    delta_nats: float | None
+    kl_nats: float
+    top_before: tuple[int, float]
+    top_after: tuple[int, float]
+    restored_frac: float | None = None
+
+
+def targets(model: nn.Module, texts: Iterable[str], n_tokens: int, where: Names = None) -> list[Target]:
+    """The targets that `texts` stand for: one for each point or block that a pattern matches, and for each position of `@*`.
+
+    Raises UsageError for points the model lacks, with the nearest, and for positions that are none.
+    """
+    return [t for text in texts for t in _expanded(model, text, n_tokens, where)]
+
+
+def _expanded(model: nn.Module, text: str, n_tokens: int, where: Names) -> list[Target]:
+    pattern, _, position = text.partition("@")
+    known = [s.point for s in sites(model, map_of(model, where))]
+    blocks = sorted({p.layer for p in known if p.layer is not None})
+    whole = [i for i in blocks if fnmatch.fnmatchcase(f"layers.{i}", pattern)] if re.fullmatch(r"layers\.[^.]+", pattern) else []
+    if whole:
+        groups = {f"layers.{i}": tuple(p.name for p in known if p.layer == i and p.slot in BRANCHES) for i in whole}
+    else:
+        groups = {s.point.name: (s.point.name,) for s in sites(model, map_of(model, where), [pattern])}
+    places = [(f"@{i}", (i, i + 1)) for i in range(n_tokens)] if position == "*" else [_positions(text, position)]
+    made = [Target(name + suffix, points, at) for name, points in groups.items() for suffix, at in places]
+    for target in made:
+        target.within(n_tokens)
+    return made
+
+
+def _positions(text: str, position: str) -> tuple[str, tuple[int, int] | None]:
+    if not position and "@" not in text:
+        return "", None
+    if not (found := re.fullmatch(r"(-?\d+)(?::(-?\d+))?", position)):
+        raise UsageError(f"{text} names no position", value=position, allowed="a number, first:last (exclusive), or *")
+    first = int(found[1])
+    return f"@{position}", (first, first + 1 if found[2] is None else int(found[2]))
+
+
+# ---- edits
+
+
+def zeroed(target: Target, n_tokens: int | None) -> Edit:
+    """Zeros at the target. Without `n_tokens`, in every forward whatever its length, as sampling needs it."""
+    return lambda point, x: _put(target, x, n_tokens, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def averaged(target: Target, n_tokens: int | None, means: Mapping[str, Tensor]) -> Edit:
+    """The mean of each feature over the tokens of a text, from `means_of`."""
+    return lambda point, x: _put(target, x, n_tokens, means[point.name].to(x.dtype))
+
+
+def patched(target: Target, n_tokens: int, held: Mapping[str, Tensor], n_source: int) -> Edit:
+    """What the point held in another run, from `held_at`, at the same positions; negative ones count from each text's own end."""
+    return lambda point, x: _put(target, x, n_tokens, held[point.name][:, target.within(n_source)])
+
+
+def _put(target: Target, x: Tensor, n_tokens: int | None, new: Tensor) -> Tensor:
+    """`x` with other values at the target's positions."""
+    if target.positions is not None and (n_tokens is None or x.shape[1] != n_tokens):
+        raise UsageError(
+            f"{target.text}: this point does not hold one value for each position of the text",
+            value=f"shape {tuple(x.shape)}",
+            next_step="leave out the position: experts hold the tokens that chose them, and a sample has no end yet",
+        )
+    at = target.within(x.shape[1])
+    there = x[:, at]
+    if new.ndim >= there.ndim and new.shape[1:] != there.shape[1:]:
+        raise UsageError(
+            f"{target.text}: the two texts do not fit", value=f"{tuple(new.shape)} for {tuple(there.shape)}", next_step="name a position"
+        )
+    changed = x.clone()
+    changed[:, at] = new.expand_as(there)
+    return changed
+
+
+def held_at(model: nn.Module, input_ids_BT: Tensor, chosen: Iterable[Target], where: Names = None) -> tuple[dict[str, Tensor], Tensor]:
+    """What the points of the targets hold while the model reads a text, and its logits."""
+    held: dict[str, Tensor] = {}
+    names = sorted({name for target in chosen for name in target.points})
+    with torch.no_grad(), tap(model, names, lambda p, x: held.update({p.name: x.detach().clone()}), where=where):
+        return held, run(model, input_ids_BT)
+
+
+def means_of(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over batch and tokens of each feature of each point, in the type of the point."""
+    return {name: x.double().mean((0, 1)).to(x.dtype) for name, x in held.items()}
+
+
+def edited(model: nn.Module, target: Target, edit: Edit, where: Names = None) -> AbstractContextManager:
+    """The model with the target changed, for the length of a `with`."""
+    return tap(model, target.points, edit, where=where)
+
+
+# ---- effects
+
+
+@torch.no_grad()
+def ablate(
+    model: nn.Module,
+    input_ids_BT: Tensor,
+    chosen: Sequence[Target],
+    *,
+    by: Literal["zero", "mean"] = "zero",
+    source_ids_BT: Tensor | None = None,
+    where: Names = None,
+) -> list[Effect]:
+    """The effect of taking each target away by itself: zeros, or its mean over `source_ids_BT` (default: over the text itself)."""
+    n, clean = input_ids_BT.shape[1], run(model, input_ids_BT)
+    means = means_of(held_at(model, input_ids_BT if source_ids_BT is None else source_ids_BT, chosen, where)[0]) if by == "mean" else {}
+    found = []
+    for target in chosen:
+        with edited(model, target, averaged(target, n, means) if by == "mean" else zeroed(target, n), where):
+            found.append(_effect(target, input_ids_BT, clean, run(model, input_ids_BT)))
+    return found
+
+
+@torch.no_grad()
+def patch(model: nn.Module, input_ids_BT: Tensor, source_ids_BT: Tensor, chosen: Sequence[Target], *, where: Names = None) -> list[Effect]:
+    """The effect of putting each target of another text's run into this one, by itself.
+
+    Raises UsageError where the texts differ in length and a target names no position.
+    """
+    n, n_source = input_ids_BT.shape[1], source_ids_BT.shape[1]
+    held, source = held_at(model, source_ids_BT, chosen, where)
+    clean, found = run(model, input_ids_BT), []
+    for target in chosen:
+        with edited(model, target, patched(target, n, held, n_source), where):
+            found.append(_effect(target, input_ids_BT, clean, run(model, input_ids_BT), source))
+    return found
+
+
+def _effect(target: Target, input_ids_BT: Tensor, before_BTV: Tensor, after_BTV: Tensor, source_BTV: Tensor | None = None) -> Effect:
+    labels = input_ids_BT[:, 1:]
+    losses = [F.cross_entropy(x[:, :-1].float().flatten(0, 1), labels.flatten()).item() for x in (before_BTV, after_BTV) if labels.numel()]
+    log_before, log_after = (x.float().log_softmax(-1) for x in (before_BTV, after_BTV))
+    restored = None
+    if source_BTV is not None:
+        log_source = source_BTV[:, -1:].float().log_softmax(-1)
+        apart, left = (float(divergence(log_source, x[:, -1:])) for x in (log_before, log_after))
+        restored = 1 - left / apart if apart > 0 else None
+    return Effect(
+        target=target,
+        loss_nats=losses[1] if losses else None,
+        delta_nats=losses[1] - losses[0] if losses else None,
+        kl_nats=float(divergence(log_before, log_after)),
+        top_before=_top(log_before),
+        top_after=_top(log_after),
+        restored_frac=restored,
+    )
+
+
+def _top(log_probs_BTV: Tensor) -> tuple[int, float]:
+    value, index = log_probs_BTV[0, -1].max(-1)
+    return int(index), float(value.exp())

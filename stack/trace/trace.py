@@ -1,0 +1,98 @@
+"""One forward of one model, with statistics of every point. B batch, T tokens, V vocab"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spec.errors import UsageError
+from stack.trace.points import NameMap, Place, Point
+from stack.trace.stats import Gatherer, Stat
+from stack.trace.tap import tap
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One point with the statistics of its value, and of its gradient where one was asked for and reached it."""
+
+    point: Point
+    stat: Stat
+    grad: Stat | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The points of one forward in execution order. `unseen` are points that did not run, or that these tokens do not say anything of."""
+
+    points: tuple[Traced, ...]
+    logits: Tensor
+    unseen: tuple[str, ...]
+    loss_nats: float | None = None
+
+    def __getitem__(self, name: str) -> Traced:
+        """The point of a name. Raises UsageError if it was not traced."""
+        for traced in self.points:
+            if traced.point.name == name:
+                return traced
+        raise UsageError(f"{name} was not traced", allowed=", ".join(t.point.name for t in self.points)[:400])
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a model returned: a tensor, the first of a tuple, or the field of that name."""
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def run(model: nn.Module, input_ids_BT: Tensor) -> Tensor:
+    """Logits of a forward, in the mode the model is in."""
+    return logits_of(model(input_ids_BT))
+
+
+def trace(
+    model: nn.Module,
+    input_ids: Tensor,
+    names: Iterable[str] | None = None,
+    *,
+    backward: bool = False,
+    tokens: Literal["all", "last"] = "all",
+    where: NameMap | Mapping[str, str | Place] | None = None,
+) -> Trace:
+    """Statistics of every point, or of those that `names` select, while `model(input_ids)` runs once; input_ids (B, T) int64.
+
+    The logits are those of the model without tracing, bit for bit. With `backward`, the gradient of the mean next-token loss of the input
+    at each point, and each parameter's own gradient is left as it was. The model runs in the mode it is in. Raises UsageError for unknown
+    points, for an input that is no (B, T), and for gradients of fewer than two tokens.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] < 1 + backward:
+        allowed = "(B, T) with at least 2 tokens, of which the first has a successor" if backward else "(B, T)"
+        raise UsageError("these ids cannot be traced", value=tuple(input_ids.shape), allowed=allowed)
+    values, gradients = Gatherer(tokens), Gatherer(tokens)
+    rows: set[str] = set()
+
+    def note(gatherer: Gatherer, point: Point, x: Tensor) -> None:
+        if tokens == "all" or tuple(x.shape[:2]) == tuple(input_ids.shape):
+            gatherer.see(point, x)
+        else:
+            rows.add(point.name)
+
+    on_grad = (lambda p, g: note(gradients, p, g)) if backward else None
+    with torch.set_grad_enabled(backward), tap(model, names, lambda p, x: note(values, p, x), where=where, on_grad=on_grad) as points:
+        logits = run(model, input_ids)
+        loss = _backward(model, logits, input_ids) if backward else None
+    stats, grads = values.finish(), gradients.finish()
+    traced = tuple(Traced(p, stats[p.name], grads.get(p.name)) for p in points if p.name in stats)
+    return Trace(traced, logits.detach(), tuple(p.name for p in points if p.name not in stats), loss)
+
+
+def _backward(model: nn.Module, logits_BTV: Tensor, input_ids_BT: Tensor) -> float:
+    """The mean next-token loss in nats. Its gradient passes every point; what parameters had as gradients stays."""
+    loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), input_ids_BT[:, 1:].flatten())
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    if not wanted:
+        raise UsageError("no parameter of this model wants a gradient", next_step="model.requires_grad_(True), or trace without backward")
+    torch.autograd.grad(loss, wanted, allow_unused=True)
+    return float(loss.detach())

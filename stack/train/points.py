@@ -1,0 +1,29 @@
+"""Statistics of every point of the model of a run, for its history."""
+
+from typing import Any
+
+import torch
+
+from stack.data.reader import Batch
+from stack.trace.stats import Gatherer
+from stack.trace.tap import tap
+from stack.train.state import TrainState
+from stack.train.step import on_device
+
+
+def points_document(state: TrainState, batch: Batch) -> dict[str, Any]:
+    """What the points hold while the model reads a micro-batch, with the weights, dropout and precision of the step to come.
+
+    {"n_tokens", "points": [{"point", "layer", "stats", "support"}]}, in execution order. A forward of its own, uncompiled and without
+    gradients, up to the final norm. Random state, weights and gradients are left as they are.
+    """
+    gatherer, devices = Gatherer(), [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), state.autocast(), tap(state.model, None, gatherer.see) as points:
+        state.model.features(*on_device(batch, state.device))
+    stats = gatherer.finish()
+    rows = [
+        {"point": p.name, "layer": p.layer, "stats": stats[p.name].as_dict(), "support": vars(stats[p.name].support)}
+        for p in points
+        if p.name in stats
+    ]
+    return {"n_tokens": batch.input_ids.numel(), "points": rows}

@@ -1,0 +1,59 @@
+"""Heat maps of traces on hand-made points: what is odd is shaded and named, what is not is not."""
+
+from types import SimpleNamespace
+
+from tools.site_pages.traces import sections
+
+STATS = {"mean": 0.1, "std": 0.5, "absmax": 2.0, "kurtosis": 3.0, "top_token_energy_frac": 0.1}
+
+
+def world(rows):
+    return SimpleNamespace(series=lambda record, name, *keys: rows)
+
+
+def blocks(kind, rows):
+    return "\n".join(sections(world(rows), SimpleNamespace(kind=kind)))
+
+
+def point(layer, slot, z, std=0.5, **more):
+    return {"point": f"layers.{layer}.{slot}", "layer": layer, "slot": slot, "stats": STATS | {"std": std}, "robust_z": z} | more
+
+
+def test_a_profile_shades_what_stands_out_and_names_the_first():
+    rows = [
+        point(0, "ffn.swiglu", 0.1),
+        point(1, "ffn.swiglu", 9.0, 7.5, anomalous=True, operation="gated product"),
+        point(2, "ffn.swiglu", -1.3),
+    ]
+    text = blocks("trace", rows)
+    assert "First point that stands out: <code>layers.1.ffn.swiglu</code>, gated product." in text
+    assert '<span class="heat heat--hot">7.5</span>' in text and text.count("heat--warm") == 1
+    assert "| 0 | 0.5 |" in text
+    assert "No point stands out." in blocks("trace", rows[:1]) and "heat--" not in blocks("trace", rows[:1])
+
+
+def test_a_comparison_is_shaded_by_what_a_point_adds_and_not_by_what_arrives():
+    row = {"layer": 0, "cosine": 1.0, "nmse": 0.0, "bound": 1e-6}
+    rows = [
+        row | {"point": "layers.0.q", "slot": "q", "rel_err": 1e-7, "added_err": 1e-7},
+        row | {"point": "layers.0.k", "slot": "k", "rel_err": 3e-6, "added_err": 3e-6},
+        row | {"point": "layers.0.v", "slot": "v", "rel_err": 5e-2, "added_err": None},
+        row | {"point": "layers.0.ffn.out", "slot": "ffn.out", "rel_err": 6e-2, "added_err": 4e-2},
+    ]
+    text = blocks("compare", rows)
+    assert "First point that adds more than its bound: <code>layers.0.k</code>." in text
+    assert '<span class="heat heat--warm">3e-06</span>' in text and '<span class="heat heat--hot">0.06</span>' in text
+    assert text.count("heat--") == 2
+
+
+def test_a_run_shows_its_points_over_the_steps_and_a_run_without_has_no_section():
+    lines = [
+        {
+            "step": step,
+            "points": [point(layer, slot, None, std=step / 100) for layer in (0, 1) for slot in ("resid_out", "scores", "entropy")],
+        }
+        for step in range(10, 510, 10)
+    ]
+    text = blocks("train", lines)
+    assert "step 10" in text and "step 500" in text and text.count("step ") == 3 * 16 and "| 1 | 0.1 |" in text
+    assert blocks("train", []) == "" and blocks("evaluate", lines) == ""

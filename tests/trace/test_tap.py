@@ -1,0 +1,271 @@
+"""Tracing shows what the model computes, changes nothing, and leaves nothing behind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spec.errors import UsageError
+from stack.kernels import dispatch
+from stack.model import names as hf_names
+from stack.trace import trace
+from stack.trace.maps import map_of
+from stack.trace.points import OPERATIONS, Input, NameMap, Output, sites
+from stack.trace.tap import tap
+from stack.trace.trace import logits_of
+from tests.trace import models
+
+
+def any_model(side, name):
+    return models.ours(name) if side == "ours" else models.theirs(name)
+
+
+ALL = [("ours", n) for n in models.OURS] + [("theirs", n) for n in models.THEIRS]
+
+
+@pytest.mark.parametrize(("side", "name"), ALL)
+def test_logits_are_the_same_to_the_bit_and_every_point_is_seen_once_in_order(side, name):
+    model, ids, seen = any_model(side, name), models.ids(), []
+    with torch.no_grad():
+        plain = logits_of(model(ids))
+        with tap(model, None, lambda point, x: seen.append(point)) as points:
+            tapped = logits_of(model(ids))
+        again = logits_of(model(ids))
+    assert torch.equal(plain, tapped) and torch.equal(plain, again)
+    assert sorted(p.name for p in seen) == sorted(p.name for p in points)
+    assert [p.order for p in points] == list(range(len(points)))
+    assert points[0].name == "embedding" and [p.name for p in points[-2:]] == ["final_norm", "logits"]
+    assert all(p.operation in OPERATIONS.values() for p in points)
+
+
+@pytest.mark.parametrize(("side", "name"), [("ours", "plain"), ("ours", "experts"), ("theirs", "qwen3"), ("theirs", "gpt2")])
+def test_nothing_stays_behind_also_after_an_exception(side, name):
+    model, sdpa, ours = any_model(side, name), F.scaled_dot_product_attention, dispatch.attention
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+    def stumble(point, x):
+        if point.name == "layers.1.attention_out":
+            raise RuntimeError("stumbled")
+
+    before = hooks()
+    with pytest.raises(RuntimeError, match="stumbled"), tap(model, None, stumble):
+        assert hooks() > before
+        model(models.ids())
+    assert hooks() == before and F.scaled_dot_product_attention is sdpa and dispatch.attention is ours
+
+
+def test_a_caught_exception_inside_does_not_shift_the_layers():
+    model, seen = models.ours(), []
+
+    def stumble(point, x):
+        seen.append(point.name)
+        if len(seen) == 20:
+            raise RuntimeError
+
+    with torch.no_grad(), tap(model, ["layers.*.scores", "layers.*.ffn.out", "layers.*.q"], stumble):
+        for _ in range(10):
+            try:
+                model(models.ids())
+            except RuntimeError:
+                seen.append("stumbled")
+    whole = [f"layers.{i}.{s}" for i in range(2) for s in ("q", "scores", "ffn.out")]
+    assert seen[-len(whole) :] == whole
+
+
+@pytest.mark.parametrize("name", models.THEIRS)
+def test_points_of_a_hugging_face_model_are_what_its_own_hooks_show(name):
+    """Values by hooks that are written here, on modules named here; the attention function is called again from its own inputs."""
+    model, ids, own, seen = models.theirs(name), models.ids(), {}, {}
+    gpt2 = name.startswith("gpt2")
+    paths = ["transformer.h.1.mlp", "transformer.h.1.attn", "transformer.ln_f"] if gpt2 else ["model.layers.1.mlp", "model.norm"]
+    modules = dict(model.named_modules())
+    handles = [modules[p].register_forward_hook(lambda m, a, o, p=p: own.__setitem__(p, o)) for p in paths]
+    if not gpt2:
+        attention = modules["model.layers.1.self_attn"]
+        handles += [
+            attention.q_proj.register_forward_hook(lambda m, a, o: own.__setitem__("q", o)),
+            attention.o_proj.register_forward_pre_hook(lambda m, a: own.__setitem__("mixed", a[0])),
+        ]
+    with torch.no_grad(), tap(model, None, lambda point, x: seen.__setitem__(point.name, x.clone())):
+        states = model(ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(seen["embedding"], states[0]) and torch.equal(seen["layers.0.resid_out"], states[1])
+    assert torch.equal(seen["final_norm"], states[2]) and torch.equal(seen["final_norm"], own[paths[-1]])
+    assert torch.equal(seen["layers.1.ffn.out"], own[paths[0]])
+    assert torch.equal(seen["layers.1.resid_mid"] + seen["layers.1.ffn.out"], seen["layers.1.resid_out"])
+    assert torch.equal(seen["layers.1.resid_mid"] - 0, seen["layers.0.resid_out"] + seen["layers.1.attention_out"])
+    if gpt2:
+        assert torch.equal(seen["layers.1.attention_out"], own[paths[1]][0])
+        return
+    assert torch.equal(seen["layers.1.q"], own["q"]) and torch.equal(seen["layers.1.attention_mixed"].flatten(2), own["mixed"])
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt2", "differential", "window", "qk-norm"])
+def test_scores_and_entropy_are_those_of_the_softmax_written_out(name):
+    """Written from the definition in float64; float32 chunks came within 6e-7 of it, relative to the largest."""
+    model, ids, seen, calls = models.ours(name), models.ids(), {}, []
+    original = dispatch.attention
+
+    def noted(q, k, v, **options):
+        calls.append((q.double(), k.double(), options))
+        return original(q, k, v, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(dispatch, "attention", noted)
+        with tap(model, ["layers.*.scores", "layers.*.entropy"], lambda p, x: seen.__setitem__(p.name, x.clone())):
+            model(ids)
+    for layer, (q, k, options) in enumerate(calls):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = q @ k.transpose(-1, -2) * (options.get("scale") or q.shape[-1] ** -0.5)
+        index = torch.arange(ids.shape[1])
+        window = options["window"] or ids.shape[1]
+        visible = (index <= index[:, None]) & (index > index[:, None] - window)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        entropy = torch.special.entr(weights).sum(-1)
+        top = scores.masked_fill(~visible, -torch.inf).amax(-1)
+        for figure, wanted in ((f"layers.{layer}.scores", top), (f"layers.{layer}.entropy", entropy)):
+            torch.testing.assert_close(seen[figure].double(), wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_of_scores_are_the_whole(monkeypatch):
+    from stack.trace import scores
+
+    model, ids = models.ours("window"), models.ids(tokens=40)
+    names = ["layers.*.scores", "layers.*.entropy"]
+    whole = trace(model, ids, names)
+    monkeypatch.setattr(scores, "CHUNK", 500)
+    for a, b in zip(whole.points, trace(model, ids, names).points):
+        assert a.stat.mean == pytest.approx(b.stat.mean, rel=1e-6) and a.stat.absmax == pytest.approx(b.stat.absmax, rel=1e-6)
+
+
+@pytest.mark.parametrize(("side", "name"), [*ALL])
+def test_every_point_can_be_replaced_and_what_is_put_there_flows_on(side, name):
+    """Each value put back as it was gives the same logits; each changed gives others. What does not flow cannot be replaced."""
+    model, ids = any_model(side, name), models.ids()
+    with torch.no_grad():
+        plain = logits_of(model(ids)).clone()
+        with tap(model, None, lambda p, x: x.clone() if p.flows else None) as points:
+            assert torch.equal(logits_of(model(ids)), plain)
+        one = [p for p in points if p.layer in (None, 1)]
+        for point in one:
+            change = lambda p, x: x * 1.5 + 0.1  # noqa: E731
+            if not point.flows:
+                with pytest.raises(UsageError, match="beside"), tap(model, [point.name], change):
+                    model(ids)
+                continue
+            with tap(model, [point.name], change):
+                changed = logits_of(model(ids))
+            if "experts" not in point.name:  # the expert may have been chosen by nobody
+                assert not torch.equal(changed, plain), point.name
+        assert torch.equal(logits_of(model(ids)), plain)
+
+
+@pytest.mark.parametrize(("side", "name"), [("ours", "plain"), ("theirs", "llama-2")])
+def test_the_residual_stream_is_replaced_as_a_whole(side, name):
+    """The sum after attention is read twice; zero there leaves only what the feed-forward makes of zero."""
+    model, ids, seen = any_model(side, name), models.ids(), {}
+
+    def handler(point, x):
+        seen[point.slot] = x.clone()
+        return torch.zeros_like(x) if point.slot == "resid_mid" else None
+
+    with torch.no_grad(), tap(model, ["layers.1.resid_mid", "layers.1.ffn.out", "layers.1.resid_out"], handler):
+        model(ids)
+    assert torch.equal(seen["resid_out"], seen["ffn.out"]) and seen["resid_mid"].any()
+
+
+def test_a_replacement_of_another_shape_is_refused():
+    model = models.ours()
+    with pytest.raises(UsageError, match="another shape"), tap(model, ["layers.0.q"], lambda p, x: x[:, :1]):
+        model(models.ids())
+
+
+def test_names_select_by_pattern_and_an_unknown_one_is_refused_with_the_nearest():
+    model = models.ours()
+    with tap(model, ["layers.*.ffn.swiglu", "logits"], lambda p, x: None) as points:
+        assert [p.name for p in points] == ["layers.0.ffn.swiglu", "layers.1.ffn.swiglu", "logits"]
+    with pytest.raises(UsageError, match=r"layers\.1\.ffn\.swiglo") as error, tap(model, ["layers.1.ffn.swiglo"], lambda p, x: None):
+        pass
+    assert "layers.1.ffn.swiglu" in str(error.value)
+    with (
+        pytest.raises(UsageError, match="all experts in one tensor"),
+        tap(models.theirs("mixtral"), ["layers.0.experts"], lambda p, x: None),
+    ):
+        pass
+
+
+def test_attention_that_is_not_torchs_own_is_said_to_be_unseen():
+    model = models.theirs("llama-2")
+    model.set_attn_implementation("eager")
+    assert "layers.0.attention_mixed" not in [t.point.name for t in trace(model, models.ids()).points]
+    with pytest.raises(UsageError, match="eager"):
+        trace(model, models.ids(), ["layers.0.attention_mixed"])
+
+
+class Own(nn.Module):
+    """A model of somebody else."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.stages = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.read = nn.Linear(8, 11)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        for stage in self.stages:
+            x = x + stage(x)
+        return self.read(x)
+
+
+def test_any_module_is_traced_by_a_map_of_names():
+    torch.manual_seed(0)
+    model, ids = Own(), torch.arange(10).view(2, 5)
+    names = {"embedding": "table", "layers.{}.act": "stages.{}.1", "layers.{}.in": Input("stages.{}"), "logits": "read"}
+    with pytest.raises(UsageError, match="nobody has said"):
+        trace(model, ids)
+    traced = trace(model, ids, where=names)
+    assert [t.point.name for t in traced.points] == (
+        ["embedding"] + [f"layers.{i}.{s}" for i in range(3) for s in ("act", "in")] + ["logits"]
+    )
+    assert traced["layers.2.act"].stat.absmax <= 1 and traced["layers.2.act"].point.layer == 2
+    assert torch.equal(traced.logits, model(ids))
+    with pytest.raises(UsageError, match=r"stagez\.\{\}\.1") as error:
+        trace(model, ids, where=names | {"layers.{}.act": "stagez.{}.1"})
+    assert "stages." in str(error.value)
+
+
+def test_experts_are_ordered_one_after_the_other():
+    model = models.ours("experts")
+    found = [s.point.name for s in sites(model, map_of(model)) if ".experts." in s.point.name and s.point.layer == 0]
+    inner = ("gate", "up", "silu", "swiglu", "out")
+    assert found == [f"layers.0.experts.{e}.{s}" for e in range(4) for s in inner]
+
+
+def test_a_map_of_our_own_model_that_names_too_much_is_refused():
+    model = models.ours()
+    with pytest.raises(UsageError, match="no such module"):
+        sites(model, NameMap("a map", {"x": Output("layers.7")}))
+
+
+@pytest.mark.parametrize("name", ["llama-2", "gpt2", "qwen2-window", "mistral"])
+def test_one_token_is_shown_like_many(name):
+    """Of one token transformers lays heads out differently; shapes and figures must not depend on it."""
+    model = models.theirs(name)
+    seen = {}
+    with torch.no_grad(), tap(model, ["layers.0.*"], lambda p, x: seen.__setitem__(p.slot, x.clone())):
+        model(models.ids()[:, :1])
+        single = dict(seen)
+        model(models.ids())
+    assert all(single[s].shape[1] == 1 and single[s].shape[2:] == seen[s].shape[2:] for s in seen)
+    first = {s: x[:, :1] for s, x in seen.items()}
+    for slot in ("attention_mixed", "scores", "entropy"):
+        torch.testing.assert_close(single[slot], first[slot], rtol=1e-4, atol=1e-5)
+
+
+def test_all_kinds_of_hugging_face_are_covered():
+    traced = {type(models.theirs(n)).__name__ for n in models.THEIRS}
+    assert traced == {k.architecture for k in hf_names.KINDS}

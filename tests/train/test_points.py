@@ -1,0 +1,153 @@
+"""A run that records its points is the run that does not, to the bit; what it records is what the step's own forward holds."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from spec.errors import GateFailed, Stopped
+from spec.records import Override, read_record
+from stack.config import NeverStop
+from stack.museum.collection import museum_config
+from stack.trace.stats import Gatherer
+from stack.trace.tap import tap
+from stack.train import loop, points, session
+from stack.train import step as steps
+from stack.train.digest import digest
+from stack.train.listener import Listener
+from stack.train.rundir import RunDir
+from stack.train.state import build_state
+
+FEW = ("runtime.finite", "evaluation.leaves-no-trace")
+
+
+@pytest.fixture(scope="module")
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
+    train, checkpoint = base.train.model_copy(update={"max_steps": 12}), base.checkpoint.model_copy(update={"every": 4})
+    return base.model_copy(update={"train": train, "checkpoint": checkpoint, "stop": NeverStop()})
+
+
+def traced(cfg, every):
+    return cfg.model_copy(update={"trace": cfg.trace.model_copy(update={"every": every})})
+
+
+def weights(folder):
+    return json.loads((folder / "checkpoints" / "step-00000012" / "manifest.json").read_text())["files"]
+
+
+@pytest.fixture(scope="module")
+def plain(cfg, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    session.start(cfg, (), folder, Listener(), only=FEW)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(cfg, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    session.start(traced(cfg, 3), (), folder, Listener(), only=FEW)
+    return folder
+
+
+def test_weights_moments_and_losses_are_the_same_to_the_bit(plain, recorded):
+    for name in ("model.safetensors", "state.safetensors"):
+        assert weights(plain)[name]["sha256"] == weights(recorded)[name]["sha256"]
+    lines = [[(at["step"], at["loss_nats"], at["grad_norm"]) for at in RunDir(f).read_lines("metrics.jsonl")] for f in (plain, recorded)]
+    assert lines[0] == lines[1] and len(lines[0]) == 12
+    assert not (plain / "points.jsonl").exists()
+
+
+def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monkeypatch):
+    """Hooks on a compiled graph would be ignored or break it; the recording runs beside it."""
+    real, ends = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"))
+    short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 4, "compile": True})})
+    short = short.model_copy(update={"schedule": cfg.schedule.model_copy(update={"warmup_steps": 2})})
+    for every in (0, 2):
+        folder = tmp_path / f"every-{every}"
+        session.start(traced(short, every), (), folder, Listener(), only=FEW)
+        ends.append(json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())["files"]["state.safetensors"])
+        assert [line["step"] for line in RunDir(folder).read_lines("points.jsonl")] == ([2, 4] if every else [])
+    assert ends[0]["sha256"] == ends[1]["sha256"]
+
+
+def test_a_line_holds_every_point_of_every_layer_with_what_it_was_computed_over(cfg, recorded):
+    lines = RunDir(recorded).read_lines("points.jsonl")
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    rows = {row["point"]: row for row in lines[0]["points"]}
+    assert next(iter(rows)) == "embedding" and list(rows)[-1] == "final_norm"
+    assert {row["layer"] for row in rows.values()} == {None, 0, 1}
+    for slot in ("q_rotated", "scores", "entropy", "ffn.swiglu", "resid_out"):
+        assert rows[f"layers.1.{slot}"]["stats"]["frac_nonfinite"] == 0.0
+    support = rows["layers.1.ffn.swiglu"]["support"]
+    assert support["shape"] == [cfg.train.micro_batch_size, cfg.model.max_seq_len, cfg.model.d_ff] and support["dtype"] == "float32"
+    assert rows["layers.1.ffn.swiglu"]["stats"]["std"] != lines[1]["points"][list(rows).index("layers.1.ffn.swiglu")]["stats"]["std"]
+
+
+def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
+    """With dropout on: the same numbers, digit by digit, as hooks on the real step see in its first micro-batch."""
+    state = build_state(small_cfg, dataset, torch.device("cpu"))
+    batches = [state.reader.draw() for _ in range(small_cfg.accumulation())]
+    assert small_cfg.model.dropout > 0 and len(batches) > 1
+    before = digest(state)
+    document = points.points_document(state, batches[0])
+    assert digest(state) == before
+    gatherer, seen = Gatherer(), set()
+
+    def first(point, x):
+        if point.name not in seen:
+            seen.add(point.name)
+            gatherer.see(point, x)
+
+    with tap(state.model, None, first) as known:
+        steps.train_step(state, batches)
+    own = gatherer.finish()
+    assert [r["point"] for r in document["points"]] == [p.name for p in known if p.name in own]
+    for row in document["points"]:
+        assert row["stats"] == own[row["point"]].as_dict(), row["point"]
+
+
+def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(cfg, recorded, tmp_path, monkeypatch):
+    """Killed after step 7, begun again from step 4: the lines are those of the run that was never stopped."""
+    original = loop.take_step
+
+    def stops(run):
+        original(run)
+        if run.state.step == 7:
+            raise Stopped("killed", exit_code=130)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "take_step", stops)
+        session.start(traced(cfg, 3), (), folder, Listener(), only=FEW)
+    assert [line["step"] for line in RunDir(folder).read_lines("points.jsonl")] == [3, 6]
+    shutil.copytree(folder, tmp_path / "other")
+    session.resume(folder, (), traced(cfg, 3), Listener())
+    assert (folder / "points.jsonl").read_bytes() == (recorded / "points.jsonl").read_bytes()
+    assert weights(folder)["model.safetensors"]["sha256"] == weights(recorded)["model.safetensors"]["sha256"]
+    changed = Override.model_validate({"key": "trace.every", "value": 5, "from": "--set trace.every=5"})
+    session.resume(tmp_path / "other", [changed], traced(cfg, 5), Listener())
+    assert [line["step"] for line in RunDir(tmp_path / "other").read_lines("points.jsonl")] == [3, 5, 10]
+    assert weights(tmp_path / "other")["model.safetensors"]["sha256"] == weights(recorded)["model.safetensors"]["sha256"]
+
+
+def test_the_record_names_the_series_and_what_it_cost(plain, recorded):
+    record = read_record(recorded / "metadata.json")
+    assert "points.jsonl" in [s.path for s in record.series] and 0 < record.metric("trace_overhead_frac") < 1
+    other = read_record(plain / "metadata.json")
+    assert "points.jsonl" not in [s.path for s in other.series] and "trace_overhead_frac" not in other.metrics
+
+
+def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, monkeypatch):
+    """The gate that holds evaluations to leave no trace holds this too."""
+    original = points.points_document
+
+    def careless(state, batch):
+        torch.rand(1)
+        return original(state, batch)
+
+    monkeypatch.setattr("stack.train.run.points_document", careless)
+    with pytest.raises(GateFailed, match=r"leaves-no-trace.*the trace changed 1 of"):
+        session.start(traced(cfg, 3), (), tmp_path / "run", Listener(), only=FEW)

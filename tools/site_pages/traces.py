@@ -1,0 +1,112 @@
+"""What was seen inside a model: heat maps over layers and slots of a trace or a comparison, and over the steps of a run."""
+
+from collections.abc import Iterable, Sequence
+
+from spec.records import Record
+from tools.site_pages.chart import thin
+from tools.site_pages.markup import code, esc, table
+from tools.site_pages.world import World
+
+POINTS = "points.jsonl"
+WARM, HOT = 1.25, 2.5  # in size, as the terminal draws them
+TIMES = (2.0, 10.0)  # beyond its bound an added error is warm, and ten times as much hot
+HISTORY = (
+    ("resid_out", "std", "Standard deviation of the stream behind each layer"),
+    ("scores", "absmax", "Largest attention score of each layer"),
+    ("entropy", "mean", "Mean entropy of attention, nats"),
+)
+MAX_STEPS = 16
+FIGURES = ("mean", "std", "absmax", "kurtosis", "top_token_energy_frac")
+
+Row = dict
+
+
+def sections(world: World, record: Record) -> list[str]:
+    """The blocks of a record's page about its points; empty if it has none."""
+    match record.kind:
+        case "train":
+            return _history(world.series(record, POINTS, "step", "points"))
+        case "trace":
+            return _profile(world.series(record, POINTS, "point", "layer", "slot", "stats", "robust_z"))
+        case "compare":
+            return _comparison(world.series(record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound"))
+    return []
+
+
+def _profile(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    odd = [r for r in rows if r.get("anomalous")]
+    said = f"First point that stands out: {code(odd[0]['point'])}, {esc(odd[0].get('operation', ''))}." if odd else "No point stands out."
+    cells = [(r["layer"], r["slot"], _plain(r["stats"]["std"]), _by_z(r["robust_z"])) for r in rows if r["layer"] is not None]
+    body = [[code(r["point"]), *(_plain(r["stats"][k]) for k in FIGURES), _plain(r["robust_z"])] for r in rows]
+    return [
+        "## Points",
+        f"{said} Each cell holds the standard deviation; its shade is how far that lies from the median of its slot over the layers, in "
+        f"robust deviations, from {WARM} and from {HOT} on.",
+        _map(cells),
+        table(["point", "mean", "std", "largest", "kurtosis", "energy of the top token", "robust z"], body),
+    ]
+
+
+def _comparison(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    first = next((r for r in rows if _beyond(r) > 1), None)
+    said = f"First point that adds more than its bound: {code(first['point'])}." if first else "No point adds more than its bound."
+    cells = [(r["layer"], r["slot"], _plain(r["rel_err"]), _shade(_beyond(r), TIMES)) for r in rows if r["layer"] is not None]
+    body = [[code(r["point"]), *(_plain(r.get(k)) for k in ("rel_err", "cosine", "nmse", "added_err", "bound"))] for r in rows]
+    return [
+        "## Points",
+        f"{said} Each cell holds the relative error that arrives there; its shade is what the point adds itself to right inputs.",
+        _map(cells),
+        table(["point", "error that arrives", "cosine", "NMSE", "error added", "bound"], body),
+    ]
+
+
+def _beyond(row: Row) -> float:
+    """How many times its bound a point adds."""
+    added, bound = row["added_err"], row["bound"]
+    return float(added) / float(bound) if added is not None and bound else 0.0
+
+
+def _history(lines: list[Row]) -> list[str]:
+    if not lines:
+        return []
+    shown = thin(lines, MAX_STEPS)
+    blocks = ["## Points over the run"]
+    for slot, figure, title in HISTORY:
+        cells = [
+            (p["layer"], f"step {line['step']}", _plain(p["stats"][figure]), "")
+            for line in shown
+            for p in line["points"]
+            if p["layer"] is not None and p["point"] == f"layers.{p['layer']}.{slot}"
+        ]
+        blocks += [f"{title}:", _map(cells)] if cells else []
+    return blocks
+
+
+def _map(cells: Sequence[tuple[int, str, str, str]]) -> str:
+    """Layers down, columns across in the order they come; each cell with its class."""
+    columns = list(dict.fromkeys(column for _, column, _, _ in cells))
+    held = {(layer, column): (text, shade) for layer, column, text, shade in cells}
+    rows = [[str(layer), *(_cell(*held.get((layer, c), ("", ""))) for c in columns)] for layer in sorted({layer for layer, *_ in cells})]
+    return table(["layer", *map(esc, columns)], rows)
+
+
+def _cell(text: str, shade: str) -> str:
+    return f'<span class="heat {shade}">{text}</span>' if shade else text
+
+
+def _by_z(z: float | None) -> str:
+    return "" if z is None else _shade(abs(float(z)), (WARM, HOT))
+
+
+def _shade(size: float, limits: Iterable[float]) -> str:
+    warm, hot = limits
+    return "heat--hot" if size >= hot else "heat--warm" if size >= warm else ""
+
+
+def _plain(value: float | str | None) -> str:
+    """Four digits; numbers that are none come as text."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else esc(value)
