@@ -10,6 +10,8 @@ from torch import nn
 from stack.config import DifferentialAttention, HardCapacity, MixtureOfDepths, MixtureOfExperts, ModelConfig, SoftmaxAttention
 from stack.model.build import build_model
 from stack.trace.nonfinite import first_nonfinite, is_finite, summary, watching
+from stack.trace.trace import logits_of
+from tests.trace import models
 
 SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=36, init_std=0.1)
 VARIANTS = {
@@ -164,6 +166,21 @@ def test_a_derivative_inside_a_module_has_the_modules_path_and_a_written_one_its
     first = first_nonfinite(lambda: loss_of(model), models=model, backward=True).first
     assert (first.where.phase, first.where.module, first.where.layer) == ("backward", "layers.2.ffn", 2)
     assert "Wrong.backward return grad / torch.zeros_like(grad)" in line(first) and first.where.node == "WrongBackward"
+
+
+def test_a_block_that_is_run_again_in_the_backward_keeps_its_places():
+    """Activation checkpointing stops its second run by an exception; the stack of modules survives that, and nothing is found twice."""
+    model = model_of().train()
+    model.recompute = True
+    report = first_nonfinite(lambda: loss_of(model), models=model, backward=True)
+    assert report.first is None and report.others == ()
+    ffn = model.layers[1].ffn
+    ffn.forward = lambda x, reading=None, original=ffn.forward: (original(x, reading) * 0).sqrt()
+    with watching(model) as seen:
+        loss_of(model).backward()
+    first = seen.report().first
+    assert (first.where.module, first.where.phase, first.where.node) == ("layers.1.ffn", "backward", "SqrtBackward0")
+    assert seen.watch.here.running == []
 
 
 # ---- masks: infinities that are put in
@@ -329,6 +346,15 @@ def test_an_error_after_the_fact_is_told_and_one_without_it_travels_on():
     assert report.first.op == "aten.div.Tensor" and report.ended_by.startswith("ValueError: bad loss inf")
     with pytest.raises(ZeroDivisionError):
         first_nonfinite(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(("side", "name"), [("ours", n) for n in models.OURS] + [("theirs", n) for n in models.THEIRS])
+def test_a_sound_model_of_any_kind_has_no_finding(side, name):
+    """Masks, windows, dropped tokens and experts put in infinities or read fresh memory; none of that is anything made or come in."""
+    model, ids = getattr(models, side)(name), models.ids()
+    report = first_nonfinite(lambda: logits_of(model(ids)), models=model, backward=True)
+    assert report.first is None and report.already == () and report.operations > 100
+    assert {e.kind for e in report.others} <= {"put in"}
 
 
 # ---- it changes nothing
