@@ -324,6 +324,25 @@ def test_a_hugging_face_model_is_watched_with_its_own_paths():
     assert first.where.lines[0].file == "transformers/models/llama/modeling_llama.py"
 
 
+def test_sparse_gradients_second_derivatives_and_mapped_functions_are_watched_too():
+    table = nn.Embedding(5, 3, sparse=True)
+    ids = torch.tensor([1, 2])
+    assert first_nonfinite(lambda: table(ids).sum(), models=table, backward=True).first is None
+    first = first_nonfinite(lambda: (table(ids) - table(ids).detach()).sum(0).abs().sqrt(), models=table, backward=True).first
+    assert first.where.node == "SqrtBackward0" and table.weight.grad.is_sparse
+
+    x = torch.zeros(2, requires_grad=True)
+
+    def twice():
+        (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.sqrt().sum(), x)
+
+    first = first_nonfinite(twice).first
+    assert (first.where.phase, first.where.of) == ("backward", "aten.sqrt.default") and "twice return" in line(first)
+    first = first_nonfinite(lambda: torch.func.vmap(lambda v: (v - v) / (v - v))(torch.ones(3))).first
+    assert (first.op, first.what, first.kind) == ("aten.div.Tensor", "NaN", "made")
+
+
 def test_modules_that_nobody_named_go_by_their_class():
     net = nn.Sequential(nn.Linear(4, 4), nn.Softplus())
 
