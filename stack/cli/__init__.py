@@ -23,9 +23,9 @@ app = typer.Typer(
 
 
 def _register() -> None:
-    from stack.cli import data, doctor, evidence, export, gates, look, tokenizer, train
+    from stack.cli import data, doctor, evidence, export, gates, look, tokenizer, trace, train
 
-    for module in (train, look, export, data, tokenizer, gates, evidence, doctor):
+    for module in (train, look, trace, export, data, tokenizer, gates, evidence, doctor):
         module.register(app)
 
 
