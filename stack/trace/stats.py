@@ -187,10 +187,10 @@ def _moments(x_RC: Tensor, shift: Tensor | None, room: Tensor | None) -> Tensor:
     c = None if shift is None else shift.to(wide)
     blocks: list[tuple[Tensor, ...]] = []
     for x in x_RC.split(max(1, BLOCK // C)):
-        x = x.to(wide)
+        x = x.to(wide).contiguous()
         y = x if c is None else x - c
         square = torch.mul(y, y) if room is None or room.dtype != wide else torch.mul(y, y, out=room[: y.numel()].view(y.shape))
-        flat, flat_square = y.reshape(-1), square.view(-1)
+        flat, flat_square = y.view(-1), square.view(-1)
         cubes, fourths = torch.dot(flat_square, flat), torch.dot(flat_square, flat_square)
         squares_R = square.sum(-1)
         energy_R = squares_R if c is None else torch.linalg.vector_norm(x, dim=-1).square_()

@@ -32,7 +32,7 @@ from stack.train.bundle import Recent, write_bundle
 from stack.train.digest import gradient_crc32, live_crc32, trained_parts
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
-from stack.train.points import points_document
+from stack.train.points import points_lines
 from stack.train.randomness import generator
 from stack.train.recompute import Computed
 from stack.train.rundir import RunDir
@@ -134,7 +134,8 @@ class Run:
             return 0.0
         with self.looking("trace"):
             began = time.perf_counter()
-            self.dir.log("points.jsonl", step=step, **points_document(self.state, batch))
+            for line in points_lines(self.state, batch):
+                self.dir.log("points.jsonl", step=step, **line)
             self.trace_s += time.perf_counter() - began
         return time.perf_counter() - started
 

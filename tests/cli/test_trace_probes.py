@@ -168,10 +168,47 @@ def test_patching_in_the_same_text_changes_nothing_and_another_text_comes_back_a
     assert other["sum_restored_frac"] == sum(e["restored_frac"] for e in other["effects"])
 
 
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder of Hugging Face with a tokenizer, random weights."""
+    from stack.data.tokenizer import Bytes
+    from stack.export import huggingface
+    from stack.model import names
+    from tests.export import models
+
+    pytest.importorskip("transformers")
+    folder, model = tmp_path_factory.mktemp("theirs") / "hf", models.ours("plain", 257)
+    folder.mkdir()
+    huggingface.write_documents(folder, names.KINDS[0], model, Bytes(), "float32")
+    huggingface.write_weights(folder, names.KINDS[0], model, "float32", 2**30)
+    return folder, model
+
+
+def test_a_folder_of_hugging_face_is_probed_as_its_own_model(theirs, stack):
+    """The same weights in our model and in theirs: the same effects to 1e-5; no corpus and no sampling, and both said."""
+    folder, model = theirs
+    from stack.trace.patching import ablate, targets
+
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    expected = ablate(model, ids, targets(model, ["layers.*.ffn.out"], 6))
+    done = stack("trace", folder, "--input-ids", "3,1,4,1,5,9", "--ablate", "layers.*.ffn.out", "--json")
+    assert done.code == 0, done.err
+    assert [e["loss_nats"] for e in done.json["effects"]] == [pytest.approx(e.loss_nats, abs=1e-5) for e in expected]
+    lens = stack("trace", folder, "--prompt", "abc", "--lens", "logit", "--json").json
+    assert lens["points"][-1]["kl_nats"] == 0.0 and "".join(lens["tokens"]).endswith("abc") and lens["model"] == str(folder)
+    assert stack("trace", folder, "--prompt", "abc", "--nonfinite", "--backward", "--json").json["first_nonfinite"] is None
+    assert stack("trace", f"{folder}@bfloat16", "--prompt", "abc", "--lens", "logit", "--json").json["points"][-1]["kl_nats"] == 0.0
+    for arguments, said in ((("--lens", "tuned"), "is no run"), (("--ablate", "layers.0", "--sample", "3"), "a model of this stack")):
+        done = stack("trace", folder, "--prompt", "abc", *arguments)
+        assert done.code == 2 and said in done.err, done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("RUN",), "say what to look for"),
+        (("RUN", "--lens", "logit", "--expect", "x < 1"), "--expect says nothing beside --lens"),
+        (("RUN", "--ablate", "layers.0", "--backward"), "--backward says nothing"),
+        (("RUN", "--lens", "logit", "--tokens", "last"), "--tokens says nothing"),
         (("RUN", "--lens", "logit", "--nonfinite"), "one at a time"),
         (("RUN", "--lens", "sharp"), "logit or tuned"),
         (("RUN", "--patch", "layers.0"), "needs the text"),
@@ -179,9 +216,9 @@ def test_patching_in_the_same_text_changes_nothing_and_another_text_comes_back_a
         (("RUN", "--ablate", "layers.0", "--ablate-with", "noise"), "zero or mean"),
         (("RUN", "--lens", "logit", "--from", "x"), "--from says nothing"),
         (("RUN", "--nonfinite", "--prompt", "x", "--device", "cpu"), "repro bundle"),
-        (("RUN", "--lens", "logit", "--input-ids", "1,x"), "commas"),
+        (("RUN", "--lens", "logit", "--input-ids", "1,x"), "token ids"),
         (("RUN", "--lens", "logit", "--input-ids", "1,99999"), "vocabulary"),
-        (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "two ways"),
+        (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "say the same thing"),
         (("--nonfinite",), "needs a MODEL"),
     ],
 )
