@@ -26,6 +26,11 @@ def available() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+def reads_gguf() -> bool:
+    """Whether what the other library reads .gguf with is installed."""
+    return importlib.util.find_spec("gguf") is not None
+
+
 def version() -> str | None:
     """Version of the other library; None if it is not installed."""
     return importlib.metadata.version("transformers") if available() else None
@@ -41,7 +46,7 @@ def theirs(path: Path) -> Any:
         raise EnvironmentUnfit(
             f"reading {path} needs transformers, which is not installed", next_step="pip install 'stackproof[hf]', then stack doctor"
         )
-    if path.suffix == ".gguf" and importlib.util.find_spec("gguf") is None:
+    if path.suffix == ".gguf" and not reads_gguf():
         raise EnvironmentUnfit(
             f"reading {path} needs the gguf library, which is not installed", next_step="pip install 'stackproof[gguf]', then stack doctor"
         )
