@@ -55,8 +55,7 @@ def show_lens(case: Case, *, kind: str, fitted: Path | None, rows: Callable[[], 
     found, _ = read_lens(case.model, case.input_ids, lens=lens, where=case.where)
     points = [_lens_row(case, row) for row in found]
     document = {"lens": kind, "tokens": [case.word(i) for i in case.input_ids[0].tolist()], "points": points, "held_out": comparison}
-    if not _finish(case, document, "lens.jsonl", f"{kind} lens of {len(points)} points"):
-        _print_lens(document)
+    _finish(case, document, "lens.jsonl", f"{kind} lens of {len(points)} points", _print_lens)
 
 
 def _tuned(case: Case, fitted: Path | None, rows: Callable, steps: int) -> tuple[Any, list[dict[str, Any]]]:
@@ -169,33 +168,31 @@ def _finish_effects(case: Case, document: dict[str, Any], reason: str) -> None:
         document[f"sum_{key}"] = sum(known) if known else None
         if known:
             case.builder.metric(f"sum_{key}", sum(known), "nats per token" if key == "delta_nats" else "1", n=len(known))
-    if _finish(case, document, "effects.jsonl", reason):
-        return
-    columns = ["target", "loss", "Δ loss", "KL", "restored", "next token before", "after"]
+    _finish(case, document, "effects.jsonl", reason, _print_effects)
+
+
+def _print_effects(document: dict[str, Any]) -> None:
+    shown = {"loss_nats": "loss", "delta_nats": "Δ loss", "kl_nats": "KL", "restored_frac": "restored"}
+    shown = {k: head for k, head in shown.items() if any(e[k] is not None for e in document["effects"])}
     word = lambda t: f"{t['token']!r} {t['prob']:.2f}"  # noqa: E731
-    rows = [
-        [
-            e["target"],
-            *(_number(e[k]) for k in ("loss_nats", "delta_nats", "kl_nats", "restored_frac")),
-            word(e["top_before"]),
-            word(e["top_after"]),
-        ]
-        for e in effects
-    ]
-    stdout.print(table(f"Replaced by {document['baseline']}", columns, rows))
+    rows = [[e["target"], *(_number(e[k]) for k in shown), word(e["top_before"]), word(e["top_after"])] for e in document["effects"]]
+    columns = ["target", *shown.values(), "next token before", "after"]
+    stdout.print(table(f"Replaced by {document['baseline']}; nats per token", columns, rows))
     for written in document.get("samples", []):
-        stdout.print(f"without {written['without']}" if written["without"] else "whole", style="bold", markup=False)
+        stdout.print(f"without {written['without']}:" if written["without"] else "whole:", style="bold", markup=False)
         stdout.print(written["text"], markup=False)
 
 
-def _finish(case: Case, document: dict[str, Any], name: str, reason: str) -> bool:
-    """Write the document and its record; says whether it was printed as JSON."""
+def _finish(case: Case, document: dict[str, Any], name: str, reason: str, show: Callable[[dict[str, Any]], None]) -> None:
+    """Write the document and its record, and print the one or show the other."""
     from spec.building import write_atomically
 
     document |= case.facts | {"input_ids": case.input_ids[0].tolist()}
     write_atomically(case.directory / name, canonical_json(document) + b"\n")
     record = case.builder.finish(case.directory, status="completed", end_reason=reason, exit_code=0, series=(name,))
-    return emit(document | {"record": record.id, "run_dir": str(case.directory)}, case.json)
+    if not emit(document | {"record": record.id, "run_dir": str(case.directory)}, case.json):
+        show(document)
+        stdout.print(f"record {case.directory}/metadata.json  ({record.id})", markup=False)
 
 
 def _number(value: float | None) -> str:

@@ -109,6 +109,17 @@ def test_a_run_that_ended_in_a_nan_is_explained_by_one_command(broken, stack, mo
     assert json.loads(Path("found/nonfinite.jsonl").read_text())["first_nonfinite"]["number"] == first["number"]
 
 
+def test_of_several_bundles_the_one_of_what_is_not_finite_is_taken_else_the_latest(tmp_path):
+    from stack.cli.nonfinite import newest_bundle
+
+    assert newest_bundle(tmp_path) is None
+    for name in ("runtime.loss-spike-step-90", "sampling.coherence-step-200"):
+        (tmp_path / "repro" / name).mkdir(parents=True)
+    assert newest_bundle(tmp_path).name == "sampling.coherence-step-200"
+    (tmp_path / "repro" / "runtime.finite-step-95").mkdir()
+    assert newest_bundle(tmp_path).name == "runtime.finite-step-95"
+
+
 def test_for_people_it_says_where_and_shows_the_last_good_values(broken, stack, monkeypatch):
     clean = stack("trace", "--repro", broken / "repro" / "runtime.finite-step-17")
     assert clean.code == 0 and "every value of steps 15 to 17 is finite on this code" in clean.out
