@@ -19,18 +19,30 @@ FIT_ROWS, HELD_OUT_ROWS = 8, 16
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model, what it reads, and how its tokens are written. `input_ids` (1, T) int64 on the model's device."""
+class Case:
+    """A model, its map of names, what it reads, and how its tokens are written. `input_ids` (1, T) int64."""
 
     model: Any
+    where: Any
     input_ids: Any
-    write: Callable[[int], str]
+    write: Callable[[list[int]], str]
     builder: Any
     run_dir: Path | None
     json: bool
+    facts: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the record, which is there."""
+        directory = self.run_dir or Path("runs") / self.builder.id
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def word(self, token: int) -> str:
+        return self.write([token])
 
 
-def show_lens(asked: Asked, *, kind: str, fitted: Path | None, rows: Callable[[], tuple[Any, Any]], steps: int) -> None:
+def show_lens(case: Case, *, kind: str, fitted: Path | None, rows: Callable[[], tuple[Any, Any]], steps: int) -> None:
     """The logit lens, or the tuned lens: read from the file `fitted`, else fitted now and written beside the record.
 
     `rows` gives a function that draws a batch of ids to fit it to, and held-out ids on which both lenses are compared.
@@ -39,43 +51,40 @@ def show_lens(asked: Asked, *, kind: str, fitted: Path | None, rows: Callable[[]
 
     if kind not in ("logit", "tuned"):
         raise UsageError("--lens", value=kind, allowed="logit or tuned")
-    directory = asked.run_dir or Path("runs") / asked.builder.id
-    directory.mkdir(parents=True, exist_ok=True)
-    lens, comparison = (None, []) if kind == "logit" else _tuned(asked, directory, fitted, rows, steps)
-    found, _ = read_lens(asked.model, asked.input_ids, lens=lens)
-    points = [_lens_row(asked, row) for row in found]
-    document = {"lens": kind, "tokens": [asked.write(i) for i in asked.input_ids[0].tolist()], "points": points, "held_out": comparison}
-    if not _finish(asked, directory, document, "lens.jsonl", f"{kind} lens of {len(points)} points"):
-        _print_lens(document)
+    lens, comparison = (None, []) if kind == "logit" else _tuned(case, fitted, rows, steps)
+    found, _ = read_lens(case.model, case.input_ids, lens=lens, where=case.where)
+    points = [_lens_row(case, row) for row in found]
+    document = {"lens": kind, "tokens": [case.word(i) for i in case.input_ids[0].tolist()], "points": points, "held_out": comparison}
+    _finish(case, document, "lens.jsonl", f"{kind} lens of {len(points)} points", _print_lens)
 
 
-def _tuned(asked: Asked, directory: Path, fitted: Path | None, rows: Callable, steps: int) -> tuple[Any, list[dict[str, Any]]]:
+def _tuned(case: Case, fitted: Path | None, rows: Callable, steps: int) -> tuple[Any, list[dict[str, Any]]]:
     """The lens, and what it and the raw one say on held-out text, if it was fitted now."""
     from spec.building import artefact
     from stack.trace.lens import load_lens, read_lens, save_lens, train_lens
 
     if fitted is not None:
-        asked.builder.inputs.append(artefact(fitted, root=Path.cwd(), name="lens"))
-        return load_lens(fitted, asked.model), []
+        case.builder.inputs.append(artefact(fitted, root=Path.cwd(), name="lens"))
+        return load_lens(fitted, case.model), []
     draw, held_out = rows()
     tell = lambda step, kl: stderr.print(f"  lens, step {step}/{steps}: {kl:.4f} nats from the model", markup=False)  # noqa: E731
     told = lambda step, kl: tell(step, kl) if step % max(1, steps // 10) == 0 or step == steps else None  # noqa: E731
-    lens = train_lens(asked.model, (draw() for _ in range(steps)), steps=steps, tell=told)
-    save_lens(lens, directory / LENS_FILE, asked.model)
-    asked.builder.outputs.append(artefact(directory / LENS_FILE, root=directory))
-    raw, tuned = (read_lens(asked.model, held_out, lens=which)[0] for which in (None, lens))
+    lens = train_lens(case.model, (draw() for _ in range(steps)), steps=steps, where=case.where, tell=told)
+    save_lens(lens, case.directory / LENS_FILE, case.model)
+    case.builder.outputs.append(artefact(case.directory / LENS_FILE, root=case.directory))
+    raw, tuned = (read_lens(case.model, held_out, lens=which, where=case.where)[0] for which in (None, lens))
     figures = lambda row, which: {f"{which}_loss_nats": row.loss_nats, f"{which}_kl_nats": row.kl_nats}  # noqa: E731
     compared = [{"point": r.point, **figures(r, "raw"), **figures(t, "tuned")} for r, t in zip(raw, tuned)]
     for row in compared:
         for name in ("raw_loss_nats", "tuned_loss_nats"):
-            asked.builder.metric(f"{row['point']}.{name}", row[name], "nats per token", n=held_out[:, 1:].numel(), better="lower")
+            case.builder.metric(f"{row['point']}.{name}", row[name], "nats per token", n=held_out[:, 1:].numel(), better="lower")
     return lens, compared
 
 
-def _lens_row(asked: Asked, row: Any) -> dict[str, Any]:
+def _lens_row(case: Case, row: Any) -> dict[str, Any]:
     """One point of the stream as JSON has it; `top` holds, for each position, its likeliest tokens with their probabilities."""
     ids, probs = row.top_ids_BTk[0].tolist(), row.top_probs_BTk[0].tolist()
-    top = [[{"id": i, "token": asked.write(i), "prob": p} for i, p in zip(*at)] for at in zip(ids, probs)]
+    top = [[{"id": i, "token": case.word(i), "prob": p} for i, p in zip(*at)] for at in zip(ids, probs)]
     figures = {k: getattr(row, k) for k in ("point", "layer", "loss_nats", "kl_nats", "entropy_nats", "agrees_frac")}
     return figures | {"top": top}
 
@@ -97,94 +106,93 @@ def _print_lens(document: dict[str, Any]) -> None:
 # ---- ablation and patching
 
 
-def show_ablation(asked: Asked, texts: list[str], *, by: str, source_ids: Any, sample: int, generate: Callable) -> None:
+def show_ablation(case: Case, texts: list[str], *, by: str, source_ids: Any, sample: int, generate: Callable) -> None:
     """The effect of taking away each target by itself; with `sample`, also what the model then writes."""
     from stack.trace.patching import ablate, targets
 
     if by not in ("zero", "mean"):
         raise UsageError("--ablate-with", value=by, allowed="zero or mean")
-    chosen = targets(asked.model, texts, asked.input_ids.shape[1])
-    found = ablate(asked.model, asked.input_ids, chosen, by=by, source_ids_BT=source_ids)
-    over = asked.input_ids if source_ids is None else source_ids
+    chosen = targets(case.model, texts, case.input_ids.shape[1], case.where)
+    found = ablate(case.model, case.input_ids, chosen, by=by, source_ids_BT=source_ids, where=case.where)
+    over = case.input_ids if source_ids is None else source_ids
     baseline = (
         "zeros" if by == "zero" else f"the mean over {over.numel()} tokens of {'the prompt' if source_ids is None else 'the --from text'}"
     )
-    document = {"baseline": baseline, "effects": [_effect(asked, e) for e in found]}
+    document = {"baseline": baseline, "effects": [_effect(case, e) for e in found]}
     if sample:
-        document["samples"] = _samples(asked, chosen, by, over, sample, generate)
-    _finish_effects(asked, document, f"{len(found)} target(s) replaced by {baseline}")
+        document["samples"] = _samples(case, chosen, by, over, sample, generate)
+    _finish_effects(case, document, f"{len(found)} target(s) replaced by {baseline}")
 
 
-def show_patch(asked: Asked, texts: list[str], *, source_ids: Any) -> None:
+def show_patch(case: Case, texts: list[str], *, source_ids: Any) -> None:
     """The effect of putting each target of another text's run into this one, by itself."""
     from stack.trace.patching import patch, targets
 
     if source_ids is None:
         raise UsageError("--patch needs the text whose values are put in", next_step='--patch "layers.3.resid_out@-1" --from "other text"')
-    found = patch(asked.model, asked.input_ids, source_ids, targets(asked.model, texts, asked.input_ids.shape[1]))
-    document = {"baseline": "the values of the --from text", "effects": [_effect(asked, e) for e in found]}
-    _finish_effects(asked, document, f"{len(found)} target(s) patched")
+    chosen = targets(case.model, texts, case.input_ids.shape[1], case.where)
+    found = patch(case.model, case.input_ids, source_ids, chosen, where=case.where)
+    document = {"baseline": "the values of the --from text", "effects": [_effect(case, e) for e in found]}
+    _finish_effects(case, document, f"{len(found)} target(s) patched")
 
 
-def _effect(asked: Asked, effect: Any) -> dict[str, Any]:
-    top = lambda at: {"id": at[0], "token": asked.write(at[0]), "prob": at[1]}  # noqa: E731
+def _effect(case: Case, effect: Any) -> dict[str, Any]:
+    top = lambda at: {"id": at[0], "token": case.word(at[0]), "prob": at[1]}  # noqa: E731
     figures = {k: getattr(effect, k) for k in ("loss_nats", "delta_nats", "kl_nats", "restored_frac")}
     named = {"target": effect.target.text, "points": list(effect.target.points)}
     return named | figures | {"top_before": top(effect.top_before), "top_after": top(effect.top_after)}
 
 
-def _samples(asked: Asked, chosen: list[Any], by: str, over: Any, n_tokens: int, generate: Callable) -> list[dict[str, Any]]:
+def _samples(case: Case, chosen: list[Any], by: str, over: Any, n_tokens: int, generate: Callable) -> list[dict[str, Any]]:
     """What the model writes whole, and without each target, which is then missing at every position."""
     from contextlib import nullcontext
 
     from stack.trace.patching import averaged, edited, held_at, means_of, zeroed
 
-    means = means_of(held_at(asked.model, over, chosen)[0]) if by == "mean" else {}
+    means = means_of(held_at(case.model, over, chosen, case.where)[0]) if by == "mean" else {}
     contexts = {"": nullcontext()}
     for target in chosen:
-        contexts[target.text] = edited(asked.model, target, averaged(target, None, means) if by == "mean" else zeroed(target, None))
+        edit = averaged(target, None, means) if by == "mean" else zeroed(target, None)
+        contexts[target.text] = edited(case.model, target, edit, case.where)
     written = []
     for text, context in contexts.items():
         with context:
-            written.append({"without": text, "text": generate(asked.model, asked.input_ids[0].tolist(), n_tokens)})
+            written.append({"without": text, "text": generate(case.model, case.input_ids[0].tolist(), n_tokens)})
     return written
 
 
-def _finish_effects(asked: Asked, document: dict[str, Any], reason: str) -> None:
-    directory = asked.run_dir or Path("runs") / asked.builder.id
-    directory.mkdir(parents=True, exist_ok=True)
+def _finish_effects(case: Case, document: dict[str, Any], reason: str) -> None:
     effects = document["effects"]
     for key in ("delta_nats", "restored_frac"):
         known = [e[key] for e in effects if e[key] is not None]
         document[f"sum_{key}"] = sum(known) if known else None
         if known:
-            asked.builder.metric(f"sum_{key}", sum(known), "nats per token" if key == "delta_nats" else "1", n=len(known))
-    if _finish(asked, directory, document, "effects.jsonl", reason):
-        return
-    columns = ["target", "loss", "Δ loss", "KL", "restored", "next token before", "after"]
+            case.builder.metric(f"sum_{key}", sum(known), "nats per token" if key == "delta_nats" else "1", n=len(known))
+    _finish(case, document, "effects.jsonl", reason, _print_effects)
+
+
+def _print_effects(document: dict[str, Any]) -> None:
+    shown = {"loss_nats": "loss", "delta_nats": "Δ loss", "kl_nats": "KL", "restored_frac": "restored"}
+    shown = {k: head for k, head in shown.items() if any(e[k] is not None for e in document["effects"])}
     word = lambda t: f"{t['token']!r} {t['prob']:.2f}"  # noqa: E731
-    rows = [
-        [
-            e["target"],
-            *(_number(e[k]) for k in ("loss_nats", "delta_nats", "kl_nats", "restored_frac")),
-            word(e["top_before"]),
-            word(e["top_after"]),
-        ]
-        for e in effects
-    ]
-    stdout.print(table(f"Replaced by {document['baseline']}", columns, rows))
+    rows = [[e["target"], *(_number(e[k]) for k in shown), word(e["top_before"]), word(e["top_after"])] for e in document["effects"]]
+    columns = ["target", *shown.values(), "next token before", "after"]
+    stdout.print(table(f"Replaced by {document['baseline']}; nats per token", columns, rows))
     for written in document.get("samples", []):
-        stdout.print(f"without {written['without']}" if written["without"] else "whole", style="bold", markup=False)
+        stdout.print(f"without {written['without']}:" if written["without"] else "whole:", style="bold", markup=False)
         stdout.print(written["text"], markup=False)
 
 
-def _finish(asked: Asked, directory: Path, document: dict[str, Any], name: str, reason: str) -> bool:
-    """Write the document and its record; says whether it was printed as JSON."""
+def _finish(case: Case, document: dict[str, Any], name: str, reason: str, show: Callable[[dict[str, Any]], None]) -> None:
+    """Write the document and its record, and print the one or show the other."""
     from spec.building import write_atomically
 
-    write_atomically(directory / name, canonical_json(document) + b"\n")
-    record = asked.builder.finish(directory, status="completed", end_reason=reason, exit_code=0, series=(name,))
-    return emit(document | {"record": record.id, "run_dir": str(directory)}, asked.json)
+    document |= case.facts | {"input_ids": case.input_ids[0].tolist()}
+    write_atomically(case.directory / name, canonical_json(document) + b"\n")
+    record = case.builder.finish(case.directory, status="completed", end_reason=reason, exit_code=0, series=(name,))
+    if not emit(document | {"record": record.id, "run_dir": str(case.directory)}, case.json):
+        show(document)
+        stdout.print(f"record {case.directory}/metadata.json  ({record.id})", markup=False)
 
 
 def _number(value: float | None) -> str:
@@ -194,15 +202,18 @@ def _number(value: float | None) -> str:
 # ---- text to fit a lens to
 
 
-def run_rows(cfg: Any, tokenizer: Any, seed: int = 0) -> tuple[Callable[[], Any], Any]:
+def run_rows(config: dict[str, Any], root: Path, seed: int = 0) -> tuple[Callable[[], Any], Any]:
     """Rows of a run's own corpus: a function that draws a batch of its training split, and held-out ids."""
     import torch
 
+    from stack.config import validate
     from stack.data.prepare import prepare
     from stack.data.reader import rows_batch
+    from stack.data.tokenizer import load_tokenizer
 
+    cfg = validate(config)
     dataset, length = prepare(cfg.data), cfg.model.max_seq_len
-    if dataset.tokenizer.sha256 != tokenizer.sha256:
+    if dataset.tokenizer.sha256 != load_tokenizer(root / "tokenizer.json").sha256:
         raise DataError("the run's corpus has changed since, so its tokens are others", next_step="give --text FILE")
     chance, n = torch.Generator().manual_seed(seed), dataset.train.n_windows(length)
     draw = lambda: rows_batch(dataset.train, torch.randint(0, n, (FIT_ROWS,), generator=chance).numpy(), length).input_ids  # noqa: E731

@@ -40,19 +40,21 @@ def trace_bundle(bundle: Path, *, device: str | None, base: Path | None, run_dir
     finish(builder, document, run_dir, json, clean=clean)
 
 
-def trace_model(model: Any, input_ids: Any, builder: Any, *, backward: bool, run_dir: Path | None, json: bool) -> None:
-    """One forward of a model over given ids, (1, T), and with `backward` the derivative of its mean next-token loss."""
+def trace_model(case: Any, *, backward: bool) -> None:
+    """One forward of a case of `stack.cli.lens`, and with `backward` the derivative of its mean next-token loss."""
     from torch.nn.functional import cross_entropy
 
     from stack.trace.nonfinite import first_nonfinite
     from stack.trace.trace import run
 
     def loss() -> Any:
-        return cross_entropy(run(model, input_ids)[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+        return cross_entropy(run(case.model, case.input_ids)[:, :-1].flatten(0, 1).float(), case.input_ids[:, 1:].flatten())
 
-    report = first_nonfinite(loss if backward else lambda: run(model, input_ids), models=model, backward=backward)
+    call = loss if backward else lambda: run(case.model, case.input_ids)
+    report = first_nonfinite(call, models=case.model, backward=backward)
     clean = f"every value of {report.operations} operations is finite"
-    finish(builder, {"step": None, **report_document(report)}, run_dir, json, clean=clean)
+    document = case.facts | {"input_ids": case.input_ids[0].tolist(), "step": None} | report_document(report)
+    finish(case.builder, document, case.run_dir, case.json, clean=clean)
 
 
 def report_document(report: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What `stack trace` can be asked besides its table: the first NaN, a lens, an ablation, a patch. One of them at a time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,14 @@ AblateWith = Annotated[str, typer.Option("--ablate-with", help="With --ablate: z
 Sample = Annotated[int, typer.Option("--sample", min=0, help="With --ablate: tokens to write without each target, and with all of them.")]
 Patch = Annotated[list[str] | None, typer.Option("--patch", metavar="TARGET", help="Put in what the --from text has there, and ask again.")]
 From = Annotated[str | None, typer.Option("--from", help="The text that --patch takes values from, or --ablate-with mean its mean.")]
-FITTED = 200
+FITTED, LONGEST = 200, 512  # steps; tokens of a row of a text
+EXAMPLES = (
+    "stack trace runs/pocket-1 --nonfinite",
+    "stack trace --repro runs/pocket-1/repro/runtime.finite-step-7",
+    "stack trace runs/pocket-1 --prompt 'The function' --lens logit",
+    "stack trace runs/pocket-1 --prompt 'The function' --ablate 'layers.*.attention_out'",
+    "stack trace runs/pocket-1 --prompt 'The cat' --patch 'layers.*.resid_out@-1' --from 'The dog'",
+)
 
 
 @dataclass(frozen=True)
@@ -75,82 +82,86 @@ class Probe:
         return mode
 
 
-def probe(
-    asked: Probe,
-    model: Path | None,
-    read: Callable[[Any, str | None], Any],
-    *,
-    given: bool,
-    tokenizer: Path | None,
-    run_dir: Path | None,
-    json: bool,
-) -> None:
-    """Do what was asked. `read(opened, text)` gives ids (1, T) of a text, or of the prompt for None; `given` says whether there is one."""
-    if asked.repro is not None or (asked.nonfinite and not given and model is not None and search.newest_bundle(model)):
-        bundle = asked.repro or search.newest_bundle(model)
-        return search.trace_bundle(bundle, device=asked.device, base=asked.base, run_dir=run_dir, json=json)
-    if asked.device or asked.base:
+def asked(options: dict[str, Any]) -> Probe | None:
+    """The probe that these options of the verb ask for; None if they ask for its table or a comparison. Refuses what fits neither."""
+    probe = Probe(**{f.name: options[f.name] for f in fields(Probe)})
+    if probe.mode is None:
+        return None
+    for name in ("against", "bisect", "check", "swap", "expect", "points", "csv"):
+        if options[name]:
+            raise UsageError(f"--{name} says nothing beside {probe.mode}", next_step="leave one of them out")
+    if options["tokens"] != "all" or (options["backward"] and probe.mode != "--nonfinite"):
+        raise UsageError(f"{'--tokens' if options['tokens'] != 'all' else '--backward'} says nothing beside {probe.mode}")
+    return probe
+
+
+def probe(what: Probe, text: str | None, asked: Any) -> None:
+    """Do what was asked of the MODEL `text`, with the prompt and the folder of `asked`, which is of `stack.cli.trace`."""
+    own = asked.prompt is not None or asked.input_ids is not None
+    bundle = what.repro or (search.newest_bundle(Path(text)) if what.nonfinite and text is not None and not own else None)
+    if bundle is not None:
+        return search.trace_bundle(bundle, device=what.device, base=what.base, run_dir=asked.run_dir, json=asked.json)
+    if what.device or what.base:
         raise UsageError("--device and --base are for a repro bundle", next_step="give --repro BUNDLE")
-    if model is None:
+    if text is None:
         raise UsageError("stack trace needs a MODEL, or --repro BUNDLE", next_step="stack trace runs/pocket-1")
-    from stack.cli.models import open_model
+    from stack.cli.subjects import open_subject
+    from stack.trace import side
 
-    opened = open_model(model, tokenizer)
-    ids = read(opened, None)
-    if asked.mode == "--nonfinite":
-        builder = search.record_builder(opened.cfg.to_dict(), (opened.state["record"],))
-        return search.trace_model(opened.model, ids, _with_inputs(builder, opened), backward=asked.backward, run_dir=run_dir, json=json)
-    write = lambda i: opened.tokenizer.decode([i]) or opened.tokenizer.literal(i)  # noqa: E731
-    about = lenses.Asked(opened.model, ids, write, _builder(opened, asked.mode), run_dir, json)
-    source = None if asked.source is None else read(opened, asked.source)
-    if asked.mode == "--lens":
-        return lenses.show_lens(about, kind=asked.lens, fitted=asked.lens_file, rows=lambda: _rows(asked, opened), steps=asked.lens_steps)
-    if asked.mode == "--patch":
-        return lenses.show_patch(about, asked.patch, source_ids=source)
-    writer = lambda model, prompt, n: _write(opened, model, prompt, n)  # noqa: E731
-    return lenses.show_ablation(about, asked.ablate, by=asked.ablate_with, source_ids=source, sample=asked.sample, generate=writer)
+    subject = open_subject(text)
+    one = side(subject.model, subject.way)
+    with one.around():
+        _ask(what, subject, one, asked)
 
 
-def _rows(asked: Probe, opened: Any) -> tuple[Callable[[], Any], Any]:
-    """Text to fit a lens to."""
-    if asked.text is None:
-        return lenses.run_rows(opened.cfg, opened.tokenizer)
+def _ask(what: Probe, subject: Any, one: Any, asked: Any) -> None:
+    import torch
+
+    from stack.cli.trace import builder_of, ids_of
+
+    read = lambda text: torch.tensor([ids_of(replace(asked, prompt=text, input_ids=None), subject)])  # noqa: E731
+    ids, source = torch.tensor([ids_of(asked, subject)]), None if what.source is None else read(what.source)
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(what).items() if v != getattr(Probe, k)}
+    claim = {"--nonfinite": search.CLAIM, "--lens": lenses.CLAIMS["lens"]}.get(what.mode, lenses.CLAIMS["effects"])
+    not_covered = search.NOT_COVERED if what.nonfinite else lenses.NOT_COVERED
+    builder = builder_of("trace", claim, not_covered, [subject], asked, **options)
+    facts = {"model": subject.title, **subject.facts}
+    case = lenses.Case(one.model, one.where, ids, subject.decode, builder, asked.run_dir, asked.json, facts)
+    match what.mode:
+        case "--nonfinite":
+            search.trace_model(case, backward=what.backward)
+        case "--lens":
+            rows = lambda: _rows(what, subject)  # noqa: E731
+            lenses.show_lens(case, kind=what.lens, fitted=what.lens_file, rows=rows, steps=what.lens_steps)
+        case "--patch":
+            lenses.show_patch(case, what.patch, source_ids=source)
+        case _:
+            write = lambda model, prompt, n: _write(subject, model, prompt, n)  # noqa: E731
+            lenses.show_ablation(case, what.ablate, by=what.ablate_with, source_ids=source, sample=what.sample, generate=write)
+
+
+def _rows(what: Probe, subject: Any) -> tuple[Callable[[], Any], Any]:
+    """Text to fit a lens to: a file, or the corpus of a run."""
+    if what.text is None:
+        if "step" not in subject.facts:
+            raise UsageError(f"{subject.title} is no run, so it has no corpus", next_step="give --text FILE")
+        return lenses.run_rows(subject.config, subject.root)
+    if subject.encode is None:
+        raise UsageError(f"{subject.title} has no tokenizer.json beside it, so a text cannot be read")
     try:
-        content = asked.text.read_text("utf-8")
+        content = what.text.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read the text {asked.text}: {e}", allowed="a UTF-8 file") from e
-    return lenses.text_rows(opened.tokenizer.encode(content).ids, opened.cfg.model.max_seq_len)
+        raise UsageError(f"cannot read the text {what.text}: {e}", allowed="a UTF-8 file") from e
+    return lenses.text_rows(subject.encode(content), min(subject.max_seq_len, LONGEST))
 
 
-def _write(opened: Any, model: Any, prompt: list[int], n_tokens: int) -> str:
-    """The likeliest text after a prompt."""
+def _write(subject: Any, model: Any, prompt: list[int], n_tokens: int) -> str:
+    """The likeliest text after a prompt. Raises UsageError for a model that this stack does not generate with."""
     from stack.evaluate.sampling import generate
+    from stack.model.transformer import Transformer
 
-    return opened.tokenizer.decode(generate(model, prompt, max_new_tokens=n_tokens, temperature=0.0, eos_id=None))
-
-
-def _builder(opened: Any, mode: str) -> Any:
-    from spec.building import RecordBuilder
-    from spec.gates import load_spec
-    from spec.provenance import environment
-
-    builder = RecordBuilder(
-        kind="trace",
-        spec=load_spec(),
-        config=opened.cfg.to_dict(),
-        claim=lenses.CLAIMS["lens" if mode == "--lens" else "effects"],
-        not_covered=lenses.NOT_COVERED,
-        environment=environment(),
-        parents=(opened.state["record"],),
-    )
-    return _with_inputs(builder, opened)
-
-
-def _with_inputs(builder: Any, opened: Any) -> Any:
-    from spec.building import artefact
-
-    builder.inputs = [
-        artefact(opened.folder / "model.safetensors", root=opened.run_dir),
-        artefact(opened.run_dir / "tokenizer.json", root=opened.run_dir),
-    ]
-    return builder
+    if not isinstance(model, Transformer):
+        raise UsageError(
+            "--sample writes with a model of this stack", value=type(model).__name__, next_step="stack import it, or leave it out"
+        )
+    return subject.decode(generate(model, prompt, max_new_tokens=n_tokens, temperature=0.0, eos_id=None))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spec.canonical import sha256_file
+from spec.errors import CheckpointError, EnvironmentUnfit
 from stack.evaluate.bits_per_byte import evaluating
 from stack.evaluate.sampling import generate
 from stack.model.transformer import Transformer
@@ -25,32 +26,73 @@ def available() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+def reads_gguf() -> bool:
+    """Whether what the other library reads .gguf with is installed."""
+    return importlib.util.find_spec("gguf") is not None
+
+
 def version() -> str | None:
     """Version of the other library; None if it is not installed."""
     return importlib.metadata.version("transformers") if available() else None
 
 
-def witness(folder: Path) -> dict[str, Any]:
-    """What the other library computes from a folder, in float32, and the hashes of the weight files it read."""
+def theirs(path: Path) -> Any:
+    """The other library's own model of a folder or a .gguf file, float32, in eval mode, attention by torch's own function.
+
+    Raises EnvironmentUnfit where the library, or the reader of .gguf, is not installed; CheckpointError where it cannot read the path, or
+    would fill in weights that are not there.
+    """
+    if not available():
+        raise EnvironmentUnfit(
+            f"reading {path} needs transformers, which is not installed", next_step="pip install 'stackproof[hf]', then stack doctor"
+        )
+    if path.suffix == ".gguf" and not reads_gguf():
+        raise EnvironmentUnfit(
+            f"reading {path} needs the gguf library, which is not installed", next_step="pip install 'stackproof[gguf]', then stack doctor"
+        )
+    if not path.exists():
+        raise CheckpointError(f"there is nothing at {path}", allowed="a folder of Hugging Face, or a .gguf file")
+    try:
+        model, report = _read(path)
+    except Exception as e:  # whatever it raises, it has not read the model
+        raise CheckpointError(f"transformers cannot read {path}", value=f"{type(e).__name__}: {str(e)[:300]}") from e
+    if complaints := _complaints(report):
+        raise CheckpointError(
+            f"transformers reads only a part of {path}", value=complaints, next_step="take the folder as it was published"
+        )
+    return model.eval()
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A model, and what its reader reports."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent if file else path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **file
+    )
+
+
+def _complaints(report: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{kind.replace('_', ' ')} {', '.join(map(str, sorted(found, key=str)))[:200]}" for kind, found in report.items() if found
+    )
+
+
+def witness(folder: Path) -> dict[str, Any]:
+    """What the other library computes from a folder, in float32, and the hashes of the weight files it read."""
     compared = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
     try:
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        theirs, report = _read(folder)
     except Exception as e:  # whatever it raises, it has not read the model
         return {"their_complaints": f"{type(e).__name__}: {str(e)[:300]}", "compared_sha256": compared} | dict.fromkeys(CALLED)
     theirs.eval()
-    complaints = [
-        f"{kind.replace('_', ' ')} {', '.join(map(str, sorted(found, key=str)))[:200]}" for kind, found in report.items() if found
-    ]
     return {
         "their_logits": lambda ids_BT, last: _their_logits(theirs, ids_BT, last),
         "their_continuation": lambda prompt, n_new: _their_continuation(theirs, prompt, n_new),
-        "their_complaints": "; ".join(complaints),
+        "their_complaints": _complaints(report),
         "compared_sha256": compared,
     }
 

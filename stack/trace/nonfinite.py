@@ -148,7 +148,7 @@ class Watch(TorchDispatchMode):
 
     def mark(self, tensor: Tensor) -> Event | None:
         """Where what is not finite in the tensor comes from."""
-        _, event = self._marks.get(tensor.untyped_storage()._cdata, (None, None))
+        _, event = self._marks.get(storage_of(tensor)._cdata, (None, None))
         return event
 
     def pass_by(self, point: Point, tensor: Tensor) -> None:
@@ -161,11 +161,11 @@ class Watch(TorchDispatchMode):
         bad = [(name, i, t) for name, i, t in results if not is_finite(t)]
         event = self._explain(operation, bad) if bad else None
         for _, _, tensor in results:
-            storage = tensor.untyped_storage()
-            if tensor.numel() * tensor.element_size() == storage.nbytes():
+            storage = storage_of(tensor)
+            if tensor.numel() * tensor.element_size() >= storage.nbytes():
                 self._marks.pop(storage._cdata, None)
         for _, _, tensor in bad:
-            storage = tensor.untyped_storage()
+            storage = storage_of(tensor)
             self._marks[storage._cdata] = (StorageWeakRef(storage), event)
 
     def _explain(self, operation: _Operation, bad: list[_Result]) -> Event:
@@ -179,7 +179,7 @@ class Watch(TorchDispatchMode):
         if operation.name == CONSTANT or (not alike and _has(operation.given, what)):
             return self._enter("put in", what, operation, bad)
         if strangers := [r for r in alike if marks[id(r)] is None]:
-            carrier = next((c for r in strangers if (c := self.held.get(r.tensor.untyped_storage()._cdata, ""))), "")
+            carrier = next((c for r in strangers if (c := self.held.get(storage_of(r.tensor)._cdata, ""))), "")
             return self._enter("came in", what, operation, bad, carrier or f"argument {strangers[0].name}")
         if alike:
             return min((marks[id(r)] for r in alike), key=lambda e: e.number)
@@ -204,7 +204,7 @@ class Watch(TorchDispatchMode):
         return event
 
     def _values(self, name: str, tensor: Tensor, values: Tensor) -> Values:
-        return summary(values, name, self.held.get(tensor.untyped_storage()._cdata, ""))
+        return summary(values, name, self.held.get(storage_of(tensor)._cdata, ""))
 
 
 def summary(tensor: Tensor, name: str, held: str = "") -> Values:
@@ -238,6 +238,11 @@ def is_finite(tensor: Tensor) -> bool:
     values = _plain(tensor)
     wide = torch.promote_types(values.dtype, torch.float32)
     return math.isfinite(values.sum(dtype=wide).item()) or bool(values.isfinite().all())
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """The memory of a tensor; of a sparse one, that of its values."""
+    return (tensor if tensor.layout == torch.strided else tensor._values()).untyped_storage()
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -282,8 +287,8 @@ def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
 def _results(operation: _Operation, result: Any) -> list[_Result]:
     """New values that the operation has made: results that are no views of what it read, and what it wrote to."""
     written = [(name, i, t) for name in sorted(_written(operation.func)) for i, t in _tensors(operation.given.get(name))]
-    known = {t.untyped_storage()._cdata for _, _, t in written} | {r.tensor.untyped_storage()._cdata for r in operation.read}
-    fresh = [("result", i, t) for i, t in _tensors(result) if operation.name == CONSTANT or t.untyped_storage()._cdata not in known]
+    known = {storage_of(t)._cdata for _, _, t in written} | {storage_of(r.tensor)._cdata for r in operation.read}
+    fresh = [("result", i, t) for i, t in _tensors(result) if operation.name == CONSTANT or storage_of(t)._cdata not in known]
     return written + fresh
 
 
@@ -334,7 +339,7 @@ def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Itera
         for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for path, tensor in tensors:
                 name = ".".join(filter(None, (key, path)))
-                held[tensor.untyped_storage()._cdata] = f"{kind} {name}"
+                held[storage_of(tensor)._cdata] = f"{kind} {name}"
                 already += [] if is_finite(tensor) else [name]
     with whereabouts(named) as here:
         watch = Watch(here, held)

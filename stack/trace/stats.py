@@ -140,20 +140,18 @@ def figures(x_RC: Tensor, room: Tensor | None = None) -> Tensor:
     """
     shift = None if x_RC.device.type == "cpu" else _sample(x_RC).mean()
     found = _moments(x_RC, shift, room)
-    if shift is None and (better := _better(x_RC, found)) is not None:
-        found = _moments(better, found[1] / found[0] if better is x_RC else better.mean(), None)
+    if shift is None and (better := _better(x_RC, *found[:4].tolist())) is not None:
+        found = _moments(better, found[0] / x_RC.numel() if better is x_RC else better.mean(), None)
     return found
 
 
-def _better(x_RC: Tensor, found: Tensor) -> Tensor | None:
+def _better(x_RC: Tensor, total: float, squares: float, cubes: float, fourths: float) -> Tensor | None:
     """What to take the moments of again: the same where the mean hides the spread, float64 where squares overflowed; None if neither."""
-    n, total, squares, fourth, broken = found[0], found[1], found[2], found[4], found[8]
-    if broken:
-        return None
-    if not (squares.isfinite() and fourth.isfinite()):
-        return x_RC.double() if x_RC.dtype != torch.float64 else None
-    mean = total / n
-    return x_RC if mean * mean > SHIFTED * (squares / n - mean * mean).clamp(min=0) else None
+    if not math.isfinite(fourths):
+        overflowed = x_RC.dtype != torch.float64 and bool(x_RC.isfinite().all())
+        return x_RC.double() if overflowed else None
+    mean, square = total / x_RC.numel(), squares / x_RC.numel()
+    return x_RC if mean * mean > SHIFTED * max(0.0, square - mean * mean) else None
 
 
 def sampled(R: int, C: int) -> tuple[int, int]:
@@ -178,41 +176,45 @@ def _sample(x_RC: Tensor) -> Tensor:
 
 
 def _moments(x_RC: Tensor, shift: Tensor | None, room: Tensor | None) -> Tensor:
-    """n, Σx, Σx², Σy³, Σy⁴, min, max, zeros, non-finite, peak row, peak column, top row, its energy, Σy, Σy²; y = x − shift.
+    """Σy, Σy², Σy³, Σy⁴, shift, min, max, energy of the top row, zeros, not finite, peak row, peak column, top row; y = x − shift.
 
-    A block of rows at a time: few passes over memory that is still in the cache, sums of rows in float32 and of rows in float64.
+    A block of rows at a time: few passes over memory that is still in the cache, sums of a row in float32 and over rows in float64.
     """
-    R, C = x_RC.shape
     wide = torch.promote_types(x_RC.dtype, torch.float32)
     c = None if shift is None else shift.to(wide)
     blocks: list[tuple[Tensor, ...]] = []
-    for x in x_RC.split(max(1, BLOCK // C)):
-        x = x.to(wide)
+    for x in x_RC.split(max(1, BLOCK // x_RC.shape[1])):
+        x = x.to(wide).contiguous()
         y = x if c is None else x - c
         square = torch.mul(y, y) if room is None or room.dtype != wide else torch.mul(y, y, out=room[: y.numel()].view(y.shape))
-        flat, flat_square = y.reshape(-1), square.view(-1)
-        cubes, fourths = torch.dot(flat_square, flat), torch.dot(flat_square, flat_square)
+        flat, flat_square = y.view(-1), square.view(-1)
+        high = torch.stack((torch.dot(flat_square, flat), torch.dot(flat_square, flat_square)))
         squares_R = square.sum(-1)
         energy_R = squares_R if c is None else torch.linalg.vector_norm(x, dim=-1).square_()
-        zeros = x.numel() - torch.count_nonzero(x)
-        blocks.append((energy_R, x.amax(-1), x.amin(-1), y.sum(-1), squares_R, cubes[None], fourths[None], zeros[None]))
-    energy_R, top_R, bottom_R, sum_R, squares_R, cubes, fourths, zeros = (torch.cat(b) if len(b) > 1 else b[0] for b in zip(*blocks))
-    total, squares, cubes, fourths, zeros = (part.double().sum() for part in (sum_R, squares_R, cubes, fourths, zeros))
-    n = torch.tensor(float(R * C), dtype=torch.float64, device=x_RC.device)
-    c64 = torch.zeros_like(n) if c is None else c.double()
-    peak = torch.maximum(top_R, -bottom_R).argmax()
+        blocks.append((energy_R, x.amax(-1), x.amin(-1), y.sum(-1), squares_R, high[:, None], _zeros(x, square if c is None else None)))
+    energy_R, top_R, bottom_R, *parts, zeros = (torch.cat(b, -1) if len(b) > 1 else b[0] for b in zip(*blocks))
+    sum_R, squares_R, high = parts
+    low_moments, high_moments = torch.stack((sum_R, squares_R)).double().sum(-1), high.double().sum(-1)
+    peak, top_row = torch.maximum(top_R, -bottom_R).argmax(), energy_R.argmax()
     column = x_RC.index_select(0, peak[None])[0].abs().argmax()
-    top_row = energy_R.argmax()
-    found = (n, total + n * c64, squares + 2 * c64 * total + n * c64 * c64, cubes, fourths, bottom_R.min(), top_R.max(), zeros)
-    found = (*found, _nonfinite(x_RC, squares), peak, column, top_row, energy_R[top_row], total, squares)
-    return torch.stack([f.double() for f in found])
+    extremes = torch.stack((bottom_R.min(), top_R.max(), energy_R[top_row])).double()
+    places = torch.stack((zeros.sum(), _nonfinite(x_RC, low_moments[1]), peak, column, top_row)).double()
+    c64 = torch.zeros_like(extremes[:1]) if c is None else c.double()[None]
+    return torch.cat((low_moments, high_moments, c64, extremes, places))
+
+
+def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
+    """How many values are zero, (1,) int64. On a CPU they are counted only where the smallest square is zero: a count costs four passes."""
+    if x.device.type == "cpu" and square is not None and square.min() > 0:
+        return torch.zeros(1, dtype=torch.int64)
+    return (x.numel() - torch.count_nonzero(x))[None]
 
 
 def _nonfinite(x_RC: Tensor, squares: Tensor) -> Tensor:
     """How many values are not finite: counted only where the sum of squares is not, or where asking would make the device wait."""
-    if x_RC.device.type == "cpu" and squares.isfinite():
-        return torch.zeros((), dtype=torch.float64)
-    return (~x_RC.isfinite()).sum().double()
+    if x_RC.device.type == "cpu" and math.isfinite(squares):
+        return torch.zeros((), dtype=torch.int64)
+    return (~x_RC.isfinite()).sum()
 
 
 def _stat(support: Support, found: Tensor | None, sample: Tensor | None) -> Stat:
@@ -221,16 +223,18 @@ def _stat(support: Support, found: Tensor | None, sample: Tensor | None) -> Stat
         none = math.nan
         levels = {str(q): none for q in QUANTILES}
         return Stat(0, none, none, none, none, none, none, levels, 0, none, none, none, None, None, none, none, support)
-    n, total, all_squares, cubes, fourths, low, high, zeros, broken, row, column, top_row, top, y_sum, y_squares = found.tolist()
+    y_sum, y_squares, cubes, fourths, shift, low, high, top, zeros, broken, row, column, top_row = found.tolist()
+    n = support.n
     m1, m2, m3, m4 = y_sum / n, y_squares / n, cubes / n, fourths / n
+    all_squares = y_squares + 2 * shift * y_sum + n * shift * shift
     variance = m2 - m1 * m1
     variance = 0.0 if variance <= FEW * m2 else variance
     central = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
     rms = math.sqrt(all_squares / n) if all_squares >= 0 else math.nan
     absmax = math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
     return Stat(
-        n=int(n),
-        mean=total / n,
+        n=n,
+        mean=m1 + shift,
         std=math.sqrt(variance) if variance >= 0 else math.nan,
         rms=rms,
         absmax=absmax,
@@ -250,14 +254,10 @@ def _stat(support: Support, found: Tensor | None, sample: Tensor | None) -> Stat
 
 
 def _quantiles(sample: np.ndarray) -> dict[str, float]:
-    """Quantiles, linear between neighbours; NaN if a value of the sample is. As numpy's own, which takes four times as long."""
-    if np.isnan(sample).any():
-        return {str(q): math.nan for q in QUANTILES}
-    places = [q * (len(sample) - 1) for q in QUANTILES]
-    below = [int(p) for p in places]
-    part = np.partition(sample, sorted({*below, *(min(b + 1, len(sample) - 1) for b in below)}))
-    found = {}
-    for q, p, b in zip(QUANTILES, places, below):
-        low, high = float(part[b]), float(part[min(b + 1, len(part) - 1)])
-        found[str(q)] = low if low == high else low + (high - low) * (p - b)
+    """Quantiles, linear between neighbours; NaN if a value of the sample is."""
+    values, found = np.sort(sample), {}
+    for q in QUANTILES:
+        place = q * (len(values) - 1)
+        low, high = float(values[int(place)]), float(values[min(int(place) + 1, len(values) - 1)])
+        found[str(q)] = math.nan if math.isnan(values[-1]) else low if low == high else low + (high - low) * (place - int(place))
     return found

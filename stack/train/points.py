@@ -11,19 +11,18 @@ from stack.train.state import TrainState
 from stack.train.step import on_device
 
 
-def points_document(state: TrainState, batch: Batch) -> dict[str, Any]:
+def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:
     """What the points hold while the model reads a micro-batch, with the weights, dropout and precision of the step to come.
 
-    {"n_tokens", "points": [{"point", "layer", "stats", "support"}]}, in execution order. A forward of its own, uncompiled and without
-    gradients, up to the final norm. Random state, weights and gradients are left as they are.
+    {"point", "layer", "stats", "support"} of each, in execution order. A forward of its own, uncompiled and without gradients, up to the
+    final norm. Random state, weights and gradients are left as they are.
     """
     gatherer, devices = Gatherer(), [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), state.autocast(), tap(state.model, None, gatherer.see) as points:
         state.model.features(*on_device(batch, state.device))
     stats = gatherer.finish()
-    rows = [
+    return [
         {"point": p.name, "layer": p.layer, "stats": stats[p.name].as_dict(), "support": vars(stats[p.name].support)}
         for p in points
         if p.name in stats
     ]
-    return {"n_tokens": batch.input_ids.numel(), "points": rows}

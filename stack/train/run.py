@@ -32,7 +32,7 @@ from stack.train.bundle import Recent, write_bundle
 from stack.train.digest import gradient_crc32, live_crc32, trained_parts
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
-from stack.train.points import points_document
+from stack.train.points import points_lines
 from stack.train.randomness import generator
 from stack.train.recompute import Computed
 from stack.train.rundir import RunDir
@@ -134,10 +134,11 @@ class Run:
             return 0.0
         with self.looking("trace"):
             began = time.perf_counter()
-            document = points_document(self.state, batch)
-            self.dir.log("points.jsonl", step=step, **document)
+            lines = points_lines(self.state, batch)
+            for line in lines:
+                self.dir.log("points.jsonl", step=step, **line)
             self.trace_s += time.perf_counter() - began
-        self.keeper.observe(Traced(step, {row["point"]: {"n": row["support"]["n"], **row["stats"]} for row in document["points"]}))
+        self.keeper.observe(Traced(step, {line["point"]: line["stats"] for line in lines}))
         return time.perf_counter() - started
 
     def recompute_due(self) -> bool:

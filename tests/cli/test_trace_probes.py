@@ -1,12 +1,15 @@
 """`stack trace --nonfinite`, `--repro`, `--lens`, `--ablate`, `--patch` on a run that was really trained, through the command line."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from spec.errors import GateFailed
+from spec.errors import GateFailed, IntegrityError
 from spec.records import read_record
 from stack.cli import main, output
 from stack.cli.models import open_model
@@ -17,6 +20,8 @@ from stack.train import step as steps
 from stack.train.listener import Listener
 from tests.cli.conftest import Done, Stack, tiny
 from tests.trace.test_patching import Nothing
+from tools.site_pages.probes import probes
+from tools.site_pages.world import World
 
 STEP = 17
 
@@ -73,6 +78,15 @@ def planted():
     return exploding
 
 
+def page_of(run_dir) -> str:
+    """What the site shows of a record, from files in the place where evidence keeps them."""
+    record, evidence = read_record(Path(run_dir) / "metadata.json"), Path("evidence")
+    shutil.copytree(run_dir, evidence / record.id, dirs_exist_ok=True)
+    world = SimpleNamespace(evidence=evidence)
+    world.series = partial(World.series, world)
+    return "\n".join(probes(world, record))
+
+
 @pytest.mark.parametrize("arguments", [("--repro", "repro/runtime.finite-step-17"), (None, "--nonfinite")])
 def test_a_run_that_ended_in_a_nan_is_explained_by_one_command(broken, stack, monkeypatch, arguments):
     monkeypatch.setattr(steps, "train_step", planted())
@@ -86,7 +100,24 @@ def test_a_run_that_ended_in_a_nan_is_explained_by_one_command(broken, stack, mo
     assert all(v["first_bad"] is None and v["max"] > 1e15 for v in first["inputs"])
     assert record.kind == "trace" and "step 17: aten.mul_.Tensor in layers.1.ffn, forward, made the first Inf" in record.end_reason
     assert record.parents == (read_record(broken / "metadata.json").id,) and record.series[0].path == "nonfinite.jsonl"
+    page = page_of("found")
+    assert (
+        "first value that is not finite" in page
+        and "layers.1.ffn.swiglu" in page
+        and "stack/kernels/eager.py" in page.replace("&#95;", "_")
+    )
     assert json.loads(Path("found/nonfinite.jsonl").read_text())["first_nonfinite"]["number"] == first["number"]
+
+
+def test_of_several_bundles_the_one_of_what_is_not_finite_is_taken_else_the_latest(tmp_path):
+    from stack.cli.nonfinite import newest_bundle
+
+    assert newest_bundle(tmp_path) is None
+    for name in ("runtime.loss-spike-step-90", "sampling.coherence-step-200"):
+        (tmp_path / "repro" / name).mkdir(parents=True)
+    assert newest_bundle(tmp_path).name == "sampling.coherence-step-200"
+    (tmp_path / "repro" / "runtime.finite-step-95").mkdir()
+    assert newest_bundle(tmp_path).name == "runtime.finite-step-95"
 
 
 def test_for_people_it_says_where_and_shows_the_last_good_values(broken, stack, monkeypatch):
@@ -116,7 +147,13 @@ def test_the_logit_lens_ends_in_the_model(folder, stack):
     for at, top in enumerate(points[-1]["top"]):
         assert top[0]["id"] == int(probs[at].argmax()) and top[0]["prob"] == pytest.approx(float(probs[at].max()), rel=1e-5)
     assert points[-1]["kl_nats"] == 0.0 < points[0]["kl_nats"]
-    assert "after" in stack("trace", folder, "--lens", "logit").out
+    assert "after" in stack("trace", folder, "--lens", "logit", "--run-dir", "shown").out
+    page = page_of("shown")
+    assert page.startswith("## Logit lens") and page.count("layers.1.resid") == 1 and "On held-out" not in page
+    lines = Path("shown/lens.jsonl").read_bytes().replace(b"embedding", b"Embedding")
+    Path("shown/lens.jsonl").write_bytes(lines)
+    with pytest.raises(IntegrityError, match="does not match the hash"):
+        page_of("shown")
 
 
 def test_the_tuned_lens_is_fitted_to_the_runs_own_corpus_written_beside_the_record_and_read_again(folder, stack, text_file):
@@ -127,6 +164,7 @@ def test_the_tuned_lens_is_fitted_to_the_runs_own_corpus_written_beside_the_reco
         assert row["tuned_loss_nats"] < row["raw_loss_nats"] and row["tuned_kl_nats"] < row["raw_kl_nats"], row
     record = read_record(Path("lens/metadata.json"))
     assert [o.path for o in record.outputs] == ["lens.safetensors"] and record.metric("embedding.tuned_loss_nats") > 0
+    assert "On held-out text" in page_of("lens")
     again = stack("trace", folder, "--lens", "tuned", "--lens-file", "lens/lens.safetensors", "--run-dir", "again", "--json")
     assert again.json["points"] == done.json["points"] and again.json["held_out"] == []
     assert any(i.name == "lens" for i in read_record(Path("again/metadata.json")).inputs)
@@ -152,6 +190,7 @@ def test_ablation_is_the_model_without_the_part_and_says_what_it_writes_then(fol
         logits[0, -1].argmax()
     )
     total = sum(e["delta_nats"] for e in done.json["effects"])
+    assert "replaced by zeros" in page_of("effects") and page_of("effects").count("layers.1") == 2
     assert done.json["sum_delta_nats"] == total == read_record(Path("effects/metadata.json")).metric("sum_delta_nats")
 
     sampled = stack("trace", folder, "--ablate", "layers.1", "--sample", "12", "--json").json["samples"]
@@ -168,10 +207,54 @@ def test_patching_in_the_same_text_changes_nothing_and_another_text_comes_back_a
     assert other["sum_restored_frac"] == sum(e["restored_frac"] for e in other["effects"])
 
 
+def test_the_history_of_a_runs_points_is_on_its_page(stack, text_file):
+    done = stack("train", *tiny(text_file, trace__every="6"), "--run-dir", "run", "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    page = page_of("run")
+    assert page.startswith("## Points over the run") and all(f"step {s}" in page for s in (6, 12, 18, 24)) and "layers.1.ffn.swiglu" in page
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder of Hugging Face with a tokenizer, random weights."""
+    from stack.data.tokenizer import Bytes
+    from stack.export import huggingface
+    from stack.model import names
+    from tests.export import models
+
+    pytest.importorskip("transformers")
+    folder, model = tmp_path_factory.mktemp("theirs") / "hf", models.ours("plain", 257)
+    folder.mkdir()
+    huggingface.write_documents(folder, names.KINDS[0], model, Bytes(), "float32")
+    huggingface.write_weights(folder, names.KINDS[0], model, "float32", 2**30)
+    return folder, model
+
+
+def test_a_folder_of_hugging_face_is_probed_as_its_own_model(theirs, stack):
+    """The same weights in our model and in theirs: the same effects to 1e-5; no corpus and no sampling, and both said."""
+    folder, model = theirs
+    from stack.trace.patching import ablate, targets
+
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    expected = ablate(model, ids, targets(model, ["layers.*.ffn.out"], 6))
+    done = stack("trace", folder, "--input-ids", "3,1,4,1,5,9", "--ablate", "layers.*.ffn.out", "--json")
+    assert done.code == 0, done.err
+    assert [e["loss_nats"] for e in done.json["effects"]] == [pytest.approx(e.loss_nats, abs=1e-5) for e in expected]
+    lens = stack("trace", folder, "--prompt", "abc", "--lens", "logit", "--json").json
+    assert lens["points"][-1]["kl_nats"] == 0.0 and "".join(lens["tokens"]).endswith("abc") and lens["model"] == str(folder)
+    assert stack("trace", folder, "--prompt", "abc", "--nonfinite", "--backward", "--json").json["first_nonfinite"] is None
+    assert stack("trace", f"{folder}@bfloat16", "--prompt", "abc", "--lens", "logit", "--json").json["points"][-1]["kl_nats"] == 0.0
+    for arguments, said in ((("--lens", "tuned"), "is no run"), (("--ablate", "layers.0", "--sample", "3"), "a model of this stack")):
+        done = stack("trace", folder, "--prompt", "abc", *arguments)
+        assert done.code == 2 and said in done.err, done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("RUN",), "say what to look for"),
+        (("RUN", "--lens", "logit", "--expect", "x < 1"), "--expect says nothing beside --lens"),
+        (("RUN", "--ablate", "layers.0", "--backward"), "--backward says nothing"),
+        (("RUN", "--lens", "logit", "--tokens", "last"), "--tokens says nothing"),
         (("RUN", "--lens", "logit", "--nonfinite"), "one at a time"),
         (("RUN", "--lens", "sharp"), "logit or tuned"),
         (("RUN", "--patch", "layers.0"), "needs the text"),
@@ -179,9 +262,9 @@ def test_patching_in_the_same_text_changes_nothing_and_another_text_comes_back_a
         (("RUN", "--ablate", "layers.0", "--ablate-with", "noise"), "zero or mean"),
         (("RUN", "--lens", "logit", "--from", "x"), "--from says nothing"),
         (("RUN", "--nonfinite", "--prompt", "x", "--device", "cpu"), "repro bundle"),
-        (("RUN", "--lens", "logit", "--input-ids", "1,x"), "commas"),
+        (("RUN", "--lens", "logit", "--input-ids", "1,x"), "token ids"),
         (("RUN", "--lens", "logit", "--input-ids", "1,99999"), "vocabulary"),
-        (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "two ways"),
+        (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "say the same thing"),
         (("--nonfinite",), "needs a MODEL"),
     ],
 )

@@ -10,6 +10,8 @@ from torch import nn
 from stack.config import DifferentialAttention, HardCapacity, MixtureOfDepths, MixtureOfExperts, ModelConfig, SoftmaxAttention
 from stack.model.build import build_model
 from stack.trace.nonfinite import first_nonfinite, is_finite, summary, watching
+from stack.trace.trace import logits_of
+from tests.trace import models
 
 SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=36, init_std=0.1)
 VARIANTS = {
@@ -166,6 +168,21 @@ def test_a_derivative_inside_a_module_has_the_modules_path_and_a_written_one_its
     assert "Wrong.backward return grad / torch.zeros_like(grad)" in line(first) and first.where.node == "WrongBackward"
 
 
+def test_a_block_that_is_run_again_in_the_backward_keeps_its_places():
+    """Activation checkpointing stops its second run by an exception; the stack of modules survives that, and nothing is found twice."""
+    model = model_of().train()
+    model.recompute = True
+    report = first_nonfinite(lambda: loss_of(model), models=model, backward=True)
+    assert report.first is None and report.others == ()
+    ffn = model.layers[1].ffn
+    ffn.forward = lambda x, reading=None, original=ffn.forward: (original(x, reading) * 0).sqrt()
+    with watching(model) as seen:
+        loss_of(model).backward()
+    first = seen.report().first
+    assert (first.where.module, first.where.phase, first.where.node) == ("layers.1.ffn", "backward", "SqrtBackward0")
+    assert seen.watch.here.running == []
+
+
 # ---- masks: infinities that are put in
 
 
@@ -307,6 +324,25 @@ def test_a_hugging_face_model_is_watched_with_its_own_paths():
     assert first.where.lines[0].file == "transformers/models/llama/modeling_llama.py"
 
 
+def test_sparse_gradients_second_derivatives_and_mapped_functions_are_watched_too():
+    table = nn.Embedding(5, 3, sparse=True)
+    ids = torch.tensor([1, 2])
+    assert first_nonfinite(lambda: table(ids).sum(), models=table, backward=True).first is None
+    first = first_nonfinite(lambda: (table(ids) - table(ids).detach()).sum(0).abs().sqrt(), models=table, backward=True).first
+    assert first.where.node == "SqrtBackward0" and table.weight.grad.is_sparse
+
+    x = torch.zeros(2, requires_grad=True)
+
+    def twice():
+        (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.sqrt().sum(), x)
+
+    first = first_nonfinite(twice).first
+    assert (first.where.phase, first.where.of) == ("backward", "aten.sqrt.default") and "twice return" in line(first)
+    first = first_nonfinite(lambda: torch.func.vmap(lambda v: (v - v) / (v - v))(torch.ones(3))).first
+    assert (first.op, first.what, first.kind) == ("aten.div.Tensor", "NaN", "made")
+
+
 def test_modules_that_nobody_named_go_by_their_class():
     net = nn.Sequential(nn.Linear(4, 4), nn.Softplus())
 
@@ -329,6 +365,15 @@ def test_an_error_after_the_fact_is_told_and_one_without_it_travels_on():
     assert report.first.op == "aten.div.Tensor" and report.ended_by.startswith("ValueError: bad loss inf")
     with pytest.raises(ZeroDivisionError):
         first_nonfinite(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(("side", "name"), [("ours", n) for n in models.OURS] + [("theirs", n) for n in models.THEIRS])
+def test_a_sound_model_of_any_kind_has_no_finding(side, name):
+    """Masks, windows, dropped tokens and experts put in infinities or read fresh memory; none of that is anything made or come in."""
+    model, ids = getattr(models, side)(name), models.ids()
+    report = first_nonfinite(lambda: logits_of(model(ids)), models=model, backward=True)
+    assert report.first is None and report.already == () and report.operations > 100
+    assert {e.kind for e in report.others} <= {"put in"}
 
 
 # ---- it changes nothing

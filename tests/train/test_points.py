@@ -33,6 +33,11 @@ def traced(cfg, every):
     return cfg.model_copy(update={"trace": cfg.trace.model_copy(update={"every": every})})
 
 
+def steps_of(folder):
+    """Steps of the lines, in order, each once."""
+    return list(dict.fromkeys(line["step"] for line in RunDir(folder).read_lines("points.jsonl")))
+
+
 def weights(folder):
     return json.loads((folder / "checkpoints" / "step-00000012" / "manifest.json").read_text())["files"]
 
@@ -69,21 +74,22 @@ def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monk
         folder = tmp_path / f"every-{every}"
         session.start(traced(short, every), (), folder, Listener(), only=FEW)
         ends.append(json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())["files"]["state.safetensors"])
-        assert [line["step"] for line in RunDir(folder).read_lines("points.jsonl")] == ([2, 4] if every else [])
+        assert steps_of(folder) == ([2, 4] if every else [])
     assert ends[0]["sha256"] == ends[1]["sha256"]
 
 
 def test_a_line_holds_every_point_of_every_layer_with_what_it_was_computed_over(cfg, recorded):
     lines = RunDir(recorded).read_lines("points.jsonl")
-    assert [line["step"] for line in lines] == [3, 6, 9, 12]
-    rows = {row["point"]: row for row in lines[0]["points"]}
+    assert steps_of(recorded) == [3, 6, 9, 12] and len(lines) % 4 == 0
+    rows, later = ({line["point"]: line for line in lines if line["step"] == step} for step in (3, 6))
+    assert list(rows) == list(later)
     assert next(iter(rows)) == "embedding" and list(rows)[-1] == "final_norm"
     assert {row["layer"] for row in rows.values()} == {None, 0, 1}
     for slot in ("q_rotated", "scores", "entropy", "ffn.swiglu", "resid_out"):
         assert rows[f"layers.1.{slot}"]["stats"]["frac_nonfinite"] == 0.0
     support = rows["layers.1.ffn.swiglu"]["support"]
     assert support["shape"] == [cfg.train.micro_batch_size, cfg.model.max_seq_len, cfg.model.d_ff] and support["dtype"] == "float32"
-    assert rows["layers.1.ffn.swiglu"]["stats"]["std"] != lines[1]["points"][list(rows).index("layers.1.ffn.swiglu")]["stats"]["std"]
+    assert rows["layers.1.ffn.swiglu"]["stats"]["std"] != later["layers.1.ffn.swiglu"]["stats"]["std"]
 
 
 def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
@@ -92,7 +98,7 @@ def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
     batches = [state.reader.draw() for _ in range(small_cfg.accumulation())]
     assert small_cfg.model.dropout > 0 and len(batches) > 1
     before = digest(state)
-    document = points.points_document(state, batches[0])
+    lines = points.points_lines(state, batches[0])
     assert digest(state) == before
     gatherer, seen = Gatherer(), set()
 
@@ -104,8 +110,8 @@ def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
     with tap(state.model, None, first) as known:
         steps.train_step(state, batches)
     own = gatherer.finish()
-    assert [r["point"] for r in document["points"]] == [p.name for p in known if p.name in own]
-    for row in document["points"]:
+    assert [r["point"] for r in lines] == [p.name for p in known if p.name in own]
+    for row in lines:
         assert row["stats"] == own[row["point"]].as_dict(), row["point"]
 
 
@@ -122,14 +128,14 @@ def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(cfg,
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "take_step", stops)
         session.start(traced(cfg, 3), (), folder, Listener(), only=FEW)
-    assert [line["step"] for line in RunDir(folder).read_lines("points.jsonl")] == [3, 6]
+    assert steps_of(folder) == [3, 6]
     shutil.copytree(folder, tmp_path / "other")
     session.resume(folder, (), traced(cfg, 3), Listener())
     assert (folder / "points.jsonl").read_bytes() == (recorded / "points.jsonl").read_bytes()
     assert weights(folder)["model.safetensors"]["sha256"] == weights(recorded)["model.safetensors"]["sha256"]
     changed = Override.model_validate({"key": "trace.every", "value": 5, "from": "--set trace.every=5"})
     session.resume(tmp_path / "other", [changed], traced(cfg, 5), Listener())
-    assert [line["step"] for line in RunDir(tmp_path / "other").read_lines("points.jsonl")] == [3, 5, 10]
+    assert steps_of(tmp_path / "other") == [3, 5, 10]
     assert weights(tmp_path / "other")["model.safetensors"]["sha256"] == weights(recorded)["model.safetensors"]["sha256"]
 
 
@@ -142,12 +148,12 @@ def test_the_record_names_the_series_and_what_it_cost(plain, recorded):
 
 def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, monkeypatch):
     """The gate that holds evaluations to leave no trace holds this too."""
-    original = points.points_document
+    original = points.points_lines
 
     def careless(state, batch):
         torch.rand(1)
         return original(state, batch)
 
-    monkeypatch.setattr("stack.train.run.points_document", careless)
+    monkeypatch.setattr("stack.train.run.points_lines", careless)
     with pytest.raises(GateFailed, match=r"leaves-no-trace.*the trace changed 1 of"):
         session.start(traced(cfg, 3), (), tmp_path / "run", Listener(), only=FEW)

@@ -23,6 +23,7 @@ from tools.site_pages.markup import (
     table,
     verdict,
 )
+from tools.site_pages.probes import probes
 from tools.site_pages.world import World
 
 HEADLINE = ("val_bits_per_byte", "bits_per_byte", "val_loss_nats", "loss_nats", "train_loss_nats", "killed", "tokens_per_s")
@@ -61,6 +62,7 @@ def run_page(world: World, record: Record) -> Page:
     if chart := chart_of(world, record):
         page.add("## Loss", chart)
     page.add(*sources(world, record), *draws(world, record))
+    page.add(*probes(world, record))
     page.add(*_metrics(record), *_gates(record, page), *_kills(record, page), *_samples(world, record))
     page.add(*traces.sections(world, record))
     page.add("## How to repeat it", *_repeat(record), "## Configuration", *_config(record))

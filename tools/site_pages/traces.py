@@ -25,7 +25,7 @@ def sections(world: World, record: Record) -> list[str]:
     """The blocks of a record's page about its points; empty if it has none."""
     match record.kind:
         case "train":
-            return _history(world.series(record, POINTS, "step", "points"))
+            return _history(world.series(record, POINTS, "step", "point", "layer", "stats"))
         case "trace":
             return _profile(world.series(record, POINTS, "point", "layer", "slot", "stats", "robust_z"))
         case "compare":
@@ -73,14 +73,13 @@ def _beyond(row: Row) -> float:
 def _history(lines: list[Row]) -> list[str]:
     if not lines:
         return []
-    shown = thin(lines, MAX_STEPS)
+    shown = thin(list(dict.fromkeys(line["step"] for line in lines)), MAX_STEPS)
     blocks = ["## Points over the run"]
     for slot, figure, title in HISTORY:
         cells = [
-            (p["layer"], f"step {line['step']}", _plain(p["stats"][figure]), "")
-            for line in shown
-            for p in line["points"]
-            if p["layer"] is not None and p["point"] == f"layers.{p['layer']}.{slot}"
+            (x["layer"], f"step {x['step']}", _plain(x["stats"][figure]), "")
+            for x in lines
+            if x["step"] in shown and x["point"] == f"layers.{x['layer']}.{slot}"
         ]
         blocks += [f"{title}:", _map(cells)] if cells else []
     return blocks

@@ -1,0 +1,189 @@
+"""`stack trace --against`: where two computations part, which operation is guilty, and whether a cure helps."""
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from spec.errors import UsageError
+from stack.cli.output import emit, stdout, table
+from stack.cli.trace import Asked, builder_of, heat, ids_of, number, write
+
+CLAIM = "Given these tokens, the two computations differ by these errors at these points, and the first operation to err is the one named."
+NOT_COVERED = ("other tokens", "points that only one side has", "errors below the bound that rounding is granted")
+
+
+def differ(text: str, against: str | None, asked: Asked, *, bisecting: bool, check: str | None, swaps: tuple[str, ...]) -> None:
+    """Compare MODEL with what it is held against; bisect and try cures if asked."""
+    import torch
+
+    from stack.cli.subjects import open_subject
+    from stack.trace import bisect, compare, expect, side
+
+    expected = [expect.parse(e, expect.OF_SIDES) for e in asked.expect]
+    if check is not None and not bisecting:
+        raise UsageError("--check judges the runs of a bisection", value=check, next_step="give --bisect as well")
+    subject = open_subject(text)
+    other = open_subject("self" if against is None else against, subject)
+    ids = ids_of(asked, subject)
+    ids_of(replace(asked, prompt=None, input_ids=",".join(map(str, ids))), other)
+    good, bad = side(other.model, other.way), side(subject.model, subject.way)
+    if against is not None and other.model is subject.model and other.way == subject.way:
+        raise UsageError("this is the same model computed the same way", value=against, next_step="self@bfloat16, or another MODEL")
+    builder = builder_of("compare", CLAIM, NOT_COVERED, [subject, other], asked, bisect=bisecting, check=check, swap=list(swaps))
+    cured = replace(bad, around=_with_swaps(bad, swaps)) if swaps else bad
+    input_ids = torch.tensor([ids])
+    found = compare(good, bad if against is not None else cured, input_ids, asked.points or None)
+    document = _document(found, subject.title, other.title, ids)
+    if swaps and against is not None:
+        document["swaps"] = _after(found, compare(good, cured, input_ids, asked.points or None), swaps)
+    if bisecting:
+        document |= _bisected(bisect(good, cured, input_ids, _command(check), asked.points or None))
+    figures = {line["point"]: line for line in document["points"]}
+    document["expectations"] = [asdict(j) for j in expect.judge(expected, figures, figures)]
+    worst = max((c.excess for c in found.points), default=0.0)
+    builder.metric("worst_excess", worst, "times the bound of rounding", n=len(found.points), better="lower")
+    builder.metric("suspects", len(found.suspects), "points", n=len(found.points), better="lower")
+    if found.logits is not None:
+        builder.metric("logits_rel_err", found.logits.rel_err, "1", better="lower")
+    write(builder, document, asked)
+    if not emit(document, asked.json):
+        _show(document)
+
+
+def _document(found: Any, model: str, against: str, ids: list[int]) -> dict[str, Any]:
+    lines = [_line(c) for c in found.points]
+    by_name = {line["point"]: line for line in lines}
+    first = found.first_divergence
+    return {
+        "model": model,
+        "against": against,
+        "input_ids": ids,
+        "points": lines,
+        "first_divergence": None if first is None else by_name[first.point.name],
+        "suspects": [c.point.name for c in found.suspects],
+        "bound": found.bound,
+        "only_here": list(found.only_b),
+        "only_there": list(found.only_a),
+        "logits": None if found.logits is None else asdict(found.logits),
+        "runs": found.runs,
+        "chain": [],
+    }
+
+
+def _line(c: Any) -> dict[str, Any]:
+    arrived = asdict(c.arrived) if c.arrived else dict.fromkeys(("rel_err", "cosine", "nmse"))
+    named = {"point": c.point.name, "layer": c.point.layer, "slot": c.point.slot, "operation": c.point.operation}
+    return named | arrived | {"added_err": c.added_err, "bound": c.bound, "excess": c.excess, "note": c.note}
+
+
+def _with_swaps(bad: Any, swaps: tuple[str, ...]) -> Callable[[], AbstractContextManager[Any]]:
+    """What must hold while the swapped side runs. Raises UsageError for a swap that cannot be read."""
+    from stack.trace.ways import swapped
+
+    pairs = [s.split("=") for s in swaps]
+    if wrong := next((s for s, p in zip(swaps, pairs) if len(p) != 2), None):
+        raise UsageError("this is no swap", value=wrong, allowed="MODULE=WAY, as in layers.3.ffn=reference")
+
+    def around() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        try:
+            stack.enter_context(bad.around())
+            for module, how in pairs:
+                stack.enter_context(swapped(bad.model, bad.where, module, how))
+        except BaseException:
+            stack.close()
+            raise
+        return stack
+
+    return around
+
+
+def _after(before: Any, after: Any, swaps: tuple[str, ...]) -> dict[str, Any]:
+    """What the swaps changed at the end."""
+    first = after.first_divergence
+    return {
+        "swapped": list(swaps),
+        "logits_rel_err_before": before.logits and before.logits.rel_err,
+        "logits_rel_err_after": after.logits and after.logits.rel_err,
+        "first_divergence_after": first and first.point.name,
+        "cured": before.first_divergence is not None and first is None,
+    }
+
+
+def _bisected(found: Any) -> dict[str, Any]:
+    return {
+        "guilty": [{"point": p.name, "layer": p.layer, "operation": p.operation} for p in found.guilty],
+        "minimal_set": list(found.minimal_set),
+        "chain": [asdict(link) for link in found.chain],
+        "runs": found.runs,
+        "tolerance": found.tolerance,
+    }
+
+
+def _command(check: str | None) -> Callable[[Any], bool] | None:
+    """A check by a command: it is given a safetensors file with `logits`, and says 0 for good, 1 for bad; anything else stops us."""
+    if check is None:
+        return None
+    import safetensors.torch
+
+    def judge(logits: Any) -> bool:
+        with tempfile.TemporaryDirectory(prefix="stackproof-check-") as folder:
+            file = Path(folder) / "logits.safetensors"
+            safetensors.torch.save_file({"logits": logits.contiguous()}, file)
+            try:
+                done = subprocess.run([*shlex.split(check), str(file)], capture_output=True, text=True)
+            except OSError as e:
+                raise UsageError(f"the check cannot be run: {e}", value=check) from e
+        if done.returncode not in (0, 1):
+            raise UsageError(
+                "the check did not say good or bad",
+                value=f"exit code {done.returncode}: {done.stderr.strip()[-300:]}",
+                allowed="0 for good, 1 for bad",
+            )
+        return done.returncode == 0
+
+    return judge
+
+
+def _show(document: dict[str, Any]) -> None:
+    """Tables for people."""
+    import math
+
+    lines, first = document["points"], document["first_divergence"]
+    keys = ("rel_err", "cosine", "nmse", "added_err", "bound")
+    rows = [[line["point"] + (" ◀" if line["excess"] > 1 else ""), *(number(line[k]) for k in keys), line["note"]] for line in lines]
+    columns = ["point", "error that arrives", "cosine", "NMSE", "error added", "bound", ""]
+    stdout.print(table(f"{document['model']} against {document['against']}, {len(document['input_ids'])} tokens", columns, rows))
+    cells = {(line["layer"], line["slot"]): _decades(line, math) for line in lines if line["layer"] is not None}
+    heat(cells, "added error in powers of ten above a tenth of its bound", 1.0)
+    stdout.print(f"bound of added errors: {document['bound']}", style="dim", markup=False)
+    for link in document["chain"]:
+        numbers = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in link["evidence"].items())
+        stdout.print(f"{link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False)
+    for one in document.get("guilty", []):
+        stdout.print(f"guilty: {one['point']}, the {one['operation']}", style="bold", markup=False)
+    if document.get("minimal_set"):
+        stdout.print(f"smallest set of modules that cures: {', '.join(document['minimal_set'])}", markup=False)
+    if "swaps" in document:
+        stdout.print(_swaps_said(document["swaps"]), markup=False)
+    for one in document["expectations"]:
+        stdout.print(f"{one['verdict']:10} {one['text']}  found {number(one['found'])}", markup=False)
+    said = "no operation adds more than rounding" if first is None else f"first to err: {first['point']}, the {first['operation']}"
+    stdout.print(said, style="bold", markup=False)
+    stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)
+
+
+def _decades(line: dict[str, Any], math: Any) -> float | None:
+    if line["added_err"] is None:
+        return None
+    return 0.0 if line["excess"] <= 0.1 else math.inf if math.isinf(line["excess"]) else math.log10(line["excess"] * 10)
+
+
+def _swaps_said(swaps: dict[str, Any]) -> str:
+    after = f"error of the logits {number(swaps['logits_rel_err_before'])} → {number(swaps['logits_rel_err_after'])}"
+    return f"with {', '.join(swaps['swapped'])}: {after}; {'cured' if swaps['cured'] else 'not cured'}"

@@ -1,0 +1,222 @@
+"""`stack trace` in one process: documents, records, exit codes, ways to compare, checks, cures, predictions."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from spec.records import read_record
+from stack.cli import main, output
+from stack.data.tokenizer import Bytes
+from stack.export import huggingface, parity
+from stack.model import names
+from tests.export import models
+
+
+@pytest.fixture
+def stack(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder: exit code, and the JSON document it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(output, "_emitted", False)  # one process stands for many
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments), "--json"])
+        return ended.value.code or 0, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """The same as a person sees it."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def folder_of(model, path):
+    kind = names.KINDS[0]
+    path.mkdir()
+    huggingface.write_documents(path, kind, model, Bytes(), "float32")
+    huggingface.write_weights(path, kind, model, "float32", 2**30)
+    return path
+
+
+@pytest.fixture
+def model():
+    return models.ours("plain", 257)
+
+
+@pytest.fixture
+def hf(model, tmp_path):
+    return folder_of(model, tmp_path / "hf")
+
+
+@pytest.fixture
+def run_dir(stack, hf, tmp_path):
+    assert stack("import", hf, "--out", tmp_path / "run")[0] == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def broken(model, stack, tmp_path):
+    """The same run with one row of one matrix corrupted."""
+    with torch.no_grad():
+        model.layers[1].ffn.up.weight[3] += 0.5
+    folder_of(model, tmp_path / "broken-hf")
+    assert stack("import", tmp_path / "broken-hf", "--out", tmp_path / "broken")[0] == 0
+    return tmp_path / "broken"
+
+
+SHORT = ("--input-ids", "5,80,3,9,77,42,11,6,200,33")
+
+
+def test_one_model_by_itself(stack, run_dir, tmp_path):
+    code, document = stack("trace", run_dir, "--prompt", "What is 2+2?", "--csv", "figures.csv", "--run-dir", "traced")
+    assert code == 0 and len(document["points"]) == 39 and document["first_anomaly"] is None
+    one = next(p for p in document["points"] if p["point"] == "layers.1.ffn.swiglu")
+    assert {"point", "layer", "stats", "support", "ratio_to_previous", "robust_z", "baseline", "operation"} <= one.keys()
+    assert one["support"]["shape"] == [1, 13, 56] and one["stats"]["n"] == 13 * 56 and one["baseline"] == "layer 0"
+    assert document["input_ids"][1:] == list(b"What is 2+2?")
+    record = read_record(tmp_path / "traced" / "metadata.json")
+    assert record.kind == "trace" and record.parents and record.config["trace"]["prompt"] == "What is 2+2?"
+    assert [s.path for s in record.series] == ["points.jsonl"] and {o.name for o in record.outputs} == {"trace.json", "figures.csv"}
+    assert {i.name for i in record.inputs} == {"model.safetensors", "tokenizer.json"}
+    with open("figures.csv", encoding="utf-8") as f:
+        lines = list(csv.DictReader(f))
+    assert len(lines) == 39 and float(lines[5]["stats.std"]) == document["points"][5]["stats"]["std"]
+
+
+def test_gradients_and_the_last_token(stack, run_dir):
+    code, document = stack("trace", run_dir, *SHORT, "--backward", "--points", "layers.*.attention_out")
+    assert code == 0 and document["loss_nats"] > 0 and all(p["grad"]["rms"] > 0 for p in document["points"])
+    code, document = stack("trace", run_dir, *SHORT, "--tokens", "last", "--points", "logits")
+    assert document["points"][0]["support"]["tokens"] == "last" and document["points"][0]["stats"]["n"] == 257
+
+
+def test_predictions_are_judged_and_a_wrong_one_is_refused_before_anything_runs(stack, run_dir):
+    expected = ["layers.1.ffn.swiglu.std < 1e9", "layers.1.ffn.swiglu.std > 1e9", "layers.0.q.ratio_to_previous < 3"]
+    code, document = stack("trace", run_dir, *SHORT, *(a for e in expected for a in ("--expect", e)))
+    assert code == 0 and [e["verdict"] for e in document["expectations"]] == ["confirmed", "refuted", "not_run"]
+    for wrong in ("layers.1.ffn.swiglu.std", "layers.1.q.speed < 1", "layers.1.q.std = 1", "layers.1.q.std < many", "layers.7.q.std < 1"):
+        code, document = stack("trace", run_dir, *SHORT, "--expect", wrong)
+        assert code == 2 and document["error"] == "UsageError", wrong
+
+
+def test_a_run_against_its_export_agrees_and_a_broken_one_is_named(stack, run_dir, broken, hf, tmp_path):
+    code, document = stack("trace", run_dir, "--against", hf, *SHORT)
+    assert code == 0 and document["first_divergence"] is None and document["suspects"] == [] and document["logits"]["rel_err"] < 2e-6
+    code, document = stack("trace", broken, "--against", hf, "--bisect", "--run-dir", "compared", *SHORT)
+    assert code == 0 and document["first_divergence"]["point"] == "layers.1.ffn.up"
+    assert [g["point"] for g in document["guilty"]] == ["layers.1.ffn.up"] and document["guilty"][0]["operation"] == "up projection"
+    assert {"point", "rel_err", "cosine", "added_err"} <= document["points"][0].keys() and document["runs"] <= 9
+    assert {"hypothesis", "verdict", "evidence"} == document["chain"][0].keys()
+    record = read_record(tmp_path / "compared" / "metadata.json")
+    assert record.kind == "compare" and len(record.config) == 3 and record.metric("suspects") == 1
+    code, document = stack("trace", broken, "--against", run_dir, "--expect", "layers.1.ffn.up.added_err < 1e-6", *SHORT)
+    assert document["expectations"][0]["verdict"] == "refuted" and document["first_divergence"]["point"] == "layers.1.ffn.up"
+
+
+@pytest.mark.parametrize("way", ["float64", "bfloat16", "reference"])
+def test_the_same_weights_another_way(stack, run_dir, way):
+    code, document = stack("trace", f"{run_dir}@{way}", "--against", run_dir, *SHORT)
+    assert code == 0 and document["first_divergence"] is None and document["logits"]["rel_err"] > 0
+    code, other = stack("trace", run_dir, "--against", f"self@{way}", *SHORT)
+    assert code == 0 and other["logits"]["rel_err"] == pytest.approx(document["logits"]["rel_err"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_compared_between_blocks(stack, run_dir):
+    code, document = stack("trace", f"{run_dir}@compiled", "--against", run_dir, *SHORT)
+    assert code == 0 and document["first_divergence"] is None
+    assert [p["point"] for p in document["points"]] == ["embedding", "layers.0.resid_out", "layers.1.resid_out", "final_norm", "logits"]
+
+
+def test_a_cure_is_tried(stack, run_dir, said):
+    code, document = stack(
+        "trace", f"{run_dir}@bfloat16", "--against", run_dir, *SHORT, "--swap", "layers.1.ffn=fp32", "--swap", "layers.0=fp32"
+    )
+    swaps = document["swaps"]
+    assert code == 0 and swaps["logits_rel_err_after"] < swaps["logits_rel_err_before"] and not swaps["cured"]
+    code, document = stack("trace", run_dir, "--swap", "layers.1.attention=reference", *SHORT)
+    assert code == 0 and 0 < document["logits"]["rel_err"] < 1e-6
+    untouched = [p for p in document["points"] if p["layer"] == 0]
+    assert all(p["rel_err"] == 0 for p in untouched)
+    for wrong in ("layers.1.attention", "layers.9.ffn=reference", "layers.1.ffn=faster", "layers.1.ffn=eager"):
+        assert stack("trace", run_dir, "--swap", wrong, *SHORT)[0] == 2
+
+
+def test_a_command_decides(stack, run_dir, broken, tmp_path):
+    """The check reads the file with another library's eyes: it knows only the logits it wants."""
+    from stack.cli.models import open_model
+
+    ids = [int(i) for i in SHORT[1].split(",")]
+    with torch.no_grad():
+        right = open_model(run_dir).model(torch.tensor([ids]))
+    np.save(tmp_path / "right.npy", right.numpy())
+    script = tmp_path / "check.py"
+    script.write_text(
+        "import sys, numpy, safetensors.numpy\n"
+        "logits = safetensors.numpy.load_file(sys.argv[1])['logits']\n"
+        f"sys.exit(int(not numpy.allclose(logits, numpy.load({str(tmp_path / 'right.npy')!r}), atol=1e-4)))\n"
+    )
+    code, document = stack("trace", broken, "--against", run_dir, "--bisect", "--check", f"{sys.executable} {script}", *SHORT)
+    assert code == 0 and [g["point"] for g in document["guilty"]] == ["layers.1.ffn.up"]
+    code, document = stack(
+        "trace", broken, "--against", run_dir, "--bisect", "--check", f"{sys.executable} -c 'raise SystemExit(3)'", *SHORT
+    )
+    assert code == 2 and "exit code 3" in document["value"]
+    assert stack("trace", broken, "--against", run_dir, "--check", "true", *SHORT)[0] == 2
+
+
+def test_what_says_nothing_is_refused(stack, run_dir, hf):
+    for arguments in (
+        (run_dir, "--bisect"),
+        (run_dir, "--against", "self"),
+        (run_dir, "--against", run_dir.parent / "nowhere"),
+        (run_dir, "--against", "self@faster"),
+        (f"{run_dir}@faster",),
+        (run_dir, "--against", hf, "--backward"),
+        (run_dir, "--tokens", "first"),
+        (run_dir, "--points", "layers.0.swigloo"),
+        (run_dir, "--input-ids", "1,900"),
+        (run_dir, "--input-ids", "1,x"),
+        (run_dir, "--input-ids", "1,2", "--prompt", "a"),
+        (run_dir, "--prompt", "x" * 400),
+        (f"{hf}@reference",),
+    ):
+        code, document = stack("trace", *arguments)
+        assert (code == 2 and document["next_step"]) or document["allowed"] or document["what"], arguments
+
+
+def test_a_folder_that_transformers_would_fill_in_is_refused(stack, hf):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(hf / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    code, document = stack("trace", hf, *SHORT)
+    assert code == 5 and "up_proj" in document["value"]
+
+
+def test_without_transformers_a_folder_is_refused_with_the_line_to_install(stack, hf, monkeypatch):
+    monkeypatch.setattr(parity, "available", lambda: False)
+    code, document = stack("trace", hf, *SHORT)
+    assert code == 7 and "stackproof[hf]" in document["next_step"]
+
+
+def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
+    text = said("trace", run_dir, *SHORT)
+    assert "layers.1.ffn.swiglu" in text and "┌ resid_out" in text and "no layer is out of line" in text
+    text = said("trace", broken, "--against", run_dir, "--bisect", *SHORT)
+    assert "first to err: layers.1.ffn.up, the up projection" in text and "eliminated" in text and "guilty: layers.1.ffn.up" in text
