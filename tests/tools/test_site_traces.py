@@ -48,11 +48,10 @@ def test_a_comparison_is_shaded_by_what_a_point_adds_and_not_by_what_arrives():
 
 def test_a_run_shows_its_points_over_the_steps_and_a_run_without_has_no_section():
     lines = [
-        {
-            "step": step,
-            "points": [point(layer, slot, None, std=step / 100) for layer in (0, 1) for slot in ("resid_out", "scores", "entropy")],
-        }
+        {"step": step} | point(layer, slot, None, std=step / 100)
         for step in range(10, 510, 10)
+        for layer in (0, 1)
+        for slot in ("resid_out", "scores", "entropy")
     ]
     text = blocks("train", lines)
     assert "step 10" in text and "step 500" in text and text.count("step ") == 3 * 16 and "| 1 | 0.1 |" in text
