@@ -156,17 +156,6 @@ class Looked:
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
-    """What the points of the model hold in a step: by point n, mean, std, absmax and frac_nonfinite.
-
-    `layers.3.scores` holds the largest score of every query and head, `layers.3.entropy` that of its weights in nats.
-    """
-
-    step: int
-    points: Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
     """The loop has ended; the last event of every run. `latest_step` and `best_step` are those of the folders that the pointers name."""
 
@@ -176,4 +165,4 @@ class Finished:
     best_step: int | None = None
 
 
-Event = Started | BatchDrawn | StepTaken | Recomputed | Evaluated | Recited | Sampled | Saved | Looked | Traced | Resumed | Finished
+Event = Started | BatchDrawn | StepTaken | Recomputed | Evaluated | Recited | Sampled | Saved | Looked | Resumed | Finished

@@ -1,10 +1,22 @@
 """Gates of what the points of a model hold while it is trained: scores that grow, attention that collapses, points that die or explode."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 
-from contracts.events import Event, Traced
 from contracts.gate import Stateless, Verdict, decide, decides, first_of
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What the points of the model hold in a step: by point n, mean, std, absmax and frac_nonfinite.
+
+    `layers.3.scores` holds the largest score of every query and head, `layers.3.entropy` that of its weights in nats.
+    """
+
+    step: int
+    points: Mapping[str, Mapping[str, float]]
 
 
 @decides("model.attention-logits")
@@ -13,7 +25,7 @@ class AttentionLogits(Stateless):
 
     events = (Traced,)
 
-    def observe(self, event: Event) -> Verdict:
+    def observe(self, event: Traced) -> Verdict:
         scores = _at(event, "scores", "absmax")
         worst = max(scores, key=lambda name: math.inf if math.isnan(scores[name]) else scores[name])
         return decide(
@@ -25,8 +37,6 @@ class AttentionLogits(Stateless):
 
 class _InARow:
     """Base of checks that look for what has been so for `in_a_row` traces."""
-
-    events = (Traced,)
 
     def __init__(self, limits: SimpleNamespace):
         self.limits, self.found = limits, {}
@@ -47,7 +57,9 @@ class _InARow:
 class AttentionEntropy(_InARow):
     """In no layer do all heads look at one token each."""
 
-    def observe(self, event: Event) -> Verdict:
+    events = (Traced,)
+
+    def observe(self, event: Traced) -> Verdict:
         entropy = _at(event, "entropy", "mean")
         lowest = min(entropy, key=entropy.get)
         lasting = self.lasting([name for name, nats in entropy.items() if not nats >= self.limits.entropy_nats_min])
@@ -62,7 +74,9 @@ class AttentionEntropy(_InARow):
 class LivePoints(_InARow):
     """Every point varies over its tokens and features, and stays within what half precision can hold."""
 
-    def observe(self, event: Event) -> Verdict:
+    events = (Traced,)
+
+    def observe(self, event: Traced) -> Verdict:
         seen = {name: figures for name, figures in event.points.items() if figures["n"] > 1 and not name.endswith((".entropy", ".scores"))}
         dead = self.lasting([name for name, figures in seen.items() if figures["std"] <= self.limits.dead_std_max])
         broken = [name for name, figures in seen.items() if figures["frac_nonfinite"] > 0 or math.isnan(figures["absmax"])]

@@ -3,6 +3,8 @@
 B batch, T tokens
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,19 +16,18 @@ LEFT_PADS = 4  # where padding is the end of text, a row of packed documents may
 SHORT = 16  # tokens; shorter rows may well be alike
 
 
-def describe(
-    ids_BT: Tensor,
-    mask_BT: Tensor | None,
-    labels_BT: Tensor | None,
-    places: Tensor | None,
-    *,
-    step: int,
-    pad_id: int | None,
-    eos_id: int | None,
-    max_length: int,
-    embedding_rows: int,
-) -> tuple[BatchSeen, RowsSeen]:
-    """What the gates of batches and rows judge, with one read of the device. `places` are position ids, where the model is given some."""
+class Numbers(NamedTuple):
+    """What one read of the device told of a batch: counts in the order of `batch_seen`, and sums and lengths of its rows."""
+
+    counts: list[int]
+    rows: list[int]
+    n_labels: int
+
+
+def read(
+    ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor | None, places: Tensor | None, *, pad_id: int | None, eos_id: int | None
+) -> Numbers:
+    """All numbers of a batch that gates judge, with one read of the device. `places` are position ids, where the model is given some."""
     ids_BT = ids_BT.long()
     text = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
     padding = ~text
@@ -42,19 +43,24 @@ def describe(
     masks = (valid, valid[:, 1:], same, ends, ends & valid[:, 1:], valid & padding, _left_padded(ids_BT, mask_BT, pad_id), follows, up)
     longest = places.max() + 1 if places is not None and places.numel() else torch.tensor(ids_BT.shape[1], device=ids_BT.device)
     told = torch.stack([ids_BT.min(), ids_BT.max(), longest, *(m.sum() for m in masks)])
-    told, rows = (part.tolist() for part in torch.cat([told, _row_sums(ids_BT, text).flatten()]).split([len(told), 2 * len(ids_BT)]))
-    low, high, longest, n_valid, n_valid_next, n_same, n_ends, n_ends_learned, n_padded, n_left, n_places, n_up = map(int, told)
+    fetched = torch.cat([told, _row_sums(ids_BT, text).flatten()]).tolist()
+    return Numbers(fetched[: len(told)], fetched[len(told) :], 0 if labels_BT is None else labels_BT.numel())
+
+
+def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: int) -> BatchSeen:
+    """The batch in the words of its gate."""
+    low, high, longest, n_valid, n_valid_next, n_same, n_ends, n_ends_learned, n_padded, n_left, n_places, n_up = numbers.counts
     own = 2 * n_same > n_valid  # labels stand with their own token, and are not those of another task
-    seen = BatchSeen(
+    return BatchSeen(
         step=step,
-        n_rows=ids_BT.shape[0],
+        n_rows=len(numbers.rows) // 2,
         length=longest,
         max_length=max_length,
         min_id=low,
         max_id=high,
         embedding_rows=embedding_rows,
-        n_labels=0 if labels_BT is None else labels_BT.numel(),
-        n_valid=n_valid_next if own or labels_BT is None else n_valid,
+        n_labels=numbers.n_labels,
+        n_valid=n_valid_next if own or not numbers.n_labels else n_valid,
         n_stops=n_ends if own else 0,
         n_stops_learned=n_ends_learned if own else 0,
         n_padding_labels=n_padded if own else 0,
@@ -62,7 +68,12 @@ def describe(
         n_places=n_places,
         n_places_up=n_up,
     )
-    return seen, _rows_seen(rows, step, "training")
+
+
+def rows_seen(told: list[int], *, step: int, phase: str) -> RowsSeen:
+    """Rows by their sums, out of sums and then lengths; short ones are left out."""
+    rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
+    return RowsSeen(step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT))
 
 
 def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> Tensor:
@@ -82,10 +93,10 @@ def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
     return follows, follows & (places[:, 1:] - places[:, :-1] == 1)
 
 
-def held_out_rows(ids_BT: Tensor, mask_BT: Tensor | None, *, step: int) -> RowsSeen:
-    """The rows of an evaluation's batch, with one read of the device."""
+def read_rows(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
+    """Sums of the rows of a batch, then their lengths, with one read of the device."""
     text_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
-    return _rows_seen(_row_sums(ids_BT.long(), text_BT).flatten().tolist(), step, "evaluation")
+    return _row_sums(ids_BT.long(), text_BT).flatten().tolist()
 
 
 def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:
@@ -96,8 +107,3 @@ def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:
     rank_BT = text_BT.long().cumsum(1)
     keys_BT = (rank_BT * 0x1E3779B97F4A7C15 ^ rank_BT << 29) * 0x3F58476D1CE4E5B9
     return torch.stack([((ids_BT + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1), rank_BT[:, -1]])
-
-
-def _rows_seen(told: list[int], step: int, phase: str) -> RowsSeen:
-    rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
-    return RowsSeen(step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT))

@@ -146,16 +146,16 @@ class Watch:
             if not module.training and named.get("past_key_values") is None and ids.shape[1] >= batch.SHORT:
                 mask = named.get(probe.MASK)
                 fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-                self.session.observe(batch.held_out_rows(ids, mask if fits else None, step=self.step))
+                self.session.observe(batch.rows_seen(batch.read_rows(ids, mask if fits else None), step=self.step, phase=phase))
             return
         if not torch.is_grad_enabled():
             return
-        places = named.get("position_ids")
-        facts = {"pad_id": self.facts.pad_id, "eos_id": self.facts.eos_id, "step": self.step + 1}
-        facts |= {"max_length": self.max_length, "embedding_rows": self.embedding_rows}
+        places = named.get("position_ids") if isinstance(named.get("position_ids"), Tensor) else None
         mask, labels = self._mask_and_labels(ids, named)
-        for event in batch.describe(ids, mask, labels, places if isinstance(places, Tensor) else None, **facts):
-            self.session.observe(event)
+        told = batch.read(ids, mask, labels, places, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
+        facts = {"max_length": self.max_length, "embedding_rows": self.embedding_rows}
+        self.session.observe(batch.batch_seen(told, step=self.step + 1, **facts))
+        self.session.observe(batch.rows_seen(told.rows, step=self.step + 1, phase=phase))
         idle = self.drops and not module.training
         self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
-from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken, Traced
+from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
+from contracts.points import Traced
 from contracts.witness import ModeSeen
 from spec.building import RecordBuilder
 from spec.canonical import sha256_json

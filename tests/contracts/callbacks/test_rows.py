@@ -59,14 +59,15 @@ def test_held_out_rows_that_were_trained_on_are_seen():
 
 def test_rows_are_told_apart_by_their_tokens_alone():
     ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
-    rows = lambda ids, mask=None: batch.held_out_rows(ids, mask, step=1).rows  # noqa: E731
+    rows = lambda ids, mask=None: batch.rows_seen(batch.read_rows(ids, mask), step=1, phase="evaluation").rows  # noqa: E731
     told = rows(ids)
     assert len(set(told)) == 64
     padded = torch.cat([torch.zeros(64, 6, dtype=torch.long), ids], 1), torch.cat([torch.zeros(64, 6), torch.ones(64, 20)], 1)
     assert rows(*padded) == told
     right = torch.cat([ids, torch.ones(64, 3, dtype=torch.long)], 1), torch.cat([torch.ones(64, 20), torch.zeros(64, 3)], 1)
     assert rows(*right) == told
-    assert described(*right)[1] == RowsSeen(1, "training", told), "the same number in training"
+    told_in_training = batch.read(*right, None, None, pad_id=0, eos_id=1).rows
+    assert batch.rows_seen(told_in_training, step=1, phase="training").rows == told, "the same number in training"
     for column in range(19):
         turned = ids.clone()
         turned[:, [column, column + 1]] = ids[:, [column + 1, column]]
@@ -77,27 +78,28 @@ def test_rows_are_told_apart_by_their_tokens_alone():
 
 
 def described(ids, mask=None, places=None, pad_id=0):
-    return batch.describe(ids, mask, None, places, step=1, pad_id=pad_id, eos_id=1, max_length=0, embedding_rows=0)
+    told = batch.read(ids, mask, None, places, pad_id=pad_id, eos_id=1)
+    return batch.batch_seen(told, step=1, max_length=0, embedding_rows=0)
 
 
 def test_left_padding_is_counted_only_where_no_mask_tells_it():
     ids = T([[0, 0, 0, 0, 5, 6, 7, 8], [0, 0, 0, 5, 6, 7, 8, 9], [5, 6, 7, 8, 0, 0, 0, 0], [0] * 8])
-    assert described(ids)[0].n_left_padded == 1
-    assert described(ids, torch.ones_like(ids))[0].n_left_padded == 1
-    assert described(ids, (ids != 0).long())[0].n_left_padded == 0
-    assert described(ids, pad_id=None)[0].n_left_padded == 0
+    assert described(ids).n_left_padded == 1
+    assert described(ids, torch.ones_like(ids)).n_left_padded == 1
+    assert described(ids, (ids != 0).long()).n_left_padded == 0
+    assert described(ids, pad_id=None).n_left_padded == 0
 
 
 def test_position_ids_count_where_a_token_stands_before():
     ids = torch.full((2, 6), 9)
-    seen, _ = described(ids, None, T([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
+    seen = described(ids, None, T([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
     assert (seen.n_places, seen.n_places_up) == (10, 9)
-    still, _ = described(ids, None, torch.zeros_like(ids))
+    still = described(ids, None, torch.zeros_like(ids))
     assert (still.n_places, still.n_places_up) == (10, 0)
-    masked, _ = described(ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
+    masked = described(ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
     assert (masked.n_places, masked.n_places_up) == (8, 8)
-    assert described(ids)[0].n_places == 0
-    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long))[0].n_places == 0  # positions in three axes are another matter
+    assert described(ids).n_places == 0
+    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long)).n_places == 0  # positions in three axes are another matter
 
 
 def optimizers() -> dict:
