@@ -148,8 +148,10 @@ def test_the_same_weights_another_way(stack, run_dir, way):
 
 @pytest.mark.slow
 def test_compiled_blocks_are_compared_between_blocks(stack, run_dir):
-    code, document = stack("trace", f"{run_dir}@compiled", "--against", run_dir, *SHORT)
-    assert code == 0 and document["first_divergence"] is None
+    eager = ("--swap", "layers.0=eager", "--swap", "layers.1=eager")
+    code, document = stack("trace", f"{run_dir}@compiled", "--against", run_dir, *SHORT, *eager)
+    assert code == 0 and document["first_divergence"] is None and document["logits"]["rel_err"] > 0
+    assert document["swaps"]["logits_rel_err_after"] == 0, "with every block eager it is the same computation"
     assert [p["point"] for p in document["points"]] == ["embedding", "layers.0.resid_out", "layers.1.resid_out", "final_norm", "logits"]
 
 
