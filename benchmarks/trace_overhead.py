@@ -87,9 +87,12 @@ def hf_folder() -> str:
     import tempfile
 
     from peers import huggingface_model
+    from tokenizers import Tokenizer, models
 
     folder = tempfile.mkdtemp(prefix="stackproof-lens-")
     huggingface_model(SHAPES["b"]).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(SHAPES["b"].vocab_size)}  # it wants a tokenizer, of which nothing is read
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(Path(folder) / "tokenizer.json"))
     return folder
 
 

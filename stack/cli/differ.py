@@ -34,7 +34,7 @@ def differ(text: str, against: str | None, asked: Asked, *, bisecting: bool, che
     good, bad = side(other.model, other.way), side(subject.model, subject.way)
     if against is not None and other.model is subject.model and other.way == subject.way:
         raise UsageError("this is the same model computed the same way", value=against, next_step="self@bfloat16, or another MODEL")
-    builder = builder_of("compare", CLAIM, NOT_COVERED, [subject, other], asked, bisect=bisecting, check=check, swap=list(swaps))
+    builder = builder_of("compare", CLAIM, NOT_COVERED, [subject, other], asked, ids=ids, bisect=bisecting, check=check, swap=list(swaps))
     cured = replace(bad, around=_with_swaps(bad, swaps)) if swaps else bad
     input_ids = torch.tensor([ids])
     found = compare(good, bad if against is not None else cured, input_ids, asked.points or None)

@@ -121,7 +121,7 @@ def _single(text: str, asked: Asked, backward: bool) -> None:
     subject = open_subject(text)
     ids = ids_of(asked, subject)
     one = side(subject.model, subject.way)
-    builder = builder_of("trace", CLAIM, NOT_COVERED, [subject], asked, backward=backward)
+    builder = builder_of("trace", CLAIM, NOT_COVERED, [subject], asked, ids=ids, backward=backward)
     with one.around():
         found = traced(one.model, _tensor(ids), asked.points or one.names, backward=backward, tokens=asked.tokens, where=one.where)
     judged = profile(found)
@@ -249,6 +249,10 @@ def _flat(table: dict[str, Any], before: str = "") -> Any:
 
 def _show(document: dict[str, Any], judged: Any) -> None:
     """Tables for people: figures, heat map, verdict."""
+    import math
+
+    from stack.trace.profile import RATIO, ROBUST_Z
+
     lines = document["points"]
     rows = [
         [
@@ -262,7 +266,10 @@ def _show(document: dict[str, Any], judged: Any) -> None:
     ]
     title = f"{document['model']}, {len(document['input_ids'])} tokens"
     stdout.print(table(title, ["point", *SHOWN, "peak token:channel", "÷ layer before", "robust z"], rows))
-    heat({(r.layer, r.slot): r.robust_z if r.robust_z is not None else _steps(r) for r in judged.rows}, "robust z of std", 2.5)
+    if any(r.robust_z is not None for r in judged.rows):
+        heat({(r.layer, r.slot): r.robust_z for r in judged.rows}, "robust z of std", ROBUST_Z)
+    else:
+        heat({(r.layer, r.slot): _steps(r) for r in judged.rows}, "std over that of the layer before, powers of two", math.log2(RATIO))
     for one in document["expectations"]:
         stdout.print(f"{one['verdict']:10} {one['text']}  found {number(one['found'])}", markup=False)
     stdout.print(document["verdict"], markup=False)

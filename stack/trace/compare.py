@@ -196,9 +196,8 @@ def coarsest(a: Side, b: Side) -> float:
 
 
 def widest(a: Side, b: Side) -> int:
-    """The longest sum over features: the largest dimension of a matrix but for those that have one row per token of the vocabulary."""
-    shapes = [sorted(p.shape) for s in (a, b) for p in s.model.parameters() if p.ndim >= 2]
-    return max((shape[-2] for shape in shapes), default=1)
+    """The largest of the matrices' smaller dimensions: d_model, however long the vocabulary and the feed-forward are."""
+    return max((sorted(p.shape)[-2] for s in (a, b) for p in s.model.parameters() if p.ndim >= 2), default=1)
 
 
 def bound_of(point: Point, epsilon: float, width: int, tokens: int) -> float:

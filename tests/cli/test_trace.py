@@ -97,6 +97,17 @@ def test_one_model_by_itself(stack, run_dir, tmp_path):
     assert len(lines) == 39 and float(lines[5]["stats.std"]) == document["points"][5]["stats"]["std"]
 
 
+def test_the_same_trace_again_is_the_same_to_the_byte(stack, run_dir, broken, tmp_path):
+    for arguments in ((run_dir, "--backward"), (broken, "--against", run_dir)):
+        series = []
+        for i in range(2):
+            code, _ = stack("trace", *arguments, *SHORT, "--run-dir", f"again-{len(arguments)}-{i}")
+            record = read_record(tmp_path / f"again-{len(arguments)}-{i}" / "metadata.json")
+            series.append(record.series)
+            assert code == 0 and record.config["trace"]["ids"] == [int(i) for i in SHORT[1].split(",")]
+        assert series[0] == series[1] and series[0][0].path == "points.jsonl"
+
+
 def test_gradients_and_the_last_token(stack, run_dir):
     code, document = stack("trace", run_dir, *SHORT, "--backward", "--points", "layers.*.attention_out")
     assert code == 0 and document["loss_nats"] > 0 and all(p["grad"]["rms"] > 0 for p in document["points"])
@@ -137,8 +148,10 @@ def test_the_same_weights_another_way(stack, run_dir, way):
 
 @pytest.mark.slow
 def test_compiled_blocks_are_compared_between_blocks(stack, run_dir):
-    code, document = stack("trace", f"{run_dir}@compiled", "--against", run_dir, *SHORT)
-    assert code == 0 and document["first_divergence"] is None
+    eager = ("--swap", "layers.0=eager", "--swap", "layers.1=eager")
+    code, document = stack("trace", f"{run_dir}@compiled", "--against", run_dir, *SHORT, *eager)
+    assert code == 0 and document["first_divergence"] is None and document["logits"]["rel_err"] > 0
+    assert document["swaps"]["logits_rel_err_after"] == 0, "with every block eager it is the same computation"
     assert [p["point"] for p in document["points"]] == ["embedding", "layers.0.resid_out", "layers.1.resid_out", "final_norm", "logits"]
 
 

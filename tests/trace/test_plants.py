@@ -251,3 +251,71 @@ def test_a_criterion_of_the_users_own_decides():
         assert int(bad(ids)[0, -1].argmax()) != token
     found = bisect(side(good), side(bad), ids, check=lambda logits: int(logits[0, -1].argmax()) == token)
     assert [p.name for p in found.guilty] == [point] and found.tolerance is None
+
+
+# ---- across libraries: the same folder, and a bug in the other library's copy
+
+
+def their_rope_base(model):
+    """All layers turn by another base: the first rotation is the first to err."""
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq**1.1
+
+
+@torch.no_grad()
+def their_transposed(model):
+    weight = model.model.layers[L].self_attn.q_proj.weight
+    weight.copy_(weight.T.clone())
+
+
+def their_eps(model):
+    model.model.layers[L].input_layernorm.variance_epsilon = 1e-3
+
+
+@torch.no_grad()
+def their_row(model):
+    model.model.layers[L].mlp.down_proj.weight[3] += 0.5
+
+
+def their_scale(model):
+    model.model.layers[L].self_attn.scaling = 1.0
+
+
+def their_heads(model):
+    """Keys and values repeated for each query head, in the wrong order."""
+    attention = model.model.layers[L].self_attn
+    heads, width = model.config.num_key_value_heads, attention.head_dim
+    for projection in (attention.k_proj, attention.v_proj):
+        original = projection.forward
+        projection.forward = lambda x, f=original: f(x).unflatten(-1, (heads, width)).flip(-2).flatten(-2)
+
+
+THEIR_PLANTS = {
+    "wrong RoPE base": (their_rope_base, ["layers.0.q_rotated", "layers.0.k_rotated"]),
+    "transposed square weight": (their_transposed, [f"layers.{L}.q"]),
+    "eps": (their_eps, [f"layers.{L}.attention_norm"]),
+    "corrupted weight row": (their_row, [f"layers.{L}.ffn.out"]),
+    "missing 1/√d": (their_scale, [f"layers.{L}.scores"]),
+    "head order": (their_heads, [f"layers.{L}.k", f"layers.{L}.v"]),
+}
+
+
+@pytest.mark.parametrize("name", THEIR_PLANTS)
+def test_a_bug_in_another_library_is_named_against_ours(name, tmp_path):
+    """The clean pair of the two libraries is a test of its own, in test_compare.py."""
+    from stack.export import reading
+
+    plant, named = THEIR_PLANTS[name]
+    theirs = models.theirs("smollm2")
+    theirs.save_pretrained(tmp_path)
+    ours = reading.load_weights(reading.open_folder(tmp_path))
+    plant(theirs)
+    found = compare(side(ours), side(theirs), models.ids())
+    assert found.first_divergence.point.name == named[0] and found.suspects[0].point.name in named
+    guilty = [p.name for p in bisect(side(ours), side(theirs), models.ids()).guilty]
+    if name == "missing 1/√d":
+        assert guilty == [f"layers.{L}.attention_mixed"]
+    elif name == "wrong RoPE base":  # every layer is wrong: the first and the last rotation
+        assert guilty == ["layers.0.q_rotated", "layers.1.k_rotated"]
+    else:
+        assert guilty == named
