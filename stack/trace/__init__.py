@@ -1,8 +1,11 @@
-"""Look inside a model while it runs: points, statistics, comparison of two models, bisection."""
+"""Look inside a model while it runs: points, statistics, comparison and bisection of two, the first NaN, lenses, patching."""
 
 from stack.trace.bisect import bisect
 from stack.trace.compare import compare
+from stack.trace.lens import read_lens, train_lens
+from stack.trace.nonfinite import first_nonfinite, watching
+from stack.trace.patching import ablate, patch, targets
 from stack.trace.trace import trace
 from stack.trace.ways import side
 
-__all__ = ["bisect", "compare", "side", "trace"]
+__all__ = ["ablate", "bisect", "compare", "first_nonfinite", "patch", "read_lens", "side", "targets", "trace", "train_lens", "watching"]
