@@ -1,16 +1,15 @@
-"""What a trace has found, as tables: the first NaN, a lens by layer, the effects of ablation and patching, points over a run."""
+"""What a trace has found, as tables: the first NaN, a lens by layer, the effects of ablation and patching."""
 
 from spec.records import Record
-from tools.site_pages.chart import thin
 from tools.site_pages.markup import bullets, code, esc, number, optional, table
 from tools.site_pages.world import World
 
-POSITIONS, STEPS = 12, 8  # columns shown of a lens, and of a history
+POSITIONS = 12  # columns shown of a lens
 
 
 def probes(world: World, record: Record) -> list[str]:
     """Blocks for whatever of this the record has beside it."""
-    return [*_lens(world, record), *_effects(world, record), *_nonfinite(world, record), *_history(world, record)]
+    return [*_lens(world, record), *_effects(world, record), *_nonfinite(world, record)]
 
 
 def _lens(world: World, record: Record) -> list[str]:
@@ -72,15 +71,3 @@ def _nonfinite(world: World, record: Record) -> list[str]:
 
 def _flat(value: object) -> object:
     return "×".join(map(str, value)) if isinstance(value, list) else value
-
-
-def _history(world: World, record: Record) -> list[str]:
-    """Spread of each point over the steps that a run recorded."""
-    lines = [line for line in world.series(record, "points.jsonl", "point", "stats") if "step" in line]
-    if not lines:
-        return []
-    steps = thin(sorted({line["step"] for line in lines}), STEPS)
-    found = {(line["point"], line["step"]): line["stats"]["std"] for line in lines}
-    rows = [[code(p), *(optional(found.get((p, s))) for s in steps)] for p in dict.fromkeys(line["point"] for line in lines)]
-    shown = table(["point", *(f"step {s}" for s in steps)], rows)
-    return ["## Points over the run", "Standard deviation of each point at the steps recorded.", shown]

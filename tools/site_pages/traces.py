@@ -15,7 +15,7 @@ HISTORY = (
     ("scores", "absmax", "Largest attention score of each layer"),
     ("entropy", "mean", "Mean entropy of attention, nats"),
 )
-MAX_STEPS = 16
+MAX_STEPS = 10
 FIGURES = ("mean", "std", "absmax", "kurtosis", "top_token_energy_frac")
 
 Row = dict
@@ -82,7 +82,9 @@ def _history(lines: list[Row]) -> list[str]:
             if x["step"] in shown and x["point"] == f"layers.{x['layer']}.{slot}"
         ]
         blocks += [f"{title}:", _map(cells)] if cells else []
-    return blocks
+    spread = {(x["point"], x["step"]): x["stats"]["std"] for x in lines}
+    rows = [[code(p), *(_plain(spread.get((p, step))) for step in shown)] for p in dict.fromkeys(x["point"] for x in lines)]
+    return [*blocks, "Standard deviation of every point:", table(["point", *(f"step {step}" for step in shown)], rows)]
 
 
 def _map(cells: Sequence[tuple[int, str, str, str]]) -> str:
