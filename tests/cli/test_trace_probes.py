@@ -21,6 +21,7 @@ from stack.train.listener import Listener
 from tests.cli.conftest import Done, Stack, tiny
 from tests.trace.test_patching import Nothing
 from tools.site_pages.probes import probes
+from tools.site_pages.traces import sections
 from tools.site_pages.world import World
 
 STEP = 17
@@ -84,7 +85,7 @@ def page_of(run_dir) -> str:
     shutil.copytree(run_dir, evidence / record.id, dirs_exist_ok=True)
     world = SimpleNamespace(evidence=evidence)
     world.series = partial(World.series, world)
-    return "\n".join(probes(world, record))
+    return "\n".join([*probes(world, record), *sections(world, record)])
 
 
 @pytest.mark.parametrize("arguments", [("--repro", "repro/runtime.finite-step-17"), (None, "--nonfinite")])
