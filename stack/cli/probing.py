@@ -87,7 +87,7 @@ def asked(options: dict[str, Any]) -> Probe | None:
     probe = Probe(**{f.name: options[f.name] for f in fields(Probe)})
     if probe.mode is None:
         return None
-    for name in ("against", "bisect", "check", "swap", "expect", "points", "csv"):
+    for name in ("against", "bisect", "check", "swap", "expect", "points", "csv", "weights"):
         if options[name]:
             raise UsageError(f"--{name} says nothing beside {probe.mode}", next_step="leave one of them out")
     if options["tokens"] != "all" or (options["backward"] and probe.mode != "--nonfinite"):

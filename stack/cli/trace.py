@@ -17,6 +17,7 @@ EXAMPLES = (
     "stack trace runs/pocket-1",
     "stack trace runs/pocket-1 --against hf/pocket --bisect",
     "stack trace runs/pocket-1 --against self@bfloat16",
+    "stack trace runs/pocket-1 --weights --against runs/pocket-1/checkpoints/step-00000200",
     "stack trace hf/llama --prompt 'What is 2+2?' --expect 'layers.3.ffn.swiglu.std < 0.1'",
     *probing.EXAMPLES,
 )
@@ -71,6 +72,9 @@ def trace(
     expect: Annotated[
         list[str] | None, typer.Option("--expect", help="A prediction, judged after: 'layers.3.ffn.swiglu.std < 0.1'.")
     ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="The parameters instead of a forward; with --against, their change since that checkpoint.")
+    ] = False,
     nonfinite: probing.Nonfinite = False,
     repro: probing.Repro = None,
     device: probing.Device = None,
@@ -97,6 +101,13 @@ def trace(
         return probing.probe(probe, model, asked)
     if model is None:
         raise UsageError("stack trace needs a MODEL, or --repro BUNDLE", next_step="stack trace runs/pocket-1")
+    if weights:
+        from stack.cli.weights import of_weights
+
+        _refuse_beside_weights(
+            {"--prompt": prompt, "--input-ids": input_ids, "--points": points, "--backward": backward, "--bisect": bisect}
+        )
+        return of_weights(model, against, asked)
     if tokens not in ("all", "last"):
         raise UsageError("there are no such tokens", value=f"--tokens {tokens}", allowed="all or last")
     if against is not None or swap:
@@ -108,6 +119,12 @@ def trace(
     if bisect or check:
         raise UsageError("there is nothing to bisect", value="--bisect" if bisect else "--check", next_step="give --against MODEL as well")
     _single(model, asked, backward)
+
+
+def _refuse_beside_weights(options: dict[str, Any]) -> None:
+    """Nothing is run, so what says how to run says nothing."""
+    if given := [name for name, value in options.items() if value]:
+        raise UsageError(f"{given[0]} says nothing beside --weights", next_step="leave one of them out")
 
 
 def _single(text: str, asked: Asked, backward: bool) -> None:

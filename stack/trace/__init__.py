@@ -7,5 +7,19 @@ from stack.trace.nonfinite import first_nonfinite, watching
 from stack.trace.patching import ablate, patch, targets
 from stack.trace.trace import trace
 from stack.trace.ways import side
+from stack.trace.weights import weights
 
-__all__ = ["ablate", "bisect", "compare", "first_nonfinite", "patch", "read_lens", "side", "targets", "trace", "train_lens", "watching"]
+__all__ = [
+    "ablate",
+    "bisect",
+    "compare",
+    "first_nonfinite",
+    "patch",
+    "read_lens",
+    "side",
+    "targets",
+    "trace",
+    "train_lens",
+    "watching",
+    "weights",
+]

@@ -233,3 +233,14 @@ def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
     assert "layers.1.ffn.swiglu" in text and "┌ resid_out" in text and "no layer is out of line" in text
     text = said("trace", broken, "--against", run_dir, "--bisect", *SHORT)
     assert "first to err: layers.1.ffn.up, the up projection" in text and "eliminated" in text and "guilty: layers.1.ffn.up" in text
+
+
+def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, run_dir, broken):
+    code, document = stack("trace", broken, "--weights", "--against", run_dir, "--expect", "layers.1.ffn.up.weight.rms < 0.01")
+    assert code == 0 and document["expectations"][0]["verdict"] == "refuted"
+    moved = {p["point"]: p["update_ratio"] for p in document["points"] if p["update_ratio"]}
+    assert list(moved) == ["layers.1.ffn.up.weight"] and document["record"].startswith("trace-")
+    assert "÷ rms before" in said("trace", broken, "--weights", "--against", run_dir, "--run-dir", "seen")
+    assert "÷ rms before" not in said("trace", broken, "--weights", "--run-dir", "alone")
+    code, document = stack("trace", broken, "--weights", "--prompt", "a")
+    assert code == 2 and "--prompt says nothing beside --weights" in document["what"]
