@@ -47,11 +47,8 @@ prove: $(VENV)/.train
 BENCH_DIR ?= runs/bench
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_TEXT ?=
-<<<<<<< HEAD
-BENCH_PARTS := startup checkpoint memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead foreign-overhead trace-every reader tokenizer build
-=======
-BENCH_PARTS := startup checkpoint memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead foreign-overhead trace-overhead reader tokenizer build
->>>>>>> trace-core
+BENCH_PARTS := startup checkpoint memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
+	foreign-overhead trace-overhead trace-every trace-plants reader tokenizer build
 BENCH := PYTHONPATH=$(CURDIR) $(BENCH_PYTHON)
 
 bench: $(if $(FRESH),bench-fresh) $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
@@ -81,13 +78,12 @@ $(BENCH_DIR)/gate-overhead/metadata.json:
 	$(BENCH) benchmarks/gate_overhead.py --device cpu --run-dir $(@D)
 $(BENCH_DIR)/foreign-overhead/metadata.json:
 	$(BENCH) benchmarks/foreign_overhead.py --device cpu --run-dir $(@D)
-<<<<<<< HEAD
 $(BENCH_DIR)/trace-every/metadata.json:
 	$(BENCH) benchmarks/trace_every.py --run-dir $(@D)
-=======
 $(BENCH_DIR)/trace-overhead/metadata.json:
 	$(BENCH) benchmarks/trace_overhead.py --run-dir $(@D)
->>>>>>> trace-core
+$(BENCH_DIR)/trace-plants/metadata.json:
+	$(BENCH) benchmarks/trace_plants.py --run-dir $(@D)
 $(BENCH_DIR)/reader/metadata.json:
 	$(BENCH) benchmarks/reader.py --run-dir $(@D)
 $(BENCH_DIR)/tokenizer/metadata.json:

@@ -147,8 +147,8 @@ def metric_key(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_")
 
 
-def close_record(builder, run_dir: Path | None, rows: list[Row], extra: dict[str, tuple[float, str]]) -> None:
-    """Write the record: the ratio to every peer with its spread, and further figures as (value, unit)."""
+def close_record(builder, run_dir: Path | None, rows: list[Row], extra: dict[str, tuple[float, str]], series: tuple[str, ...] = ()) -> None:
+    """Write the record: the ratio to every peer with its spread, further figures as (value, unit), and series that lie in the folder."""
     if builder is None:
         return
     for row in rows:
@@ -166,5 +166,5 @@ def close_record(builder, run_dir: Path | None, rows: list[Row], extra: dict[str
     missed = [r.name for r in rows if r.met is False]
     reached = "every wanted ratio reached" if any(r.met for r in rows) else "measured; no ratio was wanted"
     reason = f"below the wanted ratio: {', '.join(missed)}" if missed else reached
-    builder.finish(run_dir, status="completed", end_reason=reason, exit_code=0)
+    builder.finish(run_dir, status="completed", end_reason=reason, exit_code=0, series=series)
     print(f"record {run_dir / 'metadata.json'}")

@@ -57,3 +57,10 @@ def test_a_run_shows_its_points_over_the_steps_and_a_run_without_has_no_section(
     assert "step 10 |" in text and "step 500 |" in text and text.count("step ") == 4 * 10
     assert "| 1 | 0.1 |" in text and "<code>layers.1.entropy</code> | 0.1 |" in text
     assert blocks("train", []) == "" and blocks("evaluate", lines) == ""
+
+
+def test_a_plant_that_was_named_wrongly_is_said_so():
+    row = {"plant": "eps", "planted": "layers.1.q", "compared": "layers.1.q", "bisected": ["layers.1.q"], "runs": 9}
+    assert "another" not in blocks("benchmark", [row])
+    assert "<code>layers.1.k</code> **another**" in blocks("benchmark", [row | {"compared": "layers.1.k"}])
+    assert blocks("benchmark", []) == ""

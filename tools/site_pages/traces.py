@@ -7,7 +7,7 @@ from tools.site_pages.chart import thin
 from tools.site_pages.markup import code, esc, table
 from tools.site_pages.world import World
 
-POINTS = "points.jsonl"
+POINTS, PLANTS = "points.jsonl", "plants.jsonl"
 WARM, HOT = 1.25, 2.5  # in size, as the terminal draws them
 TIMES = (2.0, 10.0)  # beyond its bound an added error is warm, and ten times as much hot
 HISTORY = (
@@ -28,6 +28,8 @@ def sections(world: World, record: Record) -> list[str]:
             return _history(world.series(record, POINTS, "step", "point", "layer", "stats"))
         case "trace":
             return _profile(world.series(record, POINTS, "point", "layer", "slot", "stats", "robust_z"))
+        case "benchmark":
+            return _plants(world.series(record, PLANTS, "plant", "planted", "compared", "bisected", "runs"))
         case "compare":
             return _comparison(world.series(record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound"))
     return []
@@ -68,6 +70,20 @@ def _beyond(row: Row) -> float:
     """How many times its bound a point adds."""
     added, bound = row["added_err"], row["bound"]
     return float(added) / float(bound) if added is not None and bound else 0.0
+
+
+def _plants(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    body = [[esc(r["plant"]), code(r["planted"]), _named(r), "<br>".join(map(code, r["bisected"])), str(r["runs"])] for r in rows]
+    return [
+        "## Planted and named",
+        table(["plant", "planted at", "first by comparison", "by bisection", "forwards of the bisection"], body),
+    ]
+
+
+def _named(row: Row) -> str:
+    return code(row["compared"]) + ("" if row["compared"] == row["planted"] else " **another**")
 
 
 def _history(lines: list[Row]) -> list[str]:
