@@ -153,6 +153,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "GATE-KILLED": lambda r: rechain(r, "falsification", lambda d: d["kills"][0].update(outcome="missed")),
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
+    "MERGE-MARK": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\n" + "<" * 7 + " HEAD\n"),
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
     "RATES-STATED": lambda r: (r / "spec/chance.toml").unlink(),
     "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),

@@ -53,6 +53,22 @@ def symlink(repo: Repo) -> Found:
 
 
 @rule(
+    "MERGE-MARK",
+    title="No mark of a merge is left in a text",
+    why="What lies between the marks is two texts; a tool that reads the file takes both, one, or neither.",
+    hint="decide which lines stay, and take the marks out",
+)
+def merge_mark(repo: Repo) -> Found:
+    for path in repo.tracked:
+        file = repo.root / path
+        if not file.is_file() or file.is_symlink() or b"\0" in (content := file.read_bytes()):
+            continue
+        for number, line in enumerate(content.splitlines(), start=1):
+            if line.startswith((b"<" * 7 + b" ", b">" * 7 + b" ")):
+                yield path, number, f"has the mark {line[:20].decode('utf-8', 'replace')}"
+
+
+@rule(
     "LOC",
     title="Every source file fits its room",
     why="A file that cannot be read in one sitting is not reviewed.",
