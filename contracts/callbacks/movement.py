@@ -7,7 +7,7 @@ from contracts.callbacks.digest import checksums
 from contracts.witness import LeftAlone, Moved
 
 VISIBLE_RATE = 1e-7
-SLOPE_ENTRIES = 4_000_000  # of weights, copied once
+SLOPE_ENTRIES = 1_000_000  # of weights, copied once
 
 
 class Movement:
@@ -38,7 +38,7 @@ class Movement:
             for p in group["params"]:
                 if p.grad is not None and not p.grad.is_sparse and group["lr"] >= VISIBLE_RATE and p.numel() <= left:
                     left -= p.numel()
-                    self._before.append((p, p.detach().clone(), float(group["lr"]), float(group.get("weight_decay") or 0.0)))
+                    self._before.append((p, p.detach().float().clone(), float(group["lr"]), float(group.get("weight_decay") or 0.0)))
 
     def _uphill(self) -> float:
         """Cosine of movement and gradient in the first update, 0 where it is not known. Decay, in the gradient or beside it, is taken out.
@@ -50,10 +50,11 @@ class Movement:
         for p, before, rate, decay in kept:
             if p.grad is None:
                 return 0.0
-            step, gradient = p.detach().double() - before.double(), p.grad.detach().double()
-            along += float(((step + rate * decay * before) * gradient).sum())
-            along_coupled += float((step * (gradient + decay * before)).sum())
-            moved, slope = moved + float(step.square().sum()), slope + float(gradient.square().sum())
+            then, step, gradient = (x.flatten() for x in (before, p.detach().float() - before, p.grad.detach().float()))
+            pairs = (step, gradient), (then, gradient), (step, then), (step, step), (gradient, gradient)
+            descent, pull, shrink, moved_p, slope_p = torch.stack([torch.dot(a, b) for a, b in pairs]).tolist()
+            along, along_coupled = along + descent + rate * decay * pull, along_coupled + descent + decay * shrink
+            moved, slope = moved + moved_p, slope + slope_p
         scale = (moved * slope) ** 0.5
         return max(-1.0, min(along, along_coupled) / scale) if scale > 0 else 0.0
 
