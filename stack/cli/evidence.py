@@ -108,17 +108,26 @@ def diff(
 
 @app.command()
 def rerun(
-    record_id: Annotated[str, typer.Argument(metavar="ID", help="A train record's id or run directory.")],
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="Id or run directory of a record of training or of a trace.")],
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the new run.")] = None,
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
-    """Train a record's configuration again and compare: weights by hash, losses by value. Exit code 6 if they differ."""
+    """Train a record's configuration again, or repeat its trace, and compare: weights by hash, figures by value.
+
+    Exit code 6 if they differ.
+    """
+    from stack.cli.again import rerun_trace
     from stack.cli.console import ConsoleListener
     from stack.evidence.ledgering import find
     from stack.train.rerun import rerun as again
 
-    outcome = again(find(_directory(evidence), record_id), run_dir, ConsoleListener(quiet=json))
+    record = find(_directory(evidence), record_id)
+    if record.kind in ("trace", "compare"):
+        folder = Path(record_id) if Path(record_id).is_dir() else _directory(evidence) / record.id
+        outcome = rerun_trace(record, folder, run_dir)
+    else:
+        outcome = again(record, run_dir, ConsoleListener(quiet=json))
     if not emit(outcome, json):
         stdout.print(
             table(

@@ -12,7 +12,9 @@ from stack.train.listener import Listener
 def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
     """Compare weights by hash and losses by value. Only train records can be re-run. Raises IntegrityError for others."""
     if record.kind != "train":
-        raise IntegrityError(f"record {record.id} is of kind {record.kind}", allowed="train", next_step="repeat its command by hand")
+        raise IntegrityError(
+            f"record {record.id} is of kind {record.kind}", allowed="train, trace, compare", next_step="repeat its command by hand"
+        )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
     again = session.start(validate(record.config), record.overrides, directory, listener)
     names = ("val_loss_nats", "val_bits_per_byte", "train_loss_nats", "tokens_seen", "n_params")

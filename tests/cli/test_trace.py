@@ -244,3 +244,22 @@ def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, 
     assert "÷ rms before" not in said("trace", broken, "--weights", "--run-dir", "alone")
     code, document = stack("trace", broken, "--weights", "--prompt", "a")
     assert code == 2 and "--prompt says nothing beside --weights" in document["what"]
+
+
+def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(stack, run_dir, broken, tmp_path, monkeypatch):
+    asked = ("trace", str(run_dir), "--prompt", "a list of it", "--run-dir", "seen", "--csv", "figures.csv")
+    monkeypatch.setattr(sys, "argv", ["stack", *asked])  # what a record takes for its command
+    assert stack(*asked)[0] == 0
+    (tmp_path / "figures.csv").unlink()
+    code, document = stack("evidence", "rerun", "seen", "--run-dir", "again")
+    assert code == 0 and document["ok"] and [c["now"] for c in document["compared"]][-1] == 0.0, document
+    assert not (tmp_path / "figures.csv").exists() and (tmp_path / "again" / "points.jsonl").is_file()
+
+    run_dir.rename(tmp_path / "put-aside")
+    broken.rename(run_dir)
+    code, document = stack("evidence", "rerun", "seen", "--run-dir", "other")
+    assert code == 6 and not document["ok"] and {c["what"]: c["equal"] for c in document["compared"]}["input model.safetensors"] is False
+    with open(tmp_path / "seen" / "points.jsonl", "ab") as f:
+        f.write(b"{}\n")
+    code, document = stack("evidence", "rerun", "seen", "--run-dir", "third")
+    assert code == 6 and "as it was recorded" in document["what"] and not (tmp_path / "third").exists()

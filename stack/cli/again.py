@@ -1,0 +1,88 @@
+"""`stack evidence rerun` of a trace: its own command once more, held against what was recorded."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spec.canonical import parse_strict, sha256_file
+from spec.errors import IntegrityError
+from spec.records import Record, read_record
+
+POINTS = "points.jsonl"
+# A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure, as sums are taken in another order.
+# What a comparison measures of rounding itself is another number on another processor, and is then said to be.
+REL_TOLERANCE = 1e-4
+TAKES_A_FILE = ("--run-dir", "--csv")
+
+
+def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str, Any]:
+    """Run a record's `stack trace` command again from here and compare inputs by hash and figures by value.
+
+    `folder` holds the record's points. Raises IntegrityError if the command fails, or if those points are gone or others.
+    """
+    declared = {s.path: s.sha256 for s in record.series}
+    if POINTS not in declared or not (folder / POINTS).is_file() or sha256_file(folder / POINTS) != declared[POINTS]:
+        raise IntegrityError(
+            f"record {record.id} has no {POINTS} beside it as it was recorded", value=str(folder), allowed="stack evidence add"
+        )
+    directory = run_dir or Path("runs") / f"rerun-{record.id}"
+    command = [sys.executable, "-m", "stack", *_without_files(record.command[1:]), "--run-dir", str(directory), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise IntegrityError(
+            f"the command of {record.id} fails here with exit code {done.returncode}",
+            value=done.stderr.strip().splitlines()[0] if done.stderr.strip() else None,
+            next_step=f"run it where its inputs are: {' '.join(record.command)}",
+        )
+    again = read_record(directory / "metadata.json")
+    compared = [
+        {"what": f"input {a.name}", "recorded": a.sha256, "now": b.sha256, "equal": a.sha256 == b.sha256}
+        for a, b in zip(record.inputs, again.inputs)
+    ]
+    worst, where = _apart(folder / POINTS, directory / POINTS)
+    compared.append({"what": f"figures ({where})", "recorded": f"within {REL_TOLERANCE:g}", "now": worst, "equal": worst <= REL_TOLERANCE})
+    ok = all(row["equal"] for row in compared) and len(record.inputs) == len(again.inputs)
+    return {"ok": ok, "record": record.id, "rerun": again.id, "run_dir": str(directory), "compared": compared}
+
+
+def _without_files(arguments: tuple[str, ...]) -> list[str]:
+    """The command without the files that it wrote."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in TAKES_A_FILE:
+            kept.append(argument)
+        skip = argument in TAKES_A_FILE and not skip
+    return kept
+
+
+def _apart(recorded: Path, now: Path) -> tuple[float, str]:
+    """The largest relative difference between the numbers of two series, and where; infinite where anything else differs."""
+    before, after = (dict(_leaves([parse_strict(x, origin=str(p)) for x in p.read_bytes().splitlines()])) for p in (recorded, now))
+    if before.keys() != after.keys():
+        return math.inf, next(iter(before.keys() ^ after.keys()))
+    apart = {path: _difference(value, after[path]) for path, value in before.items()}
+    worst = max(apart, key=apart.__getitem__, default="")
+    return apart.get(worst, 0.0), worst if apart.get(worst) else "all equal"
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    match tree:
+        case dict():
+            for key, value in tree.items():
+                yield from _leaves(value, f"{path}.{key}" if path else key)
+        case list():
+            for i, value in enumerate(tree):
+                name = value["point"] if isinstance(value, dict) and "point" in value else str(i)
+                yield from _leaves(value, f"{path}.{name}" if path else name)
+        case _:
+            yield path, tree
+
+
+def _difference(a: Any, b: Any) -> float:
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
+    if a == b or not numbers:
+        return 0.0 if a == b else math.inf
+    return abs(a - b) / max(abs(a), abs(b))
