@@ -32,8 +32,9 @@ def stack(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def said(tmp_path, monkeypatch, capsys):
-    """The same as a person sees it."""
+    """The same as a person sees it, on a wide terminal."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(output.stdout, "_width", 200)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as ended:
