@@ -152,7 +152,9 @@ class Watch:
             return
         places = named.get("position_ids") if isinstance(named.get("position_ids"), Tensor) else None
         mask, labels = self._mask_and_labels(ids, named)
-        told = batch.read(ids, mask, labels, places, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
+        unread = mask is None and named.get(probe.MASK) is not None  # a mask of another shape tells of padding what is not read here
+        pad_id, places = (None, None) if unread else (self.facts.pad_id, places)
+        told = batch.read(ids, mask, labels, places, pad_id=pad_id, eos_id=self.facts.eos_id)
         facts = {"max_length": self.max_length, "embedding_rows": self.embedding_rows}
         self.session.observe(batch.batch_seen(told, step=self.step + 1, **facts))
         self.session.observe(batch.rows_seen(told.rows, step=self.step + 1, phase=phase))

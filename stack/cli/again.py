@@ -24,7 +24,11 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
     `folder` holds the record's points. Raises IntegrityError if the command fails, or if those points are gone or others.
     """
     declared = {s.path: s.sha256 for s in record.series}
-    if POINTS not in declared or not (folder / POINTS).is_file() or sha256_file(folder / POINTS) != declared[POINTS]:
+    if POINTS not in declared:
+        raise IntegrityError(
+            f"record {record.id} is of a probe, which has no points", next_step=f"repeat it by hand: {' '.join(record.command)}"
+        )
+    if not (folder / POINTS).is_file() or sha256_file(folder / POINTS) != declared[POINTS]:
         raise IntegrityError(
             f"record {record.id} has no {POINTS} beside it as it was recorded", value=str(folder), allowed="stack evidence add"
         )
@@ -52,7 +56,7 @@ def _without_files(arguments: tuple[str, ...]) -> list[str]:
     """The command without the files that it wrote."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument not in TAKES_A_FILE:
+        if not skip and argument.partition("=")[0] not in TAKES_A_FILE:
             kept.append(argument)
         skip = argument in TAKES_A_FILE and not skip
     return kept

@@ -106,6 +106,7 @@ def trace(
 
         _refuse_beside_weights(
             {"--prompt": prompt, "--input-ids": input_ids, "--points": points, "--backward": backward, "--bisect": bisect}
+            | {"--check": check, "--swap": swap, "--tokens": tokens != "all"}
         )
         return of_weights(model, against, asked)
     if tokens not in ("all", "last"):

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from spec.errors import UsageError
 from stack.cli.output import emit, stdout, table
 
 CLAIM = "These parameters have these statistics."
@@ -21,6 +22,8 @@ def of_weights(text: str, against: str | None, asked: Any) -> None:
     expected = [expect.parse(e, [*expect.FIGURES, *expect.OF_LAYERS]) for e in asked.expect]
     subject = open_subject(text)
     earlier = None if against is None else open_subject(against, subject)
+    if ways := [s.title for s in (subject, earlier) if s is not None and s.way is not None]:
+        raise UsageError("nothing is computed here, so there is no way to compute it", value=ways[0], next_step="leave out @WAY")
     builder = builder_of("trace", CLAIM, NOT_COVERED, [subject] if earlier is None else [subject, earlier], asked, weights=True)
     found = weights(subject.model, None if earlier is None else earlier.model)
     judged = of_spreads(sizes(found))

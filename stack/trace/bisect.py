@@ -90,7 +90,7 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
     """Find what makes `bad` end otherwise than `good` on the same ids (B, T).
 
     `check` says of logits (B, T, V) whether they are good; by default whether they are those of the good side up to rounding. With one
-    guilty operation 3 + ⌈log₂ points⌉ runs are needed; of several the first and the last are named, and the smallest set of modules that
+    guilty operation 4 + ⌈log₂ points⌉ runs are needed; of several the first and the last are named, and the smallest set of modules that
     cures when they are exchanged, where both sides are built alike.
     """
     common, _, _ = common_points(good, bad, names)
@@ -102,6 +102,9 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
         found.say("the good side passes the check", good_passes)
         found.say("the bad side fails the check", not bad_passes, rel_err=distance)
         if not good_passes or bad_passes:
+            return found
+        if not bench.points or not bench.passes(bench.bad, "good", len(bench.points) - 1)[0]:
+            found.say("what is wrong lies at or before the last point looked at", False)
             return found
         last = _last(bench)
         first = last if last == 0 else _first(bench, last)

@@ -98,7 +98,7 @@ class Spill:
 
 @torch.no_grad()
 def difference(a: Tensor, b: Tensor) -> Difference:
-    """How far `a` is from `b`, in float64, a chunk at a time."""
+    """How far `a` is from `b`, which is taken as right, in float64, a chunk at a time."""
     sums = torch.zeros(4, dtype=torch.float64)
     for x, y in zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK)):
         x, y = x.double().cpu(), y.double().cpu()
@@ -178,7 +178,7 @@ def _compared(point: Point, theirs: Tensor | None, x: Tensor) -> Difference | st
     if theirs is None:
         return "did not run on the other side"
     if theirs.numel() == x.numel() and theirs.shape[:2] == x.shape[:2]:
-        return difference(theirs, x)
+        return difference(x, theirs)
     if point.slot.startswith("experts"):
         return f"saw other tokens: shape {tuple(theirs.shape)} and {tuple(x.shape)}"
     raise SupportError("shape", f"{point.name} {tuple(theirs.shape)}", tuple(x.shape))

@@ -47,8 +47,9 @@ def train_loop(run: Run) -> tuple[str, str]:
 def take_step(run: Run) -> None:
     """Draw, update, look; the clock runs from before the draw. Now and then the step is computed twice."""
     started = time.perf_counter()
+    recorded_s = run.trace_s
     batches = draw(run)
-    started += run.record_points(batches[0])
+    started += run.trace_s - recorded_s
     first = recomputed_step(run.state, batches) if run.recompute_due() else None
     report = steps.train_step(run.state, batches)
     run.after_step(report, batches, time.perf_counter() - started)
@@ -57,10 +58,11 @@ def take_step(run: Run) -> None:
 
 
 def draw(run: Run) -> list[Batch]:
-    """The micro-batches of one optimizer step, shown to the gates."""
+    """The micro-batches of one optimizer step, shown to the gates; before that, points are recorded on them where it is due."""
     reader, before = run.state.reader, run.state.reader.cursor
     batches = [reader.draw() for _ in range(run.cfg.accumulation())]
     run.recent.draw(run.state.step + 1, batches, reader.cursor)
+    run.record_points(batches[0])
     run.keeper.observe(
         BatchDrawn(
             step=run.state.step + 1,

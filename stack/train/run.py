@@ -125,22 +125,17 @@ class Run:
             )
         )
 
-    def record_points(self, batch: Batch) -> float:
-        """Log what every point holds while the model reads a batch of the step to come, where that is due.
-
-        Returns the seconds it took, which are no part of the step's.
-        """
+    def record_points(self, batch: Batch) -> None:
+        """Log what every point holds while the model reads a batch of the step to come, where that is due. No part of the step's time."""
         step, every, started = self.state.step + 1, self.cfg.trace.every, time.perf_counter()
         if every == 0 or step % every:
-            return 0.0
+            return
         with self.looking("trace"):
-            began = time.perf_counter()
             lines = points_lines(self.state, batch)
             for line in lines:
                 self.dir.log("points.jsonl", step=step, **line)
-            self.trace_s += time.perf_counter() - began
         self.keeper.observe(Traced(step, {line["point"]: line["stats"] for line in lines}))
-        return time.perf_counter() - started
+        self.trace_s += time.perf_counter() - started
 
     def recompute_due(self) -> bool:
         """Whether the step to come is one of those that are computed twice. The last one always is."""

@@ -163,7 +163,7 @@ def test_bisection_names_the_planted_operation_within_log_n_runs(name):
     wanted = {f"layers.{L}.scores": [f"layers.{L}.attention_mixed"], f"layers.{L}.q_rotated": [f"layers.{L}.{x}_rotated" for x in "qk"]}
     assert [p.name for p in found.guilty] == wanted.get(point, [point])
     n = len([p for p in compare(side(good), side(bad), models.ids()).points if p.point.flows])
-    assert found.runs <= 3 + math.ceil(math.log2(n)) * len(found.guilty) + (20 if len(found.guilty) > 1 else 0)
+    assert found.runs <= 4 + math.ceil(math.log2(n)) * len(found.guilty) + (20 if len(found.guilty) > 1 else 0)
     assert {link.verdict for link in found.chain} == {"kept", "eliminated"}
 
 
