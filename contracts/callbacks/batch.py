@@ -29,7 +29,7 @@ def read(
 ) -> Numbers:
     """All numbers of a batch that gates judge, with one read of the device. `places` are position ids, where the model is given some."""
     ids_BT = ids_BT.long()
-    text = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
+    text = _text(ids_BT, mask_BT)
     padding = ~text
     if mask_BT is None and pad_id is not None:
         padding = trailing_padding(ids_BT, pad_id, eos_id)
@@ -95,8 +95,12 @@ def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 def read_rows(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
     """Sums of the rows of a batch, then their lengths, with one read of the device."""
-    text_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
-    return _row_sums(ids_BT.long(), text_BT).flatten().tolist()
+    return _row_sums(ids_BT.long(), _text(ids_BT, mask_BT)).flatten().tolist()
+
+
+def _text(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """(B, T) bool: what is no padding; everything where there is no mask."""
+    return torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
 
 
 def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ class _Step:
     judged: bool = False
 
 
+def _fitting(value: Any, ids: Tensor) -> Tensor | None:
+    """A tensor with one entry for each id, on the device of the ids; None for anything else."""
+    return value.to(ids.device) if isinstance(value, Tensor) and value.shape == ids.shape else None
+
+
 class Watch:
     """Hooks on one model and one optimizer; shows events to a session. `phase()` is training, evaluation or empty (look away).
 
@@ -144,9 +149,8 @@ class Watch:
             wrong = tuple(n for n, m in self.model.named_modules() if m.training)
             self.session.observe(ModeSeen(self.step, phase, wrong))
             if not module.training and named.get("past_key_values") is None and ids.shape[1] >= batch.SHORT:
-                mask = named.get(probe.MASK)
-                fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-                self.session.observe(batch.rows_seen(batch.read_rows(ids, mask if fits else None), step=self.step, phase=phase))
+                told = batch.read_rows(ids, _fitting(named.get(probe.MASK), ids))
+                self.session.observe(batch.rows_seen(told, step=self.step, phase=phase))
             return
         if not torch.is_grad_enabled():
             return
@@ -168,7 +172,7 @@ class Watch:
         if own is not None and own.shape == ids.shape and torch.equal(own.to(ids.device), ids):
             mask = self.batch.get(probe.MASK) if mask is None else mask
             labels = probe.labels_of(self.batch) if labels is None else labels
-        return tuple(t.to(ids.device) if isinstance(t, Tensor) and t.shape == ids.shape else None for t in (mask, labels))
+        return _fitting(mask, ids), _fitting(labels, ids)
 
     def _base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._inside is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from spec.errors import UsageError
 from stack.cli.output import emit, stdout, table
+from stack.cli.trace import builder_of, number, write
 
 CLAIM = "These parameters have these statistics."
 NOT_COVERED = ("what the model computes with them",)
@@ -14,7 +15,6 @@ SHOWN = ("std", "rms", "absmax", "kurtosis", "frac_zero")
 def of_weights(text: str, against: str | None, asked: Any) -> None:
     """Trace the parameters of MODEL, with `against` as the earlier one."""
     from stack.cli.subjects import open_subject
-    from stack.cli.trace import builder_of, write
     from stack.trace import expect
     from stack.trace.profile import of_spreads
     from stack.trace.weights import weights
@@ -66,10 +66,10 @@ def _show(document: dict[str, Any]) -> None:
     rows = [
         [
             line["point"],
-            *(_digits(line["stats"][k]) for k in SHOWN),
-            *([_digits(line["update"]["rms"]), _digits(line["update_ratio"])] if moved else []),
-            _digits(line["ratio_to_previous"]),
-            _digits(line["robust_z"]),
+            *(f"{line['stats'][k]:.4g}" for k in SHOWN),
+            *([number(line["update"]["rms"]), number(line["update_ratio"])] if moved else []),
+            number(line["ratio_to_previous"]),
+            number(line["robust_z"]),
         ]
         for line in document["points"]
     ]
@@ -79,7 +79,3 @@ def _show(document: dict[str, Any]) -> None:
     for judged in document["expectations"]:
         stdout.print(f"{judged['verdict']}: {judged['text']}", markup=False)
     stdout.print(f"record {document['run_dir']}/metadata.json", markup=False)
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

@@ -90,7 +90,7 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
     """Find what makes `bad` end otherwise than `good` on the same ids (B, T).
 
     `check` says of logits (B, T, V) whether they are good; by default whether they are those of the good side up to rounding. With one
-    guilty operation 4 + ⌈log₂ points⌉ runs are needed; of several the first and the last are named, and the smallest set of modules that
+    guilty operation 3 + ⌈log₂ points⌉ runs are needed; of several the first and the last are named, and the smallest set of modules that
     cures when they are exchanged, where both sides are built alike.
     """
     common, _, _ = common_points(good, bad, names)
@@ -103,8 +103,7 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
         found.say("the bad side fails the check", not bad_passes, rel_err=distance)
         if not good_passes or bad_passes:
             return found
-        if not bench.points or not bench.passes(bench.bad, "good", len(bench.points) - 1)[0]:
-            found.say("what is wrong lies at or before the last point looked at", False)
+        if not _reached(bench):
             return found
         last = _last(bench)
         first = last if last == 0 else _first(bench, last)
@@ -112,6 +111,19 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
         if first != last:
             found.minimal_set = _minimal(bench)
     return found
+
+
+def _reached(bench: _Bench) -> bool:
+    """Whether what is wrong lies at or before the last point. Where that is the logits, it does."""
+    if not bench.points:
+        bench.found.say("what is wrong lies between points that can be put right", False)
+        return False
+    last = bench.points[-1]
+    if last.slot == "logits":
+        return True
+    cured, distance = bench.passes(bench.bad, "good", len(bench.points) - 1)
+    bench.found.say(f"all that is wrong lies up to {last.name}", cured, rel_err=distance)
+    return cured
 
 
 def _last(bench: _Bench) -> int:

@@ -58,8 +58,8 @@ class Replayed(Run):
     def found_in_corpus(self, ids: list[int]) -> float:
         return self.found_frac
 
-    def record_points(self, batch: Batch) -> float:
-        return 0.0
+    def record_points(self, batch: Batch) -> None:
+        return None
 
     def held_out_rows(self) -> HeldOutRows:
         rows = [tuple(row) for batch in self.held_out for row in batch.input_ids.tolist()]

@@ -1,5 +1,6 @@
 """Runs the real command line in a process of its own."""
 
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +23,22 @@ class Stack:
     def begin(self, *arguments: str, code: str | None = None) -> Command:
         """The command, running."""
         return Command(*arguments, folder=self.folder, environment=self.environment, code=code or self.code)
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Runs a command in this process, in an empty folder: exit code, and the JSON document it prints."""
+    from stack.cli import main, output
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(output, "_emitted", False)  # one process stands for many
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments), "--json"])
+        return ended.value.code or 0, json.loads(capsys.readouterr().out)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from spec.records import read_record
-from stack.cli import main, output
+from stack.cli import main
 from stack.data.tokenizer import Bytes, train_bpe
 from stack.export import parity, vocabulary
 from stack.model import names
@@ -14,17 +14,8 @@ from tests.export import models
 
 
 @pytest.fixture
-def stack(tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty folder: exit code, and the JSON document it prints."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(output, "_emitted", False)  # one process stands for many
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments), "--json"])
-        return ended.value.code or 0, json.loads(capsys.readouterr().out)
-
-    return run
+def stack(in_process):
+    return in_process
 
 
 @pytest.fixture

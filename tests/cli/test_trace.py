@@ -1,7 +1,6 @@
 """`stack trace` in one process: documents, records, exit codes, ways to compare, checks, cures, predictions."""
 
 import csv
-import json
 import sys
 
 import numpy as np
@@ -17,17 +16,8 @@ from tests.export import models
 
 
 @pytest.fixture
-def stack(tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty folder: exit code, and the JSON document it prints."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(output, "_emitted", False)  # one process stands for many
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments), "--json"])
-        return ended.value.code or 0, json.loads(capsys.readouterr().out)
-
-    return run
+def stack(in_process):
+    return in_process
 
 
 @pytest.fixture
@@ -245,6 +235,12 @@ def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, 
     assert "÷ rms before" not in said("trace", broken, "--weights", "--run-dir", "alone")
     code, document = stack("trace", broken, "--weights", "--prompt", "a")
     assert code == 2 and "--prompt says nothing beside --weights" in document["what"]
+    for option in (("--tokens", "last"), ("--swap", "layers.0.ffn=reference"), ("--check", "true")):
+        code, document = stack("trace", broken, "--weights", *option)
+        assert code == 2 and f"{option[0]} says nothing beside --weights" in document["what"]
+    for way in ((f"{broken}@bfloat16", "--weights"), (broken, "--weights", "--against", "self@bfloat16")):
+        code, document = stack("trace", *way)
+        assert code == 2 and "@WAY" in document["next_step"], way
 
 
 def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(stack, run_dir, broken, tmp_path, monkeypatch):
@@ -255,6 +251,10 @@ def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(stac
     code, document = stack("evidence", "rerun", "seen", "--run-dir", "again")
     assert code == 0 and document["ok"] and [c["now"] for c in document["compared"]][-1] == 0.0, document
     assert not (tmp_path / "figures.csv").exists() and (tmp_path / "again" / "points.jsonl").is_file()
+
+    assert stack("trace", run_dir, "--prompt", "a list of it", "--lens", "logit", "--run-dir", "lens")[0] == 0
+    code, document = stack("evidence", "rerun", "lens")
+    assert code == 6 and "of a probe, which has no points" in document["what"]
 
     run_dir.rename(tmp_path / "put-aside")
     broken.rename(run_dir)

@@ -1,12 +1,9 @@
 """`stack trace` on a .gguf file: exact weights compute what the folder computes, quantised ones are told from them."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
-from stack.cli import main, output
 from stack.export import parity
 from tests.export.models import stirred
 
@@ -78,16 +75,8 @@ def write(path, model, quantisation=None):
 
 
 @pytest.fixture
-def stack(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(output, "_emitted", False)  # one process stands for many
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments), "--json"])
-        return ended.value.code or 0, json.loads(capsys.readouterr().out)
-
-    return run
+def stack(in_process):
+    return in_process
 
 
 def test_exact_weights_compute_the_same_to_the_bit(stack, model, tmp_path):

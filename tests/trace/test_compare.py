@@ -113,6 +113,16 @@ def test_a_difference_is_what_its_formula_says(a, b, rel_err, monkeypatch):
     assert difference(torch.tensor(a), torch.tensor(b)).rel_err == pytest.approx(rel_err)
 
 
+def test_errors_are_shares_of_the_right_side_whichever_is_larger():
+    good = models.ours()
+    for factor in (1000.0, 1e-3):
+        bad = copy.deepcopy(good)
+        with torch.no_grad():
+            bad.layers[0].ffn.down.weight.mul_(factor)
+        first = compare(side(good), side(bad), models.ids()).first_divergence
+        assert first.point.name == "layers.0.ffn.out" and first.added_err == pytest.approx(abs(factor - 1), rel=1e-4)
+
+
 def test_a_nan_is_infinitely_far_and_named():
     good = models.ours()
     bad = copy.deepcopy(good)

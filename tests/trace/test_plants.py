@@ -163,7 +163,7 @@ def test_bisection_names_the_planted_operation_within_log_n_runs(name):
     wanted = {f"layers.{L}.scores": [f"layers.{L}.attention_mixed"], f"layers.{L}.q_rotated": [f"layers.{L}.{x}_rotated" for x in "qk"]}
     assert [p.name for p in found.guilty] == wanted.get(point, [point])
     n = len([p for p in compare(side(good), side(bad), models.ids()).points if p.point.flows])
-    assert found.runs <= 4 + math.ceil(math.log2(n)) * len(found.guilty) + (20 if len(found.guilty) > 1 else 0)
+    assert found.runs <= 3 + math.ceil(math.log2(n)) * len(found.guilty) + (20 if len(found.guilty) > 1 else 0)
     assert {link.verdict for link in found.chain} == {"kept", "eliminated"}
 
 
@@ -233,6 +233,17 @@ def test_the_head_alone():
     head_row_corrupted(bad)
     assert compare(side(good), side(bad), models.ids()).first_divergence.point.name == "logits"
     assert [p.name for p in bisect(side(good), side(bad), models.ids()).guilty] == ["logits"]
+
+
+def test_what_lies_beyond_the_points_looked_at_is_blamed_on_none_of_them():
+    good = built({})
+    bad = copy.deepcopy(good)
+    head_row_corrupted(bad)
+    for names in (["layers.*.ffn.out"], ["*.scores"]):
+        found = bisect(side(good), side(bad), models.ids(), names=names)
+        assert found.guilty == () and found.chain[-1].verdict == "eliminated", names
+    swapped = bisect(side(good), side(bad), models.ids(), names=["layers.*.ffn.out", "logits"])
+    assert [p.name for p in swapped.guilty] == ["logits"]
 
 
 def test_two_equal_sides_have_nothing_to_find():

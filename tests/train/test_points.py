@@ -161,8 +161,7 @@ def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, m
 
 def test_recording_at_every_step_is_no_part_of_a_steps_time(cfg, tmp_path):
     """The second clock runs from the batch on: a recording between them would stand at half of a small model's step."""
-    every = cfg.model_copy(update={"trace": cfg.trace.model_copy(update={"every": 1})})
-    record = session.start(every, (), tmp_path / "run", Listener())
+    record = session.start(traced(cfg, 1), (), tmp_path / "run", Listener())
     gates = {g.id: g for g in record.gates}
     assert (
         record.status == "completed"

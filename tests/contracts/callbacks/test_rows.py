@@ -202,6 +202,21 @@ def test_a_loss_that_runs_away_is_seen_in_a_loop_of_ones_own():
     assert trained(30.0)
 
 
+def test_a_mask_of_another_shape_is_not_read_and_blames_nobody():
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(4, 60, (2, 20), generator=torch.Generator().manual_seed(1))
+    ids[:, :6] = model.config.pad_token_id
+    places = (torch.arange(20) - 6).clamp(0).expand(2, -1)
+    seen = torch.ones(20, 20, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    told = {}
+    for mask in (seen, None):
+        with gated(model, optimizer, mode="log", only=("data.learnable-batch",)) as gate:
+            model(input_ids=ids, labels=ids.masked_fill(ids == 0, -100), attention_mask=mask, position_ids=places).loss.backward()
+            told[mask is None] = gate.verdicts()["data.learnable-batch"].outcome
+    assert told == {False: "pass", True: "fail"}
+
+
 def test_position_ids_of_zero_stop_a_stock_model_before_it_learns():
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
