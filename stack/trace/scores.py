@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stack.kernels import attention
+from stack.trace.room import Room
 
-CHUNK = 2**18  # scores that exist at once: what a core's cache holds too
+CHUNK = 2**18  # scores that exist at once: few enough for a cache, many enough that starting an operation costs less than doing it
 HIDDEN = -1e30  # a masked score: finite, so that its product with a weight of 0 is 0
 
 
@@ -50,7 +51,7 @@ def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any
     return Call(q, k, q.shape[-1] ** -0.5 if scale is None else float(scale), mask, causal, offset)
 
 
-def figures(call: Call) -> tuple[Tensor, Tensor]:
+def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
     """The largest score of each query and head, and the entropy of its weights in nats: two (B, T, N) float32, or wider for wider input.
 
     At most CHUNK scores exist at once. Both are 0 for a query that sees no key.
@@ -61,12 +62,12 @@ def figures(call: Call) -> tuple[Tensor, Tensor]:
     k_ZHS = k_BKSH.to(wide).transpose(-1, -2).flatten(0, 1)
     top_BNT, entropy_BNT = (torch.empty(B, N, T, dtype=wide, device=q_BNTH.device) for _ in range(2))
     step = max(1, CHUNK // max(1, B * N * S))
-    room = torch.empty(2, B * N * min(T, step) * S, dtype=wide, device=q_BNTH.device)  # fresh memory for each chunk would cost more
+    halves = room.take(2 * B * N * min(T, step) * S, wide, q_BNTH.device).chunk(2)
     for first in range(0, T, step):
         last = min(T, first + step)
         n_keys = min(S, last + call.offset) if call.causal else S
         q_ZRH = (q_BNTH[:, :, first:last].to(wide) * call.scale).reshape(B * K, -1, H)
-        scores, weights = (r[: B * N * (last - first) * n_keys] for r in room)
+        scores, weights = (r[: B * N * (last - first) * n_keys] for r in halves)
         torch.bmm(q_ZRH, k_ZHS[..., :n_keys], out=scores.view(B * K, -1, n_keys))
         scores, weights = (r.view(B, N, last - first, n_keys) for r in (scores, weights))
         _hide(scores, call, first, last)

@@ -1,4 +1,4 @@
-"""Statistics of tensors, gathered on the device while a model runs and fetched once, each with what it was computed over.
+"""Statistics of tensors, gathered on the device while a model runs and fetched at the end, each with what it was computed over.
 
 R tokens (rows of the batch one after the other), C channels (all features, or all heads and their features)
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spec.errors import UsageError
 from stack.trace.points import Point
+from stack.trace.room import Room
 
 SAMPLE = 4096  # values that quantiles are taken from
 QUANTILES = (0.001, 0.5, 0.999)
@@ -102,8 +103,8 @@ class Gatherer:
 
     def __init__(self, tokens: Literal["all", "last"] = "all"):
         self.tokens = tokens
-        self.pending: dict[str, tuple[Support, Tensor, Tensor]] = {}
-        self.room: Tensor | None = None
+        self.seen: dict[str, Stat | tuple[Support, tuple[Tensor, ...]]] = {}
+        self.room = Room(BLOCK)
 
     @torch.no_grad()
     def see(self, point: Point, x: Tensor) -> None:
@@ -115,34 +116,29 @@ class Gatherer:
             point.name, point.slot, tuple(x.shape), str(x.dtype).removeprefix("torch."), self.tokens, point.derived, x.numel()
         )
         if x.numel() == 0:
-            self.pending[point.name] = support, torch.empty(0), torch.empty(0)
+            self.seen[point.name] = _stat(support)
             return
         x_RC = x.flatten(2).flatten(0, 1) if x.ndim > 2 else x.reshape(x.shape[0] * x.shape[1], 1)
-        if self.room is None:
-            self.room = torch.empty(max(BLOCK, x_RC.shape[1]), device=x.device)
-        room = self.room if self.room.device == x.device and x_RC.shape[1] <= len(self.room) else None
-        self.pending[point.name] = support, figures(x_RC, room), _sample(x_RC).double()
+        found = (*moments(x_RC, self.room), _sample(x_RC))
+        # small tensors that outlive large ones would keep the heap of a CPU from shrinking
+        self.seen[point.name] = _stat(support, *found) if x.device.type == "cpu" else (support, found)
 
     def finish(self) -> dict[str, Stat]:
-        """All figures by point; one transfer from the device."""
-        figured = [f for _, f, _ in self.pending.values() if f.numel()]
-        samples = [s for _, _, s in self.pending.values() if s.numel()]
-        lengths = [len(f) for f in figured] + [len(s) for s in samples]
-        host = torch.cat([*figured, *samples]).cpu().split(lengths) if figured else []
-        known = dict(zip([n for n, (_, f, _) in self.pending.items() if f.numel()], zip(host[: len(figured)], host[len(figured) :])))
-        return {name: _stat(support, *known.get(name, (None, None))) for name, (support, _, _) in self.pending.items()}
+        """All figures by point; one transfer from the device for each dtype."""
+        away = {name: one for name, one in self.seen.items() if not isinstance(one, Stat)}
+        host = iter(_fetch([t for _, found in away.values() for t in found]))
+        return self.seen | {name: _stat(support, *(next(host) for _ in found)) for name, (support, found) in away.items()}
 
 
-def figures(x_RC: Tensor, room: Tensor | None = None) -> Tensor:
-    """Figures of one tensor on its device, float64. On a CPU the moments are taken again where the first pass was no good.
-
-    `room` is memory to work in: fresh memory for each tensor costs more than the arithmetic on it.
-    """
-    shift = None if x_RC.device.type == "cpu" else _sample(x_RC).mean()
-    found = _moments(x_RC, shift, room)
-    if shift is None and (better := _better(x_RC, *found[:4].tolist())) is not None:
-        found = _moments(better, found[0] / x_RC.numel() if better is x_RC else better.mean(), None)
-    return found
+def moments(x_RC: Tensor, room: Room) -> tuple[Tensor, ...]:
+    """Sums and extremes of one tensor on its device. On a CPU they are taken again where the first pass was no good."""
+    if x_RC.device.type != "cpu":
+        return _moments(x_RC, _sample(x_RC).mean(), room)
+    found = _moments(x_RC, None, room)
+    sums = _sums(*found[:2])
+    if (better := _better(x_RC, *sums)) is None:
+        return found
+    return _moments(better, torch.tensor(sums[0] / x_RC.numel()) if better is x_RC else better.mean(), room)
 
 
 def _better(x_RC: Tensor, total: float, squares: float, cubes: float, fourths: float) -> Tensor | None:
@@ -161,7 +157,7 @@ def sampled(R: int, C: int) -> tuple[int, int]:
 
 
 @lru_cache(64)
-def _places(R: int, C: int, device: torch.device) -> Tensor:
+def _sampled_places(R: int, C: int, device: torch.device) -> Tensor:
     """Where the sample of R rows of C values lies in them, counted through: a fixed stride, each row read from another channel on."""
     rows, per_row = sampled(R, C)
     at_r = torch.arange(rows, device=device)
@@ -171,14 +167,15 @@ def _places(R: int, C: int, device: torch.device) -> Tensor:
 
 def _sample(x_RC: Tensor) -> Tensor:
     """The values that quantiles are taken from, float32 or wider."""
-    places = _places(*x_RC.shape, x_RC.device)
+    places = _sampled_places(*x_RC.shape, x_RC.device)
     return x_RC.take(places).to(torch.promote_types(x_RC.dtype, torch.float32))
 
 
-def _moments(x_RC: Tensor, shift: Tensor | None, room: Tensor | None) -> Tensor:
-    """Σy, Σy², Σy³, Σy⁴, shift, min, max, energy of the top row, zeros, not finite, peak row, peak column, top row; y = x − shift.
+def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ...]:
+    """What is known of y = x − shift, on its device; what is left to sum is summed on the host.
 
-    A block of rows at a time: few passes over memory that is still in the cache, sums of a row in float32 and over rows in float64.
+    (5, R) energy, max, min, Σy, Σy² of each row; (2, blocks) Σy³ and Σy⁴ of each block; the shift; (4,) zeros, values that are not finite,
+    row and column of the peak. A block of rows at a time: few passes over memory that is still in the cache.
     """
     wide = torch.promote_types(x_RC.dtype, torch.float32)
     c = None if shift is None else shift.to(wide)
@@ -186,44 +183,65 @@ def _moments(x_RC: Tensor, shift: Tensor | None, room: Tensor | None) -> Tensor:
     for x in x_RC.split(max(1, BLOCK // x_RC.shape[1])):
         x = x.to(wide).contiguous()
         y = x if c is None else x - c
-        square = torch.mul(y, y) if room is None or room.dtype != wide else torch.mul(y, y, out=room[: y.numel()].view(y.shape))
+        square = torch.mul(y, y, out=room.take(y.numel(), wide, y.device).view(y.shape))
         flat, flat_square = y.view(-1), square.view(-1)
-        high = torch.stack((torch.dot(flat_square, flat), torch.dot(flat_square, flat_square)))
         squares_R = square.sum(-1)
         energy_R = squares_R if c is None else torch.linalg.vector_norm(x, dim=-1).square_()
-        blocks.append((energy_R, x.amax(-1), x.amin(-1), y.sum(-1), squares_R, high[:, None], _zeros(x, square if c is None else None)))
-    energy_R, top_R, bottom_R, *parts, zeros = (torch.cat(b, -1) if len(b) > 1 else b[0] for b in zip(*blocks))
-    sum_R, squares_R, high = parts
-    low_moments, high_moments = torch.stack((sum_R, squares_R)).double().sum(-1), high.double().sum(-1)
-    peak, top_row = torch.maximum(top_R, -bottom_R).argmax(), energy_R.argmax()
+        rows = torch.stack((energy_R, x.amax(-1), x.amin(-1), y.sum(-1), squares_R))
+        high = torch.stack((torch.dot(flat_square, flat), torch.dot(flat_square, flat_square)))
+        blocks.append((rows, high[:, None], _zeros(x, square if c is None else None)))
+    rows_5R, high, zeros = (torch.cat(b, -1) if len(b) > 1 else b[0] for b in zip(*blocks))
+    return rows_5R, high, high.new_zeros(()) if c is None else c, _places(x_RC, rows_5R, zeros)
+
+
+def _places(x_RC: Tensor, rows_5R: Tensor, zeros: Tensor) -> Tensor:
+    """(4,) int64: zeros, values that are not finite, row and column of the peak. On a CPU with fewer operations of torch."""
+    if x_RC.device.type == "cpu":
+        top_R, bottom_R, _, squares_R = rows_5R[1:].numpy()
+        peak = int(np.maximum(top_R, -bottom_R).argmax())
+        broken = 0 if math.isfinite(squares_R.sum()) else int((~x_RC.isfinite()).sum())
+        return torch.tensor([int(zeros.sum()), broken, peak, int(x_RC[peak].abs().argmax())])
+    peak = torch.maximum(rows_5R[1], -rows_5R[2]).argmax()
     column = x_RC.index_select(0, peak[None])[0].abs().argmax()
-    extremes = torch.stack((bottom_R.min(), top_R.max(), energy_R[top_row])).double()
-    places = torch.stack((zeros.sum(), _nonfinite(x_RC, low_moments[1]), peak, column, top_row)).double()
-    c64 = torch.zeros_like(extremes[:1]) if c is None else c.double()[None]
-    return torch.cat((low_moments, high_moments, c64, extremes, places))
+    return torch.stack((zeros.sum(), (~x_RC.isfinite()).sum(), peak, column))
+
+
+def _sums(rows_5R: Tensor, high: Tensor) -> tuple[float, float, float, float]:
+    """Σy, Σy², Σy³, Σy⁴ on the host, in float64."""
+    return (*rows_5R[3:].numpy().sum(-1, dtype=np.float64).tolist(), *high.numpy().sum(-1, dtype=np.float64).tolist())
+
+
+def _fetch(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors on the host, one transfer for each dtype and device."""
+    host = list(tensors)
+    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(tensors):
+        together.setdefault((t.device, t.dtype), []).append(i)
+    for places in together.values():
+        flat = torch.cat([tensors[i].flatten() for i in places]).cpu()
+        for i, part in zip(places, flat.split([tensors[i].numel() for i in places])):
+            host[i] = part.view(tensors[i].shape)
+    return host
 
 
 def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
     """How many values are zero, (1,) int64. On a CPU they are counted only where the smallest square is zero: a count costs four passes."""
-    if x.device.type == "cpu" and square is not None and square.min() > 0:
+    if x.device.type == "cpu" and square is not None and square.amin() > 0:  # min() of all takes three times as long
         return torch.zeros(1, dtype=torch.int64)
     return (x.numel() - torch.count_nonzero(x))[None]
 
 
-def _nonfinite(x_RC: Tensor, squares: Tensor) -> Tensor:
-    """How many values are not finite: counted only where the sum of squares is not, or where asking would make the device wait."""
-    if x_RC.device.type == "cpu" and math.isfinite(squares):
-        return torch.zeros((), dtype=torch.int64)
-    return (~x_RC.isfinite()).sum()
-
-
-def _stat(support: Support, found: Tensor | None, sample: Tensor | None) -> Stat:
-    """The figures in words."""
-    if found is None:
+def _stat(support: Support, *found: Tensor) -> Stat:
+    """The figures in words, from what `moments` gives and the sample, on the host."""
+    if not found:
         none = math.nan
         levels = {str(q): none for q in QUANTILES}
         return Stat(0, none, none, none, none, none, none, levels, 0, none, none, none, None, None, none, none, support)
-    y_sum, y_squares, cubes, fourths, shift, low, high, top, zeros, broken, row, column, top_row = found.tolist()
+    rows_5R, high, shift, places, sample = found
+    y_sum, y_squares, cubes, fourths = _sums(rows_5R, high)
+    energy_R, top_R, bottom_R = rows_5R[:3].numpy()
+    low, high, top_row, shift = float(bottom_R.min()), float(top_R.max()), int(energy_R.argmax()), float(shift)
+    zeros, broken, row, column = places.tolist()
     n = support.n
     m1, m2, m3, m4 = y_sum / n, y_squares / n, cubes / n, fourths / n
     all_squares = y_squares + 2 * shift * y_sum + n * shift * shift
@@ -245,9 +263,9 @@ def _stat(support: Support, found: Tensor | None, sample: Tensor | None) -> Stat
         kurtosis=central / variance / variance if variance > 0 else math.nan,
         frac_zero=zeros / n,
         frac_nonfinite=broken / n,
-        argmax=(int(row), int(column)),
-        top_token=int(top_row),
-        top_token_energy_frac=top / all_squares if all_squares > 0 else math.nan,
+        argmax=(row, column),
+        top_token=top_row,
+        top_token_energy_frac=float(energy_R[top_row]) / all_squares if all_squares > 0 else math.nan,
         peak_energy_frac=absmax * absmax / all_squares if all_squares > 0 else math.nan,
         support=support,
     )

@@ -18,6 +18,7 @@ from spec.errors import UsageError
 from stack.trace import scores
 from stack.trace.maps import map_of
 from stack.trace.points import Attention, Function, Input, Layout, NameMap, Output, Place, Point, Silu, Site, sites
+from stack.trace.room import Room
 
 Handler = Callable[[Point, Tensor], Tensor | None]
 
@@ -188,6 +189,7 @@ def _first_given(args: tuple, kwargs: dict[str, Any]) -> tuple[int, str | None, 
 def _wrap(model: nn.Module, where: NameMap, inside: list[Site], view: _Viewer, undo: ExitStack) -> None:
     """Wrap the attention function; which layer calls it is known from the blocks that are running."""
     running: list[int] = []
+    room = Room(2 * scores.CHUNK)
     by_layer: dict[int, dict[str, Site]] = {}
     for site in inside:
         by_layer.setdefault(site.point.layer, {})[site.place.which] = site
@@ -203,7 +205,7 @@ def _wrap(model: nn.Module, where: NameMap, inside: list[Site], view: _Viewer, u
             return original(q, k, v, *rest, **options)
         found = by_layer[running[-1]]
         q, k = _replaced(found, view, where.function, q, k)
-        _figures(found, view, where.function, q, k, rest, options)
+        _figures(found, view, where.function, room, q, k, rest, options)
         mixed = original(q, k, v, *rest, **options)
         new = _show_inside(found, "mixed", view, mixed, where.function.n_heads)
         return mixed if new is None else new
@@ -244,7 +246,9 @@ def _show_inside(found: dict[str, Site], which: str, view: _Viewer, raw: Tensor,
     return view.show(site.point, raw, form)
 
 
-def _figures(found: dict[str, Site], view: _Viewer, function: Function, q: Tensor, k: Tensor, rest: tuple, options: dict) -> None:
+def _figures(
+    found: dict[str, Site], view: _Viewer, function: Function, room: Room, q: Tensor, k: Tensor, rest: tuple, options: dict
+) -> None:
     """Show what the scores of this call are like, from what is really passed."""
     if not {"scores", "entropy"} & found.keys():
         return
@@ -252,7 +256,7 @@ def _figures(found: dict[str, Site], view: _Viewer, function: Function, q: Tenso
     q = q if q.shape[1] >= n_heads else q.reshape(q.shape[0], n_heads, -1, q.shape[-1])
     call = scores.call_of(function.name, q, k, rest, options)
     with torch.no_grad():
-        top_BTN, entropy_BTN = scores.figures(call)
+        top_BTN, entropy_BTN = scores.figures(call, room)
     for which, figure in (("scores", top_BTN), ("entropy", entropy_BTN)):
         if which in found:
             _beside(view, found[which].point, figure, "BTF")

@@ -16,6 +16,7 @@ from stack.kernels import attention, dispatch
 from stack.trace import compare, side, stats
 from stack.trace.compare import Spill, difference
 from stack.trace.points import Point
+from stack.trace.room import Room
 from stack.trace.stats import SupportError
 from stack.trace.ways import in_precision, module_path, reference_kernels, swapped
 from tests.trace import models
@@ -229,11 +230,11 @@ def test_moments_about_a_sampled_shift_are_the_same():
     """What other devices than a CPU do, where asking for a second pass would make them wait."""
     x = torch.randn(4, 90, 33, generator=torch.Generator().manual_seed(8)) * 3 + 70
     x_RC = x.flatten(0, 1)
-    shifted = stats._moments(x_RC, stats._sample(x_RC).mean(), None)
+    shifted = stats._moments(x_RC, stats._sample(x_RC).mean(), Room(1))
     gatherer = stats.Gatherer()
     gatherer.see(Point("x", None, "x", 0), x)
     plain = gatherer.finish()["x"]
-    found = stats._stat(plain.support, shifted, stats._sample(x_RC).double())
+    found = stats._stat(plain.support, *shifted, stats._sample(x_RC))
     for name in ("mean", "std", "rms", "absmax", "kurtosis", "top_token_energy_frac", "argmax", "frac_zero", "frac_nonfinite"):
         assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=1e-5), name
 
