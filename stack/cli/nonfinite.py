@@ -35,9 +35,21 @@ def trace_bundle(bundle: Path, *, device: str | None, base: Path | None, run_dir
     document = {"step": found.step, "steps_replayed": list(found.steps), "bundle": str(bundle), "gate": held.gate, "gate_step": held.step}
     report = {} if found.report is None else report_document(found.report)
     document |= {"first_nonfinite": None, "others": [], "already": [], "ended_by": ""} | report
-    document |= {"operations": found.operations, "seconds": round(found.seconds, 3)}
+    document |= {"operations": found.operations, "seconds": round(found.seconds, 3), "left_by_run": left_by_run(bundle, held)}
     clean = f"every value of steps {_span(found.steps)} is finite on this code"
     finish(builder, document, run_dir, json, clean=clean)
+
+
+def left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
+    """What the bundle itself says of the points, as the model stood when the gate turned red."""
+    from spec.canonical import parse_strict
+    from stack.evidence import repro
+
+    if not (bundle / repro.POINTS).is_file():
+        return {"points": 0, "why_none": held.no_points or "the bundle was written before points were", "first_nonfinite": None}
+    lines = [parse_strict(line, origin=repro.POINTS) for line in (bundle / repro.POINTS).read_bytes().splitlines()]
+    broken = (line["point"] for line in lines if line["stats"]["n"] and line["stats"]["frac_nonfinite"] > 0)
+    return {"points": len(lines), "why_none": "", "first_nonfinite": next(broken, None)}
 
 
 def trace_model(case: Any, *, backward: bool) -> None:
@@ -138,6 +150,11 @@ def show(document: dict[str, Any], reason: str) -> None:
         stdout.print(table("Last good values, and what became of them", columns, rows))
     if document["already"]:
         stdout.print(f"not finite before: {', '.join(document['already'][:8])}", markup=False)
+    if (left := document.get("left_by_run")) and left["first_nonfinite"]:
+        said = (
+            f"when the gate turned red, {left['first_nonfinite']} was the first point that was not finite; see points.jsonl of the bundle"
+        )
+        stdout.print(said, markup=False)
     if strong := [e for e in document["others"] if e["kind"] != "put in"]:
         stdout.print(f"{len(strong)} other operation(s) made values that reached nothing or came later; see {FILE}", markup=False)
     stdout.print(f"record {document['run_dir']}/metadata.json", markup=False)

@@ -4,6 +4,7 @@ repro.json           the document below
 tensors.safetensors  rows of every step since the base as int32, held-out rows where the gate judges them, random state
 tokenizer.json       the run's tokenizer
 checkpoint/          the state the replay begins from, unless it begins from the seed
+points.jsonl         statistics of every point of the model on the rows of the step, as it stood when the gate turned red
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from spec.gates import Frozen
 from spec.records import HEX64, Code, Scalar
 
 SCHEMA = "stackproof/repro/1"
-DOCUMENT, TENSORS, TOKENIZER, CHECKPOINT = "repro.json", "tensors.safetensors", "tokenizer.json", "checkpoint"
+DOCUMENT, TENSORS, TOKENIZER, CHECKPOINT, POINTS = "repro.json", "tensors.safetensors", "tokenizer.json", "checkpoint", "points.jsonl"
 
 
 class File(Frozen):
@@ -84,6 +85,7 @@ class Bundle(Frozen):
     steps: tuple[Step, ...]
     n_held_out: int = Field(ge=0)
     lacking: str = Field("", description="why the folder alone does not suffice; empty where it does")
+    no_points: str = Field("", description="why the folder holds no statistics of points; empty where it does")
     command: tuple[str, ...]
     files: dict[str, File]
     model_config = {"frozen": True, "extra": "forbid", "populate_by_name": True}

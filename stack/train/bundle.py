@@ -17,6 +17,7 @@ from spec.canonical import canonical_json, sha256_file
 from spec.errors import StackproofError
 from stack.data.reader import Batch
 from stack.evidence import repro
+from stack.train.points import points_lines
 from stack.train.randomness import default_rng_state
 from stack.train.step import nonfinite_parts
 
@@ -29,7 +30,8 @@ NAMES_MAX = 16
 class Recent:
     """What a run drew since the state it could begin again from: `base` is a step folder, or None for the seed.
 
-    Rows are kept as int32, the oldest dropped beyond ROWS_BYTES_MAX; `rng` is torch's random state before the latest step.
+    Rows are kept as int32, the oldest dropped beyond ROWS_BYTES_MAX; `rng` is torch's random state before the latest step, and `batch`
+    its first micro-batch.
     """
 
     base: Path | None = None
@@ -39,6 +41,7 @@ class Recent:
     gates: dict[str, Any] = field(default_factory=dict)
     steps: deque[tuple[repro.Step, dict[str, Tensor]]] = field(default_factory=deque)
     rng: dict[str, Tensor] = field(default_factory=dict)
+    batch: Batch | None = None
     n_bytes: int = 0
     dropped: int = 0
 
@@ -51,7 +54,7 @@ class Recent:
 
     def draw(self, step: int, batches: list[Batch], cursor: int) -> None:
         """Remember the rows of a step, and where the reader stands after it."""
-        self.rng = default_rng_state()
+        self.rng, self.batch = default_rng_state(), batches[0]
         tensors = {f"step-{step:08d}.{i}.{name}": t for i, batch in enumerate(batches) for name, t in rows_of(batch).items()}
         self.steps.append((repro.Step(step=step, cursor=cursor, batches=without_rows(batches)), tensors))
         self.n_bytes += size_of(tensors)
@@ -107,7 +110,7 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
     tensors |= {f"held_out.{i}.{name}": t for i, b in enumerate(held_out) for name, t in rows_of(b).items()}
     safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, folder / repro.TENSORS)
     run.dataset.tokenizer.save(folder / repro.TOKENIZER)
-    base = _base(folder, recent)
+    base, no_points = _base(folder, recent), _write_points(folder / repro.POINTS, run, step)
     lacking = "the state the replay begins from was too large to copy" if base.kind == "elsewhere" else ""
     if recent.dropped:
         lacking = f"the rows of the first {recent.dropped} steps since step {recent.base_step} were too many to keep; save more often"
@@ -139,6 +142,7 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
         steps=tuple(step for step, _ in recent.steps),
         n_held_out=len(held_out),
         lacking=lacking,
+        no_points=no_points,
         command=("stack", "gates", "repro", "."),
         files={
             p.relative_to(folder).as_posix(): repro.File(sha256=sha256_file(p), bytes=p.stat().st_size)
@@ -147,6 +151,18 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
         },
     )
     (folder / repro.DOCUMENT).write_bytes(canonical_json(bundle.model_dump(by_alias=True)))
+
+
+def _write_points(path: Path, run: Any, step: int) -> str:
+    """Write what every point of the model now holds on the latest rows; where that cannot be had, say why. The verdict comes first."""
+    if run.recent.batch is None:
+        return "no step had been drawn"
+    try:
+        lines = points_lines(run.state, run.recent.batch)
+    except (RuntimeError, StackproofError) as e:  # a device that is broken, or has no room left
+        return f"the model could not be traced: {e}"
+    path.write_bytes(b"".join(canonical_json({"step": step} | line) + b"\n" for line in lines))
+    return ""
 
 
 def _base(folder: Path, recent: Recent) -> repro.Base:

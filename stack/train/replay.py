@@ -15,6 +15,7 @@ from torch import Tensor
 from contracts.events import Evaluated, HeldOutRows, Resumed, Sampled, Started
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
+from contracts.points import Traced
 from spec.canonical import to_jsonable
 from spec.errors import DataError, GateFailed, IntegrityError
 from spec.gates import load_spec
@@ -59,7 +60,9 @@ class Replayed(Run):
         return self.found_frac
 
     def record_points(self, batch: Batch) -> None:
-        return None
+        """Only where the gate looks at points: to record them changes nothing else."""
+        if any(Traced in seat.watcher.events for seat in self.keeper.seats.values()):
+            super().record_points(batch)
 
     def held_out_rows(self) -> HeldOutRows:
         rows = [tuple(row) for batch in self.held_out for row in batch.input_ids.tolist()]

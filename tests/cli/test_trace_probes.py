@@ -108,6 +108,8 @@ def test_a_run_that_ended_in_a_nan_is_explained_by_one_command(broken, stack, mo
         and "stack/kernels/eager.py" in page.replace("&#95;", "_")
     )
     assert json.loads(Path("found/nonfinite.jsonl").read_text())["first_nonfinite"]["number"] == first["number"]
+    left = done.json["left_by_run"]
+    assert left["points"] > 20 and (left["why_none"], left["first_nonfinite"]) == ("", "layers.1.ffn.swiglu")
 
 
 def test_of_several_bundles_the_one_of_what_is_not_finite_is_taken_else_the_latest(tmp_path):
@@ -127,6 +129,7 @@ def test_for_people_it_says_where_and_shows_the_last_good_values(broken, stack, 
     monkeypatch.setattr(steps, "train_step", planted())
     done = stack("trace", broken, "--nonfinite")
     assert "made the first Inf" in done.out and "layers.1.ffn.swiglu" in done.out and "eager.py:" in done.out and "+Inf" in done.out
+    assert "when the gate turned red, layers.1.ffn.swiglu was the first point" in done.out
 
 
 def test_a_finite_model_is_said_to_be_finite_forward_and_backward(folder, stack):

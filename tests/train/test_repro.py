@@ -33,6 +33,7 @@ CASES = [
     ("runtime.lr-spike", "runtime.loss-spike", 14),
     ("runtime.monitor-on-another-runner", "runtime.cadence", 0),
     ("sampling.monitor-blind", "sampling.coherence", 7),
+    ("model.branch-dies", "model.live-points", 0),
 ]
 
 
@@ -41,7 +42,8 @@ def cfg(tmp_path_factory):
     """The museum's run on texts of its own, which a test can take away."""
     folder = tmp_path_factory.mktemp("texts")
     write_texts(folder)
-    return museum_config(folder).model_copy(update={"stop": NeverStop()})
+    cfg = museum_config(folder)
+    return cfg.model_copy(update={"stop": NeverStop(), "trace": cfg.trace.model_copy(update={"every": 2})})
 
 
 def broken(cfg, plant: str, gate: str, folder: Path) -> Path:
@@ -156,6 +158,22 @@ def test_a_bundle_holds_rows_state_names_and_the_command(cfg, tmp_path):
     assert rows.shape == (cfg.train.micro_batch_size, cfg.model.max_seq_len) and "rng.cpu" in tensors
     assert len(held.code.commit) in (7, 40) and held.config == json.loads(json.dumps(cfg.to_dict()))
     assert {"tokenizer.json", "tensors.safetensors"} <= set(held.files)
+
+
+def test_a_bundle_holds_what_the_points_held_and_a_model_that_cannot_run_spoils_no_verdict(cfg, tmp_path, monkeypatch):
+    folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path)
+    lines = [json.loads(line) for line in (folder / repro.POINTS).read_bytes().splitlines()]
+    broken_at = [line["point"] for line in lines if line["stats"]["frac_nonfinite"] > 0]
+    assert {line["step"] for line in lines} == {7} and not repro.read_bundle(folder).no_points
+    assert lines[-1]["point"] == "final_norm" and broken_at[0] == lines[0]["point"] == "embedding"
+
+    def broken_device(*_):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(bundles, "points_lines", broken_device)
+    (tmp_path / "again").mkdir()
+    folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path / "again")
+    assert "device-side assert" in repro.read_bundle(folder).no_points and not (folder / repro.POINTS).exists()
 
 
 def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
