@@ -1,5 +1,6 @@
 """Statistics of every point of the model of a run, for its history."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,13 @@ from stack.trace.stats import Gatherer
 from stack.trace.tap import tap
 from stack.train.state import TrainState
 from stack.train.step import on_device
+
+SHARE_MAX = 0.02  # of a run's time that recording is meant to take
+
+
+def sparse_enough(every: int, recording_s: float, step_s: float) -> int:
+    """`every`, or the least interval beyond it at which recordings take at most SHARE_MAX of the time of steps."""
+    return max(every, math.ceil(recording_s / (SHARE_MAX * step_s)))
 
 
 def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from stack.train.bundle import Recent, write_bundle
 from stack.train.digest import gradient_crc32, live_crc32, trained_parts
 from stack.train.listener import Listener
 from stack.train.optimizer import peak_lrs
-from stack.train.points import points_lines
+from stack.train.points import SHARE_MAX, points_lines, sparse_enough
 from stack.train.randomness import generator
 from stack.train.recompute import Computed
 from stack.train.rundir import RunDir
@@ -67,6 +67,7 @@ class Run:
     line: dict[str, Any] = field(default_factory=dict)
     process_s: float = 0.0
     trace_s: float = 0.0  # of this process, spent on recording points
+    recorded: int = 0  # times that points were, in this process
     inherited_s: float = 0.0  # of a child run, the seconds its parents had trained before
     last_val: Evaluation | None = None
     kept: list[Artefact] = field(default_factory=list)
@@ -135,7 +136,14 @@ class Run:
             for line in lines:
                 self.dir.log("points.jsonl", step=step, **line)
         self.keeper.observe(Traced(step, {line["point"]: line["stats"] for line in lines}))
-        self.trace_s += time.perf_counter() - started
+        spent = time.perf_counter() - started
+        self.trace_s += spent
+        if self.line and self.recorded == 1:  # the first is slower: torch warms up, and it is held to leave no trace
+            step_s = self.cfg.train.tokens_per_step / self.line["tokens_per_s"]
+            if (enough := sparse_enough(every, spent, step_s)) > every:
+                said = f"recording points takes {spent / (step_s * every):.1%} of the time of steps"
+                self.listener.on_event(f"{said}; trace.every = {enough} keeps it within {SHARE_MAX:.0%}")
+        self.recorded += 1
 
     def recompute_due(self) -> bool:
         """Whether the step to come is one of those that are computed twice. The last one always is."""

@@ -168,3 +168,31 @@ def test_recording_at_every_step_is_no_part_of_a_steps_time(cfg, tmp_path):
         and gates["runtime.clock"].verdict == "pass"
         and gates["model.live-points"].checks == cfg.train.max_steps
     )
+
+
+class Heard(Listener):
+    def __init__(self):
+        self.said = []
+
+    def on_event(self, message):
+        self.said += [message] if "recording points" in message else []
+
+
+@pytest.mark.parametrize(("times_a_step", "every"), [(1.0, 50), (0.01, None)])
+def test_recordings_that_take_more_than_2_percent_are_said_once_with_the_interval_that_would_do(
+    cfg, tmp_path, monkeypatch, times_a_step, every
+):
+    """The time of a recording is set against that of a step: one step each time is 100 % here, a hundredth is 1 %."""
+    from stack.train import run as runs
+
+    original, asked = runs.sparse_enough, []
+
+    def measured(interval, recording_s, step_s):
+        asked.append((interval, recording_s, step_s))
+        return original(interval, times_a_step * step_s, step_s)
+
+    monkeypatch.setattr(runs, "sparse_enough", measured)
+    heard = Heard()
+    session.start(traced(cfg, 1), (), tmp_path / "run", heard, only=FEW)
+    assert len(asked) == 1 and asked[0][0] == 1 and min(asked[0][1:]) > 0
+    assert [said.rpartition("; ")[2] for said in heard.said] == ([f"trace.every = {every} keeps it within 2%"] if every else [])
