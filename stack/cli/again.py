@@ -1,6 +1,7 @@
 """`stack evidence rerun` of a trace: its own command once more, held against what was recorded."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ POINTS = "points.jsonl"
 # A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure, as sums are taken in another order.
 # What a comparison measures of rounding itself is another number on another processor, and is then said to be.
 REL_TOLERANCE = 1e-4
+# Of values that cancel, such as a mean near zero, rounding is a share of the values' size and not of the figure.
+IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
 TAKES_A_FILE = ("--run-dir", "--csv")
 
 
@@ -63,11 +66,14 @@ def _without_files(arguments: tuple[str, ...]) -> list[str]:
 
 
 def _apart(recorded: Path, now: Path) -> tuple[float, str]:
-    """The largest relative difference between the numbers of two series, and where; infinite where anything else differs."""
+    """The largest difference between the numbers of two series, as a share of each, and where; infinite where anything else differs.
+
+    Figures in the units of the values are taken as shares of at least the values' rms, a robust z of at least 1.
+    """
     before, after = (dict(_leaves([parse_strict(x, origin=str(p)) for x in p.read_bytes().splitlines()])) for p in (recorded, now))
     if before.keys() != after.keys():
         return math.inf, next(iter(before.keys() ^ after.keys()))
-    apart = {path: _difference(value, after[path]) for path, value in before.items()}
+    apart = {path: _difference(value, after[path], _least(path, before)) for path, value in before.items()}
     worst = max(apart, key=apart.__getitem__, default="")
     return apart.get(worst, 0.0), worst if apart.get(worst) else "all equal"
 
@@ -85,8 +91,17 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield path, tree
 
 
-def _difference(a: Any, b: Any) -> float:
+def _least(path: str, figures: dict[str, Any]) -> float:
+    """The size below which a figure says nothing of its rounding."""
+    if path.endswith(".robust_z"):
+        return 1.0
+    found = IN_UNITS.fullmatch(path)
+    rms = figures.get(f"{found[1]}.rms") if found else None
+    return rms if isinstance(rms, int | float) else 0.0
+
+
+def _difference(a: Any, b: Any, least: float) -> float:
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b))
     if a == b or not numbers:
         return 0.0 if a == b else math.inf
-    return abs(a - b) / max(abs(a), abs(b))
+    return abs(a - b) / max(abs(a), abs(b), least)

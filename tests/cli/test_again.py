@@ -1,0 +1,50 @@
+"""How far two series of a trace lie apart: as a share of each figure, where that means something."""
+
+import json
+import math
+
+import pytest
+
+from stack.cli.again import REL_TOLERANCE, _apart
+
+
+def line(**figures):
+    stats = {"mean": 1e-9, "std": 2.0, "rms": 2.0, "kurtosis": 3.0, "argmax": [1, 2], "quantiles": {"0.5": 0.0}}
+    return {"point": "layers.0.q", "robust_z": 1e-3, "note": "", "stats": stats | figures.pop("stats", {})} | figures
+
+
+def apart(tmp_path, now, before=None):
+    for name, document in (("before", before or line()), ("now", now)):
+        (tmp_path / name).write_text(json.dumps(document) + "\n")
+    return _apart(tmp_path / "before", tmp_path / "now")
+
+
+def test_equal_series_are_not_apart(tmp_path):
+    assert apart(tmp_path, line()) == (0.0, "all equal")
+
+
+@pytest.mark.parametrize(
+    ("now", "where", "share"),
+    [
+        (line(stats={"std": 2.02}), "stats.std", 0.02 / 2.02),
+        (line(stats={"mean": 0.02}), "stats.mean", 0.01),
+        (line(stats={"mean": -2e-7}), "stats.mean", 1e-7),  # rounding of a mean that cancels is no difference
+        (line(stats={"quantiles": {"0.5": 0.02}}), "stats.quantiles.0.5", 0.01),
+        (line(stats={"kurtosis": 3.3}), "stats.kurtosis", 0.1 / 1.1),
+        (line(stats={"argmax": [1, 4]}), "stats.argmax.1", 0.5),
+        (line(robust_z=2e-3), "robust_z", 1e-3),
+        (line(note="else"), "note", math.inf),
+        (line(more=1), "more", math.inf),
+        (line(stats={"mean": "NaN"}), "stats.mean", math.inf),
+    ],
+)
+def test_the_worst_figure_is_named_with_its_share(tmp_path, now, where, share):
+    found, place = apart(tmp_path, now)
+    assert place == f"layers.0.q.{where}" and found == pytest.approx(share, rel=1e-6)
+    assert (found > REL_TOLERANCE) is (share != 1e-7)
+
+
+def test_a_share_is_not_taken_of_a_size_that_is_no_number(tmp_path):
+    dead = line(stats={"rms": "NaN", "std": "NaN"})
+    assert apart(tmp_path, dead, dead) == (0.0, "all equal")
+    assert apart(tmp_path, line(stats={"rms": "NaN", "std": "NaN", "mean": 2e-9}), dead)[0] == pytest.approx(0.5)
