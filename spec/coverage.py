@@ -2,8 +2,10 @@
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from spec.findings import Finding, gone_around
 from spec.gates import Spec
 from spec.records import Record
 
@@ -66,9 +68,15 @@ def gate_state(spec: Spec, gate_id: str, records: dict[str, Record], today: dt.d
     return GateState("proven", "killed all its plants; no accepted real run yet", kill_records)
 
 
-def coverage(spec: Spec, records: dict[str, Record], today: dt.date | None = None) -> dict[str, GateState]:
-    """State of every gate of the spec."""
-    return {gate_id: gate_state(spec, gate_id, records, today) for gate_id in spec.gates}
+def coverage(
+    spec: Spec, records: dict[str, Record], today: dt.date | None = None, findings: Sequence[Finding] = ()
+) -> dict[str, GateState]:
+    """State of every gate of the spec. A gate whose cause of failure was only gone around is not discharged, whatever its runs say."""
+    states = {gate_id: gate_state(spec, gate_id, records, today) for gate_id in spec.gates}
+    for gate_id, finding in gone_around(findings).items():
+        if gate_id in states and states[gate_id].state == "discharged":
+            states[gate_id] = states[gate_id]._replace(state="proven", reason=f"finding {finding}: its cause was gone around, not mended")
+    return states
 
 
 def tally(states: dict[str, GateState]) -> dict[State, int]:

@@ -22,6 +22,7 @@ from tools.site_pages import home, reference  # noqa: E402
 from tools.site_pages.benchmarks import benchmarks_page  # noqa: E402
 from tools.site_pages.config_keys import config_page  # noqa: E402
 from tools.site_pages.data import data_index  # noqa: E402
+from tools.site_pages.findings import findings_page  # noqa: E402
 from tools.site_pages.gates import coverage_page, gate_page, gates_index  # noqa: E402
 from tools.site_pages.markup import Page  # noqa: E402
 from tools.site_pages.models import model_page, models_index  # noqa: E402
@@ -47,6 +48,7 @@ def generated_pages(world: World) -> list[Page]:
         matrix_page(world),
         margins_page(world),
         failures_page(world),
+        findings_page(world),
         runs_index(world),
         *(run_page(world, record) for record in world.records.values()),
         data_index(world),

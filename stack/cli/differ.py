@@ -119,7 +119,7 @@ def _bisected(found: Any) -> dict[str, Any]:
     return {
         "guilty": [{"point": p.name, "layer": p.layer, "operation": p.operation} for p in found.guilty],
         "minimal_set": list(found.minimal_set),
-        "chain": [asdict(link) for link in found.chain],
+        "chain": [{"id": f"E{i}"} | asdict(link) for i, link in enumerate(found.chain, start=1)],
         "runs": found.runs,
         "tolerance": found.tolerance,
     }
@@ -164,7 +164,7 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(f"bound of added errors: {document['bound']}", style="dim", markup=False)
     for link in document["chain"]:
         numbers = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in link["evidence"].items())
-        stdout.print(f"{link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False)
+        stdout.print(f"{link['id']:4} {link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False)
     for one in document.get("guilty", []):
         stdout.print(f"guilty: {one['point']}, the {one['operation']}", style="bold", markup=False)
     if document.get("minimal_set"):

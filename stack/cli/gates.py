@@ -19,12 +19,13 @@ def register(parent: typer.Typer) -> None:
 
 def _states(evidence: Path | None):
     from spec.coverage import coverage
+    from spec.findings import FILE, read_findings
     from spec.gates import load_spec
     from spec.ledger import Ledger
     from stack.evidence.ledgering import default_directory
 
-    spec = load_spec()
-    return spec, coverage(spec, Ledger(evidence or default_directory()).records())
+    spec, directory = load_spec(), evidence or default_directory()
+    return spec, coverage(spec, Ledger(directory).records(), findings=read_findings(directory / FILE))
 
 
 @app.command("list")

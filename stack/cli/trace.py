@@ -226,21 +226,22 @@ def builder_of(kind: str, claim: str, not_covered: tuple[str, ...], subjects: li
 
 
 def write(builder: Any, document: dict[str, Any], asked: Asked) -> None:
-    """Write points.jsonl, trace.json, the CSV if wanted, and the record; the document then says where."""
+    """Write points.jsonl, chain.jsonl of a bisection, trace.json, the CSV if wanted, and the record; the document then says where."""
     from spec.building import artefact, write_atomically
     from spec.canonical import canonical_json, to_jsonable
 
     directory = asked.run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
-    lines = b"".join(canonical_json(to_jsonable(line)) + b"\n" for line in document["points"])
-    write_atomically(directory / "points.jsonl", lines)
+    series = {"points.jsonl": document["points"]} | ({"chain.jsonl": document["chain"]} if document.get("chain") else {})
+    for name, lines in series.items():
+        write_atomically(directory / name, b"".join(canonical_json(to_jsonable(line)) + b"\n" for line in lines))
     write_atomically(directory / "trace.json", canonical_json(to_jsonable(document)))
     builder.outputs = [artefact(directory / "trace.json", root=directory)]
     if asked.csv is not None:
         asked.csv.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(asked.csv, _csv(document["points"]))
         builder.outputs.append(artefact(asked.csv.resolve(), root=Path.cwd()))
-    record = builder.finish(directory, status="completed", end_reason="traced", exit_code=0, series=("points.jsonl",))
+    record = builder.finish(directory, status="completed", end_reason="traced", exit_code=0, series=tuple(series))
     document |= {"record": record.id, "run_dir": str(directory)}
 
 

@@ -122,7 +122,7 @@ def test_a_run_against_its_export_agrees_and_a_broken_one_is_named(stack, run_di
     assert code == 0 and document["first_divergence"]["point"] == "layers.1.ffn.up"
     assert [g["point"] for g in document["guilty"]] == ["layers.1.ffn.up"] and document["guilty"][0]["operation"] == "up projection"
     assert {"point", "rel_err", "cosine", "added_err"} <= document["points"][0].keys() and document["runs"] <= 9
-    assert {"hypothesis", "verdict", "evidence"} == document["chain"][0].keys()
+    assert {"id", "hypothesis", "verdict", "evidence"} == document["chain"][0].keys()
     record = read_record(tmp_path / "compared" / "metadata.json")
     assert record.kind == "compare" and len(record.config) == 3 and record.metric("suspects") == 1
     code, document = stack("trace", broken, "--against", run_dir, "--expect", "layers.1.ffn.up.added_err < 1e-6", *SHORT)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spec.canonical import canonical_json, sha256_bytes
+from spec.errors import IntegrityError
 from spec.ledger import GENESIS, Entry
 from tests.tools import small_repo
 from tests.tools.small_repo import edit, git, write
@@ -142,6 +143,35 @@ def audited(root: Path, breadth: int, passes: int) -> None:
     small_repo.record(root, "evaluate", 9, commit, metrics=metrics, series_lines={"audits.jsonl": lines}, parents=parents)
 
 
+FINDING = {
+    "id": "a-finding",
+    "date": "2026-01-12",
+    "symptom": "a run was halted",
+    "cause": "a limit",
+    "mechanism": "rounding",
+    "gates": ["loss.golden"],
+    "metric": "n_suspects",
+    "falsifier": "tests/test_loss.py::test_golden",
+}
+
+
+def found_something(root: Path, *, link: str = "E2", **changes) -> None:
+    """A finding with a record of the failure, one without it, and a link of a chain that cleared a suspect."""
+    commit = git(root, "rev-parse", "HEAD")
+    chain = [{"id": "E1", "hypothesis": "h", "verdict": "kept"}, {"id": "E2", "hypothesis": "k", "verdict": "eliminated"}]
+    bad, good = (
+        small_repo.record(
+            root, "compare", minute, commit, metrics={"n_suspects": small_repo.metric(n)}, series_lines={"chain.jsonl": chain}
+        )
+        for minute, n in ((20, 3), (21, 0))
+    )
+    entry = FINDING | {"negative": bad.id, "positive": good.id, "fix": commit} | changes
+    lines = [f"{key} = {json.dumps(value)}" for key, value in entry.items() if value is not None]
+    suspect = ["[[finding.ruled_out]]", 'hypothesis = "the kernel"', f'evidence = "{bad.id}#{link}"']
+    write(root, "evidence/findings.toml", "\n".join(["[[finding]]", *lines, *suspect]) + "\n")
+    commit_all(root)
+
+
 BREAKS: dict[str, Callable[[Path], None]] = {
     "SCHEMA": lambda r: rechain(r, "train", put("surprise", value=1)),
     "SPEC-EMPTY": remove_gates,
@@ -188,6 +218,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "DATA-RECORD": lambda r: rechain(r, "train", put("config", "data", value={"corpus": {"kind": "built"}})),
     "DUP-METRICS": second_train,
     "WAIVER-EXPIRED": lambda r: rechain(r, "train", expired),
+    "FINDING-SHOWN": lambda r: found_something(r, falsifier="tests/test_loss.py::test_silver"),
     "REG-REF": lambda r: edit(r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'),
     "REG-RECORDS": lambda r: edit(r, "evidence/registry.toml", 'resume = "resume-', 'resume = "resume-9'),
     "REG-FILES": lambda r: (r / "docs/models/small.md").unlink(),
@@ -227,6 +258,53 @@ def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):
     edit(repo, "README.md", "0001-one.md#context", "0002-two.md")
     findings = [f for f in check(repo) if f.code == "LINK"]
     assert findings[0].path == "README.md" and findings[0].line == 3 and "0002-two.md" in findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"falsifier": "loss.wrong"}, None),
+        ({"falsifier": "loss.strange"}, "no plant loss.strange"),
+        ({"falsifier": "tests/gone.py::test_golden"}, "no test"),
+        ({"gates": ["loss.silver"]}, "no gate loss.silver"),
+        ({"fix": "d" * 40}, "not an ancestor"),
+        ({"metric": "speed"}, "no metric speed"),
+        ({"positive": "compare-20260110T122000Z-00000014"}, "n_suspects is 3.0 in its negative record and 3.0 in its positive one"),
+        ({"negative": "compare-20200101T000000Z-00000000"}, "not in the ledger"),
+        ({"link": "E1"}, "does not eliminate"),
+        ({"link": "E7"}, "does not eliminate"),
+        ({"route_around": True, "fix": None, "positive": None}, None),
+    ],
+)
+def test_a_finding_is_held_to_all_that_it_cites(repo, changes, says):
+    found_something(repo, **changes)
+    small_repo.forget()
+    messages = [f.message for f in check(repo) if f.code == "FINDING-SHOWN"]
+    assert [says in m for m in messages] == [True] if says else messages == []
+
+
+def test_a_cause_that_was_gone_around_takes_the_discharge_from_its_gates(repo):
+    small_repo.forget()
+    assert Repo(repo).states["loss.golden"].state == "discharged"
+    found_something(repo, route_around=True, fix=None, positive=None)
+    state = Repo(repo).states["loss.golden"]
+    assert state.state == "proven" and "a-finding: its cause was gone around" in state.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"fix": None}, "fix is lacking"),
+        ({"route_around": True}, "exclude each other"),
+        ({"speed": 1}, "speed"),
+        ({"negative": "x"}, "negative"),
+    ],
+)
+def test_a_finding_that_is_half_told_is_refused(repo, changes, says):
+    found_something(repo, **changes)
+    with pytest.raises(IntegrityError, match=says):
+        _ = Repo(repo).findings
 
 
 def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):

@@ -8,7 +8,9 @@ STATS = {"mean": 0.1, "std": 0.5, "absmax": 2.0, "kurtosis": 3.0, "top_token_ene
 
 
 def world(rows):
-    return SimpleNamespace(series=lambda record, name, *keys: rows)
+    """A record with these lines in the series of its kind, or with several series by name."""
+    held = rows if isinstance(rows, dict) else {"points.jsonl": rows, "plants.jsonl": rows}
+    return SimpleNamespace(series=lambda record, name, *keys: held.get(name, []))
 
 
 def blocks(kind, rows):
@@ -64,3 +66,13 @@ def test_a_plant_that_was_named_wrongly_is_said_so():
     assert "another" not in blocks("benchmark", [row])
     assert "<code>layers.1.k</code> **another**" in blocks("benchmark", [row | {"compared": "layers.1.k"}])
     assert blocks("benchmark", []) == ""
+
+
+def test_the_links_of_a_bisection_are_told_with_their_numbers():
+    links = [
+        {"id": "E1", "hypothesis": "something after layers.0.q is wrong", "verdict": "eliminated", "evidence": {"rel_err": 2e-7, "run": 3}},
+        {"id": "E2", "hypothesis": "something up to layers.0.q is wrong", "verdict": "kept", "evidence": {"rel_err": 0.5, "run": 4}},
+    ]
+    text = blocks("compare", {"chain.jsonl": links})
+    assert "## Narrowing" in text and "| E1 | something after layers.0.q is wrong | eliminated | rel&#95;err 2e-07, run 3 |" in text
+    assert "Narrowing" not in blocks("compare", {})

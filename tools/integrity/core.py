@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from spec import findings
 from spec.canonical import sha256_file
 from spec.coverage import GateState, coverage
 from spec.errors import StackproofError
@@ -103,22 +104,29 @@ class Repo:
         return self.ledger.entries()
 
     @cached_property
-    def records(self) -> dict[str, Record]:
-        """Readable, hash-true records that no later one supersedes; the others are findings of their own rules."""
-        gone = {e.supersedes for e in self.entries if e.supersedes}
+    def accepted(self) -> dict[str, Record]:
+        """Readable, hash-true records; the others are findings of their own rules."""
         found = {}
         for entry in self.entries:
             try:
-                record = self.ledger.read(entry)
+                found[entry.record] = self.ledger.read(entry)
             except StackproofError:
                 continue
-            if entry.record not in gone:
-                found[entry.record] = record
         return found
 
     @cached_property
+    def records(self) -> dict[str, Record]:
+        """Accepted records that no later one supersedes."""
+        gone = {e.supersedes for e in self.entries if e.supersedes}
+        return {name: record for name, record in self.accepted.items() if name not in gone}
+
+    @cached_property
     def states(self) -> dict[str, GateState]:
-        return coverage(self.spec, self.records)
+        return coverage(self.spec, self.records, findings=self.findings)
+
+    @cached_property
+    def findings(self) -> list[findings.Finding]:
+        return findings.read_findings(self.root / "evidence" / findings.FILE)
 
     @cached_property
     def registry(self) -> list[Release]:
@@ -130,7 +138,7 @@ class Repo:
     def series(self, record_id: str, name: str) -> list[dict]:
         """Lines of a series beside a record; empty if it has none, or if it is not the one that was hashed (ARTEFACT-HASH says so)."""
         path = self.root / "evidence" / record_id / name
-        expected = {s.path: s.sha256 for s in self.records[record_id].series}
+        expected = {s.path: s.sha256 for s in self.accepted[record_id].series}
         if not path.is_file() or sha256_file(path) != expected.get(name):
             return []
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -7,7 +7,7 @@ from tools.site_pages.chart import thin
 from tools.site_pages.markup import code, esc, table
 from tools.site_pages.world import World
 
-POINTS, PLANTS = "points.jsonl", "plants.jsonl"
+POINTS, PLANTS, CHAIN = "points.jsonl", "plants.jsonl", "chain.jsonl"
 WARM, HOT = 1.25, 2.5  # in size, as the terminal draws them
 TIMES = (2.0, 10.0)  # beyond its bound an added error is warm, and ten times as much hot
 HISTORY = (
@@ -31,7 +31,8 @@ def sections(world: World, record: Record) -> list[str]:
         case "benchmark":
             return _plants(world.series(record, PLANTS, "plant", "planted", "compared", "bisected", "runs"))
         case "compare":
-            return _comparison(world.series(record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound"))
+            rows = world.series(record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound")
+            return [*_comparison(rows), *_chain(world.series(record, CHAIN, "id", "hypothesis", "verdict", "evidence"))]
     return []
 
 
@@ -64,6 +65,16 @@ def _comparison(rows: list[Row]) -> list[str]:
         _map(cells),
         table(["point", "error that arrives", "cosine", "NMSE", "error added", "bound"], body),
     ]
+
+
+def _chain(links: list[Row]) -> list[str]:
+    """Every hypothesis of a bisection, what became of it, and the numbers it rests on."""
+    if not links:
+        return []
+    body = [
+        [x["id"], esc(x["hypothesis"]), x["verdict"], ", ".join(f"{esc(k)} {_plain(v)}" for k, v in x["evidence"].items())] for x in links
+    ]
+    return ["## Narrowing", table(["link", "hypothesis", "verdict", "evidence"], body)]
 
 
 def _beyond(row: Row) -> float:

@@ -10,6 +10,8 @@ from pathlib import Path
 from spec.canonical import parse_strict, sha256_file
 from spec.coverage import GateState, coverage
 from spec.errors import IntegrityError
+from spec.findings import FILE as FINDINGS
+from spec.findings import Finding, read_findings
 from spec.gates import Spec, load_spec
 from spec.ledger import Ledger
 from spec.records import GateResult, Kill, Record
@@ -29,6 +31,7 @@ class World:
     states: dict[str, GateState]
     plants: dict[str, Exhibit]
     releases: list[Release]
+    findings: list[Finding]
     cli: dict | None
     commit: str
     clean: bool | None
@@ -82,16 +85,17 @@ def load_world(root: Path, evidence: Path) -> World:
     superseded = {e.supersedes: e.record for e in entries if e.supersedes}
     built = _build_time()
     commit, clean = _git_state(root)
-    cli = root / "spec" / "cli.json"
+    cli, findings = root / "spec" / "cli.json", read_findings(evidence / FINDINGS)
     return World(
         root=root,
         evidence=evidence,
         spec=spec,
         records={e.record: ledger.read(e) for e in entries},
         superseded=superseded,
-        states=coverage(spec, ledger.records(), built.date()),
+        states=coverage(spec, ledger.records(), built.date(), findings),
         plants=read_exhibits(root),
         releases=read_registry(evidence / "registry.toml"),
+        findings=findings,
         cli=json.loads(cli.read_text("utf-8")) if cli.is_file() else None,
         commit=commit,
         clean=clean,

@@ -1,0 +1,76 @@
+"""What was found to be wrong, why, and what shows it: `evidence/findings.toml`. A cause that was gone around blocks its gates."""
+
+import datetime as dt
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError, model_validator
+
+from spec.errors import IntegrityError
+from spec.gates import Frozen
+
+FILE = "findings.toml"
+CITED = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}(#E\d+)?$"
+
+
+class RuledOut(Frozen):
+    """A suspicion that was eliminated. `evidence` is a record, or with `#E<n>` one link of its narrowing chain."""
+
+    hypothesis: str = Field(min_length=1)
+    evidence: str = Field(pattern=CITED)
+
+
+class Finding(Frozen):
+    """One cause, from what was seen to what shows it gone.
+
+    `negative` is a record of the failure and `positive` one without it; `metric` is the figure in which they differ. `falsifier` is a
+    test as PATH::NAME, or a plant. With `route_around` the cause still stands: then there is no fix, and `gates` are not discharged.
+    """
+
+    id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    date: dt.date
+    symptom: str = Field(min_length=1)
+    cause: str = Field(min_length=1)
+    mechanism: str = Field(min_length=1)
+    gates: tuple[str, ...] = Field(min_length=1)
+    metric: str
+    negative: str = Field(pattern=CITED)
+    positive: str | None = Field(None, pattern=CITED)
+    fix: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    falsifier: str
+    ruled_out: tuple[RuledOut, ...] = ()
+    route_around: bool = False
+
+    @model_validator(mode="after")
+    def _fixed_or_gone_around(self) -> "Finding":
+        lacking = [name for name in ("fix", "positive") if getattr(self, name) is None]
+        if lacking and not self.route_around:
+            raise ValueError(f"{lacking[0]} is lacking; a cause that was only gone around says route_around = true")
+        if self.fix is not None and self.route_around:
+            raise ValueError("fix and route_around exclude each other")
+        return self
+
+
+def read_findings(path: Path) -> list[Finding]:
+    """All findings, in file order. A missing file holds none. Raises IntegrityError naming entry and field."""
+    if not path.is_file():
+        return []
+    try:
+        entries = tomllib.loads(path.read_text("utf-8")).get("finding", [])
+    except tomllib.TOMLDecodeError as e:
+        raise IntegrityError(f"{path}: {e}") from e
+    findings: list[Finding] = []
+    for entry in entries:
+        try:
+            findings.append(Finding.model_validate(entry))
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "entry"
+            raise IntegrityError(f"{path}: finding {entry.get('id', '?')}: {where}: {first['msg']}") from e
+    return findings
+
+
+def gone_around(findings: Sequence[Finding]) -> dict[str, str]:
+    """Gates whose cause of failure still stands, with the finding that says so."""
+    return {gate: f.id for f in findings if f.route_around for gate in f.gates}
