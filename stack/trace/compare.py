@@ -145,8 +145,10 @@ def _seen(b: Side, names: list[str], input_ids: Tensor, spill: Spill, *, forced:
         right = forced and point.flows and theirs is not None and theirs.numel() == x.numel()
         return theirs.to(x.device).reshape(x.shape) if right else None
 
-    with torch.no_grad(), b.around(), tap(b.model, names, handler, where=b.where):
-        run(b.model, input_ids)
+    with torch.no_grad(), b.around():
+        inputs = b.inputs()
+        with tap(b.model, names, handler, where=b.where):
+            run(b.model, input_ids, inputs)
     return found
 
 
@@ -167,8 +169,10 @@ def common_points(a: Side, b: Side, names: Iterable[str] | None) -> tuple[list[s
 
 def record(a: Side, names: list[str], input_ids: Tensor, spill: Spill) -> Tensor:
     """Run a side once and keep its tensors; gives its logits."""
-    with torch.no_grad(), a.around(), tap(a.model, names, lambda p, x: spill.write(p.name, x), where=a.where):
-        logits = run(a.model, input_ids)
+    with torch.no_grad(), a.around():
+        inputs = a.inputs()
+        with tap(a.model, names, lambda p, x: spill.write(p.name, x), where=a.where):
+            logits = run(a.model, input_ids, inputs)
     if "logits" not in spill.places:
         spill.write("logits", logits)
     return logits
