@@ -344,3 +344,46 @@ def test_a_bug_in_another_library_is_named_against_ours(name, tmp_path):
         assert guilty == ["layers.0.q_rotated", "layers.1.k_rotated"]
     else:
         assert guilty == named
+
+
+def unnormalised(model):
+    """Probabilities of the chosen experts as they are."""
+    gate = model.model.layers[L].mlp.gate
+    original = gate.forward
+
+    def forward(x):
+        logits, _, chosen = original(x)
+        return logits, logits.float().softmax(-1).gather(1, chosen), chosen
+
+    gate.forward = forward
+
+
+@torch.no_grad()
+def one_expert_corrupted(model):
+    model.model.layers[L].mlp.experts.down_proj[2] *= 1.01
+
+
+@torch.no_grad()
+def their_router(model):
+    gate = model.model.layers[L].mlp.gate
+    gate.weight[0] *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("plant", "compared", "bisected"),
+    [
+        (unnormalised, "routing", "routing"),
+        (one_expert_corrupted, "ffn.out", "ffn.out"),
+        (their_router, "router", "routing"),  # what the module returns beside its weights is read by nobody
+    ],
+)
+def test_a_bug_in_the_experts_of_another_library_is_named_against_ours(plant, compared, bisected, tmp_path):
+    from stack.export import reading
+
+    theirs = models.theirs("mixtral")
+    theirs.save_pretrained(tmp_path)
+    ours = reading.load_weights(reading.open_folder(tmp_path))
+    assert compare(side(ours), side(theirs), models.ids()).first_divergence is None
+    plant(theirs)
+    assert compare(side(ours), side(theirs), models.ids()).first_divergence.point.name == f"layers.{L}.{compared}"
+    assert [p.name for p in bisect(side(ours), side(theirs), models.ids()).guilty] == [f"layers.{L}.{bisected}"]
