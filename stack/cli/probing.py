@@ -18,7 +18,9 @@ Nonfinite = Annotated[
     bool,
     typer.Option("--nonfinite", help="Name the first operation that made a NaN or infinity: in a run's repro bundle, else in a forward."),
 ]
-Repro = Annotated[Path | None, typer.Option("--repro", help="A repro bundle: replay it once with every operation watched. In place of a MODEL.")]
+Repro = Annotated[
+    Path | None, typer.Option("--repro", help="A repro bundle: replay it once with every operation watched. In place of a MODEL.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="With a repro bundle: cpu or cuda. Default: cpu.")]
 Base = Annotated[Path | None, typer.Option("--base", help="With a repro bundle: step folder to begin from, where it only names one.")]
 Lens = Annotated[str | None, typer.Option("--lens", help="logit or tuned: what the stream says after each layer.")]

@@ -1,6 +1,8 @@
 """`stack trace` in one process: documents, records, exit codes, ways to compare, checks, cures, predictions."""
 
 import csv
+import json
+import math
 import sys
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from spec.records import read_record
-from stack.cli import main, output
+from stack.cli import again, main, output
 from stack.data.tokenizer import Bytes
 from stack.export import huggingface, parity
 from stack.model import names
@@ -241,6 +243,21 @@ def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, 
     for way in ((f"{broken}@bfloat16", "--weights"), (broken, "--weights", "--against", "self@bfloat16")):
         code, document = stack("trace", *way)
         assert code == 2 and "@WAY" in document["next_step"], way
+
+
+def test_other_words_for_an_operation_are_no_other_figures(tmp_path):
+    line = {"point": "layers.0.q", "operation": "query projection", "stats": {"std": 2.0}, "verdict": "kept"}
+    changes = {
+        "same": {},
+        "words": {"operation": "q"},
+        "figure": {"stats": {"std": 1.0}},
+        "verdict": {"verdict": "x"},
+        "name": {"point": "k"},
+    }
+    for name, change in changes.items():
+        (tmp_path / name).write_text(json.dumps(line | change))
+    apart = {name: again._apart(tmp_path / "same", tmp_path / name)[0] for name in changes}
+    assert apart == {"same": 0.0, "words": 0.0, "figure": 0.5, "verdict": math.inf, "name": math.inf}
 
 
 def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(stack, run_dir, broken, tmp_path, monkeypatch):
