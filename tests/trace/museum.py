@@ -27,7 +27,7 @@ Sides = Callable[[Plant], tuple[Side, Side]]
 class Found:
     """What tracing must name: `slot`, the first that errs. All that errs is it and `also`, in each of `layers` or where a whole name says.
 
-    Bisection names the first and the last point of these, or what `bisected` says.
+    Bisection names the first and the last point of these, or what `bisected` says. `way` is how an attention kernel is said to err.
     """
 
     sides: Sides
@@ -36,6 +36,7 @@ class Found:
     layers: tuple[int, ...] = tuple(range(LAYERS))
     bisected: tuple[str, ...] = ()
     ids: torch.Tensor | None = None
+    way: str = ""
 
     @property
     def point(self) -> str:
@@ -92,15 +93,17 @@ EXHIBITS: dict[str, Found | Unseen] = {
     "model.ffn-channels-apart": Found(made, "ffn.swiglu", layers=(1,)),
     # ---- the forward
     "model.logits-scaled": Found(running, "logits"),
-    "model.causal-mask-off-by-one": Found(running, **MIXED),
-    "model.missing-scale": Found(running, **MIXED),
-    "model.double-scale": Found(running, **MIXED),
+    "model.causal-mask-off-by-one": Found(running, **MIXED, way="each query sees the key after its own"),
+    "model.missing-scale": Found(running, **MIXED, way="scores are not scaled"),
+    "model.double-scale": Found(running, **MIXED, way="scores are scaled twice"),
     "model.rows-mixed": Found(running, "attention_norm", ("ffn_norm", "final_norm"), bisected=("layers.0.attention_norm", "final_norm")),
     "model.document-mask-lost": Found(partial(running, inputs=ways.documents), **MASKED),
     "model.document-mask-off-by-one": Found(partial(running, inputs=ways.documents), **MASKED),
     # the first token of a document sees itself alone, whatever its query is
     "model.positions-restart-late": Found(partial(running, inputs=ways.documents), **TURNED | {"bisected": both("k_rotated")}),
-    "model.gqa-head-order": Found(partial(running, inputs=ways.prompt), **MIXED),
+    "model.gqa-head-order": Found(
+        partial(running, inputs=ways.prompt), **MIXED, way="key heads are tiled where each should be repeated for its group"
+    ),
     "model.attention-branch-lost": Found(running, "resid_mid"),
     "model.far-keys-unseen": Found(partial(running, **LONG), **MASKED, ids=models.ids(tokens=160)),
     # ---- the forward in training mode

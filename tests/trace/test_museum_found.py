@@ -36,7 +36,7 @@ def test_comparison_names_where_the_plant_is_and_blames_nothing_else(name):
     good, bad = FOUND[name].sides(MUSEUM[name])
     found = compare(good, bad, looked_at(FOUND[name]))
     assert found.first_divergence.point.name == FOUND[name].point
-    assert {s.point.name for s in found.suspects} == FOUND[name].suspects
+    assert {s.point.name for s in found.suspects} == FOUND[name].suspects and found.way == FOUND[name].way
     assert found.logits.rel_err > 1e-4 and touches() > ran
     before = [c for c in found.points if c.point.order < found.first_divergence.point.order]
     assert all(c.excess < 0.4 for c in before)  # rounding alone stays below that; see test_compare.py
