@@ -27,7 +27,7 @@ OPERATIONS = {
     "k_rotated": "rotation of keys by position",
     "scores": "scale, mask and product of queries and keys",
     "entropy": "mask and spread of attention",
-    "attention_mixed": "attention: scale, mask, softmax, head expansion and mixing of values",
+    "attention_mixed": "attention kernel: scale, mask, softmax, head expansion and mixing of values",
     "attention_out": "output projection of attention",
     "resid_mid": "residual sum after attention",
     "ffn_norm": "norm before the feed-forward",

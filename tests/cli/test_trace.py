@@ -14,6 +14,7 @@ from stack.cli import again, main, output
 from stack.data.tokenizer import Bytes
 from stack.export import huggingface, parity
 from stack.model import names
+from stack.museum.plant import load_museum
 from tests.export import models
 
 
@@ -226,6 +227,18 @@ def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
     assert "layers.1.ffn.swiglu" in text and "┌ resid_out" in text and "no layer is out of line" in text
     text = said("trace", broken, "--against", run_dir, "--bisect", *SHORT)
     assert "first to err: layers.1.ffn.up, the up projection" in text and "eliminated" in text and "guilty: layers.1.ffn.up" in text
+
+
+def test_a_kernel_that_errs_is_named_with_the_way_in_which_it_errs(stack, said, run_dir):
+    asked = ("trace", str(run_dir), "--against", "self@reference", *SHORT)
+    with load_museum()["model.missing-scale"].apply():
+        code, document = stack(*asked)
+        text = said(*asked)
+    assert code == 0 and document["first_divergence"]["point"] == "layers.0.attention_mixed"
+    assert document["way"] == "scores are not scaled" and document["runs"] == 4
+    assert "head expansion and mixing of values: scores are not scaled" in text
+    code, document = stack(*asked)
+    assert code == 0 and document["first_divergence"] is None and document["way"] is None and document["runs"] == 3
 
 
 def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, run_dir, broken):
