@@ -2,28 +2,46 @@
 
     python benchmarks/trace_plants.py [--run-dir DIR]
 
-The plants are those of `tests/trace/test_plants.py`: one wrong operation in layer 1 of 3 of a copy of one model. A comparison takes three
-forwards. A record holds one line for each plant; exit code 1 if a comparison names another point first.
+The plants are those of `tests/trace/test_plants.py`, one wrong operation in layer 1 of 3 of a copy of one model, and those of the museum
+that a forward shows, `tests/trace/museum.py`. A comparison takes three forwards. A record holds one line for each plant; exit code 1 if a
+comparison names another point first.
 """
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from side_by_side import close_record, open_record
 
 COLUMNS = ("plant", "planted", "compared", "added_err", "bisected", "runs")
 
 
-def row(name: str) -> dict:
-    """What is named for one plant."""
-    from stack.trace import bisect, compare, side
+def cases() -> Iterator[tuple]:
+    """Name of a plant, the point that it is at, ids, and a function that makes both sides anew."""
+    from stack.museum.plant import load_museum
+    from stack.trace import side
     from tests.trace import models
-    from tests.trace.test_plants import planted
+    from tests.trace.museum import EXHIBITS, Found
+    from tests.trace.test_plants import PLANTS, planted
 
-    good, bad, point = planted(name)
-    first = compare(side(good), side(bad), models.ids()).first_divergence
-    found = bisect(side(good), side(bad), models.ids())
+    for name in PLANTS:
+        yield name, planted(name)[2], models.ids(), lambda name=name: tuple(map(side, planted(name)[:2]))
+    museum = load_museum()
+    for name, exhibit in EXHIBITS.items():
+        if isinstance(exhibit, Found):
+            ids = models.ids() if exhibit.ids is None else exhibit.ids
+            yield name, exhibit.point, ids, partial(exhibit.sides, museum[name])
+
+
+def row(name: str, point: str, ids: Any, sides: Callable[[], tuple]) -> dict:
+    """What is named for one plant."""
+    from stack.trace import bisect, compare
+
+    first = compare(*sides(), ids).first_divergence
+    found = bisect(*sides(), ids)
     named = [p.name for p in found.guilty]
     seen = None if first is None else first.point.name
     return dict(zip(COLUMNS, (name, point, seen, None if first is None else first.added_err, named, found.runs)))
@@ -34,12 +52,11 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.trace.test_plants import PLANTS
-
     builder = open_record(options, "planted operations")
-    rows = [row(name) for name in PLANTS]
+    rows = [row(*case) for case in cases()]
     for r in rows:
-        print(f"{r['plant']:28} {r['planted']:26} compared {r['compared']:26} bisected {', '.join(r['bisected'])} in {r['runs']} runs")
+        compared, bisected = r["compared"] or "nothing", ", ".join(r["bisected"])
+        print(f"{r['plant']:32} {r['planted']:26} compared {compared:26} bisected {bisected} in {r['runs']} runs")
     named = sum(r["compared"] == r["planted"] for r in rows)
     print(f"{named} of {len(rows)} named first by comparison")
     if builder is not None:

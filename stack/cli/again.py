@@ -18,6 +18,7 @@ POINTS = "points.jsonl"
 REL_TOLERANCE = 1e-4
 # Of values that cancel, such as a mean near zero, rounding is a share of the values' size and not of the figure.
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
+WORDS = ("operation",)  # what a point is called in words may be said better later; its name is compared
 TAKES_A_FILE = ("--run-dir", "--csv")
 
 
@@ -82,7 +83,8 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     match tree:
         case dict():
             for key, value in tree.items():
-                yield from _leaves(value, f"{path}.{key}" if path else key)
+                if key not in WORDS:
+                    yield from _leaves(value, f"{path}.{key}" if path else key)
         case list():
             for i, value in enumerate(tree):
                 name = value["point"] if isinstance(value, dict) and "point" in value else str(i)

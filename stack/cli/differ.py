@@ -65,6 +65,7 @@ def _document(found: Any, model: str, against: str, ids: list[int]) -> dict[str,
         "input_ids": ids,
         "points": lines,
         "first_divergence": None if first is None else by_name[first.point.name],
+        "way": found.way or None,
         "suspects": [c.point.name for c in found.suspects],
         "bound": found.bound,
         "only_here": list(found.only_b),
@@ -174,6 +175,7 @@ def _show(document: dict[str, Any]) -> None:
     for one in document["expectations"]:
         stdout.print(f"{one['verdict']:10} {one['text']}  found {number(one['found'])}", markup=False)
     said = "no operation adds more than rounding" if first is None else f"first to err: {first['point']}, the {first['operation']}"
+    said += f": {document['way']}" if document["way"] else ""
     stdout.print(said, style="bold", markup=False)
     stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)
 

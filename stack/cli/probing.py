@@ -18,7 +18,9 @@ Nonfinite = Annotated[
     bool,
     typer.Option("--nonfinite", help="Name the first operation that made a NaN or infinity: in a run's repro bundle, else in a forward."),
 ]
-Repro = Annotated[Path | None, typer.Option("--repro", help="A repro bundle: replay it once with every operation watched. Needs no MODEL.")]
+Repro = Annotated[
+    Path | None, typer.Option("--repro", help="A repro bundle: replay it once with every operation watched. In place of a MODEL.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="With a repro bundle: cpu or cuda. Default: cpu.")]
 Base = Annotated[Path | None, typer.Option("--base", help="With a repro bundle: step folder to begin from, where it only names one.")]
 Lens = Annotated[str | None, typer.Option("--lens", help="logit or tuned: what the stream says after each layer.")]
@@ -71,6 +73,7 @@ class Probe:
             "--device": (self.device, ("--nonfinite",)),
             "--base": (self.base, ("--nonfinite",)),
             "--lens-file": (self.lens_file, ("--lens",)),
+            "--lens-steps": (self.lens_steps != FITTED, ("--lens",)),
             "--text": (self.text, ("--lens",)),
             "--sample": (self.sample, ("--ablate",)),
             "--ablate-with": (self.ablate_with != "zero", ("--ablate",)),
@@ -79,7 +82,26 @@ class Probe:
         for name, (value, allowed) in needs.items():
             if value and mode not in allowed:
                 raise UsageError(f"{name} says nothing without {' or '.join(allowed)}", next_step="leave it out, or see stack trace --help")
+        self._refuse_unread()
         return mode
+
+    def _refuse_unread(self) -> None:
+        """Refuse options that what is asked would not read."""
+        fitting = {"--text": self.text, "--lens-steps": self.lens_steps != FITTED}
+        beside = {
+            "--lens logit": (self.lens == "logit", {"--lens-file": self.lens_file, **fitting}),
+            "--lens-file": (self.lens_file, fitting),
+            "--ablate-with zero": (self.ablate and self.ablate_with == "zero", {"--from": self.source}),
+        }
+        for what, (asked, options) in beside.items():
+            if asked:
+                refuse_beside(what, options)
+
+
+def refuse_beside(what: str, options: dict[str, Any]) -> None:
+    """Refuse the first option that is given and says nothing beside `what`."""
+    if given := [name for name, value in options.items() if value]:
+        raise UsageError(f"{given[0]} says nothing beside {what}", next_step="leave one of them out")
 
 
 def asked(options: dict[str, Any]) -> Probe | None:
@@ -87,9 +109,11 @@ def asked(options: dict[str, Any]) -> Probe | None:
     probe = Probe(**{f.name: options[f.name] for f in fields(Probe)})
     if probe.mode is None:
         return None
-    for name in ("against", "bisect", "check", "swap", "expect", "points", "csv", "weights"):
-        if options[name]:
-            raise UsageError(f"--{name} says nothing beside {probe.mode}", next_step="leave one of them out")
+    table = ("against", "bisect", "check", "swap", "expect", "points", "csv", "weights")
+    refuse_beside(probe.mode, {f"--{name}": options[name] for name in table})
+    if probe.repro is not None:  # the bundle names the run, the step and its rows
+        given = {"MODEL": options["model"], "--prompt": options["prompt"], "--input-ids": options["input_ids"]}
+        refuse_beside("--repro", {name: value is not None for name, value in given.items()})
     if options["tokens"] != "all" or (options["backward"] and probe.mode != "--nonfinite"):
         raise UsageError(f"{'--tokens' if options['tokens'] != 'all' else '--backward'} says nothing beside {probe.mode}")
     return probe

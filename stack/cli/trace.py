@@ -104,9 +104,10 @@ def trace(
     if weights:
         from stack.cli.weights import of_weights
 
-        _refuse_beside_weights(
+        probing.refuse_beside(  # nothing is run, so what says how to run says nothing
+            "--weights",
             {"--prompt": prompt, "--input-ids": input_ids, "--points": points, "--backward": backward, "--bisect": bisect}
-            | {"--check": check, "--swap": swap, "--tokens": tokens != "all"}
+            | {"--check": check, "--swap": swap, "--tokens": tokens != "all"},
         )
         return of_weights(model, against, asked)
     if tokens not in ("all", "last"):
@@ -120,12 +121,6 @@ def trace(
     if bisect or check:
         raise UsageError("there is nothing to bisect", value="--bisect" if bisect else "--check", next_step="give --against MODEL as well")
     _single(model, asked, backward)
-
-
-def _refuse_beside_weights(options: dict[str, Any]) -> None:
-    """Nothing is run, so what says how to run says nothing."""
-    if given := [name for name, value in options.items() if value]:
-        raise UsageError(f"{given[0]} says nothing beside --weights", next_step="leave one of them out")
 
 
 def _single(text: str, asked: Asked, backward: bool) -> None:

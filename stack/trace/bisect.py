@@ -77,8 +77,10 @@ class _Bench:
             theirs = spill.read(point.name)
             return theirs.to(x.device).reshape(x.shape) if theirs.numel() == x.numel() else None
 
-        with torch.no_grad(), host.around(), tap(host.model, sorted(put), handler, where=host.where):
-            logits = run(host.model, self.input_ids)
+        with torch.no_grad(), host.around():
+            inputs = host.inputs()
+            with tap(host.model, sorted(put), handler, where=host.where):
+                logits = run(host.model, self.input_ids, inputs)
         return self.judge(logits)
 
     def judge(self, logits: Tensor) -> tuple[bool, float]:
@@ -172,7 +174,7 @@ def _cures(bench: _Bench, paths: Sequence[str]) -> bool:
     with torch.no_grad(), bench.bad.around(), ExitStack() as undo:
         for path in paths:
             _lend(bench.good.model.get_submodule(path), bench.bad.model.get_submodule(path), undo)
-        cured, distance = bench.judge(run(bench.bad.model, bench.input_ids))
+        cured, distance = bench.judge(run(bench.bad.model, bench.input_ids, bench.bad.inputs()))
     bench.found.say(f"what is wrong lies within {', '.join(paths) or 'nothing'}", cured, rel_err=distance)
     return cured
 

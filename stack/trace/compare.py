@@ -6,7 +6,8 @@ was compared: what still differs at a point was made there. One tensor of each s
 
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spec.errors import UsageError
+from stack.trace.kernel_errors import Kept, keeping, way_to_err
 from stack.trace.points import Point, select, sites
 from stack.trace.stats import SupportError
 from stack.trace.tap import tap
@@ -53,7 +55,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All common points in execution order. `first_divergence` is the first that adds more than its bound; `suspects` rank all of these."""
+    """All common points in execution order. `first_divergence` is the first that adds more than its bound; `suspects` rank all of these.
+
+    Where that is an attention kernel, `way` says in which usual way it errs, if in one of them.
+    """
 
     points: tuple[Compared, ...]
     first_divergence: Compared | None
@@ -63,6 +68,7 @@ class Comparison:
     bound: str
     logits: Difference | None
     runs: int = 3
+    way: str = ""
 
 
 @dataclass
@@ -120,22 +126,40 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
     which tokens it saw is the model's own choice, as with experts; UsageError if no point is common.
     """
     common, only_a, only_b = common_points(a, b, names)
+    points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
+    epsilon, width = coarsest(a, b), widest(a, b)
     with tempfile.TemporaryDirectory(prefix="stackproof-compare-") as folder:
         spill = Spill(Path(folder))
         record(a, common, input_ids, spill)
         free = _seen(b, common, input_ids, spill, forced=False)
         added = _seen(b, common, input_ids, spill, forced=True)
-    points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
-    epsilon, width = coarsest(a, b), widest(a, b)
-    rows = tuple(_row(p, free.get(p.name), added.get(p.name), bound_of(p, epsilon, width, input_ids.shape[1])) for p in points)
+        rows = tuple(_row(p, free.get(p.name), added.get(p.name), bound_of(p, epsilon, width, input_ids.shape[1])) for p in points)
+        first = next((r for r in rows if r.excess > 1), None)
+        in_a_kernel = first is not None and first.point.slot == "attention_mixed"
+        way = _way(b, first.point, common, input_ids, spill) if in_a_kernel else ""
     suspects = tuple(sorted((r for r in rows if r.excess > 1), key=lambda r: -r.excess))
-    first = next((r for r in rows if r.excess > 1), None)
     logits = free["logits"] if isinstance(free.get("logits"), Difference) else None
     said = f"{FACTOR:g} · ε · √width, with ε = {epsilon:.3g} of the coarser side and width {width}; times √tokens for rotations"
-    return Comparison(rows, first, suspects, only_a, only_b, said, logits)
+    return Comparison(rows, first, suspects, only_a, only_b, said, logits, 3 + in_a_kernel, way)
 
 
-def _seen(b: Side, names: list[str], input_ids: Tensor, spill: Spill, *, forced: bool) -> dict[str, Difference | str]:
+def _way(b: Side, point: Point, names: list[str], input_ids: Tensor, spill: Spill) -> str:
+    """In which usual way the attention kernel at a point errs, from one more run on right values; empty where in none."""
+    layers = sorted({s.point.layer for s in sites(b.model, b.where) if s.point.slot == point.slot})
+    kept: list[Kept] = []
+    _seen(b, names, input_ids, spill, forced=True, watched=lambda: keeping(b.where.function, layers.index(point.layer), kept))
+    return way_to_err(kept[0]) if kept else ""
+
+
+def _seen(
+    b: Side,
+    names: list[str],
+    input_ids: Tensor,
+    spill: Spill,
+    *,
+    forced: bool,
+    watched: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, Difference | str]:
     """One run of a side against the tensors of the other; if `forced`, each value is put right after it was compared."""
     found: dict[str, Difference | str] = {}
 
@@ -145,8 +169,10 @@ def _seen(b: Side, names: list[str], input_ids: Tensor, spill: Spill, *, forced:
         right = forced and point.flows and theirs is not None and theirs.numel() == x.numel()
         return theirs.to(x.device).reshape(x.shape) if right else None
 
-    with torch.no_grad(), b.around(), tap(b.model, names, handler, where=b.where):
-        run(b.model, input_ids)
+    with torch.no_grad(), b.around():
+        inputs = b.inputs()
+        with watched(), tap(b.model, names, handler, where=b.where):
+            run(b.model, input_ids, inputs)
     return found
 
 
@@ -167,8 +193,10 @@ def common_points(a: Side, b: Side, names: Iterable[str] | None) -> tuple[list[s
 
 def record(a: Side, names: list[str], input_ids: Tensor, spill: Spill) -> Tensor:
     """Run a side once and keep its tensors; gives its logits."""
-    with torch.no_grad(), a.around(), tap(a.model, names, lambda p, x: spill.write(p.name, x), where=a.where):
-        logits = run(a.model, input_ids)
+    with torch.no_grad(), a.around():
+        inputs = a.inputs()
+        with tap(a.model, names, lambda p, x: spill.write(p.name, x), where=a.where):
+            logits = run(a.model, input_ids, inputs)
     if "logits" not in spill.places:
         spill.write("logits", logits)
     return logits

@@ -11,9 +11,10 @@ from stack.config import Gelu, LearnedPositions, MixtureOfExperts, ModelConfig, 
 from stack.model import names
 from stack.model.foreign import Kind
 from stack.model.transformer import Transformer
-from stack.trace.points import Attention, Function, Input, NameMap, Output, Place, Silu
+from stack.trace.points import Attention, Function, Input, NameMap, Output, Place, Routing, Silu
 
 OUR_ATTENTION = Function("stack.kernels.dispatch", "attention")
+OUR_ROUTING = Routing("ffn", scores=2, chosen=0, weights=1, function=("stack.model.moe", "route"))
 TORCH_ATTENTION = ("torch.nn.functional", "scaled_dot_product_attention")
 
 
@@ -71,7 +72,8 @@ def _ours_ffn(ffn: Any) -> dict[str, Place]:
         case MixtureOfExperts(expert=expert):
             inner = {slot.removeprefix("ffn."): place for slot, place in _ours_ffn(expert).items()}
             experts = {f"experts.{{}}.{s}": _below("ffn.experts.{}", _rows(p), "ffn.") for s, p in inner.items()}
-            return {"router": Output("ffn.router", "RF"), **experts, "experts.{}.out": Output("ffn.experts.{}", "RF")}
+            chosen = {"router": Output("ffn.router", "RF"), "routing": OUR_ROUTING}
+            return {**chosen, **experts, "experts.{}.out": Output("ffn.experts.{}", "RF")}
         case Gelu():
             return {"ffn.up": Output("ffn.up"), "ffn.act": Input("ffn.down")}
         case _:
@@ -94,7 +96,7 @@ def _below(base: str, place: Place, cut: str = "") -> Place:
     match place:
         case Attention():
             return place
-        case Output(path) | Input(path) | Silu(path):
+        case Output(path) | Input(path) | Silu(path) | Routing(path):
             return replace(place, path=_joined(base, path, cut))
 
 
@@ -150,7 +152,11 @@ def hugging_face(kind: Kind, model: Any) -> NameMap:
 def _their_ffn(at: Mapping[str, str], mixed: bool, gated: bool) -> dict[str, Place]:
     if mixed:
         router = at["layers.{}.ffn.router"]
-        return {"layers.{}.router": Output(router, "RF", flows=False), "layers.{}.ffn.out": Output(_parent(router))}
+        return {
+            "layers.{}.router": Output(router, "RF", flows=False),
+            "layers.{}.routing": Routing(router, scores=0, chosen=2, weights=1),
+            "layers.{}.ffn.out": Output(_parent(router)),
+        }
     up, down = at["layers.{}.ffn.up"], at["layers.{}.ffn.down"]
     out = {"layers.{}.ffn.out": Output(_parent(up))}
     if not gated:

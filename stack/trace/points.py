@@ -27,11 +27,12 @@ OPERATIONS = {
     "k_rotated": "rotation of keys by position",
     "scores": "scale, mask and product of queries and keys",
     "entropy": "mask and spread of attention",
-    "attention_mixed": "softmax, head expansion and mixing of values",
+    "attention_mixed": "attention kernel: scale, mask, softmax, head expansion and mixing of values",
     "attention_out": "output projection of attention",
     "resid_mid": "residual sum after attention",
     "ffn_norm": "norm before the feed-forward",
     "router": "router projection",
+    "routing": "choice and weights of experts",
     "ffn.gate": "gate projection",
     "ffn.up": "up projection",
     "ffn.silu": "silu of the gate",
@@ -104,7 +105,22 @@ class Silu:
     layout: Layout = "BTF"
 
 
-Place = Output | Input | Attention | Silu
+@dataclass(frozen=True)
+class Routing:
+    """The weight of each expert for each row of tokens, 0 where it was not chosen: (R, E).
+
+    Read from the tuple that the module `path` returns, or `function` (module and name) when it is called inside `path`; the numbers say
+    where in it the scores of all experts (R, E), the ids of the chosen ones (R, k) and their weights (R, k) are.
+    """
+
+    path: str
+    scores: int
+    chosen: int
+    weights: int
+    function: tuple[str, str] | None = None
+
+
+Place = Output | Input | Attention | Silu | Routing
 
 
 @dataclass(frozen=True)

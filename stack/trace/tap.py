@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spec.errors import UsageError
 from stack.trace import scores
 from stack.trace.maps import map_of
-from stack.trace.points import Attention, Function, Input, Layout, NameMap, Output, Place, Point, Silu, Site, sites
+from stack.trace.points import Attention, Function, Input, Layout, NameMap, Output, Place, Point, Routing, Silu, Site, sites
 from stack.trace.room import Room
 
 Handler = Callable[[Point, Tensor], Tensor | None]
@@ -43,8 +43,13 @@ def tap(
     view = _Viewer(handler, on_grad)
     with ExitStack() as undo:
         for site in chosen:
-            if not isinstance(site.place, Attention):
-                undo.callback(_hook(model, site, view).remove)
+            match site.place:
+                case Attention():
+                    continue
+                case Routing(function=(module, name)):
+                    _wrap_routing(model, site, module, name, view, undo)
+                case _:
+                    undo.callback(_hook(model, site, view).remove)
         inside = [s for s in chosen if isinstance(s.place, Attention)]
         if inside and where.function is not None:
             _wrap(model, where, inside, view, undo)
@@ -122,6 +127,8 @@ def _hook(model: nn.Module, site: Site, view: _Viewer) -> Any:
             return model.get_submodule(path).register_forward_hook(lambda m, a, out: _with_first(out, view, point, form))
         case Silu(path, layout):
             return model.get_submodule(path).register_forward_hook(lambda m, a, out: _beside(view, point, F.silu(_tensor(out)), layout))
+        case Routing(path):
+            return model.get_submodule(path).register_forward_hook(lambda m, a, out: _routed(view, point, site.place, out))
         case Input(path, layout, shared):
             given = _given_shared if shared else _given
             return model.get_submodule(path).register_forward_pre_hook(lambda m, a, kw: given(a, kw, view, point, layout), with_kwargs=True)
@@ -181,6 +188,42 @@ def _first_given(args: tuple, kwargs: dict[str, Any]) -> tuple[int, str | None, 
         if isinstance(value, Tensor):
             return -1, key, value
     raise UsageError("a module was called without any tensor, so its input is no point", next_step="map the output of the one before it")
+
+
+# ---- routing
+
+
+def _wrap_routing(model: nn.Module, site: Site, module: str, name: str, view: _Viewer, undo: ExitStack) -> None:
+    """Wrap the routing function while the module of the site runs."""
+    holder, around = importlib.import_module(module), []
+
+    def enter(*_: Any) -> None:
+        original = getattr(holder, name)
+
+        def tapped(*args: Any, **options: Any) -> tuple:
+            return _routed(view, site.point, site.place, original(*args, **options))
+
+        setattr(holder, name, tapped)
+        around.append(original)
+
+    def leave(*_: Any) -> None:
+        if around:
+            setattr(holder, name, around.pop())
+
+    part = model.get_submodule(site.place.path)
+    undo.callback(part.register_forward_pre_hook(enter, prepend=True).remove)
+    undo.callback(part.register_forward_hook(leave, always_call=True).remove)
+
+
+def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
+    """Show the weights of all experts, and route by what replaces them: as many experts as before, those of the largest weights."""
+    scores_RE, chosen_Rk, weights_Rk = (out[i] for i in (place.scores, place.chosen, place.weights))
+    spread = lambda x_Rk: x_Rk.new_zeros(scores_RE.shape).scatter(1, chosen_Rk, x_Rk)  # noqa: E731
+    new_RE = view.show(point, weights_Rk, _Form("RF", spread, spread, lambda new, raw: new))
+    if new_RE is None:
+        return out
+    new_Rk, chosen_Rk = (x[:, : chosen_Rk.shape[1]] for x in new_RE.sort(dim=-1, descending=True, stable=True))
+    return tuple({place.weights: new_Rk, place.chosen: chosen_Rk}.get(i, x) for i, x in enumerate(out))
 
 
 # ---- attention, which is a function

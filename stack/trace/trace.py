@@ -47,9 +47,9 @@ def logits_of(output: Any) -> Tensor:
     return output.logits if hasattr(output, "logits") else output[0]
 
 
-def run(model: nn.Module, input_ids_BT: Tensor) -> Tensor:
-    """Logits of a forward, in the mode the model is in."""
-    return logits_of(model(input_ids_BT))
+def run(model: nn.Module, input_ids_BT: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
+    """Logits of a forward, in the mode the model is in; `inputs` are what it is given besides the ids."""
+    return logits_of(model(input_ids_BT, **(inputs or {})))
 
 
 def trace(

@@ -4,7 +4,7 @@ import copy
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +27,17 @@ BETWEEN_BLOCKS = ("embedding", "layers.*.resid_out", "final_norm", "logits")
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a model, its points (None: all), and what must hold while it runs."""
+    """One side of a comparison: a model, its points (None: all), and what must hold while it runs.
+
+    `inputs` gives what the forward takes besides the ids, anew for each run: documents packed into a row, or a cache that it fills.
+    """
 
     model: nn.Module
     where: NameMap
     title: str = "as it is"
     names: tuple[str, ...] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    inputs: Callable[[], Mapping[str, Any]] = dict
 
 
 def side(model: nn.Module, way: str | None = None, where: Any = None) -> Side:

@@ -1,6 +1,8 @@
 """`stack trace` in one process: documents, records, exit codes, ways to compare, checks, cures, predictions."""
 
 import csv
+import json
+import math
 import sys
 
 import numpy as np
@@ -8,10 +10,11 @@ import pytest
 import torch
 
 from spec.records import read_record
-from stack.cli import main, output
+from stack.cli import again, main, output
 from stack.data.tokenizer import Bytes
 from stack.export import huggingface, parity
 from stack.model import names
+from stack.museum.plant import load_museum
 from tests.export import models
 
 
@@ -226,6 +229,18 @@ def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
     assert "first to err: layers.1.ffn.up, the up projection" in text and "eliminated" in text and "guilty: layers.1.ffn.up" in text
 
 
+def test_a_kernel_that_errs_is_named_with_the_way_in_which_it_errs(stack, said, run_dir):
+    asked = ("trace", str(run_dir), "--against", "self@reference", *SHORT)
+    with load_museum()["model.missing-scale"].apply():
+        code, document = stack(*asked)
+        text = said(*asked)
+    assert code == 0 and document["first_divergence"]["point"] == "layers.0.attention_mixed"
+    assert document["way"] == "scores are not scaled" and document["runs"] == 4
+    assert "head expansion and mixing of values: scores are not scaled" in text
+    code, document = stack(*asked)
+    assert code == 0 and document["first_divergence"] is None and document["way"] is None and document["runs"] == 3
+
+
 def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, run_dir, broken):
     code, document = stack("trace", broken, "--weights", "--against", run_dir, "--expect", "layers.1.ffn.up.weight.rms < 0.01")
     assert code == 0 and document["expectations"][0]["verdict"] == "refuted"
@@ -241,6 +256,21 @@ def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, 
     for way in ((f"{broken}@bfloat16", "--weights"), (broken, "--weights", "--against", "self@bfloat16")):
         code, document = stack("trace", *way)
         assert code == 2 and "@WAY" in document["next_step"], way
+
+
+def test_other_words_for_an_operation_are_no_other_figures(tmp_path):
+    line = {"point": "layers.0.q", "operation": "query projection", "stats": {"std": 2.0}, "verdict": "kept"}
+    changes = {
+        "same": {},
+        "words": {"operation": "q"},
+        "figure": {"stats": {"std": 1.0}},
+        "verdict": {"verdict": "x"},
+        "name": {"point": "k"},
+    }
+    for name, change in changes.items():
+        (tmp_path / name).write_text(json.dumps(line | change))
+    apart = {name: again._apart(tmp_path / "same", tmp_path / name)[0] for name in changes}
+    assert apart == {"same": 0.0, "words": 0.0, "figure": 0.5, "verdict": math.inf, "name": math.inf}
 
 
 def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(stack, run_dir, broken, tmp_path, monkeypatch):

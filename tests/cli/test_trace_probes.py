@@ -270,6 +270,16 @@ def test_a_folder_of_hugging_face_is_probed_as_its_own_model(theirs, stack):
         (("RUN", "--lens", "logit", "--input-ids", "1,99999"), "vocabulary"),
         (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "say the same thing"),
         (("--nonfinite",), "needs a MODEL"),
+        (("RUN", "--lens", "logit", "--lens-file", "a"), "--lens-file says nothing beside --lens logit"),
+        (("RUN", "--lens", "logit", "--text", "a"), "--text says nothing beside --lens logit"),
+        (("RUN", "--lens", "logit", "--lens-steps", "3"), "--lens-steps says nothing beside --lens logit"),
+        (("RUN", "--lens-steps", "3"), "--lens-steps says nothing without --lens"),
+        (("RUN", "--lens", "tuned", "--lens-file", "a", "--text", "b"), "--text says nothing beside --lens-file"),
+        (("RUN", "--lens", "tuned", "--lens-file", "a", "--lens-steps", "3"), "--lens-steps says nothing beside --lens-file"),
+        (("RUN", "--ablate", "layers.0", "--from", "x"), "--from says nothing beside --ablate-with zero"),
+        (("RUN", "--repro", "a"), "MODEL says nothing beside --repro"),
+        (("--repro", "a", "--prompt", "x"), "--prompt says nothing beside --repro"),
+        (("--repro", "a", "--input-ids", "1"), "--input-ids says nothing beside --repro"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_exit_code_2(folder, stack, arguments, said):

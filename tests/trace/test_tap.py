@@ -245,6 +245,66 @@ def test_experts_are_ordered_one_after_the_other():
     assert found == [f"layers.0.experts.{e}.{s}" for e in range(4) for s in inner]
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "mixtral-window"])
+def test_router_choice_and_sum_of_experts_of_transformers_are_what_its_own_hooks_show(name, implementation):
+    model, ids, own, seen = models.theirs(name), models.ids(), {}, {}
+    model.set_experts_implementation(implementation)
+    block = model.model.layers[1].mlp
+    handles = [
+        m.register_forward_hook(lambda m, a, out, k=k: own.__setitem__(k, out))
+        for k, m in (("gate", block.gate), ("experts", block.experts))
+    ]
+    with torch.no_grad(), tap(model, ["layers.1.*"], lambda point, x: seen.__setitem__(point.slot, x.clone())):
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    logits_RE, weights_Rk, chosen_Rk = own["gate"]
+    assert torch.equal(seen["router"][0], logits_RE) and torch.equal(seen["ffn.out"].flatten(0, 1), own["experts"])
+    assert torch.equal(seen["routing"][0].gather(1, chosen_Rk), weights_Rk)
+    assert (seen["routing"] != 0).sum() == weights_Rk.numel()
+    assert torch.allclose(seen["routing"].sum(-1), torch.ones(1, len(logits_RE)), atol=1e-6)
+    assert not {"experts.0.out", "ffn.gate", "ffn.swiglu"} & set(seen)
+
+
+@pytest.mark.parametrize(("side", "name"), [("ours", "experts"), ("theirs", "mixtral")])
+def test_another_routing_is_put_in_its_place(side, name):
+    """The same expert for every token: only it sees tokens, and all of them."""
+    model, ids, rows = any_model(side, name), models.ids(), []
+
+    def first_two(point, x):
+        return torch.zeros_like(x).index_fill_(-1, torch.tensor([0, 1]), 0.5)
+
+    given = (lambda m, a: rows.append(a[0].shape[0])) if side == "ours" else (lambda m, a: rows.append(a[1].unique().tolist()))
+    experts = model.layers[1].ffn.experts if side == "ours" else [model.model.layers[1].mlp.experts]
+    handles = [e.register_forward_pre_hook(given) for e in experts]
+    with torch.no_grad(), tap(model, ["layers.1.routing"], first_two):
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    assert rows == ([ids.numel(), ids.numel(), 0, 0] if side == "ours" else [[0, 1]])
+
+
+def test_a_routing_function_is_put_back_after_an_exception():
+    from stack.model import moe
+
+    model, original = models.ours("experts"), moe.route
+
+    def stumble(point, x):
+        raise RuntimeError("stumbled")
+
+    for names in (["layers.0.routing"], ["layers.0.router"], ["layers.1.experts.*.up"]):
+        with pytest.raises(RuntimeError, match="stumbled"), tap(model, [*names, "layers.*.routing"], stumble):
+            model(models.ids())
+        assert moe.route is original
+
+
+def test_gradients_of_a_routing_are_those_of_its_weights():
+    traced = trace(models.ours("experts"), models.ids(), ["layers.*.routing"], backward=True)
+    assert [t.point.name for t in traced.points] == ["layers.0.routing", "layers.1.routing"]
+    assert all(t.grad.absmax > 0 and t.grad.frac_zero >= 0.5 for t in traced.points)  # two of four experts are chosen
+
+
 def test_a_map_of_our_own_model_that_names_too_much_is_refused():
     model = models.ours()
     with pytest.raises(UsageError, match="no such module"):

@@ -1,0 +1,104 @@
+"""In what way an attention kernel errs: its usual errors are computed in plain torch, and one of them may be what it computed.
+
+B batch, T queries, S keys, N query heads, K key/value heads, H head_dim
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stack.trace.points import Function
+from stack.trace.scores import HIDDEN, Call, call_of
+
+CLOSE = 0.01  # a way to err explains a kernel if it leaves at most this share of its error
+LARGEST = 2**24  # scores of a row that are held at once; beyond it nothing is tried
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One call of an attention function as it was made, with what came out."""
+
+    call: Call
+    v_BKSH: Tensor
+    mixed_BNTH: Tensor
+
+
+@contextmanager
+def keeping(function: Function, number: int, kept: list[Kept]) -> Iterator[None]:
+    """Add the call of this number to `kept` while the block runs, its first row alone."""
+    module = importlib.import_module(function.module)
+    original, count = getattr(module, function.name), 0
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        nonlocal count
+        mixed = original(q, k, v, *rest, **options)
+        if count == number:
+            call = call_of(function.name, q, k, rest, options)
+            mask = None if call.mask is None else call.mask[:1]
+            kept.append(Kept(replace(call, q_BNTH=q[:1], k_BKSH=k[:1], mask=mask), v[:1], mixed[:1]))
+        count += 1
+        return mixed
+
+    setattr(module, function.name, noted)
+    try:
+        yield
+    finally:
+        setattr(module, function.name, original)
+
+
+def way_to_err(kept: Kept) -> str:
+    """The one usual error that makes what the kernel made, in words; empty where none does, or where the row is too long to try."""
+    call = kept.call
+    if call.q_BNTH.shape[1] * call.q_BNTH.shape[2] * call.k_BKSH.shape[2] > LARGEST:
+        return ""
+    wrong = kept.mixed_BNTH.double()
+    apart = float((wrong - attend(kept)).norm())
+    left = {text: float((wrong - tried(kept)).nan_to_num(torch.inf).norm()) for text, tried in WAYS.items()}
+    best = min(left, key=left.__getitem__)
+    return best if left[best] <= CLOSE * apart else ""
+
+
+def attend(kept: Kept, *, scale: float | None = None, visible: Tensor | None = None, tiled: bool = False) -> Tensor:
+    """softmax(scale·q·k)·v over visible keys in float64, (1, N, T, H); as the call says unless something else is given."""
+    call = kept.call
+    q, k, v = (x.double() for x in (call.q_BNTH, call.k_BKSH, kept.v_BKSH))
+    many = q.shape[1] // k.shape[1]
+    k, v = (x.repeat(1, many, 1, 1) if tiled else x.repeat_interleave(many, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * (call.scale if scale is None else scale)
+    visible = seen_of(call) if visible is None else visible
+    return scores.masked_fill(~visible, HIDDEN).softmax(-1) @ v
+
+
+def seen_of(call: Call, later: int = 0) -> Tensor:
+    """Which keys each query sees, (…, T, S) bool; `later` of them beyond its own."""
+    T, S = call.q_BNTH.shape[2], call.k_BKSH.shape[2]
+    index_S = torch.arange(S, device=call.q_BNTH.device)
+    own_T1 = torch.arange(T, device=index_S.device)[:, None] + (call.offset if call.causal else S - T)
+    seen = index_S <= own_T1
+    if call.mask is not None:
+        seen = call.mask if call.mask.dtype == torch.bool else call.mask > HIDDEN / 2
+    elif not call.causal:
+        seen = torch.ones_like(seen)
+    return seen | ((index_S > own_T1) & (index_S <= own_T1 + later))
+
+
+def _causal(kept: Kept) -> Tensor:
+    """As if no mask but the causal one were there."""
+    offset = kept.call.k_BKSH.shape[2] - kept.call.q_BNTH.shape[2]
+    return attend(kept, visible=seen_of(replace(kept.call, mask=None, causal=True, offset=offset)))
+
+
+WAYS: dict[str, Callable[[Kept], Tensor]] = {
+    "scores are not scaled": lambda kept: attend(kept, scale=1.0),
+    "scores are scaled twice": lambda kept: attend(kept, scale=kept.call.scale**2),
+    "scores are multiplied by what they should be divided by": lambda kept: attend(kept, scale=1 / kept.call.scale),
+    "each query sees the key after its own": lambda kept: attend(kept, visible=seen_of(kept.call, later=1)),
+    "each query sees all keys": lambda kept: attend(kept, visible=seen_of(kept.call, later=kept.call.k_BKSH.shape[2])),
+    "queries see all keys before them, whatever the mask says": _causal,
+    "key heads are tiled where each should be repeated for its group": lambda kept: attend(kept, tiled=True),
+}
