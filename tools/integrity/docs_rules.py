@@ -10,7 +10,9 @@ from tools.integrity import blocks
 from tools.integrity.core import Repo, rule
 
 Found = Iterator[tuple[str, int, str]]
-GENERATED_PAGES = "gates/index museum kill-matrix margins failures symptoms findings runs/index data/index benchmarks models/index cli coverage config errors".split()
+GENERATED_PAGES = """
+gates/index museum kill-matrix margins failures symptoms findings runs/index data/index benchmarks models/index cli coverage config errors
+""".split()
 
 
 def prose(text: str) -> list[tuple[int, str]]:
