@@ -17,12 +17,14 @@ CLAIM = "Given these tokens, the two computations differ by these errors at thes
 NOT_COVERED = ("other tokens", "points that only one side has", "errors below the bound that rounding is granted")
 
 
-def differ(text: str, against: str | None, asked: Asked, *, bisecting: bool, check: str | None, swaps: tuple[str, ...]) -> None:
-    """Compare MODEL with what it is held against; bisect and try cures if asked."""
+def differ(
+    text: str, against: str | None, asked: Asked, *, backward: bool, bisecting: bool, check: str | None, swaps: tuple[str, ...]
+) -> None:
+    """Compare MODEL with what it is held against; its gradients too, bisect and try cures if asked."""
     import torch
 
     from stack.cli.subjects import open_subject
-    from stack.trace import bisect, compare, expect, side
+    from stack.trace import bisect, compare, compare_gradients, expect, side
 
     expected = [expect.parse(e, expect.OF_SIDES) for e in asked.expect]
     if check is not None and not bisecting:
@@ -34,13 +36,17 @@ def differ(text: str, against: str | None, asked: Asked, *, bisecting: bool, che
     good, bad = side(other.model, other.way), side(subject.model, subject.way)
     if against is not None and other.model is subject.model and other.way == subject.way:
         raise UsageError("this is the same model computed the same way", value=against, next_step="self@bfloat16, or another MODEL")
-    builder = builder_of("compare", CLAIM, NOT_COVERED, [subject, other], asked, ids=ids, bisect=bisecting, check=check, swap=list(swaps))
+    builder = builder_of(
+        "compare", CLAIM, NOT_COVERED, [subject, other], asked, ids=ids, backward=backward, bisect=bisecting, check=check, swap=list(swaps)
+    )
     cured = replace(bad, around=_with_swaps(bad, swaps)) if swaps else bad
     input_ids = torch.tensor([ids])
     found = compare(good, bad if against is not None else cured, input_ids, asked.points or None)
     document = _document(found, subject.title, other.title, ids)
     if swaps and against is not None:
         document["swaps"] = _after(found, compare(good, cured, input_ids, asked.points or None), swaps)
+    if backward:
+        document["gradients"] = _gradients(compare_gradients(good, cured, input_ids, asked.points or None))
     if bisecting:
         document |= _bisected(bisect(good, cured, input_ids, _command(check), asked.points or None))
     figures = {line["point"]: line for line in document["points"]}
@@ -80,6 +86,22 @@ def _line(c: Any) -> dict[str, Any]:
     arrived = asdict(c.arrived) if c.arrived else dict.fromkeys(("rel_err", "cosine", "nmse"))
     named = {"point": c.point.name, "layer": c.point.layer, "slot": c.point.slot, "operation": c.point.operation}
     return named | arrived | {"added_err": c.added_err, "bound": c.bound, "excess": c.excess, "note": c.note}
+
+
+def _gradients(found: Any) -> dict[str, Any]:
+    """Gradients as the document has them. `read_by` are the operations whose derivative makes the gradient at a point."""
+    points = [c.point for c in found.points]
+
+    def line(c: Any) -> dict[str, Any]:
+        return _line(c) | {"operation": "", "read_by": c.point.read_by(points) if c in found.points else ""}
+
+    return {
+        "points": [line(c) for c in found.points],
+        "parameters": [line(c) for c in found.parameters],
+        "first": None if found.first is None else line(found.first),
+        "suspects": [c.point.name for c in found.suspects],
+        "bound": found.bound,
+    }
 
 
 def _with_swaps(bad: Any, swaps: tuple[str, ...]) -> Callable[[], AbstractContextManager[Any]]:
@@ -170,6 +192,8 @@ def _show(document: dict[str, Any]) -> None:
         stdout.print(f"guilty: {one['point']}, the {one['operation']}", style="bold", markup=False)
     if document.get("minimal_set"):
         stdout.print(f"smallest set of modules that cures: {', '.join(document['minimal_set'])}", markup=False)
+    if "gradients" in document:
+        _show_gradients(document["gradients"])
     if "swaps" in document:
         stdout.print(_swaps_said(document["swaps"]), markup=False)
     for one in document["expectations"]:
@@ -178,6 +202,21 @@ def _show(document: dict[str, Any]) -> None:
     said += f": {document['way']}" if document["way"] else ""
     stdout.print(said, style="bold", markup=False)
     stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)
+
+
+def _show_gradients(found: dict[str, Any]) -> None:
+    """Gradients in the order of the backward; of parameters those that err."""
+    shown = [*found["points"], *(line for line in found["parameters"] if line["excess"] > 1)]
+    keys = ("rel_err", "cosine", "added_err", "bound")
+    rows = [[line["point"] + (" ◀" if line["excess"] > 1 else ""), *(number(line[k]) for k in keys)] for line in shown]
+    title = f"Gradients of the next-token loss, backwards; {len(found['parameters'])} parameters"
+    stdout.print(table(title, ["gradient at", "error that arrives", "cosine", "error added", "bound"], rows))
+    stdout.print(f"bound of added errors: {found['bound']}", style="dim", markup=False)
+    first = found["first"]
+    if first is None:
+        return stdout.print("no derivative adds more than rounding", style="bold", markup=False)
+    whose = f", in the derivative of what reads it: {first['read_by']}" if first["read_by"] else ", in its own derivative"
+    stdout.print(f"first derivative to err: the gradient at {first['point']}{whose}", style="bold", markup=False)
 
 
 def _decades(line: dict[str, Any], math: Any) -> float | None:

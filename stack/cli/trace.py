@@ -55,7 +55,9 @@ def trace(
     input_ids: Annotated[str | None, typer.Option("--input-ids", help="Token ids instead of a text: 1,2,3.")] = None,
     points: Annotated[list[str] | None, typer.Option("--points", help="Only these points; * stands for any part of a name.")] = None,
     tokens: Annotated[str, typer.Option("--tokens", help="Statistics over all tokens, or the last one: all or last.")] = "all",
-    backward: Annotated[bool, typer.Option("--backward", help="Gradients of the mean next-token loss at the points as well.")] = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Gradients of the mean next-token loss as well; with --against compared.")
+    ] = False,
     against: Annotated[
         str | None,
         typer.Option("--against", help="Compare with this MODEL, taken as right; self@WAY is the same one computed another way."),
@@ -115,9 +117,9 @@ def trace(
     if against is not None or swap:
         from stack.cli.differ import differ
 
-        if backward or tokens != "all":
-            raise UsageError("a comparison is of values at all tokens", value="--backward" if backward else f"--tokens {tokens}")
-        return differ(model, against, asked, bisecting=bisect, check=check, swaps=tuple(swap or ()))
+        if tokens != "all":
+            raise UsageError("a comparison is of all tokens", value=f"--tokens {tokens}", next_step="leave it out")
+        return differ(model, against, asked, backward=backward, bisecting=bisect, check=check, swaps=tuple(swap or ()))
     if bisect or check:
         raise UsageError("there is nothing to bisect", value="--bisect" if bisect else "--check", next_step="give --against MODEL as well")
     _single(model, asked, backward)
@@ -221,13 +223,16 @@ def builder_of(kind: str, claim: str, not_covered: tuple[str, ...], subjects: li
 
 
 def write(builder: Any, document: dict[str, Any], asked: Asked) -> None:
-    """Write points.jsonl, chain.jsonl of a bisection, trace.json, the CSV if wanted, and the record; the document then says where."""
+    """Write the series that the document holds, trace.json, the CSV if wanted, and the record; the document then says where."""
     from spec.building import artefact, write_atomically
     from spec.canonical import canonical_json, to_jsonable
 
     directory = asked.run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
-    series = {"points.jsonl": document["points"]} | ({"chain.jsonl": document["chain"]} if document.get("chain") else {})
+    gradients = document.get("gradients", {})
+    series = {"points.jsonl": document["points"], "chain.jsonl": document.get("chain")}
+    series |= {"gradients.jsonl": [*gradients.get("points", ()), *gradients.get("parameters", ())]}
+    series = {name: lines for name, lines in series.items() if lines}
     for name, lines in series.items():
         write_atomically(directory / name, b"".join(canonical_json(to_jsonable(line)) + b"\n" for line in lines))
     write_atomically(directory / "trace.json", canonical_json(to_jsonable(document)))

@@ -2,6 +2,7 @@
 
 from stack.trace.bisect import bisect
 from stack.trace.compare import compare
+from stack.trace.gradients import compare_gradients
 from stack.trace.lens import read_lens, train_lens
 from stack.trace.nonfinite import first_nonfinite, watching
 from stack.trace.patching import ablate, patch, targets
@@ -13,6 +14,7 @@ __all__ = [
     "ablate",
     "bisect",
     "compare",
+    "compare_gradients",
     "first_nonfinite",
     "patch",
     "read_lens",

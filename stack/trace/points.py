@@ -43,6 +43,32 @@ OPERATIONS = {
     "final_norm": "final norm",
     "logits": "output head",
 }
+# What reads the value at a point next: whose derivative is wrong when the gradient there is the first that is. After a bar what reads it
+# in models that have none of the points before the bar.
+READERS = {
+    "embedding": "attention_norm resid_mid",
+    "attention_norm": "q k v",
+    "q": "q_norm | q_rotated | attention_mixed",
+    "k": "k_norm | k_rotated | attention_mixed",
+    "v": "attention_mixed",
+    "q_norm": "q_rotated | attention_mixed",
+    "k_norm": "k_rotated | attention_mixed",
+    "q_rotated": "attention_mixed",
+    "k_rotated": "attention_mixed",
+    "attention_mixed": "attention_out",
+    "attention_out": "resid_mid",
+    "resid_mid": "ffn_norm resid_out",
+    "ffn_norm": "router ffn.gate ffn.up | ffn.out",
+    "router": "routing",
+    "routing": "ffn.out",
+    "ffn.gate": "ffn.swiglu",
+    "ffn.up": "ffn.swiglu | ffn.act",
+    "ffn.act": "ffn.out",
+    "ffn.swiglu": "ffn.out",
+    "ffn.out": "resid_out",
+    "resid_out": "attention_norm resid_mid final_norm",
+    "final_norm": "logits",
+}
 Layout = Literal["BTF", "BNTH", "BTNH", "RF"]
 
 
@@ -63,8 +89,20 @@ class Point:
     @property
     def operation(self) -> str:
         """What makes the value here; the slot itself where nobody has said it."""
-        slot = re.sub(r"^experts\.\d+\.", "ffn.", self.slot)
-        return OPERATIONS.get(slot, self.slot)
+        return OPERATIONS.get(self.kind, self.slot)
+
+    @property
+    def kind(self) -> str:
+        """The slot, of an expert that of a plain feed-forward."""
+        return re.sub(r"^experts\.\d+\.", "ffn.", self.slot)
+
+    def read_by(self, points: Iterable["Point"]) -> str:
+        """The operations that read the value here, among those of `points`; empty where nobody has said them."""
+        there = {p.kind for p in points}
+        for group in READERS.get(self.kind, "").split("|"):
+            if found := [OPERATIONS[slot] for slot in group.split() if slot in there]:
+                return ", ".join(found)
+        return ""
 
 
 @dataclass(frozen=True)

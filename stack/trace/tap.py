@@ -35,8 +35,9 @@ def tap(
     """Show `handler(point, tensor)` every value at the points `names` (None: all) while the block runs; gives the points.
 
     Tensors begin with (B, T), experts and routers with (1, R). A tensor that the handler returns, of the same shape, flows on in its
-    place; points that do not flow are only shown. `on_grad` sees gradients in the same layout, where there are any. The handler is called
-    as modules run, so a derived point comes with what it is derived from. Raises UsageError for unknown names.
+    place; points that do not flow are only shown. `on_grad` sees gradients in the same layout, where there are any, and what it returns
+    goes on in the backward in their place. The handler is called as modules run, so a derived point comes with what it is derived from.
+    Raises UsageError for unknown names.
     """
     where = map_of(model, where)
     chosen = sites(model, where, names)
@@ -58,12 +59,13 @@ def tap(
 
 @dataclass(frozen=True)
 class _Form:
-    """How a raw tensor is laid out, and what is taken of it before that; `grad` takes the same of its gradient, `back` undoes it."""
+    """How a raw tensor is laid out, and what is taken of it before that; `grad` takes the same of its gradient, and both are undone."""
 
     layout: Layout
     take: Callable[[Tensor], Tensor] = lambda x: x
     grad: Callable[[Tensor], Tensor] | None = None
     back: Callable[[Tensor, Tensor], Tensor] = lambda new, raw: new
+    grad_back: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def _part(layout: Layout, part: tuple[int, int] | None) -> _Form:
@@ -87,8 +89,7 @@ class _Viewer:
     def show(self, point: Point, raw: Tensor, form: _Form) -> Tensor | None:
         """The tensor to use instead of `raw`, or None."""
         if self.on_grad is not None and raw.requires_grad and not point.derived:
-            take = form.grad or form.take
-            raw.register_hook(lambda grad: self.on_grad(point, _shown(take(grad), form.layout)))
+            raw.register_hook(lambda grad: self._gradient(point, grad, form))
         seen = _shown(form.take(raw), form.layout)
         new = self.handler(point, seen)
         if new is None:
@@ -99,6 +100,11 @@ class _Viewer:
         if new.shape != seen.shape:
             raise UsageError(f"{point.name} cannot be replaced by another shape", value=tuple(new.shape), allowed=tuple(seen.shape))
         return form.back(_hidden(new.to(raw.dtype), form.layout), raw)
+
+    def _gradient(self, point: Point, grad: Tensor, form: _Form) -> Tensor | None:
+        """The gradient to go on with, or None."""
+        new = self.on_grad(point, _shown((form.grad or form.take)(grad), form.layout))
+        return None if new is None else (form.grad_back or form.back)(_hidden(new.to(grad.dtype), form.layout), grad)
 
 
 def _shown(x: Tensor, layout: Layout) -> Tensor:
@@ -219,7 +225,7 @@ def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
     """Show the weights of all experts, and route by what replaces them: as many experts as before, those of the largest weights."""
     scores_RE, chosen_Rk, weights_Rk = (out[i] for i in (place.scores, place.chosen, place.weights))
     spread = lambda x_Rk: x_Rk.new_zeros(scores_RE.shape).scatter(1, chosen_Rk, x_Rk)  # noqa: E731
-    new_RE = view.show(point, weights_Rk, _Form("RF", spread, spread, lambda new, raw: new))
+    new_RE = view.show(point, weights_Rk, _Form("RF", spread, spread, grad_back=lambda new_RE, _: new_RE.gather(1, chosen_Rk)))
     if new_RE is None:
         return out
     new_Rk, chosen_Rk = (x[:, : chosen_Rk.shape[1]] for x in new_RE.sort(dim=-1, descending=True, stable=True))
@@ -283,7 +289,8 @@ def _show_inside(found: dict[str, Site], which: str, view: _Viewer, raw: Tensor,
     if have > n:
         many = have // n
         grad = lambda g: g.unflatten(1, (n, many)).sum(2)  # noqa: E731
-        form = _Form(layout, lambda x: x[:, ::many], grad, lambda new, x: new.repeat_interleave(many, 1))
+        grad_back = lambda new, g: (new / many).repeat_interleave(many, 1)  # noqa: E731
+        form = _Form(layout, lambda x: x[:, ::many], grad, lambda new, x: new.repeat_interleave(many, 1), grad_back)
     elif have < n:
         form = _Form(layout, lambda x: x.reshape(x.shape[0], n, -1, x.shape[-1]), back=lambda new, x: new.reshape(x.shape))
     return view.show(site.point, raw, form)

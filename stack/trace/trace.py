@@ -82,17 +82,17 @@ def trace(
     on_grad = (lambda p, g: note(gradients, p, g)) if backward else None
     with torch.set_grad_enabled(backward), tap(model, names, lambda p, x: note(values, p, x), where=where, on_grad=on_grad) as points:
         logits = run(model, input_ids)
-        loss = _backward(model, logits, input_ids) if backward else None
+        loss = backward_of(model, logits, input_ids)[0] if backward else None
     stats, grads = values.finish(), gradients.finish()
     traced = tuple(Traced(p, stats[p.name], grads.get(p.name)) for p in points if p.name in stats)
     return Trace(traced, logits.detach(), tuple(p.name for p in points if p.name not in stats), loss)
 
 
-def _backward(model: nn.Module, logits_BTV: Tensor, input_ids_BT: Tensor) -> float:
-    """The mean next-token loss in nats. Its gradient passes every point; what parameters had as gradients stays."""
+def backward_of(model: nn.Module, logits_BTV: Tensor, input_ids_BT: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """The mean next-token loss in nats and its gradient at each parameter it depends on. What parameters had as gradients stays."""
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), input_ids_BT[:, 1:].flatten())
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not wanted:
         raise UsageError("no parameter of this model wants a gradient", next_step="model.requires_grad_(True), or trace without backward")
-    torch.autograd.grad(loss, wanted, allow_unused=True)
-    return float(loss.detach())
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return float(loss.detach()), {n: g for n, g in zip(wanted, found) if g is not None}

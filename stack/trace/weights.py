@@ -29,7 +29,7 @@ def weights(model: nn.Module, before: nn.Module | None = None) -> tuple[Weight, 
     Raises UsageError where `before` has other parameters.
     """
     now = dict(model.named_parameters())
-    points = [_point(name, order) for order, name in enumerate(now)]
+    points = [point_of(name, order) for order, name in enumerate(now)]
     values, changes, earlier = Gatherer(), Gatherer(), Gatherer()
     for point in points:
         values.see(point, _as_rows(now[point.name]))
@@ -47,7 +47,7 @@ def _weight(point: Point, stat: Stat, update: Stat | None, before: Stat | None) 
     return Weight(point, stat, update, update.rms / before.rms if update is not None and before.rms > 0 else None)
 
 
-def _point(name: str, order: int) -> Point:
+def point_of(name: str, order: int) -> Point:
     """`layers.3.ffn.up.weight` has layer 3 and slot `ffn.up.weight`; so has any name with one number for its block."""
     found = re.search(r"(?:^|\.)(\d+)\.", name)
     return Point(name, None if found is None else int(found[1]), name if found is None else name[found.end() :], order)

@@ -14,7 +14,8 @@ from stack.cli import again, main, output
 from stack.data.tokenizer import Bytes
 from stack.export import huggingface, parity
 from stack.model import names
-from stack.museum.plant import load_museum
+from stack.museum.plant import load_museum, swap
+from stack.trace import ways
 from tests.export import models
 
 
@@ -130,6 +131,36 @@ def test_a_run_against_its_export_agrees_and_a_broken_one_is_named(stack, run_di
     assert record.kind == "compare" and len(record.config) == 3 and record.metric("suspects") == 1
     code, document = stack("trace", broken, "--against", run_dir, "--expect", "layers.1.ffn.up.added_err < 1e-6", *SHORT)
     assert document["expectations"][0]["verdict"] == "refuted" and document["first_divergence"]["point"] == "layers.1.ffn.up"
+
+
+def test_gradients_are_compared_and_a_wrong_derivative_is_named(stack, run_dir, tmp_path, monkeypatch):
+    from stack.kernels import dispatch
+
+    code, document = stack("trace", run_dir, "--against", "self@float64", "--backward", "--run-dir", "right", *SHORT)
+    found, derived = document["gradients"], ("scores", "entropy", "ffn.silu")
+    assert code == 0 and found["first"] is None and found["suspects"] == [] and len(found["parameters"]) > 10
+    assert [line["point"] for line in found["points"]][::-1] == [p["point"] for p in document["points"] if p["slot"] not in derived]
+    record = read_record(tmp_path / "right" / "metadata.json")
+    assert [s.path for s in record.series] == ["points.jsonl", "gradients.jsonl"]
+
+    original = dispatch.swiglu
+
+    class HalfBack(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 2
+
+    monkeypatch.setattr(ways, "reference_kernels", lambda: swap(dispatch, "swiglu", lambda gate, up: original(HalfBack.apply(gate), up)))
+    code, document = stack("trace", f"{run_dir}@reference", "--against", run_dir, "--backward", *SHORT)
+    first = document["gradients"]["first"]
+    assert (
+        code == 0 and document["first_divergence"] is None and first["point"].endswith("ffn.gate") and first["read_by"] == "gated product"
+    )
+    assert {s.partition(".")[2].partition(".")[2] for s in document["gradients"]["suspects"]} == {"ffn.gate"}
 
 
 @pytest.mark.parametrize("way", ["float64", "bfloat16", "reference"])

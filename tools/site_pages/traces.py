@@ -7,7 +7,7 @@ from tools.site_pages.chart import thin
 from tools.site_pages.markup import code, esc, table
 from tools.site_pages.world import World
 
-POINTS, PLANTS, CHAIN = "points.jsonl", "plants.jsonl", "chain.jsonl"
+POINTS, PLANTS, CHAIN, GRADIENTS = "points.jsonl", "plants.jsonl", "chain.jsonl", "gradients.jsonl"
 WARM, HOT = 1.25, 2.5  # in size, as the terminal draws them
 TIMES = (2.0, 10.0)  # beyond its bound an added error is warm, and ten times as much hot
 HISTORY = (
@@ -32,7 +32,12 @@ def sections(world: World, record: Record) -> list[str]:
             return _plants(world.series(record, PLANTS, "plant", "planted", "compared", "bisected", "runs"))
         case "compare":
             rows = world.series(record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound")
-            return [*_comparison(rows), *_chain(world.series(record, CHAIN, "id", "hypothesis", "verdict", "evidence"))]
+            gradients = world.series(record, GRADIENTS, "point", "rel_err", "added_err", "bound", "read_by")
+            return [
+                *_comparison(rows),
+                *_gradients(gradients),
+                *_chain(world.series(record, CHAIN, "id", "hypothesis", "verdict", "evidence")),
+            ]
     return []
 
 
@@ -65,6 +70,21 @@ def _comparison(rows: list[Row]) -> list[str]:
         _map(cells),
         table(["point", "error that arrives", "cosine", "NMSE", "error added", "bound"], body),
     ]
+
+
+def _gradients(rows: list[Row]) -> list[str]:
+    """Gradients at points and parameters, in the order of the backward."""
+    if not rows:
+        return []
+    first = next((r for r in rows if _beyond(r) > 1), None)
+    whose = f", in the derivative of what reads it: {esc(first['read_by'])}" if first and first["read_by"] else ""
+    said = (
+        f"First gradient that adds more than its bound: {code(first['point'])}{whose}."
+        if first
+        else "No derivative adds more than its bound."
+    )
+    body = [[code(r["point"]), *(_plain(r.get(k)) for k in ("rel_err", "cosine", "added_err", "bound"))] for r in rows]
+    return ["## Gradients", said, table(["gradient at", "error that arrives", "cosine", "error added", "bound"], body)]
 
 
 def _chain(links: list[Row]) -> list[str]:

@@ -1,0 +1,168 @@
+"""A derivative that is wrong in one place: the comparison of gradients names that place, and right derivatives differ by rounding."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spec.errors import UsageError
+from stack.kernels import dispatch
+from stack.museum.plant import load_museum, swap
+from stack.trace import compare, compare_gradients, side
+from stack.trace.ways import Side
+from tests.trace import models
+
+L = 1
+
+
+class Bent(torch.autograd.Function):
+    """The identity, with a derivative that is `factor`."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+class WeightForgotten(torch.autograd.Function):
+    """A product whose derivative by its weight is wrong in one row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        by_weight = grad.flatten(0, 1).T @ x.flatten(0, 1)
+        by_weight[3] = 0.0
+        return grad @ weight, by_weight
+
+
+def projection(model, name):
+    linear = model.layers[L].ffn.get_submodule(name)
+    original = linear.forward
+    linear.forward = lambda x: original(Bent.apply(x, 1.01))
+
+
+def norm(model):
+    module = model.layers[L].attention_norm
+    original = module.forward
+    module.forward = lambda x: original(Bent.apply(x, 0.5))
+
+
+def gated(model):
+    ffn = model.layers[L].ffn
+    ffn.forward = lambda x, reading=None: ffn.down(F.silu(Bent.apply(ffn.gate(x), 0.99)) * ffn.up(x))
+
+
+def weight(model):
+    up = model.layers[L].ffn.up
+    up.forward = lambda x: WeightForgotten.apply(x, up.weight)
+
+
+def residual(model):
+    block = model.layers[L]
+
+    def forward(x, reading):
+        h = x + block.attention(block.attention_norm(x), reading)
+        return Bent.apply(h, 1.001) + block.ffn(block.ffn_norm(h), reading)
+
+    block.residual = forward
+
+
+def head(model):
+    original = model.head.forward
+    model.head.forward = lambda x: original(Bent.apply(x, 1.01))
+
+
+# plant, where the first wrong gradient is, and what is said to read it
+PLANTS = {
+    "up projection by its input": (lambda m: projection(m, "up"), "layers.1.ffn_norm", "gate projection, up projection"),
+    "down projection by its input": (lambda m: projection(m, "down"), "layers.1.ffn.swiglu", "down projection, or sum of experts"),
+    "up projection by one row of its weight": (weight, "layers.1.ffn.up.weight", ""),
+    "norm before attention": (norm, "layers.0.resid_out", "norm before attention, residual sum after attention, final norm"),
+    "gate in the gated product": (gated, "layers.1.ffn.gate", "gated product"),
+    "residual sum": (residual, "layers.1.resid_mid", "residual sum after the feed-forward"),
+    "output head": (head, "final_norm", "output head"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_the_first_wrong_derivative_is_named_and_no_other_is_blamed(name):
+    plant, place, reader = PLANTS[name]
+    good = models.ours("untied")
+    bad = copy.deepcopy(good)
+    plant(bad)
+    assert compare(side(good), side(bad), models.ids()).first_divergence is None, "the forward is right"
+    found = compare_gradients(side(good), side(bad), models.ids())
+    assert found.first is not None and found.first.point.name == place
+    assert {s.point.name for s in found.suspects} == {place}
+    assert reader in found.first.point.read_by(p.point for p in found.points) if reader else found.first in found.parameters
+
+
+@pytest.mark.parametrize("name", models.OURS)
+@pytest.mark.parametrize("way", ["float64", "reference", "bfloat16"])
+def test_right_derivatives_differ_by_rounding(name, way):
+    """Worst over these 63: 0.65 of the bound at a point (queries of gpt2-exact), 0.62 at a parameter (a head norm's weight)."""
+    model = models.ours(name)
+    good = side(model, "float64") if way == "bfloat16" else side(model)
+    found = compare_gradients(good, side(model, way), models.ids())
+    assert found.first is None and len(found.points) > 20 and len(found.parameters) == len(list(model.parameters()))
+    assert way != "float64" or max(r.excess for r in (*found.points, *found.parameters)) > 1e-3, "two precisions are not one"
+
+
+@pytest.mark.parametrize("name", [n for n in models.THEIRS if "mixtral" not in n])
+def test_right_derivatives_of_transformers_differ_by_rounding(name):
+    model = models.theirs(name)
+    found = compare_gradients(side(model), side(model, "float64"), models.ids())
+    assert found.first is None and len(found.parameters) == len(list(model.parameters()))
+
+
+def test_a_derivative_inside_the_attention_kernel_is_named_in_every_layer():
+    model, original = models.ours("untied"), dispatch.attention
+
+    def around():
+        return swap(dispatch, "attention", lambda q, k, v, **more: original(q, Bent.apply(k, -1.0), v, **more))
+
+    bad = Side(model, side(model).where, around=around)
+    found = compare_gradients(side(model), bad, models.ids())
+    assert found.first.point.name == "layers.1.k_rotated"
+    assert {s.point.name for s in found.suspects} == {"layers.0.k_rotated", "layers.1.k_rotated"}
+    assert "attention kernel" in found.first.point.read_by(p.point for p in found.points)
+
+
+def test_an_error_arrives_behind_the_place_where_it_is_made():
+    good = models.ours("untied")
+    bad = copy.deepcopy(good)
+    projection(bad, "down")
+    rows = {r.point.name: r for r in compare_gradients(side(good), side(bad), models.ids()).points}
+    assert rows["layers.1.ffn.swiglu"].added_err == pytest.approx(0.01, rel=1e-3)
+    assert rows["layers.1.ffn.out"].arrived.rel_err == 0 < 1e-3 < rows["layers.0.ffn.out"].arrived.rel_err
+    assert rows["layers.0.ffn.out"].added_err < 1e-6
+
+
+def test_the_museums_clobbered_gradient_is_named():
+    """Its forward is right, so a comparison of values sees nothing."""
+    model = models.ours("plain")
+    plant = load_museum()["model.shared-gradient-clobbered"]
+    bad = Side(model, side(model).where, around=plant.apply)
+    assert compare(side(model), bad, models.ids()).first_divergence is None
+    found = compare_gradients(side(model), bad, models.ids())
+    assert found.first is not None, found.bound
+
+
+def test_gradients_that_were_there_stay_and_one_token_has_none():
+    model = models.ours()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    compare_gradients(side(model), side(model), models.ids())
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    with pytest.raises(UsageError, match="at least 2 tokens"):
+        compare_gradients(side(model), side(model), models.ids(tokens=1))
