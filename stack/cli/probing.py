@@ -113,7 +113,7 @@ def asked(options: dict[str, Any]) -> Probe | None:
     refuse_beside(probe.mode, {f"--{name}": options[name] for name in table})
     if probe.repro is not None:  # the bundle names the run, the step and its rows
         given = {"MODEL": options["model"], "--prompt": options["prompt"], "--input-ids": options["input_ids"]}
-        refuse_beside("--repro", {name: value is not None for name, value in given.items()})
+        refuse_beside("--repro", {name: value is not None for name, value in given.items()} | {"--backward": options["backward"]})
     if options["tokens"] != "all" or (options["backward"] and probe.mode != "--nonfinite"):
         raise UsageError(f"{'--tokens' if options['tokens'] != 'all' else '--backward'} says nothing beside {probe.mode}")
     return probe
@@ -121,7 +121,7 @@ def asked(options: dict[str, Any]) -> Probe | None:
 
 def probe(what: Probe, text: str | None, asked: Any) -> None:
     """Do what was asked of the MODEL `text`, with the prompt and the folder of `asked`, which is of `stack.cli.trace`."""
-    own = asked.prompt is not None or asked.input_ids is not None
+    own = asked.prompt is not None or asked.input_ids is not None or what.backward
     bundle = what.repro or (search.newest_bundle(Path(text)) if what.nonfinite and text is not None and not own else None)
     if bundle is not None:
         return search.trace_bundle(bundle, device=what.device, base=what.base, run_dir=asked.run_dir, json=asked.json)

@@ -132,6 +132,14 @@ def test_for_people_it_says_where_and_shows_the_last_good_values(broken, stack, 
     assert "when the gate turned red, layers.1.ffn.swiglu was the first point" in done.out
 
 
+def test_what_asks_for_the_model_itself_is_not_answered_by_an_old_bundle(broken, stack, monkeypatch):
+    monkeypatch.setattr(steps, "train_step", planted())
+    done = stack("trace", broken, "--nonfinite", "--backward", "--json")
+    assert done.code == 0 and done.json["first_nonfinite"] is None is done.json["step"]
+    done = stack("trace", "--repro", broken / "repro" / "runtime.finite-step-17", "--backward")
+    assert done.code == 2 and "--backward says nothing beside --repro" in done.err
+
+
 def test_a_finite_model_is_said_to_be_finite_forward_and_backward(folder, stack):
     forward = stack("trace", folder, "--nonfinite", "--prompt", "The object", "--json")
     both = stack("trace", folder, "--nonfinite", "--backward", "--input-ids", "1,2,3,4", "--json")
