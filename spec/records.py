@@ -17,6 +17,8 @@ Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempt
 Scalar = bool | int | float | str | None
 Sha256 = str
 HEX64 = r"^[0-9a-f]{64}$"
+# Keys of a run that decide what is kept, shown or looked at, not what is computed: a resumed run may change them.
+BESIDE_TRAINING = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")
 
 
 class Waiver(Frozen):

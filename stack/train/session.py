@@ -16,7 +16,7 @@ from spec.errors import ConfigError, DataError, EnvironmentUnfit, GateFailed, St
 from spec.formulas import parameter_count
 from spec.gates import load_spec
 from spec.provenance import environment
-from spec.records import Artefact, Override, Record, read_record
+from spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
 from stack.config import BanditCurriculum, RunConfig, validate
 from stack.data.prepare import prepare
 from stack.data.reader import eval_batches, probe_batches
@@ -42,8 +42,6 @@ NOT_COVERED = (
     "behaviour beyond the trained context length",
     "bitwise equality on another processor, torch build or number of threads",
 )
-# Keys a resumed run may change: they decide what is kept or shown, not what is computed.
-RESUMABLE_KEYS = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -138,12 +136,12 @@ def _require_same_data(run: Run, document: dict) -> None:
 
 
 def _refuse_changes(original: RunConfig, changed: RunConfig, sets: Sequence[Override]) -> None:
-    refused = [o for o in sets if not any(o.key == k or o.key.startswith(k + ".") for k in RESUMABLE_KEYS)]
+    refused = [o for o in sets if not any(o.key == k or o.key.startswith(k + ".") for k in BESIDE_TRAINING)]
     if changed != original and refused:
         raise ConfigError(
             f"a resumed run keeps its configuration, and {refused[0].key} decides what is computed",
             value=f"{refused[0].value} from {refused[0].source}",
-            allowed=f"changes of {', '.join(RESUMABLE_KEYS)}",
+            allowed=f"changes of {', '.join(BESIDE_TRAINING)}",
             next_step=f"stack train --fork DIR {' '.join(o.source for o in sets)} starts a child run with the change recorded",
         )
 

@@ -78,11 +78,18 @@ def drop_ledger_line(root: Path) -> None:
     (root / "evidence" / "ledger.jsonl").write_bytes(b"".join(lines[:1] + lines[2:]))
 
 
-def second_train(root: Path) -> None:
-    config = json.loads(json.dumps(small_repo.CONFIG)) | {"seed": 2}
+def second_train(root: Path, minute: int = 9, **changes) -> None:
+    """The same losses once more, by another configuration."""
+    config = json.loads(json.dumps(small_repo.CONFIG)) | (changes or {"seed": 2})
     commit = git(root, "rev-parse", "HEAD")
     small_repo.record(
-        root, "train", 9, commit, config=config, metrics=small_repo.train_metrics(), series_lines={"metrics.jsonl": small_repo.log_lines()}
+        root,
+        "train",
+        minute,
+        commit,
+        config=config,
+        metrics=small_repo.train_metrics(),
+        series_lines={"metrics.jsonl": small_repo.log_lines()},
     )
 
 
@@ -258,6 +265,13 @@ def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):
     edit(repo, "README.md", "0001-one.md#context", "0002-two.md")
     findings = [f for f in check(repo) if f.code == "LINK"]
     assert findings[0].path == "README.md" and findings[0].line == 3 and "0002-two.md" in findings[0].message
+
+
+def test_a_run_that_only_recorded_more_rightly_ends_alike(repo):
+    second_train(repo, trace={"every": 50})
+    assert "DUP-METRICS" not in found(repo)
+    second_train(repo, 19, trace={"every": 50}, train=small_repo.CONFIG["train"] | {"log_every": 7, "max_steps": 99})
+    assert "DUP-METRICS" in found(repo)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from spec import formulas
 from spec.canonical import sha256_file
 from spec.errors import StackproofError
-from spec.records import Record
+from spec.records import BESIDE_TRAINING, Record
 from spec.runners import left_out
 from tools.integrity.core import Repo, rule
 from tools.integrity.foreign import Found, admitted, flattery, gaps
@@ -353,6 +353,15 @@ def data_record(repo: Repo) -> Found:
             yield repo.record_file(record.id), 0, "was trained on a data set of which the ledger holds no record"
 
 
+def trained_by(record: Record) -> dict:
+    """The part of a run's configuration that decides what is computed: two runs that share it are one, and rightly end alike."""
+    parts = {
+        section: {k: v for k, v in keys.items() if f"{section}.{k}" not in BESIDE_TRAINING} if isinstance(keys, dict) else keys
+        for section, keys in record.config.items()
+    }
+    return {section: part for section, part in parts.items() if part != {}}
+
+
 @rule(
     "DUP-METRICS",
     title="Two runs do not share their losses",
@@ -364,7 +373,7 @@ def dup_metrics(repo: Repo) -> Found:
     for record in repo.records.values():
         value = number(record, "val_loss_nats") if record.kind == "train" else None
         twin = seen.get(value) if value is not None else None
-        if twin and twin.config_sha256 != record.config_sha256:
+        if twin and trained_by(twin) != trained_by(record):
             yield repo.record_file(record.id), 0, f"has the same held-out loss as {twin.id} under another configuration"
         if value is not None:
             seen.setdefault(value, record)
