@@ -112,7 +112,7 @@ class Gatekeeper:
             seat.heartbeat_last_step = event.step
             if seat.first_failure_step is None:
                 seat.verdict = verdict
-            if verdict.outcome == "fail" or verdict.message:
+            if verdict.outcome == "fail" or (verdict.passed and verdict.message):
                 self.on_verdict(seat.gate.id, event.step, verdict)
             if verdict.outcome == "fail":
                 if seat.first_failure_step is None:

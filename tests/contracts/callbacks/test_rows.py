@@ -1,5 +1,7 @@
 """Rows, positions, direction and waiting of a trainer that is not ours: green on what is common, red on each fault, by the real hooks."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,10 @@ from torch import nn
 from contracts.callbacks import batch
 from contracts.callbacks.movement import Movement
 from contracts.callbacks.plain import gated
-from contracts.gate import limits_of, resolve
+from contracts.events import Started
+from contracts.gate import Verdict, limits_of, resolve
 from contracts.rows import FreshRows, RowsSeen
+from contracts.witness import StateRestored
 from spec.gates import load_spec
 from stack.museum import script
 from tests.contracts.callbacks.stock import llama
@@ -31,17 +35,17 @@ def outcomes(check: FreshRows, epochs) -> set[str]:
 
 def test_an_epoch_in_the_same_order_is_seen():
     once = list(range(100, 140))
-    assert outcomes(fresh(), [once]) == {"pass"}
-    assert outcomes(fresh(), [once, once]) == {"pass", "fail"}
+    assert outcomes(fresh(), [once]) == {"not_run", "pass"}
+    assert outcomes(fresh(), [once, once]) == {"not_run", "pass", "fail"}
     shuffled = [[once[i] for i in torch.randperm(40, generator=torch.Generator().manual_seed(e))] for e in range(20)]
-    assert outcomes(fresh(), shuffled) == {"pass"}
+    assert outcomes(fresh(), shuffled) == {"not_run", "pass"}
 
 
 def test_one_batch_again_and_again_is_seen_at_the_twenty_fifth_row():
     check, verdicts = fresh(), []
     for _ in range(8):
         verdicts.append(drawn(check, [1, 2, 3, 4]))
-    assert [v.outcome for v in verdicts] == ["pass"] * 7 + ["fail"]
+    assert [v.outcome for v in verdicts] == ["not_run"] * 6 + ["pass", "fail"]
     assert verdicts[-1].measured["rows_in_order"] == 28 and "4 rows before" in verdicts[-1].message
 
 
@@ -55,6 +59,78 @@ def test_held_out_rows_that_were_trained_on_are_seen():
     assert drawn(check, [6], phase="evaluation").outcome == "fail"
     drawn(check, [300])
     assert drawn(check, range(400, 408), phase="evaluation").outcome == "pass"  # a new evaluation counts anew
+
+
+def test_too_few_rows_are_no_pass():
+    check = fresh()
+    assert drawn(check, ()).outcome == "not_run", "short rows only"
+    verdicts = [drawn(check, [row]) for row in range(26)]
+    assert [v.outcome for v in verdicts] == ["not_run"] * 25 + ["pass"] and "fewer than 26 rows" in verdicts[0].message
+    same = fresh()
+    assert [drawn(same, [7]).outcome for _ in range(26)] == ["not_run"] * 25 + ["fail"], "red comes no sooner than green"
+    before = fresh()
+    assert drawn(before, range(40), phase="evaluation").outcome == "not_run", "nothing was trained on"
+
+
+@pytest.mark.parametrize("told", [Started(6, {}), StateRestored(6, (), 0)], ids=lambda e: type(e).__name__)
+def test_after_a_resume_only_what_is_known_is_judged(told):
+    check = fresh()
+    assert check.observe(told) is None
+    first = drawn(check, range(100), step=7)
+    assert first.outcome == "not_run" and "before step 6 are not known" in first.message
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).tolist()
+    assert drawn(check, order, step=8).outcome == "pass", "enough of them have come again, in another order"
+    held_out = drawn(check, range(200, 240), step=8, phase="evaluation")
+    assert held_out.outcome == "not_run" and "held-out rows may be among them" in held_out.message
+    assert drawn(check, range(300, 340), step=9).outcome == "not_run", "the question stays open"
+    assert drawn(check, range(40), step=9, phase="evaluation").outcome == "fail"
+    assert drawn(check, range(340, 400), step=10).outcome == "not_run"
+    assert drawn(check, range(340, 400), step=11).outcome == "fail"
+
+
+def test_a_run_that_is_restored_to_where_it_is_knows_its_rows():
+    check = fresh()
+    check.observe(Started(0, {}))
+    drawn(check, range(40), step=6)
+    check.observe(StateRestored(6, (), 1))
+    assert drawn(check, range(40, 80), step=7).outcome == "pass"
+
+
+def test_rows_beyond_the_memory_are_no_pass_and_those_within_are_judged(monkeypatch):
+    monkeypatch.setattr(FreshRows, "MEMORY", 50)
+    check = fresh()
+    assert drawn(check, range(50)).outcome == "pass"
+    verdict = drawn(check, range(50, 60))
+    assert verdict.outcome == "not_run" and "only the first 50 rows" in verdict.message
+    assert drawn(check, range(200, 208), phase="evaluation").outcome == "not_run"
+    assert drawn(check, range(8), phase="evaluation").outcome == "fail"
+    assert drawn(check, range(60)).outcome == "not_run", "the order of the last ten cannot be known"
+    assert drawn(check, range(50)).outcome == "fail"
+
+
+def repeated(**told) -> Verdict:
+    """One batch again and again in a loop of one's own: the verdict on its rows."""
+    model = script.Small()
+    optimizer = script.make_optimizer(model)
+    batch_ = next(script.batches())
+    with gated(model, optimizer, mode="log", only=("data.fresh-rows",), **told) as gate:
+        for _ in range(12):
+            script.loss_of(model(**script.inputs_of(batch_)), batch_, script.tokens_in([batch_])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return gate.verdicts()["data.fresh-rows"]
+
+
+def test_rows_that_come_again_on_purpose_are_not_judged_and_the_verdict_says_so():
+    assert repeated().outcome == "fail"
+    verdict = repeated(reuses_rows=True)
+    assert verdict.outcome == "not_run" and "on purpose" in verdict.message
+
+
+def test_a_verdict_that_could_not_be_had_is_not_a_line_for_every_step(tmp_path):
+    log = tmp_path / "gates.jsonl"
+    assert repeated(log_path=log).outcome == "fail"
+    assert {json.loads(line)["verdict"] for line in log.read_text().splitlines()} == {"fail"}
 
 
 def test_rows_are_told_apart_by_their_tokens_alone():
