@@ -122,6 +122,7 @@ class Run:
                 changed_tensor_frac=report.changed_tensor_frac,
                 overflow_retries=report.overflow_retries,
                 expert_shares=report.expert_shares,
+                sample_ids=report.sample_ids,
             )
         )
 
