@@ -3,11 +3,12 @@
 import math
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
-from contracts.events import BatchDrawn, Event, Started, StepTaken
+from contracts.events import BatchDrawn, Event, Started
 from contracts.gate import Verdict, decide, decides, failed, not_run, passed
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
@@ -298,11 +299,19 @@ def corpus_budget(limits: SimpleNamespace, *, splits, n_params: int, planned_tok
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """An optimizer step was taken on the gradient of the windows `sample_ids`."""
+
+    step: int
+    sample_ids: tuple[int, ...]
+
+
 @decides("data.consumption")
 class Consumption:
     """The position moves on without gap, each step draws what was declared and learns from that, and no window repeats within its epoch."""
 
-    events = (Started, BatchDrawn, StepTaken)
+    events = (Started, BatchDrawn, Learned)
 
     def __init__(self, limits):
         self.limits, self.plan, self.cursor = limits, None, None
@@ -311,7 +320,7 @@ class Consumption:
         self.announced: tuple[int, ...] = ()
         self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
 
-    def observe(self, event: Event) -> Verdict | None:
+    def observe(self, event: Event | Learned) -> Verdict | None:
         if isinstance(event, Started):
             if self.cursor is not None and self.cursor != event.plan["cursor"]:
                 return failed(f"the run goes on at sample {event.plan['cursor']}, it had stopped at {self.cursor}", cursor=self.cursor)
@@ -321,7 +330,7 @@ class Consumption:
             self.plan, self.cursor, self.order = event.plan, event.plan["cursor"], order
             self.drawn = list(event.plan["drawn"])
             return None
-        if isinstance(event, StepTaken):
+        if isinstance(event, Learned):
             others = sum((Counter(event.sample_ids) - Counter(self.announced)).values())
             if sorted(event.sample_ids) == sorted(self.announced):
                 return None

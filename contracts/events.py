@@ -31,7 +31,7 @@ class StepTaken:
     """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it.
 
     `expert_shares` holds per layer with experts the share (0-1) of the step's choices that went to each, before any is dropped.
-    `group_lrs` holds the learning rate by group as it stands in the optimizer, `sample_ids` the windows whose gradient was taken.
+    `group_lrs` holds the learning rate by group as it stands in the optimizer.
     """
 
     step: int
@@ -50,7 +50,6 @@ class StepTaken:
     overflow_retries: int = 0
     expert_shares: tuple[tuple[float, ...], ...] = ()
     group_lrs: Mapping[str, float] = field(default_factory=dict)
-    sample_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from contracts.data import Consumption
+from contracts.data import Consumption, Learned
 from contracts.events import BatchDrawn, Started
 from contracts.gate import call_check, limits_of
 from spec.errors import GateFailed
@@ -19,7 +19,6 @@ from stack.data.reader import Reader
 from stack.museum.plant import PLANTS, load_museum, touches
 from stack.train import session
 from stack.train.listener import Listener
-from tests.contracts.test_optim import step_taken
 
 PREFLIGHT = ["data.order", "data.coverage", "data.exhaustion", "data.integrity", "data.leakage", "data.corpus-budget"]
 
@@ -274,7 +273,7 @@ def test_consumption_is_red_where_a_step_learns_from_other_windows(spec):
     def learned(ids):
         check = watching(spec, plan(100))
         assert check.observe(drawn(1, 0)).passed
-        return check.observe(step_taken(step=1, sample_ids=ids))
+        return check.observe(Learned(1, ids))
 
     assert learned((0, 1, 2, 3)) is None and learned((3, 2, 1, 0)) is None, "in whatever order"
     for ids, n in (((4, 5, 6, 7), 4), ((0, 1, 2, 4), 1), ((0, 1, 2, 2), 1), ((), 0)):
