@@ -34,12 +34,15 @@ def _stretch(order, first: int, n: int) -> np.ndarray:
 
 
 @decides("curriculum.order")
-def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources) -> Verdict:
+def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources, declared_shares) -> Verdict:
     """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once per epoch and from everywhere.
 
-    Rows that are decided one at a time, over the end of the warm-up, are those that are decided all at once.
+    Rows that are decided one at a time, over the end of the warm-up, are those that are decided all at once. `declared_shares` holds
+    (weight, cap, floor) of every source by name, as the configuration has them; one source alone has all rows.
     """
     arms = make_run_order().sources
+    if len(arms) > 1 and (other := _undeclared(arms, declared_shares)):
+        return failed(other)
     listed = [i for i, s in enumerate(arms) if s.name in warmup_sources]
     warm = _stretch(make_run_order(), 0, min(warmup_rows, JUDGED_ROWS)) if warmup_rows else np.zeros((3, 0), np.int64)
     early = int((~np.isin(warm[0], listed)).sum())
@@ -65,6 +68,14 @@ def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_s
         sources=len(arms),
         worst_excess_rows=worst,
     )
+
+
+def _undeclared(arms, declared) -> str:
+    """Which source has other shares than were declared, or an empty text."""
+    held = {a.name: (a.weight, a.cap, a.floor) for a in arms}
+    wrong = sorted(n for n in held.keys() | declared.keys() if held.get(n) != declared.get(n))
+    parts = [f"{n} has weight, cap, floor {held.get(n)}, declared are {declared.get(n)}" for n in wrong]
+    return f"source {parts[0]}" if parts else ""
 
 
 def _arm_fault(arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits: SimpleNamespace) -> str:

@@ -1,8 +1,9 @@
 """Gates of the data: what was consumed is what was declared, and nothing held out is trained on."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -298,19 +299,28 @@ def corpus_budget(limits: SimpleNamespace, *, splits, n_params: int, planned_tok
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """An optimizer step was taken on the gradient of the windows `sample_ids`."""
+
+    step: int
+    sample_ids: tuple[int, ...]
+
+
 @decides("data.consumption")
 class Consumption:
-    """The position moves on without gap, each step draws what was declared, and no window repeats within its source's epoch."""
+    """The position moves on without gap, each step draws what was declared and learns from that, and no window repeats within its epoch."""
 
-    events = (Started, BatchDrawn)
+    events = (Started, BatchDrawn, Learned)
 
     def __init__(self, limits):
         self.limits, self.plan, self.cursor = limits, None, None
         self.order = ""
         self.drawn: list[int] = []
+        self.announced: tuple[int, ...] = ()
         self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
 
-    def observe(self, event: Event) -> Verdict | None:
+    def observe(self, event: Event | Learned) -> Verdict | None:
         if isinstance(event, Started):
             if self.cursor is not None and self.cursor != event.plan["cursor"]:
                 return failed(f"the run goes on at sample {event.plan['cursor']}, it had stopped at {self.cursor}", cursor=self.cursor)
@@ -320,6 +330,12 @@ class Consumption:
             self.plan, self.cursor, self.order = event.plan, event.plan["cursor"], order
             self.drawn = list(event.plan["drawn"])
             return None
+        if isinstance(event, Learned):
+            others = sum((Counter(event.sample_ids) - Counter(self.announced)).values())
+            if sorted(event.sample_ids) == sorted(self.announced):
+                return None
+            return failed(f"step {event.step}: it learned from {others} window(s) that were not drawn for it", not_drawn=others)
+        self.announced = event.sample_ids
         rows = self.plan["rows_per_step"]
         if event.cursor_before != self.cursor or event.cursor_after != self.cursor + rows or len(event.sample_ids) != rows:
             return failed(

@@ -112,7 +112,7 @@ class Gatekeeper:
             seat.heartbeat_last_step = event.step
             if seat.first_failure_step is None:
                 seat.verdict = verdict
-            if verdict.outcome == "fail" or verdict.message:
+            if verdict.outcome == "fail" or (verdict.passed and verdict.message):
                 self.on_verdict(seat.gate.id, event.step, verdict)
             if verdict.outcome == "fail":
                 if seat.first_failure_step is None:
@@ -166,16 +166,19 @@ class Gatekeeper:
         return [s for s in self.seats.values() if s.gate.moment == moment]
 
     def _ask(self, seat: _Seat, ingredients: Mapping[str, Any], step: int | None = None) -> Verdict:
+        """Ask once. The first red verdict stays, as that of a runtime gate does: of many saves one may be bad and the next good."""
         started = time.perf_counter()
-        seat.verdict = call_check(seat.gate, ingredients)
+        verdict = call_check(seat.gate, ingredients)
         seat.seconds += time.perf_counter() - started
         seat.checks += 1
         seat.heartbeat_last_step = step
-        if seat.verdict.outcome == "fail" and seat.first_failure_step is None:
-            seat.first_failure_step = step if step is not None else 0
-        if seat.verdict.outcome != "not_run":
-            self.on_verdict(seat.gate.id, step, seat.verdict)
-        return seat.verdict
+        if seat.first_failure_step is None:
+            seat.verdict = verdict
+            if verdict.outcome == "fail":
+                seat.first_failure_step = step if step is not None else 0
+        if verdict.outcome != "not_run":
+            self.on_verdict(seat.gate.id, step, verdict)
+        return verdict
 
     def _halts(self, seat: _Seat, verdict: Verdict) -> bool:
         return verdict.outcome == "fail" and seat.gate.severity == "halt" and seat.gate.id not in self.waivers

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from contracts.gate import Verdict, decide, decides
+from contracts.events import Started
+from contracts.gate import Verdict, decides, failed, not_run, passed
+from contracts.witness import StateRestored
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,33 +21,54 @@ class FreshRows:
     """Rows do not come again in the order they had, and few of those that are scored were trained on.
 
     An order is the same where each of many rows in a row comes the same distance after it came before: an epoch that is not
-    shuffled anew, or one batch again and again. Remembers at most `MEMORY` rows; later ones are not judged.
+    shuffled anew, or one batch again and again. Remembers the first `MEMORY` rows. Where a red verdict could not have come, because too
+    few rows were drawn, or rows are not known that were trained on before a resume or beyond the memory, it says not_run.
     """
 
-    events = (RowsSeen,)
+    events = (RowsSeen, Started, StateRestored)
     MEMORY = 500_000
 
     def __init__(self, limits):
         self.limits = limits
         self.trained: dict[int, int] = {}
-        self.drawn = self.lag = self.in_order = 0
+        self.drawn = self.lag = self.in_order = self.again = 0
         self.scored = self.known = 0
+        self.step, self.resumed_at, self.full, self.unscored = 0, 0, False, ""
 
-    def observe(self, event: RowsSeen) -> Verdict | None:
+    def observe(self, event: RowsSeen | Started | StateRestored) -> Verdict | None:
+        if not isinstance(event, RowsSeen):
+            if event.step > self.step:
+                self.resumed_at = event.step
+            return None
         if event.phase == "evaluation":
             return self._scored(event)
-        self.scored = self.known = 0
-        if len(self.trained) >= self.MEMORY:
-            return None
+        self.scored, self.known, self.step = 0, 0, event.step
         for row in event.rows:
-            before, self.trained[row] = self.trained.get(row), self.drawn
-            lag = 0 if before is None else self.drawn - before
-            self.in_order = self.in_order + 1 if lag and lag == self.lag else int(lag > 0)
-            self.lag, self.drawn = lag, self.drawn + 1
-        again = f"the last {self.in_order} rows came in the order they had {self.lag} rows before: nothing shuffles, or not anew each epoch"
-        return decide(
-            self.in_order <= self.limits.rows_in_order_max, f"step {event.step}: {again}", rows_in_order=self.in_order, drawn=self.drawn
-        )
+            self._draw(row)
+        measured = {"rows_in_order": self.in_order, "drawn": self.drawn}
+        if self.in_order > self.limits.rows_in_order_max:
+            again = f"the last {self.in_order} rows came in the order they had {self.lag} rows before"
+            return failed(f"step {event.step}: {again}: nothing shuffles, or not anew each epoch", **measured)
+        return self._unless(self._unordered() or self.unscored, measured)
+
+    def _draw(self, row: int) -> None:
+        before = self.trained.get(row)
+        if before is not None or len(self.trained) < self.MEMORY:
+            self.trained[row] = self.drawn
+        else:
+            self.full = True
+        lag = 0 if before is None else self.drawn - before
+        self.in_order = self.in_order + 1 if lag and lag == self.lag else int(lag > 0)
+        self.lag, self.drawn, self.again = lag, self.drawn + 1, self.again + (lag > 0)
+
+    def _unordered(self) -> str:
+        """Why an order could not have been seen, or nothing."""
+        least = int(self.limits.rows_in_order_max) + 2
+        if self.drawn < least:
+            return f"fewer than {least} rows that are long enough were drawn, too few for an order"
+        if self.resumed_at and self.again <= self.limits.rows_in_order_max:
+            return f"rows drawn before step {self.resumed_at} are not known, and those since have hardly come again"
+        return f"only the first {self.MEMORY:,} rows are remembered, and there were more" if self.full else ""
 
     def _scored(self, event: RowsSeen) -> Verdict | None:
         """All batches of one evaluation together, from the number of rows on at which a share says something."""
@@ -53,12 +76,15 @@ class FreshRows:
         if self.scored < self.limits.scored_min:
             return None
         share = self.known / self.scored
-        return decide(
-            share <= self.limits.trained_frac_max,
-            f"step {event.step}: {self.known} of {self.scored} held-out rows were trained on",
-            trained_frac=share,
-            scored=self.scored,
-        )
+        measured = {"trained_frac": share, "scored": self.scored}
+        if share > self.limits.trained_frac_max:
+            return failed(f"step {event.step}: {self.known} of {self.scored} held-out rows were trained on", **measured)
+        if self.resumed_at:
+            self.unscored = f"rows trained on before step {self.resumed_at} are not known; held-out rows may be among them"
+        return self._unless(self.unscored or self._unordered(), measured)
+
+    def _unless(self, reason: str, measured: dict) -> Verdict:
+        return not_run(reason) if reason else passed(**measured)
 
     def state_dict(self) -> dict:
         return {}

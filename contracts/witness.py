@@ -80,7 +80,8 @@ class GradientsSeen:
 class Moved:
     """Which tensors one update moved. `longest_still` is the longest run of updates in which a tensor with gradient has not moved.
 
-    `uphill` is the cosine of movement and gradient at an optimizer's very first update, 0 at all others.
+    `uphill` is the cosine of movement and gradient at the first update of an optimizer that moves anything, 0 at all others; with
+    the sign turned where the optimizer is asked to maximise, so that more than 0 is always the wrong way.
     """
 
     step: int
@@ -311,7 +312,7 @@ class Moves(Stateless):
         if still:
             text = f"{event.stillest} has a gradient and has not moved in {event.longest_still} updates"
         if uphill:
-            text = f"the first update goes along its gradient, not against it (cosine {event.uphill:.3g}): the loss is made larger"
+            text = f"the first update goes the wrong way along its gradient (cosine {event.uphill:.3g}), against what the optimizer is for"
         return decide(
             not still and not uphill and len(event.frozen_moved) <= self.limits.frozen_moved_max,
             f"step {event.step}: {text}",

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from contracts.callbacks import digest
 from contracts.callbacks.probe import config_of, untouched
 from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
-from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
+from contracts.callbacks.session import ROWS_GATE, Cost, Mode, Session, ingredients_of
 from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
@@ -26,6 +26,8 @@ class GateCallback(TrainerCallback):
     Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON lines, default
     `gates.jsonl` in the output folder) and to logging, and nothing is raised. `skip` leaves gates out by id.
     `record` names a folder for the record of the run; it is written when training ends or a gate halts it, by the first process only.
+    `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose; a trainer of TRL whose
+    `num_iterations` is above 1 says so itself.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class GateCallback(TrainerCallback):
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
         record: str | Path | None = None,
+        reuses_rows: bool = False,
     ):
-        self._mode, self._skip, self._only, self._record = mode, tuple(skip), only, record
+        self._mode, self._skip, self._only, self._record, self._reuses_rows = mode, tuple(skip), only, record, reuses_rows
         self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
@@ -63,7 +66,7 @@ class GateCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, processing_class=None, **kwargs):
         self._detach()
         log_path = self._log_path or Path(args.output_dir) / "gates.jsonl"
-        self.session = Session(self._mode, log_path=log_path, skip=self._skip, only=self._only)
+        self.session = Session(self._mode, log_path=log_path, skip=self._skip, only=self._only, reuses_rows=self._reuses_rows)
         self.session.on_halt = self._detach
         self._trainer, resumed = _caller()
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -71,6 +74,8 @@ class GateCallback(TrainerCallback):
         if _other_objective(self._trainer):
             for gate_id in LOSS_GATES:
                 self.session.forget(gate_id, f"{type(self._trainer).__name__} does not learn the next token by cross-entropy")
+        if (passes := getattr(args, "num_iterations", 1)) > 1:
+            self.session.forget(ROWS_GATE, f"num_iterations = {passes}: the trainer goes over each buffer of rows again on purpose")
         if self._record and args.process_index == 0:
             self._open_record(args, state, model, inner, lr_scheduler)
         with untouched(model):
@@ -147,7 +152,7 @@ class GateCallback(TrainerCallback):
                     digest.write(folder, document)
             if verdict is not None:
                 self.session.observe(verdict)
-            self._watch.batch = dict(inputs)
+            self._watch.batch = dict(inputs) if isinstance(inputs, Mapping) else {}  # prompts are a list of rows
             loss = self._during("training", step, model, inputs, *args, **kwargs)
             self._watch.tell_loss(loss)
             return loss

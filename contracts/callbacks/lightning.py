@@ -24,6 +24,7 @@ class GateCallback(Callback):
     `model` names the attribute where it cannot be guessed. Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts
     go to `log_path` (JSON lines, default `gates.jsonl` in the root folder) and to logging, and nothing is raised.
     `record` names a folder for the record of the run, written when it ends however it ends.
+    `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class GateCallback(Callback):
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
         record: str | Path | None = None,
+        reuses_rows: bool = False,
     ):
         self._mode, self._name, self._tokenizer = mode, model, tokenizer
-        self._skip, self._only, self._record = tuple(skip), only, record
+        self._skip, self._only, self._record, self._reuses_rows = tuple(skip), only, record, reuses_rows
         self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
@@ -60,9 +62,8 @@ class GateCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
         self._watch = None
-        self.session = Session(
-            self._mode, log_path=self._log_path or Path(trainer.default_root_dir) / "gates.jsonl", skip=self._skip, only=self._only
-        )
+        log_path = self._log_path or Path(trainer.default_root_dir) / "gates.jsonl"
+        self.session = Session(self._mode, log_path=log_path, skip=self._skip, only=self._only, reuses_rows=self._reuses_rows)
         self.session.on_halt = self._detach
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

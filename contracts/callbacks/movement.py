@@ -1,4 +1,7 @@
-"""Which tensors an update moved, to the bit, and whether its first step went downhill."""
+"""Which tensors an update moved, to the bit, and whether the first that moved anything went where it should."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,42 @@ VISIBLE_RATE = 1e-7
 SLOPE_ENTRIES = 1_000_000  # of weights, copied once
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A parameter as it was before an update, and the sum of its gradients since its optimizer has had no past."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    before: Tensor
+    slopes: Tensor
+
+    def slope(self) -> Tensor:
+        """The gradient to go against: turned around where the optimizer is asked to maximise."""
+        return self.parameter.grad.detach().float() * (-1.0 if self.group.get("maximize") else 1.0)
+
+    def products(self, slope: Tensor) -> list[float]:
+        """Step·slope, weights·slope, step·weights, step·step, slope·slope."""
+        then, step, slope = (x.flatten() for x in (self.before, self.parameter.detach().float() - self.before, slope))
+        return torch.stack(
+            [torch.dot(a, b) for a, b in ((step, slope), (then, slope), (step, then), (step, step), (slope, slope))]
+        ).tolist()
+
+
+def _cosine(kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dict[int, float]) -> float:
+    """Of the step and a slope in which coupled decay stands `n_decays` times, over all tensors; decay of either kind is taken out."""
+    along, along_coupled, moved, steep = 0.0, 0.0, 0.0, 0.0
+    for k, slope in zip(kept, slopes):
+        descent, pull, shrink, moved_k, steep_k = k.products(slope)
+        decay = float(k.group.get("weight_decay") or 0.0)
+        along, along_coupled = (
+            along + descent + rate_of[id(k.parameter)] * decay * pull,
+            along_coupled + descent + n_decays * decay * shrink,
+        )
+        moved, steep = moved + moved_k, steep + steep_k
+    scale = (moved * steep) ** 0.5
+    return max(-1.0, min(along, along_coupled) / scale) if scale > 0 else 0.0
+
+
 class Movement:
     """Remembers a checksum of every parameter, and for how many updates each has stood still."""
 
@@ -18,11 +57,14 @@ class Movement:
         self._frozen_at_first = [not p.requires_grad for p in self._parameters]
         self._first = self._sums = checksums(self._parameters)
         self._still = [0] * len(self._parameters)
-        self._before: list[tuple[Tensor, Tensor, float, float]] | None = None
+        self._kept: list[_Kept] | None = None
+        self._waited = 0  # updates since then
 
     def settle(self) -> None:
         """Take the weights as they are, as when a checkpoint was loaded into them."""
         self._sums = checksums(self._parameters)
+        if self._kept:
+            self._kept = []
 
     def between(self, step: int) -> LeftAlone:
         """What has changed since the last update was judged."""
@@ -31,32 +73,37 @@ class Movement:
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep some weights as they are, if this optimizer has yet to take its first step. Whole tensors, up to SLOPE_ENTRIES."""
-        if self._before is not None:
+        if self._kept is not None:
             return
-        self._before, left = [], SLOPE_ENTRIES
-        for group in optimizer.param_groups if not optimizer.state else ():
+        self._kept, left = [], SLOPE_ENTRIES
+        for group in sorted(optimizer.param_groups, key=lambda g: g["lr"] < VISIBLE_RATE) if not optimizer.state else ():
             for p in group["params"]:
-                if p.grad is not None and not p.grad.is_sparse and group["lr"] >= VISIBLE_RATE and p.numel() <= left:
+                if p.grad is not None and not p.grad.is_sparse and p.numel() <= left:
                     left -= p.numel()
-                    self._before.append((p, p.detach().float().clone(), float(group["lr"]), float(group.get("weight_decay") or 0.0)))
+                    now = p.detach().float()
+                    self._kept.append(_Kept(p, group, now.clone(), torch.zeros_like(now)))
 
-    def _uphill(self) -> float:
-        """Cosine of movement and gradient in the first update, 0 where it is not known. Decay, in the gradient or beside it, is taken out.
+    def _uphill(self, rate_of: dict[int, float]) -> float:
+        """Cosine of movement and gradient in the first update that moves anything, 0 where it is not known or was judged before.
 
-        Without moments every rule in use steps against the gradient: plain, scaled by entry, by its sign, or orthogonalised.
+        A fresh optimizer steps against its gradient, whatever its rule: plain, scaled by entry, by its sign, or orthogonalised. After
+        updates at rate 0 its moments may hold their gradients too, so that it must go along both the last one and the sum to be climbing.
         """
-        kept, self._before = self._before or [], []
-        along, along_coupled, moved, slope = 0.0, 0.0, 0.0, 0.0
-        for p, before, rate, decay in kept:
-            if p.grad is None:
-                return 0.0
-            then, step, gradient = (x.flatten() for x in (before, p.detach().float() - before, p.grad.detach().float()))
-            pairs = (step, gradient), (then, gradient), (step, then), (step, step), (gradient, gradient)
-            descent, pull, shrink, moved_p, slope_p = torch.stack([torch.dot(a, b) for a, b in pairs]).tolist()
-            along, along_coupled = along + descent + rate * decay * pull, along_coupled + descent + decay * shrink
-            moved, slope = moved + moved_p, slope + slope_p
-        scale = (moved * slope) ** 0.5
-        return max(-1.0, min(along, along_coupled) / scale) if scale > 0 else 0.0
+        kept = self._kept or []
+        if any(k.parameter.grad is None for k in kept):
+            self._kept = []
+            return 0.0
+        self._waited += 1
+        for k in kept:
+            k.slopes.add_(k.slope())
+        visible = [k for k in kept if rate_of.get(id(k.parameter), 0.0) >= VISIBLE_RATE]
+        if not any(bool((k.parameter.detach().float() != k.before).any()) for k in visible):
+            for k in kept:
+                k.before.copy_(k.parameter.detach())
+            return 0.0
+        self._kept = []
+        last = _cosine(visible, [k.slope() for k in visible], 1, rate_of)
+        return min(last, _cosine(visible, [k.slopes for k in visible], self._waited, rate_of))
 
     def judge(self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]) -> Moved:
         """What the update that ended `step` moved; `rates` are those it used, by group of the optimizer."""
@@ -76,5 +123,5 @@ class Movement:
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
             moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
-            uphill=self._uphill(),
+            uphill=self._uphill({id(p): rate for g, rate in zip(optimizer.param_groups, rates) for p in g["params"]}),
         )

@@ -80,6 +80,7 @@ def gated(
     skip: Iterable[str] = (),
     only: Iterable[str] | None = None,
     record: str | Path | None = None,
+    reuses_rows: bool = False,
 ) -> Iterator[Gate]:
     """Ask the preflight gates on the live model, then watch every step until the block ends.
 
@@ -87,10 +88,12 @@ def gated(
     clips at (infinity: nothing), `scaler` a GradScaler. Raises GateFailed at the first red gate that halts; with mode "log" nothing.
     `record` names a folder for the record of the run, written when the block ends however it ends. What `accelerate` has prepared
     may be given as it is, and so may a model that `torch.compile` has made; before step 1 what it was made of is asked.
+    `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose.
     """
     model = unwrapped(model)
     optimizer, scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
-    session = Session(mode, log_path=log_path or (Path(record) / LOG if record else None), skip=skip, only=only)
+    log_path = log_path or (Path(record) / LOG if record else None)
+    session = Session(mode, log_path=log_path, skip=skip, only=only, reuses_rows=reuses_rows)
     if record:
         told = {"max_grad_norm": max_grad_norm}
         trainer = trainer_of(torch.optim.Optimizer, "torch") | {"name": "a loop written by hand"}

@@ -19,6 +19,7 @@ from spec.errors import ConfigError, GateFailed
 from spec.gates import load_spec
 
 KIND = "foreign"
+ROWS_GATE = "data.fresh-rows"
 Mode = Literal["raise", "log"]
 logger = logging.getLogger("stackproof.gates")
 
@@ -67,7 +68,8 @@ class Session:
     """The gates of kind `foreign` in one run. In mode `raise` a red one that halts raises GateFailed; in mode `log` nothing is raised.
 
     Every verdict of a preflight or artifact gate, and every red one of a runtime gate, becomes one line of `log_path` and one of logging.
-    `skip` leaves gates out by id. Raises ConfigError for an unknown mode or gate.
+    `skip` leaves gates out by id. `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose.
+    Raises ConfigError for an unknown mode or gate.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Session:
         log_path: str | Path | None = None,
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
+        reuses_rows: bool = False,
     ):
         if mode not in ("raise", "log"):
             raise ConfigError("mode is neither raise nor log", value=mode, allowed="raise | log")
@@ -93,6 +96,8 @@ class Session:
         self.on_step: Callable[[StepTaken], None] = lambda event: None
         self.on_end: Callable[[str, str, int], None] = lambda status, reason, exit_code: None
         self.clock, self.steps, self._preflight_s = Stopwatch(), 0, 0.0
+        if reuses_rows:
+            self.forget(ROWS_GATE, "reuses_rows: rows come again on purpose")
 
     def observe(self, event: Any) -> None:
         """Show an event to the gates. Raises GateFailed in mode `raise`."""

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from spec.errors import DataError
 from stack.cli.models import Opened, open_model
 from stack.cli.output import emit, stderr, stdout, table
+from stack.cli.paths import folder_at, model_at
 
 CLAIM = "Asked greedily, these weights gave these answers, and the suite's checks judged them so."
 NOT_COVERED = ("other prompts, other words for the same question", "anything that sampling at a temperature would say")
@@ -31,6 +32,10 @@ def audit_models(
     from stack.evaluate import audit
     from stack.evaluate.suite import load_suite, suite_file
 
+    for directory in earlier:
+        folder_at(
+            directory, "--earlier", allowed="the folder of an audit of this run", next_step="leave it out, or name the --run-dir of one"
+        )
     file = suite_file(suite)
     made, folders = load_suite(file), _folders(model) if every_checkpoint else [model]
     suite_input, answers, steps = artefact(file.resolve(), root=_root(file), name="suite"), [], []
@@ -79,7 +84,7 @@ def _folders(model: Path) -> list[Path]:
     """Step folders of a run, in the order of their steps."""
     from stack.train import checkpoint
 
-    root = checkpoint.find(model).parent
+    root = checkpoint.find(model_at(model)).parent
     return sorted(p for p in root.glob("step-*") if (p / "manifest.json").is_file())
 
 

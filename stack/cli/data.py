@@ -11,6 +11,7 @@ import typer
 
 from spec.errors import DataError, UsageError
 from stack.cli.output import MARKS, Json, emit, measured_text, stderr, stdout, table
+from stack.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 
 app = typer.Typer(help="Data sets: built from text of many sources, verified, compared with evaluation sets.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that stack data build wrote.")]
@@ -176,8 +177,8 @@ def _open(folder: Path, verify: str = "size"):
     from stack.config import DataConfig
     from stack.data.prepare import open_folder
 
-    if not (folder / "manifest.json").is_file():
-        raise DataError(f"{folder} holds no data set", allowed="a folder with manifest.json", next_step="stack data build SRC… --out DIR")
+    if not (folder_at(folder, "DIR", allowed=DATA_SET, next_step=BUILDS_ONE) / "manifest.json").is_file():
+        raise DataError(f"{folder} holds no data set", value=folder.absolute(), allowed=DATA_SET, next_step=BUILDS_ONE)
     return open_folder(folder, DataConfig(verify=verify))
 
 

@@ -7,6 +7,7 @@ import typer
 
 from spec.errors import IntegrityError
 from stack.cli.output import MARKS, Json, emit, stdout, table
+from stack.cli.paths import folder_at
 
 app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
 Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
@@ -32,6 +33,9 @@ def add(
     """Copy a run's record into the evidence folder and append it to the ledger."""
     from stack.evidence.ledgering import accept
 
+    folder_at(
+        run_dir, "RUN_DIR", allowed="a folder with metadata.json", next_step="give the folder that a run, an evaluation or a proof wrote"
+    )
     record, entry = accept(run_dir, _directory(evidence), supersedes=supersedes)
     if not emit({"record": record.id, "seq": entry.seq, "sha256": entry.sha256, "prev": entry.prev, "dirty": record.code.dirty}, json):
         stdout.print(f"added {record.id} as line {entry.seq + 1}")

@@ -7,6 +7,7 @@ import typer
 
 from spec.errors import GateFailed, IntegrityError, UsageError
 from stack.cli.output import MARKS, Json, emit, measured_text, stdout, table
+from stack.cli.paths import folder_at, tokenizer_at
 
 EXPORT_CLAIM = (
     "This folder holds these weights, and the other library computes from it what the model computes, where a gate below says pass."
@@ -101,6 +102,10 @@ def import_(
     from stack.recipes.imported import imported
     from stack.train.adopted import write_run
 
+    needed = "a folder of Hugging Face: config.json, safetensors and tokenizer.json"
+    folder_at(folder, "FOLDER", allowed=needed, next_step="fetch the model, all its files, and give their folder")
+    if tokenizer is not None:
+        tokenizer_at(tokenizer)
     refuse_occupied(out, "--out")
     source = reading.open_folder(folder, max_seq_len=max_seq_len)
     settings = {} if tokenizer else vocabulary.settings(folder)

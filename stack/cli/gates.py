@@ -7,6 +7,7 @@ import typer
 
 from spec.errors import ConfigError, GateFailed
 from stack.cli.output import Json, emit, stderr, stdout, table
+from stack.cli.paths import bundle_at, file_at
 
 app = typer.Typer(help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True)
 MOMENTS = ("preflight", "runtime", "artifact")
@@ -208,6 +209,7 @@ def backtest(
     """Replay a log through a runtime gate: when would it have fired first, and what would that have saved?"""
     from contracts.backtest import replay
 
+    file_at(log, "LOG", allowed="JSON lines", next_step="give samples.jsonl or metrics.jsonl of a run")
     outcome = replay(gate, log, seconds_per_step)
     if not emit(outcome, json):
         first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
@@ -227,7 +229,7 @@ def repro(
     """Replay the steps that turned a gate red, from the folder alone. Exit code 4 if it is red again, 0 if it is not."""
     from stack.train.replay import replay
 
-    held, outcome = replay(bundle, device=device, base=base)
+    held, outcome = replay(bundle_at(bundle, "BUNDLE"), device=device, base=base)
     measured = dict(outcome.verdict.measured) if outcome.verdict else {}
     document = {
         "gate": held.gate,

@@ -7,6 +7,7 @@ import typer
 
 from spec.errors import DataError, UsageError
 from stack.cli.output import Json, emit, stdout, table
+from stack.cli.paths import model_at, text_at
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
 TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one.")]
@@ -139,7 +140,7 @@ def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str
     ]
     if text is not None:
         try:
-            content = text.read_text("utf-8")
+            content = text_at(text).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"cannot read the text {text}: {e}", allowed="a UTF-8 file", next_step="give --text another file") from e
         if not content:
@@ -216,7 +217,7 @@ def inspect(model: Model, json: Json = False) -> None:
     from spec.formulas import parameter_count
     from stack.train import checkpoint
 
-    document = checkpoint.describe(checkpoint.find(model))
+    document = checkpoint.describe(checkpoint.find(model_at(model)))
     if document["checksum"] == "VALID":
         document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
     if not emit(document, json):

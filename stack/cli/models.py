@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spec.errors import DataError
+from stack.cli.paths import model_at, tokenizer_at
 
 
 @dataclass
@@ -22,14 +23,16 @@ class Opened:
 def open_model(path: Path, tokenizer_file: Path | None = None) -> Opened:
     """Load and verify a checkpoint and the tokenizer it is pinned to.
 
-    Raises CheckpointError for a damaged or unsafe checkpoint, DataError for another tokenizer.
+    Raises UsageError for paths that name nothing of their kind, CheckpointError for a damaged checkpoint, DataError for another tokenizer.
     """
     from stack.config import validate
     from stack.data.tokenizer import load_tokenizer
     from stack.model.build import build_model
     from stack.train import checkpoint
 
-    folder = checkpoint.find(path)
+    folder = checkpoint.find(model_at(path))
+    if tokenizer_file is not None:
+        tokenizer_at(tokenizer_file)
     run_dir = folder.parent.parent
     loaded = checkpoint.load(folder)
     cfg = validate(loaded.state["config"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from spec.canonical import canonical_json
 from stack.cli.output import emit, stdout, table
+from stack.cli.paths import bundle_at
 
 FILE = "nonfinite.jsonl"
 CLAIM = "With these inputs on this code and machine, this operation was the first to make a value that is not finite, or none did."
@@ -28,7 +29,7 @@ def trace_bundle(bundle: Path, *, device: str | None, base: Path | None, run_dir
     from stack.evidence import repro
     from stack.train.locate import locate
 
-    held = repro.read_bundle(bundle)
+    held = repro.read_bundle(bundle_at(bundle, "--repro"))
     builder = record_builder(held.config, (held.record,))
     _, found = locate(bundle, device=device or "cpu", base=base)
     builder.inputs = [artefact(bundle / repro.DOCUMENT, root=Path.cwd(), name="repro bundle")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spec.errors import DataError, UsageError
+from stack.cli.paths import MAKES_ONE
 
 SELF = "self"
 WRITTEN = "MODEL is a run directory, a checkpoint, a folder of Hugging Face or a .gguf file"
@@ -56,12 +57,12 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def _open(path: Path) -> Subject:
+    if not path.exists():
+        raise UsageError(f"there is nothing at {path}", value=path.absolute(), allowed=WRITTEN, next_step=MAKES_ONE)
     if path.suffix == ".gguf":
         return _of_transformers(path, path.parent, (path,))
     if path.is_dir() and (path / "config.json").is_file():
         return _of_transformers(path, path, tuple(sorted({path / "config.json", *path.glob("*.safetensors")})))
-    if not path.exists():
-        raise UsageError(f"there is nothing at {path}", allowed=WRITTEN)
     from stack.cli.models import open_model
 
     opened = open_model(path)

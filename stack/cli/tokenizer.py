@@ -8,6 +8,7 @@ import typer
 
 from spec.errors import DataError, UsageError
 from stack.cli.output import Json, emit, stdout, table
+from stack.cli.paths import tokenizer_at
 
 app = typer.Typer(help="Tokenizers: train byte-level BPE, look at any tokenizer.json.", no_args_is_help=True)
 
@@ -58,7 +59,7 @@ def show(path: Annotated[Path, typer.Argument(metavar="FILE", help="A tokenizer.
     """What a tokenizer.json is: size, end of text, control tokens, hash, which library encodes batches."""
     from stack.data.tokenizer import load_tokenizer
 
-    document = {"path": str(path), **_facts(load_tokenizer(path))}
+    document = {"path": str(path), **_facts(load_tokenizer(tokenizer_at(path, "FILE")))}
     if not emit(document, json):
         stdout.print(table("Tokenizer", ["what", "value"], [[k, v] for k, v in document.items()]))
 

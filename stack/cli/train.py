@@ -8,6 +8,7 @@ import typer
 
 from spec.errors import EnvironmentUnfit, UsageError
 from stack.cli.output import Json, emit, stdout
+from stack.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
 
 EXAMPLES = [
     "stack train",
@@ -61,6 +62,11 @@ def train(
         )
     if recipe and depth:
         raise UsageError("--depth takes the place of a recipe", value=f"{recipe} and --depth {depth}", next_step="drop one of them")
+    for flag, folder in (("--resume", resume), ("--fork", fork), ("--polish", polish)):
+        if folder is not None:
+            folder_at(folder, flag, allowed=RUN, next_step=MAKES_ONE)
+    if data is not None:
+        folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
     sets = (*(("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}") if data else ()), *(set_ or ()))
     if dry_run:
         return _dry_run(recipe, depth, data, sets, device, parent or resume, json)

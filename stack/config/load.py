@@ -333,7 +333,9 @@ def read_run_file(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
-        raise ConfigError(f"there is no file {path}", next_step="check the path of the .toml file") from e
+        raise ConfigError(
+            f"there is no file {path}", value=path.absolute(), allowed="a TOML file", next_step="check the path of the .toml file"
+        ) from e
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"cannot read {path} as TOML: {e}", next_step="repair the line; strings are quoted, tables are in brackets"

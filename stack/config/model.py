@@ -215,6 +215,10 @@ class ModelConfig(Frozen):
             raise ValueError(f"model.head_dim ({self.head_dim}) must be {number}: {' and '.join(reasons)}")
         if not rotary and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
             raise ValueError(f"model.rope_theta ({self.rope_theta:g}) has no effect with model.positions.kind = learned")
+        if (window := self.attention.window) is not None and window > self.max_seq_len:
+            raise ValueError(
+                f"model.attention.window ({window}) is above model.max_seq_len ({self.max_seq_len}), so no query would see less for it"
+            )
         if self.depth.kind == "mixture-of-depths" and self.depth.every > self.n_layers:
             raise ValueError(
                 f"model.depth.every ({self.depth.every}) is above model.n_layers ({self.n_layers}), so no block would be gated"

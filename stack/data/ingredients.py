@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from contracts.data import PIECE_TOKENS, span_hashes, span_of
-from stack.config import BanditCurriculum, RunConfig
+from stack.config import BanditCurriculum, Mixture, RunConfig
 from stack.data import curriculum, dedup, files, filters, reader
 from stack.data import tokenizer as tokenizers
 from stack.data.order import Source
@@ -129,7 +129,18 @@ def _curriculum_ingredients(cfg: RunConfig, dataset: Dataset, order_seed: int) -
         "make_bandit": make_bandit,
         "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
         "warmup_sources": cfg.curriculum.warmup_sources,
+        "declared_shares": declared_shares(cfg, dataset),
     }
+
+
+def declared_shares(cfg: RunConfig, dataset: Dataset) -> dict[str, tuple[float, float, float]]:
+    """(weight, cap, floor) of every source: the curriculum's, else the mixture's own; a built corpus brings its manifest's."""
+    tables = {"weight": cfg.curriculum.weights, "cap": cfg.curriculum.caps, "floor": cfg.curriculum.floors}
+    if isinstance(cfg.data.corpus, Mixture):
+        own = {s.name: {k: getattr(s, k) for k in tables} for s in cfg.data.corpus.sources}
+    else:
+        own = {name: {k: entry[k] for k in tables} for name, entry in dataset.sources.items()}
+    return {name: tuple(float(table.get(name, shares[k])) for k, table in tables.items()) for name, shares in own.items()}
 
 
 def _first(texts: Iterable[str], n: int) -> list[str]:

@@ -98,7 +98,8 @@ def _shortened(cfg: ModelConfig, max_seq_len: int) -> ModelConfig:
             value=f"--max-seq-len {max_seq_len}",
             allowed=f"2 to {cfg.max_seq_len}, and only for rotary positions",
         )
-    return cfg.model_copy(update={"max_seq_len": max_seq_len})
+    attention = cfg.attention.model_copy(update=names.within_context({"window": cfg.attention.window}, max_seq_len))
+    return cfg.model_copy(update={"max_seq_len": max_seq_len, "attention": attention})
 
 
 def _weight_files(path: Path) -> list[Path]:

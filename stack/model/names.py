@@ -91,7 +91,7 @@ class Llama(HuggingFace):
             "head_dim": d_model // n_heads if sizes["head_dim"] is None else sizes["head_dim"],
             "positions": {"kind": "rotary", "scaling": scaling},
             "rope_theta": theta,
-            "attention": {"kind": "softmax", **self.attention(keys, sizes)},
+            "attention": {"kind": "softmax", **within_context(self.attention(keys, sizes), sizes["max_seq_len"])},
             "ffn": self.ffn(keys),
         }
 
@@ -330,6 +330,11 @@ def _window_of_layers(keys: Keys, n_layers: int) -> int | None:
     if set(types) != {"sliding_attention"} or len(types) != n_layers or not windowed:
         raise unsaid("layer_types", ", ".join(types), "one window for all layers (max_window_layers = 0), or none")
     return window
+
+
+def within_context(attention: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
+    """Attention without a window that is wider than the context, which hides nothing."""
+    return attention | {"window": None} if (attention.get("window") or 0) > max_seq_len else attention
 
 
 def _window_words(cfg: ModelConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from stack.data import bandit, reader
+from stack.data import curriculum as mixing
 from stack.museum.plant import plant, swap, touch
 from stack.train import optimizer as opt
 from stack.train import step as steps
@@ -24,6 +25,24 @@ def floor_ignored():
         return weights / weights.sum()
 
     with swap(bandit, "shares", plain):
+        yield
+
+
+@plant(
+    "curriculum.bounds-left-behind",
+    gate="curriculum.order",
+    title="Caps and floors stay in the configuration",
+    story="Sources are built from their names, lengths and weights; what their bounds are is read, shown, and not handed on. Everything "
+    "that compares shares with bounds compares them with none, and is content.",
+    sources=("founding note: sixteen days of region region region",),
+)
+def bounds_left_behind():
+    original = mixing.sources_of
+
+    def unbounded(entries, spans):
+        return [replace(s, cap=1.0, floor=0.0) for s in original(entries, spans)]
+
+    with swap(mixing, "sources_of", unbounded):
         yield
 
 

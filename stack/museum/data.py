@@ -7,6 +7,7 @@ import numpy as np
 from contracts import data as checks
 from stack.data import permutation, reader, shards, stages
 from stack.museum.plant import plant, swap
+from stack.train import loop
 
 
 @plant(
@@ -342,4 +343,23 @@ def position_skips():
         return b
 
     with swap(reader.Reader, "draw", skipping):
+        yield
+
+
+@plant(
+    "data.batch-held-back",
+    gate="data.consumption",
+    title="The step learns from the batch before",
+    story="A wrapper that fetches ahead hands the step what it held back the last time. Every batch is drawn, counted and logged once, and "
+    "the first is learned from twice. Whatever is logged beside a step, its rows, sources or epoch, is that of another one.",
+    sources=("https://github.com/dscripka/openWakeWord/pull/202",),
+)
+def batch_held_back():
+    original, held = loop.draw, []
+
+    def late(run):
+        held.append(original(run))
+        return held[-2:][0]
+
+    with swap(loop, "draw", late):
         yield

@@ -112,18 +112,19 @@ def branch_detached():
     "optim.foreign-uphill",
     gate="optim.moves",
     title="The optimizer climbs",
-    story="An optimizer written after a paper adds the step where its paper subtracts it, or is asked to maximise. With a small rate the "
-    "loss stands near that of guessing for hundreds of steps before anyone calls it a divergence.",
+    story="An optimizer written after a paper adds the step where its paper subtracts it. With a small rate the loss stands near that of "
+    "guessing for hundreds of steps before anyone calls it a divergence.",
     sources=("https://github.com/torch/optim/pull/52",),
 )
 def uphill():
-    original = script.make_optimizer
+    class Written(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.add_(p.grad, alpha=group["lr"])
 
     def climbing(model):
-        optimizer = original(model)
-        for group in optimizer.param_groups:
-            group["maximize"] = True
-        return optimizer
+        return Written([p for p in model.parameters() if p.requires_grad], {"lr": 1e-3, "weight_decay": 0.0})
 
     with swap(script, "make_optimizer", climbing):
         yield

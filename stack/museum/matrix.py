@@ -44,8 +44,9 @@ def matrix(gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row
     """A row for every plant of the chosen gates: `{"plant", "gate", "red": {gate: {"seconds", "step"}}, "raised", "asked", "seconds"}`.
 
     A preflight gate's seconds are those of its check, a runtime gate's those of the run until it turned red. Every plant meets all gates
-    that apply to the configuration its own gate is proven under; a gate that is red there without the plant is left out. Plants of
-    foreign trainers do not touch the stack and have no row.
+    that apply to the configuration its own gate is proven under; a gate that is red there without the plant is left out. A runtime gate
+    that never looked is red, as it is where no gate is waived: its step is None and its seconds are those of the run. Plants of foreign
+    trainers do not touch the stack and have no row.
     """
     gates, museum, rows = [g for g in selection(gate_ids) if g.kinds != ("foreign",)], load_museum(), []
     with workshop() as root:
@@ -108,7 +109,8 @@ def _asked_of_all(
     watch = _Stopwatch()
     with _raising("the run", raised), apply():
         record = session.start(cfg, (), prover.run_dir(), watch, only=within)
-        for result in (r for r in record.gates if r.verdict == "fail"):
+        runtime = {g.id for g in here if g.moment == "runtime"}
+        for result in (r for r in record.gates if r.verdict == "fail" or (r.id in runtime and not r.checks)):
             step = result.first_failure_step
             red[result.id] = {"seconds": round(watch.at.get(step, max(watch.at.values(), default=0.0)), 3), "step": step}
     return red, raised, len(here)

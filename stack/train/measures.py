@@ -53,8 +53,9 @@ def _held_out_metrics(run: Run) -> None:
     metric("val_ppl", perplexity(val.loss_nats), "1", n=val.n_tokens, better="lower")
     metric("val_bits_per_byte", val.bits_per_byte, "bits per byte", n=val.n_bytes, better="lower")
     metric("val_batches", len(run.held_out), "batches")
-    metric("best_val_loss_nats", best["val_loss_nats"], "nats per token", better="lower")
-    metric("best_step", best["step"], "steps")
+    if best:  # none where no evaluation was called and the gate that says so is waived
+        metric("best_val_loss_nats", best["val_loss_nats"], "nats per token", better="lower")
+        metric("best_step", best["step"], "steps")
 
 
 def _baseline_metrics(run: Run) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from contracts.coherence import coherence
+from contracts.data import Learned
 from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
@@ -102,6 +103,7 @@ class Run:
             "epoch": batches[-1].epoch,
         }
         self._log_draws(batches)
+        self.keeper.observe(Learned(report.step, report.sample_ids))
         resting = tuple(name for name, module in state.model.named_modules() if not module.training)
         self.keeper.observe(ModeSeen(step=report.step, phase="training", wrong=resting))
         self.listener.on_step(self.line, self.cfg.train.max_steps)

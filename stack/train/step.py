@@ -23,7 +23,8 @@ MAX_OVERFLOW_RETRIES = 24
 class StepReport:
     """What one update measured. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` is left after the update.
 
-    `group_lrs` is what the optimizer's groups held, `expert_shares` the share of choices by layer and expert.
+    `group_lrs` is what the optimizer's groups held, `expert_shares` the share of choices by layer and expert, `sample_ids` the windows
+    that it learned from.
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepReport:
     changed_tensor_frac: float
     overflow_retries: int
     expert_shares: tuple[tuple[float, ...], ...] = ()
+    sample_ids: tuple[int, ...] = ()
 
     @property
     def applied(self) -> bool:
@@ -122,7 +124,8 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     state.tokens_seen += sum(b.input_ids.numel() for b in batches)
     lr, group_lrs = scheduled(peak=state.cfg.optim.lr), opt.group_lrs(state.optimizer)
     shares = tuple(tuple((n_E / n_E.sum()).tolist()) for n_E in moe.totals(state.loads))
-    return StepReport(step, loss_nats, grad_norm, clipped, lr, group_lrs, n_valid, changed, retries, shares)
+    ids = tuple(i for b in batches for i in b.sample_ids)
+    return StepReport(step, loss_nats, grad_norm, clipped, lr, group_lrs, n_valid, changed, retries, shares, ids)
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:

@@ -171,8 +171,8 @@ def test_without_transformers_it_is_said_and_never_a_pass(stack, run_dir, tmp_pa
         (("export", "run", "--out", "new", "--to", "gguf"), 2, "no such export"),
         (("export", "run", "--out", "new", "--dtype", "float8"), 2, "no such export"),
         (("import", "source", "--out", "run"), 2, "not empty"),
-        (("import", "absent", "--out", "new"), 5, "config.json"),
-        (("import", "source", "--out", "new", "--tokenizer", "absent.json"), 3, "absent.json"),
+        (("import", "absent", "--out", "new"), 2, "FOLDER names nothing"),
+        (("import", "source", "--out", "new", "--tokenizer", "absent.json"), 2, "absent.json"),
         (("import", "source", "--out", "new", "--max-seq-len", "41"), 2, "cannot be cut"),
     ],
 )

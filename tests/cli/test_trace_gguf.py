@@ -113,4 +113,4 @@ def test_without_the_library_the_line_to_install_it_is_said(stack, model, tmp_pa
 def test_a_file_that_is_no_gguf_is_refused(stack, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     assert stack("trace", "bad.gguf", *SHORT)[0] == 5
-    assert stack("trace", "none.gguf", *SHORT)[0] == 5
+    assert stack("trace", "none.gguf", *SHORT)[0] == 2

@@ -10,7 +10,7 @@ import torch
 from contracts.curriculum import Draws, GradientShock
 from contracts.events import BatchDrawn, Started, StepTaken
 from contracts.gate import call_check, limits_of
-from stack.config import StaticCurriculum
+from stack.config import BanditCurriculum, StaticCurriculum
 from stack.data.curriculum import make_order
 from stack.data.ingredients import data_ingredients
 from stack.data.order import Source, StaticMixture
@@ -54,6 +54,25 @@ def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, dataset, pla
     assert plant.id in spec.gates[plant.gate].plants
 
 
+@pytest.mark.parametrize("cfg", [StaticCurriculum, BanditCurriculum])
+@pytest.mark.parametrize("number", ["weight", "cap", "floor"])
+def test_order_is_red_where_any_share_is_another_than_declared(spec, small_cfg, dataset, cfg, number):
+    changed = {"weights": {"tools": 3.0}, "caps": {"tools": 0.7}, "floors": {"grammar": 0.05}}
+    given = gathered(small_cfg.model_copy(update={"curriculum": cfg(**changed)}), dataset)
+    declared = given["declared_shares"]
+    assert declared["tools"] == (3.0, 0.7, 0.1) and declared["grammar"] == (2.0, 1.0, 0.05) and declared["objects"] == (1.0, 0.5, 0.2)
+    assert call_check(spec.gates["curriculum.order"], given).passed
+    made = given["make_run_order"]
+
+    def other():
+        order = made()
+        order.sources = tuple(replace(s, **{number: getattr(s, number) * 0.99}) if s.name == "tools" else s for s in order.sources)
+        return order
+
+    verdict = call_check(spec.gates["curriculum.order"], given | {"make_run_order": other})
+    assert verdict.outcome == "fail" and "source tools has weight, cap, floor" in verdict.message
+
+
 # --- order ----------------------------------------------------------------------------------------------------------
 
 
@@ -67,13 +86,21 @@ class Declares:
         return getattr(self._inner, name)
 
 
+def shares_of(arms) -> dict:
+    """As a configuration would have declared these arms."""
+    return {s.name: (s.weight, s.cap, s.floor) for s in arms}
+
+
 ARMS = (Source("a", 0, 500, 1.0, 1.0, 0.0), Source("b", 500, 400, 1.0, 1.0, 0.0), Source("c", 900, 600, 2.0, 1.0, 0.0))
+
+
+PLAIN = {"warmup_rows": 0, "warmup_sources": (), "declared_shares": shares_of(ARMS)}
 
 
 def declared(spec, ingredients, **bounds):
     """The verdict on a mixture of shares 1/4, 1/4 and 1/2 whose source `a` is declared with other bounds."""
     make = lambda: Declares(StaticMixture(ARMS, 5), lambda s: replace(s, **bounds) if s.name == "a" else s)  # noqa: E731
-    parts = {"make_run_order": make, "warmup_rows": 0, "warmup_sources": ()}
+    parts = PLAIN | {"make_run_order": make, "declared_shares": shares_of(make().sources)}
     return call_check(spec.gates["curriculum.order"], ingredients | parts)
 
 
@@ -98,7 +125,7 @@ class Redrawn(Declares):
 
 
 def redrawn(spec, ingredients, change, **parts):
-    parts = {"make_run_order": lambda: Redrawn(StaticMixture(ARMS, 5), change), "warmup_rows": 0, "warmup_sources": ()} | parts
+    parts = PLAIN | {"make_run_order": lambda: Redrawn(StaticMixture(ARMS, 5), change)} | parts
     return call_check(spec.gates["curriculum.order"], ingredients | parts)
 
 
@@ -135,7 +162,7 @@ def test_order_is_red_on_an_order_that_is_not_repeatable(spec, ingredients):
     def make():
         return StaticMixture([*ARMS[:2], replace(ARMS[2], weight=2 + next(calls))], 5)
 
-    verdict = call_check(spec.gates["curriculum.order"], ingredients | {"make_run_order": make, "warmup_rows": 0, "warmup_sources": ()})
+    verdict = call_check(spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make})
     assert verdict.outcome == "fail" and "two orders" in verdict.message
 
 
@@ -143,7 +170,7 @@ def test_order_is_red_on_one_row_of_the_warm_up(spec, ingredients):
     """The 33rd row is no warm-up of 32 rows."""
     make = lambda: StaticMixture(ARMS, 5, warmup_rows=32, warmup_sources=("b",))  # noqa: E731
     for rows, outcome in ((32, "pass"), (33, "fail"), (34, "fail")):
-        parts = {"make_run_order": make, "warmup_rows": rows, "warmup_sources": ("b",)}
+        parts = PLAIN | {"make_run_order": make, "warmup_rows": rows, "warmup_sources": ("b",)}
         assert call_check(spec.gates["curriculum.order"], ingredients | parts).outcome == outcome
 
 

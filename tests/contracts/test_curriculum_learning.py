@@ -9,7 +9,7 @@ from contracts.curriculum import TURNS, _play
 from contracts.gate import call_check
 from stack.data.order import StaticMixture
 from stack.museum.plant import PLANTS
-from tests.contracts.test_curriculum import ARMS, Fixed, Redrawn
+from tests.contracts.test_curriculum import ARMS, PLAIN, Fixed, Redrawn
 
 
 def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredients):
@@ -27,7 +27,7 @@ def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredient
 
     def judged(change):
         make = lambda: Counted(StaticMixture(ARMS, 5), change)  # noqa: E731
-        return call_check(spec.gates["curriculum.order"], ingredients | {"make_run_order": make, "warmup_rows": 0, "warmup_sources": ()})
+        return call_check(spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make})
 
     assert judged(lambda draws, numbers: draws).passed
     verdict = judged(exchanged)

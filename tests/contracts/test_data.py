@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from contracts.data import Consumption
+from contracts.data import Consumption, Learned
 from contracts.events import BatchDrawn, Started
 from contracts.gate import call_check, limits_of
+from spec.errors import GateFailed
 from stack.config import StaticCurriculum
 from stack.data import permutation
 from stack.data.curriculum import run_order
@@ -16,6 +17,8 @@ from stack.data.order import UniformOrder
 from stack.data.prepare import prepare
 from stack.data.reader import Reader
 from stack.museum.plant import PLANTS, load_museum, touches
+from stack.train import session
+from stack.train.listener import Listener
 
 PREFLIGHT = ["data.order", "data.coverage", "data.exhaustion", "data.integrity", "data.leakage", "data.corpus-budget"]
 
@@ -53,7 +56,7 @@ def orders(cfg, dataset) -> dict:
 
 
 @pytest.mark.parametrize("order", ["uniform", "static", "bandit"])
-@pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate == "data.consumption"])
+@pytest.mark.parametrize("plant_id", ["data.window-drawn-twice", "data.position-skips"])
 def test_consumption_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id, order):
     """Four rows a step from the stack's own reader: green for two epochs without the plant, red within three steps with it."""
     n = dataset.train.n_windows(288)
@@ -264,6 +267,25 @@ def watch(spec):
 def test_consumption_is_red_on_a_repeat(watch):
     assert watch.observe(drawn(1, 0)).passed
     assert not watch.observe(drawn(2, 4, ids=(4, 5, 6, 0))).passed
+
+
+def test_consumption_is_red_where_a_step_learns_from_other_windows(spec):
+    def learned(ids):
+        check = watching(spec, plan(100))
+        assert check.observe(drawn(1, 0)).passed
+        return check.observe(Learned(1, ids))
+
+    assert learned((0, 1, 2, 3)) is None and learned((3, 2, 1, 0)) is None, "in whatever order"
+    for ids, n in (((4, 5, 6, 7), 4), ((0, 1, 2, 4), 1), ((0, 1, 2, 2), 1), ((), 0)):
+        verdict = learned(ids)
+        assert verdict.outcome == "fail" and verdict.measured["not_drawn"] == n
+
+
+def test_a_run_that_learns_from_the_batch_before_is_halted_in_its_second_step(small_cfg, tmp_path):
+    with PLANTS["data.batch-held-back"].apply(), pytest.raises(GateFailed, match="learned from 4 window") as caught:
+        session.start(small_cfg, (), tmp_path / "run", Listener(), only=("data.consumption",))
+    assert caught.value.gate_id == "data.consumption"
+    assert next(g.first_failure_step for g in caught.value.record.gates if g.id == "data.consumption") == 2
 
 
 def test_consumption_is_red_on_a_gap_and_on_a_short_step(watch, spec):

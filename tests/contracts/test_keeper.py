@@ -7,6 +7,7 @@ import pytest
 from contracts.events import StepTaken
 from contracts.keeper import Gatekeeper
 from spec.errors import GateFailed
+from spec.records import Waiver
 
 TWO = ("loss.golden", "optim.clip-spike")
 
@@ -48,3 +49,15 @@ def test_a_consequence_comes_after_its_cause(spec):
 
 def test_every_gate_a_foreign_trainer_meets_says_where_to_look(spec):
     assert [g.id for g in spec.gates.values() if "foreign" in g.kinds and len(g.hint) < 30] == []
+
+
+def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
+    """The gate is waived, so that the run goes on to its next save."""
+    waiver = Waiver(id="checkpoint.reload", reason="to see what comes after", expires="9999-12-31")
+    keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reload",), waivers=(waiver,))
+    same = {"live": {"w": "a"}, "reloaded": {"w": "a"}, "live_tied": False, "reloaded_tied": False}
+    for step, given in ((1, same), (2, same | {"reloaded": {"w": "b"}}), (3, same), (4, same | {"reloaded": {"w": "c"}})):
+        keeper.artifact(given, step=step)
+        (result,) = keeper.results()
+        expected = ("pass", None) if step == 1 else ("fail", 2)
+        assert (result.verdict, result.first_failure_step) == expected and result.checks == result.heartbeat_last_step == step

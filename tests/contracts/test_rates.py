@@ -100,8 +100,10 @@ def test_fresh_rows(spec):
     for _ in range(1000):
         shuffled, sorted_ = FreshRows(limits), FreshRows(limits)
         orders = [draw.sample(range(8), 8) for _ in range(100)]
-        false += any(not shuffled.observe(RowsSeen(1, "training", tuple(o[i : i + 4]))).passed for o in orders for i in (0, 4))
-        caught += any(not sorted_.observe(RowsSeen(1, "training", tuple(orders[0][i : i + 4]))).passed for _ in orders for i in (0, 4))
+        false += any(shuffled.observe(RowsSeen(1, "training", tuple(o[i : i + 4]))).outcome == "fail" for o in orders for i in (0, 4))
+        caught += any(
+            sorted_.observe(RowsSeen(1, "training", tuple(orders[0][i : i + 4]))).outcome == "fail" for _ in orders for i in (0, 4)
+        )
     stated(spec, "data.fresh-rows", false, 1000, caught, 1000)
 
 

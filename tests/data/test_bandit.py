@@ -148,6 +148,28 @@ def test_a_zombie_arm_is_dropped_named_and_takes_nothing_along():
     assert back.load_state_dict(json.loads(json.dumps(revived.state_dict()))) == [] and back.drawn[2] == bandit.drawn[2]
 
 
+@pytest.mark.parametrize("discount", [0.5, 0.9, 0.98])
+def test_a_bandit_remembers_as_many_turns_as_its_discount_says(discount):
+    """Its mean drop is the plain mean of the first 1/(1-discount) turns, and from then on forgets at that rate."""
+    horizon, n = 1 / (1 - discount), 200
+    drops = np.random.default_rng(3).normal(0.1, 0.05, n)
+    bandit, loss = Bandit(ARMS, 1, BanditCurriculum(discount=discount)), 500.0
+    bandit.reward(dict.fromkeys(("a", "b", "c"), loss))
+    for k, drop in enumerate(drops):
+        loss -= drop
+        bandit.reward(dict.fromkeys(("a", "b", "c"), loss))
+        weights = []  # of all drops so far: each new one takes its share of what the others had
+        for j in range(k + 1):
+            step = 1 / (min(j, horizon) + 1)
+            weights = [w * (1 - step) for w in weights] + [step]
+        mean = float(np.dot(weights, drops[: k + 1]))
+        assert bandit.drop_mean == pytest.approx(mean, abs=1e-9)
+        assert bandit.drop_var == pytest.approx(float(np.dot(weights, (drops[: k + 1] - mean) ** 2)), abs=1e-9)
+        if k < horizon - 1:
+            assert mean == pytest.approx(drops[: k + 1].mean(), abs=1e-9)
+    assert bandit.pulls.sum() == pytest.approx((1 - discount**n) / (1 - discount))
+
+
 def test_nothing_is_learnt_in_the_warm_up():
     """Turns with rows of the warm-up end without a reward for the source in focus, which they did not read."""
     cfg = BanditCurriculum(warmup_steps=11, warmup_sources=("a",))

@@ -2,6 +2,8 @@
 
 import json
 import math
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +132,34 @@ def test_baselines_by_hand():
     # p(1|0) = (2 + 1·½)/(2 + 1) = 5/6; p(1|1) = (0 + 1·½)/(1 + 1) = 1/4
     assert baselines.bigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(-(math.log2(5 / 6) + math.log2(1 / 4)) / 2)
     assert baselines.uniform_loss_nats(50257) == pytest.approx(10.8249, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.lists(st.integers(0, 6), min_size=2, max_size=30))
+def test_baselines_are_those_of_counting(train, held_out):
+    """Against the formulas of Witten and Bell in fractions, pair by pair; some held-out tokens were never seen."""
+    vocab_size, sizes = 7, [1, 2, 3, 1, 2, 3, 1]
+    tokenizer = SimpleNamespace(vocab_size=vocab_size, token_bytes=np.array(sizes))
+    single = [Fraction(train.count(b) + 1, len(train) + vocab_size) for b in range(vocab_size)]
+
+    def after(a, b):
+        seen = [y for x, y in pairwise(train) if x == a]
+        kinds = max(1, len(set(seen)))
+        return (seen.count(b) + kinds * single[b]) / (len(seen) + kinds)
+
+    n_bytes, labels = sum(sizes[b] for b in held_out[1:]), held_out[1:]
+    unigram = -sum(math.log2(single[b]) for b in labels) / n_bytes
+    bigram = -sum(math.log2(after(a, b)) for a, b in pairwise(held_out)) / n_bytes
+    assert baselines.unigram_bits_per_byte(stream(train), stream(held_out), tokenizer) == pytest.approx(unigram, rel=1e-12)
+    assert baselines.bigram_bits_per_byte(stream(train), stream(held_out), tokenizer) == pytest.approx(bigram, rel=1e-12)
+
+
+def test_baselines_are_fitted_on_no_more_than_they_say(monkeypatch):
+    monkeypatch.setattr(baselines, "MAX_FIT_TOKENS", 4)
+    tokenizer = SimpleNamespace(vocab_size=3, token_bytes=np.ones(3, np.int64))
+    for f in (baselines.unigram_bits_per_byte, baselines.bigram_bits_per_byte):
+        held_out = stream([0, 1, 0])
+        assert f(stream([0, 1, 0, 1, 2, 2, 2]), held_out, tokenizer) == f(stream([0, 1, 0, 1]), held_out, tokenizer)
 
 
 def test_the_bigram_beats_the_unigram_on_text():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stack import tensorfile
+from stack.config import ModelConfig
 from stack.export import reading
 from stack.model import names
 from tests.export import models
@@ -136,3 +137,19 @@ def test_a_shorter_context_computes_the_same_within_it(transformers, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(ids), other(input_ids=ids).logits, rtol=0, atol=TOLERANCE)
     assert model.cfg.max_seq_len == 16
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window"])
+def test_a_window_wider_than_the_context_is_none(transformers, tmp_path, name):
+    """It hides nothing there; one that fits is kept."""
+    other = models.theirs(name)
+    other.save_pretrained(tmp_path)
+    for length, window in ((7, 7), (6, None)):
+        model = reading.load_weights(reading.open_folder(tmp_path, max_seq_len=length))
+        ids = torch.arange(length)[None]
+        assert model.cfg.attention.window == window and ModelConfig.model_validate(model.cfg.model_dump()) == model.cfg
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids), other(input_ids=ids).logits, rtol=0, atol=TOLERANCE)
+    document = json.loads((tmp_path / "config.json").read_text())
+    wide = document | {"sliding_window": document["max_position_embeddings"] + 1}
+    assert names.kind_of(wide).read(wide)[0].attention.window is None

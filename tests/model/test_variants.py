@@ -175,7 +175,7 @@ def test_lambda_starts_as_the_paper_has_it_and_the_second_map_is_subtracted():
         torch.testing.assert_close(2 * half, scalar(x, reading), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [1, 3, 33, 99])
+@pytest.mark.parametrize("window", [1, 3, 33, SIZES["max_seq_len"]])
 def test_a_window_is_that_many_keys(window):
     cfg = ModelConfig(**SIZES, attention=SoftmaxAttention(window=window))
     model, ids = build_model(cfg, 50, seed=1).double().eval(), draw_ids(1, 33)
@@ -187,6 +187,14 @@ def test_a_window_is_that_many_keys(window):
             other[0, t] = (other[0, t] + 1) % 50
             changed = (one_layer(other) - before).abs().amax(-1)[0].nonzero()[:, 0].tolist()
             assert changed == list(range(t, min(33, t + window)))
+
+
+def test_a_window_wider_than_the_context_is_refused_by_both_keys():
+    length = SIZES["max_seq_len"]
+    assert ModelConfig(**SIZES, attention=SoftmaxAttention(window=length)).attention.window == length
+    for kind in (SoftmaxAttention, DifferentialAttention):
+        with pytest.raises(ValueError, match=rf"model\.attention\.window \({length + 1}\) is above model\.max_seq_len \({length}\)"):
+            ModelConfig(**SIZES, attention=kind(window=length + 1))
 
 
 def test_scaled_frequencies():

@@ -194,6 +194,21 @@ def test_matrix_shows_who_else_turns_red():
     assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())
 
 
+def test_a_row_of_the_matrix_stands_where_a_monitor_is_never_called(monkeypatch):
+    """All gates are waived there: the run has to come to its end and its record, and a gate that never looked is red."""
+    wanted = {"runtime.evaluation-never-called": "runtime.cadence", "sampling.monitor-not-called": "sampling.coherence"}
+    museum = {p: plant for p, plant in load_museum().items() if p in wanted}
+    monkeypatch.setattr("stack.museum.matrix.load_museum", lambda: museum)
+    rows = {row["plant"]: row for row in matrix(tuple(wanted.values()))}
+    assert rows.keys() == wanted.keys()
+    for plant_id, row in rows.items():
+        assert row["raised"] == {} and wanted[plant_id] in row["red"] and row["gate"] == wanted[plant_id]
+    unevaluated, unsampled = (row["red"] for row in rows.values())
+    assert unevaluated["runtime.cadence"]["step"] == 8, "one step after the first evaluation was due"
+    assert {"evaluation.held-out", "evaluation.same-batches"} <= unevaluated.keys() and "sampling.coherence" not in unevaluated
+    assert unsampled["sampling.coherence"]["step"] is None and "evaluation.held-out" not in unsampled
+
+
 def test_swap_counts_calls_and_restores():
     class Owner:
         @staticmethod

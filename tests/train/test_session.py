@@ -10,11 +10,14 @@ import torch
 
 from spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
 from spec.records import read_record
-from stack.config import AdamW, Cosine, Muon, NeverStop, Wsd
+from stack.cli.models import open_model
+from stack.config import AdamW, Cosine, Muon, NeverStop, SampleConfig, Wsd
 from stack.data.order import Source, StaticMixture
+from stack.evaluate.sampling import generate
 from stack.museum.collection import museum_config
 from stack.train import precision, session
 from stack.train.listener import Listener
+from stack.train.randomness import generator
 from stack.train.signals import listening
 from tests.verdicts import all_green
 
@@ -112,6 +115,24 @@ def test_the_record_holds_what_the_run_was(cfg, plain):
     samples = [json.loads(x) for x in (plain / "samples.jsonl").read_text().splitlines()]
     assert samples and all(0 <= s["score"] <= 100 and s["parts"]["bigram"] >= 0 and s["loss_nats"] > 0 for s in samples)
     assert record.compute == "real", "what the user's own command line makes is real; only a caller that says so is synthetic"
+
+
+def test_samples_are_drawn_as_configured(cfg, tmp_path):
+    """Each sample in the log is what the saved model gives under the settings of its run, and every setting makes another text."""
+    settings = ({"temperature": 0.0}, {"temperature": 0.2}, {"temperature": 1.7}, {"temperature": 1.7, "top_k": 2}, {"prompt": "An "})
+    texts = []
+    for i, changes in enumerate(settings):
+        plan = {"every": 4, "max_new_tokens": 24, "top_k": 0, "temperature": 1.0} | changes
+        asked = cfg.model_copy(update={"sample": SampleConfig(**plan), "schedule": Cosine(warmup_steps=1)})
+        session.start(with_train(asked, max_steps=4), (), tmp_path / str(i), Listener(), only=FEW)
+        opened = open_model(tmp_path / str(i))
+        (line,) = (json.loads(x) for x in (tmp_path / str(i) / "samples.jsonl").read_text().splitlines())
+        options = {name: getattr(asked.sample, name) for name in ("max_new_tokens", "temperature", "top_k")}
+        ids = [opened.tokenizer.eos_id, *opened.tokenizer.encode(asked.sample.prompt).ids]
+        new = generate(opened.model, ids, **options, generator=generator(asked.seed, "sample", 4))
+        assert (line["prompt"], line["text"]) == (asked.sample.prompt, opened.tokenizer.decode(new))
+        texts.append(line["text"])
+    assert len(set(texts)) == len(settings)
 
 
 @pytest.mark.parametrize(

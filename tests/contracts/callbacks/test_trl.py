@@ -61,3 +61,22 @@ def test_a_plant_is_caught_there_too(tmp_path):
     model.zero_grad = lambda *a, **k: None
     callback, error = fine_tune(tmp_path, model)
     assert error.gate_id == "optim.gradient-kept" and callback.first_failures() == {"optim.gradient-kept": 2}
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_trainer_that_goes_over_one_buffer_again_says_so(tmp_path, passes):
+    callback = GateCallback(mode="log")
+    prompts = [{"prompt": " ".join(f"w{i}" for i in range(4 + n, 16 + n))} for n in range(8)]
+    plan = {"max_steps": 9, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "num_iterations": passes}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "bf16": False, "learning_rate": 1e-3, "seed": 3}
+    trl.GRPOTrainer(
+        llama(),
+        reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        args=trl.GRPOConfig(str(tmp_path), **quiet | plan),
+        train_dataset=datasets.Dataset.from_list(prompts),
+        processing_class=tokenizer(),
+        callbacks=[callback],
+    ).train()
+    verdict = callback.verdicts()["data.fresh-rows"]
+    assert verdict.outcome == ("pass" if passes == 1 else "not_run")
+    assert passes == 1 or "num_iterations = 3" in verdict.message
