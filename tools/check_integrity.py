@@ -14,8 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.integrity import blocks, claim_rules, docs_rules, evidence_rules, finding_rules  # noqa: E402, F401
-from tools.integrity import kinship_rules, registry_rules, repo_rules, spec_rules  # noqa: E402, F401
+from tools.integrity import (  # noqa: E402, F401  # noqa: E402, F401
+    blocks,
+    claim_rules,
+    docs_rules,
+    evidence_rules,
+    finding_rules,
+    kinship_rules,
+    registry_rules,
+    repo_rules,
+    spec_rules,
+)
 from tools.integrity.core import RULES, Finding, Repo  # noqa: E402
 
 
