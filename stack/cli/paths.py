@@ -8,7 +8,7 @@ MODEL = "a run directory or a step folder"
 RUN = "a run directory, the folder that --run-dir named"
 DATA_SET, BUILDS_ONE = "a folder with manifest.json", "stack data build SRC… --out DIR makes one"
 MAKES_ONE = "stack train --run-dir DIR makes one"
-NO_PICKLE = f"{MAKES_ONE}; a single file of weights is not read, since loading a pickle can run foreign code"
+PICKLES = (b"\x80", b"PK")  # how a pickle begins, and the zip archive that torch.save lays one in
 
 
 def folder_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
@@ -26,8 +26,10 @@ def file_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
 
 
 def model_at(path: Path) -> Path:
-    """The folder that MODEL names. Raises UsageError where nothing is, or a file."""
-    return folder_at(path, "MODEL", allowed=MODEL, next_step=NO_PICKLE if path.exists() else MAKES_ONE)
+    """The folder that MODEL names. Raises UsageError where nothing is, or a file; a pickle is left to be refused as unsafe."""
+    if path.is_file() and path.open("rb").read(2).startswith(PICKLES):
+        return path
+    return folder_at(path, "MODEL", allowed=MODEL, next_step=MAKES_ONE)
 
 
 def text_at(path: Path, what: str = "--text") -> Path:
