@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.integrity import (  # noqa: E402, F401  # noqa: E402, F401
+from tools.integrity import (  # noqa: E402, F401
     blocks,
     claim_rules,
     docs_rules,
