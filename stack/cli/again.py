@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,30 +13,26 @@ from spec.canonical import parse_strict, sha256_file
 from spec.errors import IntegrityError
 from spec.records import Record, read_record
 
-POINTS = "points.jsonl"
 # A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure, as sums are taken in another order.
 # What a comparison measures of rounding itself is another number on another processor, and is then said to be.
 REL_TOLERANCE = 1e-4
 # Of values that cancel, such as a mean near zero, rounding is a share of the values' size and not of the figure.
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
-WORDS = ("operation",)  # what a point is called in words may be said better later; its name is compared
+# What a point is called in words may be said better later, and its name is compared; how long it took is another time.
+NOT_COMPARED = ("operation", "read_by", "seconds")
 TAKES_A_FILE = ("--run-dir", "--csv")
 
 
 def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str, Any]:
-    """Run a record's `stack trace` command again from here and compare inputs by hash and figures by value.
+    """Run a record's `stack trace` command again from here and compare inputs by hash and the figures of each series by value.
 
-    `folder` holds the record's points. Raises IntegrityError if the command fails, or if those points are gone or others.
+    `folder` holds the record's series. Raises IntegrityError if the command fails, or if a series is gone or another.
     """
-    declared = {s.path: s.sha256 for s in record.series}
-    if POINTS not in declared:
-        raise IntegrityError(
-            f"record {record.id} is of a probe, which has no points", next_step=f"repeat it by hand: {' '.join(record.command)}"
-        )
-    if not (folder / POINTS).is_file() or sha256_file(folder / POINTS) != declared[POINTS]:
-        raise IntegrityError(
-            f"record {record.id} has no {POINTS} beside it as it was recorded", value=str(folder), allowed="stack evidence add"
-        )
+    for series in record.series:
+        if not (folder / series.path).is_file() or sha256_file(folder / series.path) != series.sha256:
+            raise IntegrityError(
+                f"record {record.id} has no {series.path} beside it as it was recorded", value=str(folder), allowed="stack evidence add"
+            )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
     command = [sys.executable, "-m", "stack", *_without_files(record.command[1:]), "--run-dir", str(directory), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -43,15 +40,17 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
         raise IntegrityError(
             f"the command of {record.id} fails here with exit code {done.returncode}",
             value=done.stderr.strip().splitlines()[0] if done.stderr.strip() else None,
-            next_step=f"run it where its inputs are: {' '.join(record.command)}",
+            next_step=f"run it where its inputs are: {shlex.join(record.command)}",
         )
     again = read_record(directory / "metadata.json")
     compared = [
         {"what": f"input {a.name}", "recorded": a.sha256, "now": b.sha256, "equal": a.sha256 == b.sha256}
         for a, b in zip(record.inputs, again.inputs)
     ]
-    worst, where = _apart(folder / POINTS, directory / POINTS)
-    compared.append({"what": f"figures ({where})", "recorded": f"within {REL_TOLERANCE:g}", "now": worst, "equal": worst <= REL_TOLERANCE})
+    for series in record.series:
+        worst, where = _apart(folder / series.path, directory / series.path) if (directory / series.path).is_file() else (math.inf, "gone")
+        said = {"what": f"{series.path} ({where})", "recorded": f"within {REL_TOLERANCE:g}"}
+        compared.append(said | {"now": worst, "equal": worst <= REL_TOLERANCE})
     ok = all(row["equal"] for row in compared) and len(record.inputs) == len(again.inputs)
     return {"ok": ok, "record": record.id, "rerun": again.id, "run_dir": str(directory), "compared": compared}
 
@@ -83,7 +82,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     match tree:
         case dict():
             for key, value in tree.items():
-                if key not in WORDS:
+                if key not in NOT_COMPARED:
                     yield from _leaves(value, f"{path}.{key}" if path else key)
         case list():
             for i, value in enumerate(tree):

@@ -48,7 +48,16 @@ def differ(
     if backward:
         document["gradients"] = _gradients(compare_gradients(good, cured, input_ids, asked.points or None))
     if bisecting:
-        document |= _bisected(bisect(good, cured, input_ids, _command(check), asked.points or None))
+        said: list[str] = []
+        bisected = bisect(good, cured, input_ids, _command(check, said), asked.points or None)
+        if check is not None and bisected.chain[0].verdict == "eliminated":
+            raise UsageError(
+                "the check calls the right side bad, so it can tell nothing apart",
+                value=said[0] or check,
+                allowed=f"exit code 0 for the logits of {other.title}",
+                next_step="run the check by itself on a safetensors file with logits",
+            )
+        document |= _bisected(bisected)
     figures = {line["point"]: line for line in document["points"]}
     document["expectations"] = [asdict(j) for j in expect.judge(expected, figures, figures)]
     worst = max((c.excess for c in found.points), default=0.0)
@@ -145,11 +154,15 @@ def _bisected(found: Any) -> dict[str, Any]:
         "chain": [{"id": f"E{i}"} | asdict(link) for i, link in enumerate(found.chain, start=1)],
         "runs": found.runs,
         "tolerance": found.tolerance,
+        "conclusion": found.conclusion,
     }
 
 
-def _command(check: str | None) -> Callable[[Any], bool] | None:
-    """A check by a command: it is given a safetensors file with `logits`, and says 0 for good, 1 for bad; anything else stops us."""
+def _command(check: str | None, said: list[str]) -> Callable[[Any], bool] | None:
+    """A check by a command: it is given a safetensors file with `logits`, and says 0 for good, 1 for bad; anything else stops us.
+
+    What it writes to standard error, each time, is left in `said`.
+    """
     if check is None:
         return None
     import safetensors.torch
@@ -162,10 +175,11 @@ def _command(check: str | None) -> Callable[[Any], bool] | None:
                 done = subprocess.run([*shlex.split(check), str(file)], capture_output=True, text=True)
             except OSError as e:
                 raise UsageError(f"the check cannot be run: {e}", value=check) from e
+        said.append(done.stderr.strip()[-300:])
         if done.returncode not in (0, 1):
             raise UsageError(
                 "the check did not say good or bad",
-                value=f"exit code {done.returncode}: {done.stderr.strip()[-300:]}",
+                value=f"exit code {done.returncode}: {said[-1]}",
                 allowed="0 for good, 1 for bad",
             )
         return done.returncode == 0
@@ -190,6 +204,10 @@ def _show(document: dict[str, Any]) -> None:
         stdout.print(f"{link['id']:4} {link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False)
     for one in document.get("guilty", []):
         stdout.print(f"guilty: {one['point']}, the {one['operation']}", style="bold", markup=False)
+    if document.get("conclusion"):
+        also = f"; the comparison suspects {len(document['suspects'])} points" if len(document["guilty"]) > 1 else ""
+        held = f" (tolerance of the logits {number(document['tolerance'])})" if document["tolerance"] is not None else ""
+        stdout.print(f"bisection: {document['conclusion']}{also}{held}", markup=False)
     if document.get("minimal_set"):
         stdout.print(f"smallest set of modules that cures: {', '.join(document['minimal_set'])}", markup=False)
     if "gradients" in document:

@@ -7,7 +7,7 @@ import typer
 
 from spec.errors import IntegrityError
 from stack.cli.output import MARKS, Json, emit, stdout, table
-from stack.cli.paths import folder_at
+from stack.cli.paths import RecordDir, folder_at
 
 app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
 Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
@@ -113,7 +113,7 @@ def diff(
 @app.command()
 def rerun(
     record_id: Annotated[str, typer.Argument(metavar="ID", help="Id or run directory of a record of training or of a trace.")],
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the new run.")] = None,
+    run_dir: RecordDir = None,
     evidence: Directory = None,
     json: Json = False,
 ) -> None:

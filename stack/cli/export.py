@@ -7,7 +7,7 @@ import typer
 
 from spec.errors import GateFailed, IntegrityError, UsageError
 from stack.cli.output import MARKS, Json, emit, measured_text, stdout, table
-from stack.cli.paths import folder_at, tokenizer_at
+from stack.cli.paths import RecordDir, folder_at, tokenizer_at
 
 EXPORT_CLAIM = (
     "This folder holds these weights, and the other library computes from it what the model computes, where a gate below says pass."
@@ -23,7 +23,6 @@ NOT_COVERED = (
 UNREAD = "transformers is not installed, so the logits were NOT compared: pip install 'stackproof[hf]', then do it again"
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
-RecordDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")]
 
 
 def register(app: typer.Typer) -> None:

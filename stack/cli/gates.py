@@ -7,7 +7,7 @@ import typer
 
 from spec.errors import ConfigError, GateFailed
 from stack.cli.output import Json, emit, stderr, stdout, table
-from stack.cli.paths import bundle_at, file_at
+from stack.cli.paths import RecordDir, bundle_at, file_at
 
 app = typer.Typer(help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True)
 MOMENTS = ("preflight", "runtime", "artifact")
@@ -142,7 +142,7 @@ def coverage(evidence: Directory = None, json: Json = False) -> None:
 def prove(
     gate_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Gates to prove; all without ids.")] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Then ask all gates about every plant, which takes many times as long.")] = False,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
+    run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
     """Run the control and every plant, and write the kills as a record. Exit code 4 if a plant survives or a control is red."""

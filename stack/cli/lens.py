@@ -178,6 +178,8 @@ def _print_effects(document: dict[str, Any]) -> None:
     rows = [[e["target"], *(_number(e[k]) for k in shown), word(e["top_before"]), word(e["top_after"])] for e in document["effects"]]
     columns = ["target", *shown.values(), "next token before", "after"]
     stdout.print(table(f"Replaced by {document['baseline']}; nats per token", columns, rows))
+    if any(e["delta_nats"] == 0 and e["kl_nats"] for e in document["effects"]):
+        stdout.print("the last token has no next one: what changes there alone is in KL, and in no loss", style="dim")
     for written in document.get("samples", []):
         stdout.print(f"without {written['without']}:" if written["without"] else "whole:", style="bold", markup=False)
         stdout.print(written["text"], markup=False)

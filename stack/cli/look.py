@@ -7,7 +7,7 @@ import typer
 
 from spec.errors import DataError, UsageError
 from stack.cli.output import Json, emit, stdout, table
-from stack.cli.paths import model_at, text_at
+from stack.cli.paths import RecordDir, model_at, text_at
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
 TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one.")]
@@ -46,7 +46,7 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between two windows. Default: half the context.")] = None,
     strict_oov: Annotated[bool, typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")] = False,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
+    run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
     """Bits per byte and per character, numerator and denominator over the same bytes; or a suite's prompts. Writes a record."""

@@ -158,7 +158,7 @@ def show(document: dict[str, Any], reason: str) -> None:
         stdout.print(said, markup=False)
     if strong := [e for e in document["others"] if e["kind"] != "put in"]:
         stdout.print(f"{len(strong)} other operation(s) made values that reached nothing or came later; see {FILE}", markup=False)
-    stdout.print(f"record {document['run_dir']}/metadata.json", markup=False)
+    stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)
 
 
 def _values(way: str, v: dict[str, Any]) -> list[Any]:

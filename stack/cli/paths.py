@@ -1,6 +1,9 @@
 """What a path on the command line must name before anything is opened: bad input is a matter of usage, damage is not."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from spec.errors import UsageError
 
@@ -42,6 +45,21 @@ def tokenizer_at(path: Path, what: str = "--tokenizer") -> Path:
 
 def bundle_at(path: Path, what: str) -> Path:
     return folder_at(path, what, allowed="a folder with repro.json", next_step="RUN/repro holds one per gate that turned red")
+
+
+def untaken(run_dir: Path | None) -> Path | None:
+    """The folder a record is to be written to. Raises UsageError where one lies already: a record is never written over."""
+    if run_dir is not None and (run_dir / "metadata.json").exists():
+        raise UsageError(
+            f"--run-dir already holds a record: {run_dir}",
+            value=(run_dir / "metadata.json").absolute(),
+            allowed="a folder without metadata.json",
+            next_step="another --run-dir, or leave it out",
+        )
+    return run_dir
+
+
+RecordDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.", callback=untaken)]
 
 
 def _wrong(path: Path, what: str, why: str, allowed: str, next_step: str) -> UsageError:

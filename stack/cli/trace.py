@@ -9,6 +9,7 @@ import typer
 from spec.errors import UsageError
 from stack.cli import probing
 from stack.cli.output import Json, emit, stdout, table
+from stack.cli.paths import RecordDir
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 CLAIM = "Given these tokens, this model computes values with these statistics at these points."
@@ -91,7 +92,7 @@ def trace(
     patch: probing.Patch = None,
     source: probing.From = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the figures of all points to this file.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the record. Default: runs/<record id>.")] = None,
+    run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
     """Statistics of every point of a forward, what is out of line in them, where two models part, and what hangs on a value.
@@ -114,6 +115,10 @@ def trace(
         return of_weights(model, against, asked)
     if tokens not in ("all", "last"):
         raise UsageError("there are no such tokens", value=f"--tokens {tokens}", allowed="all or last")
+    if backward and tokens == "last":
+        raise UsageError(
+            "the last token has no next one, so the loss has no gradient there", value="--tokens last --backward", allowed="one of them"
+        )
     if against is not None or swap:
         from stack.cli.differ import differ
 
@@ -185,7 +190,11 @@ def ids_of(asked: Asked, subject: Any) -> list[int]:
         raise UsageError(f"{subject.title} has no tokenizer.json beside it, so a text cannot be read", next_step="give --input-ids 1,2,3")
     else:
         ids = subject.encode(PROMPT if asked.prompt is None else asked.prompt)
-    if not ids or min(ids) < 0 or max(ids) >= subject.vocab_size:
+    if not ids:
+        raise UsageError(
+            "there is nothing to read", value=repr(asked.prompt), allowed="a text of at least one token", next_step="--prompt 'a text'"
+        )
+    if min(ids) < 0 or max(ids) >= subject.vocab_size:
         raise UsageError("ids outside the vocabulary", value=ids[:12], allowed=f"0 to {subject.vocab_size - 1}")
     if len(ids) > subject.max_seq_len:
         raise UsageError("the text exceeds the context", value=f"{len(ids)} tokens", allowed=f"at most {subject.max_seq_len}")
@@ -283,10 +292,15 @@ def _show(document: dict[str, Any], judged: Any) -> None:
         ]
         for line in lines
     ]
-    title = f"{document['model']}, {len(document['input_ids'])} tokens"
-    stdout.print(table(title, ["point", *SHOWN, "peak token:channel", "÷ layer before", "robust z"], rows))
+    columns = ["point", *SHOWN, "peak token:channel", "÷ layer before", "robust z"]
+    if document["loss_nats"] is not None:
+        columns += ["gradient rms", "gradient absmax"]
+        for row, line in zip(rows, lines):
+            row += [f"{line['grad'][k]:.4g}" if line.get("grad") else "" for k in ("rms", "absmax")]
+    loss = "" if document["loss_nats"] is None else f", loss {document['loss_nats']:.4f} nats"
+    stdout.print(table(f"{document['model']}, {len(document['input_ids'])} tokens{loss}", columns, rows))
     if any(r.robust_z is not None for r in judged.rows):
-        heat({(r.layer, r.slot): r.robust_z for r in judged.rows}, "robust z of std", ROBUST_Z)
+        heat({(r.layer, r.slot): r.robust_z if math.isfinite(r.std) else math.nan for r in judged.rows}, "robust z of std", ROBUST_Z)
     else:
         heat({(r.layer, r.slot): _steps(r) for r in judged.rows}, "std over that of the layer before, powers of two", math.log2(RATIO))
     for one in document["expectations"]:
@@ -309,13 +323,15 @@ def number(value: float | None) -> str:
 
 def heat(cells: dict[tuple[int, str], float | None], what: str, high: float) -> None:
     """A map of layers by slots: colour from what is usual to what is not, in a terminal and as signs elsewhere."""
+    import math
+
     from rich.text import Text
 
     slots = list(dict.fromkeys(s for _, s in cells if not s.startswith("experts.")))
     layers = sorted({layer for layer, _ in cells})
     if not layers:
         return
-    stdout.print(f"\n{what}: layers down, slots across; · below {high / 2:g}, ▒ from there, █ from {high:g}, in size")
+    stdout.print(f"\n{what}: layers down, slots across; · below {high / 2:g}, ▒ from there, █ from {high:g}, in size; N no number")
     for i, slot in enumerate(slots):
         stdout.print("    " + "│ " * i + f"┌ {slot}", markup=False)
     for layer in layers:
@@ -323,6 +339,14 @@ def heat(cells: dict[tuple[int, str], float | None], what: str, high: float) -> 
         for slot in slots:
             value = cells.get((layer, slot))
             size = -1.0 if value is None else abs(value)
-            sign, style = ("█ ", "red") if size >= high else ("▒ ", "yellow") if size >= high / 2 else ("· ", "dim")
+            sign, style = (
+                ("N ", "red")
+                if math.isnan(size)
+                else ("█ ", "red")
+                if size >= high
+                else ("▒ ", "yellow")
+                if size >= high / 2
+                else ("· ", "dim")
+            )
             line.append("  " if size < 0 else sign, style=style)
         stdout.print(line)

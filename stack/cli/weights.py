@@ -78,4 +78,4 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(document["verdict"], markup=False)
     for judged in document["expectations"]:
         stdout.print(f"{judged['verdict']}: {judged['text']}", markup=False)
-    stdout.print(f"record {document['run_dir']}/metadata.json", markup=False)
+    stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)

@@ -37,13 +37,14 @@ class Link:
 
 @dataclass
 class Bisection:
-    """The guilty points in execution order (none where both sides pass), the modules that cure together, and how it was found."""
+    """The first and the last guilty point (none where there is nothing to find), the modules that cure together, and how it was found."""
 
     guilty: tuple[Point, ...] = ()
     minimal_set: tuple[str, ...] = ()
     chain: list[Link] = field(default_factory=list)
     runs: int = 0
     tolerance: float | None = None
+    conclusion: str = ""
 
     def say(self, hypothesis: str, kept: bool, **evidence: float | int | str) -> None:
         self.chain.append(Link(hypothesis, "kept" if kept else "eliminated", evidence | {"run": self.runs}))
@@ -104,14 +105,23 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
         found.say("the good side passes the check", good_passes)
         found.say("the bad side fails the check", not bad_passes, rel_err=distance)
         if not good_passes or bad_passes:
+            found.conclusion = (
+                "the right side fails the check: nothing can be found by it"
+                if not good_passes
+                else "the side that is looked into passes the check: there is nothing to find"
+            )
             return found
         if not _reached(bench):
+            found.conclusion = "what is wrong lies behind the points looked at, or between them"
             return found
         last = _last(bench)
         first = last if last == 0 else _first(bench, last)
         found.guilty = tuple(bench.points[i] for i in dict.fromkeys((first, last)))
+        found.conclusion = "one operation is guilty"
         if first != last:
             found.minimal_set = _minimal(bench)
+            more = "" if found.minimal_set else "; modules cannot be exchanged, as the sides are built otherwise, or that does not cure"
+            found.conclusion = f"several operations are guilty, of which these are the first and the last{more}"
     return found
 
 

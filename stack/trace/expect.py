@@ -52,14 +52,16 @@ def parse(text: str, figures: Iterable[str]) -> Expectation:
 
 
 def judge(expected: Iterable[Expectation], figures: Mapping[str, Mapping[str, float | None]], points: Iterable[str]) -> list[Judged]:
-    """Judge predictions by the figures of points. Raises UsageError for a point that is not there: a wrong name refutes nothing."""
+    """Judge predictions by the figures of points; what is no number refutes. Raises UsageError for a point that is not there: a wrong name
+    refutes nothing."""
     known, judged = set(points), []
     for one in expected:
         if one.point not in known:
-            raise UsageError(f"there is no point {one.point}", value=one.text, allowed=", ".join(sorted(known))[:400])
+            raise UsageError(f"there is no point {one.point} among those looked at", value=one.text, allowed=", ".join(sorted(known))[:400])
         value = figures.get(one.point, {}).get(one.figure)
-        if value is None or math.isnan(value):
+        if value is None:
             judged.append(Judged(one.text, "not_run", None))
         else:
-            judged.append(Judged(one.text, "confirmed" if SIGNS[one.sign](value, one.number) else "refuted", value))
+            holds = not math.isnan(value) and SIGNS[one.sign](value, one.number)
+            judged.append(Judged(one.text, "confirmed" if holds else "refuted", value))
     return judged

@@ -81,7 +81,7 @@ def unembedding(model: nn.Module, where: Names = None) -> Callable[[Tensor], Ten
         raise UsageError(
             "a lens needs the final norm and the head of the model",
             allowed="a map of names in which final_norm and logits are modules",
-            next_step="names={'final_norm': 'path.of.norm', 'logits': 'path.of.head', 'layers.{}.resid_out': 'path.of.blocks.{}'}",
+            next_step="where={'final_norm': 'path.of.norm', 'logits': 'path.of.head', 'layers.{}.resid_out': 'path.of.blocks.{}'}",
         )
     norm, head = (model.get_submodule(place.path) for place in found)
     return lambda h_BTD: head(norm(h_BTD))

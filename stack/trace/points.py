@@ -16,7 +16,7 @@ from spec.errors import UsageError
 
 # What makes the value at a point out of the points before it: what is wrong when this point is the first that is.
 OPERATIONS = {
-    "embedding": "token embedding and learned positions",
+    "embedding": "token embedding, and learned positions where there are any",
     "attention_norm": "norm before attention",
     "q": "query projection",
     "k": "key projection",
@@ -225,7 +225,7 @@ def _matches(place: Place, where: NameMap, modules: Sequence[str]) -> list[tuple
         raise UsageError(
             f"the map of names for {where.family} says {path}, and the model has no such module",
             allowed=f"nearest: {', '.join(near)}",
-            next_step="give a map of this model's own names: names={'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}",
+            next_step="give a map of this model's own names, in Python: where={'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}",
         )
     return found
 

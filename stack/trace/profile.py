@@ -60,13 +60,19 @@ class Profile:
 
 def profile(trace: Trace) -> Profile:
     """Judge the layers of a trace against each other."""
-    stats = {(t.point.layer, t.point.slot): t.stat for t in trace.points if t.point.layer is not None and not _of_one_expert(t.point.slot)}
+    judged = (t for t in trace.points if t.point.layer is not None and not _of_one_expert(t.point.slot) and not _settled(t.stat))
+    stats = {(t.point.layer, t.point.slot): t.stat for t in judged}
     return of_spreads({key: s.std for key, s in stats.items()}, stats)
 
 
 def _of_one_expert(slot: str) -> bool:
     """Experts see other tokens in each layer, so their layers are no baseline of each other."""
     return slot.startswith("experts.")
+
+
+def _settled(stat: Stat) -> bool:
+    """One token has one key to look at: its entropy is 0 in every model."""
+    return stat.support.slot == "entropy" and stat.support.shape[1] == 1
 
 
 def of_spreads(std: Mapping[tuple[int, str], float], stats: Mapping[tuple[int, str], Stat] | None = None) -> Profile:
@@ -78,7 +84,10 @@ def of_spreads(std: Mapping[tuple[int, str], float], stats: Mapping[tuple[int, s
         rows = [replace(r, cascade=i > at and (r.anomalous or _high(r, found))) for i, r in enumerate(rows)]
         found = rows[at]
     gains = _gains(std)
-    return Profile(tuple(rows), found, gains, _verdict(found, gains, stats is not None))
+    verdict = _verdict(found, gains, stats is not None)
+    if found is None and all(r.baseline == "none" for r in rows):
+        verdict = "nothing to hold these points against: a layer is judged by the one before it and by the median of all"
+    return Profile(tuple(rows), found, gains, verdict)
 
 
 def _marked(rows: Sequence[Row], stats: Mapping[tuple[int, str], Stat]) -> list[Row]:

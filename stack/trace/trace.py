@@ -67,6 +67,8 @@ def trace(
     at each point, and each parameter's own gradient is left as it was. The model runs in the mode it is in. Raises UsageError for unknown
     points, for an input that is no (B, T), and for gradients of fewer than two tokens.
     """
+    if not isinstance(input_ids, Tensor):
+        raise UsageError("ids are a tensor", value=type(input_ids).__name__, allowed="(B, T) int64", next_step="torch.tensor([[1, 2, 3]])")
     if input_ids.ndim != 2 or input_ids.shape[1] < 1 + backward:
         allowed = "(B, T) with at least 2 tokens, of which the first has a successor" if backward else "(B, T)"
         raise UsageError("these ids cannot be traced", value=tuple(input_ids.shape), allowed=allowed)

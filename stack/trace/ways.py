@@ -65,7 +65,8 @@ def _require_ours(model: nn.Module, how: str) -> None:
         raise UsageError(
             f"only our own model has {how} kernels",
             value=type(model).__name__,
-            allowed="float64 beside it, or a run of ours on the other side",
+            allowed="float64 or another precision",
+            next_step="to try a reference of ours, trace the run of ours --against this model",
         )
 
 

@@ -103,6 +103,48 @@ def test_the_same_trace_again_is_the_same_to_the_byte(stack, run_dir, broken, tm
         assert series[0] == series[1] and series[0][0].path == "points.jsonl"
 
 
+def test_a_record_is_never_written_over(stack, run_dir, tmp_path):
+    before = {p: p.read_bytes() for p in run_dir.iterdir() if p.is_file()}
+    for asked in (("trace", run_dir), ("trace", run_dir, "--weights"), ("trace", run_dir, "--lens", "logit"), ("evaluate", run_dir)):
+        code, document = stack(*asked, "--run-dir", run_dir)
+        assert code == 2 and "already holds a record" in document["what"], asked
+    assert before == {p: p.read_bytes() for p in run_dir.iterdir() if p.is_file()}
+
+
+def test_one_token_is_no_anomaly_and_one_point_is_not_called_in_line(stack, run_dir):
+    code, document = stack("trace", run_dir, "--input-ids", "1")
+    assert code == 0 and not any(line["anomalous"] for line in document["points"] if line["slot"] == "entropy")
+    code, document = stack("trace", run_dir, *SHORT, "--points", "layers.1.ffn.swiglu")
+    assert code == 0 and document["verdict"].startswith("nothing to hold these points against")
+    code, document = stack("trace", run_dir, "--tokens", "last", "--backward", *SHORT)
+    assert code == 2 and "no next one" in document["what"]
+
+
+def test_for_people_gradients_and_their_loss_stand_in_the_table(said, run_dir):
+    told = said("trace", run_dir, *SHORT, "--backward", "--run-dir", "seen")
+    assert "gradient rms" in told and " nats" in told.splitlines()[0] and "gradient rms" not in said("trace", run_dir, *SHORT)
+
+
+def test_a_figure_that_is_no_number_refutes(stack, model, tmp_path):
+    with torch.no_grad():
+        model.layers[1].ffn.up.weight[3] = math.nan
+    expected = ("--expect", "layers.1.ffn.up.std < 1", "--expect", "layers.0.ffn.up.std < 1e9")
+    code, document = stack("trace", folder_of(model, tmp_path / "nan"), *SHORT, *expected)
+    assert code == 0 and [e["verdict"] for e in document["expectations"]] == ["refuted", "confirmed"]
+
+
+@pytest.mark.parametrize(("check", "code"), [("import nothing_like_it", 2), ("", 0)])
+def test_a_check_that_calls_the_right_side_bad_is_no_check(stack, said, run_dir, broken, tmp_path, check, code):
+    (tmp_path / "check.py").write_text(check)
+    asked = ("trace", broken, "--against", run_dir, "--bisect", "--check", f"{sys.executable} check.py", *SHORT)
+    found, document = stack(*asked)
+    assert found == code
+    if code:
+        assert "calls the right side bad" in document["what"] and "nothing_like_it" in document["value"]
+    else:
+        assert document["guilty"] == [] and "there is nothing to find" in document["conclusion"] and "nothing to find" in said(*asked)
+
+
 def test_gradients_and_the_last_token(stack, run_dir):
     code, document = stack("trace", run_dir, *SHORT, "--backward", "--points", "layers.*.attention_out")
     assert code == 0 and document["loss_nats"] > 0 and all(p["grad"]["rms"] > 0 for p in document["points"])
@@ -313,14 +355,21 @@ def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(stac
     assert code == 0 and document["ok"] and [c["now"] for c in document["compared"]][-1] == 0.0, document
     assert not (tmp_path / "figures.csv").exists() and (tmp_path / "again" / "points.jsonl").is_file()
 
-    assert stack("trace", run_dir, "--prompt", "a list of it", "--lens", "logit", "--run-dir", "lens")[0] == 0
-    code, document = stack("evidence", "rerun", "lens")
-    assert code == 6 and "of a probe, which has no points" in document["what"]
+    probes = {"lens": ("--lens", "logit"), "ablated": ("--ablate", "layers.*.ffn.out"), "finite": ("--nonfinite",)}
+    for name, options in probes.items():
+        asked = ("trace", str(run_dir), "--prompt", "a list of it", *options, "--run-dir", name)
+        monkeypatch.setattr(sys, "argv", ["stack", *asked])
+        assert stack(*asked)[0] == 0
+        code, document = stack("evidence", "rerun", name, "--run-dir", f"{name}-again")
+        assert code == 0 and document["ok"] and document["compared"][-1]["now"] == 0.0, document
+    lines = (tmp_path / "lens" / "lens.jsonl").read_text()
+    assert stack("evidence", "rerun", "lens", "--run-dir", "lens-again")[0] == 2 and (tmp_path / "lens" / "lens.jsonl").read_text() == lines
 
     run_dir.rename(tmp_path / "put-aside")
     broken.rename(run_dir)
     code, document = stack("evidence", "rerun", "seen", "--run-dir", "other")
     assert code == 6 and not document["ok"] and {c["what"]: c["equal"] for c in document["compared"]}["input model.safetensors"] is False
+    assert document["compared"][-1]["what"].startswith("points.jsonl (") and document["compared"][-1]["now"] > again.REL_TOLERANCE
     with open(tmp_path / "seen" / "points.jsonl", "ab") as f:
         f.write(b"{}\n")
     code, document = stack("evidence", "rerun", "seen", "--run-dir", "third")

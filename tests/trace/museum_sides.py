@@ -165,7 +165,7 @@ def fresh(cfg):
 def learn(state, n=2):
     """Updates on two micro-batches. The first of AdamW moves by signs alone; sizes show in the second."""
     ids = models.ids(rows=4, tokens=18, seed=9)
-    batches = [SimpleNamespace(input_ids=x[:, :-1], labels=x[:, 1:].contiguous()) for x in ids.split(2)]
+    batches = [SimpleNamespace(input_ids=x[:, :-1], labels=x[:, 1:].contiguous(), sample_ids=(0, 1)) for x in ids.split(2)]
     for _ in range(n):
         steps.train_step(state, batches)
 
