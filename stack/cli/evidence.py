@@ -137,7 +137,7 @@ def rerun(
             table(
                 "Re-run",
                 ["what", "recorded", "now", "equal"],
-                [[c["what"], c["recorded"], c["now"], c["equal"]] for c in outcome["compared"]],
+                [[c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]] for c in outcome["compared"]],
             )
         )
     if not outcome["ok"]:

@@ -1,5 +1,6 @@
 """What preflight gates get to see: the run's own model, data, loss, optimizer and checkpoints, shrunk only in rows."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -110,7 +111,7 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
 
 
 def _wanted_batches(cfg: RunConfig, difference_std: float) -> int:
-    if cfg.stop.kind != "patience":
+    if cfg.stop.kind != "patience" or not math.isfinite(difference_std):  # what is not finite, the gates say better
         return cfg.eval.batches
     return batches_needed(difference_std, min(x for x in (cfg.stop.expected_gain_nats, cfg.stop.min_delta_nats) if x > 0))
 

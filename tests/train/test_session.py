@@ -227,3 +227,11 @@ def test_a_gpu_run_passes_every_gate_and_resumes_equal(cfg, tmp_path):
     record = session.start(cfg.model_copy(update={"device": "cuda"}), (), tmp_path / "run", Listener())
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
     assert record.metric("peak_device_memory_bytes") > 0 and record.environment["device_uuid"]
+
+
+def test_a_rate_that_leaves_no_number_is_left_to_the_gates(museum_folder, tmp_path):
+    """Evaluations that are not finite ask for no number of batches; a gate says what is wrong, and no contract breaks before it."""
+    wild = museum_config(museum_folder).model_copy(update={"optim": AdamW(lr=1e18)})
+    assert wild.stop.kind == "patience"
+    with pytest.raises(GateFailed, match="not finite"):
+        session.start(wild, (), tmp_path / "run", Listener(), only=("optim.parameter-census",))
