@@ -48,7 +48,10 @@ def side(model: nn.Module, way: str | None = None, where: Any = None) -> Side:
         case None:
             return Side(model, where)
         case "float64" | "float32" | "bfloat16" | "float16":
-            return Side(in_precision(copy.deepcopy(model), PRECISIONS[way]), where, way)
+            made = in_precision(copy.deepcopy(model), PRECISIONS[way])
+            if way == "float64" and hasattr(made, "set_experts_implementation"):
+                made.set_experts_implementation("eager")  # torch's grouped product has no float64
+            return Side(made, where, way)
         case "reference":
             _require_ours(model, "reference")
             return Side(model, where, way, around=reference_kernels)

@@ -118,7 +118,7 @@ def test_right_derivatives_differ_by_rounding(name, way):
     assert way != "float64" or max(r.excess for r in (*found.points, *found.parameters)) > 1e-3, "two precisions are not one"
 
 
-@pytest.mark.parametrize("name", [n for n in models.THEIRS if "mixtral" not in n])
+@pytest.mark.parametrize("name", models.THEIRS)
 def test_right_derivatives_of_transformers_differ_by_rounding(name):
     model = models.theirs(name)
     found = compare_gradients(side(model), side(model, "float64"), models.ids())
