@@ -46,7 +46,8 @@ def differ(
     if swaps and against is not None:
         document["swaps"] = _after(found, compare(good, cured, input_ids, asked.points or None), swaps)
     if backward:
-        document["gradients"] = _gradients(compare_gradients(good, cured, input_ids, asked.points or None))
+        swapped = f", with {', '.join(swaps)}" if swaps else ""
+        document["gradients"] = _gradients(compare_gradients(good, cured, input_ids, asked.points or None)) | {"swapped": swapped}
     if bisecting:
         said: list[str] = []
         bisected = bisect(good, cured, input_ids, _command(check, said), asked.points or None)
@@ -63,6 +64,13 @@ def differ(
     worst = max((c.excess for c in found.points), default=0.0)
     builder.metric("worst_excess", worst, "times the bound of rounding", n=len(found.points), better="lower")
     builder.metric("suspects", len(found.suspects), "points", n=len(found.points), better="lower")
+    if backward:
+        gradients = document["gradients"]
+        lines = [*gradients["points"], *gradients["parameters"]]
+        builder.metric(
+            "gradient_worst_excess", max((x["excess"] for x in lines), default=0.0), "times its bound", n=len(lines), better="lower"
+        )
+        builder.metric("gradient_suspects", len(gradients["suspects"]), "gradients", n=len(lines), better="lower")
     if found.logits is not None:
         builder.metric("logits_rel_err", found.logits.rel_err, "1", better="lower")
     write(builder, document, asked)
@@ -98,11 +106,10 @@ def _line(c: Any) -> dict[str, Any]:
 
 
 def _gradients(found: Any) -> dict[str, Any]:
-    """Gradients as the document has them. `read_by` are the operations whose derivative makes the gradient at a point."""
-    points = [c.point for c in found.points]
+    """Gradients as the document has them. `read_by` says whose derivative makes the gradient at a point."""
 
     def line(c: Any) -> dict[str, Any]:
-        return _line(c) | {"operation": "", "read_by": c.point.read_by(points) if c in found.points else ""}
+        return _line(c) | {"operation": "", "read_by": c.read_by}
 
     return {
         "points": [line(c) for c in found.points],
@@ -217,6 +224,7 @@ def _show(document: dict[str, Any]) -> None:
     for one in document["expectations"]:
         stdout.print(f"{one['verdict']:10} {one['text']}  found {number(one['found'])}", markup=False)
     said = "no operation adds more than rounding" if first is None else f"first to err: {first['point']}, the {first['operation']}"
+    said += f", which {first['note']}" if first is not None and first["note"] else ""
     said += f": {document['way']}" if document["way"] else ""
     stdout.print(said, style="bold", markup=False)
     stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)
@@ -227,13 +235,14 @@ def _show_gradients(found: dict[str, Any]) -> None:
     shown = [*found["points"], *(line for line in found["parameters"] if line["excess"] > 1)]
     keys = ("rel_err", "cosine", "added_err", "bound")
     rows = [[line["point"] + (" ◀" if line["excess"] > 1 else ""), *(number(line[k]) for k in keys)] for line in shown]
-    title = f"Gradients of the next-token loss, backwards; {len(found['parameters'])} parameters"
+    title = f"Gradients of the next-token loss, backwards; {len(found['parameters'])} parameters{found['swapped']}"
     stdout.print(table(title, ["gradient at", "error that arrives", "cosine", "error added", "bound"], rows))
     stdout.print(f"bound of added errors: {found['bound']}", style="dim", markup=False)
     first = found["first"]
     if first is None:
         return stdout.print("no derivative adds more than rounding", style="bold", markup=False)
     whose = f", in the derivative of what reads it: {first['read_by']}" if first["read_by"] else ", in its own derivative"
+    whose = f", {first['note']}" if first["note"] else whose
     stdout.print(f"first derivative to err: the gradient at {first['point']}{whose}", style="bold", markup=False)
 
 

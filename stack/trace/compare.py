@@ -6,7 +6,7 @@ was compared: what still differs at a point was made there. One tensor of each s
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ CHUNK = 2**20  # values that are compared at a time
 # What rounding adds at a point is at most this times ε·√width. Measured over 15 settings of transformers against ours, and all variants
 # of ours against float64, reference kernels and bfloat16, widths 48 to 56: 0.22 (differential attention's output), mostly 0.1 to 0.17.
 FACTOR = 1.0
+MISSING, MISSING_THERE = "did not run on this side", "did not run on the other side"
+NOT_OWN = ("q_rotated", "k_rotated", "scores", "entropy", "attention_mixed", "resid_mid")  # seen as what others are given
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def difference(a: Tensor, b: Tensor) -> Difference:
         sums += torch.stack([d @ d, x @ x, y @ y, x @ y])
     apart, aa, bb, ab = sums.tolist()
     if not math.isfinite(apart):
-        same = torch.equal(a.double().nan_to_num(1e300), b.double().nan_to_num(1e300))
+        same = torch.equal(a.double().cpu().nan_to_num(1e300), b.double().cpu().nan_to_num(1e300))
         return Difference(0.0, 1.0, 0.0) if same else Difference(math.inf, math.nan, math.inf)
     if bb == 0:
         return Difference(0.0, 1.0, 0.0) if apart == 0 else Difference(math.inf, math.nan, math.inf)
@@ -127,17 +129,20 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
     """
     common, only_a, only_b = common_points(a, b, names)
     points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
-    epsilon, width = coarsest(a, b), widest(a, b)
+    width = widest(a, b)
     with tempfile.TemporaryDirectory(prefix="stackproof-compare-") as folder:
         spill = Spill(Path(folder))
         record(a, common, input_ids, spill)
         free = _seen(b, common, input_ids, spill, forced=False)
         added = _seen(b, common, input_ids, spill, forced=True)
-        rows = tuple(_row(p, free.get(p.name), added.get(p.name), bound_of(p, epsilon, width, input_ids.shape[1])) for p in points)
-        first = next((r for r in rows if r.excess > 1), None)
+        epsilon = coarsest(a, b)
+        bounds = {p.name: bound_of(p, epsilon, width, input_ids.shape[1]) for p in points}
+        ran = [p for p in points if p.name in spill.places or p.name in free]
+        rows = tuple(_row(p, free.get(p.name), added.get(p.name), bounds[p.name]) for p in ran)
+        first = _first(rows)
         in_a_kernel = first is not None and first.point.slot == "attention_mixed"
         way = _way(b, first.point, common, input_ids, spill) if in_a_kernel else ""
-    suspects = tuple(sorted((r for r in rows if r.excess > 1), key=lambda r: -r.excess))
+    suspects = tuple(sorted((r for r in rows if r.excess > 1 or r is first), key=lambda r: (r is not first or r.excess > 1, -r.excess)))
     logits = free["logits"] if isinstance(free.get("logits"), Difference) else None
     said = f"{FACTOR:g} · ε · √width, with ε = {epsilon:.3g} of the coarser side and width {width}; times √tokens for rotations"
     return Comparison(rows, first, suspects, only_a, only_b, said, logits, 3 + in_a_kernel, way)
@@ -204,7 +209,7 @@ def record(a: Side, names: list[str], input_ids: Tensor, spill: Spill) -> Tensor
 
 def _compared(point: Point, theirs: Tensor | None, x: Tensor) -> Difference | str:
     if theirs is None:
-        return "did not run on the other side"
+        return MISSING_THERE
     if theirs.numel() == x.numel() and theirs.shape[:2] == x.shape[:2]:
         return difference(x, theirs)
     if point.slot.startswith("experts"):
@@ -213,14 +218,29 @@ def _compared(point: Point, theirs: Tensor | None, x: Tensor) -> Difference | st
 
 
 def _row(point: Point, free: Difference | str | None, added: Difference | str | None, bound: float) -> Compared:
-    notes = [n if isinstance(n, str) else "did not run" for n in (free, added) if not isinstance(n, Difference)]
+    notes = [n if isinstance(n, str) else MISSING for n in (free, added) if not isinstance(n, Difference)]
     arrived = free if isinstance(free, Difference) else None
     return Compared(point, arrived, added.rel_err if isinstance(added, Difference) else None, bound, "; ".join(dict.fromkeys(notes)))
 
 
+def _first(rows: Sequence[Compared]) -> Compared | None:
+    """The first point that adds more than its bound; or of the modules right before it that ran on one side only, the first.
+
+    What is given to an attention function, or to a norm, is not seen where another is called, and does not err for that.
+    """
+    at = next((i for i, r in enumerate(rows) if r.excess > 1), None)
+    if at is None:
+        return None
+    start = at
+    while start and rows[start - 1].note in (MISSING, MISSING_THERE):
+        start -= 1
+    return next((r for r in rows[start:at] if r.point.slot not in NOT_OWN), rows[at])
+
+
 def coarsest(a: Side, b: Side) -> float:
-    """The largest ε among the dtypes of both sides' parameters."""
-    return max(torch.finfo(p.dtype).eps for s in (a, b) for p in s.model.parameters() if p.is_floating_point())
+    """The largest ε among the dtypes of both sides' parameters, and those in which they say that they compute."""
+    held = {p.dtype for s in (a, b) for p in s.model.parameters()} | {s.computes for s in (a, b) if s.computes is not None}
+    return max(torch.finfo(d).eps for d in held if d.is_floating_point)
 
 
 def widest(a: Side, b: Side) -> int:

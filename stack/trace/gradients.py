@@ -2,43 +2,63 @@
 
 The loss is the mean next-token loss. The first side runs forward and backward once and leaves values and gradients in a file. The second
 runs freely, and then once more with the value of every point put right, and its gradient after it was compared: what still differs was
-made by the derivative of what reads that point.
+made by the derivative of what reads that point. A gradient that arrives on one side only is infinitely wrong.
 """
 
 import math
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spec.errors import UsageError
-from stack.trace.compare import Compared, Difference, Spill, coarsest, common_points, difference, widest
-from stack.trace.points import Point, select, sites
+from stack.trace.compare import Difference, Spill, coarsest, common_points, difference, widest
+from stack.trace.points import Point, read_by, select, sites
 from stack.trace.tap import Handler, tap
 from stack.trace.trace import backward_of, run
 from stack.trace.ways import Side
 from stack.trace.weights import point_of
 
-BOUND, PARAMETER_BOUND = 4.0, 1.0
-FLOOR = 1e-2
-PARAMETER, VALUE = "parameter ", "value "
+# What rounding adds is at most FACTOR times ε·√width at a point, four times that where the gradient comes out of a softmax and cancels, and
+# at most ε·√width at a parameter, held against at least FLOOR of the largest norm of any: a key's bias has a gradient of rounding alone.
+# No derivative that is off by more than CAP of itself passes for rounding, however coarse the numbers are.
+FACTOR, SOFTMAX_FACTOR, PARAMETER_FACTOR, FLOOR, CAP = 1.0, 4.0, 1.0, 1e-2, 0.1
+CANCELLING = ("q", "k", "v", "q_norm", "k_norm", "q_rotated", "k_rotated", "router", "routing")
+GRADIENT, PARAMETER, VALUE = "gradient ", "parameter ", "value "
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient at one point, or of one parameter. `arrived` is its error in a free run, `added_err` what its own derivative adds to
+    right values and gradients; `excess` is the latter over its bound. `read_by` says what has that derivative, for a point; `note` what is
+    missing."""
+
+    point: Point
+    arrived: Difference | None
+    added_err: float
+    bound: float
+    read_by: str = ""
+    note: str = ""
+
+    @property
+    def excess(self) -> float:
+        return self.added_err / self.bound
 
 
 @dataclass(frozen=True)
 class Gradients:
     """Gradients at the common points in the order of the backward, then those of parameters that both sides have by one name.
 
-    `first` is the first whose derivative adds more than its bound; `suspects` rank all of these. An added error of a parameter is held
-    against at least FLOOR of the largest norm of any parameter's gradient.
+    `first` is the first whose derivative adds more than its bound; `suspects` rank all of these.
     """
 
-    points: tuple[Compared, ...]
-    parameters: tuple[Compared, ...]
-    first: Compared | None
-    suspects: tuple[Compared, ...]
+    points: tuple[Gradient, ...]
+    parameters: tuple[Gradient, ...]
+    first: Gradient | None
+    suspects: tuple[Gradient, ...]
     bound: str
     runs: int = 3
 
@@ -51,73 +71,110 @@ def compare_gradients(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] 
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise UsageError("these ids have no next-token loss", value=tuple(input_ids.shape), allowed="(B, T) with at least 2 tokens")
     common, _, _ = common_points(a, b, names)
-    points = [x.point for x in reversed(select(sites(b.model, b.where), common, b.where))]
-    epsilon = coarsest(a, b) * math.sqrt(widest(a, b))
+    every = [s.point for s in sites(b.model, b.where)]
+    looked_at = [s.point for s in select(sites(b.model, b.where), common, b.where)]
     with tempfile.TemporaryDirectory(prefix="stackproof-gradients-") as folder:
         right = _Right(Spill(Path(folder)))
         right.keep(a, common, input_ids)
-        free, _ = right.against(b, common, input_ids, forced=False)
-        added, parameters = right.against(b, common, input_ids, forced=True)
-    rows = tuple(Compared(p, free[p.name], added[p.name].rel_err, BOUND * epsilon) for p in points if p.name in free and p.name in added)
-    own = [point_of(n, order) for order, n in enumerate(n for n, _ in b.model.named_parameters())]
-    theirs = tuple(Compared(p, None, parameters[p.name], PARAMETER_BOUND * epsilon) for p in own if p.name in parameters)
-    suspects = tuple(sorted((r for r in (*rows, *theirs) if r.excess > 1), key=lambda r: -r.excess))
-    first = next((r for r in (*rows, *theirs) if r.excess > 1), None)
-    said = f"{BOUND:g} · ε · √width at points and {PARAMETER_BOUND:g} at parameters, ε · √width = {epsilon:.3g}"
-    return Gradients(rows, theirs, first, suspects, said)
+        free = right.against(b, common, input_ids, forced=False)
+        forced = right.against(b, common, input_ids, forced=True)
+        epsilon = coarsest(a, b) * math.sqrt(widest(a, b))
+        points = [
+            Gradient(p, free.points.get(p.name), error, _bound(p, epsilon), read_by(p, looked_at, every), note)
+            for p in reversed(looked_at)
+            if (error := right.error_at(p, forced)) is not None
+            for note in [_note(error)]
+        ]
+        theirs = {n for n, _ in a.model.named_parameters()}
+        own = [point_of(n, order) for order, (n, _) in enumerate(b.model.named_parameters()) if n in theirs]
+        parameters = [
+            Gradient(p, None, error, min(CAP, PARAMETER_FACTOR * epsilon), note=_note(error))
+            for p in own
+            if (error := right.error_of(p.name, forced)) is not None
+        ]
+    judged = (*points, *parameters)
+    suspects = tuple(sorted((g for g in judged if g.excess > 1), key=lambda g: -g.excess))
+    said = f"{FACTOR:g} · ε · √width, {SOFTMAX_FACTOR:g} times that before a softmax, at most {CAP:g}, with ε · √width = {epsilon:.3g}"
+    return Gradients(tuple(points), tuple(parameters), next((g for g in judged if g.excess > 1), None), suspects, said)
+
+
+def _bound(point: Point, epsilon: float) -> float:
+    return min(CAP, (SOFTMAX_FACTOR if point.slot in CANCELLING else FACTOR) * epsilon)
+
+
+def _note(error: float) -> str:
+    return "a gradient on one side only" if math.isinf(error) else ""
+
+
+@dataclass
+class _Seen:
+    """Gradients of one run against those that are right: differences at points, and the gradients of parameters."""
+
+    points: dict[str, Difference] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _Right:
-    """Gradients of the side that is taken as right."""
+    """Values and gradients of the side that is taken as right."""
 
     spill: Spill
     largest: float = 0.0
 
-    def keep(self, a: Side, names: list[str], input_ids: Tensor) -> None:
+    def keep(self, a: Side, names: Sequence[str], input_ids: Tensor) -> None:
         def value(point: Point, x: Tensor) -> None:
             self.spill.write(VALUE + point.name, x)
 
         def gradient(point: Point, grad: Tensor) -> None:
-            self.spill.write(point.name, grad)
+            self.spill.write(GRADIENT + point.name, grad)
 
         for name, grad in _backward(a, names, input_ids, value, gradient).items():
             self.spill.write(PARAMETER + name, grad)
             self.largest = max(self.largest, float(grad.double().norm()))
 
-    def against(self, b: Side, names: list[str], input_ids: Tensor, *, forced: bool) -> tuple[dict[str, Difference], dict[str, float]]:
-        """One forward and backward of a side: differences at points, and errors at parameters; if `forced`, gradients are put right."""
-        found: dict[str, Difference] = {}
+    def against(self, b: Side, names: Sequence[str], input_ids: Tensor, *, forced: bool) -> _Seen:
+        """One forward and backward of a side; if `forced`, values are put right, and gradients after they were compared."""
+        seen = _Seen()
 
         def value(point: Point, x: Tensor) -> Tensor | None:
-            # a sum of right values is right, and writing over it would break graphs in which it is a view
-            theirs = self._like(VALUE + point.name, x) if forced and point.flows and point.slot != "resid_mid" else None
+            theirs = self._like(VALUE + point.name, x) if forced and point.flows else None
             return None if theirs is None else _PutRight.apply(x, theirs)
 
         def gradient(point: Point, grad: Tensor) -> Tensor | None:
-            theirs = self._like(point.name, grad)
+            seen.arrived.add(point.name)
+            theirs = self._like(GRADIENT + point.name, grad)
             if theirs is not None:
-                found[point.name] = difference(grad, theirs)
+                seen.points[point.name] = difference(grad, theirs)
             return theirs if forced else None
 
-        parameters = _backward(b, names, input_ids, value, gradient)
-        return found, {name: e for name, grad in parameters.items() if (e := self._error(name, grad)) is not None}
+        seen.parameters = _backward(b, names, input_ids, value, gradient)
+        return seen
+
+    def error_at(self, point: Point, seen: _Seen) -> float | None:
+        """The error of a gradient at a point; infinite where it is there on one side only, None where on none, or of other tokens."""
+        here, there = point.name in seen.arrived, GRADIENT + point.name in self.spill.places
+        if here != there:
+            return math.inf
+        return seen.points[point.name].rel_err if point.name in seen.points else None
+
+    def error_of(self, name: str, seen: _Seen) -> float | None:
+        """The same of a parameter that both sides have."""
+        here, there = name in seen.parameters, PARAMETER + name in self.spill.places
+        if here != there:
+            return math.inf
+        if not here:
+            return None
+        own, theirs = seen.parameters[name].detach().double().cpu(), self.spill.read(PARAMETER + name).double()
+        if own.shape != theirs.shape:
+            return math.inf
+        norm, apart = max(float(theirs.norm()), FLOOR * self.largest), float((own - theirs).norm())
+        return apart / norm if norm and not math.isnan(apart) else 0.0 if apart == 0 else math.inf
 
     def _like(self, name: str, x: Tensor) -> Tensor | None:
         """What was kept by a name, as a tensor has it; None where it was not, or in another size."""
         theirs = self.spill.read(name) if name in self.spill.places else None
         return theirs.to(x.device, x.dtype).reshape(x.shape) if theirs is not None and theirs.numel() == x.numel() else None
-
-    def _error(self, name: str, grad: Tensor) -> float | None:
-        """The error of a parameter's gradient; None where the other side has no such parameter."""
-        if PARAMETER + name not in self.spill.places:
-            return None
-        theirs = self.spill.read(PARAMETER + name)
-        if theirs.shape != grad.shape:
-            return None
-        norm = max(float(theirs.double().norm()), FLOOR * self.largest)
-        apart = float((grad.detach().double().cpu() - theirs.double()).norm())
-        return apart / norm if norm else 0.0 if apart == 0 else math.inf
 
 
 class _PutRight(torch.autograd.Function):
@@ -132,7 +189,7 @@ class _PutRight(torch.autograd.Function):
         return grad, None
 
 
-def _backward(one: Side, names: list[str], input_ids: Tensor, value: Handler, gradient: Handler) -> dict[str, Tensor]:
+def _backward(one: Side, names: Sequence[str], input_ids: Tensor, value: Handler, gradient: Handler) -> dict[str, Tensor]:
     """Gradients of a side's parameters, while values and gradients of its points are shown and may be replaced."""
     with torch.enable_grad(), one.around():
         inputs = one.inputs()

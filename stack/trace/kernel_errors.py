@@ -60,7 +60,7 @@ def way_to_err(kept: Kept) -> str:
     apart = float((wrong - attend(kept)).norm())
     left = {text: float((wrong - tried(kept)).nan_to_num(torch.inf).norm()) for text, tried in WAYS.items()}
     best = min(left, key=left.__getitem__)
-    return best if left[best] <= CLOSE * apart else ""
+    return best if apart > 0 and left[best] <= CLOSE * apart else ""
 
 
 def attend(kept: Kept, *, scale: float | None = None, visible: Tensor | None = None, tiled: bool = False) -> Tensor:
@@ -71,6 +71,8 @@ def attend(kept: Kept, *, scale: float | None = None, visible: Tensor | None = N
     k, v = (x.repeat(1, many, 1, 1) if tiled else x.repeat_interleave(many, 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (call.scale if scale is None else scale)
     visible = seen_of(call) if visible is None else visible
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        scores = scores + call.mask.double().clamp(min=HIDDEN)  # a bias, as of distances
     return scores.masked_fill(~visible, HIDDEN).softmax(-1) @ v
 
 
@@ -81,7 +83,8 @@ def seen_of(call: Call, later: int = 0) -> Tensor:
     own_T1 = torch.arange(T, device=index_S.device)[:, None] + (call.offset if call.causal else S - T)
     seen = index_S <= own_T1
     if call.mask is not None:
-        seen = call.mask if call.mask.dtype == torch.bool else call.mask > HIDDEN / 2
+        hidden = max(HIDDEN / 2, torch.finfo(call.mask.dtype).min / 2) if call.mask.is_floating_point() else None
+        seen = call.mask if hidden is None else call.mask > hidden
     elif not call.causal:
         seen = torch.ones_like(seen)
     return seen | ((index_S > own_T1) & (index_S <= own_T1 + later))

@@ -96,13 +96,28 @@ class Point:
         """The slot, of an expert that of a plain feed-forward."""
         return re.sub(r"^experts\.\d+\.", "ffn.", self.slot)
 
-    def read_by(self, points: Iterable["Point"]) -> str:
-        """The operations that read the value here, among those of `points`; empty where nobody has said them."""
-        there = {p.kind for p in points}
-        for group in READERS.get(self.kind, "").split("|"):
-            if found := [OPERATIONS[slot] for slot in group.split() if slot in there]:
-                return ", ".join(found)
-        return ""
+
+def read_by(point: Point, looked_at: Sequence[Point], every: Sequence[Point]) -> str:
+    """What reads the value at a point, of all points of a model in order: the operations that make the points after it.
+
+    Where some of these are not looked at, or nobody has said them, all that lies between it and the next point that is.
+    """
+    seen = {p.name for p in looked_at}
+    for group in READERS.get(point.kind, "").split("|"):
+        if readers := _next(point, group.split(), every):
+            if all(r.name in seen for r in readers):
+                return ", ".join(dict.fromkeys(r.operation for r in readers))
+            break
+    later = [p for p in looked_at if p.order > point.order and not p.derived]
+    return f"what lies between it and {later[0].name}" if later else "what lies between it and the loss"
+
+
+def _next(point: Point, kinds: Sequence[str], every: Sequence[Point]) -> list[Point]:
+    """The points of these kinds in the layer of a point; after a whole layer, or before all, in the next one; else outside of layers."""
+    layer = {"embedding": 0, "resid_out": (point.layer or 0) + 1}.get(point.kind, point.layer)
+    of_expert = point.slot.rpartition(".")[0] if point.slot.startswith("experts.") else None
+    near = [p for p in every if p.kind in kinds and p.layer == layer and (of_expert is None or p.slot.startswith((of_expert, "ffn.out")))]
+    return near or [p for p in every if p.kind in kinds and p.layer is None]
 
 
 @dataclass(frozen=True)

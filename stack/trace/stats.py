@@ -63,6 +63,7 @@ class Support:
 class Stat:
     """Figures of one tensor. Moments are those of the values themselves (÷ n); kurtosis is 3 for a normal distribution.
 
+    Squares that float32 cannot hold are summed in float64 on a CPU; on other devices the moments are then infinite or NaN.
     `quantiles` are of `n_sampled` values at a fixed stride. `argmax` is (token, channel) of the largest magnitude, tokens counted over
     the rows of the batch; `top_token_energy_frac` is the share of the sum of squares that one token holds. Without any value, or with
     one that is not finite, what depends on it is NaN.
@@ -247,7 +248,7 @@ def _stat(support: Support, *found: Tensor) -> Stat:
     all_squares = y_squares + 2 * shift * y_sum + n * shift * shift
     variance = m2 - m1 * m1
     variance = 0.0 if variance <= FEW * m2 else variance
-    central = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
+    central = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1 * m1 * m1 * m1
     rms = math.sqrt(all_squares / n) if all_squares >= 0 else math.nan
     absmax = math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
     return Stat(

@@ -136,7 +136,8 @@ def _hook(model: nn.Module, site: Site, view: _Viewer) -> Any:
         case Routing(path):
             return model.get_submodule(path).register_forward_hook(lambda m, a, out: _routed(view, point, site.place, out))
         case Input(path, layout, shared):
-            given = _given_shared if shared else _given
+            # where gradients are shown, nothing is written over: a graph may hold it
+            given = _given_shared if shared and view.on_grad is None else _given
             return model.get_submodule(path).register_forward_pre_hook(lambda m, a, kw: given(a, kw, view, point, layout), with_kwargs=True)
         case other:
             raise TypeError(other)
@@ -224,11 +225,13 @@ def _wrap_routing(model: nn.Module, site: Site, module: str, name: str, view: _V
 def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
     """Show the weights of all experts, and route by what replaces them: as many experts as before, those of the largest weights."""
     scores_RE, chosen_Rk, weights_Rk = (out[i] for i in (place.scores, place.chosen, place.weights))
-    spread = lambda x_Rk: x_Rk.new_zeros(scores_RE.shape).scatter(1, chosen_Rk, x_Rk)  # noqa: E731
-    new_RE = view.show(point, weights_Rk, _Form("RF", spread, spread, grad_back=lambda new_RE, _: new_RE.gather(1, chosen_Rk)))
-    if new_RE is None:
+    all_RE = weights_Rk.new_zeros(scores_RE.shape).scatter(1, chosen_Rk, weights_Rk)
+    new_RE = view.show(point, all_RE, _Form("RF"))
+    if new_RE is not None:
+        chosen_Rk = new_RE.argsort(dim=-1, descending=True, stable=True)[:, : chosen_Rk.shape[1]]
+    elif view.on_grad is None:
         return out
-    new_Rk, chosen_Rk = (x[:, : chosen_Rk.shape[1]] for x in new_RE.sort(dim=-1, descending=True, stable=True))
+    new_Rk = (all_RE if new_RE is None else new_RE).gather(1, chosen_Rk)  # a gradient passes all experts' weights, where it is shown
     return tuple({place.weights: new_Rk, place.chosen: chosen_Rk}.get(i, x) for i, x in enumerate(out))
 
 

@@ -29,6 +29,7 @@ BETWEEN_BLOCKS = ("embedding", "layers.*.resid_out", "final_norm", "logits")
 class Side:
     """One side of a comparison: a model, its points (None: all), and what must hold while it runs.
 
+    `computes` is the dtype it computes in where that is not its parameters', as under autocast: rounding of that size is then granted.
     `inputs` gives what the forward takes besides the ids, anew for each run: documents packed into a row, or a cache that it fills.
     """
 
@@ -38,6 +39,7 @@ class Side:
     names: tuple[str, ...] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     inputs: Callable[[], Mapping[str, Any]] = dict
+    computes: torch.dtype | None = None
 
 
 def side(model: nn.Module, way: str | None = None, where: Any = None) -> Side:

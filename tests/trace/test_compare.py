@@ -245,3 +245,12 @@ def test_the_folder_of_tensors_is_gone_afterwards(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     compare(side(models.ours()), side(models.ours()), models.ids())
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_rounding_is_granted_for_the_precision_a_side_says_it_computes_in():
+    good = side(models.ours())
+    around = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    said = compare(good, replace(good, around=around, computes=torch.bfloat16), models.ids())
+    assert said.first_divergence is None and said.logits.rel_err > 1e-4
+    unsaid = compare(good, replace(good, around=around), models.ids())
+    assert unsaid.first_divergence.point.name == "layers.0.q", "half precision that nobody declared is a finding"

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from stack.kernels import attention
 from stack.museum.plant import swap
 from stack.trace import compare, kernel_errors, side
-from stack.trace.kernel_errors import WAYS
+from stack.trace.kernel_errors import WAYS, Kept, attend, way_to_err
+from stack.trace.scores import Call
 from tests.trace import models
 from tests.trace.museum_sides import documents, prompt
 
@@ -125,3 +126,17 @@ def test_it_is_said_of_transformers_too(name, monkeypatch):
     assert found.first_divergence.point.name == "layers.1.attention_mixed"
     assert found.way == "scores are not scaled"
     assert F.scaled_dot_product_attention is SDPA
+
+
+def test_a_bias_on_the_scores_is_part_of_what_is_right():
+    """As of distances: additive, a number for each pair. A kernel that is right has no way to err, and one without scale has this one."""
+    draw = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, n, 6, 8, generator=draw) for n in (4, 2, 2))
+    bias = -torch.rand(1, 4, 6, 6, generator=draw).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), 1e9) * 2
+    for dtype in (torch.float32, torch.float16):
+        mask = bias.to(dtype).clamp(min=torch.finfo(dtype).min)
+        call = Call(q, k, 8**-0.5, mask, False)
+        right = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask.float())
+        assert torch.allclose(attend(Kept(call, v, right)).float(), right, atol=1e-5)
+        assert way_to_err(Kept(call, v, attend(Kept(call, v, right)))) == "", "nothing is apart"
+        assert way_to_err(Kept(call, v, attend(Kept(call, v, right), scale=1.0).float())) == "scores are not scaled"

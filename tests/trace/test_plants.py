@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from stack.kernels import dispatch
 from stack.trace import bisect, compare, side
+from stack.trace.compare import MISSING, MISSING_THERE
 from tests.trace import models
 
 L = 1
@@ -187,7 +188,7 @@ def test_head_expansion_order_is_named():
     bad = copy.deepcopy(good)
     heads_tiled(bad)
     found = compare(side(good), side(bad), models.ids())
-    assert {c.note for c in found.points if c.point.layer == L and c.point.slot in ("scores", "attention_mixed")} == {"did not run"}
+    assert {c.note for c in found.points if c.point.layer == L and c.point.slot in ("scores", "attention_mixed")} == {MISSING}
     assert found.first_divergence.point.name == f"layers.{L}.attention_out"
 
 
@@ -239,6 +240,34 @@ def test_two_sites_are_both_named_and_make_the_minimal_set():
         "layers.2.v",
     ]
     assert "forward" not in vars(bad.layers[0].ffn), "exchanged modules are put back"
+
+
+def norm_passed_by(model):
+    block = model.layers[L]
+    block.residual = lambda x, reading: (h := x + block.attention(block.attention_norm(x), reading)) + block.ffn(h, reading)
+
+
+def layer_passed_by(model):
+    model.layers[L].forward = lambda x, *rest: x
+
+
+@pytest.mark.parametrize(("plant", "place"), [(norm_passed_by, "ffn_norm"), (layer_passed_by, "attention_norm")])
+def test_a_module_that_is_passed_by_is_named_and_not_the_one_after_it(plant, place):
+    good = built({})
+    bad = copy.deepcopy(good)
+    plant(bad)
+    first = compare(side(good), side(bad), models.ids()).first_divergence
+    assert first.point.name == f"layers.{L}.{place}" and first.note == MISSING
+    assert compare(side(bad), side(good), models.ids()).first_divergence.note == MISSING_THERE
+
+
+def test_another_way_to_the_same_numbers_is_no_fault():
+    good = built({})
+    other = copy.deepcopy(good)
+    ffn = other.layers[L].ffn
+    ffn.forward = lambda x, *reading: ffn.down(F.silu(F.linear(x, ffn.gate.weight)) * F.linear(x, ffn.up.weight))
+    found = compare(side(good), side(other), models.ids())
+    assert found.first_divergence is None and [c.note for c in found.points if c.point.name == f"layers.{L}.ffn.gate"] == [MISSING]
 
 
 def test_the_head_alone():

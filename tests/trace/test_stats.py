@@ -241,3 +241,9 @@ def test_what_cannot_be_traced_is_refused():
         trace(models.ours().requires_grad_(False), models.ids(), backward=True)
     with pytest.raises(UsageError, match="was not traced"):
         trace(models.ours(), models.ids(), ["logits"])["layers.0.q"]
+
+
+def test_values_beyond_the_fourth_root_of_float64_have_no_kurtosis_and_end_no_trace():
+    x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 1e150 + 1e150
+    stat = stat_of(x)
+    assert stat.mean == pytest.approx(float(x.mean())) and not math.isfinite(stat.kurtosis) and stat.absmax == float(x.abs().max())
