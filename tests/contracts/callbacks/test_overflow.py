@@ -28,7 +28,7 @@ class Scaled(torch.optim.SGD):
 
 
 def overflown(direction: float, value: float, at: tuple[int, ...]) -> list[float | None]:
-    """`uphill` of three updates, of which those `at` have one gradient that is `value`: of a kept tensor in the first, of one too large in the second."""
+    """`uphill` of three updates; one gradient is `value` in those `at`: of a kept tensor in the first, of one too large in the second."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300_000, bias=False))
     optimizer, movement, found = Scaled(model.parameters(), 1e-6, direction), Movement(model), []
