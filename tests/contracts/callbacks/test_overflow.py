@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from contracts.callbacks.movement import Movement
-from contracts.gate import limits_of, resolve
+from contracts.callbacks.plain import gated
+from contracts.gate import Verdict, limits_of, resolve
 from contracts.moves import LeftAlone, Moved
 from spec.gates import load_spec
+from stack.museum import script
 
 
 class Scaled(torch.optim.SGD):
@@ -79,3 +81,38 @@ def test_gradients_that_are_gone_after_the_update_are_said_to_be():
     optimizer.zero_grad()
     moved = movement.judge(1, optimizer, (1e-3,))
     assert moved.uphill is None and "gradients were gone" in moved.unknown
+
+
+class Climbs(torch.optim.SGD):
+    """Is handed scale and overflow by a GradScaler, as fused optimizers are, and goes up."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self):
+        for p in () if self.found_inf else (p for g in self.param_groups for p in g["params"]):
+            p.data.add_(p.grad / self.grad_scale, alpha=self.defaults["lr"])
+
+
+def scaled(make) -> Verdict:
+    """`optim.moves` after two steps under a GradScaler that calls the optimizer in a step that overflows too; the first does."""
+    torch.manual_seed(0)
+    model = script.Small()
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    scaler, drawn = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117), script.batches()
+    with gated(model, optimizer, scaler=scaler, mode="log", only=("optim.moves",)) as gate:
+        for overflows in (True, False):
+            one = next(drawn)
+            loss = script.loss_of(model(**script.inputs_of(one)), one, script.tokens_in([one]))
+            scaler.scale(loss * (1e6 if overflows else 1.0)).backward()
+            assert all(bool(p.grad.isfinite().all()) for g in optimizer.param_groups for p in g["params"]) is not overflows
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return gate.verdicts()["optim.moves"]
+
+
+def test_a_loss_scale_that_overflows_first_hides_no_climbing():
+    verdict = scaled(lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+    assert verdict.outcome == "pass" and -0.99 < verdict.measured["uphill_cosine"] < -0.1
+    verdict = scaled(lambda p: Climbs(p, lr=1e-3))
+    assert verdict.outcome == "fail" and verdict.measured["uphill_cosine"] > 0.9
