@@ -119,10 +119,10 @@ def reference_update(limits: SimpleNamespace, *, build_model, make_optimizer, de
         for n, p in small.pairs:
             off, law = p.detach().double() - oracle[n], laws[n]
             if law["rule"] == "adamw":
-                errors["error_over_lr"][n] = max(float(off.abs().max()) / RATE, errors["error_over_lr"].get(n, 0.0))
+                errors["error_over_lr"][n] = max(_number(off.abs().max() / RATE), errors["error_over_lr"].get(n, 0.0))
             elif not tiny:
                 kind = "muon_rel_error" if law["dtype"] == "float32" else "muon_bf16_rel_error"
-                errors[kind][n] = float(off.norm() / (oracle[n] - first[n].double()).norm())
+                errors[kind][n] = _number(off.norm() / (oracle[n] - first[n].double()).norm())
     worst = {kind: max(found.items(), key=lambda item: item[1]) for kind, found in errors.items() if found}
     over = [name for kind, (name, error) in worst.items() if not error <= allowed[kind]]
     text = f"updates differ from the declared rule in float64, worst in {', '.join(over)}"
@@ -207,6 +207,8 @@ def _muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: 
     """
     m = memory["m"] = law["momentum"] * memory.get("m", 0.0) + (1 - law["momentum"]) * gradient
     ahead = law["momentum"] * m + (1 - law["momentum"]) * gradient if law["nesterov"] else m
+    if not bool(ahead.isfinite().all()):
+        return torch.full_like(x, math.nan)  # as the quintic would; the decomposition raises
     u, s, v = torch.linalg.svd(ahead, full_matrices=False)
     s = s / s.square().sum().sqrt()
     for _ in range(law["ns_steps"]):
@@ -270,8 +272,13 @@ def applied_update(
 
 
 def _worst(errors: dict[str, tuple[float, str]], kind: str, error: float, where: str) -> None:
-    """Keep the largest error of each kind; one that is no number is larger than any."""
-    errors[kind] = max(errors.get(kind, (0.0, "")), (math.inf if math.isnan(error) else error, where))
+    """Keep the largest error of each kind."""
+    errors[kind] = max(errors.get(kind, (0.0, "")), (_number(error), where))
+
+
+def _number(error: float | Tensor) -> float:
+    """An error as a number; one that is none is larger than any."""
+    return math.inf if math.isnan(error) else float(error)
 
 
 def _move_error(move: Move, memory: dict, clip: float, step: int, declared: Mapping[str, Any]) -> tuple[str, float]:

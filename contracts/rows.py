@@ -22,7 +22,8 @@ class FreshRows:
 
     An order is the same where each of many rows in a row comes the same distance after it came before: an epoch that is not
     shuffled anew, or one batch again and again. Remembers the first `MEMORY` rows. Where a red verdict could not have come, because too
-    few rows were drawn, or rows are not known that were trained on before a resume or beyond the memory, it says not_run.
+    few rows were drawn or scored, or rows are not known that were trained on before a resume or beyond the memory, it says not_run.
+    An evaluation of too few rows leaves the verdict of one before it, unless a row of it was trained on.
     """
 
     events = (RowsSeen, Started, StateRestored)
@@ -33,7 +34,7 @@ class FreshRows:
         self.trained: dict[int, int] = {}
         self.drawn = self.lag = self.in_order = self.again = 0
         self.scored = self.known = 0
-        self.step, self.resumed_at, self.full, self.unscored = 0, 0, False, ""
+        self.step, self.resumed_at, self.full, self.unscored, self.judged = 0, 0, False, "", False
 
     def observe(self, event: RowsSeen | Started | StateRestored) -> Verdict | None:
         if not isinstance(event, RowsSeen):
@@ -70,17 +71,19 @@ class FreshRows:
             return f"rows drawn before step {self.resumed_at} are not known, and those since have hardly come again"
         return f"only the first {self.MEMORY:,} rows are remembered, and there were more" if self.full else ""
 
-    def _scored(self, event: RowsSeen) -> Verdict | None:
+    def _scored(self, event: RowsSeen) -> Verdict:
         """All batches of one evaluation together, from the number of rows on at which a share says something."""
         self.scored, self.known = self.scored + len(event.rows), self.known + sum(r in self.trained for r in event.rows)
+        measured = {"trained_frac": self.known / max(1, self.scored), "scored": self.scored}
         if self.scored < self.limits.scored_min:
-            return None
-        share = self.known / self.scored
-        measured = {"trained_frac": share, "scored": self.scored}
-        if share > self.limits.trained_frac_max:
+            if self.known or not self.judged:
+                few = f"an evaluation had {self.scored} rows that are long enough, {self.known} of them trained on"
+                self.unscored = f"{few}: a share is judged from {int(self.limits.scored_min)} rows on"
+            return self._unless(self.unscored or self._unordered(), measured)
+        if measured["trained_frac"] > self.limits.trained_frac_max:
             return failed(f"step {event.step}: {self.known} of {self.scored} held-out rows were trained on", **measured)
-        if self.resumed_at:
-            self.unscored = f"rows trained on before step {self.resumed_at} are not known; held-out rows may be among them"
+        before = f"rows trained on before step {self.resumed_at} are not known; held-out rows may be among them"
+        self.judged, self.unscored = True, before if self.resumed_at else ""
         return self._unless(self.unscored or self._unordered(), measured)
 
     def _unless(self, reason: str, measured: dict) -> Verdict:

@@ -1,13 +1,14 @@
 """Which tensors an update moved, to the bit, and whether the first that moved anything went where it should."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from contracts.callbacks.digest import checksums
-from contracts.witness import LeftAlone, Moved
+from contracts.callbacks.digest import checksums, gathered
+from contracts.moves import LeftAlone, Moved
 
 VISIBLE_RATE = 1e-7
 SLOPE_ENTRIES = 1_000_000  # of weights, copied once
@@ -34,8 +35,11 @@ class _Kept:
         ).tolist()
 
 
-def _cosine(kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dict[int, float]) -> float:
-    """Of the step and a slope in which coupled decay stands `n_decays` times, over all tensors; decay of either kind is taken out."""
+def _cosine(kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dict[int, float]) -> float | None:
+    """Of the step and a slope in which coupled decay stands `n_decays` times, over all tensors; decay of either kind is taken out.
+
+    None where there is none: the slope is zero, or something is not finite.
+    """
     along, along_coupled, moved, steep = 0.0, 0.0, 0.0, 0.0
     for k, slope in zip(kept, slopes):
         descent, pull, shrink, moved_k, steep_k = k.products(slope)
@@ -46,7 +50,9 @@ def _cosine(kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dic
         )
         moved, steep = moved + moved_k, steep + steep_k
     scale = (moved * steep) ** 0.5
-    return max(-1.0, min(along, along_coupled) / scale) if scale > 0 else 0.0
+    if not (scale > 0 and all(map(math.isfinite, (along, along_coupled, scale)))):
+        return None
+    return max(-1.0, min(along, along_coupled) / scale)
 
 
 class Movement:
@@ -83,27 +89,40 @@ class Movement:
                     now = p.detach().float()
                     self._kept.append(_Kept(p, group, now.clone(), torch.zeros_like(now)))
 
-    def _uphill(self, rate_of: dict[int, float]) -> float:
-        """Cosine of movement and gradient in the first update that moves anything, 0 where it is not known or was judged before.
+    def _uphill(self, rate_of: dict[int, float]) -> tuple[float | None, str]:
+        """Cosine of movement and gradient in the first update that moves anything, or None, and why it can never be known, or nothing.
 
         A fresh optimizer steps against its gradient, whatever its rule: plain, scaled by entry, by its sign, or orthogonalised. After
         updates at rate 0 its moments may hold their gradients too, so that it must go along both the last one and the sum to be climbing.
+        An update with a gradient that is not finite and that moves nothing was skipped, as a loss scale does: the moments hold none of it.
         """
-        kept = self._kept or []
+        kept = self._kept
+        if not kept:
+            return None, ""
         if any(k.parameter.grad is None for k in kept):
             self._kept = []
-            return 0.0
-        self._waited += 1
-        for k in kept:
-            k.slopes.add_(k.slope())
+            return None, "gradients were gone when the first update was over, so that its direction is not known"
         visible = [k for k in kept if rate_of.get(id(k.parameter), 0.0) >= VISIBLE_RATE]
-        if not any(bool((k.parameter.detach().float() != k.before).any()) for k in visible):
+        stood = not any(bool((k.parameter.detach().float() != k.before).any()) for k in visible)
+        if finite := self._finite():
+            self._waited += 1
+            for k in kept:
+                k.slopes.add_(k.slope())
+        if stood:
             for k in kept:
                 k.before.copy_(k.parameter.detach())
-            return 0.0
+            return None, ""
         self._kept = []
-        last = _cosine(visible, [k.slope() for k in visible], 1, rate_of)
-        return min(last, _cosine(visible, [k.slopes for k in visible], self._waited, rate_of))
+        last = _cosine(visible, [k.slope() for k in visible], 1, rate_of) if finite else None
+        both = _cosine(visible, [k.slopes for k in visible], self._waited, rate_of) if finite else None
+        if last is None or both is None:
+            return None, "the gradients of the first update that moved anything are zero or not finite, so that its direction is not known"
+        return min(last, both), ""
+
+    def _finite(self) -> bool:
+        """Whether all gradients are, also those of tensors that are not kept."""
+        held = [p.grad.detach() for p in self._parameters if p.grad is not None and not p.grad.is_sparse]
+        return bool(gathered([g.isfinite().all() for g in held], torch.int64).all())
 
     def judge(self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]) -> Moved:
         """What the update that ended `step` moved; `rates` are those it used, by group of the optimizer."""
@@ -117,11 +136,13 @@ class Movement:
             judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
             self._still[i] = 0 if changed[i] or not judged else self._still[i] + 1
         stillest = max(range(len(self._still)), key=self._still.__getitem__)
+        uphill, unknown = self._uphill({id(p): rate for g, rate in zip(optimizer.param_groups, rates) for p in g["params"]})
         return Moved(
             step=step,
             frozen_moved=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
             moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
-            uphill=self._uphill({id(p): rate for g, rate in zip(optimizer.param_groups, rates) for p in g["params"]}),
+            uphill=uphill,
+            unknown=unknown,
         )

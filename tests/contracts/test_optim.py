@@ -308,3 +308,42 @@ def test_census_calls_a_model_that_explodes_by_its_name(spec, ingredients):
 
     verdict = call_check(spec.gates["optim.parameter-census"], ingredients | {"census_update": exploding})
     assert verdict.outcome == "fail" and "not finite" in verdict.message and "frozen" not in verdict.message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_applied_update_is_red_on_a_muon_gradient_that_is_not_finite(spec, ingredients, value):
+    """A verdict also where the weight stood still; the decomposition of such a gradient raises."""
+    first, *others = ingredients["applied_steps"]()
+    name, move = next((n, m) for n, m in first.moves.items() if m.law["rule"] == "muon")
+    gradient = move.gradient.clone()
+    gradient[0, 0] = value
+    for after in (move.after, move.before, value * move.after):
+        off = [replace(first, moves=first.moves | {name: replace(move, gradient=gradient, after=after)}), *others]
+        verdict = call_check(spec.gates["optim.applied-update"], ingredients | {"applied_steps": lambda off=off: off})
+        assert verdict.outcome == "fail" and name in verdict.message
+        assert verdict.measured["muon_rel_error"] == float("inf") and verdict.measured["error_over_lr"] < 1e-5
+
+
+@pytest.mark.parametrize("optim", [OPTIMS["adamw"], OPTIMS["muon"]], ids=["adamw", "muon"])
+def test_reference_update_is_red_where_one_weight_becomes_no_number(spec, ingredients, optim):
+    """Whichever of the weights it is: an error that is no number is compared with none."""
+    parts = parts_of(ingredients, optim)
+
+    def breaking(place):
+        def make(model):
+            optimizer, weight = parts["make_optimizer"](model), list(model.parameters())[place]
+            step = optimizer.step
+
+            def broken():
+                step()
+                if bool(weight.grad.any()):
+                    weight.data.fill_(torch.nan)
+
+            optimizer.step = broken
+            return optimizer
+
+        return make
+
+    for place in (0, 1, len(list(ingredients["build_model"]().parameters())) - 1):
+        verdict = call_check(spec.gates["optim.reference-update"], parts | {"make_optimizer": breaking(place)})
+        assert verdict.outcome == "fail" and float("inf") in verdict.measured.values(), place

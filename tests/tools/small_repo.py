@@ -147,8 +147,13 @@ def artefact(name: str, sha256: str) -> dict:
     return {"name": name, "path": name, "sha256": sha256, "bytes": 1}
 
 
-def metric(value: float, unit: str = "1") -> dict:
-    return {"value": value, "unit": unit}
+def commit_all(root: Path) -> None:
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "more", when="2026-01-12T00:00:00Z")
+
+
+def metric(value: float | str, unit: str = "1", better: str = "neither") -> dict:
+    return {"value": value, "unit": unit, "better": better}
 
 
 def log_lines() -> list[dict]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from spec.canonical import canonical_json, sha256_bytes
-from spec.errors import IntegrityError
 from spec.ledger import GENESIS, Entry
 from tests.tools import small_repo
+from tests.tools.found import found_something
 from tests.tools.small_repo import edit, git, write
 from tools.check_integrity import check, explain, main
 from tools.integrity import core
@@ -93,11 +93,6 @@ def second_train(root: Path, minute: int = 9, **changes) -> None:
     )
 
 
-def commit_all(root: Path) -> None:
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", "more", when="2026-01-12T00:00:00Z")
-
-
 def change_frozen(root: Path) -> None:
     write(root, "spec/releases/1.0.0.json", (root / "spec/releases/1.0.0.json").read_text() + "\n")
 
@@ -148,35 +143,6 @@ def audited(root: Path, breadth: int, passes: int) -> None:
     metrics = {"breadth": small_repo.metric(breadth), "passes": small_repo.metric(passes)}
     commit, parents = git(root, "rev-parse", "HEAD"), [folder(root, "train").name]
     small_repo.record(root, "evaluate", 9, commit, metrics=metrics, series_lines={"audits.jsonl": lines}, parents=parents)
-
-
-FINDING = {
-    "id": "a-finding",
-    "date": "2026-01-12",
-    "symptom": "a run was halted",
-    "cause": "a limit",
-    "mechanism": "rounding",
-    "gates": ["loss.golden"],
-    "metric": "n_suspects",
-    "falsifier": "tests/test_loss.py::test_golden",
-}
-
-
-def found_something(root: Path, *, link: str = "E2", **changes) -> None:
-    """A finding with a record of the failure, one without it, and a link of a chain that cleared a suspect."""
-    commit = git(root, "rev-parse", "HEAD")
-    chain = [{"id": "E1", "hypothesis": "h", "verdict": "kept"}, {"id": "E2", "hypothesis": "k", "verdict": "eliminated"}]
-    bad, good = (
-        small_repo.record(
-            root, "compare", minute, commit, metrics={"n_suspects": small_repo.metric(n)}, series_lines={"chain.jsonl": chain}
-        )
-        for minute, n in ((20, 3), (21, 0))
-    )
-    entry = FINDING | {"negative": bad.id, "positive": good.id, "fix": commit} | changes
-    lines = [f"{key} = {json.dumps(value)}" for key, value in entry.items() if value is not None]
-    suspect = ["[[finding.ruled_out]]", 'hypothesis = "the kernel"', f'evidence = "{bad.id}#{link}"']
-    write(root, "evidence/findings.toml", "\n".join(["[[finding]]", *lines, *suspect]) + "\n")
-    commit_all(root)
 
 
 BREAKS: dict[str, Callable[[Path], None]] = {
@@ -272,53 +238,6 @@ def test_a_run_that_only_recorded_more_rightly_ends_alike(repo):
     assert "DUP-METRICS" not in found(repo)
     second_train(repo, 19, trace={"every": 50}, train=small_repo.CONFIG["train"] | {"log_every": 7, "max_steps": 99})
     assert "DUP-METRICS" in found(repo)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({}, None),
-        ({"falsifier": "loss.wrong"}, None),
-        ({"falsifier": "loss.strange"}, "no plant loss.strange"),
-        ({"falsifier": "tests/gone.py::test_golden"}, "no test"),
-        ({"gates": ["loss.silver"]}, "no gate loss.silver"),
-        ({"fix": "d" * 40}, "not an ancestor"),
-        ({"metric": "speed"}, "no metric speed"),
-        ({"positive": "compare-20260110T122000Z-00000014"}, "n_suspects is 3.0 in its negative record and 3.0 in its positive one"),
-        ({"negative": "compare-20200101T000000Z-00000000"}, "not in the ledger"),
-        ({"link": "E1"}, "does not eliminate"),
-        ({"link": "E7"}, "does not eliminate"),
-        ({"route_around": True, "fix": None, "positive": None}, None),
-    ],
-)
-def test_a_finding_is_held_to_all_that_it_cites(repo, changes, says):
-    found_something(repo, **changes)
-    small_repo.forget()
-    messages = [f.message for f in check(repo) if f.code == "FINDING-SHOWN"]
-    assert [says in m for m in messages] == [True] if says else messages == []
-
-
-def test_a_cause_that_was_gone_around_takes_the_discharge_from_its_gates(repo):
-    small_repo.forget()
-    assert Repo(repo).states["loss.golden"].state == "discharged"
-    found_something(repo, route_around=True, fix=None, positive=None)
-    state = Repo(repo).states["loss.golden"]
-    assert state.state == "proven" and "a-finding: its cause was gone around" in state.reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"fix": None}, "fix is lacking"),
-        ({"route_around": True}, "exclude each other"),
-        ({"speed": 1}, "speed"),
-        ({"negative": "x"}, "negative"),
-    ],
-)
-def test_a_finding_that_is_half_told_is_refused(repo, changes, says):
-    found_something(repo, **changes)
-    with pytest.raises(IntegrityError, match=says):
-        _ = Repo(repo).findings
 
 
 def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):

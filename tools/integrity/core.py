@@ -136,9 +136,10 @@ class Repo:
         return f"evidence/{record_id}/{name}"
 
     def series(self, record_id: str, name: str) -> list[dict]:
-        """Lines of a series beside a record; empty if it has none, or if it is not the one that was hashed (ARTEFACT-HASH says so)."""
+        """Lines of a series beside a record; empty if it has none, or if series or record is not what was hashed (other rules say so)."""
         path = self.root / "evidence" / record_id / name
-        expected = {s.path: s.sha256 for s in self.accepted[record_id].series}
+        record = self.accepted.get(record_id)
+        expected = {s.path: s.sha256 for s in record.series} if record else {}
         if not path.is_file() or sha256_file(path) != expected.get(name):
             return []
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -1,7 +1,9 @@
 """Rules about findings: what was wrong, why, and the records that show it."""
 
-from spec.findings import FILE, Finding
-from spec.records import Record
+import math
+
+from spec.findings import FILE, Finding, RuledOut
+from spec.records import Metric
 from tools.integrity.core import Repo, rule
 from tools.integrity.evidence_rules import number
 from tools.integrity.foreign import Found
@@ -43,26 +45,63 @@ def _records(repo: Repo, finding: Finding) -> list[str]:
     """What is wrong with the records that a finding cites."""
     known = {e.record for e in repo.entries}
     cited = [finding.negative, *([finding.positive] if finding.positive else []), *(r.evidence for r in finding.ruled_out)]
-    if gone := [c for c in cited if c.partition("#")[0] not in known]:
+    records = [c.partition("#")[0] for c in cited]
+    if gone := [c for c, record in zip(cited, records) if record not in known]:
         return [f"{name} is not in the ledger" for name in gone]
-    wrong = [f"{r.evidence} does not eliminate that {r.hypothesis}" for r in finding.ruled_out if not _eliminated(repo, r.evidence)]
+    if changed := [record for record in dict.fromkeys(records) if record not in repo.accepted]:
+        return [f"{name} is not the record that was accepted" for name in changed]
+    return [*_difference(repo, finding), *filter(None, (_unshown(repo, r) for r in finding.ruled_out))]
+
+
+def _difference(repo: Repo, finding: Finding) -> list[str]:
+    """What is wrong with the figure that a finding says is better in its positive record."""
     before = _figure(repo, finding.negative, finding.metric)
-    after = _figure(repo, finding.positive, finding.metric) if finding.positive else None
     if before is None:
-        wrong.append(f"{finding.negative} has no metric {finding.metric}")
-    elif finding.positive and (after is None or after == before):
-        wrong.append(f"{finding.metric} is {before} in its negative record and {after} in its positive one")
-    return wrong
+        return [f"{finding.negative} has no metric {finding.metric}"]
+    if not finding.positive:
+        return []
+    after = _figure(repo, finding.positive, finding.metric)
+    if after is None:
+        return [f"{finding.positive} has no metric {finding.metric}"]
+    stated = {_metric(repo, cited, finding.metric).better for cited in (finding.negative, finding.positive)} - {"neither"}
+    ways = stated | ({finding.better} if finding.better else set())
+    if len(ways) != 1:
+        said = f"is said to be better {' and '.join(sorted(ways))}" if ways else "is not said to be better lower or higher"
+        records = " and ".join(sorted(stated)) or "nothing"
+        return [f"{finding.metric} {said}: its records say {records}, the finding {finding.better or 'nothing'}"]
+    (way,) = ways
+    said = f"{finding.metric} is {before} in its negative record and {after} in its positive one, where {way} is better"
+    return [] if _is_better(after, before, way) else [said]
+
+
+def _is_better(after: float, before: float, way: str) -> bool:
+    """Any number is better than none, as after a run whose loss was NaN."""
+    if math.isnan(after) or math.isnan(before):
+        return math.isnan(before) and not math.isnan(after)
+    return after < before if way == "lower" else after > before
+
+
+def _metric(repo: Repo, cited: str, metric: str) -> Metric | None:
+    return repo.accepted[cited.partition("#")[0]].metrics.get(metric)
 
 
 def _figure(repo: Repo, cited: str, metric: str) -> float | None:
-    record: Record | None = repo.accepted.get(cited.partition("#")[0])
-    return None if record is None else number(record, metric)
+    """A figure of a record; None if it does not state it, or it is no number."""
+    try:
+        return number(repo.accepted[cited.partition("#")[0]], metric)
+    except ValueError:
+        return None
 
 
-def _eliminated(repo: Repo, cited: str) -> bool:
-    """Whether a record is there, or the link of its chain is, and was eliminated."""
-    record, _, link = cited.partition("#")
+def _unshown(repo: Repo, suspect: RuledOut) -> str:
+    """Why a record, or the link of its chain, does not eliminate a suspicion, or nothing."""
+    record, _, link = suspect.evidence.partition("#")
+    says = f"{suspect.evidence} does not eliminate that {suspect.hypothesis}"
     if not link:
-        return True
-    return any(x["id"] == link and x["verdict"] == "eliminated" for x in repo.series(record, CHAIN))
+        held = _figure(repo, record, suspect.metric)
+        return "" if held == suspect.value else f"{says}: its {suspect.metric} is {held}, not {suspect.value:g}"
+    found = [x for x in repo.series(record, CHAIN) if x.get("id") == link]
+    if not any(x.get("verdict") == "eliminated" for x in found):
+        return f"{says}: its chain holds no such link" if not found else f"{says}: the link's verdict is {found[0].get('verdict')}"
+    said = next(x.get("hypothesis") for x in found if x.get("verdict") == "eliminated")
+    return "" if said == suspect.hypothesis else f"{says}: the link's hypothesis is that {said}"

@@ -1,6 +1,6 @@
 """What was found to be wrong, from symptom to cure, with the records that show it."""
 
-from spec.findings import Finding
+from spec.findings import Finding, RuledOut
 from tools.site_pages.markup import Page, bullets, code, esc
 from tools.site_pages.world import World
 
@@ -24,9 +24,15 @@ def _finding(page: Page, world: World, finding: Finding) -> None:
         f"Gone in: {code(finding.metric)} {_figure(page, world, finding.positive, finding.metric)}" if finding.positive else "",
         f"Mended in {code(finding.fix[:12])}" if finding.fix else "**Gone around, not mended: its gates are not discharged.**",
         f"It comes back red in {code(finding.falsifier)}",
-        *(f"Ruled out: {esc(r.hypothesis)} ({_cited(page, r.evidence)})" for r in finding.ruled_out),
+        *(f"Ruled out: {esc(r.hypothesis)} ({_cleared(page, r)})" for r in finding.ruled_out),
     ]
     page.add(f"## {esc(finding.id)}", f"{finding.date}", bullets([t for t in told if t]))
+
+
+def _cleared(page: Page, suspect: RuledOut) -> str:
+    """What cleared a suspect; the rule FINDING-SHOWN holds the figure against the record."""
+    figure = f"{code(suspect.metric)} = {suspect.value:g} in " if suspect.metric else ""
+    return figure + _cited(page, suspect.evidence)
 
 
 def _cited(page: Page, cited: str) -> str:

@@ -52,7 +52,7 @@ def test_one_batch_again_and_again_is_seen_at_the_twenty_fifth_row():
 def test_held_out_rows_that_were_trained_on_are_seen():
     check = fresh()
     drawn(check, range(100))
-    assert drawn(check, range(200, 204), phase="evaluation") is None  # too few to say
+    assert drawn(check, range(200, 204), phase="evaluation").outcome == "not_run", "too few to say"
     assert drawn(check, range(204, 208), phase="evaluation").outcome == "pass"
     verdict = drawn(check, [5, 208], phase="evaluation")
     assert verdict.outcome == "pass" and verdict.measured == {"trained_frac": 0.1, "scored": 10}
@@ -70,6 +70,24 @@ def test_too_few_rows_are_no_pass():
     assert [drawn(same, [7]).outcome for _ in range(26)] == ["not_run"] * 25 + ["fail"], "red comes no sooner than green"
     before = fresh()
     assert drawn(before, range(40), phase="evaluation").outcome == "not_run", "nothing was trained on"
+
+
+def test_too_few_held_out_rows_are_no_pass():
+    check = fresh()
+    assert drawn(check, range(100)).outcome == "pass"
+    verdict = drawn(check, range(7), phase="evaluation")
+    assert verdict.outcome == "not_run" and "7 rows that are long enough, 7 of them trained on" in verdict.message
+    assert drawn(check, range(100, 104)).outcome == "not_run", "the question stays open"
+    assert drawn(check, range(200, 208), phase="evaluation").outcome == "pass"
+    assert drawn(check, range(104, 108)).outcome == "pass"
+    assert drawn(check, [300], phase="evaluation").outcome == "pass", "one held-out row after an evaluation that was judged"
+    assert drawn(check, [5], phase="evaluation").outcome == "not_run"
+    assert drawn(check, range(108, 112)).outcome == "not_run"
+    new = fresh()
+    drawn(new, range(100))
+    assert drawn(new, range(200, 207), phase="evaluation").outcome == "not_run"
+    assert drawn(new, (), phase="evaluation").outcome == "not_run", "short rows only"
+    assert drawn(new, [207], phase="evaluation").outcome == "pass", "eight of one evaluation"
 
 
 @pytest.mark.parametrize("told", [Started(6, {}), StateRestored(6, (), 0)], ids=lambda e: type(e).__name__)
@@ -198,7 +216,7 @@ def optimizers() -> dict:
     }
 
 
-def slope(make, seed: int, *, dtype=torch.float32, sign: float = 1.0, at_zero: int = 0) -> float:
+def slope(make, seed: int, *, dtype=torch.float32, sign: float = 1.0, at_zero: int = 0) -> float | None:
     """`uphill` of the first update of a small model that moves it, after `at_zero` updates at rate 0, each on another batch.
 
     With `sign` -1 the optimizer is given gradients turned around.
@@ -219,7 +237,7 @@ def slope(make, seed: int, *, dtype=torch.float32, sign: float = 1.0, at_zero: i
         for p in model.parameters():
             p.grad.mul_(sign)
         found.append(movement.judge(step + 1, optimizer, (rate,)).uphill)
-    assert found[:-1] == [0.0] * at_zero, "nothing has moved"
+    assert found[:-1] == [None] * at_zero, "nothing has moved"
     return found[-1]
 
 
@@ -232,7 +250,7 @@ def test_a_first_update_goes_downhill_with_every_optimizer(name, at_zero):
     assert "much decay" in name or min(climbing) > 0.05  # least: 0.14 with Adafactor; a step that is nearly all decay is not judged
 
 
-def moves(optimizer: torch.optim.Optimizer, movement: Movement, model: nn.Module, updates: int) -> list[float]:
+def moves(optimizer: torch.optim.Optimizer, movement: Movement, model: nn.Module, updates: int) -> list[float | None]:
     """`uphill` of each of several updates on one batch."""
     found = []
     for step in range(1, updates + 1):
@@ -267,24 +285,24 @@ def test_only_the_first_update_of_a_fresh_optimizer_is_asked():
     model = nn.Linear(4, 4)
     optimizer = Adds(model.parameters(), lr=1e-3)
     found = moves(optimizer, Movement(model), model, 2)
-    assert found[0] > 0.5 and found[1] == 0.0
+    assert found[0] > 0.5 and found[1] is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     assert moves(optimizer, Movement(model), model, 1)[0] < -0.5
-    assert moves(optimizer, Movement(model), model, 1) == [0.0], "an optimizer with a past"
+    assert moves(optimizer, Movement(model), model, 1) == [None], "an optimizer with a past"
     filled_at_birth = Movement(model)
     filled_at_birth.prepare(torch.optim.Adagrad(model.parameters()))
-    assert filled_at_birth.judge(1, optimizer, (1e-3,)).uphill == 0.0
+    assert filled_at_birth.judge(1, optimizer, (1e-3,)).uphill is None
 
 
 def test_weights_that_are_loaded_while_the_rate_is_0_are_no_step():
     model = nn.Linear(4, 4)
     optimizer, movement = Adds(model.parameters(), lr=0.0), Movement(model)
-    assert moves(optimizer, movement, model, 1) == [0.0]
+    assert moves(optimizer, movement, model, 1) == [None]
     with torch.no_grad():
         model.weight.neg_()
     movement.settle()
     optimizer.param_groups[0]["lr"] = 1e-3
-    assert moves(optimizer, movement, model, 1) == [0.0]
+    assert moves(optimizer, movement, model, 1) == [None]
 
 
 def warmed_up(make) -> dict[str, int | None]:

@@ -8,7 +8,8 @@ import torch
 from contracts.callbacks import reading
 from contracts.callbacks.reading import STRIPS, is_ahead, read, silent_places
 from contracts.gate import limits_of, resolve
-from contracts.witness import BatchSeen, GradientsSeen, LeftAlone, LossRead, ModeSeen, Moved, RatesUsed, StateRestored
+from contracts.moves import LeftAlone, Moved
+from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, RatesUsed, StateRestored
 from spec.gates import load_spec
 
 BATCH = BatchSeen(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
