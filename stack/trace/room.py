@@ -1,14 +1,18 @@
 """Memory to work in, kept from one use to the next: fresh memory for each tensor costs more than the arithmetic on it."""
 
+import threading
+
 import torch
 from torch import Tensor
 
+LEAST = 2**19  # values
+_own = threading.local()
+
 
 class Room:
-    """One stretch of memory for each device and dtype, at least `least` values long."""
+    """One stretch of memory for each device and dtype, at least LEAST values long."""
 
-    def __init__(self, least: int):
-        self.least = least
+    def __init__(self):
         self.kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def take(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -16,5 +20,11 @@ class Room:
         have = self.kept.get((device, dtype))
         if have is None or len(have) < n:
             self.kept.pop((device, dtype), None)
-            have = self.kept[device, dtype] = torch.empty(max(n, self.least), dtype=dtype, device=device)
+            have = self.kept[device, dtype] = torch.empty(max(n, LEAST), dtype=dtype, device=device)
         return have[:n]
+
+
+def room_for(what: str) -> Room:
+    """The room of this thread for one purpose: what two purposes work in at once must not be one."""
+    rooms: dict[str, Room] = vars(_own).setdefault("rooms", {})
+    return rooms.setdefault(what, Room())

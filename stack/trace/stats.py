@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spec.errors import UsageError
 from stack.trace.points import Point
-from stack.trace.room import Room
+from stack.trace.room import Room, room_for
 
 SAMPLE = 4096  # values that quantiles are taken from
 QUANTILES = (0.001, 0.5, 0.999)
@@ -105,7 +105,7 @@ class Gatherer:
     def __init__(self, tokens: Literal["all", "last"] = "all"):
         self.tokens = tokens
         self.seen: dict[str, Stat | tuple[Support, tuple[Tensor, ...]]] = {}
-        self.room = Room(BLOCK)
+        self.room = room_for("figures")
 
     @torch.no_grad()
     def see(self, point: Point, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from spec.errors import UsageError
 from stack.trace import scores
 from stack.trace.maps import map_of
 from stack.trace.points import Attention, Function, Input, Layout, NameMap, Output, Place, Point, Routing, Silu, Site, sites
-from stack.trace.room import Room
+from stack.trace.room import Room, room_for
 
 Handler = Callable[[Point, Tensor], Tensor | None]
 
@@ -31,17 +31,19 @@ def tap(
     *,
     where: NameMap | Mapping[str, str | Place] | None = None,
     on_grad: Handler | None = None,
+    scratch: bool = False,
 ) -> Iterator[list[Point]]:
     """Show `handler(point, tensor)` every value at the points `names` (None: all) while the block runs; gives the points.
 
     Tensors begin with (B, T), experts and routers with (1, R). A tensor that the handler returns, of the same shape, flows on in its
     place; points that do not flow are only shown. `on_grad` sees gradients in the same layout, where there are any, and what it returns
     goes on in the backward in their place. The handler is called as modules run, so a derived point comes with what it is derived from.
-    Raises UsageError for unknown names.
+    With `scratch`, derived values lie in memory that the next one is written to: for handlers that keep nothing. Raises UsageError for
+    unknown names.
     """
     where = map_of(model, where)
     chosen = sites(model, where, names)
-    view = _Viewer(handler, on_grad)
+    view = _Viewer(handler, on_grad, scratch)
     with ExitStack() as undo:
         for site in chosen:
             match site.place:
@@ -83,8 +85,8 @@ def _part(layout: Layout, part: tuple[int, int] | None) -> _Form:
 class _Viewer:
     """Shows one tensor in the layout that handlers see, and takes back what replaces it."""
 
-    def __init__(self, handler: Handler, on_grad: Handler | None):
-        self.handler, self.on_grad = handler, on_grad
+    def __init__(self, handler: Handler, on_grad: Handler | None, scratch: bool = False):
+        self.handler, self.on_grad, self.scratch = handler, on_grad, scratch
 
     def show(self, point: Point, raw: Tensor, form: _Form) -> Tensor | None:
         """The tensor to use instead of `raw`, or None."""
@@ -132,7 +134,9 @@ def _hook(model: nn.Module, site: Site, view: _Viewer) -> Any:
             form = _part(layout, part)
             return model.get_submodule(path).register_forward_hook(lambda m, a, out: _with_first(out, view, point, form))
         case Silu(path, layout):
-            return model.get_submodule(path).register_forward_hook(lambda m, a, out: _beside(view, point, F.silu(_tensor(out)), layout))
+            return model.get_submodule(path).register_forward_hook(
+                lambda m, a, out: _beside(view, point, _silu(_tensor(out), view.scratch), layout)
+            )
         case Routing(path):
             return model.get_submodule(path).register_forward_hook(lambda m, a, out: _routed(view, point, site.place, out))
         case Input(path, layout, shared):
@@ -145,6 +149,13 @@ def _hook(model: nn.Module, site: Site, view: _Viewer) -> Any:
 
 def _beside(view: _Viewer, point: Point, figure: Tensor, layout: Layout) -> None:
     view.show(point, figure.detach(), _Form(layout))
+
+
+def _silu(x: Tensor, scratch: bool) -> Tensor:
+    if not scratch:
+        return F.silu(x)
+    held = room_for("derived").take(x.numel(), x.dtype, x.device).view(x.shape)
+    return torch.ops.aten.silu.out(x.detach(), out=held)
 
 
 def _tensor(out: Any) -> Tensor:
@@ -241,7 +252,7 @@ def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
 def _wrap(model: nn.Module, where: NameMap, inside: list[Site], view: _Viewer, undo: ExitStack) -> None:
     """Wrap the attention function; which layer calls it is known from the blocks that are running."""
     running: list[int] = []
-    room = Room(2 * scores.CHUNK)
+    room = room_for("figures")  # of scores, whose figures are taken out before those of another point are
     by_layer: dict[int, dict[str, Site]] = {}
     for site in inside:
         by_layer.setdefault(site.point.layer, {})[site.place.which] = site

@@ -82,7 +82,10 @@ def trace(
             rows.add(point.name)
 
     on_grad = (lambda p, g: note(gradients, p, g)) if backward else None
-    with torch.set_grad_enabled(backward), tap(model, names, lambda p, x: note(values, p, x), where=where, on_grad=on_grad) as points:
+    with (
+        torch.set_grad_enabled(backward),
+        tap(model, names, lambda p, x: note(values, p, x), where=where, on_grad=on_grad, scratch=True) as points,
+    ):
         logits = run(model, input_ids)
         loss = backward_of(model, logits, input_ids)[0] if backward else None
     stats, grads = values.finish(), gradients.finish()

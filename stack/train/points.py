@@ -26,7 +26,12 @@ def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:
     final norm. Random state, weights and gradients are left as they are.
     """
     gatherer, devices = Gatherer(), [state.device] if state.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), state.autocast(), tap(state.model, None, gatherer.see) as points:
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        state.autocast(),
+        tap(state.model, None, gatherer.see, scratch=True) as points,
+    ):
         state.model.features(*on_device(batch, state.device))
     stats = gatherer.finish()
     return [

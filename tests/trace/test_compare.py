@@ -230,7 +230,7 @@ def test_moments_about_a_sampled_shift_are_the_same():
     """What other devices than a CPU do, where asking for a second pass would make them wait."""
     x = torch.randn(4, 90, 33, generator=torch.Generator().manual_seed(8)) * 3 + 70
     x_RC = x.flatten(0, 1)
-    shifted = stats._moments(x_RC, stats._sample(x_RC).mean(), Room(1))
+    shifted = stats._moments(x_RC, stats._sample(x_RC).mean(), Room())
     gatherer = stats.Gatherer()
     gatherer.see(Point("x", None, "x", 0), x)
     plain = gatherer.finish()["x"]

@@ -1,5 +1,7 @@
 """Tracing shows what the model computes, changes nothing, and leaves nothing behind."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from stack.model import names as hf_names
 from stack.trace import trace
 from stack.trace.maps import map_of
 from stack.trace.points import OPERATIONS, Input, NameMap, Output, sites
+from stack.trace.room import room_for
 from stack.trace.tap import tap
 from stack.trace.trace import logits_of
 from tests.trace import models
@@ -329,3 +332,26 @@ def test_one_token_is_shown_like_many(name):
 def test_all_kinds_of_hugging_face_are_covered():
     traced = {type(models.theirs(n)).__name__ for n in models.THEIRS}
     assert traced == {k.architecture for k in hf_names.KINDS}
+
+
+def test_derived_values_of_a_handler_that_keeps_them_are_its_own():
+    """Only who says that it keeps nothing is shown memory that the next value is written to."""
+    model, kept = models.ours(), {}
+    with torch.no_grad(), tap(model, ["*.ffn.silu", "*.ffn.gate"], lambda p, x: kept.__setitem__(p.name, x)):
+        model(models.ids())
+    for layer in range(2):
+        assert torch.equal(kept[f"layers.{layer}.ffn.silu"], F.silu(kept[f"layers.{layer}.ffn.gate"]))
+    shared = {}
+    with torch.no_grad(), tap(model, ["*.ffn.silu"], lambda p, x: shared.__setitem__(p.name, (x, x.clone())), scratch=True):
+        model(models.ids())
+    (first, then), (last, now) = shared.values()
+    assert torch.equal(last, now) and torch.equal(last, kept["layers.1.ffn.silu"]) and torch.equal(then, kept["layers.0.ffn.silu"])
+    assert first.data_ptr() == last.data_ptr() and not torch.equal(first, then)
+
+
+def test_two_threads_work_in_rooms_of_their_own():
+    rooms = [room_for("figures")]
+    worker = threading.Thread(target=lambda: rooms.append(room_for("figures")))
+    worker.start()
+    worker.join()
+    assert rooms[0] is room_for("figures") and rooms[0] is not rooms[1] and room_for("derived") is not rooms[0]
