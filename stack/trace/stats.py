@@ -122,7 +122,7 @@ class Gatherer:
         x_RC = x.flatten(2).flatten(0, 1) if x.ndim > 2 else x.reshape(x.shape[0] * x.shape[1], 1)
         found = (*moments(x_RC, self.room), _sample(x_RC))
         # small tensors that outlive large ones would keep the heap of a CPU from shrinking
-        self.seen[point.name] = _stat(support, *found) if x.device.type == "cpu" else (support, found)
+        self.seen[point.name] = _stat(support, *found) if _at_once(x) else (support, found)
 
     def finish(self) -> dict[str, Stat]:
         """All figures by point; one transfer from the device for each dtype."""
@@ -131,9 +131,14 @@ class Gatherer:
         return self.seen | {name: _stat(support, *(next(host) for _ in found)) for name, (support, found) in away.items()}
 
 
+def _at_once(x: Tensor) -> bool:
+    """Whether a number of a tensor can be asked for without waiting: on other devices than a CPU everything is fetched at the end."""
+    return x.device.type == "cpu"
+
+
 def moments(x_RC: Tensor, room: Room) -> tuple[Tensor, ...]:
     """Sums and extremes of one tensor on its device. On a CPU they are taken again where the first pass was no good."""
-    if x_RC.device.type != "cpu":
+    if not _at_once(x_RC):
         return _moments(x_RC, _sample(x_RC).mean(), room)
     found = _moments(x_RC, None, room)
     sums = _sums(*found[:2])
@@ -197,7 +202,7 @@ def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ..
 
 def _places(x_RC: Tensor, rows_5R: Tensor, zeros: Tensor) -> Tensor:
     """(4,) int64: zeros, values that are not finite, row and column of the peak. On a CPU with fewer operations of torch."""
-    if x_RC.device.type == "cpu":
+    if _at_once(x_RC):
         top_R, bottom_R, _, squares_R = rows_5R[1:].numpy()
         peak = int(np.maximum(top_R, -bottom_R).argmax())
         broken = 0 if math.isfinite(squares_R.sum()) else int((~x_RC.isfinite()).sum())
@@ -227,7 +232,7 @@ def _fetch(tensors: list[Tensor]) -> list[Tensor]:
 
 def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
     """How many values are zero, (1,) int64. On a CPU they are counted only where the smallest square is zero: a count costs four passes."""
-    if x.device.type == "cpu" and square is not None and square.amin() > 0:  # min() of all takes three times as long
+    if _at_once(x) and square is not None and square.amin() > 0:  # min() of all takes three times as long
         return torch.zeros(1, dtype=torch.int64)
     return (x.numel() - torch.count_nonzero(x))[None]
 
@@ -243,6 +248,8 @@ def _stat(support: Support, *found: Tensor) -> Stat:
     energy_R, top_R, bottom_R = rows_5R[:3].numpy()
     low, high, top_row, shift = float(bottom_R.min()), float(top_R.max()), int(energy_R.argmax()), float(shift)
     zeros, broken, row, column = places.tolist()
+    if broken:
+        y_sum = y_squares = cubes = fourths = math.nan
     n = support.n
     m1, m2, m3, m4 = y_sum / n, y_squares / n, cubes / n, fourths / n
     all_squares = y_squares + 2 * shift * y_sum + n * shift * shift
