@@ -252,7 +252,7 @@ def test_values_beyond_the_fourth_root_of_float64_have_no_kurtosis_and_end_no_tr
 @pytest.mark.parametrize("offset", [0.0, 70.0])
 @pytest.mark.parametrize("spoilt", [None, math.nan, math.inf, 0.0])
 def test_figures_that_are_fetched_at_the_end_are_those_that_are_asked_at_once(monkeypatch, offset, spoilt):
-    """What other devices than a CPU do, done on one, of many tensors and dtypes in one transfer. The worst relative difference is 4.5e-7."""
+    """What other devices than a CPU do, done on one, of many tensors in one transfer. The worst relative difference is 4.5e-7."""
     draw = torch.Generator().manual_seed(11)
     shapes = {"wide": (2, 5, 300), "heads": (1, 9, 4, 8), "one": (1, 1, 2), "flat": (2, 7), "none": (1, 0, 4), "ids": (3, 2, 5)}
     tensors = {n: torch.randn(s, generator=draw) * 3 + offset for n, s in shapes.items()}
