@@ -23,6 +23,7 @@ from stack.trace.ways import Side
 
 Check = Callable[[Tensor], bool]
 CLOSE = 4.0  # logits agree within this times ε·√(width·layers); two right computations of 2 layers came within 0.15 of it
+FAR = 0.05  # logits that are off by more are never called equal; in bfloat16 24 layers of width 1024 differ by 0.015
 UNITS = ("embed", "positions", "attention_norm", "attention", "ffn_norm", "ffn", "final_norm", "head")
 
 
@@ -62,7 +63,8 @@ class _Bench:
             record(one, list(names), input_ids, self.spills[key])
         self.right = self.spills["good"].read("logits")
         layers = len({n.split(".")[1] for n in names if n.startswith("layers.")}) or 1
-        self.tolerance = None if check else CLOSE * coarsest(good, bad) * math.sqrt(widest(good, bad) * layers)
+        rounding = CLOSE * coarsest(good, bad) * math.sqrt(widest(good, bad) * layers)
+        self.tolerance = None if check else min(FAR, rounding)
         self.check = check or (lambda logits: difference(logits, self.right).rel_err <= self.tolerance)
         seen = {s.point.name: s.point for s in select(sites(bad.model, bad.where), names, bad.where)}
         there = [n for n in names if all(n in s.places for s in self.spills.values())]

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from spec.errors import UsageError
+from stack.config import ModelConfig
 from stack.export import reading
 from stack.kernels import attention, dispatch
-from stack.trace import compare, side, stats
+from stack.model.build import build_model
+from stack.trace import bisect, compare, side, stats
+from stack.trace.bisect import FAR
 from stack.trace.compare import Spill, difference
 from stack.trace.points import Point
 from stack.trace.room import Room
@@ -245,6 +248,20 @@ def test_the_folder_of_tensors_is_gone_afterwards(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     compare(side(models.ours()), side(models.ours()), models.ids())
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_half_precision_of_a_wide_model_hides_no_operation_that_is_off_by_a_twentieth(factor):
+    """ε·√width is a fifth here; rounding adds 0.0036."""
+    cfg = ModelConfig(d_model=768, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=96, d_ff=1024, max_seq_len=64)
+    good, bad = (side(build_model(cfg, models.VOCAB, seed=0).eval(), "bfloat16") for _ in range(2))
+    precise = side(build_model(cfg, models.VOCAB, seed=0).eval())
+    assert compare(precise, good, models.ids()).first_divergence is None
+    ffn = bad.model.layers[1].ffn
+    original = ffn.down.forward
+    ffn.down.forward = lambda x: original(x) * factor
+    assert compare(precise, bad, models.ids()).first_divergence.point.name == "layers.1.ffn.out"
+    assert bisect(precise, bad, models.ids()).tolerance == FAR
 
 
 def test_rounding_is_granted_for_the_precision_a_side_says_it_computes_in():
