@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import Tensor
 
-LEAST = 2**19  # values
+LEAST = 2**20  # values
 _own = threading.local()
 
 

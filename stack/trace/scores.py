@@ -12,7 +12,7 @@ from torch import Tensor
 from stack.kernels import attention
 from stack.trace.room import Room
 
-CHUNK = 2**18  # scores that exist at once: few enough for a cache, many enough that starting an operation costs less than doing it
+CHUNK = 2**19  # scores that exist at once: half as many would fit a smaller cache, and start twice as many operations
 HIDDEN = -1e30  # a masked score: finite, so that its product with a weight of 0 is 0
 
 
