@@ -1,15 +1,14 @@
 """What was found to be wrong, why, and what shows it: `evidence/findings.toml`. A cause that was gone around blocks its gates."""
 
 import datetime as dt
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from spec.errors import IntegrityError
 from spec.gates import Frozen
+from spec.tables import read_tables
 
 FILE = "findings.toml"
 CITED = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}(#E\d+)?$"
@@ -71,21 +70,7 @@ class Finding(Frozen):
 
 def read_findings(path: Path) -> list[Finding]:
     """All findings, in file order. A missing file holds none. Raises IntegrityError naming entry and field."""
-    if not path.is_file():
-        return []
-    try:
-        entries = tomllib.loads(path.read_text("utf-8")).get("finding", [])
-    except tomllib.TOMLDecodeError as e:
-        raise IntegrityError(f"{path}: {e}") from e
-    findings: list[Finding] = []
-    for entry in entries:
-        try:
-            findings.append(Finding.model_validate(entry))
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "entry"
-            raise IntegrityError(f"{path}: finding {entry.get('id', '?')}: {where}: {first['msg']}") from e
-    return findings
+    return read_tables(path, "finding", Finding)
 
 
 def gone_around(findings: Sequence[Finding]) -> dict[str, str]:

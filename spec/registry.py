@@ -1,14 +1,13 @@
 """The registry of released models and the records they stand on: `evidence/registry.toml`."""
 
-import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from spec.errors import IntegrityError
 from spec.gates import Frozen
 from spec.records import HEX64
+from spec.tables import read_tables
 
 
 class Release(Frozen):
@@ -35,17 +34,4 @@ REQUIRED_RECORDS = ("train", "evaluate", "resume", "falsification")
 
 def read_registry(path: Path) -> list[Release]:
     """All releases, in file order. A missing file is an empty registry. Raises IntegrityError naming entry and field."""
-    if not path.is_file():
-        return []
-    try:
-        entries = tomllib.loads(path.read_text("utf-8")).get("model", [])
-    except tomllib.TOMLDecodeError as e:
-        raise IntegrityError(f"{path}: {e}") from e
-    releases = []
-    for entry in entries:
-        try:
-            releases.append(Release.model_validate(entry))
-        except ValidationError as e:
-            first = e.errors()[0]
-            raise IntegrityError(f"{path}: model {entry.get('id', '?')}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
-    return releases
+    return read_tables(path, "model", Release)

@@ -48,6 +48,12 @@ def differ(
     if backward:
         swapped = f", with {', '.join(swaps)}" if swaps else ""
         document["gradients"] = _gradients(compare_gradients(good, cured, input_ids, asked.points or None)) | {"swapped": swapped}
+        gradients = document["gradients"]
+        lines = [*gradients["points"], *gradients["parameters"]]
+        builder.metric(
+            "gradient_worst_excess", max((x["excess"] for x in lines), default=0.0), "times its bound", n=len(lines), better="lower"
+        )
+        builder.metric("gradient_suspects", len(gradients["suspects"]), "gradients", n=len(lines), better="lower")
     if bisecting:
         said: list[str] = []
         bisected = bisect(good, cured, input_ids, _command(check, said), asked.points or None)
@@ -64,13 +70,6 @@ def differ(
     worst = max((c.excess for c in found.points), default=0.0)
     builder.metric("worst_excess", worst, "times the bound of rounding", n=len(found.points), better="lower")
     builder.metric("suspects", len(found.suspects), "points", n=len(found.points), better="lower")
-    if backward:
-        gradients = document["gradients"]
-        lines = [*gradients["points"], *gradients["parameters"]]
-        builder.metric(
-            "gradient_worst_excess", max((x["excess"] for x in lines), default=0.0), "times its bound", n=len(lines), better="lower"
-        )
-        builder.metric("gradient_suspects", len(gradients["suspects"]), "gradients", n=len(lines), better="lower")
     if found.logits is not None:
         builder.metric("logits_rel_err", found.logits.rel_err, "1", better="lower")
     write(builder, document, asked)

@@ -131,16 +131,14 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
     """
     common, only_a, only_b = common_points(a, b, names)
     points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
-    width = widest(a, b)
+    epsilon, width = coarsest(a, b), widest(a, b)
     with tempfile.TemporaryDirectory(prefix="stackproof-compare-") as folder:
         spill = Spill(Path(folder))
         record(a, common, input_ids, spill)
         free = _seen(b, common, input_ids, spill, forced=False)
         added = _seen(b, common, input_ids, spill, forced=True)
-        epsilon = coarsest(a, b)
-        bounds = {p.name: bound_of(p, epsilon, width, input_ids.shape[1]) for p in points}
         ran = [p for p in points if p.name in spill.places or p.name in free]
-        rows = tuple(_row(p, free.get(p.name), added.get(p.name), bounds[p.name]) for p in ran)
+        rows = tuple(_row(p, free.get(p.name), added.get(p.name), bound_of(p, epsilon, width, input_ids.shape[1])) for p in ran)
         first = _first(rows)
         in_a_kernel = first is not None and first.point.slot == "attention_mixed"
         way = _way(b, first.point, common, input_ids, spill) if in_a_kernel else ""

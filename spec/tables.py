@@ -1,0 +1,30 @@
+"""Reads a file of TOML tables that all have one key, such as `[[model]]`, into one kind of model, strictly."""
+
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from spec.errors import IntegrityError
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def read_tables(path: Path, key: str, kind: type[Kind]) -> list[Kind]:
+    """All tables of a key, in file order. A missing file has none. Raises IntegrityError naming the table by its id, and the field."""
+    if not path.is_file():
+        return []
+    try:
+        tables = tomllib.loads(path.read_text("utf-8")).get(key, [])
+    except tomllib.TOMLDecodeError as e:
+        raise IntegrityError(f"{path}: {e}") from e
+    found: list[Kind] = []
+    for table in tables:
+        try:
+            found.append(kind.model_validate(table))
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "entry"
+            raise IntegrityError(f"{path}: {key} {table.get('id', '?')}: {where}: {first['msg']}") from e
+    return found
