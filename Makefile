@@ -47,7 +47,7 @@ prove: $(VENV)/.train
 BENCH_DIR ?= runs/bench
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_TEXT ?=
-BENCH_PARTS := startup checkpoint memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
+BENCH_PARTS := startup checkpoint cpu-kernels memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
 	foreign-overhead trace-overhead trace-every trace-plants reader tokenizer build
 BENCH := PYTHONPATH=$(CURDIR) $(BENCH_PYTHON)
 
@@ -62,6 +62,8 @@ $(BENCH_DIR)/startup/metadata.json:
 	$(BENCH) benchmarks/startup.py --run-dir $(@D)
 $(BENCH_DIR)/checkpoint/metadata.json:
 	$(BENCH) benchmarks/checkpoint.py --run-dir $(@D)
+$(BENCH_DIR)/cpu-kernels/metadata.json:
+	$(BENCH) benchmarks/cpu_kernels.py --run-dir $(@D)
 $(BENCH_DIR)/memory/metadata.json:
 	$(BENCH) benchmarks/memory.py --run-dir $(@D)
 $(BENCH_DIR)/generation/metadata.json:

@@ -96,12 +96,13 @@ def spread(values: list[float] | tuple[float, ...]) -> tuple[float, float, float
 
 def show(title: str, rows: list[Row]) -> None:
     """Print rows as a table."""
-    print(f"\n{title}\n{'':34}{'median [min – max]':>32}  {'ours / this':>22}  wanted")
+    width = max(34, *(len(r.name) + 1 for r in rows))
+    print(f"\n{title}\n{'':{width}}{'median [min – max]':>32}  {'ours / this':>22}  wanted")
     for r in rows:
         rate = "{:.4g} [{:.4g} – {:.4g}] {}".format(*spread(r.rates), r.unit) if r.rates else r.missing
         ratio = "{:.2f} [{:.2f} – {:.2f}]".format(*r.ratio) if r.ratio else ""
         goal = "" if r.goal is None else f"≥ {r.goal:.3g}" + {True: " reached", False: " missed", None: ""}[r.met]
-        print(f"{r.name:34}{rate:>32}  {ratio:>22}  {goal}")
+        print(f"{r.name:{width}}{rate:>32}  {ratio:>22}  {goal}")
 
 
 def as_json(rows: list[Row]) -> list[dict]:

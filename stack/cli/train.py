@@ -182,12 +182,12 @@ def _derived(cfg) -> dict[str, float | str]:
 
 def _refusal(cfg, vocab_size: int, device) -> str:
     """Why this machine would not run it; empty if nothing speaks against it."""
-    from stack.train.memory import refuse_too_large
+    from stack.train.memory import require_room
     from stack.train.precision import refuse_emulated
     from stack.train.state import AUTOCAST
 
     try:
-        refuse_too_large(cfg, vocab_size, device)
+        require_room(cfg, vocab_size, device)
         refuse_emulated(AUTOCAST[cfg.train.dtype], device, "train.dtype")
     except EnvironmentUnfit as e:
         return f"{e.what}: {e.value}; {e.allowed}"

@@ -1,4 +1,4 @@
-"""Causal attention, of whole rows and of documents packed into rows, through torch's fused scaled_dot_product_attention.
+"""Causal attention, of whole rows and of documents packed into rows: by torch's fused kernel, or on the CPU in chunks.
 
 B batch, N query heads, K key/value heads, T queries, S keys, H head_dim
 """
@@ -8,27 +8,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spec.errors import UsageError
+from stack.kernels import chunked_attention
 
 
 def attention(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, start_BS: Tensor | None = None, window: int | None = None, scale: float | None = None
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    start_BS: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    chunks: bool = False,
 ) -> Tensor:
     """softmax(scale·q·k + mask)·v for the last T of S positions; query head n reads key/value head n // (N/K).
 
     The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where `start_BS` (int64, start[p] <= p) is the first
-    index of each position's document. `scale` is 1/√H unless given. Returns (B, N, T, H) in the dtype of the input. Raises UsageError for
-    shapes that do not fit. Oracle: `stack.kernels.reference.attention`.
+    index of each position's document. `scale` is 1/√H unless given. `chunks`: long rows by `chunked_attention`. Returns (B, N, T, H) in
+    the dtype of the input. Raises UsageError for shapes that do not fit. Oracle: `stack.kernels.reference.attention`.
     """
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     scaled = {} if scale is None else {"scale": scale}
     if start_BS is None and (window is None or window >= S):
-        return (whole if T == S else continued)(q_BNTH, k_BKSH, v_BKSH, **scaled)
+        return whole(q_BNTH, k_BKSH, v_BKSH, chunks=chunks, **scaled) if T == S else continued(q_BNTH, k_BKSH, v_BKSH, **scaled)
     mask = document_mask(torch.zeros(1, S, dtype=torch.int64, device=q_BNTH.device) if start_BS is None else start_BS)
     if window is not None:
         index_S = torch.arange(S, device=q_BNTH.device)
         mask = mask & (index_S > index_S[:, None] - window)
-    return document_attention(q_BNTH, k_BKSH, v_BKSH, mask[:, :, S - T :], **scaled)
+    return document_attention(q_BNTH, k_BKSH, v_BKSH, mask[:, :, S - T :], chunks=chunks, **scaled)
 
 
 def check_shapes(
@@ -54,8 +62,10 @@ def check_shapes(
         raise UsageError("attention: head_dim", value=H, allowed=f"at most {max_head_dim}", next_step='dispatch.using(attention="torch")')
 
 
-def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
+def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None, chunks: bool = False) -> Tensor:
     """Queries for every position: training, and the first part of a generation."""
+    if chunks and chunked_attention.suits(q_BNTH, k_BKSH):
+        return chunked_attention.attention(q_BNTH, k_BKSH, v_BKSH, scale=scale)
     return _fused(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale)
 
 
@@ -66,11 +76,15 @@ def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | 
     return _fused(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, scale=scale)
 
 
-def document_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor, *, scale: float | None = None) -> Tensor:
+def document_attention(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask_B1TT: Tensor, *, scale: float | None = None, chunks: bool = False
+) -> Tensor:
     """softmax(scale·q·k)·v over the keys that `mask_B1TT` (bool, query by key) allows; query head n reads key/value head n // (N/K).
 
     Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
     """
+    if chunks and chunked_attention.suits(q_BNTH, k_BKTH):
+        return chunked_attention.attention(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale)
     return _fused(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, scale=scale)
 
 

@@ -1,5 +1,6 @@
 """Cross-entropy of a linear head without ever holding all logits. R rows (tokens), D features, V vocab, C rows of a chunk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,24 +9,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spec.errors import UsageError
-from stack.kernels import HEAD_CHUNK_BYTES
+from stack.kernels import HEAD_CHUNK_BYTES, onednn
 
 _workspace: dict[tuple, Tensor] = {}
 
 
 def linear_cross_entropy(
-    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0
+    x_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    by_onednn: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum of −log p(label) in nats, and z_loss · the sum of log normalisers squared, over labels that are not `ignore_index`.
 
     Both are float32 (float64 for float64), shape (). Rows go through one reused buffer, which holds logits, then probabilities, then the
-    gradient; both gradients are therefore complete when the forward ends. Products run in the autocast type, the rest in float32.
+    gradient; both gradients are therefore complete when the forward ends. Products run in the autocast type, those in float32 on the CPU
+    `by_onednn` if wanted; the rest runs in float32.
     Idea: github.com/linkedin/Liger-Kernel. Oracle: `stack.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside
     the vocabulary, on the CPU.
     """
     if not labels_R.is_cuda and len(labels_R):
         _refuse_strangers(labels_R, len(weight_VD), ignore_index)
-    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss))
+    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss, by_onednn))
 
 
 def _refuse_strangers(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -43,6 +52,18 @@ class _Rule:
     ignore_index: int
     softcap: float | None
     z_loss: float
+    by_onednn: bool
+
+
+@dataclass(frozen=True)
+class Products:
+    """How the head multiplies: a chunk's logits; its part of the gradient of x, into given memory; its part of the head's gradient, added
+    to a sum (None: it begins one); and the head's gradient (V, D), which that sum stands for."""
+
+    logits: Callable[[Tensor, Tensor], Tensor]
+    input_gradient: Callable[[Tensor, Tensor, Tensor], None]
+    add_head_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor]
+    head_gradient: Callable[[Tensor], Tensor]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -90,10 +111,11 @@ def _run(
     with torch.autocast(x_RD.device.type, enabled=False), torch.no_grad():
         x_RD, weight_VD = x_RD.to(dtype), weight_VD.to(dtype)
         grad_x = torch.empty_like(x_RD, memory_format=torch.contiguous_format) if wanted[0] else None
-        grad_weight = torch.zeros(weight_VD.shape, dtype=wide, device=x_RD.device) if wanted[1] else None
+        products = ONEDNN if rule.by_onednn and x_RD.device.type == "cpu" and dtype == torch.float32 else TORCH
+        head_sum = None
         sums = torch.zeros(2, dtype=wide, device=x_RD.device)
         for rows in chunks(len(x_RD), len(weight_VD)):
-            logits_CV = _logits(x_RD[rows], weight_VD)
+            logits_CV = products.logits(x_RD[rows], weight_VD)
             slope_CV = None if rule.softcap is None else _cap(logits_CV, rule.softcap)
             nats_C, norm_C = _to_probabilities(logits_CV, target_R[rows])
             kept_C = kept_R[rows]
@@ -102,8 +124,14 @@ def _run(
             if any(wanted):
                 z_factor_C = 2 * rule.z_loss * z_scale * norm_C if rule.z_loss else None
                 _to_gradient(logits_CV, target_R[rows], kept_C, z_factor_C, scale, slope_CV)
-                _multiply(logits_CV.to(dtype), x_RD[rows], weight_VD, None if grad_x is None else grad_x[rows], grad_weight)
-    return sums, (grad_x, grad_weight)
+                grad_CV = logits_CV.to(dtype)
+                if wanted[0]:
+                    products.input_gradient(grad_CV, weight_VD, grad_x[rows])
+                if wanted[1]:
+                    head_sum = products.add_head_gradient(head_sum, grad_CV, x_RD[rows])
+    if head_sum is not None:
+        return sums, (grad_x, products.head_gradient(head_sum))
+    return sums, (grad_x, torch.zeros(weight_VD.shape, dtype=wide, device=x_RD.device) if wanted[1] else None)
 
 
 def chunks(n_rows: int, vocab_size: int) -> list[slice]:
@@ -155,13 +183,17 @@ def _to_gradient(
         probs_CV.mul_(kept_C[:, None])
 
 
-def _multiply(grad_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, grad_x_CD: Tensor | None, grad_weight_VD: Tensor | None) -> None:
-    """Carry the gradient through the product, adding to the head's."""
-    if grad_x_CD is not None:
-        torch.mm(grad_CV, weight_VD, out=grad_x_CD)
-    if grad_weight_VD is None:
-        return
-    if grad_weight_VD.dtype == grad_CV.dtype:
-        grad_weight_VD.addmm_(grad_CV.T, x_CD)
-    else:
-        grad_weight_VD += grad_CV.T @ x_CD
+def _input_gradient(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
+    torch.mm(grad_CV, weight_VD, out=out_CD)
+
+
+def _add_head_gradient(sum_VD: Tensor | None, grad_CV: Tensor, x_CD: Tensor) -> Tensor:
+    """Sums over chunks are float32 or wider."""
+    wide = torch.promote_types(grad_CV.dtype, torch.float32)
+    if sum_VD is None:
+        sum_VD = torch.zeros(grad_CV.shape[1], x_CD.shape[1], dtype=wide, device=x_CD.device)
+    return sum_VD.addmm_(grad_CV.T, x_CD) if grad_CV.dtype == wide else sum_VD.add_(grad_CV.T @ x_CD)
+
+
+TORCH = Products(_logits, _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD)
+ONEDNN = Products(onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient)

@@ -7,25 +7,47 @@ Each operation has candidates with the same arguments. Chosen is what `using` na
 """
 
 import difflib
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spec.errors import EnvironmentUnfit, UsageError
 from stack.kernels import attention as torch_attention
-from stack.kernels import cross_entropy, eager, launch, parity
+from stack.kernels import cross_entropy, eager, launch, onednn, parity
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A way to do an operation without Triton, and what a record calls it."""
+    """A way to do an operation without Triton, what a record calls it, and why it cannot run on a device (empty if it can)."""
 
     function: Callable
     title: str
+    why_not: Callable[[torch.device], str] = lambda device: ""
+
+
+def cpu_maker() -> str:
+    """Who made the processor, as it says itself; where the system does not show that, its family."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), platform.machine())
+
+
+def _not_on_cpu(device: torch.device) -> str:
+    return "" if device.type == "cpu" else f"it is for the CPU, not for {device.type}"
+
+
+def _no_onednn(device: torch.device) -> str:
+    return _not_on_cpu(device) or onednn.WHY_NOT
 
 
 @dataclass(frozen=True)
@@ -44,10 +66,19 @@ class Fastest:
     record: str
 
 
-TORCH, LIBRARY, TRITON = "torch", "library", "triton"
+TORCH, LIBRARY, CHUNKS, ONEDNN, TRITON = "torch", "library", "chunks", "onednn", "triton"
 CANDIDATES: dict[str, dict[str, Plain | Triton]] = {
+    "linear": {
+        TORCH: Plain(F.linear, "torch.nn.functional.linear"),
+        ONEDNN: Plain(onednn.linear, "oneDNN, small products by torch.nn.functional.linear", _no_onednn),
+    },
     "attention": {
         TORCH: Plain(torch_attention.attention, "torch.scaled_dot_product_attention"),
+        CHUNKS: Plain(
+            partial(torch_attention.attention, chunks=True),
+            "torch products of 64 queries at a time, short rows by torch.scaled_dot_product_attention",
+            _not_on_cpu,
+        ),
         TRITON: Triton("flash_attention", "triton flash attention"),
     },
     "rms_norm": {TORCH: Plain(eager.rms_norm, "torch, derivative written out"), TRITON: Triton("rms_norm", "triton rms_norm")},
@@ -55,22 +86,33 @@ CANDIDATES: dict[str, dict[str, Plain | Triton]] = {
     "swiglu": {TORCH: Plain(eager.swiglu, "torch, derivative written out"), TRITON: Triton("swiglu", "triton swiglu")},
     "linear_cross_entropy": {
         TORCH: Plain(cross_entropy.linear_cross_entropy, "torch, rows in chunks through one buffer"),
-        LIBRARY: Plain(eager.library_linear_cross_entropy, "torch.nn.functional.linear_cross_entropy"),
+        LIBRARY: Plain(
+            eager.library_linear_cross_entropy,
+            "torch.nn.functional.linear_cross_entropy",
+            lambda device: eager.why_no_library_linear_cross_entropy(),
+        ),
+        ONEDNN: Plain(partial(cross_entropy.linear_cross_entropy, by_onednn=True), "oneDNN, rows in chunks", _no_onednn),
         TRITON: Triton("linear_cross_entropy", "triton linear_cross_entropy"),
     },
     "clip": {TORCH: Plain(eager.clip, "torch.nn.utils.get_total_norm"), TRITON: Triton("clip", "triton clip")},
     "adamw": {TORCH: Plain(eager.adamw, "torch, over lists of tensors"), TRITON: Triton("adamw", "triton adamw")},
 }
 # Operations that a training step takes from here; clipping and AdamW are torch's own, `stack.train.optimizer`.
-TRAINED = ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy")
+TRAINED = ("linear", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy")
 FUSED_BY_COMPILER = ("rms_norm", "rope", "swiglu")
-# (name of the device as torch gives it, operation) -> winner. The only place to edit when a benchmark has been recorded.
+CPU_NAME = f"{cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
+# (name of the device, operation) -> winner. The only place to edit when a benchmark has been recorded.
 MEASURED: dict[tuple[str, str], Fastest] = {}
 
 _by_hand: dict[str, str] = {}
 
 
 # ---- the operations
+
+
+def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """A linear layer over the last axis; same arguments as `stack.kernels.reference.linear`."""
+    return kernel("linear", x.device)(x, weight_MD, bias_M)
 
 
 def attention(
@@ -88,7 +130,8 @@ def attention(
     `mask_B1TS` stands for start and window where it was made once for all layers, or where visible keys are no range: always torch's.
     """
     if mask_B1TS is not None:
-        return torch_attention.document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)
+        chunks = choose("attention", q_BNTH.device)[0] == CHUNKS
+        return torch_attention.document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale, chunks=chunks)
     return kernel("attention", q_BNTH.device)(q_BNTH, k_BKSH, v_BKSH, start_BS=start_BS, window=window, scale=scale)
 
 
@@ -130,7 +173,7 @@ def adamw(
 
 def takes_masks(device: torch.device | str) -> bool:
     """Whether the attention of this device wants a mask made once for all layers, and not the ranges it stands for."""
-    return choose("attention", device)[0] == TORCH
+    return choose("attention", device)[0] != TRITON
 
 
 def document_mask(start_BT: Tensor) -> Tensor:
@@ -183,10 +226,8 @@ def why_not(op: str, name: str, device: torch.device | str) -> str:
     match CANDIDATES[op][name]:
         case Triton():
             return launch.why_not(device)
-        case Plain(eager.library_linear_cross_entropy):
-            return eager.why_no_library_linear_cross_entropy()
-        case Plain():
-            return ""
+        case Plain(why_not=reason):
+            return reason(torch.device(device))
 
 
 def choose(op: str, device: torch.device | str) -> tuple[str, str]:
@@ -194,14 +235,14 @@ def choose(op: str, device: torch.device | str) -> tuple[str, str]:
     device = torch.device(device)
     if op in _by_hand:
         return _by_hand[op], "chosen by hand"
-    if device.type == "cpu":
-        return TORCH, "torch's own; on the CPU Triton only has an interpreter"
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         return TORCH, f"no kernel of our own for {device.type}"
     fastest = MEASURED.get((device_name(device), op))
     if fastest is None:
-        return TORCH, "not measured on this device yet"
-    return fastest.kernel, f"fastest on this device, record {fastest.record}"
+        return TORCH, f"not measured on {device_name(device)} yet"
+    if unfit := why_not(op, fastest.kernel, device):
+        return TORCH, f"{fastest.kernel} is faster on this device but absent: {unfit}"
+    return fastest.kernel, f"fastest on {device_name(device)}, record {fastest.record}"
 
 
 def kernel(op: str, device: torch.device | str) -> Callable:
@@ -209,6 +250,8 @@ def kernel(op: str, device: torch.device | str) -> Callable:
     name, reason = choose(op, device)
     match CANDIDATES[op][name]:
         case Plain(function):
+            if unfit := why_not(op, name, device):
+                raise EnvironmentUnfit(f"{op}: the kernel {name}, {reason}, cannot run on {device}", value=unfit, allowed=TORCH)
             return function
         case Triton(module):
             if unfit := launch.why_not(device):
@@ -218,7 +261,9 @@ def kernel(op: str, device: torch.device | str) -> Callable:
 
 
 def device_name(device: torch.device) -> str:
-    """As torch names it; without CUDA the type alone."""
+    """A GPU as torch names it; of a processor the maker and the widest instructions that torch uses on it."""
+    if device.type == "cpu":
+        return CPU_NAME
     return torch.cuda.get_device_properties(device).name if torch.cuda.is_available() else device.type
 
 

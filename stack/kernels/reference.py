@@ -84,6 +84,12 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     return gate_BTF / (1 + torch.exp(-gate_BTF)) * up_BTF
 
 
+def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias over the last axis, multiplied and summed in float64, rounded once to the dtype of the input."""
+    y = x.double() @ weight_MD.double().T
+    return (y if bias_M is None else y + bias_M.double()).to(x.dtype)
+
+
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """x / √(mean(x²) + eps) · weight over the last axis, in the dtype of the input. Source: arXiv:1910.07467.
 

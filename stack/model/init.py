@@ -4,13 +4,18 @@ import fnmatch
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stack.config import ModelConfig
+from stack.kernels import dispatch
 
 
 class Linear(nn.Linear):
-    """torch's layer without an initialisation of its own: the table below is the only one."""
+    """torch's layer with the product chosen for the device, and without an initialisation of its own: the table below is the only one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x·weightᵀ + bias over the last axis."""
+        return dispatch.linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""

@@ -111,7 +111,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Output head on the normalised stream, (B, T, V), float32 or wider."""
-        logits_BTV = F.linear(x_BTD, self.embed.weight) if self.cfg.tied_head else self.head(x_BTD)
+        logits_BTV = dispatch.linear(x_BTD, self.embed.weight) if self.cfg.tied_head else self.head(x_BTD)
         return logits_BTV if logits_BTV.dtype.itemsize >= 4 else logits_BTV.float()
 
 

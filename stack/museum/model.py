@@ -99,7 +99,7 @@ def logits_scaled():
     sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062", "https://github.com/facebookresearch/xformers/issues/103"),
 )
 def causal_mask_off_by_one():
-    def leaky(q_BNTH, k_BKSH, v_BKSH, *, scale=None):
+    def leaky(q_BNTH, k_BKSH, v_BKSH, *, scale=None, chunks=False):
         length = q_BNTH.shape[2]
         allowed = torch.ones(length, length, dtype=torch.bool, device=q_BNTH.device).tril(1)
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=allowed, enable_gqa=True)
@@ -181,7 +181,7 @@ def positions_restart_late():
 
 
 def _scaled(wrong):
-    def whole(q_BNTH, k_BKSH, v_BKSH, *, scale=None):
+    def whole(q_BNTH, k_BKSH, v_BKSH, *, scale=None, chunks=False):
         h = q_BNTH.shape[3]
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, enable_gqa=True, scale=wrong(h))
 

@@ -106,7 +106,7 @@ def reference_kernels() -> Iterator[None]:
     """Our model computes by the slow and plain kernels, in the whole process until the block ends."""
     kernel, documents = dispatch.kernel, attention.document_attention
 
-    def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None) -> Tensor:
+    def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None, chunks: bool = False) -> Tensor:
         q = q if scale is None else q * (scale * math.sqrt(q.shape[-1]))
         return reference.document_attention(q, k, v, mask.expand(q.shape[0], *mask.shape[1:]))
 

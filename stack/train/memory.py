@@ -76,18 +76,20 @@ def available_bytes(device: "torch.device") -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
-def refuse_too_large(cfg: RunConfig, vocab_size: int, device: "torch.device") -> None:
-    """Raise EnvironmentUnfit for a run that cannot fit, before anything is built."""
+def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int:
+    """Bytes the run will take on `device`. Raises EnvironmentUnfit where they are not there, before anything is built."""
     predicted, there = predict_bytes(cfg, vocab_size), available_bytes(device)
     on_cpu = device.type == "cpu"  # elsewhere the copy and the references of preflight lie in host memory
     training = predicted["peak"] + (predicted["copy"] if on_cpu else 0)
     preflight = predicted["preflight"] if on_cpu else 0
-    if there is not None and max(training, preflight) > there:
+    needed = max(training, preflight)
+    if there is not None and needed > there:
         rows = f"for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens"
         purpose = rows if training >= preflight else "to check it before step 1"
         raise EnvironmentUnfit(
             "the run does not fit into memory",
-            value=f"about {max(training, preflight) / 2**30:.1f} GiB needed {purpose}",
+            value=f"about {needed / 2**30:.1f} GiB needed {purpose}",
             allowed=f"{there / 2**30:.1f} GiB are free on {device}",
             next_step="lower train.micro_batch_size (tokens_per_step may stay) or the model, or train.activation_checkpointing=blocks",
         )
+    return needed

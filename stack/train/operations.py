@@ -41,12 +41,12 @@ def flops_ingredients(cfg: RunConfig, vocab_size: int, build: Callable[[], nn.Mo
 def matrix_flops(cfg: RunConfig, vocab_size: int, model: nn.Module, device: torch.device) -> tuple[int, int]:
     """Operations of the matrix products that torch runs in one forward and backward of `model` in evaluation mode: (operations, tokens).
 
-    Two rows, the head by torch's own kernel, since a count does not see into others.
+    Two rows; linear layers and the head by torch's own kernels, since a count does not see into others.
     """
     seq_len = min(cfg.model.max_seq_len, MAX_COUNTED_TOKENS // 2)
     ids = torch.randint(0, vocab_size, (2, seq_len + 1), generator=generator(cfg.seed, "flops")).to(device)
     model.eval()
-    with dispatch.using(linear_cross_entropy="torch"), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+    with dispatch.using(linear="torch", linear_cross_entropy="torch"), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
         x_BTD, _ = model.features(ids[:, :-1])
         losses.linear_cross_entropy_sum(x_BTD, model.head_weight, ids[:, 1:]).backward()
     counts = counter.get_flop_counts()["Global"]

@@ -20,6 +20,7 @@ from stack.data.prepare import Dataset
 from stack.data.reader import Batch, eval_batches
 from stack.evaluate.ingredients import model_ingredients
 from stack.evaluate.stopping import batches_needed
+from stack.kernels import dispatch
 from stack.model import moe
 from stack.model.build import build_model
 from stack.model.reading import Report
@@ -375,14 +376,14 @@ def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.devi
 
 
 def probe_peak_flops(device: torch.device) -> float:
-    """Floating-point operations per second of a large float32 (GPU: bfloat16) matrix product, best of ten."""
+    """Floating-point operations per second of a large float32 (GPU: bfloat16) product by the kernel of linear layers, best of ten."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = 0.0
     for _ in range(10):
         _wait(device)
         started = time.perf_counter()
-        a @ a
+        dispatch.linear(a, a)
         _wait(device)
         best = max(best, 2 * n**3 / (time.perf_counter() - started))
     return best

@@ -23,11 +23,11 @@ from stack.data.reader import eval_batches, probe_batches
 from stack.evidence.exclusive import alone
 from stack.kernels import dispatch
 from stack.train import checkpoint, operations, polish
-from stack.train.allocator import keep_heap
+from stack.train.allocator import keep_heap, lay_in_huge_pages
 from stack.train.listener import Listener
 from stack.train.loop import train_loop
 from stack.train.measures import state_metrics
-from stack.train.memory import refuse_too_large
+from stack.train.memory import require_room
 from stack.train.precision import refuse_emulated
 from stack.train.preflight import preflight, probe_peak_flops
 from stack.train.run import Run
@@ -171,7 +171,9 @@ def _open(
     if document:
         builder.continue_record(document["record"], document["started_at"])
     dataset = prepare(cfg.data, on_progress=listener.on_build)
-    refuse_too_large(cfg, dataset.tokenizer.vocab_size, device)
+    needed_bytes = require_room(cfg, dataset.tokenizer.vocab_size, device)
+    if device.type == "cpu":
+        allocator = f"{allocator}, {lay_in_huge_pages(needed_bytes)}"
     kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device, compiled=cfg.train.compile).items()}
     builder.environment = environment(str(device), allocator=allocator, **kernels)
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]

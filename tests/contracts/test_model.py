@@ -151,7 +151,7 @@ def test_init_law_sees_other_breaches(spec, small_cfg, dataset, change):
 
 def test_differential_sees_one_percent_of_scale(spec, ingredients):
     original = attention.whole
-    with swap(attention, "whole", lambda q, k, v, *, scale=None: original(q * 1.01, k, v, scale=scale)):
+    with swap(attention, "whole", lambda q, k, v, **more: original(q * 1.01, k, v, **more)):
         verdict = call_check(spec.gates["model.reference-differential"], ingredients)
     assert verdict.outcome == "fail"
     assert verdict.measured["attention_rel_error"] > 5 * spec.gates["model.reference-differential"].limits["rel_error_max"].value
@@ -223,7 +223,7 @@ def test_isolation_is_far_from_its_limit_on_both_sides(spec, small_cfg, dataset,
 def test_isolation_sees_a_leak_in_the_gradient_alone(spec, ingredients):
     original = attention.document_attention
 
-    def leaks_backward(q, k, v, mask, *, scale=None):
+    def leaks_backward(q, k, v, mask, *, scale=None, chunks=False):
         seen = original(q, k, v, mask.new_ones(mask.shape).tril(), scale=scale)
         return original(q, k, v, mask, scale=scale) + (seen - seen.detach())
 

@@ -1,6 +1,7 @@
 """What the tests of all kernels share: cases per device, errors against float64, margins around memory, broken copies of a kernel."""
 
 import importlib.util
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # is an error of 1e-2 in the 2-norm, beyond every first limit.
 LIMITS = {torch.float32: (2e-6, 5e-6), torch.float16: (8e-4, 2e-3), torch.bfloat16: (6e-3, 1.5e-2)}
 WORST: dict[str, float] = {}
+_COPIES = itertools.count()
 
 
 def cases(interpreted: Iterable[tuple], full: Iterable[tuple]) -> list:
@@ -144,9 +146,10 @@ class Margins:
 
 
 def broken(module: ModuleType, old: str, new: str, folder) -> ModuleType:
-    """A copy of a kernel's module in which `old`, which must occur, is `new`."""
+    """A copy of a kernel's module in which `old`, which must occur, is `new`. Operations it registers with torch get names of their own."""
     text = Path(module.__file__).read_text("utf-8")
     assert old in text, f"{module.__name__} holds no {old!r}"
+    text = text.replace('custom_op("stackproof::', f'custom_op("copy{next(_COPIES)}::')
     path = folder / f"broken_{module.__name__.rpartition('.')[2]}.py"
     path.write_text(text.replace(old, new), "utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,47 @@ from stack.kernels import attention as torch_attention
 from stack.kernels import dispatch, eager, flash_attention, launch, swiglu
 from tests.kernels.support import DEVICE
 
+EVIDENCE = Path(dispatch.__file__).parents[2] / "evidence"
+
 
 def test_torch_is_chosen_until_something_else_was_measured(monkeypatch):
+    monkeypatch.setattr(dispatch, "MEASURED", {})
     for device in ("cpu", "cuda", "mps"):
         assert {dispatch.choose(op, device)[0] for op in dispatch.CANDIDATES} == {"torch"}
-    assert dispatch.choose("rope", "cuda")[1] == "not measured on this device yet"
+    assert dispatch.choose("rope", "cuda")[1].startswith("not measured on ") and dispatch.choose("rope", "mps")[1].startswith("no kernel")
     monkeypatch.setitem(dispatch.MEASURED, (dispatch.device_name(torch.device("cuda")), "rope"), dispatch.Fastest("triton", "benchmark-1"))
-    assert dispatch.choose("rope", "cuda") == ("triton", "fastest on this device, record benchmark-1")
+    monkeypatch.setattr(launch, "why_not", lambda device: "")
+    name = dispatch.device_name(torch.device("cuda"))
+    assert dispatch.choose("rope", "cuda") == ("triton", f"fastest on {name}, record benchmark-1")
     assert dispatch.choose("rope", "cpu")[0] == "torch" and dispatch.choose("swiglu", "cuda")[0] == "torch"
+
+
+def test_a_processor_is_its_maker_and_its_widest_instructions(monkeypatch):
+    assert dispatch.device_name(torch.device("cpu")) == f"{dispatch.cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
+    monkeypatch.setattr(dispatch, "MEASURED", {(dispatch.CPU_NAME, "linear"): dispatch.Fastest("onednn", "benchmark-1")})
+    monkeypatch.setattr(dispatch.onednn, "WHY_NOT", "")
+    assert dispatch.choose("linear", "cpu") == ("onednn", f"fastest on {dispatch.CPU_NAME}, record benchmark-1")
+    monkeypatch.setattr(dispatch.onednn, "WHY_NOT", "it is not there")
+    assert dispatch.choose("linear", "cpu") == ("torch", "onednn is faster on this device but absent: it is not there")
+    monkeypatch.setattr(dispatch, "CPU_NAME", "another")
+    assert dispatch.choose("linear", "cpu") == ("torch", "not measured on another yet")
+
+
+def test_what_is_for_the_cpu_is_refused_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with dispatch.using(linear="onednn"), pytest.raises(EnvironmentUnfit, match="it is for the CPU"):
+        dispatch.linear(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"))
+
+
+@pytest.mark.parametrize(("device", "op"), dispatch.MEASURED)
+def test_a_default_is_what_its_record_shows_to_be_fastest(device, op):
+    """In every section of the operation the slowest round beats torch's by more than nothing, or the record is not about it."""
+    winner = dispatch.MEASURED[device, op]
+    metrics = json.loads((EVIDENCE / winner.record / "metadata.json").read_text("utf-8"))["metrics"]
+    section = {"linear_cross_entropy": "head"}.get(op, op)
+    ratios = [m["value"] for m in metrics if m["name"].startswith(f"ratio_to_{section}_") and m["name"].endswith("__torch_min")]
+    assert any(m["name"].startswith(f"rate_{section}_") and m["name"].endswith(f"__{winner.kernel}") for m in metrics)
+    assert len(ratios) >= 2 and min(ratios) > 1
 
 
 def test_choices_are_json_ready_and_give_every_reason():
@@ -32,13 +66,16 @@ def test_choices_are_json_ready_and_give_every_reason():
 
 
 def test_the_choice_holds_within_its_block_alone():
+    before = dispatch.kernel("attention", DEVICE)
     assert dispatch.kernel("swiglu", DEVICE) is eager.swiglu
     with dispatch.using(swiglu="triton"):
         assert dispatch.kernel("swiglu", DEVICE) is swiglu.swiglu
         with dispatch.using(swiglu="torch", attention="triton"):
             assert dispatch.kernel("swiglu", DEVICE) is eager.swiglu
             assert dispatch.kernel("attention", DEVICE) is flash_attention.attention
-        assert dispatch.kernel("attention", DEVICE) is torch_attention.attention
+        assert dispatch.kernel("attention", DEVICE) is before
+        with dispatch.using(attention="torch"):
+            assert dispatch.kernel("attention", DEVICE) is torch_attention.attention
         with pytest.raises(ZeroDivisionError), dispatch.using(swiglu="torch"):
             _ = 1 / 0
         assert dispatch.kernel("swiglu", DEVICE) is swiglu.swiglu
@@ -100,8 +137,9 @@ def test_every_operation_gives_the_same_through_either():
             *gradient,
         ]
 
-    by_torch = everything()
-    with dispatch.using(**dict.fromkeys(dispatch.CANDIDATES, "triton")):
+    with dispatch.using(**dict.fromkeys(dispatch.CANDIDATES, "torch")):
+        by_torch = everything()
+    with dispatch.using(**{op: "triton" for op, kernels in dispatch.CANDIDATES.items() if "triton" in kernels}):
         by_triton = everything()
     torch.testing.assert_close(by_triton, by_torch, rtol=1e-5, atol=2e-6)  # float32 twice; measured worst case 5e-7
     assert not all(torch.equal(a, b) for a, b in zip(by_torch, by_triton))  # it was not the same function twice

@@ -47,7 +47,7 @@ UNUSUAL = {
 
 
 def whole(error):
-    def planted(q, k, v, *, scale=None):
+    def planted(q, k, v, *, scale=None, chunks=False):
         T, S = q.shape[2], k.shape[2]
         return error(q, k, v, torch.ones(T, S, dtype=torch.bool).tril(S - T))
 
@@ -81,7 +81,7 @@ def test_it_is_said_of_a_kernel_that_goes_on_from_a_cache(way):
 def test_a_kernel_that_forgets_the_mask_it_is_given():
     model = models.ours()
     inputs = partial(documents, model)
-    bad = planted(model, "document_attention", lambda q, k, v, mask, scale=None: attention.whole(q, k, v), inputs=inputs)
+    bad = planted(model, "document_attention", lambda q, k, v, mask, scale=None, chunks=False: attention.whole(q, k, v), inputs=inputs)
     found = compare(replace(side(model), inputs=inputs), bad, models.ids())
     assert found.first_divergence.point.name == "layers.0.attention_mixed"
     assert found.way == "queries see all keys before them, whatever the mask says"

@@ -198,7 +198,7 @@ def test_head_expansion_order_inside_the_kernel_is_named(monkeypatch):
     good, ids = built({}), models.ids()
     original, calls = attention.whole, []
 
-    def tiled_in_layer_1(q, k, v, *, scale=None):
+    def tiled_in_layer_1(q, k, v, *, scale=None, chunks=False):
         calls.append(1)
         if (len(calls) - 1) % 3 == L and wrong:
             k, v = (t.repeat(1, q.shape[1] // k.shape[1], 1, 1) for t in (k, v))

@@ -50,11 +50,11 @@ def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):
     needed = predicted["peak"] + predicted["copy"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     with pytest.raises(EnvironmentUnfit, match="does not fit") as caught:
-        memory.refuse_too_large(cfg, 49_152, CPU)
+        memory.require_room(cfg, 49_152, CPU)
     assert f"{needed / 2**30:.1f} GiB needed for 16 rows of 2048" in str(caught.value) and "micro_batch_size" in str(caught.value)
     for enough in (needed, None):
         monkeypatch.setattr(memory, "available_bytes", lambda device, enough=enough: enough)
-        memory.refuse_too_large(cfg, 49_152, CPU)
+        memory.require_room(cfg, 49_152, CPU)
 
 
 def test_a_model_that_could_train_but_not_be_checked_is_refused(monkeypatch):
@@ -66,8 +66,8 @@ def test_a_model_that_could_train_but_not_be_checked_is_refused(monkeypatch):
     assert predicted["peak"] + predicted["copy"] < between < predicted["preflight"]
     monkeypatch.setattr(memory, "available_bytes", lambda device: between)
     with pytest.raises(EnvironmentUnfit, match="GiB needed to check it before step 1"):
-        memory.refuse_too_large(cfg, 49_152, CPU)
-    memory.refuse_too_large(cfg, 49_152, torch.device("cuda"))
+        memory.require_room(cfg, 49_152, CPU)
+    memory.require_room(cfg, 49_152, torch.device("cuda"))
 
 
 def test_the_prediction_grows_with_what_it_should():
