@@ -195,5 +195,5 @@ def _add_head_gradient(sum_VD: Tensor | None, grad_CV: Tensor, x_CD: Tensor) -> 
     return sum_VD.addmm_(grad_CV.T, x_CD) if grad_CV.dtype == wide else sum_VD.add_(grad_CV.T @ x_CD)
 
 
-TORCH = Products(_logits, _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD)
+TORCH = Products(lambda x_CD, weight_VD: _logits(x_CD, weight_VD), _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD)
 ONEDNN = Products(onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient)

@@ -89,10 +89,11 @@ def test_memory_is_theirs_over_ours_and_the_share_is_of_the_probed_rate():
     seats = {"ours": seat("ours", 0.5, 100), "litgpt": seat("litgpt", 1.0, 250)}
     per_step = SHAPES["a"].flops_per_step(1000)
     rates = {n: (SHAPES["a"].tokens_per_step / s.answers[0]["step_s"][0],) for n, s in seats.items()}
-    found = training.figures(seats, rates, [1.0, 2.0, 4.0])
+    found = training.figures(seats, rates, [(1.0, 4.0), (2.0, 8.0), (4.0, 16.0)])
     assert found["memory_ratio_litgpt"] == (2.5, "1") and "memory_ratio_ours" not in found
     assert found["probe_frac_ours"][0] == pytest.approx(per_step / 0.5 / 2e9)
     assert found["probe_frac_litgpt"][0] == pytest.approx(per_step / 1.0 / 2e9)
+    assert found["probe_chosen_frac_ours"][0] == pytest.approx(per_step / 0.5 / 8e9) and found["probe_chosen_max"][0] == 16.0
     assert found["probe_min"] == (1.0, "GFLOP/s") and found["peak_bytes_litgpt"] == (250, "bytes")
 
 
