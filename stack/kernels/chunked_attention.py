@@ -21,11 +21,10 @@ SCORES_BYTES = 8 * 2**20
 
 
 def suits(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:
-    """Whether this is the faster way: on the CPU, in full precision, for long rows."""
+    """Whether this is the faster way: on the CPU, in full precision without autocast, for long rows."""
     (B, N, T, _), K = q_BNTH.shape, max(1, k_BKSH.shape[1])
-    return (
-        q_BNTH.device.type == "cpu" and q_BNTH.dtype in (torch.float32, torch.float64) and T >= LEAST_QUERIES and B * N // K >= LEAST_ROWS
-    )
+    plain = q_BNTH.device.type == "cpu" and q_BNTH.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return plain and T >= LEAST_QUERIES and B * N // K >= LEAST_ROWS
 
 
 def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor | None = None, scale: float | None = None) -> Tensor:

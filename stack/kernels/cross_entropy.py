@@ -58,12 +58,13 @@ class _Rule:
 @dataclass(frozen=True)
 class Products:
     """How the head multiplies: a chunk's logits; its part of the gradient of x, into given memory; its part of the head's gradient, added
-    to a sum (None: it begins one); and the head's gradient (V, D), which that sum stands for."""
+    to a sum (None: it begins one); and the head's gradient (V, D), which that sum stands for. Of the buffer it uses one part in `share`."""
 
     logits: Callable[[Tensor, Tensor], Tensor]
     input_gradient: Callable[[Tensor, Tensor, Tensor], None]
     add_head_gradient: Callable[[Tensor | None, Tensor, Tensor], Tensor]
     head_gradient: Callable[[Tensor], Tensor]
+    share: int
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -114,7 +115,7 @@ def _run(
         products = ONEDNN if rule.by_onednn and x_RD.device.type == "cpu" and dtype == torch.float32 else TORCH
         head_sum = None
         sums = torch.zeros(2, dtype=wide, device=x_RD.device)
-        for rows in chunks(len(x_RD), len(weight_VD)):
+        for rows in chunks(len(x_RD), products.share * len(weight_VD)):
             logits_CV = products.logits(x_RD[rows], weight_VD)
             slope_CV = None if rule.softcap is None else _cap(logits_CV, rule.softcap)
             nats_C, norm_C = _to_probabilities(logits_CV, target_R[rows])
@@ -195,5 +196,5 @@ def _add_head_gradient(sum_VD: Tensor | None, grad_CV: Tensor, x_CD: Tensor) -> 
     return sum_VD.addmm_(grad_CV.T, x_CD) if grad_CV.dtype == wide else sum_VD.add_(grad_CV.T @ x_CD)
 
 
-TORCH = Products(lambda x_CD, weight_VD: _logits(x_CD, weight_VD), _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD)
-ONEDNN = Products(onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient)
+TORCH = Products(lambda x_CD, weight_VD: _logits(x_CD, weight_VD), _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD, 1)
+ONEDNN = Products(onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient, 2)  # few rows do

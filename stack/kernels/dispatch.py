@@ -76,7 +76,7 @@ CANDIDATES: dict[str, dict[str, Plain | Triton]] = {
         TORCH: Plain(torch_attention.attention, "torch.scaled_dot_product_attention"),
         CHUNKS: Plain(
             partial(torch_attention.attention, chunks=True),
-            "torch products of 64 queries at a time, short rows by torch.scaled_dot_product_attention",
+            "torch products of 64 queries at a time, short or few rows by torch.scaled_dot_product_attention",
             _not_on_cpu,
         ),
         TRITON: Triton("flash_attention", "triton flash attention"),
@@ -131,10 +131,12 @@ def attention(
 ) -> Tensor:
     """Causal attention of the last T of S positions; same arguments as `stack.kernels.reference.attention`.
 
-    `mask_B1TS` stands for start and window where it was made once for all layers, or where visible keys are no range: always torch's.
+    `mask_B1TS` stands for start and window where it was made once for all layers, or where visible keys are no range: never Triton's.
     """
     if mask_B1TS is not None:
         chunks = choose("attention", q_BNTH.device)[0] == CHUNKS
+        if chunks:
+            kernel("attention", q_BNTH.device)  # refuses a device that it is not for
         return torch_attention.document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale, chunks=chunks)
     return kernel("attention", q_BNTH.device)(q_BNTH, k_BKSH, v_BKSH, start_BS=start_BS, window=window, scale=scale)
 
@@ -236,9 +238,9 @@ def why_not(op: str, name: str, device: torch.device | str) -> str:
 
 def choose(op: str, device: torch.device | str) -> tuple[str, str]:
     """The name of the kernel for `op` on `device`, and the reason."""
-    device = torch.device(device)
     if op in _by_hand:
         return _by_hand[op], "chosen by hand"
+    device = torch.device(device) if isinstance(device, str) else device
     if device.type not in ("cpu", "cuda"):
         return TORCH, f"no kernel of our own for {device.type}"
     fastest = MEASURED.get((device_name(device), op))
@@ -254,7 +256,7 @@ def kernel(op: str, device: torch.device | str) -> Callable:
     name, reason = choose(op, device)
     match CANDIDATES[op][name]:
         case Plain(function):
-            if unfit := why_not(op, name, device):
+            if op in _by_hand and (unfit := why_not(op, name, device)):
                 raise EnvironmentUnfit(f"{op}: the kernel {name}, {reason}, cannot run on {device}", value=unfit, allowed=TORCH)
             return function
         case Triton(module):
@@ -271,14 +273,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_properties(device).name if torch.cuda.is_available() else device.type
 
 
-def choices(device: torch.device | str, *, compiled: bool = False) -> dict[str, str]:
-    """Kernel of every operation of a training step on `device` with the reason, JSON-ready, for the record."""
+def choices(device: torch.device | str, *, compiled: bool = False, dtype: str = "float32") -> dict[str, str]:
+    """Kernel of every operation of a training step on `device` in `dtype` with the reason, JSON-ready, for the record."""
     document = {}
     for op in TRAINED:
         name, reason = choose(op, device)
         if compiled and name == TORCH and op in FUSED_BY_COMPILER:
             document |= {op: "torch.compile", f"{op}_reason": "the compiler is given the formula"}
             continue
+        if name in (ONEDNN, CHUNKS) and dtype != "float32":
+            name, reason = TORCH, f"{name} is for float32, this is {dtype}"
         document |= {op: CANDIDATES[op][name].title, f"{op}_reason": reason}
         if isinstance(CANDIDATES[op][name], Triton):
             document[f"{op}_parity"] = parity.why_not(op) or f"passed on {parity.passed()[op]['passed_on']}"

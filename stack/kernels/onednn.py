@@ -16,25 +16,29 @@ LEAST_MULTIPLY_ADDS = 6_000_000  # the call of a smaller product costs what it g
 
 
 def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x·weightᵀ + bias over the last axis, float32. What is small, of another type or under autocast is torch's own.
+    """x·weightᵀ + bias over the last axis, float32. What is small, of another type or under autocast is torch's own, and so are errors.
 
     Has no second derivative. Oracle: `stack.kernels.reference.linear`.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
-    if not _fits(x, weight_MD) or n_rows * weight_MD.numel() < LEAST_MULTIPLY_ADDS:
+    if n_rows * weight_MD.numel() < LEAST_MULTIPLY_ADDS or not _fits(x, weight_MD, bias_M):
         return F.linear(x, weight_MD, bias_M)
     return _linear(x, weight_MD, bias_M)
 
 
-def _fits(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and not torch.is_autocast_enabled("cpu")
+def _fits(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None) -> bool:
+    """Whether these are what oneDNN takes for granted: types, widths, and a bias whose numbers lie side by side."""
+    given = (x, weight_MD) if bias_M is None else (x, weight_MD, bias_M)
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given) and not torch.is_autocast_enabled("cpu")
+    dense = bias_M is None or (bias_M.shape == weight_MD.shape[:1] and bias_M.is_contiguous())
+    return plain and dense and weight_MD.ndim == 2 and x.shape[-1] == weight_MD.shape[1]
 
 
 # ---- the products
 
 
 def outputs(x_RD: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x·weightᵀ + bias, (R, M) in fresh memory. Any strides; rows of x that are not dense are copied."""
+    """x·weightᵀ + bias, (R, M) in fresh memory. Any strides but the bias's; rows of x that are not dense are copied."""
     return torch.ops.mkldnn._linear_pointwise(x_RD, weight_MD, bias_M, "none", [], "")
 
 

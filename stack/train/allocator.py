@@ -3,9 +3,11 @@
 import ctypes
 import platform
 from functools import cache
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, -1  # malloc.h of the GNU C library
 MADV_HUGEPAGE, HUGE_PAGE_BYTES = 14, 2 * 2**20  # sys/mman.h of Linux
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @cache
@@ -30,6 +32,8 @@ def lay_in_huge_pages(n_bytes: int) -> str:
     """
     if not keep_heap().endswith("kept") or platform.system() != "Linux":
         return "pages as shipped"
+    if not SWITCH.exists() or "[never]" in SWITCH.read_text():
+        return "pages as shipped: the system grants no large ones"
     libc = ctypes.CDLL(None, use_errno=True)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -40,4 +44,4 @@ def lay_in_huge_pages(n_bytes: int) -> str:
     size = max(0, block + n_bytes - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     refused = libc.madvise(first, size, MADV_HUGEPAGE)
     libc.free(block)  # it stays on top of the heap, whose next blocks are cut from it
-    return "pages as shipped: madvise refused" if refused else f"{size // 2**20} MiB in huge pages"
+    return "pages as shipped: madvise refused" if refused else f"{size // 2**20} MiB advised to lie in huge pages"

@@ -174,7 +174,7 @@ def _open(
     needed_bytes = require_room(cfg, dataset.tokenizer.vocab_size, device)
     if device.type == "cpu":
         allocator = f"{allocator}, {lay_in_huge_pages(needed_bytes)}"
-    kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device, compiled=cfg.train.compile).items()}
+    kernels = {f"kernel_{k}": str(v) for k, v in dispatch.choices(device, compiled=cfg.train.compile, dtype=cfg.train.dtype).items()}
     builder.environment = environment(str(device), allocator=allocator, **kernels)
     builder.inputs = [Artefact(**i) for i in dataset.inputs()]
     if cfg.data.verify != "full":

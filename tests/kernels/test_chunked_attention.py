@@ -129,12 +129,14 @@ def test_a_smaller_buffer_of_scores_changes_nothing_but_the_chunks(monkeypatch, 
         ({"dtype": torch.float64}, True),
         ({"dtype": torch.bfloat16}, False),
         ({"device": "meta"}, False),
+        ({"autocast": True}, False),
     ],
 )
 def test_when_it_is_taken(change, fits):
-    c = {"B": 4, "N": 1, "T": 128, "dtype": F32, "device": "cpu"} | change
+    c = {"B": 4, "N": 1, "T": 128, "dtype": F32, "device": "cpu", "autocast": False} | change
     q, k = (torch.zeros(c["B"], n, c["T"], 8, dtype=c["dtype"], device=c["device"]) for n in (c["N"], 1))
-    assert chunked_attention.suits(q, k) is fits
+    with torch.autocast("cpu", torch.bfloat16, enabled=c["autocast"]):
+        assert chunked_attention.suits(q, k) is fits
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -39,8 +39,21 @@ def test_a_processor_is_its_maker_and_its_widest_instructions(monkeypatch):
     assert dispatch.choose("linear", "cpu") == ("torch", "not measured on another yet")
 
 
+def test_a_record_of_half_precision_names_what_runs_there(monkeypatch):
+    by_hand = {"linear": "onednn", "attention": "chunks", "linear_cross_entropy": "onednn"}
+    with dispatch.using(**by_hand):
+        wide, half = dispatch.choices("cpu"), dispatch.choices("cpu", dtype="bfloat16")
+    for op, name in by_hand.items():
+        assert wide[op] == dispatch.CANDIDATES[op][name].title and half[op] == dispatch.CANDIDATES[op]["torch"].title
+        assert half[f"{op}_reason"] == f"{name} is for float32, this is bfloat16"
+
+
 def test_what_is_for_the_cpu_is_refused_elsewhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    q = torch.zeros(4, 1, 128, 8, device="meta")
+    for mask in (None, torch.ones(1, 1, 128, 128, dtype=torch.bool, device="meta")):
+        with dispatch.using(attention="chunks"), pytest.raises(EnvironmentUnfit, match="it is for the CPU"):
+            dispatch.attention(q, q, q, mask_B1TS=mask)
     with dispatch.using(linear="onednn"), pytest.raises(EnvironmentUnfit, match="it is for the CPU"):
         dispatch.linear(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"))
 

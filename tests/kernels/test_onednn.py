@@ -90,6 +90,22 @@ def test_what_is_not_for_it_is_torchs_to_the_bit(monkeypatch, dtype, autocast, l
         assert got.dtype == (torch.bfloat16 if autocast else dtype) and torch.equal(got, F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("bias", [torch.randn(12)[::2], torch.randn(1).expand(6)])
+def test_a_bias_that_does_not_lie_dense_is_torchs_to_the_bit(bias):
+    """oneDNN reads a bias without asking for its strides."""
+    x, weight = torch.randn(5, 8), torch.randn(6, 8)
+    assert torch.equal(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("width", "bias"), [(7, None), (8, torch.randn(5)), (8, torch.randn(6, dtype=torch.float64))])
+def test_what_does_not_fit_is_refused_as_torch_refuses_it(width, bias):
+    with pytest.raises(RuntimeError) as ours:
+        onednn.linear(torch.randn(5, width), torch.randn(6, 8), bias)
+    with pytest.raises(RuntimeError) as theirs:
+        F.linear(torch.randn(5, width), torch.randn(6, 8), bias)
+    assert str(ours.value) == str(theirs.value) and "primitive" not in str(ours.value)
+
+
 def test_a_small_product_becomes_a_large_one_at_the_limit(monkeypatch):
     calls, original = [], onednn.outputs
     monkeypatch.setattr(onednn, "outputs", lambda *a: calls.append(1) or original(*a))

@@ -37,7 +37,7 @@ def laid(n_bytes) -> dict:
 @glibc
 def test_the_next_blocks_lie_in_large_pages():
     found = laid(200 * 2**20)
-    assert found["advised"] and int(found["said"].removesuffix(" MiB in huge pages")) in (198, 200)
+    assert found["advised"] and int(found["said"].removesuffix(" MiB advised to lie in huge pages")) in (198, 200)
     assert laid("none")["advised"] is False
 
 
@@ -52,6 +52,15 @@ def test_more_than_trimming_would_leave_is_advised_too():
 def test_what_there_is_no_room_for_is_said():
     found = laid(2**62)
     assert found == {"said": f"pages as shipped: no room for {2**62} bytes", "advised": False}
+
+
+def test_a_system_that_grants_none_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(allocator, "keep_heap", lambda: "glibc, heap kept")
+    monkeypatch.setattr(allocator.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(allocator, "SWITCH", tmp_path / "enabled")
+    assert allocator.lay_in_huge_pages(2**20).endswith("grants no large ones")
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    assert allocator.lay_in_huge_pages(2**20).endswith("grants no large ones")
 
 
 def test_elsewhere_nothing_is_changed(monkeypatch):
