@@ -64,9 +64,7 @@ def check_shapes(
 
 def whole(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None, chunks: bool = False) -> Tensor:
     """Queries for every position: training, and the first part of a generation."""
-    if chunks and chunked_attention.suits(q_BNTH, k_BKSH):
-        return chunked_attention.attention(q_BNTH, k_BKSH, v_BKSH, scale=scale)
-    return _fused(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale)
+    return _attend(q_BNTH, k_BKSH, v_BKSH, None, scale, chunks)
 
 
 def continued(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, scale: float | None = None) -> Tensor:
@@ -83,9 +81,7 @@ def document_attention(
 
     Returns shape (B, N, T, H), dtype of the input. Oracle: `stack.kernels.reference.document_attention`.
     """
-    if chunks and chunked_attention.suits(q_BNTH, k_BKTH):
-        return chunked_attention.attention(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale)
-    return _fused(q_BNTH, k_BKTH, v_BKTH, attn_mask=mask_B1TT, scale=scale)
+    return _attend(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale, chunks)
 
 
 def document_mask(start_BT: Tensor) -> Tensor:
@@ -98,6 +94,13 @@ def window_mask(start: int, stop: int, window: int, device: torch.device | str) 
     """Which of `stop` keys the queries `start … stop−1` may see, (1, 1, T, S) bool: `window` of them, the query's own included."""
     index_S, index_T = torch.arange(stop, device=device), torch.arange(start, stop, device=device)[:, None]
     return ((index_S <= index_T) & (index_S > index_T - window))[None, None]
+
+
+def _attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor | None, scale: float | None, chunks: bool) -> Tensor:
+    """In chunks if that is wanted and suits, else by torch; without a mask, each query sees all keys up to its own."""
+    if chunks and chunked_attention.suits(q_BNTH, k_BKSH):
+        return chunked_attention.attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale)
+    return _fused(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, scale=scale)
 
 
 def _fused(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, attn_mask: Tensor | None = None, **options: object) -> Tensor:

@@ -26,9 +26,9 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum of −log p(label) in nats, and z_loss · the sum of log normalisers squared, over labels that are not `ignore_index`.
 
-    Both are float32 (float64 for float64), shape (). Rows go through one reused buffer, which holds logits, then probabilities, then the
-    gradient; both gradients are therefore complete when the forward ends. Products run in the autocast type, those in float32 on the CPU
-    `by_onednn` if wanted; the rest runs in float32.
+    Both are float32 (float64 for float64), shape (). Rows go through one buffer, a chunk at a time. It holds logits, then probabilities,
+    then the gradient; both gradients are therefore complete when the forward ends. Products run in the autocast type, those in float32
+    on the CPU `by_onednn` if wanted; the rest runs in float32.
     Idea: github.com/linkedin/Liger-Kernel. Oracle: `stack.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside
     the vocabulary, on the CPU.
     """
@@ -196,5 +196,6 @@ def _add_head_gradient(sum_VD: Tensor | None, grad_CV: Tensor, x_CD: Tensor) -> 
     return sum_VD.addmm_(grad_CV.T, x_CD) if grad_CV.dtype == wide else sum_VD.add_(grad_CV.T @ x_CD)
 
 
+# `_logits` is looked up at each call: the museum puts another in its place.
 TORCH = Products(lambda x_CD, weight_VD: _logits(x_CD, weight_VD), _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD, 1)
 ONEDNN = Products(onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient, 2)  # few rows do
