@@ -2,9 +2,7 @@
 
 import errno
 import os
-import random
 import signal
-import time
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from stack.train import checkpoint
 from stack.train.digest import digest
 from stack.train.preflight import advance, micro, shrunk
 from stack.train.state import build_state
+from tests.processes import Command
 
 
 def document(state, dataset):
@@ -29,24 +28,58 @@ def state(small_cfg, dataset):
     return build_state(micro(small_cfg), dataset, torch.device("cpu"))
 
 
-def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(state, dataset, tmp_path):
+# In a process of its own: a fork of one that has run a thousand tests copies its pages as it touches them, and saves many times slower.
+STORM = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from stack.config import RunConfig
+from stack.data.prepare import prepare
+from stack.train import checkpoint
+from stack.train.state import build_state
+from tests.processes import Command
+from tests.train.test_checkpoint import document
+
+cfg, root = RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+dataset = prepare(cfg.data)
+state = build_state(cfg, dataset, torch.device("cpu"))
+checkpoint.save(root, state, document(state, dataset))
+
+def begun(n_saves):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b".")
+        for n in range(n_saves):
+            state.step = 1 + n % 4
+            checkpoint.save(root, state, document(state, dataset))
+            checkpoint.retain(root, 2)
+        os._exit(0)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
+    return child, time.monotonic()
+
+child, began = begun(10)
+assert os.waitpid(child, 0)[1] == 0
+save_s = (time.monotonic() - began) / 10
+draw, steps, ended = random.Random(3), [], []
+for _ in range(40):
+    child, _ = begun(10**9)
+    time.sleep(draw.uniform(0, 3 * save_s))
+    os.kill(child, signal.SIGKILL)
+    ended.append(os.waitpid(child, 0)[1])
+    steps.append(checkpoint.load(checkpoint.find(root)).state["step"])
+print(json.dumps({"steps": steps, "ended": ended}))
+"""
+
+
+def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(small_cfg, dataset, tmp_path):
     """A child saves as fast as it can and is killed at random moments of its first three saves; whatever `latest` names always loads."""
-    began = time.monotonic()
-    checkpoint.save(tmp_path, state, document(state, dataset))
-    save_s = time.monotonic() - began
-    draw, steps = random.Random(3), [0]
-    for _ in range(40):
-        child = os.fork()
-        if child == 0:
-            while True:
-                state.step = (state.step + 1) % 5
-                checkpoint.save(tmp_path, state, document(state, dataset))
-                checkpoint.retain(tmp_path, 2)
-        time.sleep(draw.uniform(0, 3 * save_s))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        steps.append(checkpoint.load(checkpoint.find(tmp_path)).state["step"])
-    assert len(set(steps)) > 1, "the child did save"
+    done = Command(micro(small_cfg).model_dump_json(), str(tmp_path / "checkpoints"), folder=tmp_path, code=STORM).wait()
+    assert done.code == 0, done.err
+    assert set(done.json["ended"]) == {signal.SIGKILL}
+    assert len(done.json["steps"]) == 40 and len(set(done.json["steps"])) > 1, "the children did save"
 
 
 def test_retain_keeps_the_newest_the_best_and_nothing_torn(state, dataset, tmp_path):
