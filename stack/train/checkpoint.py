@@ -7,6 +7,7 @@ checkpoints/latest, best     text files naming a step folder
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from stack.train import stepfolder
 from stack.train.randomness import default_rng_state, set_default_rng_state
 from stack.train.state import TrainState
 
-SCHEMA = "stackproof/checkpoint/2"
+SCHEMA = "stackproof/checkpoint/3"
+READABLE = (SCHEMA, "stackproof/checkpoint/2")  # the former has no checksum of a tensor that is read here; the file's sha256 covers all
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 STATE_KEYS = frozenset(
     "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
@@ -217,20 +219,20 @@ def _refuse_file(path: Path) -> None:
 
 
 def load(folder: Path) -> Loaded:
-    """Read and verify a step folder: every file and every tensor by sha256, the exact set of keys. Never unpickles.
+    """Read and verify a step folder: every file by sha256 and size, every tensor by CRC-32, the exact set of keys. Never unpickles.
 
     Raises CheckpointError naming the file and what differs.
     """
     manifest = _read_json(folder / "manifest.json")
-    if manifest.get("schema") != SCHEMA or set(manifest.get("files", {})) != set(FILES):
+    if manifest.get("schema") not in READABLE or set(manifest.get("files", {})) != set(FILES):
         raise CheckpointError(
             f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}",
             value=f"{manifest.get('schema')}, {', '.join(sorted(manifest.get('files', {})))}",
             allowed=f"{SCHEMA} with {', '.join(FILES)}",
             next_step="use the version of stackproof that wrote it: its record names the commit",
         )
-    for name, entry in manifest["files"].items():
-        _verify_file(folder / name, entry)
+    with ThreadPoolExecutor(len(FILES)) as pool:
+        list(pool.map(_verify_file, (folder / name for name in FILES), (manifest["files"][name] for name in FILES)))
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
@@ -249,13 +251,13 @@ def _verify_file(path: Path, entry: dict) -> None:
     if path.stat().st_size != entry["bytes"]:
         raise CheckpointError(f"{path} is truncated or padded", value=f"{path.stat().st_size} bytes", allowed=f"{entry['bytes']} bytes")
     try:
-        sha256, tensors = tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
+        sha256, checksums = tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
     except (OSError, tensorfile.BadTensorFile) as e:
         raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
-    declared = entry.get("tensors", {})
-    if wrong := sorted(n for n in tensors.keys() | declared.keys() if tensors.get(n) != declared.get(n)):
+    declared = entry.get("crc32", checksums)
+    if wrong := sorted(n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)):
         raise CheckpointError(
-            f"{path}: tensor {wrong[0]} does not match its hash",
+            f"{path}: tensor {wrong[0]} does not match its checksum",
             value=f"{len(wrong)} tensor(s) differ",
             allowed="bytes as they were written",
             next_step="resume from an older step folder",

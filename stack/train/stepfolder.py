@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +28,18 @@ class Content:
 def write(folder: Path, content: Content) -> bytes:
     """Write and sync the files, then the manifest, then the folder. Returns the manifest.
 
-    Hashing follows the writing in threads, two for each file. Raises OSError, BadTensorFile.
+    Hashing and syncing follow the writing in threads, one each for a file. Raises OSError, BadTensorFile.
     """
-    with ThreadPoolExecutor(2 * len(content.tensors)) as pool:
-        hashed = {n: tensorfile.write_hashed(folder / n, tensors, content.metadata, pool) for n, tensors in content.tensors.items()}
+    with ExitStack() as files_open, ThreadPoolExecutor(2 * len(content.tensors)) as pool:
+        groups = sorted(content.tensors.items(), key=lambda item: -sum(t.nbytes for t in item[1].values()))
+        # All room first: to reserve it waits as long as another file is synced.
+        created = {n: files_open.enter_context(tensorfile.created(folder / n, tensors)) for n, tensors in groups}
+        written = {n: tensorfile.write_hashed(created[n], tensors, content.metadata, pool) for n, tensors in groups}
         _write_and_sync(folder / "state.json", content.document)
     files: dict[str, dict] = {"state.json": {"sha256": sha256_bytes(content.document), "bytes": len(content.document)}}
-    for name, (whole, tensors) in hashed.items():
-        files[name] = {"sha256": whole.result(), "bytes": (folder / name).stat().st_size, "tensors": tensors.result()}
+    for name, file in written.items():
+        file.synced.result()
+        files[name] = {"sha256": file.sha256.result(), "bytes": (folder / name).stat().st_size, "crc32": file.crc32}
     manifest = canonical_json({"schema": content.schema, "files": files})
     _write_and_sync(folder / "manifest.json", manifest)
     tensorfile.sync(folder)

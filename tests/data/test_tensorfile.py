@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,12 +138,6 @@ def test_torch_tensors_of_every_type_survive(tmp_path):
     assert all(torch.equal(loaded[n], t) and loaded[n].dtype == t.dtype for n, t in tensors.items())
 
 
-def test_a_tensors_hash_is_that_of_its_bytes(tmp_path):
-    arrays = {"a": np.arange(300_000, dtype=np.int64), "b": np.ones(3, np.float32)}
-    tensorfile.write(tmp_path / "f", arrays, {})
-    assert tensorfile.tensor_sha256(tmp_path / "f") == {n: sha256_bytes(a.tobytes()) for n, a in arrays.items()}
-
-
 KINDS = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split()
 names = st.text(st.sampled_from('aB1.é"\\\n𝄞'), min_size=1, max_size=3)
 described = st.tuples(st.sampled_from(KINDS), st.lists(st.integers(0, 3), max_size=3), st.booleans(), st.integers(0, 9))
@@ -209,13 +204,35 @@ def test_a_comparison_names_what_differs(tmp_path, at, says):
 
 def test_digests_are_those_of_the_file_and_its_tensors_and_name_a_torn_one(tmp_path):
     arrays = {"a": np.arange(1_200_000, dtype=np.int64), "b": np.ones(3, np.float32), "empty": np.zeros((0, 2))}
-    with ThreadPoolExecutor(1) as pool:
-        hashed = tuple(future.result() for future in tensorfile.write_hashed(tmp_path / "f", arrays, {}, pool))
+    with ThreadPoolExecutor(2) as pool, tensorfile.created(tmp_path / "f", arrays) as f:
+        written = tensorfile.write_hashed(f, arrays, {"k": "v"}, pool)
+        assert written.synced.result() is None
+    tensorfile.write(tmp_path / "plain", arrays, {"k": "v"})
     whole = (tmp_path / "f").read_bytes()
-    assert hashed == tensorfile.digests(tmp_path / "f") == (sha256_bytes(whole), {n: sha256_bytes(a.tobytes()) for n, a in arrays.items()})
+    assert whole == (tmp_path / "plain").read_bytes()
+    expected = sha256_bytes(whole), {n: f"{zlib.crc32(a.tobytes()):08x}" for n, a in arrays.items()}
+    assert (written.sha256.result(), written.crc32) == tensorfile.digests(tmp_path / "f") == expected
     (tmp_path / "f").write_bytes(whole[:-1])
     with pytest.raises(BadTensorFile, match="truncated"):
         tensorfile.digests(tmp_path / "f")
+
+
+def test_a_file_without_tensors_has_digests_too(tmp_path):
+    tensorfile.write(tmp_path / "f", {}, {})
+    assert tensorfile.digests(tmp_path / "f") == (sha256_bytes((tmp_path / "f").read_bytes()), {})
+
+
+@pytest.mark.parametrize("n_bytes", range(1, 18))
+def test_a_difference_in_any_byte_of_a_slice_is_seen(tmp_path, n_bytes):
+    """Slices are compared by eights of bytes, and what is left of them by one."""
+    arrays = {"a": np.arange(n_bytes, dtype=np.uint8)}
+    tensorfile.write(tmp_path / "f", arrays, {})
+    tensorfile.require_equal(tmp_path / "f", arrays, {})
+    for at in range(n_bytes):
+        other = {"a": arrays["a"].copy()}
+        other["a"][at] ^= 0x80
+        with pytest.raises(BadTensorFile, match="tensor a is not"):
+            tensorfile.require_equal(tmp_path / "f", other, {})
 
 
 @pytest.mark.parametrize("tensor", [np.zeros(2, np.complex64), np.array(["x"]), torch.zeros(2, dtype=torch.complex64)])

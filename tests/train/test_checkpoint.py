@@ -1,12 +1,14 @@
 """Checkpoints under kills, and what loading refuses."""
 
 import errno
+import json
 import os
 import signal
 
 import pytest
 import torch
 
+from spec.canonical import canonical_json
 from spec.errors import CheckpointError
 from stack import tensorfile
 from stack.config import AdamW, Muon
@@ -182,7 +184,29 @@ def test_a_checkpoint_without_a_curriculum_is_refused(state, dataset, tmp_path, 
             former.setattr(checkpoint, "STATE_KEYS", checkpoint.STATE_KEYS - {"curriculum"})
             del whole["curriculum"]
         folder = checkpoint.save(tmp_path, state, whole)
-    with pytest.raises(CheckpointError, match="checkpoint/2" if missing == "the schema" else "lacks or adds keys\n.*curriculum"):
+    with pytest.raises(CheckpointError, match="checkpoint/1" if missing == "the schema" else "lacks or adds keys\n.*curriculum"):
+        checkpoint.load(folder)
+
+
+def as_the_former_version_wrote_it(folder):
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for entry in manifest["files"].values():
+        if "crc32" in entry:
+            entry["tensors"] = dict.fromkeys(entry.pop("crc32"), "0" * 64)
+    (folder / "manifest.json").write_bytes(canonical_json(manifest | {"schema": "stackproof/checkpoint/2"}))
+
+
+@pytest.mark.parametrize("damage", [None, "a weight", "a moment", "the end of a file", "one byte more"])
+def test_the_former_version_is_read_and_verified_by_the_hashes_of_its_files(state, dataset, tmp_path, damage):
+    folder = checkpoint.save(tmp_path, state, document(state, dataset))
+    as_the_former_version_wrote_it(folder)
+    if damage is None:
+        loaded = checkpoint.load(folder)
+        assert all(torch.equal(loaded.model[n], t) for n, t in checkpoint.model_tensors(state.model).items())
+        return
+    name, spoil = DAMAGES[damage]
+    spoil(folder / name)
+    with pytest.raises(CheckpointError, match=name):
         checkpoint.load(folder)
 
 
@@ -253,9 +277,9 @@ def test_what_the_disk_changes_later_is_refused_by_name(state, dataset, tmp_path
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("function", ["_hash_whole", "_hash_tensors", "require_equal"])
-def test_an_error_in_a_thread_ends_the_save_and_loses_nothing(state, dataset, tmp_path, monkeypatch, function):
-    """A disk that cannot be read while a thread hashes or compares: the folder of the same step comes back."""
+@pytest.mark.parametrize("function", ["_hash", "_sync", "_reserve", "require_equal"])
+def test_an_error_in_any_part_ends_the_save_and_loses_nothing(state, dataset, tmp_path, monkeypatch, function):
+    """A disk that fails while a file is reserved, hashed, synced or compared: the folder of the same step comes back."""
     checkpoint.save(tmp_path, state, document(state, dataset))
     before = stored(tmp_path)
 
