@@ -57,19 +57,31 @@ def weight_gradient(grad_RM: Tensor, x_RD: Tensor) -> Tensor:
 # ---- a linear layer
 
 
+def _filled(x: Tensor) -> Tensor:
+    """The rows of x (…, D), filled up with zeros to a number whose binary form has at most four digits before its zeros.
+
+    A number of rows is a program of its own to oneDNN, written at the first use and kept: experts would see a new one at each step.
+    """
+    x_RD = x.reshape(-1, x.shape[-1])
+    missing = -len(x_RD) % (1 << max(0, len(x_RD).bit_length() - 4))
+    return F.pad(x_RD, (0, 0, 0, missing)) if missing else x_RD
+
+
 @torch.library.custom_op("stackproof::linear", mutates_args=(), device_types="cpu")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return outputs(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    n_rows = x.numel() // x.shape[-1]
+    return outputs(_filled(x), weight, bias)[:n_rows].view(*x.shape[:-1], len(weight))
 
 
 @torch.library.custom_op("stackproof::linear_input_gradient", mutates_args=(), device_types="cpu")
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return input_gradient(grad.reshape(-1, len(weight)), weight).view(*grad.shape[:-1], weight.shape[1])
+    n_rows = grad.numel() // len(weight)
+    return input_gradient(_filled(grad), weight)[:n_rows].view(*grad.shape[:-1], weight.shape[1])
 
 
 @torch.library.custom_op("stackproof::linear_weight_gradient", mutates_args=(), device_types="cpu")
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return weight_gradient(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+    return weight_gradient(_filled(grad), _filled(x))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
