@@ -7,6 +7,7 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, -1  # malloc.h of the GNU C library
 MADV_HUGEPAGE, HUGE_PAGE_BYTES = 14, 2 * 2**20  # sys/mman.h of Linux
+KEPT = "glibc, heap kept"
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -21,7 +22,7 @@ def keep_heap() -> str:
         return "as shipped"
     mallopt = ctypes.CDLL(None).mallopt
     done = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER)
-    return "glibc, heap kept" if done else "as shipped: mallopt refused"
+    return KEPT if done else "as shipped: mallopt refused"
 
 
 def lay_in_huge_pages(n_bytes: int) -> str:
@@ -30,7 +31,7 @@ def lay_in_huge_pages(n_bytes: int) -> str:
     A step walks through all its activations, and with pages of 4 KiB many of its reads first wait for the address. Only address space is
     taken here; memory comes at its first use. Where the system grants no large pages, nothing changes.
     """
-    if not keep_heap().endswith("kept") or platform.system() != "Linux":
+    if keep_heap() != KEPT or platform.system() != "Linux":
         return "pages as shipped"
     if not SWITCH.exists() or "[never]" in SWITCH.read_text():
         return "pages as shipped: the system grants no large ones"

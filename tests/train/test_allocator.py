@@ -55,7 +55,7 @@ def test_what_there_is_no_room_for_is_said():
 
 
 def test_a_system_that_grants_none_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(allocator, "keep_heap", lambda: "glibc, heap kept")
+    monkeypatch.setattr(allocator, "keep_heap", lambda: allocator.KEPT)
     monkeypatch.setattr(allocator.platform, "system", lambda: "Linux")
     monkeypatch.setattr(allocator, "SWITCH", tmp_path / "enabled")
     assert allocator.lay_in_huge_pages(2**20).endswith("grants no large ones")
