@@ -4,8 +4,9 @@
 
 The model is shape b of `shapes.py` (6 layers, d 256), batch 2, weights as they are initialised. Each way of running has a process of its
 own, they take turns, and ratios are taken within each round. Peak memory is what the process comes to need from before the model is built.
-The comparison is of two models of 28 layers and 105 million parameters that differ in one matrix. TransformerLens runs beside where it is
-installed, with `run_with_cache` followed by the same statistics. Linux only: the peak is reset and read through /proc.
+The comparison is of two models of 28 layers and 105 million parameters that differ in one matrix. Beside run, where they are installed, the
+plain forward of transformers' Llama of the same shape, and TransformerLens with `run_with_cache` followed by the same statistics. Linux
+only: the peak is reset and read through /proc.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from side_by_side import close_record, facts, open_record, spread, why_not, writ
 GOAL_TIME, GOAL_MEMORY = 1.35, 1.1
 ROWS = 2
 PACKAGES = ("torch", "transformers", "transformer-lens")
-LENS = "TransformerLens run_with_cache"
+LENS, TRANSFORMERS = "TransformerLens run_with_cache", "transformers plain"
+PEERS = {TRANSFORMERS: "transformers", LENS: "transformer_lens"}
 LARGE = {"d_model": 512, "n_layers": 28, "n_heads": 8, "n_kv_heads": 4, "head_dim": 64, "d_ff": 1408, "max_seq_len": 256}
 LARGE_VOCAB = 32_000
 
@@ -41,6 +43,11 @@ def ready(task: str, threads: int):
     before = child.status_bytes("VmRSS")
     if task == LENS:
         once = lens(ids)
+    elif task == TRANSFORMERS:
+        from peers import huggingface_model
+
+        peer = huggingface_model(shape).eval()
+        once = torch.no_grad()(lambda: peer(ids))
     else:
         sizes = {k: getattr(shape, k) for k in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")}
         cfg = ModelConfig(**sizes, head_dim=shape.d_model // shape.n_heads, max_seq_len=shape.seq_len)
@@ -158,8 +165,8 @@ def main() -> int:
     if options.task:
         return child.serve(lambda: comparison(options.threads) if options.task == "comparison" else ready(options.task, options.threads))
     record = open_record(options, "a traced forward over a plain one")
-    missing = why_not("transformer_lens")
-    answers = turns(["plain", "traced"] + ([] if missing else [LENS]), options.rounds, options.threads)
+    missing = {task: reason for task, package in PEERS.items() if (reason := why_not(package))}
+    answers = turns(["plain", "traced", *(task for task in PEERS if task not in missing)], options.rounds, options.threads)
     figures = {}
     for task, measured in answers.items():
         for key, unit in (("wall_s", "s"), ("processor_s", "s"), ("peak_bytes", "bytes")):
@@ -168,8 +175,8 @@ def main() -> int:
             print(f"{task:32} {key:12} {middle:12.4g} [{low:.4g} – {high:.4g}]  ÷ plain {ratio:.2f} [{least:.2f} – {most:.2f}]")
             name = task.split()[0].lower()
             figures |= {f"{key}_{name}": (middle, unit), f"{key}_{name}_over_plain": (ratio, "1")}
-    if missing:
-        print(f"{LENS:32} {missing}")
+    for task, reason in missing.items():
+        print(f"{task:32} {reason}")
     print(f"wanted of traced ÷ plain: time ≤ {GOAL_TIME}, peak memory ≤ {GOAL_MEMORY}")
     if not options.no_comparison:
         process = child.Child(child.itself("--task", "comparison", "--threads", str(options.threads)))
