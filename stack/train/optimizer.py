@@ -177,12 +177,14 @@ class ParameterProbe:
             if p.requires_grad:
                 flat = p.detach().view(-1)
                 self._views.append(flat[:: max(1, flat.numel() // self.ENTRIES)])
-        self._sizes = [v.numel() for v in self._views]
         self._before = torch.cat(self._views)
+        sizes = torch.tensor([v.numel() for v in self._views])
+        self._tensor_of_entry = torch.arange(len(sizes)).repeat_interleave(sizes).to(self._before.device)
 
-    def changed_frac(self) -> float:
-        """Share of tensors (0-1) with at least one probed entry that differs from the last call."""
+    def changed_frac(self) -> Tensor:
+        """Share of tensors (0-1) with at least one probed entry that differs from the last call, shape (), float64, on their device."""
         now = torch.cat(self._views)
-        moved = [bool(part.any()) for part in (now != self._before).cpu().split(self._sizes)]
+        n_changed = torch.zeros(len(self._views), dtype=torch.float64, device=now.device)
+        n_changed.index_add_(0, self._tensor_of_entry, (now != self._before).double())
         self._before = now
-        return sum(moved) / len(moved)
+        return (n_changed > 0).double().mean()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from stack.data.reader import Batch
-from stack.train import losses
 from stack.train import optimizer as opt
 from stack.train import step as steps
 from stack.train.digest import gradient_crc32
@@ -34,9 +33,9 @@ def recomputed_step(state: TrainState, batches: Sequence[Batch]) -> Computed:
     started = time.perf_counter()
     devices, scaler = ([state.device] if state.device.type == "cuda" else []), state.scaler.state_dict()
     with torch.random.fork_rng(devices=devices):
-        loss_nats, _, norm, _ = steps.finite_gradients(state, batches)
-    if losses.is_finite(loss_nats, float(norm)):
-        opt.clip_gradients(opt.gradients(state.model), norm, state.cfg.optim.max_grad_norm)
+        found = steps.finite_gradients(state, batches)
+    if found.finite:
+        opt.clip_gradients(opt.gradients(state.model), found.norm, state.cfg.optim.max_grad_norm)
     state.scaler.update()
     state.scaler.load_state_dict(scaler)
     return Computed(gradient_crc32(state.model), time.perf_counter() - started)

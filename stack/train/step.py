@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,12 @@ def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     return (ids_BT,) if documents_BT is None else (ids_BT, None, documents_BT.to(device, non_blocking=True))
 
 
+def on_host(*tensors: Tensor) -> list[tuple[float, ...]]:
+    """The values of tensors of any shape, one transfer from their device for all."""
+    values = iter(torch.cat([t.flatten().double() for t in tensors]).tolist())
+    return [tuple(islice(values, t.numel())) for t in tensors]
+
+
 @require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")
 def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]:
     """Gradients of the mean loss over all valid labels of all micro-batches, left unscaled in `.grad`; expert loads in `state.loads`.
@@ -85,18 +92,32 @@ def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]
     return float(total_nats) / n_valid, n_valid
 
 
-def finite_gradients(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int, Tensor, int]:
-    """`accumulate`, again at a lower loss scale as long as gradients overflow.
+@dataclass(frozen=True)
+class Gradients:
+    """What a step knows of its gradients before it moves: `norm` is global L2, shape (), on the device, and `grad_norm` its value."""
 
-    Returns (mean loss in nats, number of valid labels, global gradient norm, overflows). Loss or norm may be no number all the same.
-    """
-    for retries in range(MAX_OVERFLOW_RETRIES):  # noqa: B007 - it is returned
+    loss_nats: float
+    n_valid_tokens: int
+    norm: Tensor
+    grad_norm: float
+    overflow_retries: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and norm are numbers."""
+        return losses.is_finite(self.loss_nats, self.grad_norm)
+
+
+def finite_gradients(state: TrainState, batches: Sequence[Batch]) -> Gradients:
+    """`accumulate`, again at a lower loss scale as long as gradients overflow. Loss or norm may be no number all the same."""
+    for retries in range(MAX_OVERFLOW_RETRIES):
         loss_nats, n_valid = accumulate(state, batches)
         norm = opt.global_norm(opt.gradients(state.model))
-        if losses.is_finite(float(norm)) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
+        found = Gradients(loss_nats, n_valid, norm, float(norm), retries)
+        if losses.is_finite(found.grad_norm) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
             break
         state.scaler.update()
-    return loss_nats, n_valid, norm, retries
+    return found
 
 
 def apply_gradients(state: TrainState, grads: list[Tensor], norm: Tensor) -> None:
@@ -112,20 +133,20 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
     step = state.step + 1
     scheduled = partial(lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps)
     opt.set_lr(state.optimizer, lambda peak: scheduled(peak=peak))
-    loss_nats, n_valid, norm, retries = finite_gradients(state, batches)
-    grads, grad_norm = opt.gradients(state.model), float(norm)
-    if losses.is_finite(loss_nats, grad_norm):
-        apply_gradients(state, grads, norm)
+    found = finite_gradients(state, batches)
+    grads = opt.gradients(state.model)
+    if found.finite:
+        apply_gradients(state, grads, found.norm)
     else:
         state.scaler.update()  # it holds that gradients were unscaled, and these are dropped
-    clipped = float(opt.global_norm(grads))
-    changed = state.probe.changed_frac()
+    shares = [load_E / load_E.sum() for load_E in moe.totals(state.loads)]
+    (clipped,), (changed,), *expert_shares = on_host(opt.global_norm(grads), state.probe.changed_frac(), *shares)
     state.step = step
     state.tokens_seen += sum(b.input_ids.numel() for b in batches)
     lr, group_lrs = scheduled(peak=state.cfg.optim.lr), opt.group_lrs(state.optimizer)
-    shares = tuple(tuple((n_E / n_E.sum()).tolist()) for n_E in moe.totals(state.loads))
     ids = tuple(i for b in batches for i in b.sample_ids)
-    return StepReport(step, loss_nats, grad_norm, clipped, lr, group_lrs, n_valid, changed, retries, shares, ids)
+    measured = (found.loss_nats, found.grad_norm, clipped, lr, group_lrs, found.n_valid_tokens, changed, found.overflow_retries)
+    return StepReport(step, *measured, tuple(expert_shares), ids)
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:
