@@ -3,7 +3,8 @@
     python benchmarks/trace_overhead.py [--rounds 8] [--no-comparison] [--run-dir DIR]
 
 The model is shape b of `shapes.py` (6 layers, d 256), batch 2, weights as they are initialised. Each way of running has a process of its
-own, they take turns, and ratios are taken within each round. Peak memory is what the process comes to need from before the model is built.
+own, they take turns, and ratios are taken within each round. Peak memory is what the process comes to need from before the model is built,
+with all libraries imported.
 The comparison is of two models of 28 layers and 105 million parameters that differ in one matrix. Beside run, where they are installed, the
 plain forward of transformers' Llama of the same shape, and TransformerLens with `run_with_cache` followed by the same statistics. Linux
 only: the peak is reset and read through /proc.
@@ -11,9 +12,11 @@ only: the peak is reset and read through /proc.
 
 import argparse
 import copy
+import importlib
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import child
@@ -29,9 +32,10 @@ LARGE = {"d_model": 512, "n_layers": 28, "n_heads": 8, "n_kv_heads": 4, "head_di
 LARGE_VOCAB = 32_000
 
 
-def ready(task: str, threads: int):
+def ready(task: str, threads: int, folder: str):
     """Build the model, and what answers each question with the seconds of one forward and the peak of memory by then."""
     import torch
+    from peers import huggingface_model
 
     from stack.config import ModelConfig
     from stack.model.build import build_model
@@ -40,14 +44,15 @@ def ready(task: str, threads: int):
     torch.set_num_threads(threads)
     shape = SHAPES["b"]
     ids = torch.randint(0, shape.vocab_size, (ROWS, shape.seq_len), generator=torch.Generator().manual_seed(0))
+    if task in PEERS:  # a library imports what it needs when it is first asked for it, which is not the memory of a forward
+        importlib.import_module(PEERS[task])
+        huggingface_model(replace(shape, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, vocab_size=64))
     before = child.status_bytes("VmRSS")
     if task == LENS:
-        once = lens(ids)
+        once = lens(ids, folder)
     elif task == TRANSFORMERS:
-        from peers import huggingface_model
-
         peer = huggingface_model(shape).eval()
-        once = torch.no_grad()(lambda: peer(ids))
+        once = torch.no_grad()(lambda: peer(ids, use_cache=False))
     else:
         sizes = {k: getattr(shape, k) for k in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")}
         cfg = ModelConfig(**sizes, head_dim=shape.d_model // shape.n_heads, max_seq_len=shape.seq_len)
@@ -67,15 +72,15 @@ def ready(task: str, threads: int):
     return {"task": task}, answer
 
 
-def lens(ids):
-    """The peer: every value kept, then the same statistics of it."""
+def lens(ids, folder: str):
+    """The peer, from a folder of `hf_folder`: every value kept, then the same statistics of it."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
     from stack.trace.points import Point
     from stack.trace.stats import Gatherer
 
-    model = TransformerBridge.boot_transformers(hf_folder(), device="cpu")
+    model = TransformerBridge.boot_transformers(folder, device="cpu")
 
     def once():
         with torch.no_grad():
@@ -140,9 +145,9 @@ def comparison(threads: int):
     return document, lambda question: {}
 
 
-def turns(tasks: list[str], rounds: int, threads: int) -> dict[str, list[dict]]:
+def turns(tasks: list[str], rounds: int, threads: int, folder: str) -> dict[str, list[dict]]:
     """Answers of every way of running, in turn, the first thrown away."""
-    children = {t: child.Child(child.itself("--task", t, "--threads", str(threads))) for t in tasks}
+    children = {t: child.Child(child.itself("--task", t, "--threads", str(threads), "--folder", folder)) for t in tasks}
     answers: dict[str, list[dict]] = {t: [] for t in tasks}
     for number in range(rounds + 1):
         for task, process in children.items():
@@ -161,12 +166,16 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
-        return child.serve(lambda: comparison(options.threads) if options.task == "comparison" else ready(options.task, options.threads))
+        if options.task == "comparison":
+            return child.serve(lambda: comparison(options.threads))
+        return child.serve(lambda: ready(options.task, options.threads, options.folder))
     record = open_record(options, "a traced forward over a plain one")
     missing = {task: reason for task, package in PEERS.items() if (reason := why_not(package))}
-    answers = turns(["plain", "traced", *(task for task in PEERS if task not in missing)], options.rounds, options.threads)
+    folder = "" if LENS in missing else hf_folder()
+    answers = turns(["plain", "traced", *(task for task in PEERS if task not in missing)], options.rounds, options.threads, folder)
     figures = {}
     for task, measured in answers.items():
         for key, unit in (("wall_s", "s"), ("processor_s", "s"), ("peak_bytes", "bytes")):

@@ -104,11 +104,11 @@ def _base(recipe: str | None, depth: int | None, data: Path | None):
     """The recipe a run file builds on, the named recipe, or what follows from a depth; and the file."""
     from stack.config import read_run_file
     from stack.recipes import recipe as named
+    from stack.recipes.depth import corpus_of
     from stack.recipes.depth import depth as from_depth
-    from stack.recipes.depth import sizes_of
 
     if depth:
-        return from_depth(depth, **(sizes_of(data) if data else {})), None
+        return from_depth(depth, corpus_of(data) if data else None), None
     if recipe and (recipe.endswith(".toml") or Path(recipe).is_file()):
         return named(read_run_file(Path(recipe)).get("recipe", "pocket")), Path(recipe)
     return named(recipe or "pocket"), None

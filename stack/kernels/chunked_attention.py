@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stack.kernels.operation import operation
+
 LEAST_QUERIES = 128  # shorter rows gain nothing
 LEAST_ROWS = 4  # B·G: with fewer, the products are too small
 QUERIES = 64
@@ -36,7 +38,13 @@ def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor 
     return _forward(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale)
 
 
-@torch.library.custom_op("stackproof::chunked_attention", mutates_args=(), device_types="cpu")
+def _heads_last(x_BNTH: Tensor) -> Tensor:
+    """Fresh memory of this shape, in the order (B, T, N, H). No view: nobody may change a view in place that an operation returns."""
+    B, N, T, H = x_BNTH.shape
+    return x_BNTH.new_empty_strided((B, N, T, H), (T * N * H, H, N * H, 1))
+
+
+@operation("stackproof::chunked_attention", lambda q, k, v, mask, scale: _heads_last(q), derived=True)
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     (B, K, _, H), G = k.shape, q.shape[1] // k.shape[1]
     (mask, blind), out = _with_sight(mask), _heads_last(q)
@@ -49,7 +57,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
     return out if blind is None else out.masked_fill_(blind, 0)
 
 
-@torch.library.custom_op("stackproof::chunked_attention_backward", mutates_args=(), device_types="cpu")
+@operation("stackproof::chunked_attention_backward", lambda grad, *qkv: tuple(_heads_last(x) for x in qkv[:3]))
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     (B, K, S, H), G = k.shape, q.shape[1] // k.shape[1]
     (mask, blind), dq, dk, dv = _with_sight(mask), _heads_last(q), [], []  # of keys and values one (B, S, H) per head
@@ -121,12 +129,6 @@ def _chunks(q_BNTH: Tensor, k_BKSH: Tensor, mask_B1TS: Tensor | None) -> Iterato
         yield slice(start, stop), keys, torch.zeros(hidden.shape, dtype=q_BNTH.dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _heads_last(x_BNTH: Tensor) -> Tensor:
-    """Fresh memory of this shape, in the order (B, T, N, H)."""
-    B, N, T, H = x_BNTH.shape
-    return x_BNTH.new_empty(B, T, N, H).transpose(1, 2)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
@@ -136,6 +138,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
-_forward.register_fake(lambda q, k, v, mask, scale: _heads_last(q))
-_backward.register_fake(lambda grad, q, k, v, mask, scale: tuple(_heads_last(x) for x in (q, k, v)))
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.derive(_gradients, _save)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stack.kernels.operation import operation
+
 # Why torch has no such products here; empty if it has.
 WHY_NOT = "" if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") else "this torch has no oneDNN"
 LEAST_MULTIPLY_ADDS = 6_000_000  # the call of a smaller product costs what it gains
@@ -67,19 +69,22 @@ def _filled(x: Tensor) -> Tensor:
     return F.pad(x_RD, (0, 0, 0, missing)) if missing else x_RD
 
 
-@torch.library.custom_op("stackproof::linear", mutates_args=(), device_types="cpu")
+def _shaped(y_RM: Tensor, lead: torch.Size) -> Tensor:
+    """The first rows of y as (…, M): itself and no view of it, because nobody may change a view in place that an operation returns."""
+    return torch.ops.aten._unsafe_view(y_RM.resize_(lead.numel(), y_RM.shape[1]), (*lead, y_RM.shape[1]))
+
+
+@operation("stackproof::linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)), derived=True)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    n_rows = x.numel() // x.shape[-1]
-    return outputs(_filled(x), weight, bias)[:n_rows].view(*x.shape[:-1], len(weight))
+    return _shaped(outputs(_filled(x), weight, bias), x.shape[:-1])
 
 
-@torch.library.custom_op("stackproof::linear_input_gradient", mutates_args=(), device_types="cpu")
+@operation("stackproof::linear_input_gradient", lambda grad, weight: grad.new_empty(*grad.shape[:-1], weight.shape[1]))
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    n_rows = grad.numel() // len(weight)
-    return input_gradient(_filled(grad), weight)[:n_rows].view(*grad.shape[:-1], weight.shape[1])
+    return _shaped(input_gradient(_filled(grad), weight), grad.shape[:-1])
 
 
-@torch.library.custom_op("stackproof::linear_weight_gradient", mutates_args=(), device_types="cpu")
+@operation("stackproof::linear_weight_gradient", lambda grad, x: grad.new_empty(grad.shape[-1], x.shape[-1]))
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return weight_gradient(_filled(grad), _filled(x))
 
@@ -98,10 +103,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     )
 
 
-_linear.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
-_input_gradient.register_fake(lambda grad, weight: grad.new_empty(*grad.shape[:-1], weight.shape[1]))
-_weight_gradient.register_fake(lambda grad, x: grad.new_empty(grad.shape[-1], x.shape[-1]))
-_linear.register_autograd(_gradients, setup_context=_save)
+_linear.derive(_gradients, _save)
 
 
 # ---- the products of a head in chunks, see `stack.kernels.cross_entropy.Products`

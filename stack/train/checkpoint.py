@@ -9,6 +9,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,7 @@ from stack.train import stepfolder
 from stack.train.randomness import default_rng_state, set_default_rng_state
 from stack.train.state import TrainState
 
-SCHEMA = "stackproof/checkpoint/3"
-READABLE = (SCHEMA, "stackproof/checkpoint/2")  # the former has no checksum of a tensor that is read here; the file's sha256 covers all
+SCHEMA, FORMER = "stackproof/checkpoint/3", "stackproof/checkpoint/2"
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 STATE_KEYS = frozenset(
     "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
@@ -221,18 +221,21 @@ def _refuse_file(path: Path) -> None:
 def load(folder: Path) -> Loaded:
     """Read and verify a step folder: every file by sha256 and size, every tensor by CRC-32, the exact set of keys. Never unpickles.
 
+    The former version has no CRC-32; there the sha256 of the file is all.
+
     Raises CheckpointError naming the file and what differs.
     """
     manifest = _read_json(folder / "manifest.json")
-    if manifest.get("schema") not in READABLE or set(manifest.get("files", {})) != set(FILES):
+    if manifest.get("schema") not in (SCHEMA, FORMER) or set(manifest.get("files", {})) != set(FILES):
         raise CheckpointError(
             f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}",
             value=f"{manifest.get('schema')}, {', '.join(sorted(manifest.get('files', {})))}",
-            allowed=f"{SCHEMA} with {', '.join(FILES)}",
+            allowed=f"{SCHEMA} or {FORMER} with {', '.join(FILES)}",
             next_step="use the version of stackproof that wrote it: its record names the commit",
         )
+    by_tensor = manifest["schema"] == SCHEMA
     with ThreadPoolExecutor(len(FILES)) as pool:
-        list(pool.map(_verify_file, (folder / name for name in FILES), (manifest["files"][name] for name in FILES)))
+        list(pool.map(partial(_verify_file, folder, by_tensor=by_tensor), *zip(*manifest["files"].items())))
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
@@ -240,7 +243,8 @@ def load(folder: Path) -> Loaded:
     return Loaded(folder, _read_tensors(folder / "model.safetensors"), _read_tensors(folder / "state.safetensors"), document)
 
 
-def _verify_file(path: Path, entry: dict) -> None:
+def _verify_file(folder: Path, name: str, entry: dict, *, by_tensor: bool) -> None:
+    path = folder / name
     damaged = CheckpointError(
         f"{path} is damaged",
         allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes",
@@ -254,7 +258,7 @@ def _verify_file(path: Path, entry: dict) -> None:
         sha256, checksums = tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
     except (OSError, tensorfile.BadTensorFile) as e:
         raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
-    declared = entry.get("crc32", checksums)
+    declared = entry.get("crc32", {}) if by_tensor else checksums
     if wrong := sorted(n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)):
         raise CheckpointError(
             f"{path}: tensor {wrong[0]} does not match its checksum",

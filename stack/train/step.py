@@ -109,12 +109,16 @@ class Gradients:
 
 
 def finite_gradients(state: TrainState, batches: Sequence[Batch]) -> Gradients:
-    """`accumulate`, again at a lower loss scale as long as gradients overflow. Loss or norm may be no number all the same."""
+    """`accumulate`, again at a lower loss scale as long as gradients overflow, some times. Loss or norm may be no number all the same.
+
+    The scale waits for its next update, which is the caller's.
+    """
     for retries in range(MAX_OVERFLOW_RETRIES):
         loss_nats, n_valid = accumulate(state, batches)
         norm = opt.global_norm(opt.gradients(state.model))
         found = Gradients(loss_nats, n_valid, norm, float(norm), retries)
-        if losses.is_finite(found.grad_norm) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats):
+        last = retries == MAX_OVERFLOW_RETRIES - 1
+        if losses.is_finite(found.grad_norm) or not state.scaler.is_enabled() or not losses.is_finite(loss_nats) or last:
             break
         state.scaler.update()
     return found

@@ -32,7 +32,7 @@ def write(folder: Path, content: Content) -> bytes:
     """
     with ExitStack() as files_open, ThreadPoolExecutor(2 * len(content.tensors)) as pool:
         groups = sorted(content.tensors.items(), key=lambda item: -sum(t.nbytes for t in item[1].values()))
-        # All room first: to reserve it waits as long as another file is synced.
+        # All room first: a reservation blocks while another file is being synced.
         created = {n: files_open.enter_context(tensorfile.created(folder / n, tensors)) for n, tensors in groups}
         written = {n: tensorfile.write_hashed(created[n], tensors, content.metadata, pool) for n, tensors in groups}
         _write_and_sync(folder / "state.json", content.document)

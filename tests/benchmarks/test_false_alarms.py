@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def record(verdict: str = "pass", succeeded: bool = True, waiver=None):
 
 def test_an_alarm_is_counted_a_waived_one_is_not_and_a_broken_run_is_told(monkeypatch, tmp_path, capsys):
     code, said = counted(monkeypatch, tmp_path, capsys, [record(), record("fail", waiver="known")])
-    assert code == 0 and "runtime.finite                         2      10       0" in said
+    assert code == 0 and "runtime.finite                         1       5       0" in said, "a waived gate is not counted as silent"
     code, said = counted(monkeypatch, tmp_path, capsys, [record(), record("fail", succeeded=False), record("not_run")])
     assert code == 4 and "runtime.finite                         3      15       2" in said
     assert json.loads(said.splitlines()[1])["alarms"] == ["runtime.finite"]
@@ -64,17 +65,19 @@ def test_an_alarm_is_counted_a_waived_one_is_not_and_a_broken_run_is_told(monkey
     assert told.metric("runtime_finite_alarm_rate_upper_95") == 0.95
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_a_finished_run_of_other_code_is_made_again(monkeypatch, tmp_path, same):
-    asked, folder = [], tmp_path / "0000-pocket"
+@pytest.mark.parametrize("other", [None, "code", "settings"])
+def test_a_finished_run_of_other_code_or_settings_is_made_again(monkeypatch, tmp_path, other):
+    asked, folder, shape = [], tmp_path / "0000-pocket", false_alarms.SHAPES[0]
     folder.mkdir()
     (folder / "metadata.json").write_text("{}")
+    sets = shlex.join(false_alarms.sets_of(shape, 1, tmp_path / "t"))
+    folder.with_suffix(".asked").write_text("else" if other == "settings" else sets)
     monkeypatch.setattr(false_alarms, "read_record", lambda path: SimpleNamespace(code=None))
-    monkeypatch.setattr(false_alarms, "same_code", lambda one, other: same)
+    monkeypatch.setattr(false_alarms, "same_code", lambda one, of: other != "code")
     monkeypatch.setattr(false_alarms, "stack", lambda arguments, log: asked.append(folder.exists()))
-    found = false_alarms.trained(false_alarms.SHAPES[0], 1, folder, tmp_path / "t", None)
-    assert asked == ([] if same else [False]), "what lay there is gone before"
-    assert (found is None) != same
+    found = false_alarms.trained(shape, 1, folder, tmp_path / "t", None)
+    assert asked == ([False] if other else []), "what lay there is gone before"
+    assert (found is None) == bool(other) and folder.with_suffix(".asked").read_text() == sets
 
 
 def test_the_same_code_is_that_of_what_decides_a_run(tmp_path, monkeypatch):

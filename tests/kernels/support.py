@@ -149,7 +149,7 @@ def broken(module: ModuleType, old: str, new: str, folder) -> ModuleType:
     """A copy of a kernel's module in which `old`, which must occur, is `new`. Operations it registers with torch get names of their own."""
     text = Path(module.__file__).read_text("utf-8")
     assert old in text, f"{module.__name__} holds no {old!r}"
-    text = text.replace('custom_op("stackproof::', f'custom_op("copy{next(_COPIES)}::')
+    text = text.replace('operation("stackproof::', f'operation("copy{next(_COPIES)}::')
     path = folder / f"broken_{module.__name__.rpartition('.')[2]}.py"
     path.write_text(text.replace(old, new), "utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)

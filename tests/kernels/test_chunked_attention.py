@@ -151,6 +151,15 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(taken, rows):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-6)  # float32 twice; measured 1e-6
 
 
+def test_what_it_returns_can_be_changed_in_place_like_torchs():
+    q, k, v = (torch.randn(4, n, 128, 8, requires_grad=True) for n in (4, 2, 2))
+    plain, changed = in_chunks(q, k, v), in_chunks(q, k, v)
+    changed[0].zero_()
+    changed.mul_(3)
+    assert torch.equal(changed[1:], 3 * plain[1:]) and not changed[0].any()
+    assert not gradients(changed, (q,), [torch.ones_like(changed)])[0][0].any()
+
+
 def test_compiled_it_is_the_same():
     q, k, v = (torch.randn(4, n, 128, 8, requires_grad=True) for n in (4, 2, 2))
     grad = torch.randn(4, 4, 128, 8)

@@ -1,5 +1,7 @@
 """Products of oneDNN against float64: a linear layer, the head, and what is left to torch. R rows, D inputs, M outputs, V vocabulary"""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -118,18 +120,39 @@ def test_a_small_product_becomes_a_large_one_at_the_limit(monkeypatch):
 
 
 def test_few_numbers_of_rows_reach_onednn_and_little_is_added_to_them(monkeypatch):
-    """Each number is a program that it writes and keeps: a thousand took 0.8 GB. At most eight for each doubling, an eighth more rows."""
-    seen, original = {}, onednn.outputs
+    """Each number is a program that it writes and keeps. At most eight for each doubling, an eighth more rows.
 
-    def counting(x_RD, *rest):
-        seen.setdefault(len(x_RD), set()).add(n_rows)
-        return original(x_RD, *rest)
+    D 2 and M 3: what is neither is the number of rows, in the weight gradient the inner dimension.
+    """
+    seen, original = {"y": {}, "dx": {}, "dw": {}}, onednn.outputs
+
+    def counting(a, b, *rest):
+        product = "dw" if a.shape[0] in (2, 3) and b.shape[0] in (2, 3) else "y" if a.shape[1] == 2 else "dx"
+        seen[product].setdefault(a.shape[1] if product == "dw" else len(a), set()).add(n_rows)
+        return original(a, b, *rest)
 
     monkeypatch.setattr(onednn, "outputs", counting)
-    for n_rows in range(1, 1025):
-        assert onednn.linear(torch.ones(n_rows, 2), torch.ones(3, 2)).shape == (n_rows, 3)
-    assert set(range(1, 17)) | {1024} <= set(seen) and len(seen) == 16 + 6 * 8
-    assert all(n <= rows <= n * 1.125 for rows, given in seen.items() for n in given)
+    for n_rows in range(4, 1025):
+        y = onednn.linear(torch.ones(n_rows, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True))
+        assert y.shape == (n_rows, 3)
+        y.sum().backward()
+    for product in seen.values():
+        assert set(range(4, 17)) | {1024} <= set(product) and len(product) == 13 + 6 * 8
+        assert all(n <= rows <= n * 1.125 for rows, given in product.items() for n in given)
+
+
+@pytest.mark.parametrize("n_rows", [16, 17])
+def test_what_it_returns_can_be_changed_in_place_like_torchs(n_rows):
+    """With and without rows filled up."""
+    x, weight = torch.randn(2, n_rows, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    found = []
+    for linear in (onednn.linear, reference.linear):
+        y = linear(x, weight)
+        y[0].zero_()
+        y.mul_(3)
+        found.append([y, *gradients(y, (x, weight), [torch.ones_like(y)])])
+    for a, b in zip(*found):
+        compare("in place", a, b, F32)
 
 
 def test_twice_the_same_bits():
@@ -199,3 +222,17 @@ def test_the_head_under_autocast_is_torchs(monkeypatch):
         nats, _ = head(x, weight, torch.zeros(9, dtype=torch.int64))
     nats.backward()
     assert weight.grad.dtype == F32 and weight.grad.any()
+
+
+def test_the_first_call_imports_no_compiler():
+    """Nor does that of attention in chunks: `torch.library.custom_op` would, a second and 120 MB of it."""
+    code = """
+import sys, torch
+from stack.kernels import chunked_attention, onednn
+onednn.LEAST_MULTIPLY_ADDS = 0
+onednn.linear(torch.ones(4, 8, requires_grad=True), torch.ones(6, 8)).sum().backward()
+chunked_attention.attention(*[torch.ones(4, 2, 128, 8, requires_grad=True)] * 3).sum().backward()
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -10,7 +10,7 @@ from spec.errors import ConfigError, DataError
 from spec.formulas import parameter_count
 from stack.config import load_config
 from stack.recipes import RECIPES, recipe
-from stack.recipes.depth import EMBEDDED_TOKENS, EPOCHS, depth, sizes_of
+from stack.recipes.depth import EPOCHS, Corpus, corpus_of, depth, embedded
 from stack.recipes.imported import imported
 
 
@@ -56,28 +56,43 @@ def test_an_unknown_recipe_names_the_nearest():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 64), st.sampled_from([1024, 8192, 50_257]), st.integers(10**5, 10**12))
 def test_every_depth_is_a_valid_run_within_its_corpus(n_layers, vocab_size, unique_tokens):
-    cfg = depth(n_layers, vocab_size=vocab_size, unique_tokens=unique_tokens)
+    cfg = depth(n_layers, Corpus(vocab_size, unique_tokens))
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
     planned = cfg.train.max_steps * cfg.train.tokens_per_step
-    assert planned <= max(20 * n_params, 40 * 4096) and (planned <= EPOCHS * unique_tokens or cfg.train.max_steps == 40)
+    assert planned <= max(20 * n_params, 40 * 2048) and (planned <= EPOCHS * unique_tokens or cfg.train.max_steps == 40)
     assert cfg.model.d_model == 64 * n_layers == cfg.model.n_heads * cfg.model.head_dim
 
 
 def test_the_dial_makes_models_larger_and_steps_smaller():
-    runs = [depth(n, vocab_size=32_768, unique_tokens=10**12) for n in range(1, 25)]
+    runs = [depth(n, Corpus(32_768, 10**12)) for n in range(1, 25)]
     counts = [parameter_count(r.model.model_dump(), 32_768) for r in runs]
-    rates = [r.optim.lr for r in runs]
-    assert counts == sorted(set(counts)) and rates == sorted(rates, reverse=True) and depth(2).optim.lr == recipe("tiny").optim.lr
-    assert depth(2).train.max_steps * 4096 == pytest.approx(EPOCHS * EMBEDDED_TOKENS, rel=1e-3)
+    rates = [(r.optim.lr, r.optim.adamw_lr) for r in runs]
+    assert counts == sorted(set(counts)) and rates == sorted(rates, reverse=True)
+    assert all(r.train.dtype == r.optim.dtype == ("bfloat16" if n >= 8 else "float32") for n, r in enumerate(runs, 1))
+
+
+def test_at_its_width_the_dial_is_the_default_recipe():
+    dial, swept = depth(2), recipe("pocket")
+    assert dial.optim == swept.optim and dial.model.attention == swept.model.attention and dial.data.tokenizer == swept.data.tokenizer
+    assert (dial.train.tokens_per_step, dial.train.micro_batch_size) == (swept.train.tokens_per_step, swept.train.micro_batch_size)
+    assert dial.schedule.model_copy(update={"warmup_steps": 10}) == swept.schedule
+    assert dial.train.max_steps * 2048 == pytest.approx(EPOCHS * embedded(2).unique_tokens, rel=1e-3)
+
+
+def test_the_embedded_text_has_tokens_enough_for_four_layers(spec):
+    """By the limit of the gate; five layers are refused, and say so."""
+    least = spec.gates["data.corpus-budget"].limits["unique_tokens_per_parameter_min"].value
+    each = {n: embedded(n).unique_tokens / parameter_count(depth(n).model.model_dump(), embedded(n).vocab_size) for n in range(1, 6)}
+    assert all(each[n] > least for n in range(1, 5)) and each[5] < least
 
 
 def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path):
     with pytest.raises(DataError, match="holds no built data"):
-        sizes_of(tmp_path)
+        corpus_of(tmp_path)
     (tmp_path / "manifest.json").write_text(
         '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}]}}}', "utf-8"
     )
-    assert sizes_of(tmp_path) == {"vocab_size": 4096, "unique_tokens": 100}
+    assert corpus_of(tmp_path) == Corpus(vocab_size=4096, unique_tokens=100)
 
 
 @pytest.mark.parametrize("name", ["tiny", "huge", "nanolm", "gpt2-124m", "andrea-120m"])

@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from spec.canonical import canonical_json
+from spec.canonical import canonical_json, sha256_bytes
 from spec.errors import CheckpointError
 from stack import tensorfile
 from stack.config import AdamW, Muon
@@ -188,25 +190,33 @@ def test_a_checkpoint_without_a_curriculum_is_refused(state, dataset, tmp_path, 
         checkpoint.load(folder)
 
 
-def as_the_former_version_wrote_it(folder):
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    for entry in manifest["files"].values():
-        if "crc32" in entry:
-            entry["tensors"] = dict.fromkeys(entry.pop("crc32"), "0" * 64)
-    (folder / "manifest.json").write_bytes(canonical_json(manifest | {"schema": "stackproof/checkpoint/2"}))
+FORMER = Path(__file__).parent / "checkpoint-2"  # written by the last code of that version
 
 
 @pytest.mark.parametrize("damage", [None, "a weight", "a moment", "the end of a file", "one byte more"])
-def test_the_former_version_is_read_and_verified_by_the_hashes_of_its_files(state, dataset, tmp_path, damage):
-    folder = checkpoint.save(tmp_path, state, document(state, dataset))
-    as_the_former_version_wrote_it(folder)
+def test_the_former_version_is_read_and_verified_by_the_hashes_of_its_files(tmp_path, damage):
+    folder = Path(shutil.copytree(FORMER / "step-00000002", tmp_path / "step-00000002"))
     if damage is None:
         loaded = checkpoint.load(folder)
-        assert all(torch.equal(loaded.model[n], t) for n, t in checkpoint.model_tensors(state.model).items())
+        assert loaded.state["step"] == 2 and loaded.state["schema"] == checkpoint.FORMER
+        held = json.loads((folder / "manifest.json").read_bytes())["files"]
+        found = {"model.safetensors": loaded.model, "state.safetensors": loaded.tensors}
+        assert {f: {n: sha256_bytes(t.numpy().tobytes()) for n, t in ts.items()} for f, ts in found.items()} == {
+            f: held[f]["tensors"] for f in found
+        }
         return
     name, spoil = DAMAGES[damage]
     spoil(folder / name)
     with pytest.raises(CheckpointError, match=name):
+        checkpoint.load(folder)
+
+
+def test_a_manifest_without_checksums_of_tensors_is_refused(state, dataset, tmp_path):
+    folder = checkpoint.save(tmp_path, state, document(state, dataset))
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["files"]["state.safetensors"]["crc32"]
+    (folder / "manifest.json").write_bytes(canonical_json(manifest))
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: tensor .* does not match its checksum"):
         checkpoint.load(folder)
 
 
@@ -277,9 +287,9 @@ def test_what_the_disk_changes_later_is_refused_by_name(state, dataset, tmp_path
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("function", ["_hash", "_sync", "_reserve", "require_equal"])
+@pytest.mark.parametrize("function", ["_hash", "_sync", "_reserve", "crc32", "require_equal"])
 def test_an_error_in_any_part_ends_the_save_and_loses_nothing(state, dataset, tmp_path, monkeypatch, function):
-    """A disk that fails while a file is reserved, hashed, synced or compared: the folder of the same step comes back."""
+    """A disk that fails while a file is reserved, written, hashed, synced or compared: the folder of the same step comes back."""
     checkpoint.save(tmp_path, state, document(state, dataset))
     before = stored(tmp_path)
 
