@@ -33,7 +33,7 @@ def state(small_cfg, dataset):
     return build_state(micro(small_cfg), dataset, torch.device("cpu"))
 
 
-# In a process of its own: a fork of one that has run a thousand tests copies its pages as it touches them, and saves many times slower.
+# In a process of its own: a fork copies pages as it touches them, and of forty forks of a worker late in the suite none came to save.
 STORM = """
 import json, os, random, signal, sys, time
 from pathlib import Path
