@@ -9,7 +9,6 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -235,7 +234,9 @@ def load(folder: Path) -> Loaded:
         )
     by_tensor = manifest["schema"] == SCHEMA
     with ThreadPoolExecutor(len(FILES)) as pool:
-        list(pool.map(partial(_verify_file, folder, by_tensor=by_tensor), *zip(*manifest["files"].items())))
+        verified = [pool.submit(_verify_file, folder / name, entry, by_tensor=by_tensor) for name, entry in manifest["files"].items()]
+    for file in verified:
+        file.result()
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
@@ -243,8 +244,7 @@ def load(folder: Path) -> Loaded:
     return Loaded(folder, _read_tensors(folder / "model.safetensors"), _read_tensors(folder / "state.safetensors"), document)
 
 
-def _verify_file(folder: Path, name: str, entry: dict, *, by_tensor: bool) -> None:
-    path = folder / name
+def _verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
     damaged = CheckpointError(
         f"{path} is damaged",
         allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes",
