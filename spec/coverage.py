@@ -33,21 +33,21 @@ def gate_state(spec: Spec, gate_id: str, records: dict[str, Record], today: dt.d
     discharged: proven, and the latest real, clean, finished run that held the gate passed it at the current fingerprint.
     """
     today = today or dt.date.today()
-    gate, current = spec.gates[gate_id], spec.fingerprint(gate_id)
+    gate, current = spec.gates[gate_id], spec.fingerprints(gate_id)
     killed: dict[str, str] = {}
     old_kills = False
     for record in records.values():
         for kill in record.kills:
             if kill.gate != gate_id:
                 continue
-            if kill.fingerprint != current:
+            if kill.fingerprint not in current:
                 old_kills = True
             elif kill.outcome == "killed" and kill.control == "pass" and not record.code.dirty:
                 killed[kill.plant] = record.id
             else:
                 killed.pop(kill.plant, None)
     runs = [(r, g) for r in records.values() for g in r.gates if g.id == gate_id and g.verdict != "not_run"]
-    fresh = [(r, g) for r, g in runs if g.fingerprint == current]
+    fresh = [(r, g) for r, g in runs if g.fingerprint in current]
     kill_records = tuple(sorted(set(killed.values())))
     if fresh:
         record, result = fresh[-1]
@@ -63,7 +63,7 @@ def gate_state(spec: Spec, gate_id: str, records: dict[str, Record], today: dt.d
     passing = tuple(r.id for r, g in fresh if g.verdict == "pass" and _may_discharge(r))
     if passing:
         return GateState("discharged", f"{len(passing)} real run(s) pass it", kill_records, passing)
-    if any(g.fingerprint != current for _, g in runs):
+    if any(g.fingerprint not in current for _, g in runs):
         return GateState("stale", "its run record is of an older fingerprint", kill_records)
     return GateState("proven", "killed all its plants; no accepted real run yet", kill_records)
 

@@ -1,6 +1,5 @@
-"""The spec: gates with their limits, loaded from TOML, fingerprinted together with the source of their checks."""
+"""The spec: gates with their limits, loaded from TOML and fingerprinted together with their checks."""
 
-import ast
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -10,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spec import ROOT, SPEC_DIR
-from spec.canonical import sha256_bytes, sha256_json
+from spec.canonical import sha256_json
 from spec.errors import IntegrityError
+from spec.fingerprint import Carried, check_fingerprint, read_carried
 
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
@@ -135,21 +135,18 @@ class Gate(Frozen):
         return self
 
     def normative(self) -> dict:
-        """What a change of the gate's meaning must touch: statement, moment, severity, check and limits."""
-        limits = {k: {"value": v.value, "unit": v.unit, "direction": v.direction} for k, v in sorted(self.limits.items())}
-        return (
-            {
-                "id": self.id,
-                "statement": self.statement,
-                "moment": self.moment,
-                "severity": self.severity,
-                "check": self.check,
-                "kinds": list(self.kinds),
-                "limits": limits,
-            }
-            | ({"needs": list(self.needs)} if self.needs else {})
-            | ({"when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(self.when.items())}} if self.when else {})
-        )
+        """The fields of which a change is a change of the gate's meaning."""
+        return normative_fields(self.model_dump())
+
+
+def normative_fields(entry: Mapping[str, Any]) -> dict:
+    """Of a gate as it stands in TOML: id, statement, moment, severity, kinds, limits without their reasons, and conditions."""
+    limits = entry.get("limits", {})
+    fields = {k: entry[k] for k in ("id", "statement", "moment", "severity")}
+    fields["kinds"] = list(entry.get("kinds", ("train",)))
+    fields["limits"] = {name: {k: limits[name][k] for k in ("value", "unit", "direction")} for name in sorted(limits)}
+    conditions = {"needs": list(entry.get("needs", ())), "when": dict(sorted(entry.get("when", {}).items()))}
+    return fields | {k: v for k, v in conditions.items() if v}
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:
@@ -168,11 +165,21 @@ class Spec(Frozen):
     scope: str
     gates: dict[str, Gate]
     certain: dict[str, str] = {}
+    carried: tuple[Carried, ...] = Field(default=(), exclude=True)
     root: Path = Field(default=ROOT, exclude=True)
 
     def fingerprint(self, gate_id: str) -> str:
-        """sha256 over the gate's normative fields and the source of its check; evidence binds to it."""
-        return fingerprint(self.gates[gate_id], self.root)
+        """sha256 over the gate's normative fields and the canonical form of its check; evidence binds to it."""
+        gate = self.gates[gate_id]
+        return check_fingerprint(gate.normative(), gate.check, self.root)
+
+    def fingerprints(self, gate_id: str) -> frozenset[str]:
+        """The gate's fingerprint in today's form and in the forms it was carried over from. Evidence for any of them is current."""
+        current = {self.fingerprint(gate_id)}
+        for row in reversed(self.carried):
+            if row.gate == gate_id and row.new in current:
+                current.add(row.old)
+        return frozenset(current)
 
     @property
     def sha256(self) -> str:
@@ -206,7 +213,8 @@ def _load_spec(root: Path) -> Spec:
     if strange := [(g.id, other) for g in gates.values() for other in g.yields_to if other not in gates or other == g.id]:
         raise IntegrityError(f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate")
     try:
-        return Spec(**head, gates=gates, certain=_certain(directory / "chance.toml"), root=root)
+        carried = read_carried(directory / "carried.jsonl")
+        return Spec(**head, gates=gates, certain=_certain(directory / "chance.toml"), carried=carried, root=root)
     except ValidationError as e:
         raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
 
@@ -230,71 +238,6 @@ def _read_toml(path: Path) -> dict:
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as e:
         raise IntegrityError(f"cannot read {path}: {e}") from e
-
-
-def fingerprint(gate: Gate, root: Path = ROOT) -> str:
-    """sha256 over a gate's normative fields and the text of everything its check is made of inside `contracts`."""
-    return sha256_json({"normative": gate.normative(), "check_source": sha256_bytes(check_source(gate.check, root).encode())})
-
-
-@cache
-def check_source(check: str, root: Path = ROOT) -> str:
-    """Source text of a check and of every `contracts` function, class and constant it reaches by name.
-
-    A tolerance moved from the check into a helper therefore changes the fingerprint as well.
-    """
-    module, name = check.split(":")
-    seen: dict[tuple[str, str], str] = {}
-    _collect(root, module, name, seen)
-    if (module, name) not in seen:
-        raise IntegrityError(f"check {check} does not exist", next_step=f"define {name} in {module.replace('.', '/')}.py")
-    return "\n".join(seen[key] for key in sorted(seen))
-
-
-# Plumbing that carries verdicts but decides nothing; a change here must not re-open every gate.
-_PLUMBING = {"contracts.gate", "contracts.keeper", "contracts.conditions"}
-
-
-def _collect(root: Path, module: str, name: str, seen: dict[tuple[str, str], str]) -> None:
-    if module in _PLUMBING or (module, name) in seen:
-        return
-    definitions, imports = _module_table(root / (module.replace(".", "/") + ".py"))
-    if name not in definitions:
-        if name in imports:
-            _collect(root, *imports[name], seen)
-        return
-    text, used = definitions[name]
-    seen[(module, name)] = text
-    for other in used:
-        _collect(root, module, other, seen)
-
-
-@cache
-def _module_table(path: Path) -> tuple[dict[str, tuple[str, tuple[str, ...]]], dict[str, tuple[str, str]]]:
-    """Top-level definitions (name → text, names used) and `from contracts… import` bindings of one file."""
-    if not path.is_file():
-        return {}, {}
-    text = path.read_text("utf-8")
-    lines = text.splitlines()
-    definitions: dict[str, tuple[str, tuple[str, ...]]] = {}
-    imports: dict[str, tuple[str, str]] = {}
-    for node in ast.parse(text).body:
-        match node:
-            case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef():
-                names, first = [node.name], min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            case ast.Assign(targets=[ast.Name(id=target)]):
-                names, first = [target], node.lineno
-            case ast.AnnAssign(target=ast.Name(id=target)):
-                names, first = [target], node.lineno
-            case ast.ImportFrom(module=str(source)) if source.split(".")[0] == "contracts":
-                imports |= {a.asname or a.name: (source, a.name) for a in node.names}
-                continue
-            case _:
-                continue
-        source = "\n".join(line.rstrip() for line in lines[first - 1 : node.end_lineno])
-        used = tuple(sorted({n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(names)))
-        definitions |= dict.fromkeys(names, (source, used))
-    return definitions, imports
 
 
 def frozen_release(spec: Spec) -> dict:

@@ -29,8 +29,12 @@ from tools.integrity.core import RULES, Finding, Repo  # noqa: E402
 
 
 def check(root: Path) -> list[Finding]:
-    """All findings of all rules, ordered by rule and place, each once."""
-    repo = Repo(root)
+    """All findings of all rules in a checkout, ordered by rule and place, each once."""
+    return findings_in(Repo(root))
+
+
+def findings_in(repo: Repo) -> list[Finding]:
+    """`check`, of a repository that is already open."""
     found = [f for rule in RULES.values() for f in rule.run(repo)]
     return sorted(set(found), key=lambda f: (f.code, f.path, f.line, f.message))
 
@@ -62,12 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         for path in blocks.write(Repo(options.root)):
             print(f"wrote {path}", file=sys.stderr)
-    findings = check(options.root)
+    repo = Repo(options.root)
+    findings = findings_in(repo)
     if options.json:
-        print(json.dumps({"ok": not findings, "findings": [asdict(f) for f in findings], "rules_run": len(RULES)}))
+        document = {"ok": not findings, "findings": [asdict(f) for f in findings], "rules_run": len(RULES)}
+        print(json.dumps(document | {"not_verified": repo.not_verified}))
     else:
         for f in findings:
             print(f"{f.code:20} {f.path}{f':{f.line}' if f.line else ''}  {f.message}\n{'':20}   → {f.hint}")
+        for text in repo.not_verified:
+            print(f"not verified: {text}")
         print(f"{len(RULES)} rules, {len(findings)} finding(s)")
     return 6 if findings else 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spec import failures
 from spec.canonical import canonical_json, sha256_bytes, sha256_json
+from spec.fingerprint import code_below
 from spec.formulas import parameter_count
 from spec.gates import _load_spec, frozen_release, load_spec
 from spec.ledger import Ledger
@@ -122,6 +123,7 @@ def forget() -> None:
     """What was read of another repository at the same place is read anew."""
     _load_spec.cache_clear()
     failures._load.cache_clear()
+    code_below.cache_clear()
 
 
 def git(root: Path, *arguments: str, when: str = "2026-01-01T00:00:00Z") -> str:

@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from spec.canonical import canonical_json, sha256_bytes
+from spec.fingerprint import check_fingerprint
+from spec.gates import normative_fields
 from spec.ledger import GENESIS, Entry
 from tests.tools import small_repo
 from tests.tools.found import found_something
@@ -19,6 +22,7 @@ from tests.tools.small_repo import edit, git, write
 from tools.check_integrity import check, explain, main
 from tools.integrity import core
 from tools.integrity.core import RULES, Repo
+from tools.integrity.former_fingerprint import first_form
 from tools.integrity.repo_rules import looks_like_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +56,16 @@ def rechain(root: Path, kind: str, change: Callable[[dict], None], *, series: Ca
         out.append(Entry(seq=entry["seq"], record=entry["record"], sha256=sha256, prev=previous).to_line())
         previous = sha256_bytes(out[-1])
     (root / "evidence" / "ledger.jsonl").write_bytes(b"\n".join(out) + b"\n")
+
+
+def carry(root: Path, **changes: str) -> None:
+    """Add the line of the table that carries the gate over, with changes."""
+    small_repo.forget()
+    entry = tomllib.loads((root / "spec/gates/loss.toml").read_text())["gate"][0]
+    fields = normative_fields(entry)
+    row = {"gate": entry["id"], "old": first_form(fields, entry["check"], root), "new": check_fingerprint(fields, entry["check"], root)}
+    row |= {"commit": git(root, "rev-parse", "HEAD").strip()} | changes
+    write(root, "spec/carried.jsonl", json.dumps(row) + "\n")
 
 
 def put(*path: str, value):
@@ -146,6 +160,7 @@ def audited(root: Path, breadth: int, passes: int) -> None:
 
 
 BREAKS: dict[str, Callable[[Path], None]] = {
+    "GATE-CARRIED": lambda r: carry(r, new="b" * 64),
     "SCHEMA": lambda r: rechain(r, "train", put("surprise", value=1)),
     "SPEC-EMPTY": remove_gates,
     "ID-UNIQUE": lambda r: write(r, "docs/adr/0001-two.md", small_repo.ADR),
@@ -225,6 +240,40 @@ def test_every_rule_has_its_break():
 def test_rule_is_red_on_its_break(repo, code):
     BREAKS[code](repo)
     assert code in found(repo)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"old": "a" * 64}, "the old fingerprint of loss.golden is not the one"),
+        ({"new": "a" * 64}, "the new fingerprint of loss.golden is not the one"),
+        ({"gate": "loss.gone"}, "gate loss.gone is not in the spec"),
+        ({"commit": "a" * 40}, "is no ancestor"),
+    ],
+)
+def test_the_table_of_carried_gates_is_recomputed_on_both_sides(repo, changes, says):
+    carry(repo, **changes)
+    messages = [f.message for f in check(repo) if f.code == "GATE-CARRIED"]
+    assert [says in m for m in messages] == ([True] if says else [])
+
+
+def test_the_commit_of_a_carried_gate_is_read_and_not_the_working_tree(repo):
+    carry(repo)
+    edit(repo, "contracts/loss.py", "return x", "return x * 2")
+    small_repo.forget()
+    assert [f.message for f in check(repo) if f.code == "GATE-CARRIED"] == []
+
+
+def test_without_history_a_carried_gate_is_not_verified(repo, tmp_path, capsys):
+    carry(repo)
+    small_repo.commit_all(repo)
+    shallow = tmp_path / "shallow"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{repo}", str(shallow)], check=True)
+    small_repo.forget()
+    main(["--root", str(shallow)])
+    shown = capsys.readouterr().out
+    assert "not verified: GATE-CARRIED: commit" in shown and "GATE-CARRIED         spec" not in shown
 
 
 def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):

@@ -1,9 +1,13 @@
 """Findings, the rule decorator, and the repository as rules see it: every file and git fact read once."""
 
 import ast
+import io
 import json
 import subprocess
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +15,7 @@ from pathlib import Path
 from spec import findings
 from spec.canonical import sha256_file
 from spec.coverage import GateState, coverage
-from spec.errors import StackproofError
+from spec.errors import IntegrityError, StackproofError
 from spec.failures import Catalogue, load_catalogue
 from spec.gates import Spec, load_spec
 from spec.ledger import Entry, Ledger
@@ -71,11 +75,27 @@ class Repo:
     def __init__(self, root: Path):
         self.root = root.resolve()
         self._functions: dict[str, dict[str, int]] = {}
+        self.not_verified: list[str] = []  # what rules could not look at for want of history
 
     def git(self, *arguments: str) -> str | None:
         """Output of a git command, or None if it failed."""
         done = subprocess.run(["git", "-C", str(self.root), *arguments], capture_output=True)
         return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
+
+    @contextmanager
+    def tree_at(self, commit: str, *paths: str) -> Iterator[Path]:
+        """A temporary folder with files as a commit holds them. Raises IntegrityError if git cannot read them."""
+        done = subprocess.run(["git", "-C", str(self.root), "archive", commit, "--", *paths], capture_output=True)
+        if done.returncode:
+            raise IntegrityError(f"commit {commit[:12]} cannot be read", value=done.stderr.decode("utf-8", errors="replace").strip())
+        with tempfile.TemporaryDirectory(prefix="stackproof-commit-") as folder, tarfile.open(fileobj=io.BytesIO(done.stdout)) as files:
+            files.extractall(folder, filter="data")
+            yield Path(folder)
+
+    @cached_property
+    def lacks_history(self) -> bool:
+        """Whether this is no git checkout, or a shallow clone of one."""
+        return (self.git("rev-parse", "--is-shallow-repository") or "true").strip() == "true"
 
     @cached_property
     def tracked(self) -> list[str]:

@@ -2,19 +2,24 @@
 
 import json
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from spec.errors import StackproofError
 from spec.failures import Failure, answering_gates
-from spec.gates import Limit, frozen_release
+from spec.fingerprint import check_fingerprint
+from spec.gates import Limit, frozen_release, normative_fields
 from spec.ledger import Ledger
 from spec.records import read_record
 from spec.registry import read_registry
 from spec.runners import load_runners, unfed
 from tools.integrity.core import RULES, Repo, rule
+from tools.integrity.former_fingerprint import first_form
 
 Found = Iterator[tuple[str, int, str]]
+CARRIED = "spec/carried.jsonl"
 ONE_GATE_AT_A_TIME = ("stack/museum/", "stack/train/replay.py")
 
 
@@ -101,7 +106,7 @@ def spec_nobump(repo: Repo) -> Found:
     for gate_id in sorted(now.keys() | frozen["gates"].keys()):
         if gate_id not in frozen["gates"] or gate_id not in now:
             yield "spec/spec.toml", 0, f"gate {gate_id} was {'added' if gate_id in now else 'removed'} without a new version"
-        elif now[gate_id]["fingerprint"] != frozen["gates"][gate_id]["fingerprint"]:
+        elif frozen["gates"][gate_id]["fingerprint"] not in spec.fingerprints(gate_id):
             yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id} or its check differs from frozen version {spec.version}"
 
 
@@ -176,9 +181,9 @@ def _kills(repo: Repo, gate_id: str) -> list:
 )
 def gate_killed(repo: Repo) -> Found:
     for gate_id, state in repo.states.items():
-        current = repo.spec.fingerprint(gate_id)
+        current = repo.spec.fingerprints(gate_id)
         kills = _kills(repo, gate_id)
-        if state.state == "unproven" and not (kills and all(k.fingerprint != current for k in kills)):
+        if state.state == "unproven" and not (kills and all(k.fingerprint not in current for k in kills)):
             yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id} is unproven: {state.reason}"
 
 
@@ -190,9 +195,9 @@ def gate_killed(repo: Repo) -> Found:
 )
 def stale_kill(repo: Repo) -> Found:
     for gate_id in repo.spec.gates:
-        current = repo.spec.fingerprint(gate_id)
+        current = repo.spec.fingerprints(gate_id)
         newest = {k.plant: k for k in _kills(repo, gate_id)}
-        stale = sorted(p for p, k in newest.items() if k.fingerprint != current)
+        stale = sorted(p for p, k in newest.items() if k.fingerprint not in current)
         if stale:
             yield (
                 f"spec/gates/{gate_id.split('.')[0]}.toml",
@@ -345,3 +350,40 @@ def _unentered(repo: Repo, files: set[str]) -> Found:
             for line, text in enumerate(repo.text(path).splitlines() if (repo.root / path).is_file() else (), start=1):
                 if "Gatekeeper(" in text:
                     yield path, line, "opens a Gatekeeper and is in no runner's files"
+
+
+@rule(
+    "GATE-CARRIED",
+    title="A gate is carried over only if both its fingerprints are those of the commit named",
+    why="The table lets old evidence stand for a gate in a new form; one false line would let it stand for any other gate.",
+    hint="restore spec/carried.jsonl from git; a gate that changed is proven again instead",
+)
+def gate_carried(repo: Repo) -> Found:
+    for commit in sorted({row.commit for row in repo.spec.carried}):
+        if commit not in repo.ancestors:
+            if repo.lacks_history:
+                repo.not_verified.append(f"GATE-CARRIED: commit {commit[:12]} is not in this history")
+            else:
+                yield CARRIED, 0, f"commit {commit} is no ancestor of this one"
+            continue
+        with repo.tree_at(commit, "spec", "contracts") as root:
+            yield from _carried_at(repo, commit, root)
+
+
+def _carried_at(repo: Repo, commit: str, root: Path) -> Found:
+    """Rows of a commit whose fingerprints are not what its files give."""
+    entries = [
+        e for path in sorted((root / "spec" / "gates").glob("*.toml")) for e in tomllib.loads(path.read_text("utf-8")).get("gate", [])
+    ]
+    gates = {entry["id"]: entry for entry in entries}
+    for number, row in enumerate(repo.spec.carried, start=1):
+        if row.commit != commit:
+            continue
+        if (gate := gates.get(row.gate)) is None:
+            yield CARRIED, number, f"gate {row.gate} is not in the spec of commit {commit[:12]}"
+            continue
+        fields, check = normative_fields(gate), gate["check"]
+        if first_form(fields, check, root) != row.old:
+            yield CARRIED, number, f"the old fingerprint of {row.gate} is not the one at commit {commit[:12]}"
+        if check_fingerprint(fields, check, root) != row.new:
+            yield CARRIED, number, f"the new fingerprint of {row.gate} is not the one at commit {commit[:12]}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from spec.coverage import STATES, tally
 from spec.failures import load_catalogue
-from spec.gates import SUBSYSTEMS, Gate, check_source
+from spec.fingerprint import check_source
+from spec.gates import SUBSYSTEMS, Gate
 from tools.site_pages.markup import (
     MEANINGS,
     Page,
@@ -121,7 +122,10 @@ def _check(world: World, gate: Gate) -> list[str]:
     module, name = gate.check.split(":")
     path = world.root / (module.replace(".", "/") + ".py")
     place = f"{path.relative_to(world.root).as_posix()}:{_line_of(path, name)}"
-    text = "The fingerprint covers the text below: the check and every definition of `contracts` that it reaches."
+    text = (
+        "The fingerprint covers what the text below computes: the check and every definition that it reaches, "
+        "without comments, docstrings, local names and the words of messages."
+    )
     return [f"{code(gate.check)} at {code(place)}. {text}", folded(f"Source of {name}", check_source(gate.check, world.root), "python")]
 
 
@@ -139,7 +143,7 @@ def _plants(world: World, gate: Gate, page: Page) -> str:
 
 
 def _kills(world: World, gate: Gate, page: Page) -> str:
-    current = world.spec.fingerprint(gate.id)
+    current = world.spec.fingerprints(gate.id)
     rows = [
         [page.run(r.id), page.plant(k.plant), k.outcome, k.control, esc(k.latency), pairs(k.measured), _age(k.fingerprint, current)]
         for r, k in reversed(world.kills_of(gate=gate.id))
@@ -148,12 +152,12 @@ def _kills(world: World, gate: Gate, page: Page) -> str:
     return table(head, rows) if rows else "No accepted record holds a kill of this gate."
 
 
-def _age(fingerprint: str, current: str) -> str:
-    return "current" if fingerprint == current else "older"
+def _age(fingerprint: str, current: frozenset[str]) -> str:
+    return "current" if fingerprint in current else "older"
 
 
 def _records(world: World, gate: Gate, page: Page) -> str:
-    current = world.spec.fingerprint(gate.id)
+    current = world.spec.fingerprints(gate.id)
     rows = [
         [page.run(r.id), verdict(g.verdict), number(g.checks), pairs(g.measured), _age(g.fingerprint, current)]
         for r, g in reversed(world.results_of(gate.id))

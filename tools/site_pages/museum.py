@@ -55,7 +55,7 @@ def _last(world: World, plant: Exhibit, page: Page) -> list[str]:
     if not kills:
         return ["none yet", "–", "–", "–"]
     record, kill = kills[-1]
-    stale = "" if plant.gate in world.spec.gates and kill.fingerprint == world.spec.fingerprint(plant.gate) else " (older fingerprint)"
+    stale = "" if plant.gate in world.spec.gates and kill.fingerprint in world.spec.fingerprints(plant.gate) else " (older fingerprint)"
     return [f"{kill.outcome}{stale}", kill.control, esc(kill.latency), page.run(record.id)]
 
 

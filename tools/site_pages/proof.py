@@ -19,7 +19,7 @@ def newest_kills(world: World) -> dict[str, Kill]:
     found = {}
     for _, kill in world.kills_of():
         gate = world.spec.gates.get(kill.gate)
-        if gate and kill.plant in gate.plants and kill.fingerprint == world.spec.fingerprint(kill.gate):
+        if gate and kill.plant in gate.plants and kill.fingerprint in world.spec.fingerprints(kill.gate):
             found[kill.plant] = kill
     return found
 
