@@ -1,6 +1,8 @@
-"""A process of its own for every contestant. It makes ready, says so in a line of JSON, and answers each line with another.
+"""A process of its own for every contestant.
+It makes ready, says so in a line of JSON, and answers each line with another.
 
-A process that is kept alive waits while the others are timed. Its memory and its allocator are its own.
+A process that is kept alive waits while the others are timed.
+Its memory and its allocator are its own.
 """
 
 import json
@@ -12,8 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# glibc's malloc: take large blocks from the heap instead of fresh mappings, and never give the heap back.
-HEAP_KEPT = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=9223372036854775807:glibc.malloc.top_pad=67108864"
+# glibc's malloc: take large blocks from the heap instead of fresh mappings,
+# and never give the heap back.
+HEAP_KEPT = (
+    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=9223372036854775807:"
+    "glibc.malloc.top_pad=67108864"
+)
 ALLOCATORS = {"shipped": {}, "heap-kept": {"GLIBC_TUNABLES": HEAP_KEPT}}
 
 
@@ -23,7 +29,12 @@ class Child:
     def __init__(self, command: list[str], *, env: dict[str, str] | None = None):
         self.command = command
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=os.environ | (env or {})
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | (env or {}),
         )
         self.ready = self._answer()
 
@@ -31,11 +42,16 @@ class Child:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            raise SystemExit(f"a contestant ended with code {self.process.returncode}, see above: {' '.join(self.command)}")
+            raise SystemExit(
+                f"a contestant ended with code {self.process.returncode}, see above: "
+                f"{' '.join(self.command)}"
+            )
         return json.loads(line)
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """Send one question, wait for its answer. Raises SystemExit if the process ended instead."""
+        """Send one question, wait for its answer.
+        Raises SystemExit if the process ended instead.
+        """
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -53,7 +69,8 @@ def itself(*arguments: str) -> list[str]:
 
 
 def serve(make_ready: Callable[[], tuple[dict, Callable[[dict], dict]]]) -> int:
-    """What the process of a contestant does: make ready, say so, then answer every question until there is none.
+    """What the process of a contestant does: make ready, say so,
+    then answer every question until there is none.
 
     Standard output belongs to the answers alone; whatever libraries print goes to standard error.
     """
@@ -77,9 +94,13 @@ def status_bytes(field: str) -> int:
     Not ru_maxrss: that one begins with the size of the process this was started from.
     """
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
+    return next(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:")
+    )
 
 
 def fresh_bytes() -> int:
-    """Memory that this process was given anew so far, page by page, bytes: what an allocator returns to the system comes again here."""
+    """Memory that this process was given anew so far, page by page, bytes: what an allocator
+    returns to the system comes again here.
+    """
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()

@@ -1,8 +1,10 @@
-"""What the gates cost in a trainer that is not ours: the same stock scripts with and without them, in turn, in one process.
+"""What the gates cost in a trainer that is not ours: the same stock scripts with and without them,
+in turn, in one process.
 
 python benchmarks/foreign_overhead.py [--device cpu|cuda] [--rounds 5] [--steps 20] [--run-dir DIR]
-Two scripts: a `transformers.Trainer` with GateCallback, and a loop written by hand inside `gated`. Every round trains the same model from
-the same weights on the same rows four times; the first WARM_UP steps of each are not counted. Writes a record of kind benchmark.
+Two scripts: a `transformers.Trainer` with GateCallback, and a loop written by hand inside `gated`.
+Every round trains the same model from the same weights on the same rows four times; the first
+WARM_UP steps of each are not counted. Writes a record of kind benchmark.
 """
 
 import argparse
@@ -23,14 +25,26 @@ from spec.building import RecordBuilder
 from spec.gates import load_spec
 from spec.provenance import environment
 
-CLAIM = "Step time of a stock transformers.Trainer and of a hand-written loop with the gates over that without them, alternating."
+CLAIM = (
+    "Step time of a stock transformers.Trainer and of a hand-written loop with the gates over "
+    "that without them, alternating."
+)
 NOT_COVERED = (
     "evaluation, saving and resuming, where gates look as well",
-    "other models; the gates' time per step grows with parameters and with tokens times vocabulary, a step with their product",
+    (
+        "other models; the gates' time per step grows with parameters and with tokens times "
+        "vocabulary, a step with their product"
+    ),
     "more than one process, and loss functions that never build the logits",
     "memory",
 )
-SHAPE = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 ROWS, LENGTH, WARM_UP, MAX_NORM = 8, 128, 4, 1.0
 Steps = list[float]
 
@@ -54,7 +68,9 @@ def now() -> float:
 
 def model_on(device: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=LENGTH, tie_word_embeddings=True)).to(device)
+    return LlamaForCausalLM(
+        LlamaConfig(**SHAPE, max_position_embeddings=LENGTH, tie_word_embeddings=True)
+    ).to(device)
 
 
 def rows(n_steps: int) -> list[dict]:
@@ -64,8 +80,12 @@ def rows(n_steps: int) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def stock_trainer(device: str, n_steps: int, folder: str, watched: bool) -> tuple[float, Steps, float]:
-    """(seconds before step 1, seconds of each later step, seconds a step spends in the gates) of `Trainer.train`."""
+def stock_trainer(
+    device: str, n_steps: int, folder: str, watched: bool
+) -> tuple[float, Steps, float]:
+    """(seconds before step 1, seconds of each later step, seconds a step spends in the
+    gates) of `Trainer.train`.
+    """
     clock, gates = Clock(), GateCallback()
     arguments = TrainingArguments(
         folder,
@@ -84,7 +104,11 @@ def stock_trainer(device: str, n_steps: int, folder: str, watched: bool) -> tupl
     trainer.log = lambda *args, **kwargs: None
     started = now()
     trainer.train()
-    return clock.begun[0] - started, between(clock.begun), gates.cost().per_step_s if watched else 0.0
+    return (
+        clock.begun[0] - started,
+        between(clock.begun),
+        gates.cost().per_step_s if watched else 0.0,
+    )
 
 
 def own_loop(device: str, n_steps: int, folder: str, watched: bool) -> tuple[float, Steps, float]:
@@ -134,28 +158,78 @@ def measure(name: str, builder: RecordBuilder, device: str, rounds: int, n_steps
                 inside += [inside_s] if watched else []
     ratios = [a / b for a, b in zip(medians[True], medians[False])]
     counted = rounds * (n_steps - 1 - WARM_UP)
-    builder.metric(f"{name}_step_s_without_gates", statistics.median(medians[False]), "s", n=counted, better="lower")
-    builder.metric(f"{name}_step_s_with_gates", statistics.median(medians[True]), "s", n=counted, better="lower")
-    for suffix, value in (("", statistics.median(ratios)), ("_min", min(ratios)), ("_max", max(ratios))):
+    builder.metric(
+        f"{name}_step_s_without_gates",
+        statistics.median(medians[False]),
+        "s",
+        n=counted,
+        better="lower",
+    )
+    builder.metric(
+        f"{name}_step_s_with_gates",
+        statistics.median(medians[True]),
+        "s",
+        n=counted,
+        better="lower",
+    )
+    for suffix, value in (
+        ("", statistics.median(ratios)),
+        ("_min", min(ratios)),
+        ("_max", max(ratios)),
+    ):
         builder.metric(f"{name}_step_time_ratio{suffix}", value, "1", n=rounds, better="lower")
-    builder.metric(f"{name}_gate_s_per_step", statistics.median(inside), "s", n=rounds, better="lower")
-    builder.metric(f"{name}_gate_frac", statistics.median(i / s for i, s in zip(inside, medians[False])), "1", n=rounds, better="lower")
-    builder.metric(f"{name}_s_before_step_1_without_gates", statistics.median(before[False]), "s", n=rounds, better="lower")
-    builder.metric(f"{name}_s_before_step_1_with_gates", statistics.median(before[True]), "s", n=rounds, better="lower")
+    builder.metric(
+        f"{name}_gate_s_per_step", statistics.median(inside), "s", n=rounds, better="lower"
+    )
+    builder.metric(
+        f"{name}_gate_frac",
+        statistics.median(i / s for i, s in zip(inside, medians[False])),
+        "1",
+        n=rounds,
+        better="lower",
+    )
+    builder.metric(
+        f"{name}_s_before_step_1_without_gates",
+        statistics.median(before[False]),
+        "s",
+        n=rounds,
+        better="lower",
+    )
+    builder.metric(
+        f"{name}_s_before_step_1_with_gates",
+        statistics.median(before[True]),
+        "s",
+        n=rounds,
+        better="lower",
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each script, warm-up included")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="optimizer steps of each script, warm-up included"
+    )
     parser.add_argument("--run-dir", type=Path)
     options = parser.parse_args()
     if options.rounds < 1 or options.steps < WARM_UP + 3:
-        parser.error(f"at least 1 round and {WARM_UP + 3} steps are needed, else nothing is left to count")
-    config = {"benchmark": "foreign-overhead", "model": SHAPE, "rows": ROWS, "length": LENGTH, "warm_up_steps": WARM_UP}
+        parser.error(
+            f"at least 1 round and {WARM_UP + 3} steps are needed, else nothing is left to count"
+        )
+    config = {
+        "benchmark": "foreign-overhead",
+        "model": SHAPE,
+        "rows": ROWS,
+        "length": LENGTH,
+        "warm_up_steps": WARM_UP,
+    }
     config |= {"rounds": options.rounds, "steps": options.steps}
-    builder = RecordBuilder(kind="benchmark", spec=load_spec(), config=config, claim=CLAIM, not_covered=NOT_COVERED)
+    builder = RecordBuilder(
+        kind="benchmark", spec=load_spec(), config=config, claim=CLAIM, not_covered=NOT_COVERED
+    )
     builder.command = ["python", "benchmarks/foreign_overhead.py", *sys.argv[1:]]
     builder.environment = environment(options.device)
     directory = options.run_dir or Path("runs") / builder.id
@@ -163,7 +237,12 @@ def main() -> int:
     for name in SCRIPTS:
         measure(name, builder, options.device, options.rounds, options.steps)
     builder.metric("parameters", sum(p.numel() for p in model_on("cpu").parameters()), "1")
-    record = builder.finish(directory, status="completed", end_reason=f"{options.rounds} alternating rounds", exit_code=0)
+    record = builder.finish(
+        directory,
+        status="completed",
+        end_reason=f"{options.rounds} alternating rounds",
+        exit_code=0,
+    )
     for name, metric in record.metrics.items():
         print(f"{name:44} {metric.value:.6g} {metric.unit}")
     return 0

@@ -1,4 +1,5 @@
-"""What the runtime gates cost: the same training steps with and without them, in turn, in one process.
+"""What the runtime gates cost: the same training steps with and without them, in turn,
+in one process.
 
 python benchmarks/gate_overhead.py [--device cpu|cuda] [--rounds 6] [--steps 12] [--run-dir DIR]
 Writes a record of kind benchmark with the ratio of the medians.
@@ -22,7 +23,10 @@ from stack.recipes import recipe
 from stack.train import session
 
 CLAIM = "Median step time with all runtime gates over that without any, alternating in one process."
-NOT_COVERED = ("preflight and artifact gates", "other model sizes; the cost per step does not depend on the size, the step does")
+NOT_COVERED = (
+    "preflight and artifact gates",
+    "other model sizes; the cost per step does not depend on the size, the step does",
+)
 
 
 def timed_steps(run: session.Run, n: int, *, gated: bool) -> list[float]:
@@ -36,16 +40,25 @@ def timed_steps(run: session.Run, n: int, *, gated: bool) -> list[float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--run-dir", type=Path)
     options = parser.parse_args()
     n_steps = 2 * (options.rounds + 1) * options.steps
-    cfg, overrides = load_config(recipe("pocket"), sets=(f"train.max_steps={n_steps}", f"device={options.device}"))
+    cfg, overrides = load_config(
+        recipe("pocket"), sets=(f"train.max_steps={n_steps}", f"device={options.device}")
+    )
     builder = RecordBuilder(
-        kind="benchmark", spec=load_spec(), config=cfg.to_dict(), claim=CLAIM, not_covered=NOT_COVERED, overrides=overrides
+        kind="benchmark",
+        spec=load_spec(),
+        config=cfg.to_dict(),
+        claim=CLAIM,
+        not_covered=NOT_COVERED,
+        overrides=overrides,
     )
     builder.command = ["python", "benchmarks/gate_overhead.py", *sys.argv[1:]]
     builder.environment = environment(options.device)
@@ -61,20 +74,41 @@ def main() -> int:
                 if round_number:
                     medians[gated].append(statistics.median(taken))
                 reset_positions(run)
-    gate_s = sum(seat.seconds for seat in run.keeper.seats.values()) / ((options.rounds + 1) * options.steps)
+    gate_s = sum(seat.seconds for seat in run.keeper.seats.values()) / (
+        (options.rounds + 1) * options.steps
+    )
     ratio = statistics.median(a / b for a, b in zip(medians[True], medians[False]))
-    builder.metric("step_s_without_gates", statistics.median(medians[False]), "s", n=len(medians[False]), better="lower")
-    builder.metric("step_s_with_gates", statistics.median(medians[True]), "s", n=len(medians[True]), better="lower")
+    builder.metric(
+        "step_s_without_gates",
+        statistics.median(medians[False]),
+        "s",
+        n=len(medians[False]),
+        better="lower",
+    )
+    builder.metric(
+        "step_s_with_gates",
+        statistics.median(medians[True]),
+        "s",
+        n=len(medians[True]),
+        better="lower",
+    )
     builder.metric("ratio", ratio, "1", n=options.rounds, better="lower")
     builder.metric("gate_s_per_step", gate_s, "s", better="lower")
     builder.metric("gate_frac", gate_s / statistics.median(medians[False]), "1", better="lower")
-    record = builder.finish(directory, status="completed", end_reason=f"{options.rounds} alternating rounds", exit_code=0)
+    record = builder.finish(
+        directory,
+        status="completed",
+        end_reason=f"{options.rounds} alternating rounds",
+        exit_code=0,
+    )
     print({name: m.value for name, m in record.metrics.items()}, torch.__version__)
     return 0
 
 
 def reset_positions(run: session.Run) -> None:
-    """Forget what the gates remember between blocks: blocks without gates leave holes that a run must not have."""
+    """Forget what the gates remember between blocks: blocks without gates leave holes
+    that a run must not have.
+    """
     for seat in run.keeper.seats.values():
         if hasattr(seat.watcher, "cursor"):
             seat.watcher.cursor = None

@@ -1,10 +1,13 @@
-"""Greedy generation at batch 1: tokens/s of ours, Hugging Face with either cache, litgpt, and nanoGPT, which has none.
+"""Greedy generation at batch 1: tokens/s of ours, Hugging Face with either cache, litgpt,
+and nanoGPT, which has none.
 
-    python benchmarks/generation.py [--shape b] [--new 256] [--prompt 8] [--rounds 5] [--threads 1 2]
+    python benchmarks/generation.py [--shape b] [--new 256] [--prompt 8]
+        [--rounds 5] [--threads 1 2]
 
-Random weights of the same shapes, float32; a model's choice of words does not change its speed. nanoGPT's model has as many key/value
-heads as heads. Every contestant has a process of its own that waits while another is timed; a ratio is taken within each round. Peers
-that cannot be imported are left out, and their rows say so.
+Random weights of the same shapes, float32; a model's choice of words does not change its speed.
+nanoGPT's model has as many key/value heads as heads. Every contestant has a process of its own that
+waits while another is timed; a ratio is taken within each round. Peers that cannot be imported are
+left out, and their rows say so.
 """
 
 import argparse
@@ -17,7 +20,19 @@ from pathlib import Path
 
 import child
 from shapes import SHAPES, Shape
-from side_by_side import Contestant, Row, against, alternate, as_json, close_record, facts, open_record, show, why_not, write_json
+from side_by_side import (
+    Contestant,
+    Row,
+    against,
+    alternate,
+    as_json,
+    close_record,
+    facts,
+    open_record,
+    show,
+    why_not,
+    write_json,
+)
 
 Generate = Callable[[list[int], int], list[int]]
 OURS = "ours"
@@ -68,7 +83,9 @@ def open_litgpt(shape: Shape) -> Generate:
     model.set_kv_cache(batch_size=1)
 
     def generate(ids: list[int], n_new: int) -> list[int]:
-        out_T = litgpt_generate(model, torch.tensor(ids), len(ids) + n_new, temperature=0.0, include_prompt=False)
+        out_T = litgpt_generate(
+            model, torch.tensor(ids), len(ids) + n_new, temperature=0.0, include_prompt=False
+        )
         return out_T.tolist()
 
     return generate
@@ -83,19 +100,35 @@ def open_nanogpt(shape: Shape) -> Generate:
 
 CONTESTANTS = [
     Contestant(OURS, "", open_ours),
-    Contestant("huggingface dynamic cache", "transformers", partial(open_huggingface, cache="dynamic"), goal=1.4),
-    Contestant("huggingface static cache", "transformers", partial(open_huggingface, cache="static"), goal=1.4),
+    Contestant(
+        "huggingface dynamic cache",
+        "transformers",
+        partial(open_huggingface, cache="dynamic"),
+        goal=1.4,
+    ),
+    Contestant(
+        "huggingface static cache",
+        "transformers",
+        partial(open_huggingface, cache="static"),
+        goal=1.4,
+    ),
     Contestant("litgpt", "litgpt", open_litgpt, goal=1.3),
     Contestant("nanogpt without cache", "", open_nanogpt),
 ]
 
 
-def contest(name: str, shape: Shape, prompt: int, n_new: int) -> tuple[dict, Callable[[dict], dict]]:
-    """Make a contestant ready, and answer every question with the seconds of one generation on that many threads."""
+def contest(
+    name: str, shape: Shape, prompt: int, n_new: int
+) -> tuple[dict, Callable[[dict], dict]]:
+    """Make a contestant ready, and answer every question with the seconds of one
+    generation on that many threads.
+    """
     import torch
 
     generate = next(c for c in CONTESTANTS if c.name == name).open(shape)
-    ids = torch.randint(shape.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        shape.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
 
     def answer(question: dict) -> dict:
         torch.set_num_threads(question["threads"])
@@ -124,10 +157,23 @@ def measure(options: argparse.Namespace) -> dict[int, list[Row]]:
             process.close()
 
 
-def rows_of(processes: dict[str, child.Child], missing: dict[str, str], threads: int, options: argparse.Namespace) -> list[Row]:
+def rows_of(
+    processes: dict[str, child.Child],
+    missing: dict[str, str],
+    threads: int,
+    options: argparse.Namespace,
+) -> list[Row]:
     """All contestants on one number of threads."""
-    rates = alternate({n: partial(rate, p, options.new, threads) for n, p in processes.items()}, options.rounds)
-    return against(OURS, [Row(c.name, "tokens/s", rates.get(c.name, ()), missing[c.name], goal=c.goal) for c in CONTESTANTS])
+    rates = alternate(
+        {n: partial(rate, p, options.new, threads) for n, p in processes.items()}, options.rounds
+    )
+    return against(
+        OURS,
+        [
+            Row(c.name, "tokens/s", rates.get(c.name, ()), missing[c.name], goal=c.goal)
+            for c in CONTESTANTS
+        ],
+    )
 
 
 def rate(process: child.Child, n_new: int, threads: int) -> float:
@@ -136,14 +182,20 @@ def rate(process: child.Child, n_new: int, threads: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="b")
     parser.add_argument("--new", type=int, default=256, help="tokens that are generated")
     parser.add_argument("--prompt", type=int, default=8, help="tokens that are given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--contestant", choices=[c.name for c in CONTESTANTS], help=argparse.SUPPRESS)
-    parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
+    parser.add_argument(
+        "--contestant", choices=[c.name for c in CONTESTANTS], help=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, help="leave a record of kind benchmark in this folder"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shape = SHAPES[options.shape]
@@ -152,11 +204,19 @@ def main() -> int:
     record = open_record(options, f"generation, shape {options.shape}, batch 1")
     found = measure(options)
     for threads, rows in found.items():
-        title = f"generation, shape {options.shape}, batch 1, {options.new} new tokens after {options.prompt}"
-        show(f"{title}, {threads} thread{'s' * (threads > 1)}, {options.rounds} rounds in turn", rows)
+        title = (
+            f"generation, shape {options.shape}, batch 1, {options.new} new tokens after "
+            f"{options.prompt}"
+        )
+        show(
+            f"{title}, {threads} thread{'s' * (threads > 1)}, {options.rounds} rounds in turn", rows
+        )
     machine = facts(PACKAGES)
     print(f"\n{machine}")
-    write_json(options.json, {"machine": machine, "threads": {t: as_json(rows) for t, rows in found.items()}})
+    write_json(
+        options.json,
+        {"machine": machine, "threads": {t: as_json(rows) for t, rows in found.items()}},
+    )
     every = [replace(r, name=f"{t} threads, {r.name}") for t, rows in found.items() for r in rows]
     close_record(record, options.run_dir, every, {})
     return 0

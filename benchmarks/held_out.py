@@ -1,4 +1,6 @@
-"""A text cut into what is trained on and what is held out, and the bits per byte of a run's checkpoints on the latter."""
+"""A text cut into what is trained on and what is held out, and the bits per byte of a run's
+checkpoints on the latter.
+"""
 
 import os
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ class Cut:
 
 
 def cut(text: Path | None, held_out: Path | None) -> Cut:
-    """The last tenth of the characters is held out, or all of another file. Without a text, the standard library's documentation.
+    """The last tenth of the characters is held out, or all of another file.
+    Without a text, the standard library's documentation.
 
     Raises SystemExit if a part is empty.
     """
@@ -31,7 +34,10 @@ def cut(text: Path | None, held_out: Path | None) -> Cut:
     else:
         parts = Cut(whole, held_out.read_text("utf-8"))
     if not parts.head or not parts.tail:
-        raise SystemExit(f"nothing to train on or nothing held out: {len(parts.head)} and {len(parts.tail)} characters of {text}")
+        raise SystemExit(
+            f"nothing to train on or nothing held out: {len(parts.head)} and {len(parts.tail)} "
+            f"characters of {text}"
+        )
     return parts
 
 
@@ -52,9 +58,13 @@ def use_threads(n: int) -> None:
 
 
 def bits_per_byte_of(step_folder: Path, text: str) -> float:
-    """Bits per byte of a checkpoint of ours on a text: every byte scored once, with at least half of the model's context before it."""
+    """Bits per byte of a checkpoint of ours on a text: every byte scored once, with at least half
+    of the model's context before it.
+    """
     from stack.cli.models import open_model
     from stack.evaluate.bits_per_byte import evaluate_text
 
     opened = open_model(step_folder)
-    return evaluate_text(opened.model, opened.tokenizer, [text], seq_len=opened.cfg.model.max_seq_len).bits_per_byte
+    return evaluate_text(
+        opened.model, opened.tokenizer, [text], seq_len=opened.cfg.model.max_seq_len
+    ).bits_per_byte

@@ -1,4 +1,5 @@
-"""Largest difference of logits between this stack and transformers, per kind and length, as the table of docs/export.md.
+"""Largest difference of logits between this stack and transformers, per kind and length,
+as the table of docs/export.md.
 
 python benchmarks/hf_parity.py            prints the table
 python benchmarks/hf_parity.py --write    writes it into docs/export.md
@@ -35,24 +36,41 @@ def rows():
             other = models.theirs(name)
             other.save_pretrained(folder)
             source = reading.open_folder(Path(folder))
-            yield "import", name, source.kind.architecture, compared(reading.load_weights(source), other)
+            yield (
+                "import",
+                name,
+                source.kind.architecture,
+                compared(reading.load_weights(source), other),
+            )
     for name in models.OURS:
         with tempfile.TemporaryDirectory() as folder:
             model = models.ours(name, Bytes().vocab_size)
             kind = names.kind_for(model.cfg)
             huggingface.write_documents(Path(folder), kind, model, Bytes(), "float32")
             huggingface.write_weights(Path(folder), kind, model, "float32", 2**30)
-            other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            other = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32
+            ).eval()
             yield "export", name, kind.architecture, compared(model, other)
 
 
 def table() -> str:
     """Markdown, with the versions it was measured with."""
     lengths = models.LENGTHS
-    lines = ["| | model | kind | " + " | ".join(f"{n} tokens" for n in lengths) + " |", "|---" * (3 + len(lengths)) + "|"]
+    lines = [
+        "| | model | kind | " + " | ".join(f"{n} tokens" for n in lengths) + " |",
+        "|---" * (3 + len(lengths)) + "|",
+    ]
     for direction, name, kind, worst in rows():
-        lines.append(f"| {direction} | {name} | `{kind}` | " + " | ".join(f"{worst[n]:.1e}" for n in lengths) + " |")
-    versions = f"Measured with torch {torch.__version__} and transformers {transformers.__version__}, float32 on a CPU, one thread."
+        lines.append(
+            f"| {direction} | {name} | `{kind}` | "
+            + " | ".join(f"{worst[n]:.1e}" for n in lengths)
+            + " |"
+        )
+    versions = (
+        f"Measured with torch {torch.__version__} and transformers {transformers.__version__}, "
+        "float32 on a CPU, one thread."
+    )
     return f"\n{versions}\n\n" + "\n".join(lines) + "\n\n"
 
 

@@ -1,12 +1,15 @@
 """Triton kernels next to torch's own, in turn, in one run on a GPU.
 
-    python benchmarks/kernels.py --part NAME [--rounds 9] [--seconds 0.2] [--run-dir DIR] [--json PATH]
+    python benchmarks/kernels.py --part NAME [--rounds 9] [--seconds 0.2]
+        [--run-dir DIR] [--json PATH]
     python benchmarks/kernels.py --part NAME --rehearse
 
-Parts: attention-64, attention-128 (head_dim; forward and backward), forward-64, forward-128, naive-64 (against attention as written in a
-textbook), rms-norm, swiglu, clip, adamw (bytes moved per second, against a copy), cross-entropy, and tiles, which tries other tiles of
-flash attention and records nothing. Without a CUDA device the exit code is 7. `--rehearse` runs the same on the CPU with tiny sizes in
-Triton's interpreter, to see that nothing breaks: its figures mean nothing and no record of them can be written.
+Parts: attention-64, attention-128 (head_dim; forward and backward), forward-64, forward-128,
+naive-64 (against attention as written in a textbook), rms-norm, swiglu, clip, adamw (bytes moved
+per second, against a copy), cross-entropy, and tiles, which tries other tiles of flash attention
+and records nothing. Without a CUDA device the exit code is 7. `--rehearse` runs the same on the CPU
+with tiny sizes in Triton's interpreter, to see that nothing breaks: its figures mean nothing and no
+record of them can be written.
 """
 
 import argparse
@@ -26,7 +29,19 @@ if "--rehearse" in sys.argv:
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Contestant, Row, against, alternate, as_json, close_record, facts, open_record, show, why_not, write_json
+from side_by_side import (
+    Contestant,
+    Row,
+    against,
+    alternate,
+    as_json,
+    close_record,
+    facts,
+    open_record,
+    show,
+    why_not,
+    write_json,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +57,9 @@ PACKAGES = ("torch", "triton", "liger-kernel")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: attention (B, N, T), rows × features, numbers of an optimizer, rows × width × vocabulary of a loss."""
+    """What is measured: attention (B, N, T), rows × features, numbers of an optimizer, rows ×
+    width × vocabulary of a loss.
+    """
 
     device: str
     dtype: torch.dtype
@@ -57,7 +74,9 @@ class Sizes:
     loss: tuple[int, int, int]
 
 
-GPU = Sizes("cuda", torch.bfloat16, 16, 16, 2048, 512, 65536, 4096, 64, 2**22, (16384, 2048, 128256))
+GPU = Sizes(
+    "cuda", torch.bfloat16, 16, 16, 2048, 512, 65536, 4096, 64, 2**22, (16384, 2048, 128256)
+)
 REHEARSAL = Sizes("cpu", torch.float16, 1, 1, 70, 40, 6, 80, 3, 5000, (8, 16, 50))
 
 
@@ -74,7 +93,9 @@ def naive(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     """As in a textbook: all scores, a mask, a softmax, in the dtype of the input."""
     T, H = q_BNTH.shape[2:]
     hidden_TT = torch.ones(T, T, dtype=torch.bool, device=q_BNTH.device).triu(1)
-    return ((q_BNTH @ k_BNTH.transpose(-1, -2) * H**-0.5).masked_fill(hidden_TT, float("-inf"))).softmax(-1) @ v_BNTH
+    return (
+        (q_BNTH @ k_BNTH.transpose(-1, -2) * H**-0.5).masked_fill(hidden_TT, float("-inf"))
+    ).softmax(-1) @ v_BNTH
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,8 +104,18 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attention.attention(q, k, v)
 
 
-def attend(attention: Callable, sizes: Sizes, T: int, H: int, *, backward: bool, backend: SDPBackend | None = None) -> tuple[Call, float]:
-    """One call of an attention, and its floating-point operations in units of 10¹²: half of all pairs, five products backward."""
+def attend(
+    attention: Callable,
+    sizes: Sizes,
+    T: int,
+    H: int,
+    *,
+    backward: bool,
+    backend: SDPBackend | None = None,
+) -> tuple[Call, float]:
+    """One call of an attention, and its floating-point operations in units of 10¹²: half of all
+    pairs, five products backward.
+    """
     q, k, v, grad = heads(sizes, T, H)
 
     def call() -> object:
@@ -110,7 +141,12 @@ def attention_part(H: int, *, backward: bool) -> list[Contestant]:
     return [
         Contestant(OURS, "triton", lambda s: measured(ours, s, s.T)),
         *(
-            Contestant(f"SDPA {b.name.lower()}", "", lambda s, b=b: measured(torch_attention.attention, s, s.T, backend=b), goal)
+            Contestant(
+                f"SDPA {b.name.lower()}",
+                "",
+                lambda s, b=b: measured(torch_attention.attention, s, s.T, backend=b),
+                goal,
+            )
             for b, goal in of_torch
         ),
     ]
@@ -119,7 +155,9 @@ def attention_part(H: int, *, backward: bool) -> list[Contestant]:
 def naive_part(H: int) -> list[Contestant]:
     return [
         Contestant(OURS, "triton", lambda s: attend(ours, s, s.naive_T, H, backward=True)),
-        Contestant("naive", "", lambda s: attend(naive, s, s.naive_T, H, backward=True), NAIVE_RATIO),
+        Contestant(
+            "naive", "", lambda s: attend(naive, s, s.naive_T, H, backward=True), NAIVE_RATIO
+        ),
     ]
 
 
@@ -138,10 +176,15 @@ def normalise(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
         from stack.kernels.rms_norm import rms_norm
     else:
         rms_norm = eager.rms_norm
-    x, grad = (torch.randn(sizes.rows, sizes.features, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
+    x, grad = (
+        torch.randn(sizes.rows, sizes.features, device=sizes.device, dtype=sizes.dtype)
+        for _ in range(2)
+    )
     weight = torch.ones(sizes.features, device=sizes.device, requires_grad=True)
     x.requires_grad_()
-    return lambda: torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), grad), 5 * x.nbytes / 1e9
+    return lambda: torch.autograd.grad(
+        rms_norm(x, weight, 1e-5), (x, weight), grad
+    ), 5 * x.nbytes / 1e9
 
 
 def gate(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
@@ -150,17 +193,25 @@ def gate(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
         from stack.kernels.swiglu import swiglu
     else:
         swiglu = eager.swiglu
-    gate, up, grad = (torch.randn(sizes.rows, sizes.features, device=sizes.device, dtype=sizes.dtype) for _ in range(3))
+    gate, up, grad = (
+        torch.randn(sizes.rows, sizes.features, device=sizes.device, dtype=sizes.dtype)
+        for _ in range(3)
+    )
     gate.requires_grad_(), up.requires_grad_()
     return lambda: torch.autograd.grad(swiglu(gate, up), (gate, up), grad), 8 * gate.nbytes / 1e9
 
 
 def lists(sizes: Sizes, n: int) -> list[list[Tensor]]:
-    return [[torch.rand(sizes.numbers, device=sizes.device) for _ in range(sizes.tensors)] for _ in range(n)]
+    return [
+        [torch.rand(sizes.numbers, device=sizes.device) for _ in range(sizes.tensors)]
+        for _ in range(n)
+    ]
 
 
 def clipped(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
-    """Gradients beyond the limit: read for the norm, read and written for the scale. The limit shrinks so that every call scales."""
+    """Gradients beyond the limit: read for the norm, read and written for the scale.
+    The limit shrinks so that every call scales.
+    """
     if triton:
         from stack.kernels.clip import clip
     else:
@@ -193,9 +244,14 @@ def memory_part(work: Callable[..., tuple[Call, float]]) -> list[Contestant]:
 
 
 def lose(loss: Callable, sizes: Sizes) -> tuple[Call, float]:
-    """Forward and backward of a linear layer and its cross-entropy; rates in thousands of rows per second."""
+    """Forward and backward of a linear layer and its cross-entropy;
+    rates in thousands of rows per second.
+    """
     R, D, V = sizes.loss
-    x, weight = (torch.randn(n, D, device=sizes.device, dtype=sizes.dtype, requires_grad=True) for n in (R, V))
+    x, weight = (
+        torch.randn(n, D, device=sizes.device, dtype=sizes.dtype, requires_grad=True)
+        for n in (R, V)
+    )
     labels = torch.randint(V, (R,), device=sizes.device)
     return lambda: torch.autograd.grad(loss(x, weight, labels), (x, weight)), R / 1e3
 
@@ -219,17 +275,37 @@ def liger_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 LOSS_PART = [
     Contestant(OURS, "triton", partial(lose, our_loss)),
     Contestant("all logits", "", partial(lose, whole_loss)),
-    Contestant("torch linear_cross_entropy", "", partial(lose, lambda *a: eager.library_linear_cross_entropy(*a)[0])),
+    Contestant(
+        "torch linear_cross_entropy",
+        "",
+        partial(lose, lambda *a: eager.library_linear_cross_entropy(*a)[0]),
+    ),
     Contestant("Liger", "liger_kernel", partial(lose, liger_loss)),
 ]
 
 # ---- parts and the measurement
 
 PARTS: dict[str, tuple[str, str, list[Contestant]]] = {
-    "attention-64": ("causal attention forward and backward, head_dim 64", "TFLOP/s", attention_part(64, backward=True)),
-    "attention-128": ("causal attention forward and backward, head_dim 128", "TFLOP/s", attention_part(128, backward=True)),
-    "forward-64": ("causal attention forward, head_dim 64", "TFLOP/s", attention_part(64, backward=False)),
-    "forward-128": ("causal attention forward, head_dim 128", "TFLOP/s", attention_part(128, backward=False)),
+    "attention-64": (
+        "causal attention forward and backward, head_dim 64",
+        "TFLOP/s",
+        attention_part(64, backward=True),
+    ),
+    "attention-128": (
+        "causal attention forward and backward, head_dim 128",
+        "TFLOP/s",
+        attention_part(128, backward=True),
+    ),
+    "forward-64": (
+        "causal attention forward, head_dim 64",
+        "TFLOP/s",
+        attention_part(64, backward=False),
+    ),
+    "forward-128": (
+        "causal attention forward, head_dim 128",
+        "TFLOP/s",
+        attention_part(128, backward=False),
+    ),
     "naive-64": ("causal attention against the textbook's, head_dim 64", "TFLOP/s", naive_part(64)),
     "rms-norm": ("RMSNorm forward and backward", "GB/s", memory_part(normalise)),
     "swiglu": ("SwiGLU forward and backward", "GB/s", memory_part(gate)),
@@ -256,7 +332,9 @@ def seconds_of(call: Call, times: int, device: str) -> float:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Most memory that one call needs on top of what is there before it; 0 where the device does not say."""
+    """Most memory that one call needs on top of what is there before it;
+    0 where the device does not say.
+    """
     if device == "cpu":
         return 0
     torch.cuda.synchronize()
@@ -267,7 +345,9 @@ def peak_bytes(call: Call, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(part: str, sizes: Sizes, rounds: int, seconds: float) -> tuple[list[Row], dict[str, tuple[float, str]]]:
+def measure(
+    part: str, sizes: Sizes, rounds: int, seconds: float
+) -> tuple[list[Row], dict[str, tuple[float, str]]]:
     """Rows of one part, and the memory that each contestant needs."""
     _, unit, contestants = PARTS[part]
     rows: dict[str, Row] = {}
@@ -283,23 +363,33 @@ def measure(part: str, sizes: Sizes, rounds: int, seconds: float) -> tuple[list[
             call()
             once_s = max(seconds_of(call, 2, sizes.device), 1e-6)
         except RuntimeError as e:  # a backend that this device or build has not
-            rows[contestant.name] = replace(row, missing=f"does not run here: {str(e).splitlines()[0][:60]}")
+            rows[contestant.name] = replace(
+                row, missing=f"does not run here: {str(e).splitlines()[0][:60]}"
+            )
             continue
         key = "".join(c if c.isalnum() else "_" for c in contestant.name.lower())
         extra[f"peak_bytes_{key}"] = (peak_bytes(call, sizes.device), "B")
         times = max(1, round(seconds / once_s))
-        work[contestant.name] = lambda call=call, amount=amount, times=times: amount / seconds_of(call, times, sizes.device)
+        work[contestant.name] = lambda call=call, amount=amount, times=times: (
+            amount / seconds_of(call, times, sizes.device)
+        )
     for name, rates in alternate(work, rounds).items():
         rows[name] = replace(rows[name], rates=rates)
     return against(OURS, list(rows.values())), extra
 
 
 def try_tiles(sizes: Sizes, rounds: int) -> None:
-    """Milliseconds of forward and of forward and backward for other tiles of flash attention, best first. Edit TILES by hand."""
+    """Milliseconds of forward and of forward and backward for other tiles of flash attention, best
+    first. Edit TILES by hand.
+    """
     from stack.kernels import flash_attention
     from stack.kernels.flash_attention import TILES, Tile
 
-    shapes = [Tile(*t) for t in product((64, 128), (32, 64, 128), (4, 8), (2, 3))] if sizes.device == "cuda" else [Tile(32, 32, 4, 1)]
+    shapes = (
+        [Tile(*t) for t in product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
+        if sizes.device == "cuda"
+        else [Tile(32, 32, 4, 1)]
+    )
     for H, kernel in product((64, 128), range(3)):
         key = (sizes.dtype.itemsize, H)
         own, found = TILES[key], []
@@ -308,7 +398,13 @@ def try_tiles(sizes: Sizes, rounds: int) -> None:
             try:
                 call, _ = attend(flash_attention.attention, sizes, sizes.T, H, backward=kernel > 0)
                 call()
-                found.append((statistics.median(seconds_of(call, 3, sizes.device) for _ in range(rounds)) * 1e3, tile))
+                found.append(
+                    (
+                        statistics.median(seconds_of(call, 3, sizes.device) for _ in range(rounds))
+                        * 1e3,
+                        tile,
+                    )
+                )
             except Exception as e:  # out of shared memory or registers: triton raises what it likes
                 print(f"{tile}: {type(e).__name__}")
         TILES[key] = own
@@ -329,18 +425,27 @@ def open_gpu_record(options: argparse.Namespace, title: str):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=[*PARTS, "tiles"], required=True)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one contestant in one round, about")
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="of one contestant in one round, about"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU; no record")
-    parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
+    parser.add_argument(
+        "--run-dir", type=Path, help="leave a record of kind benchmark in this folder"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.rehearse and options.run_dir is not None:
         parser.error("--rehearse writes no record; leave out --run-dir")
     if not options.rehearse and not torch.cuda.is_available():
-        print("error: there is no CUDA device, so nothing was measured and nothing is recorded", file=sys.stderr)
+        print(
+            "error: there is no CUDA device, so nothing was measured and nothing is recorded",
+            file=sys.stderr,
+        )
         return EnvironmentUnfit.exit_code
     sizes = REHEARSAL if options.rehearse else GPU
     torch.manual_seed(20240607)
@@ -350,10 +455,23 @@ def main() -> int:
     title = PARTS[options.part][0]
     record = open_gpu_record(options, title)
     rows, extra = measure(options.part, sizes, options.rounds, options.seconds)
-    show(f"{title}, {'rehearsal on the CPU' if options.rehearse else torch.cuda.get_device_name()}, {options.rounds} rounds in turn", rows)
+    show(
+        f"{title}, "
+        f"{'rehearsal on the CPU' if options.rehearse else torch.cuda.get_device_name()}, "
+        f"{options.rounds} rounds in turn",
+        rows,
+    )
     for name, (value, _) in extra.items():
         print(f"{name}: {value / 2**20:,.0f} MiB")
-    write_json(options.json, {"machine": facts(PACKAGES), "rehearsal": options.rehearse, "rows": as_json(rows), "extra": extra})
+    write_json(
+        options.json,
+        {
+            "machine": facts(PACKAGES),
+            "rehearsal": options.rehearse,
+            "rows": as_json(rows),
+            "extra": extra,
+        },
+    )
     close_record(record, options.run_dir, rows, extra)
     return 0
 

@@ -1,10 +1,12 @@
-"""Memory that training adds to a process, as measured and as `stack train --dry-run` predicts it, over sizes and variants.
+"""Memory that training adds to a process, as measured and as `stack train --dry-run` predicts it,
+over sizes and variants.
 
     python benchmarks/memory.py [--only NAME ...] [--run-dir DIR]
 
-Every configuration has a process of its own. It opens a real run on data that another process has prepared, notes what is resident without
-the weights, and takes steps with gates; the most that was resident from there on, less what was noted, is the measured figure.
-Linux only: the peak is reset and read through /proc.
+Every configuration has a process of its own. It opens a real run on data that another process has
+prepared, notes what is resident without the weights, and takes steps with gates; the most that was
+resident from there on, less what was noted, is the measured figure. Linux only: the peak is reset
+and read through /proc.
 """
 
 import argparse
@@ -32,7 +34,10 @@ CONFIGURATIONS = {
     "shape a, experts": (SMALL, ROUTED),
     "shape a, mixture of depths": (SMALL, ("model.depth.kind=mixture-of-depths",)),
     "shape a, differential attention": (SMALL, ("model.attention.kind=differential",)),
-    "shape a, as GPT-2": (SMALL, ("model.positions.kind=learned", "model.norm.kind=layernorm", "model.ffn.kind=gelu")),
+    "shape a, as GPT-2": (
+        SMALL,
+        ("model.positions.kind=learned", "model.norm.kind=layernorm", "model.ffn.kind=gelu"),
+    ),
 }
 
 
@@ -75,29 +80,46 @@ def measure(name: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory(prefix="stackproof-bench-") as folder:
         for task in ("prepare", "measure"):
             arguments = ("--task", task, "--only", name, "--scratch", folder)
-            process = child.Child(child.itself(*arguments), env={"STACKPROOF_CACHE": str(Path(folder) / "cache")})
+            process = child.Child(
+                child.itself(*arguments), env={"STACKPROOF_CACHE": str(Path(folder) / "cache")}
+            )
             process.close()
     return process.ready
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(CONFIGURATIONS),
+        default=list(CONFIGURATIONS),
+        metavar="NAME",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, help="leave a record of kind benchmark in this folder"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--task", choices=("prepare", "measure"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
         work = {"prepare": prepare, "measure": used_bytes}[options.task]
-        return child.serve(lambda: (work(options.only[0], options.scratch) or {}, lambda question: {}))
+        return child.serve(
+            lambda: (work(options.only[0], options.scratch) or {}, lambda question: {})
+        )
     record = open_record(options, "memory of a training run, measured over predicted")
     found = {name: measure(name) for name in options.only}
     figures, outside = {}, []
     print(f"{'':36}{'measured MiB':>14}{'predicted MiB':>15}{'ratio':>8}")
     for name, used in found.items():
         ratio = used["measured"] / used["predicted"]
-        print(f"{name:36}{used['measured'] / 2**20:>14.0f}{used['predicted'] / 2**20:>15.0f}{ratio:>8.2f}")
+        print(
+            f"{name:36}{used['measured'] / 2**20:>14.0f}{used['predicted'] / 2**20:>15.0f}"
+            f"{ratio:>8.2f}"
+        )
         key = metric_key(name)
         figures |= {f"{part}_bytes_{key}": (value, "bytes") for part, value in used.items()}
         figures[f"measured_over_predicted_{key}"] = (ratio, "1")

@@ -1,6 +1,8 @@
-"""A GPT-2 style decoder and its update, written from the published architecture as nanoGPT configures it: no biases, tied head.
+"""A GPT-2 style decoder and its update, written from the published architecture as nanoGPT
+configures it: no biases, tied head.
 
-B batch, T tokens, C features, N heads, H head width, V vocabulary. Sources: GPT-2 report, sec. 2.3; nanoGPT's README and configuration.
+B batch, T tokens, C features, N heads, H head width, V vocabulary. Sources: GPT-2 report, sec.
+2.3; nanoGPT's README and configuration.
 """
 
 import math
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Causal attention from one fused projection, then a feed-forward of four times the width; LayerNorm before both."""
+    """Causal attention from one fused projection, then a feed-forward of four times the width;
+    LayerNorm before both.
+    """
 
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
@@ -25,7 +29,8 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         B, T, C = x_BTC.shape
         q_BNTH, k_BNTH, v_BNTH = (
-            part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2) for part in self.qkv(self.norm_1(x_BTC)).split(C, dim=2)
+            part.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2)
+            for part in self.qkv(self.norm_1(x_BTC)).split(C, dim=2)
         )
         y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
         x_BTC = x_BTC + self.mixed(y_BNTH.transpose(1, 2).reshape(B, T, C))
@@ -45,11 +50,15 @@ class NanoGPT(nn.Module):
         for name, parameter in self.named_parameters():
             branch_end = name.endswith(("mixed.weight", "down.weight"))
             if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layers) if branch_end else 0.02)
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * n_layers) if branch_end else 0.02
+                )
 
     def features(self, ids_BT: Tensor) -> Tensor:
         """The normalised stream, (B, T, C)."""
-        x_BTC = self.tokens(ids_BT) + self.positions(torch.arange(ids_BT.shape[1], device=ids_BT.device))
+        x_BTC = self.tokens(ids_BT) + self.positions(
+            torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        )
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return self.norm(x_BTC)
@@ -64,7 +73,9 @@ class NanoGPT(nn.Module):
 
     def matrix_parameters(self) -> int:
         """Entries of all matrices that are multiplied by: the head once, positions not."""
-        return sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.positions.weight.numel()
+        return (
+            sum(p.numel() for p in self.parameters() if p.ndim == 2) - self.positions.weight.numel()
+        )
 
 
 def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -72,11 +83,16 @@ def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-1)
 
 
-def make_optimizer(model: nn.Module, *, lr: float, beta2: float = 0.95, weight_decay: float = 0.1) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, *, lr: float, beta2: float = 0.95, weight_decay: float = 0.1
+) -> torch.optim.AdamW:
     """Fused AdamW that decays matrices alone."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
 
 

@@ -1,4 +1,6 @@
-"""A real run of the stack, opened without its preflight, and one step of it with every gate of steps looking on."""
+"""A real run of the stack, opened without its preflight, and one step of it with every
+gate of steps looking on.
+"""
 
 import time
 from pathlib import Path
@@ -23,7 +25,13 @@ def open_run(cfg, overrides, folder: Path) -> session.Run:
     """A run in a new folder, at step 0, its gates told that it starts."""
     directory = RunDir(folder)
     directory.create()
-    run = session._open(cfg, overrides, directory, Listener(), only=[g.id for g in required(load_spec(), "train") if fed(g)])
+    run = session._open(
+        cfg,
+        overrides,
+        directory,
+        Listener(),
+        only=[g.id for g in required(load_spec(), "train") if fed(g)],
+    )
     announce(run)
     return run
 

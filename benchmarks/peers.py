@@ -1,4 +1,6 @@
-"""Peers' models in a shape, and their updates as their own users write them. Weights are random and float32; half precision is autocast."""
+"""Peers' models in a shape, and their updates as their own users write them.
+Weights are random and float32; half precision is autocast.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -70,9 +72,13 @@ def _small(module: nn.Module) -> None:
 
 
 def nanogpt_model(shape: Shape) -> nanogpt.NanoGPT:
-    """The plain model of this folder; it has no grouped heads and a feed-forward of four times the width."""
+    """The plain model of this folder; it has no grouped heads and a
+    feed-forward of four times the width.
+    """
     torch.manual_seed(SEED)
-    return nanogpt.NanoGPT(shape.n_layers, shape.d_model, shape.n_heads, shape.seq_len, shape.vocab_size)
+    return nanogpt.NanoGPT(
+        shape.n_layers, shape.d_model, shape.n_heads, shape.seq_len, shape.vocab_size
+    )
 
 
 def huggingface_loss(model: nn.Module, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
@@ -82,7 +88,9 @@ def huggingface_loss(model: nn.Module, compiled: bool) -> Callable[[Tensor, Tens
 
 
 def litgpt_loss(model: nn.Module, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """As its pretraining script: the model compiled, its cross-entropy over chunks of the logits beside it."""
+    """As its pretraining script: the model compiled, its cross-entropy over
+    chunks of the logits beside it.
+    """
     from litgpt.utils import chunked_cross_entropy
 
     forward = torch.compile(model) if compiled else model
@@ -101,11 +109,18 @@ def nanogpt_loss(model: nanogpt.NanoGPT, compiled: bool) -> Callable[[Tensor, Te
 def random_batches(shape: Shape, device: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Random ids and the ids after them, the same few batches over and over, held on the device."""
     generator = torch.Generator().manual_seed(SEED)
-    rows = [torch.randint(shape.vocab_size, (shape.rows, shape.seq_len + 1), generator=generator) for _ in range(BATCHES_HELD)]
-    return cycle((row[:, :-1].contiguous().to(device), row[:, 1:].contiguous().to(device)) for row in rows)
+    rows = [
+        torch.randint(shape.vocab_size, (shape.rows, shape.seq_len + 1), generator=generator)
+        for _ in range(BATCHES_HELD)
+    ]
+    return cycle(
+        (row[:, :-1].contiguous().to(device), row[:, 1:].contiguous().to(device)) for row in rows
+    )
 
 
-def update(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: str) -> Callable[[], None]:
+def update(
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: str
+) -> Callable[[], None]:
     """One optimizer step: clear, forward, backward, clip, fused AdamW."""
     optimizer, batches = nanogpt.make_optimizer(model, lr=LR), random_batches(shape, device)
     dtype = getattr(torch, shape.dtype)
@@ -122,8 +137,12 @@ def update(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape:
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Entries of all matrices that are multiplied by: a tied embedding counts as the head, one that is only looked up does not."""
+    """Entries of all matrices that are multiplied by: a tied embedding counts as the head, one that
+    is only looked up does not.
+    """
     if isinstance(model, nanogpt.NanoGPT):
         return model.matrix_parameters()
-    multiplied = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [getattr(model, "head_weight", None)]
+    multiplied = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [
+        getattr(model, "head_weight", None)
+    ]
     return sum({id(p): p.numel() for p in multiplied if p is not None}.values())

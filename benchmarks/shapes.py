@@ -1,4 +1,6 @@
-"""The model sizes that are compared, ours by configuration, and a corpus of random tokens for them."""
+"""The model sizes that are compared, ours by configuration,
+and a corpus of random tokens for them.
+"""
 
 import json
 import string
@@ -17,7 +19,9 @@ LINES_PER_DOCUMENT = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, and of one optimizer step on it. `fresh`: a new process for every round, as memory is short."""
+    """Sizes of a decoder, and of one optimizer step on it.
+    `fresh`: a new process for every round, as memory is short.
+    """
 
     n_layers: int
     d_model: int
@@ -36,11 +40,15 @@ class Shape:
         return self.rows * self.seq_len
 
     def flops_per_step(self, matrix_parameters: int) -> int:
-        """Of forward and backward: 6 per matrix parameter and token, and causal attention (half of all pairs) as 6·layers·d·T per token.
+        """Of forward and backward: 6 per matrix parameter and token, and causal attention (half of
+        all pairs) as 6·layers·d·T per token.
 
-        `matrix_parameters` count the head once and no table that is only looked up. The same formula for every contestant.
+        `matrix_parameters` count the head once and no table that is only looked up.
+        The same formula for every contestant.
         """
-        return self.tokens_per_step * (6 * matrix_parameters + 6 * self.n_layers * self.d_model * self.seq_len)
+        return self.tokens_per_step * (
+            6 * matrix_parameters + 6 * self.n_layers * self.d_model * self.seq_len
+        )
 
     def sets(self) -> tuple[str, ...]:
         """This shape as `--set` values of the recipe tiny."""
@@ -62,20 +70,26 @@ class Shape:
 SHAPES = {
     "a": Shape(4, 128, 4, 4, 384, 256, 512, 16, fresh=False),
     "b": Shape(6, 256, 8, 2, 768, 512, 32_000, 8, fresh=True),
-    "llama-370m": Shape(24, 1024, 16, 4, 2816, 2048, 49_152, 16, fresh=True, dtype="bfloat16", tied_head=False),
+    "llama-370m": Shape(
+        24, 1024, 16, 4, 2816, 2048, 49_152, 16, fresh=True, dtype="bfloat16", tied_head=False
+    ),
 }
 
 
 def words_of(n: int) -> list[str]:
-    """The first `n` of all words over a to z, shorter ones first, so that a word's beginnings are all there too."""
+    """The first `n` of all words over a to z, shorter ones first,
+    so that a word's beginnings are all there too.
+    """
     every = chain.from_iterable(product(string.ascii_lowercase, repeat=k) for k in range(1, 6))
     return ["".join(letters) for letters in islice(every, n)]
 
 
 def write_corpus(folder: Path, vocab_size: int, n_tokens: int) -> tuple[str, ...]:
-    """Text of uniformly random words, one token each, and a byte-level tokenizer that reads it so; both as `--set` values.
+    """Text of uniformly random words, one token each, and a byte-level tokenizer that reads it so;
+    both as `--set` values.
 
-    Each word with the blank before it is one merge: that of the word without its last letter and that letter.
+    Each word with the blank before it is one merge: that of the word without its
+    last letter and that letter.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -89,7 +103,9 @@ def write_corpus(folder: Path, vocab_size: int, n_tokens: int) -> tuple[str, ...
     tokenizer.add_special_tokens([END])
     tokenizer.save(str(folder / "tokenizer.json"))
     n_documents = max(50, n_tokens // (WORDS_PER_LINE * LINES_PER_DOCUMENT))
-    drawn = np.random.default_rng(SEED).choice(words, (n_documents, LINES_PER_DOCUMENT, WORDS_PER_LINE))
+    drawn = np.random.default_rng(SEED).choice(
+        words, (n_documents, LINES_PER_DOCUMENT, WORDS_PER_LINE)
+    )
     texts = ["\n".join(" " + " ".join(line) for line in document) for document in drawn]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     return (

@@ -1,7 +1,9 @@
-"""What recording the points of a run costs: one recording against a training step, in turn, in one process.
+"""What recording the points of a run costs: one recording against a training step, in turn,
+in one process.
 
 python benchmarks/trace_every.py [--recipe pocket] [--set a.b=v]... [--rounds 8] [--run-dir DIR]
-Writes a record of kind benchmark with the ratio, and the smallest `trace.every` at which it stays within 2 % of the time.
+Writes a record of kind benchmark with the ratio, and the smallest `trace.every` at which it
+stays within 2 % of the time.
 """
 
 import argparse
@@ -23,8 +25,15 @@ from stack.recipes import recipe
 from stack.train.points import points_lines
 from stack.train.rundir import RunDir
 
-CLAIM = "Median time of recording all points of one micro-batch, with its lines written, over that of a training step, in turn."
-NOT_COVERED = ("other sizes and lengths", "accelerators", "the first recording of a process, which also compares the training state")
+CLAIM = (
+    "Median time of recording all points of one micro-batch, with its lines written, over that of "
+    "a training step, in turn."
+)
+NOT_COVERED = (
+    "other sizes and lengths",
+    "accelerators",
+    "the first recording of a process, which also compares the training state",
+)
 SHARE = 0.02
 
 
@@ -36,7 +45,9 @@ def timed(work) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="pocket")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--rounds", type=int, default=8)
@@ -44,7 +55,12 @@ def main() -> int:
     options = parser.parse_args()
     cfg, overrides = load_config(recipe(options.recipe), sets=(*options.sets, "device=cpu"))
     builder = RecordBuilder(
-        kind="benchmark", spec=load_spec(), config=cfg.to_dict(), claim=CLAIM, not_covered=NOT_COVERED, overrides=overrides
+        kind="benchmark",
+        spec=load_spec(),
+        config=cfg.to_dict(),
+        claim=CLAIM,
+        not_covered=NOT_COVERED,
+        overrides=overrides,
     )
     builder.command = ["python", "benchmarks/trace_every.py", *sys.argv[1:]]
     builder.environment = environment("cpu")
@@ -53,17 +69,29 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(cfg, overrides, Path(folder) / "run")
         batch, log = run.state.reader.draw(), RunDir(Path(folder) / "run")
-        record = lambda: [log.log("points.jsonl", step=0, **line) for line in points_lines(run.state, batch)]  # noqa: E731
-        pairs = [(timed(lambda: bare_step(run)), timed(record)) for _ in range(options.rounds + 1)][1:]
-        recording_bytes = (Path(folder) / "run" / "points.jsonl").stat().st_size // (options.rounds + 1)
+        record = lambda: [  # noqa: E731
+            log.log("points.jsonl", step=0, **line) for line in points_lines(run.state, batch)
+        ]
+        pairs = [(timed(lambda: bare_step(run)), timed(record)) for _ in range(options.rounds + 1)][
+            1:
+        ]
+        recording_bytes = (Path(folder) / "run" / "points.jsonl").stat().st_size // (
+            options.rounds + 1
+        )
     ratio = statistics.median(points / step for step, points in pairs)
-    builder.metric("step_s", statistics.median(s for s, _ in pairs), "s", n=len(pairs), better="lower")
-    builder.metric("points_s", statistics.median(p for _, p in pairs), "s", n=len(pairs), better="lower")
+    builder.metric(
+        "step_s", statistics.median(s for s, _ in pairs), "s", n=len(pairs), better="lower"
+    )
+    builder.metric(
+        "points_s", statistics.median(p for _, p in pairs), "s", n=len(pairs), better="lower"
+    )
     builder.metric("ratio", ratio, "1", n=len(pairs), better="lower")
     builder.metric("share_every_100", ratio / 100, "1", better="lower")
     builder.metric("every_within_2_pct", math.ceil(ratio / SHARE), "steps", better="lower")
     builder.metric("recording_bytes", recording_bytes, "bytes", better="lower")
-    made = builder.finish(directory, status="completed", end_reason=f"{options.rounds} rounds in turn", exit_code=0)
+    made = builder.finish(
+        directory, status="completed", end_reason=f"{options.rounds} rounds in turn", exit_code=0
+    )
     print({name: m.value for name, m in made.metrics.items()}, torch.__version__)
     return 0
 

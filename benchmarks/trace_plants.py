@@ -1,10 +1,12 @@
-"""Which site a comparison and a bisection name for operations that were changed on purpose, and in how many forwards.
+"""Which site a comparison and a bisection name for operations that were changed on purpose,
+and in how many forwards.
 
     python benchmarks/trace_plants.py [--run-dir DIR]
 
-The plants are those of `tests/trace/test_plants.py`, one wrong operation in layer 1 of 3 of a copy of one model, and those of the museum
-that a forward shows, `tests/trace/museum.py`. A comparison takes three forwards. A record holds one line for each plant; exit code 1 if a
-comparison names another point first.
+The plants are those of `tests/trace/test_plants.py`, one wrong operation in layer 1 of 3 of a copy
+of one model, and those of the museum that a forward shows, `tests/trace/museum.py`. A comparison
+takes three forwards. A record holds one line for each plant; exit code 1 if a comparison names
+another point first.
 """
 
 import argparse
@@ -28,7 +30,12 @@ def cases() -> Iterator[tuple]:
     from tests.trace.test_plants import PLANTS, planted
 
     for name in PLANTS:
-        yield name, planted(name)[2], models.ids(), lambda name=name: tuple(map(side, planted(name)[:2]))
+        yield (
+            name,
+            planted(name)[2],
+            models.ids(),
+            lambda name=name: tuple(map(side, planted(name)[:2])),
+        )
     museum = load_museum()
     for name, exhibit in EXHIBITS.items():
         if isinstance(exhibit, Found):
@@ -44,11 +51,18 @@ def row(name: str, point: str, ids: Any, sides: Callable[[], tuple]) -> dict:
     found = bisect(*sides(), ids)
     named = [p.name for p in found.guilty]
     seen = None if first is None else first.point.name
-    return dict(zip(COLUMNS, (name, point, seen, None if first is None else first.added_err, named, found.runs)))
+    return dict(
+        zip(
+            COLUMNS,
+            (name, point, seen, None if first is None else first.added_err, named, found.runs),
+        )
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,16 +70,24 @@ def main() -> int:
     rows = [row(*case) for case in cases()]
     for r in rows:
         compared, bisected = r["compared"] or "nothing", ", ".join(r["bisected"])
-        print(f"{r['plant']:32} {r['planted']:26} compared {compared:26} bisected {bisected} in {r['runs']} runs")
+        print(
+            f"{r['plant']:32} {r['planted']:26} compared {compared:26} bisected {bisected} in "
+            f"{r['runs']} runs"
+        )
     named = sum(r["compared"] == r["planted"] for r in rows)
     print(f"{named} of {len(rows)} named first by comparison")
     if builder is not None:
         from spec.canonical import canonical_json
 
-        builder.claim = "For each operation that was changed on purpose, comparison and bisection name these points."
+        builder.claim = (
+            "For each operation that was changed on purpose, comparison and bisection name these "
+            "points."
+        )
         builder.not_covered = ("other models", "several wrong operations at once")
         options.run_dir.mkdir(parents=True, exist_ok=True)
-        (options.run_dir / "plants.jsonl").write_bytes(b"".join(canonical_json(r) + b"\n" for r in rows))
+        (options.run_dir / "plants.jsonl").write_bytes(
+            b"".join(canonical_json(r) + b"\n" for r in rows)
+        )
         figures = {
             "plants": (len(rows), "plants"),
             "named_by_comparison": (named, "plants"),

@@ -1,17 +1,23 @@
-"""Training steps of ours, Hugging Face, litgpt and nanoGPT's recipe: tokens/s, memory, share of the machine's matrix-product rate.
+"""Training steps of ours, Hugging Face, litgpt and nanoGPT's recipe: tokens/s, memory, share of the
+machine's matrix-product rate.
 
-    python benchmarks/training.py [--shape a|b|llama-370m] [--device cpu|cuda] [--allocator shipped|heap-kept] [--rounds 5] [--only …]
+    python benchmarks/training.py [--shape a|b|llama-370m] [--device cpu|cuda] [--allocator
+        shipped|heap-kept] [--rounds 5] [--only …]
 
-A step is forward, backward, clipping to 1.0 and fused AdamW on random tokens. Ours is the real run: reader, step, runtime gates, log line.
-Shape a: 4 layers of 128, context 256, vocabulary 512, 16 rows. Shape b: 6 layers of 256, 8 heads of which 2 hold keys and values, context
-512, vocabulary 32,000, 8 rows. Both are float32. Shape llama-370m, for a GPU: the recipe's sizes, 16 rows of 2048, bfloat16 by autocast.
-nanoGPT's model has as many key/value heads as heads, and two matrices of 4·d in place of three of 3·d; its own count of operations is used.
-Every contestant has a process of its own; processes take turns, and a ratio is taken within each round. On the larger shapes a process
+A step is forward, backward, clipping to 1.0 and fused AdamW on random tokens. Ours is the real run:
+reader, step, runtime gates, log line. Shape a: 4 layers of 128, context 256, vocabulary 512, 16
+rows. Shape b: 6 layers of 256, 8 heads of which 2 hold keys and values, context 512, vocabulary
+32,000, 8 rows. Both are float32. Shape llama-370m, for a GPU: the recipe's sizes, 16 rows of 2048,
+bfloat16 by autocast. nanoGPT's model has as many key/value heads as heads, and two matrices of 4·d
+in place of three of 3·d; its own count of operations is used. Every contestant has a process of its
+own; processes take turns, and a ratio is taken within each round. On the larger shapes a process
 lives for one round, as together they would not fit into memory.
 
-Memory is the most that was ever resident in the process, on a GPU the most that was ever allocated there. The allocator is C's, as shipped
-or told from outside to keep its heap; it decides how often pages come fresh from the system, and that is measured too. A run of ours tells
-it so itself, so that with `shipped` only the peers' heaps are returned. Peers that cannot be imported are left out, and their rows say so.
+Memory is the most that was ever resident in the process, on a GPU the most that was ever allocated
+there. The allocator is C's, as shipped or told from outside to keep its heap; it decides how often
+pages come fresh from the system, and that is measured too. A run of ours tells it so itself, so
+that with `shipped` only the peers' heaps are returned. Peers that cannot be imported are left out,
+and their rows say so.
 """
 
 import argparse
@@ -26,11 +32,26 @@ from pathlib import Path
 
 import child
 from shapes import SHAPES, Shape, write_corpus
-from side_by_side import Row, against, alternate, as_json, close_record, facts, metric_key, open_record, show, spread, why_not, write_json
+from side_by_side import (
+    Row,
+    against,
+    alternate,
+    as_json,
+    close_record,
+    facts,
+    metric_key,
+    open_record,
+    show,
+    spread,
+    why_not,
+    write_json,
+)
 
 OURS = "ours"
 PACKAGE = {"ours": "", "huggingface": "transformers", "litgpt": "litgpt", "nanogpt": ""}
-VARIANTS = {f"{name}{kind}": package for name, package in PACKAGE.items() for kind in ("", " compiled")}
+VARIANTS = {
+    f"{name}{kind}": package for name, package in PACKAGE.items() for kind in ("", " compiled")
+}
 PACKAGES = ("torch", "transformers", "litgpt", "numpy")
 STEPS = {"a": 10, "b": 3, "llama-370m": 5}
 PROBED = {"cpu": 1024, "cuda": 8192}
@@ -39,7 +60,11 @@ GOALS = {
     ("a", "shipped"): {"huggingface": 1.1, "nanogpt": 1.0},
     ("b", "shipped"): {"huggingface": 1.5, "litgpt": 1.25, "nanogpt": 1.3},
     ("b", "heap-kept"): {"huggingface": 1.1, "litgpt": 1.1, "nanogpt": 1.1},
-    ("llama-370m", "shipped"): {"huggingface compiled": 1.15, "litgpt": 1.05, "litgpt compiled": 1.05},
+    ("llama-370m", "shipped"): {
+        "huggingface compiled": 1.15,
+        "litgpt": 1.05,
+        "litgpt compiled": 1.05,
+    },
 }
 WARM_STEPS = 2
 CORPUS_TOKENS = 400_000
@@ -49,7 +74,9 @@ MAX_STEPS = 100_000
 # ---- what the process of a contestant does
 
 
-def open_ours(shape: Shape, folder: Path, compiled: bool, device: str) -> tuple[Callable[[], None], int]:
+def open_ours(
+    shape: Shape, folder: Path, compiled: bool, device: str
+) -> tuple[Callable[[], None], int]:
     """Our step and the number of matrix parameters."""
     import our_run
     from peers import LR, MAX_GRAD_NORM, matrix_parameters
@@ -57,8 +84,18 @@ def open_ours(shape: Shape, folder: Path, compiled: bool, device: str) -> tuple[
     from stack.config import load_config
     from stack.recipes import recipe
 
-    settings = (f"device={device}", f"train.max_steps={MAX_STEPS}", f"train.compile={str(compiled).lower()}", f"optim.lr={LR}")
-    sets = (*shape.sets(), *write_corpus(folder, shape.vocab_size, CORPUS_TOKENS), *settings, f"optim.max_grad_norm={MAX_GRAD_NORM}")
+    settings = (
+        f"device={device}",
+        f"train.max_steps={MAX_STEPS}",
+        f"train.compile={str(compiled).lower()}",
+        f"optim.lr={LR}",
+    )
+    sets = (
+        *shape.sets(),
+        *write_corpus(folder, shape.vocab_size, CORPUS_TOKENS),
+        *settings,
+        f"optim.max_grad_norm={MAX_GRAD_NORM}",
+    )
     cfg, overrides = load_config(recipe("tiny"), sets=sets)
     run = our_run.open_run(cfg, overrides, folder / "run")
 
@@ -69,7 +106,9 @@ def open_ours(shape: Shape, folder: Path, compiled: bool, device: str) -> tuple[
     return step, matrix_parameters(run.state.model)
 
 
-def open_peer(name: str, shape: Shape, compiled: bool, device: str) -> tuple[Callable[[], None], int]:
+def open_peer(
+    name: str, shape: Shape, compiled: bool, device: str
+) -> tuple[Callable[[], None], int]:
     """A peer's step and the number of matrix parameters."""
     import peers
 
@@ -80,16 +119,26 @@ def open_peer(name: str, shape: Shape, compiled: bool, device: str) -> tuple[Cal
     }
     make, loss_of = makers[name]
     model = make(shape).train().to(device)
-    return peers.update(model, loss_of(model, compiled), shape, device), peers.matrix_parameters(model)
+    return peers.update(model, loss_of(model, compiled), shape, device), peers.matrix_parameters(
+        model
+    )
 
 
-def contest(variant: str, shape: Shape, threads: int, device: str, folder: Path) -> tuple[dict, Callable[[dict], dict]]:
-    """Make a contestant ready and return what it says of itself, and how it answers `{"steps": n}`."""
+def contest(
+    variant: str, shape: Shape, threads: int, device: str, folder: Path
+) -> tuple[dict, Callable[[dict], dict]]:
+    """Make a contestant ready and return what it says of itself,
+    and how it answers `{"steps": n}`.
+    """
     import torch
 
     torch.set_num_threads(threads)
     name, compiled = variant.split()[0], variant.endswith("compiled")
-    step, matrices = open_ours(shape, folder, compiled, device) if name == OURS else open_peer(name, shape, compiled, device)
+    step, matrices = (
+        open_ours(shape, folder, compiled, device)
+        if name == OURS
+        else open_peer(name, shape, compiled, device)
+    )
     wait, peak_bytes = torch.cuda.synchronize, torch.cuda.max_memory_allocated
     if device == "cpu":
         wait, peak_bytes = (lambda: None), partial(child.status_bytes, "VmHWM")
@@ -98,7 +147,11 @@ def contest(variant: str, shape: Shape, threads: int, device: str, folder: Path)
     for _ in range(WARM_STEPS):
         step()
     wait()
-    ready = {"matrix_parameters": matrices, "built_bytes": built_bytes, "warm_s": time.perf_counter() - started}
+    ready = {
+        "matrix_parameters": matrices,
+        "built_bytes": built_bytes,
+        "warm_s": time.perf_counter() - started,
+    }
 
     def answer(question: dict) -> dict:
         before, step_s = child.fresh_bytes(), []
@@ -118,7 +171,9 @@ def contest(variant: str, shape: Shape, threads: int, device: str, folder: Path)
 
 @dataclass
 class Seat:
-    """A contestant and what its rounds brought. `kept` says whether its process lives on between two rounds."""
+    """A contestant and what its rounds brought.
+    `kept` says whether its process lives on between two rounds.
+    """
 
     variant: str
     command: list[str]
@@ -156,8 +211,9 @@ class Seat:
 
 
 def product_rates(threads: int, device: str, dtype: str) -> Callable[[], tuple[float, float]]:
-    """Probe of the machine: GFLOP/s of square products in the type that is trained in, by torch and by our kernel of choice (on a GPU
-    torch's too), each the best of a third of a second."""
+    """Probe of the machine: GFLOP/s of square products in the type that is trained in, by torch and
+    by our kernel of choice (on a GPU torch's too), each the best of a third of a second.
+    """
     import torch
 
     from stack.kernels import dispatch
@@ -195,11 +251,17 @@ def measure(
         env = child.ALLOCATORS[options.allocator] | {"STACKPROOF_CACHE": cache}
         seats = {}
         for variant in (v for v, reason in missing.items() if not reason):
-            command = child.itself("--contestant", variant, "--shape", options.shape, "--threads", str(options.threads))
+            command = child.itself(
+                "--contestant", variant, "--shape", options.shape, "--threads", str(options.threads)
+            )
             command += ["--device", options.device]
             seats[variant] = Seat(variant, command, env, shape, steps, kept=not shape.fresh)
         try:
-            rates = alternate({v: looked_at(s) for v, s in seats.items()}, options.rounds, thrown_away=0 if shape.fresh else 1)
+            rates = alternate(
+                {v: looked_at(s) for v, s in seats.items()},
+                options.rounds,
+                thrown_away=0 if shape.fresh else 1,
+            )
         finally:
             for seat in seats.values():
                 seat.close()
@@ -207,11 +269,19 @@ def measure(
     return seats, rates, probes
 
 
-def figures(seats: dict[str, Seat], rates: dict[str, tuple[float, ...]], probes: list[tuple[float, float]]) -> dict[str, tuple[float, str]]:
-    """Everything besides the rates: memory and its ratio theirs / ours, fresh pages, share of the probed rates, time to the first steps."""
+def figures(
+    seats: dict[str, Seat], rates: dict[str, tuple[float, ...]], probes: list[tuple[float, float]]
+) -> dict[str, tuple[float, str]]:
+    """Everything besides the rates: memory and its ratio theirs / ours, fresh pages, share of the
+    probed rates, time to the first steps.
+    """
     by_torch, by_choice = zip(*probes)
     named = {"probe": by_torch, "probe_chosen": by_choice}
-    found = {f"{n}_{part}": (v, "GFLOP/s") for n, p in named.items() for part, v in zip(("median", "min", "max"), spread(p))}
+    found = {
+        f"{n}_{part}": (v, "GFLOP/s")
+        for n, p in named.items()
+        for part, v in zip(("median", "min", "max"), spread(p))
+    }
     for variant, seat in seats.items():
         key, rate = metric_key(variant), statistics.median(rates[variant])
         flops_per_s = seat.flops_per_step() * rate / seat.shape.tokens_per_step
@@ -228,15 +298,27 @@ def figures(seats: dict[str, Seat], rates: dict[str, tuple[float, ...]], probes:
 
 def show_figures(seats: dict[str, Seat], found: dict[str, tuple[float, str]]) -> None:
     """Print what the table of rates does not hold."""
-    print(f"\n{'':24}{'GFLOP/step':>11}{'of torch':>10}{'of chosen':>10}{'built GB':>10}{'peak GB':>9}", end="")
+    print(
+        "\n"
+        f"{'':24}{'GFLOP/step':>11}{'of torch':>10}{'of chosen':>10}{'built GB':>10}{'peak GB':>9}",
+        end="",
+    )
     print(f"{'/ ours':>8}{'fresh MB/step':>15}{'first steps s':>15}")
     for variant, seat in seats.items():
         key = metric_key(variant)
         ratio = found.get(f"memory_ratio_{key}", (1.0, ""))[0]
-        names = ("probe_frac", "probe_chosen_frac", "built_bytes", "peak_bytes", "fresh_bytes_per_step", "warm_s")
+        names = (
+            "probe_frac",
+            "probe_chosen_frac",
+            "built_bytes",
+            "peak_bytes",
+            "fresh_bytes_per_step",
+            "warm_s",
+        )
         share, of_chosen, built, peak, fresh, warm = (found[f"{n}_{key}"][0] for n in names)
         print(
-            f"{variant:24}{seat.flops_per_step() / 1e9:>11.1f}{share:>10.2f}{of_chosen:>10.2f}{built / 1e9:>10.2f}{peak / 1e9:>9.2f}",
+            f"{variant:24}{seat.flops_per_step() / 1e9:>11.1f}{share:>10.2f}{of_chosen:>10.2f}"
+            f"{built / 1e9:>10.2f}{peak / 1e9:>9.2f}",
             end="",
         )
         print(f"{ratio:>8.2f}{fresh / 1e6:>15.1f}{warm:>15.1f}")
@@ -246,36 +328,63 @@ def show_figures(seats: dict[str, Seat], found: dict[str, tuple[float, str]]) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="a")
     parser.add_argument("--device", choices=sorted(PROBED), default="cpu")
     parser.add_argument("--allocator", choices=sorted(child.ALLOCATORS), default="shipped")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, help="timed steps of one contestant in one round; 10 of shape a, 3 of shape b, 5 of llama-370m"
+        "--steps",
+        type=int,
+        help=(
+            "timed steps of one contestant in one round; 10 of shape a, 3 of shape b, 5 of "
+            "llama-370m"
+        ),
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME"
+    )
     parser.add_argument("--contestant", choices=list(VARIANTS), help=argparse.SUPPRESS)
-    parser.add_argument("--run-dir", type=Path, help="leave a record of kind benchmark in this folder")
+    parser.add_argument(
+        "--run-dir", type=Path, help="leave a record of kind benchmark in this folder"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.contestant:
         with tempfile.TemporaryDirectory(prefix="stackproof-bench-") as folder:
             shape = SHAPES[options.shape]
-            return child.serve(lambda: contest(options.contestant, shape, options.threads, options.device, Path(folder)))
+            return child.serve(
+                lambda: contest(
+                    options.contestant, shape, options.threads, options.device, Path(folder)
+                )
+            )
     record = open_record(options, f"training shape {options.shape}, allocator {options.allocator}")
     missing = {v: why_not(VARIANTS[v]) for v in dict.fromkeys((OURS, *options.only))}
     seats, rates, probes = measure(options, missing)
     goals = GOALS.get((options.shape, options.allocator), {})
-    rows = against(OURS, [Row(v, "tokens/s", rates.get(v, ()), reason, goal=goals.get(v)) for v, reason in missing.items()])
+    rows = against(
+        OURS,
+        [
+            Row(v, "tokens/s", rates.get(v, ()), reason, goal=goals.get(v))
+            for v, reason in missing.items()
+        ],
+    )
     title = f"training, shape {options.shape}, allocator {options.allocator}"
-    show(f"{title}, {options.device}, {options.threads} threads, {options.rounds} rounds in turn", rows)
+    show(
+        f"{title}, {options.device}, {options.threads} threads, {options.rounds} rounds in turn",
+        rows,
+    )
     found = figures(seats, rates, probes)
     show_figures(seats, found)
     machine = facts(PACKAGES)
     print(machine)
-    write_json(options.json, {"machine": machine, "rows": as_json(rows), "figures": found, "probes": probes})
+    write_json(
+        options.json,
+        {"machine": machine, "rows": as_json(rows), "figures": found, "probes": probes},
+    )
     close_record(record, options.run_dir, rows, found)
     return 0
 

@@ -1,7 +1,9 @@
-"""Gates of any causal language model, from outside: all they need is a function from ids and mask to logits.
+"""Gates of any causal language model, from outside: all they need is a function
+from ids and mask to logits.
 
-B batch, T tokens, V vocab. A `probe` has `logits(ids_BT, mask_BT or None, labels_BT or None) -> logits_BTV`, `vocab_size`, `max_length`,
-`takes_mask`, `takes_labels` and `training(bool)`; it leaves the model as it was. See `contracts.callbacks.probe`.
+B batch, T tokens, V vocab. A `probe` has `logits(ids_BT, mask_BT or None, labels_BT or None) ->
+logits_BTV`, `vocab_size`, `max_length`, `takes_mask`, `takes_labels` and `training(bool)`; it
+leaves the model as it was. See `contracts.callbacks.probe`.
 """
 
 from collections import Counter
@@ -19,13 +21,17 @@ LONGEST = 512
 
 def drawn(rows: int, length: int, vocab_size: int) -> Tensor:
     """Ids (rows, length), the same in every call; no global random state is used."""
-    return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(rows * 1000 + length))
+    return torch.randint(
+        0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(rows * 1000 + length)
+    )
 
 
 def _lengths(max_length: int) -> list[int]:
     """Short ones, and the longest a model takes where that is not far beyond them."""
     longest = [max_length] if 0 < max_length <= LONGEST else []
-    return sorted({n for n in (*LENGTHS, *longest) if n >= 2 and (not max_length or n <= max_length)})
+    return sorted(
+        {n for n in (*LENGTHS, *longest) if n >= 2 and (not max_length or n <= max_length)}
+    )
 
 
 def _other(ids_BT: Tensor, where_BT: Tensor, vocab_size: int) -> Tensor:
@@ -33,7 +39,9 @@ def _other(ids_BT: Tensor, where_BT: Tensor, vocab_size: int) -> Tensor:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the largest value of `a`; infinity where one is NaN and the other is not."""
+    """Largest difference over the largest value of `a`; infinity where one is
+    NaN and the other is not.
+    """
     if not a.numel():
         return 0.0
     a, b = a.double(), b.double()
@@ -47,7 +55,9 @@ def _gap(a: Tensor, b: Tensor) -> float:
 @decides("model.future-blind")
 @torch.no_grad()
 def future_blind(limits: SimpleNamespace, *, probe) -> Verdict:
-    """Changing tokens from a position on changes no logit before it, with and without a mask, in both modes; labels change none at all."""
+    """Changing tokens from a position on changes no logit before it, with and without a mask, in
+    both modes; labels change none at all.
+    """
     worst, where, deaf = 0.0, "", 0
     for training in (False, True):
         with probe.training(training):
@@ -61,12 +71,24 @@ def future_blind(limits: SimpleNamespace, *, probe) -> Verdict:
                         gap = _gap(before[:, :position], after[:, :position])
                         deaf += bool(torch.equal(before[:, position:], after[:, position:]))
                         if gap > worst:
-                            worst, where = gap, f"position {position} of {length}, {'training' if training else 'evaluation'} mode"
+                            worst, where = (
+                                gap,
+                                (
+                                    f"position {position} of {length}, "
+                                    f"{'training' if training else 'evaluation'} mode"
+                                ),
+                            )
     if deaf:
-        return failed("changing a token does not change its own logits, so this check sees nothing", deaf=deaf)
+        return failed(
+            "changing a token does not change its own logits, so this check sees nothing", deaf=deaf
+        )
     labels_gap = _labels_gap(probe)
     ok = worst <= limits.leak_rel_max and labels_gap <= limits.leak_rel_max
-    text = f"earlier logits see a later token ({where})" if worst > limits.leak_rel_max else "the labels change the logits"
+    text = (
+        f"earlier logits see a later token ({where})"
+        if worst > limits.leak_rel_max
+        else "the labels change the logits"
+    )
     return decide(ok, text, leak_rel=worst, labels_leak_rel=labels_gap)
 
 
@@ -83,7 +105,9 @@ def _labels_gap(probe) -> float:
 @decides("model.padding-blind")
 @torch.no_grad()
 def padding_blind(limits: SimpleNamespace, *, probe) -> Verdict:
-    """Tokens under a mask of 0 change no logit of others, left or right of them, and more padding on the right changes none either."""
+    """Tokens under a mask of 0 change no logit of others, left or right of them, and more padding
+    on the right changes none either.
+    """
     if not probe.takes_mask:
         return not_run("the model takes no attention mask")
     length = max(_lengths(probe.max_length)[:-1] or [2])
@@ -95,17 +119,25 @@ def padding_blind(limits: SimpleNamespace, *, probe) -> Verdict:
                 before = probe.logits(ids, mask)
                 after = probe.logits(_other(ids, mask == 0, probe.vocab_size), mask)
                 found[f"ids under {side} padding"] = max(
-                    found.get(f"ids under {side} padding", 0.0), _gap(before[mask > 0], after[mask > 0])
+                    found.get(f"ids under {side} padding", 0.0),
+                    _gap(before[mask > 0], after[mask > 0]),
                 )
     with probe.training(False):
         mask = _ragged(3, length, "right")
         more = [torch.cat([t, torch.zeros_like(t[:, :2])], 1) for t in (ids, mask)]
         if not probe.max_length or length + 2 <= probe.max_length:
-            found["more padding"] = _gap(probe.logits(ids, mask)[mask > 0], probe.logits(*more)[:, :length][mask > 0])
+            found["more padding"] = _gap(
+                probe.logits(ids, mask)[mask > 0], probe.logits(*more)[:, :length][mask > 0]
+            )
     worst = max(found, key=found.get)
-    limit = {name: limits.longer_rel_max if name == "more padding" else limits.leak_rel_max for name in found}
+    limit = {
+        name: limits.longer_rel_max if name == "more padding" else limits.leak_rel_max
+        for name in found
+    }
     ok = all(found[name] <= limit[name] for name in found)
-    return decide(ok, f"logits of real tokens change with {worst}", leak_rel=found[worst], worst=worst)
+    return decide(
+        ok, f"logits of real tokens change with {worst}", leak_rel=found[worst], worst=worst
+    )
 
 
 def _ragged(rows: int, length: int, side: str) -> Tensor:
@@ -116,18 +148,32 @@ def _ragged(rows: int, length: int, side: str) -> Tensor:
 
 
 @decides("model.tied-head")
-def tied_head(limits: SimpleNamespace, *, tied_declared: bool, embedding_weight: Tensor, head_weight: Tensor) -> Verdict:
+def tied_head(
+    limits: SimpleNamespace, *, tied_declared: bool, embedding_weight: Tensor, head_weight: Tensor
+) -> Verdict:
     """Embedding and head are one tensor exactly where the configuration says so."""
     same = embedding_weight is head_weight or embedding_weight.data_ptr() == head_weight.data_ptr()
-    text = "the configuration ties embedding and head, and they are two tensors" if tied_declared else "embedding and head are one tensor"
+    text = (
+        "the configuration ties embedding and head, and they are two tensors"
+        if tied_declared
+        else "embedding and head are one tensor"
+    )
     return decide(same == tied_declared, text, tied=same, declared=tied_declared)
 
 
 @decides("tokenizer.fits-model")
-def fits_model(limits: SimpleNamespace, *, tokenizer_size: int, embedding_rows: int, special_ids: Mapping[str, tuple]) -> Verdict:
-    """Every id of the tokenizer has a row, few rows have no id, and model and tokenizer mean the same by their special ids.
+def fits_model(
+    limits: SimpleNamespace,
+    *,
+    tokenizer_size: int,
+    embedding_rows: int,
+    special_ids: Mapping[str, tuple],
+) -> Verdict:
+    """Every id of the tokenizer has a row, few rows have no id, and model and tokenizer mean the
+    same by their special ids.
 
-    `special_ids` maps a name to (tokenizer's id, model's id or ids); None where one of them has none.
+    `special_ids` maps a name to (tokenizer's id, model's id or ids);
+    None where one of them has none.
     """
     differing = [
         f"{name} is {a} here, {b} there"
@@ -135,20 +181,40 @@ def fits_model(limits: SimpleNamespace, *, tokenizer_size: int, embedding_rows: 
         if a is not None and b is not None and a not in _as_tuple(b)
     ]
     unused = embedding_rows - tokenizer_size
-    outside = [f"{name} {a}" for name, (a, _) in special_ids.items() if a is not None and not 0 <= a < embedding_rows]
+    outside = [
+        f"{name} {a}"
+        for name, (a, _) in special_ids.items()
+        if a is not None and not 0 <= a < embedding_rows
+    ]
     allowed = max(limits.unused_rows_max, limits.unused_frac_max * embedding_rows)
     wrong = [
         text
         for bad, text in (
-            (unused < 0, f"{-unused} of the tokenizer's {tokenizer_size} ids have no row among the embedding's {embedding_rows}"),
-            (unused > allowed, f"{unused} of {embedding_rows} embedding rows stand for no id: another tokenizer was meant"),
+            (
+                unused < 0,
+                (
+                    f"{-unused} of the tokenizer's {tokenizer_size} ids have no row among the "
+                    f"embedding's {embedding_rows}"
+                ),
+            ),
+            (
+                unused > allowed,
+                (
+                    f"{unused} of {embedding_rows} embedding rows stand for no id: another "
+                    "tokenizer was meant"
+                ),
+            ),
             (bool(differing), f"special ids differ: {'; '.join(differing)}"),
             (bool(outside), f"special ids outside the embedding: {', '.join(outside)}"),
         )
         if bad
     ]
     return decide(
-        not wrong, "; ".join(wrong), tokenizer_size=tokenizer_size, embedding_rows=embedding_rows, differing_special_ids=len(differing)
+        not wrong,
+        "; ".join(wrong),
+        tokenizer_size=tokenizer_size,
+        embedding_rows=embedding_rows,
+        differing_special_ids=len(differing),
     )
 
 
@@ -157,41 +223,86 @@ def _as_tuple(ids: int | Sequence[int]) -> tuple[int, ...]:
 
 
 @decides("optim.ownership")
-def ownership(limits: SimpleNamespace, *, named_parameters: Sequence, param_groups: Sequence[Mapping]) -> Verdict:
-    """Each trainable parameter stands in the optimizer once, and nothing stands there that is no parameter of the model."""
+def ownership(
+    limits: SimpleNamespace, *, named_parameters: Sequence, param_groups: Sequence[Mapping]
+) -> Verdict:
+    """Each trainable parameter stands in the optimizer once, and nothing stands there that is
+    no parameter of the model.
+    """
     count = Counter(id(p) for g in param_groups for p in g["params"])
     names = {id(p): n for n, p in named_parameters}
     missing = [n for n, p in named_parameters if p.requires_grad and id(p) not in count]
     twice = [names.get(i, "?") for i, n in count.items() if n > 1]
     strangers = [i for i in count if i not in names]
     text = [
-        f"{what}: {', '.join(found[:4])}" for what, found in (("not in the optimizer", missing), ("in the optimizer twice", twice)) if found
+        f"{what}: {', '.join(found[:4])}"
+        for what, found in (("not in the optimizer", missing), ("in the optimizer twice", twice))
+        if found
     ]
-    text += [f"{len(strangers)} tensor(s) in the optimizer belong to no parameter of the model"] if strangers else []
-    return decide(not text, "; ".join(text), missing=len(missing), twice=len(twice), strangers=len(strangers), owned=len(count))
+    text += (
+        [f"{len(strangers)} tensor(s) in the optimizer belong to no parameter of the model"]
+        if strangers
+        else []
+    )
+    return decide(
+        not text,
+        "; ".join(text),
+        missing=len(missing),
+        twice=len(twice),
+        strangers=len(strangers),
+        owned=len(count),
+    )
 
 
 @decides("optim.decay-groups")
-def decay_groups(limits: SimpleNamespace, *, named_parameters: Sequence, param_groups: Sequence[Mapping]) -> Verdict:
+def decay_groups(
+    limits: SimpleNamespace, *, named_parameters: Sequence, param_groups: Sequence[Mapping]
+) -> Verdict:
     """Where groups differ in decay, biases and gains of norms are in those without it."""
     names = {id(p): n for n, p in named_parameters}
-    rows = [(names.get(id(p), "?"), p.ndim, g.get("weight_decay", 0.0)) for g in param_groups for p in g["params"]]
+    rows = [
+        (names.get(id(p), "?"), p.ndim, g.get("weight_decay", 0.0))
+        for g in param_groups
+        for p in g["params"]
+    ]
     decays = {decay for _, _, decay in rows}
     decayed = [n for n, ndim, decay in rows if ndim < 2 and decay > 0]
-    text = f"weight decay pulls {len(decayed)} bias(es) or gain(s) to zero: {', '.join(decayed[:4])}"
-    ok = len(decayed) <= limits.decayed_vectors_max or (len(decays) == 1 and max(decays) <= limits.uniform_decay_max)
-    return decide(ok, text, decayed_vectors=len(decayed), groups=len(param_groups), weight_decay=max(decays, default=0.0))
+    text = (
+        f"weight decay pulls {len(decayed)} bias(es) or gain(s) to zero: {', '.join(decayed[:4])}"
+    )
+    ok = len(decayed) <= limits.decayed_vectors_max or (
+        len(decays) == 1 and max(decays) <= limits.uniform_decay_max
+    )
+    return decide(
+        ok,
+        text,
+        decayed_vectors=len(decayed),
+        groups=len(param_groups),
+        weight_decay=max(decays, default=0.0),
+    )
 
 
 @decides("checkpoint.reload")
 def reload(
-    limits: SimpleNamespace, *, live: Mapping[str, int], reloaded: Mapping[str, int], live_tied: bool, reloaded_tied: bool
+    limits: SimpleNamespace,
+    *,
+    live: Mapping[str, int],
+    reloaded: Mapping[str, int],
+    live_tied: bool,
+    reloaded_tied: bool,
 ) -> Verdict:
-    """A saved model, loaded again, has the live tensors bit for bit, and one head and embedding where the live model has one."""
+    """A saved model, loaded again, has the live tensors bit for bit, and one head and embedding
+    where the live model has one.
+    """
     differing = sorted(n for n in live.keys() | reloaded.keys() if live.get(n) != reloaded.get(n))
-    text = f"saved and loaded again, {len(differing)} tensor(s) are others: {', '.join(differing[:4])}"
+    text = (
+        f"saved and loaded again, {len(differing)} tensor(s) are others: {', '.join(differing[:4])}"
+    )
     if live_tied != reloaded_tied:
-        text = f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded again they are not; {text}"
+        text = (
+            f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded again "
+            f"they are not; {text}"
+        )
     return decide(
         len(differing) <= limits.differing_max and live_tied == reloaded_tied,
         text,

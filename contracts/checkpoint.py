@@ -1,4 +1,6 @@
-"""Gates of checkpoints: what is stored is complete, durable, verified, and an interrupted run equals an uninterrupted one."""
+"""Gates of checkpoints: what is stored is complete, durable, verified, and an interrupted run
+equals an uninterrupted one.
+"""
 
 import errno
 import hashlib
@@ -20,12 +22,23 @@ from contracts.events import Evaluated, Event, Finished, Started
 from contracts.gate import Verdict, decide, decides, failed, passed
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
-REQUIRED_STATE = tuple("step cursor curriculum tokens_seen scaler stopper gates config config_sha256 tokenizer_sha256".split())
+REQUIRED_STATE = tuple(
+    (
+        "step cursor curriculum tokens_seen scaler stopper gates config config_sha256 "
+        "tokenizer_sha256"
+    ).split()
+)
 
 
 def _contents(path: Path) -> tuple[str, dict[str, int]]:
-    """sha256 of a file, and crc32 of every tensor's bytes in it, read with nothing but the format's definition."""
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+    """sha256 of a file, and crc32 of every tensor's bytes in it,
+    read with nothing but the format's definition.
+    """
+    with (
+        open(path, "rb") as f,
+        mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
         (length,) = struct.unpack("<Q", view[:8])
         header = json.loads(bytes(view[8 : 8 + length]))
         spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
@@ -37,22 +50,40 @@ def _contents(path: Path) -> tuple[str, dict[str, int]]:
 
 
 @decides("checkpoint.contract")
-def contract(limits: SimpleNamespace, *, checkpoint_dir: Path, live_crc32: Mapping[str, int], expected_step: int) -> Verdict:
-    """A saved folder holds exactly the live state, every declared key, no pickle, matching hashes, and `latest` names it.
+def contract(
+    limits: SimpleNamespace,
+    *,
+    checkpoint_dir: Path,
+    live_crc32: Mapping[str, int],
+    expected_step: int,
+) -> Verdict:
+    """A saved folder holds exactly the live state, every declared key, no pickle, matching hashes,
+    and `latest` names it.
 
-    `live_crc32` are checksums of the parameters, buffers, moments (`optim.<parameter>.<field>`) and random states (`rng.cpu`) in memory
-    at the moment of the save, taken without the writer's help. They are no defence against intent; the sha256 of the manifest are.
+    `live_crc32` are checksums of the parameters, buffers, moments (`optim.<parameter>.<field>`) and
+    random states (`rng.cpu`) in memory at the moment of the save, taken without the writer's help.
+    They are no defence against intent; the sha256 of the manifest are.
     """
     if missing := [f for f in FILES if not (checkpoint_dir / f).is_file()]:
-        return failed(f"{checkpoint_dir.name} lacks {', '.join(missing)}", missing_files=len(missing))
+        return failed(
+            f"{checkpoint_dir.name} lacks {', '.join(missing)}", missing_files=len(missing)
+        )
     strangers = sorted(p.name for p in checkpoint_dir.iterdir() if p.name not in FILES)
     if strangers:
-        return failed(f"{checkpoint_dir.name} holds files nobody declared: {', '.join(strangers)}", strangers=len(strangers))
-    (model_sha256, weights), (state_sha256, moments) = (_contents(checkpoint_dir / f) for f in FILES[:2])
+        return failed(
+            f"{checkpoint_dir.name} holds files nobody declared: {', '.join(strangers)}",
+            strangers=len(strangers),
+        )
+    (model_sha256, weights), (state_sha256, moments) = (
+        _contents(checkpoint_dir / f) for f in FILES[:2]
+    )
     stored = weights | moments
     if stored.keys() != live_crc32.keys():
         odd = sorted(stored.keys() ^ live_crc32.keys())
-        return failed(f"stored and live tensors differ in name: {', '.join(odd[:4])}", differing_names=len(odd))
+        return failed(
+            f"stored and live tensors differ in name: {', '.join(odd[:4])}",
+            differing_names=len(odd),
+        )
     if wrong := sorted(n for n in stored if stored[n] != live_crc32[n]):
         return failed(f"stored tensor {wrong[0]} is not the live one", differing_tensors=len(wrong))
     state = json.loads((checkpoint_dir / "state.json").read_bytes())
@@ -66,9 +97,17 @@ def contract(limits: SimpleNamespace, *, checkpoint_dir: Path, live_crc32: Mappi
     if bad := [f for f in actual if manifest.get(f, {}).get("sha256") != actual[f]]:
         return failed(f"the manifest does not describe {', '.join(bad)}", bad_hashes=len(bad))
     if state["step"] != expected_step:
-        return failed(f"the folder says step {state['step']}, the run was at {expected_step}", stored_step=state["step"])
+        return failed(
+            f"the folder says step {state['step']}, the run was at {expected_step}",
+            stored_step=state["step"],
+        )
     latest = (checkpoint_dir.parent / "latest").read_text().strip()
-    return decide(latest == checkpoint_dir.name, f"latest names {latest}", tensors=len(stored), differing_tensors=0)
+    return decide(
+        latest == checkpoint_dir.name,
+        f"latest names {latest}",
+        tensors=len(stored),
+        differing_tensors=0,
+    )
 
 
 class _Killed(BaseException):
@@ -91,10 +130,14 @@ def _fault(target: str, at: int, error: BaseException) -> Iterator[list[int]]:
 
 
 @decides("checkpoint.durability")
-def durability(limits: SimpleNamespace, *, save_checkpoint: Callable, load_checkpoint: Callable) -> Verdict:
-    """Whatever breaks during a save, an error is raised and a loadable checkpoint remains; damaged ones are refused.
+def durability(
+    limits: SimpleNamespace, *, save_checkpoint: Callable, load_checkpoint: Callable
+) -> Verdict:
+    """Whatever breaks during a save, an error is raised and a loadable checkpoint remains;
+    damaged ones are refused.
 
-    `save_checkpoint(root, step)` writes a real checkpoint; `load_checkpoint(root)` loads what `latest` names and returns its step.
+    `save_checkpoint(root, step)` writes a real checkpoint; `load_checkpoint(root)` loads what
+    `latest` names and returns its step.
     """
     with tempfile.TemporaryDirectory(prefix="stackproof-durability-") as temporary:
         root = Path(temporary)
@@ -105,15 +148,25 @@ def durability(limits: SimpleNamespace, *, save_checkpoint: Callable, load_check
                 for error in (OSError(errno.ENOSPC, "No space left on device"), _Killed()):
                     problem = _survives(root, target, at, error, save_checkpoint, load_checkpoint)
                     if problem:
-                        return failed(f"{type(error).__name__} at os.{target} #{at}: {problem}", faults=faults)
+                        return failed(
+                            f"{type(error).__name__} at os.{target} #{at}: {problem}", faults=faults
+                        )
                     faults += 1
-        accepted = [name for name, damage in _DAMAGES.items() if not _refuses(root, damage, load_checkpoint)]
+        accepted = [
+            name for name, damage in _DAMAGES.items() if not _refuses(root, damage, load_checkpoint)
+        ]
         if accepted:
-            return failed(f"a damaged checkpoint was loaded: {', '.join(accepted)}", damages_accepted=len(accepted), faults=faults)
+            return failed(
+                f"a damaged checkpoint was loaded: {', '.join(accepted)}",
+                damages_accepted=len(accepted),
+                faults=faults,
+            )
     return passed("", faults=faults, damages_refused=len(_DAMAGES))
 
 
-def _survives(root: Path, target: str, at: int, error: BaseException, save: Callable, load: Callable) -> str:
+def _survives(
+    root: Path, target: str, at: int, error: BaseException, save: Callable, load: Callable
+) -> str:
     """What went wrong under one injected fault; empty if nothing."""
     before = load(root)
     raised = False
@@ -151,7 +204,10 @@ def _drop_key(folder: Path) -> None:
     data = json.dumps(state).encode()
     (folder / "state.json").write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    manifest["files"]["state.json"] = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+    }
     (folder / "manifest.json").write_bytes(json.dumps(manifest).encode())
 
 
@@ -181,11 +237,22 @@ def _refuses(root: Path, damage: Callable[[Path], None], load: Callable) -> bool
 
 
 @decides("checkpoint.resume-equivalence")
-def resume_equivalence(limits: SimpleNamespace, *, fresh_state, advance, save_state, resume_state, digest, epoch_samples: int) -> Verdict:
-    """A run interrupted twice, once before an epoch's end and once after it, equals the uninterrupted one bit for bit.
+def resume_equivalence(
+    limits: SimpleNamespace,
+    *,
+    fresh_state,
+    advance,
+    save_state,
+    resume_state,
+    digest,
+    epoch_samples: int,
+) -> Verdict:
+    """A run interrupted twice, once before an epoch's end and once after it, equals the
+    uninterrupted one bit for bit.
 
-    `fresh_state(cursor)` builds the run's own state; `advance(state)` makes one update and returns its loss;
-    `save_state(state, root)`, `resume_state(root)`; `digest(state)` maps every part of the state to a hash.
+    `fresh_state(cursor)` builds the run's own state; `advance(state)` makes one update and returns
+    its loss; `save_state(state, root)`, `resume_state(root)`; `digest(state)` maps every part of
+    the state to a hash.
     """
     samples_per_step = digest(fresh_state(None))["samples_per_step"]
     cursor = max(0, epoch_samples - 2 * samples_per_step)
@@ -217,7 +284,8 @@ def resume_equivalence(limits: SimpleNamespace, *, fresh_state, advance, save_st
 
 @decides("checkpoint.pointers")
 class Pointers:
-    """At the end of a run `latest` names the folder of its last step, and `best` that of its lowest held-out loss; both folders are there.
+    """At the end of a run `latest` names the folder of its last step, and `best` that of its lowest
+    held-out loss; both folders are there.
 
     A child run whose lowest loss is its parent's has no folder of that.
     """
@@ -240,14 +308,30 @@ class Pointers:
     def _judge(self, event: Finished) -> Verdict:
         inherited = event.best_step is None and self.least_step <= self.began
         wrong = [
-            f"{name} names {f'step {named}' if named is not None else 'no folder that is there'}, not step {meant}"
-            for name, named, meant in (("latest", event.latest_step, event.step), ("best", event.best_step, self.least_step))
+            (
+                f"{name} names "
+                f"{f'step {named}' if named is not None else 'no folder that is there'}, not step "
+                f"{meant}"
+            )
+            for name, named, meant in (
+                ("latest", event.latest_step, event.step),
+                ("best", event.best_step, self.least_step),
+            )
             if named != meant and not (name == "best" and inherited)
         ]
-        return decide(len(wrong) <= self.limits.wrong_max, "; ".join(wrong), wrong=len(wrong), best_step=self.least_step)
+        return decide(
+            len(wrong) <= self.limits.wrong_max,
+            "; ".join(wrong),
+            wrong=len(wrong),
+            best_step=self.least_step,
+        )
 
     def state_dict(self) -> dict:
-        return {"least_nats": self.least_nats, "least_step": self.least_step} if self.least_step else {}
+        return (
+            {"least_nats": self.least_nats, "least_step": self.least_step}
+            if self.least_step
+            else {}
+        )
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():

@@ -1,4 +1,6 @@
-"""Gates of what a run says: each sample is scored, and loops, ruling words and recitals are seen while it goes on."""
+"""Gates of what a run says: each sample is scored, and loops,
+ruling words and recitals are seen while it goes on.
+"""
 
 import re
 import zlib
@@ -26,7 +28,7 @@ COMMON_EN = frozenset(
     between being under never same another while last might here even both without part again off down well too year years day long
     work against right still know take good found found men thing come world same think little old life every three upon say said
     great since however since state true false none object value values return returns name type list string file function method
-    class code data number default given text line""",
+    class code data number default given text line""",  # noqa: E501
     )
 )
 
@@ -36,7 +38,9 @@ PARTS = ("bigram", "trigram", "words", "letters")
 
 @dataclass(frozen=True)
 class Coherence:
-    """A text's score, 0-100, with the parts it is the sum of, and further signs that are reported but not added."""
+    """A text's score, 0-100, with the parts it is the sum of,
+    and further signs that are reported but not added.
+    """
 
     score: float
     parts: Mapping[str, float]
@@ -45,18 +49,26 @@ class Coherence:
 def coherence(text: str, language: str = "en") -> Coherence:
     """How much a text looks like writing and how little like a loop. `language` is en, code or any.
 
-    Units are lower-cased words without outer punctuation; a unit of punctuation only counts as one symbol. Diversity D_k is the
-    share of distinct k-grams, averaged over windows of 32 k-grams (stride 16), so that it does not sink with the length of a text.
-    Score = F · (35·ramp(D_2; 0.2, 0.6) + 35·ramp(D_3; 0.3, 0.8) + 20·(share of word-like units) + 10·min(1, distinct letters / 16)).
-    F = ramp(share of distinct 6-grams in the whole text; 0.4, 0.7) sees what windows of 32 cannot: a loop of whole sentences or
-    paragraphs. Of the interpreter's help topics and any four of them in a row the least share is 0.69; a passage said three times
-    has 0.41 or less. An empty text scores 0. Source: the founding note ANDREA-120M.
+    Units are lower-cased words without outer punctuation; a unit of punctuation only counts as one
+    symbol. Diversity D_k is the share of distinct k-grams, averaged over windows of 32 k-grams
+    (stride 16), so that it does not sink with the length of a text. Score = F · (35·ramp(D_2; 0.2,
+    0.6) + 35·ramp(D_3; 0.3, 0.8) + 20·(share of word-like units) + 10·min(1, distinct letters /
+    16)). F = ramp(share of distinct 6-grams in the whole text; 0.4, 0.7) sees what windows of 32
+    cannot: a loop of whole sentences or paragraphs. Of the interpreter's help topics and any four
+    of them in a row the least share is 0.69; a passage said three times has 0.41 or less. An empty
+    text scores 0. Source: the founding note ANDREA-120M.
 
-    Reported besides: the share of the most frequent unit, of the text's end that is a loop of three rounds or more, and of zlib.
+    Reported besides: the share of the most frequent unit, of the text's end that is a loop of three
+    rounds or more, and of zlib.
     """
     units = _units(text)
     if not units:
-        return Coherence(0.0, dict.fromkeys((*PARTS, "distinct_frac", "top_unit_frac", "loop_frac", "compressed_frac"), 0.0))
+        return Coherence(
+            0.0,
+            dict.fromkeys(
+                (*PARTS, "distinct_frac", "top_unit_frac", "loop_frac", "compressed_frac"), 0.0
+            ),
+        )
     wordlike = WORDLIKE[language]
     passages = _grams(units, PASSAGE)
     distinct = len(set(passages)) / len(passages)
@@ -76,7 +88,9 @@ def coherence(text: str, language: str = "en") -> Coherence:
 
 
 def _units(text: str) -> list[str]:
-    """Words, symbols for punctuation and for long blank runs; a run too long to be a word is cut into pieces."""
+    """Words, symbols for punctuation and for long blank runs;
+    a run too long to be a word is cut into pieces.
+    """
     units: list[str] = []
     for blank, raw in re.findall(r"(\s+)|(\S+)", text.lower()):
         if blank:
@@ -91,7 +105,9 @@ def _units(text: str) -> list[str]:
 
 
 def _pieces(run: str) -> list[str]:
-    """Cut an unbroken run behind characters whose code is divisible by 4, so that a loop is cut alike in each of its rounds."""
+    """Cut an unbroken run behind characters whose code is divisible by 4, so that a loop is cut
+    alike in each of its rounds.
+    """
     pieces = [""]
     for char in run:
         pieces[-1] += char
@@ -101,7 +117,9 @@ def _pieces(run: str) -> list[str]:
 
 
 def looping_end(units: Sequence[str]) -> float:
-    """Share of a text taken by a loop at its end, of one to LONGEST_LOOP units, that has gone round three times or more."""
+    """Share of a text taken by a loop at its end, of one to LONGEST_LOOP units,
+    that has gone round three times or more.
+    """
     longest = 0
     for period in range(1, min(len(units) // 3, LONGEST_LOOP) + 1):
         same = 0
@@ -117,7 +135,9 @@ def _grams(units: Sequence[str], k: int) -> list[tuple[str, ...]]:
 
 
 def _diversity(units: Sequence[str], k: int) -> float:
-    """Distinct over total k-grams, averaged over sliding windows; 1 for a text of fewer than k units."""
+    """Distinct over total k-grams, averaged over sliding windows;
+    1 for a text of fewer than k units.
+    """
     grams = _grams(units, k)
     starts = range(0, max(1, len(grams) - WINDOW + STRIDE), STRIDE)
     shares = [len(set(part)) / len(part) for s in starts if (part := grams[s : s + WINDOW])]
@@ -135,12 +155,18 @@ def _english(unit: str) -> float:
     for part in re.split(r"['’\-–_./()=,:]", unit):
         if part and not (part.isalpha() and 2 <= len(part) <= 20 and VOWELS & set(part)):
             return 0.0
-    return float(not re.search(r"[^aeiouy\W\d_]{6}|(.)\1\1", unit) and any(c.isalpha() for c in unit))
+    return float(
+        not re.search(r"[^aeiouy\W\d_]{6}|(.)\1\1", unit) and any(c.isalpha() for c in unit)
+    )
 
 
 def _program(unit: str) -> float:
     """An identifier, number, string or call as programs are made of; a lone operator."""
-    return float(unit != "<s>" and re.fullmatch(r"[\w.,:;=+\-*/%<>!&|^~@#$?()\[\]{}'\"`\\]{1,60}", unit, re.ASCII) is not None)
+    return float(
+        unit != "<s>"
+        and re.fullmatch(r"[\w.,:;=+\-*/%<>!&|^~@#$?()\[\]{}'\"`\\]{1,60}", unit, re.ASCII)
+        is not None
+    )
 
 
 def _letters_share(unit: str) -> float:
@@ -148,12 +174,18 @@ def _letters_share(unit: str) -> float:
     return 0.0 if unit in ("<p>", "<s>") else sum(c.isalnum() for c in unit) / len(unit)
 
 
-WORDLIKE: dict[str, Callable[[str], float]] = {"en": _english, "code": _program, "any": _letters_share}
+WORDLIKE: dict[str, Callable[[str], float]] = {
+    "en": _english,
+    "code": _program,
+    "any": _letters_share,
+}
 
 
 @decides("sampling.coherence")
 class CoherenceWatch:
-    """Red at the sample that makes one more low score in a row than is allowed; a good sample starts the count afresh."""
+    """Red at the sample that makes one more low score in a row than is allowed;
+    a good sample starts the count afresh.
+    """
 
     events = (Sampled,)
 
@@ -165,7 +197,8 @@ class CoherenceWatch:
         self.low = self.low + 1 if not result.score >= self.limits.score_min else 0
         return decide(
             self.low <= self.limits.low_in_a_row_max,
-            f"step {event.step}: coherence {result.score:.1f} of 100 is the {self.low}th low score in a row: {event.text[:60]!r}",
+            f"step {event.step}: coherence {result.score:.1f} of 100 is the {self.low}th low "
+            f"score in a row: {event.text[:60]!r}",
             score=result.score,
             low_in_a_row=self.low,
             **result.parts,
@@ -180,10 +213,12 @@ class CoherenceWatch:
 
 @decides("sampling.dominance")
 class Dominance:
-    """Red at the sample that makes one more in a row than is allowed in which a single word has too large a share.
+    """Red at the sample that makes one more in a row than is allowed in which a single
+    word has too large a share.
 
-    A model that has only learnt how frequent words are says the most frequent one too often; samples of the warm-up do not count.
-    The first such sample is a warning: a green verdict with a message.
+    A model that has only learnt how frequent words are says the most frequent one too often;
+    samples of the warm-up do not count. The first such sample is a warning: a green verdict with a
+    message.
     """
 
     events = (Started, Sampled)
@@ -198,10 +233,19 @@ class Dominance:
         words = [u for u in _units(event.text) if u[0].isalpha()]
         word, n = Counter(words).most_common(1)[0] if words else ("", 0)
         share = n / len(words) if len(words) >= self.limits.words_min else 0.0
-        self.high = self.high + 1 if share > self.limits.top_word_frac_max and event.step > self.warmup_steps else 0
-        message = f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th sample in a row"
+        self.high = (
+            self.high + 1
+            if share > self.limits.top_word_frac_max and event.step > self.warmup_steps
+            else 0
+        )
+        message = (
+            f"step {event.step}: {word!r} is {share:.0%} of the words, in the {self.high}th "
+            "sample in a row"
+        )
         measured = {"top_word": word, "top_word_frac": share, "high_in_a_row": self.high}
-        return (passed if self.high <= self.limits.high_in_a_row_max else failed)(message if self.high else "", **measured)
+        return (passed if self.high <= self.limits.high_in_a_row_max else failed)(
+            message if self.high else "", **measured
+        )
 
     def state_dict(self) -> dict:
         return {"high": self.high}
@@ -212,10 +256,11 @@ class Dominance:
 
 @decides("sampling.loops")
 class Loops:
-    """Two samples in a row that end in a loop, or that zlib makes very short, are worth a look; those of the warm-up do not count.
+    """Two samples in a row that end in a loop, or that zlib makes very short, are worth a look;
+    those of the warm-up do not count.
 
-    A ruling line is no loop: one sign said many times is shortened before the sample is judged. Text that says nothing else is the business
-    of `sampling.coherence`.
+    A ruling line is no loop: one sign said many times is shortened before the sample is judged.
+    Text that says nothing else is the business of `sampling.coherence`.
     """
 
     events = (Started, Sampled)
@@ -230,12 +275,15 @@ class Loops:
         text = RULING.sub(lambda line: line[0][:3], event.text)
         parts = coherence(text, event.language).parts
         packed = parts["compressed_frac"] if len(text) >= self.limits.chars_min else 1.0
-        looping = parts["loop_frac"] > self.limits.loop_frac_max or packed < self.limits.compressed_frac_min
+        looping = (
+            parts["loop_frac"] > self.limits.loop_frac_max
+            or packed < self.limits.compressed_frac_min
+        )
         self.in_a_row = self.in_a_row + 1 if looping and event.step > self.warmup_steps else 0
         return decide(
             self.in_a_row < self.limits.in_a_row,
-            f"step {event.step}: {parts['loop_frac']:.0%} of the sample loops at its end, zlib leaves {packed:.0%}, for the "
-            f"{self.in_a_row}th sample in a row: {event.text[-50:]!r}",
+            f"step {event.step}: {parts['loop_frac']:.0%} of the sample loops at its end, zlib "
+            f"leaves {packed:.0%}, for the {self.in_a_row}th sample in a row: {event.text[-50:]!r}",
             loop_frac=parts["loop_frac"],
             compressed_frac=packed,
             in_a_row=self.in_a_row,

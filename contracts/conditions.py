@@ -24,7 +24,9 @@ ContractError = icontract.ViolationError
 
 
 def require(condition: Callable, message: str, *, full: bool = False) -> Callable:
-    """Precondition on a public function's arguments. `full=True` marks one that reads whole tensors."""
+    """Precondition on a public function's arguments.
+    `full=True` marks one that reads whole tensors.
+    """
     return icontract.require(condition, message, enabled=FULL if full else STANDARD)
 
 

@@ -1,4 +1,6 @@
-"""Gates of the curriculum: rows come from the declared sources in the declared shares, and rewards cannot be had cheaply."""
+"""Gates of the curriculum: rows come from the declared sources in the declared shares,
+and rewards cannot be had cheaply.
+"""
 
 import math
 import statistics
@@ -23,7 +25,9 @@ def _drawn(order, first: int, n: int) -> np.ndarray:
 
 
 def _stretch(order, first: int, n: int) -> np.ndarray:
-    """As `_drawn`, with a turn of random losses after every TURN_ROWS rows where the order learns from losses."""
+    """As `_drawn`, with a turn of random losses after every TURN_ROWS rows where the
+    order learns from losses.
+    """
     losses = np.random.default_rng(7)
     parts = []
     for start in range(first, first + n, TURN_ROWS):
@@ -34,20 +38,31 @@ def _stretch(order, first: int, n: int) -> np.ndarray:
 
 
 @decides("curriculum.order")
-def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources, declared_shares) -> Verdict:
-    """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once per epoch and from everywhere.
+def order(
+    limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources, declared_shares
+) -> Verdict:
+    """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once
+    per epoch and from everywhere.
 
-    Rows that are decided one at a time, over the end of the warm-up, are those that are decided all at once. `declared_shares` holds
-    (weight, cap, floor) of every source by name, as the configuration has them; one source alone has all rows.
+    Rows that are decided one at a time, over the end of the warm-up, are those that are decided all
+    at once. `declared_shares` holds (weight, cap, floor) of every source by name, as the
+    configuration has them; one source alone has all rows.
     """
     arms = make_run_order().sources
     if len(arms) > 1 and (other := _undeclared(arms, declared_shares)):
         return failed(other)
     listed = [i for i, s in enumerate(arms) if s.name in warmup_sources]
-    warm = _stretch(make_run_order(), 0, min(warmup_rows, JUDGED_ROWS)) if warmup_rows else np.zeros((3, 0), np.int64)
+    warm = (
+        _stretch(make_run_order(), 0, min(warmup_rows, JUDGED_ROWS))
+        if warmup_rows
+        else np.zeros((3, 0), np.int64)
+    )
     early = int((~np.isin(warm[0], listed)).sum())
     if early:
-        return failed(f"{early} rows of the warm-up are of other sources than {', '.join(warmup_sources)}", early_rows=early)
+        return failed(
+            f"{early} rows of the warm-up are of other sources than {', '.join(warmup_sources)}",
+            early_rows=early,
+        )
     before = make_run_order().counts(warmup_rows)
     sources, windows, epochs = _stretch(make_run_order(), warmup_rows, JUDGED_ROWS)
     if not np.array_equal(sources, _stretch(make_run_order(), warmup_rows, JUDGED_ROWS)[0]):
@@ -58,7 +73,9 @@ def order(limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_s
             return failed(f"source {arm.name}: {message}", source=arm.name)
     n = min(warmup_rows, JUDGED_ROWS) + TURN_ROWS
     one, singly = make_run_order(), make_run_order()
-    if not np.array_equal(_drawn(one, 0, n), np.concatenate([_drawn(singly, i, 1) for i in range(n)], axis=1)):
+    if not np.array_equal(
+        _drawn(one, 0, n), np.concatenate([_drawn(singly, i, 1) for i in range(n)], axis=1)
+    ):
         return failed("rows depend on how many of them are decided at a time")
     worst = max(_bound_fault(arm, sources == i, len(arms), limits) for i, arm in enumerate(arms))
     return decide(
@@ -74,11 +91,15 @@ def _undeclared(arms, declared) -> str:
     """Which source has other shares than were declared, or an empty text."""
     held = {a.name: (a.weight, a.cap, a.floor) for a in arms}
     wrong = sorted(n for n in held.keys() | declared.keys() if held.get(n) != declared.get(n))
-    parts = [f"{n} has weight, cap, floor {held.get(n)}, declared are {declared.get(n)}" for n in wrong]
+    parts = [
+        f"{n} has weight, cap, floor {held.get(n)}, declared are {declared.get(n)}" for n in wrong
+    ]
     return f"source {parts[0]}" if parts else ""
 
 
-def _arm_fault(arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits: SimpleNamespace) -> str:
+def _arm_fault(
+    arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits: SimpleNamespace
+) -> str:
     """What is wrong with the windows drawn from one source, or an empty text."""
     if len(windows) and arm.cap == 0:
         return f"its cap is 0 and {len(windows)} rows are drawn from it"
@@ -99,7 +120,9 @@ def _arm_fault(arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits
 
 
 def _bound_fault(arm, mine: np.ndarray, n_sources: int, limits: SimpleNamespace) -> float:
-    """By how many rows the worst window leaves [floor, cap], the granted slack of one row per source aside."""
+    """By how many rows the worst window leaves [floor, cap], the granted slack of
+    one row per source aside.
+    """
     window = int(limits.window_rows)
     if len(mine) < window:
         return 0.0
@@ -109,10 +132,14 @@ def _bound_fault(arm, mine: np.ndarray, n_sources: int, limits: SimpleNamespace)
     return float(max(counts.max() - arm.cap * window, arm.floor * window - counts.min()) - slack)
 
 
-def _play(bandit, own_drop: float, scale: float = 1.0, used_up: int = TURNS, trend: float = 0.0) -> list[str]:
-    """The focus of every turn in a world of three sources: turns of "useful" lower every loss, turns of "list" lower their own by
-    `own_drop` at the cost of "other", so that the sum stays, and turns of "other" do nothing. From turn `used_up` on it is "other"
-    that lowers every loss, and "useful" does nothing. Every turn lowers every loss by `trend`, whichever it is."""
+def _play(
+    bandit, own_drop: float, scale: float = 1.0, used_up: int = TURNS, trend: float = 0.0
+) -> list[str]:
+    """The focus of every turn in a world of three sources: turns of "useful" lower every loss,
+    turns of "list" lower their own by `own_drop` at the cost of "other", so that the sum stays, and
+    turns of "other" do nothing. From turn `used_up` on it is "other" that lowers every loss, and
+    "useful" does nothing. Every turn lowers every loss by `trend`, whichever it is.
+    """
     losses = dict.fromkeys(("useful", "list", "other"), 5.0 * scale)
     noise = np.random.default_rng(5)
     focus = []
@@ -125,13 +152,18 @@ def _play(bandit, own_drop: float, scale: float = 1.0, used_up: int = TURNS, tre
         if chosen == ("useful" if turn < used_up else "other"):
             losses = {n: v - 0.02 * scale for n, v in losses.items()}
         if chosen == "list":
-            losses |= {"list": losses["list"] - own_drop * scale, "other": losses["other"] + own_drop * scale}
+            losses |= {
+                "list": losses["list"] - own_drop * scale,
+                "other": losses["other"] + own_drop * scale,
+            }
         bandit.reward(losses)
     return focus
 
 
 def _share_error(bandit) -> float:
-    """Worst number of rows by which a source misses its share of a turn: its weight's before the first turn, then what the focus leaves."""
+    """Worst number of rows by which a source misses its share of a turn: its weight's before the
+    first turn, then what the focus leaves.
+    """
     weights = np.array([s.weight for s in bandit.sources])
     base, errors = weights / weights.sum(), []
     for turn in range(len(base) + 1):
@@ -145,29 +177,43 @@ def _share_error(bandit) -> float:
 
 @decides("curriculum.reward")
 def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
-    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor by the scale of the losses.
+    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor
+    by the scale of the losses.
 
-    A source that does nothing at first, and from half of the turns on is the one that lowers every loss, is found again. Where all
-    losses fall whatever is read, as they do while a model trains, the useful source is found as well. The rows of a turn follow its focus.
-    `make_bandit()` has sources without caps and floors, and `cfg.focus_share`.
+    A source that does nothing at first, and from half of the turns on is the one that lowers every
+    loss, is found again. Where all losses fall whatever is read, as they do while a model trains,
+    the useful source is found as well. The rows of a turn follow its focus. `make_bandit()` has
+    sources without caps and floors, and `cfg.focus_share`.
     """
     plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
     if plain != cheap:
-        return failed("a source earns by lowering its own loss at the cost of the others", list_turns=cheap.count("list"))
+        return failed(
+            "a source earns by lowering its own loss at the cost of the others",
+            list_turns=cheap.count("list"),
+        )
     if any(_play(make_bandit(), 0.0, scale=scale) != plain for scale in (1024.0, 1 / 1024)):
-        return failed("the choice of sources depends on the scale of the losses, so rewards are not normalised")
+        return failed(
+            "the choice of sources depends on the scale of the losses, so rewards are not "
+            "normalised"
+        )
     if _play(make_bandit(), 0.0) != plain:
         return failed("the same losses give two curricula")
-    if (off := _share_error(make_bandit())) > limits.slack_rows_per_source * len(make_bandit().sources):
-        return failed(f"the rows of a turn do not follow its focus: a source is {off:.1f} of {TURN_ROWS} rows off its share", off_rows=off)
+    if (off := _share_error(make_bandit())) > limits.slack_rows_per_source * len(
+        make_bandit().sources
+    ):
+        return failed(
+            f"the rows of a turn do not follow its focus: a source is {off:.1f} of {TURN_ROWS} "
+            "rows off its share",
+            off_rows=off,
+        )
     later = _play(make_bandit(), 0.0, used_up=TURNS // 2)[TURNS // 2 :]
     worlds = (plain, _play(make_bandit(), 0.0, trend=TREND))
     useful, untried = min(w.count("useful") / TURNS for w in worlds), 3 - len(set(plain))
     regained = later.count("other") / len(later)
     return decide(
         useful >= limits.useful_turns_min and regained >= limits.regained_turns_min and not untried,
-        f"the source that lowers every loss had {useful:.0%} of the turns, one that does so later {regained:.0%} of those after it, "
-        f"{untried} source(s) none",
+        f"the source that lowers every loss had {useful:.0%} of the turns, one that does so later "
+        f"{regained:.0%} of those after it, {untried} source(s) none",
         useful_turns=useful,
         regained_turns=regained,
         list_turns=plain.count("list") / len(plain),
@@ -176,9 +222,11 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
 
 @decides("curriculum.state")
 def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: int) -> Verdict:
-    """A restored curriculum goes on, and goes on learning, as if never stopped; arms that the configuration does not have are dropped.
+    """A restored curriculum goes on, and goes on learning, as if never stopped; arms that the
+    configuration does not have are dropped.
 
-    It is saved inside a turn of the warm-up and inside a later one, and both go through the same turns of losses after that.
+    It is saved inside a turn of the warm-up and inside a later one, and both go through the same
+    turns of losses after that.
     """
     for make in (make_bandit, make_run_order):
         for saved_at in (max(2, min(warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
@@ -186,10 +234,18 @@ def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: 
             _stretch(whole, 0, saved_at // 2)
             _drawn(whole, saved_at // 2, saved_at - saved_at // 2)
             dropped = restored.load_state_dict(whole.state_dict())
-            if dropped or not np.array_equal(*(_stretch(o, saved_at, LEARNT_ROWS) for o in (whole, restored))):
-                return failed("a restored curriculum draws other rows than one that was never stopped", dropped=len(dropped))
+            if dropped or not np.array_equal(
+                *(_stretch(o, saved_at, LEARNT_ROWS) for o in (whole, restored))
+            ):
+                return failed(
+                    "a restored curriculum draws other rows than one that was never stopped",
+                    dropped=len(dropped),
+                )
             if whole.state_dict() != restored.state_dict():
-                return failed("a restored curriculum has learnt something else from the same turns than one that was never stopped")
+                return failed(
+                    "a restored curriculum has learnt something else from the same turns than one "
+                    "that was never stopped"
+                )
     saved = make_bandit()
     _drawn(saved, 0, 500)
     document = saved.state_dict()
@@ -201,7 +257,8 @@ def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: 
     arms = set(revived.state_dict()["arms"])
     return decide(
         set(dropped) == {"zombie", "list"} and drawn == arms == {"useful", "other"},
-        f"sources {', '.join(sorted(drawn | arms))} take part, of a state with a source that is gone and one whose cap is 0 now",
+        f"sources {', '.join(sorted(drawn | arms))} take part, of a state with a source that is "
+        "gone and one whose cap is 0 now",
         dropped=len(dropped),
         arms=len(arms),
     )
@@ -209,7 +266,9 @@ def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: 
 
 @decides("curriculum.draws")
 class Draws:
-    """Every row is of the source it is entered under, the warm-up holds, and shares stay within caps and floors over a rolling window."""
+    """Every row is of the source it is entered under, the warm-up holds, and shares stay within
+    caps and floors over a rolling window.
+    """
 
     events = (Started, BatchDrawn)
 
@@ -225,18 +284,32 @@ class Draws:
             self.plan, self.bounds = event.plan, bounds
             return None
         arms = self.plan["sources"]
-        for row, (source, window) in enumerate(zip(event.sources, event.sample_ids), start=event.cursor_before):
+        for row, (source, window) in enumerate(
+            zip(event.sources, event.sample_ids), start=event.cursor_before
+        ):
             arm = arms[source]
             if not arm["first"] <= window < arm["first"] + arm["n_windows"]:
-                return failed(f"step {event.step}: window {window} is entered under source {arm['name']}, which does not hold it")
+                return failed(
+                    f"step {event.step}: window {window} is entered under source {arm['name']}, "
+                    "which does not hold it"
+                )
             if row < self.plan["warmup_rows"] and arm["name"] not in self.plan["warmup_sources"]:
-                return failed(f"step {event.step}: a row of {arm['name']} in the warm-up", row=row, source=arm["name"])
+                return failed(
+                    f"step {event.step}: a row of {arm['name']} in the warm-up",
+                    row=row,
+                    source=arm["name"],
+                )
             if arm["cap"] == 0:
-                return failed(f"step {event.step}: a row of {arm['name']}, whose cap is 0", source=arm["name"])
+                return failed(
+                    f"step {event.step}: a row of {arm['name']}, whose cap is 0", source=arm["name"]
+                )
             if row >= self.plan["warmup_rows"]:
                 self.recent.append(source)
         if len(event.sources) != len(event.sample_ids):
-            return failed(f"step {event.step}: {len(event.sample_ids)} rows, {len(event.sources)} entries in the ledger")
+            return failed(
+                f"step {event.step}: {len(event.sample_ids)} rows, {len(event.sources)} entries "
+                "in the ledger"
+            )
         return self._bounds(event.step, arms)
 
     def _bounds(self, step: int, arms: list[dict]) -> Verdict:
@@ -249,7 +322,8 @@ class Draws:
         worst = max(over + under)
         return decide(
             worst[0] <= 0,
-            f"step {step}: source {worst[1]} leaves its bounds by {worst[0]:.1f} rows in the last {n}",
+            f"step {step}: source {worst[1]} leaves its bounds by {worst[0]:.1f} rows in the last "
+            f"{n}",
             rows=n,
             sources=len(arms),
             worst_excess_rows=float(worst[0]),
@@ -266,7 +340,9 @@ class Draws:
 
 @decides("curriculum.gradient-shock")
 class GradientShock:
-    """After the mixture of a step changes, the gradient norm stays within a multiple of its recent median."""
+    """After the mixture of a step changes, the gradient norm stays within a
+    multiple of its recent median.
+    """
 
     events = (BatchDrawn, StepTaken)
 
@@ -280,7 +356,11 @@ class GradientShock:
         if isinstance(event, BatchDrawn):
             self._note_mixture(event)
             return None
-        median = statistics.median(self.norms) if len(self.norms) >= self.limits.known_steps_min else None
+        median = (
+            statistics.median(self.norms)
+            if len(self.norms) >= self.limits.known_steps_min
+            else None
+        )
         near = self.since_switch < self.limits.steps_after_switch
         ratio = event.grad_norm / median if near and median else 0.0
         self.worst = max(self.worst, ratio)
@@ -288,7 +368,8 @@ class GradientShock:
             self.norms.append(event.grad_norm)
         return decide(
             ratio <= self.limits.norm_over_median_max,
-            f"step {event.step}: the gradient norm is {ratio:.1f} times its median right after the sources changed",
+            f"step {event.step}: the gradient norm is {ratio:.1f} times its median right after "
+            "the sources changed",
             ratio=ratio,
             worst_ratio=self.worst,
             switches=self.switches,
@@ -316,4 +397,6 @@ class GradientShock:
     def load_state_dict(self, state: dict) -> None:
         self.norms.clear()
         self.norms.extend(state["norms"])
-        self.mix, self.since_switch, self.switches, self.worst = (state[k] for k in ("mix", "since_switch", "switches", "worst"))
+        self.mix, self.since_switch, self.switches, self.worst = (
+            state[k] for k in ("mix", "since_switch", "switches", "worst")
+        )

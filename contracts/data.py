@@ -12,7 +12,8 @@ from contracts.events import BatchDrawn, Event, Started
 from contracts.gate import Verdict, decide, decides, failed, not_run, passed
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
-WORLDS = ((1, 1), (2, 3), (3, 2), (8, 1))  # ranks and rows; one row alone hides a stride that forgets the rows
+# ranks and rows; one row alone hides a stride that forgets the rows
+WORLDS = ((1, 1), (2, 3), (3, 2), (8, 1))
 PIECE_TOKENS = 4 * 2**20  # read at a time, so that memory stays bounded
 CANARY_TOKENS = 2**20  # training tokens of the copy in which the canary is hidden
 SPAN_BYTES, MIN_SPAN = 60, 16  # about a dozen English words
@@ -28,7 +29,9 @@ def _ids(reader, n_rows: int) -> list[int]:
 
 @decides("data.order")
 def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
-    """Order is a pure function of seed, epoch and index: repeatable, enterable anywhere, shuffled, and new every epoch."""
+    """Order is a pure function of seed, epoch and index: repeatable, enterable anywhere, shuffled,
+    and new every epoch.
+    """
     n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
     twice = [_ids(make_reader(rows=3, n_windows=n), 2 * n) for _ in range(2)]
     if twice[0] != twice[1]:
@@ -42,8 +45,9 @@ def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
     ranks = np.arange(n)
     trend = abs(float(np.corrcoef(ranks, first)[0, 1])) if n > 2 else 0.0
     neighbours = float((np.abs(np.diff(first)) == 1).mean()) if n > 2 else 0.0
-    # For a uniform permutation the correlation has standard deviation 1/√(n−1), fixed points and neighbours about 1/n and 2/n.
-    # Below windows_min those bands mean nothing; then only an order that is wholly the same is red, where chance cannot explain it.
+    # For a uniform permutation the correlation has standard deviation 1/√(n−1), fixed points and
+    # neighbours about 1/n and 2/n. Below windows_min those bands mean nothing; then only an order
+    # that is wholly the same is red, where chance cannot explain it.
     if n < limits.windows_min:
         ok = n < limits.distinct_windows_min or max(repeated) < 1
     else:
@@ -65,19 +69,24 @@ def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
 
 @decides("data.coverage")
 def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
-    """Over all ranks of several world sizes every window is delivered exactly once per epoch, with the right tokens.
+    """Over all ranks of several world sizes every window is delivered exactly once per epoch,
+    with the right tokens.
 
-    Judged on drawn batches, at the end of the pipeline: the first epoch from its start, and the second one by readers that
-    resume shortly before it begins, so that batches cross the end of an epoch.
+    Judged on drawn batches, at the end of the pipeline: the first epoch from its start, and the
+    second one by readers that resume shortly before it begins, so that batches cross the end of an
+    epoch.
     """
     n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
     for world_size, rows in WORLDS:
         for epoch, cursor in ((0, 0), (1, max(0, n - 5))):
-            ids, wrong_tokens, wrong_epoch = _delivered(make_reader, n, seq_len, epoch, cursor, rows, world_size)
+            ids, wrong_tokens, wrong_epoch = _delivered(
+                make_reader, n, seq_len, epoch, cursor, rows, world_size
+            )
             twice, missing = len(ids) - len(set(ids)), n - len(set(ids))
             if twice or missing:
                 return failed(
-                    f"{world_size} rank(s) of {rows} row(s), epoch {epoch}: {twice} window(s) delivered twice, {missing} never",
+                    f"{world_size} rank(s) of {rows} row(s), epoch {epoch}: {twice} window(s) "
+                    f"delivered twice, {missing} never",
                     world_size=world_size,
                     rows=rows,
                     twice=twice,
@@ -85,21 +94,35 @@ def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
                 )
             if wrong_tokens or wrong_epoch:
                 return failed(
-                    f"{wrong_tokens} row(s) are not the declared window with its next tokens as labels, {wrong_epoch} not of their epoch",
+                    f"{wrong_tokens} row(s) are not the declared window with its next tokens as "
+                    f"labels, {wrong_epoch} not of their epoch",
                     wrong_rows=wrong_tokens,
                     wrong_epoch=wrong_epoch,
                 )
-    return passed("", windows=n, twice=0, missing=0, worlds=len(WORLDS), largest_world=max(w for w, _ in WORLDS))
+    return passed(
+        "",
+        windows=n,
+        twice=0,
+        missing=0,
+        worlds=len(WORLDS),
+        largest_world=max(w for w, _ in WORLDS),
+    )
 
 
-def _delivered(make_reader, n: int, seq_len: int, epoch: int, cursor: int, rows: int, world_size: int) -> tuple[list[int], int, int]:
-    """What all ranks deliver of one epoch: window numbers, rows with other tokens than declared, batches with a wrong epoch number.
+def _delivered(
+    make_reader, n: int, seq_len: int, epoch: int, cursor: int, rows: int, world_size: int
+) -> tuple[list[int], int, int]:
+    """What all ranks deliver of one epoch: window numbers, rows with other tokens than declared,
+    batches with a wrong epoch number.
 
-    Places are counted here, not asked of the reader, so a position that stands still ends in a verdict and not in an endless loop.
+    Places are counted here, not asked of the reader, so a position that stands still ends in a
+    verdict and not in an endless loop.
     """
     ids, wrong_tokens, wrong_epoch = [], 0, 0
     for rank in range(world_size):
-        reader = make_reader(rows=rows, rank=rank, world_size=world_size, n_windows=n, cursor=cursor)
+        reader = make_reader(
+            rows=rows, rank=rank, world_size=world_size, n_windows=n, cursor=cursor
+        )
         for first in range(cursor + rank * rows, (epoch + 1) * n + rank * rows, rows * world_size):
             batch = reader.draw()
             places = range(first, first + rows)
@@ -107,14 +130,18 @@ def _delivered(make_reader, n: int, seq_len: int, epoch: int, cursor: int, rows:
             wrong_epoch += batch.epoch != places[-1] // n
             if epoch == 0 and rank == world_size - 1:
                 truth = reader.stream.rows(np.array(batch.sample_ids), seq_len)
-                wrong = (batch.input_ids.numpy() != truth.input_ids).any(1) | (batch.labels.numpy() != truth.labels).any(1)
+                wrong = (batch.input_ids.numpy() != truth.input_ids).any(1) | (
+                    batch.labels.numpy() != truth.labels
+                ).any(1)
                 wrong |= _not_shifted(batch)
                 wrong_tokens += int(wrong.sum())
     return ids, wrong_tokens, wrong_epoch
 
 
 def _not_shifted(batch) -> np.ndarray:
-    """Rows in which a label is not the next input, seen from the batch alone; bool (R,). Borders of documents kept apart aside."""
+    """Rows in which a label is not the next input, seen from the batch alone; bool (R,).
+    Borders of documents kept apart aside.
+    """
     labels, following = batch.labels.numpy()[:, :-1], batch.input_ids.numpy()[:, 1:]
     within = np.ones_like(labels, bool)
     if batch.document_ids is not None:
@@ -125,7 +152,9 @@ def _not_shifted(batch) -> np.ndarray:
 
 @decides("data.exhaustion")
 def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
-    """At the corpus' end `error` raises and delivers nothing; `wrap` goes on with real windows of the next epoch."""
+    """At the corpus' end `error` raises and delivers nothing;
+    `wrap` goes on with real windows of the next epoch.
+    """
     n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
     strict = make_reader(rows=1, n_windows=n, cursor=n, on_exhausted="error")
     try:
@@ -141,11 +170,18 @@ def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
     last = make_reader(rows=1, n_windows=n, cursor=n - 1, on_exhausted="error").draw()
     wrapping = make_reader(rows=1, n_windows=n, cursor=n - 1)
     batches = [wrapping.draw() for _ in range(3)]
-    truth = wrapping.stream.rows(np.array([i for b in batches for i in b.sample_ids]), batches[0].input_ids.shape[1])
+    truth = wrapping.stream.rows(
+        np.array([i for b in batches for i in b.sample_ids]), batches[0].input_ids.shape[1]
+    )
     real = all(bool((b.input_ids.numpy()[0] == t).all()) for b, t in zip(batches, truth.input_ids))
     epochs = [b.epoch for b in batches]
     ok = raised == "StreamExhausted" and last.epoch == 0 and epochs == [0, 1, 1] and real
-    return decide(ok, f"the end of the corpus gives {raised} and epochs {epochs}", raised=raised, wrapped_windows_are_real=real)
+    return decide(
+        ok,
+        f"the end of the corpus gives {raised} and epochs {epochs}",
+        raised=raised,
+        wrapped_windows_are_real=real,
+    )
 
 
 def _delivers(reader) -> bool:
@@ -158,33 +194,49 @@ def _delivers(reader) -> bool:
 
 @decides("data.integrity")
 def integrity(limits: SimpleNamespace, *, splits, manifest, tokenizer) -> Verdict:
-    """Ids fit their vocabulary, documents begin and end where they should, and tokens and bytes add up to the manifest."""
+    """Ids fit their vocabulary, documents begin and end where they should,
+    and tokens and bytes add up to the manifest.
+    """
     for name, stream in splits.items():
         declared = manifest["splits"][name]
         n_read = min(stream.n_tokens, int(limits.tokens_read_max))
         highest, ends, n_bytes = _census(stream, n_read, tokenizer)
         if highest >= tokenizer.vocab_size:
-            return failed(f"{name}: token id {highest} is outside the vocabulary of {tokenizer.vocab_size}", split=name)
+            return failed(
+                f"{name}: token id {highest} is outside the vocabulary of {tokenizer.vocab_size}",
+                split=name,
+            )
         if sum(s["tokens"] for s in declared["shards"]) != declared["tokens"]:
             return failed(f"{name}: the shards do not add up to the declared tokens", split=name)
         expected_ends = declared["documents"] + len(declared["shards"])
         if n_read == stream.n_tokens and (ends != expected_ends or n_bytes != declared["bytes"]):
             return failed(
-                f"{name}: {ends} ends of text for {declared['documents']} documents, {n_bytes} bytes for {declared['bytes']}",
+                f"{name}: {ends} ends of text for {declared['documents']} documents, {n_bytes} "
+                f"bytes for {declared['bytes']}",
                 split=name,
                 ends=ends,
                 bytes=n_bytes,
             )
         if int(stream.token_range(0, 1)[0]) != tokenizer.eos_id:
-            return failed(f"{name}: the stream does not begin with an end of text, so its first token is never predicted", split=name)
+            return failed(
+                f"{name}: the stream does not begin with an end of text, so its first token is "
+                "never predicted",
+                split=name,
+            )
         astray = _starts_astray(stream, n_read, tokenizer.eos_id)
         if astray or len(stream.document_starts) != declared["documents"]:
-            return failed(f"{name}: {astray} document(s) do not begin after an end of text", split=name, astray=astray)
+            return failed(
+                f"{name}: {astray} document(s) do not begin after an end of text",
+                split=name,
+                astray=astray,
+            )
     return passed("", splits=len(splits), vocabulary=tokenizer.vocab_size)
 
 
 def _census(stream, n_tokens: int, tokenizer) -> tuple[int, int, int]:
-    """(highest id, ends of text, bytes of text) of the first tokens of a stream, read in pieces of bounded size."""
+    """(highest id, ends of text, bytes of text) of the first tokens of a stream,
+    read in pieces of bounded size.
+    """
     highest = ends = n_bytes = 0
     for start in range(0, n_tokens, PIECE_TOKENS):
         tokens = stream.token_range(start, min(start + PIECE_TOKENS, n_tokens))
@@ -197,7 +249,9 @@ def _census(stream, n_tokens: int, tokenizer) -> tuple[int, int, int]:
 
 
 def _starts_astray(stream, n_tokens: int, eos_id: int) -> int:
-    """How many of the declared document starts within the first tokens do not follow an end of text."""
+    """How many of the declared document starts within the first tokens do
+    not follow an end of text.
+    """
     starts, astray = stream.document_starts, 0
     for low in range(0, n_tokens, PIECE_TOKENS):
         high = min(low + PIECE_TOKENS, n_tokens)
@@ -207,24 +261,32 @@ def _starts_astray(stream, n_tokens: int, eos_id: int) -> int:
 
 
 def span_of(mean_token_bytes: float) -> int:
-    """Tokens of a compared run: the power of two that covers SPAN_BYTES on average, so that tokenizers compare alike."""
+    """Tokens of a compared run: the power of two that covers SPAN_BYTES on average, so that
+    tokenizers compare alike.
+    """
     return max(MIN_SPAN, 1 << max(0, math.ceil(math.log2(SPAN_BYTES / mean_token_bytes))))
 
 
 def span_hashes(tokens: np.ndarray, span: int) -> np.ndarray:
-    """64-bit hash of every run of `span` tokens (a power of two), built by doubling: log2(span) passes over the tokens."""
+    """64-bit hash of every run of `span` tokens (a power of two), built by doubling:
+    log2(span) passes over the tokens.
+    """
     value = tokens.astype(np.uint64) + np.uint64(1)
     with np.errstate(over="ignore"):
         length = 1
         while length < span:
-            value = (value[:-length] * np.uint64(0x9E3779B97F4A7C15)) ^ (value[length:] + np.uint64(length))
+            value = (value[:-length] * np.uint64(0x9E3779B97F4A7C15)) ^ (
+                value[length:] + np.uint64(length)
+            )
             value ^= value >> np.uint64(29)
             length *= 2
     return value
 
 
 def _contained(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which values are in a sorted array; a binary search is a hundred times faster here than numpy's hashing `isin`."""
+    """Which values are in a sorted array; a binary search is a hundred times faster here
+    than numpy's hashing `isin`.
+    """
     if not len(ordered):
         return np.zeros(len(values), bool)
     places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
@@ -234,11 +296,15 @@ def _contained(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 def _run_hashes(stream, n_tokens: int, span: int) -> Iterator[np.ndarray]:
     """Hashes of all runs of the first tokens of a stream, in pieces of bounded size."""
     for start in range(0, n_tokens - span + 1, PIECE_TOKENS):
-        yield span_hashes(stream.token_range(start, min(start + PIECE_TOKENS + span - 1, n_tokens)), span)
+        yield span_hashes(
+            stream.token_range(start, min(start + PIECE_TOKENS + span - 1, n_tokens)), span
+        )
 
 
 def _finds_canary(held_out, train, places: np.ndarray, found: np.ndarray, span: int) -> bool:
-    """Whether a held-out run that the training tokens do not hold is found once it is spliced into a copy of them."""
+    """Whether a held-out run that the training tokens do not hold is found once it is
+    spliced into a copy of them.
+    """
     absent = np.flatnonzero(~found)
     if not absent.size:  # every run was found already, so the scanner sees
         return bool(found.size)
@@ -251,7 +317,9 @@ def _finds_canary(held_out, train, places: np.ndarray, found: np.ndarray, span: 
 
 @decides("data.leakage")
 def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
-    """No held-out document is in the training split, few of its long runs are, and the scanner finds a canary first."""
+    """No held-out document is in the training split, few of its long runs are,
+    and the scanner finds a canary first.
+    """
     train, held_out = splits["train"], splits["validation"]
     shared = np.intersect1d(train.document_hashes, held_out.document_hashes).size
     budget = int(limits.tokens_read_max)
@@ -266,16 +334,21 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
     held, found = held[places], np.zeros(len(held), bool)
     for seen in map(np.sort, _run_hashes(train, n_train, span)):
         for start in range(0, len(held), PIECE_TOKENS):
-            found[start : start + PIECE_TOKENS] |= _contained(held[start : start + PIECE_TOKENS], seen)
+            found[start : start + PIECE_TOKENS] |= _contained(
+                held[start : start + PIECE_TOKENS], seen
+            )
     if not _finds_canary(held_out, train, places, found, span):
         return failed(
-            "the scanner does not find a held-out passage hidden in the training tokens, so its zeros mean nothing", canary_found=False
+            "the scanner does not find a held-out passage hidden in the training tokens, so its "
+            "zeros mean nothing",
+            canary_found=False,
         )
     overlap = float(found.mean())
     ok = shared <= limits.shared_documents_max and overlap <= limits.run_overlap_max
     return decide(
         bool(ok),
-        f"{shared} held-out document(s) and {overlap:.1%} of the held-out runs of {span} tokens are in the training split",
+        f"{shared} held-out document(s) and {overlap:.1%} of the held-out runs of {span} tokens "
+        "are in the training split",
         shared_documents=int(shared),
         run_overlap=overlap,
         span_tokens=span,
@@ -285,14 +358,17 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
 
 
 @decides("data.corpus-budget")
-def corpus_budget(limits: SimpleNamespace, *, splits, n_params: int, planned_tokens: int) -> Verdict:
+def corpus_budget(
+    limits: SimpleNamespace, *, splits, n_params: int, planned_tokens: int
+) -> Verdict:
     """The corpus is large enough for the model and is not repeated too often."""
     unique = splits["train"].n_tokens
     per_parameter, epochs = unique / n_params, planned_tokens / unique
     ok = per_parameter >= limits.unique_tokens_per_parameter_min and epochs <= limits.epochs_max
     return decide(
         ok,
-        f"{unique:,} unique tokens for {n_params:,} parameters ({per_parameter:.3g} each), read {epochs:.1f} times",
+        f"{unique:,} unique tokens for {n_params:,} parameters ({per_parameter:.3g} each), read "
+        f"{epochs:.1f} times",
         unique_tokens_per_parameter=per_parameter,
         epochs=epochs,
         chinchilla_ratio=planned_tokens / (20 * n_params),
@@ -309,7 +385,9 @@ class Learned:
 
 @decides("data.consumption")
 class Consumption:
-    """The position moves on without gap, each step draws what was declared and learns from that, and no window repeats within its epoch."""
+    """The position moves on without gap, each step draws what was declared and learns from that,
+    and no window repeats within its epoch.
+    """
 
     events = (Started, BatchDrawn, Learned)
 
@@ -323,7 +401,11 @@ class Consumption:
     def observe(self, event: Event | Learned) -> Verdict | None:
         if isinstance(event, Started):
             if self.cursor is not None and self.cursor != event.plan["cursor"]:
-                return failed(f"the run goes on at sample {event.plan['cursor']}, it had stopped at {self.cursor}", cursor=self.cursor)
+                return failed(
+                    f"the run goes on at sample {event.plan['cursor']}, it had stopped at "
+                    f"{self.cursor}",
+                    cursor=self.cursor,
+                )
             order = event.plan.get("order", "")
             if order != self.order:  # another seed, corpus or length: its windows are others
                 self.recent.clear()
@@ -334,44 +416,65 @@ class Consumption:
             others = sum((Counter(event.sample_ids) - Counter(self.announced)).values())
             if sorted(event.sample_ids) == sorted(self.announced):
                 return None
-            return failed(f"step {event.step}: it learned from {others} window(s) that were not drawn for it", not_drawn=others)
+            return failed(
+                f"step {event.step}: it learned from {others} window(s) that were not drawn for it",
+                not_drawn=others,
+            )
         self.announced = event.sample_ids
         rows = self.plan["rows_per_step"]
-        if event.cursor_before != self.cursor or event.cursor_after != self.cursor + rows or len(event.sample_ids) != rows:
+        if (
+            event.cursor_before != self.cursor
+            or event.cursor_after != self.cursor + rows
+            or len(event.sample_ids) != rows
+        ):
             return failed(
-                f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were drawn, "
-                f"{self.cursor} … {self.cursor + rows} declared",
+                f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were "
+                f"drawn, {self.cursor} … {self.cursor + rows} declared",
                 cursor=event.cursor_after,
             )
         if event.n_tokens != self.plan["tokens_per_step"]:
             return failed(
-                f"step {event.step}: {event.n_tokens} tokens drawn, {self.plan['tokens_per_step']} declared", tokens=event.n_tokens
+                f"step {event.step}: {event.n_tokens} tokens drawn, "
+                f"{self.plan['tokens_per_step']} declared",
+                tokens=event.n_tokens,
             )
         self.cursor = event.cursor_after
         return self._windows(event)
 
     def _windows(self, event: BatchDrawn) -> Verdict:
-        """Every row is of the epoch its source is in, of windows that exist, and new in that epoch."""
+        """Every row is of the epoch its source is in, of windows that exist,
+        and new in that epoch.
+        """
         wrong_epochs = outside = 0
-        for source, epoch, window in zip(event.sources, event.epochs, event.sample_ids, strict=True):
+        for source, epoch, window in zip(
+            event.sources, event.epochs, event.sample_ids, strict=True
+        ):
             arm = self.plan["sources"][source]
             wrong_epochs += epoch != self.drawn[source] // arm["n_windows"]
             outside += not arm["first"] <= window < arm["first"] + arm["n_windows"]
             self.drawn[source] += 1
         if wrong_epochs or event.epoch != max(event.epochs):
-            return failed(f"step {event.step}: {wrong_epochs} row(s) are not of the epoch their source is in", wrong_epochs=wrong_epochs)
+            return failed(
+                f"step {event.step}: {wrong_epochs} row(s) are not of the epoch their source is in",
+                wrong_epochs=wrong_epochs,
+            )
         keys = list(zip(event.epochs, event.sample_ids))
         repeats = len(keys) - len(set(keys)) + len(set(keys) & set(self.recent))
         self.recent.extend(keys)
         return decide(
             not repeats and not outside,
-            f"step {event.step}: {repeats} window(s) repeat within their epoch, {outside} are outside the corpus",
+            f"step {event.step}: {repeats} window(s) repeat within their epoch, {outside} are "
+            "outside the corpus",
             repeats=repeats,
             outside=outside,
         )
 
     def state_dict(self) -> dict:
-        return {"cursor": self.cursor, "order": self.order, "recent": [list(k) for k in self.recent]}
+        return {
+            "cursor": self.cursor,
+            "order": self.order,
+            "recent": [list(k) for k in self.recent],
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.cursor, self.order = state["cursor"], state.get("order", "")

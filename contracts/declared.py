@@ -1,6 +1,8 @@
-"""What a declared architecture says about weights: their names and shapes, and how to draw some under which each of them shows.
+"""What a declared architecture says about weights: their names and shapes, and how to draw some
+under which each of them shows.
 
-D d_model, Q width of all query heads, K width of all key/value heads, H head_dim, S width of a normalised head, F d_ff, E experts, V vocab
+D d_model, Q width of all query heads, K width of all key/value heads, H head_dim, S width of a
+normalised head, F d_ff, E experts, V vocab
 """
 
 import math
@@ -15,13 +17,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(a: Mapping[str, Any], vocab_size: int) -> Shapes:
-    """Names and shapes (out, in) of everything a checkpoint of the resolved `model` section holds, selection biases included."""
+    """Names and shapes (out, in) of everything a checkpoint of the resolved `model` section holds,
+    selection biases included.
+    """
     d = a["d_model"]
     shapes: Shapes = {"embed.weight": (vocab_size, d)}
     if a["positions"]["kind"] == "learned":
         shapes["positions.weight"] = (a["max_seq_len"], d)
     for layer in range(a["n_layers"]):
-        parts = {"attention_norm": _norm(a), "attention": _attention(a), "ffn_norm": _norm(a), "ffn": _feedforward(a)}
+        parts = {
+            "attention_norm": _norm(a),
+            "attention": _attention(a),
+            "ffn_norm": _norm(a),
+            "ffn": _feedforward(a),
+        }
         if chosen_depth(a, layer):
             parts["depth.router"] = {"weight": (1, d), "bias": (1,)}
         for part, own in parts.items():
@@ -36,7 +45,9 @@ def chosen_depth(a: Mapping[str, Any], layer: int) -> bool:
 
 
 def chooses(a: Mapping[str, Any]) -> bool:
-    """Whether routers choose experts or tokens, so that content decides which tokens are computed together."""
+    """Whether routers choose experts or tokens, so that content decides which
+    tokens are computed together.
+    """
     return a["ffn"]["kind"] == "moe" or hard_capacity(a)
 
 
@@ -52,7 +63,12 @@ def _norm(a: Mapping[str, Any]) -> Shapes:
 def _attention(a: Mapping[str, Any]) -> Shapes:
     declared, d, h = a["attention"], a["d_model"], a["head_dim"]
     q, kv, halves = a["n_heads"] * h, a["n_kv_heads"] * h, declared["kind"] == "differential"
-    shapes: Shapes = {"q.weight": (q, d), "k.weight": (kv, d), "v.weight": (kv, d), "out.weight": (d, q)}
+    shapes: Shapes = {
+        "q.weight": (q, d),
+        "k.weight": (kv, d),
+        "v.weight": (kv, d),
+        "out.weight": (d, q),
+    }
     if declared["qkv_bias"]:
         shapes |= {"q.bias": (q,), "k.bias": (kv,), "v.bias": (kv,)}
     if declared["out_bias"]:
@@ -60,7 +76,9 @@ def _attention(a: Mapping[str, Any]) -> Shapes:
     if declared["qk_norm"]:
         shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), (h // 2 if halves else h,))
     if halves and declared["form"] == "paper":
-        shapes |= dict.fromkeys(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"), (h // 2,)) | {"head_norm.weight": (h,)}
+        shapes |= dict.fromkeys(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"), (h // 2,)) | {
+            "head_norm.weight": (h,)
+        }
     if halves and declared["form"] == "scalar":
         shapes["lambda_weight"] = (1,)
     return shapes
@@ -74,7 +92,9 @@ def _feedforward(a: Mapping[str, Any]) -> Shapes:
     if ffn["balance"]["kind"] == "selection-bias":
         shapes["selection_bias"] = (ffn["n_experts"],)
     for e in range(ffn["n_experts"]):
-        shapes |= {f"experts.{e}.{name}": shape for name, shape in _expert(a, ffn["expert"]).items()}
+        shapes |= {
+            f"experts.{e}.{name}": shape for name, shape in _expert(a, ffn["expert"]).items()
+        }
     return shapes
 
 
@@ -82,14 +102,17 @@ def _expert(a: Mapping[str, Any], declared: Mapping[str, Any]) -> Shapes:
     d, f = a["d_model"], a["d_ff"]
     if declared["kind"] == "swiglu":
         return {"gate.weight": (f, d), "up.weight": (f, d), "down.weight": (d, f)}
-    return {"up.weight": (f, d), "down.weight": (d, f)} | ({"up.bias": (f,), "down.bias": (d,)} if declared["bias"] else {})
+    return {"up.weight": (f, d), "down.weight": (d, f)} | (
+        {"up.bias": (f,), "down.bias": (d,)} if declared["bias"] else {}
+    )
 
 
 def initial_law(name: str, a: Mapping[str, Any]) -> tuple[str, float]:
     """("normal", spread about 0) or ("constant", value) of a parameter at step 0.
 
-    What a branch adds to the residual stream is drawn so narrow that all 2·n_layers branches together are as wide as the embedding
-    (GPT-2, sec. 2.3); λ of differential attention begin as in arXiv:2410.05258, the single one at a half.
+    What a branch adds to the residual stream is drawn so narrow that all 2·n_layers branches
+    together are as wide as the embedding (GPT-2, sec. 2.3); λ of differential attention begin as in
+    arXiv:2410.05258, the single one at a half.
     """
     match kind_of(name).split("."):
         case [*_, last, "weight"] if last.endswith("norm"):
@@ -105,7 +128,7 @@ def initial_law(name: str, a: Mapping[str, Any]) -> tuple[str, float]:
     return "normal", a["init_std"]
 
 
-# --- weights under which everything shows ---------------------------------------------------------------------------
+# --- weights under which everything shows ---------------------------------------------------------
 
 
 def kind_of(name: str) -> str:
@@ -114,7 +137,9 @@ def kind_of(name: str) -> str:
 
 
 def drawn_weights(shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
-    """Weights float64 under which features, scores and choices are of order 1, gains are not 1, and biases are not 0."""
+    """Weights float64 under which features, scores and choices are of order 1, gains are not 1,
+    and biases are not 0.
+    """
     return {name: _drawn(kind_of(name), shape, draw) for name, shape in shapes.items()}
 
 
@@ -144,14 +169,17 @@ def _drawn(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
 def silent_kinds(a: Mapping[str, Any]) -> set[str]:
     """Kinds of parameters that rightly change nothing under this declaration.
 
-    Without rotation a bias on keys adds the same to every score of a query. A window of one token has nothing to weigh. Where every
-    expert is chosen, no bias changes the selection.
+    Without rotation a bias on keys adds the same to every score of a query. A window of one token
+    has nothing to weigh. Where every expert is chosen, no bias changes the selection.
     """
     silent, ffn = set(), a["ffn"]
     if a["positions"]["kind"] == "learned" and not a["attention"]["qk_norm"]:
         silent.add("attention.k.bias")
     if a["attention"]["window"] == 1:
-        parts = "q.weight q.bias k.weight k.bias q_norm.weight k_norm.weight lambda_q1 lambda_k1 lambda_q2 lambda_k2"
+        parts = (
+            "q.weight q.bias k.weight k.bias q_norm.weight k_norm.weight lambda_q1 lambda_k1 "
+            "lambda_q2 lambda_k2"
+        )
         silent |= {f"attention.{part}" for part in parts.split()}
     if ffn["kind"] == "moe" and ffn["top_k"] == ffn["n_experts"]:
         silent.add("ffn.selection_bias")

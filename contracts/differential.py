@@ -1,4 +1,6 @@
-"""The gates that hold the run's own model and its gradients against the float64 oracle: B batch, T tokens, D d_model, V vocab."""
+"""The gates that hold the run's own model and its gradients against the float64 oracle: B batch, T
+tokens, D d_model, V vocab.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contracts.declared import chooses, drawn_weights, kind_of, kinds, parameter_shapes, silent_kinds
+from contracts.declared import (
+    chooses,
+    drawn_weights,
+    kind_of,
+    kinds,
+    parameter_shapes,
+    silent_kinds,
+)
 from contracts.gate import Verdict, decide, decides, failed
 from contracts.loss import IGNORE, gradient_errors
 from contracts.model import device_of, in_eval, packing, table_error
@@ -32,36 +41,63 @@ def reference_differential(
     rotary_tables: tuple[Tensor, Tensor] | None,
     vocab_size: int,
 ) -> Verdict:
-    """Attention on activations of scale 3, and whole logits, equal an oracle written out in float64; tables do so at full length.
+    """Attention on activations of scale 3, and whole logits, equal an oracle written out in
+    float64; tables do so at full length.
 
-    `attention_layers` holds per layer (x_BTD, document_ids_BT or None) ↦ y_BTD of the run's own module; `weights` what a checkpoint
-    of `model` holds, by plain name. Logits are judged under the run's own weights, and in a model from `build_model` under drawn ones:
-    at step 0 biases are 0, gains are 1 and gates are even, so that much of a model does not show.
+    `attention_layers` holds per layer (x_BTD, document_ids_BT or None) ↦ y_BTD of the run's own
+    module; `weights` what a checkpoint of `model` holds, by plain name. Logits are judged under the
+    run's own weights, and in a model from `build_model` under drawn ones: at step 0 biases are 0,
+    gains are 1 and gates are even, so that much of a model does not show.
     """
     a, shapes = declared_architecture, parameter_shapes(declared_architecture, vocab_size)
-    if odd := sorted({n for n, _ in shapes.items() ^ {(n, tuple(w.shape)) for n, w in weights.items()}}):
-        return failed(f"names or shapes of weights are not the declared ones: {', '.join(odd)}", undeclared=len(odd))
+    if odd := sorted(
+        {n for n, _ in shapes.items() ^ {(n, tuple(w.shape)) for n, w in weights.items()}}
+    ):
+        return failed(
+            f"names or shapes of weights are not the declared ones: {', '.join(odd)}",
+            undeclared=len(odd),
+        )
     errors = [_attention_error(attend, weights, a, i) for i, attend in enumerate(attention_layers)]
     layer = max(range(len(errors)), key=errors.__getitem__)
-    ids_BT = _distinct_ids(ORACLE_ROWS if chooses(a) else 2, min(ORACLE_TOKENS, a["max_seq_len"], vocab_size), vocab_size)
+    ids_BT = _distinct_ids(
+        ORACLE_ROWS if chooses(a) else 2,
+        min(ORACLE_TOKENS, a["max_seq_len"], vocab_size),
+        vocab_size,
+    )
     own_error, own_judged = _logit_error(limits, model, ids_BT, weights, a)
     twin = build_model().eval()
     twin.load_state_dict(drawn_weights(shapes, torch.Generator().manual_seed(13)))
     drawn_error, drawn_judged = _logit_error(limits, twin, ids_BT, twin.state_dict(), a)
-    effect, weakest = min((_effect(twin, ids_BT, kind, shapes), kind) for kind in kinds(shapes) if kind not in silent_kinds(a))
+    effect, weakest = min(
+        (_effect(twin, ids_BT, kind, shapes), kind)
+        for kind in kinds(shapes)
+        if kind not in silent_kinds(a)
+    )
     far = max(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
     tables_off, judged = table_error(rotary_tables, a), min(own_judged, drawn_judged)
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     wrong = [
         text
         for ok, text in (
-            (errors[layer] <= limits.rel_error_max, f"attention of layer {layer} differs from the float64 oracle"),
-            (far <= limits.rel_error_max, f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does"),
-            (max(own_error, drawn_error) <= limits.rel_error_max, "logits differ from the float64 oracle"),
+            (
+                errors[layer] <= limits.rel_error_max,
+                f"attention of layer {layer} differs from the float64 oracle",
+            ),
+            (
+                far <= limits.rel_error_max,
+                f"the last tokens of {a['max_seq_len']} do not attend as the float64 oracle does",
+            ),
+            (
+                max(own_error, drawn_error) <= limits.rel_error_max,
+                "logits differ from the float64 oracle",
+            ),
             (tables_off <= limits.table_abs_error_max, "rotary tables differ from the definition"),
             (not beyond, f"{beyond} layers do not see exactly the keys of their window"),
             (effect >= limits.effect_min, f"{weakest} hardly changes the logits"),
-            (judged >= limits.judged_frac_min, "the choices of too many tokens are within rounding of a tie"),
+            (
+                judged >= limits.judged_frac_min,
+                "the choices of too many tokens are within rounding of a tie",
+            ),
         )
         if not ok
     ]
@@ -86,24 +122,44 @@ def _rel(got: Tensor, expected: Tensor) -> float:
 
 
 def _distinct_ids(rows: int, length: int, vocab_size: int) -> Tensor:
-    """No token twice in a row: a router that sees embeddings alone scores repeated tokens alike, and rounding would break the tie."""
+    """No token twice in a row: a router that sees embeddings alone scores repeated tokens alike,
+    and rounding would break the tie.
+    """
     draw = torch.Generator().manual_seed(12)
     return torch.stack([torch.randperm(vocab_size, generator=draw)[:length] for _ in range(rows)])
 
 
-def _attention_error(attend: Callable, weights: Mapping[str, Tensor], a: Mapping[str, Any], layer: int) -> float:
+def _attention_error(
+    attend: Callable, weights: Mapping[str, Tensor], a: Mapping[str, Any], layer: int
+) -> float:
     """Worse of the errors on whole and on packed rows."""
     own, length = below(weights, f"layers.{layer}.attention."), min(ORACLE_TOKENS, a["max_seq_len"])
-    x_BTD, device = 3 * torch.randn(2, length, a["d_model"], generator=torch.Generator().manual_seed(11)), own["q.weight"].device
+    x_BTD, device = (
+        3 * torch.randn(2, length, a["d_model"], generator=torch.Generator().manual_seed(11)),
+        own["q.weight"].device,
+    )
     whole = _rel(attend(x_BTD.to(device), None), oracle_attention(x_BTD, own, a, layer))
     packed_BT = packing(length)
-    return max(whole, _rel(attend(x_BTD.to(device), packed_BT.to(device)), oracle_attention(x_BTD, own, a, layer, packed_BT)))
+    return max(
+        whole,
+        _rel(
+            attend(x_BTD.to(device), packed_BT.to(device)),
+            oracle_attention(x_BTD, own, a, layer, packed_BT),
+        ),
+    )
 
 
-def _error_at_end(attend: Callable, weights: Mapping[str, Tensor], a: Mapping[str, Any], layer: int) -> float:
-    """Worse of the errors of the last tokens of a row of full length: in one document, and in one that begins after a short one."""
+def _error_at_end(
+    attend: Callable, weights: Mapping[str, Tensor], a: Mapping[str, Any], layer: int
+) -> float:
+    """Worse of the errors of the last tokens of a row of full length: in one document, and in one
+    that begins after a short one.
+    """
     own, length = below(weights, f"layers.{layer}.attention."), a["max_seq_len"]
-    x_BTD, device = 3 * torch.randn(1, length, a["d_model"], generator=torch.Generator().manual_seed(19)), own["q.weight"].device
+    x_BTD, device = (
+        3 * torch.randn(1, length, a["d_model"], generator=torch.Generator().manual_seed(19)),
+        own["q.weight"].device,
+    )
     errors, first = [], length // 8
     for start, own_BT in ((0, None), (first, (torch.arange(length) >= first).long()[None])):
         last = min(ASKING_AT_END, length - start)
@@ -113,30 +169,46 @@ def _error_at_end(attend: Callable, weights: Mapping[str, Tensor], a: Mapping[st
 
 
 def _beyond_window(attend: Callable, a: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether a window too wide for the oracle's rows is not kept: the first query past it sees the first key, or the last in it not."""
+    """Whether a window too wide for the oracle's rows is not kept: the first query past it sees the
+    first key, or the last in it not.
+    """
     window = a["attention"]["window"]
     if window is None or not ORACLE_TOKENS <= window < a["max_seq_len"]:
         return False
-    x_BTD = 3 * torch.randn(1, window + 1, a["d_model"], generator=torch.Generator().manual_seed(15))
+    x_BTD = 3 * torch.randn(
+        1, window + 1, a["d_model"], generator=torch.Generator().manual_seed(15)
+    )
     other_BTD = torch.cat((-x_BTD[:, :1], x_BTD[:, 1:]), 1)
     before, after = (attend(x.to(device), None) for x in (x_BTD, other_BTD))
-    return not torch.equal(before[:, window], after[:, window]) or torch.equal(before[:, window - 1], after[:, window - 1])
+    return not torch.equal(before[:, window], after[:, window]) or torch.equal(
+        before[:, window - 1], after[:, window - 1]
+    )
 
 
 def _logit_error(
-    limits: SimpleNamespace, model: nn.Module, ids_BT: Tensor, weights: Mapping[str, Tensor], a: Mapping[str, Any]
+    limits: SimpleNamespace,
+    model: nn.Module,
+    ids_BT: Tensor,
+    weights: Mapping[str, Tensor],
+    a: Mapping[str, Any],
 ) -> tuple[float, float]:
-    """(relative error of the logits of tokens that no choice within rounding of a tie has touched, share of these tokens)."""
+    """(relative error of the logits of tokens that no choice within rounding of a tie has touched,
+    share of these tokens).
+    """
     reading = oracle_reading(ids_BT, weights, a)
     clear_BT = reading.margin_BT >= limits.choice_margin_min
     got_BTV = in_eval(model, ids_BT.to(device_of(model))).cpu()
     return _rel(got_BTV[clear_BT], reading.logits_BTV[clear_BT]), float(clear_BT.double().mean())
 
 
-def _effect(twin: nn.Module, ids_BT: Tensor, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> float:
+def _effect(
+    twin: nn.Module, ids_BT: Tensor, kind: str, shapes: Mapping[str, tuple[int, ...]]
+) -> float:
     """By how much of their norm logits change when every weight of one kind is drawn again."""
     live, ids_BT = twin.state_dict(), ids_BT[:2].to(device_of(twin))
-    drawn = drawn_weights({n: s for n, s in shapes.items() if kind_of(n) == kind}, torch.Generator().manual_seed(14))
+    drawn = drawn_weights(
+        {n: s for n, s in shapes.items() if kind_of(n) == kind}, torch.Generator().manual_seed(14)
+    )
     kept, before = {n: live[n].clone() for n in drawn}, twin(ids_BT)
     _put(drawn, live)
     after = twin(ids_BT)
@@ -149,7 +221,7 @@ def _put(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
         live[name].copy_(value)
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 Part = tuple[Tensor, Tensor, Tensor | None]
 
@@ -159,33 +231,46 @@ def gradient(
     limits: SimpleNamespace,
     *,
     build_model: Callable[[], nn.Module],
-    accumulated_gradients: Callable[[nn.Module, Sequence[Part]], tuple[float, Mapping[str, Tensor]]],
+    accumulated_gradients: Callable[
+        [nn.Module, Sequence[Part]], tuple[float, Mapping[str, Tensor]]
+    ],
     declared_architecture: Mapping[str, Any],
     vocab_size: int,
 ) -> Verdict:
-    """The gradient of the mean loss of every parameter is the one that autograd takes through the oracle, under drawn weights.
+    """The gradient of the mean loss of every parameter is the one that autograd takes through the
+    oracle, under drawn weights.
 
-    `accumulated_gradients(model, parts)` is the stack's own accumulation over micro-batches (input_ids_BT, labels_BT, document_ids_BT or
-    None) with the weights given and dropout off; it returns the mean loss in nats, without any term of balance, and gradients by name.
-    Each row is a micro-batch; some are packed, and some labels masked. Where routers choose, there are twice as many, and a row ends before
-    its first token that depends on a choice within rounding of a tie.
+    `accumulated_gradients(model, parts)` is the stack's own accumulation over micro-batches
+    (input_ids_BT, labels_BT, document_ids_BT or None) with the weights given and dropout off; it
+    returns the mean loss in nats, without any term of balance, and gradients by name. Each row is a
+    micro-batch; some are packed, and some labels masked. Where routers choose, there are twice as
+    many, and a row ends before its first token that depends on a choice within rounding of a tie.
     """
     a, model = declared_architecture, build_model().eval()
-    model.load_state_dict(drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(16)))
+    model.load_state_dict(
+        drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(16))
+    )
     leaves = {n: p.detach().double().cpu().requires_grad_() for n, p in model.named_parameters()}
-    rows = _labelled_rows(min(ORACLE_TOKENS, a["max_seq_len"], vocab_size - 1), vocab_size)[: ORACLE_ROWS if chooses(a) else 2]
+    rows = _labelled_rows(min(ORACLE_TOKENS, a["max_seq_len"], vocab_size - 1), vocab_size)[
+        : ORACLE_ROWS if chooses(a) else 2
+    ]
     nats, objective, read = _oracle_objective(limits, rows, leaves | dict(model.named_buffers()), a)
     judged = sum(ids.numel() for ids, _, _ in read) / sum(ids.numel() for ids, _, _ in rows)
     if judged < limits.judged_frac_min:
-        return failed("the choices of too many tokens are within rounding of a tie", judged_frac=judged)
-    wanted = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)))
+        return failed(
+            "the choices of too many tokens are within rounding of a tie", judged_frac=judged
+        )
+    wanted = dict(
+        zip(leaves, torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True))
+    )
     got_nats, got = accumulated_gradients(model, read)
     errors = _errors(got, wanted, a)
     worst = max(errors, key=errors.__getitem__)
     loss_error = abs(got_nats - nats) / nats
     return decide(
         max(errors[worst], loss_error) <= limits.rel_error_max,
-        f"the gradient of {worst} differs by {errors[worst]:.2g} from the oracle's, the loss by {loss_error:.2g}",
+        f"the gradient of {worst} differs by {errors[worst]:.2g} from the oracle's, the loss by "
+        f"{loss_error:.2g}",
         rel_error=errors[worst],
         loss_rel_error=loss_error,
         worst=worst,
@@ -200,14 +285,26 @@ def _labelled_rows(length: int, vocab_size: int) -> list[Part]:
     labels_BT = ids_BT[:, 1:].clone()
     labels_BT[:, 3::7] = IGNORE
     documents = [own for packed in packing(length).split(1) for own in (None, packed)]
-    return [(ids[None, :-1], labels[None], own) for ids, labels, own in zip(ids_BT, labels_BT, documents)]
+    return [
+        (ids[None, :-1], labels[None], own)
+        for ids, labels, own in zip(ids_BT, labels_BT, documents)
+    ]
 
 
 def _oracle_objective(
-    limits: SimpleNamespace, rows: Sequence[Part], weights: Mapping[str, Tensor], a: Mapping[str, Any]
+    limits: SimpleNamespace,
+    rows: Sequence[Part],
+    weights: Mapping[str, Tensor],
+    a: Mapping[str, Any],
 ) -> tuple[float, Tensor, list[Part]]:
-    """(mean loss in nats, that and the balance term with its weight as a tensor with a graph, the rows as far as choices are clear)."""
-    nats, balance, read = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), []
+    """(mean loss in nats, that and the balance term with its weight as a tensor with a graph, the
+    rows as far as choices are clear).
+    """
+    nats, balance, read = (
+        torch.zeros((), dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+        [],
+    )
     for row in rows:
         reading = oracle_reading(row[0], weights, a, row[2])
         unclear_T = (reading.margin_BT[0] < limits.choice_margin_min).nonzero()
@@ -216,10 +313,15 @@ def _oracle_objective(
             if not row[0].numel():
                 continue
             reading = oracle_reading(row[0], weights, a, row[2])
-        nats = nats + F.cross_entropy(reading.logits_BTV[0], row[1][0], ignore_index=IGNORE, reduction="sum")
+        nats = nats + F.cross_entropy(
+            reading.logits_BTV[0], row[1][0], ignore_index=IGNORE, reduction="sum"
+        )
         balance = balance + row[0].numel() * sum(reading.balance.values())
         read.append(row)
-    n_valid, n_tokens = sum(int((labels != IGNORE).sum()) for _, labels, _ in read), sum(ids.numel() for ids, _, _ in read)
+    n_valid, n_tokens = (
+        sum(int((labels != IGNORE).sum()) for _, labels, _ in read),
+        sum(ids.numel() for ids, _, _ in read),
+    )
     mean = nats / max(n_valid, 1)
     return float(mean.detach()), mean + _balance_weight(a) * balance / max(n_tokens, 1), read
 
@@ -228,21 +330,28 @@ def _balance_weight(a: Mapping[str, Any]) -> float:
     return a["ffn"].get("balance", {}).get("weight", 0.0)
 
 
-def _errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a: Mapping[str, Any]) -> dict[str, float]:
-    """Relative errors by name. What is rightly 0 is held against the norm of all gradients, and all λ count as one tensor.
+def _errors(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a: Mapping[str, Any]
+) -> dict[str, float]:
+    """Relative errors by name. What is rightly 0 is held against the norm of all gradients,
+    and all λ count as one tensor.
 
-    An expert that nobody chose has a gradient of 0 or none. The gradient of one λ is a sum over all positions that may cancel to almost
-    nothing, and then is rounding alone.
+    An expert that nobody chose has a gradient of 0 or none. The gradient of one λ is a sum over all
+    positions that may cancel to almost nothing, and then is rounding alone.
     """
     got = {n: torch.zeros_like(g) for n, g in wanted.items() if not g.any()} | got
     silent = {n for n in wanted if kind_of(n) in silent_kinds(a)}
     whole = math.hypot(*(float(g.norm()) for g in wanted.values()))
     errors = gradient_errors(_lambdas_joined(got, silent), _lambdas_joined(wanted, silent))
-    return errors | {n: float(got[n].double().norm()) / whole if n in got else math.inf for n in silent}
+    return errors | {
+        n: float(got[n].double().norm()) / whole if n in got else math.inf for n in silent
+    }
 
 
 def _lambdas_joined(gradients: Mapping[str, Tensor], without: set[str]) -> dict[str, Tensor]:
     kept = {n: g.double().cpu() for n, g in gradients.items() if n not in without}
     lambdas = [n for n in kept if ".lambda_" in n]
-    joined = {"every lambda": torch.cat([kept.pop(n).flatten() for n in lambdas])} if lambdas else {}
+    joined = (
+        {"every lambda": torch.cat([kept.pop(n).flatten() for n in lambdas])} if lambdas else {}
+    )
     return kept | joined

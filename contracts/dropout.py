@@ -1,4 +1,6 @@
-"""Gate of dropout: what the configuration declares is what reaches the residual stream, drawn anew every time. T tokens, D features."""
+"""Gate of dropout: what the configuration declares is what reaches the residual stream, drawn anew
+every time. T tokens, D features.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,18 +15,32 @@ Draw = tuple[tuple[int, str], Tensor, Tensor]
 
 
 @decides("model.dropout-law")
-def law(limits: SimpleNamespace, *, branch_draws: Callable[[], Iterable[Draw]], dropout: float, n_layers: int) -> Verdict:
-    """Every branch of every block drops the declared share, scales the rest to keep the mean, and no two masks are the same.
+def law(
+    limits: SimpleNamespace,
+    *,
+    branch_draws: Callable[[], Iterable[Draw]],
+    dropout: float,
+    n_layers: int,
+) -> Verdict:
+    """Every branch of every block drops the declared share, scales the rest to keep the mean, and
+    no two masks are the same.
 
-    `branch_draws()` trains two steps and gives ((layer, branch), what the branch gave (T, D), what was added to the stream (T, D)) of every
-    branch and micro-batch. With dropout 0 nothing may be dropped.
+    `branch_draws()` trains two steps and gives ((layer, branch), what the branch gave (T, D), what
+    was added to the stream (T, D)) of every branch and micro-batch. With dropout 0 nothing may be
+    dropped.
     """
     draws = list(branch_draws())
     branches = {where for where, _, _ in draws}
     if len(branches) < 2 * n_layers:
-        return failed(f"only {len(branches)} of {2 * n_layers} branches were seen at work", branches=len(branches))
+        return failed(
+            f"only {len(branches)} of {2 * n_layers} branches were seen at work",
+            branches=len(branches),
+        )
     if min(int((given != 0).sum()) for _, given, _ in draws) < limits.entries_min:
-        return not_run(f"a branch gave fewer than {limits.entries_min:g} numbers that are not 0, too few to judge")
+        return not_run(
+            f"a branch gave fewer than {limits.entries_min:g} numbers that are not 0, too few to "
+            "judge"
+        )
     worst_z = worst_scale = 0.0
     named = ""
     for where, given, added in draws:
@@ -32,12 +48,18 @@ def law(limits: SimpleNamespace, *, branch_draws: Callable[[], Iterable[Draw]], 
         if z > worst_z or scale_error > worst_scale:
             named = f"layer {where[0]} {where[1]}"
         worst_z, worst_scale = max(worst_z, z), max(worst_scale, scale_error)
-    alike = _most_alike([(added != 0) | (given == 0) for _, given, added in draws]) if dropout else 0.0
-    ok = worst_z <= limits.rate_z_max and worst_scale <= limits.scale_rel_error_max and alike <= limits.likeness_max
+    alike = (
+        _most_alike([(added != 0) | (given == 0) for _, given, added in draws]) if dropout else 0.0
+    )
+    ok = (
+        worst_z <= limits.rate_z_max
+        and worst_scale <= limits.scale_rel_error_max
+        and alike <= limits.likeness_max
+    )
     return decide(
         ok,
-        f"dropout is declared as {dropout:g}; {named} is the furthest from it, and the two masks most alike agree {alike:.2f} "
-        "of the way from chance to equality",
+        f"dropout is declared as {dropout:g}; {named} is the furthest from it, and the two masks "
+        f"most alike agree {alike:.2f} of the way from chance to equality",
         rate_z=worst_z,
         scale_rel_error=worst_scale,
         likeness=alike,
@@ -46,24 +68,38 @@ def law(limits: SimpleNamespace, *, branch_draws: Callable[[], Iterable[Draw]], 
 
 
 def _rate_z(given: Tensor, added: Tensor, dropout: float) -> float:
-    """Distance of the dropped share from the declared one, in standard errors; infinite if anything is dropped and nothing may be."""
+    """Distance of the dropped share from the declared one, in standard errors; infinite if anything
+    is dropped and nothing may be.
+    """
     live = given != 0
     n, dropped = int(live.sum()), int((added[live] == 0).sum())
     if dropout == 0:
-        return math.inf if dropped > n / 100 else 0.0  # a number far below the stream's own rounds away
+        # a number far below the stream's own rounds away
+        return math.inf if dropped > n / 100 else 0.0
     return abs(dropped / n - dropout) / math.sqrt(dropout * (1 - dropout) / n)
 
 
 def _scale_error(given: Tensor, added: Tensor, dropout: float) -> float:
-    """Relative error of the factor by which what was kept is scaled; the declared one is 1 / (1 - dropout)."""
+    """Relative error of the factor by which what was kept is scaled;
+    the declared one is 1 / (1 - dropout).
+    """
     kept = added != 0
-    factor = float((added[kept] * given[kept]).double().sum() / (given[kept].double() ** 2).sum().clamp(min=1e-300))
+    factor = float(
+        (added[kept] * given[kept]).double().sum()
+        / (given[kept].double() ** 2).sum().clamp(min=1e-300)
+    )
     return abs(factor * (1 - dropout) - 1)
 
 
 def _most_alike(masks: list[Tensor]) -> float:
-    """How far the two masks most alike are from chance agreement (0) to equality (1): draw by draw, token by token, feature by feature."""
-    pairs = [*combinations(masks, 2)] if len(masks) <= 32 else [*pairwise(masks), *((masks[0], m) for m in masks[1:])]
+    """How far the two masks most alike are from chance agreement (0) to equality (1): draw by draw,
+    token by token, feature by feature.
+    """
+    pairs = (
+        [*combinations(masks, 2)]
+        if len(masks) <= 32
+        else [*pairwise(masks), *((masks[0], m) for m in masks[1:])]
+    )
     neighbours = [(m[1:], m[:-1]) for m in masks[:8]] + [(m[:, 1:], m[:, :-1]) for m in masks[:8]]
     return max(_likeness(a, b) for a, b in (*pairs, *neighbours) if a.shape == b.shape)
 

@@ -1,4 +1,6 @@
-"""Gates of evaluation: bytes are conserved, a score does not depend on how it was computed, and decisions beat the noise."""
+"""Gates of evaluation: bytes are conserved, a score does not depend on how it was computed, and
+decisions beat the noise.
+"""
 
 import hashlib
 import math
@@ -14,9 +16,11 @@ from contracts.events import Evaluated, Event, Looked, Started
 from contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
 from contracts.oracle import documents
 
-# --- conservation of bytes ------------------------------------------------------------------------------------------
+# --- conservation of bytes ------------------------------------------------------------------------
 
-KNOWN = "The quick brown fox jumps over the lazy dog; 0123456789 times it did, and then it slept. " * 3
+KNOWN = (
+    "The quick brown fox jumps over the lazy dog; 0123456789 times it did, and then it slept. " * 3
+)
 UNKNOWN_CHARS = 7
 
 
@@ -33,33 +37,55 @@ def byte_conservation(
     evaluate_pairs: Callable[[str], Any],
     pair_logits: Tensor,
 ) -> Verdict:
-    """Each byte of a text is scored once, after the token before it; characters outside the vocabulary are counted and change no score;
-    guessing costs log2 V.
+    """Each byte of a text is scored once, after the token before it; characters outside the
+    vocabulary are counted and change no score; guessing costs log2 V.
 
-    `evaluate_known(text)` uses the run's own model and tokenizer, which knows every character of `known_text`;
-    `evaluate_with_unknown` a tokenizer that has ASCII but lacks `unknown_char`; `evaluate_uniform` a model that gives every token
-    the same logit and one token per character, its code point; `evaluate_pairs` one that knows nothing but the token before: its logits
-    are a row of `pair_logits` (V, V), and a text begins after token 0. All go through the stack's own evaluation and return
-    bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars and dropped_bytes.
+    `evaluate_known(text)` uses the run's own model and tokenizer, which knows every character of
+    `known_text`; `evaluate_with_unknown` a tokenizer that has ASCII but lacks `unknown_char`;
+    `evaluate_uniform` a model that gives every token the same logit and one token per character,
+    its code point; `evaluate_pairs` one that knows nothing but the token before: its logits are a
+    row of `pair_logits` (V, V), and a text begins after token 0. All go through the stack's own
+    evaluation and return bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars and
+    dropped_bytes.
     """
     own = evaluate_known(known_text)
-    lost_bytes = abs(own.bytes - len(known_text.encode())) + own.dropped_chars + abs(own.dropped_bytes)
-    own_error = abs(own.bits_per_byte - own.total_nats / math.log(2) / own.bytes) / own.bits_per_byte
+    lost_bytes = (
+        abs(own.bytes - len(known_text.encode())) + own.dropped_chars + abs(own.dropped_bytes)
+    )
+    own_error = (
+        abs(own.bits_per_byte - own.total_nats / math.log(2) / own.bytes) / own.bits_per_byte
+    )
 
-    clean, dirty = evaluate_with_unknown(KNOWN), evaluate_with_unknown(_with_unknown(KNOWN, unknown_char))
-    counted = dirty.dropped_chars == UNKNOWN_CHARS and dirty.dropped_bytes == UNKNOWN_CHARS * len(unknown_char.encode())
-    counted = counted and clean.dropped_chars == 0 and clean.bytes == len(KNOWN.encode()) and clean.chars == len(KNOWN)
-    flattery = max(_rel(dirty.bits_per_byte, clean.bits_per_byte), _rel(dirty.bits_per_char, clean.bits_per_char))
+    clean, dirty = (
+        evaluate_with_unknown(KNOWN),
+        evaluate_with_unknown(_with_unknown(KNOWN, unknown_char)),
+    )
+    counted = dirty.dropped_chars == UNKNOWN_CHARS and dirty.dropped_bytes == UNKNOWN_CHARS * len(
+        unknown_char.encode()
+    )
+    counted = (
+        counted
+        and clean.dropped_chars == 0
+        and clean.bytes == len(KNOWN.encode())
+        and clean.chars == len(KNOWN)
+    )
+    flattery = max(
+        _rel(dirty.bits_per_byte, clean.bits_per_byte),
+        _rel(dirty.bits_per_char, clean.bits_per_char),
+    )
 
     uniform = evaluate_uniform(KNOWN)
     uniform_error = abs(uniform.bits_per_char - math.log2(uniform_vocab_size))
     paired, nats = evaluate_pairs(KNOWN), _nats_of_pairs(KNOWN, pair_logits)
-    pair_error = max(_rel(paired.total_nats, nats), _rel(paired.bits_per_char * paired.chars, nats / math.log(2)))
+    pair_error = max(
+        _rel(paired.total_nats, nats), _rel(paired.bits_per_char * paired.chars, nats / math.log(2))
+    )
     worst = max(own_error, flattery, uniform_error, pair_error)
     ok = worst <= limits.rel_error_max and lost_bytes <= limits.lost_bytes_max and counted
     return decide(
         ok,
-        "bytes are not conserved between text and score, or characters outside the vocabulary change it",
+        "bytes are not conserved between text and score, or characters outside the vocabulary "
+        "change it",
         lost_bytes=lost_bytes,
         flattery=flattery,
         uniform_error_bits=uniform_error,
@@ -70,7 +96,9 @@ def byte_conservation(
 
 
 def _nats_of_pairs(text: str, logits_VV: Tensor) -> float:
-    """What a text costs if each character depends on the one before it alone, and the first on token 0."""
+    """What a text costs if each character depends on the one before it alone,
+    and the first on token 0.
+    """
     ids = torch.tensor([0, *text.encode("ascii")])
     return -float(logits_VV.double().log_softmax(-1)[ids[:-1], ids[1:]].sum())
 
@@ -78,14 +106,17 @@ def _nats_of_pairs(text: str, logits_VV: Tensor) -> float:
 def _with_unknown(text: str, char: str) -> str:
     """The text with UNKNOWN_CHARS characters put in at even distances."""
     step = len(text) // UNKNOWN_CHARS
-    return "".join(c + (char if i % step == step - 1 and i // step < UNKNOWN_CHARS else "") for i, c in enumerate(text))
+    return "".join(
+        c + (char if i % step == step - 1 and i // step < UNKNOWN_CHARS else "")
+        for i, c in enumerate(text)
+    )
 
 
 def _rel(a: float, b: float) -> float:
     return abs(a - b) / abs(b)
 
 
-# --- invariance -----------------------------------------------------------------------------------------------------
+# --- invariance -----------------------------------------------------------------------------------
 
 
 @decides("evaluation.invariance")
@@ -97,16 +128,22 @@ def invariance(
     evaluated_rows: tuple[Tensor, Tensor, Tensor],
     token_bytes: np.ndarray,
 ) -> Verdict:
-    """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about the model or torch has changed.
+    """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about
+    the model or torch has changed.
 
-    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out rows, the last one partly masked, with
-    the stack's own evaluation and returns loss_nats, bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their
-    input_ids, labels and document ids (R, T), from which the score is also worked out here, in float64 on the model's own logits, each
-    document as if it stood alone; `token_bytes[id]` is how many bytes an id stands for.
+    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out
+    rows, the last one partly masked, with the stack's own evaluation and returns loss_nats,
+    bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their input_ids, labels
+    and document ids (R, T), from which the score is also worked out here, in float64 on the model's
+    own logits, each document as if it stood alone; `token_bytes[id]` is how many bytes an id stands
+    for.
     """
     model = evaluated_model.train()
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return failed("the model given to the gate has no dropout, so an evaluation in training mode would not show")
+        return failed(
+            "the model given to the gate has no dropout, so an evaluation in training mode would "
+            "not show"
+        )
     still = next(m for m in reversed(list(model.modules())) if not isinstance(m, nn.Dropout))
     still.eval()
     before = _state(model)
@@ -114,37 +151,74 @@ def invariance(
     after = _state(model)
     changed = [name for name in before if before[name] != after[name]]
     repeat = max(abs(one.loss_nats - again.loss_nats), abs(one.bits_per_byte - again.bits_per_byte))
-    batch_error = max(_rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte))
+    batch_error = max(
+        _rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte)
+    )
     nats, n_bytes = _worked_out(model, *evaluated_rows, token_bytes)
-    own_error = max(_rel(one.loss_nats, nats), _rel(one.n_bytes, n_bytes), _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)))
+    own_error = max(
+        _rel(one.loss_nats, nats),
+        _rel(one.n_bytes, n_bytes),
+        _rel(one.bits_per_byte * n_bytes, one.total_nats / math.log(2)),
+    )
     spread = float(np.std(one.batch_nats, ddof=1)) / math.sqrt(len(one.batch_nats))
     own_error = max(own_error, _rel(one.stderr_nats, spread))
     text = (
         f"an evaluation changed {', '.join(changed)}"
         if changed
-        else f"the score is not what follows from the logits: {one.loss_nats:.6g} nats for {nats:.6g}, {one.n_bytes} bytes for {n_bytes}"
+        else (
+            f"the score is not what follows from the logits: {one.loss_nats:.6g} nats for "
+            f"{nats:.6g}, {one.n_bytes} bytes for {n_bytes}"
+        )
         if own_error > limits.own_rel_error_max
         else "the score depends on how it was computed: batch size, or the same call again"
     )
-    ok = repeat <= limits.repeat_abs_max and batch_error <= limits.batch_rel_error_max and own_error <= limits.own_rel_error_max
+    ok = (
+        repeat <= limits.repeat_abs_max
+        and batch_error <= limits.batch_rel_error_max
+        and own_error <= limits.own_rel_error_max
+    )
     ok = ok and not changed
-    return decide(ok, text, repeat_abs=repeat, batch_rel_error=batch_error, own_rel_error=own_error, changed=len(changed))
+    return decide(
+        ok,
+        text,
+        repeat_abs=repeat,
+        batch_rel_error=batch_error,
+        own_rel_error=own_error,
+        changed=len(changed),
+    )
 
 
-def _worked_out(model: nn.Module, ids_RT: Tensor, labels_RT: Tensor, document_ids_RT: Tensor, token_bytes: np.ndarray) -> tuple[float, int]:
-    """(mean nats of the labels that are scored, bytes they stand for), document by document in float64."""
+def _worked_out(
+    model: nn.Module,
+    ids_RT: Tensor,
+    labels_RT: Tensor,
+    document_ids_RT: Tensor,
+    token_bytes: np.ndarray,
+) -> tuple[float, int]:
+    """(mean nats of the labels that are scored, bytes they stand for),
+    document by document in float64.
+    """
     model.eval()
     scored, nats = labels_RT >= 0, []
     with torch.no_grad():
         for row, places in documents(ids_RT.shape, document_ids_RT):
             own = row, places
-            log_probs_TV = model(ids_RT[own][None].to(next(model.parameters()).device))[0].cpu().double().log_softmax(-1)
+            log_probs_TV = (
+                model(ids_RT[own][None].to(next(model.parameters()).device))[0]
+                .cpu()
+                .double()
+                .log_softmax(-1)
+            )
             nats.append(-log_probs_TV[scored[own]].gather(1, labels_RT[own][scored[own], None]))
-    return float(torch.cat(nats).mean()), int(np.asarray(token_bytes)[labels_RT[scored].numpy()].sum())
+    return float(torch.cat(nats).mean()), int(
+        np.asarray(token_bytes)[labels_RT[scored].numpy()].sum()
+    )
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Everything an evaluation must leave alone: weights, buffers, each module's mode and drop rate, gradients, random numbers."""
+    """Everything an evaluation must leave alone: weights, buffers, each module's mode and drop
+    rate, gradients, random numbers.
+    """
     digest = hashlib.sha256()
     for tensor in (*model.parameters(), *model.buffers()):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -158,14 +232,16 @@ def _state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-# --- inside the run -------------------------------------------------------------------------------------------------
+# --- inside the run -------------------------------------------------------------------------------
 
 
 @decides("evaluation.divergence")
 class Divergence(Stateless):
-    """Held-out loss is finite, at first not far above guessing, and never a multiple of the evaluation before.
+    """Held-out loss is finite, at first not far above guessing,
+    and never a multiple of the evaluation before.
 
-    Weights that were trained elsewhere begin far below guessing, whatever the vocabulary: their first loss has a bound of its own.
+    Weights that were trained elsewhere begin far below guessing, whatever the vocabulary: their
+    first loss has a bound of its own.
     """
 
     events = (Evaluated,)
@@ -175,11 +251,22 @@ class Divergence(Stateless):
         base = event.random_loss_nats if first else event.previous_loss_nats
         allowed = self.limits.over_random_max if first else self.limits.over_previous_max
         ratio = event.loss_nats / base
-        known = not first or not event.pretrained or event.loss_nats <= self.limits.pretrained_nats_max
+        known = (
+            not first or not event.pretrained or event.loss_nats <= self.limits.pretrained_nats_max
+        )
         return decide(
             ratio <= allowed and known,
-            f"step {event.step}: held-out loss {event.loss_nats:.4g} nats is {ratio:.3g} × {'ln V' if first else 'the evaluation before'}"
-            + ("" if known else f"; weights trained before begin at {self.limits.pretrained_nats_max:g} at most"),
+            (
+                f"step {event.step}: held-out loss {event.loss_nats:.4g} nats is {ratio:.3g} × "
+                f"{'ln V' if first else 'the evaluation before'}"
+            )
+            + (
+                ""
+                if known
+                else (
+                    f"; weights trained before begin at {self.limits.pretrained_nats_max:g} at most"
+                )
+            ),
             ratio=ratio,
             loss_nats=event.loss_nats,
         )
@@ -187,16 +274,28 @@ class Divergence(Stateless):
 
 @decides("evaluation.held-out")
 class HeldOut:
-    """What is scored is as many different rows as declared, of all the split and not trained on; the best evaluation is the lowest."""
+    """What is scored is as many different rows as declared, of all the split and not trained on;
+    the best evaluation is the lowest.
+    """
 
     events = (Started, Evaluated)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.n_batches, self.best, self.rows, self.begun_at = limits, None, None, None, 0
+        self.limits, self.n_batches, self.best, self.rows, self.begun_at = (
+            limits,
+            None,
+            None,
+            None,
+            0,
+        )
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
-            self.n_batches, self.rows, self.begun_at = event.plan.get("n_eval_batches"), None, event.step
+            self.n_batches, self.rows, self.begun_at = (
+                event.plan.get("n_eval_batches"),
+                None,
+                event.step,
+            )
             return None
         if self.rows is None and event.rows is not None:
             self.rows = event.rows()
@@ -217,21 +316,42 @@ class HeldOut:
         """What is wrong; empty if nothing is."""
         if self.rows is None:
             return "nobody says which rows were scored"
-        if self.rows.n_rows - self.rows.n_distinct > self.limits.repeated_rows_max * self.rows.n_rows:
-            return f"only {self.rows.n_distinct} of {self.rows.n_rows} held-out rows are different ones"
+        if (
+            self.rows.n_rows - self.rows.n_distinct
+            > self.limits.repeated_rows_max * self.rows.n_rows
+        ):
+            return (
+                f"only {self.rows.n_distinct} of {self.rows.n_rows} held-out rows are different "
+                "ones"
+            )
         if self.rows.found_in_training_frac > self.limits.found_in_training_frac_max:
-            return f"{self.rows.found_in_training_frac:.0%} of what is scored is in the training split"
+            return (
+                f"{self.rows.found_in_training_frac:.0%} of what is scored is in the training split"
+            )
         if self.rows.reach_frac < self.limits.reach_frac_min:
-            return f"the rows that are scored reach over {self.rows.reach_frac:.0%} of the held-out split"
+            return (
+                f"the rows that are scored reach over {self.rows.reach_frac:.0%} of the held-out "
+                "split"
+            )
         if self.n_batches is not None and len(event.batch_nats) != self.n_batches:
             return f"{len(event.batch_nats)} batches were scored, {self.n_batches} were declared"
         step, loss = self.best or (None, math.inf)
-        expected = [event.step, event.loss_nats] if loss is None or event.loss_nats < loss else [step, loss]
-        if self.best is None and self.begun_at and event.best_loss_nats is not None and event.best_loss_nats < event.loss_nats:
+        expected = (
+            [event.step, event.loss_nats]
+            if loss is None or event.loss_nats < loss
+            else [step, loss]
+        )
+        if (
+            self.best is None
+            and self.begun_at
+            and event.best_loss_nats is not None
+            and event.best_loss_nats < event.loss_nats
+        ):
             return ""  # a run that goes on may know of evaluations this gate has not seen
         if [event.best_step, event.best_loss_nats] != expected:
             return (
-                f"the best evaluation is said to be {event.best_loss_nats} at step {event.best_step}, it is {expected[1]} at {expected[0]}"
+                f"the best evaluation is said to be {event.best_loss_nats} at step "
+                f"{event.best_step}, it is {expected[1]} at {expected[0]}"
             )
         return ""
 
@@ -244,7 +364,9 @@ class HeldOut:
 
 @decides("evaluation.same-batches")
 class SameBatches:
-    """Every evaluation of a run scores the same batches; otherwise its differences say nothing about the model."""
+    """Every evaluation of a run scores the same batches; otherwise its differences
+    say nothing about the model.
+    """
 
     events = (Evaluated,)
 
@@ -267,15 +389,20 @@ class SameBatches:
         return {"batch_hash": self.batch_hash, "n_batches": self.n_batches, "changes": self.changes}
 
     def load_state_dict(self, state: dict) -> None:
-        self.batch_hash, self.n_batches, self.changes = state["batch_hash"], state["n_batches"], state["changes"]
+        self.batch_hash, self.n_batches, self.changes = (
+            state["batch_hash"],
+            state["n_batches"],
+            state["changes"],
+        )
 
 
 @decides("evaluation.overfit-onset")
 class OverfitOnset:
     """Training loss falls while held-out loss rises out of its noise.
 
-    Both slopes are those of the last `rounds` evaluations. The rise from the first to the last of them must exceed `rise_z_min`
-    standard errors of the paired difference over the held-out batches. The gap is held-out minus training loss.
+    Both slopes are those of the last `rounds` evaluations. The rise from the first to the last of
+    them must exceed `rise_z_min` standard errors of the paired difference over the held-out
+    batches. The gap is held-out minus training loss.
     """
 
     events = (Evaluated,)
@@ -286,7 +413,10 @@ class OverfitOnset:
     def observe(self, event: Event) -> Verdict | None:
         if event.train_loss_nats is None:
             return None
-        self.rounds = [*self.rounds, [event.train_loss_nats, event.loss_nats, list(event.batch_nats)]][-int(self.limits.rounds) :]
+        self.rounds = [
+            *self.rounds,
+            [event.train_loss_nats, event.loss_nats, list(event.batch_nats)],
+        ][-int(self.limits.rounds) :]
         gap = event.loss_nats - event.train_loss_nats
         if len(self.rounds) < self.limits.rounds:
             return passed("", train_slope=0.0, held_out_slope=0.0, gap_nats=gap, rise_z=0.0)
@@ -295,7 +425,8 @@ class OverfitOnset:
         onset = train < 0 < held_out and gap > 0 and z > self.limits.rise_z_min
         return decide(
             not onset,
-            f"step {event.step}: training loss falls by {-train:.3g} nats a round and held-out loss rises by {held_out:.3g}",
+            f"step {event.step}: training loss falls by {-train:.3g} nats a round and held-out "
+            f"loss rises by {held_out:.3g}",
             train_slope=train,
             held_out_slope=held_out,
             gap_nats=gap,
@@ -312,11 +443,15 @@ class OverfitOnset:
 def _slope(values: list[float]) -> float:
     """Least-squares slope over equally spaced points."""
     middle, mean = (len(values) - 1) / 2, math.fsum(values) / len(values)
-    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
+    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum(
+        (i - middle) ** 2 for i in range(len(values))
+    )
 
 
 def _rise_z(first: list[float], last: list[float]) -> float:
-    """Mean rise over batches in standard errors of the paired difference; infinite for a rise without spread."""
+    """Mean rise over batches in standard errors of the paired difference;
+    infinite for a rise without spread.
+    """
     rises = np.asarray(last) - np.asarray(first)
     error = float(rises.std(ddof=1)) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
     rise = float(rises.mean())
@@ -325,14 +460,16 @@ def _rise_z(first: list[float], last: list[float]) -> float:
 
 @decides("evaluation.leaves-no-trace")
 class LeavesNoTrace(Stateless):
-    """An evaluation, a sample and a save leave weights, moments, random state, rows to come and modes as they found them."""
+    """An evaluation, a sample and a save leave weights, moments, random state, rows to come and
+    modes as they found them.
+    """
 
     events = (Looked,)
 
     def observe(self, event: Event) -> Verdict:
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
-            f"step {event.step}: the {event.at} changed {len(event.differing)} of {event.n_compared} parts of the training state "
-            f"({first_of(event.differing)})",
+            f"step {event.step}: the {event.at} changed {len(event.differing)} of "
+            f"{event.n_compared} parts of the training state ({first_of(event.differing)})",
             differing=len(event.differing),
         )

@@ -1,4 +1,6 @@
-"""What happens inside a run, as runtime gates see it. All numbers are plain Python values, read off the device by the caller."""
+"""What happens inside a run, as runtime gates see it.
+All numbers are plain Python values, read off the device by the caller.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run begins or continues after `step`. `plan` holds what was declared: peak_lr, peak_lrs, schedule, max_steps, …"""
+    """A run begins or continues after `step`.
+    `plan` holds what was declared: peak_lr, peak_lrs, schedule, max_steps, …
+    """
 
     step: int
     plan: Mapping[str, float | int | str]
@@ -14,7 +18,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class BatchDrawn:
-    """The data of one optimizer step was drawn. `cursor_before/after` count samples over the whole run."""
+    """The data of one optimizer step was drawn.
+    `cursor_before/after` count samples over the whole run.
+    """
 
     step: int
     cursor_before: int
@@ -28,10 +34,12 @@ class BatchDrawn:
 
 @dataclass(frozen=True, slots=True)
 class StepTaken:
-    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` re-measured after it.
+    """One optimizer step. Norms are global L2; `grad_norm` is before clipping,
+    `clipped_grad_norm` re-measured after it.
 
-    `expert_shares` holds per layer with experts the share (0-1) of the step's choices that went to each, before any is dropped.
-    `group_lrs` holds the learning rate by group as it stands in the optimizer.
+    `expert_shares` holds per layer with experts the share (0-1) of the step's choices that went to
+    each, before any is dropped. `group_lrs` holds the learning rate by group as it stands in the
+    optimizer.
     """
 
     step: int
@@ -54,7 +62,9 @@ class StepTaken:
 
 @dataclass(frozen=True, slots=True)
 class Recomputed:
-    """A step was computed twice from one state. `differing` names what of the `n_compared` results was not the same to the bit."""
+    """A step was computed twice from one state.
+    `differing` names what of the `n_compared` results was not the same to the bit.
+    """
 
     step: int
     n_compared: int
@@ -63,8 +73,10 @@ class Recomputed:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
-    """Rows that an evaluation scores: how many, how many different ones, which share (0-1) of their passages is in training, and over
-    which share of the held-out split they reach from the first to the last."""
+    """Rows that an evaluation scores: how many, how many different ones, which share (0-1) of their
+    passages is in training, and over which share of the held-out split they reach from the first to
+    the last.
+    """
 
     n_rows: int
     n_distinct: int
@@ -76,9 +88,10 @@ class HeldOutRows:
 class Evaluated:
     """Held-out evaluation. `batch_nats` are per-batch mean losses over the same batches every time.
 
-    `train_loss_nats` is the run's exponential mean of the training loss; `pretrained` says that the weights did not begin here.
-    `best_step` and `best_loss_nats` are the best evaluation so far, this one included, as the run remembers it. `rows()` looks at what is
-    scored; it reads the training split, and is asked once.
+    `train_loss_nats` is the run's exponential mean of the training loss; `pretrained` says that the
+    weights did not begin here. `best_step` and `best_loss_nats` are the best evaluation so far,
+    this one included, as the run remembers it. `rows()` looks at what is scored; it reads the
+    training split, and is asked once.
     """
 
     step: int
@@ -97,10 +110,12 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Recited:
-    """The model was given the first `prefix_tokens` of passages it was trained on, and went on with its most likely tokens.
+    """The model was given the first `prefix_tokens` of passages it was trained on,
+    and went on with its most likely tokens.
 
-    `n_recited` of `n_windows` passages came out word for word to their end; `matched_tokens` is how far it went on average.
-    `held_out()` counts the same over `n_held_out` held-out passages, and is only asked where the first count is suspicious.
+    `n_recited` of `n_windows` passages came out word for word to their end; `matched_tokens` is how
+    far it went on average. `held_out()` counts the same over `n_held_out` held-out passages, and is
+    only asked where the first count is suspicious.
     """
 
     step: int
@@ -116,8 +131,8 @@ class Recited:
 class Sampled:
     """A text was drawn from the model for the audit; `language` chooses the word list.
 
-    `loss_nats` is the model's own mean loss on it; `found_in_corpus()` says which share of its runs is in the training text, and is
-    only asked where the loss is suspicious.
+    `loss_nats` is the model's own mean loss on it; `found_in_corpus()` says which share of its runs
+    is in the training text, and is only asked where the loss is suspicious.
     """
 
     step: int
@@ -130,7 +145,9 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint of this step was given to its writer. A write that fails ends the run by itself."""
+    """A checkpoint of this step was given to its writer.
+    A write that fails ends the run by itself.
+    """
 
     step: int
     path: str
@@ -147,7 +164,9 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """An evaluation, a sample or a save is over. `differing` names what of the `n_compared` parts of the training state it changed."""
+    """An evaluation, a sample or a save is over.
+    `differing` names what of the `n_compared` parts of the training state it changed.
+    """
 
     step: int
     at: str
@@ -157,7 +176,9 @@ class Looked:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The loop has ended; the last event of every run. `latest_step` and `best_step` are those of the folders that the pointers name."""
+    """The loop has ended; the last event of every run.
+    `latest_step` and `best_step` are those of the folders that the pointers name.
+    """
 
     step: int
     status: str
@@ -165,4 +186,16 @@ class Finished:
     best_step: int | None = None
 
 
-Event = Started | BatchDrawn | StepTaken | Recomputed | Evaluated | Recited | Sampled | Saved | Looked | Resumed | Finished
+Event = (
+    Started
+    | BatchDrawn
+    | StepTaken
+    | Recomputed
+    | Evaluated
+    | Recited
+    | Sampled
+    | Saved
+    | Looked
+    | Resumed
+    | Finished
+)

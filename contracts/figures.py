@@ -1,4 +1,6 @@
-"""Gates of what a run says about itself: how long its steps took, how many operations they are, and that the machine repeats them."""
+"""Gates of what a run says about itself: how long its steps took, how many operations they are, and
+that the machine repeats them.
+"""
 
 import time
 from collections import deque
@@ -6,7 +8,18 @@ from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
 
-from contracts.events import BatchDrawn, Evaluated, Event, Finished, Recited, Recomputed, Sampled, Saved, Started, StepTaken
+from contracts.events import (
+    BatchDrawn,
+    Evaluated,
+    Event,
+    Finished,
+    Recited,
+    Recomputed,
+    Sampled,
+    Saved,
+    Started,
+    StepTaken,
+)
 from contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run, passed
 
 
@@ -19,8 +32,8 @@ class RecomputedStep(Stateless):
     def observe(self, event: Event) -> Verdict:
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
-            f"step {event.step}: of {event.n_compared} gradients {len(event.differing)} differ between two computations "
-            f"({first_of(event.differing)})",
+            f"step {event.step}: of {event.n_compared} gradients {len(event.differing)} differ "
+            f"between two computations ({first_of(event.differing)})",
             differing=len(event.differing),
             n_compared=event.n_compared,
         )
@@ -28,7 +41,9 @@ class RecomputedStep(Stateless):
 
 @decides("runtime.learned")
 class Learned:
-    """A run that has ended has a lower loss than the one it began with, over the first and the last `SPAN` steps."""
+    """A run that has ended has a lower loss than the one it began with,
+    over the first and the last `SPAN` steps.
+    """
 
     events = (Started, StepTaken, Finished)
     SPAN = 8
@@ -51,11 +66,16 @@ class Learned:
 
     def _judge(self, step: int) -> Verdict:
         if self.unseen or step < self.limits.steps_min:
-            return not_run("its beginning was not seen" if self.unseen else f"{step} steps are too few to have learned")
+            return not_run(
+                "its beginning was not seen"
+                if self.unseen
+                else f"{step} steps are too few to have learned"
+            )
         began, ended = sum(self.first) / len(self.first), sum(self.last) / len(self.last)
         return decide(
             began - ended >= self.limits.fall_nats_min,
-            f"after {step} steps the loss is {ended:.4g} nats and began at {began:.4g}: nothing was learned",
+            f"after {step} steps the loss is {ended:.4g} nats and began at {began:.4g}: nothing "
+            "was learned",
             fall_nats=began - ended,
             loss_nats=ended,
         )
@@ -69,13 +89,25 @@ class Learned:
 
 @decides("runtime.clock")
 class Clock(Stateless):
-    """The time a step is said to take is the time that passes between what the run announces, on a clock of the gate's own.
+    """The time a step is said to take is the time that passes between what the run announces,
+    on a clock of the gate's own.
 
-    From the batch to the step's end passes less than the step; from whatever was announced before the batch passes more. Both are
-    judged by the median of the last `WINDOW` steps, so that no single hold-up counts.
+    From the batch to the step's end passes less than the step; from whatever was announced before
+    the batch passes more. Both are judged by the median of the last `WINDOW` steps, so that no
+    single hold-up counts.
     """
 
-    events = (Started, BatchDrawn, StepTaken, Recomputed, Evaluated, Recited, Sampled, Saved, Finished)
+    events = (
+        Started,
+        BatchDrawn,
+        StepTaken,
+        Recomputed,
+        Evaluated,
+        Recited,
+        Sampled,
+        Saved,
+        Finished,
+    )
     WINDOW = 16
 
     def __init__(self, limits: SimpleNamespace, now: Callable[[], float] = time.perf_counter):
@@ -107,8 +139,10 @@ class Clock(Stateless):
         if len(self.least) < self.WINDOW // 2:
             return passed("", said_to_batch_frac=least, said_to_all_frac=most)
         return decide(
-            least >= self.limits.said_to_batch_frac_min and most <= self.limits.said_to_all_frac_max,
-            f"step {step}: steps are said to take {least:.2g} of the time from their batch to their end, {most:.2g} of all that passed",
+            least >= self.limits.said_to_batch_frac_min
+            and most <= self.limits.said_to_all_frac_max,
+            f"step {step}: steps are said to take {least:.2g} of the time from their batch to "
+            f"their end, {most:.2g} of all that passed",
             said_to_batch_frac=least,
             said_to_all_frac=most,
         )
@@ -123,16 +157,22 @@ def flops(
     tokens_per_step: int,
     matrix_flops: Callable[[], tuple[int, int]],
 ) -> Verdict:
-    """The operations that a run says its step has, less those of attention, are those of its matrix products, counted.
+    """The operations that a run says its step has, less those of attention,
+    are those of its matrix products, counted.
 
-    `matrix_flops()` counts them in one forward and backward, head included: (operations, tokens). Attention is left out since kernels
-    visit keys that are masked, and a count of what a kernel does is none of what it is for.
+    `matrix_flops()` counts them in one forward and backward, head included: (operations, tokens).
+    Attention is left out since kernels visit keys that are masked, and a count of what a kernel
+    does is none of what it is for.
     """
     n_flops, n_tokens = matrix_flops()
-    declared, counted = declared_flops_per_step - attention_flops_per_step, n_flops / n_tokens * tokens_per_step
+    declared, counted = (
+        declared_flops_per_step - attention_flops_per_step,
+        n_flops / n_tokens * tokens_per_step,
+    )
     ratio = declared / counted
     return decide(
         limits.declared_over_counted_min <= ratio <= limits.declared_over_counted_max,
-        f"a step is said to have {declared:.4g} operations in matrix products, and {counted:.4g} were counted",
+        f"a step is said to have {declared:.4g} operations in matrix products, and {counted:.4g} "
+        "were counted",
         declared_over_counted=ratio,
     )

@@ -52,7 +52,8 @@ def decide(ok: bool, message: str, **measured: Scalar) -> Verdict:
 
 
 class RuntimeCheck(Protocol):
-    """A check that watches events. Built once per run with the gate's limits; may keep JSON-ready state for resume.
+    """A check that watches events. Built once per run with the gate's limits;
+    may keep JSON-ready state for resume.
 
     `observe` returns None for an event it only learns from (such as Started); that is no heartbeat.
     """
@@ -84,7 +85,9 @@ class Stateless:
 
 
 def decides(gate_id: str) -> Callable:
-    """Mark a function or runtime-check class as the one that decides `gate_id`; the spec must name it back."""
+    """Mark a function or runtime-check class as the one that decides `gate_id`;
+    the spec must name it back.
+    """
 
     def mark(check):
         check.gate_id = gate_id
@@ -94,12 +97,15 @@ def decides(gate_id: str) -> Callable:
 
 
 def resolve(gate: Gate) -> Any:
-    """The check object a gate names. Raises IntegrityError if it is missing or bound to another gate."""
+    """The check object a gate names.
+    Raises IntegrityError if it is missing or bound to another gate.
+    """
     module, name = gate.check.split(":")
     check = getattr(importlib.import_module(module), name, None)
     if check is None or getattr(check, "gate_id", None) != gate.id:
         raise IntegrityError(
-            f"gate {gate.id} names the check {gate.check}, which is bound to {getattr(check, 'gate_id', 'nothing')}",
+            f"gate {gate.id} names the check {gate.check}, which is bound to "
+            f"{getattr(check, 'gate_id', 'nothing')}",
             next_step=f"decorate it with @decides({gate.id!r})",
         )
     return check
@@ -113,11 +119,16 @@ def limits_of(gate: Gate) -> SimpleNamespace:
 def call_check(gate: Gate, ingredients: Mapping[str, Any]) -> Verdict:
     """Run a preflight or artifact check, handing it the ingredients its signature names.
 
-    A check whose ingredient is absent yields `not_run`. An exception is not a verdict and travels on.
+    A check whose ingredient is absent yields `not_run`.
+    An exception is not a verdict and travels on.
     """
     check = resolve(gate)
     wanted = [p for p in inspect.signature(check).parameters.values() if p.name != "limits"]
-    missing = [p.name for p in wanted if p.name not in ingredients and p.default is inspect.Parameter.empty]
+    missing = [
+        p.name for p in wanted if p.name not in ingredients and p.default is inspect.Parameter.empty
+    ]
     if missing:
         return not_run(f"needs {', '.join(missing)}")
-    return check(limits_of(gate), **{p.name: ingredients[p.name] for p in wanted if p.name in ingredients})
+    return check(
+        limits_of(gate), **{p.name: ingredients[p.name] for p in wanted if p.name in ingredients}
+    )

@@ -1,4 +1,6 @@
-"""Gate of generation: what is drawn is what the model, the declared filters and the given chance say, token by token. V vocab."""
+"""Gate of generation: what is drawn is what the model, the declared filters and the given chance
+say, token by token. V vocab.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +20,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drawn": {"temperature": 1.0},
     "drawn warm, top_k": {"temperature": 1.5, "top_k": 7},
     "drawn cool, top_p": {"temperature": 0.7, "top_p": 0.8},
-    "drawn with everything": {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3},
+    "drawn with everything": {
+        "temperature": 1.2,
+        "top_k": 20,
+        "top_p": 0.9,
+        "repetition_penalty": 1.3,
+    },
 }
 
 
@@ -32,14 +39,17 @@ def generation(
     penalised: Callable,
     max_seq_len: int,
 ) -> Verdict:
-    """Each token of a generation is the one that follows from the model's full forward in evaluation mode, written out here in float64.
+    """Each token of a generation is the one that follows from the model's full forward in
+    evaluation mode, written out here in float64.
 
-    `generate(ids, max_new_tokens=, temperature=, top_k=, top_p=, repetition_penalty=, generator=, eos_id=, use_cache=)` is the stack's own
-    on `generating_model`, which has dropout above 0 and is in training mode when it is asked. One uniform float64 per token comes from
-    `generator`; a token is drawn by inverting the cumulative distribution in the order of ids. A token whose choice lies within
-    margin_min of another in probability is not judged, and the generation is compared up to it. Where prompt and new tokens exceed
-    `max_seq_len`, the model goes on with the last half of its context: one prompt nearly fills it. `penalised(logits_V, seen, penalty)` is
-    the stack's penalty on repetition.
+    `generate(ids, max_new_tokens=, temperature=, top_k=, top_p=, repetition_penalty=, generator=,
+    eos_id=, use_cache=)` is the stack's own on `generating_model`, which has dropout above 0 and is
+    in training mode when it is asked. One uniform float64 per token comes from `generator`; a token
+    is drawn by inverting the cumulative distribution in the order of ids. A token whose choice lies
+    within margin_min of another in probability is not judged, and the generation is compared up to
+    it. Where prompt and new tokens exceed `max_seq_len`, the model goes on with the last half of
+    its context: one prompt nearly fills it. `penalised(logits_V, seen, penalty)` is the stack's
+    penalty on repetition.
     """
     model, prompt = generating_model.train(), generation_prompt
     modes, wrong, judged = [m.training for m in model.modules()], [], 0
@@ -47,31 +57,68 @@ def generation(
     asked = [(name, prompt, options) for name, options in SETTINGS.items()]
     asked.append(("beyond the context", filling, {"temperature": 1.0, "repetition_penalty": 1.3}))
     for name, prompt, options in asked:
-        expected = _expected(model, prompt, torch.Generator().manual_seed(17), options, limits.margin_min, max_seq_len)
+        expected = _expected(
+            model,
+            prompt,
+            torch.Generator().manual_seed(17),
+            options,
+            limits.margin_min,
+            max_seq_len,
+        )
         judged += len(expected)
         for use_cache in (True, False):
             chance = torch.Generator().manual_seed(17)
-            got = generate(prompt, max_new_tokens=N_NEW, generator=chance, eos_id=None, use_cache=use_cache, **options)
+            got = generate(
+                prompt,
+                max_new_tokens=N_NEW,
+                generator=chance,
+                eos_id=None,
+                use_cache=use_cache,
+                **options,
+            )
             if got[: len(expected)] != expected or len(got) != N_NEW:
                 wrong.append(f"{name}, {'with' if use_cache else 'without'} cache")
     if [m.training for m in model.modules()] != modes:
-        return failed("a generation left modules in another mode than it found them in", wrong=len(wrong))
+        return failed(
+            "a generation left modules in another mode than it found them in", wrong=len(wrong)
+        )
     prompt = generation_prompt
     greedy = generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=None)
-    expected = _expected(model, prompt, torch.Generator(), {"temperature": 0.0}, limits.margin_min, max_seq_len)
-    if generate(prompt, max_new_tokens=MANY_NEW, temperature=0.0, eos_id=None)[: len(expected)] != expected:
+    expected = _expected(
+        model, prompt, torch.Generator(), {"temperature": 0.0}, limits.margin_min, max_seq_len
+    )
+    if (
+        generate(prompt, max_new_tokens=MANY_NEW, temperature=0.0, eos_id=None)[: len(expected)]
+        != expected
+    ):
         wrong.append(f"{MANY_NEW} tokens asked for at once")
-    if generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=greedy[2]) != greedy[: greedy.index(greedy[2])]:
+    if (
+        generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=greedy[2])
+        != greedy[: greedy.index(greedy[2])]
+    ):
         wrong.append("the end of text does not end it")
-    if not torch.allclose(penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0):
+    if not torch.allclose(
+        penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0
+    ):
         wrong.append("the penalty on repetition")
     enough = judged >= limits.judged_frac_min * len(asked) * N_NEW
-    text = f"not what the model's own forward gives: {'; '.join(wrong)}" if wrong else f"only {judged} tokens could be judged"
-    return decide(len(wrong) <= limits.wrong_max and enough, text, wrong=len(wrong), judged_tokens=judged)
+    text = (
+        f"not what the model's own forward gives: {'; '.join(wrong)}"
+        if wrong
+        else f"only {judged} tokens could be judged"
+    )
+    return decide(
+        len(wrong) <= limits.wrong_max and enough, text, wrong=len(wrong), judged_tokens=judged
+    )
 
 
 def _expected(
-    model: nn.Module, prompt: Sequence[int], chance: torch.Generator, options: dict[str, Any], margin_min: float, max_seq_len: int
+    model: nn.Module,
+    prompt: Sequence[int],
+    chance: torch.Generator,
+    options: dict[str, Any],
+    margin_min: float,
+    max_seq_len: int,
 ) -> list[int]:
     """Tokens by the full forward, up to the first whose choice is closer than `margin_min`."""
     tokens, training, start = list(prompt), model.training, 0
@@ -81,8 +128,17 @@ def _expected(
             if len(tokens) - start > max_seq_len:
                 start = len(tokens) - max(1, max_seq_len // 2)
             with torch.no_grad():
-                logits_V = model(torch.tensor([tokens[start:]], device=next(model.parameters()).device))[0, -1].cpu().double()
-            probs_V = _probabilities(_penalised(logits_V, tokens[start:], options.get("repetition_penalty", 1.0)), options)
+                logits_V = (
+                    model(torch.tensor([tokens[start:]], device=next(model.parameters()).device))[
+                        0, -1
+                    ]
+                    .cpu()
+                    .double()
+                )
+            probs_V = _probabilities(
+                _penalised(logits_V, tokens[start:], options.get("repetition_penalty", 1.0)),
+                options,
+            )
             token, margin = _chosen(probs_V, options, chance)
             if margin < margin_min:
                 break
@@ -93,10 +149,14 @@ def _expected(
 
 
 def _penalised(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """What was seen becomes less likely, whatever the sign of its logit. Source: arXiv:1909.05858, sec. 4.1."""
+    """What was seen becomes less likely, whatever the sign of its logit.
+    Source: arXiv:1909.05858, sec. 4.1.
+    """
     logits_V = logits_V.clone()
     for token in set(seen):
-        logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+        logits_V[token] = (
+            logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+        )
     return logits_V
 
 
@@ -114,7 +174,11 @@ def _probabilities(logits_V: Tensor, options: dict[str, Any]) -> Tensor:
             break
         nucleus.append(token)
         total += p
-    return torch.full_like(logits_V, -math.inf).index_copy(0, torch.tensor(nucleus), logits_V[nucleus]).softmax(-1)
+    return (
+        torch.full_like(logits_V, -math.inf)
+        .index_copy(0, torch.tensor(nucleus), logits_V[nucleus])
+        .softmax(-1)
+    )
 
 
 def _chosen(probs_V: Tensor, options: dict[str, Any], chance: torch.Generator) -> tuple[int, float]:
@@ -122,6 +186,9 @@ def _chosen(probs_V: Tensor, options: dict[str, Any], chance: torch.Generator) -
     if options["temperature"] == 0:
         (first, second), (token, _) = (part.tolist() for part in probs_V.topk(2))
         return token, first - second
-    u, cumulative_V = float(torch.rand(1, generator=chance, dtype=torch.float64)), probs_V.cumsum(-1)
+    u, cumulative_V = (
+        float(torch.rand(1, generator=chance, dtype=torch.float64)),
+        probs_V.cumsum(-1),
+    )
     token = int((cumulative_V > u).nonzero()[0])
     return token, float((cumulative_V - u).abs().min())

@@ -26,16 +26,25 @@ def init_law(
     embedding_weight: Tensor,
     head_weight: Tensor,
 ) -> Verdict:
-    """Each parameter follows its law: mean and spread lie where a sample of its size must, or every entry is the declared constant.
+    """Each parameter follows its law: mean and spread lie where a sample of its size must, or every
+    entry is the declared constant.
 
-    The laws are those of `contracts.declared.initial_law`. Draws are independent: neither two parameters nor two halves of one go
-    together; and they reach as far as normal ones do. Rotary tables equal a fresh computation, and buffers that checkpoints hold are 0.
-    `rotary_tables` is None without rotary positions.
+    The laws are those of `contracts.declared.initial_law`. Draws are independent: neither two
+    parameters nor two halves of one go together; and they reach as far as normal ones do. Rotary
+    tables equal a fresh computation, and buffers that checkpoints hold are 0. `rotary_tables` is
+    None without rotary positions.
     """
     parameters, a = dict(model.named_parameters()), declared_architecture
-    laws = {n: initial_law(n, a) for n in parameter_shapes(a, vocab_size) if not n.endswith("selection_bias")}
+    laws = {
+        n: initial_law(n, a)
+        for n in parameter_shapes(a, vocab_size)
+        if not n.endswith("selection_bias")
+    }
     if odd := sorted(parameters.keys() ^ laws.keys()):
-        return failed(f"parameters without a declared law, or the reverse: {', '.join(odd)}", undeclared=len(odd))
+        return failed(
+            f"parameters without a declared law, or the reverse: {', '.join(odd)}",
+            undeclared=len(odd),
+        )
     n_entries = sum(p.numel() for p in parameters.values())
     tensors = [*parameters.values(), *model.buffers()]
     infinite = sum(int((~t.isfinite()).sum()) for t in tensors if t.is_floating_point())
@@ -43,30 +52,51 @@ def init_law(
         return failed("weights or buffers are not finite", not_finite=infinite)
     z = {name: _law_z(p.detach(), *laws[name]) for name, p in parameters.items()}
     worst = max(z, key=z.get)
-    alike, pair = _likeness_z({n: p.detach().flatten() for n, p in parameters.items() if laws[n][0] == "normal"})
+    alike, pair = _likeness_z(
+        {n: p.detach().flatten() for n, p in parameters.items() if laws[n][0] == "normal"}
+    )
     held = [t for n, t in model.state_dict().items() if n not in parameters]
-    buffer_error = max([table_error(rotary_tables, a), *(float(t.double().abs().max()) for t in held)])
+    buffer_error = max(
+        [table_error(rotary_tables, a), *(float(t.double().abs().max()) for t in held)]
+    )
     shared = embedding_weight.data_ptr() == head_weight.data_ptr()
     wrong = [
         text
         for ok, text in (
             (z[worst] <= limits.z_max, f"{worst} does not follow its declared law"),
             (alike <= limits.z_max, f"{pair} hold the same draws"),
-            (buffer_error <= limits.buffer_abs_error_max, "rotary tables differ from a fresh computation, or a kept buffer is not 0"),
-            (shared == a["tied_head"], "the head is tied where it should not be, or not where it should"),
-            (n_entries == declared_parameter_count, f"{n_entries} parameters, {declared_parameter_count} by the formula"),
+            (
+                buffer_error <= limits.buffer_abs_error_max,
+                "rotary tables differ from a fresh computation, or a kept buffer is not 0",
+            ),
+            (
+                shared == a["tied_head"],
+                "the head is tied where it should not be, or not where it should",
+            ),
+            (
+                n_entries == declared_parameter_count,
+                f"{n_entries} parameters, {declared_parameter_count} by the formula",
+            ),
         )
         if not ok
     ]
     return decide(
-        not wrong, "; ".join(wrong), z=z[worst], worst=worst, likeness_z=alike, buffer_abs_error=buffer_error, n_parameters=n_entries
+        not wrong,
+        "; ".join(wrong),
+        z=z[worst],
+        worst=worst,
+        likeness_z=alike,
+        buffer_abs_error=buffer_error,
+        n_parameters=n_entries,
     )
 
 
 def _law_z(values: Tensor, law: str, value: float) -> float:
-    """How many standard errors mean, spread or reach of a sample lie from the declared law; infinite for a constant that is not met.
+    """How many standard errors mean, spread or reach of a sample lie from the declared law;
+    infinite for a constant that is not met.
 
-    Reach is the fourth moment, 3 for normal draws, and judged from below alone: uniform ones have 1.8, and a few large draws weigh much.
+    Reach is the fourth moment, 3 for normal draws, and judged from below alone: uniform ones have
+    1.8, and a few large draws weigh much.
     """
     if law == "constant":
         return 0.0 if bool((values == value).all()) else math.inf
@@ -78,8 +108,10 @@ def _law_z(values: Tensor, law: str, value: float) -> float:
 
 
 def _likeness_z(draws: Mapping[str, Tensor]) -> tuple[float, str]:
-    """(how many standard errors from 0 the correlation of two draws lies that are most alike, which). Beginnings are compared: of every
-    tensor with that of the first and of the one before it, and of its two halves."""
+    """(how many standard errors from 0 the correlation of two draws lies that are most alike,
+    which). Beginnings are compared: of every tensor with that of the first and of the one before
+    it, and of its two halves.
+    """
     first, before = (next(iter(draws)),) * 2
     found: dict[str, float] = {}
     for name, values in draws.items():

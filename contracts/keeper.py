@@ -1,4 +1,6 @@
-"""The Gatekeeper: runs preflight gates, routes events to runtime gates, counts heartbeats and raises GateFailed."""
+"""The Gatekeeper: runs preflight gates, routes events to runtime gates,
+counts heartbeats and raises GateFailed.
+"""
 
 import datetime as dt
 import time
@@ -28,12 +30,14 @@ class _Seat:
 
 
 class Gatekeeper:
-    """Holds every gate that applies to a kind of run and its resolved `config`. The caller announces events; this class decides who looks.
+    """Holds every gate that applies to a kind of run and its resolved `config`.
+    The caller announces events; this class decides who looks.
 
-    `runner` names the entry of spec/runners.toml that asks (default: the one named like `kind`). One that is not entered there, is of
-    another kind, or does not announce what an installed gate watches is refused here, before anything runs. `on_verdict(gate_id, step,
-    verdict)` is called for every preflight and artifact verdict, and of the runtime verdicts for each red one and each green one that has
-    something to say; `shown` is then its event.
+    `runner` names the entry of spec/runners.toml that asks (default: the one named like `kind`).
+    One that is not entered there, is of another kind, or does not announce what an installed gate
+    watches is refused here, before anything runs. `on_verdict(gate_id, step,     verdict)` is
+    called for every preflight and artifact verdict, and of the runtime verdicts for each red one
+    and each green one that has something to say; `shown` is then its event.
     """
 
     def __init__(
@@ -45,31 +49,53 @@ class Gatekeeper:
         waivers: Iterable[Waiver] = (),
         only: Iterable[str] | None = None,
         config: Mapping[str, Any] | None = None,
-        on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: None,
+        on_verdict: Callable[[str, int | None, Verdict], None] = lambda gate_id, step, verdict: (
+            None
+        ),
     ):
-        self.spec, self.on_verdict, self.runner = spec, on_verdict, _entered(spec, runner or kind, kind)
+        self.spec, self.on_verdict, self.runner = (
+            spec,
+            on_verdict,
+            _entered(spec, runner or kind, kind),
+        )
         self.shown: Event | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             if gate_id not in spec.gates:
-                raise ConfigError(f"gates.waive names {gate_id}, which is no gate", allowed=", ".join(sorted(spec.gates)))
+                raise ConfigError(
+                    f"gates.waive names {gate_id}, which is no gate",
+                    allowed=", ".join(sorted(spec.gates)),
+                )
             if dt.date.fromisoformat(waiver.expires) < dt.date.today():
-                raise ConfigError(f"the waiver of {gate_id} has expired", value=waiver.expires, next_step="renew it or mend the cause")
+                raise ConfigError(
+                    f"the waiver of {gate_id} has expired",
+                    value=waiver.expires,
+                    next_step="renew it or mend the cause",
+                )
         wanted = set(only) if only is not None else None
         self.seats = {
             g.id: _Seat(g)
             for g in spec.gates.values()
-            if kind in g.kinds and g.moment != "repository" and (wanted is None or g.id in wanted) and g.applies_to(config or {})
+            if kind in g.kinds
+            and g.moment != "repository"
+            and (wanted is None or g.id in wanted)
+            and g.applies_to(config or {})
         }
         for seat in self.seats.values():
             if seat.gate.moment == "runtime":
                 seat.watcher = resolve(seat.gate)(limits_of(seat.gate))
                 self._require_fed(seat)
 
-    def preflight(self, ingredients: Mapping[str, Any], progress: Callable[[Gate, Verdict, float], None] = lambda *a: None) -> None:
-        """Run all preflight gates on the user's own parts. Every gate is asked before the first red one raises.
+    def preflight(
+        self,
+        ingredients: Mapping[str, Any],
+        progress: Callable[[Gate, Verdict, float], None] = lambda *a: None,
+    ) -> None:
+        """Run all preflight gates on the user's own parts.
+        Every gate is asked before the first red one raises.
 
-        A check that breaks is no verdict: its error travels on after all were asked, unless a red gate says more about the cause.
+        A check that breaks is no verdict: its error travels on after all were asked, unless a red
+        gate says more about the cause.
         """
         red, broken = [], []
         for seat in self._moment("preflight"):
@@ -88,7 +114,9 @@ class Gatekeeper:
             raise broken[0]
 
     def artifact(self, ingredients: Mapping[str, Any], *, step: int | None = None) -> None:
-        """Run all artifact gates whose ingredients are given. Raises GateFailed on the first red one."""
+        """Run all artifact gates whose ingredients are given.
+        Raises GateFailed on the first red one.
+        """
         for seat in self._moment("artifact"):
             before = seat.verdict
             verdict = self._ask(seat, ingredients, step)
@@ -98,7 +126,9 @@ class Gatekeeper:
                 raise self._failure([seat])
 
     def observe(self, event: Event) -> None:
-        """Show an event to every runtime gate that watches its type. Raises GateFailed on a red verdict that halts."""
+        """Show an event to every runtime gate that watches its type.
+        Raises GateFailed on a red verdict that halts.
+        """
         red, self.shown = [], event
         for seat in self._moment("runtime"):
             if not isinstance(event, seat.watcher.events):
@@ -125,7 +155,9 @@ class Gatekeeper:
             self._require_heartbeats()
 
     def charge(self, gate_id: str, seconds: float) -> None:
-        """Count time that the run spent on what a gate looks at, outside of its check, as the gate's."""
+        """Count time that the run spent on what a gate looks at, outside of its check,
+        as the gate's.
+        """
         if gate_id in self.seats:
             self.seats[gate_id].seconds += seconds
 
@@ -151,12 +183,18 @@ class Gatekeeper:
     def state_dict(self) -> dict:
         """State of the runtime gates, JSON-ready, for the checkpoint."""
         return {
-            s.gate.id: {"checks": s.checks, "heartbeat": s.heartbeat_last_step, "watcher": s.watcher.state_dict()}
+            s.gate.id: {
+                "checks": s.checks,
+                "heartbeat": s.heartbeat_last_step,
+                "watcher": s.watcher.state_dict(),
+            }
             for s in self._moment("runtime")
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue counting where a checkpoint left off. Gates the checkpoint does not know start afresh."""
+        """Continue counting where a checkpoint left off.
+        Gates the checkpoint does not know start afresh.
+        """
         for seat in self._moment("runtime"):
             if saved := state.get(seat.gate.id):
                 seat.checks, seat.heartbeat_last_step = saved["checks"], saved["heartbeat"]
@@ -166,7 +204,9 @@ class Gatekeeper:
         return [s for s in self.seats.values() if s.gate.moment == moment]
 
     def _ask(self, seat: _Seat, ingredients: Mapping[str, Any], step: int | None = None) -> Verdict:
-        """Ask once. The first red verdict stays, as that of a runtime gate does: of many saves one may be bad and the next good."""
+        """Ask once. The first red verdict stays, as that of a runtime gate does: of many saves one
+        may be bad and the next good.
+        """
         started = time.perf_counter()
         verdict = call_check(seat.gate, ingredients)
         seat.seconds += time.perf_counter() - started
@@ -181,39 +221,67 @@ class Gatekeeper:
         return verdict
 
     def _halts(self, seat: _Seat, verdict: Verdict) -> bool:
-        return verdict.outcome == "fail" and seat.gate.severity == "halt" and seat.gate.id not in self.waivers
+        return (
+            verdict.outcome == "fail"
+            and seat.gate.severity == "halt"
+            and seat.gate.id not in self.waivers
+        )
 
     def _require_fed(self, seat: _Seat) -> None:
         """A gate whose events nobody announces could never look; its runner does not start."""
-        if missing := [e.__name__ for e in seat.watcher.events if e.__name__ not in self.runner.announces]:
+        if missing := [
+            e.__name__ for e in seat.watcher.events if e.__name__ not in self.runner.announces
+        ]:
             raise GateFailed(
                 seat.gate.id,
-                what=f"the runner {self.runner.name} announces no {', '.join(missing)}, so it could never look",
+                what=(
+                    f"the runner {self.runner.name} announces no {', '.join(missing)}, so it "
+                    "could never look"
+                ),
                 value=f"announced: {', '.join(self.runner.announces) or 'nothing'}",
                 allowed="a runner that feeds every gate of its kind",
-                next_step="stack gates list --runners; show the event to the Gatekeeper and enter it in spec/runners.toml",
+                next_step=(
+                    "stack gates list --runners; show the event to the Gatekeeper and enter it in "
+                    "spec/runners.toml"
+                ),
             )
 
     def _require_heartbeats(self) -> None:
-        silent = [s for s in self._moment("runtime") if s.checks == 0 and s.gate.id not in self.waivers]
+        silent = [
+            s for s in self._moment("runtime") if s.checks == 0 and s.gate.id not in self.waivers
+        ]
         if silent:
             raise GateFailed(
                 silent[0].gate.id,
-                what=f"it never looked at this run (its events: {', '.join(e.__name__ for e in silent[0].watcher.events)})",
+                what=(
+                    "it never looked at this run (its events: "
+                    f"{', '.join(e.__name__ for e in silent[0].watcher.events)})"
+                ),
                 allowed="at least one heartbeat per run",
-                next_step="lower the interval that feeds it (eval.every, sample.every, checkpoint.every), or waive it with a reason",
+                next_step=(
+                    "lower the interval that feeds it (eval.every, sample.every, "
+                    "checkpoint.every), or waive it with a reason"
+                ),
             )
 
     def _failure(self, red: Sequence[_Seat]) -> GateFailed:
-        """The error that names the first cause among red gates; those that yield to another red one come after it."""
+        """The error that names the first cause among red gates; those that yield to
+        another red one come after it.
+        """
         ids = {s.gate.id for s in red}
         seat, *also = sorted(red, key=lambda s: len(ids.intersection(s.gate.yields_to)))
-        measured = ", ".join(f"{k} = {v:.6g}" if isinstance(v, float) else f"{k} = {v}" for k, v in seat.verdict.measured.items())
-        allowed = ", ".join(f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in seat.gate.limits.items())
+        measured = ", ".join(
+            f"{k} = {v:.6g}" if isinstance(v, float) else f"{k} = {v}"
+            for k, v in seat.verdict.measured.items()
+        )
+        allowed = ", ".join(
+            f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in seat.gate.limits.items()
+        )
         return GateFailed(
             seat.gate.id,
             seat.verdict,
-            what=seat.verdict.message + (f"; also red: {', '.join(s.gate.id for s in also)}" if also else ""),
+            what=seat.verdict.message
+            + (f"; also red: {', '.join(s.gate.id for s in also)}" if also else ""),
             value=measured or None,
             allowed=allowed or seat.gate.statement,
             next_step="; ".join(filter(None, (seat.gate.hint, f"stack gates show {seat.gate.id}"))),
@@ -225,7 +293,8 @@ def _entered(spec: Spec, name: str, kind: str) -> Runner:
     runners = load_runners(spec.root)
     if name not in runners or runners[name].kind != kind:
         raise ConfigError(
-            f"no runner {name} for runs of kind {kind} is entered in spec/runners.toml, so nothing says what it feeds",
+            f"no runner {name} for runs of kind {kind} is entered in spec/runners.toml, so "
+            "nothing says what it feeds",
             allowed=", ".join(f"{r.name} ({r.kind})" for r in runners.values()),
             next_step="enter it with the events it announces, or run under one that is",
         )

@@ -1,4 +1,6 @@
-"""Gates of the loss: hand-computed values, and a gradient that does not depend on how a batch is cut."""
+"""Gates of the loss: hand-computed values, and a gradient that does not
+depend on how a batch is cut.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +14,18 @@ from contracts.gate import Verdict, decide, decides, failed
 IGNORE = -100
 
 
-# Softmax does not feel a key bias where positions are not rotated: that gradient is rounding alone, measured at 2e-11 of the whole one,
-# while the least that carries anything was 6e-5 of it.
+# Softmax does not feel a key bias where positions are not rotated: that gradient is rounding alone,
+# measured at 2e-11 of the whole one, while the least that carries anything was 6e-5 of it.
 ROUNDING_FRAC = 1e-6
-# Sums over all tokens that nearly cancel keep the rounding of their terms: the gradients of differential attention's λ, a millionth of the
-# whole, differ by up to 2.9e-4 of themselves, which is 6.2e-10 of the whole, as the order of the rows does.
+# Sums over all tokens that nearly cancel keep the rounding of their terms: the gradients of
+# differential attention's λ, a millionth of the whole, differ by up to 2.9e-4 of themselves, which
+# is 6.2e-10 of the whole, as the order of the rows does.
 CANCELLED_FRAC = 5e-5
 
 
-def gradient_errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC) -> dict[str, float]:
+def gradient_errors(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC
+) -> dict[str, float]:
     """‖got − wanted‖ / ‖wanted‖ by name, in float64; infinity for what is absent or not a number.
 
     A tensor is held against no less than `least_frac` of the norm of all `wanted` together.
@@ -36,11 +41,14 @@ def gradient_errors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], lea
 
 
 @decides("loss.golden")
-def golden(limits: SimpleNamespace, *, cross_entropy_sum, micro_batch_nats, ignore_index: int = IGNORE) -> Verdict:
+def golden(
+    limits: SimpleNamespace, *, cross_entropy_sum, micro_batch_nats, ignore_index: int = IGNORE
+) -> Verdict:
     """The loss equals values worked out by hand, from logits and through the whole micro-step.
 
-    `cross_entropy_sum(logits_BTV, labels_BT)` is the stack's loss. `micro_batch_nats(logits_BTV, input_ids_BT, labels_BT)` sends
-    the same numbers through the real backward path with a model that returns these logits, and gives the reported mean.
+    `cross_entropy_sum(logits_BTV, labels_BT)` is the stack's loss. `micro_batch_nats(logits_BTV,
+    input_ids_BT, labels_BT)` sends the same numbers through the real backward path with a model
+    that returns these logits, and gives the reported mean.
     """
     # Three positions over V=4 with logits ln of (1,2,3,4)/10: −log p = ln(10/k) for label k−1.
     row = torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -51,29 +59,43 @@ def golden(limits: SimpleNamespace, *, cross_entropy_sum, micro_batch_nats, igno
     errors = {"sum": abs(float(cross_entropy_sum(logits, labels)) - by_hand)}
 
     masked = torch.tensor([[0, ignore_index, 2]])
-    errors["masked"] = abs(float(cross_entropy_sum(logits, masked)) - (math.log(10) + math.log(10 / 3)))
+    errors["masked"] = abs(
+        float(cross_entropy_sum(logits, masked)) - (math.log(10) + math.log(10 / 3))
+    )
 
     padded = torch.cat([logits, torch.full((1, 5, 4), 3.0)], dim=1)
     padding = torch.cat([labels, torch.full((1, 5), ignore_index)], dim=1)
     errors["padding"] = abs(float(cross_entropy_sum(padded, padding)) - by_hand)
 
-    # The same probabilities from logits that are not normalised: whatever is made of the log normaliser must not be in the loss.
+    # The same probabilities from logits that are not normalised: whatever is made of the log
+    # normaliser must not be in the loss.
     errors["shifted"] = abs(float(cross_entropy_sum(logits + 3.0, labels)) - by_hand)
 
     ids = torch.tensor([[3, 0, 0]])
     errors["micro_step"] = abs(micro_batch_nats(logits, ids, labels) - by_hand / 3)
-    errors["micro_step_masked"] = abs(micro_batch_nats(logits, ids, masked) - (math.log(10) + math.log(10 / 3)) / 2)
+    errors["micro_step_masked"] = abs(
+        micro_batch_nats(logits, ids, masked) - (math.log(10) + math.log(10 / 3)) / 2
+    )
     worst = max(errors, key=lambda k: errors[k] if math.isfinite(errors[k]) else math.inf)
     ok = all(e <= limits.abs_error_max for e in errors.values())
-    return decide(ok, f"the loss differs from the value worked out by hand ({worst})", abs_error=errors[worst], worst=worst)
+    return decide(
+        ok,
+        f"the loss differs from the value worked out by hand ({worst})",
+        abs_error=errors[worst],
+        worst=worst,
+    )
 
 
 @decides("loss.partition-equivalence")
-def partition_equivalence(limits: SimpleNamespace, *, gradient_of, ragged_batch, eval_mode=True) -> Verdict:
-    """One batch, its micro-batches of unequal token counts, its permuted rows and a repeated call give one gradient.
+def partition_equivalence(
+    limits: SimpleNamespace, *, gradient_of, ragged_batch, eval_mode=True
+) -> Verdict:
+    """One batch, its micro-batches of unequal token counts, its permuted rows and a
+    repeated call give one gradient.
 
-    `gradient_of(list of (input_ids_BT, labels_BT)) -> (mean nats, dict name → gradient)` is the stack's own accumulation with
-    dropout off; `ragged_batch` is (input_ids, labels) with ≥ 4 rows and a different number of valid labels per row.
+    `gradient_of(list of (input_ids_BT, labels_BT)) -> (mean nats, dict name → gradient)` is the
+    stack's own accumulation with dropout off; `ragged_batch` is (input_ids, labels) with ≥ 4 rows
+    and a different number of valid labels per row.
     """
     ids, labels = ragged_batch
     valid = (labels != IGNORE).sum(dim=1)
@@ -92,11 +114,18 @@ def partition_equivalence(limits: SimpleNamespace, *, gradient_of, ragged_batch,
         nats, grads = gradient_of(parts)
         per_tensor = gradient_errors(grads, whole, CANCELLED_FRAC)
         worst_tensor[name] = max(per_tensor, key=per_tensor.get)
-        errors[name], loss_errors[name] = per_tensor[worst_tensor[name]], abs(nats - whole_nats) / abs(whole_nats)
+        errors[name], loss_errors[name] = (
+            per_tensor[worst_tensor[name]],
+            abs(nats - whole_nats) / abs(whole_nats),
+        )
     worst = max(errors, key=errors.get)
     n_valid = int(valid.sum())
     scale_error = _scale_error(gradient_of, ids, labels, whole)
-    ok = errors[worst] <= limits.rel_error_max and max(loss_errors.values()) <= limits.rel_error_max and scale_error <= limits.rel_error_max
+    ok = (
+        errors[worst] <= limits.rel_error_max
+        and max(loss_errors.values()) <= limits.rel_error_max
+        and scale_error <= limits.rel_error_max
+    )
     return decide(
         ok,
         f"the gradient depends on the partition: {worst} ({worst_tensor[worst]})",
@@ -108,38 +137,62 @@ def partition_equivalence(limits: SimpleNamespace, *, gradient_of, ragged_batch,
 
 
 def _scale_error(gradient_of, ids, labels, whole) -> float:
-    """Repeating every row must leave the mean's gradient as it is; a missing division doubles it."""
+    """Repeating every row must leave the mean's gradient as it is;
+    a missing division doubles it.
+    """
     _, doubled = gradient_of([(ids, labels), (ids, labels)])
     return max(gradient_errors(doubled, whole, CANCELLED_FRAC).values())
 
 
 @decides("loss.own-batch")
-def own_batch(limits: SimpleNamespace, *, own_step: Callable[[], tuple[float, Sequence[tuple], Callable]]) -> Verdict:
-    """The mean loss that a step reports on the run's own rows, whole and as they are packed, is the one its logits give in float64.
+def own_batch(
+    limits: SimpleNamespace, *, own_step: Callable[[], tuple[float, Sequence[tuple], Callable]]
+) -> Verdict:
+    """The mean loss that a step reports on the run's own rows, whole and as they are packed, is the
+    one its logits give in float64.
 
-    `own_step()` accumulates one step of drawn batches with dropout off and gives (its mean loss in nats, (input_ids_BT, labels_BT,
-    document_ids_BT or None) of every micro-batch, the model's logits (B, T, V) by ids and document ids).
+    `own_step()` accumulates one step of drawn batches with dropout off and gives (its mean loss in
+    nats, (input_ids_BT, labels_BT, document_ids_BT or None) of every micro-batch, the model's
+    logits (B, T, V) by ids and document ids).
     """
     reported, parts, logits_of = own_step()
     nats = n_valid = n_rows = 0
     with torch.no_grad():
         for batch in parts:
-            for ids_T, labels_T, own_T in zip(*(batch if batch[2] is not None else (*batch[:2], [None] * len(batch[0])))):
-                log_p_TV = logits_of(ids_T[None], None if own_T is None else own_T[None])[0].cpu().double().log_softmax(-1)
+            for ids_T, labels_T, own_T in zip(
+                *(batch if batch[2] is not None else (*batch[:2], [None] * len(batch[0])))
+            ):
+                log_p_TV = (
+                    logits_of(ids_T[None], None if own_T is None else own_T[None])[0]
+                    .cpu()
+                    .double()
+                    .log_softmax(-1)
+                )
                 kept_T = labels_T != IGNORE
                 nats -= float(log_p_TV[kept_T].gather(1, labels_T[kept_T, None]).sum())
                 n_valid, n_rows = n_valid + int(kept_T.sum()), n_rows + 1
     mean = nats / max(n_valid, 1)
     error = abs(reported - mean) / max(mean, 1e-30)
-    text = f"a step on {n_rows} rows of {parts[0][0].shape[1]} tokens reports {reported:.6g} nats, its logits give {mean:.6g}"
-    return decide(error <= limits.rel_error_max and n_valid > 0, text, rel_error=error, rows=n_rows, n_valid=n_valid)
+    text = (
+        f"a step on {n_rows} rows of {parts[0][0].shape[1]} tokens reports {reported:.6g} nats, "
+        f"its logits give {mean:.6g}"
+    )
+    return decide(
+        error <= limits.rel_error_max and n_valid > 0,
+        text,
+        rel_error=error,
+        rows=n_rows,
+        n_valid=n_valid,
+    )
 
 
 @decides("loss.nan-visible")
 def nan_visible(limits: SimpleNamespace, *, poisoned_step) -> Verdict:
-    """One number that is not one, in one of two micro-batches, shows in the step's loss or gradient norm and moves nothing.
+    """One number that is not one, in one of two micro-batches,
+    shows in the step's loss or gradient norm and moves nothing.
 
-    `poisoned_step(which) -> (report, moved)` makes one whole train step; the report has `loss_nats`, `grad_norm` and `applied`.
+    `poisoned_step(which) -> (report, moved)` makes one whole train step; the report has
+    `loss_nats`, `grad_norm` and `applied`.
     """
     hidden = moved = 0
     for which in (0, 1):
@@ -147,4 +200,9 @@ def nan_visible(limits: SimpleNamespace, *, poisoned_step) -> Verdict:
         hidden += math.isfinite(report.loss_nats) and math.isfinite(report.grad_norm)
         moved += bool(weights_moved or report.applied)
     ok = hidden <= limits.hidden_max and moved <= limits.moved_max
-    return decide(ok, f"a NaN in one of two micro-batches: hidden {hidden} times, weights moved {moved} times", hidden=hidden, moved=moved)
+    return decide(
+        ok,
+        f"a NaN in one of two micro-batches: hidden {hidden} times, weights moved {moved} times",
+        hidden=hidden,
+        moved=moved,
+    )

@@ -1,4 +1,6 @@
-"""Gates of learning by heart: training text is not continued word for word, and a sample that is too easy is looked up in the corpus."""
+"""Gates of learning by heart: training text is not continued word for word, and a sample that is
+too easy is looked up in the corpus.
+"""
 
 import math
 import statistics
@@ -11,10 +13,11 @@ from contracts.gate import Stateless, Verdict, decide, decides, not_run
 
 @decides("sampling.recitation")
 class Recitation(Stateless):
-    """Given the beginning of a passage, a model goes on word for word no more often in training text than in text it never saw.
+    """Given the beginning of a passage, a model goes on word for word no more often in training
+    text than in text it never saw.
 
-    Held-out text is only asked where training text alone could be too many. Rows that hold no passage within one document are not
-    judged. Source: arXiv:2012.07805.
+    Held-out text is only asked where training text alone could be too many.
+    Rows that hold no passage within one document are not judged. Source: arXiv:2012.07805.
     """
 
     events = (Recited,)
@@ -28,8 +31,9 @@ class Recitation(Stateless):
         p = chance_of(event.n_recited, event.n_windows, held_out, m)
         return decide(
             p >= self.limits.p_value_min,
-            f"step {event.step}: {event.n_recited} of {event.n_windows} training passages are continued word for word after "
-            f"{event.prefix_tokens} tokens, and {held_out} of {m} held-out ones",
+            f"step {event.step}: {event.n_recited} of {event.n_windows} training passages are "
+            f"continued word for word after {event.prefix_tokens} tokens, and {held_out} of {m} "
+            "held-out ones",
             recited_frac=event.n_recited / event.n_windows,
             held_out_frac=held_out / max(1, m),
             windows=event.n_windows,
@@ -39,13 +43,16 @@ class Recitation(Stateless):
 
 
 def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
-    """Probability that of all recited passages, of `n` read and `m` held out, so many or more are read ones if it makes no difference.
+    """Probability that of all recited passages, of `n` read and `m` held out, so many or more are
+    read ones if it makes no difference.
 
-    Fisher's exact test, one-sided. With nothing recited of 32 held-out passages it falls below 1e-4 at 12 passages of 32, and at
-    4 of 4; of fewer than 4 it cannot.
+    Fisher's exact test, one-sided. With nothing recited of 32 held-out passages it falls below 1e-4
+    at 12 passages of 32, and at 4 of 4; of fewer than 4 it cannot.
     """
     both = recited + held_out
-    return sum(math.comb(n, k) * math.comb(m, both - k) for k in range(recited, min(n, both) + 1)) / math.comb(n + m, both)
+    return sum(
+        math.comb(n, k) * math.comb(m, both - k) for k in range(recited, min(n, both) + 1)
+    ) / math.comb(n + m, both)
 
 
 @decides("sampling.memorised")
@@ -61,14 +68,19 @@ class Memorised:
         if event.loss_nats is None:
             return None
         usual = self.losses if len(self.losses) >= self.limits.known_samples_min else None
-        low = statistics.mean(usual) - self.limits.sigmas_below * statistics.stdev(usual) if usual else -math.inf
+        low = (
+            statistics.mean(usual) - self.limits.sigmas_below * statistics.stdev(usual)
+            if usual
+            else -math.inf
+        )
         suspicious = event.loss_nats < max(low, self.limits.loss_nats_min)
         if not suspicious:
             self.losses.append(event.loss_nats)
         found = event.found_in_corpus() if suspicious and event.found_in_corpus else 0.0
         return decide(
             found <= self.limits.found_frac_max,
-            f"step {event.step}: loss {event.loss_nats:.2f} on its own sample, {found:.0%} of which is training text: {event.text[:60]!r}",
+            f"step {event.step}: loss {event.loss_nats:.2f} on its own sample, {found:.0%} of "
+            f"which is training text: {event.text[:60]!r}",
             sample_loss_nats=event.loss_nats,
             suspicious=suspicious,
             found_frac=found,

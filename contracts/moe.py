@@ -1,4 +1,5 @@
-"""Gates of mixtures of experts: tokens reach the experts they chose, balance is rewarded as declared, and no router collapses.
+"""Gates of mixtures of experts: tokens reach the experts they chose, balance is rewarded as
+declared, and no router collapses.
 
 R tokens, D d_model, E experts, k top_k, L layers with experts, T tokens of a row
 """
@@ -19,31 +20,45 @@ TOKENS = 96
 
 def no_experts(a: Mapping[str, Any]) -> str:
     """Why there is nothing to judge in a model without experts; empty if there is."""
-    return "" if a["ffn"]["kind"] == "moe" else f"model.ffn.kind is {a['ffn']['kind']}: there are no experts"
+    return (
+        ""
+        if a["ffn"]["kind"] == "moe"
+        else f"model.ffn.kind is {a['ffn']['kind']}: there are no experts"
+    )
 
 
 def _noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --- routing and dispatch -------------------------------------------------------------------------------------------
+# --- routing and dispatch -------------------------------------------------------------------------
 
 
 @decides("moe.dispatch-parity")
 @torch.no_grad()
 def dispatch_parity(
-    limits: SimpleNamespace, *, declared_architecture: Mapping[str, Any], route: Callable, dispatch: Callable, make_moe_layer: Callable
+    limits: SimpleNamespace,
+    *,
+    declared_architecture: Mapping[str, Any],
+    route: Callable,
+    dispatch: Callable,
+    make_moe_layer: Callable,
 ) -> Verdict:
-    """Choices, weights, outputs and counts equal those of a loop over tokens in float64, with and without room for all of them.
+    """Choices, weights, outputs and counts equal those of a loop over tokens in float64, with and
+    without room for all of them.
 
-    `route(logits_RE, top_k, selection_bias_E or None)` gives (experts (R, k), weights (R, k), probabilities (R, E));
-    `dispatch(x_RD, experts_Rk, weights_Rk, experts, capacity or None)` gives (y_RD, tokens each expert took (E,), choices dropped);
-    `make_moe_layer()` gives a fresh layer of the run, a module x_BTD ↦ y_BTD with router, experts and selection_bias.
+    `route(logits_RE, top_k, selection_bias_E or None)` gives (experts (R, k), weights (R, k),
+    probabilities (R, E)); `dispatch(x_RD, experts_Rk, weights_Rk, experts, capacity or None)` gives
+    (y_RD, tokens each expert took (E,), choices dropped); `make_moe_layer()` gives a fresh layer of
+    the run, a module x_BTD ↦ y_BTD with router, experts and selection_bias.
     """
     if reason := no_experts(declared_architecture):
         return not_run(reason)
     declared, layer = declared_architecture["ffn"], make_moe_layer().double()
-    weights = {n: w + 0.05 * _noise(*w.shape, seed=i) for i, (n, w) in enumerate(layer.state_dict().items())}
+    weights = {
+        n: w + 0.05 * _noise(*w.shape, seed=i)
+        for i, (n, w) in enumerate(layer.state_dict().items())
+    }
     layer.load_state_dict(weights)
     weight_error, sum_error, swapped = _routing_faults(route, declared["n_experts"])
     found = [
@@ -55,12 +70,21 @@ def dispatch_parity(
     wrong = [
         text
         for ok, text in (
-            (not swapped, f"{swapped} tokens are sent to other experts than those of the highest scores, the lower of equals first"),
+            (
+                not swapped,
+                (
+                    f"{swapped} tokens are sent to other experts than those of the highest "
+                    "scores, the lower of equals first"
+                ),
+            ),
             (weight_error <= limits.rel_error_max, "weights are not the declared ones"),
             (sum_error <= limits.rel_error_max, "weights of a token do not sum to 1"),
             (error <= limits.rel_error_max, "sparse dispatch differs from a loop over tokens"),
             (not miscounted, "tokens taken and dropped are miscounted"),
-            (layer_error <= limits.rel_error_max, "the run's own layer differs from a loop over tokens"),
+            (
+                layer_error <= limits.rel_error_max,
+                "the run's own layer differs from a loop over tokens",
+            ),
         )
         if not ok
     ]
@@ -76,18 +100,31 @@ def dispatch_parity(
 
 
 def _routing_faults(route: Callable, n_experts: int) -> tuple[float, float, int]:
-    """(largest error of a weight, of a token's sum of weights, tokens sent elsewhere), with ties, with and without a bias."""
+    """(largest error of a weight, of a token's sum of weights, tokens sent elsewhere), with ties,
+    with and without a bias.
+    """
     weight_error, sum_error, swapped = 0.0, 0.0, 0
-    smooth_RE, tied_RE = 2 * _noise(TOKENS, n_experts, seed=21), _noise(TOKENS, n_experts, seed=22).round()
+    smooth_RE, tied_RE = (
+        2 * _noise(TOKENS, n_experts, seed=21),
+        _noise(TOKENS, n_experts, seed=22).round(),
+    )
     bias_E = (_noise(n_experts, seed=23) / n_experts).round(decimals=1)
     for logits_RE in (smooth_RE, tied_RE):
         for bias in (None, torch.zeros_like(bias_E), bias_E):
-            for top_k in range(1, n_experts + 1) if n_experts <= 8 else (1, 2, n_experts // 2, n_experts):
+            for top_k in (
+                range(1, n_experts + 1) if n_experts <= 8 else (1, 2, n_experts // 2, n_experts)
+            ):
                 experts_Rk, weights_Rk, probs_RE = route(logits_RE, top_k, bias)
                 wanted_Rk, shares_Rk, _ = choices(logits_RE.softmax(-1), top_k, bias)
                 swapped += int((experts_Rk.sort().values != wanted_Rk.sort().values).any(-1).sum())
-                errors = _spread(experts_Rk, weights_Rk, n_experts) - _spread(wanted_Rk, shares_Rk, n_experts)
-                weight_error = max(weight_error, float(errors.abs().max()), float((probs_RE - logits_RE.softmax(-1)).abs().max()))
+                errors = _spread(experts_Rk, weights_Rk, n_experts) - _spread(
+                    wanted_Rk, shares_Rk, n_experts
+                )
+                weight_error = max(
+                    weight_error,
+                    float(errors.abs().max()),
+                    float((probs_RE - logits_RE.softmax(-1)).abs().max()),
+                )
                 if top_k > 1:
                     sum_error = max(sum_error, float((weights_Rk.sum(-1) - 1).abs().max()))
     return weight_error, sum_error, swapped
@@ -95,13 +132,21 @@ def _routing_faults(route: Callable, n_experts: int) -> tuple[float, float, int]
 
 def _spread(experts_Rk: Tensor, weights_Rk: Tensor, n_experts: int) -> Tensor:
     """Weight of every expert for every token, (R, E)."""
-    return torch.zeros(len(experts_Rk), n_experts, dtype=torch.float64).scatter_add(1, experts_Rk, weights_Rk.double())
+    return torch.zeros(len(experts_Rk), n_experts, dtype=torch.float64).scatter_add(
+        1, experts_Rk, weights_Rk.double()
+    )
 
 
 def _dispatch_faults(
-    dispatch: Callable, experts: nn.ModuleList, weights: Mapping[str, Tensor], a: Mapping[str, Any], capacity: int | None
+    dispatch: Callable,
+    experts: nn.ModuleList,
+    weights: Mapping[str, Tensor],
+    a: Mapping[str, Any],
+    capacity: int | None,
 ) -> tuple[float, bool]:
-    """(relative error of the outputs, whether tokens taken or dropped are miscounted) of choices that are far from even."""
+    """(relative error of the outputs, whether tokens taken or dropped are miscounted) of
+    choices that are far from even.
+    """
     x_RD = 3 * _noise(TOKENS, a["d_model"], seed=24)
     wanted = oracle_experts(x_RD, weights, a["ffn"], capacity)
     y_RD, load_E, dropped = dispatch(x_RD, wanted.experts_Rk, wanted.weights_Rk, experts, capacity)
@@ -115,43 +160,70 @@ def _rel(y: Tensor, wanted: Routed) -> float:
 
 
 def _layer_error(layer: nn.Module, weights: Mapping[str, Tensor], a: Mapping[str, Any]) -> float:
-    """Worse relative error of the whole layer: in training, where each row has its declared capacity, and in evaluation."""
+    """Worse relative error of the whole layer: in training, where each row has its declared
+    capacity, and in evaluation.
+    """
     x_BTD = 3 * _noise(4, TOKENS // 4, a["d_model"], seed=25)
     x_RD, y_BTD = x_BTD.flatten(0, 1), layer.train()(x_BTD)
     capacity = room(a["ffn"], TOKENS // 4)
-    training = max(_rel(y_BTD[b], oracle_experts(x_BTD[b], weights, a["ffn"], capacity)) for b in range(4))
+    training = max(
+        _rel(y_BTD[b], oracle_experts(x_BTD[b], weights, a["ffn"], capacity)) for b in range(4)
+    )
     return max(training, _rel(layer.eval()(x_BTD), oracle_experts(x_RD, weights, a["ffn"])))
 
 
-# --- the balance term -----------------------------------------------------------------------------------------------
+# --- the balance term -----------------------------------------------------------------------------
 
 
 @decides("moe.balance-loss")
 def balance_loss(
-    limits: SimpleNamespace, *, declared_architecture: Mapping[str, Any], balance: Callable, balance_gradients: Callable
+    limits: SimpleNamespace,
+    *,
+    declared_architecture: Mapping[str, Any],
+    balance: Callable,
+    balance_gradients: Callable,
 ) -> Verdict:
-    """The balance term follows its formula, is 1 when even and more when not, and enters the loss with its weight, once per update.
+    """The balance term follows its formula, is 1 when even and more when not, and enters the loss
+    with its weight, once per update.
 
-    `balance(probs_RE, experts_Rk)` gives the term, shape (). `balance_gradients(weight, n_micro)` builds a fresh model of the run whose
-    term has this weight, without dropout and with room for all tokens, and runs the run's own accumulation, without an update, over
-    `n_micro` micro-batches of one row, all of them `ids_T`: it gives (weights by name, ids_T, gradients of the routers by name).
+    `balance(probs_RE, experts_Rk)` gives the term, shape (). `balance_gradients(weight, n_micro)`
+    builds a fresh model of the run whose term has this weight, without dropout and with room for
+    all tokens, and runs the run's own accumulation, without an update, over `n_micro` micro-batches
+    of one row, all of them `ids_T`: it gives (weights by name, ids_T, gradients of the routers by
+    name).
     """
     if reason := no_experts(declared_architecture):
         return not_run(reason)
     if declared_architecture["ffn"]["balance"]["kind"] != "auxiliary-loss":
         return not_run("model.ffn.balance.kind is selection-bias: no term is added to the loss")
-    n_experts, top_k = declared_architecture["ffn"]["n_experts"], declared_architecture["ffn"]["top_k"]
+    n_experts, top_k = (
+        declared_architecture["ffn"]["n_experts"],
+        declared_architecture["ffn"]["top_k"],
+    )
     formula_error = max(_formula_error(balance, n_experts, k) for k in {1, 2, top_k})
     even_error = abs(float(balance(*_assigned([1] * n_experts, 0.5))) - 1)
-    excess = min(float(balance(*_assigned(counts, sure))) - 1 for counts in _uneven(n_experts) for sure in (0.2, 0.5, 1.0))
+    excess = min(
+        float(balance(*_assigned(counts, sure))) - 1
+        for counts in _uneven(n_experts)
+        for sure in (0.2, 0.5, 1.0)
+    )
     entry_error = _entry_error(declared_architecture, balance_gradients)
     wrong = [
         text
         for ok, text in (
             (formula_error <= limits.rel_error_max, "the balance term differs from its formula"),
-            (even_error <= limits.even_error_max, "the balance term of an even assignment is not 1"),
-            (excess >= limits.uneven_excess_min, "an uneven assignment costs no more than an even one"),
-            (entry_error <= limits.entry_rel_error_max, "routers do not feel the balance term with its weight, once per update"),
+            (
+                even_error <= limits.even_error_max,
+                "the balance term of an even assignment is not 1",
+            ),
+            (
+                excess >= limits.uneven_excess_min,
+                "an uneven assignment costs no more than an even one",
+            ),
+            (
+                entry_error <= limits.entry_rel_error_max,
+                "routers do not feel the balance term with its weight, once per update",
+            ),
         )
         if not ok
     ]
@@ -166,7 +238,9 @@ def balance_loss(
 
 
 def _formula_error(balance: Callable, n_experts: int, top_k: int) -> float:
-    """Relative error on hand-made routings: flat, peaked, and choices that have nothing to do with the probabilities."""
+    """Relative error on hand-made routings: flat, peaked, and choices that have nothing to
+    do with the probabilities.
+    """
     errors = []
     for seed, scale in enumerate((0.1, 1.0, 10.0)):
         probs_RE = (scale * _noise(TOKENS, n_experts, seed=31 + seed)).softmax(-1)
@@ -178,7 +252,9 @@ def _formula_error(balance: Callable, n_experts: int, top_k: int) -> float:
 
 
 def _assigned(counts: list[int], sure: float) -> tuple[Tensor, Tensor]:
-    """Tokens with one expert each, `counts` of them per expert, whose probabilities lean towards it by `sure` (0-1)."""
+    """Tokens with one expert each, `counts` of them per expert,
+    whose probabilities lean towards it by `sure` (0-1).
+    """
     experts_R = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     own_RE = torch.nn.functional.one_hot(experts_R, len(counts)).double()
     return sure * own_RE + (1 - sure) / len(counts), experts_R[:, None]
@@ -198,15 +274,21 @@ def _uneven(n_experts: int) -> list[list[int]]:
 
 
 def _entry_error(a: Mapping[str, Any], balance_gradients: Callable) -> float:
-    """How far what the term adds to the routers' gradients is from its weight times the oracle's gradient, whatever the accumulation.
+    """How far what the term adds to the routers' gradients is from its weight times the oracle's
+    gradient, whatever the accumulation.
 
-    Micro-batches are all alike, so the term of each is that of the whole update. The gradients of two weights are subtracted, which
-    leaves that of the term alone. Layers add up, as each has its own term.
+    Micro-batches are all alike, so the term of each is that of the whole update. The gradients of
+    two weights are subtracted, which leaves that of the term alone. Layers add up, as each has its
+    own term.
     """
     errors = []
     for n_micro in (1, 2, 4):
-        (weights, ids_T, once), (_, _, thrice) = (balance_gradients(weight, n_micro) for weight in (1.0, 3.0))
-        leaves = {n: w.detach().double().cpu().requires_grad_(n in once) for n, w in weights.items()}
+        (weights, ids_T, once), (_, _, thrice) = (
+            balance_gradients(weight, n_micro) for weight in (1.0, 3.0)
+        )
+        leaves = {
+            n: w.detach().double().cpu().requires_grad_(n in once) for n, w in weights.items()
+        }
         term = sum(oracle_reading(ids_T[None], leaves, a).balance.values())
         wanted = torch.autograd.grad(term, [leaves[n] for n in once])
         got = [(thrice[n] - once[n]).double().cpu() / 2 for n in once]
@@ -214,7 +296,7 @@ def _entry_error(a: Mapping[str, Any], balance_gradients: Callable) -> float:
     return max(errors)
 
 
-# --- the selection bias ---------------------------------------------------------------------------------------------
+# --- the selection bias ---------------------------------------------------------------------------
 
 
 @decides("moe.bias-balance")
@@ -227,10 +309,12 @@ def bias_balance(
     update_selection_bias: Callable,
     bias_step: Callable,
 ) -> Verdict:
-    """Biases move by their rate against the load, once per update whatever the accumulation, and skewed loads become more even.
+    """Biases move by their rate against the load, once per update whatever the accumulation, and
+    skewed loads become more even.
 
-    `update_selection_bias(model, loads_LE, rate)` is the run's own; `bias_step(n_micro)` makes one whole update of a fresh model of the
-    run in `n_micro` micro-batches and gives (loads of the update (L, E), biases after it (L, E)).
+    `update_selection_bias(model, loads_LE, rate)` is the run's own; `bias_step(n_micro)` makes one
+    whole update of a fresh model of the run in `n_micro` micro-batches and gives (loads of the
+    update (L, E), biases after it (L, E)).
     """
     if reason := no_experts(declared_architecture):
         return not_run(reason)
@@ -242,22 +326,36 @@ def bias_balance(
     step_error = max(_step_error(*bias_step(n_micro), ffn["balance"]["rate"]) for n_micro in (1, 4))
     before, after = _closed_loop(limits, build_model(), route, update_selection_bias, ffn["top_k"])
     ok = step_error <= limits.step_error_max and after <= limits.skew_left_max * before
-    text = "biases do not reduce the skew of loads" if step_error <= limits.step_error_max else "an update moves biases by other steps"
+    text = (
+        "biases do not reduce the skew of loads"
+        if step_error <= limits.step_error_max
+        else "an update moves biases by other steps"
+    )
     return decide(ok, text, step_error_over_rate=step_error, skew_before=before, skew_after=after)
 
 
 def _step_error(loads_LE: Tensor, biases_LE: Tensor, rate: float) -> float:
-    """Largest distance of a bias from one step of ±rate against the load of the whole update, over the rate."""
+    """Largest distance of a bias from one step of ±rate against the load of the whole update,
+    over the rate.
+    """
     loads_LE, biases_LE = loads_LE.double().cpu(), biases_LE.double().cpu()
     wanted_LE = torch.sign(loads_LE.mean(-1, keepdim=True) - loads_LE)
-    return float((biases_LE / rate - wanted_LE).abs().max()) if bool(wanted_LE.any()) else float("nan")
+    return (
+        float((biases_LE / rate - wanted_LE).abs().max()) if bool(wanted_LE.any()) else float("nan")
+    )
 
 
-def _closed_loop(limits: SimpleNamespace, model: nn.Module, route: Callable, update: Callable, top_k: int) -> tuple[float, float]:
-    """Excess of the busiest expert over its even share, before and after biases have met skewed scores for some updates."""
+def _closed_loop(
+    limits: SimpleNamespace, model: nn.Module, route: Callable, update: Callable, top_k: int
+) -> tuple[float, float]:
+    """Excess of the busiest expert over its even share, before and after biases have met
+    skewed scores for some updates.
+    """
     biases = [b for n, b in model.named_buffers() if n.endswith("selection_bias")]
     n_experts = len(biases[0])
-    logits_RE = _noise(8 * TOKENS, n_experts, seed=51) + torch.linspace(1, -1, n_experts, dtype=torch.float64)
+    logits_RE = _noise(8 * TOKENS, n_experts, seed=51) + torch.linspace(
+        1, -1, n_experts, dtype=torch.float64
+    )
 
     def loads_LE() -> Tensor:
         chosen = [route(logits_RE, top_k, bias.double().cpu())[0].flatten() for bias in biases]
@@ -272,15 +370,17 @@ def _closed_loop(limits: SimpleNamespace, model: nn.Module, route: Callable, upd
     return before, skew()
 
 
-# --- at every step --------------------------------------------------------------------------------------------------
+# --- at every step --------------------------------------------------------------------------------
 
 
 @decides("moe.router-collapse")
 class RouterCollapse:
-    """In no layer one expert takes nearly all tokens, and no expert none, for many steps in a row after the warm-up.
+    """In no layer one expert takes nearly all tokens, and no expert none,
+    for many steps in a row after the warm-up.
 
-    `Started.plan` holds warmup_steps, expert_layers, n_experts and top_k; 0 layers for a model without experts, of which nothing is
-    judged. While the learning rate still rises routers hardly move, and what an untrained one prefers is not collapse.
+    `Started.plan` holds warmup_steps, expert_layers, n_experts and top_k; 0 layers for a model
+    without experts, of which nothing is judged. While the learning rate still rises routers hardly
+    move, and what an untrained one prefers is not collapse.
     """
 
     events = (Started, StepTaken)
@@ -294,33 +394,59 @@ class RouterCollapse:
         if isinstance(event, Started):
             self.plan = event.plan
             return None
-        layers, n_experts, top_k = (self.plan[key] for key in ("expert_layers", "n_experts", "top_k"))
+        layers, n_experts, top_k = (
+            self.plan[key] for key in ("expert_layers", "n_experts", "top_k")
+        )
         if not layers:
             return not_run("the model has no experts")
         if [len(shares) for shares in event.expert_shares] != [n_experts] * layers:
-            return failed(f"step {event.step}: no shares of {layers} layers with {n_experts} experts", layers=len(event.expert_shares))
+            return failed(
+                f"step {event.step}: no shares of {layers} layers with {n_experts} experts",
+                layers=len(event.expert_shares),
+            )
         if top_k == n_experts:
             return not_run("every token visits every expert")
-        visited = {f"{i}.{e}": s * top_k for i, shares in enumerate(event.expert_shares) for e, s in enumerate(shares)}
+        visited = {
+            f"{i}.{e}": s * top_k
+            for i, shares in enumerate(event.expert_shares)
+            for e, s in enumerate(shares)
+        }
         even = top_k / n_experts
         ceiling = even + self.limits.excess_frac_max * (1 - even)
         if event.step > self.plan["warmup_steps"]:
             floor = self.limits.share_over_even_min * even
-            crowds = [str(i) for i, shares in enumerate(event.expert_shares) if not max(shares) * top_k <= ceiling]
+            crowds = [
+                str(i)
+                for i, shares in enumerate(event.expert_shares)
+                if not max(shares) * top_k <= ceiling
+            ]
             self.crowded = {layer: self.crowded.get(layer, 0) + 1 for layer in crowds}
-            self.idle = {at: self.idle.get(at, 0) + 1 for at, frac in visited.items() if not frac >= floor}
+            self.idle = {
+                at: self.idle.get(at, 0) + 1 for at, frac in visited.items() if not frac >= floor
+            }
         return self._judge(event.step, visited)
 
     def _judge(self, step: int, visited: Mapping[str, float]) -> Verdict:
-        runs = {(state, at): n for state, counts in (("crowded", self.crowded), ("idle", self.idle)) for at, n in counts.items()}
-        (state, at), steps = max(runs.items(), key=lambda item: item[1], default=(("even", "none"), 0))
+        runs = {
+            (state, at): n
+            for state, counts in (("crowded", self.crowded), ("idle", self.idle))
+            for at, n in counts.items()
+        }
+        (state, at), steps = max(
+            runs.items(), key=lambda item: item[1], default=(("even", "none"), 0)
+        )
         layer, _, expert = at.partition(".")
-        if state == "crowded":  # whichever expert it is: a router that sends all tokens now here, now there has collapsed as well
-            expert = max((a for a in visited if a.startswith(f"{layer}.")), key=visited.__getitem__).partition(".")[2]
+        # whichever expert it is: a router that sends all tokens now here,
+        # now there has collapsed as well
+        if state == "crowded":
+            expert = max(
+                (a for a in visited if a.startswith(f"{layer}.")), key=visited.__getitem__
+            ).partition(".")[2]
         taken = visited.get(f"{layer}.{expert}", 0.0)
         return decide(
             steps <= self.limits.steps_max,
-            f"step {step}: expert {expert} of layer {layer} is {state} for {steps} steps ({taken:.1%} of tokens visit it)",
+            f"step {step}: expert {expert} of layer {layer} is {state} for {steps} steps "
+            f"({taken:.1%} of tokens visit it)",
             steps=steps,
             busiest_frac=max(visited.values()),
             idlest_frac=min(visited.values()),

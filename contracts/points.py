@@ -1,4 +1,6 @@
-"""Gates of what the points of a model hold while it is trained: scores that grow, attention that collapses, points that die or explode."""
+"""Gates of what the points of a model hold while it is trained: scores that grow, attention that
+collapses, points that die or explode.
+"""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +12,11 @@ from contracts.gate import Stateless, Verdict, decide, decides, first_of
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What the points of the model hold in a step: by point n, mean, std, absmax and frac_nonfinite.
+    """What the points of the model hold in a step: by point n, mean, std,
+    absmax and frac_nonfinite.
 
-    `layers.3.scores` holds the largest score of every query and head, `layers.3.entropy` that of its weights in nats.
+    `layers.3.scores` holds the largest score of every query and head,
+    `layers.3.entropy` that of its weights in nats.
     """
 
     step: int
@@ -62,29 +66,48 @@ class AttentionEntropy(_InARow):
     def observe(self, event: Traced) -> Verdict:
         entropy = _at(event, "entropy", "mean")
         lowest = min(entropy, key=entropy.get)
-        lasting = self.lasting([name for name, nats in entropy.items() if not nats >= self.limits.entropy_nats_min])
+        lasting = self.lasting(
+            [name for name, nats in entropy.items() if not nats >= self.limits.entropy_nats_min]
+        )
         return decide(
             not lasting,
-            f"step {event.step}: attention has collapsed in {first_of(lasting)}: {entropy[lowest]:.3g} nats over all heads and tokens",
+            f"step {event.step}: attention has collapsed in {first_of(lasting)}: "
+            f"{entropy[lowest]:.3g} nats over all heads and tokens",
             entropy_nats=entropy[lowest],
         )
 
 
 @decides("model.live-points")
 class LivePoints(_InARow):
-    """Every point varies over its tokens and features, and stays within what half precision can hold."""
+    """Every point varies over its tokens and features, and stays within
+    what half precision can hold.
+    """
 
     events = (Traced,)
 
     def observe(self, event: Traced) -> Verdict:
-        seen = {name: figures for name, figures in event.points.items() if figures["n"] > 1 and not name.endswith((".entropy", ".scores"))}
-        dead = self.lasting([name for name, figures in seen.items() if figures["std"] <= self.limits.dead_std_max])
-        broken = [name for name, figures in seen.items() if figures["frac_nonfinite"] > 0 or math.isnan(figures["absmax"])]
+        seen = {
+            name: figures
+            for name, figures in event.points.items()
+            if figures["n"] > 1 and not name.endswith((".entropy", ".scores"))
+        }
+        dead = self.lasting(
+            [name for name, figures in seen.items() if figures["std"] <= self.limits.dead_std_max]
+        )
+        broken = [
+            name
+            for name, figures in seen.items()
+            if figures["frac_nonfinite"] > 0 or math.isnan(figures["absmax"])
+        ]
         large = max(seen, key=lambda name: seen[name]["absmax"])
         wrong = [
             *([f"{first_of(broken)} hold numbers that are none"] if broken else []),
             *([f"{first_of(dead)} no longer vary at all"] if dead else []),
-            *([f"{large} has grown to {seen[large]['absmax']:.4g}"] if seen[large]["absmax"] > self.limits.absmax_max else []),
+            *(
+                [f"{large} has grown to {seen[large]['absmax']:.4g}"]
+                if seen[large]["absmax"] > self.limits.absmax_max
+                else []
+            ),
         ]
         return decide(
             not wrong,
@@ -98,4 +121,8 @@ class LivePoints(_InARow):
 
 def _at(event: Traced, slot: str, figure: str) -> dict[str, float]:
     """One figure of one slot by point."""
-    return {name: figures[figure] for name, figures in event.points.items() if name.endswith(f".{slot}") and figures["n"]}
+    return {
+        name: figures[figure]
+        for name, figures in event.points.items()
+        if name.endswith(f".{slot}") and figures["n"]
+    }

@@ -1,4 +1,6 @@
-"""Gates of half precision: what must be summed in float32 is. R rows (tokens), D features, E experts, k top_k, V vocab."""
+"""Gates of half precision: what must be summed in float32 is.
+R rows (tokens), D features, E experts, k top_k, V vocab.
+"""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ from torch import Tensor
 from contracts.gate import Verdict, decide, decides
 
 ROWS, WIDTH, VOCAB_SIZE, SCALE = 64, 4096, 8192, 3.0
-SCALES = (2.0**9, 2.0**13)  # far below where the gradients of a mean overflow float16, far above where they vanish in it
+# far below where the gradients of a mean overflow float16, far above where they vanish in it
+SCALES = (2.0**9, 2.0**13)
 ALONE = 8  # tokens whose loss is also taken by itself
 
 
@@ -24,24 +27,45 @@ def shadow(
     half_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     declared_architecture: Mapping[str, Any],
 ) -> Verdict:
-    """Norm, choice of experts and loss, given half-precision numbers of scale 3, equal float64 of the same numbers.
+    """Norm, choice of experts and loss, given half-precision numbers of scale 3,
+    equal float64 of the same numbers.
 
-    `half_norm(x_1RD, gain_D)` is the run's norm, with biases of 0; `half_route(logits_RE, top_k)` gives (experts, weights,
-    probabilities); `half_loss(x_1RD, head_VD, labels_1R)` the sum of nats. All run under the run's autocast. Errors are in roundings: the
-    distance of 1 from the next number of `half_dtype`. What rounds where it may is left out: the features of a norm may come out rounded,
-    so its factor is taken over a long row; logits come out of a product of one feature each, which no type rounds.
+    `half_norm(x_1RD, gain_D)` is the run's norm, with biases of 0; `half_route(logits_RE, top_k)`
+    gives (experts, weights, probabilities); `half_loss(x_1RD, head_VD, labels_1R)` the sum of nats.
+    All run under the run's autocast. Errors are in roundings: the distance of 1 from the next
+    number of `half_dtype`. What rounds where it may is left out: the features of a norm may come
+    out rounded, so its factor is taken over a long row; logits come out of a product of one feature
+    each, which no type rounds.
     """
     a, rounding = declared_architecture, torch.finfo(half_dtype).eps
     errors = {
-        "norm": max(_norm_error(half_norm, a, half_dtype), _norm_error(half_norm, a, half_dtype, torch.float32)) / rounding,
-        "router": _router_error(half_route, a["ffn"], half_dtype) / rounding if a["ffn"]["kind"] == "moe" else 0.0,
-        "loss": max(_loss_error(half_loss, half_dtype), _loss_error(half_loss, half_dtype, torch.float32)) / rounding,
+        "norm": max(
+            _norm_error(half_norm, a, half_dtype),
+            _norm_error(half_norm, a, half_dtype, torch.float32),
+        )
+        / rounding,
+        "router": _router_error(half_route, a["ffn"], half_dtype) / rounding
+        if a["ffn"]["kind"] == "moe"
+        else 0.0,
+        "loss": max(
+            _loss_error(half_loss, half_dtype), _loss_error(half_loss, half_dtype, torch.float32)
+        )
+        / rounding,
     }
-    allowed = {"norm": limits.norm_roundings_max, "router": limits.router_roundings_max, "loss": limits.loss_roundings_max}
-    wrong = [f"{name} is {error:.2g} roundings from float64" for name, error in errors.items() if not error <= allowed[name]]
+    allowed = {
+        "norm": limits.norm_roundings_max,
+        "router": limits.router_roundings_max,
+        "loss": limits.loss_roundings_max,
+    }
+    wrong = [
+        f"{name} is {error:.2g} roundings from float64"
+        for name, error in errors.items()
+        if not error <= allowed[name]
+    ]
     return decide(
         not wrong,
-        f"computed in {str(half_dtype).removeprefix('torch.')} where float32 is needed: {'; '.join(wrong)}",
+        f"computed in {str(half_dtype).removeprefix('torch.')} where float32 is needed: "
+        f"{'; '.join(wrong)}",
         norm_roundings=errors["norm"],
         router_roundings=errors["router"],
         loss_roundings=errors["loss"],
@@ -50,30 +74,44 @@ def shadow(
 
 
 @decides("precision.declared")
-def declared(limits: SimpleNamespace, *, computed_dtypes: Callable[[], Mapping[str, str]], declared_dtype: str) -> Verdict:
-    """Every matrix product of a real train step comes out in the declared type: neither half precision nobody asked for, nor none.
+def declared(
+    limits: SimpleNamespace,
+    *,
+    computed_dtypes: Callable[[], Mapping[str, str]],
+    declared_dtype: str,
+) -> Verdict:
+    """Every matrix product of a real train step comes out in the declared type: neither half
+    precision nobody asked for, nor none.
 
-    `computed_dtypes()` makes one step and gives, by name, the type of what each linear layer returned in it.
+    `computed_dtypes()` makes one step and gives, by name, the type of what each
+    linear layer returned in it.
     """
     found = computed_dtypes()
     odd = [f"{name} in {dtype}" for name, dtype in found.items() if dtype != declared_dtype]
-    text = f"train.dtype is {declared_dtype}, and {len(odd)} of {len(found)} layers compute otherwise: {', '.join(odd[:3])}"
+    text = (
+        f"train.dtype is {declared_dtype}, and {len(odd)} of {len(found)} layers compute "
+        f"otherwise: {', '.join(odd[:3])}"
+    )
     return decide(len(odd) <= limits.odd_max and bool(found), text, odd=len(odd), layers=len(found))
 
 
 @decides("precision.loss-scale")
-def loss_scale(limits: SimpleNamespace, *, scaled_step: Callable[[float], tuple[float, float]]) -> Verdict:
+def loss_scale(
+    limits: SimpleNamespace, *, scaled_step: Callable[[float], tuple[float, float]]
+) -> Verdict:
     """What the clip sees and what it leaves do not depend on the loss scale.
 
-    `scaled_step(scale)` makes one train step of the run's own state with this loss scale, always from the same start, and returns the
-    gradient norm before clipping and the one left after the update.
+    `scaled_step(scale)` makes one train step of the run's own state with this loss scale, always
+    from the same start, and returns the gradient norm before clipping and the one left after the
+    update.
     """
     (low, low_left), (high, high_left) = (scaled_step(scale) for scale in SCALES)
     before, left = abs(low / high - 1), abs(low_left / high_left - 1)
     return decide(
         max(before, left) <= limits.rel_error_max,
-        f"a loss scale {SCALES[1] / SCALES[0]:g} times as large changes the gradient norm from {low:.4g} to {high:.4g} before clipping and "
-        f"from {low_left:.4g} to {high_left:.4g} after it",
+        f"a loss scale {SCALES[1] / SCALES[0]:g} times as large changes the gradient norm from "
+        f"{low:.4g} to {high:.4g} before clipping and from {low_left:.4g} to {high_left:.4g} "
+        "after it",
         rel_error=max(before, left),
         norm=high,
         norm_left=high_left,
@@ -82,17 +120,42 @@ def loss_scale(limits: SimpleNamespace, *, scaled_step: Callable[[float], tuple[
 
 def _noise(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Numbers of scale 3, rounded to `dtype`, as float64."""
-    return (SCALE * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype).double()
+    return (
+        (
+            SCALE
+            * torch.randn(
+                *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
+        )
+        .to(dtype)
+        .double()
+    )
 
 
-def _norm_error(half_norm: Callable, a: Mapping[str, Any], half: torch.dtype, given: torch.dtype | None = None) -> float:
-    """Root mean square over rows of the relative error of the factor that a row was scaled by. `given` is the dtype of the input.
+def _norm_error(
+    half_norm: Callable, a: Mapping[str, Any], half: torch.dtype, given: torch.dtype | None = None
+) -> float:
+    """Root mean square over rows of the relative error of the factor that a row was scaled by.
+    `given` is the dtype of the input.
 
-    Gains differ, for otherwise the few numbers that the type knows would all be rounded alike, and roundings would not cancel.
+    Gains differ, for otherwise the few numbers that the type knows would all be rounded alike, and
+    roundings would not cancel.
     """
-    x_RD = (_noise(ROWS, WIDTH, seed=61, dtype=half) * torch.linspace(0.5, 2, ROWS, dtype=torch.float64)[:, None]).to(half).double()
+    x_RD = (
+        (
+            _noise(ROWS, WIDTH, seed=61, dtype=half)
+            * torch.linspace(0.5, 2, ROWS, dtype=torch.float64)[:, None]
+        )
+        .to(half)
+        .double()
+    )
     gain_D = 1 + _noise(WIDTH, seed=64, dtype=torch.float32) / 10
-    y_RD = half_norm(x_RD.to(given or half)[None].requires_grad_(), gain_D.float())[0].detach().double().cpu()
+    y_RD = (
+        half_norm(x_RD.to(given or half)[None].requires_grad_(), gain_D.float())[0]
+        .detach()
+        .double()
+        .cpu()
+    )
     centred_RD = x_RD - x_RD.mean(-1, keepdim=True) if a["norm"]["kind"] == "layernorm" else x_RD
     unscaled_RD = centred_RD * gain_D.float()
     got_R = (y_RD * unscaled_RD).sum(-1) / unscaled_RD.square().sum(-1)
@@ -103,18 +166,31 @@ def _norm_error(half_norm: Callable, a: Mapping[str, Any], half: torch.dtype, gi
 def _router_error(half_route: Callable, ffn: Mapping[str, Any], half: torch.dtype) -> float:
     """Largest relative error of a probability, or of the weight of a choice."""
     logits_RE = _noise(ROWS, ffn["n_experts"], seed=62, dtype=half)
-    experts_Rk, weights_Rk, probs_RE = (t.detach().cpu() for t in half_route(logits_RE.to(half).requires_grad_(), ffn["top_k"]))
+    experts_Rk, weights_Rk, probs_RE = (
+        t.detach().cpu() for t in half_route(logits_RE.to(half).requires_grad_(), ffn["top_k"])
+    )
     wanted_RE = logits_RE.softmax(-1)
     shares_Rk = wanted_RE.gather(1, experts_Rk)
     shares_Rk = shares_Rk / shares_Rk.sum(-1, keepdim=True) if ffn["top_k"] > 1 else shares_Rk
-    return max(float((got.double() / wanted - 1).abs().max()) for got, wanted in ((probs_RE, wanted_RE), (weights_Rk, shares_Rk)))
+    return max(
+        float((got.double() / wanted - 1).abs().max())
+        for got, wanted in ((probs_RE, wanted_RE), (weights_Rk, shares_Rk))
+    )
 
 
 def _loss_error(half_loss: Callable, half: torch.dtype, given: torch.dtype | None = None) -> float:
-    """Largest relative error of the loss of one token, or of the sum. A row has one feature: its logits are a column of the head."""
-    head_VD, labels_R = _noise(VOCAB_SIZE, ROWS, seed=63, dtype=half), torch.arange(ROWS) * (VOCAB_SIZE // ROWS)
+    """Largest relative error of the loss of one token, or of the sum.
+    A row has one feature: its logits are a column of the head.
+    """
+    head_VD, labels_R = (
+        _noise(VOCAB_SIZE, ROWS, seed=63, dtype=half),
+        torch.arange(ROWS) * (VOCAB_SIZE // ROWS),
+    )
     x_1RD = torch.eye(ROWS, dtype=given or half)[None].requires_grad_()
     nats_R = head_VD.logsumexp(0) - head_VD[labels_R, torch.arange(ROWS)]
     pairs = [(half_loss(x_1RD, head_VD.float(), labels_R[None]), nats_R.sum())]
-    pairs += [(half_loss(x_1RD[:, r : r + 1], head_VD.float(), labels_R[None, r : r + 1]), nats_R[r]) for r in range(ALONE)]
+    pairs += [
+        (half_loss(x_1RD[:, r : r + 1], head_VD.float(), labels_R[None, r : r + 1]), nats_R[r])
+        for r in range(ALONE)
+    ]
     return max(abs(float(got.detach()) / float(wanted) - 1) for got, wanted in pairs)

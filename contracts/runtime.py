@@ -1,4 +1,6 @@
-"""Gates of every step: it did real, finite, bounded work, from the declared seed. Most see plain numbers the loop already has."""
+"""Gates of every step: it did real, finite, bounded work, from the declared seed.
+Most see plain numbers the loop already has.
+"""
 
 import math
 from collections import deque
@@ -7,7 +9,17 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-from contracts.events import BatchDrawn, Evaluated, Event, Finished, Recomputed, Sampled, Saved, Started, StepTaken
+from contracts.events import (
+    BatchDrawn,
+    Evaluated,
+    Event,
+    Finished,
+    Recomputed,
+    Sampled,
+    Saved,
+    Started,
+    StepTaken,
+)
 from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 from contracts.witness import ModeSeen
 
@@ -20,48 +32,85 @@ class Finite(Stateless):
 
     def observe(self, event: Event) -> Verdict:
         ok = (
-            math.isfinite(event.loss_nats) and math.isfinite(event.grad_norm) and event.overflow_retries <= self.limits.overflow_retries_max
+            math.isfinite(event.loss_nats)
+            and math.isfinite(event.grad_norm)
+            and event.overflow_retries <= self.limits.overflow_retries_max
         )
         return Verdict(
             "pass" if ok else "fail",
             ""
             if ok
-            else f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, {event.overflow_retries} overflow(s)",
-            {"loss_nats": str(event.loss_nats), "grad_norm": str(event.grad_norm), "overflow_retries": event.overflow_retries},
+            else (
+                f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, "
+                f"{event.overflow_retries} overflow(s)"
+            ),
+            {
+                "loss_nats": str(event.loss_nats),
+                "grad_norm": str(event.grad_norm),
+                "overflow_retries": event.overflow_retries,
+            },
         )
 
 
 @decides("runtime.training-mode")
 class TrainingMode(Stateless):
-    """Every step is taken with every module in training mode, also the one after an evaluation, a sample or a save."""
+    """Every step is taken with every module in training mode, also the one after an evaluation,
+    a sample or a save.
+    """
 
     events = (ModeSeen,)
 
     def observe(self, event: ModeSeen) -> Verdict:
         n = len(event.wrong)
-        text = f"step {event.step}: {n} module(s) were in evaluation mode, first {event.wrong[0] or 'the model'}" if n else ""
+        text = (
+            (
+                f"step {event.step}: {n} module(s) were in evaluation mode, first "
+                f"{event.wrong[0] or 'the model'}"
+            )
+            if n
+            else ""
+        )
         return decide(n <= self.limits.wrong_modules_max, text, wrong_modules=n)
 
 
 @decides("runtime.seed")
-def seed(limits: SimpleNamespace, *, begun: Callable[[int], Mapping[str, Any]], epoch_samples: int) -> Verdict:
-    """A run is what its seed makes of it: the same seed begins the same run, another one another, in every use of chance.
+def seed(
+    limits: SimpleNamespace, *, begun: Callable[[int], Mapping[str, Any]], epoch_samples: int
+) -> Verdict:
+    """A run is what its seed makes of it: the same seed begins the same run, another one another,
+    in every use of chance.
 
-    `begun(offset)` gives what the run would begin with under its seed plus an offset, by name: weights, order and masks. The order of a
-    corpus too small to be shuffled otherwise (`windows_min`) is not judged.
+    `begun(offset)` gives what the run would begin with under its seed plus an offset, by name:
+    weights, order and masks. The order of a corpus too small to be shuffled otherwise
+    (`windows_min`) is not judged.
     """
     first, again, other = begun(0), begun(0), begun(1)
     unlike = [name for name in first if first[name] != again[name]]
-    alike = [n for n in first if first[n] == other[n] and (n != "order" or epoch_samples >= limits.windows_min)]
-    text = f"two runs of one seed begin with other {', '.join(unlike)}" if unlike else f"the seed does not reach {', '.join(alike)}"
-    return decide(not unlike and not alike and len(first) >= limits.uses_min, text, unlike=len(unlike), alike=len(alike), uses=len(first))
+    alike = [
+        n
+        for n in first
+        if first[n] == other[n] and (n != "order" or epoch_samples >= limits.windows_min)
+    ]
+    text = (
+        f"two runs of one seed begin with other {', '.join(unlike)}"
+        if unlike
+        else f"the seed does not reach {', '.join(alike)}"
+    )
+    return decide(
+        not unlike and not alike and len(first) >= limits.uses_min,
+        text,
+        unlike=len(unlike),
+        alike=len(alike),
+        uses=len(first),
+    )
 
 
 @decides("runtime.params-changed")
 class ParamsChanged(Stateless):
     """Every step moves the parameters it was meant to move.
 
-    Below `visible_lr_min` a step is smaller than float32's spacing at one, so gains of norms may rightly stay; then any move counts.
+    Below `visible_lr_min` a step is smaller than float32's spacing at one, so gains of norms may
+    rightly stay; then any move counts.
     """
 
     events = (StepTaken,)
@@ -69,15 +118,20 @@ class ParamsChanged(Stateless):
     def observe(self, event: Event) -> Verdict:
         visible = event.lr >= self.limits.visible_lr_min
         return decide(
-            event.changed_tensor_frac >= self.limits.changed_tensor_frac_min if visible else event.changed_tensor_frac > 0,
-            f"step {event.step}: only {event.changed_tensor_frac:.0%} of the parameter tensors moved",
+            event.changed_tensor_frac >= self.limits.changed_tensor_frac_min
+            if visible
+            else event.changed_tensor_frac > 0,
+            f"step {event.step}: only {event.changed_tensor_frac:.0%} of the parameter tensors "
+            "moved",
             changed_tensor_frac=event.changed_tensor_frac,
         )
 
 
 @decides("runtime.tokens-consumed")
 class TokensConsumed:
-    """Each step consumes exactly the declared tokens, most of them count in the loss, and the total adds up."""
+    """Each step consumes exactly the declared tokens, most of them count in the loss,
+    and the total adds up.
+    """
 
     events = (Started, StepTaken)
 
@@ -90,10 +144,15 @@ class TokensConsumed:
             return None
         self.total += self.per_step
         valid_frac = event.n_valid_tokens / self.per_step
-        ok = event.tokens_seen == self.total and event.n_expected_tokens == self.per_step and self.limits.valid_frac_min <= valid_frac <= 1
+        ok = (
+            event.tokens_seen == self.total
+            and event.n_expected_tokens == self.per_step
+            and self.limits.valid_frac_min <= valid_frac <= 1
+        )
         return decide(
             ok,
-            f"step {event.step}: {event.tokens_seen} tokens seen, {self.total} declared; {event.n_valid_tokens} of {self.per_step} counted",
+            f"step {event.step}: {event.tokens_seen} tokens seen, {self.total} declared; "
+            f"{event.n_valid_tokens} of {self.per_step} counted",
             tokens_seen=event.tokens_seen,
             declared_tokens=self.total,
             valid_frac=valid_frac,
@@ -108,7 +167,9 @@ class TokensConsumed:
 
 @decides("runtime.loss-not-constant")
 class LossNotConstant:
-    """The same float loss several steps in a row is a placeholder, not a measurement; so is a loss of 1 with a gradient norm of 1."""
+    """The same float loss several steps in a row is a placeholder, not a measurement; so is a loss
+    of 1 with a gradient norm of 1.
+    """
 
     events = (StepTaken,)
 
@@ -119,12 +180,13 @@ class LossNotConstant:
         self.repeats = self.repeats + 1 if event.loss_nats == self.last else 1
         self.last = event.loss_nats
         if not math.isfinite(event.loss_nats + event.grad_norm):
-            return passed("", equal_steps=self.repeats)  # what is no number is the business of runtime.finite
+            # what is no number is the business of runtime.finite
+            return passed("", equal_steps=self.repeats)
         off_one = max(abs(event.loss_nats - 1), abs(event.grad_norm - 1))
         return decide(
             self.repeats <= self.limits.equal_steps_max and off_one > self.limits.off_one_min,
-            f"step {event.step}: the loss is {event.loss_nats!r} for the {self.repeats}th step in a row, at a gradient norm of "
-            f"{event.grad_norm!r}",
+            f"step {event.step}: the loss is {event.loss_nats!r} for the {self.repeats}th step in "
+            f"a row, at a gradient norm of {event.grad_norm!r}",
             equal_steps=self.repeats,
             off_one=off_one,
         )
@@ -138,10 +200,12 @@ class LossNotConstant:
 
 @decides("runtime.step-time")
 class StepTime:
-    """A step takes the time its arithmetic needs: not faster than the machine can compute, nor far below its own median.
+    """A step takes the time its arithmetic needs: not faster than the machine can compute,
+    nor far below its own median.
 
-    Against the median alone a machine that was crowded and is free again would be accused; its steps stay well below its peak rate.
-    Where no rate is known (`flops` of 0, as in a log), the median decides alone.
+    Against the median alone a machine that was crowded and is free again would be accused; its
+    steps stay well below its peak rate. Where no rate is known (`flops` of 0, as in a log), the
+    median decides alone.
     """
 
     events = (StepTaken,)
@@ -161,8 +225,8 @@ class StepTime:
         ok = achieved_frac <= self.limits.peak_frac_max and not sudden
         return decide(
             ok,
-            f"step {event.step}: {event.wall_s * 1e3:.3g} ms would be {achieved_frac:.2g} of the machine's peak rate, "
-            f"{over_median:.2g} of the median step",
+            f"step {event.step}: {event.wall_s * 1e3:.3g} ms would be {achieved_frac:.2g} of the "
+            f"machine's peak rate, {over_median:.2g} of the median step",
             peak_frac=achieved_frac,
             median_frac=over_median,
         )
@@ -178,8 +242,9 @@ class StepTime:
 class LossSpike:
     """Loss and gradient norm stay within a robust band of their recent past.
 
-    Red if a loss stands more than `robust_z_max` scaled median deviations and `jump_nats_min` above the recent median for
-    `steps_in_a_row` steps, or if it is above random guessing by `over_random_nats` after the warm-up.
+    Red if a loss stands more than `robust_z_max` scaled median deviations and `jump_nats_min` above
+    the recent median for `steps_in_a_row` steps, or if it is above random guessing by
+    `over_random_nats` after the warm-up.
     """
 
     events = (Started, StepTaken)
@@ -202,11 +267,16 @@ class LossSpike:
         self.high = self.high + 1 if spiked else 0
         if not spiked:
             self.recent.append(event.loss_nats)
-        excess = event.loss_nats - self.plan["random_loss_nats"] if event.step > self.plan["warmup_steps"] else 0.0
+        excess = (
+            event.loss_nats - self.plan["random_loss_nats"]
+            if event.step > self.plan["warmup_steps"]
+            else 0.0
+        )
         ok = self.high < self.limits.steps_in_a_row and excess <= self.limits.over_random_nats_max
         return decide(
             ok,
-            f"step {event.step}: loss {event.loss_nats:.4g} is {jump:.3g} nats above its recent median for {self.high} step(s)",
+            f"step {event.step}: loss {event.loss_nats:.4g} is {jump:.3g} nats above its recent "
+            f"median for {self.high} step(s)",
             robust_z=z,
             jump_nats=jump,
             steps_high=self.high,
@@ -223,8 +293,9 @@ class LossSpike:
 class Cadence:
     """Monitors are declared to look often enough, and look as often as they were declared to.
 
-    `Started.plan["intervals"]` holds by event name the steps between two of them and the key that says so. They are judged before
-    step 1; afterwards every event asks how long ago each of the others was last announced.
+    `Started.plan["intervals"]` holds by event name the steps between two of them and the key that
+    says so. They are judged before step 1; afterwards every event asks how long ago each of the
+    others was last announced.
     """
 
     events = (Started, BatchDrawn, StepTaken, Recomputed, Evaluated, Sampled, Saved, Finished)
@@ -253,29 +324,47 @@ class Cadence:
         every, key = self.intervals[late]
         return decide(
             gaps[late] <= every,
-            f"step {event.step}: no {late} for {gaps[late]} steps, declared is one in {every} ({key})",
+            f"step {event.step}: no {late} for {gaps[late]} steps, declared is one in {every} "
+            f"({key})",
             gap_steps=gaps[late],
             declared_steps=every,
             monitor=late,
         )
 
     def _begin(self, event: Started) -> None:
-        """Clocks of a resumed run go on; one whose interval was changed meanwhile, and that of saves, starts where the run does."""
-        self.intervals = {**self.EVERY_STEP, **{name: tuple(v) for name, v in event.plan["intervals"].items()}}
+        """Clocks of a resumed run go on; one whose interval was changed meanwhile, and that of
+        saves, starts where the run does.
+        """
+        self.intervals = {
+            **self.EVERY_STEP,
+            **{name: tuple(v) for name, v in event.plan["intervals"].items()},
+        }
         for name, (every, _) in self.intervals.items():
             goes_on = self.every.get(name) == every and name != "Saved"
-            self.last[name] = max(self.last.get(name, 0), event.step - every) if goes_on else event.step
+            self.last[name] = (
+                max(self.last.get(name, 0), event.step - every) if goes_on else event.step
+            )
         self.every = {name: every for name, (every, _) in self.intervals.items()}
 
     def _ended(self, event: Finished) -> Verdict:
         """A run whose interval is longer than it is looks once, at its end; so does every other."""
-        unseen = sorted(name for name in ("Evaluated", "Sampled") if self.last.get(name) != event.step)
-        return decide(not unseen, f"the run ended at step {event.step} without {', '.join(unseen)} there", unseen=len(unseen))
+        unseen = sorted(
+            name for name in ("Evaluated", "Sampled") if self.last.get(name) != event.step
+        )
+        return decide(
+            not unseen,
+            f"the run ended at step {event.step} without {', '.join(unseen)} there",
+            unseen=len(unseen),
+        )
 
     def _declared(self) -> Verdict:
-        """No monitor is without an interval, and none is slower than the spec allows. The last step of a run is always looked at."""
+        """No monitor is without an interval, and none is slower than the spec allows.
+        The last step of a run is always looked at.
+        """
         if absent := sorted(self.MONITORS.keys() - self.intervals.keys()):
-            return failed(f"the run declares no interval for {', '.join(absent)}", monitor=absent[0])
+            return failed(
+                f"the run declares no interval for {', '.join(absent)}", monitor=absent[0]
+            )
         problems = {}
         for name, limit in self.MONITORS.items():
             every, key = self.intervals[name]
@@ -283,8 +372,15 @@ class Cadence:
             if every > allowed:
                 problems[name] = f"{key} is {every} steps and at most {allowed} are allowed"
         if problems:
-            return failed(f"{'; '.join(problems.values())}: --set each lower", monitor=", ".join(problems))
-        return passed("", gap_steps=0, declared_steps=max(every for every, _ in self.intervals.values()), monitor="all")
+            return failed(
+                f"{'; '.join(problems.values())}: --set each lower", monitor=", ".join(problems)
+            )
+        return passed(
+            "",
+            gap_steps=0,
+            declared_steps=max(every for every, _ in self.intervals.values()),
+            monitor="all",
+        )
 
     def state_dict(self) -> dict:
         return {"last": self.last, "every": self.every}
@@ -295,10 +391,12 @@ class Cadence:
 
 @decides("runtime.trend")
 class Trend:
-    """The mean loss does not climb away from its minimum, nor the gradient norm from its own while the loss no longer falls.
+    """The mean loss does not climb away from its minimum, nor the gradient norm from its own while
+    the loss no longer falls.
 
-    Both are exponential means over about `SPAN` steps, of the loss and of the logarithm of the norm, so that no single step shows. A
-    run that diverges slowly stays inside every band drawn around its recent past; it cannot stay near its minimum.
+    Both are exponential means over about `SPAN` steps, of the loss and of the logarithm of the
+    norm, so that no single step shows. A run that diverges slowly stays inside every band drawn
+    around its recent past; it cannot stay near its minimum.
     """
 
     events = (Started, StepTaken)
@@ -306,7 +404,12 @@ class Trend:
 
     def __init__(self, limits):
         self.limits, self.steps, self.away, self.warmup_steps = limits, 0, 0, 0
-        self.loss, self.log_norm, self.least_loss, self.least_log_norm = None, None, math.inf, math.inf
+        self.loss, self.log_norm, self.least_loss, self.least_log_norm = (
+            None,
+            None,
+            math.inf,
+            math.inf,
+        )
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
@@ -317,14 +420,22 @@ class Trend:
         self.steps += 1
         if min(self.steps, event.step - self.warmup_steps) < self.SPAN:
             return passed("", rise_nats=0.0, norm_ratio=1.0, steps_away=0)
-        self.least_loss, self.least_log_norm = min(self.least_loss, self.loss), min(self.least_log_norm, self.log_norm)
-        rise, ratio = self.loss - self.least_loss, math.exp(min(self.log_norm - self.least_log_norm, 700.0))
-        away = rise > self.limits.rise_nats_max or (ratio > self.limits.norm_ratio_max and rise > self.limits.stale_nats_min)
+        self.least_loss, self.least_log_norm = (
+            min(self.least_loss, self.loss),
+            min(self.least_log_norm, self.log_norm),
+        )
+        rise, ratio = (
+            self.loss - self.least_loss,
+            math.exp(min(self.log_norm - self.least_log_norm, 700.0)),
+        )
+        away = rise > self.limits.rise_nats_max or (
+            ratio > self.limits.norm_ratio_max and rise > self.limits.stale_nats_min
+        )
         self.away = self.away + 1 if away else 0
         return decide(
             self.away < self.limits.steps_in_a_row,
-            f"step {event.step}: the mean loss is {rise:.3g} nats above its minimum and the mean gradient norm {ratio:.3g} times its own, "
-            f"for {self.away} step(s)",
+            f"step {event.step}: the mean loss is {rise:.3g} nats above its minimum and the mean "
+            f"gradient norm {ratio:.3g} times its own, for {self.away} step(s)",
             rise_nats=rise,
             norm_ratio=ratio,
             steps_away=self.away,
@@ -335,7 +446,11 @@ class Trend:
 
     def state_dict(self) -> dict:
         means = {"loss": self.loss, "log_norm": self.log_norm}
-        least = {"least_loss": self.least_loss, "least_log_norm": self.least_log_norm} if math.isfinite(self.least_loss) else {}
+        least = (
+            {"least_loss": self.least_loss, "least_log_norm": self.least_log_norm}
+            if math.isfinite(self.least_loss)
+            else {}
+        )
         return {"steps": self.steps, "away": self.away, **means, **least}
 
     def load_state_dict(self, state: dict) -> None:

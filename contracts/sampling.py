@@ -1,4 +1,6 @@
-"""Gates of sampling: cached decoding equals the full forward, and draws follow the declared distribution."""
+"""Gates of sampling: cached decoding equals the full forward,
+and draws follow the declared distribution.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from contracts.gate import Verdict, decide, decides, failed
 
-# --- cached decoding ------------------------------------------------------------------------------------------------
+# --- cached decoding ------------------------------------------------------------------------------
 
 
 @decides("sampling.cache-parity")
@@ -24,9 +26,11 @@ def cache_parity(
     vocab_size: int,
     max_seq_len: int,
 ) -> Verdict:
-    """Reading a text in one piece, token by token, and in chunks gives the same logits at every position, up to the last one.
+    """Reading a text in one piece, token by token, and in chunks gives the same logits at every
+    position, up to the last one.
 
-    `full_logits(ids_BT)` reads without cache, `cached_logits(ids_BT, cache)` continues what `make_cache(batch_size)` holds.
+    `full_logits(ids_BT)` reads without cache, `cached_logits(ids_BT, cache)` continues what
+    `make_cache(batch_size)` holds.
     """
     length = min(max_seq_len, 512)
     ids = torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(21))
@@ -48,7 +52,11 @@ def cache_parity(
     worst = max(errors, key=lambda k: errors[k] if math.isfinite(errors[k]) else math.inf)
     ok = all(e <= limits.rel_error_max for e in errors.values())
     return decide(
-        ok, f"decoding with the cache differs from the full forward ({worst})", rel_error=errors[worst], worst=worst, tokens=length
+        ok,
+        f"decoding with the cache differs from the full forward ({worst})",
+        rel_error=errors[worst],
+        worst=worst,
+        tokens=length,
     )
 
 
@@ -60,28 +68,55 @@ def _chunks(length: int) -> list[int]:
     return sizes
 
 
-# --- the distribution of draws --------------------------------------------------------------------------------------
+# --- the distribution of draws --------------------------------------------------------------------
 
 PROBS = (0.40, 0.25, 0.0, 0.15, 0.10, 0.06, 0.04, 0.0)
 
 
 @decides("sampling.distribution")
-def distribution(limits: SimpleNamespace, *, filtered_probs: Callable[..., Tensor], pick: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
-    """Filters keep exactly the sets they declare, impossible tokens cannot be drawn, and counts follow the probabilities.
+def distribution(
+    limits: SimpleNamespace,
+    *,
+    filtered_probs: Callable[..., Tensor],
+    pick: Callable[[Tensor, Tensor], Tensor],
+) -> Verdict:
+    """Filters keep exactly the sets they declare, impossible tokens cannot be drawn, and counts
+    follow the probabilities.
 
-    `filtered_probs(logits_V, temperature=, top_k=, top_p=)` gives probabilities; `pick(probs_V, uniforms_R)` gives ids.
+    `filtered_probs(logits_V, temperature=, top_k=, top_p=)` gives probabilities;
+    `pick(probs_V, uniforms_R)` gives ids.
     """
     probs = torch.tensor(PROBS, dtype=torch.float64)
     logits = probs.log()
-    wrong = [name for name, (options, kept) in _supports().items() if _support(filtered_probs(logits, **options)) != kept]
+    wrong = [
+        name
+        for name, (options, kept) in _supports().items()
+        if _support(filtered_probs(logits, **options)) != kept
+    ]
     off = _identity_error(filtered_probs, logits, probs)
     impossible = _impossible_draws(pick, probs)
     chi_square, p_value = _chi_square(filtered_probs, pick, logits, probs, int(limits.draws_min))
     if wrong:
-        return failed(f"the kept set is wrong for: {', '.join(wrong)}", wrong_supports=len(wrong), impossible_draws=impossible)
+        return failed(
+            f"the kept set is wrong for: {', '.join(wrong)}",
+            wrong_supports=len(wrong),
+            impossible_draws=impossible,
+        )
     ok = off <= limits.abs_error_max and impossible == 0 and p_value >= limits.p_value_min
-    text = "a token of probability 0 was drawn" if impossible else "draws or probabilities do not follow the declared distribution"
-    return decide(ok, text, abs_error=off, impossible_draws=impossible, p_value=p_value, chi_square=chi_square, wrong_supports=0)
+    text = (
+        "a token of probability 0 was drawn"
+        if impossible
+        else "draws or probabilities do not follow the declared distribution"
+    )
+    return decide(
+        ok,
+        text,
+        abs_error=off,
+        impossible_draws=impossible,
+        p_value=p_value,
+        chi_square=chi_square,
+        wrong_supports=0,
+    )
 
 
 def _supports() -> dict[str, tuple[dict[str, Any], set[int]]]:
@@ -109,32 +144,65 @@ def _support(probs_V: Tensor) -> set[int]:
 
 
 def _identity_error(filtered_probs: Callable[..., Tensor], logits: Tensor, probs: Tensor) -> float:
-    """Largest difference to probabilities known in closed form: unfiltered, sharpened, and cut to two tokens."""
+    """Largest difference to probabilities known in closed form: unfiltered, sharpened,
+    and cut to two tokens.
+    """
     sharpened = probs.square() / probs.square().sum()
     cut = torch.zeros_like(probs)
     cut[:2] = probs[:2] / probs[:2].sum()
-    cases = (({"temperature": 1.0}, probs), ({"temperature": 0.5}, sharpened), ({"temperature": 1.0, "top_k": 2}, cut))
-    return max(float((filtered_probs(logits, **options).double() - expected).abs().max()) for options, expected in cases)
+    cases = (
+        ({"temperature": 1.0}, probs),
+        ({"temperature": 0.5}, sharpened),
+        ({"temperature": 1.0, "top_k": 2}, cut),
+    )
+    return max(
+        float((filtered_probs(logits, **options).double() - expected).abs().max())
+        for options, expected in cases
+    )
 
 
 def _impossible_draws(pick: Callable[[Tensor, Tensor], Tensor], probs: Tensor) -> int:
-    """Draws of an id of probability 0 at the edges of every interval, for impossible ids at the front, inside and at the end."""
+    """Draws of an id of probability 0 at the edges of every interval, for impossible ids at the
+    front, inside and at the end.
+    """
     drawn = 0
     for shift in range(len(probs)):
         shifted = probs.roll(shift)
         edges = torch.cat((torch.zeros(1, dtype=torch.float64), shifted.cumsum(0))).clamp(max=1)
-        uniforms = torch.cat((edges, torch.nextafter(edges, torch.zeros_like(edges)), torch.nextafter(edges, torch.ones_like(edges))))
-        uniforms = torch.cat((uniforms.clamp(0, 1), torch.tensor([0.0, 5e-324, 1 - 2**-53, 1 - 2**-24, 1.0], dtype=torch.float64)))
+        uniforms = torch.cat(
+            (
+                edges,
+                torch.nextafter(edges, torch.zeros_like(edges)),
+                torch.nextafter(edges, torch.ones_like(edges)),
+            )
+        )
+        uniforms = torch.cat(
+            (
+                uniforms.clamp(0, 1),
+                torch.tensor([0.0, 5e-324, 1 - 2**-53, 1 - 2**-24, 1.0], dtype=torch.float64),
+            )
+        )
         drawn += int((shifted[pick(shifted, uniforms)] == 0).sum())
     return drawn
 
 
-def _chi_square(filtered_probs: Callable, pick: Callable, logits: Tensor, probs: Tensor, draws: int) -> tuple[float, float]:
-    """Pearson's statistic of `draws` draws with a fixed seed and its p-value (Wilson-Hilferty), over the possible ids."""
+def _chi_square(
+    filtered_probs: Callable, pick: Callable, logits: Tensor, probs: Tensor, draws: int
+) -> tuple[float, float]:
+    """Pearson's statistic of `draws` draws with a fixed seed and its p-value (Wilson-Hilferty),
+    over the possible ids.
+    """
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    counts = pick(filtered_probs(logits, temperature=1.0), uniforms).bincount(minlength=len(probs)).double()
+    counts = (
+        pick(filtered_probs(logits, temperature=1.0), uniforms)
+        .bincount(minlength=len(probs))
+        .double()
+    )
     possible = probs > 0
     expected = probs[possible] * draws
-    statistic, k = float(((counts[possible] - expected) ** 2 / expected).sum()), int(possible.sum()) - 1
+    statistic, k = (
+        float(((counts[possible] - expected) ** 2 / expected).sum()),
+        int(possible.sum()) - 1,
+    )
     z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
     return statistic, 0.5 * math.erfc(z / math.sqrt(2))

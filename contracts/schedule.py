@@ -1,4 +1,6 @@
-"""The gate of the schedule: the learning rates the optimizer really used equal the closed form at every update."""
+"""The gate of the schedule: the learning rates the optimizer really used equal the
+closed form at every update.
+"""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +13,9 @@ from contracts.gate import Verdict, decide, decides, failed
 def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_steps: int) -> float:
     """Written independently of the stack, for both kinds of schedule.
 
-    cosine: peak·min(1, s/W)·(f + (1 − f)·(1 + cos πx)/2), x from 0 at step W, or at step 0 where the decay is declared to start there.
-    wsd: peak·min(1, s/W)·(f + (1 − f)·r), r = 1 − x or 1 − √x, x from 0 to 1 over the last `decay_frac` of all steps, a whole number.
+    cosine: peak·min(1, s/W)·(f + (1 − f)·(1 + cos πx)/2), x from 0 at step W, or at step 0 where
+    the decay is declared to start there. wsd: peak·min(1, s/W)·(f + (1 − f)·r), r = 1 − x or 1 −
+    √x, x from 0 to 1 over the last `decay_frac` of all steps, a whole number.
     """
     warmup, floor = schedule["warmup_steps"], schedule["final_lr_frac"]
     match schedule["kind"]:
@@ -20,7 +23,9 @@ def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_step
             first = {"peak": warmup, "start": 0}[schedule["decay_from"]]
             left = (1 + math.cos(math.pi * _share(step, first, max_steps))) / 2
         case "wsd":
-            x = _share(step, max_steps - max(1, round(schedule["decay_frac"] * max_steps)), max_steps)
+            x = _share(
+                step, max_steps - max(1, round(schedule["decay_frac"] * max_steps)), max_steps
+            )
             left = {"linear": 1 - x, "1-sqrt": 1 - x**0.5}[schedule["decay_shape"]]
         case other:
             raise ValueError(f"no closed form for a schedule of kind {other}")
@@ -34,7 +39,9 @@ def _share(step: int, first: int, last: int) -> float:
 
 @decides("schedule.trace")
 class ScheduleTrace:
-    """One tick per optimizer update, the declared rate and that of every parameter group equal to the closed form of what was declared."""
+    """One tick per optimizer update, the declared rate and that of every parameter group equal to
+    the closed form of what was declared.
+    """
 
     events = (Started, StepTaken)
 
@@ -53,16 +60,26 @@ class ScheduleTrace:
         peaks = {"all": self.plan["peak_lr"], **self.plan["peak_lrs"]}
         used = {"all": event.lr, **event.group_lrs}
         if odd := sorted(peaks.keys() ^ used.keys()):
-            return failed(f"step {event.step}: groups with a declared rate and groups with a rate differ: {', '.join(odd)}", odd=len(odd))
+            return failed(
+                f"step {event.step}: groups with a declared rate and groups with a rate differ: "
+                f"{', '.join(odd)}",
+                odd=len(odd),
+            )
         declared = {
-            g: closed_form(event.step, peak=peak, schedule=self.plan["schedule"], max_steps=self.plan["max_steps"])
+            g: closed_form(
+                event.step,
+                peak=peak,
+                schedule=self.plan["schedule"],
+                max_steps=self.plan["max_steps"],
+            )
             for g, peak in peaks.items()
         }
         error = {g: abs(used[g] - declared[g]) / peaks[g] for g in peaks}
         worst = max(error, key=lambda g: math.inf if math.isnan(error[g]) else error[g])
         return decide(
             error[worst] <= self.limits.rel_error_max,
-            f"step {event.step}: learning rate of {worst} {used[worst]:.6g}, declared {declared[worst]:.6g}",
+            f"step {event.step}: learning rate of {worst} {used[worst]:.6g}, declared "
+            f"{declared[worst]:.6g}",
             rel_error=error[worst],
             lr=event.lr,
             declared_lr=declared["all"],

@@ -1,4 +1,6 @@
-"""Gate of the stop rule: it stops on a lack of gain that stands out of the noise, never on the noise."""
+"""Gate of the stop rule: it stops on a lack of gain that stands out of the noise,
+never on the noise.
+"""
 
 import math
 from collections.abc import Callable
@@ -23,20 +25,29 @@ def stop_rule(
     n_eval_batches: int,
     expected_gain_nats: float | None,
 ) -> Verdict:
-    """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly when declared, and sees the gain
-    it waits for: 2 standard errors of the paired difference at the run's own number of held-out batches are below it. Where the rule
-    has a least improvement that counts (min_delta_nats), that must stand out as well: its standard error is at most half of it.
+    """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly
+    when declared, and sees the gain it waits for: 2 standard errors of the paired difference at the
+    run's own number of held-out batches are below it. Where the rule has a least improvement that
+    counts (min_delta_nats), that must stand out as well: its standard error is at most half of it.
 
-    A gain counts exactly from the larger of min_delta_nats and z standard errors of the paired difference on.
+    A gain counts exactly from the larger of min_delta_nats and z standard errors of
+    the paired difference on.
 
-    `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and `wait`. `stop_declared` holds kind,
-    patience, min_epochs, z and min_delta_nats.
+    `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and
+    `wait`. `stop_declared` holds kind, patience, min_epochs, z and min_delta_nats.
     """
     if stop_declared["kind"] == "never":
         stopped = sum(d.stop for d in map(make_stop_rule().update, [[1.0, 1.1]] * 64))
-        return passed("the run trains all its steps", false_stops=0) if not stopped else failed("a rule that never stops stopped")
+        return (
+            passed("the run trains all its steps", false_stops=0)
+            if not stopped
+            else failed("a rule that never stops stopped")
+        )
     simulated = (
-        _stops_on_noise(make_stop_rule(), s, n_eval_batches, paired_difference_std, expected_gain_nats) for s in range(SIMULATIONS)
+        _stops_on_noise(
+            make_stop_rule(), s, n_eval_batches, paired_difference_std, expected_gain_nats
+        )
+        for s in range(SIMULATIONS)
     )
     false_stops = sum(simulated)
     misread = _threshold_fault(make_stop_rule, stop_declared, n_eval_batches)
@@ -48,12 +59,21 @@ def stop_rule(
     wrong = [
         text
         for ok, text in (
-            (rate <= limits.false_stop_rate_max, f"{false_stops} of {SIMULATIONS} simulated runs stop on noise"),
+            (
+                rate <= limits.false_stop_rate_max,
+                f"{false_stops} of {SIMULATIONS} simulated runs stop on noise",
+            ),
             (not misread, misread),
-            (late == 0 and early == 0, "a plateau does not stop the run exactly at best + patience"),
+            (
+                late == 0 and early == 0,
+                "a plateau does not stop the run exactly at best + patience",
+            ),
             (
                 detectable <= to_see,
-                f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, one of {to_see:g} is to be seen",
+                (
+                    f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, "
+                    f"one of {to_see:g} is to be seen"
+                ),
             ),
         )
         if not ok
@@ -74,7 +94,8 @@ def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gai
 
     The founding note ship-two-001 saw a band of ±0.04 on a gain of 0.03.
 
-    Each batch keeps its own difficulty over the rounds, and adds noise whose paired differences have the measured spread.
+    Each batch keeps its own difficulty over the rounds, and adds noise whose paired differences
+    have the measured spread.
     """
     draw = np.random.default_rng(seed)
     difficulty = draw.normal(0, 0.5, n_batches)
@@ -86,23 +107,38 @@ def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gai
     return False
 
 
-def _threshold_fault(make_stop_rule: Callable[[], Any], declared: dict[str, Any], n_batches: int) -> str:
-    """What is wrong with the gain from which a round counts as better, or an empty text: one percent below and above it are tried."""
+def _threshold_fault(
+    make_stop_rule: Callable[[], Any], declared: dict[str, Any], n_batches: int
+) -> str:
+    """What is wrong with the gain from which a round counts as better, or an empty text: one
+    percent below and above it are tried.
+    """
     level, wide = np.linspace(3.0, 4.0, n_batches), np.resize([1.0, -1.0, 0.5, -0.5], n_batches)
     for spread in (0.0, 0.2):
         uneven = spread * (wide - wide.mean())
-        threshold = max(declared["min_delta_nats"], declared["z"] * float(uneven.std(ddof=1)) / math.sqrt(n_batches), 1e-6)
+        threshold = max(
+            declared["min_delta_nats"],
+            declared["z"] * float(uneven.std(ddof=1)) / math.sqrt(n_batches),
+            1e-6,
+        )
         for factor, counts in ((0.99, False), (1.01, True)):
             rule = make_stop_rule()
             rule.update(level.tolist())
             better = rule.update((level - uneven - factor * threshold).tolist()).wait == 0
-            if better != counts and not (spread == 0 and declared["min_delta_nats"] == 0 and better):
-                return f"a gain of {factor * threshold:.3g} nats {'counts' if better else 'does not count'}, {threshold:.3g} is what counts"
+            if better != counts and not (
+                spread == 0 and declared["min_delta_nats"] == 0 and better
+            ):
+                return (
+                    f"a gain of {factor * threshold:.3g} nats "
+                    f"{'counts' if better else 'does not count'}, {threshold:.3g} is what counts"
+                )
     return ""
 
 
 def _plateau_delay(rule: Any, falling_rounds: int, declared: dict[str, Any]) -> int:
-    """Rounds by which the stop misses its declared place on a curve that falls steeply, then stays level. −1 if there is no stop."""
+    """Rounds by which the stop misses its declared place on a curve that falls steeply, then stays
+    level. −1 if there is no stop.
+    """
     due = max(falling_rounds - 1 + declared["patience"], declared["min_epochs"] - 1)
     for r in range(due + 64):
         level = 10.0 - CLIFF_NATS * min(r, falling_rounds - 1)

@@ -3,9 +3,10 @@
 pip install 'stackproof[hf]'
 python examples/huggingface.py [--out runs/huggingface] [--steps 24]
 
-A small Llama with random weights learns the standard library's documentation, byte by byte, in seconds on a CPU and without a network.
-The run stops half-way and goes on from its checkpoint, so that every gate has something to look at. Each half leaves a record in OUT:
-`first/` and `resumed/`. The two lines that bring in the gates are marked.
+A small Llama with random weights learns the standard library's documentation, byte by byte, in
+seconds on a CPU and without a network. The run stops half-way and goes on from its checkpoint, so
+that every gate has something to look at. Each half leaves a record in OUT: `first/` and `resumed/`.
+The two lines that bring in the gates are marked.
 """
 
 import argparse
@@ -25,7 +26,13 @@ def rows(tokenizer: ByT5Tokenizer, n: int) -> list[dict]:
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     draw, found, at = torch.Generator().manual_seed(0), [], 0
     for length in torch.randint(LENGTH // 2, LENGTH, (n,), generator=draw).tolist():
-        found.append({"input_ids": tokenizer(text[at : at + length], truncation=True, max_length=LENGTH)["input_ids"]})
+        found.append(
+            {
+                "input_ids": tokenizer(text[at : at + length], truncation=True, max_length=LENGTH)[
+                    "input_ids"
+                ]
+            }
+        )
         at += length
     return found
 
@@ -34,7 +41,9 @@ def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
     """Ids, mask and labels (B, T); padding has mask 0 and label -100."""
     longest = max(len(r["input_ids"]) for r in batch)
     ids = torch.tensor([r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in batch])
-    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
+    mask = torch.tensor(
+        [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch]
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
@@ -42,9 +51,24 @@ def train(out: Path, steps: int, *, stop_at: int | None, record: str) -> GateCal
     """The whole script; it goes on from the last checkpoint if it did not begin anew."""
     torch.manual_seed(0)
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=LENGTH, tie_word_embeddings=True, **shape, **special)
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        **shape,
+        **special,
+    )
     arguments = TrainingArguments(
         str(out / "trainer"),
         max_steps=steps,
@@ -95,9 +119,13 @@ def _stop(step: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/huggingface"))
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of both halves together; at least 8")
+    parser.add_argument(
+        "--steps", type=int, default=24, help="optimizer steps of both halves together; at least 8"
+    )
     options = parser.parse_args()
     if options.steps < 8:
         parser.error("--steps is at least 8, so that each half saves and evaluates")
@@ -105,7 +133,10 @@ def main() -> None:
     gates = train(options.out, options.steps, stop_at=None, record="resumed")
     for gate_id, verdict in sorted(gates.verdicts().items()):
         print(f"{gate_id:28} {verdict.outcome:8} {verdict.message}")
-    print(f"\nrecords: {options.out / 'first'} and {options.out / 'resumed'}; stack evidence show {options.out / 'resumed'}")
+    print(
+        f"\nrecords: {options.out / 'first'} and {options.out / 'resumed'}; stack evidence show "
+        f"{options.out / 'resumed'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What must be true: gates, records, the ledger and the registry. Imports nothing but pydantic and rfc8785."""
+"""What must be true: gates, records, the ledger and the registry.
+Imports nothing but pydantic and rfc8785.
+"""
 
 from pathlib import Path
 

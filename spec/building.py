@@ -11,7 +11,19 @@ from pathlib import Path
 from spec.canonical import sha256_file, sha256_json
 from spec.gates import Spec
 from spec.provenance import code_state
-from spec.records import SCHEMA, Artefact, Code, GateResult, Kill, Metric, Override, Record, Scalar, Series, SpecRef
+from spec.records import (
+    SCHEMA,
+    Artefact,
+    Code,
+    GateResult,
+    Kill,
+    Metric,
+    Override,
+    Record,
+    Scalar,
+    Series,
+    SpecRef,
+)
 
 
 def utc_now() -> dt.datetime:
@@ -23,10 +35,24 @@ def iso(moment: dt.datetime) -> str:
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
-def artefact(path: Path, *, root: Path, name: str | None = None, tokens: int | None = None, license: str | None = None) -> Artefact:
+def artefact(
+    path: Path,
+    *,
+    root: Path,
+    name: str | None = None,
+    tokens: int | None = None,
+    license: str | None = None,
+) -> Artefact:
     """A file by hash; its path is kept relative to `root` where it lies below it."""
     shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-    return Artefact(name=name or path.name, path=shown, sha256=sha256_file(path), bytes=path.stat().st_size, tokens=tokens, license=license)
+    return Artefact(
+        name=name or path.name,
+        path=shown,
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        tokens=tokens,
+        license=license,
+    )
 
 
 @dataclass
@@ -54,22 +80,40 @@ class RecordBuilder:
     def __post_init__(self):
         self._clock: float | None = time.monotonic()
         self.config_sha256 = sha256_json(self.config)
-        nonce = sha256_json([self.config_sha256, list(self.command), iso(self.started), os.getpid()])[:8]
+        nonce = sha256_json(
+            [self.config_sha256, list(self.command), iso(self.started), os.getpid()]
+        )[:8]
         self.id = f"{self.kind}-{self.started:%Y%m%dT%H%M%SZ}-{nonce}"
 
     def continue_record(self, record_id: str, started_at: str) -> None:
-        """Go on under the id and start of an interrupted run; its wall-clock time then runs from that start."""
+        """Go on under the id and start of an interrupted run; its wall-clock time
+        then runs from that start.
+        """
         self.id, self.started, self._clock = record_id, dt.datetime.fromisoformat(started_at), None
 
     def metric(
-        self, name: str, value: float, unit: str, *, n: int | None = None, stderr: float | None = None, better: str = "neither"
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        *,
+        n: int | None = None,
+        stderr: float | None = None,
+        better: str = "neither",
     ) -> None:
         """State one number."""
         as_text = value if isinstance(value, int) or abs(value) < float("inf") else str(value)
         self.metrics[name] = Metric(value=as_text, unit=unit, n=n, stderr=stderr, better=better)
 
     def finish(
-        self, directory: Path, *, status: str, end_reason: str, exit_code: int, gates: Iterable[GateResult] = (), series: Iterable[str] = ()
+        self,
+        directory: Path,
+        *,
+        status: str,
+        end_reason: str,
+        exit_code: int,
+        gates: Iterable[GateResult] = (),
+        series: Iterable[str] = (),
     ) -> Record:
         """Write `directory/metadata.json` atomically and return the record."""
         finished = utc_now()
@@ -93,13 +137,22 @@ class RecordBuilder:
             inputs=tuple(self.inputs),
             outputs=tuple(self.outputs),
             metrics=self.metrics,
-            series=tuple(Series(path=p, sha256=sha256_file(directory / p)) for p in series if (directory / p).is_file()),
+            series=tuple(
+                Series(path=p, sha256=sha256_file(directory / p))
+                for p in series
+                if (directory / p).is_file()
+            ),
             gates=tuple(gates),
             kills=tuple(self.kills),
             parents=tuple(self.parents),
             started_at=iso(self.started),
             finished_at=iso(finished),
-            wall_s=round((finished - self.started).total_seconds() if self._clock is None else time.monotonic() - self._clock, 3),
+            wall_s=round(
+                (finished - self.started).total_seconds()
+                if self._clock is None
+                else time.monotonic() - self._clock,
+                3,
+            ),
             device_s=round(self.device_s, 3),
         )
         write_atomically(directory / "metadata.json", record.to_bytes())
@@ -107,7 +160,9 @@ class RecordBuilder:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old or the new content, also after a power cut."""
+    """Write a small file so that a reader sees the old or the new content,
+    also after a power cut.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
         f.write(data)

@@ -15,7 +15,9 @@ MAX_JSON_BYTES = 64 * 2**20
 
 
 def to_jsonable(value: Any) -> Any:
-    """Map a value onto what canonical JSON can hold: non-finite floats and integers beyond 2^53 become strings."""
+    """Map a value onto what canonical JSON can hold: non-finite floats and integers
+    beyond 2^53 become strings.
+    """
     match value:
         case bool() | None | str():
             return value
@@ -24,7 +26,8 @@ def to_jsonable(value: Any) -> Any:
         case float():
             if math.isnan(value):
                 return "NaN"
-            if MAX_SAFE_INTEGER < abs(value) < 1e21:  # written without exponent, it would be read back as an unsafe integer
+            # written without exponent, it would be read back as an unsafe integer
+            if MAX_SAFE_INTEGER < abs(value) < 1e21:
                 return str(int(value))
             return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
         case dict():
@@ -81,13 +84,27 @@ def _finite_float(text: str) -> float:
 
 
 def parse_strict(data: bytes, *, origin: str) -> Any:
-    """Parse JSON that an adversary may have written: UTF-8 only, no byte-order mark, duplicate key, NaN or overflow.
+    """Parse JSON that an adversary may have written: UTF-8 only, no byte-order mark, duplicate key,
+    NaN or overflow.
 
-    Raises IntegrityError naming `origin` on anything else, including nesting bombs and over-long integers.
+    Raises IntegrityError naming `origin` on anything else,
+    including nesting bombs and over-long integers.
     """
     if len(data) > MAX_JSON_BYTES:
-        raise IntegrityError(f"{origin} is too large to be a record", value=f"{len(data)} bytes", allowed=f"at most {MAX_JSON_BYTES}")
+        raise IntegrityError(
+            f"{origin} is too large to be a record",
+            value=f"{len(data)} bytes",
+            allowed=f"at most {MAX_JSON_BYTES}",
+        )
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite_float)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite_float,
+        )
     except (ValueError, RecursionError) as e:
-        raise IntegrityError(f"{origin} is not strict JSON: {e}", next_step="restore the file from git or from the run directory") from e
+        raise IntegrityError(
+            f"{origin} is not strict JSON: {e}",
+            next_step="restore the file from git or from the run directory",
+        ) from e

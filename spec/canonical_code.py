@@ -1,7 +1,8 @@
-"""The canonical form of Python definitions: what they compute, without words, names of locals and layout.
+"""The canonical form of Python definitions: what they compute, without words,
+names of locals and layout.
 
-`spec.fingerprint` hashes it. A definition is written as nested lists. What it refers to is counted, and listed beside
-the text, so that the names of other definitions do not enter.
+`spec.fingerprint` hashes it. A definition is written as nested lists. What it refers to is counted,
+and listed beside the text, so that the names of other definitions do not enter.
 """
 
 import ast
@@ -21,14 +22,17 @@ LEFT_OUT = {"ctx", "kind", "type_comment", "type_params", "returns", "annotation
 
 
 class Key(NamedTuple):
-    """A definition: the module's path below the repository root, dotted, and the name in it. `*` is the whole module."""
+    """A definition: the module's path below the repository root, dotted, and the name in it.
+    `*` is the whole module.
+    """
 
     module: str
     name: str
 
 
 class Form(NamedTuple):
-    """Canonical form of one definition: its JSON text, in which references are counted, and what they refer to.
+    """Canonical form of one definition: its JSON text, in which references are counted,
+    and what they refer to.
 
     `keywords` are the names that its calls pass by keyword to functions that are not known.
     """
@@ -47,30 +51,46 @@ class Names(Protocol):
 
 
 def imports(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """(bound name, (module, name or None)) of each alias. Raises IntegrityError for a star or relative import."""
+    """(bound name, (module, name or None)) of each alias.
+    Raises IntegrityError for a star or relative import.
+    """
     for alias in node.names:
         if isinstance(node, ast.Import):
             whole = alias.asname is not None or "." not in alias.name
-            yield alias.asname or alias.name.split(".")[0], (alias.name if whole else alias.name.split(".")[0], None)
+            yield (
+                alias.asname or alias.name.split(".")[0],
+                (alias.name if whole else alias.name.split(".")[0], None),
+            )
         elif alias.name == "*" or node.level:
-            raise IntegrityError("a check reaches a star or relative import", next_step="import by full module path and name")
+            raise IntegrityError(
+                "a check reaches a star or relative import",
+                next_step="import by full module path and name",
+            )
         else:
             yield alias.asname or alias.name, (str(node.module), alias.name)
 
 
 def is_bare(node: ast.AST) -> bool:
     """Whether a statement computes nothing: `pass`, a docstring or another constant."""
-    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    return isinstance(node, ast.Pass) or (
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    )
 
 
 def bound(nodes: Iterable[ast.AST]) -> dict[str, None]:
-    """Names that statements bind in their own scope, in order, without those declared global or nonlocal."""
+    """Names that statements bind in their own scope, in order,
+    without those declared global or nonlocal.
+    """
     found: dict[str, None] = {}
     foreign: set[str] = set()
 
     def look(node: ast.AST) -> None:
         match node:
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+            ):
                 found.setdefault(name)
                 return
             case ast.Lambda():
@@ -84,7 +104,11 @@ def bound(nodes: Iterable[ast.AST]) -> dict[str, None]:
                 found.setdefault(name)
             case ast.Import() | ast.ImportFrom():
                 found.update(dict.fromkeys(name for name, _ in imports(node)))
-            case ast.ExceptHandler(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
+            case (
+                ast.ExceptHandler(name=str(name))
+                | ast.MatchStar(name=str(name))
+                | ast.MatchMapping(rest=str(name))
+            ):
                 found.setdefault(name)
             case ast.MatchAs(name=str(name)):
                 found.setdefault(name)
@@ -100,13 +124,19 @@ def bound(nodes: Iterable[ast.AST]) -> dict[str, None]:
 
 def _parameters(arguments: ast.arguments) -> tuple[list[str], list[str]]:
     """(parameters whose names are free, keyword-only parameters), in order."""
-    free = [a.arg for a in (*arguments.posonlyargs, *arguments.args, arguments.vararg, arguments.kwarg) if a]
+    free = [
+        a.arg
+        for a in (*arguments.posonlyargs, *arguments.args, arguments.vararg, arguments.kwarg)
+        if a
+    ]
     return free, [a.arg for a in arguments.kwonlyargs]
 
 
 @dataclass
 class Scope:
-    """Names of one function, comprehension or class body, with the number that a local gets where it is first met."""
+    """Names of one function, comprehension or class body, with the number that a local
+    gets where it is first met.
+    """
 
     names: set[str]
     is_class: bool = False
@@ -114,7 +144,9 @@ class Scope:
 
 
 class Writer:
-    """Writes the statements of one definition. References to other definitions are counted in order."""
+    """Writes the statements of one definition.
+    References to other definitions are counted in order.
+    """
 
     def __init__(self, code: Names, key: Key, kept: frozenset[str]):
         self.code, self.key, self.kept = code, key, kept
@@ -150,14 +182,27 @@ class Writer:
                 return ["text", *self.joined(node)]
             case ast.Attribute(value=value, attr=attr):
                 target = self.target(node)
-                return ["attribute", self.write(value), attr] if target is None else self.reference(target, attr)
+                return (
+                    ["attribute", self.write(value), attr]
+                    if target is None
+                    else self.reference(target, attr)
+                )
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 decorators = [self.decorator(d) for d in node.decorator_list]
-                return [type(node).__name__, self.store(node.name), decorators, *self.scoped(node.args, node.body)]
+                return [
+                    type(node).__name__,
+                    self.store(node.name),
+                    decorators,
+                    *self.scoped(node.args, node.body),
+                ]
             case ast.Lambda(args=arguments, body=body):
                 return ["Lambda", *self.scoped(arguments, [body])]
             case ast.ClassDef():
-                outside = [self.write(node.decorator_list), self.write(node.bases), self.write(node.keywords)]
+                outside = [
+                    self.write(node.decorator_list),
+                    self.write(node.bases),
+                    self.write(node.keywords),
+                ]
                 with self.scope(bound(node.body), is_class=True):
                     body = self.write(node.body)
                 return ["ClassDef", self.store(node.name), outside, body]
@@ -166,18 +211,29 @@ class Writer:
             case ast.Call():
                 return self.call(node)
             case ast.Raise(exc=ast.Call(func=func, args=args, keywords=keywords), cause=cause):
-                words = [self.words(a) for a in args] + [[k.arg, self.words(k.value)] for k in keywords]
+                words = [self.words(a) for a in args] + [
+                    [k.arg, self.words(k.value)] for k in keywords
+                ]
                 return ["Raise", self.write(func), words, self.write(cause)]
             case ast.Assert(test=test):
                 return ["Assert", self.write(test)]
             case ast.AnnAssign(target=target, annotation=annotation, value=value):
-                kinds = sorted({"ClassVar", "InitVar"} & {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)})
+                kinds = sorted(
+                    {"ClassVar", "InitVar"}
+                    & {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+                )
                 return ["Assign", [self.write(target)], self.write(value), *kinds]
             case ast.Assign(targets=targets, value=value):
                 return ["Assign", self.write(targets), self.write(value)]
             case ast.Import() | ast.ImportFrom():
                 found = imports(node)
-                return ["Import", *([self.store(name), self.reference(self.code.imported(*what), name)] for name, what in found)]
+                return [
+                    "Import",
+                    *(
+                        [self.store(name), self.reference(self.code.imported(*what), name)]
+                        for name, what in found
+                    ),
+                ]
             case ast.ExceptHandler(type=kind, name=name, body=body):
                 return ["ExceptHandler", self.write(kind), self.store(name), self.write(body)]
             case ast.MatchAs(pattern=pattern, name=name):
@@ -190,7 +246,10 @@ class Writer:
                 return [type(node).__name__, *(self.load(n) for n in names)]
             case ast.AST():
                 fields = [(f, getattr(node, f, None)) for f in node._fields if f not in LEFT_OUT]
-                return [type(node).__name__, *([f, self.write(v)] for f, v in fields if v is not None and v != [])]
+                return [
+                    type(node).__name__,
+                    *([f, self.write(v)] for f, v in fields if v is not None and v != []),
+                ]
             case str() | bool() | None:
                 return node
         return repr(node)
@@ -198,7 +257,9 @@ class Writer:
     # Names
 
     def load(self, name: str) -> Any:
-        """A name that is read: a local by its number, an attribute of the class being defined, or what the module binds."""
+        """A name that is read: a local by its number, an attribute of the class being defined,
+        or what the module binds.
+        """
         for scope in reversed(self._scopes):
             if name not in scope.names:
                 continue
@@ -213,7 +274,9 @@ class Writer:
         return self.reference(self.code.resolve(self.key.module, name), name)
 
     def store(self, name: str | None) -> Any:
-        """A name that is bound. At module level the name defined is `itself`, and the others are counted."""
+        """A name that is bound. At module level the name defined is `itself`,
+        and the others are counted.
+        """
         if name is None or self._scopes or name == self.key.name:
             return name if name is None else self.load(name)
         return ["bound", self._binds.index(name)] if name in self._binds else self.load(name)
@@ -233,7 +296,10 @@ class Writer:
         """What a dotted name stands for at module level; None for every other expression."""
         match node:
             case ast.Name(id=name):
-                local = any(name in s.names and (not s.is_class or s is self._scopes[-1]) for s in self._scopes)
+                local = any(
+                    name in s.names and (not s.is_class or s is self._scopes[-1])
+                    for s in self._scopes
+                )
                 return None if local else self.code.resolve(self.key.module, name)
             case ast.Attribute(value=value, attr=attr):
                 base = self.target(value)
@@ -259,18 +325,34 @@ class Writer:
 
     def scoped(self, arguments: ast.arguments, body: list) -> list:
         """Shape, parameters, defaults and body of a function, in its own scope."""
-        free = [a.arg for a in (*arguments.posonlyargs, *arguments.args, arguments.vararg, arguments.kwarg) if a]
+        free = [
+            a.arg
+            for a in (*arguments.posonlyargs, *arguments.args, arguments.vararg, arguments.kwarg)
+            if a
+        ]
         named = [a.arg for a in arguments.kwonlyargs]
-        shape = [len(arguments.posonlyargs), len(arguments.args), bool(arguments.vararg), bool(arguments.kwarg)]
-        defaults = [self.write(arguments.defaults), [d and self.write(d) for d in arguments.kw_defaults]]
+        shape = [
+            len(arguments.posonlyargs),
+            len(arguments.args),
+            bool(arguments.vararg),
+            bool(arguments.kwarg),
+        ]
+        defaults = [
+            self.write(arguments.defaults),
+            [d and self.write(d) for d in arguments.kw_defaults],
+        ]
         with self.scope([*free, *named, *bound(body)]):
-            parameters = [[self.load(p), p if p in self.kept or p in named else ""] for p in (*free, *named)]
+            parameters = [
+                [self.load(p), p if p in self.kept or p in named else ""] for p in (*free, *named)
+            ]
             return [[str(n) for n in shape], parameters, defaults, self.write(body)]
 
     def comprehension(self, node: Any) -> list:
         """The first iterable is evaluated outside the comprehension's scope."""
         first = self.write(node.generators[0].iter)
-        with self.scope(n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)):
+        with self.scope(
+            n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)
+        ):
             loops = []
             for i, g in enumerate(node.generators):
                 source = first if i == 0 else self.write(g.iter)
@@ -279,9 +361,15 @@ class Writer:
             return [type(node).__name__, loops, self.write(results)]
 
     def call(self, node: ast.Call) -> list:
-        """A call. Keywords of a known function enter by position, so that its parameters may be renamed."""
+        """A call. Keywords of a known function enter by position,
+        so that its parameters may be renamed.
+        """
         target = self.target(node.func)
-        message = MESSAGE_AT.get(target.name) if isinstance(target, Key) and target.module == VERDICTS else None
+        message = (
+            MESSAGE_AT.get(target.name)
+            if isinstance(target, Key) and target.module == VERDICTS
+            else None
+        )
         positions = self.positions(target)
         args = [self.words(a) if i == message else self.write(a) for i, a in enumerate(node.args)]
         keywords = []
@@ -292,17 +380,25 @@ class Writer:
                 place = k.arg or "**"
                 outside = isinstance(target, str) and target != "functools.partial"
                 self._keywords |= set(positions) if k.arg is None else set() if outside else {k.arg}
-            value = self.words(k.value) if message is not None and place == str(message) else self.write(k.value)
+            value = (
+                self.words(k.value)
+                if message is not None and place == str(message)
+                else self.write(k.value)
+            )
             keywords.append([place, value])
         return ["Call", self.write(node.func), args, keywords]
 
     def positions(self, target: Key | str | None) -> dict[str, int]:
-        """Positions of a known function's parameters by name, without those that keep their names."""
+        """Positions of a known function's parameters by name, without
+        those that keep their names.
+        """
         parameters = self.code.parameters(target) if isinstance(target, Key) else []
         return {name: i for i, name in enumerate(parameters) if name not in self.kept}
 
     def joined(self, node: ast.JoinedStr) -> list:
-        """Parts of an f-string. Neighbouring texts are one part: Python versions split them differently."""
+        """Parts of an f-string. Neighbouring texts are one part: Python
+        versions split them differently.
+        """
         parts: list = []
         for value in node.values:
             match value:
@@ -314,7 +410,9 @@ class Writer:
                 case ast.JoinedStr():
                     parts += self.joined(value)
                 case ast.FormattedValue(value=inner, conversion=conversion, format_spec=spec):
-                    parts.append([self.write(inner), str(conversion), self.joined(spec) if spec else []])
+                    parts.append(
+                        [self.write(inner), str(conversion), self.joined(spec) if spec else []]
+                    )
         return parts
 
     def words(self, node: ast.AST) -> Any:
@@ -323,7 +421,10 @@ class Writer:
             case ast.Constant(value=str()):
                 return WORDS
             case ast.JoinedStr(values=values):
-                return [WORDS, *(self.write(v.value) for v in values if isinstance(v, ast.FormattedValue))]
+                return [
+                    WORDS,
+                    *(self.write(v.value) for v in values if isinstance(v, ast.FormattedValue)),
+                ]
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return [self.words(left), self.words(right)]
             case ast.IfExp(test=test, body=body, orelse=orelse):

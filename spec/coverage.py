@@ -1,4 +1,6 @@
-"""The state of every gate, computed from the ledger. Nothing else may say what is proven or discharged."""
+"""The state of every gate, computed from the ledger.
+Nothing else may say what is proven or discharged.
+"""
 
 import datetime as dt
 from collections import Counter
@@ -23,14 +25,22 @@ class GateState(NamedTuple):
 
 
 def _may_discharge(record: Record) -> bool:
-    return record.succeeded and record.compute == "real" and not record.code.dirty and record.code.commit != "unknown"
+    return (
+        record.succeeded
+        and record.compute == "real"
+        and not record.code.dirty
+        and record.code.commit != "unknown"
+    )
 
 
-def gate_state(spec: Spec, gate_id: str, records: dict[str, Record], today: dt.date | None = None) -> GateState:
+def gate_state(
+    spec: Spec, gate_id: str, records: dict[str, Record], today: dt.date | None = None
+) -> GateState:
     """State of one gate, from accepted records in ledger order.
 
     proven: every plant of the gate was killed, with a green control, at the current fingerprint.
-    discharged: proven, and the latest real, clean, finished run that held the gate passed it at the current fingerprint.
+    discharged: proven, and the latest real, clean, finished run that held the gate passed it at the
+    current fingerprint.
     """
     today = today or dt.date.today()
     gate, current = spec.gates[gate_id], spec.fingerprints(gate_id)
@@ -46,20 +56,34 @@ def gate_state(spec: Spec, gate_id: str, records: dict[str, Record], today: dt.d
                 killed[kill.plant] = record.id
             else:
                 killed.pop(kill.plant, None)
-    runs = [(r, g) for r in records.values() for g in r.gates if g.id == gate_id and g.verdict != "not_run"]
+    runs = [
+        (r, g)
+        for r in records.values()
+        for g in r.gates
+        if g.id == gate_id and g.verdict != "not_run"
+    ]
     fresh = [(r, g) for r, g in runs if g.fingerprint in current]
     kill_records = tuple(sorted(set(killed.values())))
     if fresh:
         record, result = fresh[-1]
         if result.verdict == "fail":
             if result.waiver and dt.date.fromisoformat(result.waiver.expires) >= today:
-                return GateState("waived", f"{result.waiver.reason} (until {result.waiver.expires})", kill_records, (record.id,))
-            return GateState("failed", f"record {record.id}: {result.message}", kill_records, (record.id,))
+                return GateState(
+                    "waived",
+                    f"{result.waiver.reason} (until {result.waiver.expires})",
+                    kill_records,
+                    (record.id,),
+                )
+            return GateState(
+                "failed", f"record {record.id}: {result.message}", kill_records, (record.id,)
+            )
     missing = [p for p in gate.plants if p not in killed]
     if not gate.plants or missing:
         if old_kills and not killed:
             return GateState("stale", "its kills are of an older fingerprint", kill_records)
-        return GateState("unproven", f"no kill yet for {', '.join(missing) or 'any plant'}", kill_records)
+        return GateState(
+            "unproven", f"no kill yet for {', '.join(missing) or 'any plant'}", kill_records
+        )
     passing = tuple(r.id for r, g in fresh if g.verdict == "pass" and _may_discharge(r))
     if passing:
         return GateState("discharged", f"{len(passing)} real run(s) pass it", kill_records, passing)
@@ -69,13 +93,20 @@ def gate_state(spec: Spec, gate_id: str, records: dict[str, Record], today: dt.d
 
 
 def coverage(
-    spec: Spec, records: dict[str, Record], today: dt.date | None = None, findings: Sequence[Finding] = ()
+    spec: Spec,
+    records: dict[str, Record],
+    today: dt.date | None = None,
+    findings: Sequence[Finding] = (),
 ) -> dict[str, GateState]:
-    """State of every gate of the spec. A gate whose cause of failure was only gone around is not discharged, whatever its runs say."""
+    """State of every gate of the spec.
+    A gate whose cause of failure was only gone around is not discharged, whatever its runs say.
+    """
     states = {gate_id: gate_state(spec, gate_id, records, today) for gate_id in spec.gates}
     for gate_id, finding in gone_around(findings).items():
         if gate_id in states and states[gate_id].state == "discharged":
-            states[gate_id] = states[gate_id]._replace(state="proven", reason=f"finding {finding}: its cause was gone around, not mended")
+            states[gate_id] = states[gate_id]._replace(
+                state="proven", reason=f"finding {finding}: its cause was gone around, not mended"
+            )
     return states
 
 

@@ -1,4 +1,6 @@
-"""The exception tree. Every user-facing error carries a cause, a value with its origin, what is allowed, and a next step."""
+"""The exception tree. Every user-facing error carries a cause, a value with its origin, what is
+allowed, and a next step.
+"""
 
 
 class StackproofError(Exception):
@@ -56,13 +58,18 @@ class StreamExhausted(DataError):
 
 
 class GateFailed(StackproofError):
-    """A gate of severity `halt` turned red. `gate_id` names it, `verdict` holds what was measured, `record` the halted run's record."""
+    """A gate of severity `halt` turned red.
+    `gate_id` names it, `verdict` holds what was measured, `record` the halted run's record.
+    """
 
     exit_code = 4
 
     def __init__(self, gate_id: str, verdict=None, **parts):
         self.gate_id, self.verdict, self.record = gate_id, verdict, None
-        super().__init__(f"gate {gate_id} failed: {parts.pop('what', '') or getattr(verdict, 'message', '')}", **parts)
+        super().__init__(
+            f"gate {gate_id} failed: {parts.pop('what', '') or getattr(verdict, 'message', '')}",
+            **parts,
+        )
 
 
 class CheckpointError(StackproofError):

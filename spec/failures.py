@@ -1,7 +1,8 @@
-"""The catalogue of documented silent failures: which plants, rules and tests of this repository stand for each, computed where it can be.
+"""The catalogue of documented silent failures: which plants, rules and tests of this repository
+stand for each, computed where it can be.
 
-A failure that belongs to a part of the stack which is not built yet is *awaiting*. That is found out by looking for the part's signs in the
-tree, and is never counted as killed.
+A failure that belongs to a part of the stack which is not built yet is *awaiting*.
+That is found out by looking for the part's signs in the tree, and is never counted as killed.
 """
 
 import re
@@ -16,12 +17,23 @@ from spec import ROOT
 from spec.errors import IntegrityError
 from spec.gates import Frozen, Gate, Spec
 
-Latency = Literal["before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI"]
-LATENCIES: tuple[Latency, ...] = ("before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI")
+Latency = Literal[
+    "before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI"
+]
+LATENCIES: tuple[Latency, ...] = (
+    "before step 1",
+    "within k steps",
+    "at checkpoint",
+    "at evaluation",
+    "at export",
+    "in CI",
+)
 
 
 class Capability(Frozen):
-    """A part of the stack that may not be built yet. A sign is a glob below the root; after `::` a pattern that such a file must hold."""
+    """A part of the stack that may not be built yet.
+    A sign is a glob below the root; after `::` a pattern that such a file must hold.
+    """
 
     name: str
     signs: tuple[str, ...] = Field(min_length=1)
@@ -39,10 +51,12 @@ def _is_there(root: Path, sign: str) -> bool:
 
 
 class Failure(Frozen):
-    """One documented silent failure. `steps` is how many steps after its start it may live, where the latency is counted in steps.
+    """One documented silent failure.
+    `steps` is how many steps after its start it may live, where the latency is counted in steps.
 
-    It is realised by `plants` of the museum, by broken-repository tests of integrity `rules`, or by `tests`. `awaiting` names the
-    capability without which it cannot happen here. The gates that answer are those of its plants.
+    It is realised by `plants` of the museum, by broken-repository tests of integrity `rules`, or by
+    `tests`. `awaiting` names the capability without which it cannot happen here. The gates that
+    answer are those of its plants.
     """
 
     id: str = Field(pattern=r"^SF-[A-Z]+\d+$")
@@ -52,7 +66,13 @@ class Failure(Frozen):
     symptom: str = Field(min_length=5, description="what a person sees, if anything")
     latency: Latency
     steps: int | None = Field(None, ge=1)
-    severity: int = Field(ge=1, le=5, description="5 run worthless or false claim; 4 materially wrong; 3 degraded; 2 cost; 1 cosmetic")
+    severity: int = Field(
+        ge=1,
+        le=5,
+        description=(
+            "5 run worthless or false claim; 4 materially wrong; 3 degraded; 2 cost; 1 cosmetic"
+        ),
+    )
     sources: tuple[str, ...] = Field(min_length=1)
     plants: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
@@ -62,9 +82,13 @@ class Failure(Frozen):
     @model_validator(mode="after")
     def _whole(self):
         if (self.steps is None) == (self.latency == "within k steps"):
-            raise ValueError(f"{self.id}: steps belongs to the latency within k steps, and only to it")
+            raise ValueError(
+                f"{self.id}: steps belongs to the latency within k steps, and only to it"
+            )
         if not (self.plants or self.rules or self.tests or self.awaiting):
-            raise ValueError(f"{self.id}: name a plant, a rule, a test, or the capability it awaits")
+            raise ValueError(
+                f"{self.id}: name a plant, a rule, a test, or the capability it awaits"
+            )
         return self
 
 
@@ -78,7 +102,11 @@ class Catalogue(Frozen):
     @cached_property
     def missing(self) -> frozenset[str]:
         """Names of the capabilities that are not built yet, looked for once."""
-        return frozenset(name for name, capability in self.capabilities.items() if not capability.exists(self.root))
+        return frozenset(
+            name
+            for name, capability in self.capabilities.items()
+            if not capability.exists(self.root)
+        )
 
     def awaits(self, failure: Failure) -> bool:
         """Whether the failure's capability is not built yet."""
@@ -93,9 +121,11 @@ class Catalogue(Frozen):
         return [f for f in self.failures.values() if plant_id in f.plants]
 
     def deadline(self, gate: Gate, plant_id: str) -> tuple[Latency, int | None]:
-        """The latest moment at which a kill of the plant still counts, and steps where it is counted in steps.
+        """The latest moment at which a kill of the plant still counts,
+        and steps where it is counted in steps.
 
-        Stated by the plant's failures, the earliest of them; where none does, it is the moment of the gate.
+        Stated by the plant's failures, the earliest of them; where none does,
+        it is the moment of the gate.
         """
         stated = [(LATENCIES.index(f.latency), f.steps) for f in self.of_plant(plant_id)]
         if stated:
@@ -118,7 +148,9 @@ def answering_gates(spec: Spec, failure: Failure) -> tuple[str, ...]:
 
 
 def load_catalogue(root: Path = ROOT) -> Catalogue:
-    """Read `spec/failures/*.toml` under `root`; a tree without them has an empty catalogue. Raises IntegrityError naming file and field."""
+    """Read `spec/failures/*.toml` under `root`; a tree without them has an empty catalogue.
+    Raises IntegrityError naming file and field.
+    """
     return _load(Path(root).resolve())
 
 
@@ -139,16 +171,26 @@ def _load(root: Path) -> Catalogue:
             raise IntegrityError(f"cannot read {path}: {e}") from e
         except ValidationError as e:
             where = ".".join(str(p) for p in e.errors()[0]["loc"])
-            raise IntegrityError(f"{path.name}: {entry.get('id', entry.get('name', '?'))}: {where}: {e.errors()[0]['msg']}") from e
+            raise IntegrityError(
+                f"{path.name}: {entry.get('id', entry.get('name', '?'))}: {where}: "
+                f"{e.errors()[0]['msg']}"
+            ) from e
         if document:
-            raise IntegrityError(f"{path.name}: unknown table {', '.join(document)}", allowed="failure, capability")
+            raise IntegrityError(
+                f"{path.name}: unknown table {', '.join(document)}", allowed="failure, capability"
+            )
     for failure in failures.values():
         if failure.awaiting is not None and failure.awaiting not in capabilities:
-            raise IntegrityError(f"{failure.id} awaits {failure.awaiting}, which is no capability", allowed=", ".join(sorted(capabilities)))
+            raise IntegrityError(
+                f"{failure.id} awaits {failure.awaiting}, which is no capability",
+                allowed=", ".join(sorted(capabilities)),
+            )
     return Catalogue(failures=failures, capabilities=capabilities, root=root)
 
 
 def _enter(table: dict, key: str, value: object, path: Path) -> None:
     if key in table:
-        raise IntegrityError(f"{path.name}: {key} is there twice", next_step="ids are never reused; choose another")
+        raise IntegrityError(
+            f"{path.name}: {key} is there twice", next_step="ids are never reused; choose another"
+        )
     table[key] = value

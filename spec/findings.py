@@ -1,4 +1,6 @@
-"""What was found to be wrong, why, and what shows it: `evidence/findings.toml`. A cause that was gone around blocks its gates."""
+"""What was found to be wrong, why, and what shows it: `evidence/findings.toml`.
+A cause that was gone around blocks its gates.
+"""
 
 import datetime as dt
 from collections.abc import Sequence
@@ -15,9 +17,11 @@ CITED = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}(#E\d+)?$"
 
 
 class RuledOut(Frozen):
-    """A suspicion that was eliminated: by a link of a record's narrowing chain (`evidence` with `#E<n>`), or by a figure of a record.
+    """A suspicion that was eliminated: by a link of a record's narrowing chain (`evidence` with
+    `#E<n>`), or by a figure of a record.
 
-    `hypothesis` is then the link's own; with a record, `metric` and `value` are the figure that it holds.
+    `hypothesis` is then the link's own; with a record, `metric` and `value` are
+    the figure that it holds.
     """
 
     hypothesis: str = Field(min_length=1)
@@ -29,18 +33,25 @@ class RuledOut(Frozen):
     def _link_or_figure(self) -> "RuledOut":
         given = [self.metric is not None, self.value is not None]
         if "#" in self.evidence and any(given):
-            raise ValueError("a link of a chain says itself what it eliminated; metric and value are those of a record")
+            raise ValueError(
+                "a link of a chain says itself what it eliminated; metric and value are those of "
+                "a record"
+            )
         if "#" not in self.evidence and not all(given):
-            raise ValueError("a record eliminates nothing by being there; name its metric and value, or a link of its chain (#E<n>)")
+            raise ValueError(
+                "a record eliminates nothing by being there; name its metric and value, or a link "
+                "of its chain (#E<n>)"
+            )
         return self
 
 
 class Finding(Frozen):
     """One cause, from what was seen to what shows it gone.
 
-    `negative` is a record of the failure and `positive` one without it; `metric` is the figure that is better in that one. `better` says
-    which way, where the records do not state it. `falsifier` is a test as PATH::NAME, or a plant. With `route_around` the cause still
-    stands: then there is no fix, and `gates` are not discharged.
+    `negative` is a record of the failure and `positive` one without it; `metric` is the figure that
+    is better in that one. `better` says which way, where the records do not state it. `falsifier`
+    is a test as PATH::NAME, or a plant. With `route_around` the cause still stands: then there is
+    no fix, and `gates` are not discharged.
     """
 
     id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -62,14 +73,19 @@ class Finding(Frozen):
     def _fixed_or_gone_around(self) -> "Finding":
         lacking = [name for name in ("fix", "positive") if getattr(self, name) is None]
         if lacking and not self.route_around:
-            raise ValueError(f"{lacking[0]} is lacking; a cause that was only gone around says route_around = true")
+            raise ValueError(
+                f"{lacking[0]} is lacking; a cause that was only gone around says route_around = "
+                "true"
+            )
         if self.fix is not None and self.route_around:
             raise ValueError("fix and route_around exclude each other")
         return self
 
 
 def read_findings(path: Path) -> list[Finding]:
-    """All findings, in file order. A missing file holds none. Raises IntegrityError naming entry and field."""
+    """All findings, in file order. A missing file holds none.
+    Raises IntegrityError naming entry and field.
+    """
     return read_tables(path, "finding", Finding)
 
 

@@ -34,7 +34,9 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.AnnAssig
 
 
 class Carried(NamedTuple):
-    """One line of spec/carried.jsonl: an unchanged gate whose fingerprint was computed in another form from `commit` on."""
+    """One line of spec/carried.jsonl: an unchanged gate whose fingerprint was computed in
+    another form from `commit` on.
+    """
 
     gate: str
     old: str
@@ -43,25 +45,37 @@ class Carried(NamedTuple):
 
 
 def read_carried(path: Path) -> tuple[Carried, ...]:
-    """The lines of spec/carried.jsonl; none if the file does not exist. Raises IntegrityError naming a line that is not one."""
+    """The lines of spec/carried.jsonl; none if the file does not exist.
+    Raises IntegrityError naming a line that is not one.
+    """
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.is_file() else (), start=1):
+    for number, line in enumerate(
+        path.read_text("utf-8").splitlines() if path.is_file() else (), start=1
+    ):
         try:
             found.append(Carried(**json.loads(line)))
         except (ValueError, TypeError) as e:
-            raise IntegrityError(f"{path.name} line {number} does not carry a gate over: {e}") from e
+            raise IntegrityError(
+                f"{path.name} line {number} does not carry a gate over: {e}"
+            ) from e
     return tuple(found)
 
 
 def check_fingerprint(normative: dict, check: str, root: Path) -> str:
-    """Hex sha256 over a gate's normative fields and the canonical form of its check `module:name`."""
-    return sha256_json({"form": FORM, "normative": normative, "check": code_below(root).hash(check)})
+    """Hex sha256 over a gate's normative fields and the canonical form
+    of its check `module:name`.
+    """
+    return sha256_json(
+        {"form": FORM, "normative": normative, "check": code_below(root).hash(check)}
+    )
 
 
 def check_source(check: str, root: Path) -> str:
     """Source text of a check and of everything it reaches, in the order in which it is reached."""
     code = code_below(root)
-    return "\n\n".join(text for key in code.reached(code.locate(check)) for text in code.sources(key))
+    return "\n\n".join(
+        text for key in code.reached(code.locate(check)) for text in code.sources(key)
+    )
 
 
 @cache
@@ -93,7 +107,9 @@ class Code:
         return self._hashes[check]
 
     def locate(self, check: str) -> Key:
-        """The definition that `module:name` names, through re-exports. Raises IntegrityError if there is none."""
+        """The definition that `module:name` names, through re-exports.
+        Raises IntegrityError if there is none.
+        """
         module, name = check.split(":")
         module = _below_root(module) or module
         target = self.resolve(module, name)
@@ -113,7 +129,9 @@ class Code:
         return self._modules[name]
 
     def statements(self, key: Key) -> list[ast.stmt]:
-        """Module-level statements that define a name: those that bind it, and branches and changes that mention it."""
+        """Module-level statements that define a name: those that bind it,
+        and branches and changes that mention it.
+        """
         module = self.module(key.module)
         if module is None:
             return []
@@ -123,7 +141,9 @@ class Code:
         """Positional parameters of a module-level function; none for anything else."""
         module = self.module(key.module)
         function = module.functions.get(key.name) if module else None
-        return [a.arg for a in (*function.args.posonlyargs, *function.args.args)] if function else []
+        return (
+            [a.arg for a in (*function.args.posonlyargs, *function.args.args)] if function else []
+        )
 
     def sources(self, key: Key) -> list[str]:
         """Source texts of the statements of a definition."""
@@ -141,7 +161,9 @@ class Code:
         return list(found)
 
     def form(self, key: Key, kept: frozenset[str] = frozenset()) -> Form:
-        """Canonical form of one definition, in which parameters listed in `kept` keep their names."""
+        """Canonical form of one definition, in which parameters listed
+        in `kept` keep their names.
+        """
         if key not in self._parameters:
             nodes = (n for s in self.statements(key) for n in ast.walk(s))
             self._parameters[key] = frozenset(n.arg for n in nodes if isinstance(n, ast.arg))
@@ -151,7 +173,9 @@ class Code:
         return self._forms[place]
 
     def resolve(self, module: str, name: str) -> Key | str | None:
-        """What a module-level name stands for: a Key, a dotted path outside the project, or None if it is not bound there."""
+        """What a module-level name stands for: a Key, a dotted path outside the project,
+        or None if it is not bound there.
+        """
         found = self.module(module)
         if found is None:
             return None
@@ -186,12 +210,16 @@ class Statement:
     mentions: frozenset[str]
 
     def defines(self, name: str) -> bool:
-        """Whether it is part of a name's definition. A statement that is more than a definition may change what it mentions."""
+        """Whether it is part of a name's definition.
+        A statement that is more than a definition may change what it mentions.
+        """
         return name in self.binds or (not self._is_definition and name in self.mentions)
 
     @property
     def _is_definition(self) -> bool:
-        names = isinstance(self.node, ast.Assign) and all(isinstance(t, ast.Name) for t in self.node.targets)
+        names = isinstance(self.node, ast.Assign) and all(
+            isinstance(t, ast.Name) for t in self.node.targets
+        )
         return names or isinstance(self.node, DEFINITIONS)
 
 
@@ -219,7 +247,9 @@ class Module:
 
 
 def _hashes(forms: dict[Key, Form]) -> dict[Key, str]:
-    """Hash of each form together with the hashes of what it refers to. Definitions that refer to each other share theirs."""
+    """Hash of each form together with the hashes of what it refers to.
+    Definitions that refer to each other share theirs.
+    """
     hashes: dict[Key, str] = {}
     for group in _components({key: form.references for key, form in forms.items()}):
         blank = {key: _hash(forms[key], hashes | dict.fromkeys(group, "cycle")) for key in group}
@@ -238,7 +268,9 @@ def _sha256(text: str) -> str:
 
 
 def _components(edges: dict[Key, tuple[Key, ...]]) -> list[list[Key]]:
-    """Strongly connected components, each after those it refers to (Tarjan, SIAM J. Comput. 1(2), 1972)."""
+    """Strongly connected components, each after those it refers to (Tarjan, SIAM J. Comput.
+    1(2), 1972).
+    """
     found: list[list[Key]] = []
     index: dict[Key, int] = {}
     low: dict[Key, int] = {}

@@ -1,33 +1,49 @@
-"""Numbers that follow from a configuration by arithmetic. The stack asserts them, the integrity checker recomputes them."""
+"""Numbers that follow from a configuration by arithmetic.
+The stack asserts them, the integrity checker recomputes them.
+"""
 
 import math
 
 
 def parameter_count(model: dict, vocab_size: int) -> int:
-    """Parameters of a decoder from its resolved `model` section; a section from before a variant existed counts as its first form.
+    """Parameters of a decoder from its resolved `model` section; a section from before a variant
+    existed counts as its first form.
 
-    `model` holds d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, max_seq_len, tied_head, and by kind positions, norm, attention,
-    ffn, depth. Raises ValueError for a kind it does not know.
+    `model` holds d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff, max_seq_len, tied_head,
+    and by kind positions, norm, attention, ffn, depth. Raises ValueError for a kind it does not
+    know.
     """
-    blocks = sum(_block_matrices(model, i)[0] + _block_vectors(model, i) for i in range(model["n_layers"]))
-    positions = model["max_seq_len"] * model["d_model"] if _kind(model, "positions", "rotary") == "learned" else 0
+    blocks = sum(
+        _block_matrices(model, i)[0] + _block_vectors(model, i) for i in range(model["n_layers"])
+    )
+    positions = (
+        model["max_seq_len"] * model["d_model"]
+        if _kind(model, "positions", "rotary") == "learned"
+        else 0
+    )
     embedding = vocab_size * model["d_model"]
     return embedding + positions + blocks + _norm(model) + (0 if model["tied_head"] else embedding)
 
 
 def flops_per_token(model: dict, vocab_size: int, seq_len: int, *, backward: bool = True) -> int:
-    """Floating-point operations of matrix products per trained token (a multiply-add counts as two).
+    """Floating-point operations of matrix products per trained token (a
+    multiply-add counts as two).
 
-    6·(matrix parameters a token meets, incl. the head) + 12·q_width·(mean number of visible keys) per layer for attention
-    (PaLM, arXiv:2204.02311, app. B, halved for causality). A token meets top_k experts, and blocks with hard capacity only at times.
-    Forward alone is a third of it, and a `seq_len` of 0 leaves the products of attention out.
+    6·(matrix parameters a token meets, incl. the head) + 12·q_width·(mean number of visible keys)
+    per layer for attention (PaLM, arXiv:2204.02311, app. B, halved for causality). A token meets
+    top_k experts, and blocks with hard capacity only at times. Forward alone is a third of it, and
+    a `seq_len` of 0 leaves the products of attention out.
     """
     per_token = 2.0 * vocab_size * model["d_model"]
     q_width = model["n_heads"] * model["head_dim"]
-    mixing = 3 if _kind(model, "attention", "softmax") == "differential" else 2  # products of q_width per visible key
+    # products of q_width per visible key
+    mixing = 3 if _kind(model, "attention", "softmax") == "differential" else 2
     for layer in range(model["n_layers"]):
         share = _share_of_tokens(model, layer)
-        per_token += share * (2 * _block_matrices(model, layer)[1] + 2 * mixing * q_width * _visible_keys(model, share * seq_len))
+        per_token += share * (
+            2 * _block_matrices(model, layer)[1]
+            + 2 * mixing * q_width * _visible_keys(model, share * seq_len)
+        )
     return round(per_token) * (3 if backward else 1)
 
 
@@ -59,7 +75,11 @@ def _visible_keys(model: dict, seq_len: float) -> float:
 
 def _block_matrices(model: dict, layer: int) -> tuple[int, int]:
     """Matrix entries of a block: all of them, and those that one token meets."""
-    d, q_width, kv_width = model["d_model"], model["n_heads"] * model["head_dim"], model["n_kv_heads"] * model["head_dim"]
+    d, q_width, kv_width = (
+        model["d_model"],
+        model["n_heads"] * model["head_dim"],
+        model["n_kv_heads"] * model["head_dim"],
+    )
     shared = 2 * d * q_width + 2 * d * kv_width + (d if _gated(model, layer) else 0)
     ffn = model.get("ffn", {})
     match ffn.get("kind", "swiglu"):
@@ -96,10 +116,14 @@ def _block_vectors(model: dict, layer: int) -> int:
         case other:
             raise ValueError(f"no formula for model.attention.kind = {other}")
     experts, one = (ffn["n_experts"], ffn["expert"]) if ffn.get("kind") == "moe" else (1, ffn)
-    return count + (experts * (model["d_ff"] + d) if one.get("kind") == "gelu" and one["bias"] else 0)
+    return count + (
+        experts * (model["d_ff"] + d) if one.get("kind") == "gelu" and one["bias"] else 0
+    )
 
 
-def tokens_seen(steps: int, micro_batch_size: int, seq_len: int, accumulation: int, world_size: int) -> int:
+def tokens_seen(
+    steps: int, micro_batch_size: int, seq_len: int, accumulation: int, world_size: int
+) -> int:
     """Tokens a run has consumed: steps × micro-batch rows × length × accumulation × ranks."""
     return steps * micro_batch_size * seq_len * accumulation * world_size
 

@@ -1,4 +1,6 @@
-"""The spec: gates with their limits, loaded from TOML and fingerprinted together with their checks."""
+"""The spec: gates with their limits, loaded from TOML and fingerprinted
+together with their checks.
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -16,8 +18,8 @@ from spec.fingerprint import Carried, check_fingerprint, read_carried
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]
 SUBSYSTEMS = (
-    "corpus data tokenizer curriculum model kernel loss optim schedule checkpoint evaluation sampling "
-    "precision distributed runtime moe export tuning evidence"
+    "corpus data tokenizer curriculum model kernel loss optim schedule checkpoint evaluation "
+    "sampling precision distributed runtime moe export tuning evidence"
 ).split()
 
 
@@ -30,7 +32,8 @@ class Frozen(BaseModel):
 class Limit(Frozen):
     """One number a gate holds a measurement against, with its unit, direction and reason.
 
-    `measured` names what the check reports for it, where that is not the limit's own name without `_max` or `_min`.
+    `measured` names what the check reports for it, where that is not the limit's own name
+    without `_max` or `_min`.
     """
 
     value: float
@@ -63,13 +66,24 @@ class Limit(Frozen):
 
 
 class Rates(Frozen):
-    """How often a statistical gate is wrong in either direction, and where both figures were measured. Not normative."""
+    """How often a statistical gate is wrong in either direction,
+    and where both figures were measured. Not normative.
+    """
 
-    false_alarm: float = Field(ge=0, le=1, description="share of looks, or of runs where `per` says so, at which a clean run is red")
+    false_alarm: float = Field(
+        ge=0,
+        le=1,
+        description="share of looks, or of runs where `per` says so, at which a clean run is red",
+    )
     per: Literal["look", "run"]
-    power: float = Field(ge=0, le=1, description="share of runs with the effect in which the gate is red")
+    power: float = Field(
+        ge=0, le=1, description="share of runs with the effect in which the gate is red"
+    )
     effect: str = Field(min_length=10, description="what has to be wrong, and how much")
-    measured_by: str = Field(pattern=r"^(tests|benchmarks)/\S+$", description="the test or benchmark that measures both again")
+    measured_by: str = Field(
+        pattern=r"^(tests|benchmarks)/\S+$",
+        description="the test or benchmark that measures both again",
+    )
 
 
 class Certain(Frozen):
@@ -82,10 +96,12 @@ class Certain(Frozen):
 class Gate(Frozen):
     """An acceptance rule. `check` names the function or class in `contracts` that decides it.
 
-    A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by dotted key, and sets the keys in `needs`
-    to more than 0. In all others it is absent: neither a pass nor a gap. A list in `when` allows each of its values. `museum` holds
-    further values under which the museum proves it, where its own run would not show it, and says which one of a list. `hint` is where a
-    person looks first when it is red. Beside one of the gates in `yields_to` it is told as a consequence.
+    A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by
+    dotted key, and sets the keys in `needs` to more than 0. In all others it is absent: neither a
+    pass nor a gap. A list in `when` allows each of its values. `museum` holds further values under
+    which the museum proves it, where its own run would not show it, and says which one of a list.
+    `hint` is where a person looks first when it is red. Beside one of the gates in `yields_to` it
+    is told as a consequence.
     """
 
     id: str = Field(pattern=r"^[a-z]+\.[a-z0-9]+(-[a-z0-9]+)*$")
@@ -112,17 +128,24 @@ class Gate(Frozen):
         return self.id.split(".")[0]
 
     def applies_to(self, config: Mapping[str, Any]) -> bool:
-        """Whether a resolved configuration is one the gate is for. A key of another variant is absent, so the gate is not for it."""
+        """Whether a resolved configuration is one the gate is for.
+        A key of another variant is absent, so the gate is not for it.
+        """
         set_ = all((_at(config, key) or 0) > 0 for key in self.needs)
         return set_ and all(_at(config, key) in allowed for key, allowed in self._allowed().items())
 
     def _allowed(self) -> dict[str, tuple]:
-        return {key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()}
+        return {
+            key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()
+        }
 
     @model_validator(mode="after")
     def _known_subsystem(self):
         if self.subsystem not in SUBSYSTEMS:
-            raise ValueError(f"gate {self.id}: {self.subsystem} is not a subsystem; known: {' '.join(SUBSYSTEMS)}")
+            raise ValueError(
+                f"gate {self.id}: {self.subsystem} is not a subsystem; known: "
+                f"{' '.join(SUBSYSTEMS)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -131,7 +154,10 @@ class Gate(Frozen):
             raise ValueError(f"gate {self.id}: museum must set {unset[0]}, which the gate needs")
         for key, allowed in self._allowed().items():
             if self.museum.get(key, allowed[0] if len(allowed) == 1 else None) not in allowed:
-                raise ValueError(f"gate {self.id}: museum must hold one of the values of {key} in when: {', '.join(map(str, allowed))}")
+                raise ValueError(
+                    f"gate {self.id}: museum must hold one of the values of {key} in when: "
+                    f"{', '.join(map(str, allowed))}"
+                )
         return self
 
     def normative(self) -> dict:
@@ -140,12 +166,20 @@ class Gate(Frozen):
 
 
 def normative_fields(entry: Mapping[str, Any]) -> dict:
-    """Of a gate as it stands in TOML: id, statement, moment, severity, kinds, limits without their reasons, and conditions."""
+    """Of a gate as it stands in TOML: id, statement, moment, severity, kinds,
+    limits without their reasons, and conditions.
+    """
     limits = entry.get("limits", {})
     fields = {k: entry[k] for k in ("id", "statement", "moment", "severity")}
     fields["kinds"] = list(entry.get("kinds", ("train",)))
-    fields["limits"] = {name: {k: limits[name][k] for k in ("value", "unit", "direction")} for name in sorted(limits)}
-    conditions = {"needs": list(entry.get("needs", ())), "when": dict(sorted(entry.get("when", {}).items()))}
+    fields["limits"] = {
+        name: {k: limits[name][k] for k in ("value", "unit", "direction")}
+        for name in sorted(limits)
+    }
+    conditions = {
+        "needs": list(entry.get("needs", ())),
+        "when": dict(sorted(entry.get("when", {}).items())),
+    }
     return fields | {k: v for k, v in conditions.items() if v}
 
 
@@ -158,7 +192,9 @@ def _at(config: Mapping[str, Any], key: str) -> Any:
 
 
 class Spec(Frozen):
-    """The whole spec: version, title, scope, gates by id, and by id why a gate that states no rates needs none."""
+    """The whole spec: version, title, scope, gates by id, and by id why a gate that
+    states no rates needs none.
+    """
 
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
     title: str
@@ -169,12 +205,16 @@ class Spec(Frozen):
     root: Path = Field(default=ROOT, exclude=True)
 
     def fingerprint(self, gate_id: str) -> str:
-        """sha256 over the gate's normative fields and the canonical form of its check; evidence binds to it."""
+        """sha256 over the gate's normative fields and the canonical form of its check;
+        evidence binds to it.
+        """
         gate = self.gates[gate_id]
         return check_fingerprint(gate.normative(), gate.check, self.root)
 
     def fingerprints(self, gate_id: str) -> frozenset[str]:
-        """The gate's fingerprint in today's form and in the forms it was carried over from. Evidence for any of them is current."""
+        """The gate's fingerprint in today's form and in the forms it was carried over from.
+        Evidence for any of them is current.
+        """
         current = {self.fingerprint(gate_id)}
         for row in reversed(self.carried):
             if row.gate == gate_id and row.new in current:
@@ -184,11 +224,15 @@ class Spec(Frozen):
     @property
     def sha256(self) -> str:
         """One hash of the version and every gate's fingerprint."""
-        return sha256_json({"version": self.version, "gates": {g: self.fingerprint(g) for g in sorted(self.gates)}})
+        return sha256_json(
+            {"version": self.version, "gates": {g: self.fingerprint(g) for g in sorted(self.gates)}}
+        )
 
 
 def load_spec(root: Path = ROOT) -> Spec:
-    """Read `spec/spec.toml` and `spec/gates/*.toml` under `root`. Raises IntegrityError naming file and field."""
+    """Read `spec/spec.toml` and `spec/gates/*.toml` under `root`.
+    Raises IntegrityError naming file and field.
+    """
     return _load_spec(Path(root).resolve())
 
 
@@ -204,29 +248,53 @@ def _load_spec(root: Path) -> Spec:
             except ValidationError as e:
                 first = e.errors()[0]
                 where = ".".join(str(p) for p in first["loc"])
-                raise IntegrityError(f"{path.name}: gate {entry.get('id', '?')}: {where}: {first['msg']}") from e
+                raise IntegrityError(
+                    f"{path.name}: gate {entry.get('id', '?')}: {where}: {first['msg']}"
+                ) from e
             if gate.subsystem != path.stem:
-                raise IntegrityError(f"{path.name}: gate {gate.id} belongs into {gate.subsystem}.toml")
+                raise IntegrityError(
+                    f"{path.name}: gate {gate.id} belongs into {gate.subsystem}.toml"
+                )
             if gate.id in gates:
-                raise IntegrityError(f"gate id {gate.id} is used twice", next_step="ids are never reused; choose another")
+                raise IntegrityError(
+                    f"gate id {gate.id} is used twice",
+                    next_step="ids are never reused; choose another",
+                )
             gates[gate.id] = gate
-    if strange := [(g.id, other) for g in gates.values() for other in g.yields_to if other not in gates or other == g.id]:
-        raise IntegrityError(f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate")
+    if strange := [
+        (g.id, other)
+        for g in gates.values()
+        for other in g.yields_to
+        if other not in gates or other == g.id
+    ]:
+        raise IntegrityError(
+            f"gate {strange[0][0]} yields to {strange[0][1]}, which is no other gate"
+        )
     try:
         carried = read_carried(directory / "carried.jsonl")
-        return Spec(**head, gates=gates, certain=_certain(directory / "chance.toml"), carried=carried, root=root)
+        return Spec(
+            **head,
+            gates=gates,
+            certain=_certain(directory / "chance.toml"),
+            carried=carried,
+            root=root,
+        )
     except ValidationError as e:
         raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
 
 
 def _certain(path: Path) -> dict[str, str]:
-    """Why a gate needs no rates, by gate id. Raises IntegrityError if one is listed twice or without a reason."""
+    """Why a gate needs no rates, by gate id.
+    Raises IntegrityError if one is listed twice or without a reason.
+    """
     found: dict[str, str] = {}
     for entry in _read_toml(path).get("certain", []) if path.is_file() else ():
         try:
             certain = Certain.model_validate(entry)
         except ValidationError as e:
-            raise IntegrityError(f"{path.name}: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}") from e
+            raise IntegrityError(
+                f"{path.name}: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}"
+            ) from e
         if twice := [g for g in certain.gates if g in found or certain.gates.count(g) > 1]:
             raise IntegrityError(f"{path.name}: gate {twice[0]} is listed twice")
         found |= dict.fromkeys(certain.gates, certain.why)
@@ -246,7 +314,10 @@ def frozen_release(spec: Spec) -> dict:
         "version": spec.version,
         "sha256": spec.sha256,
         "gates": {
-            gate_id: {"fingerprint": spec.fingerprint(gate_id), "limits": gate.normative()["limits"]}
+            gate_id: {
+                "fingerprint": spec.fingerprint(gate_id),
+                "limits": gate.normative()["limits"],
+            }
             for gate_id, gate in sorted(spec.gates.items())
         },
     }

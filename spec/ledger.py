@@ -13,7 +13,9 @@ GENESIS = "0" * 64
 
 
 class Entry(Frozen):
-    """One line: sequence number from 0, record id, sha256 of its metadata.json, sha256 of the previous line's bytes."""
+    """One line: sequence number from 0, record id, sha256 of its metadata.json,
+    sha256 of the previous line's bytes.
+    """
 
     seq: int = Field(ge=0)
     record: str
@@ -38,7 +40,9 @@ class Ledger:
             return []
         data = self.path.read_bytes()
         if data and not data.endswith(b"\n"):
-            raise IntegrityError(f"{self.path} ends in the middle of a line", next_step="git checkout the ledger")
+            raise IntegrityError(
+                f"{self.path} ends in the middle of a line", next_step="git checkout the ledger"
+            )
         return data.split(b"\n")[:-1]
 
     def entries(self) -> list[Entry]:
@@ -49,7 +53,9 @@ class Ledger:
         try:
             return Entry.model_validate(parse_strict(line, origin=f"{self.path}:{number}"))
         except ValidationError as e:
-            raise IntegrityError(f"{self.path}:{number}: {e.errors()[0]['msg']}", next_step="git checkout the ledger") from e
+            raise IntegrityError(
+                f"{self.path}:{number}: {e.errors()[0]['msg']}", next_step="git checkout the ledger"
+            ) from e
 
     @property
     def head(self) -> str:
@@ -64,56 +70,88 @@ class Ledger:
         return self.directory / record_id / "metadata.json"
 
     def read(self, entry: Entry) -> Record:
-        """The record of an entry, hashed and parsed from the same bytes. Raises IntegrityError on any mismatch."""
+        """The record of an entry, hashed and parsed from the same bytes.
+        Raises IntegrityError on any mismatch.
+        """
         path = self.record_path(entry.record)
         if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-            raise IntegrityError(f"record {entry.record} is missing or not a regular file", value=path)
+            raise IntegrityError(
+                f"record {entry.record} is missing or not a regular file", value=path
+            )
         data = path.read_bytes()
         if sha256_bytes(data) != entry.sha256:
             raise IntegrityError(
                 f"record {entry.record} was changed after it was accepted",
-                value=f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} says {entry.sha256[:12]}…",
-                next_step="restore it from git; a wrong record is superseded by a new one, never edited",
+                value=(
+                    f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} says "
+                    f"{entry.sha256[:12]}…"
+                ),
+                next_step=(
+                    "restore it from git; a wrong record is superseded by a new one, never edited"
+                ),
             )
         return parse_record(data, origin=str(path))
 
     def records(self) -> dict[str, Record]:
-        """All accepted records that no later entry supersedes, in ledger order, each verified by hash."""
+        """All accepted records that no later entry supersedes, in ledger order,
+        each verified by hash.
+        """
         entries = self.entries()
         gone = {e.supersedes for e in entries if e.supersedes}
         return {e.record: self.read(e) for e in entries if e.record not in gone}
 
     def problems(self) -> list[tuple[int, str]]:
-        """Breaks of the chain as (line number, what is wrong): sequence, previous hash, canonical form, unknown or double ids."""
+        """Breaks of the chain as (line number, what is wrong): sequence, previous hash, canonical
+        form, unknown or double ids.
+        """
         found, previous, seen = [], GENESIS, set()
         for number, line in enumerate(self.lines(), start=1):
             entry = self._parse(line, number)
             if entry.to_line() != line:
                 found.append((number, "line is not canonical JSON"))
             if entry.seq != number - 1:
-                found.append((number, f"sequence number {entry.seq}, expected {number - 1}: a line was removed or inserted"))
+                found.append(
+                    (
+                        number,
+                        (
+                            f"sequence number {entry.seq}, expected {number - 1}: a line was "
+                            "removed or inserted"
+                        ),
+                    )
+                )
             if entry.prev != previous:
                 found.append((number, "previous-line hash does not match: the ledger was edited"))
             if entry.record in seen:
                 found.append((number, f"record {entry.record} was accepted twice"))
             if entry.supersedes and entry.supersedes not in seen:
-                found.append((number, f"supersedes {entry.supersedes}, which is not earlier in the ledger"))
+                found.append(
+                    (number, f"supersedes {entry.supersedes}, which is not earlier in the ledger")
+                )
             seen.add(entry.record)
             previous = sha256_bytes(line)
         return found
 
     def append(self, record: Record, *, supersedes: str | None = None) -> Entry:
-        """Append a record that already lies in `<directory>/<id>/metadata.json`. Raises IntegrityError if the chain is broken."""
+        """Append a record that already lies in `<directory>/<id>/metadata.json`.
+        Raises IntegrityError if the chain is broken.
+        """
         if problems := self.problems():
             raise IntegrityError(
-                f"{self.path}:{problems[0][0]}: {problems[0][1]}", next_step="repair the ledger from git before adding to it"
+                f"{self.path}:{problems[0][0]}: {problems[0][1]}",
+                next_step="repair the ledger from git before adding to it",
             )
         entries = self.entries()
         if any(e.record == record.id for e in entries):
             raise IntegrityError(f"record {record.id} is already in the ledger")
         if supersedes and not any(e.record == supersedes for e in entries):
             raise IntegrityError(f"cannot supersede {supersedes}: it is not in the ledger")
-        entry = Entry(seq=len(entries), record=record.id, sha256=record.sha256, prev=self.head, supersedes=supersedes)
+        entry = Entry(
+            seq=len(entries),
+            record=record.id,
+            sha256=record.sha256,
+            prev=self.head,
+            supersedes=supersedes,
+        )
         with open(self.path, "ab") as f:
             f.write(entry.to_line() + b"\n")
         return entry

@@ -1,4 +1,6 @@
-"""How far a gate's limits stand from the clean stack on one side and from its weakest plant on the other, computed from kills."""
+"""How far a gate's limits stand from the clean stack on one side and from its weakest plant on the
+other, computed from kills.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,10 +11,12 @@ from spec.records import Kill, Scalar
 
 
 class Margin(NamedTuple):
-    """One limit between two worlds. Ratios are above 1 where the side is right, infinite where a limit or a value of 0 makes them so.
+    """One limit between two worlds. Ratios are above 1 where the side is right, infinite where a
+    limit or a value of 0 makes them so.
 
-    `clean` is the worst value on the clean stack; `room` how many times as far the limit is. `value` is what the limit's weakest plant
-    measured, of the `plants` that this limit alone would catch; `reach` how many times it is beyond the limit.
+    `clean` is the worst value on the clean stack; `room` how many times as far the limit is.
+    `value` is what the limit's weakest plant measured, of the `plants` that this limit alone would
+    catch; `reach` how many times it is beyond the limit.
     """
 
     gate: str
@@ -29,7 +33,9 @@ class Margin(NamedTuple):
 
 
 def measured_for(name: str, limit: Limit, measured: Mapping[str, Scalar]) -> float | None:
-    """The worst of what a check reports for a limit; None if it reports none. What is not a number is infinitely wrong."""
+    """The worst of what a check reports for a limit; None if it reports none.
+    What is not a number is infinitely wrong.
+    """
     names = limit.measured or (name.removesuffix("_max").removesuffix("_min"),)
     values = [_number(measured[n]) for n in names if n in measured]
     if not values or None in values:
@@ -52,24 +58,38 @@ def _times(large: float, small: float) -> float:
 
 
 def _ahead(better: float, worse: float, limit: float) -> float:
-    """How many times one number is above another; of shares that must be large, how many times less it misses of the whole."""
+    """How many times one number is above another; of shares that must be large,
+    how many times less it misses of the whole.
+    """
     share = 0.5 <= limit < 1 and 0 <= worse <= better <= 1
     return _times(1 - worse, 1 - better) if share else _times(better, worse)
 
 
 def margins(spec: Spec, kills: Iterable[Kill]) -> list[Margin]:
-    """A line for every limit that a check reports a number for, both on the clean stack and on a plant that it caught."""
-    killed = [k for k in kills if k.outcome == "killed" and k.control == "pass" and k.gate in spec.gates]
+    """A line for every limit that a check reports a number for,
+    both on the clean stack and on a plant that it caught.
+    """
+    killed = [
+        k for k in kills if k.outcome == "killed" and k.control == "pass" and k.gate in spec.gates
+    ]
     found = []
     for gate in spec.gates.values():
         of_gate = [k for k in killed if k.gate == gate.id]
-        found += [m for name, limit in gate.limits.items() if (m := _margin(gate, name, limit, of_gate)) is not None]
+        found += [
+            m
+            for name, limit in gate.limits.items()
+            if (m := _margin(gate, name, limit, of_gate)) is not None
+        ]
     return found
 
 
 def _margin(gate: Gate, name: str, limit: Limit, kills: list[Kill]) -> Margin | None:
     clean = [v for k in kills if (v := measured_for(name, limit, k.control_measured)) is not None]
-    caught = {k.plant: v for k in kills if (v := measured_for(name, limit, k.measured)) is not None and not limit.allows(v)}
+    caught = {
+        k.plant: v
+        for k in kills
+        if (v := measured_for(name, limit, k.measured)) is not None and not limit.allows(v)
+    }
     if not clean or not caught or limit.direction == "exactly":
         return None
     low = limit.direction == "at-least"
@@ -78,5 +98,21 @@ def _margin(gate: Gate, name: str, limit: Limit, kills: list[Kill]) -> Margin | 
         return None
     weakest = (max if low else min)(caught, key=caught.__getitem__)
     room = _ahead(worst, limit.value, limit.value) if low else _times(limit.value, worst)
-    reach = _ahead(limit.value, caught[weakest], limit.value) if low else _times(caught[weakest], limit.value)
-    return Margin(gate.id, name, limit.value, limit.unit, limit.direction, worst, room, len(caught), weakest, caught[weakest], reach)
+    reach = (
+        _ahead(limit.value, caught[weakest], limit.value)
+        if low
+        else _times(caught[weakest], limit.value)
+    )
+    return Margin(
+        gate.id,
+        name,
+        limit.value,
+        limit.unit,
+        limit.direction,
+        worst,
+        room,
+        len(caught),
+        weakest,
+        caught[weakest],
+        reach,
+    )

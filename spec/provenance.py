@@ -11,20 +11,25 @@ from spec import ROOT
 from spec.canonical import sha256_bytes, sha256_file
 from spec.records import Code, Scalar
 
-# What decides a computed number. Documents, tests and evidence may be in flux without making a run dirty.
+# What decides a computed number.
+# Documents, tests and evidence may be in flux without making a run dirty.
 CODE_PATHS = ("spec", "contracts", "stack", "pyproject.toml", "constraints.txt")
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
 
 def code_state() -> Code:
-    """Commit and cleanliness of the checkout this package runs from; `unknown` for an installed wheel."""
+    """Commit and cleanliness of the checkout this package runs from;
+    `unknown` for an installed wheel.
+    """
     lock = ROOT / "constraints.txt"
     lock_sha256 = sha256_file(lock) if lock.is_file() else None
     if _git("ls-files", "--error-unmatch", "spec/__init__.py") is None:
@@ -34,7 +39,9 @@ def code_state() -> Code:
     if not status.strip():
         return Code(commit=commit, dirty=False, lock_sha256=lock_sha256)
     diff = (_git("diff", "HEAD", "--", *CODE_PATHS) or "") + status
-    return Code(commit=commit, dirty=True, diff_sha256=sha256_bytes(diff.encode()), lock_sha256=lock_sha256)
+    return Code(
+        commit=commit, dirty=True, diff_sha256=sha256_bytes(diff.encode()), lock_sha256=lock_sha256
+    )
 
 
 def _version(package: str) -> str | None:
@@ -49,11 +56,16 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def environment(device: str = "cpu", **extra: Scalar) -> dict[str, Scalar]:
-    """Versions, machine, threads and determinism flags. Reads torch only if it has been imported."""
+    """Versions, machine, threads and determinism flags.
+    Reads torch only if it has been imported.
+    """
     facts: dict[str, Scalar] = {
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -63,14 +75,29 @@ def environment(device: str = "cpu", **extra: Scalar) -> dict[str, Scalar]:
         "world_size": 1,
         "contracts_level": os.environ.get("STACK_CONTRACTS", "standard"),
     }
-    facts |= {name: _version(name) for name in ("stackproof", "torch", "triton", "numpy", "safetensors", "tokenizers", "pydantic")}
+    facts |= {
+        name: _version(name)
+        for name in (
+            "stackproof",
+            "torch",
+            "triton",
+            "numpy",
+            "safetensors",
+            "tokenizers",
+            "pydantic",
+        )
+    }
     if torch := sys.modules.get("torch"):
         facts["threads"] = torch.get_num_threads()
         facts["deterministic_algorithms"] = torch.are_deterministic_algorithms_enabled()
         facts["cuda"] = torch.version.cuda
         if device.startswith("cuda"):
             properties = torch.cuda.get_device_properties(device)
-            facts |= {"device_name": properties.name, "device_memory_bytes": properties.total_memory, "device_uuid": str(properties.uuid)}
+            facts |= {
+                "device_name": properties.name,
+                "device_memory_bytes": properties.total_memory,
+                "device_uuid": str(properties.uuid),
+            }
             facts["driver"] = _nvidia_driver()
     return facts | extra
 
@@ -78,7 +105,10 @@ def environment(device: str = "cpu", **extra: Scalar) -> dict[str, Scalar]:
 def _nvidia_driver() -> str | None:
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,6 @@
-"""The record every run leaves: `metadata.json`, canonical JSON, validated on the way in and on the way out."""
+"""The record every run leaves: `metadata.json`, canonical JSON,
+validated on the way in and on the way out.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -11,13 +13,26 @@ from spec.gates import Frozen
 
 SCHEMA = "stackproof/record/1"
 Kind = Literal[
-    "train", "tune", "evaluate", "trace", "compare", "falsification", "export", "import", "benchmark", "resume", "rerun", "data", "foreign"
+    "train",
+    "tune",
+    "evaluate",
+    "trace",
+    "compare",
+    "falsification",
+    "export",
+    "import",
+    "benchmark",
+    "resume",
+    "rerun",
+    "data",
+    "foreign",
 ]
 Status = Literal["completed", "early_stopped", "halted", "interrupted", "preempted", "failed"]
 Scalar = bool | int | float | str | None
 Sha256 = str
 HEX64 = r"^[0-9a-f]{64}$"
-# Keys of a run that decide what is kept, shown or looked at, not what is computed: a resumed run may change them.
+# Keys of a run that decide what is kept, shown or looked at, not what is computed:
+# a resumed run may change them.
 BESIDE_TRAINING = ("train.log_every", "checkpoint.keep", "trace.every", "gates.waive")
 
 
@@ -30,7 +45,9 @@ class Waiver(Frozen):
 
 
 class GateResult(Frozen):
-    """What one gate said in one run. `checks` counts how often it looked; one that never did cannot have passed or failed."""
+    """What one gate said in one run.
+    `checks` counts how often it looked; one that never did cannot have passed or failed.
+    """
 
     id: str
     fingerprint: str = Field(pattern=HEX64)
@@ -54,8 +71,9 @@ class GateResult(Frozen):
 class Kill(Frozen):
     """The receipt of one plant under one gate: red on the plant, green on the control.
 
-    `measured` is what the gate measured on the plant, `control_measured` its worst on the same stack without it. `moment` is when it turned
-    red, `latency_steps` how many steps of a run the planted line had lived by then, `touches` how often it ran.
+    `measured` is what the gate measured on the plant, `control_measured` its worst on the same
+    stack without it. `moment` is when it turned red, `latency_steps` how many steps of a run the
+    planted line had lived by then, `touches` how often it ran.
     """
 
     gate: str
@@ -108,7 +126,9 @@ class SpecRef(Frozen):
 
 
 class Code(Frozen):
-    """The code that ran. `commit` is `unknown` outside a git checkout; such a record can never discharge a gate."""
+    """The code that ran. `commit` is `unknown` outside a git checkout;
+    such a record can never discharge a gate.
+    """
 
     commit: str = Field(pattern=r"^([0-9a-f]{40}|unknown)$")
     dirty: bool
@@ -126,7 +146,9 @@ class Override(Frozen):
 
 
 class Record(Frozen):
-    """One run. Field meanings are in docs/records.md; nothing here is ever edited after it was written."""
+    """One run. Field meanings are in docs/records.md; nothing here is ever
+    edited after it was written.
+    """
 
     schema_: str = Field(alias="schema", pattern=f"^{SCHEMA}$")
     id: str = Field(pattern=r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}$")
@@ -173,7 +195,9 @@ class Record(Frozen):
     def metric(self, name: str) -> float | int | str:
         """A metric's value. Raises IntegrityError if the record does not hold it."""
         if name not in self.metrics:
-            raise IntegrityError(f"record {self.id} has no metric {name}", allowed=", ".join(sorted(self.metrics)))
+            raise IntegrityError(
+                f"record {self.id} has no metric {name}", allowed=", ".join(sorted(self.metrics))
+            )
         return self.metrics[name].value
 
 
@@ -184,7 +208,9 @@ def parse_record(data: bytes, *, origin: str) -> Record:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
-        raise IntegrityError(f"{origin}: field {where}: {first['msg']}", value=str(first.get("input"))[:120]) from e
+        raise IntegrityError(
+            f"{origin}: field {where}: {first['msg']}", value=str(first.get("input"))[:120]
+        ) from e
 
 
 def read_record(path: Path) -> Record:
@@ -192,5 +218,8 @@ def read_record(path: Path) -> Record:
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise IntegrityError(f"cannot read record {path}: {e.strerror}", next_step="give a run directory that holds metadata.json") from e
+        raise IntegrityError(
+            f"cannot read record {path}: {e.strerror}",
+            next_step="give a run directory that holds metadata.json",
+        ) from e
     return parse_record(data, origin=str(path))

@@ -33,5 +33,7 @@ REQUIRED_RECORDS = ("train", "evaluate", "resume", "falsification")
 
 
 def read_registry(path: Path) -> list[Release]:
-    """All releases, in file order. A missing file is an empty registry. Raises IntegrityError naming entry and field."""
+    """All releases, in file order. A missing file is an empty registry.
+    Raises IntegrityError naming entry and field.
+    """
     return read_tables(path, "model", Release)

@@ -1,4 +1,6 @@
-"""Reads a file of TOML tables that all have one key, such as `[[model]]`, into one kind of model, strictly."""
+"""Reads a file of TOML tables that all have one key, such as `[[model]]`, into one kind of model,
+strictly.
+"""
 
 import tomllib
 from pathlib import Path
@@ -12,7 +14,9 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_tables(path: Path, key: str, kind: type[Kind]) -> list[Kind]:
-    """All tables of a key, in file order. A missing file has none. Raises IntegrityError naming the table by its id, and the field."""
+    """All tables of a key, in file order. A missing file has none.
+    Raises IntegrityError naming the table by its id, and the field.
+    """
     if not path.is_file():
         return []
     try:
@@ -26,5 +30,7 @@ def read_tables(path: Path, key: str, kind: type[Kind]) -> list[Kind]:
         except ValidationError as e:
             first = e.errors()[0]
             where = ".".join(map(str, first["loc"])) or "entry"
-            raise IntegrityError(f"{path}: {key} {table.get('id', '?')}: {where}: {first['msg']}") from e
+            raise IntegrityError(
+                f"{path}: {key} {table.get('id', '?')}: {where}: {first['msg']}"
+            ) from e
     return found

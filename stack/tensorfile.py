@@ -1,4 +1,6 @@
-"""Strict access to safetensors files: what is read is exactly what the header declares, and what is written is on the disk."""
+"""Strict access to safetensors files: what is read is exactly what the header declares,
+and what is written is on the disk.
+"""
 
 import errno
 import hashlib
@@ -33,10 +35,20 @@ DTYPES = {  # from the first laid out to the last, as the library does it
     "BOOL": (1, "|b1"),
 }
 LAYOUT = tuple(DTYPES)
-CODES = dict(zip("uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 bool".split(), LAYOUT, strict=True))
+CODES = dict(
+    zip(
+        (
+            "uint64 int64 float64 float32 uint32 int32 bfloat16 float16 uint16 int16 int8 uint8 "
+            "bool"
+        ).split(),
+        LAYOUT,
+        strict=True,
+    )
+)
 SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, hashed, compared
 READ_BYTES = 2**20  # at a time, while it lies in the processor's cache
-CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)  # what a file system, or a device, says that has no such call
+# what a file system, or a device, says that has no such call
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)
 MAX_HEADER_BYTES = 100 * 2**20
 METADATA_KEY = "stackproof"
 
@@ -75,7 +87,9 @@ def read_header(path: Path) -> Header:
             raise BadTensorFile(_foreign(start) or f"the file has only {size} bytes")
         (length,) = struct.unpack("<Q", start)
         if length < 2 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise BadTensorFile(_foreign(start) or f"the header claims {length} bytes, the file has {size}")
+            raise BadTensorFile(
+                _foreign(start) or f"the header claims {length} bytes, the file has {size}"
+            )
         raw = f.read(length)
     if not raw.startswith(b"{"):
         raise BadTensorFile(_foreign(start) or "the header does not begin with '{'")
@@ -92,12 +106,17 @@ def read_header(path: Path) -> Header:
 
 
 def _foreign(start: bytes) -> str:
-    """What a file that is no safetensors file is, if its first bytes tell; asked only once the length field makes no sense.
+    """What a file that is no safetensors file is, if its first bytes tell; asked only once the
+    length field makes no sense.
 
-    A sound header of 384 bytes begins with 0x80 0x01 as a pickle may, so these bytes alone refuse nothing.
+    A sound header of 384 bytes begins with 0x80 0x01 as a pickle may,
+    so these bytes alone refuse nothing.
     """
     if start[:2] == b"PK":
-        return "this is a zip archive as torch.save writes it, with a pickle inside; pickles are never loaded"
+        return (
+            "this is a zip archive as torch.save writes it, with a pickle inside; pickles are "
+            "never loaded"
+        )
     if start[:1] == b"\x80":
         return "this is a pickle; pickles are never loaded"
     return ""
@@ -110,14 +129,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, fields: dict[str, Any], base: int) -> Entry:
-    """One tensor's declaration. Sizes are multiplied as Python integers, so that no product can wrap around."""
+    """One tensor's declaration. Sizes are multiplied as Python integers,
+    so that no product can wrap around.
+    """
     if set(fields) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} declares {sorted(fields)}")
     if fields["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has the unknown type {fields['dtype']!r}; known: {' '.join(DTYPES)}")
+        raise ValueError(
+            f"tensor {name} has the unknown type {fields['dtype']!r}; known: {' '.join(DTYPES)}"
+        )
     shape, (start, stop) = fields["shape"], fields["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"tensor {name} has a shape or offset that is no count: {shape}, {fields['data_offsets']}")
+        raise ValueError(
+            f"tensor {name} has a shape or offset that is no count: {shape}, "
+            f"{fields['data_offsets']}"
+        )
     n_bytes = DTYPES[fields["dtype"]][0] * math.prod(shape)
     if stop - start != n_bytes:
         raise ValueError(f"tensor {name} declares {stop - start} bytes, its shape needs {n_bytes}")
@@ -131,13 +157,21 @@ def _require_exact_cover(tensors: dict[str, Entry], base: int, size: int) -> Non
             raise BadTensorFile(f"the tensors leave a gap or overlap at byte {position}")
         position = entry.stop
     if position != size:
-        raise BadTensorFile(f"the file has {size} bytes, its tensors end at {position}: truncated or padded")
+        raise BadTensorFile(
+            f"the file has {size} bytes, its tensors end at {position}: truncated or padded"
+        )
 
 
 def digests(path: Path) -> tuple[str, dict[str, str]]:
-    """Hex sha256 of a file, and hex CRC-32 of every tensor's bytes in it by name, of one reading. Raises BadTensorFile, OSError."""
+    """Hex sha256 of a file, and hex CRC-32 of every tensor's bytes in it by name, of one reading.
+    Raises BadTensorFile, OSError.
+    """
     tensors = read_header(path).tensors
-    whole, checksums, block = hashlib.sha256(), dict.fromkeys(tensors, 0), memoryview(bytearray(READ_BYTES))
+    whole, checksums, block = (
+        hashlib.sha256(),
+        dict.fromkeys(tensors, 0),
+        memoryview(bytearray(READ_BYTES)),
+    )
     with open(path, "rb") as f:
         whole.update(f.read(min((e.start for e in tensors.values()), default=path.stat().st_size)))
         for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -153,9 +187,11 @@ def digests(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Put numpy arrays or torch tensors of any type and device on the disk. The same content gives the same bytes.
+    """Put numpy arrays or torch tensors of any type and device on the disk.
+    The same content gives the same bytes.
 
-    No copy of the whole is made. Raises OSError if it cannot be written, BadTensorFile if it cannot be expressed.
+    No copy of the whole is made. Raises OSError if it cannot be written,
+    BadTensorFile if it cannot be expressed.
     """
     pieces = _pieces(tensors, metadata)
     with created(path, tensors) as f:
@@ -166,9 +202,11 @@ def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None
 
 @contextmanager
 def created(path: Path, tensors: dict[str, Any]) -> Iterator[BinaryIO]:
-    """A new file with room for tensors, where the system can reserve it: a full disk says so at once, and writing costs less.
+    """A new file with room for tensors, where the system can reserve it: a full disk says so at
+    once, and writing costs less.
 
-    Less than the file will have, so that one that was cut off is never as long as a whole one. Raises OSError.
+    Less than the file will have, so that one that was cut off is never as long as a whole one.
+    Raises OSError.
     """
     with open(path, "wb") as f:
         _reserve(f.fileno(), sum(t.nbytes for t in tensors.values()))
@@ -177,18 +215,24 @@ def created(path: Path, tensors: dict[str, Any]) -> Iterator[BinaryIO]:
 
 @dataclass(frozen=True)
 class Written:
-    """A file that was written: what `digests` would say of it, its sha256 once the hashing thread is done, and when it is on the disk."""
+    """A file that was written: what `digests` would say of it, its sha256 once the hashing thread
+    is done, and when it is on the disk.
+    """
 
     sha256: Future[str]
     crc32: dict[str, str]
     synced: Future[None]
 
 
-def write_hashed(f: BinaryIO, tensors: dict[str, Any], metadata: dict[str, str], pool: Executor) -> Written:
-    """As `write`, into a file of `created`. One thread of `pool` follows and hashes, another syncs while the next file is written.
+def write_hashed(
+    f: BinaryIO, tensors: dict[str, Any], metadata: dict[str, str], pool: Executor
+) -> Written:
+    """As `write`, into a file of `created`.
+    One thread of `pool` follows and hashes, another syncs while the next file is written.
 
-    A piece, a view of its tensor and not a copy, is given to the hashing thread once it is written. In this order a tensor that changes
-    meanwhile cannot agree with the hash, the file and a later comparison at once. The caller closes the file when the pool is done.
+    A piece, a view of its tensor and not a copy, is given to the hashing thread once it is written.
+    In this order a tensor that changes meanwhile cannot agree with the hash, the file and a later
+    comparison at once. The caller closes the file when the pool is done.
     """
     checksums, written = dict.fromkeys(tensors, 0), SimpleQueue()
     sha256 = pool.submit(_hash, written)
@@ -201,7 +245,11 @@ def write_hashed(f: BinaryIO, tensors: dict[str, Any], metadata: dict[str, str],
                 checksums[name] = crc32(data, checksums[name])
     finally:
         written.put(None)
-    return Written(sha256, {name: f"{checksum:08x}" for name, checksum in checksums.items()}, pool.submit(_sync, f))
+    return Written(
+        sha256,
+        {name: f"{checksum:08x}" for name, checksum in checksums.items()},
+        pool.submit(_sync, f),
+    )
 
 
 def _hash(written: SimpleQueue) -> str:
@@ -217,7 +265,9 @@ def _sync(f: BinaryIO) -> None:
 
 
 def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Read a file and compare it byte for byte with what `write` was given. Raises BadTensorFile naming the first part that differs."""
+    """Read a file and compare it byte for byte with what `write` was given.
+    Raises BadTensorFile naming the first part that differs.
+    """
     block = np.empty(SLICE_BYTES, np.uint8)
     with open(path, "rb") as f:
         for name, piece in _pieces(tensors, metadata):
@@ -234,7 +284,9 @@ def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether bytes are the same; eight at a time, which takes half the time."""
     whole = len(a) // 8 * 8
-    return np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(a[whole:], b[whole:])
+    return np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(
+        a[whole:], b[whole:]
+    )
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:
@@ -248,14 +300,19 @@ def _reserve(descriptor: int, n_bytes: int) -> None:
 
 
 def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple[str | None, Any]]:
-    """A file from first to last byte: its header, named None, then each tensor by name in slices of at most SLICE_BYTES, at least one.
+    """A file from first to last byte: its header, named None, then each tensor by name in slices of
+    at most SLICE_BYTES, at least one.
 
     Raises BadTensorFile at once, before the first piece is asked for.
     """
     codes = {name: _code(name, t) for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (LAYOUT.index(codes[name]), name))
-    header = _header_bytes([(name, codes[name], list(tensors[name].shape)) for name in order], metadata)
-    return _slices([(None, np.frombuffer(header, np.uint8)), *((name, tensors[name]) for name in order)])
+    header = _header_bytes(
+        [(name, codes[name], list(tensors[name].shape)) for name in order], metadata
+    )
+    return _slices(
+        [(None, np.frombuffer(header, np.uint8)), *((name, tensors[name]) for name in order)]
+    )
 
 
 def _slices(parts: list[tuple[str | None, Any]]) -> Iterator[tuple[str | None, Any]]:
@@ -272,14 +329,22 @@ def _bytes_of(piece: Any) -> np.ndarray:
 
 
 def _code(name: str, tensor: Any) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.") if not isinstance(tensor, np.ndarray) else tensor.dtype.name
+    kind = (
+        str(tensor.dtype).removeprefix("torch.")
+        if not isinstance(tensor, np.ndarray)
+        else tensor.dtype.name
+    )
     if kind not in CODES or name == "__metadata__":
-        raise BadTensorFile(f"these tensors cannot be written: {name} is of type {kind}; allowed: {' '.join(CODES)}")
+        raise BadTensorFile(
+            f"these tensors cannot be written: {name} is of type {kind}; allowed: {' '.join(CODES)}"
+        )
     return CODES[kind]
 
 
 def _header_bytes(entries: list[tuple[str, str, list[int]]], metadata: dict[str, str]) -> bytes:
-    """Length and header, its metadata in alphabetical order: the library writes them in an order that differs between processes."""
+    """Length and header, its metadata in alphabetical order: the library writes them in an order
+    that differs between processes.
+    """
     document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for name, code, shape in entries:
@@ -292,7 +357,9 @@ def _header_bytes(entries: list[tuple[str, str, list[int]]], metadata: dict[str,
 
 
 def _in_a_row(tensor: Any) -> Any:
-    """An array or tensor as one dimension, little-endian, where it is, without a copy if it lies so; bfloat16 as its int16 bits."""
+    """An array or tensor as one dimension, little-endian, where it is, without a copy if it lies
+    so; bfloat16 as its int16 bits.
+    """
     if isinstance(tensor, np.ndarray):
         return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).reshape(-1)
     import torch
@@ -302,7 +369,9 @@ def _in_a_row(tensor: Any) -> Any:
 
 
 def memmap(path: Path, name: str) -> np.ndarray:
-    """One tensor as a read-only memory map; bfloat16 appears as its uint16 bits. Raises BadTensorFile if the file or the name is wrong."""
+    """One tensor as a read-only memory map; bfloat16 appears as its uint16 bits.
+    Raises BadTensorFile if the file or the name is wrong.
+    """
     header = read_header(path)
     if name not in header.tensors:
         raise BadTensorFile(f"there is no tensor {name}")
@@ -311,7 +380,9 @@ def memmap(path: Path, name: str) -> np.ndarray:
         return np.zeros(entry.shape, DTYPES[entry.dtype][1])
     if not entry.shape:
         return np.fromfile(path, DTYPES[entry.dtype][1], count=1, offset=entry.start).reshape(())
-    return np.memmap(path, dtype=DTYPES[entry.dtype][1], mode="r", offset=entry.start, shape=entry.shape)
+    return np.memmap(
+        path, dtype=DTYPES[entry.dtype][1], mode="r", offset=entry.start, shape=entry.shape
+    )
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Fixtures shared by all rooms: a small real corpus, a small configuration, and the ingredients of its preflight."""
+"""Fixtures shared by all rooms: a small real corpus, a small configuration,
+and the ingredients of its preflight.
+"""
 
 import json
 
@@ -9,7 +11,9 @@ SLOW_ROOMS = ("tests/cli/", "tests/train/test_variants.py", "tests/train/test_se
 
 def pytest_collection_modifyitems(items):
     """Slow tests first, so that no worker is left with a long one at the end."""
-    items.sort(key=lambda item: "slow" not in item.keywords and not item.nodeid.startswith(SLOW_ROOMS))
+    items.sort(
+        key=lambda item: "slow" not in item.keywords and not item.nodeid.startswith(SLOW_ROOMS)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +47,9 @@ def museum_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_cfg(museum_folder):
-    """The museum's configuration: a mixture, packed documents, dropout, accumulation, grouped heads, length beyond 256."""
+    """The museum's configuration: a mixture, packed documents, dropout, accumulation, grouped
+    heads, length beyond 256.
+    """
     from stack.museum.collection import museum_config
 
     return museum_config(museum_folder)

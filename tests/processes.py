@@ -1,6 +1,8 @@
-"""Commands in processes of their own, forked from one that has imported the libraries: a child has its own memory, signals and exit code.
+"""Commands in processes of their own, forked from one that has imported the libraries: a child has
+its own memory, signals and exit code.
 
-Importing torch and all that hangs on it takes three to five seconds, more than most of these commands.
+Importing torch and all that hangs on it takes three to five seconds,
+more than most of these commands.
 """
 
 import json
@@ -26,7 +28,13 @@ keeper = session.Gatekeeper
 session.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
 {STACK}
 """
-PRELOADED = ["torch._dynamo", "stack.cli", "stack.train.session", "stack.museum.prove", "stack.evaluate.sampling"]
+PRELOADED = [
+    "torch._dynamo",
+    "stack.cli",
+    "stack.train.session",
+    "stack.museum.prove",
+    "stack.evaluate.sampling",
+]
 
 
 @dataclass
@@ -44,21 +52,38 @@ class Done:
 
 @cache
 def _context():
-    """The process that imports once. It computes nothing, so that its children inherit no thread and no random state in use."""
+    """The process that imports once.
+    It computes nothing, so that its children inherit no thread and no random state in use.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 class Command:
-    """Python `code` begun in a folder, with `arguments` in sys.argv and one thread; `stack …` unless said otherwise."""
+    """Python `code` begun in a folder, with `arguments` in sys.argv and one thread;
+    `stack …` unless said otherwise.
+    """
 
-    def __init__(self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None, code: str = STACK):
+    def __init__(
+        self,
+        *arguments: str,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        code: str = STACK,
+    ):
         self.temporary = tempfile.TemporaryDirectory(prefix="stackproof-said-")
         self.said = Path(self.temporary.name)
-        environment = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = _context().Process(target=_become, args=(code, arguments, str(folder), environment, str(self.said)))
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # the server inherits what stands here when the first command is given
+        environment = {
+            **(os.environ if environment is None else environment),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.process = _context().Process(
+            target=_become, args=(code, arguments, str(folder), environment, str(self.said))
+        )
+        # the server inherits what stands here when the first command is given
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
             self.process.start()
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -73,10 +98,15 @@ class Command:
         if self.process.exitcode is None:
             self.process.kill()
             raise TimeoutError(f"not done after {timeout} s: {(self.said / 'err').read_text()}")
-        return Done(self.process.exitcode, *((self.said / name).read_text("utf-8") for name in ("out", "err")))
+        return Done(
+            self.process.exitcode,
+            *((self.said / name).read_text("utf-8") for name in ("out", "err")),
+        )
 
 
-def _become(code: str, arguments: tuple[str, ...], folder: str, environment: dict[str, str], said: str) -> None:
+def _become(
+    code: str, arguments: tuple[str, ...], folder: str, environment: dict[str, str], said: str
+) -> None:
     """In the child: be that command."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

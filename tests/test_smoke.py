@@ -1,6 +1,8 @@
-"""A real model from nothing through the real command line: train, continue, inspect, sample, evaluate.
+"""A real model from nothing through the real command line: train, continue, inspect, sample,
+evaluate.
 
-The pangram corpus, one layer, two heads, width 32, block 32, five iterations. It learns nothing; it proves the wiring.
+The pangram corpus, one layer, two heads, width 32, block 32, five iterations.
+It learns nothing; it proves the wiring.
 """
 
 import json
@@ -12,7 +14,10 @@ from stack.data import corpus
 from tests.cli.conftest import Stack
 
 REASON = "the pangram repeats itself, so its split cannot be disjoint and its tokens are few"
-WAIVERS = ",".join(f'{{id="{gate}", reason="{REASON}", expires="2999-01-01"}}' for gate in ("data.leakage", "data.corpus-budget"))
+WAIVERS = ",".join(
+    f'{{id="{gate}", reason="{REASON}", expires="2999-01-01"}}'
+    for gate in ("data.leakage", "data.corpus-budget")
+)
 VALUES = {
     "data.corpus.kind": "pangram",
     "data.split.kind": "tail",
@@ -48,7 +53,9 @@ def trained(tmp_path_factory):
     stack = Stack(folder, folder / "cache")
     first = stack("train", *SETS, "--run-dir", "run", "--device", "cpu", "--json")
     assert first.code == 0, first.err
-    again = stack("train", "--fork", "run", "--set", "train.max_steps=10", "--run-dir", "longer", "--json")
+    again = stack(
+        "train", "--fork", "run", "--set", "train.max_steps=10", "--run-dir", "longer", "--json"
+    )
     assert again.code == 0, again.err
     return stack, first.json, again.json
 
@@ -64,25 +71,42 @@ def test_training_leaves_a_record_without_red_or_unasked_gates(trained):
     waived = {"data.leakage", "data.corpus-budget"}
     verdicts = {g["id"]: g["verdict"] for g in record["gates"]}
     assert first["status"] == "completed" and record["metrics"]["steps"]["value"] == 5
-    assert len(verdicts) >= 18 and verdicts.pop("runtime.learned") == "not_run", "five steps are too few to have learned"
+    assert len(verdicts) >= 18 and verdicts.pop("runtime.learned") == "not_run", (
+        "five steps are too few to have learned"
+    )
     assert all(v == "pass" for g, v in verdicts.items() if g not in waived)
-    assert record["config"]["model"]["d_model"] == 32 and record["metrics"]["vocab_size"]["value"] == 29
+    assert (
+        record["config"]["model"]["d_model"] == 32
+        and record["metrics"]["vocab_size"]["value"] == 29
+    )
 
 
 def test_continuing_goes_on_at_step_six(trained):
     stack, _, _ = trained
-    steps = [json.loads(line)["step"] for line in (stack.folder / "longer" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (stack.folder / "longer" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [6, 7, 8, 9, 10]
 
 
 def test_checkpoint_holds_the_declared_parts(trained):
     stack, _, _ = trained
     folder = stack.folder / "run" / "checkpoints" / "step-00000005"
-    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "model.safetensors", "state.json", "state.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "state.json",
+        "state.safetensors",
+    ]
     state = json.loads((folder / "state.json").read_text())
-    assert {"step", "cursor", "scaler", "stopper", "gates", "config", "tokenizer_sha256"} <= set(state)
+    assert {"step", "cursor", "scaler", "stopper", "gates", "config", "tokenizer_sha256"} <= set(
+        state
+    )
     inspected = stack("inspect", "run", "--json").json
-    assert inspected["checksum"] == "VALID" and inspected["n_params"] == inspected["n_params_formula"]
+    assert (
+        inspected["checksum"] == "VALID" and inspected["n_params"] == inspected["n_params_formula"]
+    )
 
 
 def test_sample_and_evaluate_answer(trained):

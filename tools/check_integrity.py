@@ -43,7 +43,10 @@ def explain(code: str) -> int:
     """Print what a rule holds, why, and how to mend a finding."""
     if code not in RULES:
         near = difflib.get_close_matches(code, RULES, n=1, cutoff=0.3)
-        print(f"error: there is no rule {code}\n  nearest  {near[0] if near else '--list shows all'}", file=sys.stderr)
+        print(
+            f"error: there is no rule {code}\n  nearest  {near[0] if near else '--list shows all'}",
+            file=sys.stderr,
+        )
         return 2
     rule = RULES[code]
     print(f"{rule.code}: {rule.title}\n  why   {rule.why}\n  mend  {rule.hint}")
@@ -51,12 +54,22 @@ def explain(code: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="check_integrity.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to look at (default: this one)")
+    parser = argparse.ArgumentParser(
+        prog="check_integrity.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the checkout to look at (default: this one)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--list", action="store_true", help="list all rules")
-    parser.add_argument("--explain", metavar="CODE", help="what a rule holds, why, and how to mend a finding")
-    parser.add_argument("--write", action="store_true", help="regenerate generated blocks, then check")
+    parser.add_argument(
+        "--explain", metavar="CODE", help="what a rule holds, why, and how to mend a finding"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="regenerate generated blocks, then check"
+    )
     options = parser.parse_args(arguments)
     if options.explain:
         return explain(options.explain)
@@ -69,11 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
     repo = Repo(options.root)
     findings = findings_in(repo)
     if options.json:
-        document = {"ok": not findings, "findings": [asdict(f) for f in findings], "rules_run": len(RULES)}
+        document = {
+            "ok": not findings,
+            "findings": [asdict(f) for f in findings],
+            "rules_run": len(RULES),
+        }
         print(json.dumps(document | {"not_verified": repo.not_verified}))
     else:
         for f in findings:
-            print(f"{f.code:20} {f.path}{f':{f.line}' if f.line else ''}  {f.message}\n{'':20}   → {f.hint}")
+            print(
+                f"{f.code:20} {f.path}{f':{f.line}' if f.line else ''}  {f.message}\n{'':20}   → "
+                f"{f.hint}"
+            )
         for text in repo.not_verified:
             print(f"not verified: {text}")
         print(f"{len(RULES)} rules, {len(findings)} finding(s)")

@@ -12,10 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Bottom to top. A package may import itself and everything before it. Modules directly in stack/ stand with stack.config.
+# Bottom to top. A package may import itself and everything before it.
+# Modules directly in stack/ stand with stack.config.
 ORDER = (
-    "spec contracts stack.config stack.evidence stack.kernels stack.data stack.model stack.evaluate stack.trace stack.surgery "
-    "stack.export stack.tune stack.train stack.recipes stack.museum stack.cli"
+    "spec contracts stack.config stack.evidence stack.kernels stack.data stack.model "
+    "stack.evaluate stack.trace stack.surgery stack.export stack.tune stack.train stack.recipes "
+    "stack.museum stack.cli"
 ).split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 # Nothing in these may import the named packages, at module level or anywhere.
@@ -28,7 +30,13 @@ FORBIDDEN = {
 # The other library is a witness in one place, and nowhere a part.
 WITNESS = {"stack/export/parity.py": "transformers"}
 # These are imported by commands that must answer without torch.
-LIGHT_AT_IMPORT = ("contracts/gate.py", "contracts/keeper.py", "contracts/events.py", "contracts/conditions.py", "stack/config/load.py")
+LIGHT_AT_IMPORT = (
+    "contracts/gate.py",
+    "contracts/keeper.py",
+    "contracts/events.py",
+    "contracts/conditions.py",
+    "stack/config/load.py",
+)
 
 
 def package_of(module: str) -> str | None:
@@ -39,18 +47,29 @@ def package_of(module: str) -> str | None:
     if parts[0] != "stack":
         return None
     named = f"stack.{parts[1]}" if len(parts) > 1 else "stack.config"
-    return named if named in RANK else ("stack.cli" if named == "stack.__main__" else "stack.config")
+    return (
+        named if named in RANK else ("stack.cli" if named == "stack.__main__" else "stack.config")
+    )
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
-    """(line, dotted module, at module level) of every import, also inside functions and conditions."""
+    """(line, dotted module, at module level) of every import,
+    also inside functions and conditions.
+    """
     top = {id(n) for n in ast.iter_child_nodes(tree)}
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
                 yield from ((node.lineno, a.name, id(node) in top) for a in names)
             case ast.ImportFrom(module=str(module), names=names, level=0):
-                yield from ((node.lineno, f"{module}.{a.name}" if module == "stack" else module, id(node) in top) for a in names)
+                yield from (
+                    (
+                        node.lineno,
+                        f"{module}.{a.name}" if module == "stack" else module,
+                        id(node) in top,
+                    )
+                    for a in names
+                )
             case ast.ImportFrom(level=level) if level > 0:
                 yield node.lineno, "." * level, id(node) in top
 
@@ -76,14 +95,22 @@ def check_file(root: Path, path: Path) -> Iterator[str]:
 
 def check(root: Path) -> list[str]:
     """All problems of a checkout. An empty checkout is a problem."""
-    files = [p for folder in ("spec", "contracts", "stack", "tools") for p in sorted((root / folder).rglob("*.py"))]
+    files = [
+        p
+        for folder in ("spec", "contracts", "stack", "tools")
+        for p in sorted((root / folder).rglob("*.py"))
+    ]
     if not files:
         return [f"{root} holds no source file of spec, contracts, stack or tools"]
     return [problem for path in files for problem in check_file(root, path)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="check_layers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="check_layers.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--root", type=Path, default=ROOT)
     problems = check(parser.parse_args(arguments).root.resolve())
     for problem in problems:

@@ -1,4 +1,5 @@
-"""Writes spec/releases/<version>.json: the fingerprints and limits of the current spec version, for ever.
+"""Writes spec/releases/<version>.json: the fingerprints and limits of the current spec version,
+for ever.
 
 python tools/freeze_spec.py
 Exit code 0: written. 6: that version is already committed with other content.
@@ -21,11 +22,14 @@ def freeze(root: Path) -> int:
     path = release_path(spec.version, root)
     text = json.dumps(frozen_release(spec), indent=1, sort_keys=True) + "\n"
     committed = subprocess.run(
-        ["git", "-C", str(root), "show", f"HEAD:{path.relative_to(root).as_posix()}"], capture_output=True, text=True
+        ["git", "-C", str(root), "show", f"HEAD:{path.relative_to(root).as_posix()}"],
+        capture_output=True,
+        text=True,
     )
     if committed.returncode == 0 and committed.stdout != text:
         print(
-            f"error: version {spec.version} is already frozen and the spec has changed\n  next  raise version in spec/spec.toml",
+            f"error: version {spec.version} is already frozen and the spec has changed\n  next  "
+            "raise version in spec/spec.toml",
             file=sys.stderr,
         )
         return 6

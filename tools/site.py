@@ -1,7 +1,9 @@
-"""Hook of mkdocs: writes the pages of gates, museum, runs, models and reference from the spec and the ledger, at build time.
+"""Hook of mkdocs: writes the pages of gates, museum, runs, models and reference from the spec and
+the ledger, at build time.
 
-`extra.evidence_dir` and `extra.repository_dir` in mkdocs.yml point elsewhere than `evidence/` and the folder of mkdocs.yml.
-Nothing is written below `docs/`. To look at the pages as Markdown, call `generated_pages(load_world(root, evidence))`.
+`extra.evidence_dir` and `extra.repository_dir` in mkdocs.yml point elsewhere than `evidence/` and
+the folder of mkdocs.yml. Nothing is written below `docs/`. To look at the pages as Markdown, call
+`generated_pages(load_world(root, evidence))`.
 """
 
 import re
@@ -80,12 +82,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: MkDocsPage, config: MkDocsConfig, files: Files) -> str:
-    """Put generated blocks where a hand-written page marks a place for them: `<!-- site:NAME -->` alone on a line."""
+    """Put generated blocks where a hand-written page marks a place for them:
+    `<!-- site:NAME -->` alone on a line.
+    """
     here = Page(page.file.src_uri, page.title or "")
 
     def block(match: re.Match) -> str:
         if match[1] not in BLOCKS:
-            raise PluginError(f"{page.file.src_uri}: no block is called {match[1]}; known: {', '.join(BLOCKS)}")
+            raise PluginError(
+                f"{page.file.src_uri}: no block is called {match[1]}; known: {', '.join(BLOCKS)}"
+            )
         try:
             return BLOCKS[match[1]](_current["world"], here)
         except StackproofError as e:

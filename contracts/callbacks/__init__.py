@@ -1,4 +1,6 @@
-"""The gates inside trainers that are not ours: `plain`, `huggingface`, `lightning`, and a plugin for pytest.
+"""The gates inside trainers that are not ours: `plain`, `huggingface`, `lightning`,
+and a plugin for pytest.
 
-Nothing here is imported by `import contracts.callbacks`, so that each works without the others' libraries.
+Nothing here is imported by `import contracts.callbacks`,
+so that each works without the others' libraries.
 """

@@ -12,12 +12,15 @@ from contracts.callbacks.reading import IGNORE, trailing_padding
 from contracts.rows import RowsSeen
 from contracts.witness import BatchSeen
 
-LEFT_PADS = 4  # where padding is the end of text, a row of packed documents may begin with one or two
+# where padding is the end of text, a row of packed documents may begin with one or two
+LEFT_PADS = 4
 SHORT = 16  # tokens; shorter rows may well be alike
 
 
 class Numbers(NamedTuple):
-    """What one read of the device told of a batch: counts in the order of `batch_seen`, and sums and lengths of its rows."""
+    """What one read of the device told of a batch: counts in the order of `batch_seen`,
+    and sums and lengths of its rows.
+    """
 
     counts: list[int]
     rows: list[int]
@@ -25,32 +28,71 @@ class Numbers(NamedTuple):
 
 
 def read(
-    ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor | None, places: Tensor | None, *, pad_id: int | None, eos_id: int | None
+    ids_BT: Tensor,
+    mask_BT: Tensor | None,
+    labels_BT: Tensor | None,
+    places: Tensor | None,
+    *,
+    pad_id: int | None,
+    eos_id: int | None,
 ) -> Numbers:
-    """All numbers of a batch that gates judge, with one read of the device. `places` are position ids, where the model is given some."""
+    """All numbers of a batch that gates judge, with one read of the device.
+    `places` are position ids, where the model is given some.
+    """
     ids_BT = ids_BT.long()
     text = _text(ids_BT, mask_BT)
     padding = ~text
     if mask_BT is None and pad_id is not None:
         padding = trailing_padding(ids_BT, pad_id, eos_id)
-        padding &= torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)  # one end of text is text
+        # one end of text is text
+        padding &= torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)
     valid = torch.ones_like(text) if labels_BT is None else labels_BT != IGNORE
     same = valid & (labels_BT == ids_BT) if labels_BT is not None else torch.zeros_like(text)
     ends = torch.zeros_like(text[:, 1:])
     if eos_id is not None and (mask_BT is not None or pad_id != eos_id):
         ends = (ids_BT == eos_id)[:, 1:] & text[:, 1:] & ~padding[:, 1:] & valid[:, :-1]
     follows, up = _places_up(places, text)
-    masks = (valid, valid[:, 1:], same, ends, ends & valid[:, 1:], valid & padding, _left_padded(ids_BT, mask_BT, pad_id), follows, up)
-    longest = places.max() + 1 if places is not None and places.numel() else torch.tensor(ids_BT.shape[1], device=ids_BT.device)
+    masks = (
+        valid,
+        valid[:, 1:],
+        same,
+        ends,
+        ends & valid[:, 1:],
+        valid & padding,
+        _left_padded(ids_BT, mask_BT, pad_id),
+        follows,
+        up,
+    )
+    longest = (
+        places.max() + 1
+        if places is not None and places.numel()
+        else torch.tensor(ids_BT.shape[1], device=ids_BT.device)
+    )
     told = torch.stack([ids_BT.min(), ids_BT.max(), longest, *(m.sum() for m in masks)])
     fetched = torch.cat([told, _row_sums(ids_BT, text).flatten()]).tolist()
-    return Numbers(fetched[: len(told)], fetched[len(told) :], 0 if labels_BT is None else labels_BT.numel())
+    return Numbers(
+        fetched[: len(told)], fetched[len(told) :], 0 if labels_BT is None else labels_BT.numel()
+    )
 
 
 def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: int) -> BatchSeen:
     """The batch in the words of its gate."""
-    low, high, longest, n_valid, n_valid_next, n_same, n_ends, n_ends_learned, n_padded, n_left, n_places, n_up = numbers.counts
-    own = 2 * n_same > n_valid  # labels stand with their own token, and are not those of another task
+    (
+        low,
+        high,
+        longest,
+        n_valid,
+        n_valid_next,
+        n_same,
+        n_ends,
+        n_ends_learned,
+        n_padded,
+        n_left,
+        n_places,
+        n_up,
+    ) = numbers.counts
+    # labels stand with their own token, and are not those of another task
+    own = 2 * n_same > n_valid
     return BatchSeen(
         step=step,
         n_rows=len(numbers.rows) // 2,
@@ -73,7 +115,9 @@ def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: 
 def rows_seen(told: list[int], *, step: int, phase: str) -> RowsSeen:
     """Rows by their sums, out of sums and then lengths; short ones are left out."""
     rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
-    return RowsSeen(step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT))
+    return RowsSeen(
+        step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT)
+    )
 
 
 def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> Tensor:
@@ -86,8 +130,15 @@ def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> 
 
 
 def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens that have a token before them, those of them whose position is one more); none where positions are of another shape."""
-    if places is None or places.ndim != 2 or places.shape[1] != text_BT.shape[1] or places.shape[0] not in (1, text_BT.shape[0]):
+    """(tokens that have a token before them, those of them whose position is one more); none where
+    positions are of another shape.
+    """
+    if (
+        places is None
+        or places.ndim != 2
+        or places.shape[1] != text_BT.shape[1]
+        or places.shape[0] not in (1, text_BT.shape[0])
+    ):
         return torch.zeros_like(text_BT[:, 1:]), torch.zeros_like(text_BT[:, 1:])
     follows = text_BT[:, 1:] & text_BT[:, :-1]
     return follows, follows & (places[:, 1:] - places[:, :-1] == 1)
@@ -104,10 +155,13 @@ def _text(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
 
 
 def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:
-    """(2, B) int64: of each row the sum of id times a number that depends on the token's place in its text, wrapping; and its length.
+    """(2, B) int64: of each row the sum of id times a number that depends on the token's place in
+    its text, wrapping; and its length.
 
     Padding counts nothing on either side; equal sums of unequal rows are as rare as 1 in 2^64.
     """
     rank_BT = text_BT.long().cumsum(1)
     keys_BT = (rank_BT * 0x1E3779B97F4A7C15 ^ rank_BT << 29) * 0x3F58476D1CE4E5B9
-    return torch.stack([((ids_BT + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1), rank_BT[:, -1]])
+    return torch.stack(
+        [((ids_BT + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1), rank_BT[:, -1]]
+    )

@@ -17,12 +17,16 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """(N,) int64: the sum of each tensor's bits read as integers, on its device; any single changed entry changes it."""
+    """(N,) int64: the sum of each tensor's bits read as integers, on its device;
+    any single changed entry changes it.
+    """
     return gathered([_checksum(t.detach()) for t in tensors], torch.int64)
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Entries are added eight bytes at a time where they lie so: on a CPU 0.5 ms for 4M floats, and 3.1 ms one by one."""
+    """Entries are added eight bytes at a time where they lie so: on a CPU 0.5 ms for 4M floats,
+    and 3.1 ms one by one.
+    """
     flat = tensor.contiguous().reshape(-1)
     together = 8 // flat.element_size()
     if together > 1 and not flat.numel() % together and not flat.storage_offset() % together:
@@ -42,7 +46,9 @@ def gathered(scalars: list[Tensor], dtype: torch.dtype) -> Tensor:
 def of_tensors(named: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 of every tensor's bytes, by name; complex and sub-byte types as they lie in memory."""
     return {
-        n: hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        n: hashlib.sha256(
+            t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
         for n, t in named.items()
     }
 
@@ -50,16 +56,32 @@ def of_tensors(named: Mapping[str, Tensor]) -> dict[str, str]:
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Hashes of an optimizer's state by place, and each group's rate and decay."""
     document = optimizer.state_dict()
-    tensors = {f"optimizer.{i}.{k}": v for i, state in document["state"].items() for k, v in state.items() if isinstance(v, Tensor)}
-    rates = {f"group.{i}.{k}": g[k] for i, g in enumerate(document["param_groups"]) for k in ("lr", "weight_decay") if k in g}
+    tensors = {
+        f"optimizer.{i}.{k}": v
+        for i, state in document["state"].items()
+        for k, v in state.items()
+        if isinstance(v, Tensor)
+    }
+    rates = {
+        f"group.{i}.{k}": g[k]
+        for i, g in enumerate(document["param_groups"])
+        for k in ("lr", "weight_decay")
+        if k in g
+    }
     return of_tensors(tensors) | {k: float(v) for k, v in rates.items()}
 
 
-def of_run(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, step: int) -> dict[str, Any]:
-    """Everything a checkpoint must bring back but random state and data, which are compared at the next batch."""
+def of_run(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, step: int
+) -> dict[str, Any]:
+    """Everything a checkpoint must bring back but random state and data,
+    which are compared at the next batch.
+    """
     parts = {f"weights.{n}": h for n, h in of_tensors(dict(model.named_parameters())).items()}
     parts |= of_optimizer(optimizer) | {"step": step}
-    return parts | ({"schedule.last_epoch": scheduler.last_epoch} if hasattr(scheduler, "last_epoch") else {})
+    return parts | (
+        {"schedule.last_epoch": scheduler.last_epoch} if hasattr(scheduler, "last_epoch") else {}
+    )
 
 
 def of_both(model: nn.Module, other: nn.Module) -> dict[str, Any]:
@@ -73,9 +95,11 @@ def of_both(model: nn.Module, other: nn.Module) -> dict[str, Any]:
 
 
 def of_processes(model: nn.Module) -> dict[str, Any] | None:
-    """What the gate of reloading compares where several processes hold one model: this one's tensors, and those of one that differs.
+    """What the gate of reloading compares where several processes hold one model: this one's
+    tensors, and those of one that differs.
 
-    Every process has to call this at the same time, and all come to the same verdict. None where there is one process.
+    Every process has to call this at the same time, and all come to the same verdict.
+    None where there is one process.
     """
     group = torch.distributed
     if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
@@ -103,10 +127,22 @@ def is_tied(model: nn.Module) -> bool:
 def of_batch(batch: Any) -> str:
     """sha256 over the integer tensors of a batch, by name; empty where there is none."""
     named = (
-        batch if isinstance(batch, Mapping) else {str(i): t for i, t in enumerate(batch if isinstance(batch, (list, tuple)) else [batch])}
+        batch
+        if isinstance(batch, Mapping)
+        else {
+            str(i): t for i, t in enumerate(batch if isinstance(batch, (list, tuple)) else [batch])
+        }
     )
-    found = {str(k): t for k, t in named.items() if isinstance(t, Tensor) and (is_ids(t) or not t.is_floating_point())}
-    return hashlib.sha256(json.dumps(of_tensors(dict(sorted(found.items())))).encode()).hexdigest() if found else ""
+    found = {
+        str(k): t
+        for k, t in named.items()
+        if isinstance(t, Tensor) and (is_ids(t) or not t.is_floating_point())
+    }
+    return (
+        hashlib.sha256(json.dumps(of_tensors(dict(sorted(found.items())))).encode()).hexdigest()
+        if found
+        else ""
+    )
 
 
 def of_random() -> str:
@@ -115,7 +151,9 @@ def of_random() -> str:
 
 
 class Memory:
-    """Remembers at a save what the run was, and at its next batch what came then; compares both when a run goes on from there."""
+    """Remembers at a save what the run was, and at its next batch what came then; compares both
+    when a run goes on from there.
+    """
 
     def __init__(self):
         self.epoch_batches: list[str] = []
@@ -124,13 +162,22 @@ class Memory:
         self._due: dict | None = None
 
     def saved(self, parts: dict[str, Any]) -> dict:
-        """The document to keep beside the checkpoint. It is completed when the next batch comes; see `drawn`."""
-        document = {"parts": parts, "epoch": self.epoch, "epoch_batches": list(self.epoch_batches), "next": None}
+        """The document to keep beside the checkpoint.
+        It is completed when the next batch comes; see `drawn`.
+        """
+        document = {
+            "parts": parts,
+            "epoch": self.epoch,
+            "epoch_batches": list(self.epoch_batches),
+            "next": None,
+        }
         self._open.append(document)
         return document
 
     def restored(self, document: dict, parts: dict[str, Any]) -> StateRestored:
-        """What differs between a saved document and the run as it is now; the next batch is compared when it comes."""
+        """What differs between a saved document and the run as it is now;
+        the next batch is compared when it comes.
+        """
         kept = document["parts"]
         self._due = document
         self.epoch, self.epoch_batches = document["epoch"], list(document["epoch_batches"])
@@ -138,8 +185,14 @@ class Memory:
         return StateRestored(parts["step"], tuple(differing), len(kept))
 
     def drawn(self, batch: Any, epoch: int, step: int) -> tuple[StateRestored | None, list[dict]]:
-        """Called for every batch: (comparison with what came after the save, if it is due; documents that are now complete)."""
-        if not (self._open or self._due) and epoch == self.epoch and len(self.epoch_batches) >= 4096:
+        """Called for every batch: (comparison with what came after the save, if it is due;
+        documents that are now complete).
+        """
+        if (
+            not (self._open or self._due)
+            and epoch == self.epoch
+            and len(self.epoch_batches) >= 4096
+        ):
             return None, []
         came = {"batch": of_batch(batch), "random": of_random()}
         verdict = self._compare(came, epoch, step) if self._due else None
@@ -153,14 +206,24 @@ class Memory:
         return verdict, complete
 
     def _compare(self, came: dict, epoch: int, step: int) -> StateRestored | None:
-        """Exact where the straight run went on after the save; else a batch must not come twice in an epoch of distinct ones."""
+        """Exact where the straight run went on after the save; else a batch must not come twice in
+        an epoch of distinct ones.
+        """
         if wanted := self._due["next"]:
-            differing = tuple(name for key, name in (("batch", "the next batch"), ("random", "random state")) if wanted[key] != came[key])
+            differing = tuple(
+                name
+                for key, name in (("batch", "the next batch"), ("random", "random state"))
+                if wanted[key] != came[key]
+            )
             return StateRestored(step, differing, 2)
         seen = self._due["epoch_batches"]
         if epoch != self._due["epoch"] or len(set(seen)) < max(2, len(seen)):
             return None
-        return StateRestored(step, ("the next batch (it came before in this epoch)",) if came["batch"] in seen else (), 1)
+        return StateRestored(
+            step,
+            ("the next batch (it came before in this epoch)",) if came["batch"] in seen else (),
+            1,
+        )
 
 
 def write(folder: Path, document: dict) -> None:

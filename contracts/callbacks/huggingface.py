@@ -1,4 +1,6 @@
-"""Gates inside `transformers.Trainer` and what is built on it, such as TRL's: `Trainer(…, callbacks=[GateCallback()])`."""
+"""Gates inside `transformers.Trainer` and what is built on it, such as TRL's:
+`Trainer(…, callbacks=[GateCallback()])`.
+"""
 
 import inspect
 import math
@@ -17,16 +19,25 @@ from contracts.callbacks.watch import Facts, Watch
 from contracts.gate import Verdict
 
 PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
-LOSS_GATES = ("loss.next-token", "loss.token-weights", "model.first-loss", "data.learnable-batch", "runtime.trend", "runtime.loss-spike")
+LOSS_GATES = (
+    "loss.next-token",
+    "loss.token-weights",
+    "model.first-loss",
+    "data.learnable-batch",
+    "runtime.trend",
+    "runtime.loss-spike",
+)
 
 
 class GateCallback(TrainerCallback):
-    """Asks the preflight gates when training begins, then watches every step, evaluation, save and resume of the Trainer it is given to.
+    """Asks the preflight gates when training begins, then watches every step, evaluation, save and
+    resume of the Trainer it is given to.
 
-    Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON lines, default
-    `gates.jsonl` in the output folder) and to logging, and nothing is raised. `skip` leaves gates out by id.
-    `record` names a folder for the record of the run; it is written when training ends or a gate halts it, by the first process only.
-    `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose; a trainer of TRL whose
+    Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path`
+    (JSON lines, default `gates.jsonl` in the output folder) and to logging, and nothing is raised.
+    `skip` leaves gates out by id. `record` names a folder for the record of the run; it is written
+    when training ends or a gate halts it, by the first process only. `reuses_rows` says that rows
+    come again in their order, or trained rows are scored, on purpose; a trainer of TRL whose
     `num_iterations` is above 1 says so itself.
     """
 
@@ -40,7 +51,13 @@ class GateCallback(TrainerCallback):
         record: str | Path | None = None,
         reuses_rows: bool = False,
     ):
-        self._mode, self._skip, self._only, self._record, self._reuses_rows = mode, tuple(skip), only, record, reuses_rows
+        self._mode, self._skip, self._only, self._record, self._reuses_rows = (
+            mode,
+            tuple(skip),
+            only,
+            record,
+            reuses_rows,
+        )
         self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
@@ -61,21 +78,46 @@ class GateCallback(TrainerCallback):
         """What looking has taken so far; None before training begins."""
         return self.session.cost() if self.session else None
 
-    # --- events of the trainer --------------------------------------------------------------------------------------
+    # --- events of the trainer --------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, processing_class=None, **kwargs):
+    def on_train_begin(
+        self,
+        args,
+        state,
+        control,
+        *,
+        model,
+        optimizer,
+        lr_scheduler,
+        processing_class=None,
+        **kwargs,
+    ):
         self._detach()
         log_path = self._log_path or Path(args.output_dir) / "gates.jsonl"
-        self.session = Session(self._mode, log_path=log_path, skip=self._skip, only=self._only, reuses_rows=self._reuses_rows)
+        self.session = Session(
+            self._mode,
+            log_path=log_path,
+            skip=self._skip,
+            only=self._only,
+            reuses_rows=self._reuses_rows,
+        )
         self.session.on_halt = self._detach
         self._trainer, resumed = _caller()
         inner = getattr(optimizer, "optimizer", optimizer)
         tokenizer = processing_class if hasattr(processing_class, "eos_token_id") else None
         if _other_objective(self._trainer):
             for gate_id in LOSS_GATES:
-                self.session.forget(gate_id, f"{type(self._trainer).__name__} does not learn the next token by cross-entropy")
+                self.session.forget(
+                    gate_id,
+                    f"{type(self._trainer).__name__} does not learn the next token by "
+                    "cross-entropy",
+                )
         if (passes := getattr(args, "num_iterations", 1)) > 1:
-            self.session.forget(ROWS_GATE, f"num_iterations = {passes}: the trainer goes over each buffer of rows again on purpose")
+            self.session.forget(
+                ROWS_GATE,
+                f"num_iterations = {passes}: the trainer goes over each buffer of rows again on "
+                "purpose",
+            )
         if self._record and args.process_index == 0:
             self._open_record(args, state, model, inner, lr_scheduler)
         with untouched(model):
@@ -91,9 +133,17 @@ class GateCallback(TrainerCallback):
         )
         if self._trainer:
             self._wrap(self._trainer)
-        folder = Path(resumed) if isinstance(resumed, str) else Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = (
+            Path(resumed)
+            if isinstance(resumed, str)
+            else Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        )
         if (resumed or state.global_step) and (document := digest.read(folder)):
-            self.session.observe(self._memory.restored(document, digest.of_run(model, inner, lr_scheduler, state.global_step)))
+            self.session.observe(
+                self._memory.restored(
+                    document, digest.of_run(model, inner, lr_scheduler, state.global_step)
+                )
+            )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self._watch is not None:
@@ -108,15 +158,24 @@ class GateCallback(TrainerCallback):
         if self._watch is None or not (folder.is_dir() or args.world_size > 1):
             return
         watch = self._watch
-        if (replicas := digest.of_processes(model)) is not None:  # nobody reads on before the first process has written
+        # nobody reads on before the first process has written
+        if (replicas := digest.of_processes(model)) is not None:
             self.session.artifact(replicas, state.global_step)
-        document = self._memory.saved(digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step))
+        document = self._memory.saved(
+            digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step)
+        )
         if args.process_index == 0:
             digest.write(folder, document)
             self._folders[id(document)] = folder
         if not (folder / "config.json").is_file() and args.world_size == 1:
-            self.session.forget("checkpoint.reload", "what is saved is no whole model, as with adapters")
-        elif not self._reloaded and (folder / "config.json").is_file() and hasattr(model, "from_pretrained"):
+            self.session.forget(
+                "checkpoint.reload", "what is saved is no whole model, as with adapters"
+            )
+        elif (
+            not self._reloaded
+            and (folder / "config.json").is_file()
+            and hasattr(model, "from_pretrained")
+        ):
             self._reloaded = True
             with untouched(model):
                 other = type(model).from_pretrained(folder, dtype=model.dtype)
@@ -128,31 +187,46 @@ class GateCallback(TrainerCallback):
             return
         status, reason, exit_code = how_it_ended(None)
         if state.global_step < state.max_steps:
-            status, reason = "early_stopped", f"the trainer stopped at step {state.global_step} of {state.max_steps}"
+            status, reason = (
+                "early_stopped",
+                f"the trainer stopped at step {state.global_step} of {state.max_steps}",
+            )
         self.session.on_end(status, reason, exit_code)
 
     def _open_record(self, args, state, model, optimizer, scheduler) -> None:
         plain, defaults = args.to_sanitized_dict(), {f.name: f.default for f in fields(args)}
-        told = {k: v for k, v in plain.items() if k not in PRIVATE and str(v) != str(defaults.get(k))}
+        told = {
+            k: v for k, v in plain.items() if k not in PRIVATE and str(v) != str(defaults.get(k))
+        }
         trainer = trainer_of(type(self._trainer) if self._trainer else Trainer, "transformers")
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "first_step": state.global_step}
+        parts = {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "first_step": state.global_step,
+        }
         RunRecord(self._record, self.session, trainer=trainer, told=told, **parts)
 
-    # --- what the trainer does not tell its callbacks ---------------------------------------------------------------
+    # --- what the trainer does not tell its callbacks ---------------------------------------------
 
     def _wrap(self, trainer: Trainer) -> None:
-        """Stand around two methods of this one trainer: they hold the batch, the loss before the logger, and the phase."""
+        """Stand around two methods of this one trainer: they hold the batch,
+        the loss before the logger, and the phase.
+        """
         step, predict = trainer.training_step, trainer.prediction_step
 
         def training_step(model, inputs, *args, **kwargs):
             with self.session.clock:
-                verdict, complete = self._memory.drawn(inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step)
+                verdict, complete = self._memory.drawn(
+                    inputs, math.floor(trainer.state.epoch or 0), trainer.state.global_step
+                )
             for document in complete:
                 if folder := self._folders.pop(id(document), None):
                     digest.write(folder, document)
             if verdict is not None:
                 self.session.observe(verdict)
-            self._watch.batch = dict(inputs) if isinstance(inputs, Mapping) else {}  # prompts are a list of rows
+            # prompts are a list of rows
+            self._watch.batch = dict(inputs) if isinstance(inputs, Mapping) else {}
             loss = self._during("training", step, model, inputs, *args, **kwargs)
             self._watch.tell_loss(loss)
             return loss
@@ -184,7 +258,9 @@ class GateCallback(TrainerCallback):
             pad_id=getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
             eos_id=getattr(tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
             smoothing=float(args.label_smoothing_factor),
-            max_grad_norm=args.max_grad_norm if args.max_grad_norm and args.max_grad_norm > 0 else math.inf,
+            max_grad_norm=args.max_grad_norm
+            if args.max_grad_norm and args.max_grad_norm > 0
+            else math.inf,
             ticks_per_update=scaler is None,
             loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
             absolute=args.world_size <= 1,
@@ -193,7 +269,9 @@ class GateCallback(TrainerCallback):
 
 
 def _caller() -> tuple[Trainer | None, Any]:
-    """(the trainer that is calling, what it was asked to resume from). The Trainer gives its callbacks no reference to itself."""
+    """(the trainer that is calling, what it was asked to resume from).
+    The Trainer gives its callbacks no reference to itself.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         own = frame.f_locals.get("self")

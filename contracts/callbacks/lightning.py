@@ -18,13 +18,15 @@ STATE = "stack_gates"
 
 
 class GateCallback(Callback):
-    """Asks the preflight gates when fitting begins, then watches every step, validation, save and resume.
+    """Asks the preflight gates when fitting begins, then watches every step, validation,
+    save and resume.
 
-    The language model is the LightningModule itself, or its one child that is called with ids (B, T) and gives logits (B, T, V);
-    `model` names the attribute where it cannot be guessed. Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts
-    go to `log_path` (JSON lines, default `gates.jsonl` in the root folder) and to logging, and nothing is raised.
-    `record` names a folder for the record of the run, written when it ends however it ends.
-    `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose.
+    The language model is the LightningModule itself, or its one child that is called with ids (B,
+    T) and gives logits (B, T, V); `model` names the attribute where it cannot be guessed. Raises
+    GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON
+    lines, default `gates.jsonl` in the root folder) and to logging, and nothing is raised. `record`
+    names a folder for the record of the run, written when it ends however it ends. `reuses_rows`
+    says that rows come again in their order, or trained rows are scored, on purpose.
     """
 
     def __init__(
@@ -40,7 +42,12 @@ class GateCallback(Callback):
         reuses_rows: bool = False,
     ):
         self._mode, self._name, self._tokenizer = mode, model, tokenizer
-        self._skip, self._only, self._record, self._reuses_rows = tuple(skip), only, record, reuses_rows
+        self._skip, self._only, self._record, self._reuses_rows = (
+            tuple(skip),
+            only,
+            record,
+            reuses_rows,
+        )
         self._log_path = log_path or (Path(record) / LOG if record else None)
         self.session: Session | None = None
         self._watch: Watch | None = None
@@ -63,21 +70,44 @@ class GateCallback(Callback):
         self._detach()
         self._watch = None
         log_path = self._log_path or Path(trainer.default_root_dir) / "gates.jsonl"
-        self.session = Session(self._mode, log_path=log_path, skip=self._skip, only=self._only, reuses_rows=self._reuses_rows)
+        self.session = Session(
+            self._mode,
+            log_path=log_path,
+            skip=self._skip,
+            only=self._only,
+            reuses_rows=self._reuses_rows,
+        )
         self.session.on_halt = self._detach
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = getattr(pl_module, self._name) if self._name else _language_model(pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if self._record and trainer.is_global_zero and optimizer is not None:
-            configs, told = trainer.lr_scheduler_configs, {"max_grad_norm": trainer.gradient_clip_val, "precision": trainer.precision}
-            parts = {"model": model, "optimizer": optimizer, "scheduler": configs[0].scheduler if configs else None}
+            configs, told = (
+                trainer.lr_scheduler_configs,
+                {"max_grad_norm": trainer.gradient_clip_val, "precision": trainer.precision},
+            )
+            parts = {
+                "model": model,
+                "optimizer": optimizer,
+                "scheduler": configs[0].scheduler if configs else None,
+            }
             said = trainer_of(type(trainer), "lightning")
-            RunRecord(self._record, self.session, trainer=said, told=told, first_step=trainer.global_step, **parts)
+            RunRecord(
+                self._record,
+                self.session,
+                trainer=said,
+                told=told,
+                first_step=trainer.global_step,
+                **parts,
+            )
         with untouched(pl_module):
             given = ingredients_of(model, None, self._tokenizer)
             if optimizer is not None:
-                given |= {"named_parameters": list(pl_module.named_parameters()), "param_groups": optimizer.param_groups}
+                given |= {
+                    "named_parameters": list(pl_module.named_parameters()),
+                    "param_groups": optimizer.param_groups,
+                }
             self.session.preflight(given)
         if len(trainer.optimizers) != 1:
             return
@@ -96,38 +126,56 @@ class GateCallback(Callback):
             restored, self._restored = self._restored, None
             self.session.observe(self._memory.restored(restored, self._parts()))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._watch is None:
             return
-        named = batch if hasattr(batch, "keys") else dict(zip(("input_ids", "labels"), batch)) if isinstance(batch, (list, tuple)) else {}
+        named = (
+            batch
+            if hasattr(batch, "keys")
+            else dict(zip(("input_ids", "labels"), batch))
+            if isinstance(batch, (list, tuple))
+            else {}
+        )
         self._watch.batch = dict(named)
         verdict, _ = self._memory.drawn(batch, trainer.current_epoch, trainer.global_step)
         if verdict is not None:
             self.session.observe(verdict)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._watch is not None and loss is not None and not math.isfinite(float(loss)):
             self._watch.tell_loss(loss)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
+    ) -> None:
         if self._watch is not None:
             checkpoint[STATE] = self._memory.saved(self._parts())
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
+    ) -> None:
         self._restored = checkpoint.get(STATE)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()
         self.session.on_end(*how_it_ended(None))
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._detach()
         if self.session is not None:
             self.session.on_end(*how_it_ended(exception))
 
     def _parts(self) -> dict[str, Any]:
-        return digest.of_run(self._watch.model, self._watch.optimizer, self._watch.scheduler, self._watch.step)
+        return digest.of_run(
+            self._watch.model, self._watch.optimizer, self._watch.scheduler, self._watch.step
+        )
 
     def _detach(self) -> None:
         if self._watch:
@@ -139,9 +187,14 @@ class GateCallback(Callback):
         return Facts(
             pad_id=getattr(self._tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
             eos_id=getattr(self._tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
-            max_grad_norm=math.inf if not trainer.gradient_clip_val else float(trainer.gradient_clip_val),
+            max_grad_norm=math.inf
+            if not trainer.gradient_clip_val
+            else float(trainer.gradient_clip_val),
             clips_values=trainer.gradient_clip_algorithm == "value",
-            ticks_per_update=bool(configs) and configs[0].interval == "step" and configs[0].frequency == 1 and scaler is None,
+            ticks_per_update=bool(configs)
+            and configs[0].interval == "step"
+            and configs[0].frequency == 1
+            and scaler is None,
             loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
             absolute=trainer.world_size == 1,
         )
@@ -154,6 +207,8 @@ def _phase(trainer: Trainer) -> str:
 
 
 def _language_model(pl_module: LightningModule) -> Any:
-    """The one child that has an embedding, or the module itself where parts of a model lie in it side by side."""
+    """The one child that has an embedding, or the module itself where parts of a
+    model lie in it side by side.
+    """
     children = [m for m in pl_module.children() if any(True for _ in m.parameters())]
     return children[0] if len(children) == 1 and hasattr(children[0], "forward") else pl_module

@@ -1,4 +1,6 @@
-"""Which tensors an update moved, to the bit, and whether the first that moved anything went where it should."""
+"""Which tensors an update moved, to the bit, and whether the first that moved
+anything went where it should.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ SLOPE_ENTRIES = 1_000_000  # of weights, copied once
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A parameter as it was before an update, and the sum of its gradients since its optimizer has had no past."""
+    """A parameter as it was before an update, and the sum of its gradients since its
+    optimizer has had no past.
+    """
 
     parameter: Tensor
     group: dict[str, Any]
@@ -29,14 +33,28 @@ class _Kept:
 
     def products(self, slope: Tensor) -> list[float]:
         """Step·slope, weights·slope, step·weights, step·step, slope·slope."""
-        then, step, slope = (x.flatten() for x in (self.before, self.parameter.detach().float() - self.before, slope))
+        then, step, slope = (
+            x.flatten() for x in (self.before, self.parameter.detach().float() - self.before, slope)
+        )
         return torch.stack(
-            [torch.dot(a, b) for a, b in ((step, slope), (then, slope), (step, then), (step, step), (slope, slope))]
+            [
+                torch.dot(a, b)
+                for a, b in (
+                    (step, slope),
+                    (then, slope),
+                    (step, then),
+                    (step, step),
+                    (slope, slope),
+                )
+            ]
         ).tolist()
 
 
-def _cosine(kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dict[int, float]) -> float | None:
-    """Of the step and a slope in which coupled decay stands `n_decays` times, over all tensors; decay of either kind is taken out.
+def _cosine(
+    kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dict[int, float]
+) -> float | None:
+    """Of the step and a slope in which coupled decay stands `n_decays` times, over all tensors;
+    decay of either kind is taken out.
 
     None where there is none: the slope is zero, or something is not finite.
     """
@@ -78,11 +96,17 @@ class Movement:
         return LeftAlone(step, tuple(n for n, c in zip(self._names, changed) if c), len(changed))
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep some weights as they are, if this optimizer has yet to take its first step. Whole tensors, up to SLOPE_ENTRIES."""
+        """Keep some weights as they are, if this optimizer has yet to take its first step.
+        Whole tensors, up to SLOPE_ENTRIES.
+        """
         if self._kept is not None:
             return
         self._kept, left = [], SLOPE_ENTRIES
-        for group in sorted(optimizer.param_groups, key=lambda g: g["lr"] < VISIBLE_RATE) if not optimizer.state else ():
+        for group in (
+            sorted(optimizer.param_groups, key=lambda g: g["lr"] < VISIBLE_RATE)
+            if not optimizer.state
+            else ()
+        ):
             for p in group["params"]:
                 if p.grad is not None and not p.grad.is_sparse and p.numel() <= left:
                     left -= p.numel()
@@ -90,18 +114,27 @@ class Movement:
                     self._kept.append(_Kept(p, group, now.clone(), torch.zeros_like(now)))
 
     def _uphill(self, rate_of: dict[int, float]) -> tuple[float | None, str]:
-        """Cosine of movement and gradient in the first update that moves anything, or None, and why it can never be known, or nothing.
+        """Cosine of movement and gradient in the first update that moves anything, or None, and why
+        it can never be known, or nothing.
 
-        A fresh optimizer steps against its gradient, whatever its rule: plain, scaled by entry, by its sign, or orthogonalised. After
-        updates at rate 0 its moments may hold their gradients too, so that it must go along both the last one and the sum to be climbing.
-        An update with a gradient that is not finite and that moves nothing was skipped, as a loss scale does: the moments hold none of it.
+        A fresh optimizer steps against its gradient, whatever its rule: plain, scaled by entry, by
+        its sign, or orthogonalised. After updates at rate 0 its moments may hold their gradients
+        too, so that it must go along both the last one and the sum to be climbing. An update with a
+        gradient that is not finite and that moves nothing was skipped, as a loss scale does: the
+        moments hold none of it.
         """
         kept = self._kept
         if not kept:
             return None, ""
         if any(k.parameter.grad is None for k in kept):
             self._kept = []
-            return None, "gradients were gone when the first update was over, so that its direction is not known"
+            return (
+                None,
+                (
+                    "gradients were gone when the first update was over, so that its direction is "
+                    "not known"
+                ),
+            )
         visible = [k for k in kept if rate_of.get(id(k.parameter), 0.0) >= VISIBLE_RATE]
         stood = not any(bool((k.parameter.detach().float() != k.before).any()) for k in visible)
         if finite := self._finite():
@@ -114,29 +147,50 @@ class Movement:
             return None, ""
         self._kept = []
         last = _cosine(visible, [k.slope() for k in visible], 1, rate_of) if finite else None
-        both = _cosine(visible, [k.slopes for k in visible], self._waited, rate_of) if finite else None
+        both = (
+            _cosine(visible, [k.slopes for k in visible], self._waited, rate_of) if finite else None
+        )
         if last is None or both is None:
-            return None, "the gradients of the first update that moved anything are zero or not finite, so that its direction is not known"
+            return (
+                None,
+                (
+                    "the gradients of the first update that moved anything are zero or not "
+                    "finite, so that its direction is not known"
+                ),
+            )
         return min(last, both), ""
 
     def _finite(self) -> bool:
         """Whether all gradients are, also those of tensors that are not kept."""
-        held = [p.grad.detach() for p in self._parameters if p.grad is not None and not p.grad.is_sparse]
+        held = [
+            p.grad.detach() for p in self._parameters if p.grad is not None and not p.grad.is_sparse
+        ]
         return bool(gathered([g.isfinite().all() for g in held], torch.int64).all())
 
     def judge(self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]) -> Moved:
-        """What the update that ended `step` moved; `rates` are those it used, by group of the optimizer."""
+        """What the update that ended `step` moved; `rates` are those it used,
+        by group of the optimizer.
+        """
         before, self._sums = self._sums, checksums(self._parameters)
         changed = (self._sums != before).tolist()
         ever = (self._sums != self._first).tolist()
-        frozen = [not p.requires_grad and was for p, was in zip(self._parameters, self._frozen_at_first)]
-        visible = {id(p) for g, rate in zip(optimizer.param_groups, rates) if rate >= VISIBLE_RATE for p in g["params"]}
+        frozen = [
+            not p.requires_grad and was for p, was in zip(self._parameters, self._frozen_at_first)
+        ]
+        visible = {
+            id(p)
+            for g, rate in zip(optimizer.param_groups, rates)
+            if rate >= VISIBLE_RATE
+            for p in g["params"]
+        }
         owned = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in visible]
         for i in owned:
             judged = self._parameters[i].ndim >= 2 and "expert" not in self._names[i]
             self._still[i] = 0 if changed[i] or not judged else self._still[i] + 1
         stillest = max(range(len(self._still)), key=self._still.__getitem__)
-        uphill, unknown = self._uphill({id(p): rate for g, rate in zip(optimizer.param_groups, rates) for p in g["params"]})
+        uphill, unknown = self._uphill(
+            {id(p): rate for g, rate in zip(optimizer.param_groups, rates) for p in g["params"]}
+        )
         return Moved(
             step=step,
             frozen_moved=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),

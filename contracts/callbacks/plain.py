@@ -16,7 +16,9 @@ from contracts.callbacks.watch import Facts, Watch
 
 
 class Gate:
-    """What a `with gated(…)` gives. The loop may tell it more than it can see; nothing has to be told."""
+    """What a `with gated(…)` gives. The loop may tell it more than it can see;
+    nothing has to be told.
+    """
 
     def __init__(self, session: Session, watch: Watch):
         self._session, self._watch = session, watch
@@ -24,8 +26,16 @@ class Gate:
         self._epoch = 0
 
     def batch(self, batch: Any, *, epoch: int = 0) -> None:
-        """The batch about to be used: a mapping, or (ids, labels). Needed where the model is not given mask and labels, and for resume."""
-        named = batch if hasattr(batch, "keys") else dict(zip(("input_ids", "labels"), batch)) if isinstance(batch, (list, tuple)) else {}
+        """The batch about to be used: a mapping, or (ids, labels).
+        Needed where the model is not given mask and labels, and for resume.
+        """
+        named = (
+            batch
+            if hasattr(batch, "keys")
+            else dict(zip(("input_ids", "labels"), batch))
+            if isinstance(batch, (list, tuple))
+            else {}
+        )
         self._watch.batch = named
         verdict, _ = self._memory.drawn(batch, epoch, self._watch.step)
         if verdict is not None:
@@ -37,16 +47,22 @@ class Gate:
         return loss
 
     def state_dict(self) -> dict:
-        """To be kept in a checkpoint beside weights and optimizer: their hashes, and later what batch came next. JSON-ready."""
+        """To be kept in a checkpoint beside weights and optimizer: their hashes, and later what
+        batch came next. JSON-ready.
+        """
         return self._memory.saved(self._parts())
 
     def load_state_dict(self, state: dict) -> None:
-        """To be called when a run goes on, after weights, optimizer and schedule are restored. Raises GateFailed if they are others."""
+        """To be called when a run goes on, after weights, optimizer and schedule are restored.
+        Raises GateFailed if they are others.
+        """
         self._watch.restored(state["parts"]["step"])
         self._session.observe(self._memory.restored(state, self._parts()))
 
     def reloaded(self, other: nn.Module) -> None:
-        """A model made of what was saved: it must be the live one. Raises GateFailed if it is another."""
+        """A model made of what was saved: it must be the live one.
+        Raises GateFailed if it is another.
+        """
         self._session.artifact(digest.of_both(self._watch.model, other), self._watch.step)
 
     def verdicts(self) -> dict:
@@ -84,20 +100,33 @@ def gated(
 ) -> Iterator[Gate]:
     """Ask the preflight gates on the live model, then watch every step until the block ends.
 
-    The model maps ids (B, T) to logits (B, T, V), alone or beside a loss, and is called as a module. `max_grad_norm` is what the loop
-    clips at (infinity: nothing), `scaler` a GradScaler. Raises GateFailed at the first red gate that halts; with mode "log" nothing.
-    `record` names a folder for the record of the run, written when the block ends however it ends. What `accelerate` has prepared
-    may be given as it is, and so may a model that `torch.compile` has made; before step 1 what it was made of is asked.
-    `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose.
+    The model maps ids (B, T) to logits (B, T, V), alone or beside a loss, and is called as a
+    module. `max_grad_norm` is what the loop clips at (infinity: nothing), `scaler` a GradScaler.
+    Raises GateFailed at the first red gate that halts; with mode "log" nothing. `record` names a
+    folder for the record of the run, written when the block ends however it ends. What `accelerate`
+    has prepared may be given as it is, and so may a model that `torch.compile` has made; before
+    step 1 what it was made of is asked. `reuses_rows` says that rows come again in their order, or
+    trained rows are scored, on purpose.
     """
     model = unwrapped(model)
-    optimizer, scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
+    optimizer, scheduler = (
+        getattr(optimizer, "optimizer", optimizer),
+        getattr(scheduler, "scheduler", scheduler),
+    )
     log_path = log_path or (Path(record) / LOG if record else None)
     session = Session(mode, log_path=log_path, skip=skip, only=only, reuses_rows=reuses_rows)
     if record:
         told = {"max_grad_norm": max_grad_norm}
         trainer = trainer_of(torch.optim.Optimizer, "torch") | {"name": "a loop written by hand"}
-        RunRecord(record, session, model=model, optimizer=optimizer, scheduler=scheduler, trainer=trainer, told=told)
+        RunRecord(
+            record,
+            session,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            trainer=trainer,
+            told=told,
+        )
     with untouched(model):
         session.preflight(ingredients_of(model, optimizer, tokenizer))
     config = config_of(model)

@@ -16,12 +16,21 @@ from torch import Tensor, nn
 IDS = ("input_ids", "idx", "ids", "tokens", "token_ids", "x", "input", "inputs")
 LABELS = ("labels", "targets", "target", "y")
 MASK = "attention_mask"
-MAX_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len", "block_size", "n_ctx", "context_length")
+MAX_LENGTH = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "block_size",
+    "n_ctx",
+    "context_length",
+)
 TRIED = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What `torch.compile` or a wrapper for several processes was made of; other models are themselves."""
+    """What `torch.compile` or a wrapper for several processes was made of;
+    other models are themselves.
+    """
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -33,7 +42,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Modes, buffers, gradients and every random stream (Python, numpy, torch, each GPU) are afterwards as before, also after an error."""
+    """Modes, buffers, gradients and every random stream (Python, numpy, torch, each GPU) are
+    afterwards as before, also after an error.
+    """
     everything = [m for root in modules for m in root.modules()]
     modes = [(m, m.training) for m in everything]
     buffers = [(b, b.detach().clone()) for root in modules for b in root.buffers()]
@@ -56,7 +67,9 @@ def random_kept() -> Iterator[None]:
     """All random streams are afterwards as before."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     other = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+    with torch.random.fork_rng(
+        devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    ):
         try:
             yield
         finally:
@@ -66,14 +79,19 @@ def random_kept() -> Iterator[None]:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The (B, T, V) tensor in what a model returned: itself, `.logits`, ["logits"], or the first of that shape in a tuple."""
+    """The (B, T, V) tensor in what a model returned: itself, `.logits`, ["logits"],
+    or the first of that shape in a tuple.
+    """
     if isinstance(output, Tensor):
         return output if output.ndim == 3 and output.is_floating_point() else None
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if found is not None:
         return logits_of(found) if isinstance(found, Tensor) else None
     if isinstance(output, (tuple, list)):
-        return next((t for t in output if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()), None)
+        return next(
+            (t for t in output if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()),
+            None,
+        )
     return None
 
 
@@ -87,7 +105,9 @@ def loss_of(output: Any) -> Tensor | None:
 
 def is_ids(value: Any) -> bool:
     """Whether a value is a batch of token ids (B, T)."""
-    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int64, torch.int32)
+    return (
+        isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int64, torch.int32)
+    )
 
 
 def arguments_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,15 +116,28 @@ def arguments_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> di
         bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
         bound = dict(kwargs)
-    return {k: v for name, value in bound.items() for k, v in (value.items() if isinstance(value, dict) else [(name, value)])}
+    return {
+        k: v
+        for name, value in bound.items()
+        for k, v in (value.items() if isinstance(value, dict) else [(name, value)])
+    }
 
 
 def ids_of(named: Mapping[str, Any]) -> Tensor | None:
-    """The ids (B, T) among named values: under one of the usual names, else the first that looks like ids and is no label or mask."""
+    """The ids (B, T) among named values: under one of the usual names, else the first that looks
+    like ids and is no label or mask.
+    """
     for name in IDS:
         if is_ids(named.get(name)):
             return named[name]
-    return next((v for k, v in named.items() if is_ids(v) and k not in LABELS and "mask" not in k and "position" not in k), None)
+    return next(
+        (
+            v
+            for k, v in named.items()
+            if is_ids(v) and k not in LABELS and "mask" not in k and "position" not in k
+        ),
+        None,
+    )
 
 
 def labels_of(named: Mapping[str, Any]) -> Tensor | None:
@@ -119,18 +152,32 @@ def config_of(model: nn.Module) -> Any:
 
 
 def max_length_of(model: nn.Module) -> int:
-    """How many positions a model declares, or has in the shortest table of its own that is named after positions; 0 where neither is."""
+    """How many positions a model declares, or has in the shortest table of its own that is named
+    after positions; 0 where neither is.
+    """
     config = config_of(model)
-    found = next((getattr(config, name, None) for name in MAX_LENGTH if getattr(config, name, None)), 0)
+    found = next(
+        (getattr(config, name, None) for name in MAX_LENGTH if getattr(config, name, None)), 0
+    )
     if isinstance(found, int) and found:
         return found
-    named = [(n.rpartition(".")[2].lower(), m.num_embeddings) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    named += [(n.rpartition(".")[2].lower(), p.shape[-2]) for n, p in model.named_parameters(recurse=True) if p.ndim >= 2 and "." not in n]
+    named = [
+        (n.rpartition(".")[2].lower(), m.num_embeddings)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Embedding)
+    ]
+    named += [
+        (n.rpartition(".")[2].lower(), p.shape[-2])
+        for n, p in model.named_parameters(recurse=True)
+        if p.ndim >= 2 and "." not in n
+    ]
     return min((rows for name, rows in named if "pos" in name or name == "wpe"), default=0)
 
 
 def embedding_of(model: nn.Module) -> nn.Module | None:
-    """The module that looks up tokens: the model's own answer, else the embedding with most rows that the first parameters belong to."""
+    """The module that looks up tokens: the model's own answer, else the embedding with most rows
+    that the first parameters belong to.
+    """
     if hasattr(model, "get_input_embeddings"):
         try:
             return model.get_input_embeddings()
@@ -146,11 +193,17 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 def dropout_names(model: nn.Module) -> list[str]:
     """Names of modules that drop something in training mode."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
+    ]
 
 
 class Probe:
-    """A model as a function from ids and mask to logits on the CPU, in float32. `refusal` says why it cannot be one, or is empty."""
+    """A model as a function from ids and mask to logits on the CPU, in float32.
+    `refusal` says why it cannot be one, or is empty.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -174,10 +227,15 @@ class Probe:
                 self.logits(torch.zeros(1, 2, dtype=torch.long))
                 self._learn_length()
             except Exception as e:
-                self.refusal = f"the model cannot be called with ids alone: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+                self.refusal = (
+                    f"the model cannot be called with ids alone: {type(e).__name__}: "
+                    f"{str(e).splitlines()[0] if str(e) else ''}"
+                )
 
     def _learn_length(self) -> None:
-        """Where a model says nothing of its length: the longest of `TRIED` it takes. Only on a CPU, where a row too long does no harm."""
+        """Where a model says nothing of its length: the longest of `TRIED` it takes.
+        Only on a CPU, where a row too long does no harm.
+        """
         for length in TRIED if not self.max_length and self.device.type == "cpu" else ():
             try:
                 self.logits(torch.zeros(1, length, dtype=torch.long))
@@ -185,8 +243,12 @@ class Probe:
                 return
             self.max_length = length
 
-    def logits(self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) in float32 on the CPU, with the same random numbers in every call. Raises TypeError if there are none."""
+    def logits(
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) in float32 on the CPU, with the same random numbers in every call.
+        Raises TypeError if there are none.
+        """
         given = {MASK: mask_BT, self.labels_name: labels_BT}
         kwargs = {name: t.to(self.device) for name, t in given.items() if name and t is not None}
         kwargs |= {"use_cache": False} if self.takes_cache else {}
@@ -211,6 +273,8 @@ class Probe:
         ids = torch.arange(8)[None] % self.vocab_size
         ids = ids[:, : self.max_length] if self.max_length else ids
         with self.training(True):
-            kwargs = {self.ids_name: ids.to(self.device)} | ({"use_cache": False} if self.takes_cache else {})
+            kwargs = {self.ids_name: ids.to(self.device)} | (
+                {"use_cache": False} if self.takes_cache else {}
+            )
             first, second = (logits_of(self.model(**kwargs)) for _ in range(2))
         return not torch.equal(first, second)

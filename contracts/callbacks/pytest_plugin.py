@@ -1,7 +1,9 @@
-"""`pytest --stack-gates`: each preflight gate becomes a test outcome on the model of your own fixtures.
+"""`pytest --stack-gates`: each preflight gate becomes a test outcome on the
+model of your own fixtures.
 
-Define the fixture `stack_model`, and if you like `stack_optimizer` (given `stack_model`) and `stack_tokenizer`, in a conftest.py.
-A gate that could not look is a skip with its reason, never a pass.
+Define the fixture `stack_model`, and if you like `stack_optimizer` (given `stack_model`) and
+`stack_tokenizer`, in a conftest.py. A gate that could not look is a skip with its reason, never a
+pass.
 """
 
 import pytest
@@ -11,22 +13,33 @@ KIND = "foreign"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("stackproof").addoption(
-        "--stack-gates", action="store_true", help="ask every preflight gate of stackproof on the model of the fixture stack_model"
+        "--stack-gates",
+        action="store_true",
+        help="ask every preflight gate of stackproof on the model of the fixture stack_model",
     )
 
 
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list) -> None:
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list
+) -> None:
     """One test for each gate, once a session, beside the folder the run was started in."""
     if config.getoption("--stack-gates"):
         from spec.gates import load_spec
 
-        gates = [g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight"]
-        home = next((i.getparent(pytest.Module) for i in items if i.getparent(pytest.Module)), None) or _anchor(session)
+        gates = [
+            g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight"
+        ]
+        home = next(
+            (i.getparent(pytest.Module) for i in items if i.getparent(pytest.Module)), None
+        ) or _anchor(session)
         items += [GateItem.from_parent(home, name=f"stack-gate[{g.id}]", gate=g) for g in gates]
 
 
 def _anchor(session: pytest.Session):
-    raise pytest.UsageError("--stack-gates needs at least one test beside the fixture stack_model, so that its conftest.py is read")
+    raise pytest.UsageError(
+        "--stack-gates needs at least one test beside the fixture stack_model, so that its "
+        "conftest.py is read"
+    )
 
 
 class GateItem(pytest.Function):
@@ -44,9 +57,13 @@ def _asks(gate):
     def ask(request):
         from contracts.callbacks.session import ask_all
 
-        given = {name: _fixture(request, f"stack_{name}") for name in ("model", "optimizer", "tokenizer")}
+        given = {
+            name: _fixture(request, f"stack_{name}") for name in ("model", "optimizer", "tokenizer")
+        }
         if given["model"] is None:
-            pytest.fail("define the fixture stack_model in a conftest.py; it returns the model to be asked")
+            pytest.fail(
+                "define the fixture stack_model in a conftest.py; it returns the model to be asked"
+            )
         verdict = ask_all(given.pop("model"), **given, only=gate.id)[gate.id]
         if verdict.outcome == "not_run":
             pytest.skip(f"{gate.id} was not run: {verdict.message}")

@@ -1,11 +1,12 @@
-"""Reads a loss from its gradient at the logits: what each position is taught, and how much that weighs.
+"""Reads a loss from its gradient at the logits: what each position is taught,
+and how much that weighs.
 
-For L = Σ w·CE(logits, y) the gradient at one position is w·(softmax − onehot(y)). So y and w can be read off, whoever computed the loss
-and wherever: in the model, in a trainer's own function or in a loop. In clean float32 runs of a Llama and a
-GPT-2 of width 32, w was right to 1e-6.
+For L = Σ w·CE(logits, y) the gradient at one position is w·(softmax − onehot(y)). So y and w can be
+read off, whoever computed the loss and wherever: in the model, in a trainer's own function or in a
+loop. In clean float32 runs of a Llama and a GPT-2 of width 32, w was right to 1e-6.
 
-Nothing here waits for the device: `read` leaves its figures there, and `resolve` fetches those of a whole step in one copy.
-B batch, T tokens, V vocab
+Nothing here waits for the device: `read` leaves its figures there, and `resolve` fetches those of a
+whole step in one copy. B batch, T tokens, V vocab
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,16 @@ from torch import Tensor
 IGNORE = -100
 SAMPLED = 64
 STRIPS = 16
-FIT_MAX = 0.1  # of the gradient's norm; the right target left at most 2.1e-3 in bfloat16, another 0.87 or more
+# of the gradient's norm; the right target left at most 2.1e-3 in bfloat16, another 0.87 or more
+FIT_MAX = 0.1
 CLEAR = 0.05  # positions whose softmax is closer to their label than this tell nothing exact
 
 
 @dataclass
 class Reading:
-    """What one micro-step's gradient at the logits says. `weights` are those of judged positions, times the loss's scale."""
+    """What one micro-step's gradient at the logits says.
+    `weights` are those of judged positions, times the loss's scale.
+    """
 
     n_learned: int = 0
     n_expected: int = 0
@@ -37,10 +41,17 @@ class Reading:
     finite: bool = True
 
 
-def silent_places(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor | None, pad_id: int | None, eos_id: int | None) -> Tensor:
+def silent_places(
+    ids_BT: Tensor,
+    mask_BT: Tensor | None,
+    labels_BT: Tensor | None,
+    pad_id: int | None,
+    eos_id: int | None,
+) -> Tensor:
     """Places t (B, T-1) whose next token is not to be learned: padding, or a label of -100.
 
-    Labels may stand with their own token, or already one place ahead; which of both is read off the tokens.
+    Labels may stand with their own token, or already one place ahead;
+    which of both is read off the tokens.
     """
     silent = torch.zeros_like(ids_BT[:, 1:], dtype=torch.bool)
     if mask_BT is not None and mask_BT.shape == ids_BT.shape:
@@ -48,19 +59,25 @@ def silent_places(ids_BT: Tensor, mask_BT: Tensor | None, labels_BT: Tensor | No
     elif pad_id is not None:
         silent |= trailing_padding(ids_BT, pad_id, eos_id)[:, 1:]
     if labels_BT is not None and labels_BT.shape == ids_BT.shape:
-        silent |= torch.where(is_ahead(ids_BT, labels_BT), labels_BT[:, :-1], labels_BT[:, 1:]) == IGNORE
+        silent |= (
+            torch.where(is_ahead(ids_BT, labels_BT), labels_BT[:, :-1], labels_BT[:, 1:]) == IGNORE
+        )
     return silent
 
 
 def is_ahead(ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """() bool: whether labels stand one place ahead of their tokens, as a loss that does not shift wants them."""
+    """() bool: whether labels stand one place ahead of their tokens,
+    as a loss that does not shift wants them.
+    """
     here, ahead = labels_BT == ids_BT, labels_BT[:, :-1] == ids_BT[:, 1:]
     valid = labels_BT != IGNORE
     return (ahead & valid[:, :-1]).sum() > (here & valid).sum()
 
 
 def trailing_padding(ids_BT: Tensor, pad_id: int, eos_id: int | None) -> Tensor:
-    """Places (B, T) of the run of `pad_id` that ends a row; the first of the run is text where padding is also the stop token."""
+    """Places (B, T) of the run of `pad_id` that ends a row; the first of the run is text where
+    padding is also the stop token.
+    """
     tail = (ids_BT == pad_id).flip(1).cumprod(1).flip(1).bool()
     if pad_id == eos_id:
         tail &= torch.cat([torch.zeros_like(tail[:, :1]), tail[:, :-1]], 1)
@@ -72,7 +89,9 @@ class Unread:
     """A reading whose figures are still on the device."""
 
     counts: Tensor  # (5,) float64: learned, expected, masked learned, labels, whether all is finite
-    places: Tensor  # (5, SAMPLED) float64: whether a place is judged, its offset, weight, nats, and whether it counts at all
+    # (5, SAMPLED) float64: whether a place is judged, its offset, weight, nats,
+    # and whether it counts at all
+    places: Tensor
     vocab_size: int
 
 
@@ -90,22 +109,31 @@ def read(
     loss: Tensor | None = None,
     turn: int = 0,
 ) -> Unread:
-    """Reading of one backward pass from logits (B, T, V), or from what enters a head of weight `head` (V, D), and its gradient.
+    """Reading of one backward pass from logits (B, T, V), or from what enters a head of weight
+    `head` (V, D), and its gradient.
 
-    A loss that never builds the logits, as fused ones do, is read through the head: a gradient g at the logits is g·head before it.
-    `silent` is (B, T-1) bool, `scale` what the loss was multiplied with, as by a loss scaler. A NaN among the values is sought at every
-    place, in a strip of one STRIPS-th of the vocabulary, another at each `turn`; the gradient is read whole.
+    A loss that never builds the logits, as fused ones do, is read through the head: a gradient g at
+    the logits is g·head before it. `silent` is (B, T-1) bool, `scale` what the loss was multiplied
+    with, as by a loss scaler. A NaN among the values is sought at every place, in a strip of one
+    STRIPS-th of the vocabulary, another at each `turn`; the gradient is read whole.
 
-    The last place of a row is counted and not judged: its next token is not in the row. At most SAMPLED places are judged one by one,
-    evenly spread; where nothing is learned, places that should be.
+    The last place of a row is counted and not judged: its next token is not in the row. At most
+    SAMPLED places are judged one by one, evenly spread; where nothing is learned, places that
+    should be.
     """
     norm_BT = gradient.norm(dim=-1, dtype=torch.float32)
     learned, expected = norm_BT[:, :-1] > 0, ~silent
-    finite = norm_BT.isfinite().all() & ~values.tensor_split(STRIPS, -1)[turn % STRIPS].sum().isnan()
+    finite = (
+        norm_BT.isfinite().all() & ~values.tensor_split(STRIPS, -1)[turn % STRIPS].sum().isnan()
+    )
     if loss is not None:
         finite = finite & loss.isfinite()
-    none = torch.zeros((), dtype=torch.int64, device=ids_BT.device) if n_labels is None else n_labels
-    counts = torch.stack([(norm_BT > 0).sum(), expected.sum(), (learned & silent).sum(), none, finite]).double()
+    none = (
+        torch.zeros((), dtype=torch.int64, device=ids_BT.device) if n_labels is None else n_labels
+    )
+    counts = torch.stack(
+        [(norm_BT > 0).sum(), expected.sum(), (learned & silent).sum(), none, finite]
+    ).double()
     rows, at, chosen = _spread(learned & expected, expected)
     own = values[rows, at].float()
     p_NV = (own if head is None else own @ head.float().T).softmax(-1)
@@ -115,12 +143,24 @@ def read(
     fit = torch.stack(fits).amin(0)
     weight = torch.stack(weights).gather(0, best[None])[0]
     nats = -_at(p_NV, ids_BT[rows, (at + 1).clamp_max(ids_BT.shape[1] - 1)]).clamp_min(1e-300).log()
-    places = torch.stack([(clear[1] & chosen).double(), torch.where(fit <= FIT_MAX, best, -1).double(), weight, nats, chosen.double()])
+    places = torch.stack(
+        [
+            (clear[1] & chosen).double(),
+            torch.where(fit <= FIT_MAX, best, -1).double(),
+            weight,
+            nats,
+            chosen.double(),
+        ]
+    )
     return Unread(counts, places, values.shape[-1] if head is None else head.shape[0])
 
 
-def resolve(unread: Sequence[Unread], more: Sequence[Tensor] = ()) -> tuple[list[Reading], list[Tensor]]:
-    """Fetch what was read in one step, and further float64 vectors, with one copy from the device."""
+def resolve(
+    unread: Sequence[Unread], more: Sequence[Tensor] = ()
+) -> tuple[list[Reading], list[Tensor]]:
+    """Fetch what was read in one step, and further float64 vectors,
+    with one copy from the device.
+    """
     parts = [t.flatten() for u in unread for t in (u.counts, u.places)] + list(more)
     if not parts:
         return [], []
@@ -150,7 +190,9 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
 
 
 def _spread(wanted_BT: Tensor, otherwise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, place, whether it counts) of SAMPLED places spread evenly over those wanted, or over the others where none is."""
+    """(row, place, whether it counts) of SAMPLED places spread evenly over those wanted, or over
+    the others where none is.
+    """
     flags = torch.where(wanted_BT.any(), wanted_BT, otherwise_BT).flatten()
     so_far = flags.cumsum(0)
     n = so_far[-1:] if len(so_far) else so_far.new_zeros(1)
@@ -167,7 +209,9 @@ def _at(p_NV: Tensor, y_N: Tensor) -> Tensor:
 
 
 def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """Row by row (N,), without a product as large as the rows: at 64 rows of a vocabulary making those took most of the time."""
+    """Row by row (N,), without a product as large as the rows: at 64 rows of a vocabulary making
+    those took most of the time.
+    """
     return torch.bmm(a_ND[:, None], b_ND[:, :, None]).flatten().double()
 
 
@@ -176,20 +220,32 @@ def _norm(x_ND: Tensor) -> Tensor:
 
 
 class _Fitted:
-    """How well gradients at places are those of cross-entropy with a given token; all that no token decides is worked out once.
+    """How well gradients at places are those of cross-entropy with a given token; all that no token
+    decides is worked out once.
 
-    The gradient for target y is w·d with d = p − s/V + (s − 1)·onehot(y), s the smoothing, times the head where there is one.
+    The gradient for target y is w·d with d = p − s/V + (s − 1)·onehot(y), s the smoothing, times
+    the head where there is one.
     """
 
-    def __init__(self, p_NV: Tensor, g_N: Tensor, scale: float, smoothing: float, head: Tensor | None):
-        self.p_NV, self.g_N, self.scale, self.head, self.kept = p_NV, g_N, scale, head, 1 - smoothing
+    def __init__(
+        self, p_NV: Tensor, g_N: Tensor, scale: float, smoothing: float, head: Tensor | None
+    ):
+        self.p_NV, self.g_N, self.scale, self.head, self.kept = (
+            p_NV,
+            g_N,
+            scale,
+            head,
+            1 - smoothing,
+        )
         base = p_NV - smoothing / p_NV.shape[1] if smoothing else p_NV
         self.base = base if head is None else base @ head.float()
         self.gg, self.bb = (_norm(g_N) / scale).square(), _norm(self.base).square()
         self.gb = _dot(g_N, self.base) / scale
 
     def fit(self, ids_NT: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(share of the gradient not explained, weight, whether a place tells anything) if the target is the token at `place_N`."""
+        """(share of the gradient not explained, weight, whether a place tells anything) if the
+        target is the token at `place_N`.
+        """
         inside = place_N < ids_NT.shape[1]
         y_N = ids_NT.gather(1, place_N.clamp_max(ids_NT.shape[1] - 1)[:, None])[:, 0].long()
         if self.head is None:

@@ -1,4 +1,6 @@
-"""The record of a run that is not ours: what trained, on what, what every gate said; `metadata.json` as any run of the stack leaves it."""
+"""The record of a run that is not ours: what trained, on what, what every gate said;
+`metadata.json` as any run of the stack leaves it.
+"""
 
 import json
 import sys
@@ -22,7 +24,10 @@ from spec.records import GateResult
 
 LOG, STEPS, RECORD = "gates.jsonl", "metrics.jsonl", "metadata.json"
 OUTSIDE = (
-    "the trainer's own code and the data it drew, of which the record holds no hash; the commit is that of the gates",
+    (
+        "the trainer's own code and the data it drew, of which the record holds no hash; the "
+        "commit is that of the gates"
+    ),
     "the quality of the trained model",
 )
 
@@ -30,7 +35,8 @@ OUTSIDE = (
 class RunRecord:
     """Opened before step 1; writes a line for every step, and `metadata.json` when the run is over.
 
-    Raises ConfigError if the folder holds a record already. `trainer` says what trains: name, package and version.
+    Raises ConfigError if the folder holds a record already.
+    `trainer` says what trains: name, package and version.
     """
 
     def __init__(
@@ -45,7 +51,13 @@ class RunRecord:
         told: Mapping[str, Any],
         first_step: int = 0,
     ):
-        self.folder, self.session, self._first, self._last, self._closed = Path(folder), session, first_step, None, False
+        self.folder, self.session, self._first, self._last, self._closed = (
+            Path(folder),
+            session,
+            first_step,
+            None,
+            False,
+        )
         if (self.folder / RECORD).exists() or (self.folder / STEPS).exists():
             raise ConfigError(
                 f"{self.folder} holds the record of a run already",
@@ -63,11 +75,23 @@ class RunRecord:
             "gates": {"mode": session.mode, "left_out": sorted(session.left_out)},
         }
         device = next(model.parameters()).device
-        self.builder = RecordBuilder(kind="foreign", spec=session.keeper.spec, config=_plain(config), claim="", not_covered=OUTSIDE)
+        self.builder = RecordBuilder(
+            kind="foreign",
+            spec=session.keeper.spec,
+            config=_plain(config),
+            claim="",
+            not_covered=OUTSIDE,
+        )
         self.builder.command = ["python", *sys.argv] if sys.argv[0] else ["python"]
-        world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+        world = (
+            torch.distributed.get_world_size()
+            if torch.distributed.is_available() and torch.distributed.is_initialized()
+            else 1
+        )
         package = trainer["package"]
-        self.builder.environment = environment(str(device), world_size=world, **{package: trainer["version"]} | _installed())
+        self.builder.environment = environment(
+            str(device), world_size=world, **{package: trainer["version"]} | _installed()
+        )
         script = Path(sys.argv[0] or ".")
         if script.is_file():
             self.builder.inputs.append(artefact(script.resolve(), root=Path.cwd(), name="script"))
@@ -75,7 +99,12 @@ class RunRecord:
 
     def step(self, event: StepTaken) -> None:
         """One line of the step log. Figures that are not finite are written as strings."""
-        figures = {"loss_nats": event.loss_nats, "grad_norm": event.grad_norm, "clipped_grad_norm": event.clipped_grad_norm, "lr": event.lr}
+        figures = {
+            "loss_nats": event.loss_nats,
+            "grad_norm": event.grad_norm,
+            "clipped_grad_norm": event.clipped_grad_norm,
+            "lr": event.lr,
+        }
         line = {"step": event.step, **{k: v if v - v == 0 else str(v) for k, v in figures.items()}}
         with (self.folder / STEPS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -89,12 +118,17 @@ class RunRecord:
         results, builder, trainer = self._results(), self.builder, self.builder.config["trainer"]
         red = [g.id for g in results if g.verdict == "fail"]
         if red and status == "completed":
-            status, end_reason, exit_code = "failed", f"{', '.join(red)} red, and nothing was raised", GateFailed.exit_code
+            status, end_reason, exit_code = (
+                "failed",
+                f"{', '.join(red)} red, and nothing was raised",
+                GateFailed.exit_code,
+            )
         taken = 0 if self._last is None else self._last["step"] - self._first
         held = sum(g.verdict == "pass" for g in results)
         builder.claim = (
-            f"{trainer['name']} of {trainer['package']} {trainer['version']} trained {builder.config['model']['class']} "
-            f"for {taken} step(s); {held} of {len(results)} gates held, {len(red)} were red."
+            f"{trainer['name']} of {trainer['package']} {trainer['version']} trained "
+            f"{builder.config['model']['class']} for {taken} step(s); {held} of {len(results)} "
+            f"gates held, {len(red)} were red."
         )
         unasked = [f"{g.id}: {g.message}" for g in results if g.verdict == "not_run"]
         builder.not_covered = (*OUTSIDE, *unasked)
@@ -104,17 +138,31 @@ class RunRecord:
         builder.metric("gate_s_per_step", cost.per_step_s, "s", n=cost.steps, better="lower")
         if self._last is not None and not isinstance(self._last["loss_nats"], str):
             builder.metric("train_loss_nats", self._last["loss_nats"], "nats/token", better="lower")
-        builder.finish(self.folder, status=status, end_reason=end_reason, exit_code=exit_code, gates=results, series=(STEPS, LOG))
+        builder.finish(
+            self.folder,
+            status=status,
+            end_reason=end_reason,
+            exit_code=exit_code,
+            gates=results,
+            series=(STEPS, LOG),
+        )
 
     def _results(self) -> list[GateResult]:
-        """Every gate that was installed, those among it whose question has no meaning here; they are `not_run` with the reason."""
+        """Every gate that was installed, those among it whose question has no meaning here; they
+        are `not_run` with the reason.
+        """
         spec = self.session.keeper.spec
-        absent = [_unasked(gate_id, spec.fingerprint(gate_id), verdict) for gate_id, verdict in self.session.absent.items()]
+        absent = [
+            _unasked(gate_id, spec.fingerprint(gate_id), verdict)
+            for gate_id, verdict in self.session.absent.items()
+        ]
         return sorted([*self.session.keeper.results(), *absent], key=lambda g: g.id)
 
 
 def _unasked(gate_id: str, fingerprint: str, verdict: Verdict) -> GateResult:
-    return GateResult(id=gate_id, fingerprint=fingerprint, verdict="not_run", checks=0, message=verdict.message)
+    return GateResult(
+        id=gate_id, fingerprint=fingerprint, verdict="not_run", checks=0, message=verdict.message
+    )
 
 
 def how_it_ended(error: BaseException | None) -> tuple[str, str, int]:
@@ -127,17 +175,32 @@ def how_it_ended(error: BaseException | None) -> tuple[str, str, int]:
         case KeyboardInterrupt():
             return "interrupted", "interrupted from outside", 130
         case _:
-            return "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1
+            return (
+                "failed",
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                1,
+            )
 
 
 def trainer_of(kind: type, package: str) -> dict[str, Any]:
-    """What a record says of a trainer: its class, and package and version of what it is built on."""
-    return {"name": kind.__name__, "module": kind.__module__, "package": package, "version": metadata.version(package)}
+    """What a record says of a trainer: its class, and package and
+    version of what it is built on.
+    """
+    return {
+        "name": kind.__name__,
+        "module": kind.__module__,
+        "package": package,
+        "version": metadata.version(package),
+    }
 
 
 def _installed() -> dict[str, str]:
     """Versions of what trainers stand on, as far as it was imported."""
-    return {name: metadata.version(name) for name in ("transformers", "accelerate", "trl", "peft", "lightning") if name in sys.modules}
+    return {
+        name: metadata.version(name)
+        for name in ("transformers", "accelerate", "trl", "peft", "lightning")
+        if name in sys.modules
+    }
 
 
 def _of_model(model: nn.Module) -> dict[str, Any]:
@@ -156,10 +219,18 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     groups = [
-        {"lr": g["lr"], "weight_decay": g.get("weight_decay", 0.0), "parameters": sum(p.numel() for p in g["params"])}
+        {
+            "lr": g["lr"],
+            "weight_decay": g.get("weight_decay", 0.0),
+            "parameters": sum(p.numel() for p in g["params"]),
+        }
         for g in optimizer.param_groups
     ]
-    return {"class": type(optimizer).__name__, "module": type(optimizer).__module__, "groups": groups}
+    return {
+        "class": type(optimizer).__name__,
+        "module": type(optimizer).__module__,
+        "groups": groups,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""One watched run: which gates are asked, what becomes of a red one, and the preflight on a live model."""
+"""One watched run: which gates are asked, what becomes of a red one,
+and the preflight on a live model.
+"""
 
 import json
 import logging
@@ -25,7 +27,9 @@ logger = logging.getLogger("stackproof.gates")
 
 
 class Cost(NamedTuple):
-    """What looking took: seconds before step 1, seconds of all later looks, and the optimizer steps these belong to."""
+    """What looking took: seconds before step 1, seconds of all later looks,
+    and the optimizer steps these belong to.
+    """
 
     preflight_s: float
     watching_s: float
@@ -65,11 +69,13 @@ def timed(method: Callable) -> Callable:
 
 
 class Session:
-    """The gates of kind `foreign` in one run. In mode `raise` a red one that halts raises GateFailed; in mode `log` nothing is raised.
+    """The gates of kind `foreign` in one run.
+    In mode `raise` a red one that halts raises GateFailed; in mode `log` nothing is raised.
 
-    Every verdict of a preflight or artifact gate, and every red one of a runtime gate, becomes one line of `log_path` and one of logging.
-    `skip` leaves gates out by id. `reuses_rows` says that rows come again in their order, or trained rows are scored, on purpose.
-    Raises ConfigError for an unknown mode or gate.
+    Every verdict of a preflight or artifact gate, and every red one of a runtime gate, becomes one
+    line of `log_path` and one of logging. `skip` leaves gates out by id. `reuses_rows` says that
+    rows come again in their order, or trained rows are scored, on purpose. Raises ConfigError for
+    an unknown mode or gate.
     """
 
     def __init__(
@@ -106,14 +112,20 @@ class Session:
         self._guard(lambda: self.keeper.observe(event))
 
     def preflight(self, ingredients: Mapping[str, Any]) -> None:
-        """Ask every preflight gate. Raises GateFailed in mode `raise`. A check that breaks on this model is told, and is no verdict."""
+        """Ask every preflight gate. Raises GateFailed in mode `raise`.
+        A check that breaks on this model is told, and is no verdict.
+        """
         began = time.perf_counter()
         try:
             self._guard(lambda: self.keeper.preflight(ingredients))
         except GateFailed:
             raise
         except Exception as e:
-            logger.warning("a check could not be asked of this model and stays not_run: %s: %s", type(e).__name__, e)
+            logger.warning(
+                "a check could not be asked of this model and stays not_run: %s: %s",
+                type(e).__name__,
+                e,
+            )
         finally:
             self._preflight_s += time.perf_counter() - began
 
@@ -122,7 +134,9 @@ class Session:
         self._guard(lambda: self.keeper.artifact(ingredients, step=step))
 
     def forget(self, gate_id: str, why: str) -> None:
-        """Take a gate out, because its question has no meaning here; its verdict stays `not_run` with the reason."""
+        """Take a gate out, because its question has no meaning here;
+        its verdict stays `not_run` with the reason.
+        """
         if self.keeper.seats.pop(gate_id, None):
             self.absent[gate_id] = not_run(why)
 
@@ -132,7 +146,9 @@ class Session:
 
     def verdicts(self) -> dict[str, Verdict]:
         """Verdict of every gate so far; one that was never asked is `not_run`."""
-        return self.absent | {r.id: Verdict(r.verdict, r.message, r.measured) for r in self.keeper.results()}
+        return self.absent | {
+            r.id: Verdict(r.verdict, r.message, r.measured) for r in self.keeper.results()
+        }
 
     def first_failures(self) -> dict[str, int | None]:
         """Step of the first red verdict by gate; a preflight gate's is 0."""
@@ -153,7 +169,10 @@ class Session:
         if self.log_path is None:
             return
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        measured = {k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in verdict.measured.items()}
+        measured = {
+            k: str(v) if isinstance(v, float) and v - v != 0 else v
+            for k, v in verdict.measured.items()
+        }
         line = {
             "time": round(time.time(), 3),
             "gate": gate_id,
@@ -166,39 +185,71 @@ class Session:
             file.write(json.dumps(line) + "\n")
 
 
-def ingredients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None) -> dict[str, Any]:
-    """What the preflight gates can be told about a live model; what cannot be had is absent, and its gate says not_run."""
+def ingredients_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None
+) -> dict[str, Any]:
+    """What the preflight gates can be told about a live model; what cannot be had is absent,
+    and its gate says not_run.
+    """
     given: dict[str, Any] = {}
     probe = Probe(model)
     if not probe.refusal and is_causal(model):
         given |= {"probe": probe}
     embedding, head, config = embedding_of(model), head_of(model), config_of(model)
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", getattr(config, "tie_word_embeddings", None))
+    tied = getattr(
+        getattr(model, "config", None),
+        "tie_word_embeddings",
+        getattr(config, "tie_word_embeddings", None),
+    )
     if embedding is not None and getattr(head, "weight", None) is not None and tied is not None:
-        given |= {"tied_declared": bool(tied), "embedding_weight": embedding.weight, "head_weight": head.weight}
+        given |= {
+            "tied_declared": bool(tied),
+            "embedding_weight": embedding.weight,
+            "head_weight": head.weight,
+        }
     if tokenizer is not None and embedding is not None and hasattr(tokenizer, "__len__"):
         given |= {
             "tokenizer_size": len(tokenizer),
             "embedding_rows": int(embedding.weight.shape[0]),
-            "special_ids": {n: (getattr(tokenizer, n, None), getattr(config, n, None)) for n in ("bos_token_id", "eos_token_id")},
+            "special_ids": {
+                n: (getattr(tokenizer, n, None), getattr(config, n, None))
+                for n in ("bos_token_id", "eos_token_id")
+            },
         }
     if optimizer is not None:
-        given |= {"named_parameters": list(model.named_parameters()), "param_groups": optimizer.param_groups}
+        given |= {
+            "named_parameters": list(model.named_parameters()),
+            "param_groups": optimizer.param_groups,
+        }
     return given
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a model is meant to predict the next token. One that says nothing about itself is taken at its user's word."""
+    """Whether a model is meant to predict the next token.
+    One that says nothing about itself is taken at its user's word.
+    """
     config = getattr(model, "config", None)
     name = type(model).__name__
-    return not getattr(config, "is_encoder_decoder", False) and not any(word in name for word in ("MaskedLM", "Classification", "Encoder"))
+    return not getattr(config, "is_encoder_decoder", False) and not any(
+        word in name for word in ("MaskedLM", "Classification", "Encoder")
+    )
 
 
 def ask_all(
-    model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None, only: str = ""
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    tokenizer: Any = None,
+    only: str = "",
 ) -> dict[str, Verdict]:
-    """Verdict of every preflight gate on a live model, or of one; none raises, and the model is afterwards as before."""
-    gates = [g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight" and only in ("", g.id)]
+    """Verdict of every preflight gate on a live model, or of one; none raises,
+    and the model is afterwards as before.
+    """
+    gates = [
+        g
+        for g in load_spec().gates.values()
+        if KIND in g.kinds and g.moment == "preflight" and only in ("", g.id)
+    ]
     with untouched(model):
         given = ingredients_of(model, optimizer, tokenizer)
         return {g.id: call_check(g, given) for g in gates}

@@ -9,7 +9,8 @@ from spec.errors import EnvironmentUnfit, StackproofError
 
 TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
 
-# typer carries its own copy of click in newer versions and depends on it in older ones; both derive their errors from this class.
+# typer carries its own copy of click in newer versions and depends on it in older ones; both derive
+# their errors from this class.
 ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
@@ -46,14 +47,22 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         unfit = EnvironmentUnfit(
             f"this command needs {e.name}, which is not installed",
-            allowed="the light install reads and verifies evidence; training and models need the [train] extra",
+            allowed=(
+                "the light install reads and verifies evidence; training and models need the "
+                "[train] extra"
+            ),
             next_step="pip install 'stackproof[train]', then stack doctor",
         )
         _report(unfit.as_json(), str(unfit), arguments)
         sys.exit(unfit.exit_code)
     except ClickException as e:
         next_step = f"{e.ctx.command_path if getattr(e, 'ctx', None) else 'stack'} --help"
-        parts = {"error": "UsageError", "what": e.format_message(), "next_step": next_step, "exit_code": 2}
+        parts = {
+            "error": "UsageError",
+            "what": e.format_message(),
+            "next_step": next_step,
+            "exit_code": 2,
+        }
         _report(parts, f"{e.format_message()}\n  next     {next_step}", arguments)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):

@@ -13,28 +13,46 @@ from spec.canonical import parse_strict, sha256_file
 from spec.errors import IntegrityError
 from spec.records import Record, read_record
 
-# A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure, as sums are taken in another order.
-# What a comparison measures of rounding itself is another number on another processor, and is then said to be.
+# A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure,
+# as sums are taken in another order. What a comparison measures of rounding itself is another
+# number on another processor, and is then said to be.
 REL_TOLERANCE = 1e-4
-# Of values that cancel, such as a mean near zero, rounding is a share of the values' size and not of the figure.
+# Of values that cancel, such as a mean near zero, rounding is a share of the values'
+# size and not of the figure.
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
-# What a point is called in words may be said better later, and its name is compared; how long it took is another time.
+# What a point is called in words may be said better later, and its name is compared;
+# how long it took is another time.
 NOT_COMPARED = ("operation", "read_by", "seconds")
 TAKES_A_FILE = ("--run-dir", "--csv")
 
 
 def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str, Any]:
-    """Run a record's `stack trace` command again from here and compare inputs by hash and the figures of each series by value.
+    """Run a record's `stack trace` command again from here and compare inputs by hash and the
+    figures of each series by value.
 
-    `folder` holds the record's series. Raises IntegrityError if the command fails, or if a series is gone or another.
+    `folder` holds the record's series.
+    Raises IntegrityError if the command fails, or if a series is gone or another.
     """
     for series in record.series:
-        if not (folder / series.path).is_file() or sha256_file(folder / series.path) != series.sha256:
+        if (
+            not (folder / series.path).is_file()
+            or sha256_file(folder / series.path) != series.sha256
+        ):
             raise IntegrityError(
-                f"record {record.id} has no {series.path} beside it as it was recorded", value=str(folder), allowed="stack evidence add"
+                f"record {record.id} has no {series.path} beside it as it was recorded",
+                value=str(folder),
+                allowed="stack evidence add",
             )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
-    command = [sys.executable, "-m", "stack", *_without_files(record.command[1:]), "--run-dir", str(directory), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "stack",
+        *_without_files(record.command[1:]),
+        "--run-dir",
+        str(directory),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise IntegrityError(
@@ -44,15 +62,30 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
         )
     again = read_record(directory / "metadata.json")
     compared = [
-        {"what": f"input {a.name}", "recorded": a.sha256, "now": b.sha256, "equal": a.sha256 == b.sha256}
+        {
+            "what": f"input {a.name}",
+            "recorded": a.sha256,
+            "now": b.sha256,
+            "equal": a.sha256 == b.sha256,
+        }
         for a, b in zip(record.inputs, again.inputs)
     ]
     for series in record.series:
-        worst, where = _apart(folder / series.path, directory / series.path) if (directory / series.path).is_file() else (math.inf, "gone")
+        worst, where = (
+            _apart(folder / series.path, directory / series.path)
+            if (directory / series.path).is_file()
+            else (math.inf, "gone")
+        )
         said = {"what": f"{series.path} ({where})", "recorded": f"within {REL_TOLERANCE:g}"}
         compared.append(said | {"now": worst, "equal": worst <= REL_TOLERANCE})
     ok = all(row["equal"] for row in compared) and len(record.inputs) == len(again.inputs)
-    return {"ok": ok, "record": record.id, "rerun": again.id, "run_dir": str(directory), "compared": compared}
+    return {
+        "ok": ok,
+        "record": record.id,
+        "rerun": again.id,
+        "run_dir": str(directory),
+        "compared": compared,
+    }
 
 
 def _without_files(arguments: tuple[str, ...]) -> list[str]:
@@ -66,14 +99,22 @@ def _without_files(arguments: tuple[str, ...]) -> list[str]:
 
 
 def _apart(recorded: Path, now: Path) -> tuple[float, str]:
-    """The largest difference between the numbers of two series, as a share of each, and where; infinite where anything else differs.
+    """The largest difference between the numbers of two series, as a share of each, and where;
+    infinite where anything else differs.
 
-    Figures in the units of the values are taken as shares of at least the values' rms, a robust z of at least 1.
+    Figures in the units of the values are taken as shares of at least the values' rms,
+    a robust z of at least 1.
     """
-    before, after = (dict(_leaves([parse_strict(x, origin=str(p)) for x in p.read_bytes().splitlines()])) for p in (recorded, now))
+    before, after = (
+        dict(_leaves([parse_strict(x, origin=str(p)) for x in p.read_bytes().splitlines()]))
+        for p in (recorded, now)
+    )
     if before.keys() != after.keys():
         return math.inf, next(iter(before.keys() ^ after.keys()))
-    apart = {path: _difference(value, after[path], _least(path, before)) for path, value in before.items()}
+    apart = {
+        path: _difference(value, after[path], _least(path, before))
+        for path, value in before.items()
+    }
     worst = max(apart, key=apart.__getitem__, default="")
     return apart.get(worst, 0.0), worst if apart.get(worst) else "all equal"
 

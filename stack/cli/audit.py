@@ -1,4 +1,6 @@
-"""`stack evaluate --suite`: a suite of prompts asked of one checkpoint or of all that a run still has."""
+"""`stack evaluate --suite`: a suite of prompts asked of one checkpoint or of
+all that a run still has.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,10 @@ from stack.cli.output import emit, stderr, stdout, table
 from stack.cli.paths import folder_at, model_at
 
 CLAIM = "Asked greedily, these weights gave these answers, and the suite's checks judged them so."
-NOT_COVERED = ("other prompts, other words for the same question", "anything that sampling at a temperature would say")
+NOT_COVERED = (
+    "other prompts, other words for the same question",
+    "anything that sampling at a temperature would say",
+)
 
 
 def audit_models(
@@ -27,14 +32,19 @@ def audit_models(
     run_dir: Path | None,
     json: bool,
 ) -> None:
-    """Ask, judge, write a record with `audits.jsonl` beside it, and say since which step breadth stands still."""
+    """Ask, judge, write a record with `audits.jsonl` beside it,
+    and say since which step breadth stands still.
+    """
     from spec.building import artefact, write_atomically
     from stack.evaluate import audit
     from stack.evaluate.suite import load_suite, suite_file
 
     for directory in earlier:
         folder_at(
-            directory, "--earlier", allowed="the folder of an audit of this run", next_step="leave it out, or name the --run-dir of one"
+            directory,
+            "--earlier",
+            allowed="the folder of an audit of this run",
+            next_step="leave it out, or name the --run-dir of one",
         )
     file = suite_file(suite)
     made, folders = load_suite(file), _folders(model) if every_checkpoint else [model]
@@ -50,13 +60,26 @@ def audit_models(
         steps.append(step)
     answers = audit.graded(answers, grades) if grades else answers
     last = [a for a in answers if a.step == max(steps)]
-    rounds = dict(sorted((_earlier(earlier, builder, suite_input.sha256) | audit.by_step(answers)).items()))
+    rounds = dict(
+        sorted((_earlier(earlier, builder, suite_input.sha256) | audit.by_step(answers)).items())
+    )
     document = _measured(builder, made, last, rounds, audit.standstill(rounds), audit.breadth(last))
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "audits.jsonl", audit.to_lines(answers))
-    record = builder.finish(directory, status="completed", end_reason="asked every prompt", exit_code=0, series=("audits.jsonl",))
-    document |= {"suite": made.name, "checkpoint": str(opened.folder), "record": record.id, "run_dir": str(directory)}
+    record = builder.finish(
+        directory,
+        status="completed",
+        end_reason="asked every prompt",
+        exit_code=0,
+        series=("audits.jsonl",),
+    )
+    document |= {
+        "suite": made.name,
+        "checkpoint": str(opened.folder),
+        "record": record.id,
+        "run_dir": str(directory),
+    }
     if not emit(document, json):
         _show(document)
 
@@ -68,7 +91,13 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
         stderr.print(what, style="dim", markup=False)
         yield lambda prompt: None
         return
-    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(), console=stderr, transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda prompt: bar.advance(task)
 
@@ -106,7 +135,9 @@ def _builder(opened: Opened, suite_input: Any) -> Any:
     return builder
 
 
-def _earlier(directories: Sequence[Path], builder: Any, suite_sha256: str) -> dict[int, dict[str, int]]:
+def _earlier(
+    directories: Sequence[Path], builder: Any, suite_sha256: str
+) -> dict[int, dict[str, int]]:
     """Passes by domain by step of earlier audits of the same run by the same suite."""
     from spec.canonical import sha256_file
     from spec.records import read_record
@@ -115,17 +146,23 @@ def _earlier(directories: Sequence[Path], builder: Any, suite_sha256: str) -> di
     found: dict[int, dict[str, int]] = {}
     for directory in directories:
         record, path = read_record(directory / "metadata.json"), directory / "audits.jsonl"
-        same = {i.name: i.sha256 for i in record.inputs}.get("suite") == suite_sha256 and record.parents == tuple(builder.parents)
+        same = {i.name: i.sha256 for i in record.inputs}.get(
+            "suite"
+        ) == suite_sha256 and record.parents == tuple(builder.parents)
         if record.kind != "evaluate" or not same:
             raise DataError(
                 f"{directory} is no audit of this run by this suite",
                 value=f"{record.kind} of {', '.join(record.parents) or 'no run'}",
-                allowed=f"an audit of {builder.parents[0]} with the suite of sha256 {suite_sha256[:12]}…",
+                allowed=(
+                    f"an audit of {builder.parents[0]} with the suite of sha256 "
+                    f"{suite_sha256[:12]}…"
+                ),
                 next_step="leave it out, or audit with the suite it was made with",
             )
         if {s.path: s.sha256 for s in record.series}.get("audits.jsonl") != sha256_file(path):
             raise DataError(
-                f"{path} is not what its record was made with", next_step="restore it, or leave --earlier out; grades go into a copy"
+                f"{path} is not what its record was made with",
+                next_step="restore it, or leave --earlier out; grades go into a copy",
             )
         for line in audit.read_answers(path):
             passes = found.setdefault(line["step"], {})
@@ -133,8 +170,12 @@ def _earlier(directories: Sequence[Path], builder: Any, suite_sha256: str) -> di
     return found
 
 
-def _measured(builder: Any, suite: Any, last: list, rounds: dict, still: Any, passes: dict[str, int]) -> dict[str, Any]:
-    """The document, its numbers stated in the record as well. Answers are those of the last step."""
+def _measured(
+    builder: Any, suite: Any, last: list, rounds: dict, still: Any, passes: dict[str, int]
+) -> dict[str, Any]:
+    """The document, its numbers stated in the record as well.
+    Answers are those of the last step.
+    """
     n = {d.name: len(d.prompts) for d in suite.domain}
     wide = sum(p > 0 for p in passes.values())
     builder.metric("breadth", wide, "domains", n=len(n), better="higher")
@@ -144,14 +185,23 @@ def _measured(builder: Any, suite: Any, last: list, rounds: dict, still: Any, pa
     builder.metric("step", last[0].step, "steps")
     given = [a.grade for a in last if a.grade is not None]
     if given:
-        builder.metric("mean_grade", sum(given) / len(given), "the grader's scale", n=len(given), better="higher")
+        builder.metric(
+            "mean_grade",
+            sum(given) / len(given),
+            "the grader's scale",
+            n=len(given),
+            better="higher",
+        )
     if still:
         builder.metric("breadth_stands_still_since", still.step, "steps", n=len(rounds))
     return {
         "breadth": wide,
         "domains": {name: {"passes": count, "prompts": n[name]} for name, count in passes.items()},
         "step": last[0].step,
-        "rounds": [{"step": s, "breadth": sum(p > 0 for p in r.values()), "domains": r} for s, r in rounds.items()],
+        "rounds": [
+            {"step": s, "breadth": sum(p > 0 for p in r.values()), "domains": r}
+            for s, r in rounds.items()
+        ],
         "stands_still": vars(still) if still else None,
         "answers": [vars(a) for a in last],
     }
@@ -161,16 +211,45 @@ def _show(document: dict[str, Any]) -> None:
     for answer in document["answers"]:
         verdict = "pass" if answer["passed"] else "fail: " + "; ".join(answer["faults"])
         text = " ".join(answer["text"].split())
-        stdout.print(f"{answer['domain']}/{answer['prompt']}  {verdict}", style="green" if answer["passed"] else "red", markup=False)
+        stdout.print(
+            f"{answer['domain']}/{answer['prompt']}  {verdict}",
+            style="green" if answer["passed"] else "red",
+            markup=False,
+        )
         stdout.print(f"  {text[:160]}", markup=False)
     lost = sum(a["lost_prompt_tokens"] > 0 for a in document["answers"])
     if lost:
-        stdout.print(f"{lost} prompt(s) are longer than the context: the model has not read their beginning", style="yellow")
+        stdout.print(
+            f"{lost} prompt(s) are longer than the context: the model has not read their beginning",
+            style="yellow",
+        )
     rows = [[name, d["passes"], d["prompts"]] for name, d in document["domains"].items()]
-    stdout.print(table(f"Step {document['step']}: breadth {document['breadth']} of {len(rows)}", ["domain", "passes", "prompts"], rows))
+    stdout.print(
+        table(
+            f"Step {document['step']}: breadth {document['breadth']} of {len(rows)}",
+            ["domain", "passes", "prompts"],
+            rows,
+        )
+    )
     if len(document["rounds"]) > 1:
-        stdout.print(table("Over the run", ["step", "breadth"], [[r["step"], r["breadth"]] for r in document["rounds"]]))
+        stdout.print(
+            table(
+                "Over the run",
+                ["step", "breadth"],
+                [[r["step"], r["breadth"]] for r in document["rounds"]],
+            )
+        )
         still = document["stands_still"]
-        since = f"breadth stands still at {still['breadth']} since step {still['step']}" if still else "breadth does not stand still yet"
-        stdout.print(since + (f"; lost again: {', '.join(still['lost'])}" if still and still["lost"] else ""), markup=False)
-    stdout.print(f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False)
+        since = (
+            f"breadth stands still at {still['breadth']} since step {still['step']}"
+            if still
+            else "breadth does not stand still yet"
+        )
+        stdout.print(
+            since
+            + (f"; lost again: {', '.join(still['lost'])}" if still and still["lost"] else ""),
+            markup=False,
+        )
+    stdout.print(
+        f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False
+    )

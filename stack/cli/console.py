@@ -1,4 +1,6 @@
-"""What a person sees of a run: preflight table, progress, samples, verdicts, and what to try next."""
+"""What a person sees of a run: preflight table, progress, samples, verdicts,
+and what to try next.
+"""
 
 import sys
 import time
@@ -38,16 +40,29 @@ class ConsoleListener(Listener):
 
     def on_opened(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
         stderr.print(
-            f"[bold]{cfg.recipe}[/]: {n_params:,} parameters, {dataset.train.n_tokens:,} training tokens of "
-            f"{cfg.data.corpus.kind}, {cfg.train.max_steps} steps of {cfg.train.tokens_per_step:,} tokens → {run_dir}",
+            f"[bold]{cfg.recipe}[/]: {n_params:,} parameters, {dataset.train.n_tokens:,} training "
+            f"tokens of {cfg.data.corpus.kind}, {cfg.train.max_steps} steps of "
+            f"{cfg.train.tokens_per_step:,} tokens → {run_dir}",
             soft_wrap=True,
         )
 
     def on_preflight(self, gate: Gate, verdict: Verdict, seconds: float) -> None:
-        self.rows.append([gate.id, MARKS[verdict.outcome], f"{seconds:.2f} s", verdict.message or measured_text(dict(verdict.measured))])
+        self.rows.append(
+            [
+                gate.id,
+                MARKS[verdict.outcome],
+                f"{seconds:.2f} s",
+                verdict.message or measured_text(dict(verdict.measured)),
+            ]
+        )
         if time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S:
             self.last_line_s = time.monotonic()
-            stderr.print(f"  {len(self.rows)} gates asked, the last {gate.id}", style="dim", markup=False, soft_wrap=True)
+            stderr.print(
+                f"  {len(self.rows)} gates asked, the last {gate.id}",
+                style="dim",
+                markup=False,
+                soft_wrap=True,
+            )
 
     def _show_preflight(self) -> None:
         if self.rows:
@@ -58,39 +73,60 @@ class ConsoleListener(Listener):
         self._show_preflight()
         if sys.stderr.isatty() and not self.quiet:
             self._bar(line, max_steps)
-        elif line["step"] in (1, max_steps) or time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S:
+        elif (
+            line["step"] in (1, max_steps)
+            or time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S
+        ):
             self.last_line_s = time.monotonic()
             stderr.print(self._line(line, max_steps), markup=False, soft_wrap=True)
 
     def _line(self, line: dict[str, Any], max_steps: int) -> str:
         width = len(str(max_steps))
-        eta_s = (max_steps - line["step"]) * (line["tokens_seen"] / line["step"]) / line["tokens_per_s"]
+        eta_s = (
+            (max_steps - line["step"]) * (line["tokens_seen"] / line["step"]) / line["tokens_per_s"]
+        )
         bpb = f"  val bits/byte {self.last_bpb:.3f}" if self.last_bpb is not None else ""
         return (
-            f"step {line['step']:0{width}d}/{max_steps}  loss {line['loss_nats']:.3f}{bpb}  lr {line['lr']:.1e}  "
-            f"grad norm {line['grad_norm']:.2f}  tok/s {line['tokens_per_s']:.0f}  ETA {eta_s:.0f} s"
+            f"step {line['step']:0{width}d}/{max_steps}  loss {line['loss_nats']:.3f}{bpb}  lr "
+            f"{line['lr']:.1e}  grad norm {line['grad_norm']:.2f}  tok/s "
+            f"{line['tokens_per_s']:.0f}  ETA {eta_s:.0f} s"
         )
 
     def _bar(self, line: dict[str, Any], max_steps: int) -> None:
         if self.progress is None:
-            self.progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(), console=stderr)
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TimeRemainingColumn(),
+                console=stderr,
+            )
             self.progress.start()
             self.progress.add_task("", total=max_steps)
         task = self.progress.tasks[0].id
-        self.progress.update(task, completed=line["step"], description=self._line(line, max_steps).rsplit("  ETA", 1)[0])
+        self.progress.update(
+            task,
+            completed=line["step"],
+            description=self._line(line, max_steps).rsplit("  ETA", 1)[0],
+        )
 
     def on_evaluation(self, step: int, result: Any, decision: Any) -> None:
         self.last_bpb = result.bits_per_byte
         waited = f"  no significant gain for {decision.wait}" if decision.wait else ""
         stderr.print(
-            f"  eval @ {step}: {result.loss_nats:.4f} ± {result.stderr_nats:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte{waited}",
+            f"  eval @ {step}: {result.loss_nats:.4f} ± {result.stderr_nats:.4f} nats/token, "
+            f"{result.bits_per_byte:.4f} bits/byte{waited}",
             markup=False,
             soft_wrap=True,
         )
 
     def on_sample(self, step: int, prompt: str, text: str, score: float) -> None:
         shown = " ".join((prompt + text).split())
-        stderr.print(f"  sample @ {step} (coherence {score:.0f}/100): {shown[:160]}", style="cyan", markup=False, soft_wrap=True)
+        stderr.print(
+            f"  sample @ {step} (coherence {score:.0f}/100): {shown[:160]}",
+            style="cyan",
+            markup=False,
+            soft_wrap=True,
+        )
 
     def on_saved(self, step: int, folder: Path) -> None:
         stderr.print(f"  saved {folder}", style="dim", markup=False, soft_wrap=True)
@@ -103,13 +139,24 @@ class ConsoleListener(Listener):
         if self.progress is not None:
             self.progress.stop()
         rows = [
-            [g.id, MARKS[g.verdict] + (" (waived)" if g.waiver else ""), g.checks, g.message or measured_text(dict(g.measured))]
+            [
+                g.id,
+                MARKS[g.verdict] + (" (waived)" if g.waiver else ""),
+                g.checks,
+                g.message or measured_text(dict(g.measured)),
+            ]
             for g in record.gates
         ]
         stderr.print(table("Gates", ["gate", "verdict", "looks", "last measured"], rows))
         self._show_metrics(record)
-        stderr.print(f"{record.status}: {record.end_reason}", style="bold green" if record.succeeded else "bold red", markup=False)
-        stderr.print(f"record {run_dir / 'metadata.json'}  ({record.id})", markup=False, soft_wrap=True)
+        stderr.print(
+            f"{record.status}: {record.end_reason}",
+            style="bold green" if record.succeeded else "bold red",
+            markup=False,
+        )
+        stderr.print(
+            f"record {run_dir / 'metadata.json'}  ({record.id})", markup=False, soft_wrap=True
+        )
         if record.succeeded:
             stderr.print("next", style="bold")
             for command in (
@@ -123,12 +170,23 @@ class ConsoleListener(Listener):
 
     def _show_metrics(self, record: Record) -> None:
         wanted = (
-            "val_loss_nats val_bits_per_byte baseline_bigram_bits_per_byte baseline_unigram_bits_per_byte random_loss_nats "
-            "tokens_seen epochs tokens_per_s train_s gates_overhead_frac"
+            "val_loss_nats val_bits_per_byte baseline_bigram_bits_per_byte "
+            "baseline_unigram_bits_per_byte random_loss_nats tokens_seen epochs tokens_per_s "
+            "train_s gates_overhead_frac"
         ).split()
         rows = []
         for name in wanted:
             if metric := record.metrics.get(name):
-                value = f"{metric.value:,.4f}" if isinstance(metric.value, float) else f"{metric.value:,}"
-                rows.append([name, value + (f" ± {metric.stderr:.4f}" if metric.stderr else ""), metric.unit])
+                value = (
+                    f"{metric.value:,.4f}"
+                    if isinstance(metric.value, float)
+                    else f"{metric.value:,}"
+                )
+                rows.append(
+                    [
+                        name,
+                        value + (f" ± {metric.stderr:.4f}" if metric.stderr else ""),
+                        metric.unit,
+                    ]
+                )
         stderr.print(table("Result", ["metric", "value", "unit"], rows))

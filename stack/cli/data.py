@@ -13,8 +13,13 @@ from spec.errors import DataError, UsageError
 from stack.cli.output import MARKS, Json, emit, measured_text, stderr, stdout, table
 from stack.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 
-app = typer.Typer(help="Data sets: built from text of many sources, verified, compared with evaluation sets.", no_args_is_help=True)
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that stack data build wrote.")]
+app = typer.Typer(
+    help="Data sets: built from text of many sources, verified, compared with evaluation sets.",
+    no_args_is_help=True,
+)
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that stack data build wrote.")
+]
 PLAIN_LINE_EVERY_S = 5.0
 EXAMPLES = [
     "stack data build notes/ --out data/notes",
@@ -29,37 +34,88 @@ def register(parent: typer.Typer) -> None:
 
 @app.command(epilog="Examples: " + " · ".join(EXAMPLES))
 def build(
-    sources: Annotated[list[str], typer.Argument(metavar="SRC…", help="One mixture .toml, or files, folders and globs.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the data set. A killed build goes on where it was.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC…", help="One mixture .toml, or files, folders and globs."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder of the data set. A killed build goes on where it was."),
+    ],
     vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", min=258, help="Train a BPE tokenizer of this size. Default: 1024.")
+        int | None,
+        typer.Option(
+            "--vocab-size", min=258, help="Train a BPE tokenizer of this size. Default: 1024."
+        ),
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Use this tokenizer.json instead of training one.")] = None,
-    documents: Annotated[str | None, typer.Option("--documents", help="What a document is: file (default), paragraph or line.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", help="Use this tokenizer.json instead of training one."),
+    ] = None,
+    documents: Annotated[
+        str | None,
+        typer.Option("--documents", help="What a document is: file (default), paragraph or line."),
+    ] = None,
     text_field: Annotated[
-        str | None, typer.Option("--text-field", help="Key of the text in .jsonl, column in .parquet. Default: text.")
+        str | None,
+        typer.Option(
+            "--text-field", help="Key of the text in .jsonl, column in .parquet. Default: text."
+        ),
     ] = None,
-    language: Annotated[list[str] | None, typer.Option("--language", help="Language of the text, en by default. Repeatable.")] = None,
-    license: Annotated[str | None, typer.Option("--license", help="Licence of the text, for the record.")] = None,
-    against: Annotated[list[Path] | None, typer.Option("--against", help="Evaluation set to keep out. Repeatable.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: split.validation_frac=0.01. Repeatable.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: all cores.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option("--language", help="Language of the text, en by default. Repeatable."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option("--license", help="Licence of the text, for the record.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Evaluation set to keep out. Repeatable.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one value: split.validation_frac=0.01. Repeatable."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes. Default: all cores.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Read, filter, deduplicate, tokenise and write shards, every document accounted for. Leaves a record."""
+    """Read, filter, deduplicate, tokenise and write shards, every document accounted for.
+    Leaves a record.
+    """
     from stack.data import account, prepare
     from stack.data import build as builder
 
-    cfg = _config(sources, vocab_size, tokenizer, documents, text_field, language, license, against, tuple(set_ or ()))
+    cfg = _config(
+        sources,
+        vocab_size,
+        tokenizer,
+        documents,
+        text_field,
+        language,
+        license,
+        against,
+        tuple(set_ or ()),
+    )
     record, started = account.open_record(cfg), time.perf_counter()
     fresh = not (out / "manifest.json").is_file()
     try:
-        builder.build(cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json))
+        builder.build(
+            cfg, out, workers=workers or os.cpu_count() or 1, on_progress=_Bar(quiet=json)
+        )
     except KeyboardInterrupt:
-        stderr.print(f"\nstopped; what is finished lies in {out / '.work'}, and the same command goes on", markup=False)
+        stderr.print(
+            f"\nstopped; what is finished lies in {out / '.work'}, and the same command goes on",
+            markup=False,
+        )
         raise
     except OSError as e:
-        raise UsageError(f"cannot write to {out}: {e.strerror}", allowed="a folder that can be written", next_step="another --out") from e
+        raise UsageError(
+            f"cannot write to {out}: {e.strerror}",
+            allowed="a folder that can be written",
+            next_step="another --out",
+        ) from e
     seconds = time.perf_counter() - started
     dataset = prepare.open_folder(out, cfg)
     results = account.judge(dataset)
@@ -74,7 +130,17 @@ def build(
     account.require_green(results)
 
 
-def _config(sources, vocab_size, tokenizer, documents, text_field, language, license, against, sets: tuple[str, ...]):
+def _config(
+    sources,
+    vocab_size,
+    tokenizer,
+    documents,
+    text_field,
+    language,
+    license,
+    against,
+    sets: tuple[str, ...],
+):
     """The data part of a configuration from what was said on the command line."""
     from stack.config import load_config, load_mixture
     from stack.recipes import recipe
@@ -83,27 +149,44 @@ def _config(sources, vocab_size, tokenizer, documents, text_field, language, lic
     said: list[str] = []
     flags = {"documents": documents, "text_field": text_field, "license": license}
     if tokenizer is not None and vocab_size is not None:
-        raise UsageError("--tokenizer and --vocab-size exclude each other", next_step="a given tokenizer has its own size")
+        raise UsageError(
+            "--tokenizer and --vocab-size exclude each other",
+            next_step="a given tokenizer has its own size",
+        )
     if len(sources) > 1 and any(s.endswith(".toml") for s in sources):
-        raise UsageError("a mixture file is the only source of its build", next_step="name the other sources in it, as [[source]] tables")
+        raise UsageError(
+            "a mixture file is the only source of its build",
+            next_step="name the other sources in it, as [[source]] tables",
+        )
     if len(sources) == 1 and sources[0].endswith(".toml"):
-        if said_flags := [f"--{k.replace('_', '-')}" for k, v in {**flags, "language": language}.items() if v]:
-            raise UsageError(f"{said_flags[0]} belongs into the mixture file", next_step="write it into the [[source]] it is meant for")
+        if said_flags := [
+            f"--{k.replace('_', '-')}" for k, v in {**flags, "language": language}.items() if v
+        ]:
+            raise UsageError(
+                f"{said_flags[0]} belongs into the mixture file",
+                next_step="write it into the [[source]] it is meant for",
+            )
         base = base.model_copy(update={"data": load_mixture(Path(sources[0]))})
     else:
         said += ["corpus.kind=files", f"corpus.paths={dumps(sources)}"]
-        said += [f"corpus.{key}={dumps(value)}" for key, value in flags.items() if value is not None]
+        said += [
+            f"corpus.{key}={dumps(value)}" for key, value in flags.items() if value is not None
+        ]
         said += [f"corpus.languages={dumps(language)}"] if language else []
     if tokenizer is not None:
         said += ["tokenizer.kind=file", f"tokenizer.path={dumps(str(tokenizer))}"]
     elif vocab_size is not None:
         said += ["tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}"]
     said += [f"decontaminate={dumps([str(p) for p in against])}"] if against else []
-    return load_config(base, sets=tuple(f"data.{s.removeprefix('data.')}" for s in (*said, *sets)))[0].data
+    return load_config(base, sets=tuple(f"data.{s.removeprefix('data.')}" for s in (*said, *sets)))[
+        0
+    ].data
 
 
 class _Bar:
-    """Progress of a build: a bar with MB/s, drops and time left on a terminal, a line every few seconds elsewhere."""
+    """Progress of a build: a bar with MB/s, drops and time left on a terminal,
+    a line every few seconds elsewhere.
+    """
 
     def __init__(self, *, quiet: bool):
         self.live = sys.stderr.isatty() and not quiet
@@ -113,13 +196,22 @@ class _Bar:
         if progress.stage != self.stage:
             if self.live and self.stage:
                 stderr.print()
-            self.stage, self.started, self.last_line_s = progress.stage, time.monotonic(), -PLAIN_LINE_EVERY_S
+            self.stage, self.started, self.last_line_s = (
+                progress.stage,
+                time.monotonic(),
+                -PLAIN_LINE_EVERY_S,
+            )
         now = time.monotonic()
         done = progress.done_bytes >= progress.total_bytes
         if not self.live and now - self.last_line_s < PLAIN_LINE_EVERY_S and not done:
             return
         self.last_line_s = now
-        stderr.print(self._line(progress, now - self.started), end="\r" if self.live else "\n", markup=False, soft_wrap=True)
+        stderr.print(
+            self._line(progress, now - self.started),
+            end="\r" if self.live else "\n",
+            markup=False,
+            soft_wrap=True,
+        )
 
     def _line(self, p: Any, seconds: float) -> str:
         counts = f"{p.documents:,} documents" + (f", {p.dropped:,} dropped" if p.dropped else "")
@@ -129,7 +221,10 @@ class _Bar:
         left = (p.total_bytes - p.done_bytes) / rate if p.done_bytes else float("nan")
         filled = round(24 * p.done_bytes / p.total_bytes)
         eta = f"  ETA {left:.0f} s" if left == left else ""
-        return f"· {p.stage:<14} {'█' * filled}{'·' * (24 - filled)} {p.done_bytes / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s  {counts}{eta}"
+        return (
+            f"· {p.stage:<14} {'█' * filled}{'·' * (24 - filled)} {p.done_bytes / 1e6:,.1f} MB  "
+            f"{rate / 1e6:.1f} MB/s  {counts}{eta}"
+        )
 
 
 def _document(folder: Path, manifest: dict, results: list) -> dict[str, Any]:
@@ -138,7 +233,10 @@ def _document(folder: Path, manifest: dict, results: list) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "sources": receipts.table(manifest["sources"]),
-        "splits": {k: {n: s[n] for n in ("tokens", "documents", "bytes")} for k, s in manifest["splits"].items()},
+        "splits": {
+            k: {n: s[n] for n in ("tokens", "documents", "bytes")}
+            for k, s in manifest["splits"].items()
+        },
         "tokenizer": manifest["tokenizer"],
         "decontamination": manifest["decontamination"],
         "gates": [{"id": g.id, "verdict": g.verdict, "message": g.message} for g in results],
@@ -149,7 +247,16 @@ def _show(manifest: dict, results: list) -> None:
     from stack.data import account, receipts
 
     rows = receipts.table(manifest["sources"])
-    shown = [[r["source"], f"{r['in']:,}", f"{r['out']:,}", f"{r['dropped']:,}", f"{r['dropped_frac']:.1%}"] for r in rows]
+    shown = [
+        [
+            r["source"],
+            f"{r['in']:,}",
+            f"{r['out']:,}",
+            f"{r['dropped']:,}",
+            f"{r['dropped_frac']:.1%}",
+        ]
+        for r in rows
+    ]
     stdout.print(table("Documents", ["source", "in", "out", "dropped", "share"], shown))
     drops = [
         [s["name"], reason, f"{row['documents']:,}", row["example"] or "–"]
@@ -159,17 +266,45 @@ def _show(manifest: dict, results: list) -> None:
     if drops:
         stdout.print(table("Dropped", ["source", "reason", "documents", "the first"], drops))
     declared = [
-        [s["name"], s["license"], ",".join(s["languages"]), s["weight"], s["cap"], s["floor"], *(f"{n:,}" for n in s["tokens"].values())]
+        [
+            s["name"],
+            s["license"],
+            ",".join(s["languages"]),
+            s["weight"],
+            s["cap"],
+            s["floor"],
+            *(f"{n:,}" for n in s["tokens"].values()),
+        ]
         for s in manifest["sources"]
     ]
-    stdout.print(table("Sources", ["source", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out"], declared))
+    stdout.print(
+        table(
+            "Sources",
+            [
+                "source",
+                "licence",
+                "languages",
+                "weight",
+                "cap",
+                "floor",
+                "train tokens",
+                "held-out",
+            ],
+            declared,
+        )
+    )
     for line in account.notices(manifest):
         stdout.print(line, markup=False)
     t = manifest["tokenizer"]
-    facts = f"tokenizer {t['kind']}, {t['vocab_size']:,} entries, sha256 {t['sha256'][:12]}…, encoded by {t['encoder']}"
+    facts = (
+        f"tokenizer {t['kind']}, {t['vocab_size']:,} entries, sha256 {t['sha256'][:12]}…, encoded "
+        f"by {t['encoder']}"
+    )
     stdout.print(facts, markup=False)
     if results:
-        gates = [[g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))] for g in results]
+        gates = [
+            [g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))] for g in results
+        ]
         stdout.print(table("Gates", ["gate", "verdict", "measured"], gates))
 
 
@@ -177,8 +312,15 @@ def _open(folder: Path, verify: str = "size"):
     from stack.config import DataConfig
     from stack.data.prepare import open_folder
 
-    if not (folder_at(folder, "DIR", allowed=DATA_SET, next_step=BUILDS_ONE) / "manifest.json").is_file():
-        raise DataError(f"{folder} holds no data set", value=folder.absolute(), allowed=DATA_SET, next_step=BUILDS_ONE)
+    if not (
+        folder_at(folder, "DIR", allowed=DATA_SET, next_step=BUILDS_ONE) / "manifest.json"
+    ).is_file():
+        raise DataError(
+            f"{folder} holds no data set",
+            value=folder.absolute(),
+            allowed=DATA_SET,
+            next_step=BUILDS_ONE,
+        )
     return open_folder(folder, DataConfig(verify=verify))
 
 
@@ -192,7 +334,9 @@ def show(folder: Folder, json: Json = False) -> None:
 
 @app.command()
 def verify(folder: Folder, json: Json = False) -> None:
-    """Hash every shard and ask every gate that can judge a data set. Exit code 3 for damage, 4 for a red gate."""
+    """Hash every shard and ask every gate that can judge a data set.
+    Exit code 3 for damage, 4 for a red gate.
+    """
     from stack.data import account
 
     dataset = _open(folder, "full")
@@ -206,30 +350,54 @@ def verify(folder: Folder, json: Json = False) -> None:
 @app.command()
 def overlap(
     folder: Folder,
-    against: Annotated[list[Path], typer.Option("--against", help="An evaluation set: .jsonl or text. Repeatable.")],
+    against: Annotated[
+        list[Path], typer.Option("--against", help="An evaluation set: .jsonl or text. Repeatable.")
+    ],
     field: Annotated[
-        list[str] | None, typer.Option("--field", help="Key of a text in .jsonl. Repeatable. Default: all that hold text.")
+        list[str] | None,
+        typer.Option(
+            "--field", help="Key of a text in .jsonl. Repeatable. Default: all that hold text."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Count training documents that share a run of 13 words with an evaluation set. Exit code 3 if the scanner finds no canary."""
+    """Count training documents that share a run of 13 words with an evaluation set.
+    Exit code 3 if the scanner finds no canary.
+    """
     from stack.data import account
     from stack.data.files import evaluation_texts
 
-    texts = [t for path in against for record in evaluation_texts(path, tuple(field or ())) for t in record]
+    texts = [
+        t
+        for path in against
+        for record in evaluation_texts(path, tuple(field or ()))
+        for t in record
+    ]
     found = account.overlap(_open(folder), texts)
     if not emit({"folder": str(folder), "against": [str(p) for p in against], **found}, json):
-        rows = [[name, f"{r['documents']:,}", f"{r['hits']:,}"] for name, r in found["sources"].items()]
-        stdout.print(table(f"Overlap by {found['gram_words']} words", ["source", "documents", "with a shared run"], rows))
+        rows = [
+            [name, f"{r['documents']:,}", f"{r['hits']:,}"] for name, r in found["sources"].items()
+        ]
         stdout.print(
-            f"{found['evaluation_texts_touched']:,} of {found['evaluation_texts_long_enough']:,} evaluation texts are touched; "
-            f"the canary was {'found' if found['canary_found'] else 'NOT FOUND'}",
+            table(
+                f"Overlap by {found['gram_words']} words",
+                ["source", "documents", "with a shared run"],
+                rows,
+            )
+        )
+        stdout.print(
+            f"{found['evaluation_texts_touched']:,} of {found['evaluation_texts_long_enough']:,} "
+            "evaluation texts are touched; the canary was "
+            f"{'found' if found['canary_found'] else 'NOT FOUND'}",
             markup=False,
         )
     if not found["canary_found"]:
         raise DataError(
             "the scanner finds no hidden evaluation text, so its counts mean nothing",
-            value=f"{found['evaluation_texts_long_enough']} texts of at least {found['gram_words']} words",
+            value=(
+                f"{found['evaluation_texts_long_enough']} texts of at least {found['gram_words']} "
+                "words"
+            ),
             next_step="check --against and --field",
         )
 
@@ -237,7 +405,10 @@ def overlap(
 @app.command()
 def report(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page. Default: DIR/report.html.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write the page. Default: DIR/report.html."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write the page of a data set: sources, drops by reason, examples, gates."""

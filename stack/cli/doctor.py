@@ -31,17 +31,29 @@ def doctor(json: Json = False) -> None:
             table(
                 "Environment",
                 ["what", "found", "needed", "ok"],
-                [[f["what"], f["found"], f["needed"], "yes" if f["ok"] else "NO"] for f in findings],
+                [
+                    [f["what"], f["found"], f["needed"], "yes" if f["ok"] else "NO"]
+                    for f in findings
+                ],
             )
         )
     if not ok:
         missing = [f["what"] for f in findings if f["required"] and not f["ok"]]
-        raise EnvironmentUnfit(f"training cannot run here: {', '.join(missing)}", next_step="pip install 'stackproof[train]'")
+        raise EnvironmentUnfit(
+            f"training cannot run here: {', '.join(missing)}",
+            next_step="pip install 'stackproof[train]'",
+        )
 
 
 def _findings():
     def finding(what: str, found: object, needed: str, ok: bool, required: bool = True) -> dict:
-        return {"what": what, "found": str(found), "needed": needed, "ok": bool(ok), "required": required}
+        return {
+            "what": what,
+            "found": str(found),
+            "needed": needed,
+            "ok": bool(ok),
+            "required": required,
+        }
 
     version = sys.version_info
     yield finding("python", ".".join(map(str, version[:3])), "3.11 or later", version >= (3, 11))
@@ -51,7 +63,13 @@ def _findings():
     for package, use in OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None
         yield finding(package, "installed" if found else "absent", use, found, required=False)
-    yield finding("git", shutil.which("git") or "absent", "for records that name their commit", shutil.which("git"), required=False)
+    yield finding(
+        "git",
+        shutil.which("git") or "absent",
+        "for records that name their commit",
+        shutil.which("git"),
+        required=False,
+    )
     free = shutil.disk_usage(".").free
     yield finding("free disk", f"{free / 2**30:.1f} GiB", "1 GiB for a pocket run", free > 2**30)
     if importlib.util.find_spec("torch"):
@@ -64,6 +82,22 @@ def _torch_findings(finding):
     short = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
     yield finding("torch version", torch.__version__, "2.11 – 2.13", (2, 11) <= short <= (2, 13))
     cuda = torch.cuda.is_available()
-    yield finding("CUDA device", torch.cuda.get_device_name(0) if cuda else "none", "optional", True, required=False)
-    bf16 = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
-    yield finding("bfloat16 units", cuda or bf16, "else train.dtype=float32 is faster", cuda or bf16, required=False)
+    yield finding(
+        "CUDA device",
+        torch.cuda.get_device_name(0) if cuda else "none",
+        "optional",
+        True,
+        required=False,
+    )
+    bf16 = (
+        torch.cpu._is_avx512_bf16_supported()
+        if hasattr(torch.cpu, "_is_avx512_bf16_supported")
+        else False
+    )
+    yield finding(
+        "bfloat16 units",
+        cuda or bf16,
+        "else train.dtype=float32 is faster",
+        cuda or bf16,
+        required=False,
+    )

@@ -10,7 +10,10 @@ from stack.cli.output import MARKS, Json, emit, stdout, table
 from stack.cli.paths import RecordDir, folder_at
 
 app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
-Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
+Directory = Annotated[
+    Path | None,
+    typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's."),
+]
 
 
 def register(parent: typer.Typer) -> None:
@@ -26,7 +29,9 @@ def _directory(given: Path | None) -> Path:
 @app.command()
 def add(
     run_dir: Annotated[Path, typer.Argument(help="A folder with metadata.json.")],
-    supersedes: Annotated[str | None, typer.Option("--supersedes", help="Id of a wrong record this one replaces.")] = None,
+    supersedes: Annotated[
+        str | None, typer.Option("--supersedes", help="Id of a wrong record this one replaces.")
+    ] = None,
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
@@ -34,10 +39,22 @@ def add(
     from stack.evidence.ledgering import accept
 
     folder_at(
-        run_dir, "RUN_DIR", allowed="a folder with metadata.json", next_step="give the folder that a run, an evaluation or a proof wrote"
+        run_dir,
+        "RUN_DIR",
+        allowed="a folder with metadata.json",
+        next_step="give the folder that a run, an evaluation or a proof wrote",
     )
     record, entry = accept(run_dir, _directory(evidence), supersedes=supersedes)
-    if not emit({"record": record.id, "seq": entry.seq, "sha256": entry.sha256, "prev": entry.prev, "dirty": record.code.dirty}, json):
+    if not emit(
+        {
+            "record": record.id,
+            "seq": entry.seq,
+            "sha256": entry.sha256,
+            "prev": entry.prev,
+            "dirty": record.code.dirty,
+        },
+        json,
+    ):
         stdout.print(f"added {record.id} as line {entry.seq + 1}")
         if record.code.dirty:
             stdout.print("its code was not committed, so it can discharge no gate", style="yellow")
@@ -45,7 +62,9 @@ def add(
 
 @app.command()
 def show(
-    record_id: Annotated[str, typer.Argument(metavar="ID", help="Record id, unique prefix, or run directory.")],
+    record_id: Annotated[
+        str, typer.Argument(metavar="ID", help="Record id, unique prefix, or run directory.")
+    ],
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
@@ -58,17 +77,29 @@ def show(
     stdout.print(f"[bold]{record.id}[/]  {record.kind}  {record.status}: {record.end_reason}")
     stdout.print(f"claim        {record.claim}", markup=False)
     stdout.print(f"not covered  {'; '.join(record.not_covered)}", markup=False)
-    stdout.print(f"code         {record.code.commit}{' (dirty)' if record.code.dirty else ''}", markup=False)
+    stdout.print(
+        f"code         {record.code.commit}{' (dirty)' if record.code.dirty else ''}", markup=False
+    )
     stdout.print(f"command      {' '.join(record.command)}", markup=False)
-    rows = [[n, m.value, m.unit, m.n or "", m.stderr or ""] for n, m in sorted(record.metrics.items())]
+    rows = [
+        [n, m.value, m.unit, m.n or "", m.stderr or ""] for n, m in sorted(record.metrics.items())
+    ]
     stdout.print(table("Metrics", ["name", "value", "unit", "n", "stderr"], rows))
     if record.gates:
         stdout.print(
-            table("Gates", ["gate", "verdict", "looks", "message"], [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates])
+            table(
+                "Gates",
+                ["gate", "verdict", "looks", "message"],
+                [[g.id, MARKS[g.verdict], g.checks, g.message] for g in record.gates],
+            )
         )
     if record.kills:
         stdout.print(
-            table("Kills", ["plant", "gate", "outcome", "control"], [[k.plant, k.gate, k.outcome, k.control] for k in record.kills])
+            table(
+                "Kills",
+                ["plant", "gate", "outcome", "control"],
+                [[k.plant, k.gate, k.outcome, k.control] for k in record.kills],
+            )
         )
 
 
@@ -86,7 +117,10 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
         problems = [*problems, f"{ledger.path} holds no line, so there is nothing to verify"]
     document = {"ok": not problems, "records": lines, "head": ledger.head, "problems": problems}
     if not emit(document, json):
-        stdout.print(f"{lines} record(s), head {document['head'][:16]}…: {'all hashes hold' if not problems else 'BROKEN'}")
+        stdout.print(
+            f"{lines} record(s), head {document['head'][:16]}…: "
+            f"{'all hashes hold' if not problems else 'BROKEN'}"
+        )
     if problems:
         raise IntegrityError(
             "the evidence does not verify: " + "; ".join(problems[:5]),
@@ -107,17 +141,29 @@ def diff(
     directory = _directory(evidence)
     found = differences(find(directory, a), find(directory, b))
     if not emit({"a": a, "b": b, "differences": found}, json):
-        stdout.print(table(f"{len(found)} difference(s)", ["field", a, b], [[d["key"], d["a"], d["b"]] for d in found]))
+        stdout.print(
+            table(
+                f"{len(found)} difference(s)",
+                ["field", a, b],
+                [[d["key"], d["a"], d["b"]] for d in found],
+            )
+        )
 
 
 @app.command()
 def rerun(
-    record_id: Annotated[str, typer.Argument(metavar="ID", help="Id or run directory of a record of training or of a trace.")],
+    record_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="Id or run directory of a record of training or of a trace."
+        ),
+    ],
     run_dir: RecordDir = None,
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
-    """Train a record's configuration again, or repeat its trace, and compare: weights by hash, figures by value.
+    """Train a record's configuration again, or repeat its trace, and compare: weights by hash,
+    figures by value.
 
     Exit code 6 if they differ.
     """
@@ -137,27 +183,47 @@ def rerun(
             table(
                 "Re-run",
                 ["what", "recorded", "now", "equal"],
-                [[c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]] for c in outcome["compared"]],
+                [
+                    [c["what"], *(str(c[k])[:20] for k in ("recorded", "now")), c["equal"]]
+                    for c in outcome["compared"]
+                ],
             )
         )
     if not outcome["ok"]:
-        raise IntegrityError("the re-run differs from the record", value=outcome["run_dir"], next_step="stack evidence diff ID RUN_DIR")
+        raise IntegrityError(
+            "the re-run differs from the record",
+            value=outcome["run_dir"],
+            next_step="stack evidence diff ID RUN_DIR",
+        )
 
 
 @app.command("certify-resume")
 def certify_resume(
     recipe: Annotated[str, typer.Argument(help="Recipe to run in small.")] = "pocket",
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps of each run.")] = 60,
-    kills: Annotated[int, typer.Option("--kills", help="How often the second run is killed with SIGKILL at a random moment.")] = 3,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder for both runs and the certificate.")] = None,
+    kills: Annotated[
+        int,
+        typer.Option(
+            "--kills", help="How often the second run is killed with SIGKILL at a random moment."
+        ),
+    ] = 3,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Folder for both runs and the certificate.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Train once straight and once through SIGKILLs, compare the weights byte for byte, write a record of kind resume."""
+    """Train once straight and once through SIGKILLs, compare the weights byte for byte,
+    write a record of kind resume.
+    """
     from stack.recipes import recipe as named
     from stack.train.certificate import certify
 
-    record, directory = certify(named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir)
+    record, directory = certify(
+        named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir
+    )
     document = {
         "record": record.id,
         "run_dir": str(directory),
@@ -168,5 +234,7 @@ def certify_resume(
         stdout.print(f"{record.status}: {record.end_reason}")
     if not record.succeeded:
         raise IntegrityError(
-            "the resumed run is not the straight one", value=str(directory), next_step="stack evidence show " + str(directory)
+            "the resumed run is not the straight one",
+            value=str(directory),
+            next_step="stack evidence show " + str(directory),
         )

@@ -10,40 +10,66 @@ from stack.cli.output import MARKS, Json, emit, measured_text, stdout, table
 from stack.cli.paths import RecordDir, folder_at, tokenizer_at
 
 EXPORT_CLAIM = (
-    "This folder holds these weights, and the other library computes from it what the model computes, where a gate below says pass."
+    "This folder holds these weights, and the other library computes from it what the model "
+    "computes, where a gate below says pass."
 )
 IMPORT_CLAIM = (
-    "This run directory holds the weights of this folder, and computes what the other library computes from it, where a gate says pass."
+    "This run directory holds the weights of this folder, and computes what the other library "
+    "computes from it, where a gate says pass."
 )
 NOT_COVERED = (
     "lengths and tokens other than those compared",
     "speed, and arithmetic narrower than float32",
     "other versions of the other library than the one named in the environment",
 )
-UNREAD = "transformers is not installed, so the logits were NOT compared: pip install 'stackproof[hf]', then do it again"
+UNREAD = (
+    "transformers is not installed, so the logits were NOT compared: pip install "
+    "'stackproof[hf]', then do it again"
+)
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")
+]
 
 
 def register(app: typer.Typer) -> None:
     app.command(
-        "export", epilog="Examples: stack export runs/pocket-1 --out hf/pocket · stack export runs/pocket-1 --out hf/half --dtype bfloat16"
+        "export",
+        epilog=(
+            "Examples: stack export runs/pocket-1 --out hf/pocket · stack export runs/pocket-1 "
+            "--out hf/half --dtype bfloat16"
+        ),
     )(export)
-    app.command("import", epilog="Example: stack import downloads/SmolLM2-135M --out runs/smol --max-seq-len 1024")(import_)
+    app.command(
+        "import",
+        epilog="Example: stack import downloads/SmolLM2-135M --out runs/smol --max-seq-len 1024",
+    )(import_)
 
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; one that holds anything is refused.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder to write; one that holds anything is refused.")
+    ],
     to: Annotated[str, typer.Option("--to", help="The format: hf.")] = "hf",
-    dtype: Annotated[str, typer.Option("--dtype", help="Type of the stored weights: float32 or bfloat16.")] = "float32",
-    max_shard_bytes: Annotated[int, typer.Option("--max-shard-bytes", min=1, help="Largest weight file, bytes of tensors.")] = 5 * 2**30,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Type of the stored weights: float32 or bfloat16.")
+    ] = "float32",
+    max_shard_bytes: Annotated[
+        int, typer.Option("--max-shard-bytes", min=1, help="Largest weight file, bytes of tensors.")
+    ] = 5 * 2**30,
     run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
-    """Write a model as a folder of Hugging Face, compared with what transformers computes from it. Writes a record."""
+    """Write a model as a folder of Hugging Face, compared with what transformers computes from it.
+    Writes a record.
+    """
     if to != "hf" or dtype not in ("float32", "bfloat16"):
-        raise UsageError("there is no such export", value=f"--to {to} --dtype {dtype}", allowed="--to hf with --dtype float32 or bfloat16")
+        raise UsageError(
+            "there is no such export",
+            value=f"--to {to} --dtype {dtype}",
+            allowed="--to hf with --dtype float32 or bfloat16",
+        )
     from stack.cli.models import open_model
     from stack.evidence.exclusive import refuse_occupied
     from stack.export import huggingface
@@ -53,11 +79,24 @@ def export(
     refuse_occupied(out, "--out")
     opened = open_model(model)
     parent = opened.state["record"]
-    builder, keeper = _open("export", opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}}, EXPORT_CLAIM, (parent,))
+    builder, keeper = _open(
+        "export",
+        opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}},
+        EXPORT_CLAIM,
+        (parent,),
+    )
     run = _record_of(opened.run_dir, parent)
     directory = run_dir or Path("runs") / builder.id
-    builder.inputs = _artefacts([opened.folder / "model.safetensors", opened.run_dir / "tokenizer.json"], opened.run_dir)
-    facts = {"n_params": n_parameters(opened.model), "dtype": dtype, "run": run, "parent": parent, "export": builder.id}
+    builder.inputs = _artefacts(
+        [opened.folder / "model.safetensors", opened.run_dir / "tokenizer.json"], opened.run_dir
+    )
+    facts = {
+        "n_params": n_parameters(opened.model),
+        "dtype": dtype,
+        "run": run,
+        "parent": parent,
+        "export": builder.id,
+    }
     try:
         made = huggingface.export(
             opened.model,
@@ -71,7 +110,9 @@ def export(
     except GateFailed as e:
         raise _refusal(builder, keeper, directory, e, f"nothing is at {out}") from e
     for name, value in made.rounding.items():
-        builder.metric(name, value, "logits" if "error" in name else "share of positions", better="lower")
+        builder.metric(
+            name, value, "logits" if "error" in name else "share of positions", better="lower"
+        )
     builder.outputs = _artefacts([out / f for f in made.files], Path.cwd())
     document = {
         "path": str(out),
@@ -86,15 +127,34 @@ def export(
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with config.json, safetensors and tokenizer.json.")],
-    out: Annotated[Path, typer.Option("--out", help="The run directory to write; one that holds anything is refused.")],
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Another tokenizer.json than the folder's.")] = None,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A folder with config.json, safetensors and tokenizer.json."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="The run directory to write; one that holds anything is refused."
+        ),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Another tokenizer.json than the folder's.")
+    ] = None,
     max_seq_len: Annotated[
-        int | None, typer.Option("--max-seq-len", min=2, help="A shorter context than the folder declares, tokens; for rotary positions.")
+        int | None,
+        typer.Option(
+            "--max-seq-len",
+            min=2,
+            help="A shorter context than the folder declares, tokens; for rotary positions.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read a folder of Hugging Face into a run directory, compared with what transformers computes. Leaves a record in it."""
+    """Read a folder of Hugging Face into a run directory, compared with what transformers computes.
+    Leaves a record in it.
+    """
     from stack.evidence.exclusive import refuse_occupied
     from stack.export import huggingface, parity, reading, vocabulary
     from stack.model import names
@@ -102,14 +162,21 @@ def import_(
     from stack.train.adopted import write_run
 
     needed = "a folder of Hugging Face: config.json, safetensors and tokenizer.json"
-    folder_at(folder, "FOLDER", allowed=needed, next_step="fetch the model, all its files, and give their folder")
+    folder_at(
+        folder,
+        "FOLDER",
+        allowed=needed,
+        next_step="fetch the model, all its files, and give their folder",
+    )
     if tokenizer is not None:
         tokenizer_at(tokenizer)
     refuse_occupied(out, "--out")
     source = reading.open_folder(folder, max_seq_len=max_seq_len)
     settings = {} if tokenizer else vocabulary.settings(folder)
     made, said = vocabulary.from_file(
-        tokenizer or folder / "tokenizer.json", source.vocab_size, names.end_of_text(source.document, settings)
+        tokenizer or folder / "tokenizer.json",
+        source.vocab_size,
+        names.end_of_text(source.document, settings),
     )
     cfg = imported(source.cfg, out.resolve() / "tokenizer.json")
     builder, keeper = _open("import", cfg.to_dict(), IMPORT_CLAIM, ())
@@ -117,7 +184,9 @@ def import_(
     model = reading.load_weights(source)
     try:
         with huggingface.readable(source) as readable:
-            keeper.artifact(parity.own(model) | (parity.witness(readable) if parity.available() else {}))
+            keeper.artifact(
+                parity.own(model) | (parity.witness(readable) if parity.available() else {})
+            )
     except GateFailed as e:
         raise _refusal(builder, keeper, Path("runs") / builder.id, e, f"nothing is at {out}") from e
     document = {
@@ -132,7 +201,9 @@ def import_(
     builder.metric("n_params", document["n_params"], "parameters")
     told = ("architecture", "renamed_tensors", "not_carried", "tokenizer")
     described = {"folder": str(folder)} | {k: document[k] for k in told}
-    record = write_run(out, cfg, model, made, builder, described, gates=keeper.results(), **_ending(keeper))
+    record = write_run(
+        out, cfg, model, made, builder, described, gates=keeper.results(), **_ending(keeper)
+    )
     _show("Import", document, record, out, json)
 
 
@@ -172,9 +243,15 @@ def _artefacts(files: list[Path], root: Path) -> list[Any]:
 
 
 def _ending(keeper: Any) -> dict[str, Any]:
-    """How a record of gates that are not red ends; a comparison that was not made is said, and is no pass."""
+    """How a record of gates that are not red ends; a comparison that was not made is said,
+    and is no pass.
+    """
     unread = any(g.verdict == "not_run" for g in keeper.results())
-    return {"status": "completed", "end_reason": UNREAD if unread else "every gate passed", "exit_code": 0}
+    return {
+        "status": "completed",
+        "end_reason": UNREAD if unread else "every gate passed",
+        "exit_code": 0,
+    }
 
 
 def _finish(builder: Any, keeper: Any, directory: Path) -> Any:
@@ -182,10 +259,14 @@ def _finish(builder: Any, keeper: Any, directory: Path) -> Any:
     return builder.finish(directory, gates=keeper.results(), **_ending(keeper))
 
 
-def _refusal(builder: Any, keeper: Any, directory: Path, error: GateFailed, left: str) -> IntegrityError:
+def _refusal(
+    builder: Any, keeper: Any, directory: Path, error: GateFailed, left: str
+) -> IntegrityError:
     """The error of a red gate, with its record written."""
     directory.mkdir(parents=True, exist_ok=True)
-    record = builder.finish(directory, status="failed", end_reason=error.what, exit_code=6, gates=keeper.results())
+    record = builder.finish(
+        directory, status="failed", end_reason=error.what, exit_code=6, gates=keeper.results()
+    )
     return IntegrityError(
         f"{error.what}; {left}",
         value=f"record {record.id} in {directory}",
@@ -195,11 +276,19 @@ def _refusal(builder: Any, keeper: Any, directory: Path, error: GateFailed, left
 
 
 def _show(title: str, document: dict, record: Any, directory: Path, as_json: bool) -> None:
-    document |= {"record": record.id, "record_dir": str(directory), "gates": [{"id": g.id, "verdict": g.verdict} for g in record.gates]}
+    document |= {
+        "record": record.id,
+        "record_dir": str(directory),
+        "gates": [{"id": g.id, "verdict": g.verdict} for g in record.gates],
+    }
     if emit(document, as_json):
         return
-    stdout.print(table(title, ["what", "value"], [[k, v] for k, v in document.items() if k != "gates"]))
-    rows = [[g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))] for g in record.gates]
+    stdout.print(
+        table(title, ["what", "value"], [[k, v] for k, v in document.items() if k != "gates"])
+    )
+    rows = [
+        [g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))] for g in record.gates
+    ]
     stdout.print(table("Gates", ["gate", "verdict", "measured"], rows))
     if any(g.verdict == "not_run" for g in record.gates):
         stdout.print(UNREAD, style="yellow")

@@ -9,9 +9,14 @@ from spec.errors import ConfigError, GateFailed
 from stack.cli.output import Json, emit, stderr, stdout, table
 from stack.cli.paths import RecordDir, bundle_at, file_at
 
-app = typer.Typer(help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True)
+app = typer.Typer(
+    help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True
+)
 MOMENTS = ("preflight", "runtime", "artifact")
-Directory = Annotated[Path | None, typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's.")]
+Directory = Annotated[
+    Path | None,
+    typer.Option("--evidence", help="Evidence folder. Default: ./evidence, else the checkout's."),
+]
 
 
 def register(parent: typer.Typer) -> None:
@@ -26,13 +31,18 @@ def _states(evidence: Path | None):
     from stack.evidence.ledgering import default_directory
 
     spec, directory = load_spec(), evidence or default_directory()
-    return spec, coverage(spec, Ledger(directory).records(), findings=read_findings(directory / FILE))
+    return spec, coverage(
+        spec, Ledger(directory).records(), findings=read_findings(directory / FILE)
+    )
 
 
 @app.command("list")
 def list_(
     evidence: Directory = None,
-    runners: Annotated[bool, typer.Option("--runners", help="Instead: who runs which gates, and which are not fed.")] = False,
+    runners: Annotated[
+        bool,
+        typer.Option("--runners", help="Instead: who runs which gates, and which are not fed."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """All gates with their computed state."""
@@ -42,7 +52,14 @@ def list_(
         return _runners(json)
     spec, states = _states(evidence)
     rows = [
-        {"id": g.id, "moment": g.moment, "severity": g.severity, "state": states[g.id].state, "plants": list(g.plants), "title": g.title}
+        {
+            "id": g.id,
+            "moment": g.moment,
+            "severity": g.severity,
+            "state": states[g.id].state,
+            "plants": list(g.plants),
+            "title": g.title,
+        }
         for g in spec.gates.values()
     ]
     if not emit({"gates": rows, "counts": tally(states)}, json):
@@ -56,7 +73,9 @@ def list_(
 
 
 def _runners(as_json: bool) -> None:
-    """Every runner, the gates of its kind by moment, and those it does not feed. Exit code 4 if there is one."""
+    """Every runner, the gates of its kind by moment, and those it does not feed.
+    Exit code 4 if there is one.
+    """
     from collections import Counter
 
     from spec.gates import load_spec
@@ -64,39 +83,68 @@ def _runners(as_json: bool) -> None:
 
     spec, rows = load_spec(), []
     for runner in load_runners(spec.root).values():
-        gates, missing = required(spec, runner.kind), [{"gate": g, "why": why} for g, why in unfed(spec, runner)]
+        gates, missing = (
+            required(spec, runner.kind),
+            [{"gate": g, "why": why} for g, why in unfed(spec, runner)],
+        )
         counts = Counter(g.moment for g in gates)
         rows.append(
-            {"runner": runner.name, "verb": runner.verb, "kind": runner.kind, "announces": list(runner.announces)}
+            {
+                "runner": runner.name,
+                "verb": runner.verb,
+                "kind": runner.kind,
+                "announces": list(runner.announces),
+            }
             | {"gates": [g.id for g in gates], "counts": dict(counts), "unfed": missing}
         )
     if not emit({"runners": rows}, as_json):
-        shown = [[r["verb"], r["kind"], *(r["counts"].get(m, 0) for m in MOMENTS), len(r["unfed"])] for r in rows]
-        stdout.print(table(f"Runners of spec {spec.version}", ["runner", "kind", *MOMENTS, "not fed"], shown))
+        shown = [
+            [r["verb"], r["kind"], *(r["counts"].get(m, 0) for m in MOMENTS), len(r["unfed"])]
+            for r in rows
+        ]
+        stdout.print(
+            table(f"Runners of spec {spec.version}", ["runner", "kind", *MOMENTS, "not fed"], shown)
+        )
     first = next(((r["runner"], m) for r in rows for m in r["unfed"]), None)
     if first:
         raise GateFailed(
-            first[1]["gate"], what=f"the runner {first[0]} does not feed it: {first[1]['why']}", next_step="mend the runner, or its entry"
+            first[1]["gate"],
+            what=f"the runner {first[0]} does not feed it: {first[1]['why']}",
+            next_step="mend the runner, or its entry",
         )
 
 
 @app.command()
-def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")], evidence: Directory = None, json: Json = False) -> None:
+def show(
+    gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
+    evidence: Directory = None,
+    json: Json = False,
+) -> None:
     """One gate: statement, limits with reasons, plants, state and the records it stands on."""
     import difflib
 
     spec, states = _states(evidence)
     if gate_id not in spec.gates:
         near = difflib.get_close_matches(gate_id, spec.gates, n=3, cutoff=0.3)
-        raise ConfigError(f"there is no gate {gate_id}", allowed=", ".join(near) or "stack gates list", next_step="stack gates list")
+        raise ConfigError(
+            f"there is no gate {gate_id}",
+            allowed=", ".join(near) or "stack gates list",
+            next_step="stack gates list",
+        )
     gate, state = spec.gates[gate_id], states[gate_id]
-    document = gate.model_dump(mode="json") | {"fingerprint": spec.fingerprint(gate_id), "state": state.state, "reason": state.reason}
+    document = gate.model_dump(mode="json") | {
+        "fingerprint": spec.fingerprint(gate_id),
+        "state": state.state,
+        "reason": state.reason,
+    }
     document |= {"kill_records": list(state.kill_records), "run_records": list(state.run_records)}
     if emit(document, json):
         return
     stdout.print(f"[bold]{gate.id}[/]  {gate.title}")
     stdout.print(gate.statement, markup=False)
-    stdout.print(f"{gate.moment}, {gate.severity}; state {state.state}: {state.reason}", markup=False)
+    stdout.print(
+        f"{gate.moment}, {gate.severity}; state {state.state}: {state.reason}", markup=False
+    )
     stdout.print(f"check {gate.check}   fingerprint {document['fingerprint'][:16]}…", markup=False)
     if gate.limits:
         stdout.print(
@@ -108,31 +156,53 @@ def show(gate_id: Annotated[str, typer.Argument(metavar="ID", help="Gate id.")],
         )
     if gate.rates:
         rates = gate.rates
-        stdout.print(f"false alarms {rates.false_alarm:g} per {rates.per}; power {rates.power:g} where {rates.effect}", markup=False)
+        stdout.print(
+            f"false alarms {rates.false_alarm:g} per {rates.per}; power {rates.power:g} where "
+            f"{rates.effect}",
+            markup=False,
+        )
         stdout.print(f"measured by {rates.measured_by}", markup=False)
     elif gate_id in spec.certain:
         stdout.print(f"no rates: {spec.certain[gate_id]}", markup=False)
     if gate.hint:
         stdout.print(f"when it is red: {gate.hint}", markup=False)
     stdout.print(f"plants {', '.join(gate.plants)}", markup=False)
-    stdout.print(f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False)
+    stdout.print(
+        f"records {', '.join(state.kill_records + state.run_records) or 'none'}", markup=False
+    )
 
 
 @app.command()
 def coverage(evidence: Directory = None, json: Json = False) -> None:
-    """How many gates are in which state, computed from the ledger, and how many documented failures await a part of the stack."""
+    """How many gates are in which state, computed from the ledger, and how many documented failures
+    await a part of the stack.
+    """
     from spec.coverage import tally
     from spec.failures import load_catalogue
 
     spec, states = _states(evidence)
     counts = tally(states)
-    document = {"spec": spec.version, "counts": counts, "gates": {g: {"state": s.state, "reason": s.reason} for g, s in states.items()}}
+    document = {
+        "spec": spec.version,
+        "counts": counts,
+        "gates": {g: {"state": s.state, "reason": s.reason} for g, s in states.items()},
+    }
     catalogue = load_catalogue()
     awaited = {f.id: f.awaiting for f in catalogue.awaiting()}
-    document["failures"] = {"documented": len(catalogue.failures), "awaiting": len(awaited), "awaits": awaited}
+    document["failures"] = {
+        "documented": len(catalogue.failures),
+        "awaiting": len(awaited),
+        "awaits": awaited,
+    }
     if not emit(document, json):
-        stdout.print(table(f"Spec {spec.version}", ["state", "gates"], [[k, v] for k, v in counts.items()]))
-        stdout.print(f"{len(catalogue.failures)} documented failures, {len(awaited)} of them awaiting a part of the stack", markup=False)
+        stdout.print(
+            table(f"Spec {spec.version}", ["state", "gates"], [[k, v] for k, v in counts.items()])
+        )
+        stdout.print(
+            f"{len(catalogue.failures)} documented failures, {len(awaited)} of them awaiting a "
+            "part of the stack",
+            markup=False,
+        )
         for gate_id, state in states.items():
             if state.state not in ("discharged", "proven"):
                 stdout.print(f"{gate_id}: {state.state}: {state.reason}", markup=False)
@@ -140,12 +210,21 @@ def coverage(evidence: Directory = None, json: Json = False) -> None:
 
 @app.command()
 def prove(
-    gate_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Gates to prove; all without ids.")] = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="Then ask all gates about every plant, which takes many times as long.")] = False,
+    gate_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Gates to prove; all without ids.")
+    ] = None,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Then ask all gates about every plant, which takes many times as long."
+        ),
+    ] = False,
     run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
-    """Run the control and every plant, and write the kills as a record. Exit code 4 if a plant survives or a control is red."""
+    """Run the control and every plant, and write the kills as a record.
+    Exit code 4 if a plant survives or a control is red.
+    """
     from spec.failures import load_catalogue
     from spec.gates import load_spec
     from spec.margins import margins
@@ -154,8 +233,8 @@ def prove(
     def report(kill) -> None:
         colour = "green" if kill.outcome == "killed" and kill.control == "pass" else "red"
         stderr.print(
-            f"[{colour}]{kill.outcome:10}[/] {kill.plant:36} {kill.gate:30} control {kill.control:7} "
-            f"{kill.latency:13} {kill.seconds:4.1f} s",
+            f"[{colour}]{kill.outcome:10}[/] {kill.plant:36} {kill.gate:30} control "
+            f"{kill.control:7} {kill.latency:13} {kill.seconds:4.1f} s",
             soft_wrap=True,
         )
 
@@ -168,19 +247,41 @@ def prove(
     rows = [k.model_dump(exclude={"fingerprint", "plant_sha256"}) for k in kills]
     outcomes = ("killed", "missed", "crashed", "equivalent", "awaiting")
     counts = {o: sum(k.outcome == o for k in kills) for o in outcomes}
-    awaited = [] if gate_ids else [{"failure": f.id, "awaits": f.awaiting} for f in load_catalogue().awaiting()]
+    awaited = (
+        []
+        if gate_ids
+        else [{"failure": f.id, "awaits": f.awaiting} for f in load_catalogue().awaiting()]
+    )
     counts["awaiting"] += len(awaited)
-    document = {"kills": rows, "counts": counts, "record": record.id, "run_dir": str(directory), "seconds": record.wall_s}
-    document |= {"awaiting": awaited, "margins": [prover.plain(m._asdict()) for m in margins(load_spec(), kills)]}
+    document = {
+        "kills": rows,
+        "counts": counts,
+        "record": record.id,
+        "run_dir": str(directory),
+        "seconds": record.wall_s,
+    }
+    document |= {
+        "awaiting": awaited,
+        "margins": [prover.plain(m._asdict()) for m in margins(load_spec(), kills)],
+    }
     document |= {"matrix": crossed} if matrix else {}
     if not emit(document, json):
         if awaited:
-            stdout.print(f"{len(awaited)} documented failures await a part of the stack: stack gates coverage", markup=False)
-        stdout.print(f"{record.status}: {record.end_reason}\nrecord {directory / 'metadata.json'}", markup=False)
+            stdout.print(
+                f"{len(awaited)} documented failures await a part of the stack: stack gates "
+                "coverage",
+                markup=False,
+            )
+        stdout.print(
+            f"{record.status}: {record.end_reason}\nrecord {directory / 'metadata.json'}",
+            markup=False,
+        )
     if not record.succeeded:
         first = next((k for k in kills if k.outcome != "killed" or k.control != "pass"), None)
         raise GateFailed(
-            first.gate if first else "gates", what=record.end_reason, next_step="stack gates show ID; read the plant in stack/museum"
+            first.gate if first else "gates",
+            what=record.end_reason,
+            next_step="stack gates show ID; read the plant in stack/museum",
         )
 
 
@@ -191,7 +292,9 @@ def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
     def report(row: dict) -> None:
         also = [g for g in row["red"] if g != row["gate"]]
         stderr.print(
-            f"{row['plant']:36} red {len(row['red']):2} of {row['asked']}  {row['seconds']:5.1f} s  also {', '.join(also)}", soft_wrap=True
+            f"{row['plant']:36} red {len(row['red']):2} of {row['asked']}  {row['seconds']:5.1f} "
+            f"s  also {', '.join(also)}",
+            soft_wrap=True,
         )
 
     return matrix(tuple(gate_ids), report)
@@ -200,33 +303,57 @@ def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
 @app.command()
 def backtest(
     log: Annotated[Path, typer.Argument(help="samples.jsonl or metrics.jsonl of any run.")],
-    gate: Annotated[str, typer.Option("--gate", help="Runtime gate to replay.")] = "sampling.coherence",
+    gate: Annotated[
+        str, typer.Option("--gate", help="Runtime gate to replay.")
+    ] = "sampling.coherence",
     seconds_per_step: Annotated[
-        float | None, typer.Option("--seconds-per-step", min=0.0, help="Tells the time saved where the log does not.")
+        float | None,
+        typer.Option(
+            "--seconds-per-step", min=0.0, help="Tells the time saved where the log does not."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Replay a log through a runtime gate: when would it have fired first, and what would that have saved?"""
+    """Replay a log through a runtime gate: when would it have fired first,
+    and what would that have saved?
+    """
     from contracts.backtest import replay
 
-    file_at(log, "LOG", allowed="JSON lines", next_step="give samples.jsonl or metrics.jsonl of a run")
+    file_at(
+        log, "LOG", allowed="JSON lines", next_step="give samples.jsonl or metrics.jsonl of a run"
+    )
     outcome = replay(gate, log, seconds_per_step)
     if not emit(outcome, json):
-        first, red = outcome["first_fire_step"], f"{outcome['fires']} of {outcome['records']} line(s) red"
-        stdout.print(f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}")
+        first, red = (
+            outcome["first_fire_step"],
+            f"{outcome['fires']} of {outcome['records']} line(s) red",
+        )
+        stdout.print(
+            f"{gate}: {'never fires' if first is None else f'fires first at step {first}'}; {red}"
+        )
         if first is not None:
             time = "" if outcome["saved_s"] is None else f", {outcome['saved_s'] / 3600:.3g} hours"
-            stdout.print(f"stopping there saves {outcome['saved_steps']} steps ({outcome['saved_frac']:.0%}{time})")
+            stdout.print(
+                f"stopping there saves {outcome['saved_steps']} steps "
+                f"({outcome['saved_frac']:.0%}{time})"
+            )
 
 
 @app.command(epilog="Example: stack gates repro runs/pocket-1/repro/runtime.finite-step-7")
 def repro(
     bundle: Annotated[Path, typer.Argument(help="A folder of RUN/repro, or a copy of one.")],
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: where the run was.")] = None,
-    base: Annotated[Path | None, typer.Option("--base", help="Step folder to begin from, where the bundle only names one.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda. Default: where the run was.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="Step folder to begin from, where the bundle only names one."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Replay the steps that turned a gate red, from the folder alone. Exit code 4 if it is red again, 0 if it is not."""
+    """Replay the steps that turned a gate red, from the folder alone.
+    Exit code 4 if it is red again, 0 if it is not.
+    """
     from stack.train.replay import replay
 
     held, outcome = replay(bundle_at(bundle, "BUNDLE"), device=device, base=base)
@@ -250,13 +377,16 @@ def repro(
         raise GateFailed(
             held.gate,
             what=f"reproduced: {outcome.verdict.message}",
-            value=f"{measured} at step {outcome.step}; in the run {held.measured} at step {held.step}",
+            value=(
+                f"{measured} at step {outcome.step}; in the run {held.measured} at step {held.step}"
+            ),
             allowed=", ".join(f"{k} {v:g}" for k, v in held.limits.items()),
             next_step=f"mend it and replay again; stack gates show {held.gate}",
         )
     if not json:
         stdout.print(
-            f"not reproduced: {held.gate} is green on this code from step {held.base.step} to step {held.step}, where the run was red\n"
+            f"not reproduced: {held.gate} is green on this code from step {held.base.step} to "
+            f"step {held.step}, where the run was red\n"
             f"  measured now {measured}\n  in the run   {held.measured}",
             markup=False,
         )

@@ -1,4 +1,6 @@
-"""`stack trace --lens`, `--ablate` and `--patch`: what a model says after each layer, and what hangs on a value."""
+"""`stack trace --lens`, `--ablate` and `--patch`: what a model says after each layer,
+and what hangs on a value.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +13,26 @@ from stack.cli.output import emit, stderr, stdout, table
 
 LENS_FILE = "lens.safetensors"
 CLAIMS = {
-    "lens": "Read through the model's own final norm and head, the stream says this after each layer.",
-    "effects": "With this value taken away or exchanged, and nothing else, the model's loss and next token are these.",
+    "lens": (
+        "Read through the model's own final norm and head, the stream says this after each layer."
+    ),
+    "effects": (
+        "With this value taken away or exchanged, and nothing else, the model's loss and next "
+        "token are these."
+    ),
 }
-NOT_COVERED = ("other texts", "what other parts of the model would make of such a value after training with it")
+NOT_COVERED = (
+    "other texts",
+    "what other parts of the model would make of such a value after training with it",
+)
 FIT_ROWS, HELD_OUT_ROWS = 8, 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its map of names, what it reads, and how its tokens are written. `input_ids` (1, T) int64."""
+    """A model, its map of names, what it reads, and how its tokens are written.
+    `input_ids` (1, T) int64.
+    """
 
     model: Any
     where: Any
@@ -42,10 +54,14 @@ class Case:
         return self.write([token])
 
 
-def show_lens(case: Case, *, kind: str, fitted: Path | None, rows: Callable[[], tuple[Any, Any]], steps: int) -> None:
-    """The logit lens, or the tuned lens: read from the file `fitted`, else fitted now and written beside the record.
+def show_lens(
+    case: Case, *, kind: str, fitted: Path | None, rows: Callable[[], tuple[Any, Any]], steps: int
+) -> None:
+    """The logit lens, or the tuned lens: read from the file `fitted`,
+    else fitted now and written beside the record.
 
-    `rows` gives a function that draws a batch of ids to fit it to, and held-out ids on which both lenses are compared.
+    `rows` gives a function that draws a batch of ids to fit it to,
+    and held-out ids on which both lenses are compared.
     """
     from stack.trace.lens import read_lens
 
@@ -54,11 +70,18 @@ def show_lens(case: Case, *, kind: str, fitted: Path | None, rows: Callable[[], 
     lens, comparison = (None, []) if kind == "logit" else _tuned(case, fitted, rows, steps)
     found, _ = read_lens(case.model, case.input_ids, lens=lens, where=case.where)
     points = [_lens_row(case, row) for row in found]
-    document = {"lens": kind, "tokens": [case.word(i) for i in case.input_ids[0].tolist()], "points": points, "held_out": comparison}
+    document = {
+        "lens": kind,
+        "tokens": [case.word(i) for i in case.input_ids[0].tolist()],
+        "points": points,
+        "held_out": comparison,
+    }
     _finish(case, document, "lens.jsonl", f"{kind} lens of {len(points)} points", _print_lens)
 
 
-def _tuned(case: Case, fitted: Path | None, rows: Callable, steps: int) -> tuple[Any, list[dict[str, Any]]]:
+def _tuned(
+    case: Case, fitted: Path | None, rows: Callable, steps: int
+) -> tuple[Any, list[dict[str, Any]]]:
     """The lens, and what it and the raw one say on held-out text, if it was fitted now."""
     from spec.building import artefact
     from stack.trace.lens import load_lens, read_lens, save_lens, train_lens
@@ -67,56 +90,105 @@ def _tuned(case: Case, fitted: Path | None, rows: Callable, steps: int) -> tuple
         case.builder.inputs.append(artefact(fitted, root=Path.cwd(), name="lens"))
         return load_lens(fitted, case.model), []
     draw, held_out = rows()
-    tell = lambda step, kl: stderr.print(f"  lens, step {step}/{steps}: {kl:.4f} nats from the model", markup=False)  # noqa: E731
-    told = lambda step, kl: tell(step, kl) if step % max(1, steps // 10) == 0 or step == steps else None  # noqa: E731
-    lens = train_lens(case.model, (draw() for _ in range(steps)), steps=steps, where=case.where, tell=told)
+    tell = lambda step, kl: stderr.print(  # noqa: E731
+        f"  lens, step {step}/{steps}: {kl:.4f} nats from the model", markup=False
+    )
+    told = lambda step, kl: (  # noqa: E731
+        tell(step, kl) if step % max(1, steps // 10) == 0 or step == steps else None
+    )
+    lens = train_lens(
+        case.model, (draw() for _ in range(steps)), steps=steps, where=case.where, tell=told
+    )
     save_lens(lens, case.directory / LENS_FILE, case.model)
     case.builder.outputs.append(artefact(case.directory / LENS_FILE, root=case.directory))
-    raw, tuned = (read_lens(case.model, held_out, lens=which, where=case.where)[0] for which in (None, lens))
-    figures = lambda row, which: {f"{which}_loss_nats": row.loss_nats, f"{which}_kl_nats": row.kl_nats}  # noqa: E731
-    compared = [{"point": r.point, **figures(r, "raw"), **figures(t, "tuned")} for r, t in zip(raw, tuned)]
+    raw, tuned = (
+        read_lens(case.model, held_out, lens=which, where=case.where)[0] for which in (None, lens)
+    )
+    figures = lambda row, which: {  # noqa: E731
+        f"{which}_loss_nats": row.loss_nats,
+        f"{which}_kl_nats": row.kl_nats,
+    }
+    compared = [
+        {"point": r.point, **figures(r, "raw"), **figures(t, "tuned")} for r, t in zip(raw, tuned)
+    ]
     for row in compared:
         for name in ("raw_loss_nats", "tuned_loss_nats"):
-            case.builder.metric(f"{row['point']}.{name}", row[name], "nats per token", n=held_out[:, 1:].numel(), better="lower")
+            case.builder.metric(
+                f"{row['point']}.{name}",
+                row[name],
+                "nats per token",
+                n=held_out[:, 1:].numel(),
+                better="lower",
+            )
     return lens, compared
 
 
 def _lens_row(case: Case, row: Any) -> dict[str, Any]:
-    """One point of the stream as JSON has it; `top` holds, for each position, its likeliest tokens with their probabilities."""
+    """One point of the stream as JSON has it; `top` holds, for each position, its likeliest tokens
+    with their probabilities.
+    """
     ids, probs = row.top_ids_BTk[0].tolist(), row.top_probs_BTk[0].tolist()
-    top = [[{"id": i, "token": case.word(i), "prob": p} for i, p in zip(*at)] for at in zip(ids, probs)]
-    figures = {k: getattr(row, k) for k in ("point", "layer", "loss_nats", "kl_nats", "entropy_nats", "agrees_frac")}
+    top = [
+        [{"id": i, "token": case.word(i), "prob": p} for i, p in zip(*at)] for at in zip(ids, probs)
+    ]
+    figures = {
+        k: getattr(row, k)
+        for k in ("point", "layer", "loss_nats", "kl_nats", "entropy_nats", "agrees_frac")
+    }
     return figures | {"top": top}
 
 
 def _print_lens(document: dict[str, Any]) -> None:
     last = min(8, len(document["tokens"]))
-    columns = ["point", "loss", "KL", "agrees", *(f"after {t!r}" for t in document["tokens"][-last:])]
+    columns = [
+        "point",
+        "loss",
+        "KL",
+        "agrees",
+        *(f"after {t!r}" for t in document["tokens"][-last:]),
+    ]
     rows = [
         [p["point"], _number(p["loss_nats"]), _number(p["kl_nats"]), f"{p['agrees_frac']:.0%}"]
         + [f"{at[0]['token']!r} {at[0]['prob']:.2f}" for at in p["top"][-last:]]
         for p in document["points"]
     ]
-    stdout.print(table(f"{document['lens']} lens, nats per token; the last row is the model", columns, rows))
+    stdout.print(
+        table(f"{document['lens']} lens, nats per token; the last row is the model", columns, rows)
+    )
     if document["held_out"]:
-        rows = [[r["point"], *(_number(r[k]) for k in r if k != "point")] for r in document["held_out"]]
-        stdout.print(table("Held-out text", ["point", "raw loss", "raw KL", "tuned loss", "tuned KL"], rows))
+        rows = [
+            [r["point"], *(_number(r[k]) for k in r if k != "point")] for r in document["held_out"]
+        ]
+        stdout.print(
+            table("Held-out text", ["point", "raw loss", "raw KL", "tuned loss", "tuned KL"], rows)
+        )
 
 
 # ---- ablation and patching
 
 
-def show_ablation(case: Case, texts: list[str], *, by: str, source_ids: Any, sample: int, generate: Callable) -> None:
-    """The effect of taking away each target by itself; with `sample`, also what the model then writes."""
+def show_ablation(
+    case: Case, texts: list[str], *, by: str, source_ids: Any, sample: int, generate: Callable
+) -> None:
+    """The effect of taking away each target by itself; with `sample`,
+    also what the model then writes.
+    """
     from stack.trace.patching import ablate, targets
 
     if by not in ("zero", "mean"):
         raise UsageError("--ablate-with", value=by, allowed="zero or mean")
     chosen = targets(case.model, texts, case.input_ids.shape[1], case.where)
-    found = ablate(case.model, case.input_ids, chosen, by=by, source_ids_BT=source_ids, where=case.where)
+    found = ablate(
+        case.model, case.input_ids, chosen, by=by, source_ids_BT=source_ids, where=case.where
+    )
     over = case.input_ids if source_ids is None else source_ids
     baseline = (
-        "zeros" if by == "zero" else f"the mean over {over.numel()} tokens of {'the prompt' if source_ids is None else 'the --from text'}"
+        "zeros"
+        if by == "zero"
+        else (
+            f"the mean over {over.numel()} tokens of "
+            f"{'the prompt' if source_ids is None else 'the --from text'}"
+        )
     )
     document = {"baseline": baseline, "effects": [_effect(case, e) for e in found]}
     if sample:
@@ -129,22 +201,36 @@ def show_patch(case: Case, texts: list[str], *, source_ids: Any) -> None:
     from stack.trace.patching import patch, targets
 
     if source_ids is None:
-        raise UsageError("--patch needs the text whose values are put in", next_step='--patch "layers.3.resid_out@-1" --from "other text"')
+        raise UsageError(
+            "--patch needs the text whose values are put in",
+            next_step='--patch "layers.3.resid_out@-1" --from "other text"',
+        )
     chosen = targets(case.model, texts, case.input_ids.shape[1], case.where)
     found = patch(case.model, case.input_ids, source_ids, chosen, where=case.where)
-    document = {"baseline": "the values of the --from text", "effects": [_effect(case, e) for e in found]}
+    document = {
+        "baseline": "the values of the --from text",
+        "effects": [_effect(case, e) for e in found],
+    }
     _finish_effects(case, document, f"{len(found)} target(s) patched")
 
 
 def _effect(case: Case, effect: Any) -> dict[str, Any]:
     top = lambda at: {"id": at[0], "token": case.word(at[0]), "prob": at[1]}  # noqa: E731
-    figures = {k: getattr(effect, k) for k in ("loss_nats", "delta_nats", "kl_nats", "restored_frac")}
+    figures = {
+        k: getattr(effect, k) for k in ("loss_nats", "delta_nats", "kl_nats", "restored_frac")
+    }
     named = {"target": effect.target.text, "points": list(effect.target.points)}
-    return named | figures | {"top_before": top(effect.top_before), "top_after": top(effect.top_after)}
+    return (
+        named | figures | {"top_before": top(effect.top_before), "top_after": top(effect.top_after)}
+    )
 
 
-def _samples(case: Case, chosen: list[Any], by: str, over: Any, n_tokens: int, generate: Callable) -> list[dict[str, Any]]:
-    """What the model writes whole, and without each target, which is then missing at every position."""
+def _samples(
+    case: Case, chosen: list[Any], by: str, over: Any, n_tokens: int, generate: Callable
+) -> list[dict[str, Any]]:
+    """What the model writes whole, and without each target, which is then
+    missing at every position.
+    """
     from contextlib import nullcontext
 
     from stack.trace.patching import averaged, edited, held_at, means_of, zeroed
@@ -157,7 +243,12 @@ def _samples(case: Case, chosen: list[Any], by: str, over: Any, n_tokens: int, g
     written = []
     for text, context in contexts.items():
         with context:
-            written.append({"without": text, "text": generate(case.model, case.input_ids[0].tolist(), n_tokens)})
+            written.append(
+                {
+                    "without": text,
+                    "text": generate(case.model, case.input_ids[0].tolist(), n_tokens),
+                }
+            )
     return written
 
 
@@ -167,31 +258,61 @@ def _finish_effects(case: Case, document: dict[str, Any], reason: str) -> None:
         known = [e[key] for e in effects if e[key] is not None]
         document[f"sum_{key}"] = sum(known) if known else None
         if known:
-            case.builder.metric(f"sum_{key}", sum(known), "nats per token" if key == "delta_nats" else "1", n=len(known))
+            case.builder.metric(
+                f"sum_{key}",
+                sum(known),
+                "nats per token" if key == "delta_nats" else "1",
+                n=len(known),
+            )
     _finish(case, document, "effects.jsonl", reason, _print_effects)
 
 
 def _print_effects(document: dict[str, Any]) -> None:
-    shown = {"loss_nats": "loss", "delta_nats": "Δ loss", "kl_nats": "KL", "restored_frac": "restored"}
-    shown = {k: head for k, head in shown.items() if any(e[k] is not None for e in document["effects"])}
+    shown = {
+        "loss_nats": "loss",
+        "delta_nats": "Δ loss",
+        "kl_nats": "KL",
+        "restored_frac": "restored",
+    }
+    shown = {
+        k: head for k, head in shown.items() if any(e[k] is not None for e in document["effects"])
+    }
     word = lambda t: f"{t['token']!r} {t['prob']:.2f}"  # noqa: E731
-    rows = [[e["target"], *(_number(e[k]) for k in shown), word(e["top_before"]), word(e["top_after"])] for e in document["effects"]]
+    rows = [
+        [e["target"], *(_number(e[k]) for k in shown), word(e["top_before"]), word(e["top_after"])]
+        for e in document["effects"]
+    ]
     columns = ["target", *shown.values(), "next token before", "after"]
     stdout.print(table(f"Replaced by {document['baseline']}; nats per token", columns, rows))
     if any(e["delta_nats"] == 0 and e["kl_nats"] for e in document["effects"]):
-        stdout.print("the last token has no next one: what changes there alone is in KL, and in no loss", style="dim")
+        stdout.print(
+            "the last token has no next one: what changes there alone is in KL, and in no loss",
+            style="dim",
+        )
     for written in document.get("samples", []):
-        stdout.print(f"without {written['without']}:" if written["without"] else "whole:", style="bold", markup=False)
+        stdout.print(
+            f"without {written['without']}:" if written["without"] else "whole:",
+            style="bold",
+            markup=False,
+        )
         stdout.print(written["text"], markup=False)
 
 
-def _finish(case: Case, document: dict[str, Any], name: str, reason: str, show: Callable[[dict[str, Any]], None]) -> None:
+def _finish(
+    case: Case,
+    document: dict[str, Any],
+    name: str,
+    reason: str,
+    show: Callable[[dict[str, Any]], None],
+) -> None:
     """Write the document and its record, and print the one or show the other."""
     from spec.building import write_atomically
 
     document |= case.facts | {"input_ids": case.input_ids[0].tolist()}
     write_atomically(case.directory / name, canonical_json(document) + b"\n")
-    record = case.builder.finish(case.directory, status="completed", end_reason=reason, exit_code=0, series=(name,))
+    record = case.builder.finish(
+        case.directory, status="completed", end_reason=reason, exit_code=0, series=(name,)
+    )
     if not emit(document | {"record": record.id, "run_dir": str(case.directory)}, case.json):
         show(document)
         stdout.print(f"record {case.directory}/metadata.json  ({record.id})", markup=False)
@@ -205,7 +326,9 @@ def _number(value: float | None) -> str:
 
 
 def run_rows(config: dict[str, Any], root: Path, seed: int = 0) -> tuple[Callable[[], Any], Any]:
-    """Rows of a run's own corpus: a function that draws a batch of its training split, and held-out ids."""
+    """Rows of a run's own corpus: a function that draws a batch of its training split,
+    and held-out ids.
+    """
     import torch
 
     from stack.config import validate
@@ -216,20 +339,37 @@ def run_rows(config: dict[str, Any], root: Path, seed: int = 0) -> tuple[Callabl
     cfg = validate(config)
     dataset, length = prepare(cfg.data), cfg.model.max_seq_len
     if dataset.tokenizer.sha256 != load_tokenizer(root / "tokenizer.json").sha256:
-        raise DataError("the run's corpus has changed since, so its tokens are others", next_step="give --text FILE")
+        raise DataError(
+            "the run's corpus has changed since, so its tokens are others",
+            next_step="give --text FILE",
+        )
     chance, n = torch.Generator().manual_seed(seed), dataset.train.n_windows(length)
-    draw = lambda: rows_batch(dataset.train, torch.randint(0, n, (FIT_ROWS,), generator=chance).numpy(), length).input_ids  # noqa: E731
+    draw = lambda: (  # noqa: E731
+        rows_batch(
+            dataset.train, torch.randint(0, n, (FIT_ROWS,), generator=chance).numpy(), length
+        ).input_ids
+    )
     available = dataset.validation.n_windows(length)
-    chosen = torch.arange(min(HELD_OUT_ROWS, available)) * available // min(HELD_OUT_ROWS, available)
+    chosen = (
+        torch.arange(min(HELD_OUT_ROWS, available)) * available // min(HELD_OUT_ROWS, available)
+    )
     return draw, rows_batch(dataset.validation, chosen.numpy(), length).input_ids
 
 
 def text_rows(ids: list[int], length: int, seed: int = 0) -> tuple[Callable[[], Any], Any]:
-    """Rows of a text of one's own; its last tenth is held out. Raises DataError for a text of fewer than 20 rows."""
+    """Rows of a text of one's own; its last tenth is held out.
+    Raises DataError for a text of fewer than 20 rows.
+    """
     import torch
 
     rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if len(rows) < 20:
-        raise DataError("the text is too short to fit a lens to", value=f"{len(rows)} rows of {length} tokens", allowed="at least 20")
+        raise DataError(
+            "the text is too short to fit a lens to",
+            value=f"{len(rows)} rows of {length} tokens",
+            allowed="at least 20",
+        )
     kept, chance = len(rows) - max(2, len(rows) // 10), torch.Generator().manual_seed(seed)
-    return lambda: rows[torch.randint(0, kept, (FIT_ROWS,), generator=chance)], rows[kept:][:HELD_OUT_ROWS]
+    return lambda: rows[torch.randint(0, kept, (FIT_ROWS,), generator=chance)], rows[kept:][
+        :HELD_OUT_ROWS
+    ]

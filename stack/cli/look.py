@@ -9,8 +9,15 @@ from spec.errors import DataError, UsageError
 from stack.cli.output import Json, emit, stdout, table
 from stack.cli.paths import RecordDir, model_at, text_at
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")]
-TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")
+]
+TokenizerFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one."
+    ),
+]
 EVALUATIONS = (
     "stack evaluate runs/pocket-1",
     "stack evaluate runs/pocket-1 --suite domains --every-checkpoint",
@@ -26,37 +33,85 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Model,
-    text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file. Default: the run's held-out split.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="A UTF-8 text file. Default: the run's held-out split."),
+    ] = None,
     tokenizer: TokenizerFile = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="Ask a suite of prompts instead, greedily: domains, or a TOML file of your own.")
+        str | None,
+        typer.Option(
+            "--suite",
+            help="Ask a suite of prompts instead, greedily: domains, or a TOML file of your own.",
+        ),
     ] = None,
     every_checkpoint: Annotated[
-        bool, typer.Option("--every-checkpoint", help="With --suite: ask all checkpoints the run still has.")
+        bool,
+        typer.Option(
+            "--every-checkpoint", help="With --suite: ask all checkpoints the run still has."
+        ),
     ] = False,
     earlier: Annotated[
         list[Path] | None,
-        typer.Option("--earlier", help="With --suite: folder of an earlier audit of this run; breadth is followed over both."),
+        typer.Option(
+            "--earlier",
+            help=(
+                "With --suite: folder of an earlier audit of this run; breadth is followed over "
+                "both."
+            ),
+        ),
     ] = None,
     grades: Annotated[
-        Path | None, typer.Option("--grades", help="With --suite: a copy of audits.jsonl in which a person has filled in grades.")
+        Path | None,
+        typer.Option(
+            "--grades",
+            help="With --suite: a copy of audits.jsonl in which a person has filled in grades.",
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Rows per forward, 8 if not given; the result does not depend on it.")
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Rows per forward, 8 if not given; the result does not depend on it.",
+        ),
     ] = None,
-    stride: Annotated[int | None, typer.Option("--stride", min=1, help="Tokens between two windows. Default: half the context.")] = None,
-    strict_oov: Annotated[bool, typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character.")] = False,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride", min=1, help="Tokens between two windows. Default: half the context."
+        ),
+    ] = None,
+    strict_oov: Annotated[
+        bool,
+        typer.Option("--strict-oov", help="Exit with code 3 if the tokenizer dropped a character."),
+    ] = False,
     run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
-    """Bits per byte and per character, numerator and denominator over the same bytes; or a suite's prompts. Writes a record."""
+    """Bits per byte and per character, numerator and denominator over the same bytes; or a suite's
+    prompts. Writes a record.
+    """
     if suite is not None:
         from stack.cli.audit import audit_models
 
-        _refuse_beside("--suite", {"--text": text, "--batch-size": batch_size, "--stride": stride, "--strict-oov": strict_oov})
+        _refuse_beside(
+            "--suite",
+            {
+                "--text": text,
+                "--batch-size": batch_size,
+                "--stride": stride,
+                "--strict-oov": strict_oov,
+            },
+        )
         asked = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
-        return audit_models(model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked)
-    _refuse_beside("an evaluation without --suite", {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades})
+        return audit_models(
+            model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked
+        )
+    _refuse_beside(
+        "an evaluation without --suite",
+        {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades},
+    )
     from spec.building import RecordBuilder, artefact
     from spec.provenance import environment
     from stack.cli.models import open_model
@@ -81,7 +136,9 @@ def evaluate(
     record = builder.finish(
         directory,
         status="failed" if refused else "completed",
-        end_reason=f"{result.dropped_chars} characters outside the vocabulary" if refused else "scored every byte",
+        end_reason=f"{result.dropped_chars} characters outside the vocabulary"
+        if refused
+        else "scored every byte",
         exit_code=3 if refused else 0,
     )
     document |= {"record": record.id, "run_dir": str(directory)}
@@ -97,25 +154,46 @@ def evaluate(
         raise DataError(
             "the text holds characters the tokenizer does not know",
             value=f"{result.dropped_chars} of {result.chars + result.dropped_chars} characters",
-            next_step="drop --strict-oov to score the rest (they are counted), or train with a byte or bpe tokenizer",
+            next_step=(
+                "drop --strict-oov to score the rest (they are counted), or train with a byte or "
+                "bpe tokenizer"
+            ),
         )
 
 
 def _stated(builder, result) -> dict:
     """The numbers of a text's evaluation, stated in the record as well."""
-    names = "bits_per_byte bits_per_char loss_nats total_nats bytes chars tokens dropped_chars dropped_bytes".split()
-    units = {"bits_per_byte": "bits per byte", "bits_per_char": "bits per character", "loss_nats": "nats per token", "total_nats": "nats"}
-    counts = {"bits_per_byte": result.bytes, "bits_per_char": result.chars, "loss_nats": result.tokens}
+    names = (
+        "bits_per_byte bits_per_char loss_nats total_nats bytes chars tokens dropped_chars "
+        "dropped_bytes"
+    ).split()
+    units = {
+        "bits_per_byte": "bits per byte",
+        "bits_per_char": "bits per character",
+        "loss_nats": "nats per token",
+        "total_nats": "nats",
+    }
+    counts = {
+        "bits_per_byte": result.bytes,
+        "bits_per_char": result.chars,
+        "loss_nats": result.tokens,
+    }
     for name in names:
         better = "lower" if name in units else "neither"
-        builder.metric(name, getattr(result, name), units.get(name, name), n=counts.get(name), better=better)
+        builder.metric(
+            name, getattr(result, name), units.get(name, name), n=counts.get(name), better=better
+        )
     return {name: getattr(result, name) for name in names}
 
 
 def _refuse_beside(what: str, flags: dict) -> None:
     """Refuse what the other form of the verb would have to ignore."""
     if given := [flag for flag, value in flags.items() if value]:
-        raise UsageError(f"{given[0]} says nothing in {what}", value=given[0], next_step="leave one of them out; stack evaluate --help")
+        raise UsageError(
+            f"{given[0]} says nothing in {what}",
+            value=given[0],
+            next_step="leave one of them out; stack evaluate --help",
+        )
 
 
 def _builder(record_builder, opened, environment: dict):
@@ -126,7 +204,10 @@ def _builder(record_builder, opened, environment: dict):
         spec=load_spec(),
         config=opened.cfg.to_dict(),
         claim="These weights give this code length on this text, every byte scored exactly once.",
-        not_covered=("other texts", "the first tokens of the text, which have less context than later ones"),
+        not_covered=(
+            "other texts",
+            "the first tokens of the text, which have less context than later ones",
+        ),
         environment=environment,
         parents=(opened.state["record"],),
     )
@@ -142,16 +223,26 @@ def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str
         try:
             content = text_at(text).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"cannot read the text {text}: {e}", allowed="a UTF-8 file", next_step="give --text another file") from e
+            raise DataError(
+                f"cannot read the text {text}: {e}",
+                allowed="a UTF-8 file",
+                next_step="give --text another file",
+            ) from e
         if not content:
-            raise DataError(f"the text {text} is empty, so there is nothing to score", next_step="give --text another file")
+            raise DataError(
+                f"the text {text} is empty, so there is nothing to score",
+                next_step="give --text another file",
+            )
         builder.inputs.append(artefact(text.resolve(), root=Path.cwd()))
         return [content], str(text)
     from stack.data.prepare import prepare
 
     dataset = prepare(opened.cfg.data)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
-        raise DataError("the run's corpus has changed since, so its held-out split is another one", next_step="give --text FILE")
+        raise DataError(
+            "the run's corpus has changed since, so its held-out split is another one",
+            next_step="give --text FILE",
+        )
     builder.inputs += [i for i in map(_as_artefact, dataset.inputs())]
     return list(dataset.validation_texts()), f"held-out split of {opened.cfg.data.corpus.kind}"
 
@@ -166,11 +257,24 @@ def sample(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Keep the k most likely tokens; 0 keeps all.")] = 50,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the smallest set with this probability.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="Above 1 repeats less.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = 0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="Keep the k most likely tokens; 0 keeps all.")
+    ] = 50,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", min=0.0, max=1.0, help="Keep the smallest set with this probability."
+        ),
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", min=0.01, help="Above 1 repeats less.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="The same seed gives the same text.")
+    ] = 0,
     count: Annotated[int, typer.Option("--count", min=1, help="How many samples.")] = 1,
     tokenizer: TokenizerFile = None,
     json: Json = False,
@@ -200,15 +304,35 @@ def sample(
         )
         text = opened.tokenizer.decode([i for i in ids if i != opened.tokenizer.eos_id])
         score = coherence(text, opened.cfg.sample.language)
-        samples.append({"prompt": prompt, "text": text, "tokens": len(ids), "seed": seed, "index": index, "coherence": score.score})
-    if not emit({"samples": samples, "dropped_prompt_chars": encoding.dropped_chars, "checkpoint": str(opened.folder)}, json):
+        samples.append(
+            {
+                "prompt": prompt,
+                "text": text,
+                "tokens": len(ids),
+                "seed": seed,
+                "index": index,
+                "coherence": score.score,
+            }
+        )
+    if not emit(
+        {
+            "samples": samples,
+            "dropped_prompt_chars": encoding.dropped_chars,
+            "checkpoint": str(opened.folder),
+        },
+        json,
+    ):
         if encoding.dropped_chars:
             stdout.print(
-                f"{encoding.dropped_chars} character(s) of the prompt are outside the vocabulary and were left out", style="yellow"
+                f"{encoding.dropped_chars} character(s) of the prompt are outside the vocabulary "
+                "and were left out",
+                style="yellow",
             )
         for one in samples:
             stdout.print(one["prompt"] + one["text"], markup=False)
-            stdout.print(f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", style="dim")
+            stdout.print(
+                f"— {one['tokens']} tokens, coherence {one['coherence']:.0f}/100", style="dim"
+            )
 
 
 def inspect(model: Model, json: Json = False) -> None:
@@ -224,9 +348,14 @@ def inspect(model: Model, json: Json = False) -> None:
         head = [[k, v] for k, v in document.items() if k not in ("tensors", "model")]
         stdout.print(table("Checkpoint", ["what", "value"], head))
         if "tensors" in document:
-            rows = [[t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"] for t in document["tensors"]]
+            rows = [
+                [t["name"], "×".join(map(str, t["shape"])), t["dtype"], f"{t['numel']:,}"]
+                for t in document["tensors"]
+            ]
             stdout.print(table("Tensors", ["name", "shape", "dtype", "parameters"], rows))
     if document["checksum"] == "INVALID":
         raise CheckpointError(
-            "checksum INVALID: " + document["problem"], value=document["value"], next_step="resume from an older step folder"
+            "checksum INVALID: " + document["problem"],
+            value=document["value"],
+            next_step="resume from an older step folder",
         )

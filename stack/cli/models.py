@@ -23,7 +23,8 @@ class Opened:
 def open_model(path: Path, tokenizer_file: Path | None = None) -> Opened:
     """Load and verify a checkpoint and the tokenizer it is pinned to.
 
-    Raises UsageError for paths that name nothing of their kind, CheckpointError for a damaged checkpoint, DataError for another tokenizer.
+    Raises UsageError for paths that name nothing of their kind, CheckpointError for a damaged
+    checkpoint, DataError for another tokenizer.
     """
     from stack.config import validate
     from stack.data.tokenizer import load_tokenizer
@@ -38,14 +39,19 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> Opened:
     cfg = validate(loaded.state["config"])
     file = tokenizer_file or run_dir / "tokenizer.json"
     if not file.is_file():
-        raise DataError(f"there is no tokenizer at {file}", next_step="keep checkpoints inside their run directory, or give --tokenizer")
+        raise DataError(
+            f"there is no tokenizer at {file}",
+            next_step="keep checkpoints inside their run directory, or give --tokenizer",
+        )
     tokenizer = load_tokenizer(file)
     if tokenizer.sha256 != loaded.state["tokenizer_sha256"]:
         raise DataError(
             f"{file} is not the tokenizer this model was trained with",
             value=f"sha256 {tokenizer.sha256[:12]}…",
             allowed=f"sha256 {loaded.state['tokenizer_sha256'][:12]}…",
-            next_step="use the tokenizer.json of the run; other merges make every score meaningless",
+            next_step=(
+                "use the tokenizer.json of the run; other merges make every score meaningless"
+            ),
         )
     import torch
 

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from spec.canonical import to_jsonable
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+]
 
 UNSEEN_WIDTH = 160  # columns of tables where no terminal says how many it has
 
@@ -29,7 +31,9 @@ _emitted = False
 
 
 def emitted() -> bool:
-    """Whether this process has printed its JSON document; an error that follows must not print another."""
+    """Whether this process has printed its JSON document; an error that
+    follows must not print another.
+    """
     return _emitted
 
 
@@ -57,5 +61,8 @@ MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "not_run": "[yellow]n
 
 def measured_text(measured: dict[str, Any], limit: int = 3) -> str:
     """The first measurements of a verdict, short."""
-    parts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(measured.items())[:limit]]
+    parts = [
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in list(measured.items())[:limit]
+    ]
     return ", ".join(parts)

@@ -1,4 +1,6 @@
-"""Opens what `stack trace` can look into: a run, a checkpoint, a folder of Hugging Face or a .gguf file, each computed as one asks."""
+"""Opens what `stack trace` can look into: a run, a checkpoint, a folder of Hugging Face or a .gguf
+file, each computed as one asks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +17,8 @@ WRITTEN = "MODEL is a run directory, a checkpoint, a folder of Hugging Face or a
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with what a record says of it. `encode` turns text into ids, with the token that begins a text; None without a tokenizer.
+    """A model with what a record says of it.
+    `encode` turns text into ids, with the token that begins a text; None without a tokenizer.
 
     `decode` turns ids into text, with control tokens written out; without a tokenizer into numbers.
     """
@@ -35,7 +38,9 @@ class Subject:
 
 
 def open_subject(text: str, beside: Subject | None = None) -> Subject:
-    """Open MODEL or MODEL@WAY; `self` is the model it is compared with. Raises UsageError for a way that does not exist."""
+    """Open MODEL or MODEL@WAY; `self` is the model it is compared with.
+    Raises UsageError for a way that does not exist.
+    """
     from dataclasses import replace
 
     path, way = _split(text)
@@ -52,17 +57,28 @@ def _split(text: str) -> tuple[str, str | None]:
     if not at or Path(text).exists():
         return text, None
     if way not in (*WAYS, *SHORT):
-        raise UsageError(f"there is no way {way} to compute a model", value=text, allowed=", ".join((*WAYS, *SHORT)))
+        raise UsageError(
+            f"there is no way {way} to compute a model",
+            value=text,
+            allowed=", ".join((*WAYS, *SHORT)),
+        )
     return path, way
 
 
 def _open(path: Path) -> Subject:
     if not path.exists():
-        raise UsageError(f"there is nothing at {path}", value=path.absolute(), allowed=WRITTEN, next_step=MAKES_ONE)
+        raise UsageError(
+            f"there is nothing at {path}",
+            value=path.absolute(),
+            allowed=WRITTEN,
+            next_step=MAKES_ONE,
+        )
     if path.suffix == ".gguf":
         return _of_transformers(path, path.parent, (path,))
     if path.is_dir() and (path / "config.json").is_file():
-        return _of_transformers(path, path, tuple(sorted({path / "config.json", *path.glob("*.safetensors")})))
+        return _of_transformers(
+            path, path, tuple(sorted({path / "config.json", *path.glob("*.safetensors")}))
+        )
     from stack.cli.models import open_model
 
     opened = open_model(path)
@@ -103,11 +119,25 @@ def _of_transformers(path: Path, folder: Path, files: tuple[Path, ...]) -> Subje
     if tokenizer.is_file():
         files = (*files, tokenizer)
         read = cache(lambda: _tokenizer(tokenizer))
-        encode, decode = (lambda text: read().encode(text).ids), (lambda ids: read().decode(ids, skip_special_tokens=False))
+        encode, decode = (
+            (lambda text: read().encode(text).ids),
+            (lambda ids: read().decode(ids, skip_special_tokens=False)),
+        )
     facts = {"architecture": type(model).__name__, "transformers": parity.version()}
     described = {"architecture": type(model).__name__, "config": config.to_diff_dict()}
     return Subject(
-        model, str(path), None, config.vocab_size, config.max_position_embeddings, described, encode, files, folder, (), facts, decode
+        model,
+        str(path),
+        None,
+        config.vocab_size,
+        config.max_position_embeddings,
+        described,
+        encode,
+        files,
+        folder,
+        (),
+        facts,
+        decode,
     )
 
 

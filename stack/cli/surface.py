@@ -12,7 +12,9 @@ from stack.cli import app
 
 
 def surface() -> dict:
-    """{"verbs": {"train": {"help", "arguments", "options", "examples"}, "gates list": …}} of the real command line."""
+    """{"verbs": {"train": {"help", "arguments", "options", "examples"}, "gates list":
+    …}} of the real command line.
+    """
     verbs: dict[str, dict] = {}
     _walk(typer.main.get_command(app), "", verbs)
     return {"verbs": dict(sorted(verbs.items()))}
@@ -27,13 +29,28 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
     options = [p for p in parameters if p.param_type_name == "option"]
     verbs[path] = {
         "help": (command.help or "").strip(),
-        "examples": (command.epilog or "").removeprefix("Examples: ").split(" · ") if command.epilog else [],
+        "examples": (command.epilog or "").removeprefix("Examples: ").split(" · ")
+        if command.epilog
+        else [],
         "arguments": [
-            {"name": p.name, "required": p.required, "many": p.nargs == -1 or p.multiple is True, "help": getattr(p, "help", "") or ""}
+            {
+                "name": p.name,
+                "required": p.required,
+                "many": p.nargs == -1 or p.multiple is True,
+                "help": getattr(p, "help", "") or "",
+            }
             for p in parameters
             if p.param_type_name == "argument"
         ],
-        "options": [{"flags": list(o.opts), "takes_value": not o.is_flag, "many": bool(o.multiple), "help": o.help or ""} for o in options],
+        "options": [
+            {
+                "flags": list(o.opts),
+                "takes_value": not o.is_flag,
+                "many": bool(o.multiple),
+                "help": o.help or "",
+            }
+            for o in options
+        ],
     }
 
 

@@ -10,20 +10,45 @@ from spec.errors import DataError, UsageError
 from stack.cli.output import Json, emit, stdout, table
 from stack.cli.paths import tokenizer_at
 
-app = typer.Typer(help="Tokenizers: train byte-level BPE, look at any tokenizer.json.", no_args_is_help=True)
+app = typer.Typer(
+    help="Tokenizers: train byte-level BPE, look at any tokenizer.json.", no_args_is_help=True
+)
 
 
 def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="tokenizer")
 
 
-@app.command(epilog="Example: stack tokenizer train books/ --out tokenizer.json --vocab-size 32000 --special '<|user|>'")
+@app.command(
+    epilog=(
+        "Example: stack tokenizer train books/ --out tokenizer.json --vocab-size 32000 --special "
+        "'<|user|>'"
+    )
+)
 def train(
-    sources: Annotated[list[str], typer.Argument(metavar="SRC…", help="Files, folders and globs of text, .jsonl or .parquet.")],
-    out: Annotated[Path, typer.Option("--out", help="The tokenizer.json to write; an existing one is not replaced.")],
-    vocab_size: Annotated[int, typer.Option("--vocab-size", min=258, help="Entries with the 256 bytes and the control tokens.")] = 32_000,
-    special: Annotated[list[str] | None, typer.Option("--special", help="A control token besides the end of text. Repeatable.")] = None,
-    text_field: Annotated[str, typer.Option("--text-field", help="Key of the text in .jsonl, column in .parquet.")] = "text",
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC…", help="Files, folders and globs of text, .jsonl or .parquet."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The tokenizer.json to write; an existing one is not replaced."),
+    ],
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            "--vocab-size", min=258, help="Entries with the 256 bytes and the control tokens."
+        ),
+    ] = 32_000,
+    special: Annotated[
+        list[str] | None,
+        typer.Option("--special", help="A control token besides the end of text. Repeatable."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="Key of the text in .jsonl, column in .parquet.")
+    ] = "text",
     json: Json = False,
 ) -> None:
     """Train byte-level BPE on all text of the sources. The same text gives the same file."""
@@ -44,19 +69,30 @@ def train(
 
     tokenizer = train_bpe(vocab_size, texts(), tuple(special or ()))
     if not seen[0]:
-        raise DataError("the sources hold no document", value=dumps(sources), next_step="check the paths and --text-field")
+        raise DataError(
+            "the sources hold no document",
+            value=dumps(sources),
+            next_step="check the paths and --text-field",
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
     document = {"path": str(out), "documents": seen[0], "bytes": seen[1], **_facts(tokenizer)}
     if not emit(document, json):
         stdout.print(table("Tokenizer", ["what", "value"], [[k, v] for k, v in document.items()]))
         if tokenizer.vocab_size < vocab_size:
-            stdout.print(f"the text gives no more than {tokenizer.vocab_size:,} entries", style="yellow")
+            stdout.print(
+                f"the text gives no more than {tokenizer.vocab_size:,} entries", style="yellow"
+            )
 
 
 @app.command()
-def show(path: Annotated[Path, typer.Argument(metavar="FILE", help="A tokenizer.json.")], json: Json = False) -> None:
-    """What a tokenizer.json is: size, end of text, control tokens, hash, which library encodes batches."""
+def show(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A tokenizer.json.")],
+    json: Json = False,
+) -> None:
+    """What a tokenizer.json is: size, end of text, control tokens, hash,
+    which library encodes batches.
+    """
     from stack.data.tokenizer import load_tokenizer
 
     document = {"path": str(path), **_facts(load_tokenizer(tokenizer_at(path, "FILE")))}

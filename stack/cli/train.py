@@ -30,29 +30,62 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE | run.toml]", help="A recipe's name or a TOML file.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run. Default: runs/<recipe>-<n>.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Continue the run in this folder, bit for bit.")] = None,
-    fork: Annotated[Path | None, typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes.")] = None,
-    polish: Annotated[Path | None, typer.Option("--polish", help="Continue this run under another mixture, with its history.")] = None,
-    depth: Annotated[
-        int | None, typer.Option("--depth", min=1, max=64, help="Instead of a recipe: that many layers, all else follows.")
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE | run.toml]", help="A recipe's name or a TOML file."),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Train on a folder that stack data build wrote.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", help="Folder of the run. Default: runs/<recipe>-<n>."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Continue the run in this folder, bit for bit.")
+    ] = None,
+    fork: Annotated[
+        Path | None,
+        typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes."),
+    ] = None,
+    polish: Annotated[
+        Path | None,
+        typer.Option("--polish", help="Continue this run under another mixture, with its history."),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth",
+            min=1,
+            max=64,
+            help="Instead of a recipe: that many layers, all else follows.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Train on a folder that stack data build wrote.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its arithmetic, then stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved configuration and its arithmetic, then stop."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a model under its gates and leave a record.
 
-    Without arguments: a million parameters on the documentation of the running Python, offline, in a few minutes.
+    Without arguments: a million parameters on the documentation of the running Python, offline,
+    in a few minutes.
     """
     parent = fork or polish
     if sum(map(bool, (resume, fork, polish))) > 1:
         raise UsageError(
             "--resume, --fork and --polish exclude each other",
-            next_step="--resume keeps the configuration, --polish changes the mixture, --fork may change anything",
+            next_step=(
+                "--resume keeps the configuration, --polish changes the mixture, --fork may "
+                "change anything"
+            ),
         )
     if (resume or parent) and (recipe or data or depth):
         raise UsageError(
@@ -61,13 +94,20 @@ def train(
             next_step="drop it; use --set",
         )
     if recipe and depth:
-        raise UsageError("--depth takes the place of a recipe", value=f"{recipe} and --depth {depth}", next_step="drop one of them")
+        raise UsageError(
+            "--depth takes the place of a recipe",
+            value=f"{recipe} and --depth {depth}",
+            next_step="drop one of them",
+        )
     for flag, folder in (("--resume", resume), ("--fork", fork), ("--polish", polish)):
         if folder is not None:
             folder_at(folder, flag, allowed=RUN, next_step=MAKES_ONE)
     if data is not None:
         folder_at(data, "--data", allowed=DATA_SET, next_step=BUILDS_ONE)
-    sets = (*(("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}") if data else ()), *(set_ or ()))
+    sets = (
+        *(("data.corpus.kind=built", f"data.corpus.path={dumps(str(data))}") if data else ()),
+        *(set_ or ()),
+    )
     if dry_run:
         return _dry_run(recipe, depth, data, sets, device, parent or resume, json)
     from stack.cli.console import ConsoleListener
@@ -77,18 +117,28 @@ def train(
     listener = ConsoleListener(quiet=json)
     if resume:
         if run_dir:
-            raise UsageError("--resume continues in its own folder", value=str(run_dir), next_step="drop --run-dir, or use --fork")
+            raise UsageError(
+                "--resume continues in its own folder",
+                value=str(run_dir),
+                next_step="drop --run-dir, or use --fork",
+            )
         original = session.read_config(resume)
         changed, overrides = _resolve(original, None, sets, device)
         record = session.resume(resume, overrides, changed, listener)
         directory = resume
     else:
-        base, file = (session.read_config(parent_run(parent)), None) if parent else _base(recipe, depth, data)
+        base, file = (
+            (session.read_config(parent_run(parent)), None)
+            if parent
+            else _base(recipe, depth, data)
+        )
         cfg, overrides = _resolve(base, file, sets, device)
         from stack.train.rundir import default_run_dir
 
         directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
-        record = session.start(cfg, overrides, directory, listener, parent=parent, polishing=bool(polish))
+        record = session.start(
+            cfg, overrides, directory, listener, parent=parent, polishing=bool(polish)
+        )
     document = {
         "run_dir": str(directory),
         "record": record.id,
@@ -101,7 +151,9 @@ def train(
 
 
 def _base(recipe: str | None, depth: int | None, data: Path | None):
-    """The recipe a run file builds on, the named recipe, or what follows from a depth; and the file."""
+    """The recipe a run file builds on, the named recipe, or what follows from a depth;
+    and the file.
+    """
     from stack.config import read_run_file
     from stack.recipes import recipe as named
     from stack.recipes.depth import corpus_of
@@ -117,7 +169,9 @@ def _base(recipe: str | None, depth: int | None, data: Path | None):
 def _resolve(base, file: Path | None, sets: tuple[str, ...], device: str | None):
     from stack.config import load_config
 
-    return load_config(base, run_file=file, sets=sets, fixed={"device": (device, "--device")} if device else None)
+    return load_config(
+        base, run_file=file, sets=sets, fixed={"device": (device, "--device")} if device else None
+    )
 
 
 def _dry_run(
@@ -129,7 +183,9 @@ def _dry_run(
     parent: Path | None,
     as_json: bool,
 ) -> None:
-    """Configuration and what follows from it by arithmetic; no data is read and no model is built."""
+    """Configuration and what follows from it by arithmetic; no data is
+    read and no model is built.
+    """
 
     if parent:
         from stack.train import session
@@ -143,31 +199,60 @@ def _dry_run(
 
         apply_shares(cfg.curriculum, declared_sources(cfg.data))
     derived = _derived(cfg)
-    document = {"config": cfg.to_dict(), "overrides": [o.model_dump(by_alias=True) for o in overrides], "derived": derived}
+    document = {
+        "config": cfg.to_dict(),
+        "overrides": [o.model_dump(by_alias=True) for o in overrides],
+        "derived": derived,
+    }
     if emit(document, as_json):
         return
     origins = {o.key: o.source for o in overrides}
     for key, value in _lines(document["config"]):
-        stdout.print(f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""), markup=False)
+        stdout.print(
+            f"{key} = {value}" + (f"    # from {origins[key]}" if key in origins else ""),
+            markup=False,
+        )
     for key, value in derived.items():
-        stdout.print(f"# {key}: {value if isinstance(value, str) else format(value, ',')}", markup=False)
+        stdout.print(
+            f"# {key}: {value if isinstance(value, str) else format(value, ',')}", markup=False
+        )
     if cfg.data.tokenizer.kind == "bpe":
-        stdout.print("# a corpus too small for so many merges gives a smaller vocabulary, and then fewer parameters", markup=False)
+        stdout.print(
+            "# a corpus too small for so many merges gives a smaller vocabulary, and then fewer "
+            "parameters",
+            markup=False,
+        )
 
 
 def _derived(cfg) -> dict[str, float | str]:
-    """Counts, memory and, if torch is there to probe the machine, time, at the share of the probed rate that the default recipe reaches."""
+    """Counts, memory and, if torch is there to probe the machine, time, at the share of the probed
+    rate that the default recipe reaches.
+    """
     from spec.formulas import flops_per_token, parameter_count
     from stack.train.memory import predict_bytes
 
-    derived = {"tokens": cfg.train.max_steps * cfg.train.tokens_per_step, "accumulation": cfg.accumulation()}
+    derived = {
+        "tokens": cfg.train.max_steps * cfg.train.tokens_per_step,
+        "accumulation": cfg.accumulation(),
+    }
     vocab_size = _vocab_size(cfg)
     if vocab_size is None:
         return derived
     model = cfg.model.model_dump()
-    per_token, n_params = flops_per_token(model, vocab_size, cfg.model.max_seq_len), parameter_count(model, vocab_size)
-    derived |= {"vocab_size": vocab_size, "n_params": n_params, "tokens_per_parameter": round(derived["tokens"] / n_params, 2)}
-    derived |= {"flops_per_token": per_token, "flops": per_token * derived["tokens"], "checkpoint_bytes": 12 * n_params}
+    per_token, n_params = (
+        flops_per_token(model, vocab_size, cfg.model.max_seq_len),
+        parameter_count(model, vocab_size),
+    )
+    derived |= {
+        "vocab_size": vocab_size,
+        "n_params": n_params,
+        "tokens_per_parameter": round(derived["tokens"] / n_params, 2),
+    }
+    derived |= {
+        "flops_per_token": per_token,
+        "flops": per_token * derived["tokens"],
+        "checkpoint_bytes": 12 * n_params,
+    }
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
     try:
         from stack.train.preflight import probe_peak_flops
@@ -176,8 +261,13 @@ def _derived(cfg) -> dict[str, float | str]:
         return derived
     device = resolve_device(cfg.device)
     rate = probe_peak_flops(device)
-    derived |= {"probed_flops_per_s": round(rate), "eta_s": round(derived["flops"] / (REACHED_SHARE * rate))}
-    return derived | ({"this_machine_refuses": refusal} if (refusal := _refusal(cfg, vocab_size, device)) else {})
+    derived |= {
+        "probed_flops_per_s": round(rate),
+        "eta_s": round(derived["flops"] / (REACHED_SHARE * rate)),
+    }
+    return derived | (
+        {"this_machine_refuses": refusal} if (refusal := _refusal(cfg, vocab_size, device)) else {}
+    )
 
 
 def _refusal(cfg, vocab_size: int, device) -> str:
@@ -207,5 +297,9 @@ def _vocab_size(cfg) -> int | None:
 def _lines(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
     leaves = []
     for name, value in tree.items():
-        leaves += _lines(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        leaves += (
+            _lines(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )
     return leaves

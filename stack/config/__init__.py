@@ -1,4 +1,6 @@
-"""Configuration: a frozen tree in which a variant is a type, and every value knows where it came from."""
+"""Configuration: a frozen tree in which a variant is a type,
+and every value knows where it came from.
+"""
 
 from stack.config.base import Frozen
 from stack.config.data import (
@@ -30,7 +32,15 @@ from stack.config.data import (
     TailSplit,
     check_shares,
 )
-from stack.config.load import known_keys, load_config, load_mixture, read_run_file, unknown_key, validate, validate_data
+from stack.config.load import (
+    known_keys,
+    load_config,
+    load_mixture,
+    read_run_file,
+    unknown_key,
+    validate,
+    validate_data,
+)
 from stack.config.model import (
     AuxiliaryLoss,
     BiasBalance,

@@ -1,4 +1,6 @@
-"""Where text comes from, how it is split, tokenised, cleaned and packed, and how sources are mixed."""
+"""Where text comes from, how it is split, tokenised, cleaned and packed,
+and how sources are mixed.
+"""
 
 from typing import Annotated, Literal
 
@@ -7,7 +9,27 @@ from pydantic import Field, model_validator
 from stack.config.base import Frozen
 
 Language = Literal[
-    "en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi", "el", "ru", "uk", "zh", "ja", "ko", "ar", "fa", "he", "hi", "code"
+    "en",
+    "de",
+    "fr",
+    "es",
+    "it",
+    "pt",
+    "nl",
+    "pl",
+    "tr",
+    "vi",
+    "el",
+    "ru",
+    "uk",
+    "zh",
+    "ja",
+    "ko",
+    "ar",
+    "fa",
+    "he",
+    "hi",
+    "code",
 ]
 
 
@@ -24,35 +46,62 @@ class StdlibCode(Frozen):
 
 
 class Pangram(Frozen):
-    """One sentence with every letter, repeated: nothing to learn, for proving that the machinery runs. Its text is part of the code."""
+    """One sentence with every letter, repeated: nothing to learn, for proving that the machinery
+    runs. Its text is part of the code.
+    """
 
     kind: Literal["pangram"] = "pangram"
     repeats: int = Field(200, ge=1, description="times the sentence is repeated")
 
 
 class Files(Frozen):
-    """Text, JSON-lines or parquet files or folders of them, also gzipped or compressed by zstandard."""
+    """Text, JSON-lines or parquet files or folders of them, also gzipped
+    or compressed by zstandard.
+    """
 
     kind: Literal["files"] = "files"
     paths: tuple[str, ...] = Field(min_length=1, description="files, folders or globs")
-    documents: Literal["file", "paragraph", "line"] = Field("file", description="what one document of a text file is")
-    text_field: str = Field("text", description="key of the text in a .jsonl line or .parquet column; dots reach inside")
-    languages: tuple[Language, ...] = Field(("en",), min_length=1, description="languages of the text, which decide the scripts it may use")
+    documents: Literal["file", "paragraph", "line"] = Field(
+        "file", description="what one document of a text file is"
+    )
+    text_field: str = Field(
+        "text", description="key of the text in a .jsonl line or .parquet column; dots reach inside"
+    )
+    languages: tuple[Language, ...] = Field(
+        ("en",),
+        min_length=1,
+        description="languages of the text, which decide the scripts it may use",
+    )
     license: str = Field("unknown", description="licence of the text, for the record")
 
 
 class Arm(Frozen):
     """What a source of a mixture has besides its text."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="lower-case name, unique in the mixture")
-    weight: float = Field(1.0, ge=0, description="share of the rows relative to the other weights; 0 only fills its floor")
-    cap: float = Field(1.0, ge=0, le=1, description="largest share of the rows of a window (0-1); 0 removes the source")
-    floor: float = Field(0.0, ge=0, le=1, description="smallest share of the rows of a window (0-1)")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="lower-case name, unique in the mixture"
+    )
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="share of the rows relative to the other weights; 0 only fills its floor",
+    )
+    cap: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="largest share of the rows of a window (0-1); 0 removes the source",
+    )
+    floor: float = Field(
+        0.0, ge=0, le=1, description="smallest share of the rows of a window (0-1)"
+    )
 
     @model_validator(mode="after")
     def _ordered(self):
         if self.floor > self.cap:
-            raise ValueError(f"source {self.name}: floor ({self.floor:g}) is above its cap ({self.cap:g})")
+            raise ValueError(
+                f"source {self.name}: floor ({self.floor:g}) is above its cap ({self.cap:g})"
+            )
         return self
 
 
@@ -68,30 +117,40 @@ class FilesSource(Arm, Files):
     """Files as a source."""
 
 
-AnySource = Annotated[StdlibDocsSource | StdlibCodeSource | FilesSource, Field(discriminator="kind")]
+AnySource = Annotated[
+    StdlibDocsSource | StdlibCodeSource | FilesSource, Field(discriminator="kind")
+]
 
 
 class Mixture(Frozen):
     """Several named sources, each with its share."""
 
     kind: Literal["mixture"] = "mixture"
-    sources: tuple[AnySource, ...] = Field(min_length=1, description="in order; a document that several hold belongs to the first")
+    sources: tuple[AnySource, ...] = Field(
+        min_length=1, description="in order; a document that several hold belongs to the first"
+    )
 
     @model_validator(mode="after")
     def _consistent(self):
-        check_shares([s.name for s in self.sources], [(s.weight, s.cap, s.floor) for s in self.sources])
+        check_shares(
+            [s.name for s in self.sources], [(s.weight, s.cap, s.floor) for s in self.sources]
+        )
         return self
 
 
 class Built(Frozen):
-    """A folder that `stack data build` wrote; its split, tokenizer and sources are those it was built with."""
+    """A folder that `stack data build` wrote; its split, tokenizer and sources
+    are those it was built with.
+    """
 
     kind: Literal["built"] = "built"
     path: str = Field(description="the folder")
 
 
 def check_shares(names: list[str], shares: list[tuple[float, float, float]]) -> None:
-    """Refuse (weight, cap, floor) rows that no mixture can satisfy. Raises ValueError naming the source or the sum."""
+    """Refuse (weight, cap, floor) rows that no mixture can satisfy.
+    Raises ValueError naming the source or the sum.
+    """
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
         raise ValueError(f"two sources are called {twice[0]}")
     for name, (_, cap, floor) in zip(names, shares):
@@ -99,10 +158,16 @@ def check_shares(names: list[str], shares: list[tuple[float, float, float]]) -> 
             raise ValueError(f"source {name}: floor ({floor:g}) is above its cap ({cap:g})")
     floors = sum(floor for _, _, floor in shares)
     if floors > 1 + 1e-9:
-        raise ValueError(f"the floors of {', '.join(n for n, s in zip(names, shares) if s[2])} add up to {floors:g}, which is more than 1")
+        raise ValueError(
+            f"the floors of {', '.join(n for n, s in zip(names, shares) if s[2])} add up to "
+            f"{floors:g}, which is more than 1"
+        )
     alive = [s for s in shares if s[1] > 0]
     if not alive or sum(cap for _, cap, _ in alive) < 1 - 1e-9:
-        raise ValueError(f"the caps add up to {sum(cap for _, cap, _ in alive):g}, so they leave rows to nobody; they must reach 1")
+        raise ValueError(
+            f"the caps add up to {sum(cap for _, cap, _ in alive):g}, so they leave rows to "
+            "nobody; they must reach 1"
+        )
     if not any(weight for weight, _, _ in alive):
         raise ValueError("every source with a cap above 0 has weight 0")
 
@@ -111,22 +176,32 @@ class HashSplit(Frozen):
     """A document's normalised hash decides its side, so equal documents can never be on both."""
 
     kind: Literal["document-hash"] = "document-hash"
-    validation_frac: float = Field(0.05, gt=0, lt=1, description="share of documents held out (0-1)")
+    validation_frac: float = Field(
+        0.05, gt=0, lt=1, description="share of documents held out (0-1)"
+    )
 
 
 class TailSplit(Frozen):
     """The last part of every document is held out; for corpora of one or few documents."""
 
     kind: Literal["tail"] = "tail"
-    validation_frac: float = Field(0.1, gt=0, lt=1, description="share of each document's characters held out (0-1)")
+    validation_frac: float = Field(
+        0.1, gt=0, lt=1, description="share of each document's characters held out (0-1)"
+    )
 
 
 class BpeTokenizer(Frozen):
     """Byte-level BPE, trained on the training split only."""
 
     kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(1024, ge=258, description="entries including 256 bytes, the end-of-text token and the special tokens")
-    special_tokens: tuple[str, ...] = Field((), description="control tokens besides the end of text; text never becomes one")
+    vocab_size: int = Field(
+        1024,
+        ge=258,
+        description="entries including 256 bytes, the end-of-text token and the special tokens",
+    )
+    special_tokens: tuple[str, ...] = Field(
+        (), description="control tokens besides the end of text; text never becomes one"
+    )
 
 
 class ByteTokenizer(Frozen):
@@ -136,7 +211,9 @@ class ByteTokenizer(Frozen):
 
 
 class CharTokenizer(Frozen):
-    """One entry per character of the training split and an end-of-text token; other characters are dropped and counted."""
+    """One entry per character of the training split and an end-of-text token;
+    other characters are dropped and counted.
+    """
 
     kind: Literal["char"] = "char"
 
@@ -146,7 +223,9 @@ class FileTokenizer(Frozen):
 
     kind: Literal["file"] = "file"
     path: str = Field(description="the tokenizer.json")
-    eos_token: str = Field("", description="token that ends a document; empty: the first known one the file has")
+    eos_token: str = Field(
+        "", description="token that ends a document; empty: the first known one the file has"
+    )
 
 
 class ExactDedup(Frozen):
@@ -156,46 +235,78 @@ class ExactDedup(Frozen):
 
 
 class NearDedup(Frozen):
-    """Drop exact repeats and documents whose word runs mostly occur in an earlier one (MinHash, locality-sensitive hashing)."""
+    """Drop exact repeats and documents whose word runs mostly occur in an earlier one (MinHash,
+    locality-sensitive hashing).
+    """
 
     kind: Literal["near"] = "near"
-    similarity_min: float = Field(0.8, ge=0.5, le=0.95, description="estimated Jaccard similarity from which a document is a repeat (0-1)")
+    similarity_min: float = Field(
+        0.8,
+        ge=0.5,
+        le=0.95,
+        description="estimated Jaccard similarity from which a document is a repeat (0-1)",
+    )
     shingle_words: int = Field(5, ge=1, le=16, description="words of one compared run")
 
 
 class Concatenated(Frozen):
-    """Windows are cut out of the stream of all documents; a row may see the end of the document before."""
+    """Windows are cut out of the stream of all documents; a row may see the
+    end of the document before.
+    """
 
     kind: Literal["concatenated"] = "concatenated"
 
 
 class BestFit(Frozen):
-    """Documents are packed whole into rows by best fit and kept apart in attention; positions start at 0 in each."""
+    """Documents are packed whole into rows by best fit and kept apart in attention;
+    positions start at 0 in each.
+    """
 
     kind: Literal["best-fit"] = "best-fit"
 
 
 class DataConfig(Frozen):
-    corpus: Annotated[StdlibDocs | StdlibCode | Pangram | Files | Mixture | Built, Field(discriminator="kind")] = StdlibDocs()
+    corpus: Annotated[
+        StdlibDocs | StdlibCode | Pangram | Files | Mixture | Built, Field(discriminator="kind")
+    ] = StdlibDocs()
     split: Annotated[HashSplit | TailSplit, Field(discriminator="kind")] = HashSplit()
-    tokenizer: Annotated[BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, Field(discriminator="kind")] = BpeTokenizer()
-    filters: tuple[str, ...] = Field((), description="further filters as module:function, after the built-in ones")
+    tokenizer: Annotated[
+        BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, Field(discriminator="kind")
+    ] = BpeTokenizer()
+    filters: tuple[str, ...] = Field(
+        (), description="further filters as module:function, after the built-in ones"
+    )
     dedup: Annotated[ExactDedup | NearDedup, Field(discriminator="kind")] = ExactDedup()
-    decontaminate: tuple[str, ...] = Field((), description="evaluation sets; documents that share a run of 13 words with one are dropped")
-    decontaminate_fields: tuple[str, ...] = Field((), description="keys of the text in .jsonl evaluation sets; every text when empty")
+    decontaminate: tuple[str, ...] = Field(
+        (),
+        description="evaluation sets; documents that share a run of 13 words with one are dropped",
+    )
+    decontaminate_fields: tuple[str, ...] = Field(
+        (), description="keys of the text in .jsonl evaluation sets; every text when empty"
+    )
     packing: Annotated[Concatenated | BestFit, Field(discriminator="kind")] = Concatenated()
-    on_exhausted: Literal["wrap", "error"] = Field("wrap", description="begin another epoch, or end the run with exit code 3")
-    verify: Literal["full", "size"] = Field("full", description="hash every shard at start, or only compare its size")
+    on_exhausted: Literal["wrap", "error"] = Field(
+        "wrap", description="begin another epoch, or end the run with exit code 3"
+    )
+    verify: Literal["full", "size"] = Field(
+        "full", description="hash every shard at start, or only compare its size"
+    )
 
 
 class Curriculum(Frozen):
-    """What both ways of mixing have in common. Values by source name go before those of the mixture."""
+    """What both ways of mixing have in common.
+    Values by source name go before those of the mixture.
+    """
 
     weights: dict[str, float] = Field({}, description="weight by source")
     caps: dict[str, float] = Field({}, description="largest share by source (0-1); 0 removes it")
     floors: dict[str, float] = Field({}, description="smallest share by source (0-1)")
-    warmup_steps: int = Field(0, ge=0, description="steps in which only the warm-up sources are read")
-    warmup_sources: tuple[str, ...] = Field((), description="sources of the warm-up; required with warmup_steps")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps in which only the warm-up sources are read"
+    )
+    warmup_sources: tuple[str, ...] = Field(
+        (), description="sources of the warm-up; required with warmup_steps"
+    )
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -211,11 +322,26 @@ class StaticCurriculum(Curriculum):
 
 
 class BanditCurriculum(Curriculum):
-    """A discounted UCB bandit shifts rows towards the source whose turn lowered the held-out loss of all sources most."""
+    """A discounted UCB bandit shifts rows towards the source whose turn lowered the held-out
+    loss of all sources most.
+    """
 
     kind: Literal["bandit"] = "bandit"
-    probe_every: int = Field(20, ge=1, description="steps of one turn; the held-out loss is measured at its end")
-    probe_windows: int = Field(8, ge=1, description="held-out windows of each source, always the same ones")
-    focus_share: float = Field(0.5, gt=0, le=1, description="share of the rows that the source in focus gets on top of its floor (0-1)")
-    discount: float = Field(0.97, gt=0, lt=1, description="weight of a turn relative to the next one (0-1)")
-    exploration: float = Field(0.5, ge=0, description="factor of the uncertainty added to a source's mean reward")
+    probe_every: int = Field(
+        20, ge=1, description="steps of one turn; the held-out loss is measured at its end"
+    )
+    probe_windows: int = Field(
+        8, ge=1, description="held-out windows of each source, always the same ones"
+    )
+    focus_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of the rows that the source in focus gets on top of its floor (0-1)",
+    )
+    discount: float = Field(
+        0.97, gt=0, lt=1, description="weight of a turn relative to the next one (0-1)"
+    )
+    exploration: float = Field(
+        0.5, ge=0, description="factor of the uncertainty added to a source's mean reward"
+    )

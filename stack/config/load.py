@@ -1,4 +1,6 @@
-"""A configuration from a recipe, a TOML file and `--set`, with the origin of every changed value."""
+"""A configuration from a recipe, a TOML file and `--set`,
+with the origin of every changed value.
+"""
 
 import difflib
 import json
@@ -17,22 +19,34 @@ from stack.config.data import Curriculum, DataConfig, FilesSource, StaticCurricu
 from stack.config.run import RunConfig
 
 SHOWN = "the page Mixtures shows a whole file"
-COMMON = {"curriculum": tuple(Curriculum.model_fields), "schedule": ("warmup_steps",)}  # keys that mean the same in every kind
-BUILT_KEYS = ("split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields")  # what a build decides once and for all
+# keys that mean the same in every kind
+COMMON = {"curriculum": tuple(Curriculum.model_fields), "schedule": ("warmup_steps",)}
+# what a build decides once and for all
+BUILT_KEYS = ("split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields")
 
 
 def load_config(
-    base: RunConfig, *, run_file: Path | None = None, sets: tuple[str, ...] = (), fixed: dict[str, tuple[Any, str]] | None = None
+    base: RunConfig,
+    *,
+    run_file: Path | None = None,
+    sets: tuple[str, ...] = (),
+    fixed: dict[str, tuple[Any, str]] | None = None,
 ) -> tuple[RunConfig, list[Override]]:
-    """A recipe's configuration, changed by a TOML file, then `--set a.b=v` in order, then values fixed by flags.
+    """A recipe's configuration, changed by a TOML file, then `--set a.b=v` in order,
+    then values fixed by flags.
 
     Returns the configuration and the list of changed values with their origin.
-    Raises ConfigError for an unknown key (naming the nearest), a wrong type, or an impossible combination.
+    Raises ConfigError for an unknown key (naming the nearest), a wrong type,
+    or an impossible combination.
     """
     tree, overrides = base.to_dict(), []
     changes: list[tuple[str, Any, str]] = []
     if run_file is not None:
-        changes += [(key, value, f"{run_file}") for key, value in _flatten(read_run_file(run_file)) if key != "recipe"]
+        changes += [
+            (key, value, f"{run_file}")
+            for key, value in _flatten(read_run_file(run_file))
+            if key != "recipe"
+        ]
     changes += [(*_parse_set(text), f"--set {text}") for text in sets]
     changes += [(key, value, origin) for key, (value, origin) in (fixed or {}).items()]
     for key, value, origin in changes:
@@ -50,14 +64,25 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(str(p) for p in error["loc"] if p not in _variant_tags())
-        origin = next((o for k, o in (origins or {}).items() if key.startswith(k) or (key and k.startswith(f"{key}."))), "the recipe")
+        origin = next(
+            (
+                o
+                for k, o in (origins or {}).items()
+                if key.startswith(k) or (key and k.startswith(f"{key}."))
+            ),
+            "the recipe",
+        )
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             raise unknown_key(key, origin) from e
         if error["type"] == "missing":
             raise _missing(key, origin, origins or {}) from e
         whole = not key or message.startswith(f"{key}.")
-        shown = f"from {_named_in(message, origins or {})}" if whole else f"{error.get('input')!r} from {origin}"
+        shown = (
+            f"from {_named_in(message, origins or {})}"
+            if whole
+            else f"{error.get('input')!r} from {origin}"
+        )
         if error["type"] == "union_tag_invalid":
             key, shown = f"{key}.kind", f"{error['ctx']['tag']!r} from {origin}"
             message = "there is no such kind"
@@ -65,16 +90,20 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
             message if whole else f"{key}: {message}",
             value=shown,
             allowed=_allowed(error),
-            next_step=_set_the_other(message, origins or {}) or "stack train --dry-run without the change shows every value",
+            next_step=_set_the_other(message, origins or {})
+            or "stack train --dry-run without the change shows every value",
         ) from e
 
 
 def _missing(key: str, origin: str, origins: dict[str, str]) -> ConfigError:
-    """The error for a required key that is not there. Another `kind` takes the values of the one before it away."""
+    """The error for a required key that is not there.
+    Another `kind` takes the values of the one before it away.
+    """
     table = key.rpartition(".")[0]
     if chosen := origins.get(f"{table}.kind"):
         return ConfigError(
-            f"{key} is missing: another {table}.kind begins without the values of the one before it, and this one has no default",
+            f"{key} is missing: another {table}.kind begins without the values of the one before "
+            "it, and this one has no default",
             value=f"{table}.kind from {chosen}",
             next_step=f"--set {key}=… after it",
         )
@@ -84,12 +113,18 @@ def _missing(key: str, origin: str, origins: dict[str, str]) -> ConfigError:
 def _named_in(message: str, origins: dict[str, str]) -> str:
     """Where the changed values come from that a message names, or else the recipe."""
     words = set(re.findall(r"[a-z_0-9.]+", message))
-    named = {origin: None for key, origin in origins.items() if any(key == w or key.endswith(f".{w}") for w in words if len(w) > 2)}
+    named = {
+        origin: None
+        for key, origin in origins.items()
+        if any(key == w or key.endswith(f".{w}") for w in words if len(w) > 2)
+    }
     return ", ".join(named) or "the recipe"
 
 
 def _set_the_other(message: str, origins: dict[str, str]) -> str:
-    """A rule between two keys of which only one was changed is met by changing the other as well; empty for any other message."""
+    """A rule between two keys of which only one was changed is met by changing the other as well;
+    empty for any other message.
+    """
     named = list(dict.fromkeys(re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", message)))
     others = [key for key in named if key not in origins]
     return f"--set {others[0]}=… as well" if len(others) == len(named) - 1 and others else ""
@@ -99,14 +134,21 @@ def _allowed(error: Any) -> str:
     """What an error of a union or an enumeration would have taken, the nearest first."""
     context = error.get("ctx", {})
     choices = re.findall(
-        r"'([^']*)'", str(context.get("expected_tags") or (context.get("expected") if error["type"] == "literal_error" else ""))
+        r"'([^']*)'",
+        str(
+            context.get("expected_tags")
+            or (context.get("expected") if error["type"] == "literal_error" else "")
+        ),
     )
-    near = difflib.get_close_matches(str(context.get("tag", error.get("input"))), choices, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(
+        str(context.get("tag", error.get("input"))), choices, n=1, cutoff=0.4
+    )
     return ", ".join([*near, *(c for c in choices if c not in near)])
 
 
 def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
-    """For a built folder: the split, tokenizer and cleaning it was built with, so that the configuration says what is used.
+    """For a built folder: the split, tokenizer and cleaning it was built with, so that the
+    configuration says what is used.
 
     Raises ConfigError where a chosen value contradicts the folder.
     """
@@ -132,12 +174,15 @@ def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
             )
         if data[key] != built[key]:
             data[key] = built[key]
-            adopted.append(Override(key=f"data.{key}", value=json.dumps(built[key]), source=str(path)))
+            adopted.append(
+                Override(key=f"data.{key}", value=json.dumps(built[key]), source=str(path))
+            )
     return adopted
 
 
 def load_mixture(path: Path) -> DataConfig:
-    """The data part of a configuration from a mixture file: `[[source]]` tables beside keys such as `[tokenizer]` and `[split]`.
+    """The data part of a configuration from a mixture file: `[[source]]` tables beside keys such as
+    `[tokenizer]` and `[split]`.
 
     Paths are relative to the file. Raises ConfigError naming the file and the key.
     """
@@ -157,25 +202,37 @@ def load_mixture(path: Path) -> DataConfig:
         )
     for number, source in enumerate(sources, start=1):
         if source.get("kind", "files") == "files":
-            source["paths"] = _beside(path, source.get("paths", []), f"paths of source {source.get('name', number)}")
+            source["paths"] = _beside(
+                path, source.get("paths", []), f"paths of source {source.get('name', number)}"
+            )
     tokenizer = tree.get("tokenizer")
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
         tokenizer["path"] = str(path.parent / tokenizer["path"])
     if "corpus" in tree:
-        raise ConfigError(f"{path}: a mixture's corpus are its [[source]] tables", value="corpus", next_step="remove the key")
+        raise ConfigError(
+            f"{path}: a mixture's corpus are its [[source]] tables",
+            value="corpus",
+            next_step="remove the key",
+        )
     tree["decontaminate"] = _beside(path, tree.get("decontaminate", []), "decontaminate")
-    return validate_data({**tree, "corpus": {"kind": "mixture", "sources": sources}}, origin=str(path))
+    return validate_data(
+        {**tree, "corpus": {"kind": "mixture", "sources": sources}}, origin=str(path)
+    )
 
 
 def _beside(file: Path, paths: Any, what: str) -> list[str]:
     """Paths relative to a file. Raises ConfigError unless they are a list of texts."""
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise ConfigError(f"{file}: {what} must be a list", value=repr(paths), next_step='for example ["notes/"]')
+        raise ConfigError(
+            f"{file}: {what} must be a list", value=repr(paths), next_step='for example ["notes/"]'
+        )
     return [str(file.parent / p) for p in paths]
 
 
 def validate_data(tree: dict, *, origin: str) -> DataConfig:
-    """Build a DataConfig from a JSON-ready tree. Raises ConfigError naming the key and its origin."""
+    """Build a DataConfig from a JSON-ready tree.
+    Raises ConfigError naming the key and its origin.
+    """
     _default_kinds(tree)
     try:
         return DataConfig.model_validate_json(json.dumps(tree), strict=True)
@@ -212,15 +269,21 @@ def _default_kinds(data: dict) -> None:
 
 def _near(leaf: str) -> list[str]:
     leaves = {name for m in (DataConfig, FilesSource) for name in m.model_fields}
-    return [] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), n=2, cutoff=0.5)
+    return (
+        [] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), n=2, cutoff=0.5)
+    )
 
 
 def unknown_key(key: str, origin: str, table: str | None = None) -> ConfigError:
-    """The error for a key that does not exist, or not with the kind that was chosen for `table`, naming the nearest that does."""
+    """The error for a key that does not exist, or not with the kind that was chosen for `table`,
+    naming the nearest that does.
+    """
     if key in known_keys():
         table = table or key.rpartition(".")[0]
         return ConfigError(
-            f"{key} belongs to another {table}.kind", value=f"from {origin}", next_step=f"--set {table}.kind=… before it, or remove it"
+            f"{key} belongs to another {table}.kind",
+            value=f"from {origin}",
+            next_step=f"--set {table}.kind=… before it, or remove it",
         )
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5) or [
         k for k in known_keys() if k.endswith("." + key.split(".")[-1])
@@ -243,7 +306,9 @@ def _keys(model: type[BaseModel], prefix: str) -> list[str]:
     for name, field in model.model_fields.items():
         is_list = get_origin(field.annotation) is tuple
         nested = [] if is_list else _models_in(field.annotation)
-        found += [k for v in nested for k in _keys(v, f"{prefix}{name}.")] if nested else [prefix + name]
+        found += (
+            [k for v in nested for k in _keys(v, f"{prefix}{name}.")] if nested else [prefix + name]
+        )
     return found
 
 
@@ -261,14 +326,17 @@ def _tags(model: type[BaseModel]) -> list[str]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Configuration types inside an annotation: itself, the members of a union, the items of a tuple."""
+    """Configuration types inside an annotation: itself, the members of a union,
+    the items of a tuple.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for inner in get_args(annotation) for m in _models_in(inner)]
 
 
 def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
-    """Set a dotted key. Another `kind` begins with that variant's defaults, but keys of COMMON stay.
+    """Set a dotted key. Another `kind` begins with that variant's defaults,
+    but keys of COMMON stay.
 
     Below a table by name, any name is a key.
     """
@@ -293,19 +361,34 @@ def _models_at(path: list[str]) -> list[type[BaseModel]]:
     """The configuration types a dotted key may lead to."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in path:
-        models = [m for owner in models if part in owner.model_fields for m in _models_in(owner.model_fields[part].annotation)]
+        models = [
+            m
+            for owner in models
+            if part in owner.model_fields
+            for m in _models_in(owner.model_fields[part].annotation)
+        ]
     return models
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     """Values of the fields that need not be given, JSON-ready."""
-    given = {n: f.get_default(call_default_factory=True) for n, f in model.model_fields.items() if not f.is_required()}
-    return {n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in given.items()}
+    given = {
+        n: f.get_default(call_default_factory=True)
+        for n, f in model.model_fields.items()
+        if not f.is_required()
+    }
+    return {
+        n: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for n, v in given.items()
+    }
 
 
 def _named_tables() -> tuple[str, ...]:
     """Keys whose value is a table with names of the user's."""
-    return tuple(f"curriculum.{k}" for k, f in StaticCurriculum.model_fields.items() if get_origin(f.annotation) is dict)
+    return tuple(
+        f"curriculum.{k}"
+        for k, f in StaticCurriculum.model_fields.items()
+        if get_origin(f.annotation) is dict
+    )
 
 
 def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
@@ -321,7 +404,9 @@ def _parse_set(text: str) -> tuple[str, Any]:
     """`a.b=v` with v read as TOML, or as a bare string where it is none."""
     key, separator, raw = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError("--set takes key=value", value=text, next_step="for example --set optim.lr=3e-4")
+        raise ConfigError(
+            "--set takes key=value", value=text, next_step="for example --set optim.lr=3e-4"
+        )
     try:
         return key.strip(), tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
@@ -334,9 +419,13 @@ def read_run_file(path: Path) -> dict:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
         raise ConfigError(
-            f"there is no file {path}", value=path.absolute(), allowed="a TOML file", next_step="check the path of the .toml file"
+            f"there is no file {path}",
+            value=path.absolute(),
+            allowed="a TOML file",
+            next_step="check the path of the .toml file",
         ) from e
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(
-            f"cannot read {path} as TOML: {e}", next_step="repair the line; strings are quoted, tables are in brackets"
+            f"cannot read {path} as TOML: {e}",
+            next_step="repair the line; strings are quoted, tables are in brackets",
         ) from e

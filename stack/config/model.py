@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from stack.config.base import Frozen
 
-# --- positions ------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 class Unscaled(Frozen):
@@ -19,7 +19,9 @@ class LinearScaling(Frozen):
     """All rotary frequencies divided by one factor (arXiv:2306.15595)."""
 
     kind: Literal["linear"] = "linear"
-    factor: float = Field(ge=1, description="how many times longer the context is than the one first trained on")
+    factor: float = Field(
+        ge=1, description="how many times longer the context is than the one first trained on"
+    )
 
 
 class Llama3Scaling(Frozen):
@@ -27,24 +29,35 @@ class Llama3Scaling(Frozen):
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(8.0, ge=1, description="divisor of frequencies whose wave is long")
-    low_freq_factor: float = Field(1.0, gt=0, description="waves longer than original_max_seq_len over this are divided")
-    high_freq_factor: float = Field(4.0, gt=0, description="waves shorter than original_max_seq_len over this are kept")
-    original_max_seq_len: int = Field(8192, ge=2, description="context length first trained on, tokens")
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="waves longer than original_max_seq_len over this are divided"
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="waves shorter than original_max_seq_len over this are kept"
+    )
+    original_max_seq_len: int = Field(
+        8192, ge=2, description="context length first trained on, tokens"
+    )
 
     @model_validator(mode="after")
     def _ordered(self):
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"positions.scaling.high_freq_factor ({self.high_freq_factor:g}) must be above low_freq_factor ({self.low_freq_factor:g})"
+                f"positions.scaling.high_freq_factor ({self.high_freq_factor:g}) must be above "
+                f"low_freq_factor ({self.low_freq_factor:g})"
             )
         return self
 
 
 class RotaryPositions(Frozen):
-    """Queries and keys are turned by their position (arXiv:2104.09864); the base is model.rope_theta."""
+    """Queries and keys are turned by their position (arXiv:2104.09864);
+    the base is model.rope_theta.
+    """
 
     kind: Literal["rotary"] = "rotary"
-    scaling: Annotated[Unscaled | LinearScaling | Llama3Scaling, Field(discriminator="kind")] = Unscaled()
+    scaling: Annotated[Unscaled | LinearScaling | Llama3Scaling, Field(discriminator="kind")] = (
+        Unscaled()
+    )
 
 
 class LearnedPositions(Frozen):
@@ -53,7 +66,7 @@ class LearnedPositions(Frozen):
     kind: Literal["learned"] = "learned"
 
 
-# --- norms ----------------------------------------------------------------------------------------------------------
+# --- norms ----------------------------------------------------------------------------------------
 
 
 class RmsNorm(Frozen):
@@ -68,16 +81,22 @@ class LayerNorm(Frozen):
     kind: Literal["layernorm"] = "layernorm"
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 class Attention(Frozen):
     """What both ways of attending have in common."""
 
-    qk_norm: bool = Field(False, description="RMSNorm of each query and key head before rotation (Qwen3)")
+    qk_norm: bool = Field(
+        False, description="RMSNorm of each query and key head before rotation (Qwen3)"
+    )
     qkv_bias: bool = Field(False, description="biases on queries, keys and values (Qwen2, GPT-2)")
     out_bias: bool = Field(False, description="bias on the output projection (GPT-2)")
-    window: int | None = Field(None, ge=1, description="keys a query sees, itself included, tokens; none: all before it (Mistral)")
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="keys a query sees, itself included, tokens; none: all before it (Mistral)",
+    )
 
 
 class SoftmaxAttention(Attention):
@@ -89,14 +108,17 @@ class SoftmaxAttention(Attention):
 class DifferentialAttention(Attention):
     """The difference of two softmax maps over halves of each head (arXiv:2410.05258).
 
-    `paper`: λ from four learned vectors, RMSNorm per head, scaled by 1 − λ_init. `scalar`: one learned λ per layer and no head norm.
+    `paper`: λ from four learned vectors, RMSNorm per head, scaled by 1 − λ_init.
+    `scalar`: one learned λ per layer and no head norm.
     """
 
     kind: Literal["differential"] = "differential"
-    form: Literal["paper", "scalar"] = Field("paper", description="how λ is made, and whether heads are normalised")
+    form: Literal["paper", "scalar"] = Field(
+        "paper", description="how λ is made, and whether heads are normalised"
+    )
 
 
-# --- feed-forward ---------------------------------------------------------------------------------------------------
+# --- feed-forward ---------------------------------------------------------------------------------
 
 
 class SwiGLU(Frozen):
@@ -110,27 +132,35 @@ class Gelu(Frozen):
 
     kind: Literal["gelu"] = "gelu"
     bias: bool = Field(True, description="biases on both projections (GPT-2)")
-    approximate: Literal["tanh", "none"] = Field("tanh", description="the tanh formula of GPT-2, or the exact one")
+    approximate: Literal["tanh", "none"] = Field(
+        "tanh", description="the tanh formula of GPT-2, or the exact one"
+    )
 
 
 class AuxiliaryLoss(Frozen):
-    """Experts · Σ share of choices · mean probability, added to the loss (arXiv:2101.03961), over all top_k choices; 1 when even."""
+    """Experts · Σ share of choices · mean probability, added to the loss (arXiv:2101.03961), over
+    all top_k choices; 1 when even.
+    """
 
     kind: Literal["auxiliary-loss"] = "auxiliary-loss"
     weight: float = Field(0.01, gt=0, description="factor of the balance term, nats")
 
 
 class BiasBalance(Frozen):
-    """A bias per expert that enters the selection only, and is moved against the load after each update (arXiv:2408.15664)."""
+    """A bias per expert that enters the selection only, and is moved against the load after each
+    update (arXiv:2408.15664).
+    """
 
     kind: Literal["selection-bias"] = "selection-bias"
     rate: float = Field(1e-3, gt=0, description="change of a bias per update")
 
 
 class MixtureOfExperts(Frozen):
-    """Each token is sent to `top_k` of `n_experts` feed-forwards by a router without bias; weights are renormalised over the chosen ones.
+    """Each token is sent to `top_k` of `n_experts` feed-forwards by a router without bias; weights
+    are renormalised over the chosen ones.
 
-    With top_k = 1 the weight is the probability itself: renormalised it would be 1, and the router would learn nothing from the loss.
+    With top_k = 1 the weight is the probability itself: renormalised it would be 1, and the router
+    would learn nothing from the loss.
     """
 
     kind: Literal["moe"] = "moe"
@@ -141,17 +171,23 @@ class MixtureOfExperts(Frozen):
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="an expert takes this many times its even share of a micro-batch in training and drops later tokens; none: no drops",
+        description=(
+            "an expert takes this many times its even share of a micro-batch in training and "
+            "drops later tokens; none: no drops"
+        ),
     )
 
     @model_validator(mode="after")
     def _consistent(self):
         if self.top_k > self.n_experts:
-            raise ValueError(f"model.ffn.top_k ({self.top_k}) must be at most model.ffn.n_experts ({self.n_experts})")
+            raise ValueError(
+                f"model.ffn.top_k ({self.top_k}) must be at most model.ffn.n_experts "
+                f"({self.n_experts})"
+            )
         return self
 
 
-# --- depth ----------------------------------------------------------------------------------------------------------
+# --- depth ----------------------------------------------------------------------------------------
 
 
 class FullDepth(Frozen):
@@ -167,10 +203,14 @@ class SoftGate(Frozen):
 
 
 class HardCapacity(Frozen):
-    """A block reads the tokens whose score is among the highest `capacity_frac` of those so far, so that none depends on later ones."""
+    """A block reads the tokens whose score is among the highest `capacity_frac` of those so far, so
+    that none depends on later ones.
+    """
 
     kind: Literal["hard"] = "hard"
-    capacity_frac: float = Field(0.5, gt=0, lt=1, description="share of the tokens that a gated block reads (0-1)")
+    capacity_frac: float = Field(
+        0.5, gt=0, lt=1, description="share of the tokens that a gated block reads (0-1)"
+    )
 
 
 class MixtureOfDepths(Frozen):
@@ -178,10 +218,14 @@ class MixtureOfDepths(Frozen):
 
     kind: Literal["mixture-of-depths"] = "mixture-of-depths"
     gate: Annotated[SoftGate | HardCapacity, Field(discriminator="kind")] = SoftGate()
-    every: int = Field(1, ge=1, description="each block whose number is a multiple of this is gated; 1: all of them")
+    every: int = Field(
+        1,
+        ge=1,
+        description="each block whose number is a multiple of this is gated; 1: all of them",
+    )
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 class ModelConfig(Frozen):
@@ -190,38 +234,67 @@ class ModelConfig(Frozen):
     n_heads: int = Field(ge=1, description="query heads")
     n_kv_heads: int = Field(ge=1, description="key/value heads")
     head_dim: int = Field(ge=2, description="width of a head, features; even, for rotary pairs")
-    d_ff: int = Field(ge=8, description="inner width of the feed-forward or of one expert, features")
+    d_ff: int = Field(
+        ge=8, description="inner width of the feed-forward or of one expert, features"
+    )
     max_seq_len: int = Field(ge=2, description="context length, tokens")
-    positions: Annotated[RotaryPositions | LearnedPositions, Field(discriminator="kind")] = RotaryPositions()
+    positions: Annotated[RotaryPositions | LearnedPositions, Field(discriminator="kind")] = (
+        RotaryPositions()
+    )
     rope_theta: float = Field(10_000.0, gt=1, description="base of the rotary frequencies")
     norm: Annotated[RmsNorm | LayerNorm, Field(discriminator="kind")] = RmsNorm()
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square or variance in norms")
-    attention: Annotated[SoftmaxAttention | DifferentialAttention, Field(discriminator="kind")] = SoftmaxAttention()
+    attention: Annotated[SoftmaxAttention | DifferentialAttention, Field(discriminator="kind")] = (
+        SoftmaxAttention()
+    )
     ffn: Annotated[SwiGLU | Gelu | MixtureOfExperts, Field(discriminator="kind")] = SwiGLU()
     depth: Annotated[FullDepth | MixtureOfDepths, Field(discriminator="kind")] = FullDepth()
     tied_head: bool = Field(True, description="use the embedding as the output head")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of residual-branch activations dropped in training (0-1)")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of embedding and input projections at step 0")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of residual-branch activations dropped in training (0-1)",
+    )
+    init_std: float = Field(
+        0.02, gt=0, description="standard deviation of embedding and input projections at step 0"
+    )
 
     @model_validator(mode="after")
     def _consistent(self):
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})")
+            raise ValueError(
+                f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})"
+            )
         rotary, halves = self.positions.kind == "rotary", self.attention.kind == "differential"
         unit = (2 if rotary else 1) * (2 if halves else 1)
-        reasons = [t for on, t in ((rotary, "rotary positions turn pairs of features"), (halves, "differential heads have halves")) if on]
+        reasons = [
+            t
+            for on, t in (
+                (rotary, "rotary positions turn pairs of features"),
+                (halves, "differential heads have halves"),
+            )
+            if on
+        ]
         if self.head_dim % unit:
             number = "even" if unit == 2 else f"a multiple of {unit}"
-            raise ValueError(f"model.head_dim ({self.head_dim}) must be {number}: {' and '.join(reasons)}")
+            raise ValueError(
+                f"model.head_dim ({self.head_dim}) must be {number}: {' and '.join(reasons)}"
+            )
         if not rotary and self.rope_theta != ModelConfig.model_fields["rope_theta"].default:
-            raise ValueError(f"model.rope_theta ({self.rope_theta:g}) has no effect with model.positions.kind = learned")
+            raise ValueError(
+                f"model.rope_theta ({self.rope_theta:g}) has no effect with model.positions.kind "
+                "= learned"
+            )
         if (window := self.attention.window) is not None and window > self.max_seq_len:
             raise ValueError(
-                f"model.attention.window ({window}) is above model.max_seq_len ({self.max_seq_len}), so no query would see less for it"
+                f"model.attention.window ({window}) is above model.max_seq_len "
+                f"({self.max_seq_len}), so no query would see less for it"
             )
         if self.depth.kind == "mixture-of-depths" and self.depth.every > self.n_layers:
             raise ValueError(
-                f"model.depth.every ({self.depth.every}) is above model.n_layers ({self.n_layers}), so no block would be gated"
+                f"model.depth.every ({self.depth.every}) is above model.n_layers "
+                f"({self.n_layers}), so no block would be gated"
             )
         return self
 

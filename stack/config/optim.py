@@ -15,30 +15,51 @@ class AdamW(Frozen):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="per unit of learning rate; norms are never decayed")
-    max_grad_norm: float = Field(1.0, gt=0, description="global L2 norm to which gradients are clipped")
+    weight_decay: float = Field(
+        0.1, ge=0, description="per unit of learning rate; norms are never decayed"
+    )
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="global L2 norm to which gradients are clipped"
+    )
 
 
 class Muon(Frozen):
-    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024), AdamW for all other parameters."""
+    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024),
+    AdamW for all other parameters.
+    """
 
     kind: Literal["muon"] = "muon"
     lr: float = Field(gt=0, description="peak learning rate of the matrices inside blocks")
     adamw_lr: float = Field(gt=0, description="peak learning rate of all other parameters")
-    momentum: float = Field(0.95, ge=0, lt=1, description="share of the running mean that an update keeps (0-1)")
+    momentum: float = Field(
+        0.95, ge=0, lt=1, description="share of the running mean that an update keeps (0-1)"
+    )
     nesterov: bool = Field(True, description="look one step of momentum ahead")
-    ns_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations of one orthogonalisation")
+    ns_steps: int = Field(
+        5, ge=1, le=20, description="Newton-Schulz iterations of one orthogonalisation"
+    )
     lr_scale: Literal["match-rms-adamw", "original"] = Field(
-        "match-rms-adamw", description="factor by shape: 0.2·√max(rows, columns) (arXiv:2502.16982), or √max(1, rows/columns)"
+        "match-rms-adamw",
+        description=(
+            "factor by shape: 0.2·√max(rows, columns) (arXiv:2502.16982), or √max(1, rows/columns)"
+        ),
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type of the orthogonalisation; bfloat16 is faster on a GPU, and far slower on a CPU without units for it"
+        "float32",
+        description=(
+            "type of the orthogonalisation; bfloat16 is faster on a GPU, and far slower on a CPU "
+            "without units for it"
+        ),
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
     beta2: float = Field(0.95, ge=0, lt=1, description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(0.1, ge=0, description="per unit of learning rate; norms are never decayed")
-    max_grad_norm: float = Field(1.0, gt=0, description="global L2 norm to which gradients are clipped")
+    weight_decay: float = Field(
+        0.1, ge=0, description="per unit of learning rate; norms are never decayed"
+    )
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="global L2 norm to which gradients are clipped"
+    )
 
 
 class Cosine(Frozen):
@@ -46,20 +67,43 @@ class Cosine(Frozen):
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: int = Field(ge=1, description="steps until the peak")
-    final_lr_frac: float = Field(0.1, gt=0, le=1, description="learning rate of the last step over the peak (0-1); at 0 it would not move")
+    final_lr_frac: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="learning rate of the last step over the peak (0-1); at 0 it would not move",
+    )
     decay_from: Literal["peak", "start"] = Field(
-        "peak", description="the cosine begins when the warm-up ends, or at step 0 and the warm-up is a factor on it"
+        "peak",
+        description=(
+            "the cosine begins when the warm-up ends, or at step 0 and the warm-up is a factor on "
+            "it"
+        ),
     )
 
 
 class Wsd(Frozen):
-    """Linear warm-up, a stable peak, and a decay over the last share of the steps (arXiv:2404.06395, arXiv:2405.18392)."""
+    """Linear warm-up, a stable peak, and a decay over the last share of the steps
+    (arXiv:2404.06395, arXiv:2405.18392).
+    """
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: int = Field(ge=1, description="steps until the peak")
-    decay_frac: float = Field(0.2, gt=0, le=1, description="share of all steps in which the rate decays (0-1), rounded to whole steps")
-    decay_shape: Literal["1-sqrt", "linear"] = Field("1-sqrt", description="1 − √x or 1 − x, where x goes from 0 to 1 over the decay")
-    final_lr_frac: float = Field(0.01, gt=0, le=1, description="learning rate of the last step over the peak (0-1); at 0 it would not move")
+    decay_frac: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="share of all steps in which the rate decays (0-1), rounded to whole steps",
+    )
+    decay_shape: Literal["1-sqrt", "linear"] = Field(
+        "1-sqrt", description="1 − √x or 1 − x, where x goes from 0 to 1 over the decay"
+    )
+    final_lr_frac: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="learning rate of the last step over the peak (0-1); at 0 it would not move",
+    )
 
     def decay_begins(self, max_steps: int) -> int:
         """The last step at the peak. At least one step decays."""

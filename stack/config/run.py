@@ -13,32 +13,58 @@ from stack.config.optim import Optim, Schedule, Wsd
 
 class TrainConfig(Frozen):
     max_steps: int = Field(ge=1, description="optimizer steps")
-    tokens_per_step: int = Field(ge=1, description="tokens of one optimizer step, over all micro-steps and ranks")
+    tokens_per_step: int = Field(
+        ge=1, description="tokens of one optimizer step, over all micro-steps and ranks"
+    )
     micro_batch_size: int = Field(ge=1, description="rows of one forward/backward")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast type; weights stay float32")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="autocast type; weights stay float32"
+    )
     compile: bool = Field(False, description="run the model through torch.compile")
     activation_checkpointing: Literal["none", "blocks"] = Field(
-        "none", description="what the forward keeps for the backward: all of it, or each block's input, and the block is computed again"
+        "none",
+        description=(
+            "what the forward keeps for the backward: all of it, or each block's input, and the "
+            "block is computed again"
+        ),
     )
-    recompute_every: int = Field(500, ge=1, description="steps between two that are computed twice and compared; the last one always is")
+    recompute_every: int = Field(
+        500,
+        ge=1,
+        description=(
+            "steps between two that are computed twice and compared; the last one always is"
+        ),
+    )
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
 
 
 class EvalConfig(Frozen):
     every: int = Field(ge=1, description="steps between two evaluations on held-out data")
-    batches: int = Field(16, ge=2, description="held-out batches, the same ones each time; the power check may raise it")
+    batches: int = Field(
+        16,
+        ge=2,
+        description="held-out batches, the same ones each time; the power check may raise it",
+    )
     batch_size: int = Field(8, ge=1, description="rows per held-out batch")
 
 
 class Patience(Frozen):
-    """Stop after `patience` evaluations without an improvement that stands out of the paired noise."""
+    """Stop after `patience` evaluations without an improvement that
+    stands out of the paired noise.
+    """
 
     kind: Literal["patience"] = "patience"
     patience: int = Field(5, ge=2, description="evaluations to wait")
     min_epochs: int = Field(3, ge=1, description="evaluation rounds before a stop is possible")
-    z: float = Field(2.0, gt=0, description="standard errors of the paired difference an improvement must exceed")
-    min_delta_nats: float = Field(0.0, ge=0, description="smallest improvement that counts, nats per token")
-    expected_gain_nats: float = Field(0.02, gt=0, description="gain per evaluation the held-out set must be able to see")
+    z: float = Field(
+        2.0, gt=0, description="standard errors of the paired difference an improvement must exceed"
+    )
+    min_delta_nats: float = Field(
+        0.0, ge=0, description="smallest improvement that counts, nats per token"
+    )
+    expected_gain_nats: float = Field(
+        0.02, gt=0, description="gain per evaluation the held-out set must be able to see"
+    )
 
 
 class NeverStop(Frozen):
@@ -53,24 +79,41 @@ class SampleConfig(Frozen):
     max_new_tokens: int = Field(96, ge=8)
     temperature: float = Field(0.8, ge=0, description="0 takes the most likely token")
     top_k: int = Field(50, ge=0, description="0 keeps all")
-    language: Literal["en", "code", "any"] = Field("en", description="which word-likeness the coherence score uses")
+    language: Literal["en", "code", "any"] = Field(
+        "en", description="which word-likeness the coherence score uses"
+    )
 
 
 class CheckpointConfig(Frozen):
     every: int = Field(ge=1, description="steps between two checkpoints")
     keep: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
     writing: Literal["in-line", "behind"] = Field(
-        "in-line", description="whether training waits for the disk, or goes on while a copy of the state is written behind it"
+        "in-line",
+        description=(
+            "whether training waits for the disk, or goes on while a copy of the state is written "
+            "behind it"
+        ),
     )
-    signal_boundary: int = Field(100, ge=1, description="SIGUSR1 saves after the next step that is a multiple of this")
+    signal_boundary: int = Field(
+        100, ge=1, description="SIGUSR1 saves after the next step that is a multiple of this"
+    )
 
 
 class TraceConfig(Frozen):
-    every: int = Field(0, ge=0, description="steps between two of which every point's statistics are recorded; 0 records none")
+    every: int = Field(
+        0,
+        ge=0,
+        description=(
+            "steps between two of which every point's statistics are recorded; 0 records none"
+        ),
+    )
 
 
 class GatesConfig(Frozen):
-    waive: tuple[Waiver, ...] = Field((), description="gates allowed to fail, each with reason and expiry; written into the record")
+    waive: tuple[Waiver, ...] = Field(
+        (),
+        description="gates allowed to fail, each with reason and expiry; written into the record",
+    )
 
 
 class RunConfig(Frozen):
@@ -80,7 +123,9 @@ class RunConfig(Frozen):
     seed: int = Field(1337, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig = DataConfig()
-    curriculum: Annotated[StaticCurriculum | BanditCurriculum, Field(discriminator="kind")] = StaticCurriculum()
+    curriculum: Annotated[StaticCurriculum | BanditCurriculum, Field(discriminator="kind")] = (
+        StaticCurriculum()
+    )
     model: ModelConfig
     train: TrainConfig
     optim: Annotated[Optim, Field(discriminator="kind")]
@@ -104,21 +149,32 @@ class RunConfig(Frozen):
     def _consistent(self):
         if self.train.tokens_per_step % self.tokens_per_micro_step:
             raise ValueError(
-                f"train.tokens_per_step ({self.train.tokens_per_step}) must be a multiple of train.micro_batch_size × model.max_seq_len "
-                f"({self.train.micro_batch_size} × {self.model.max_seq_len} = {self.tokens_per_micro_step})"
+                f"train.tokens_per_step ({self.train.tokens_per_step}) must be a multiple of "
+                f"train.micro_batch_size × model.max_seq_len ({self.train.micro_batch_size} × "
+                f"{self.model.max_seq_len} = {self.tokens_per_micro_step})"
             )
         if self.schedule.warmup_steps >= self.train.max_steps:
-            raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below train.max_steps ({self.train.max_steps})")
-        if isinstance(self.schedule, Wsd) and self.schedule.warmup_steps > (begins := self.schedule.decay_begins(self.train.max_steps)):
             raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must end before the decay begins, which is after step {begins} "
-                f"(schedule.decay_frac {self.schedule.decay_frac:g} of train.max_steps {self.train.max_steps})"
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below "
+                f"train.max_steps ({self.train.max_steps})"
+            )
+        if isinstance(self.schedule, Wsd) and self.schedule.warmup_steps > (
+            begins := self.schedule.decay_begins(self.train.max_steps)
+        ):
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must end before the decay "
+                f"begins, which is after step {begins} (schedule.decay_frac "
+                f"{self.schedule.decay_frac:g} of train.max_steps {self.train.max_steps})"
             )
         if self.train.compile and (ragged := self.model.ragged()):
-            raise ValueError(f"train.compile cannot be combined with {ragged}: how many tokens meet which weights depends on their content")
+            raise ValueError(
+                f"train.compile cannot be combined with {ragged}: how many tokens meet which "
+                "weights depends on their content"
+            )
         if self.curriculum.warmup_steps >= self.train.max_steps:
             raise ValueError(
-                f"curriculum.warmup_steps ({self.curriculum.warmup_steps}) must be below train.max_steps ({self.train.max_steps})"
+                f"curriculum.warmup_steps ({self.curriculum.warmup_steps}) must be below "
+                f"train.max_steps ({self.train.max_steps})"
             )
         return self
 

@@ -1,4 +1,6 @@
-"""What a built data set says about itself: its table of sources, the verdicts of its gates, its record and its page."""
+"""What a built data set says about itself: its table of sources, the verdicts of its gates,
+its record and its page.
+"""
 
 import html
 from collections.abc import Iterable
@@ -22,15 +24,23 @@ JUDGED_SEQ_LEN = 512
 LOST_BYTES_FRAC = 0.5  # of a source that lost more, the end of a build says so
 MAX_INPUT_FILES = 1000
 GATES = (
-    "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity data.leakage "
-    "tokenizer.round-trip tokenizer.pinning tokenizer.merges"
+    "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity "
+    "data.leakage tokenizer.round-trip tokenizer.pinning tokenizer.merges"
 ).split()
-DECLARED = "name kind license languages weight cap floor files files_passed_over sha256 tokens".split()
+DECLARED = (
+    "name kind license languages weight cap floor files files_passed_over sha256 tokens".split()
+)
 RECEIVED = "documents_in documents_out bytes_in bytes_out dropped".split()
-CLAIM = "These files, filtered, freed of repeats and tokenised by this code, give these shards, and every document is accounted for."
+CLAIM = (
+    "These files, filtered, freed of repeats and tokenised by this code, give these shards, and "
+    "every document is accounted for."
+)
 NOT_COVERED = (
     "whether the text is true, useful or lawful to train on: the licence is what the user declared",
-    "repeats below the declared similarity, and passages shared with evaluation sets that nobody declared",
+    (
+        "repeats below the declared similarity, and passages shared with evaluation sets that "
+        "nobody declared"
+    ),
 )
 
 
@@ -73,7 +83,9 @@ def require_green(results: Iterable[GateResult]) -> None:
     red = [r for r in results if r.verdict == "fail" and spec.gates[r.id].severity == "halt"]
     if red:
         also = f"; also red: {', '.join(r.id for r in red[1:])}" if red[1:] else ""
-        raise GateFailed(red[0].id, what=red[0].message + also, next_step=f"stack gates show {red[0].id}")
+        raise GateFailed(
+            red[0].id, what=red[0].message + also, next_step=f"stack gates show {red[0].id}"
+        )
 
 
 def require_recorded(folder: Path) -> None:
@@ -82,25 +94,43 @@ def require_recorded(folder: Path) -> None:
         return
     for output in read_record(folder / "metadata.json").outputs:
         if sha256_file(folder / output.path) != output.sha256:
-            raise DataError(f"{folder / output.path} was changed since it was recorded", next_step="build the data anew")
+            raise DataError(
+                f"{folder / output.path} was changed since it was recorded",
+                next_step="build the data anew",
+            )
 
 
 def source_rows(manifest: dict) -> list[dict[str, Any]]:
-    """One JSON-ready row per source: what it is, what came in and out, and why the rest was dropped."""
-    return [{k: s[k] for k in DECLARED} | {k: s["receipt"][k] for k in RECEIVED} for s in manifest["sources"]]
+    """One JSON-ready row per source: what it is, what came in and out,
+    and why the rest was dropped.
+    """
+    return [
+        {k: s[k] for k in DECLARED} | {k: s["receipt"][k] for k in RECEIVED}
+        for s in manifest["sources"]
+    ]
 
 
-def write_record(builder: RecordBuilder, cfg: DataConfig, dataset: Dataset, results: list[GateResult], seconds: float) -> Record:
+def write_record(
+    builder: RecordBuilder,
+    cfg: DataConfig,
+    dataset: Dataset,
+    results: list[GateResult],
+    seconds: float,
+) -> Record:
     """Write sources.jsonl and metadata.json into the folder of a data set and return the record."""
     folder, manifest = dataset.directory, dataset.manifest
-    write_atomically(folder / SOURCES, b"".join(canonical_json(row) + b"\n" for row in source_rows(manifest)))
+    write_atomically(
+        folder / SOURCES, b"".join(canonical_json(row) + b"\n" for row in source_rows(manifest))
+    )
     builder.environment = environment()
     builder.inputs = [
         artefact(path, root=Path.cwd(), name=name, license=corpus.license_of(source))
         for name, source in corpus.sources_of(cfg.corpus).items()
         for path in corpus.source_paths(source)[:MAX_INPUT_FILES]
     ]
-    builder.outputs = [artefact(folder / name, root=folder) for name in ("manifest.json", "tokenizer.json")]
+    builder.outputs = [
+        artefact(folder / name, root=folder) for name in ("manifest.json", "tokenizer.json")
+    ]
     whole = receipts.total(s["receipt"] for s in manifest["sources"])
     for unit in ("documents", "bytes"):
         builder.metric(f"{unit}_in", whole[f"{unit}_in"], unit)
@@ -109,7 +139,9 @@ def write_record(builder: RecordBuilder, cfg: DataConfig, dataset: Dataset, resu
         builder.metric(f"{split}_tokens", entry["tokens"], "tokens")
     builder.metric("vocab_size", manifest["tokenizer"]["vocab_size"], "tokens")
     builder.metric("sources", len(manifest["sources"]), "sources")
-    builder.metric("build_bytes_per_s", whole["bytes_in"] / max(seconds, 1e-9), "bytes/s", better="higher")
+    builder.metric(
+        "build_bytes_per_s", whole["bytes_in"] / max(seconds, 1e-9), "bytes/s", better="higher"
+    )
     red = [r.id for r in results if r.verdict == "fail"]
     return builder.finish(
         folder,
@@ -122,7 +154,8 @@ def write_record(builder: RecordBuilder, cfg: DataConfig, dataset: Dataset, resu
 
 
 def overlap(dataset: Dataset, texts: list[str]) -> dict[str, Any]:
-    """How many training documents share a run of words with an evaluation set, per source, and how many of its texts are touched.
+    """How many training documents share a run of words with an evaluation set, per source, and how
+    many of its texts are touched.
 
     The scanner must first find one of the texts hidden in a document; `canary_found` says so.
     """
@@ -142,29 +175,49 @@ def overlap(dataset: Dataset, texts: list[str]) -> dict[str, Any]:
         "gram_words": dedup.GRAM_WORDS,
         "evaluation_texts": len(texts),
         "evaluation_texts_long_enough": len(long),
-        "evaluation_texts_touched": sum(not touched.isdisjoint(dedup.runs(dedup.word_hashes(t), dedup.GRAM_WORDS).tolist()) for t in long),
+        "evaluation_texts_touched": sum(
+            not touched.isdisjoint(dedup.runs(dedup.word_hashes(t), dedup.GRAM_WORDS).tolist())
+            for t in long
+        ),
         "sources": rows,
     }
 
 
 def _all_documents(dataset: Dataset) -> Iterable[tuple[str, str]]:
     stream = dataset.train
-    sources = [s for s, starts in zip(stream.shard_sources, stream.shard_document_starts()) for _ in starts]
+    sources = [
+        s for s, starts in zip(stream.shard_sources, stream.shard_document_starts()) for _ in starts
+    ]
     bounds = [*stream.document_starts.tolist(), stream.n_tokens]
     for source, start, stop in zip(sources, bounds, bounds[1:]):
         yield source, dataset.text(stream, start, stop)
 
 
 def page(manifest: dict, results: list[GateResult]) -> str:
-    """A page that stands alone: sources with what was dropped and why, splits, tokenizer and gates."""
+    """A page that stands alone: sources with what was dropped and why, splits,
+    tokenizer and gates.
+    """
     rows = receipts.table(manifest["sources"])
     reasons = sorted({r for row in rows for r in row["reasons"]})
     sources = [
-        [r["source"], f"{r['in']:,}", f"{r['out']:,}", f"{r['dropped_frac']:.1%}", *(f"{r['reasons'].get(k, 0):,}" for k in reasons)]
+        [
+            r["source"],
+            f"{r['in']:,}",
+            f"{r['out']:,}",
+            f"{r['dropped_frac']:.1%}",
+            *(f"{r['reasons'].get(k, 0):,}" for k in reasons),
+        ]
         for r in rows
     ]
     declared = [
-        [s["name"], s["kind"], s["license"], ", ".join(s["languages"]), *_shares(s), *(f"{n:,}" for n in s["tokens"].values())]
+        [
+            s["name"],
+            s["kind"],
+            s["license"],
+            ", ".join(s["languages"]),
+            *_shares(s),
+            *(f"{n:,}" for n in s["tokens"].values()),
+        ]
         for s in manifest["sources"]
     ]
     examples = [
@@ -176,14 +229,33 @@ def page(manifest: dict, results: list[GateResult]) -> str:
     gates = [[g.id, g.verdict, g.message] for g in results]
     parts = [
         "<!doctype html><meta charset='utf-8'><title>Data set</title>",
-        "<style>body{font:15px system-ui;margin:2em auto;max-width:72em;padding:0 1em}table{border-collapse:collapse;margin:1em 0}"
-        "td,th{padding:.25em .7em;border-bottom:1px solid #bbb;text-align:left}td+td{font-variant-numeric:tabular-nums}</style>",
+        "<style>body{font:15px system-ui;margin:2em auto;max-width:72em;padding:0 "
+        "1em}table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em "
+        ".7em;border-bottom:1px solid "
+        "#bbb;text-align:left}td+td{font-variant-numeric:tabular-nums}</style>",
         "<h1>Data set</h1>",
-        f"<p>tokenizer {html.escape(manifest['tokenizer']['kind'])}, {manifest['tokenizer']['vocab_size']:,} entries, "
-        f"sha256 {manifest['tokenizer']['sha256'][:16]}…</p>",
-        _table("Documents in, out and dropped by reason", ["source", "in", "out", "dropped", *reasons], sources),
+        f"<p>tokenizer {html.escape(manifest['tokenizer']['kind'])}, "
+        f"{manifest['tokenizer']['vocab_size']:,} entries, sha256 "
+        f"{manifest['tokenizer']['sha256'][:16]}…</p>",
         _table(
-            "Sources", ["source", "kind", "licence", "languages", "weight", "cap", "floor", "train tokens", "held-out tokens"], declared
+            "Documents in, out and dropped by reason",
+            ["source", "in", "out", "dropped", *reasons],
+            sources,
+        ),
+        _table(
+            "Sources",
+            [
+                "source",
+                "kind",
+                "licence",
+                "languages",
+                "weight",
+                "cap",
+                "floor",
+                "train tokens",
+                "held-out tokens",
+            ],
+            declared,
         ),
         *(f"<p>{html.escape(line)}</p>" for line in notices(manifest)),
         _table("First dropped document of each reason", ["source", "reason", "where"], examples),
@@ -193,19 +265,34 @@ def page(manifest: dict, results: list[GateResult]) -> str:
 
 
 def notices(manifest: dict) -> list[str]:
-    """What a person should know who only reads the end: files not read, sources that lost most of their text, what is kept out."""
+    """What a person should know who only reads the end: files not read, sources that lost most of
+    their text, what is kept out.
+    """
     lines = []
     for source in manifest["sources"]:
         skipped, receipt = source["files_passed_over"], source["receipt"]
         if skipped["number"]:
-            lines.append(f"{source['name']}: {skipped['number']:,} file(s) of another kind were not read, the first {skipped['example']}")
+            lines.append(
+                f"{source['name']}: {skipped['number']:,} file(s) of another kind were not read, "
+                f"the first {skipped['example']}"
+            )
         lost = 1 - receipt["bytes_out"] / max(1, receipt["bytes_in"])
         if lost > LOST_BYTES_FRAC:
-            cut = "; documents = paragraph or line cuts files, so that less is lost" if "long-paragraph" in receipt["dropped"] else ""
-            lines.append(f"{source['name']}: {lost:.0%} of its bytes were dropped: {receipts.worst(receipt)}{cut}")
+            cut = (
+                "; documents = paragraph or line cuts files, so that less is lost"
+                if "long-paragraph" in receipt["dropped"]
+                else ""
+            )
+            lines.append(
+                f"{source['name']}: {lost:.0%} of its bytes were dropped: "
+                f"{receipts.worst(receipt)}{cut}"
+            )
     for kept_out in (manifest["decontamination"] or {}).get("sets", ()):
         found = f"{kept_out['records_kept_out']:,} of {kept_out['records']:,} records"
-        lines.append(f"kept out: {found} of {kept_out['path']}; the others are shorter than {dedup.GRAM_WORDS} words")
+        lines.append(
+            f"kept out: {found} of {kept_out['path']}; the others are shorter than "
+            f"{dedup.GRAM_WORDS} words"
+        )
     return lines
 
 
@@ -215,5 +302,7 @@ def _shares(source: dict) -> list[str]:
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+    )
     return f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>"

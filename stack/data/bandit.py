@@ -16,18 +16,24 @@ REWARD_SIGMAS = 2.0  # drops further from their mean than this count as this far
 
 
 class Bandit:
-    """Shares that move towards one source per turn, chosen by discounted UCB on what a turn did to the held-out loss of all sources.
+    """Shares that move towards one source per turn, chosen by discounted UCB on what a turn did to
+    the held-out loss of all sources.
 
-    A turn's shares lie in [floor, cap] for every source, and rows follow them by smooth weighted round robin, so that over any n rows
-    a source gets its share to within as many rows as there are sources. Rewards are drops of the weighted held-out loss, standardised
-    by their own discounted mean and spread and cut at ±REWARD_SIGMAS, in 0-1 (Garivier & Moulines, arXiv:0805.3415).
+    A turn's shares lie in [floor, cap] for every source, and rows follow them by smooth weighted
+    round robin, so that over any n rows a source gets its share to within as many rows as there are
+    sources. Rewards are drops of the weighted held-out loss, standardised by their own discounted
+    mean and spread and cut at ±REWARD_SIGMAS, in 0-1 (Garivier & Moulines, arXiv:0805.3415).
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int, cfg: BanditCurriculum, *, warmup_rows: int = 0):
+    def __init__(
+        self, sources: Sequence[Source], seed: int, cfg: BanditCurriculum, *, warmup_rows: int = 0
+    ):
         self.sources, self.seed, self.cfg = tuple(sources), seed, cfg
         self._warmup_rows, self._shuffle = warmup_rows, permutation.Shuffle()
         self._base_shares = shares(self.sources)
-        self._warm = in_warmup(self.sources, cfg.warmup_sources) if warmup_rows else list(self.sources)
+        self._warm = (
+            in_warmup(self.sources, cfg.warmup_sources) if warmup_rows else list(self.sources)
+        )
         self.arms = [i for i, s in enumerate(self.sources) if s.cap > 0]
         self.fingerprint = sha256_json([[s.name, s.weight, s.cap, s.floor] for s in self.sources])
         self._reset(np.zeros(len(self.sources), np.int64))
@@ -38,24 +44,35 @@ class Bandit:
         self.pulls, self.rewards = np.zeros(len(self.sources)), np.zeros(len(self.sources))
         self.drop_mean, self.drop_var, self.n_drops = 0.0, 0.0, 0
         self.last_losses: dict[str, float] = {}
-        self.in_warmup = False  # whether the present turn has rows of the warm-up, from which nothing is learnt about its focus
+        # whether the present turn has rows of the warm-up, from which nothing
+        # is learnt about its focus
+        self.in_warmup = False
         self.focus = self._choose()
         self._decided = (0, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def target(self, position: int) -> np.ndarray:
-        """Shares of the present turn, each in [floor, cap]; in the warm-up those of the listed sources alone."""
+        """Shares of the present turn, each in [floor, cap]; in the warm-up those of
+        the listed sources alone.
+        """
         if position < self._warmup_rows:
             return shares(self._warm)
         if not self.last_losses and not self.n_drops:
             return self._base_shares
-        f = min(self.cfg.focus_share, 1 - 1e-6)  # what the cap of the source in focus leaves goes to the others
+        # what the cap of the source in focus leaves goes to the others
+        f = min(self.cfg.focus_share, 1 - 1e-6)
         wanted = (1 - f) * self._base_shares + f * (np.arange(len(self.sources)) == self.focus)
         return shares([replace(s, weight=float(w)) for s, w in zip(self.sources, wanted)])
 
     def decide(self, before: int, after: int) -> None:
-        """Choose the sources of samples before … after-1, going on with each source where it stands."""
+        """Choose the sources of samples before … after-1, going on with
+        each source where it stands.
+        """
         self.in_warmup = self.in_warmup or before < self._warmup_rows
-        share, chosen, rank = None, np.empty(after - before, np.int64), np.empty(after - before, np.int64)
+        share, chosen, rank = (
+            None,
+            np.empty(after - before, np.int64),
+            np.empty(after - before, np.int64),
+        )
         for i in range(after - before):
             if share is None or before + i == self._warmup_rows:
                 share = self.target(before + i)
@@ -76,18 +93,29 @@ class Bandit:
         return self.drawn.copy()
 
     def reward(self, losses: Mapping[str, float]) -> dict[str, Any]:
-        """End a turn with the held-out loss of every source in nats per token, and begin the next; returns a line for the log."""
+        """End a turn with the held-out loss of every source in nats per token, and begin the next;
+        returns a line for the log.
+        """
         line: dict[str, Any] = {"focus": self.sources[self.focus].name, "losses_nats": dict(losses)}
         if self.last_losses and not self.in_warmup:
             drop = self.drop(losses)
             line |= {"drop_nats": drop, "reward": self._learn(drop)}
         self.last_losses, self.in_warmup = dict(losses), False
         self.focus = self._choose()
-        return line | {"next_focus": self.sources[self.focus].name, "means": dict(zip(self._names(), self._means().tolist()))}
+        return line | {
+            "next_focus": self.sources[self.focus].name,
+            "means": dict(zip(self._names(), self._means().tolist())),
+        }
 
     def drop(self, losses: Mapping[str, float]) -> float:
-        """By how much the held-out loss of all sources, in their shares, fell during the turn; nats per token."""
-        return sum(w * (self.last_losses[s.name] - losses[s.name]) for w, s in zip(self._base_shares, self.sources) if w > 0)
+        """By how much the held-out loss of all sources, in their shares, fell during the turn;
+        nats per token.
+        """
+        return sum(
+            w * (self.last_losses[s.name] - losses[s.name])
+            for w, s in zip(self._base_shares, self.sources)
+            if w > 0
+        )
 
     def _learn(self, drop: float) -> float:
         """Credit the source in focus with a standardised drop."""
@@ -105,15 +133,21 @@ class Bandit:
         return reward
 
     def _means(self) -> np.ndarray:
-        return np.divide(self.rewards, self.pulls, out=np.full(len(self.sources), 0.5), where=self.pulls > 0)
+        return np.divide(
+            self.rewards, self.pulls, out=np.full(len(self.sources), 0.5), where=self.pulls > 0
+        )
 
     def _choose(self) -> int:
-        """The arm with the highest upper confidence bound; one never tried goes first. Ties go to the first in order."""
+        """The arm with the highest upper confidence bound; one never tried goes first.
+        Ties go to the first in order.
+        """
         candidates = [i for i in self.arms if self.sources[i].weight > 0]
         untried = [i for i in candidates if self.pulls[i] == 0]
         if untried:
             return untried[0]
-        bonus = self.cfg.exploration * np.sqrt(np.log(1 + self.pulls.sum()) / np.maximum(self.pulls, 1e-9))
+        bonus = self.cfg.exploration * np.sqrt(
+            np.log(1 + self.pulls.sum()) / np.maximum(self.pulls, 1e-9)
+        )
         bound = self._means() + bonus
         return max(candidates, key=lambda i: (bound[i], -i))
 
@@ -122,31 +156,54 @@ class Bandit:
 
     def state_dict(self) -> dict:
         arms = {
-            s.name: {"drawn": int(self.drawn[i]), **{k: float(getattr(self, k)[i]) for k in ("credit", "pulls", "rewards")}}
+            s.name: {
+                "drawn": int(self.drawn[i]),
+                **{k: float(getattr(self, k)[i]) for k in ("credit", "pulls", "rewards")},
+            }
             for i, s in enumerate(self.sources)
             if s.cap > 0
         }
-        numbers = {k: getattr(self, k) for k in ("drop_mean", "drop_var", "n_drops", "last_losses", "in_warmup")}
+        numbers = {
+            k: getattr(self, k)
+            for k in ("drop_mean", "drop_var", "n_drops", "last_losses", "in_warmup")
+        }
         parked = {s.name: int(n) for s, n in zip(self.sources, self.drawn) if s.cap == 0 and n}
-        return {"fingerprint": self.fingerprint, "arms": arms, "focus": self.sources[self.focus].name, "parked": parked, **numbers}
+        return {
+            "fingerprint": self.fingerprint,
+            "arms": arms,
+            "focus": self.sources[self.focus].name,
+            "parked": parked,
+            **numbers,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Arms are those of the configuration with windows and a cap above 0; others in the state are dropped, with all they remember.
+        """Arms are those of the configuration with windows and a cap above 0; others in the state
+        are dropped, with all they remember.
 
         A state of other arms or shares than these gives its positions and nothing else.
         """
-        saved = {n: a["drawn"] for n, a in state["arms"].items()} if "arms" in state else state.get("base", {})
+        saved = (
+            {n: a["drawn"] for n, a in state["arms"].items()}
+            if "arms" in state
+            else state.get("base", {})
+        )
         known = {self.sources[i].name for i in self.arms}
         dropped = sorted(n for n in saved if n not in known)
-        places = {**state.get("parked", {}), **saved}  # where a source without a share stands is kept, should it come back
+        # where a source without a share stands is kept, should it come back
+        places = {**state.get("parked", {}), **saved}
         drawn = np.array([int(places.get(s.name, 0)) for s in self.sources], np.int64)
         self._reset(drawn)
         if state.get("fingerprint") != self.fingerprint or dropped:
             return dropped
         for i in self.arms:
             arm = state["arms"][self.sources[i].name]
-            self.credit[i], self.pulls[i], self.rewards[i] = (float(arm[k]) for k in ("credit", "pulls", "rewards"))
+            self.credit[i], self.pulls[i], self.rewards[i] = (
+                float(arm[k]) for k in ("credit", "pulls", "rewards")
+            )
         self.drop_mean, self.drop_var = float(state["drop_mean"]), float(state["drop_var"])
-        self.n_drops, self.last_losses = int(state["n_drops"]), {n: float(v) for n, v in state["last_losses"].items()}
+        self.n_drops, self.last_losses = (
+            int(state["n_drops"]),
+            {n: float(v) for n, v in state["last_losses"].items()},
+        )
         self.focus, self.in_warmup = self._names().index(state["focus"]), bool(state["in_warmup"])
         return []

@@ -1,6 +1,8 @@
-"""Builds a data set: read and filter, drop repeats, tokenise, write shards. Every stage works part by part and can be killed anywhere.
+"""Builds a data set: read and filter, drop repeats, tokenise, write shards.
+Every stage works part by part and can be killed anywhere.
 
-folder/.work/plan.json, part-00000/        what is finished; a second run of the same plan goes on from there
+folder/.work/plan.json, part-00000/ what is finished; a second run of the
+same plan goes on from there
 folder/train-00000.safetensors …           shards of the splits
 folder/tokenizer.json, manifest.json       written last: a folder with a manifest is complete
 """
@@ -43,7 +45,9 @@ FORMAT = "stackproof/data/3"
 
 @dataclass
 class Progress:
-    """How far a build is. Bytes are those of the source files in the first stage, of kept text in the last."""
+    """How far a build is. Bytes are those of the source files in the first stage,
+    of kept text in the last.
+    """
 
     stage: str
     done_bytes: int = 0
@@ -52,11 +56,18 @@ class Progress:
     dropped: int = 0
 
 
-def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Callable[[Progress], None] = lambda progress: None) -> dict:
-    """Build the data set in `folder` and return its manifest. Killed and started again, it goes on where it was.
+def build(
+    cfg: DataConfig,
+    folder: Path,
+    *,
+    workers: int = 1,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict:
+    """Build the data set in `folder` and return its manifest.
+    Killed and started again, it goes on where it was.
 
-    Raises DataError for what cannot be read, for an empty split, or if a source changed meanwhile; UsageError if the folder holds
-    another data set. What other folders hold is not touched.
+    Raises DataError for what cannot be read, for an empty split, or if a source changed meanwhile;
+    UsageError if the folder holds another data set. What other folders hold is not touched.
     """
     plan, jobs = _plan(cfg, folder / ".work")
     _require_tokenizer(cfg)
@@ -75,7 +86,14 @@ def build(cfg: DataConfig, folder: Path, *, workers: int = 1, on_progress: Calla
         return _build(cfg, folder, plan, jobs, workers, on_progress)
 
 
-def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], workers: int, on_progress: Callable[[Progress], None]) -> dict:
+def _build(
+    cfg: DataConfig,
+    folder: Path,
+    plan: dict,
+    jobs: list[FilterJob],
+    workers: int,
+    on_progress: Callable[[Progress], None],
+) -> dict:
     work, manifest_path = _open_work(folder, plan), folder / "manifest.json"
     grams = _evaluation_grams(cfg, work)
     with Pool(workers if _total(jobs) > corpus.PART_BYTES else 1) as run:
@@ -97,12 +115,18 @@ def _build(cfg: DataConfig, folder: Path, plan: dict, jobs: list[FilterJob], wor
 
 
 def _require_tokenizer(cfg: DataConfig) -> None:
-    """Raises DataError for a given tokenizer through which text does not survive, before any text is read."""
+    """Raises DataError for a given tokenizer through which text does not survive,
+    before any text is read.
+    """
     if cfg.tokenizer.kind != "file":
         return
     tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, ())
     gate = load_spec().gates["tokenizer.round-trip"]
-    parts = {"tokenizer": tokenizer, "hard_texts": tokenizers.HARD_TEXTS, "held_out_texts": ["A plain text, for a start."]}
+    parts = {
+        "tokenizer": tokenizer,
+        "hard_texts": tokenizers.HARD_TEXTS,
+        "held_out_texts": ["A plain text, for a start."],
+    }
     verdict = call_check(gate, parts)
     if verdict.outcome != "pass":
         raise DataError(
@@ -114,14 +138,19 @@ def _require_tokenizer(cfg: DataConfig) -> None:
 
 def changed_meanwhile() -> DataError:
     """The error for a corpus that somebody writes to."""
-    return DataError("the corpus changed while it was read", next_step="run again when nothing writes to its files")
+    return DataError(
+        "the corpus changed while it was read",
+        next_step="run again when nothing writes to its files",
+    )
 
 
-# --- plan -----------------------------------------------------------------------------------------------------------
+# --- plan -----------------------------------------------------------------------------------------
 
 
 def _plan(cfg: DataConfig, work: Path) -> tuple[dict, list[FilterJob]]:
-    """What decides the result: configuration and the sizes and times of all files; and the parts to read."""
+    """What decides the result: configuration and the sizes and times of all files;
+    and the parts to read.
+    """
     filters.load_plugins(cfg.filters)
     if isinstance(cfg.dedup, NearDedup):
         dedup.require_library()
@@ -130,11 +159,19 @@ def _plan(cfg: DataConfig, work: Path) -> tuple[dict, list[FilterJob]]:
         files += [[str(p), *_stamp(p)] for p in corpus.source_paths(source)]
         grams = work / "grams.safetensors" if cfg.decontaminate else None
         for part in corpus.parts(source):
-            jobs.append(FilterJob(len(jobs), name, source, part, cfg.filters, cfg.dedup, grams, work))
+            jobs.append(
+                FilterJob(len(jobs), name, source, part, cfg.filters, cfg.dedup, grams, work)
+            )
     files += [[p, *_stamp(Path(p))] for p in given_files(cfg)]
     decisive = cfg.model_dump(mode="json", exclude={"packing", "on_exhausted", "verify"})
     rules = filters.fingerprint(cfg.filters)
-    return {"format": FORMAT, "extractor": corpus.EXTRACTOR_VERSION, "rules": rules, "config": decisive, "files": files}, jobs
+    return {
+        "format": FORMAT,
+        "extractor": corpus.EXTRACTOR_VERSION,
+        "rules": rules,
+        "config": decisive,
+        "files": files,
+    }, jobs
 
 
 def given_files(cfg: DataConfig) -> list[str]:
@@ -146,7 +183,9 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions") from e
+        raise DataError(
+            f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions"
+        ) from e
     return status.st_size, status.st_mtime_ns
 
 
@@ -155,7 +194,9 @@ def _total(jobs: list[FilterJob]) -> int:
 
 
 def _finished(path: Path, plan: dict) -> dict:
-    """The manifest of a folder that is complete. Raises UsageError if it was built from something else."""
+    """The manifest of a folder that is complete.
+    Raises UsageError if it was built from something else.
+    """
     built_from = path.with_name("plan.json")
     if not built_from.is_file() or built_from.read_bytes() != canonical_json(plan):
         raise UsageError(
@@ -163,7 +204,8 @@ def _finished(path: Path, plan: dict) -> dict:
             allowed="a new folder, or the same sources and configuration",
             next_step="give another --out, or delete the folder",
         )
-    shutil.rmtree(path.with_name(".work"), ignore_errors=True)  # of a build that was killed just before its end
+    # of a build that was killed just before its end
+    shutil.rmtree(path.with_name(".work"), ignore_errors=True)
     return parse_strict(path.read_bytes(), origin=str(path))
 
 
@@ -180,10 +222,12 @@ def _open_work(folder: Path, plan: dict) -> Path:
     return work
 
 
-# --- read and filter ------------------------------------------------------------------------------------------------
+# --- read and filter ------------------------------------------------------------------------------
 
 
-def _filter_all(run: Pool, jobs: list[FilterJob], on_progress: Callable[[Progress], None]) -> list[dict]:
+def _filter_all(
+    run: Pool, jobs: list[FilterJob], on_progress: Callable[[Progress], None]
+) -> list[dict]:
     """Receipts of all parts in order."""
     progress, results = Progress("filter", 0, _total(jobs)), [{}] * len(jobs)
     on_progress(progress)
@@ -197,41 +241,73 @@ def _filter_all(run: Pool, jobs: list[FilterJob], on_progress: Callable[[Progres
 
 
 def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
-    """Write the word runs of the evaluation sets and return their description. The scanner must find a canary before its zero counts."""
+    """Write the word runs of the evaluation sets and return their description.
+    The scanner must find a canary before its zero counts.
+    """
     if not cfg.decontaminate:
         return None
     sets = {p: list(evaluation_texts(Path(p), cfg.decontaminate_fields)) for p in cfg.decontaminate}
     grams = dedup.gram_set(t for records in sets.values() for texts in records for t in texts)
-    long = {p: [r for texts in records if (r := [t for t in texts if dedup.is_long(t)])] for p, records in sets.items()}
+    long = {
+        p: [r for texts in records if (r := [t for t in texts if dedup.is_long(t)])]
+        for p, records in sets.items()
+    }
     canary = next((texts[0] for records in long.values() for texts in records), None)
     if canary is None:
         raise DataError(
-            f"no text of the evaluation sets has {dedup.GRAM_WORDS} words, so nothing could ever be found",
+            f"no text of the evaluation sets has {dedup.GRAM_WORDS} words, so nothing could ever "
+            "be found",
             value=", ".join(cfg.decontaminate),
             next_step="check decontaminate and decontaminate_fields",
         )
     if not dedup.shares_gram(f"before it {canary} after it", grams):
-        raise DataError("the scanner does not find an evaluation text hidden in another, so its zeros mean nothing")
+        raise DataError(
+            "the scanner does not find an evaluation text hidden in another, so its zeros mean "
+            "nothing"
+        )
     tensorfile.write(work / "grams.safetensors", {"grams": grams}, {})
     described = [
-        {"path": Path(p).name, "sha256": corpus.file_sha256(Path(p)), "records": len(r), "records_kept_out": len(long[p])}
+        {
+            "path": Path(p).name,
+            "sha256": corpus.file_sha256(Path(p)),
+            "records": len(r),
+            "records_kept_out": len(long[p]),
+        }
         for p, r in sets.items()
     ]
-    return {"sets": described, "grams": len(grams), "gram_words": dedup.GRAM_WORDS, "canary": canary[:400], "canary_found": True}
+    return {
+        "sets": described,
+        "grams": len(grams),
+        "gram_words": dedup.GRAM_WORDS,
+        "canary": canary[:400],
+        "canary_found": True,
+    }
 
 
-# --- repeats, split, tokenizer --------------------------------------------------------------------------------------
+# --- repeats, split, tokenizer --------------------------------------------------------------------
 
 
-def _drop_repeats(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict], on_progress: Callable[[Progress], None]) -> list[Chunk]:
-    """All chunks in order, each with the documents that stay; repeats are entered into the receipts of their parts."""
+def _drop_repeats(
+    cfg: DataConfig,
+    jobs: list[FilterJob],
+    filtered: list[dict],
+    on_progress: Callable[[Progress], None],
+) -> list[Chunk]:
+    """All chunks in order, each with the documents that stay;
+    repeats are entered into the receipts of their parts.
+    """
     on_progress(Progress("deduplicate", documents=sum(r["documents_out"] for r in filtered)))
     places = [(job, c) for job, receipt in zip(jobs, filtered) for c in range(receipt["chunks"])]
-    chunks = [Chunk(job.source, job.work / f"part-{job.number:05d}" / f"chunk-{c:04d}.safetensors") for job, c in places]
+    chunks = [
+        Chunk(job.source, job.work / f"part-{job.number:05d}" / f"chunk-{c:04d}.safetensors")
+        for job, c in places
+    ]
     exact = dedup.first_of_each([np.array(tensorfile.memmap(c.path, "hashes")) for c in chunks])
     near = [np.zeros(len(k), bool) for k in exact]
     if isinstance(cfg.dedup, NearDedup) and chunks:
-        near = dedup.near_repeats(Signatures([c.path for c in chunks]), exact, cfg.dedup.similarity_min)
+        near = dedup.near_repeats(
+            Signatures([c.path for c in chunks]), exact, cfg.dedup.similarity_min
+        )
     for chunk, (job, _), first, repeat in zip(chunks, places, exact, near):
         sizes = np.diff(np.asarray(tensorfile.memmap(chunk.path, "offsets")))
         receipts.drop_many(filtered[job.number], "exact-repeat", sizes[~first])
@@ -241,7 +317,9 @@ def _drop_repeats(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict], 
 
 
 def _by_source(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict]) -> dict[str, dict]:
-    """The receipt of every source. Raises DataError for one of which nothing is left, with the reason that took most of it."""
+    """The receipt of every source. Raises DataError for one of which nothing is left, with the
+    reason that took most of it.
+    """
     whole = {}
     for name in corpus.sources_of(cfg.corpus):
         whole[name] = receipts.total(r for job, r in zip(jobs, filtered) if job.source == name)
@@ -249,20 +327,37 @@ def _by_source(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict]) -> 
             raise DataError(
                 f"nothing is left of source {name}",
                 value=receipts.worst(whole[name]) or "no document in its files",
-                next_step="check its paths, documents, text_field and languages, or leave the source out",
+                next_step=(
+                    "check its paths, documents, text_field and languages, or leave the source out"
+                ),
             )
     return whole
 
 
 def _tokenizer(
-    cfg: DataConfig, chunks: list[Chunk], filtered: list[dict], work: Path, on_progress: Callable[[Progress], None]
+    cfg: DataConfig,
+    chunks: list[Chunk],
+    filtered: list[dict],
+    work: Path,
+    on_progress: Callable[[Progress], None],
 ) -> Tokenizer:
-    """The tokenizer, trained on the training side of what is kept, or loaded; a finished one is not trained again."""
+    """The tokenizer, trained on the training side of what is kept, or loaded;
+    a finished one is not trained again.
+    """
     path = work / "tokenizer.json"
     if path.is_file():
         return tokenizers.load_tokenizer(path)
-    on_progress(Progress(f"{cfg.tokenizer.kind} tokenizer", documents=sum(int(c.keep.sum()) for c in chunks)))
-    texts = (text for chunk in chunks for split, text, _ in chunk_sides(cfg.split, chunk) if split == "train")
+    on_progress(
+        Progress(
+            f"{cfg.tokenizer.kind} tokenizer", documents=sum(int(c.keep.sum()) for c in chunks)
+        )
+    )
+    texts = (
+        text
+        for chunk in chunks
+        for split, text, _ in chunk_sides(cfg.split, chunk)
+        if split == "train"
+    )
     first = next(texts, None)
     if first is None:
         raise _empty_split(cfg, "train", chunks, filtered)
@@ -278,19 +373,24 @@ def _chained(first: str, rest: Iterable[str]) -> Iterator[str]:
     yield from rest
 
 
-def _empty_split(cfg: DataConfig, split: str, chunks: list[Chunk], filtered: list[dict]) -> DataError:
+def _empty_split(
+    cfg: DataConfig, split: str, chunks: list[Chunk], filtered: list[dict]
+) -> DataError:
     """The error for a split without documents, with the reason that dropped most of them."""
     kept, lost = sum(int(c.keep.sum()) for c in chunks), receipts.worst(receipts.total(filtered))
     return DataError(
         f"the {split} split is empty",
-        value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}" + (f"; {lost}" if lost else ""),
+        value=f"{kept} document(s) after filtering, data.split.kind = {cfg.split.kind}"
+        + (f"; {lost}" if lost else ""),
         allowed="at least one document on each side",
-        next_step="more documents (documents = paragraph or line cuts files), a larger split.validation_frac, "
-        "or split.kind = tail, which cuts each document in two",
+        next_step=(
+            "more documents (documents = paragraph or line cuts files), a larger "
+            "split.validation_frac, or split.kind = tail, which cuts each document in two"
+        ),
     )
 
 
-# --- tokenise -------------------------------------------------------------------------------------------------------
+# --- tokenise -------------------------------------------------------------------------------------
 
 
 def _encode_all(
@@ -303,7 +403,10 @@ def _encode_all(
     on_progress: Callable[[Progress], None],
 ) -> list[dict]:
     """What every chunk became, in order."""
-    jobs = [EncodeJob(i, c.source, c.path, c.keep, cfg.split, work / "tokenizer.json", work, folder) for i, c in enumerate(chunks)]
+    jobs = [
+        EncodeJob(i, c.source, c.path, c.keep, cfg.split, work / "tokenizer.json", work, folder)
+        for i, c in enumerate(chunks)
+    ]
     progress = Progress("tokenise", 0, sum(j.chunk.stat().st_size for j in jobs))
     on_progress(progress)
     results: list[dict] = [{}] * len(jobs)
@@ -318,15 +421,25 @@ def _encode_all(
     return results
 
 
-# --- manifest -------------------------------------------------------------------------------------------------------
+# --- manifest -------------------------------------------------------------------------------------
 
 
 def _manifest(
-    cfg: DataConfig, by_source: dict[str, dict], chunks: list[Chunk], tokenizer: Tokenizer, encoded: list[dict], grams: dict | None
+    cfg: DataConfig,
+    by_source: dict[str, dict],
+    chunks: list[Chunk],
+    tokenizer: Tokenizer,
+    encoded: list[dict],
+    grams: dict | None,
 ) -> dict:
-    built = cfg.model_dump(mode="json", include={"split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields"})
+    built = cfg.model_dump(
+        mode="json",
+        include={"split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields"},
+    )
     sources = [
-        _source_entry(name, source, by_source[name], [e for c, e in zip(chunks, encoded) if c.source == name])
+        _source_entry(
+            name, source, by_source[name], [e for c, e in zip(chunks, encoded) if c.source == name]
+        )
         for name, source in corpus.sources_of(cfg.corpus).items()
     ]
     splits = {split: _split_entry([r[split] for r in encoded]) for split in SPLITS}
@@ -342,7 +455,11 @@ def _manifest(
             "bytes": whole["bytes_out"],
         },
         "sources": sources,
-        "filters": {"rules": list(filters.RULES), "plugins": list(cfg.filters), "limits": vars(filters.limits())},
+        "filters": {
+            "rules": list(filters.RULES),
+            "plugins": list(cfg.filters),
+            "limits": vars(filters.limits()),
+        },
         "decontamination": grams,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -361,9 +478,15 @@ def _source_entry(name: str, source: TextSource, receipt: dict, encoded: list[di
         "kind": source.kind,
         "languages": list(corpus.languages_of(source)),
         "license": corpus.license_of(source),
-        **{k: float(getattr(source, k, default)) for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))},
+        **{
+            k: float(getattr(source, k, default))
+            for k, default in (("weight", 1.0), ("cap", 1.0), ("floor", 0.0))
+        },
         "files": len(corpus.source_paths(source)),
-        "files_passed_over": {"number": len(passed_over), "example": str(passed_over[0]) if passed_over else ""},
+        "files_passed_over": {
+            "number": len(passed_over),
+            "example": str(passed_over[0]) if passed_over else "",
+        },
         "sha256": corpus.corpus_sha256(source),
         "receipt": receipt,
         "tokens": {split: sum(r[split]["tokens"] for r in encoded) for split in SPLITS},

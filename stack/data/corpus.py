@@ -14,7 +14,15 @@ from typing import assert_never
 from spec.errors import DataError
 from stack.config import Files, Mixture, Pangram, StdlibCode, StdlibDocs
 from stack.data import filters, stdlib
-from stack.data.files import COMPRESSED, Document, Slice, Unreadable, read_slice, read_whole, suffixes
+from stack.data.files import (
+    COMPRESSED,
+    Document,
+    Slice,
+    Unreadable,
+    read_slice,
+    read_whole,
+    suffixes,
+)
 
 EXTRACTOR_VERSION = 4
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".jsonl", ".parquet"))
@@ -24,14 +32,18 @@ TextSource = StdlibDocs | StdlibCode | Pangram | Files
 
 @dataclass(frozen=True)
 class Part:
-    """What one process reads at a time: some slices of files, or all of an embedded corpus (no slices)."""
+    """What one process reads at a time: some slices of files,
+    or all of an embedded corpus (no slices).
+    """
 
     slices: tuple[Slice, ...] = ()
     n_bytes: int = 0
 
 
 def read_documents(cfg: TextSource) -> Iterator[Document]:
-    """All readable documents of a source in a fixed order. Raises DataError naming file and line of what must not be left out."""
+    """All readable documents of a source in a fixed order.
+    Raises DataError naming file and line of what must not be left out.
+    """
     for part in parts(cfg):
         yield from (d for d in read_part(cfg, part) if isinstance(d, Document))
 
@@ -89,14 +101,20 @@ def source_paths(cfg: TextSource) -> list[Path]:
 def corpus_sha256(cfg: TextSource | Mixture) -> str:
     """Hash of the content of every source file and of how it is read; no parsing.
 
-    Where the files lie, what a source is called and what its licence is do not enter: the same text has the same hash everywhere.
+    Where the files lie, what a source is called and what its licence is do not enter: the same text
+    has the same hash everywhere.
     """
     digest = hashlib.sha256(str(EXTRACTOR_VERSION).encode())
     for source in sources_of(cfg).values():
-        kept = source.model_dump_json(exclude={"license", "paths", "name", "weight", "cap", "floor"})
-        digest.update(kept.encode() + (sys.version.encode() if isinstance(source, StdlibDocs) else b""))
+        kept = source.model_dump_json(
+            exclude={"license", "paths", "name", "weight", "cap", "floor"}
+        )
+        digest.update(
+            kept.encode() + (sys.version.encode() if isinstance(source, StdlibDocs) else b"")
+        )
         for path in source_paths(source):
-            # The suffix decides how a file is cut into documents; a document of the standard library carries its module's name.
+            # The suffix decides how a file is cut into documents; a document of the standard
+            # library carries its module's name.
             name = "".join(suffixes(path)) if isinstance(source, Files) else path.name
             digest.update(name.encode() + b"\0" + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
@@ -108,25 +126,38 @@ def file_sha256(path: Path) -> str:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions") from e
+        raise DataError(
+            f"cannot read {path}: {e.strerror}", next_step="check the file and its permissions"
+        ) from e
 
 
 def resolve_paths(cfg: Files) -> list[Path]:
-    """Files meant by paths, folders and globs, sorted, each once. Raises DataError if one names nothing."""
+    """Files meant by paths, folders and globs, sorted, each once.
+    Raises DataError if one names nothing.
+    """
     found: list[Path] = []
     for pattern in cfg.paths:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = [p for p in path.rglob("*") if p.is_file() and suffixes(p)[0] in TEXT_SUFFIXES]
+            matches = [
+                p for p in path.rglob("*") if p.is_file() and suffixes(p)[0] in TEXT_SUFFIXES
+            ]
         elif path.is_file():
             matches = [path]
         else:
             matches = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         if not matches:
             raise DataError(
-                f"paths{f' of source {name}' if (name := getattr(cfg, 'name', '')) else ''} names nothing readable: {pattern}",
-                allowed=f"files, globs, or folders with {' '.join(sorted(TEXT_SUFFIXES))} files, also {' '.join(COMPRESSED)}",
-                next_step="check the path: in a mixture file it is relative to that file, elsewhere to where you are",
+                f"paths{f' of source {name}' if (name := getattr(cfg, 'name', '')) else ''} names "
+                f"nothing readable: {pattern}",
+                allowed=(
+                    f"files, globs, or folders with {' '.join(sorted(TEXT_SUFFIXES))} files, also "
+                    f"{' '.join(COMPRESSED)}"
+                ),
+                next_step=(
+                    "check the path: in a mixture file it is relative to that file, elsewhere to "
+                    "where you are"
+                ),
             )
         if unread := [p for p in matches if suffixes(p)[0] == ".json"]:
             raise DataError(
@@ -146,7 +177,9 @@ def passed_over(cfg: TextSource) -> list[Path]:
 
 
 def parts(cfg: TextSource) -> list[Part]:
-    """A source as parts of about PART_BYTES: small files together, large plain files of lines cut. Raises DataError for a lost file."""
+    """A source as parts of about PART_BYTES: small files together, large plain files of lines cut.
+    Raises DataError for a lost file.
+    """
     if not isinstance(cfg, Files):
         return [Part()]
     made, current, size = [], [], 0
@@ -163,16 +196,26 @@ def _slices(path: Path, cfg: Files) -> list[tuple[Slice, int]]:
     try:
         size = path.stat().st_size
     except OSError as e:
-        raise DataError(f"{path} has vanished: {e.strerror}", next_step="restore it, then run the same command again") from e
-    of_lines = suffixes(path) == (".jsonl", "") or (cfg.documents == "line" and suffixes(path)[1] == "")
+        raise DataError(
+            f"{path} has vanished: {e.strerror}",
+            next_step="restore it, then run the same command again",
+        ) from e
+    of_lines = suffixes(path) == (".jsonl", "") or (
+        cfg.documents == "line" and suffixes(path)[1] == ""
+    )
     if not of_lines or size <= PART_BYTES or suffixes(path)[0] == ".parquet":
         return [(Slice(path), size)]
     starts = range(0, size, PART_BYTES)
-    return [(Slice(path, start, min(start + PART_BYTES, size)), min(PART_BYTES, size - start)) for start in starts]
+    return [
+        (Slice(path, start, min(start + PART_BYTES, size)), min(PART_BYTES, size - start))
+        for start in starts
+    ]
 
 
 def read_part(cfg: TextSource, part: Part) -> Iterator[Document | Unreadable]:
-    """Everything in a part, in order. Raises DataError naming file and line of a damaged file or a record without its text."""
+    """Everything in a part, in order.
+    Raises DataError naming file and line of a damaged file or a record without its text.
+    """
     match cfg:
         case StdlibDocs():
             yield from (Document(name, text) for name, text in stdlib.documentation())

@@ -1,4 +1,6 @@
-"""From the configuration of a curriculum and the sources of a data set to the order in which a run draws."""
+"""From the configuration of a curriculum and the sources of a data set to the
+order in which a run draws.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,18 +14,32 @@ from stack.data.bandit import Bandit
 from stack.data.order import Source, StaticMixture, UniformOrder, shares
 
 
-def sources_of(entries: Mapping[str, Mapping[str, Any]], spans: Mapping[str, tuple[int, int]]) -> list[Source]:
-    """Arms out of a manifest's sources and their windows in the stream; a source without a shard has no window."""
-    return [Source(name, *spans.get(name, (0, 0)), *(float(e[k]) for k in ("weight", "cap", "floor"))) for name, e in entries.items()]
+def sources_of(
+    entries: Mapping[str, Mapping[str, Any]], spans: Mapping[str, tuple[int, int]]
+) -> list[Source]:
+    """Arms out of a manifest's sources and their windows in the stream;
+    a source without a shard has no window.
+    """
+    return [
+        Source(name, *spans.get(name, (0, 0)), *(float(e[k]) for k in ("weight", "cap", "floor")))
+        for name, e in entries.items()
+    ]
 
 
 def declared_sources(cfg: DataConfig) -> list[Source]:
-    """The sources a configuration names, as far as they are known before any text is read; of one window each."""
+    """The sources a configuration names, as far as they are known before any text is read;
+    of one window each.
+    """
     match cfg.corpus:
         case Mixture(sources=sources):
             entries = {s.name: s.model_dump() for s in sources}
         case Built(path=path):
-            entries = {e["name"]: e for e in parse_strict(Path(path, "manifest.json").read_bytes(), origin=path)["sources"]}
+            entries = {
+                e["name"]: e
+                for e in parse_strict(Path(path, "manifest.json").read_bytes(), origin=path)[
+                    "sources"
+                ]
+            }
         case _:
             return []
     return sources_of(entries, dict.fromkeys(entries, (0, 1)))
@@ -33,13 +49,21 @@ def run_order(cfg: RunConfig, dataset: Any, *, seed: int) -> UniformOrder | Stat
     """The order in which a run draws from its data set."""
     seq_len = cfg.model.max_seq_len
     arms = sources_of(dataset.sources, dataset.train.spans(seq_len))
-    return make_order(cfg.curriculum, arms, seed=seed, rows_per_step=cfg.train.tokens_per_step // seq_len)
+    return make_order(
+        cfg.curriculum, arms, seed=seed, rows_per_step=cfg.train.tokens_per_step // seq_len
+    )
 
 
 def make_order(
-    cfg: StaticCurriculum | BanditCurriculum, sources: Sequence[Source], *, seed: int, rows_per_step: int
+    cfg: StaticCurriculum | BanditCurriculum,
+    sources: Sequence[Source],
+    *,
+    seed: int,
+    rows_per_step: int,
 ) -> UniformOrder | StaticMixture | Bandit:
-    """The declared order. One source needs no mixing. Raises ConfigError for names or shares that no order can meet."""
+    """The declared order. One source needs no mixing.
+    Raises ConfigError for names or shares that no order can meet.
+    """
     arms = apply_shares(cfg, sources)
     if len(arms) == 1 and isinstance(cfg, StaticCurriculum):
         return UniformOrder(arms[0].n_windows, seed, arms[0].name)
@@ -52,17 +76,28 @@ def make_order(
     warmup_rows = cfg.warmup_steps * rows_per_step
     match cfg:
         case StaticCurriculum():
-            return StaticMixture(arms, seed, warmup_rows=warmup_rows, warmup_sources=cfg.warmup_sources)
+            return StaticMixture(
+                arms, seed, warmup_rows=warmup_rows, warmup_sources=cfg.warmup_sources
+            )
         case BanditCurriculum():
             return Bandit(arms, seed, cfg, warmup_rows=warmup_rows)
         case _:
             assert_never(cfg)
 
 
-def apply_shares(cfg: StaticCurriculum | BanditCurriculum, sources: Sequence[Source]) -> list[Source]:
-    """Sources with the values of the configuration in place of their own. Raises ConfigError for a name that is no source."""
+def apply_shares(
+    cfg: StaticCurriculum | BanditCurriculum, sources: Sequence[Source]
+) -> list[Source]:
+    """Sources with the values of the configuration in place of their own.
+    Raises ConfigError for a name that is no source.
+    """
     names = [s.name for s in sources]
-    tables = {"weights": cfg.weights, "caps": cfg.caps, "floors": cfg.floors, "warmup_sources": dict.fromkeys(cfg.warmup_sources, 0)}
+    tables = {
+        "weights": cfg.weights,
+        "caps": cfg.caps,
+        "floors": cfg.floors,
+        "warmup_sources": dict.fromkeys(cfg.warmup_sources, 0),
+    }
     for key, table in tables.items():
         if unknown := [n for n in table if n not in names]:
             raise ConfigError(
@@ -72,7 +107,12 @@ def apply_shares(cfg: StaticCurriculum | BanditCurriculum, sources: Sequence[Sou
                 next_step="correct the name",
             )
     made = [
-        replace(s, weight=cfg.weights.get(s.name, s.weight), cap=cfg.caps.get(s.name, s.cap), floor=cfg.floors.get(s.name, s.floor))
+        replace(
+            s,
+            weight=cfg.weights.get(s.name, s.weight),
+            cap=cfg.caps.get(s.name, s.cap),
+            floor=cfg.floors.get(s.name, s.floor),
+        )
         for s in sources
     ]
     shares(made)

@@ -1,7 +1,9 @@
-"""Repeats of documents, exact and near, and runs of words shared with evaluation sets. Memory is bounded by buckets.
+"""Repeats of documents, exact and near, and runs of words shared with evaluation sets.
+Memory is bounded by buckets.
 
-Near repeats: MinHash signatures (Broder 1997) of word runs by the library rensa; equal bands of rows find the candidates, the whole
-signature decides. With 128 values the estimate of the Jaccard similarity has a standard error of at most 0.045.
+Near repeats: MinHash signatures (Broder 1997) of word runs by the library rensa; equal bands of
+rows find the candidates, the whole signature decides. With 128 values the estimate of the Jaccard
+similarity has a standard error of at most 0.045.
 """
 
 import re
@@ -23,8 +25,12 @@ MINHASH_SEED = 42
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """32-bit hash of every word; case, marks and ways to write a letter aside; the same in every process. uint64 (n,)."""
-    words = WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold())
+    """32-bit hash of every word; case, marks and ways to write a letter aside;
+    the same in every process. uint64 (n,).
+    """
+    words = WORD.findall(
+        (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
+    )
     return np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
 
 
@@ -35,7 +41,9 @@ def runs(words: np.ndarray, length: int) -> np.ndarray:
 
 
 def _folded(columns: Iterable[np.ndarray], n: int) -> np.ndarray:
-    """One 64-bit hash per row of n rows given by columns; the order of columns matters. uint64 (n,)."""
+    """One 64-bit hash per row of n rows given by columns; the order of columns matters.
+    uint64 (n,).
+    """
     total = np.zeros(n, np.uint64)
     with np.errstate(over="ignore"):
         for column in columns:
@@ -45,7 +53,9 @@ def _folded(columns: Iterable[np.ndarray], n: int) -> np.ndarray:
 
 
 def first_of_each(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Which values are the first of their kind over all arrays in order; bool arrays of the same lengths."""
+    """Which values are the first of their kind over all arrays in order;
+    bool arrays of the same lengths.
+    """
     keep = [np.ones(len(h), bool) for h in hashes]
     for bucket in _buckets(sum(map(len, hashes))):
         value, where = _gather(hashes, bucket)
@@ -71,7 +81,9 @@ def _gather(arrays: Iterable[np.ndarray], bucket: tuple[int, int]) -> tuple[np.n
         values.append(value[chosen])
         places.append(chosen + first)
         first += len(array)
-    return np.concatenate([np.zeros(0, np.uint64), *values]), np.concatenate([np.zeros(0, np.int64), *places])
+    return np.concatenate([np.zeros(0, np.uint64), *values]), np.concatenate(
+        [np.zeros(0, np.int64), *places]
+    )
 
 
 def _strike(keep: Sequence[np.ndarray], arrays: Sequence[np.ndarray], places: np.ndarray) -> None:
@@ -82,7 +94,7 @@ def _strike(keep: Sequence[np.ndarray], arrays: Sequence[np.ndarray], places: np
         keep[index][places[owner == index] - (ends[index] - len(arrays[index]))] = False
 
 
-# --- near repeats ---------------------------------------------------------------------------------------------------
+# --- near repeats ---------------------------------------------------------------------------------
 
 
 def require_library() -> None:
@@ -91,12 +103,15 @@ def require_library() -> None:
         import rensa  # noqa: F401
     except ImportError as e:
         raise EnvironmentUnfit(
-            "data.dedup.kind = near needs the library rensa", next_step="pip install 'stackproof[train]', or --set data.dedup.kind=exact"
+            "data.dedup.kind = near needs the library rensa",
+            next_step="pip install 'stackproof[train]', or --set data.dedup.kind=exact",
         ) from e
 
 
 def signatures(texts: Sequence[str], shingle_words: int) -> np.ndarray:
-    """MinHash signatures, uint32 (n, SIGNATURE). A text shorter than a run counts as one run, a text without words as one word."""
+    """MinHash signatures, uint32 (n, SIGNATURE).
+    A text shorter than a run counts as one run, a text without words as one word.
+    """
     from rensa import RMinHash
 
     shingles = []
@@ -111,11 +126,15 @@ def signatures(texts: Sequence[str], shingle_words: int) -> np.ndarray:
     return np.array(matrix.to_rows(), np.uint32).reshape(len(texts), SIGNATURE)
 
 
-def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarray], similarity_min: float) -> list[np.ndarray]:
-    """Which documents repeat an earlier kept one: estimated Jaccard similarity at least `similarity_min`. bool arrays.
+def near_repeats(
+    signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarray], similarity_min: float
+) -> list[np.ndarray]:
+    """Which documents repeat an earlier kept one: estimated Jaccard similarity at least
+    `similarity_min`. bool arrays.
 
-    `signature_parts` may open memory maps when they are indexed; one band of one bucket is held at a time. A document that was struck
-    for the sake of one that is struck itself comes back and is compared again, so that the result is that of going through them in order.
+    `signature_parts` may open memory maps when they are indexed; one band of one bucket is held at
+    a time. A document that was struck for the sake of one that is struck itself comes back and is
+    compared again, so that the result is that of going through them in order.
     """
     if not keep:
         return []
@@ -125,10 +144,14 @@ def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarra
     while True:
         for band in range(_bands(similarity_min)):
             for bucket in _buckets(len(alive)):
-                value, where = _gather((_one_band(s, band, _bands(similarity_min)) for s in signature_parts), bucket)
+                value, where = _gather(
+                    (_one_band(s, band, _bands(similarity_min)) for s in signature_parts), bucket
+                )
                 open_yet = alive[where] & (like[where] < 0)
                 order = np.argsort(value[open_yet], kind="stable")
-                _strike_groups(value[open_yet][order], where[open_yet][order], rows, like, similarity_min)
+                _strike_groups(
+                    value[open_yet][order], where[open_yet][order], rows, like, similarity_min
+                )
         struck = like >= 0
         orphans = struck & struck[like]
         if not orphans.any():
@@ -138,28 +161,40 @@ def near_repeats(signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarra
 
 
 def _bands(similarity_min: float) -> int:
-    """Bands of a signature: 16 of 8 rows find nine tenths of what is 0.03 above 0.8, 32 of 4 rows as much from 0.5 on."""
+    """Bands of a signature: 16 of 8 rows find nine tenths of what is 0.03 above 0.8,
+    32 of 4 rows as much from 0.5 on.
+    """
     return 16 if similarity_min >= 0.8 else 32
 
 
 def _one_band(signature: np.ndarray, band: int, bands: int) -> np.ndarray:
-    """One hash per document over the rows of a band, uint64 (n,); equal ones make two documents candidates."""
+    """One hash per document over the rows of a band, uint64 (n,);
+    equal ones make two documents candidates.
+    """
     width = SIGNATURE // bands
-    columns = (np.asarray(signature[:, k]).astype(np.uint64) for k in range(band * width, (band + 1) * width))
+    columns = (
+        np.asarray(signature[:, k]).astype(np.uint64)
+        for k in range(band * width, (band + 1) * width)
+    )
     return _folded(columns, len(signature))
 
 
-def _strike_groups(value: np.ndarray, where: np.ndarray, rows: "_Rows", like: np.ndarray, similarity_min: float) -> None:
+def _strike_groups(
+    value: np.ndarray, where: np.ndarray, rows: "_Rows", like: np.ndarray, similarity_min: float
+) -> None:
     """Strike candidates that repeat an earlier one of their value. Sorted by value, then place.
 
-    In each round all groups at once: everybody is compared with the first of the group, who then leaves it.
+    In each round all groups at once: everybody is compared with the first of the group,
+    who then leaves it.
     """
     while len(value):
         first = np.concatenate([[True], value[1:] != value[:-1]])
         leader = np.flatnonzero(first)[np.cumsum(first) - 1]
         others = np.flatnonzero(~first)
         for piece in np.array_split(others, 1 + len(others) // PAIRS_AT_ONCE):
-            alike = piece[(rows[where[piece]] == rows[where[leader[piece]]]).mean(1) >= similarity_min]
+            alike = piece[
+                (rows[where[piece]] == rows[where[leader[piece]]]).mean(1) >= similarity_min
+            ]
             like[where[alike]] = where[leader[alike]]
         left = ~first & (like[where] < 0)
         value, where = value[left], where[left]
@@ -180,12 +215,14 @@ class _Rows:
         return out
 
 
-# --- evaluation sets ------------------------------------------------------------------------------------------------
+# --- evaluation sets ------------------------------------------------------------------------------
 
 
 def gram_set(texts: Iterable[str]) -> np.ndarray:
     """Hashes of all runs of GRAM_WORDS words of the texts, sorted, each once, uint64."""
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(runs(word_hashes(t), GRAM_WORDS) for t in texts)]))
+    return np.unique(
+        np.concatenate([np.zeros(0, np.uint64), *(runs(word_hashes(t), GRAM_WORDS) for t in texts)])
+    )
 
 
 def is_long(text: str) -> bool:

@@ -1,4 +1,6 @@
-"""Documents in text, JSON-lines and parquet files, read as streams, so that no file is too large."""
+"""Documents in text, JSON-lines and parquet files, read as streams,
+so that no file is too large.
+"""
 
 import gzip
 import io
@@ -38,7 +40,9 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes start … stop-1 of a file; documents belong to the slice in which they begin. `stop` None is the end of the file."""
+    """Bytes start … stop-1 of a file; documents belong to the slice in which they begin.
+    `stop` None is the end of the file.
+    """
 
     path: Path
     start: int = 0
@@ -53,7 +57,9 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def read_slice(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
-    """The documents of a slice. Raises DataError naming the file for every way in which it can fail."""
+    """The documents of a slice. Raises DataError naming the file for every
+    way in which it can fail.
+    """
     with _readable(piece.path):
         yield from _file(piece, cfg)
 
@@ -64,9 +70,14 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        raise DataError(f"{path} vanished while it was read", next_step="restore it, then run the same command again") from e
+        raise DataError(
+            f"{path} vanished while it was read",
+            next_step="restore it, then run the same command again",
+        ) from e
     except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"cannot read {path}: {e}", next_step="unpack it by hand to see what is wrong with it") from e
+        raise DataError(
+            f"cannot read {path}: {e}", next_step="unpack it by hand to see what is wrong with it"
+        ) from e
 
 
 def _file(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
@@ -90,13 +101,17 @@ def _open(path: Path) -> BinaryIO:
             try:
                 import zstandard
             except ImportError as e:
-                raise EnvironmentUnfit(f"{path} is compressed by zstandard", next_step="pip install 'stackproof[data]'") from e
+                raise EnvironmentUnfit(
+                    f"{path} is compressed by zstandard", next_step="pip install 'stackproof[data]'"
+                ) from e
             return io.BufferedReader(_Zst(zstandard, path))
     return open(path, "rb")
 
 
 class _Zst(io.RawIOBase):
-    """Raw bytes of a .zst file, over all of its frames. A file that ends within a frame raises EOFError, a damaged one OSError."""
+    """Raw bytes of a .zst file, over all of its frames.
+    A file that ends within a frame raises EOFError, a damaged one OSError.
+    """
 
     def __init__(self, zstandard: Any, path: Path):
         self._library = zstandard
@@ -146,8 +161,12 @@ def read_whole(path: Path, name: str) -> Iterator[Document | Unreadable]:
     yield from _decoded(data.removeprefix(BOM), name, empty_counts=True)
 
 
-def _decoded(data: bytes, place: str, *, empty_counts: bool = False) -> Iterator[Document | Unreadable]:
-    """Bytes as a document, if they are UTF-8 and hold more than white space. A blank line is no document, an empty file is."""
+def _decoded(
+    data: bytes, place: str, *, empty_counts: bool = False
+) -> Iterator[Document | Unreadable]:
+    """Bytes as a document, if they are UTF-8 and hold more than white space.
+    A blank line is no document, an empty file is.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -167,7 +186,9 @@ def _skip(stream: BinaryIO) -> int:
 
 
 def _raw_lines(piece: Slice) -> Iterator[tuple[str, bytes | int]]:
-    """(place, bytes) of every line that begins in a slice, without its end; of a line above MAX_DOCUMENT_BYTES only the size."""
+    """(place, bytes) of every line that begins in a slice, without its end; of a line above
+    MAX_DOCUMENT_BYTES only the size.
+    """
     with _open(piece.path) as stream:
         number, position = 0, piece.start
         if piece.start:
@@ -178,7 +199,9 @@ def _raw_lines(piece: Slice) -> Iterator[tuple[str, bytes | int]]:
             if not size:
                 return
             number += 1
-            place = f"{piece.path} byte {position}" if piece.start else f"{piece.path} line {number}"
+            place = (
+                f"{piece.path} byte {position}" if piece.start else f"{piece.path} line {number}"
+            )
             line = line.removeprefix(BOM) if position == 0 else line
             yield place, line.rstrip(b"\n") if size <= MAX_DOCUMENT_BYTES else size
             position += size
@@ -245,7 +268,9 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
     try:
         import pyarrow.parquet as pq
     except ImportError as e:
-        raise EnvironmentUnfit(f"{path} is a parquet file", next_step="pip install 'stackproof[data]'") from e
+        raise EnvironmentUnfit(
+            f"{path} is a parquet file", next_step="pip install 'stackproof[data]'"
+        ) from e
     import pyarrow
 
     try:
@@ -262,7 +287,9 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
                 else:
                     yield from _record({column: value}, place, field, 0)
     except pyarrow.ArrowInvalid as e:
-        raise DataError(f"cannot read {path}: {e}", next_step="check that it is a whole parquet file") from e
+        raise DataError(
+            f"cannot read {path}: {e}", next_step="check that it is a whole parquet file"
+        ) from e
 
 
 def _rows(batch: Any, column: str, pyarrow: Any) -> list:
@@ -280,14 +307,22 @@ def _bytes_record(value: bytes, place: str) -> Iterator[Document | Unreadable]:
 
 
 def _record(value: Any, place: str, field: str, n_bytes: int) -> Iterator[Document | Unreadable]:
-    """The text of one record: a string, or a list of chat turns, which becomes `> user / < assistant …`."""
+    """The text of one record: a string, or a list of chat turns, which becomes
+    `> user / < assistant …`.
+    """
     text = _at(value, field)
     if isinstance(text, list) and (text := chat_text(text, place)) is None:
         yield Unreadable(place, "chat-turns", n_bytes)
         return
     if not isinstance(text, str):
         found = f"a {type(text).__name__} under it; " if text is not None else ""
-        raise _no_field(place, field, [f"{found}keys {', '.join(sorted(value))}"] if isinstance(value, dict) else [type(value).__name__])
+        raise _no_field(
+            place,
+            field,
+            [f"{found}keys {', '.join(sorted(value))}"]
+            if isinstance(value, dict)
+            else [type(value).__name__],
+        )
     if not _is_unicode(text):
         yield Unreadable(place, "half-surrogate", n_bytes or len(text))
     elif len(text) > MAX_DOCUMENT_BYTES:
@@ -305,11 +340,18 @@ def _at(value: Any, field: str) -> Any:
 
 
 def chat_text(turns: list, place: str) -> str | None:
-    """Turns as one text; what the system says is no turn and is left out. None unless user and assistant take turns, the user first.
+    """Turns as one text; what the system says is no turn and is left out.
+    None unless user and assistant take turns, the user first.
 
     Raises DataError for a turn of somebody else.
     """
-    marks = {"user": filters.USER, "human": filters.USER, "assistant": filters.ASSISTANT, "gpt": filters.ASSISTANT, "system": None}
+    marks = {
+        "user": filters.USER,
+        "human": filters.USER,
+        "assistant": filters.ASSISTANT,
+        "gpt": filters.ASSISTANT,
+        "system": None,
+    }
     said = []
     for turn in turns:
         role = str(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else ""
@@ -346,23 +388,34 @@ def _is_unicode(text: str) -> bool:
 
 
 def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[list[str]]:
-    """The texts of each record of an evaluation set: of a .jsonl file the named fields, or all that hold text; of another its paragraphs.
+    """The texts of each record of an evaluation set: of a .jsonl file the named fields, or all that
+    hold text; of another its paragraphs.
 
     Raises DataError naming file and line of a record with none of the fields.
     """
     if not path.is_file():
-        raise DataError(f"there is no evaluation set {path}", next_step="check the path; in a mixture file it is relative to that file")
+        raise DataError(
+            f"there is no evaluation set {path}",
+            next_step="check the path; in a mixture file it is relative to that file",
+        )
     if suffixes(path)[0] != ".jsonl":
         cfg = Files(paths=(str(path),), documents="paragraph")
         for item in read_slice(Slice(path), cfg):
             if isinstance(item, Unreadable):
-                raise DataError(f"{item.id} of an evaluation set cannot be read: {item.reason}", next_step="convert it to UTF-8")
+                raise DataError(
+                    f"{item.id} of an evaluation set cannot be read: {item.reason}",
+                    next_step="convert it to UTF-8",
+                )
             yield [item.text]
         return
     with _readable(path):
         for place, line in _raw_lines(Slice(path)):
             if isinstance(line, int):
-                raise DataError(f"{place} of an evaluation set is too long to be read", value=f"{line:,} bytes", next_step="cut the line")
+                raise DataError(
+                    f"{place} of an evaluation set is too long to be read",
+                    value=f"{line:,} bytes",
+                    next_step="cut the line",
+                )
             if line.strip():
                 yield _evaluation_record(line, place, fields)
 
@@ -377,7 +430,9 @@ def _evaluation_record(line: bytes, place: str, fields: tuple[str, ...]) -> list
     if not found:
         raise DataError(
             f"{place} has no text under {', '.join(fields) or 'any key'}",
-            value=f"keys {', '.join(record) if isinstance(record, dict) else type(record).__name__}",
+            value=(
+                f"keys {', '.join(record) if isinstance(record, dict) else type(record).__name__}"
+            ),
             next_step="name other fields: --field, or decontaminate_fields in a mixture file",
         )
     return found

@@ -1,6 +1,8 @@
-"""What makes a document unfit for training. Pure functions of one text; every source passes all of them, in this order.
+"""What makes a document unfit for training.
+Pure functions of one text; every source passes all of them, in this order.
 
-The limits are those of the gate `corpus.filters`, which judges the shipped shards by the same rules.
+The limits are those of the gate `corpus.filters`, which judges the shipped
+shards by the same rules.
 """
 
 import importlib
@@ -51,7 +53,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 PIECES = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-STRIDE = 100  # a run of n characters holds n // STRIDE of every STRIDE-th; looking at those first is quick
+# a run of n characters holds n // STRIDE of every STRIDE-th; looking at those first is quick
+STRIDE = 100
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 NO_LETTERS = bytes(b for b in range(128) if not chr(b).isalpha())
 SYNTHETIC = "synthetic"  # the language of text that the code itself makes; no source can declare it
@@ -60,15 +63,21 @@ SYNTHETIC = "synthetic"  # the language of text that the code itself makes; no s
 @cache
 def limits() -> SimpleNamespace:
     """The limits of the gate `corpus.filters`, by name."""
-    return SimpleNamespace(**{name: limit.value for name, limit in load_spec().gates["corpus.filters"].limits.items()})
+    return SimpleNamespace(
+        **{name: limit.value for name, limit in load_spec().gates["corpus.filters"].limits.items()}
+    )
 
 
 def rejection(text: str, languages: str | tuple[str, ...]) -> str | None:
-    """Why a document may not be trained on, as a reason code, or None. Pure: the same text always gives the same answer."""
+    """Why a document may not be trained on, as a reason code, or None.
+    Pure: the same text always gives the same answer.
+    """
     languages = (languages,) if isinstance(languages, str) else languages
     if languages == (SYNTHETIC,):
         return None
-    return next((reason for reason, unfit in RULES.items() if unfit(text, languages, limits())), None)
+    return next(
+        (reason for reason, unfit in RULES.items() if unfit(text, languages, limits())), None
+    )
 
 
 def _too_short(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
@@ -94,13 +103,20 @@ def _blanks(n: int) -> re.Pattern:
 
 
 def _long_paragraph(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
-    """A stretch without a line end that no context holds: minified code, a table on one line, a text that lost its lines."""
-    return len(text) > limit.paragraph_chars_max and max(map(len, text.split("\n"))) > limit.paragraph_chars_max
+    """A stretch without a line end that no context holds: minified code, a table on one line, a
+    text that lost its lines.
+    """
+    return (
+        len(text) > limit.paragraph_chars_max
+        and max(map(len, text.split("\n"))) > limit.paragraph_chars_max
+    )
 
 
 @cache
 def _letters_of(languages: tuple[str, ...]) -> re.Pattern:
-    """Letters of the declared languages. Latin is always among them: names, units and formulas are written in it."""
+    """Letters of the declared languages.
+    Latin is always among them: names, units and formulas are written in it.
+    """
     scripts = dict.fromkeys(("latin", *(s for language in languages for s in SCRIPTS_OF[language])))
     return re.compile(f"(?=[^\\W\\d_])[{''.join(SCRIPTS[s] for s in scripts)}]")
 
@@ -108,7 +124,10 @@ def _letters_of(languages: tuple[str, ...]) -> re.Pattern:
 @cache
 def _own_letters_of(languages: tuple[str, ...]) -> re.Pattern:
     """Letters of the scripts that the declared languages are written in."""
-    return re.compile(f"(?=[^\\W\\d_])[{''.join(SCRIPTS[s] for language in languages for s in SCRIPTS_OF[language])}]")
+    return re.compile(
+        "(?=[^\\W\\d_])"
+        f"[{''.join(SCRIPTS[s] for language in languages for s in SCRIPTS_OF[language])}]"
+    )
 
 
 def _foreign_script(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
@@ -127,9 +146,11 @@ def _foreign_script(text: str, languages: tuple[str, ...], limit: SimpleNamespac
 
 
 def first_user_turn(text: str) -> str | None:
-    """The first user turn of a chat (`> user / < assistant / > …`), or None for a text that is no chat.
+    """The first user turn of a chat (`> user / < assistant / > …`),
+    or None for a text that is no chat.
 
-    Turns end at " / " with spaces before the mark of the next speaker; a bare "/" is part of an address or a path.
+    Turns end at " / " with spaces before the mark of the next speaker;
+    a bare "/" is part of an address or a path.
     """
     if not text.startswith(USER) or f"{TURN}{ASSISTANT}" not in text:
         return None
@@ -137,11 +158,17 @@ def first_user_turn(text: str) -> str | None:
 
 
 def has_system_prompt_shape(turn: str, limit: SimpleNamespace) -> bool:
-    """Whether a user turn is built like a system prompt: by headers, length and phrases, never by single characters."""
+    """Whether a user turn is built like a system prompt: by headers, length and phrases,
+    never by single characters.
+    """
     headers = len(HEADER.findall(turn))
-    if headers >= limit.headers_min or (headers >= limit.headers_with_length_min and len(turn) >= limit.headed_chars_min):
+    if headers >= limit.headers_min or (
+        headers >= limit.headers_with_length_min and len(turn) >= limit.headed_chars_min
+    ):
         return True
-    return any(f in turn for f in FINGERPRINTS) and (headers >= 1 or len(turn) >= limit.fingerprint_chars_min)
+    return any(f in turn for f in FINGERPRINTS) and (
+        headers >= 1 or len(turn) >= limit.fingerprint_chars_min
+    )
 
 
 def _system_prompt(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
@@ -157,13 +184,19 @@ def _chat_turns(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -
 
 
 def takes_turns(turns: list[str]) -> bool:
-    """Whether user and assistant speak in turn, the user first, the assistant at least once, and nobody says nothing."""
-    return len(turns) > 1 and all(t[2:].strip() and t[:2] == (USER, ASSISTANT)[i % 2] for i, t in enumerate(turns))
+    """Whether user and assistant speak in turn, the user first, the assistant at least once,
+    and nobody says nothing.
+    """
+    return len(turns) > 1 and all(
+        t[2:].strip() and t[:2] == (USER, ASSISTANT)[i % 2] for i, t in enumerate(turns)
+    )
 
 
 @lru_cache(maxsize=1)
 def _words(text: str) -> tuple[list[str], int]:
-    """The words of a text, and how many of its pairs of neighbours were there before; a bound on every kind of repetition."""
+    """The words of a text, and how many of its pairs of neighbours were there before; a bound on
+    every kind of repetition.
+    """
     folded = text.casefold()
     words = PIECES.findall(folded) if HAS_UNSPACED.search(folded) else folded.split()
     return words, max(0, len(words) - 1) - len(set(zip(words, words[1:])))
@@ -178,7 +211,10 @@ def _low_diversity(text: str, languages: tuple[str, ...], limit: SimpleNamespace
     """Too many runs of words in which the same pairs come again and again."""
     words, n_repeated = _words(text)
     n, window = len(words) - 1, int(limit.diversity_window_words)
-    if n < limit.diversity_words_min or n_repeated <= (1 - limit.distinct_pairs_min) * min(n, window) - 1:
+    if (
+        n < limit.diversity_words_min
+        or n_repeated <= (1 - limit.distinct_pairs_min) * min(n, window) - 1
+    ):
         return False
     if n <= window:
         return n - n_repeated < limit.distinct_pairs_min * n
@@ -189,11 +225,15 @@ def _low_diversity(text: str, languages: tuple[str, ...], limit: SimpleNamespace
     rows = np.sort(pairs[starts[:, None] + np.arange(window)], axis=1)
     distinct = 1 + (rows[:, 1:] != rows[:, :-1]).sum(1)
     poor = (distinct < limit.distinct_pairs_min * window).mean()
-    return bool(poor > (limit.code_poor_windows_max if "code" in languages else limit.poor_windows_max))
+    return bool(
+        poor > (limit.code_poor_windows_max if "code" in languages else limit.poor_windows_max)
+    )
 
 
 def _repetition(text: str, languages: tuple[str, ...], limit: SimpleNamespace) -> bool:
-    """A large part of the text are long word runs that it already had: whole sentences or blocks again."""
+    """A large part of the text are long word runs that it already had:
+    whole sentences or blocks again.
+    """
     words, n_repeated = _words(text)
     run = int(limit.repeated_run_words)
     allowed = limit.code_repeated_runs_max if "code" in languages else limit.repeated_runs_max
@@ -222,14 +262,18 @@ RULES: dict[str, Callable[[str, tuple[str, ...], SimpleNamespace], bool]] = {
 
 @dataclass(frozen=True)
 class Plugin:
-    """A filter of the user's: `function(text, languages)` returns a falsy value to keep, else drops under its name."""
+    """A filter of the user's: `function(text, languages)` returns a falsy value to keep,
+    else drops under its name.
+    """
 
     name: str
     function: Callable[[str, tuple[str, ...]], object]
 
 
 def load_plugins(names: Iterable[str]) -> list[Plugin]:
-    """Import `module:function` filters. Raises ConfigError naming what cannot be found or called."""
+    """Import `module:function` filters.
+    Raises ConfigError naming what cannot be found or called.
+    """
     return [Plugin(name, _import(name)) for name in names]
 
 
@@ -244,13 +288,22 @@ def _import(name: str) -> Callable:
             next_step="check data.filters and PYTHONPATH",
         ) from e
     if not callable(function):
-        raise ConfigError(f"the filter {name} is no function", value=type(function).__name__, next_step="check data.filters")
+        raise ConfigError(
+            f"the filter {name} is no function",
+            value=type(function).__name__,
+            next_step="check data.filters",
+        )
     return function
 
 
 def fingerprint(plugins: Iterable[str]) -> str:
-    """Hash of everything that decides what is dropped: these rules, their limits, and the source of every plug-in's module."""
-    modules = [sys.modules[__name__], *(importlib.import_module(name.partition(":")[0]) for name in plugins)]
+    """Hash of everything that decides what is dropped: these rules, their limits,
+    and the source of every plug-in's module.
+    """
+    modules = [
+        sys.modules[__name__],
+        *(importlib.import_module(name.partition(":")[0]) for name in plugins),
+    ]
     return sha256_json([vars(limits()), [_source(m) for m in modules]])
 
 
@@ -262,7 +315,9 @@ def _source(module: ModuleType) -> str:
 
 
 def reason_to_drop(text: str, languages: tuple[str, ...], plugins: Iterable[Plugin]) -> str | None:
-    """The first built-in rule or plug-in that rejects a document. Raises ConfigError if a plug-in fails."""
+    """The first built-in rule or plug-in that rejects a document.
+    Raises ConfigError if a plug-in fails.
+    """
     if (reason := rejection(text, languages)) is not None:
         return reason
     for plugin in plugins:
@@ -270,5 +325,8 @@ def reason_to_drop(text: str, languages: tuple[str, ...], plugins: Iterable[Plug
             if plugin.function(text, languages):
                 return f"plugin:{plugin.name}"
         except Exception as e:
-            raise ConfigError(f"the filter {plugin.name} failed: {type(e).__name__}: {e}", next_step="repair it, or take it out") from e
+            raise ConfigError(
+                f"the filter {plugin.name} failed: {type(e).__name__}: {e}",
+                next_step="repair it, or take it out",
+            ) from e
     return None

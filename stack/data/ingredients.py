@@ -1,4 +1,6 @@
-"""What the gates of corpus, data, tokenizer and curriculum get to see. Functions are looked up when called, not when gathered."""
+"""What the gates of corpus, data, tokenizer and curriculum get to see.
+Functions are looked up when called, not when gathered.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -13,12 +15,16 @@ from stack.data.order import Source
 from stack.data.prepare import Dataset
 from stack.data.shards import TokenStream
 
-HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096  # documents of the round trip, and tokens of each, so that one huge document costs no time
-SAMPLED_TOKENS, LONG_DOCUMENTS = 65536, 2  # of documents longer than this only a few of a source are looked at again
+# documents of the round trip, and tokens of each, so that one huge document costs no time
+HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096
+# of documents longer than this only a few of a source are looked at again
+SAMPLED_TOKENS, LONG_DOCUMENTS = 65536, 2
 
 
 class Cut:
-    """The first windows of a stream, for judging order and coverage of a corpus of any size in bounded time."""
+    """The first windows of a stream, for judging order and coverage of a corpus of
+    any size in bounded time.
+    """
 
     def __init__(self, stream, n_windows: int):
         self.stream, self._n = stream, n_windows
@@ -31,11 +37,14 @@ class Cut:
         return self.stream.rows(numbers, seq_len)
 
 
-def data_ingredients(cfg: RunConfig, dataset: Dataset, *, n_params: int, planned_tokens: int, order_seed: int) -> dict[str, Any]:
-    """Ingredients by name, as the checks in `contracts.{corpus,data,tokenizer,curriculum}` ask for them.
+def data_ingredients(
+    cfg: RunConfig, dataset: Dataset, *, n_params: int, planned_tokens: int, order_seed: int
+) -> dict[str, Any]:
+    """Ingredients by name, as the checks in
+    `contracts.{corpus,data,tokenizer,curriculum}` ask for them.
 
-    `n_params` counts the model's parameters; `planned_tokens` is what the run will read; `order_seed` is that of the run's order.
-    Raises DataError if a shard cannot be read.
+    `n_params` counts the model's parameters; `planned_tokens` is what the run will read;
+    `order_seed` is that of the run's order. Raises DataError if a shard cannot be read.
     """
     seq_len = cfg.model.max_seq_len
 
@@ -75,14 +84,20 @@ def folder_ingredients(dataset: Dataset, seq_len: int) -> dict[str, Any]:
 
 def _near_repeats(texts: list[str], how: dict[str, Any]) -> list[bool]:
     signatures = dedup.signatures(texts, how["shingle_words"])
-    return dedup.near_repeats([signatures], [np.ones(len(texts), bool)], how["similarity_min"])[0].tolist()
+    return dedup.near_repeats([signatures], [np.ones(len(texts), bool)], how["similarity_min"])[
+        0
+    ].tolist()
 
 
 def sampled_documents(dataset: Dataset, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
-    """(source, text) of a share of the training documents of every source, spread evenly, decoded from the shards; at least `minimum`."""
+    """(source, text) of a share of the training documents of every source, spread evenly, decoded
+    from the shards; at least `minimum`.
+    """
     stream: TokenStream = dataset.train
     bounds = np.append(stream.document_starts, stream.n_tokens)
-    source_of = np.repeat(np.array(stream.shard_sources), [len(s) for s in stream.shard_document_starts()])
+    source_of = np.repeat(
+        np.array(stream.shard_sources), [len(s) for s in stream.shard_document_starts()]
+    )
     for source in dict.fromkeys(stream.shard_sources):
         mine = np.flatnonzero(source_of == source)
         n_long = 0
@@ -95,9 +110,15 @@ def sampled_documents(dataset: Dataset, frac: float, minimum: int) -> Iterator[t
 
 
 def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:
-    """Share of a text's runs of about 60 bytes that occur in the first `max_tokens` of a stream; 0 for a text shorter than a run."""
+    """Share of a text's runs of about 60 bytes that occur in the first `max_tokens` of a stream; 0
+    for a text shorter than a run.
+    """
     span = span_of(stream.n_bytes / stream.n_tokens)
-    own = np.unique(span_hashes(np.asarray(ids, np.int64), span)) if len(ids) >= span else np.zeros(0, np.uint64)
+    own = (
+        np.unique(span_hashes(np.asarray(ids, np.int64), span))
+        if len(ids) >= span
+        else np.zeros(0, np.uint64)
+    )
     found = np.zeros(len(own), bool)
     for start in range(0, min(stream.n_tokens, max_tokens) if len(own) else 0, PIECE_TOKENS):
         tokens = stream.token_range(start, min(start + PIECE_TOKENS + span, stream.n_tokens))
@@ -106,13 +127,23 @@ def found_in(ids: Sequence[int], stream: TokenStream, max_tokens: int) -> float:
 
 
 def passages_found(rows: Sequence[Sequence[int]], stream: TokenStream, max_tokens: int) -> float:
-    """Share of passages of about 60 bytes, four from every row, that occur in the first `max_tokens` of a stream."""
+    """Share of passages of about 60 bytes, four from every row, that occur in the first
+    `max_tokens` of a stream.
+    """
     span = span_of(stream.n_bytes / stream.n_tokens)
-    cuts = [row[start : start + span] for row in rows for start in (0, len(row) // 4, len(row) // 2, 3 * len(row) // 4)]
+    cuts = [
+        row[start : start + span]
+        for row in rows
+        for start in (0, len(row) // 4, len(row) // 2, 3 * len(row) // 4)
+    ]
     wanted = [np.asarray(c, "<u4").tobytes() for c in cuts if len(c) == span]
     found = [False] * len(wanted)
     for start in range(0, min(stream.n_tokens, max_tokens), PIECE_TOKENS):
-        piece = stream.token_range(start, min(start + PIECE_TOKENS + span, stream.n_tokens)).astype("<u4").tobytes()
+        piece = (
+            stream.token_range(start, min(start + PIECE_TOKENS + span, stream.n_tokens))
+            .astype("<u4")
+            .tobytes()
+        )
         found = [was or passage in piece for was, passage in zip(found, wanted)]
     return sum(found) / len(found) if found else 0.0
 
@@ -121,8 +152,13 @@ def _curriculum_ingredients(cfg: RunConfig, dataset: Dataset, order_seed: int) -
     rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
 
     def make_bandit(capped: str = ""):
-        arms = [Source(n, 1000 * i, 1000, 1.0, 0.0 if n == capped else 1.0, 0.0) for i, n in enumerate(("useful", "list", "other"))]
-        return curriculum.make_order(BanditCurriculum(), arms, seed=cfg.seed, rows_per_step=rows_per_step)
+        arms = [
+            Source(n, 1000 * i, 1000, 1.0, 0.0 if n == capped else 1.0, 0.0)
+            for i, n in enumerate(("useful", "list", "other"))
+        ]
+        return curriculum.make_order(
+            BanditCurriculum(), arms, seed=cfg.seed, rows_per_step=rows_per_step
+        )
 
     return {
         "make_run_order": lambda: curriculum.run_order(cfg, dataset, seed=order_seed),
@@ -134,13 +170,22 @@ def _curriculum_ingredients(cfg: RunConfig, dataset: Dataset, order_seed: int) -
 
 
 def declared_shares(cfg: RunConfig, dataset: Dataset) -> dict[str, tuple[float, float, float]]:
-    """(weight, cap, floor) of every source: the curriculum's, else the mixture's own; a built corpus brings its manifest's."""
-    tables = {"weight": cfg.curriculum.weights, "cap": cfg.curriculum.caps, "floor": cfg.curriculum.floors}
+    """(weight, cap, floor) of every source: the curriculum's, else the mixture's own; a built
+    corpus brings its manifest's.
+    """
+    tables = {
+        "weight": cfg.curriculum.weights,
+        "cap": cfg.curriculum.caps,
+        "floor": cfg.curriculum.floors,
+    }
     if isinstance(cfg.data.corpus, Mixture):
         own = {s.name: {k: getattr(s, k) for k in tables} for s in cfg.data.corpus.sources}
     else:
         own = {name: {k: entry[k] for k in tables} for name, entry in dataset.sources.items()}
-    return {name: tuple(float(table.get(name, shares[k])) for k, table in tables.items()) for name, shares in own.items()}
+    return {
+        name: tuple(float(table.get(name, shares[k])) for k, table in tables.items())
+        for name, shares in own.items()
+    }
 
 
 def _first(texts: Iterable[str], n: int) -> list[str]:

@@ -1,7 +1,9 @@
-"""Which window of which source is sample number i: one shuffled stream, or a mixture by fixed shares.
+"""Which window of which source is sample number i: one shuffled stream,
+or a mixture by fixed shares.
 
-Sources are spans of windows of one stream. Sample numbers count over all ranks. The orders here are pure functions of
-(seed, number); a bandit's (stack.data.bandit) depends on what it measured, and its state travels in the checkpoint.
+Sources are spans of windows of one stream. Sample numbers count over all ranks. The orders here are
+pure functions of (seed, number); a bandit's (stack.data.bandit) depends on what it measured, and
+its state travels in the checkpoint.
 """
 
 import math
@@ -16,7 +18,9 @@ from spec.errors import ConfigError
 from stack.config import check_shares
 from stack.data import permutation
 
-BLOCK = 1024  # rows in which the shares of a static mixture come out exactly; the finest share is one row of a block
+# rows in which the shares of a static mixture come out exactly;
+# the finest share is one row of a block
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Draws:
-    """Epoch, window number and source number of each sample, int64 (n,). Epochs count per source."""
+    """Epoch, window number and source number of each sample, int64 (n,).
+    Epochs count per source.
+    """
 
     epochs: np.ndarray
     windows: np.ndarray
@@ -46,7 +52,9 @@ class Order(Protocol):
     sources: Sequence[Source]
 
     def decide(self, before: int, after: int) -> None:
-        """Fix what samples before … after-1 are; orders that are pure functions have nothing to fix."""
+        """Fix what samples before … after-1 are; orders that are pure
+        functions have nothing to fix.
+        """
 
     def at(self, numbers: np.ndarray) -> Draws: ...
     def counts(self, after: int) -> np.ndarray:
@@ -54,7 +62,9 @@ class Order(Protocol):
 
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over a saved state; returns the names of arms that were dropped because they are no arms here."""
+        """Take over a saved state; returns the names of arms that were dropped
+        because they are no arms here.
+        """
 
 
 class UniformOrder:
@@ -70,7 +80,9 @@ class UniformOrder:
 
     def at(self, numbers: np.ndarray) -> Draws:
         numbers = numbers - self._start + self._base
-        epochs, windows = permutation.window_order(numbers, self.sources[0].n_windows, self.seed, self._shuffle)
+        epochs, windows = permutation.window_order(
+            numbers, self.sources[0].n_windows, self.seed, self._shuffle
+        )
         return Draws(epochs, windows, np.zeros(len(numbers), np.int64))
 
     def counts(self, after: int) -> np.ndarray:
@@ -93,8 +105,12 @@ def shares(sources: Sequence[Source]) -> np.ndarray:
     try:
         check_shares([s.name for s in sources], [(s.weight, s.cap, s.floor) for s in sources])
     except ValueError as e:
-        raise ConfigError(str(e), next_step="change curriculum.weights, curriculum.caps or curriculum.floors") from e
-    weight, cap, floor = (np.array([getattr(s, k) for s in sources]) for k in ("weight", "cap", "floor"))
+        raise ConfigError(
+            str(e), next_step="change curriculum.weights, curriculum.caps or curriculum.floors"
+        ) from e
+    weight, cap, floor = (
+        np.array([getattr(s, k) for s in sources]) for k in ("weight", "cap", "floor")
+    )
     at_most = np.clip(np.where(weight > 0, math.inf, 0), floor, cap).sum()
     if at_most < 1 - 1e-9:
         raise ConfigError(
@@ -109,12 +125,16 @@ def shares(sources: Sequence[Source]) -> np.ndarray:
         middle = (low + high) / 2
         if middle in (low, high):
             break  # no number lies between them any more
-        low, high = (middle, high) if np.clip(middle * weight, floor, cap).sum() < 1 else (low, middle)
+        low, high = (
+            (middle, high) if np.clip(middle * weight, floor, cap).sum() < 1 else (low, middle)
+        )
     return np.clip(high * weight, floor, cap)
 
 
 def in_warmup(sources: Sequence[Source], listed: Iterable[str]) -> list[Source]:
-    """The sources as they are while only the listed ones may be read: their shares follow the weights alone."""
+    """The sources as they are while only the listed ones may be read:
+    their shares follow the weights alone.
+    """
     listed = [s.name for s in sources if s.name in listed and s.cap > 0]
     unweighted = not any(s.weight for s in sources if s.name in listed)
     return [
@@ -127,7 +147,9 @@ def in_warmup(sources: Sequence[Source], listed: Iterable[str]) -> list[Source]:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of samples with fixed quotas per block; `base` counts what each source had before it."""
+    """A stretch of samples with fixed quotas per block; `base` counts what
+    each source had before it.
+    """
 
     start: int
     quotas: np.ndarray
@@ -138,14 +160,20 @@ class Phase:
 
     def counts(self, after: int) -> np.ndarray:
         block, rest = divmod(after - self.start, BLOCK)
-        return self.base + block * self.quotas + np.bincount(self.pattern()[0][:rest], minlength=len(self.quotas))
+        return (
+            self.base
+            + block * self.quotas
+            + np.bincount(self.pattern()[0][:rest], minlength=len(self.quotas))
+        )
 
 
 @lru_cache(maxsize=8)
 def pattern(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of every position of a block, and how many positions before it have the same source; int64 (BLOCK,).
+    """Source of every position of a block, and how many positions before it have the same source;
+    int64 (BLOCK,).
 
-    Smooth weighted round robin: over any stretch a source has its share to within as many rows as there are sources.
+    Smooth weighted round robin: over any stretch a source has its share to within as many
+    rows as there are sources.
     """
     share, credit = np.array(quotas) / BLOCK, np.zeros(len(quotas))
     source, rank, drawn = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64), [0] * len(quotas)
@@ -159,9 +187,18 @@ def pattern(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StaticMixture:
-    """Fixed shares, met exactly in every block of BLOCK rows; warm-up, if any, is a phase of its own."""
+    """Fixed shares, met exactly in every block of BLOCK rows; warm-up, if any,
+    is a phase of its own.
+    """
 
-    def __init__(self, sources: Sequence[Source], seed: int, *, warmup_rows: int = 0, warmup_sources: Sequence[str] = ()):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        *,
+        warmup_rows: int = 0,
+        warmup_sources: Sequence[str] = (),
+    ):
         self.sources, self.seed = tuple(sources), seed
         self._warmup, self._shuffle = (warmup_rows, tuple(warmup_sources)), permutation.Shuffle()
         self.load_state_dict({})
@@ -187,14 +224,19 @@ class StaticMixture:
             source, rank = (part[positions] for part in phase.pattern())
             draws.sources[chosen] = source
             k = phase.base[source] + blocks * phase.quotas[source] + rank
-            draws.epochs[chosen], draws.windows[chosen] = locate(self.sources, source, k, self.seed, self._shuffle)
+            draws.epochs[chosen], draws.windows[chosen] = locate(
+                self.sources, source, k, self.seed, self._shuffle
+            )
         return draws
 
     def counts(self, after: int) -> np.ndarray:
         return next(p for p in reversed(self.phases) if p.start <= after).counts(after)
 
     def state_dict(self) -> dict:
-        return {"start": self.phases[0].start, "base": dict(zip((s.name for s in self.sources), self.phases[0].base.tolist()))}
+        return {
+            "start": self.phases[0].start,
+            "base": dict(zip((s.name for s in self.sources), self.phases[0].base.tolist())),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         start, base, dropped = _known_counts(state, self.sources)
@@ -203,7 +245,9 @@ class StaticMixture:
 
 
 def quotas(sources: Sequence[Source]) -> np.ndarray:
-    """Rows of each source in a block, by largest remainder; int64, sums to BLOCK. Raises ConfigError for a share below half a row."""
+    """Rows of each source in a block, by largest remainder; int64, sums to BLOCK.
+    Raises ConfigError for a share below half a row.
+    """
     exact = shares(sources) * BLOCK
     made = np.floor(exact).astype(np.int64)
     for i in np.argsort(made - exact, kind="stable")[: BLOCK - int(made.sum())]:
@@ -218,16 +262,26 @@ def quotas(sources: Sequence[Source]) -> np.ndarray:
     return made
 
 
-def _known_counts(state: Mapping[str, Any], sources: Sequence[Source]) -> tuple[int, np.ndarray, list[str]]:
+def _known_counts(
+    state: Mapping[str, Any], sources: Sequence[Source]
+) -> tuple[int, np.ndarray, list[str]]:
     """(start, samples each source had before it, names in the state that are no source here)."""
     base = state.get("base", {})
     known = {s.name for s in sources if s.cap > 0}
     counts = np.array([int(base.get(s.name, 0)) for s in sources], np.int64)
-    return int(state.get("start", 0)), counts, sorted(n for n, k in base.items() if n not in known and k)
+    return (
+        int(state.get("start", 0)),
+        counts,
+        sorted(n for n, k in base.items() if n not in known and k),
+    )
 
 
 def locate(
-    sources: Sequence[Source], source: np.ndarray, k: np.ndarray, seed: int, shuffle: permutation.Shuffle
+    sources: Sequence[Source],
+    source: np.ndarray,
+    k: np.ndarray,
+    seed: int,
+    shuffle: permutation.Shuffle,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(epoch, window of the stream) of the k-th sample of each source."""
     epochs, windows = np.empty(len(k), np.int64), np.empty(len(k), np.int64)
@@ -238,6 +292,8 @@ def locate(
         placed = np.empty(len(position), np.int64)
         for epoch in set(epochs[mine].tolist()):
             now = epochs[mine] == epoch
-            placed[now] = shuffle.permute(position[now], arm.n_windows, permutation.order_key(seed, epoch, name))
+            placed[now] = shuffle.permute(
+                position[now], arm.n_windows, permutation.order_key(seed, epoch, name)
+            )
         windows[mine] = arm.first + placed
     return epochs, windows

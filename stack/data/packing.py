@@ -1,7 +1,9 @@
-"""Rows for the model out of a token stream: windows of the concatenation, or whole documents packed by best fit.
+"""Rows for the model out of a token stream: windows of the concatenation,
+or whole documents packed by best fit.
 
-R rows, T seq_len. Every label of a shard but its leading end of text is emitted exactly once by either way, up to the declared
-remainder: concatenation drops the last labels of a shard that fill no window, best fit drops none and pads instead.
+R rows, T seq_len. Every label of a shard but its leading end of text is emitted exactly once by
+either way, up to the declared remainder: concatenation drops the last labels of a shard that fill
+no window, best fit drops none and pads instead.
 """
 
 from collections.abc import Sequence
@@ -21,14 +23,18 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """Model inputs and labels, int64 (R, T); the label −100 is padding. `document_ids` int64 (R, T) where documents are kept apart."""
+    """Model inputs and labels, int64 (R, T); the label −100 is padding.
+    `document_ids` int64 (R, T) where documents are kept apart.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     document_ids: np.ndarray | None = None
 
 
-def stream(folder: Path, split: dict, vocab_size: int, how: Packing) -> "TokenStream | PackedStream":
+def stream(
+    folder: Path, split: dict, vocab_size: int, how: Packing
+) -> "TokenStream | PackedStream":
     """The stream of a split that packs as declared."""
     match how:
         case Concatenated():
@@ -40,7 +46,9 @@ def stream(folder: Path, split: dict, vocab_size: int, how: Packing) -> "TokenSt
 
 
 class ConcatenatedStream(TokenStream):
-    """Rows are windows of seq_len + 1 neighbouring tokens; document borders are only marked by the end of text."""
+    """Rows are windows of seq_len + 1 neighbouring tokens; document borders are only
+    marked by the end of text.
+    """
 
     def rows(self, numbers: np.ndarray, seq_len: int) -> Rows:
         """Rows by number. Raises DataError for an id outside the vocabulary."""
@@ -48,7 +56,9 @@ class ConcatenatedStream(TokenStream):
         return Rows(tokens_RT[:, :-1], tokens_RT[:, 1:])
 
     def dropped_tokens(self, seq_len: int) -> int:
-        """Tokens of the split that are the label of no row, besides the leading one of each shard."""
+        """Tokens of the split that are the label of no row, besides the
+        leading one of each shard.
+        """
         return int(((self._tokens.lengths - 1) % seq_len).sum())
 
     def padding(self, seq_len: int) -> int:
@@ -57,10 +67,11 @@ class ConcatenatedStream(TokenStream):
 
 
 class PackedStream(TokenStream):
-    """Rows are whole documents side by side, each in the company that leaves least room (best fit, arXiv:2404.10830).
+    """Rows are whole documents side by side, each in the company that leaves least room (best fit,
+    arXiv:2404.10830).
 
-    A document longer than a row is cut into pieces of seq_len labels, each kept apart like a document of its own. Rows never cross
-    shards, so they never mix sources.
+    A document longer than a row is cut into pieces of seq_len labels, each kept apart like a
+    document of its own. Rows never cross shards, so they never mix sources.
     """
 
     def shard_windows(self, seq_len: int) -> list[int]:
@@ -85,11 +96,18 @@ class PackedStream(TokenStream):
         self._plans: dict[tuple[int, int], Plan] = {}
         self._ends: dict[int, np.ndarray] = {}
 
-    @require(lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)), "row numbers are 0 … n_windows-1")
+    @require(
+        lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)),
+        "row numbers are 0 … n_windows-1",
+    )
     def rows(self, numbers: np.ndarray, seq_len: int) -> Rows:
         """Rows by number. Raises DataError for an id outside the vocabulary."""
         ends, shape = self._row_ends(seq_len), (len(numbers), seq_len)
-        rows = Rows(np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX, np.int64), np.zeros(shape, np.int64))
+        rows = Rows(
+            np.zeros(shape, np.int64),
+            np.full(shape, IGNORE_INDEX, np.int64),
+            np.zeros(shape, np.int64),
+        )
         for row, number in enumerate(np.asarray(numbers).tolist()):
             shard = int(np.searchsorted(ends, number, side="right"))
             self._fill(rows, row, shard, number - (int(ends[shard - 1]) if shard else 0), seq_len)
@@ -97,29 +115,39 @@ class PackedStream(TokenStream):
         return rows
 
     def _fill(self, rows: Rows, row: int, shard: int, number: int, seq_len: int) -> None:
-        """Lay the pieces of one row side by side; what is left is padding, a document of its own."""
+        """Lay the pieces of one row side by side; what is left is padding,
+        a document of its own.
+        """
         tokens, at = self._tokens[shard], 0
         pieces = self._plan(shard, seq_len).pieces_of(number)
         for document, (start, length) in enumerate(pieces):
             rows.input_ids[row, at : at + length] = tokens[start : start + length]
-            rows.labels[row, at : at + length] = self._checked(np.asarray(tokens[start + 1 : start + 1 + length], np.int64))
+            rows.labels[row, at : at + length] = self._checked(
+                np.asarray(tokens[start + 1 : start + 1 + length], np.int64)
+            )
             rows.document_ids[row, at : at + length] = document
             at += length
         rows.document_ids[row, at:] = len(pieces)
 
     def dropped_tokens(self, seq_len: int) -> int:
-        """Tokens of the split that are the label of no row, besides the leading one of each shard."""
+        """Tokens of the split that are the label of no row, besides the
+        leading one of each shard.
+        """
         labels = sum(self._plan(i, seq_len).n_labels for i in range(len(self._tokens)))
         return int((self._tokens.lengths - 1).sum()) - labels
 
     def padding(self, seq_len: int) -> int:
         """Positions of all rows that hold no token."""
-        return self.n_windows(seq_len) * seq_len - sum(self._plan(i, seq_len).n_labels for i in range(len(self._tokens)))
+        return self.n_windows(seq_len) * seq_len - sum(
+            self._plan(i, seq_len).n_labels for i in range(len(self._tokens))
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pieces lie in which row of a shard: `starts` and `lengths` sorted by row, and where each row's pieces begin."""
+    """Which pieces lie in which row of a shard: `starts` and `lengths` sorted by row,
+    and where each row's pieces begin.
+    """
 
     starts: np.ndarray
     lengths: np.ndarray
@@ -143,8 +171,8 @@ class Plan:
 def plan(document_starts: np.ndarray, n_tokens: int, seq_len: int) -> Plan:
     """Best-fit decreasing: long pieces first, each into the fullest row that still holds it.
 
-    The inputs of a document are the end of text before it and its own tokens but the last, an end of text, so that its labels are
-    exactly its tokens.
+    The inputs of a document are the end of text before it and its own tokens but the last, an end
+    of text, so that its labels are exactly its tokens.
     """
     first = np.asarray(document_starts, np.int64) - 1
     n_labels = np.diff(np.append(first, n_tokens - 1))
@@ -157,11 +185,15 @@ def plan(document_starts: np.ndarray, n_tokens: int, seq_len: int) -> Plan:
     row_of[order] = _best_fit(lengths[order].tolist(), seq_len)
     by_row = np.lexsort((starts, row_of))
     n_rows = int(row_of.max()) + 1 if len(row_of) else 0
-    return Plan(starts[by_row], lengths[by_row], np.searchsorted(row_of[by_row], np.arange(n_rows + 1)))
+    return Plan(
+        starts[by_row], lengths[by_row], np.searchsorted(row_of[by_row], np.arange(n_rows + 1))
+    )
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """Row of every piece. Bit r of `rooms` says that some row has room for exactly r more tokens."""
+    """Row of every piece. Bit r of `rooms` says that some row has room
+    for exactly r more tokens.
+    """
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms, n_rows, chosen = 0, 0, []
     for length in lengths:

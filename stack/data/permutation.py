@@ -7,12 +7,15 @@ import numpy as np
 from contracts.conditions import require
 
 ROUNDS = 6
-AHEAD = 4096  # neighbouring positions worked out together: up to some thousands the cost is that of the calls
+# neighbouring positions worked out together: up to some thousands the cost is that of the calls
+AHEAD = 4096
 BLOCKS_KEPT = 24
 
 
 def _mix(x: np.ndarray, key: int) -> np.ndarray:
-    """splitmix64 finaliser of x + key; uint64 arrays in and out. Arrays wrap around in silence, only scalars would warn."""
+    """splitmix64 finaliser of x + key; uint64 arrays in and out.
+    Arrays wrap around in silence, only scalars would warn.
+    """
     x = x + np.uint64(key & 0xFFFFFFFFFFFFFFFF)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -23,8 +26,9 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
 def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
     """Image of `positions` (int64, 0 … n-1) under a keyed bijection of 0 … n-1.
 
-    A Feistel network over the next even number of bits; images outside the domain walk on until they fall inside
-    (cycle walking), so nothing is ever materialised: O(1) memory and start-up for any n.
+    A Feistel network over the next even number of bits; images outside the domain walk on until
+    they fall inside (cycle walking), so nothing is ever materialised: O(1) memory and start-up for
+    any n.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -42,7 +46,9 @@ def _feistel(x: np.ndarray, half: int, mask: np.uint64, key: int) -> np.ndarray:
 
 
 class Shuffle:
-    """`permute` for whoever asks for one neighbourhood after another: worked out in blocks, of which the last few are kept."""
+    """`permute` for whoever asks for one neighbourhood after another: worked out in blocks, of
+    which the last few are kept.
+    """
 
     def __init__(self):
         self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
@@ -59,7 +65,9 @@ class Shuffle:
         if (block, n, key) not in self._blocks:
             if len(self._blocks) >= BLOCKS_KEPT:
                 self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block, n, key] = permute(np.arange(block * AHEAD, min((block + 1) * AHEAD, n)), n, key)
+            self._blocks[block, n, key] = permute(
+                np.arange(block * AHEAD, min((block + 1) * AHEAD, n)), n, key
+            )
         return self._blocks[block, n, key]
 
 
@@ -69,7 +77,9 @@ def order_key(seed: int, epoch: int, source: str = "") -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}{named}".encode()).digest()[:8], "big")
 
 
-def window_order(indices: np.ndarray, n_windows: int, seed: int, shuffle: Shuffle | None = None) -> tuple[np.ndarray, np.ndarray]:
+def window_order(
+    indices: np.ndarray, n_windows: int, seed: int, shuffle: Shuffle | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(epoch, window) of global sample numbers; epochs follow each other without a gap."""
     permuted = shuffle.permute if shuffle else permute
     epochs, positions = np.divmod(indices, n_windows)

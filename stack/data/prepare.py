@@ -1,4 +1,6 @@
-"""Prepared data: the data set of a configuration, built once and cached by content, and opened after verification."""
+"""Prepared data: the data set of a configuration, built once and cached by content,
+and opened after verification.
+"""
 
 import os
 import secrets
@@ -30,7 +32,9 @@ class Dataset:
     def __init__(self, directory: Path, manifest: dict, tokenizer: Tokenizer, how: Packing):
         self.directory, self.manifest, self.tokenizer = directory, manifest, tokenizer
         vocab_size = manifest["tokenizer"]["vocab_size"]
-        self.train, self.validation = (packing.stream(directory, manifest["splits"][s], vocab_size, how) for s in SPLITS)
+        self.train, self.validation = (
+            packing.stream(directory, manifest["splits"][s], vocab_size, how) for s in SPLITS
+        )
 
     @property
     def sources(self) -> dict[str, dict]:
@@ -39,7 +43,11 @@ class Dataset:
 
     def evaluation_grams(self) -> np.ndarray | None:
         """Hashes of the word runs of the evaluation sets the corpus was cleaned of, or None."""
-        return tensorfile.memmap(self.directory / "grams.safetensors", "grams") if self.manifest["decontamination"] else None
+        return (
+            tensorfile.memmap(self.directory / "grams.safetensors", "grams")
+            if self.manifest["decontamination"]
+            else None
+        )
 
     def inputs(self) -> list[dict]:
         """Shards, tokenizer and manifest as the record names them."""
@@ -53,13 +61,30 @@ class Dataset:
             for s in self.manifest["splits"][split]["shards"]
         ]
         paths = [self.directory / name for name in ("tokenizer.json", "manifest.json")]
-        return [*rows, *({"name": p.stem, "path": p.name, "sha256": sha256_file(p), "bytes": p.stat().st_size} for p in paths)]
+        return [
+            *rows,
+            *(
+                {
+                    "name": p.stem,
+                    "path": p.name,
+                    "sha256": sha256_file(p),
+                    "bytes": p.stat().st_size,
+                }
+                for p in paths
+            ),
+        ]
 
     def validation_texts(self, max_tokens: int | None = None) -> Iterator[str]:
-        """Held-out documents as text, decoded from the shards; of each at most `max_tokens`. Documents without a token are left out."""
+        """Held-out documents as text, decoded from the shards; of each at most `max_tokens`.
+        Documents without a token are left out.
+        """
         starts = [*self.validation.document_starts.tolist(), self.validation.n_tokens]
         for start, stop in zip(starts, starts[1:]):
-            if text := self.text(self.validation, start, stop if max_tokens is None else min(stop, start + max_tokens)):
+            if text := self.text(
+                self.validation,
+                start,
+                stop if max_tokens is None else min(stop, start + max_tokens),
+            ):
                 yield text
 
     def text(self, stream: TokenStream, start: int, stop: int) -> str:
@@ -73,10 +98,17 @@ def cache_directory() -> Path:
     return Path(os.environ.get("STACKPROOF_CACHE") or Path.home() / ".cache" / "stackproof")
 
 
-def prepare(cfg: DataConfig, *, cache_dir: Path | None = None, on_progress: Callable[[Progress], None] = lambda progress: None) -> Dataset:
-    """The data set of a configuration: built, or taken from the cache or a built folder after verifying it.
+def prepare(
+    cfg: DataConfig,
+    *,
+    cache_dir: Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Dataset:
+    """The data set of a configuration: built, or taken from the cache or a built
+    folder after verifying it.
 
-    Raises DataError for an unreadable or empty corpus, a split without documents, a cache that cannot be written, or a damaged one.
+    Raises DataError for an unreadable or empty corpus, a split without documents, a cache that
+    cannot be written, or a damaged one.
     """
     if isinstance(cfg.corpus, Built):
         return open_folder(Path(cfg.corpus.path), cfg)
@@ -88,18 +120,26 @@ def prepare(cfg: DataConfig, *, cache_dir: Path | None = None, on_progress: Call
 
 
 def _cache_key(cfg: DataConfig, corpus_sha256: str) -> str:
-    """Names what decides the shards: the texts, what sources are called and declared to be, and every key that a build reads."""
+    """Names what decides the shards: the texts, what sources are called and declared to be, and
+    every key that a build reads.
+    """
     sources = [
         [n, corpus.license_of(s), *(getattr(s, k, None) for k in ("weight", "cap", "floor"))]
         for n, s in corpus.sources_of(cfg.corpus).items()
     ]
     read = cfg.model_dump(mode="json", exclude={"corpus", "packing", "on_exhausted", "verify"})
     given = [corpus.file_sha256(Path(p)) for p in build.given_files(cfg)]
-    return sha256_json([FORMAT, corpus_sha256, sources, read, given, filters.fingerprint(cfg.filters)])[:24]
+    return sha256_json(
+        [FORMAT, corpus_sha256, sources, read, given, filters.fingerprint(cfg.filters)]
+    )[:24]
 
 
-def _build_aside(cfg: DataConfig, corpus_sha256: str, folder: Path, on_progress: Callable[[Progress], None]) -> None:
-    """Build in a fresh folder and rename it into place; of two processes that build the same data the second takes the first's."""
+def _build_aside(
+    cfg: DataConfig, corpus_sha256: str, folder: Path, on_progress: Callable[[Progress], None]
+) -> None:
+    """Build in a fresh folder and rename it into place; of two processes that build the same data
+    the second takes the first's.
+    """
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir(parents=True)
@@ -118,30 +158,50 @@ def _build_aside(cfg: DataConfig, corpus_sha256: str, folder: Path, on_progress:
 
 
 def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
-    """Open what a build wrote, verified as `data.verify` says and packed as `data.packing` says. Raises DataError if it is damaged."""
+    """Open what a build wrote, verified as `data.verify` says and packed as `data.packing` says.
+    Raises DataError if it is damaged.
+    """
     path, rebuild = folder / "manifest.json", f"delete {folder} and run again to rebuild it"
     try:
         manifest = parse_strict(path.read_bytes(), origin=str(path))
         if manifest["schema"] != FORMAT:
-            raise DataError(f"{path} is of another format: {manifest['schema']}", allowed=FORMAT, next_step=rebuild)
+            raise DataError(
+                f"{path} is of another format: {manifest['schema']}",
+                allowed=FORMAT,
+                next_step=rebuild,
+            )
         for split in SPLITS:
             for entry in manifest["splits"][split]["shards"]:
                 verify_shard(folder / entry["path"], entry, cfg.verify)
         tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
         if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-            raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these shards", next_step=rebuild)
+            raise DataError(
+                f"{folder / 'tokenizer.json'} is not the tokenizer of these shards",
+                next_step=rebuild,
+            )
         return Dataset(folder, manifest, tokenizer, cfg.packing)
     except (OSError, IntegrityError, KeyError, TypeError) as e:
-        raise DataError(f"the prepared data in {folder} are damaged: {type(e).__name__}: {e}", next_step=rebuild) from e
+        raise DataError(
+            f"the prepared data in {folder} are damaged: {type(e).__name__}: {e}", next_step=rebuild
+        ) from e
 
 
 def verify_shard(path: Path, entry: dict, verify: str) -> None:
-    """Compare a shard with its manifest entry: its size, and its hash if `verify` is full. Raises DataError."""
+    """Compare a shard with its manifest entry: its size, and its hash if `verify` is full.
+    Raises DataError.
+    """
     size = path.stat().st_size if path.is_file() else -1
     rebuild = f"delete {path.parent} and run again to rebuild it"
     if size != entry["bytes"]:
         raise DataError(
-            f"shard {path} is missing, truncated or padded", value=f"{size} bytes", allowed=f"{entry['bytes']} bytes", next_step=rebuild
+            f"shard {path} is missing, truncated or padded",
+            value=f"{size} bytes",
+            allowed=f"{entry['bytes']} bytes",
+            next_step=rebuild,
         )
     if verify == "full" and sha256_file(path) != entry["sha256"]:
-        raise DataError(f"shard {path} was changed since it was written", allowed=f"sha256 {entry['sha256'][:12]}…", next_step=rebuild)
+        raise DataError(
+            f"shard {path} was changed since it was written",
+            allowed=f"sha256 {entry['sha256'][:12]}…",
+            next_step=rebuild,
+        )

@@ -1,4 +1,6 @@
-"""Draws training rows in a declared order. The position is one integer; only a bandit's order has a state besides."""
+"""Draws training rows in a declared order.
+The position is one integer; only a bandit's order has a state besides.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -16,9 +18,11 @@ from stack.data.packing import IGNORE_INDEX, Rows
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro-step. Shapes (R, T) int64; `sample_ids` are window numbers; cursors count samples over all ranks.
+    """Rows of one micro-step. Shapes (R, T) int64; `sample_ids` are window numbers;
+    cursors count samples over all ranks.
 
-    `document_ids` (R, T) where documents are kept apart; `sources` and `epochs` per row, an epoch being one of its source.
+    `document_ids` (R, T) where documents are kept apart; `sources` and `epochs` per row,
+    an epoch being one of its source.
     """
 
     input_ids: Tensor
@@ -34,18 +38,29 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Tokens of the rows, padding aside."""
-        return self.input_ids.numel() if self.document_ids is None else int((self.labels != IGNORE_INDEX).sum())
+        return (
+            self.input_ids.numel()
+            if self.document_ids is None
+            else int((self.labels != IGNORE_INDEX).sum())
+        )
 
 
 class Reader:
-    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together, says where it is.
+    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together,
+    says where it is.
 
-    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is told of every epoch that begins. Without an `order` the windows
-    of the whole stream are shuffled. Raises DataError if the stream is shorter than one window.
+    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is told of every epoch that
+    begins. Without an `order` the windows of the whole stream are shuffled. Raises DataError if the
+    stream is shorter than one window.
     """
 
-    @require(lambda seq_len, rows, cursor: seq_len >= 1 and rows >= 1 and cursor >= 0, "seq_len and rows are at least 1, cursor 0")
-    @require(lambda on_exhausted: on_exhausted in ("wrap", "error"), "on_exhausted is wrap or error")
+    @require(
+        lambda seq_len, rows, cursor: seq_len >= 1 and rows >= 1 and cursor >= 0,
+        "seq_len and rows are at least 1, cursor 0",
+    )
+    @require(
+        lambda on_exhausted: on_exhausted in ("wrap", "error"), "on_exhausted is wrap or error"
+    )
     def __init__(
         self,
         stream,
@@ -61,9 +76,16 @@ class Reader:
         on_wrap: Callable[[int, int], None] = lambda epoch, tokens: None,
     ):
         if not 0 <= rank < world_size:
-            raise DataError(f"rank {rank} is not one of {world_size}", allowed=f"0 … {world_size - 1}")
+            raise DataError(
+                f"rank {rank} is not one of {world_size}", allowed=f"0 … {world_size - 1}"
+            )
         self.stream, self.seq_len, self.seed, self.rows = stream, seq_len, seed, rows
-        self.rank, self.world_size, self.on_exhausted, self.on_wrap = rank, world_size, on_exhausted, on_wrap
+        self.rank, self.world_size, self.on_exhausted, self.on_wrap = (
+            rank,
+            world_size,
+            on_exhausted,
+            on_wrap,
+        )
         self.cursor = cursor
         self.n_windows = stream.n_windows(seq_len)
         if self.n_windows < 1:
@@ -76,9 +98,13 @@ class Reader:
         self.order = order or UniformOrder(self.n_windows, seed)
         self._n_windows = np.array([max(1, s.n_windows) for s in self.order.sources])
 
-    @ensure(lambda self, result: result.input_ids.shape == (self.rows, self.seq_len), "a batch is full")
+    @ensure(
+        lambda self, result: result.input_ids.shape == (self.rows, self.seq_len), "a batch is full"
+    )
     def draw(self) -> Batch:
-        """The next rows of this rank. Raises StreamExhausted at the end of a source unless it wraps."""
+        """The next rows of this rank. Raises StreamExhausted at the end of
+        a source unless it wraps.
+        """
         before = self.cursor
         after = before + self.rows * self.world_size
         rounds = self.order.counts(before) // self._n_windows
@@ -95,9 +121,14 @@ class Reader:
 
     def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
         arm = self.order.sources[source]
-        left = max(0, arm.n_windows - int(self.order.counts(before)[source])) if len(self.order.sources) == 1 else 0
+        left = (
+            max(0, arm.n_windows - int(self.order.counts(before)[source]))
+            if len(self.order.sources) == 1
+            else 0
+        )
         return StreamExhausted(
-            f"the corpus is exhausted after {before} samples: source {arm.name} has {arm.n_windows} windows",
+            f"the corpus is exhausted after {before} samples: source {arm.name} has "
+            f"{arm.n_windows} windows",
             value=f"{after - before} windows wanted, {left} left",
             allowed="data.on_exhausted = wrap, or fewer steps",
             next_step="--set data.on_exhausted=wrap, or add text",
@@ -120,9 +151,14 @@ def as_batch(rows: Rows, draws: Draws, before: int, after: int) -> Batch:
     )
 
 
-@require(lambda seq_len, batch_size, n_batches: min(seq_len, batch_size, n_batches) >= 1, "sizes are at least 1")
+@require(
+    lambda seq_len, batch_size, n_batches: min(seq_len, batch_size, n_batches) >= 1,
+    "sizes are at least 1",
+)
 def eval_batches(stream, seq_len: int, batch_size: int, n_batches: int) -> list[Batch]:
-    """Always the same windows, spread evenly over the stream. Raises DataError naming what the split can give."""
+    """Always the same windows, spread evenly over the stream.
+    Raises DataError naming what the split can give.
+    """
     available, wanted = stream.n_windows(seq_len), batch_size * n_batches
     if wanted > available:
         raise DataError(
@@ -132,17 +168,24 @@ def eval_batches(stream, seq_len: int, batch_size: int, n_batches: int) -> list[
             next_step="lower eval.batches or eval.batch_size, or raise data.split.validation_frac",
         )
     chosen = (np.arange(wanted) * available) // wanted
-    return [rows_batch(stream, chosen[i : i + batch_size], seq_len) for i in range(0, wanted, batch_size)]
+    return [
+        rows_batch(stream, chosen[i : i + batch_size], seq_len)
+        for i in range(0, wanted, batch_size)
+    ]
 
 
 def rows_batch(stream, numbers: np.ndarray, seq_len: int) -> Batch:
     """Rows of a stream by number, outside any order."""
     nothing = np.zeros(len(numbers), np.int64)
-    return as_batch(stream.rows(numbers, seq_len), Draws(nothing, numbers, nothing), 0, len(numbers))
+    return as_batch(
+        stream.rows(numbers, seq_len), Draws(nothing, numbers, nothing), 0, len(numbers)
+    )
 
 
 def probe_batches(stream, seq_len: int, n_windows: int) -> dict[str, Batch]:
-    """For every source the same few windows of a split, spread evenly over it; a source without a window there is left out."""
+    """For every source the same few windows of a split, spread evenly over it; a source without a
+    window there is left out.
+    """
     batches = {}
     for source, (first, available) in stream.spans(seq_len).items():
         if n := min(n_windows, available):

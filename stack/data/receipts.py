@@ -1,4 +1,6 @@
-"""Receipts of filtering: per source what came in, what went out, and what was dropped for which reason. They must add up."""
+"""Receipts of filtering: per source what came in, what went out, and what was dropped for which
+reason. They must add up.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,12 +12,18 @@ from stack.data.files import Document, Unreadable
 
 
 def empty() -> dict[str, Any]:
-    """A receipt before the first document. Bytes are UTF-8 bytes of text, or of the file for what could not be read."""
+    """A receipt before the first document.
+    Bytes are UTF-8 bytes of text, or of the file for what could not be read.
+    """
     return {"documents_in": 0, "bytes_in": 0, "documents_out": 0, "bytes_out": 0, "dropped": {}}
 
 
 def judge(
-    receipt: dict, item: Document | Unreadable, languages: tuple[str, ...], plugins: Iterable[filters.Plugin], grams: np.ndarray | None
+    receipt: dict,
+    item: Document | Unreadable,
+    languages: tuple[str, ...],
+    plugins: Iterable[filters.Plugin],
+    grams: np.ndarray | None,
 ) -> str | None:
     """Filter one item and enter it; returns its text if it stays."""
     if isinstance(item, Unreadable):
@@ -58,7 +66,9 @@ def total(receipts: Iterable[dict]) -> dict:
         for key in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
             whole[key] += receipt[key]
         for reason, row in receipt["dropped"].items():
-            into = whole["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": row["example"]})
+            into = whole["dropped"].setdefault(
+                reason, {"documents": 0, "bytes": 0, "example": row["example"]}
+            )
             into["documents"] += row["documents"]
             into["bytes"] += row["bytes"]
     return whole
@@ -68,12 +78,25 @@ def worst(receipt: dict) -> str:
     """The reason that dropped most documents, in words; empty if none was dropped."""
     dropped = receipt["dropped"]
     reason = max(dropped, key=lambda r: dropped[r]["documents"], default="")
-    where = f", the first at {dropped[reason]['example']}" if reason and dropped[reason]["example"] else ""
-    return f"{dropped[reason]['documents']:,} of {receipt['documents_in']:,} dropped as {reason}{where}" if reason else ""
+    where = (
+        f", the first at {dropped[reason]['example']}"
+        if reason and dropped[reason]["example"]
+        else ""
+    )
+    return (
+        (
+            f"{dropped[reason]['documents']:,} of {receipt['documents_in']:,} dropped as "
+            f"{reason}{where}"
+        )
+        if reason
+        else ""
+    )
 
 
 def table(sources: Iterable[dict]) -> list[dict[str, Any]]:
-    """One row per source of a manifest, then their sum: documents in and out, bytes out, share dropped, and documents by reason."""
+    """One row per source of a manifest, then their sum: documents in and out, bytes out, share
+    dropped, and documents by reason.
+    """
     rows = [_row(s["name"], s["receipt"]) for s in sources]
     return [*rows, _row("all", total(s["receipt"] for s in sources))] if len(rows) > 1 else rows
 

@@ -1,22 +1,26 @@
-"""The per-document stages as blocks of datatrove, for corpora that one process cannot hold. Needs the extra `[scale]`.
+"""The per-document stages as blocks of datatrove, for corpora that one process cannot hold.
+Needs the extra `[scale]`.
 
 A pipeline is a list of blocks. Where it runs is configuration; the list stays the same:
 
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 
-    files = Files(paths=("/corpus/*.jsonl.gz",), languages=("en", "de"))
-    pipeline = [ReadBlock(files), FilterBlock(files.languages), TokenizeBlock("/run/tokenizer.json", "/shards")]
+    files = Files(paths=("/corpus/*.jsonl.gz",), languages=("en", "de")) pipeline =
+    [ReadBlock(files), FilterBlock(files.languages), TokenizeBlock("/run/tokenizer.json",
+    "/shards")]
 
     LocalPipelineExecutor(pipeline, tasks=8, logging_dir="/logs").run()
-    SlurmPipelineExecutor(pipeline, tasks=4096, time="12:00:00", partition="cpu", mem_per_cpu_gb=4, logging_dir="/logs").run()
-    RayPipelineExecutor(pipeline, tasks=4096, workers=512, mem_per_cpu_gb=4, logging_dir="/logs").run()
+    SlurmPipelineExecutor(pipeline, tasks=4096, time="12:00:00", partition="cpu", mem_per_cpu_gb=4,
+    logging_dir="/logs").run() RayPipelineExecutor(pipeline, tasks=4096, workers=512,
+    mem_per_cpu_gb=4, logging_dir="/logs").run()
 
     split, drops = collect("/shards", "train", n_tasks=4096), drop_counts("/logs", n_tasks=4096)
 
-A task takes every `tasks`-th file in sorted order and writes a folder of its own, which appears by one rename when it is complete. A task
-that died leaves nothing that could be taken for a part; one that is repeated replaces its part by the same bytes; one that is marked as
-done in `logging_dir` is not started again. Paths are local or on a file system that all tasks share. Repeated documents are not looked for
-here: that needs all documents at once.
+A task takes every `tasks`-th file in sorted order and writes a folder of its own, which appears by
+one rename when it is complete. A task that died leaves nothing that could be taken for a part; one
+that is repeated replaces its part by the same bytes; one that is marked as done in `logging_dir` is
+not started again. Paths are local or on a file system that all tasks share. Repeated documents are
+not looked for here: that needs all documents at once.
 """
 
 import json
@@ -57,9 +61,11 @@ COUNTS = ("tokens", "bytes", "documents", "dropped_chars")
 
 
 class ReadBlock(PipelineStep):
-    """Documents of a task's share of the files, read as `stack.data.corpus` reads them; what is unreadable is counted with its reason.
+    """Documents of a task's share of the files, read as `stack.data.corpus` reads them; what is
+    unreadable is counted with its reason.
 
-    Raises DataError naming file and line of a damaged file or record; datatrove's own readers log it and go on without it.
+    Raises DataError naming file and line of a damaged file or record;
+    datatrove's own readers log it and go on without it.
     """
 
     name, type = "stackproof reader", "📖 - READER"
@@ -68,7 +74,9 @@ class ReadBlock(PipelineStep):
         super().__init__()
         self.files = files
 
-    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
         """Documents that came before, then those of files rank, rank + world_size, …"""
         yield from data or ()
         for path in corpus.resolve_paths(self.files)[rank::world_size]:
@@ -85,10 +93,12 @@ class ReadBlock(PipelineStep):
 
 
 class FilterBlock(BaseFilter):
-    """Keeps what `stack.data.filters.rejection` has nothing against; `drop_counts` tells how many were dropped for which reason.
+    """Keeps what `stack.data.filters.rejection` has nothing against; `drop_counts` tells how many
+    were dropped for which reason.
 
-    `languages` hold for all documents. Without them each document names its own in `metadata["language"]`, as datatrove's language filter
-    leaves it; DataError if one names none that is known. Dropped documents go to `exclusion_writer`, if given, with their `filter_reason`.
+    `languages` hold for all documents. Without them each document names its own in
+    `metadata["language"]`, as datatrove's language filter leaves it; DataError if one names none
+    that is known. Dropped documents go to `exclusion_writer`, if given, with their `filter_reason`.
     """
 
     name = "stackproof filter"
@@ -112,21 +122,27 @@ def _language(doc: Document) -> str:
         f"document {doc.id} names no known language",
         value=language,
         allowed=" ".join(LANGUAGES),
-        next_step="put a language filter before FilterBlock, or give it the languages of all documents",
+        next_step=(
+            "put a language filter before FilterBlock, or give it the languages of all documents"
+        ),
     )
 
 
 class TokenizeBlock(PipelineStep):
-    """Encodes documents and writes them as shards, an end-of-text id after each; the last block of a pipeline.
+    """Encodes documents and writes them as shards, an end-of-text id after each;
+    the last block of a pipeline.
 
-    `tokenizer_path` is the tokenizer.json of a run or prepared corpus, `source` the name of the text in a mixture. A task writes
-    `output/<split>-<rank>/`: shards of about `max_tokens` tokens, and `part.json` that describes them.
-    Raises DataError if the tokenizer cannot be read or the shards cannot be written.
+    `tokenizer_path` is the tokenizer.json of a run or prepared corpus, `source` the name of the
+    text in a mixture. A task writes `output/<split>-<rank>/`: shards of about `max_tokens` tokens,
+    and `part.json` that describes them. Raises DataError if the tokenizer cannot be read or the
+    shards cannot be written.
     """
 
     name, type = "stackproof shards", "🔢 - TOKENIZER"
 
-    @require(lambda batch_size, max_tokens: batch_size >= 1 and max_tokens >= 1, "sizes are at least 1")
+    @require(
+        lambda batch_size, max_tokens: batch_size >= 1 and max_tokens >= 1, "sizes are at least 1"
+    )
     def __init__(
         self,
         tokenizer_path: str | Path,
@@ -138,11 +154,20 @@ class TokenizeBlock(PipelineStep):
         max_tokens: int = shards.MAX_SHARD_TOKENS,
     ):
         super().__init__()
-        self.tokenizer_path, self.output, self.split, self.source = Path(tokenizer_path), Path(output), split, source
+        self.tokenizer_path, self.output, self.split, self.source = (
+            Path(tokenizer_path),
+            Path(output),
+            split,
+            source,
+        )
         self.batch_size, self.max_tokens = batch_size, max_tokens
 
-    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> None:
-        """Write this task's part; one that is already there is replaced, and what a killed attempt left is removed."""
+    def run(
+        self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Write this task's part; one that is already there is replaced,
+        and what a killed attempt left is removed.
+        """
         tokenizer = load_tokenizer(self.tokenizer_path)
         part = part_folder(self.output, self.split, rank)
         temporary = part.with_name(f".{part.name}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -151,24 +176,45 @@ class TokenizeBlock(PipelineStep):
         try:
             temporary.mkdir(parents=True)
             description = self._write(temporary, data or (), tokenizer)
-            description |= {"schema": FORMAT, "rank": rank, "n_tasks": world_size, "tokenizer_sha256": tokenizer.sha256}
+            description |= {
+                "schema": FORMAT,
+                "rank": rank,
+                "n_tasks": world_size,
+                "tokenizer_sha256": tokenizer.sha256,
+            }
             (temporary / "part.json").write_bytes(canonical_json(description))
             shutil.rmtree(part, ignore_errors=True)
             os.replace(temporary, part)
         except (OSError, BadTensorFile) as e:
-            raise DataError(f"the shards could not be written to {part}: {e}", next_step="free space or choose another folder") from e
+            raise DataError(
+                f"the shards could not be written to {part}: {e}",
+                next_step="free space or choose another folder",
+            ) from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _write(self, folder: Path, data: Iterable[Document], tokenizer: Tokenizer) -> dict:
         """Shards in a folder; their description as a manifest has it."""
         counts: Counter = Counter()
-        entries = shards.write_split(folder, self.split, self._encoded(data, tokenizer, counts), tokenizer, max_tokens=self.max_tokens)
+        entries = shards.write_split(
+            folder,
+            self.split,
+            self._encoded(data, tokenizer, counts),
+            tokenizer,
+            max_tokens=self.max_tokens,
+        )
         counts["tokens"] = sum(e["tokens"] for e in entries)
-        return {**{name: counts[name] for name in COUNTS}, "shards": [e | {"source": self.source} for e in entries]}
+        return {
+            **{name: counts[name] for name in COUNTS},
+            "shards": [e | {"source": self.source} for e in entries],
+        }
 
-    def _encoded(self, data: Iterable[Document], tokenizer: Tokenizer, counts: Counter) -> Iterator[tuple[list[int], int]]:
-        """(ids, document hash) of every document; the end-of-text id is appended where they are written."""
+    def _encoded(
+        self, data: Iterable[Document], tokenizer: Tokenizer, counts: Counter
+    ) -> Iterator[tuple[list[int], int]]:
+        """(ids, document hash) of every document; the end-of-text id is
+        appended where they are written.
+        """
         for batch in batched(data, self.batch_size):
             with self.track_time("batch"):
                 encodings = tokenizer.encode_batch([d.text for d in batch])
@@ -191,9 +237,11 @@ def part_folder(output: Path, split: str, rank: int) -> Path:
 
 @require(lambda n_tasks: n_tasks >= 1, "a pipeline has at least one task")
 def collect(output: str | Path, split: str, n_tasks: int) -> dict:
-    """One split of all parts, in the order of ranks, as `TokenStream(output, …)` and a manifest take it.
+    """One split of all parts, in the order of ranks, as
+    `TokenStream(output, …)` and a manifest take it.
 
-    Raises DataError if a part is missing, damaged, of another number of tasks or of another tokenizer.
+    Raises DataError if a part is missing, damaged, of another number of
+    tasks or of another tokenizer.
     """
     output = Path(output)
     parts = [_part(output, split, rank, n_tasks) for rank in range(n_tasks)]
@@ -204,55 +252,81 @@ def collect(output: str | Path, split: str, n_tasks: int) -> dict:
             allowed=f"{n_tasks} parts of one tokenizer",
             next_step="delete the parts of other pipelines, or write to a folder of its own",
         )
-    rows = [{**s, "path": f"{part_folder(output, split, p['rank']).name}/{s['path']}"} for p in parts for s in p["shards"]]
-    return {**{name: sum(p[name] for p in parts) for name in COUNTS}, "tokenizer_sha256": known.pop(), "shards": rows}
+    rows = [
+        {**s, "path": f"{part_folder(output, split, p['rank']).name}/{s['path']}"}
+        for p in parts
+        for s in p["shards"]
+    ]
+    return {
+        **{name: sum(p[name] for p in parts) for name in COUNTS},
+        "tokenizer_sha256": known.pop(),
+        "shards": rows,
+    }
 
 
 def _part(output: Path, split: str, rank: int, n_tasks: int) -> dict:
     path = part_folder(output, split, rank) / "part.json"
-    again = f"delete {path.parent} and completions/{rank:05d} in the logging directory, and run again"
+    again = (
+        f"delete {path.parent} and completions/{rank:05d} in the logging directory, and run again"
+    )
     try:
         part = parse_strict(path.read_bytes(), origin=str(path))
         expected = {"schema": FORMAT, "rank": rank, "n_tasks": n_tasks}
         declared = {key: part[key] for key in expected}
     except (OSError, IntegrityError, KeyError, TypeError) as e:
-        raise DataError(f"the part of task {rank} cannot be read: {type(e).__name__}: {e}", next_step=again) from e
+        raise DataError(
+            f"the part of task {rank} cannot be read: {type(e).__name__}: {e}", next_step=again
+        ) from e
     if declared != expected:
-        raise DataError(f"{path} is of another pipeline", value=declared, allowed=expected, next_step=again)
+        raise DataError(
+            f"{path} is of another pipeline", value=declared, allowed=expected, next_step=again
+        )
     return part
 
 
 @require(lambda n_tasks: n_tasks >= 1, "a pipeline has at least one task")
 def drop_counts(logging_dir: str | Path, n_tasks: int) -> dict:
-    """{"documents", "kept", "dropped": {reason: count}} of a pipeline over all tasks; blocks that give no reason count under their name.
+    """{"documents", "kept", "dropped": {reason: count}} of a pipeline over all tasks; blocks that
+    give no reason count under their name.
 
-    Read from the file of each task: datatrove's merged stats.json covers only the tasks of the last start.
-    Raises DataError if a task left none, or if the counts do not add up from block to block.
+    Read from the file of each task: datatrove's merged stats.json covers only the tasks of the last
+    start. Raises DataError if a task left none, or if the counts do not add up from block to block.
     """
     totals: Counter = Counter()
     for rank in range(n_tasks):
         totals.update(_task_counts(Path(logging_dir) / "stats" / f"{rank:05d}.json"))
-    dropped = {key.removeprefix(DROPPED): n for key, n in sorted(totals.items()) if key.startswith(DROPPED)}
+    dropped = {
+        key.removeprefix(DROPPED): n for key, n in sorted(totals.items()) if key.startswith(DROPPED)
+    }
     return {"documents": totals["documents"], "kept": totals["kept"], "dropped": dropped}
 
 
 def _task_counts(path: Path) -> Counter:
-    """Follows the documents of one task through its blocks, each of which must get what the one before let through."""
+    """Follows the documents of one task through its blocks, each of which must get what
+    the one before let through.
+    """
     counts: Counter = Counter()
     try:
         blocks = [(b["name"], _numbers(b["stats"])) for b in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(
-            f"{path} does not tell what its task dropped: {e}", next_step="wait for all tasks, or run the pipeline again"
+            f"{path} does not tell what its task dropped: {e}",
+            next_step="wait for all tasks, or run the pipeline again",
         ) from e
-    counted = [(name, stats) for name, stats in blocks if "total" in stats or name.endswith(OUR_BLOCKS)]
+    counted = [
+        (name, stats) for name, stats in blocks if "total" in stats or name.endswith(OUR_BLOCKS)
+    ]
     for place, (name, stats) in enumerate(counted):
         came = stats["total"] if place == 0 else counts["kept"]
         reasons = {key: n for key, n in stats.items() if key.startswith(DROPPED)}
         unexplained = stats["dropped"] - sum(reasons.values())
         goes_on = stats["forwarded"] if stats["forwarded"] or stats["dropped"] else came
         if stats["total"] != came or came != goes_on + stats["dropped"] or unexplained < 0:
-            raise DataError(f"the counts of {name} in {path} do not add up", value=dict(stats), next_step="run the pipeline again")
+            raise DataError(
+                f"the counts of {name} in {path} do not add up",
+                value=dict(stats),
+                next_step="run the pipeline again",
+            )
         counts.update(reasons | ({DROPPED + name: unexplained} if unexplained else {}))
         counts["documents"], counts["kept"] = counts["documents"] if place else came, goes_on
     return counts
@@ -260,7 +334,12 @@ def _task_counts(path: Path) -> Counter:
 
 def _numbers(stats: dict) -> Counter:
     """datatrove writes a count as a number, or as a table with its total."""
-    return Counter({key: int(value["total"] if isinstance(value, dict) else value) for key, value in stats.items()})
+    return Counter(
+        {
+            key: int(value["total"] if isinstance(value, dict) else value)
+            for key, value in stats.items()
+        }
+    )
 
 
 OUR_BLOCKS = (ReadBlock.name, FilterBlock.name, TokenizeBlock.name)

@@ -1,4 +1,6 @@
-"""Token shards: safetensors files of ids and document starts, described by a manifest with hashes."""
+"""Token shards: safetensors files of ids and document starts,
+described by a manifest with hashes.
+"""
 
 import errno
 import hashlib
@@ -27,7 +29,9 @@ def normalised(text: str) -> str:
 
 def document_hash(text: str) -> int:
     """First 8 bytes of sha256 of the normalised text, as a signed 64-bit integer."""
-    return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8], "big", signed=True)
+    return int.from_bytes(
+        hashlib.sha256(normalised(text).encode()).digest()[:8], "big", signed=True
+    )
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -36,11 +40,17 @@ def token_dtype(vocab_size: int) -> type:
 
 
 def pack_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """Ids in the storage type. Raises DataError for an id outside the vocabulary, before a cast could wrap it."""
+    """Ids in the storage type. Raises DataError for an id outside the vocabulary,
+    before a cast could wrap it.
+    """
     array = np.asarray(ids, np.int64)
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
         worst = int(array.max()) if array.max() >= vocab_size else int(array.min())
-        raise DataError(f"token id {worst} is outside the vocabulary", allowed=f"0 … {vocab_size - 1}", next_step="rebuild the tokenizer")
+        raise DataError(
+            f"token id {worst} is outside the vocabulary",
+            allowed=f"0 … {vocab_size - 1}",
+            next_step="rebuild the tokenizer",
+        )
     return array.astype(token_dtype(vocab_size))
 
 
@@ -53,7 +63,8 @@ def write_split(
     max_tokens: int = MAX_SHARD_TOKENS,
     first_number: int = 0,
 ) -> list[dict]:
-    """Write (ids, document hash) pairs as shards; an end-of-text id begins the split and ends every document.
+    """Write (ids, document hash) pairs as shards; an end-of-text id begins the
+    split and ends every document.
 
     Returns the manifest's entries: path, sha256, bytes, tokens, documents.
     """
@@ -66,18 +77,32 @@ def write_split(
         parts += [pack_ids(ids, tokenizer.vocab_size), end]
         length += len(ids) + 1
         if length >= max_tokens:
-            entries.append(_write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer))
+            entries.append(
+                _write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer)
+            )
             parts, starts, hashes, length = [end], [], [], 1
     if starts:
-        entries.append(_write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer))
+        entries.append(
+            _write(folder, split, first_number + len(entries), parts, starts, hashes, tokenizer)
+        )
     return entries
 
 
-def _write(folder: Path, split: str, number: int, parts: list, starts: list, hashes: list, tokenizer) -> dict:
+def _write(
+    folder: Path, split: str, number: int, parts: list, starts: list, hashes: list, tokenizer
+) -> dict:
     path = folder / f"{split}-{number:05d}.safetensors"
     tokens = np.concatenate(parts).astype(token_dtype(tokenizer.vocab_size))
-    arrays = {"tokens": tokens, "document_starts": np.array(starts, np.int64), "document_hashes": np.array(hashes, np.int64)}
-    metadata = {"tokenizer_sha256": tokenizer.sha256, "split": split, "vocab_size": str(tokenizer.vocab_size)}
+    arrays = {
+        "tokens": tokens,
+        "document_starts": np.array(starts, np.int64),
+        "document_hashes": np.array(hashes, np.int64),
+    }
+    metadata = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "split": split,
+        "vocab_size": str(tokenizer.vocab_size),
+    }
     tensorfile.write(path, arrays, metadata)
     return {
         "path": path.name,
@@ -89,9 +114,11 @@ def _write(folder: Path, split: str, number: int, parts: list, starts: list, has
 
 
 class MappedShards(Sequence):
-    """Token arrays of shards by number, mapped when they are asked for; of more than `mappable()` the least recently used go.
+    """Token arrays of shards by number, mapped when they are asked for; of more than `mappable()`
+    the least recently used go.
 
-    `lengths` int64 (n_shards,) are those of the manifest, so that opening a stream reads no file but the first shard.
+    `lengths` int64 (n_shards,) are those of the manifest, so that opening a stream reads no
+    file but the first shard.
     """
 
     def __init__(self, paths: Sequence[Path], entries: Sequence[dict], vocab_size: int):
@@ -115,20 +142,27 @@ class MappedShards(Sequence):
         return np.asarray(tokens)  # a slice of a memmap is another memmap, at five times the price
 
     def fresh(self, number: int) -> np.ndarray:
-        """A map of its own, for reading in order. Raises DataError if the shard is not what the manifest says."""
+        """A map of its own, for reading in order.
+        Raises DataError if the shard is not what the manifest says.
+        """
         path, dtype = self.paths[number], token_dtype(self.vocab_size)
         tokens = map_shard(path, "tokens")
         if tokens.dtype != dtype or len(tokens) != self.lengths[number]:
             raise DataError(
                 f"shard {path} stores ids as {tokens.dtype}, {len(tokens)} of them",
-                allowed=f"{self.lengths[number]} of {np.dtype(dtype)} for a vocabulary of {self.vocab_size}",
+                allowed=(
+                    f"{self.lengths[number]} of {np.dtype(dtype)} for a vocabulary of "
+                    f"{self.vocab_size}"
+                ),
                 next_step=f"delete {path.parent} and run again to rebuild it",
             )
         return tokens
 
 
 def mappable() -> int:
-    """Shards that a stream may keep mapped: a quarter of the process's file descriptors, one of which each map holds."""
+    """Shards that a stream may keep mapped: a quarter of the process's file descriptors,
+    one of which each map holds.
+    """
     try:
         import resource
     except ImportError:
@@ -138,24 +172,39 @@ def mappable() -> int:
 
 
 def map_shard(path: Path, name: str) -> np.ndarray:
-    """One array of a shard as a memory map. Raises DataError saying what is wrong with the shard, or with the limits of the process."""
+    """One array of a shard as a memory map.
+    Raises DataError saying what is wrong with the shard, or with the limits of the process.
+    """
     try:
         return tensorfile.memmap(path, name)
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise DataError(
-                f"shard {path} cannot be opened: {e}", next_step="raise ulimit -n or vm.max_map_count; the data are sound"
+                f"shard {path} cannot be opened: {e}",
+                next_step="raise ulimit -n or vm.max_map_count; the data are sound",
             ) from e
-        raise DataError(f"shard {path} cannot be read: {e}", next_step=f"delete {path.parent} and run again to rebuild it") from e
+        raise DataError(
+            f"shard {path} cannot be read: {e}",
+            next_step=f"delete {path.parent} and run again to rebuild it",
+        ) from e
     except tensorfile.BadTensorFile as e:
-        raise DataError(f"shard {path} cannot be read: {e}", next_step=f"delete {path.parent} and run again to rebuild it") from e
+        raise DataError(
+            f"shard {path} cannot be read: {e}",
+            next_step=f"delete {path.parent} and run again to rebuild it",
+        ) from e
 
 
 class TokenStream:
-    """The shards of one split, memory-mapped. A window is seq_len + 1 tokens; windows do not cross shards."""
+    """The shards of one split, memory-mapped.
+    A window is seq_len + 1 tokens; windows do not cross shards.
+    """
 
     def __init__(self, folder: Path, split: dict, vocab_size: int):
-        self.n_tokens, self.n_bytes, self.n_documents = split["tokens"], split["bytes"], split["documents"]
+        self.n_tokens, self.n_bytes, self.n_documents = (
+            split["tokens"],
+            split["bytes"],
+            split["documents"],
+        )
         self.vocab_size = vocab_size
         self.paths = [folder / s["path"] for s in split["shards"]]
         self.shard_sources = [s["source"] for s in split["shards"]]
@@ -183,11 +232,18 @@ class TokenStream:
     @property
     def document_starts(self) -> np.ndarray:
         """Position of every document's first token in the split, int64 (n_documents,)."""
-        return np.concatenate([starts + first for starts, first in zip(self.shard_document_starts(), self._starts.tolist())])
+        return np.concatenate(
+            [
+                starts + first
+                for starts, first in zip(self.shard_document_starts(), self._starts.tolist())
+            ]
+        )
 
     @require(lambda seq_len: seq_len >= 1, "a window has at least one input")
     def n_windows(self, seq_len: int) -> int:
-        """How many windows of seq_len + 1 tokens the shards hold; the last few tokens of a shard may fill none."""
+        """How many windows of seq_len + 1 tokens the shards hold;
+        the last few tokens of a shard may fill none.
+        """
         return int(self._window_ends(seq_len)[-1]) if self.paths else 0
 
     def _window_ends(self, seq_len: int) -> np.ndarray:
@@ -197,7 +253,9 @@ class TokenStream:
         return self._cuts[seq_len]
 
     def _make_grid(self, shard: int, seq_len: int) -> np.ndarray:
-        """A shard as a view (its windows, seq_len + 1) in which neighbouring windows share a token."""
+        """A shard as a view (its windows, seq_len + 1) in which
+        neighbouring windows share a token.
+        """
         return sliding_window_view(self._tokens[shard], seq_len + 1)[::seq_len]
 
     def shard_windows(self, seq_len: int) -> list[int]:
@@ -205,26 +263,39 @@ class TokenStream:
         return ((self._tokens.lengths - 1) // seq_len).tolist()
 
     def spans(self, seq_len: int) -> dict[str, tuple[int, int]]:
-        """(first window, number of windows) of every source, in order; the shards of a source lie side by side."""
+        """(first window, number of windows) of every source, in order;
+        the shards of a source lie side by side.
+        """
         spans, first = {}, 0
         for source, n in zip(self.shard_sources, self.shard_windows(seq_len)):
-            spans[source] = (spans[source][0], spans[source][1] + n) if source in spans else (first, n)
+            spans[source] = (
+                (spans[source][0], spans[source][1] + n) if source in spans else (first, n)
+            )
             first += n
         return spans
 
     def window(self, number: int, seq_len: int) -> np.ndarray:
-        """Tokens of one window, int64 (seq_len + 1,). Raises DataError for an id outside the vocabulary."""
+        """Tokens of one window, int64 (seq_len + 1,).
+        Raises DataError for an id outside the vocabulary.
+        """
         return self.windows(np.array([number]), seq_len)[0]
 
-    @require(lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)), "window numbers are 0 … n_windows-1")
+    @require(
+        lambda self, numbers, seq_len: _within(numbers, self.n_windows(seq_len)),
+        "window numbers are 0 … n_windows-1",
+    )
     def windows(self, numbers: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens of windows by number, int64 (len(numbers), seq_len + 1). Raises DataError for an id outside the vocabulary."""
+        """Tokens of windows by number, int64 (len(numbers), seq_len + 1).
+        Raises DataError for an id outside the vocabulary.
+        """
         numbers, ends = np.asarray(numbers, np.int64), self._window_ends(seq_len)
         shards = np.searchsorted(ends, numbers, side="right")
         out = np.empty((len(numbers), seq_len + 1), token_dtype(self.vocab_size))
         for shard in set(shards.tolist()):
             here = shards == shard
-            out[here] = self._grid(shard, seq_len)[numbers[here] - (ends[shard - 1] if shard else 0)]
+            out[here] = self._grid(shard, seq_len)[
+                numbers[here] - (ends[shard - 1] if shard else 0)
+            ]
         return self._checked(out).astype(np.int64)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
@@ -237,7 +308,9 @@ class TokenStream:
         return ids
 
     def token_range(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start … stop-1 of the split in order, over shard boundaries, int64. Raises DataError for an id outside the vocabulary."""
+        """Tokens start … stop-1 of the split in order, over shard boundaries, int64.
+        Raises DataError for an id outside the vocabulary.
+        """
         pieces = []
         first, last = np.searchsorted(self._starts, [start, stop], side="right")
         for shard in range(max(int(first) - 1, 0), min(int(last), len(self.paths))):

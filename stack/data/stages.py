@@ -1,6 +1,8 @@
-"""What one process does with one part of a corpus: read and filter it into chunks, and turn a chunk into shards.
+"""What one process does with one part of a corpus: read and filter it into chunks,
+and turn a chunk into shards.
 
-Both are functions of their job alone, write their result whole or not at all, and do nothing where it is already there.
+Both are functions of their job alone, write their result whole or not at all,
+and do nothing where it is already there.
 """
 
 import os
@@ -71,7 +73,9 @@ def write_json(path: Path, document: dict) -> None:
 
 
 def filter_part(job: FilterJob) -> dict:
-    """Read one part, keep what passes every filter, and write it as chunks; returns the receipt. A finished part is not read again."""
+    """Read one part, keep what passes every filter, and write it as chunks; returns the receipt.
+    A finished part is not read again.
+    """
     final = job.work / f"part-{job.number:05d}"
     if (final / "receipt.json").is_file():
         return parse_strict((final / "receipt.json").read_bytes(), origin=str(final))
@@ -82,7 +86,9 @@ def filter_part(job: FilterJob) -> dict:
     plugins = filters.load_plugins(job.plugins)
     grams = tensorfile.memmap(job.grams, "grams") if job.grams else None
     for item in corpus.read_part(job.cfg, job.part):
-        if (text := receipts.judge(receipt, item, corpus.languages_of(job.cfg), plugins, grams)) is None:
+        if (
+            text := receipts.judge(receipt, item, corpus.languages_of(job.cfg), plugins, grams)
+        ) is None:
             continue
         texts.append(text)
         size += len(text)
@@ -111,8 +117,12 @@ def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> N
     }
     match how:
         case NearDedup():
-            pieces = [texts[i : i + SHINGLES_AT_ONCE] for i in range(0, len(texts), SHINGLES_AT_ONCE)]
-            arrays["signatures"] = np.concatenate([dedup.signatures(p, how.shingle_words) for p in pieces])
+            pieces = [
+                texts[i : i + SHINGLES_AT_ONCE] for i in range(0, len(texts), SHINGLES_AT_ONCE)
+            ]
+            arrays["signatures"] = np.concatenate(
+                [dedup.signatures(p, how.shingle_words) for p in pieces]
+            )
         case ExactDedup():
             pass
         case _:
@@ -121,7 +131,9 @@ def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> N
 
 
 class Signatures(Sequence):
-    """MinHash signatures of chunks by number, mapped anew each time they are asked for, so that what was read does not stay resident."""
+    """MinHash signatures of chunks by number, mapped anew each time they are asked for, so that
+    what was read does not stay resident.
+    """
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -140,10 +152,14 @@ def chunk_texts(path: Path, keep: np.ndarray) -> Iterator[str]:
         yield text[offsets[i] : offsets[i + 1]].tobytes().decode()
 
 
-def sides(cfg: HashSplit | TailSplit, texts: Iterable[str], hashes: Iterable[int]) -> Iterator[tuple[str, str, int]]:
-    """(split, text, document hash) of every text. Equal documents are always on one side of a hash split.
+def sides(
+    cfg: HashSplit | TailSplit, texts: Iterable[str], hashes: Iterable[int]
+) -> Iterator[tuple[str, str, int]]:
+    """(split, text, document hash) of every text.
+    Equal documents are always on one side of a hash split.
 
-    A tail split cuts each in two; the held-out half has the hash of the whole with HELD_OUT_MARK, so that halves are told apart.
+    A tail split cuts each in two; the held-out half has the hash of the whole with HELD_OUT_MARK,
+    so that halves are told apart.
     """
     match cfg:
         case HashSplit(validation_frac=frac):
@@ -152,7 +168,10 @@ def sides(cfg: HashSplit | TailSplit, texts: Iterable[str], hashes: Iterable[int
         case TailSplit(validation_frac=frac):
             for text, digest in zip(texts, hashes):
                 cut = len(text) - round(len(text) * frac)
-                for split, part, mark in (("train", text[:cut], 0), ("validation", text[cut:], HELD_OUT_MARK)):
+                for split, part, mark in (
+                    ("train", text[:cut], 0),
+                    ("validation", text[cut:], HELD_OUT_MARK),
+                ):
                     if part:
                         yield split, part, digest ^ mark
         case _:
@@ -166,7 +185,9 @@ def chunk_sides(cfg: HashSplit | TailSplit, chunk: Chunk) -> Iterator[tuple[str,
 
 
 def encode_chunk(job: EncodeJob) -> dict:
-    """Write the shards of one chunk; returns counts and manifest entries per split. A finished chunk is not encoded again."""
+    """Write the shards of one chunk; returns counts and manifest entries per split.
+    A finished chunk is not encoded again.
+    """
     done = job.work / f"encoded-{job.number:05d}.json"
     if done.is_file():
         return parse_strict(done.read_bytes(), origin=str(done))
@@ -176,22 +197,34 @@ def encode_chunk(job: EncodeJob) -> dict:
     for split, text, digest in chunk_sides(job.split, Chunk(job.source, job.chunk, job.keep)):
         texts[split].append(text)
         hashes[split].append(digest)
-    result = {split: _encode_split(job, split, texts[split], hashes[split], tokenizer) for split in SPLITS}
+    result = {
+        split: _encode_split(job, split, texts[split], hashes[split], tokenizer) for split in SPLITS
+    }
     write_json(done, result)
     return result
 
 
-def _encode_split(job: EncodeJob, split: str, texts: list[str], hashes: list[int], tokenizer: Tokenizer) -> dict:
+def _encode_split(
+    job: EncodeJob, split: str, texts: list[str], hashes: list[int], tokenizer: Tokenizer
+) -> dict:
     counts = {"documents": len(texts), "bytes": 0, "dropped_chars": 0}
     sizes = tokenizer.token_bytes
 
     def encoded() -> Iterator[tuple[np.ndarray, int]]:
         for start in range(0, len(texts), ENCODED_AT_ONCE):
-            for encoding, digest in zip(tokenizer.encode_batch(texts[start : start + ENCODED_AT_ONCE]), hashes[start:]):
+            for encoding, digest in zip(
+                tokenizer.encode_batch(texts[start : start + ENCODED_AT_ONCE]), hashes[start:]
+            ):
                 ids = np.asarray(encoding.ids, np.int64)
                 counts["bytes"] += int(sizes[ids].sum(dtype=np.int64))
                 counts["dropped_chars"] += encoding.dropped_chars
                 yield ids, digest
 
-    entries = shards.write_split(job.folder, split, encoded(), tokenizer, first_number=job.number, max_tokens=2**62)
-    return {**counts, "tokens": sum(e["tokens"] for e in entries), "shards": [{**e, "source": job.source} for e in entries]}
+    entries = shards.write_split(
+        job.folder, split, encoded(), tokenizer, first_number=job.number, max_tokens=2**62
+    )
+    return {
+        **counts,
+        "tokens": sum(e["tokens"] for e in entries),
+        "shards": [{**e, "source": job.source} for e in entries],
+    }

@@ -1,4 +1,6 @@
-"""The embedded corpora: documentation and source of the running interpreter's standard library, and the pangram."""
+"""The embedded corpora: documentation and source of the running interpreter's standard library,
+and the pangram.
+"""
 
 import ast
 import importlib
@@ -10,9 +12,12 @@ from inspect import cleandoc
 from pathlib import Path
 
 MIN_DOC_CHARS = 40
-SKIPPED_FOLDERS = frozenset("test tests idle_test lib2to3 site-packages dist-packages __pycache__ ensurepip".split())
+SKIPPED_FOLDERS = frozenset(
+    "test tests idle_test lib2to3 site-packages dist-packages __pycache__ ensurepip".split()
+)
 PANGRAM = "the quick brown fox jumps over the lazy dog. "
-# What a C module defines. Anything else found in one (open files, module state, what an import put there) differs between processes.
+# What a C module defines. Anything else found in one (open files, module state, what an import put
+# there) differs between processes.
 C_DEFINED = (
     type,
     types.BuiltinFunctionType,
@@ -23,8 +28,9 @@ C_DEFINED = (
     types.ClassMethodDescriptorType,
     staticmethod,
 )
-# Places of `sys` where programs leave their own objects. The first two are left out; of the others the original beside them is read
-# (`sys.__displayhook__`), so that a corpus is the same under Typer, pytest, a debugger and a bare interpreter.
+# Places of `sys` where programs leave their own objects. The first two are left out; of the others
+# the original beside them is read (`sys.__displayhook__`), so that a corpus is the same under
+# Typer, pytest, a debugger and a bare interpreter.
 LEFT_OUT = frozenset(("sys.excepthook", "sys.last_type"))
 HOOKS = frozenset(("sys.displayhook", "sys.unraisablehook", "sys.breakpointhook"))
 
@@ -42,7 +48,9 @@ def module_name(path: Path) -> str:
 def source_files() -> list[Path]:
     """Python files of the standard library, in order."""
     root = _root()
-    return sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
+    return sorted(
+        p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)
+    )
 
 
 def documentation() -> Iterator[tuple[str, str]]:
@@ -61,10 +69,16 @@ def documentation() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Docstrings of a module and everything defined in it, outside in, each under its name and signature."""
+    """Docstrings of a module and everything defined in it, outside in,
+    each under its name and signature.
+    """
     text = ast.get_docstring(node)
     if text and len(text) >= MIN_DOC_CHARS:
-        signature = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+        signature = (
+            f"({ast.unparse(node.args)})"
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            else ""
+        )
         yield name, f"{name}{signature}\n\n{text}"
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -72,14 +86,20 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _builtin_docs() -> Iterator[tuple[str, str]]:
-    """Documentation of what is written in C: builtins and the modules compiled into the interpreter.
+    """Documentation of what is written in C: builtins and the modules
+    compiled into the interpreter.
 
-    These modules are imported, so that the text does not depend on what the process happened to import before.
+    These modules are imported, so that the text does not depend on what the process
+    happened to import before.
     """
     for module in sorted({"builtins", *sys.builtin_module_names}):
         for name, value in _c_members(module):
             text = getattr(value, "__doc__", None)
-            if isinstance(value, C_DEFINED) and isinstance(text, str) and len(text) >= MIN_DOC_CHARS:
+            if (
+                isinstance(value, C_DEFINED)
+                and isinstance(text, str)
+                and len(text) >= MIN_DOC_CHARS
+            ):
                 yield name, f"{name}\n\n{cleandoc(text)}"
 
 
@@ -95,4 +115,8 @@ def _c_members(module: str) -> Iterator[tuple[str, object]]:
             continue
         yield qualified, members[f"__{name}__"] if qualified in HOOKS else member
         if isinstance(member, type) and member.__module__ == module:
-            yield from ((f"{qualified}.{k}", v) for k, v in sorted(vars(member).items()) if not k.startswith("__"))
+            yield from (
+                (f"{qualified}.{k}", v)
+                for k, v in sorted(vars(member).items())
+                if not k.startswith("__")
+            )

@@ -1,4 +1,5 @@
-"""Byte-level BPE, byte and character tokenizers, and any of the Hugging Face format, behind one interface.
+"""Byte-level BPE, byte and character tokenizers, and any of the Hugging Face format,
+behind one interface.
 
 Text never becomes a control id.
 """
@@ -18,8 +19,18 @@ from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokeniz
 
 END_OF_TEXT = "<|endoftext|>"
 # Tokens that end a text in the tokenizers people publish, most telling first.
-KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "[SEP]")
-# tiktoken's pattern engine gives up on about a million white-space characters in a row, and takes the process with it.
+KNOWN_ENDS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<|im_end|>",
+    "<eos>",
+    "<|eot_id|>",
+    "<｜end▁of▁sentence｜>",
+    "[SEP]",
+)
+# tiktoken's pattern engine gives up on about a million white-space characters in a row,
+# and takes the process with it.
 FAST_CHARS_MAX = 500_000
 # GPT-2's way of cutting a text into words, which the byte-level pre-tokenizer shares.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -34,7 +45,9 @@ class Encoding:
 
 
 class Tokenizer:
-    """What all tokenizers can do. `sha256` pins the saved form; shards, checkpoints and evaluations compare it."""
+    """What all tokenizers can do. `sha256` pins the saved form; shards,
+    checkpoints and evaluations compare it.
+    """
 
     kind: str
     vocab_size: int
@@ -42,11 +55,15 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """Ids that no text can become: the end of text and declared special tokens. They stand for no bytes."""
+        """Ids that no text can become: the end of text and declared special tokens.
+        They stand for no bytes.
+        """
         return frozenset((self.eos_id,))
 
     def literal(self, control_id: int) -> str:
-        """How a control id is written; as text it must be spelled out. Empty where it has no writing."""
+        """How a control id is written; as text it must be spelled out.
+        Empty where it has no writing.
+        """
         return ""
 
     def encode(self, text: str) -> Encoding:
@@ -57,7 +74,9 @@ class Tokenizer:
         return [self.encode(t) for t in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; ids that cut a character in two give U+FFFD, the end of text gives nothing."""
+        """Text of ids; ids that cut a character in two give U+FFFD,
+        the end of text gives nothing.
+        """
         raise NotImplementedError
 
     def to_bytes(self) -> bytes:
@@ -70,7 +89,9 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each id stands for, int32 (vocab_size,); the end of text stands for none."""
+        """Bytes of text each id stands for, int32 (vocab_size,); the
+        end of text stands for none.
+        """
         raise NotImplementedError
 
     def save(self, path: Path) -> None:
@@ -78,9 +99,11 @@ class Tokenizer:
 
 
 class Bpe(Tokenizer):
-    """A tokenizer of the `tokenizers` library, saved in that library's own format; ours is byte-level BPE without a normaliser.
+    """A tokenizer of the `tokenizers` library, saved in that library's own format; ours is
+    byte-level BPE without a normaliser.
 
-    `eos_token` ends a document. Batches are encoded by tiktoken where it is installed and the merges allow it: the ids are the same.
+    `eos_token` ends a document. Batches are encoded by tiktoken where it is installed and the
+    merges allow it: the ids are the same.
     """
 
     kind = "bpe"
@@ -109,14 +132,26 @@ class Bpe(Tokenizer):
         return Encoding(self.inner.encode(text, add_special_tokens=False).ids)
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """The merges in the order they are applied, as bytes. Raises KeyError for a vocabulary that is not byte-level."""
+        """The merges in the order they are applied, as bytes.
+        Raises KeyError for a vocabulary that is not byte-level.
+        """
         alphabet = {c: b for b, c in _byte_alphabet().items()}
-        return [tuple(bytes(alphabet[c] for c in side) for side in pair) for pair in _saved_merges(json.loads(self.inner.to_str()))]
+        return [
+            tuple(bytes(alphabet[c] for c in side) for side in pair)
+            for pair in _saved_merges(json.loads(self.inner.to_str()))
+        ]
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         if self._fast is not None:
-            return [self.encode(t) if len(t) > FAST_CHARS_MAX else Encoding(self._fast.encode_ordinary(t)) for t in texts]
-        return [Encoding(e.ids) for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+            return [
+                self.encode(t)
+                if len(t) > FAST_CHARS_MAX
+                else Encoding(self._fast.encode_ordinary(t))
+                for t in texts
+            ]
+        return [
+            Encoding(e.ids) for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     @property
     def encoder(self) -> str:
@@ -125,7 +160,9 @@ class Bpe(Tokenizer):
 
     @cached_property
     def _fast(self):
-        """The same merges in tiktoken, or None where it is absent, cannot hold them, or answers otherwise on a hard text."""
+        """The same merges in tiktoken, or None where it is absent, cannot hold them, or answers
+        otherwise on a hard text.
+        """
         ranks = _tiktoken_ranks(self.inner, self._pieces, self.control_ids)
         try:
             import tiktoken
@@ -133,19 +170,25 @@ class Bpe(Tokenizer):
             return None
         if ranks is None:
             return None
-        fast = tiktoken.Encoding("stackproof", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+        fast = tiktoken.Encoding(
+            "stackproof", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={}
+        )
         same = all(fast.encode_ordinary(t) == self.encode(t).ids for t in HARD_TEXTS)
         return fast if same else None
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._pieces is None:
-            return self.inner.decode([i for i in ids if i not in self.control_ids], skip_special_tokens=False)
+            return self.inner.decode(
+                [i for i in ids if i not in self.control_ids], skip_special_tokens=False
+            )
         pieces = [self._pieces[i] for i in ids]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     @cached_property
     def _pieces(self) -> list[bytes] | None:
-        """The exact bytes of every id, control ids none; None for a vocabulary that is not byte-level."""
+        """The exact bytes of every id, control ids none; None for a
+        vocabulary that is not byte-level.
+        """
         if not _is_byte_level(self.inner):
             return None
         alphabet = {c: b for b, c in _byte_alphabet().items()}
@@ -153,14 +196,25 @@ class Bpe(Tokenizer):
         if None in pieces:
             raise ValueError(f"id {pieces.index(None)} of {self.vocab_size} stands for nothing")
         added = self.inner.get_added_tokens_decoder()
-        return [b"" if i in self.control_ids else p.encode() if i in added else bytes(alphabet[c] for c in p) for i, p in enumerate(pieces)]
+        return [
+            b""
+            if i in self.control_ids
+            else p.encode()
+            if i in added
+            else bytes(alphabet[c] for c in p)
+            for i, p in enumerate(pieces)
+        ]
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         if self._pieces is not None:
             return np.array([len(p) for p in self._pieces], np.int32)
         return np.array(
-            [0 if i in self.control_ids else _written_bytes(self.inner.id_to_token(i)) for i in range(self.vocab_size)], np.int32
+            [
+                0 if i in self.control_ids else _written_bytes(self.inner.id_to_token(i))
+                for i in range(self.vocab_size)
+            ],
+            np.int32,
         )
 
     def to_bytes(self) -> bytes:
@@ -168,7 +222,9 @@ class Bpe(Tokenizer):
         if self.eos_token == _known_end(self.inner):
             return saved.encode()
         # The library's format has no place for the choice of another end of text.
-        return canonical_json({"stackproof_tokenizer": "hf", "eos_token": self.eos_token, "tokenizer": saved})
+        return canonical_json(
+            {"stackproof_tokenizer": "hf", "eos_token": self.eos_token, "tokenizer": saved}
+        )
 
 
 def _known_end(inner) -> str | None:
@@ -195,12 +251,25 @@ def _saved_merges(saved: dict) -> list[list[str]]:
     return [m if isinstance(m, list) else m.split(" ") for m in saved["model"]["merges"]]
 
 
-def _tiktoken_ranks(inner, pieces: list[bytes] | None, control_ids: frozenset[int]) -> dict[bytes, int] | None:
-    """Bytes to rank for tiktoken, or None for what it cannot express: another way of cutting words, a normaliser, ids out of order."""
+def _tiktoken_ranks(
+    inner, pieces: list[bytes] | None, control_ids: frozenset[int]
+) -> dict[bytes, int] | None:
+    """Bytes to rank for tiktoken, or None for what it cannot express: another way of cutting words,
+    a normaliser, ids out of order.
+    """
     saved = json.loads(inner.to_str())
     cut = saved.get("pre_tokenizer") or {}
-    plain = cut.get("type") == "ByteLevel" and not cut.get("add_prefix_space") and cut.get("use_regex", True)
-    if pieces is None or not plain or saved.get("normalizer") or len(saved["added_tokens"]) != len(control_ids):
+    plain = (
+        cut.get("type") == "ByteLevel"
+        and not cut.get("add_prefix_space")
+        and cut.get("use_regex", True)
+    )
+    if (
+        pieces is None
+        or not plain
+        or saved.get("normalizer")
+        or len(saved["added_tokens"]) != len(control_ids)
+    ):
         return None
     made = [saved["model"]["vocab"]["".join(m)] for m in _saved_merges(saved)]
     if any(a >= b for a, b in zip(made, made[1:])) or saved["model"].get("ignore_merges"):
@@ -211,7 +280,11 @@ def _tiktoken_ranks(inner, pieces: list[bytes] | None, control_ids: frozenset[in
 
 def _byte_alphabet() -> dict[int, str]:
     """The printable stand-in character of each byte in byte-level BPE files (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     table = {b: chr(b) for b in printable}
     others = [b for b in range(256) if b not in table]
     return table | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -262,8 +335,11 @@ class Chars(Tokenizer):
         return canonical_json({"stackproof_tokenizer": "char", "symbols": self.symbols})
 
 
-def make_tokenizer(cfg: BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, texts: Iterable[str]) -> Tokenizer:
-    """Train the declared tokenizer on texts, or load it; the same texts in the same order give the same bytes.
+def make_tokenizer(
+    cfg: BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, texts: Iterable[str]
+) -> Tokenizer:
+    """Train the declared tokenizer on texts, or load it; the same texts in the same
+    order give the same bytes.
 
     Raises DataError for a file that is no tokenizer, or texts too short for the vocabulary.
     """
@@ -280,9 +356,11 @@ def make_tokenizer(cfg: BpeTokenizer | ByteTokenizer | CharTokenizer | FileToken
 
 
 def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[str] = ()) -> Bpe:
-    """Byte-level BPE by the `tokenizers` library. Ids: control tokens, 256 bytes, then merges in the order they were made.
+    """Byte-level BPE by the `tokenizers` library.
+    Ids: control tokens, 256 bytes, then merges in the order they were made.
 
-    Raises DataError for a special token that is a word of the texts, since the two would share an id.
+    Raises DataError for a special token that is a word of the texts,
+    since the two would share an id.
     """
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -297,10 +375,14 @@ def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[st
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    made = {*_byte_alphabet().values(), *("".join(m) for m in _saved_merges(json.loads(inner.to_str())))}
+    made = {
+        *_byte_alphabet().values(),
+        *("".join(m) for m in _saved_merges(json.loads(inner.to_str()))),
+    }
     if words := [s for s in special_tokens if s in made]:
         raise DataError(
-            f"the special token {words[0]!r} is a piece of the texts too, so text would become a control token",
+            f"the special token {words[0]!r} is a piece of the texts too, so text would become a "
+            "control token",
             allowed="tokens that no text is made of, such as <|user|>",
             next_step="give it another name",
         )
@@ -310,8 +392,8 @@ def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[st
 def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
     """Read a saved tokenizer, ours or any tokenizer.json of the Hugging Face format.
 
-    `eos_token` names the token that ends a document; empty takes the first known one. Raises DataError naming the file if it is
-    damaged, of an unknown kind, or has no such token.
+    `eos_token` names the token that ends a document; empty takes the first known one.
+    Raises DataError naming the file if it is damaged, of an unknown kind, or has no such token.
     """
     try:
         return _parse(path.read_bytes(), eos_token)
@@ -324,7 +406,9 @@ def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
 
 
 def _parse(data: bytes, eos_token: str) -> Tokenizer:
-    """The tokenizer that bytes describe. Raises ValueError or whatever the library raises if they describe none we can trust."""
+    """The tokenizer that bytes describe.
+    Raises ValueError or whatever the library raises if they describe none we can trust.
+    """
     match json.loads(data):
         case {"model": _}:
             return _from_library(data.decode("utf-8"), eos_token)
@@ -332,7 +416,9 @@ def _parse(data: bytes, eos_token: str) -> Tokenizer:
             return _from_library(saved, eos_token or saved_eos)
         case {"stackproof_tokenizer": "byte"}:
             return Bytes()
-        case {"stackproof_tokenizer": "char", "symbols": str(symbols)} if symbols and len(set(symbols)) == len(symbols):
+        case {"stackproof_tokenizer": "char", "symbols": str(symbols)} if symbols and len(
+            set(symbols)
+        ) == len(symbols):
             return Chars(symbols)
     raise ValueError("it is of no known kind")
 
@@ -343,7 +429,9 @@ def _from_library(saved: str, eos_token: str) -> Bpe:
     inner = Inner.from_str(saved)
     end = eos_token or _known_end(inner)
     if end is None or inner.token_to_id(end) is None:
-        raise ValueError(f"it has no token {eos_token or ' or '.join(KNOWN_ENDS)} that could end a text")
+        raise ValueError(
+            f"it has no token {eos_token or ' or '.join(KNOWN_ENDS)} that could end a text"
+        )
     loaded = Bpe(inner, end)
     _ = loaded.token_bytes  # every id must stand for bytes
     return loaded

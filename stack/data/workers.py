@@ -10,7 +10,9 @@ from typing import Any
 
 
 def _die_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went, so that nothing is written behind a restart's back."""
+    """End this worker when the process that started it is gone, however it went, so that nothing is
+    written behind a restart's back.
+    """
 
     def watch() -> None:
         parent_process().join()
@@ -20,7 +22,9 @@ def _die_with_parent() -> None:
 
 
 class Pool:
-    """Runs jobs in this process or in several; yields (job, result) as they finish. One worker is this process."""
+    """Runs jobs in this process or in several; yields (job, result) as they finish.
+    One worker is this process.
+    """
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -28,14 +32,18 @@ class Pool:
 
     def __enter__(self) -> "Pool":
         if self.workers > 1:
-            self.executor = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=_die_with_parent)
+            self.executor = ProcessPoolExecutor(
+                self.workers, mp_context=get_context("spawn"), initializer=_die_with_parent
+            )
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.executor is not None:
             self.executor.shutdown(wait=True, cancel_futures=True)
 
-    def __call__(self, function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    def __call__(
+        self, function: Callable[[Any], Any], jobs: Iterable[Any]
+    ) -> Iterator[tuple[Any, Any]]:
         if self.executor is None:
             yield from ((job, function(job)) for job in jobs)
             return

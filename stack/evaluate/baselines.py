@@ -1,4 +1,6 @@
-"""What counting alone reaches: unigram and bigram models fitted on training tokens, scored on held-out ones. V vocab."""
+"""What counting alone reaches: unigram and bigram models fitted on training tokens,
+scored on held-out ones. V vocab.
+"""
 
 import math
 from typing import Any
@@ -18,14 +20,18 @@ def unigram_probs(train_ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 class Bigram:
-    """p(b|a) = (count(a,b) + k(a)·p(b)) / (count(a) + k(a)), with k(a) the number of kinds seen after a, at least 1.
+    """p(b|a) = (count(a,b) + k(a)·p(b)) / (count(a) + k(a)), with k(a) the number of kinds
+    seen after a, at least 1.
 
-    Witten-Bell interpolation with the add-one unigram: above 0 everywhere, sums to 1 for each a. Source: Witten & Bell 1991.
+    Witten-Bell interpolation with the add-one unigram: above 0 everywhere, sums to 1 for each a.
+    Source: Witten & Bell 1991.
     """
 
     def __init__(self, train_ids: np.ndarray, vocab_size: int):
         self.vocab_size, self.unigram = vocab_size, unigram_probs(train_ids, vocab_size)
-        self.pairs, self.pair_counts = np.unique(_pair_keys(train_ids, vocab_size), return_counts=True)
+        self.pairs, self.pair_counts = np.unique(
+            _pair_keys(train_ids, vocab_size), return_counts=True
+        )
         first = (self.pairs // vocab_size).astype(np.int64)
         self.totals = np.bincount(first, weights=self.pair_counts, minlength=vocab_size)
         self.kinds = np.maximum(np.bincount(first, minlength=vocab_size), 1)
@@ -52,12 +58,17 @@ def tokens_of(stream: Any, limit: int | None = None) -> np.ndarray:
 
 
 def _bits_per_byte(probs: np.ndarray, labels: np.ndarray, tokenizer: Any) -> float:
-    return bits_per_byte(float(-np.log(probs).sum()), int(np.asarray(tokenizer.token_bytes)[labels].sum(dtype=np.int64)))
+    return bits_per_byte(
+        float(-np.log(probs).sum()),
+        int(np.asarray(tokenizer.token_bytes)[labels].sum(dtype=np.int64)),
+    )
 
 
 @require(lambda validation: validation.n_tokens >= 2, "there are held-out tokens to score")
 def unigram_bits_per_byte(train: Any, validation: Any, tokenizer: Any) -> float:
-    """Held-out bits per byte of the add-one unigram, fitted on at most MAX_FIT_TOKENS tokens; all but the first held-out one are scored."""
+    """Held-out bits per byte of the add-one unigram, fitted on at most MAX_FIT_TOKENS tokens; all
+    but the first held-out one are scored.
+    """
     labels = tokens_of(validation)[1:]
     probs = unigram_probs(tokens_of(train, MAX_FIT_TOKENS), tokenizer.vocab_size)
     return _bits_per_byte(probs[labels], labels, tokenizer)

@@ -1,6 +1,8 @@
-"""Held-out loss in nats per token and bits per byte. Sums and counts are kept; each mean is divided once.
+"""Held-out loss in nats per token and bits per byte.
+Sums and counts are kept; each mean is divided once.
 
-B batch, T tokens, V vocab. Bits per byte, unlike loss per token, compares models with different tokenizers.
+B batch, T tokens, V vocab. Bits per byte, unlike loss per token,
+compares models with different tokenizers.
 """
 
 import math
@@ -25,7 +27,9 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss over batches. `n_bytes` are those of the scored labels; end-of-text tokens stand for none."""
+    """Held-out loss over batches. `n_bytes` are those of the scored labels;
+    end-of-text tokens stand for none.
+    """
 
     loss_nats: float
     total_nats: float
@@ -38,7 +42,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """Held-out loss over texts. Nats, bytes and characters cover the same symbols: those the tokenizer kept."""
+    """Held-out loss over texts. Nats, bytes and characters cover the same symbols:
+    those the tokenizer kept.
+    """
 
     bits_per_byte: float
     bits_per_char: float
@@ -69,11 +75,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """−log p of each label, (B, T) float64; 0 where the label is −100."""
-    nats = F.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none")
+    nats = F.cross_entropy(
+        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     return nats.double().view(labels_BT.shape)
 
 
-def batch_sums(model: nn.Module, batch: Any, device: torch.device | str, autocast: Autocast) -> tuple[float, int]:
+def batch_sums(
+    model: nn.Module, batch: Any, device: torch.device | str, autocast: Autocast
+) -> tuple[float, int]:
     """Summed nats and number of scored labels of one batch."""
     labels_BT = batch.labels.to(device)
     with autocast():
@@ -82,7 +92,9 @@ def batch_sums(model: nn.Module, batch: Any, device: torch.device | str, autocas
 
 
 def _inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
-    """What the model takes of a batch: its ids, and where documents are kept apart (ids, no cache, document ids)."""
+    """What the model takes of a batch: its ids, and where documents are kept apart (ids, no cache,
+    document ids).
+    """
     ids_BT, documents_BT = batch.input_ids.to(device), getattr(batch, "document_ids", None)
     return (ids_BT,) if documents_BT is None else (ids_BT, None, documents_BT.to(device))
 
@@ -103,15 +115,20 @@ def evaluate_batches(
     device: torch.device | str = "cpu",
     autocast: Autocast = nullcontext,
 ) -> Evaluation:
-    """Loss of `model` over batches with `input_ids` and `labels` (B, T) int64, label −100 not scored.
+    """Loss of `model` over batches with `input_ids` and `labels` (B, T) int64,
+    label −100 not scored.
 
-    `token_bytes[id]` is the number of UTF-8 bytes an id stands for. `stderr_nats` is the standard error of the mean over batches.
-    Every module's mode and torch's random state are the same afterwards. Raises DataError if a batch scores nothing.
+    `token_bytes[id]` is the number of UTF-8 bytes an id stands for. `stderr_nats` is the standard
+    error of the mean over batches. Every module's mode and torch's random state are the same
+    afterwards. Raises DataError if a batch scores nothing.
     """
     with evaluating(model):
         sums = [batch_sums(model, b, device, autocast) for b in batches]
     if not all(n for _, n in sums):
-        raise DataError("a held-out batch has no valid label, so it has no loss", next_step="check the label mask")
+        raise DataError(
+            "a held-out batch has no valid label, so it has no loss",
+            next_step="check the label mask",
+        )
     return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches))
 
 
@@ -120,10 +137,12 @@ def _combine(sums: Sequence[tuple[float, int]], n_bytes: int) -> Evaluation:
     means = [nats / n for nats, n in sums]
     stderr = float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else 0.0
     per_byte = bits_per_byte(total_nats, n_bytes) if n_bytes else math.inf
-    return Evaluation(total_nats / n_tokens, total_nats, n_tokens, n_bytes, per_byte, tuple(means), stderr)
+    return Evaluation(
+        total_nats / n_tokens, total_nats, n_tokens, n_bytes, per_byte, tuple(means), stderr
+    )
 
 
-# --- texts ----------------------------------------------------------------------------------------------------------
+# --- texts ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,13 +154,15 @@ class Window:
 
 
 def windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, stride: int, pad_id: int) -> Window:
-    """Overlapping windows over a token stream, so that each token but the first is a label exactly once.
+    """Overlapping windows over a token stream, so that each token but the
+    first is a label exactly once.
 
         stream   E a b c d e f    seq_len 4, stride 2
         window 0 E a b c          scores a b c d
         window 1     b c d e      scores e f (labels c d … were scored above, and serve as context)
 
-    Returns input_ids and labels, both (windows, seq_len) int64; the last window is padded with `pad_id`.
+    Returns input_ids and labels, both (windows, seq_len) int64;
+    the last window is padded with `pad_id`.
     """
     stream = torch.as_tensor(np.asarray(ids, dtype=np.int64))
     n_labels = len(stream) - 1
@@ -158,7 +179,10 @@ def windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, stride: int, pad_i
     return Window(input_ids, labels)
 
 
-@require(lambda seq_len, stride: 1 <= stride <= seq_len, "1 ≤ stride ≤ seq_len, or symbols would be skipped")
+@require(
+    lambda seq_len, stride: 1 <= stride <= seq_len,
+    "1 ≤ stride ≤ seq_len, or symbols would be skipped",
+)
 @require(lambda batch_size: batch_size >= 1, "a batch has at least one row")
 def evaluate_tokens(
     model: nn.Module,
@@ -172,13 +196,18 @@ def evaluate_tokens(
     device: torch.device | str = "cpu",
     autocast: Autocast = nullcontext,
 ) -> Evaluation:
-    """Loss over a whole token stream; its first token is context only. `batch_nats` holds one mean per window.
+    """Loss over a whole token stream; its first token is context only.
+    `batch_nats` holds one mean per window.
 
-    All windows have one length, so the batch size changes the result by no more than float32 matrix products do (1e-6 relative).
-    Raises DataError if there is nothing to score.
+    All windows have one length, so the batch size changes the result by no more than float32 matrix
+    products do (1e-6 relative). Raises DataError if there is nothing to score.
     """
     if len(ids) < 2:
-        raise DataError("there is no token to score", value=f"{len(ids)} token(s)", next_step="give a longer text")
+        raise DataError(
+            "there is no token to score",
+            value=f"{len(ids)} token(s)",
+            next_step="give a longer text",
+        )
     rows = windows(ids, seq_len=seq_len, stride=stride, pad_id=pad_id)
     sums: list[tuple[float, int]] = []
     with evaluating(model):
@@ -191,9 +220,13 @@ def evaluate_tokens(
     return _combine(sums, label_bytes(rows.labels, token_bytes))
 
 
-def evaluate_stream(model: nn.Module, stream: Any, token_bytes: np.ndarray, *, seq_len: int, **options: Any) -> Evaluation:
+def evaluate_stream(
+    model: nn.Module, stream: Any, token_bytes: np.ndarray, *, seq_len: int, **options: Any
+) -> Evaluation:
     """`evaluate_tokens` over a whole TokenStream."""
-    return evaluate_tokens(model, stream.token_range(0, stream.n_tokens), token_bytes, seq_len=seq_len, **options)
+    return evaluate_tokens(
+        model, stream.token_range(0, stream.n_tokens), token_bytes, seq_len=seq_len, **options
+    )
 
 
 def evaluate_text(
@@ -207,22 +240,33 @@ def evaluate_text(
     device: torch.device | str = "cpu",
     autocast: Autocast = nullcontext,
 ) -> TextEvaluation:
-    """Score texts, joined by end-of-text tokens and beginning with one. Every byte the tokenizer keeps is scored exactly once.
+    """Score texts, joined by end-of-text tokens and beginning with one.
+    Every byte the tokenizer keeps is scored exactly once.
 
-    Nats of the end-of-text tokens between texts are counted, and stand for 0 bytes; a single text has none. Characters
-    the tokenizer drops leave numerator and denominator alike, and are counted. `stride` (default half of `seq_len`) is how far
-    a window moves; the rest of it is context. Raises DataError if nothing is left to score.
+    Nats of the end-of-text tokens between texts are counted, and stand for 0 bytes; a single text
+    has none. Characters the tokenizer drops leave numerator and denominator alike, and are counted.
+    `stride` (default half of `seq_len`) is how far a window moves; the rest of it is context.
+    Raises DataError if nothing is left to score.
     """
     stride = max(1, seq_len // 2) if stride is None else stride
     encodings = [tokenizer.encode(text) for text in texts]
     ids = [i for e in encodings for i in (tokenizer.eos_id, *e.ids)]
     dropped_chars = sum(n_dropped(e) for e in encodings)
-    shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "pad_id": tokenizer.eos_id}
-    result = evaluate_tokens(model, ids, tokenizer.token_bytes, **shape, device=device, autocast=autocast)
+    shape = {
+        "seq_len": seq_len,
+        "stride": stride,
+        "batch_size": batch_size,
+        "pad_id": tokenizer.eos_id,
+    }
+    result = evaluate_tokens(
+        model, ids, tokenizer.token_bytes, **shape, device=device, autocast=autocast
+    )
     chars, n_bytes = kept_symbols(texts, result, dropped_chars)
     if not n_bytes:
         raise DataError(
-            "the tokenizer knows no character of the text", value=f"{dropped_chars} dropped", next_step="use a byte or bpe tokenizer"
+            "the tokenizer knows no character of the text",
+            value=f"{dropped_chars} dropped",
+            next_step="use a byte or bpe tokenizer",
         )
     return TextEvaluation(
         bits_per_byte=bits_per_byte(result.total_nats, n_bytes),

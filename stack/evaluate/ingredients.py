@@ -1,10 +1,13 @@
-"""What the gates of model, sampling and evaluation get to see of a run. Functions are looked up when called, not when gathered.
+"""What the gates of model, sampling and evaluation get to see of a run.
+Functions are looked up when called, not when gathered.
 
 Besides these, the gates take from the training side:
     build_model()                              a fresh model of the run, on its device
     make_optimizer(model)                      the run's optimizer
-    train_on(model, optimizer, batch) -> nats  one update by the run's own loss, accumulation and clipping; leaves modes as they are
-    paired_difference_std                      spread over held-out batches of the loss difference between two evaluations, nats
+    train_on(model, optimizer, batch) -> nats one update by the run's own loss, accumulation and
+    clipping; leaves modes as they are
+    paired_difference_std spread over held-out batches of the loss difference
+    between two evaluations, nats
     n_eval_batches                             held-out batches of each evaluation
 B batch, T tokens, D d_model, V vocab
 """
@@ -28,7 +31,8 @@ from stack.model.transformer import Transformer
 
 IGNORE = bits_per_byte.IGNORE
 PROBE_DROPOUT = 0.1
-PROBE_SPREAD = 8.0  # rows of an untrained model all cost ln V; wider logits make them differ, so that weighting shows
+# rows of an untrained model all cost ln V; wider logits make them differ, so that weighting shows
+PROBE_SPREAD = 8.0
 
 
 def expert_ingredients(cfg: RunConfig) -> dict[str, Any]:
@@ -37,15 +41,21 @@ def expert_ingredients(cfg: RunConfig) -> dict[str, Any]:
         "route": lambda logits_RE, top_k, bias_E: moe.route(logits_RE, top_k, bias_E),
         "dispatch": lambda *arguments: moe.dispatch(*arguments),
         "balance": lambda probs_RE, experts_Rk: moe.balance(probs_RE, experts_Rk),
-        "update_selection_bias": lambda model, loads_LE, rate: moe.update_selection_bias(model, loads_LE, rate),
+        "update_selection_bias": lambda model, loads_LE, rate: moe.update_selection_bias(
+            model, loads_LE, rate
+        ),
         "make_moe_layer": lambda: build_model(cfg.model, 2, seed=cfg.seed).layers[0].ffn,
     }
 
 
-def model_ingredients(cfg: RunConfig, model: Transformer, tokenizer: Any, *, loss_batch: Any = None) -> dict[str, Any]:
-    """Ingredients of every preflight gate of these three subsystems that the model, the tokenizer and the configuration can give.
+def model_ingredients(
+    cfg: RunConfig, model: Transformer, tokenizer: Any, *, loss_batch: Any = None
+) -> dict[str, Any]:
+    """Ingredients of every preflight gate of these three subsystems that the model, the tokenizer
+    and the configuration can give.
 
-    `model` is at step 0. `loss_batch` is a batch of real data with input_ids and labels; without one, random tokens are used.
+    `model` is at step 0. `loss_batch` is a batch of real data with input_ids and labels; without
+    one, random tokens are used.
     """
     device = model.embed.weight.device
     return {
@@ -56,10 +66,12 @@ def model_ingredients(cfg: RunConfig, model: Transformer, tokenizer: Any, *, los
     }
 
 
-# --- model ----------------------------------------------------------------------------------------------------------
+# --- model ----------------------------------------------------------------------------------------
 
 
-def _model_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch: Any) -> dict[str, Any]:
+def _model_parts(
+    cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch: Any
+) -> dict[str, Any]:
     m, vocab_size = cfg.model, tokenizer.vocab_size
     ids = _random_ids((4, min(m.max_seq_len, 128)), vocab_size, seed=31)
     return {
@@ -71,10 +83,14 @@ def _model_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, loss_batch:
         "declared_architecture": m.model_dump(),
         "rotary_tables": model.positions.tables(0, m.max_seq_len),
         "embedding": model.embed,
-        "packed_logits": lambda ids_BT, document_ids_BT: model(ids_BT, document_ids_BT=document_ids_BT),
+        "packed_logits": lambda ids_BT, document_ids_BT: model(
+            ids_BT, document_ids_BT=document_ids_BT
+        ),
         "embedding_weight": model.embed.weight,
         "head_weight": model.head_weight,
-        "loss_batch": (ids[:, :-1], ids[:, 1:]) if loss_batch is None else (loss_batch.input_ids, loss_batch.labels),
+        "loss_batch": (ids[:, :-1], ids[:, 1:])
+        if loss_batch is None
+        else (loss_batch.input_ids, loss_batch.labels),
         "attention_layers": [_attend(model, layer.attention) for layer in model.layers],
         "weights": dict(model.state_dict()),
         "overfit_batch": overfit_batch(vocab_size, tokenizer.eos_id, min(m.max_seq_len, 24)),
@@ -95,10 +111,12 @@ def _attend(model: Transformer, attention: nn.Module) -> Any:
 
 
 def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> SimpleNamespace:
-    """Two rows over a handful of tokens, the end-of-text token among them, so that one token has many successors.
+    """Two rows over a handful of tokens, the end-of-text token among them,
+    so that one token has many successors.
 
-    Each row begins with its own token; the rest can only be told apart by what came before. In particular the last token is an
-    end of text in both rows, followed by another in the first only. input_ids and labels (2, T) int64, T ≥ 2.
+    Each row begins with its own token; the rest can only be told apart by what came before. In
+    particular the last token is an end of text in both rows, followed by another in the first only.
+    input_ids and labels (2, T) int64, T ≥ 2.
     """
     others = [i for i in range(min(vocab_size, 9)) if i != eos_id]
     kinds = torch.tensor([eos_id, *others[2:]] if len(others) > 2 else [eos_id, *others])
@@ -108,21 +126,34 @@ def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> SimpleNamespace
     rows[:, -2] = eos_id
     rows[:, -1] = torch.tensor([eos_id, others[0]])
     return SimpleNamespace(
-        input_ids=rows[:, :-1].contiguous(), labels=rows[:, 1:].contiguous(), sample_ids=(0, 1), epoch=0, cursor_before=0, cursor_after=2
+        input_ids=rows[:, :-1].contiguous(),
+        labels=rows[:, 1:].contiguous(),
+        sample_ids=(0, 1),
+        epoch=0,
+        cursor_before=0,
+        cursor_after=2,
     )
 
 
 def overfit_lr(d_model: int) -> float:
-    """Learning rate at which one batch is learned by heart: inverse to the width, at most 1e-2 (measured for widths 16 to 512)."""
+    """Learning rate at which one batch is learned by heart: inverse to the width, at most 1e-2
+    (measured for widths 16 to 512).
+    """
     return min(1e-2, 0.2 / d_model)
 
 
-# --- sampling -------------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
-def _probe_model(cfg: RunConfig, vocab_size: int, dropout: float, device: torch.device) -> Transformer:
-    """The first two layers of the model with at least this dropout, and logits so wide that tokens differ."""
-    small = cfg.model.model_copy(update={"n_layers": min(cfg.model.n_layers, 2), "dropout": max(cfg.model.dropout, dropout)})
+def _probe_model(
+    cfg: RunConfig, vocab_size: int, dropout: float, device: torch.device
+) -> Transformer:
+    """The first two layers of the model with at least this dropout,
+    and logits so wide that tokens differ.
+    """
+    small = cfg.model.model_copy(
+        update={"n_layers": min(cfg.model.n_layers, 2), "dropout": max(cfg.model.dropout, dropout)}
+    )
     model = build_model(small, vocab_size, seed=51, device=device)
     with torch.no_grad():
         model.head_weight.mul_(PROBE_SPREAD)
@@ -130,9 +161,17 @@ def _probe_model(cfg: RunConfig, vocab_size: int, dropout: float, device: torch.
 
 
 def talkative(model: Transformer) -> dict[str, Tensor]:
-    """Weights under which the next token depends on the context, and not, as at step 0 or under a wide tied head, on the last one alone."""
-    weights = drawn_weights(parameter_shapes(model.cfg.model_dump(), model.vocab_size), torch.Generator().manual_seed(51))
-    return weights | {"embed.weight": 0.3 * weights["embed.weight"], "final_norm.weight": 3 * weights["final_norm.weight"]}
+    """Weights under which the next token depends on the context, and not, as at step 0 or under a
+    wide tied head, on the last one alone.
+    """
+    weights = drawn_weights(
+        parameter_shapes(model.cfg.model_dump(), model.vocab_size),
+        torch.Generator().manual_seed(51),
+    )
+    return weights | {
+        "embed.weight": 0.3 * weights["embed.weight"],
+        "final_norm.weight": 3 * weights["final_norm.weight"],
+    }
 
 
 def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) -> dict[str, Any]:
@@ -149,18 +188,24 @@ def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) ->
         "make_cache": lambda batch_size: KVCache(cfg.model, batch_size, device=device),
         "filtered_probs": lambda logits_V, **options: sampling.filtered_probs(logits_V, **options),
         "pick": lambda probs_V, uniforms_R: sampling.pick(probs_V, uniforms_R),
-        "penalised": lambda logits_V, seen, penalty: sampling.penalise_repetition(logits_V, seen, penalty),
+        "penalised": lambda logits_V, seen, penalty: sampling.penalise_repetition(
+            logits_V, seen, penalty
+        ),
         "generating_model": generating,
         "generate": lambda ids, **options: sampling.generate(generating, ids, **options),
-        "generation_prompt": _random_ids((max(1, min(24, cfg.model.max_seq_len - 8)),), model.vocab_size, seed=53).tolist(),
+        "generation_prompt": _random_ids(
+            (max(1, min(24, cfg.model.max_seq_len - 8)),), model.vocab_size, seed=53
+        ).tolist(),
     }
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 class ProbeTokenizer:
-    """One id per ASCII character, an end-of-text token, and nothing else: its unknown characters are known to the gate."""
+    """One id per ASCII character, an end-of-text token, and nothing else:
+    its unknown characters are known to the gate.
+    """
 
     kind, eos_id, vocab_size = "char", 0, 128
 
@@ -189,28 +234,40 @@ class PairModel(nn.Module):
 
     def __init__(self, vocab_size: int):
         super().__init__()
-        self.logits_VV = 3 * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(54))
+        self.logits_VV = 3 * torch.randn(
+            vocab_size, vocab_size, generator=torch.Generator().manual_seed(54)
+        )
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         return self.logits_VV.to(ids_BT.device)[ids_BT]
 
 
 def known_text(tokenizer: Any) -> str:
-    """A text in which the tokenizer knows every character: English prose as far as possible, else its own entries."""
+    """A text in which the tokenizer knows every character: English prose as far as possible,
+    else its own entries.
+    """
     kept = {c for c in set(KNOWN) if not bits_per_byte.n_dropped(tokenizer.encode(c))}
     if kept:
         return "".join(c for c in KNOWN if c in kept)
     return tokenizer.decode([i for i in range(tokenizer.vocab_size) if i != tokenizer.eos_id])
 
 
-def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device: torch.device) -> dict[str, Any]:
+def _evaluation_parts(
+    cfg: RunConfig, model: Transformer, tokenizer: Any, device: torch.device
+) -> dict[str, Any]:
     evaluated = _probe_model(cfg, tokenizer.vocab_size, PROBE_DROPOUT, device)
-    probe, uniform, pairs = ProbeTokenizer(), UniformModel(ProbeTokenizer.vocab_size), PairModel(ProbeTokenizer.vocab_size)
+    probe, uniform, pairs = (
+        ProbeTokenizer(),
+        UniformModel(ProbeTokenizer.vocab_size),
+        PairModel(ProbeTokenizer.vocab_size),
+    )
     seq_len = min(cfg.model.max_seq_len, 48)
     rows = _held_out_rows(tokenizer.vocab_size, seq_len)
 
     def score(judged: nn.Module, judge: Any, text: str) -> bits_per_byte.TextEvaluation:
-        return bits_per_byte.evaluate_text(judged, judge, [text], seq_len=seq_len, stride=max(1, seq_len // 3), device=device)
+        return bits_per_byte.evaluate_text(
+            judged, judge, [text], seq_len=seq_len, stride=max(1, seq_len // 3), device=device
+        )
 
     return {
         "evaluate_known": lambda text: score(model, tokenizer, text),
@@ -222,7 +279,9 @@ def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device
         "pair_logits": pairs.logits_VV,
         "unknown_char": "Ω",
         "evaluated_model": evaluated,
-        "evaluate_rows": lambda batch_size: _evaluate_rows(evaluated, tokenizer, rows, batch_size, device),
+        "evaluate_rows": lambda batch_size: _evaluate_rows(
+            evaluated, tokenizer, rows, batch_size, device
+        ),
         "evaluated_rows": rows,
         "token_bytes": tokenizer.token_bytes,
         "make_stop_rule": lambda: stopping.make_stop_rule(cfg.stop),
@@ -232,7 +291,9 @@ def _evaluation_parts(cfg: RunConfig, model: Transformer, tokenizer: Any, device
 
 
 def _held_out_rows(vocab_size: int, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, labels and document ids of six fixed rows; most labels of the last row are masked, and row r has r + 1 documents."""
+    """Input ids, labels and document ids of six fixed rows; most labels of the last row are masked,
+    and row r has r + 1 documents.
+    """
     ids = _random_ids((6, seq_len + 1), vocab_size, seed=52)
     labels = ids[:, 1:].clone()
     labels[-1, max(1, seq_len // 3) :] = IGNORE
@@ -241,10 +302,17 @@ def _held_out_rows(vocab_size: int, seq_len: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _evaluate_rows(
-    model: Transformer, tokenizer: Any, rows: tuple[Tensor, Tensor, Tensor], batch_size: int, device: torch.device
+    model: Transformer,
+    tokenizer: Any,
+    rows: tuple[Tensor, Tensor, Tensor],
+    batch_size: int,
+    device: torch.device,
 ) -> bits_per_byte.Evaluation:
     """The stack's own score of rows, in batches of that size."""
     names = ("input_ids", "labels", "document_ids")
     cuts = range(0, len(rows[0]), batch_size)
-    batches = [SimpleNamespace(**{n: part[c : c + batch_size] for n, part in zip(names, rows)}) for c in cuts]
+    batches = [
+        SimpleNamespace(**{n: part[c : c + batch_size] for n, part in zip(names, rows)})
+        for c in cuts
+    ]
     return bits_per_byte.evaluate_batches(model, batches, tokenizer.token_bytes, device=device)

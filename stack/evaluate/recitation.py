@@ -1,4 +1,6 @@
-"""Does the model continue what it has read word for word? N passages, W tokens each, T tokens of a row, V vocab."""
+"""Does the model continue what it has read word for word?
+N passages, W tokens each, T tokens of a row, V vocab.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,12 +16,18 @@ ROWS_AT_ONCE = 8  # so that the logits of a large vocabulary stay small
 
 
 def matched(
-    model: nn.Module, ids_NW: Tensor, *, device: torch.device, autocast: Callable[[], AbstractContextManager] = nullcontext
+    model: nn.Module,
+    ids_NW: Tensor,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[int]:
-    """How many tokens of each passage's second half the model's most likely tokens repeat before the first that differs.
+    """How many tokens of each passage's second half the model's most likely tokens repeat
+    before the first that differs.
 
-    A greedy continuation is the passage word for word exactly if the most likely token is the passage's at each place where all
-    before it are, so one forward over the passage answers what generating would.
+    A greedy continuation is the passage word for word exactly if the most likely token is the
+    passage's at each place where all before it are, so one forward over the passage answers what
+    generating would.
     """
     given, found = ids_NW.shape[1] // 2, []
     with evaluating(model), torch.inference_mode():
@@ -32,7 +40,9 @@ def matched(
 
 
 def passages(batches: Sequence[Any]) -> Tensor:
-    """Up to PASSAGES passages (N, W) int64 of the rows of some batches, each within one document; W is at most a row's length."""
+    """Up to PASSAGES passages (N, W) int64 of the rows of some batches, each within one document; W
+    is at most a row's length.
+    """
     width = min(PASSAGE_TOKENS, batches[0].input_ids.shape[1])
     chosen = [p for _, p in zip(range(PASSAGES), _of_rows(batches, width))]
     return torch.stack(chosen) if chosen else torch.zeros(0, width, dtype=torch.int64)
@@ -46,6 +56,7 @@ def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
             place = slice(start, start + width)
             documents = batch.document_ids
             if documents is None or bool(
-                (documents[row, place] == documents[row, start]).all() & (batch.labels[row, place][:-1] >= 0).all()
+                (documents[row, place] == documents[row, start]).all()
+                & (batch.labels[row, place][:-1] >= 0).all()
             ):
                 yield batch.input_ids[row, place]

@@ -1,4 +1,6 @@
-"""Drawing text from a model. Filters are pure functions on logits; chance comes in as uniform numbers. V vocab, R draws."""
+"""Drawing text from a model. Filters are pure functions on logits; chance comes in as uniform
+numbers. V vocab, R draws.
+"""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -15,7 +17,8 @@ COPY_PAYS_FROM_TOKENS = 64
 
 
 def penalise_repetition(logits_V: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
-    """Make tokens already present less likely: positive logits are divided by `penalty`, negative ones multiplied. 1 changes nothing.
+    """Make tokens already present less likely: positive logits are divided by `penalty`, negative
+    ones multiplied. 1 changes nothing.
 
     Source: CTRL, arXiv:1909.05858, sec. 4.1.
     """
@@ -27,7 +30,9 @@ def penalise_repetition(logits_V: Tensor, seen: Iterable[int], penalty: float) -
 
 
 def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """Mask all but the k largest logits with −inf; of equal logits the lower id stays. 0, or k ≥ V, keeps all."""
+    """Mask all but the k largest logits with −inf; of equal logits the lower id stays.
+    0, or k ≥ V, keeps all.
+    """
     if k == 0 or k >= logits_V.shape[-1]:
         return logits_V
     least = logits_V.topk(k).values[-1]
@@ -37,7 +42,8 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probability reaches `p`, the token that crosses it included. 1 keeps all.
+    """Keep the smallest set of most likely tokens whose probability reaches `p`, the token that
+    crosses it included. 1 keeps all.
 
     Source: The Curious Case of Neural Text Degeneration, arXiv:1904.09751, sec. 3.1.
     """
@@ -50,17 +56,23 @@ def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
     return logits_V.index_fill(0, order[before_S >= p], MASKED)
 
 
-def filtered_probs(logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities (V,) float64 after temperature, then top-k, then top-p. Temperature 0 puts all on the most likely token."""
+def filtered_probs(
+    logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Probabilities (V,) float64 after temperature, then top-k, then top-p.
+    Temperature 0 puts all on the most likely token.
+    """
     if temperature == 0.0:
         return torch.zeros_like(logits_V, dtype=torch.float64).index_fill(0, logits_V.argmax(), 1.0)
     return keep_top_p(keep_top_k(logits_V.double() / temperature, top_k), top_p).softmax(-1)
 
 
 def pick(probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
-    """Ids (R,) int64 by inverting the cumulative distribution at `uniforms_R` in [0, 1]; an id of probability 0 cannot come out.
+    """Ids (R,) int64 by inverting the cumulative distribution at `uniforms_R` in [0, 1]; an id of
+    probability 0 cannot come out.
 
-    The search runs over the support only, so neither u = 0 nor rounding at u → 1 can leave it (pytorch/pytorch#48841).
+    The search runs over the support only, so neither u = 0 nor rounding at u → 1 can leave
+    it (pytorch/pytorch#48841).
     """
     support = probs_V.nonzero().flatten()
     cumulative = probs_V[support].cumsum(-1)
@@ -69,18 +81,31 @@ def pick(probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
 
 
 def window_start(n_tokens: int, start: int, max_seq_len: int) -> int:
-    """First position the model still sees. A full context is cut to its last half, so re-reading it is rare."""
+    """First position the model still sees.
+    A full context is cut to its last half, so re-reading it is rare.
+    """
     return n_tokens - max(1, max_seq_len // 2) if n_tokens - start > max_seq_len else start
 
 
-@require(lambda ids: len(ids) >= 1, "a prompt has at least one token (the end-of-text token begins a document)")
+@require(
+    lambda ids: len(ids) >= 1,
+    "a prompt has at least one token (the end-of-text token begins a document)",
+)
 @require(lambda max_new_tokens: max_new_tokens >= 0, "max_new_tokens is not negative")
 @require(lambda temperature: temperature >= 0, "temperature is not negative")
 @require(lambda top_k: top_k >= 0, "top_k is not negative; 0 keeps all")
 @require(lambda top_p: 0 < top_p <= 1, "top_p is in (0, 1]; 1 keeps all")
-@require(lambda repetition_penalty: repetition_penalty > 0, "the repetition penalty is positive; 1 changes nothing")
-@require(lambda temperature, generator: temperature == 0 or generator is not None, "drawing needs a generator: chance is never implicit")
-@ensure(lambda result, max_new_tokens: len(result) <= max_new_tokens, "at most max_new_tokens come back")
+@require(
+    lambda repetition_penalty: repetition_penalty > 0,
+    "the repetition penalty is positive; 1 changes nothing",
+)
+@require(
+    lambda temperature, generator: temperature == 0 or generator is not None,
+    "drawing needs a generator: chance is never implicit",
+)
+@ensure(
+    lambda result, max_new_tokens: len(result) <= max_new_tokens, "at most max_new_tokens come back"
+)
 def generate(
     model: nn.Module,
     ids: Sequence[int],
@@ -96,9 +121,10 @@ def generate(
 ) -> list[int]:
     """The new token ids after the prompt `ids`, without the end-of-text token that may end them.
 
-    One uniform float64 per token comes from `generator` (CPU), so a seed gives the same text with any other rows in flight.
-    Where prompt and new tokens exceed max_seq_len, the model goes on with the last half of its context, read afresh, with and
-    without cache alike. Every module's mode is put back.
+    One uniform float64 per token comes from `generator` (CPU), so a seed gives the same text with
+    any other rows in flight. Where prompt and new tokens exceed max_seq_len, the model goes on with
+    the last half of its context, read afresh, with and without cache alike. Every module's mode is
+    put back.
     """
     tokens, start, cache = list(ids), 0, None
     with evaluating(model), torch.inference_mode():
@@ -112,7 +138,9 @@ def generate(
             if temperature == 0:
                 token = int(logits_V.argmax())
             else:
-                probs_V = filtered_probs(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
+                probs_V = filtered_probs(
+                    logits_V, temperature=temperature, top_k=top_k, top_p=top_p
+                )
                 token = int(pick(probs_V, _uniform(generator)))
             if token == eos_id:
                 break
@@ -121,18 +149,26 @@ def generate(
 
 
 def laid_out_for_rows(model: nn.Module, n_tokens: int) -> nn.Module:
-    """The model; on a CPU, if enough tokens pay for it, a copy whose matrices hold the weights of one input feature side by side.
+    """The model; on a CPU, if enough tokens pay for it, a copy whose matrices hold the weights of
+    one input feature side by side.
 
-    A product with a single row then reads its matrix as a stream; output by output, as they are stored, it waits for memory.
+    A product with a single row then reads its matrix as a stream; output by output, as they are
+    stored, it waits for memory.
     """
     if model.embed.weight.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
         return model
     matrices = (p for p in model.parameters() if p.ndim == 2)
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.t().contiguous().t(), requires_grad=False) for p in matrices})
+    return copy.deepcopy(
+        model, {id(p): nn.Parameter(p.t().contiguous().t(), requires_grad=False) for p in matrices}
+    )
 
 
-def next_logits(model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool) -> tuple[Tensor, KVCache | None]:
-    """Logits (V,) after `context`, and the cache that now holds it. Only positions the cache lacks are read, and the last gets logits."""
+def next_logits(
+    model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool
+) -> tuple[Tensor, KVCache | None]:
+    """Logits (V,) after `context`, and the cache that now holds it.
+    Only positions the cache lacks are read, and the last gets logits.
+    """
     if use_cache and cache is None:
         cache = KVCache(model.cfg, device=model.embed.weight.device, dtype=model.embed.weight.dtype)
     unread = context[cache.length :] if use_cache else context

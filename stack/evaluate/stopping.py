@@ -1,4 +1,6 @@
-"""When to stop: on a lack of gain that stands out of the noise, never on the noise. All losses in nats per token."""
+"""When to stop: on a lack of gain that stands out of the noise, never on the noise.
+All losses in nats per token.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +13,9 @@ from contracts.conditions import require
 
 @dataclass(frozen=True)
 class Decision:
-    """What one evaluation round decided. `se_diff` is the standard error of the paired difference to the best round."""
+    """What one evaluation round decided.
+    `se_diff` is the standard error of the paired difference to the best round.
+    """
 
     improved: bool
     stop: bool
@@ -23,7 +27,8 @@ class Decision:
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 for fewer than two values, which carry no notion of spread.
 
-    `statistics.stdev` works in fractions: sixteen times as long, for a relative difference of 4e-16 at most (20,000 random samples).
+    `statistics.stdev` works in fractions: sixteen times as long, for a relative difference of 4e-16
+    at most (20,000 random samples).
     """
     n = len(values)
     if n < 2:
@@ -35,17 +40,26 @@ def standard_error(values: Sequence[float]) -> float:
 class StopRule:
     """Stop after `patience` rounds without an improvement, but not before `min_epochs` rounds.
 
-    A round improves if its mean is below the best round's by more than `min_delta_nats` and by more than `z` standard errors of
-    the difference, taken batch by batch. The held-out batches are the same each time, so most of their spread cancels.
+    A round improves if its mean is below the best round's by more than `min_delta_nats` and by more
+    than `z` standard errors of the difference, taken batch by batch. The held-out batches are the
+    same each time, so most of their spread cancels.
     """
 
     def __init__(self, patience: int, min_epochs: int, z: float, min_delta_nats: float):
-        self.patience, self.min_epochs, self.z, self.min_delta_nats = patience, min_epochs, z, min_delta_nats
+        self.patience, self.min_epochs, self.z, self.min_delta_nats = (
+            patience,
+            min_epochs,
+            z,
+            min_delta_nats,
+        )
         self.rounds, self.wait, self.best_round = 0, 0, -1
         self.best_batch_nats: list[float] = []
 
     @require(lambda batch_nats: len(batch_nats) >= 1, "a round has at least one batch")
-    @require(lambda self, batch_nats: self.rounds == 0 or len(batch_nats) == len(self.best_batch_nats), "the same batches in every round")
+    @require(
+        lambda self, batch_nats: self.rounds == 0 or len(batch_nats) == len(self.best_batch_nats),
+        "the same batches in every round",
+    )
     def update(self, batch_nats: Sequence[float]) -> Decision:
         """Take in one round's mean loss per batch."""
         se_diff, improved = self._compare(batch_nats)
@@ -58,7 +72,9 @@ class StopRule:
         return Decision(improved, stop, self.wait, self.best_round, se_diff)
 
     def _compare(self, batch_nats: Sequence[float]) -> tuple[float, bool]:
-        """Standard error of the paired difference, and whether the gain exceeds it `z` times and `min_delta_nats`."""
+        """Standard error of the paired difference, and whether the gain exceeds it `z`
+        times and `min_delta_nats`.
+        """
         if self.rounds == 0:
             return 0.0, True
         differences = [best - now for best, now in zip(self.best_batch_nats, batch_nats)]
@@ -67,11 +83,20 @@ class StopRule:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, JSON-ready."""
-        return {"rounds": self.rounds, "wait": self.wait, "best_round": self.best_round, "best_batch_nats": self.best_batch_nats}
+        return {
+            "rounds": self.rounds,
+            "wait": self.wait,
+            "best_round": self.best_round,
+            "best_batch_nats": self.best_batch_nats,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.rounds, self.wait, self.best_round = state["rounds"], state["wait"], state["best_round"]
+        self.rounds, self.wait, self.best_round = (
+            state["rounds"],
+            state["wait"],
+            state["best_round"],
+        )
         self.best_batch_nats = list(state["best_batch_nats"])
 
 
@@ -84,7 +109,9 @@ class NeverStopRule(StopRule):
     def update(self, batch_nats: Sequence[float]) -> Decision:
         """Take in one round; `stop` is always False."""
         decision = super().update(batch_nats)
-        return Decision(decision.improved, False, decision.wait, decision.best_round, decision.se_diff)
+        return Decision(
+            decision.improved, False, decision.wait, decision.best_round, decision.se_diff
+        )
 
 
 def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
@@ -98,11 +125,18 @@ def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
 
 
 def detectable_gain(differences: Sequence[float]) -> float:
-    """Smallest gain that stands out of these paired per-batch differences: 2 standard errors, nats."""
+    """Smallest gain that stands out of these paired per-batch differences: 2 standard errors,
+    nats.
+    """
     return 2 * standard_error(differences)
 
 
-@require(lambda diff_std, expected_gain: diff_std >= 0 and expected_gain > 0, "a spread is not negative and an expected gain is positive")
+@require(
+    lambda diff_std, expected_gain: diff_std >= 0 and expected_gain > 0,
+    "a spread is not negative and an expected gain is positive",
+)
 def batches_needed(diff_std: float, expected_gain: float) -> int:
-    """Held-out batches for which 2 standard errors of the paired difference are at most `expected_gain`; at least 2."""
+    """Held-out batches for which 2 standard errors of the paired difference are at most
+    `expected_gain`; at least 2.
+    """
     return max(2, math.ceil((2 * diff_std / expected_gain) ** 2))

@@ -1,7 +1,8 @@
 """A suite of prompts by domain, and the checkers that judge what a model answers.
 
-A suite is TOML; `suites/domains.toml` is the one that comes along. Every prompt carries an answer that passes its checks, so that a check
-that cannot pass is refused when the suite is read, and so is one that cannot fail.
+A suite is TOML; `suites/domains.toml` is the one that comes along. Every prompt carries an answer
+that passes its checks, so that a check that cannot pass is refused when the suite is read, and so
+is one that cannot fail.
 """
 
 import re
@@ -22,7 +23,9 @@ FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 
 
 class Regex(Frozen):
-    """The answer holds a match of the pattern, without regard to case; `^` and `$` are those of a line."""
+    """The answer holds a match of the pattern, without regard to case;
+    `^` and `$` are those of a line.
+    """
 
     kind: Literal["regex"] = "regex"
     pattern: str = Field(min_length=1)
@@ -38,14 +41,18 @@ class Regex(Frozen):
 
 
 class Syllables(Frozen):
-    """The first lines of the answer have these syllables; a single line is cut at commas, semicolons, slashes and full stops."""
+    """The first lines of the answer have these syllables; a single line is cut at commas,
+    semicolons, slashes and full stops.
+    """
 
     kind: Literal["syllables"] = "syllables"
     lines: tuple[int, ...] = Field(default=(5, 7, 5), min_length=1)
 
 
 class FlagExists(Frozen):
-    """The answer names the command with one of its flags, and no flag that the command does not have. `flags` is all of them."""
+    """The answer names the command with one of its flags, and no flag that the command does not
+    have. `flags` is all of them.
+    """
 
     kind: Literal["flag-exists"] = "flag-exists"
     command: str = Field(min_length=1)
@@ -60,7 +67,9 @@ class FlagExists(Frozen):
 
 
 class ContainsFact(Frozen):
-    """The answer has a word of every group in `needs`, as whole words without regard to case, and none of `forbids`."""
+    """The answer has a word of every group in `needs`, as whole words without regard to case,
+    and none of `forbids`.
+    """
 
     kind: Literal["contains-fact"] = "contains-fact"
     needs: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = Field(min_length=1)
@@ -74,7 +83,11 @@ def fault(checker: Checker, text: str) -> str:
     """What an answer lacks by one checker, or an empty text if it passes."""
     match checker:
         case Regex(pattern=pattern):
-            return "" if re.search(pattern, text, re.IGNORECASE | re.MULTILINE) else f"nothing matches {pattern}"
+            return (
+                ""
+                if re.search(pattern, text, re.IGNORECASE | re.MULTILINE)
+                else f"nothing matches {pattern}"
+            )
         case Syllables(lines=wanted):
             found = tuple(sum(map(syllables, line.split())) for line in verse(text, len(wanted)))
             return "" if found == wanted else f"lines of {found or 'no'} syllables, not {wanted}"
@@ -88,21 +101,31 @@ def fault(checker: Checker, text: str) -> str:
         case ContainsFact(needs=needs, forbids=forbids):
             absent = [group for group in needs if not any(_says(word, text) for word in group)]
             wrong = [word for word in forbids if _says(word, text)]
-            return f"{' or '.join(absent[0])} is not said" if absent else f"{wrong[0]} is said" if wrong else ""
+            return (
+                f"{' or '.join(absent[0])} is not said"
+                if absent
+                else f"{wrong[0]} is said"
+                if wrong
+                else ""
+            )
         case _:
             assert_never(checker)
 
 
 def _known(flag: str, flags: Sequence[str]) -> bool:
     """Whether a flag is one of these, or several letters of them behind one dash."""
-    return flag in flags or (not flag.startswith("--") and all(f"-{letter}" in flags for letter in flag[1:]))
+    return flag in flags or (
+        not flag.startswith("--") and all(f"-{letter}" in flags for letter in flag[1:])
+    )
 
 
 def verse(text: str, n_lines: int) -> list[str]:
     """The first lines that hold words; where the text is one line, its parts between marks."""
     lines = [line for line in text.splitlines() if re.search(r"[a-zA-Z]", line)]
     if len(lines) == 1:
-        lines = [part for part in re.split(r"[,;/.!?—]\s*", lines[0]) if re.search(r"[a-zA-Z]", part)]
+        lines = [
+            part for part in re.split(r"[,;/.!?—]\s*", lines[0]) if re.search(r"[a-zA-Z]", part)
+        ]
     return lines[:n_lines]
 
 
@@ -111,7 +134,9 @@ def _says(words: str, text: str) -> bool:
 
 
 class Prompt(Frozen):
-    """One question. `answer` is an answer that passes all checks; it is never shown to the model."""
+    """One question. `answer` is an answer that passes all checks;
+    it is never shown to the model.
+    """
 
     id: str = Field(pattern=NAME)
     text: str = Field(min_length=1)
@@ -128,7 +153,9 @@ class Prompt(Frozen):
             raise ValueError(f"prompt {self.id}: its own answer does not pass: {why[0]}")
         for passing, text in (("an empty answer", ""), ("the question said again", self.text)):
             if not self.faults(text):
-                raise ValueError(f"prompt {self.id}: {passing} passes its checks, so they say nothing")
+                raise ValueError(
+                    f"prompt {self.id}: {passing} passes its checks, so they say nothing"
+                )
         return self
 
 
@@ -140,7 +167,9 @@ class Domain(Frozen):
 
 
 class Suite(Frozen):
-    """Prompts by domain, and how a model is asked. `{prompt}` in `template` stands for the question; an answer ends at the first `stop`."""
+    """Prompts by domain, and how a model is asked.
+    `{prompt}` in `template` stands for the question; an answer ends at the first `stop`.
+    """
 
     name: str = Field(pattern=NAME)
     template: str = "> {prompt} / <"
@@ -152,7 +181,10 @@ class Suite(Frozen):
     def _names_are_unique(self) -> Self:
         if "{prompt}" not in self.template:
             raise ValueError("template has no {prompt}, so every question is the same")
-        for what, names in (("domain", [d.name for d in self.domain]), ("prompt", [p.id for d in self.domain for p in d.prompts])):
+        for what, names in (
+            ("domain", [d.name for d in self.domain]),
+            ("prompt", [p.id for d in self.domain for p in d.prompts]),
+        ):
             if twice := [n for n in names if names.count(n) > 1]:
                 raise ValueError(f"{what} {twice[0]} comes twice")
         return self
@@ -163,15 +195,24 @@ class Suite(Frozen):
 
     def cut(self, text: str) -> str:
         """An answer up to the first mark that ends it, without blanks around it."""
-        return text[: min([len(text), *(i for mark in self.stop if (i := text.find(mark)) >= 0)])].strip()
+        return text[
+            : min([len(text), *(i for mark in self.stop if (i := text.find(mark)) >= 0)])
+        ].strip()
 
 
 def suite_file(name: str) -> Path:
-    """The file of a suite that comes along, by its name, or else the path itself. Raises UsageError if there is neither."""
+    """The file of a suite that comes along, by its name, or else the path itself.
+    Raises UsageError if there is neither.
+    """
     known = {p.stem: p for p in sorted(SUITES.glob("*.toml"))}
     path = known.get(name, Path(name))
     if not path.is_file():
-        raise UsageError("there is no such suite", value=name, allowed=f"{', '.join(known)}, or a TOML file", next_step="correct --suite")
+        raise UsageError(
+            "there is no such suite",
+            value=name,
+            allowed=f"{', '.join(known)}, or a TOML file",
+            next_step="correct --suite",
+        )
     return path
 
 
@@ -180,11 +221,16 @@ def load_suite(path: Path) -> Suite:
     try:
         return Suite.model_validate(tomllib.loads(path.read_text("utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise DataError(f"cannot read the suite {path}: {e}", allowed="a TOML file", next_step="correct the file") from e
+        raise DataError(
+            f"cannot read the suite {path}: {e}",
+            allowed="a TOML file",
+            next_step="correct the file",
+        ) from e
     except ValidationError as e:
         first = e.errors()[0]
         raise DataError(
-            f"the suite {path} is wrong at {_place(first['loc'])}: {first['msg'].removeprefix('Value error, ')}",
+            f"the suite {path} is wrong at {_place(first['loc'])}: "
+            f"{first['msg'].removeprefix('Value error, ')}",
             allowed="the form that docs/audits.md shows",
             next_step="correct the file",
         ) from e

@@ -9,7 +9,9 @@ from spec.errors import UsageError
 
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder against others that do `what` in it. Raises UsageError if one is at work there; a killed one lets go."""
+    """Holds a folder against others that do `what` in it.
+    Raises UsageError if one is at work there; a killed one lets go.
+    """
     with open(folder / ".lock", "w") as f:
         try:
             import fcntl
@@ -18,7 +20,10 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         except ImportError:  # nothing holds a folder here
             pass
         except OSError as e:
-            raise UsageError(f"another {what} is writing to {folder}", next_step="wait for it, or name another folder") from e
+            raise UsageError(
+                f"another {what} is writing to {folder}",
+                next_step="wait for it, or name another folder",
+            ) from e
         try:
             yield
         finally:
@@ -26,6 +31,12 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
 
 def refuse_occupied(path: Path, option: str) -> None:
-    """Raises UsageError unless `path` is a place for a new folder; `option` is the flag that names it."""
+    """Raises UsageError unless `path` is a place for a new folder;
+    `option` is the flag that names it.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} is not empty", allowed="a new folder", next_step=f"choose another {option}; nothing is replaced")
+        raise UsageError(
+            f"{path} is not empty",
+            allowed="a new folder",
+            next_step=f"choose another {option}; nothing is replaced",
+        )

@@ -12,7 +12,15 @@ from spec.records import Record, read_record
 from spec.runners import left_out
 
 MAX_ARTEFACT_BYTES = 4 * 2**20
-MAGIC_OF_WEIGHTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"GGUF", b"\x89HDF")
+MAGIC_OF_WEIGHTS = (
+    b"PK\x03\x04",
+    b"\x80\x02",
+    b"\x80\x03",
+    b"\x80\x04",
+    b"\x80\x05",
+    b"GGUF",
+    b"\x89HDF",
+)
 
 
 def default_directory() -> Path:
@@ -21,22 +29,29 @@ def default_directory() -> Path:
     return here if here.is_dir() else ROOT / "evidence"
 
 
-def accept(run_dir: Path, directory: Path, *, supersedes: str | None = None) -> tuple[Record, Entry]:
+def accept(
+    run_dir: Path, directory: Path, *, supersedes: str | None = None
+) -> tuple[Record, Entry]:
     """Copy a run's record and its series into the evidence folder and append the ledger line.
 
-    Raises IntegrityError if the record is invalid, its series do not match their hashes, it names no commit, or it lacks a gate that
-    runs of its kind and configuration must hold.
+    Raises IntegrityError if the record is invalid, its series do not match their hashes, it names
+    no commit, or it lacks a gate that runs of its kind and configuration must hold.
     """
     record = read_record(run_dir / "metadata.json")
     if record.code.commit == "unknown":
-        raise IntegrityError(f"record {record.id} names no commit, so nobody could re-run it", next_step="run from a git checkout")
+        raise IntegrityError(
+            f"record {record.id} names no commit, so nobody could re-run it",
+            next_step="run from a git checkout",
+        )
     spec = load_spec()
     if record.spec.sha256 == spec.sha256 and (absent := left_out(spec, record)):
         raise IntegrityError(
             f"record {record.id} was made without gate {absent[0]}",
             value=f"{len(absent)} gate(s) absent",
             allowed="a run with every gate of its kind installed",
-            next_step="run it again by its verb; gates cannot be left out, only waived with a reason",
+            next_step=(
+                "run it again by its verb; gates cannot be left out, only waived with a reason"
+            ),
         )
     files = [(run_dir / s.path, s.path, s.sha256) for s in record.series]
     for path, name, sha256 in files:
@@ -59,11 +74,18 @@ def _require_small_text(path: Path, name: str, sha256: str) -> None:
     if "/" in name or name.startswith(".") or path.is_symlink() or not path.is_file():
         raise IntegrityError(f"series {name} is not a plain file beside the record")
     if path.stat().st_size > MAX_ARTEFACT_BYTES:
-        raise IntegrityError(f"series {name} is too large for git", value=f"{path.stat().st_size} bytes", allowed=f"{MAX_ARTEFACT_BYTES}")
+        raise IntegrityError(
+            f"series {name} is too large for git",
+            value=f"{path.stat().st_size} bytes",
+            allowed=f"{MAX_ARTEFACT_BYTES}",
+        )
     if path.open("rb").read(4).startswith(MAGIC_OF_WEIGHTS):
         raise IntegrityError(f"series {name} looks like a weight file; weights never enter git")
     if sha256_file(path) != sha256:
-        raise IntegrityError(f"series {name} was changed after the run", next_step="run again; a record cannot be repaired")
+        raise IntegrityError(
+            f"series {name} was changed after the run",
+            next_step="run again; a record cannot be repaired",
+        )
 
 
 def verify(directory: Path) -> list[str]:
@@ -84,12 +106,18 @@ def verify(directory: Path) -> list[str]:
         except IntegrityError as e:
             found.append(str(e))
     known = {e.record for e in entries}
-    found += [f"{p.parent}: lies here without a ledger line" for p in directory.glob("*/metadata.json") if p.parent.name not in known]
+    found += [
+        f"{p.parent}: lies here without a ledger line"
+        for p in directory.glob("*/metadata.json")
+        if p.parent.name not in known
+    ]
     return found
 
 
 def find(directory: Path, record_id: str) -> Record:
-    """A record by id, unique prefix, or run directory. Raises IntegrityError if there is none or more than one."""
+    """A record by id, unique prefix, or run directory.
+    Raises IntegrityError if there is none or more than one.
+    """
     if (Path(record_id) / "metadata.json").is_file():
         return read_record(Path(record_id) / "metadata.json")
     entries = [e for e in Ledger(directory).entries() if e.record.startswith(record_id)]

@@ -1,1 +1,3 @@
-"""Models leave for other libraries and come from them, compared with what the other library computes."""
+"""Models leave for other libraries and come from them, compared with what
+the other library computes.
+"""

@@ -1,4 +1,6 @@
-"""The README of an exported folder: facts of the run's record and of the export, none of them typed."""
+"""The README of an exported folder: facts of the run's record and of the export,
+none of them typed.
+"""
 
 from collections.abc import Sequence
 
@@ -8,21 +10,36 @@ from stack.export.huggingface import Exported
 from stack.model.foreign import for_inference
 
 
-def card(made: Exported, cfg: ModelConfig, *, n_params: int, dtype: str, run: Record | None, parent: str, export: str) -> str:
-    """Markdown. `run` is the record of the run the weights are of, `parent` its id, `export` the id of the export's own record."""
+def card(
+    made: Exported,
+    cfg: ModelConfig,
+    *,
+    n_params: int,
+    dtype: str,
+    run: Record | None,
+    parent: str,
+    export: str,
+) -> str:
+    """Markdown. `run` is the record of the run the weights are of, `parent` its id, `export` the id
+    of the export's own record.
+    """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {run.config.get('recipe', parent) if run else parent}",
-        f"A language model of {n_params:,} parameters, trained with stackproof and written as `{made.kind.architecture}`.",
+        (
+            f"A language model of {n_params:,} parameters, trained with stackproof and written as "
+            f"`{made.kind.architecture}`."
+        ),
         _table(("what", "value"), _facts(made, cfg, dtype, parent, export)),
         "## Is it the same model?",
         _verdicts(made),
         *_of_run(run),
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
-        "A text begins with the end-of-text token. Its writing inside a text is read as that token by other libraries; in training it was "
-        "spelled out.",
+        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), '
+        'AutoTokenizer.from_pretrained(".")\n```',
+        "A text begins with the end-of-text token. Its writing inside a text is read as that "
+        "token by other libraries; in training it was spelled out.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -32,41 +49,84 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _facts(made: Exported, cfg: ModelConfig, dtype: str, parent: str, export: str) -> list[tuple[str, object]]:
-    sizes = [(k, getattr(cfg, k)) for k in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")]
+def _facts(
+    made: Exported, cfg: ModelConfig, dtype: str, parent: str, export: str
+) -> list[tuple[str, object]]:
+    sizes = [
+        (k, getattr(cfg, k))
+        for k in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len")
+    ]
     rounding = [(k, f"{v:.3g}") for k, v in made.rounding.items()]
-    left = [("acts in training only, not in the file", ", ".join(aside))] if (aside := training_only(cfg)) else []
-    return [*sizes, ("weights", dtype), *rounding, ("record of the run", f"`{parent}`"), ("record of this export", f"`{export}`"), *left]
+    left = (
+        [("acts in training only, not in the file", ", ".join(aside))]
+        if (aside := training_only(cfg))
+        else []
+    )
+    return [
+        *sizes,
+        ("weights", dtype),
+        *rounding,
+        ("record of the run", f"`{parent}`"),
+        ("record of this export", f"`{export}`"),
+        *left,
+    ]
 
 
 def training_only(cfg: ModelConfig) -> list[str]:
-    """Choices of the configuration that act in training only, and so do not leave with the weights."""
+    """Choices of the configuration that act in training only,
+    and so do not leave with the weights.
+    """
     plain = for_inference(cfg)
     said = [f"dropout {cfg.dropout:g}"] if cfg.dropout != plain.dropout else []
     return said + (["capacity and balance of experts"] if cfg.ffn != plain.ffn else [])
 
 
 def _verdicts(made: Exported) -> str:
-    rows = [(f"`{g.id}`", g.verdict, g.message or ", ".join(f"{k} {v}" for k, v in g.measured.items())) for g in made.gates]
+    rows = [
+        (f"`{g.id}`", g.verdict, g.message or ", ".join(f"{k} {v}" for k, v in g.measured.items()))
+        for g in made.gates
+    ]
     unread = any(g.verdict == "not_run" for g in made.gates)
-    said = "**The logits were not compared**: transformers was not installed where this folder was written.\n\n" if unread else ""
+    said = (
+        (
+            "**The logits were not compared**: transformers was not installed where this folder "
+            "was written.\n\n"
+        )
+        if unread
+        else ""
+    )
     return said + _table(("gate", "verdict", "measured"), rows)
 
 
 def _of_run(run: Record | None) -> list[str]:
     """What the run's record states; says so if there is none."""
     if run is None:
-        return ["## Measured", "There is no record of the run beside its checkpoint, so nothing can be said about its quality."]
+        return [
+            "## Measured",
+            (
+                "There is no record of the run beside its checkpoint, so nothing can be said "
+                "about its quality."
+            ),
+        ]
     metrics = [
-        (name, f"{m.value:,.4f}" if isinstance(m.value, float) else m.value, m.unit, "" if m.n is None else m.n)
+        (
+            name,
+            f"{m.value:,.4f}" if isinstance(m.value, float) else m.value,
+            m.unit,
+            "" if m.n is None else m.n,
+        )
         for name, m in sorted(run.metrics.items())
     ]
     data = sorted({f"{a.name} ({a.license})" for a in run.inputs if a.license})
-    gates = [f"{sum(g.verdict == v for g in run.gates)} {v}" for v in ("pass", "fail", "not_run") if any(g.verdict == v for g in run.gates)]
+    gates = [
+        f"{sum(g.verdict == v for g in run.gates)} {v}"
+        for v in ("pass", "fail", "not_run")
+        if any(g.verdict == v for g in run.gates)
+    ]
     return [
         "## Measured",
-        f"{run.claim}\n\nStatus `{run.status}`, gates: {', '.join(gates) or 'none'}, code `{run.code.commit[:12]}`, "
-        f"spec {run.spec.version}, compute {run.compute}.",
+        f"{run.claim}\n\nStatus `{run.status}`, gates: {', '.join(gates) or 'none'}, code "
+        f"`{run.code.commit[:12]}`, spec {run.spec.version}, compute {run.compute}.",
         _table(("metric", "value", "unit", "n"), metrics),
         "## Data",
         "\n".join(f"- {d}" for d in data) or "The record names no licence.",

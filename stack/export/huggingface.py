@@ -1,4 +1,6 @@
-"""A model as a folder of Hugging Face: written beside its place, judged there, and moved into place only when every gate agrees."""
+"""A model as a folder of Hugging Face: written beside its place, judged there, and moved into place
+only when every gate agrees.
+"""
 
 import json
 import os
@@ -33,7 +35,9 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the kind, the files by name, the verdicts, and what narrower weights changed (empty for float32)."""
+    """What was written: the kind, the files by name, the verdicts, and what narrower weights
+    changed (empty for float32).
+    """
 
     kind: Kind
     files: tuple[str, ...]
@@ -53,7 +57,8 @@ def export(
 ) -> Exported:
     """Write `out` and judge it; the model's own weights become those that were written.
 
-    Raises ConfigError if no kind says the model, UsageError if `out` holds something, GateFailed if a gate is red; `out` is then untouched.
+    Raises ConfigError if no kind says the model, UsageError if `out` holds something, GateFailed if
+    a gate is red; `out` is then untouched.
     """
     kind = names.kind_for(model.cfg)
     refuse_occupied(out, "--out")
@@ -66,11 +71,18 @@ def export(
         write_documents(temporary, kind, model, tokenizer, dtype)
         write_weights(temporary, kind, model, dtype, max_shard_bytes)
         judge(temporary, model, keeper, dtype)
-        made = Exported(kind, tuple(sorted({p.name for p in temporary.iterdir()} | {"README.md"})), tuple(keeper.results()), rounding)
+        made = Exported(
+            kind,
+            tuple(sorted({p.name for p in temporary.iterdir()} | {"README.md"})),
+            tuple(keeper.results()),
+            rounding,
+        )
         write_atomically(temporary / "README.md", card(made).encode())
         _into_place(temporary, out)
     except OSError as e:
-        raise CheckpointError(f"the export could not be written: {e}", next_step="free space, or choose another --out") from e
+        raise CheckpointError(
+            f"the export could not be written: {e}", next_step="free space, or choose another --out"
+        ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return made
@@ -78,28 +90,43 @@ def export(
 
 @torch.no_grad()
 def round_weights(model: Transformer, dtype: str) -> dict[str, float]:
-    """Give the model the weights that the file can hold, and say what that changes. float32 changes nothing."""
+    """Give the model the weights that the file can hold, and say what that changes.
+    float32 changes nothing.
+    """
     if dtype == "float32":
         return {}
     length = min(ROUNDING_TOKENS, model.cfg.max_seq_len)
-    ids_1T = torch.randint(0, model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids_1T = torch.randint(
+        0, model.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
+    )
     before = parity.our_logits(model, ids_1T, length)
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.to(DTYPES[dtype][0]))
     after = parity.our_logits(model, ids_1T, length)
     return {
         "rounding_abs_error": float((before - after).abs().max()),
-        "rounding_argmax_changed_frac": float((before.argmax(-1) != after.argmax(-1)).double().mean()),
+        "rounding_argmax_changed_frac": float(
+            (before.argmax(-1) != after.argmax(-1)).double().mean()
+        ),
     }
 
 
-def write_documents(folder: Path, kind: Kind, model: Transformer, tokenizer: Tokenizer, dtype: str) -> None:
+def write_documents(
+    folder: Path, kind: Kind, model: Transformer, tokenizer: Tokenizer, dtype: str
+) -> None:
     """Configuration, generation settings and tokenizer."""
     cfg, eos_id = model.cfg, tokenizer.eos_id
-    _write_json(folder / "config.json", names.config_document(kind, cfg, model.vocab_size, eos_id, dtype))
+    _write_json(
+        folder / "config.json", names.config_document(kind, cfg, model.vocab_size, eos_id, dtype)
+    )
     _write_json(folder / "generation_config.json", names.generation_document(cfg, eos_id))
-    _write_json(folder / "tokenizer_config.json", names.tokenizer_document(cfg, vocabulary.eos_token(tokenizer)))
-    write_atomically(folder / "tokenizer.json", vocabulary.to_library(tokenizer).to_str(pretty=False).encode())
+    _write_json(
+        folder / "tokenizer_config.json",
+        names.tokenizer_document(cfg, vocabulary.eos_token(tokenizer)),
+    )
+    write_atomically(
+        folder / "tokenizer.json", vocabulary.to_library(tokenizer).to_str(pretty=False).encode()
+    )
 
 
 def own_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -107,18 +134,32 @@ def own_tensors(model: Transformer) -> dict[str, Tensor]:
     return {plain_name(n): t.detach() for n, t in model.state_dict().items()}
 
 
-def write_weights(folder: Path, kind: Kind, model: Transformer, dtype: str, max_shard_bytes: int) -> None:
-    """One file, or as many as needed for none to hold more than `max_shard_bytes` of tensors, and their index."""
+def write_weights(
+    folder: Path, kind: Kind, model: Transformer, dtype: str, max_shard_bytes: int
+) -> None:
+    """One file, or as many as needed for none to hold more than `max_shard_bytes` of tensors,
+    and their index.
+    """
     tensors, wide = own_tensors(model), DTYPES[dtype][0]
     shards = list(_shards(kind.rows(tensors), tensors, wide.itemsize, max_shard_bytes))
-    _write_shards(folder, len(shards), ({row.theirs: to_theirs(row, tensors).to(wide) for row in rows} for rows in shards))
+    _write_shards(
+        folder,
+        len(shards),
+        ({row.theirs: to_theirs(row, tensors).to(wide) for row in rows} for rows in shards),
+    )
 
 
 def _write_shards(folder: Path, n_files: int, shards: Iterable[dict[str, Tensor]]) -> None:
-    """Each shard as a file, taken one at a time, and where there are several the index of which tensor is where."""
+    """Each shard as a file, taken one at a time, and where there are several the index
+    of which tensor is where.
+    """
     total, places = 0, {}
     for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if n_files == 1 else f"model-{number:05d}-of-{n_files:05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if n_files == 1
+            else f"model-{number:05d}-of-{n_files:05d}.safetensors"
+        )
         total += sum(t.numel() * t.itemsize for t in shard.values())
         places |= dict.fromkeys(shard, file)
         tensorfile.write(folder / file, shard, {"format": "pt"})
@@ -126,8 +167,12 @@ def _write_shards(folder: Path, n_files: int, shards: Iterable[dict[str, Tensor]
         _write_json(folder / names.INDEX, names.index_document(places, total))
 
 
-def _shards(rows: list[Row], tensors: dict[str, Tensor], itemsize: int, max_shard_bytes: int) -> Iterator[list[Row]]:
-    """Rows in order, cut before the one that would be too much; a single larger one stands alone."""
+def _shards(
+    rows: list[Row], tensors: dict[str, Tensor], itemsize: int, max_shard_bytes: int
+) -> Iterator[list[Row]]:
+    """Rows in order, cut before the one that would be too much;
+    a single larger one stands alone.
+    """
     shard, n_bytes = [], 0
     for row in rows:
         size = sum(tensors[n].numel() for n in row.ours) * itemsize
@@ -140,7 +185,9 @@ def _shards(rows: list[Row], tensors: dict[str, Tensor], itemsize: int, max_shar
 
 
 def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> None:
-    """Ask every gate of exports. Without the other library what needs it stays `not_run`. Raises GateFailed."""
+    """Ask every gate of exports. Without the other library what needs it stays `not_run`.
+    Raises GateFailed.
+    """
     shapes = [tuple(t.shape) for t in own_tensors(model).values()]
     keeper.artifact({"export_dir": folder, "live_shapes": shapes, "dtype": DTYPES[dtype][1]})
     if parity.available():
@@ -149,9 +196,11 @@ def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> N
 
 @contextmanager
 def readable(source: Folder) -> Iterator[Path]:
-    """The folder of an import as the other library can read it: itself, or where names differ a copy of its tensors under plain ones.
+    """The folder of an import as the other library can read it: itself, or where names differ a
+    copy of its tensors under plain ones.
 
-    The copy is of what the files hold, not of what was understood: what was misread here must not be handed over there.
+    The copy is of what the files hold, not of what was understood:
+    what was misread here must not be handed over there.
     """
     if not source.renamed:
         yield source.path
@@ -159,7 +208,10 @@ def readable(source: Folder) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="stackproof-plain-") as folder:
         shutil.copy(source.path / "config.json", folder)
         files = sorted({place.file for place in source.places.values()})
-        held = ({n: read_tensor(place) for n, place in source.places.items() if place.file == file} for file in files)
+        held = (
+            {n: read_tensor(place) for n, place in source.places.items() if place.file == file}
+            for file in files
+        )
         _write_shards(Path(folder), len(files), held)
         yield Path(folder)
 

@@ -1,4 +1,5 @@
-"""The other library as a witness: it reads a folder by itself and says what it computes. The only place that imports transformers.
+"""The other library as a witness: it reads a folder by itself and says what it computes.
+The only place that imports transformers.
 
 B batch, T tokens, V vocab
 """
@@ -37,28 +38,37 @@ def version() -> str | None:
 
 
 def theirs(path: Path) -> Any:
-    """The other library's own model of a folder or a .gguf file, float32, in eval mode, attention by torch's own function.
+    """The other library's own model of a folder or a .gguf file, float32, in eval mode,
+    attention by torch's own function.
 
-    Raises EnvironmentUnfit where the library, or the reader of .gguf, is not installed; CheckpointError where it cannot read the path, or
-    would fill in weights that are not there.
+    Raises EnvironmentUnfit where the library, or the reader of .gguf, is not installed;
+    CheckpointError where it cannot read the path, or would fill in weights that are not there.
     """
     if not available():
         raise EnvironmentUnfit(
-            f"reading {path} needs transformers, which is not installed", next_step="pip install 'stackproof[hf]', then stack doctor"
+            f"reading {path} needs transformers, which is not installed",
+            next_step="pip install 'stackproof[hf]', then stack doctor",
         )
     if path.suffix == ".gguf" and not reads_gguf():
         raise EnvironmentUnfit(
-            f"reading {path} needs the gguf library, which is not installed", next_step="pip install 'stackproof[gguf]', then stack doctor"
+            f"reading {path} needs the gguf library, which is not installed",
+            next_step="pip install 'stackproof[gguf]', then stack doctor",
         )
     if not path.exists():
-        raise CheckpointError(f"there is nothing at {path}", allowed="a folder of Hugging Face, or a .gguf file")
+        raise CheckpointError(
+            f"there is nothing at {path}", allowed="a folder of Hugging Face, or a .gguf file"
+        )
     try:
         model, report = _read(path)
     except Exception as e:  # whatever it raises, it has not read the model
-        raise CheckpointError(f"transformers cannot read {path}", value=f"{type(e).__name__}: {str(e)[:300]}") from e
+        raise CheckpointError(
+            f"transformers cannot read {path}", value=f"{type(e).__name__}: {str(e)[:300]}"
+        ) from e
     if complaints := _complaints(report):
         raise CheckpointError(
-            f"transformers reads only a part of {path}", value=complaints, next_step="take the folder as it was published"
+            f"transformers reads only a part of {path}",
+            value=complaints,
+            next_step="take the folder as it was published",
         )
     return model.eval()
 
@@ -71,23 +81,34 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     transformers.utils.logging.disable_progress_bar()
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent if file else path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **file
+        path.parent if file else path,
+        dtype=torch.float32,
+        local_files_only=True,
+        output_loading_info=True,
+        **file,
     )
 
 
 def _complaints(report: dict[str, Any]) -> str:
     return "; ".join(
-        f"{kind.replace('_', ' ')} {', '.join(map(str, sorted(found, key=str)))[:200]}" for kind, found in report.items() if found
+        f"{kind.replace('_', ' ')} {', '.join(map(str, sorted(found, key=str)))[:200]}"
+        for kind, found in report.items()
+        if found
     )
 
 
 def witness(folder: Path) -> dict[str, Any]:
-    """What the other library computes from a folder, in float32, and the hashes of the weight files it read."""
+    """What the other library computes from a folder, in float32,
+    and the hashes of the weight files it read.
+    """
     compared = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
     try:
         theirs, report = _read(folder)
     except Exception as e:  # whatever it raises, it has not read the model
-        return {"their_complaints": f"{type(e).__name__}: {str(e)[:300]}", "compared_sha256": compared} | dict.fromkeys(CALLED)
+        return {
+            "their_complaints": f"{type(e).__name__}: {str(e)[:300]}",
+            "compared_sha256": compared,
+        } | dict.fromkeys(CALLED)
     theirs.eval()
     return {
         "their_logits": lambda ids_BT, last: _their_logits(theirs, ids_BT, last),
@@ -99,7 +120,9 @@ def witness(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _their_logits(theirs: Any, ids_BT: Tensor, last: int) -> Tensor:
-    return theirs(input_ids=ids_BT, use_cache=False, logits_to_keep=min(last, ids_BT.shape[1])).logits
+    return theirs(
+        input_ids=ids_BT, use_cache=False, logits_to_keep=min(last, ids_BT.shape[1])
+    ).logits
 
 
 @torch.no_grad()
@@ -118,7 +141,9 @@ def own(model: Transformer) -> dict[str, Any]:
     """The model's side of the comparison."""
     return {
         "our_logits": lambda ids_BT, last: our_logits(model, ids_BT, last),
-        "our_continuation": lambda prompt, n_new: generate(model, prompt, max_new_tokens=n_new, temperature=0.0),
+        "our_continuation": lambda prompt, n_new: generate(
+            model, prompt, max_new_tokens=n_new, temperature=0.0
+        ),
         "max_seq_len": model.cfg.max_seq_len,
         "vocab_size": model.vocab_size,
     }

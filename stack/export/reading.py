@@ -1,4 +1,6 @@
-"""Reading a folder of Hugging Face: config.json and safetensors, one file or many, every tensor accounted for. Never a pickle."""
+"""Reading a folder of Hugging Face: config.json and safetensors, one file or many, every tensor
+accounted for. Never a pickle.
+"""
 
 import json
 from collections.abc import Mapping
@@ -33,10 +35,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that can be read: its configuration in our words, and the place of every tensor by its plain name.
+    """A folder that can be read: its configuration in our words,
+    and the place of every tensor by its plain name.
 
-    `aside` are keys of training in config.json that were not taken over, `renamed` counts tensors that lie under another name or are of
-    no use.
+    `aside` are keys of training in config.json that were not taken over, `renamed` counts tensors
+    that lie under another name or are of no use.
     """
 
     path: Path
@@ -55,9 +58,11 @@ class Folder:
 
 
 def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
-    """Read config.json and the headers of all weight files; `max_seq_len` takes a shorter context than the folder declares.
+    """Read config.json and the headers of all weight files; `max_seq_len` takes a shorter context
+    than the folder declares.
 
-    Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for a model that cannot be computed here.
+    Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for a model
+    that cannot be computed here.
     """
     document = read_json(path / "config.json")
     kind = names.kind_of(document)
@@ -68,14 +73,19 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     for file in _weight_files(path):
         for name, place in _places(file).items():
             if name in places:
-                raise CheckpointError(f"tensor {name} is there twice", value=f"{places[name].file.name} and {file.name}")
+                raise CheckpointError(
+                    f"tensor {name} is there twice",
+                    value=f"{places[name].file.name} and {file.name}",
+                )
             places[name] = place
     if not any(n.startswith(kind.base) for n in places):
         head = kind.modules["head"]
         places = {n if n.startswith(head) else kind.base + n: p for n, p in places.items()}
     renamed = sum(n != p.name or bool(names.DERIVED.search(n)) for n, p in places.items())
     places = {n: p for n, p in places.items() if not names.DERIVED.search(n)}
-    return Folder(path, document, kind, cfg, names.vocabulary_of(document), tuple(aside), places, renamed)
+    return Folder(
+        path, document, kind, cfg, names.vocabulary_of(document), tuple(aside), places, renamed
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,7 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError) as e:
         raise CheckpointError(
-            f"cannot read {path}: {e}", allowed="a folder with config.json and safetensors", next_step="give the folder of a model"
+            f"cannot read {path}: {e}",
+            allowed="a folder with config.json and safetensors",
+            next_step="give the folder of a model",
         ) from e
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds no table")
@@ -98,14 +110,19 @@ def _shortened(cfg: ModelConfig, max_seq_len: int) -> ModelConfig:
             value=f"--max-seq-len {max_seq_len}",
             allowed=f"2 to {cfg.max_seq_len}, and only for rotary positions",
         )
-    attention = cfg.attention.model_copy(update=names.within_context({"window": cfg.attention.window}, max_seq_len))
+    attention = cfg.attention.model_copy(
+        update=names.within_context({"window": cfg.attention.window}, max_seq_len)
+    )
     return cfg.model_copy(update={"max_seq_len": max_seq_len, "attention": attention})
 
 
 def _weight_files(path: Path) -> list[Path]:
     index, single = path / names.INDEX, path / "model.safetensors"
     if index.is_file() and single.is_file():
-        raise CheckpointError(f"{path} holds one weight file and an index of many", next_step="remove the one that is not meant")
+        raise CheckpointError(
+            f"{path} holds one weight file and an index of many",
+            next_step="remove the one that is not meant",
+        )
     if single.is_file():
         return [single]
     if index.is_file():
@@ -116,9 +133,15 @@ def _weight_files(path: Path) -> list[Path]:
             f"the weights in {path} are pickles",
             value=", ".join(pickles),
             allowed="safetensors: loading a pickle can run foreign code",
-            next_step="convert them where you trust them: model.save_pretrained(DIR) of transformers writes safetensors",
+            next_step=(
+                "convert them where you trust them: model.save_pretrained(DIR) of transformers "
+                "writes safetensors"
+            ),
         )
-    raise CheckpointError(f"there are no weights in {path}", allowed=f"model.safetensors, or {names.INDEX} with its files")
+    raise CheckpointError(
+        f"there are no weights in {path}",
+        allowed=f"model.safetensors, or {names.INDEX} with its files",
+    )
 
 
 def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
@@ -126,10 +149,15 @@ def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
     files = sorted(set(told.values()))
     for file in files:
         if Path(file).name != file or not (path / file).is_file():
-            raise CheckpointError(f"{names.INDEX} names {file}, which is not in {path}", next_step="fetch the folder again, all of it")
+            raise CheckpointError(
+                f"{names.INDEX} names {file}, which is not in {path}",
+                next_step="fetch the folder again, all of it",
+            )
         held = set(_header(path / file).tensors)
         if odd := sorted(held ^ {n for n, f in told.items() if f == file}):
-            raise CheckpointError(f"{file} and {names.INDEX} disagree on {odd[0]}", value=f"{len(odd)} tensors")
+            raise CheckpointError(
+                f"{file} and {names.INDEX} disagree on {odd[0]}", value=f"{len(odd)} tensors"
+            )
     return [path / file for file in files]
 
 
@@ -145,7 +173,10 @@ def _places(file: Path) -> dict[str, Place]:
     for name, entry in _header(file).tensors.items():
         plain = plain_name(name)
         if plain in places:
-            raise CheckpointError(f"{file} holds {plain} twice, under two prefixes", value=f"{places[plain].name} and {name}")
+            raise CheckpointError(
+                f"{file} holds {plain} twice, under two prefixes",
+                value=f"{places[plain].name} and {name}",
+            )
         places[plain] = Place(file, name, entry.dtype, entry.shape)
     return places
 
@@ -153,7 +184,8 @@ def _places(file: Path) -> dict[str, Place]:
 def load_weights(folder: Folder) -> Transformer:
     """The model with the folder's weights, float32. One tensor at a time is in memory besides it.
 
-    Raises CheckpointError naming tensors that are missing, unexpected, of another shape or type, or not finite.
+    Raises CheckpointError naming tensors that are missing, unexpected, of another shape or type,
+    or not finite.
     """
     with torch.device("meta"):
         model = Transformer(folder.cfg, folder.vocab_size)
@@ -170,7 +202,9 @@ def load_weights(folder: Folder) -> Transformer:
 
 
 def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, Place]:
-    """Drop a stored head that repeats the embedding it is tied to. Raises CheckpointError if it is another."""
+    """Drop a stored head that repeats the embedding it is tied to.
+    Raises CheckpointError if it is another.
+    """
     head, embed = (f"{folder.kind.modules[m]}.weight" for m in ("head", "embed"))
     if not folder.cfg.tied_head or head not in places or embed not in places:
         return places
@@ -179,7 +213,10 @@ def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, 
             f"config.json ties {head} to {embed}, and the file holds two different tensors",
             value=f"{places[head].file.name}",
             allowed="equal tensors, one tensor, or a configuration that does not tie them",
-            next_step="ask its publisher which head is meant; with the wrong one the model writes gibberish",
+            next_step=(
+                "ask its publisher which head is meant; with the wrong one the model writes "
+                "gibberish"
+            ),
         )
     return {n: p for n, p in places.items() if n != head}
 
@@ -187,7 +224,9 @@ def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, 
 def _require_same_names(expected: set[str], given: set[str], folder: Folder) -> None:
     if missing := sorted(expected - given):
         raise CheckpointError(
-            f"{folder.path} lacks {missing[0]}", value=f"{len(missing)} tensors missing", allowed=f"{len(expected)} tensors by config.json"
+            f"{folder.path} lacks {missing[0]}",
+            value=f"{len(missing)} tensors missing",
+            allowed=f"{len(expected)} tensors by config.json",
         )
     if strange := sorted(given - expected):
         raise CheckpointError(
@@ -198,12 +237,20 @@ def _require_same_names(expected: set[str], given: set[str], folder: Folder) -> 
 
 
 @torch.no_grad()
-def _fill(live: Mapping[str, Tensor], row: Row, place: Place, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _fill(
+    live: Mapping[str, Tensor], row: Row, place: Place, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     if place.shape != (wanted := their_shape(row, shapes)):
-        raise CheckpointError(f"tensor {row.theirs} has another shape than config.json says", value=place.shape, allowed=wanted)
+        raise CheckpointError(
+            f"tensor {row.theirs} has another shape than config.json says",
+            value=place.shape,
+            allowed=wanted,
+        )
     tensor = read_tensor(place)
     if not tensor.isfinite().all():
-        raise CheckpointError(f"tensor {row.theirs} holds values that are not finite", value=place.file.name)
+        raise CheckpointError(
+            f"tensor {row.theirs} holds values that are not finite", value=place.file.name
+        )
     for name, part in to_ours(row, tensor, shapes).items():
         live[name].copy_(part)
 
@@ -212,8 +259,14 @@ def read_tensor(place: Place) -> Tensor:
     """One tensor as float32."""
     if place.dtype not in READABLE:
         raise CheckpointError(
-            f"tensor {place.name} is of type {place.dtype}", allowed=", ".join(READABLE), next_step="take the weights before quantisation"
+            f"tensor {place.name} is of type {place.dtype}",
+            allowed=", ".join(READABLE),
+            next_step="take the weights before quantisation",
         )
     stored = np.array(tensorfile.memmap(place.file, place.name))
-    tensor = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16) if place.dtype == "BF16" else torch.from_numpy(stored)
+    tensor = (
+        torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+        if place.dtype == "BF16"
+        else torch.from_numpy(stored)
+    )
     return tensor.float()

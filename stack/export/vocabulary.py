@@ -1,14 +1,28 @@
-"""Tokenizers on their way out and in: the other library's file must give the same ids, and every id of a model must stand for something."""
+"""Tokenizers on their way out and in: the other library's file must give the same ids, and every id
+of a model must stand for something.
+"""
 
 import json
 from pathlib import Path
 from typing import Any, assert_never
 
 from spec.errors import DataError
-from stack.data.tokenizer import END_OF_TEXT, HARD_TEXTS, Bpe, Bytes, Chars, Tokenizer, _byte_alphabet, load_tokenizer
+from stack.data.tokenizer import (
+    END_OF_TEXT,
+    HARD_TEXTS,
+    Bpe,
+    Bytes,
+    Chars,
+    Tokenizer,
+    _byte_alphabet,
+    load_tokenizer,
+)
 
 RESERVED = "<|reserved_{}|>"
-PLAIN_TEXTS = ("The quick brown fox jumps over the lazy dog.", "Two  spaces, a\ttab,\nand 3.14 (of 42) lines: isn't it?")
+PLAIN_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Two  spaces, a\ttab,\nand 3.14 (of 42) lines: isn't it?",
+)
 
 
 def eos_token(tokenizer: Tokenizer) -> str:
@@ -25,14 +39,20 @@ def to_library(tokenizer: Tokenizer) -> Any:
         case Bpe():
             made = _copy(tokenizer.inner)
         case Bytes():
-            made = _of_pieces({c: b for b, c in _byte_alphabet().items()}, tokenizer.eos_id, by_bytes=True)
+            made = _of_pieces(
+                {c: b for b, c in _byte_alphabet().items()}, tokenizer.eos_id, by_bytes=True
+            )
         case Chars():
             made = _of_pieces(dict(tokenizer.ids), tokenizer.eos_id, by_bytes=False)
         case other:
             assert_never(other)
     for text in HARD_TEXTS:
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).ids:
-            raise DataError(f"a {tokenizer.kind} tokenizer gives other ids in the form of the tokenizers library", value=repr(text[:40]))
+            raise DataError(
+                f"a {tokenizer.kind} tokenizer gives other ids in the form of the tokenizers "
+                "library",
+                value=repr(text[:40]),
+            )
     return made
 
 
@@ -45,7 +65,9 @@ def _copy(inner: Any) -> Any:
 
 
 def _of_pieces(vocabulary: dict[str, int], eos_id: int, *, by_bytes: bool) -> Any:
-    """A vocabulary without merges: each byte, or each known character, is its own id; unknown characters are dropped."""
+    """A vocabulary without merges: each byte, or each known character, is its own id;
+    unknown characters are dropped.
+    """
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Inner
 
@@ -61,15 +83,23 @@ def _of_pieces(vocabulary: dict[str, int], eos_id: int, *, by_bytes: bool) -> An
 def from_file(file: Path, vocab_size: int, end: str | int | None) -> tuple[Tokenizer, list[str]]:
     """The tokenizer of a model with `vocab_size` ids, and what is to be said about it.
 
-    Ids beyond the file's become reserved control tokens, so that each row of the embedding keeps its place. `end` names the token that
-    ends a text, by writing or id; None takes the first known one. Raises DataError naming a tokenizer that cannot be trusted.
+    Ids beyond the file's become reserved control tokens, so that each row of the embedding keeps
+    its place. `end` names the token that ends a text, by writing or id; None takes the first known
+    one. Raises DataError naming a tokenizer that cannot be trusted.
     """
     if not file.is_file():
-        raise DataError(f"there is no {file}", allowed="a tokenizer.json", next_step="give --tokenizer FILE; other formats are not read")
+        raise DataError(
+            f"there is no {file}",
+            allowed="a tokenizer.json",
+            next_step="give --tokenizer FILE; other formats are not read",
+        )
     token = _written(file, end) if isinstance(end, int) else end or ""
     tokenizer, said = load_tokenizer(file, eos_token=token), []
     if isinstance(end, int) and tokenizer.eos_id != end:
-        raise DataError(f"{file} ends texts with id {tokenizer.eos_id}, config.json with {end}", next_step="give --tokenizer FILE")
+        raise DataError(
+            f"{file} ends texts with id {tokenizer.eos_id}, config.json with {end}",
+            next_step="give --tokenizer FILE",
+        )
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{file} has more ids than the model",
@@ -86,7 +116,9 @@ def from_file(file: Path, vocab_size: int, end: str | int | None) -> tuple[Token
 
 
 def _written(file: Path, token_id: int) -> str:
-    """How the token of an id is written; empty for a file of ours, which says itself what ends a text."""
+    """How the token of an id is written; empty for a file of ours,
+    which says itself what ends a text.
+    """
     from tokenizers import Tokenizer as Inner
 
     try:
@@ -96,7 +128,10 @@ def _written(file: Path, token_id: int) -> str:
     except Exception as e:  # the tokenizers library raises bare Exception
         raise DataError(f"{file} is not a tokenizer: {e}", next_step="give --tokenizer FILE") from e
     if token is None:
-        raise DataError(f"config.json ends texts with id {token_id}, which {file} does not have", next_step="give --tokenizer FILE")
+        raise DataError(
+            f"config.json ends texts with id {token_id}, which {file} does not have",
+            next_step="give --tokenizer FILE",
+        )
     return token
 
 
@@ -104,12 +139,26 @@ def _padded(file: Path, tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     from tokenizers import AddedToken
 
     if not isinstance(tokenizer, Bpe):
-        raise DataError(f"{file} has fewer ids than the model", value=f"{tokenizer.vocab_size} ids", allowed=f"{vocab_size}")
+        raise DataError(
+            f"{file} has fewer ids than the model",
+            value=f"{tokenizer.vocab_size} ids",
+            allowed=f"{vocab_size}",
+        )
     inner = _copy(tokenizer.inner)
-    inner.add_special_tokens([AddedToken(RESERVED.format(i), special=True) for i in range(tokenizer.vocab_size, vocab_size)])
+    inner.add_special_tokens(
+        [
+            AddedToken(RESERVED.format(i), special=True)
+            for i in range(tokenizer.vocab_size, vocab_size)
+        ]
+    )
     padded = Bpe(inner, tokenizer.eos_token)
-    if padded.vocab_size != vocab_size or any(inner.id_to_token(i) is None for i in range(vocab_size)):
-        raise DataError(f"{file} leaves ids out, so the rows of the embedding cannot be told apart", value=f"{tokenizer.vocab_size} ids")
+    if padded.vocab_size != vocab_size or any(
+        inner.id_to_token(i) is None for i in range(vocab_size)
+    ):
+        raise DataError(
+            f"{file} leaves ids out, so the rows of the embedding cannot be told apart",
+            value=f"{tokenizer.vocab_size} ids",
+        )
     return padded
 
 
@@ -124,7 +173,11 @@ def _refuse_lossy(file: Path, tokenizer: Tokenizer) -> list[str]:
                 next_step="give --tokenizer FILE; scores per byte would be of another text",
             )
     changed = [t for t in HARD_TEXTS if tokenizer.decode(tokenizer.encode(t).ids) != t]
-    return [f"the tokenizer does not give back {len(changed)} of {len(HARD_TEXTS)} hard texts exactly"] if changed else []
+    return (
+        [f"the tokenizer does not give back {len(changed)} of {len(HARD_TEXTS)} hard texts exactly"]
+        if changed
+        else []
+    )
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -1,3 +1,6 @@
-"""Fast operations, each beside a slow reference with the same arguments; `dispatch` says which one runs and why."""
+"""Fast operations, each beside a slow reference with the same arguments;
+`dispatch` says which one runs and why.
+"""
 
-HEAD_CHUNK_BYTES = 128 * 2**20  # float32 logits that the head holds at a time; more gains nothing, less starves the matrix products
+# float32 logits that the head holds at a time; more gains nothing, less starves the matrix products
+HEAD_CHUNK_BYTES = 128 * 2**20

@@ -1,10 +1,14 @@
-"""Attention on the CPU as products over the whole batch, some queries at a time, forward and backward.
+"""Attention on the CPU as products over the whole batch, some queries at a time,
+forward and backward.
 
-B batch, N query heads, K key/value heads, G = N/K, T queries, S keys, H head_dim, C queries of a chunk, R = G·C rows of a product
+B batch, N query heads, K key/value heads, G = N/K, T queries, S keys, H head_dim, C queries of a
+chunk, R = G·C rows of a product
 
-torch's kernel for the CPU takes one head of one row after another, and its backward also computes what a causal mask hides. Here scores
-of a chunk stay in the cache, and keys that none of its queries sees are left out. Only the inputs are kept for the backward, which
-computes the weights again. The products are one operation to a compiler: it cannot fuse into them, and unrolling them takes it long.
+torch's kernel for the CPU takes one head of one row after another, and its backward also computes
+what a causal mask hides. Here scores of a chunk stay in the cache, and keys that none of its
+queries sees are left out. Only the inputs are kept for the backward, which computes the weights
+again. The products are one operation to a compiler: it cannot fuse into them, and unrolling them
+takes it long.
 """
 
 from collections.abc import Iterator
@@ -23,28 +27,48 @@ SCORES_BYTES = 8 * 2**20
 
 
 def suits(q_BNTH: Tensor, k_BKSH: Tensor) -> bool:
-    """Whether this is the faster way: on the CPU, in full precision without autocast, for long rows."""
+    """Whether this is the faster way: on the CPU, in full precision without autocast,
+    for long rows.
+    """
     (B, N, T, _), K = q_BNTH.shape, max(1, k_BKSH.shape[1])
-    plain = q_BNTH.device.type == "cpu" and q_BNTH.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    plain = (
+        q_BNTH.device.type == "cpu"
+        and q_BNTH.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+    )
     return plain and T >= LEAST_QUERIES and B * N // K >= LEAST_ROWS
 
 
-def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale·q·k)·v over the keys that the mask allows (bool, query by key), or all up to the query's own place if there is none.
+def attention(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask_B1TS: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale·q·k)·v over the keys that the mask allows (bool, query by key), or all up to
+    the query's own place if there is none.
 
-    Query head n reads key/value head n // G; a query that sees no key gives zeros. Float32 or float64, any strides. Returns (B, N, T, H)
-    in that type, laid out as (B, T, N, H). Has no second derivative. Oracle: `stack.kernels.reference.document_attention`.
+    Query head n reads key/value head n // G; a query that sees no key gives zeros. Float32 or
+    float64, any strides. Returns (B, N, T, H) in that type, laid out as (B, T, N, H). Has no second
+    derivative. Oracle: `stack.kernels.reference.document_attention`.
     """
-    return _forward(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale)
+    return _forward(
+        q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale
+    )
 
 
 def _heads_last(x_BNTH: Tensor) -> Tensor:
-    """Fresh memory of this shape, in the order (B, T, N, H). No view: nobody may change a view in place that an operation returns."""
+    """Fresh memory of this shape, in the order (B, T, N, H).
+    No view: nobody may change a view in place that an operation returns.
+    """
     B, N, T, H = x_BNTH.shape
     return x_BNTH.new_empty_strided((B, N, T, H), (T * N * H, H, N * H, 1))
 
 
-@operation("stackproof::chunked_attention", lambda q, k, v, mask, scale: _heads_last(q), derived=True)
+@operation(
+    "stackproof::chunked_attention", lambda q, k, v, mask, scale: _heads_last(q), derived=True
+)
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     (B, K, _, H), G = k.shape, q.shape[1] // k.shape[1]
     (mask, blind), out = _with_sight(mask), _heads_last(q)
@@ -57,10 +81,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
     return out if blind is None else out.masked_fill_(blind, 0)
 
 
-@operation("stackproof::chunked_attention_backward", lambda grad, *qkv: tuple(_heads_last(x) for x in qkv[:3]))
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+@operation(
+    "stackproof::chunked_attention_backward",
+    lambda grad, *qkv: tuple(_heads_last(x) for x in qkv[:3]),
+)
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     (B, K, S, H), G = k.shape, q.shape[1] // k.shape[1]
-    (mask, blind), dq, dk, dv = _with_sight(mask), _heads_last(q), [], []  # of keys and values one (B, S, H) per head
+    # of keys and values one (B, S, H) per head
+    (mask, blind), dq, dk, dv = _with_sight(mask), _heads_last(q), [], []
     if blind is not None:
         grad = grad.masked_fill(blind, 0)
     grad_BKGTH, q_BKGTH, dq_BKGTH = (x.unflatten(1, (K, G)) for x in (grad, q, dq))
@@ -72,7 +102,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
             k_BSH, v_BSH = k[:, h, keys], v[:, h, keys]
             weights_BRS = _weights(q_BRH, k_BSH, bias, scale)
             slope_BRS = torch.bmm(grad_BRH, v_BSH.mT)
-            torch.ops.aten._softmax_backward_data.out(slope_BRS, weights_BRS, -1, q.dtype, grad_input=slope_BRS)
+            torch.ops.aten._softmax_backward_data.out(
+                slope_BRS, weights_BRS, -1, q.dtype, grad_input=slope_BRS
+            )
             dq_BKGTH[:, h, :, queries] = _product(slope_BRS, k_BSH, scale).view(B, G, -1, H)
             dk_BSH = _added(dk_BSH, _product(slope_BRS.mT, q_BRH, scale), keys, S)
             dv_BSH = _added(dv_BSH, torch.bmm(weights_BRS.mT, grad_BRH), keys, S)
@@ -82,7 +114,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 
 
 def _with_sight(mask_B1TS: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask with queries that see no key seeing all, as there is no softmax over nothing; and which they are, (B, 1, T, 1), if any."""
+    """The mask with queries that see no key seeing all, as there is no softmax over nothing; and
+    which they are, (B, 1, T, 1), if any.
+    """
     if mask_B1TS is None or bool((seeing_B1T1 := mask_B1TS.any(-1, keepdim=True)).all()):
         return mask_B1TS, None
     return mask_B1TS | ~seeing_B1T1, ~seeing_B1T1
@@ -106,11 +140,17 @@ def _weights(q_BRH: Tensor, k_BSH: Tensor, bias: Tensor, scale: float) -> Tensor
 
 def _product(a_BMX: Tensor, b_BXN: Tensor, scale: float) -> Tensor:
     """scale·a·b in one pass, (B, M, N)."""
-    return a_BMX.new_empty(*a_BMX.shape[:2], b_BXN.shape[2]).baddbmm_(a_BMX, b_BXN, beta=0, alpha=scale)
+    return a_BMX.new_empty(*a_BMX.shape[:2], b_BXN.shape[2]).baddbmm_(
+        a_BMX, b_BXN, beta=0, alpha=scale
+    )
 
 
-def _chunks(q_BNTH: Tensor, k_BKSH: Tensor, mask_B1TS: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Queries, the range of keys that any of them sees, and 0 or −∞ for the last of these: (C, C), or all, (B, 1, C, keys)."""
+def _chunks(
+    q_BNTH: Tensor, k_BKSH: Tensor, mask_B1TS: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries, the range of keys that any of them sees, and 0 or −∞ for the last of these: (C, C),
+    or all, (B, 1, C, keys).
+    """
     (B, N, T, _), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
     C = QUERIES
     while C > 16 and B * (N // K) * C * S * q_BNTH.element_size() > SCORES_BYTES:
@@ -126,7 +166,11 @@ def _chunks(q_BNTH: Tensor, k_BKSH: Tensor, mask_B1TS: Tensor | None) -> Iterato
         seen_S = seen_TS[start:stop].any(0).nonzero()
         keys = slice(int(seen_S[0]), int(seen_S[-1]) + 1)
         hidden = ~mask_B1TS[:, :, start:stop, keys]
-        yield slice(start, stop), keys, torch.zeros(hidden.shape, dtype=q_BNTH.dtype).masked_fill_(hidden, -torch.inf)
+        yield (
+            slice(start, stop),
+            keys,
+            torch.zeros(hidden.shape, dtype=q_BNTH.dtype).masked_fill_(hidden, -torch.inf),
+        )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,7 +1,9 @@
-"""Clipping by the global gradient norm in three launches, the norm never leaving the device: Triton.
+"""Clipping by the global gradient norm in three launches, the norm never leaving the device:
+Triton.
 
-Squares are summed block by block over all tensors, then the sums are added and the root is taken, then every block is scaled.
-In kernels E numbers of a block, C partial sums. Source: founding note: nanolm.
+Squares are summed block by block over all tensors, then the sums are added and the root is taken,
+then every block is scaled. In kernels E numbers of a block, C partial sums. Source: founding note:
+nanolm.
 """
 
 import torch
@@ -16,26 +18,50 @@ EPS = 1e-6
 
 
 def clip(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale contiguous float32 `gradients` in place by max_norm / (norm + 1e-6) if that is below 1; return their norm, float32, shape ().
+    """Scale contiguous float32 `gradients` in place by max_norm / (norm + 1e-6) if that is below 1;
+    return their norm, float32, shape ().
 
-    A norm below the limit changes no bit. A norm that is not finite is returned as it is and leaves the gradients untouched. The sum has
-    a fixed order. Raises UsageError for other tensors or a limit that is not positive. Oracle: `torch.nn.utils.clip_grad_norm_`.
+    A norm below the limit changes no bit. A norm that is not finite is returned as it is and leaves
+    the gradients untouched. The sum has a fixed order. Raises UsageError for other tensors or a
+    limit that is not positive. Oracle: `torch.nn.utils.clip_grad_norm_`.
     """
     if not max_norm > 0:
         raise UsageError("clip: max_norm", value=max_norm, allowed="above 0")
     tensor_list.check("clip", gradients=gradients)
     if not gradients:
         return torch.zeros(())
-    launch.require("clip", {f"gradients[{i}]": g for i, g in enumerate(gradients)}, (torch.float32,))
+    launch.require(
+        "clip", {f"gradients[{i}]": g for i, g in enumerate(gradients)}, (torch.float32,)
+    )
     table = tensor_list.blocks(tuple(g.numel() for g in gradients), gradients[0].device)
     where = tensor_list.addresses(gradients)
-    partial, norm = (torch.zeros(n, dtype=torch.float32, device=gradients[0].device) for n in (table.n, 1))
+    partial, norm = (
+        torch.zeros(n, dtype=torch.float32, device=gradients[0].device) for n in (table.n, 1)
+    )
     if table.n:
         with launch.on(gradients[0]):
-            squares[(table.n,)](where, table.tensor, table.first, table.count, partial, tensor_list.BLOCK, num_warps=8, **launch.OPTIONS)
+            squares[(table.n,)](
+                where,
+                table.tensor,
+                table.first,
+                table.count,
+                partial,
+                tensor_list.BLOCK,
+                num_warps=8,
+                **launch.OPTIONS,
+            )
             root[(1,)](partial, norm, table.n, 1024, **launch.OPTIONS)
             scale[(table.n,)](
-                where, table.tensor, table.first, table.count, norm, max_norm, EPS, tensor_list.BLOCK, num_warps=8, **launch.OPTIONS
+                where,
+                table.tensor,
+                table.first,
+                table.count,
+                norm,
+                max_norm,
+                EPS,
+                tensor_list.BLOCK,
+                num_warps=8,
+                **launch.OPTIONS,
             )
     return norm[0]
 

@@ -1,4 +1,6 @@
-"""Cross-entropy of a linear head without ever holding all logits. R rows (tokens), D features, V vocab, C rows of a chunk."""
+"""Cross-entropy of a linear head without ever holding all logits.
+R rows (tokens), D features, V vocab, C rows of a chunk.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,17 +26,21 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     by_onednn: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of −log p(label) in nats, and z_loss · the sum of log normalisers squared, over labels that are not `ignore_index`.
+    """Sum of −log p(label) in nats, and z_loss · the sum of log normalisers squared, over labels
+    that are not `ignore_index`.
 
-    Both are float32 (float64 for float64), shape (). Rows go through one buffer, a chunk at a time. It holds logits, then probabilities,
-    then the gradient; both gradients are therefore complete when the forward ends. Products run in the autocast type, those in float32
-    on the CPU `by_onednn` if wanted; the rest runs in float32.
-    Idea: github.com/linkedin/Liger-Kernel. Oracle: `stack.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside
-    the vocabulary, on the CPU.
+    Both are float32 (float64 for float64), shape (). Rows go through one buffer, a chunk at a time.
+    It holds logits, then probabilities, then the gradient; both gradients are therefore complete
+    when the forward ends. Products run in the autocast type, those in float32 on the CPU
+    `by_onednn` if wanted; the rest runs in float32.
+    Idea: github.com/linkedin/Liger-Kernel. Oracle: `stack.kernels.reference.linear_cross_entropy`.
+    Raises UsageError for a label outside the vocabulary, on the CPU.
     """
     if not labels_R.is_cuda and len(labels_R):
         _refuse_strangers(labels_R, len(weight_VD), ignore_index)
-    return _LinearCrossEntropy.apply(x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss, by_onednn))
+    return _LinearCrossEntropy.apply(
+        x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss, by_onednn)
+    )
 
 
 def _refuse_strangers(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -57,8 +63,10 @@ class _Rule:
 
 @dataclass(frozen=True)
 class Products:
-    """How the head multiplies: a chunk's logits; its part of the gradient of x, into given memory; its part of the head's gradient, added
-    to a sum (None: it begins one); and the head's gradient (V, D), which that sum stands for. Of the buffer it uses one part in `share`."""
+    """How the head multiplies: a chunk's logits; its part of the gradient of x, into given memory;
+    its part of the head's gradient, added to a sum (None: it begins one); and the head's gradient
+    (V, D), which that sum stands for. Of the buffer it uses one part in `share`.
+    """
 
     logits: Callable[[Tensor, Tensor], Tensor]
     input_gradient: Callable[[Tensor, Tensor, Tensor], None]
@@ -69,9 +77,13 @@ class Products:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, rule: _Rule
+    ) -> tuple[Tensor, Tensor]:
         kind = x_RD.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
+        ctx.dtype = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
+        )
         ctx.rule, ctx.wanted = rule, ctx.needs_input_grad[:2]
         sums, ctx.gradients = _run(x_RD, weight_VD, labels_R, rule, ctx.dtype, ctx.wanted)
         ctx.save_for_backward(*((x_RD, weight_VD, labels_R) if rule.z_loss else ()))
@@ -80,19 +92,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, z_scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, scale: Tensor, z_scale: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of this loss were already taken; run the forward again")
+            raise RuntimeError(
+                "the gradients of this loss were already taken; run the forward again"
+            )
         if ctx.rule.z_loss and not torch.equal(scale, z_scale):
-            gradients = _run(*ctx.saved_tensors, ctx.rule, ctx.dtype, ctx.wanted, float(scale), float(z_scale))[1]
+            gradients = _run(
+                *ctx.saved_tensors, ctx.rule, ctx.dtype, ctx.wanted, float(scale), float(z_scale)
+            )[1]
             scale = torch.ones_like(scale)
-        grads = [None if g is None else _scaled(g, scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes)]
+        grads = [
+            None if g is None else _scaled(g, scale).to(dtype)
+            for g, dtype in zip(gradients, ctx.dtypes)
+        ]
         return grads[0], grads[1], None, None
 
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """Times a number that is not rounded to the gradient's type first, as `mul_` on a GPU rounds it."""
+    """Times a number that is not rounded to the gradient's type first,
+    as `mul_` on a GPU rounds it.
+    """
     return gradient.mul_(scale) if gradient.dtype.itemsize >= 4 else gradient.float().mul_(scale)
 
 
@@ -106,13 +129,21 @@ def _run(
     scale: float = 1.0,
     z_scale: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Both sums (2,), and the gradients of scale·nats + z_scale·z with respect to features and head, where wanted."""
+    """Both sums (2,), and the gradients of scale·nats + z_scale·z with respect to
+    features and head, where wanted.
+    """
     kept_R = labels_R != rule.ignore_index
     target_R, wide = labels_R.where(kept_R, 0), torch.promote_types(dtype, torch.float32)
     with torch.autocast(x_RD.device.type, enabled=False), torch.no_grad():
         x_RD, weight_VD = x_RD.to(dtype), weight_VD.to(dtype)
-        grad_x = torch.empty_like(x_RD, memory_format=torch.contiguous_format) if wanted[0] else None
-        products = ONEDNN if rule.by_onednn and x_RD.device.type == "cpu" and dtype == torch.float32 else TORCH
+        grad_x = (
+            torch.empty_like(x_RD, memory_format=torch.contiguous_format) if wanted[0] else None
+        )
+        products = (
+            ONEDNN
+            if rule.by_onednn and x_RD.device.type == "cpu" and dtype == torch.float32
+            else TORCH
+        )
         head_sum = None
         sums = torch.zeros(2, dtype=wide, device=x_RD.device)
         for rows in chunks(len(x_RD), products.share * len(weight_VD)):
@@ -132,7 +163,10 @@ def _run(
                     head_sum = products.add_head_gradient(head_sum, grad_CV, x_RD[rows])
     if head_sum is not None:
         return sums, (grad_x, products.head_gradient(head_sum))
-    return sums, (grad_x, torch.zeros(weight_VD.shape, dtype=wide, device=x_RD.device) if wanted[1] else None)
+    return sums, (
+        grad_x,
+        torch.zeros(weight_VD.shape, dtype=wide, device=x_RD.device) if wanted[1] else None,
+    )
 
 
 def chunks(n_rows: int, vocab_size: int) -> list[slice]:
@@ -163,7 +197,9 @@ def _cap(logits_CV: Tensor, softcap: float) -> Tensor:
 
 
 def _to_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into probabilities in place; returns −log p of the targets, exact also where p underflows, and log normalisers, (C,)."""
+    """Turn logits into probabilities in place; returns −log p of the targets, exact also where p
+    underflows, and log normalisers, (C,).
+    """
     chosen_C = logits_CV.gather(1, target_C[:, None])[:, 0]
     top_C = logits_CV.amax(1)
     torch.ops.aten._softmax.out(logits_CV, 1, False, out=logits_CV)
@@ -172,9 +208,16 @@ def _to_probabilities(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tens
 
 
 def _to_gradient(
-    probs_CV: Tensor, target_C: Tensor, kept_C: Tensor, z_factor_C: Tensor | None, scale: float, slope_CV: Tensor | None
+    probs_CV: Tensor,
+    target_C: Tensor,
+    kept_C: Tensor,
+    z_factor_C: Tensor | None,
+    scale: float,
+    slope_CV: Tensor | None,
 ) -> None:
-    """Turn probabilities into the gradient of scale·nats + z with respect to the logits, in place."""
+    """Turn probabilities into the gradient of scale·nats + z with respect to the logits,
+    in place.
+    """
     if z_factor_C is not None:
         probs_CV.mul_((scale + z_factor_C)[:, None])
     probs_CV.scatter_add_(1, target_C[:, None], probs_CV.new_full((len(target_C), 1), -scale))
@@ -193,9 +236,20 @@ def _add_head_gradient(sum_VD: Tensor | None, grad_CV: Tensor, x_CD: Tensor) -> 
     wide = torch.promote_types(grad_CV.dtype, torch.float32)
     if sum_VD is None:
         sum_VD = torch.zeros(grad_CV.shape[1], x_CD.shape[1], dtype=wide, device=x_CD.device)
-    return sum_VD.addmm_(grad_CV.T, x_CD) if grad_CV.dtype == wide else sum_VD.add_(grad_CV.T @ x_CD)
+    return (
+        sum_VD.addmm_(grad_CV.T, x_CD) if grad_CV.dtype == wide else sum_VD.add_(grad_CV.T @ x_CD)
+    )
 
 
 # `_logits` is looked up at each call: the museum puts another in its place.
-TORCH = Products(lambda x_CD, weight_VD: _logits(x_CD, weight_VD), _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD, 1)
-ONEDNN = Products(onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient, 2)  # few rows do
+TORCH = Products(
+    lambda x_CD, weight_VD: _logits(x_CD, weight_VD),
+    _input_gradient,
+    _add_head_gradient,
+    lambda sum_VD: sum_VD,
+    1,
+)
+# few rows do
+ONEDNN = Products(
+    onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient, 2
+)

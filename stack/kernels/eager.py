@@ -1,7 +1,9 @@
-"""Element-wise operations in plain torch, with derivatives written out so that few passes over memory and few saved tensors are left.
+"""Element-wise operations in plain torch, with derivatives written out so that few passes over
+memory and few saved tensors are left.
 
-A compiler that traces them gets the bare formula instead: it fuses passes itself. Where no gradient is wanted, the forward is called
-without a node for the backward, which costs as much as its arithmetic on one token.
+A compiler that traces them gets the bare formula instead: it fuses passes itself. Where no gradient
+is wanted, the forward is called without a node for the backward, which costs as much as its
+arithmetic on one token.
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
 
@@ -16,8 +18,11 @@ from torch.autograd.function import once_differentiable
 from spec.errors import UsageError
 
 
-def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """x / √(mean(x²) + eps) · weight over the last axis; with a residual, that of x + residual, and this sum as a second result.
+def rms_norm(
+    x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / √(mean(x²) + eps) · weight over the last axis; with a residual, that of x + residual, and
+    this sum as a second result.
 
     Statistics in float32, or float64 for float64 input; results in the dtype of what is normalised.
     """
@@ -34,7 +39,13 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor |
 
 def _normalised(x_BTD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The result, and the root of the mean square, (B, T, 1)."""
-    rms_BT1 = torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True).square_().div_(x_BTD.shape[-1]).add_(eps).sqrt_()
+    rms_BT1 = (
+        torch.linalg.vector_norm(x_BTD, dim=-1, keepdim=True)
+        .square_()
+        .div_(x_BTD.shape[-1])
+        .add_(eps)
+        .sqrt_()
+    )
     return (x_BTD / rms_BT1).mul_(weight_D), rms_BT1
 
 
@@ -58,7 +69,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rope(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
-    """Turn each pair (feature j, feature j + J) by its angle; float32 or wider inside, dtype of the input outside."""
+    """Turn each pair (feature j, feature j + J) by its angle; float32 or wider inside,
+    dtype of the input outside.
+    """
     wide = torch.promote_types(x_BNTH.dtype, torch.float32)
     if torch.compiler.is_compiling():
         a, b = x_BNTH.to(wide).chunk(2, -1)
@@ -113,19 +126,35 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def library_linear_cross_entropy(
-    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int = -100, softcap: float | None = None, z_loss: float = 0.0
+    x_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The same through `torch.nn.functional.linear_cross_entropy` in chunks (torch 2.13 on), which knows neither softcap nor z-loss."""
+    """The same through `torch.nn.functional.linear_cross_entropy` in chunks (torch 2.13 on), which
+    knows neither softcap nor z-loss.
+    """
     if softcap is not None or z_loss:
         got = f"softcap {softcap}, z_loss {z_loss}"
-        raise UsageError("linear_cross_entropy: torch's chunked one has neither", value=got, next_step='choose "torch" or "triton"')
+        raise UsageError(
+            "linear_cross_entropy: torch's chunked one has neither",
+            value=got,
+            next_step='choose "torch" or "triton"',
+        )
     options = torch.nn.LinearCrossEntropyOptions()
-    nats = F.linear_cross_entropy(x_RD, weight_VD, labels_R, reduction="sum", ignore_index=ignore_index, options=options).float()
+    nats = F.linear_cross_entropy(
+        x_RD, weight_VD, labels_R, reduction="sum", ignore_index=ignore_index, options=options
+    ).float()
     return nats, torch.zeros_like(nats)
 
 
 def clip(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale `gradients` in place by max_norm / (norm + 1e-6) if that is below 1 and the norm is finite; return their norm, shape ()."""
+    """Scale `gradients` in place by max_norm / (norm + 1e-6) if that is below 1 and the norm is
+    finite; return their norm, shape ().
+    """
     if not max_norm > 0:
         raise UsageError("clip: max_norm", value=max_norm, allowed="above 0")
     if not gradients:
@@ -148,7 +177,9 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """p -= lr·(m̂/(√v̂ + eps) + weight_decay·p) in place, by passes over lists of tensors; `step` counts from 1."""
+    """p -= lr·(m̂/(√v̂ + eps) + weight_decay·p) in place, by passes over lists of tensors;
+    `step` counts from 1.
+    """
     beta1, beta2 = betas
     torch._foreach_lerp_(first_moments, gradients, 1 - beta1)
     torch._foreach_mul_(second_moments, beta2)
@@ -162,4 +193,8 @@ def adamw(
 
 def why_no_library_linear_cross_entropy() -> str:
     """Empty where torch has the chunked linear cross-entropy."""
-    return "" if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"torch {torch.__version__} has no chunked linear_cross_entropy"
+    return (
+        ""
+        if hasattr(torch.nn, "LinearCrossEntropyOptions")
+        else f"torch {torch.__version__} has no chunked linear_cross_entropy"
+    )

@@ -1,8 +1,10 @@
 """Causal attention in tiles that never holds a row of scores: Triton, forward and backward.
 
-B batch, N query heads, K key/value heads, G = N/K, T queries, S keys, H head_dim, E head_dim padded to a power of two
+B batch, N query heads, K key/value heads, G = N/K, T queries, S keys, H head_dim,
+E head_dim padded to a power of two
 
-The kernels are in `flash_attention_kernels`. Source: FlashAttention-2, arXiv:2307.08691; grouped heads: arXiv:2305.13245.
+The kernels are in `flash_attention_kernels`.
+Source: FlashAttention-2, arXiv:2307.08691; grouped heads: arXiv:2305.13245.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from stack.kernels.attention import check_shapes
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, warps that share it, and stages of the pipeline that loads the next ones."""
+    """Queries and keys of a tile, warps that share it, and stages of the pipeline
+    that loads the next ones.
+    """
 
     queries: int
     keys: int
@@ -28,7 +32,8 @@ class Tile:
     stages: int
 
 
-# (bytes per number, padded features) -> forward, dq, dk and dv. Chosen so that few registers spill on sm_80 and sm_90, not by timings.
+# (bytes per number, padded features) -> forward, dq, dk and dv.
+# Chosen so that few registers spill on sm_80 and sm_90, not by timings.
 TILES = {
     (2, 32): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     (2, 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
@@ -42,14 +47,23 @@ TILES = {
 
 
 def attention(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, start_BS: Tensor | None = None, window: int | None = None, scale: float | None = None
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    start_BS: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale·q·k + mask)·v for the last T of S positions; query head n reads key/value head n // G.
+    """softmax(scale·q·k + mask)·v for the last T of S positions;
+    query head n reads key/value head n // G.
 
-    The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where `start_BS` (int64, start[p] <= p) is the first
-    index of each position's document. `scale` is 1/√H unless given. bfloat16, float16 or float32, any strides, H up to 256. Sums in
-    float32; float32 products are not rounded to TF32. Returns (B, N, T, H) in the dtype of the input, laid out as (B, T, N, H). Raises
-    UsageError for shapes or dtypes that do not fit, EnvironmentUnfit where Triton cannot run. Oracle: `stack.kernels.reference.attention`.
+    The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where
+    `start_BS` (int64, start[p] <= p) is the first index of each position's document. `scale` is
+    1/√H unless given. bfloat16, float16 or float32, any strides, H up to 256. Sums in float32;
+    float32 products are not rounded to TF32. Returns (B, N, T, H) in the dtype of the input, laid
+    out as (B, T, N, H). Raises UsageError for shapes or dtypes that do not fit, EnvironmentUnfit
+    where Triton cannot run. Oracle: `stack.kernels.reference.attention`.
     """
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window, max_head_dim=256)
     launch.require("attention", {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH, "start": start_BS})
@@ -59,7 +73,9 @@ def attention(
 
 
 def refuse_broken_dot(x: Tensor) -> None:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers (seen in 3.9)."""
+    """Triton's interpreter multiplies the bit patterns of bfloat16 as if they
+    were integers (seen in 3.9).
+    """
     if x.dtype != torch.bfloat16 or x.is_cuda:
         return
     from triton.runtime.interpreter import InterpreterBuilder
@@ -72,7 +88,9 @@ def refuse_broken_dot(x: Tensor) -> None:
 
 
 class FlashAttention(torch.autograd.Function):
-    """The kernels as one differentiable operation; saves q, k, v, the output and one float32 per query."""
+    """The kernels as one differentiable operation; saves q, k, v,
+    the output and one float32 per query.
+    """
 
     @staticmethod
     def forward(ctx, q_BNTH, k_BKSH, v_BKSH, start_BS, window, scale):
@@ -84,7 +102,13 @@ class FlashAttention(torch.autograd.Function):
             with launch.on(q_BNTH):
                 kernels.forward[(triton.cdiv(T, tile.queries) * B * N,)](
                     *(q_BNTH, k_BKSH, v_BKSH, out_BNTH, lse_BNT, start_BS),
-                    *(q_BNTH.stride(), k_BKSH.stride(), v_BKSH.stride(), out_BNTH.stride(), call.start_stride()),
+                    *(
+                        q_BNTH.stride(),
+                        k_BKSH.stride(),
+                        v_BKSH.stride(),
+                        out_BNTH.stride(),
+                        call.start_stride(),
+                    ),
                     *call.sizes(),
                     **call.options(tile),
                 )
@@ -105,17 +129,45 @@ class FlashAttention(torch.autograd.Function):
         delta_BNT = torch.empty_like(lse_BNT)
         stop_BS = None if start_BS is None else last_readers(start_BS)
         inputs = (q_BNTH, k_BKSH, v_BKSH, grad_BNTH, lse_BNT, delta_BNT, start_BS, stop_BS)
-        strides = (q_BNTH.stride(), k_BKSH.stride(), v_BKSH.stride(), grad_BNTH.stride(), call.start_stride())
+        strides = (
+            q_BNTH.stride(),
+            k_BKSH.stride(),
+            v_BKSH.stride(),
+            grad_BNTH.stride(),
+            call.start_stride(),
+        )
         _, by_query, by_key = call.tiles()
         with launch.on(q_BNTH):
             kernels.row_delta[(triton.cdiv(T, 64) * B * N,)](
-                out_BNTH, grad_BNTH, delta_BNT, out_BNTH.stride(), grad_BNTH.stride(), N, T, H=call.H, E=call.E, M=64, **launch.OPTIONS
+                out_BNTH,
+                grad_BNTH,
+                delta_BNT,
+                out_BNTH.stride(),
+                grad_BNTH.stride(),
+                N,
+                T,
+                H=call.H,
+                E=call.E,
+                M=64,
+                **launch.OPTIONS,
             )
             kernels.backward_q[(triton.cdiv(T, by_query.queries) * B * N,)](
-                *inputs, dq_BNTH, *strides, dq_BNTH.stride(), *call.sizes(), **call.options(by_query)
+                *inputs,
+                dq_BNTH,
+                *strides,
+                dq_BNTH.stride(),
+                *call.sizes(),
+                **call.options(by_query),
             )
             kernels.backward_kv[(triton.cdiv(S, by_key.keys) * B * K,)](
-                *inputs, dk_BKSH, dv_BKSH, *strides, dk_BKSH.stride(), dv_BKSH.stride(), *call.sizes(), **call.options(by_key)
+                *inputs,
+                dk_BKSH,
+                dv_BKSH,
+                *strides,
+                dk_BKSH.stride(),
+                dv_BKSH.stride(),
+                *call.sizes(),
+                **call.options(by_key),
             )
         return dq_BNTH, dk_BKSH, dv_BKSH, None, None, None
 
@@ -136,11 +188,29 @@ class Call:
     documents: tuple[int, int] | None
 
     @classmethod
-    def of(cls, q_BNTH: Tensor, k_BKSH: Tensor, start_BS: Tensor | None, window: int | None, scale: float) -> "Call":
+    def of(
+        cls,
+        q_BNTH: Tensor,
+        k_BKSH: Tensor,
+        start_BS: Tensor | None,
+        window: int | None,
+        scale: float,
+    ) -> "Call":
         N, T, H = q_BNTH.shape[1:]
         K, S = k_BKSH.shape[1:3]
         E = max(32, triton.next_power_of_2(H))
-        return cls(N, N // K, T, S, H, E, q_BNTH.element_size(), window, scale, None if start_BS is None else start_BS.stride())
+        return cls(
+            N,
+            N // K,
+            T,
+            S,
+            H,
+            E,
+            q_BNTH.element_size(),
+            window,
+            scale,
+            None if start_BS is None else start_BS.stride(),
+        )
 
     def tiles(self) -> tuple[Tile, Tile, Tile]:
         return TILES[self.itemsize, self.E]
@@ -153,19 +223,32 @@ class Call:
         return self.N, self.G, self.T, self.S, self.window, self.scale
 
     def options(self, tile: Tile) -> dict:
-        precision = "ieee" if self.itemsize == 4 else "tf32"  # only read where the inputs are float32
-        sizes = {"H": self.H, "E": self.E, "M": tile.queries, "J": tile.keys, "PRECISION": precision}
+        # only read where the inputs are float32
+        precision = "ieee" if self.itemsize == 4 else "tf32"
+        sizes = {
+            "H": self.H,
+            "E": self.E,
+            "M": tile.queries,
+            "J": tile.keys,
+            "PRECISION": precision,
+        }
         return sizes | {"num_warps": tile.warps, "num_stages": tile.stages} | launch.OPTIONS
 
 
 def heads_last(x_BNTH: Tensor) -> Tensor:
-    """Empty, same shape, laid out as (B, T, N, H): what the projections around attention read and write without a copy."""
+    """Empty, same shape, laid out as (B, T, N, H): what the projections around attention read
+    and write without a copy.
+    """
     B, N, T, H = x_BNTH.shape
     return x_BNTH.new_empty(B, T, N, H).transpose(1, 2)
 
 
 def last_readers(start_BS: Tensor) -> Tensor:
-    """For each key one past the last position whose document begins at or before it, (B, S) int32; starts need not be ordered."""
+    """For each key one past the last position whose document begins at or before it, (B, S) int32;
+    starts need not be ordered.
+    """
     earliest_BS = start_BS.flip(1).cummin(1).values.flip(1).contiguous()
-    index_BS = torch.arange(start_BS.shape[1], device=start_BS.device).expand_as(start_BS).contiguous()
+    index_BS = (
+        torch.arange(start_BS.shape[1], device=start_BS.device).expand_as(start_BS).contiguous()
+    )
     return torch.searchsorted(earliest_BS, index_BS, right=True, out_int32=True)

@@ -1,7 +1,8 @@
-"""What every Triton kernel asks before it is launched: a device that can run it, and inputs it was written for.
+"""What every Triton kernel asks before it is launched: a device that can run it,
+and inputs it was written for.
 
-Importing this file does not import triton. Triton's interpreter runs kernels on the CPU, slowly; it has to be asked for with
-TRITON_INTERPRET=1 before triton is first imported by anybody.
+Importing this file does not import triton. Triton's interpreter runs kernels on the CPU, slowly; it
+has to be asked for with TRITON_INTERPRET=1 before triton is first imported by anybody.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ from torch import Tensor
 from spec.errors import EnvironmentUnfit, UsageError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-OPTIONS = {"enable_fp_fusion": True}  # a launch option whose default differs between releases of triton
+# a launch option whose default differs between releases of triton
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def interpreted() -> bool:
@@ -42,12 +44,20 @@ def why_not(device: torch.device | str) -> str:
     return "" if interpreted() else "on the CPU only Triton's interpreter can run it"
 
 
-def require(kernel: str, inputs: dict[str, Tensor | None], dtypes: Iterable[torch.dtype] = FLOATS) -> None:
-    """Refuse numbers of other dtypes, inputs on several devices, or on a device that runs no Triton kernel. Indices are int64."""
+def require(
+    kernel: str, inputs: dict[str, Tensor | None], dtypes: Iterable[torch.dtype] = FLOATS
+) -> None:
+    """Refuse numbers of other dtypes, inputs on several devices, or on a device that runs no Triton
+    kernel. Indices are int64.
+    """
     tensors = {name: x for name, x in inputs.items() if x is not None}
     devices = {x.device for x in tensors.values()}
     if len(devices) != 1:
-        raise UsageError(f"{kernel}: inputs lie on several devices", value=", ".join(sorted(map(str, devices))), allowed="one device")
+        raise UsageError(
+            f"{kernel}: inputs lie on several devices",
+            value=", ".join(sorted(map(str, devices))),
+            allowed="one device",
+        )
     device = devices.pop()
     if reason := why_not(device):
         raise EnvironmentUnfit(
@@ -58,9 +68,15 @@ def require(kernel: str, inputs: dict[str, Tensor | None], dtypes: Iterable[torc
     for name, x in tensors.items():
         if x.dtype not in dtypes and x.dtype != torch.int64:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise UsageError(f"{kernel}: {name} has a dtype the kernel was not written for", value=x.dtype, allowed=allowed)
+            raise UsageError(
+                f"{kernel}: {name} has a dtype the kernel was not written for",
+                value=x.dtype,
+                allowed=allowed,
+            )
 
 
 def on(x: Tensor) -> AbstractContextManager:
-    """Make the device of `x` the current one: triton launches on the current device, whatever its arguments."""
+    """Make the device of `x` the current one: triton launches on the current device,
+    whatever its arguments.
+    """
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

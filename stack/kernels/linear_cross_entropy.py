@@ -1,10 +1,12 @@
-"""Cross-entropy of a linear layer's logits that never holds them all: chunks of rows, each through one reused buffer.
+"""Cross-entropy of a linear layer's logits that never holds them all: chunks of rows,
+each through one reused buffer.
 
 R rows (positions), D d_model, V vocabulary, C rows of a chunk; in kernels E logits of a block
 
-A chunk's logits are written by a matrix product, read by one kernel that leaves their gradient in their place, and read again by the
-products that give the gradients of inputs and weights. All of it happens in the forward, so the backward only scales.
-Sources: Liger Kernel, arXiv:2410.10989; z-loss: arXiv:2204.02311, sec. 5; softcap: arXiv:2408.00118.
+A chunk's logits are written by a matrix product, read by one kernel that leaves their gradient in
+their place, and read again by the products that give the gradients of inputs and weights. All of it
+happens in the forward, so the backward only scales. Sources: Liger Kernel, arXiv:2410.10989;
+z-loss: arXiv:2204.02311, sec. 5; softcap: arXiv:2408.00118.
 """
 
 import torch
@@ -30,12 +32,14 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of −log p(label) in nats over labels that are not `ignore_index`, and z_loss · the sum of log normalisers squared there.
+    """Sum of −log p(label) in nats over labels that are not `ignore_index`, and z_loss · the sum of
+    log normalisers squared there.
 
-    Logits are x·weightᵀ, with a softcap softcap · tanh(logit / softcap). Both results are float32, shape (). Products in the dtype of the
-    inputs (under autocast in its dtype); softmax, sums and the weights' gradient over chunks in float32. Raises UsageError for inputs that
-    do not fit and for labels out of range; on a GPU these end in a device-side assertion, as waiting for the answer would stop the queue.
-    Oracle: `stack.kernels.reference.linear_cross_entropy`.
+    Logits are x·weightᵀ, with a softcap softcap · tanh(logit / softcap). Both results are float32,
+    shape (). Products in the dtype of the inputs (under autocast in its dtype); softmax, sums and
+    the weights' gradient over chunks in float32. Raises UsageError for inputs that do not fit and
+    for labels out of range; on a GPU these end in a device-side assertion, as waiting for the
+    answer would stop the queue. Oracle: `stack.kernels.reference.linear_cross_entropy`.
     """
     launch.require("linear_cross_entropy", {"x": x_RD, "weight": weight_VD, "labels": labels_R})
     check(x_RD, weight_VD, labels_R, ignore_index, softcap, z_loss)
@@ -43,28 +47,59 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(kind):
         x_RD, weight_VD = (y.to(torch.get_autocast_dtype(kind)) for y in (x_RD, weight_VD))
     if x_RD.dtype != weight_VD.dtype:
-        raise UsageError("linear_cross_entropy: dtypes differ", value=f"{x_RD.dtype}, {weight_VD.dtype}", allowed="one dtype, or autocast")
+        raise UsageError(
+            "linear_cross_entropy: dtypes differ",
+            value=f"{x_RD.dtype}, {weight_VD.dtype}",
+            allowed="one dtype, or autocast",
+        )
     return LinearCrossEntropy.apply(x_RD, weight_VD, labels_R, ignore_index, softcap, z_loss)
 
 
-def check(x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, softcap: float | None, z_loss: float) -> None:
+def check(
+    x_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+) -> None:
     """Refuse what is no linear cross-entropy."""
-    fits = x_RD.ndim == weight_VD.ndim == 2 and x_RD.shape[1] == weight_VD.shape[1] and labels_R.shape == x_RD.shape[:1]
+    fits = (
+        x_RD.ndim == weight_VD.ndim == 2
+        and x_RD.shape[1] == weight_VD.shape[1]
+        and labels_R.shape == x_RD.shape[:1]
+    )
     if not fits or labels_R.dtype != torch.int64:
-        got = f"x {tuple(x_RD.shape)}, weight {tuple(weight_VD.shape)}, labels {tuple(labels_R.shape)} {labels_R.dtype}"
-        raise UsageError("linear_cross_entropy: inputs do not fit", value=got, allowed="x (R, D), weight (V, D), labels (R,) torch.int64")
+        got = (
+            f"x {tuple(x_RD.shape)}, weight {tuple(weight_VD.shape)}, labels "
+            f"{tuple(labels_R.shape)} {labels_R.dtype}"
+        )
+        raise UsageError(
+            "linear_cross_entropy: inputs do not fit",
+            value=got,
+            allowed="x (R, D), weight (V, D), labels (R,) torch.int64",
+        )
     if (softcap is not None and softcap <= 0) or z_loss < 0:
         raise UsageError(
-            "linear_cross_entropy: softcap or z_loss", value=f"{softcap}, {z_loss}", allowed="softcap above 0, z_loss at least 0"
+            "linear_cross_entropy: softcap or z_loss",
+            value=f"{softcap}, {z_loss}",
+            allowed="softcap above 0, z_loss at least 0",
         )
     V = len(weight_VD)
     good = ((labels_R == ignore_index) | ((labels_R >= 0) & (labels_R < V))).all()
-    message = f"linear_cross_entropy: a label is neither below the vocabulary's size {V} nor {ignore_index}"
+    message = (
+        f"linear_cross_entropy: a label is neither below the vocabulary's size {V} nor "
+        f"{ignore_index}"
+    )
     if labels_R.is_cuda:
         torch._assert_async(good, message)
     elif not good:
         worst = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= V))][0]
-        raise UsageError(message, value=int(worst), allowed=f"0 to {V - 1}, or {ignore_index} for a position without label")
+        raise UsageError(
+            message,
+            value=int(worst),
+            allowed=f"0 to {V - 1}, or {ignore_index} for a position without label",
+        )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -88,19 +123,31 @@ class LinearCrossEntropy(torch.autograd.Function):
             _, dx_RD, dweight_VD = chunked(*inputs, *ctx.call, factors, ctx.wanted)
             return dx_RD, dweight_VD, None, None, None, None
         dx_RD = None if dx_RD is None else scaled(dx_RD, grad_nats)
-        return dx_RD, None if dweight_VD is None else scaled(dweight_VD, grad_nats), None, None, None, None
+        return (
+            dx_RD,
+            None if dweight_VD is None else scaled(dweight_VD, grad_nats),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether both sums are weighed alike, as in nats + z. Asks the device only where the two are not one tensor already."""
+    """Whether both sums are weighed alike, as in nats + z.
+    Asks the device only where the two are not one tensor already.
+    """
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
 def chunked(
-    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, softcap: float | None, z_loss: float, factors: Tensor,
+    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, softcap: float | None,
+    z_loss: float, factors: Tensor,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Sums of nats and z-loss as (2,) float32, and the gradients of `factors` · sums for inputs and weights, where wanted."""
+    """Sums of nats and z-loss as (2,) float32, and the gradients of `factors` · sums for inputs
+    and weights, where wanted.
+    """
     (R, D), V = x_RD.shape, len(weight_VD)
     C = chunk_rows(R, D, V)
     buffer_CV = x_RD.new_empty(min(C, R), V)
@@ -113,7 +160,14 @@ def chunked(
         torch.mm(x_RD[rows], weight_VD.T, out=logits_CV)
         with launch.on(x_RD):
             softmax_gradient[(len(logits_CV),)](
-                *(logits_CV, labels_R[rows], per_row_2R[0, rows], per_row_2R[1, rows], factors, labels_R.stride(0)),
+                *(
+                    logits_CV,
+                    labels_R[rows],
+                    per_row_2R[0, rows],
+                    per_row_2R[1, rows],
+                    factors,
+                    labels_R.stride(0),
+                ),
                 *(V, ignore_index, softcap, z_loss, any(wanted)),
                 min(BLOCK, triton.next_power_of_2(V)),
                 num_warps=8,
@@ -127,16 +181,22 @@ def chunked(
 
 
 def scaled(x_RD: Tensor, factor: Tensor) -> Tensor:
-    """x · factor in the dtype of x. The factor, often one over a count, is not rounded to that dtype first, as torch's product would."""
+    """x · factor in the dtype of x. The factor, often one over a count, is not rounded to that
+    dtype first, as torch's product would.
+    """
     out_RD = torch.empty_like(x_RD)
     if x_RD.numel():
         with launch.on(x_RD):
-            scale[(triton.cdiv(x_RD.numel(), BLOCK),)](x_RD, factor, out_RD, x_RD.numel(), BLOCK, **launch.OPTIONS)
+            scale[(triton.cdiv(x_RD.numel(), BLOCK),)](
+                x_RD, factor, out_RD, x_RD.numel(), BLOCK, **launch.OPTIONS
+            )
     return out_RD
 
 
 def chunk_rows(R: int, D: int, V: int) -> int:
-    """So many that the buffer is no larger than the inputs are, but enough to keep a matrix product busy."""
+    """So many that the buffer is no larger than the inputs are,
+    but enough to keep a matrix product busy.
+    """
     return max(MIN_CHUNK, triton.next_power_of_2(max(1, R * D // V)))
 
 
@@ -145,7 +205,9 @@ def chunk_rows(R: int, D: int, V: int) -> int:
 
 @triton.jit
 def _capped(logit_E, softcap):
-    """softcap · tanh(logit / softcap), by a form that does not overflow; as it is without a softcap."""
+    """softcap · tanh(logit / softcap), by a form that does not overflow;
+    as it is without a softcap.
+    """
     if softcap is not None:
         logit_E = softcap * (2.0 * tl.sigmoid(2.0 * logit_E / softcap) - 1.0)
     return logit_E
@@ -153,9 +215,12 @@ def _capped(logit_E, softcap):
 
 @triton.jit
 def softmax_gradient(
-    logits, labels, nats, z, factors, label_stride, V, ignore_index, softcap, z_loss, WANTED: tl.constexpr, E: tl.constexpr
+    logits, labels, nats, z, factors, label_stride, V, ignore_index, softcap, z_loss,
+    WANTED: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """One row: its loss and z-loss, and if WANTED the gradient of factors · (loss, z-loss) in the place of its logits."""
+    """One row: its loss and z-loss, and if WANTED the gradient of factors · (loss,
+    z-loss) in the place of its logits.
+    """
     r, e_E = tl.cast(tl.program_id(0), tl.int64), tl.arange(0, E)
     logits += r * V
     label = tl.load(labels + r * label_stride)
@@ -166,7 +231,9 @@ def softmax_gradient(
         at_label = tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32)
         top, total = float("-inf"), 0.0
         for v0 in range(0, V, E):
-            logit_E = _capped(tl.load(logits + v0 + e_E, mask=v0 + e_E < V, other=0.0).to(tl.float32), softcap)
+            logit_E = _capped(
+                tl.load(logits + v0 + e_E, mask=v0 + e_E < V, other=0.0).to(tl.float32), softcap
+            )
             logit_E = tl.where(v0 + e_E < V, logit_E, float("-inf"))
             new = tl.maximum(top, tl.max(logit_E, 0))
             total = total * tl.exp(top - new) + tl.sum(tl.exp(logit_E - new), 0)
@@ -179,8 +246,12 @@ def softmax_gradient(
             of_nats, of_z = tl.load(factors), tl.load(factors + 1) * 2.0 * z_loss * norm
             for v0 in range(0, V, E):
                 inside_E = v0 + e_E < V
-                logit_E = _capped(tl.load(logits + v0 + e_E, mask=inside_E, other=0.0).to(tl.float32), softcap)
-                slope_E = tl.exp(logit_E - norm) * (of_nats + of_z) - tl.where(v0 + e_E == label, of_nats, 0.0)
+                logit_E = _capped(
+                    tl.load(logits + v0 + e_E, mask=inside_E, other=0.0).to(tl.float32), softcap
+                )
+                slope_E = tl.exp(logit_E - norm) * (of_nats + of_z) - tl.where(
+                    v0 + e_E == label, of_nats, 0.0
+                )
                 if softcap is not None:
                     slope_E *= 1.0 - (logit_E / softcap) * (logit_E / softcap)
                 tl.store(logits + v0 + e_E, slope_E.to(logits.dtype.element_ty), mask=inside_E)

@@ -1,4 +1,6 @@
-"""A function of tensors as an operation of torch's registry: one piece to autograd, to a compiler and to a profile."""
+"""A function of tensors as an operation of torch's registry: one piece to autograd,
+to a compiler and to a profile.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +12,12 @@ Function = Callable[..., Any]
 
 
 class Operation:
-    """`name` is "namespace::name". `function` runs on a CPU, changes no input and returns none, nor a view; its annotations are its schema.
+    """`name` is "namespace::name". `function` runs on a CPU, changes no input and returns none, nor
+    a view; its annotations are its schema.
 
-    `torch.library.custom_op` says the same, but imports torch's compiler at the first call, a second and 120 MB. Unless it is `derived`,
-    followed by `derive`, autograd is refused a way through it.
+    `torch.library.custom_op` says the same, but imports torch's compiler at the first call, a
+    second and 120 MB. Unless it is `derived`, followed by `derive`, autograd is refused a way
+    through it.
     """
 
     def __init__(self, name: str, function: Function, fake: Function, derived: bool):
@@ -34,9 +38,16 @@ class Operation:
         torch.library.register_autograd(self.name, backward, setup_context=save, lib=self.library)
 
     def _refused(self, ctx: Any, *gradients: Tensor) -> None:
-        raise RuntimeError(f"{self.name} has no derivative: autograd goes through the operation it belongs to only once")
+        raise RuntimeError(
+            f"{self.name} has no derivative: autograd goes through the operation it belongs to "
+            "only once"
+        )
 
 
-def operation(name: str, fake: Function, *, derived: bool = False) -> Callable[[Function], Operation]:
-    """Decorates the function of an `Operation`; `fake` gives results of the right shapes and strides without values."""
+def operation(
+    name: str, fake: Function, *, derived: bool = False
+) -> Callable[[Function], Operation]:
+    """Decorates the function of an `Operation`; `fake` gives results of the right shapes
+    and strides without values.
+    """
     return lambda function: Operation(name, function, fake, derived)

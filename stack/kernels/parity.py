@@ -2,8 +2,9 @@
 
 python -m stack.kernels.parity [--write]
 
-Without --write it shows the state of each kernel. With it, the parity tests are run (on a GPU if there is one, else in Triton's
-interpreter), and for each kernel whose tests pass the hash of its source is written to `parity.json`. `dispatch` refuses the others.
+Without --write it shows the state of each kernel. With it, the parity tests are run (on a GPU if
+there is one, else in Triton's interpreter), and for each kernel whose tests pass the hash of its
+source is written to `parity.json`. `dispatch` refuses the others.
 """
 
 import argparse
@@ -42,7 +43,9 @@ def source_hash(kernel: str, folder: Path = FOLDER) -> str:
 
 
 def passed(file: Path = FILE) -> dict[str, dict]:
-    """What `parity.json` says: kernel -> sha256, where the tests ran, versions, and the worst relative error per dtype."""
+    """What `parity.json` says: kernel -> sha256, where the tests ran, versions, and the worst
+    relative error per dtype.
+    """
     return json.loads(file.read_text("utf-8")) if file.exists() else {}
 
 
@@ -60,19 +63,33 @@ def why_not(kernel: str, folder: Path = FOLDER, file: Path = FILE) -> str:
 def require(kernel: str) -> None:
     """Refuse a kernel whose source is not the one that passed."""
     if reason := why_not(kernel):
-        raise IntegrityError(f"the Triton kernel {kernel} is not used: {reason}", value=source_hash(kernel), next_step=NEXT_STEP)
+        raise IntegrityError(
+            f"the Triton kernel {kernel} is not used: {reason}",
+            value=source_hash(kernel),
+            next_step=NEXT_STEP,
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m stack.kernels.parity", description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="run the parity tests and write down which kernels passed")
+    parser = argparse.ArgumentParser(
+        prog="python -m stack.kernels.parity", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="run the parity tests and write down which kernels passed",
+    )
     if not parser.parse_args().write:
         for kernel in SOURCES:
             print(f"{kernel:22}{why_not(kernel) or 'passed on ' + passed()[kernel]['passed_on']}")
         return 0
     tests = ROOT / "tests" / "kernels"
     if not tests.is_dir():
-        raise IntegrityError("the parity tests are not here", value=tests, next_step="run this in a checkout of the repository")
+        raise IntegrityError(
+            "the parity tests are not here",
+            value=tests,
+            next_step="run this in a checkout of the repository",
+        )
     entries = {kernel: run(kernel, tests) for kernel in SOURCES}
     good = {kernel: entry for kernel, entry in entries.items() if entry}
     FILE.write_text(json.dumps(good, indent=1, sort_keys=True) + "\n", "utf-8")
@@ -81,19 +98,38 @@ def main() -> int:
 
 
 def run(kernel: str, tests: Path) -> dict | None:
-    """Run a kernel's tests in a process of its own; what to write if all pass. The hash is that of before the run."""
+    """Run a kernel's tests in a process of its own; what to write if all pass.
+    The hash is that of before the run.
+    """
     import torch
 
     before = source_hash(kernel)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter on the CPU"
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "Triton's interpreter on the CPU"
+    )
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "worst.json"
         command = [sys.executable, "-m", "pytest", "-q", str(tests / f"test_{kernel}.py")]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "STACKPROOF_PARITY_OUT": str(errors)})
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "STACKPROOF_PARITY_OUT": str(errors)},
+        )
         if done.returncode != 0:
             return None
-        worst = {dtype: float(f"{error:.1e}") for dtype, error in json.loads(errors.read_text("utf-8")).items()}
-    return {"sha256": before, "passed_on": where, "torch": version("torch"), "triton": version("triton"), "worst": worst}
+        worst = {
+            dtype: float(f"{error:.1e}")
+            for dtype, error in json.loads(errors.read_text("utf-8")).items()
+        }
+    return {
+        "sha256": before,
+        "passed_on": where,
+        "torch": version("torch"),
+        "triton": version("triton"),
+        "worst": worst,
+    }
 
 
 if __name__ == "__main__":

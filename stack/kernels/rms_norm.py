@@ -1,6 +1,8 @@
-"""Root-mean-square normalisation, with the residual sum before it if there is one: Triton, forward and backward.
+"""Root-mean-square normalisation, with the residual sum before it if there is one: Triton,
+forward and backward.
 
-B batch, T tokens, D features, R = B·T rows; in kernels M rows of a tile, E features padded to a power of two, P programs
+B batch, T tokens, D features, R = B·T rows; in kernels M rows of a tile,
+E features padded to a power of two, P programs
 """
 
 import torch
@@ -16,11 +18,15 @@ MAX_FEATURES = 65536
 TILE_NUMBERS = 4096
 
 
-def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """x / √(mean(x²) + eps) · weight over the last axis; with a residual, that of x + residual, and this sum as a second result.
+def rms_norm(
+    x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / √(mean(x²) + eps) · weight over the last axis; with a residual, that of x + residual, and
+    this sum as a second result.
 
-    Statistics and products in float32. Any leading shape and strides; the sum and the result have the dtype that x + residual has.
-    Raises UsageError for shapes or dtypes that do not fit. Oracle: `stack.kernels.reference.rms_norm`. Source: arXiv:1910.07467.
+    Statistics and products in float32. Any leading shape and strides; the sum and the result have
+    the dtype that x + residual has. Raises UsageError for shapes or dtypes that do not fit. Oracle:
+    `stack.kernels.reference.rms_norm`. Source: arXiv:1910.07467.
     """
     launch.require("rms_norm", {"x": x_BTD, "weight": weight_D, "residual": residual_BTD})
     D = x_BTD.shape[-1]
@@ -28,15 +34,26 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor |
         got = f"x {tuple(x_BTD.shape)}, weight {tuple(weight_D.shape)}" + (
             "" if residual_BTD is None else f", residual {tuple(residual_BTD.shape)}"
         )
-        raise UsageError("rms_norm: shapes do not fit", value=got, allowed="weight (D,), residual of the shape of x")
+        raise UsageError(
+            "rms_norm: shapes do not fit",
+            value=got,
+            allowed="weight (D,), residual of the shape of x",
+        )
     if not 0 < D <= MAX_FEATURES:
-        raise UsageError("rms_norm: features", value=D, allowed=f"1 to {MAX_FEATURES}", next_step='dispatch.using(rms_norm="torch")')
+        raise UsageError(
+            "rms_norm: features",
+            value=D,
+            allowed=f"1 to {MAX_FEATURES}",
+            next_step='dispatch.using(rms_norm="torch")',
+        )
     y_BTD, total_BTD = RMSNorm.apply(x_BTD, weight_D, eps, residual_BTD)
     return y_BTD if residual_BTD is None else (y_BTD, total_BTD)
 
 
 class RMSNorm(torch.autograd.Function):
-    """The kernels as one differentiable operation; saves what was normalised, the weight and one float32 per row."""
+    """The kernels as one differentiable operation; saves what was normalised,
+    the weight and one float32 per row.
+    """
 
     @staticmethod
     def forward(ctx, x_BTD, weight_D, eps, residual_BTD):
@@ -77,7 +94,14 @@ class RMSNorm(torch.autograd.Function):
             with launch.on(x_RD):
                 backward[(P,)](
                     *(x_RD, weight_D, rstd_R, grad_y_RD, grad_total_RD, dx_RD, partial_PD),
-                    *(x_RD.stride(), weight_D.stride(0), grad_y_RD.stride(), strides(grad_total_RD), R, D),
+                    *(
+                        x_RD.stride(),
+                        weight_D.stride(0),
+                        grad_y_RD.stride(),
+                        strides(grad_total_RD),
+                        R,
+                        D,
+                    ),
                     *(M, E),
                     num_warps=warps,
                     **launch.OPTIONS,
@@ -99,25 +123,50 @@ def strides(x_RD: Tensor | None) -> tuple[int, int]:
 
 
 def programs(device: torch.device) -> int:
-    """How many programs share the rows of a backward: a few per multiprocessor, each with one partial sum of the weight's gradient."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """How many programs share the rows of a backward: a few per multiprocessor, each with one
+    partial sum of the weight's gradient.
+    """
+    return (
+        4 * torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
 
 
 # ---- kernels
 
 
 @triton.jit
-def forward(x, residual, weight, y, total, rstd, x_stride, residual_stride, weight_stride, R, D, eps, M: tl.constexpr, E: tl.constexpr):
+def forward(
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    rstd,
+    x_stride,
+    residual_stride,
+    weight_stride,
+    R,
+    D,
+    eps,
+    M: tl.constexpr,
+    E: tl.constexpr,
+):
     """One tile of rows."""
     e_E = tl.arange(0, E)
     r_M = tl.cast(tl.program_id(0), tl.int64) * M + tl.arange(0, M)
     inside_ME = (r_M < R)[:, None] & (e_E < D)[None, :]
     at_ME = r_M[:, None] * D + e_E[None, :]
-    x_ME = tl.load(x + r_M[:, None] * x_stride[0] + e_E[None, :] * x_stride[1], mask=inside_ME, other=0.0).to(tl.float32)
+    x_ME = tl.load(
+        x + r_M[:, None] * x_stride[0] + e_E[None, :] * x_stride[1], mask=inside_ME, other=0.0
+    ).to(tl.float32)
     if residual is not None:
-        x_ME += tl.load(residual + r_M[:, None] * residual_stride[0] + e_E[None, :] * residual_stride[1], mask=inside_ME, other=0.0).to(
-            tl.float32
-        )
+        x_ME += tl.load(
+            residual + r_M[:, None] * residual_stride[0] + e_E[None, :] * residual_stride[1],
+            mask=inside_ME,
+            other=0.0,
+        ).to(tl.float32)
         # what is normalised is the sum as it is stored
         rounded_ME = x_ME.to(total.dtype.element_ty)
         tl.store(total + at_ME, rounded_ME, mask=inside_ME)
@@ -125,25 +174,36 @@ def forward(x, residual, weight, y, total, rstd, x_stride, residual_stride, weig
     rstd_M = 1.0 / tl.sqrt(tl.sum(x_ME * x_ME, 1) / D + eps)
     tl.store(rstd + r_M, rstd_M, mask=r_M < R)
     weight_E = tl.load(weight + e_E * weight_stride, mask=e_E < D, other=0.0).to(tl.float32)
-    tl.store(y + at_ME, (x_ME * rstd_M[:, None] * weight_E[None, :]).to(y.dtype.element_ty), mask=inside_ME)
+    tl.store(
+        y + at_ME,
+        (x_ME * rstd_M[:, None] * weight_E[None, :]).to(y.dtype.element_ty),
+        mask=inside_ME,
+    )
 
 
 @triton.jit
 def backward(
-    x, weight, rstd, grad_y, grad_total, dx, partial, x_stride, weight_stride, grad_y_stride, grad_total_stride, R, D,
+    x, weight, rstd, grad_y, grad_total, dx, partial, x_stride, weight_stride, grad_y_stride,
+    grad_total_stride, R, D,
     M: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """Every P-th tile of rows: the gradient of what was normalised, and this program's part of the weight's."""
+    """Every P-th tile of rows: the gradient of what was normalised,
+    and this program's part of the weight's.
+    """
     e_E = tl.arange(0, E)
     weight_E = tl.load(weight + e_E * weight_stride, mask=e_E < D, other=0.0).to(tl.float32)
     sum_ME = tl.zeros((M, E), tl.float32)
     for r0 in range(tl.program_id(0) * M, R, tl.num_programs(0) * M):
         r_M = tl.cast(r0, tl.int64) + tl.arange(0, M)
         inside_ME = (r_M < R)[:, None] & (e_E < D)[None, :]
-        x_ME = tl.load(x + r_M[:, None] * x_stride[0] + e_E[None, :] * x_stride[1], mask=inside_ME, other=0.0).to(tl.float32)
-        grad_ME = tl.load(grad_y + r_M[:, None] * grad_y_stride[0] + e_E[None, :] * grad_y_stride[1], mask=inside_ME, other=0.0).to(
-            tl.float32
-        )
+        x_ME = tl.load(
+            x + r_M[:, None] * x_stride[0] + e_E[None, :] * x_stride[1], mask=inside_ME, other=0.0
+        ).to(tl.float32)
+        grad_ME = tl.load(
+            grad_y + r_M[:, None] * grad_y_stride[0] + e_E[None, :] * grad_y_stride[1],
+            mask=inside_ME,
+            other=0.0,
+        ).to(tl.float32)
         rstd_M = tl.load(rstd + r_M, mask=r_M < R, other=0.0)
         normal_ME = x_ME * rstd_M[:, None]
         sum_ME += grad_ME * normal_ME
@@ -151,7 +211,15 @@ def backward(
         along_M = tl.sum(grad_ME * normal_ME, 1) / D
         dx_ME = (grad_ME - normal_ME * along_M[:, None]) * rstd_M[:, None]
         if grad_total is not None:
-            at_ME = grad_total + r_M[:, None] * grad_total_stride[0] + e_E[None, :] * grad_total_stride[1]
+            at_ME = (
+                grad_total
+                + r_M[:, None] * grad_total_stride[0]
+                + e_E[None, :] * grad_total_stride[1]
+            )
             dx_ME += tl.load(at_ME, mask=inside_ME, other=0.0).to(tl.float32)
-        tl.store(dx + r_M[:, None] * D + e_E[None, :], dx_ME.to(dx.dtype.element_ty), mask=inside_ME)
-    tl.store(partial + tl.cast(tl.program_id(0), tl.int64) * D + e_E, tl.sum(sum_ME, 0), mask=e_E < D)
+        tl.store(
+            dx + r_M[:, None] * D + e_E[None, :], dx_ME.to(dx.dtype.element_ty), mask=inside_ME
+        )
+    tl.store(
+        partial + tl.cast(tl.program_id(0), tl.int64) * D + e_E, tl.sum(sum_ME, 0), mask=e_E < D
+    )

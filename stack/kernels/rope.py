@@ -1,6 +1,8 @@
-"""Rotary positions in one pass: Triton, forward and backward. The backward is the rotation by the opposite angle.
+"""Rotary positions in one pass: Triton, forward and backward.
+The backward is the rotation by the opposite angle.
 
-B batch, N heads, T tokens, H head_dim, J = H/2 rotated pairs; in kernels M tokens of a tile, E pairs padded to a power of two
+B batch, N heads, T tokens, H head_dim, J = H/2 rotated pairs; in kernels M tokens of a tile, E
+pairs padded to a power of two
 """
 
 import torch
@@ -16,19 +18,27 @@ TILE_NUMBERS = 2048
 
 
 def rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (feature j, feature j + H/2) by its position's angle; the half-split pairing of Llama checkpoints.
+    """Turn each pair (feature j, feature j + H/2) by its position's angle;
+    the half-split pairing of Llama checkpoints.
 
-    `cos` and `sin` are (T, J), or (B, 1, T, J) where rows have positions of their own; they get no gradient. Computed in float32, any
-    strides; returns the dtype of `x_BNTH`, laid out as (B, T, N, H). Raises UsageError for shapes or dtypes that do not fit.
-    Oracle: `stack.kernels.reference.rope`. Source: RoFormer, arXiv:2104.09864, sec. 3.4.2.
+    `cos` and `sin` are (T, J), or (B, 1, T, J) where rows have positions of their own; they get no
+    gradient. Computed in float32, any strides; returns the dtype of `x_BNTH`, laid out as (B, T, N,
+    H). Raises UsageError for shapes or dtypes that do not fit. Oracle:
+    `stack.kernels.reference.rope`. Source: RoFormer, arXiv:2104.09864, sec. 3.4.2.
     """
     launch.require("rope", {"x": x_BNTH, "cos": cos, "sin": sin})
     B, _, T, H = x_BNTH.shape
     if cos.shape != sin.shape or tuple(cos.shape) not in ((T, H // 2), (B, 1, T, H // 2)) or H % 2:
         got = f"x {tuple(x_BNTH.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
-        raise UsageError("rope: tables do not fit", value=got, allowed=f"({T}, {H // 2}) or ({B}, 1, {T}, {H // 2}), an even head_dim")
+        raise UsageError(
+            "rope: tables do not fit",
+            value=got,
+            allowed=f"({T}, {H // 2}) or ({B}, 1, {T}, {H // 2}), an even head_dim",
+        )
     if cos.requires_grad or sin.requires_grad:
-        raise UsageError("rope: the tables want a gradient", allowed="tables that follow from the configuration")
+        raise UsageError(
+            "rope: the tables want a gradient", allowed="tables that follow from the configuration"
+        )
     cos_BTJ, sin_BTJ = (table.expand(B, 1, T, H // 2)[:, 0] for table in (cos, sin))
     return Rope.apply(x_BNTH, cos_BTJ, sin_BTJ)
 
@@ -56,7 +66,20 @@ def turned(x_BNTH: Tensor, cos_BTJ: Tensor, sin_BTJ: Tensor, sign: float) -> Ten
     if x_BNTH.numel():
         strides = (x_BNTH.stride(), cos_BTJ.stride(), sin_BTJ.stride(), out_BNTH.stride())
         with launch.on(x_BNTH):
-            rotate[(triton.cdiv(T, M) * B * N,)](x_BNTH, cos_BTJ, sin_BTJ, out_BNTH, *strides, N, T, sign, H // 2, M, E, **launch.OPTIONS)
+            rotate[(triton.cdiv(T, M) * B * N,)](
+                x_BNTH,
+                cos_BTJ,
+                sin_BTJ,
+                out_BNTH,
+                *strides,
+                N,
+                T,
+                sign,
+                H // 2,
+                M,
+                E,
+                **launch.OPTIONS,
+            )
     return out_BNTH
 
 
@@ -65,7 +88,8 @@ def turned(x_BNTH: Tensor, cos_BTJ: Tensor, sin_BTJ: Tensor, sign: float) -> Ten
 
 @triton.jit
 def rotate(
-    x, cos, sin, out, x_stride, cos_stride, sin_stride, out_stride, N, T, sign, J: tl.constexpr, M: tl.constexpr, E: tl.constexpr
+    x, cos, sin, out, x_stride, cos_stride, sin_stride, out_stride, N, T, sign, J: tl.constexpr,
+    M: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
     """One tile of tokens of one head."""
     tiles = tl.cdiv(T, M)
@@ -84,4 +108,8 @@ def rotate(
     sin_ME = tl.load(sin + sin_at_ME, mask=inside_ME, other=0.0).to(tl.float32) * sign
     to_ME = t_M[:, None] * out_stride[2] + e_E[None, :] * out_stride[3]
     tl.store(out + to_ME, (a_ME * cos_ME - b_ME * sin_ME).to(out.dtype.element_ty), mask=inside_ME)
-    tl.store(out + to_ME + J * out_stride[3], (b_ME * cos_ME + a_ME * sin_ME).to(out.dtype.element_ty), mask=inside_ME)
+    tl.store(
+        out + to_ME + J * out_stride[3],
+        (b_ME * cos_ME + a_ME * sin_ME).to(out.dtype.element_ty),
+        mask=inside_ME,
+    )

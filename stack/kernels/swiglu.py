@@ -1,4 +1,5 @@
-"""silu(gate)·up in one pass: Triton, forward and backward. The backward computes silu anew and saves only what came in.
+"""silu(gate)·up in one pass: Triton, forward and backward.
+The backward computes silu anew and saves only what came in.
 
 B batch, T tokens, F d_ff, R = B·T rows; in kernels E features of a block
 """
@@ -16,14 +17,21 @@ BLOCK = 1024
 
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """gate·sigmoid(gate)·up, element by element, computed in float32; shape and dtype of the input, any strides.
+    """gate·sigmoid(gate)·up, element by element, computed in float32; shape and dtype of the input,
+    any strides.
 
-    Raises UsageError if shapes or dtypes differ. Oracle: `stack.kernels.reference.swiglu`. Source: arXiv:2002.05202.
+    Raises UsageError if shapes or dtypes differ. Oracle: `stack.kernels.reference.swiglu`.
+    Source: arXiv:2002.05202.
     """
     launch.require("swiglu", {"gate": gate_BTF, "up": up_BTF})
     if gate_BTF.shape != up_BTF.shape or gate_BTF.dtype != up_BTF.dtype:
-        got = f"gate {tuple(gate_BTF.shape)} {gate_BTF.dtype}, up {tuple(up_BTF.shape)} {up_BTF.dtype}"
-        raise UsageError("swiglu: gate and up do not fit", value=got, allowed="one shape and one dtype")
+        got = (
+            f"gate {tuple(gate_BTF.shape)} {gate_BTF.dtype}, up {tuple(up_BTF.shape)} "
+            f"{up_BTF.dtype}"
+        )
+        raise UsageError(
+            "swiglu: gate and up do not fit", value=got, allowed="one shape and one dtype"
+        )
     return SwiGLU.apply(gate_BTF, up_BTF)
 
 
@@ -37,23 +45,46 @@ class SwiGLU(torch.autograd.Function):
         out_RF = torch.empty_like(gate_RF, memory_format=torch.contiguous_format)
         if out_RF.numel():
             with launch.on(out_RF):
-                forward[grid(out_RF)](gate_RF, up_RF, out_RF, gate_RF.stride(), up_RF.stride(), out_RF.shape[1], BLOCK, **launch.OPTIONS)
+                forward[grid(out_RF)](
+                    gate_RF,
+                    up_RF,
+                    out_RF,
+                    gate_RF.stride(),
+                    up_RF.stride(),
+                    out_RF.shape[1],
+                    BLOCK,
+                    **launch.OPTIONS,
+                )
         return out_RF.view(gate_BTF.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BTF):
         gate_RF, up_RF, grad_RF = rows(*ctx.saved_tensors, grad_BTF)
-        dgate_RF, dup_RF = (torch.empty_like(gate_RF, memory_format=torch.contiguous_format) for _ in range(2))
+        dgate_RF, dup_RF = (
+            torch.empty_like(gate_RF, memory_format=torch.contiguous_format) for _ in range(2)
+        )
         if grad_RF.numel():
             strides = (gate_RF.stride(), up_RF.stride(), grad_RF.stride())
             with launch.on(grad_RF):
-                backward[grid(grad_RF)](gate_RF, up_RF, grad_RF, dgate_RF, dup_RF, *strides, grad_RF.shape[1], BLOCK, **launch.OPTIONS)
+                backward[grid(grad_RF)](
+                    gate_RF,
+                    up_RF,
+                    grad_RF,
+                    dgate_RF,
+                    dup_RF,
+                    *strides,
+                    grad_RF.shape[1],
+                    BLOCK,
+                    **launch.OPTIONS,
+                )
         return dgate_RF.view(grad_BTF.shape), dup_RF.view(grad_BTF.shape)
 
 
 def rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All as matrices of one shape: rows of one block where all are contiguous, else rows of F, copied where strides allow no view."""
+    """All as matrices of one shape: rows of one block where all are contiguous, else rows of F,
+    copied where strides allow no view.
+    """
     flat = tensors[0].numel() % BLOCK == 0 and all(x.is_contiguous() for x in tensors)
     return tuple(x.view(-1, BLOCK) if flat else x.reshape(-1, x.shape[-1]) for x in tensors)
 
@@ -69,20 +100,36 @@ def grid(x_RF: Tensor) -> tuple[int, int]:
 def forward(gate, up, out, gate_stride, up_stride, F, E: tl.constexpr):
     """One block of one row."""
     r, e_E = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1) * E + tl.arange(0, E)
-    gate_E = tl.load(gate + r * gate_stride[0] + e_E * gate_stride[1], mask=e_E < F, other=0.0).to(tl.float32)
-    up_E = tl.load(up + r * up_stride[0] + e_E * up_stride[1], mask=e_E < F, other=0.0).to(tl.float32)
-    tl.store(out + r * F + e_E, (gate_E * tl.sigmoid(gate_E) * up_E).to(out.dtype.element_ty), mask=e_E < F)
+    gate_E = tl.load(gate + r * gate_stride[0] + e_E * gate_stride[1], mask=e_E < F, other=0.0).to(
+        tl.float32
+    )
+    up_E = tl.load(up + r * up_stride[0] + e_E * up_stride[1], mask=e_E < F, other=0.0).to(
+        tl.float32
+    )
+    tl.store(
+        out + r * F + e_E,
+        (gate_E * tl.sigmoid(gate_E) * up_E).to(out.dtype.element_ty),
+        mask=e_E < F,
+    )
 
 
 @triton.jit
 def backward(gate, up, grad, dgate, dup, gate_stride, up_stride, grad_stride, F, E: tl.constexpr):
     """One block of one row."""
     r, e_E = tl.cast(tl.program_id(0), tl.int64), tl.program_id(1) * E + tl.arange(0, E)
-    gate_E = tl.load(gate + r * gate_stride[0] + e_E * gate_stride[1], mask=e_E < F, other=0.0).to(tl.float32)
-    up_E = tl.load(up + r * up_stride[0] + e_E * up_stride[1], mask=e_E < F, other=0.0).to(tl.float32)
-    grad_E = tl.load(grad + r * grad_stride[0] + e_E * grad_stride[1], mask=e_E < F, other=0.0).to(tl.float32)
+    gate_E = tl.load(gate + r * gate_stride[0] + e_E * gate_stride[1], mask=e_E < F, other=0.0).to(
+        tl.float32
+    )
+    up_E = tl.load(up + r * up_stride[0] + e_E * up_stride[1], mask=e_E < F, other=0.0).to(
+        tl.float32
+    )
+    grad_E = tl.load(grad + r * grad_stride[0] + e_E * grad_stride[1], mask=e_E < F, other=0.0).to(
+        tl.float32
+    )
     on_E = tl.sigmoid(gate_E)
     silu_E = gate_E * on_E
     tl.store(dup + r * F + e_E, (grad_E * silu_E).to(dup.dtype.element_ty), mask=e_E < F)
     slope_E = on_E + silu_E * (1.0 - on_E)
-    tl.store(dgate + r * F + e_E, (grad_E * up_E * slope_E).to(dgate.dtype.element_ty), mask=e_E < F)
+    tl.store(
+        dgate + r * F + e_E, (grad_E * up_E * slope_E).to(dgate.dtype.element_ty), mask=e_E < F
+    )

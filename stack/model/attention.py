@@ -1,4 +1,6 @@
-"""Grouped-query attention. B batch, T tokens, S keys, D d_model, N query heads, K key/value heads, H head_dim, J rotated pairs."""
+"""Grouped-query attention. B batch, T tokens, S keys, D d_model, N query heads, K key/value heads,
+H head_dim, J rotated pairs.
+"""
 
 import math
 
@@ -15,16 +17,22 @@ from stack.model.rotary import rotate
 
 
 class Projections(nn.Module):
-    """Queries, keys, values and output; query head n reads key/value head n // (N/K). Source: arXiv:2305.13245.
+    """Queries, keys, values and output; query head n reads key/value head n // (N/K).
+    Source: arXiv:2305.13245.
 
-    `n_parts` is into how many equal parts each query and key head falls; norm and rotation act on a part.
+    `n_parts` is into how many equal parts each query and key head falls;
+    norm and rotation act on a part.
     """
 
     n_parts = 1
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        a, q_width, kv_width = cfg.attention, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+        a, q_width, kv_width = (
+            cfg.attention,
+            cfg.n_heads * cfg.head_dim,
+            cfg.n_kv_heads * cfg.head_dim,
+        )
         self.layer, self.head_dim = layer, cfg.head_dim
         self.q = Linear(cfg.d_model, q_width, bias=a.qkv_bias)
         self.k = Linear(cfg.d_model, kv_width, bias=a.qkv_bias)
@@ -39,7 +47,9 @@ class Projections(nn.Module):
         return x_BTE.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def placed(self, x_BTE: Tensor, norm: RMSNorm | None, reading: Reading) -> Tensor:
-        """Heads of queries or keys, each part normalised if declared and turned by its position: (B, heads, T, H)."""
+        """Heads of queries or keys, each part normalised if declared and turned by its position:
+        (B, heads, T, H).
+        """
         x_BPTE = x_BTE.unflatten(-1, (-1, self.head_dim // self.n_parts)).transpose(1, 2)
         if norm is not None:
             x_BPTE = norm(x_BPTE)
@@ -67,9 +77,11 @@ class SoftmaxAttention(Projections):
 
 
 class DifferentialAttention(Projections):
-    """The difference of two softmax maps: each head's first half of features makes one, its second half the other.
+    """The difference of two softmax maps: each head's first half of features makes one,
+    its second half the other.
 
-    Both maps come from one call with twice the heads; parts are padded with zeros to the width of the values. Source: arXiv:2410.05258.
+    Both maps come from one call with twice the heads; parts are padded with zeros to the width of
+    the values. Source: arXiv:2410.05258.
     """
 
     n_parts = 2
@@ -79,7 +91,9 @@ class DifferentialAttention(Projections):
         half = cfg.head_dim // 2
         self.form, self.lambda_init = cfg.attention.form, 0.8 - 0.6 * math.exp(-0.3 * layer)
         if self.form == "paper":
-            self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (Parameter(half) for _ in range(4))
+            self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+                Parameter(half) for _ in range(4)
+            )
             self.head_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
         else:
             self.lambda_weight = Parameter(1)
@@ -88,7 +102,10 @@ class DifferentialAttention(Projections):
         """Weight of the second map, float32 or wider, shape () or (1,)."""
         if self.form == "scalar":
             return self.lambda_weight
-        first, second = (self.lambda_q1 * self.lambda_k1).sum(), (self.lambda_q2 * self.lambda_k2).sum()
+        first, second = (
+            (self.lambda_q1 * self.lambda_k1).sum(),
+            (self.lambda_q2 * self.lambda_k2).sum(),
+        )
         return first.exp() - second.exp() + self.lambda_init
 
     def forward(self, x_BTD: Tensor, reading: Reading) -> Tensor:
@@ -108,5 +125,7 @@ class DifferentialAttention(Projections):
         return self.out(mixed_BNTH.transpose(1, 2).flatten(2))
 
     def parts(self, x_BNTH: Tensor) -> Tensor:
-        """First halves of all heads, then second halves, each padded with zeros: (B, 2·heads, T, H)."""
+        """First halves of all heads, then second halves, each padded with zeros: (B, 2·heads, T,
+        H).
+        """
         return F.pad(torch.cat(x_BNTH.chunk(2, -1), 1), (0, self.head_dim // 2))

@@ -1,4 +1,6 @@
-"""Keys and values of the tokens already read. B batch, K key/value heads, T new tokens, S tokens so far, H head_dim."""
+"""Keys and values of the tokens already read.
+B batch, K key/value heads, T new tokens, S tokens so far, H head_dim.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +10,9 @@ from stack.config import ModelConfig
 
 
 class LayerCache:
-    """Preallocated keys and values of one layer. A layer that skips tokens holds fewer of them, with their positions and all scores."""
+    """Preallocated keys and values of one layer.
+    A layer that skips tokens holds fewer of them, with their positions and all scores.
+    """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype):
         self.store = torch.zeros(2, *shape, device=device, dtype=dtype)
@@ -17,13 +21,16 @@ class LayerCache:
         self.position_BS: Tensor | None = None
 
     def append(self, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind the filled places; returns all of them, (B, K, S, H) each.
+        """Write new keys and values behind the filled places; returns all of them, (B, K, S,
+        H) each.
 
         Raises UsageError beyond the context length.
         """
         stop, room = self.filled + k_BKTH.shape[2], self.store.shape[3]
         if stop > room:
-            raise UsageError("the cache is full", value=f"{stop} positions", allowed=f"max_seq_len = {room}")
+            raise UsageError(
+                "the cache is full", value=f"{stop} positions", allowed=f"max_seq_len = {room}"
+            )
         self.store[0, :, :, self.filled : stop] = k_BKTH
         self.store[1, :, :, self.filled : stop] = v_BKTH
         self.filled = stop
@@ -34,7 +41,14 @@ class LayerCache:
 class KVCache:
     """The caches of all layers, and how many positions have been read."""
 
-    def __init__(self, cfg: ModelConfig, batch_size: int = 1, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        batch_size: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         shape = (batch_size, cfg.n_kv_heads, cfg.max_seq_len, cfg.head_dim)
         self.layers = [LayerCache(shape, device, dtype) for _ in range(cfg.n_layers)]
         self.length = 0

@@ -1,4 +1,6 @@
-"""torch.compile with nothing left to chance: one graph, the random numbers of eager, and an error where it cannot be built."""
+"""torch.compile with nothing left to chance: one graph, the random numbers of eager, and an error
+where it cannot be built.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +15,11 @@ from stack.model.reading import Report
 def compile_features(model: nn.Module) -> Callable[..., tuple[Tensor, Report]]:
     """`model.features` as one compiled graph over the same parameters, built at its first call.
 
-    No part may be left to Python, and dropout draws what it draws in eager. Raises EnvironmentUnfit when called where it cannot be built.
+    No part may be left to Python, and dropout draws what it draws in eager.
+    Raises EnvironmentUnfit when called where it cannot be built.
     """
-    torch._dynamo.config.suppress_errors = False  # an environment variable can switch it on, and then eager runs without a word
+    # an environment variable can switch it on, and then eager runs without a word
+    torch._dynamo.config.suppress_errors = False
     graph = torch.compile(model.features, fullgraph=True, options={"fallback_random": True})
 
     def features(*arguments: Tensor | None) -> tuple[Tensor, Report]:
@@ -28,7 +32,8 @@ def compile_features(model: nn.Module) -> Callable[..., tuple[Tensor, Report]]:
 @contextmanager
 def building() -> Iterator[None]:
     """Turn what torch raises when it cannot build a graph into EnvironmentUnfit with its reason."""
-    from torch._dynamo.exc import TorchDynamoException  # seconds to import, and only runs that compile need it
+    # seconds to import, and only runs that compile need it
+    from torch._dynamo.exc import TorchDynamoException
 
     try:
         yield

@@ -1,4 +1,6 @@
-"""Which tokens a block changes, and by how much. B batch, T tokens, D d_model, R tokens a block reads, S keys."""
+"""Which tokens a block changes, and by how much.
+B batch, T tokens, D d_model, R tokens a block reads, S keys.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,10 +36,12 @@ class SoftGate(nn.Module):
 
 
 class HardCapacity(nn.Module):
-    """The block reads tokens whose score w·x + b is among the highest share of those so far in their document; others pass by.
+    """The block reads tokens whose score w·x + b is among the highest share of those so far in
+    their document; others pass by.
 
-    Read tokens attend among themselves. No token depends on a later one, so training and generation choose alike; choosing the best of
-    a whole row instead, as the paper does, lets a token's fate depend on what follows it. Source of the idea: arXiv:2404.02258.
+    Read tokens attend among themselves. No token depends on a later one, so training and generation
+    choose alike; choosing the best of a whole row instead, as the paper does, lets a token's fate
+    depend on what follows it. Source of the idea: arXiv:2404.02258.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, capacity_frac: float):
@@ -52,7 +56,8 @@ class HardCapacity(nn.Module):
         n_read = int(read_BT.sum(1).max())
         if n_read == 0:
             return x_BTD
-        index_BR = (~read_BT).sort(dim=1, stable=True).indices[:, :n_read]  # the read ones in order, then fillers that nobody sees
+        # the read ones in order, then fillers that nobody sees
+        index_BR = (~read_BT).sort(dim=1, stable=True).indices[:, :n_read]
         inside_BR = read_BT.gather(1, index_BR)
         at_BRD = index_BR[..., None].expand(-1, -1, x_BTD.shape[-1])
         x_BRD = x_BTD.gather(1, at_BRD)
@@ -63,15 +68,21 @@ class HardCapacity(nn.Module):
 
     @torch.no_grad()
     def rank(self, x_BTD: Tensor) -> Tensor:
-        """Scores to compare, (B, T) float32: summed in float64, so that equal tokens score alike in any shape of batch."""
-        return F.linear(x_BTD.double(), self.router.weight.double(), self.router.bias.double())[..., 0].float()
+        """Scores to compare, (B, T) float32: summed in float64, so that equal tokens score
+        alike in any shape of batch.
+        """
+        return F.linear(x_BTD.double(), self.router.weight.double(), self.router.bias.double())[
+            ..., 0
+        ].float()
 
     def chosen(self, score_BT: Tensor, reading: Reading) -> Tensor:
         """Which of these tokens the block reads, (B, T) bool."""
         n_new = score_BT.shape[1]
         if reading.cache is not None:
             cache = reading.cache.layers[self.layer]
-            score_BT = cache.score_BT = score_BT if cache.score_BT is None else torch.cat((cache.score_BT, score_BT), 1)
+            score_BT = cache.score_BT = (
+                score_BT if cache.score_BT is None else torch.cat((cache.score_BT, score_BT), 1)
+            )
         index_S = torch.arange(score_BT.shape[1], device=score_BT.device)
         earlier_BTS = index_S < index_S[-n_new:, None]
         if reading.start_BT is not None:
@@ -80,7 +91,9 @@ class HardCapacity(nn.Module):
         return n_higher_BT < (self.capacity_frac * (reading.position_BT.double() + 1)).ceil()
 
     def among_read(self, index_BR: Tensor, inside_BR: Tensor, reading: Reading) -> Reading:
-        """The places of the read tokens: their own positions, and as keys only what the block has read."""
+        """The places of the read tokens: their own positions, and as keys
+        only what the block has read.
+        """
         position_BT = reading.position_BT.expand(len(index_BR), -1)
         position_BR = position_BT.gather(1, index_BR)
         place_BT = position_BT if reading.start_BT is None else position_BT + reading.start_BT
@@ -88,13 +101,25 @@ class HardCapacity(nn.Module):
         key_BS = query_BR.where(inside_BR, NEVER)
         if reading.cache is not None:
             cache = reading.cache.layers[self.layer]
-            key_BS = cache.position_BS = key_BS if cache.position_BS is None else torch.cat((cache.position_BS, key_BS), 1)
+            key_BS = cache.position_BS = (
+                key_BS if cache.position_BS is None else torch.cat((cache.position_BS, key_BS), 1)
+            )
         first_BR = query_BR - position_BR
         if reading.window is not None:
             first_BR = first_BR.maximum(query_BR - reading.window + 1)
-        mask_BRS = (key_BS[:, None] <= query_BR[..., None]) & (key_BS[:, None] >= first_BR[..., None])
-        rotary = None if reading.rotary is None else tuple(_rows(t, index_BR) for t in reading.rotary)
-        return replace(reading, position_BT=position_BR, mask_B1TS=mask_BRS[:, None], rotary=rotary, inside_BT=inside_BR)
+        mask_BRS = (key_BS[:, None] <= query_BR[..., None]) & (
+            key_BS[:, None] >= first_BR[..., None]
+        )
+        rotary = (
+            None if reading.rotary is None else tuple(_rows(t, index_BR) for t in reading.rotary)
+        )
+        return replace(
+            reading,
+            position_BT=position_BR,
+            mask_B1TS=mask_BRS[:, None],
+            rotary=rotary,
+            inside_BT=inside_BR,
+        )
 
 
 def _rows(table: Tensor, index_BR: Tensor) -> Tensor:

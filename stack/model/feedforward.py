@@ -10,7 +10,9 @@ from stack.model.reading import Reading
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), no biases. Source: GLU Variants Improve Transformer, arXiv:2002.05202."""
+    """down(silu(gate(x)) · up(x)), no biases.
+    Source: GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()

@@ -1,6 +1,8 @@
-"""Translating a model into another library's words, whichever they are: keys that must all be read, tensors that are joined or turned.
+"""Translating a model into another library's words, whichever they are: keys that must all be read,
+tensors that are joined or turned.
 
-A kind can say a configuration if what it writes reads back as the same. So whatever it has no key for is found, not listed.
+A kind can say a configuration if what it writes reads back as the same.
+So whatever it has no key for is found, not listed.
 """
 
 import json
@@ -27,17 +29,27 @@ class Keys:
         self.left, self.defaults = dict(document), defaults
 
     def take(self, key: str) -> Any:
-        """The value of a key, or what the kind takes where files leave it out. Raises ConfigError for a key that must be there."""
+        """The value of a key, or what the kind takes where files leave it out.
+        Raises ConfigError for a key that must be there.
+        """
         value = self.left.pop(key, self.defaults.get(key, _MISSING))
         if value is _MISSING:
-            raise ConfigError(f"config.json has no {key}", next_step="take the folder as its publisher wrote it")
+            raise ConfigError(
+                f"config.json has no {key}", next_step="take the folder as its publisher wrote it"
+            )
         return value
 
     def number(self, key: str) -> Any:
-        """A number, a truth value or none. Raises ConfigError for anything else, and for a number below 0."""
+        """A number, a truth value or none.
+        Raises ConfigError for anything else, and for a number below 0.
+        """
         value = self.take(key)
         if not isinstance(value, int | float | None) or (value is not None and value < 0):
-            raise ConfigError(f"{key} in config.json is no size", value=repr(value)[:80], allowed="a number from 0")
+            raise ConfigError(
+                f"{key} in config.json is no size",
+                value=repr(value)[:80],
+                allowed="a number from 0",
+            )
         return value
 
     def demand(self, key: str, allowed: Sequence[Any]) -> Any:
@@ -47,23 +59,34 @@ class Keys:
             raise unsaid(key, value, f"{key} = {' or '.join(map(repr, allowed))}")
         return value
 
-    def finish(self, neutral: frozenset[str] = frozenset(), aside: frozenset[str] = frozenset()) -> list[str]:
-        """What was left of `aside`, as text. Raises ConfigError naming a key that nobody read and that is not `neutral`."""
+    def finish(
+        self, neutral: frozenset[str] = frozenset(), aside: frozenset[str] = frozenset()
+    ) -> list[str]:
+        """What was left of `aside`, as text.
+        Raises ConfigError naming a key that nobody read and that is not `neutral`.
+        """
         if strange := sorted(self.left.keys() - neutral - aside):
-            raise unsaid(strange[0], self.left[strange[0]], "keys whose effect on the computation is known")
+            raise unsaid(
+                strange[0], self.left[strange[0]], "keys whose effect on the computation is known"
+            )
         return [f"{k} = {self.left[k]}" for k in sorted(aside & self.left.keys()) if self.left[k]]
 
 
 def unsaid(key: str, value: Any, allowed: str) -> ConfigError:
     """The error for a value of theirs that this model cannot compute."""
     return ConfigError(
-        f"{key} in config.json has no counterpart here", value=repr(value)[:120], allowed=allowed, next_step="take a model without it"
+        f"{key} in config.json has no counterpart here",
+        value=repr(value)[:120],
+        allowed=allowed,
+        next_step="take a model without it",
     )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of theirs and ours: several of ours stand one below the other in it, and it may lie transposed (in, out)."""
+    """One tensor of theirs and ours: several of ours stand one below the other in it, and it may
+    lie transposed (in, out).
+    """
 
     ours: tuple[str, ...]
     theirs: str
@@ -71,11 +94,13 @@ class Row:
 
 
 class Kind:
-    """One architecture: its keys for our sizes, the values it needs, its modules for ours. `{}` stands for a number.
+    """One architecture: its keys for our sizes, the values it needs, its modules for ours.
+    `{}` stands for a number.
 
-    `fixed` are keys with the values under which the computation is ours, written and read; `absent` are only read. `defaults` are what
-    their reader takes for keys that files leave out. `aside` are keys of training without a counterpart. `running` are modules that their
-    library names otherwise in memory than in files.
+    `fixed` are keys with the values under which the computation is ours, written and read; `absent`
+    are only read. `defaults` are what their reader takes for keys that files leave out. `aside` are
+    keys of training without a counterpart. `running` are modules that their library names otherwise
+    in memory than in files.
     """
 
     model_type: ClassVar[str]
@@ -100,7 +125,9 @@ class Kind:
         raise NotImplementedError
 
     def read(self, document: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
-        """Our configuration, and keys of training that were left aside. Raises ConfigError naming the key."""
+        """Our configuration, and keys of training that were left aside.
+        Raises ConfigError naming the key.
+        """
         needed = self.fixed | self.absent
         keys = Keys(document, self.defaults | {k: v[0] for k, v in needed.items()})
         for key, allowed in needed.items():
@@ -116,38 +143,58 @@ class Kind:
             error = e.errors()[0]
             what = ".".join(("model", *map(str, error["loc"]))) + ": " if error["loc"] else ""
             raise ConfigError(
-                f"config.json describes no model: {what}{error['msg'].removeprefix('Value error, ')}", value=str(error["input"])[:80]
+                "config.json describes no model: "
+                f"{what}{error['msg'].removeprefix('Value error, ')}",
+                value=str(error["input"])[:80],
             ) from e
 
     def write(self, cfg: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """Their configuration of a model, without ids of tokens."""
         sizes = {theirs: getattr(cfg, ours) for ours, theirs in self.sizes.items()}
         fixed = {key: allowed[0] for key, allowed in self.fixed.items()}
-        names = {"architectures": [self.architecture], "model_type": self.model_type, "vocab_size": vocab_size}
+        names = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": vocab_size,
+        }
         return names | sizes | fixed | self.words(cfg)
 
     def cannot_say(self, cfg: ModelConfig) -> list[str]:
-        """Keys of our configuration that would be lost, with their values; empty if the kind says all of it."""
+        """Keys of our configuration that would be lost, with their values;
+        empty if the kind says all of it.
+        """
         try:
             told, _ = self.read(self.write(cfg, 2))
         except ConfigError as e:
             return [e.what.removeprefix("config.json describes no model: ")]
-        return _differences(for_inference(cfg).model_dump(), for_inference(told).model_dump(), "model.")
+        return _differences(
+            for_inference(cfg).model_dump(), for_inference(told).model_dump(), "model."
+        )
 
     def rows(self, names: Iterable[str]) -> list[Row]:
-        """Which of our tensors, by name, make which of theirs. Raises ConfigError for one that has no place."""
+        """Which of our tensors, by name, make which of theirs.
+        Raises ConfigError for one that has no place.
+        """
         order = {module: place for place, module in enumerate(self.modules)}
         places: dict[str, list[tuple[int, str]]] = {}
         for name in names:
             module, _, suffix = pattern(name).rpartition(".")
             if module not in order:
-                raise ConfigError(f"{self.architecture} has no place for {name}", allowed=", ".join(self.modules))
+                raise ConfigError(
+                    f"{self.architecture} has no place for {name}", allowed=", ".join(self.modules)
+                )
             theirs = f"{self.modules[module].format(*numbers(name))}.{suffix}"
             places.setdefault(theirs, []).append((order[module], name))
-        return [Row(tuple(n for _, n in sorted(ours)), theirs, self._lies_transposed(theirs)) for theirs, ours in places.items()]
+        return [
+            Row(tuple(n for _, n in sorted(ours)), theirs, self._lies_transposed(theirs))
+            for theirs, ours in places.items()
+        ]
 
     def _lies_transposed(self, theirs: str) -> bool:
-        return theirs.endswith(".weight") and pattern(theirs).removesuffix(".weight") in self.transposed
+        return (
+            theirs.endswith(".weight")
+            and pattern(theirs).removesuffix(".weight") in self.transposed
+        )
 
 
 def for_inference(cfg: ModelConfig) -> ModelConfig:
@@ -160,13 +207,17 @@ def for_inference(cfg: ModelConfig) -> ModelConfig:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what compiling or wrapping puts into it, wherever it stands and however often."""
+    """A tensor's name without what compiling or wrapping puts into it,
+    wherever it stands and however often.
+    """
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def to_theirs(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
     """Their tensor of a row."""
-    joined = torch.cat([tensors[n] for n in row.ours]) if len(row.ours) > 1 else tensors[row.ours[0]]
+    joined = (
+        torch.cat([tensors[n] for n in row.ours]) if len(row.ours) > 1 else tensors[row.ours[0]]
+    )
     return joined.T.contiguous() if row.transposed else joined
 
 
@@ -193,7 +244,9 @@ def numbers(name: str) -> list[str]:
 
 
 def _differences(ours: Any, theirs: Any, at: str) -> list[str]:
-    """Dotted keys with their value here, where two dumped configurations differ; of another type its kind alone."""
+    """Dotted keys with their value here, where two dumped configurations differ;
+    of another type its kind alone.
+    """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return [] if ours == theirs else [f"{at.removesuffix('.')} = {ours}"]
     if ours.get("kind") != theirs.get("kind"):

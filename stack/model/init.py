@@ -1,4 +1,6 @@
-"""All initialisation: one table from parameter name to law, applied with a generator the caller owns."""
+"""All initialisation: one table from parameter name to law,
+applied with a generator the caller owns.
+"""
 
 import fnmatch
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from stack.kernels import dispatch
 
 
 class Linear(nn.Linear):
-    """torch's layer with the product chosen for the device, and without an initialisation of its own: the table below is the only one."""
+    """torch's layer with the product chosen for the device, and without an initialisation of its
+    own: the table below is the only one.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x·weightᵀ + bias over the last axis."""
@@ -35,7 +39,9 @@ def Parameter(width: int) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class InitRow:
-    """Parameters whose name matches `pattern` follow `law`: `normal` with mean 0 and this spread, or `constant` with this value."""
+    """Parameters whose name matches `pattern` follow `law`: `normal` with mean 0 and this spread,
+    or `constant` with this value.
+    """
 
     pattern: str
     law: str
@@ -49,20 +55,44 @@ def init_table(cfg: ModelConfig) -> list[InitRow]:
     branches = "2·n_layers branches add up to init_std (GPT-2, sec. 2.3)"
     return [
         InitRow("*norm.weight", "constant", 1.0, "a norm starts as plain normalisation"),
-        InitRow("*.bias", "constant", 0.0, "no feature is preferred; a gate of depth starts near one half"),
-        InitRow("layers.*.attention.lambda_weight", "constant", 0.5, "the second map counts half (founding note: tinygpt validation)"),
-        InitRow("layers.*.attention.lambda_[qk][12]", "normal", 0.1, "λ starts near λ_init (arXiv:2410.05258)"),
+        InitRow(
+            "*.bias",
+            "constant",
+            0.0,
+            "no feature is preferred; a gate of depth starts near one half",
+        ),
+        InitRow(
+            "layers.*.attention.lambda_weight",
+            "constant",
+            0.5,
+            "the second map counts half (founding note: tinygpt validation)",
+        ),
+        InitRow(
+            "layers.*.attention.lambda_[qk][12]",
+            "normal",
+            0.1,
+            "λ starts near λ_init (arXiv:2410.05258)",
+        ),
         InitRow("layers.*.attention.out.weight", "normal", branch_std, branches),
         InitRow("layers.*.ffn*.down.weight", "normal", branch_std, branches),
         InitRow("layers.*.weight", "normal", cfg.init_std, "input projections and routers"),
-        InitRow("embed.weight", "normal", cfg.init_std, "also the tied head: keeps the first loss near ln V"),
-        InitRow("positions.weight", "normal", cfg.init_std, "as wide as the embedding it is added to"),
+        InitRow(
+            "embed.weight",
+            "normal",
+            cfg.init_std,
+            "also the tied head: keeps the first loss near ln V",
+        ),
+        InitRow(
+            "positions.weight", "normal", cfg.init_std, "as wide as the embedding it is added to"
+        ),
         InitRow("head.weight", "normal", cfg.init_std, "keeps the first loss near ln V"),
     ]
 
 
 def row_of(cfg: ModelConfig, name: str) -> InitRow:
-    """The row that governs a parameter. Raises KeyError for a name no row matches: nothing is initialised by accident."""
+    """The row that governs a parameter.
+    Raises KeyError for a name no row matches: nothing is initialised by accident.
+    """
     for row in init_table(cfg):
         if fnmatch.fnmatchcase(name, row.pattern):
             return row
@@ -71,7 +101,9 @@ def row_of(cfg: ModelConfig, name: str) -> InitRow:
 
 @torch.no_grad()
 def initialise(model: nn.Module, cfg: ModelConfig, generator: torch.Generator) -> None:
-    """Fill every parameter by the table, in the order of `named_parameters`, drawing only from `generator` (CPU)."""
+    """Fill every parameter by the table, in the order of `named_parameters`,
+    drawing only from `generator` (CPU).
+    """
     for name, parameter in model.named_parameters():
         row = row_of(cfg, name)
         match row.law:
@@ -80,7 +112,9 @@ def initialise(model: nn.Module, cfg: ModelConfig, generator: torch.Generator) -
             case "normal":
                 parameter.normal_(0.0, row.value, generator=generator)
             case other:
-                raise ValueError(f"the initialisation table names a law that does not exist: {other}")
+                raise ValueError(
+                    f"the initialisation table names a law that does not exist: {other}"
+                )
     for name, buffer in model.named_buffers():
         if name.endswith("selection_bias"):
             buffer.zero_()

@@ -1,4 +1,6 @@
-"""Mixture of experts. R tokens of a micro-batch in row-major order, D d_model, E experts, k choices per token, L layers."""
+"""Mixture of experts. R tokens of a micro-batch in row-major order, D d_model, E experts,
+k choices per token, L layers.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,29 +14,45 @@ from stack.model.init import Linear
 from stack.model.reading import ExpertLoad, Reading
 
 
-def route(logits_RE: Tensor, top_k: int, selection_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts of each token (R, k) int64, their weights (R, k) and all probabilities (R, E), float32 or wider.
+def route(
+    logits_RE: Tensor, top_k: int, selection_bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts of each token (R, k) int64, their weights (R, k) and all probabilities (R, E),
+    float32 or wider.
 
-    Chosen by probability, plus `selection_bias_E` if there is one, which never enters a weight; of equals the lower id. Weights are
-    the probabilities of the chosen over their sum; with one choice, the probability itself.
+    Chosen by probability, plus `selection_bias_E` if there is one, which never enters a weight; of
+    equals the lower id. Weights are the probabilities of the chosen over their sum; with one
+    choice, the probability itself.
     """
     probs_RE = logits_RE.softmax(-1, dtype=torch.promote_types(logits_RE.dtype, torch.float32))
-    scores_RE = probs_RE.detach() if selection_bias_E is None else probs_RE.detach() + selection_bias_E
+    scores_RE = (
+        probs_RE.detach() if selection_bias_E is None else probs_RE.detach() + selection_bias_E
+    )
     experts_Rk = scores_RE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights_Rk = probs_RE.gather(1, experts_Rk)
-    return experts_Rk, weights_Rk / weights_Rk.sum(-1, keepdim=True) if top_k > 1 else weights_Rk, probs_RE
+    return (
+        experts_Rk,
+        weights_Rk / weights_Rk.sum(-1, keepdim=True) if top_k > 1 else weights_Rk,
+        probs_RE,
+    )
 
 
 def balance(probs_RE: Tensor, experts_Rk: Tensor, row_R: Tensor | None = None) -> Tensor:
-    """E · Σ (share of all choices that went to e)·(mean probability of e), shape (): 1 when even. Source: arXiv:2101.03961, eq. 4.
+    """E · Σ (share of all choices that went to e)·(mean probability of e), shape (): 1 when even.
+    Source: arXiv:2101.03961, eq. 4.
 
-    Taken row by row and averaged over tokens, so that the sum over a step does not depend on how its rows fall into micro-batches.
+    Taken row by row and averaged over tokens, so that the sum over a step does not depend on how
+    its rows fall into micro-batches.
     """
     n_experts, k = probs_RE.shape[1], experts_Rk.shape[1]
     row_R = torch.zeros_like(experts_Rk[:, 0]) if row_R is None else row_R
     n_rows = int(row_R.max()) + 1
-    chosen_BE = torch.bincount((row_R[:, None] * n_experts + experts_Rk).flatten(), minlength=n_rows * n_experts).view(n_rows, n_experts)
-    total_BE = torch.zeros(n_rows, n_experts, dtype=probs_RE.dtype, device=probs_RE.device).index_add(0, row_R, probs_RE)
+    chosen_BE = torch.bincount(
+        (row_R[:, None] * n_experts + experts_Rk).flatten(), minlength=n_rows * n_experts
+    ).view(n_rows, n_experts)
+    total_BE = torch.zeros(
+        n_rows, n_experts, dtype=probs_RE.dtype, device=probs_RE.device
+    ).index_add(0, row_R, probs_RE)
     tokens_B1 = torch.bincount(row_R, minlength=n_rows)[:, None].clamp(min=1)
     return n_experts * (chosen_BE / (k * tokens_B1) * total_BE).sum() / len(row_R)
 
@@ -47,10 +65,12 @@ def dispatch(
     capacity: int | None = None,
     row_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Send each token to its experts and add up weight·expert(token): (y_RD, tokens each expert took (E,), dropped choices ()).
+    """Send each token to its experts and add up weight·expert(token): (y_RD, tokens each expert
+    took (E,), dropped choices ()).
 
-    Each expert runs once on the tokens that chose it. Beyond `capacity` tokens of a row it drops that row's later ones, which add
-    nothing: so no row depends on another, and no token on a later one.
+    Each expert runs once on the tokens that chose it. Beyond `capacity` tokens of a row it drops
+    that row's later ones, which add nothing: so no row depends on another, and no token on a later
+    one.
     """
     k, choice_C = experts_Rk.shape[1], experts_Rk.flatten()
     load_E = torch.bincount(choice_C, minlength=len(experts))
@@ -62,12 +82,16 @@ def dispatch(
         kept_E = torch.bincount(choice_C[order_C], minlength=len(experts))
     y_RD, weight_C = torch.zeros_like(x_RD), weights_Rk.flatten().to(x_RD.dtype)
     for expert, taken in zip(experts, order_C.split(kept_E.tolist())):
-        y_RD = y_RD.index_add(0, taken // k, (expert(x_RD[taken // k]) * weight_C[taken][:, None]).to(x_RD.dtype))
+        y_RD = y_RD.index_add(
+            0, taken // k, (expert(x_RD[taken // k]) * weight_C[taken][:, None]).to(x_RD.dtype)
+        )
     return y_RD, kept_E, (load_E - kept_E).sum()
 
 
 def _place_in_group(expert_C: Tensor, row_C: Tensor) -> Tensor:
-    """How many choices of the same expert and row come before each one, (C,); equal ones stand together."""
+    """How many choices of the same expert and row come before each one, (C,);
+    equal ones stand together.
+    """
     index_C = torch.arange(len(expert_C), device=expert_C.device)
     begins_C = torch.ones_like(expert_C, dtype=torch.bool)
     begins_C[1:] = (expert_C[1:] != expert_C[:-1]) | (row_C[1:] != row_C[:-1])
@@ -75,19 +99,28 @@ def _place_in_group(expert_C: Tensor, row_C: Tensor) -> Tensor:
 
 
 class MixtureOfExperts(nn.Module):
-    """A router without bias and `n_experts` feed-forwards. `selection_bias` (E,) is a buffer that no gradient reaches."""
+    """A router without bias and `n_experts` feed-forwards.
+    `selection_bias` (E,) is a buffer that no gradient reaches.
+    """
 
     def __init__(self, cfg: ModelConfig, declared: Declared, experts: Sequence[nn.Module]):
         super().__init__()
         self.top_k, self.capacity_factor = declared.top_k, declared.capacity_factor
         self.router = Linear(cfg.d_model, declared.n_experts, bias=False)
         self.experts = nn.ModuleList(experts)
-        self.register_buffer("selection_bias", torch.zeros(declared.n_experts) if declared.balance.kind == "selection-bias" else None)
+        self.register_buffer(
+            "selection_bias",
+            torch.zeros(declared.n_experts) if declared.balance.kind == "selection-bias" else None,
+        )
 
     def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
         """Same shape and dtype as `x_BTD`; reports its load to `reading`."""
         inside_BT = None if reading is None else reading.inside_BT
-        inside_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device) if inside_BT is None else inside_BT
+        inside_BT = (
+            torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+            if inside_BT is None
+            else inside_BT
+        )
         row_R = inside_BT.nonzero()[:, 0]
         x_RD = x_BTD[inside_BT]
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), self.top_k, self.selection_bias)
@@ -95,11 +128,15 @@ class MixtureOfExperts(nn.Module):
         y_RD, _, dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity, row_R)
         if reading is not None:
             chosen_E = torch.bincount(experts_Rk.flatten(), minlength=len(self.experts))
-            reading.loads.append(ExpertLoad(balance(probs_RE, experts_Rk, row_R) * len(x_RD), chosen_E, dropped))
+            reading.loads.append(
+                ExpertLoad(balance(probs_RE, experts_Rk, row_R) * len(x_RD), chosen_E, dropped)
+            )
         return torch.zeros_like(x_BTD).masked_scatter(inside_BT[..., None], y_RD)
 
     def capacity(self, n_tokens: int) -> int | None:
-        """Tokens an expert takes of a row of `n_tokens` in training; nothing is dropped otherwise."""
+        """Tokens an expert takes of a row of `n_tokens` in training;
+        nothing is dropped otherwise.
+        """
         if self.capacity_factor is None or not self.training:
             return None
         return math.ceil(self.capacity_factor * n_tokens * self.top_k / len(self.experts))
@@ -112,7 +149,8 @@ def totals(loads: Sequence[Sequence[ExpertLoad]]) -> list[Tensor]:
 
 @torch.no_grad()
 def update_selection_bias(model: nn.Module, loads_LE: Sequence[Tensor], rate: float) -> None:
-    """Move each expert's selection bias by `rate` against its load, layer by layer; once per optimizer step, over all its micro-batches.
+    """Move each expert's selection bias by `rate` against its load, layer by layer; once per
+    optimizer step, over all its micro-batches.
 
     Source: arXiv:2408.15664, algorithm 1.
     """

@@ -1,4 +1,6 @@
-"""The names of Hugging Face, both ways: each kind's configuration keys and tensors, and ours. No other file holds them."""
+"""The names of Hugging Face, both ways: each kind's configuration keys and tensors, and ours.
+No other file holds them.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,16 +12,21 @@ from stack.model.foreign import Keys, Kind, unsaid
 
 # Keys that no forward pass depends on.
 NEUTRAL = frozenset(
-    "_name_or_path architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id "
-    "unk_token_id vocab_size output_attentions output_hidden_states output_router_logits return_dict tokenizer_class pretraining_tp "
-    "task_specific_params id2label label2id problem_type gradient_checkpointing is_llama_config transformers.js_config unsloth_version "
-    "_attn_implementation _attn_implementation_autoset n_ctx predict_special_tokens summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj".split()
+    (
+        "_name_or_path architectures model_type transformers_version torch_dtype dtype use_cache "
+        "bos_token_id eos_token_id pad_token_id unk_token_id vocab_size output_attentions "
+        "output_hidden_states output_router_logits return_dict tokenizer_class pretraining_tp "
+        "task_specific_params id2label label2id problem_type gradient_checkpointing "
+        "is_llama_config transformers.js_config unsloth_version _attn_implementation "
+        "_attn_implementation_autoset n_ctx predict_special_tokens summary_activation "
+        "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj"
+    ).split()
 )
 ASIDE = frozenset("attention_dropout attn_pdrop embd_pdrop router_aux_loss_coef".split())
 SCALED = "factor low_freq_factor high_freq_factor".split()
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")  # buffers of old files that follow from the configuration
+# buffers of old files that follow from the configuration
+DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 class HuggingFace(Kind):
@@ -91,7 +98,10 @@ class Llama(HuggingFace):
             "head_dim": d_model // n_heads if sizes["head_dim"] is None else sizes["head_dim"],
             "positions": {"kind": "rotary", "scaling": scaling},
             "rope_theta": theta,
-            "attention": {"kind": "softmax", **within_context(self.attention(keys, sizes), sizes["max_seq_len"])},
+            "attention": {
+                "kind": "softmax",
+                **within_context(self.attention(keys, sizes), sizes["max_seq_len"]),
+            },
             "ffn": self.ffn(keys),
         }
 
@@ -111,7 +121,12 @@ class Qwen2(Llama):
     """Llama with biases on queries, keys and values, and a window over all layers or none."""
 
     model_type, architecture = "qwen2", "Qwen2ForCausalLM"
-    defaults = Llama.defaults | {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+    defaults = Llama.defaults | {
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    }
     defaults = defaults | {"layer_types": None}
     fixed = {"hidden_act": ("silu", "swish")}
 
@@ -130,7 +145,12 @@ class Qwen3(Qwen2):
 
     def attention(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
         bias = keys.take("attention_bias")
-        return {"qk_norm": True, "qkv_bias": bias, "out_bias": bias, "window": _window_of_layers(keys, sizes["n_layers"])}
+        return {
+            "qk_norm": True,
+            "qkv_bias": bias,
+            "out_bias": bias,
+            "window": _window_of_layers(keys, sizes["n_layers"]),
+        }
 
     def words(self, cfg: ModelConfig) -> dict[str, Any]:
         return super().words(cfg) | {"attention_bias": cfg.attention.qkv_bias}
@@ -162,18 +182,25 @@ class Mixtral(Mistral):
     def ffn(self, keys: Keys) -> dict[str, Any]:
         if (top_k := keys.take("num_experts_per_tok")) == 1:
             raise ConfigError(
-                "model.ffn.top_k = 1 weighs the expert by its probability, num_experts_per_tok = 1 in config.json by 1",
+                "model.ffn.top_k = 1 weighs the expert by its probability, num_experts_per_tok = "
+                "1 in config.json by 1",
                 allowed="at least 2 experts per token",
             )
         return {"kind": "moe", "n_experts": keys.take("num_local_experts"), "top_k": top_k}
 
     def words(self, cfg: ModelConfig) -> dict[str, Any]:
-        moe = {"num_local_experts": cfg.ffn.n_experts, "num_experts_per_tok": cfg.ffn.top_k} if cfg.ffn.kind == "moe" else {}
+        moe = (
+            {"num_local_experts": cfg.ffn.n_experts, "num_experts_per_tok": cfg.ffn.top_k}
+            if cfg.ffn.kind == "moe"
+            else {}
+        )
         return super().words(cfg) | moe
 
 
 class Gpt2(HuggingFace):
-    """LayerNorm with biases everywhere, learned positions, gelu; matrices lie (in, out), queries, keys and values in one."""
+    """LayerNorm with biases everywhere, learned positions, gelu; matrices lie (in, out), queries,
+    keys and values in one.
+    """
 
     model_type, architecture, base = "gpt2", "GPT2LMHeadModel", "transformer."
     sizes = {
@@ -215,7 +242,9 @@ class Gpt2(HuggingFace):
         "final_norm": "transformer.ln_f",
         "head": "lm_head",
     }
-    transposed = frozenset(f"transformer.h.{{}}.{m}" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
+    transposed = frozenset(
+        f"transformer.h.{{}}.{m}" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    )
 
     def parts(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
         _refuse_uneven_heads(sizes)
@@ -226,24 +255,36 @@ class Gpt2(HuggingFace):
             "positions": {"kind": "learned"},
             "norm": {"kind": "layernorm"},
             "attention": {"kind": "softmax", "qkv_bias": True, "out_bias": True},
-            "ffn": {"kind": "gelu", "approximate": GELUS[keys.demand("activation_function", tuple(GELUS))]},
+            "ffn": {
+                "kind": "gelu",
+                "approximate": GELUS[keys.demand("activation_function", tuple(GELUS))],
+            },
         }
 
     def words(self, cfg: ModelConfig) -> dict[str, Any]:
         exact = cfg.ffn.kind == "gelu" and cfg.ffn.approximate == "none"
-        return {"activation_function": "gelu" if exact else "gelu_new", "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return {
+            "activation_function": "gelu" if exact else "gelu_new",
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        }
 
 
 def _refuse_uneven_heads(sizes: dict[str, Any]) -> None:
     if sizes["d_model"] % sizes["n_heads"]:
-        raise ConfigError(f"model.d_model ({sizes['d_model']}) must be a multiple of model.n_heads ({sizes['n_heads']}) in this kind")
+        raise ConfigError(
+            f"model.d_model ({sizes['d_model']}) must be a multiple of model.n_heads "
+            f"({sizes['n_heads']}) in this kind"
+        )
 
 
 KINDS: tuple[Kind, ...] = (Llama(), Qwen2(), Qwen3(), Mistral(), Mixtral(), Gpt2())
 
 
 def kind_of(document: Mapping[str, Any]) -> Kind:
-    """The kind a config.json names. Raises ConfigError for another architecture, or a contradicting model_type."""
+    """The kind a config.json names. Raises ConfigError for another architecture,
+    or a contradicting model_type.
+    """
     known = {k.architecture: k for k in KINDS}
     named = document.get("architectures") or ["none"]
     if len(named) != 1 or named[0] not in known:
@@ -264,15 +305,19 @@ def kind_of(document: Mapping[str, Any]) -> Kind:
 
 
 def kind_for(cfg: ModelConfig) -> Kind:
-    """The first kind that can say a configuration. Raises ConfigError naming what each of them cannot."""
+    """The first kind that can say a configuration.
+    Raises ConfigError naming what each of them cannot.
+    """
     lost = {kind: kind.cannot_say(cfg) for kind in KINDS}
     for kind, missing in lost.items():
         if not missing:
             return kind
-    stopped_early = {k: any("config.json" in reason for reason in lost[k]) for k in KINDS}  # so what else it lacks is not known
+    # so what else it lacks is not known
+    stopped_early = {k: any("config.json" in reason for reason in lost[k]) for k in KINDS}
     nearest = min(reversed(KINDS), key=lambda k: (stopped_early[k], len(lost[k])))
     raise ConfigError(
-        f"no kind of Hugging Face says this model; {nearest.architecture} comes nearest and cannot say {', '.join(lost[nearest])}",
+        f"no kind of Hugging Face says this model; {nearest.architecture} comes nearest and "
+        f"cannot say {', '.join(lost[nearest])}",
         value="; ".join(f"{k.architecture} cannot say {', '.join(v)}" for k, v in lost.items()),
         allowed="a model that one kind describes entirely",
         next_step="train without it, or keep the model as a run directory",
@@ -280,17 +325,24 @@ def kind_for(cfg: ModelConfig) -> Kind:
 
 
 def _read_rope(keys: Keys) -> tuple[dict[str, Any], float]:
-    """Scaling and base of the rotary frequencies, from `rope_parameters` or the older `rope_scaling` and `rope_theta`."""
+    """Scaling and base of the rotary frequencies, from `rope_parameters` or the older
+    `rope_scaling` and `rope_theta`.
+    """
     newer, older = keys.take("rope_parameters") or {}, keys.take("rope_scaling") or {}
     stated = keys.left.get("rope_theta")
     if newer and older and newer != older:
-        raise ConfigError("rope_parameters and rope_scaling in config.json contradict each other", value=f"{newer} and {older}")
+        raise ConfigError(
+            "rope_parameters and rope_scaling in config.json contradict each other",
+            value=f"{newer} and {older}",
+        )
     rope = Keys(older or newer, {"type": "default", "rope_theta": keys.take("rope_theta")})
     kind = rope.take("type")
     kind = rope.left.pop("rope_type", kind)
     theta = rope.take("rope_theta")
     if stated is not None and theta != stated:
-        raise ConfigError("rope_theta in config.json contradicts itself", value=f"{stated} and {theta}")
+        raise ConfigError(
+            "rope_theta in config.json contradicts itself", value=f"{stated} and {theta}"
+        )
     match kind:
         case "default":
             scaling = {"kind": "none"}
@@ -321,37 +373,60 @@ def _rope_words(cfg: ModelConfig) -> dict[str, Any]:
 
 def _window_of_layers(keys: Keys, n_layers: int) -> int | None:
     """The window that all layers share. Raises ConfigError if some have one and some have none."""
-    used, window, first, types = (keys.take(k) for k in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"))
+    used, window, first, types = (
+        keys.take(k)
+        for k in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    )
     windowed = used and window is not None
     if types is None:
-        types = ["sliding_attention" if windowed and i >= first else "full_attention" for i in range(n_layers)]
+        types = [
+            "sliding_attention" if windowed and i >= first else "full_attention"
+            for i in range(n_layers)
+        ]
     if set(types) == {"full_attention"}:
         return None
     if set(types) != {"sliding_attention"} or len(types) != n_layers or not windowed:
-        raise unsaid("layer_types", ", ".join(types), "one window for all layers (max_window_layers = 0), or none")
+        raise unsaid(
+            "layer_types",
+            ", ".join(types),
+            "one window for all layers (max_window_layers = 0), or none",
+        )
     return window
 
 
 def within_context(attention: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
     """Attention without a window that is wider than the context, which hides nothing."""
-    return attention | {"window": None} if (attention.get("window") or 0) > max_seq_len else attention
+    return (
+        attention | {"window": None} if (attention.get("window") or 0) > max_seq_len else attention
+    )
 
 
 def _window_words(cfg: ModelConfig) -> dict[str, Any]:
     if (window := cfg.attention.window) is None:
         return {"use_sliding_window": False}
     types = ["sliding_attention"] * cfg.n_layers
-    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0, "layer_types": types}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": window,
+        "max_window_layers": 0,
+        "layer_types": types,
+    }
 
 
-# --- the documents of a folder ---------------------------------------------------------------------------------------
+# --- the documents of a folder --------------------------------------------------------------------
 
 INDEX = "model.safetensors.index.json"
 
 
-def config_document(kind: Kind, cfg: ModelConfig, vocab_size: int, eos_id: int, dtype: str) -> dict[str, Any]:
+def config_document(
+    kind: Kind, cfg: ModelConfig, vocab_size: int, eos_id: int, dtype: str
+) -> dict[str, Any]:
     """config.json. Our texts begin and end with the same token."""
-    return kind.write(cfg, vocab_size) | {"bos_token_id": eos_id, "eos_token_id": eos_id, "torch_dtype": dtype}
+    return kind.write(cfg, vocab_size) | {
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": dtype,
+    }
 
 
 def generation_document(cfg: ModelConfig, eos_id: int) -> dict[str, Any]:
@@ -360,7 +435,9 @@ def generation_document(cfg: ModelConfig, eos_id: int) -> dict[str, Any]:
 
 
 def tokenizer_document(cfg: ModelConfig, eos_token: str) -> dict[str, Any]:
-    """tokenizer_config.json: the file tokenizer.json says the rest, and nothing is put around a text."""
+    """tokenizer_config.json: the file tokenizer.json says the rest,
+    and nothing is put around a text.
+    """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eos_token,
@@ -380,18 +457,25 @@ def files_of_index(document: Mapping[str, Any]) -> dict[str, str]:
     match document:
         case {"weight_map": dict(places)} if all(isinstance(f, str) for f in places.values()):
             return places
-    raise ConfigError(f"{INDEX} does not say which tensor lies in which file", allowed="weight_map, a table of file names")
+    raise ConfigError(
+        f"{INDEX} does not say which tensor lies in which file",
+        allowed="weight_map, a table of file names",
+    )
 
 
 def vocabulary_of(document: Mapping[str, Any]) -> int:
     """Rows of the embedding. Raises ConfigError if config.json does not say it."""
     if not isinstance(size := document.get("vocab_size"), int) or size < 2:
-        raise ConfigError("config.json has no vocab_size", value=repr(size), allowed="an integer of at least 2")
+        raise ConfigError(
+            "config.json has no vocab_size", value=repr(size), allowed="an integer of at least 2"
+        )
     return size
 
 
 def end_of_text(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | int | None:
-    """The token that ends a text, by its writing or its id; None where neither file names a single one."""
+    """The token that ends a text, by its writing or its id; None where
+    neither file names a single one.
+    """
     match tokenizer.get("eos_token"):
         case str(token) | {"content": str(token)}:
             return token

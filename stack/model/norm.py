@@ -9,7 +9,8 @@ from stack.model.init import Parameter
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight over the last axis. Statistics in float32, or float64 for float64 input.
+    """x / √(mean(x²) + eps) · weight over the last axis.
+    Statistics in float32, or float64 for float64 input.
 
     Returns shape and dtype of the input. Source: arXiv:1910.07467.
     """
@@ -24,7 +25,9 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x − mean) / √(variance + eps) · weight + bias over the last axis; statistics as in RMSNorm. Source: arXiv:1607.06450."""
+    """(x − mean) / √(variance + eps) · weight + bias over the last axis; statistics as in RMSNorm.
+    Source: arXiv:1607.06450.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()

@@ -27,7 +27,9 @@ class Learned(Embedding):
 
 
 def make_positions(cfg: ModelConfig) -> nn.Module:
-    """Rotary tables or learned vectors; differential heads rotate each of their halves by itself."""
+    """Rotary tables or learned vectors; differential heads rotate each
+    of their halves by itself.
+    """
     match cfg.positions:
         case RotaryPositions(scaling=scaling):
             parts = 2 if isinstance(cfg.attention, DifferentialAttention) else 1

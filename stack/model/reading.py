@@ -1,4 +1,6 @@
-"""What all blocks of one forward share, and what they report. B batch, T tokens, S keys, L layers, E experts, J = rotated pairs."""
+"""What all blocks of one forward share, and what they report.
+B batch, T tokens, S keys, L layers, E experts, J = rotated pairs.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +12,9 @@ from stack.model.cache import KVCache
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """One layer's routing: the balance term summed over tokens (), choices per expert before dropping (E,) int64, dropped choices ()."""
+    """One layer's routing: the balance term summed over tokens (), choices per expert before
+    dropping (E,) int64, dropped choices ().
+    """
 
     balance_sum: Tensor
     load_E: Tensor
@@ -19,11 +23,14 @@ class ExpertLoad:
 
 @dataclass
 class Reading:
-    """The tokens' places. Positions count from 0 in each document, indices along the row or the cache.
+    """The tokens' places. Positions count from 0 in each document,
+    indices along the row or the cache.
 
-    `start_BT` is the first index of each token's document (None: all rows are one document). `mask_B1TS` are the keys each query may
-    see, where they were worked out beforehand (None: all before it, within document and window). `rotary` holds cosine and sine of the
-    positions. `row_tokens` is the length of a whole row; `inside_BT` says which of the tokens given count (None: all of them).
+    `start_BT` is the first index of each token's document (None: all rows are one document).
+    `mask_B1TS` are the keys each query may see, where they were worked out beforehand (None: all
+    before it, within document and window). `rotary` holds cosine and sine of the positions.
+    `row_tokens` is the length of a whole row; `inside_BT` says which of the tokens given count
+    (None: all of them).
     """
 
     position_BT: Tensor
@@ -44,7 +51,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Report:
-    """What the blocks of one forward report: expert loads by layer, and of blocks with hard capacity the share of tokens read."""
+    """What the blocks of one forward report: expert loads by layer, and of blocks with hard
+    capacity the share of tokens read.
+    """
 
     loads: tuple[ExpertLoad, ...]
     kept_fracs: tuple[Tensor, ...]

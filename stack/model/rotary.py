@@ -12,7 +12,9 @@ from stack.kernels import dispatch
 Scaling = Unscaled | LinearScaling | Llama3Scaling
 
 
-def frequencies(width: int, theta: float, scaling: Scaling, device: torch.device | str = "cpu") -> Tensor:
+def frequencies(
+    width: int, theta: float, scaling: Scaling, device: torch.device | str = "cpu"
+) -> Tensor:
     """theta^(−2j/H) for each pair j, scaled as declared, (J,) float64, radians per position."""
     frequency_J = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     match scaling:
@@ -27,18 +29,26 @@ def frequencies(width: int, theta: float, scaling: Scaling, device: torch.device
 
 
 def _llama3(frequency_J: Tensor, s: Llama3Scaling) -> Tensor:
-    """Waves of more than `low` tokens divided by the factor, of fewer than `high` kept, blended by wave count between them."""
+    """Waves of more than `low` tokens divided by the factor, of fewer than `high` kept,
+    blended by wave count between them.
+    """
     waves_J = s.original_max_seq_len * frequency_J / (2 * math.pi)
     kept_J = ((waves_J - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return frequency_J * (kept_J + (1 - kept_J) / s.factor)
 
 
 def rotary_tables(
-    width: int, max_seq_len: int, theta: float, scaling: Scaling = Unscaled(), device: torch.device | str = "cpu"
+    width: int,
+    max_seq_len: int,
+    theta: float,
+    scaling: Scaling = Unscaled(),
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position·frequency, each (max_seq_len, J) float32, computed in float64 and rounded once.
+    """Cosine and sine of position·frequency, each (max_seq_len, J) float32,
+    computed in float64 and rounded once.
 
-    Positions in half precision collide beyond 256 (huggingface/transformers#29285). Source: RoFormer, arXiv:2104.09864.
+    Positions in half precision collide beyond 256 (huggingface/transformers#29285).
+    Source: RoFormer, arXiv:2104.09864.
     """
     position_T = torch.arange(max_seq_len, dtype=torch.float64, device=device)
     angle_TJ = position_T[:, None] * frequencies(width, theta, scaling, device)
@@ -46,15 +56,19 @@ def rotary_tables(
 
 
 def rotate(x_BNTH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
-    """Turn each pair (feature j, feature j + H/2) by its position's angle; the half-split pairing of Llama checkpoints.
+    """Turn each pair (feature j, feature j + H/2) by its position's angle;
+    the half-split pairing of Llama checkpoints.
 
-    Computes in float32 or wider, returns the dtype of `x_BNTH`. Keeps each pair's length (property-tested).
+    Computes in float32 or wider, returns the dtype of `x_BNTH`.
+    Keeps each pair's length (property-tested).
     """
     return dispatch.rope(x_BNTH, cos_TJ, sin_TJ)
 
 
 class Rotary(nn.Module):
-    """Holds the tables as buffers. They follow from the configuration, so they are not stored in checkpoints."""
+    """Holds the tables as buffers. They follow from the configuration,
+    so they are not stored in checkpoints.
+    """
 
     def __init__(self, width: int, max_seq_len: int, theta: float, scaling: Scaling = Unscaled()):
         super().__init__()
@@ -64,7 +78,9 @@ class Rotary(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Compute the tables afresh; needed whenever the module was moved to real memory from the meta device."""
+        """Compute the tables afresh; needed whenever the module was moved to real
+        memory from the meta device.
+        """
         if self.cos.is_meta:
             return
         cos_TJ, sin_TJ = rotary_tables(self.width, self.max_seq_len, self.theta, self.scaling)
@@ -76,7 +92,9 @@ class Rotary(nn.Module):
         return self.cos[start:stop], self.sin[start:stop]
 
     def at(self, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of both tables at each token's own position (int64), each (B, 1, T, J): one for all heads."""
+        """Rows of both tables at each token's own position (int64), each (B, 1, T, J):
+        one for all heads.
+        """
         return self.cos[position_BT][:, None], self.sin[position_BT][:, None]
 
     def added(self, x_BTD: Tensor, position_BT: Tensor) -> Tensor:

@@ -51,7 +51,11 @@ def make_feedforward(cfg: ModelConfig, declared: SwiGLU | Gelu | MixtureOfExpert
         case Gelu():
             return feedforward.GeluMLP(cfg, declared)
         case MixtureOfExperts():
-            return moe.MixtureOfExperts(cfg, declared, [make_feedforward(cfg, declared.expert) for _ in range(declared.n_experts)])
+            return moe.MixtureOfExperts(
+                cfg,
+                declared,
+                [make_feedforward(cfg, declared.expert) for _ in range(declared.n_experts)],
+            )
         case other:
             assert_never(other)
 
@@ -61,7 +65,9 @@ def make_depth(cfg: ModelConfig, layer: int) -> nn.Module:
     match cfg.depth:
         case MixtureOfDepths(gate=SoftGate(), every=every) if (layer + 1) % every == 0:
             return depth.SoftGate(cfg)
-        case MixtureOfDepths(gate=HardCapacity(capacity_frac=share), every=every) if (layer + 1) % every == 0:
+        case MixtureOfDepths(gate=HardCapacity(capacity_frac=share), every=every) if (
+            layer + 1
+        ) % every == 0:
             return depth.HardCapacity(cfg, layer, share)
         case FullDepth() | MixtureOfDepths():
             return depth.EveryToken()

@@ -12,8 +12,11 @@ from stack.museum.plant import plant, swap
     "corpus.source-skips-filters",
     gate="corpus.filters",
     title="A source skips the filters",
-    story="Text from a teacher model is clean by definition, so its sources are put on a list of exceptions. Nine tenths of their lines "
-    "would have been rejected. The list was written for speed and outlived everybody's memory of it.",
+    story=(
+        "Text from a teacher model is clean by definition, so its sources are put on a list of "
+        "exceptions. Nine tenths of their lines would have been rejected. The list was written "
+        "for speed and outlived everybody's memory of it."
+    ),
     sources=("founding note: sixteen days of region region region",),
 )
 def source_skips_filters():
@@ -30,15 +33,20 @@ def source_skips_filters():
     "corpus.system-prompt-as-user",
     gate="corpus.filters",
     title="System prompts become user turns",
-    story="The converter knows two speakers, and the system is not one of them, so its prompt is given to the user. The model learns that "
-    "people speak in headers and rules, and answers them in the ornaments of last month's agents.",
+    story=(
+        "The converter knows two speakers, and the system is not one of them, so its prompt is "
+        "given to the user. The model learns that people speak in headers and rules, and answers "
+        "them in the ornaments of last month's agents."
+    ),
     sources=("founding note: sixteen days of region region region",),
 )
 def system_prompt_as_user():
     original = files.chat_text
 
     def two_speakers(turns, place):
-        return original([{**t, "role": "user"} if t.get("role") == "system" else t for t in turns], place)
+        return original(
+            [{**t, "role": "user"} if t.get("role") == "system" else t for t in turns], place
+        )
 
     with swap(files, "chat_text", two_speakers):
         yield
@@ -48,12 +56,16 @@ def system_prompt_as_user():
     "corpus.filter-blind-to-shape",
     gate="corpus.filters",
     title="The filter knows only yesterday's ornaments",
-    story="Leaked prompts are found by the symbols they carried when somebody last looked. The next prompt carries others, passes, and the "
-    "report says that no ornament was found.",
+    story=(
+        "Leaked prompts are found by the symbols they carried when somebody last looked. The next "
+        "prompt carries others, passes, and the report says that no ornament was found."
+    ),
     sources=("founding note: sixteen days of region region region",),
 )
 def filter_blind_to_shape():
-    with swap(filters, "has_system_prompt_shape", lambda turn, limit: any(c in turn for c in "○●■□")):
+    with swap(
+        filters, "has_system_prompt_shape", lambda turn, limit: any(c in turn for c in "○●■□")
+    ):
         yield
 
 
@@ -61,8 +73,10 @@ def filter_blind_to_shape():
     "corpus.receipt-does-not-add-up",
     gate="corpus.filters",
     title="Documents vanish between two counters",
-    story="What is dropped late is subtracted from what went out, and entered nowhere. The table of drops looks complete, and the share "
-    "that was lost is whatever nobody added up.",
+    story=(
+        "What is dropped late is subtracted from what went out, and entered nowhere. The table of "
+        "drops looks complete, and the share that was lost is whatever nobody added up."
+    ),
     sources=("founding note: sixteen days of region region region",),
 )
 def receipt_does_not_add_up():
@@ -78,8 +92,11 @@ def receipt_does_not_add_up():
     "corpus.repeats-kept",
     gate="corpus.no-repeats",
     title="Repeated documents stay",
-    story="Each process drops the repeats it sees itself, and none sees those of the others. A popular page is in the corpus as often as "
-    "there were processes, and the model knows it by heart.",
+    story=(
+        "Each process drops the repeats it sees itself, and none sees those of the others. A "
+        "popular page is in the corpus as often as there were processes, and the model knows it "
+        "by heart."
+    ),
     sources=("https://arxiv.org/abs/2107.06499",),
 )
 def repeats_kept():
@@ -95,8 +112,10 @@ def repeats_kept():
     "corpus.near-repeats-unseen",
     gate="corpus.no-repeats",
     title="The search for near repeats finds nothing",
-    story="Candidates are collected, and the comparison that should strike them compares each with itself. Zero near repeats is a "
-    "plausible number for a clean corpus.",
+    story=(
+        "Candidates are collected, and the comparison that should strike them compares each with "
+        "itself. Zero near repeats is a plausible number for a clean corpus."
+    ),
     sources=("https://arxiv.org/abs/2107.06499",),
 )
 def near_repeats_unseen():
@@ -108,15 +127,20 @@ def near_repeats_unseen():
     "corpus.scanner-blind",
     gate="corpus.decontamination",
     title="The contamination scanner hashes two ways",
-    story="Word runs of the evaluation sets are hashed in the main process and those of the corpus in the workers, each with its own salt. "
-    "Nothing ever matches, and a contamination of zero goes into the paper.",
+    story=(
+        "Word runs of the evaluation sets are hashed in the main process and those of the corpus "
+        "in the workers, each with its own salt. Nothing ever matches, and a contamination of "
+        "zero goes into the paper."
+    ),
     sources=("https://github.com/marin-community/marin/issues/6742",),
 )
 def scanner_blind():
     original = receipts.judge
 
     def salted(receipt, item, languages, plugins, grams):
-        return original(receipt, item, languages, plugins, np.sort(np.asarray(grams) ^ np.uint64(1)))
+        return original(
+            receipt, item, languages, plugins, np.sort(np.asarray(grams) ^ np.uint64(1))
+        )
 
     with swap(receipts, "judge", salted):
         yield
@@ -126,8 +150,11 @@ def scanner_blind():
     "corpus.decontamination-skipped",
     gate="corpus.decontamination",
     title="The corpus is not scanned at all",
-    story="The evaluation sets are read and their word runs stored, and the argument that hands them to the workers is left out. All "
-    "is in place, the report names the sets, and the benchmark is in the training data.",
+    story=(
+        "The evaluation sets are read and their word runs stored, and the argument that hands "
+        "them to the workers is left out. All is in place, the report names the sets, and the "
+        "benchmark is in the training data."
+    ),
     sources=("https://github.com/openai/parameter-golf/issues/2127",),
 )
 def decontamination_skipped():
@@ -144,8 +171,10 @@ def decontamination_skipped():
     "corpus.packing-truncates",
     gate="corpus.packing",
     title="Long documents are cut off",
-    story="A document gives eight rows at most, and the rest of it is gone. Books lose all but their first pages, and the report counts "
-    "rows and not tokens.",
+    story=(
+        "A document gives eight rows at most, and the rest of it is gone. Books lose all but "
+        "their first pages, and the report counts rows and not tokens."
+    ),
     sources=("https://arxiv.org/abs/2404.10830", "https://github.com/huggingface/trl/pull/6320"),
 )
 def packing_truncates():
@@ -155,11 +184,16 @@ def packing_truncates():
         ends = np.append(document_starts[1:], n_tokens)
         long = np.flatnonzero(ends - document_starts > 8 * seq_len)
         plan = original(document_starts, n_tokens, seq_len)
-        lost = np.concatenate([np.arange(document_starts[i] - 1 + 8 * seq_len, ends[i]) for i in long] or [[]])
+        lost = np.concatenate(
+            [np.arange(document_starts[i] - 1 + 8 * seq_len, ends[i]) for i in long] or [[]]
+        )
         kept = ~np.isin(plan.starts, lost)
         return packing.Plan(plan.starts[kept], plan.lengths[kept], np.arange(kept.sum() + 1))
 
-    with swap(packing, "plan", eight_rows_each), swap(packing.PackedStream, "dropped_tokens", lambda self, seq_len: 0):
+    with (
+        swap(packing, "plan", eight_rows_each),
+        swap(packing.PackedStream, "dropped_tokens", lambda self, seq_len: 0),
+    ):
         yield
 
 
@@ -167,8 +201,11 @@ def packing_truncates():
     "corpus.packing-joins-documents",
     gate="corpus.packing",
     title="Packed documents share one id",
-    story="Documents are laid side by side, and the list that says where each begins is made per row and not per document. The mask keeps "
-    "nothing apart, and every document is read as the answer to the one before.",
+    story=(
+        "Documents are laid side by side, and the list that says where each begins is made per "
+        "row and not per document. The mask keeps nothing apart, and every document is read as "
+        "the answer to the one before."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/23530",),
 )
 def packing_joins_documents():
@@ -186,8 +223,10 @@ def packing_joins_documents():
     "corpus.packing-label-crosses",
     gate="corpus.packing",
     title="Labels are shifted after packing",
-    story="Rows are packed first and shifted by one afterwards. The last token of every document is asked to predict the first word of "
-    "another one, and learns that anything may follow.",
+    story=(
+        "Rows are packed first and shifted by one afterwards. The last token of every document is "
+        "asked to predict the first word of another one, and learns that anything may follow."
+    ),
     sources=("https://arxiv.org/abs/2404.10830",),
 )
 def packing_label_crosses():
@@ -195,7 +234,9 @@ def packing_label_crosses():
 
     def shifted_late(self, numbers, seq_len):
         rows = original(self, numbers, seq_len)
-        labels = np.concatenate([rows.input_ids[:, 1:], np.full((len(numbers), 1), packing.IGNORE_INDEX)], axis=1)
+        labels = np.concatenate(
+            [rows.input_ids[:, 1:], np.full((len(numbers), 1), packing.IGNORE_INDEX)], axis=1
+        )
         return replace(rows, labels=labels)
 
     with swap(packing.PackedStream, "rows", shifted_late):

@@ -11,8 +11,11 @@ from stack.museum.plant import plant, swap, touch
     "loss.foreign-labels-unshifted",
     gate="loss.next-token",
     title="The loss compares each logit with its own token",
-    story="A loss written beside the model forgets that somebody has to shift. The model learns to copy its input: the loss falls "
-    "to zero within minutes, faster than any run before, and the text it writes repeats one token.",
+    story=(
+        "A loss written beside the model forgets that somebody has to shift. The model learns to "
+        "copy its input: the loss falls to zero within minutes, faster than any run before, and "
+        "the text it writes repeats one token."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def labels_unshifted():
@@ -27,8 +30,11 @@ def labels_unshifted():
     "loss.foreign-labels-shifted-twice",
     gate="loss.next-token",
     title="Labels are shifted by the collator and again by the loss",
-    story="The collator was written for a model that does not shift, and the model was changed for one that does. Every token is "
-    "taught the one after the next. The loss falls, only not as far, and nothing says why.",
+    story=(
+        "The collator was written for a model that does not shift, and the model was changed for "
+        "one that does. Every token is taught the one after the next. The loss falls, only not as "
+        "far, and nothing says why."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def labels_shifted_twice():
@@ -46,8 +52,11 @@ def labels_shifted_twice():
     "loss.foreign-padding-learned",
     gate="loss.token-weights",
     title="Padding counts in the loss",
-    story="The label of padding is the padding token itself, and the loss ignores nothing. Short rows in a batch with one long "
-    "row teach little but padding, and the mean loss looks better the more padding there is.",
+    story=(
+        "The label of padding is the padding token itself, and the loss ignores nothing. Short "
+        "rows in a batch with one long row teach little but padding, and the mean loss looks "
+        "better the more padding there is."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def padding_learned():
@@ -64,13 +73,19 @@ def padding_learned():
     "loss.foreign-mean-of-means",
     gate="loss.token-weights",
     title="Each micro-batch is averaged by itself",
-    story="Accumulation adds up the means of micro-batches and divides by their number. Where rows are ragged a token of a short "
-    "micro-batch weighs more than one of a long one. It stood in widely used trainers for years.",
+    story=(
+        "Accumulation adds up the means of micro-batches and divides by their number. Where rows "
+        "are ragged a token of a short micro-batch weighs more than one of a long one. It stood "
+        "in widely used trainers for years."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/34191",),
 )
 def mean_of_means():
     def mean(logits, batch, n):
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()) / script.MICRO
+        return (
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+            / script.MICRO
+        )
 
     with swap(script, "loss_of", mean):
         yield
@@ -80,8 +95,11 @@ def mean_of_means():
     "data.foreign-labels-all-masked",
     gate="data.learnable-batch",
     title="A batch has no label left",
-    story="A prompt is longer than the row, so truncation cuts off the whole answer, and everything before it is masked. The "
-    "batch costs a forward and a backward pass, and its mean loss is zero divided by zero.",
+    story=(
+        "A prompt is longer than the row, so truncation cuts off the whole answer, and everything "
+        "before it is masked. The batch costs a forward and a backward pass, and its mean loss is "
+        "zero divided by zero."
+    ),
     sources=("https://github.com/huggingface/trl/pull/6320",),
 )
 def labels_all_masked():
@@ -99,8 +117,11 @@ def labels_all_masked():
     "data.foreign-stop-never-learned",
     gate="data.learnable-batch",
     title="The stop token is masked as if it were padding",
-    story="Padding is given the id of the stop token, as many guides advise, and the collator masks every label with that id. The "
-    "model is never taught to stop; fine-tuned, it answers and then goes on for ever.",
+    story=(
+        "Padding is given the id of the stop token, as many guides advise, and the collator masks "
+        "every label with that id. The model is never taught to stop; fine-tuned, it answers and "
+        "then goes on for ever."
+    ),
     sources=("https://github.com/huggingface/trl/pull/6320",),
 )
 def stop_never_learned():
@@ -108,7 +129,9 @@ def stop_never_learned():
 
     def masked(rows):
         batch = original(rows)
-        return batch | {"labels": batch["labels"].masked_fill(batch["input_ids"] == script.EOS, -100)}
+        return batch | {
+            "labels": batch["labels"].masked_fill(batch["input_ids"] == script.EOS, -100)
+        }
 
     with swap(script, "collate", masked):
         yield
@@ -118,8 +141,11 @@ def stop_never_learned():
     "data.foreign-padding-labelled",
     gate="data.learnable-batch",
     title="Labels are a copy of the padded ids",
-    story="The collator pads and then clones ids into labels. The mask is right and attention ignores the padding, so the forward "
-    "pass is fine; only the loss learns to predict padding after padding, the easiest token there is.",
+    story=(
+        "The collator pads and then clones ids into labels. The mask is right and attention "
+        "ignores the padding, so the forward pass is fine; only the loss learns to predict "
+        "padding after padding, the easiest token there is."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def padding_labelled():
@@ -137,17 +163,31 @@ def padding_labelled():
     "data.foreign-left-padding-unmasked",
     gate="data.learnable-batch",
     title="Left padding that the mask takes for text",
-    story="Padding is looked for at the end of a row, and this tokenizer pads at the beginning. The mask comes out all ones: every token "
-    "sees the padding and stands too far right. No label is on padding, so the loss looks normal.",
-    sources=("https://github.com/NVIDIA-NeMo/Automodel/pull/3704", "https://github.com/huggingface/transformers/issues/33095"),
+    story=(
+        "Padding is looked for at the end of a row, and this tokenizer pads at the beginning. The "
+        "mask comes out all ones: every token sees the padding and stands too far right. No label "
+        "is on padding, so the loss looks normal."
+    ),
+    sources=(
+        "https://github.com/NVIDIA-NeMo/Automodel/pull/3704",
+        "https://github.com/huggingface/transformers/issues/33095",
+    ),
 )
 def left_padding_unmasked():
     original = script.collate
 
     def left(rows):
         batch = original(rows)
-        turned = {name: torch.stack([r.roll(int((m == 0).sum())) for r, m in zip(batch[name], batch["attention_mask"])]) for name in batch}
-        return turned | {"attention_mask": torch.ones_like(batch["attention_mask"]), "position_ids": batch["position_ids"]}
+        turned = {
+            name: torch.stack(
+                [r.roll(int((m == 0).sum())) for r, m in zip(batch[name], batch["attention_mask"])]
+            )
+            for name in batch
+        }
+        return turned | {
+            "attention_mask": torch.ones_like(batch["attention_mask"]),
+            "position_ids": batch["position_ids"],
+        }
 
     with swap(script, "collate", left):
         yield
@@ -157,8 +197,11 @@ def left_padding_unmasked():
     "data.foreign-places-all-zero",
     gate="data.learnable-batch",
     title="Every token stands at position 0",
-    story="The collator makes the position ids from a mask that is not there yet, and each comes out as 0. The model has become a bag "
-    "of words: it still learns which words are frequent and near, and the loss falls to where such a model ends.",
+    story=(
+        "The collator makes the position ids from a mask that is not there yet, and each comes "
+        "out as 0. The model has become a bag of words: it still learns which words are frequent "
+        "and near, and the loss falls to where such a model ends."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/33095",),
 )
 def places_all_zero():
@@ -176,8 +219,11 @@ def places_all_zero():
     "data.foreign-order-repeats",
     gate="data.fresh-rows",
     title="Every epoch has the order of the first",
-    story="The sampler is seeded once and never told the epoch. Each epoch brings the same rows in the same order, so that the same rows "
-    "always share a batch and the last ones seen are always the same. The curve looks as ever; it generalises a little worse.",
+    story=(
+        "The sampler is seeded once and never told the epoch. Each epoch brings the same rows in "
+        "the same order, so that the same rows always share a batch and the last ones seen are "
+        "always the same. The curve looks as ever; it generalises a little worse."
+    ),
     sources=("https://github.com/pytorch/pytorch/issues/31771",),
 )
 def order_repeats():
@@ -194,9 +240,15 @@ def order_repeats():
     "data.foreign-held-out-trained",
     gate="data.fresh-rows",
     title="Held-out rows are in the training split as well",
-    story="The split is taken after rows were repeated to balance the sources, or from a list that was sorted in the meantime. The "
-    "held-out loss goes down with the training loss, and the better the model knows the rows by heart, the better it looks.",
-    sources=("https://github.com/openai/parameter-golf/issues/2127", "https://github.com/marin-community/marin/pull/2700"),
+    story=(
+        "The split is taken after rows were repeated to balance the sources, or from a list that "
+        "was sorted in the meantime. The held-out loss goes down with the training loss, and the "
+        "better the model knows the rows by heart, the better it looks."
+    ),
+    sources=(
+        "https://github.com/openai/parameter-golf/issues/2127",
+        "https://github.com/marin-community/marin/pull/2700",
+    ),
 )
 def held_out_trained():
     def drawn_before():
@@ -210,8 +262,11 @@ def held_out_trained():
     "model.foreign-mask-missing",
     gate="model.future-blind",
     title="Attention has lost its causal mask",
-    story="A mask of padding is handed to the attention, which then takes it for the whole mask. Every token sees the one it is "
-    "to predict. The loss falls to almost nothing, and generation, where there is no future, is noise.",
+    story=(
+        "A mask of padding is handed to the attention, which then takes it for the whole mask. "
+        "Every token sees the one it is to predict. The loss falls to almost nothing, and "
+        "generation, where there is no future, is noise."
+    ),
     sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062",),
 )
 def mask_missing():
@@ -226,8 +281,11 @@ def mask_missing():
     "model.foreign-padding-seen",
     gate="model.padding-blind",
     title="The mask of padding is accepted and not used",
-    story="The model takes an attention mask and does not pass it on. With padding on the right nothing shows, because no token "
-    "looks ahead. With padding on the left, as generation in batches needs it, every row reads the padding.",
+    story=(
+        "The model takes an attention mask and does not pass it on. With padding on the right "
+        "nothing shows, because no token looks ahead. With padding on the left, as generation in "
+        "batches needs it, every row reads the padding."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/29285",),
 )
 def padding_seen():
@@ -244,8 +302,11 @@ def padding_seen():
     "model.foreign-head-untied",
     gate="model.tied-head",
     title="The head is a copy of the embedding",
-    story="A function that moves or casts weights makes a new tensor for the head. The configuration still says that both are "
-    "one. They drift apart during training, and one of them is thrown away at the next load.",
+    story=(
+        "A function that moves or casts weights makes a new tensor for the head. The "
+        "configuration still says that both are one. They drift apart during training, and one of "
+        "them is thrown away at the next load."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/42612",),
 )
 def head_untied():
@@ -265,8 +326,11 @@ def head_untied():
     "model.foreign-logits-scaled",
     gate="model.first-loss",
     title="Logits are far too large",
-    story="A scale that belonged into the attention is applied to the logits, or an initial spread is a hundred times too large. "
-    "The first loss stands several nats above guessing, and the first thousand steps only mend that.",
+    story=(
+        "A scale that belonged into the attention is applied to the logits, or an initial spread "
+        "is a hundred times too large. The first loss stands several nats above guessing, and the "
+        "first thousand steps only mend that."
+    ),
     sources=("https://github.com/rasbt/LLMs-from-scratch/issues/1062",),
 )
 def logits_scaled():
@@ -283,8 +347,11 @@ def logits_scaled():
     "tokenizer.foreign-too-large",
     gate="tokenizer.fits-model",
     title="The tokenizer has more ids than the embedding has rows",
-    story="Special tokens were added to the tokenizer, and nobody resized the embedding. As long as no text contains them all is "
-    "well; the first that does is an index beyond the table, an assertion on a GPU a hundred calls later.",
+    story=(
+        "Special tokens were added to the tokenizer, and nobody resized the embedding. As long as "
+        "no text contains them all is well; the first that does is an index beyond the table, an "
+        "assertion on a GPU a hundred calls later."
+    ),
     sources=("https://github.com/Lightning-AI/litgpt/issues/1734",),
 )
 def too_large():

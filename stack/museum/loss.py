@@ -14,13 +14,18 @@ from stack.train import step as steps
     "loss.padding-counted",
     gate="loss.golden",
     title="Padding counted in the loss",
-    story="The mask is lost on the way to the loss, so padded positions are scored as if they were text. The loss falls as padding "
-    "grows, which looks like progress. Runs that pack every row full never notice.",
+    story=(
+        "The mask is lost on the way to the loss, so padded positions are scored as if they were "
+        "text. The loss falls as padding grows, which looks like progress. Runs that pack every "
+        "row full never notice."
+    ),
     sources=("https://github.com/QwenAudio/CosyVoice/issues/1449",),
 )
 def padding_counted():
     def unmasked(x_BTD, head_VD, labels_BT):
-        return F.cross_entropy((x_BTD @ head_VD.T).flatten(0, 1), labels_BT.clamp(min=0).flatten(), reduction="sum")
+        return F.cross_entropy(
+            (x_BTD @ head_VD.T).flatten(0, 1), labels_BT.clamp(min=0).flatten(), reduction="sum"
+        )
 
     with swap(losses, "linear_cross_entropy_sum", unmasked):
         yield
@@ -30,8 +35,11 @@ def padding_counted():
     "loss.labels-shifted-twice",
     gate="loss.golden",
     title="Labels shifted twice",
-    story="The data set already pairs each token with its successor, and the loss shifts once more. The model learns to skip a token: "
-    "the loss still falls, only to a higher plateau, and samples leave letters out.",
+    story=(
+        "The data set already pairs each token with its successor, and the loss shifts once more. "
+        "The model learns to skip a token: the loss still falls, only to a higher plateau, and "
+        "samples leave letters out."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def labels_shifted_twice():
@@ -48,8 +56,11 @@ def labels_shifted_twice():
     "loss.bits-instead-of-nats",
     gate="loss.golden",
     title="Bits reported as nats",
-    story="A base-two logarithm slips into the loss. Curves keep their shape and every comparison within the project holds, but each "
-    "figure quoted to others is off by 44 percent and perplexity no longer follows from it.",
+    story=(
+        "A base-two logarithm slips into the loss. Curves keep their shape and every comparison "
+        "within the project holds, but each figure quoted to others is off by 44 percent and "
+        "perplexity no longer follows from it."
+    ),
     sources=("https://github.com/allenai/OLMo-core/issues/261",),
 )
 def bits_instead_of_nats():
@@ -66,15 +77,26 @@ def bits_instead_of_nats():
     "loss.mean-of-means",
     gate="loss.partition-equivalence",
     title="Mean of micro-batch means",
-    story="Each micro-batch is averaged over its own tokens and the averages are averaged again. Short micro-batches weigh too much. "
-    "With equal token counts the two are identical, so uniform packing hides it for years.",
-    sources=("https://github.com/huggingface/transformers/issues/34191", "https://github.com/huggingface/transformers/issues/34242"),
+    story=(
+        "Each micro-batch is averaged over its own tokens and the averages are averaged again. "
+        "Short micro-batches weigh too much. With equal token counts the two are identical, so "
+        "uniform packing hides it for years."
+    ),
+    sources=(
+        "https://github.com/huggingface/transformers/issues/34191",
+        "https://github.com/huggingface/transformers/issues/34242",
+    ),
 )
 def mean_of_means():
     def accumulate(state, batches):
         state.optimizer.zero_grad(set_to_none=True)
         means = [
-            float(steps.backward(state, b, losses.count_valid(b.labels) * len(batches), b.input_ids.numel())) / losses.count_valid(b.labels)
+            float(
+                steps.backward(
+                    state, b, losses.count_valid(b.labels) * len(batches), b.input_ids.numel()
+                )
+            )
+            / losses.count_valid(b.labels)
             for b in batches
         ]
         return sum(means) / len(means), sum(losses.count_valid(b.labels) for b in batches)
@@ -87,9 +109,15 @@ def mean_of_means():
     "loss.undivided-accumulation",
     gate="loss.partition-equivalence",
     title="Accumulated loss not divided",
-    story="Every micro-batch is divided by its own count only, so N micro-batches give N times the gradient. AdamW does not care about "
-    "scale, so the curves agree to the seventh digit, while clipping and decay quietly change their meaning.",
-    sources=("https://github.com/karpathy/nanoGPT/issues/206", "https://github.com/karpathy/nanoGPT/issues/207"),
+    story=(
+        "Every micro-batch is divided by its own count only, so N micro-batches give N times the "
+        "gradient. AdamW does not care about scale, so the curves agree to the seventh digit, "
+        "while clipping and decay quietly change their meaning."
+    ),
+    sources=(
+        "https://github.com/karpathy/nanoGPT/issues/206",
+        "https://github.com/karpathy/nanoGPT/issues/207",
+    ),
 )
 def undivided_accumulation():
     original = steps.backward
@@ -105,8 +133,11 @@ def undivided_accumulation():
     "loss.stale-gradients",
     gate="loss.partition-equivalence",
     title="Gradients of the last step are still there",
-    story="The call that clears gradients is missing. Each update carries all earlier ones with it. The norm grows with the step "
-    "count, AdamW normalises most of it away, and the loss still goes down.",
+    story=(
+        "The call that clears gradients is missing. Each update carries all earlier ones with it. "
+        "The norm grows with the step count, AdamW normalises most of it away, and the loss still "
+        "goes down."
+    ),
     sources=("https://github.com/pytorch/torchtitan/issues/3575",),
 )
 def stale_gradients():
@@ -127,8 +158,11 @@ def stale_gradients():
     "loss.rows-leak",
     gate="loss.partition-equivalence",
     title="Targets leak across rows",
-    story="Rows are flattened before the shift, so the last position of one row is trained on the first token of the next. The effect "
-    "is one in a sequence length; nothing in the curve shows it. Reordering the rows does.",
+    story=(
+        "Rows are flattened before the shift, so the last position of one row is trained on the "
+        "first token of the next. The effect is one in a sequence length; nothing in the curve "
+        "shows it. Reordering the rows does."
+    ),
     sources=("https://github.com/huggingface/transformers/issues/47394",),
 )
 def rows_leak():
@@ -149,9 +183,15 @@ def rows_leak():
     "loss.nan-micro-batch-skipped",
     gate="loss.nan-visible",
     title="A micro-batch that is not a number is skipped",
-    story="The loss of one micro-batch is NaN, and the loop goes on with the next, as robust code does. Its gradient is dropped, its "
-    "labels are still counted in the mean. The step reports a loss that is a little low and moves a little less. Nobody sees the bad rows.",
-    sources=("https://github.com/karpathy/nanoGPT/issues/227", "https://github.com/dome272/Wuerstchen/issues/27"),
+    story=(
+        "The loss of one micro-batch is NaN, and the loop goes on with the next, as robust code "
+        "does. Its gradient is dropped, its labels are still counted in the mean. The step "
+        "reports a loss that is a little low and moves a little less. Nobody sees the bad rows."
+    ),
+    sources=(
+        "https://github.com/karpathy/nanoGPT/issues/227",
+        "https://github.com/dome272/Wuerstchen/issues/27",
+    ),
 )
 def nan_micro_batch_skipped():
     original = steps.backward
@@ -173,8 +213,10 @@ def nan_micro_batch_skipped():
     "loss.nan-made-zero",
     gate="loss.nan-visible",
     title="Numbers that are not are made zero",
-    story="A nan_to_num stands before the loss, left from a night of debugging. Whatever breaks in the model, the loss is finite and "
-    "training goes on, on zeros where features should be.",
+    story=(
+        "A nan_to_num stands before the loss, left from a night of debugging. Whatever breaks in "
+        "the model, the loss is finite and training goes on, on zeros where features should be."
+    ),
     sources=("https://github.com/karpathy/nanoGPT/issues/227",),
 )
 def nan_made_zero():
@@ -191,8 +233,11 @@ def nan_made_zero():
     "loss.z-term-reported",
     gate="loss.golden",
     title="The reported loss has another term in it",
-    story="A small multiple of the squared log normaliser is added to keep logits from growing. One branch returns it together with the "
-    "cross-entropy and calls the sum cross-entropy. The figure is a little high, by an amount that depends on the branch that ran.",
+    story=(
+        "A small multiple of the squared log normaliser is added to keep logits from growing. One "
+        "branch returns it together with the cross-entropy and calls the sum cross-entropy. The "
+        "figure is a little high, by an amount that depends on the branch that ran."
+    ),
     sources=("https://github.com/allenai/OLMo-core/issues/261",),
 )
 def z_term_reported():
@@ -210,15 +255,23 @@ def z_term_reported():
     "loss.end-of-text-masked",
     gate="model.overfit-one-batch",
     title="The end of text is taken for padding",
-    story="Padding has no id of its own and borrows that of the end of text. Whoever masks padding masks every end as well. The loss is "
-    "fine, even a little lower, and the model has never been told to stop.",
-    sources=("https://github.com/huggingface/transformers/issues/23530", "https://github.com/huggingface/trl/issues/976"),
+    story=(
+        "Padding has no id of its own and borrows that of the end of text. Whoever masks padding "
+        "masks every end as well. The loss is fine, even a little lower, and the model has never "
+        "been told to stop."
+    ),
+    sources=(
+        "https://github.com/huggingface/transformers/issues/23530",
+        "https://github.com/huggingface/trl/issues/976",
+    ),
 )
 def end_of_text_masked():
     original, end = losses.linear_cross_entropy_sum, 0
 
     def unended(x_BTD, head_VD, labels_BT):
-        return original(x_BTD, head_VD, labels_BT.masked_fill(labels_BT == end, losses.IGNORE_INDEX))
+        return original(
+            x_BTD, head_VD, labels_BT.masked_fill(labels_BT == end, losses.IGNORE_INDEX)
+        )
 
     with swap(losses, "linear_cross_entropy_sum", unended):
         yield
@@ -228,8 +281,11 @@ def end_of_text_masked():
     "loss.end-of-rows-unread",
     gate="loss.own-batch",
     title="The end of long rows is not in the loss",
-    story="Labels are laid out for rows of a length that was enough when it was written, and what stands beyond it is masked. Counts are "
-    "taken from the labels before that, so the reported loss is too low by the share that is missing. Short rows, of tests, are whole.",
+    story=(
+        "Labels are laid out for rows of a length that was enough when it was written, and what "
+        "stands beyond it is masked. Counts are taken from the labels before that, so the "
+        "reported loss is too low by the share that is missing. Short rows, of tests, are whole."
+    ),
     sources=("https://github.com/karpathy/nanoGPT/issues/206",),
 )
 def end_of_rows_unread():

@@ -1,4 +1,6 @@
-"""The kill matrix: every plant against every gate, to see who else turns red, and who does so first and at the least cost."""
+"""The kill matrix: every plant against every gate, to see who else turns red,
+and who does so first and at the least cost.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -40,15 +42,23 @@ class _Stopwatch(Listener):
 Row = dict[str, Any]
 
 
-def matrix(gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    """A row for every plant of the chosen gates: `{"plant", "gate", "red": {gate: {"seconds", "step"}}, "raised", "asked", "seconds"}`.
+def matrix(
+    gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row: None
+) -> list[Row]:
+    """A row for every plant of the chosen gates: `{"plant", "gate", "red": {gate: {"seconds",
+    "step"}}, "raised", "asked", "seconds"}`.
 
-    A preflight gate's seconds are those of its check, a runtime gate's those of the run until it turned red. Every plant meets all gates
-    that apply to the configuration its own gate is proven under; a gate that is red there without the plant is left out. A runtime gate
-    that never looked is red, as it is where no gate is waived: its step is None and its seconds are those of the run. Plants of foreign
-    trainers do not touch the stack and have no row.
+    A preflight gate's seconds are those of its check, a runtime gate's those of the run until it
+    turned red. Every plant meets all gates that apply to the configuration its own gate is proven
+    under; a gate that is red there without the plant is left out. A runtime gate that never looked
+    is red, as it is where no gate is waived: its step is None and its seconds are those of the run.
+    Plants of foreign trainers do not touch the stack and have no row.
     """
-    gates, museum, rows = [g for g in selection(gate_ids) if g.kinds != ("foreign",)], load_museum(), []
+    gates, museum, rows = (
+        [g for g in selection(gate_ids) if g.kinds != ("foreign",)],
+        load_museum(),
+        [],
+    )
     with workshop() as root:
         prover, controls = Prover(root), {}
         for gate in gates:
@@ -63,9 +73,16 @@ def matrix(gate_ids: tuple[str, ...], on_row: Callable[[Row], None] = lambda row
 
 
 def _config(prover: Prover, gate: Gate) -> RunConfig:
-    """The configuration a gate is proven under, with every gate of a run allowed to fail, so that each of them is heard."""
-    cfg, _ = load_config(prover.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()})
-    waive = tuple(Waiver(id=g.id, reason="the matrix asks all of them", expires="9999-12-31") for g in prover.spec.gates.values())
+    """The configuration a gate is proven under, with every gate of a run allowed to fail,
+    so that each of them is heard.
+    """
+    cfg, _ = load_config(
+        prover.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()}
+    )
+    waive = tuple(
+        Waiver(id=g.id, reason="the matrix asks all of them", expires="9999-12-31")
+        for g in prover.spec.gates.values()
+    )
     return cfg.model_copy(update={"gates": cfg.gates.model_copy(update={"waive": waive})})
 
 
@@ -89,7 +106,9 @@ Red = dict[str, dict[str, float | int | None]]
 def _asked_of_all(
     prover: Prover, gate: Gate, cfg: RunConfig, apply: Callable[[], AbstractContextManager[None]]
 ) -> tuple[Red, dict[str, str], int]:
-    """(red gates, what raised, how many were asked) of the gates of exports, or of those of runs."""
+    """(red gates, what raised, how many were asked) of the gates of exports,
+    or of those of runs.
+    """
     red: Red = {}
     raised: dict[str, str] = {}
     if "export" in gate.kinds:
@@ -98,7 +117,9 @@ def _asked_of_all(
             with _raising(one.id, raised), apply():
                 _note(red, one.id, lambda one=one: prover.verdict_of(one).outcome)
         return red, raised, len(of_exports)
-    here = [g for g in prover.spec.gates.values() if "train" in g.kinds and g.applies_to(cfg.to_dict())]
+    here = [
+        g for g in prover.spec.gates.values() if "train" in g.kinds and g.applies_to(cfg.to_dict())
+    ]
     before = [g for g in here if g.moment == "preflight"]
     with _raising(WHOLE, raised), torch.random.fork_rng(devices=[]), apply():
         _, ingredients = gather(cfg, prepare(cfg.data), torch.device("cpu"))
@@ -110,9 +131,14 @@ def _asked_of_all(
     with _raising("the run", raised), apply():
         record = session.start(cfg, (), prover.run_dir(), watch, only=within)
         runtime = {g.id for g in here if g.moment == "runtime"}
-        for result in (r for r in record.gates if r.verdict == "fail" or (r.id in runtime and not r.checks)):
+        for result in (
+            r for r in record.gates if r.verdict == "fail" or (r.id in runtime and not r.checks)
+        ):
             step = result.first_failure_step
-            red[result.id] = {"seconds": round(watch.at.get(step, max(watch.at.values(), default=0.0)), 3), "step": step}
+            red[result.id] = {
+                "seconds": round(watch.at.get(step, max(watch.at.values(), default=0.0)), 3),
+                "step": step,
+            }
     return red, raised, len(here)
 
 

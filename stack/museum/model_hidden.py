@@ -1,4 +1,6 @@
-"""Plants in the model that hide from short rows, from evaluation mode, or from a look at one tensor at a time."""
+"""Plants in the model that hide from short rows, from evaluation mode,
+or from a look at one tensor at a time.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,15 @@ from stack.museum.plant import plant, swap
     "model.far-keys-unseen",
     gate="model.reference-differential",
     title="Keys far away are not seen",
-    story="A kernel reads a fixed number of keys: a table of masks that was made for shorter rows, an index that overflows. Up to that "
-    "length it is exact, and tests are short. Beyond it every query forgets the beginning of its text, without an error or a NaN.",
-    sources=("https://github.com/vllm-project/vllm-ascend/issues/15503", "https://github.com/pytorch/pytorch/issues/162588"),
+    story=(
+        "A kernel reads a fixed number of keys: a table of masks that was made for shorter rows, "
+        "an index that overflows. Up to that length it is exact, and tests are short. Beyond it "
+        "every query forgets the beginning of its text, without an error or a NaN."
+    ),
+    sources=(
+        "https://github.com/vllm-project/vllm-ascend/issues/15503",
+        "https://github.com/pytorch/pytorch/issues/162588",
+    ),
 )
 def far_keys_unseen():
     original = reading.Reading.visible
@@ -30,9 +38,15 @@ def far_keys_unseen():
     "model.layers-drawn-alike",
     gate="model.init-law",
     title="Every layer begins with the same numbers",
-    story="The generator is seeded once per tensor and not once per model. Each tensor has the right mean and spread, so a table of both "
-    "looks perfect. All layers begin as copies of one, and a part of their capacity is spent on parting.",
-    sources=("https://github.com/netket/netket/issues/241", "https://github.com/marian-nmt/marian-dev/issues/77"),
+    story=(
+        "The generator is seeded once per tensor and not once per model. Each tensor has the "
+        "right mean and spread, so a table of both looks perfect. All layers begin as copies of "
+        "one, and a part of their capacity is spent on parting."
+    ),
+    sources=(
+        "https://github.com/netket/netket/issues/241",
+        "https://github.com/marian-nmt/marian-dev/issues/77",
+    ),
 )
 def layers_drawn_alike():
     original = build.initialise
@@ -53,8 +67,11 @@ def layers_drawn_alike():
     "model.branches-drawn-wide",
     gate="model.init-law",
     title="Branches begin as wide as everything else",
-    story="The table of initialisation loses the factor by depth for what is added to the residual stream. Whoever checks weights against "
-    "that table finds them as it says. Deep models start with a stream that grows from layer to layer.",
+    story=(
+        "The table of initialisation loses the factor by depth for what is added to the residual "
+        "stream. Whoever checks weights against that table finds them as it says. Deep models "
+        "start with a stream that grows from layer to layer."
+    ),
     sources=("https://github.com/Lightning-AI/litgpt/issues/887",),
 )
 def branches_drawn_wide():
@@ -71,9 +88,15 @@ def branches_drawn_wide():
     "model.dropout-undeclared",
     gate="model.training-forward",
     title="Dropout that no one declared",
-    story="A port keeps the dropout on embeddings that the original had, as a function call. Every branch drops its declared share, so a "
-    "look at the branches is satisfied. The model trains on noisier inputs than its configuration says and is evaluated on clean ones.",
-    sources=("https://github.com/BogiHsu/Tacotron2-PyTorch/issues/8", "https://arxiv.org/abs/1207.0580"),
+    story=(
+        "A port keeps the dropout on embeddings that the original had, as a function call. Every "
+        "branch drops its declared share, so a look at the branches is satisfied. The model "
+        "trains on noisier inputs than its configuration says and is evaluated on clean ones."
+    ),
+    sources=(
+        "https://github.com/BogiHsu/Tacotron2-PyTorch/issues/8",
+        "https://arxiv.org/abs/1207.0580",
+    ),
 )
 def dropout_undeclared():
     def dropped(self, x_BTD, position_BT):
@@ -87,8 +110,11 @@ def dropout_undeclared():
     "model.scaled-in-training",
     gate="model.training-forward",
     title="A factor in training mode alone",
-    story="A head for training is fused with its loss and forgets a factor that the head for inference has. Each is tested against "
-    "itself. What is trained is one model, what is evaluated, sampled and exported another, a little too sure of itself.",
+    story=(
+        "A head for training is fused with its loss and forgets a factor that the head for "
+        "inference has. Each is tested against itself. What is trained is one model, what is "
+        "evaluated, sampled and exported another, a little too sure of itself."
+    ),
     sources=("https://github.com/linkedin/Liger-Kernel/issues/254",),
 )
 def scaled_in_training():

@@ -1,4 +1,6 @@
-"""What the prover watches besides verdicts: when a bug began, the worst a clean run measured, and what a run brings forth."""
+"""What the prover watches besides verdicts: when a bug began, the worst a clean run measured,
+and what a run brings forth.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +31,9 @@ class Clock(Listener):
             self.began = line["step"]
 
     def lived(self, step: int) -> int:
-        """Steps from the first in which the line ran to this one, both counted. A gate may look before the step's own line is there."""
+        """Steps from the first in which the line ran to this one, both counted.
+        A gate may look before the step's own line is there.
+        """
         return max(1, step - (step if self.began is None else self.began) + 1)
 
 
@@ -44,7 +48,9 @@ def moment_of(gate: Gate) -> str:
 
 
 class _Attentive:
-    """A runtime check that remembers the worst it measured for each limit of its gate, and else the last."""
+    """A runtime check that remembers the worst it measured for each limit of its gate,
+    and else the last.
+    """
 
     def __init__(self, check: Any, limits: Mapping[str, Limit], worst: dict[str, Scalar]):
         self.check, self.limits, self.worst, self.events = check, limits, worst, check.events
@@ -56,7 +62,9 @@ class _Attentive:
             self.worst.update(verdict.measured)
             for name, limit in self.limits.items():
                 before, now = (measured_for(name, limit, m) for m in (known, verdict.measured))
-                if before is not None and (now is None or (before < now) is (limit.direction == "at-least")):
+                if before is not None and (
+                    now is None or (before < now) is (limit.direction == "at-least")
+                ):
                     names = limit.measured or (name.removesuffix("_max").removesuffix("_min"),)
                     self.worst.update({n: known[n] for n in names if n in known})
         return verdict
@@ -84,9 +92,16 @@ def watching() -> Iterator[dict[str, dict[str, Scalar]]]:
 
 
 def fruits_of_run(record: Record, run_dir: Path) -> list:
-    """All that a run computed: its log without times, its samples, and the hashes of its weights."""
+    """All that a run computed: its log without times, its samples,
+    and the hashes of its weights.
+    """
     directory = RunDir(run_dir)
     lines = [
-        {k: v for k, v in line.items() if k not in TIMED} for n in ("metrics.jsonl", "samples.jsonl") for line in directory.read_lines(n)
+        {k: v for k, v in line.items() if k not in TIMED}
+        for n in ("metrics.jsonl", "samples.jsonl")
+        for line in directory.read_lines(n)
     ]
-    return [lines, sorted((o.name, o.sha256) for o in record.outputs if o.name.endswith(".safetensors"))]
+    return [
+        lines,
+        sorted((o.name, o.sha256) for o in record.outputs if o.name.endswith(".safetensors")),
+    ]

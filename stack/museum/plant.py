@@ -1,4 +1,6 @@
-"""A plant: a deliberate bug, put into the real stack for the length of a `with`, that one gate must catch."""
+"""A plant: a deliberate bug, put into the real stack for the length of a `with`,
+that one gate must catch.
+"""
 
 import functools
 import importlib
@@ -24,21 +26,34 @@ class Plant:
 
 
 ROOMS = (
-    "corpus data tokenizer curriculum model model_hidden points moe kernel precision loss optim optim_steps schedule checkpoint evaluation "
-    "sampling runtime figures wiring export foreign foreign_updates"
+    "corpus data tokenizer curriculum model model_hidden points moe kernel precision loss optim "
+    "optim_steps schedule checkpoint evaluation sampling runtime figures wiring export foreign "
+    "foreign_updates"
 ).split()
 PLANTS: dict[str, Plant] = {}
 _touches = 0
 
 
-def plant(plant_id: str, *, gate: str, title: str, story: str, sources: tuple[str, ...]) -> Callable:
-    """Register a generator function (patch, `yield`, restore) as a plant. All arguments are literals: the site reads them as text."""
+def plant(
+    plant_id: str, *, gate: str, title: str, story: str, sources: tuple[str, ...]
+) -> Callable:
+    """Register a generator function (patch, `yield`, restore) as a plant.
+    All arguments are literals: the site reads them as text.
+    """
 
     def register(function: Callable[[], Iterator[None]]) -> Plant:
         if plant_id in PLANTS:
             raise ValueError(f"plant id {plant_id} is used twice")
         source = inspect.getsource(function)
-        exhibit = Plant(plant_id, gate, title, story, sources, contextmanager(function), sha256_bytes(source.encode()))
+        exhibit = Plant(
+            plant_id,
+            gate,
+            title,
+            story,
+            sources,
+            contextmanager(function),
+            sha256_bytes(source.encode()),
+        )
         PLANTS[plant_id] = exhibit
         return exhibit
 
@@ -49,7 +64,8 @@ def plant(plant_id: str, *, gate: str, title: str, story: str, sources: tuple[st
 def swap(owner: object, name: str, replacement: object, *, counted: bool = True) -> Iterator[None]:
     """Replace `owner.name` for the length of the context and count each call of the replacement.
 
-    With `counted` false the plant says by `touch()` itself when the bug struck: for replacements that mostly do as the original does.
+    With `counted` false the plant says by `touch()` itself when the bug struck: for replacements
+    that mostly do as the original does.
     """
     original = inspect.getattr_static(owner, name)
     placed = replacement
@@ -68,7 +84,9 @@ def swap(owner: object, name: str, replacement: object, *, counted: bool = True)
 
 
 def touch() -> None:
-    """Say that the planted line ran. Called by `swap`; a plant that replaces data calls it itself."""
+    """Say that the planted line ran.
+    Called by `swap`; a plant that replaces data calls it itself.
+    """
     global _touches
     _touches += 1
 

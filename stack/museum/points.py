@@ -24,8 +24,11 @@ def _after_each_update(change):
     "model.queries-grow",
     gate="model.attention-logits",
     title="Queries grow without bound",
-    story="Nothing holds the size of queries and keys: no norm, no decay on their weights. Their product grows with every step. The loss "
-    "goes on falling until softmax has become a choice of one key; then it jumps, and the run is lost far behind the cause.",
+    story=(
+        "Nothing holds the size of queries and keys: no norm, no decay on their weights. Their "
+        "product grows with every step. The loss goes on falling until softmax has become a "
+        "choice of one key; then it jumps, and the run is lost far behind the cause."
+    ),
     sources=("https://arxiv.org/abs/2410.16682",),
 )
 def queries_grow():
@@ -41,8 +44,11 @@ def queries_grow():
     "model.scores-sharpened",
     gate="model.attention-entropy",
     title="Scores are multiplied where they should be divided",
-    story="The scale of attention is the square root of the width of a head, not one over it. Every query chooses one key, no gradient "
-    "says that another would be better, and the model learns what can be learned from one token of the past.",
+    story=(
+        "The scale of attention is the square root of the width of a head, not one over it. Every "
+        "query chooses one key, no gradient says that another would be better, and the model "
+        "learns what can be learned from one token of the past."
+    ),
     sources=("https://arxiv.org/abs/2505.24333",),
 )
 def scores_sharpened():
@@ -59,8 +65,11 @@ def scores_sharpened():
     "model.branch-dies",
     gate="model.live-points",
     title="A branch dies and the rest learns around it",
-    story="A feed-forward is switched off by a weight that reached zero and gets no gradient any more. The loss hardly shows it, the other "
-    "layers take over what they can, and a part of the model is paid for and never used.",
+    story=(
+        "A feed-forward is switched off by a weight that reached zero and gets no gradient any "
+        "more. The loss hardly shows it, the other layers take over what they can, and a part of "
+        "the model is paid for and never used."
+    ),
     sources=("founding note: ship-two-001",),
 )
 def branch_dies():
@@ -75,8 +84,11 @@ def branch_dies():
     "model.branch-explodes",
     gate="model.live-points",
     title="A branch explodes behind a norm",
-    story="The stream into the last norm may have any size: the norm makes it small again, and the loss looks as ever. In single precision "
-    "nothing happens. The day the model is run in half precision, the stream is infinite and the text is noise.",
+    story=(
+        "The stream into the last norm may have any size: the norm makes it small again, and the "
+        "loss looks as ever. In single precision nothing happens. The day the model is run in "
+        "half precision, the stream is infinite and the text is noise."
+    ),
     sources=("founding note: nanolm",),
 )
 def branch_explodes():

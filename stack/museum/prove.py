@@ -1,4 +1,6 @@
-"""Proves gates: green on the clean stack, red on every plant, by the gate that is named and by no crash."""
+"""Proves gates: green on the clean stack, red on every plant,
+by the gate that is named and by no crash.
+"""
 
 import math
 import os
@@ -38,7 +40,10 @@ from stack.train.preflight import gather
 CLAIM = "Each gate named here turned red on its plant and was green on the same stack without it."
 NOT_COVERED = (
     "bugs that no plant stands for",
-    "GPU kernels and more than one process: the proof runs on one CPU process, eagerly but for the gate of the compiled graph",
+    (
+        "GPU kernels and more than one process: the proof runs on one CPU process, eagerly but "
+        "for the gate of the compiled graph"
+    ),
     "other configurations than the museum's own small one",
 )
 MATRIX = "matrix.jsonl"
@@ -46,7 +51,9 @@ MATRIX = "matrix.jsonl"
 
 @contextmanager
 def workshop() -> Iterator[Path]:
-    """A temporary folder with the museum's texts and a data cache of its own; one thread, so that small models run fast."""
+    """A temporary folder with the museum's texts and a data cache of its own; one thread,
+    so that small models run fast.
+    """
     threads, former = torch.get_num_threads(), os.environ.get("STACKPROOF_CACHE")
     with tempfile.TemporaryDirectory(prefix="stackproof-museum-") as folder:
         root = Path(folder)
@@ -97,14 +104,18 @@ class Prover:
         self._fruits: dict[str, Any] = {}
 
     def control(self, gates: list[Gate]) -> dict[str, Control]:
-        """Every gate on the clean stack: all in one run, and each that asks for another configuration under that one."""
+        """Every gate on the clean stack: all in one run, and each that asks for another
+        configuration under that one.
+        """
         use_cache(self.root / "cache")
         found: dict[str, Control] = {}
         together = [g for g in gates if "train" in g.kinds and not (g.when or g.needs)]
         with watching() as worst:
             if together:
                 try:
-                    record = session.start(self.cfg, (), self.run_dir(), Listener(), only=tuple(g.id for g in together))
+                    record = session.start(
+                        self.cfg, (), self.run_dir(), Listener(), only=tuple(g.id for g in together)
+                    )
                 except GateFailed as e:
                     record = e.record
                 found |= {g.id: Control(g.verdict, dict(g.measured)) for g in record.gates}
@@ -119,38 +130,58 @@ class Prover:
     def planted(self, gate: Gate, plant: Plant, control: Control = UNASKED) -> Seen:
         """One gate on one plant. Data are prepared under the plant where the gate judges data.
 
-        Killed is only what the gate itself turned red on, in time, and only if the planted line ran.
+        Killed is only what the gate itself turned red on, in time,
+        and only if the planted line ran.
         """
-        use_cache(self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache"))
+        use_cache(
+            self.root / (plant.id if gate.subsystem in ("corpus", "data", "tokenizer") else "cache")
+        )
         clock = Clock()
         try:
             with plant.apply():
                 verdict, step = self._run(gate, clock)
         except GateFailed as e:
             if e.gate_id != gate.id:
-                return Seen("missed", e.verdict or not_run(str(e)), f"{e.gate_id} fired instead", touches=touches() - clock.before)
+                return Seen(
+                    "missed",
+                    e.verdict or not_run(str(e)),
+                    f"{e.gate_id} fired instead",
+                    touches=touches() - clock.before,
+                )
             verdict, step = e.verdict or Verdict("fail", str(e)), _step_of(e, gate, self.cfg)
         except Exception as e:
-            return Seen("crashed", not_run(f"{type(e).__name__}: {e}"), touches=touches() - clock.before)
+            return Seen(
+                "crashed", not_run(f"{type(e).__name__}: {e}"), touches=touches() - clock.before
+            )
         ran = touches() - clock.before
         if not ran:
-            return Seen("equivalent", replace(verdict, message=f"the planted line never ran; {verdict.message}"))
+            return Seen(
+                "equivalent",
+                replace(verdict, message=f"the planted line never ran; {verdict.message}"),
+            )
         if verdict.outcome == "fail":
             return self._judged(gate, plant, verdict, step, clock, ran)
         same = dict(verdict.measured) == control.measured and not self._differs(gate, plant)
         return Seen("equivalent" if same else "missed", verdict, touches=ran)
 
-    def _judged(self, gate: Gate, plant: Plant, verdict: Verdict, step: int | None, clock: Clock, ran: int) -> Seen:
+    def _judged(
+        self, gate: Gate, plant: Plant, verdict: Verdict, step: int | None, clock: Clock, ran: int
+    ) -> Seen:
         """A red gate: a kill if it is not later than the catalogue says."""
         moment, (_, allowed) = moment_of(gate), self.catalogue.deadline(gate, plant.id)
         steps = None if step is None or gate.moment != "runtime" else clock.lived(step)
         if allowed is not None and steps is not None and steps > allowed:
-            late = f"seen {steps} steps after it began, at most {allowed} are stated; {verdict.message}"
+            late = (
+                f"seen {steps} steps after it began, at most {allowed} are stated; "
+                f"{verdict.message}"
+            )
             return Seen("missed", replace(verdict, message=late), f"step {step}", steps, ran)
         return Seen("killed", verdict, moment if steps is None else f"step {step}", steps, ran)
 
     def _differs(self, gate: Gate, plant: Plant) -> bool:
-        """Whether anything a run or an export brings forth is other than without the plant. An error is a difference."""
+        """Whether anything a run or an export brings forth is other than without the plant.
+        An error is a difference.
+        """
         kind = "export" if "export" in gate.kinds else "train"
         if kind not in self._fruits:
             self._fruits[kind] = self._brought_forth(kind)
@@ -168,14 +199,19 @@ class Prover:
         return fruits_of_run(session.start(self.cfg, (), run_dir, Listener(), only=()), run_dir)
 
     def verdict_of(self, gate: Gate) -> Verdict:
-        """The gate's verdict on the stack as it is now. Raises GateFailed where a red gate halts."""
+        """The gate's verdict on the stack as it is now.
+        Raises GateFailed where a red gate halts.
+        """
         return self._run(gate, Listener())[0]
 
     def _run(self, gate: Gate, listener: Listener) -> tuple[Verdict, int | None]:
         """The gate's verdict, and the step at which it turned red in a run."""
         if gate.kinds == ("foreign",):
             return script.ask(gate.id)
-        cfg, _ = load_config(self.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()})
+        cfg, _ = load_config(
+            self.cfg,
+            fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()},
+        )
         if gate.moment == "preflight":
             dataset = prepare(cfg.data)
             _, ingredients = gather(cfg, dataset, torch.device("cpu"))
@@ -196,16 +232,25 @@ class Prover:
         return keeper.results()[0]
 
     def _import(self, gate: Gate) -> GateResult:
-        """Verdict on a folder of a model with a head of its own that is read back; a red one raises."""
+        """Verdict on a folder of a model with a head of its own that is read back;
+        a red one raises.
+        """
         keeper = Gatekeeper(self.spec, kind="import", only=[gate.id])
-        source = reading.open_folder(self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=False))
+        source = reading.open_folder(
+            self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=False)
+        )
         model = reading.load_weights(source)
         with huggingface.readable(source) as readable:
-            keeper.artifact(parity.own(model) | (parity.witness(readable) if parity.available() else {}))
+            keeper.artifact(
+                parity.own(model) | (parity.witness(readable) if parity.available() else {})
+            )
         return keeper.results()[0]
 
     def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:
-        cfg, folder = exportable(self.cfg.model).model_copy(update={"tied_head": tied}), self.run_dir()
+        cfg, folder = (
+            exportable(self.cfg.model).model_copy(update={"tied_head": tied}),
+            self.run_dir(),
+        )
         model = build_model(cfg, Bytes().vocab_size, seed=self.cfg.seed)
         huggingface.export(model, Bytes(), folder, keeper, card=lambda made: "")
         return folder
@@ -231,13 +276,19 @@ def selection(gate_ids: Iterable[str]) -> list[Gate]:
     wanted = list(gate_ids) or list(spec.gates)
     if unknown := [g for g in wanted if g not in spec.gates]:
         raise ConfigError(
-            f"there is no gate {unknown[0]}", allowed="stack gates list", next_step="stack gates prove without ids proves all"
+            f"there is no gate {unknown[0]}",
+            allowed="stack gates list",
+            next_step="stack gates prove without ids proves all",
         )
     return [spec.gates[g] for g in wanted]
 
 
-def prove(gate_ids: Iterable[str], on_kill: Callable[[Kill], None] = lambda kill: None) -> list[Kill]:
-    """Control and every plant of the chosen gates. A plant nobody built is `awaiting`, never killed."""
+def prove(
+    gate_ids: Iterable[str], on_kill: Callable[[Kill], None] = lambda kill: None
+) -> list[Kill]:
+    """Control and every plant of the chosen gates.
+    A plant nobody built is `awaiting`, never killed.
+    """
     gates, plants = selection(gate_ids), load_museum()
     kills = []
     with workshop() as root:
@@ -245,15 +296,23 @@ def prove(gate_ids: Iterable[str], on_kill: Callable[[Kill], None] = lambda kill
         controls = prover.control(gates)
         for gate in gates:
             for plant_id in gate.plants:
-                kill = _prove_one(prover, gate, plants.get(plant_id), plant_id, controls.get(gate.id, UNASKED))
+                kill = _prove_one(
+                    prover, gate, plants.get(plant_id), plant_id, controls.get(gate.id, UNASKED)
+                )
                 kills.append(kill)
                 on_kill(kill)
     return kills
 
 
-def _prove_one(prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, control: Control) -> Kill:
+def _prove_one(
+    prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, control: Control
+) -> Kill:
     started = time.perf_counter()
-    seen = Seen("awaiting", not_run("nobody built it")) if plant is None else prover.planted(gate, plant, control)
+    seen = (
+        Seen("awaiting", not_run("nobody built it"))
+        if plant is None
+        else prover.planted(gate, plant, control)
+    )
     return Kill(
         gate=gate.id,
         fingerprint=prover.spec.fingerprint(gate.id),
@@ -274,27 +333,47 @@ def _prove_one(prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, c
 
 def plain(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Measurements as a record takes them: what is no finite number as text."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in measured.items()}
+    return {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in measured.items()
+    }
 
 
-def falsification_record(kills: list[Kill], builder: RecordBuilder, directory: Path, matrix: list[dict] | None = None) -> Record:
-    """Write the record of a proof. Its status is completed only if every plant was killed and every control was green.
+def falsification_record(
+    kills: list[Kill], builder: RecordBuilder, directory: Path, matrix: list[dict] | None = None
+) -> Record:
+    """Write the record of a proof. Its status is completed only if every plant was killed
+    and every control was green.
 
-    Failures of the catalogue that await a part of the stack are counted as such, and are neither killed nor a defect. Rows of a `matrix`
-    become a series beside the record.
+    Failures of the catalogue that await a part of the stack are counted as such, and are neither
+    killed nor a defect. Rows of a `matrix` become a series beside the record.
     """
     counts, catalogue = Counter(k.outcome for k in kills), load_catalogue()
     builder.kills = kills
     builder.metric("failures", len(catalogue.failures), "failures")
     builder.metric("failures_awaiting", len(catalogue.awaiting()), "failures")
     if matrix is not None:
-        write_atomically(directory / MATRIX, b"".join(canonical_json(row) + b"\n" for row in matrix))
-        builder.metric("matrix_s", round(sum(row["seconds"] for row in matrix), 1), "s", better="lower")
+        write_atomically(
+            directory / MATRIX, b"".join(canonical_json(row) + b"\n" for row in matrix)
+        )
+        builder.metric(
+            "matrix_s", round(sum(row["seconds"] for row in matrix), 1), "s", better="lower"
+        )
     builder.metric("plants", len(kills), "plants")
     for outcome in ("killed", "missed", "crashed", "equivalent", "awaiting"):
-        builder.metric(outcome, counts.get(outcome, 0), "plants", better="higher" if outcome == "killed" else "lower")
+        builder.metric(
+            outcome,
+            counts.get(outcome, 0),
+            "plants",
+            better="higher" if outcome == "killed" else "lower",
+        )
     builder.metric("gates", len({k.gate for k in kills}), "gates")
-    builder.metric("controls_green", len({k.gate for k in kills if k.control == "pass"}), "gates", better="higher")
+    builder.metric(
+        "controls_green",
+        len({k.gate for k in kills if k.control == "pass"}),
+        "gates",
+        better="higher",
+    )
     bad = [f"{k.plant} {k.outcome}" for k in kills if k.outcome != "killed"] + sorted(
         {f"control of {k.gate} {k.control}" for k in kills if k.control != "pass"}
     )

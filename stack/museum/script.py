@@ -1,4 +1,5 @@
-"""A training script as anyone writes it: its own small model, loss and loop, none of it the stack's. Plants of foreign trainers go in here.
+"""A training script as anyone writes it: its own small model, loss and loop, none of it the
+stack's. Plants of foreign trainers go in here.
 
 B batch, T tokens, D width, V vocab
 """
@@ -24,9 +25,15 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace(tie_word_embeddings=True, max_seq_len=24, pad_token_id=PAD, eos_token_id=EOS)
+        self.config = SimpleNamespace(
+            tie_word_embeddings=True, max_seq_len=24, pad_token_id=PAD, eos_token_id=EOS
+        )
         self.embed, self.place = nn.Embedding(VOCAB, WIDTH), nn.Embedding(24, WIDTH)
-        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
         self.drop, self.head = nn.Dropout(0.1), nn.Linear(WIDTH, VOCAB, bias=False)
         for p in (self.embed.weight, self.place.weight):
             nn.init.normal_(p, std=0.2)
@@ -39,18 +46,30 @@ class Small(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         places = torch.arange(input_ids.shape[1]) if position_ids is None else position_ids
         x_BTD = self.drop(self.embed(input_ids) + self.place(places))
         q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, -1)
         seen = visible(input_ids, attention_mask)
-        return logits(self.head, x_BTD + self.out(mixed(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))))
+        return logits(
+            self.head,
+            x_BTD + self.out(mixed(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))),
+        )
 
 
 def visible(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """What each token may look at: (B, T, T) bool."""
     past = torch.ones(ids_BT.shape[1], ids_BT.shape[1], dtype=torch.bool).tril()
-    return past[None] if mask_BT is None else past[None] & (mask_BT[:, None, :] > 0) | torch.eye(ids_BT.shape[1], dtype=torch.bool)
+    return (
+        past[None]
+        if mask_BT is None
+        else past[None] & (mask_BT[:, None, :] > 0) | torch.eye(ids_BT.shape[1], dtype=torch.bool)
+    )
 
 
 def mixed(x_BTD: Tensor) -> Tensor:
@@ -87,10 +106,17 @@ def batches() -> Iterator[dict[str, Tensor]]:
 
 def collate(rows: list[list[int]]) -> dict[str, Tensor]:
     longest = max(map(len, rows))
-    padded = [(r + [PAD] * (longest - len(r)), [1] * len(r) + [0] * (longest - len(r))) for r in rows]
+    padded = [
+        (r + [PAD] * (longest - len(r)), [1] * len(r) + [0] * (longest - len(r))) for r in rows
+    ]
     ids, mask = (torch.tensor(part) for part in zip(*padded))
     places = torch.arange(longest).expand(len(rows), -1)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": places, "labels": ids.masked_fill(mask == 0, -100)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": places,
+        "labels": ids.masked_fill(mask == 0, -100),
+    }
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,12 +128,20 @@ def tokens_in(batches: list[dict[str, Tensor]]) -> int:
 
 
 def loss_of(logits_BTV: Tensor, batch: dict[str, Tensor], n_tokens: int) -> Tensor:
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum") / n_tokens
+    return (
+        F.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        / n_tokens
+    )
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2]}, {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2]},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
 
 
@@ -165,7 +199,13 @@ def ask(gate_id: str) -> tuple[Verdict, int | None]:
         model = Small()
         optimizer = make_optimizer(model)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i))
-        told = {"scheduler": scheduler, "tokenizer": make_tokenizer(), "max_grad_norm": 1.0, "mode": "log", "only": (gate_id,)}
+        told = {
+            "scheduler": scheduler,
+            "tokenizer": make_tokenizer(),
+            "max_grad_norm": 1.0,
+            "mode": "log",
+            "only": (gate_id,),
+        }
         with gated(model, optimizer, **told) as gate:
             _train(gate, model, optimizer, scheduler)
         return gate.verdicts()[gate_id], gate.first_failures().get(gate_id)

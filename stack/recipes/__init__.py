@@ -1,4 +1,6 @@
-"""Complete configurations, named by size. Each is a function without arguments that returns a RunConfig."""
+"""Complete configurations, named by size.
+Each is a function without arguments that returns a RunConfig.
+"""
 
 import difflib
 from collections.abc import Callable
@@ -27,6 +29,8 @@ def recipe(name: str) -> RunConfig:
         raise ConfigError(
             f"there is no recipe {name!r}",
             allowed=", ".join(RECIPES),
-            next_step=f"stack train {near[0]}" if near else "stack train pocket, or give the path of a .toml file",
+            next_step=f"stack train {near[0]}"
+            if near
+            else "stack train pocket, or give the path of a .toml file",
         )
     return RECIPES[name]()

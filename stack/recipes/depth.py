@@ -36,14 +36,18 @@ class Corpus:
 
 
 def embedded(n_layers: int) -> Corpus:
-    """The standard library's documentation. From four layers on in smaller pieces, so that there are tokens enough for the parameters."""
+    """The standard library's documentation.
+    From four layers on in smaller pieces, so that there are tokens enough for the parameters.
+    """
     return Corpus(2048, 850_000) if n_layers < 4 else Corpus(1024, 1_000_000)
 
 
 def depth(n_layers: int, corpus: Corpus | None = None) -> RunConfig:
-    """A model of `n_layers` blocks, 64 features wide per block, and a run sensible for it on a corpus, the embedded text by default.
+    """A model of `n_layers` blocks, 64 features wide per block, and a run sensible for it on a
+    corpus, the embedded text by default.
 
-    Optimizer, schedule and batch are those of the default recipe, rates by width^-0.75. What was measured: docs/adr/0023.
+    Optimizer, schedule and batch are those of the default recipe, rates by width^-0.75.
+    What was measured: docs/adr/0023.
     """
     corpus = corpus or embedded(n_layers)
     d_model, max_seq_len = 64 * n_layers, 256 * 2 ** min(3, n_layers // 6)
@@ -59,7 +63,10 @@ def depth(n_layers: int, corpus: Corpus | None = None) -> RunConfig:
         max_seq_len=max_seq_len,
         attention=SoftmaxAttention(qk_norm=True),
     )
-    tokens = min(TOKENS_PER_PARAMETER * parameter_count(model.model_dump(), corpus.vocab_size), EPOCHS * corpus.unique_tokens)
+    tokens = min(
+        TOKENS_PER_PARAMETER * parameter_count(model.model_dump(), corpus.vocab_size),
+        EPOCHS * corpus.unique_tokens,
+    )
     tokens_per_step = max(2048, min(2**19, 2 ** round(math.log2(tokens / 4000))))
     steps, factor = max(40, tokens // tokens_per_step), (SWEPT_WIDTH / d_model) ** 0.75
     half = "bfloat16" if n_layers >= GPU_LAYERS else "float32"
@@ -68,7 +75,10 @@ def depth(n_layers: int, corpus: Corpus | None = None) -> RunConfig:
         data=DataConfig(tokenizer=BpeTokenizer(vocab_size=corpus.vocab_size)),
         model=model,
         train=TrainConfig(
-            max_steps=steps, tokens_per_step=tokens_per_step, micro_batch_size=min(4096, tokens_per_step) // max_seq_len, dtype=half
+            max_steps=steps,
+            tokens_per_step=tokens_per_step,
+            micro_batch_size=min(4096, tokens_per_step) // max_seq_len,
+            dtype=half,
         ),
         optim=Muon(lr=round(4e-3 * factor, 6), adamw_lr=round(1.6e-2 * factor, 6), dtype=half),
         schedule=Wsd(warmup_steps=max(10, steps // 70), decay_frac=0.6, decay_shape="linear"),
@@ -79,11 +89,16 @@ def depth(n_layers: int, corpus: Corpus | None = None) -> RunConfig:
 
 
 def corpus_of(built: Path) -> Corpus:
-    """Vocabulary and training tokens of a folder that `stack data build` wrote. Raises DataError for another."""
+    """Vocabulary and training tokens of a folder that `stack data build` wrote.
+    Raises DataError for another.
+    """
     path = built / "manifest.json"
     try:
         manifest = parse_strict(path.read_bytes(), origin=str(path))
         shards = manifest["splits"]["train"]["shards"]
         return Corpus(manifest["tokenizer"]["vocab_size"], sum(s["tokens"] for s in shards))
     except (OSError, IntegrityError, KeyError, TypeError) as e:
-        raise DataError(f"{built} holds no built data: {type(e).__name__}: {e}", next_step="stack data build SRC… --out DIR") from e
+        raise DataError(
+            f"{built} holds no built data: {type(e).__name__}: {e}",
+            next_step="stack data build SRC… --out DIR",
+        ) from e

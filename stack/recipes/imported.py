@@ -1,4 +1,6 @@
-"""How a model from elsewhere is trained on: its own architecture and tokenizer, a small learning rate, and text that is always there."""
+"""How a model from elsewhere is trained on: its own architecture and tokenizer, a small learning
+rate, and text that is always there.
+"""
 
 from pathlib import Path
 
@@ -27,7 +29,9 @@ def imported(model: ModelConfig, tokenizer_file: Path) -> RunConfig:
         recipe="imported",
         data=DataConfig(corpus=StdlibDocs(), tokenizer=FileTokenizer(path=str(tokenizer_file))),
         model=model,
-        train=TrainConfig(max_steps=200, tokens_per_step=rows * model.max_seq_len, micro_batch_size=rows),
+        train=TrainConfig(
+            max_steps=200, tokens_per_step=rows * model.max_seq_len, micro_batch_size=rows
+        ),
         optim=AdamW(lr=1e-4),
         schedule=Cosine(warmup_steps=20),
         eval=EvalConfig(every=20),

@@ -1,4 +1,6 @@
-"""About a million parameters, trained in minutes on two CPU cores on text every Python installation has."""
+"""About a million parameters, trained in minutes on two CPU cores on text
+every Python installation has.
+"""
 
 from stack.config import (
     BpeTokenizer,
@@ -19,7 +21,9 @@ from stack.config import (
 
 
 def pocket() -> RunConfig:
-    """The embedded default: English of the standard library's documentation. How its settings were found: docs/adr/0023."""
+    """The embedded default: English of the standard library's documentation.
+    How its settings were found: docs/adr/0023.
+    """
     return RunConfig(
         recipe="pocket",
         data=DataConfig(corpus=StdlibDocs(), tokenizer=BpeTokenizer(vocab_size=2048)),

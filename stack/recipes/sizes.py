@@ -1,4 +1,6 @@
-"""Recipes named by size. Those above a few million parameters need a corpus of their own: `--data DIR` or `--set data.corpus…`."""
+"""Recipes named by size. Those above a few million parameters need a corpus of their own:
+`--data DIR` or `--set data.corpus…`.
+"""
 
 from stack.config import (
     AdamW,
@@ -24,7 +26,9 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         data=DataConfig(tokenizer=ByteTokenizer()),
-        model=ModelConfig(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=352, max_seq_len=256),
+        model=ModelConfig(
+            d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=352, max_seq_len=256
+        ),
         train=TrainConfig(max_steps=600, tokens_per_step=4096, micro_batch_size=16),
         optim=AdamW(lr=4e-3),
         schedule=Cosine(warmup_steps=50),
@@ -35,15 +39,26 @@ def tiny() -> RunConfig:
 
 
 def huge() -> RunConfig:
-    """Twelve layers of width 256 over 512 tokens, as the founding note tinygpt validation trained them.
+    """Twelve layers of width 256 over 512 tokens, as the founding note
+    tinygpt validation trained them.
 
     Its run had model.attention.kind=differential and model.depth.kind=mixture-of-depths besides.
     """
     return RunConfig(
         recipe="huge",
         data=DataConfig(tokenizer=BpeTokenizer(vocab_size=49_152)),
-        model=ModelConfig(d_model=256, n_layers=12, n_heads=8, n_kv_heads=8, head_dim=32, d_ff=688, max_seq_len=512),
-        train=TrainConfig(max_steps=500, tokens_per_step=16 * 512, micro_batch_size=4, dtype="bfloat16"),
+        model=ModelConfig(
+            d_model=256,
+            n_layers=12,
+            n_heads=8,
+            n_kv_heads=8,
+            head_dim=32,
+            d_ff=688,
+            max_seq_len=512,
+        ),
+        train=TrainConfig(
+            max_steps=500, tokens_per_step=16 * 512, micro_batch_size=4, dtype="bfloat16"
+        ),
         optim=AdamW(lr=6e-4, max_grad_norm=1.0),
         schedule=Cosine(warmup_steps=50, final_lr_frac=0.1),
         eval=EvalConfig(every=100),
@@ -57,8 +72,16 @@ def nanolm() -> RunConfig:
     return RunConfig(
         recipe="nanolm",
         data=DataConfig(tokenizer=BpeTokenizer(vocab_size=32_000)),
-        model=ModelConfig(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=512),
-        train=TrainConfig(max_steps=20_000, tokens_per_step=64 * 512, micro_batch_size=16, dtype="bfloat16", log_every=10),
+        model=ModelConfig(
+            d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=512
+        ),
+        train=TrainConfig(
+            max_steps=20_000,
+            tokens_per_step=64 * 512,
+            micro_batch_size=16,
+            dtype="bfloat16",
+            log_every=10,
+        ),
         optim=AdamW(lr=3e-4),
         schedule=Cosine(warmup_steps=200, final_lr_frac=0.1),
         eval=EvalConfig(every=500),
@@ -73,9 +96,23 @@ def llama_370m() -> RunConfig:
         recipe="llama-370m",
         data=DataConfig(tokenizer=BpeTokenizer(vocab_size=49_152)),
         model=ModelConfig(
-            d_model=1024, n_layers=24, n_heads=16, n_kv_heads=4, head_dim=64, d_ff=2816, max_seq_len=2048, norm_eps=1e-5, tied_head=False
+            d_model=1024,
+            n_layers=24,
+            n_heads=16,
+            n_kv_heads=4,
+            head_dim=64,
+            d_ff=2816,
+            max_seq_len=2048,
+            norm_eps=1e-5,
+            tied_head=False,
         ),
-        train=TrainConfig(max_steps=14_000, tokens_per_step=256 * 2048, micro_batch_size=16, dtype="bfloat16", log_every=10),
+        train=TrainConfig(
+            max_steps=14_000,
+            tokens_per_step=256 * 2048,
+            micro_batch_size=16,
+            dtype="bfloat16",
+            log_every=10,
+        ),
         optim=AdamW(lr=6e-4),
         schedule=Cosine(warmup_steps=1000, final_lr_frac=0.1),
         eval=EvalConfig(every=500),
@@ -103,7 +140,13 @@ def gpt2_124m() -> RunConfig:
             attention=SoftmaxAttention(qkv_bias=True, out_bias=True),
             ffn=Gelu(),
         ),
-        train=TrainConfig(max_steps=5_000, tokens_per_step=512 * 1024, micro_batch_size=16, dtype="bfloat16", log_every=10),
+        train=TrainConfig(
+            max_steps=5_000,
+            tokens_per_step=512 * 1024,
+            micro_batch_size=16,
+            dtype="bfloat16",
+            log_every=10,
+        ),
         optim=AdamW(lr=6e-4),
         schedule=Cosine(warmup_steps=350, final_lr_frac=0.1),
         eval=EvalConfig(every=250),
@@ -113,7 +156,9 @@ def gpt2_124m() -> RunConfig:
 
 
 def andrea_120m() -> RunConfig:
-    """The founding note ANDREA-120M: its width, depth, vocabulary and update rule. It has 99 million parameters, not 120."""
+    """The founding note ANDREA-120M: its width, depth, vocabulary and update rule.
+    It has 99 million parameters, not 120.
+    """
     return RunConfig(
         recipe="andrea-120m",
         data=DataConfig(tokenizer=BpeTokenizer(vocab_size=8449)),
@@ -129,7 +174,13 @@ def andrea_120m() -> RunConfig:
             ffn=Gelu(bias=False),
             tied_head=False,
         ),
-        train=TrainConfig(max_steps=165_000, tokens_per_step=8 * 1024, micro_batch_size=8, dtype="bfloat16", log_every=10),
+        train=TrainConfig(
+            max_steps=165_000,
+            tokens_per_step=8 * 1024,
+            micro_batch_size=8,
+            dtype="bfloat16",
+            log_every=10,
+        ),
         optim=AdamW(lr=3e-4, weight_decay=0.01, max_grad_norm=1.0),
         schedule=Cosine(warmup_steps=2000, final_lr_frac=0.1),
         eval=EvalConfig(every=1000),

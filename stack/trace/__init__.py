@@ -1,4 +1,6 @@
-"""Look inside a model while it runs: points, statistics, comparison and bisection of two, the first NaN, lenses, patching."""
+"""Look inside a model while it runs: points, statistics, comparison and bisection of two,
+the first NaN, lenses, patching.
+"""
 
 from stack.trace.bisect import bisect
 from stack.trace.compare import compare

@@ -1,7 +1,9 @@
-"""Which operation is guilty of a difference: values of the good side are put into the bad run up to a cut, and the end is judged.
+"""Which operation is guilty of a difference: values of the good side are put into the bad run up to
+a cut, and the end is judged.
 
-The cut is found by halving, so of n points about log₂ n runs are needed. A cut that cures clears every operation after it. The first and
-the last guilty operation are found apart; where they are not the same, modules are exchanged until a minimal set cures.
+The cut is found by halving, so of n points about log₂ n runs are needed. A cut that cures clears
+every operation after it. The first and the last guilty operation are found apart; where they are
+not the same, modules are exchanged until a minimal set cures.
 """
 
 import math
@@ -22,9 +24,22 @@ from stack.trace.trace import run
 from stack.trace.ways import Side
 
 Check = Callable[[Tensor], bool]
-CLOSE = 4.0  # logits agree within this times ε·√(width·layers); two right computations of 2 layers came within 0.15 of it
-FAR = 0.05  # logits that are off by more are never called equal; in bfloat16 24 layers of width 1024 differ by 0.015
-UNITS = ("embed", "positions", "attention_norm", "attention", "ffn_norm", "ffn", "final_norm", "head")
+# logits agree within this times ε·√(width·layers); two right computations of 2
+# layers came within 0.15 of it
+CLOSE = 4.0
+# logits that are off by more are never called equal; in bfloat16 24 layers of
+# width 1024 differ by 0.015
+FAR = 0.05
+UNITS = (
+    "embed",
+    "positions",
+    "attention_norm",
+    "attention",
+    "ffn_norm",
+    "ffn",
+    "final_norm",
+    "head",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,9 @@ class Link:
 
 @dataclass
 class Bisection:
-    """The first and the last guilty point (none where there is nothing to find), the modules that cure together, and how it was found."""
+    """The first and the last guilty point (none where there is nothing to find), the modules that
+    cure together, and how it was found.
+    """
 
     guilty: tuple[Point, ...] = ()
     minimal_set: tuple[str, ...] = ()
@@ -48,13 +65,23 @@ class Bisection:
     conclusion: str = ""
 
     def say(self, hypothesis: str, kept: bool, **evidence: float | int | str) -> None:
-        self.chain.append(Link(hypothesis, "kept" if kept else "eliminated", evidence | {"run": self.runs}))
+        self.chain.append(
+            Link(hypothesis, "kept" if kept else "eliminated", evidence | {"run": self.runs})
+        )
 
 
 class _Bench:
     """Runs of both sides with values of the other put in, judged by one check."""
 
-    def __init__(self, good: Side, bad: Side, input_ids: Tensor, names: Sequence[str], check: Check | None, folder: Path):
+    def __init__(
+        self,
+        good: Side,
+        bad: Side,
+        input_ids: Tensor,
+        names: Sequence[str],
+        check: Check | None,
+        folder: Path,
+    ):
         self.good, self.bad, self.input_ids = good, bad, input_ids
         self.spills = {}
         for key, one in (("good", good), ("bad", bad)):
@@ -65,14 +92,20 @@ class _Bench:
         layers = len({n.split(".")[1] for n in names if n.startswith("layers.")}) or 1
         rounding = CLOSE * coarsest(good, bad) * math.sqrt(widest(good, bad) * layers)
         self.tolerance = None if check else min(FAR, rounding)
-        self.check = check or (lambda logits: difference(logits, self.right).rel_err <= self.tolerance)
-        seen = {s.point.name: s.point for s in select(sites(bad.model, bad.where), names, bad.where)}
+        self.check = check or (
+            lambda logits: difference(logits, self.right).rel_err <= self.tolerance
+        )
+        seen = {
+            s.point.name: s.point for s in select(sites(bad.model, bad.where), names, bad.where)
+        }
         there = [n for n in names if all(n in s.places for s in self.spills.values())]
         self.points = [seen[n] for n in there if seen[n].flows]
         self.found = Bisection(runs=2, tolerance=self.tolerance)
 
     def passes(self, host: Side, values: str, cut: int) -> tuple[bool, float]:
-        """Whether `host` ends well with values of the other side at all points up to `cut`; and its distance from the good logits."""
+        """Whether `host` ends well with values of the other side at all points up to `cut`; and its
+        distance from the good logits.
+        """
         put = {p.name for p in self.points[: cut + 1]}
         spill = self.spills[values]
 
@@ -91,19 +124,29 @@ class _Bench:
         return self.check(logits), difference(logits, self.right).rel_err
 
 
-def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None, names: Iterable[str] | None = None) -> Bisection:
+def bisect(
+    good: Side,
+    bad: Side,
+    input_ids: Tensor,
+    check: Check | None = None,
+    names: Iterable[str] | None = None,
+) -> Bisection:
     """Find what makes `bad` end otherwise than `good` on the same ids (B, T).
 
-    `check` says of logits (B, T, V) whether they are good; by default whether they are those of the good side up to rounding. With one
-    guilty operation 3 + ⌈log₂ points⌉ runs are needed; of several the first and the last are named, and the smallest set of modules that
-    cures when they are exchanged, where both sides are built alike.
+    `check` says of logits (B, T, V) whether they are good; by default whether they are those of the
+    good side up to rounding. With one guilty operation 3 + ⌈log₂ points⌉ runs are needed; of
+    several the first and the last are named, and the smallest set of modules that cures when they
+    are exchanged, where both sides are built alike.
     """
     common, _, _ = common_points(good, bad, names)
     with tempfile.TemporaryDirectory(prefix="stackproof-bisect-") as folder:
         bench = _Bench(good, bad, input_ids, common, check, Path(folder))
         found = bench.found
         distance = difference(bench.spills["bad"].read("logits"), bench.right).rel_err
-        good_passes, bad_passes = bench.check(bench.right), bench.check(bench.spills["bad"].read("logits"))
+        good_passes, bad_passes = (
+            bench.check(bench.right),
+            bench.check(bench.spills["bad"].read("logits")),
+        )
         found.say("the good side passes the check", good_passes)
         found.say("the bad side fails the check", not bad_passes, rel_err=distance)
         if not good_passes or bad_passes:
@@ -122,8 +165,17 @@ def bisect(good: Side, bad: Side, input_ids: Tensor, check: Check | None = None,
         found.conclusion = "one operation is guilty"
         if first != last:
             found.minimal_set = _minimal(bench)
-            more = "" if found.minimal_set else "; modules cannot be exchanged, as the sides are built otherwise, or that does not cure"
-            found.conclusion = f"several operations are guilty, of which these are the first and the last{more}"
+            more = (
+                ""
+                if found.minimal_set
+                else (
+                    "; modules cannot be exchanged, as the sides are built otherwise, or that "
+                    "does not cure"
+                )
+            )
+            found.conclusion = (
+                f"several operations are guilty, of which these are the first and the last{more}"
+            )
     return found
 
 
@@ -141,7 +193,9 @@ def _reached(bench: _Bench) -> bool:
 
 
 def _last(bench: _Bench) -> int:
-    """Index of the last guilty point: right values up to there cure, and right values up to the one before do not."""
+    """Index of the last guilty point: right values up to there cure,
+    and right values up to the one before do not.
+    """
     low, high = -1, len(bench.points) - 1
     while high - low > 1:
         cut = (low + high) // 2
@@ -153,7 +207,9 @@ def _last(bench: _Bench) -> int:
 
 
 def _first(bench: _Bench, last: int) -> int:
-    """Index of the first guilty point: wrong values up to there spoil the good side, and wrong values up to the one before do not."""
+    """Index of the first guilty point: wrong values up to there spoil the good side, and wrong
+    values up to the one before do not.
+    """
     name = bench.points[last].name
     well, distance = bench.passes(bench.good, "bad", last - 1)
     bench.found.say(f"something before {name} is wrong as well", not well, rel_err=distance)
@@ -163,7 +219,9 @@ def _first(bench: _Bench, last: int) -> int:
     while high - low > 1:
         cut = (low + high) // 2
         well, distance = bench.passes(bench.good, "bad", cut)
-        bench.found.say(f"something up to {bench.points[cut].name} is wrong", not well, rel_err=distance)
+        bench.found.say(
+            f"something up to {bench.points[cut].name} is wrong", not well, rel_err=distance
+        )
         low, high = (cut, high) if well else (low, cut)
     return high
 
@@ -172,12 +230,17 @@ def _first(bench: _Bench, last: int) -> int:
 
 
 def _units(bench: _Bench) -> list[str]:
-    """Paths of modules that both sides have alike: norms, attentions, feed-forwards, embedding and head."""
+    """Paths of modules that both sides have alike: norms, attentions, feed-forwards,
+    embedding and head.
+    """
     theirs = dict(bench.good.model.named_modules())
     return [
         name
         for name, module in bench.bad.model.named_modules()
-        if name.rpartition(".")[2] in UNITS and type(theirs.get(name)) is type(module) and ".ffn." not in name and ".attention." not in name
+        if name.rpartition(".")[2] in UNITS
+        and type(theirs.get(name)) is type(module)
+        and ".ffn." not in name
+        and ".attention." not in name
     ]
 
 
@@ -187,18 +250,23 @@ def _cures(bench: _Bench, paths: Sequence[str]) -> bool:
         for path in paths:
             _lend(bench.good.model.get_submodule(path), bench.bad.model.get_submodule(path), undo)
         cured, distance = bench.judge(run(bench.bad.model, bench.input_ids, bench.bad.inputs()))
-    bench.found.say(f"what is wrong lies within {', '.join(paths) or 'nothing'}", cured, rel_err=distance)
+    bench.found.say(
+        f"what is wrong lies within {', '.join(paths) or 'nothing'}", cured, rel_err=distance
+    )
     return cured
 
 
 def _lend(module: nn.Module, to: nn.Module, undo: ExitStack) -> None:
     own = vars(to).get("forward")
     to.forward = module.forward
-    undo.callback(lambda: to.__dict__.update(forward=own) if own is not None else to.__dict__.pop("forward"))
+    undo.callback(
+        lambda: to.__dict__.update(forward=own) if own is not None else to.__dict__.pop("forward")
+    )
 
 
 def _minimal(bench: _Bench) -> tuple[str, ...]:
-    """A set of modules that cures and no part of which does, by ddmin; empty where exchanging all of them does not cure.
+    """A set of modules that cures and no part of which does, by ddmin;
+    empty where exchanging all of them does not cure.
 
     Source: Zeller and Hildebrandt, Simplifying and Isolating Failure-Inducing Input, 2002.
     """

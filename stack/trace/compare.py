@@ -1,7 +1,9 @@
-"""Two computations of the same ids, point by point: the error that arrives at a point, and the error that its own operation adds.
+"""Two computations of the same ids, point by point: the error that arrives at a point, and the
+error that its own operation adds.
 
-The first side runs once and leaves its tensors in a file. The second runs freely, and then once more with every value put right after it
-was compared: what still differs at a point was made there. One tensor of each side is in memory at a time.
+The first side runs once and leaves its tensors in a file. The second runs freely, and then once
+more with every value put right after it was compared: what still differs at a point was made there.
+One tensor of each side is in memory at a time.
 """
 
 import math
@@ -23,18 +25,23 @@ from stack.trace.trace import run
 from stack.trace.ways import Side
 
 CHUNK = 2**20  # values that are compared at a time
-# What rounding adds at a point is at most this times ε·√width. Measured over 15 settings of transformers against ours, and all variants
-# of ours against float64, reference kernels and bfloat16, widths 48 to 56: 0.22 (differential attention's output), mostly 0.1 to 0.17.
-# However coarse the numbers are, no operation that is off by more than CAP of its value passes for rounding: in bfloat16 rounding adds
-# 0.0036 at width 256 and at 1024, and 0.012 at differential attention's output.
+# What rounding adds at a point is at most this times ε·√width. Measured over 15 settings of
+# transformers against ours, and all variants of ours against float64, reference kernels and
+# bfloat16, widths 48 to 56: 0.22 (differential attention's output), mostly 0.1 to 0.17. However
+# coarse the numbers are, no operation that is off by more than CAP of its value passes for
+# rounding: in bfloat16 rounding adds 0.0036 at width 256 and at 1024, and 0.012 at differential
+# attention's output.
 FACTOR, CAP = 1.0, 0.03
 MISSING, MISSING_THERE = "did not run on this side", "did not run on the other side"
-NOT_OWN = ("q_rotated", "k_rotated", "scores", "entropy", "attention_mixed", "resid_mid")  # seen as what others are given
+# seen as what others are given
+NOT_OWN = ("q_rotated", "k_rotated", "scores", "entropy", "attention_mixed", "resid_mid")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """‖a − b‖/‖b‖, the cosine of both, and Σ(a − b)²/Σb²; NaN against a number is infinitely far."""
+    """‖a − b‖/‖b‖, the cosine of both, and Σ(a − b)²/Σb²; NaN against a
+    number is infinitely far.
+    """
 
     rel_err: float
     cosine: float
@@ -43,8 +50,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """One point of both sides. `arrived` is the error that is there in a free run, `added_err` what the operation before it adds to right
-    inputs; `excess` is the latter over its bound. `note` says why a figure is missing."""
+    """One point of both sides. `arrived` is the error that is there in a free run, `added_err` what
+    the operation before it adds to right inputs; `excess` is the latter over its bound. `note` says
+    why a figure is missing.
+    """
 
     point: Point
     arrived: Difference | None
@@ -59,7 +68,8 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All common points in execution order. `first_divergence` is the first that adds more than its bound; `suspects` rank all of these.
+    """All common points in execution order.
+    `first_divergence` is the first that adds more than its bound; `suspects` rank all of these.
 
     Where that is an attention kernel, `way` says in which usual way it errs, if in one of them.
     """
@@ -124,10 +134,12 @@ def difference(a: Tensor, b: Tensor) -> Difference:
 
 
 def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = None) -> Comparison:
-    """Compare what two sides compute of the same ids (B, T): where their errors arrive, and where they are made.
+    """Compare what two sides compute of the same ids (B, T): where their errors arrive,
+    and where they are made.
 
-    Points that one side lacks are listed and not compared. Raises SupportError where a point has another shape on the other side, unless
-    which tokens it saw is the model's own choice, as with experts; UsageError if no point is common.
+    Points that one side lacks are listed and not compared. Raises SupportError where a point has
+    another shape on the other side, unless which tokens it saw is the model's own choice, as with
+    experts; UsageError if no point is common.
     """
     common, only_a, only_b = common_points(a, b, names)
     points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
@@ -138,11 +150,24 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
         free = _seen(b, common, input_ids, spill, forced=False)
         added = _seen(b, common, input_ids, spill, forced=True)
         ran = [p for p in points if p.name in spill.places or p.name in free]
-        rows = tuple(_row(p, free.get(p.name), added.get(p.name), bound_of(p, epsilon, width, input_ids.shape[1])) for p in ran)
+        rows = tuple(
+            _row(
+                p,
+                free.get(p.name),
+                added.get(p.name),
+                bound_of(p, epsilon, width, input_ids.shape[1]),
+            )
+            for p in ran
+        )
         first = _first(rows)
         in_a_kernel = first is not None and first.point.slot == "attention_mixed"
         way = _way(b, first.point, common, input_ids, spill) if in_a_kernel else ""
-    suspects = tuple(sorted((r for r in rows if r.excess > 1 or r is first), key=lambda r: (r is not first or r.excess > 1, -r.excess)))
+    suspects = tuple(
+        sorted(
+            (r for r in rows if r.excess > 1 or r is first),
+            key=lambda r: (r is not first or r.excess > 1, -r.excess),
+        )
+    )
     logits = free["logits"] if isinstance(free.get("logits"), Difference) else None
     of = f"ε = {epsilon:.3g} of the coarser side and width {width}"
     said = f"{FACTOR:g} · ε · √width, with {of}; times √tokens for rotations; at most {CAP:g}"
@@ -150,10 +175,19 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
 
 
 def _way(b: Side, point: Point, names: list[str], input_ids: Tensor, spill: Spill) -> str:
-    """In which usual way the attention kernel at a point errs, from one more run on right values; empty where in none."""
+    """In which usual way the attention kernel at a point errs, from one more run on right values;
+    empty where in none.
+    """
     layers = sorted({s.point.layer for s in sites(b.model, b.where) if s.point.slot == point.slot})
     kept: list[Kept] = []
-    _seen(b, names, input_ids, spill, forced=True, watched=lambda: keeping(b.where.function, layers.index(point.layer), kept))
+    _seen(
+        b,
+        names,
+        input_ids,
+        spill,
+        forced=True,
+        watched=lambda: keeping(b.where.function, layers.index(point.layer), kept),
+    )
     return way_to_err(kept[0]) if kept else ""
 
 
@@ -166,7 +200,9 @@ def _seen(
     forced: bool,
     watched: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Difference | str]:
-    """One run of a side against the tensors of the other; if `forced`, each value is put right after it was compared."""
+    """One run of a side against the tensors of the other; if `forced`,
+    each value is put right after it was compared.
+    """
     found: dict[str, Difference | str] = {}
 
     def handler(point: Point, x: Tensor) -> Tensor | None:
@@ -182,19 +218,31 @@ def _seen(
     return found
 
 
-def common_points(a: Side, b: Side, names: Iterable[str] | None) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
+def common_points(
+    a: Side, b: Side, names: Iterable[str] | None
+) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
     """Names of the points of both sides in order, and of those that only one has."""
     asked = [names] if isinstance(names, str) else None if names is None else list(names)
     have = []
     for s in (a, b):
         found = sites(s.model, s.where, None)
-        found = found if s.names is None else [x for x in found if x in select(found, s.names, s.where)]
-        have.append([x.point.name for x in (found if asked is None else select(found, asked, s.where))])
+        found = (
+            found if s.names is None else [x for x in found if x in select(found, s.names, s.where)]
+        )
+        have.append(
+            [x.point.name for x in (found if asked is None else select(found, asked, s.where))]
+        )
     in_a, in_b = set(have[0]), set(have[1])
     common = [n for n in have[1] if n in in_a]
     if not common:
-        raise UsageError("the two sides have no point in common", value=f"{a.where.family} and {b.where.family}")
-    return common, tuple(n for n in have[0] if n not in in_b), tuple(n for n in have[1] if n not in in_a)
+        raise UsageError(
+            "the two sides have no point in common", value=f"{a.where.family} and {b.where.family}"
+        )
+    return (
+        common,
+        tuple(n for n in have[0] if n not in in_b),
+        tuple(n for n in have[1] if n not in in_a),
+    )
 
 
 def record(a: Side, names: list[str], input_ids: Tensor, spill: Spill) -> Tensor:
@@ -218,16 +266,28 @@ def _compared(point: Point, theirs: Tensor | None, x: Tensor) -> Difference | st
     raise SupportError("shape", f"{point.name} {tuple(theirs.shape)}", tuple(x.shape))
 
 
-def _row(point: Point, free: Difference | str | None, added: Difference | str | None, bound: float) -> Compared:
-    notes = [n if isinstance(n, str) else MISSING for n in (free, added) if not isinstance(n, Difference)]
+def _row(
+    point: Point, free: Difference | str | None, added: Difference | str | None, bound: float
+) -> Compared:
+    notes = [
+        n if isinstance(n, str) else MISSING for n in (free, added) if not isinstance(n, Difference)
+    ]
     arrived = free if isinstance(free, Difference) else None
-    return Compared(point, arrived, added.rel_err if isinstance(added, Difference) else None, bound, "; ".join(dict.fromkeys(notes)))
+    return Compared(
+        point,
+        arrived,
+        added.rel_err if isinstance(added, Difference) else None,
+        bound,
+        "; ".join(dict.fromkeys(notes)),
+    )
 
 
 def _first(rows: Sequence[Compared]) -> Compared | None:
-    """The first point that adds more than its bound; or of the modules right before it that ran on one side only, the first.
+    """The first point that adds more than its bound; or of the modules right before it that ran on
+    one side only, the first.
 
-    What is given to an attention function, or to a norm, is not seen where another is called, and does not err for that.
+    What is given to an attention function, or to a norm, is not seen where another is called,
+    and does not err for that.
     """
     at = next((i for i, r in enumerate(rows) if r.excess > 1), None)
     if at is None:
@@ -239,16 +299,31 @@ def _first(rows: Sequence[Compared]) -> Compared | None:
 
 
 def coarsest(a: Side, b: Side) -> float:
-    """The largest ε among the dtypes of both sides' parameters, and those in which they say that they compute."""
-    held = {p.dtype for s in (a, b) for p in s.model.parameters()} | {s.computes for s in (a, b) if s.computes is not None}
+    """The largest ε among the dtypes of both sides' parameters,
+    and those in which they say that they compute.
+    """
+    held = {p.dtype for s in (a, b) for p in s.model.parameters()} | {
+        s.computes for s in (a, b) if s.computes is not None
+    }
     return max(torch.finfo(d).eps for d in held if d.is_floating_point)
 
 
 def widest(a: Side, b: Side) -> int:
-    """The largest of the matrices' smaller dimensions: d_model, however long the vocabulary and the feed-forward are."""
-    return max((sorted(p.shape)[-2] for s in (a, b) for p in s.model.parameters() if p.ndim >= 2), default=1)
+    """The largest of the matrices' smaller dimensions: d_model,
+    however long the vocabulary and the feed-forward are.
+    """
+    return max(
+        (sorted(p.shape)[-2] for s in (a, b) for p in s.model.parameters() if p.ndim >= 2),
+        default=1,
+    )
 
 
 def bound_of(point: Point, epsilon: float, width: int, tokens: int) -> float:
     """What the operation of a point may add by rounding alone."""
-    return min(CAP, FACTOR * epsilon * math.sqrt(width) * (math.sqrt(tokens) if point.slot in ("q_rotated", "k_rotated") else 1.0))
+    return min(
+        CAP,
+        FACTOR
+        * epsilon
+        * math.sqrt(width)
+        * (math.sqrt(tokens) if point.slot in ("q_rotated", "k_rotated") else 1.0),
+    )

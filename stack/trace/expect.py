@@ -9,12 +9,16 @@ from typing import Literal
 
 from spec.errors import UsageError
 
-FIGURES = "n mean std rms absmax min max kurtosis frac_zero frac_nonfinite top_token_energy_frac peak_energy_frac".split()
+FIGURES = (
+    "n mean std rms absmax min max kurtosis frac_zero frac_nonfinite top_token_energy_frac "
+    "peak_energy_frac"
+).split()
 OF_LAYERS = ["ratio_to_previous", "robust_z"]
 OF_SIDES = ["rel_err", "cosine", "nmse", "added_err"]
 SIGNS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 FORM = re.compile(
-    r"\s*(?P<point>[A-Za-z_][\w.]*)\.(?P<figure>\w+)\s*(?P<sign><=|>=|<|>)\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*"
+    r"\s*(?P<point>[A-Za-z_][\w.]*)\.(?P<figure>\w+)\s*(?P<sign><=|>=|<|>)"
+    r"\s*(?P<number>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*"
 )
 
 
@@ -31,7 +35,9 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of a prediction: `not_run` where the point did not run or has no such figure, which confirms nothing."""
+    """What became of a prediction: `not_run` where the point did not run or has no such figure,
+    which confirms nothing.
+    """
 
     text: str
     verdict: Literal["confirmed", "refuted", "not_run"]
@@ -39,7 +45,9 @@ class Judged:
 
 
 def parse(text: str, figures: Iterable[str]) -> Expectation:
-    """Read one prediction. Raises UsageError, before anything runs, for another form or a figure that will not be there."""
+    """Read one prediction. Raises UsageError, before anything runs,
+    for another form or a figure that will not be there.
+    """
     found, known = FORM.fullmatch(text), list(figures)
     if found is None or found["figure"] not in known:
         raise UsageError(
@@ -48,16 +56,27 @@ def parse(text: str, figures: Iterable[str]) -> Expectation:
             allowed=f"POINT.FIGURE {' | '.join(SIGNS)} NUMBER, with a figure of {', '.join(known)}",
             next_step="--expect 'layers.3.ffn.swiglu.std < 0.1'",
         )
-    return Expectation(text.strip(), found["point"], found["figure"], found["sign"], float(found["number"]))
+    return Expectation(
+        text.strip(), found["point"], found["figure"], found["sign"], float(found["number"])
+    )
 
 
-def judge(expected: Iterable[Expectation], figures: Mapping[str, Mapping[str, float | None]], points: Iterable[str]) -> list[Judged]:
-    """Judge predictions by the figures of points; what is no number refutes. Raises UsageError for a point that is not there: a wrong name
-    refutes nothing."""
+def judge(
+    expected: Iterable[Expectation],
+    figures: Mapping[str, Mapping[str, float | None]],
+    points: Iterable[str],
+) -> list[Judged]:
+    """Judge predictions by the figures of points; what is no number refutes.
+    Raises UsageError for a point that is not there: a wrong name refutes nothing.
+    """
     known, judged = set(points), []
     for one in expected:
         if one.point not in known:
-            raise UsageError(f"there is no point {one.point} among those looked at", value=one.text, allowed=", ".join(sorted(known))[:400])
+            raise UsageError(
+                f"there is no point {one.point} among those looked at",
+                value=one.text,
+                allowed=", ".join(sorted(known))[:400],
+            )
         value = figures.get(one.point, {}).get(one.figure)
         if value is None:
             judged.append(Judged(one.text, "not_run", None))

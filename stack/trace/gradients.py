@@ -1,8 +1,10 @@
-"""Derivatives of two computations of the same ids: the error that arrives in a gradient, and the error that its own derivative adds.
+"""Derivatives of two computations of the same ids: the error that arrives in a gradient, and the
+error that its own derivative adds.
 
-The loss is the mean next-token loss. The first side runs forward and backward once and leaves values and gradients in a file. The second
-runs freely, and then once more with the value of every point put right, and its gradient after it was compared: what still differs was
-made by the derivative of what reads that point. A gradient that arrives on one side only is infinitely wrong.
+The loss is the mean next-token loss. The first side runs forward and backward once and leaves
+values and gradients in a file. The second runs freely, and then once more with the value of every
+point put right, and its gradient after it was compared: what still differs was made by the
+derivative of what reads that point. A gradient that arrives on one side only is infinitely wrong.
 """
 
 import math
@@ -22,9 +24,10 @@ from stack.trace.trace import backward_of, run
 from stack.trace.ways import Side
 from stack.trace.weights import point_of
 
-# What rounding adds is at most FACTOR times ε·√width at a point, four times that where the gradient comes out of a softmax and cancels, and
-# at most ε·√width at a parameter, held against at least FLOOR of the largest norm of any: a key's bias has a gradient of rounding alone.
-# No derivative that is off by more than CAP of itself passes for rounding, however coarse the numbers are.
+# What rounding adds is at most FACTOR times ε·√width at a point, four times that where the gradient
+# comes out of a softmax and cancels, and at most ε·√width at a parameter, held against at least
+# FLOOR of the largest norm of any: a key's bias has a gradient of rounding alone. No derivative
+# that is off by more than CAP of itself passes for rounding, however coarse the numbers are.
 FACTOR, SOFTMAX_FACTOR, PARAMETER_FACTOR, FLOOR, CAP = 1.0, 4.0, 1.0, 1e-2, 0.1
 CANCELLING = ("q", "k", "v", "q_norm", "k_norm", "q_rotated", "k_rotated", "router", "routing")
 GRADIENT, PARAMETER, VALUE = "gradient ", "parameter ", "value "
@@ -32,9 +35,10 @@ GRADIENT, PARAMETER, VALUE = "gradient ", "parameter ", "value "
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient at one point, or of one parameter. `arrived` is its error in a free run, `added_err` what its own derivative adds to
-    right values and gradients; `excess` is the latter over its bound. `read_by` says what has that derivative, for a point; `note` what is
-    missing."""
+    """The gradient at one point, or of one parameter. `arrived` is its error in a free run,
+    `added_err` what its own derivative adds to right values and gradients; `excess` is the latter
+    over its bound. `read_by` says what has that derivative, for a point; `note` what is missing.
+    """
 
     point: Point
     arrived: Difference | None
@@ -50,7 +54,8 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients at the common points in the order of the backward, then those of parameters that both sides have by one name.
+    """Gradients at the common points in the order of the backward, then those of parameters that
+    both sides have by one name.
 
     `first` is the first whose derivative adds more than its bound; `suspects` rank all of these.
     """
@@ -63,13 +68,21 @@ class Gradients:
     runs: int = 3
 
 
-def compare_gradients(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = None) -> Gradients:
-    """Compare the gradients of both sides for the same ids (B, T), `a` taken as right: where errors arrive, and where they are made.
+def compare_gradients(
+    a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = None
+) -> Gradients:
+    """Compare the gradients of both sides for the same ids (B, T), `a` taken as right: where errors
+    arrive, and where they are made.
 
-    Raises UsageError if no point is common, for fewer than two tokens, or where no parameter of a side wants a gradient.
+    Raises UsageError if no point is common, for fewer than two tokens,
+    or where no parameter of a side wants a gradient.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
-        raise UsageError("these ids have no next-token loss", value=tuple(input_ids.shape), allowed="(B, T) with at least 2 tokens")
+        raise UsageError(
+            "these ids have no next-token loss",
+            value=tuple(input_ids.shape),
+            allowed="(B, T) with at least 2 tokens",
+        )
     common, _, _ = common_points(a, b, names)
     every = [s.point for s in sites(b.model, b.where)]
     looked_at = [s.point for s in select(sites(b.model, b.where), common, b.where)]
@@ -80,13 +93,24 @@ def compare_gradients(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] 
         forced = right.against(b, common, input_ids, forced=True)
         epsilon = coarsest(a, b) * math.sqrt(widest(a, b))
         points = [
-            Gradient(p, free.points.get(p.name), error, _bound(p, epsilon), read_by(p, looked_at, every), note)
+            Gradient(
+                p,
+                free.points.get(p.name),
+                error,
+                _bound(p, epsilon),
+                read_by(p, looked_at, every),
+                note,
+            )
             for p in reversed(looked_at)
             if (error := right.error_at(p, forced)) is not None
             for note in [_note(error)]
         ]
         theirs = {n for n, _ in a.model.named_parameters()}
-        own = [point_of(n, order) for order, (n, _) in enumerate(b.model.named_parameters()) if n in theirs]
+        own = [
+            point_of(n, order)
+            for order, (n, _) in enumerate(b.model.named_parameters())
+            if n in theirs
+        ]
         parameters = [
             Gradient(p, None, error, min(CAP, PARAMETER_FACTOR * epsilon), note=_note(error))
             for p in own
@@ -94,8 +118,17 @@ def compare_gradients(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] 
         ]
     judged = (*points, *parameters)
     suspects = tuple(sorted((g for g in judged if g.excess > 1), key=lambda g: -g.excess))
-    said = f"{FACTOR:g} · ε · √width, {SOFTMAX_FACTOR:g} times that before a softmax, at most {CAP:g}, with ε · √width = {epsilon:.3g}"
-    return Gradients(tuple(points), tuple(parameters), next((g for g in judged if g.excess > 1), None), suspects, said)
+    said = (
+        f"{FACTOR:g} · ε · √width, {SOFTMAX_FACTOR:g} times that before a softmax, at most "
+        f"{CAP:g}, with ε · √width = {epsilon:.3g}"
+    )
+    return Gradients(
+        tuple(points),
+        tuple(parameters),
+        next((g for g in judged if g.excess > 1), None),
+        suspects,
+        said,
+    )
 
 
 def _bound(point: Point, epsilon: float) -> float:
@@ -108,7 +141,9 @@ def _note(error: float) -> str:
 
 @dataclass
 class _Seen:
-    """Gradients of one run against those that are right: differences at points, and the gradients of parameters."""
+    """Gradients of one run against those that are right: differences at points,
+    and the gradients of parameters.
+    """
 
     points: dict[str, Difference] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
@@ -134,7 +169,9 @@ class _Right:
             self.largest = max(self.largest, float(grad.double().norm()))
 
     def against(self, b: Side, names: Sequence[str], input_ids: Tensor, *, forced: bool) -> _Seen:
-        """One forward and backward of a side; if `forced`, values are put right, and gradients after they were compared."""
+        """One forward and backward of a side; if `forced`, values are put right, and gradients
+        after they were compared.
+        """
         seen = _Seen()
 
         def value(point: Point, x: Tensor) -> Tensor | None:
@@ -152,7 +189,9 @@ class _Right:
         return seen
 
     def error_at(self, point: Point, seen: _Seen) -> float | None:
-        """The error of a gradient at a point; infinite where it is there on one side only, None where on none, or of other tokens."""
+        """The error of a gradient at a point; infinite where it is there on one side only, None
+        where on none, or of other tokens.
+        """
         here, there = point.name in seen.arrived, GRADIENT + point.name in self.spill.places
         if here != there:
             return math.inf
@@ -165,16 +204,25 @@ class _Right:
             return math.inf
         if not here:
             return None
-        own, theirs = seen.parameters[name].detach().double().cpu(), self.spill.read(PARAMETER + name).double()
+        own, theirs = (
+            seen.parameters[name].detach().double().cpu(),
+            self.spill.read(PARAMETER + name).double(),
+        )
         if own.shape != theirs.shape:
             return math.inf
         norm, apart = max(float(theirs.norm()), FLOOR * self.largest), float((own - theirs).norm())
         return apart / norm if norm and not math.isnan(apart) else 0.0 if apart == 0 else math.inf
 
     def _like(self, name: str, x: Tensor) -> Tensor | None:
-        """What was kept by a name, as a tensor has it; None where it was not, or in another size."""
+        """What was kept by a name, as a tensor has it; None where it was not,
+        or in another size.
+        """
         theirs = self.spill.read(name) if name in self.spill.places else None
-        return theirs.to(x.device, x.dtype).reshape(x.shape) if theirs is not None and theirs.numel() == x.numel() else None
+        return (
+            theirs.to(x.device, x.dtype).reshape(x.shape)
+            if theirs is not None and theirs.numel() == x.numel()
+            else None
+        )
 
 
 class _PutRight(torch.autograd.Function):
@@ -189,8 +237,12 @@ class _PutRight(torch.autograd.Function):
         return grad, None
 
 
-def _backward(one: Side, names: Sequence[str], input_ids: Tensor, value: Handler, gradient: Handler) -> dict[str, Tensor]:
-    """Gradients of a side's parameters, while values and gradients of its points are shown and may be replaced."""
+def _backward(
+    one: Side, names: Sequence[str], input_ids: Tensor, value: Handler, gradient: Handler
+) -> dict[str, Tensor]:
+    """Gradients of a side's parameters, while values and gradients of its points are
+    shown and may be replaced.
+    """
     with torch.enable_grad(), one.around():
         inputs = one.inputs()
         with tap(one.model, names, value, where=one.where, on_grad=gradient):

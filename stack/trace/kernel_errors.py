@@ -1,4 +1,5 @@
-"""In what way an attention kernel errs: its usual errors are computed in plain torch, and one of them may be what it computed.
+"""In what way an attention kernel errs: its usual errors are computed in plain torch, and one of
+them may be what it computed.
 
 B batch, T queries, S keys, N query heads, K key/value heads, H head_dim
 """
@@ -40,7 +41,9 @@ def keeping(function: Function, number: int, kept: list[Kept]) -> Iterator[None]
         if count == number:
             call = call_of(function.name, q, k, rest, options)
             mask = None if call.mask is None else call.mask[:1]
-            kept.append(Kept(replace(call, q_BNTH=q[:1], k_BKSH=k[:1], mask=mask), v[:1], mixed[:1]))
+            kept.append(
+                Kept(replace(call, q_BNTH=q[:1], k_BKSH=k[:1], mask=mask), v[:1], mixed[:1])
+            )
         count += 1
         return mixed
 
@@ -52,19 +55,28 @@ def keeping(function: Function, number: int, kept: list[Kept]) -> Iterator[None]
 
 
 def way_to_err(kept: Kept) -> str:
-    """The one usual error that makes what the kernel made, in words; empty where none does, or where the row is too long to try."""
+    """The one usual error that makes what the kernel made, in words; empty where none does, or
+    where the row is too long to try.
+    """
     call = kept.call
     if call.q_BNTH.shape[1] * call.q_BNTH.shape[2] * call.k_BKSH.shape[2] > LARGEST:
         return ""
     wrong = kept.mixed_BNTH.double()
     apart = float((wrong - attend(kept)).norm())
-    left = {text: float((wrong - tried(kept)).nan_to_num(torch.inf).norm()) for text, tried in WAYS.items()}
+    left = {
+        text: float((wrong - tried(kept)).nan_to_num(torch.inf).norm())
+        for text, tried in WAYS.items()
+    }
     best = min(left, key=left.__getitem__)
     return best if apart > 0 and left[best] <= CLOSE * apart else ""
 
 
-def attend(kept: Kept, *, scale: float | None = None, visible: Tensor | None = None, tiled: bool = False) -> Tensor:
-    """softmax(scale·q·k)·v over visible keys in float64, (1, N, T, H); as the call says unless something else is given."""
+def attend(
+    kept: Kept, *, scale: float | None = None, visible: Tensor | None = None, tiled: bool = False
+) -> Tensor:
+    """softmax(scale·q·k)·v over visible keys in float64, (1, N, T, H);
+    as the call says unless something else is given.
+    """
     call = kept.call
     q, k, v = (x.double() for x in (call.q_BNTH, call.k_BKSH, kept.v_BKSH))
     many = q.shape[1] // k.shape[1]
@@ -80,10 +92,16 @@ def seen_of(call: Call, later: int = 0) -> Tensor:
     """Which keys each query sees, (…, T, S) bool; `later` of them beyond its own."""
     T, S = call.q_BNTH.shape[2], call.k_BKSH.shape[2]
     index_S = torch.arange(S, device=call.q_BNTH.device)
-    own_T1 = torch.arange(T, device=index_S.device)[:, None] + (call.offset if call.causal else S - T)
+    own_T1 = torch.arange(T, device=index_S.device)[:, None] + (
+        call.offset if call.causal else S - T
+    )
     seen = index_S <= own_T1
     if call.mask is not None:
-        hidden = max(HIDDEN / 2, torch.finfo(call.mask.dtype).min / 2) if call.mask.is_floating_point() else None
+        hidden = (
+            max(HIDDEN / 2, torch.finfo(call.mask.dtype).min / 2)
+            if call.mask.is_floating_point()
+            else None
+        )
         seen = call.mask if hidden is None else call.mask > hidden
     elif not call.causal:
         seen = torch.ones_like(seen)
@@ -99,9 +117,17 @@ def _causal(kept: Kept) -> Tensor:
 WAYS: dict[str, Callable[[Kept], Tensor]] = {
     "scores are not scaled": lambda kept: attend(kept, scale=1.0),
     "scores are scaled twice": lambda kept: attend(kept, scale=kept.call.scale**2),
-    "scores are multiplied by what they should be divided by": lambda kept: attend(kept, scale=1 / kept.call.scale),
-    "each query sees the key after its own": lambda kept: attend(kept, visible=seen_of(kept.call, later=1)),
-    "each query sees all keys": lambda kept: attend(kept, visible=seen_of(kept.call, later=kept.call.k_BKSH.shape[2])),
+    "scores are multiplied by what they should be divided by": lambda kept: attend(
+        kept, scale=1 / kept.call.scale
+    ),
+    "each query sees the key after its own": lambda kept: attend(
+        kept, visible=seen_of(kept.call, later=1)
+    ),
+    "each query sees all keys": lambda kept: attend(
+        kept, visible=seen_of(kept.call, later=kept.call.k_BKSH.shape[2])
+    ),
     "queries see all keys before them, whatever the mask says": _causal,
-    "key heads are tiled where each should be repeated for its group": lambda kept: attend(kept, tiled=True),
+    "key heads are tiled where each should be repeated for its group": lambda kept: attend(
+        kept, tiled=True
+    ),
 }

@@ -1,4 +1,6 @@
-"""Which modules hold which points: our Transformer in all variants, the kinds of Hugging Face, and models whose names a user gives."""
+"""Which modules hold which points: our Transformer in all variants, the kinds of Hugging Face, and
+models whose names a user gives.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +21,8 @@ TORCH_ATTENTION = ("torch.nn.functional", "scaled_dot_product_attention")
 
 
 def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None = None) -> NameMap:
-    """The map that fits a model, or the one a user gives: {"layers.{}.ffn.out": "blocks.{}.mlp"}, a path standing for its output.
+    """The map that fits a model, or the one a user gives: {"layers.{}.ffn.out": "blocks.{}.mlp"}, a
+    path standing for its output.
 
     Raises UsageError for a model that nobody has a map of.
     """
@@ -27,7 +30,10 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
         case NameMap():
             return given
         case Mapping():
-            return NameMap("your map", {point: Output(p) if isinstance(p, str) else p for point, p in given.items()})
+            return NameMap(
+                "your map",
+                {point: Output(p) if isinstance(p, str) else p for point, p in given.items()},
+            )
     if isinstance(model, Transformer):
         return ours(model.cfg)
     for kind in names.KINDS:
@@ -36,8 +42,14 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
     raise UsageError(
         "nobody has said where the points of this model are",
         value=type(model).__name__,
-        allowed=f"Transformer, {', '.join(k.architecture for k in names.KINDS)}, or any module with a map",
-        next_step="give a map of names: {'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}; {} stands for the layer's number",
+        allowed=(
+            f"Transformer, {', '.join(k.architecture for k in names.KINDS)}, or any module with a "
+            "map"
+        ),
+        next_step=(
+            "give a map of names: {'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}; {} stands for "
+            "the layer's number"
+        ),
     )
 
 
@@ -51,7 +63,10 @@ def ours(cfg: ModelConfig) -> NameMap:
         "v": Output("attention.v"),
     }
     if cfg.attention.qk_norm:
-        layer |= {"q_norm": Output("attention.q_norm", "BNTH"), "k_norm": Output("attention.k_norm", "BNTH")}
+        layer |= {
+            "q_norm": Output("attention.q_norm", "BNTH"),
+            "k_norm": Output("attention.k_norm", "BNTH"),
+        }
     layer |= _attention(rotary=not isinstance(cfg.positions, LearnedPositions))
     layer |= {
         "attention_out": Output("attention"),
@@ -64,14 +79,19 @@ def ours(cfg: ModelConfig) -> NameMap:
     places |= {f"layers.{{}}.{slot}": _below("layers.{}", place) for slot, place in layer.items()}
     places |= {"final_norm": Output("final_norm"), "logits": Output("")}
     kind = "softmax" if isinstance(cfg.attention, SoftmaxAttention) else "differential"
-    return NameMap(f"Transformer ({kind} attention, {cfg.ffn.kind})", places, "layers.{}", OUR_ATTENTION)
+    return NameMap(
+        f"Transformer ({kind} attention, {cfg.ffn.kind})", places, "layers.{}", OUR_ATTENTION
+    )
 
 
 def _ours_ffn(ffn: Any) -> dict[str, Place]:
     match ffn:
         case MixtureOfExperts(expert=expert):
             inner = {slot.removeprefix("ffn."): place for slot, place in _ours_ffn(expert).items()}
-            experts = {f"experts.{{}}.{s}": _below("ffn.experts.{}", _rows(p), "ffn.") for s, p in inner.items()}
+            experts = {
+                f"experts.{{}}.{s}": _below("ffn.experts.{}", _rows(p), "ffn.")
+                for s, p in inner.items()
+            }
             chosen = {"router": Output("ffn.router", "RF"), "routing": OUR_ROUTING}
             return {**chosen, **experts, "experts.{}.out": Output("ffn.experts.{}", "RF")}
         case Gelu():
@@ -86,7 +106,9 @@ def _ours_ffn(ffn: Any) -> dict[str, Place]:
 
 
 def _attention(rotary: bool) -> dict[str, Place]:
-    turned: dict[str, Place] = {"q_rotated": Attention("q"), "k_rotated": Attention("k")} if rotary else {}
+    turned: dict[str, Place] = (
+        {"q_rotated": Attention("q"), "k_rotated": Attention("k")} if rotary else {}
+    )
     figures = {w: Attention(w, "BTF") for w in ("scores", "entropy")}
     return turned | figures | {"attention_mixed": Attention("mixed")}
 
@@ -110,9 +132,11 @@ def _rows(place: Place) -> Place:
 
 
 def hugging_face(kind: Kind, model: Any) -> NameMap:
-    """The map of a model that transformers has built, by the names that `stack.model.names` holds for its kind.
+    """The map of a model that transformers has built, by the names that
+    `stack.model.names` holds for its kind.
 
-    Attention is seen inside only where the model calls torch's own; its experts are one tensor, so none of them has points.
+    Attention is seen inside only where the model calls torch's own; its experts are one tensor,
+    so none of them has points.
     """
     config, at = model.config, dict(kind.modules) | dict(kind.running)
     block, attention = _parent(at["layers.{}.attention_norm"]), _parent(at["layers.{}.attention.q"])
@@ -120,19 +144,32 @@ def hugging_face(kind: Kind, model: Any) -> NameMap:
     gated = not mixed and "layers.{}.ffn.gate" in at
     q, k, v = (at[f"layers.{{}}.attention.{n}"] for n in "qkv")
     joint = q == k == v
-    places: dict[str, Place] = {"embedding": Input(block.format(0)), "layers.{}.attention_norm": Output(at["layers.{}.attention_norm"])}
+    places: dict[str, Place] = {
+        "embedding": Input(block.format(0)),
+        "layers.{}.attention_norm": Output(at["layers.{}.attention_norm"]),
+    }
     for i, (name, path) in enumerate({"q": q, "k": k, "v": v}.items()):
         places[f"layers.{{}}.{name}"] = Output(path, part=(i, 3) if joint else None)
     q_norm = at.get("layers.{}.attention.q_norm", "{}").format(0)
     if q_norm in dict(model.named_modules()):
-        places |= {f"layers.{{}}.{n}_norm": Output(at[f"layers.{{}}.attention.{n}_norm"], "BTNH") for n in "qk"}
+        places |= {
+            f"layers.{{}}.{n}_norm": Output(at[f"layers.{{}}.attention.{n}_norm"], "BTNH")
+            for n in "qk"
+        }
     inside = getattr(config, "_attn_implementation", "sdpa") == "sdpa"
     seen = _attention(rotary="positions" not in at)
-    without = {"experts": "transformers keeps all experts in one tensor and runs them in one module"} if mixed else {}
+    without = (
+        {"experts": "transformers keeps all experts in one tensor and runs them in one module"}
+        if mixed
+        else {}
+    )
     if inside:
         places |= {f"layers.{{}}.{slot}": place for slot, place in seen.items()}
     else:
-        reason = f"it computes attention by {config._attn_implementation!r}; load it with attn_implementation='sdpa' to see inside"
+        reason = (
+            f"it computes attention by {config._attn_implementation!r}; load it with "
+            "attn_implementation='sdpa' to see inside"
+        )
         without |= dict.fromkeys(seen, reason)
     places |= {
         "layers.{}.attention_out": Output(attention),
@@ -146,7 +183,9 @@ def hugging_face(kind: Kind, model: Any) -> NameMap:
     n_heads = getattr(config, kind.sizes["n_heads"])
     n_kv_heads = getattr(config, kind.sizes.get("n_kv_heads", ""), None) or n_heads
     function = Function(*TORCH_ATTENTION, n_heads, n_kv_heads)
-    return NameMap(f"{kind.architecture} of transformers", places, block, function if inside else None, without)
+    return NameMap(
+        f"{kind.architecture} of transformers", places, block, function if inside else None, without
+    )
 
 
 def _their_ffn(at: Mapping[str, str], mixed: bool, gated: bool) -> dict[str, Place]:
@@ -162,7 +201,12 @@ def _their_ffn(at: Mapping[str, str], mixed: bool, gated: bool) -> dict[str, Pla
     if not gated:
         return {"layers.{}.ffn.up": Output(up), "layers.{}.ffn.act": Input(down), **out}
     gate = at["layers.{}.ffn.gate"]
-    inner = {"ffn.gate": Output(gate), "ffn.up": Output(up), "ffn.silu": Silu(gate), "ffn.swiglu": Input(down)}
+    inner = {
+        "ffn.gate": Output(gate),
+        "ffn.up": Output(up),
+        "ffn.silu": Silu(gate),
+        "ffn.swiglu": Input(down),
+    }
     return {f"layers.{{}}.{slot}": place for slot, place in inner.items()} | out
 
 

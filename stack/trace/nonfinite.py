@@ -1,8 +1,11 @@
-"""The first operation that makes a NaN or an infinity, forward or backward, of any module or function that runs in plain torch.
+"""The first operation that makes a NaN or an infinity, forward or backward, of any module or
+function that runs in plain torch.
 
-Every operation below autograd is looked at as it runs. Values that are not finite carry the mark of where they come from to whatever is
-computed from them, so that of many such operations the one is named that reaches the result. An infinity that a mask puts in, or one
-that a later choice throws away, is told apart. What torch.compile or a Triton kernel does inside is one operation, or not seen at all.
+Every operation below autograd is looked at as it runs. Values that are not finite carry the mark of
+where they come from to whatever is computed from them, so that of many such operations the one is
+named that reaches the result. An infinity that a mask puts in, or one that a later choice throws
+away, is told apart. What torch.compile or a Triton kernel does inside is one operation, or not seen
+at all.
 """
 
 import math
@@ -26,16 +29,28 @@ from stack.trace.whereabouts import Where, Whereabouts, whereabouts
 
 EVENTS_MAX = 64  # told in one report
 SHOWN_MAX = 4  # tensors of a list that an operation takes or gives
-UNWRITTEN = frozenset(f"aten::{n}" for n in "empty empty_like empty_strided empty_permuted new_empty new_empty_strided".split())
-OVERWRITING = frozenset(f"aten::{n}_" for n in "copy fill zero normal uniform bernoulli random exponential log_normal".split())
-CONSTANT, HOST_READ, INTO_GRADIENT = "aten::lift_fresh", "aten::_local_scalar_dense", "torch::autograd::AccumulateGrad"
+UNWRITTEN = frozenset(
+    f"aten::{n}"
+    for n in "empty empty_like empty_strided empty_permuted new_empty new_empty_strided".split()
+)
+OVERWRITING = frozenset(
+    f"aten::{n}_"
+    for n in "copy fill zero normal uniform bernoulli random exponential log_normal".split()
+)
+CONSTANT, HOST_READ, INTO_GRADIENT = (
+    "aten::lift_fresh",
+    "aten::_local_scalar_dense",
+    "torch::autograd::AccumulateGrad",
+)
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a tensor held. Statistics are of its finite values, in float64; None where there are none.
+    """What a tensor held. Statistics are of its finite values, in float64;
+    None where there are none.
 
-    `held` says which parameter or buffer it is, if one; `first_bad` is the index of the first value that is not finite.
+    `held` says which parameter or buffer it is, if one; `first_bad` is the index of the first
+    value that is not finite.
     """
 
     name: str
@@ -57,9 +72,10 @@ class Values:
 class Event:
     """An operation whose result is not finite, and nothing before it is the reason.
 
-    `made`: of finite inputs, or a NaN of infinities that were put in. `came in`: an input, which may be `carrier`, held it before the
-    trace began. `put in`: a constant that the code names itself, as masks do. `number` counts operations from 1. `inputs` are as they
-    were before the operation: what was last good.
+    `made`: of finite inputs, or a NaN of infinities that were put in. `came in`: an input, which
+    may be `carrier`, held it before the trace began. `put in`: a constant that the code names
+    itself, as masks do. `number` counts operations from 1. `inputs` are as they were before the
+    operation: what was last good.
     """
 
     kind: Literal["made", "came in", "put in"]
@@ -75,15 +91,19 @@ class Event:
     @property
     def strong(self) -> bool:
         """Whether what is computed from this is put down to it, and not looked at for itself."""
-        return self.kind == "made" or (self.kind == "came in" and (self.what == "NaN" or self.carrier.startswith("parameter")))
+        return self.kind == "made" or (
+            self.kind == "came in" and (self.what == "NaN" or self.carrier.startswith("parameter"))
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """`first` made what reached the result; None where all of that is finite. `others` reached nothing or came later.
+    """`first` made what reached the result; None where all of that is finite.
+    `others` reached nothing or came later.
 
-    `point` is the first place of the map of names that showed it, "" where no map fits or it passed none; in a backward, by its
-    gradient. `already` names parameters and buffers that were not finite before; `ended_by` is the error that the call ended with, if one.
+    `point` is the first place of the map of names that showed it, "" where no map fits or it passed
+    none; in a backward, by its gradient. `already` names parameters and buffers that were not
+    finite before; `ended_by` is the error that the call ended with, if one.
     """
 
     first: Event | None
@@ -97,7 +117,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Read:
-    """A tensor that an operation reads, as it was before: `values` is a copy where the operation works in place on `tensor`."""
+    """A tensor that an operation reads, as it was before: `values` is a copy where the operation
+    works in place on `tensor`.
+    """
 
     name: str
     index: int | None
@@ -123,25 +145,35 @@ _Result = tuple[str, int | None, Tensor]
 
 
 class Watch(TorchDispatchMode):
-    """Looks at every operation for the time of a `with`. `held` names storages of parameters and buffers."""
+    """Looks at every operation for the time of a `with`.
+    `held` names storages of parameters and buffers.
+    """
 
     def __init__(self, here: Whereabouts, held: Mapping[int, str]):
         super().__init__()
         self.here, self.held = here, held
         self.events: list[Event] = []
-        self.landed: list[Event] = []  # what reached a gradient, or a number that was read out of a tensor
+        # what reached a gradient, or a number that was read out of a tensor
+        self.landed: list[Event] = []
         self.passed: list[tuple[str, Event]] = []  # points that showed something that is not finite
         self.operations, self.started = 0, time.perf_counter()
-        self._marks: dict[int, tuple[StorageWeakRef, Event]] = {}  # the weak reference keeps the key from being used again
+        # the weak reference keeps the key from being used again
+        self._marks: dict[int, tuple[StorageWeakRef, Event]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         self.operations += 1
         given = _given(func, args, kwargs)
         operation = _Operation(func, given, self.here.where(str(func)), _read(func, given))
         result = func(*args, **kwargs)
         if operation.name == HOST_READ or operation.where.node == INTO_GRADIENT:
-            self.landed += [mark for r in operation.read if not is_finite(r.values) and (mark := self.mark(r.tensor))]
+            self.landed += [
+                mark
+                for r in operation.read
+                if not is_finite(r.values) and (mark := self.mark(r.tensor))
+            ]
         if operation.name not in UNWRITTEN:
             self._look(operation, _results(operation, result))
         return result
@@ -152,7 +184,9 @@ class Watch(TorchDispatchMode):
         return event
 
     def pass_by(self, point: Point, tensor: Tensor) -> None:
-        """Note a point that shows what is not finite. A handler of `tap`, for values and gradients."""
+        """Note a point that shows what is not finite.
+        A handler of `tap`, for values and gradients.
+        """
         with _disable_current_modes():
             if not is_finite(tensor) and (mark := self.mark(tensor)):
                 self.passed.append((point.name, mark))
@@ -179,24 +213,38 @@ class Watch(TorchDispatchMode):
         if operation.name == CONSTANT or (not alike and _has(operation.given, what)):
             return self._enter("put in", what, operation, bad)
         if strangers := [r for r in alike if marks[id(r)] is None]:
-            carrier = next((c for r in strangers if (c := self.held.get(storage_of(r.tensor)._cdata, ""))), "")
-            return self._enter("came in", what, operation, bad, carrier or f"argument {strangers[0].name}")
+            carrier = next(
+                (c for r in strangers if (c := self.held.get(storage_of(r.tensor)._cdata, ""))), ""
+            )
+            return self._enter(
+                "came in", what, operation, bad, carrier or f"argument {strangers[0].name}"
+            )
         if alike:
             return min((marks[id(r)] for r in alike), key=lambda e: e.number)
         return self._enter("made", what, operation, bad)
 
-    def _enter(self, kind: str, what: str, operation: _Operation, bad: list[_Result], carrier: str = "") -> Event:
+    def _enter(
+        self, kind: str, what: str, operation: _Operation, bad: list[_Result], carrier: str = ""
+    ) -> Event:
         at, given = bad[0][1], operation.given
-        shown = [r for r in operation.read if r.index is None or r.index == at or at is None][: 2 * SHOWN_MAX]
+        shown = [r for r in operation.read if r.index is None or r.index == at or at is None][
+            : 2 * SHOWN_MAX
+        ]
         event = Event(
             kind=kind,
             what=what,
             op=str(operation.func),
             where=operation.where,
             number=self.operations,
-            inputs=tuple(self._values(_numbered(r.name, r.index), r.tensor, r.values) for r in shown),
+            inputs=tuple(
+                self._values(_numbered(r.name, r.index), r.tensor, r.values) for r in shown
+            ),
             outputs=tuple(self._values(_numbered(name, i), t, t) for name, i, t in bad[:SHOWN_MAX]),
-            scalars=tuple((k, v if isinstance(v, int | float | None) else str(v)) for k, v in given.items() if not _tensors(v)),
+            scalars=tuple(
+                (k, v if isinstance(v, int | float | None) else str(v))
+                for k, v in given.items()
+                if not _tensors(v)
+            ),
             carrier=carrier,
         )
         if len(self.events) < EVENTS_MAX:
@@ -208,7 +256,9 @@ class Watch(TorchDispatchMode):
 
 
 def summary(tensor: Tensor, name: str, held: str = "") -> Values:
-    """Counts and statistics of a tensor. Those of integers and truth values are of their numbers."""
+    """Counts and statistics of a tensor.
+    Those of integers and truth values are of their numbers.
+    """
     wide = _plain(tensor).double()
     bad, n = ~wide.isfinite(), wide.numel()
     good = wide[~bad]
@@ -232,7 +282,9 @@ def summary(tensor: Tensor, name: str, held: str = "") -> Values:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is. One pass, and a second where the sum overflows. True for types that hold no NaN, and for no values."""
+    """Whether every value is. One pass, and a second where the sum overflows.
+    True for types that hold no NaN, and for no values.
+    """
     if tensor.device.type == "meta" or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     values = _plain(tensor)
@@ -246,7 +298,9 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor on which every function is defined: values of a sparse one, parts of a complex one, eight-bit floats as float32."""
+    """A tensor on which every function is defined: values of a sparse one, parts of a complex one,
+    eight-bit floats as float32.
+    """
     if tensor.layout != torch.strided:
         tensor = tensor._values()
     if tensor.is_complex():
@@ -263,12 +317,18 @@ def _tensors(value: Any) -> list[tuple[int | None, Tensor]]:
     """The tensors of an argument or result, numbered where it is a list."""
     if isinstance(value, Tensor):
         return [(None, value)]
-    return [(i, t) for i, t in enumerate(value) if isinstance(t, Tensor)] if isinstance(value, list | tuple) else []
+    return (
+        [(i, t) for i, t in enumerate(value) if isinstance(t, Tensor)]
+        if isinstance(value, list | tuple)
+        else []
+    )
 
 
 def _written(func: Any) -> set[str]:
     """Arguments that the operation writes to."""
-    return {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    return {
+        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    }
 
 
 def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
@@ -285,15 +345,29 @@ def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
 
 
 def _results(operation: _Operation, result: Any) -> list[_Result]:
-    """New values that the operation has made: results that are no views of what it read, and what it wrote to."""
-    written = [(name, i, t) for name in sorted(_written(operation.func)) for i, t in _tensors(operation.given.get(name))]
-    known = {storage_of(t)._cdata for _, _, t in written} | {storage_of(r.tensor)._cdata for r in operation.read}
-    fresh = [("result", i, t) for i, t in _tensors(result) if operation.name == CONSTANT or storage_of(t)._cdata not in known]
+    """New values that the operation has made: results that are no views of what it read,
+    and what it wrote to.
+    """
+    written = [
+        (name, i, t)
+        for name in sorted(_written(operation.func))
+        for i, t in _tensors(operation.given.get(name))
+    ]
+    known = {storage_of(t)._cdata for _, _, t in written} | {
+        storage_of(r.tensor)._cdata for r in operation.read
+    }
+    fresh = [
+        ("result", i, t)
+        for i, t in _tensors(result)
+        if operation.name == CONSTANT or storage_of(t)._cdata not in known
+    ]
     return written + fresh
 
 
 def _has(given: dict[str, Any], what: str) -> bool:
-    """Whether a number among the arguments is such a value: infinities make a NaN only with the help of others."""
+    """Whether a number among the arguments is such a value: infinities make a NaN
+    only with the help of others.
+    """
     numbers = [v for v in tree_leaves(list(given.values())) if isinstance(v, float)]
     return any(math.isnan(v) if what == "NaN" else not math.isfinite(v) for v in numbers)
 
@@ -309,14 +383,22 @@ class Watching:
         self.watch, self.models, self.already, self.seconds = watch, models, already, 0.0
 
     def report(self, *results: Any, ended_by: str = "") -> Report:
-        """The event that reached `results`, the gradients or the weights; else one that was seen to land in a gradient or a number.
+        """The event that reached `results`, the gradients or the weights; else one that was seen to
+        land in a gradient or a number.
 
-        A NaN of infinities that were put in goes back to them only where they land in a number themselves, as a loss does. Of an
-        error no more is known than what came before it, so the first event is named.
+        A NaN of infinities that were put in goes back to them only where they land in a number
+        themselves, as a loss does. Of an error no more is known than what came before it, so the
+        first event is named.
         """
         watch = self.watch
         tensors = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
-        tensors += [t for m in self.models.values() for p in m.parameters() for t in (p, p.grad) if t is not None]
+        tensors += [
+            t
+            for m in self.models.values()
+            for p in m.parameters()
+            for t in (p, p.grad)
+            if t is not None
+        ]
         reached = [e for t in tensors if not is_finite(t) and (e := watch.mark(t)) is not None]
         reached = reached or watch.landed or (watch.events if ended_by else [])
         alone = [e for e in watch.landed if reached and not e.strong]
@@ -329,14 +411,19 @@ class Watching:
 
 @contextmanager
 def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Iterator[Watching]:
-    """Look at every operation inside the `with`, and name places in the modules of `models` by their paths.
+    """Look at every operation inside the `with`, and name places in the modules
+    of `models` by their paths.
 
-    No hook stays behind. What is computed is the same to the bit; it takes several times as long: measured in docs/probing.md.
+    No hook stays behind. What is computed is the same to the bit; it takes several times as long:
+    measured in docs/probing.md.
     """
     named = {"": models} if isinstance(models, nn.Module) else dict(models or {})
     held, already = {}, []
     for key, model in named.items():
-        for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for kind, tensors in (
+            ("parameter", model.named_parameters()),
+            ("buffer", model.named_buffers()),
+        ):
             for path, tensor in tensors:
                 name = ".".join(filter(None, (key, path)))
                 held[storage_of(tensor)._cdata] = f"{kind} {name}"
@@ -363,12 +450,18 @@ def _passing_by(models: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]
 
 
 def first_nonfinite(
-    call: Callable[..., Any], *args: Any, models: nn.Module | Mapping[str, nn.Module] | None = None, backward: bool = False, **kwargs: Any
+    call: Callable[..., Any],
+    *args: Any,
+    models: nn.Module | Mapping[str, nn.Module] | None = None,
+    backward: bool = False,
+    **kwargs: Any,
 ) -> Report:
-    """Run `call(*args, **kwargs)` once and name the first operation that made a NaN or an infinity of what it returns.
+    """Run `call(*args, **kwargs)` once and name the first operation that made a NaN or an
+    infinity of what it returns.
 
-    A call that is a module is its own model. With `backward`, the sum of the floating results is differentiated, and gradients of
-    the models' parameters are results too. An error that comes after such an operation is told in the report; others travel on.
+    A call that is a module is its own model. With `backward`, the sum of the floating results is
+    differentiated, and gradients of the models' parameters are results too. An error that comes
+    after such an operation is told in the report; others travel on.
     """
     models = call if models is None and isinstance(call, nn.Module) else models
     result, ended_by = None, ""
@@ -376,7 +469,11 @@ def first_nonfinite(
         try:
             result = call(*args, **kwargs)
             if backward:
-                sum(t.sum() for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad).backward()
+                sum(
+                    t.sum()
+                    for t in tree_leaves(result)
+                    if isinstance(t, Tensor) and t.requires_grad
+                ).backward()
         except Exception as e:
             if not any(event.strong for event in seen.watch.events):
                 raise

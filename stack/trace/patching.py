@@ -1,7 +1,9 @@
-"""What hangs on a value: it is taken away, or put in from another text, and the loss is asked. B batch, T tokens, V vocab
+"""What hangs on a value: it is taken away, or put in from another text, and the loss is asked.
+B batch, T tokens, V vocab
 
-A target is written `POINT[@POSITION]`: `layers.3.attention_out`, `layers.*.ffn.out`, `layers.3` for both branches of a block at once;
-a position counts from 0 or, negative, from the end; `2:5` are three of them, `*` is each by itself.
+A target is written `POINT[@POSITION]`: `layers.3.attention_out`, `layers.*.ffn.out`, `layers.3` for
+both branches of a block at once; a position counts from 0 or, negative, from the end; `2:5` are
+three of them, `*` is each by itself.
 """
 
 import fnmatch
@@ -28,7 +30,9 @@ Edit = Callable[[Point, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """Points that are changed together, in execution order, and where: `positions` are a first and a last (exclusive), None all tokens."""
+    """Points that are changed together, in execution order, and where: `positions` are a first and
+    a last (exclusive), None all tokens.
+    """
 
     text: str
     points: tuple[str, ...]
@@ -41,17 +45,22 @@ class Target:
         first, last = (p + n_tokens if p < 0 else p for p in self.positions)
         last = n_tokens if self.positions[1] == 0 and self.positions[0] < 0 else last
         if not 0 <= first < last <= n_tokens:
-            raise UsageError(f"{self.text}: the text has no such position", allowed=f"0 to {n_tokens - 1}, or -{n_tokens} to -1")
+            raise UsageError(
+                f"{self.text}: the text has no such position",
+                allowed=f"0 to {n_tokens - 1}, or -{n_tokens} to -1",
+            )
         return slice(first, last)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one target does to the text. Losses are means of the next token over the text, None for a single token.
+    """What one target does to the text.
+    Losses are means of the next token over the text, None for a single token.
 
-    `kl_nats` is KL(before ‖ after), averaged over tokens. `restored_frac`, of a patch, is the share of the way from the text's own last
-    distribution to that of the other text, in KL: 1 is all of it. `top_before` and `top_after` are the likeliest next token of the
-    first row and its probability.
+    `kl_nats` is KL(before ‖ after), averaged over tokens. `restored_frac`, of a patch, is the share
+    of the way from the text's own last distribution to that of the other text, in KL: 1 is all of
+    it. `top_before` and `top_after` are the likeliest next token of the first row and its
+    probability.
     """
 
     target: Target
@@ -63,8 +72,11 @@ class Effect:
     restored_frac: float | None = None
 
 
-def targets(model: nn.Module, texts: Iterable[str], n_tokens: int, where: Names = None) -> list[Target]:
-    """The targets that `texts` stand for: one for each point or block that a pattern matches, and for each position of `@*`.
+def targets(
+    model: nn.Module, texts: Iterable[str], n_tokens: int, where: Names = None
+) -> list[Target]:
+    """The targets that `texts` stand for: one for each point or block that a pattern matches, and
+    for each position of `@*`.
 
     Raises UsageError for points the model lacks, with the nearest, and for positions that are none.
     """
@@ -75,13 +87,30 @@ def _expanded(model: nn.Module, text: str, n_tokens: int, where: Names) -> list[
     pattern, _, position = text.partition("@")
     known = [s.point for s in sites(model, map_of(model, where))]
     blocks = sorted({p.layer for p in known if p.layer is not None})
-    whole = [i for i in blocks if fnmatch.fnmatchcase(f"layers.{i}", pattern)] if re.fullmatch(r"layers\.[^.]+", pattern) else []
+    whole = (
+        [i for i in blocks if fnmatch.fnmatchcase(f"layers.{i}", pattern)]
+        if re.fullmatch(r"layers\.[^.]+", pattern)
+        else []
+    )
     if whole:
-        groups = {f"layers.{i}": tuple(p.name for p in known if p.layer == i and p.slot in BRANCHES) for i in whole}
+        groups = {
+            f"layers.{i}": tuple(p.name for p in known if p.layer == i and p.slot in BRANCHES)
+            for i in whole
+        }
     else:
-        groups = {s.point.name: (s.point.name,) for s in sites(model, map_of(model, where), [pattern])}
-    places = [(f"@{i}", (i, i + 1)) for i in range(n_tokens)] if position == "*" else [_positions(text, position)]
-    made = [Target(name + suffix, points, at) for name, points in groups.items() for suffix, at in places]
+        groups = {
+            s.point.name: (s.point.name,) for s in sites(model, map_of(model, where), [pattern])
+        }
+    places = (
+        [(f"@{i}", (i, i + 1)) for i in range(n_tokens)]
+        if position == "*"
+        else [_positions(text, position)]
+    )
+    made = [
+        Target(name + suffix, points, at)
+        for name, points in groups.items()
+        for suffix, at in places
+    ]
     for target in made:
         target.within(n_tokens)
     return made
@@ -91,7 +120,11 @@ def _positions(text: str, position: str) -> tuple[str, tuple[int, int] | None]:
     if not position and "@" not in text:
         return "", None
     if not (found := re.fullmatch(r"(-?\d+)(?::(-?\d+))?", position)):
-        raise UsageError(f"{text} names no position", value=position, allowed="a number, first:last (exclusive), or *")
+        raise UsageError(
+            f"{text} names no position",
+            value=position,
+            allowed="a number, first:last (exclusive), or *",
+        )
     first = int(found[1])
     return f"@{position}", (first, first + 1 if found[2] is None else int(found[2]))
 
@@ -100,8 +133,12 @@ def _positions(text: str, position: str) -> tuple[str, tuple[int, int] | None]:
 
 
 def zeroed(target: Target, n_tokens: int | None) -> Edit:
-    """Zeros at the target. Without `n_tokens`, in every forward whatever its length, as sampling needs it."""
-    return lambda point, x: _put(target, x, n_tokens, torch.zeros((), dtype=x.dtype, device=x.device))
+    """Zeros at the target. Without `n_tokens`, in every forward whatever its length,
+    as sampling needs it.
+    """
+    return lambda point, x: _put(
+        target, x, n_tokens, torch.zeros((), dtype=x.dtype, device=x.device)
+    )
 
 
 def averaged(target: Target, n_tokens: int | None, means: Mapping[str, Tensor]) -> Edit:
@@ -110,7 +147,9 @@ def averaged(target: Target, n_tokens: int | None, means: Mapping[str, Tensor]) 
 
 
 def patched(target: Target, n_tokens: int, held: Mapping[str, Tensor], n_source: int) -> Edit:
-    """What the point held in another run, from `held_at`, at the same positions; negative ones count from each text's own end."""
+    """What the point held in another run, from `held_at`, at the same positions; negative ones
+    count from each text's own end.
+    """
     return lambda point, x: _put(target, x, n_tokens, held[point.name][:, target.within(n_source)])
 
 
@@ -120,24 +159,34 @@ def _put(target: Target, x: Tensor, n_tokens: int | None, new: Tensor) -> Tensor
         raise UsageError(
             f"{target.text}: this point does not hold one value for each position of the text",
             value=f"shape {tuple(x.shape)}",
-            next_step="leave out the position: experts hold the tokens that chose them, and a sample has no end yet",
+            next_step=(
+                "leave out the position: experts hold the tokens that chose them, and a sample "
+                "has no end yet"
+            ),
         )
     at = target.within(x.shape[1])
     there = x[:, at]
     if new.ndim >= there.ndim and new.shape[1:] != there.shape[1:]:
         raise UsageError(
-            f"{target.text}: the two texts do not fit", value=f"{tuple(new.shape)} for {tuple(there.shape)}", next_step="name a position"
+            f"{target.text}: the two texts do not fit",
+            value=f"{tuple(new.shape)} for {tuple(there.shape)}",
+            next_step="name a position",
         )
     changed = x.clone()
     changed[:, at] = new.expand_as(there)
     return changed
 
 
-def held_at(model: nn.Module, input_ids_BT: Tensor, chosen: Iterable[Target], where: Names = None) -> tuple[dict[str, Tensor], Tensor]:
+def held_at(
+    model: nn.Module, input_ids_BT: Tensor, chosen: Iterable[Target], where: Names = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """What the points of the targets hold while the model reads a text, and its logits."""
     held: dict[str, Tensor] = {}
     names = sorted({name for target in chosen for name in target.points})
-    with torch.no_grad(), tap(model, names, lambda p, x: held.update({p.name: x.detach().clone()}), where=where):
+    with (
+        torch.no_grad(),
+        tap(model, names, lambda p, x: held.update({p.name: x.detach().clone()}), where=where),
+    ):
         return held, run(model, input_ids_BT)
 
 
@@ -146,7 +195,9 @@ def means_of(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.double().mean((0, 1)).to(x.dtype) for name, x in held.items()}
 
 
-def edited(model: nn.Module, target: Target, edit: Edit, where: Names = None) -> AbstractContextManager:
+def edited(
+    model: nn.Module, target: Target, edit: Edit, where: Names = None
+) -> AbstractContextManager:
     """The model with the target changed, for the length of a `with`."""
     return tap(model, target.points, edit, where=where)
 
@@ -164,18 +215,37 @@ def ablate(
     source_ids_BT: Tensor | None = None,
     where: Names = None,
 ) -> list[Effect]:
-    """The effect of taking each target away by itself: zeros, or its mean over `source_ids_BT` (default: over the text itself)."""
+    """The effect of taking each target away by itself: zeros, or its mean over `source_ids_BT`
+    (default: over the text itself).
+    """
     n, clean = input_ids_BT.shape[1], run(model, input_ids_BT)
-    means = means_of(held_at(model, input_ids_BT if source_ids_BT is None else source_ids_BT, chosen, where)[0]) if by == "mean" else {}
+    means = (
+        means_of(
+            held_at(model, input_ids_BT if source_ids_BT is None else source_ids_BT, chosen, where)[
+                0
+            ]
+        )
+        if by == "mean"
+        else {}
+    )
     found = []
     for target in chosen:
-        with edited(model, target, averaged(target, n, means) if by == "mean" else zeroed(target, n), where):
+        with edited(
+            model, target, averaged(target, n, means) if by == "mean" else zeroed(target, n), where
+        ):
             found.append(_effect(target, input_ids_BT, clean, run(model, input_ids_BT)))
     return found
 
 
 @torch.no_grad()
-def patch(model: nn.Module, input_ids_BT: Tensor, source_ids_BT: Tensor, chosen: Sequence[Target], *, where: Names = None) -> list[Effect]:
+def patch(
+    model: nn.Module,
+    input_ids_BT: Tensor,
+    source_ids_BT: Tensor,
+    chosen: Sequence[Target],
+    *,
+    where: Names = None,
+) -> list[Effect]:
     """The effect of putting each target of another text's run into this one, by itself.
 
     Raises UsageError where the texts differ in length and a target names no position.
@@ -189,9 +259,19 @@ def patch(model: nn.Module, input_ids_BT: Tensor, source_ids_BT: Tensor, chosen:
     return found
 
 
-def _effect(target: Target, input_ids_BT: Tensor, before_BTV: Tensor, after_BTV: Tensor, source_BTV: Tensor | None = None) -> Effect:
+def _effect(
+    target: Target,
+    input_ids_BT: Tensor,
+    before_BTV: Tensor,
+    after_BTV: Tensor,
+    source_BTV: Tensor | None = None,
+) -> Effect:
     labels = input_ids_BT[:, 1:]
-    losses = [F.cross_entropy(x[:, :-1].float().flatten(0, 1), labels.flatten()).item() for x in (before_BTV, after_BTV) if labels.numel()]
+    losses = [
+        F.cross_entropy(x[:, :-1].float().flatten(0, 1), labels.flatten()).item()
+        for x in (before_BTV, after_BTV)
+        if labels.numel()
+    ]
     log_before, log_after = (x.float().log_softmax(-1) for x in (before_BTV, after_BTV))
     restored = None
     if source_BTV is not None:

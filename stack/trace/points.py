@@ -1,4 +1,5 @@
-"""Where in a forward pass tracing looks: points, in execution order, and the places of a model that they stand for.
+"""Where in a forward pass tracing looks: points, in execution order,
+and the places of a model that they stand for.
 
 B batch, T tokens, N heads, H head_dim, F features, R rows of tokens
 """
@@ -14,7 +15,8 @@ from torch import nn
 
 from spec.errors import UsageError
 
-# What makes the value at a point out of the points before it: what is wrong when this point is the first that is.
+# What makes the value at a point out of the points before it:
+# what is wrong when this point is the first that is.
 OPERATIONS = {
     "embedding": "token embedding, and learned positions where there are any",
     "attention_norm": "norm before attention",
@@ -27,7 +29,9 @@ OPERATIONS = {
     "k_rotated": "rotation of keys by position",
     "scores": "scale, mask and product of queries and keys",
     "entropy": "mask and spread of attention",
-    "attention_mixed": "attention kernel: scale, mask, softmax, head expansion and mixing of values",
+    "attention_mixed": (
+        "attention kernel: scale, mask, softmax, head expansion and mixing of values"
+    ),
     "attention_out": "output projection of attention",
     "resid_mid": "residual sum after attention",
     "ffn_norm": "norm before the feed-forward",
@@ -43,8 +47,8 @@ OPERATIONS = {
     "final_norm": "final norm",
     "logits": "output head",
 }
-# What reads the value at a point next: whose derivative is wrong when the gradient there is the first that is. After a bar what reads it
-# in models that have none of the points before the bar.
+# What reads the value at a point next: whose derivative is wrong when the gradient there is the
+# first that is. After a bar what reads it in models that have none of the points before the bar.
 READERS = {
     "embedding": "attention_norm resid_mid",
     "attention_norm": "q k v",
@@ -74,9 +78,11 @@ Layout = Literal["BTF", "BNTH", "BTNH", "RF"]
 
 @dataclass(frozen=True)
 class Point:
-    """A named place of one model: `layers.3.ffn.swiglu` has layer 3 and slot `ffn.swiglu`. `order` counts from 0 as the model runs.
+    """A named place of one model: `layers.3.ffn.swiglu` has layer 3 and slot `ffn.swiglu`.
+    `order` counts from 0 as the model runs.
 
-    A `derived` value is worked out beside the model. `flows` says whether the rest of the forward reads what is seen here.
+    A `derived` value is worked out beside the model.
+    `flows` says whether the rest of the forward reads what is seen here.
     """
 
     name: str
@@ -98,9 +104,11 @@ class Point:
 
 
 def read_by(point: Point, looked_at: Sequence[Point], every: Sequence[Point]) -> str:
-    """What reads the value at a point, of all points of a model in order: the operations that make the points after it.
+    """What reads the value at a point, of all points of a model in order:
+    the operations that make the points after it.
 
-    Where some of these are not looked at, or nobody has said them, all that lies between it and the next point that is.
+    Where some of these are not looked at, or nobody has said them,
+    all that lies between it and the next point that is.
     """
     seen = {p.name for p in looked_at}
     for group in READERS.get(point.kind, "").split("|"):
@@ -109,22 +117,36 @@ def read_by(point: Point, looked_at: Sequence[Point], every: Sequence[Point]) ->
                 return ", ".join(dict.fromkeys(r.operation for r in readers))
             break
     later = [p for p in looked_at if p.order > point.order and not p.derived]
-    return f"what lies between it and {later[0].name}" if later else "what lies between it and the loss"
+    return (
+        f"what lies between it and {later[0].name}"
+        if later
+        else "what lies between it and the loss"
+    )
 
 
 def _next(point: Point, kinds: Sequence[str], every: Sequence[Point]) -> list[Point]:
-    """The points of these kinds in the layer of a point; after a whole layer, or before all, in the next one; else outside of layers."""
+    """The points of these kinds in the layer of a point; after a whole layer, or before all, in the
+    next one; else outside of layers.
+    """
     layer = {"embedding": 0, "resid_out": (point.layer or 0) + 1}.get(point.kind, point.layer)
     of_expert = point.slot.rpartition(".")[0] if point.slot.startswith("experts.") else None
-    near = [p for p in every if p.kind in kinds and p.layer == layer and (of_expert is None or p.slot.startswith((of_expert, "ffn.out")))]
+    near = [
+        p
+        for p in every
+        if p.kind in kinds
+        and p.layer == layer
+        and (of_expert is None or p.slot.startswith((of_expert, "ffn.out")))
+    ]
     return near or [p for p in every if p.kind in kinds and p.layer is None]
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a module returns, or the first tensor of a tuple; `part` (i, n) is the i-th of n equal parts of its features.
+    """What a module returns, or the first tensor of a tuple; `part` (i,
+    n) is the i-th of n equal parts of its features.
 
-    `flows` is false where the rest of the forward does not read this tensor but others that the module returns beside it.
+    `flows` is false where the rest of the forward does not read this tensor but others that the
+    module returns beside it.
     """
 
     path: str
@@ -135,7 +157,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Input:
-    """The first tensor that a module is given. `shared` says that others read the same tensor, so that it is replaced where it lies."""
+    """The first tensor that a module is given.
+    `shared` says that others read the same tensor, so that it is replaced where it lies.
+    """
 
     path: str
     layout: Layout = "BTF"
@@ -144,7 +168,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Attention:
-    """A tensor of the attention function: what goes in as queries or keys, what comes out, or a figure of its scores."""
+    """A tensor of the attention function: what goes in as queries or keys, what comes out,
+    or a figure of its scores.
+    """
 
     which: Literal["q", "k", "mixed", "scores", "entropy"]
     layout: Layout = "BNTH"
@@ -162,8 +188,9 @@ class Silu:
 class Routing:
     """The weight of each expert for each row of tokens, 0 where it was not chosen: (R, E).
 
-    Read from the tuple that the module `path` returns, or `function` (module and name) when it is called inside `path`; the numbers say
-    where in it the scores of all experts (R, E), the ids of the chosen ones (R, k) and their weights (R, k) are.
+    Read from the tuple that the module `path` returns, or `function` (module and name) when it is
+    called inside `path`; the numbers say where in it the scores of all experts (R, E), the ids of
+    the chosen ones (R, k) and their weights (R, k) are.
     """
 
     path: str
@@ -178,7 +205,9 @@ Place = Output | Input | Attention | Silu | Routing
 
 @dataclass(frozen=True)
 class Function:
-    """The attention function a family of models calls, by module and name, with the heads it is meant to have (None: those it gets)."""
+    """The attention function a family of models calls, by module and name, with the heads it is
+    meant to have (None: those it gets).
+    """
 
     module: str
     name: str
@@ -188,9 +217,11 @@ class Function:
 
 @dataclass(frozen=True)
 class NameMap:
-    """The places of a family of models by point, in execution order. `{}` stands for a layer, a second one for an expert.
+    """The places of a family of models by point, in execution order.
+    `{}` stands for a layer, a second one for an expert.
 
-    `blocks` are the modules of the layers, needed where `function` is. `without` says of slots why this model does not have them.
+    `blocks` are the modules of the layers, needed where `function` is.
+    `without` says of slots why this model does not have them.
     """
 
     family: str
@@ -209,48 +240,73 @@ class Site:
 
 
 def sites(model: nn.Module, where: NameMap, names: Iterable[str] | None = None) -> list[Site]:
-    """The points of a model in execution order: all, or those that `names` (exact, or with * and ?) select.
+    """The points of a model in execution order: all, or those that `names` (exact,
+    or with * and ?) select.
 
-    Raises UsageError for a place that the model lacks and for a name that no point has, with what comes nearest.
+    Raises UsageError for a place that the model lacks and for a name that no point has,
+    with what comes nearest.
     """
     modules = [name for name, _ in model.named_modules()]
     found = []
     for index, (pattern, place) in enumerate(where.places.items()):
         for numbers, path in _matches(place, where, modules):
-            found.append((_key(pattern, index, numbers, list(where.places)), pattern, numbers, place, path))
+            found.append(
+                (_key(pattern, index, numbers, list(where.places)), pattern, numbers, place, path)
+            )
     found.sort(key=lambda entry: entry[0])
     made = []
     for order, (_, pattern, numbers, place, path) in enumerate(found):
         layer = numbers[0] if numbers else None
-        slot = re.sub(r"^[^{}]*\{\}\.", "", pattern, count=1).format(*numbers[1:]) if numbers else pattern
-        derived = isinstance(place, Silu) or (isinstance(place, Attention) and place.which in ("scores", "entropy"))
+        slot = (
+            re.sub(r"^[^{}]*\{\}\.", "", pattern, count=1).format(*numbers[1:])
+            if numbers
+            else pattern
+        )
+        derived = isinstance(place, Silu) or (
+            isinstance(place, Attention) and place.which in ("scores", "entropy")
+        )
         placed = place if isinstance(place, Attention) else replace(place, path=path)
         flows = not derived and getattr(place, "flows", True)
-        made.append(Site(Point(pattern.format(*numbers), layer, slot, order, derived, flows), placed))
+        made.append(
+            Site(Point(pattern.format(*numbers), layer, slot, order, derived, flows), placed)
+        )
     return made if names is None else select(made, names, where)
 
 
-def _matches(place: Place, where: NameMap, modules: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
+def _matches(
+    place: Place, where: NameMap, modules: Sequence[str]
+) -> list[tuple[tuple[int, ...], str]]:
     """Numbers and path of every module that a place stands for."""
     path = where.blocks if isinstance(place, Attention) else place.path
     pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
-    found = [(tuple(map(int, m.groups())), name) for name in modules if (m := pattern.fullmatch(name))]
+    found = [
+        (tuple(map(int, m.groups())), name) for name in modules if (m := pattern.fullmatch(name))
+    ]
     if not found:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0)
         raise UsageError(
             f"the map of names for {where.family} says {path}, and the model has no such module",
             allowed=f"nearest: {', '.join(near)}",
-            next_step="give a map of this model's own names, in Python: where={'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}",
+            next_step=(
+                "give a map of this model's own names, in Python: where={'layers.{}.ffn.out': "
+                "'path.of.layers.{}.mlp'}"
+            ),
         )
     return found
 
 
 def _key(pattern: str, index: int, numbers: tuple[int, ...], patterns: Sequence[str]) -> tuple:
-    """Before all layers, layer by layer, after all layers; inside a layer as the map says, expert by expert."""
+    """Before all layers, layer by layer, after all layers; inside a layer as the map says,
+    expert by expert.
+    """
     layered = [i for i, p in enumerate(patterns) if "{}" in p]
     if not numbers:
         return (0 if not layered or index < layered[0] else 2, 0, index)
-    first = next((i for i in range(index, -1, -1) if patterns[i].count("{}") < 2), -1) + 1 if len(numbers) > 1 else index
+    first = (
+        next((i for i in range(index, -1, -1) if patterns[i].count("{}") < 2), -1) + 1
+        if len(numbers) > 1
+        else index
+    )
     return (1, numbers[0], first, *numbers[1:], index)
 
 
@@ -263,8 +319,11 @@ def select(found: Sequence[Site], names: Iterable[str], where: NameMap) -> list[
         if not matching:
             slot = re.sub(r"^.*?\.\d+\.", "", name)
             raise UsageError(
-                f"{where.family} has no point {name}" + (f": {where.without[slot]}" if slot in where.without else ""),
-                allowed=f"nearest: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0))}",
+                f"{where.family} has no point {name}"
+                + (f": {where.without[slot]}" if slot in where.without else ""),
+                allowed=(
+                    f"nearest: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0))}"
+                ),
                 next_step="stack trace MODEL lists all points; * stands for any part of a name",
             )
         chosen.update(matching)

@@ -1,4 +1,6 @@
-"""Memory to work in, kept from one use to the next: fresh memory for each tensor costs more than the arithmetic on it."""
+"""Memory to work in, kept from one use to the next: fresh memory for each tensor costs more
+than the arithmetic on it.
+"""
 
 import threading
 
@@ -25,6 +27,8 @@ class Room:
 
 
 def room_for(what: str) -> Room:
-    """The room of this thread for one purpose: what two purposes work in at once must not be one."""
+    """The room of this thread for one purpose: what two purposes work
+    in at once must not be one.
+    """
     rooms: dict[str, Room] = vars(_own).setdefault("rooms", {})
     return rooms.setdefault(what, Room())

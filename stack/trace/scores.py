@@ -1,6 +1,8 @@
-"""Figures of attention scores, worked out beside the model from what it passes to its attention function, a few queries at a time.
+"""Figures of attention scores, worked out beside the model from what it passes to its attention
+function, a few queries at a time.
 
-B batch, T queries, S keys, N query heads, K key/value heads, H head_dim, Z = B·K, R queries of one key head
+B batch, T queries, S keys, N query heads, K key/value heads, H head_dim, Z = B·K,
+R queries of one key head
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from torch import Tensor
 from stack.kernels import attention
 from stack.trace.room import Room
 
-CHUNK = 2**19  # scores that exist at once: half as many would fit a smaller cache, and start twice as many operations
+# scores that exist at once: half as many would fit a smaller cache,
+# and start twice as many operations
+CHUNK = 2**19
 HIDDEN = -1e30  # a masked score: finite, so that its product with a weight of 0 is 0
 
 
@@ -32,14 +36,24 @@ class Call:
 
 
 def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any]) -> Call:
-    """The call of `stack.kernels.dispatch.attention`, or of torch's scaled_dot_product_attention, in common words."""
+    """The call of `stack.kernels.dispatch.attention`, or of torch's scaled_dot_product_attention,
+    in common words.
+    """
     offset = 0  # torch aligns its causal mask at the first key
     if name == "attention":
-        mask, window, start_BS = options.get("mask_B1TS"), options.get("window"), options.get("start_BS")
+        mask, window, start_BS = (
+            options.get("mask_B1TS"),
+            options.get("window"),
+            options.get("start_BS"),
+        )
         T, S = q.shape[2], k.shape[2]
         narrow = window is not None and window < S
         if mask is None and (start_BS is not None or narrow):
-            start_BS = torch.zeros(1, S, dtype=torch.int64, device=q.device) if start_BS is None else start_BS
+            start_BS = (
+                torch.zeros(1, S, dtype=torch.int64, device=q.device)
+                if start_BS is None
+                else start_BS
+            )
             mask = attention.document_mask(start_BS)[:, :, S - T :]
             if narrow:
                 mask = mask & attention.window_mask(S - T, S, window, q.device)
@@ -47,12 +61,17 @@ def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any
         scale = options.get("scale")
     else:
         given = dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), rest)) | options
-        mask, causal, scale = given.get("attn_mask"), bool(given.get("is_causal", False)), given.get("scale")
+        mask, causal, scale = (
+            given.get("attn_mask"),
+            bool(given.get("is_causal", False)),
+            given.get("scale"),
+        )
     return Call(q, k, q.shape[-1] ** -0.5 if scale is None else float(scale), mask, causal, offset)
 
 
 def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
-    """The largest score of each query and head, and the entropy of its weights in nats: two (B, T, N) float32, or wider for wider input.
+    """The largest score of each query and head, and the entropy of its weights in nats: two (B, T,
+    N) float32, or wider for wider input.
 
     At most CHUNK scores exist at once. Both are 0 for a query that sees no key.
     """
@@ -60,7 +79,9 @@ def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
     (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
     wide = torch.promote_types(q_BNTH.dtype, torch.float32)
     k_ZHS = k_BKSH.to(wide).transpose(-1, -2).flatten(0, 1)
-    top_BNT, entropy_BNT = (torch.empty(B, N, T, dtype=wide, device=q_BNTH.device) for _ in range(2))
+    top_BNT, entropy_BNT = (
+        torch.empty(B, N, T, dtype=wide, device=q_BNTH.device) for _ in range(2)
+    )
     step = max(1, CHUNK // max(1, B * N * S))
     halves = room.take(2 * B * N * min(T, step) * S, wide, q_BNTH.device).chunk(2)
     for first in range(0, T, step):
@@ -73,7 +94,8 @@ def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
         _hide(scores, call, first, last)
         top = top_BNT[:, :, first:last] = scores.amax(-1)
         torch.softmax(scores, -1, out=weights)
-        normaliser = top - weights.amax(-1).log()  # the largest weight is 1 over the sum of exp(score − top)
+        # the largest weight is 1 over the sum of exp(score − top)
+        normaliser = top - weights.amax(-1).log()
         entropy_BNT[:, :, first:last] = normaliser - scores.mul_(weights).sum(-1)
     blind = top_BNT <= HIDDEN / 2
     top_BNT.masked_fill_(blind, 0.0)
@@ -90,7 +112,9 @@ def _hide(scores: Tensor, call: Call, first: int, last: int) -> None:
         scores[..., n_keys - len(index_S) :].masked_fill_(later, HIDDEN)
     if call.mask is None:
         return
-    mask = call.mask[..., first:last, :n_keys] if call.mask.shape[-2] > 1 else call.mask[..., :n_keys]
+    mask = (
+        call.mask[..., first:last, :n_keys] if call.mask.shape[-2] > 1 else call.mask[..., :n_keys]
+    )
     if mask.dtype == torch.bool:
         scores.masked_fill_(~mask, HIDDEN)
     else:

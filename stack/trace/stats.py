@@ -1,6 +1,8 @@
-"""Statistics of tensors, gathered on the device while a model runs and fetched at the end, each with what it was computed over.
+"""Statistics of tensors, gathered on the device while a model runs and fetched at the end, each
+with what it was computed over.
 
-R tokens (rows of the batch one after the other), C channels (all features, or all heads and their features)
+R tokens (rows of the batch one after the other), C channels (all features,
+or all heads and their features)
 """
 
 import math
@@ -39,7 +41,9 @@ class SupportError(UsageError):
 
 @dataclass(frozen=True)
 class Support:
-    """What a statistic was computed over: point, shape as traced (batch and tokens first), dtype, tokens, and the count of values."""
+    """What a statistic was computed over: point, shape as traced (batch and tokens first), dtype,
+    tokens, and the count of values.
+    """
 
     point: str
     slot: str
@@ -50,8 +54,17 @@ class Support:
     n: int
 
     def differs(self, other: "Support") -> str | None:
-        """The first field in which another support is not the same; None if both can be compared. Layers of one slot can."""
-        return next((f.name for f in fields(self) if f.name != "point" and getattr(self, f.name) != getattr(other, f.name)), None)
+        """The first field in which another support is not the same; None if both can be compared.
+        Layers of one slot can.
+        """
+        return next(
+            (
+                f.name
+                for f in fields(self)
+                if f.name != "point" and getattr(self, f.name) != getattr(other, f.name)
+            ),
+            None,
+        )
 
     def require_same(self, other: "Support") -> None:
         """Raises SupportError naming the first field that differs."""
@@ -61,12 +74,14 @@ class Support:
 
 @dataclass(frozen=True)
 class Stat:
-    """Figures of one tensor. Moments are those of the values themselves (÷ n); kurtosis is 3 for a normal distribution.
+    """Figures of one tensor. Moments are those of the values themselves (÷ n);
+    kurtosis is 3 for a normal distribution.
 
-    Squares that float32 cannot hold are summed in float64 on a CPU; on other devices the moments are then infinite or NaN.
-    `quantiles` are of `n_sampled` values at a fixed stride. `argmax` is (token, channel) of the largest magnitude, tokens counted over
-    the rows of the batch; `top_token_energy_frac` is the share of the sum of squares that one token holds. Without any value, or with
-    one that is not finite, what depends on it is NaN.
+    Squares that float32 cannot hold are summed in float64 on a CPU; on other devices the moments
+    are then infinite or NaN. `quantiles` are of `n_sampled` values at a fixed stride. `argmax` is
+    (token, channel) of the largest magnitude, tokens counted over the rows of the batch;
+    `top_token_energy_frac` is the share of the sum of squares that one token holds. Without any
+    value, or with one that is not finite, what depends on it is NaN.
     """
 
     n: int
@@ -89,11 +104,15 @@ class Stat:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, without the support."""
-        return {k: v for k, v in asdict(self).items() if k != "support"} | {"quantiles": dict(self.quantiles)}
+        return {k: v for k, v in asdict(self).items() if k != "support"} | {
+            "quantiles": dict(self.quantiles)
+        }
 
 
 def ratio(a: Stat, b: Stat, name: str = "std") -> float:
-    """`a.name / b.name`. Raises SupportError unless both were computed over the same kind of thing."""
+    """`a.name / b.name`. Raises SupportError unless both were computed
+    over the same kind of thing.
+    """
     a.support.require_same(b.support)
     below = getattr(b, name)
     return getattr(a, name) / below if below else math.nan
@@ -109,12 +128,20 @@ class Gatherer:
 
     @torch.no_grad()
     def see(self, point: Point, x: Tensor) -> None:
-        """Note the figures of one tensor that begins with (B, T). A point that runs twice keeps the later one."""
+        """Note the figures of one tensor that begins with (B, T).
+        A point that runs twice keeps the later one.
+        """
         x = x.detach()
         if self.tokens == "last":
             x = x[:, -1:]
         support = Support(
-            point.name, point.slot, tuple(x.shape), str(x.dtype).removeprefix("torch."), self.tokens, point.derived, x.numel()
+            point.name,
+            point.slot,
+            tuple(x.shape),
+            str(x.dtype).removeprefix("torch."),
+            self.tokens,
+            point.derived,
+            x.numel(),
         )
         if x.numel() == 0:
             self.seen[point.name] = _stat(support)
@@ -128,27 +155,40 @@ class Gatherer:
         """All figures by point; one transfer from the device for each dtype."""
         away = {name: one for name, one in self.seen.items() if not isinstance(one, Stat)}
         host = iter(_fetch([t for _, found in away.values() for t in found]))
-        return self.seen | {name: _stat(support, *(next(host) for _ in found)) for name, (support, found) in away.items()}
+        return self.seen | {
+            name: _stat(support, *(next(host) for _ in found))
+            for name, (support, found) in away.items()
+        }
 
 
 def _at_once(x: Tensor) -> bool:
-    """Whether a number of a tensor can be asked for without waiting: on other devices than a CPU everything is fetched at the end."""
+    """Whether a number of a tensor can be asked for without waiting: on other devices than a CPU
+    everything is fetched at the end.
+    """
     return x.device.type == "cpu"
 
 
 def moments(x_RC: Tensor, room: Room) -> tuple[Tensor, ...]:
-    """Sums and extremes of one tensor on its device. On a CPU they are taken again where the first pass was no good."""
+    """Sums and extremes of one tensor on its device.
+    On a CPU they are taken again where the first pass was no good.
+    """
     if not _at_once(x_RC):
         return _moments(x_RC, _sample(x_RC).mean(), room)
     found = _moments(x_RC, None, room)
     sums = _sums(*found[:2])
     if (better := _better(x_RC, *sums)) is None:
         return found
-    return _moments(better, torch.tensor(sums[0] / x_RC.numel()) if better is x_RC else better.mean(), room)
+    return _moments(
+        better, torch.tensor(sums[0] / x_RC.numel()) if better is x_RC else better.mean(), room
+    )
 
 
-def _better(x_RC: Tensor, total: float, squares: float, cubes: float, fourths: float) -> Tensor | None:
-    """What to take the moments of again: the same where the mean hides the spread, float64 where squares overflowed; None if neither."""
+def _better(
+    x_RC: Tensor, total: float, squares: float, cubes: float, fourths: float
+) -> Tensor | None:
+    """What to take the moments of again: the same where the mean hides the spread, float64 where
+    squares overflowed; None if neither.
+    """
     if not math.isfinite(fourths):
         overflowed = x_RC.dtype != torch.float64 and bool(x_RC.isfinite().all())
         return x_RC.double() if overflowed else None
@@ -157,14 +197,18 @@ def _better(x_RC: Tensor, total: float, squares: float, cubes: float, fourths: f
 
 
 def sampled(R: int, C: int) -> tuple[int, int]:
-    """Rows, and values of each, that quantiles of R rows of C values are taken from: at most SAMPLE values in all."""
+    """Rows, and values of each, that quantiles of R rows of C values are taken from:
+    at most SAMPLE values in all.
+    """
     per_row = max(1, min(C, SAMPLE // R))
     return min(R, SAMPLE // per_row), per_row
 
 
 @lru_cache(64)
 def _sampled_places(R: int, C: int, device: torch.device) -> Tensor:
-    """Where the sample of R rows of C values lies in them, counted through: a fixed stride, each row read from another channel on."""
+    """Where the sample of R rows of C values lies in them, counted through: a fixed stride, each
+    row read from another channel on.
+    """
     rows, per_row = sampled(R, C)
     at_r = torch.arange(rows, device=device)
     at_c = (torch.arange(per_row, device=device) * C // per_row + at_r[:, None] * 7919) % C
@@ -180,8 +224,9 @@ def _sample(x_RC: Tensor) -> Tensor:
 def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ...]:
     """What is known of y = x − shift, on its device; what is left to sum is summed on the host.
 
-    (5, R) energy, max, min, Σy, Σy² of each row; (2, blocks) Σy³ and Σy⁴ of each block; the shift; (4,) zeros, values that are not finite,
-    row and column of the peak. A block of rows at a time: few passes over memory that is still in the cache.
+    (5, R) energy, max, min, Σy, Σy² of each row; (2, blocks) Σy³ and Σy⁴ of each block; the shift;
+    (4,) zeros, values that are not finite, row and column of the peak. A block of rows at a time:
+    few passes over memory that is still in the cache.
     """
     wide = torch.promote_types(x_RC.dtype, torch.float32)
     c = None if shift is None else shift.to(wide)
@@ -201,7 +246,9 @@ def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ..
 
 
 def _places(x_RC: Tensor, rows_5R: Tensor, zeros: Tensor) -> Tensor:
-    """(4,) int64: zeros, values that are not finite, row and column of the peak. On a CPU with fewer operations of torch."""
+    """(4,) int64: zeros, values that are not finite, row and column of the peak.
+    On a CPU with fewer operations of torch.
+    """
     if _at_once(x_RC):
         top_R, bottom_R, _, squares_R = rows_5R[1:].numpy()
         peak = int(np.maximum(top_R, -bottom_R).argmax())
@@ -214,7 +261,10 @@ def _places(x_RC: Tensor, rows_5R: Tensor, zeros: Tensor) -> Tensor:
 
 def _sums(rows_5R: Tensor, high: Tensor) -> tuple[float, float, float, float]:
     """Σy, Σy², Σy³, Σy⁴ on the host, in float64."""
-    return (*rows_5R[3:].numpy().sum(-1, dtype=np.float64).tolist(), *high.numpy().sum(-1, dtype=np.float64).tolist())
+    return (
+        *rows_5R[3:].numpy().sum(-1, dtype=np.float64).tolist(),
+        *high.numpy().sum(-1, dtype=np.float64).tolist(),
+    )
 
 
 def _fetch(tensors: list[Tensor]) -> list[Tensor]:
@@ -231,8 +281,11 @@ def _fetch(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
-    """How many values are zero, (1,) int64. On a CPU they are counted only where the smallest square is zero: a count costs four passes."""
-    if _at_once(x) and square is not None and square.amin() > 0:  # min() of all takes three times as long
+    """How many values are zero, (1,) int64.
+    On a CPU they are counted only where the smallest square is zero: a count costs four passes.
+    """
+    # min() of all takes three times as long
+    if _at_once(x) and square is not None and square.amin() > 0:
         return torch.zeros(1, dtype=torch.int64)
     return (x.numel() - torch.count_nonzero(x))[None]
 
@@ -242,11 +295,34 @@ def _stat(support: Support, *found: Tensor) -> Stat:
     if not found:
         none = math.nan
         levels = {str(q): none for q in QUANTILES}
-        return Stat(0, none, none, none, none, none, none, levels, 0, none, none, none, None, None, none, none, support)
+        return Stat(
+            0,
+            none,
+            none,
+            none,
+            none,
+            none,
+            none,
+            levels,
+            0,
+            none,
+            none,
+            none,
+            None,
+            None,
+            none,
+            none,
+            support,
+        )
     rows_5R, high, shift, places, sample = found
     y_sum, y_squares, cubes, fourths = _sums(rows_5R, high)
     energy_R, top_R, bottom_R = rows_5R[:3].numpy()
-    low, high, top_row, shift = float(bottom_R.min()), float(top_R.max()), int(energy_R.argmax()), float(shift)
+    low, high, top_row, shift = (
+        float(bottom_R.min()),
+        float(top_R.max()),
+        int(energy_R.argmax()),
+        float(shift),
+    )
     zeros, broken, row, column = places.tolist()
     if broken:
         y_sum = y_squares = cubes = fourths = math.nan
@@ -273,7 +349,9 @@ def _stat(support: Support, *found: Tensor) -> Stat:
         frac_nonfinite=broken / n,
         argmax=(row, column),
         top_token=top_row,
-        top_token_energy_frac=float(energy_R[top_row]) / all_squares if all_squares > 0 else math.nan,
+        top_token_energy_frac=float(energy_R[top_row]) / all_squares
+        if all_squares > 0
+        else math.nan,
         peak_energy_frac=absmax * absmax / all_squares if all_squares > 0 else math.nan,
         support=support,
     )
@@ -285,5 +363,11 @@ def _quantiles(sample: np.ndarray) -> dict[str, float]:
     for q in QUANTILES:
         place = q * (len(values) - 1)
         low, high = float(values[int(place)]), float(values[min(int(place) + 1, len(values) - 1)])
-        found[str(q)] = math.nan if math.isnan(values[-1]) else low if low == high else low + (high - low) * (place - int(place))
+        found[str(q)] = (
+            math.nan
+            if math.isnan(values[-1])
+            else low
+            if low == high
+            else low + (high - low) * (place - int(place))
+        )
     return found

@@ -16,7 +16,9 @@ from stack.trace.tap import tap
 
 @dataclass(frozen=True)
 class Traced:
-    """One point with the statistics of its value, and of its gradient where one was asked for and reached it."""
+    """One point with the statistics of its value, and of its gradient where one was
+    asked for and reached it.
+    """
 
     point: Point
     stat: Stat
@@ -25,7 +27,9 @@ class Traced:
 
 @dataclass(frozen=True)
 class Trace:
-    """The points of one forward in execution order. `unseen` are points that did not run, or that these tokens do not say anything of."""
+    """The points of one forward in execution order.
+    `unseen` are points that did not run, or that these tokens do not say anything of.
+    """
 
     points: tuple[Traced, ...]
     logits: Tensor
@@ -37,18 +41,24 @@ class Trace:
         for traced in self.points:
             if traced.point.name == name:
                 return traced
-        raise UsageError(f"{name} was not traced", allowed=", ".join(t.point.name for t in self.points)[:400])
+        raise UsageError(
+            f"{name} was not traced", allowed=", ".join(t.point.name for t in self.points)[:400]
+        )
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of what a model returned: a tensor, the first of a tuple, or the field of that name."""
+    """The logits of what a model returned: a tensor, the first of a tuple,
+    or the field of that name.
+    """
     if isinstance(output, Tensor):
         return output
     return output.logits if hasattr(output, "logits") else output[0]
 
 
 def run(model: nn.Module, input_ids_BT: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
-    """Logits of a forward, in the mode the model is in; `inputs` are what it is given besides the ids."""
+    """Logits of a forward, in the mode the model is in; `inputs` are what it
+    is given besides the ids.
+    """
     return logits_of(model(input_ids_BT, **(inputs or {})))
 
 
@@ -61,17 +71,30 @@ def trace(
     tokens: Literal["all", "last"] = "all",
     where: NameMap | Mapping[str, str | Place] | None = None,
 ) -> Trace:
-    """Statistics of every point, or of those that `names` select, while `model(input_ids)` runs once; input_ids (B, T) int64.
+    """Statistics of every point, or of those that `names` select, while `model(input_ids)` runs
+    once; input_ids (B, T) int64.
 
-    The logits are those of the model without tracing, bit for bit. With `backward`, the gradient of the mean next-token loss of the input
-    at each point, and each parameter's own gradient is left as it was. The model runs in the mode it is in. Raises UsageError for unknown
-    points, for an input that is no (B, T), and for gradients of fewer than two tokens.
+    The logits are those of the model without tracing, bit for bit. With `backward`, the gradient of
+    the mean next-token loss of the input at each point, and each parameter's own gradient is left
+    as it was. The model runs in the mode it is in. Raises UsageError for unknown points, for an
+    input that is no (B, T), and for gradients of fewer than two tokens.
     """
     if not isinstance(input_ids, Tensor):
-        raise UsageError("ids are a tensor", value=type(input_ids).__name__, allowed="(B, T) int64", next_step="torch.tensor([[1, 2, 3]])")
+        raise UsageError(
+            "ids are a tensor",
+            value=type(input_ids).__name__,
+            allowed="(B, T) int64",
+            next_step="torch.tensor([[1, 2, 3]])",
+        )
     if input_ids.ndim != 2 or input_ids.shape[1] < 1 + backward:
-        allowed = "(B, T) with at least 2 tokens, of which the first has a successor" if backward else "(B, T)"
-        raise UsageError("these ids cannot be traced", value=tuple(input_ids.shape), allowed=allowed)
+        allowed = (
+            "(B, T) with at least 2 tokens, of which the first has a successor"
+            if backward
+            else "(B, T)"
+        )
+        raise UsageError(
+            "these ids cannot be traced", value=tuple(input_ids.shape), allowed=allowed
+        )
     values, gradients = Gatherer(tokens), Gatherer(tokens)
     rows: set[str] = set()
 
@@ -84,20 +107,36 @@ def trace(
     on_grad = (lambda p, g: note(gradients, p, g)) if backward else None
     with (
         torch.set_grad_enabled(backward),
-        tap(model, names, lambda p, x: note(values, p, x), where=where, on_grad=on_grad, scratch=True) as points,
+        tap(
+            model,
+            names,
+            lambda p, x: note(values, p, x),
+            where=where,
+            on_grad=on_grad,
+            scratch=True,
+        ) as points,
     ):
         logits = run(model, input_ids)
         loss = backward_of(model, logits, input_ids)[0] if backward else None
     stats, grads = values.finish(), gradients.finish()
     traced = tuple(Traced(p, stats[p.name], grads.get(p.name)) for p in points if p.name in stats)
-    return Trace(traced, logits.detach(), tuple(p.name for p in points if p.name not in stats), loss)
+    return Trace(
+        traced, logits.detach(), tuple(p.name for p in points if p.name not in stats), loss
+    )
 
 
-def backward_of(model: nn.Module, logits_BTV: Tensor, input_ids_BT: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The mean next-token loss in nats and its gradient at each parameter it depends on. What parameters had as gradients stays."""
+def backward_of(
+    model: nn.Module, logits_BTV: Tensor, input_ids_BT: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    """The mean next-token loss in nats and its gradient at each parameter it depends on.
+    What parameters had as gradients stays.
+    """
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), input_ids_BT[:, 1:].flatten())
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not wanted:
-        raise UsageError("no parameter of this model wants a gradient", next_step="model.requires_grad_(True), or trace without backward")
+        raise UsageError(
+            "no parameter of this model wants a gradient",
+            next_step="model.requires_grad_(True), or trace without backward",
+        )
     found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return float(loss.detach()), {n: g for n, g in zip(wanted, found) if g is not None}

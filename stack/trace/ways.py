@@ -1,4 +1,6 @@
-"""The same weights computed in another way: another precision, plain reference kernels, compiled blocks; a whole model or one module."""
+"""The same weights computed in another way: another precision, plain reference kernels, compiled
+blocks; a whole model or one module.
+"""
 
 import copy
 import difflib
@@ -19,7 +21,12 @@ from stack.model.transformer import Transformer
 from stack.trace.maps import map_of
 from stack.trace.points import NameMap, Output
 
-PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WAYS = (*PRECISIONS, "reference", "compiled")
 BETWEEN_BLOCKS = ("embedding", "layers.*.resid_out", "final_norm", "logits")
@@ -29,8 +36,9 @@ BETWEEN_BLOCKS = ("embedding", "layers.*.resid_out", "final_norm", "logits")
 class Side:
     """One side of a comparison: a model, its points (None: all), and what must hold while it runs.
 
-    `computes` is the dtype it computes in where that is not its parameters', as under autocast: rounding of that size is then granted.
-    `inputs` gives what the forward takes besides the ids, anew for each run: documents packed into a row, or a cache that it fills.
+    `computes` is the dtype it computes in where that is not its parameters', as under autocast:
+    rounding of that size is then granted. `inputs` gives what the forward takes besides the ids,
+    anew for each run: documents packed into a row, or a cache that it fills.
     """
 
     model: nn.Module
@@ -43,7 +51,9 @@ class Side:
 
 
 def side(model: nn.Module, way: str | None = None, where: Any = None) -> Side:
-    """The model computed in one of WAYS; None as it is. The model itself is not changed. Raises UsageError for an unknown way."""
+    """The model computed in one of WAYS; None as it is. The model itself is not changed.
+    Raises UsageError for an unknown way.
+    """
     where = map_of(model, where)
     way = SHORT.get(way or "", way)
     match way:
@@ -62,7 +72,9 @@ def side(model: nn.Module, way: str | None = None, where: Any = None) -> Side:
             for path in _blocks(made, where):
                 _compile(made.get_submodule(path))
             return Side(made, where, way, names=BETWEEN_BLOCKS)
-    raise UsageError(f"there is no way {way} to compute a model", allowed=", ".join((*WAYS, *SHORT)))
+    raise UsageError(
+        f"there is no way {way} to compute a model", allowed=", ".join((*WAYS, *SHORT))
+    )
 
 
 def _require_ours(model: nn.Module, how: str) -> None:
@@ -76,7 +88,9 @@ def _require_ours(model: nn.Module, how: str) -> None:
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast parameters and not buffers: rotary tables stay as they were made, as they do in a model that is loaded in half precision."""
+    """Cast parameters and not buffers: rotary tables stay as they were made, as they do in a model
+    that is loaded in half precision.
+    """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
@@ -84,9 +98,16 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _blocks(model: nn.Module, where: NameMap) -> list[str]:
     if not where.blocks:
-        raise UsageError("this map does not say which modules are blocks", next_step="give a NameMap with blocks='path.of.layers.{}'")
+        raise UsageError(
+            "this map does not say which modules are blocks",
+            next_step="give a NameMap with blocks='path.of.layers.{}'",
+        )
     pattern = where.blocks.replace("{}", "")
-    return [n for n, _ in model.named_modules() if n.startswith(pattern) and n.removeprefix(pattern).isdigit()]
+    return [
+        n
+        for n, _ in model.named_modules()
+        if n.startswith(pattern) and n.removeprefix(pattern).isdigit()
+    ]
 
 
 def _compile(block: nn.Module) -> None:
@@ -103,10 +124,20 @@ def _compile(block: nn.Module) -> None:
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Our model computes by the slow and plain kernels, in the whole process until the block ends."""
+    """Our model computes by the slow and plain kernels, in the whole
+    process until the block ends.
+    """
     kernel, documents = dispatch.kernel, attention.document_attention
 
-    def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float | None = None, chunks: bool = False) -> Tensor:
+    def masked(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        *,
+        scale: float | None = None,
+        chunks: bool = False,
+    ) -> Tensor:
         q = q if scale is None else q * (scale * math.sqrt(q.shape[-1]))
         return reference.document_attention(q, k, v, mask.expand(q.shape[0], *mask.shape[1:]))
 
@@ -120,9 +151,11 @@ def reference_kernels() -> Iterator[None]:
 
 @contextmanager
 def swapped(model: nn.Module, where: NameMap, module: str, how: str) -> Iterator[str]:
-    """One module of a model computed otherwise until the block ends: `reference`, a precision, or `eager` where it was compiled.
+    """One module of a model computed otherwise until the block ends: `reference`, a precision, or
+    `eager` where it was compiled.
 
-    `module` is a path in the model, or what points say of it (`layers.3.ffn`). Gives the path. Raises UsageError if there is none.
+    `module` is a path in the model, or what points say of it (`layers.3.ffn`). Gives the path.
+    Raises UsageError if there is none.
     """
     path = module_path(model, where, module)
     part, way = model.get_submodule(path), SHORT.get(how, how)
@@ -137,7 +170,11 @@ def swapped(model: nn.Module, where: NameMap, module: str, how: str) -> Iterator
                     return before(*args, **kwargs)
         case "eager":
             if not hasattr(run, "eager_forward"):
-                raise UsageError(f"{path} is not compiled, so it runs eagerly already", value=f"{module}={how}", next_step="MODEL@compiled")
+                raise UsageError(
+                    f"{path} is not compiled, so it runs eagerly already",
+                    value=f"{module}={how}",
+                    next_step="MODEL@compiled",
+                )
             forward = run.eager_forward
         case "float64" | "float32" | "bfloat16" | "float16":
             wide, dtype = in_precision(copy.deepcopy(part), PRECISIONS[way]), PRECISIONS[way]
@@ -147,7 +184,10 @@ def swapped(model: nn.Module, where: NameMap, module: str, how: str) -> Iterator
                 args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
                 return _cast(wide(*args, **kwargs), given.dtype)
         case _:
-            raise UsageError(f"there is no way {how} to swap a module to", allowed=", ".join(("reference", "eager", *PRECISIONS, *SHORT)))
+            raise UsageError(
+                f"there is no way {how} to swap a module to",
+                allowed=", ".join(("reference", "eager", *PRECISIONS, *SHORT)),
+            )
     part.forward = forward
     try:
         yield path
@@ -170,7 +210,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def module_path(model: nn.Module, where: NameMap, name: str) -> str:
-    """The path of the module that a name means: a path itself, or `layers.3.ffn` by what makes `layers.3.ffn.out`."""
+    """The path of the module that a name means: a path itself,
+    or `layers.3.ffn` by what makes `layers.3.ffn.out`.
+    """
     paths = [n for n, _ in model.named_modules()]
     if name in paths and name:
         return name
@@ -181,5 +223,6 @@ def module_path(model: nn.Module, where: NameMap, name: str) -> str:
             case Output(path) if path.format(*numbers) in paths:
                 return path.format(*numbers)
     raise UsageError(
-        f"the model has no module {name}", allowed=f"nearest: {', '.join(difflib.get_close_matches(name, paths, n=3, cutoff=0))}"
+        f"the model has no module {name}",
+        allowed=f"nearest: {', '.join(difflib.get_close_matches(name, paths, n=3, cutoff=0))}",
     )

@@ -1,4 +1,6 @@
-"""Statistics of a model's parameters, and of what training has moved them by since an earlier checkpoint."""
+"""Statistics of a model's parameters, and of what training has moved them by
+since an earlier checkpoint.
+"""
 
 import re
 from dataclasses import dataclass
@@ -12,9 +14,11 @@ from stack.trace.stats import Gatherer, Stat
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. Rows of a matrix stand for tokens and columns for channels; a vector is one column.
+    """One parameter. Rows of a matrix stand for tokens and columns for channels;
+    a vector is one column.
 
-    `update` is of the change since the earlier model, and `update_ratio` its rms over that of the parameter before.
+    `update` is of the change since the earlier model, and `update_ratio` its rms over
+    that of the parameter before.
     """
 
     point: Point
@@ -24,7 +28,8 @@ class Weight:
 
 
 def weights(model: nn.Module, before: nn.Module | None = None) -> tuple[Weight, ...]:
-    """Every parameter once, in the model's order; with `before`, what each has changed by since. Nothing is run.
+    """Every parameter once, in the model's order; with `before`, what each has changed by since.
+    Nothing is run.
 
     Raises UsageError where `before` has other parameters.
     """
@@ -38,19 +43,34 @@ def weights(model: nn.Module, before: nn.Module | None = None) -> tuple[Weight, 
         _refuse_others(now, then)
         for point in points:
             earlier.see(point, _as_rows(then[point.name]))
-            changes.see(point, _as_rows(now[point.name].detach().double() - then[point.name].detach().double()))
+            changes.see(
+                point,
+                _as_rows(now[point.name].detach().double() - then[point.name].detach().double()),
+            )
     stats, moved, old = values.finish(), changes.finish(), earlier.finish()
     return tuple(_weight(p, stats[p.name], moved.get(p.name), old.get(p.name)) for p in points)
 
 
 def _weight(point: Point, stat: Stat, update: Stat | None, before: Stat | None) -> Weight:
-    return Weight(point, stat, update, update.rms / before.rms if update is not None and before.rms > 0 else None)
+    return Weight(
+        point,
+        stat,
+        update,
+        update.rms / before.rms if update is not None and before.rms > 0 else None,
+    )
 
 
 def point_of(name: str, order: int) -> Point:
-    """`layers.3.ffn.up.weight` has layer 3 and slot `ffn.up.weight`; so has any name with one number for its block."""
+    """`layers.3.ffn.up.weight` has layer 3 and slot `ffn.up.weight`;
+    so has any name with one number for its block.
+    """
     found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return Point(name, None if found is None else int(found[1]), name if found is None else name[found.end() :], order)
+    return Point(
+        name,
+        None if found is None else int(found[1]),
+        name if found is None else name[found.end() :],
+        order,
+    )
 
 
 def _as_rows(parameter: Tensor) -> Tensor:
@@ -59,7 +79,9 @@ def _as_rows(parameter: Tensor) -> Tensor:
 
 
 def _refuse_others(now: dict[str, Tensor], then: dict[str, Tensor]) -> None:
-    odd = [n for n in {**now, **then} if n not in now or n not in then or now[n].shape != then[n].shape]
+    odd = [
+        n for n in {**now, **then} if n not in now or n not in then or now[n].shape != then[n].shape
+    ]
     if odd:
         raise UsageError(
             "these models have other parameters, so there is no change between them",

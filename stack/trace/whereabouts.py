@@ -13,7 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from spec import ROOT
 
@@ -38,10 +41,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Where:
-    """Where an operation ran. `module` is the dotted path of the innermost running module, "" outside all of them.
+    """Where an operation ran. `module` is the dotted path of the innermost running module,
+    "" outside all of them.
 
-    `node` is autograd's name of the derivative that ran and `of` the operation of the forward it belongs to; both are "" in a forward.
-    Of a derivative without Python code, `frames` are those of the forward operation.
+    `node` is autograd's name of the derivative that ran and `of` the operation of the forward it
+    belongs to; both are "" in a forward. Of a derivative without Python code, `frames` are those of
+    the forward operation.
     """
 
     phase: Phase
@@ -63,7 +68,12 @@ class Where:
 
 
 def _line(code: Any, number: int) -> Line:
-    return Line(_shown(code.co_filename), number, code.co_qualname, linecache.getline(code.co_filename, number).strip())
+    return Line(
+        _shown(code.co_filename),
+        number,
+        code.co_qualname,
+        linecache.getline(code.co_filename, number).strip(),
+    )
 
 
 def _shown(file: str) -> str:
@@ -76,9 +86,11 @@ def _shown(file: str) -> str:
 
 @dataclass
 class Whereabouts:
-    """Knows at any moment which module runs, and to which forward operation each derivative belongs.
+    """Knows at any moment which module runs, and to which forward
+    operation each derivative belongs.
 
-    Autograd numbers what it records; the number that is current while an operation runs forward is that of its own derivative.
+    Autograd numbers what it records; the number that is current while an operation runs forward is
+    that of its own derivative.
     """
 
     names: Mapping[int, str]
@@ -98,11 +110,19 @@ class Whereabouts:
         forward, of = self.recorded.get(node._sequence_nr(), (None, ""))
         if forward is None:
             return Where("backward", module, frames, node.name(), of)
-        return Where("backward", module or forward.module, frames if below_engine else forward.frames, node.name(), of)
+        return Where(
+            "backward",
+            module or forward.module,
+            frames if below_engine else forward.frames,
+            node.name(),
+            of,
+        )
 
 
 def _frames() -> tuple[tuple[tuple[Any, int], ...], bool]:
-    """Code and line of the innermost frames outside torch, and whether the first lies below autograd's engine: in a written derivative."""
+    """Code and line of the innermost frames outside torch, and whether the first lies below
+    autograd's engine: in a written derivative.
+    """
     found: list[tuple[Any, int]] = []
     below, frame = False, sys._getframe(1)
     while frame is not None and len(found) < 1 + CALLERS:
@@ -122,11 +142,16 @@ def _hidden(frame: FrameType) -> bool:
 
 @contextmanager
 def whereabouts(models: Mapping[str, nn.Module]) -> Iterator[Whereabouts]:
-    """Follow modules for the time of the `with`. Modules of `models` go by their dotted paths below its keys, others by class.
+    """Follow modules for the time of the `with`.
+    Modules of `models` go by their dotted paths below its keys, others by class.
 
     No hook stays behind, also after an error.
     """
-    names = {id(m): ".".join(filter(None, (key, path))) for key, model in models.items() for path, m in model.named_modules()}
+    names = {
+        id(m): ".".join(filter(None, (key, path)))
+        for key, model in models.items()
+        for path, m in model.named_modules()
+    }
     here = Whereabouts(names)
 
     def enter(module: nn.Module, inputs: Any) -> None:

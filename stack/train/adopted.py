@@ -1,4 +1,6 @@
-"""A model that was not trained here becomes a run: a run directory whose checkpoint is step 0 and whose optimizer has no memory."""
+"""A model that was not trained here becomes a run: a run directory whose checkpoint is step 0 and
+whose optimizer has no memory.
+"""
 
 import os
 import shutil
@@ -24,7 +26,9 @@ from stack.train.state import TrainState
 
 
 def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
-    """The state of a run before its first step, without data: position 0 of whatever text it will be given."""
+    """The state of a run before its first step, without data:
+    position 0 of whatever text it will be given.
+    """
     seed_dropout(cfg.seed)
     order = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
     return TrainState(
@@ -41,9 +45,17 @@ def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
 
 
 def write_run(
-    run_dir: Path, cfg: RunConfig, model: nn.Module, tokenizer: Tokenizer, builder: RecordBuilder, source: Mapping[str, Any], **ending: Any
+    run_dir: Path,
+    cfg: RunConfig,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    builder: RecordBuilder,
+    source: Mapping[str, Any],
+    **ending: Any,
 ) -> Record:
-    """Write the run directory, its record last; `ending` goes to the record. A failure leaves nothing at `run_dir`."""
+    """Write the run directory, its record last; `ending` goes to the record.
+    A failure leaves nothing at `run_dir`.
+    """
     refuse_occupied(run_dir, "--out")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     temporary = RunDir(run_dir.parent / f".writing-{run_dir.name}-{os.getpid()}")
@@ -67,10 +79,16 @@ def write_run(
         )
         state = first_state(cfg, model)
         document = checkpoint.state_document(
-            state, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, gates={}, record=builder.id
+            state,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            gates={},
+            record=builder.id,
         )
         folder = checkpoint.save(temporary.checkpoints, state, document)
-        builder.outputs = [artefact(folder / f, root=temporary.path) for f in (*checkpoint.FILES, "manifest.json")]
+        builder.outputs = [
+            artefact(folder / f, root=temporary.path) for f in (*checkpoint.FILES, "manifest.json")
+        ]
         builder.outputs.append(artefact(temporary.path / "tokenizer.json", root=temporary.path))
         record = builder.finish(temporary.path, **ending)
         if run_dir.exists():

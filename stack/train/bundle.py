@@ -1,4 +1,6 @@
-"""Writes a repro bundle when a runtime gate turns red: what was drawn since the last state on disk, and that state."""
+"""Writes a repro bundle when a runtime gate turns red: what was drawn since the last state on disk,
+and that state.
+"""
 
 import os
 import shutil
@@ -28,10 +30,11 @@ NAMES_MAX = 16
 
 @dataclass
 class Recent:
-    """What a run drew since the state it could begin again from: `base` is a step folder, or None for the seed.
+    """What a run drew since the state it could begin again from: `base` is a step folder,
+    or None for the seed.
 
-    Rows are kept as int32, the oldest dropped beyond ROWS_BYTES_MAX; `rng` is torch's random state before the latest step, and `batch`
-    its first micro-batch.
+    Rows are kept as int32, the oldest dropped beyond ROWS_BYTES_MAX; `rng` is torch's random state
+    before the latest step, and `batch` its first micro-batch.
     """
 
     base: Path | None = None
@@ -45,9 +48,25 @@ class Recent:
     n_bytes: int = 0
     dropped: int = 0
 
-    def begin(self, base: Path | None, step: int, plan: dict[str, Any], gates: dict[str, Any], *, continued: bool) -> None:
-        """From here on a replay begins at `base`, the state after `step`. Later steps may have been drawn already."""
-        self.base, self.base_step, self.plan, self.gates, self.continued = base, step, plan, gates, continued
+    def begin(
+        self,
+        base: Path | None,
+        step: int,
+        plan: dict[str, Any],
+        gates: dict[str, Any],
+        *,
+        continued: bool,
+    ) -> None:
+        """From here on a replay begins at `base`, the state after `step`.
+        Later steps may have been drawn already.
+        """
+        self.base, self.base_step, self.plan, self.gates, self.continued = (
+            base,
+            step,
+            plan,
+            gates,
+            continued,
+        )
         while self.steps and self.steps[0][0].step <= step:
             self.n_bytes -= size_of(self.steps.popleft()[1])
         self.dropped = self.steps[0][0].step - step - 1 if self.steps else 0
@@ -55,8 +74,14 @@ class Recent:
     def draw(self, step: int, batches: list[Batch], cursor: int) -> None:
         """Remember the rows of a step, and where the reader stands after it."""
         self.rng, self.batch = default_rng_state(), batches[0]
-        tensors = {f"step-{step:08d}.{i}.{name}": t for i, batch in enumerate(batches) for name, t in rows_of(batch).items()}
-        self.steps.append((repro.Step(step=step, cursor=cursor, batches=without_rows(batches)), tensors))
+        tensors = {
+            f"step-{step:08d}.{i}.{name}": t
+            for i, batch in enumerate(batches)
+            for name, t in rows_of(batch).items()
+        }
+        self.steps.append(
+            (repro.Step(step=step, cursor=cursor, batches=without_rows(batches)), tensors)
+        )
         self.n_bytes += size_of(tensors)
         while self.n_bytes > ROWS_BYTES_MAX and len(self.steps) > 1:
             self.n_bytes -= size_of(self.steps.popleft()[1])
@@ -65,7 +90,11 @@ class Recent:
 
 def rows_of(batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch by name, int32."""
-    named = {"input_ids": batch.input_ids, "labels": batch.labels, "document_ids": batch.document_ids}
+    named = {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "document_ids": batch.document_ids,
+    }
     return {name: t.to(torch.int32) for name, t in named.items() if t is not None}
 
 
@@ -75,13 +104,18 @@ def size_of(tensors: dict[str, Tensor]) -> int:
 
 def without_rows(batches: list[Batch]) -> tuple[repro.MicroBatch, ...]:
     """What a document holds of batches."""
-    return tuple(repro.MicroBatch(**{name: getattr(b, name) for name in repro.MicroBatch.model_fields}) for b in batches)
+    return tuple(
+        repro.MicroBatch(**{name: getattr(b, name) for name in repro.MicroBatch.model_fields})
+        for b in batches
+    )
 
 
 def write_bundle(run: Any, gate_id: str, step: int, verdict: Verdict) -> None:
-    """Write `repro/<gate>-step-<step>` of a run, once per gate. A disk that is full spoils no run: then it is only said.
+    """Write `repro/<gate>-step-<step>` of a run, once per gate.
+    A disk that is full spoils no run: then it is only said.
 
-    At most ROWS_BYTES_MAX of rows, CHECKPOINT_BYTES_MAX of state, the held-out rows where the gate judges them, and the tokenizer.
+    At most ROWS_BYTES_MAX of rows, CHECKPOINT_BYTES_MAX of state, the held-out rows where the gate
+    judges them, and the tokenizer.
     """
     if run.keeper.seats[gate_id].first_failure_step is not None:
         return
@@ -93,8 +127,13 @@ def write_bundle(run: Any, gate_id: str, step: int, verdict: Verdict) -> None:
         _write(temporary, run, gate_id, step, verdict)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        made = f"; what made it: stack trace --repro {folder}" if gate_id == "runtime.finite" else ""
-        run.listener.on_event(f"gate {gate_id} is red at step {step}; to see it again: stack gates repro {folder}{made}")
+        made = (
+            f"; what made it: stack trace --repro {folder}" if gate_id == "runtime.finite" else ""
+        )
+        run.listener.on_event(
+            f"gate {gate_id} is red at step {step}; to see it again: stack gates repro "
+            f"{folder}{made}"
+        )
     except (OSError, StackproofError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         run.dir.log("events.jsonl", event="repro_failed", step=step, gate=gate_id, message=str(e))
@@ -107,13 +146,22 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
         raise StackproofError("the run had not begun, so there is nothing to begin again from")
     held_out = run.held_out if Evaluated in run.keeper.seats[gate_id].watcher.events else []
     tensors = {name: t for _, rows in recent.steps for name, t in rows.items()} | recent.rng
-    tensors |= {f"held_out.{i}.{name}": t for i, b in enumerate(held_out) for name, t in rows_of(b).items()}
-    safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, folder / repro.TENSORS)
+    tensors |= {
+        f"held_out.{i}.{name}": t for i, b in enumerate(held_out) for name, t in rows_of(b).items()
+    }
+    safetensors.torch.save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / repro.TENSORS
+    )
     run.dataset.tokenizer.save(folder / repro.TOKENIZER)
     base, no_points = _base(folder, recent), _write_points(folder / repro.POINTS, run, step)
-    lacking = "the state the replay begins from was too large to copy" if base.kind == "elsewhere" else ""
+    lacking = (
+        "the state the replay begins from was too large to copy" if base.kind == "elsewhere" else ""
+    )
     if recent.dropped:
-        lacking = f"the rows of the first {recent.dropped} steps since step {recent.base_step} were too many to keep; save more often"
+        lacking = (
+            f"the rows of the first {recent.dropped} steps since step {recent.base_step} were too "
+            "many to keep; save more often"
+        )
     bundle = repro.Bundle(
         schema=repro.SCHEMA,
         gate=gate_id,
@@ -123,9 +171,14 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
         event=type(run.keeper.shown).__name__,
         step=step,
         message=verdict.message,
-        measured={k: str(v) if isinstance(v, float) and v - v != 0 else v for k, v in verdict.measured.items()},
+        measured={
+            k: str(v) if isinstance(v, float) and v - v != 0 else v
+            for k, v in verdict.measured.items()
+        },
         limits=vars(limits_of(gate)),
-        nonfinite={k: tuple(v[:NAMES_MAX]) for k, v in nonfinite_parts(run.state.model).items()} if gate_id == "runtime.finite" else {},
+        nonfinite={k: tuple(v[:NAMES_MAX]) for k, v in nonfinite_parts(run.state.model).items()}
+        if gate_id == "runtime.finite"
+        else {},
         record=run.builder.id,
         config=run.cfg.to_dict(),
         code=run.builder.code,
@@ -145,7 +198,9 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
         no_points=no_points,
         command=("stack", "gates", "repro", "."),
         files={
-            p.relative_to(folder).as_posix(): repro.File(sha256=sha256_file(p), bytes=p.stat().st_size)
+            p.relative_to(folder).as_posix(): repro.File(
+                sha256=sha256_file(p), bytes=p.stat().st_size
+            )
             for p in sorted(folder.rglob("*"))
             if p.is_file()
         },
@@ -154,7 +209,9 @@ def _write(folder: Path, run: Any, gate_id: str, step: int, verdict: Verdict) ->
 
 
 def _write_points(path: Path, run: Any, step: int) -> str:
-    """Write what every point of the model now holds on the latest rows; where that cannot be had, say why. The verdict comes first."""
+    """Write what every point of the model now holds on the latest rows; where that cannot be had,
+    say why. The verdict comes first.
+    """
     if run.recent.batch is None:
         return "no step had been drawn"
     try:

@@ -1,4 +1,6 @@
-"""The resume certificate: one run straight, one through SIGKILLs at random moments, compared byte for byte."""
+"""The resume certificate: one run straight, one through SIGKILLs at random moments,
+compared byte for byte.
+"""
 
 import random
 import signal
@@ -19,22 +21,38 @@ from stack.train.randomness import stream_seed
 from stack.train.rundir import RunDir
 
 CLAIM = "Training killed at random moments and resumed each time ends in byte-identical weights."
-NOT_COVERED = ("another processor, torch build or number of threads", "kills by power failure: the page cache survives a SIGKILL")
+NOT_COVERED = (
+    "another processor, torch build or number of threads",
+    "kills by power failure: the page cache survives a SIGKILL",
+)
 DEADLINE_S = 900.0
 
 
-def certify(base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], run_dir: Path | None) -> tuple[Record, Path]:
+def certify(
+    base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], run_dir: Path | None
+) -> tuple[Record, Path]:
     """Run both, compare, write the record. `base` is a recipe's configuration.
 
     Raises ConfigError if the plan leaves no room for the kills.
     """
     if steps < 2 * (kills + 1):
         raise ConfigError(
-            f"{steps} steps leave no room for {kills} kills", allowed=f"at least {2 * (kills + 1)} steps", next_step="--steps 60"
+            f"{steps} steps leave no room for {kills} kills",
+            allowed=f"at least {2 * (kills + 1)} steps",
+            next_step="--steps 60",
         )
     every = max(1, steps // (3 * (kills + 1)))
-    looks = (f"eval.every={min(steps, base.eval.every)}", f"sample.every={min(steps, base.sample.every)}")
-    sets = (f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 10)}", f"checkpoint.every={every}", *looks, *sets)
+    looks = (
+        f"eval.every={min(steps, base.eval.every)}",
+        f"sample.every={min(steps, base.sample.every)}",
+    )
+    sets = (
+        f"train.max_steps={steps}",
+        f"schedule.warmup_steps={max(1, steps // 10)}",
+        f"checkpoint.every={every}",
+        *looks,
+        *sets,
+    )
     cfg, overrides = load_config(base, sets=sets)
     builder = RecordBuilder(
         kind="resume",
@@ -47,10 +65,20 @@ def certify(base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], r
     )
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "stack", "train", base.recipe, *(f"--set={s}" for s in sets), "--run-dir"]
+    command = [
+        sys.executable,
+        "-m",
+        "stack",
+        "train",
+        base.recipe,
+        *(f"--set={s}" for s in sets),
+        "--run-dir",
+    ]
     straight, killed = directory / "straight", directory / "killed"
     _finish([*command, str(straight)], directory / "straight.log")
-    moments = _with_kills([*command, str(killed)], killed, directory / "killed.log", steps, kills, cfg.seed)
+    moments = _with_kills(
+        [*command, str(killed)], killed, directory / "killed.log", steps, kills, cfg.seed
+    )
     return _judge(builder, directory, straight, killed, moments, steps), directory
 
 
@@ -59,8 +87,12 @@ def _finish(command: list[str], log: Path) -> int:
         return subprocess.run(command, stdout=f, stderr=f, timeout=DEADLINE_S).returncode
 
 
-def _with_kills(command: list[str], run_dir: Path, log: Path, steps: int, kills: int, seed: int) -> list[int]:
-    """Kill at randomly drawn steps after the first checkpoint; each time go on with --resume. Returns the steps last logged."""
+def _with_kills(
+    command: list[str], run_dir: Path, log: Path, steps: int, kills: int, seed: int
+) -> list[int]:
+    """Kill at randomly drawn steps after the first checkpoint; each time go on with --resume.
+    Returns the steps last logged.
+    """
     draw = random.Random(stream_seed(seed, "kills"))
     targets = sorted(draw.sample(range(steps // 4, steps - 1), kills))
     resumed = [sys.executable, "-m", "stack", "train", "--resume", str(run_dir)]
@@ -75,7 +107,9 @@ def _kill_at(command: list[str], run_dir: Path, log: Path, target: int, draw: ra
     with open(log, "ab") as f:
         process = subprocess.Popen(command, stdout=f, stderr=f)
         deadline = time.monotonic() + DEADLINE_S
-        while process.poll() is None and _last_step(run_dir) < target and time.monotonic() < deadline:
+        while (
+            process.poll() is None and _last_step(run_dir) < target and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         time.sleep(draw.random() * 0.1)
         process.send_signal(signal.SIGKILL)
@@ -91,7 +125,14 @@ def _last_step(run_dir: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
-def _judge(builder: RecordBuilder, directory: Path, straight: Path, killed: Path, moments: list[int], steps: int) -> Record:
+def _judge(
+    builder: RecordBuilder,
+    directory: Path,
+    straight: Path,
+    killed: Path,
+    moments: list[int],
+    steps: int,
+) -> Record:
     reasons, folders = [], []
     for run in (straight, killed):
         try:
@@ -101,10 +142,21 @@ def _judge(builder: RecordBuilder, directory: Path, straight: Path, killed: Path
     if not reasons:
         a, b = (sha256_file(f / "model.safetensors") for f in folders)
         states = [checkpoint.load(f).state for f in folders]
-        builder.outputs = [artefact(f / "model.safetensors", root=directory, name=n) for f, n in zip(folders, ("straight", "killed"))]
+        builder.outputs = [
+            artefact(f / "model.safetensors", root=directory, name=n)
+            for f, n in zip(folders, ("straight", "killed"))
+        ]
         reasons += ["the weights differ"] if a != b else []
-        reasons += [f"{k} differs" for k in ("step", "cursor", "tokens_seen", "stopper", "best") if states[0][k] != states[1][k]]
-        reasons += [f"ended at step {states[1]['step']}, not {steps}"] if states[1]["step"] != steps else []
+        reasons += [
+            f"{k} differs"
+            for k in ("step", "cursor", "tokens_seen", "stopper", "best")
+            if states[0][k] != states[1][k]
+        ]
+        reasons += (
+            [f"ended at step {states[1]['step']}, not {steps}"]
+            if states[1]["step"] != steps
+            else []
+        )
     builder.metric("steps", steps, "steps")
     builder.metric("kills", len(moments), "kills")
     builder.metric("resumes", _resumes(killed), "resumes")
@@ -112,8 +164,15 @@ def _judge(builder: RecordBuilder, directory: Path, straight: Path, killed: Path
     for i, step in enumerate(moments, start=1):
         builder.metric(f"kill_{i}_after_step", step, "steps")
     ok = not reasons and _resumes(killed) == len(moments)
-    reason = "byte-identical weights" if ok else "; ".join(reasons) or "not every kill led to a resume"
-    return builder.finish(directory, status="completed" if ok else "failed", end_reason=reason, exit_code=0 if ok else 6)
+    reason = (
+        "byte-identical weights" if ok else "; ".join(reasons) or "not every kill led to a resume"
+    )
+    return builder.finish(
+        directory,
+        status="completed" if ok else "failed",
+        end_reason=reason,
+        exit_code=0 if ok else 6,
+    )
 
 
 def _resumes(run_dir: Path) -> int:

@@ -1,4 +1,5 @@
-"""Checkpoints: hashed, atomic, complete. A fresh folder is written, verified and only then becomes `latest`.
+"""Checkpoints: hashed, atomic, complete.
+A fresh folder is written, verified and only then becomes `latest`.
 
 checkpoints/step-00000200/   model.safetensors  state.safetensors  state.json  manifest.json
 checkpoints/latest, best     text files naming a step folder
@@ -29,8 +30,11 @@ from stack.train.state import TrainState
 SCHEMA, FORMER = "stackproof/checkpoint/3", "stackproof/checkpoint/2"
 FILES = ("model.safetensors", "state.safetensors", "state.json")
 STATE_KEYS = frozenset(
-    "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats min_ema_loss_nats last_val_nats best "
-    "config config_sha256 tokenizer_sha256 vocab_size record".split()
+    (
+        "schema step tokens_seen cursor curriculum wall_s scaler stopper gates ema_loss_nats "
+        "min_ema_loss_nats last_val_nats best config config_sha256 tokenizer_sha256 vocab_size "
+        "record"
+    ).split()
 )
 
 
@@ -45,7 +49,9 @@ class Loaded:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and lasting buffers by plain name, detached; a tied head is the embedding and has no entry of its own."""
+    """All parameters and lasting buffers by plain name, detached;
+    a tied head is the embedding and has no entry of its own.
+    """
     return {plain_name(n): t.detach() for n, t in model.state_dict(keep_vars=True).items()}
 
 
@@ -60,7 +66,9 @@ def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def state_document(state: TrainState, *, tokenizer_sha256: str, vocab_size: int, gates: dict, record: str) -> dict:
+def state_document(
+    state: TrainState, *, tokenizer_sha256: str, vocab_size: int, gates: dict, record: str
+) -> dict:
     """The JSON half of a checkpoint."""
     config = state.cfg.to_dict()
     return {
@@ -98,19 +106,34 @@ class Snapshot:
         return f"step-{self.step:08d}"
 
 
-@require(lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys")
+@require(
+    lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys"
+)
 def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
-    """What `write` needs of a state: the live tensors themselves, or copies in host memory that later steps leave alone."""
-    tensors = {"model.safetensors": model_tensors(state.model), "state.safetensors": optimizer_tensors(state) | default_rng_state()}
+    """What `write` needs of a state: the live tensors themselves,
+    or copies in host memory that later steps leave alone.
+    """
+    tensors = {
+        "model.safetensors": model_tensors(state.model),
+        "state.safetensors": optimizer_tensors(state) | default_rng_state(),
+    }
     if copied:
         tensors = {file: copies(group) for file, group in tensors.items()}
-    return Snapshot(state.step, stepfolder.Content(SCHEMA, tensors, {"step": str(state.step)}, canonical_json(document)))
+    return Snapshot(
+        state.step,
+        stepfolder.Content(SCHEMA, tensors, {"step": str(state.step)}, canonical_json(document)),
+    )
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory; from a GPU by way of pinned buffers, which torch keeps for the next time."""
+    """Copies in host memory; from a GPU by way of pinned buffers,
+    which torch keeps for the next time.
+    """
     on_gpu = any(t.is_cuda for t in tensors.values())
-    hosts = {n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True) for n, t in tensors.items()}
+    hosts = {
+        n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+        for n, t in tensors.items()
+    }
     if on_gpu:
         torch.cuda.synchronize()
     return hosts
@@ -123,9 +146,11 @@ def save(root: Path, state: TrainState, document: dict) -> Path:
 
 @ensure(lambda result: (result / "manifest.json").is_file(), "a finished checkpoint has a manifest")
 def write(root: Path, snapshot: Snapshot) -> Path:
-    """Write `root/step-XXXXXXXX`, compare it with memory and point `latest` at it. Returns the folder.
+    """Write `root/step-XXXXXXXX`, compare it with memory and point `latest` at it.
+    Returns the folder.
 
-    Raises CheckpointError if anything fails; the earlier checkpoints and pointers are then as they were.
+    Raises CheckpointError if anything fails; the earlier checkpoints and
+    pointers are then as they were.
     """
     final = root / snapshot.name
     temporary = root / f".writing-{final.name}-{os.getpid()}"
@@ -158,18 +183,26 @@ def point(root: Path, name: str, folder: Path) -> None:
 
 
 def pointed(root: Path, name: str) -> Path | None:
-    """The step folder that the pointer `name` names, be it there or not; None without such a pointer."""
+    """The step folder that the pointer `name` names, be it there or not;
+    None without such a pointer.
+    """
     return root / (root / name).read_text().strip() if (root / name).is_file() else None
 
 
 def pointed_step(root: Path, name: str) -> int | None:
     """Step of the folder that the pointer `name` names; None if it names none that is complete."""
     folder = pointed(root, name)
-    return int(folder.name.removeprefix("step-")) if folder is not None and (folder / "manifest.json").is_file() else None
+    return (
+        int(folder.name.removeprefix("step-"))
+        if folder is not None and (folder / "manifest.json").is_file()
+        else None
+    )
 
 
 def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` step folders and those a pointer names, and leftovers of torn writes."""
+    """Delete all but the newest `keep` step folders and those a pointer names,
+    and leftovers of torn writes.
+    """
     kept = {pointed(root, n) for n in ("latest", "best")}
     folders = sorted(p for p in root.glob("step-*") if p.is_dir())
     for folder in folders[:-keep]:
@@ -182,8 +215,8 @@ def retain(root: Path, keep: int) -> None:
 def find(path: Path) -> Path:
     """The step folder meant by a run directory, a checkpoints folder or a step folder.
 
-    Follows `latest`; if a kill came while that folder made room for its successor, the one moved aside; if it is gone, the newest
-    complete one. A damaged one is an error, never skipped.
+    Follows `latest`; if a kill came while that folder made room for its successor, the one moved
+    aside; if it is gone, the newest complete one. A damaged one is an error, never skipped.
     Raises CheckpointError if there is none.
     """
     if path.is_file():
@@ -193,11 +226,17 @@ def find(path: Path) -> Path:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     latest = pointed(root, "latest")
     name = latest.name if latest else "none"
-    for folder in (root / name, *root.glob(f".replaced-{name}-*"), *sorted(root.glob("step-*"), reverse=True)):
+    for folder in (
+        root / name,
+        *root.glob(f".replaced-{name}-*"),
+        *sorted(root.glob("step-*"), reverse=True),
+    ):
         if (folder / "manifest.json").is_file():
             return folder
     raise CheckpointError(
-        f"there is no checkpoint in {path}", allowed="a run directory or a step folder", next_step="stack train --run-dir DIR makes one"
+        f"there is no checkpoint in {path}",
+        allowed="a run directory or a step folder",
+        next_step="stack train --run-dir DIR makes one",
     )
 
 
@@ -213,19 +252,25 @@ def _refuse_file(path: Path) -> None:
     raise CheckpointError(
         f"{path} is {kind}, not a checkpoint folder",
         allowed="a folder with model.safetensors, state.safetensors, state.json and manifest.json",
-        next_step="loading a pickle can run foreign code, so no option allows it; convert the weights to safetensors first",
+        next_step=(
+            "loading a pickle can run foreign code, so no option allows it; convert the weights "
+            "to safetensors first"
+        ),
     )
 
 
 def load(folder: Path) -> Loaded:
-    """Read and verify a step folder: every file by sha256 and size, every tensor by CRC-32, the exact set of keys. Never unpickles.
+    """Read and verify a step folder: every file by sha256 and size, every tensor by CRC-32, the
+    exact set of keys. Never unpickles.
 
     The former version has no CRC-32; there the sha256 of the file is all.
 
     Raises CheckpointError naming the file and what differs.
     """
     manifest = _read_json(folder / "manifest.json")
-    if manifest.get("schema") not in (SCHEMA, FORMER) or set(manifest.get("files", {})) != set(FILES):
+    if manifest.get("schema") not in (SCHEMA, FORMER) or set(manifest.get("files", {})) != set(
+        FILES
+    ):
         raise CheckpointError(
             f"{folder / 'manifest.json'} is not a manifest of {SCHEMA}",
             value=f"{manifest.get('schema')}, {', '.join(sorted(manifest.get('files', {})))}",
@@ -234,14 +279,26 @@ def load(folder: Path) -> Loaded:
         )
     by_tensor = manifest["schema"] == SCHEMA
     with ThreadPoolExecutor(len(FILES)) as pool:
-        verified = [pool.submit(_verify_file, folder / name, entry, by_tensor=by_tensor) for name, entry in manifest["files"].items()]
+        verified = [
+            pool.submit(_verify_file, folder / name, entry, by_tensor=by_tensor)
+            for name, entry in manifest["files"].items()
+        ]
     for file in verified:
         file.result()
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
-        raise CheckpointError(f"{folder / 'state.json'} lacks or adds keys", value=", ".join(odd), allowed="exactly the declared keys")
-    return Loaded(folder, _read_tensors(folder / "model.safetensors"), _read_tensors(folder / "state.safetensors"), document)
+        raise CheckpointError(
+            f"{folder / 'state.json'} lacks or adds keys",
+            value=", ".join(odd),
+            allowed="exactly the declared keys",
+        )
+    return Loaded(
+        folder,
+        _read_tensors(folder / "model.safetensors"),
+        _read_tensors(folder / "state.safetensors"),
+        document,
+    )
 
 
 def _verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
@@ -253,13 +310,21 @@ def _verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", next_step="resume from an older step folder")
     if path.stat().st_size != entry["bytes"]:
-        raise CheckpointError(f"{path} is truncated or padded", value=f"{path.stat().st_size} bytes", allowed=f"{entry['bytes']} bytes")
+        raise CheckpointError(
+            f"{path} is truncated or padded",
+            value=f"{path.stat().st_size} bytes",
+            allowed=f"{entry['bytes']} bytes",
+        )
     try:
-        sha256, checksums = tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
+        sha256, checksums = (
+            tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
+        )
     except (OSError, tensorfile.BadTensorFile) as e:
         raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
     declared = entry.get("crc32", {}) if by_tensor else checksums
-    if wrong := sorted(n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)):
+    if wrong := sorted(
+        n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)
+    ):
         raise CheckpointError(
             f"{path}: tensor {wrong[0]} does not match its checksum",
             value=f"{len(wrong)} tensor(s) differ",
@@ -274,7 +339,9 @@ def _read_json(path: Path) -> dict:
     try:
         return parse_strict(path.read_bytes(), origin=str(path))
     except (OSError, IntegrityError) as e:
-        raise CheckpointError(f"cannot read {path}: {e}", next_step="resume from an older step folder") from e
+        raise CheckpointError(
+            f"cannot read {path}: {e}", next_step="resume from an older step folder"
+        ) from e
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -284,34 +351,53 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into a model. The names must be the same on both sides. Raises CheckpointError naming those that are not."""
+    """Copy tensors into a model. The names must be the same on both sides.
+    Raises CheckpointError naming those that are not.
+    """
     own = model_tensors(model)
     given = {plain_name(n): t for n, t in tensors.items()}
     if missing := sorted(own.keys() ^ given.keys()):
         raise CheckpointError(
-            "the checkpoint's tensors are not the model's", value=", ".join(missing[:6]), allowed=f"{len(own)} parameters"
+            "the checkpoint's tensors are not the model's",
+            value=", ".join(missing[:6]),
+            allowed=f"{len(own)} parameters",
         )
     for name, parameter in own.items():
         if parameter.shape != given[name].shape:
-            raise CheckpointError(f"tensor {name} has another shape", value=tuple(given[name].shape), allowed=tuple(parameter.shape))
+            raise CheckpointError(
+                f"tensor {name} has another shape",
+                value=tuple(given[name].shape),
+                allowed=tuple(parameter.shape),
+            )
         parameter.copy_(given[name])
 
 
 def restore(state: TrainState, loaded: Loaded) -> list[str]:
-    """Put a checkpoint into a freshly built state of the same configuration: after this the run goes on bit for bit.
+    """Put a checkpoint into a freshly built state of the same configuration:
+    after this the run goes on bit for bit.
 
-    Returns the curriculum's arms that were dropped because the configuration and the data do not have them.
+    Returns the curriculum's arms that were dropped because the configuration and
+    the data do not have them.
     """
     document = loaded.state
     load_model(state.model, loaded.model)
     _restore_optimizer(state, loaded.tensors)
     set_default_rng_state(loaded.tensors)
     if state.scaler.is_enabled():
-        state.scaler.load_state_dict({k: int(v) if k == "_growth_tracker" else v for k, v in document["scaler"].items()})
+        state.scaler.load_state_dict(
+            {k: int(v) if k == "_growth_tracker" else v for k, v in document["scaler"].items()}
+        )
     state.stopper.load_state_dict(document["stopper"])
     state.reader.cursor = document["cursor"]
-    state.step, state.tokens_seen, state.wall_s = document["step"], document["tokens_seen"], document["wall_s"]
-    state.ema_loss_nats, state.min_ema_loss_nats = document["ema_loss_nats"], document["min_ema_loss_nats"]
+    state.step, state.tokens_seen, state.wall_s = (
+        document["step"],
+        document["tokens_seen"],
+        document["wall_s"],
+    )
+    state.ema_loss_nats, state.min_ema_loss_nats = (
+        document["ema_loss_nats"],
+        document["min_ema_loss_nats"],
+    )
     state.last_val_nats, state.best = document["last_val_nats"], document["best"]
     state.probe.changed_frac()
     return state.reader.order.load_state_dict(document["curriculum"])
@@ -328,7 +414,10 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
             "the checkpoint's optimizer state is not this optimizer's",
             value=", ".join(odd[:6]),
             allowed=f"the moments of optim.kind = {state.cfg.optim.kind}",
-            next_step="keep optim.kind as the checkpoint's run had it: moments of one rule mean nothing to another",
+            next_step=(
+                "keep optim.kind as the checkpoint's run had it: moments of one rule mean nothing "
+                "to another"
+            ),
         )
     for name, parameter in owned:
         for field in fields[parameter] if given else ():
@@ -338,23 +427,48 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
 
 def architecture(m: ModelConfig) -> str:
     """The kinds of a decoder's parts in one line, for people."""
-    shared = f"{m.n_heads} heads on {m.n_kv_heads}" if m.n_kv_heads < m.n_heads else f"{m.n_heads} heads"
+    shared = (
+        f"{m.n_heads} heads on {m.n_kv_heads}" if m.n_kv_heads < m.n_heads else f"{m.n_heads} heads"
+    )
     extras = [name for name in ("qk_norm", "qkv_bias", "out_bias") if getattr(m.attention, name)]
     extras += [f"window {m.attention.window}"] if m.attention.window else []
-    ffn = f"{m.ffn.n_experts} {m.ffn.expert.kind} experts, top {m.ffn.top_k}" if m.ffn.kind == "moe" else m.ffn.kind
-    parts = [m.norm.kind, f"{m.positions.kind} positions", ", ".join((f"{m.attention.kind} attention, {shared}", *extras)), ffn]
-    parts += [f"mixture of depths, {m.depth.gate.kind}"] if m.depth.kind == "mixture-of-depths" else []
+    ffn = (
+        f"{m.ffn.n_experts} {m.ffn.expert.kind} experts, top {m.ffn.top_k}"
+        if m.ffn.kind == "moe"
+        else m.ffn.kind
+    )
+    parts = [
+        m.norm.kind,
+        f"{m.positions.kind} positions",
+        ", ".join((f"{m.attention.kind} attention, {shared}", *extras)),
+        ffn,
+    ]
+    parts += (
+        [f"mixture of depths, {m.depth.gate.kind}"] if m.depth.kind == "mixture-of-depths" else []
+    )
     return "decoder: " + "; ".join((*parts, "tied head" if m.tied_head else "head of its own"))
 
 
 def describe(folder: Path) -> dict:
-    """Architecture, tensors, counts and checksum of a step folder; never raises for a damaged one, but says INVALID."""
+    """Architecture, tensors, counts and checksum of a step folder; never raises for a damaged one,
+    but says INVALID.
+    """
     try:
         loaded = load(folder)
     except CheckpointError as e:
-        return {"path": str(folder), "checksum": "INVALID", "problem": e.what, "value": None if e.value is None else str(e.value)}
+        return {
+            "path": str(folder),
+            "checksum": "INVALID",
+            "problem": e.what,
+            "value": None if e.value is None else str(e.value),
+        }
     tensors = [
-        {"name": n, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "numel": t.numel()}
+        {
+            "name": n,
+            "shape": list(t.shape),
+            "dtype": str(t.dtype).removeprefix("torch."),
+            "numel": t.numel(),
+        }
         for n, t in loaded.model.items()
     ]
     return {
@@ -368,7 +482,9 @@ def describe(folder: Path) -> dict:
         "n_params": sum(t["numel"] for t in tensors),
         "n_tensors": len(tensors),
         "bytes": sum((folder / f).stat().st_size for f in (*FILES, "manifest.json")),
-        "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"]["sha256"],
+        "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"][
+            "sha256"
+        ],
         "best": pointed(folder.parent, "best") == folder,
         "tensors": tensors,
     }

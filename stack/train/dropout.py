@@ -16,7 +16,9 @@ ROWS, TOKENS = 1, 256  # of each micro-batch that are looked at
 
 @dataclass
 class _Watch:
-    """Beside a block: what its branches gave last, and what of it reached the residual stream, as `draws`."""
+    """Beside a block: what its branches gave last, and what of it reached the residual stream,
+    as `draws`.
+    """
 
     layer: int
     draws: list[tuple[tuple[int, str], Tensor, Tensor]]
@@ -28,26 +30,39 @@ class _Watch:
     def attach(self, block: nn.Module) -> None:
         """Hook a block that is used for nothing else."""
         for name, module in (("start", block.attention_norm), ("middle", block.ffn_norm)):
-            module.register_forward_pre_hook(lambda module, inputs, name=name: self.keep(name, inputs[0]))
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: self.keep(name, inputs[0])
+            )
         for name, module in (("attention", block.attention), ("ffn", block.ffn)):
-            module.register_forward_hook(lambda module, inputs, output, name=name: self.keep(name, output))
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: self.keep(name, output)
+            )
         block.residual = self.ending(block.residual)
 
     def ending(self, residual: Callable) -> Callable:
         def watched(x_BTD: Tensor, reading) -> Tensor:
             out_BTD = residual(x_BTD, reading)
             self.keep("end", out_BTD)
-            for branch, before, after in (("attention", "start", "middle"), ("ffn", "middle", "end")):
-                self.draws.append(((self.layer, branch), self.seen[branch], self.seen[after] - self.seen[before]))
+            for branch, before, after in (
+                ("attention", "start", "middle"),
+                ("ffn", "middle", "end"),
+            ):
+                self.draws.append(
+                    ((self.layer, branch), self.seen[branch], self.seen[after] - self.seen[before])
+                )
             return out_BTD
 
         return watched
 
 
-def branch_draws(cfg: RunConfig, dataset: Dataset, device: torch.device, n_steps: int = 2) -> list[tuple[tuple[int, str], Tensor, Tensor]]:
-    """What every branch of every block gave and what of it was added to the residual stream, over real train steps of a run.
+def branch_draws(
+    cfg: RunConfig, dataset: Dataset, device: torch.device, n_steps: int = 2
+) -> list[tuple[tuple[int, str], Tensor, Tensor]]:
+    """What every branch of every block gave and what of it was added to the residual stream, over
+    real train steps of a run.
 
-    In the order they came: ((layer, "attention" or "ffn"), given, added), the two of shape (T, D) float32.
+    In the order they came: ((layer, "attention" or "ffn"), given, added), the two of shape (T,
+    D) float32.
     """
     state, draws = build_state(cfg, dataset, device), []
     state.model.recompute = False  # or every block would be seen twice

@@ -1,4 +1,6 @@
-"""What the gates of the output head and of the loss scale get to see of a run. R rows (positions), D features, V vocabulary."""
+"""What the gates of the output head and of the loss scale get to see of a run.
+R rows (positions), D features, V vocabulary.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +21,17 @@ CHUNK_ROWS = 8
 
 
 def head_ingredients(device: torch.device) -> dict[str, Any]:
-    """`head_in_chunks(x_RD, head_VD, labels_R)` is the run's head in float32, forward and backward, a few rows at a time: it returns
-    (sum of nats, gradient of x, gradient of the head). `head_chunk_rows` is how many rows that is."""
+    """`head_in_chunks(x_RD, head_VD, labels_R)` is the run's head in float32, forward and backward,
+    a few rows at a time: it returns (sum of nats, gradient of x, gradient of the head).
+    `head_chunk_rows` is how many rows that is.
+    """
 
-    def head_in_chunks(x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_1RD, head_VD = (t.to(device, copy=True).requires_grad_(True) for t in (x_RD[None], head_VD))
+    def head_in_chunks(
+        x_RD: Tensor, head_VD: Tensor, labels_R: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_1RD, head_VD = (
+            t.to(device, copy=True).requires_grad_(True) for t in (x_RD[None], head_VD)
+        )
         with _small_chunks(len(head_VD)):
             nats = losses.linear_cross_entropy_sum(x_1RD, head_VD, labels_R[None].to(device))
             nats.backward()
@@ -34,7 +42,9 @@ def head_ingredients(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def _small_chunks(vocab_size: int) -> Iterator[None]:
-    """Both heads that work in chunks take CHUNK_ROWS rows at a time, so that few rows cross borders. Nothing else of them changes."""
+    """Both heads that work in chunks take CHUNK_ROWS rows at a time, so that few rows cross
+    borders. Nothing else of them changes.
+    """
     knobs = [(cross_entropy, "HEAD_CHUNK_BYTES", 4 * vocab_size * CHUNK_ROWS)]
     if (kernel := sys.modules.get("stack.kernels.linear_cross_entropy")) is not None:
         knobs.append((kernel, "MIN_CHUNK", CHUNK_ROWS))
@@ -48,14 +58,20 @@ def _small_chunks(vocab_size: int) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def loss_scale_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
-    """`scaled_step(scale)` is one train step of `cfg` from its start under a loss scale: gradient norms (before, left). Float16 alone."""
+def loss_scale_ingredients(
+    cfg: RunConfig, dataset: Dataset, device: torch.device
+) -> dict[str, Any]:
+    """`scaled_step(scale)` is one train step of `cfg` from its start under a loss scale: gradient
+    norms (before, left). Float16 alone.
+    """
     if cfg.train.dtype != "float16":
         return {}
     return {"scaled_step": _scaled_step(cfg, dataset, device)}
 
 
-def _scaled_step(cfg: RunConfig, dataset: Dataset, device: torch.device) -> Callable[[float], tuple[float, float]]:
+def _scaled_step(
+    cfg: RunConfig, dataset: Dataset, device: torch.device
+) -> Callable[[float], tuple[float, float]]:
     def scaled_step(scale: float) -> tuple[float, float]:
         state = build_state(cfg, dataset, device)
         state.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=True)

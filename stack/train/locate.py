@@ -1,4 +1,6 @@
-"""Replays a repro bundle with every operation watched: which one made the NaN or the infinity, at which step."""
+"""Replays a repro bundle with every operation watched: which one made the NaN or the infinity,
+at which step.
+"""
 
 import math
 from contextlib import suppress
@@ -15,7 +17,8 @@ from stack.train.step import nonfinite_parts
 
 @dataclass(frozen=True)
 class Located:
-    """`step` is the first after which a loss, gradient or weight is not finite, and `report` what was seen in it; None if none is.
+    """`step` is the first after which a loss, gradient or weight is not finite, and `report` what
+    was seen in it; None if none is.
 
     `steps` are those that were replayed, in one pass.
     """
@@ -27,11 +30,15 @@ class Located:
     seconds: float
 
 
-def locate(folder: Path, *, device: str = "cpu", base: Path | None = None) -> tuple[repro.Bundle, Located]:
-    """Go from the bundle's state through its steps, once, until one of them leaves something that is not finite.
+def locate(
+    folder: Path, *, device: str = "cpu", base: Path | None = None
+) -> tuple[repro.Bundle, Located]:
+    """Go from the bundle's state through its steps, once, until one of them leaves
+    something that is not finite.
 
-    The model runs uncompiled, and on a CPU with torch's kernels: what a compiler or another kernel alone does is not seen. An overflow
-    that the loss scale of float16 answers is none. Arguments and errors otherwise as in `stack.train.replay.replaying`.
+    The model runs uncompiled, and on a CPU with torch's kernels: what a compiler or another kernel
+    alone does is not seen. An overflow that the loss scale of float16 answers is none. Arguments
+    and errors otherwise as in `stack.train.replay.replaying`.
     """
     done: list[int] = []
     operations, seconds = 0, 0.0
@@ -49,6 +56,8 @@ def locate(folder: Path, *, device: str = "cpu", base: Path | None = None) -> tu
 
 
 def _bad(run: Run) -> bool:
-    """Whether the step has left a NaN or an infinity in the weights, the gradients or the numbers of its line."""
+    """Whether the step has left a NaN or an infinity in the weights,
+    the gradients or the numbers of its line.
+    """
     numbers = [v for v in run.line.values() if isinstance(v, float)]
     return any(nonfinite_parts(run.state.model).values()) or not all(map(math.isfinite, numbers))

@@ -15,19 +15,27 @@ from stack.train.signals import STATUS_OF_SIGNAL, Requests, listening
 def train_loop(run: Run) -> tuple[str, str]:
     """Train to the last step or an early stop. Returns (status, reason).
 
-    Raises GateFailed when a gate halts, Stopped after a signal, StreamExhausted when the corpus ends and may not wrap.
+    Raises GateFailed when a gate halts, Stopped after a signal,
+    StreamExhausted when the corpus ends and may not wrap.
     """
     state, cfg = run.state, run.cfg
     status, reason = "completed", f"all {cfg.train.max_steps} steps"
     with listening(run.on_checkpoint_asked) as requests:
         while state.step < cfg.train.max_steps:
             take_step(run)
-            if isinstance(cfg.curriculum, BanditCurriculum) and state.step % cfg.curriculum.probe_every == 0:
+            if (
+                isinstance(cfg.curriculum, BanditCurriculum)
+                and state.step % cfg.curriculum.probe_every == 0
+            ):
                 run.probe()
             last = state.step == cfg.train.max_steps
             evaluated = last or state.step % cfg.eval.every == 0
             if evaluated and run.evaluate() and not last:
-                status, reason, last = "early_stopped", f"no significant gain for {state.stopper.wait} evaluations", True
+                status, reason, last = (
+                    "early_stopped",
+                    f"no significant gain for {state.stopper.wait} evaluations",
+                    True,
+                )
             if last or state.step % cfg.sample.every == 0:
                 run.sample()
             run.flush_line()
@@ -45,7 +53,9 @@ def train_loop(run: Run) -> tuple[str, str]:
 
 
 def take_step(run: Run) -> None:
-    """Draw, update, look; the clock runs from before the draw. Now and then the step is computed twice."""
+    """Draw, update, look; the clock runs from before the draw.
+    Now and then the step is computed twice.
+    """
     started = time.perf_counter()
     recorded_s = run.trace_s
     batches = draw(run)
@@ -58,7 +68,9 @@ def take_step(run: Run) -> None:
 
 
 def draw(run: Run) -> list[Batch]:
-    """The micro-batches of one optimizer step, shown to the gates; before that, points are recorded on them where it is due."""
+    """The micro-batches of one optimizer step, shown to the gates; before that,
+    points are recorded on them where it is due.
+    """
     reader, before = run.state.reader, run.state.reader.cursor
     batches = [reader.draw() for _ in range(run.cfg.accumulation())]
     run.recent.draw(run.state.step + 1, batches, reader.cursor)

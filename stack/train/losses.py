@@ -12,11 +12,18 @@ from stack.model.reading import ExpertLoad
 IGNORE_INDEX = -100
 
 
-@require(lambda x_BTD, labels_BT: x_BTD.shape[:2] == labels_BT.shape, "features and labels agree in batch and length")
+@require(
+    lambda x_BTD, labels_BT: x_BTD.shape[:2] == labels_BT.shape,
+    "features and labels agree in batch and length",
+)
 @ensure(lambda result: result.ndim == 0, "the sum is one number")
 def linear_cross_entropy_sum(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX, where p = softmax(x·headᵀ). Returned in float32, shape ()."""
-    nats, _ = dispatch.linear_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX)
+    """Sum of −log p(label) in nats over labels that are not IGNORE_INDEX, where p =
+    softmax(x·headᵀ). Returned in float32, shape ().
+    """
+    nats, _ = dispatch.linear_cross_entropy(
+        x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), ignore_index=IGNORE_INDEX
+    )
     return nats
 
 

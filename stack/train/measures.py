@@ -34,22 +34,47 @@ def _plan_metrics(run: Run) -> None:
 
 def _training_metrics(run: Run) -> None:
     state, metric = run.state, run.builder.metric
-    metric("train_loss_nats", run.line["loss_nats"], "nats per token", n=run.cfg.train.tokens_per_step, better="lower")
+    metric(
+        "train_loss_nats",
+        run.line["loss_nats"],
+        "nats per token",
+        n=run.cfg.train.tokens_per_step,
+        better="lower",
+    )
     metric("ema_loss_nats", state.ema_loss_nats, "nats per token", better="lower")
     metric("min_ema_loss_nats", state.min_ema_loss_nats, "nats per token", better="lower")
     metric("train_s", round(state.wall_s, 3), "s", better="lower")
     metric("tokens_per_s", state.tokens_seen / state.wall_s, "tokens/s", better="higher")
-    gate_s = sum(seat.seconds for seat in run.keeper.seats.values() if seat.gate.moment == "runtime")
+    gate_s = sum(
+        seat.seconds for seat in run.keeper.seats.values() if seat.gate.moment == "runtime"
+    )
     metric("gates_overhead_frac", gate_s / (run.process_s or state.wall_s), "1", better="lower")
     if run.trace_s:
-        metric("trace_overhead_frac", run.trace_s / (run.process_s or state.wall_s), "1", better="lower")
+        metric(
+            "trace_overhead_frac",
+            run.trace_s / (run.process_s or state.wall_s),
+            "1",
+            better="lower",
+        )
     if run.device.type == "cuda":
-        metric("peak_device_memory_bytes", torch.cuda.max_memory_allocated(run.device), "bytes", better="lower")
+        metric(
+            "peak_device_memory_bytes",
+            torch.cuda.max_memory_allocated(run.device),
+            "bytes",
+            better="lower",
+        )
 
 
 def _held_out_metrics(run: Run) -> None:
     val, best, metric = run.last_val, run.state.best, run.builder.metric
-    metric("val_loss_nats", val.loss_nats, "nats per token", n=val.n_tokens, stderr=val.stderr_nats, better="lower")
+    metric(
+        "val_loss_nats",
+        val.loss_nats,
+        "nats per token",
+        n=val.n_tokens,
+        stderr=val.stderr_nats,
+        better="lower",
+    )
     metric("val_ppl", perplexity(val.loss_nats), "1", n=val.n_tokens, better="lower")
     metric("val_bits_per_byte", val.bits_per_byte, "bits per byte", n=val.n_bytes, better="lower")
     metric("val_batches", len(run.held_out), "batches")
@@ -62,5 +87,17 @@ def _baseline_metrics(run: Run) -> None:
     dataset, metric = run.dataset, run.builder.metric
     parts = (dataset.train, dataset.validation, dataset.tokenizer)
     n_bytes = dataset.validation.n_bytes
-    metric("baseline_unigram_bits_per_byte", unigram_bits_per_byte(*parts), "bits per byte", n=n_bytes, better="lower")
-    metric("baseline_bigram_bits_per_byte", bigram_bits_per_byte(*parts), "bits per byte", n=n_bytes, better="lower")
+    metric(
+        "baseline_unigram_bits_per_byte",
+        unigram_bits_per_byte(*parts),
+        "bits per byte",
+        n=n_bytes,
+        better="lower",
+    )
+    metric(
+        "baseline_bigram_bits_per_byte",
+        bigram_bits_per_byte(*parts),
+        "bits per byte",
+        n=n_bytes,
+        better="lower",
+    )

@@ -1,4 +1,6 @@
-"""How much memory a run will need, from its configuration. F d_ff, D d_model, N and K heads, H head_dim."""
+"""How much memory a run will need, from its configuration.
+F d_ff, D d_model, N and K heads, H head_dim.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +14,22 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT, HALF = 4, 2
-HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20  # pieces between blocks that nothing fits into, and packing buffers of matrix products
+# pieces between blocks that nothing fits into, and packing buffers of matrix products
+HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20
 
 
-PREFLIGHT_BYTES_PER_PARAMETER = 50  # measured 47 at 58 M parameters on a CPU: a state beside references in float64
+# measured 47 at 58 M parameters on a CPU: a state beside references in float64
+PREFLIGHT_BYTES_PER_PARAMETER = 50
 COPY_BYTES_PER_PARAMETER = 12
 
 
 def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
-    """Peak memory that training adds to a process which has opened its data, bytes, and what it is made of; `copy` is in host memory.
+    """Peak memory that training adds to a process which has opened its data, bytes, and what it is
+    made of; `copy` is in host memory.
 
-    Measured peaks were 0.75 to 1.15 times as much, over sizes and variants: see benchmarks/memory.py. `preflight` comes and goes before
-    step 1, so the larger of both is what must fit on a CPU.
+    Measured peaks were 0.75 to 1.15 times as much, over sizes and variants: see
+    benchmarks/memory.py. `preflight` comes and goes before step 1, so the larger of both is what
+    must fit on a CPU.
     """
     m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
     n_tokens = cfg.train.micro_batch_size * m.max_seq_len
@@ -39,11 +45,22 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     state = FLOAT * n_params
     passing = FLOAT * n_tokens * (3 * m.d_ff + 4 * m.d_model)
     tables = FLOAT * vocab_size * m.d_model * (1 if m.tied_head else 2)
-    moments = 2 * state if cfg.optim.kind == "adamw" else state + tables  # Muon keeps one per matrix
-    parts = {"weights": state, "moments": moments, "gradients": state, "activations": activations + passing, "head": head}
+    # Muon keeps one per matrix
+    moments = 2 * state if cfg.optim.kind == "adamw" else state + tables
+    parts = {
+        "weights": state,
+        "moments": moments,
+        "gradients": state,
+        "activations": activations + passing,
+        "head": head,
+    }
     peak = round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES
     copy = COPY_BYTES_PER_PARAMETER * n_params if cfg.checkpoint.writing == "behind" else 0
-    return parts | {"peak": peak, "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params, "copy": copy}
+    return parts | {
+        "peak": peak,
+        "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params,
+        "copy": copy,
+    }
 
 
 def saved_per_token(m: ModelConfig) -> int:
@@ -57,7 +74,10 @@ def saved_per_token(m: ModelConfig) -> int:
         case "gelu":
             ffn = 2 * m.d_ff
         case "moe":
-            ffn = m.ffn.top_k * ((3 if m.ffn.expert.kind == "swiglu" else 2) * m.d_ff + 3 * m.d_model) + 4 * m.ffn.n_experts
+            ffn = (
+                m.ffn.top_k * ((3 if m.ffn.expert.kind == "swiglu" else 2) * m.d_ff + 3 * m.d_model)
+                + 4 * m.ffn.n_experts
+            )
     dropped = m.d_model if m.dropout else 0
     gated = 3 * m.d_model if m.depth.kind == "mixture-of-depths" else 0
     return attention + ffn + 4 * m.d_model + dropped + gated
@@ -73,13 +93,18 @@ def available_bytes(device: "torch.device") -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    return next(
+        (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None
+    )
 
 
 def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int:
-    """Bytes the run will take on `device`. Raises EnvironmentUnfit where they are not there, before anything is built."""
+    """Bytes the run will take on `device`.
+    Raises EnvironmentUnfit where they are not there, before anything is built.
+    """
     predicted, there = predict_bytes(cfg, vocab_size), available_bytes(device)
-    on_cpu = device.type == "cpu"  # elsewhere the copy and the references of preflight lie in host memory
+    # elsewhere the copy and the references of preflight lie in host memory
+    on_cpu = device.type == "cpu"
     training = predicted["peak"] + (predicted["copy"] if on_cpu else 0)
     preflight = predicted["preflight"] if on_cpu else 0
     needed = max(training, preflight)
@@ -90,6 +115,9 @@ def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int
             "the run does not fit into memory",
             value=f"about {needed / 2**30:.1f} GiB needed {purpose}",
             allowed=f"{there / 2**30:.1f} GiB are free on {device}",
-            next_step="lower train.micro_batch_size (tokens_per_step may stay) or the model, or train.activation_checkpointing=blocks",
+            next_step=(
+                "lower train.micro_batch_size (tokens_per_step may stay) or the model, or "
+                "train.activation_checkpointing=blocks"
+            ),
         )
     return needed

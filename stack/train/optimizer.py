@@ -1,4 +1,6 @@
-"""Which rule moves which parameter, the optimizers built from it, global-norm clipping, and a probe that sees whether parameters move."""
+"""Which rule moves which parameter, the optimizers built from it, global-norm clipping, and a probe
+that sees whether parameters move.
+"""
 
 import fnmatch
 from collections import defaultdict
@@ -16,7 +18,9 @@ from stack.train import muon
 
 @dataclass(frozen=True)
 class Place:
-    """Parameters whose name matches `pattern`: which rule moves them where Muon is chosen, and whether they decay."""
+    """Parameters whose name matches `pattern`: which rule moves them where Muon is chosen,
+    and whether they decay.
+    """
 
     pattern: str
     rule: Literal["muon", "adamw"]
@@ -26,10 +30,30 @@ class Place:
 
 PLACES = (
     Place("*norm.weight", "adamw", False, "a gain; decay would pull the whole branch to zero"),
-    Place("*.bias", "adamw", False, "an offset has no direction to turn, and decay would move the mean"),
-    Place("*.lambda_*", "adamw", False, "a few numbers that set how much of one attention map is taken from the other"),
-    Place("*.router.weight", "adamw", True, "its rows are compared by their products, which orthogonalising would make equally large"),
-    Place("embed.weight", "adamw", True, "a table: most rows get no gradient in a step, and orthogonalising would move them all"),
+    Place(
+        "*.bias",
+        "adamw",
+        False,
+        "an offset has no direction to turn, and decay would move the mean",
+    ),
+    Place(
+        "*.lambda_*",
+        "adamw",
+        False,
+        "a few numbers that set how much of one attention map is taken from the other",
+    ),
+    Place(
+        "*.router.weight",
+        "adamw",
+        True,
+        "its rows are compared by their products, which orthogonalising would make equally large",
+    ),
+    Place(
+        "embed.weight",
+        "adamw",
+        True,
+        "a table: most rows get no gradient in a step, and orthogonalising would move them all",
+    ),
     Place("positions.weight", "adamw", True, "a table"),
     Place("head.weight", "adamw", True, "one row per token, as in the embedding"),
     Place("layers.*.weight", "muon", True, "maps features to features"),
@@ -38,7 +62,9 @@ STATE_FIELDS = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_
 
 
 def place_of(name: str) -> Place:
-    """The first row that matches a parameter's name. Raises KeyError for a name no row matches: nothing is optimised by accident."""
+    """The first row that matches a parameter's name.
+    Raises KeyError for a name no row matches: nothing is optimised by accident.
+    """
     for place in PLACES:
         if fnmatch.fnmatchcase(name, place.pattern):
             return place
@@ -91,9 +117,13 @@ class Together:
 Optimizer = torch.optim.Optimizer | Together
 
 
-@ensure(lambda result: sum(len(g["params"]) for g in result.param_groups) > 0, "something is trained")
+@ensure(
+    lambda result: sum(len(g["params"]) for g in result.param_groups) > 0, "something is trained"
+)
 def make_optimizer(model: nn.Module, cfg: Optim) -> Optimizer:
-    """The declared optimizer over all trainable parameters, in named groups that know their peak learning rate."""
+    """The declared optimizer over all trainable parameters, in named groups that know
+    their peak learning rate.
+    """
     members: dict[str, list[Tensor]] = {name: [] for name in peak_lrs(cfg)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -127,12 +157,18 @@ def make_optimizer(model: nn.Module, cfg: Optim) -> Optimizer:
 def _adamw(groups: dict[str, dict], cfg: Optim) -> torch.optim.AdamW:
     """torch's fused AdamW over the groups `decay` and `no-decay`."""
     chosen = [groups["decay"], groups["no-decay"]]
-    return torch.optim.AdamW(chosen, lr=chosen[0]["lr"], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    return torch.optim.AdamW(
+        chosen, lr=chosen[0]["lr"], betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+    )
 
 
 def state_fields(optimizer: Optimizer) -> dict[Tensor, tuple[str, ...]]:
     """Names of the state tensors of every owned parameter."""
-    return {p: STATE_FIELDS["muon" if g["name"] == "muon" else "adamw"] for g in optimizer.param_groups for p in g["params"]}
+    return {
+        p: STATE_FIELDS["muon" if g["name"] == "muon" else "adamw"]
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
 
 
 def set_lr(optimizer: Optimizer, lr_of_peak: Callable[[float], float]) -> None:
@@ -159,14 +195,17 @@ def global_norm(grads: list[Tensor]) -> Tensor:
 
 @require(lambda max_norm: max_norm > 0, "the clip norm is positive")
 def clip_gradients(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients in place so that their global norm is at most `max_norm`; a smaller one stays as it is."""
+    """Scale gradients in place so that their global norm is at most `max_norm`;
+    a smaller one stays as it is.
+    """
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 class ParameterProbe:
     """Compares a few entries of every parameter before and after an update.
 
-    Strided through each tensor, so that rows the batch did not touch cannot hide that the others moved.
+    Strided through each tensor, so that rows the batch did not touch cannot
+    hide that the others moved.
     """
 
     ENTRIES = 64
@@ -179,12 +218,17 @@ class ParameterProbe:
                 self._views.append(flat[:: max(1, flat.numel() // self.ENTRIES)])
         self._before = torch.cat(self._views)
         sizes = torch.tensor([v.numel() for v in self._views])
-        self._tensor_of_entry = torch.arange(len(sizes)).repeat_interleave(sizes).to(self._before.device)
+        self._tensor_of_entry = (
+            torch.arange(len(sizes)).repeat_interleave(sizes).to(self._before.device)
+        )
 
     def changed_frac(self) -> Tensor:
-        """Share of tensors (0-1) with at least one probed entry that differs from the last call, shape (), float64, on their device."""
+        """Share of tensors (0-1) with at least one probed entry that differs from the last call,
+        shape (), float64, on their device.
+        """
         now = torch.cat(self._views)
         n_changed = torch.zeros(len(self._views), dtype=torch.float64, device=now.device)
         n_changed.index_add_(0, self._tensor_of_entry, (now != self._before).double())
         self._before = now
-        return (n_changed > 0).sum() / torch.full_like(n_changed[0], len(n_changed))  # by a number a GPU multiplies with its inverse
+        # by a number a GPU multiplies with its inverse
+        return (n_changed > 0).sum() / torch.full_like(n_changed[0], len(n_changed))

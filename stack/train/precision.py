@@ -7,7 +7,8 @@ import torch
 from spec.errors import EnvironmentUnfit
 
 SIZE, ROUNDS = 384, 5
-LEAST_SHARE = 0.5  # a processor with units reaches 1 to 4 times the float32 rate, one without them 0.04 to 0.1
+# a processor with units reaches 1 to 4 times the float32 rate, one without them 0.04 to 0.1
+LEAST_SHARE = 0.5
 
 
 def product_s(dtype: torch.dtype) -> float:
@@ -21,7 +22,9 @@ def product_s(dtype: torch.dtype) -> float:
 
 
 def refuse_emulated(dtype: torch.dtype | None, device: torch.device, key: str) -> None:
-    """Raise EnvironmentUnfit where the device only emulates what `key` asks for: training would be ten times slower and say nothing."""
+    """Raise EnvironmentUnfit where the device only emulates what `key` asks for: training would be
+    ten times slower and say nothing.
+    """
     if dtype is None:
         return
     if device.type == "cuda":

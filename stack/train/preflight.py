@@ -1,4 +1,6 @@
-"""What preflight gates get to see: the run's own model, data, loss, optimizer and checkpoints, shrunk only in rows."""
+"""What preflight gates get to see: the run's own model, data, loss, optimizer and checkpoints,
+shrunk only in rows.
+"""
 
 import math
 import time
@@ -40,12 +42,20 @@ PROBE_WINDOWS = 24
 
 
 def shrunk(cfg: RunConfig) -> RunConfig:
-    """The run in small: at most 2 rows and 2 micro-steps, eager, wrapping; model, length, dtype and dropout stay."""
+    """The run in small: at most 2 rows and 2 micro-steps, eager, wrapping; model, length,
+    dtype and dropout stay.
+    """
     rows, accumulation = min(cfg.train.micro_batch_size, 2), min(cfg.accumulation(), 2)
     train = cfg.train.model_copy(
-        update={"micro_batch_size": rows, "tokens_per_step": rows * cfg.model.max_seq_len * accumulation, "compile": False}
+        update={
+            "micro_batch_size": rows,
+            "tokens_per_step": rows * cfg.model.max_seq_len * accumulation,
+            "compile": False,
+        }
     )
-    return cfg.model_copy(update={"train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+    return cfg.model_copy(
+        update={"train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})}
+    )
 
 
 def micro(cfg: RunConfig) -> RunConfig:
@@ -61,14 +71,29 @@ def micro(cfg: RunConfig) -> RunConfig:
             "max_seq_len": min(16, cfg.model.max_seq_len),
         }
     )
-    train = cfg.train.model_copy(update={"micro_batch_size": 1, "tokens_per_step": model.max_seq_len, "compile": False})
-    return cfg.model_copy(update={"model": model, "train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+    train = cfg.train.model_copy(
+        update={"micro_batch_size": 1, "tokens_per_step": model.max_seq_len, "compile": False}
+    )
+    return cfg.model_copy(
+        update={
+            "model": model,
+            "train": train,
+            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
+        }
+    )
 
 
 def preflight(
-    cfg: RunConfig, dataset: Dataset, device: torch.device, keeper: Gatekeeper, progress: Callable[..., None], *, n_eval_batches: int | None
+    cfg: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    keeper: Gatekeeper,
+    progress: Callable[..., None],
+    *,
+    n_eval_batches: int | None,
 ) -> int:
-    """Run every preflight gate. torch's random state is the same afterwards. Returns the number of held-out batches to use.
+    """Run every preflight gate. torch's random state is the same afterwards.
+    Returns the number of held-out batches to use.
 
     Raises GateFailed for the first red gate that halts, after all were asked.
     """
@@ -78,11 +103,17 @@ def preflight(
     return n_eval_batches
 
 
-def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_batches: int | None = None) -> tuple[int, dict[str, Any]]:
-    """All ingredients of all preflight gates, and the number of held-out batches the power check asks for."""
+def gather(
+    cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_batches: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """All ingredients of all preflight gates, and the number of held-out batches
+    the power check asks for.
+    """
     vocab_size = dataset.tokenizer.vocab_size
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
-    build = lambda: build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)  # noqa: E731
+    build = lambda: build_model(  # noqa: E731
+        cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device
+    )
     ingredients: dict[str, Any] = data_ingredients(
         cfg,
         dataset,
@@ -101,30 +132,47 @@ def gather(cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_bat
     if available < 2:
         raise DataError(
             "the held-out split is too short to evaluate on",
-            value=f"{dataset.validation.n_windows(cfg.model.max_seq_len)} windows of {cfg.model.max_seq_len} tokens",
+            value=(
+                f"{dataset.validation.n_windows(cfg.model.max_seq_len)} windows of "
+                f"{cfg.model.max_seq_len} tokens"
+            ),
             allowed=f"at least two batches of {cfg.eval.batch_size} (eval.batch_size)",
-            next_step="add text, raise data.split.validation_frac, or lower eval.batch_size or model.max_seq_len",
+            next_step=(
+                "add text, raise data.split.validation_frac, or lower eval.batch_size or "
+                "model.max_seq_len"
+            ),
         )
     difference_std = paired_difference_std(cfg, dataset, device)
-    n_batches = n_eval_batches or min(max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), available)
+    n_batches = n_eval_batches or min(
+        max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), available
+    )
     ingredients |= {"paired_difference_std": difference_std, "n_eval_batches": n_batches}
     return n_batches, ingredients
 
 
 def _wanted_batches(cfg: RunConfig, difference_std: float) -> int:
-    if cfg.stop.kind != "patience" or not math.isfinite(difference_std):  # what is not finite, the gates say better
+    # what is not finite, the gates say better
+    if cfg.stop.kind != "patience" or not math.isfinite(difference_std):
         return cfg.eval.batches
-    return batches_needed(difference_std, min(x for x in (cfg.stop.expected_gain_nats, cfg.stop.min_delta_nats) if x > 0))
+    return batches_needed(
+        difference_std,
+        min(x for x in (cfg.stop.expected_gain_nats, cfg.stop.min_delta_nats) if x > 0),
+    )
 
 
 def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device) -> float:
-    """Standard deviation of the per-batch loss difference between two evaluations around a few updates, nats.
+    """Standard deviation of the per-batch loss difference between two evaluations
+    around a few updates, nats.
 
-    Measured per window on the run's own model at the start, where it is largest, and scaled to the batch size.
+    Measured per window on the run's own model at the start, where it is largest,
+    and scaled to the batch size.
     """
     state = build_state(shrunk(cfg), dataset, device)
     windows = eval_batches(
-        dataset.validation, cfg.model.max_seq_len, 1, min(PROBE_WINDOWS, dataset.validation.n_windows(cfg.model.max_seq_len))
+        dataset.validation,
+        cfg.model.max_seq_len,
+        1,
+        min(PROBE_WINDOWS, dataset.validation.n_windows(cfg.model.max_seq_len)),
     )
     rounds = []
     for _ in range(2):
@@ -138,7 +186,9 @@ def _window_nats(state: TrainState, window: Batch) -> float:
     state.model.eval()
     with state.autocast():
         x_BTD, _ = state.model.features(*steps.on_device(window, state.device))
-        nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, window.labels.to(state.device))
+        nats = losses.linear_cross_entropy_sum(
+            x_BTD, state.model.head_weight, window.labels.to(state.device)
+        )
     state.model.train()
     return float(nats) / losses.count_valid(window.labels)
 
@@ -150,7 +200,9 @@ def advance(state: TrainState) -> float:
 
 
 def advance_and_judge(state: TrainState) -> float:
-    """`advance`, and what an evaluation after it would change: running means, the stop rule's memory and the best step."""
+    """`advance`, and what an evaluation after it would change: running means, the stop rule's
+    memory and the best step.
+    """
     nats = advance(state)
     state.update_ema(nats)
     state.last_val_nats = nats
@@ -159,30 +211,51 @@ def advance_and_judge(state: TrainState) -> float:
     return nats
 
 
-def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device, build: Callable[[], nn.Module]) -> dict[str, Any]:
+def _training_ingredients(
+    cfg: RunConfig, dataset: Dataset, device: torch.device, build: Callable[[], nn.Module]
+) -> dict[str, Any]:
     vocab_size, seq_len = dataset.tokenizer.vocab_size, min(cfg.model.max_seq_len, 64)
     draw = generator(cfg.seed, "preflight")
     ids = torch.randint(0, vocab_size, (5, seq_len), generator=draw)
     ragged = torch.randint(0, vocab_size, (5, seq_len), generator=draw)
     for row in range(5):
         ragged[row, : row * seq_len // 6] = losses.IGNORE_INDEX
-    census = Batch(ids[:4], torch.randint(0, vocab_size, (4, seq_len), generator=draw), tuple(range(4)), 0, 0, 4)
-    exact = shrunk(cfg).model_copy(update={"train": shrunk(cfg).train.model_copy(update={"dtype": "float32"})})
+    census = Batch(
+        ids[:4],
+        torch.randint(0, vocab_size, (4, seq_len), generator=draw),
+        tuple(range(4)),
+        0,
+        0,
+        4,
+    )
+    exact = shrunk(cfg).model_copy(
+        update={"train": shrunk(cfg).train.model_copy(update={"dtype": "float32"})}
+    )
     return {
         "build_model": build,
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
         "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
-        "census_update": lambda model, optimizer, batch: census_update(cfg, device, model, optimizer, batch),
+        "census_update": lambda model, optimizer, batch: census_update(
+            cfg, device, model, optimizer, batch
+        ),
         "loss_of": lambda model, batch: loss_of(device, model, batch),
         "census_batch": census,
         "declared_law": declared_law(cfg.optim),
-        "cross_entropy_sum": lambda logits_BTV, labels_BT: _cross_entropy_sum(logits_BTV, labels_BT, device),
-        "micro_batch_nats": lambda logits_BTV, ids_BT, labels_BT: _micro_batch_nats(logits_BTV, ids_BT, labels_BT, device),
+        "cross_entropy_sum": lambda logits_BTV, labels_BT: _cross_entropy_sum(
+            logits_BTV, labels_BT, device
+        ),
+        "micro_batch_nats": lambda logits_BTV, ids_BT, labels_BT: _micro_batch_nats(
+            logits_BTV, ids_BT, labels_BT, device
+        ),
         "gradient_of": _gradient_of(exact, dataset, device),
         "poisoned_step": lambda which: poisoned_step(exact, dataset, device, which),
-        "accumulated_gradients": lambda model, parts: accumulated_gradients(cfg, device, model, parts),
+        "accumulated_gradients": lambda model, parts: accumulated_gradients(
+            cfg, device, model, parts
+        ),
         "ragged_batch": (ids, ragged),
-        "balance_gradients": lambda weight, n_micro: balance_gradients(cfg, device, vocab_size, weight, n_micro),
+        "balance_gradients": lambda weight, n_micro: balance_gradients(
+            cfg, device, vocab_size, weight, n_micro
+        ),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads)[1],
         "reported_steps": lambda: reported_steps(exact, dataset, device),
@@ -204,22 +277,42 @@ def _training_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device
 
 
 def declared_law(optim: Optim) -> Callable[[str, Tensor], dict[str, Any]]:
-    """What the configuration promises each parameter, told by its shape and place and not by the optimizer's own table."""
-    adamw = {"rule": "adamw", "lr": getattr(optim, "adamw_lr", optim.lr), "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    """What the configuration promises each parameter, told by its shape and place and not by
+    the optimizer's own table.
+    """
+    adamw = {
+        "rule": "adamw",
+        "lr": getattr(optim, "adamw_lr", optim.lr),
+        "betas": (optim.beta1, optim.beta2),
+        "eps": optim.eps,
+    }
 
     def law(name: str, parameter: Tensor) -> dict[str, Any]:
         decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}
         in_block = parameter.ndim == 2 and name.startswith("layers.") and ".router." not in name
-        return (optim.model_dump() | {"rule": "muon"} if optim.kind == "muon" and in_block else adamw) | decay
+        return (
+            optim.model_dump() | {"rule": "muon"} if optim.kind == "muon" and in_block else adamw
+        ) | decay
 
     return law
 
 
-def _bench(model: Any, optimizer: torch.optim.Optimizer, device: torch.device, cfg: RunConfig | None = None) -> SimpleNamespace:
-    """The part of a TrainState that `accumulate` and, given `cfg`, `apply_gradients` use, around another model, in float32."""
+def _bench(
+    model: Any, optimizer: torch.optim.Optimizer, device: torch.device, cfg: RunConfig | None = None
+) -> SimpleNamespace:
+    """The part of a TrainState that `accumulate` and, given `cfg`, `apply_gradients` use, around
+    another model, in float32.
+    """
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     return SimpleNamespace(
-        features=model.features, optimizer=optimizer, device=device, autocast=nullcontext, scaler=scaler, model=model, loads=[], cfg=cfg
+        features=model.features,
+        optimizer=optimizer,
+        device=device,
+        autocast=nullcontext,
+        scaler=scaler,
+        model=model,
+        loads=[],
+        cfg=cfg,
     )
 
 
@@ -231,59 +324,116 @@ def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
     return loss_nats
 
 
-def train_on(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    """One update of any model by the stack's own accumulation, clipping and what follows; returns the loss in nats."""
+def train_on(
+    cfg: RunConfig,
+    device: torch.device,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+) -> float:
+    """One update of any model by the stack's own accumulation, clipping and what follows;
+    returns the loss in nats.
+    """
     return _update(_bench(model, optimizer, device, cfg), [batch])
 
 
-def census_update(cfg: RunConfig, device: torch.device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> set[str]:
-    """One update; returns the names of the parameters of experts that no token of the batch chose."""
+def census_update(
+    cfg: RunConfig,
+    device: torch.device,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+) -> set[str]:
+    """One update; returns the names of the parameters of experts that no
+    token of the batch chose.
+    """
     bench = _bench(model, optimizer, device, cfg)
     _update(bench, [batch])
-    idle = [(layer, e) for layer, n_E in enumerate(moe.totals(bench.loads)) for e in range(len(n_E)) if not n_E[e]]
+    idle = [
+        (layer, e)
+        for layer, n_E in enumerate(moe.totals(bench.loads))
+        for e in range(len(n_E))
+        if not n_E[e]
+    ]
     prefixes = tuple(f"layers.{layer}.ffn.experts.{e}." for layer, e in idle)
     return {n for n, _ in model.named_parameters() if prefixes and n.startswith(prefixes)}
 
 
 def loss_of(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
-    """Summed loss of a batch in nats, shape (), with its graph: every weight that the run's own forward uses."""
+    """Summed loss of a batch in nats, shape (), with its graph:
+    every weight that the run's own forward uses.
+    """
     x_BTD, report = model.features(*steps.on_device(batch, device))
     nats = losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
     return nats + losses.balance_term(report.loads, model.balance_weight)
 
 
 def accumulated_gradients(
-    cfg: RunConfig, device: torch.device, model: nn.Module, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+    cfg: RunConfig,
+    device: torch.device,
+    model: nn.Module,
+    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]],
 ) -> tuple[float, dict[str, Tensor]]:
-    """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over micro-batches of ids, labels, documents."""
+    """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over
+    micro-batches of ids, labels, documents.
+    """
     model.recompute = cfg.train.activation_checkpointing == "blocks"
-    batches = [Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents) for ids, labels, documents in parts]
-    nats, _ = steps.accumulate(_bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches)
+    batches = [
+        Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents)
+        for ids, labels, documents in parts
+    ]
+    nats, _ = steps.accumulate(
+        _bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches
+    )
     return nats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def balance_gradients(cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int) -> tuple:
-    """Accumulation over equal micro-batches of one row, with the balance term at this weight: (weights, ids_T, router gradients)."""
-    ffn = cfg.model.ffn.model_copy(update={"balance": AuxiliaryLoss(weight=weight), "capacity_factor": None})
-    model = build_model(cfg.model.model_copy(update={"ffn": ffn, "dropout": 0.0}), vocab_size, seed=cfg.seed, device=device)
+def balance_gradients(
+    cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int
+) -> tuple:
+    """Accumulation over equal micro-batches of one row, with the balance term at this weight:
+    (weights, ids_T, router gradients).
+    """
+    ffn = cfg.model.ffn.model_copy(
+        update={"balance": AuxiliaryLoss(weight=weight), "capacity_factor": None}
+    )
+    model = build_model(
+        cfg.model.model_copy(update={"ffn": ffn, "dropout": 0.0}),
+        vocab_size,
+        seed=cfg.seed,
+        device=device,
+    )
     batches = _equal_rows(cfg, vocab_size, n_micro)
     steps.accumulate(_bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches)
-    routers = {n: p.grad.clone() for n, p in model.named_parameters() if n.endswith("ffn.router.weight")}
+    routers = {
+        n: p.grad.clone() for n, p in model.named_parameters() if n.endswith("ffn.router.weight")
+    }
     return checkpoint.model_tensors(model), batches[0].input_ids[0], routers
 
 
-def bias_step(cfg: RunConfig, device: torch.device, vocab_size: int, n_micro: int) -> tuple[Tensor, Tensor]:
-    """One update of a fresh model in `n_micro` micro-batches: (loads of the update, selection biases after it), both (L, E)."""
+def bias_step(
+    cfg: RunConfig, device: torch.device, vocab_size: int, n_micro: int
+) -> tuple[Tensor, Tensor]:
+    """One update of a fresh model in `n_micro` micro-batches: (loads of the update, selection
+    biases after it), both (L, E).
+    """
     model = build_model(cfg.model, vocab_size, seed=cfg.seed, device=device).train()
     bench = _bench(model, opt.make_optimizer(model, cfg.optim), device, cfg)
     _update(bench, _equal_rows(cfg, vocab_size, n_micro, step=1))
-    return torch.stack(moe.totals(bench.loads)), torch.stack([block.ffn.selection_bias for block in model.layers])
+    return torch.stack(moe.totals(bench.loads)), torch.stack(
+        [block.ffn.selection_bias for block in model.layers]
+    )
 
 
 def _equal_rows(cfg: RunConfig, vocab_size: int, n_micro: int, step: int = 0) -> list[Batch]:
     """Micro-batches of one row each; all alike, unless `step` makes each its own."""
     seq_len = min(cfg.model.max_seq_len, 64)
-    rows = [torch.randint(0, vocab_size, (1, seq_len + 1), generator=generator(cfg.seed, "experts", step * i)) for i in range(n_micro)]
+    rows = [
+        torch.randint(
+            0, vocab_size, (1, seq_len + 1), generator=generator(cfg.seed, "experts", step * i)
+        )
+        for i in range(n_micro)
+    ]
     return [Batch(row[:, :-1], row[:, 1:], (i,), 0, i, i + 1) for i, row in enumerate(rows)]
 
 
@@ -294,11 +444,15 @@ def _clip(cfg: RunConfig, grads: list[Tensor]) -> tuple[float, float]:
     return float(norm), cfg.optim.max_grad_norm
 
 
-def _micro_batch_nats(logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor, device: torch.device) -> float:
+def _micro_batch_nats(
+    logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor, device: torch.device
+) -> float:
     """The mean the real accumulation reports when the model answers `logits_BTV`."""
     answer = logits_BTV.to(device, copy=True).requires_grad_(True)
     model = SimpleNamespace(
-        features=lambda ids: (answer * 1.0, Report((), ())), head_weight=torch.eye(logits_BTV.shape[-1], device=device), balance_weight=0.0
+        features=lambda ids: (answer * 1.0, Report((), ())),
+        head_weight=torch.eye(logits_BTV.shape[-1], device=device),
+        balance_weight=0.0,
     )
     bench = _bench(model, torch.optim.SGD([answer], lr=0.0), device)
     return steps.accumulate(bench, [Batch(ids_BT, labels_BT, (0,), 0, 0, 1)])[0]
@@ -315,15 +469,21 @@ def _gradient_of(cfg: RunConfig, dataset: Dataset, device: torch.device) -> Call
     state.model.eval()
 
     def gradient_of(parts: list[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, Tensor]]:
-        batches = [Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids)) for ids, labels in parts]
+        batches = [
+            Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids)) for ids, labels in parts
+        ]
         nats, _ = steps.accumulate(state, batches)
         return nats, {n: p.grad.detach().clone() for n, p in state.model.named_parameters()}
 
     return gradient_of
 
 
-def poisoned_step(cfg: RunConfig, dataset: Dataset, device: torch.device, which: int) -> tuple[steps.StepReport, bool]:
-    """A train step of two micro-batches, in one of which, 0 or 1, a single feature is NaN: (its report, whether any weight moved)."""
+def poisoned_step(
+    cfg: RunConfig, dataset: Dataset, device: torch.device, which: int
+) -> tuple[steps.StepReport, bool]:
+    """A train step of two micro-batches, in one of which, 0 or 1, a single feature is NaN: (its
+    report, whether any weight moved).
+    """
     state = build_state(cfg, dataset, device)
     before, passes = live_sha256(state.model), []
 
@@ -340,16 +500,23 @@ def poisoned_step(cfg: RunConfig, dataset: Dataset, device: torch.device, which:
     return report, live_sha256(state.model) != before
 
 
-def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+def _checkpoint_ingredients(
+    cfg: RunConfig, dataset: Dataset, device: torch.device
+) -> dict[str, Any]:
     small, tiny = shrunk(cfg), micro(cfg)
 
     def save(state: TrainState, root: Path) -> Path:
         document = checkpoint.state_document(
-            state, tokenizer_sha256=dataset.tokenizer.sha256, vocab_size=dataset.tokenizer.vocab_size, gates={}, record="preflight"
+            state,
+            tokenizer_sha256=dataset.tokenizer.sha256,
+            vocab_size=dataset.tokenizer.vocab_size,
+            gates={},
+            record="preflight",
         )
         return checkpoint.save(root, state, document)
 
-    kept: list[TrainState] = []  # one for all the saves of a check: what is judged is what happens to files
+    # one for all the saves of a check: what is judged is what happens to files
+    kept: list[TrainState] = []
 
     def save_at(root: Path, step: int) -> Path:
         if not kept:
@@ -376,7 +543,9 @@ def _checkpoint_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.devi
 
 
 def probe_peak_flops(device: torch.device) -> float:
-    """Floating-point operations per second of a large float32 (GPU: bfloat16) product by the kernel of linear layers, best of ten."""
+    """Floating-point operations per second of a large float32 (GPU: bfloat16) product by the kernel
+    of linear layers, best of ten.
+    """
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = 0.0

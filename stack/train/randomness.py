@@ -1,4 +1,6 @@
-"""Named random streams: each use of chance has its own seed, derived from the run's seed by name."""
+"""Named random streams: each use of chance has its own seed,
+derived from the run's seed by name.
+"""
 
 import hashlib
 
@@ -17,7 +19,9 @@ def generator(seed: int, name: str, index: int = 0, device: str = "cpu") -> torc
 
 
 def seed_dropout(seed: int) -> None:
-    """Seed torch's default generators. Only dropout draws from them; sampling and initialisation own their generators."""
+    """Seed torch's default generators.
+    Only dropout draws from them; sampling and initialisation own their generators.
+    """
     torch.manual_seed(stream_seed(seed, "dropout"))
 
 

@@ -1,4 +1,6 @@
-"""A step that is computed twice from one state: a processor that now and then returns a wrong product shows as a difference."""
+"""A step that is computed twice from one state: a processor that now and then returns a wrong
+product shows as a difference.
+"""
 
 import time
 from collections.abc import Sequence
@@ -15,14 +17,18 @@ from stack.train.state import TrainState
 
 @dataclass(frozen=True)
 class Computed:
-    """What a step came to: checksums of its clipped gradients by name, and the seconds it took to have them once more."""
+    """What a step came to: checksums of its clipped gradients by name,
+    and the seconds it took to have them once more.
+    """
 
     crc32: dict[str, int]
     seconds: float
 
     def differing(self, other: dict[str, int]) -> tuple[str, ...]:
         """Names whose checksums are not those of `other`, or are on one side only; sorted."""
-        return tuple(sorted(n for n in self.crc32.keys() | other.keys() if self.crc32.get(n) != other.get(n)))
+        return tuple(
+            sorted(n for n in self.crc32.keys() | other.keys() if self.crc32.get(n) != other.get(n))
+        )
 
 
 def recomputed_step(state: TrainState, batches: Sequence[Batch]) -> Computed:
@@ -31,7 +37,10 @@ def recomputed_step(state: TrainState, batches: Sequence[Batch]) -> Computed:
     Random state and loss scale are as before; weights and moments are not touched.
     """
     started = time.perf_counter()
-    devices, scaler = ([state.device] if state.device.type == "cuda" else []), state.scaler.state_dict()
+    devices, scaler = (
+        ([state.device] if state.device.type == "cuda" else []),
+        state.scaler.state_dict(),
+    )
     with torch.random.fork_rng(devices=devices):
         found = steps.finite_gradients(state, batches)
     if found.finite:

@@ -1,4 +1,6 @@
-"""What the gates of reported and of applied steps get to see: real steps, and what happened in them, measured beside them."""
+"""What the gates of reported and of applied steps get to see: real steps, and what happened in
+them, measured beside them.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,11 +18,15 @@ from stack.train.digest import live_sha256, tensor_sha256
 from stack.train.state import TrainState, build_state
 
 LOW_NORM, FIRST_DRAWS = 1e-2, 8
-APPLIED_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21  # entries looked at: of a tensor one by one, and of matrices as a whole together
+# entries looked at: of a tensor one by one, and of matrices as a whole together
+APPLIED_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21
 
 
-def reported_steps(cfg: RunConfig, dataset: Dataset, device: torch.device) -> list[tuple[steps.StepReport, Mapping[str, Any]]]:
-    """Two steps of a run, the second with its first matrix held still: (report, what was measured beside it) of each.
+def reported_steps(
+    cfg: RunConfig, dataset: Dataset, device: torch.device
+) -> list[tuple[steps.StepReport, Mapping[str, Any]]]:
+    """Two steps of a run, the second with its first matrix held still: (report,
+    what was measured beside it) of each.
 
     The declared maximum of the gradient norm is so low that clipping has something to do.
     """
@@ -32,10 +38,15 @@ def reported_steps(cfg: RunConfig, dataset: Dataset, device: torch.device) -> li
 
 
 def _beside(state: TrainState) -> tuple[steps.StepReport, Mapping[str, Any]]:
-    """One step. Each gradient is looked at when autograd has added the last to it, before anybody scales it."""
+    """One step. Each gradient is looked at when autograd has added the last to it,
+    before anybody scales it.
+    """
     squares: dict[int, float] = {}
     trained = [p for p in state.model.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: squares.update({id(p): _square(p.grad)})) for p in trained]
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: squares.update({id(p): _square(p.grad)}))
+        for p in trained
+    ]
     before = [p.detach().clone() for p in state.model.parameters()]
     batches = [state.reader.draw() for _ in range(state.cfg.accumulation())]
     report = steps.train_step(state, batches)
@@ -56,18 +67,25 @@ def _square(gradient: Tensor) -> float:
 
 
 def begun(cfg: RunConfig, dataset: Dataset, device: torch.device, offset: int) -> dict[str, Any]:
-    """What a run begins with under its seed plus `offset`: hash of its weights, window numbers of its first rows, hash of its masks' state.
+    """What a run begins with under its seed plus `offset`: hash of its weights, window numbers of
+    its first rows, hash of its masks' state.
 
     torch's random state is left as this run would have it; preflight puts it back.
     """
     seeded = cfg.model_copy(update={"seed": cfg.seed + offset})
     state = build_state(seeded, dataset, device)
     rows = [n for _ in range(FIRST_DRAWS) for n in state.reader.draw().sample_ids]
-    return {"weights": live_sha256(state.model), "order": rows, "masks": tensor_sha256(torch.get_rng_state())}
+    return {
+        "weights": live_sha256(state.model),
+        "order": rows,
+        "masks": tensor_sha256(torch.get_rng_state()),
+    }
 
 
 def computed_dtypes(cfg: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, str]:
-    """Type of what each linear layer returned in one real step, by the layer's name; "mixed" where it was not always the same."""
+    """Type of what each linear layer returned in one real step, by the layer's name; "mixed" where
+    it was not always the same.
+    """
     state, found = build_state(cfg, dataset, device), {}
 
     def note(name: str, output: Tensor) -> None:
@@ -76,15 +94,21 @@ def computed_dtypes(cfg: RunConfig, dataset: Dataset, device: torch.device) -> d
 
     for name, module in state.model.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda module, inputs, output, name=name: note(name, output))
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: note(name, output)
+            )
     steps.train_step(state, [state.reader.draw() for _ in range(cfg.accumulation())])
     return found
 
 
-def own_step(cfg: RunConfig, dataset: Dataset, device: torch.device) -> tuple[float, list[tuple], Callable]:
-    """One step's batches of a run, accumulated with dropout off: (mean loss in nats, what was read, logits by ids and document ids).
+def own_step(
+    cfg: RunConfig, dataset: Dataset, device: torch.device
+) -> tuple[float, list[tuple], Callable]:
+    """One step's batches of a run, accumulated with dropout off: (mean loss in nats, what was read,
+    logits by ids and document ids).
 
-    Under weights that make something of the context: at step 0 every label costs ln V, and no row would be told from another.
+    Under weights that make something of the context: at step 0 every label costs ln V, and no row
+    would be told from another.
     """
     state = build_state(cfg, dataset, device)
     state.model.eval()
@@ -93,16 +117,26 @@ def own_step(cfg: RunConfig, dataset: Dataset, device: torch.device) -> tuple[fl
     loss_nats, _ = steps.accumulate(state, batches)
 
     def logits_of(ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-        return state.model(ids_BT.to(device), document_ids_BT=None if document_ids_BT is None else document_ids_BT.to(device))
+        return state.model(
+            ids_BT.to(device),
+            document_ids_BT=None if document_ids_BT is None else document_ids_BT.to(device),
+        )
 
     return loss_nats, [(b.input_ids, b.labels, b.document_ids) for b in batches], logits_of
 
 
-def applied_steps(cfg: RunConfig, dataset: Dataset, device: torch.device, law: Callable[[str, Tensor], Mapping[str, Any]]) -> list[Applied]:
-    """Steps of a run around the end of its warm-up, from fresh moments: what backward left, and what each parameter did.
+def applied_steps(
+    cfg: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    law: Callable[[str, Tensor], Mapping[str, Any]],
+) -> list[Applied]:
+    """Steps of a run around the end of its warm-up, from fresh moments: what backward left,
+    and what each parameter did.
 
-    Of a parameter under AdamW SAMPLED entries are kept, evenly spread; of matrices under Muon the smallest, MUON_ENTRIES entries or one.
-    Muon multiplies in float32 here: in bfloat16 the gradients of a few rows, which span few directions, end 0.13 of the way apart.
+    Of a parameter under AdamW SAMPLED entries are kept, evenly spread; of matrices under Muon the
+    smallest, MUON_ENTRIES entries or one. Muon multiplies in float32 here: in bfloat16 the
+    gradients of a few rows, which span few directions, end 0.13 of the way apart.
     """
     exact = cfg.optim.model_copy(update={"dtype": "float32"} if isinstance(cfg.optim, Muon) else {})
     state = build_state(cfg.model_copy(update={"optim": exact}), dataset, device)
@@ -117,8 +151,12 @@ def applied_steps(cfg: RunConfig, dataset: Dataset, device: torch.device, law: C
     return [_applied(state, seen) for _ in range(APPLIED_STEPS)]
 
 
-def _applied(state: TrainState, seen: Mapping[str, tuple[Tensor, Mapping[str, Any], slice | None]]) -> Applied:
-    """One step. Gradients are taken when autograd has added the last to them, before anybody scales or replaces them."""
+def _applied(
+    state: TrainState, seen: Mapping[str, tuple[Tensor, Mapping[str, Any], slice | None]]
+) -> Applied:
+    """One step. Gradients are taken when autograd has added the last to them,
+    before anybody scales or replaces them.
+    """
     squares: dict[int, float] = {}
     gradients: dict[int, Tensor] = {}
     places = {id(p): place for p, _, place in seen.values()}
@@ -133,7 +171,10 @@ def _applied(state: TrainState, seen: Mapping[str, tuple[Tensor, Mapping[str, An
     report = steps.train_step(state, [state.reader.draw() for _ in range(state.cfg.accumulation())])
     for hook in hooks:
         hook.remove()
-    moves = {n: Move(law, before[n], gradients.get(id(p)), _picked(p, place)) for n, (p, law, place) in seen.items()}
+    moves = {
+        n: Move(law, before[n], gradients.get(id(p)), _picked(p, place))
+        for n, (p, law, place) in seen.items()
+    }
     return Applied(state.step, sum(squares.values()) ** 0.5, report.grad_norm, moves)
 
 

@@ -10,16 +10,22 @@ from stack.train.listener import Listener
 
 
 def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
-    """Compare weights by hash and losses by value. Only train records can be re-run. Raises IntegrityError for others."""
+    """Compare weights by hash and losses by value. Only train records can be re-run.
+    Raises IntegrityError for others.
+    """
     if record.kind != "train":
         raise IntegrityError(
-            f"record {record.id} is of kind {record.kind}", allowed="train, trace, compare", next_step="repeat its command by hand"
+            f"record {record.id} is of kind {record.kind}",
+            allowed="train, trace, compare",
+            next_step="repeat its command by hand",
         )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
     again = session.start(validate(record.config), record.overrides, directory, listener)
     names = ("val_loss_nats", "val_bits_per_byte", "train_loss_nats", "tokens_seen", "n_params")
     compared = [{"what": n, "recorded": record.metric(n), "now": again.metric(n)} for n in names]
-    weights = [{o.name: o.sha256 for o in r.outputs}.get("model.safetensors") for r in (record, again)]
+    weights = [
+        {o.name: o.sha256 for o in r.outputs}.get("model.safetensors") for r in (record, again)
+    ]
     compared.append({"what": "model.safetensors", "recorded": weights[0], "now": weights[1]})
     for row in compared:
         row["equal"] = row["recorded"] == row["now"]

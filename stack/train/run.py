@@ -1,4 +1,6 @@
-"""A run while it goes on: what it holds, and the bookkeeping after each step, evaluation, sample and save."""
+"""A run while it goes on: what it holds, and the bookkeeping after each step, evaluation,
+sample and save.
+"""
 
 import time
 from collections import Counter
@@ -14,7 +16,16 @@ from torch import Tensor
 
 from contracts.coherence import coherence
 from contracts.data import Learned
-from contracts.events import Evaluated, HeldOutRows, Looked, Recited, Recomputed, Sampled, Saved, StepTaken
+from contracts.events import (
+    Evaluated,
+    HeldOutRows,
+    Looked,
+    Recited,
+    Recomputed,
+    Sampled,
+    Saved,
+    StepTaken,
+)
 from contracts.gate import Verdict
 from contracts.keeper import Gatekeeper
 from contracts.points import Traced
@@ -43,7 +54,8 @@ from stack.train.step import StepReport
 from stack.train.writing import Behind, InLine
 
 SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
-MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is looked for
+# of the training split, in which a suspicious sample is looked for
+MAX_SEARCHED_TOKENS = 20_000_000
 
 
 @dataclass
@@ -75,11 +87,18 @@ class Run:
     begun_at: Path | None = None  # the step folder that the run began from
     recent: Recent = field(default_factory=Recent)
     read: Sequence[Batch] = ()  # the micro-batches of the last step
-    looked: set[str] = field(default_factory=set)  # kinds of looking that were held to leave no trace
+    # kinds of looking that were held to leave no trace
+    looked: set[str] = field(default_factory=set)
 
     def on_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
-        """Log a verdict; a red one of inside the run leaves a bundle with which it can be seen again."""
-        said = {"verdict": verdict.outcome, "measured": dict(verdict.measured), "message": verdict.message}
+        """Log a verdict; a red one of inside the run leaves a bundle with
+        which it can be seen again.
+        """
+        said = {
+            "verdict": verdict.outcome,
+            "measured": dict(verdict.measured),
+            "message": verdict.message,
+        }
         self.dir.log("gates.jsonl", gate=gate_id, step=step, **said)
         if verdict.outcome == "fail" and self.keeper.seats[gate_id].gate.moment == "runtime":
             write_bundle(self, gate_id, step, verdict)
@@ -129,7 +148,9 @@ class Run:
         )
 
     def record_points(self, batch: Batch) -> None:
-        """Log what every point holds while the model reads a batch of the step to come, where that is due. No part of the step's time."""
+        """Log what every point holds while the model reads a batch of the step to come, where that
+        is due. No part of the step's time.
+        """
         step, every, started = self.state.step + 1, self.cfg.trace.every, time.perf_counter()
         if every == 0 or step % every:
             return
@@ -140,36 +161,52 @@ class Run:
         self.keeper.observe(Traced(step, {line["point"]: line["stats"] for line in lines}))
         spent = time.perf_counter() - started
         self.trace_s += spent
-        if self.line and self.recorded == 1:  # the first is slower: torch warms up, and it is held to leave no trace
+        # the first is slower: torch warms up, and it is held to leave no trace
+        if self.line and self.recorded == 1:
             step_s = self.cfg.train.tokens_per_step / self.line["tokens_per_s"]
             if (enough := sparse_enough(every, spent, step_s)) > every:
                 said = f"recording points takes {spent / (step_s * every):.1%} of the time of steps"
-                self.listener.on_event(f"{said}; trace.every = {enough} keeps it within {SHARE_MAX:.0%}")
+                self.listener.on_event(
+                    f"{said}; trace.every = {enough} keeps it within {SHARE_MAX:.0%}"
+                )
         self.recorded += 1
 
     def recompute_due(self) -> bool:
-        """Whether the step to come is one of those that are computed twice. The last one always is."""
+        """Whether the step to come is one of those that are computed twice.
+        The last one always is.
+        """
         step, cfg = self.state.step + 1, self.cfg.train
         return step % cfg.recompute_every == 0 or step == cfg.max_steps
 
     def compare(self, first: Computed) -> None:
-        """Hold the step just taken against what it came to the first time, and show it to the gates."""
+        """Hold the step just taken against what it came to the first time,
+        and show it to the gates.
+        """
         started = time.perf_counter()
         again = gradient_crc32(self.state.model)
         differing = first.differing(again)
         self.keeper.charge("runtime.recomputed-step", first.seconds + time.perf_counter() - started)
-        self.keeper.observe(Recomputed(step=self.state.step, n_compared=len(again), differing=differing))
+        self.keeper.observe(
+            Recomputed(step=self.state.step, n_compared=len(again), differing=differing)
+        )
 
     def _log_draws(self, batches: Sequence[Batch]) -> None:
         """Enter into the data ledger how many rows of which source the step read."""
         names = [s.name for s in self.state.reader.order.sources]
         if len(names) > 1:
             drawn = Counter(names[s] for b in batches for s in b.sources)
-            self.dir.log("curriculum.jsonl", step=self.state.step, event="rows", rows=dict(sorted(drawn.items())))
+            self.dir.log(
+                "curriculum.jsonl",
+                step=self.state.step,
+                event="rows",
+                rows=dict(sorted(drawn.items())),
+            )
 
     @contextmanager
     def looking(self, at: str) -> Iterator[None]:
-        """What is done inside is to leave the training state as it is; the first of each kind in a process is held to it."""
+        """What is done inside is to leave the training state as it is;
+        the first of each kind in a process is held to it.
+        """
         if at in self.looked:
             yield
             return
@@ -179,9 +216,13 @@ class Run:
         yield
         started = time.perf_counter()
         after = trained_parts(self.state)
-        differing = tuple(sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)))
+        differing = tuple(
+            sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+        )
         self.keeper.charge("evaluation.leaves-no-trace", spent + time.perf_counter() - started)
-        self.keeper.observe(Looked(step=self.state.step, at=at, n_compared=len(after), differing=differing))
+        self.keeper.observe(
+            Looked(step=self.state.step, at=at, n_compared=len(after), differing=differing)
+        )
 
     def evaluate(self) -> bool:
         """Held-out loss on the same batches as always. Returns whether the stop rule says stop."""
@@ -195,7 +236,11 @@ class Run:
         decision = state.stopper.update(result.batch_nats)
         if result.loss_nats < state.best.get("val_loss_nats", float("inf")):
             state.best = {"step": state.step, "val_loss_nats": result.loss_nats}
-        self.line |= {"val_loss_nats": result.loss_nats, "val_bits_per_byte": result.bits_per_byte, "val_stderr_nats": result.stderr_nats}
+        self.line |= {
+            "val_loss_nats": result.loss_nats,
+            "val_bits_per_byte": result.bits_per_byte,
+            "val_stderr_nats": result.stderr_nats,
+        }
         self.listener.on_evaluation(state.step, result, decision)
         self.keeper.observe(
             Evaluated(
@@ -222,16 +267,24 @@ class Run:
         few = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
         found = passages_found(few, self.dataset.train, 10 * MAX_SEARCHED_TOKENS)
         numbers = [n for batch in self.held_out for n in batch.sample_ids]
-        reach = (max(numbers) - min(numbers) + 1) / self.dataset.validation.n_windows(self.cfg.model.max_seq_len)
+        reach = (max(numbers) - min(numbers) + 1) / self.dataset.validation.n_windows(
+            self.cfg.model.max_seq_len
+        )
         return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
 
     def recite(self) -> None:
-        """Ask the model for the second half of passages it was trained on, log how many it knows by heart and show it to the gates."""
+        """Ask the model for the second half of passages it was trained on, log how many it knows by
+        heart and show it to the gates.
+        """
         read, unread = passages(self.read), passages(self.held_out)
         tokens = self._matched(read)
         asked = read.shape[1] - read.shape[1] // 2
         average = sum(tokens) / max(1, len(tokens))
-        self.line |= {"passages": len(tokens), "recited": tokens.count(asked), "matched_tokens": average}
+        self.line |= {
+            "passages": len(tokens),
+            "recited": tokens.count(asked),
+            "matched_tokens": average,
+        }
         self.keeper.observe(
             Recited(
                 step=self.state.step,
@@ -248,18 +301,29 @@ class Run:
         return matched(self.state.model, ids_NW, device=self.device, autocast=self.state.autocast)
 
     def probe(self) -> None:
-        """Measure the held-out loss of every source, end the bandit's turn with it, and log both."""
+        """Measure the held-out loss of every source, end the bandit's turn with it,
+        and log both.
+        """
         sizes = self.dataset.tokenizer.token_bytes
         evaluated = {
-            source: evaluate_batches(self.state.model, [batch], sizes, device=self.device, autocast=self.state.autocast).loss_nats
+            source: evaluate_batches(
+                self.state.model, [batch], sizes, device=self.device, autocast=self.state.autocast
+            ).loss_nats
             for source, batch in self.probes.items()
         }
-        self.dir.log("curriculum.jsonl", step=self.state.step, event="turn", **self.state.reader.order.reward(evaluated))
+        self.dir.log(
+            "curriculum.jsonl",
+            step=self.state.step,
+            event="turn",
+            **self.state.reader.order.reward(evaluated),
+        )
 
     def measure(self) -> Evaluation:
         """Held-out loss, without telling anyone."""
         sizes = self.dataset.tokenizer.token_bytes
-        return evaluate_batches(self.state.model, self.held_out, sizes, device=self.device, autocast=self.state.autocast)
+        return evaluate_batches(
+            self.state.model, self.held_out, sizes, device=self.device, autocast=self.state.autocast
+        )
 
     def sample(self) -> None:
         """Draw a text, score it, log it and show it to the gates."""
@@ -283,7 +347,12 @@ class Run:
         )
         text, loss_nats = tokenizer.decode(ids), self.own_loss(prompt_ids, ids)
         score = coherence(text, cfg.language)
-        line = {"text": text, "score": score.score, "loss_nats": loss_nats, "parts": dict(score.parts)}
+        line = {
+            "text": text,
+            "score": score.score,
+            "loss_nats": loss_nats,
+            "parts": dict(score.parts),
+        }
         self.dir.log("samples.jsonl", step=step, prompt=cfg.prompt, **line)
         self.listener.on_sample(step, cfg.prompt, text, score.score)
         self.keeper.observe(
@@ -327,19 +396,27 @@ class Run:
         snapshot = checkpoint.capture(state, document, copied=self.writer.copied)
         is_best = state.best.get("step") == state.step
         self.writer.start(
-            partial(self._write, snapshot, live_crc32(state), is_best), partial(self._written, state.step, self.plan(), document["gates"])
+            partial(self._write, snapshot, live_crc32(state), is_best),
+            partial(self._written, state.step, self.plan(), document["gates"]),
         )
         self.keeper.observe(Saved(step=state.step, path=str(self.dir.checkpoints / snapshot.name)))
 
     def _write(self, snapshot: checkpoint.Snapshot, live: dict[str, int], is_best: bool) -> Path:
-        """Write a checkpoint, let the artifact gates judge it, move the pointers. Touches nothing that a training step touches."""
+        """Write a checkpoint, let the artifact gates judge it, move the pointers.
+        Touches nothing that a training step touches.
+        """
         folder = checkpoint.write(self.dir.checkpoints, snapshot)
-        self.keeper.artifact({"checkpoint_dir": folder, "live_crc32": live, "expected_step": snapshot.step}, step=snapshot.step)
+        self.keeper.artifact(
+            {"checkpoint_dir": folder, "live_crc32": live, "expected_step": snapshot.step},
+            step=snapshot.step,
+        )
         if is_best:
             checkpoint.point(self.dir.checkpoints, "best", folder)
         return folder
 
-    def _written(self, step: int, plan: dict[str, Any], gates: dict[str, Any], folder: Path) -> None:
+    def _written(
+        self, step: int, plan: dict[str, Any], gates: dict[str, Any], folder: Path
+    ) -> None:
         """Delete what is no longer kept, and say that a run could go on from here."""
         checkpoint.retain(self.dir.checkpoints, self.cfg.checkpoint.keep)
         self.listener.on_saved(step, folder)
@@ -347,11 +424,20 @@ class Run:
 
     def on_checkpoint_asked(self) -> None:
         every = self.cfg.checkpoint.signal_boundary
-        self.listener.on_event(f"a checkpoint was asked for; it comes after a multiple of {every} steps, or with the last one")
+        self.listener.on_event(
+            f"a checkpoint was asked for; it comes after a multiple of {every} steps, or with the "
+            "last one"
+        )
 
     def flush_line(self) -> None:
-        """Write the step's line to metrics.jsonl, at the declared interval and whenever it holds an evaluation."""
-        due = self.state.step % self.cfg.train.log_every == 0 or "val_loss_nats" in self.line or self.state.step == self.cfg.train.max_steps
+        """Write the step's line to metrics.jsonl, at the declared interval and
+        whenever it holds an evaluation.
+        """
+        due = (
+            self.state.step % self.cfg.train.log_every == 0
+            or "val_loss_nats" in self.line
+            or self.state.step == self.cfg.train.max_steps
+        )
         if self.line and due:
             self.dir.log("metrics.jsonl", **self.line)
 
@@ -369,8 +455,18 @@ class Run:
             "tokens_seen": self.state.tokens_seen,
             "rows_per_step": rows_per_step,
             "cursor": self.state.reader.cursor,
-            "sources": [{k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")} for s in order.sources],
-            "order": sha256_json([cfg.seed, cfg.model.max_seq_len, self.dataset.manifest["splits"]["train"], cfg.data.packing.kind]),
+            "sources": [
+                {k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")}
+                for s in order.sources
+            ],
+            "order": sha256_json(
+                [
+                    cfg.seed,
+                    cfg.model.max_seq_len,
+                    self.dataset.manifest["splits"]["train"],
+                    cfg.data.packing.kind,
+                ]
+            ),
             "drawn": order.counts(self.state.reader.cursor).tolist(),
             "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
             "warmup_sources": list(cfg.curriculum.warmup_sources),

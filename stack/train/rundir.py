@@ -1,4 +1,6 @@
-"""The run directory: run.json before step 1, one JSON line per step, sample and verdict, and what a resume rewinds."""
+"""The run directory: run.json before step 1, one JSON line per step, sample and verdict,
+and what a resume rewinds.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +10,14 @@ from spec.building import write_atomically
 from spec.canonical import canonical_json, parse_strict
 from spec.errors import CheckpointError, IntegrityError, UsageError
 
-SERIES = ("metrics.jsonl", "samples.jsonl", "gates.jsonl", "curriculum.jsonl", "points.jsonl", "events.jsonl")
+SERIES = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "gates.jsonl",
+    "curriculum.jsonl",
+    "points.jsonl",
+    "events.jsonl",
+)
 STEPPED = SERIES[:5]  # rewound when a run goes on from an earlier step
 
 
@@ -35,12 +44,17 @@ class RunDir:
     def read_run(self) -> dict:
         """The run.json. Raises CheckpointError if there is none."""
         try:
-            return parse_strict((self.path / "run.json").read_bytes(), origin=str(self.path / "run.json"))
+            return parse_strict(
+                (self.path / "run.json").read_bytes(), origin=str(self.path / "run.json")
+            )
         except (OSError, IntegrityError) as e:
             raise CheckpointError(
                 f"{self.path} is no run directory: {e}",
                 allowed="a folder with run.json",
-                next_step="stack train --run-dir DIR makes one; a run that ended before step 1 is begun again in the same way",
+                next_step=(
+                    "stack train --run-dir DIR makes one; a run that ended before step 1 is begun "
+                    "again in the same way"
+                ),
             ) from e
 
     def log(self, name: str, **line: Any) -> None:
@@ -49,7 +63,9 @@ class RunDir:
             f.write(canonical_json(line) + b"\n")
 
     def rewind(self, step: int) -> int:
-        """Cut every series back to lines of at most `step`, so that replayed steps are not logged twice. Returns lines cut."""
+        """Cut every series back to lines of at most `step`, so that replayed steps are not logged
+        twice. Returns lines cut.
+        """
         cut = 0
         for name in STEPPED:
             path = self.path / name
@@ -66,12 +82,18 @@ class RunDir:
         """Take over another run's lines of a series up to a step."""
         path = source.path / name
         if path.is_file():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if (at := _step_of(line)) is not None and at <= step]
+            kept = [
+                line
+                for line in path.read_bytes().splitlines(keepends=True)
+                if (at := _step_of(line)) is not None and at <= step
+            ]
             write_atomically(self.path / name, b"".join(kept))
 
     def read_lines(self, name: str) -> list[dict]:
         path = self.path / name
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        return (
+            [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        )
 
     def size_bytes(self) -> int:
         return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())

@@ -1,4 +1,6 @@
-"""Learning rate as a pure function of the step number; there is no scheduler object to step, save or forget."""
+"""Learning rate as a pure function of the step number; there is no scheduler object to step,
+save or forget.
+"""
 
 import math
 from typing import assert_never
@@ -8,10 +10,16 @@ from stack.config import Cosine, Schedule, Wsd
 
 
 @require(lambda step: step >= 1, "steps count from 1")
-@ensure(lambda result, peak: 0 <= result <= peak, "the learning rate stays between zero and its peak")
+@ensure(
+    lambda result, peak: 0 <= result <= peak, "the learning rate stays between zero and its peak"
+)
 def lr_at(step: int, *, peak: float, schedule: Schedule, max_steps: int) -> float:
-    """Learning rate of update `step` (1 … max_steps): the declared decay, times a linear warm-up to `warmup_steps`."""
-    return decayed(step, peak=peak, schedule=schedule, max_steps=max_steps) * warmup_factor(step, schedule)
+    """Learning rate of update `step` (1 … max_steps): the declared decay,
+    times a linear warm-up to `warmup_steps`.
+    """
+    return decayed(step, peak=peak, schedule=schedule, max_steps=max_steps) * warmup_factor(
+        step, schedule
+    )
 
 
 def warmup_factor(step: int, schedule: Schedule) -> float:
@@ -20,7 +28,9 @@ def warmup_factor(step: int, schedule: Schedule) -> float:
 
 
 def decayed(step: int, *, peak: float, schedule: Schedule, max_steps: int) -> float:
-    """The learning rate without its warm-up: the peak until the decay begins, `final_lr_frac` of it at the last step."""
+    """The learning rate without its warm-up: the peak until the decay begins,
+    `final_lr_frac` of it at the last step.
+    """
     begins = decay_begins(schedule, max_steps)
     if step <= begins:
         return peak
@@ -40,7 +50,9 @@ def decay_begins(schedule: Schedule, max_steps: int) -> int:
 
 
 def remaining(done: float, schedule: Schedule) -> float:
-    """Share of the fall from peak to final rate that is still to come (1-0), when `done` (0-1) of the decay is over."""
+    """Share of the fall from peak to final rate that is still to come (1-0),
+    when `done` (0-1) of the decay is over.
+    """
     match schedule:
         case Cosine():
             return 0.5 * (1 + math.cos(math.pi * done))

@@ -30,9 +30,15 @@ STATUS_OF_SIGNAL = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("preem
 
 @contextmanager
 def listening(on_checkpoint: Callable[[], None]) -> Iterator[Requests]:
-    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context; a SIGUSR1 is acknowledged at once."""
+    """Route SIGINT, SIGTERM and SIGUSR1 into a Requests object for the length of the context; a
+    SIGUSR1 is acknowledged at once.
+    """
     requests = Requests(on_checkpoint=on_checkpoint)
-    handlers = {signal.SIGINT: requests._on_stop, signal.SIGTERM: requests._on_stop, signal.SIGUSR1: requests._on_checkpoint}
+    handlers = {
+        signal.SIGINT: requests._on_stop,
+        signal.SIGTERM: requests._on_stop,
+        signal.SIGUSR1: requests._on_checkpoint,
+    }
     try:
         former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread: whoever owns it keeps its handlers

@@ -30,7 +30,8 @@ def declared_autocast(cfg: RunConfig, device: torch.device) -> torch.autocast:
 class TrainState:
     """Model, optimizer, data position and running statistics. `step` counts finished updates.
 
-    `features` is the model's own, compiled if declared; `loads` holds the expert loads of each micro-batch of the last step.
+    `features` is the model's own, compiled if declared; `loads` holds the expert loads of each
+    micro-batch of the last step.
     """
 
     cfg: RunConfig
@@ -58,19 +59,37 @@ class TrainState:
     def update_ema(self, loss_nats: float) -> None:
         """Exponential mean of the training loss (decay 0.98) and its minimum so far."""
         previous, lowest = self.ema_loss_nats, self.min_ema_loss_nats
-        self.ema_loss_nats = loss_nats if previous is None else EMA_DECAY * previous + (1 - EMA_DECAY) * loss_nats
-        self.min_ema_loss_nats = self.ema_loss_nats if lowest is None else min(self.ema_loss_nats, lowest)
+        self.ema_loss_nats = (
+            loss_nats if previous is None else EMA_DECAY * previous + (1 - EMA_DECAY) * loss_nats
+        )
+        self.min_ema_loss_nats = (
+            self.ema_loss_nats if lowest is None else min(self.ema_loss_nats, lowest)
+        )
 
 
-def build_state(cfg: RunConfig, dataset: Dataset, device: torch.device, *, rows: int | None = None, cursor: int = 0) -> TrainState:
+def build_state(
+    cfg: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    rows: int | None = None,
+    cursor: int = 0,
+) -> TrainState:
     """A fresh state at step 0. `rows` overrides the micro-batch, for gates that shrink the run.
 
     Raises ConfigError for impossible sizes.
     """
-    return state_around(cfg, dataset.tokenizer.vocab_size, make_reader(cfg, dataset, rows=rows, cursor=cursor), device)
+    return state_around(
+        cfg,
+        dataset.tokenizer.vocab_size,
+        make_reader(cfg, dataset, rows=rows, cursor=cursor),
+        device,
+    )
 
 
-def state_around(cfg: RunConfig, vocab_size: int, reader: Reader, device: torch.device) -> TrainState:
+def state_around(
+    cfg: RunConfig, vocab_size: int, reader: Reader, device: torch.device
+) -> TrainState:
     """A fresh state that draws from a given reader."""
     model = build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
@@ -89,7 +108,9 @@ def state_around(cfg: RunConfig, vocab_size: int, reader: Reader, device: torch.
     )
 
 
-def make_reader(cfg: RunConfig, dataset: Dataset, *, rows: int | None = None, cursor: int = 0) -> Reader:
+def make_reader(
+    cfg: RunConfig, dataset: Dataset, *, rows: int | None = None, cursor: int = 0
+) -> Reader:
     """The reader of the training split at a position."""
     seed = stream_seed(cfg.seed, "order")
     return Reader(

@@ -8,7 +8,9 @@ from stack.config import CheckpointConfig
 
 
 class InLine:
-    """Does a job at once. Live tensors can be written as they are: nothing changes them meanwhile."""
+    """Does a job at once. Live tensors can be written as they are:
+    nothing changes them meanwhile.
+    """
 
     copied = False
 
@@ -20,7 +22,9 @@ class InLine:
 
 
 class Behind:
-    """Does one job at a time in a thread of its own, on a copy of the state. What follows a job is done by the thread that asks for it."""
+    """Does one job at a time in a thread of its own, on a copy of the state.
+    What follows a job is done by the thread that asks for it.
+    """
 
     copied = True
 

@@ -22,7 +22,8 @@ def make_ready():
 
 child.serve(make_ready)
 """
-# A block of 64 MiB is written, freed and taken again, several times: how much memory came fresh the last time?
+# A block of 64 MiB is written, freed and taken again, several times:
+# how much memory came fresh the last time?
 AGAIN = f"""
 import sys
 sys.path.insert(0, {HERE!r})
@@ -37,7 +38,7 @@ def make_ready():
     return {{"fresh_frac": fresh / (64 << 20), "peak": child.status_bytes("VmHWM"), "now": child.status_bytes("VmRSS")}}, lambda q: {{}}
 
 child.serve(make_ready)
-"""
+"""  # noqa: E501
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 
@@ -62,7 +63,8 @@ def test_the_allocator_keeps_its_heap_or_gives_it_back():
         process = child.Child([sys.executable, "-c", AGAIN], env=env)
         process.close()
         fresh[name] = process.ready
-        assert process.ready["peak"] >= max(64 << 20, process.ready["now"] - (1 << 20))  # the kernel counts pages in batches per core
+        # the kernel counts pages in batches per core
+        assert process.ready["peak"] >= max(64 << 20, process.ready["now"] - (1 << 20))
     # Measured 1.00 as shipped and 0.00 kept.
     assert fresh["shipped"]["fresh_frac"] > 0.9
     assert fresh["heap-kept"]["fresh_frac"] < 0.1

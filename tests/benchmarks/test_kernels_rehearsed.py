@@ -1,4 +1,6 @@
-"""Every contestant of every part of the kernels' benchmark opens and runs, at sizes the interpreter can bear."""
+"""Every contestant of every part of the kernels' benchmark opens and runs,
+at sizes the interpreter can bear.
+"""
 
 import os
 
@@ -15,5 +17,9 @@ from side_by_side import why_not
 def test_a_part_is_rehearsed(part):
     rows, _ = kernels.measure(part, kernels.REHEARSAL, rounds=1, seconds=1e-3)
     installed = [c.name for c in kernels.PARTS[part][2] if not why_not(c.package)]
-    unfit = {r.name: r.missing for r in rows if r.name in installed and not r.rates and "No viable backend" not in r.missing}
+    unfit = {
+        r.name: r.missing
+        for r in rows
+        if r.name in installed and not r.rates and "No viable backend" not in r.missing
+    }
     assert kernels.OURS in [r.name for r in rows if r.rates] and not unfit

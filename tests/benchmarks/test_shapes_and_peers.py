@@ -1,4 +1,6 @@
-"""Shapes, the corpus of random tokens, and the plain GPT-2 style model against torch's own layers."""
+"""Shapes, the corpus of random tokens, and the plain GPT-2 style model
+against torch's own layers.
+"""
 
 import json
 
@@ -27,15 +29,25 @@ def test_a_shape_is_what_our_configuration_becomes(name):
         shape.n_heads,
         shape.n_kv_heads,
     )
-    assert model.d_ff == shape.d_ff and model.head_dim * model.n_heads == model.d_model and model.tied_head == shape.tied_head
+    assert (
+        model.d_ff == shape.d_ff
+        and model.head_dim * model.n_heads == model.d_model
+        and model.tied_head == shape.tied_head
+    )
     assert cfg.train.tokens_per_step == shape.tokens_per_step and cfg.accumulation() == 1
 
 
 def test_operations_are_counted_as_the_spec_counts_them():
     shape = SHAPES["a"]
     cfg, _ = load_config(recipe("tiny"), sets=shape.sets())
-    matrices = sum(p.numel() for p in build_model(cfg.model, shape.vocab_size, seed=1).parameters() if p.ndim == 2)
-    expected = shape.tokens_per_step * flops_per_token(cfg.model.model_dump(), shape.vocab_size, shape.seq_len)
+    matrices = sum(
+        p.numel()
+        for p in build_model(cfg.model, shape.vocab_size, seed=1).parameters()
+        if p.ndim == 2
+    )
+    expected = shape.tokens_per_step * flops_per_token(
+        cfg.model.model_dump(), shape.vocab_size, shape.seq_len
+    )
     assert shape.flops_per_step(matrices) == expected
 
 
@@ -44,7 +56,9 @@ def test_every_word_of_the_corpus_is_one_token(tmp_path):
     assert len(sets) == 5
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert tokenizer.vocab_size == 512
-    texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").read_text().splitlines()
+    ]
     ids = tokenizer.encode(texts[0]).ids
     assert tokenizer.decode(ids) == texts[0]
     n_words, n_line_ends = len(texts[0].split()), texts[0].count("\n")
@@ -60,7 +74,9 @@ def test_words_come_with_all_their_beginnings():
 
 def torch_layer(block: nanogpt.Block, d_model: int, n_heads: int) -> nn.TransformerEncoderLayer:
     """torch's own pre-norm layer with the weights of a block."""
-    layer = nn.TransformerEncoderLayer(d_model, n_heads, 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True, bias=False).double()
+    layer = nn.TransformerEncoderLayer(
+        d_model, n_heads, 4 * d_model, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
+    ).double()
     with torch.no_grad():
         layer.self_attn.in_proj_weight.copy_(block.qkv.weight)
         layer.self_attn.out_proj.weight.copy_(block.mixed.weight)
@@ -79,7 +95,9 @@ def test_the_plain_model_equals_torchs_own_layers():
     ids_BT = torch.randint(30, (3, 9))
     x_BTC = F.embedding(ids_BT, model.tokens.weight) + model.positions.weight
     for block in model.blocks:
-        x_BTC = torch_layer(block, 16, 4)(x_BTC, src_mask=nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64))
+        x_BTC = torch_layer(block, 16, 4)(
+            x_BTC, src_mask=nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
+        )
     expected_BTV = F.layer_norm(x_BTC, (16,), model.norm.weight) @ model.tokens.weight.T
     # float64 throughout; measured worst 2e-15 on logits up to 3.7.
     torch.testing.assert_close(model(ids_BT), expected_BTV, rtol=0, atol=1e-12)
@@ -97,7 +115,8 @@ def test_the_plain_model_counts_its_matrices_and_generates_the_likeliest():
 
 def test_a_shape_counts_attention_once_for_half_of_all_pairs():
     shape = Shape(2, 16, 4, 4, 32, seq_len=10, vocab_size=50, rows=3, fresh=False)
-    attention = 3 * 10 * (3 * 2 * 2) * 2 * (10 / 2) * 16  # tokens · (forward + backward) of two products · layers · mean keys · width
+    # tokens · (forward + backward) of two products · layers · mean keys · width
+    attention = 3 * 10 * (3 * 2 * 2) * 2 * (10 / 2) * 16
     assert shape.flops_per_step(0) == attention
     assert shape.flops_per_step(7) - shape.flops_per_step(0) == 6 * 7 * 30
 

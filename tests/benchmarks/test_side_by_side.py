@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import tables
-from side_by_side import Row, against, alternate, close_record, metric_key, open_record, plain, spread, why_not
+from side_by_side import (
+    Row,
+    against,
+    alternate,
+    close_record,
+    metric_key,
+    open_record,
+    plain,
+    spread,
+    why_not,
+)
 
 from spec.records import read_record
 
@@ -46,19 +56,39 @@ def test_a_missing_package_is_named_and_none_is_no_reason():
 
 @pytest.mark.parametrize(
     "rates, reason",
-    [((2.0, 2.0), "below the wanted ratio: The peer"), ((1.0, 1.0), "every wanted ratio reached"), (None, "measured; no ratio was wanted")],
+    [
+        ((2.0, 2.0), "below the wanted ratio: The peer"),
+        ((1.0, 1.0), "every wanted ratio reached"),
+        (None, "measured; no ratio was wanted"),
+    ],
 )
-def test_a_record_holds_the_ratio_with_its_spread_and_the_table_reads_it_back(tmp_path, monkeypatch, rates, reason):
+def test_a_record_holds_the_ratio_with_its_spread_and_the_table_reads_it_back(
+    tmp_path, monkeypatch, rates, reason
+):
     monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--rounds", "2"])
-    options = Namespace(rounds=2, run_dir=tmp_path, json=None, text=Path("a.txt"), contestant=None, only=["ours"])
+    options = Namespace(
+        rounds=2, run_dir=tmp_path, json=None, text=Path("a.txt"), contestant=None, only=["ours"]
+    )
     record = open_record(options, "the tests")
     peer = Row("The peer", "x", rates or (4.0, 8.0), goal=1.5 if rates else None)
-    close_record(record, tmp_path, against("ours", [Row("ours", "x", (2.0, 2.0)), peer]), {"further": (3.0, "s")})
+    close_record(
+        record,
+        tmp_path,
+        against("ours", [Row("ours", "x", (2.0, 2.0)), peer]),
+        {"further": (3.0, "s")},
+    )
     written = read_record(tmp_path / "metadata.json")
     assert written.end_reason == reason and written.metrics["further"].value == 3.0
-    assert written.config == {"benchmark": "the tests", "rounds": 2, "text": "a.txt", "only": ["ours"]}
+    assert written.config == {
+        "benchmark": "the tests",
+        "rounds": 2,
+        "text": "a.txt",
+        "only": ["ours"],
+    }
     (row,) = tables.ratios(written)
-    expected = {(2.0, 2.0): (1.0, 1.0, 1.0), (1.0, 1.0): (2.0, 2.0, 2.0), None: (0.375, 0.25, 0.5)}[rates]
+    expected = {(2.0, 2.0): (1.0, 1.0, 1.0), (1.0, 1.0): (2.0, 2.0, 2.0), None: (0.375, 0.25, 0.5)}[
+        rates
+    ]
     assert row == ("the_peer", *expected, 1.5 if rates else None)
 
 

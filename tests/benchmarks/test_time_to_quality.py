@@ -18,12 +18,16 @@ def test_the_tail_of_a_text_or_another_file_is_held_out(tmp_path):
         held_out.cut(text, other)
 
 
-@pytest.mark.parametrize("alphabet, expected", [("aéz", 3), ("".join(map(chr, range(0x4E00, 0x4F01))), 256)])
+@pytest.mark.parametrize(
+    "alphabet, expected", [("aéz", 3), ("".join(map(chr, range(0x4E00, 0x4F01))), 256)]
+)
 def test_characters_are_tokens_until_there_are_too_many_of_them(alphabet, expected):
     parts = held_out.Cut(alphabet * 3, alphabet[::-1])
     head, tail, sizes = ttq.symbols(parts)
     assert len(sizes) == expected
-    assert sum(sizes[i] for i in tail) == parts.tail_bytes and sum(sizes[i] for i in head) == len(parts.head.encode())
+    assert sum(sizes[i] for i in tail) == parts.tail_bytes and sum(sizes[i] for i in head) == len(
+        parts.head.encode()
+    )
 
 
 def test_the_rate_of_nanogpt_warms_up_to_its_peak_and_falls_to_its_tenth():
@@ -39,7 +43,8 @@ def test_the_clock_keeps_training_apart_from_what_is_done_beside_it(monkeypatch)
     clock = ttq.Clock()
     clock.on_phase("data")
     clock.on_phase("preflight")  # at 3
-    clock.on_step({"step": 1, "tokens_seen": 100, "tokens_per_s": 50.0}, 9)  # ends at 20, so it began at 18
+    # ends at 20, so it began at 18
+    clock.on_step({"step": 1, "tokens_seen": 100, "tokens_per_s": 50.0}, 9)
     clock.on_step({"step": 2, "tokens_seen": 200, "tokens_per_s": 50.0}, 9)  # at 22
     clock.on_evaluation(2, None, None)  # until 27
     clock.on_saved(2, "folder")  # until 28
@@ -47,7 +52,12 @@ def test_the_clock_keeps_training_apart_from_what_is_done_beside_it(monkeypatch)
     clock.on_saved(3, "next")  # until 33
     assert (clock.opened_s, clock.preflight_s, clock.beside_s) == (3.0, 15.0, 8.0)
     assert clock.saved[0] == {"step": 2, "path": "folder", "training_s": 4.0, "everything_s": 10.0}
-    assert clock.saved[1] == {"step": 3, "path": "next", "training_s": 31.0 - 18.0 - 6.0, "everything_s": 15.0}
+    assert clock.saved[1] == {
+        "step": 3,
+        "path": "next",
+        "training_s": 31.0 - 18.0 - 6.0,
+        "everything_s": 15.0,
+    }
 
 
 def test_the_first_checkpoint_that_is_at_least_as_good_counts(monkeypatch):
@@ -55,12 +65,17 @@ def test_the_first_checkpoint_that_is_at_least_as_good_counts(monkeypatch):
     monkeypatch.setattr(held_out, "bits_per_byte_of", lambda folder, text: scores[folder.name])
     points = [{"step": n, "path": f"s{n}"} for n in (40, 10, 30, 20)]
     reached, looked = ttq.first_as_good(points, 2.5, "")
-    assert reached == {"step": 20, "path": "s20", "bits_per_byte": 2.5} and looked == [(10, 3.0), (20, 2.5)]
+    assert reached == {"step": 20, "path": "s20", "bits_per_byte": 2.5} and looked == [
+        (10, 3.0),
+        (20, 2.5),
+    ]
     assert ttq.first_as_good(points, 1.9, "")[0] is None
 
 
 def a_round(training_s: float, reached_s: float | None) -> dict:
-    reached = None if reached_s is None else {"training_s": reached_s, "everything_s": 2 * reached_s}
+    reached = (
+        None if reached_s is None else {"training_s": reached_s, "everything_s": 2 * reached_s}
+    )
     return {"nanogpt": {"training_s": training_s, "everything_s": training_s}, "reached": reached}
 
 

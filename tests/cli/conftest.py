@@ -10,7 +10,9 @@ from tests.processes import STACK, Command, Done
 
 
 class Stack:
-    """`stack …` in a folder, with a private data cache; `code` stands for it where a test changes something in its process."""
+    """`stack …` in a folder, with a private data cache; `code` stands for it where a test changes
+    something in its process.
+    """
 
     def __init__(self, folder: Path, cache: Path, code: str = STACK):
         self.folder, self.code = folder, code
@@ -22,12 +24,16 @@ class Stack:
 
     def begin(self, *arguments: str, code: str | None = None) -> Command:
         """The command, running."""
-        return Command(*arguments, folder=self.folder, environment=self.environment, code=code or self.code)
+        return Command(
+            *arguments, folder=self.folder, environment=self.environment, code=code or self.code
+        )
 
 
 @pytest.fixture
 def in_process(tmp_path, monkeypatch, capsys):
-    """Runs a command in this process, in an empty folder: exit code, and the JSON document it prints."""
+    """Runs a command in this process, in an empty folder: exit code,
+    and the JSON document it prints.
+    """
     from stack.cli import main, output
 
     monkeypatch.chdir(tmp_path)

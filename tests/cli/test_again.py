@@ -1,4 +1,6 @@
-"""How far two series of a trace lie apart: as a share of each figure, where that means something."""
+"""How far two series of a trace lie apart: as a share of each figure,
+where that means something.
+"""
 
 import json
 import math
@@ -9,8 +11,20 @@ from stack.cli.again import REL_TOLERANCE, _apart
 
 
 def line(**figures):
-    stats = {"mean": 1e-9, "std": 2.0, "rms": 2.0, "kurtosis": 3.0, "argmax": [1, 2], "quantiles": {"0.5": 0.0}}
-    return {"point": "layers.0.q", "robust_z": 1e-3, "note": "", "stats": stats | figures.pop("stats", {})} | figures
+    stats = {
+        "mean": 1e-9,
+        "std": 2.0,
+        "rms": 2.0,
+        "kurtosis": 3.0,
+        "argmax": [1, 2],
+        "quantiles": {"0.5": 0.0},
+    }
+    return {
+        "point": "layers.0.q",
+        "robust_z": 1e-3,
+        "note": "",
+        "stats": stats | figures.pop("stats", {}),
+    } | figures
 
 
 def apart(tmp_path, now, before=None):
@@ -28,7 +42,8 @@ def test_equal_series_are_not_apart(tmp_path):
     [
         (line(stats={"std": 2.02}), "stats.std", 0.02 / 2.02),
         (line(stats={"mean": 0.02}), "stats.mean", 0.01),
-        (line(stats={"mean": -1.99e-7}), "stats.mean", 1e-7),  # rounding of a mean that cancels is no difference
+        # rounding of a mean that cancels is no difference
+        (line(stats={"mean": -1.99e-7}), "stats.mean", 1e-7),
         (line(stats={"quantiles": {"0.5": 0.02}}), "stats.quantiles.0.5", 0.01),
         (line(stats={"kurtosis": 3.3}), "stats.kurtosis", 0.1 / 1.1),
         (line(stats={"argmax": [1, 4]}), "stats.argmax.1", 0.5),
@@ -47,4 +62,6 @@ def test_the_worst_figure_is_named_with_its_share(tmp_path, now, where, share):
 def test_a_share_is_not_taken_of_a_size_that_is_no_number(tmp_path):
     dead = line(stats={"rms": "NaN", "std": "NaN"})
     assert apart(tmp_path, dead, dead) == (0.0, "all equal")
-    assert apart(tmp_path, line(stats={"rms": "NaN", "std": "NaN", "mean": 2e-9}), dead)[0] == pytest.approx(0.5)
+    assert apart(tmp_path, line(stats={"rms": "NaN", "std": "NaN", "mean": 2e-9}), dead)[
+        0
+    ] == pytest.approx(0.5)

@@ -1,4 +1,6 @@
-"""`stack evaluate --suite` on a model that was really trained; training is a process of its own, the audits are in this one."""
+"""`stack evaluate --suite` on a model that was really trained; training is a process of its own,
+the audits are in this one.
+"""
 
 import json
 import re
@@ -11,7 +13,10 @@ from tests.cli.conftest import Done, Stack, tiny
 
 HEAD = 'name = "mine"\ntemplate = "{prompt}"\nstop = []\nmax_new_tokens = 12\n'
 DOMAIN = "[[domain]]\nname = '{}'\nprompts = [{}]\n"
-PROMPT = "{{ id = '{}', text = '{}', answer = '''{}''', checks = [{{ kind = 'regex', pattern = '''{}''' }}] }}"
+PROMPT = (
+    "{{ id = '{}', text = '{}', answer = '''{}''', checks = [{{ kind = 'regex', pattern = "
+    "'''{}''' }}] }}"
+)
 QUESTIONS = ("The", "And", "Name a bird.", "> What is it? / <", "Return a list of")
 NEVER = DOMAIN.format("second", PROMPT.format("never", "Say the word.", "xyzzy", "xyzzy"))
 
@@ -20,7 +25,15 @@ NEVER = DOMAIN.format("second", PROMPT.format("never", "Say the word.", "xyzzy",
 def run_folder(tmp_path_factory, text_file, cli_cache):
     """A run of 24 steps with its three checkpoints, and a suite that nobody can answer."""
     stack = Stack(tmp_path_factory.mktemp("audited"), cli_cache)
-    done = stack("train", *tiny(text_file, checkpoint__keep="3"), "--run-dir", "run", "--device", "cpu", "--json")
+    done = stack(
+        "train",
+        *tiny(text_file, checkpoint__keep="3"),
+        "--run-dir",
+        "run",
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert done.code == 0, done.err
     asked = ", ".join(PROMPT.format(f"q-{i}", q, "xyzzy", "xyzzy") for i, q in enumerate(QUESTIONS))
     (stack.folder / "none.toml").write_text(HEAD + DOMAIN.format("first", asked) + NEVER)
@@ -29,7 +42,9 @@ def run_folder(tmp_path_factory, text_file, cli_cache):
 
 @pytest.fixture
 def stack(run_folder, tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty folder in which `run` and `none.toml` are those of the fixture above."""
+    """Runs a command in an empty folder in which `run` and `none.toml` are
+    those of the fixture above.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("run", "none.toml"):
         (tmp_path / name).symlink_to(run_folder / name)
@@ -55,12 +70,25 @@ def test_the_suite_that_comes_along_leaves_a_record(stack):
     done = stack("evaluate", "run", "--suite", "domains", "--run-dir", "domains", "--json")
     assert done.code == 0, done.err
     document, record = done.json, record_of("domains")
-    assert document["step"] == 24 and len(document["answers"]) == 24 and len(document["domains"]) == 6
-    assert document["breadth"] == record["metrics"]["breadth"]["value"] == sum(d["passes"] > 0 for d in document["domains"].values())
-    assert record["kind"] == "evaluate" and record["metrics"]["passes"]["n"] == 24 and record["series"][0]["path"] == "audits.jsonl"
+    assert (
+        document["step"] == 24 and len(document["answers"]) == 24 and len(document["domains"]) == 6
+    )
+    assert (
+        document["breadth"]
+        == record["metrics"]["breadth"]["value"]
+        == sum(d["passes"] > 0 for d in document["domains"].values())
+    )
+    assert (
+        record["kind"] == "evaluate"
+        and record["metrics"]["passes"]["n"] == 24
+        and record["series"][0]["path"] == "audits.jsonl"
+    )
     assert {i["name"] for i in record["inputs"]} == {"suite", "tokenizer.json", "model.safetensors"}
     assert record["inputs"][0]["path"] == "stack/evaluate/suites/domains.toml"
-    assert all(line["grade"] is None and line["passed"] is not bool(line["faults"]) for line in lines_of("domains"))
+    assert all(
+        line["grade"] is None and line["passed"] is not bool(line["faults"])
+        for line in lines_of("domains")
+    )
 
 
 def test_every_checkpoint_is_asked_and_again_the_same(stack):
@@ -69,28 +97,48 @@ def test_every_checkpoint_is_asked_and_again_the_same(stack):
     assert first.code == again.code == 0, first.err + again.err
     assert [(r["step"], r["breadth"]) for r in first.json["rounds"]] == [(8, 0), (16, 0), (24, 0)]
     assert first.json["stands_still"] == {"step": 8, "breadth": 0, "audits_since": 2, "lost": []}
-    assert "breadth stands still at 0 since step 8" in again.out and "nothing matches xyzzy" in again.out
+    assert (
+        "breadth stands still at 0 since step 8" in again.out
+        and "nothing matches xyzzy" in again.out
+    )
     assert Path("a/audits.jsonl").read_bytes() == Path("b/audits.jsonl").read_bytes()
     assert len([i for i in record_of("a")["inputs"] if i["name"] == "model.safetensors"]) == 3
 
 
 def test_a_suite_of_ones_own_is_followed_over_audits_and_graded(stack):
-    """What the model says is looked up first, so that the second suite has one prompt that passes and one that does not."""
-    assert stack("evaluate", "run", "--suite", "none.toml", "--run-dir", "look", "--json").json["breadth"] == 0
+    """What the model says is looked up first, so that the second suite has one prompt that
+    passes and one that does not.
+    """
+    assert (
+        stack("evaluate", "run", "--suite", "none.toml", "--run-dir", "look", "--json").json[
+            "breadth"
+        ]
+        == 0
+    )
     said = next(line for line in lines_of("look") if len(line["text"]) > 3)
-    mine = DOMAIN.format("first", PROMPT.format("one", said["asked"], said["text"], re.escape(said["text"])))
+    mine = DOMAIN.format(
+        "first", PROMPT.format("one", said["asked"], said["text"], re.escape(said["text"]))
+    )
     Path("mine.toml").write_text(HEAD + mine + NEVER)
     asked = ("evaluate", "run", "--suite", "mine.toml", "--json")
     document = stack(*asked, "--run-dir", "late").json
-    assert document["breadth"] == 1 and document["domains"]["first"] == {"passes": 1, "prompts": 1} and document["stands_still"] is None
+    assert (
+        document["breadth"] == 1
+        and document["domains"]["first"] == {"passes": 1, "prompts": 1}
+        and document["stands_still"] is None
+    )
     step = "run/checkpoints/step-00000008"
     assert stack("evaluate", step, "--suite", "mine.toml", "--run-dir", "early").code == 0
-    assert [r["step"] for r in stack(*asked, "--earlier", "early", "--run-dir", "both").json["rounds"]] == [8, 24]
+    assert [
+        r["step"] for r in stack(*asked, "--earlier", "early", "--run-dir", "both").json["rounds"]
+    ] == [8, 24]
     refused = stack(*asked, "--earlier", "look", "--run-dir", "none")
     assert refused.code == 3 and "is no audit of this run by this suite" in refused.err
 
     lines = lines_of("late")
-    Path("graded.jsonl").write_text("".join(json.dumps(line | {"grade": 9.5}) + "\n" for line in lines))
+    Path("graded.jsonl").write_text(
+        "".join(json.dumps(line | {"grade": 9.5}) + "\n" for line in lines)
+    )
     assert stack(*asked, "--grades", "graded.jsonl", "--run-dir", "graded").code == 0
     mean = record_of("graded")["metrics"]["mean_grade"]
     assert (mean["value"], mean["n"], mean["unit"]) == (9.5, 2, "the grader's scale")
@@ -105,7 +153,12 @@ def test_what_cannot_be_asked_is_refused(stack):
     assert bad.code == 3 and "bad.toml" in bad.json["what"] and "domain" in bad.json["what"]
     unknown = stack("evaluate", "run", "--suite", "domain")
     assert unknown.code == 2 and "domains, or a TOML file" in unknown.err
-    for beside in (["--strict-oov"], ["--stride", "8"], ["--batch-size", "4"], ["--text", "none.toml"]):
+    for beside in (
+        ["--strict-oov"],
+        ["--stride", "8"],
+        ["--batch-size", "4"],
+        ["--text", "none.toml"],
+    ):
         both = stack("evaluate", "run", "--suite", "domains", *beside)
         assert both.code == 2 and f"{beside[0]} says nothing in --suite" in both.err
     alone = stack("evaluate", "run", "--every-checkpoint")

@@ -14,4 +14,7 @@ def test_a_long_preflight_says_where_it_is_and_a_short_one_says_nothing(monkeypa
     for gate, seconds in (("a.first", 4), ("a.second", 4), ("a.third", 4), ("a.fourth", 4)):
         now[0] += seconds
         listener.on_preflight(SimpleNamespace(id=gate), passed(), seconds)
-    assert capsys.readouterr().err.splitlines() == ["· preflight", "  3 gates asked, the last a.third"]
+    assert capsys.readouterr().err.splitlines() == [
+        "· preflight",
+        "  3 gates asked, the last a.third",
+    ]

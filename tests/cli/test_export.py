@@ -1,4 +1,6 @@
-"""`stack export` and `stack import` in one process: records, exit codes, and what works on an imported model."""
+"""`stack export` and `stack import` in one process: records, exit codes,
+and what works on an imported model.
+"""
 
 import json
 
@@ -37,72 +39,134 @@ def verdicts(document):
 
 @pytest.fixture
 def compares():
-    pytest.importorskip("transformers", reason="parity is measured against transformers: pip install 'stackproof[hf]'")
+    pytest.importorskip(
+        "transformers",
+        reason="parity is measured against transformers: pip install 'stackproof[hf]'",
+    )
 
 
 def test_export_writes_a_folder_and_a_record(stack, run_dir, tmp_path, compares):
-    code, said = stack("export", run_dir, "--out", "hf/out", "--dtype", "bfloat16", "--max-shard-bytes", 20_000)
-    assert code == 0 and set(verdicts(said).values()) == {"pass"} and said["architecture"] == "LlamaForCausalLM"
-    record, parent = read_record(tmp_path / said["record_dir"] / "metadata.json"), read_record(run_dir / "metadata.json")
-    assert record.kind == "export" and record.parents == (parent.id,) and record.metric("rounding_abs_error") > 0
+    code, said = stack(
+        "export", run_dir, "--out", "hf/out", "--dtype", "bfloat16", "--max-shard-bytes", 20_000
+    )
+    assert (
+        code == 0
+        and set(verdicts(said).values()) == {"pass"}
+        and said["architecture"] == "LlamaForCausalLM"
+    )
+    record, parent = (
+        read_record(tmp_path / said["record_dir"] / "metadata.json"),
+        read_record(run_dir / "metadata.json"),
+    )
+    assert (
+        record.kind == "export"
+        and record.parents == (parent.id,)
+        and record.metric("rounding_abs_error") > 0
+    )
     assert {a.path for a in record.outputs} == {f"hf/out/{f}" for f in said["files"]}
-    assert sorted(p.name for p in (tmp_path / "hf" / "out").iterdir()) == said["files"] and len(said["files"]) > 8
+    assert (
+        sorted(p.name for p in (tmp_path / "hf" / "out").iterdir()) == said["files"]
+        and len(said["files"]) > 8
+    )
     card = (tmp_path / "hf" / "out" / "README.md").read_text()
-    assert parent.id in card and record.id in card and "bfloat16" in card and "not compared" not in card
+    assert (
+        parent.id in card
+        and record.id in card
+        and "bfloat16" in card
+        and "not compared" not in card
+    )
 
 
 def test_an_import_can_be_inspected_evaluated_sampled_and_exported_again(stack, run_dir, tmp_path):
     assert stack("inspect", run_dir)[1]["checksum"] == "VALID"
     (tmp_path / "text.txt").write_text("a text that nobody has learned")
     assert stack("evaluate", run_dir, "--text", "text.txt")[1]["bytes"] == 30
-    assert stack("sample", run_dir, "--temperature", 0, "--max-new-tokens", 8)[1]["samples"][0]["tokens"] <= 8
+    assert (
+        stack("sample", run_dir, "--temperature", 0, "--max-new-tokens", 8)[1]["samples"][0][
+            "tokens"
+        ]
+        <= 8
+    )
     record = read_record(run_dir / "metadata.json")
-    assert record.kind == "import" and record.succeeded and record.metric("n_params") == n_parameters(models.ours("plain", 257))
+    assert (
+        record.kind == "import"
+        and record.succeeded
+        and record.metric("n_params") == n_parameters(models.ours("plain", 257))
+    )
     assert stack("train", "--resume", run_dir)[1]["status"] == "completed"  # nothing is left to do
 
 
-def test_an_imported_model_is_trained_on_with_its_own_tokenizer(stack, run_dir, tmp_path, text_file):
-    """Through the session, with no gate installed: what is tested is that the checkpoint is taken up."""
+def test_an_imported_model_is_trained_on_with_its_own_tokenizer(
+    stack, run_dir, tmp_path, text_file
+):
+    """Through the session, with no gate installed: what is tested is that
+    the checkpoint is taken up.
+    """
     import torch
 
     from stack.config import load_config
     from stack.train import checkpoint, session
     from stack.train.listener import Listener
 
-    sets = "train.max_steps=2 train.tokens_per_step=160 train.micro_batch_size=2 schedule.warmup_steps=1 eval.every=1 eval.batches=2"
-    sets += f' stop.expected_gain_nats=0.5 sample.every=2 checkpoint.every=1 data.corpus.kind=files data.corpus.paths=["{text_file}"]'
+    sets = (
+        "train.max_steps=2 train.tokens_per_step=160 train.micro_batch_size=2 "
+        "schedule.warmup_steps=1 eval.every=1 eval.batches=2"
+    )
+    sets += (
+        " stop.expected_gain_nats=0.5 sample.every=2 checkpoint.every=1 data.corpus.kind=files "
+        f'data.corpus.paths=["{text_file}"]'
+    )
     cfg, overrides = load_config(session.read_config(run_dir), sets=tuple(sets.split()))
     record = session.start(cfg, overrides, tmp_path / "tuned", Listener(), parent=run_dir, only=())
     assert record.succeeded and record.parents == (read_record(run_dir / "metadata.json").id,)
     first, last = (checkpoint.load(checkpoint.find(d)) for d in (run_dir, tmp_path / "tuned"))
-    assert first.state["tokenizer_sha256"] == last.state["tokenizer_sha256"] and last.state["step"] == 2
+    assert (
+        first.state["tokenizer_sha256"] == last.state["tokenizer_sha256"]
+        and last.state["step"] == 2
+    )
     moved = [float((first.model[n] - last.model[n]).abs().max()) for n in first.model]
-    assert 0 < max(moved) < 1e-3 and not torch.equal(first.model["embed.weight"], last.model["embed.weight"])
+    assert 0 < max(moved) < 1e-3 and not torch.equal(
+        first.model["embed.weight"], last.model["embed.weight"]
+    )
 
 
 def test_an_imported_published_model_keeps_its_tokenizer(stack, tmp_path, compares):
     import transformers
 
     bpe = train_bpe(300, ["the quick brown fox jumps over the lazy dog, again and again"] * 30)
-    family = transformers.Qwen2Config(**(models.SIZES | {"vocab_size": 320, "eos_token_id": bpe.eos_id}))
+    family = transformers.Qwen2Config(
+        **(models.SIZES | {"vocab_size": 320, "eos_token_id": bpe.eos_id})
+    )
     transformers.Qwen2ForCausalLM(family).save_pretrained("published")
     (tmp_path / "published" / "tokenizer.json").write_text(vocabulary.to_library(bpe).to_str())
     code, said = stack("import", "published", "--out", "run", "--max-seq-len", 24)
     reserved = 320 - bpe.vocab_size
-    assert code == 0 and said["vocab_size"] == 320 and said["tokenizer"] == [f"{reserved} reserved ids added to the vocabulary"]
+    assert (
+        code == 0
+        and said["vocab_size"] == 320
+        and said["tokenizer"] == [f"{reserved} reserved ids added to the vocabulary"]
+    )
     assert verdicts(said) == {"export.logit-parity": "pass"}
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["model"]["max_seq_len"] == 24
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["config"]["model"]["max_seq_len"]
+        == 24
+    )
     assert stack("sample", "run", "--prompt", "the quick", "--max-new-tokens", 4)[0] == 0
 
 
 @pytest.mark.parametrize("prefix", ["module._orig_mod.", ""])
-def test_names_that_transformers_cannot_read_are_compared_under_plain_ones(stack, run_dir, tmp_path, compares, prefix):
+def test_names_that_transformers_cannot_read_are_compared_under_plain_ones(
+    stack, run_dir, tmp_path, compares, prefix
+):
     import torch
 
     from stack import tensorfile
 
     path = tmp_path / "source" / "model.safetensors"
-    tensors = {prefix + n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}
+    tensors = {
+        prefix + n: torch.from_numpy(tensorfile.memmap(path, n).copy())
+        for n in tensorfile.read_header(path).tensors
+    }
     tensors |= {prefix + "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
     tensorfile.write(path, tensors, {})
     code, said = stack("import", "source", "--out", "again")
@@ -111,8 +175,12 @@ def test_names_that_transformers_cannot_read_are_compared_under_plain_ones(stack
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_weights_misread_at_import_are_seen_under_any_names(stack, run_dir, tmp_path, compares, monkeypatch, prefix):
-    """Rotary pairs taken for neighbours, as other code bases lay them out. What is compared is what the files hold."""
+def test_weights_misread_at_import_are_seen_under_any_names(
+    stack, run_dir, tmp_path, compares, monkeypatch, prefix
+):
+    """Rotary pairs taken for neighbours, as other code bases lay them out.
+    What is compared is what the files hold.
+    """
     import torch
 
     from stack import tensorfile
@@ -120,13 +188,21 @@ def test_weights_misread_at_import_are_seen_under_any_names(stack, run_dir, tmp_
 
     path = tmp_path / "source" / "model.safetensors"
     tensorfile.write(
-        path, {prefix + n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}, {}
+        path,
+        {
+            prefix + n: torch.from_numpy(tensorfile.memmap(path, n).copy())
+            for n in tensorfile.read_header(path).tensors
+        },
+        {},
     )
     honest = reading.to_ours
 
     def interleaved(row, tensor, shapes):
         parts = honest(row, tensor, shapes)
-        return {n: torch.cat((p[::2], p[1::2])) if n.endswith("attention.q.weight") else p for n, p in parts.items()}
+        return {
+            n: torch.cat((p[::2], p[1::2])) if n.endswith("attention.q.weight") else p
+            for n, p in parts.items()
+        }
 
     monkeypatch.setattr(reading, "to_ours", interleaved)
     code, said = stack("import", "source", "--out", "again")
@@ -134,7 +210,9 @@ def test_weights_misread_at_import_are_seen_under_any_names(stack, run_dir, tmp_
 
 
 @pytest.mark.parametrize("verb", ["export", "import"])
-def test_a_red_comparison_ends_with_six_and_leaves_a_record_only(stack, run_dir, tmp_path, compares, monkeypatch, verb):
+def test_a_red_comparison_ends_with_six_and_leaves_a_record_only(
+    stack, run_dir, tmp_path, compares, monkeypatch, verb
+):
     witness = parity.witness
 
     def drifting(folder):
@@ -152,10 +230,17 @@ def test_a_red_comparison_ends_with_six_and_leaves_a_record_only(stack, run_dir,
     assert len(failed) == 1 and failed[0].status == "failed" and failed[0].id in said["value"]
 
 
-def test_without_transformers_it_is_said_and_never_a_pass(stack, run_dir, tmp_path, monkeypatch, capsys):
+def test_without_transformers_it_is_said_and_never_a_pass(
+    stack, run_dir, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(parity, "available", lambda: False)
     code, said = stack("export", run_dir, "--out", "out")
-    assert code == 0 and verdicts(said)["export.logit-parity"] == "not_run" == verdicts(said)["export.compared-bytes"]
+    assert (
+        code == 0
+        and verdicts(said)["export.logit-parity"]
+        == "not_run"
+        == verdicts(said)["export.compared-bytes"]
+    )
     record = read_record(tmp_path / said["record_dir"] / "metadata.json")
     assert "NOT compared" in record.end_reason and record.environment["transformers"] is None
     assert "not compared" in (tmp_path / "out" / "README.md").read_text()
@@ -176,12 +261,16 @@ def test_without_transformers_it_is_said_and_never_a_pass(stack, run_dir, tmp_pa
         (("import", "source", "--out", "new", "--max-seq-len", "41"), 2, "cannot be cut"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_is_written(stack, run_dir, tmp_path, arguments, code, says):
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    stack, run_dir, tmp_path, arguments, code, says
+):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     got, said = stack(*arguments)
     assert got == code and says in said["what"] + str(said["value"])
-    assert not (tmp_path / "new").exists() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    assert (
+        not (tmp_path / "new").exists() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    )
 
 
 def test_the_record_of_another_run_is_not_taken_for_the_models(stack, run_dir, tmp_path):

@@ -24,8 +24,13 @@ def trained(tmp_path_factory, text_file, cli_cache):
 def test_gates_list_and_coverage_agree(trained):
     listed = trained("gates", "list", "--json").json
     covered = trained("gates", "coverage", "--json").json
-    assert listed["counts"] == covered["counts"] and sum(listed["counts"].values()) == len(listed["gates"]) >= 18
-    assert all(g["state"] == "unproven" and g["plants"] for g in listed["gates"]), "an empty ledger proves nothing"
+    assert (
+        listed["counts"] == covered["counts"]
+        and sum(listed["counts"].values()) == len(listed["gates"]) >= 18
+    )
+    assert all(g["state"] == "unproven" and g["plants"] for g in listed["gates"]), (
+        "an empty ledger proves nothing"
+    )
     failures = covered["failures"]
     assert failures["documented"] == 102 and failures["awaiting"] == len(failures["awaits"]) > 0
     assert failures["awaits"]["SF-X01"] == "several-ranks" and "SF-L01" not in failures["awaits"]
@@ -36,21 +41,33 @@ def test_runners_are_listed_with_the_gates_they_feed(stack):
     listed = stack("gates", "list", "--runners", "--json")
     rows = {r["runner"]: r for r in listed.json["runners"]}
     assert listed.code == 0 and all(r["unfed"] == [] for r in rows.values()), listed.err
-    assert "sampling.coherence" in rows["resume"]["gates"] and rows["train"]["counts"]["preflight"] > 30
+    assert (
+        "sampling.coherence" in rows["resume"]["gates"]
+        and rows["train"]["counts"]["preflight"] > 30
+    )
     assert "export.complete" in rows["export"]["gates"] and rows["data"]["gates"] == []
     code = (
-        "import sys\nfrom spec import runners\nfrom stack.cli import main\noriginal = runners.load_runners\n"
-        "def mute(root):\n    found = original(root)\n    fewer = tuple(e for e in found['train'].announces if e != 'Sampled')\n"
+        "import sys\nfrom spec import runners\nfrom stack.cli import main\noriginal = "
+        "runners.load_runners\n"
+        "def mute(root):\n    found = original(root)\n    fewer = tuple(e for e in "
+        "found['train'].announces if e != 'Sampled')\n"
         "    return found | {'train': found['train'].model_copy(update={'announces': fewer})}\n"
         "runners.load_runners = mute\nmain(sys.argv[1:])"
     )
     done = stack("gates", "list", "--runners", code=code)
-    assert done.code == 4 and "the runner train does not feed it: it does not announce Sampled" in done.err, done.err
+    assert (
+        done.code == 4
+        and "the runner train does not feed it: it does not announce Sampled" in done.err
+    ), done.err
 
 
 def test_gates_show_names_limits_and_nearest(trained):
     shown = trained("gates", "show", "loss.golden", "--json").json
-    assert shown["limits"]["abs_error_max"]["why"] and shown["state"] == "unproven" and len(shown["fingerprint"]) == 64
+    assert (
+        shown["limits"]["abs_error_max"]["why"]
+        and shown["state"] == "unproven"
+        and len(shown["fingerprint"]) == 64
+    )
     wrong = trained("gates", "show", "loss.gold")
     assert wrong.code == 2 and "loss.golden" in wrong.err
 
@@ -58,22 +75,43 @@ def test_gates_show_names_limits_and_nearest(trained):
 def test_prove_one_gate_writes_a_record_of_its_kills(trained):
     done = trained("gates", "prove", "loss.golden", "--run-dir", "proof", "--json")
     assert done.code == 0, done.err
-    plants = {"loss.padding-counted", "loss.labels-shifted-twice", "loss.bits-instead-of-nats", "loss.z-term-reported"}
-    assert {k["plant"] for k in done.json["kills"]} == plants and done.json["counts"]["awaiting"] == 0
+    plants = {
+        "loss.padding-counted",
+        "loss.labels-shifted-twice",
+        "loss.bits-instead-of-nats",
+        "loss.z-term-reported",
+    }
+    assert {k["plant"] for k in done.json["kills"]} == plants and done.json["counts"][
+        "awaiting"
+    ] == 0
     margin = done.json["margins"][0]
-    assert margin["gate"] == "loss.golden" and margin["clean"] < margin["bound"] < margin["value"] and margin["plants"] == 4
-    assert all(k["outcome"] == "killed" and k["control"] == "pass" and k["seconds"] > 0 for k in done.json["kills"])
-    assert json.loads((trained.folder / "proof" / "metadata.json").read_text())["kind"] == "falsification"
+    assert (
+        margin["gate"] == "loss.golden"
+        and margin["clean"] < margin["bound"] < margin["value"]
+        and margin["plants"] == 4
+    )
+    assert all(
+        k["outcome"] == "killed" and k["control"] == "pass" and k["seconds"] > 0
+        for k in done.json["kills"]
+    )
+    assert (
+        json.loads((trained.folder / "proof" / "metadata.json").read_text())["kind"]
+        == "falsification"
+    )
     assert trained("gates", "prove", "loss.nothing").code == 2
 
 
 def test_a_surviving_plant_is_reported_and_exits_4(trained):
     """A gate that looks away: its plant survives, and prove says so instead of passing."""
     code = (
-        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\nfrom stack.cli import main\n"
-        "def blind(limits): return passed()\nblind.gate_id = 'kernel.head-borders'\nkernel.head_borders = blind\nmain(sys.argv[1:])"
+        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\nfrom "
+        "stack.cli import main\n"
+        "def blind(limits): return passed()\nblind.gate_id = 'kernel.head-borders'\n"
+        "kernel.head_borders = blind\nmain(sys.argv[1:])"
     )
-    done = trained("gates", "prove", "kernel.head-borders", "--run-dir", "blind", "--json", code=code)
+    done = trained(
+        "gates", "prove", "kernel.head-borders", "--run-dir", "blind", "--json", code=code
+    )
     assert done.code == 4, done.err
     counts = json.loads(done.out.splitlines()[0])["counts"]
     assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 1
@@ -85,7 +123,11 @@ def test_backtest_replays_a_log(trained):
     log.write_text("".join(json.dumps({"step": 1000 * n, "text": loop}) + "\n" for n in range(8)))
     done = trained("gates", "backtest", "samples.jsonl", "--json")
     assert done.code == 0 and done.json["first_fire_step"] == 4000 and done.json["records"] == 8
-    assert done.json["saved_steps"] == 3000 and done.json["saved_frac"] == pytest.approx(3 / 7) and done.json["saved_s"] is None
+    assert (
+        done.json["saved_steps"] == 3000
+        and done.json["saved_frac"] == pytest.approx(3 / 7)
+        and done.json["saved_s"] is None
+    )
     said = trained("gates", "backtest", "samples.jsonl", "--seconds-per-step", "7.2").out
     assert "fires first at step 4000" in said and "saves 3000 steps (43%, 6 hours)" in said
     log.write_text("")
@@ -95,11 +137,16 @@ def test_backtest_replays_a_log(trained):
 
 def test_evidence_add_show_verify_and_tampering(trained):
     (trained.folder / "evidence" / "ledger.jsonl").unlink(missing_ok=True)
-    assert trained("evidence", "verify", "--json").code == 6, "an empty ledger is not verified evidence"
+    assert trained("evidence", "verify", "--json").code == 6, (
+        "an empty ledger is not verified evidence"
+    )
     added = trained("evidence", "add", "a", "--json")
     assert added.code == 0 and added.json["seq"] == 0, added.err
     assert trained("evidence", "add", "a").code == 6, "a record is added once"
-    assert trained("evidence", "show", added.json["record"][:22], "--json").json["id"] == added.json["record"]
+    assert (
+        trained("evidence", "show", added.json["record"][:22], "--json").json["id"]
+        == added.json["record"]
+    )
     assert trained("evidence", "verify", "--json").json["ok"] is True
     record = trained.folder / "evidence" / added.json["record"] / "metadata.json"
     honest = record.read_bytes()
@@ -112,21 +159,48 @@ def test_evidence_add_show_verify_and_tampering(trained):
 
 def test_same_seed_same_losses_and_diff_sees_only_clocks(trained):
     found = trained("evidence", "diff", "a", "b", "--json").json["differences"]
-    clocks = ("metrics.tokens_per_s", "metrics.train_s", "metrics.preflight_s", "metrics.gates_overhead", "command", "inputs")
+    clocks = (
+        "metrics.tokens_per_s",
+        "metrics.train_s",
+        "metrics.preflight_s",
+        "metrics.gates_overhead",
+        "command",
+        "inputs",
+    )
     assert all(d["key"].startswith(clocks) for d in found), found
 
 
 def test_rerun_repeats_the_weights(trained):
     done = trained("evidence", "rerun", "a", "--run-dir", "again", "--json")
     assert done.code == 0, done.err
-    assert done.json["ok"] and {c["what"] for c in done.json["compared"]} >= {"model.safetensors", "val_loss_nats"}
+    assert done.json["ok"] and {c["what"] for c in done.json["compared"]} >= {
+        "model.safetensors",
+        "val_loss_nats",
+    }
 
 
 def test_certify_resume_writes_a_certificate(stack, text_file):
     sets = tiny(text_file, eval__every="6", sample__every="12")
-    sets = [s for pair in zip(sets[::2], sets[1::2]) if "max_steps" not in pair[1] and "checkpoint.every" not in pair[1] for s in pair]
+    sets = [
+        s
+        for pair in zip(sets[::2], sets[1::2])
+        if "max_steps" not in pair[1] and "checkpoint.every" not in pair[1]
+        for s in pair
+    ]
     sets = [s for pair in zip(sets[::2], sets[1::2]) if "warmup" not in pair[1] for s in pair]
-    done = stack("evidence", "certify-resume", "pocket", "--steps", "24", "--kills", "1", *sets, "--run-dir", "cert", "--json")
+    done = stack(
+        "evidence",
+        "certify-resume",
+        "pocket",
+        "--steps",
+        "24",
+        "--kills",
+        "1",
+        *sets,
+        "--run-dir",
+        "cert",
+        "--json",
+    )
     assert done.code == 0, done.err
     assert done.json["metrics"]["weights_equal"] == 1 and done.json["metrics"]["resumes"] == 1
     refused = stack("evidence", "certify-resume", "pocket", "--steps", "4")
@@ -135,7 +209,11 @@ def test_certify_resume_writes_a_certificate(stack, text_file):
 
 def test_doctor_says_what_is_needed(trained):
     done = trained("doctor", "--json")
-    assert done.code == 0 and {f["what"] for f in done.json["findings"]} >= {"python", "torch", "free disk"}
+    assert done.code == 0 and {f["what"] for f in done.json["findings"]} >= {
+        "python",
+        "torch",
+        "free disk",
+    }
 
 
 def test_exit_codes_are_documented_once():
@@ -146,15 +224,31 @@ def test_light_install_needs_no_torch():
     """With torch, numpy, safetensors and tokenizers hidden, the reviewer's commands still run."""
     code = (
         "import sys\n"
-        "for name in ('torch', 'numpy', 'safetensors', 'tokenizers', 'hypothesis', 'pytest'): sys.modules[name] = None\n"
+        "for name in ('torch', 'numpy', 'safetensors', 'tokenizers', 'hypothesis', 'pytest'): "
+        "sys.modules[name] = None\n"
         "from stack.cli import main\n"
         "main(sys.argv[1:])"
     )
-    for arguments in (["gates", "list", "--json"], ["gates", "coverage", "--json"], ["train", "--dry-run", "--json"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    for arguments in (
+        ["gates", "list", "--json"],
+        ["gates", "coverage", "--json"],
+        ["train", "--dry-run", "--json"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         json.loads(done.stdout)
-    absent = subprocess.run([sys.executable, "-c", code, "train"], cwd=ROOT, capture_output=True, text=True)
-    assert absent.returncode == 7 and "[train]" in absent.stderr and "Traceback" not in absent.stderr
-    done = subprocess.run([sys.executable, "-c", code, "evidence", "verify", "--json"], cwd=ROOT, capture_output=True, text=True)
+    absent = subprocess.run(
+        [sys.executable, "-c", code, "train"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        absent.returncode == 7 and "[train]" in absent.stderr and "Traceback" not in absent.stderr
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "evidence", "verify", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode in (0, 6) and "problems" in json.loads(done.stdout.splitlines()[0])

@@ -1,4 +1,6 @@
-"""Paths on the command line that name nothing, or a file where a folder has to be: usage, with what, value, allowed and next step."""
+"""Paths on the command line that name nothing, or a file where a folder has to be: usage, with
+what, value, allowed and next step.
+"""
 
 from pathlib import Path
 
@@ -35,15 +37,25 @@ FILES = (
     "train PATH.toml",
     "import folder --out out --tokenizer PATH",
 )
-PATHS = {"model", "folder", "path", "log", "bundle", "run_dir"}  # names of arguments; the sources of a corpus may be globs, and are data
-LACKING = {"inspect PATH": 5, "import PATH --out out": 5, "data show PATH": 3, "gates repro PATH": 3, "evidence add PATH": 6}
+# names of arguments; the sources of a corpus may be globs, and are data
+PATHS = {"model", "folder", "path", "log", "bundle", "run_dir"}
+LACKING = {
+    "inspect PATH": 5,
+    "import PATH --out out": 5,
+    "data show PATH": 3,
+    "gates repro PATH": 3,
+    "evidence add PATH": 6,
+}
 
 
 def refused(in_process, command: str, path: str) -> dict:
     Path("folder").mkdir()
     Path("file").write_text("a line\n")
     code, document = in_process(*command.replace("PATH", path).split())
-    assert code == document["exit_code"] == 2 and document["error"] in ("UsageError", "ConfigError"), document
+    assert code == document["exit_code"] == 2 and document["error"] in (
+        "UsageError",
+        "ConfigError",
+    ), document
     assert path in document["what"] and str(Path(path).absolute()) in document["value"]
     assert document["allowed"] and document["next_step"]
     assert sorted(p.name for p in Path().iterdir()) == ["file", "folder"], "nothing is written"
@@ -72,6 +84,10 @@ def test_a_folder_that_lacks_what_it_should_hold_is_told_by_its_kind(in_process,
 
 
 def test_every_command_that_takes_a_path_is_in_these_tables():
-    asked = {verb for verb, parts in surface()["verbs"].items() if any(a["name"] in PATHS for a in parts["arguments"])}
+    asked = {
+        verb
+        for verb, parts in surface()["verbs"].items()
+        if any(a["name"] in PATHS for a in parts["arguments"])
+    }
     covered = {verb for verb in asked if any(c.startswith(f"{verb} ") for c in FOLDERS + FILES)}
     assert asked == covered and len(asked) == 14

@@ -21,13 +21,26 @@ def stack(tmp_path, cli_cache):
 
 
 def sixty(text_file, **changes):
-    return tiny(text_file, **{"train__max_steps": "60", "checkpoint__every": "6", "eval__every": "20", "sample__every": "20"} | changes)
+    return tiny(
+        text_file,
+        **{
+            "train__max_steps": "60",
+            "checkpoint__every": "6",
+            "eval__every": "20",
+            "sample__every": "20",
+        }
+        | changes,
+    )
 
 
 def wait_for_step(run, step: int, process, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        lines = (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").is_file() else 0
+        lines = (
+            (run / "metrics.jsonl").read_bytes().count(b"\n")
+            if (run / "metrics.jsonl").is_file()
+            else 0
+        )
         if lines >= step or process.poll() is not None:
             return
         time.sleep(0.005)
@@ -52,12 +65,26 @@ def test_three_sigkills_leave_identical_weights(stack, text_file):
         arguments = ["train", "--resume", "killed"]
     done = stack(*arguments, "--json")
     assert done.code == 0, done.err
-    weights = [(stack.folder / r / "checkpoints" / LAST / "model.safetensors").read_bytes() for r in ("straight", "killed")]
+    weights = [
+        (stack.folder / r / "checkpoints" / LAST / "model.safetensors").read_bytes()
+        for r in ("straight", "killed")
+    ]
     assert weights[0] == weights[1]
-    series = [[json.loads(x) for x in (stack.folder / r / "metrics.jsonl").read_text().splitlines()] for r in ("straight", "killed")]
+    series = [
+        [json.loads(x) for x in (stack.folder / r / "metrics.jsonl").read_text().splitlines()]
+        for r in ("straight", "killed")
+    ]
     for a, b in zip(*series, strict=True):
-        assert {k: v for k, v in a.items() if k != "tokens_per_s"} == {k: v for k, v in b.items() if k != "tokens_per_s"}
-    assert sum(json.loads(x)["event"] == "resumed" for x in (run / "events.jsonl").read_text().splitlines()) == 3
+        assert {k: v for k, v in a.items() if k != "tokens_per_s"} == {
+            k: v for k, v in b.items() if k != "tokens_per_s"
+        }
+    assert (
+        sum(
+            json.loads(x)["event"] == "resumed"
+            for x in (run / "events.jsonl").read_text().splitlines()
+        )
+        == 3
+    )
 
 
 def saved_steps(run) -> list[int]:
@@ -65,8 +92,13 @@ def saved_steps(run) -> list[int]:
 
 
 def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_on(stack, text_file):
-    """Nothing else saves in this run: steps saved are the next multiple of the boundary after SIGUSR1, once, and the step of SIGTERM."""
-    run, seldom = stack.folder / "run", {f"{k}__every": "1000" for k in ("checkpoint", "eval")} | {"sample__every": "100"}
+    """Nothing else saves in this run: steps saved are the next multiple of the boundary after
+    SIGUSR1, once, and the step of SIGTERM.
+    """
+    run, seldom = (
+        stack.folder / "run",
+        {f"{k}__every": "1000" for k in ("checkpoint", "eval")} | {"sample__every": "100"},
+    )
     sets = sixty(text_file, **seldom, checkpoint__signal_boundary="10", train__max_steps="200")
     process = stack.begin("train", *sets, "--run-dir", "run")
     wait_for_step(run, 3, process)
@@ -78,10 +110,16 @@ def test_sigterm_saves_and_exits_75_and_sigusr1_saves_at_the_boundary_and_goes_o
     assert boundary % 10 == 0 and boundary < asked_by + 12
     process.send_signal(signal.SIGTERM)
     done = process.wait(60)
-    assert done.code == 75 and "a checkpoint was asked for; it comes after a multiple of 10 steps" in done.err, done.err
+    assert (
+        done.code == 75
+        and "a checkpoint was asked for; it comes after a multiple of 10 steps" in done.err
+    ), done.err
     record = json.loads((run / "metadata.json").read_text())
     assert record["status"] == "preempted" and "--resume" in done.err
-    assert saved_steps(run) == [boundary, record["metrics"]["steps"]["value"]] and saved_steps(run)[1] >= asked_by + 12
+    assert (
+        saved_steps(run) == [boundary, record["metrics"]["steps"]["value"]]
+        and saved_steps(run)[1] >= asked_by + 12
+    )
     done = stack("train", "--resume", "run", "--json")
     assert done.code == 0, done.err
     assert json.loads((run / "metadata.json").read_text())["id"] == record["id"]
@@ -101,7 +139,11 @@ def test_resuming_a_finished_run_changes_nothing(stack, text_file):
     assert stack("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run").code == 0
     before = (stack.folder / "run" / "metadata.json").read_bytes()
     done = stack("train", "--resume", "run", "--json")
-    assert done.code == 0 and done.json["status"] == "completed" and "nothing is left to do" in done.err
+    assert (
+        done.code == 0
+        and done.json["status"] == "completed"
+        and "nothing is left to do" in done.err
+    )
     assert (stack.folder / "run" / "metadata.json").read_bytes() == before
     with alone(stack.folder / "run", "run"):
         assert_standard(stack("train", "--resume", "run"), 2, "another run is writing to run")
@@ -114,5 +156,13 @@ def test_a_kill_between_the_last_checkpoint_and_the_record_loses_nothing(stack, 
     path.unlink()
     assert stack("train", "--resume", "run").code == 0
     after = json.loads(path.read_text())["metrics"]
-    same = ("steps", "tokens_seen", "train_loss_nats", "val_loss_nats", "val_bits_per_byte", "best_val_loss_nats", "ema_loss_nats")
+    same = (
+        "steps",
+        "tokens_seen",
+        "train_loss_nats",
+        "val_loss_nats",
+        "val_bits_per_byte",
+        "best_val_loss_nats",
+        "ema_loss_nats",
+    )
     assert {n: before[n] for n in same} == {n: after[n] for n in same}

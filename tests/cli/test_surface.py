@@ -14,13 +14,16 @@ from tests.processes import ROOT
 
 
 def test_cli_matches_the_spec():
-    assert surface() == json.loads((SPEC_DIR / "cli.json").read_text()), "python -m stack.cli.surface > spec/cli.json"
+    assert surface() == json.loads((SPEC_DIR / "cli.json").read_text()), (
+        "python -m stack.cli.surface > spec/cli.json"
+    )
 
 
 def test_every_verb_answers_help_without_torch():
     code = (
         "import sys\nfrom stack.cli.surface import surface\nimport typer, stack.cli\n"
-        "assert surface()['verbs']\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        "assert surface()['verbs']\nassert 'torch' not in sys.modules and 'numpy' not in "
+        "sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -36,7 +39,12 @@ def test_help_of_each_verb(verb):
 
 
 @pytest.mark.parametrize(
-    ("said", "next_step"), [("trian", "stack --help"), ("gates sho", "stack gates --help"), ("gates show", "stack gates show --help")]
+    ("said", "next_step"),
+    [
+        ("trian", "stack --help"),
+        ("gates sho", "stack gates --help"),
+        ("gates show", "stack gates show --help"),
+    ],
 )
 def test_a_mistyped_command_is_sent_to_help_that_there_is(said, next_step, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -45,7 +53,9 @@ def test_a_mistyped_command_is_sent_to_help_that_there_is(said, next_step, capsy
 
 
 def test_help_is_quick():
-    """The promise is half a second; counted in processor time (measured 0.2 to 0.3 s), because others share the machine."""
+    """The promise is half a second; counted in processor time (measured 0.2 to 0.3 s), because
+    others share the machine.
+    """
     assert min(_processor_s([sys.executable, "-m", "stack", "--help"]) for _ in range(3)) < 0.5
 
 

@@ -1,4 +1,6 @@
-"""`stack trace` on a .gguf file: exact weights compute what the folder computes, quantised ones are told from them."""
+"""`stack trace` on a .gguf file: exact weights compute what the folder computes,
+quantised ones are told from them.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,11 @@ from tests.export.models import stirred
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
-NAMES = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+NAMES = {
+    "embed_tokens.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 OF_LAYERS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -28,14 +34,31 @@ SHORT = ("--input-ids", "5,80,3,9,77,42,11,6,20,33")
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(3)
-    sizes = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.12, "rms_norm_eps": 1e-5}
+    sizes = {
+        "vocab_size": 101,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    sizes |= {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.12,
+        "rms_norm_eps": 1e-5,
+    }
     return stirred(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
 
 
 def pairs_apart(weight, n_heads):
-    """The order of rows in which llama.cpp keeps queries and keys: both halves of a head interleaved."""
-    return weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+    """The order of rows in which llama.cpp keeps queries and keys:
+    both halves of a head interleaved.
+    """
+    return (
+        weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, -1)
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
 
 
 def write(path, model, quantisation=None):
@@ -58,13 +81,17 @@ def write(path, model, quantisation=None):
             _, layer, rest = name.split(".", 2)
             base, _, kind = rest.rpartition(".")
             name, array = f"blk.{layer}.{OF_LAYERS[base]}.{kind}", tensor.numpy()
-            heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(OF_LAYERS[base])
+            heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(
+                OF_LAYERS[base]
+            )
             array = pairs_apart(array, heads) if heads else array
         else:
             name, array = NAMES[name], tensor.numpy()
         array = np.ascontiguousarray(array)
         if quantisation is not None and array.ndim == 2:
-            writer.add_tensor(name, gguf.quants.quantize(array, quantisation), raw_dtype=quantisation)
+            writer.add_tensor(
+                name, gguf.quants.quantize(array, quantisation), raw_dtype=quantisation
+            )
         else:
             writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -85,16 +112,36 @@ def test_exact_weights_compute_the_same_to_the_bit(stack, model, tmp_path):
     code, document = stack("trace", file, "--against", tmp_path / "folder", *SHORT)
     assert code == 0 and document["logits"]["rel_err"] == 0 and document["first_divergence"] is None
     code, document = stack("trace", file, *SHORT)
-    assert code == 0 and len(document["points"]) == 39 and document["architecture"] == "LlamaForCausalLM"
+    assert (
+        code == 0
+        and len(document["points"]) == 39
+        and document["architecture"] == "LlamaForCausalLM"
+    )
 
 
 def test_quantised_weights_are_dequantised_and_told_from_exact_ones(stack, model, tmp_path):
-    """8 bits: errors of half a percent are made at every matrix, and at none of the points between them."""
+    """8 bits: errors of half a percent are made at every matrix,
+    and at none of the points between them.
+    """
     file = write(tmp_path / "small.gguf", model, gguf.GGMLQuantizationType.Q8_0)
     model.save_pretrained(tmp_path / "folder")
     code, document = stack("trace", file, "--against", tmp_path / "folder", *SHORT)
-    assert code == 0 and 1e-3 < document["logits"]["rel_err"] < 0.05 and document["first_divergence"]["point"] == "embedding"
-    matrices = {"embedding", "q", "k", "v", "attention_out", "ffn.gate", "ffn.up", "ffn.out", "logits"}
+    assert (
+        code == 0
+        and 1e-3 < document["logits"]["rel_err"] < 0.05
+        and document["first_divergence"]["point"] == "embedding"
+    )
+    matrices = {
+        "embedding",
+        "q",
+        "k",
+        "v",
+        "attention_out",
+        "ffn.gate",
+        "ffn.up",
+        "ffn.out",
+        "logits",
+    }
     suspects = {p["slot"] for p in document["points"] if p["excess"] > 1}
     assert suspects == matrices
 

@@ -1,4 +1,6 @@
-"""Bad input and bad luck: the documented exit code, a message by the standard, the previous checkpoint intact."""
+"""Bad input and bad luck: the documented exit code, a message by the standard,
+the previous checkpoint intact.
+"""
 
 import json
 import resource
@@ -38,7 +40,9 @@ def assert_standard(done, code: int, *words: str) -> None:
 
 
 def test_unknown_key_names_the_nearest(stack):
-    assert_standard(stack("train", "--set", "optim.learning_rate=3"), 2, "optim.learning_rate", "optim.lr")
+    assert_standard(
+        stack("train", "--set", "optim.learning_rate=3"), 2, "optim.learning_rate", "optim.lr"
+    )
     assert_standard(stack("train", "--set", "train.max_step=3"), 2, "train.max_steps")
     assert_standard(stack("train", "pockets"), 2, "pocket")
 
@@ -49,9 +53,22 @@ def test_json_errors_are_one_document_on_stdout(stack):
 
 
 def test_dry_run_shows_every_override(stack):
-    done = stack("train", "--dry-run", "--json", "--set", "optim.lr=1e-3", "--set", "train.max_steps=77", "--device", "cpu")
+    done = stack(
+        "train",
+        "--dry-run",
+        "--json",
+        "--set",
+        "optim.lr=1e-3",
+        "--set",
+        "train.max_steps=77",
+        "--device",
+        "cpu",
+    )
     assert done.code == 0
-    assert done.json["config"]["optim"]["lr"] == 1e-3 and done.json["config"]["train"]["max_steps"] == 77
+    assert (
+        done.json["config"]["optim"]["lr"] == 1e-3
+        and done.json["config"]["train"]["max_steps"] == 77
+    )
     assert [o["key"] for o in done.json["overrides"]] == ["optim.lr", "train.max_steps", "device"]
 
 
@@ -69,7 +86,9 @@ def test_exhausted_corpus_with_error(stack, text_file):
 
 def test_resume_with_a_changed_learning_rate(run):
     before = (run.folder / "run" / "checkpoints" / "latest").read_text()
-    assert_standard(run("train", "--resume", "run", "--set", "optim.lr=0.5"), 2, "optim.lr", "--fork")
+    assert_standard(
+        run("train", "--resume", "run", "--set", "optim.lr=0.5"), 2, "optim.lr", "--fork"
+    )
     assert (run.folder / "run" / "checkpoints" / "latest").read_text() == before
 
 
@@ -78,7 +97,12 @@ def test_flipped_bit_in_a_checkpoint(run):
     data = bytearray(path.read_bytes())
     data[-5] ^= 0x10
     path.write_bytes(bytes(data))
-    for verb in (["train", "--resume", "run"], ["evaluate", "run"], ["sample", "run"], ["inspect", "run"]):
+    for verb in (
+        ["train", "--resume", "run"],
+        ["evaluate", "run"],
+        ["sample", "run"],
+        ["inspect", "run"],
+    ):
         assert_standard(run(*verb), 5, "model.safetensors")
     assert run("inspect", "run/checkpoints/step-00000016", "--json").json["checksum"] == "VALID"
 
@@ -88,7 +112,9 @@ def test_pickle_offered_as_checkpoint(run):
 
     (run.folder / "weights.pt").write_bytes(pickle.dumps({"a": 1}))
     assert_standard(run("evaluate", "weights.pt"), 5, "pickle")
-    (run.folder / "run" / "checkpoints" / "step-00000024" / "model.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    (run.folder / "run" / "checkpoints" / "step-00000024" / "model.safetensors").write_bytes(
+        pickle.dumps({"a": 1})
+    )
     assert_standard(run("evaluate", "run"), 5)
 
 
@@ -96,7 +122,9 @@ def test_another_tokenizer_at_evaluation(run, text_file):
     from stack.config import BpeTokenizer
     from stack.data.tokenizer import make_tokenizer
 
-    other = make_tokenizer(BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40)
+    other = make_tokenizer(
+        BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40
+    )
     other.save(run.folder / "other.json")
     assert_standard(run("evaluate", "run", "--tokenizer", "other.json"), 3, "tokenizer")
 
@@ -107,7 +135,9 @@ def test_truncated_shard(stack, text_file, tmp_path):
     shard = next((tmp_path / "cache").rglob("train-*.safetensors"))
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-64])
-    assert_standard(private("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "b"), 3, "train-")
+    assert_standard(
+        private("train", *tiny(text_file, train__max_steps="9"), "--run-dir", "b"), 3, "train-"
+    )
 
 
 FULL = """
@@ -126,24 +156,46 @@ del sys.argv[1:3]
 
 
 @pytest.mark.parametrize(
-    ("when", "n_bytes", "steps"), [("at the start", 100_000, 0), ("at the first save", 100_000, 3), ("at the first save", 20_000, 3)]
+    ("when", "n_bytes", "steps"),
+    [
+        ("at the start", 100_000, 0),
+        ("at the first save", 100_000, 3),
+        ("at the first save", 20_000, 3),
+    ],
 )
 def test_full_disk_during_a_save(run, text_file, when, n_bytes, steps):
-    """The kernel refuses to let any file grow beyond a size: every checkpoint write fails as on a full disk; at 20 kB the record's too."""
+    """The kernel refuses to let any file grow beyond a size: every checkpoint write fails as on a
+    full disk; at 20 kB the record's too.
+    """
     latest = (run.folder / "run" / "checkpoints" / "latest").read_text()
     sets = tiny(text_file, **{"checkpoint__every": "3", "train__max_steps": "9"})
-    done = run(when, str(n_bytes), "train", *sets, "--run-dir", "full", code=FULL + (NO_PREFLIGHT if steps else STACK))
+    done = run(
+        when,
+        str(n_bytes),
+        "train",
+        *sets,
+        "--run-dir",
+        "full",
+        code=FULL + (NO_PREFLIGHT if steps else STACK),
+    )
     assert done.code == 5, done.err
     assert "could not be written" in done.err and "Traceback" not in done.err
     full, series = run.folder / "full", run.folder / "full" / "metrics.jsonl"
-    assert not list(full.glob("checkpoints/step-*")) and (series.read_bytes().count(b"\n") if series.is_file() else 0) == steps
-    assert n_bytes < 100_000 or json.loads((full / "metadata.json").read_text())["status"] == "failed"
+    assert (
+        not list(full.glob("checkpoints/step-*"))
+        and (series.read_bytes().count(b"\n") if series.is_file() else 0) == steps
+    )
+    assert (
+        n_bytes < 100_000 or json.loads((full / "metadata.json").read_text())["status"] == "failed"
+    )
     assert (run.folder / "run" / "checkpoints" / "latest").read_text() == latest
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
 def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
-    """Halted at the very step, exit code 4, the record names the gate, the checkpoint of before is good."""
+    """Halted at the very step, exit code 4, the record names the gate,
+    the checkpoint of before is good.
+    """
     code = (
         "import sys; from stack.museum.plant import load_museum; from stack.cli import main\n"
         "with load_museum()['runtime.nan-in-a-weight'].apply(): main(sys.argv[1:])"
@@ -155,33 +207,78 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
     assert done.code == 4, done.err
     record = json.loads((tmp_path / "run" / "metadata.json").read_text())
     finite = next(g for g in record["gates"] if g["id"] == "runtime.finite")
-    assert record["status"] == "halted" and finite["verdict"] == "fail" and finite["first_failure_step"] == 7
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert (
+        record["status"] == "halted"
+        and finite["verdict"] == "fail"
+        and finite["first_failure_step"] == 7
+    )
+    events = [
+        json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    ]
     assert any(e["event"] == "nonfinite" and e["parameters"] for e in events)
     assert stack("inspect", "run", "--json").json["step"] == 6
 
 
 @pytest.mark.parametrize(("level", "code"), [("off", 0), ("full", 0), ("some", 2)])
 def test_contract_levels(stack, text_file, level, code):
-    """Conditions on public functions can be switched off or read whole tensors; another word is refused. Read at import."""
-    command = [sys.executable, "-m", "stack", "train", *tiny(text_file, train__max_steps="9"), "--run-dir", "run"]
-    environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240)
+    """Conditions on public functions can be switched off or read whole tensors;
+    another word is refused. Read at import.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "stack",
+        "train",
+        *tiny(text_file, train__max_steps="9"),
+        "--run-dir",
+        "run",
+    ]
+    environment = stack.environment | {
+        "STACK_CONTRACTS": level,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == code, done.stderr
-    assert code or json.loads((stack.folder / "run/metadata.json").read_text())["environment"]["contracts_level"] == level
+    assert (
+        code
+        or json.loads((stack.folder / "run/metadata.json").read_text())["environment"][
+            "contracts_level"
+        ]
+        == level
+    )
 
 
 def test_run_directory_is_never_overwritten(run, text_file):
     assert_standard(run("train", *tiny(text_file), "--run-dir", "run"), 2, "already holds a run")
 
 
-def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_record(stack, text_file):
+def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_record(
+    stack, text_file
+):
     large = {"model__d_ff": "1024", "data__split__validation_frac": "0.8"}
-    large = tiny(text_file, **large, train__max_steps="2", schedule__warmup_steps="1", sample__every="2")
+    large = tiny(
+        text_file, **large, train__max_steps="2", schedule__warmup_steps="1", sample__every="2"
+    )
     refused = stack("train", *large, "--run-dir", "refused")
     assert_standard(refused, 4, "data.corpus-budget", "unique tokens for")
-    waiver = 'gates.waive=[{id="data.corpus-budget", reason="a test of the waiver", expires="2999-01-01"}]'
-    assert stack("train", *large, "--set", waiver.replace("a test of the waiver", ""), "--run-dir", "bare").code == 2
+    waiver = (
+        'gates.waive=[{id="data.corpus-budget", reason="a test of the waiver", '
+        'expires="2999-01-01"}]'
+    )
+    assert (
+        stack(
+            "train",
+            *large,
+            "--set",
+            waiver.replace("a test of the waiver", ""),
+            "--run-dir",
+            "bare",
+        ).code
+        == 2
+    )
     done = stack("train", *large, "--set", waiver, "--run-dir", "waived", "--json")
     assert done.code == 0, done.err
     record = json.loads((stack.folder / "waived" / "metadata.json").read_text())

@@ -1,4 +1,6 @@
-"""A gate is asked about the past: first fire, and the steps and hours that stopping there would have saved."""
+"""A gate is asked about the past: first fire, and the steps and hours that
+stopping there would have saved.
+"""
 
 import json
 
@@ -7,8 +9,16 @@ import pytest
 from contracts.backtest import REPLAYABLE, replay
 from spec.errors import ConfigError, DataError
 
-COLLAPSED = ["region " * 8, "''''' ''''' '' ''' '' ''' '''?' ''' ' '' '' '", "games, " * 6, "Budy " * 9]
-HEALTHY = "The Fourier transform decomposes signals into frequency components, allowing analysis of signal characteristics."
+COLLAPSED = [
+    "region " * 8,
+    "''''' ''''' '' ''' '' ''' '''?' ''' ' '' '' '",
+    "games, " * 6,
+    "Budy " * 9,
+]
+HEALTHY = (
+    "The Fourier transform decomposes signals into frequency components, allowing analysis of "
+    "signal characteristics."
+)
 
 
 def log_of(tmp_path, lines):
@@ -18,22 +28,51 @@ def log_of(tmp_path, lines):
 
 
 def test_the_founding_run_would_have_been_stopped_ten_days_earlier(tmp_path):
-    """The founding note ANDREA-120M: collapsed from step 80,000 on, seen at 165,000. One sample every 200 steps here."""
-    lines = [{"step": s, "text": HEALTHY if s < 80_000 else COLLAPSED[s // 200 % 4]} for s in range(79_000, 165_001, 200)]
+    """The founding note ANDREA-120M: collapsed from step 80,000 on, seen at 165,000.
+    One sample every 200 steps here.
+    """
+    lines = [
+        {"step": s, "text": HEALTHY if s < 80_000 else COLLAPSED[s // 200 % 4]}
+        for s in range(79_000, 165_001, 200)
+    ]
     found = replay("sampling.coherence", log_of(tmp_path, lines), seconds_per_step=10.0)
     assert found["first_fire_step"] == 80_800, "the fifth bad sample, not the fourth"
-    assert found["saved_steps"] == 84_200 and found["saved_s"] == 842_000.0 and found["saved_frac"] == pytest.approx(84_200 / 165_000)
+    assert (
+        found["saved_steps"] == 84_200
+        and found["saved_s"] == 842_000.0
+        and found["saved_frac"] == pytest.approx(84_200 / 165_000)
+    )
 
 
 def test_time_saved_is_told_by_the_speed_of_the_lines(tmp_path):
-    lines = [{"step": s, "loss_nats": 2.0 + s / 100 * (s < 3), "tokens_seen": 100 * s, "tokens_per_s": 50.0} for s in range(1, 11)]
+    lines = [
+        {
+            "step": s,
+            "loss_nats": 2.0 + s / 100 * (s < 3),
+            "tokens_seen": 100 * s,
+            "tokens_per_s": 50.0,
+        }
+        for s in range(1, 11)
+    ]
     found = replay("runtime.loss-not-constant", log_of(tmp_path, lines))
-    assert found["first_fire_step"] == 5 and found["saved_steps"] == 5 and found["saved_s"] == pytest.approx(10.0)
+    assert (
+        found["first_fire_step"] == 5
+        and found["saved_steps"] == 5
+        and found["saved_s"] == pytest.approx(10.0)
+    )
 
 
 def test_a_log_that_is_green_saves_nothing(tmp_path):
-    found = replay("sampling.coherence", log_of(tmp_path, [{"step": s, "text": HEALTHY} for s in range(9)]))
-    assert found == found | {"first_fire_step": None, "fires": 0, "saved_steps": 0, "saved_frac": 0.0, "saved_s": None}
+    found = replay(
+        "sampling.coherence", log_of(tmp_path, [{"step": s, "text": HEALTHY} for s in range(9)])
+    )
+    assert found == found | {
+        "first_fire_step": None,
+        "fires": 0,
+        "saved_steps": 0,
+        "saved_frac": 0.0,
+        "saved_s": None,
+    }
 
 
 def red_line(key, n):
@@ -41,11 +80,17 @@ def red_line(key, n):
         "text": {"text": "so it is and " * 30},
         "loss_nats": {"loss_nats": float("nan") if n == 5 else 3.0, "grad_norm": 1.0},
         "tokens_per_s": {"tokens_per_s": 1e9 if n == 90 else 100.0},
-        "val_loss_nats": {"val_loss_nats": 3.0 if n < 50 else 3.0 + n, "ema_loss_nats": 3.0 - n / 100},
+        "val_loss_nats": {
+            "val_loss_nats": 3.0 if n < 50 else 3.0 + n,
+            "ema_loss_nats": 3.0 - n / 100,
+        },
     }[key]
 
 
-@pytest.mark.parametrize("gate_id", sorted(set(REPLAYABLE) - {"sampling.dominance", "runtime.trend", "runtime.loss-spike"}))
+@pytest.mark.parametrize(
+    "gate_id",
+    sorted(set(REPLAYABLE) - {"sampling.dominance", "runtime.trend", "runtime.loss-spike"}),
+)
 def test_every_gate_that_can_be_replayed_fires_on_a_log_that_is_red(tmp_path, gate_id):
     lines = [{"step": n} | red_line(REPLAYABLE[gate_id], n) for n in range(1, 100)]
     assert replay(gate_id, log_of(tmp_path, lines))["first_fire_step"] is not None
@@ -54,12 +99,18 @@ def test_every_gate_that_can_be_replayed_fires_on_a_log_that_is_red(tmp_path, ga
 @pytest.mark.parametrize("gate_id", ["runtime.trend", "runtime.loss-spike"])
 def test_a_loss_that_climbs_is_seen_in_a_log(tmp_path, gate_id):
     jump = {"runtime.trend": 0.02, "runtime.loss-spike": 2.0}[gate_id]
-    lines = [{"step": n, "loss_nats": 3.0 + n % 7 / 100 + max(0, n - 200) * jump, "grad_norm": 1.0} for n in range(1, 400)]
+    lines = [
+        {"step": n, "loss_nats": 3.0 + n % 7 / 100 + max(0, n - 200) * jump, "grad_norm": 1.0}
+        for n in range(1, 400)
+    ]
     assert replay(gate_id, log_of(tmp_path, lines))["first_fire_step"] > 200
 
 
 def test_one_word_everywhere_is_seen_in_a_log(tmp_path):
-    lines = [{"step": n, "text": " the ".join("river stone window letter garden morning".split() * 3)} for n in range(1, 8)]
+    lines = [
+        {"step": n, "text": " the ".join("river stone window letter garden morning".split() * 3)}
+        for n in range(1, 8)
+    ]
     assert replay("sampling.dominance", log_of(tmp_path, lines))["first_fire_step"] == 5
 
 

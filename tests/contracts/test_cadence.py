@@ -38,11 +38,15 @@ def make(spec) -> Cadence:
 
 
 def drawn(step: int) -> BatchDrawn:
-    return BatchDrawn(step=step, cursor_before=0, cursor_after=1, sample_ids=(0,), epoch=0, n_tokens=1)
+    return BatchDrawn(
+        step=step, cursor_before=0, cursor_after=1, sample_ids=(0,), epoch=0, n_tokens=1
+    )
 
 
 def play(check, steps, *, without: str = "") -> int | None:
-    """The step at which a loop like that of `stack train` turns red, in which one kind of event is missing."""
+    """The step at which a loop like that of `stack train` turns red,
+    in which one kind of event is missing.
+    """
     for step in steps:
         shown = [drawn(step), step_taken(step=step)]
         shown += [Evaluated(step, 1.0, 1.0, (1.0,), "h", None, 2.0)] if step % 10 == 0 else []
@@ -55,7 +59,15 @@ def play(check, steps, *, without: str = "") -> int | None:
     return None
 
 
-RED_WITHOUT = {"": None, "Evaluated": 11, "Sampled": 6, "Saved": 21, "Recomputed": 26, "StepTaken": 2, "BatchDrawn": 2}
+RED_WITHOUT = {
+    "": None,
+    "Evaluated": 11,
+    "Sampled": 6,
+    "Saved": 21,
+    "Recomputed": 26,
+    "StepTaken": 2,
+    "BatchDrawn": 2,
+}
 
 
 @pytest.mark.parametrize(("without", "red_at"), RED_WITHOUT.items())
@@ -67,15 +79,21 @@ def test_a_gap_beyond_the_declared_interval_is_red_at_its_step(spec, without, re
 
 @pytest.mark.parametrize("key", ["sampled", "evaluated", "saved", "recomputed"])
 def test_an_interval_that_disables_a_monitor_is_red_before_step_one(spec, key):
-    """At the limit it passes, one step beyond it is red, however short the run. A run shorter than an allowed interval looks at its end."""
+    """At the limit it passes, one step beyond it is red, however short the run.
+    A run shorter than an allowed interval looks at its end.
+    """
     name, limit = key.capitalize(), int(spec.gates[GATE].limits[f"{key}_gap_steps_max"].value)
     assert make(spec).observe(started(max_steps=10**6, **{name: (limit, "k")})).passed
     beyond = make(spec).observe(started(max_steps=10**6, **{name: (limit + 1, "the.key")}))
     assert not beyond.passed and "the.key" in beyond.message and str(limit) in beyond.message
     assert not make(spec).observe(started(max_steps=30, **{name: (limit + 1, "k")})).passed
     assert make(spec).observe(started(max_steps=30, **{name: (31, "k")})).passed
-    both = make(spec).observe(started(Evaluated=(10**6, "eval.every"), Sampled=(10**6, "sample.every")))
-    assert "eval.every is 1000000" in both.message and "sample.every is 1000000" in both.message, "all are told at once"
+    both = make(spec).observe(
+        started(Evaluated=(10**6, "eval.every"), Sampled=(10**6, "sample.every"))
+    )
+    assert "eval.every is 1000000" in both.message and "sample.every is 1000000" in both.message, (
+        "all are told at once"
+    )
 
 
 def test_the_last_step_is_looked_at(spec):
@@ -90,7 +108,9 @@ def test_the_last_step_is_looked_at(spec):
 
 
 def test_an_interval_that_is_not_declared_is_red(spec):
-    verdict = make(spec).observe(Started(step=0, plan={"max_steps": 100, "intervals": {"Evaluated": EVERY["Evaluated"]}}))
+    verdict = make(spec).observe(
+        Started(step=0, plan={"max_steps": 100, "intervals": {"Evaluated": EVERY["Evaluated"]}})
+    )
     assert not verdict.passed and "Sampled" in verdict.message
 
 
@@ -104,37 +124,57 @@ def test_clocks_go_on_over_a_resume_and_start_afresh_where_an_interval_was_chang
     assert play(resumed, range(14, 61), without="Sampled") == 16, "the last sample was at step 10"
     forked.load_state_dict(saved)
     forked.observe(started(step=13, Sampled=(2, "sample.every")))
-    assert all(forked.observe(event(step)).passed for step in (14, 15) for event in (drawn, lambda n: step_taken(step=n)))
-    assert forked.observe(drawn(16)).measured["monitor"] == "Sampled", "13 + 2 steps are over, not 10 + 2"
+    assert all(
+        forked.observe(event(step)).passed
+        for step in (14, 15)
+        for event in (drawn, lambda n: step_taken(step=n))
+    )
+    assert forked.observe(drawn(16)).measured["monitor"] == "Sampled", (
+        "13 + 2 steps are over, not 10 + 2"
+    )
 
 
 def test_every_recipe_keeps_the_cadence(spec):
     for cfg in [make_cfg() for make_cfg in RECIPES.values()] + [depth(n) for n in (1, 3, 8, 24)]:
-        intervals = {"Evaluated": cfg.eval.every, "Sampled": cfg.sample.every, "Saved": cfg.checkpoint.every}
+        intervals = {
+            "Evaluated": cfg.eval.every,
+            "Sampled": cfg.sample.every,
+            "Saved": cfg.checkpoint.every,
+        }
         intervals["Recomputed"] = cfg.train.recompute_every
-        verdict = make(spec).observe(started(max_steps=cfg.train.max_steps, **{k: (v, k) for k, v in intervals.items()}))
+        verdict = make(spec).observe(
+            started(max_steps=cfg.train.max_steps, **{k: (v, k) for k, v in intervals.items()})
+        )
         assert verdict.passed, (cfg.recipe, verdict.message)
 
 
 @pytest.fixture
 def cfg(museum_folder):
     base = museum_config(museum_folder)
-    return base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14}), "stop": NeverStop()})
+    return base.model_copy(
+        update={"train": base.train.model_copy(update={"max_steps": 14}), "stop": NeverStop()}
+    )
 
 
 @pytest.mark.parametrize(
     ("plant", "step"),
-    [("runtime.monitor-on-another-runner", 3), ("runtime.evaluation-never-called", 8), ("runtime.interval-beyond-the-end", 0)],
+    [
+        ("runtime.monitor-on-another-runner", 3),
+        ("runtime.evaluation-never-called", 8),
+        ("runtime.interval-beyond-the-end", 0),
+    ],
 )
 def test_plants_are_seen_at_the_first_missed_look(cfg, tmp_path, plant, step):
     with load_museum()[plant].apply(), pytest.raises(GateFailed, match=GATE) as caught:
         session.start(cfg, (), tmp_path / "run", Listener(), only=(GATE,))
     record = caught.value.record
     assert record.status == "halted" and record.gates[0].first_failure_step == step
-    assert (tmp_path / "run" / "metrics.jsonl").exists() is (step > 0), "a declared gap is refused before step 1"
+    assert (tmp_path / "run" / "metrics.jsonl").exists() is (step > 0), (
+        "a declared gap is refused before step 1"
+    )
 
 
-# --- runners --------------------------------------------------------------------------------------------------------
+# --- runners --------------------------------------------------------------------------------------
 
 
 def test_every_runner_feeds_every_gate_of_its_kind(spec):
@@ -148,13 +188,19 @@ def test_every_runner_feeds_every_gate_of_its_kind(spec):
 def test_what_a_runner_says_is_held_against_what_its_files_do(spec):
     train = runners.load_runners()["train"]
     loop_alone = train.model_copy(update={"files": ("stack/train/loop.py",)})
-    assert ("sampling.coherence", "it is to announce Sampled, and none of its files shows one to the Gatekeeper") in runners.unfed(
-        spec, loop_alone
+    assert (
+        "sampling.coherence",
+        "it is to announce Sampled, and none of its files shows one to the Gatekeeper",
+    ) in runners.unfed(spec, loop_alone)
+    mute = train.model_copy(
+        update={"announces": tuple(e for e in train.announces if e != "Evaluated")}
     )
-    mute = train.model_copy(update={"announces": tuple(e for e in train.announces if e != "Evaluated")})
     assert ("evaluation.divergence", "it does not announce Evaluated") in runners.unfed(spec, mute)
     bare = train.model_copy(update={"ingredients": ()})
-    assert any(gate == "loss.golden" and "none of its files makes" in why for gate, why in runners.unfed(spec, bare))
+    assert any(
+        gate == "loss.golden" and "none of its files makes" in why
+        for gate, why in runners.unfed(spec, bare)
+    )
 
 
 def test_a_runner_that_cannot_feed_a_gate_does_not_start(spec, monkeypatch):
@@ -166,8 +212,12 @@ def test_a_runner_that_cannot_feed_a_gate_does_not_start(spec, monkeypatch):
         ("Evaluated", "evaluation.divergence"),
         ("StepTaken", "curriculum.gradient-shock"),
     ):
-        mute = known["train"].model_copy(update={"announces": tuple(e for e in known["train"].announces if e != event)})
-        monkeypatch.setattr("contracts.keeper.load_runners", lambda root, mute=mute: known | {"train": mute})
+        mute = known["train"].model_copy(
+            update={"announces": tuple(e for e in known["train"].announces if e != event)}
+        )
+        monkeypatch.setattr(
+            "contracts.keeper.load_runners", lambda root, mute=mute: known | {"train": mute}
+        )
         for only in (None, (gate,)):
             with pytest.raises(GateFailed, match=f"announces no {event}") as caught:
                 Gatekeeper(spec, kind="train", only=only)
@@ -188,10 +238,14 @@ def test_a_gate_that_never_looked_can_neither_pass_nor_fail():
     for verdict in ("pass", "fail"):
         with pytest.raises(ValueError, match="never looked"):
             GateResult.model_validate(said | {"verdict": verdict, "checks": 0})
-    assert GateResult.model_validate(said | {"verdict": "not_run", "checks": 0}).verdict == "not_run"
+    assert (
+        GateResult.model_validate(said | {"verdict": "not_run", "checks": 0}).verdict == "not_run"
+    )
 
 
-def test_a_monitor_that_falls_silent_in_the_middle_is_seen_although_it_has_a_heartbeat(cfg, tmp_path, monkeypatch):
+def test_a_monitor_that_falls_silent_in_the_middle_is_seen_although_it_has_a_heartbeat(
+    cfg, tmp_path, monkeypatch
+):
     from stack.train.run import Run
 
     original = Run.sample

@@ -14,7 +14,11 @@ from stack.train.state import build_state
 def saved(small_cfg, dataset, ingredients, tmp_path):
     state = build_state(micro(small_cfg), dataset, torch.device("cpu"))
     live = live_crc32(state)
-    return {"checkpoint_dir": ingredients["save_state"](state, tmp_path), "live_crc32": live, "expected_step": 0}
+    return {
+        "checkpoint_dir": ingredients["save_state"](state, tmp_path),
+        "live_crc32": live,
+        "expected_step": 0,
+    }
 
 
 def test_contract_is_green_on_a_real_save(spec, saved):
@@ -31,7 +35,10 @@ def test_contract_is_red_on_one_flipped_bit(spec, saved):
 
 
 def test_contract_is_red_on_a_stranger_and_on_a_wrong_step(spec, saved):
-    assert call_check(spec.gates["checkpoint.contract"], saved | {"expected_step": 1}).outcome == "fail"
+    assert (
+        call_check(spec.gates["checkpoint.contract"], saved | {"expected_step": 1}).outcome
+        == "fail"
+    )
     (saved["checkpoint_dir"] / "optimizer.pt").write_bytes(b"PK\x03\x04")
     assert "optimizer.pt" in call_check(spec.gates["checkpoint.contract"], saved).message
 
@@ -49,11 +56,18 @@ def test_resume_equivalence_is_green_on_the_stack(spec, ingredients):
 
 
 @pytest.mark.parametrize(
-    "plant_id", [p for p in load_museum() if p.startswith("checkpoint.") and load_museum()[p].gate == "checkpoint.resume-equivalence"]
+    "plant_id",
+    [
+        p
+        for p in load_museum()
+        if p.startswith("checkpoint.") and load_museum()[p].gate == "checkpoint.resume-equivalence"
+    ],
 )
 def test_resume_equivalence_sees_each_lost_part(spec, ingredients, plant_id):
     with load_museum()[plant_id].apply():
-        assert call_check(spec.gates["checkpoint.resume-equivalence"], ingredients).outcome == "fail"
+        assert (
+            call_check(spec.gates["checkpoint.resume-equivalence"], ingredients).outcome == "fail"
+        )
 
 
 def test_digest_holds_every_number_of_every_group(small_cfg, dataset):
@@ -68,5 +82,13 @@ def test_digest_holds_every_number_of_every_group(small_cfg, dataset):
     before = digest(state)
     for group in state.optimizer.param_groups:
         group["weight_decay"] += 0.5
-        assert digest(state)[f"optim.{group['name']}.weight_decay"] != before[f"optim.{group['name']}.weight_decay"]
-    assert {"optim.muon.momentum", "optim.decay.betas", "optim.no-decay.lr", "optim.muon.peak_lr"} <= before.keys()
+        assert (
+            digest(state)[f"optim.{group['name']}.weight_decay"]
+            != before[f"optim.{group['name']}.weight_decay"]
+        )
+    assert {
+        "optim.muon.momentum",
+        "optim.decay.betas",
+        "optim.no-decay.lr",
+        "optim.muon.peak_lr",
+    } <= before.keys()

@@ -1,4 +1,6 @@
-"""What a run says is watched: scores tell writing from loops, and the gates halt at the fifth bad sample, not the fourth."""
+"""What a run says is watched: scores tell writing from loops,
+and the gates halt at the fifth bad sample, not the fourth.
+"""
 
 import json
 import pydoc_data.topics
@@ -14,7 +16,8 @@ from stack.museum.plant import load_museum
 from stack.train import run
 from tests.contracts.test_optim import step_taken
 
-# the founding note ANDREA-120M and the founding note tinygpt validation: text, whether it is coherent
+# the founding note ANDREA-120M and the founding note tinygpt validation: text,
+# whether it is coherent
 SEED_SAMPLES = [
     ("region region region region region region region region", False),
     ("''''' ''''' '' ''' '' ''' '''?' ''' ' '' '' '", False),
@@ -22,15 +25,18 @@ SEED_SAMPLES = [
     ("Budy Budy Budy Budy Budy Budy Budy Budy Budy", False),
     ("black spider montano is alive, carolina parakeet is extinct.", True),
     (
-        "The Fourier transform decomposes signals into frequency components, allowing analysis of signal characteristics & filtering "
-        "in the frequency domain.",
+        "The Fourier transform decomposes signals into frequency components, allowing analysis of "
+        "signal characteristics & filtering in the frequency domain.",
         True,
     ),
     ("Rain's rhythmic refrain, Rivulets on the window, Respite from life's pain.", True),
-    ("Use pip list --outdated names to see the pip packages list in your project management...", True),
     (
-        "Once upon a time, has a last, for what it over the the kids and I 2. the guide's areas at the we have place, a biodiversity "
-        "healthy has information and the kind of routine.",
+        "Use pip list --outdated names to see the pip packages list in your project management...",
+        True,
+    ),
+    (
+        "Once upon a time, has a last, for what it over the the kids and I 2. the guide's areas "
+        "at the we have place, a biodiversity healthy has information and the kind of routine.",
         True,
     ),
 ]
@@ -77,9 +83,15 @@ def test_loops_score_low_in_every_language(text, language):
 
 SENTENCES = {
     "nine words": "The old keeper walked slowly along the quiet shore.",
-    "twenty words": "In the early morning the baker opens his shop at the corner and puts forty loaves of bread into the window.",
-    "a paragraph": "When a request is made, the name is looked up in the table of the module. If it is not there, the parent is asked "
-    "and so on until the root has been reached. Only then an error is raised that holds the name, and whoever asked may catch it.",
+    "twenty words": (
+        "In the early morning the baker opens his shop at the corner and puts forty loaves of "
+        "bread into the window."
+    ),
+    "a paragraph": (
+        "When a request is made, the name is looked up in the table of the module. If it is not "
+        "there, the parent is asked and so on until the root has been reached. Only then an error "
+        "is raised that holds the name, and whoever asked may catch it."
+    ),
 }
 
 
@@ -95,21 +107,35 @@ def test_a_passage_said_again_and_again_scores_low(text, language):
 def test_a_loop_at_the_end_is_measured():
     tail = "and so it goes on "
     parts = coherence(SENTENCES["a paragraph"] + " " + tail * 10).parts
-    assert parts["loop_frac"] == pytest.approx(50 / (len(SENTENCES["a paragraph"].split()) + 50), abs=0.01)
-    assert coherence(SENTENCES["a paragraph"] + " " + tail * 2).parts["loop_frac"] == 0.0, "twice is no loop"
-    assert looping_end("a b c a b c a b c".split()) == 1.0 and looping_end("a b c a b c a b".split()) == 0.0
+    assert parts["loop_frac"] == pytest.approx(
+        50 / (len(SENTENCES["a paragraph"].split()) + 50), abs=0.01
+    )
+    assert coherence(SENTENCES["a paragraph"] + " " + tail * 2).parts["loop_frac"] == 0.0, (
+        "twice is no loop"
+    )
+    assert (
+        looping_end("a b c a b c a b c".split()) == 1.0
+        and looping_end("a b c a b c a b".split()) == 0.0
+    )
 
 
 def test_loops_sees_the_end_of_a_sample(spec):
     check = Loops(limits_of(spec.gates["sampling.loops"]))
     assert check.observe(Started(step=0, plan={"warmup_steps": 5})) is None
     half = SENTENCES["nine words"] + " and so on" * 12
-    assert check.observe(sampled(4, half)).passed and check.observe(sampled(5, half)).passed, "the warm-up does not count"
-    assert check.observe(sampled(6, half)).passed and check.observe(sampled(7, half)).passed, "two are none"
+    assert check.observe(sampled(4, half)).passed and check.observe(sampled(5, half)).passed, (
+        "the warm-up does not count"
+    )
+    assert check.observe(sampled(6, half)).passed and check.observe(sampled(7, half)).passed, (
+        "two are none"
+    )
     assert not check.observe(sampled(8, half)).passed
     assert not check.observe(sampled(9, "abcdefgh" * 40)).passed, "without a blank zlib sees it"
     assert check.observe(sampled(10, SENTENCES["a paragraph"])).passed
-    assert check.observe(sampled(11, "no no no")).passed and check.observe(sampled(12, "no no no")).passed
+    assert (
+        check.observe(sampled(11, "no no no")).passed
+        and check.observe(sampled(12, "no no no")).passed
+    )
     resumed = Loops(limits_of(spec.gates["sampling.loops"]))
     resumed.load_state_dict(json.loads(json.dumps(check.state_dict())))
     assert resumed.observe(sampled(13, "no no no")).outcome == "fail", "over a resume"
@@ -130,9 +156,18 @@ def test_ornaments_nobody_has_listed_score_low(symbols, language):
 
 
 OTHERS = {
-    "German": "Am frühen Morgen öffnet der Bäcker seinen Laden an der Ecke und legt vierzig Brote ins Fenster, bevor die Leute kommen.",
-    "Russian": "Рано утром пекарь открывает лавку на углу и кладёт сорок хлебов в окно, прежде чем придут первые покупатели из деревни.",
-    "Chinese": "清晨面包师打开街角的店铺，把四十个面包放进橱窗，然后等待第一批从村里来的顾客，他们每天都在同一时间出现，带着零钱和新闻。",
+    "German": (
+        "Am frühen Morgen öffnet der Bäcker seinen Laden an der Ecke und legt vierzig Brote ins "
+        "Fenster, bevor die Leute kommen."
+    ),
+    "Russian": (
+        "Рано утром пекарь открывает лавку на углу и кладёт сорок хлебов в окно, прежде чем "
+        "придут первые покупатели из деревни."
+    ),
+    "Chinese": (
+        "清晨面包师打开街角的店铺，把四十个面包放进橱窗，然后等待第一批从村里来的顾客，"
+        "他们每天都在同一时间出现，带着零钱和新闻。"
+    ),
 }
 
 
@@ -144,12 +179,18 @@ def test_other_languages_have_a_language_to_be_declared_as(text):
 
 
 def test_program_text_scores_high_as_code():
-    source = "def add(a, b):\n    total = a + b\n    return total\n\nfor name, value in sorted(table.items()):\n    print(name, value)\n"
+    source = (
+        "def add(a, b):\n    total = a + b\n    return total\n\nfor name, value in "
+        "sorted(table.items()):\n    print(name, value)\n"
+    )
     assert coherence(source, "code").score >= 90
 
 
 def test_untrained_and_early_text_is_not_called_a_loop():
-    early = " the,\n of the s to a in . thating and re is forer the on, of it be\n an as ( con or `the` ed with st"
+    early = (
+        " the,\n of the s to a in . thating and re is forer the on, of it be\n an as ( con or "
+        "`the` ed with st"
+    )
     assert coherence(early).score >= 60
     draw = torch.Generator().manual_seed(0)
     noise = "".join(chr(32 + int(i)) for i in torch.randint(0, 95, (200,), generator=draw))
@@ -191,13 +232,25 @@ def test_back_test_on_seed_004_fires_at_the_fifth_collapsed_sample(spec):
 
 
 def test_a_loss_that_looks_well_does_not_hide_collapsed_samples(spec):
-    """The founding run in small: from guessing, 9.04 nats, to 3.23, while samples collapse. Every gate of the loss is green to the end."""
-    keeper = Gatekeeper(spec, only=["runtime.loss-spike", "runtime.trend", "runtime.loss-not-constant", "sampling.coherence"])
+    """The founding run in small: from guessing, 9.04 nats, to 3.23, while samples collapse.
+    Every gate of the loss is green to the end.
+    """
+    keeper = Gatekeeper(
+        spec,
+        only=[
+            "runtime.loss-spike",
+            "runtime.trend",
+            "runtime.loss-not-constant",
+            "sampling.coherence",
+        ],
+    )
     keeper.observe(Started(step=0, plan={"random_loss_nats": 9.04, "warmup_steps": 5}))
     loops = ["region " * 40, "games, " * 40, "Budy " * 40, BAD, BAD]
     with pytest.raises(GateFailed, match=r"sampling\.coherence"):
         for step in range(1, 601):
-            keeper.observe(step_taken(step=step, loss_nats=3.23 + 5.81 * 0.99**step + 0.01 * (step % 7)))
+            keeper.observe(
+                step_taken(step=step, loss_nats=3.23 + 5.81 * 0.99**step + 0.01 * (step % 7))
+            )
             if step >= 100 and step % 100 == 0:
                 keeper.observe(sampled(step, loops[step // 100 - 1]))
     assert step == 500
@@ -215,8 +268,17 @@ def test_coherence_plant_loops(spec, ingredients, dataset):
     with load_museum()["sampling.monitor-blind"].apply():
         for step in range(5):
             draw = torch.Generator().manual_seed(step)
-            ids = run.generate(model, [dataset.tokenizer.eos_id], max_new_tokens=48, temperature=0.8, top_k=50, generator=draw)
-            verdicts.append(check.observe(Sampled(step=step, text=dataset.tokenizer.decode(ids))).outcome)
+            ids = run.generate(
+                model,
+                [dataset.tokenizer.eos_id],
+                max_new_tokens=48,
+                temperature=0.8,
+                top_k=50,
+                generator=draw,
+            )
+            verdicts.append(
+                check.observe(Sampled(step=step, text=dataset.tokenizer.decode(ids))).outcome
+            )
     assert verdicts == ["pass"] * 4 + ["fail"]
     assert check.state_dict() == {"low": 5}
 
@@ -231,18 +293,26 @@ def test_dominance_warns_at_the_first_and_halts_at_the_fifth_sample(spec):
     watch.observe(Started(step=0, plan={"warmup_steps": 10}))
     words = "river stone window letter garden morning winter table".split()
     one_word = " the ".join(words * 3)
-    assert all(watch.observe(sampled(s, one_word)).outcome == "pass" for s in range(1, 11)), "the warm-up does not count"
+    assert all(watch.observe(sampled(s, one_word)).outcome == "pass" for s in range(1, 11)), (
+        "the warm-up does not count"
+    )
     verdicts = [watch.observe(sampled(s, one_word)) for s in range(11, 16)]
     assert [v.outcome for v in verdicts] == ["pass"] * 4 + ["fail"]
     assert all("'the' is 49% of the words" in v.message for v in verdicts), "each is a warning"
     good = watch.observe(sampled(16, " ".join(words * 3)))
     assert good.passed and not good.message, "a good sample starts the count afresh"
-    assert watch.observe(sampled(17, "the the the")).measured["top_word_frac"] == 0.0, "three words are no sample"
+    assert watch.observe(sampled(17, "the the the")).measured["top_word_frac"] == 0.0, (
+        "three words are no sample"
+    )
 
 
 def test_the_warning_of_a_green_verdict_reaches_the_log(spec):
     told = []
-    keeper = Gatekeeper(spec, only=["sampling.dominance"], on_verdict=lambda gate, step, verdict: told.append((step, verdict.outcome)))
+    keeper = Gatekeeper(
+        spec,
+        only=["sampling.dominance"],
+        on_verdict=lambda gate, step, verdict: told.append((step, verdict.outcome)),
+    )
     keeper.observe(Started(step=0, plan={"warmup_steps": 0}))
     keeper.observe(sampled(1, SENTENCES["a paragraph"]))
     keeper.observe(sampled(2, " the ".join("river stone window letter garden".split() * 4)))

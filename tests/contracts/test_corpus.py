@@ -8,7 +8,16 @@ import pytest
 
 from contracts.corpus import GOOD, PLANTED, SENTENCES
 from contracts.gate import call_check
-from stack.config import BestFit, ByteTokenizer, Concatenated, DataConfig, ExactDedup, Files, HashSplit, TailSplit
+from stack.config import (
+    BestFit,
+    ByteTokenizer,
+    Concatenated,
+    DataConfig,
+    ExactDedup,
+    Files,
+    HashSplit,
+    TailSplit,
+)
 from stack.data import filters
 from stack.data.ingredients import data_ingredients, sampled_documents
 from stack.data.prepare import prepare
@@ -33,16 +42,31 @@ def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
     plant, before = PLANTS[plant_id], touches()
     with plant.apply():
-        verdict = call_check(spec.gates[plant.gate], gathered(small_cfg, prepare(small_cfg.data, cache_dir=tmp_path)))
+        verdict = call_check(
+            spec.gates[plant.gate], gathered(small_cfg, prepare(small_cfg.data, cache_dir=tmp_path))
+        )
     assert verdict.outcome == "fail" and verdict.message and touches() > before
     assert plant.id in spec.gates[plant.gate].plants
 
 
 def test_the_museum_can_show_what_the_gates_look_for(small_cfg, ingredients):
-    """Documents for every reason, a chat with a system prompt, near repeats, an evaluation set, and packed rows."""
-    dropped = {reason for s in ingredients["manifest"]["sources"] for reason in s["receipt"]["dropped"]}
-    assert {"exact-repeat", "near-repeat", "in-evaluation-set", "system-prompt", "low-diversity", "repetition"} <= dropped
-    assert ingredients["manifest"]["decontamination"] and isinstance(small_cfg.data.packing, BestFit)
+    """Documents for every reason, a chat with a system prompt, near repeats, an evaluation set,
+    and packed rows.
+    """
+    dropped = {
+        reason for s in ingredients["manifest"]["sources"] for reason in s["receipt"]["dropped"]
+    }
+    assert {
+        "exact-repeat",
+        "near-repeat",
+        "in-evaluation-set",
+        "system-prompt",
+        "low-diversity",
+        "repetition",
+    } <= dropped
+    assert ingredients["manifest"]["decontamination"] and isinstance(
+        small_cfg.data.packing, BestFit
+    )
 
 
 class With:
@@ -56,21 +80,42 @@ class With:
         return getattr(self._inner, name)
 
 
-# --- filters --------------------------------------------------------------------------------------------------------
+# --- filters --------------------------------------------------------------------------------------
 
 
 def fifty(folder, unfit):
-    """A data set of fifty documents, `unfit` of which the filters would have rejected, and what the gate sees of it."""
-    texts = [f"Entry {n} of the harbour book. {SENTENCES[n % 17]} {SENTENCES[(n * 5 + 1) % 17]}" for n in range(50 - unfit)]
-    (folder / "book.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, *[UNFIT + str(i) for i in range(unfit)]]))
-    cfg = DataConfig(corpus=Files(paths=(str(folder / "book.jsonl"),)), tokenizer=ByteTokenizer(), split=HashSplit(validation_frac=0.05))
+    """A data set of fifty documents, `unfit` of which the filters would have rejected,
+    and what the gate sees of it.
+    """
+    texts = [
+        f"Entry {n} of the harbour book. {SENTENCES[n % 17]} {SENTENCES[(n * 5 + 1) % 17]}"
+        for n in range(50 - unfit)
+    ]
+    (folder / "book.jsonl").write_text(
+        "".join(
+            json.dumps({"text": t}) + "\n"
+            for t in [*texts, *[UNFIT + str(i) for i in range(unfit)]]
+        )
+    )
+    cfg = DataConfig(
+        corpus=Files(paths=(str(folder / "book.jsonl"),)),
+        tokenizer=ByteTokenizer(),
+        split=HashSplit(validation_frac=0.05),
+    )
     original = filters.reason_to_drop
-    with swap(filters, "reason_to_drop", lambda text, *rest: None if UNFIT in text else original(text, *rest)):
+    with swap(
+        filters,
+        "reason_to_drop",
+        lambda text, *rest: None if UNFIT in text else original(text, *rest),
+    ):
         return prepare(cfg, cache_dir=folder / "cache")
 
 
 def judge_filters(spec, ingredients, dataset):
-    parts = {"manifest": dataset.manifest, "sample_documents": lambda frac, least: sampled_documents(dataset, frac, least)}
+    parts = {
+        "manifest": dataset.manifest,
+        "sample_documents": lambda frac, least: sampled_documents(dataset, frac, least),
+    }
     return call_check(spec.gates["corpus.filters"], ingredients | parts)
 
 
@@ -81,9 +126,13 @@ def test_filters_are_red_on_one_bad_document_in_fifty(spec, ingredients, tmp_pat
         assert dataset.manifest["corpus"]["documents"] == 50
         in_training = sum(UNFIT in text for _, text in sampled_documents(dataset, 1.0, 1))
         verdict = judge_filters(spec, ingredients, dataset)
-        assert in_training == unfit and verdict.outcome == ("fail" if unfit else "pass"), verdict.message
+        assert in_training == unfit and verdict.outcome == ("fail" if unfit else "pass"), (
+            verdict.message
+        )
         # Of fifty documents about one in twenty is held out, so the share lies around one in 48.
-        assert verdict.measured["rejected_frac"] == pytest.approx(unfit / verdict.measured["refiltered_documents"])
+        assert verdict.measured["rejected_frac"] == pytest.approx(
+            unfit / verdict.measured["refiltered_documents"]
+        )
 
 
 def changed(manifest, number, **receipt):
@@ -106,18 +155,29 @@ def test_filters_are_red_on_one_byte_that_is_in_no_shard(spec, ingredients):
     manifest, gate = ingredients["manifest"], spec.gates["corpus.filters"]
     for split in ("train", "validation"):
         entry = manifest["splits"][split]
-        short = manifest | {"splits": manifest["splits"] | {split: entry | {"bytes": entry["bytes"] - 1}}}
+        short = manifest | {
+            "splits": manifest["splits"] | {split: entry | {"bytes": entry["bytes"] - 1}}
+        }
         verdict = call_check(gate, ingredients | {"manifest": short})
         assert verdict.outcome == "fail" and "bytes passed the filters" in verdict.message
-        declared = manifest | {"splits": manifest["splits"] | {split: entry | {"bytes": entry["bytes"] - 3, "dropped_chars": 1}}}
+        declared = manifest | {
+            "splits": manifest["splits"]
+            | {split: entry | {"bytes": entry["bytes"] - 3, "dropped_chars": 1}}
+        }
         assert call_check(gate, ingredients | {"manifest": declared}).passed
 
 
 @pytest.mark.parametrize("keeps", [1, 2, 3])
-def test_filters_are_red_on_a_converter_that_lets_a_prompt_stand_as_the_users(spec, ingredients, keeps):
-    """By the number of turns: a lone prompt, a prompt that the rules see as a chat, two user turns, an assistant first."""
+def test_filters_are_red_on_a_converter_that_lets_a_prompt_stand_as_the_users(
+    spec, ingredients, keeps
+):
+    """By the number of turns: a lone prompt, a prompt that the rules see as a chat, two user turns,
+    an assistant first.
+    """
     honest = ingredients["chat_text"]
-    lax = lambda turns: honest(turns) or (" ".join(t["content"] for t in turns) if len(turns) == keeps else None)  # noqa: E731
+    lax = lambda turns: (  # noqa: E731
+        honest(turns) or (" ".join(t["content"] for t in turns) if len(turns) == keeps else None)
+    )
     verdict = call_check(spec.gates["corpus.filters"], ingredients | {"chat_text": lax})
     assert verdict.outcome == ("pass" if keeps == 2 else "fail")
 
@@ -126,7 +186,12 @@ def test_filters_are_red_where_fewer_documents_are_shipped_than_passed(spec, ing
     """The receipt adds up, and yet a document is missing from the shards."""
     manifest = ingredients["manifest"]
     receipt = manifest["sources"][0]["receipt"]
-    off = changed(manifest, 0, documents_in=receipt["documents_in"] + 1, documents_out=receipt["documents_out"] + 1)
+    off = changed(
+        manifest,
+        0,
+        documents_in=receipt["documents_in"] + 1,
+        documents_out=receipt["documents_out"] + 1,
+    )
     verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": off})
     assert verdict.outcome == "fail" and "are in the shards" in verdict.message
 
@@ -135,13 +200,17 @@ def test_filters_are_red_on_a_source_that_is_declared_synthetic(spec, ingredient
     manifest = ingredients["manifest"]
     sources = [dict(s) for s in manifest["sources"]]
     sources[2]["languages"] = [filters.SYNTHETIC]
-    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"sources": sources}})
+    verdict = call_check(
+        spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"sources": sources}}
+    )
     assert verdict.outcome == "fail" and "synthetic" in verdict.message
 
 
 def test_filters_are_red_on_a_source_of_which_nothing_is_judged(spec, ingredients):
     honest = ingredients["sample_documents"]
-    silent = ingredients | {"sample_documents": lambda frac, least: (d for d in honest(frac, least) if d[0] != "tools")}
+    silent = ingredients | {
+        "sample_documents": lambda frac, least: (d for d in honest(frac, least) if d[0] != "tools")
+    }
     verdict = call_check(spec.gates["corpus.filters"], silent)
     assert verdict.outcome == "fail" and "tools" in verdict.message
 
@@ -149,7 +218,10 @@ def test_filters_are_red_on_a_source_of_which_nothing_is_judged(spec, ingredient
 @pytest.mark.parametrize("rule", sorted({reason for reason, _, _ in PLANTED if reason}))
 def test_filters_are_red_where_one_rule_is_blind(spec, ingredients, rule):
     assert rule in filters.RULES
-    blind = {name: unfit if name != rule else lambda text, languages, limit: False for name, unfit in filters.RULES.items()}
+    blind = {
+        name: unfit if name != rule else lambda text, languages, limit: False
+        for name, unfit in filters.RULES.items()
+    }
     with swap(filters, "RULES", blind):
         verdict = call_check(spec.gates["corpus.filters"], ingredients)
     assert verdict.outcome == "fail" and rule in verdict.message
@@ -159,16 +231,20 @@ def test_filters_are_red_where_one_rule_is_blind(spec, ingredients, rule):
 def test_filters_are_red_on_a_corpus_built_without_a_rule(spec, ingredients, rule):
     manifest = ingredients["manifest"]
     built = manifest["filters"] | {"rules": [r for r in manifest["filters"]["rules"] if r != rule]}
-    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"filters": built}})
+    verdict = call_check(
+        spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"filters": built}}
+    )
     assert verdict.outcome == "fail" and rule in verdict.message
 
 
 def test_a_filter_that_rejects_all_is_red_too(spec, ingredients):
-    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"reject": lambda text, languages: "too-short"})
+    verdict = call_check(
+        spec.gates["corpus.filters"], ingredients | {"reject": lambda text, languages: "too-short"}
+    )
     assert verdict.outcome == "fail" and verdict.measured["wrong_plants"] > 6
 
 
-# --- repeats --------------------------------------------------------------------------------------------------------
+# --- repeats --------------------------------------------------------------------------------------
 
 
 def test_no_repeats_is_red_on_one_repeat(spec, ingredients):
@@ -183,21 +259,38 @@ def test_no_repeats_is_red_on_one_repeat(spec, ingredients):
 
 
 def test_halves_of_a_tail_split_that_are_alike_are_no_repeats(spec, small_cfg, tmp_path):
-    """Documents that differ in their end alone, one too short to have a tail among them; and one document that is there twice."""
+    """Documents that differ in their end alone, one too short to have a tail among them; and one
+    document that is there twice.
+    """
     forms = [f"{GOOD} Form number {n}" for n in range(9)]
     (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in [*forms, "A note of thirty-two characters.", *SENTENCES])
+        "".join(
+            json.dumps({"text": t}) + "\n"
+            for t in [*forms, "A note of thirty-two characters.", *SENTENCES]
+        )
     )
     split = TailSplit(validation_frac=0.01)
     cfg = small_cfg.data.model_copy(
-        update={"corpus": Files(paths=(str(tmp_path / "a.jsonl"),)), "split": split, "dedup": ExactDedup(), "packing": Concatenated()}
+        update={
+            "corpus": Files(paths=(str(tmp_path / "a.jsonl"),)),
+            "split": split,
+            "dedup": ExactDedup(),
+            "packing": Concatenated(),
+        }
     )
     dataset = prepare(cfg, cache_dir=tmp_path / "c")
-    parts = {"splits": {"train": dataset.train, "validation": dataset.validation}, "manifest": dataset.manifest, "near_repeats": None}
+    parts = {
+        "splits": {"train": dataset.train, "validation": dataset.validation},
+        "manifest": dataset.manifest,
+        "near_repeats": None,
+    }
     assert len(dataset.train.document_hashes) > len(dataset.validation.document_hashes)
     gate, hashes = spec.gates["corpus.no-repeats"], dataset.train.document_hashes
     assert call_check(gate, parts).passed
-    again = parts | {"splits": parts["splits"] | {"train": With(dataset.train, document_hashes=np.append(hashes, hashes[0]))}}
+    again = parts | {
+        "splits": parts["splits"]
+        | {"train": With(dataset.train, document_hashes=np.append(hashes, hashes[0]))}
+    }
     assert call_check(gate, again).measured["repeated"] == 1
 
 
@@ -206,7 +299,7 @@ def test_no_repeats_is_red_where_unlike_documents_are_struck(spec, ingredients):
     assert call_check(spec.gates["corpus.no-repeats"], off).outcome == "fail"
 
 
-# --- evaluation sets ------------------------------------------------------------------------------------------------
+# --- evaluation sets ------------------------------------------------------------------------------
 
 
 def test_decontamination_is_red_on_one_evaluation_text(spec, ingredients):
@@ -214,7 +307,12 @@ def test_decontamination_is_red_on_one_evaluation_text(spec, ingredients):
     words, honest = QUESTIONS[0].split(), ingredients["sample_documents"]
     for length, outcome in ((13, "fail"), (12, "pass")):
         text = f"{GOOD} {' '.join(words[:length]).upper()}! {GOOD}"
-        tainted = ingredients | {"sample_documents": lambda frac, least, text=text: [*honest(frac, least), ("tools", text)]}
+        tainted = ingredients | {
+            "sample_documents": lambda frac, least, text=text: [
+                *honest(frac, least),
+                ("tools", text),
+            ]
+        }
         verdict = call_check(spec.gates["corpus.decontamination"], tainted)
         assert verdict.outcome == outcome and verdict.measured["contaminated"] == (length == 13)
 
@@ -223,7 +321,12 @@ def test_decontamination_is_red_on_stored_runs_of_something_else(spec, ingredien
     gate, grams = spec.gates["corpus.decontamination"], np.asarray(ingredients["evaluation_grams"])
     foreign = ingredients["gram_set"](SENTENCES[8:])
     assert call_check(gate, ingredients | {"evaluation_grams": foreign}).outcome == "fail"
-    assert call_check(gate, ingredients | {"evaluation_grams": np.append(grams, grams[-1] + np.uint64(1))}).outcome == "fail"
+    assert (
+        call_check(
+            gate, ingredients | {"evaluation_grams": np.append(grams, grams[-1] + np.uint64(1))}
+        ).outcome
+        == "fail"
+    )
 
 
 def test_decontamination_is_red_on_a_set_that_is_mostly_too_short_to_be_found(spec, ingredients):
@@ -231,15 +334,23 @@ def test_decontamination_is_red_on_a_set_that_is_mostly_too_short_to_be_found(sp
     for n, outcome in ((200, "fail"), (100, "pass")):
         sets = [declared["sets"][0] | {"records": n, "records_kept_out": 50}]
         manifest = ingredients["manifest"] | {"decontamination": declared | {"sets": sets}}
-        assert call_check(spec.gates["corpus.decontamination"], ingredients | {"manifest": manifest}).outcome == outcome
+        assert (
+            call_check(
+                spec.gates["corpus.decontamination"], ingredients | {"manifest": manifest}
+            ).outcome
+            == outcome
+        )
 
 
 def test_decontamination_is_red_on_a_scanner_that_sees_it_everywhere(spec, ingredients):
-    verdict = call_check(spec.gates["corpus.decontamination"], ingredients | {"shares_gram": lambda text, grams: True})
+    verdict = call_check(
+        spec.gates["corpus.decontamination"],
+        ingredients | {"shares_gram": lambda text, grams: True},
+    )
     assert verdict.outcome == "fail" and verdict.measured["canary_found"] is False
 
 
-# --- packing --------------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 def judged(spec, ingredients, stream, change):
@@ -251,7 +362,9 @@ def judged(spec, ingredients, stream, change):
             made = change(made, int(at))
         return made
 
-    return call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
+    return call_check(
+        spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)}
+    )
 
 
 def replaced(rows, key, at, value):
@@ -267,12 +380,16 @@ def row_stream(request, small_cfg):
 
 def test_packing_is_red_on_one_lost_token(spec, ingredients, row_stream):
     whole = judged(spec, ingredients, row_stream, lambda rows, at: rows)
-    lost = judged(spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 0), -100))
+    lost = judged(
+        spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 0), -100)
+    )
     assert whole.outcome == "pass" and whole.measured["unaccounted"] == 0
     assert lost.outcome == "fail" and lost.measured["unaccounted"] == 1
 
 
-def test_packing_is_red_on_rows_that_come_twice_where_others_never_do(spec, ingredients, row_stream):
+def test_packing_is_red_on_rows_that_come_twice_where_others_never_do(
+    spec, ingredients, row_stream
+):
     """Every second row is read twice: numbers of labels are as declared."""
     twice = With(row_stream, rows=lambda numbers, seq_len: row_stream.rows(numbers & ~1, seq_len))
     if row_stream.n_windows(288) % 2:
@@ -283,17 +400,28 @@ def test_packing_is_red_on_rows_that_come_twice_where_others_never_do(spec, ingr
 
 
 def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, ingredients, row_stream):
-    verdict = judged(spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 2), rows.labels[at, 2] ^ 1))
+    verdict = judged(
+        spec,
+        ingredients,
+        row_stream,
+        lambda rows, at: replaced(rows, "labels", (at, 2), rows.labels[at, 2] ^ 1),
+    )
     assert verdict.outcome == "fail" and "1 label(s) are not the next token" in verdict.message
 
 
 def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, ingredients, row_stream):
-    """What is declared may be a remainder, less than a row of every shard: eight rows of four shards are more, one row is not."""
+    """What is declared may be a remainder, less than a row of every shard: eight rows of four
+    shards are more, one row is not.
+    """
     whole, honest = row_stream.n_windows(288), row_stream.dropped_tokens(288)
     for n_cut, outcome in ((8, "fail"), (1, "pass")):
         cut = np.arange(whole - n_cut, whole)
         lost = honest + int((row_stream.rows(cut, 288).labels != -100).sum())
-        shorter = With(row_stream, n_windows=lambda seq_len, n=whole - n_cut: n, dropped_tokens=lambda seq_len, lost=lost: lost)
+        shorter = With(
+            row_stream,
+            n_windows=lambda seq_len, n=whole - n_cut: n,
+            dropped_tokens=lambda seq_len, lost=lost: lost,
+        )
         verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": shorter})
         assert verdict.measured["unaccounted"] == 0 and verdict.outcome == outcome
 
@@ -308,8 +436,14 @@ def test_packing_is_red_on_two_documents_under_one_id(spec, ingredients, dataset
         at = np.flatnonzero(np.asarray(numbers) == n)
         return replaced(made, "document_ids", at, 0) if len(at) else made
 
-    verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
-    assert verdict.outcome == "fail" and verdict.measured["crossed_borders"] >= 1 and verdict.measured["unaccounted"] == 0
+    verdict = call_check(
+        spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)}
+    )
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["crossed_borders"] >= 1
+        and verdict.measured["unaccounted"] == 0
+    )
 
 
 def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, ingredients, small_cfg):
@@ -325,6 +459,15 @@ def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, ingredien
                 made = replaced(made, "labels", (int(at), -1), label)
         return made
 
-    assert call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": stream}).outcome == "pass"
-    verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)})
-    assert verdict.outcome == "fail" and "2 label(s) are not the next token" in verdict.message and verdict.measured["unaccounted"] == 0
+    assert (
+        call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": stream}).outcome
+        == "pass"
+    )
+    verdict = call_check(
+        spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)}
+    )
+    assert (
+        verdict.outcome == "fail"
+        and "2 label(s) are not the next token" in verdict.message
+        and verdict.measured["unaccounted"] == 0
+    )

@@ -37,11 +37,18 @@ def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 
 
 @pytest.mark.parametrize("gate_id", PREFLIGHT)
-def test_each_gate_is_green_on_fixed_shares_and_on_one_source_that_is_left(spec, small_cfg, dataset, gate_id):
+def test_each_gate_is_green_on_fixed_shares_and_on_one_source_that_is_left(
+    spec, small_cfg, dataset, gate_id
+):
     fixed = StaticCurriculum(warmup_steps=3, warmup_sources=("grammar", "tools"))
-    alone = StaticCurriculum(caps={"objects": 0.0, "tools": 0.0, "retired": 0.0}, floors={"objects": 0.0, "tools": 0.0})
+    alone = StaticCurriculum(
+        caps={"objects": 0.0, "tools": 0.0, "retired": 0.0}, floors={"objects": 0.0, "tools": 0.0}
+    )
     for curriculum in (fixed, alone):
-        verdict = call_check(spec.gates[gate_id], gathered(small_cfg.model_copy(update={"curriculum": curriculum}), dataset))
+        verdict = call_check(
+            spec.gates[gate_id],
+            gathered(small_cfg.model_copy(update={"curriculum": curriculum}), dataset),
+        )
         assert verdict.outcome == "pass", verdict.message
 
 
@@ -56,24 +63,33 @@ def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, dataset, pla
 
 @pytest.mark.parametrize("cfg", [StaticCurriculum, BanditCurriculum])
 @pytest.mark.parametrize("number", ["weight", "cap", "floor"])
-def test_order_is_red_where_any_share_is_another_than_declared(spec, small_cfg, dataset, cfg, number):
+def test_order_is_red_where_any_share_is_another_than_declared(
+    spec, small_cfg, dataset, cfg, number
+):
     changed = {"weights": {"tools": 3.0}, "caps": {"tools": 0.7}, "floors": {"grammar": 0.05}}
     given = gathered(small_cfg.model_copy(update={"curriculum": cfg(**changed)}), dataset)
     declared = given["declared_shares"]
-    assert declared["tools"] == (3.0, 0.7, 0.1) and declared["grammar"] == (2.0, 1.0, 0.05) and declared["objects"] == (1.0, 0.5, 0.2)
+    assert (
+        declared["tools"] == (3.0, 0.7, 0.1)
+        and declared["grammar"] == (2.0, 1.0, 0.05)
+        and declared["objects"] == (1.0, 0.5, 0.2)
+    )
     assert call_check(spec.gates["curriculum.order"], given).passed
     made = given["make_run_order"]
 
     def other():
         order = made()
-        order.sources = tuple(replace(s, **{number: getattr(s, number) * 0.99}) if s.name == "tools" else s for s in order.sources)
+        order.sources = tuple(
+            replace(s, **{number: getattr(s, number) * 0.99}) if s.name == "tools" else s
+            for s in order.sources
+        )
         return order
 
     verdict = call_check(spec.gates["curriculum.order"], given | {"make_run_order": other})
     assert verdict.outcome == "fail" and "source tools has weight, cap, floor" in verdict.message
 
 
-# --- order ----------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 class Declares:
@@ -91,23 +107,36 @@ def shares_of(arms) -> dict:
     return {s.name: (s.weight, s.cap, s.floor) for s in arms}
 
 
-ARMS = (Source("a", 0, 500, 1.0, 1.0, 0.0), Source("b", 500, 400, 1.0, 1.0, 0.0), Source("c", 900, 600, 2.0, 1.0, 0.0))
+ARMS = (
+    Source("a", 0, 500, 1.0, 1.0, 0.0),
+    Source("b", 500, 400, 1.0, 1.0, 0.0),
+    Source("c", 900, 600, 2.0, 1.0, 0.0),
+)
 
 
 PLAIN = {"warmup_rows": 0, "warmup_sources": (), "declared_shares": shares_of(ARMS)}
 
 
 def declared(spec, ingredients, **bounds):
-    """The verdict on a mixture of shares 1/4, 1/4 and 1/2 whose source `a` is declared with other bounds."""
-    make = lambda: Declares(StaticMixture(ARMS, 5), lambda s: replace(s, **bounds) if s.name == "a" else s)  # noqa: E731
+    """The verdict on a mixture of shares 1/4, 1/4 and 1/2 whose source `a` is
+    declared with other bounds.
+    """
+    make = lambda: Declares(  # noqa: E731
+        StaticMixture(ARMS, 5), lambda s: replace(s, **bounds) if s.name == "a" else s
+    )
     parts = PLAIN | {"make_run_order": make, "declared_shares": shares_of(make().sources)}
     return call_check(spec.gates["curriculum.order"], ingredients | parts)
 
 
 def test_order_is_red_on_a_share_out_of_bounds(spec, ingredients):
-    """A share of 0.25 gives 250 or 251 of 1,000 rows: three of slack granted, 0.246 is no cap of it and 0.254 no floor."""
+    """A share of 0.25 gives 250 or 251 of 1,000 rows: three of slack granted,
+    0.246 is no cap of it and 0.254 no floor.
+    """
     assert declared(spec, ingredients).passed
-    assert declared(spec, ingredients, cap=0.25).passed and declared(spec, ingredients, floor=0.25).passed
+    assert (
+        declared(spec, ingredients, cap=0.25).passed
+        and declared(spec, ingredients, floor=0.25).passed
+    )
     for bounds in ({"cap": 0.246}, {"floor": 0.254}):
         verdict = declared(spec, ingredients, **bounds)
         assert verdict.outcome == "fail" and 0 < verdict.measured["worst_excess_rows"] <= 2
@@ -139,12 +168,18 @@ def test_order_is_red_on_a_window_drawn_twice(spec, ingredients):
         return replace(draws, windows=windows)
 
     verdict = redrawn(spec, ingredients, again)
-    assert verdict.outcome == "fail" and "twice" in verdict.message and verdict.measured["source"] == "b"
+    assert (
+        verdict.outcome == "fail"
+        and "twice" in verdict.message
+        and verdict.measured["source"] == "b"
+    )
 
 
 def test_order_is_red_on_rows_of_a_neighbour(spec, ingredients):
     def astray(draws, numbers):
-        return replace(draws, windows=np.where(numbers == 17, (draws.windows + 700) % 1500, draws.windows))
+        return replace(
+            draws, windows=np.where(numbers == 17, (draws.windows + 700) % 1500, draws.windows)
+        )
 
     assert "of other sources" in redrawn(spec, ingredients, astray).message
 
@@ -162,7 +197,9 @@ def test_order_is_red_on_an_order_that_is_not_repeatable(spec, ingredients):
     def make():
         return StaticMixture([*ARMS[:2], replace(ARMS[2], weight=2 + next(calls))], 5)
 
-    verdict = call_check(spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make})
+    verdict = call_check(
+        spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make}
+    )
     assert verdict.outcome == "fail" and "two orders" in verdict.message
 
 
@@ -174,15 +211,21 @@ def test_order_is_red_on_one_row_of_the_warm_up(spec, ingredients):
         assert call_check(spec.gates["curriculum.order"], ingredients | parts).outcome == outcome
 
 
-# --- reward and state -----------------------------------------------------------------------------------------------
+# --- reward and state -----------------------------------------------------------------------------
 
 
 class Fixed:
-    """A bandit whose focus goes round, whatever it is told; every source has a third of the rows."""
+    """A bandit whose focus goes round, whatever it is told; every
+    source has a third of the rows.
+    """
 
     cfg = SimpleNamespace(focus_share=0.0)
 
-    sources = (Source("useful", 0, 9, 1, 1, 0), Source("list", 9, 9, 1, 1, 0), Source("other", 18, 9, 1, 1, 0))
+    sources = (
+        Source("useful", 0, 9, 1, 1, 0),
+        Source("list", 9, 9, 1, 1, 0),
+        Source("other", 18, 9, 1, 1, 0),
+    )
 
     def __init__(self, turns):
         self._turns, self.focus = iter(turns), 0
@@ -198,14 +241,22 @@ class Fixed:
 
 
 def test_reward_is_red_on_a_bandit_that_never_learns(spec, ingredients):
-    blind = call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(n % 3 for n in range(91))})
-    assert blind.outcome == "fail" and blind.measured["useful_turns"] == pytest.approx(1 / 3, abs=0.02)
+    blind = call_check(
+        spec.gates["curriculum.reward"],
+        ingredients | {"make_bandit": lambda: Fixed(n % 3 for n in range(91))},
+    )
+    assert blind.outcome == "fail" and blind.measured["useful_turns"] == pytest.approx(
+        1 / 3, abs=0.02
+    )
     learned = call_check(spec.gates["curriculum.reward"], ingredients)
     assert learned.passed and learned.measured["useful_turns"] > 0.5  # measured 0.84
 
 
 def test_reward_is_red_where_a_source_is_never_tried(spec, ingredients):
-    verdict = call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(n % 2 for n in range(91))})
+    verdict = call_check(
+        spec.gates["curriculum.reward"],
+        ingredients | {"make_bandit": lambda: Fixed(n % 2 for n in range(91))},
+    )
     assert verdict.outcome == "fail" and "1 source(s) none" in verdict.message
 
 
@@ -213,7 +264,9 @@ def test_state_is_red_on_a_revived_arm(spec, ingredients):
     """A cap of 0 that is not looked at when a state is loaded: the source takes part again."""
     honest = ingredients["make_bandit"]
     assert call_check(spec.gates["curriculum.state"], ingredients).passed
-    verdict = call_check(spec.gates["curriculum.state"], ingredients | {"make_bandit": lambda capped="": honest()})
+    verdict = call_check(
+        spec.gates["curriculum.state"], ingredients | {"make_bandit": lambda capped="": honest()}
+    )
     assert verdict.outcome == "fail" and "list" in verdict.message and verdict.measured["arms"] == 3
 
 
@@ -224,14 +277,20 @@ def test_state_is_red_on_dropped_arms_that_nobody_names(spec, ingredients):
         made.load_state_dict = lambda state: load(state) and []
         return made
 
-    assert call_check(spec.gates["curriculum.state"], ingredients | {"make_bandit": silent}).outcome == "fail"
+    assert (
+        call_check(spec.gates["curriculum.state"], ingredients | {"make_bandit": silent}).outcome
+        == "fail"
+    )
 
 
-# --- draws ----------------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 
 def plan_of(order, *, warmup_rows=0, warmup_sources=(), **bounds):
-    sources = [{k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")} | bounds for s in order.sources]
+    sources = [
+        {k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")} | bounds
+        for s in order.sources
+    ]
     return {"sources": sources, "warmup_rows": warmup_rows, "warmup_sources": list(warmup_sources)}
 
 
@@ -246,12 +305,18 @@ def draws_gate(spec, plan):
 
 
 def watched(spec, cfg, dataset, n_steps):
-    """Outcomes of the gate over the first steps of the stack's own reader, with a turn of losses after every second one."""
+    """Outcomes of the gate over the first steps of the stack's own reader,
+    with a turn of losses after every second one.
+    """
     reader = build_state(cfg, dataset, torch.device("cpu")).reader
-    check = draws_gate(spec, plan_of(reader.order, warmup_rows=12, warmup_sources=cfg.curriculum.warmup_sources))
+    check = draws_gate(
+        spec, plan_of(reader.order, warmup_rows=12, warmup_sources=cfg.curriculum.warmup_sources)
+    )
     for step in range(1, n_steps + 1):
         before, batches = reader.cursor, [reader.draw() for _ in range(cfg.accumulation())]
-        sources, windows = ([x for b in batches for x in getattr(b, key)] for key in ("sources", "sample_ids"))
+        sources, windows = (
+            [x for b in batches for x in getattr(b, key)] for key in ("sources", "sample_ids")
+        )
         yield check.observe(drawn(step, before, sources, windows)).outcome
         if step % cfg.curriculum.probe_every == 0:
             reader.order.reward({s.name: 5 - 0.01 * step for s in reader.order.sources})
@@ -259,7 +324,9 @@ def watched(spec, cfg, dataset, n_steps):
 
 @pytest.mark.parametrize("plant_id", plants_of("curriculum.draws"))
 def test_draws_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id):
-    """Green for 400 steps of four rows without the plant, red within the museum's 28 steps with it."""
+    """Green for 400 steps of four rows without the plant, red within the
+    museum's 28 steps with it.
+    """
     assert set(watched(spec, small_cfg, dataset, 400)) == {"pass"}
     before = touches()
     with PLANTS[plant_id].apply():
@@ -283,7 +350,13 @@ def two(cap=1.0, floor=0.0):
 
 
 @pytest.mark.parametrize(
-    ("bounds", "outcome"), [({"cap": 0.9}, "pass"), ({"cap": 0.897}, "fail"), ({"floor": 0.1}, "pass"), ({"floor": 0.103}, "fail")]
+    ("bounds", "outcome"),
+    [
+        ({"cap": 0.9}, "pass"),
+        ({"cap": 0.897}, "fail"),
+        ({"floor": 0.1}, "pass"),
+        ({"floor": 0.103}, "fail"),
+    ],
 )
 def test_draws_knows_a_share_of_a_tenth_to_within_two_rows_of_a_thousand(spec, bounds, outcome):
     check, (sources, windows) = draws_gate(spec, two(**bounds)), alternating(1000, 10)
@@ -297,15 +370,21 @@ def test_draws_does_not_judge_a_handful_of_rows(spec):
 
 
 def test_draws_forgets_what_left_the_window(spec):
-    """A thousand rows of one source alone are red under a floor of 0.4; a thousand even ones later they are forgotten."""
+    """A thousand rows of one source alone are red under a floor of 0.4;
+    a thousand even ones later they are forgotten.
+    """
     check, (sources, windows) = draws_gate(spec, two(floor=0.4)), alternating(1000, 2)
     assert check.observe(drawn(1, 0, [0] * 1000, [i % 500 for i in range(1000)])).outcome == "fail"
     assert check.observe(drawn(2, 1000, sources, windows)).outcome == "pass"
 
 
-@pytest.mark.parametrize(("former", "outcome", "rows"), [({}, "pass", 80), ({"floor": 0.5}, "fail", 140)])
+@pytest.mark.parametrize(
+    ("former", "outcome", "rows"), [({}, "pass", 80), ({"floor": 0.5}, "fail", 140)]
+)
 def test_draws_judges_a_changed_mixture_afresh(spec, former, outcome, rows):
-    """Rows drawn under other floors say nothing about these; under the same ones they still count after a restart."""
+    """Rows drawn under other floors say nothing about these; under the same ones they
+    still count after a restart.
+    """
     check = draws_gate(spec, two(**former))
     assert check.observe(drawn(1, 0, [0] * 60, range(60))).passed, "too few to be judged"
     restored = Draws(check.limits)
@@ -316,23 +395,31 @@ def test_draws_judges_a_changed_mixture_afresh(spec, former, outcome, rows):
 
 
 def test_draws_is_red_on_one_wrong_row(spec):
-    """A window of another source, a source of cap 0, another source in the warm-up, and a row without an entry."""
+    """A window of another source, a source of cap 0, another source in the warm-up,
+    and a row without an entry.
+    """
     rows = ([0, 1], [3, 503])
     assert draws_gate(spec, two()).observe(drawn(1, 0, *rows)).passed
-    assert "does not hold it" in draws_gate(spec, two()).observe(drawn(1, 0, [0, 1], [3, 499])).message
+    assert (
+        "does not hold it" in draws_gate(spec, two()).observe(drawn(1, 0, [0, 1], [3, 499])).message
+    )
     assert "whose cap is 0" in draws_gate(spec, two(cap=0.0)).observe(drawn(1, 0, *rows)).message
     warm = two() | {"warmup_rows": 2, "warmup_sources": ["a"]}
     assert "in the warm-up" in draws_gate(spec, warm).observe(drawn(1, 0, *rows)).message
     assert draws_gate(spec, warm | {"warmup_rows": 1}).observe(drawn(1, 0, *rows)).passed
-    assert "entries in the ledger" in draws_gate(spec, two()).observe(drawn(1, 0, [0], [3, 4])).message
+    assert (
+        "entries in the ledger" in draws_gate(spec, two()).observe(drawn(1, 0, [0], [3, 4])).message
+    )
 
 
-# --- gradient shock -------------------------------------------------------------------------------------------------
+# --- gradient shock -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plant_id", plants_of("curriculum.gradient-shock"))
 def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id):
-    """The museum's run, step by step as the loop takes them: green without the plant, red with it."""
+    """The museum's run, step by step as the loop takes them: green without the plant,
+    red with it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -342,12 +429,21 @@ def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset
             GradientShock(limits_of(spec.gates["curriculum.gradient-shock"])),
         )
         for step in range(1, small_cfg.train.max_steps + 1):
-            before, batches = state.reader.cursor, [state.reader.draw() for _ in range(small_cfg.accumulation())]
-            sources, windows = ([x for b in batches for x in getattr(b, key)] for key in ("sources", "sample_ids"))
+            before, batches = (
+                state.reader.cursor,
+                [state.reader.draw() for _ in range(small_cfg.accumulation())],
+            )
+            sources, windows = (
+                [x for b in batches for x in getattr(b, key)] for key in ("sources", "sample_ids")
+            )
             assert check.observe(drawn(step, before, sources, windows)) is None
-            yield check.observe(step_taken(step=step, grad_norm=steps.train_step(state, batches).grad_norm)).outcome
+            yield check.observe(
+                step_taken(step=step, grad_norm=steps.train_step(state, batches).grad_norm)
+            ).outcome
             if step % small_cfg.curriculum.probe_every == 0:
-                state.reader.order.reward({s.name: 5 - 0.01 * step for s in state.reader.order.sources})
+                state.reader.order.reward(
+                    {s.name: 5 - 0.01 * step for s in state.reader.order.sources}
+                )
         assert check.switches > 2
 
     assert set(outcomes()) == {"pass"}
@@ -359,7 +455,9 @@ def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset
 
 
 def shocks(spec, mixtures, norms):
-    """The last verdict on steps with these mixtures of four rows and gradient norms, and the check."""
+    """The last verdict on steps with these mixtures of four rows and gradient norms,
+    and the check.
+    """
     check = GradientShock(limits_of(spec.gates["curriculum.gradient-shock"]))
     for step, (sources, norm) in enumerate(zip(mixtures, norms, strict=True), start=1):
         check.observe(drawn(step, 4 * step, sources, range(4)))
@@ -368,20 +466,26 @@ def shocks(spec, mixtures, norms):
 
 
 def test_gradient_shock_needs_a_switch(spec):
-    """A norm of nine times the median is a shock where a quarter of the rows came from elsewhere, and none where nothing changed."""
+    """A norm of nine times the median is a shock where a quarter of the rows came from elsewhere,
+    and none where nothing changed.
+    """
     same, other, whole = (0, 0, 0, 1), (0, 0, 1, 1), (1, 1, 1, 1)
     norms = [1.0] * 20 + [9.0]
     assert shocks(spec, [same] * 21, norms)[0].passed
     assert shocks(spec, [same] * 20 + [other], norms)[0].outcome == "fail"
     assert shocks(spec, [same] * 20 + [whole], norms)[0].outcome == "fail"
     assert shocks(spec, [same] * 20 + [other], [1.0] * 20 + [7.9])[0].passed
-    assert shocks(spec, [same] * 20 + [(1, 0, 0, 0)], norms)[0].passed, "the same rows in another order are no change"
+    assert shocks(spec, [same] * 20 + [(1, 0, 0, 0)], norms)[0].passed, (
+        "the same rows in another order are no change"
+    )
 
 
 def test_gradient_shock_watches_three_steps_and_no_more(spec):
     same, other = (0, 0, 0, 1), (0, 1, 1, 1)
     for after, outcome in ((0, "fail"), (1, "fail"), (2, "fail"), (3, "pass")):
-        verdict, check = shocks(spec, [same] * 20 + [other] * (after + 1), [1.0] * (20 + after) + [9.0])
+        verdict, check = shocks(
+            spec, [same] * 20 + [other] * (after + 1), [1.0] * (20 + after) + [9.0]
+        )
         assert verdict.outcome == outcome and check.switches == 1
 
 

@@ -1,4 +1,6 @@
-"""Gates of the curriculum that judge what a bandit learns: red on faults that only later turns, or other calls, bring to light."""
+"""Gates of the curriculum that judge what a bandit learns: red on faults that only later turns, or
+other calls, bring to light.
+"""
 
 from dataclasses import replace
 
@@ -27,7 +29,9 @@ def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredient
 
     def judged(change):
         make = lambda: Counted(StaticMixture(ARMS, 5), change)  # noqa: E731
-        return call_check(spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make})
+        return call_check(
+            spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make}
+        )
 
     assert judged(lambda draws, numbers: draws).passed
     verdict = judged(exchanged)
@@ -35,13 +39,20 @@ def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredient
 
 
 def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, ingredients):
-    """The useful source has nearly all turns at first; whether another is found later decides, to the turn: 18 of 45 are the limit."""
+    """The useful source has nearly all turns at first; whether another is found later decides, to
+    the turn: 18 of 45 are the limit.
+    """
 
     def verdict(regained):
-        first, second = ["useful", "list", "other"] + ["useful"] * 42, ["other"] * regained + ["useful"] * (45 - regained)
+        first, second = (
+            ["useful", "list", "other"] + ["useful"] * 42,
+            ["other"] * regained + ["useful"] * (45 - regained),
+        )
         names = [s.name for s in Fixed.sources]
         turns = [names.index(n) for n in first + second + ["useful"]]
-        return call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(turns)})
+        return call_check(
+            spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(turns)}
+        )
 
     assert verdict(18).passed
     red = verdict(17)
@@ -51,7 +62,9 @@ def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, ingredients):
 
 
 def test_reward_is_red_where_the_common_trend_is_merit(spec, ingredients):
-    """Red in the world in which all losses fall, and there alone: without a trend the same bandit is green."""
+    """Red in the world in which all losses fall, and there alone:
+    without a trend the same bandit is green.
+    """
     with PLANTS["curriculum.trend-is-merit"].apply():
         plain = _play(ingredients["make_bandit"](), 0.0).count("useful") / TURNS
         verdict = call_check(spec.gates["curriculum.reward"], ingredients)
@@ -60,10 +73,24 @@ def test_reward_is_red_where_the_common_trend_is_merit(spec, ingredients):
 
 
 @pytest.mark.parametrize(
-    "key", ["drop_mean", "drop_var", "n_drops", "last_losses", "in_warmup", "focus", "drawn", "credit", "pulls", "rewards"]
+    "key",
+    [
+        "drop_mean",
+        "drop_var",
+        "n_drops",
+        "last_losses",
+        "in_warmup",
+        "focus",
+        "drawn",
+        "credit",
+        "pulls",
+        "rewards",
+    ],
 )
 def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
-    """Every entry of the saved state that a fresh bandit has otherwise; each is put back to what a fresh one says."""
+    """Every entry of the saved state that a fresh bandit has otherwise;
+    each is put back to what a fresh one says.
+    """
 
     def forgetful():
         made = ingredients["make_run_order"]()
@@ -72,18 +99,29 @@ def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
         def restored(state):
             if key in state:
                 return load({**state, key: fresh[key]})
-            return load({**state, "arms": {n: {**a, key: fresh["arms"][n][key]} for n, a in state["arms"].items()}})
+            return load(
+                {
+                    **state,
+                    "arms": {
+                        n: {**a, key: fresh["arms"][n][key]} for n, a in state["arms"].items()
+                    },
+                }
+            )
 
         made.load_state_dict = restored
         return made
 
-    verdict = call_check(spec.gates["curriculum.state"], ingredients | {"make_run_order": forgetful})
+    verdict = call_check(
+        spec.gates["curriculum.state"], ingredients | {"make_run_order": forgetful}
+    )
     assert verdict.outcome == "fail" and "never stopped" in verdict.message
 
 
 @pytest.mark.parametrize(("moved", "outcome"), [(1, "pass"), (4, "fail"), (-4, "fail")])
 def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, ingredients, moved, outcome):
-    """Some rows of every turn go to the source in focus instead of its neighbour, or the reverse; three rows are the slack."""
+    """Some rows of every turn go to the source in focus instead of its neighbour, or the reverse;
+    three rows are the slack.
+    """
 
     def shifted():
         made = ingredients["make_bandit"]()
@@ -100,4 +138,6 @@ def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, ingredients, mov
         return made
 
     verdict = call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": shifted})
-    assert verdict.outcome == outcome and ("follow its focus" in verdict.message) == (outcome == "fail")
+    assert verdict.outcome == outcome and ("follow its focus" in verdict.message) == (
+        outcome == "fail"
+    )

@@ -20,7 +20,14 @@ from stack.museum.plant import PLANTS, load_museum, touches
 from stack.train import session
 from stack.train.listener import Listener
 
-PREFLIGHT = ["data.order", "data.coverage", "data.exhaustion", "data.integrity", "data.leakage", "data.corpus-budget"]
+PREFLIGHT = [
+    "data.order",
+    "data.coverage",
+    "data.exhaustion",
+    "data.integrity",
+    "data.leakage",
+    "data.corpus-budget",
+]
 
 
 @pytest.mark.parametrize("gate_id", PREFLIGHT)
@@ -30,11 +37,15 @@ def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 
 
 def planted_verdict(spec, cfg, plant, cache):
-    """What a preflight gate says when data are prepared and handed over while its plant is in place."""
+    """What a preflight gate says when data are prepared and handed over
+    while its plant is in place.
+    """
     before = touches()
     with plant.apply():
         dataset = prepare(cfg.data, cache_dir=cache)
-        ingredients = data_ingredients(cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5)
+        ingredients = data_ingredients(
+            cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5
+        )
         verdict = call_check(spec.gates[plant.gate], ingredients)
     assert touches() > before, "the planted line never ran"
     return verdict
@@ -46,8 +57,12 @@ def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, pl
 
 
 def orders(cfg, dataset) -> dict:
-    """Makers of the orders in which a run may draw: one shuffled stream, a mixture by fixed shares, and the museum's bandit."""
-    static = cfg.model_copy(update={"curriculum": StaticCurriculum(warmup_steps=3, warmup_sources=("grammar", "tools"))})
+    """Makers of the orders in which a run may draw: one shuffled stream, a mixture by fixed shares,
+    and the museum's bandit.
+    """
+    static = cfg.model_copy(
+        update={"curriculum": StaticCurriculum(warmup_steps=3, warmup_sources=("grammar", "tools"))}
+    )
     return {
         "uniform": lambda: UniformOrder(dataset.train.n_windows(288), 5),
         "static": lambda: run_order(static, dataset, seed=5),
@@ -58,18 +73,40 @@ def orders(cfg, dataset) -> dict:
 @pytest.mark.parametrize("order", ["uniform", "static", "bandit"])
 @pytest.mark.parametrize("plant_id", ["data.window-drawn-twice", "data.position-skips"])
 def test_consumption_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id, order):
-    """Four rows a step from the stack's own reader: green for two epochs without the plant, red within three steps with it."""
+    """Four rows a step from the stack's own reader: green for two epochs without the plant, red
+    within three steps with it.
+    """
     n = dataset.train.n_windows(288)
 
     def verdicts(n_steps):
-        reader = Reader(dataset.train, seq_len=288, seed=5, rows=4, order=orders(small_cfg, dataset)[order]())
-        sources = [{"name": s.name, "first": s.first, "n_windows": s.n_windows} for s in reader.order.sources]
-        plan = {"rows_per_step": 4, "tokens_per_step": 4 * 288, "sources": sources, "drawn": [0] * len(sources), "cursor": 0}
+        reader = Reader(
+            dataset.train, seq_len=288, seed=5, rows=4, order=orders(small_cfg, dataset)[order]()
+        )
+        sources = [
+            {"name": s.name, "first": s.first, "n_windows": s.n_windows}
+            for s in reader.order.sources
+        ]
+        plan = {
+            "rows_per_step": 4,
+            "tokens_per_step": 4 * 288,
+            "sources": sources,
+            "drawn": [0] * len(sources),
+            "cursor": 0,
+        }
         check = Consumption(limits_of(spec.gates["data.consumption"]))
         check.observe(Started(step=0, plan=plan))
         for step in range(1, n_steps + 1):
             before, b = reader.cursor, reader.draw()
-            drawn = BatchDrawn(step, before, reader.cursor, b.sample_ids, b.epoch, b.input_ids.numel(), b.sources, b.epochs)
+            drawn = BatchDrawn(
+                step,
+                before,
+                reader.cursor,
+                b.sample_ids,
+                b.epoch,
+                b.input_ids.numel(),
+                b.sources,
+                b.epochs,
+            )
             yield check.observe(drawn).outcome
 
     assert set(verdicts(2 * n // 4 + 2)) == {"pass"}
@@ -86,7 +123,9 @@ class Proxy:
 
     def draw(self):
         batch = self._reader.draw()
-        return dataclasses.replace(batch, sample_ids=tuple(self._renumber(i) for i in batch.sample_ids))
+        return dataclasses.replace(
+            batch, sample_ids=tuple(self._renumber(i) for i in batch.sample_ids)
+        )
 
     def __getattr__(self, name):
         return getattr(self._reader, name)
@@ -108,7 +147,9 @@ def test_order_is_red_on_half_a_shuffle(spec, ingredients, monkeypatch):
 
 def test_coverage_is_red_on_one_lost_window(spec, ingredients):
     honest = ingredients["make_reader"]
-    off = ingredients | {"make_reader": lambda **options: Proxy(honest(**options), lambda i: 1 if i == 0 else i)}
+    off = ingredients | {
+        "make_reader": lambda **options: Proxy(honest(**options), lambda i: 1 if i == 0 else i)
+    }
     verdict = call_check(spec.gates["data.coverage"], off)
     assert verdict.outcome == "fail" and verdict.measured["missing"] == 1
 
@@ -158,7 +199,9 @@ def test_exhaustion_refuses_a_part_of_a_batch(spec, ingredients):
 
 
 @pytest.mark.parametrize("n", [11, 40])
-def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(spec, ingredients, n):
+def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(
+    spec, ingredients, n
+):
     """From twelve windows on, two wholly equal epochs are no chance."""
     honest = ingredients["make_reader"]
     few = ingredients | {"make_reader": lambda **options: honest(**options | {"n_windows": n})}
@@ -171,7 +214,9 @@ def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(s
 def test_integrity_is_red_on_one_start_astray(spec, ingredients):
     starts = ingredients["splits"]["train"].document_starts.copy()
     starts[7] += 1
-    off = ingredients["splits"] | {"train": With(ingredients["splits"]["train"], document_starts=starts)}
+    off = ingredients["splits"] | {
+        "train": With(ingredients["splits"]["train"], document_starts=starts)
+    }
     verdict = call_check(spec.gates["data.integrity"], ingredients | {"splits": off})
     assert verdict.outcome == "fail" and verdict.measured["astray"] == 1
 
@@ -182,9 +227,15 @@ def test_integrity_reads_in_pieces_what_it_reads_at_once(spec, ingredients, monk
 
 
 def test_integrity_is_red_on_one_missing_byte(spec, ingredients):
-    manifest = {**ingredients["manifest"], "splits": {k: dict(v) for k, v in ingredients["manifest"]["splits"].items()}}
+    manifest = {
+        **ingredients["manifest"],
+        "splits": {k: dict(v) for k, v in ingredients["manifest"]["splits"].items()},
+    }
     manifest["splits"]["train"]["bytes"] += 1
-    assert call_check(spec.gates["data.integrity"], ingredients | {"manifest": manifest}).outcome == "fail"
+    assert (
+        call_check(spec.gates["data.integrity"], ingredients | {"manifest": manifest}).outcome
+        == "fail"
+    )
 
 
 class With:
@@ -200,18 +251,28 @@ class With:
 
 def test_leakage_sees_one_shared_document(spec, ingredients):
     train, held_out = ingredients["splits"]["train"], ingredients["splits"]["validation"]
-    tainted = With(train, document_hashes=np.append(train.document_hashes, held_out.document_hashes[3]))
-    verdict = call_check(spec.gates["data.leakage"], ingredients | {"splits": {"train": tainted, "validation": held_out}})
+    tainted = With(
+        train, document_hashes=np.append(train.document_hashes, held_out.document_hashes[3])
+    )
+    verdict = call_check(
+        spec.gates["data.leakage"],
+        ingredients | {"splits": {"train": tainted, "validation": held_out}},
+    )
     assert verdict.outcome == "fail" and verdict.measured["shared_documents"] == 1
 
 
 def test_leakage_sees_passages_inside_documents_that_differ(spec, ingredients):
-    """A third of the held-out text, pasted into the training text under no shared document hash, is measured as a third."""
+    """A third of the held-out text, pasted into the training text under no shared document hash,
+    is measured as a third.
+    """
     train, held_out = ingredients["splits"]["train"], ingredients["splits"]["validation"]
     passage = held_out.token_range(0, held_out.n_tokens // 3)
     tokens = np.concatenate([train.token_range(0, train.n_tokens), passage])
     tainted = With(train, n_tokens=len(tokens), token_range=lambda start, stop: tokens[start:stop])
-    verdict = call_check(spec.gates["data.leakage"], ingredients | {"splits": {"train": tainted, "validation": held_out}})
+    verdict = call_check(
+        spec.gates["data.leakage"],
+        ingredients | {"splits": {"train": tainted, "validation": held_out}},
+    )
     assert verdict.outcome == "fail" and verdict.measured["shared_documents"] == 0
     assert verdict.measured["run_overlap"] == pytest.approx(1 / 3, abs=0.01)
 
@@ -219,23 +280,41 @@ def test_leakage_sees_passages_inside_documents_that_differ(spec, ingredients):
 def test_leakage_does_not_judge_a_split_shorter_than_a_run(spec, ingredients):
     held_out = ingredients["splits"]["validation"]
     splits = ingredients["splits"] | {"validation": With(held_out, n_tokens=9)}
-    assert call_check(spec.gates["data.leakage"], ingredients | {"splits": splits}).outcome == "not_run"
+    assert (
+        call_check(spec.gates["data.leakage"], ingredients | {"splits": splits}).outcome
+        == "not_run"
+    )
 
 
 def test_budget_refuses_the_founding_failure(spec, ingredients):
     """18 M tokens for 370 M parameters: 0.05 each."""
     n_tokens = ingredients["splits"]["train"].n_tokens
-    verdict = call_check(spec.gates["data.corpus-budget"], ingredients | {"n_params": int(n_tokens / 0.0486)})
-    assert verdict.outcome == "fail" and verdict.measured["unique_tokens_per_parameter"] == pytest.approx(0.0486, rel=1e-3)
-    too_often = call_check(spec.gates["data.corpus-budget"], ingredients | {"planned_tokens": 17 * n_tokens})
+    verdict = call_check(
+        spec.gates["data.corpus-budget"], ingredients | {"n_params": int(n_tokens / 0.0486)}
+    )
+    assert verdict.outcome == "fail" and verdict.measured[
+        "unique_tokens_per_parameter"
+    ] == pytest.approx(0.0486, rel=1e-3)
+    too_often = call_check(
+        spec.gates["data.corpus-budget"], ingredients | {"planned_tokens": 17 * n_tokens}
+    )
     assert too_often.outcome == "fail" and too_often.measured["epochs"] == 17
 
 
 def plan(*n_windows: int, **changes) -> dict:
     """A plan of sources of so many windows, side by side, from the start."""
     firsts = np.cumsum([0, *n_windows]).tolist()
-    sources = [{"name": f"s{i}", "first": firsts[i], "n_windows": n, "cap": 1.0, "floor": 0.0} for i, n in enumerate(n_windows)]
-    return {"rows_per_step": 4, "tokens_per_step": 40, "sources": sources, "drawn": [0] * len(sources), "cursor": 0} | changes
+    sources = [
+        {"name": f"s{i}", "first": firsts[i], "n_windows": n, "cap": 1.0, "floor": 0.0}
+        for i, n in enumerate(n_windows)
+    ]
+    return {
+        "rows_per_step": 4,
+        "tokens_per_step": 40,
+        "sources": sources,
+        "drawn": [0] * len(sources),
+        "cursor": 0,
+    } | changes
 
 
 def drawn(step: int, cursor: int, ids=None, **changes) -> BatchDrawn:
@@ -282,10 +361,16 @@ def test_consumption_is_red_where_a_step_learns_from_other_windows(spec):
 
 
 def test_a_run_that_learns_from_the_batch_before_is_halted_in_its_second_step(small_cfg, tmp_path):
-    with PLANTS["data.batch-held-back"].apply(), pytest.raises(GateFailed, match="learned from 4 window") as caught:
+    with (
+        PLANTS["data.batch-held-back"].apply(),
+        pytest.raises(GateFailed, match="learned from 4 window") as caught,
+    ):
         session.start(small_cfg, (), tmp_path / "run", Listener(), only=("data.consumption",))
     assert caught.value.gate_id == "data.consumption"
-    assert next(g.first_failure_step for g in caught.value.record.gates if g.id == "data.consumption") == 2
+    assert (
+        next(g.first_failure_step for g in caught.value.record.gates if g.id == "data.consumption")
+        == 2
+    )
 
 
 def test_consumption_is_red_on_a_gap_and_on_a_short_step(watch, spec):
@@ -297,13 +382,21 @@ def test_consumption_is_red_on_a_gap_and_on_a_short_step(watch, spec):
 def test_consumption_is_red_on_a_wrong_epoch(spec):
     assert not watching(spec, plan(100)).observe(drawn(1, 0, epoch=1)).passed, "the rows' own"
     batch_alone = drawn(1, 0, epoch=1, epochs=(0,) * 4)
-    assert not watching(spec, plan(100)).observe(batch_alone).passed, "the batch's is not that of its last row"
+    assert not watching(spec, plan(100)).observe(batch_alone).passed, (
+        "the batch's is not that of its last row"
+    )
 
 
 def test_consumption_is_red_on_a_window_that_does_not_exist_and_on_one_of_another_source(spec):
     assert not watching(spec, plan(100)).observe(drawn(1, 0, ids=(0, 1, 2, 100))).passed
-    assert watching(spec, plan(50, 50)).observe(drawn(1, 0, ids=(0, 1, 50, 51), sources=(0, 0, 1, 1))).passed
-    verdict = watching(spec, plan(50, 50)).observe(drawn(1, 0, ids=(0, 1, 50, 51), sources=(0, 0, 0, 1)))
+    assert (
+        watching(spec, plan(50, 50))
+        .observe(drawn(1, 0, ids=(0, 1, 50, 51), sources=(0, 0, 1, 1)))
+        .passed
+    )
+    verdict = watching(spec, plan(50, 50)).observe(
+        drawn(1, 0, ids=(0, 1, 50, 51), sources=(0, 0, 0, 1))
+    )
     assert not verdict.passed and verdict.measured["outside"] == 1
 
 
@@ -318,8 +411,12 @@ def test_consumption_counts_the_epochs_of_every_source_by_itself(spec):
     """A source of two windows is in its third epoch when the other is still in its first."""
     for epochs, passes in (((1, 2, 0, 0), True), ((1, 1, 0, 0), False), ((1, 2, 1, 1), False)):
         check = watching(spec, plan(2, 20))
-        assert check.observe(drawn(1, 0, ids=(0, 1, 0, 2), sources=(0, 0, 0, 1), epochs=(0, 0, 1, 0), epoch=1)).passed
-        second = drawn(2, 4, ids=(1, 0, 3, 4), sources=(0, 0, 1, 1), epochs=epochs, epoch=max(epochs))
+        assert check.observe(
+            drawn(1, 0, ids=(0, 1, 0, 2), sources=(0, 0, 0, 1), epochs=(0, 0, 1, 0), epoch=1)
+        ).passed
+        second = drawn(
+            2, 4, ids=(1, 0, 3, 4), sources=(0, 0, 1, 1), epochs=epochs, epoch=max(epochs)
+        )
         assert check.observe(second).passed == passes
 
 
@@ -334,7 +431,9 @@ def test_consumption_counts_over_a_resume(watch, spec):
     watch.observe(drawn(1, 0))
     resumed = Consumption(limits_of(spec.gates["data.consumption"]))
     resumed.load_state_dict(watch.state_dict())
-    assert not resumed.observe(Started(step=1, plan=plan(100))).passed, "the run starts over at sample 0"
+    assert not resumed.observe(Started(step=1, plan=plan(100))).passed, (
+        "the run starts over at sample 0"
+    )
     resumed.load_state_dict(watch.state_dict())
     assert resumed.observe(Started(step=1, plan=plan(100, cursor=4, drawn=[4]))) is None
     assert resumed.observe(drawn(2, 4)).passed
@@ -344,4 +443,7 @@ def test_consumption_counts_the_epochs_over_a_resume_from_the_plan(spec):
     """Six windows, four of them drawn before: the second epoch begins after two more."""
     for declared, passes in (([4], True), ([0], False)):
         check = watching(spec, plan(6, cursor=4, drawn=declared))
-        assert check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1, epochs=(0, 0, 1, 1))).passed == passes
+        assert (
+            check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1, epochs=(0, 0, 1, 1))).passed
+            == passes
+        )

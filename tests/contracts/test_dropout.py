@@ -26,13 +26,17 @@ def test_gate_is_green_on_the_stack(spec, small_cfg, dataset, rate):
     verdict = call_check(spec.gates[GATE], asked(with_model(small_cfg, dropout=rate), dataset))
     assert verdict.outcome == "pass", verdict.message
     assert verdict.measured["draws"] == 2 * 2 * 2 * 2, "steps, micro-batches, layers, branches"
-    assert verdict.measured["scale_rel_error"] < 1e-4 and verdict.measured["likeness"] < 0.1, "measured 2e-6 and 0.05"
+    assert verdict.measured["scale_rel_error"] < 1e-4 and verdict.measured["likeness"] < 0.1, (
+        "measured 2e-6 and 0.05"
+    )
 
 
 def test_gate_is_red_on_its_plants(spec, small_cfg, dataset):
     for plant_id in spec.gates[GATE].plants:
         with load_museum()[plant_id].apply():
-            assert call_check(spec.gates[GATE], asked(small_cfg, dataset)).outcome == "fail", plant_id
+            assert call_check(spec.gates[GATE], asked(small_cfg, dataset)).outcome == "fail", (
+                plant_id
+            )
 
 
 def by_hand(mask_of, rate=0.1, factor=None):
@@ -51,19 +55,28 @@ def fresh(rate):
 
 
 def test_gate_sees_other_rates_and_shared_masks(spec):
-    gate, once = spec.gates[GATE], torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) >= 0.1
+    gate, once = (
+        spec.gates[GATE],
+        torch.rand(64, 32, generator=torch.Generator().manual_seed(1)) >= 0.1,
+    )
     assert call_check(gate, by_hand(fresh(0.1))).outcome == "pass"
     wrong = {
         "twice the rate": by_hand(fresh(0.2)),
         "one percent of another factor": by_hand(fresh(0.1), factor=1.01 / 0.9),
         "the other sign": by_hand(fresh(0.1), factor=-1 / 0.9),
         "one mask for all": by_hand(lambda draw: once),
-        "one mask for all tokens": by_hand(lambda draw: (torch.rand(1, 32, generator=draw) >= 0.1).expand(64, 32)),
-        "one mask for all features": by_hand(lambda draw: (torch.rand(64, 1, generator=draw) >= 0.1).expand(64, 32)),
+        "one mask for all tokens": by_hand(
+            lambda draw: (torch.rand(1, 32, generator=draw) >= 0.1).expand(64, 32)
+        ),
+        "one mask for all features": by_hand(
+            lambda draw: (torch.rand(64, 1, generator=draw) >= 0.1).expand(64, 32)
+        ),
         "a branch that nobody saw": by_hand(fresh(0.1)) | {"n_layers": 2},
         "dropout where none is declared": by_hand(fresh(0.1), factor=1.0) | {"dropout": 0.0},
     }
-    assert [name for name, given in wrong.items() if call_check(gate, given).outcome != "fail"] == []
+    assert [
+        name for name, given in wrong.items() if call_check(gate, given).outcome != "fail"
+    ] == []
 
 
 def test_too_few_numbers_are_no_verdict(spec):

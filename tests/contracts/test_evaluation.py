@@ -1,4 +1,6 @@
-"""Gates of evaluation: green on the stack, red on every plant, and the runtime tables of the founding note ship-two-001."""
+"""Gates of evaluation: green on the stack, red on every plant, and the runtime tables of the
+founding note ship-two-001.
+"""
 
 import dataclasses
 import json
@@ -47,18 +49,28 @@ def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1])
+        verdict = call_check(
+            spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1]
+        )
     assert verdict.outcome == "fail" and verdict.message and touches() > before
 
 
 def test_mean_of_means_is_far_beyond_the_limit(spec, small_cfg, dataset):
     with load_museum()["evaluation.mean-of-means"].apply():
-        verdict = call_check(spec.gates["evaluation.invariance"], gather(small_cfg, dataset, torch.device("cpu"))[1])
-    assert verdict.measured["batch_rel_error"] > 50 * spec.gates["evaluation.invariance"].limits["batch_rel_error_max"].value
+        verdict = call_check(
+            spec.gates["evaluation.invariance"], gather(small_cfg, dataset, torch.device("cpu"))[1]
+        )
+    assert (
+        verdict.measured["batch_rel_error"]
+        > 50 * spec.gates["evaluation.invariance"].limits["batch_rel_error_max"].value
+    )
 
 
 def test_invariance_refuses_a_model_without_dropout(spec, ingredients):
-    verdict = call_check(spec.gates["evaluation.invariance"], ingredients | {"evaluated_model": torch.nn.Linear(2, 2)})
+    verdict = call_check(
+        spec.gates["evaluation.invariance"],
+        ingredients | {"evaluated_model": torch.nn.Linear(2, 2)},
+    )
     assert verdict.outcome == "fail" and "no dropout" in verdict.message
 
 
@@ -87,12 +99,23 @@ def test_a_least_improvement_that_is_noise_is_refused(spec):
     """The standard error of the difference is 0.0075 nats at 16 batches, so half of 0.015."""
     gate = spec.gates["evaluation.stop-rule"]
     for min_delta, outcome in ((0.0151, "pass"), (0.0149, "fail")):
-        declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": min_delta}
-        verdict = call_check(gate, stop_parts(lambda: StopRule(5, 3, 2.0, min_delta), stop_declared=declared))  # noqa: B023
+        declared = {
+            "kind": "patience",
+            "patience": 5,
+            "min_epochs": 3,
+            "z": 2.0,
+            "min_delta_nats": min_delta,
+        }
+        verdict = call_check(
+            gate,
+            stop_parts(lambda: StopRule(5, 3, 2.0, min_delta), stop_declared=declared),  # noqa: B023
+        )
         assert verdict.outcome == outcome, verdict.message
 
 
-def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_improvement_asks_for_them(small_cfg):
+def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_improvement_asks_for_them(  # noqa: E501
+    small_cfg,
+):
     assert EvalConfig(every=1).batches == 16
     for changes, wanted in (({}, 1), ({"min_delta_nats": 0.1}, 9), ({"min_delta_nats": 1.0}, 1)):
         cfg = small_cfg.model_copy(update={"stop": Patience(expected_gain_nats=0.3, **changes)})
@@ -118,26 +141,50 @@ def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_impr
             lambda: StopRule(6, 3, 2.0, 0.0),
             {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
         ),  # another patience than declared
-        (NeverStopRule, {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0}),
+        (
+            NeverStopRule,
+            {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
+        ),
     ],
 )
 def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
-    assert call_check(spec.gates["evaluation.stop-rule"], stop_parts(rule, stop_declared=declared)).outcome == "fail"
+    assert (
+        call_check(
+            spec.gates["evaluation.stop-rule"], stop_parts(rule, stop_declared=declared)
+        ).outcome
+        == "fail"
+    )
 
 
 def test_stop_rule_obeys_min_epochs_beyond_patience(spec):
-    declared = {"kind": "patience", "patience": 5, "min_epochs": 12, "z": 2.0, "min_delta_nats": 0.0}
-    assert call_check(spec.gates["evaluation.stop-rule"], stop_parts(lambda: StopRule(5, 12, 2.0, 0.0), stop_declared=declared)).passed
+    declared = {
+        "kind": "patience",
+        "patience": 5,
+        "min_epochs": 12,
+        "z": 2.0,
+        "min_delta_nats": 0.0,
+    }
+    assert call_check(
+        spec.gates["evaluation.stop-rule"],
+        stop_parts(lambda: StopRule(5, 12, 2.0, 0.0), stop_declared=declared),
+    ).passed
 
 
 def test_never_stop_passes_by_definition_and_is_held_to_it(spec):
     gate, declared = spec.gates["evaluation.stop-rule"], {"kind": "never"}
-    verdict = call_check(gate, stop_parts(NeverStopRule, stop_declared=declared, expected_gain_nats=None))
+    verdict = call_check(
+        gate, stop_parts(NeverStopRule, stop_declared=declared, expected_gain_nats=None)
+    )
     assert verdict.passed and "all its steps" in verdict.message
-    assert call_check(gate, stop_parts(lambda: StopRule(5, 3, 2.0, 0.0), stop_declared=declared)).outcome == "fail"
+    assert (
+        call_check(
+            gate, stop_parts(lambda: StopRule(5, 3, 2.0, 0.0), stop_declared=declared)
+        ).outcome
+        == "fail"
+    )
 
 
-# --- runtime --------------------------------------------------------------------------------------------------------
+# --- runtime --------------------------------------------------------------------------------------
 
 
 def evaluated(loss, previous=None, vocab_size=50257, batch_hash="a", batches=(1.0, 2.0), step=1):
@@ -146,7 +193,14 @@ def evaluated(loss, previous=None, vocab_size=50257, batch_hash="a", batches=(1.
 
 @pytest.mark.parametrize(
     ("loss", "previous", "outcome"),
-    [(7.1, 3.5, "fail"), (7.0, 3.5, "pass"), (18.0, None, "pass"), (25.0, None, "fail"), (math.nan, 3.5, "fail"), (math.inf, None, "fail")],
+    [
+        (7.1, 3.5, "fail"),
+        (7.0, 3.5, "pass"),
+        (18.0, None, "pass"),
+        (25.0, None, "fail"),
+        (math.nan, 3.5, "fail"),
+        (math.inf, None, "fail"),
+    ],
 )
 def test_divergence_table(spec, loss, previous, outcome):
     check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
@@ -155,28 +209,52 @@ def test_divergence_table(spec, loss, previous, outcome):
 
 def test_weights_that_were_trained_before_begin_at_ten_nats_or_less(spec):
     check = Divergence(limits_of(spec.gates["evaluation.divergence"]))
-    for loss, pretrained, outcome in ((11.0, True, "fail"), (10.0, True, "pass"), (11.0, False, "pass")):
-        assert check.observe(dataclasses.replace(evaluated(loss), pretrained=pretrained)).outcome == outcome
+    for loss, pretrained, outcome in (
+        (11.0, True, "fail"),
+        (10.0, True, "pass"),
+        (11.0, False, "pass"),
+    ):
+        assert (
+            check.observe(dataclasses.replace(evaluated(loss), pretrained=pretrained)).outcome
+            == outcome
+        )
 
 
 def onset(spec, rounds):
     check = OverfitOnset(limits_of(spec.gates["evaluation.overfit-onset"]))
-    seen = [dataclasses.replace(evaluated(val, step=i, batches=(val, val)), train_loss_nats=train) for i, (train, val) in enumerate(rounds)]
+    seen = [
+        dataclasses.replace(evaluated(val, step=i, batches=(val, val)), train_loss_nats=train)
+        for i, (train, val) in enumerate(rounds)
+    ]
     return [i for i, event in enumerate(seen) if not check.observe(event).passed]
 
 
 def test_overfit_onset_on_the_founding_run_is_epoch_three(spec):
-    runs = {name: [(r["train_loss"], r["val_loss"]) for r in rows] for name, rows in FOUNDING["runs"].items()}
+    runs = {
+        name: [(r["train_loss"], r["val_loss"]) for r in rows]
+        for name, rows in FOUNDING["runs"].items()
+    }
     assert onset(spec, runs["tuned-50k"])[0] == 3 and onset(spec, runs["tuned-50k"][:3]) == []
     assert onset(spec, runs["wrapped-5k"]) == [4]
     assert onset(spec, [(t, t + 1) for t, _ in runs["tuned-50k"]]) == [], "both fall"
-    assert onset(spec, [(v, v - 1) for _, v in runs["tuned-50k"]]) == [], "held-out text is the easier one"
+    assert onset(spec, [(v, v - 1) for _, v in runs["tuned-50k"]]) == [], (
+        "held-out text is the easier one"
+    )
 
 
 def test_overfit_onset_counts_over_a_resume_and_keeps_silent_without_a_training_loss(spec):
-    first, second = (OverfitOnset(limits_of(spec.gates["evaluation.overfit-onset"])) for _ in range(2))
-    rows = [dataclasses.replace(evaluated(v, batches=(v, v)), train_loss_nats=t) for t, v in ((3.0, 3.1), (2.9, 3.2), (2.8, 3.3))]
-    assert first.observe(evaluated(3.0)) is None and first.observe(rows[0]).passed and first.observe(rows[1]).passed
+    first, second = (
+        OverfitOnset(limits_of(spec.gates["evaluation.overfit-onset"])) for _ in range(2)
+    )
+    rows = [
+        dataclasses.replace(evaluated(v, batches=(v, v)), train_loss_nats=t)
+        for t, v in ((3.0, 3.1), (2.9, 3.2), (2.8, 3.3))
+    ]
+    assert (
+        first.observe(evaluated(3.0)) is None
+        and first.observe(rows[0]).passed
+        and first.observe(rows[1]).passed
+    )
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert not second.observe(rows[2]).passed
 
@@ -187,20 +265,28 @@ def test_a_rise_within_noise_is_no_onset(spec):
     for batches, outcome in ((loud, "pass"), (quiet, "fail")):
         rounds = [(3.0, (3.0, 3.0, 3.0, 3.0)), (2.9, (3.05,) * 4), (2.8, batches)]
         verdicts = [
-            check.observe(dataclasses.replace(evaluated(sum(b) / 4, batches=b), train_loss_nats=train)).outcome for train, b in rounds
+            check.observe(
+                dataclasses.replace(evaluated(sum(b) / 4, batches=b), train_loss_nats=train)
+            ).outcome
+            for train, b in rounds
         ]
         assert verdicts[-1] == outcome
 
 
 def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):
-    batch = SimpleNamespace(input_ids=ingredients["overfit_batch"].input_ids, labels=ingredients["overfit_batch"].labels)
+    batch = SimpleNamespace(
+        input_ids=ingredients["overfit_batch"].input_ids, labels=ingredients["overfit_batch"].labels
+    )
     state = SimpleNamespace(model=ingredients["model"], autocast=nullcontext)
     held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch], device="cpu")
 
     def verdicts():
         check, losses = Divergence(limits_of(spec.gates["evaluation.divergence"])), [None]
         losses += [run.Run.measure(held).loss_nats for _ in range(2)]
-        return [check.observe(evaluated(now, before, dataset.tokenizer.vocab_size)).outcome for before, now in pairwise(losses)]
+        return [
+            check.observe(evaluated(now, before, dataset.tokenizer.vocab_size)).outcome
+            for before, now in pairwise(losses)
+        ]
 
     assert verdicts() == ["pass", "pass"]
     with load_museum()["evaluation.diverging"].apply():
@@ -237,7 +323,9 @@ def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
     from stack.train import session
     from stack.train.listener import Listener
 
-    cfg = small_cfg.model_copy(update={"train": small_cfg.train.model_copy(update={"max_steps": 16})})
+    cfg = small_cfg.model_copy(
+        update={"train": small_cfg.train.model_copy(update={"max_steps": 16})}
+    )
     for plant_id in ("evaluation.drifting-batches", "evaluation.diverging"):
         plant = load_museum()[plant_id]
         with plant.apply(), pytest.raises(GateFailed) as caught:
@@ -247,7 +335,11 @@ def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
 
 @pytest.mark.parametrize("change", [{"z": 2.05}, {"z": 1.95}, {"min_delta_nats": 0.01}])
 def test_stop_rule_counts_a_gain_exactly_from_what_is_declared(spec, ingredients, change):
-    """A rule that is two and a half percent stricter or laxer, or has another least improvement, than the one declared."""
+    """A rule that is two and a half percent stricter or laxer, or has another least improvement,
+    than the one declared.
+    """
     declared = ingredients["stop_declared"] | change
-    verdict = call_check(spec.gates["evaluation.stop-rule"], ingredients | {"stop_declared": declared})
+    verdict = call_check(
+        spec.gates["evaluation.stop-rule"], ingredients | {"stop_declared": declared}
+    )
     assert verdict.outcome == "fail" and "is what counts" in verdict.message

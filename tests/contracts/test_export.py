@@ -14,7 +14,10 @@ from stack.model import names
 from stack.museum.plant import load_museum
 from tests.export import models
 
-PLANTS = [p for p in load_museum() if p.startswith("export.") and not p.startswith("export.import-")]  # imports are proven in the museum
+# imports are proven in the museum
+PLANTS = [
+    p for p in load_museum() if p.startswith("export.") and not p.startswith("export.import-")
+]
 
 
 def keeper(spec, only=None):
@@ -26,7 +29,14 @@ def keeper(spec, only=None):
 @pytest.fixture
 def folder(spec, tmp_path):
     model = models.ours("plain", 257)
-    huggingface.export(model, Bytes(), tmp_path / "out", keeper(spec), max_shard_bytes=30_000, card=lambda made: "card")
+    huggingface.export(
+        model,
+        Bytes(),
+        tmp_path / "out",
+        keeper(spec),
+        max_shard_bytes=30_000,
+        card=lambda made: "card",
+    )
     return tmp_path / "out"
 
 
@@ -51,12 +61,23 @@ def test_complete_is_green_on_a_real_export(spec, complete):
 def test_complete_is_red_on_a_stranger_and_on_another_type(spec, complete, folder):
     gate = spec.gates["export.complete"]
     assert "BF16" in call_check(gate, complete | {"dtype": "BF16"}).message
-    assert call_check(gate, complete | {"live_shapes": complete["live_shapes"][1:]}).outcome == "fail"
+    assert (
+        call_check(gate, complete | {"live_shapes": complete["live_shapes"][1:]}).outcome == "fail"
+    )
     (folder / "optimizer.pt").write_bytes(b"PK\x03\x04")
     assert "optimizer.pt" in call_check(gate, complete).message
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", names.INDEX])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        names.INDEX,
+    ],
+)
 def test_complete_is_red_without_a_document(spec, complete, folder, name):
     (folder / name).unlink()
     assert call_check(spec.gates["export.complete"], complete).outcome == "fail"
@@ -72,7 +93,10 @@ def test_complete_is_red_on_an_index_that_miscounts(spec, complete, folder):
 def test_parity_is_green_on_a_real_export(spec, compared):
     verdict = call_check(spec.gates["export.logit-parity"], compared)
     assert verdict.outcome == "pass", verdict.message
-    assert 0 < verdict.measured["logit_abs_error"] < 1e-5 and verdict.measured["lengths"] == "1 5 10 20 40"
+    assert (
+        0 < verdict.measured["logit_abs_error"] < 1e-5
+        and verdict.measured["lengths"] == "1 5 10 20 40"
+    )
 
 
 def test_parity_is_red_on_one_changed_weight(spec, compared):
@@ -80,14 +104,22 @@ def test_parity_is_red_on_one_changed_weight(spec, compared):
     model = models.ours("plain", 257)
     with torch.no_grad():
         model.layers[0].attention.q.weight[3, 5] += 0.05 * model.layers[0].attention.q.weight.std()
-    assert call_check(spec.gates["export.logit-parity"], compared | parity.own(model)).outcome == "fail"
+    assert (
+        call_check(spec.gates["export.logit-parity"], compared | parity.own(model)).outcome
+        == "fail"
+    )
 
 
 def test_parity_is_red_on_nan_on_complaints_and_on_other_text(spec, compared):
     gate = spec.gates["export.logit-parity"]
-    lost = compared | {"their_logits": lambda ids, last: compared["their_logits"](ids, last) * float("nan")}
+    lost = compared | {
+        "their_logits": lambda ids, last: compared["their_logits"](ids, last) * float("nan")
+    }
     assert "cannot be compared" in call_check(gate, lost).message
-    assert "missing keys x" in call_check(gate, compared | {"their_complaints": "missing keys x"}).message
+    assert (
+        "missing keys x"
+        in call_check(gate, compared | {"their_complaints": "missing keys x"}).message
+    )
     other = compared | {"their_continuation": lambda prompt, n: [0] * n}
     assert "differs" in call_check(gate, other).message
 
@@ -113,7 +145,9 @@ def test_compared_bytes_is_green_and_red(spec, compared, folder):
 def test_without_the_other_library_nothing_is_called_a_pass(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "available", lambda: False)
     gates = keeper(spec)
-    huggingface.export(models.ours("plain", 257), Bytes(), tmp_path / "out", gates, card=lambda made: "card")
+    huggingface.export(
+        models.ours("plain", 257), Bytes(), tmp_path / "out", gates, card=lambda made: "card"
+    )
     assert {g.id: g.verdict for g in gates.results()} == {
         "export.complete": "pass",
         "export.logit-parity": "not_run",
@@ -128,7 +162,13 @@ def test_each_plant_is_stopped_and_nothing_is_left(spec, tmp_path, plant_id):
         pytest.importorskip("transformers", reason="the witness: pip install 'stackproof[hf]'")
     model = models.ours("untied" if plant_id == "export.matrix-transposed" else "plain", 257)
     with plant.apply(), pytest.raises(GateFailed) as red:
-        huggingface.export(model, Bytes(), tmp_path / "place" / "out", keeper(spec, (plant.gate,)), card=lambda made: "card")
+        huggingface.export(
+            model,
+            Bytes(),
+            tmp_path / "place" / "out",
+            keeper(spec, (plant.gate,)),
+            card=lambda made: "card",
+        )
     assert red.value.gate_id == plant.gate and list((tmp_path / "place").iterdir()) == []
 
 

@@ -1,4 +1,6 @@
-"""The gate of generation on the stack, its variants, its plants, and on a generator that is wrong by one token."""
+"""The gate of generation on the stack, its variants, its plants,
+and on a generator that is wrong by one token.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,11 @@ VARIANTS = {
     "experts": ("model.ffn.kind=moe", "model.ffn.n_experts=4"),
     "differential": ("model.attention.kind=differential",),
     "window": ("model.attention.window=8",),
-    "gpt-2's parts": ("model.ffn.kind=gelu", "model.norm.kind=layernorm", "model.positions.kind=learned"),
+    "gpt-2's parts": (
+        "model.ffn.kind=gelu",
+        "model.norm.kind=layernorm",
+        "model.positions.kind=learned",
+    ),
 }
 
 
@@ -26,7 +32,9 @@ VARIANTS = {
 def asked(small_cfg, dataset):
     def ingredients(*sets):
         cfg, _ = load_config(small_cfg, sets=sets)
-        return model_ingredients(cfg, build_model(cfg.model, dataset.tokenizer.vocab_size, seed=1), dataset.tokenizer)
+        return model_ingredients(
+            cfg, build_model(cfg.model, dataset.tokenizer.vocab_size, seed=1), dataset.tokenizer
+        )
 
     return ingredients
 
@@ -50,7 +58,11 @@ def test_gate_sees_one_token_and_an_end_that_ends_nothing(spec, asked):
 
     def last_token_off(ids, **options):
         got = generate(ids, **options)
-        return [*got[:-1], (got[-1] + 1) % 384] if options["temperature"] == 1.0 and options["use_cache"] else got
+        return (
+            [*got[:-1], (got[-1] + 1) % 384]
+            if options["temperature"] == 1.0 and options["use_cache"]
+            else got
+        )
 
     def endless(ids, **options):
         return generate(ids, **options | {"eos_id": None})
@@ -61,5 +73,7 @@ def test_gate_sees_one_token_and_an_end_that_ends_nothing(spec, asked):
         return got
 
     for wrong in (last_token_off, endless, leaves_evaluation_mode):
-        assert call_check(spec.gates[GATE], honest | {"generate": wrong}).outcome == "fail", wrong.__name__
+        assert call_check(spec.gates[GATE], honest | {"generate": wrong}).outcome == "fail", (
+            wrong.__name__
+        )
     assert torch.is_grad_enabled() and call_check(spec.gates[GATE], honest).outcome == "pass"

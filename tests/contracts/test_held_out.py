@@ -20,8 +20,17 @@ def begun(spec, step=0):
 
 def look(step, loss, *, best=None, rows=ROWS, n=4):
     best_step, best_loss = best or (step, loss)
-    given = {"bits_per_byte": 1.0, "batch_hash": "h", "previous_loss_nats": None, "random_loss_nats": 6.0}
-    held = {"best_step": best_step, "best_loss_nats": best_loss, "rows": (lambda: rows) if rows else None}
+    given = {
+        "bits_per_byte": 1.0,
+        "batch_hash": "h",
+        "previous_loss_nats": None,
+        "random_loss_nats": 6.0,
+    }
+    held = {
+        "best_step": best_step,
+        "best_loss_nats": best_loss,
+        "rows": (lambda: rows) if rows else None,
+    }
     return Evaluated(step=step, loss_nats=loss, batch_nats=(loss,) * n, **given, **held)
 
 
@@ -63,6 +72,11 @@ def test_a_run_that_goes_on_keeps_its_best(spec):
     first.observe(look(1, 3.0))
     second = begun(spec, step=1)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.observe(look(2, 3.5, best=(1, 3.0))).passed and not second.observe(look(3, 3.6, best=(3, 3.6))).passed
+    assert (
+        second.observe(look(2, 3.5, best=(1, 3.0))).passed
+        and not second.observe(look(3, 3.6, best=(3, 3.6))).passed
+    )
     unknown = begun(spec, step=7)
-    assert unknown.observe(look(8, 3.5, best=(1, 3.0))).passed, "what was before this gate was installed is taken as it is"
+    assert unknown.observe(look(8, 3.5, best=(1, 3.0))).passed, (
+        "what was before this gate was installed is taken as it is"
+    )

@@ -20,7 +20,9 @@ def test_a_check_that_breaks_hides_no_red_gate(spec, ingredients):
     keeper = Gatekeeper(spec, only=TWO)
     with pytest.raises(GateFailed) as caught:
         keeper.preflight(ingredients | {"cross_entropy_sum": broken, "clip": lambda grads: 1.0})
-    assert caught.value.gate_id == "optim.clip-spike" and isinstance(caught.value.__cause__, RuntimeError)
+    assert caught.value.gate_id == "optim.clip-spike" and isinstance(
+        caught.value.__cause__, RuntimeError
+    )
     said = {r.id: (r.verdict, r.checks, r.message) for r in keeper.results()}
     assert said["loss.golden"] == ("not_run", 0, "its check broke: RuntimeError: out of order")
     assert said["optim.clip-spike"][:2] == ("fail", 1)
@@ -30,7 +32,10 @@ def test_a_check_that_breaks_alone_is_an_error_and_the_others_were_asked(spec, i
     keeper = Gatekeeper(spec, only=TWO)
     with pytest.raises(RuntimeError, match="out of order"):
         keeper.preflight(ingredients | {"cross_entropy_sum": broken})
-    assert {r.id: r.verdict for r in keeper.results()} == {"loss.golden": "not_run", "optim.clip-spike": "pass"}
+    assert {r.id: r.verdict for r in keeper.results()} == {
+        "loss.golden": "not_run",
+        "optim.clip-spike": "pass",
+    }
 
 
 def test_a_consequence_comes_after_its_cause(spec):
@@ -38,9 +43,17 @@ def test_a_consequence_comes_after_its_cause(spec):
     taken = StepTaken(3, math.nan, math.nan, math.nan, 1.0, 1e-3, 8, 8, 0, 0.0, 0.0, 0.0, 0.0)
     with pytest.raises(GateFailed) as caught:
         keeper.observe(taken)
-    assert [s.gate.id for s in keeper.seats.values()] == ["optim.clip-norm", "runtime.finite"], "the order of the spec is the other way"
-    assert caught.value.gate_id == "runtime.finite" and "also red: optim.clip-norm" in caught.value.what
-    assert caught.value.next_step.startswith("usual causes: a rate that is too large") and "show runtime.finite" in caught.value.next_step
+    assert [s.gate.id for s in keeper.seats.values()] == ["optim.clip-norm", "runtime.finite"], (
+        "the order of the spec is the other way"
+    )
+    assert (
+        caught.value.gate_id == "runtime.finite"
+        and "also red: optim.clip-norm" in caught.value.what
+    )
+    assert (
+        caught.value.next_step.startswith("usual causes: a rate that is too large")
+        and "show runtime.finite" in caught.value.next_step
+    )
     alone = Gatekeeper(spec, kind="foreign", only=("optim.clip-norm",))
     with pytest.raises(GateFailed) as caught:
         alone.observe(taken)
@@ -56,8 +69,16 @@ def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
     waiver = Waiver(id="checkpoint.reload", reason="to see what comes after", expires="9999-12-31")
     keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reload",), waivers=(waiver,))
     same = {"live": {"w": "a"}, "reloaded": {"w": "a"}, "live_tied": False, "reloaded_tied": False}
-    for step, given in ((1, same), (2, same | {"reloaded": {"w": "b"}}), (3, same), (4, same | {"reloaded": {"w": "c"}})):
+    for step, given in (
+        (1, same),
+        (2, same | {"reloaded": {"w": "b"}}),
+        (3, same),
+        (4, same | {"reloaded": {"w": "c"}}),
+    ):
         keeper.artifact(given, step=step)
         (result,) = keeper.results()
         expected = ("pass", None) if step == 1 else ("fail", 2)
-        assert (result.verdict, result.first_failure_step) == expected and result.checks == result.heartbeat_last_step == step
+        assert (
+            result.verdict,
+            result.first_failure_step,
+        ) == expected and result.checks == result.heartbeat_last_step == step

@@ -28,26 +28,41 @@ def test_recitation_needs_more_than_chance(spec):
     assert verdict(spec, 0)[0].passed and verdict(spec, 11)[0].passed
     assert not verdict(spec, 11)[1], "held-out text is only asked where it matters"
     red, asked = verdict(spec, 12)
-    assert red.outcome == "fail" and asked and red.measured["p_value"] == pytest.approx(6.875e-5, rel=1e-3)
-    assert verdict(spec, 32, held_out=32)[0].passed, "text that everyone knows by heart, such as a licence"
+    assert (
+        red.outcome == "fail"
+        and asked
+        and red.measured["p_value"] == pytest.approx(6.875e-5, rel=1e-3)
+    )
+    assert verdict(spec, 32, held_out=32)[0].passed, (
+        "text that everyone knows by heart, such as a licence"
+    )
     assert verdict(spec, 32, held_out=16)[0].outcome == "fail"
     assert verdict(spec, 4, n=4)[0].outcome == "fail" and verdict(spec, 3, n=3)[0].passed
     assert verdict(spec, 0, n=0)[0].outcome == "not_run"
 
 
-@pytest.mark.parametrize(("a", "n", "b", "m"), [(11, 32, 0, 32), (5, 8, 2, 32), (3, 3, 1, 9), (0, 4, 0, 4)])
+@pytest.mark.parametrize(
+    ("a", "n", "b", "m"), [(11, 32, 0, 32), (5, 8, 2, 32), (3, 3, 1, 9), (0, 4, 0, 4)]
+)
 def test_chance_is_the_share_of_all_ways_to_hand_out_the_recited_ones(a, n, b, m):
     """Against counting by hand: the hypergeometric distribution as a product of fractions."""
     both, total = a + b, 0.0
     for k in range(a, min(n, both) + 1):
-        ways = math.exp(sum(math.lgamma(x + 1) - math.lgamma(y + 1) - math.lgamma(x - y + 1) for x, y in ((n, k), (m, both - k))))
+        ways = math.exp(
+            sum(
+                math.lgamma(x + 1) - math.lgamma(y + 1) - math.lgamma(x - y + 1)
+                for x, y in ((n, k), (m, both - k))
+            )
+        )
         total += ways if both - k <= m else 0.0
     assert chance_of(a, n, b, m) == pytest.approx(total / math.comb(n + m, both), rel=1e-9)
 
 
 @pytest.fixture(scope="module")
 def memoriser(small_cfg):
-    """A model that has read four passages of random tokens, the canaries, 150 times, and the same passages."""
+    """A model that has read four passages of random tokens, the canaries, 150 times,
+    and the same passages.
+    """
     torch.manual_seed(0)
     model = build_model(small_cfg.model.model_copy(update={"dropout": 0.0}), 97, seed=3)
     rows = torch.randint(0, 97, (4, 65), generator=torch.Generator().manual_seed(1))
@@ -65,13 +80,17 @@ def memoriser(small_cfg):
 def test_a_planted_canary_is_found_and_random_text_is_not(spec, memoriser):
     model, canaries = memoriser
     strangers = torch.randint(0, 97, (32, 64), generator=torch.Generator().manual_seed(2))
-    known, unknown = (matched(model, ids, device=torch.device("cpu")) for ids in (canaries, strangers))
+    known, unknown = (
+        matched(model, ids, device=torch.device("cpu")) for ids in (canaries, strangers)
+    )
     assert known == [32] * 4 and max(unknown) <= 2
     assert verdict(spec, known.count(32), n=4, held_out=unknown.count(32))[0].outcome == "fail"
 
 
 def test_one_forward_says_what_generating_would(memoriser):
-    """Canaries that are damaged before or after the point at which the model goes on, so that they part early, late and never."""
+    """Canaries that are damaged before or after the point at which the model goes on, so that they
+    part early, late and never.
+    """
     model, canaries = memoriser
     rows = canaries.repeat(4, 1)
     for row in range(len(rows)):
@@ -92,7 +111,9 @@ def test_passages_lie_within_one_document_and_do_not_overlap():
     documents[0, 100:] = 1
     packed = SimpleNamespace(input_ids=ids, labels=ids + 1, document_ids=documents)
     assert passages([packed])[:, 0].tolist() == [0, 160, 224]
-    short = SimpleNamespace(input_ids=ids[:, :10], labels=ids[:, :10] + 1, document_ids=torch.arange(10).repeat(2, 1))
+    short = SimpleNamespace(
+        input_ids=ids[:, :10], labels=ids[:, :10] + 1, document_ids=torch.arange(10).repeat(2, 1)
+    )
     assert passages([short]).shape == (0, 10)
     assert len(passages([plain] * 40)) == PASSAGES
 
@@ -109,8 +130,15 @@ def test_memorised_needs_a_low_loss_and_a_passage(spec):
             watch.observe(sampled(step, "a", loss_nats=nats, found_in_corpus=found(1.0)))
         return watch.observe(sampled(99, "b", loss_nats=loss, found_in_corpus=found(share))).outcome
 
-    assert outcome(2.0, 1.0) == "pass" and not asked, "the corpus is only searched where the loss is suspicious"
+    assert outcome(2.0, 1.0) == "pass" and not asked, (
+        "the corpus is only searched where the loss is suspicious"
+    )
     assert outcome(0.13, 0.9) == "fail" and outcome(0.13, 0.05) == "pass"
     usual = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.02]
     assert outcome(1.2, 0.9, usual) == "fail" and outcome(1.8, 0.9, usual) == "pass"
-    assert Memorised(limits_of(spec.gates["sampling.memorised"])).observe(sampled(1, "foreign trainers may not know the loss")) is None
+    assert (
+        Memorised(limits_of(spec.gates["sampling.memorised"])).observe(
+            sampled(1, "foreign trainers may not know the loss")
+        )
+        is None
+    )

@@ -1,4 +1,6 @@
-"""Gates of the model: green on the stack, red on every plant, and sharp enough to see small errors."""
+"""Gates of the model: green on the stack, red on every plant,
+and sharp enough to see small errors.
+"""
 
 import math
 from types import SimpleNamespace
@@ -65,7 +67,9 @@ def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1])
+        verdict = call_check(
+            spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1]
+        )
     assert verdict.outcome == "fail" and verdict.message and touches() > before
     assert plant.id in spec.gates[plant.gate].plants
 
@@ -74,14 +78,23 @@ def test_a_plant_leaves_nothing_behind(spec, small_cfg, dataset):
     for plant_id in PLANTS:
         with load_museum()[plant_id].apply():
             pass
-    assert call_check(spec.gates["model.reference-differential"], gather(small_cfg, dataset, torch.device("cpu"))[1]).passed
+    assert call_check(
+        spec.gates["model.reference-differential"],
+        gather(small_cfg, dataset, torch.device("cpu"))[1],
+    ).passed
 
 
 def test_training_forward_sees_one_percent(spec, ingredients):
     original = transformer.Transformer.logits
-    with swap(transformer.Transformer, "logits", lambda self, x: original(self, x) * (1.01 if self.training else 1.0)):
+    with swap(
+        transformer.Transformer,
+        "logits",
+        lambda self, x: original(self, x) * (1.01 if self.training else 1.0),
+    ):
         verdict = call_check(spec.gates["model.training-forward"], ingredients)
-    assert verdict.outcome == "fail" and verdict.measured["rel_error"] == pytest.approx(0.01, rel=0.01)
+    assert verdict.outcome == "fail" and verdict.measured["rel_error"] == pytest.approx(
+        0.01, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])
@@ -111,7 +124,9 @@ def wide_ingredients(seed=5):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_model_of_bytes_begins_at_ln_256(spec, seed):
-    """ln 256 = 5.545; measured 0.057 to 0.072 above it, with the 257th id, the end of text. Guessing among half of the bytes is red."""
+    """ln 256 = 5.545; measured 0.057 to 0.072 above it, with the 257th id, the end of text.
+    Guessing among half of the bytes is red.
+    """
     gate, parts = spec.gates["model.initial-loss"], wide_ingredients(seed)
     verdict = call_check(gate, parts)
     assert verdict.passed and abs(verdict.measured["loss_nats"] - math.log(256)) < 0.3
@@ -124,7 +139,9 @@ def test_init_law_sees_draws_of_another_shape_and_draws_made_twice(spec, change)
     weight = parts["model"].layers[0].ffn.up.weight
     with torch.no_grad():
         if change == "uniform":
-            weight.uniform_(-(3**0.5) * 0.02, 3**0.5 * 0.02, generator=torch.Generator().manual_seed(1))
+            weight.uniform_(
+                -(3**0.5) * 0.02, 3**0.5 * 0.02, generator=torch.Generator().manual_seed(1)
+            )
         else:
             weight[len(weight) // 2 :] = weight[: len(weight) // 2]
     verdict = call_check(spec.gates["model.init-law"], parts)
@@ -154,12 +171,17 @@ def test_differential_sees_one_percent_of_scale(spec, ingredients):
     with swap(attention, "whole", lambda q, k, v, **more: original(q * 1.01, k, v, **more)):
         verdict = call_check(spec.gates["model.reference-differential"], ingredients)
     assert verdict.outcome == "fail"
-    assert verdict.measured["attention_rel_error"] > 5 * spec.gates["model.reference-differential"].limits["rel_error_max"].value
+    assert (
+        verdict.measured["attention_rel_error"]
+        > 5 * spec.gates["model.reference-differential"].limits["rel_error_max"].value
+    )
 
 
 def test_differential_is_far_below_its_limit_on_the_stack(spec, ingredients):
     measured = call_check(spec.gates["model.reference-differential"], ingredients).measured
-    errors = [measured[f"{part}_rel_error"] for part in ("attention", "logit", "drawn", "full_length")]
+    errors = [
+        measured[f"{part}_rel_error"] for part in ("attention", "logit", "drawn", "full_length")
+    ]
     assert max(errors) < 2e-6  # measured worst case 3.3e-7
     assert measured["table_abs_error"] < 1e-7
 
@@ -173,13 +195,19 @@ def test_causality_refuses_a_model_that_ignores_its_input(spec, ingredients):
         def forward(self, ids):
             return self.weight.expand(*ids.shape, 4)
 
-    assert "sees nothing" in call_check(spec.gates["model.causality"], ingredients | {"model": Deaf()}).message
+    assert (
+        "sees nothing"
+        in call_check(spec.gates["model.causality"], ingredients | {"model": Deaf()}).message
+    )
 
 
 def test_causality_leaves_mode_and_random_state(spec, ingredients):
     state, modes = torch.get_rng_state(), [m.training for m in ingredients["model"].modules()]
     assert call_check(spec.gates["model.causality"], ingredients).passed
-    assert torch.equal(torch.get_rng_state(), state) and [m.training for m in ingredients["model"].modules()] == modes
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and [m.training for m in ingredients["model"].modules()] == modes
+    )
 
 
 def packed_parts(model):
@@ -193,20 +221,40 @@ def packed_parts(model):
     }
 
 
-@pytest.mark.parametrize("heads, max_seq_len, tied", [((6, 3), 131, False), ((4, 1), 20, True), ((2, 2), 7, True), ((1, 1), 2, True)])
+@pytest.mark.parametrize(
+    "heads, max_seq_len, tied",
+    [((6, 3), 131, False), ((4, 1), 20, True), ((2, 2), 7, True), ((1, 1), 2, True)],
+)
 def test_isolation_holds_for_other_shapes(spec, heads, max_seq_len, tied):
     cfg = ModelConfig(
-        d_model=24, n_layers=3, n_heads=heads[0], n_kv_heads=heads[1], head_dim=6, d_ff=40, max_seq_len=max_seq_len, tied_head=tied
+        d_model=24,
+        n_layers=3,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        head_dim=6,
+        d_ff=40,
+        max_seq_len=max_seq_len,
+        tied_head=tied,
     )
-    verdict = call_check(spec.gates["model.document-isolation"], packed_parts(build_model(cfg, 61, seed=3)))
+    verdict = call_check(
+        spec.gates["model.document-isolation"], packed_parts(build_model(cfg, 61, seed=3))
+    )
     assert verdict.passed, verdict.message
     assert verdict.measured["rel_error"] < 2e-6  # measured worst case 2.6e-7
 
 
 def test_isolation_looks_at_short_documents_full_rows_and_padding():
     for length in (17, 129):
-        full, padded = (row.unique_consecutive(return_counts=True)[1].tolist() for row in packing(length))
-        assert full[0] == 1 and len(full) == 3 and padded[1] == 1 and len(padded) == 4 and sum(full) == sum(padded) == length
+        full, padded = (
+            row.unique_consecutive(return_counts=True)[1].tolist() for row in packing(length)
+        )
+        assert (
+            full[0] == 1
+            and len(full) == 3
+            and padded[1] == 1
+            and len(padded) == 4
+            and sum(full) == sum(padded) == length
+        )
 
 
 def test_isolation_is_far_from_its_limit_on_both_sides(spec, small_cfg, dataset, ingredients):
@@ -217,7 +265,11 @@ def test_isolation_is_far_from_its_limit_on_both_sides(spec, small_cfg, dataset,
         with load_museum()[plant_id].apply():
             measured = call_check(gate, gather(small_cfg, dataset, torch.device("cpu"))[1]).measured
         assert measured["rel_error"] > 10 * limit  # measured 4.4e-3 or more
-        assert (measured["leak_abs"] > 0.05) == (measured["gradient_abs"] > 0.05) == ("mask" in plant_id)
+        assert (
+            (measured["leak_abs"] > 0.05)
+            == (measured["gradient_abs"] > 0.05)
+            == ("mask" in plant_id)
+        )
 
 
 def test_isolation_sees_a_leak_in_the_gradient_alone(spec, ingredients):
@@ -237,7 +289,10 @@ def test_isolation_sees_packed_rows_that_are_scored_another_way(spec, ingredient
     honest = ingredients["packed_logits"]
     shifted = ingredients | {"packed_logits": lambda ids, documents: honest(ids, documents) * 1.001}
     verdict = call_check(spec.gates["model.document-isolation"], shifted)
-    assert verdict.outcome == "fail" and verdict.measured["leak_abs"] == verdict.measured["gradient_abs"] == 0
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["leak_abs"] == verdict.measured["gradient_abs"] == 0
+    )
 
 
 def test_isolation_refuses_a_model_that_ignores_its_input(spec):
@@ -250,10 +305,19 @@ def test_isolation_refuses_a_model_that_ignores_its_input(spec):
             return 0 * self.embed(ids) + torch.arange(4)
 
     model = Deaf()
-    parts = {"model": model, "packed_logits": lambda ids, documents: model(ids), "embedding": model.embed, "vocab_size": 4}
+    parts = {
+        "model": model,
+        "packed_logits": lambda ids, documents: model(ids),
+        "embedding": model.embed,
+        "vocab_size": 4,
+    }
     parts |= {"max_seq_len": 32, "declared_architecture": declared()}
     verdict = call_check(spec.gates["model.document-isolation"], parts)
-    assert verdict.outcome == "fail" and "sees nothing" in verdict.message and verdict.measured["unlearned"] > 0
+    assert (
+        verdict.outcome == "fail"
+        and "sees nothing" in verdict.message
+        and verdict.measured["unlearned"] > 0
+    )
 
 
 def test_isolation_leaves_modes_gradients_and_random_state(spec, ingredients):
@@ -261,7 +325,9 @@ def test_isolation_leaves_modes_gradients_and_random_state(spec, ingredients):
     model.layers[0].ffn.eval()
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     assert call_check(spec.gates["model.document-isolation"], ingredients).passed
-    assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
+    assert (
+        torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
+    )
     assert all(p.grad is None for p in model.parameters()) and not model.embed._forward_hooks
     model.train()
 
@@ -269,7 +335,9 @@ def test_isolation_leaves_modes_gradients_and_random_state(spec, ingredients):
 def test_overfit_refuses_a_batch_without_ambiguity(spec, ingredients):
     ids = torch.arange(10).view(1, -1)
     batch = SimpleNamespace(input_ids=ids, labels=ids + 1)
-    verdict = call_check(spec.gates["model.overfit-one-batch"], ingredients | {"overfit_batch": batch})
+    verdict = call_check(
+        spec.gates["model.overfit-one-batch"], ingredients | {"overfit_batch": batch}
+    )
     assert verdict.outcome == "fail" and "one successor" in verdict.message
 
 

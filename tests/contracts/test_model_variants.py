@@ -1,4 +1,6 @@
-"""Gates of the model on every variant, by a second implementation: green when it is right, red when it is one percent off or otherwise."""
+"""Gates of the model on every variant, by a second implementation: green when it is right, red when
+it is one percent off or otherwise.
+"""
 
 import pytest
 import torch
@@ -12,21 +14,51 @@ from stack.evaluate.ingredients import overfit_batch, overfit_lr
 from stack.museum.plant import swap
 from tests.contracts import variants
 
-SIZES = {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48, "max_seq_len": 140, "dropout": 0.1}
+SIZES = {
+    "d_model": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 48,
+    "max_seq_len": 140,
+    "dropout": 0.1,
+}
 HARD = {"kind": "mixture-of-depths", "gate": {"kind": "hard", "capacity_frac": 0.3}}
 GPT2_ATTENTION = {"kind": "softmax", "qkv_bias": True, "out_bias": True}
 VARIANTS = {
-    "llama": {"tied_head": False, "positions": {"kind": "rotary", "scaling": {"kind": "llama3", "original_max_seq_len": 32}}},
-    "gpt2": {"positions": {"kind": "learned"}, "norm": {"kind": "layernorm"}, "ffn": {"kind": "gelu"}, "attention": GPT2_ATTENTION},
+    "llama": {
+        "tied_head": False,
+        "positions": {"kind": "rotary", "scaling": {"kind": "llama3", "original_max_seq_len": 32}},
+    },
+    "gpt2": {
+        "positions": {"kind": "learned"},
+        "norm": {"kind": "layernorm"},
+        "ffn": {"kind": "gelu"},
+        "attention": GPT2_ATTENTION,
+    },
     "windowed": {"attention": {"kind": "softmax", "qk_norm": True, "window": 7}},
     "wide window": {"attention": {"kind": "softmax", "window": 64}},
     "paper": {"attention": {"kind": "differential", "qk_norm": True}},
-    "scalar": {"attention": {"kind": "differential", "form": "scalar", "window": 9, "qkv_bias": True}},
+    "scalar": {
+        "attention": {"kind": "differential", "form": "scalar", "window": 9, "qkv_bias": True}
+    },
     "experts": {"ffn": {"kind": "moe", "n_experts": 4, "capacity_factor": 1.0}},
-    "biased experts": {"ffn": {"kind": "moe", "top_k": 1, "expert": {"kind": "gelu"}, "balance": {"kind": "selection-bias"}}},
+    "biased experts": {
+        "ffn": {
+            "kind": "moe",
+            "top_k": 1,
+            "expert": {"kind": "gelu"},
+            "balance": {"kind": "selection-bias"},
+        }
+    },
     "soft": {"depth": {"kind": "mixture-of-depths", "every": 2}},
     "hard": {"depth": HARD},
-    "hard and learned": {"depth": HARD | {"every": 2}, "positions": {"kind": "learned"}, "ffn": {"kind": "moe"}},
+    "hard and learned": {
+        "depth": HARD | {"every": 2},
+        "positions": {"kind": "learned"},
+        "ffn": {"kind": "moe"},
+    },
 }
 
 
@@ -36,11 +68,15 @@ def declared(variant="llama", **changed):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_differential_is_green_on_every_variant(spec, variant):
-    verdict = call_check(spec.gates["model.reference-differential"], variants.parts(declared(variant)))
+    verdict = call_check(
+        spec.gates["model.reference-differential"], variants.parts(declared(variant))
+    )
     assert verdict.outcome == "pass", verdict.message
     measured = verdict.measured
-    assert max(measured[f"{p}_rel_error"] for p in ("attention", "logit", "drawn")) < 2e-6  # measured worst case 6.6e-7
-    assert measured["judged_frac"] == 1 and measured["weakest_effect"] > 0.005  # measured least 0.007
+    # measured worst case 6.6e-7
+    assert max(measured[f"{p}_rel_error"] for p in ("attention", "logit", "drawn")) < 2e-6
+    # measured least 0.007
+    assert measured["judged_frac"] == 1 and measured["weakest_effect"] > 0.005
 
 
 @pytest.mark.parametrize("gate_id", ["model.causality", "model.document-isolation"])
@@ -50,7 +86,8 @@ def test_causality_and_isolation_are_green_on_every_variant(spec, variant, gate_
     before = {n: p.clone() for n, p in parts["model"].state_dict().items()}
     verdict = call_check(spec.gates[gate_id], parts)
     assert verdict.outcome == "pass", verdict.message
-    assert max(v for k, v in verdict.measured.items() if k in ("leak_abs", "row_abs")) < 1e-14  # measured worst case 2e-15
+    # measured worst case 2e-15
+    assert max(v for k, v in verdict.measured.items() if k in ("leak_abs", "row_abs")) < 1e-14
     after = parts["model"].state_dict()
     assert all(torch.equal(p, after[n]) and p.dtype == after[n].dtype for n, p in before.items())
 
@@ -66,7 +103,8 @@ def test_training_forward_is_green_on_every_variant(spec, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_differential_sees_one_percent_of_every_kind_of_parameter(spec, variant, monkeypatch):
-    monkeypatch.setattr(differential, "_effect", lambda *inputs: 1.0)  # many forwards, and not what is looked at here
+    # many forwards, and not what is looked at here
+    monkeypatch.setattr(differential, "_effect", lambda *inputs: 1.0)
     gate, a = spec.gates["model.reference-differential"], declared(variant)
     shapes = parameter_shapes(a, 61)
     for kind in kinds(shapes):
@@ -74,14 +112,19 @@ def test_differential_sees_one_percent_of_every_kind_of_parameter(spec, variant,
             continue
         louder = [n for n in shapes if kind_of(n) == kind]
         parts = variants.parts(a)
-        parts["build_model"] = lambda louder=louder: one_percent_louder(variants.Decoder(a, 61, 3), louder)
+        parts["build_model"] = lambda louder=louder: one_percent_louder(
+            variants.Decoder(a, 61, 3), louder
+        )
         verdict = call_check(gate, parts)
         assert verdict.outcome == "fail" and "logits differ" in verdict.message, kind
-        assert verdict.measured["drawn_rel_error"] > 2 * gate.limits["rel_error_max"].value, kind  # measured least 3.8e-4
+        # measured least 3.8e-4
+        assert verdict.measured["drawn_rel_error"] > 2 * gate.limits["rel_error_max"].value, kind
 
 
 def blind_to_scale(a):
-    """Kinds whose size means nothing, because a norm follows. A bias of another choice than the run's shows in moe.dispatch-parity."""
+    """Kinds whose size means nothing, because a norm follows.
+    A bias of another choice than the run's shows in moe.dispatch-parity.
+    """
     queries = {"attention.q.weight", "attention.k.weight"} if a["attention"]["qk_norm"] else set()
     paper = a["attention"].get("form") == "paper"
     return queries | ({"attention.v.weight", "attention_norm.weight"} if paper else set())
@@ -120,7 +163,9 @@ def heads_not_scaled(self, first, second=None):
 def window_one_too_wide(self, documents):
     position, mask, tables = CONTEXT(self, documents)
     index = torch.arange(mask.shape[1])
-    edge = (index[:, None] - index == self.a["attention"]["window"]) & (position[:, None, :] <= position[:, :, None] - 1)
+    edge = (index[:, None] - index == self.a["attention"]["window"]) & (
+        position[:, None, :] <= position[:, :, None] - 1
+    )
     return position, mask | (edge & (documents[:, :, None] == documents[:, None, :])), tables
 
 
@@ -132,7 +177,12 @@ def one_token_more(self, x, score, position, mask, tables, block):
     return y
 
 
-MIXED, JOINED, CONTEXT, SOME = variants.Attention.mixed, variants.Attention.joined, variants.Decoder.context, variants.Depth.some
+MIXED, JOINED, CONTEXT, SOME = (
+    variants.Attention.mixed,
+    variants.Attention.joined,
+    variants.Decoder.context,
+    variants.Depth.some,
+)
 WRONG = {
     "windowed": (variants.Attention, "mixed", keys_forget_their_norm),
     "scalar": (variants.Attention, "joined", second_map_added),
@@ -146,21 +196,28 @@ WRONG = {
 @pytest.mark.parametrize("variant", WRONG)
 def test_differential_sees_a_wrong_variant(spec, variant):
     with swap(*WRONG[variant]):
-        verdict = call_check(spec.gates["model.reference-differential"], variants.parts(declared(variant)))
+        verdict = call_check(
+            spec.gates["model.reference-differential"], variants.parts(declared(variant))
+        )
     assert verdict.outcome == "fail", verdict.measured
     assert ("window" in verdict.message) == (variant == "wide window")
 
 
 def test_differential_names_a_dead_parameter(spec):
     def without_keys(self, x_BTD, *context):
-        self.k_norm.weight, kept = torch.nn.Parameter(torch.ones_like(self.k_norm.weight)), self.k_norm.weight
+        self.k_norm.weight, kept = (
+            torch.nn.Parameter(torch.ones_like(self.k_norm.weight)),
+            self.k_norm.weight,
+        )
         y_BTD = original(self, x_BTD, *context)
         self.k_norm.weight = kept
         return y_BTD
 
     original = variants.Attention.forward
     with swap(variants.Attention, "forward", without_keys):
-        measured = call_check(spec.gates["model.reference-differential"], variants.parts(declared("windowed"))).measured
+        measured = call_check(
+            spec.gates["model.reference-differential"], variants.parts(declared("windowed"))
+        ).measured
     assert measured["weakest"] == "attention.k_norm.weight" and measured["weakest_effect"] == 0
 
 
@@ -174,7 +231,10 @@ def test_differential_refuses_to_judge_ties(spec):
 
 def test_differential_refuses_other_weights_than_declared(spec):
     parts = variants.parts(declared("soft"))
-    verdict = call_check(spec.gates["model.reference-differential"], parts | {"declared_architecture": declared("llama")})
+    verdict = call_check(
+        spec.gates["model.reference-differential"],
+        parts | {"declared_architecture": declared("llama")},
+    )
     assert verdict.outcome == "fail" and "depth.router" in verdict.message
 
 
@@ -198,9 +258,16 @@ def test_init_law_wants_kept_buffers_at_zero_and_constants_met(spec):
     draw = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
         law, value = initial_law(name, a)
-        p.data = torch.full_like(p, value) if law == "constant" else value * torch.randn(p.shape, generator=draw)
+        p.data = (
+            torch.full_like(p, value)
+            if law == "constant"
+            else value * torch.randn(p.shape, generator=draw)
+        )
     parts = variants.parts(a) | {"model": model, "embedding_weight": model.embed.weight}
-    parts |= {"head_weight": model.embed.weight, "declared_parameter_count": sum(p.numel() for p in model.parameters())}
+    parts |= {
+        "head_weight": model.embed.weight,
+        "declared_parameter_count": sum(p.numel() for p in model.parameters()),
+    }
     gate = spec.gates["model.init-law"]
     assert call_check(gate, parts).passed
     assert "rotary tables" in call_check(gate, parts | {"rotary_tables": None}).message
@@ -218,7 +285,11 @@ def by_heart(spec, a):
     def train_on(model, optimizer, batch):
         optimizer.zero_grad()
         nats = F.cross_entropy(model(batch.input_ids).flatten(0, 1), batch.labels.flatten())
-        terms = [variants.balance(*layer.ffn.found) for layer in model.layers] if a["ffn"]["kind"] == "moe" else []
+        terms = (
+            [variants.balance(*layer.ffn.found) for layer in model.layers]
+            if a["ffn"]["kind"] == "moe"
+            else []
+        )
         (nats + a["ffn"].get("balance", {}).get("weight", 0.0) * sum(terms)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -226,7 +297,9 @@ def by_heart(spec, a):
 
     parts = {
         "build_model": lambda: variants.Decoder(a, 61, 3),
-        "make_optimizer": lambda model: torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95)),
+        "make_optimizer": lambda model: torch.optim.AdamW(
+            model.parameters(), weight_decay=0.1, betas=(0.9, 0.95)
+        ),
         "train_on": train_on,
         "overfit_batch": overfit_batch(61, 0, 24),
         "overfit_lr": overfit_lr(a["d_model"]),

@@ -1,6 +1,8 @@
-"""Gates of mixtures of experts: green on a second implementation, red on every plant, and sharp enough to see small errors.
+"""Gates of mixtures of experts: green on a second implementation, red on every plant, and sharp
+enough to see small errors.
 
-The second implementation stands in for the stack's module, so that a plant is judged against code that shares nothing with the oracle.
+The second implementation stands in for the stack's module, so that a plant is judged against code
+that shares nothing with the oracle.
 """
 
 from dataclasses import replace
@@ -16,7 +18,16 @@ from stack.museum.plant import load_museum, swap, touches
 from tests.contracts import variants
 from tests.contracts.test_optim import step_taken
 
-SIZES = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48, "max_seq_len": 64, "dropout": 0.1}
+SIZES = {
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 48,
+    "max_seq_len": 64,
+    "dropout": 0.1,
+}
 AUXILIARY, BIASED = {"kind": "moe"}, {"kind": "moe", "balance": {"kind": "selection-bias"}}
 OF_GATE = {"moe.dispatch-parity": BIASED, "moe.balance-loss": AUXILIARY, "moe.bias-balance": BIASED}
 SHAPES = [
@@ -33,7 +44,9 @@ def declared(ffn):
 
 
 def judged(spec, gate_id, ffn=None, **changed):
-    return call_check(spec.gates[gate_id], variants.moe_parts(declared(ffn or OF_GATE[gate_id])) | changed)
+    return call_check(
+        spec.gates[gate_id], variants.moe_parts(declared(ffn or OF_GATE[gate_id])) | changed
+    )
 
 
 def plants_of(*gate_ids):
@@ -73,7 +86,7 @@ def test_preflight_gate_is_red_on_its_plant(spec, monkeypatch, plant_id):
     assert judged(spec, plant.gate).passed, "the plant leaves nothing behind"
 
 
-# --- dispatch -------------------------------------------------------------------------------------------------------
+# --- dispatch -------------------------------------------------------------------------------------
 
 
 def test_dispatch_sees_one_percent(spec):
@@ -97,10 +110,16 @@ def test_dispatch_sees_ties_that_go_to_the_higher_id(spec):
         return logits_RE.shape[1] - 1 - experts_Rk, weights_Rk, probs_RE.flip(1)
 
     verdict = judged(spec, "moe.dispatch-parity", route=backwards)
-    assert verdict.outcome == "fail" and verdict.measured["swapped"] > 100 and "lower of equals" in verdict.message
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["swapped"] > 100
+        and "lower of equals" in verdict.message
+    )
 
 
-@pytest.mark.parametrize("wrong", ["drops in evaluation", "no drops in training", "drops the first"])
+@pytest.mark.parametrize(
+    "wrong", ["drops in evaluation", "no drops in training", "drops the first"]
+)
 def test_dispatch_sees_a_layer_that_drops_otherwise(spec, wrong):
     def other(self, x_BTD):
         if wrong == "drops the first":
@@ -113,7 +132,11 @@ def test_dispatch_sees_a_layer_that_drops_otherwise(spec, wrong):
     original = variants.MixtureOfExperts.forward
     with swap(variants.MixtureOfExperts, "forward", other):
         verdict = judged(spec, "moe.dispatch-parity", BIASED | {"capacity_factor": 1.0})
-    assert verdict.outcome == "fail" and verdict.measured["layer_rel_error"] > 0.1 and verdict.measured["rel_error"] < 1e-14
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["layer_rel_error"] > 0.1
+        and verdict.measured["rel_error"] < 1e-14
+    )
 
 
 @pytest.mark.parametrize("lost", [(0, 1), (1, 0)])
@@ -125,29 +148,49 @@ def test_dispatch_sees_wrong_counts(spec, lost):
     assert "miscounted" in judged(spec, "moe.dispatch-parity", dispatch=miscounting).message
 
 
-# --- balance --------------------------------------------------------------------------------------------------------
+# --- balance --------------------------------------------------------------------------------------
 
 
 def test_balance_is_red_when_it_enters_once_per_micro_batch(spec):
     honest = variants.moe_parts(declared(AUXILIARY))["balance_gradients"]
-    verdict = judged(spec, "moe.balance-loss", balance_gradients=lambda weight, n_micro: honest(weight * n_micro, n_micro))
-    assert verdict.outcome == "fail" and verdict.measured["entry_rel_error"] == pytest.approx(3, rel=1e-3)
+    verdict = judged(
+        spec,
+        "moe.balance-loss",
+        balance_gradients=lambda weight, n_micro: honest(weight * n_micro, n_micro),
+    )
+    assert verdict.outcome == "fail" and verdict.measured["entry_rel_error"] == pytest.approx(
+        3, rel=1e-3
+    )
 
 
 def test_balance_sees_one_percent(spec):
     honest = variants.moe_parts(declared(AUXILIARY))["balance_gradients"]
-    entry = judged(spec, "moe.balance-loss", balance_gradients=lambda weight, n_micro: honest(weight * 1.01, n_micro))
-    assert entry.outcome == "fail" and entry.measured["entry_rel_error"] == pytest.approx(0.01, rel=1e-2)
-    value = judged(spec, "moe.balance-loss", balance=lambda *inputs: variants.balance(*inputs) * 1.01)
+    entry = judged(
+        spec,
+        "moe.balance-loss",
+        balance_gradients=lambda weight, n_micro: honest(weight * 1.01, n_micro),
+    )
+    assert entry.outcome == "fail" and entry.measured["entry_rel_error"] == pytest.approx(
+        0.01, rel=1e-2
+    )
+    value = judged(
+        spec, "moe.balance-loss", balance=lambda *inputs: variants.balance(*inputs) * 1.01
+    )
     assert value.outcome == "fail" and value.measured["even_error"] == pytest.approx(0.01)
 
 
 def test_balance_refuses_one_that_prefers_the_uneven(spec):
-    verdict = judged(spec, "moe.balance-loss", balance=lambda *inputs: 2 - variants.balance(*inputs))
-    assert verdict.outcome == "fail" and verdict.measured["uneven_excess"] < 0 and verdict.measured["even_error"] < 1e-12
+    verdict = judged(
+        spec, "moe.balance-loss", balance=lambda *inputs: 2 - variants.balance(*inputs)
+    )
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["uneven_excess"] < 0
+        and verdict.measured["even_error"] < 1e-12
+    )
 
 
-# --- bias -----------------------------------------------------------------------------------------------------------
+# --- bias -----------------------------------------------------------------------------------------
 
 
 def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
@@ -155,15 +198,24 @@ def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
 
     def forgetful(n_micro):
         counted_LE = micro_batches[-1] if n_micro > 1 else micro_batches.sum(0)
-        return micro_batches.sum(0), 1e-3 * torch.sign(counted_LE.double().mean(-1, keepdim=True) - counted_LE)
+        return micro_batches.sum(0), 1e-3 * torch.sign(
+            counted_LE.double().mean(-1, keepdim=True) - counted_LE
+        )
 
     verdict = judged(spec, "moe.bias-balance", bias_step=forgetful)
-    assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == pytest.approx(2)
+    assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == pytest.approx(
+        2
+    )
 
 
 def test_bias_loop_is_red_when_nothing_moves(spec):
-    verdict = judged(spec, "moe.bias-balance", update_selection_bias=lambda model, loads_LE, rate: None)
-    assert verdict.outcome == "fail" and verdict.measured["skew_after"] == verdict.measured["skew_before"] > 1
+    verdict = judged(
+        spec, "moe.bias-balance", update_selection_bias=lambda model, loads_LE, rate: None
+    )
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["skew_after"] == verdict.measured["skew_before"] > 1
+    )
 
 
 def test_bias_refuses_loads_that_show_nothing(spec):
@@ -172,7 +224,7 @@ def test_bias_refuses_loads_that_show_nothing(spec):
     assert verdict.outcome == "fail" and "NaN" in verdict.message
 
 
-# --- collapse -------------------------------------------------------------------------------------------------------
+# --- collapse -------------------------------------------------------------------------------------
 
 EVEN = (0.25, 0.25, 0.25, 0.25)
 CROWDED, IDLE = (0.97, 0.01, 0.01, 0.01), (0.33, 0.33, 0.335, 0.005)
@@ -213,7 +265,8 @@ def test_collapse_needs_steps_in_a_row(spec):
 
 def test_collapse_counts_an_expert_that_takes_all_with_several_choices(spec):
     check = watcher(spec, top_k=2)
-    busy = (0.48, 0.18, 0.17, 0.17)  # of two choices per token, so 96 % of the tokens visit the first
+    # of two choices per token, so 96 % of the tokens visit the first
+    busy = (0.48, 0.18, 0.17, 0.17)
     assert seen(check, range(11, 400), EVEN, busy)[-1].outcome == "fail"
 
 

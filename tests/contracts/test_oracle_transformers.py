@@ -1,4 +1,6 @@
-"""The float64 oracle against transformers' models in float64, and against values frozen from them where transformers is not installed."""
+"""The float64 oracle against transformers' models in float64, and against values frozen from them
+where transformers is not installed.
+"""
 
 import json
 import math
@@ -13,7 +15,16 @@ from contracts.oracle import oracle_logits
 from stack.config import ModelConfig
 
 GOLDEN = Path(__file__).with_name("golden_logits.json")
-SIZES = {"d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 4, "d_ff": 24, "max_seq_len": 32, "norm_eps": 1e-5}
+SIZES = {
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 4,
+    "d_ff": 24,
+    "max_seq_len": 32,
+    "norm_eps": 1e-5,
+}
 VOCAB, TOKENS = 29, 19
 BIASED = {"kind": "softmax", "qkv_bias": True}
 GPT2 = {
@@ -23,10 +34,20 @@ GPT2 = {
     "ffn": {"kind": "gelu"},
     "attention": BIASED | {"out_bias": True},
 }
-SCALING = {"kind": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 64}
+SCALING = {
+    "kind": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 64,
+}
 DECLARED = {
     "llama": {"tied_head": False},
-    "llama3": {"head_dim": 16, "rope_theta": 500.0, "positions": {"kind": "rotary", "scaling": SCALING}},
+    "llama3": {
+        "head_dim": 16,
+        "rope_theta": 500.0,
+        "positions": {"kind": "rotary", "scaling": SCALING},
+    },
     "linear": {"positions": {"kind": "rotary", "scaling": {"kind": "linear", "factor": 3.0}}},
     "qwen2": {"attention": BIASED},
     "qwen3": {"attention": {"kind": "softmax", "qk_norm": True}, "head_dim": 8},
@@ -41,8 +62,13 @@ def architecture(source):
 
 
 def plain_weights(a):
-    """Weights from whole numbers alone, the same on every machine: hashed indices, spread as wide as keeps scores of order 1."""
-    return {n: _hashed(i, shape, n) for i, (n, shape) in enumerate(sorted(parameter_shapes(a, VOCAB).items()))}
+    """Weights from whole numbers alone, the same on every machine: hashed indices, spread as wide
+    as keeps scores of order 1.
+    """
+    return {
+        n: _hashed(i, shape, n)
+        for i, (n, shape) in enumerate(sorted(parameter_shapes(a, VOCAB).items()))
+    }
 
 
 def _hashed(seed, shape, name):
@@ -57,15 +83,19 @@ def _hashed(seed, shape, name):
 
 
 def plain_ids():
-    return torch.tensor([[(7 * t + 3 * t * t + 11 * row) % VOCAB for t in range(TOKENS)] for row in range(2)])
+    return torch.tensor(
+        [[(7 * t + 3 * t * t + 11 * row) % VOCAB for t in range(TOKENS)] for row in range(2)]
+    )
 
 
-# --- transformers ---------------------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def everything_double(patch):
-    """Where transformers asks for float32 it gets float64, so that its own arithmetic can be held against ours to 1e-10."""
+    """Where transformers asks for float32 it gets float64, so that its own arithmetic can be
+    held against ours to 1e-10.
+    """
     former = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     for name in ("float32", "float"):
@@ -82,7 +112,10 @@ def transformers_model(source, a):
     import transformers
 
     scaling = a["positions"].get("scaling", {"kind": "none"})
-    rope = {"rope_type": "default" if scaling["kind"] == "none" else scaling["kind"], "rope_theta": a["rope_theta"]}
+    rope = {
+        "rope_type": "default" if scaling["kind"] == "none" else scaling["kind"],
+        "rope_theta": a["rope_theta"],
+    }
     rope |= {k: v for k, v in scaling.items() if k not in ("kind", "original_max_seq_len")}
     if scaling["kind"] == "llama3":
         rope["original_max_position_embeddings"] = scaling["original_max_seq_len"]
@@ -111,12 +144,24 @@ def transformers_model(source, a):
             config = transformers.MistralConfig(**common, sliding_window=a["attention"]["window"])
         case "mixtral":
             config = transformers.MixtralConfig(
-                **common, num_local_experts=a["ffn"]["n_experts"], num_experts_per_tok=a["ffn"]["top_k"], sliding_window=None
+                **common,
+                num_local_experts=a["ffn"]["n_experts"],
+                num_experts_per_tok=a["ffn"]["top_k"],
+                sliding_window=None,
             )
         case "gpt2":
-            sizes = {"n_embd": a["d_model"], "n_layer": a["n_layers"], "n_head": a["n_heads"], "n_inner": a["d_ff"]}
+            sizes = {
+                "n_embd": a["d_model"],
+                "n_layer": a["n_layers"],
+                "n_head": a["n_heads"],
+                "n_inner": a["d_ff"],
+            }
             config = transformers.GPT2Config(
-                vocab_size=VOCAB, n_positions=a["max_seq_len"], layer_norm_epsilon=a["norm_eps"], attn_implementation="eager", **sizes
+                vocab_size=VOCAB,
+                n_positions=a["max_seq_len"],
+                layer_norm_epsilon=a["norm_eps"],
+                attn_implementation="eager",
+                **sizes,
             )
     config._experts_implementation = "eager"
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -135,13 +180,23 @@ def put(source, model, weights, a):
 
 def llama_names(weights, a):
     renamed = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-    parts = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attention": "self_attn", "ffn": "mlp"}
-    last = {n: f"{n}_proj" for n in ("q", "k", "v", "gate", "up", "down")} | {"out": "o_proj", "router": "gate"}
+    parts = {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention": "self_attn",
+        "ffn": "mlp",
+    }
+    last = {n: f"{n}_proj" for n in ("q", "k", "v", "gate", "up", "down")} | {
+        "out": "o_proj",
+        "router": "gate",
+    }
     found = {}
     for name, value in weights.items():
         match name.split("."):
             case ["layers", layer, part, *rest]:
-                found[".".join(["model.layers", layer, parts[part], *(last.get(r, r) for r in rest)])] = value
+                found[
+                    ".".join(["model.layers", layer, parts[part], *(last.get(r, r) for r in rest)])
+                ] = value
             case [first, *rest]:
                 found[".".join([renamed[first], *rest])] = value
     return stacked_experts(found, a) if a["ffn"]["kind"] == "moe" else found
@@ -153,9 +208,14 @@ def stacked_experts(found, a):
     for layer in range(a["n_layers"]):
         at, experts = f"model.layers.{layer}.mlp.experts", range(a["ffn"]["n_experts"])
         kept[f"{at}.gate_up_proj"] = torch.stack(
-            [torch.cat([found[f"{at}.{e}.gate_proj.weight"], found[f"{at}.{e}.up_proj.weight"]]) for e in experts]
+            [
+                torch.cat([found[f"{at}.{e}.gate_proj.weight"], found[f"{at}.{e}.up_proj.weight"]])
+                for e in experts
+            ]
         )
-        kept[f"{at}.down_proj"] = torch.stack([found[f"{at}.{e}.down_proj.weight"] for e in experts])
+        kept[f"{at}.down_proj"] = torch.stack(
+            [found[f"{at}.{e}.down_proj.weight"] for e in experts]
+        )
     return kept
 
 
@@ -165,24 +225,40 @@ def turned(weight):
 
 def gpt2_names(weights, a):
     """GPT-2 multiplies from the right and holds queries, keys and values in one matrix."""
-    found = {"transformer.wte.weight": weights["embed.weight"], "transformer.wpe.weight": weights["positions.weight"]}
-    found |= {f"transformer.ln_f.{kind}": weights[f"final_norm.{kind}"] for kind in ("weight", "bias")}
+    found = {
+        "transformer.wte.weight": weights["embed.weight"],
+        "transformer.wpe.weight": weights["positions.weight"],
+    }
+    found |= {
+        f"transformer.ln_f.{kind}": weights[f"final_norm.{kind}"] for kind in ("weight", "bias")
+    }
     for layer in range(a["n_layers"]):
         ours, theirs = f"layers.{layer}.", f"transformer.h.{layer}."
         for kind in ("weight", "bias"):
-            found[f"{theirs}attn.c_attn.{kind}"] = turned(torch.cat([weights[f"{ours}attention.{p}.{kind}"] for p in "qkv"]))
+            found[f"{theirs}attn.c_attn.{kind}"] = turned(
+                torch.cat([weights[f"{ours}attention.{p}.{kind}"] for p in "qkv"])
+            )
             for one, other in (("attention_norm", "ln_1"), ("ffn_norm", "ln_2")):
                 found[f"{theirs}{other}.{kind}"] = weights[f"{ours}{one}.{kind}"]
-            for one, other in (("attention.out", "attn.c_proj"), ("ffn.up", "mlp.c_fc"), ("ffn.down", "mlp.c_proj")):
+            for one, other in (
+                ("attention.out", "attn.c_proj"),
+                ("ffn.up", "mlp.c_fc"),
+                ("ffn.down", "mlp.c_proj"),
+            ):
                 found[f"{theirs}{other}.{kind}"] = turned(weights[f"{ours}{one}.{kind}"])
     return found
 
 
 @pytest.mark.parametrize("source", DECLARED)
 def test_oracle_equals_transformers(source):
-    transformers = pytest.importorskip("transformers", reason="the frozen values below stand in for it")
+    transformers = pytest.importorskip(
+        "transformers", reason="the frozen values below stand in for it"
+    )
     kinds = "Llama Qwen2 Qwen3 Mistral Mixtral GPT2LMHead".split()
-    assert all(hasattr(transformers, f"{k}Model" if k == "GPT2LMHead" else f"{k}ForCausalLM") for k in kinds), "loaded before the patch"
+    assert all(
+        hasattr(transformers, f"{k}Model" if k == "GPT2LMHead" else f"{k}ForCausalLM")
+        for k in kinds
+    ), "loaded before the patch"
     a = architecture(source)
     weights = plain_weights(a)
     with pytest.MonkeyPatch.context() as patch, everything_double(patch), torch.no_grad():
@@ -198,4 +274,6 @@ def test_oracle_equals_transformers(source):
 def test_oracle_equals_values_frozen_from_transformers(source):
     frozen, a = json.loads(GOLDEN.read_text("utf-8"))[source], architecture(source)
     got = oracle_logits(plain_ids(), plain_weights(a), a)[:, [0, 1, TOKENS // 2, TOKENS - 1]]
-    assert torch.allclose(got[..., :6], torch.tensor(frozen, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.allclose(
+        got[..., :6], torch.tensor(frozen, dtype=torch.float64), rtol=0, atol=1e-9
+    )

@@ -1,6 +1,8 @@
-"""How often a statistical gate is wrong, in both directions: each figure in a gate's `rates` is measured here, or in the test it names.
+"""How often a statistical gate is wrong, in both directions: each figure in a gate's `rates` is
+measured here, or in the test it names.
 
-A rate of 0 in n trials is stated as 3/n, its upper bound at 95 percent. Every simulation has its own seed.
+A rate of 0 in n trials is stated as 3/n, its upper bound at 95 percent.
+Every simulation has its own seed.
 """
 
 import dataclasses
@@ -32,7 +34,9 @@ WORDS = 60  # of a sample of 96 tokens
 
 
 def test_a_statistical_gate_states_both_rates(spec):
-    """A gate without rates is one of those in spec/chance.toml, and one with rates is red more often on its effect than without."""
+    """A gate without rates is one of those in spec/chance.toml, and one with rates is red more
+    often on its effect than without.
+    """
     rated = {g.id: g.rates for g in spec.gates.values() if g.rates}
     assert not set(rated) & set(spec.certain) and set(rated) | set(spec.certain) == set(spec.gates)
     assert len(rated) >= 18 and all(r.power > 0.9 > 0.02 > r.false_alarm for r in rated.values())
@@ -44,21 +48,27 @@ def test_rates_are_not_normative(spec):
 
 
 def stated(spec, gate_id, false_alarms, trials, caught, planted):
-    """The figures of the gate against those measured: no more false alarms than stated, and no less power."""
+    """The figures of the gate against those measured: no more false alarms than stated,
+    and no less power.
+    """
     rates = spec.gates[gate_id].rates
     assert max(false_alarms, 3) / trials <= rates.false_alarm * 1.0001, (false_alarms, trials)
     assert caught / planted >= rates.power, (caught, planted)
 
 
 def windows():
-    """Every piece of 60 words of the interpreter's help topics that does not overlap: healthy prose, tables and code."""
+    """Every piece of 60 words of the interpreter's help topics that does not overlap:
+    healthy prose, tables and code.
+    """
     for name in sorted(pydoc_data.topics.topics):
         words = pydoc_data.topics.topics[name].split()
         yield from (words[i : i + WORDS] for i in range(0, len(words) - WORDS, WORDS))
 
 
 def looped(words, draw, filled):
-    """The first words of a piece, then a loop of 1 to 12 of them that fills `filled` of its length."""
+    """The first words of a piece, then a loop of 1 to 12 of them that
+    fills `filled` of its length.
+    """
     period = draw.randint(1, 12)
     head = words[: round(WORDS * (1 - filled))]
     return " ".join((head + words[-period:] * WORDS)[:WORDS])
@@ -90,7 +100,9 @@ def test_loops(spec):
     draw, prose = random.Random(3), list(windows())
     check = Loops(limits_of(spec.gates["sampling.loops"]))
     false = sum(not check.observe(Sampled(step=1, text=" ".join(w))).passed for w in prose)
-    caught = sum(not check.observe(Sampled(step=1, text=looped(w, draw, 0.75))).passed for w in prose)
+    caught = sum(
+        not check.observe(Sampled(step=1, text=looped(w, draw, 0.75))).passed for w in prose
+    )
     stated(spec, "sampling.loops", false, len(prose), caught, len(prose))
 
 
@@ -100,36 +112,58 @@ def test_fresh_rows(spec):
     for _ in range(1000):
         shuffled, sorted_ = FreshRows(limits), FreshRows(limits)
         orders = [draw.sample(range(8), 8) for _ in range(100)]
-        false += any(shuffled.observe(RowsSeen(1, "training", tuple(o[i : i + 4]))).outcome == "fail" for o in orders for i in (0, 4))
+        false += any(
+            shuffled.observe(RowsSeen(1, "training", tuple(o[i : i + 4]))).outcome == "fail"
+            for o in orders
+            for i in (0, 4)
+        )
         caught += any(
-            sorted_.observe(RowsSeen(1, "training", tuple(orders[0][i : i + 4]))).outcome == "fail" for _ in orders for i in (0, 4)
+            sorted_.observe(RowsSeen(1, "training", tuple(orders[0][i : i + 4]))).outcome == "fail"
+            for _ in orders
+            for i in (0, 4)
         )
     stated(spec, "data.fresh-rows", false, 1000, caught, 1000)
 
 
 def test_memorised(spec):
-    """Losses of honest samples are normal around 2 nats; the worst case, that each of them is found in the corpus."""
+    """Losses of honest samples are normal around 2 nats; the worst case,
+    that each of them is found in the corpus.
+    """
     limits = limits_of(spec.gates["sampling.memorised"])
     draw, false, caught = np.random.default_rng(4), 0, 0
     for _ in range(300):
         check, found = Memorised(limits), lambda: 1.0
         honest = draw.normal(2.0, 0.25, 40)
-        false += sum(not check.observe(Sampled(step=1, text="", loss_nats=float(x), found_in_corpus=found)).passed for x in honest)
-        caught += not check.observe(Sampled(step=1, text="", loss_nats=2.0 - 6 * 0.25, found_in_corpus=found)).passed
+        false += sum(
+            not check.observe(
+                Sampled(step=1, text="", loss_nats=float(x), found_in_corpus=found)
+            ).passed
+            for x in honest
+        )
+        caught += not check.observe(
+            Sampled(step=1, text="", loss_nats=2.0 - 6 * 0.25, found_in_corpus=found)
+        ).passed
     stated(spec, "sampling.memorised", false, 300 * 40, caught, 300)
 
 
 def test_recitation(spec):
-    """Exact: with 32 and 32 passages, the same rate on both sides, the worst rate of all; and half of the training text known."""
+    """Exact: with 32 and 32 passages, the same rate on both sides, the worst rate of all; and half
+    of the training text known.
+    """
     p_min, n = spec.gates["sampling.recitation"].limits["p_value_min"].value, 32
     red = np.array([[chance_of(a, n, b, n) < p_min for b in range(n + 1)] for a in range(n + 1)])
 
     def probabilities(rate):
-        log = [sum(np.log(np.arange(n - k + 1, n + 1))) - sum(np.log(np.arange(1, k + 1))) for k in range(n + 1)]
+        log = [
+            sum(np.log(np.arange(n - k + 1, n + 1))) - sum(np.log(np.arange(1, k + 1)))
+            for k in range(n + 1)
+        ]
         k = np.arange(n + 1)
         return np.exp(np.array(log) + k * np.log(rate) + (n - k) * np.log1p(-rate))
 
-    worst = max(float(probabilities(r) @ red @ probabilities(r)) for r in np.linspace(0.01, 0.99, 99))
+    worst = max(
+        float(probabilities(r) @ red @ probabilities(r)) for r in np.linspace(0.01, 0.99, 99)
+    )
     power = float(probabilities(0.5)[red[:, 0]].sum())
     rates = spec.gates["sampling.recitation"].rates
     assert worst <= rates.false_alarm < 1.2 * worst and rates.power <= power < rates.power + 0.01
@@ -142,16 +176,28 @@ def heavy_tailed(draw, spread):
 def red_steps(check, losses):
     if Started in check.events:
         check.observe(Started(step=0, plan={"random_loss_nats": 10.8, "warmup_steps": 5}))
-    return [s for s, loss in enumerate(losses, 1) if not check.observe(step_taken(step=s, loss_nats=loss)).passed]
+    return [
+        s
+        for s, loss in enumerate(losses, 1)
+        if not check.observe(step_taken(step=s, loss_nats=loss)).passed
+    ]
 
 
 def test_trend(spec):
-    """200 runs of 1,500 steps under noise of 0.3 nats; then the same that lose 0.004 nats a step from step 500 on."""
+    """200 runs of 1,500 steps under noise of 0.3 nats; then the same that lose 0.004
+    nats a step from step 500 on.
+    """
     limits, draw = limits_of(spec.gates["runtime.trend"]), random.Random(5)
     curve = [2.5 + 6 * 0.995**s for s in range(1500)]
-    false = sum(bool(red_steps(Trend(limits), [x + heavy_tailed(draw, 0.3) for x in curve])) for _ in range(200))
+    false = sum(
+        bool(red_steps(Trend(limits), [x + heavy_tailed(draw, 0.3) for x in curve]))
+        for _ in range(200)
+    )
     sick = [x + max(0, s - 500) * 0.004 for s, x in enumerate(curve)]
-    caught = sum(bool(red_steps(Trend(limits), [x + heavy_tailed(draw, 0.3) for x in sick[:1000]])) for _ in range(100))
+    caught = sum(
+        bool(red_steps(Trend(limits), [x + heavy_tailed(draw, 0.3) for x in sick[:1000]]))
+        for _ in range(100)
+    )
     stated(spec, "runtime.trend", false, 200, caught, 100)
 
 
@@ -159,22 +205,34 @@ def test_loss_spike(spec):
     """60,000 looks of clean runs; then runs that leave their basin by a nat for good."""
     limits, draw = limits_of(spec.gates["runtime.loss-spike"]), random.Random(6)
     curve = [2.5 + 3 * 0.99**s for s in range(600)]
-    false = sum(len(red_steps(LossSpike(limits), [x + heavy_tailed(draw, 0.05) for x in curve])) for _ in range(100))
+    false = sum(
+        len(red_steps(LossSpike(limits), [x + heavy_tailed(draw, 0.05) for x in curve]))
+        for _ in range(100)
+    )
     jumps = [x + (s > 300) for s, x in enumerate(curve[:320])]
-    caught = sum(bool(red_steps(LossSpike(limits), [x + heavy_tailed(draw, 0.05) for x in jumps])) for _ in range(100))
+    caught = sum(
+        bool(red_steps(LossSpike(limits), [x + heavy_tailed(draw, 0.05) for x in jumps]))
+        for _ in range(100)
+    )
     stated(spec, "runtime.loss-spike", false, 60_000, caught, 100)
 
 
 def test_loss_not_constant(spec):
-    """Equal neighbours among ten million float32 losses with noise of 0.05 nats; the gate wants two such pairs in a row."""
+    """Equal neighbours among ten million float32 losses with noise of 0.05 nats;
+    the gate wants two such pairs in a row.
+    """
     losses = np.random.default_rng(7).normal(3.0, 0.05, 10_000_000).astype(np.float32)
     twice = max(3, int((losses[1:] == losses[:-1]).sum())) / len(losses)
     assert twice**2 <= spec.gates["runtime.loss-not-constant"].rates.false_alarm
-    assert red_steps(LossNotConstant(limits_of(spec.gates["runtime.loss-not-constant"])), [3.0] * 5) == [3, 4, 5]
+    assert red_steps(
+        LossNotConstant(limits_of(spec.gates["runtime.loss-not-constant"])), [3.0] * 5
+    ) == [3, 4, 5]
 
 
 def test_overfit_onset(spec):
-    """Twelve evaluations of 16 batches, paired spread 0.03 nats; held-out loss stands still, or rises by 0.03 a round."""
+    """Twelve evaluations of 16 batches, paired spread 0.03 nats; held-out loss stands still,
+    or rises by 0.03 a round.
+    """
     limits, draw = limits_of(spec.gates["evaluation.overfit-onset"]), np.random.default_rng(8)
     base = Evaluated(1, 0.0, 1.0, (), "a", None, 10.0)
 
@@ -183,7 +241,10 @@ def test_overfit_onset(spec):
         for r in range(12):
             batches = difficulty + rise * r + draw.normal(0, 0.03 / 2**0.5, 16)
             seen = dataclasses.replace(
-                base, loss_nats=float(batches.mean()), batch_nats=tuple(batches.tolist()), train_loss_nats=2.0 - 0.01 * r
+                base,
+                loss_nats=float(batches.mean()),
+                batch_nats=tuple(batches.tolist()),
+                train_loss_nats=2.0 - 0.01 * r,
             )
             found += not check.observe(seen).passed
         return found
@@ -194,16 +255,26 @@ def test_overfit_onset(spec):
 
 
 def test_init_law(spec):
-    """Normal draws of 16,384 entries: the largest deviation in 2,000, and a spread of five percent less."""
-    z_max, draw = spec.gates["model.init-law"].limits["z_max"].value, torch.Generator().manual_seed(9)
-    honest = [_law_z(0.02 * torch.randn(16_384, generator=draw), "normal", 0.02) for _ in range(2000)]
-    narrow = [_law_z(0.019 * torch.randn(16_384, generator=draw), "normal", 0.02) for _ in range(300)]
-    beyond = 2 * (1 - statistics.NormalDist().cdf(z_max)) * 2  # mean and spread, two sides each; 2,000 draws cannot see so little
+    """Normal draws of 16,384 entries: the largest deviation in 2,000,
+    and a spread of five percent less.
+    """
+    z_max, draw = (
+        spec.gates["model.init-law"].limits["z_max"].value,
+        torch.Generator().manual_seed(9),
+    )
+    honest = [
+        _law_z(0.02 * torch.randn(16_384, generator=draw), "normal", 0.02) for _ in range(2000)
+    ]
+    narrow = [
+        _law_z(0.019 * torch.randn(16_384, generator=draw), "normal", 0.02) for _ in range(300)
+    ]
+    # mean and spread, two sides each; 2,000 draws cannot see so little
+    beyond = 2 * (1 - statistics.NormalDist().cdf(z_max)) * 2
     assert max(honest) < 5 and beyond <= spec.gates["model.init-law"].rates.false_alarm
     assert sum(z > z_max for z in narrow) / 300 >= spec.gates["model.init-law"].rates.power
 
 
-# --- before step 1: order, mixture, corpus, dropout -----------------------------------------------------------------
+# --- before step 1: order, mixture, corpus, dropout -----------------------------------------------
 
 
 def green(spec, gate_id, **ingredients):
@@ -211,13 +282,18 @@ def green(spec, gate_id, **ingredients):
 
 
 def readers(key, spoil=lambda order: order):
-    """Makes readers of 120 windows, the fewest that the gate judges in full; `spoil(order)` changes the order of each epoch."""
+    """Makes readers of 120 windows, the fewest that the gate judges in full;
+    `spoil(order)` changes the order of each epoch.
+    """
 
     class Reader:
         n_windows = 120
 
         def __init__(self, rows=1, n_windows=0, cursor=0, seed=1):
-            epochs = [spoil(np.random.default_rng([key, seed, epoch]).permutation(120)) for epoch in range(2)]
+            epochs = [
+                spoil(np.random.default_rng([key, seed, epoch]).permutation(120))
+                for epoch in range(2)
+            ]
             self.left = iter(np.concatenate(epochs)[cursor:].tolist())
 
         def draw(self):
@@ -234,7 +310,9 @@ def in_halves(order):
 def in_pairs(order):
     """One window of six is followed by its neighbour in the corpus."""
     heads = order[order % 6 != 1]
-    return np.array([w for head in heads.tolist() for w in ((head, head + 1) if head % 6 == 0 else (head,))])
+    return np.array(
+        [w for head in heads.tolist() for w in ((head, head + 1) if head % 6 == 0 else (head,))]
+    )
 
 
 def kept(order):
@@ -246,14 +324,23 @@ def test_data_order(spec):
     """7,500 uniform orders; then 200 of each of three ways to shuffle only in part."""
     false = sum(not green(spec, "data.order", make_reader=readers(key)) for key in range(7_500))
     ways = (in_halves, in_pairs, kept)
-    caught = [sum(not green(spec, "data.order", make_reader=readers(key, spoil)) for key in range(200)) for spoil in ways]
+    caught = [
+        sum(not green(spec, "data.order", make_reader=readers(key, spoil)) for key in range(200))
+        for spoil in ways
+    ]
     stated(spec, "data.order", false, 7_500, min(caught), 200)
 
 
 def test_curriculum_order(spec):
-    """Of all that the gate looks at only the place of rows in their source is left to chance: 20,000 sources of 64 rows, then 500
-    sources of 1,000 rows whose last tenth is left out. They are so large that no window comes twice."""
-    limits, draw, arm = limits_of(spec.gates["curriculum.order"]), np.random.default_rng(11), Source("a", 0, 10**12, 1.0, 1.0, 0.0)
+    """Of all that the gate looks at only the place of rows in their source is left to chance:
+    20,000 sources of 64 rows, then 500 sources of 1,000 rows whose last tenth is left out. They are
+    so large that no window comes twice.
+    """
+    limits, draw, arm = (
+        limits_of(spec.gates["curriculum.order"]),
+        np.random.default_rng(11),
+        Source("a", 0, 10**12, 1.0, 1.0, 0.0),
+    )
 
     def fault(rows, until):
         return _arm_fault(arm, 0, draw.integers(0, until, rows), np.zeros(rows, int), limits)
@@ -264,7 +351,9 @@ def test_curriculum_order(spec):
 
 
 def test_filters(spec, ingredients):
-    """Sources of which 200 documents are filtered again: 5,000 in which one of 5,000 changed on its way, 1,000 with three bad in 100."""
+    """Sources of which 200 documents are filtered again: 5,000 in which one of 5,000 changed on its
+    way, 1,000 with three bad in 100.
+    """
     draw, reject = random.Random(12), functools.cache(ingredients["reject"])
     documents = [*ingredients["sample_documents"](0.01, 20)]
     others = {source: (source, text) for source, text in documents}
@@ -274,15 +363,22 @@ def test_filters(spec, ingredients):
     def passes(bad):
         mine = [(name, "region " * 60 if draw.random() < bad else good) for _ in range(200)]
         shown = {"sample_documents": lambda frac, least: [*others.values(), *mine]}
-        return call_check(spec.gates["corpus.filters"], ingredients | shown | {"reject": reject}).passed
+        return call_check(
+            spec.gates["corpus.filters"], ingredients | shown | {"reject": reject}
+        ).passed
 
-    false, caught = sum(not passes(1 / 5000) for _ in range(5000)), sum(not passes(0.03) for _ in range(1000))
+    false, caught = (
+        sum(not passes(1 / 5000) for _ in range(5000)),
+        sum(not passes(0.03) for _ in range(1000)),
+    )
     stated(spec, "corpus.filters", false, 5000, caught, 1000)
 
 
 def test_dropout_law(spec):
-    """Exact, for the 512 numbers that the gate wants at least: the share that is dropped leaves its band by chance, at the worst rate
-    between 0.02 and 0.5. Then the whole check on 100 runs whose branches drop a fifth of 4,096 numbers where a tenth is declared."""
+    """Exact, for the 512 numbers that the gate wants at least: the share that is dropped leaves its
+    band by chance, at the worst rate between 0.02 and 0.5. Then the whole check on 100 runs whose
+    branches drop a fifth of 4,096 numbers where a tenth is declared.
+    """
     z_max, n = spec.gates["model.dropout-law"].limits["rate_z_max"].value, 512
     rates, k = spec.gates["model.dropout-law"].rates, np.arange(n + 1)
     ways = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
@@ -296,27 +392,49 @@ def test_dropout_law(spec):
     def draws(dropped):
         for where in itertools.product(range(2), ("attention", "ffn")):
             given = torch.randn(64, 64, generator=draw)
-            yield where, given, given * (torch.rand(64, 64, generator=draw) >= dropped) / (1 - dropped)
+            yield (
+                where,
+                given,
+                given * (torch.rand(64, 64, generator=draw) >= dropped) / (1 - dropped),
+            )
 
     def passes(dropped):
-        return green(spec, "model.dropout-law", branch_draws=lambda: draws(dropped), dropout=0.1, n_layers=2)
+        return green(
+            spec, "model.dropout-law", branch_draws=lambda: draws(dropped), dropout=0.1, n_layers=2
+        )
 
     assert worst <= rates.false_alarm < 1.2 * worst and all(passes(0.1) for _ in range(100))
     assert sum(not passes(0.2) for _ in range(100)) / 100 >= rates.power
 
 
-# --- within the run: sources that change, routers that choose --------------------------------------------------------
+# --- within the run: sources that change, routers that choose -------------------------------------
 
 
 def test_gradient_shock(spec):
-    """Norms spread by a quarter, one step in a hundred by four times as much, which is as wide as those of thirteen recorded runs: there
-    4 of 4,186 steps were above 8 times the median. The mixture changes at every fourth step. Then one norm is twenty times as large."""
-    limits, draw, base = limits_of(spec.gates["curriculum.gradient-shock"]), random.Random(14), step_taken()
+    """Norms spread by a quarter, one step in a hundred by four times as much, which is as wide as
+    those of thirteen recorded runs: there 4 of 4,186 steps were above 8 times the median. The
+    mixture changes at every fourth step. Then one norm is twenty times as large.
+    """
+    limits, draw, base = (
+        limits_of(spec.gates["curriculum.gradient-shock"]),
+        random.Random(14),
+        step_taken(),
+    )
 
     def reds(steps, shock):
         check, found = GradientShock(limits), 0
         for step in range(steps):
-            check.observe(BatchDrawn(step, 4 * step, 4 * step + 4, (0,) * 4, 0, 4, ((0, 0, 0, 1), (0, 1, 1, 1))[step // 4 % 2]))
+            check.observe(
+                BatchDrawn(
+                    step,
+                    4 * step,
+                    4 * step + 4,
+                    (0,) * 4,
+                    0,
+                    4,
+                    ((0, 0, 0, 1), (0, 1, 1, 1))[step // 4 % 2],
+                )
+            )
             norm = math.exp(heavy_tailed(draw, 0.25)) * (20 if step == shock else 1)
             found += not check.observe(dataclasses.replace(base, step=step, grad_norm=norm)).passed
         return found
@@ -327,15 +445,22 @@ def test_gradient_shock(spec):
 
 
 def test_router_collapse(spec):
-    """200 runs of 600 steps whose router wanders between four experts: for up to 114 steps in the median of sixteen runs it leaves the
-    band, while the longest stretches of clean runs had 67 and 128. Then 100 routers that send nine tokens of ten to one expert, and 100
-    that send three of a thousand, under the noise of 1,024 tokens a step."""
+    """200 runs of 600 steps whose router wanders between four experts: for up to 114 steps in the
+    median of sixteen runs it leaves the band, while the longest stretches of clean runs had 67
+    and 128. Then 100 routers that send nine tokens of ten to one expert, and 100 that send three of
+    a thousand, under the noise of 1,024 tokens a step.
+    """
     limits, draw = limits_of(spec.gates["moe.router-collapse"]), np.random.default_rng(15)
 
     def red(shares):
         check = RouterCollapse(limits)
-        check.observe(Started(0, {"warmup_steps": 10, "expert_layers": 1, "n_experts": 4, "top_k": 1}))
-        seen = (SimpleNamespace(step=step, expert_shares=(tuple(s),)) for step, s in enumerate(shares.tolist(), 11))
+        check.observe(
+            Started(0, {"warmup_steps": 10, "expert_layers": 1, "n_experts": 4, "top_k": 1})
+        )
+        seen = (
+            SimpleNamespace(step=step, expert_shares=(tuple(s),))
+            for step, s in enumerate(shares.tolist(), 11)
+        )
         return any(not check.observe(event).passed for event in seen)
 
     def wandering(steps, spread=1.5, memory=math.exp(-1 / 80)):

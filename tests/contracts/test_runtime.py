@@ -9,7 +9,16 @@ import pytest
 
 from contracts.events import Started
 from contracts.gate import call_check, limits_of
-from contracts.runtime import Finite, LossNotConstant, LossSpike, ParamsChanged, StepTime, TokensConsumed, TrainingMode, Trend
+from contracts.runtime import (
+    Finite,
+    LossNotConstant,
+    LossSpike,
+    ParamsChanged,
+    StepTime,
+    TokensConsumed,
+    TrainingMode,
+    Trend,
+)
 from contracts.witness import ModeSeen
 from stack.museum.plant import load_museum
 from tests.contracts.test_optim import step_taken
@@ -66,20 +75,27 @@ def test_loss_not_constant_counts_over_a_resume(spec):
 
 def test_step_time_is_red_on_an_impossible_step(spec):
     check = make(spec, StepTime)
-    assert all(check.observe(step_taken(wall_s=0.4)).passed for _ in range(10))  # a fortieth of the peak rate
-    assert check.observe(step_taken(wall_s=0.4 * 0.06)).passed, "sixteen times as fast, but below half of the peak rate"
+    # a fortieth of the peak rate
+    assert all(check.observe(step_taken(wall_s=0.4)).passed for _ in range(10))
+    assert check.observe(step_taken(wall_s=0.4 * 0.06)).passed, (
+        "sixteen times as fast, but below half of the peak rate"
+    )
     assert not check.observe(step_taken(wall_s=0.4 * 0.04)).passed
     for factor, outcome in ((19, "pass"), (21, "fail")):
         near_peak = make(spec, StepTime)
         assert all(near_peak.observe(step_taken(wall_s=0.2)).passed for _ in range(10))
-        assert near_peak.observe(step_taken(wall_s=0.2 / factor, flops=2e8)).outcome == "pass", "a smaller step"
+        assert near_peak.observe(step_taken(wall_s=0.2 / factor, flops=2e8)).outcome == "pass", (
+            "a smaller step"
+        )
         assert near_peak.observe(step_taken(wall_s=0.2 / factor)).outcome == outcome
     assert not make(spec, StepTime).observe(step_taken(wall_s=1e-9)).passed
     assert not make(spec, StepTime).observe(step_taken(wall_s=0.0)).passed
 
 
 def test_step_time_is_green_when_a_crowded_machine_is_free_again(spec):
-    """From 1.8 s to 48 ms, a tenth of the peak rate; the same leap to over half of it is not believed."""
+    """From 1.8 s to 48 ms, a tenth of the peak rate; the same leap to over
+    half of it is not believed.
+    """
     for free_s, passes in ((0.048, True), (0.021, True), (0.008, False)):
         check = make(spec, StepTime)
         assert all(check.observe(step_taken(wall_s=1.8, flops=5e8)).passed for _ in range(8))
@@ -90,8 +106,15 @@ def test_loss_spike_needs_three_in_a_row(spec):
     check = make(spec, LossSpike)
     check.observe(Started(step=0, plan=PLAN))
     draw = random.Random(0)
-    assert all(check.observe(step_taken(step=s, loss_nats=3 + draw.gauss(0, 0.02))).passed for s in range(1, 40))
-    assert [check.observe(step_taken(step=40 + i, loss_nats=5.0)).passed for i in range(3)] == [True, True, False]
+    assert all(
+        check.observe(step_taken(step=s, loss_nats=3 + draw.gauss(0, 0.02))).passed
+        for s in range(1, 40)
+    )
+    assert [check.observe(step_taken(step=40 + i, loss_nats=5.0)).passed for i in range(3)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_loss_spike_ignores_noise(spec):
@@ -116,7 +139,9 @@ FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text()
 
 
 def test_the_exhausted_runs_of_the_founding_note_halt_at_once(spec):
-    """Loss 1, perplexity e, gradient norm 1, 0.4 s for an epoch: the first such line is red, by its numbers and by its time."""
+    """Loss 1, perplexity e, gradient norm 1, 0.4 s for an epoch: the first such line is red,
+    by its numbers and by its time.
+    """
     for epochs in FOUNDING["runs"].values():
         check, clock = make(spec, LossNotConstant), make(spec, StepTime)
         for epoch in epochs:
@@ -124,7 +149,11 @@ def test_the_exhausted_runs_of_the_founding_note_halt_at_once(spec):
             assert clock.observe(step_taken(wall_s=epoch["wall_s"], flops=0.0)).passed
     for row in FOUNDING["exhausted-5k"]:
         assert row["train_ppl"] == pytest.approx(math.e)
-        assert not make(spec, LossNotConstant).observe(step_taken(loss_nats=row["train_loss"], grad_norm=row["grad_norm"])).passed
+        assert (
+            not make(spec, LossNotConstant)
+            .observe(step_taken(loss_nats=row["train_loss"], grad_norm=row["grad_norm"]))
+            .passed
+        )
     clock = make(spec, StepTime)
     assert all(clock.observe(step_taken(wall_s=255.0 + i, flops=0.0)).passed for i in range(8))
     assert not clock.observe(step_taken(wall_s=0.4, flops=0.0)).passed
@@ -142,7 +171,9 @@ def trend(spec, losses, norms=None, first=1):
     check = make(spec, Trend)
     check.observe(Started(step=0, plan=PLAN))
     for step, loss in enumerate(losses, first):
-        if not check.observe(step_taken(step=step, loss_nats=loss, grad_norm=norms[step - first] if norms else 0.5)).passed:
+        if not check.observe(
+            step_taken(step=step, loss_nats=loss, grad_norm=norms[step - first] if norms else 0.5)
+        ).passed:
             return step
     return None
 
@@ -153,15 +184,22 @@ def founding_curve(step, diverges_from, slope):
 
 @pytest.mark.parametrize(("slope", "latest"), [(0.002, 5900), (0.005, 5700), (0.02, 5600)])
 def test_trend_fires_before_step_six_thousand(spec, slope, latest):
-    """A run like those of the founding note nanolm, which diverged unseen around step 6,000: here it turns at 5,500."""
+    """A run like those of the founding note nanolm, which diverged unseen around step 6,000:
+    here it turns at 5,500.
+    """
     draw = random.Random(3)
     losses = [founding_curve(s, 5500, slope) + draw.gauss(0, 0.1) for s in range(1, 6001)]
     assert 5500 < trend(spec, losses) <= latest
-    assert trend(spec, [founding_curve(s, 9e9, slope) + draw.gauss(0, 0.1) for s in range(1, 6001)]) is None
+    assert (
+        trend(spec, [founding_curve(s, 9e9, slope) + draw.gauss(0, 0.1) for s in range(1, 6001)])
+        is None
+    )
     spikes = make(spec, LossSpike)
     spikes.observe(Started(step=0, plan=PLAN | {"random_loss_nats": 10.8}))
     if slope == 0.002:
-        assert all(spikes.observe(step_taken(step=s, loss_nats=x)).passed for s, x in enumerate(losses, 1)), "no step is a spike"
+        assert all(
+            spikes.observe(step_taken(step=s, loss_nats=x)).passed for s, x in enumerate(losses, 1)
+        ), "no step is a spike"
 
 
 def test_trend_sees_a_gradient_that_grows_while_the_loss_stands(spec):
@@ -183,7 +221,9 @@ def test_trend_goes_on_over_a_resume(spec):
                 check.load_state_dict(json.loads(json.dumps(halves[0].state_dict())))
             check.observe(Started(step=200 * part, plan=PLAN))
             for s in range(200 * part, 200 * part + 200):
-                got.setdefault(name, []).append(check.observe(step_taken(step=s + 1, loss_nats=losses[s])).outcome)
+                got.setdefault(name, []).append(
+                    check.observe(step_taken(step=s + 1, loss_nats=losses[s])).outcome
+                )
     assert got["whole"] == got["halves"] and "fail" in got["whole"]
 
 
@@ -207,7 +247,10 @@ def test_seed_is_green_on_the_stack_and_red_on_what_it_does_not_reach(spec, ingr
         calls.append(offset)
         return honest(offset) | {"masks": str(len(calls))}
 
-    for begun, said in ((drifting, "one seed"), (lambda offset: honest(offset) | {"masks": "same"}, "reach masks")):
+    for begun, said in (
+        (drifting, "one seed"),
+        (lambda offset: honest(offset) | {"masks": "same"}, "reach masks"),
+    ):
         verdict = call_check(gate, ingredients | {"begun": begun})
         assert verdict.outcome == "fail" and said in verdict.message
     fixed = {"begun": lambda offset: honest(offset) | {"order": [1, 2]}, "epoch_samples": 31}

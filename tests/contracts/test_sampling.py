@@ -29,7 +29,9 @@ def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1])
+        verdict = call_check(
+            spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1]
+        )
     assert verdict.outcome == "fail" and verdict.message and touches() > before
 
 
@@ -43,4 +45,8 @@ def test_chi_square_sees_two_percent(spec, ingredients):
         return honest(moved, uniforms)
 
     verdict = call_check(spec.gates["sampling.distribution"], ingredients | {"pick": skewed})
-    assert verdict.outcome == "fail" and verdict.measured["p_value"] < 1e-12 and verdict.measured["impossible_draws"] == 0
+    assert (
+        verdict.outcome == "fail"
+        and verdict.measured["p_value"] < 1e-12
+        and verdict.measured["impossible_draws"] == 0
+    )

@@ -1,4 +1,6 @@
-"""The gate of the schedule against hand-made traces, and the stack's schedules against their closed forms."""
+"""The gate of the schedule against hand-made traces, and the stack's schedules
+against their closed forms.
+"""
 
 import math
 
@@ -26,7 +28,10 @@ PEAKS = {"muon": 2e-2, "decay": 1e-3, "no-decay": 1e-3}
 
 def rates(schedule, step: int, factor: float = 1.0) -> dict:
     """What a healthy update under PEAKS reports, times a factor."""
-    lrs = {g: closed_form(step, peak=peak, schedule=schedule.model_dump(), max_steps=100) * factor for g, peak in PEAKS.items()}
+    lrs = {
+        g: closed_form(step, peak=peak, schedule=schedule.model_dump(), max_steps=100) * factor
+        for g, peak in PEAKS.items()
+    }
     return {"step": step, "lr": lrs["decay"], "group_lrs": lrs}
 
 
@@ -57,10 +62,16 @@ def test_trace_is_red_on_a_group_without_its_rate(trace, schedule, group):
     """One group one percent off, one group not reported, and one that nobody declared."""
     honest = rates(schedule, 1)
     lrs = honest["group_lrs"]
-    wrong = [lrs | {group: lrs[group] * 1.01}, {g: lr for g, lr in lrs.items() if g != group}, lrs | {"stranger": 1e-3}]
+    wrong = [
+        lrs | {group: lrs[group] * 1.01},
+        {g: lr for g, lr in lrs.items() if g != group},
+        lrs | {"stranger": 1e-3},
+    ]
     for step, changed in enumerate(wrong, start=1):
         verdict = trace.observe(step_taken(**rates(schedule, step) | {"group_lrs": changed}))
-        assert verdict.outcome == "fail" and (group in verdict.message or "stranger" in verdict.message)
+        assert verdict.outcome == "fail" and (
+            group in verdict.message or "stranger" in verdict.message
+        )
 
 
 def test_trace_is_red_on_a_skipped_update(trace, schedule):
@@ -76,13 +87,24 @@ def test_trace_is_red_without_a_declared_plan(spec):
 @st.composite
 def declared(draw):
     """A schedule of either kind and its number of steps."""
-    warmup, extra, final = draw(st.integers(1, 400)), draw(st.integers(2, 2000)), draw(st.floats(0, 1, exclude_min=True))
+    warmup, extra, final = (
+        draw(st.integers(1, 400)),
+        draw(st.integers(2, 2000)),
+        draw(st.floats(0, 1, exclude_min=True)),
+    )
     max_steps = warmup + extra
     if draw(st.booleans()):
-        return Cosine(warmup_steps=warmup, final_lr_frac=final, decay_from=draw(st.sampled_from(["peak", "start"]))), max_steps
+        return Cosine(
+            warmup_steps=warmup,
+            final_lr_frac=final,
+            decay_from=draw(st.sampled_from(["peak", "start"])),
+        ), max_steps
     frac = draw(st.floats(1e-6, extra / max_steps - 0.5 / max_steps))
     return Wsd(
-        warmup_steps=warmup, decay_frac=frac, final_lr_frac=final, decay_shape=draw(st.sampled_from(["linear", "1-sqrt"]))
+        warmup_steps=warmup,
+        decay_frac=frac,
+        final_lr_frac=final,
+        decay_shape=draw(st.sampled_from(["linear", "1-sqrt"])),
     ), max_steps
 
 
@@ -98,7 +120,9 @@ def test_stack_and_closed_form_agree(declared, data):
 @given(declared())
 def test_up_through_the_warmup_never_up_after_it_and_down_to_the_floor(declared):
     schedule, max_steps = declared
-    lr = [lr_at(s, peak=6e-4, schedule=schedule, max_steps=max_steps) for s in range(1, max_steps + 1)]
+    lr = [
+        lr_at(s, peak=6e-4, schedule=schedule, max_steps=max_steps) for s in range(1, max_steps + 1)
+    ]
     warmup = schedule.warmup_steps
     assert all(a >= b for a, b in zip(lr[warmup - 1 :], lr[warmup:])) and max(lr) <= 6e-4
     assert lr[-1] == pytest.approx(6e-4 * schedule.final_lr_frac, rel=1e-12, abs=1e-18)
@@ -110,12 +134,29 @@ def test_up_through_the_warmup_never_up_after_it_and_down_to_the_floor(declared)
 
 @given(st.integers(1, 5000), st.integers(2001, 6000), st.floats(0, 1, exclude_min=True))
 def test_warmup_as_a_factor_on_the_schedule(step, max_steps, final):
-    """A founding note's lr(t) = sched(t)·min(1, (t+1)/2000) with t from 0, for a cosine and for a constant."""
+    """A founding note's lr(t) = sched(t)·min(1, (t+1)/2000) with t from 0,
+    for a cosine and for a constant.
+    """
     t = min(step, max_steps) - 1
-    sched = lr_at(t + 1, peak=1e-3, schedule=Cosine(warmup_steps=1, final_lr_frac=final, decay_from="start"), max_steps=max_steps)
-    whole = lr_at(t + 1, peak=1e-3, schedule=Cosine(warmup_steps=2000, final_lr_frac=final, decay_from="start"), max_steps=max_steps)
+    sched = lr_at(
+        t + 1,
+        peak=1e-3,
+        schedule=Cosine(warmup_steps=1, final_lr_frac=final, decay_from="start"),
+        max_steps=max_steps,
+    )
+    whole = lr_at(
+        t + 1,
+        peak=1e-3,
+        schedule=Cosine(warmup_steps=2000, final_lr_frac=final, decay_from="start"),
+        max_steps=max_steps,
+    )
     assert whole == sched * min(1, (t + 1) / 2000)
-    constant = lr_at(t + 1, peak=1e-3, schedule=Wsd(warmup_steps=2000, final_lr_frac=1.0), max_steps=4 * max_steps)
+    constant = lr_at(
+        t + 1,
+        peak=1e-3,
+        schedule=Wsd(warmup_steps=2000, final_lr_frac=1.0),
+        max_steps=4 * max_steps,
+    )
     assert constant == 1e-3 * min(1, (t + 1) / 2000)
 
 
@@ -126,7 +167,9 @@ def test_rounding_never_carries_the_rate_over_its_peak(warmup, step, max_steps):
 
 def test_peak_at_the_end_of_warmup_and_floor_at_the_end():
     """The rates of a founding note: 6e-4 at step 50 and 6e-5 at step 500."""
-    lr = [lr_at(s, peak=6e-4, schedule=Cosine(warmup_steps=50), max_steps=500) for s in range(1, 501)]
+    lr = [
+        lr_at(s, peak=6e-4, schedule=Cosine(warmup_steps=50), max_steps=500) for s in range(1, 501)
+    ]
     assert lr[49] == 6e-4
     assert lr[499] == pytest.approx(6e-5, rel=1e-12)
     assert all(a > b for a, b in zip(lr[49:], lr[50:]))
@@ -137,4 +180,9 @@ def test_a_decay_that_begins_in_the_warmup_is_refused():
     sets = ("schedule.kind=wsd", "schedule.warmup_steps=400", "schedule.decay_frac=0.4")
     with pytest.raises(ConfigError, match=r"400.*before the decay begins.*360"):
         load_config(recipe("tiny"), sets=sets)
-    assert load_config(recipe("tiny"), sets=(*sets[:2], "schedule.decay_frac=0.2"))[0].schedule.decay_begins(600) == 480
+    assert (
+        load_config(recipe("tiny"), sets=(*sets[:2], "schedule.decay_frac=0.2"))[
+            0
+        ].schedule.decay_begins(600)
+        == 480
+    )

@@ -1,7 +1,9 @@
-"""Every limit that compares numbers refuses an output that is one percent off, and one in which a single channel has the wrong sign.
+"""Every limit that compares numbers refuses an output that is one percent off, and one in which a
+single channel has the wrong sign.
 
-`CASES` holds what is tried here. `ELSEWHERE` names the tests of limits whose gates need a configuration of their own. `NOT_SO` names
-limits to which a percent of an output means nothing, and says why. No limit of these subsystems is in none of the three.
+`CASES` holds what is tried here. `ELSEWHERE` names the tests of limits whose gates need a
+configuration of their own. `NOT_SO` names limits to which a percent of an output means nothing, and
+says why. No limit of these subsystems is in none of the three.
 """
 
 import dataclasses
@@ -16,7 +18,18 @@ from spec import ROOT
 from tests.contracts.test_optim import step_taken
 from tools.integrity.core import Repo
 
-SUBSYSTEMS = ("loss", "model", "optim", "schedule", "kernel", "moe", "precision", "export", "sampling", "evaluation")
+SUBSYSTEMS = (
+    "loss",
+    "model",
+    "optim",
+    "schedule",
+    "kernel",
+    "moe",
+    "precision",
+    "export",
+    "sampling",
+    "evaluation",
+)
 
 
 def louder(x):
@@ -38,7 +51,9 @@ def output(name, wrong, told):
 
 
 def likeliest(wrong, told):
-    """As `output`, with the most likely token in the last place: the last token of the gate's distribution is impossible."""
+    """As `output`, with the most likely token in the last place: the last token of the gate's
+    distribution is impossible.
+    """
     return output("filtered_probs", lambda probs_V: wrong(probs_V.roll(-1)).roll(1), told)
 
 
@@ -55,7 +70,10 @@ def packed_only(wrong, told):
 def partitioned_only(wrong, told):
     def gradient_of(parts):
         nats, grads = told["gradient_of"](parts)
-        return nats, {n: wrong(g) if n == "final_norm.weight" and len(parts) > 1 else g for n, g in grads.items()}
+        return nats, {
+            n: wrong(g) if n == "final_norm.weight" and len(parts) > 1 else g
+            for n, g in grads.items()
+        }
 
     return {"gradient_of": gradient_of}
 
@@ -81,7 +99,11 @@ def tables(wrong, told):
 def scored(name, field, only, wrong, told):
     def evaluate(given):
         result = told[name](given)
-        return dataclasses.replace(result, **{field: wrong(getattr(result, field))}) if only(given) else result
+        return (
+            dataclasses.replace(result, **{field: wrong(getattr(result, field))})
+            if only(given)
+            else result
+        )
 
     return {name: evaluate}
 
@@ -96,7 +118,9 @@ def first_gradient(wrong, told):
 
 
 def updates(ndim, wrong, told):
-    """Each update of parameters of so many dimensions goes another way; what is flipped is one channel's."""
+    """Each update of parameters of so many dimensions goes another way;
+    what is flipped is one channel's.
+    """
 
     def make(model):
         optimizer = told["make_optimizer"](model)
@@ -128,42 +152,110 @@ CASES = {
     ("optim.clip-spike", "rel_excess_max"): first_gradient,
     ("sampling.cache-parity", "rel_error_max"): partial(output, "cached_logits"),
     ("sampling.distribution", "abs_error_max"): likeliest,
-    ("evaluation.byte-conservation", "rel_error_max"): partial(scored, "evaluate_uniform", "bits_per_char", lambda text: True),
-    ("evaluation.invariance", "batch_rel_error_max"): partial(scored, "evaluate_rows", "loss_nats", lambda rows: rows > 1),
-    ("evaluation.invariance", "own_rel_error_max"): partial(scored, "evaluate_rows", "loss_nats", lambda rows: True),
+    ("evaluation.byte-conservation", "rel_error_max"): partial(
+        scored, "evaluate_uniform", "bits_per_char", lambda text: True
+    ),
+    ("evaluation.invariance", "batch_rel_error_max"): partial(
+        scored, "evaluate_rows", "loss_nats", lambda rows: rows > 1
+    ),
+    ("evaluation.invariance", "own_rel_error_max"): partial(
+        scored, "evaluate_rows", "loss_nats", lambda rows: True
+    ),
 }
 ELSEWHERE = {
-    ("kernel.compiled-graph", "rel_error_max"): "tests/contracts/test_kernel.py::test_gate_sees_one_percent_of_one_gradient",
-    ("kernel.head-borders", "rel_error_max"): "tests/contracts/test_kernel.py::test_head_is_red_on_its_plant_and_on_one_percent_of_one_row",
-    ("moe.dispatch-parity", "rel_error_max"): "tests/contracts/test_moe.py::test_dispatch_sees_one_percent",
-    ("moe.balance-loss", "rel_error_max"): "tests/contracts/test_moe.py::test_balance_sees_one_percent",
-    ("moe.balance-loss", "entry_rel_error_max"): "tests/contracts/test_moe.py::test_balance_sees_one_percent",
-    ("precision.shadow", "norm_roundings_max"): "tests/contracts/test_precision.py::test_gate_sees_one_percent",
-    ("precision.shadow", "loss_roundings_max"): "tests/contracts/test_precision.py::test_gate_sees_one_percent",
-    ("precision.shadow", "router_roundings_max"): "tests/contracts/test_precision.py::test_gate_sees_one_path_in_half_precision",
-    ("schedule.trace", "rel_error_max"): "tests/contracts/test_schedule.py::test_trace_is_red_on_one_percent",
-    ("model.dropout-law", "scale_rel_error_max"): "tests/contracts/test_dropout.py::test_gate_sees_other_rates_and_shared_masks",
-    ("optim.step-report", "rel_error_max"): "tests/contracts/test_optim.py::test_step_report_is_red_on_its_plants_and_on_one_percent",
-    ("optim.applied-update", "norm_rel_error_max"): "tests/contracts/test_optim.py::test_applied_update_holds_the_norm_by_itself",
-    ("optim.applied-update", "rel_error_max"): "tests/contracts/test_optim.py::test_applied_update_is_red_on_plants_and_one_percent",
+    (
+        "kernel.compiled-graph",
+        "rel_error_max",
+    ): "tests/contracts/test_kernel.py::test_gate_sees_one_percent_of_one_gradient",
+    (
+        "kernel.head-borders",
+        "rel_error_max",
+    ): (
+        "tests/contracts/test_kernel.py::"
+        "test_head_is_red_on_its_plant_and_on_one_percent_of_one_row"
+    ),
+    (
+        "moe.dispatch-parity",
+        "rel_error_max",
+    ): "tests/contracts/test_moe.py::test_dispatch_sees_one_percent",
+    (
+        "moe.balance-loss",
+        "rel_error_max",
+    ): "tests/contracts/test_moe.py::test_balance_sees_one_percent",
+    (
+        "moe.balance-loss",
+        "entry_rel_error_max",
+    ): "tests/contracts/test_moe.py::test_balance_sees_one_percent",
+    (
+        "precision.shadow",
+        "norm_roundings_max",
+    ): "tests/contracts/test_precision.py::test_gate_sees_one_percent",
+    (
+        "precision.shadow",
+        "loss_roundings_max",
+    ): "tests/contracts/test_precision.py::test_gate_sees_one_percent",
+    (
+        "precision.shadow",
+        "router_roundings_max",
+    ): "tests/contracts/test_precision.py::test_gate_sees_one_path_in_half_precision",
+    (
+        "schedule.trace",
+        "rel_error_max",
+    ): "tests/contracts/test_schedule.py::test_trace_is_red_on_one_percent",
+    (
+        "model.dropout-law",
+        "scale_rel_error_max",
+    ): "tests/contracts/test_dropout.py::test_gate_sees_other_rates_and_shared_masks",
+    (
+        "optim.step-report",
+        "rel_error_max",
+    ): "tests/contracts/test_optim.py::test_step_report_is_red_on_its_plants_and_on_one_percent",
+    (
+        "optim.applied-update",
+        "norm_rel_error_max",
+    ): "tests/contracts/test_optim.py::test_applied_update_holds_the_norm_by_itself",
+    (
+        "optim.applied-update",
+        "rel_error_max",
+    ): "tests/contracts/test_optim.py::test_applied_update_is_red_on_plants_and_one_percent",
     (
         "optim.applied-update",
         "muon_rel_error_max",
     ): "tests/contracts/test_optim.py::test_applied_update_is_red_on_plants_and_one_percent",
-    ("loss.own-batch", "rel_error_max"): "tests/contracts/test_loss.py::test_own_batch_is_red_on_its_plants_and_on_one_label",
-    ("model.training-forward", "rel_error_max"): "tests/contracts/test_model.py::test_training_forward_sees_one_percent",
-    ("optim.clip-norm", "rel_excess_max"): "tests/contracts/test_strength.py::test_clip_norm_is_red_on_one_percent",
-    ("optim.clip-norm", "rel_shortfall_max"): "tests/contracts/test_strength.py::test_clip_norm_is_red_on_one_percent",
+    (
+        "loss.own-batch",
+        "rel_error_max",
+    ): "tests/contracts/test_loss.py::test_own_batch_is_red_on_its_plants_and_on_one_label",
+    (
+        "model.training-forward",
+        "rel_error_max",
+    ): "tests/contracts/test_model.py::test_training_forward_sees_one_percent",
+    (
+        "optim.clip-norm",
+        "rel_excess_max",
+    ): "tests/contracts/test_strength.py::test_clip_norm_is_red_on_one_percent",
+    (
+        "optim.clip-norm",
+        "rel_shortfall_max",
+    ): "tests/contracts/test_strength.py::test_clip_norm_is_red_on_one_percent",
     ("export.logit-parity", "scaled_error_max"): "tests/contracts/test_export.py",
 }
 COUNTS = "counts events, steps, tokens or samples; nothing in it can be a percent off"
-BITWISE = "holds the output against the same output after a change that must not show; an error that both have is another gate's"
+BITWISE = (
+    "holds the output against the same output after a change that must not show; an error that "
+    "both have is another gate's"
+)
 LEVEL = "is a level that a healthy run keeps far away from, not a comparison with what is right"
 SELECTS = "chooses what is judged; it judges nothing itself"
-HALF = "half precision rounds by about a percent; errors of a percent are for the float32 limit beside it"
+HALF = (
+    "half precision rounds by about a percent; errors of a percent are for the float32 limit "
+    "beside it"
+)
 NOT_SO = {
     "loss.nan-visible": COUNTS,
-    "model.init-law": "compares a sample of draws with their law; its sharpness stands in the rates",
+    "model.init-law": (
+        "compares a sample of draws with their law; its sharpness stands in the rates"
+    ),
     "model.initial-loss": LEVEL,
     "model.causality": BITWISE,
     ("model.document-isolation", "leak_abs_max"): BITWISE,
@@ -182,13 +274,18 @@ NOT_SO = {
     ("kernel.compiled-graph", "half_rel_error_max"): HALF,
     ("moe.balance-loss", "even_error_max"): LEVEL,
     ("moe.balance-loss", "uneven_excess_min"): LEVEL,
-    "moe.bias-balance": "a closed loop that must end level, and steps of one size whose signs are compared exactly",
+    "moe.bias-balance": (
+        "a closed loop that must end level, and steps of one size whose signs are compared exactly"
+    ),
     "moe.router-collapse": LEVEL,
     ("precision.loss-scale", "rel_error_max"): HALF,
     "precision.declared": COUNTS,
     ("export.logit-parity", "float32_positions"): SELECTS,
     ("export.logit-parity", "argmax_differences_max"): COUNTS,
-    ("sampling.distribution", "p_value_min"): "a probability; two percentage points are seen: test_chi_square_sees_two_percent",
+    (
+        "sampling.distribution",
+        "p_value_min",
+    ): "a probability; two percentage points are seen: test_chi_square_sees_two_percent",
     ("sampling.distribution", "draws_min"): SELECTS,
     "sampling.coherence": LEVEL,
     "sampling.dominance": LEVEL,
@@ -198,7 +295,10 @@ NOT_SO = {
     ("sampling.generation", "wrong_max"): COUNTS,
     ("sampling.generation", "margin_min"): SELECTS,
     ("sampling.generation", "judged_frac_min"): SELECTS,
-    ("model.dropout-law", "rate_z_max"): "standard errors of a share; twice the share is tried beside the factor",
+    (
+        "model.dropout-law",
+        "rate_z_max",
+    ): "standard errors of a share; twice the share is tried beside the factor",
     ("model.dropout-law", "likeness_max"): LEVEL,
     ("model.dropout-law", "entries_min"): SELECTS,
     "evaluation.held-out": LEVEL,
@@ -232,12 +332,18 @@ def test_the_same_detour_without_an_error_is_green(spec, ingredients, gate_id, l
 def test_clip_norm_is_red_on_one_percent(spec, factor):
     check = ClipNorm(limits_of(spec.gates["optim.clip-norm"]))
     assert check.observe(step_taken(grad_norm=4.0, clipped_grad_norm=1.0, max_grad_norm=1.0)).passed
-    assert not check.observe(step_taken(grad_norm=4.0, clipped_grad_norm=factor, max_grad_norm=1.0)).passed
+    assert not check.observe(
+        step_taken(grad_norm=4.0, clipped_grad_norm=factor, max_grad_norm=1.0)
+    ).passed
 
 
 def test_every_limit_is_tried_or_its_exemption_is_given(spec):
-    """Gates that are for foreign trainers alone have plants of one percent and more in tests/contracts/callbacks."""
-    asked = [g for g in spec.gates.values() if g.subsystem in SUBSYSTEMS and g.kinds != ("foreign",)]
+    """Gates that are for foreign trainers alone have plants of one percent and more in
+    tests/contracts/callbacks.
+    """
+    asked = [
+        g for g in spec.gates.values() if g.subsystem in SUBSYSTEMS and g.kinds != ("foreign",)
+    ]
     all_limits = {(g.id, name) for g in asked for name in g.limits}
     exempt = {pair for pair in all_limits if pair in NOT_SO or pair[0] in NOT_SO}
     assert set(CASES) | set(ELSEWHERE) | exempt == all_limits

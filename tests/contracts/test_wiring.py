@@ -18,7 +18,10 @@ def pointers(spec, losses, *, began=0) -> Pointers:
     return check
 
 
-@pytest.mark.parametrize(("latest", "best", "ok"), [(30, 20, True), (30, 30, False), (30, None, False), (20, 20, False), (None, 20, False)])
+@pytest.mark.parametrize(
+    ("latest", "best", "ok"),
+    [(30, 20, True), (30, 30, False), (30, None, False), (20, 20, False), (None, 20, False)],
+)
 def test_pointers_are_two_sided(spec, latest, best, ok):
     check = pointers(spec, {10: 3.0, 20: 2.0, 30: 2.0})
     assert check.observe(Finished(30, "completed", latest, best)).passed == ok
@@ -31,10 +34,14 @@ def test_pointers_remember_over_a_resume_and_a_child_may_have_no_best(spec):
     resumed.load_state_dict(state)
     resumed.observe(Evaluated(30, 2.5, 1.0, (2.5,), "h", None, 5.0))
     assert resumed.observe(Finished(30, "completed", 30, 20)).passed
-    assert resumed.observe(Finished(30, "completed", 30, None)).passed, "the parent's folder is not the child's"
+    assert resumed.observe(Finished(30, "completed", 30, None)).passed, (
+        "the parent's folder is not the child's"
+    )
     assert not resumed.observe(Finished(30, "completed", 30, 30)).passed
     resumed.observe(Evaluated(40, 1.5, 1.0, (1.5,), "h", None, 5.0))
-    assert not resumed.observe(Finished(40, "completed", 40, None)).passed, "its own best is to be there"
+    assert not resumed.observe(Finished(40, "completed", 40, None)).passed, (
+        "its own best is to be there"
+    )
 
 
 def test_what_an_evaluation_changes_is_named(spec):

@@ -1,6 +1,8 @@
-"""A second decoder with every variant, vectorised, for tests of the gates that judge one: hand-written, and no part of the stack.
+"""A second decoder with every variant, vectorised, for tests of the gates that judge one:
+hand-written, and no part of the stack.
 
-B batch, T tokens, R = B·T tokens, D d_model, N query heads, K key/value heads, H head_dim, E experts, k top_k, V vocab
+B batch, T tokens, R = B·T tokens, D d_model, N query heads, K key/value heads, H head_dim, E
+experts, k top_k, V vocab
 """
 
 import math
@@ -10,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def route(logits_RE: Tensor, top_k: int, selection_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    logits_RE: Tensor, top_k: int, selection_bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(experts (R, k), weights (R, k), probabilities (R, E))."""
     probs_RE = logits_RE.softmax(-1)
-    score_RE = probs_RE.detach() if selection_bias_E is None else probs_RE.detach() + selection_bias_E
+    score_RE = (
+        probs_RE.detach() if selection_bias_E is None else probs_RE.detach() + selection_bias_E
+    )
     experts_Rk = score_RE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights_Rk = probs_RE.gather(1, experts_Rk)
     return experts_Rk, renormalised(weights_Rk), probs_RE
@@ -32,13 +38,22 @@ def balance(probs_RE: Tensor, experts_Rk: Tensor, row_R: Tensor | None = None) -
 
 
 def dispatch(
-    x_RD: Tensor, experts_Rk: Tensor, weights_Rk: Tensor, experts, capacity: int | None, row_R: Tensor | None = None
+    x_RD: Tensor,
+    experts_Rk: Tensor,
+    weights_Rk: Tensor,
+    experts,
+    capacity: int | None,
+    row_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """(sum of weighted experts (R, D), tokens each took (E,), choices dropped); with `row_R` the capacity is each row's."""
+    """(sum of weighted experts (R, D), tokens each took (E,), choices dropped);
+    with `row_R` the capacity is each row's.
+    """
     if row_R is not None:
         y_RD, loads, dropped = torch.zeros_like(x_RD), [], 0
         for r in (row_R == row for row in row_R.unique()):
-            y_RD[r], load_E, left_out = dispatch(x_RD[r], experts_Rk[r], weights_Rk[r], experts, capacity)
+            y_RD[r], load_E, left_out = dispatch(
+                x_RD[r], experts_Rk[r], weights_Rk[r], experts, capacity
+            )
             loads, dropped = [*loads, load_E], dropped + left_out
         return y_RD, sum(loads), dropped
     y_RD, loads = torch.zeros_like(x_RD), []
@@ -61,19 +76,29 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.declared = a["ffn"]
         self.router = nn.Linear(a["d_model"], self.declared["n_experts"], bias=False)
-        self.experts = nn.ModuleList(feedforward(a, self.declared["expert"]) for _ in range(self.declared["n_experts"]))
+        self.experts = nn.ModuleList(
+            feedforward(a, self.declared["expert"]) for _ in range(self.declared["n_experts"])
+        )
         biased = self.declared["balance"]["kind"] == "selection-bias"
-        self.register_buffer("selection_bias", torch.zeros(self.declared["n_experts"]) if biased else None)
+        self.register_buffer(
+            "selection_bias", torch.zeros(self.declared["n_experts"]) if biased else None
+        )
         self.found = None
 
     def forward(self, x: Tensor, reading=None) -> Tensor:
         x_RD, declared = x.flatten(0, -2), self.declared
-        experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), declared["top_k"], self.selection_bias)
+        experts_Rk, weights_Rk, probs_RE = route(
+            self.router(x_RD), declared["top_k"], self.selection_bias
+        )
         capacity = None
         if self.training and declared["capacity_factor"]:
-            capacity = math.ceil(declared["capacity_factor"] * x.shape[1] * declared["top_k"] / declared["n_experts"])
+            capacity = math.ceil(
+                declared["capacity_factor"] * x.shape[1] * declared["top_k"] / declared["n_experts"]
+            )
         row_R = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
-        y_RD, self.load_E, self.dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity, row_R)
+        y_RD, self.load_E, self.dropped = dispatch(
+            x_RD, experts_Rk, weights_Rk, self.experts, capacity, row_R
+        )
         self.found = probs_RE, experts_Rk
         return y_RD.view(x.shape)
 
@@ -112,7 +137,10 @@ def feedforward(a, declared) -> nn.Module:
 def rotary_tables(a) -> tuple[Tensor, Tensor] | None:
     if a["positions"]["kind"] == "learned":
         return None
-    width, scaling = a["head_dim"] // (2 if a["attention"]["kind"] == "differential" else 1), a["positions"]["scaling"]
+    width, scaling = (
+        a["head_dim"] // (2 if a["attention"]["kind"] == "differential" else 1),
+        a["positions"]["scaling"],
+    )
     rate = a["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     if scaling["kind"] == "linear":
         rate = rate / scaling["factor"]
@@ -135,12 +163,17 @@ class Attention(nn.Module):
         super().__init__()
         self.a, self.declared, d, h = a, a["attention"], a["d_model"], a["head_dim"]
         self.q = nn.Linear(d, a["n_heads"] * h, bias=self.declared["qkv_bias"])
-        self.k, self.v = (nn.Linear(d, a["n_kv_heads"] * h, bias=self.declared["qkv_bias"]) for _ in range(2))
+        self.k, self.v = (
+            nn.Linear(d, a["n_kv_heads"] * h, bias=self.declared["qkv_bias"]) for _ in range(2)
+        )
         self.out = nn.Linear(a["n_heads"] * h, d, bias=self.declared["out_bias"])
         self.differential = self.declared["kind"] == "differential"
         if self.declared["qk_norm"]:
             width = h // 2 if self.differential else h
-            self.q_norm, self.k_norm = nn.RMSNorm(width, a["norm_eps"]), nn.RMSNorm(width, a["norm_eps"])
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(width, a["norm_eps"]),
+                nn.RMSNorm(width, a["norm_eps"]),
+            )
         if self.differential and self.declared["form"] == "paper":
             self.start = 0.8 - 0.6 * math.exp(-0.3 * layer)
             for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
@@ -151,29 +184,41 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, position_BT: Tensor, mask_BTT: Tensor, tables) -> Tensor:
         h, split = self.a["head_dim"], 2 if self.differential else 1
-        q, k, v = (part(x_BTD).unflatten(-1, (-1, h)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(x_BTD).unflatten(-1, (-1, h)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         q, k = (x.unflatten(-1, (split, -1)).movedim(-2, 0) for x in (q, k))
         if self.declared["qk_norm"]:
             q, k = self.q_norm(q), self.k_norm(k)
         if tables is not None:
-            q, k = (rotate(x, *(t.to(x.dtype)[position_BT][:, None] for t in tables)) for x in (q, k))
+            q, k = (
+                rotate(x, *(t.to(x.dtype)[position_BT][:, None] for t in tables)) for x in (q, k)
+            )
         maps = [self.mixed(q[i], k[i], v, mask_BTT) for i in range(split)]
         return self.out(self.joined(*maps).transpose(1, 2).flatten(2))
 
     def mixed(self, q, k, v, mask_BTT) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BTT[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_BTT[:, None], enable_gqa=q.shape[1] != k.shape[1]
+        )
 
     def joined(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         if second is None:
             return first
         if self.declared["form"] == "scalar":
             return first - self.lambda_weight * second
-        learned = (self.lambda_q1 * self.lambda_k1).sum().exp() - (self.lambda_q2 * self.lambda_k2).sum().exp() + self.start
+        learned = (
+            (self.lambda_q1 * self.lambda_k1).sum().exp()
+            - (self.lambda_q2 * self.lambda_k2).sum().exp()
+            + self.start
+        )
         return self.head_norm(first - learned * second) * (1 - self.start)
 
 
 def norm(a) -> nn.Module:
-    return (nn.LayerNorm if a["norm"]["kind"] == "layernorm" else nn.RMSNorm)(a["d_model"], eps=a["norm_eps"])
+    return (nn.LayerNorm if a["norm"]["kind"] == "layernorm" else nn.RMSNorm)(
+        a["d_model"], eps=a["norm_eps"]
+    )
 
 
 class Depth(nn.Module):
@@ -181,16 +226,29 @@ class Depth(nn.Module):
         super().__init__()
         self.router, self.gate = nn.Linear(a["d_model"], 1), a["depth"]["gate"]
 
-    def forward(self, x_BTD: Tensor, position_BT: Tensor, mask_BTT: Tensor, tables, block) -> Tensor:
-        score_BT = ((x_BTD.double() * self.router.weight[0].double()).sum(-1) + self.router.bias).float()  # equal tokens tie exactly
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, mask_BTT: Tensor, tables, block
+    ) -> Tensor:
+        # equal tokens tie exactly
+        score_BT = (
+            (x_BTD.double() * self.router.weight[0].double()).sum(-1) + self.router.bias
+        ).float()
         if self.gate["kind"] == "soft":
-            return x_BTD + score_BT.sigmoid()[..., None].to(x_BTD) * (block(x_BTD, position_BT, mask_BTT, tables) - x_BTD)
-        return torch.stack([self.some(*row, tables, block) for row in zip(x_BTD, score_BT, position_BT, mask_BTT)])
+            return x_BTD + score_BT.sigmoid()[..., None].to(x_BTD) * (
+                block(x_BTD, position_BT, mask_BTT, tables) - x_BTD
+            )
+        return torch.stack(
+            [self.some(*row, tables, block) for row in zip(x_BTD, score_BT, position_BT, mask_BTT)]
+        )
 
-    def some(self, x_TD: Tensor, score_T: Tensor, position_T: Tensor, mask_TT: Tensor, tables, block) -> Tensor:
+    def some(
+        self, x_TD: Tensor, score_T: Tensor, position_T: Tensor, mask_TT: Tensor, tables, block
+    ) -> Tensor:
         index_T = torch.arange(len(x_TD), device=x_TD.device)
         same_TT = (index_T - position_T)[:, None] == (index_T - position_T)[None, :]
-        higher_T = (same_TT & (index_T[None, :] < index_T[:, None]) & (score_T[None, :] > score_T[:, None])).sum(-1)
+        higher_T = (
+            same_TT & (index_T[None, :] < index_T[:, None]) & (score_T[None, :] > score_T[:, None])
+        ).sum(-1)
         read = higher_T < torch.ceil(self.gate["capacity_frac"] * (position_T + 1).double())
         x_RD = x_TD[read]
         y_RD = block(x_RD[None], position_T[None, read], mask_TT[read][:, read][None], tables)[0]
@@ -208,7 +266,11 @@ class Block(nn.Module):
             self.depth = Depth(a)
 
     def forward(self, x_BTD: Tensor, *context) -> Tensor:
-        return self.depth(x_BTD, *context, self.plain) if hasattr(self, "depth") else self.plain(x_BTD, *context)
+        return (
+            self.depth(x_BTD, *context, self.plain)
+            if hasattr(self, "depth")
+            else self.plain(x_BTD, *context)
+        )
 
     def plain(self, x_BTD: Tensor, *context) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), *context))
@@ -260,11 +322,17 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.positions(context[0])
         for layer in self.layers:
             x_BTD = layer(x_BTD, *context)
-        return F.linear(self.final_norm(x_BTD), self.embed.weight if self.a["tied_head"] else self.head.weight)
+        return F.linear(
+            self.final_norm(x_BTD), self.embed.weight if self.a["tied_head"] else self.head.weight
+        )
 
     def attend(self, layer: int):
         def attention(x_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
-            documents_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64) if documents_BT is None else documents_BT
+            documents_BT = (
+                torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
+                if documents_BT is None
+                else documents_BT
+            )
             return self.layers[layer].attention(x_BTD, *self.context(documents_BT))
 
         return attention
@@ -288,7 +356,9 @@ def parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
 
 
 def moe_parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
-    """Ingredients of the gates of experts; functions are looked up in this module when called, so that plants reach them."""
+    """Ingredients of the gates of experts; functions are looked up in this module when called,
+    so that plants reach them.
+    """
 
     def training(a):
         return Decoder(a, vocab_size, seed).train()
@@ -300,12 +370,17 @@ def moe_parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
         return (loss + sum(terms) * model.a["ffn"]["balance"].get("weight", 0.0)) / n_micro
 
     def balance_gradients(weight: float, n_micro: int):
-        ffn = a["ffn"] | {"capacity_factor": None, "balance": {"kind": "auxiliary-loss", "weight": weight}}
+        ffn = a["ffn"] | {
+            "capacity_factor": None,
+            "balance": {"kind": "auxiliary-loss", "weight": weight},
+        }
         model = training(a | {"dropout": 0.0, "ffn": ffn})
         row_T = torch.randint(0, vocab_size, (33,), generator=torch.Generator().manual_seed(5))
         for _ in range(n_micro):
             nats(model, row_T[None], n_micro).backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if n.endswith("ffn.router.weight")}
+        gradients = {
+            n: p.grad for n, p in model.named_parameters() if n.endswith("ffn.router.weight")
+        }
         return model.state_dict(), row_T[:-1], gradients
 
     def bias_step(n_micro: int):
@@ -315,7 +390,10 @@ def moe_parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
         for micro in ids_BT.chunk(n_micro):
             nats(model, micro, n_micro).backward()
             loads_LE = loads_LE + torch.stack(
-                [torch.bincount(m.ffn.found[1].flatten(), minlength=m.ffn.declared["n_experts"]) for m in model.layers]
+                [
+                    torch.bincount(m.ffn.found[1].flatten(), minlength=m.ffn.declared["n_experts"])
+                    for m in model.layers
+                ]
             )
         update_selection_bias(model, loads_LE, a["ffn"]["balance"]["rate"])
         return loads_LE, torch.stack([m.ffn.selection_bias for m in model.layers])

@@ -13,18 +13,35 @@ from hypothesis import strategies as st
 
 from contracts.corpus import SENTENCES
 from stack.data import dedup
-from stack.data.dedup import GRAM_WORDS, SIGNATURE, first_of_each, gram_set, near_repeats, runs, shares_gram, signatures, word_hashes
+from stack.data.dedup import (
+    GRAM_WORDS,
+    SIGNATURE,
+    first_of_each,
+    gram_set,
+    near_repeats,
+    runs,
+    shares_gram,
+    signatures,
+    word_hashes,
+)
 
-VOCABULARY = [f"{a}{b}" for a in "ka lo mi nu pe ra so ti vu wa".split() for b in "b d f g k l m n p r s t v x z".split()]
+VOCABULARY = [
+    f"{a}{b}"
+    for a in "ka lo mi nu pe ra so ti vu wa".split()
+    for b in "b d f g k l m n p r s t v x z".split()
+]
 
 
 def words(text):
     return re.findall(r"\w+", text.casefold())
 
 
-# --- exact repeats --------------------------------------------------------------------------------------------------
+# --- exact repeats --------------------------------------------------------------------------------
 
-VALUES = st.lists(st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), max_size=12), max_size=6)
+VALUES = st.lists(
+    st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), max_size=12),
+    max_size=6,
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -35,7 +52,9 @@ def test_first_of_each_is_what_a_loop_over_a_set_keeps(monkeypatch, values, rows
     seen, wanted = set(), []
     for row in values:
         wanted.append([v not in seen and not seen.add(v) for v in row])
-    assert [k.tolist() for k in first_of_each([np.array(row, np.int64) for row in values])] == wanted
+    assert [
+        k.tolist() for k in first_of_each([np.array(row, np.int64) for row in values])
+    ] == wanted
 
 
 def test_buckets_bound_what_is_held_at_once(monkeypatch):
@@ -46,10 +65,11 @@ def test_buckets_bound_what_is_held_at_once(monkeypatch):
     values = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 1000)
     assert all(k.all() for k in first_of_each([values[:400], values[400:]]))
     sizes = [len(value) for value, _ in gathered]
-    assert len(sizes) == 11 and sum(sizes) == 1000 and max(sizes) < 150  # 91 expected each, 9 of deviation
+    # 91 expected each, 9 of deviation
+    assert len(sizes) == 11 and sum(sizes) == 1000 and max(sizes) < 150
 
 
-# --- near repeats ---------------------------------------------------------------------------------------------------
+# --- near repeats ---------------------------------------------------------------------------------
 
 
 def random_words(draw, n):
@@ -78,7 +98,9 @@ def struck(texts, similarity_min, parts=1):
     """Which texts repeat an earlier one, their signatures lying in some parts."""
     made = signatures(texts, 5)
     cut = np.array_split(np.arange(len(texts)), parts)
-    return np.concatenate(near_repeats([made[c] for c in cut], [np.ones(len(c), bool) for c in cut], similarity_min)).tolist()
+    return np.concatenate(
+        near_repeats([made[c] for c in cut], [np.ones(len(c), bool) for c in cut], similarity_min)
+    ).tolist()
 
 
 def corpus_of_pairs(seed, n=60):
@@ -92,7 +114,9 @@ def corpus_of_pairs(seed, n=60):
 
 
 def test_signatures_estimate_the_jaccard_similarity():
-    """128 values: an error of at most 0.044 each, so within 4.5 of them in 600 pairs, and unbiased over all."""
+    """128 values: an error of at most 0.044 each, so within 4.5 of them in 600 pairs,
+    and unbiased over all.
+    """
     errors = []
     for seed in range(10):
         texts = corpus_of_pairs(seed)
@@ -104,7 +128,9 @@ def test_signatures_estimate_the_jaccard_similarity():
 
 
 def test_near_repeats_are_those_of_exact_similarity():
-    """Far from the threshold on either side nobody is missed or struck wrongly; of two alike the first stays."""
+    """Far from the threshold on either side nobody is missed or struck wrongly;
+    of two alike the first stays.
+    """
     texts, judged = corpus_of_pairs(3), 0
     found = struck(texts, 0.7)
     for i in range(0, len(texts), 2):
@@ -117,21 +143,29 @@ def test_near_repeats_are_those_of_exact_similarity():
 
 
 def test_near_repeats_are_those_that_datasketch_finds():
-    """The same texts through MinHashLSH with the same bands, its candidates judged by exact similarity: no candidate pair is missed."""
+    """The same texts through MinHashLSH with the same bands, its candidates judged by exact
+    similarity: no candidate pair is missed.
+    """
     datasketch = pytest.importorskip("datasketch")
     texts, similarity_min = corpus_of_pairs(8), 0.7
     index, wanted = datasketch.MinHashLSH(params=(16, 8), num_perm=128), []
     for number, text in enumerate(texts):
         sketch = datasketch.MinHash(num_perm=128, seed=1)
         sketch.update_batch([" ".join(s).encode() for s in shingles(text)])
-        wanted.append(any(jaccard(text, texts[other]) >= similarity_min for other in index.query(sketch)))
+        wanted.append(
+            any(jaccard(text, texts[other]) >= similarity_min for other in index.query(sketch))
+        )
         if not wanted[-1]:
             index.insert(number, sketch)
     found = struck(texts, similarity_min)
     unlike = [i for i, (a, b) in enumerate(zip(found, wanted)) if a != b]
     assert sum(wanted) > 20
-    # Both estimate; they may differ on pairs within 0.15 (3.4 deviations) of the threshold and on no other.
-    assert all(abs(jaccard(texts[i - 1], texts[i]) - similarity_min) < 0.15 for i in unlike) and len(unlike) < 10
+    # Both estimate; they may differ on pairs within 0.15 (3.4 deviations) of the
+    # threshold and on no other.
+    assert (
+        all(abs(jaccard(texts[i - 1], texts[i]) - similarity_min) < 0.15 for i in unlike)
+        and len(unlike) < 10
+    )
 
 
 def test_candidates_of_a_similarity_are_found_as_often_as_sixteen_bands_of_eight_find_them():
@@ -150,17 +184,23 @@ def test_candidates_of_a_similarity_are_found_as_often_as_sixteen_bands_of_eight
     for similarity, n in pairs.items():
         if n > 100:
             low, high = (1 - (1 - (similarity + d) ** 8) ** 16 for d in (-0.06, 0.06))
-            assert low - 0.1 < hits[similarity] / n < high + 0.1, similarity  # four deviations of 300 draws
+            # four deviations of 300 draws
+            assert low - 0.1 < hits[similarity] / n < high + 0.1, similarity
 
 
 @pytest.mark.parametrize("similarity_min", [0.5, 0.6, 0.7, 0.8])
 def test_most_of_what_is_a_little_above_the_limit_is_found(similarity_min):
-    """Of pairs 0.03 to 0.08 above it at least 0.75, at any limit; the estimate itself errs by 0.044. Of pairs 0.2 below it hardly any."""
+    """Of pairs 0.03 to 0.08 above it at least 0.75, at any limit; the estimate itself errs by
+    0.044. Of pairs 0.2 below it hardly any.
+    """
     draw, texts, above = random.Random(11), [], []
     while len(above) < 200:
         text = random_words(draw, 120)
         pair = [" ".join(text), " ".join(altered(draw, text, draw.randrange(1, 60)))]
-        if 0.03 <= (distance := jaccard(*pair) - similarity_min) <= 0.08 or -0.25 <= distance <= -0.2:
+        if (
+            0.03 <= (distance := jaccard(*pair) - similarity_min) <= 0.08
+            or -0.25 <= distance <= -0.2
+        ):
             texts += pair
             above.append(distance > 0)
     found = np.array(struck(texts, similarity_min)[1::2])
@@ -170,17 +210,27 @@ def test_most_of_what_is_a_little_above_the_limit_is_found(similarity_min):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 30), st.sampled_from([0.5, 0.8, 0.9]))
 def test_near_repeats_are_those_of_going_through_the_documents_in_order(seed, n, similarity_min):
-    """Struck is who shares a band with, and is like, an earlier document that is kept; chains of likeness strike nobody by themselves."""
+    """Struck is who shares a band with, and is like, an earlier document that is kept; chains of
+    likeness strike nobody by themselves.
+    """
     draw = np.random.default_rng(seed)
     made = [draw.integers(0, 2**32, SIGNATURE, np.uint32)]
     while len(made) < n:
-        changed, at = made[draw.integers(len(made))].copy(), draw.random(SIGNATURE) < draw.choice([0.05, 0.12, 0.2, 1.0])
+        changed, at = (
+            made[draw.integers(len(made))].copy(),
+            draw.random(SIGNATURE) < draw.choice([0.05, 0.12, 0.2, 1.0]),
+        )
         changed[at] = draw.integers(0, 2**32, int(at.sum()), np.uint32)
         made.append(changed)
     matrix, bands = np.array(made), 16 if similarity_min >= 0.8 else 32
     banded, kept, expected = matrix.reshape(n, bands, -1), [], []
     for i in range(n):
-        near = [k for k in kept if (banded[i] == banded[k]).all(1).any() and (matrix[i] == matrix[k]).mean() >= similarity_min]
+        near = [
+            k
+            for k in kept
+            if (banded[i] == banded[k]).all(1).any()
+            and (matrix[i] == matrix[k]).mean() >= similarity_min
+        ]
         expected.append(bool(near))
         kept += [i] * (not near)
     assert near_repeats([matrix], [np.ones(n, bool)], similarity_min)[0].tolist() == expected
@@ -204,12 +254,26 @@ def test_of_a_chain_only_what_is_like_a_kept_one_is_struck():
     first = random_words(draw, 100)
     a, b = " ".join(first), " ".join(altered(draw, first, 2))
     made = signatures([a, b, b], 5)
-    assert near_repeats([made], [np.array([True, True, True])], 0.7)[0].tolist() == [False, True, True]
-    assert near_repeats([made], [np.array([False, True, True])], 0.7)[0].tolist() == [False, False, True]
+    assert near_repeats([made], [np.array([True, True, True])], 0.7)[0].tolist() == [
+        False,
+        True,
+        True,
+    ]
+    assert near_repeats([made], [np.array([False, True, True])], 0.7)[0].tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_texts_shorter_than_a_run_are_compared_as_one_run():
-    assert struck(["one", "one two", "One!", "one two three four", "two one"], 0.8) == [False, False, True, False, False]
+    assert struck(["one", "one two", "One!", "one two three four", "two one"], 0.8) == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert signatures(["", "-- !! --", "one"], 5).shape == (3, SIGNATURE)
 
 
@@ -222,9 +286,11 @@ def test_nothing_gives_nothing():
     assert near_repeats([], [], 0.8) == [] and first_of_each([]) == [] and len(gram_set([])) == 0
 
 
-# --- runs of words --------------------------------------------------------------------------------------------------
+# --- runs of words --------------------------------------------------------------------------------
 
-TEXT = st.lists(st.sampled_from(["a", "B", "c", "d,", "e\n", "F.", "é", "'"]), max_size=45).map(" ".join)
+TEXT = st.lists(st.sampled_from(["a", "B", "c", "d,", "e\n", "F.", "é", "'"]), max_size=45).map(
+    " ".join
+)
 
 
 def grams(text):
@@ -254,12 +320,19 @@ def test_runs_are_equal_where_their_words_are(text, length):
     made = runs(word_hashes(" ".join(text)), length).tolist()
     plain = [tuple(text[i : i + length]) for i in range(len(text) - length + 1)]
     assert len(made) == len(plain)
-    assert {(a, b) for a, b in zip(made, plain)} == set(dict(zip(made, plain)).items()) and len(set(made)) == len(set(plain))
+    assert {(a, b) for a, b in zip(made, plain)} == set(dict(zip(made, plain)).items()) and len(
+        set(made)
+    ) == len(set(plain))
 
 
 def test_ways_to_write_a_word_do_not_matter():
     plain = "the café of the naïve élève was not far from the old harbour of the town"
-    for written in (unicodedata.normalize("NFD", plain), plain.replace("old", "_old_"), plain.upper(), plain.replace("of", "*of*,")):
+    for written in (
+        unicodedata.normalize("NFD", plain),
+        plain.replace("old", "_old_"),
+        plain.upper(),
+        plain.replace("of", "*of*,"),
+    ):
         assert (
             written != plain
             and shares_gram(f"before {written} after", gram_set([plain]))
@@ -273,12 +346,21 @@ def test_the_order_of_words_matters():
 
 
 def test_hashes_are_the_same_in_every_process():
-    """Python salts its own hash of a text; words of the evaluation sets and of the corpus meet across processes."""
-    code = "from stack.data.dedup import *; print(gram_set(['{0}'])[:3].tolist(), signatures(['{0}'], 5)[0, :4].tolist())".format(
-        " ".join(VOCABULARY[:20])
-    )
+    """Python salts its own hash of a text; words of the evaluation sets and of the
+    corpus meet across processes.
+    """
+    code = (
+        "from stack.data.dedup import *; print(gram_set(['{0}'])[:3].tolist(), "
+        "signatures(['{0}'], 5)[0, :4].tolist())"
+    ).format(" ".join(VOCABULARY[:20]))
     outputs = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed}).stdout
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(outputs) == 1 and len(outputs.pop()) > 60

@@ -28,8 +28,16 @@ def mixture_file(tmp_path, change=lambda text: text):
 def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path):
     cfg = config.load_mixture(mixture_file(tmp_path))
     web, docs = cfg.corpus.sources
-    assert web.paths == (str(tmp_path / "texts/*.jsonl"),) and cfg.decontaminate == (str(tmp_path / "exam.jsonl"),)
-    assert (web.kind, web.weight, docs.kind, docs.weight, cfg.tokenizer.kind) == ("files", 2.0, "stdlib-docs", 1.0, "byte")
+    assert web.paths == (str(tmp_path / "texts/*.jsonl"),) and cfg.decontaminate == (
+        str(tmp_path / "exam.jsonl"),
+    )
+    assert (web.kind, web.weight, docs.kind, docs.weight, cfg.tokenizer.kind) == (
+        "files",
+        2.0,
+        "stdlib-docs",
+        1.0,
+        "byte",
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,8 +45,16 @@ def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path):
     [
         ("weight", "wieght", r"wieght[\s\S]*nearest: weight"),
         ('name = "docs"', 'name = "web"', "two sources are called web"),
-        ("weight = 2.0", "floor = 0.7\n[[source]]\nname = 'b'\npaths = ['x']\nfloor = 0.4", r"floors of web, b add up to 1\.1"),
-        ("weight = 2.0", "floor = 0.7\ncap = 0.5", r"source web: floor \(0\.7\) is above its cap \(0\.5\)"),
+        (
+            "weight = 2.0",
+            "floor = 0.7\n[[source]]\nname = 'b'\npaths = ['x']\nfloor = 0.4",
+            r"floors of web, b add up to 1\.1",
+        ),
+        (
+            "weight = 2.0",
+            "floor = 0.7\ncap = 0.5",
+            r"source web: floor \(0\.7\) is above its cap \(0\.5\)",
+        ),
         ("weight = 2.0", "cap = 1.5", "cap"),
         ('name = "web"', 'name = "Web!"', "name"),
         ('paths = ["texts/*.jsonl"]', "", "paths"),

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from spec.errors import ConfigError
 from stack.data.order import BLOCK, Source, StaticMixture, quotas, shares
 
-A, B, C = Source("a", 0, 300, 2.0, 1.0, 0.0), Source("b", 300, 70, 1.0, 1.0, 0.0), Source("c", 370, 1000, 1.0, 1.0, 0.0)
+A, B, C = (
+    Source("a", 0, 300, 2.0, 1.0, 0.0),
+    Source("b", 300, 70, 1.0, 1.0, 0.0),
+    Source("c", 370, 1000, 1.0, 1.0, 0.0),
+)
 ARMS = (A, B, C)
 
 
@@ -22,18 +26,29 @@ def sources(rows):
 
 @st.composite
 def bounded(draw, most=5, weight_min=0.0):
-    """Sources whose floors and caps can be met: a share for each, its floor below and its cap above."""
+    """Sources whose floors and caps can be met: a share for each,
+    its floor below and its cap above.
+    """
     n = draw(st.integers(1, most))
     parts = np.array(draw(st.lists(st.integers(1, 20), min_size=n, max_size=n)), float)
     rows = []
     for share in parts / parts.sum():
-        floor, cap = draw(st.sampled_from([0.0, 0.3, 0.9])) * share, share + draw(st.sampled_from([0.02, 0.5, 1.0])) * (1 - share)
-        rows.append((draw(st.sampled_from([weight_min, 0.1, 1.0, 3.0, 50.0])), float(min(1.0, cap)), float(floor)))
+        floor, cap = (
+            draw(st.sampled_from([0.0, 0.3, 0.9])) * share,
+            share + draw(st.sampled_from([0.02, 0.5, 1.0])) * (1 - share),
+        )
+        rows.append(
+            (
+                draw(st.sampled_from([weight_min, 0.1, 1.0, 3.0, 50.0])),
+                float(min(1.0, cap)),
+                float(floor),
+            )
+        )
     assume(any(weight > 0 for weight, _, _ in rows))
     return sources(rows)
 
 
-# --- shares ---------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 @given(bounded())
@@ -97,7 +112,7 @@ def test_quotas_are_shares_rounded_to_rows(arms):
     assert made.sum() == BLOCK and (np.abs(made - exact) < 1).all()
 
 
-# --- fixed shares ---------------------------------------------------------------------------------------------------
+# --- fixed shares ---------------------------------------------------------------------------------
 
 
 def straight(order, n, size=97):
@@ -148,9 +163,14 @@ def once_per_epoch(arms, drawn):
         windows, epochs = drawn[1:, drawn[0] == i]
         assert np.array_equal(epochs, np.arange(len(epochs)) // arm.n_windows)
         for epoch in range(len(epochs) // arm.n_windows):
-            assert np.array_equal(np.sort(windows[epochs == epoch]), np.arange(arm.first, arm.first + arm.n_windows))
+            assert np.array_equal(
+                np.sort(windows[epochs == epoch]), np.arange(arm.first, arm.first + arm.n_windows)
+            )
         rest = windows[epochs == len(epochs) // arm.n_windows]
-        assert len(set(rest.tolist())) == len(rest) and ((rest >= arm.first) & (rest < arm.first + arm.n_windows)).all()
+        assert (
+            len(set(rest.tolist())) == len(rest)
+            and ((rest >= arm.first) & (rest < arm.first + arm.n_windows)).all()
+        )
 
 
 @settings(max_examples=15)
@@ -174,21 +194,30 @@ def test_counts_are_those_of_counting(after, warmup, start):
     """Also with what each source had before the mixture was changed at `start`."""
     order = StaticMixture(ARMS, 5, warmup_rows=warmup, warmup_sources=("c",))
     counted = lambda rows: np.bincount(rows[0].astype(np.int64), minlength=3)  # noqa: E731
-    assert np.array_equal(order.counts(after), counted(straight(order, after)) if after else [0, 0, 0])
+    assert np.array_equal(
+        order.counts(after), counted(straight(order, after)) if after else [0, 0, 0]
+    )
     base = {"a": 40, "b": 7, "c": 900}
     assert order.load_state_dict({"start": start, "base": base}) == []
     later = order.at(np.arange(start, start + after))
-    assert np.array_equal(order.counts(start + after), np.bincount(later.sources, minlength=3) + list(base.values()))
+    assert np.array_equal(
+        order.counts(start + after), np.bincount(later.sources, minlength=3) + list(base.values())
+    )
 
 
 def test_a_changed_mixture_goes_on_with_windows_that_nobody_has_seen():
-    """1,500 rows of one mixture, then rows of another: still every window once per epoch of its source."""
+    """1,500 rows of one mixture, then rows of another: still every window
+    once per epoch of its source.
+    """
     before = StaticMixture(ARMS, 9)
     first = straight(before, 1500)
     after = StaticMixture([replace(A, weight=0.5), replace(B, weight=3.0), C], 9)
     after.load_state_dict({"start": 1500, "base": dict(zip("abc", before.counts(1500).tolist()))})
     draws = after.at(np.arange(1500, 4000))
-    once_per_epoch(ARMS, np.concatenate([first, np.stack([draws.sources, draws.windows, draws.epochs])], axis=1))
+    once_per_epoch(
+        ARMS,
+        np.concatenate([first, np.stack([draws.sources, draws.windows, draws.epochs])], axis=1),
+    )
 
 
 @settings(max_examples=20)
@@ -198,12 +227,18 @@ def test_a_restored_mixture_draws_on(start, n):
     order.load_state_dict({"start": start, "base": {"a": 40, "b": 7, "c": 900}})
     assert restored.load_state_dict(json.loads(json.dumps(order.state_dict()))) == []
     numbers = np.arange(start, start + n)
-    assert all(np.array_equal(getattr(order.at(numbers), k), getattr(restored.at(numbers), k)) for k in ("sources", "windows", "epochs"))
+    assert all(
+        np.array_equal(getattr(order.at(numbers), k), getattr(restored.at(numbers), k))
+        for k in ("sources", "windows", "epochs")
+    )
 
 
 def test_a_source_that_is_gone_is_dropped_and_named():
     order = StaticMixture([A, replace(B, cap=0.0), C], 9)
-    assert order.load_state_dict({"start": 10, "base": {"a": 4, "b": 3, "gone": 3}}) == ["b", "gone"]
+    assert order.load_state_dict({"start": 10, "base": {"a": 4, "b": 3, "gone": 3}}) == [
+        "b",
+        "gone",
+    ]
     assert set(order.at(np.arange(10, 1000)).sources.tolist()) == {0, 2}
 
 

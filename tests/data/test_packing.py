@@ -25,7 +25,9 @@ class Wide:
 
 
 def numbered(folder, lengths, max_tokens=10**9):
-    """A split whose tokens count upwards, so that a label says where it comes from; and its flat tokens."""
+    """A split whose tokens count upwards, so that a label says where it comes from;
+    and its flat tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     firsts = np.cumsum([0, *lengths]).tolist()
     documents = [(list(range(first, first + n)), first) for first, n in zip(firsts, lengths)]
@@ -48,7 +50,7 @@ def pieces_of(rows, r):
         yield rows.input_ids[r][mine].tolist(), rows.labels[r][mine].tolist()
 
 
-# --- best fit -------------------------------------------------------------------------------------------------------
+# --- best fit -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,13 +63,18 @@ def test_best_fit_emits_every_label_exactly_once(folders, lengths, seq_len, max_
     labels = rows.labels[rows.labels != IGNORE_INDEX]
     assert np.array_equal(np.sort(labels), np.sort([*range(sum(lengths)), *[EOS] * len(lengths)]))
     assert stream.dropped_tokens(seq_len) == 0
-    assert len(labels) + len(split["shards"]) == stream.n_tokens and stream.padding(seq_len) == (rows.labels == IGNORE_INDEX).sum()
+    assert (
+        len(labels) + len(split["shards"]) == stream.n_tokens
+        and stream.padding(seq_len) == (rows.labels == IGNORE_INDEX).sum()
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 50))
 def test_best_fit_keeps_documents_apart(folders, lengths, seq_len):
-    """A piece is neighbouring tokens of one document: inputs begin with the end of text or go on where a row was full."""
+    """A piece is neighbouring tokens of one document: inputs begin with the end of text or
+    go on where a row was full.
+    """
     split = numbered(folder := next(folders), lengths)
     stream, firsts = PackedStream(folder, split, VOCAB), np.cumsum([0, *lengths])
     rows = stream.rows(np.arange(stream.n_windows(seq_len)), seq_len)
@@ -77,11 +84,19 @@ def test_best_fit_keeps_documents_apart(folders, lengths, seq_len):
                 "the next token is the label, and no document goes on after its end"
             )
             content = [t for t in labels if t != EOS]
-            assert content == list(range(content[0], content[0] + len(content))) if content else labels == [EOS]
-            assert not content or np.searchsorted(firsts, content[0], "right") == np.searchsorted(firsts, content[-1], "right")
+            assert (
+                content == list(range(content[0], content[0] + len(content)))
+                if content
+                else labels == [EOS]
+            )
+            assert not content or np.searchsorted(firsts, content[0], "right") == np.searchsorted(
+                firsts, content[-1], "right"
+            )
             if inputs[0] != EOS and content:
                 first = firsts[np.searchsorted(firsts, content[0], "right") - 1]
-                assert (content[0] - first) % seq_len == 0, "a long document is cut every seq_len labels"
+                assert (content[0] - first) % seq_len == 0, (
+                    "a long document is cut every seq_len labels"
+                )
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,7 +106,9 @@ def test_padding_is_at_the_end_of_a_row_and_a_document_of_its_own(folders, lengt
     stream = PackedStream(folder, split, VOCAB)
     rows = stream.rows(np.arange(stream.n_windows(seq_len)), seq_len)
     valid = rows.labels != IGNORE_INDEX
-    assert valid[:, 0].all() and (valid[:, 1:] <= valid[:, :-1]).all(), "no label comes after padding"
+    assert valid[:, 0].all() and (valid[:, 1:] <= valid[:, :-1]).all(), (
+        "no label comes after padding"
+    )
     assert (np.diff(rows.document_ids, axis=1) >= 0).all() and (rows.document_ids[:, 0] == 0).all()
     for ids, real, inputs in zip(rows.document_ids, valid, rows.input_ids):
         assert not set(ids[real].tolist()) & set(ids[~real].tolist()) and not inputs[~real].any()
@@ -110,7 +127,9 @@ def first_fit_decreasing(lengths, capacity):
 
 
 def best_fit_decreasing(lengths, capacity):
-    """The fullest row that still holds it, by a sorted list instead of a table of bits; the room left in each row."""
+    """The fullest row that still holds it, by a sorted list instead of a table of bits;
+    the room left in each row.
+    """
     rooms = []
     for length in sorted(lengths, reverse=True):
         at = next((i for i, room in enumerate(rooms) if room >= length), None)
@@ -122,13 +141,16 @@ def best_fit_decreasing(lengths, capacity):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=80), st.integers(1, 60))
 def test_rows_are_as_few_as_the_plain_rules_need(n_labels, seq_len):
-    """As many as best fit decreasing by the book; and so few that no two rows could be laid together."""
+    """As many as best fit decreasing by the book; and so few that no two
+    rows could be laid together.
+    """
     starts = np.cumsum([1, *n_labels])
     made = plan(starts[:-1], int(starts[-1]), seq_len)
     whole = [min(seq_len, n - cut) for n in n_labels for cut in range(0, n, seq_len)]
     filled = [sum(length for _, length in made.pieces_of(r)) for r in range(made.n_rows)]
     assert sorted(seq_len - f for f in filled) == best_fit_decreasing(whole, seq_len)
-    # Both rules need at most 11/9 of the best plus one; so does first fit, which is the better known of the two.
+    # Both rules need at most 11/9 of the best plus one; so does first fit,
+    # which is the better known of the two.
     assert made.n_rows <= 11 / 9 * first_fit_decreasing(whole, seq_len) + 1
     assert sum(filled) == sum(n_labels) == made.n_labels and max(filled) <= seq_len
     assert made.n_rows == 1 or sum(sorted(filled)[:2]) > seq_len
@@ -154,9 +176,16 @@ def test_rows_are_the_same_in_whatever_company_they_are_asked_for(folders, lengt
         if not (n := stream.n_windows(seq_len)):
             continue
         chosen = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=6)))
-        whole, few = stream.rows(np.arange(n), seq_len), kind(folder, split, VOCAB).rows(chosen, seq_len)
-        assert np.array_equal(few.input_ids, whole.input_ids[chosen]) and np.array_equal(few.labels, whole.labels[chosen])
-        assert few.document_ids is None or np.array_equal(few.document_ids, whole.document_ids[chosen])
+        whole, few = (
+            stream.rows(np.arange(n), seq_len),
+            kind(folder, split, VOCAB).rows(chosen, seq_len),
+        )
+        assert np.array_equal(few.input_ids, whole.input_ids[chosen]) and np.array_equal(
+            few.labels, whole.labels[chosen]
+        )
+        assert few.document_ids is None or np.array_equal(
+            few.document_ids, whole.document_ids[chosen]
+        )
 
 
 def test_rows_never_mix_sources(tmp_path):
@@ -170,22 +199,32 @@ def test_rows_never_mix_sources(tmp_path):
     rows = stream.rows(np.arange(n + m), 16)
     content = np.where((rows.labels == IGNORE_INDEX) | (rows.labels == EOS), -1, rows.labels)
     last_of_first = stream.token_range(0, border - 1).tolist()[-1]
-    assert content[:n].max() == last_of_first and (content[n:][content[n:] >= 0] > last_of_first).all()
+    assert (
+        content[:n].max() == last_of_first and (content[n:][content[n:] >= 0] > last_of_first).all()
+    )
 
 
-# --- concatenated ---------------------------------------------------------------------------------------------------
+# --- concatenated ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 50), st.sampled_from([30, 100, 10**9]))
 def test_concatenation_emits_drops_and_leads_every_token(folders, lengths, seq_len, max_tokens):
-    """Emitted, dropped and leading tokens add up to all; labels are the next tokens in order, and no label is missing before the last."""
+    """Emitted, dropped and leading tokens add up to all; labels are the next tokens in order, and
+    no label is missing before the last.
+    """
     split = numbered(folder := next(folders), lengths, max_tokens)
     stream = ConcatenatedStream(folder, split, VOCAB)
     n = stream.n_windows(seq_len)
     rows = stream.rows(np.arange(n), seq_len)
-    assert rows.labels.size + stream.dropped_tokens(seq_len) + len(split["shards"]) == stream.n_tokens
-    assert stream.dropped_tokens(seq_len) < seq_len * len(split["shards"]) and rows.document_ids is None and stream.padding(seq_len) == 0
+    assert (
+        rows.labels.size + stream.dropped_tokens(seq_len) + len(split["shards"]) == stream.n_tokens
+    )
+    assert (
+        stream.dropped_tokens(seq_len) < seq_len * len(split["shards"])
+        and rows.document_ids is None
+        and stream.padding(seq_len) == 0
+    )
     kept, first = [], 0
     for entry in split["shards"]:
         tokens = stream.token_range(first, first + entry["tokens"])
@@ -195,7 +234,7 @@ def test_concatenation_emits_drops_and_leads_every_token(folders, lengths, seq_l
     assert np.array_equal(rows.input_ids[:, 1:], rows.labels[:, :-1])
 
 
-# --- both -----------------------------------------------------------------------------------------------------------
+# --- both -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [Concatenated(), BestFit()], ids=lambda how: how.kind)
@@ -210,6 +249,8 @@ def test_rows_outside_the_stream_and_foreign_ids_are_refused(tmp_path, how):
         narrow.rows(np.arange(narrow.n_windows(8)), 8)
 
 
-@pytest.mark.parametrize(("how", "kind"), [(Concatenated(), ConcatenatedStream), (BestFit(), PackedStream)])
+@pytest.mark.parametrize(
+    ("how", "kind"), [(Concatenated(), ConcatenatedStream), (BestFit(), PackedStream)]
+)
 def test_the_declared_packing_is_the_one_that_packs(tmp_path, how, kind):
     assert type(packing.stream(tmp_path, numbered(tmp_path, [5, 9]), VOCAB, how)) is kind

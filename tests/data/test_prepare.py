@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from spec.errors import DataError
-from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, DataConfig, Files, HashSplit, Pangram, TailSplit
+from stack.config import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    DataConfig,
+    Files,
+    HashSplit,
+    Pangram,
+    TailSplit,
+)
 from stack.data import corpus, shards, stages
 from stack.data.prepare import prepare
 from stack.data.tokenizer import Chars
@@ -25,7 +34,9 @@ def texts(tmp_path):
 
 
 def test_pangram_is_cut_at_ninety_percent(tmp_path):
-    cfg = DataConfig(corpus=Pangram(), split=TailSplit(validation_frac=0.1), tokenizer=CharTokenizer())
+    cfg = DataConfig(
+        corpus=Pangram(), split=TailSplit(validation_frac=0.1), tokenizer=CharTokenizer()
+    )
     data = prepare(cfg, cache_dir=tmp_path / "c")
     assert len(data.tokenizer.symbols) == 28 and data.tokenizer.vocab_size == 29
     assert (data.train.n_bytes, data.validation.n_bytes) == (8100, 900)
@@ -47,30 +58,54 @@ def test_pangram_from_a_file_is_what_the_filters_are_for(tmp_path):
     """Only the embedded corpus may repeat itself."""
     (tmp_path / "p.txt").write_text(PANGRAM)
     with pytest.raises(DataError, match=r"nothing is left of source files[\s\S]*long-paragraph"):
-        prepare(DataConfig(corpus=Files(paths=(str(tmp_path / "p.txt"),)), split=TailSplit()), cache_dir=tmp_path / "c")
+        prepare(
+            DataConfig(corpus=Files(paths=(str(tmp_path / "p.txt"),)), split=TailSplit()),
+            cache_dir=tmp_path / "c",
+        )
 
 
 def twins(n: int) -> list[str]:
-    return [f"{'The  TWINS of family' if i % 2 else 'the twins of Family'} {i // 2} differ in case and white space only" for i in range(n)]
+    return [
+        (
+            f"{'The  TWINS of family' if i % 2 else 'the twins of Family'} {i // 2} differ in "
+            "case and white space only"
+        )
+        for i in range(n)
+    ]
 
 
 def test_equal_documents_become_one(tmp_path):
     path = tmp_path / "twins.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in twins(200)))
-    data = prepare(DataConfig(corpus=Files(paths=(str(path),)), tokenizer=ByteTokenizer()), cache_dir=tmp_path / "c")
+    data = prepare(
+        DataConfig(corpus=Files(paths=(str(path),)), tokenizer=ByteTokenizer()),
+        cache_dir=tmp_path / "c",
+    )
     (source,) = data.manifest["sources"]
-    assert source["receipt"]["dropped"]["exact-repeat"]["documents"] == 100 == source["receipt"]["documents_out"]
+    assert (
+        source["receipt"]["dropped"]["exact-repeat"]["documents"]
+        == 100
+        == source["receipt"]["documents_out"]
+    )
     assert data.train.n_documents + data.validation.n_documents == 100
 
 
 def test_equal_documents_stay_on_one_side():
     texts = twins(400)
-    sides = [split for split, _, _ in stages.sides(HashSplit(validation_frac=0.5), texts, map(shards.document_hash, texts))]
+    sides = [
+        split
+        for split, _, _ in stages.sides(
+            HashSplit(validation_frac=0.5), texts, map(shards.document_hash, texts)
+        )
+    ]
     assert sides[::2] == sides[1::2] and 50 < sides[::2].count("validation") < 150
 
 
 def test_second_preparation_is_the_cache_and_an_edit_is_not(texts, tmp_path):
-    first, again = prepare(texts, cache_dir=tmp_path / "c"), prepare(texts, cache_dir=tmp_path / "c")
+    first, again = (
+        prepare(texts, cache_dir=tmp_path / "c"),
+        prepare(texts, cache_dir=tmp_path / "c"),
+    )
     assert first.directory == again.directory
     with open(texts.corpus.paths[0], "a") as f:
         f.write("one more line of text\n")
@@ -109,15 +144,21 @@ def test_size_verification_sees_truncation_but_declares_it_cannot_see_flips(text
 
 
 def test_one_document_gives_no_split_and_says_what_to_do(tmp_path):
-    (tmp_path / "one.txt").write_text("This is the only document here, and no split by documents can cut it.")
+    (tmp_path / "one.txt").write_text(
+        "This is the only document here, and no split by documents can cut it."
+    )
     with pytest.raises(DataError, match=r"(?s)1 document\(s\) after filtering.*split\.kind = tail"):
-        prepare(DataConfig(corpus=Files(paths=(str(tmp_path / "one.txt"),))), cache_dir=tmp_path / "c")
+        prepare(
+            DataConfig(corpus=Files(paths=(str(tmp_path / "one.txt"),))), cache_dir=tmp_path / "c"
+        )
 
 
 def test_the_manifest_carries_the_licence_that_is_configured(texts, tmp_path):
     for name in ("MIT", "CC0-1.0"):
         cfg = texts.model_copy(update={"corpus": texts.corpus.model_copy(update={"license": name})})
-        assert {row.get("license", name) for row in prepare(cfg, cache_dir=tmp_path / "c").inputs()} == {name}
+        assert {
+            row.get("license", name) for row in prepare(cfg, cache_dir=tmp_path / "c").inputs()
+        } == {name}
 
 
 @pytest.mark.parametrize("how", ["appended", "same size and time"])
@@ -167,29 +208,45 @@ def test_a_replaced_tokenizer_is_refused(tmp_path):
     path.write_text("".join(f"line {n} of some text\n" for n in range(300)))
     cfg = DataConfig(corpus=Files(paths=(str(path),), documents="line"), tokenizer=CharTokenizer())
     data = prepare(cfg, cache_dir=tmp_path / "c")
-    (data.directory / "tokenizer.json").write_bytes(Chars("".join(reversed(data.tokenizer.symbols))).to_bytes())
+    (data.directory / "tokenizer.json").write_bytes(
+        Chars("".join(reversed(data.tokenizer.symbols))).to_bytes()
+    )
     with pytest.raises(DataError, match="not the tokenizer of these shards"):
         prepare(cfg, cache_dir=tmp_path / "c")
 
 
 def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path):
     draw = np.random.default_rng(0)
-    words = lambda letters, n: " ".join("".join(draw.choice(list(letters), 7)) for _ in range(n)) + " "  # noqa: E731
+    words = lambda letters, n: (  # noqa: E731
+        " ".join("".join(draw.choice(list(letters), 7)) for _ in range(n)) + " "
+    )
     text = words("abcdefghi", 100) + words("xyz", 25)
     (tmp_path / "p.txt").write_text(text)
-    cfg = DataConfig(corpus=Files(paths=(str(tmp_path / "p.txt"),)), split=TailSplit(validation_frac=0.2), tokenizer=CharTokenizer())
+    cfg = DataConfig(
+        corpus=Files(paths=(str(tmp_path / "p.txt"),)),
+        split=TailSplit(validation_frac=0.2),
+        tokenizer=CharTokenizer(),
+    )
     data = prepare(cfg, cache_dir=tmp_path / "c")
     held_out = data.manifest["splits"]["validation"]
-    assert len(text) == 1000 and set(data.tokenizer.symbols) == set("abcdefghi ") and held_out["dropped_chars"] == 7 * 25
+    assert (
+        len(text) == 1000
+        and set(data.tokenizer.symbols) == set("abcdefghi ")
+        and held_out["dropped_chars"] == 7 * 25
+    )
     assert held_out["bytes"] + held_out["dropped_chars"] == round(1000 * 0.2)
 
 
 def test_the_same_corpus_gives_the_same_shards_in_every_process(texts, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from stack.config import DataConfig; from stack.data.prepare import prepare\n"
-        "d = prepare(DataConfig.model_validate_json(sys.argv[1]), cache_dir=Path(sys.argv[2])); print([r['sha256'] for r in d.inputs()])"
+        "import sys; from pathlib import Path; from stack.config import DataConfig; from "
+        "stack.data.prepare import prepare\n"
+        "d = prepare(DataConfig.model_validate_json(sys.argv[1]), cache_dir=Path(sys.argv[2])); "
+        "print([r['sha256'] for r in d.inputs()])"
     )
     cfg = texts.model_copy(update={"tokenizer": BpeTokenizer(vocab_size=400)}).model_dump_json()
     runs = [[sys.executable, "-c", code, cfg, str(tmp_path / n)] for n in ("a", "b")]
-    first, second = (subprocess.run(r, check=True, capture_output=True, text=True).stdout for r in runs)
+    first, second = (
+        subprocess.run(r, check=True, capture_output=True, text=True).stdout for r in runs
+    )
     assert first == second and len(first) > 150

@@ -38,14 +38,20 @@ def test_permute_is_a_bijection(n, key):
 
 @given(st.integers(1, 2**48), st.integers(0, 2**64 - 1), st.data())
 def test_permute_needs_no_table(n, key, data):
-    """Any single position of a corpus of any size, in constant memory, inside the domain and repeatable."""
+    """Any single position of a corpus of any size, in constant memory,
+    inside the domain and repeatable.
+    """
     position = np.array([data.draw(st.integers(0, n - 1))])
     image = permute(position, n, key)
     assert 0 <= image[0] < n and np.array_equal(image, permute(position, n, key))
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 20_000), st.integers(0, 2**64 - 1), st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=40))
+@given(
+    st.integers(1, 20_000),
+    st.integers(0, 2**64 - 1),
+    st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=40),
+)
 def test_blocks_worked_out_ahead_give_the_same_order(n, key, places):
     """However one jumps, also after blocks were thrown away."""
     positions, shuffle = np.array([int(p * n) for p in places]), Shuffle()
@@ -59,8 +65,13 @@ def test_blocks_worked_out_ahead_give_the_same_order(n, key, places):
 @settings(max_examples=30)
 @given(st.integers(1, 200), st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**31 - 1))
 def test_ranks_are_disjoint_and_complete(n, world_size, rows, seed):
-    """Two epochs: all ranks together deliver every window exactly twice, in whatever way batches cross the epoch's end."""
-    readers = [Reader(Counting(n), seq_len=4, seed=seed, rows=rows, rank=r, world_size=world_size) for r in range(world_size)]
+    """Two epochs: all ranks together deliver every window exactly twice,
+    in whatever way batches cross the epoch's end.
+    """
+    readers = [
+        Reader(Counting(n), seq_len=4, seed=seed, rows=rows, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
     seen: list[tuple[int, int]] = []
     while readers[0].cursor < 2 * n:
         start = readers[0].cursor
@@ -90,14 +101,22 @@ def test_error_raises_at_the_end_and_keeps_its_place():
     reader = Reader(Counting(5), seq_len=4, seed=0, rows=2, on_exhausted="error")
     reader.draw()
     reader.draw()
-    with pytest.raises(StreamExhausted, match=r"(?s)after 4 samples: .* has 5 windows.*2 windows wanted, 1 left"):
+    with pytest.raises(
+        StreamExhausted, match=r"(?s)after 4 samples: .* has 5 windows.*2 windows wanted, 1 left"
+    ):
         reader.draw()
     assert reader.cursor == 4
 
 
 def test_wrap_says_when_it_wraps():
     said = []
-    reader = Reader(Counting(5), seq_len=4, seed=0, rows=2, on_wrap=lambda epoch, tokens: said.append((epoch, tokens)))
+    reader = Reader(
+        Counting(5),
+        seq_len=4,
+        seed=0,
+        rows=2,
+        on_wrap=lambda epoch, tokens: said.append((epoch, tokens)),
+    )
     for _ in range(5):
         reader.draw()
     assert said == [(1, 24), (2, 40)]
@@ -106,7 +125,9 @@ def test_wrap_says_when_it_wraps():
 def test_every_row_names_its_epoch_and_the_batch_the_last_of_them():
     reader = Reader(Counting(5), seq_len=4, seed=0, rows=2)
     batches = [reader.draw() for _ in range(5)]
-    assert [b.epochs for b in batches] == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1)] and [b.epoch for b in batches] == [0, 0, 1, 1, 1]
+    assert [b.epochs for b in batches] == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1)] and [
+        b.epoch for b in batches
+    ] == [0, 0, 1, 1, 1]
     assert {b.sources for b in batches} == {(0, 0)}
 
 
@@ -135,7 +156,9 @@ def test_corpus_shorter_than_a_window_is_refused():
         Reader(Counting(0), seq_len=4, seed=0, rows=1)
 
 
-@pytest.mark.parametrize("wrong", [{"rows": 0}, {"seq_len": 0}, {"cursor": -1}, {"on_exhausted": "stop"}])
+@pytest.mark.parametrize(
+    "wrong", [{"rows": 0}, {"seq_len": 0}, {"cursor": -1}, {"on_exhausted": "stop"}]
+)
 def test_impossible_readers_are_refused(wrong):
     with pytest.raises(ContractError):
         Reader(Counting(9), **{"seq_len": 4, "seed": 0, "rows": 1} | wrong)

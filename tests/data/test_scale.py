@@ -1,4 +1,6 @@
-"""The reader's order at scale: a thousand ranks, other numbers of ranks in the middle of an epoch, and an index of 15 T tokens."""
+"""The reader's order at scale: a thousand ranks, other numbers of ranks in the middle of an epoch,
+and an index of 15 T tokens.
+"""
 
 import json
 import tracemalloc
@@ -17,8 +19,10 @@ from stack.data.permutation import order_key, permute
 from stack.data.reader import Reader
 
 SEED = 7
-WORLDS = ((1, 1), (1, 5), (2, 3), (3, 4), (8, 16), (64, 2), (1000, 1), (1024, 2))  # ranks, rows of each
-PHASES = ((1024, 2, 1), (768, 3, 1), (1000, 1, 1), (8, 16, 5), (1024, 1, 1))  # ranks, rows of each, steps
+# ranks, rows of each
+WORLDS = ((1, 1), (1, 5), (2, 3), (3, 4), (8, 16), (64, 2), (1000, 1), (1024, 2))
+# ranks, rows of each, steps
+PHASES = ((1024, 2, 1), (768, 3, 1), (1000, 1, 1), (8, 16, 5), (1024, 1, 1))
 FEWER = ((24, 2, 2), (18, 3, 1), (10, 1, 2), (3, 4, 9))
 HUGE = 3 * 10**10  # windows of 512 tokens in 15 T tokens, rounded up
 MB = 10**6
@@ -44,15 +48,29 @@ def uniform(n: int) -> UniformOrder:
     return UniformOrder(n, SEED)
 
 
-def simulate(n: int, phases, *, order=uniform, resume=lambda cursor, global_rows, step: cursor, spoil=lambda r: None) -> np.ndarray:
-    """Windows in global order: of every step the rows of rank 0, 1, … Between phases only the cursor survives, and what an order saves.
+def simulate(
+    n: int,
+    phases,
+    *,
+    order=uniform,
+    resume=lambda cursor, global_rows, step: cursor,
+    spoil=lambda r: None,
+) -> np.ndarray:
+    """Windows in global order: of every step the rows of rank 0, 1, … Between phases only the
+    cursor survives, and what an order saves.
 
     `resume` and `spoil` are where the tests below break the cursor and the readers.
     """
     drawn, cursor, step, state = [], 0, 0, {}
     for world_size, rows, steps in phases:
         cursor = resume(cursor, world_size * rows, step)
-        shape = {"seq_len": 1, "seed": SEED, "rows": rows, "world_size": world_size, "cursor": cursor}
+        shape = {
+            "seq_len": 1,
+            "seed": SEED,
+            "rows": rows,
+            "world_size": world_size,
+            "cursor": cursor,
+        }
         ranks = [Reader(Fake(n), rank=r, order=order(n), **shape) for r in range(world_size)]
         for r in ranks:
             if state:
@@ -62,20 +80,28 @@ def simulate(n: int, phases, *, order=uniform, resume=lambda cursor, global_rows
             drawn += [r.draw().input_ids[:, 0].numpy() for r in ranks]
         assert len({r.cursor for r in ranks}) == 1, "ranks agree where they are"
         cursor, step = ranks[0].cursor, step + steps
-        states = {json.dumps(r.order.state_dict()) for r in ranks} if isinstance(ranks[0].order, Bandit) else {""}
+        states = (
+            {json.dumps(r.order.state_dict()) for r in ranks}
+            if isinstance(ranks[0].order, Bandit)
+            else {""}
+        )
         (state,) = states
     return np.concatenate(drawn)
 
 
 def faults(sequence: np.ndarray, n: int) -> list[str]:
-    """What is wrong with every epoch of n samples; the last one may be incomplete and must then only be free of repeats."""
+    """What is wrong with every epoch of n samples; the last one may be incomplete and must
+    then only be free of repeats.
+    """
     found = []
     for epoch, start in enumerate(range(0, len(sequence), n)):
         part = sequence[start : start + n]
         counts = np.bincount(part, minlength=n)
         twice, never = int((counts > 1).sum()), int((counts == 0).sum()) if len(part) == n else 0
         if twice or never or len(counts) > n:
-            found.append(f"epoch {epoch}: {twice} window(s) twice, {never} never, {len(counts) - n} unknown")
+            found.append(
+                f"epoch {epoch}: {twice} window(s) twice, {never} never, {len(counts) - n} unknown"
+            )
     return found
 
 
@@ -87,7 +113,9 @@ def sizes(world_size: int, rows: int) -> list[int]:
 
 @pytest.mark.parametrize(("world_size", "rows"), WORLDS)
 def test_all_ranks_together_consume_every_window_once_an_epoch(world_size, rows):
-    """Through two ends of an epoch and on; with the small epoch one global batch covers several of them."""
+    """Through two ends of an epoch and on; with the small epoch one global
+    batch covers several of them.
+    """
     for n in sizes(world_size, rows):
         steps = -(-2 * n // (world_size * rows)) + 1
         sequence = simulate(n, [(world_size, rows, steps)])
@@ -96,17 +124,26 @@ def test_all_ranks_together_consume_every_window_once_an_epoch(world_size, rows)
 
 @pytest.mark.parametrize("n", [3001, 700])
 def test_ranks_may_come_and_go_in_the_middle_of_an_epoch(n):
-    """1024, 768, 1000, 8 and 1024 ranks with other rows each: every sample once an epoch, in the order of one uninterrupted rank."""
+    """1024, 768, 1000, 8 and 1024 ranks with other rows each: every sample once an epoch, in the
+    order of one uninterrupted rank.
+    """
     sequence = simulate(n, PHASES)
     assert len(sequence) == 7016 > 2 * n and faults(sequence, n) == []
     assert np.array_equal(sequence, simulate(n, [(1, len(sequence), 1)]))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=5))
+@given(
+    st.integers(1, 300),
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=5
+    ),
+)
 def test_any_changes_of_ranks_and_rows_leave_the_sequence_alone(n, phases):
     sequence = simulate(n, phases)
-    assert faults(sequence, n) == [] and np.array_equal(sequence, simulate(n, [(1, len(sequence), 1)]))
+    assert faults(sequence, n) == [] and np.array_equal(
+        sequence, simulate(n, [(1, len(sequence), 1)])
+    )
 
 
 SIZES = {"a": 610, "b": 70, "c": 330}
@@ -115,7 +152,10 @@ SIZES = {"a": 610, "b": 70, "c": 330}
 def _sources(n: int) -> list[Source]:
     """Spans of the windows, with shares that have nothing to do with their sizes."""
     assert n == sum(SIZES.values())
-    return [Source(name, first, SIZES[name], weight, 1.0, 0.0) for name, first, weight in (("a", 0, 0.2), ("b", 610, 0.3), ("c", 680, 0.5))]
+    return [
+        Source(name, first, SIZES[name], weight, 1.0, 0.0)
+        for name, first, weight in (("a", 0, 0.2), ("b", 610, 0.3), ("c", 680, 0.5))
+    ]
 
 
 def static(n: int) -> StaticMixture:
@@ -128,12 +168,20 @@ def bandit(n: int) -> Bandit:
 
 @pytest.mark.parametrize("order", [static, bandit])
 def test_a_mixture_survives_other_ranks_too(order):
-    """Of every source each window once in each of its own epochs, in the order of one uninterrupted rank."""
-    n, phases = sum(SIZES.values()), [(world_size, 16 * rows, steps) for world_size, rows, steps in FEWER]
+    """Of every source each window once in each of its own epochs,
+    in the order of one uninterrupted rank.
+    """
+    n, phases = (
+        sum(SIZES.values()),
+        [(world_size, 16 * rows, steps) for world_size, rows, steps in FEWER],
+    )
     sequence = simulate(n, phases, order=order)
     assert np.array_equal(sequence, simulate(n, [(1, len(sequence), 1)], order=order))
     for source in _sources(n):
-        own = sequence[(sequence >= source.first) & (sequence < source.first + source.n_windows)] - source.first
+        own = (
+            sequence[(sequence >= source.first) & (sequence < source.first + source.n_windows)]
+            - source.first
+        )
         assert len(own) > source.n_windows / 2 and faults(own, source.n_windows) == []
 
 
@@ -167,7 +215,9 @@ def test_a_broken_slicing_is_noticed(spoil, world_size, rows):
 
 @pytest.mark.parametrize("by", [1, -1])
 def test_slices_that_leave_a_gap_or_overlap_are_noticed(monkeypatch, by):
-    """Rows of neighbouring ranks that share a sample, or skip one, although every cursor is right."""
+    """Rows of neighbouring ranks that share a sample, or skip one,
+    although every cursor is right.
+    """
     original = Reader.draw
 
     def shifted(self):
@@ -182,14 +232,19 @@ def test_slices_that_leave_a_gap_or_overlap_are_noticed(monkeypatch, by):
 
 
 def test_drawing_with_replacement_is_noticed(monkeypatch):
-    monkeypatch.setattr(permutation, "permute", lambda positions, n, key: np.random.default_rng(key).integers(0, n, n)[positions])
+    monkeypatch.setattr(
+        permutation,
+        "permute",
+        lambda positions, n, key: np.random.default_rng(key).integers(0, n, n)[positions],
+    )
     assert "twice" in faults(simulate(1000, [(8, 4, 40)]), 1000)[0]
 
 
 @pytest.mark.parametrize(
     "resume",
     [
-        lambda cursor, global_rows, step: cursor // global_rows * global_rows,  # rounded down to the new global batch
+        # rounded down to the new global batch
+        lambda cursor, global_rows, step: cursor // global_rows * global_rows,
         lambda cursor, global_rows, step: -(-cursor // global_rows) * global_rows,  # rounded up
         lambda cursor, global_rows, step: step * global_rows,  # counted in steps
         lambda cursor, global_rows, step: 0,  # begun again
@@ -201,19 +256,42 @@ def test_a_cursor_that_does_not_count_samples_is_noticed(resume):
 
 
 def mixed(n: int) -> StaticMixture:
-    return StaticMixture([Source("a", 0, n // 3, 0.9, 1.0, 0.0), Source("b", n // 3, n - n // 3, 0.1, 1.0, 0.0)], SEED)
+    return StaticMixture(
+        [Source("a", 0, n // 3, 0.9, 1.0, 0.0), Source("b", n // 3, n - n // 3, 0.1, 1.0, 0.0)],
+        SEED,
+    )
 
 
 def draw_anywhere(n: int, order) -> None:
     """Open an index as rank 1023 at many places, also at the end of an epoch, and draw."""
-    for cursor in (0, n // 3, max(n - 2048, 0), n - 1, 2 * n, *np.random.default_rng(SEED).integers(0, 3 * n, 20).tolist()):
-        r = Reader(Fake(n), seq_len=512, seed=SEED, rows=8, rank=1023, world_size=1024, cursor=cursor, order=order(n))
+    for cursor in (
+        0,
+        n // 3,
+        max(n - 2048, 0),
+        n - 1,
+        2 * n,
+        *np.random.default_rng(SEED).integers(0, 3 * n, 20).tolist(),
+    ):
+        r = Reader(
+            Fake(n),
+            seq_len=512,
+            seed=SEED,
+            rows=8,
+            rank=1023,
+            world_size=1024,
+            cursor=cursor,
+            order=order(n),
+        )
         batches = [r.draw(), r.draw()]
-        assert r.cursor == cursor + 2 * 8192 and all(0 <= i < n for b in batches for i in b.sample_ids)
+        assert r.cursor == cursor + 2 * 8192 and all(
+            0 <= i < n for b in batches for i in b.sample_ids
+        )
 
 
 def drawing_peak_bytes(n: int, order=uniform) -> int:
-    """Most bytes allocated at once while drawing anywhere in an index. A first round loads what is imported on first use."""
+    """Most bytes allocated at once while drawing anywhere in an index.
+    A first round loads what is imported on first use.
+    """
     draw_anywhere(300, order)
     tracemalloc.start()
     try:
@@ -232,23 +310,39 @@ def test_an_index_of_15_t_tokens_takes_no_memory(order):
 @pytest.mark.parametrize("cursor", [HUGE - 10, HUGE // 3 * 2, 2**35 + 1])
 def test_sample_number_i_of_a_huge_index_is_the_same_for_any_number_of_ranks(order, cursor):
     def drawn(world_size: int, rows: int) -> list[int]:
-        shape = {"seq_len": 1, "seed": SEED, "rows": rows, "world_size": world_size, "cursor": cursor}
+        shape = {
+            "seq_len": 1,
+            "seed": SEED,
+            "rows": rows,
+            "world_size": world_size,
+            "cursor": cursor,
+        }
         ranks = [Reader(Fake(HUGE), rank=r, order=order(HUGE), **shape) for r in range(world_size)]
-        return [i for _ in range(24 // (world_size * rows)) for r in ranks for i in r.draw().sample_ids]
+        return [
+            i for _ in range(24 // (world_size * rows)) for r in ranks for i in r.draw().sample_ids
+        ]
 
     assert drawn(1, 24) == drawn(3, 4) == drawn(24, 1) and len(set(drawn(1, 24))) == 24
 
 
 def test_an_order_that_is_stored_is_noticed(monkeypatch):
     """An index a hundred thousand times smaller, but shuffled in memory."""
-    monkeypatch.setattr(permutation, "permute", lambda positions, n, key: np.random.default_rng(key).permutation(n)[positions])
+    monkeypatch.setattr(
+        permutation,
+        "permute",
+        lambda positions, n, key: np.random.default_rng(key).permutation(n)[positions],
+    )
     assert drawing_peak_bytes(HUGE // 100_000) > MB
 
 
 def test_the_work_of_a_draw_does_not_grow_with_its_place(monkeypatch):
-    """Cycle walking over 2^36 places takes 2^36 / n rounds on average, at the end of the index as at its beginning; none comes twice."""
+    """Cycle walking over 2^36 places takes 2^36 / n rounds on average, at the end of the index as
+    at its beginning; none comes twice.
+    """
     walked, original = [], permutation._feistel
-    monkeypatch.setattr(permutation, "_feistel", lambda x, *a: walked.append(len(x)) or original(x, *a))
+    monkeypatch.setattr(
+        permutation, "_feistel", lambda x, *a: walked.append(len(x)) or original(x, *a)
+    )
     n, many, seen = HUGE, 100_000, []
     for first in (0, 2**32, 2**34, n - many):
         walked.clear()

@@ -20,18 +20,33 @@ from stack.data.shards import TokenStream, document_hash
 from stack.data.tokenizer import load_tokenizer, make_tokenizer
 
 TASKS, MAX_TOKENS = 2, 300
-WORDS = "river stone letter winter garden window morning paper silver bridge table forest market island candle mirror".split()
+WORDS = (
+    "river stone letter winter garden window morning paper silver bridge table forest market "
+    "island candle mirror"
+).split()
 
 
 def _prose(seed: int) -> str:
     order = np.random.default_rng(seed).permutation(len(WORDS))
-    return f"Document {seed} lists {', '.join(WORDS[i] for i in order)}; 漢字 and <|endoftext|> are only text here."
+    return (
+        f"Document {seed} lists {', '.join(WORDS[i] for i in order)}; 漢字 and <|endoftext|> are "
+        "only text here."
+    )
 
 
 def _texts(file: int) -> list[str]:
     """Good documents, and one of each of several kinds that filters drop."""
-    bad = ["short", "word " * 400, "Было бы хорошо писать по-русски, но язык корпуса другой. " * 3, "x" * 5000]
-    return [t for n in range(20) for t in (_prose(100 * file + n), *([bad[n // 5]] if n % 5 == file else []))]
+    bad = [
+        "short",
+        "word " * 400,
+        "Было бы хорошо писать по-русски, но язык корпуса другой. " * 3,
+        "x" * 5000,
+    ]
+    return [
+        t
+        for n in range(20)
+        for t in (_prose(100 * file + n), *([bad[n // 5]] if n % 5 == file else []))
+    ]
 
 
 @pytest.fixture
@@ -47,9 +62,13 @@ def place(tmp_path):
     """Three files for two tasks, and a tokenizer."""
     (tmp_path / "in").mkdir()
     for n in range(3):
-        lines = [json.dumps({"text": t}).encode() for t in _texts(n)] + [b'{"text": "half a \xe2\x82 sign"}'] * (n == 2)
+        lines = [json.dumps({"text": t}).encode() for t in _texts(n)] + [
+            b'{"text": "half a \xe2\x82 sign"}'
+        ] * (n == 2)
         (tmp_path / "in" / f"{n}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    make_tokenizer(BpeTokenizer(vocab_size=400), [t for n in range(3) for t in _texts(n)]).save(tmp_path / "tokenizer.json")
+    make_tokenizer(BpeTokenizer(vocab_size=400), [t for n in range(3) for t in _texts(n)]).save(
+        tmp_path / "tokenizer.json"
+    )
     return tmp_path
 
 
@@ -58,7 +77,9 @@ def _files(place) -> Files:
 
 
 def _pipeline(scale, place) -> list:
-    shards = scale.TokenizeBlock(place / "tokenizer.json", place / "out", batch_size=7, max_tokens=MAX_TOKENS)
+    shards = scale.TokenizeBlock(
+        place / "tokenizer.json", place / "out", batch_size=7, max_tokens=MAX_TOKENS
+    )
     return [scale.ReadBlock(_files(place)), scale.FilterBlock(("en",)), shards]
 
 
@@ -70,7 +91,9 @@ def _run(scale, place, pipeline=None, **options):
 
 
 def _plain(place) -> tuple[list[str], Counter]:
-    """What a loop over the plain functions keeps, in the order of tasks, and why it drops the others."""
+    """What a loop over the plain functions keeps, in the order of tasks,
+    and why it drops the others.
+    """
     kept, dropped = [], Counter()
     for rank in range(TASKS):
         for path in corpus.resolve_paths(_files(place))[rank::TASKS]:
@@ -82,7 +105,9 @@ def _plain(place) -> tuple[list[str], Counter]:
 
 
 def _written_documents(place, split: dict, eos_id: int) -> list[list[int]]:
-    """Ids of every document in the shards, without the ids around it. Each shard begins with an end-of-text id."""
+    """Ids of every document in the shards, without the ids around it.
+    Each shard begins with an end-of-text id.
+    """
     documents = []
     for entry in split["shards"]:
         tokens = np.asarray(tensorfile.memmap(place / "out" / entry["path"], "tokens")).tolist()
@@ -93,7 +118,11 @@ def _written_documents(place, split: dict, eos_id: int) -> list[list[int]]:
 
 
 def _state(place) -> dict:
-    return {p.relative_to(place): (p.stat().st_mtime_ns, sha256_file(p)) for p in sorted((place / "out").rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(place): (p.stat().st_mtime_ns, sha256_file(p))
+        for p in sorted((place / "out").rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_two_tasks_keep_and_encode_what_a_loop_does(scale, place):
@@ -101,13 +130,21 @@ def test_two_tasks_keep_and_encode_what_a_loop_does(scale, place):
     kept, dropped = _plain(place)
     tokenizer = load_tokenizer(place / "tokenizer.json")
     split = scale.collect(place / "out", "train", TASKS)
-    assert _written_documents(place, split, tokenizer.eos_id) == [tokenizer.encode(t).ids for t in kept]
+    assert _written_documents(place, split, tokenizer.eos_id) == [
+        tokenizer.encode(t).ids for t in kept
+    ]
     stream = TokenStream(place / "out", split, tokenizer.vocab_size)
     assert stream.document_hashes.tolist() == [document_hash(t) for t in kept]
-    assert len(split["shards"]) > TASKS and set(stream.tokenizer_sha256) == {tokenizer.sha256} == {split["tokenizer_sha256"]}
+    assert len(split["shards"]) > TASKS and set(stream.tokenizer_sha256) == {tokenizer.sha256} == {
+        split["tokenizer_sha256"]
+    }
     assert (split["documents"], split["bytes"]) == (len(kept), sum(len(t.encode()) for t in kept))
     n_ends = split["documents"] + len(split["shards"])
-    assert split["tokens"] == len(stream.token_range(0, 10**9)) == n_ends + sum(len(tokenizer.encode(t).ids) for t in kept)
+    assert (
+        split["tokens"]
+        == len(stream.token_range(0, 10**9))
+        == n_ends + sum(len(tokenizer.encode(t).ids) for t in kept)
+    )
     assert len(dropped) >= 3 and scale.drop_counts(place / "logs", TASKS) == {
         "documents": len(kept) + dropped.total(),
         "kept": len(kept),
@@ -122,7 +159,9 @@ def test_a_finished_pipeline_does_nothing_when_it_is_started_again(scale, place)
     assert _state(place) == before and scale.drop_counts(place / "logs", TASKS) == drops
 
 
-def test_only_the_task_that_is_not_marked_as_done_is_repeated_and_gives_the_same_bytes(scale, place):
+def test_only_the_task_that_is_not_marked_as_done_is_repeated_and_gives_the_same_bytes(
+    scale, place
+):
     _run(scale, place)
     before, drops = _state(place), scale.drop_counts(place / "logs", TASKS)
     (place / "logs" / "completions" / "00001").unlink()
@@ -132,7 +171,9 @@ def test_only_the_task_that_is_not_marked_as_done_is_repeated_and_gives_the_same
     after = _state(place)
     assert {k: v[1] for k, v in after.items()} == {k: v[1] for k, v in before.items()}
     assert {k.parts[1] for k in before if before[k] != after[k]} == {"train-00001"}
-    assert scale.drop_counts(place / "logs", TASKS) == drops, "counted once, although one task ran twice"
+    assert scale.drop_counts(place / "logs", TASKS) == drops, (
+        "counted once, although one task ran twice"
+    )
 
 
 def test_a_task_that_dies_leaves_no_part_and_is_made_up_for(scale, place, monkeypatch):
@@ -171,13 +212,18 @@ def test_tasks_in_processes_of_their_own_write_the_same_files(scale, place):
 def test_more_tasks_than_files_give_empty_parts_and_the_same_documents(scale, place):
     _run(scale, place, tasks=5)
     split = scale.collect(place / "out", "train", 5)
-    assert split["documents"] == len(_plain(place)[0]) and len({s["path"].split("/")[0] for s in split["shards"]}) == 3
+    assert (
+        split["documents"] == len(_plain(place)[0])
+        and len({s["path"].split("/")[0] for s in split["shards"]}) == 3
+    )
     with pytest.raises(DataError, match="of another pipeline"):
         scale.collect(place / "out", "train", 4)
 
 
 def test_the_same_list_runs_under_slurm(scale, place, monkeypatch):
-    """The executor is pickled for the cluster; each array task loads it and writes what the local tasks write."""
+    """The executor is pickled for the cluster; each array task loads it and writes
+    what the local tasks write.
+    """
     import dill
     from datatrove.executor import SlurmPipelineExecutor, slurm
 
@@ -199,7 +245,9 @@ def test_the_same_list_runs_under_slurm(scale, place, monkeypatch):
 
 
 def test_the_same_list_is_taken_by_ray_and_travels(scale, place):
-    """Ray itself is not needed to see that the list is accepted and that blocks survive being sent, without a loaded tokenizer."""
+    """Ray itself is not needed to see that the list is accepted and that blocks survive being sent,
+    without a loaded tokenizer.
+    """
     from datatrove.executor import RayPipelineExecutor
 
     pipeline = _pipeline(scale, place)
@@ -216,7 +264,10 @@ def test_documents_may_name_their_own_language(scale):
     russian = "Это предложение написано по-русски, и в нём нет ничего плохого."
     block = scale.FilterBlock()
     assert block.filter(Document(text=russian, id="a", metadata={"language": "ru"})) is True
-    assert block.filter(Document(text=russian, id="a", metadata={"language": "en"})) == (False, "foreign-script")
+    assert block.filter(Document(text=russian, id="a", metadata={"language": "en"})) == (
+        False,
+        "foreign-script",
+    )
     for metadata in ({}, {"language": "eng_Latn"}):
         with pytest.raises(DataError, match="document a names no known language"):
             block.filter(Document(text=russian, id="a", metadata=metadata))
@@ -259,7 +310,9 @@ def test_parts_that_do_not_belong_together_are_refused(scale, place):
     shutil.rmtree(place / "out" / "train-00002")
     part = place / "out" / "train-00001" / "part.json"
     good = part.read_bytes()
-    part.write_bytes(good.replace(load_tokenizer(place / "tokenizer.json").sha256.encode(), b"0" * 64))
+    part.write_bytes(
+        good.replace(load_tokenizer(place / "tokenizer.json").sha256.encode(), b"0" * 64)
+    )
     with pytest.raises(DataError, match=r"2 tokenizer\(s\)"):
         scale.collect(place / "out", "train", TASKS)
     part.write_bytes(good[:-5])
@@ -275,11 +328,21 @@ def test_what_other_blocks_drop_is_counted_under_their_name(scale, place):
     kept, dropped = _plain(place)
     others = sum("7 lists" in t for t in kept)
     counts = scale.drop_counts(place / "logs", TASKS)
-    assert counts["kept"] == len(kept) - others == scale.collect(place / "out", "train", TASKS)["documents"]
-    assert Counter(counts["dropped"]) == dropped + Counter({str(LambdaFilter(bool)): others}) and others > 3
+    assert (
+        counts["kept"]
+        == len(kept) - others
+        == scale.collect(place / "out", "train", TASKS)["documents"]
+    )
+    assert (
+        Counter(counts["dropped"]) == dropped + Counter({str(LambdaFilter(bool)): others})
+        and others > 3
+    )
 
 
-@pytest.mark.parametrize(("block", "key"), [(0, "forwarded"), (1, "dropped"), (1, "dropped_too-short"), (1, "total"), (2, "total")])
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [(0, "forwarded"), (1, "dropped"), (1, "dropped_too-short"), (1, "total"), (2, "total")],
+)
 def test_counts_that_do_not_add_up_are_refused(scale, place, block, key):
     _run(scale, place)
     path = place / "logs" / "stats" / "00000.json"
@@ -293,4 +356,8 @@ def test_counts_that_do_not_add_up_are_refused(scale, place, block, key):
 def test_without_datatrove_the_extra_is_named():
     code = "import sys; sys.modules['datatrove'] = None; import stack.data.scale"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode and "EnvironmentUnfit" in done.stderr and "pip install 'stackproof[scale]'" in done.stderr
+    assert (
+        done.returncode
+        and "EnvironmentUnfit" in done.stderr
+        and "pip install 'stackproof[scale]'" in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""Shards: what is written is what is read, window by window, and a damaged or foreign one is refused."""
+"""Shards: what is written is what is read, window by window,
+and a damaged or foreign one is refused.
+"""
 
 import json
 import resource
@@ -26,7 +28,9 @@ class Wide:
 
 def written(folder, documents, **options) -> dict:
     """The manifest's entry of a split made of (ids, document hash) pairs."""
-    entries = [e | {"source": "all"} for e in write_split(folder, "train", documents, Wide, **options)]
+    entries = [
+        e | {"source": "all"} for e in write_split(folder, "train", documents, Wide, **options)
+    ]
     sums = {k: sum(e[k] for e in entries) for k in ("tokens", "documents")}
     return {**sums, "bytes": 0, "shards": entries}
 
@@ -39,23 +43,37 @@ def test_the_highest_id_survives_and_one_above_is_refused(tmp_path):
 
 
 def test_windows_tile_every_shard(tmp_path):
-    split = written(tmp_path, [(list(range(n, n + 10)), n) for n in range(0, 100, 10)], max_tokens=40)
+    split = written(
+        tmp_path, [(list(range(n, n + 10)), n) for n in range(0, 100, 10)], max_tokens=40
+    )
     entries = split["shards"]
-    assert len(entries) == 3 and all(sha256_file(tmp_path / e["path"]) == e["sha256"] for e in entries)
+    assert len(entries) == 3 and all(
+        sha256_file(tmp_path / e["path"]) == e["sha256"] for e in entries
+    )
     stream = TokenStream(tmp_path, split, VOCAB)
     n = stream.n_windows(5)
     windows = stream.windows(np.arange(n), 5)
     assert windows.shape == (n, 6) and n == sum((e["tokens"] - 1) // 5 for e in entries)
     flat = stream.token_range(0, stream.n_tokens)
     first = entries[0]["tokens"]
-    assert np.array_equal(windows[0], flat[:6]) and np.array_equal(windows[(first - 1) // 5], flat[first : first + 6])
+    assert np.array_equal(windows[0], flat[:6]) and np.array_equal(
+        windows[(first - 1) // 5], flat[first : first + 6]
+    )
 
 
 def test_rows_of_concatenated_documents_are_windows_and_their_next_tokens(tmp_path):
-    stream = ConcatenatedStream(tmp_path, written(tmp_path, [(list(range(n, n + 10)), n) for n in range(0, 100, 10)], max_tokens=40), VOCAB)
+    stream = ConcatenatedStream(
+        tmp_path,
+        written(tmp_path, [(list(range(n, n + 10)), n) for n in range(0, 100, 10)], max_tokens=40),
+        VOCAB,
+    )
     numbers = np.array([6, 0, 3])
     rows, windows = stream.rows(numbers, 5), stream.windows(numbers, 5)
-    assert np.array_equal(rows.input_ids, windows[:, :-1]) and np.array_equal(rows.labels, windows[:, 1:]) and rows.document_ids is None
+    assert (
+        np.array_equal(rows.input_ids, windows[:, :-1])
+        and np.array_equal(rows.labels, windows[:, 1:])
+        and rows.document_ids is None
+    )
 
 
 def test_shards_of_another_width_or_with_foreign_ids_are_refused(tmp_path):
@@ -87,16 +105,21 @@ def test_document_starts_point_behind_an_end_of_text_in_every_shard(tmp_path):
     split = written(tmp_path, [([n] * (n + 1), n) for n in range(30)], max_tokens=60)
     stream = TokenStream(tmp_path, split, VOCAB)
     flat = stream.token_range(0, split["tokens"])
-    assert len(split["shards"]) > 3 and [int(flat[s]) for s in stream.document_starts] == list(range(30))
+    assert len(split["shards"]) > 3 and [int(flat[s]) for s in stream.document_starts] == list(
+        range(30)
+    )
     assert all(flat[s - 1] == Wide.eos_id for s in stream.document_starts)
 
 
 def test_shards_are_numbered_from_where_they_are_told_to(tmp_path):
     split = written(tmp_path, [([n] * 30, n) for n in range(4)], max_tokens=60, first_number=7)
-    assert [e["path"] for e in split["shards"]] == ["train-00007.safetensors", "train-00008.safetensors"]
+    assert [e["path"] for e in split["shards"]] == [
+        "train-00007.safetensors",
+        "train-00008.safetensors",
+    ]
 
 
-# --- many shards ----------------------------------------------------------------------------------------------------
+# --- many shards ----------------------------------------------------------------------------------
 
 
 def forty(folder) -> dict:
@@ -113,7 +136,12 @@ def test_more_shards_than_may_be_mapped_are_read_alike(tmp_path, monkeypatch):
     assert few._tokens._recent.cache_info().currsize == 1, "opening maps the first shard only"
     numbers = np.random.default_rng(0).permutation(few.n_windows(8))
     assert np.array_equal(few.rows(numbers, 8).labels, every.rows(numbers, 8).labels)
-    assert few._tokens._recent.cache_info().currsize == 3 < every._tokens._recent.cache_info().currsize == 40
+    assert (
+        few._tokens._recent.cache_info().currsize
+        == 3
+        < every._tokens._recent.cache_info().currsize
+        == 40
+    )
 
 
 READ_ALL = """
@@ -132,16 +160,27 @@ print(int(stream.rows(np.arange(stream.n_windows(8)), 8).labels.sum()))
 
 
 def test_a_small_limit_on_open_files_is_respected_by_default_and_named_where_it_is_hit(tmp_path):
-    """Forty shards under 32 descriptors: read whole by default; with every shard kept open the error blames the limit, not the shard."""
+    """Forty shards under 32 descriptors: read whole by default; with every shard kept open the
+    error blames the limit, not the shard.
+    """
     split = forty(tmp_path)
     (tmp_path / "split.json").write_text(json.dumps(split))
     stream = ConcatenatedStream(tmp_path, split, VOCAB)
     expected = int(stream.rows(np.arange(stream.n_windows(8)), 8).labels.sum())
 
     def read(mapped: int) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", READ_ALL, str(tmp_path), "32", str(mapped)], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", READ_ALL, str(tmp_path), "32", str(mapped)],
+            capture_output=True,
+            text=True,
+        )
 
     bounded, greedy = read(0), read(1000)
     assert bounded.returncode == 0 and int(bounded.stdout) == expected, bounded.stderr
-    assert greedy.returncode != 0 and "DataError" in greedy.stderr and "ulimit -n" in greedy.stderr and "delete" not in greedy.stderr
+    assert (
+        greedy.returncode != 0
+        and "DataError" in greedy.stderr
+        and "ulimit -n" in greedy.stderr
+        and "delete" not in greedy.stderr
+    )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 32, "the limit was the child's alone"

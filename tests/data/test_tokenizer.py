@@ -21,7 +21,9 @@ CHARS = make_tokenizer(CharTokenizer(), TEXTS)
 def test_any_text_survives(tokenizer, text):
     encoding = tokenizer.encode(text)
     assert encoding.dropped_chars == 0 and tokenizer.decode(encoding.ids) == text
-    assert int(tokenizer.token_bytes[encoding.ids].sum() if encoding.ids else 0) == len(text.encode())
+    assert int(tokenizer.token_bytes[encoding.ids].sum() if encoding.ids else 0) == len(
+        text.encode()
+    )
 
 
 @given(text=st.text())
@@ -44,7 +46,11 @@ def test_a_literal_end_of_text_is_text(tokenizer):
 def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert loaded.sha256 == tokenizer.sha256 and loaded.vocab_size == tokenizer.vocab_size and loaded.eos_id == tokenizer.eos_id
+    assert (
+        loaded.sha256 == tokenizer.sha256
+        and loaded.vocab_size == tokenizer.vocab_size
+        and loaded.eos_id == tokenizer.eos_id
+    )
     assert loaded.encode(TEXTS[1]).ids == tokenizer.encode(TEXTS[1]).ids
 
 
@@ -99,23 +105,36 @@ def test_a_foreign_bpe_without_an_end_of_text_is_refused_unless_one_is_named(tmp
     named = make_tokenizer(FileTokenizer(path=str(path), eos_token="<|other|>"), [])
     assert named.literal(named.eos_id) == "<|other|>" and named.decode([named.eos_id]) == ""
     named.save(path)
-    assert load_tokenizer(path).eos_id == named.eos_id and load_tokenizer(path).sha256 == named.sha256
+    assert (
+        load_tokenizer(path).eos_id == named.eos_id and load_tokenizer(path).sha256 == named.sha256
+    )
 
 
 def test_a_foreign_bpe_with_a_normaliser_is_never_taken_for_one_without(tmp_path):
-    """It is read, by the library alone, and is not the plain one; that its text does not survive is for the gate to say."""
+    """It is read, by the library alone, and is not the plain one;
+    that its text does not survive is for the gate to say.
+    """
     saved = json.loads(BPE.to_bytes()) | {"normalizer": {"type": "Lowercase"}}
     (tmp_path / "t.json").write_text(json.dumps(saved))
     lower = load_tokenizer(tmp_path / "t.json")
     assert lower.encoder == "tokenizers" and lower.sha256 != BPE.sha256
-    assert lower.encode("The FOX").ids == lower.encode_batch(["The FOX"])[0].ids == BPE.encode("the fox").ids != BPE.encode("The FOX").ids
+    assert (
+        lower.encode("The FOX").ids
+        == lower.encode_batch(["The FOX"])[0].ids
+        == BPE.encode("the fox").ids
+        != BPE.encode("The FOX").ids
+    )
 
 
 @given(ids=st.lists(st.integers(0, 299)))
 def test_any_ids_decode_and_their_bytes_add_up(ids):
-    """Also ids that end within a character; bytes are counted before what cannot be shown is replaced."""
+    """Also ids that end within a character; bytes are counted before what
+    cannot be shown is replaced.
+    """
     assert isinstance(BPE.decode(ids), str)
-    assert int(BPE.token_bytes[ids].sum() if ids else 0) == len(b"".join(BPE._pieces[i] for i in ids))
+    assert int(BPE.token_bytes[ids].sum() if ids else 0) == len(
+        b"".join(BPE._pieces[i] for i in ids)
+    )
 
 
 def test_every_byte_is_in_the_bpe_alphabet():
@@ -125,7 +144,12 @@ def test_every_byte_is_in_the_bpe_alphabet():
 
 def test_lengths_that_a_file_prescribes_cut_and_fill_nothing(tmp_path):
     saved = json.loads(BPE.to_bytes())
-    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    saved["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     saved["padding"] = {
         "strategy": {"Fixed": 64},
         "direction": "Right",
@@ -138,7 +162,10 @@ def test_lengths_that_a_file_prescribes_cut_and_fill_nothing(tmp_path):
     loaded = load_tokenizer(tmp_path / "t.json")
     for text in ("A sentence of more than four tokens, and of less than sixty-four.", "x"):
         assert loaded.encode(text).ids == BPE.encode(text).ids == loaded.encode_batch([text])[0].ids
-        assert [e.ids for e in loaded.inner.encode_batch_fast([text, text + text])] == [BPE.encode(text).ids, BPE.encode(text + text).ids]
+        assert [e.ids for e in loaded.inner.encode_batch_fast([text, text + text])] == [
+            BPE.encode(text).ids,
+            BPE.encode(text + text).ids,
+        ]
 
 
 @pytest.mark.parametrize("special", ["the", "a", "Ġthe"])

@@ -13,11 +13,27 @@ from contracts.conditions import ContractError
 from spec.errors import DataError
 from stack.config import ModelConfig
 from stack.data.tokenizer import Bytes, Chars
-from stack.evaluate.bits_per_byte import IGNORE, evaluate_batches, evaluate_text, evaluate_tokens, evaluating, windows
+from stack.evaluate.bits_per_byte import (
+    IGNORE,
+    evaluate_batches,
+    evaluate_text,
+    evaluate_tokens,
+    evaluating,
+    windows,
+)
 from stack.evaluate.ingredients import UniformModel
 from stack.model.build import build_model
 
-TINY = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=20, dropout=0.1)
+TINY = ModelConfig(
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    max_seq_len=20,
+    dropout=0.1,
+)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 4
 
 
@@ -34,9 +50,17 @@ def test_windows_score_every_token_but_the_first_exactly_once(n, seq_len, data):
 @pytest.mark.parametrize("stride", [1, 7, 16])
 def test_batch_size_does_not_change_a_ragged_score(stride):
     model = build_model(TINY, 257, seed=3)
-    one, eight = (evaluate_text(model, Bytes(), [TEXT, "x"], seq_len=16, stride=stride, batch_size=b) for b in (1, 8))
-    assert one.loss_nats == pytest.approx(eight.loss_nats, rel=1e-7)  # float32 products of other shapes; measured 0 to 2e-8
-    assert (one.tokens, one.bytes, one.windows) == (eight.tokens, eight.bytes, eight.windows) == (len(TEXT) + 2, len(TEXT) + 1, one.windows)
+    one, eight = (
+        evaluate_text(model, Bytes(), [TEXT, "x"], seq_len=16, stride=stride, batch_size=b)
+        for b in (1, 8)
+    )
+    # float32 products of other shapes; measured 0 to 2e-8
+    assert one.loss_nats == pytest.approx(eight.loss_nats, rel=1e-7)
+    assert (
+        (one.tokens, one.bytes, one.windows)
+        == (eight.tokens, eight.bytes, eight.windows)
+        == (len(TEXT) + 2, len(TEXT) + 1, one.windows)
+    )
 
 
 def test_context_makes_windows_with_overlap_agree_with_one_long_window():
@@ -53,7 +77,9 @@ def test_context_makes_windows_with_overlap_agree_with_one_long_window():
 @pytest.mark.parametrize("vocab_size", [2, 27, 256, 50257])
 def test_guessing_costs_log2_v_bits_per_character(vocab_size):
     tokenizer = SimpleNamespace(
-        eos_id=0, token_bytes=np.ones(vocab_size, np.int32), encode=lambda t: SimpleNamespace(ids=[1] * len(t), dropped_chars=0)
+        eos_id=0,
+        token_bytes=np.ones(vocab_size, np.int32),
+        encode=lambda t: SimpleNamespace(ids=[1] * len(t), dropped_chars=0),
     )
     result = evaluate_text(UniformModel(vocab_size), tokenizer, ["a" * 50], seq_len=16)
     assert result.bits_per_char == pytest.approx(math.log2(vocab_size), abs=1e-6)
@@ -70,7 +96,10 @@ def test_unknown_characters_are_counted_and_change_no_score(insertions):
     clean, foreign = (evaluate_text(model, alphabet, [t], seq_len=16) for t in (TEXT, dirty))
     assert foreign.dropped_chars == len(insertions)
     assert foreign.dropped_bytes == sum(len(c.encode()) for _, c in insertions)
-    assert (foreign.bits_per_byte, foreign.bits_per_char) == (clean.bits_per_byte, clean.bits_per_char)
+    assert (foreign.bits_per_byte, foreign.bits_per_char) == (
+        clean.bits_per_byte,
+        clean.bits_per_char,
+    )
 
 
 class _Scrambled(torch.nn.Module):
@@ -96,7 +125,8 @@ def test_one_language_model_as_characters_and_as_bytes_has_one_score():
     twin = _Scrambled(Model(), [*symbols.encode(), 256])
     as_bytes = evaluate_text(Model(), Bytes(), [TEXT], seq_len=16)
     as_chars = evaluate_text(twin, Chars(symbols), [TEXT], seq_len=16)
-    assert as_chars.bits_per_byte == pytest.approx(as_bytes.bits_per_byte, rel=1e-6)  # same numbers, other order of a float32 softmax
+    # same numbers, other order of a float32 softmax
+    assert as_chars.bits_per_byte == pytest.approx(as_bytes.bits_per_byte, rel=1e-6)
 
 
 def test_sums_are_divided_once():
@@ -104,11 +134,15 @@ def test_sums_are_divided_once():
     ids = torch.randint(0, 30, (3, 9), generator=torch.Generator().manual_seed(1))
     labels = ids[:, 1:].clone()
     labels[2, 1:] = IGNORE
-    batches = [SimpleNamespace(input_ids=ids[i : i + 1, :-1], labels=labels[i : i + 1]) for i in range(3)]
+    batches = [
+        SimpleNamespace(input_ids=ids[i : i + 1, :-1], labels=labels[i : i + 1]) for i in range(3)
+    ]
     result = evaluate_batches(model, batches, np.arange(30))
     weights = [8, 8, 1]
     assert result.n_tokens == 17
-    assert result.loss_nats == pytest.approx(sum(w * m for w, m in zip(weights, result.batch_nats)) / 17, rel=1e-12)
+    assert result.loss_nats == pytest.approx(
+        sum(w * m for w, m in zip(weights, result.batch_nats)) / 17, rel=1e-12
+    )
     assert result.n_bytes == int(labels[labels != IGNORE].sum())
     assert result.bits_per_byte == pytest.approx(result.total_nats / math.log(2) / result.n_bytes)
     assert result.stderr_nats == pytest.approx(np.std(result.batch_nats, ddof=1) / 3**0.5)
@@ -126,7 +160,9 @@ def test_each_modules_own_mode_is_put_back_even_after_an_error():
 
 def test_nothing_to_score_is_an_error():
     model = build_model(TINY, 30, seed=3)
-    empty = SimpleNamespace(input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.full((1, 4), IGNORE))
+    empty = SimpleNamespace(
+        input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.full((1, 4), IGNORE)
+    )
     with pytest.raises(DataError, match="no valid label"):
         evaluate_batches(model, [empty], np.ones(30))
     with pytest.raises(DataError, match="no token to score"):

@@ -31,9 +31,23 @@ from stack.evaluate.sampling import (
 )
 from stack.model.build import build_model
 
-TINY = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=12, dropout=0.1, init_std=0.3)
-TIED_LOGITS = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 3.0]), min_size=2, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.float64))
-LOGITS = st.lists(st.floats(-8, 8), min_size=2, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.float64))
+TINY = ModelConfig(
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    max_seq_len=12,
+    dropout=0.1,
+    init_std=0.3,
+)
+TIED_LOGITS = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 3.0]), min_size=2, max_size=12).map(
+    lambda x: torch.tensor(x, dtype=torch.float64)
+)
+LOGITS = st.lists(st.floats(-8, 8), min_size=2, max_size=12).map(
+    lambda x: torch.tensor(x, dtype=torch.float64)
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +56,11 @@ def model():
 
 
 def draw(model, seed=1, **options):
-    return generate(model, [3, 1], **({"max_new_tokens": 30, "generator": torch.Generator().manual_seed(seed)} | options))
+    return generate(
+        model,
+        [3, 1],
+        **({"max_new_tokens": 30, "generator": torch.Generator().manual_seed(seed)} | options),
+    )
 
 
 def test_a_seed_is_a_text_and_the_model_stays_in_training_mode(model):
@@ -76,7 +94,9 @@ def test_only_the_last_position_gets_logits_and_they_are_the_models(model):
     model.eval()
     with torch.no_grad():
         expected = model(torch.tensor([[3, 1, 4, 1, 5]]))[0, -1]
-        copied, cache = next_logits(laid_out_for_rows(model, COPY_PAYS_FROM_TOKENS), [3, 1, 4, 1, 5], None, True)
+        copied, cache = next_logits(
+            laid_out_for_rows(model, COPY_PAYS_FROM_TOKENS), [3, 1, 4, 1, 5], None, True
+        )
         plain, _ = next_logits(model, [3, 1, 4, 1, 5], None, False)
     model.train()
     assert copied.shape == (40,) and cache.length == 5
@@ -86,7 +106,9 @@ def test_only_the_last_position_gets_logits_and_they_are_the_models(model):
 
 
 def test_matrices_are_copied_by_columns_if_enough_tokens_pay_for_it(model):
-    few, many = (laid_out_for_rows(model, n) for n in (COPY_PAYS_FROM_TOKENS - 1, COPY_PAYS_FROM_TOKENS))
+    few, many = (
+        laid_out_for_rows(model, n) for n in (COPY_PAYS_FROM_TOKENS - 1, COPY_PAYS_FROM_TOKENS)
+    )
     assert few is model
     own, copied = dict(model.named_parameters()), dict(many.named_parameters())
     assert own.keys() == copied.keys() and many.head_weight is many.embed.weight
@@ -118,7 +140,14 @@ def test_end_of_text_ends_and_is_left_out(model):
 
 
 def test_impossible_arguments_are_refused(model):
-    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"generator": None}, {"repetition_penalty": 0.0}):
+    for bad in (
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"generator": None},
+        {"repetition_penalty": 0.0},
+    ):
         with pytest.raises(ContractError):
             draw(model, **bad)
 
@@ -154,7 +183,9 @@ def test_of_equal_logits_the_lower_ids_stay(logits, k, p):
         mass += probs[i]
     kept = set(keep_top_p(after_k, p).isfinite().nonzero().flatten().tolist())
     # A token that begins within rounding of p may fall on either side.
-    assert kept ^ set(nucleus) <= {i for n, i in enumerate(by_rank[:k]) if abs(sum(probs[j] for j in by_rank[:n]) - p) <= 1e-12}
+    assert kept ^ set(nucleus) <= {
+        i for n, i in enumerate(by_rank[:k]) if abs(sum(probs[j] for j in by_rank[:n]) - p) <= 1e-12
+    }
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,15 +197,38 @@ def test_open_filters_are_the_identity(logits):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 1e-300, 0.1, 0.5, 1.0]), min_size=1, max_size=8).filter(any), st.floats(0, 1))
+@given(
+    st.lists(st.sampled_from([0.0, 1e-300, 0.1, 0.5, 1.0]), min_size=1, max_size=8).filter(any),
+    st.floats(0, 1),
+)
 def test_an_impossible_token_is_never_drawn(weights, u):
     probs = torch.tensor(weights, dtype=torch.float64)
-    assert float(probs[pick(probs, torch.tensor([0.0, u, 1 - 2**-53, 1.0], dtype=torch.float64))].min()) > 0
+    assert (
+        float(
+            probs[pick(probs, torch.tensor([0.0, u, 1 - 2**-53, 1.0], dtype=torch.float64))].min()
+        )
+        > 0
+    )
 
 
 def test_the_penalty_lowers_both_signs_and_repeats(model):
-    assert penalise_repetition(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0]
+    assert penalise_repetition(torch.tensor([2.0, -2.0, 1.0]), [0, 1, 1], 2.0).tolist() == [
+        1.0,
+        -4.0,
+        1.0,
+    ]
     repeats = [
-        30 - len(set(draw(model, temperature=0.5, repetition_penalty=p, generator=torch.Generator().manual_seed(9)))) for p in (1.0, 3.0)
+        30
+        - len(
+            set(
+                draw(
+                    model,
+                    temperature=0.5,
+                    repetition_penalty=p,
+                    generator=torch.Generator().manual_seed(9),
+                )
+            )
+        )
+        for p in (1.0, 3.0)
     ]
     assert repeats[1] < repeats[0]

@@ -15,9 +15,17 @@ from hypothesis import strategies as st
 from contracts.conditions import ContractError
 from stack.config import NeverStop, Patience
 from stack.evaluate import baselines
-from stack.evaluate.stopping import NeverStopRule, StopRule, batches_needed, detectable_gain, make_stop_rule
+from stack.evaluate.stopping import (
+    NeverStopRule,
+    StopRule,
+    batches_needed,
+    detectable_gain,
+    make_stop_rule,
+)
 
-FOUNDING_RUNS = json.loads((Path(__file__).parents[1] / "contracts" / "founding_runs.json").read_text())["runs"]
+FOUNDING_RUNS = json.loads(
+    (Path(__file__).parents[1] / "contracts" / "founding_runs.json").read_text()
+)["runs"]
 VAL = [r["val_loss"] for r in FOUNDING_RUNS["tuned-50k"]]
 
 
@@ -27,12 +35,16 @@ def test_the_wrapped_run_of_seed_002_goes_on():
 
 
 def test_a_trend_in_a_noise_band_of_four_hundredths_never_stops():
-    """Gain 0.03 a round, band ±0.04, 16 batches, 200 runs of 40 rounds: none stops. A patience of 2 stops 40 and more of them."""
+    """Gain 0.03 a round, band ±0.04, 16 batches, 200 runs of 40 rounds: none stops.
+    A patience of 2 stops 40 and more of them.
+    """
     stopped = {5: 0, 2: 0}
     for seed in range(200):
         draw = np.random.default_rng(seed)
         difficulty = draw.normal(0, 0.5, 16)
-        rounds = [(10 - 0.03 * r + draw.uniform(-0.04, 0.04) + difficulty).tolist() for r in range(40)]
+        rounds = [
+            (10 - 0.03 * r + draw.uniform(-0.04, 0.04) + difficulty).tolist() for r in range(40)
+        ]
         for patience in stopped:
             rule = StopRule(patience, 3, 2.0, 0.0)
             stopped[patience] += any(rule.update(r).stop for r in rounds)
@@ -49,7 +61,9 @@ def test_replay_of_seed_002_waits_four_rounds_at_epoch_six():
 
 
 @pytest.mark.parametrize(("patience", "min_epochs", "last"), [(2, 3, 2), (5, 3, 5), (2, 9, 8)])
-def test_a_plateau_stops_at_best_plus_patience_but_not_before_min_epochs(patience, min_epochs, last):
+def test_a_plateau_stops_at_best_plus_patience_but_not_before_min_epochs(
+    patience, min_epochs, last
+):
     rule = StopRule(patience, min_epochs, 2.0, 0.0)
     assert [rule.update([1.0, 2.0]).stop for _ in range(last + 1)] == [False] * last + [True]
 
@@ -59,7 +73,9 @@ def test_pairing_sees_a_gain_far_below_the_spread_of_batches():
     rule = StopRule(5, 3, 2.0, 0.0)
     rule.update(difficulty.tolist())
     decision = rule.update((difficulty - 0.01 + np.tile([0.002, -0.002], 8)).tolist())
-    assert decision.improved and decision.se_diff == pytest.approx(np.std(np.tile([0.002, -0.002], 8), ddof=1) / 4)
+    assert decision.improved and decision.se_diff == pytest.approx(
+        np.std(np.tile([0.002, -0.002], 8), ddof=1) / 4
+    )
     assert not rule.update((difficulty - 0.01 + np.tile([0.2, -0.2], 8)).tolist()).improved
 
 
@@ -71,7 +87,10 @@ def test_min_delta_must_be_exceeded():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.floats(0.1, 9), min_size=3, max_size=3), min_size=2, max_size=12), st.data())
+@given(
+    st.lists(st.lists(st.floats(0.1, 9), min_size=3, max_size=3), min_size=2, max_size=12),
+    st.data(),
+)
 def test_a_resumed_rule_decides_the_same(rounds, data):
     cut = data.draw(st.integers(0, len(rounds)))
     straight, first, second = (StopRule(2, 3, 1.0, 0.0) for _ in range(3))
@@ -105,14 +124,18 @@ def test_enough_batches_see_the_gain_and_one_fewer_does_not(std, gain):
 
 
 def test_detectable_gain_is_two_standard_errors():
-    assert detectable_gain([0.1, 0.3, 0.2, 0.2]) == pytest.approx(2 * np.std([0.1, 0.3, 0.2, 0.2], ddof=1) / 2)
+    assert detectable_gain([0.1, 0.3, 0.2, 0.2]) == pytest.approx(
+        2 * np.std([0.1, 0.3, 0.2, 0.2], ddof=1) / 2
+    )
 
 
-# --- baselines ------------------------------------------------------------------------------------------------------
+# --- baselines ------------------------------------------------------------------------------------
 
 
 def stream(ids):
-    return SimpleNamespace(n_tokens=len(ids), token_range=lambda a, b: np.asarray(ids[a:b], np.uint16))
+    return SimpleNamespace(
+        n_tokens=len(ids), token_range=lambda a, b: np.asarray(ids[a:b], np.uint16)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -128,16 +151,24 @@ def test_bigram_probabilities_are_positive_and_sum_to_one_in_every_context(ids, 
 def test_baselines_by_hand():
     tokenizer = SimpleNamespace(vocab_size=2, token_bytes=np.array([1, 1]))
     train, held_out = stream([0, 1, 0, 1]), stream([0, 1, 1])
-    assert baselines.unigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(1.0)  # (2+1)/(4+2) = ½ each
+    # (2+1)/(4+2) = ½ each
+    assert baselines.unigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(1.0)
     # p(1|0) = (2 + 1·½)/(2 + 1) = 5/6; p(1|1) = (0 + 1·½)/(1 + 1) = 1/4
-    assert baselines.bigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(-(math.log2(5 / 6) + math.log2(1 / 4)) / 2)
+    assert baselines.bigram_bits_per_byte(train, held_out, tokenizer) == pytest.approx(
+        -(math.log2(5 / 6) + math.log2(1 / 4)) / 2
+    )
     assert baselines.uniform_loss_nats(50257) == pytest.approx(10.8249, abs=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.lists(st.integers(0, 6), min_size=2, max_size=30))
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    st.lists(st.integers(0, 6), min_size=2, max_size=30),
+)
 def test_baselines_are_those_of_counting(train, held_out):
-    """Against the formulas of Witten and Bell in fractions, pair by pair; some held-out tokens were never seen."""
+    """Against the formulas of Witten and Bell in fractions, pair by pair;
+    some held-out tokens were never seen.
+    """
     vocab_size, sizes = 7, [1, 2, 3, 1, 2, 3, 1]
     tokenizer = SimpleNamespace(vocab_size=vocab_size, token_bytes=np.array(sizes))
     single = [Fraction(train.count(b) + 1, len(train) + vocab_size) for b in range(vocab_size)]
@@ -150,8 +181,12 @@ def test_baselines_are_those_of_counting(train, held_out):
     n_bytes, labels = sum(sizes[b] for b in held_out[1:]), held_out[1:]
     unigram = -sum(math.log2(single[b]) for b in labels) / n_bytes
     bigram = -sum(math.log2(after(a, b)) for a, b in pairwise(held_out)) / n_bytes
-    assert baselines.unigram_bits_per_byte(stream(train), stream(held_out), tokenizer) == pytest.approx(unigram, rel=1e-12)
-    assert baselines.bigram_bits_per_byte(stream(train), stream(held_out), tokenizer) == pytest.approx(bigram, rel=1e-12)
+    assert baselines.unigram_bits_per_byte(
+        stream(train), stream(held_out), tokenizer
+    ) == pytest.approx(unigram, rel=1e-12)
+    assert baselines.bigram_bits_per_byte(
+        stream(train), stream(held_out), tokenizer
+    ) == pytest.approx(bigram, rel=1e-12)
 
 
 def test_baselines_are_fitted_on_no_more_than_they_say(monkeypatch):
@@ -159,13 +194,16 @@ def test_baselines_are_fitted_on_no_more_than_they_say(monkeypatch):
     tokenizer = SimpleNamespace(vocab_size=3, token_bytes=np.ones(3, np.int64))
     for f in (baselines.unigram_bits_per_byte, baselines.bigram_bits_per_byte):
         held_out = stream([0, 1, 0])
-        assert f(stream([0, 1, 0, 1, 2, 2, 2]), held_out, tokenizer) == f(stream([0, 1, 0, 1]), held_out, tokenizer)
+        assert f(stream([0, 1, 0, 1, 2, 2, 2]), held_out, tokenizer) == f(
+            stream([0, 1, 0, 1]), held_out, tokenizer
+        )
 
 
 def test_the_bigram_beats_the_unigram_on_text():
     ids = list(("the quick brown fox jumps over the lazy dog and runs away " * 30).encode())
     tokenizer = SimpleNamespace(vocab_size=257, token_bytes=np.ones(257, np.int32))
     bigram, unigram = (
-        f(stream(ids), stream(ids[:300]), tokenizer) for f in (baselines.bigram_bits_per_byte, baselines.unigram_bits_per_byte)
+        f(stream(ids), stream(ids[:300]), tokenizer)
+        for f in (baselines.bigram_bits_per_byte, baselines.unigram_bits_per_byte)
     )
     assert 0 < bigram < 0.7 * unigram

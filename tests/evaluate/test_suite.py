@@ -1,4 +1,6 @@
-"""Suites of prompts: each checker has an answer it takes and one it refuses, and a suite that says nothing is refused when it is read."""
+"""Suites of prompts: each checker has an answer it takes and one it refuses, and a suite that says
+nothing is refused when it is read.
+"""
 
 import copy
 import pydoc_data.topics
@@ -10,19 +12,44 @@ from pydantic import ValidationError
 
 from spec import ROOT
 from spec.errors import DataError, UsageError
-from stack.evaluate.suite import SUITES, ContainsFact, FlagExists, Regex, Suite, Syllables, fault, load_suite, suite_file, verse
+from stack.evaluate.suite import (
+    SUITES,
+    ContainsFact,
+    FlagExists,
+    Regex,
+    Suite,
+    Syllables,
+    fault,
+    load_suite,
+    suite_file,
+    verse,
+)
 from stack.evaluate.syllables import syllables
 
 RAIN = "Rain's rhythmic refrain, Rivulets on the window, Respite from life's pain."
-POND = "An old silent pond.\nA frog jumps into the pond.\nSplash! Silence again.\nAnd a fourth line."
+POND = (
+    "An old silent pond.\nA frog jumps into the pond.\nSplash! Silence again.\nAnd a fourth line."
+)
 PIP = FlagExists(command="pip list", flags=("--outdated", "-o", "-v", "-m"))
-BIRDS = ContainsFact(needs=(("dodo", "carolina parakeet"), ("extinct", "died out")), forbids=("alive",))
+BIRDS = ContainsFact(
+    needs=(("dodo", "carolina parakeet"), ("extinct", "died out")), forbids=("alive",)
+)
 
-# What a dictionary gives. Three in a hundred kinds of words of running prose come out wrong; none of these may.
+# What a dictionary gives. Three in a hundred kinds of words of running prose come out wrong;
+# none of these may.
 WORDS = {
-    1: "rain life's walked leaves rose blue through strength eyes called night frog splash the world pain dream cold",
-    2: "window silent again table apple wanted roses poem being quiet water winter branches lonely movement people going careless handled",
-    3: "rivulets beautiful area idea family elephant remember piano another radio however completely video created",
+    1: (
+        "rain life's walked leaves rose blue through strength eyes called night frog splash the "
+        "world pain dream cold"
+    ),
+    2: (
+        "window silent again table apple wanted roses poem being quiet water winter branches "
+        "lonely movement people going careless handled"
+    ),
+    3: (
+        "rivulets beautiful area idea family elephant remember piano another radio however "
+        "completely video created"
+    ),
     4: "information especially operation mathematics biology television",
     5: "university electricity imagination international possibility",
 }
@@ -34,23 +61,43 @@ def test_syllables_of_words_in_a_list(n):
 
 
 def test_what_is_no_word_has_no_syllable():
-    assert [syllables(w) for w in ("", "—", "42", "'", "(rain)", "RAIN", "life\u2019s")] == [0, 0, 0, 0, 1, 1, 1]
+    assert [syllables(w) for w in ("", "—", "42", "'", "(rain)", "RAIN", "life\u2019s")] == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
     ("checker", "passing", "failing"),
     [
-        (Regex(pattern=r"\balias(es|ing)?\b"), "This is called Aliasing.", "This is called an alibi."),
+        (
+            Regex(pattern=r"\balias(es|ing)?\b"),
+            "This is called Aliasing.",
+            "This is called an alibi.",
+        ),
         (Regex(pattern="^night$"), "first\nnight\nlast", "first night"),
         (Syllables(), RAIN, RAIN.replace("Rain's", "The rain's")),
         (Syllables(), POND, POND.replace("silent ", "")),
         (Syllables(lines=(7,)), "A frog jumps into the pond", "A frog jumps in the pond"),
-        (PIP, "Use pip list --outdated names to see the pip packages list", "Use pip list --stale names to see them"),
+        (
+            PIP,
+            "Use pip list --outdated names to see the pip packages list",
+            "Use pip list --stale names to see them",
+        ),
         (PIP, "python -m pip list -o", "python -m pip freeze -o"),
         (PIP, "pip list -ov shows them", "pip list -ox shows them"),
         (PIP, "pip list --outdated", "pip list shows outdated packages"),
         (PIP, "pip list --outdated", "pip list --outdated --newer"),
-        (BIRDS, "black spider montano is there, Carolina parakeet is extinct.", "Carolina parakeet is a bird."),
+        (
+            BIRDS,
+            "black spider montano is there, Carolina parakeet is extinct.",
+            "Carolina parakeet is a bird.",
+        ),
         (BIRDS, "The dodo died out.", "The dodos died out."),
         (BIRDS, "The dodo is extinct.", "The dodo is alive, others are extinct."),
     ],
@@ -62,7 +109,11 @@ def test_a_checker_has_two_sides(checker, passing, failing):
 
 def test_a_verse_is_lines_or_parts_of_one_line():
     assert verse(POND, 3) == POND.splitlines()[:3]
-    assert [p.strip() for p in verse(RAIN, 3)] == ["Rain's rhythmic refrain", "Rivulets on the window", "Respite from life's pain"]
+    assert [p.strip() for p in verse(RAIN, 3)] == [
+        "Rain's rhythmic refrain",
+        "Rivulets on the window",
+        "Respite from life's pain",
+    ]
     assert verse("one\n\n---\ntwo\n", 3) == ["one", "two"] and verse("", 3) == []
 
 
@@ -73,27 +124,46 @@ def test_the_suite_that_comes_along_asks_of_six_domains():
     assert kinds == {"regex", "syllables", "flag-exists", "contains-fact"}
     prompts = [p for d in suite.domain for p in d.prompts]
     assert all(not p.faults(p.answer) for p in prompts)
-    others = {p.id: [q.id for q in prompts if q.id != p.id and not p.faults(q.answer)] for p in prompts}
-    assert {name: found for name, found in others.items() if found} == {"rhyme-light": ["haiku-winter"]}, "of 552 pairs"
+    others = {
+        p.id: [q.id for q in prompts if q.id != p.id and not p.faults(q.answer)] for p in prompts
+    }
+    assert {name: found for name, found in others.items() if found} == {
+        "rhyme-light": ["haiku-winter"]
+    }, "of 552 pairs"
 
 
 def test_founding_samples_are_judged_as_their_readers_judged_them():
     prompts = {p.id: p for d in load_suite(suite_file("domains")).domain for p in d.prompts}
     said = {
         "extinct-birds": "black spider montano is alive, carolina parakeet is extinct.",
-        "fourier": "The Fourier transform decomposes signals into frequency components, allowing analysis of signal characteristics",
+        "fourier": (
+            "The Fourier transform decomposes signals into frequency components, allowing "
+            "analysis of signal characteristics"
+        ),
         "haiku-rain": RAIN,
-        "outdated-packages": "Use pip list --outdated names to see the pip packages list in your project management...",
+        "outdated-packages": (
+            "Use pip list --outdated names to see the pip packages list in your project "
+            "management..."
+        ),
     }
     assert all(not prompts[name].faults(text) for name, text in said.items())
-    collapsed = ("region region region region region", "''''' ''''' '' ''' '' '''", "games, games, games, games", "Budy Budy Budy")
+    collapsed = (
+        "region region region region region",
+        "''''' ''''' '' ''' '' '''",
+        "games, games, games, games",
+        "Budy Budy Budy",
+    )
     assert all(p.faults(text) for p in prompts.values() for text in collapsed)
 
 
 def test_prose_about_something_else_hardly_passes_anything():
-    """Pieces of 40 words of the interpreter's help topics: measured 16 passes in 38,400, and at most 8 in 1,600 of one prompt."""
+    """Pieces of 40 words of the interpreter's help topics: measured 16 passes in 38,400, and at
+    most 8 in 1,600 of one prompt.
+    """
     topics = [pydoc_data.topics.topics[name].split() for name in sorted(pydoc_data.topics.topics)]
-    pieces = [" ".join(words[i : i + 40]) for words in topics for i in range(0, len(words) - 40, 40)]
+    pieces = [
+        " ".join(words[i : i + 40]) for words in topics for i in range(0, len(words) - 40, 40)
+    ]
     prompts = [p for d in load_suite(suite_file("domains")).domain for p in d.prompts]
     passes = {p.id: sum(not p.faults(text) for text in pieces) for p in prompts}
     assert len(pieces) > 1000 and sum(passes.values()) < len(pieces) * len(prompts) / 1000, passes
@@ -108,7 +178,7 @@ prompts = [{ id = "two-and-two", text = "What is two and two?", answer = "It is 
 [[domain]]
 name = "names"
 prompts = [{ id = "capital", text = "Capital of France?", answer = "Paris", checks = [{ kind = "contains-fact", needs = [["Paris"]] }] }]
-""")
+""")  # noqa: E501
 
 
 def changed(path, value):
@@ -123,12 +193,36 @@ def changed(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("domain", 0, "prompts", 0, "answer"), "It is five.", "two-and-two: its own answer does not pass: nothing matches four"),
-        (("domain", 0, "prompts", 0, "checks"), [{"kind": "regex", "pattern": ".*"}], "an empty answer passes"),
-        (("domain", 0, "prompts", 0, "text"), "Is two and two four?", "the question said again passes"),
-        (("domain", 0, "prompts", 0, "checks"), [{"kind": "regex", "pattern": "(four"}], "no regular expression"),
-        (("domain", 0, "prompts", 0, "checks"), [{"kind": "judge"}], "regex.*syllables.*flag-exists.*contains-fact"),
-        (("domain", 0, "prompts", 0, "checks"), [{"kind": "flag-exists", "command": "ls", "flags": ["long"]}], "'long' is no flag"),
+        (
+            ("domain", 0, "prompts", 0, "answer"),
+            "It is five.",
+            "two-and-two: its own answer does not pass: nothing matches four",
+        ),
+        (
+            ("domain", 0, "prompts", 0, "checks"),
+            [{"kind": "regex", "pattern": ".*"}],
+            "an empty answer passes",
+        ),
+        (
+            ("domain", 0, "prompts", 0, "text"),
+            "Is two and two four?",
+            "the question said again passes",
+        ),
+        (
+            ("domain", 0, "prompts", 0, "checks"),
+            [{"kind": "regex", "pattern": "(four"}],
+            "no regular expression",
+        ),
+        (
+            ("domain", 0, "prompts", 0, "checks"),
+            [{"kind": "judge"}],
+            "regex.*syllables.*flag-exists.*contains-fact",
+        ),
+        (
+            ("domain", 0, "prompts", 0, "checks"),
+            [{"kind": "flag-exists", "command": "ls", "flags": ["long"]}],
+            "'long' is no flag",
+        ),
         (("domain", 0, "prompts", 0, "checks"), [], "at least 1"),
         (("domain", 1, "name"), "sums", "domain sums comes twice"),
         (("domain", 1, "prompts", 0, "id"), "two-and-two", "prompt two-and-two comes twice"),
@@ -161,11 +255,21 @@ def test_the_suite_of_the_page_is_one(tmp_path):
     page = (ROOT / "docs" / "audits.md").read_text("utf-8")
     (tmp_path / "mine.toml").write_text(page.split("```toml\n")[1].split("```")[0])
     suite = load_suite(tmp_path / "mine.toml")
-    assert [d.name for d in suite.domain] == ["biology", "poetry"] and suite.template == Suite.model_fields["template"].default
-    assert suite.stop == Suite.model_fields["stop"].default and suite.max_new_tokens == Suite.model_fields["max_new_tokens"].default
+    assert [d.name for d in suite.domain] == [
+        "biology",
+        "poetry",
+    ] and suite.template == Suite.model_fields["template"].default
+    assert (
+        suite.stop == Suite.model_fields["stop"].default
+        and suite.max_new_tokens == Suite.model_fields["max_new_tokens"].default
+    )
 
 
 def test_an_answer_ends_where_the_next_turn_begins():
     suite = Suite.model_validate(GOOD)
     assert suite.asked(suite.domain[0].prompts[0]) == "> What is two and two? / <"
-    assert suite.cut(" four. / > And three?") == "four." and suite.cut(" four\n> no") == "four" and suite.cut(" four ") == "four"
+    assert (
+        suite.cut(" four. / > And three?") == "four."
+        and suite.cut(" four\n> no") == "four"
+        and suite.cut(" four ") == "four"
+    )

@@ -10,10 +10,14 @@ from stack.train.listener import Listener
 
 
 def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
-    """Of a finished run under two gates; nothing of it is copied. The gates that are absent are counted, those of other runs are not."""
+    """Of a finished run under two gates; nothing of it is copied.
+    The gates that are absent are counted, those of other runs are not.
+    """
     base = museum_config(museum_folder)
     cfg = base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14})})
-    record = session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.finite", "runtime.cadence"))
+    record = session.start(
+        cfg, (), tmp_path / "run", Listener(), only=("runtime.finite", "runtime.cadence")
+    )
     assert record.succeeded
     with pytest.raises(IntegrityError, match="made without gate") as caught:
         ledgering.accept(tmp_path / "run", tmp_path / "evidence")

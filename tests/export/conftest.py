@@ -9,8 +9,13 @@ from stack.export import huggingface
 
 @pytest.fixture(scope="session")
 def transformers():
-    """The other library, quiet. It is in the extras hf and dev; without it nothing can be compared."""
-    library = pytest.importorskip("transformers", reason="parity is measured against transformers: pip install 'stackproof[hf]'")
+    """The other library, quiet. It is in the extras hf and dev;
+    without it nothing can be compared.
+    """
+    library = pytest.importorskip(
+        "transformers",
+        reason="parity is measured against transformers: pip install 'stackproof[hf]'",
+    )
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library

@@ -1,4 +1,6 @@
-"""Both ways, every kind: the same logits, the same next tokens, the same greedy text as transformers."""
+"""Both ways, every kind: the same logits, the same next tokens,
+the same greedy text as transformers.
+"""
 
 import json
 
@@ -11,7 +13,8 @@ from stack.export import reading
 from stack.model import names
 from tests.export import models
 
-TOLERANCE = 1e-5  # float32, other orders of summation; measured worst case 2.6e-6 on logits of about 4
+# float32, other orders of summation; measured worst case 2.6e-6 on logits of about 4
+TOLERANCE = 1e-5
 
 
 def loaded(transformers, folder, dtype=torch.float32):
@@ -24,7 +27,10 @@ def test_a_model_of_theirs_computes_the_same_here(transformers, tmp_path, name):
     other.save_pretrained(tmp_path)
     folder = reading.open_folder(tmp_path)
     model = reading.load_weights(folder)
-    assert folder.kind.architecture.startswith(models.THEIRS[name][0]) and model.vocab_size == models.VOCAB
+    assert (
+        folder.kind.architecture.startswith(models.THEIRS[name][0])
+        and model.vocab_size == models.VOCAB
+    )
     assert max(models.differences(model, other).values()) <= TOLERANCE
     assert models.same_greedy_text(model, other)
 
@@ -46,7 +52,10 @@ def test_what_leaves_comes_back_bit_for_bit(exported, name):
     folder = reading.open_folder(exported(model)[0])
     back = reading.load_weights(folder)
     assert folder.cfg == model.cfg
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "experts", "gpt2"])
@@ -60,7 +69,10 @@ def test_shards_hold_the_same_as_one_file(transformers, exported, tmp_path, name
         entries = tensorfile.read_header(file).tensors.values()
         assert sum(e.stop - e.start for e in entries) <= 20_000 or len(entries) == 1
     back = reading.load_weights(reading.open_folder(folder))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
+    )
     assert max(models.differences(model, loaded(transformers, folder)).values()) <= TOLERANCE
 
 
@@ -68,8 +80,12 @@ def test_bfloat16_is_the_rounded_model_and_says_what_rounding_changed(transforme
     model, exact = models.ours("plain", 257), models.ours("plain", 257)
     folder, gates = exported(model, dtype="bfloat16")
     other = loaded(transformers, folder)
-    assert {e.dtype for e in tensorfile.read_header(folder / "model.safetensors").tensors.values()} == {"BF16"}
-    assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(exact.parameters(), model.parameters()))
+    assert {
+        e.dtype for e in tensorfile.read_header(folder / "model.safetensors").tensors.values()
+    } == {"BF16"}
+    assert all(
+        torch.equal(a.bfloat16().float(), b) for a, b in zip(exact.parameters(), model.parameters())
+    )
     assert max(models.differences(model, other).values()) <= TOLERANCE
     assert gates["export.logit-parity"].verdict == gates["export.complete"].verdict == "pass"
 
@@ -79,31 +95,52 @@ def test_half_precision_is_read_without_a_second_rounding(transformers, tmp_path
     other = models.theirs("smollm2").to(dtype)
     other.save_pretrained(tmp_path)
     model = reading.load_weights(reading.open_folder(tmp_path))
-    wide = loaded(transformers, tmp_path)  # `other.float()` would keep the rotary frequencies it has rounded
+    # `other.float()` would keep the rotary frequencies it has rounded
+    wide = loaded(transformers, tmp_path)
     assert max(models.differences(model, wide).values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_prefixes_of_compiling_and_wrapping_change_nothing(exported, prefix):
     model = models.ours("plain", 257)
     folder, _ = exported(model)
     path = folder / "model.safetensors"
-    tensors = {n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}
+    tensors = {
+        n: torch.from_numpy(tensorfile.memmap(path, n).copy())
+        for n in tensorfile.read_header(path).tensors
+    }
     inner = {prefix + n.replace("layers.0.", "layers.0._orig_mod."): t for n, t in tensors.items()}
     tensorfile.write(path, inner, {})
     back = reading.load_weights(reading.open_folder(folder))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
+    )
 
 
-def test_names_without_the_outer_module_and_buffers_of_old_files_are_understood(transformers, tmp_path):
+def test_names_without_the_outer_module_and_buffers_of_old_files_are_understood(
+    transformers, tmp_path
+):
     """The first GPT-2 files: no `transformer.` in front, and the causal mask among the weights."""
     other = models.theirs("gpt2")
     other.transformer.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    tensors = {n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}
+    tensors = {
+        n: torch.from_numpy(tensorfile.memmap(path, n).copy())
+        for n in tensorfile.read_header(path).tensors
+    }
     assert "wte.weight" in tensors
-    tensorfile.write(path, tensors | {"h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.1.attn.masked_bias": torch.zeros(1)}, {})
-    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    tensorfile.write(
+        path,
+        tensors
+        | {"h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.1.attn.masked_bias": torch.zeros(1)},
+        {},
+    )
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "architectures": ["GPT2LMHeadModel"]
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = reading.load_weights(reading.open_folder(tmp_path))
     assert max(models.differences(model, other).values()) <= TOLERANCE
@@ -112,9 +149,16 @@ def test_names_without_the_outer_module_and_buffers_of_old_files_are_understood(
 def test_a_tied_head_may_be_stored_too_if_it_is_the_same(exported):
     folder, _ = exported(models.ours("plain", 257))
     path = folder / "model.safetensors"
-    tensors = {n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}
-    tensorfile.write(path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, {})
-    assert not any("head" in n for n in reading.load_weights(reading.open_folder(folder)).state_dict())
+    tensors = {
+        n: torch.from_numpy(tensorfile.memmap(path, n).copy())
+        for n in tensorfile.read_header(path).tensors
+    }
+    tensorfile.write(
+        path, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, {}
+    )
+    assert not any(
+        "head" in n for n in reading.load_weights(reading.open_folder(folder)).state_dict()
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-3", "llama-linear", "qwen2", "mixtral"])
@@ -122,7 +166,9 @@ def test_old_and_new_keys_of_the_rotary_base_say_the_same(transformers, tmp_path
     models.theirs(name).save_pretrained(tmp_path)
     new = json.loads((tmp_path / "config.json").read_text())
     rope = dict(new["rope_parameters"])
-    old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": rope.pop("rope_theta")}
+    old = {k: v for k, v in new.items() if k != "rope_parameters"} | {
+        "rope_theta": rope.pop("rope_theta")
+    }
     kind = rope.pop("rope_type")
     if kind != "default":
         old["rope_scaling"] = rope | {"type": kind}
@@ -147,9 +193,14 @@ def test_a_window_wider_than_the_context_is_none(transformers, tmp_path, name):
     for length, window in ((7, 7), (6, None)):
         model = reading.load_weights(reading.open_folder(tmp_path, max_seq_len=length))
         ids = torch.arange(length)[None]
-        assert model.cfg.attention.window == window and ModelConfig.model_validate(model.cfg.model_dump()) == model.cfg
+        assert (
+            model.cfg.attention.window == window
+            and ModelConfig.model_validate(model.cfg.model_dump()) == model.cfg
+        )
         with torch.no_grad():
-            torch.testing.assert_close(model(ids), other(input_ids=ids).logits, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(
+                model(ids), other(input_ids=ids).logits, rtol=0, atol=TOLERANCE
+            )
     document = json.loads((tmp_path / "config.json").read_text())
     wide = document | {"sliding_window": document["max_position_embeddings"] + 1}
     assert names.kind_of(wide).read(wide)[0].attention.window is None

@@ -38,7 +38,14 @@ LLAMA = {
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
-GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 257, "n_embd": 48, "n_layer": 2, "n_head": 4}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 257,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+}
 GPT2 |= {"n_positions": 40}
 
 
@@ -55,7 +62,11 @@ def test_the_plain_documents_are_read(document):
     ("base", "change", "says"),
     [
         (LLAMA, {"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
-        (LLAMA, {"architectures": ["LlamaForCausalLM", "LlamaModel"]}, "architecture cannot be read"),
+        (
+            LLAMA,
+            {"architectures": ["LlamaForCausalLM", "LlamaModel"]},
+            "architecture cannot be read",
+        ),
         (LLAMA, {"architectures": None}, "architecture cannot be read"),
         (LLAMA, {"model_type": "mistral"}, "contradicts itself"),
         (LLAMA, {"hidden_act": "relu"}, "hidden_act"),
@@ -63,10 +74,29 @@ def test_the_plain_documents_are_read(document):
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
         (LLAMA, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         (LLAMA, {"rope_parameters": {"rope_type": "linear"}}, "no factor"),
-        (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast"),
-        (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "rope_theta": 1e4}, "rope_theta"),
-        (LLAMA, {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "contradict each other"),
-        (LLAMA, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
+            "beta_fast",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "rope_theta": 1e4},
+            "rope_theta",
+        ),
+        (
+            LLAMA,
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "contradict each other",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -77,10 +107,18 @@ def test_the_plain_documents_are_read(document):
         (LLAMA, {"num_hidden_layers": "2"}, "num_hidden_layers"),
         (LLAMA, {"num_attention_heads": 0}, "no heads"),
         (QWEN2, {"attention_bias": True}, "attention_bias"),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, "layer_types"),
+        (
+            QWEN2,
+            {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+            "layer_types",
+        ),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
-        (QWEN2, {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"]}, "layer_types"),
+        (
+            QWEN2,
+            {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention"]},
+            "layer_types",
+        ),
         (MIXTRAL, {"num_experts_per_tok": 1}, "top_k = 1"),
         (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -95,7 +133,9 @@ def test_a_configuration_that_cannot_be_computed_is_refused_by_key(base, change,
         read(base | change)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "max_position_embeddings", "intermediate_size"])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_hidden_layers", "max_position_embeddings", "intermediate_size"]
+)
 def test_a_size_that_is_not_there_is_not_guessed(key):
     with pytest.raises(ConfigError, match=f"no {key}"):
         read({k: v for k, v in LLAMA.items() if k != key})
@@ -106,25 +146,46 @@ def test_keys_of_training_are_left_aside_and_said():
     assert aside == ["attn_pdrop = 0.1"]
 
 
-LEARNED = {"positions": LearnedPositions(), "norm": LayerNorm(), "n_kv_heads": 4, "attention": models.ALL_BIASES, "ffn": Gelu()}
+LEARNED = {
+    "positions": LearnedPositions(),
+    "norm": LayerNorm(),
+    "n_kv_heads": 4,
+    "attention": models.ALL_BIASES,
+    "ffn": Gelu(),
+}
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"attention": DifferentialAttention()}, "model.attention.kind = differential"),
-        ({"attention": DifferentialAttention(form="scalar")}, "model.attention.kind = differential"),
+        (
+            {"attention": DifferentialAttention(form="scalar")},
+            "model.attention.kind = differential",
+        ),
         ({"depth": MixtureOfDepths()}, "model.depth.kind = mixture-of-depths"),
         ({"depth": MixtureOfDepths(gate=HardCapacity())}, "model.depth.kind = mixture-of-depths"),
         ({"ffn": MixtureOfExperts(top_k=1)}, "model.ffn.top_k = 1"),
         ({"ffn": MixtureOfExperts(expert=Gelu())}, "model.ffn.expert.kind = gelu"),
-        ({"ffn": MixtureOfExperts(balance=BiasBalance())}, "model.ffn.balance.kind = selection-bias"),
-        ({"ffn": MixtureOfExperts(), "attention": SoftmaxAttention(qk_norm=True)}, "model.attention.qk_norm"),
+        (
+            {"ffn": MixtureOfExperts(balance=BiasBalance())},
+            "model.ffn.balance.kind = selection-bias",
+        ),
+        (
+            {"ffn": MixtureOfExperts(), "attention": SoftmaxAttention(qk_norm=True)},
+            "model.attention.qk_norm",
+        ),
         ({"attention": SoftmaxAttention(out_bias=True)}, "model.attention.out_bias = True"),
-        ({"attention": SoftmaxAttention(qk_norm=True, qkv_bias=True)}, "model.attention.out_bias = False"),
+        (
+            {"attention": SoftmaxAttention(qk_norm=True, qkv_bias=True)},
+            "model.attention.out_bias = False",
+        ),
         ({"ffn": Gelu()}, "model.ffn.kind = gelu"),
         ({"norm": LayerNorm()}, "model.norm.kind = layernorm"),
-        (LEARNED | {"attention": SoftmaxAttention(qkv_bias=True, out_bias=True, window=4)}, "model.attention.window = 4"),
+        (
+            LEARNED | {"attention": SoftmaxAttention(qkv_bias=True, out_bias=True, window=4)},
+            "model.attention.window = 4",
+        ),
         (LEARNED | {"ffn": Gelu(bias=False)}, "model.ffn.bias = False"),
         (LEARNED | {"n_kv_heads": 2}, "model.n_kv_heads = 2"),
         (LEARNED | {"head_dim": 16}, "model.head_dim = 16"),
@@ -133,11 +194,17 @@ LEARNED = {"positions": LearnedPositions(), "norm": LayerNorm(), "n_kv_heads": 4
 def test_a_model_that_no_kind_says_is_refused_by_key_naming_all_kinds(change, says):
     with pytest.raises(ConfigError) as refused:
         names.kind_for(ModelConfig(**(models.BASE | change)))
-    assert says in str(refused.value) and all(k.architecture in str(refused.value.value) for k in names.KINDS)
+    assert says in str(refused.value) and all(
+        k.architecture in str(refused.value.value) for k in names.KINDS
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "left"), [({"dropout": 0.1}, "dropout 0.1"), ({"ffn": MixtureOfExperts(capacity_factor=1.5)}, "capacity")]
+    ("change", "left"),
+    [
+        ({"dropout": 0.1}, "dropout 0.1"),
+        ({"ffn": MixtureOfExperts(capacity_factor=1.5)}, "capacity"),
+    ],
 )
 def test_what_acts_in_training_only_leaves_unsaid_but_is_told(change, left):
     from stack.export.card import training_only
@@ -146,7 +213,7 @@ def test_what_acts_in_training_only_leaves_unsaid_but_is_told(change, left):
     assert names.kind_for(cfg) and left in " ".join(training_only(cfg))
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,7 +223,10 @@ def folder(exported):
 
 def tensors_of(folder):
     path = folder / "model.safetensors"
-    return {n: torch.from_numpy(tensorfile.memmap(path, n).copy()) for n in tensorfile.read_header(path).tensors}
+    return {
+        n: torch.from_numpy(tensorfile.memmap(path, n).copy())
+        for n in tensorfile.read_header(path).tensors
+    }
 
 
 def rewrite(folder, change):
@@ -169,14 +239,21 @@ def load(folder):
     return reading.load_weights(reading.open_folder(folder))
 
 
-EMBED, NORM, Q = "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
+EMBED, NORM, Q = (
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "model.layers.1.self_attn.q_proj.weight",
+)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda t: t.pop(Q), f"lacks {Q}"),
-        (lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(48)}), "model.layers.2.input_layernorm.weight"),
+        (
+            lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(48)}),
+            "model.layers.2.input_layernorm.weight",
+        ),
         (lambda t: t.update({Q.replace("weight", "bias"): torch.ones(48)}), "q_proj.bias"),
         (lambda t: t.update({NORM: torch.ones(47)}), f"{NORM} has another shape"),
         (lambda t: t.update({NORM: torch.full((48,), float("nan"))}), "not finite"),
@@ -293,20 +370,38 @@ def test_an_export_that_breaks_leaves_nothing(exported, tmp_path, monkeypatch):
 def test_no_other_file_of_the_stack_holds_names_of_hugging_face():
     from pathlib import Path
 
-    words = "hidden_size num_attention_heads self_attn q_proj lm_head n_embd c_attn block_sparse_moe wte rope_scaling weight_map".split()
+    words = (
+        "hidden_size num_attention_heads self_attn q_proj lm_head n_embd c_attn block_sparse_moe "
+        "wte rope_scaling weight_map"
+    ).split()
     root = Path(names.__file__).parents[1]
-    held = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if any(w in p.read_text("utf-8") for w in words)}
+    held = {
+        p.relative_to(root).as_posix()
+        for p in root.rglob("*.py")
+        if any(w in p.read_text("utf-8") for w in words)
+    }
     assert held == {"model/names.py"}
 
 
 def test_what_no_kind_can_say_names_the_nearest_and_what_it_lacks():
-    """GPT-2 has no rotary positions, Qwen3 normalises queries and keys: a model with both is nearest to the one that lacks less."""
-    llama = ModelConfig(d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=16)
+    """GPT-2 has no rotary positions, Qwen3 normalises queries and keys: a model with both is
+    nearest to the one that lacks less.
+    """
+    llama = ModelConfig(
+        d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=16
+    )
     assert names.kind_for(llama).architecture == "LlamaForCausalLM"
     gated = llama.model_copy(update={"depth": MixtureOfDepths()})
     with pytest.raises(ConfigError) as caught:
         names.kind_for(gated)
     nearest = caught.value.what.partition("; ")[2].partition(" ")[0]
-    lacks = {part.partition(" cannot say ")[0]: part.partition(" cannot say ")[2] for part in caught.value.value.split("; ")}
-    assert set(lacks) == {k.architecture for k in names.KINDS} and lacks[nearest] in caught.value.what
-    assert len(lacks[nearest].split(", ")) == min(len(v.split(", ")) for k, v in lacks.items() if "config.json" not in v)
+    lacks = {
+        part.partition(" cannot say ")[0]: part.partition(" cannot say ")[2]
+        for part in caught.value.value.split("; ")
+    }
+    assert (
+        set(lacks) == {k.architecture for k in names.KINDS} and lacks[nearest] in caught.value.what
+    )
+    assert len(lacks[nearest].split(", ")) == min(
+        len(v.split(", ")) for k, v in lacks.items() if "config.json" not in v
+    )

@@ -1,4 +1,6 @@
-"""Tokenizers out and in: the same ids there, and every row of the embedding stands for something here."""
+"""Tokenizers out and in: the same ids there, and every row of the embedding
+stands for something here.
+"""
 
 import json
 
@@ -12,7 +14,9 @@ from stack.model import names
 
 @pytest.fixture(scope="module")
 def bpe():
-    return train_bpe(300, ["the quick brown fox jumps over the lazy dog and it's 3.14 again"] * 40, ("<|user|>",))
+    return train_bpe(
+        300, ["the quick brown fox jumps over the lazy dog and it's 3.14 again"] * 40, ("<|user|>",)
+    )
 
 
 @pytest.fixture
@@ -28,12 +32,16 @@ def changed(path, **keys):
 
 @pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
 def test_the_exported_file_gives_the_same_ids(kind, bpe):
-    tokenizer = {"bpe": bpe, "byte": Bytes(), "char": Chars(" abcdefghijklmnopqrstuvwxyzäé漢")}[kind]
+    tokenizer = {"bpe": bpe, "byte": Bytes(), "char": Chars(" abcdefghijklmnopqrstuvwxyzäé漢")}[
+        kind
+    ]
     made = vocabulary.to_library(tokenizer)
     for text in HARD_TEXTS:
         assert made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text).ids
         if kind != "char":
-            assert made.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == tokenizer.decode(tokenizer.encode(text).ids)
+            assert made.decode(
+                tokenizer.encode(text).ids, skip_special_tokens=False
+            ) == tokenizer.decode(tokenizer.encode(text).ids)
     assert made.get_vocab_size() == tokenizer.vocab_size
     assert made.token_to_id(vocabulary.eos_token(tokenizer)) == tokenizer.eos_id
 
@@ -53,17 +61,28 @@ def test_transformers_reads_the_exported_tokenizer(tmp_path, bpe):
     settings = names.tokenizer_document(ModelConfig(**BASE), vocabulary.eos_token(bpe))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.model_max_length) == (bpe.eos_id, bpe.eos_id, 40)
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.model_max_length) == (
+        bpe.eos_id,
+        bpe.eos_id,
+        40,
+    )
     for text in HARD_TEXTS[:2]:
-        assert theirs(text)["input_ids"] == bpe.encode(text).ids and theirs.decode(theirs(text)["input_ids"]) == text
+        assert (
+            theirs(text)["input_ids"] == bpe.encode(text).ids
+            and theirs.decode(theirs(text)["input_ids"]) == text
+        )
 
 
 def test_ids_of_the_model_that_the_file_lacks_become_reserved(saved, bpe):
     made, said = vocabulary.from_file(saved, bpe.vocab_size + 20, None)
-    assert made.vocab_size == bpe.vocab_size + 20 and said == ["20 reserved ids added to the vocabulary"]
+    assert made.vocab_size == bpe.vocab_size + 20 and said == [
+        "20 reserved ids added to the vocabulary"
+    ]
     for text in HARD_TEXTS:
         assert made.encode(text).ids == bpe.encode(text).ids
-    assert set(range(bpe.vocab_size, made.vocab_size)) <= made.control_ids and made.encode("<|reserved_301|>").ids != [301]
+    assert set(range(bpe.vocab_size, made.vocab_size)) <= made.control_ids and made.encode(
+        "<|reserved_301|>"
+    ).ids != [301]
     made.save(saved)
     assert load_tokenizer(saved).sha256 == made.sha256
 
@@ -117,20 +136,53 @@ def test_unicode_normalisation_is_said(saved, bpe):
 
 
 def test_pieces_with_a_marked_space_and_bytes_as_last_resort_are_read(tmp_path):
-    """The form of Llama 2: a space in front of every text, `▁` for spaces, bytes for what has no piece."""
+    """The form of Llama 2: a space in front of every text, `▁` for spaces,
+    bytes for what has no piece.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *map(chr, range(33, 127)), "th", "the", "▁the"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        *map(chr, range(33, 127)),
+        "th",
+        "the",
+        "▁the",
+    ]
     merges = [("t", "h"), ("th", "e"), ("▁", "the")]
-    inner = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner = Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    after = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     inner.decoder = decoders.Sequence(after)
     inner.add_special_tokens([AddedToken(s, special=True) for s in pieces[:3]])
     inner.save(str(tmp_path / "tokenizer.json"))
     made, said = vocabulary.from_file(tmp_path / "tokenizer.json", len(pieces), 2)
-    assert made.eos_id == 2 and said == [] and made.decode(made.encode("the naïve cat").ids) == "the naïve cat"
-    assert vocabulary.to_library(made).encode("the cat", add_special_tokens=False).ids == made.encode("the cat").ids
+    assert (
+        made.eos_id == 2
+        and said == []
+        and made.decode(made.encode("the naïve cat").ids) == "the naïve cat"
+    )
+    assert (
+        vocabulary.to_library(made).encode("the cat", add_special_tokens=False).ids
+        == made.encode("the cat").ids
+    )
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, saved, bpe):

@@ -1,4 +1,6 @@
-"""Without a CUDA device the kernels run in Triton's interpreter. It must be asked for before anybody imports triton."""
+"""Without a CUDA device the kernels run in Triton's interpreter.
+It must be asked for before anybody imports triton.
+"""
 
 import json
 import os
@@ -10,7 +12,10 @@ import torch
 
 if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton was imported before tests/kernels could ask for its interpreter; set TRITON_INTERPRET=1")
+        raise RuntimeError(
+            "triton was imported before tests/kernels could ask for its interpreter; set "
+            "TRITON_INTERPRET=1"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="triton is not installed: it exists for Linux only")
@@ -28,7 +33,9 @@ def one_draw():
 
 @pytest.fixture
 def guard(monkeypatch):
-    """Everything that kernels allocate lies between margins; leaving the test checks that nobody wrote there."""
+    """Everything that kernels allocate lies between margins; leaving the test
+    checks that nobody wrote there.
+    """
     margins = support.Margins()
     margins.install(monkeypatch)
     yield margins

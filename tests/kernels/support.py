@@ -1,4 +1,6 @@
-"""What the tests of all kernels share: cases per device, errors against float64, margins around memory, broken copies of a kernel."""
+"""What the tests of all kernels share: cases per device, errors against float64, margins around
+memory, broken copies of a kernel.
+"""
 
 import importlib.util
 import itertools
@@ -15,37 +17,54 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MARGIN = 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative error in the 2-norm, and largest error over the largest value. A result of b bits is off by half a unit in the last place per
-# rounding: 2^-24, 2^-11, 2^-8 of the value at most. Kernels round once at the end and, in attention and cross-entropy, once between two
-# products. Worst cases measured over all tests of this folder are in stack/kernels/parity.json. The limits are about twice these, and
-# four times for float32, since a GPU's exponential and division are less exact than the interpreter's. A scale that is off by one percent
-# is an error of 1e-2 in the 2-norm, beyond every first limit.
+# Relative error in the 2-norm, and largest error over the largest value. A result of b bits is off
+# by half a unit in the last place per rounding: 2^-24, 2^-11, 2^-8 of the value at most. Kernels
+# round once at the end and, in attention and cross-entropy, once between two products. Worst cases
+# measured over all tests of this folder are in stack/kernels/parity.json. The limits are about
+# twice these, and four times for float32, since a GPU's exponential and division are less exact
+# than the interpreter's. A scale that is off by one percent is an error of 1e-2 in the 2-norm,
+# beyond every first limit.
 LIMITS = {torch.float32: (2e-6, 5e-6), torch.float16: (8e-4, 2e-3), torch.bfloat16: (6e-3, 1.5e-2)}
 WORST: dict[str, float] = {}
 _COPIES = itertools.count()
 
 
 def cases(interpreted: Iterable[tuple], full: Iterable[tuple]) -> list:
-    """Parameters (device, *case): a choice for the interpreter on the CPU, the whole grid on a GPU."""
+    """Parameters (device, *case): a choice for the interpreter on the CPU,
+    the whole grid on a GPU.
+    """
     if torch.cuda.is_available():
         return [pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in full]
-    absent = [pytest.mark.gpu, pytest.mark.skip(reason="needs a CUDA device; there the whole grid runs")]
-    return [pytest.param("cpu", *case) for case in interpreted] + [pytest.param("cuda", *next(iter(full)), marks=absent)]
+    absent = [
+        pytest.mark.gpu,
+        pytest.mark.skip(reason="needs a CUDA device; there the whole grid runs"),
+    ]
+    return [pytest.param("cpu", *case) for case in interpreted] + [
+        pytest.param("cuda", *next(iter(full)), marks=absent)
+    ]
 
 
 def errors(got: Tensor, want: Tensor) -> tuple[float, float]:
-    """Relative error in the 2-norm, and the largest error over the largest value; of a zero tensor the error itself."""
+    """Relative error in the 2-norm, and the largest error over the largest value;
+    of a zero tensor the error itself.
+    """
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     gap = got - want
     norm, top = want.norm(), want.abs().amax() if want.numel() else want.sum()
-    return float(gap.norm() / (norm if norm > 0 else 1.0)), float((gap.abs().amax() if gap.numel() else 0.0) / (top if top > 0 else 1.0))
+    return float(gap.norm() / (norm if norm > 0 else 1.0)), float(
+        (gap.abs().amax() if gap.numel() else 0.0) / (top if top > 0 else 1.0)
+    )
 
 
 def compare(what: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     """Fail unless both errors are within the limits of `dtype`; remember the worst."""
-    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    assert got.shape == want.shape, (
+        f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    )
     measured, limits = errors(got, want), LIMITS[dtype]
-    assert all(m <= limit for m, limit in zip(measured, limits)), f"{what}: errors {measured}, limits {limits} for {dtype}"
+    assert all(m <= limit for m, limit in zip(measured, limits)), (
+        f"{what}: errors {measured}, limits {limits} for {dtype}"
+    )
     name = str(dtype).removeprefix("torch.")
     WORST[name] = max(WORST.get(name, 0.0), measured[0])
 
@@ -72,23 +91,38 @@ def flipped(x: Tensor) -> Tensor:
 
 def double(*tensors: Tensor | None) -> list[Tensor | None]:
     """The same numbers in float64, as leaves of another graph."""
-    return [None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+    return [
+        None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors
+    ]
 
 
 # ---- margins
 
 
 def walled(x: Tensor, poison: float = float("nan")) -> Tensor:
-    """The same numbers inside a larger buffer of poison: before and after, and between rows, columns and heads, so that nothing is
-    contiguous or aligned. Reading past an edge meets poison."""
-    buffer = torch.full([n + 2 * MARGIN if i == 0 else n + 3 for i, n in enumerate(x.shape)], poison, dtype=x.dtype, device=x.device)
-    inside = buffer[tuple(slice(MARGIN if i == 0 else 1, (MARGIN if i == 0 else 1) + n) for i, n in enumerate(x.shape))]
+    """The same numbers inside a larger buffer of poison: before and after, and between rows,
+    columns and heads, so that nothing is contiguous or aligned. Reading past an edge meets poison.
+    """
+    buffer = torch.full(
+        [n + 2 * MARGIN if i == 0 else n + 3 for i, n in enumerate(x.shape)],
+        poison,
+        dtype=x.dtype,
+        device=x.device,
+    )
+    inside = buffer[
+        tuple(
+            slice(MARGIN if i == 0 else 1, (MARGIN if i == 0 else 1) + n)
+            for i, n in enumerate(x.shape)
+        )
+    ]
     inside.copy_(x.detach())
     return inside.requires_grad_(x.requires_grad)
 
 
 class Margins:
-    """Allocations of the kernels' wrappers, each inside a larger buffer: NaN where the result belongs, a number around it."""
+    """Allocations of the kernels' wrappers, each inside a larger buffer: NaN where the result
+    belongs, a number around it.
+    """
 
     AROUND = -1234.0
 
@@ -139,14 +173,18 @@ class Margins:
         assert self.buffers, "no allocation was watched"
         for buffer, inside in self.buffers:
             inside.detach().fill_(self.AROUND)
-            assert bool((buffer == torch.tensor(self.AROUND, dtype=buffer.dtype)).all()), f"written outside of {tuple(inside.shape)}"
+            assert bool((buffer == torch.tensor(self.AROUND, dtype=buffer.dtype)).all()), (
+                f"written outside of {tuple(inside.shape)}"
+            )
 
 
 # ---- broken copies and the interpreter
 
 
 def broken(module: ModuleType, old: str, new: str, folder) -> ModuleType:
-    """A copy of a kernel's module in which `old`, which must occur, is `new`. Operations it registers with torch get names of their own."""
+    """A copy of a kernel's module in which `old`, which must occur, is `new`.
+    Operations it registers with torch get names of their own.
+    """
     text = Path(module.__file__).read_text("utf-8")
     assert old in text, f"{module.__name__} holds no {old!r}"
     text = text.replace('operation("stackproof::', f'operation("copy{next(_COPIES)}::')
@@ -159,8 +197,10 @@ def broken(module: ModuleType, old: str, new: str, folder) -> ModuleType:
 
 
 def mend_interpreter() -> None:
-    """Triton's interpreter (seen in 3.9) cuts float32 off to bfloat16 where a GPU rounds to nearest, and multiplies the bits of bfloat16
-    matrices as integers. Products of bfloat16 are exact in float32, so widening first is what a tensor core does."""
+    """Triton's interpreter (seen in 3.9) cuts float32 off to bfloat16 where a GPU rounds to
+    nearest, and multiplies the bits of bfloat16 matrices as integers. Products of bfloat16 are
+    exact in float32, so widening first is what a tensor core does.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -177,14 +217,21 @@ def mend_interpreter() -> None:
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             numbers = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
-            return TensorHandle(numbers.view(torch.int16).numpy().view(np.uint16).reshape(src.data.shape), tl.bfloat16)
+            return TensorHandle(
+                numbers.view(torch.int16).numpy().view(np.uint16).reshape(src.data.shape),
+                tl.bfloat16,
+            )
         return cast(self, src, dst_type)
 
     create_dot.widens_bfloat16 = True
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
-def gradients(outputs: Tensor | tuple[Tensor, ...], inputs: Iterable[Tensor], weights: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def gradients(
+    outputs: Tensor | tuple[Tensor, ...], inputs: Iterable[Tensor], weights: Iterable[Tensor]
+) -> tuple[Tensor, ...]:
     """Gradients of the outputs weighed by `weights`; in float64 if the outputs are."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.autograd.grad(outputs, tuple(inputs), [w.to(o.dtype) for o, w in zip(outputs, weights)])
+    return torch.autograd.grad(
+        outputs, tuple(inputs), [w.to(o.dtype) for o, w in zip(outputs, weights)]
+    )

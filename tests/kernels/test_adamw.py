@@ -19,12 +19,16 @@ def tensors(device, positive=False):
     buffers = [torch.full((math.prod(s) + 128,), AROUND, device=device) for s in SHAPES]
     inside = [b[64 : 64 + math.prod(s)].view(s) for b, s in zip(buffers, SHAPES)]
     for x in inside:
-        x.copy_(torch.rand(x.shape, device=device) if positive else torch.randn(x.shape, device=device))
+        x.copy_(
+            torch.rand(x.shape, device=device) if positive else torch.randn(x.shape, device=device)
+        )
     return inside, buffers
 
 
 def steps(update, device, n=5, numbers=NUMBERS):
-    """`n` steps by `update`, by torch and by the reference in float64: parameters, theirs, the wide ones, and the buffers."""
+    """`n` steps by `update`, by torch and by the reference in float64: parameters, theirs,
+    the wide ones, and the buffers.
+    """
     (p, walls_p), (g, walls_g), (m, walls_m), (v, walls_v) = (tensors(device) for _ in range(4))
     for x in (*m, *v):
         x.zero_()
@@ -48,12 +52,15 @@ def check(update, device, numbers=NUMBERS):
         for a, b in zip(got, want):
             compare(what, a, b, torch.float32)
     for a, b in zip(ours[0], theirs):
-        # both round to float32 at every step; measured worst case after five steps 2.4e-7 on values up to 4
+        # both round to float32 at every step; measured worst case after five
+        # steps 2.4e-7 on values up to 4
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-6)
     assert all(bool((b[:64] == AROUND).all() and (b[-64:] == AROUND).all()) for b in buffers)
 
 
-GRID = [(NUMBERS | {"weight_decay": decay, "eps": eps},) for decay in (0.1, 0.0) for eps in (1e-8, 1e-3)]
+GRID = [
+    (NUMBERS | {"weight_decay": decay, "eps": eps},) for decay in (0.1, 0.0) for eps in (1e-8, 1e-3)
+]
 
 
 @pytest.mark.parametrize(("device", "numbers"), cases([GRID[0], GRID[-1]], GRID))
@@ -79,7 +86,9 @@ def test_a_wrong_scale_and_a_turned_channel_are_seen():
         for a, b in zip(got, want):
             if a.numel():
                 assert not is_red("as it is", a, b, torch.float32)
-                assert is_red("1 % more", a * 1.01, b, torch.float32) and is_red("one channel", flipped(a), b, torch.float32)
+                assert is_red("1 % more", a * 1.01, b, torch.float32) and is_red(
+                    "one channel", flipped(a), b, torch.float32
+                )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,10 @@ def test_a_wrong_scale_and_a_turned_channel_are_seen():
         ("lr / (1 - beta1**step)", "lr"),
         ("(g_E * g_E - old_v_E) * new2", "(g_E * g_E - old_v_E) * new1"),
         ("* kept - change_E", "- change_E"),
-        ("tl.sqrt_rn(new_v_E) / root_correction + eps", "tl.sqrt_rn(new_v_E / root_correction) + eps"),
+        (
+            "tl.sqrt_rn(new_v_E) / root_correction + eps",
+            "tl.sqrt_rn(new_v_E / root_correction) + eps",
+        ),
     ],
 )
 def test_a_broken_copy_is_caught(tmp_path, old, new):

@@ -14,7 +14,19 @@ from torch import Tensor
 from spec.errors import UsageError
 from stack.kernels import attention as torch_attention
 from stack.kernels import flash_attention, flash_attention_kernels, reference
-from tests.kernels.support import DEVICE, FLOATS, Margins, broken, cases, compare, double, flipped, gradients, is_red, walled
+from tests.kernels.support import (
+    DEVICE,
+    FLOATS,
+    Margins,
+    broken,
+    cases,
+    compare,
+    double,
+    flipped,
+    gradients,
+    is_red,
+    walled,
+)
 
 F32, F16, BF16 = FLOATS
 
@@ -48,19 +60,38 @@ SMALL = [
     (BF16, Shape(1, 300, H=64, N=2, K=1, window=1)),
     (BF16, Shape(64, 65, H=256, N=2, K=2)),
 ]
-LENGTHS = [(1, 1), (63, 63), (64, 64), (65, 65), (127, 127), (511, 511), (513, 513), (1025, 1025), (1, 513), (64, 1025)]
+LENGTHS = [
+    (1, 1),
+    (63, 63),
+    (64, 64),
+    (65, 65),
+    (127, 127),
+    (511, 511),
+    (513, 513),
+    (1025, 1025),
+    (1, 513),
+    (64, 1025),
+]
 LIMITS_OF_SIGHT = [{}, {"window": 100}, {"documents": 70}, {"window": 50, "documents": 120}]
 FULL = [
     (dtype, Shape(T, S, H=H, N=4, K=K, B=2, **sight))
-    for dtype, (T, S), H, K, sight in itertools.product(FLOATS, LENGTHS, (32, 64, 80, 96, 128, 256), (4, 2), LIMITS_OF_SIGHT)
+    for dtype, (T, S), H, K, sight in itertools.product(
+        FLOATS, LENGTHS, (32, 64, 80, 96, 128, 256), (4, 2), LIMITS_OF_SIGHT
+    )
 ]
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """q, k and v as heads of a projection and inside walls, starts of documents, and a gradient to send back."""
+def inputs(
+    shape: Shape, dtype: torch.dtype, device: str
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """q, k and v as heads of a projection and inside walls, starts of documents,
+    and a gradient to send back.
+    """
     B, S = shape.B, shape.S
     heads = ((shape.N, shape.T), (shape.K, S), (shape.K, S))
-    qkv = [torch.randn(B, t, h, shape.H, device=device).to(dtype).requires_grad_() for h, t in heads]
+    qkv = [
+        torch.randn(B, t, h, shape.H, device=device).to(dtype).requires_grad_() for h, t in heads
+    ]
     start_BS = None
     if shape.documents:
         new_BS = torch.rand(B, S, device=device) < 1 / shape.documents
@@ -70,8 +101,12 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Tensor],
     return [walled(x).transpose(1, 2) for x in qkv], start_BS, grad_BNTH
 
 
-def expected(qkv: list[Tensor], start_BS: Tensor | None, window: int | None, grad_BNTH: Tensor) -> list[Tensor]:
-    """Output and gradients in float64: from the definition in the interpreter's subset, through torch for the grid of a GPU."""
+def expected(
+    qkv: list[Tensor], start_BS: Tensor | None, window: int | None, grad_BNTH: Tensor
+) -> list[Tensor]:
+    """Output and gradients in float64: from the definition in the interpreter's subset, through
+    torch for the grid of a GPU.
+    """
     wide = double(*qkv)
     attention = torch_attention.attention if qkv[0].is_cuda else reference.attention
     out = attention(*wide, start_BS=start_BS, window=window)
@@ -93,9 +128,12 @@ def test_output_and_gradients_equal_float64(guard, device, dtype, shape):
     if shape.S == 1:  # one key: the weight is 1 and the true gradients of q and k are 0
         qkv, _, grad = inputs(shape, dtype, device)
         out = flash_attention.attention(*qkv)
-        assert torch.equal(out, qkv[2].expand(-1, out.shape[1] // qkv[2].shape[1] * qkv[2].shape[1], -1, -1))
+        assert torch.equal(
+            out, qkv[2].expand(-1, out.shape[1] // qkv[2].shape[1] * qkv[2].shape[1], -1, -1)
+        )
         dq, dk, _ = gradients(out, qkv, [grad])
-        assert max(dq.abs().max(), dk.abs().max()) < 1e-5  # the difference of two sums of float32 rounding; measured 2.5e-7
+        # the difference of two sums of float32 rounding; measured 2.5e-7
+        assert max(dq.abs().max(), dk.abs().max()) < 1e-5
         return
     check(flash_attention.attention, shape, dtype, device)
 
@@ -108,7 +146,9 @@ def test_a_wrong_scale_and_a_turned_channel_are_seen(device, dtype):
     assert not is_red("output", got, out, dtype)
     assert is_red("1 % more", got * 1.01, out, dtype)
     assert is_red("one channel", flipped(got), out, dtype)
-    assert is_red("scores 3 % larger", flash_attention.attention(*qkv, scale=1.03 * 64**-0.5), out, dtype)
+    assert is_red(
+        "scores 3 % larger", flash_attention.attention(*qkv, scale=1.03 * 64**-0.5), out, dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,16 +156,30 @@ def test_a_wrong_scale_and_a_turned_channel_are_seen(device, dtype):
     [
         ("(s_J[None, :] <= p_M[:, None])", "(s_J[None, :] <= p_M[:, None] + 1)", Shape(65, 65)),
         ("(s_J[:, None] <= p_M[None, :])", "(s_J[:, None] <= p_M[None, :] + 1)", Shape(65, 65)),
-        ("(first + row_R[:, None] < n_rows) & (e_E[None, :] < H), other", "(first + row_R[:, None] < n_rows), other", Shape(33, 33, H=40)),
-        ("tl.maximum(low_M, p_M - window + 1)", "tl.maximum(low_M, p_M - window)", Shape(65, 65, window=9)),
+        (
+            "(first + row_R[:, None] < n_rows) & (e_E[None, :] < H), other",
+            "(first + row_R[:, None] < n_rows), other",
+            Shape(33, 33, H=40),
+        ),
+        (
+            "tl.maximum(low_M, p_M - window + 1)",
+            "tl.maximum(low_M, p_M - window)",
+            Shape(65, 65, window=9),
+        ),
         ("whole_end = 0 ", "whole_end = S ", Shape(160, 160, documents=20)),
         ("for g in range(0, G)", "for g in range(0, 1)", Shape(33, 33, N=2)),
-        ("end = tl.minimum(end, newest + window)", "end = tl.minimum(end, s0 + window)", Shape(160, 160, window=20)),
+        (
+            "end = tl.minimum(end, newest + window)",
+            "end = tl.minimum(end, s0 + window)",
+            Shape(160, 160, window=20),
+        ),
     ],
 )
 def test_a_broken_copy_is_caught(monkeypatch, tmp_path, old, new, shape):
     check(flash_attention.attention, shape, F32, DEVICE)
-    monkeypatch.setattr(flash_attention, "kernels", broken(flash_attention_kernels, old, new, tmp_path))
+    monkeypatch.setattr(
+        flash_attention, "kernels", broken(flash_attention_kernels, old, new, tmp_path)
+    )
     with pytest.raises(AssertionError, match="errors"):
         check(flash_attention.attention, shape, F32, DEVICE)
 
@@ -143,16 +197,24 @@ def test_a_copy_that_writes_past_its_rows_is_caught(monkeypatch, tmp_path):
         margins.check()
 
 
-@pytest.mark.parametrize(("device", "sight"), cases([("window",), ("documents",)], [("window",), ("documents",)]))
+@pytest.mark.parametrize(
+    ("device", "sight"), cases([("window",), ("documents",)], [("window",), ("documents",)])
+)
 def test_tiles_out_of_sight_are_not_read(device, sight):
-    """Values and keys that no query may see are NaN; a tile that were read would turn its queries into NaN, masked or not."""
+    """Values and keys that no query may see are NaN; a tile that were read would turn its
+    queries into NaN, masked or not.
+    """
     T, S = 64, 640
-    q, k, v = (torch.randn(1, 1, n, 32, device=device, dtype=F16, requires_grad=True) for n in (T, S, S))
+    q, k, v = (
+        torch.randn(1, 1, n, 32, device=device, dtype=F16, requires_grad=True) for n in (T, S, S)
+    )
     hidden = slice(0, 512)
     with torch.no_grad():
         k[:, :, hidden], v[:, :, hidden] = math.nan, math.nan
     start = torch.full((1, S), 576, device=device).minimum(torch.arange(S, device=device))
-    out = flash_attention.attention(q, k, v, **({"window": 65} if sight == "window" else {"start_BS": start}))
+    out = flash_attention.attention(
+        q, k, v, **({"window": 65} if sight == "window" else {"start_BS": start})
+    )
     dq, dk, dv = gradients(out, (q, k, v), [torch.ones_like(out)])
     assert out.isfinite().all() and dq.isfinite().all()
     assert torch.equal(dk[:, :, hidden], torch.zeros_like(dk[:, :, hidden]))
@@ -173,14 +235,17 @@ def test_twice_the_same_bits(device, dtype):
 def test_starts_that_are_not_in_order_keep_their_meaning():
     qkv, _, grad = inputs(Shape(70, 70, H=32), F32, DEVICE)
     position = torch.arange(70, device=grad.device)
-    start = (position // 2 * (position % 3 == 0))[None].contiguous()  # each third position sees half, the others all
+    # each third position sees half, the others all
+    start = (position // 2 * (position % 3 == 0))[None].contiguous()
     out = flash_attention.attention(*qkv, start_BS=start)
     for a, b in zip([out, *gradients(out, qkv, [grad])], expected(qkv, start, None, grad)):
         compare("unordered starts", a, b, F32)
 
 
 def test_no_rows_give_no_rows():
-    q, k = (torch.zeros(2, n, t, 32, device=DEVICE, requires_grad=True) for n, t in ((2, 0), (1, 5)))
+    q, k = (
+        torch.zeros(2, n, t, 32, device=DEVICE, requires_grad=True) for n, t in ((2, 0), (1, 5))
+    )
     out = flash_attention.attention(q, k, k)
     out.sum().backward()
     assert out.shape == q.shape and torch.equal(k.grad, torch.zeros_like(k))
@@ -197,7 +262,11 @@ def test_no_rows_give_no_rows():
     ],
 )
 def test_what_does_not_fit_is_refused_by_both(change, message):
-    fit = {"q_BNTH": torch.zeros(1, 2, 4, 32), "k_BKSH": torch.zeros(1, 2, 4, 32), "v_BKSH": torch.zeros(1, 2, 4, 32)}
+    fit = {
+        "q_BNTH": torch.zeros(1, 2, 4, 32),
+        "k_BKSH": torch.zeros(1, 2, 4, 32),
+        "v_BKSH": torch.zeros(1, 2, 4, 32),
+    }
     for attention in (torch_attention.attention, flash_attention.attention):
         with pytest.raises(UsageError, match=message):
             attention(**fit | change)
@@ -213,14 +282,27 @@ def test_other_dtypes_and_wide_heads_are_refused():
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(5, 9, H=4, N=4, K=2, B=2), Shape(9, 9, H=4, documents=3, B=2), Shape(6, 9, H=4, window=3, documents=4)]
+    "shape",
+    [
+        Shape(5, 9, H=4, N=4, K=2, B=2),
+        Shape(9, 9, H=4, documents=3, B=2),
+        Shape(6, 9, H=4, window=3, documents=4),
+    ],
 )
 def test_torch_attention_equals_the_definition(shape):
     qkv, start, grad = inputs(shape, torch.float64, "cpu")
     want = expected(qkv, start, shape.window, grad)
     out = torch_attention.attention(*qkv, start_BS=start, window=shape.window)
     for a, b in zip([out, *gradients(out, qkv, [grad])], want):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64, another order of sums: measured worst case 2e-15
+        # float64, another order of sums: measured worst case 2e-15
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     given = torch_attention.attention(*qkv, start_BS=start, window=shape.window, scale=0.3)
-    torch.testing.assert_close(given, reference.attention(*qkv, start_BS=start, window=shape.window, scale=0.3), rtol=0, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *x: torch_attention.attention(*x, start_BS=start, window=shape.window), double(*qkv))
+    torch.testing.assert_close(
+        given,
+        reference.attention(*qkv, start_BS=start, window=shape.window, scale=0.3),
+        rtol=0,
+        atol=1e-12,
+    )
+    assert torch.autograd.gradcheck(
+        lambda *x: torch_attention.attention(*x, start_BS=start, window=shape.window), double(*qkv)
+    )

@@ -1,4 +1,6 @@
-"""Attention in chunks of queries against the definition: forward, gradients, what it must not read, and when it is taken."""
+"""Attention in chunks of queries against the definition: forward, gradients, what it must not read,
+and when it is taken.
+"""
 
 import math
 from functools import partial
@@ -15,7 +17,8 @@ from tests.kernels.test_attention import Shape, check, expected, inputs
 F32 = torch.float32
 in_chunks = partial(torch_attention.attention, chunks=True)
 
-# Around the size of a chunk, heads shared and not, every limit of sight; each long and wide enough to be taken.
+# Around the size of a chunk, heads shared and not, every limit of sight;
+# each long and wide enough to be taken.
 SHAPES = [
     Shape(128, 128, H=8, N=4, K=1),
     Shape(129, 129, H=8, N=2, K=2, B=4),
@@ -32,7 +35,9 @@ SHAPES = [
 def taken(monkeypatch):
     """Counts calls of the chunked way: a test of it must not pass through torch's."""
     calls, original = [], chunked_attention.attention
-    monkeypatch.setattr(chunked_attention, "attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        chunked_attention, "attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     return calls
 
 
@@ -43,14 +48,18 @@ def test_output_and_gradients_equal_float64(shape, taken):
     assert taken
 
 
-@pytest.mark.parametrize("shape", [Shape(130, 130, H=4, N=2, K=1, B=2), Shape(131, 131, H=4, B=4, documents=40, window=30)])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(130, 130, H=4, N=2, K=1, B=2), Shape(131, 131, H=4, B=4, documents=40, window=30)],
+)
 def test_in_float64_it_is_the_definition(shape, taken):
     qkv, start, grad = inputs(shape, torch.float64, "cpu")
     out = in_chunks(*qkv, start_BS=start, window=shape.window, scale=0.3)
     wide = double(*qkv)
     want = reference.attention(*wide, start_BS=start, window=shape.window, scale=0.3)
     for a, b in zip([out, *gradients(out, qkv, [grad])], [want, *gradients(want, wide, [grad])]):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64, another order of sums: measured worst case 4e-15
+        # float64, another order of sums: measured worst case 4e-15
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert taken
 
 
@@ -71,21 +80,37 @@ def test_a_wrong_scale_and_a_turned_channel_are_seen(taken):
         ("slice(0, S - T + stop)", "slice(0, max(1, S - T + stop - 1))", Shape(130, 130, N=4, K=1)),
         ("int(seen_S[-1]) + 1", "int(seen_S[-1])", Shape(192, 192, N=4, K=1, window=70)),
         ("slice(int(seen_S[0])", "slice(int(seen_S[0]) + 1", Shape(192, 192, N=4, K=1, window=70)),
-        ("(0, 0, keys.start, S - keys.stop)", "(0, 0, S - keys.stop, keys.start)", Shape(192, 192, N=4, K=1, window=70)),
+        (
+            "(0, 0, keys.start, S - keys.stop)",
+            "(0, 0, S - keys.stop, keys.start)",
+            Shape(192, 192, N=4, K=1, window=70),
+        ),
         ("sum_BSH[:, keys].add_(part_BJH)", "pass", Shape(130, 130, N=4, K=1)),
-        ("_product(slope_BRS.mT, q_BRH, scale)", "_product(slope_BRS.mT, q_BRH, 1.0)", Shape(130, 130, N=4, K=1)),
-        ("torch.bmm(weights_BRS.mT, grad_BRH)", "torch.bmm(weights_BRS.mT, q_BRH)", Shape(130, 130, N=4, K=1)),
+        (
+            "_product(slope_BRS.mT, q_BRH, scale)",
+            "_product(slope_BRS.mT, q_BRH, 1.0)",
+            Shape(130, 130, N=4, K=1),
+        ),
+        (
+            "torch.bmm(weights_BRS.mT, grad_BRH)",
+            "torch.bmm(weights_BRS.mT, q_BRH)",
+            Shape(130, 130, N=4, K=1),
+        ),
     ],
 )
 def test_a_broken_copy_is_caught(monkeypatch, tmp_path, old, new, shape):
     check(in_chunks, shape, F32, "cpu")
-    monkeypatch.setattr(torch_attention, "chunked_attention", broken(chunked_attention, old, new, tmp_path))
+    monkeypatch.setattr(
+        torch_attention, "chunked_attention", broken(chunked_attention, old, new, tmp_path)
+    )
     with pytest.raises((AssertionError, RuntimeError), match=r"errors|size|shape"):
         check(in_chunks, shape, F32, "cpu")
 
 
 def test_keys_out_of_sight_are_not_read(taken):
-    """Keys and values that no query of a chunk may see are NaN: multiplied by a weight of zero they would still be NaN."""
+    """Keys and values that no query of a chunk may see are NaN:
+    multiplied by a weight of zero they would still be NaN.
+    """
     q, k, v = (torch.randn(4, 1, 256, 8, requires_grad=True) for _ in range(3))
     with torch.no_grad():
         k[:, :, :64], v[:, :, :64] = math.nan, math.nan
@@ -110,7 +135,11 @@ def test_twice_the_same_bits():
 @pytest.mark.parametrize("size", [2**10, 2**17])
 def test_a_smaller_buffer_of_scores_changes_nothing_but_the_chunks(monkeypatch, size):
     sizes, chunks = [], chunked_attention._chunks
-    monkeypatch.setattr(chunked_attention, "_chunks", lambda *a: (sizes.append(c[0].stop - c[0].start) or c for c in chunks(*a)))
+    monkeypatch.setattr(
+        chunked_attention,
+        "_chunks",
+        lambda *a: (sizes.append(c[0].stop - c[0].start) or c for c in chunks(*a)),
+    )
     check(in_chunks, Shape(160, 160, N=4, K=1, window=100), F32, "cpu")
     assert max(sizes) == 64
     sizes.clear()
@@ -134,7 +163,9 @@ def test_a_smaller_buffer_of_scores_changes_nothing_but_the_chunks(monkeypatch, 
 )
 def test_when_it_is_taken(change, fits):
     c = {"B": 4, "N": 1, "T": 128, "dtype": F32, "device": "cpu", "autocast": False} | change
-    q, k = (torch.zeros(c["B"], n, c["T"], 8, dtype=c["dtype"], device=c["device"]) for n in (c["N"], 1))
+    q, k = (
+        torch.zeros(c["B"], n, c["T"], 8, dtype=c["dtype"], device=c["device"]) for n in (c["N"], 1)
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=c["autocast"]):
         assert chunked_attention.suits(q, k) is fits
 
@@ -147,7 +178,9 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(taken, rows):
     mask[-1, :, 5:9] = False
     got, want = (torch_attention.document_attention(q, k, v, mask, chunks=c) for c in (True, False))
     assert len(taken) == 1 and torch.equal(got[-1, :, 5:9], torch.zeros(1, 4, 8))
-    for a, b in zip((got, *gradients(got, (q, k, v), [grad])), (want, *gradients(want, (q, k, v), [grad]))):
+    for a, b in zip(
+        (got, *gradients(got, (q, k, v), [grad])), (want, *gradients(want, (q, k, v), [grad]))
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-6)  # float32 twice; measured 1e-6
 
 
@@ -166,7 +199,10 @@ def test_compiled_it_is_the_same():
     graph = torch.compile(lambda *x: 2 * in_chunks(*x), fullgraph=True)
     got, want = graph(q, k, v), 2 * in_chunks(q, k, v)
     assert torch.equal(got, want)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(got, (q, k, v), [grad]), gradients(want, (q, k, v), [grad])))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(gradients(got, (q, k, v), [grad]), gradients(want, (q, k, v), [grad]))
+    )
 
 
 def test_gradients_of_gradients_are_refused_not_wrong():

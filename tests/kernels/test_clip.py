@@ -38,13 +38,15 @@ def check(kernel, device, max_norm, scale=1.0):
     compare("norm", norm, want, torch.float32)
     for a, p, b in zip(got, theirs, wide):
         compare("clipped", a, b, torch.float32)
-        torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=0)  # what is promised; measured worst case 3.0e-7
+        # what is promised; measured worst case 3.0e-7
+        torch.testing.assert_close(a, p.grad, rtol=1e-6, atol=0)
     assert norm.item() == pytest.approx(their_norm.item(), rel=1e-6)
     assert walls_stand(buffers)
 
 
 @pytest.mark.parametrize(
-    ("device", "max_norm", "scale"), cases([(1.0, 1.0), (1e-3, 1e4)], [(m, s) for m in (1e-3, 1.0) for s in (0.1, 1.0, 1e4)])
+    ("device", "max_norm", "scale"),
+    cases([(1.0, 1.0), (1e-3, 1e4)], [(m, s) for m in (1e-3, 1.0) for s in (0.1, 1.0, 1e4)]),
 )
 def test_equals_torch_and_float64(device, max_norm, scale):
     check(clip.clip, device, max_norm, scale)
@@ -66,7 +68,10 @@ def test_what_is_not_finite_travels_through(kernel, bad):
     got[1][0, 0] = bad
     before = [g.clone() for g in got]
     assert not kernel(got, 1.0).isfinite()
-    assert all(torch.equal(a, b) or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(got, before))
+    assert all(
+        torch.equal(a, b) or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        for a, b in zip(got, before)
+    )
 
 
 def test_twice_the_same_bits_and_nothing_for_nothing():
@@ -76,7 +81,9 @@ def test_twice_the_same_bits_and_nothing_for_nothing():
         norms.append(clip.clip(gradients(DEVICE)[0], 1.0))
     assert torch.equal(*norms)
     assert clip.clip([], 1.0).item() == 0
-    assert clip.clip([torch.zeros(0, device=DEVICE), torch.zeros(5, device=DEVICE)], 1.0).item() == 0
+    assert (
+        clip.clip([torch.zeros(0, device=DEVICE), torch.zeros(5, device=DEVICE)], 1.0).item() == 0
+    )
 
 
 def test_torchs_own_equals_torch():
@@ -89,14 +96,17 @@ def test_a_wrong_scale_and_a_turned_channel_are_seen():
     clip.clip(got, 1.0), reference.clip(want, 1.0)
     for a, b in zip(got, want):
         if a.numel():
-            assert not is_red("as it is", a, b, torch.float32) and is_red("1 % more", a * 1.01, b, torch.float32)
+            assert not is_red("as it is", a, b, torch.float32) and is_red(
+                "1 % more", a * 1.01, b, torch.float32
+            )
             assert is_red("one channel", flipped(a), b, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("mask=at_E < tl.load(count + i), other=0.0)", "mask=at_E < tl.load(count + i) + 1, other=0.0)"),
+        ("mask=at_E < tl.load(count + i), other=0.0)",
+        "mask=at_E < tl.load(count + i) + 1, other=0.0)"),
         ("sum_C += tl.load(partial", "sum_C = tl.load(partial"),
         ("inside_E = at_E < tl.load(count + i)\n", "inside_E = at_E < tl.load(count + i) + 1\n"),
         ("max_norm / (total + eps)", "max_norm / total * 1.01"),

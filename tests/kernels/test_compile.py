@@ -1,6 +1,8 @@
-"""That the kernels compile for GPUs. The interpreter runs what a compiler may refuse; a compiler needs no GPU.
+"""That the kernels compile for GPUs.
+The interpreter runs what a compiler may refuse; a compiler needs no GPU.
 
-Each launch is watched in the interpreter, and another process compiles the kernel for its very arguments down to machine code.
+Each launch is watched in the interpreter, and another process compiles the kernel for its very
+arguments down to machine code.
 """
 
 import json
@@ -13,7 +15,8 @@ import torch
 from spec import ROOT
 from stack.kernels import adamw, clip, flash_attention, linear_cross_entropy, rms_norm, rope, swiglu
 
-SHARED_BYTES = {80: 166_912, 90: 232_448}  # what one program may use, by NVIDIA's compute capability
+# what one program may use, by NVIDIA's compute capability
+SHARED_BYTES = {80: 166_912, 90: 232_448}
 CODE = """
 import json, sys, warnings
 from importlib import import_module
@@ -34,8 +37,10 @@ for launch in json.load(sys.stdin):
     )
     made = triton.compile(source, target=GPUTarget("cuda", launch["capability"], 32), options=launch["options"])
     print(json.dumps([launch["kernel"], launch["capability"], made.metadata.shared, len(made.asm["cubin"])]), flush=True)
-"""
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the other tests compile the kernels")
+"""  # noqa: E501
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the other tests compile the kernels"
+)
 
 
 class Watch:
@@ -56,7 +61,13 @@ class Watch:
     def note(self, function, args, options) -> None:
         names = function.arg_names
         given = dict(zip(names, args)) | {k: v for k, v in options.items() if k in names}
-        launch = {"module": function.fn.__module__, "kernel": function.__name__, "signature": {}, "constants": {}, "aligned": []}
+        launch = {
+            "module": function.fn.__module__,
+            "kernel": function.__name__,
+            "signature": {},
+            "constants": {},
+            "aligned": [],
+        }
         launch["options"] = {k: v for k, v in options.items() if k not in names}
         for i, name in enumerate(names):
             constant = "constexpr" in str(function.fn.__annotations__.get(name, ""))
@@ -64,7 +75,9 @@ class Watch:
         self.launches.append(launch)
 
     def kind(self, launch, value, path, constant):
-        """The type of an argument, as triton specialises it: None, 1 and constants are compiled in, multiples of 16 are known as such."""
+        """The type of an argument, as triton specialises it: None, 1 and constants are compiled in,
+        multiples of 16 are known as such.
+        """
         if isinstance(value, tuple):
             return [self.kind(launch, v, f"{path}.{j}", constant) for j, v in enumerate(value)]
         if constant or value is None or (isinstance(value, int) and value == 1):
@@ -75,7 +88,13 @@ class Watch:
             launch["aligned"].append(path)
         match value:
             case torch.Tensor():
-                name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+                name = {
+                    torch.bfloat16: "bf16",
+                    torch.float16: "fp16",
+                    torch.float32: "fp32",
+                    torch.int64: "i64",
+                    torch.int32: "i32",
+                }
                 return "*" + name[value.dtype]
             case int():
                 return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -89,26 +108,51 @@ def heads(dtype, H, S=32):
 
 def launch_all():
     """Every kernel at least once, with what makes the most of its branches."""
-    flash_attention.attention(*heads(torch.bfloat16, 64), start_BS=torch.zeros(1, 32, dtype=torch.int64), window=20).sum().backward()
+    flash_attention.attention(
+        *heads(torch.bfloat16, 64), start_BS=torch.zeros(1, 32, dtype=torch.int64), window=20
+    ).sum().backward()
     q, k, v = heads(torch.float16, 32)  # one query of one head: every count is 1 and compiled in
     flash_attention.attention(q[:, :1, :1], k[:, :1], v[:, :1], window=1).sum().backward()
     x, weight, residual = (torch.randn(n).requires_grad_() for n in ((3, 64), (64,), (3, 64)))
     sum(y.sum() for y in rms_norm.rms_norm(x, weight, 1e-5, residual)).backward()
     rms_norm.rms_norm(x, weight, 1e-5).sum().backward()
-    rope.rope(heads(torch.bfloat16, 64)[0], torch.ones(1, 1, 32, 32), torch.ones(1, 1, 32, 32)).sum().backward()
+    rope.rope(
+        heads(torch.bfloat16, 64)[0], torch.ones(1, 1, 32, 32), torch.ones(1, 1, 32, 32)
+    ).sum().backward()
     swiglu.swiglu(x, residual).sum().backward()
-    sum(linear_cross_entropy.linear_cross_entropy(x, torch.randn(99, 64), torch.arange(3), softcap=9.0, z_loss=0.1)).backward()
+    sum(
+        linear_cross_entropy.linear_cross_entropy(
+            x, torch.randn(99, 64), torch.arange(3), softcap=9.0, z_loss=0.1
+        )
+    ).backward()
     linear_cross_entropy.linear_cross_entropy(x, torch.randn(99, 64), torch.arange(3))[0].backward()
     clip.clip([torch.ones(9)], 1.0)
-    adamw.adamw(*([torch.ones(9)] for _ in range(4)), step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    adamw.adamw(
+        *([torch.ones(9)] for _ in range(4)),
+        step=1,
+        lr=0.1,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.1,
+    )
 
 
 def compiled(launches: list[dict]) -> list[list]:
-    """Kernel, capability, bytes of shared memory and of code, of each launch; fails with the compiler's words."""
+    """Kernel, capability, bytes of shared memory and of code, of each launch;
+    fails with the compiler's words.
+    """
     import os
 
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", CODE], input=json.dumps(launches), text=True, capture_output=True, env=environment)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        input=json.dumps(launches),
+        text=True,
+        capture_output=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -118,8 +162,11 @@ def test_every_kernel_compiles_and_fits(monkeypatch):
     watch = Watch(monkeypatch)
     launch_all()
     names = {(launch["module"], launch["kernel"]) for launch in watch.launches}
-    assert len(names) == 4 + 2 + 1 + 2 + 2 + 3 + 1  # attention, rms_norm, rope, swiglu, linear_cross_entropy, clip, adamw
-    launches = [launch | {"capability": 90} for launch in watch.launches] + [watch.launches[0] | {"capability": 80}]
+    # attention, rms_norm, rope, swiglu, linear_cross_entropy, clip, adamw
+    assert len(names) == 4 + 2 + 1 + 2 + 2 + 3 + 1
+    launches = [launch | {"capability": 90} for launch in watch.launches] + [
+        watch.launches[0] | {"capability": 80}
+    ]
     made = compiled(launches)
     assert len(made) == len(launches)
     for kernel, capability, shared, code in made:
@@ -130,6 +177,7 @@ def test_what_does_not_compile_is_seen(monkeypatch):
     watch = Watch(monkeypatch)
     clip.clip([torch.ones(9)], 1.0)
     wrong = watch.launches[1] | {"capability": 90}
-    wrong["signature"] = wrong["signature"] | {"partial": "fp32"}  # a number where the kernel loads through a pointer
+    # a number where the kernel loads through a pointer
+    wrong["signature"] = wrong["signature"] | {"partial": "fp32"}
     with pytest.raises(AssertionError, match="pointer"):
         compiled([wrong])

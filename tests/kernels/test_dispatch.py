@@ -20,21 +20,43 @@ def test_torch_is_chosen_until_something_else_was_measured(monkeypatch):
     monkeypatch.setattr(dispatch, "MEASURED", {})
     for device in ("cpu", "cuda", "mps"):
         assert {dispatch.choose(op, device)[0] for op in dispatch.CANDIDATES} == {"torch"}
-    assert dispatch.choose("rope", "cuda")[1].startswith("not measured on ") and dispatch.choose("rope", "mps")[1].startswith("no kernel")
-    monkeypatch.setitem(dispatch.MEASURED, (dispatch.device_name(torch.device("cuda")), "rope"), dispatch.Fastest("triton", "benchmark-1"))
+    assert dispatch.choose("rope", "cuda")[1].startswith("not measured on ") and dispatch.choose(
+        "rope", "mps"
+    )[1].startswith("no kernel")
+    monkeypatch.setitem(
+        dispatch.MEASURED,
+        (dispatch.device_name(torch.device("cuda")), "rope"),
+        dispatch.Fastest("triton", "benchmark-1"),
+    )
     monkeypatch.setattr(launch, "why_not", lambda device: "")
     name = dispatch.device_name(torch.device("cuda"))
     assert dispatch.choose("rope", "cuda") == ("triton", f"fastest on {name}, record benchmark-1")
-    assert dispatch.choose("rope", "cpu")[0] == "torch" and dispatch.choose("swiglu", "cuda")[0] == "torch"
+    assert (
+        dispatch.choose("rope", "cpu")[0] == "torch"
+        and dispatch.choose("swiglu", "cuda")[0] == "torch"
+    )
 
 
 def test_a_processor_is_its_maker_and_its_widest_instructions(monkeypatch):
-    assert dispatch.device_name(torch.device("cpu")) == f"{dispatch.cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
-    monkeypatch.setattr(dispatch, "MEASURED", {(dispatch.CPU_NAME, "linear"): dispatch.Fastest("onednn", "benchmark-1")})
+    assert (
+        dispatch.device_name(torch.device("cpu"))
+        == f"{dispatch.cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
+    )
+    monkeypatch.setattr(
+        dispatch,
+        "MEASURED",
+        {(dispatch.CPU_NAME, "linear"): dispatch.Fastest("onednn", "benchmark-1")},
+    )
     monkeypatch.setattr(dispatch.onednn, "WHY_NOT", "")
-    assert dispatch.choose("linear", "cpu") == ("onednn", f"fastest on {dispatch.CPU_NAME}, record benchmark-1")
+    assert dispatch.choose("linear", "cpu") == (
+        "onednn",
+        f"fastest on {dispatch.CPU_NAME}, record benchmark-1",
+    )
     monkeypatch.setattr(dispatch.onednn, "WHY_NOT", "it is not there")
-    assert dispatch.choose("linear", "cpu") == ("torch", "onednn is faster on this device but absent: it is not there")
+    assert dispatch.choose("linear", "cpu") == (
+        "torch",
+        "onednn is faster on this device but absent: it is not there",
+    )
     monkeypatch.setattr(dispatch, "CPU_NAME", "another")
     assert dispatch.choose("linear", "cpu") == ("torch", "not measured on another yet")
 
@@ -44,7 +66,10 @@ def test_a_record_of_half_precision_names_what_runs_there(monkeypatch):
     with dispatch.using(**by_hand):
         wide, half = dispatch.choices("cpu"), dispatch.choices("cpu", dtype="bfloat16")
     for op, name in by_hand.items():
-        assert wide[op] == dispatch.CANDIDATES[op][name].title and half[op] == dispatch.CANDIDATES[op]["torch"].title
+        assert (
+            wide[op] == dispatch.CANDIDATES[op][name].title
+            and half[op] == dispatch.CANDIDATES[op]["torch"].title
+        )
         assert half[f"{op}_reason"] == f"{name} is for float32, this is bfloat16"
 
 
@@ -52,20 +77,35 @@ def test_what_is_for_the_cpu_is_refused_elsewhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     q = torch.zeros(4, 1, 128, 8, device="meta")
     for mask in (None, torch.ones(1, 1, 128, 128, dtype=torch.bool, device="meta")):
-        with dispatch.using(attention="chunks"), pytest.raises(EnvironmentUnfit, match="it is for the CPU"):
+        with (
+            dispatch.using(attention="chunks"),
+            pytest.raises(EnvironmentUnfit, match="it is for the CPU"),
+        ):
             dispatch.attention(q, q, q, mask_B1TS=mask)
-    with dispatch.using(linear="onednn"), pytest.raises(EnvironmentUnfit, match="it is for the CPU"):
+    with (
+        dispatch.using(linear="onednn"),
+        pytest.raises(EnvironmentUnfit, match="it is for the CPU"),
+    ):
         dispatch.linear(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"))
 
 
 @pytest.mark.parametrize(("device", "op"), dispatch.MEASURED)
 def test_a_default_is_what_its_record_shows_to_be_fastest(device, op):
-    """In every section of the operation the slowest round beats torch's by more than nothing, or the record is not about it."""
+    """In every section of the operation the slowest round beats torch's by more than nothing, or
+    the record is not about it.
+    """
     winner = dispatch.MEASURED[device, op]
     metrics = json.loads((EVIDENCE / winner.record / "metadata.json").read_text("utf-8"))["metrics"]
     section = {"linear_cross_entropy": "head"}.get(op, op)
-    ratios = [m["value"] for name, m in metrics.items() if name.startswith(f"ratio_to_{section}_") and name.endswith("__torch_min")]
-    assert any(name.startswith(f"rate_{section}_") and name.endswith(f"__{winner.kernel}") for name in metrics)
+    ratios = [
+        m["value"]
+        for name, m in metrics.items()
+        if name.startswith(f"ratio_to_{section}_") and name.endswith("__torch_min")
+    ]
+    assert any(
+        name.startswith(f"rate_{section}_") and name.endswith(f"__{winner.kernel}")
+        for name in metrics
+    )
     assert len(ratios) >= 2 and min(ratios) > 1
 
 
@@ -96,10 +136,16 @@ def test_the_choice_holds_within_its_block_alone():
 
 
 def test_what_is_unknown_is_refused_with_what_there_is():
-    with pytest.raises(UsageError, match="not an operation") as caught, dispatch.using(atention="triton"):
+    with (
+        pytest.raises(UsageError, match="not an operation") as caught,
+        dispatch.using(atention="triton"),
+    ):
         pass
     assert "attention" in caught.value.allowed
-    with pytest.raises(UsageError, match="no kernel of this name") as caught, dispatch.using(rope="library"):
+    with (
+        pytest.raises(UsageError, match="no kernel of this name") as caught,
+        dispatch.using(rope="library"),
+    ):
         pass
     assert caught.value.allowed == "torch, triton"
 
@@ -114,7 +160,10 @@ def test_what_cannot_run_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(EnvironmentUnfit, match="interpreter"), dispatch.using(rope="triton"):
         pass
     monkeypatch.setattr(eager, "why_no_library_linear_cross_entropy", lambda: "too old")
-    with pytest.raises(EnvironmentUnfit, match="too old"), dispatch.using(linear_cross_entropy="library"):
+    with (
+        pytest.raises(EnvironmentUnfit, match="too old"),
+        dispatch.using(linear_cross_entropy="library"),
+    ):
         pass
 
 
@@ -129,7 +178,9 @@ def test_a_kernel_on_a_device_it_cannot_run_on_is_refused_not_replaced(monkeypat
 
 
 def test_every_operation_gives_the_same_through_either():
-    """One call of each, by torch and by Triton; that the numbers are right is what the tests of each kernel show."""
+    """One call of each, by torch and by Triton; that the numbers are right is what the
+    tests of each kernel show.
+    """
     q, x, weight = (torch.randn(*n, device=DEVICE) for n in ((1, 2, 9, 32), (9, 32), (50, 32)))
     labels, table = torch.randint(50, (9,), device=DEVICE), torch.rand(9, 16, device=DEVICE)
 
@@ -152,15 +203,24 @@ def test_every_operation_gives_the_same_through_either():
 
     with dispatch.using(**dict.fromkeys(dispatch.CANDIDATES, "torch")):
         by_torch = everything()
-    with dispatch.using(**{op: "triton" for op, kernels in dispatch.CANDIDATES.items() if "triton" in kernels}):
+    with dispatch.using(
+        **{op: "triton" for op, kernels in dispatch.CANDIDATES.items() if "triton" in kernels}
+    ):
         by_triton = everything()
-    torch.testing.assert_close(by_triton, by_torch, rtol=1e-5, atol=2e-6)  # float32 twice; measured worst case 5e-7
-    assert not all(torch.equal(a, b) for a, b in zip(by_torch, by_triton))  # it was not the same function twice
+    # float32 twice; measured worst case 5e-7
+    torch.testing.assert_close(by_triton, by_torch, rtol=1e-5, atol=2e-6)
+    # it was not the same function twice
+    assert not all(torch.equal(a, b) for a, b in zip(by_torch, by_triton))
 
 
 def test_gradients_of_gradients_are_refused_not_wrong():
-    """The kernels know the first derivative. A second one through them would leave out what they do not know."""
-    x, table = torch.randn(1, 1, 5, 32, device=DEVICE, requires_grad=True), torch.rand(5, 16, device=DEVICE)
+    """The kernels know the first derivative.
+    A second one through them would leave out what they do not know.
+    """
+    x, table = (
+        torch.randn(1, 1, 5, 32, device=DEVICE, requires_grad=True),
+        torch.rand(5, 16, device=DEVICE),
+    )
     labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     calls = {
         "attention": lambda: dispatch.attention(x, x, x),
@@ -178,7 +238,8 @@ def test_gradients_of_gradients_are_refused_not_wrong():
 
 def test_triton_is_not_imported_until_it_is_chosen():
     code = (
-        "import sys, torch; from stack.kernels import dispatch; x = torch.zeros(1, 1, 4, 32);"
-        "dispatch.attention(x, x, x); dispatch.swiglu(x, x); dispatch.choices('cuda'); assert 'triton' not in sys.modules"
+        "import sys, torch; from stack.kernels import dispatch; x = torch.zeros(1, 1, 4, "
+        "32);dispatch.attention(x, x, x); dispatch.swiglu(x, x); dispatch.choices('cuda'); assert "
+        "'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -24,4 +24,8 @@ def test_without_gradients_the_result_is_the_same_and_nothing_is_kept(name, dtyp
     with torch.inference_mode():
         inferred = OPERATIONS[name](x)
     assert with_gradients.grad_fn is not None and without.grad_fn is None
-    assert torch.equal(with_gradients, without) and torch.equal(with_gradients, inferred) and without.dtype == dtype
+    assert (
+        torch.equal(with_gradients, without)
+        and torch.equal(with_gradients, inferred)
+        and without.dtype == dtype
+    )

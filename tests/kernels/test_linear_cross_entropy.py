@@ -8,7 +8,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spec.errors import UsageError
 from stack.kernels import cross_entropy, eager, linear_cross_entropy, reference
-from tests.kernels.support import DEVICE, FLOATS, Margins, broken, cases, compare, double, flipped, gradients, is_red, walled
+from tests.kernels.support import (
+    DEVICE,
+    FLOATS,
+    Margins,
+    broken,
+    cases,
+    compare,
+    double,
+    flipped,
+    gradients,
+    is_red,
+    walled,
+)
 
 F32, F16, BF16 = FLOATS
 VARIANTS = [(None, 0.0), (6.0, 0.0), (None, 1e-2), (6.0, 1e-2)]
@@ -21,7 +33,9 @@ SMALL = [
     (BF16, 70, 24, 130, None, 0.0),
 ]
 SIZES = [(R, 64, V) for R in (5, 65, 1500) for V in (3, 97, 4097)]
-FULL = [(dtype, *size, *variant) for dtype, size, variant in itertools.product(FLOATS, SIZES, VARIANTS)]
+FULL = [
+    (dtype, *size, *variant) for dtype, size, variant in itertools.product(FLOATS, SIZES, VARIANTS)
+]
 
 
 def inputs(dtype, R, D, V, device, ignored=0.3):
@@ -40,7 +54,10 @@ def check(loss, dtype, R, D, V, softcap, z_loss, device, factors=(0.25, 0.25)):
     want = reference.linear_cross_entropy(*wide, labels, softcap=softcap, z_loss=z_loss)
     factors = [torch.tensor(f, device=device) for f in factors]
     assert all(s.dtype == torch.float32 and s.shape == () for s in sums)
-    got_and_true = (*zip(sums, want), *zip(gradients(sums, (x, weight), factors), gradients(want, wide, factors)))
+    got_and_true = (
+        *zip(sums, want),
+        *zip(gradients(sums, (x, weight), factors), gradients(want, wide, factors)),
+    )
     for what, (a, b) in zip(("nats", "z", "dx", "dweight"), got_and_true):
         compare(what, a, b, dtype)
 
@@ -51,8 +68,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "MIN_CHUNK", 16)
 
 
-@pytest.mark.parametrize(("device", "dtype", "R", "D", "V", "softcap", "z_loss"), cases(SMALL, FULL))
-def test_sums_and_gradients_equal_float64(guard, small_chunks, device, dtype, R, D, V, softcap, z_loss):
+@pytest.mark.parametrize(
+    ("device", "dtype", "R", "D", "V", "softcap", "z_loss"), cases(SMALL, FULL)
+)
+def test_sums_and_gradients_equal_float64(
+    guard, small_chunks, device, dtype, R, D, V, softcap, z_loss
+):
     check(linear_cross_entropy.linear_cross_entropy, dtype, R, D, V, softcap, z_loss, device)
 
 
@@ -63,7 +84,9 @@ def test_both_sums_have_gradients_of_their_own(small_chunks, factors):
 
 
 def test_the_factor_is_not_rounded_to_the_inputs_dtype(small_chunks):
-    """A count such as 1021 has no exact inverse in bfloat16; rounded first, it would be off for all gradients alike."""
+    """A count such as 1021 has no exact inverse in bfloat16; rounded first,
+    it would be off for all gradients alike.
+    """
     x, weight, labels = inputs(BF16, 40, 16, 90, DEVICE)
     nats, _ = linear_cross_entropy.linear_cross_entropy(x, weight, labels)
     (whole,) = torch.autograd.grad(nats, x, retain_graph=True)
@@ -75,7 +98,9 @@ def test_no_label_gives_exactly_nothing(small_chunks):
     x, weight, labels = inputs(BF16, 40, 16, 90, DEVICE, ignored=2.0)
     nats, z = linear_cross_entropy.linear_cross_entropy(x, weight, labels, z_loss=0.1)
     assert nats.item() == 0 and z.item() == 0
-    assert not any(g.any() for g in gradients((nats, z), (x, weight), [torch.ones((), device=DEVICE)] * 2))
+    assert not any(
+        g.any() for g in gradients((nats, z), (x, weight), [torch.ones((), device=DEVICE)] * 2)
+    )
 
 
 @pytest.mark.parametrize("wrong", [90, -1, -101, 10**12])
@@ -118,24 +143,38 @@ def test_autocast_and_a_run_without_gradients(small_chunks):
     x, weight, labels = inputs(F32, 40, 16, 90, DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         nats, _ = linear_cross_entropy.linear_cross_entropy(x, weight, labels)
-    want, _ = reference.linear_cross_entropy(x.detach().bfloat16().double(), weight.detach().bfloat16().double(), labels)
+    want, _ = reference.linear_cross_entropy(
+        x.detach().bfloat16().double(), weight.detach().bfloat16().double(), labels
+    )
     compare("nats under autocast", nats, want, BF16)
     assert gradients(nats, (x, weight), [torch.ones((), device=DEVICE)])[1].dtype == F32
     with torch.no_grad():
         sums = linear_cross_entropy.linear_cross_entropy(x, weight, labels)
     assert not sums[0].requires_grad
-    compare("nats without gradients", sums[0], reference.linear_cross_entropy(*double(x, weight), labels)[0], F32)
+    compare(
+        "nats without gradients",
+        sums[0],
+        reference.linear_cross_entropy(*double(x, weight), labels)[0],
+        F32,
+    )
 
 
 @pytest.mark.parametrize(("device", "dtype"), cases([(F32,), (BF16,)], [(d,) for d in FLOATS]))
 def test_a_wrong_scale_and_a_turned_channel_are_seen(device, dtype):
     x, weight, labels = inputs(dtype, 30, 16, 90, device)
     wide, one = double(x, weight), [torch.ones((), device=device)]
-    (nats, _), (want, _) = linear_cross_entropy.linear_cross_entropy(x, weight, labels), reference.linear_cross_entropy(*wide, labels)
-    assert not is_red("as it is", nats, want, dtype) and is_red("1 % more", nats * 1.01, want, dtype)
+    (nats, _), (want, _) = (
+        linear_cross_entropy.linear_cross_entropy(x, weight, labels),
+        reference.linear_cross_entropy(*wide, labels),
+    )
+    assert not is_red("as it is", nats, want, dtype) and is_red(
+        "1 % more", nats * 1.01, want, dtype
+    )
     for a, b in zip(gradients(nats, (x, weight), one), gradients(want, wide, one)):
         assert not is_red("as it is", a, b, dtype)
-        assert is_red("1 % more", a * 1.01, b, dtype) and is_red("one channel", flipped(a), b, dtype)
+        assert is_red("1 % more", a * 1.01, b, dtype) and is_red(
+            "one channel", flipped(a), b, dtype
+        )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +200,10 @@ def test_a_copy_without_its_mask_is_caught(monkeypatch, tmp_path):
     margins = Margins()
     margins.install(monkeypatch)
     copy = broken(
-        linear_cross_entropy, "slope_E.to(logits.dtype.element_ty), mask=inside_E", "slope_E.to(logits.dtype.element_ty)", tmp_path
+        linear_cross_entropy,
+        "slope_E.to(logits.dtype.element_ty), mask=inside_E",
+        "slope_E.to(logits.dtype.element_ty)",
+        tmp_path,
     )
     x, weight, labels = inputs(F32, 40, 16, 90, DEVICE)
     copy.linear_cross_entropy(x, weight, labels)
@@ -171,11 +213,16 @@ def test_a_copy_without_its_mask_is_caught(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("softcap", "z_loss"), VARIANTS)
 def test_torchs_own_equal_the_definition(softcap, z_loss):
-    x, weight, labels = (torch.randn(9, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64), torch.randint(7, (9,)))
+    x, weight, labels = (
+        torch.randn(9, 4, dtype=torch.float64),
+        torch.randn(7, 4, dtype=torch.float64),
+        torch.randint(7, (9,)),
+    )
     labels[::3] = -100
     got = cross_entropy.linear_cross_entropy(x, weight, labels, softcap=softcap, z_loss=z_loss)
     want = reference.linear_cross_entropy(x, weight, labels, softcap=softcap, z_loss=z_loss)
-    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)  # float64, another order of sums: measured worst case 6e-16
+    # float64, another order of sums: measured worst case 6e-16
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
     if softcap is None and not z_loss:
         nats, z = eager.library_linear_cross_entropy(x.float(), weight.float(), labels)
         assert nats.item() == pytest.approx(want[0].item(), rel=1e-6) and z.item() == 0

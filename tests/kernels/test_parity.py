@@ -1,4 +1,6 @@
-"""The list of kernels that have passed: which source it speaks of, and that a change makes it void."""
+"""The list of kernels that have passed: which source it speaks of,
+and that a change makes it void.
+"""
 
 import json
 import shutil
@@ -13,13 +15,22 @@ KERNELS = ROOT / "stack" / "kernels"
 
 
 def test_every_kernel_has_passed_as_it_stands():
-    assert {kernel: parity.why_not(kernel) for kernel in parity.SOURCES} == dict.fromkeys(parity.SOURCES, "")
-    assert set(parity.SOURCES) == {op for op, found in dispatch.CANDIDATES.items() if "triton" in found}
+    assert {kernel: parity.why_not(kernel) for kernel in parity.SOURCES} == dict.fromkeys(
+        parity.SOURCES, ""
+    )
+    assert set(parity.SOURCES) == {
+        op for op, found in dispatch.CANDIDATES.items() if "triton" in found
+    }
 
 
 def test_every_source_that_imports_triton_is_bound_to_a_kernel():
-    written_in_triton = {p.name for p in KERNELS.glob("*.py") if "\nimport triton" in p.read_text("utf-8")}
-    assert written_in_triton == {name for names in parity.SOURCES.values() for name in names} - {"launch.py", "tensor_list.py"}
+    written_in_triton = {
+        p.name for p in KERNELS.glob("*.py") if "\nimport triton" in p.read_text("utf-8")
+    }
+    assert written_in_triton == {name for names in parity.SOURCES.values() for name in names} - {
+        "launch.py",
+        "tensor_list.py",
+    }
 
 
 @pytest.mark.parametrize("kernel", sorted(parity.SOURCES))
@@ -41,7 +52,10 @@ def test_dispatch_refuses_a_kernel_whose_source_has_changed(monkeypatch):
     monkeypatch.setattr(parity, "source_hash", lambda kernel, folder=KERNELS: "0" * 64)
     parity.why_not.cache_clear()
     try:
-        with pytest.raises(IntegrityError, match="has changed") as caught, dispatch.using(swiglu="triton"):
+        with (
+            pytest.raises(IntegrityError, match="has changed") as caught,
+            dispatch.using(swiglu="triton"),
+        ):
             pass
         assert caught.value.next_step == "python -m stack.kernels.parity --write"
     finally:
@@ -51,6 +65,12 @@ def test_dispatch_refuses_a_kernel_whose_source_has_changed(monkeypatch):
 def test_the_page_states_what_the_list_holds():
     page = (ROOT / "docs" / "kernels.md").read_text("utf-8")
     for kernel, entry in json.loads(parity.FILE.read_text("utf-8")).items():
-        row = next(line for line in page.splitlines() if line.startswith(f"| `{kernel}` |") and "e-" in line)
-        assert [f"{x:.1e}" for x in entry["worst"].values()] == [c.strip() for c in row.split("|")[2:-1] if c.strip() not in ("", "–")]
+        row = next(
+            line
+            for line in page.splitlines()
+            if line.startswith(f"| `{kernel}` |") and "e-" in line
+        )
+        assert [f"{x:.1e}" for x in entry["worst"].values()] == [
+            c.strip() for c in row.split("|")[2:-1] if c.strip() not in ("", "–")
+        ]
         assert entry["passed_on"] in page

@@ -1,4 +1,6 @@
-"""A broken Triton kernel inside a model: tracing names the operation it computes, in every layer; a right one differs by rounding."""
+"""A broken Triton kernel inside a model: tracing names the operation it computes, in every layer; a
+right one differs by rounding.
+"""
 
 import copy
 from contextlib import ExitStack, contextmanager
@@ -15,17 +17,41 @@ from stack.trace import bisect, compare, side
 from tests.kernels.support import DEVICE, broken
 
 OPERATIONS = ("attention", "rms_norm", "rope", "swiglu")
-SIZES = {"d_model": 40, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 20, "d_ff": 56, "max_seq_len": 80, "init_std": 0.12}
+SIZES = {
+    "d_model": 40,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 20,
+    "d_ff": 56,
+    "max_seq_len": 80,
+    "init_std": 0.12,
+}
 WAYS = {
     "causal mask off by one": "each query sees the key after its own",
     "key heads tiled": "key heads are tiled where each should be repeated for its group",
 }
 # a module, its text, what it becomes, in how many tokens that shows
 BROKEN = {
-    "causal mask off by one": (flash_attention_kernels, "(s_J[None, :] <= p_M[:, None])", "(s_J[None, :] <= p_M[:, None] + 1)", 33),
-    "sums of earlier tiles not rescaled": (flash_attention_kernels, "acc_ME * keep_M[:, None]", "acc_ME", 80),
+    "causal mask off by one": (
+        flash_attention_kernels,
+        "(s_J[None, :] <= p_M[:, None])",
+        "(s_J[None, :] <= p_M[:, None] + 1)",
+        33,
+    ),
+    "sums of earlier tiles not rescaled": (
+        flash_attention_kernels,
+        "acc_ME * keep_M[:, None]",
+        "acc_ME",
+        80,
+    ),
     "key heads tiled": (flash_attention_kernels, "n // G *", "n % (N // G) *", 17),
-    "every feature multiplied with the next": (swiglu, "e_E * up_stride[1]", "((e_E + 1) % F) * up_stride[1]", 17),
+    "every feature multiplied with the next": (
+        swiglu,
+        "e_E * up_stride[1]",
+        "((e_E + 1) % F) * up_stride[1]",
+        17,
+    ),
     "turned the other way": (rope, ".to(tl.float32) * sign", ".to(tl.float32) * -sign", 17),
     "mean over the tile": (rms_norm, "/ D", "/ E", 17),
 }
@@ -75,9 +101,16 @@ def test_a_broken_kernel_is_named_by_what_it_computes(model, name, tmp_path):
     bad = with_kernels(model, module, broken(module, old, new, tmp_path))
     first, last = NAMED[module]
     found = compare(side(model), bad, ids(tokens))
-    assert found.first_divergence.point.name == f"layers.0.{first}" and found.way == WAYS.get(name, "")
-    kinds = {"rope": {"q_rotated", "k_rotated"}, "rms_norm": {"attention_norm", "ffn_norm", "final_norm"}}
-    assert {s.point.slot for s in found.suspects} == kinds.get(module.__name__.rpartition(".")[2], {first})
+    assert found.first_divergence.point.name == f"layers.0.{first}" and found.way == WAYS.get(
+        name, ""
+    )
+    kinds = {
+        "rope": {"q_rotated", "k_rotated"},
+        "rms_norm": {"attention_norm", "ffn_norm", "final_norm"},
+    }
+    assert {s.point.slot for s in found.suspects} == kinds.get(
+        module.__name__.rpartition(".")[2], {first}
+    )
     named = [f"layers.0.{first}", "final_norm" if last is None else f"layers.1.{last}"]
     assert [p.name for p in bisect(side(model), bad, ids(tokens)).guilty] == named
 

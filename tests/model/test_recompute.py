@@ -11,16 +11,22 @@ from stack.train.state import build_state
 
 
 def trained(small_cfg, dataset, recompute: str, **changes):
-    """(losses of three updates, digest of everything afterwards) of the small run: packed documents, dropout, accumulation."""
+    """(losses of three updates, digest of everything afterwards) of the small run: packed
+    documents, dropout, accumulation.
+    """
     train = small_cfg.train.model_copy(update={"activation_checkpointing": recompute, **changes})
-    state = build_state(shrunk(small_cfg.model_copy(update={"train": train})), dataset, torch.device("cpu"))
+    state = build_state(
+        shrunk(small_cfg.model_copy(update={"train": train})), dataset, torch.device("cpu")
+    )
     return [advance(state) for _ in range(3)], digest(state)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_is_the_same_bit_for_bit(small_cfg, dataset, dtype):
     assert small_cfg.model.dropout > 0
-    assert trained(small_cfg, dataset, "blocks", dtype=dtype) == trained(small_cfg, dataset, "none", dtype=dtype)
+    assert trained(small_cfg, dataset, "blocks", dtype=dtype) == trained(
+        small_cfg, dataset, "none", dtype=dtype
+    )
 
 
 def kept_bytes(model, ids_BT) -> int:
@@ -30,7 +36,8 @@ def kept_bytes(model, ids_BT) -> int:
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            # held, so that no address is used twice
+            storages[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -39,7 +46,9 @@ def kept_bytes(model, ids_BT) -> int:
 
 
 def test_gradients_are_equal_and_less_is_kept(small_cfg):
-    """Of six blocks less than a fifth is kept: measured 0.073 with the final norm, which is not recomputed."""
+    """Of six blocks less than a fifth is kept: measured 0.073 with the final norm,
+    which is not recomputed.
+    """
     cfg = small_cfg.model.model_copy(update={"n_layers": 6})
     ids_BT = torch.randint(0, 50, (2, 64), generator=torch.Generator().manual_seed(1))
     gradients, kept = [], []

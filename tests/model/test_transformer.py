@@ -22,7 +22,16 @@ from stack.model.reading import Reading
 from stack.model.rotary import Rotary, rotary_tables, rotate
 from stack.model.transformer import document_starts
 
-TINY = ModelConfig(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=20, dropout=0.1)
+TINY = ModelConfig(
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    max_seq_len=20,
+    dropout=0.1,
+)
 
 
 @st.composite
@@ -51,7 +60,9 @@ def test_parameter_count_and_shapes_follow_from_the_configuration(cfg, vocab_siz
 
 
 def test_seed_003_model_has_its_published_size():
-    cfg = ModelConfig(d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=512)
+    cfg = ModelConfig(
+        d_model=256, n_layers=6, n_heads=8, n_kv_heads=2, head_dim=32, d_ff=256, max_seq_len=512
+    )
     assert parameter_count(cfg.model_dump(), 32_000) == 10_358_016
 
 
@@ -75,7 +86,11 @@ def test_the_table_names_every_parameter_and_nothing_else():
     model = build_model(TINY, 30, seed=1)
     for name, _ in model.named_parameters():
         law = "constant" if "norm" in name else "normal"
-        value = 1.0 if "norm" in name else TINY.init_std / (2 if name.endswith(("out.weight", "down.weight")) else 1)
+        value = (
+            1.0
+            if "norm" in name
+            else TINY.init_std / (2 if name.endswith(("out.weight", "down.weight")) else 1)
+        )
         assert row_of(TINY, name).law == law and row_of(TINY, name).value == pytest.approx(value)
     with pytest.raises(KeyError, match="no row"):
         row_of(TINY, "layers.0.attention.surprise")
@@ -96,28 +111,43 @@ def test_too_long_inputs_and_full_caches_are_refused():
 def test_cache_memory_is_the_share_of_key_value_heads():
     grouped = TINY.model_copy(update={"n_heads": 4, "n_kv_heads": 1})
     full = TINY.model_copy(update={"n_heads": 4, "n_kv_heads": 4})
-    assert KVCache(full).bytes() == 4 * KVCache(grouped).bytes() == 2 * 2 * 4 * 20 * 4 * 4  # k,v · layers · heads · S · H · bytes
+    # k,v · layers · heads · S · H · bytes
+    assert KVCache(full).bytes() == 4 * KVCache(grouped).bytes() == 2 * 2 * 4 * 20 * 4 * 4
 
 
 def test_every_parameter_gets_a_finite_gradient():
     model = build_model(TINY, 30, seed=1)
     model(torch.arange(20).view(1, -1)).logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+        assert (
+            parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+        ), name
 
 
-# --- layers against the slow reference ------------------------------------------------------------------------------
+# --- layers against the slow reference ------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.integers(1, 2), st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3), (4, 1)]), st.integers(1, 9), st.integers(0, 6), st.integers(0, 99)
+    st.integers(1, 2),
+    st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3), (4, 1)]),
+    st.integers(1, 9),
+    st.integers(0, 6),
+    st.integers(0, 99),
 )
 def test_attention_equals_the_reference(rows, heads, n_new, n_cached, seed):
     (n, k), s, draw = heads, n_new + n_cached, torch.Generator().manual_seed(seed)
-    q, key, value = (torch.randn(rows, h, t, 4, generator=draw, dtype=torch.float64) * 3 for h, t in ((n, n_new), (k, s), (k, s)))
+    q, key, value = (
+        torch.randn(rows, h, t, 4, generator=draw, dtype=torch.float64) * 3
+        for h, t in ((n, n_new), (k, s), (k, s))
+    )
     # float64, different summation order: measured worst case 4e-15 on values around 3
-    torch.testing.assert_close(dispatch.attention(q, key, value), reference.causal_attention(q, key, value), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        dispatch.attention(q, key, value),
+        reference.causal_attention(q, key, value),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def draw_starts(draw, rows, length):
@@ -132,16 +162,25 @@ def draw_documents(draw, length):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 1)]), st.integers(1, 9), st.integers(0, 99), st.data())
+@given(
+    st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 1)]),
+    st.integers(1, 9),
+    st.integers(0, 99),
+    st.data(),
+)
 def test_document_attention_equals_the_reference(heads, length, seed, data):
     (n, k), draw = heads, torch.Generator().manual_seed(seed)
     start = draw_starts(data.draw, 2, length)
     mask = dispatch.document_mask(start)
     assert torch.equal(mask, reference.document_mask(start))
-    q, key, value = (torch.randn(2, h, length, 4, generator=draw, dtype=torch.float64) * 3 for h in (n, k, k))
+    q, key, value = (
+        torch.randn(2, h, length, 4, generator=draw, dtype=torch.float64) * 3 for h in (n, k, k)
+    )
     expected = reference.document_attention(q, key, value, mask)
     # float64, different summation order: measured worst case 4e-15 on values around 3
-    torch.testing.assert_close(dispatch.attention(q, key, value, mask_B1TS=mask), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        dispatch.attention(q, key, value, mask_B1TS=mask), expected, rtol=0, atol=1e-12
+    )
 
 
 def test_one_document_is_plain_causal_attention():
@@ -149,28 +188,44 @@ def test_one_document_is_plain_causal_attention():
     q, k, v = (torch.randn(2, h, 7, 4, generator=draw, dtype=torch.float64) for h in (4, 2, 2))
     mask = dispatch.document_mask(torch.zeros(2, 7, dtype=torch.int64))
     expected = reference.causal_attention(q, k, v)
-    for masked in (dispatch.attention(q, k, v, mask_B1TS=mask), reference.document_attention(q, k, v, mask)):
+    for masked in (
+        dispatch.attention(q, k, v, mask_B1TS=mask),
+        reference.document_attention(q, k, v, mask),
+    ):
         torch.testing.assert_close(masked, expected, rtol=0, atol=1e-12)
 
 
 def test_attention_gradient_equals_the_reference():
     draw = torch.Generator().manual_seed(3)
-    inputs = [torch.randn(2, h, 6, 4, generator=draw, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    grads = [torch.autograd.grad(f(*inputs).pow(2).sum(), inputs) for f in (dispatch.attention, _autograd_reference)]
+    inputs = [
+        torch.randn(2, h, 6, 4, generator=draw, dtype=torch.float64, requires_grad=True)
+        for h in (4, 2, 2)
+    ]
+    grads = [
+        torch.autograd.grad(f(*inputs).pow(2).sum(), inputs)
+        for f in (dispatch.attention, _autograd_reference)
+    ]
     for fast, slow in zip(*grads):
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)  # measured worst case 1e-14
 
 
 def _autograd_reference(q, k, v):
     """The reference writes in place; the same rows, stacked, can be differentiated."""
-    whole = [reference.causal_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1]) for t in range(q.shape[2])]
+    whole = [
+        reference.causal_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+        for t in range(q.shape[2])
+    ]
     return torch.cat(whole, 2)
 
 
 @pytest.mark.parametrize("layer", ["attention", "swiglu", "rmsnorm"])
 def test_gradients_equal_finite_differences_in_float64(layer):
     torch.manual_seed(0)
-    module = {"attention": SoftmaxAttention(TINY, 0), "swiglu": SwiGLU(TINY), "rmsnorm": RMSNorm(16, 1e-6)}[layer].double()
+    module = {
+        "attention": SoftmaxAttention(TINY, 0),
+        "swiglu": SwiGLU(TINY),
+        "rmsnorm": RMSNorm(16, 1e-6),
+    }[layer].double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     rotary = tuple(t.double() for t in rotary_tables(4, 3, 10_000.0))
@@ -194,8 +249,11 @@ def test_swiglu_and_norm_equal_the_reference():
             p.normal_(generator=draw)
         norm.weight.normal_(generator=draw)
         expected = reference.swiglu(ffn.gate(x), ffn.up(x)) @ ffn.down.weight.T
-        torch.testing.assert_close(ffn(x), expected, rtol=1e-13, atol=1e-12)  # measured worst case 3e-14
-        torch.testing.assert_close(norm(x), reference.rms_norm(x, norm.weight, 1e-6), rtol=1e-13, atol=1e-12)
+        # measured worst case 3e-14
+        torch.testing.assert_close(ffn(x), expected, rtol=1e-13, atol=1e-12)
+        torch.testing.assert_close(
+            norm(x), reference.rms_norm(x, norm.weight, 1e-6), rtol=1e-13, atol=1e-12
+        )
 
 
 def test_norm_statistics_of_half_precision_are_float32():
@@ -205,10 +263,11 @@ def test_norm_statistics_of_half_precision_are_float32():
     assert torch.equal(norm(x), torch.ones_like(x))
 
 
-# --- packed documents -----------------------------------------------------------------------------------------------
+# --- packed documents -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-6)])  # measured worst cases 2e-16 and 1.2e-7
+# measured worst cases 2e-16 and 1.2e-7
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 @settings(max_examples=25, deadline=None)
 @given(length=st.integers(1, 20), seed=st.integers(0, 99), data=st.data())
 def test_a_packed_document_is_read_as_if_alone(dtype, atol, length, seed, data):
@@ -220,33 +279,49 @@ def test_a_packed_document_is_read_as_if_alone(dtype, atol, length, seed, data):
         for row in range(2):
             for document in documents[row].unique():
                 own = documents[row] == document
-                torch.testing.assert_close(packed[row, own], model(ids[row, own][None])[0], rtol=0, atol=atol)
+                torch.testing.assert_close(
+                    packed[row, own], model(ids[row, own][None])[0], rtol=0, atol=atol
+                )
 
 
 def test_positions_restart_with_every_document():
-    model, documents = build_model(TINY, 30, seed=1), torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 9]])
+    model, documents = (
+        build_model(TINY, 30, seed=1),
+        torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 9]]),
+    )
     assert document_starts(documents).tolist() == [[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 5]]
     cos, sin = model.reading(documents, None, documents).rotary
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]])
-    assert torch.equal(cos, model.positions.cos[positions][:, None]) and torch.equal(sin, model.positions.sin[positions][:, None])
+    assert torch.equal(cos, model.positions.cos[positions][:, None]) and torch.equal(
+        sin, model.positions.sin[positions][:, None]
+    )
 
 
 def test_plain_rows_take_the_plain_path_bit_for_bit(monkeypatch):
     model, ids = build_model(TINY, 30, seed=1).eval(), torch.arange(20).view(2, 10)
     x = model.embed(ids)
     for layer in model.layers:
-        q, k, v = (layer.attention.heads(p(layer.attention_norm(x))) for p in (layer.attention.q, layer.attention.k, layer.attention.v))
+        q, k, v = (
+            layer.attention.heads(p(layer.attention_norm(x)))
+            for p in (layer.attention.q, layer.attention.k, layer.attention.v)
+        )
         q, k = (rotate(h, model.positions.cos[:10], model.positions.sin[:10]) for h in (q, k))
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
         x = x + layer.attention.out(mixed.transpose(1, 2).flatten(2))
         x = x + layer.ffn(layer.ffn_norm(x))
     monkeypatch.setattr(dispatch, "document_mask", None)
-    assert torch.equal(model(ids), model.logits(model.final_norm(x))) and torch.equal(model(ids, document_ids_BT=None), model(ids))
+    assert torch.equal(model(ids), model.logits(model.final_norm(x))) and torch.equal(
+        model(ids, document_ids_BT=None), model(ids)
+    )
 
 
 def test_mask_and_positions_are_made_once_per_forward(monkeypatch):
     model, documents, calls = build_model(TINY, 30, seed=1), torch.tensor([[0, 0, 1, 1]]), []
-    monkeypatch.setattr(dispatch, "document_mask", lambda start: calls.append(1) or reference.document_mask(start))
+    monkeypatch.setattr(
+        dispatch, "document_mask", lambda start: calls.append(1) or reference.document_mask(start)
+    )
     model(documents, document_ids_BT=documents)
     assert len(calls) == 1 < TINY.n_layers
 
@@ -255,9 +330,13 @@ def test_packed_rows_and_plain_rows_compile_without_a_graph_break():
     model, documents = build_model(TINY, 30, seed=1).eval(), torch.tensor([[0, 0, 1, 1, 2]])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for packing in (None, documents):
-        # a compiler gets bare formulas, whose sums round otherwise: measured worst case 6e-8 on logits around 0.1
+        # a compiler gets bare formulas, whose sums round otherwise:
+        # measured worst case 6e-8 on logits around 0.1
         torch.testing.assert_close(
-            compiled(documents, document_ids_BT=packing), model(documents, document_ids_BT=packing), rtol=0, atol=1e-6
+            compiled(documents, document_ids_BT=packing),
+            model(documents, document_ids_BT=packing),
+            rtol=0,
+            atol=1e-6,
         )
 
 
@@ -271,7 +350,7 @@ def test_packed_rows_refuse_a_cache_another_shape_and_too_many_tokens():
         model(torch.zeros(1, 21, dtype=torch.int64), document_ids_BT=torch.arange(21)[None])
 
 
-# --- rotary positions -----------------------------------------------------------------------------------------------
+# --- rotary positions -----------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -282,7 +361,12 @@ def test_rotary_scores_depend_on_the_distance_only(m, n, shift, seed):
     cos, sin = (t.double() for t in rotary_tables(8, 64, 10_000.0))
 
     def score(i, j):
-        return float((rotate(q, cos[i : i + 1], sin[i : i + 1]) * rotate(k, cos[j : j + 1], sin[j : j + 1])).sum())
+        return float(
+            (
+                rotate(q, cos[i : i + 1], sin[i : i + 1])
+                * rotate(k, cos[j : j + 1], sin[j : j + 1])
+            ).sum()
+        )
 
     # float32 tables: each cosine is off by at most 3e-8; measured worst case 9e-7
     assert score(m, n) == pytest.approx(score(m + shift, n + shift), abs=5e-6)
@@ -294,7 +378,9 @@ def test_rotation_keeps_each_pairs_length(t, seed):
     x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(seed))
     cos, sin = rotary_tables(8, 64, 10_000.0)
     y = rotate(x, cos[t : t + 1], sin[t : t + 1])
-    torch.testing.assert_close(y[..., :4].hypot(y[..., 4:]), x[..., :4].hypot(x[..., 4:]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        y[..., :4].hypot(y[..., 4:]), x[..., :4].hypot(x[..., 4:]), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_rotary_tables_are_exact_to_float32_and_not_stored():
@@ -316,4 +402,6 @@ def test_dropout_acts_in_training_only():
 def test_choices_are_json_ready():
     import json
 
-    assert json.loads(json.dumps(dispatch.choices("cpu")))["attention"].endswith("scaled_dot_product_attention")
+    assert json.loads(json.dumps(dispatch.choices("cpu")))["attention"].endswith(
+        "scaled_dot_product_attention"
+    )

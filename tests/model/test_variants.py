@@ -1,4 +1,6 @@
-"""Every choice of architecture, alone and combined: gradients, caches, packed rows, and what each variant is by definition."""
+"""Every choice of architecture, alone and combined: gradients, caches, packed rows, and what each
+variant is by definition.
+"""
 
 import math
 
@@ -45,10 +47,20 @@ FFNS = [
     SwiGLU(),
     Gelu(),
     MixtureOfExperts(n_experts=4),
-    MixtureOfExperts(n_experts=3, top_k=1, balance=BiasBalance(), expert=Gelu(bias=False), capacity_factor=1.0),
+    MixtureOfExperts(
+        n_experts=3, top_k=1, balance=BiasBalance(), expert=Gelu(bias=False), capacity_factor=1.0
+    ),
 ]
-DEPTHS = [FullDepth(), MixtureOfDepths(), MixtureOfDepths(gate=HardCapacity(capacity_frac=0.4), every=2)]
-POSITIONS = [RotaryPositions(), LearnedPositions(), RotaryPositions(scaling=Llama3Scaling(original_max_seq_len=16))]
+DEPTHS = [
+    FullDepth(),
+    MixtureOfDepths(),
+    MixtureOfDepths(gate=HardCapacity(capacity_frac=0.4), every=2),
+]
+POSITIONS = [
+    RotaryPositions(),
+    LearnedPositions(),
+    RotaryPositions(scaling=Llama3Scaling(original_max_seq_len=16)),
+]
 
 
 @st.composite
@@ -79,7 +91,7 @@ def draw_ids(rows, length, seed=0):
     return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# --- all combinations -----------------------------------------------------------------------------------------------
+# --- all combinations -----------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,8 +100,14 @@ def test_every_parameter_gets_a_gradient_and_is_counted(cfg):
     model = build_model(cfg, 50, seed=1)
     assert n_parameters(model) == parameter_count(cfg.model_dump(), 50)
     x_BTD, report = model.features(draw_ids(4, 33))
-    (model.logits(x_BTD).logsumexp(-1).sum() + sum(load.balance_sum for load in report.loads)).backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()]
+    (
+        model.logits(x_BTD).logsumexp(-1).sum() + sum(load.balance_sum for load in report.loads)
+    ).backward()
+    silent = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
+    ]
     assert not silent
 
 
@@ -99,7 +117,9 @@ def test_a_cache_changes_nothing(cfg, first, seed):
     model, ids = wide(cfg, seed).eval(), draw_ids(2, 33, seed)
     cache = KVCache(cfg, 2, dtype=torch.float64)
     with torch.no_grad():
-        parts = [model(ids[:, :first], cache)] + [model(ids[:, t : t + 1], cache) for t in range(first, 33)]
+        parts = [model(ids[:, :first], cache)] + [
+            model(ids[:, t : t + 1], cache) for t in range(first, 33)
+        ]
         # float64 in another order of sums: measured worst case 7e-15
         torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-11)
 
@@ -114,7 +134,10 @@ def test_packed_documents_are_read_as_if_alone(cfg, seed):
         for row in range(2):
             for document in documents[row].unique():
                 own = documents[row] == document
-                torch.testing.assert_close(packed[row, own], model(ids[row, own][None])[0], rtol=0, atol=1e-11)  # measured 8e-15
+                # measured 8e-15
+                torch.testing.assert_close(
+                    packed[row, own], model(ids[row, own][None])[0], rtol=0, atol=1e-11
+                )
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,9 +156,12 @@ def test_no_token_sees_a_later_one_and_no_row_another(cfg, position, training):
 def test_operations_follow_the_share_of_the_model_that_a_token_meets():
     dense = ModelConfig(**SIZES)
     sparse = dense.model_copy(update={"ffn": MixtureOfExperts(n_experts=8, top_k=2)})
-    gated = dense.model_copy(update={"depth": MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5))})
+    gated = dense.model_copy(
+        update={"depth": MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5))}
+    )
     count = lambda cfg: flops_per_token(cfg.model_dump(), 50, 32)  # noqa: E731
-    assert count(sparse) - count(dense) == 6 * 3 * (3 * 32 * 40 + 8 * 32)  # one more expert and the router, three layers
+    # one more expert and the router, three layers
+    assert count(sparse) - count(dense) == 6 * 3 * (3 * 32 * 40 + 8 * 32)
     head = 6 * 50 * 32
     router = 6 * 3 * 32 // 2
     attention = 12 * 3 * 32 * 32 // 2
@@ -143,21 +169,26 @@ def test_operations_follow_the_share_of_the_model_that_a_token_meets():
     assert count(gated) - head - router == (count(dense) - head - attention) // 2 + attention // 4
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def test_scalar_lambda_of_zero_is_attention_on_the_first_halves():
-    cfg = ModelConfig(**SIZES, attention=DifferentialAttention(form="scalar"), positions=LearnedPositions())
+    cfg = ModelConfig(
+        **SIZES, attention=DifferentialAttention(form="scalar"), positions=LearnedPositions()
+    )
     model = build_model(cfg, 50, seed=1).double()
     attention = model.layers[0].attention
     with torch.no_grad():
         attention.lambda_weight.zero_()
     x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     q, k, v = (attention.heads(p(x)) for p in (attention.q, attention.k, attention.v))
-    first = torch.nn.functional.scaled_dot_product_attention(q[..., :4], k[..., :4], v, is_causal=True, enable_gqa=True)
+    first = torch.nn.functional.scaled_dot_product_attention(
+        q[..., :4], k[..., :4], v, is_causal=True, enable_gqa=True
+    )
     expected = attention.out(first.transpose(1, 2).flatten(2))
     reading = model.reading(torch.zeros(2, 9, dtype=torch.int64))
-    torch.testing.assert_close(attention(x, reading), expected, rtol=0, atol=1e-14)  # measured 3e-17
+    # measured 3e-17
+    torch.testing.assert_close(attention(x, reading), expected, rtol=0, atol=1e-14)
 
 
 def test_lambda_starts_as_the_paper_has_it_and_the_second_map_is_subtracted():
@@ -165,10 +196,18 @@ def test_lambda_starts_as_the_paper_has_it_and_the_second_map_is_subtracted():
     for layer, block in enumerate(model.layers):
         start = 0.8 - 0.6 * math.exp(-0.3 * layer)
         assert block.attention.lambda_init == pytest.approx(start, abs=1e-12)
-        assert float(block.attention.lambda_().detach()) == pytest.approx(start, abs=0.2)  # vectors of four entries at spread 0.1
-    scalar = build_model(ModelConfig(**SIZES, attention=DifferentialAttention(form="scalar")), 50, seed=1).layers[0].attention
+        # vectors of four entries at spread 0.1
+        assert float(block.attention.lambda_().detach()) == pytest.approx(start, abs=0.2)
+    scalar = (
+        build_model(
+            ModelConfig(**SIZES, attention=DifferentialAttention(form="scalar")), 50, seed=1
+        )
+        .layers[0]
+        .attention
+    )
     with torch.no_grad():
-        scalar.k.weight.zero_()  # both maps are uniform, so the difference is (1 − λ) times one of them
+        # both maps are uniform, so the difference is (1 − λ) times one of them
+        scalar.k.weight.zero_()
         x, reading = torch.randn(1, 5, 32), model.reading(torch.zeros(1, 5, dtype=torch.int64))
         half = scalar(x, reading)
         scalar.lambda_weight.zero_()
@@ -191,9 +230,17 @@ def test_a_window_is_that_many_keys(window):
 
 def test_a_window_wider_than_the_context_is_refused_by_both_keys():
     length = SIZES["max_seq_len"]
-    assert ModelConfig(**SIZES, attention=SoftmaxAttention(window=length)).attention.window == length
+    assert (
+        ModelConfig(**SIZES, attention=SoftmaxAttention(window=length)).attention.window == length
+    )
     for kind in (SoftmaxAttention, DifferentialAttention):
-        with pytest.raises(ValueError, match=rf"model\.attention\.window \({length + 1}\) is above model\.max_seq_len \({length}\)"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"model\.attention\.window \({length + 1}\) is above model\.max_seq_len "
+                rf"\({length}\)"
+            ),
+        ):
             ModelConfig(**SIZES, attention=kind(window=length + 1))
 
 
@@ -202,12 +249,16 @@ def test_scaled_frequencies():
     assert torch.equal(frequencies(64, 500_000.0, LinearScaling(factor=4)), plain / 4)
     scaled = frequencies(64, 500_000.0, Llama3Scaling())
     waves = 8192 * plain / (2 * math.pi)
-    assert torch.equal(scaled[waves >= 4], plain[waves >= 4]) and torch.allclose(scaled[waves <= 1], plain[waves <= 1] / 8, rtol=1e-15)
+    assert torch.equal(scaled[waves >= 4], plain[waves >= 4]) and torch.allclose(
+        scaled[waves <= 1], plain[waves <= 1] / 8, rtol=1e-15
+    )
     between = (waves > 1) & (waves < 4)
-    assert between.any() and bool((scaled < plain)[between].all() and (scaled > plain / 8)[between].all())
+    assert between.any() and bool(
+        (scaled < plain)[between].all() and (scaled > plain / 8)[between].all()
+    )
 
 
-# --- experts --------------------------------------------------------------------------------------------------------
+# --- experts --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -216,14 +267,19 @@ def test_sparse_dispatch_equals_every_expert_on_every_token(top_k, n_experts, n_
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(n_tokens, 8, generator=draw, dtype=torch.float64)
     experts = [torch.nn.Linear(8, 8, dtype=torch.float64) for _ in range(n_experts)]
-    chosen, weights, probs = moe.route(torch.randn(n_tokens, n_experts, generator=draw, dtype=torch.float64), top_k)
+    chosen, weights, probs = moe.route(
+        torch.randn(n_tokens, n_experts, generator=draw, dtype=torch.float64), top_k
+    )
     y, load, dropped = moe.dispatch(x, chosen, weights, experts)
     dense = torch.stack([e(x) for e in experts], 1)
     share = torch.zeros(n_tokens, n_experts, dtype=torch.float64).scatter_add(1, chosen, weights)
-    torch.testing.assert_close(y, (share[..., None] * dense).sum(1), rtol=0, atol=1e-13)  # measured 4e-16
+    # measured 4e-16
+    torch.testing.assert_close(y, (share[..., None] * dense).sum(1), rtol=0, atol=1e-13)
     assert load.sum() == n_tokens * top_k and dropped == 0
     if top_k > 1:
-        torch.testing.assert_close(weights.sum(1), torch.ones(n_tokens, dtype=torch.float64), rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            weights.sum(1), torch.ones(n_tokens, dtype=torch.float64), rtol=0, atol=1e-15
+        )
     else:
         assert torch.equal(weights[:, 0], probs.max(1).values)
     assert torch.equal(chosen, probs.argsort(dim=1, descending=True, stable=True)[:, :top_k])
@@ -233,7 +289,9 @@ def test_an_expert_beyond_capacity_drops_later_tokens_of_the_row():
     x, row = torch.eye(6, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1])
     chosen = torch.tensor([[0], [1], [0], [0], [0], [1]])
     double = [lambda t: 2 * t, lambda t: 3 * t]
-    y, load, dropped = moe.dispatch(x, chosen, torch.ones(6, 1, dtype=torch.float64), double, capacity=2, row_R=row)
+    y, load, dropped = moe.dispatch(
+        x, chosen, torch.ones(6, 1, dtype=torch.float64), double, capacity=2, row_R=row
+    )
     assert y.diagonal().tolist() == [2, 3, 2, 0, 2, 3]
     assert load.tolist() == [3, 2] and int(dropped) == 1
 
@@ -244,27 +302,42 @@ def test_balance_is_one_when_even_and_does_not_depend_on_how_rows_are_cut():
     probs = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 4)
     assert float(moe.balance(probs, torch.zeros(4, 1, dtype=torch.int64))) == pytest.approx(4 * 0.7)
     draw = torch.Generator().manual_seed(3)
-    logits, row = torch.randn(12, 4, generator=draw, dtype=torch.float64), torch.tensor([0] * 5 + [1] * 4 + [2] * 3)
+    logits, row = (
+        torch.randn(12, 4, generator=draw, dtype=torch.float64),
+        torch.tensor([0] * 5 + [1] * 4 + [2] * 3),
+    )
     chosen, _, probs = moe.route(logits, 2)
-    parts = sum(moe.balance(probs[row == b], chosen[row == b]) * int((row == b).sum()) for b in range(3))
+    parts = sum(
+        moe.balance(probs[row == b], chosen[row == b]) * int((row == b).sum()) for b in range(3)
+    )
     assert float(moe.balance(probs, chosen, row) * 12) == pytest.approx(float(parts), rel=1e-14)
 
 
 def test_selection_bias_chooses_but_never_weighs_and_moves_against_the_load():
-    cfg = ModelConfig(**SIZES, ffn=MixtureOfExperts(n_experts=4, top_k=2, balance=BiasBalance(rate=0.1)))
+    cfg = ModelConfig(
+        **SIZES, ffn=MixtureOfExperts(n_experts=4, top_k=2, balance=BiasBalance(rate=0.1))
+    )
     logits, bias = torch.zeros(3, 4), torch.tensor([0.0, 0.0, 0.0, 1.0])
     chosen, weights, _ = moe.route(logits, 2, bias)
     assert chosen.tolist() == [[3, 0]] * 3 and torch.equal(weights, torch.full((3, 2), 0.5))
     model = build_model(cfg, 50, seed=1)
     moe.update_selection_bias(model, [torch.tensor([4, 2, 2, 0])] * 3, 0.1)
     assert model.layers[1].ffn.selection_bias.tolist() == pytest.approx([-0.1, 0.0, 0.0, 0.1])
-    assert not any("selection_bias" in n for n, _ in model.named_parameters()) and "layers.2.ffn.selection_bias" in model.state_dict()
     assert (
-        build_model(cfg.model_copy(update={"ffn": MixtureOfExperts(balance=AuxiliaryLoss(weight=0.5))}), 50, seed=1).balance_weight == 0.5
+        not any("selection_bias" in n for n, _ in model.named_parameters())
+        and "layers.2.ffn.selection_bias" in model.state_dict()
+    )
+    assert (
+        build_model(
+            cfg.model_copy(update={"ffn": MixtureOfExperts(balance=AuxiliaryLoss(weight=0.5))}),
+            50,
+            seed=1,
+        ).balance_weight
+        == 0.5
     )
 
 
-# --- depth ----------------------------------------------------------------------------------------------------------
+# --- depth ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias, expected", [(40.0, "block"), (-800.0, "identity")])
@@ -280,7 +353,9 @@ def test_a_soft_gate_wide_open_is_the_block_and_shut_is_nothing(bias, expected):
 
 
 def test_gates_sit_on_every_nth_block_and_start_half_open():
-    model = build_model(ModelConfig(**SIZES, depth=MixtureOfDepths(gate=SoftGate(), every=2)), 50, seed=1)
+    model = build_model(
+        ModelConfig(**SIZES, depth=MixtureOfDepths(gate=SoftGate(), every=2)), 50, seed=1
+    )
     assert [hasattr(b.depth, "router") for b in model.layers] == [False, True, False]
     assert float(model.layers[1].depth.router(torch.zeros(32)).detach().sigmoid()) == 0.5
 
@@ -299,12 +374,12 @@ def test_hard_capacity_reads_the_highest_scores_so_far(share, length, seed):
             assert bool(read[b, t]) == (higher < math.ceil(share * (t + 1)))
     with torch.no_grad():
         after = model.layers[0](model.embed(ids), reading)
-    assert torch.equal((after != model.embed(ids)).any(-1), read) and float(reading.kept_fracs[0]) == pytest.approx(
-        float(read.double().mean())
-    )
+    assert torch.equal((after != model.embed(ids)).any(-1), read) and float(
+        reading.kept_fracs[0]
+    ) == pytest.approx(float(read.double().mean()))
 
 
-# --- what makes no sense --------------------------------------------------------------------------------------------
+# --- what makes no sense --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

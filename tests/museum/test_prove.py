@@ -19,12 +19,16 @@ PARTS = 8
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_plant_is_killed_by_its_gate_and_every_control_is_green(spec, part):
-    """All of them at each commit: a plant goes into code that changes without it or its gate, and then a record of before says nothing."""
+    """All of them at each commit: a plant goes into code that changes without it or its gate, and
+    then a record of before says nothing.
+    """
     gates = sorted(spec.gates)[part::PARTS]
     kills = prover.prove(gates)
     assert [(k.plant, k.outcome, k.message) for k in kills if k.outcome != "killed"] == []
     assert [(k.gate, k.control) for k in kills if k.control != "pass"] == []
-    assert {k.plant for k in kills} == {p.id for p in PLANTS.values() if p.gate in gates} and len(kills) >= 10
+    assert {k.plant for k in kills} == {p.id for p in PLANTS.values() if p.gate in gates} and len(
+        kills
+    ) >= 10
 
 
 def test_each_gate_has_a_plant_and_each_plant_a_story(spec):
@@ -41,7 +45,12 @@ def test_a_plant_leaves_no_trace():
     from stack.data import reader
     from stack.train import checkpoint, losses, step
 
-    watched = [(m, n, v) for m in (reader, checkpoint, losses, step) for n, v in vars(m).items() if callable(v)]
+    watched = [
+        (m, n, v)
+        for m in (reader, checkpoint, losses, step)
+        for n, v in vars(m).items()
+        if callable(v)
+    ]
     for plant in load_museum().values():
         with plant.apply():
             pass
@@ -54,14 +63,32 @@ def doing(action):
     yield
 
 
-def seen(spec, verdict, *, plant_action=touch, error=None, step=None, gate_id="loss.golden", plant_id="x.y", brings=1, measured=None):
-    """What the prover makes of a verdict of a gate under a plant that does `plant_action`; `brings` is what a run then brings forth."""
+def seen(
+    spec,
+    verdict,
+    *,
+    plant_action=touch,
+    error=None,
+    step=None,
+    gate_id="loss.golden",
+    plant_id="x.y",
+    brings=1,
+    measured=None,
+):
+    """What the prover makes of a verdict of a gate under a plant that does `plant_action`; `brings`
+    is what a run then brings forth.
+    """
     gate = spec.gates[gate_id]
     plant = Plant(plant_id, gate.id, "t", "s", ("u",), lambda: doing(plant_action), "0" * 64)
 
     class Scripted(prover.Prover):
         def __init__(self):
-            self.root, self.cfg, self.spec, self.catalogue = Path("/nonexistent"), None, spec, load_catalogue()
+            self.root, self.cfg, self.spec, self.catalogue = (
+                Path("/nonexistent"),
+                None,
+                spec,
+                load_catalogue(),
+            )
             self._fruits = {"train": 1, "export": 1}
 
         def _run(self, gate, listener):
@@ -82,13 +109,21 @@ def nothing():
 def test_outcomes_are_told_apart(spec):
     assert seen(spec, failed("red")).outcome == "killed"
     assert seen(spec, None, error=RuntimeError("boom")).outcome == "crashed"
-    assert seen(spec, passed(), brings=2).outcome == "missed", "a run brings forth something else, and the gate is green"
-    assert seen(spec, passed(z=2.0), measured={"z": 1.0}).outcome == "missed", "the gate measures something else, and is green"
-    assert seen(spec, passed(z=1.0), measured={"z": 1.0}).outcome == "equivalent", "it ran, and nothing differs"
+    assert seen(spec, passed(), brings=2).outcome == "missed", (
+        "a run brings forth something else, and the gate is green"
+    )
+    assert seen(spec, passed(z=2.0), measured={"z": 1.0}).outcome == "missed", (
+        "the gate measures something else, and is green"
+    )
+    assert seen(spec, passed(z=1.0), measured={"z": 1.0}).outcome == "equivalent", (
+        "it ran, and nothing differs"
+    )
 
 
 def test_a_line_that_never_ran_kills_nothing(spec):
-    """Neither where the gate is green nor where it is red for another reason, nor where it would halt a run."""
+    """Neither where the gate is green nor where it is red for another reason,
+    nor where it would halt a run.
+    """
     assert seen(spec, passed(), plant_action=nothing).outcome == "equivalent"
     red = seen(spec, failed("red"), plant_action=nothing)
     assert red.outcome == "equivalent" and "never ran" in red.verdict.message
@@ -104,7 +139,10 @@ def test_another_gate_firing_is_no_kill(spec):
 def test_a_kill_that_comes_too_late_is_none(spec):
     """SF-R06 says eight steps; this plant began with the first, as no step was logged before it."""
     late = dict(gate_id="runtime.loss-spike", plant_id="runtime.lr-spike")
-    assert load_catalogue().deadline(spec.gates["runtime.loss-spike"], "runtime.lr-spike") == ("within k steps", 8)
+    assert load_catalogue().deadline(spec.gates["runtime.loss-spike"], "runtime.lr-spike") == (
+        "within k steps",
+        8,
+    )
 
     def began_at_one(self, line_step):
         return line_step
@@ -113,7 +151,10 @@ def test_a_kill_that_comes_too_late_is_none(spec):
         patch.setattr(prover.Clock, "lived", began_at_one)
         assert seen(spec, failed("red"), step=8, **late).outcome == "killed"
         found = seen(spec, failed("red"), step=9, **late)
-    assert found.outcome == "missed" and "seen 9 steps after it began, at most 8" in found.verdict.message
+    assert (
+        found.outcome == "missed"
+        and "seen 9 steps after it began, at most 8" in found.verdict.message
+    )
 
 
 def test_latency_counts_from_the_first_step_in_which_the_line_ran():
@@ -127,7 +168,9 @@ def test_latency_counts_from_the_first_step_in_which_the_line_ran():
 
 
 def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp_path):
-    """On the real stack: a renamed local is nothing, one percent of the learning rate is something; no gate is asked."""
+    """On the real stack: a renamed local is nothing, one percent of the learning rate is something;
+    no gate is asked.
+    """
     from stack.train import step as steps
 
     def plant(factor):
@@ -145,7 +188,9 @@ def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp
         gate = judge.spec.gates["loss.golden"]
         prover.use_cache(root / "cache")
         clean = prover.Control("pass", dict(judge.verdict_of(gate).measured))
-        assert judge.planted(gate, plant(1.0), clean).outcome == "equivalent", "a gate of preflight never runs the line"
+        assert judge.planted(gate, plant(1.0), clean).outcome == "equivalent", (
+            "a gate of preflight never runs the line"
+        )
 
         def blind(gate, listener):
             steps.lr_at(1, peak=1.0, schedule=judge.cfg.schedule, max_steps=9)
@@ -162,7 +207,9 @@ def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
 
     class Script:
         events = ()
-        said = iter([passed(valid_frac=0.9), passed(valid_frac=0.6), passed(valid_frac=0.8, other=3)])
+        said = iter(
+            [passed(valid_frac=0.9), passed(valid_frac=0.6), passed(valid_frac=0.8, other=3)]
+        )
 
         def observe(self, event):
             return next(self.said)
@@ -175,26 +222,47 @@ def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
 
 
 def test_matrix_shows_who_else_turns_red():
-    """A missing file and a head too many are seen by the comparison as well; nothing is red without a plant."""
+    """A missing file and a head too many are seen by the comparison as well;
+    nothing is red without a plant.
+    """
     rows = {row["plant"]: row for row in matrix(("export.complete",))}
     assert set(rows) == {"export.shard-left-out", "export.second-head"}
-    assert all(set(row["red"]) == {"export.complete", "export.logit-parity"} and row["asked"] == 3 for row in rows.values())
+    assert all(
+        set(row["red"]) == {"export.complete", "export.logit-parity"} and row["asked"] == 3
+        for row in rows.values()
+    )
     assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())
 
 
 def test_a_row_of_the_matrix_stands_where_a_monitor_is_never_called(monkeypatch):
-    """All gates are waived there: the run has to come to its end and its record, and a gate that never looked is red."""
-    wanted = {"runtime.evaluation-never-called": "runtime.cadence", "sampling.monitor-not-called": "sampling.coherence"}
+    """All gates are waived there: the run has to come to its end and its record,
+    and a gate that never looked is red.
+    """
+    wanted = {
+        "runtime.evaluation-never-called": "runtime.cadence",
+        "sampling.monitor-not-called": "sampling.coherence",
+    }
     museum = {p: plant for p, plant in load_museum().items() if p in wanted}
     monkeypatch.setattr("stack.museum.matrix.load_museum", lambda: museum)
     rows = {row["plant"]: row for row in matrix(tuple(wanted.values()))}
     assert rows.keys() == wanted.keys()
     for plant_id, row in rows.items():
-        assert row["raised"] == {} and wanted[plant_id] in row["red"] and row["gate"] == wanted[plant_id]
+        assert (
+            row["raised"] == {}
+            and wanted[plant_id] in row["red"]
+            and row["gate"] == wanted[plant_id]
+        )
     unevaluated, unsampled = (row["red"] for row in rows.values())
-    assert unevaluated["runtime.cadence"]["step"] == 8, "one step after the first evaluation was due"
-    assert {"evaluation.held-out", "evaluation.same-batches"} <= unevaluated.keys() and "sampling.coherence" not in unevaluated
-    assert unsampled["sampling.coherence"]["step"] is None and "evaluation.held-out" not in unsampled
+    assert unevaluated["runtime.cadence"]["step"] == 8, (
+        "one step after the first evaluation was due"
+    )
+    assert {
+        "evaluation.held-out",
+        "evaluation.same-batches",
+    } <= unevaluated.keys() and "sampling.coherence" not in unevaluated
+    assert (
+        unsampled["sampling.coherence"]["step"] is None and "evaluation.held-out" not in unsampled
+    )
 
 
 def test_swap_counts_calls_and_restores():

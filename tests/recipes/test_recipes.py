@@ -15,8 +15,15 @@ from stack.recipes.imported import imported
 
 
 def by_hand(v, d, layers, q, kv, f, ffn_matrices, *, norms, extras=0, head=1):
-    """Parameters written out: embedding and head, attention, feed-forward, norms, and what a recipe has besides."""
-    return head * v * d + layers * (2 * d * q + 2 * d * kv + ffn_matrices * d * f) + (2 * layers + 1) * norms + extras
+    """Parameters written out: embedding and head, attention, feed-forward, norms,
+    and what a recipe has besides.
+    """
+    return (
+        head * v * d
+        + layers * (2 * d * q + 2 * d * kv + ffn_matrices * d * f)
+        + (2 * layers + 1) * norms
+        + extras
+    )
 
 
 SIZES = {
@@ -26,17 +33,32 @@ SIZES = {
     "huge": by_hand(49_152, 256, 12, 256, 256, 688, 3, norms=256),
     "nanolm": by_hand(32_000, 256, 6, 256, 64, 256, 3, norms=256),
     "llama-370m": by_hand(49_152, 1024, 24, 1024, 256, 2816, 3, norms=1024, head=2),
-    "gpt2-124m": by_hand(50_257, 768, 12, 768, 768, 3072, 2, norms=2 * 768, extras=1024 * 768 + 12 * (4 * 768 + 3072 + 768)),
+    "gpt2-124m": by_hand(
+        50_257,
+        768,
+        12,
+        768,
+        768,
+        3072,
+        2,
+        norms=2 * 768,
+        extras=1024 * 768 + 12 * (4 * 768 + 3072 + 768),
+    ),
     "andrea-120m": by_hand(8449, 768, 12, 768, 768, 3072, 2, norms=768, extras=1024 * 768, head=2),
 }
-PUBLISHED = {"nanolm": 10_358_016, "gpt2-124m": 124_439_808, "andrea-120m": 98_698_752 + 25 * 768}  # the note's model has no gains
+# the note's model has no gains
+PUBLISHED = {"nanolm": 10_358_016, "gpt2-124m": 124_439_808, "andrea-120m": 98_698_752 + 25 * 768}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_has_the_parameters_its_name_says(name):
     cfg = recipe(name)
     vocab_size = getattr(cfg.data.tokenizer, "vocab_size", 257)
-    assert parameter_count(cfg.model.model_dump(), vocab_size) == SIZES[name] == PUBLISHED.get(name, SIZES[name])
+    assert (
+        parameter_count(cfg.model.model_dump(), vocab_size)
+        == SIZES[name]
+        == PUBLISHED.get(name, SIZES[name])
+    )
     assert cfg.recipe == name
 
 
@@ -45,7 +67,10 @@ def test_seeds_of_the_recipes():
     huge = recipe("huge")
     assert (huge.model.n_layers, huge.model.d_model, huge.model.max_seq_len) == (12, 256, 512)
     assert huge.train.tokens_per_step // huge.train.micro_batch_size == 4 * 512
-    assert recipe("andrea-120m").optim.weight_decay == 0.01 and recipe("andrea-120m").schedule.warmup_steps == 2000
+    assert (
+        recipe("andrea-120m").optim.weight_decay == 0.01
+        and recipe("andrea-120m").schedule.warmup_steps == 2000
+    )
 
 
 def test_an_unknown_recipe_names_the_nearest():
@@ -59,7 +84,9 @@ def test_every_depth_is_a_valid_run_within_its_corpus(n_layers, vocab_size, uniq
     cfg = depth(n_layers, Corpus(vocab_size, unique_tokens))
     n_params = parameter_count(cfg.model.model_dump(), vocab_size)
     planned = cfg.train.max_steps * cfg.train.tokens_per_step
-    assert planned <= max(20 * n_params, 40 * 2048) and (planned <= EPOCHS * unique_tokens or cfg.train.max_steps == 40)
+    assert planned <= max(20 * n_params, 40 * 2048) and (
+        planned <= EPOCHS * unique_tokens or cfg.train.max_steps == 40
+    )
     assert cfg.model.d_model == 64 * n_layers == cfg.model.n_heads * cfg.model.head_dim
 
 
@@ -68,21 +95,37 @@ def test_the_dial_makes_models_larger_and_steps_smaller():
     counts = [parameter_count(r.model.model_dump(), 32_768) for r in runs]
     rates = [(r.optim.lr, r.optim.adamw_lr) for r in runs]
     assert counts == sorted(set(counts)) and rates == sorted(rates, reverse=True)
-    assert all(r.train.dtype == r.optim.dtype == ("bfloat16" if n >= 8 else "float32") for n, r in enumerate(runs, 1))
+    assert all(
+        r.train.dtype == r.optim.dtype == ("bfloat16" if n >= 8 else "float32")
+        for n, r in enumerate(runs, 1)
+    )
 
 
 def test_at_its_width_the_dial_is_the_default_recipe():
     dial, swept = depth(2), recipe("pocket")
-    assert dial.optim == swept.optim and dial.model.attention == swept.model.attention and dial.data.tokenizer == swept.data.tokenizer
-    assert (dial.train.tokens_per_step, dial.train.micro_batch_size) == (swept.train.tokens_per_step, swept.train.micro_batch_size)
+    assert (
+        dial.optim == swept.optim
+        and dial.model.attention == swept.model.attention
+        and dial.data.tokenizer == swept.data.tokenizer
+    )
+    assert (dial.train.tokens_per_step, dial.train.micro_batch_size) == (
+        swept.train.tokens_per_step,
+        swept.train.micro_batch_size,
+    )
     assert dial.schedule.model_copy(update={"warmup_steps": 10}) == swept.schedule
-    assert dial.train.max_steps * 2048 == pytest.approx(EPOCHS * embedded(2).unique_tokens, rel=1e-3)
+    assert dial.train.max_steps * 2048 == pytest.approx(
+        EPOCHS * embedded(2).unique_tokens, rel=1e-3
+    )
 
 
 def test_the_embedded_text_has_tokens_enough_for_four_layers(spec):
     """By the limit of the gate; five layers are refused, and say so."""
     least = spec.gates["data.corpus-budget"].limits["unique_tokens_per_parameter_min"].value
-    each = {n: embedded(n).unique_tokens / parameter_count(depth(n).model.model_dump(), embedded(n).vocab_size) for n in range(1, 6)}
+    each = {
+        n: embedded(n).unique_tokens
+        / parameter_count(depth(n).model.model_dump(), embedded(n).vocab_size)
+        for n in range(1, 6)
+    }
     assert all(each[n] > least for n in range(1, 5)) and each[5] < least
 
 
@@ -90,18 +133,28 @@ def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path):
     with pytest.raises(DataError, match="holds no built data"):
         corpus_of(tmp_path)
     (tmp_path / "manifest.json").write_text(
-        '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}]}}}', "utf-8"
+        '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}'
+        "]}}}",
+        "utf-8",
     )
     assert corpus_of(tmp_path) == Corpus(vocab_size=4096, unique_tokens=100)
 
 
 @pytest.mark.parametrize("name", ["tiny", "huge", "nanolm", "gpt2-124m", "andrea-120m"])
 def test_a_model_from_elsewhere_is_trained_more_gently_than_one_from_scratch(name):
-    """Less than half the rate the same model is begun with, fewer steps, a warm-up of a tenth of them. What a user sets goes before it."""
+    """Less than half the rate the same model is begun with, fewer steps, a warm-up of a tenth of
+    them. What a user sets goes before it.
+    """
     scratch = recipe(name)
     gentle = imported(scratch.model, Path("tokenizer.json"))
     assert gentle.model == scratch.model and gentle.data.tokenizer.path == "tokenizer.json"
-    assert gentle.optim.lr < scratch.optim.lr / 2 and gentle.train.max_steps < scratch.train.max_steps
+    assert (
+        gentle.optim.lr < scratch.optim.lr / 2 and gentle.train.max_steps < scratch.train.max_steps
+    )
     assert 0 < gentle.schedule.warmup_steps <= gentle.train.max_steps / 10
     changed, overrides = load_config(gentle, sets=("optim.lr=3e-3",))
-    assert changed.optim.lr == 3e-3 and [o.key for o in overrides] == ["optim.lr"] and changed.schedule == gentle.schedule
+    assert (
+        changed.optim.lr == 3e-3
+        and [o.key for o in overrides] == ["optim.lr"]
+        and changed.schedule == gentle.schedule
+    )

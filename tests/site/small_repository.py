@@ -7,7 +7,18 @@ from spec import ROOT
 from spec.canonical import canonical_json, sha256_bytes, sha256_json
 from spec.gates import load_spec
 from spec.ledger import Ledger
-from spec.records import SCHEMA, Artefact, Code, GateResult, Kill, Metric, Override, Record, Series, SpecRef
+from spec.records import (
+    SCHEMA,
+    Artefact,
+    Code,
+    GateResult,
+    Kill,
+    Metric,
+    Override,
+    Record,
+    Series,
+    SpecRef,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LAST_STEP = 300
@@ -39,7 +50,7 @@ plants = []
 tests = []
 since = "0.9.0"
 sources = []
-"""
+"""  # noqa: E501
 CHECKS = '''"""Checks."""
 
 
@@ -67,8 +78,12 @@ CLI = {
     "verbs": {
         "train": {
             "help": "Train a model.",
-            "arguments": [{"name": "recipe", "required": False, "many": False, "help": "recipe or run file"}],
-            "options": [{"flags": ["--set"], "takes_value": True, "many": True, "help": "change a key"}],
+            "arguments": [
+                {"name": "recipe", "required": False, "many": False, "help": "recipe or run file"}
+            ],
+            "options": [
+                {"flags": ["--set"], "takes_value": True, "many": True, "help": "change a key"}
+            ],
             "examples": ["stack train pocket --set optim.lr=3e-4"],
         },
         "gates list": {"help": "List gates.", "arguments": [], "options": [], "examples": []},
@@ -85,7 +100,9 @@ def write_repository(root: Path, *, gate_of_second_plant: str = "loss.adds-up") 
     (root / "spec/cli.json").write_bytes(canonical_json(CLI))
     (root / "contracts/loss.py").write_text(CHECKS)
     (root / "stack/museum/loss.py").write_text(PLANTS.replace("GATE", gate_of_second_plant))
-    shutil.copytree(ROOT / "stack/config", root / "stack/config", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "stack/config", root / "stack/config", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return root
 
 
@@ -118,7 +135,9 @@ def record(root: Path, kind: str, nonce: str, **parts) -> Record:
 
 
 def add_evidence(root: Path) -> list[Record]:
-    """A record of each kind the site has a page for, with their series, accepted into the ledger; the three a model stands on."""
+    """A record of each kind the site has a page for, with their series, accepted into the ledger;
+    the three a model stands on.
+    """
     spec = load_spec(root)
     print_of = spec.fingerprint("loss.adds-up")
     hash_of_plant = sha256_bytes(b"plant")
@@ -137,7 +156,13 @@ def add_evidence(root: Path) -> list[Record]:
     )
     falsification = record(root, "falsification", "aaaaaaaa", kills=kills)
     gates = (
-        GateResult(id="loss.adds-up", fingerprint=print_of, verdict="pass", checks=1, measured={"abs_error": 2.5e-9}),
+        GateResult(
+            id="loss.adds-up",
+            fingerprint=print_of,
+            verdict="pass",
+            checks=1,
+            measured={"abs_error": 2.5e-9},
+        ),
         GateResult(
             id="loss.stays-finite",
             fingerprint=spec.fingerprint("loss.stays-finite"),
@@ -154,12 +179,27 @@ def add_evidence(root: Path) -> list[Record]:
         "bbbbbbbb",
         gates=gates,
         series=series,
-        metrics={"val_loss_nats": Metric(value=3.14159265, unit="nats/token", n=512, stderr=0.02, better="lower")},
+        metrics={
+            "val_loss_nats": Metric(
+                value=3.14159265, unit="nats/token", n=512, stderr=0.02, better="lower"
+            )
+        },
         overrides=(Override(key="optim.lr", value=0.004, source="--set optim.lr=4e-3"),),
-        outputs=(Artefact(name="weights", path="checkpoints/step-00000200/model.safetensors", sha256=hash_of_plant, bytes=4_000_000),),
+        outputs=(
+            Artefact(
+                name="weights",
+                path="checkpoints/step-00000200/model.safetensors",
+                sha256=hash_of_plant,
+                bytes=4_000_000,
+            ),
+        ),
     )
     evaluate = record(
-        root, "evaluate", "cccccccc", parents=(train.id,), metrics={"bits_per_byte": Metric(value=2.5, unit="bits/byte", n=9000)}
+        root,
+        "evaluate",
+        "cccccccc",
+        parents=(train.id,),
+        metrics={"bits_per_byte": Metric(value=2.5, unit="bits/byte", n=9000)},
     )
     for one in (falsification, train, evaluate, _data_record(root), _benchmark_record(root)):
         folder = root / "evidence" / one.id
@@ -173,24 +213,44 @@ def add_release(root: Path, records: list[Record]) -> None:
     """A registry with one model standing on the given records."""
     lines = [f'{r.kind} = "{r.id}"' for r in records]
     head = (
-        'id = "pocket-1"\nseries = "pocket"\nstatus = "candidate"\nrecipe = "pocket"\nresearcher = "a person"\nlicense = "Apache-2.0"\n'
+        'id = "pocket-1"\nseries = "pocket"\nstatus = "candidate"\nrecipe = "pocket"\nresearcher '
+        '= "a person"\nlicense = "Apache-2.0"\n'
         'data_license = "PSF-2.0"\nn_params = 1000000\ncard = "evidence/cards/pocket-1.md"\n'
         f'commit = "{COMMIT}"\ntokenizer_sha256 = "{"1" * 64}"\nweights_sha256 = "{"2" * 64}"\n'
     )
-    (root / "evidence/registry.toml").write_text("[[model]]\n" + head + "[model.records]\n" + "\n".join(lines) + "\n")
+    (root / "evidence/registry.toml").write_text(
+        "[[model]]\n" + head + "[model.records]\n" + "\n".join(lines) + "\n"
+    )
 
 
 def _data_record(root: Path) -> Record:
     """A data set of one source that lost three documents for two reasons."""
-    source = {"name": "letters", "license": "CC0-1.0", "weight": 2, "cap": 0.7, "floor": 0.1, "documents_in": 1203, "documents_out": 1200}
-    source |= {"dropped": {"too-short": {"documents": 2}, "low-diversity": {"documents": 1}}, "tokens": {"train": 54321, "validation": 678}}
+    source = {
+        "name": "letters",
+        "license": "CC0-1.0",
+        "weight": 2,
+        "cap": 0.7,
+        "floor": 0.1,
+        "documents_in": 1203,
+        "documents_out": 1200,
+    }
+    source |= {
+        "dropped": {"too-short": {"documents": 2}, "low-diversity": {"documents": 1}},
+        "tokens": {"train": 54321, "validation": 678},
+    }
     line = canonical_json(source) + b"\n"
     made = record(
         root,
         "data",
         "dddddddd",
         series=(Series(path="sources.jsonl", sha256=sha256_bytes(line)),),
-        metrics={n: Metric(value=v, unit=u) for n, v, u in (("documents_in", 1203, "documents"), ("documents_out", 1200, "documents"))}
+        metrics={
+            n: Metric(value=v, unit=u)
+            for n, v, u in (
+                ("documents_in", 1203, "documents"),
+                ("documents_out", 1200, "documents"),
+            )
+        }
         | {"train_tokens": Metric(value=54321, unit="tokens")},
     )
     (root / "evidence" / made.id).mkdir(parents=True)
@@ -207,24 +267,66 @@ def _benchmark_record(root: Path) -> Record:
         metrics |= {n: Metric(value=v, unit="1") for n, v in zip(names, values)}
     environment = {"python": "3.11", "cpu": "a processor", "cpu_count": 2, "peer_slow-one": "1.2.3"}
     config = {"benchmark": "the reader"}
-    return record(root, "benchmark", "eeeeeeee", metrics=metrics, environment=environment, config=config, config_sha256=sha256_json(config))
+    return record(
+        root,
+        "benchmark",
+        "eeeeeeee",
+        metrics=metrics,
+        environment=environment,
+        config=config,
+        config_sha256=sha256_json(config),
+    )
 
 
 def _write_series(folder: Path) -> tuple[Series, ...]:
     folder.mkdir()
     metrics = []
     for step in range(1, LAST_STEP + 1):
-        line = {"step": step, "loss_nats": 7.0 - 0.01 * step, "lr": 1e-3, "grad_norm": 1.0, "tokens_seen": step * 4096, "tokens_per_s": 9e3}
+        line = {
+            "step": step,
+            "loss_nats": 7.0 - 0.01 * step,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "tokens_seen": step * 4096,
+            "tokens_per_s": 9e3,
+        }
         metrics.append(
-            line | ({"val_loss_nats": 7.1 - 0.01 * step, "val_bits_per_byte": 3.0, "val_stderr_nats": 0.05} if step % 60 == 0 else {})
+            line
+            | (
+                {
+                    "val_loss_nats": 7.1 - 0.01 * step,
+                    "val_bits_per_byte": 3.0,
+                    "val_stderr_nats": 0.05,
+                }
+                if step % 60 == 0
+                else {}
+            )
         )
     samples = [
-        {"step": s, "prompt": "The ", "text": "<script>alert(1)</script> | `x`\n", "score": 61.5, "parts": {"words": 0.5}}
+        {
+            "step": s,
+            "prompt": "The ",
+            "text": "<script>alert(1)</script> | `x`\n",
+            "score": 61.5,
+            "parts": {"words": 0.5},
+        }
         for s in (60, 120)
     ]
     gates = [
-        {"gate": "loss.stays-finite", "step": 40, "verdict": "fail", "measured": {}, "message": "not finite"},
-        {"gate": "checkpoint.contract", "step": 200, "verdict": "pass", "measured": {}, "message": ""},
+        {
+            "gate": "loss.stays-finite",
+            "step": 40,
+            "verdict": "fail",
+            "measured": {},
+            "message": "not finite",
+        },
+        {
+            "gate": "checkpoint.contract",
+            "step": 200,
+            "verdict": "pass",
+            "measured": {},
+            "message": "",
+        },
     ]
     events = [{"event": "resumed", "step": 200, "lines_cut": 3, "at": "2026-01-31T12:03:00.000Z"}]
     draws = [
@@ -232,7 +334,13 @@ def _write_series(folder: Path) -> tuple[Series, ...]:
         {"step": 2, "event": "rows", "rows": {"letters": 6, "novels": 2}},
         {"step": 2, "event": "turn", "focus": "novels"},
     ]
-    files = {"metrics": metrics, "samples": samples, "gates": gates, "events": events, "curriculum": draws}
+    files = {
+        "metrics": metrics,
+        "samples": samples,
+        "gates": gates,
+        "events": events,
+        "curriculum": draws,
+    }
     written = []
     for name, lines in ((f"{stem}.jsonl", lines) for stem, lines in files.items()):
         data = b"".join(canonical_json(line) + b"\n" for line in lines)

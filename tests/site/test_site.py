@@ -1,4 +1,6 @@
-"""The site builds strictly from any ledger, shows nothing from another host, and refuses what it cannot trace."""
+"""The site builds strictly from any ledger, shows nothing from another host,
+and refuses what it cannot trace.
+"""
 
 import html
 import html.parser
@@ -23,7 +25,9 @@ MAX_SVG_BYTES = 60_000
 
 
 def build_site(target: Path, repository: Path, evidence: Path) -> Path:
-    """Build the real documents over another repository, strictly, as `mkdocs build --strict` does."""
+    """Build the real documents over another repository, strictly,
+    as `mkdocs build --strict` does.
+    """
     extra = {"repository_dir": str(repository), "evidence_dir": str(evidence), "generator": False}
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(target), strict=True, extra=extra)
     config.plugins.on_startup(command="build", dirty=False)
@@ -85,8 +89,13 @@ def test_numbers_and_states_come_from_the_records(site):
 
 def test_a_data_set_shows_what_was_dropped_of_every_source_and_why(site):
     page = text_of(site / "data" / "index.html")
-    assert re.search(r"letters\s+CC0-1\.0\s+2\s+0\.7\s+0\.1\s+1203\s+1200\s+1\s+2\s+54\s?321\s+678", page), page
-    assert page.index("low-diversity") < page.index("too-short") and "1200 documents of 1203 documents stayed" in page
+    assert re.search(
+        r"letters\s+CC0-1\.0\s+2\s+0\.7\s+0\.1\s+1203\s+1200\s+1\s+2\s+54\s?321\s+678", page
+    ), page
+    assert (
+        page.index("low-diversity") < page.index("too-short")
+        and "1200 documents of 1203 documents stayed" in page
+    )
 
 
 def test_a_run_shows_what_it_drew_of_every_source(site):
@@ -96,7 +105,9 @@ def test_a_run_shows_what_it_drew_of_every_source(site):
 
 def test_a_benchmark_shows_ratio_spread_and_what_was_wanted(site):
     page = text_of(site / "benchmarks.html")
-    assert re.search(r"slow one\s+5\.50\s+5\.10 – 6\.20\s+≥ 5: reached", page) and re.search(r"fast one\s+0\.80\s+0\.70 – 0\.90\s+≥ 1: missed", page)
+    assert re.search(r"slow one\s+5\.50\s+5\.10 – 6\.20\s+≥ 5: reached", page) and re.search(
+        r"fast one\s+0\.80\s+0\.70 – 0\.90\s+≥ 1: missed", page
+    )
     assert "2026-01-31 · a processor, 2 cores" in page and "slow-one 1.2.3" in page
 
 
@@ -115,7 +126,9 @@ def test_text_of_a_record_is_never_markup(site):
     path = site / "runs" / "train-20260131T120000Z-bbbbbbbb.html"
     page = path.read_text()
     assert "<script>alert" not in page and "A train record with <b>" not in page
-    assert "<script>alert(1)</script> | `x`" in text_of(path) and "A train record with <b>markup</b> | and a pipe." in text_of(path)
+    assert "<script>alert(1)</script> | `x`" in text_of(
+        path
+    ) and "A train record with <b>markup</b> | and a pipe." in text_of(path)
 
 
 def test_museum_shows_story_and_outcome_under_an_anchor(site):
@@ -126,7 +139,10 @@ def test_museum_shows_story_and_outcome_under_an_anchor(site):
 def test_reference_pages_are_written_from_their_sources(site):
     assert "stack train pocket --set optim.lr=3e-4" in text_of(site / "cli.html")
     config = text_of(site / "config.html")
-    assert "optim.max_grad_norm" in config and "global L2 norm to which gradients are clipped" in config
+    assert (
+        "optim.max_grad_norm" in config
+        and "global L2 norm to which gradients are clipped" in config
+    )
     assert "interrupted (Ctrl-C)" in text_of(site / "errors.html")
 
 
@@ -139,7 +155,9 @@ class _Resources(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         for name, value in attrs:
-            loads = name in ("src", "srcset", "data", "poster") or (name == "href" and tag in ("link", "use", "image"))
+            loads = name in ("src", "srcset", "data", "poster") or (
+                name == "href" and tag in ("link", "use", "image")
+            )
             if (loads and value) or (name == "style" and "url(" in (value or "")):
                 self.found.append(value)
 
@@ -152,11 +170,15 @@ def test_nothing_is_loaded_from_another_host(which, request):
         parser.feed(path.read_text())
         assert [a for a in parser.found if re.match(r"(https?:)?//", a)] == [], path
     for path in folder.rglob("*.css"):
-        assert re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"']*", path.read_text()) == [], path
+        assert (
+            re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"']*", path.read_text()) == []
+        ), path
 
 
 def test_a_dead_generated_link_stops_the_build(tmp_path):
-    root = small_repository.write_repository(tmp_path / "repository", gate_of_second_plant="loss.absent")
+    root = small_repository.write_repository(
+        tmp_path / "repository", gate_of_second_plant="loss.absent"
+    )
     with pytest.raises(Abort):
         build_site(tmp_path / "site", root, root / "evidence")
 
@@ -202,17 +224,29 @@ def test_decisions_have_their_five_parts_and_are_listed():
     for path in decisions:
         text = path.read_text()
         assert re.search(r"^Status: \w+", text, re.MULTILINE), path
-        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ["Context", "Decision", "Rejected", "Evidence"], path
+        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
+            "Context",
+            "Decision",
+            "Rejected",
+            "Evidence",
+        ], path
         assert path.name in index
 
 
 def test_charts_thin_out_and_skip_what_is_not_finite():
     points = [(float(s), 5.0 - s / 1000) for s in range(2000)] + [(2000.0, float("nan"))]
-    svg = loss_chart("t", [Curve("train", points, "nats")], [Flag(3, "F", "a < b")], x_label="x", y_label="y")
+    svg = loss_chart(
+        "t", [Curve("train", points, "nats")], [Flag(3, "F", "a < b")], x_label="x", y_label="y"
+    )
     assert "nan" not in svg and "a &lt; b" in svg and "140 of 2000" in svg and "\n\n" not in svg
-    assert loss_chart("t", [Curve("train", [(1, float("inf"))], "nats")], x_label="x", y_label="y") == ""
+    assert (
+        loss_chart("t", [Curve("train", [(1, float("inf"))], "nats")], x_label="x", y_label="y")
+        == ""
+    )
     assert thin([1, 2, 3], 2) == [1, 3]
 
 
 def test_escaping_leaves_no_special_character():
-    assert not set(esc('|*_`[]<>"\n#{}~').replace("&", "").replace("#", "").replace(";", "")) & set('|*_`[]<>"\n{}~')
+    assert not set(esc('|*_`[]<>"\n#{}~').replace("&", "").replace("#", "").replace(";", "")) & set(
+        '|*_`[]<>"\n{}~'
+    )

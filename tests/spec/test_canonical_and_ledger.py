@@ -28,14 +28,35 @@ def test_canonical_bytes_parse_strictly_and_are_stable(value):
 
 def test_what_json_cannot_hold_becomes_a_string():
     assert (
-        canonical_json([float("nan"), float("inf"), -float("inf"), 2**53, 1.5]) == b'["NaN","Infinity","-Infinity","9007199254740992",1.5]'
+        canonical_json([float("nan"), float("inf"), -float("inf"), 2**53, 1.5])
+        == b'["NaN","Infinity","-Infinity","9007199254740992",1.5]'
     )
 
 
 @pytest.mark.parametrize(
     "data",
-    [b'{"a":1,"a":2}', b"[NaN]", b"[1e999]", b"\xef\xbb\xbf{}", b"\xff", b"[" * 100_000, b"1" * 5000, b"{", b"[Infinity]"],
-    ids=["duplicate", "nan", "overflow", "bom", "not-utf8", "deep", "long-integer", "torn", "infinity"],
+    [
+        b'{"a":1,"a":2}',
+        b"[NaN]",
+        b"[1e999]",
+        b"\xef\xbb\xbf{}",
+        b"\xff",
+        b"[" * 100_000,
+        b"1" * 5000,
+        b"{",
+        b"[Infinity]",
+    ],
+    ids=[
+        "duplicate",
+        "nan",
+        "overflow",
+        "bom",
+        "not-utf8",
+        "deep",
+        "long-integer",
+        "torn",
+        "infinity",
+    ],
 )
 def test_hostile_json_is_refused_and_never_crashes(data):
     with pytest.raises(IntegrityError, match="ledger-7"):
@@ -64,7 +85,15 @@ def test_a_record_id_never_leaves_the_folder(tmp_path):
 
 
 def test_arithmetic_of_the_founding_runs():
-    nanolm = {"d_model": 256, "n_layers": 6, "n_heads": 8, "n_kv_heads": 2, "head_dim": 32, "d_ff": 256, "tied_head": True}
+    nanolm = {
+        "d_model": 256,
+        "n_layers": 6,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+        "head_dim": 32,
+        "d_ff": 256,
+        "tied_head": True,
+    }
     assert abs(parameter_count(nanolm, 32_000) / 10.4e6 - 1) < 0.01
     assert tokens_seen(20_000, 64, 512, 1, 1) == 655_360_000
     assert perplexity(0.0) == 1.0

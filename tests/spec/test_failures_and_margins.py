@@ -1,4 +1,6 @@
-"""The catalogue of failures is whole and strict, awaiting is found out, and margins are computed from both sides of a limit."""
+"""The catalogue of failures is whole and strict, awaiting is found out, and margins are computed
+from both sides of a limit.
+"""
 
 import math
 
@@ -17,7 +19,9 @@ def test_the_catalogue_holds_every_documented_failure(spec):
     awaiting = catalogue.awaiting()
     assert all(f.awaiting for f in awaiting) and {"SF-X01", "SF-PT4"} <= {f.id for f in awaiting}
     for failure in catalogue.failures.values():
-        assert failure in awaiting or failure.rules or failure.tests or answering_gates(spec, failure), failure.id
+        assert (
+            failure in awaiting or failure.rules or failure.tests or answering_gates(spec, failure)
+        ), failure.id
 
 
 def test_awaiting_ends_when_the_capability_is_there(tmp_path):
@@ -48,15 +52,32 @@ def test_a_broken_catalogue_is_refused(tmp_path, old, new, says):
 
 def test_a_plant_of_two_failures_is_due_at_the_earlier(spec):
     catalogue = load_catalogue()
-    earlier, later = (Failure.model_validate(catalogue.failures["SF-R06"].model_dump() | {"id": f"SF-Z{n}", "steps": n}) for n in (2, 5))
+    earlier, later = (
+        Failure.model_validate(
+            catalogue.failures["SF-R06"].model_dump() | {"id": f"SF-Z{n}", "steps": n}
+        )
+        for n in (2, 5)
+    )
     both = catalogue.model_copy(update={"failures": {f.id: f for f in (later, earlier)}})
-    assert both.deadline(spec.gates["runtime.loss-spike"], "runtime.lr-spike") == ("within k steps", 2)
+    assert both.deadline(spec.gates["runtime.loss-spike"], "runtime.lr-spike") == (
+        "within k steps",
+        2,
+    )
     assert both.deadline(spec.gates["export.complete"], "export.second-head") == ("at export", None)
 
 
 def kill(plant, control, measured, gate="loss.golden", **changes):
-    fields = {"fingerprint": "a" * 64, "plant_sha256": "b" * 64, "outcome": "killed", "control": "pass", "latency": "", "seconds": 0.1}
-    return Kill(gate=gate, plant=plant, control_measured=control, measured=measured, **fields | changes)
+    fields = {
+        "fingerprint": "a" * 64,
+        "plant_sha256": "b" * 64,
+        "outcome": "killed",
+        "control": "pass",
+        "latency": "",
+        "seconds": 0.1,
+    }
+    return Kill(
+        gate=gate, plant=plant, control_measured=control, measured=measured, **fields | changes
+    )
 
 
 def test_margins_stand_on_the_worst_control_and_the_weakest_plant(spec):
@@ -67,14 +88,27 @@ def test_margins_stand_on_the_worst_control_and_the_weakest_plant(spec):
         kill("d", {"abs_error": 9e-6}, {"abs_error": 1.1e-5}, outcome="missed"),
     ]
     (found,) = margins(spec, kills)
-    assert (found.limit, found.weakest, found.plants, found.clean) == ("abs_error_max", "b", 2, 2e-7)
+    assert (found.limit, found.weakest, found.plants, found.clean) == (
+        "abs_error_max",
+        "b",
+        2,
+        2e-7,
+    )
     assert found.room == pytest.approx(50) and found.reach == pytest.approx(2)
 
 
 def test_margins_know_the_other_direction_and_a_limit_of_zero(spec):
-    (low,) = margins(spec, [kill("a", {"valid_frac": 0.9}, {"valid_frac": 0.1}, gate="runtime.tokens-consumed")])
-    assert low.direction == "at-least" and low.room == pytest.approx(5) and low.reach == pytest.approx(1.8), "of what is missing to 1"
-    (exact,) = margins(spec, [kill("a", {"changes": 0}, {"changes": 3}, gate="evaluation.same-batches")])
+    (low,) = margins(
+        spec, [kill("a", {"valid_frac": 0.9}, {"valid_frac": 0.1}, gate="runtime.tokens-consumed")]
+    )
+    assert (
+        low.direction == "at-least"
+        and low.room == pytest.approx(5)
+        and low.reach == pytest.approx(1.8)
+    ), "of what is missing to 1"
+    (exact,) = margins(
+        spec, [kill("a", {"changes": 0}, {"changes": 3}, gate="evaluation.same-batches")]
+    )
     assert (exact.room, exact.reach) == (math.inf, math.inf)
 
 
@@ -85,6 +119,9 @@ def test_a_limit_that_the_clean_stack_goes_past_is_no_margin(spec):
 
 def test_what_is_measured_under_another_name_is_found_and_nan_is_infinitely_wrong(spec):
     limit = spec.gates["model.reference-differential"].limits["rel_error_max"]
-    assert measured_for("rel_error_max", limit, {"logit_rel_error": 1e-3, "attention_rel_error": 2e-3}) == 2e-3
+    assert (
+        measured_for("rel_error_max", limit, {"logit_rel_error": 1e-3, "attention_rel_error": 2e-3})
+        == 2e-3
+    )
     assert measured_for("rel_error_max", limit, {"logit_rel_error": "NaN"}) == math.inf
     assert measured_for("rel_error_max", limit, {"other": 1.0}) is None

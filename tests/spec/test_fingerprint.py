@@ -1,4 +1,6 @@
-"""What re-opens a gate and what does not, on a small tree of checks; and the table that carries gates over."""
+"""What re-opens a gate and what does not, on a small tree of checks;
+and the table that carries gates over.
+"""
 
 import json
 
@@ -68,7 +70,7 @@ def golden(limits, *, loss, rows):
 
 def unrelated():
     return 1
-'''
+'''  # noqa: E501
 
 
 @pytest.fixture
@@ -104,7 +106,11 @@ FREE = {
         "measured = [\n        loss(row)\n        for row in rows\n        if even(row)\n    ]",
     ),
     "local name": ("loss", "measured", "found"),
-    "name in a comprehension": ("loss", "loss(row) for row in rows if even(row)", "loss(r) for r in rows if even(r)"),
+    "name in a comprehension": (
+        "loss",
+        "loss(row) for row in rows if even(row)",
+        "loss(r) for r in rows if even(r)",
+    ),
     "two local names": (
         "numbers",
         "low, high = min(values), max(values)\n    return math.fabs(high - low)",
@@ -127,14 +133,22 @@ DECISIVE = {
     "later change of a table": ("numbers", 'TABLE["b"] = 2.0', 'TABLE["b"] = 2.5'),
     "loop that changes a table": ("numbers", "TABLE[_name] = 3.0", "TABLE[_name] = 3.5"),
     "module-level branch": ("numbers", "fast = None", "fast = 0"),
-    "module that is imported in a branch": ("numbers", "import numpy as fast", "import torch as fast"),
+    "module that is imported in a branch": (
+        "numbers",
+        "import numpy as fast",
+        "import torch as fast",
+    ),
     "function of another package": ("numbers", "math.fabs", "math.sqrt"),
     "operand order": ("numbers", "high - low", "low - high"),
     "local that is another local": ("numbers", "max(values)", "max(low, 0)"),
     "mutual recursion": ("numbers", "n != 0 and even", "n != 1 and even"),
     "class attribute": ("loss", "width: int = 3", "width: int = 4"),
     "keyword-only parameter": ("loss", "*, loss, rows", "*, rows, loss"),
-    "how measurements become a verdict": ("gate", "if any(v != v for v in measured.values())", "if False"),
+    "how measurements become a verdict": (
+        "gate",
+        "if any(v != v for v in measured.values())",
+        "if False",
+    ),
     "field of a verdict": ("gate", 'message: str = ""', 'message: str = "ok"'),
     "value in a message": ("loss", "{wide:.3g}", "{rows}"),
     "error class": ("numbers", "raise DataError", "raise ValueError"),
@@ -200,7 +214,9 @@ def test_moving_a_definition_is_free(tree):
     (tree / "contracts/numbers.py").unlink()
     edit(tree, "loss", "contracts.numbers", "contracts.arithmetic.tables")
     assert digest(tree) == before
-    (tree / "contracts/better.py").write_text((tree / "contracts/loss.py").read_text().replace("golden", "gilded"))
+    (tree / "contracts/better.py").write_text(
+        (tree / "contracts/loss.py").read_text().replace("golden", "gilded")
+    )
     assert digest(tree, "contracts.better:gilded") == before
 
 
@@ -220,15 +236,30 @@ def test_the_installed_package_name_is_free(tree):
 def test_a_re_export_leads_to_the_definition(tree):
     before = digest(tree)
     (tree / "contracts/front.py").write_text("from contracts.numbers import even, spread\n")
-    edit(tree, "loss", "from contracts.numbers import spread, even", "from contracts.front import spread, even")
+    edit(
+        tree,
+        "loss",
+        "from contracts.numbers import spread, even",
+        "from contracts.front import spread, even",
+    )
     assert digest(tree) == before
 
 
 def test_what_cannot_be_followed_is_refused(tree):
-    edit(tree, "loss", "from contracts.numbers import spread, even", "from contracts.numbers import *")
+    edit(
+        tree,
+        "loss",
+        "from contracts.numbers import spread, even",
+        "from contracts.numbers import *",
+    )
     with pytest.raises(IntegrityError, match="star or relative import"):
         digest(tree)
-    edit(tree, "loss", "from contracts.numbers import *", "from contracts.numbers import spread, uneven as even")
+    edit(
+        tree,
+        "loss",
+        "from contracts.numbers import *",
+        "from contracts.numbers import spread, uneven as even",
+    )
     with pytest.raises(IntegrityError, match="defines no uneven"):
         digest(tree)
     with pytest.raises(IntegrityError, match="does not exist"):
@@ -245,7 +276,16 @@ def test_the_form_is_the_same_on_every_python(tree):
 def test_source_shows_what_is_hashed(tree):
     code_below.cache_clear()
     source = check_source("contracts.loss:golden", tree)
-    assert all(part in source for part in ("def golden", "def spread", 'TABLE["b"] = 2.0', "import numpy as fast", "class Verdict"))
+    assert all(
+        part in source
+        for part in (
+            "def golden",
+            "def spread",
+            'TABLE["b"] = 2.0',
+            "import numpy as fast",
+            "class Verdict",
+        )
+    )
     assert "unrelated" not in source
 
 
@@ -264,6 +304,8 @@ def test_a_carried_gate_has_two_fingerprints(tmp_path):
 def test_a_broken_line_of_the_table_is_named(tmp_path):
     path = tmp_path / "carried.jsonl"
     assert read_carried(path) == ()
-    path.write_text(json.dumps({"gate": "a.b", "old": "x", "new": "y", "commit": "z"}) + '\n{"gate": "a.b"}\n')
+    path.write_text(
+        json.dumps({"gate": "a.b", "old": "x", "new": "y", "commit": "z"}) + '\n{"gate": "a.b"}\n'
+    )
     with pytest.raises(IntegrityError, match="line 2"):
         read_carried(path)

@@ -26,13 +26,19 @@ def test_limits_are_two_sided_and_never_admit_nan():
 
 
 def test_looser_is_seen_in_every_direction():
-    assert limit(2, "at-most").looser_than(limit(1, "at-most")) and not limit(1, "at-most").looser_than(limit(2, "at-most"))
-    assert limit(1, "at-least").looser_than(limit(2, "at-least")) and not limit(2, "at-least").looser_than(limit(1, "at-least"))
+    assert limit(2, "at-most").looser_than(limit(1, "at-most")) and not limit(
+        1, "at-most"
+    ).looser_than(limit(2, "at-most"))
+    assert limit(1, "at-least").looser_than(limit(2, "at-least")) and not limit(
+        2, "at-least"
+    ).looser_than(limit(1, "at-least"))
     assert limit(1, "at-most").looser_than(limit(1, "at-least"))
 
 
 def test_the_spec_loads_and_names_only_known_subsystems(spec):
-    assert len(spec.gates) >= 18 and all(g.plants and g.tests and g.sources for g in spec.gates.values())
+    assert len(spec.gates) >= 18 and all(
+        g.plants and g.tests and g.sources for g in spec.gates.values()
+    )
     assert all(len(v.why) >= 10 for g in spec.gates.values() for v in g.limits.values())
 
 
@@ -47,7 +53,11 @@ def test_unknown_keys_and_subsystems_are_refused(spec):
 def test_a_gate_yields_to_gates_that_exist(small):
     path = small / "spec/gates/loss.toml"
     for other in ("loss.gone", "loss.golden"):
-        path.write_text(path.read_text().replace('since = "1.0.0"', f'since = "1.0.0"\nyields_to = ["{other}"]', 1))
+        path.write_text(
+            path.read_text().replace(
+                'since = "1.0.0"', f'since = "1.0.0"\nyields_to = ["{other}"]', 1
+            )
+        )
         with pytest.raises(IntegrityError, match=f"yields to {other}, which is no other gate"):
             fresh(small)
         path.write_text(path.read_text().replace(f'\nyields_to = ["{other}"]', ""))
@@ -108,7 +118,9 @@ def test_states_are_computed_from_records(small):
     assert gate_state(spec, "loss.golden", proof).state == "proven"
     assert gate_state(spec, "loss.golden", {}).state == "unproven"
     runs = {i: r for i, r in records.items() if r.kind == "train"}
-    assert gate_state(spec, "loss.golden", runs).state == "unproven", "a run without a kill proves nothing"
+    assert gate_state(spec, "loss.golden", runs).state == "unproven", (
+        "a run without a kill proves nothing"
+    )
     assert set(tally(coverage(spec, records))) == set(STATES)
 
 
@@ -117,7 +129,12 @@ def changed(record: Record, **fields) -> Record:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"compute": "synthetic"}, {"code": {"commit": "a" * 40, "dirty": True}}, {"status": "halted", "exit_code": 4}]
+    "fields",
+    [
+        {"compute": "synthetic"},
+        {"code": {"commit": "a" * 40, "dirty": True}},
+        {"status": "halted", "exit_code": 4},
+    ],
 )
 def test_only_real_clean_finished_runs_discharge(small, fields):
     small_repo._load_spec.cache_clear()
@@ -142,7 +159,9 @@ def test_only_a_kill_with_a_green_control_proves(small, fields):
     spec, records = load_spec(small), records_of(small)
     proof = next(r for r in records.values() if r.kind == "falsification")
     kills = [k.model_dump() | fields for k in proof.kills]
-    assert gate_state(spec, "loss.golden", {proof.id: changed(proof, kills=kills)}).state == "unproven"
+    assert (
+        gate_state(spec, "loss.golden", {proof.id: changed(proof, kills=kills)}).state == "unproven"
+    )
 
 
 def test_an_older_fingerprint_is_stale_and_a_waiver_expires(small):

@@ -25,16 +25,27 @@ BAD = "compare-20260110T122000Z-00000014"
 
 
 def found_something(
-    root: Path, *, figures: tuple = (3, 0), stated: tuple[str, str] = ("neither", "neither"), suspect: dict | None = None, **changes
+    root: Path,
+    *,
+    figures: tuple = (3, 0),
+    stated: tuple[str, str] = ("neither", "neither"),
+    suspect: dict | None = None,
+    **changes,
 ) -> None:
-    """A finding with a record of the failure, one without it, and what cleared a suspect: a link of a chain unless told otherwise.
+    """A finding with a record of the failure, one without it, and what cleared a suspect: a link of
+    a chain unless told otherwise.
 
     `figures` are those of the two records, `stated` which way is better in each.
     """
     commit = git(root, "rev-parse", "HEAD")
     bad, good = (
         small_repo.record(
-            root, "compare", minute, commit, metrics={"n_suspects": small_repo.metric(n, better=way)}, series_lines={"chain.jsonl": CHAIN}
+            root,
+            "compare",
+            minute,
+            commit,
+            metrics={"n_suspects": small_repo.metric(n, better=way)},
+            series_lines={"chain.jsonl": CHAIN},
         )
         for minute, n, way in zip((20, 21), figures, stated)
     )

@@ -54,7 +54,7 @@ PLANT = """
 @plant("loss.wrong", gate="loss.golden", title="Wrong", story="It is wrong and nobody sees it.", sources=("a thread",))
 def wrong():
     yield
-"""
+"""  # noqa: E501
 CHANCE = """
 [[certain]]
 why = "Compares a loss with the right one on numbers that are always the same."
@@ -87,7 +87,10 @@ severity = 3
 awaiting = "tuning"
 sources = ["a thread"]
 """
-ADR = "# 0001 One decision\n\nStatus: accepted\n\n## Context\n\nx\n\n## Decision\n\nx\n\n## Rejected\n\nx\n\n## Evidence\n\nx\n"
+ADR = (
+    "# 0001 One decision\n\nStatus: accepted\n\n## Context\n\nx\n\n## Decision\n\nx\n\n## "
+    "Rejected\n\nx\n\n## Evidence\n\nx\n"
+)
 CI = """set -e
 make test
 ruff check .
@@ -109,11 +112,24 @@ The model has <!-- fact:small-1#n_params -->{n_params}<!-- /fact --> parameters.
 $ stack train --set a=b
 $ make test
 ```
-"""
-MODEL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 16, "max_seq_len": 8, "tied_head": True}
+"""  # noqa: E501
+MODEL = {
+    "d_model": 8,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "head_dim": 4,
+    "d_ff": 16,
+    "max_seq_len": 8,
+    "tied_head": True,
+}
 VOCAB = 10
 N_PARAMS = parameter_count(MODEL, VOCAB)
-CONFIG = {"recipe": "small", "model": MODEL, "train": {"tokens_per_step": 16, "micro_batch_size": 1, "log_every": 1}}
+CONFIG = {
+    "recipe": "small",
+    "model": MODEL,
+    "train": {"tokens_per_step": 16, "micro_batch_size": 1, "log_every": 1},
+}
 WEIGHTS, TOKENIZER = "a" * 64, "b" * 64
 STEPS = 4
 START = dt.datetime(2026, 1, 10, 12, 0, tzinfo=dt.UTC)
@@ -128,9 +144,28 @@ def forget() -> None:
 
 def git(root: Path, *arguments: str, when: str = "2026-01-01T00:00:00Z") -> str:
     """A git command under a fixed name and clock."""
-    environment = {"GIT_AUTHOR_DATE": when, "GIT_COMMITTER_DATE": when, "HOME": str(root), "PATH": "/usr/bin:/bin:/usr/local/bin"}
-    names = ["-c", "user.name=tester", "-c", "user.email=tester@example.invalid", "-c", "commit.gpgsign=false"]
-    return subprocess.run(["git", *names, *arguments], cwd=root, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+    environment = {
+        "GIT_AUTHOR_DATE": when,
+        "GIT_COMMITTER_DATE": when,
+        "HOME": str(root),
+        "PATH": "/usr/bin:/bin:/usr/local/bin",
+    }
+    names = [
+        "-c",
+        "user.name=tester",
+        "-c",
+        "user.email=tester@example.invalid",
+        "-c",
+        "commit.gpgsign=false",
+    ]
+    return subprocess.run(
+        ["git", *names, *arguments],
+        cwd=root,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
 
 
 def write(root: Path, path: str, text: str | bytes) -> None:
@@ -161,7 +196,14 @@ def metric(value: float | str, unit: str = "1", better: str = "neither") -> dict
 def log_lines() -> list[dict]:
     losses = [2.3, 2.1, 2.0, 1.9]
     lines = [
-        {"step": s + 1, "loss_nats": x, "ema_loss_nats": x, "grad_norm": 0.5 + s, "lr": 1e-3, "tokens_seen": 16 * (s + 1)}
+        {
+            "step": s + 1,
+            "loss_nats": x,
+            "ema_loss_nats": x,
+            "grad_norm": 0.5 + s,
+            "lr": 1e-3,
+            "tokens_seen": 16 * (s + 1),
+        }
         for s, x in enumerate(losses)
     ]
     lines[1]["val_loss_nats"], lines[3]["val_loss_nats"] = 2.2, 2.0
@@ -174,7 +216,10 @@ def record(root: Path, kind: str, minute: int, commit: str, **fields) -> Record:
     series = fields.pop("series_lines", {})
     started = START + dt.timedelta(minutes=minute)
     record_id = f"{kind}-{started:%Y%m%dT%H%M%SZ}-{minute:08x}"
-    files = {name: b"".join(canonical_json(line) + b"\n" for line in lines) for name, lines in series.items()}
+    files = {
+        name: b"".join(canonical_json(line) + b"\n" for line in lines)
+        for name, lines in series.items()
+    }
     config = fields.pop("config", CONFIG)
     made = Record.model_validate(
         {
@@ -193,7 +238,9 @@ def record(root: Path, kind: str, minute: int, commit: str, **fields) -> Record:
             "config_sha256": sha256_json(config),
             "environment": {"python": "3.11", "world_size": 1},
             "compute": "real",
-            "series": [{"path": name, "sha256": sha256_bytes(data)} for name, data in files.items()],
+            "series": [
+                {"path": name, "sha256": sha256_bytes(data)} for name, data in files.items()
+            ],
             "started_at": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "finished_at": (started + dt.timedelta(seconds=30)).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "wall_s": 30.0,
@@ -231,7 +278,12 @@ def build(root: Path) -> None:
     write(root, "spec/chance.toml", CHANCE)
     write(root, "spec/failures/loss.toml", FAILURES)
     write(root, "spec/CHANGELOG.md", "# Changes\n\n## 1.0.0 — today\n\nFirst.\n")
-    verbs = {"train": {"arguments": [], "options": [{"flags": ["--set"], "takes_value": True, "many": True}]}}
+    verbs = {
+        "train": {
+            "arguments": [],
+            "options": [{"flags": ["--set"], "takes_value": True, "many": True}],
+        }
+    }
     write(root, "spec/cli.json", json.dumps({"verbs": verbs}))
     write(root, "spec/runners.toml", RUNNER)
     write(root, "stack/train.py", TRAIN)
@@ -246,7 +298,11 @@ def build(root: Path) -> None:
     write(root, "LICENSE", "Apache\n")
     write(root, "Makefile", "test:\n\ttrue\n")
     write(root, ".ci/run", CI)
-    write(root, ".github/workflows/ci.yml", "steps:\n  - uses: x\n    with:\n      fetch-depth: 0\n  - run: bash .ci/run\n")
+    write(
+        root,
+        ".github/workflows/ci.yml",
+        "steps:\n  - uses: x\n    with:\n      fetch-depth: 0\n  - run: bash .ci/run\n",
+    )
     freeze(root)
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "code")
@@ -262,21 +318,45 @@ def build(root: Path) -> None:
 
 def freeze(root: Path) -> None:
     _load_spec.cache_clear()
-    write(root, "spec/releases/1.0.0.json", json.dumps(frozen_release(load_spec(root)), indent=1, sort_keys=True))
+    write(
+        root,
+        "spec/releases/1.0.0.json",
+        json.dumps(frozen_release(load_spec(root)), indent=1, sort_keys=True),
+    )
 
 
 def accept_evidence(root: Path) -> None:
     commit = git(root, "rev-parse", "HEAD")
     fingerprint = load_spec(root).fingerprint("loss.golden")
-    kill = {"gate": "loss.golden", "fingerprint": fingerprint, "plant": "loss.wrong", "plant_sha256": "c" * 64}
+    kill = {
+        "gate": "loss.golden",
+        "fingerprint": fingerprint,
+        "plant": "loss.wrong",
+        "plant_sha256": "c" * 64,
+    }
     kill |= {"outcome": "killed", "control": "pass", "latency": "before step 1", "seconds": 0.1}
     proof = record(root, "falsification", 0, commit, kills=[kill])
     gate = {"id": "loss.golden", "fingerprint": fingerprint, "verdict": "pass", "checks": 1}
     files = [artefact("model.safetensors", WEIGHTS), artefact("tokenizer.json", TOKENIZER)]
     train = record(
-        root, "train", 1, commit, gates=[gate], outputs=files, metrics=train_metrics(), series_lines={"metrics.jsonl": log_lines()}
+        root,
+        "train",
+        1,
+        commit,
+        gates=[gate],
+        outputs=files,
+        metrics=train_metrics(),
+        series_lines={"metrics.jsonl": log_lines()},
     )
-    evaluate = record(root, "evaluate", 2, commit, inputs=files, parents=[train.id], metrics={"bits_per_byte": metric(2.5)})
+    evaluate = record(
+        root,
+        "evaluate",
+        2,
+        commit,
+        inputs=files,
+        parents=[train.id],
+        metrics={"bits_per_byte": metric(2.5)},
+    )
     resume = record(root, "resume", 3, commit, metrics={"weights_equal": metric(1)})
     lines = [
         "[[model]]",
@@ -293,6 +373,14 @@ def accept_evidence(root: Path) -> None:
         f'weights_sha256 = "{WEIGHTS}"',
         'card = "docs/models/small.md"',
         "[model.records]",
-        *(f'{name} = "{r.id}"' for name, r in (("train", train), ("evaluate", evaluate), ("resume", resume), ("falsification", proof))),
+        *(
+            f'{name} = "{r.id}"'
+            for name, r in (
+                ("train", train),
+                ("evaluate", evaluate),
+                ("resume", resume),
+                ("falsification", proof),
+            )
+        ),
     ]
     write(root, "evidence/registry.toml", "\n".join(lines) + "\n")

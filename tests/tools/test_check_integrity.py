@@ -37,8 +37,16 @@ def folder(root: Path, kind: str) -> Path:
     return next((root / "evidence").glob(f"{kind}-*"))
 
 
-def rechain(root: Path, kind: str, change: Callable[[dict], None], *, series: Callable[[list[dict]], None] | None = None) -> None:
-    """Edit a record and re-hash everything after it, as somebody with write access would, then commit."""
+def rechain(
+    root: Path,
+    kind: str,
+    change: Callable[[dict], None],
+    *,
+    series: Callable[[list[dict]], None] | None = None,
+) -> None:
+    """Edit a record and re-hash everything after it, as somebody with write access would,
+    then commit.
+    """
     path = folder(root, kind)
     document = json.loads((path / "metadata.json").read_bytes())
     if series:
@@ -53,7 +61,9 @@ def rechain(root: Path, kind: str, change: Callable[[dict], None], *, series: Ca
     for line in (root / "evidence" / "ledger.jsonl").read_bytes().splitlines():
         entry = json.loads(line)
         sha256 = sha256_bytes((root / "evidence" / entry["record"] / "metadata.json").read_bytes())
-        out.append(Entry(seq=entry["seq"], record=entry["record"], sha256=sha256, prev=previous).to_line())
+        out.append(
+            Entry(seq=entry["seq"], record=entry["record"], sha256=sha256, prev=previous).to_line()
+        )
         previous = sha256_bytes(out[-1])
     (root / "evidence" / "ledger.jsonl").write_bytes(b"\n".join(out) + b"\n")
 
@@ -63,7 +73,11 @@ def carry(root: Path, **changes: str) -> None:
     small_repo.forget()
     entry = tomllib.loads((root / "spec/gates/loss.toml").read_text())["gate"][0]
     fields = normative_fields(entry)
-    row = {"gate": entry["id"], "old": first_form(fields, entry["check"], root), "new": check_fingerprint(fields, entry["check"], root)}
+    row = {
+        "gate": entry["id"],
+        "old": first_form(fields, entry["check"], root),
+        "new": check_fingerprint(fields, entry["check"], root),
+    }
     row |= {"commit": git(root, "rev-parse", "HEAD").strip()} | changes
     write(root, "spec/carried.jsonl", json.dumps(row) + "\n")
 
@@ -125,11 +139,14 @@ def failed_gate(document: dict) -> None:
 
 
 def expired(document: dict) -> None:
-    document["gates"][0] |= {"verdict": "fail", "waiver": {"id": "loss.golden", "reason": "it was known then", "expires": "2026-01-12"}}
+    document["gates"][0] |= {
+        "verdict": "fail",
+        "waiver": {"id": "loss.golden", "reason": "it was known then", "expires": "2026-01-12"},
+    }
 
 
 def big_file(root: Path) -> None:
-    write(root, "stack/big.py", "x = 1\n" * 401)
+    write(root, "stack/big.py", "x = 1\n" * 601)
     git(root, "add", "-A")
 
 
@@ -156,7 +173,15 @@ def audited(root: Path, breadth: int, passes: int) -> None:
     lines = [{"step": step, "domain": domain, "passed": ok} for step, domain, ok in seen]
     metrics = {"breadth": small_repo.metric(breadth), "passes": small_repo.metric(passes)}
     commit, parents = git(root, "rev-parse", "HEAD"), [folder(root, "train").name]
-    small_repo.record(root, "evaluate", 9, commit, metrics=metrics, series_lines={"audits.jsonl": lines}, parents=parents)
+    small_repo.record(
+        root,
+        "evaluate",
+        9,
+        commit,
+        metrics=metrics,
+        series_lines={"audits.jsonl": lines},
+        parents=parents,
+    )
 
 
 BREAKS: dict[str, Callable[[Path], None]] = {
@@ -168,14 +193,18 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "SPEC-CHANGELOG": lambda r: write(r, "spec/CHANGELOG.md", "# Changes\n"),
     "GOALPOST": loosen,
     "RELEASE-FROZEN": change_frozen,
-    "GATE-KILLED": lambda r: rechain(r, "falsification", lambda d: d["kills"][0].update(outcome="missed")),
+    "GATE-KILLED": lambda r: rechain(
+        r, "falsification", lambda d: d["kills"][0].update(outcome="missed")
+    ),
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
     "MERGE-MARK": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\n" + "<" * 7 + " HEAD\n"),
     "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
     "RATES-STATED": lambda r: (r / "spec/chance.toml").unlink(),
     "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),
-    "CHECK-EXISTS": lambda r: edit(r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'),
+    "CHECK-EXISTS": lambda r: edit(
+        r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'
+    ),
     "RUNNER-FED": lambda r: edit(r, "stack/train.py", '"loss"', '"los"'),
     "RECORD-GATES": lambda r: rechain(r, "train", put("gates", value=[])),
     "TEST-EXISTS": lambda r: edit(r, "tests/test_loss.py", "test_golden", "test_silver"),
@@ -184,41 +213,72 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "RECORD-HASH": lambda r: (
         edit(r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":2.1', '"value":1.1')
         if '"value":2.1' in (folder(r, "train") / "metadata.json").read_text()
-        else edit(r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":1.9', '"value":1.8')
+        else edit(
+            r, f"evidence/{folder(r, 'train').name}/metadata.json", '"value":1.9', '"value":1.8'
+        )
     ),
-    "RECORD-ORPHAN": lambda r: shutil.copytree(folder(r, "resume"), r / "evidence" / "resume-20260101T000000Z-00000000"),
-    "ARTEFACT-HASH": lambda r: edit(r, f"evidence/{folder(r, 'train').name}/metrics.jsonl", "2.3", "2.2"),
-    "CLAIM-SERIES": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\n| loss |\n|---|\n| 2 |\n| 3 |\n\nIt is `monotone(loss)`.\n"),
+    "RECORD-ORPHAN": lambda r: shutil.copytree(
+        folder(r, "resume"), r / "evidence" / "resume-20260101T000000Z-00000000"
+    ),
+    "ARTEFACT-HASH": lambda r: edit(
+        r, f"evidence/{folder(r, 'train').name}/metrics.jsonl", "2.3", "2.2"
+    ),
+    "CLAIM-SERIES": lambda r: edit(
+        r,
+        "README.md",
+        "# Small\n",
+        "# Small\n\n| loss |\n|---|\n| 2 |\n| 3 |\n\nIt is `monotone(loss)`.\n",
+    ),
     "PPL": lambda r: rechain(r, "train", metric("val_ppl", 7.0)),
     "TOKENS": lambda r: rechain(r, "train", metric("tokens_seen", 65)),
     "WALL": lambda r: rechain(r, "train", put("wall_s", value=3000.0)),
     "FINITE": lambda r: rechain(r, "train", metric("val_loss_nats", "NaN")),
     "STATUS": lambda r: rechain(r, "train", put("exit_code", value=4)),
-    "PLACEHOLDER": lambda r: rechain(r, "train", nothing, series=lambda x: [line.update(loss_nats=1.0) for line in x]),
+    "PLACEHOLDER": lambda r: rechain(
+        r, "train", nothing, series=lambda x: [line.update(loss_nats=1.0) for line in x]
+    ),
     "STEPS-CONTIGUOUS": lambda r: rechain(r, "train", nothing, series=lambda x: x.pop(2)),
     "METRIC-RECOMPUTE": lambda r: rechain(r, "train", metric("best_val_loss_nats", 1.0)),
     "AUDIT-RECOMPUTE": lambda r: audited(r, 2, 2),
     "COMMIT": lambda r: rechain(r, "train", put("code", "commit", value="d" * 40)),
-    "TIME": lambda r: rechain(r, "train", lambda d: d.update(started_at="2025-01-01T00:00:00Z", finished_at="2025-01-01T00:00:30Z")),
+    "TIME": lambda r: rechain(
+        r,
+        "train",
+        lambda d: d.update(started_at="2025-01-01T00:00:00Z", finished_at="2025-01-01T00:00:30Z"),
+    ),
     "DIRTY": lambda r: rechain(r, "train", put("code", "dirty", value=True)),
     "SPEC-AT-COMMIT": spec_of_another_version,
-    "PARENTS": lambda r: rechain(r, "evaluate", put("parents", value=["train-20200101T000000Z-00000000"])),
-    "DATA-RECORD": lambda r: rechain(r, "train", put("config", "data", value={"corpus": {"kind": "built"}})),
+    "PARENTS": lambda r: rechain(
+        r, "evaluate", put("parents", value=["train-20200101T000000Z-00000000"])
+    ),
+    "DATA-RECORD": lambda r: rechain(
+        r, "train", put("config", "data", value={"corpus": {"kind": "built"}})
+    ),
     "DUP-METRICS": second_train,
     "WAIVER-EXPIRED": lambda r: rechain(r, "train", expired),
     "FINDING-SHOWN": lambda r: found_something(r, falsifier="tests/test_loss.py::test_silver"),
-    "REG-REF": lambda r: edit(r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'),
-    "REG-RECORDS": lambda r: edit(r, "evidence/registry.toml", 'resume = "resume-', 'resume = "resume-9'),
+    "REG-REF": lambda r: edit(
+        r, "evidence/registry.toml", 'recipe = "small"', 'recipe = "small"\ntag = "small-1"'
+    ),
+    "REG-RECORDS": lambda r: edit(
+        r, "evidence/registry.toml", 'resume = "resume-', 'resume = "resume-9'
+    ),
     "REG-FILES": lambda r: (r / "docs/models/small.md").unlink(),
-    "REG-PARAMS": lambda r: edit(r, "evidence/registry.toml", f"n_params = {small_repo.N_PARAMS}", "n_params = 120000000"),
+    "REG-PARAMS": lambda r: edit(
+        r, "evidence/registry.toml", f"n_params = {small_repo.N_PARAMS}", "n_params = 120000000"
+    ),
     "REG-WEIGHTS": lambda r: rechain(r, "evaluate", put("inputs", value=[])),
     "LINK": lambda r: edit(r, "README.md", "0001-one.md#context", "0001-one.md#contexts"),
     "GEN-STALE": lambda r: edit(r, "README.md", "| 0 |", "| 00 |"),
-    "TALLY-TYPED": lambda r: write(r, "README.md", (r / "README.md").read_text() + "\nWe pass 41 of 45 gates.\n"),
+    "TALLY-TYPED": lambda r: write(
+        r, "README.md", (r / "README.md").read_text() + "\nWe pass 41 of 45 gates.\n"
+    ),
     "FACT-CONFLICT": lambda r: edit(r, "README.md", f"-->{small_repo.N_PARAMS}<!--", "-->7<!--"),
     "UNTIL": lambda r: edit(r, "README.md", "registry.models>7", "registry.models>0"),
     "DOC-COMMAND": lambda r: edit(r, "README.md", "--set a=b", "--sets a=b"),
-    "DOC-TEST": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\nIt holds: `tests/test_loss.py::test_silver`.\n"),
+    "DOC-TEST": lambda r: edit(
+        r, "README.md", "# Small\n", "# Small\n\nIt holds: `tests/test_loss.py::test_silver`.\n"
+    ),
     "ADR": lambda r: edit(r, "docs/adr/0001-one.md", "## Rejected", "## Other"),
     "WEIGHTS-IN-GIT": weights,
     "SYMLINK": link_evidence,
@@ -269,23 +329,36 @@ def test_without_history_a_carried_gate_is_not_verified(repo, tmp_path, capsys):
     carry(repo)
     small_repo.commit_all(repo)
     shallow = tmp_path / "shallow"
-    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{repo}", str(shallow)], check=True)
+    subprocess.run(
+        ["git", "clone", "-q", "--depth", "1", f"file://{repo}", str(shallow)], check=True
+    )
     small_repo.forget()
     main(["--root", str(shallow)])
     shown = capsys.readouterr().out
-    assert "not verified: GATE-CARRIED: commit" in shown and "GATE-CARRIED         spec" not in shown
+    assert (
+        "not verified: GATE-CARRIED: commit" in shown and "GATE-CARRIED         spec" not in shown
+    )
 
 
 def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):
     edit(repo, "README.md", "0001-one.md#context", "0002-two.md")
     findings = [f for f in check(repo) if f.code == "LINK"]
-    assert findings[0].path == "README.md" and findings[0].line == 3 and "0002-two.md" in findings[0].message
+    assert (
+        findings[0].path == "README.md"
+        and findings[0].line == 3
+        and "0002-two.md" in findings[0].message
+    )
 
 
 def test_a_run_that_only_recorded_more_rightly_ends_alike(repo):
     second_train(repo, trace={"every": 50})
     assert "DUP-METRICS" not in found(repo)
-    second_train(repo, 19, trace={"every": 50}, train=small_repo.CONFIG["train"] | {"log_every": 7, "max_steps": 99})
+    second_train(
+        repo,
+        19,
+        trace={"every": 50},
+        train=small_repo.CONFIG["train"] | {"log_every": 7, "max_steps": 99},
+    )
     assert "DUP-METRICS" in found(repo)
 
 
@@ -293,15 +366,25 @@ def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):
     loosen(repo)
     edit(repo, "spec/spec.toml", "1.0.0", "1.1.0")
     assert "GOALPOST" in found(repo)
-    edit(repo, "spec/CHANGELOG.md", "# Changes\n", "# Changes\n\n## 1.1.0\n\nloss.golden: error_max, because of noise.\n")
+    edit(
+        repo,
+        "spec/CHANGELOG.md",
+        "# Changes\n",
+        "# Changes\n\n## 1.1.0\n\nloss.golden: error_max, because of noise.\n",
+    )
     codes = found(repo)
-    assert "GOALPOST" not in codes and "STALE-KILL" in codes, "what the old limit discharged is open again"
+    assert "GOALPOST" not in codes and "STALE-KILL" in codes, (
+        "what the old limit discharged is open again"
+    )
 
 
 @pytest.mark.parametrize(("train_s", "plausible"), [(45.0, True), (75.0, False)])
 def test_a_child_has_trained_as_long_as_its_parents_and_itself(repo, train_s, plausible):
     """30 s of its own and 30 s of its parent's."""
-    metrics = small_repo.train_metrics() | {"train_s": small_repo.metric(train_s), "tokens_per_s": small_repo.metric(64 / train_s)}
+    metrics = small_repo.train_metrics() | {
+        "train_s": small_repo.metric(train_s),
+        "tokens_per_s": small_repo.metric(64 / train_s),
+    }
     small_repo.record(
         repo,
         "train",
@@ -317,13 +400,22 @@ def test_a_child_has_trained_as_long_as_its_parents_and_itself(repo, train_s, pl
 def test_a_run_on_a_data_set_that_is_recorded_is_fine(repo):
     manifest = small_repo.artefact("manifest.json", "e" * 64)
     small_repo.record(repo, "data", 0, git(repo, "rev-parse", "HEAD"), outputs=[manifest])
-    rechain(repo, "train", lambda d: d["config"].update(data={"corpus": {"kind": "built"}}) or d["inputs"].append(manifest))
+    rechain(
+        repo,
+        "train",
+        lambda d: (
+            d["config"].update(data={"corpus": {"kind": "built"}}) or d["inputs"].append(manifest)
+        ),
+    )
     assert "DATA-RECORD" not in found(repo)
     rechain(repo, "train", lambda d: d["inputs"][-1].update(sha256="f" * 64))
     assert "DATA-RECORD" in found(repo)
 
 
-RATES = 'rates = { false_alarm = 0.01, per = "run", power = POWER, effect = "ten percent", measured_by = "tests/a.py::test_golden" }'
+RATES = (
+    'rates = { false_alarm = 0.01, per = "run", power = POWER, effect = "ten percent", '
+    'measured_by = "tests/a.py::test_golden" }'
+)
 
 
 @pytest.mark.parametrize(
@@ -336,9 +428,16 @@ RATES = 'rates = { false_alarm = 0.01, per = "run", power = POWER, effect = "ten
     ],
 )
 def test_rates_are_stated_in_one_place_and_say_something(repo, power, listed, message):
-    edit(repo, "spec/gates/loss.toml", "[gate.limits]", RATES.replace("POWER", str(power)) + "\n[gate.limits]")
+    edit(
+        repo,
+        "spec/gates/loss.toml",
+        "[gate.limits]",
+        RATES.replace("POWER", str(power)) + "\n[gate.limits]",
+    )
     edit(repo, "spec/chance.toml", '"loss.golden"', listed)
-    assert [message in f.message for f in check(repo) if f.code == "RATES-STATED"] == ([True] if message else [])
+    assert [message in f.message for f in check(repo) if f.code == "RATES-STATED"] == (
+        [True] if message else []
+    )
 
 
 def test_a_gate_that_chance_is_said_to_spare_twice_is_refused(repo):
@@ -346,7 +445,9 @@ def test_a_gate_that_chance_is_said_to_spare_twice_is_refused(repo):
     assert any("listed twice" in f.message for f in check(repo) if f.code == "SCHEMA")
 
 
-@pytest.mark.parametrize(("breadth", "passes", "named"), [(1, 2, None), (2, 2, "breadth"), (1, 3, "passes")])
+@pytest.mark.parametrize(
+    ("breadth", "passes", "named"), [(1, 2, None), (2, 2, "breadth"), (1, 3, "passes")]
+)
 def test_breadth_is_that_of_the_answers(repo, breadth, passes, named):
     audited(repo, breadth, passes)
     said = [f.message for f in check(repo) if f.code == "AUDIT-RECOMPUTE"]
@@ -354,7 +455,9 @@ def test_breadth_is_that_of_the_answers(repo, breadth, passes, named):
 
 
 def test_a_citation_of_a_test_that_is_there_is_fine(repo):
-    edit(repo, "README.md", "# Small\n", "# Small\n\nIt holds: `tests/test_loss.py::test_golden`.\n")
+    edit(
+        repo, "README.md", "# Small\n", "# Small\n\nIt holds: `tests/test_loss.py::test_golden`.\n"
+    )
     assert "DOC-TEST" not in found(repo)
 
 
@@ -379,7 +482,10 @@ def test_a_crashing_rule_is_a_finding(repo, monkeypatch):
 def test_json_is_one_document_and_exit_code_6(repo):
     BREAKS["LINK"](repo)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/check_integrity.py"), "--json", "--root", str(repo)], capture_output=True, text=True, cwd="/"
+        [sys.executable, str(ROOT / "tools/check_integrity.py"), "--json", "--root", str(repo)],
+        capture_output=True,
+        text=True,
+        cwd="/",
     )
     document = json.loads(done.stdout)
     assert done.returncode == 6 and document["ok"] is False and document["rules_run"] == len(RULES)
@@ -414,7 +520,9 @@ def test_weights_are_known_by_their_first_bytes():
 
 def test_the_real_repository_is_read_quickly_and_without_torch():
     code = "import sys, time; sys.modules['torch'] = None; sys.modules['numpy'] = None\n"
-    code += "from tools.check_integrity import check, ROOT; t = time.process_time(); f = check(ROOT)\n"
+    code += (
+        "from tools.check_integrity import check, ROOT; t = time.process_time(); f = check(ROOT)\n"
+    )
     code += "assert not [x for x in f if x.code == 'INTERNAL'], f\nprint(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -423,7 +531,9 @@ def test_the_real_repository_is_read_quickly_and_without_torch():
 
 def test_repo_reads_plants_from_their_decorators(repo):
     plants = Repo(repo).plants
-    assert plants["loss.wrong"]["gate"] == "loss.golden" and re.match(r"stack/museum/loss\.py", plants["loss.wrong"]["path"])
+    assert plants["loss.wrong"]["gate"] == "loss.golden" and re.match(
+        r"stack/museum/loss\.py", plants["loss.wrong"]["path"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -443,7 +553,9 @@ def test_a_failure_that_names_what_is_not_there_is_found(repo, old, new, says):
 def test_a_failure_of_before_step_one_needs_a_gate_that_looks_there(repo):
     edit(repo, "spec/gates/loss.toml", 'moment = "preflight"', 'moment = "runtime"')
     small_repo.forget()
-    assert "no gate of its plants looks there" in " ".join(f.message for f in check(repo) if f.code == "FAILURE-PLANTED")
+    assert "no gate of its plants looks there" in " ".join(
+        f.message for f in check(repo) if f.code == "FAILURE-PLANTED"
+    )
 
 
 def test_an_awaited_failure_is_no_finding_until_its_capability_is_built(repo):

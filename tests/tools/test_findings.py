@@ -19,13 +19,28 @@ from tools.integrity.core import Repo
         ({"gates": ["loss.silver"]}, "no gate loss.silver"),
         ({"fix": "d" * 40}, "not an ancestor"),
         ({"metric": "speed"}, "no metric speed"),
-        ({"positive": BAD}, "n_suspects is 3.0 in its negative record and 3.0 in its positive one, where lower is better"),
-        ({"figures": (3, 4)}, "3.0 in its negative record and 4.0 in its positive one, where lower is better"),
+        (
+            {"positive": BAD},
+            (
+                "n_suspects is 3.0 in its negative record and 3.0 in its positive one, where "
+                "lower is better"
+            ),
+        ),
+        (
+            {"figures": (3, 4)},
+            "3.0 in its negative record and 4.0 in its positive one, where lower is better",
+        ),
         ({"figures": (3, 4), "better": "higher"}, None),
         ({"figures": (3, 3), "better": "higher"}, "where higher is better"),
         ({"figures": (3, 4), "better": None, "stated": ("higher", "higher")}, None),
-        ({"figures": (4, 3), "better": None, "stated": ("higher", "neither")}, "where higher is better"),
-        ({"figures": (4, 3), "stated": ("higher", "neither")}, "better higher and lower: its records say higher, the finding lower"),
+        (
+            {"figures": (4, 3), "better": None, "stated": ("higher", "neither")},
+            "where higher is better",
+        ),
+        (
+            {"figures": (4, 3), "stated": ("higher", "neither")},
+            "better higher and lower: its records say higher, the finding lower",
+        ),
         ({"better": None, "stated": ("lower", "higher")}, "better higher and lower"),
         ({"better": None}, "is not said to be better lower or higher"),
         ({"figures": ("NaN", 3)}, None),
@@ -34,12 +49,51 @@ from tools.integrity.core import Repo
         ({"figures": ("many", 3)}, "no metric n_suspects"),
         ({"figures": (3, "few")}, "no metric n_suspects"),
         ({"negative": "compare-20200101T000000Z-00000000"}, "not in the ledger"),
-        ({"suspect": {"hypothesis": "the weights differ", "evidence": f"{BAD}#E1"}}, "the link's verdict is kept"),
-        ({"suspect": {"hypothesis": "the kernel differs", "evidence": f"{BAD}#E7"}}, "its chain holds no such link"),
-        ({"suspect": {"hypothesis": "the moon", "evidence": f"{BAD}#E2"}}, "the link's hypothesis is that the kernel differs"),
-        ({"suspect": {"hypothesis": "the moon", "evidence": BAD, "metric": "n_suspects", "value": 3}}, None),
-        ({"suspect": {"hypothesis": "the moon", "evidence": BAD, "metric": "n_suspects", "value": 0}}, "its n_suspects is 3.0, not 0"),
-        ({"suspect": {"hypothesis": "the moon", "evidence": BAD, "metric": "n_moons", "value": 0}}, "its n_moons is None, not 0"),
+        (
+            {"suspect": {"hypothesis": "the weights differ", "evidence": f"{BAD}#E1"}},
+            "the link's verdict is kept",
+        ),
+        (
+            {"suspect": {"hypothesis": "the kernel differs", "evidence": f"{BAD}#E7"}},
+            "its chain holds no such link",
+        ),
+        (
+            {"suspect": {"hypothesis": "the moon", "evidence": f"{BAD}#E2"}},
+            "the link's hypothesis is that the kernel differs",
+        ),
+        (
+            {
+                "suspect": {
+                    "hypothesis": "the moon",
+                    "evidence": BAD,
+                    "metric": "n_suspects",
+                    "value": 3,
+                }
+            },
+            None,
+        ),
+        (
+            {
+                "suspect": {
+                    "hypothesis": "the moon",
+                    "evidence": BAD,
+                    "metric": "n_suspects",
+                    "value": 0,
+                }
+            },
+            "its n_suspects is 3.0, not 0",
+        ),
+        (
+            {
+                "suspect": {
+                    "hypothesis": "the moon",
+                    "evidence": BAD,
+                    "metric": "n_moons",
+                    "value": 0,
+                }
+            },
+            "its n_moons is None, not 0",
+        ),
         ({"route_around": True, "fix": None, "positive": None}, None),
     ],
 )
@@ -66,9 +120,25 @@ def test_a_cause_that_was_gone_around_takes_the_discharge_from_its_gates(repo):
         ({"speed": 1}, "speed"),
         ({"negative": "x"}, "negative"),
         ({"better": "neither"}, "better"),
-        ({"suspect": {"hypothesis": "the moon", "evidence": BAD}}, "a record eliminates nothing by being there"),
-        ({"suspect": {"hypothesis": "the moon", "evidence": BAD, "metric": "n_suspects"}}, "a record eliminates nothing by being there"),
-        ({"suspect": {"hypothesis": "the kernel differs", "evidence": f"{BAD}#E2", "metric": "n_suspects", "value": 3}}, "says itself"),
+        (
+            {"suspect": {"hypothesis": "the moon", "evidence": BAD}},
+            "a record eliminates nothing by being there",
+        ),
+        (
+            {"suspect": {"hypothesis": "the moon", "evidence": BAD, "metric": "n_suspects"}},
+            "a record eliminates nothing by being there",
+        ),
+        (
+            {
+                "suspect": {
+                    "hypothesis": "the kernel differs",
+                    "evidence": f"{BAD}#E2",
+                    "metric": "n_suspects",
+                    "value": 3,
+                }
+            },
+            "says itself",
+        ),
     ],
 )
 def test_a_finding_that_is_half_told_is_refused(repo, changes, says):
@@ -81,10 +151,18 @@ def test_a_finding_that_is_half_told_is_refused(repo, changes, says):
 def test_a_cited_record_that_was_tampered_with_is_a_finding_and_no_crash(repo, file):
     found_something(repo)
     path = repo / "evidence" / BAD / file
-    path.write_bytes(path.read_bytes().replace(b"kernel", b"colonel").replace(b"n_suspects", b"n_inspects"))
+    path.write_bytes(
+        path.read_bytes().replace(b"kernel", b"colonel").replace(b"n_suspects", b"n_inspects")
+    )
     small_repo.forget()
     found = check(repo)
-    says = "is not the record that was accepted" if file == "metadata.json" else "its chain holds no such link"
+    says = (
+        "is not the record that was accepted"
+        if file == "metadata.json"
+        else "its chain holds no such link"
+    )
     assert [says in f.message for f in found if f.code == "FINDING-SHOWN"] == [True]
     assert "INTERNAL" not in {f.code for f in found}
-    assert file == "chain.jsonl" or Repo(repo).series(BAD, "chain.jsonl") == [], "a record that was changed vouches for no series"
+    assert file == "chain.jsonl" or Repo(repo).series(BAD, "chain.jsonl") == [], (
+        "a record that was changed vouches for no series"
+    )

@@ -22,13 +22,21 @@ def test_the_repository_keeps_its_arrow():
         ("spec/a.py", "import contracts.gate\n", "stands above"),
         ("spec/a.py", "def f():\n    import torch\n", "must not import torch"),
         ("contracts/a.py", "from stack.config import RunConfig\n", "must not import stack"),
-        ("contracts/callbacks/a.py", "def f():\n    import stack.config\n", "must not import stack"),
+        (
+            "contracts/callbacks/a.py",
+            "def f():\n    import stack.config\n",
+            "must not import stack",
+        ),
         ("stack/data/a.py", "from stack.model import norm\n", "stands above"),
         ("stack/train/a.py", "from stack import cli\n", "stands above"),
         ("stack/config/load.py", "import torch\n", "at module level"),
         ("stack/cli/a.py", "import numpy as np\n", "at module level"),
         ("stack/model/a.py", "import transformers\n", "must not import transformers"),
-        ("stack/export/a.py", "def f():\n    import transformers\n", "must not import transformers"),
+        (
+            "stack/export/a.py",
+            "def f():\n    import transformers\n",
+            "must not import transformers",
+        ),
         ("stack/export/parity.py", "import transformers\n", "must not import transformers"),
         ("tools/a.py", "from contracts.gate import Verdict\n", "must not import contracts"),
         ("stack/model/a.py", "from . import norm\n", "relative import"),
@@ -41,7 +49,11 @@ def test_an_import_against_the_arrow_is_named_with_its_line(tmp_path, path, sour
 
 
 def test_imports_along_the_arrow_are_fine(tmp_path):
-    write(tmp_path, "stack/train/a.py", "from stack.model import norm\nfrom contracts.gate import x\nfrom spec.gates import y\n")
+    write(
+        tmp_path,
+        "stack/train/a.py",
+        "from stack.model import norm\nfrom contracts.gate import x\nfrom spec.gates import y\n",
+    )
     write(tmp_path, "stack/cli/a.py", "def f():\n    import torch\n")
     write(tmp_path, "stack/export/parity.py", "def f():\n    import transformers\n")
     assert check_layers.check(tmp_path) == []
@@ -56,10 +68,14 @@ def test_a_committed_release_is_not_rewritten(tmp_path, capsys):
     small_repo.build(root)
     path = root / "spec/releases/1.0.0.json"
     committed = path.read_bytes()
-    (root / "contracts/loss.py").write_text((root / "contracts/loss.py").read_text().replace("return x", "return 2 * x"))
+    (root / "contracts/loss.py").write_text(
+        (root / "contracts/loss.py").read_text().replace("return x", "return 2 * x")
+    )
     small_repo._load_spec.cache_clear()
     assert freeze_spec.freeze(root) == 6 and path.read_bytes() == committed
-    (root / "spec/spec.toml").write_text((root / "spec/spec.toml").read_text().replace("1.0.0", "1.0.1"))
+    (root / "spec/spec.toml").write_text(
+        (root / "spec/spec.toml").read_text().replace("1.0.0", "1.0.1")
+    )
     small_repo._load_spec.cache_clear()
     assert freeze_spec.freeze(root) == 0 and (root / "spec/releases/1.0.1.json").is_file()
     assert git(root, "status", "--porcelain", "--", "spec/releases/1.0.0.json") == ""

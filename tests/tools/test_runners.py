@@ -58,9 +58,19 @@ def missing_file(root: Path) -> None:
 def test_a_runner_that_does_not_feed_a_gate_of_its_kind_is_found(repo, change, said):
     """A runtime gate that is fed is no finding; each way of not feeding it is one."""
     write(repo, "spec/gates/loss.toml", (repo / "spec/gates/loss.toml").read_text() + RUNTIME)
-    edit(repo, "contracts/loss.py", "def helper", '@decides("loss.watched")\nclass Watched:\n    events = (StepTaken,)\n\ndef helper')
+    edit(
+        repo,
+        "contracts/loss.py",
+        "def helper",
+        '@decides("loss.watched")\nclass Watched:\n    events = (StepTaken,)\n\ndef helper',
+    )
     edit(repo, "spec/runners.toml", FED, 'announces = ["StepTaken"]\n' + FED)
-    edit(repo, "stack/train.py", "    keeper.preflight", "    keeper.observe(StepTaken(1))\n    keeper.preflight")
+    edit(
+        repo,
+        "stack/train.py",
+        "    keeper.preflight",
+        "    keeper.observe(StepTaken(1))\n    keeper.preflight",
+    )
     messages = lambda: [f.message for f in check(repo) if f.code == "RUNNER-FED"]  # noqa: E731
     small_repo.forget()
     assert messages() == []

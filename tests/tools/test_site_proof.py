@@ -24,12 +24,23 @@ def bare():
 
 
 def kill(world, gate, plant, **fields):
-    given = {"fingerprint": world.spec.fingerprint(gate), "plant_sha256": "b" * 64, "outcome": "killed", "control": "pass"}
-    return Kill(gate=gate, plant=plant, **given | {"latency": "", "seconds": 0.1, "moment": "before step 1"} | fields)
+    given = {
+        "fingerprint": world.spec.fingerprint(gate),
+        "plant_sha256": "b" * 64,
+        "outcome": "killed",
+        "control": "pass",
+    }
+    return Kill(
+        gate=gate,
+        plant=plant,
+        **given | {"latency": "", "seconds": 0.1, "moment": "before step 1"} | fields,
+    )
 
 
 def proven(world, *kills, rows=None):
-    record = Record.model_construct(id="falsification-20260101T000000Z-00000000", kills=kills, series=(), gates=())
+    record = Record.model_construct(
+        id="falsification-20260101T000000Z-00000000", kills=kills, series=(), gates=()
+    )
     made = dataclasses.replace(world, records={record.id: record})
     if rows is None:
         return made
@@ -42,14 +53,22 @@ def proven(world, *kills, rows=None):
 
 
 def test_a_plant_is_shown_as_what_it_replaces(bare):
-    """A function of the stack, one that a module has from elsewhere, a method, a helper's closure; torch's own have no text here."""
+    """A function of the stack, one that a module has from elsewhere, a method, a helper's closure;
+    torch's own have no text here.
+    """
     diffs = {p: plant_diff(ROOT, exhibit) for p, exhibit in bare.plants.items()}
-    assert "-def whole(" in diffs["model.missing-scale"] and "+def _scaled(wrong):" in diffs["model.missing-scale"]
+    assert (
+        "-def whole(" in diffs["model.missing-scale"]
+        and "+def _scaled(wrong):" in diffs["model.missing-scale"]
+    )
     assert (
         "--- stack/train/randomness.py: default_rng_state" in diffs["checkpoint.rng-not-saved"]
         and "+lambda: {}" in diffs["checkpoint.rng-not-saved"]
     )
-    assert "-def draw(self)" in diffs["data.labels-unshifted"] and "+def unshifted(self):" in diffs["data.labels-unshifted"]
+    assert (
+        "-def draw(self)" in diffs["data.labels-unshifted"]
+        and "+def unshifted(self):" in diffs["data.labels-unshifted"]
+    )
     without = {p for p, diff in diffs.items() if not diff}
     assert len(without) <= len(diffs) / 20 and "runtime.update-skipped" in without, without
 
@@ -58,19 +77,38 @@ def test_the_state_of_a_failure_is_that_of_all_its_plants(bare):
     catalogue = load_catalogue(ROOT)
     failure = catalogue.failures["SF-M05"]
     first, second = (kill(bare, "model.document-isolation", p) for p in failure.plants)
-    state = lambda *kills: proof.failure_state(catalogue, failure, proof.newest_kills(proven(bare, *kills)))  # noqa: E731
+    state = lambda *kills: proof.failure_state(  # noqa: E731
+        catalogue, failure, proof.newest_kills(proven(bare, *kills))
+    )
     assert state(first, second) == "killed" and state(first) == "planted"
-    assert state(first, second.model_copy(update={"fingerprint": "0" * 64})) == "planted", "an older fingerprint is no kill"
+    assert state(first, second.model_copy(update={"fingerprint": "0" * 64})) == "planted", (
+        "an older fingerprint is no kill"
+    )
     assert state(first, second.model_copy(update={"control": "fail"})) == "planted"
     assert proof.failure_state(catalogue, catalogue.failures["SF-X01"], {}) == "awaiting"
-    assert proof.failure_state(catalogue, catalogue.failures["SF-R05"], {}) == "held by rules and tests"
+    assert (
+        proof.failure_state(catalogue, catalogue.failures["SF-R05"], {})
+        == "held by rules and tests"
+    )
 
 
 def test_latency_is_counted_once_per_plant(bare):
     kills = [
         kill(bare, "loss.golden", "loss.padding-counted"),
-        kill(bare, "runtime.finite", "runtime.nan-in-a-weight", moment="within k steps", latency_steps=1),
-        kill(bare, "schedule.trace", "schedule.decay-never-begins", moment="within k steps", latency_steps=9),
+        kill(
+            bare,
+            "runtime.finite",
+            "runtime.nan-in-a-weight",
+            moment="within k steps",
+            latency_steps=1,
+        ),
+        kill(
+            bare,
+            "schedule.trace",
+            "schedule.decay-never-begins",
+            moment="within k steps",
+            latency_steps=9,
+        ),
         kill(bare, "loss.golden", "loss.padding-counted"),
     ]
     shown = proof.latency_histogram(proven(bare, *kills))
@@ -84,7 +122,10 @@ def test_pages_without_any_record_say_how_to_get_one(bare):
 
 
 def test_matrix_shows_who_else_and_who_is_cheapest(bare):
-    red = {"loss.golden": {"seconds": 0.02, "step": None}, "model.overfit-one-batch": {"seconds": 3.0, "step": None}}
+    red = {
+        "loss.golden": {"seconds": 0.02, "step": None},
+        "model.overfit-one-batch": {"seconds": 3.0, "step": None},
+    }
     rows = [
         {
             "plant": "loss.padding-counted",
@@ -97,20 +138,36 @@ def test_matrix_shows_who_else_and_who_is_cheapest(bare):
     ]
     text = proof.matrix_page(proven(bare, rows=rows)).text()
     line = next(x for x in text.splitlines() if "padding-counted" in x)
-    assert line.index("model.overfit-one-batch") < line.index("0.02 s") and "data.order" in line and "54" in line
+    assert (
+        line.index("model.overfit-one-batch") < line.index("0.02 s")
+        and "data.order" in line
+        and "54" in line
+    )
     assert re.search(r"overfit-one-batch.*\| 1 \| 0 \| 0 \|", text)
 
 
 def test_margins_and_museum_show_both_sides(bare):
-    made = kill(bare, "loss.golden", "loss.padding-counted", measured={"abs_error": 0.5}, control_measured={"abs_error": 1e-7})
+    made = kill(
+        bare,
+        "loss.golden",
+        "loss.padding-counted",
+        measured={"abs_error": 0.5},
+        control_measured={"abs_error": 1e-7},
+    )
     world = proven(bare, made)
-    assert "100×" in proof.margins_page(world).text() and "5e+04×" in proof.margins_page(world).text()
+    assert (
+        "100×" in proof.margins_page(world).text() and "5e+04×" in proof.margins_page(world).text()
+    )
     rooms = {page.path: page.text() for page in room_pages(world)}
     text = rooms["museum/loss.md"]
-    assert "measured without it" in text and "../failures.md#sf-l06" in text and "What it replaces" in text
-    assert "museum/loss.md#loss-padding-counted" in museum_page(world).text() and sum(t.count("Last kill:") for t in rooms.values()) == len(
-        world.plants
+    assert (
+        "measured without it" in text
+        and "../failures.md#sf-l06" in text
+        and "What it replaces" in text
     )
+    assert "museum/loss.md#loss-padding-counted" in museum_page(world).text() and sum(
+        t.count("Last kill:") for t in rooms.values()
+    ) == len(world.plants)
 
 
 def test_every_documented_failure_has_its_symptom_with_the_gates_that_ask(bare):
@@ -121,9 +178,19 @@ def test_every_documented_failure_has_its_symptom_with_the_gates_that_ask(bare):
 
 def test_a_matrix_made_in_parts_is_one_with_the_newest_row_of_each_plant(bare):
     """Two records: the newer one holds one plant of the older one again, and not the other."""
-    row = lambda plant, seconds: {"plant": plant, "gate": "loss.golden", "red": {}, "raised": {}, "asked": 54, "seconds": seconds}  # noqa: E731
+    row = lambda plant, seconds: {  # noqa: E731
+        "plant": plant,
+        "gate": "loss.golden",
+        "red": {},
+        "raised": {},
+        "asked": 54,
+        "seconds": seconds,
+    }
     held = {
-        "falsification-20260101T000000Z-00000000": [row("loss.padding-counted", 8.0), row("loss.bits-instead-of-nats", 9.0)],
+        "falsification-20260101T000000Z-00000000": [
+            row("loss.padding-counted", 8.0),
+            row("loss.bits-instead-of-nats", 9.0),
+        ],
         "falsification-20260102T000000Z-00000000": [row("loss.padding-counted", 5.0)],
     }
     records = {i: Record.model_construct(id=i, kills=(), series=(), gates=()) for i in held}
@@ -132,8 +199,13 @@ def test_a_matrix_made_in_parts_is_one_with_the_newest_row_of_each_plant(bare):
         def series(self, record, name, *keys):
             return held[record.id]
 
-    fields = {f.name: getattr(bare, f.name) for f in dataclasses.fields(bare)} | {"records": records}
+    fields = {f.name: getattr(bare, f.name) for f in dataclasses.fields(bare)} | {
+        "records": records
+    }
     rows, used = proof._newest_rows(WithRows(**fields))
-    assert {r["plant"]: r["seconds"] for r in rows} == {"loss.padding-counted": 5.0, "loss.bits-instead-of-nats": 9.0}
+    assert {r["plant"]: r["seconds"] for r in rows} == {
+        "loss.padding-counted": 5.0,
+        "loss.bits-instead-of-nats": 9.0,
+    }
     assert used == sorted(held, reverse=True)
     assert f"2 of {len(bare.plants)} plants" in proof.matrix_page(WithRows(**fields)).text()

@@ -18,7 +18,13 @@ def blocks(kind, rows):
 
 
 def point(layer, slot, z, std=0.5, **more):
-    return {"point": f"layers.{layer}.{slot}", "layer": layer, "slot": slot, "stats": STATS | {"std": std}, "robust_z": z} | more
+    return {
+        "point": f"layers.{layer}.{slot}",
+        "layer": layer,
+        "slot": slot,
+        "stats": STATS | {"std": std},
+        "robust_z": z,
+    } | more
 
 
 def test_a_profile_shades_what_stands_out_and_names_the_first():
@@ -31,7 +37,9 @@ def test_a_profile_shades_what_stands_out_and_names_the_first():
     assert "First point that stands out: <code>layers.1.ffn.swiglu</code>, gated product." in text
     assert '<span class="heat heat--hot">7.5</span>' in text and text.count("heat--warm") == 1
     assert "| 0 | 0.5 |" in text
-    assert "No point stands out." in blocks("trace", rows[:1]) and "heat--" not in blocks("trace", rows[:1])
+    assert "No point stands out." in blocks("trace", rows[:1]) and "heat--" not in blocks(
+        "trace", rows[:1]
+    )
 
 
 def test_a_comparison_is_shaded_by_what_a_point_adds_and_not_by_what_arrives():
@@ -44,7 +52,10 @@ def test_a_comparison_is_shaded_by_what_a_point_adds_and_not_by_what_arrives():
     ]
     text = blocks("compare", rows)
     assert "First point that adds more than its bound: <code>layers.0.k</code>." in text
-    assert '<span class="heat heat--warm">3e-06</span>' in text and '<span class="heat heat--hot">0.06</span>' in text
+    assert (
+        '<span class="heat heat--warm">3e-06</span>' in text
+        and '<span class="heat heat--hot">0.06</span>' in text
+    )
     assert text.count("heat--") == 2
 
 
@@ -62,17 +73,39 @@ def test_a_run_shows_its_points_over_the_steps_and_a_run_without_has_no_section(
 
 
 def test_a_plant_that_was_named_wrongly_is_said_so():
-    row = {"plant": "eps", "planted": "layers.1.q", "compared": "layers.1.q", "bisected": ["layers.1.q"], "runs": 9}
+    row = {
+        "plant": "eps",
+        "planted": "layers.1.q",
+        "compared": "layers.1.q",
+        "bisected": ["layers.1.q"],
+        "runs": 9,
+    }
     assert "another" not in blocks("benchmark", [row])
-    assert "<code>layers.1.k</code> **another**" in blocks("benchmark", [row | {"compared": "layers.1.k"}])
+    assert "<code>layers.1.k</code> **another**" in blocks(
+        "benchmark", [row | {"compared": "layers.1.k"}]
+    )
     assert blocks("benchmark", []) == ""
 
 
 def test_the_links_of_a_bisection_are_told_with_their_numbers():
     links = [
-        {"id": "E1", "hypothesis": "something after layers.0.q is wrong", "verdict": "eliminated", "evidence": {"rel_err": 2e-7, "run": 3}},
-        {"id": "E2", "hypothesis": "something up to layers.0.q is wrong", "verdict": "kept", "evidence": {"rel_err": 0.5, "run": 4}},
+        {
+            "id": "E1",
+            "hypothesis": "something after layers.0.q is wrong",
+            "verdict": "eliminated",
+            "evidence": {"rel_err": 2e-7, "run": 3},
+        },
+        {
+            "id": "E2",
+            "hypothesis": "something up to layers.0.q is wrong",
+            "verdict": "kept",
+            "evidence": {"rel_err": 0.5, "run": 4},
+        },
     ]
     text = blocks("compare", {"chain.jsonl": links})
-    assert "## Narrowing" in text and "| E1 | something after layers.0.q is wrong | eliminated | rel&#95;err 2e-07, run 3 |" in text
+    assert (
+        "## Narrowing" in text
+        and "| E1 | something after layers.0.q is wrong | eliminated | rel&#95;err 2e-07, run 3 |"
+        in text
+    )
     assert "Narrowing" not in blocks("compare", {})

@@ -1,6 +1,8 @@
-"""What tracing names for each plant of the museum that acts on a model, its kernels, its precision or its experts; or why it cannot.
+"""What tracing names for each plant of the museum that acts on a model, its kernels, its precision
+or its experts; or why it cannot.
 
-The right side is the clean code, the other one the same weights under the plant: in which way, `tests.trace.museum_sides` says.
+The right side is the clean code, the other one the same weights under the plant: in which way,
+`tests.trace.museum_sides` says.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,17 @@ from stack.museum.plant import Plant
 from stack.trace.ways import Side
 from tests.trace import models
 from tests.trace import museum_sides as ways
-from tests.trace.museum_sides import EXPERTS, LAYERS, drawn, exported, imported, made, resumed, running, updated
+from tests.trace.museum_sides import (
+    EXPERTS,
+    LAYERS,
+    drawn,
+    exported,
+    imported,
+    made,
+    resumed,
+    running,
+    updated,
+)
 
 BIASED = {"ffn": MixtureOfExperts(n_experts=4, balance=BiasBalance(rate=1e-3))}
 LONG = {"max_seq_len": 300}
@@ -25,9 +37,11 @@ Sides = Callable[[Plant], tuple[Side, Side]]
 
 @dataclass(frozen=True)
 class Found:
-    """What tracing must name: `slot`, the first that errs. All that errs is it and `also`, in each of `layers` or where a whole name says.
+    """What tracing must name: `slot`, the first that errs.
+    All that errs is it and `also`, in each of `layers` or where a whole name says.
 
-    Bisection names the first and the last point of these, or what `bisected` says. `way` is how an attention kernel is said to err.
+    Bisection names the first and the last point of these, or what `bisected` says.
+    `way` is how an attention kernel is said to err.
     """
 
     sides: Sides
@@ -43,7 +57,11 @@ class Found:
         return self.named(self.slot)[0]
 
     def named(self, slot: str) -> list[str]:
-        return [slot] if slot in ENDS or slot.startswith("layers.") else [f"layers.{layer}.{slot}" for layer in self.layers]
+        return (
+            [slot]
+            if slot in ENDS or slot.startswith("layers.")
+            else [f"layers.{layer}.{slot}" for layer in self.layers]
+        )
 
     @property
     def suspects(self) -> set[str]:
@@ -52,7 +70,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Unseen:
-    """Why two forwards are the same. `runs` says whether the planted line runs in them; `updated` are the sides after an update with it."""
+    """Why two forwards are the same. `runs` says whether the planted line runs in them; `updated`
+    are the sides after an update with it.
+    """
 
     sides: Sides
     reason: str
@@ -73,12 +93,18 @@ EVERYTHING_ELSE = (
     *"ffn.gate ffn.up ffn.silu ffn.swiglu ffn.out resid_out logits".split(),
 )
 MIXED = {"slot": "attention_mixed"}
-MASKED = {"slot": "scores", "also": ("entropy", "attention_mixed"), "bisected": both("attention_mixed")}
+MASKED = {
+    "slot": "scores",
+    "also": ("entropy", "attention_mixed"),
+    "bisected": both("attention_mixed"),
+}
 TURNED = {"slot": "q_rotated", "also": ("k_rotated",), "bisected": both("q_rotated", "k_rotated")}
 
 EXHIBITS: dict[str, Found | Unseen] = {
     # ---- weights as they are drawn
-    "model.head-init-wrong": Found(drawn, "attention_out", ("ffn.out",), bisected=both("attention_out", "ffn.out")),
+    "model.head-init-wrong": Found(
+        drawn, "attention_out", ("ffn.out",), bisected=both("attention_out", "ffn.out")
+    ),
     "model.init-std-too-big": Found(drawn, "embedding", ("q",), (0,), ("embedding", "layers.0.q")),
     "model.layers-drawn-alike": Found(
         drawn,
@@ -86,42 +112,82 @@ EXHIBITS: dict[str, Found | Unseen] = {
         ("q", "k", "v", "attention_out", "ffn.gate", "ffn.up", "ffn.out", "logits"),
         bisected=("embedding", "logits"),
     ),
-    "model.branches-drawn-wide": Found(drawn, "attention_out", ("ffn.out",), bisected=both("attention_out", "ffn.out")),
+    "model.branches-drawn-wide": Found(
+        drawn, "attention_out", ("ffn.out",), bisected=both("attention_out", "ffn.out")
+    ),
     # ---- tables made with the model
     "model.norm-garbage-buffer": Found(made, **TURNED),
     "model.rope-bf16-table": Found(partial(made, **LONG), **TURNED, ids=models.ids(tokens=300)),
     "model.ffn-channels-apart": Found(made, "ffn.swiglu", layers=(1,)),
     # ---- the forward
     "model.logits-scaled": Found(running, "logits"),
-    "model.causal-mask-off-by-one": Found(running, **MIXED, way="each query sees the key after its own"),
+    "model.causal-mask-off-by-one": Found(
+        running, **MIXED, way="each query sees the key after its own"
+    ),
     "model.missing-scale": Found(running, **MIXED, way="scores are not scaled"),
     "model.double-scale": Found(running, **MIXED, way="scores are scaled twice"),
-    "model.rows-mixed": Found(running, "attention_norm", ("ffn_norm", "final_norm"), bisected=("layers.0.attention_norm", "final_norm")),
+    "model.rows-mixed": Found(
+        running,
+        "attention_norm",
+        ("ffn_norm", "final_norm"),
+        bisected=("layers.0.attention_norm", "final_norm"),
+    ),
     "model.document-mask-lost": Found(partial(running, inputs=ways.documents), **MASKED),
     "model.document-mask-off-by-one": Found(partial(running, inputs=ways.documents), **MASKED),
     # the first token of a document sees itself alone, whatever its query is
-    "model.positions-restart-late": Found(partial(running, inputs=ways.documents), **TURNED | {"bisected": both("k_rotated")}),
+    "model.positions-restart-late": Found(
+        partial(running, inputs=ways.documents), **TURNED | {"bisected": both("k_rotated")}
+    ),
     "model.gqa-head-order": Found(
-        partial(running, inputs=ways.prompt), **MIXED, way="key heads are tiled where each should be repeated for its group"
+        partial(running, inputs=ways.prompt),
+        **MIXED,
+        way="key heads are tiled where each should be repeated for its group",
     ),
     "model.attention-branch-lost": Found(running, "resid_mid"),
     "model.far-keys-unseen": Found(partial(running, **LONG), **MASKED, ids=models.ids(tokens=160)),
     # ---- the forward in training mode
-    "model.dropout-unscaled": Found(partial(made, **DROPOUT), "resid_mid", ("resid_out",), bisected=both("resid_mid", "resid_out")),
-    "model.dropout-on-one-branch": Found(partial(running, **DROPOUT), "resid_out", ("layers.1.resid_mid", "layers.2.resid_mid")),
-    "model.dropout-same-masks": Found(partial(running, **DROPOUT), "resid_mid", ("resid_out",), bisected=both("resid_mid", "resid_out")),
-    "model.dropout-undeclared": Found(partial(running, train=True, around=ways.seeded), "embedding"),
+    "model.dropout-unscaled": Found(
+        partial(made, **DROPOUT),
+        "resid_mid",
+        ("resid_out",),
+        bisected=both("resid_mid", "resid_out"),
+    ),
+    "model.dropout-on-one-branch": Found(
+        partial(running, **DROPOUT), "resid_out", ("layers.1.resid_mid", "layers.2.resid_mid")
+    ),
+    "model.dropout-same-masks": Found(
+        partial(running, **DROPOUT),
+        "resid_mid",
+        ("resid_out",),
+        bisected=both("resid_mid", "resid_out"),
+    ),
+    "model.dropout-undeclared": Found(
+        partial(running, train=True, around=ways.seeded), "embedding"
+    ),
     "model.scaled-in-training": Found(partial(running, train=True), "logits"),
     # ---- experts
     "moe.weights-not-renormalised": Found(partial(running, **EXPERTS), "routing"),
     "moe.bias-in-the-weights": Found(partial(running, stir=ways.uneven, **BIASED), "routing"),
     "moe.router-reads-the-mean": Found(partial(running, **EXPERTS), "routing"),
     "moe.drops-uncounted": Found(partial(running, **EXPERTS), "ffn.out"),
-    "moe.bias-per-micro-batch": Found(partial(running, train=True, **BIASED), "routing", ids=models.ids(rows=64, tokens=40)),
-    "moe.balance-left-out": Unseen(partial(running, **EXPERTS), IN_THE_LOSS, True, partial(updated, **EXPERTS)),
-    "moe.balance-insensitive": Unseen(partial(running, **EXPERTS), IN_THE_LOSS, True, partial(updated, **EXPERTS)),
-    "moe.balance-cheated": Unseen(partial(running, **EXPERTS), IN_THE_LOSS, True, partial(updated, **EXPERTS)),
-    "moe.bias-sign-flipped": Unseen(partial(running, stir=ways.uneven, **BIASED), IN_THE_UPDATE, False, partial(updated, **BIASED)),
+    "moe.bias-per-micro-batch": Found(
+        partial(running, train=True, **BIASED), "routing", ids=models.ids(rows=64, tokens=40)
+    ),
+    "moe.balance-left-out": Unseen(
+        partial(running, **EXPERTS), IN_THE_LOSS, True, partial(updated, **EXPERTS)
+    ),
+    "moe.balance-insensitive": Unseen(
+        partial(running, **EXPERTS), IN_THE_LOSS, True, partial(updated, **EXPERTS)
+    ),
+    "moe.balance-cheated": Unseen(
+        partial(running, **EXPERTS), IN_THE_LOSS, True, partial(updated, **EXPERTS)
+    ),
+    "moe.bias-sign-flipped": Unseen(
+        partial(running, stir=ways.uneven, **BIASED),
+        IN_THE_UPDATE,
+        False,
+        partial(updated, **BIASED),
+    ),
     # ---- precision
     "precision.norm-in-half": Found(
         partial(running, around=ways.autocast),
@@ -136,7 +202,9 @@ EXHIBITS: dict[str, Found | Unseen] = {
         bisected=("layers.0.q", "logits"),  # norms are taken in float32
     ),
     "precision.loss-in-half": Unseen(partial(running, around=ways.autocast), IN_THE_LOSS),
-    "precision.unscale-left-out": Unseen(running, IN_THE_UPDATE, False, partial(updated, dtype="float16")),
+    "precision.unscale-left-out": Unseen(
+        running, IN_THE_UPDATE, False, partial(updated, dtype="float16")
+    ),
     "runtime.weights-rounded-to-half": Unseen(running, IN_THE_UPDATE, False, updated),
     # ---- compilers and kernels of the loss
     "kernel.compiled-gradient-zero": Unseen(
@@ -145,18 +213,32 @@ EXHIBITS: dict[str, Found | Unseen] = {
         False,
         partial(updated, compiled=True, around=ways.uncompiled),
     ),
-    "kernel.compile-gives-up": Unseen(ways.compiled, "eager computes the same numbers as the graph that was asked for, only later", True),
-    "kernel.row-twice-at-a-border": Unseen(running, IN_THE_LOSS, False, partial(updated, around=ways.small_chunks)),
+    "kernel.compile-gives-up": Unseen(
+        ways.compiled,
+        "eager computes the same numbers as the graph that was asked for, only later",
+        True,
+    ),
+    "kernel.row-twice-at-a-border": Unseen(
+        running, IN_THE_LOSS, False, partial(updated, around=ways.small_chunks)
+    ),
     "model.labels-of-the-past": Unseen(running, IN_THE_LOSS, False, updated),
     "model.shared-gradient-clobbered": Unseen(running, IN_THE_BACKWARD, True, updated),
     # ---- other rooms that show the same failures
-    "export.import-pairs-interleaved": Found(partial(imported, name="smollm2"), "q", ("k",), (0, 1), ("layers.0.q", "layers.1.k")),
+    "export.import-pairs-interleaved": Found(
+        partial(imported, name="smollm2"), "q", ("k",), (0, 1), ("layers.0.q", "layers.1.k")
+    ),
     "export.import-drops-a-head": Found(partial(imported, name="llama-3"), "logits"),
     "export.rotary-pairs-interleaved": Found(exported, "q", ("k",), bisected=both("q", "k")),
     "export.second-head": Found(partial(exported, tied_head=True), "logits"),
-    "checkpoint.tie-broken-on-load": Unseen(resumed, IN_THE_UPDATE, True, partial(resumed, update=True)),
-    "loss.nan-made-zero": Unseen(running, "it is in the loss, and acts on features that are not finite alone"),
-    "loss.nan-micro-batch-skipped": Unseen(running, IN_THE_UPDATE, False, partial(updated, broken=True)),
+    "checkpoint.tie-broken-on-load": Unseen(
+        resumed, IN_THE_UPDATE, True, partial(resumed, update=True)
+    ),
+    "loss.nan-made-zero": Unseen(
+        running, "it is in the loss, and acts on features that are not finite alone"
+    ),
+    "loss.nan-micro-batch-skipped": Unseen(
+        running, IN_THE_UPDATE, False, partial(updated, broken=True)
+    ),
     "runtime.nan-masked": Unseen(running, IN_THE_UPDATE, False, updated),
     "runtime.infinite-activation": Unseen(running, IN_THE_LOSS, False, partial(updated, n=7)),
     "runtime.nan-in-a-weight": Unseen(running, IN_THE_UPDATE, False, partial(updated, n=7)),

@@ -1,5 +1,5 @@
-"""Two sides of one model, right and under a plant, in every way in which plants act: while the model runs, when it is made or drawn,
-when a folder is written or read, and in an update.
+"""Two sides of one model, right and under a plant, in every way in which plants act: while the
+model runs, when it is made or drawn, when a folder is written or read, and in an update.
 """
 
 import copy
@@ -39,7 +39,9 @@ def built(train: bool = False, **changes):
 
 
 def running(plant, *, inputs=None, around=ExitStack, train=False, stir=None, **changes):
-    """The plant acts while the model runs. `around` is in force on both sides, inside the plant on the wrong one."""
+    """The plant acts while the model runs.
+    `around` is in force on both sides, inside the plant on the wrong one.
+    """
 
     @contextmanager
     def planted():
@@ -51,12 +53,20 @@ def running(plant, *, inputs=None, around=ExitStack, train=False, stir=None, **c
         model = copy.deepcopy(built(train, **changes))
         if stir is not None:
             stir(model)
-        pair.append(replace(side(model), around=context, **({} if inputs is None else {"inputs": partial(inputs, model)})))
+        pair.append(
+            replace(
+                side(model),
+                around=context,
+                **({} if inputs is None else {"inputs": partial(inputs, model)}),
+            )
+        )
     return tuple(pair)
 
 
 def made(plant, **options):
-    """The plant acts when the model is made, and while it runs; the weights are then those of the right side."""
+    """The plant acts when the model is made, and while it runs;
+    the weights are then those of the right side.
+    """
     good, bad = running(plant, **options)
     with plant.apply():
         model = build_model(good.model.cfg, models.VOCAB, seed=5).train(good.model.training)
@@ -138,7 +148,9 @@ def exported(plant, **changes):
         document = names.config_document(kind, ours.cfg, models.VOCAB, 0, "float32")
         huggingface._write_json(Path(folder) / "config.json", document)
         with plant.apply():
-            huggingface.write_weights(Path(folder), kind, ours, "float32", huggingface.MAX_SHARD_BYTES)
+            huggingface.write_weights(
+                Path(folder), kind, ours, "float32", huggingface.MAX_SHARD_BYTES
+            )
         theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return side(ours), side(theirs)
 
@@ -152,20 +164,32 @@ def run_config(dtype="float32", compiled=False, **changes):
 
     cfg = pocket()
     train = cfg.train.model_copy(update={"dtype": dtype, "compile": compiled})
-    update = {"model": ModelConfig(**(BASE | changes)), "train": train, "optim": AdamW(lr=1e-2), "device": "cpu"}
+    update = {
+        "model": ModelConfig(**(BASE | changes)),
+        "train": train,
+        "optim": AdamW(lr=1e-2),
+        "device": "cpu",
+    }
     return cfg.model_copy(update=update)
 
 
 def fresh(cfg):
     """A state at step 0 that draws from nothing."""
     order = SimpleNamespace(state_dict=dict, load_state_dict=lambda document: [])
-    return states.state_around(cfg, models.VOCAB, SimpleNamespace(cursor=0, order=order), torch.device("cpu"))
+    return states.state_around(
+        cfg, models.VOCAB, SimpleNamespace(cursor=0, order=order), torch.device("cpu")
+    )
 
 
 def learn(state, n=2):
-    """Updates on two micro-batches. The first of AdamW moves by signs alone; sizes show in the second."""
+    """Updates on two micro-batches. The first of AdamW moves by signs alone;
+    sizes show in the second.
+    """
     ids = models.ids(rows=4, tokens=18, seed=9)
-    batches = [SimpleNamespace(input_ids=x[:, :-1], labels=x[:, 1:].contiguous(), sample_ids=(0, 1)) for x in ids.split(2)]
+    batches = [
+        SimpleNamespace(input_ids=x[:, :-1], labels=x[:, 1:].contiguous(), sample_ids=(0, 1))
+        for x in ids.split(2)
+    ]
     for _ in range(n):
         steps.train_step(state, batches)
 
@@ -173,7 +197,9 @@ def learn(state, n=2):
 @torch.no_grad()
 def break_a_token(model):
     """A token that the second micro-batch has and the first has not is embedded as NaN."""
-    first, second = (set(x.flatten().tolist()) for x in models.ids(rows=4, tokens=18, seed=9)[:, :-1].split(2))
+    first, second = (
+        set(x.flatten().tolist()) for x in models.ids(rows=4, tokens=18, seed=9)[:, :-1].split(2)
+    )
     model.embed.weight[min(second - first)] = torch.nan
 
 
@@ -191,10 +217,14 @@ def updated(plant, *, around=nullcontext, n=2, broken=False, **options):
 
 
 def resumed(plant, *, update=False):
-    """A tied model that comes back from a checkpoint; `update` says whether it is trained on before it runs."""
+    """A tied model that comes back from a checkpoint; `update` says whether it is
+    trained on before it runs.
+    """
     before = fresh(run_config(tied_head=True))
     learn(before)
-    document = checkpoint.state_document(before, tokenizer_sha256="", vocab_size=models.VOCAB, gates={}, record="")
+    document = checkpoint.state_document(
+        before, tokenizer_sha256="", vocab_size=models.VOCAB, gates={}, record=""
+    )
     rest = checkpoint.optimizer_tensors(before) | checkpoint.default_rng_state()
     loaded = checkpoint.Loaded(Path(), checkpoint.model_tensors(before.model), rest, document)
     pair = []

@@ -1,4 +1,6 @@
-"""Two computations point by point: what rounding adds, what arrives, what is refused, and how much memory it takes."""
+"""Two computations point by point: what rounding adds, what arrives, what is refused,
+and how much memory it takes.
+"""
 
 import copy
 import math
@@ -24,7 +26,8 @@ from stack.trace.stats import SupportError
 from stack.trace.ways import in_precision, module_path, reference_kernels, swapped
 from tests.trace import models
 
-# The worst share of the bound that rounding took, over everything below: 0.22 (output of differential attention in bfloat16).
+# The worst share of the bound that rounding took, over everything below: 0.22 (output of
+# differential attention in bfloat16).
 WORST = 0.4
 
 
@@ -61,7 +64,9 @@ def test_a_matrix_that_is_wrong_by_one_part_in_100_000_is_not_rounding():
     with torch.no_grad():
         bad.layers[0].attention.k.weight.mul_(1 + 1e-5)
     found = compare(side(good), side(bad), models.ids())
-    assert [c.point.name for c in found.suspects] == ["layers.0.k"] and found.suspects[0].added_err == pytest.approx(1e-5, rel=0.05)
+    assert [c.point.name for c in found.suspects] == ["layers.0.k"] and found.suspects[
+        0
+    ].added_err == pytest.approx(1e-5, rel=0.05)
 
 
 def test_added_errors_of_right_operations_are_exactly_nothing():
@@ -72,7 +77,9 @@ def test_added_errors_of_right_operations_are_exactly_nothing():
         bad.layers[0].ffn.up.weight[3] += 0.5
     found = compare(side(good), side(bad), models.ids())
     later = [c for c in found.points if c.point.order > found.first_divergence.point.order]
-    assert all(c.added_err == 0 for c in later) and all(c.arrived.rel_err > 1e-4 for c in later if c.point.layer == 1)
+    assert all(c.added_err == 0 for c in later) and all(
+        c.arrived.rel_err > 1e-4 for c in later if c.point.layer == 1
+    )
 
 
 def test_experts_that_saw_other_tokens_are_noted_and_not_compared():
@@ -94,7 +101,11 @@ def test_another_shape_is_refused():
 
 def test_no_common_point_is_refused():
     with pytest.raises(UsageError, match="no point in common"):
-        compare(side(models.ours(), where={"a": "embed"}), side(models.ours(), where={"b": "embed"}), models.ids())
+        compare(
+            side(models.ours(), where={"a": "embed"}),
+            side(models.ours(), where={"b": "embed"}),
+            models.ids(),
+        )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,8 @@ def test_no_common_point_is_refused():
 def test_a_difference_is_what_its_formula_says(a, b, rel_err, monkeypatch):
     found = difference(torch.tensor(a), torch.tensor(b))
     assert found.rel_err == pytest.approx(rel_err) and found.nmse == pytest.approx(rel_err**2)
-    monkeypatch.setattr(sys.modules["stack.trace.compare"], "CHUNK", 1)  # the function of this name hides the module
+    # the function of this name hides the module
+    monkeypatch.setattr(sys.modules["stack.trace.compare"], "CHUNK", 1)
     assert difference(torch.tensor(a), torch.tensor(b)).rel_err == pytest.approx(rel_err)
 
 
@@ -124,7 +136,9 @@ def test_errors_are_shares_of_the_right_side_whichever_is_larger():
         with torch.no_grad():
             bad.layers[0].ffn.down.weight.mul_(factor)
         first = compare(side(good), side(bad), models.ids()).first_divergence
-        assert first.point.name == "layers.0.ffn.out" and first.added_err == pytest.approx(abs(factor - 1), rel=1e-4)
+        assert first.point.name == "layers.0.ffn.out" and first.added_err == pytest.approx(
+            abs(factor - 1), rel=1e-4
+        )
 
 
 def test_a_nan_is_infinitely_far_and_named():
@@ -133,7 +147,9 @@ def test_a_nan_is_infinitely_far_and_named():
     with torch.no_grad():
         bad.layers[1].attention.v.weight[0, 0] = math.nan
     found = compare(side(good), side(bad), models.ids())
-    assert found.first_divergence.point.name == "layers.1.v" and math.isinf(found.first_divergence.added_err)
+    assert found.first_divergence.point.name == "layers.1.v" and math.isinf(
+        found.first_divergence.added_err
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
@@ -163,7 +179,8 @@ def test_one_tensor_of_each_side_is_in_memory_at_a_time(monkeypatch):
     monkeypatch.setattr(Spill, "read", counted)
     model = models.ours("small", n_layers=6)
     n = len(compare(side(model), side(copy.deepcopy(model)), models.ids(tokens=5)).points)
-    # one that is compared, and one that was put into the model and is still read there as the residual stream
+    # one that is compared, and one that was put into the model and is still read
+    # there as the residual stream
     assert len(alive) == 2 * n and most <= 4
 
 
@@ -172,18 +189,26 @@ def test_one_tensor_of_each_side_is_in_memory_at_a_time(monkeypatch):
 
 def test_kernels_are_put_back_and_parameters_of_the_model_stay():
     model = models.ours()
-    before, kernel, documents = {n: p.clone() for n, p in model.named_parameters()}, dispatch.kernel, attention.document_attention
+    before, kernel, documents = (
+        {n: p.clone() for n, p in model.named_parameters()},
+        dispatch.kernel,
+        attention.document_attention,
+    )
     for way in ("bfloat16", "float64", "reference"):
         compare(side(model), side(model, way), models.ids())
     with pytest.raises(RuntimeError), reference_kernels():
         raise RuntimeError
     assert dispatch.kernel is kernel and attention.document_attention is documents
-    assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in model.named_parameters())
+    assert all(
+        torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in model.named_parameters()
+    )
 
 
 def test_precision_is_of_parameters_and_not_of_rotary_tables():
     model = in_precision(copy.deepcopy(models.ours()), torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and {b.dtype for b in model.buffers()} == {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and {
+        b.dtype for b in model.buffers()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -202,11 +227,15 @@ def test_modules_go_by_their_own_names_or_by_those_of_points(side_of, name, path
     assert module_path(one.model, one.where, name) == path
 
 
-@pytest.mark.parametrize(("side_of", "how"), [("ours", "reference"), ("ours", "float64"), ("theirs", "float64"), ("theirs", "bf16")])
+@pytest.mark.parametrize(
+    ("side_of", "how"),
+    [("ours", "reference"), ("ours", "float64"), ("theirs", "float64"), ("theirs", "bf16")],
+)
 def test_one_module_alone_is_computed_otherwise_and_put_back(side_of, how):
     model = models.ours() if side_of == "ours" else models.theirs("llama-2")
     one, ids = side(model), models.ids()
-    # the plain kernels of attention sum in another order; those of the feed-forward happen to agree to the bit on some machines
+    # the plain kernels of attention sum in another order; those of the feed-forward happen to agree
+    # to the bit on some machines
     part = "layers.1.attention"
 
     def around():
@@ -224,7 +253,11 @@ def test_what_only_our_model_has_is_refused_elsewhere():
     with pytest.raises(UsageError, match="there is no way faster"):
         side(models.ours(), "faster")
     one = side(models.ours())
-    for module, how in (("layers.1.ffn", "eager"), ("layers.1.ffn", "faster"), ("layers.1.fnn", "float64")):
+    for module, how in (
+        ("layers.1.ffn", "eager"),
+        ("layers.1.ffn", "faster"),
+        ("layers.1.fnn", "float64"),
+    ):
         with pytest.raises(UsageError), swapped(one.model, one.where, module, how):
             pass
 
@@ -238,7 +271,17 @@ def test_moments_about_a_sampled_shift_are_the_same():
     gatherer.see(Point("x", None, "x", 0), x)
     plain = gatherer.finish()["x"]
     found = stats._stat(plain.support, *shifted, stats._sample(x_RC))
-    for name in ("mean", "std", "rms", "absmax", "kurtosis", "top_token_energy_frac", "argmax", "frac_zero", "frac_nonfinite"):
+    for name in (
+        "mean",
+        "std",
+        "rms",
+        "absmax",
+        "kurtosis",
+        "top_token_energy_frac",
+        "argmax",
+        "frac_zero",
+        "frac_nonfinite",
+    ):
         assert getattr(found, name) == pytest.approx(getattr(plain, name), rel=1e-5), name
 
 
@@ -253,7 +296,9 @@ def test_the_folder_of_tensors_is_gone_afterwards(monkeypatch, tmp_path):
 @pytest.mark.parametrize("factor", [0.95, 1.05])
 def test_half_precision_of_a_wide_model_hides_no_operation_that_is_off_by_a_twentieth(factor):
     """ε·√width is a fifth here; rounding adds 0.0036."""
-    cfg = ModelConfig(d_model=768, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=96, d_ff=1024, max_seq_len=64)
+    cfg = ModelConfig(
+        d_model=768, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=96, d_ff=1024, max_seq_len=64
+    )
     good, bad = (side(build_model(cfg, models.VOCAB, seed=0).eval(), "bfloat16") for _ in range(2))
     precise = side(build_model(cfg, models.VOCAB, seed=0).eval())
     assert compare(precise, good, models.ids()).first_divergence is None
@@ -270,4 +315,6 @@ def test_rounding_is_granted_for_the_precision_a_side_says_it_computes_in():
     said = compare(good, replace(good, around=around, computes=torch.bfloat16), models.ids())
     assert said.first_divergence is None and said.logits.rel_err > 1e-4
     unsaid = compare(good, replace(good, around=around), models.ids())
-    assert unsaid.first_divergence.point.name == "layers.0.q", "half precision that nobody declared is a finding"
+    assert unsaid.first_divergence.point.name == "layers.0.q", (
+        "half precision that nobody declared is a finding"
+    )

@@ -1,4 +1,6 @@
-"""Tracing where the model lies: on a CPU, and on a GPU if there is one, the same figures, the same place named, nothing left behind."""
+"""Tracing where the model lies: on a CPU, and on a GPU if there is one, the same figures, the same
+place named, nothing left behind.
+"""
 
 import copy
 
@@ -11,7 +13,12 @@ from tests.trace import models
 DEVICES = [
     "cpu",
     pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")], id="cuda"
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+        id="cuda",
     ),
 ]
 
@@ -35,8 +42,12 @@ def test_figures_are_those_of_the_cpu_and_logits_are_not_touched(device, name):
     assert [t.point.name for t in found.points] == [t.point.name for t in there.points]
     for here, same in zip(found.points, there.points):
         if not here.point.slot.startswith("experts."):
-            assert here.stat.std == pytest.approx(same.stat.std, rel=1e-4, abs=1e-6), here.point.name
-            assert here.stat.rms == pytest.approx(same.stat.rms, rel=1e-4, abs=1e-6), here.point.name
+            assert here.stat.std == pytest.approx(same.stat.std, rel=1e-4, abs=1e-6), (
+                here.point.name
+            )
+            assert here.stat.rms == pytest.approx(same.stat.rms, rel=1e-4, abs=1e-6), (
+                here.point.name
+            )
 
 
 def test_a_planted_row_is_named_by_comparison_and_bisection(device):
@@ -62,5 +73,8 @@ def test_what_is_not_finite_is_compared_where_it_lies(device):
     with torch.no_grad():
         bad.layers[1].ffn.gate.weight[0] = float("nan")
     found = compare(side(good), side(bad), ids)
-    assert found.first_divergence.point.name == "layers.1.ffn.gate" and found.first_divergence.added_err == float("inf")
+    assert (
+        found.first_divergence.point.name == "layers.1.ffn.gate"
+        and found.first_divergence.added_err == float("inf")
+    )
     assert compare(side(bad), side(copy.deepcopy(bad)), ids).first_divergence is None

@@ -1,4 +1,6 @@
-"""A derivative that is wrong in one place: the comparison of gradients names that place, and right derivatives differ by rounding."""
+"""A derivative that is wrong in one place: the comparison of gradients names that place, and right
+derivatives differ by rounding.
+"""
 
 import copy
 import math
@@ -63,7 +65,9 @@ def norm(model):
 
 def gated(model):
     ffn = model.layers[L].ffn
-    ffn.forward = lambda x, reading=None: ffn.down(F.silu(Bent.apply(ffn.gate(x), 0.99)) * ffn.up(x))
+    ffn.forward = lambda x, reading=None: ffn.down(
+        F.silu(Bent.apply(ffn.gate(x), 0.99)) * ffn.up(x)
+    )
 
 
 def weight(model):
@@ -88,12 +92,28 @@ def head(model):
 
 # plant, where the first wrong gradient is, and what is said to read it
 PLANTS = {
-    "up projection by its input": (lambda m: projection(m, "up"), "layers.1.ffn_norm", "gate projection, up projection"),
-    "down projection by its input": (lambda m: projection(m, "down"), "layers.1.ffn.swiglu", "down projection, or sum of experts"),
+    "up projection by its input": (
+        lambda m: projection(m, "up"),
+        "layers.1.ffn_norm",
+        "gate projection, up projection",
+    ),
+    "down projection by its input": (
+        lambda m: projection(m, "down"),
+        "layers.1.ffn.swiglu",
+        "down projection, or sum of experts",
+    ),
     "up projection by one row of its weight": (weight, "layers.1.ffn.up.weight", ""),
-    "norm before attention": (norm, "layers.0.resid_out", "norm before attention, residual sum after attention"),
+    "norm before attention": (
+        norm,
+        "layers.0.resid_out",
+        "norm before attention, residual sum after attention",
+    ),
     "gate in the gated product": (gated, "layers.1.ffn.gate", "gated product"),
-    "residual sum": (residual, "layers.1.resid_mid", "norm before the feed-forward, residual sum after the feed-forward"),
+    "residual sum": (
+        residual,
+        "layers.1.resid_mid",
+        "norm before the feed-forward, residual sum after the feed-forward",
+    ),
     "output head": (head, "final_norm", "output head"),
 }
 
@@ -104,7 +124,9 @@ def test_the_first_wrong_derivative_is_named_and_no_other_is_blamed(name):
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     plant(bad)
-    assert compare(side(good), side(bad), models.ids()).first_divergence is None, "the forward is right"
+    assert compare(side(good), side(bad), models.ids()).first_divergence is None, (
+        "the forward is right"
+    )
     found = compare_gradients(side(good), side(bad), models.ids())
     assert found.first is not None and found.first.point.name == place
     assert {s.point.name for s in found.suspects} == {place}
@@ -114,27 +136,47 @@ def test_the_first_wrong_derivative_is_named_and_no_other_is_blamed(name):
 @pytest.mark.parametrize("name", models.OURS)
 @pytest.mark.parametrize("way", ["float64", "reference", "bfloat16"])
 def test_right_derivatives_differ_by_rounding(name, way):
-    """Worst over these 63: 0.64 of the bound at a point (queries of gpt2-exact), 0.61 at a parameter (a head norm's weight)."""
+    """Worst over these 63: 0.64 of the bound at a point (queries of gpt2-exact), 0.61 at a
+    parameter (a head norm's weight).
+    """
     model = models.ours(name)
     good = side(model, "float64") if way == "bfloat16" else side(model)
     found = compare_gradients(good, side(model, way), models.ids())
-    assert found.first is None and len(found.points) > 20 and len(found.parameters) == len(list(model.parameters()))
-    assert way != "float64" or max(r.excess for r in (*found.points, *found.parameters)) > 1e-3, "two precisions are not one"
+    assert (
+        found.first is None
+        and len(found.points) > 20
+        and len(found.parameters) == len(list(model.parameters()))
+    )
+    assert way != "float64" or max(r.excess for r in (*found.points, *found.parameters)) > 1e-3, (
+        "two precisions are not one"
+    )
 
 
 @pytest.mark.parametrize("name", models.THEIRS)
 def test_right_derivatives_of_transformers_differ_by_rounding(name):
     model = models.theirs(name)
     found = compare_gradients(side(model), side(model, "float64"), models.ids())
-    values = [p for p in compare(side(model), side(model, "float64"), models.ids()).points if not p.point.derived and p.point.flows]
-    assert found.first is None and len(found.parameters) == len(list(model.parameters())) and len(found.points) >= len(values) > 20
+    values = [
+        p
+        for p in compare(side(model), side(model, "float64"), models.ids()).points
+        if not p.point.derived and p.point.flows
+    ]
+    assert (
+        found.first is None
+        and len(found.parameters) == len(list(model.parameters()))
+        and len(found.points) >= len(values) > 20
+    )
 
 
 def test_a_derivative_inside_the_attention_kernel_is_named_in_every_layer():
     model, original = models.ours("untied"), dispatch.attention
 
     def around():
-        return swap(dispatch, "attention", lambda q, k, v, **more: original(q, Bent.apply(k, -1.0), v, **more))
+        return swap(
+            dispatch,
+            "attention",
+            lambda q, k, v, **more: original(q, Bent.apply(k, -1.0), v, **more),
+        )
 
     bad = Side(model, side(model).where, around=around)
     found = compare_gradients(side(model), bad, models.ids())
@@ -147,7 +189,15 @@ def test_a_derivative_inside_the_attention_kernel_is_named_in_every_layer():
 @pytest.mark.parametrize("factor", [0.0, 0.8])
 def test_half_precision_does_not_hide_a_derivative_that_is_off_by_a_fifth(d_model, factor):
     """Rounding alone stays below 0.06 of the bound at these widths in bfloat16."""
-    cfg = ModelConfig(d_model=d_model, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=2 * d_model, max_seq_len=40)
+    cfg = ModelConfig(
+        d_model=d_model,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=16,
+        d_ff=2 * d_model,
+        max_seq_len=40,
+    )
     good, bad = (side(build_model(cfg, models.VOCAB, seed=0).eval(), "bfloat16") for _ in range(2))
     assert compare_gradients(good, bad, models.ids()).first is None
     ffn = bad.model.layers[L].ffn
@@ -172,32 +222,53 @@ def cut(model):
 
 
 @pytest.mark.parametrize(
-    ("plant", "place"), [(detached, "layers.1.ffn.up.weight"), (frozen, "layers.1.ffn.up.weight"), (cut, "layers.1.attention_out")]
+    ("plant", "place"),
+    [
+        (detached, "layers.1.ffn.up.weight"),
+        (frozen, "layers.1.ffn.up.weight"),
+        (cut, "layers.1.attention_out"),
+    ],
 )
 def test_a_gradient_that_is_lost_is_the_worst_of_errors(plant, place):
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     plant(bad)
     found = compare_gradients(side(good), side(bad), models.ids())
-    assert found.first.point.name == place and math.isinf(found.first.added_err) and found.first.note == "a gradient on one side only"
+    assert (
+        found.first.point.name == place
+        and math.isinf(found.first.added_err)
+        and found.first.note == "a gradient on one side only"
+    )
     back = compare_gradients(side(bad), side(good), models.ids())
-    assert math.isinf({g.point.name: g.added_err for g in (*back.points, *back.parameters)}[place]), "also where the right side lost it"
+    assert math.isinf(
+        {g.point.name: g.added_err for g in (*back.points, *back.parameters)}[place]
+    ), "also where the right side lost it"
 
 
-@pytest.mark.parametrize(("names", "next_one"), [(BETWEEN_BLOCKS, "layers.1.resid_out"), (("layers.0.resid_out",), "the loss")])
+@pytest.mark.parametrize(
+    ("names", "next_one"),
+    [(BETWEEN_BLOCKS, "layers.1.resid_out"), (("layers.0.resid_out",), "the loss")],
+)
 def test_where_few_points_are_looked_at_nothing_between_them_is_blamed_by_name(names, next_one):
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     norm(bad)
     first = compare_gradients(side(good), side(bad), models.ids(), names).first
-    assert first.point.name == "layers.0.resid_out" and first.read_by == f"what lies between it and {next_one}"
+    assert (
+        first.point.name == "layers.0.resid_out"
+        and first.read_by == f"what lies between it and {next_one}"
+    )
 
 
 def test_choices_of_experts_are_compared_by_expert_and_not_by_rank():
-    """A row whose experts come in another order has the same gradient; of these ids one has, in bfloat16."""
+    """A row whose experts come in another order has the same gradient; of these ids one has,
+    in bfloat16.
+    """
     model = models.theirs("mixtral")
     found = compare_gradients(side(model), side(model, "bfloat16"), models.ids(seed=0))
-    assert found.first is None and {"layers.0.routing", "layers.1.routing"} <= {g.point.name for g in found.points}
+    assert found.first is None and {"layers.0.routing", "layers.1.routing"} <= {
+        g.point.name for g in found.points
+    }
 
 
 def test_values_are_put_right_before_norms_that_share_their_input():
@@ -221,7 +292,12 @@ def test_an_error_arrives_behind_the_place_where_it_is_made():
     projection(bad, "down")
     rows = {r.point.name: r for r in compare_gradients(side(good), side(bad), models.ids()).points}
     assert rows["layers.1.ffn.swiglu"].added_err == pytest.approx(0.01, rel=1e-3)
-    assert rows["layers.1.ffn.out"].arrived.rel_err == 0 < 1e-3 < rows["layers.0.ffn.out"].arrived.rel_err
+    assert (
+        rows["layers.1.ffn.out"].arrived.rel_err
+        == 0
+        < 1e-3
+        < rows["layers.0.ffn.out"].arrived.rel_err
+    )
     assert rows["layers.0.ffn.out"].added_err < 1e-6
 
 
@@ -232,7 +308,9 @@ def test_the_museums_clobbered_gradient_is_named():
     bad = Side(model, side(model).where, around=plant.apply)
     assert compare(side(model), bad, models.ids()).first_divergence is None
     found = compare_gradients(side(model), bad, models.ids())
-    assert found.first is not None and found.first.point.name == CLOBBERED, [g.point.name for g in found.suspects]
+    assert found.first is not None and found.first.point.name == CLOBBERED, [
+        g.point.name for g in found.suspects
+    ]
 
 
 def test_gradients_that_were_there_stay_and_one_token_has_none():

@@ -1,4 +1,6 @@
-"""How an attention kernel errs is said in words where it errs in a usual way, and nothing is said where it does not."""
+"""How an attention kernel errs is said in words where it errs in a usual way,
+and nothing is said where it does not.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -35,8 +37,12 @@ def shifted(mask, by):
 ERRORS = {
     "scores are not scaled": lambda q, k, v, mask: kernel(q, k, v, mask, scale=1.0),
     "scores are scaled twice": lambda q, k, v, mask: kernel(q, k, v, mask, scale=1 / q.shape[-1]),
-    "scores are multiplied by what they should be divided by": lambda q, k, v, mask: kernel(q, k, v, mask, scale=q.shape[-1] ** 0.5),
-    "each query sees the key after its own": lambda q, k, v, mask: kernel(q, k, v, shifted(mask, 1)),
+    "scores are multiplied by what they should be divided by": lambda q, k, v, mask: kernel(
+        q, k, v, mask, scale=q.shape[-1] ** 0.5
+    ),
+    "each query sees the key after its own": lambda q, k, v, mask: kernel(
+        q, k, v, shifted(mask, 1)
+    ),
     "each query sees all keys": lambda q, k, v, mask: kernel(q, k, v, shifted(mask, k.shape[2])),
     "key heads are tiled where each should be repeated for its group": partial(kernel, tiled=True),
 }
@@ -66,14 +72,21 @@ def test_there_is_an_error_here_for_each_way():
 def test_a_usual_error_of_a_kernel_is_said_in_words(way):
     model = models.ours()
     found = compare(side(model), planted(model, "whole", whole(ERRORS[way])), models.ids())
-    assert found.first_divergence.point.name == "layers.0.attention_mixed" and found.way == way and found.runs == 4
+    assert (
+        found.first_divergence.point.name == "layers.0.attention_mixed"
+        and found.way == way
+        and found.runs == 4
+    )
 
 
 @pytest.mark.parametrize("way", ERRORS)
 def test_it_is_said_of_a_kernel_that_goes_on_from_a_cache(way):
     model = models.ours()
     inputs = partial(prompt, model)
-    good, bad = replace(side(model), inputs=inputs), planted(model, "continued", whole(ERRORS[way]), inputs=inputs)
+    good, bad = (
+        replace(side(model), inputs=inputs),
+        planted(model, "continued", whole(ERRORS[way]), inputs=inputs),
+    )
     found = compare(good, bad, models.ids(tokens=5))
     assert found.first_divergence.point.name == "layers.0.attention_mixed" and found.way == way
 
@@ -81,7 +94,12 @@ def test_it_is_said_of_a_kernel_that_goes_on_from_a_cache(way):
 def test_a_kernel_that_forgets_the_mask_it_is_given():
     model = models.ours()
     inputs = partial(documents, model)
-    bad = planted(model, "document_attention", lambda q, k, v, mask, scale=None, chunks=False: attention.whole(q, k, v), inputs=inputs)
+    bad = planted(
+        model,
+        "document_attention",
+        lambda q, k, v, mask, scale=None, chunks=False: attention.whole(q, k, v),
+        inputs=inputs,
+    )
     found = compare(replace(side(model), inputs=inputs), bad, models.ids())
     assert found.first_divergence.point.name == "layers.0.attention_mixed"
     assert found.way == "queries see all keys before them, whatever the mask says"
@@ -91,14 +109,20 @@ def test_a_kernel_that_forgets_the_mask_it_is_given():
 def test_of_an_unusual_error_nothing_is_said(error):
     model = models.ours()
     found = compare(side(model), planted(model, "whole", whole(error)), models.ids())
-    assert found.first_divergence.point.name == "layers.0.attention_mixed" and found.way == "" and found.runs == 4
+    assert (
+        found.first_divergence.point.name == "layers.0.attention_mixed"
+        and found.way == ""
+        and found.runs == 4
+    )
 
 
 def test_nothing_is_said_where_another_operation_errs_first():
     good, bad = models.ours(), models.ours()
     with torch.no_grad():
         bad.layers[0].attention.v.weight[0] *= 2
-    found = compare(side(good), planted(bad, "whole", whole(ERRORS["scores are not scaled"])), models.ids())
+    found = compare(
+        side(good), planted(bad, "whole", whole(ERRORS["scores are not scaled"])), models.ids()
+    )
     assert found.first_divergence.point.name == "layers.0.v" and found.way == "" and found.runs == 3
 
 
@@ -129,14 +153,26 @@ def test_it_is_said_of_transformers_too(name, monkeypatch):
 
 
 def test_a_bias_on_the_scores_is_part_of_what_is_right():
-    """As of distances: additive, a number for each pair. A kernel that is right has no way to err, and one without scale has this one."""
+    """As of distances: additive, a number for each pair.
+    A kernel that is right has no way to err, and one without scale has this one.
+    """
     draw = torch.Generator().manual_seed(7)
     q, k, v = (torch.randn(1, n, 6, 8, generator=draw) for n in (4, 2, 2))
-    bias = -torch.rand(1, 4, 6, 6, generator=draw).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), 1e9) * 2
+    bias = (
+        -torch.rand(1, 4, 6, 6, generator=draw).masked_fill(
+            ~torch.ones(6, 6, dtype=torch.bool).tril(), 1e9
+        )
+        * 2
+    )
     for dtype in (torch.float32, torch.float16):
         mask = bias.to(dtype).clamp(min=torch.finfo(dtype).min)
         call = Call(q, k, 8**-0.5, mask, False)
-        right = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask.float())
+        right = F.scaled_dot_product_attention(
+            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask.float()
+        )
         assert torch.allclose(attend(Kept(call, v, right)).float(), right, atol=1e-5)
         assert way_to_err(Kept(call, v, attend(Kept(call, v, right)))) == "", "nothing is apart"
-        assert way_to_err(Kept(call, v, attend(Kept(call, v, right), scale=1.0).float())) == "scores are not scaled"
+        assert (
+            way_to_err(Kept(call, v, attend(Kept(call, v, right), scale=1.0).float()))
+            == "scores are not scaled"
+        )

@@ -1,4 +1,6 @@
-"""The museum against tracing: each plant of a model, its kernels, precision and experts is named where it is, or no forward shows it."""
+"""The museum against tracing: each plant of a model, its kernels, precision and experts is named
+where it is, or no forward shows it.
+"""
 
 import pytest
 
@@ -20,11 +22,15 @@ def looked_at(exhibit):
 
 
 def same_to_the_bit(found):
-    return found.first_divergence is None and {c.arrived.rel_err for c in found.points if c.arrived} == {0.0}
+    return found.first_divergence is None and {
+        c.arrived.rel_err for c in found.points if c.arrived
+    } == {0.0}
 
 
 def test_the_table_holds_the_plants_of_these_rooms_and_of_these_failures_and_no_other():
-    rooms = {p.id for p in MUSEUM.values() if p.apply.__wrapped__.__module__.rpartition(".")[2] in ROOMS}
+    rooms = {
+        p.id for p in MUSEUM.values() if p.apply.__wrapped__.__module__.rpartition(".")[2] in ROOMS
+    }
     failures = [f for f in load_catalogue().failures.values() if f.id.startswith(FAMILIES)]
     assert len(rooms) >= 38 and len(failures) >= 20 and all(f.plants for f in failures)
     assert set(EXHIBITS) == rooms | {p for f in failures for p in f.plants}
@@ -36,10 +42,13 @@ def test_comparison_names_where_the_plant_is_and_blames_nothing_else(name):
     good, bad = FOUND[name].sides(MUSEUM[name])
     found = compare(good, bad, looked_at(FOUND[name]))
     assert found.first_divergence.point.name == FOUND[name].point
-    assert {s.point.name for s in found.suspects} == FOUND[name].suspects and found.way == FOUND[name].way
+    assert {s.point.name for s in found.suspects} == FOUND[name].suspects and found.way == FOUND[
+        name
+    ].way
     assert found.logits.rel_err > 1e-4 and touches() > ran
     before = [c for c in found.points if c.point.order < found.first_divergence.point.order]
-    assert all(c.excess < 0.4 for c in before)  # rounding alone stays below that; see test_compare.py
+    # rounding alone stays below that; see test_compare.py
+    assert all(c.excess < 0.4 for c in before)
     assert same_to_the_bit(compare(good, good, looked_at(FOUND[name])))
 
 

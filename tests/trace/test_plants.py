@@ -1,6 +1,8 @@
-"""A bug planted in one place of one model: comparison and bisection name that layer and that operation, and nothing else.
+"""A bug planted in one place of one model: comparison and bisection name that layer and that
+operation, and nothing else.
 
-Each plant changes one operation of layer 1 of 3 (or the end) in a copy; the other side is the model without it.
+Each plant changes one operation of layer 1 of 3 (or the end) in a copy;
+the other side is the model without it.
 """
 
 import copy
@@ -30,7 +32,9 @@ def attention_scaled(factor):
 
         def forward(x, reading):
             q, k, v = attention.qkv(x, reading)
-            mixed = dispatch.attention(q, k, v, **reading.visible(), scale=factor(attention.head_dim))
+            mixed = dispatch.attention(
+                q, k, v, **reading.visible(), scale=factor(attention.head_dim)
+            )
             return attention.out(mixed.transpose(1, 2).flatten(2))
 
         attention.forward = forward
@@ -110,7 +114,8 @@ def head_row_corrupted(model):
 def residual_missing(model):
     block = model.layers[L]
     block.residual = lambda x, reading: (
-        (h := x + block.attention(block.attention_norm(x), reading)) * 0 + block.ffn(block.ffn_norm(h), reading)
+        (h := x + block.attention(block.attention_norm(x), reading)) * 0
+        + block.ffn(block.ffn_norm(h), reading)
     )
 
 
@@ -120,7 +125,8 @@ def bias_missing(model):
     v.forward = lambda x: F.linear(x, v.weight)
 
 
-# plant, variant of the model, point that must be named. A wrong scale is seen in the scores, which are worked out of what is passed.
+# plant, variant of the model, point that must be named.
+# A wrong scale is seen in the scores, which are worked out of what is passed.
 PLANTS = {
     "misaligned gated product": (swiglu_misaligned, {}, "ffn.swiglu"),
     "missing 1/√d": (attention_scaled(lambda h: 1.0), {}, "scores"),
@@ -159,13 +165,23 @@ def test_comparison_names_the_planted_operation_as_rank_1(name):
     good, bad, point = planted(name)
     found = compare(side(good), side(bad), models.ids())
     assert found.first_divergence is not None and found.first_divergence.point.name == point
-    assert found.suspects[0].point.operation == found.first_divergence.point.operation or found.suspects[0].point.name == point
+    assert (
+        found.suspects[0].point.operation == found.first_divergence.point.operation
+        or found.suspects[0].point.name == point
+    )
     others = {s.point.name for s in found.suspects} - {point}
     # queries and keys are rotated by one operation, and a scale is seen in all that scores make
     assert others <= {
-        f"layers.{L}.{s}" for s in {"q_rotated": {"k_rotated"}, "scores": {"entropy", "attention_mixed"}}.get(PLANTS[name][2], ())
+        f"layers.{L}.{s}"
+        for s in {"q_rotated": {"k_rotated"}, "scores": {"entropy", "attention_mixed"}}.get(
+            PLANTS[name][2], ()
+        )
     }
-    assert all(c.arrived.rel_err == 0 for c in found.points if c.point.order < found.first_divergence.point.order)
+    assert all(
+        c.arrived.rel_err == 0
+        for c in found.points
+        if c.point.order < found.first_divergence.point.order
+    )
     clean = compare(side(good), side(copy.deepcopy(good)), models.ids())
     assert clean.first_divergence is None and clean.logits.rel_err == 0
 
@@ -175,20 +191,31 @@ def test_bisection_names_the_planted_operation_within_log_n_runs(name):
     good, bad, point = planted(name)
     found = bisect(side(good), side(bad), models.ids())
     # scores are seen and cannot be put right; the first point after them that can is what they make
-    wanted = {f"layers.{L}.scores": [f"layers.{L}.attention_mixed"], f"layers.{L}.q_rotated": [f"layers.{L}.{x}_rotated" for x in "qk"]}
+    wanted = {
+        f"layers.{L}.scores": [f"layers.{L}.attention_mixed"],
+        f"layers.{L}.q_rotated": [f"layers.{L}.{x}_rotated" for x in "qk"],
+    }
     assert [p.name for p in found.guilty] == wanted.get(point, [point])
     n = len([p for p in compare(side(good), side(bad), models.ids()).points if p.point.flows])
-    assert found.runs <= 3 + math.ceil(math.log2(n)) * len(found.guilty) + (20 if len(found.guilty) > 1 else 0)
+    assert found.runs <= 3 + math.ceil(math.log2(n)) * len(found.guilty) + (
+        20 if len(found.guilty) > 1 else 0
+    )
     assert {link.verdict for link in found.chain} == {"kept", "eliminated"}
 
 
 def test_head_expansion_order_is_named():
-    """Attention written by hand: the points inside it do not run, and the next one that does is named."""
+    """Attention written by hand: the points inside it do not run,
+    and the next one that does is named.
+    """
     good = built({})
     bad = copy.deepcopy(good)
     heads_tiled(bad)
     found = compare(side(good), side(bad), models.ids())
-    assert {c.note for c in found.points if c.point.layer == L and c.point.slot in ("scores", "attention_mixed")} == {MISSING}
+    assert {
+        c.note
+        for c in found.points
+        if c.point.layer == L and c.point.slot in ("scores", "attention_mixed")
+    } == {MISSING}
     assert found.first_divergence.point.name == f"layers.{L}.attention_out"
 
 
@@ -221,7 +248,10 @@ def test_head_expansion_order_inside_the_kernel_is_named(monkeypatch):
 
     bad = replace(side(good), around=around)
     found = compare(side(good), bad, ids)
-    assert found.first_divergence.point.name == f"layers.{L}.attention_mixed" and len(found.suspects) == 1
+    assert (
+        found.first_divergence.point.name == f"layers.{L}.attention_mixed"
+        and len(found.suspects) == 1
+    )
     assert "head expansion" in found.first_divergence.point.operation
     assert [p.name for p in bisect(side(good), bad, ids).guilty] == [f"layers.{L}.attention_mixed"]
 
@@ -235,7 +265,12 @@ def test_two_sites_are_both_named_and_make_the_minimal_set():
     found = bisect(side(good), side(bad), models.ids())
     assert [p.name for p in found.guilty] == ["layers.0.ffn.out", "layers.2.v"]
     assert found.minimal_set == ("layers.0.ffn", "layers.2.attention")
-    assert [s.point.name for s in sorted(compare(side(good), side(bad), models.ids()).suspects, key=lambda s: s.point.order)] == [
+    assert [
+        s.point.name
+        for s in sorted(
+            compare(side(good), side(bad), models.ids()).suspects, key=lambda s: s.point.order
+        )
+    ] == [
         "layers.0.ffn.out",
         "layers.2.v",
     ]
@@ -244,14 +279,18 @@ def test_two_sites_are_both_named_and_make_the_minimal_set():
 
 def norm_passed_by(model):
     block = model.layers[L]
-    block.residual = lambda x, reading: (h := x + block.attention(block.attention_norm(x), reading)) + block.ffn(h, reading)
+    block.residual = lambda x, reading: (
+        (h := x + block.attention(block.attention_norm(x), reading)) + block.ffn(h, reading)
+    )
 
 
 def layer_passed_by(model):
     model.layers[L].forward = lambda x, *rest: x
 
 
-@pytest.mark.parametrize(("plant", "place"), [(norm_passed_by, "ffn_norm"), (layer_passed_by, "attention_norm")])
+@pytest.mark.parametrize(
+    ("plant", "place"), [(norm_passed_by, "ffn_norm"), (layer_passed_by, "attention_norm")]
+)
 def test_a_module_that_is_passed_by_is_named_and_not_the_one_after_it(plant, place):
     good = built({})
     bad = copy.deepcopy(good)
@@ -265,9 +304,13 @@ def test_another_way_to_the_same_numbers_is_no_fault():
     good = built({})
     other = copy.deepcopy(good)
     ffn = other.layers[L].ffn
-    ffn.forward = lambda x, *reading: ffn.down(F.silu(F.linear(x, ffn.gate.weight)) * F.linear(x, ffn.up.weight))
+    ffn.forward = lambda x, *reading: ffn.down(
+        F.silu(F.linear(x, ffn.gate.weight)) * F.linear(x, ffn.up.weight)
+    )
     found = compare(side(good), side(other), models.ids())
-    assert found.first_divergence is None and [c.note for c in found.points if c.point.name == f"layers.{L}.ffn.gate"] == [MISSING]
+    assert found.first_divergence is None and [
+        c.note for c in found.points if c.point.name == f"layers.{L}.ffn.gate"
+    ] == [MISSING]
 
 
 def test_the_head_alone():
@@ -303,7 +346,9 @@ def test_a_criterion_of_the_users_own_decides():
         token = int(right)
         bad.layers[L].ffn.up.weight[3] += 30
         assert int(bad(ids)[0, -1].argmax()) != token
-    found = bisect(side(good), side(bad), ids, check=lambda logits: int(logits[0, -1].argmax()) == token)
+    found = bisect(
+        side(good), side(bad), ids, check=lambda logits: int(logits[0, -1].argmax()) == token
+    )
     assert [p.name for p in found.guilty] == [point] and found.tolerance is None
 
 
@@ -341,7 +386,9 @@ def their_heads(model):
     heads, width = model.config.num_key_value_heads, attention.head_dim
     for projection in (attention.k_proj, attention.v_proj):
         original = projection.forward
-        projection.forward = lambda x, f=original: f(x).unflatten(-1, (heads, width)).flip(-2).flatten(-2)
+        projection.forward = lambda x, f=original: (
+            f(x).unflatten(-1, (heads, width)).flip(-2).flatten(-2)
+        )
 
 
 THEIR_PLANTS = {
@@ -403,10 +450,13 @@ def their_router(model):
     [
         (unnormalised, "routing", "routing"),
         (one_expert_corrupted, "ffn.out", "ffn.out"),
-        (their_router, "router", "routing"),  # what the module returns beside its weights is read by nobody
+        # what the module returns beside its weights is read by nobody
+        (their_router, "router", "routing"),
     ],
 )
-def test_a_bug_in_the_experts_of_another_library_is_named_against_ours(plant, compared, bisected, tmp_path):
+def test_a_bug_in_the_experts_of_another_library_is_named_against_ours(
+    plant, compared, bisected, tmp_path
+):
     from stack.export import reading
 
     theirs = models.theirs("mixtral")
@@ -414,5 +464,10 @@ def test_a_bug_in_the_experts_of_another_library_is_named_against_ours(plant, co
     ours = reading.load_weights(reading.open_folder(tmp_path))
     assert compare(side(ours), side(theirs), models.ids()).first_divergence is None
     plant(theirs)
-    assert compare(side(ours), side(theirs), models.ids()).first_divergence.point.name == f"layers.{L}.{compared}"
-    assert [p.name for p in bisect(side(ours), side(theirs), models.ids()).guilty] == [f"layers.{L}.{bisected}"]
+    assert (
+        compare(side(ours), side(theirs), models.ids()).first_divergence.point.name
+        == f"layers.{L}.{compared}"
+    )
+    assert [p.name for p in bisect(side(ours), side(theirs), models.ids()).guilty] == [
+        f"layers.{L}.{bisected}"
+    ]

@@ -1,4 +1,6 @@
-"""One model by itself: the founding run replayed, massive activations told from bugs, baselines named."""
+"""One model by itself: the founding run replayed, massive activations told from bugs,
+baselines named.
+"""
 
 import csv
 import math
@@ -22,19 +24,36 @@ def founding():
     with open(FOUNDING, encoding="utf-8") as f:
         lines = list(csv.DictReader(f))
     assert len(lines) == 28
-    return {(int(r["layer"]), s.replace("ffn_", "ffn.") if s != "ffn_norm" else s): float(r[s]) for r in lines for s in r if s != "layer"}
+    return {
+        (int(r["layer"]), s.replace("ffn_", "ffn.") if s != "ffn_norm" else s): float(r[s])
+        for r in lines
+        for s in r
+        if s != "layer"
+    }
 
 
 def test_the_founding_run_replayed(founding):
-    """The figures of the founding note's table, and the verdict they support: not the indexing bug that was named then."""
+    """The figures of the founding note's table, and the verdict they support:
+    not the indexing bug that was named then.
+    """
     found = of_spreads(founding)
     rows = {r.point: r for r in found.rows}
     first = found.first_anomaly
-    assert first.point == "layers.3.ffn.swiglu" and first.baseline == "layer 2 and median of 28 layers"
-    assert first.ratio_to_previous == pytest.approx(17.2, abs=0.05) and first.robust_z == pytest.approx(2.85, abs=0.005)
-    assert rows["layers.27.ffn.swiglu"].robust_z == pytest.approx(3.87, abs=0.005) and not rows["layers.27.ffn.swiglu"].anomalous
+    assert (
+        first.point == "layers.3.ffn.swiglu" and first.baseline == "layer 2 and median of 28 layers"
+    )
+    assert first.ratio_to_previous == pytest.approx(
+        17.2, abs=0.05
+    ) and first.robust_z == pytest.approx(2.85, abs=0.005)
+    assert (
+        rows["layers.27.ffn.swiglu"].robust_z == pytest.approx(3.87, abs=0.005)
+        and not rows["layers.27.ffn.swiglu"].anomalous
+    )
     assert rows["layers.3.ffn.out"].robust_z == pytest.approx(3.56, abs=0.005)
-    assert max(r.robust_z for r in found.rows if r.slot == "ffn.out") == rows["layers.3.ffn.out"].robust_z
+    assert (
+        max(r.robust_z for r in found.rows if r.slot == "ffn.out")
+        == rows["layers.3.ffn.out"].robust_z
+    )
     assert [r.point for r in found.rows if r.cascade] == ["layers.3.ffn.out"]
     gains = {g.layer: g.gain for g in found.gains}
     assert (
@@ -42,7 +61,10 @@ def test_the_founding_run_replayed(founding):
         and all(1.3 <= gains[i] <= 1.45 for i in (1, 2))
         and all(2.9 <= gains[i] <= 3.3 for i in (4, 5))
     )
-    assert "does not raise the gain" in found.verdict and "massive activation is likely, and not shown" in found.verdict
+    assert (
+        "does not raise the gain" in found.verdict
+        and "massive activation is likely, and not shown" in found.verdict
+    )
 
 
 def test_without_the_anomaly_nothing_is_named(founding):
@@ -51,7 +73,9 @@ def test_without_the_anomaly_nothing_is_named(founding):
 
 
 def test_a_misaligned_product_does_not_raise_the_gain_and_common_outliers_do():
-    """Normal gates and ups, and both with the same outlying token and channel; gain over 20 draws each: 1.0 to 1.4, and 9 or more."""
+    """Normal gates and ups, and both with the same outlying token and channel; gain over 20 draws
+    each: 1.0 to 1.4, and 9 or more.
+    """
     highest, lowest = 0.0, math.inf
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
@@ -91,7 +115,9 @@ def test_a_massive_activation_is_recognised_and_a_wrong_scale_is_not_taken_for_o
     rows = {r.point: r for r in found.rows}
     assert rows["layers.3.ffn.swiglu"].massive and rows["layers.3.ffn.swiglu"].anomalous
     assert (
-        found.first_anomaly.point == "layers.3.ffn.swiglu" and "massive activation" in found.verdict and "no sign of a bug" in found.verdict
+        found.first_anomaly.point == "layers.3.ffn.swiglu"
+        and "massive activation" in found.verdict
+        and "no sign of a bug" in found.verdict
     )
 
     scaled = model.layers[3].ffn.down.register_forward_pre_hook(lambda m, a: (a[0] * 40,))
@@ -127,7 +153,9 @@ def test_a_dead_point_is_an_anomaly():
 
 def test_the_baseline_is_always_named_and_missing_where_there_is_none():
     few = profile(trace(models.ours("small", n_layers=2), models.ids()))
-    assert {r.baseline for r in few.rows if r.layer == 0} == {"none"} and {r.baseline for r in few.rows if r.layer == 1} == {"layer 0"}
+    assert {r.baseline for r in few.rows if r.layer == 0} == {"none"} and {
+        r.baseline for r in few.rows if r.layer == 1
+    } == {"layer 0"}
     assert all(r.robust_z is None for r in few.rows)
     many = profile(trace(models.ours("small", n_layers=6), models.ids()))
     assert {r.baseline for r in many.rows if r.layer == 0} == {"median of 6 layers"}
@@ -135,15 +163,24 @@ def test_the_baseline_is_always_named_and_missing_where_there_is_none():
 
 
 def test_layers_of_unequal_support_have_no_ratio():
-    """Hard capacity: layer 1 reads half of the tokens, so its figures are no multiple of those of layer 0."""
+    """Hard capacity: layer 1 reads half of the tokens, so its figures are no
+    multiple of those of layer 0.
+    """
     found = profile(trace(models.ours("hard-depth"), models.ids()))
     rows = {r.point: r for r in found.rows}
-    assert rows["layers.1.ffn.swiglu"].ratio_to_previous is None and rows["layers.1.resid_out"].ratio_to_previous is not None
+    assert (
+        rows["layers.1.ffn.swiglu"].ratio_to_previous is None
+        and rows["layers.1.resid_out"].ratio_to_previous is not None
+    )
 
 
 def test_thresholds_are_told_apart_by_the_founding_run(founding):
     """The figures that the thresholds stand between."""
     rows = of_spreads(founding).rows
     after = [r for r in rows if r.layer <= 4 and r.layer >= 3]
-    clean = [max(r.ratio_to_previous, 1 / r.ratio_to_previous) for r in rows if r.ratio_to_previous and r not in after]
+    clean = [
+        max(r.ratio_to_previous, 1 / r.ratio_to_previous)
+        for r in rows
+        if r.ratio_to_previous and r not in after
+    ]
     assert max(clean) == pytest.approx(4.8, abs=0.01) and max(clean) < judged.RATIO < 17.2

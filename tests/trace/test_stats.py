@@ -39,7 +39,8 @@ def wanted(x):
     }
 
 
-# float32 sums of rows and blocks against float64 came within 4e-7 of it, moments of order 4 within 6e-6 (over the cases below).
+# float32 sums of rows and blocks against float64 came within 4e-7 of it, moments of order 4 within
+# 6e-6 (over the cases below).
 LOOSE = {"kurtosis": 3e-5}
 
 
@@ -47,12 +48,16 @@ def agrees(stat, x, loosened=1.0):
     for name, value in wanted(x).items():
         tolerance = LOOSE.get(name, 2e-6) * loosened
         scale = max(abs(value), stat.std if name == "mean" else 0.0)
-        assert getattr(stat, name) == pytest.approx(value, rel=tolerance, abs=tolerance * scale, nan_ok=True), name
+        assert getattr(stat, name) == pytest.approx(
+            value, rel=tolerance, abs=tolerance * scale, nan_ok=True
+        ), name
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.sampled_from([(1, 1, 2), (2, 3, 5), (1, 7, 64), (3, 50, 33), (2, 9, 4, 8), (1, 1200, 3), (2, 5)]),
+    shape=st.sampled_from(
+        [(1, 1, 2), (2, 3, 5), (1, 7, 64), (3, 50, 33), (2, 9, 4, 8), (1, 1200, 3), (2, 5)]
+    ),
     offset=st.sampled_from([0.0, 1.0, -30.0, 1000.0, 1e5]),
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
     heavy=st.booleans(),
@@ -68,8 +73,12 @@ def test_figures_are_those_of_float64(shape, offset, scale, heavy, seed):
 
 @pytest.mark.parametrize("offset", [3.0, 100.0, 1e4, 1e6])
 def test_a_mean_that_hides_the_spread_does_not_cancel_it(offset):
-    """mean² is up to 10¹² variances; the naive difference of float32 moments is then no number at all."""
-    x = (torch.randn(4, 100, 50, generator=torch.Generator().manual_seed(0)).double() + offset).float()
+    """mean² is up to 10¹² variances; the naive difference of float32 moments
+    is then no number at all.
+    """
+    x = (
+        torch.randn(4, 100, 50, generator=torch.Generator().manual_seed(0)).double() + offset
+    ).float()
     agrees(stat_of(x), x)
     naive = float((x.square().mean() - x.mean().square()).clamp(min=0).sqrt())
     if offset >= 1e4:
@@ -130,14 +139,18 @@ def test_the_peak_and_the_top_token_are_found():
 
 
 def test_quantiles_are_of_a_stated_sample():
-    """A sample of 4096 values of a normal distribution: the median came within 0.05 and the 0.999 quantile within 0.8 in 200 draws."""
+    """A sample of 4096 values of a normal distribution: the median came within 0.05 and the 0.999
+    quantile within 0.8 in 200 draws.
+    """
     x = torch.randn(2, 600, 256, generator=torch.Generator().manual_seed(5))
     stat = stat_of(x)
     assert 2048 < stat.n_sampled <= 4096 and stat.n == x.numel()
     assert abs(stat.quantiles["0.5"]) < 0.1 and 2.2 < stat.quantiles["0.999"] < 4.2
     small = torch.randn(1, 10, 7)
     exact = stat_of(small)
-    assert exact.n_sampled == 70 and exact.quantiles["0.5"] == pytest.approx(float(small.quantile(0.5)), abs=1e-6)
+    assert exact.n_sampled == 70 and exact.quantiles["0.5"] == pytest.approx(
+        float(small.quantile(0.5)), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -162,7 +175,12 @@ def test_the_last_token_alone():
     [
         ("shape", lambda x: stat_of(x[:, :3])),
         ("dtype", lambda x: stat_of(x.double())),
-        ("tokens", lambda x: stat_of(torch.cat((x, x), 1)[:, -x.shape[1] :].repeat_interleave(1, 1), "last")),
+        (
+            "tokens",
+            lambda x: stat_of(
+                torch.cat((x, x), 1)[:, -x.shape[1] :].repeat_interleave(1, 1), "last"
+            ),
+        ),
         ("slot", lambda x: stat_of(x, point=Point("layers.0.y", 0, "y", 0))),
         ("derived", lambda x: stat_of(x, point=Point("layers.0.x", 0, "x", 0, derived=True))),
     ],
@@ -184,17 +202,39 @@ def test_counts_are_the_dimensions_times_the_tokens(name):
     model, ids = models.ours(name), models.ids(rows=2, tokens=17)
     cfg, tokens = model.cfg, 2 * 17
     traced = trace(model, ids)
-    width = {"q": cfg.n_heads * cfg.head_dim, "k": cfg.n_kv_heads * cfg.head_dim, "ffn.gate": cfg.d_ff, "ffn.swiglu": cfg.d_ff}
-    width |= {"ffn.up": cfg.d_ff, "ffn.silu": cfg.d_ff, "ffn.act": cfg.d_ff, "logits": model.vocab_size}
+    width = {
+        "q": cfg.n_heads * cfg.head_dim,
+        "k": cfg.n_kv_heads * cfg.head_dim,
+        "ffn.gate": cfg.d_ff,
+        "ffn.swiglu": cfg.d_ff,
+    }
+    width |= {
+        "ffn.up": cfg.d_ff,
+        "ffn.silu": cfg.d_ff,
+        "ffn.act": cfg.d_ff,
+        "logits": model.vocab_size,
+    }
     for t in traced.points:
         assert t.stat.n == math.prod(t.stat.support.shape) == t.stat.support.n
-        hard = cfg.depth.kind == "mixture-of-depths" and t.point.layer == 1  # reads some of the tokens only
+        # reads some of the tokens only
+        hard = cfg.depth.kind == "mixture-of-depths" and t.point.layer == 1
         if t.point.slot.startswith("experts") or hard:
             continue
-        if t.point.slot in width or t.point.slot in ("resid_mid", "resid_out", "ffn.out", "attention_out", "final_norm", "embedding"):
+        if t.point.slot in width or t.point.slot in (
+            "resid_mid",
+            "resid_out",
+            "ffn.out",
+            "attention_out",
+            "final_norm",
+            "embedding",
+        ):
             assert t.stat.n == width.get(t.point.slot, cfg.d_model) * tokens, t.point.name
     if cfg.ffn.kind == "moe":
-        routed = sum(t.stat.support.shape[1] for t in traced.points if t.point.slot.endswith(".out") and t.point.slot.startswith("experts"))
+        routed = sum(
+            t.stat.support.shape[1]
+            for t in traced.points
+            if t.point.slot.endswith(".out") and t.point.slot.startswith("experts")
+        )
         assert routed == tokens * cfg.ffn.top_k * cfg.n_layers
 
 
@@ -204,9 +244,14 @@ def test_trace_of_the_last_token_leaves_out_rows_of_experts_and_says_so():
     assert traced["layers.0.ffn.out"].stat.n == 2 * models.ours("experts").cfg.d_model
 
 
-@pytest.mark.parametrize(("side", "name"), [("ours", "plain"), ("ours", "experts"), ("theirs", "qwen2-window"), ("theirs", "gpt2")])
+@pytest.mark.parametrize(
+    ("side", "name"),
+    [("ours", "plain"), ("ours", "experts"), ("theirs", "qwen2-window"), ("theirs", "gpt2")],
+)
 def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(side, name):
-    """Against the gradient of a number added at the point: the derivative along a direction, by autograd on that number."""
+    """Against the gradient of a number added at the point: the derivative along a direction,
+    by autograd on that number.
+    """
     model, ids = (models.ours(name) if side == "ours" else models.theirs(name)), models.ids()
     traced = trace(model, ids, backward=True)
     assert all(p.grad is None for p in model.parameters())
@@ -215,20 +260,41 @@ def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(side, name):
     from stack.trace.tap import tap
     from stack.trace.trace import run
 
-    for point in ("layers.0.attention_out", "layers.1.v", "layers.1.resid_mid", "layers.1.attention_mixed", "layers.0.k"):
+    for point in (
+        "layers.0.attention_out",
+        "layers.1.v",
+        "layers.1.resid_mid",
+        "layers.1.attention_mixed",
+        "layers.0.k",
+    ):
         gain = torch.ones((), requires_grad=True)
         kept = {}
-        with tap(model, [point], lambda p, x, g=gain, k=kept: k.setdefault("x", x.detach().clone()) * 0 + x * g):
+        with tap(
+            model,
+            [point],
+            lambda p, x, g=gain, k=kept: k.setdefault("x", x.detach().clone()) * 0 + x * g,
+        ):
             logits = run(model, ids)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         (along,) = torch.autograd.grad(loss, gain)
         gradients = {}
-        with tap(model, [point], lambda p, x: None, on_grad=lambda p, g, k=gradients: k.__setitem__("g", g.clone())):
+        with tap(
+            model,
+            [point],
+            lambda p, x: None,
+            on_grad=lambda p, g, k=gradients: k.__setitem__("g", g.clone()),
+        ):
             again = run(model, ids)
-            torch.nn.functional.cross_entropy(again[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            torch.nn.functional.cross_entropy(
+                again[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            ).backward()
         model.zero_grad()
-        assert float((gradients["g"] * kept["x"]).sum()) == pytest.approx(float(along), rel=1e-3, abs=1e-6)
-        assert traced[point].grad.rms == pytest.approx(float(gradients["g"].double().square().mean().sqrt()), rel=1e-5)
+        assert float((gradients["g"] * kept["x"]).sum()) == pytest.approx(
+            float(along), rel=1e-3, abs=1e-6
+        )
+        assert traced[point].grad.rms == pytest.approx(
+            float(gradients["g"].double().square().mean().sqrt()), rel=1e-5
+        )
     assert traced.loss_nats == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
@@ -244,17 +310,36 @@ def test_what_cannot_be_traced_is_refused():
 
 
 def test_values_beyond_the_fourth_root_of_float64_have_no_kurtosis_and_end_no_trace():
-    x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 1e150 + 1e150
+    x = (
+        torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        * 1e150
+        + 1e150
+    )
     stat = stat_of(x)
-    assert stat.mean == pytest.approx(float(x.mean())) and not math.isfinite(stat.kurtosis) and stat.absmax == float(x.abs().max())
+    assert (
+        stat.mean == pytest.approx(float(x.mean()))
+        and not math.isfinite(stat.kurtosis)
+        and stat.absmax == float(x.abs().max())
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 70.0])
 @pytest.mark.parametrize("spoilt", [None, math.nan, math.inf, 0.0])
-def test_figures_that_are_fetched_at_the_end_are_those_that_are_asked_at_once(monkeypatch, offset, spoilt):
-    """What other devices than a CPU do, done on one, of many tensors in one transfer. The worst relative difference is 4.5e-7."""
+def test_figures_that_are_fetched_at_the_end_are_those_that_are_asked_at_once(
+    monkeypatch, offset, spoilt
+):
+    """What other devices than a CPU do, done on one, of many tensors in one transfer.
+    The worst relative difference is 4.5e-7.
+    """
     draw = torch.Generator().manual_seed(11)
-    shapes = {"wide": (2, 5, 300), "heads": (1, 9, 4, 8), "one": (1, 1, 2), "flat": (2, 7), "none": (1, 0, 4), "ids": (3, 2, 5)}
+    shapes = {
+        "wide": (2, 5, 300),
+        "heads": (1, 9, 4, 8),
+        "one": (1, 1, 2),
+        "flat": (2, 7),
+        "none": (1, 0, 4),
+        "ids": (3, 2, 5),
+    }
     tensors = {n: torch.randn(s, generator=draw) * 3 + offset for n, s in shapes.items()}
     tensors["half"], tensors["double"] = tensors["wide"].bfloat16(), tensors["wide"].double()
     if spoilt is not None:
@@ -271,5 +356,9 @@ def test_figures_that_are_fetched_at_the_end_are_those_that_are_asked_at_once(mo
         now, later = (f[name].as_dict() for f in found)
         assert found[0][name].support == found[1][name].support and list(found[1]) == list(tensors)
         for figure in now:
-            equal = later[figure] is None if now[figure] is None else pytest.approx(now[figure], rel=3e-6, abs=1e-6, nan_ok=True)
+            equal = (
+                later[figure] is None
+                if now[figure] is None
+                else pytest.approx(now[figure], rel=3e-6, abs=1e-6, nan_ok=True)
+            )
             assert equal is True or later[figure] == equal, (name, figure)

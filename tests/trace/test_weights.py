@@ -28,7 +28,10 @@ def test_every_parameter_once_with_torchs_own_figures(model):
         assert w.stat.std == pytest.approx(float(wide.std(correction=0)), rel=1e-5, abs=1e-9)
         assert w.stat.absmax == pytest.approx(float(wide.abs().max()))
     by_name = {w.point.name: w.point for w in found}
-    assert (by_name["layers.1.ffn.up.weight"].layer, by_name["layers.1.ffn.up.weight"].slot) == (1, "ffn.up.weight")
+    assert (by_name["layers.1.ffn.up.weight"].layer, by_name["layers.1.ffn.up.weight"].slot) == (
+        1,
+        "ffn.up.weight",
+    )
     assert by_name["embed.weight"].layer is None
 
 
@@ -40,9 +43,14 @@ def test_a_change_is_that_of_float64_and_none_is_exactly_none(model):
     moved = found["layers.0.ffn.up.weight"]
     assert moved.update.rms == pytest.approx(1e-3, rel=1e-4)
     assert moved.update_ratio == pytest.approx(
-        1e-3 / float(before.layers[0].ffn.up.weight.detach().double().square().mean().sqrt()), rel=1e-4
+        1e-3 / float(before.layers[0].ffn.up.weight.detach().double().square().mean().sqrt()),
+        rel=1e-4,
     )
-    assert all(w.update.absmax == 0 and w.update_ratio in (0.0, None) for n, w in found.items() if n != "layers.0.ffn.up.weight")
+    assert all(
+        w.update.absmax == 0 and w.update_ratio in (0.0, None)
+        for n, w in found.items()
+        if n != "layers.0.ffn.up.weight"
+    )
 
 
 def test_another_model_is_refused(model):
@@ -56,7 +64,9 @@ def test_a_matrix_out_of_line_is_named_and_a_fresh_model_is_clean():
     with torch.no_grad():
         for layer in fresh.layers:
             layer.attention.out.weight.zero_()
-    assert of_spreads(sizes(weights(fresh))).first_anomaly is None, "zero in every layer is a way to begin"
+    assert of_spreads(sizes(weights(fresh))).first_anomaly is None, (
+        "zero in every layer is a way to begin"
+    )
     with torch.no_grad():
         fresh.layers[3].ffn.down.weight.mul_(20.0)
     assert of_spreads(sizes(weights(fresh))).first_anomaly.point == "layers.3.ffn.down.weight"

@@ -10,10 +10,12 @@ import pytest
 from stack.train import allocator
 
 glibc = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc" or platform.system() != "Linux", reason="the settings are those of glibc on Linux"
+    platform.libc_ver()[0] != "glibc" or platform.system() != "Linux",
+    reason="the settings are those of glibc on Linux",
 )
 
-# What is allocated after the advice must lie in the range it was given for: the flag "hg" of its mapping is the system's own word for it.
+# What is allocated after the advice must lie in the range it was given for: the flag "hg" of its
+# mapping is the system's own word for it.
 LAID = """
 import json, re, sys, torch
 from stack.train import allocator
@@ -26,18 +28,22 @@ for line in open("/proc/self/smaps"):
     elif inside and line.startswith("VmFlags:"):
         flags = line.split()[1:]
 print(json.dumps({"said": said, "advised": "hg" in flags}))
-"""
+"""  # noqa: E501
 
 
 def laid(n_bytes) -> dict:
-    done = subprocess.run([sys.executable, "-c", LAID, str(n_bytes)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LAID, str(n_bytes)], check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout)
 
 
 @glibc
 def test_the_next_blocks_lie_in_large_pages():
     found = laid(200 * 2**20)
-    assert found["advised"] and int(found["said"].removesuffix(" MiB advised to lie in huge pages")) in (198, 200)
+    assert found["advised"] and int(
+        found["said"].removesuffix(" MiB advised to lie in huge pages")
+    ) in (198, 200)
     assert laid("none")["advised"] is False
 
 
@@ -67,6 +73,9 @@ def test_elsewhere_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
     allocator.keep_heap.cache_clear()
     try:
-        assert allocator.keep_heap() == "as shipped" and allocator.lay_in_huge_pages(2**20) == "pages as shipped"
+        assert (
+            allocator.keep_heap() == "as shipped"
+            and allocator.lay_in_huge_pages(2**20) == "pages as shipped"
+        )
     finally:
         allocator.keep_heap.cache_clear()

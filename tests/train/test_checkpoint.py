@@ -24,7 +24,11 @@ from tests.processes import Command
 
 def document(state, dataset):
     return checkpoint.state_document(
-        state, tokenizer_sha256=dataset.tokenizer.sha256, vocab_size=dataset.tokenizer.vocab_size, gates={}, record="test"
+        state,
+        tokenizer_sha256=dataset.tokenizer.sha256,
+        vocab_size=dataset.tokenizer.vocab_size,
+        gates={},
+        record="test",
     )
 
 
@@ -33,7 +37,8 @@ def state(small_cfg, dataset):
     return build_state(micro(small_cfg), dataset, torch.device("cpu"))
 
 
-# In a process of its own: a fork copies pages as it touches them, and of forty forks of a worker late in the suite none came to save.
+# In a process of its own: a fork copies pages as it touches them, and of forty forks of a worker
+# late in the suite none came to save.
 STORM = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -80,11 +85,20 @@ print(json.dumps({"steps": steps, "ended": ended}))
 
 
 def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(small_cfg, dataset, tmp_path):
-    """A child saves as fast as it can and is killed at random moments of its first three saves; whatever `latest` names always loads."""
-    done = Command(micro(small_cfg).model_dump_json(), str(tmp_path / "checkpoints"), folder=tmp_path, code=STORM).wait()
+    """A child saves as fast as it can and is killed at random moments of its first three saves;
+    whatever `latest` names always loads.
+    """
+    done = Command(
+        micro(small_cfg).model_dump_json(),
+        str(tmp_path / "checkpoints"),
+        folder=tmp_path,
+        code=STORM,
+    ).wait()
     assert done.code == 0, done.err
     assert set(done.json["ended"]) == {signal.SIGKILL}
-    assert len(done.json["steps"]) == 40 and len(set(done.json["steps"])) > 1, "the children did save"
+    assert len(done.json["steps"]) == 40 and len(set(done.json["steps"])) > 1, (
+        "the children did save"
+    )
 
 
 def test_retain_keeps_the_newest_the_best_and_nothing_torn(state, dataset, tmp_path):
@@ -95,7 +109,13 @@ def test_retain_keeps_the_newest_the_best_and_nothing_torn(state, dataset, tmp_p
             checkpoint.point(tmp_path, "best", folder)
         (tmp_path / f".writing-step-{step}").mkdir()
         checkpoint.retain(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", "step-00000002", "step-00000004", "step-00000005"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best",
+        "latest",
+        "step-00000002",
+        "step-00000004",
+        "step-00000005",
+    ]
 
 
 def test_wrapper_prefixes_do_not_change_names(state, dataset, tmp_path):
@@ -137,12 +157,16 @@ def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_p
         checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path)))
     got = digest(fresh)
     differing = {k for k in expected if expected[k] != got[k]}
-    assert all(k.endswith(".lr") for k in differing), "the rate is a function of the step and set before each update"
+    assert all(k.endswith(".lr") for k in differing), (
+        "the rate is a function of the step and set before each update"
+    )
 
 
 @pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
 def test_a_restored_run_goes_on_bit_for_bit(small_cfg, dataset, tmp_path, optim):
-    """Three steps, a save, three more; the restored state makes the same last three, with dropout on."""
+    """Three steps, a save, three more; the restored state makes the same last three,
+    with dropout on.
+    """
     cfg = shrunk(small_cfg.model_copy(update={"optim": optim}))
     state, fresh = (build_state(cfg, dataset, torch.device("cpu")) for _ in range(2))
     for _ in range(3):
@@ -155,14 +179,19 @@ def test_a_restored_run_goes_on_bit_for_bit(small_cfg, dataset, tmp_path, optim)
 
 
 def test_the_state_of_another_optimizer_is_refused(small_cfg, dataset, tmp_path):
-    mine, other = (build_state(micro(small_cfg.model_copy(update={"optim": o})), dataset, torch.device("cpu")) for o in OPTIMS.values())
+    mine, other = (
+        build_state(micro(small_cfg.model_copy(update={"optim": o})), dataset, torch.device("cpu"))
+        for o in OPTIMS.values()
+    )
     advance(mine)
     checkpoint.save(tmp_path, mine, document(mine, dataset))
     with torch.no_grad(), pytest.raises(CheckpointError, match="not this optimizer's"):
         checkpoint.restore(other, checkpoint.load(checkpoint.find(tmp_path)))
 
 
-def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(small_cfg, dataset, tmp_path):
+def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(
+    small_cfg, dataset, tmp_path
+):
     state, fresh = (build_state(shrunk(small_cfg), dataset, torch.device("cpu")) for _ in range(2))
     for turn in range(6):
         advance(state)
@@ -171,14 +200,18 @@ def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(small_cfg
     checkpoint.save(tmp_path, state, document(state, dataset))
     assert fresh.reader.order.state_dict() != learnt and learnt["n_drops"] == 3
     with torch.no_grad():
-        assert checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path))) == [], "no arm is dropped"
+        assert checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path))) == [], (
+            "no arm is dropped"
+        )
     assert fresh.reader.order.state_dict() == learnt and fresh.reader.order.focus == order.focus
     for _ in range(12):
         assert fresh.reader.draw().sample_ids == state.reader.draw().sample_ids
 
 
 @pytest.mark.parametrize("missing", ["the schema", "the key"])
-def test_a_checkpoint_without_a_curriculum_is_refused(state, dataset, tmp_path, monkeypatch, missing):
+def test_a_checkpoint_without_a_curriculum_is_refused(
+    state, dataset, tmp_path, monkeypatch, missing
+):
     whole = document(state, dataset)
     with monkeypatch.context() as former:
         if missing == "the schema":
@@ -187,21 +220,30 @@ def test_a_checkpoint_without_a_curriculum_is_refused(state, dataset, tmp_path, 
             former.setattr(checkpoint, "STATE_KEYS", checkpoint.STATE_KEYS - {"curriculum"})
             del whole["curriculum"]
         folder = checkpoint.save(tmp_path, state, whole)
-    with pytest.raises(CheckpointError, match="checkpoint/1" if missing == "the schema" else "lacks or adds keys\n.*curriculum"):
+    with pytest.raises(
+        CheckpointError,
+        match="checkpoint/1" if missing == "the schema" else "lacks or adds keys\n.*curriculum",
+    ):
         checkpoint.load(folder)
 
 
 @pytest.fixture
 def former(tmp_path):
-    """A step folder written by the last code of the former version, a thousand parameters large; kept as text."""
+    """A step folder written by the last code of the former version, a thousand parameters large;
+    kept as text.
+    """
     folder = tmp_path / "step-00000002"
     folder.mkdir()
-    for name, lines in json.loads((Path(__file__).parent / "checkpoint_2.json").read_text()).items():
+    for name, lines in json.loads(
+        (Path(__file__).parent / "checkpoint_2.json").read_text()
+    ).items():
         (folder / name).write_bytes(zlib.decompress(base64.b64decode("".join(lines))))
     return folder
 
 
-@pytest.mark.parametrize("damage", [None, "a weight", "a moment", "the end of a file", "one byte more"])
+@pytest.mark.parametrize(
+    "damage", [None, "a weight", "a moment", "the end of a file", "one byte more"]
+)
 def test_the_former_version_is_read_and_verified_by_the_hashes_of_its_files(former, damage):
     folder = former
     if damage is None:
@@ -209,9 +251,10 @@ def test_the_former_version_is_read_and_verified_by_the_hashes_of_its_files(form
         assert loaded.state["step"] == 2 and loaded.state["schema"] == checkpoint.FORMER
         held = json.loads((folder / "manifest.json").read_bytes())["files"]
         found = {"model.safetensors": loaded.model, "state.safetensors": loaded.tensors}
-        assert {f: {n: sha256_bytes(t.numpy().tobytes()) for n, t in ts.items()} for f, ts in found.items()} == {
-            f: held[f]["tensors"] for f in found
-        }
+        assert {
+            f: {n: sha256_bytes(t.numpy().tobytes()) for n, t in ts.items()}
+            for f, ts in found.items()
+        } == {f: held[f]["tensors"] for f in found}
         return
     name, spoil = DAMAGES[damage]
     spoil(folder / name)
@@ -224,7 +267,9 @@ def test_a_manifest_without_checksums_of_tensors_is_refused(state, dataset, tmp_
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["files"]["state.safetensors"]["crc32"]
     (folder / "manifest.json").write_bytes(canonical_json(manifest))
-    with pytest.raises(CheckpointError, match=r"state\.safetensors: tensor .* does not match its checksum"):
+    with pytest.raises(
+        CheckpointError, match=r"state\.safetensors: tensor .* does not match its checksum"
+    ):
         checkpoint.load(folder)
 
 
@@ -251,7 +296,9 @@ def spread(path):
     """Put one more blank behind the header, as a writer with another padding would."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    path.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    path.write_bytes(
+        (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+    )
 
 
 DAMAGES = {
@@ -267,8 +314,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("part", DAMAGES)
-def test_what_the_disk_changes_after_the_write_is_found_before_latest_moves(state, dataset, tmp_path, monkeypatch, part):
-    """The damage comes with the rename, behind the back of the hashes: only reading again can see it."""
+def test_what_the_disk_changes_after_the_write_is_found_before_latest_moves(
+    state, dataset, tmp_path, monkeypatch, part
+):
+    """The damage comes with the rename, behind the back of the hashes:
+    only reading again can see it.
+    """
     checkpoint.save(tmp_path, state, document(state, dataset))
     before, replace, (name, damage) = stored(tmp_path), os.replace, DAMAGES[part]
 
@@ -278,7 +329,10 @@ def test_what_the_disk_changes_after_the_write_is_found_before_latest_moves(stat
             damage(target / name)
 
     state.step = 1
-    with monkeypatch.context() as torn, pytest.raises(CheckpointError, match=f"{name} was written and read back otherwise"):
+    with (
+        monkeypatch.context() as torn,
+        pytest.raises(CheckpointError, match=f"{name} was written and read back otherwise"),
+    ):
         torn.setattr(os, "replace", damaging)
         checkpoint.save(tmp_path, state, document(state, dataset))
     assert stored(tmp_path) == before, "nothing of the failed save remains"
@@ -288,7 +342,10 @@ def test_what_the_disk_changes_after_the_write_is_found_before_latest_moves(stat
 
 @pytest.mark.parametrize("part", DAMAGES)
 def test_what_the_disk_changes_later_is_refused_by_name(state, dataset, tmp_path, part):
-    folder, (name, damage) = checkpoint.save(tmp_path, state, document(state, dataset)), DAMAGES[part]
+    folder, (name, damage) = (
+        checkpoint.save(tmp_path, state, document(state, dataset)),
+        DAMAGES[part],
+    )
     checkpoint.load(folder)
     damage(folder / name)
     with pytest.raises(CheckpointError, match=name):
@@ -296,15 +353,22 @@ def test_what_the_disk_changes_later_is_refused_by_name(state, dataset, tmp_path
 
 
 @pytest.mark.parametrize("function", ["_hash", "_sync", "_reserve", "crc32", "require_equal"])
-def test_an_error_in_any_part_ends_the_save_and_loses_nothing(state, dataset, tmp_path, monkeypatch, function):
-    """A disk that fails while a file is reserved, written, hashed, synced or compared: the folder of the same step comes back."""
+def test_an_error_in_any_part_ends_the_save_and_loses_nothing(
+    state, dataset, tmp_path, monkeypatch, function
+):
+    """A disk that fails while a file is reserved, written, hashed, synced or compared: the folder
+    of the same step comes back.
+    """
     checkpoint.save(tmp_path, state, document(state, dataset))
     before = stored(tmp_path)
 
     def failing(*given):
         raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as broken, pytest.raises(CheckpointError, match="Input/output error"):
+    with (
+        monkeypatch.context() as broken,
+        pytest.raises(CheckpointError, match="Input/output error"),
+    ):
         broken.setattr(tensorfile, function, failing)
         checkpoint.save(tmp_path, state, document(state, dataset))
     assert stored(tmp_path) == before
@@ -326,7 +390,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", range(1, 4))
-def test_a_kill_between_any_two_renames_of_the_same_step_leaves_it_loadable(state, dataset, tmp_path, monkeypatch, at):
+def test_a_kill_between_any_two_renames_of_the_same_step_leaves_it_loadable(
+    state, dataset, tmp_path, monkeypatch, at
+):
     """The only checkpoint is replaced by its successor: aside, in place, pointer."""
     checkpoint.save(tmp_path, state, document(state, dataset))
     replace, calls = os.replace, []
@@ -347,7 +413,9 @@ def test_a_kill_between_any_two_renames_of_the_same_step_leaves_it_loadable(stat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000000"]
 
 
-def test_weights_that_change_while_they_are_saved_are_noticed(state, dataset, tmp_path, monkeypatch):
+def test_weights_that_change_while_they_are_saved_are_noticed(
+    state, dataset, tmp_path, monkeypatch
+):
     """Another thread's update between the write and the comparison."""
     sync, parameter = os.fsync, next(state.model.parameters())
 

@@ -21,11 +21,22 @@ def test_recipes_are_complete_and_survive_a_round_trip():
 
 def test_file_then_sets_then_flags_and_each_origin_is_kept(tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text('recipe = "pocket"\nseed = 5\n[optim]\nlr = 1e-3\n[data.tokenizer]\nkind = "byte"\n')
-    cfg, overrides = load_config(
-        recipe("pocket"), run_file=path, sets=("optim.lr=2e-3", "sample.prompt=hello there"), fixed={"device": ("cpu", "--device")}
+    path.write_text(
+        'recipe = "pocket"\nseed = 5\n[optim]\nlr = 1e-3\n[data.tokenizer]\nkind = "byte"\n'
     )
-    assert (cfg.seed, cfg.optim.lr, cfg.data.tokenizer.kind, cfg.sample.prompt, cfg.device) == (5, 2e-3, "byte", "hello there", "cpu")
+    cfg, overrides = load_config(
+        recipe("pocket"),
+        run_file=path,
+        sets=("optim.lr=2e-3", "sample.prompt=hello there"),
+        fixed={"device": ("cpu", "--device")},
+    )
+    assert (cfg.seed, cfg.optim.lr, cfg.data.tokenizer.kind, cfg.sample.prompt, cfg.device) == (
+        5,
+        2e-3,
+        "byte",
+        "hello there",
+        "cpu",
+    )
     assert [(o.key, o.source) for o in overrides][-3:] == [
         ("optim.lr", "--set optim.lr=2e-3"),
         ("sample.prompt", "--set sample.prompt=hello there"),
@@ -65,7 +76,9 @@ def leaves() -> list[str]:
 
 
 def unread(names: list[str]) -> list[str]:
-    """Names that no line of the stack reads: neither `x.name`, nor a pattern `name=x`, nor the configuration's own checks."""
+    """Names that no line of the stack reads: neither `x.name`, nor a pattern `name=x`, nor the
+    configuration's own checks.
+    """
     is_config = lambda p: p.parent.name == "config"  # noqa: E731
     source = "\n".join(p.read_text() for p in STACK.rglob("*.py") if not is_config(p))
     config = "\n".join(p.read_text() for p in STACK.rglob("*.py") if is_config(p))
@@ -76,7 +89,9 @@ def unread(names: list[str]) -> list[str]:
 def test_every_key_is_read_somewhere():
     """A key the stack never reads would be a promise without effect."""
     assert {"lr", "signal_boundary", "probe_every", "weight", "floor"} <= set(leaves())
-    assert unread(leaves()) == [] and unread(["lr", "never_read_anywhere"]) == ["never_read_anywhere"]
+    assert unread(leaves()) == [] and unread(["lr", "never_read_anywhere"]) == [
+        "never_read_anywhere"
+    ]
 
 
 def test_waivers_must_name_a_gate_and_be_in_force(spec):
@@ -84,9 +99,14 @@ def test_waivers_must_name_a_gate_and_be_in_force(spec):
     from spec.records import Waiver
 
     with pytest.raises(ConfigError, match="no gate"):
-        Gatekeeper(spec, waivers=[Waiver(id="no.gate", reason="because I say so", expires="2999-01-01")])
+        Gatekeeper(
+            spec, waivers=[Waiver(id="no.gate", reason="because I say so", expires="2999-01-01")]
+        )
     with pytest.raises(ConfigError, match="expired"):
-        Gatekeeper(spec, waivers=[Waiver(id="loss.golden", reason="because I say so", expires="2020-01-01")])
+        Gatekeeper(
+            spec,
+            waivers=[Waiver(id="loss.golden", reason="because I say so", expires="2020-01-01")],
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,8 +118,16 @@ def test_waivers_must_name_a_gate_and_be_in_force(spec):
             "--set model.positions.kind",
         ),
         (("model.depth.gate.kind=hard",), "another model.depth.kind", "--set model.depth.kind"),
-        (("optim.kind=adamw",), "optim.lr is missing: another optim.kind", "optim.kind from --set optim.kind=adamw"),
-        (("model.attention.kind=diff",), "model.attention.kind: there is no such kind", "differential, softmax"),
+        (
+            ("optim.kind=adamw",),
+            "optim.lr is missing: another optim.kind",
+            "optim.kind from --set optim.kind=adamw",
+        ),
+        (
+            ("model.attention.kind=diff",),
+            "model.attention.kind: there is no such kind",
+            "differential, softmax",
+        ),
         (("checkpoint.writing=behnd",), "checkpoint.writing", "behind, in-line"),
     ],
 )
@@ -116,7 +144,9 @@ def test_an_error_between_keys_names_the_sources_of_those_keys_alone():
 
 
 def test_another_schedule_keeps_the_warm_up():
-    cfg, _ = load_config(recipe("pocket"), sets=("schedule.warmup_steps=17", "schedule.kind=cosine"))
+    cfg, _ = load_config(
+        recipe("pocket"), sets=("schedule.warmup_steps=17", "schedule.kind=cosine")
+    )
     assert (cfg.schedule.kind, cfg.schedule.warmup_steps) == ("cosine", 17)
 
 

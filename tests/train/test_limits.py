@@ -1,4 +1,6 @@
-"""What a run is refused for before it begins: precision that is only emulated, and memory that is not there."""
+"""What a run is refused for before it begins: precision that is only emulated,
+and memory that is not there.
+"""
 
 import pytest
 import torch
@@ -12,9 +14,13 @@ from stack.train.memory import predict_bytes
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("share, refused", [(0.06, True), (0.49, True), (0.51, False), (4.6, False)])
+@pytest.mark.parametrize(
+    "share, refused", [(0.06, True), (0.49, True), (0.51, False), (4.6, False)]
+)
 def test_an_emulated_type_is_refused_with_its_rate(monkeypatch, share, refused):
-    monkeypatch.setattr(precision, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 1.0 / share)
+    monkeypatch.setattr(
+        precision, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 1.0 / share
+    )
     if not refused:
         return precision.refuse_emulated(torch.bfloat16, CPU, "optim.dtype")
     with pytest.raises(EnvironmentUnfit, match="no units for bfloat16") as caught:
@@ -30,7 +36,11 @@ def test_float32_is_not_measured(monkeypatch):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_a_gpu_is_asked_and_not_measured(monkeypatch, has_units):
     monkeypatch.setattr(precision, "product_s", None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation: has_units or including_emulation,
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of 2018")
     gpu = torch.device("cuda")
     precision.refuse_emulated(torch.float16, gpu, "train.dtype")
@@ -51,7 +61,9 @@ def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     with pytest.raises(EnvironmentUnfit, match="does not fit") as caught:
         memory.require_room(cfg, 49_152, CPU)
-    assert f"{needed / 2**30:.1f} GiB needed for 16 rows of 2048" in str(caught.value) and "micro_batch_size" in str(caught.value)
+    assert f"{needed / 2**30:.1f} GiB needed for 16 rows of 2048" in str(
+        caught.value
+    ) and "micro_batch_size" in str(caught.value)
     for enough in (needed, None):
         monkeypatch.setattr(memory, "available_bytes", lambda device, enough=enough: enough)
         memory.require_room(cfg, 49_152, CPU)
@@ -60,7 +72,13 @@ def test_a_run_beyond_the_memory_is_refused_with_both_figures(monkeypatch):
 def test_a_model_that_could_train_but_not_be_checked_is_refused(monkeypatch):
     """Few tokens at a time: preflight needs more than the steps do."""
     base = recipe("llama-370m")
-    cfg = base.model_copy(update={"train": base.train.model_copy(update={"micro_batch_size": 1, "activation_checkpointing": "blocks"})})
+    cfg = base.model_copy(
+        update={
+            "train": base.train.model_copy(
+                update={"micro_batch_size": 1, "activation_checkpointing": "blocks"}
+            )
+        }
+    )
     predicted = predict_bytes(cfg, 49_152)
     between = (predicted["peak"] + predicted["copy"] + predicted["preflight"]) // 2
     assert predicted["peak"] + predicted["copy"] < between < predicted["preflight"]
@@ -81,13 +99,20 @@ def test_the_prediction_grows_with_what_it_should():
 
 @pytest.mark.parametrize(
     "section, change, part",
-    [("train", {"activation_checkpointing": "blocks"}, "activations"), ("train", {"dtype": "float32"}, "activations")],
+    [
+        ("train", {"activation_checkpointing": "blocks"}, "activations"),
+        ("train", {"dtype": "float32"}, "activations"),
+    ],
 )
 def test_what_saves_memory_is_predicted_to(section, change, part):
     cfg = recipe("llama-370m")
     other = cfg.model_copy(update={section: getattr(cfg, section).model_copy(update=change)})
     before, after = predict_bytes(cfg, 49_152), predict_bytes(other, 49_152)
-    assert after[part] < 0.5 * before[part] if change.get("activation_checkpointing") else after[part] > 1.5 * before[part]
+    assert (
+        after[part] < 0.5 * before[part]
+        if change.get("activation_checkpointing")
+        else after[part] > 1.5 * before[part]
+    )
 
 
 def test_muon_keeps_one_moment_of_a_matrix():
@@ -106,4 +131,8 @@ def test_a_dry_run_says_that_this_machine_would_refuse(monkeypatch):
     assert cli._refusal(cfg, 1024, CPU) == "" and "this_machine_refuses" not in cli._derived(cfg)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10**6)
     said = cli._derived(cfg)["this_machine_refuses"]
-    assert said == cli._refusal(cfg, cli._vocab_size(cfg), CPU) and "memory" in said and "0.0 GiB" in said, said
+    assert (
+        said == cli._refusal(cfg, cli._vocab_size(cfg), CPU)
+        and "memory" in said
+        and "0.0 GiB" in said
+    ), said

@@ -1,4 +1,6 @@
-"""A run that ends in a NaN leaves a bundle, and one pass from the last checkpoint names the operation, layer, line and step."""
+"""A run that ends in a NaN leaves a bundle, and one pass from the last checkpoint names the
+operation, layer, line and step.
+"""
 
 from contextlib import contextmanager
 from functools import partial
@@ -58,19 +60,32 @@ def explode(state) -> None:
             getattr(state.model.layers[1].ffn, name).weight.mul_(1e22)
 
 
-def test_an_overflow_of_one_layer_at_one_step_is_named_from_the_last_checkpoint(cfg, tmp_path, monkeypatch):
-    """Layer 1's gated product overflows at step 17: three steps are replayed, once, and its inputs are the last good ones."""
+def test_an_overflow_of_one_layer_at_one_step_is_named_from_the_last_checkpoint(
+    cfg, tmp_path, monkeypatch
+):
+    """Layer 1's gated product overflows at step 17: three steps are replayed, once,
+    and its inputs are the last good ones.
+    """
     with at_step(monkeypatch, 17, explode):
         folder = halted(cfg, tmp_path)
         held, found = locate(folder)
     assert held.base.step == 14 and found.steps == (15, 16, 17) and found.step == held.step == 17
     first = found.report.first
     assert (first.kind, first.what, first.op) == ("made", "Inf", "aten.mul_.Tensor")
-    assert (first.where.phase, first.where.module, first.where.layer) == ("forward", "layers.1.ffn", 1)
-    assert first.where.lines[0].file == "stack/kernels/eager.py" and first.where.lines[0].function == "_SwiGLU.forward"
+    assert (first.where.phase, first.where.module, first.where.layer) == (
+        "forward",
+        "layers.1.ffn",
+        1,
+    )
+    assert (
+        first.where.lines[0].file == "stack/kernels/eager.py"
+        and first.where.lines[0].function == "_SwiGLU.forward"
+    )
     assert all(v.first_bad is None and v.max > 1e15 for v in first.inputs)
     held, clean = locate(folder)
-    assert clean.step is None and clean.report is None and clean.steps == (15, 16, 17), "without the plant nothing is found"
+    assert clean.step is None and clean.report is None and clean.steps == (15, 16, 17), (
+        "without the plant nothing is found"
+    )
 
 
 def test_a_derivative_at_one_step_is_named_with_the_line_of_the_forward(cfg, tmp_path, monkeypatch):
@@ -87,25 +102,42 @@ def test_a_derivative_at_one_step_is_named_with_the_line_of_the_forward(cfg, tmp
         held, found = locate(folder)
     first = found.report.first
     assert found.step == 4 and held.base.kind == "seed" and found.steps == (1, 2, 3, 4)
-    assert first.where.phase == "backward" and first.where.node == "SqrtBackward0" and first.what == "Inf"
+    assert (
+        first.where.phase == "backward"
+        and first.where.node == "SqrtBackward0"
+        and first.what == "Inf"
+    )
     assert ".square().sum().sqrt()" in first.where.lines[0].text and first.inputs[1].max == 0.0
 
 
 def test_a_run_that_blows_up_by_itself_needs_no_plant(cfg, tmp_path):
-    """A rate of 1e22 throws the weights out of float32 within a few steps; the bundle says where, on this code as it is."""
+    """A rate of 1e22 throws the weights out of float32 within a few steps; the bundle says where,
+    on this code as it is.
+    """
     optim = AdamW(lr=1e22, max_grad_norm=0.5)
-    wild = cfg.model_copy(update={"optim": optim, "schedule": cfg.schedule.model_copy(update={"warmup_steps": 1})})
+    wild = cfg.model_copy(
+        update={"optim": optim, "schedule": cfg.schedule.model_copy(update={"warmup_steps": 1})}
+    )
     held, found = locate(halted(wild, tmp_path))
     assert found.step == held.step and found.report.first.kind == "made"
     first = found.report.first
-    assert first.outputs and all(v.first_bad is None for v in first.inputs) and max(v.max or 0 for v in first.inputs) > 1e15
+    assert (
+        first.outputs
+        and all(v.first_bad is None for v in first.inputs)
+        and max(v.max or 0 for v in first.inputs) > 1e15
+    )
     assert first.where.lines[0].file.startswith("stack/")
 
 
 @pytest.mark.parametrize(
     ("plant", "kind", "what", "line"),
     [
-        ("runtime.nan-in-a-weight", "put in", "NaN", 'next(state.model.parameters())[0, 0] = float("nan")'),
+        (
+            "runtime.nan-in-a-weight",
+            "put in",
+            "NaN",
+            'next(state.model.parameters())[0, 0] = float("nan")',
+        ),
         ("runtime.infinite-activation", "put in", "Inf", 'return nats * float("inf")'),
     ],
 )
@@ -114,7 +146,10 @@ def test_the_museum_is_read_to_the_line(cfg, tmp_path, plant, kind, what, line):
         found = locate(halted(cfg, tmp_path))[1]
     first = found.report.first
     assert found.step == 7 and (first.kind, first.what) == (kind, what)
-    assert (first.where.lines[0].file, first.where.lines[0].text) == ("stack/museum/runtime.py", line)
+    assert (first.where.lines[0].file, first.where.lines[0].text) == (
+        "stack/museum/runtime.py",
+        line,
+    )
 
 
 def test_a_bundle_of_another_gate_is_finite_and_that_is_said(cfg, tmp_path):
@@ -124,11 +159,17 @@ def test_a_bundle_of_another_gate_is_finite_and_that_is_said(cfg, tmp_path):
     (folder,) = (tmp_path / "run" / "repro").iterdir()
     with load_museum()["runtime.update-skipped"].apply():
         held, found = locate(folder)
-    assert found.step is None and found.steps == tuple(s.step for s in held.steps) and found.operations > 1000
+    assert (
+        found.step is None
+        and found.steps == tuple(s.step for s in held.steps)
+        and found.operations > 1000
+    )
 
 
 def test_an_overflow_that_the_loss_scale_answers_is_no_finding(cfg, tmp_path, monkeypatch):
-    """float16 begins at a scale far too large here, and halves it while gradients overflow: the replay goes through all of that."""
+    """float16 begins at a scale far too large here, and halves it while gradients overflow: the
+    replay goes through all of that.
+    """
     half = cfg.model_copy(update={"train": cfg.train.model_copy(update={"dtype": "float16"})})
     monkeypatch.setattr(session, "refuse_emulated", lambda *_: None)
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**34))
@@ -136,9 +177,19 @@ def test_an_overflow_that_the_loss_scale_answers_is_no_finding(cfg, tmp_path, mo
     with at_step(monkeypatch, 4, explode):
         folder = halted(half, tmp_path)
         found = locate(folder)[1]
-    assert found.step == 4 and found.report.first.where.module == "layers.1.ffn.gate" and found.report.first.op == "aten._to_copy.default"
-    monkeypatch.setattr(steps, "accumulate", lambda state, batches: attempts.append(state.step + 1) or original(state, batches))
-    assert locate(folder)[1].step is None and attempts.count(1) > 3, "several attempts in step 1, each but the last with an overflow"
+    assert (
+        found.step == 4
+        and found.report.first.where.module == "layers.1.ffn.gate"
+        and found.report.first.op == "aten._to_copy.default"
+    )
+    monkeypatch.setattr(
+        steps,
+        "accumulate",
+        lambda state, batches: attempts.append(state.step + 1) or original(state, batches),
+    )
+    assert locate(folder)[1].step is None and attempts.count(1) > 3, (
+        "several attempts in step 1, each but the last with an overflow"
+    )
 
 
 def test_what_the_bundle_lacks_is_refused(cfg, tmp_path, monkeypatch):

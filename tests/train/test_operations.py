@@ -18,7 +18,9 @@ VARIANTS = {
     "untied": DENSE.model_copy(update={"tied_head": False}),
     "differential": DENSE.model_copy(update={"attention": DifferentialAttention()}),
     "experts": DENSE.model_copy(update={"ffn": MixtureOfExperts(n_experts=8, top_k=2)}),
-    "experts with little room": DENSE.model_copy(update={"ffn": MixtureOfExperts(n_experts=8, top_k=2, capacity_factor=1.0)}),
+    "experts with little room": DENSE.model_copy(
+        update={"ffn": MixtureOfExperts(n_experts=8, top_k=2, capacity_factor=1.0)}
+    ),
     "soft depth": DENSE.model_copy(update={"depth": MixtureOfDepths()}),
     "pocket": RECIPES["pocket"]().model,
 }
@@ -27,9 +29,13 @@ VARIANTS = {
 def ratio(model: ModelConfig) -> float:
     cfg = SimpleNamespace(model=model, seed=1, train=SimpleNamespace(tokens_per_step=2048))
     cpu = torch.device("cpu")
-    shown = operations.flops_ingredients(cfg, 500, lambda: build_model(model, 500, seed=1, device=cpu), cpu)
+    shown = operations.flops_ingredients(
+        cfg, 500, lambda: build_model(model, 500, seed=1, device=cpu), cpu
+    )
     n_flops, n_tokens = shown["matrix_flops"]()
-    return (shown["declared_flops_per_step"] - shown["attention_flops_per_step"]) / (n_flops / n_tokens * 2048)
+    return (shown["declared_flops_per_step"] - shown["attention_flops_per_step"]) / (
+        n_flops / n_tokens * 2048
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -40,13 +46,21 @@ def test_the_count_is_the_formula(name):
 
 def test_hard_depth_is_no_matter_of_a_formula():
     """Which blocks a token meets depends on its scores: the gate is not for it. Measured 0.92."""
-    model = DENSE.model_copy(update={"depth": MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5))})
+    model = DENSE.model_copy(
+        update={"depth": MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5))}
+    )
     assert 0.8 < ratio(model) < 0.99
 
 
 def test_attention_is_left_out_of_what_is_compared():
     longer = DENSE.model_copy(update={"max_seq_len": 128})
     assert ratio(longer) == 1.0
-    whole = operations.flops_per_step(SimpleNamespace(model=longer, train=SimpleNamespace(tokens_per_step=1)), 500)
-    short = operations.flops_per_step(SimpleNamespace(model=DENSE, train=SimpleNamespace(tokens_per_step=1)), 500)
-    assert whole - short == 12 * 3 * 32 * 64 // 2, "twelve products of the width per further visible key and layer, half of them seen"
+    whole = operations.flops_per_step(
+        SimpleNamespace(model=longer, train=SimpleNamespace(tokens_per_step=1)), 500
+    )
+    short = operations.flops_per_step(
+        SimpleNamespace(model=DENSE, train=SimpleNamespace(tokens_per_step=1)), 500
+    )
+    assert whole - short == 12 * 3 * 32 * 64 // 2, (
+        "twelve products of the width per further visible key and layer, half of them seen"
+    )

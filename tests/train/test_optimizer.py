@@ -1,4 +1,6 @@
-"""The optimizers: Muon against torch's and against singular values, the table of places, and two rules behind one interface."""
+"""The optimizers: Muon against torch's and against singular values, the table of places, and two
+rules behind one interface.
+"""
 
 import pytest
 import torch
@@ -20,18 +22,28 @@ def matrices(seed: int) -> list[torch.Tensor]:
 
 
 def ours(parameters, **changes) -> muon.Muon:
-    settings = {k: getattr(MUON, k) for k in ("momentum", "nesterov", "ns_steps", "lr_scale", "dtype")} | changes
+    settings = {
+        k: getattr(MUON, k) for k in ("momentum", "nesterov", "ns_steps", "lr_scale", "dtype")
+    } | changes
     return muon.Muon([{"params": parameters, "lr": 1e-2, "weight_decay": 0.1}], **settings)
 
 
 @pytest.mark.parametrize("lr_scale", ["match-rms-adamw", "original"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_equals_torch_muon_within_bfloat16(lr_scale, nesterov):
-    """Ten updates, distance over the way gone. torch computes in bfloat16: measured worst 1.25e-2 for ours in it, 8.1e-3 in float32."""
+    """Ten updates, distance over the way gone.
+    torch computes in bfloat16: measured worst 1.25e-2 for ours in it, 8.1e-3 in float32.
+    """
     for dtype in ("bfloat16", "float32"):
         mine, theirs = ([torch.nn.Parameter(m) for m in matrices(0)] for _ in range(2))
         a = ours(mine, lr_scale=lr_scale, nesterov=nesterov, dtype=dtype)
-        b = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn=lr_scale.replace("-", "_"))
+        b = torch.optim.Muon(
+            theirs,
+            lr=1e-2,
+            weight_decay=0.1,
+            nesterov=nesterov,
+            adjust_lr_fn=lr_scale.replace("-", "_"),
+        )
         for step in range(10):
             for x, y, g in zip(mine, theirs, matrices(step + 1)):
                 x.grad, y.grad = g, g.clone()
@@ -44,7 +56,9 @@ def test_muon_equals_torch_muon_within_bfloat16(lr_scale, nesterov):
 
 @pytest.mark.parametrize("shape", [(12, 12), (30, 12), (12, 30)])
 def test_orthogonalising_keeps_singular_vectors_and_brings_values_near_one(shape):
-    """Against the quintic on float64 singular values. Measured worst case 8.8e-7 in float32, values from 0.68 to 1.14."""
+    """Against the quintic on float64 singular values.
+    Measured worst case 8.8e-7 in float32, values from 0.68 to 1.14.
+    """
     x_NAB = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
     u, s, v = torch.linalg.svd(x_NAB.double(), full_matrices=False)
     expected = s / s.square().sum(-1, keepdim=True).sqrt()
@@ -57,10 +71,14 @@ def test_orthogonalising_keeps_singular_vectors_and_brings_values_near_one(shape
 
 
 def test_matrices_of_one_shape_do_not_see_each_other():
-    """Together or alone: products of stacked matrices may be summed in another order. Measured 0 here."""
+    """Together or alone: products of stacked matrices may be summed in another order.
+    Measured 0 here.
+    """
     x_NAB = torch.randn(4, 20, 12, generator=torch.Generator().manual_seed(3))
     alone = torch.cat([muon.orthogonalise(x[None], steps=5, dtype=torch.float32) for x in x_NAB])
-    torch.testing.assert_close(muon.orthogonalise(x_NAB, steps=5, dtype=torch.float32), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        muon.orthogonalise(x_NAB, steps=5, dtype=torch.float32), alone, rtol=0, atol=1e-5
+    )
 
 
 def test_a_gradient_of_zeros_gives_an_update_of_zeros():
@@ -68,7 +86,9 @@ def test_a_gradient_of_zeros_gives_an_update_of_zeros():
 
 
 def test_the_factor_by_shape_makes_updates_as_large_as_adamw():
-    """Source: arXiv:2502.16982. An update with all singular values one has a root mean square of 0.2 for every shape."""
+    """Source: arXiv:2502.16982. An update with all singular values one has a root mean
+    square of 0.2 for every shape.
+    """
     for rows, columns in ((8, 8), (64, 16), (16, 64)):
         q = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns)))[0]
         rms = float(q.square().mean().sqrt()) * muon.shape_factor(rows, columns, "match-rms-adamw")
@@ -80,12 +100,16 @@ def test_every_parameter_has_a_place_and_matrices_inside_blocks_are_muons(small_
     model = build_model(small_cfg.model.model_copy(update={"tied_head": False}), 50, seed=1)
     groups = {n: opt.group_of(n, MUON) for n, _ in model.named_parameters()}
     assert {n for n, g in groups.items() if g == "muon"} == {
-        f"layers.{i}.{m}.weight" for i in range(2) for m in ("attention.q", "attention.k", "attention.v", "attention.out")
+        f"layers.{i}.{m}.weight"
+        for i in range(2)
+        for m in ("attention.q", "attention.k", "attention.v", "attention.out")
     } | {f"layers.{i}.ffn.{m}.weight" for i in range(2) for m in ("gate", "up", "down")}
     assert {n for n, g in groups.items() if g == "decay"} == {"embed.weight", "head.weight"}
     assert all(n.endswith("norm.weight") for n, g in groups.items() if g == "no-decay")
     declared = AdamW(lr=1e-3)
-    assert all((opt.group_of(n, declared) == "decay") == (p.ndim == 2) for n, p in model.named_parameters())
+    assert all(
+        (opt.group_of(n, declared) == "decay") == (p.ndim == 2) for n, p in model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +133,9 @@ def test_a_name_nobody_declared_is_refused():
 
 
 def test_two_rules_act_as_one(small_cfg):
-    """Groups can be changed through it, clearing reaches all, and each parameter is moved by its own rule only."""
+    """Groups can be changed through it, clearing reaches all,
+    and each parameter is moved by its own rule only.
+    """
     model = build_model(small_cfg.model, 50, seed=1)
     both = opt.make_optimizer(model, MUON)
     opt.set_lr(both, lambda peak: peak / 2)
@@ -119,17 +145,23 @@ def test_two_rules_act_as_one(small_cfg):
         p.grad = torch.ones_like(p)
     both.step()
     fields = opt.state_fields(both)
-    assert all(set(both.state[p]) == set(fields[p]) for p in model.parameters()) and set(both.state) == set(model.parameters())
+    assert all(set(both.state[p]) == set(fields[p]) for p in model.parameters()) and set(
+        both.state
+    ) == set(model.parameters())
     both.zero_grad()
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_adamw_equals_torchs_plain_one_over_a_hundred_steps(small_cfg):
-    """Fused against one tensor at a time, with the declared decay by group. Measured worst case 7.5e-9."""
+    """Fused against one tensor at a time, with the declared decay by group.
+    Measured worst case 7.5e-9.
+    """
     cfg = AdamW(lr=1e-3, weight_decay=0.01)
     mine, theirs = (build_model(small_cfg.model, 50, seed=1) for _ in range(2))
     a = opt.make_optimizer(mine, cfg)
-    decayed, kept = ([p for p in theirs.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False))
+    decayed, kept = (
+        [p for p in theirs.parameters() if (p.ndim >= 2) == matrices] for matrices in (True, False)
+    )
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": kept, "weight_decay": 0.0}]
     b = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
     draw = torch.Generator().manual_seed(4)
@@ -139,11 +171,19 @@ def test_adamw_equals_torchs_plain_one_over_a_hundred_steps(small_cfg):
             y.grad = x.grad.clone()
         a.step()
         b.step()
-    assert max(float((x - y).detach().abs().max()) for x, y in zip(mine.parameters(), theirs.parameters())) <= 1e-7
+    assert (
+        max(
+            float((x - y).detach().abs().max())
+            for x, y in zip(mine.parameters(), theirs.parameters())
+        )
+        <= 1e-7
+    )
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-2, 10.0), st.integers(0, 2**31))
-def test_clipping_equals_torchs_keeps_the_direction_and_never_exceeds_the_norm(size, max_norm, seed):
+def test_clipping_equals_torchs_keeps_the_direction_and_never_exceeds_the_norm(
+    size, max_norm, seed
+):
     draw = torch.Generator().manual_seed(seed)
     grads = [torch.randn(s, generator=draw) * size for s in ((5, 4), (7,), (2, 3))]
     holders = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]

@@ -1,4 +1,6 @@
-"""A run that records its points is the run that does not, to the bit; what it records is what the step's own forward holds."""
+"""A run that records its points is the run that does not, to the bit; what it records is what the
+step's own forward holds.
+"""
 
 import json
 import shutil
@@ -25,7 +27,10 @@ FEW = ("runtime.finite", "evaluation.leaves-no-trace")
 @pytest.fixture(scope="module")
 def cfg(museum_folder):
     base = museum_config(museum_folder)
-    train, checkpoint = base.train.model_copy(update={"max_steps": 12}), base.checkpoint.model_copy(update={"every": 4})
+    train, checkpoint = (
+        base.train.model_copy(update={"max_steps": 12}),
+        base.checkpoint.model_copy(update={"every": 4}),
+    )
     return base.model_copy(update={"train": train, "checkpoint": checkpoint, "stop": NeverStop()})
 
 
@@ -39,7 +44,9 @@ def steps_of(folder):
 
 
 def weights(folder):
-    return json.loads((folder / "checkpoints" / "step-00000012" / "manifest.json").read_text())["files"]
+    return json.loads((folder / "checkpoints" / "step-00000012" / "manifest.json").read_text())[
+        "files"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,13 @@ def recorded(cfg, tmp_path_factory):
 def test_weights_moments_and_losses_are_the_same_to_the_bit(plain, recorded):
     for name in ("model.safetensors", "state.safetensors"):
         assert weights(plain)[name]["sha256"] == weights(recorded)[name]["sha256"]
-    lines = [[(at["step"], at["loss_nats"], at["grad_norm"]) for at in RunDir(f).read_lines("metrics.jsonl")] for f in (plain, recorded)]
+    lines = [
+        [
+            (at["step"], at["loss_nats"], at["grad_norm"])
+            for at in RunDir(f).read_lines("metrics.jsonl")
+        ]
+        for f in (plain, recorded)
+    ]
     assert lines[0] == lines[1] and len(lines[0]) == 12
     assert not (plain / "points.jsonl").exists()
 
@@ -67,13 +80,25 @@ def test_weights_moments_and_losses_are_the_same_to_the_bit(plain, recorded):
 def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monkeypatch):
     """Hooks on a compiled graph would be ignored or break it; the recording runs beside it."""
     real, ends = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"))
-    short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 4, "compile": True})})
-    short = short.model_copy(update={"schedule": cfg.schedule.model_copy(update={"warmup_steps": 2})})
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"),
+    )
+    short = cfg.model_copy(
+        update={"train": cfg.train.model_copy(update={"max_steps": 4, "compile": True})}
+    )
+    short = short.model_copy(
+        update={"schedule": cfg.schedule.model_copy(update={"warmup_steps": 2})}
+    )
     for every in (0, 2):
         folder = tmp_path / f"every-{every}"
         session.start(traced(short, every), (), folder, Listener(), only=FEW)
-        ends.append(json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())["files"]["state.safetensors"])
+        ends.append(
+            json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())[
+                "files"
+            ]["state.safetensors"]
+        )
         assert steps_of(folder) == ([2, 4] if every else [])
     assert ends[0]["sha256"] == ends[1]["sha256"]
 
@@ -81,19 +106,28 @@ def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monk
 def test_a_line_holds_every_point_of_every_layer_with_what_it_was_computed_over(cfg, recorded):
     lines = RunDir(recorded).read_lines("points.jsonl")
     assert steps_of(recorded) == [3, 6, 9, 12] and len(lines) % 4 == 0
-    rows, later = ({line["point"]: line for line in lines if line["step"] == step} for step in (3, 6))
+    rows, later = (
+        {line["point"]: line for line in lines if line["step"] == step} for step in (3, 6)
+    )
     assert list(rows) == list(later)
     assert next(iter(rows)) == "embedding" and list(rows)[-1] == "final_norm"
     assert {row["layer"] for row in rows.values()} == {None, 0, 1}
     for slot in ("q_rotated", "scores", "entropy", "ffn.swiglu", "resid_out"):
         assert rows[f"layers.1.{slot}"]["stats"]["frac_nonfinite"] == 0.0
     support = rows["layers.1.ffn.swiglu"]["support"]
-    assert support["shape"] == [cfg.train.micro_batch_size, cfg.model.max_seq_len, cfg.model.d_ff] and support["dtype"] == "float32"
-    assert rows["layers.1.ffn.swiglu"]["stats"]["std"] != later["layers.1.ffn.swiglu"]["stats"]["std"]
+    assert (
+        support["shape"] == [cfg.train.micro_batch_size, cfg.model.max_seq_len, cfg.model.d_ff]
+        and support["dtype"] == "float32"
+    )
+    assert (
+        rows["layers.1.ffn.swiglu"]["stats"]["std"] != later["layers.1.ffn.swiglu"]["stats"]["std"]
+    )
 
 
 def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
-    """With dropout on: the same numbers, digit by digit, as hooks on the real step see in its first micro-batch."""
+    """With dropout on: the same numbers, digit by digit, as hooks on the real step see
+    in its first micro-batch.
+    """
     state = build_state(small_cfg, dataset, torch.device("cpu"))
     batches = [state.reader.draw() for _ in range(small_cfg.accumulation())]
     assert small_cfg.model.dropout > 0 and len(batches) > 1
@@ -115,8 +149,12 @@ def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
         assert row["stats"] == own[row["point"]].as_dict(), row["point"]
 
 
-def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(cfg, recorded, tmp_path, monkeypatch):
-    """Killed after step 7, begun again from step 4: the lines are those of the run that was never stopped."""
+def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(
+    cfg, recorded, tmp_path, monkeypatch
+):
+    """Killed after step 7, begun again from step 4: the lines are those of the
+    run that was never stopped.
+    """
     original = loop.take_step
 
     def stops(run):
@@ -132,18 +170,32 @@ def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(cfg,
     shutil.copytree(folder, tmp_path / "other")
     session.resume(folder, (), traced(cfg, 3), Listener())
     assert (folder / "points.jsonl").read_bytes() == (recorded / "points.jsonl").read_bytes()
-    assert weights(folder)["model.safetensors"]["sha256"] == weights(recorded)["model.safetensors"]["sha256"]
-    changed = Override.model_validate({"key": "trace.every", "value": 5, "from": "--set trace.every=5"})
+    assert (
+        weights(folder)["model.safetensors"]["sha256"]
+        == weights(recorded)["model.safetensors"]["sha256"]
+    )
+    changed = Override.model_validate(
+        {"key": "trace.every", "value": 5, "from": "--set trace.every=5"}
+    )
     session.resume(tmp_path / "other", [changed], traced(cfg, 5), Listener())
     assert steps_of(tmp_path / "other") == [3, 5, 10]
-    assert weights(tmp_path / "other")["model.safetensors"]["sha256"] == weights(recorded)["model.safetensors"]["sha256"]
+    assert (
+        weights(tmp_path / "other")["model.safetensors"]["sha256"]
+        == weights(recorded)["model.safetensors"]["sha256"]
+    )
 
 
 def test_the_record_names_the_series_and_what_it_cost(plain, recorded):
     record = read_record(recorded / "metadata.json")
-    assert "points.jsonl" in [s.path for s in record.series] and 0 < record.metric("trace_overhead_frac") < 1
+    assert (
+        "points.jsonl" in [s.path for s in record.series]
+        and 0 < record.metric("trace_overhead_frac") < 1
+    )
     other = read_record(plain / "metadata.json")
-    assert "points.jsonl" not in [s.path for s in other.series] and "trace_overhead_frac" not in other.metrics
+    assert (
+        "points.jsonl" not in [s.path for s in other.series]
+        and "trace_overhead_frac" not in other.metrics
+    )
 
 
 def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, monkeypatch):
@@ -160,7 +212,9 @@ def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, m
 
 
 def test_recording_at_every_step_is_no_part_of_a_steps_time(cfg, tmp_path):
-    """The second clock runs from the batch on: a recording between them would stand at half of a small model's step."""
+    """The second clock runs from the batch on: a recording between them would stand at
+    half of a small model's step.
+    """
     record = session.start(traced(cfg, 1), (), tmp_path / "run", Listener())
     gates = {g.id: g for g in record.gates}
     assert (
@@ -182,7 +236,9 @@ class Heard(Listener):
 def test_recordings_that_take_more_than_2_percent_are_said_once_with_the_interval_that_would_do(
     cfg, tmp_path, monkeypatch, times_a_step, every
 ):
-    """The time of a recording is set against that of a step: one step each time is 100 % here, a hundredth is 1 %."""
+    """The time of a recording is set against that of a step: one step each time is 100 % here,
+    a hundredth is 1 %.
+    """
     from stack.train import run as runs
 
     original, asked = runs.sparse_enough, []
@@ -195,4 +251,6 @@ def test_recordings_that_take_more_than_2_percent_are_said_once_with_the_interva
     heard = Heard()
     session.start(traced(cfg, 1), (), tmp_path / "run", heard, only=FEW)
     assert len(asked) == 1 and asked[0][0] == 1 and min(asked[0][1:]) > 0
-    assert [said.rpartition("; ")[2] for said in heard.said] == ([f"trace.every = {every} keeps it within 2%"] if every else [])
+    assert [said.rpartition("; ")[2] for said in heard.said] == (
+        [f"trace.every = {every} keeps it within 2%"] if every else []
+    )

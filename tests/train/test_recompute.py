@@ -25,14 +25,18 @@ def batches_of(state):
 
 
 def test_it_leaves_no_trace_and_foretells_the_step(state, small_cfg, dataset):
-    """With dropout on: the state after it is the state before it, and its gradients are those the step then has."""
+    """With dropout on: the state after it is the state before it,
+    and its gradients are those the step then has.
+    """
     assert small_cfg.model.dropout > 0
     batches = batches_of(state)
     before = digest(state)
     first = recomputed_step(state, batches)
     assert digest(state) == before
     steps.train_step(state, batches)
-    assert first.differing(gradient_crc32(state.model)) == () and len(first.crc32) == sum(1 for _ in state.model.parameters())
+    assert first.differing(gradient_crc32(state.model)) == () and len(first.crc32) == sum(
+        1 for _ in state.model.parameters()
+    )
     assert first.seconds > 0
 
 
@@ -50,8 +54,12 @@ def test_a_run_that_computes_twice_is_the_run_that_does_not(small_cfg, dataset):
 
 
 def test_float16_keeps_its_loss_scale(small_cfg, dataset):
-    """The first scale overflows and is halved: in both computations alike, and once as far as the run goes."""
-    cfg = small_cfg.model_copy(update={"train": small_cfg.train.model_copy(update={"dtype": "float16"})})
+    """The first scale overflows and is halved: in both computations alike,
+    and once as far as the run goes.
+    """
+    cfg = small_cfg.model_copy(
+        update={"train": small_cfg.train.model_copy(update={"dtype": "float16"})}
+    )
     state = build_state(cfg, dataset, torch.device("cpu"))
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     batches = batches_of(state)
@@ -72,20 +80,29 @@ def test_a_gradient_on_one_side_only_differs(state):
 
 
 def test_one_flipped_bit_halts_the_run(museum_folder, tmp_path, monkeypatch):
-    """The lowest bit of one gradient entry, in the second of two computations, in a run through the session."""
+    """The lowest bit of one gradient entry, in the second of two computations,
+    in a run through the session.
+    """
 
     cfg = museum_config(museum_folder)
-    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 6, "recompute_every": 4})})
+    cfg = cfg.model_copy(
+        update={"train": cfg.train.model_copy(update={"max_steps": 6, "recompute_every": 4})}
+    )
     original, calls = steps.accumulate, [0]
 
     def flipping(state, batches):
         result = original(state, batches)
         calls[0] += 1
         if calls[0] > 1 and state.step == 3:
-            next(state.model.parameters()).grad.view(-1)[-1:].view(torch.int32).bitwise_xor_(calls[0] % 2)
+            next(state.model.parameters()).grad.view(-1)[-1:].view(torch.int32).bitwise_xor_(
+                calls[0] % 2
+            )
         return result
 
     monkeypatch.setattr(steps, "accumulate", flipping)
     with pytest.raises(GateFailed) as caught:
         session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.recomputed-step",))
-    assert caught.value.gate_id == "runtime.recomputed-step" and caught.value.verdict.measured["differing"] == 1
+    assert (
+        caught.value.gate_id == "runtime.recomputed-step"
+        and caught.value.verdict.measured["differing"] == 1
+    )

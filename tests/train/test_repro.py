@@ -1,4 +1,6 @@
-"""A red gate leaves a folder from which it turns red again: elsewhere, without corpus and cache, by one command."""
+"""A red gate leaves a folder from which it turns red again: elsewhere, without corpus and cache,
+by one command.
+"""
 
 import dataclasses
 import json
@@ -22,7 +24,8 @@ from tests.processes import Command
 
 PLANTED = (
     "import sys\nfrom stack.cli import main\nfrom stack.museum.plant import load_museum\n"
-    "with load_museum()[sys.argv[1]].apply():\n    main(['gates', 'repro', sys.argv[2], '--json'])\n"
+    "with load_museum()[sys.argv[1]].apply():\n    main(['gates', 'repro', sys.argv[2], "
+    "'--json'])\n"
 )
 # plant, gate, where the replay begins
 CASES = [
@@ -43,7 +46,9 @@ def cfg(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     write_texts(folder)
     cfg = museum_config(folder)
-    return cfg.model_copy(update={"stop": NeverStop(), "trace": cfg.trace.model_copy(update={"every": 2})})
+    return cfg.model_copy(
+        update={"stop": NeverStop(), "trace": cfg.trace.model_copy(update={"every": 2})}
+    )
 
 
 def broken(cfg, plant: str, gate: str, folder: Path) -> Path:
@@ -57,31 +62,53 @@ def broken(cfg, plant: str, gate: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("plant", "gate", "base"), CASES)
-def test_the_same_gate_is_red_again_with_the_same_figures_and_green_without_the_plant(cfg, tmp_path, plant, gate, base):
+def test_the_same_gate_is_red_again_with_the_same_figures_and_green_without_the_plant(
+    cfg, tmp_path, plant, gate, base
+):
     """Digit by digit, in this process; measured difference 0 for all of them."""
     folder = broken(cfg, plant, gate, tmp_path)
     held = repro.read_bundle(folder)
-    assert held.base.step == base and held.gate == gate and held.step == held.steps[-1].step and not held.lacking
+    assert (
+        held.base.step == base
+        and held.gate == gate
+        and held.step == held.steps[-1].step
+        and not held.lacking
+    )
     with load_museum()[plant].apply():
         _, planted = replay(folder)
-    assert planted.reproduced and planted.same and planted.step == held.step and planted.same_random_state
+    assert (
+        planted.reproduced
+        and planted.same
+        and planted.step == held.step
+        and planted.same_random_state
+    )
     _, clean = replay(folder)
     assert not clean.reproduced and not clean.same and clean.verdict.outcome == "pass"
 
 
 def test_on_another_machine_one_command_turns_it_red(cfg, tmp_path):
-    """Another folder, another process, an empty cache, and neither run nor corpus: exit 4 with the plant, 0 without it."""
+    """Another folder, another process, an empty cache, and neither run nor corpus:
+    exit 4 with the plant, 0 without it.
+    """
     own = cfg.model_copy(update={"seed": 12})
     folder = broken(own, "runtime.nan-in-a-weight", "runtime.finite", tmp_path)
     elsewhere = tmp_path / "elsewhere" / "bundle"
     shutil.copytree(folder, elsewhere)
     shutil.rmtree(tmp_path / "run")
-    environment = os.environ | {"STACKPROOF_CACHE": str(tmp_path / "no-cache"), "HOME": str(tmp_path)}
+    environment = os.environ | {
+        "STACKPROOF_CACHE": str(tmp_path / "no-cache"),
+        "HOME": str(tmp_path),
+    }
     place = {"folder": elsewhere.parent, "environment": environment}
     red = Command("runtime.nan-in-a-weight", "bundle", code=PLANTED, **place).wait()
     assert red.code == 4, red.err
     said = json.loads(red.out.splitlines()[0])
-    assert said["reproduced"] and said["same"] and said["step_now"] == 7 and said["measured"]["loss_nats"] == "nan"
+    assert (
+        said["reproduced"]
+        and said["same"]
+        and said["step_now"] == 7
+        and said["measured"]["loss_nats"] == "nan"
+    )
     assert "runtime.finite failed: reproduced" in red.err
     green = Command("gates", "repro", "bundle", **place).wait()
     assert green.code == 0 and "not reproduced: runtime.finite is green" in green.out, green.err
@@ -89,11 +116,20 @@ def test_on_another_machine_one_command_turns_it_red(cfg, tmp_path):
 
 
 def test_a_bundle_of_a_run_that_was_resumed_begins_at_its_checkpoint(cfg, tmp_path):
-    """The fault comes ten steps after the resume: the state, the watcher and the rows are those of the resumed run."""
+    """The fault comes ten steps after the resume: the state, the watcher and the rows are
+    those of the resumed run.
+    """
     short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 14})})
     session.start(short, (), tmp_path / "parent", Listener(), only=("runtime.loss-spike",))
     with load_museum()["runtime.lr-spike"].apply(), pytest.raises(GateFailed):
-        session.start(cfg, (), tmp_path / "run", Listener(), parent=tmp_path / "parent", only=("runtime.loss-spike",))
+        session.start(
+            cfg,
+            (),
+            tmp_path / "run",
+            Listener(),
+            parent=tmp_path / "parent",
+            only=("runtime.loss-spike",),
+        )
     (folder,) = (tmp_path / "run" / "repro").iterdir()
     shutil.rmtree(tmp_path / "parent")
     held = repro.read_bundle(folder)
@@ -110,7 +146,9 @@ def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_p
 
     def diverging(self):
         result = original(self)
-        return dataclasses.replace(result, loss_nats=result.loss_nats * (5 if self.state.step == 14 else 1))
+        return dataclasses.replace(
+            result, loss_nats=result.loss_nats * (5 if self.state.step == 14 else 1)
+        )
 
     monkeypatch.setattr(Run, "measure", diverging)
     with pytest.raises(GateFailed, match="divergence"):
@@ -124,7 +162,9 @@ def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_p
 
 @pytest.mark.parametrize("plant", ["data.window-drawn-twice", "data.position-skips"])
 def test_what_was_drawn_wrongly_is_in_the_bundle_and_needs_no_plant(cfg, tmp_path, plant):
-    """The fault lies in the rows or their position, and these are there: the gate of the draw is red again on clean code."""
+    """The fault lies in the rows or their position, and these are there:
+    the gate of the draw is red again on clean code.
+    """
     folder = broken(cfg, plant, "data.consumption", tmp_path)
     assert replay(folder)[1].same
 
@@ -134,7 +174,11 @@ def test_a_gate_that_only_warns_leaves_a_bundle_and_the_run_goes_on(cfg, tmp_pat
     from contracts.gate import failed, passed
 
     def warn(self, event):
-        return failed("said so", found_frac=0.5, at=event.step) if event.step >= 4 else passed("", found_frac=0.0)
+        return (
+            failed("said so", found_frac=0.5, at=event.step)
+            if event.step >= 4
+            else passed("", found_frac=0.0)
+        )
 
     monkeypatch.setattr(memorisation.Memorised, "observe", warn)
     record = session.start(cfg, (), tmp_path / "run", Listener(), only=("sampling.memorised",))
@@ -152,15 +196,25 @@ def test_a_bundle_holds_rows_state_names_and_the_command(cfg, tmp_path):
 
     folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path)
     held, tensors = repro.read_bundle(folder), safetensors.torch.load_file(folder / repro.TENSORS)
-    assert held.nonfinite["parameters"] and held.measured["loss_nats"] == "nan" and held.command[:3] == ("stack", "gates", "repro")
-    assert [s.step for s in held.steps] == list(range(1, 8)) and len(held.steps[-1].batches) == cfg.accumulation()
+    assert (
+        held.nonfinite["parameters"]
+        and held.measured["loss_nats"] == "nan"
+        and held.command[:3] == ("stack", "gates", "repro")
+    )
+    assert [s.step for s in held.steps] == list(range(1, 8)) and len(
+        held.steps[-1].batches
+    ) == cfg.accumulation()
     rows = tensors["step-00000007.0.input_ids"]
-    assert rows.shape == (cfg.train.micro_batch_size, cfg.model.max_seq_len) and "rng.cpu" in tensors
+    assert (
+        rows.shape == (cfg.train.micro_batch_size, cfg.model.max_seq_len) and "rng.cpu" in tensors
+    )
     assert len(held.code.commit) in (7, 40) and held.config == json.loads(json.dumps(cfg.to_dict()))
     assert {"tokenizer.json", "tensors.safetensors"} <= set(held.files)
 
 
-def test_a_bundle_holds_what_the_points_held_and_a_model_that_cannot_run_spoils_no_verdict(cfg, tmp_path, monkeypatch):
+def test_a_bundle_holds_what_the_points_held_and_a_model_that_cannot_run_spoils_no_verdict(
+    cfg, tmp_path, monkeypatch
+):
     folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path)
     lines = [json.loads(line) for line in (folder / repro.POINTS).read_bytes().splitlines()]
     broken_at = [line["point"] for line in lines if line["stats"]["frac_nonfinite"] > 0]
@@ -173,7 +227,10 @@ def test_a_bundle_holds_what_the_points_held_and_a_model_that_cannot_run_spoils_
     monkeypatch.setattr(bundles, "points_lines", broken_device)
     (tmp_path / "again").mkdir()
     folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path / "again")
-    assert "device-side assert" in repro.read_bundle(folder).no_points and not (folder / repro.POINTS).exists()
+    assert (
+        "device-side assert" in repro.read_bundle(folder).no_points
+        and not (folder / repro.POINTS).exists()
+    )
 
 
 def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
@@ -196,11 +253,17 @@ def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
 
 
 def test_what_is_too_large_is_not_copied_and_said(cfg, tmp_path, monkeypatch):
-    """Rows beyond the budget are dropped from the oldest on; of a large state the place is named, and --base gives it."""
+    """Rows beyond the budget are dropped from the oldest on; of a large state the place is named,
+    and --base gives it.
+    """
     monkeypatch.setattr(bundles, "CHECKPOINT_BYTES_MAX", 1000)
     folder = broken(cfg, "runtime.lr-spike", "runtime.loss-spike", tmp_path)
     held = repro.read_bundle(folder)
-    assert held.base.kind == "elsewhere" and held.base.path.endswith("step-00000014") and not (folder / "checkpoint").exists()
+    assert (
+        held.base.kind == "elsewhere"
+        and held.base.path.endswith("step-00000014")
+        and not (folder / "checkpoint").exists()
+    )
     with pytest.raises(DataError, match="too large to copy"):
         replay(folder)
     with load_museum()["runtime.lr-spike"].apply():
@@ -210,7 +273,9 @@ def test_what_is_too_large_is_not_copied_and_said(cfg, tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     folder = broken(cfg, "runtime.nan-in-a-weight", "runtime.finite", tmp_path / "again")
     assert [s.step for s in repro.read_bundle(folder).steps] == [6, 7]
-    assert (folder / repro.TENSORS).stat().st_size < 2 * row_bytes + 20_000, "random state and header are 20 kB"
+    assert (folder / repro.TENSORS).stat().st_size < 2 * row_bytes + 20_000, (
+        "random state and header are 20 kB"
+    )
     with pytest.raises(DataError, match="first 5 steps"):
         replay(folder)
 
@@ -220,7 +285,10 @@ def test_a_full_disk_spoils_no_verdict(cfg, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bundles.safetensors.torch, "save_file", full)
-    with load_museum()["runtime.update-skipped"].apply(), pytest.raises(GateFailed, match="params-changed"):
+    with (
+        load_museum()["runtime.update-skipped"].apply(),
+        pytest.raises(GateFailed, match="params-changed"),
+    ):
         session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.params-changed",))
     assert list((tmp_path / "run" / "repro").iterdir()) == []
     assert "repro_failed" in (tmp_path / "run" / "events.jsonl").read_text()

@@ -14,19 +14,29 @@ from stack.train import step as steps
 from stack.train.preflight import micro
 from stack.train.state import build_state
 
-WAITING = [getattr(torch.Tensor, n) for n in "tolist item numpy __float__ __bool__ __int__ cpu nonzero equal allclose".split()]
-ROUTED = "model.ffn.kind=moe model.ffn.n_experts=4 model.ffn.top_k=2 model.ffn.expert.kind=swiglu".split()
+WAITING = [
+    getattr(torch.Tensor, n)
+    for n in "tolist item numpy __float__ __bool__ __int__ cpu nonzero equal allclose".split()
+]
+ROUTED = (
+    "model.ffn.kind=moe model.ffn.n_experts=4 model.ffn.top_k=2 model.ffn.expert.kind=swiglu"
+).split()
 
 
 class Waits(TorchFunctionMode):
-    """Counts what would wait for the device, were it a GPU, in what `stack.train` does for a step: not in the model and its kernels."""
+    """Counts what would wait for the device, were it a GPU, in what `stack.train` does for a step:
+    not in the model and its kernels.
+    """
 
     def __init__(self):
         super().__init__()
         self.seen = Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in WAITING and Path(sys._getframe(1).f_code.co_filename).parent == Path(steps.__file__).parent:
+        if (
+            func in WAITING
+            and Path(sys._getframe(1).f_code.co_filename).parent == Path(steps.__file__).parent
+        ):
             self.seen[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -40,7 +50,9 @@ def begun(cfg, dataset, n_layers=1, sets=()):
 
 @pytest.mark.parametrize("sets", [(), ROUTED], ids=["dense", "experts"])
 def test_a_step_reads_loss_norm_and_all_it_reports_whatever_the_depth(small_cfg, dataset, sets):
-    """Loss and norm decide whether the optimizer moves; the rest comes in one transfer. `__int__` counts labels, which lie on the host."""
+    """Loss and norm decide whether the optimizer moves; the rest comes in one transfer.
+    `__int__` counts labels, which lie on the host.
+    """
     found = []
     for n_layers in (1, 3):
         state, batches = begun(small_cfg, dataset, n_layers, sets)
@@ -49,12 +61,17 @@ def test_a_step_reads_loss_norm_and_all_it_reports_whatever_the_depth(small_cfg,
             report = steps.train_step(state, batches)
         found.append(waits.seen)
         assert len(report.expert_shares) == (n_layers if sets else 0)
-        assert all(sum(layer) == pytest.approx(1, abs=1e-6) and len(layer) == 4 for layer in report.expert_shares)
+        assert all(
+            sum(layer) == pytest.approx(1, abs=1e-6) and len(layer) == 4
+            for layer in report.expert_shares
+        )
     assert found[0] == found[1] == {"__float__": 2, "tolist": 1, "__int__": 2}
 
 
 def test_gradients_that_overflow_at_every_scale_leave_the_weights_alone(small_cfg, dataset):
-    """float16: as many attempts as there are, each at a lower scale, and a report instead of an error."""
+    """float16: as many attempts as there are, each at a lower scale,
+    and a report instead of an error.
+    """
     state, batches = begun(small_cfg, dataset, sets=("train.dtype=float16",))
     before = [p.clone() for p in state.model.parameters()]
     endless = next(state.model.parameters()).register_hook(lambda grad: grad + torch.inf)
@@ -69,7 +86,12 @@ def test_gradients_that_overflow_at_every_scale_leave_the_weights_alone(small_cf
 
 
 def test_values_of_any_shape_come_as_they_are():
-    given = torch.tensor(1 / 3), torch.arange(3), torch.zeros(0), torch.tensor([[0.1, 2**60]], dtype=torch.float64)
+    given = (
+        torch.tensor(1 / 3),
+        torch.arange(3),
+        torch.zeros(0),
+        torch.tensor([[0.1, 2**60]], dtype=torch.float64),
+    )
     assert steps.on_host(*given) == [(float(given[0]),), (0.0, 1.0, 2.0), (), (0.1, 2.0**60)]
 
 
@@ -84,7 +106,9 @@ def test_all_that_moved_is_exactly_all(n):
 
 
 def test_the_share_of_tensors_that_moved_is_that_of_the_last_update():
-    """Every tensor alone, at its first and its last probed entry, and one beside the probed ones, which is not seen."""
+    """Every tensor alone, at its first and its last probed entry, and one beside the probed ones,
+    which is not seen.
+    """
     model = torch.nn.ParameterList(torch.zeros(n) for n in (1, 63, 64, 130, 6400))
     probe = opt.ParameterProbe(model)
     assert probe.changed_frac().item() == 0

@@ -1,4 +1,6 @@
-"""Every architecture through the whole of a run: trained under all gates, saved, resumed bit for bit, read back and sampled."""
+"""Every architecture through the whole of a run: trained under all gates, saved, resumed bit for
+bit, read back and sampled.
+"""
 
 import json
 
@@ -32,14 +34,27 @@ FEW = ("runtime.finite", "schedule.trace", "runtime.params-changed")
 VARIANTS = {
     "differential": dict(attention=DifferentialAttention(form="scalar", qk_norm=True, window=40)),
     "gpt2": dict(
-        attention=SoftmaxAttention(qkv_bias=True, out_bias=True), ffn=Gelu(), norm=LayerNorm(), positions=LearnedPositions(), dropout=0.0
+        attention=SoftmaxAttention(qkv_bias=True, out_bias=True),
+        ffn=Gelu(),
+        norm=LayerNorm(),
+        positions=LearnedPositions(),
+        dropout=0.0,
     ),
-    "qwen": dict(attention=SoftmaxAttention(qk_norm=True, qkv_bias=True), positions=RotaryPositions(scaling=LinearScaling(factor=2.0))),
+    "qwen": dict(
+        attention=SoftmaxAttention(qk_norm=True, qkv_bias=True),
+        positions=RotaryPositions(scaling=LinearScaling(factor=2.0)),
+    ),
     "experts": dict(ffn=MixtureOfExperts(n_experts=4)),
-    "experts-by-bias": dict(ffn=MixtureOfExperts(n_experts=4, balance=BiasBalance(), expert=Gelu(), capacity_factor=1.5)),
-    "depths-hard": dict(depth=MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5), every=2), tied_head=False),
+    "experts-by-bias": dict(
+        ffn=MixtureOfExperts(n_experts=4, balance=BiasBalance(), expert=Gelu(), capacity_factor=1.5)
+    ),
+    "depths-hard": dict(
+        depth=MixtureOfDepths(gate=HardCapacity(capacity_frac=0.5), every=2), tied_head=False
+    ),
     "depths-and-experts": dict(
-        attention=DifferentialAttention(), ffn=MixtureOfExperts(n_experts=4), depth=MixtureOfDepths(gate=HardCapacity(), every=2)
+        attention=DifferentialAttention(),
+        ffn=MixtureOfExperts(n_experts=4),
+        depth=MixtureOfDepths(gate=HardCapacity(), every=2),
     ),
 }
 
@@ -53,7 +68,9 @@ class HaltsAt(Listener):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_trains_under_all_gates_resumes_and_answers(museum_folder, tmp_path, monkeypatch, name):
+def test_a_variant_trains_under_all_gates_resumes_and_answers(
+    museum_folder, tmp_path, monkeypatch, name
+):
     base = museum_config(museum_folder)
     parts = {
         "model": base.model.model_copy(update=VARIANTS[name]),
@@ -64,28 +81,47 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(museum_folder, tmp
     cfg = base.model_copy(update=parts)
     record = session.start(cfg, (), tmp_path / "whole", Listener())
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
-    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["loss_nats"] < lines[0]["loss_nats"] - 0.05  # measured falls of 0.3 and more
 
     with pytest.raises(KeyboardInterrupt):
         session.start(cfg, (), tmp_path / "halted", HaltsAt(), only=FEW)
-    monkeypatch.setattr(session, "Gatekeeper", lambda *given, **options: Gatekeeper(*given, **options | {"only": FEW}))
+    monkeypatch.setattr(
+        session,
+        "Gatekeeper",
+        lambda *given, **options: Gatekeeper(*given, **options | {"only": FEW}),
+    )
     session.resume(tmp_path / "halted", (), cfg, Listener())
-    whole, resumed = (checkpoint.load(checkpoint.find(tmp_path / folder)) for folder in ("whole", "halted"))
+    whole, resumed = (
+        checkpoint.load(checkpoint.find(tmp_path / folder)) for folder in ("whole", "halted")
+    )
     assert whole.state["step"] == resumed.state["step"] == STEPS
     for part in ("model", "tensors"):
         ours, theirs = getattr(whole, part), getattr(resumed, part)
-        assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(t, theirs[n]) for n, t in ours.items()
+        )
 
-    assert len(generate(open_model(tmp_path / "whole").model, [0], max_new_tokens=70, temperature=0.0)) == 70
+    assert (
+        len(generate(open_model(tmp_path / "whole").model, [0], max_new_tokens=70, temperature=0.0))
+        == 70
+    )
 
 
-def test_differential_attention_and_depths_train_together_in_bfloat16(museum_folder, tmp_path, monkeypatch):
-    """With accumulation, clipping, a cosine and a held-out split, and what is saved is read back."""
+def test_differential_attention_and_depths_train_together_in_bfloat16(
+    museum_folder, tmp_path, monkeypatch
+):
+    """With accumulation, clipping, a cosine and a held-out split,
+    and what is saved is read back.
+    """
     monkeypatch.setattr(session, "refuse_emulated", lambda *asked: None)
     base = museum_config(museum_folder)
     parts = {
-        "model": base.model.model_copy(update={"attention": DifferentialAttention(), "depth": MixtureOfDepths()}),
+        "model": base.model.model_copy(
+            update={"attention": DifferentialAttention(), "depth": MixtureOfDepths()}
+        ),
         "train": base.train.model_copy(update={"dtype": "bfloat16"}),
         "stop": NeverStop(),
     }

@@ -23,13 +23,27 @@ def cfg(museum_folder):
 
 
 def saving(cfg, writing: str):
-    return cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"every": 3, "keep": 9, "writing": writing})})
+    return cfg.model_copy(
+        update={
+            "checkpoint": cfg.checkpoint.model_copy(
+                update={"every": 3, "keep": 9, "writing": writing}
+            )
+        }
+    )
 
 
 def tensor_files(run_dir) -> dict[str, str]:
     """sha256 of every tensor file of a run's checkpoints."""
-    manifests = {p.parent.name: json.loads(p.read_bytes())["files"] for p in run_dir.glob("checkpoints/step-*/manifest.json")}
-    return {f"{step}/{name}": entry["sha256"] for step, files in manifests.items() for name, entry in files.items() if "crc32" in entry}
+    manifests = {
+        p.parent.name: json.loads(p.read_bytes())["files"]
+        for p in run_dir.glob("checkpoints/step-*/manifest.json")
+    }
+    return {
+        f"{step}/{name}": entry["sha256"]
+        for step, files in manifests.items()
+        for name, entry in files.items()
+        if "crc32" in entry
+    }
 
 
 def test_what_is_written_behind_is_what_is_written_in_line(cfg, tmp_path):
@@ -37,13 +51,19 @@ def test_what_is_written_behind_is_what_is_written_in_line(cfg, tmp_path):
         session.start(saving(cfg, writing), (), tmp_path / writing, Listener(), only=FEW)
     files = tensor_files(tmp_path / "behind")
     assert files == tensor_files(tmp_path / "in-line")
-    assert {f"{s}/{f}.safetensors" for s in ("step-00000003", "step-00000006", "step-00000009") for f in ("model", "state")} <= set(files)
+    assert {
+        f"{s}/{f}.safetensors"
+        for s in ("step-00000003", "step-00000006", "step-00000009")
+        for f in ("model", "state")
+    } <= set(files)
     assert (tmp_path / "behind/checkpoints/latest").read_text() == "step-00000009"
 
 
 @pytest.mark.parametrize(("writing", "goes_on"), [("behind", True), ("in-line", False)])
 def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, writing, goes_on):
-    """The first write waits until a later step is taken; in line that step never comes, and the wait ends by itself."""
+    """The first write waits until a later step is taken; in line that step never comes,
+    and the wait ends by itself.
+    """
     later, waited, write = threading.Event(), [], checkpoint.write
 
     def slow(root, snapshot):
@@ -59,10 +79,15 @@ def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, wri
     monkeypatch.setattr(checkpoint, "write", slow)
     record = session.start(saving(cfg, writing), (), tmp_path / "run", Watching(), only=FEW)
     assert waited == [goes_on]
-    assert record.succeeded and next(g for g in record.gates if g.id == "checkpoint.contract").checks >= 3
+    assert (
+        record.succeeded
+        and next(g for g in record.gates if g.id == "checkpoint.contract").checks >= 3
+    )
 
 
-def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(cfg, tmp_path, monkeypatch):
+def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(
+    cfg, tmp_path, monkeypatch
+):
     calls, write = [], stepfolder.write
 
     def full(folder, content):
@@ -73,15 +98,23 @@ def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(cfg, t
 
     monkeypatch.setattr(stepfolder, "write", full)
     with pytest.raises(CheckpointError, match="step 6 could not be written"):
-        session.start(saving(cfg, "behind"), (), tmp_path / "run", Listener(), only=("runtime.finite",))
+        session.start(
+            saving(cfg, "behind"), (), tmp_path / "run", Listener(), only=("runtime.finite",)
+        )
     record = read_record(tmp_path / "run/metadata.json")
     assert (record.status, record.exit_code) == ("failed", 5)
     assert checkpoint.load(checkpoint.find(tmp_path / "run")).state["step"] == 3
 
 
 def test_two_failures_at_once_are_both_told(cfg, tmp_path, monkeypatch):
-    """While a checkpoint fails behind, the run ends for another reason: that one travels on, the save's is an event."""
-    monkeypatch.setattr(stepfolder, "write", lambda folder, content: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    """While a checkpoint fails behind, the run ends for another reason: that one travels on,
+    the save's is an event.
+    """
+    monkeypatch.setattr(
+        stepfolder,
+        "write",
+        lambda folder, content: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
 
     class Broken(Listener):
         def on_step(self, line, max_steps):
@@ -89,7 +122,11 @@ def test_two_failures_at_once_are_both_told(cfg, tmp_path, monkeypatch):
                 raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        session.start(saving(cfg, "behind"), (), tmp_path / "run", Broken(), only=("runtime.finite",))
+        session.start(
+            saving(cfg, "behind"), (), tmp_path / "run", Broken(), only=("runtime.finite",)
+        )
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    assert next(e["message"] for e in events if e["event"] == "save_failed").startswith("the checkpoint of step 3 could not be written")
+    assert next(e["message"] for e in events if e["event"] == "save_failed").startswith(
+        "the checkpoint of step 3 could not be written"
+    )
     assert read_record(tmp_path / "run/metadata.json").end_reason == "RuntimeError: something else"

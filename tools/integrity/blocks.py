@@ -1,4 +1,6 @@
-"""Blocks in documents that are generated from spec, ledger and registry: `<!-- generated:NAME -->…<!-- /generated -->`."""
+"""Blocks in documents that are generated from spec, ledger and registry: `<!-- generated:NAME
+-->…<!-- /generated -->`.
+"""
 
 import re
 from collections.abc import Callable
@@ -12,7 +14,9 @@ PATTERN = re.compile(r"(<!-- generated:([\w.:-]+) -->\n)(.*?)(<!-- /generated --
 
 def find(text: str) -> list[tuple[str, int, str]]:
     """(name, line, content) of every block of a document."""
-    return [(m.group(2), text[: m.start()].count("\n") + 1, m.group(3)) for m in PATTERN.finditer(text)]
+    return [
+        (m.group(2), text[: m.start()].count("\n") + 1, m.group(3)) for m in PATTERN.finditer(text)
+    ]
 
 
 def make(repo: Repo, name: str) -> str:
@@ -27,7 +31,14 @@ def write(repo: Repo) -> list[str]:
     changed = []
     for path in repo.markdown:
         text = repo.text(path)
-        fresh = PATTERN.sub(lambda m: m.group(1) + (make(repo, m.group(2)) if _known(m.group(2)) else m.group(3)) + m.group(4), text)
+        fresh = PATTERN.sub(
+            lambda m: (
+                m.group(1)
+                + (make(repo, m.group(2)) if _known(m.group(2)) else m.group(3))
+                + m.group(4)
+            ),
+            text,
+        )
         if fresh != text:
             (repo.root / path).write_text(fresh, "utf-8")
             changed.append(path)
@@ -44,7 +55,9 @@ def _gate_tally(repo: Repo, argument: str) -> list[str]:
 
 
 def _gate_table(repo: Repo, argument: str) -> list[str]:
-    rows = [f"| `{g.id}` | {g.moment} | {g.severity} | {g.title} |" for g in repo.spec.gates.values()]
+    rows = [
+        f"| `{g.id}` | {g.moment} | {g.severity} | {g.title} |" for g in repo.spec.gates.values()
+    ]
     return ["", "| gate | moment | severity | title |", "|---|---|---|---|", *rows, ""]
 
 
@@ -57,16 +70,28 @@ def _adr_index(repo: Repo, argument: str) -> list[str]:
 
 
 def _exit_codes(repo: Repo, argument: str) -> list[str]:
-    return ["", "| code | meaning |", "|---|---|", *(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()), ""]
+    return [
+        "",
+        "| code | meaning |",
+        "|---|---|",
+        *(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()),
+        "",
+    ]
 
 
 def _rules(repo: Repo, argument: str) -> list[str]:
-    return ["", "| code | what it holds |", "|---|---|", *(f"| `{r.code}` | {r.title} |" for r in RULES.values()), ""]
+    return [
+        "",
+        "| code | what it holds |",
+        "|---|---|",
+        *(f"| `{r.code}` | {r.title} |" for r in RULES.values()),
+        "",
+    ]
 
 
 FACTS = (
-    "n_params vocab_size tokens_seen epochs val_loss_nats val_bits_per_byte baseline_bigram_bits_per_byte "
-    "baseline_unigram_bits_per_byte bits_per_byte bits_per_char"
+    "n_params vocab_size tokens_seen epochs val_loss_nats val_bits_per_byte "
+    "baseline_bigram_bits_per_byte baseline_unigram_bits_per_byte bits_per_byte bits_per_char"
 ).split()
 
 
@@ -80,7 +105,11 @@ def _record_facts(repo: Repo, argument: str) -> list[str]:
         for name in FACTS if record else ():
             if name in record.metrics:
                 metric = record.metrics[name]
-                value = f"{metric.value:.4f}" if isinstance(metric.value, float) else f"{metric.value:,}"
+                value = (
+                    f"{metric.value:.4f}"
+                    if isinstance(metric.value, float)
+                    else f"{metric.value:,}"
+                )
                 rows.append(f"| {name} | {value} | {metric.unit} | `{record.id}` |")
     return ["", "| metric | value | unit | record |", "|---|---|---|---|", *rows, ""]
 

@@ -1,4 +1,6 @@
-"""Findings, the rule decorator, and the repository as rules see it: every file and git fact read once."""
+"""Findings, the rule decorator, and the repository as rules see it:
+every file and git fact read once.
+"""
 
 import ast
 import io
@@ -45,13 +47,34 @@ class Rule:
     look: Callable[["Repo"], Iterator[tuple[str, int, str]]]
 
     def run(self, repo: "Repo") -> list[Finding]:
-        """Findings of this rule. What it cannot read is itself a finding: a checker that cannot look never says green."""
+        """Findings of this rule. What it cannot read is itself a finding:
+        a checker that cannot look never says green.
+        """
         try:
-            return [Finding(self.code, path, line, message, self.hint) for path, line, message in self.look(repo)]
+            return [
+                Finding(self.code, path, line, message, self.hint)
+                for path, line, message in self.look(repo)
+            ]
         except StackproofError as e:
-            return [Finding("SCHEMA", "", 0, f"{self.code} could not look: {e.what}", "repair what SCHEMA names first")]
+            return [
+                Finding(
+                    "SCHEMA",
+                    "",
+                    0,
+                    f"{self.code} could not look: {e.what}",
+                    "repair what SCHEMA names first",
+                )
+            ]
         except Exception as e:
-            return [Finding("INTERNAL", "tools", 0, f"rule {self.code} crashed: {type(e).__name__}: {e}", "this is a bug of the checker")]
+            return [
+                Finding(
+                    "INTERNAL",
+                    "tools",
+                    0,
+                    f"rule {self.code} crashed: {type(e).__name__}: {e}",
+                    "this is a bug of the checker",
+                )
+            ]
 
 
 RULES: dict[str, Rule] = {}
@@ -84,11 +107,21 @@ class Repo:
 
     @contextmanager
     def tree_at(self, commit: str, *paths: str) -> Iterator[Path]:
-        """A temporary folder with files as a commit holds them. Raises IntegrityError if git cannot read them."""
-        done = subprocess.run(["git", "-C", str(self.root), "archive", commit, "--", *paths], capture_output=True)
+        """A temporary folder with files as a commit holds them.
+        Raises IntegrityError if git cannot read them.
+        """
+        done = subprocess.run(
+            ["git", "-C", str(self.root), "archive", commit, "--", *paths], capture_output=True
+        )
         if done.returncode:
-            raise IntegrityError(f"commit {commit[:12]} cannot be read", value=done.stderr.decode("utf-8", errors="replace").strip())
-        with tempfile.TemporaryDirectory(prefix="stackproof-commit-") as folder, tarfile.open(fileobj=io.BytesIO(done.stdout)) as files:
+            raise IntegrityError(
+                f"commit {commit[:12]} cannot be read",
+                value=done.stderr.decode("utf-8", errors="replace").strip(),
+            )
+        with (
+            tempfile.TemporaryDirectory(prefix="stackproof-commit-") as folder,
+            tarfile.open(fileobj=io.BytesIO(done.stdout)) as files,
+        ):
             files.extractall(folder, filter="data")
             yield Path(folder)
 
@@ -156,7 +189,9 @@ class Repo:
         return f"evidence/{record_id}/{name}"
 
     def series(self, record_id: str, name: str) -> list[dict]:
-        """Lines of a series beside a record; empty if it has none, or if series or record is not what was hashed (other rules say so)."""
+        """Lines of a series beside a record; empty if it has none, or if series or record is not
+        what was hashed (other rules say so).
+        """
         path = self.root / "evidence" / record_id / name
         record = self.accepted.get(record_id)
         expected = {s.path: s.sha256 for s in record.series} if record else {}
@@ -168,7 +203,11 @@ class Repo:
     def markdown(self) -> list[str]:
         """Hand-written Markdown files, relative."""
         wanted = [p for p in self.tracked if p.endswith(".md")]
-        return [p for p in wanted if (self.root / p).is_file() and not p.startswith((".venv/", "evidence/"))]
+        return [
+            p
+            for p in wanted
+            if (self.root / p).is_file() and not p.startswith((".venv/", "evidence/"))
+        ]
 
     def text(self, path: str) -> str:
         return (self.root / path).read_text("utf-8")
@@ -178,20 +217,32 @@ class Repo:
         if path not in self._functions:
             file = self.root / path
             body = ast.parse(file.read_text("utf-8")).body if file.is_file() else []
-            found = (n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef))
+            found = (
+                n
+                for n in body
+                if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+            )
             self._functions[path] = {n.name: n.lineno for n in found}
         return self._functions[path]
 
     @cached_property
     def plants(self) -> dict[str, dict]:
-        """Plants by id, read from the decorators in stack/museum: gate, title, story, sources, path, line."""
+        """Plants by id, read from the decorators in stack/museum: gate, title, story, sources,
+        path, line.
+        """
         found: dict[str, dict] = {}
         for file in sorted((self.root / "stack" / "museum").glob("*.py")):
             for node in ast.parse(file.read_text("utf-8")).body:
                 for decorator in getattr(node, "decorator_list", []):
-                    if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "plant":
+                    if (
+                        isinstance(decorator, ast.Call)
+                        and getattr(decorator.func, "id", "") == "plant"
+                    ):
                         fields = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
                         plant_id = ast.literal_eval(decorator.args[0])
-                        where = {"path": file.relative_to(self.root).as_posix(), "line": node.lineno}
+                        where = {
+                            "path": file.relative_to(self.root).as_posix(),
+                            "line": node.lineno,
+                        }
                         found[plant_id] = fields | where
         return found

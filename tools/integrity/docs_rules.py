@@ -11,7 +11,8 @@ from tools.integrity.core import Repo, rule
 
 Found = Iterator[tuple[str, int, str]]
 GENERATED_PAGES = """
-gates/index museum kill-matrix margins failures symptoms findings runs/index data/index benchmarks models/index cli coverage config errors
+gates/index museum kill-matrix margins failures symptoms findings runs/index data/index benchmarks
+models/index cli coverage config errors
 """.split()
 
 
@@ -35,8 +36,14 @@ def anchor(heading: str) -> str:
 def generated(repo: Repo) -> set[str]:
     """Pages that exist only in the built site."""
     pages = {f"docs/{p}.md" for p in GENERATED_PAGES}
-    pages |= {f"docs/gates/{g}.md" for g in repo.spec.gates} | {f"docs/runs/{e.record}.md" for e in repo.entries}
-    return pages | {f"docs/models/{m.id}.md" for m in repo.registry} | {"docs/evidence.json", "docs/badge.json"}
+    pages |= {f"docs/gates/{g}.md" for g in repo.spec.gates} | {
+        f"docs/runs/{e.record}.md" for e in repo.entries
+    }
+    return (
+        pages
+        | {f"docs/models/{m.id}.md" for m in repo.registry}
+        | {"docs/evidence.json", "docs/badge.json"}
+    )
 
 
 @rule(
@@ -70,7 +77,9 @@ def _problem(repo: Repo, path: str, target: str, virtual: set[str]) -> str:
         return f"{target} does not exist"
     if fragment and resolved.suffix == ".md":
         text = resolved.read_text("utf-8")
-        anchors = {anchor(h) for h in re.findall(r"^#+\s+(.*)$", text, re.M)} | set(re.findall(r"(?:id|name)=\"([^\"]+)\"", text))
+        anchors = {anchor(h) for h in re.findall(r"^#+\s+(.*)$", text, re.M)} | set(
+            re.findall(r"(?:id|name)=\"([^\"]+)\"", text)
+        )
         anchors |= set(re.findall(r"\{\s*#([\w-]+)\s*\}", text))
         return "" if fragment in anchors else f"{target}: there is no heading #{fragment}"
     return ""
@@ -141,13 +150,28 @@ def fact_conflict(repo: Repo) -> Found:
                 if truth is None:
                     yield path, number, f"the fact {name}#{metric} is not in any record"
                 elif shown != at_precision(truth, shown):
-                    yield path, number, f"prints {printed.strip()} for {name}#{metric}, the record says {truth}"
+                    yield (
+                        path,
+                        number,
+                        f"prints {printed.strip()} for {name}#{metric}, the record says {truth}",
+                    )
 
 
 def fact_value(repo: Repo, name: str, metric: str) -> float | int | str | None:
     """A metric of a record by id, or of the records of a released model."""
-    ids = [name] if name in repo.records else [r for m in repo.registry if m.id == name for r in m.records.values()]
-    return next((repo.records[r].metrics[metric].value for r in ids if r in repo.records and metric in repo.records[r].metrics), None)
+    ids = (
+        [name]
+        if name in repo.records
+        else [r for m in repo.registry if m.id == name for r in m.records.values()]
+    )
+    return next(
+        (
+            repo.records[r].metrics[metric].value
+            for r in ids
+            if r in repo.records and metric in repo.records[r].metrics
+        ),
+        None,
+    )
 
 
 def at_precision(truth: float | int | str, shown: str) -> str:
@@ -174,7 +198,9 @@ def until(repo: Repo) -> Found:
 
 
 def _holds(repo: Repo, expression: str) -> bool | None:
-    match = re.fullmatch(r"(registry\.models|gates\.discharged|spec\.version)\s*(>=|>)\s*([\d.]+)", expression)
+    match = re.fullmatch(
+        r"(registry\.models|gates\.discharged|spec\.version)\s*(>=|>)\s*([\d.]+)", expression
+    )
     if not match:
         return None
     name, operator, bound = match.groups()
@@ -200,7 +226,11 @@ def doc_command(repo: Repo) -> Found:
         return
     verbs = json.loads(file.read_text("utf-8"))["verbs"]
     makefile = repo.root / "Makefile"
-    targets = set(re.findall(r"^([a-z][\w-]*):", makefile.read_text("utf-8"), re.M)) if makefile.is_file() else set()
+    targets = (
+        set(re.findall(r"^([a-z][\w-]*):", makefile.read_text("utf-8"), re.M))
+        if makefile.is_file()
+        else set()
+    )
     for path in repo.markdown:
         for number, command in _commands(repo.text(path)):
             message = _refusal(command, verbs, targets)
@@ -228,17 +258,29 @@ def _refusal(command: str, verbs: dict, targets: set[str]) -> str:
         words = shlex.split(command, comments=True)
     except ValueError as e:
         return f"cannot be split: {command!r}: {e}" if command.startswith(("stack", "make")) else ""
-    words = [w for i, w in enumerate(words) if not (re.fullmatch(r"[A-Z_]+=.*", w) and all("=" in x for x in words[:i]))]
+    words = [
+        w
+        for i, w in enumerate(words)
+        if not (re.fullmatch(r"[A-Z_]+=.*", w) and all("=" in x for x in words[:i]))
+    ]
     if words[:1] == ["make"]:
-        unknown = [w for w in words[1:] if not w.startswith("-") and "=" not in w and w not in targets]
+        unknown = [
+            w for w in words[1:] if not w.startswith("-") and "=" not in w and w not in targets
+        ]
         return f"the Makefile has no target {unknown[0]}" if unknown else ""
     if words[:1] not in (["stack"], ["stackproof"]) or words[1:2] in (["--help"], []):
         return ""
-    verb = next((" ".join(words[1 : 1 + n]) for n in (2, 1) if " ".join(words[1 : 1 + n]) in verbs), None)
+    verb = next(
+        (" ".join(words[1 : 1 + n]) for n in (2, 1) if " ".join(words[1 : 1 + n]) in verbs), None
+    )
     if verb is None:
         near = get_close_matches(" ".join(words[1:3]), verbs, n=1, cutoff=0.3)
-        return f"there is no verb `stack {' '.join(words[1:2])}`" + (f"; nearest: {near[0]}" if near else "")
-    flags = {f: o["takes_value"] for o in verbs[verb]["options"] for f in o["flags"]} | {"--help": False}
+        return f"there is no verb `stack {' '.join(words[1:2])}`" + (
+            f"; nearest: {near[0]}" if near else ""
+        )
+    flags = {f: o["takes_value"] for o in verbs[verb]["options"] for f in o["flags"]} | {
+        "--help": False
+    }
     for word in words[1 + len(verb.split()) :]:
         flag = word.partition("=")[0]
         if word.startswith("--") and flag not in flags:

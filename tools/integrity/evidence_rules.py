@@ -12,7 +12,13 @@ from spec.runners import left_out
 from tools.integrity.core import Repo, rule
 from tools.integrity.foreign import Found, admitted, flattery, gaps
 
-EXIT_OF_STATUS = {"completed": {0}, "early_stopped": {0}, "halted": {4}, "preempted": {75}, "interrupted": {130}}
+EXIT_OF_STATUS = {
+    "completed": {0},
+    "early_stopped": {0},
+    "halted": {4},
+    "preempted": {75},
+    "interrupted": {130},
+}
 ROOFLINE_FLOPS = 2e15  # dense bf16 rate of one current accelerator, rounded up
 
 
@@ -47,7 +53,11 @@ def append_only(repo: Repo) -> Found:
     for commit in commits:
         then = repo.git("show", f"{commit}:evidence/ledger.jsonl") or ""
         if not later.startswith(then):
-            yield "evidence/ledger.jsonl", 0, f"lines committed in {commit[:10]} were changed or removed"
+            yield (
+                "evidence/ledger.jsonl",
+                0,
+                f"lines committed in {commit[:10]} were changed or removed",
+            )
             return
         later = then
 
@@ -74,7 +84,11 @@ def record_hash(repo: Repo) -> Found:
 )
 def record_orphan(repo: Repo) -> Found:
     known = {e.record for e in repo.entries}
-    folders = {p.name for p in (repo.root / "evidence").iterdir() if p.is_dir()} if (repo.root / "evidence").is_dir() else set()
+    folders = (
+        {p.name for p in (repo.root / "evidence").iterdir() if p.is_dir()}
+        if (repo.root / "evidence").is_dir()
+        else set()
+    )
     for name in sorted(folders - known):
         yield f"evidence/{name}", 0, "lies here without a ledger line"
     for name in sorted(known - folders):
@@ -93,7 +107,11 @@ def artefact_hash(repo: Repo) -> Found:
             path = repo.root / "evidence" / record.id / series.path
             where = repo.record_file(record.id, series.path)
             if "/" in series.path or series.path.startswith(".") or path.is_symlink():
-                yield repo.record_file(record.id), 0, f"series {series.path} is not a plain file beside the record"
+                yield (
+                    repo.record_file(record.id),
+                    0,
+                    f"series {series.path} is not a plain file beside the record",
+                )
             elif not path.is_file():
                 yield where, 0, "is missing"
             elif sha256_file(path) != series.sha256:
@@ -101,14 +119,27 @@ def artefact_hash(repo: Repo) -> Found:
 
 
 @rule(
-    "PPL", title="Perplexity is exp of the loss", why="Two figures of one quantity must agree.", hint="supersede the record with a true one"
+    "PPL",
+    title="Perplexity is exp of the loss",
+    why="Two figures of one quantity must agree.",
+    hint="supersede the record with a true one",
 )
 def ppl(repo: Repo) -> Found:
     for record in repo.records.values():
         for name in record.metrics:
-            loss = number(record, name.removesuffix("_ppl") + "_loss_nats") if name.endswith("_ppl") else None
-            if loss is not None and not math.isclose(number(record, name), math.exp(loss), rel_tol=1e-4):
-                yield repo.record_file(record.id), 0, f"{name} = {number(record, name):.6g}, exp of the loss is {math.exp(loss):.6g}"
+            loss = (
+                number(record, name.removesuffix("_ppl") + "_loss_nats")
+                if name.endswith("_ppl")
+                else None
+            )
+            if loss is not None and not math.isclose(
+                number(record, name), math.exp(loss), rel_tol=1e-4
+            ):
+                yield (
+                    repo.record_file(record.id),
+                    0,
+                    f"{name} = {number(record, name):.6g}, exp of the loss is {math.exp(loss):.6g}",
+                )
 
 
 @rule(
@@ -123,10 +154,25 @@ def tokens(repo: Repo) -> Found:
             continue
         model, train = record.config["model"], record.config["train"]
         world = int(record.environment.get("world_size") or 1)
-        accumulation = train["tokens_per_step"] // (train["micro_batch_size"] * model["max_seq_len"] * world)
-        expected = formulas.tokens_seen(int(number(record, "steps")), train["micro_batch_size"], model["max_seq_len"], accumulation, world)
+        accumulation = train["tokens_per_step"] // (
+            train["micro_batch_size"] * model["max_seq_len"] * world
+        )
+        expected = formulas.tokens_seen(
+            int(number(record, "steps")),
+            train["micro_batch_size"],
+            model["max_seq_len"],
+            accumulation,
+            world,
+        )
         if number(record, "tokens_seen") != expected:
-            yield repo.record_file(record.id), 0, f"tokens_seen = {number(record, 'tokens_seen'):.0f}, the arithmetic gives {expected}"
+            yield (
+                repo.record_file(record.id),
+                0,
+                (
+                    f"tokens_seen = {number(record, 'tokens_seen'):.0f}, the arithmetic gives "
+                    f"{expected}"
+                ),
+            )
 
 
 @rule(
@@ -138,7 +184,10 @@ def tokens(repo: Repo) -> Found:
 def wall(repo: Repo) -> Found:
     now = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=10)
     for record in repo.records.values():
-        started, finished = dt.datetime.fromisoformat(record.started_at), dt.datetime.fromisoformat(record.finished_at)
+        started, finished = (
+            dt.datetime.fromisoformat(record.started_at),
+            dt.datetime.fromisoformat(record.finished_at),
+        )
         elapsed = (finished - started).total_seconds()
         where = repo.record_file(record.id)
         if elapsed < 0 or finished > now:
@@ -146,12 +195,17 @@ def wall(repo: Repo) -> Found:
         if abs(elapsed - record.wall_s) > 5 + 0.05 * elapsed:
             yield where, 0, f"wall_s = {record.wall_s}, the timestamps are {elapsed:.1f} s apart"
         if record.kind == "train" and record.succeeded:
-            yield from ((where, 0, message) for message in _rate_problems(record, _wall_s_with_parents(repo, record)))
+            yield from (
+                (where, 0, message)
+                for message in _rate_problems(record, _wall_s_with_parents(repo, record))
+            )
 
 
 def _wall_s_with_parents(repo: Repo, record: Record) -> float:
     """Seconds of a record and of all it continues."""
-    return record.wall_s + sum(_wall_s_with_parents(repo, repo.records[p]) for p in record.parents if p in repo.records)
+    return record.wall_s + sum(
+        _wall_s_with_parents(repo, repo.records[p]) for p in record.parents if p in repo.records
+    )
 
 
 def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
@@ -160,7 +214,10 @@ def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
         yield "a finished training run states no time or no rate"
         return
     if train_s and not 0.2 <= seen / train_s / rate <= 5:
-        yield f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are {seen / train_s:.0f}"
+        yield (
+            f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are "
+            f"{seen / train_s:.0f}"
+        )
     if train_s and train_s > wall_s * 1.05 + 5:
         yield f"train_s = {train_s} is longer than wall_s = {wall_s}, that of its parents among it"
     model = record.config["model"]
@@ -169,35 +226,76 @@ def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
         yield f"{rate:.3g} tokens/s need {rate * flops:.2g} FLOP/s, more than one device has"
 
 
-@rule("FINITE", title="A finished run has finite numbers", why="Every comparison with NaN is silently false.", hint="supersede the record")
+@rule(
+    "FINITE",
+    title="A finished run has finite numbers",
+    why="Every comparison with NaN is silently false.",
+    hint="supersede the record",
+)
 def finite(repo: Repo) -> Found:
     for record in repo.records.values():
-        bad = [n for n, m in record.metrics.items() if not isinstance(m.value, int | float) or not math.isfinite(m.value)]
+        bad = [
+            n
+            for n, m in record.metrics.items()
+            if not isinstance(m.value, int | float) or not math.isfinite(m.value)
+        ]
         for name in bad if record.succeeded else ():
             yield repo.record_file(record.id), 0, f"{name} = {record.metrics[name].value}"
         for line in repo.series(record.id, "metrics.jsonl") if record.succeeded else ():
             if any(isinstance(line.get(k), str) for k in ("loss_nats", "grad_norm")):
-                yield repo.record_file(record.id, "metrics.jsonl"), 0, f"step {line.get('step')} is not finite"
+                yield (
+                    repo.record_file(record.id, "metrics.jsonl"),
+                    0,
+                    f"step {line.get('step')} is not finite",
+                )
 
 
-@rule("STATUS", title="Status and exit code agree", why="A failure recorded as success is the oldest trick.", hint="supersede the record")
+@rule(
+    "STATUS",
+    title="Status and exit code agree",
+    why="A failure recorded as success is the oldest trick.",
+    hint="supersede the record",
+)
 def status(repo: Repo) -> Found:
     for record in repo.records.values():
         allowed = EXIT_OF_STATUS.get(record.status)
-        if (allowed is not None and record.exit_code not in allowed) or (record.status == "failed" and record.exit_code == 0):
-            yield repo.record_file(record.id), 0, f"status {record.status} with exit code {record.exit_code}"
-        red = [g.id for g in record.gates if g.verdict != "pass" and not g.waiver and not admitted(record, g)]
+        if (allowed is not None and record.exit_code not in allowed) or (
+            record.status == "failed" and record.exit_code == 0
+        ):
+            yield (
+                repo.record_file(record.id),
+                0,
+                f"status {record.status} with exit code {record.exit_code}",
+            )
+        red = [
+            g.id
+            for g in record.gates
+            if g.verdict != "pass" and not g.waiver and not admitted(record, g)
+        ]
         if record.succeeded and red:
-            yield repo.record_file(record.id), 0, f"a finished run whose gates did not all pass: {', '.join(red[:4])}"
+            yield (
+                repo.record_file(record.id),
+                0,
+                f"a finished run whose gates did not all pass: {', '.join(red[:4])}",
+            )
         for kill in record.kills:
-            if record.succeeded and (kill.outcome not in ("killed", "awaiting") or kill.control != "pass"):
-                yield repo.record_file(record.id), 0, f"a finished proof with {kill.plant} {kill.outcome}, control {kill.control}"
+            if record.succeeded and (
+                kill.outcome not in ("killed", "awaiting") or kill.control != "pass"
+            ):
+                yield (
+                    repo.record_file(record.id),
+                    0,
+                    f"a finished proof with {kill.plant} {kill.outcome}, control {kill.control}",
+                )
 
 
 @rule(
     "PLACEHOLDER",
     title="No fingerprints of placeholders",
-    why="A loss of exactly one, a perplexity of e, the same float three times: numbers nobody measured.",
+    why=(
+        "A loss of exactly one, a perplexity of e, the same float three times: numbers nobody "
+        "measured."
+    ),
     hint="find the code that returns a constant; supersede the record",
 )
 def placeholder(repo: Repo) -> Found:
@@ -215,7 +313,11 @@ def placeholder(repo: Repo) -> Found:
                 )
                 break
         if any(a.get("grad_norm") == b.get("grad_norm") == 1.0 for a, b in zip(lines, lines[1:])):
-            yield repo.record_file(record.id, "metrics.jsonl"), 0, "the gradient norm is exactly one twice in a row"
+            yield (
+                repo.record_file(record.id, "metrics.jsonl"),
+                0,
+                "the gradient norm is exactly one twice in a row",
+            )
 
 
 @rule(
@@ -233,7 +335,9 @@ def steps_contiguous(repo: Repo) -> Found:
         where = repo.record_file(record.id, "metrics.jsonl")
         steps = [line["step"] for line in lines]
         every = record.config["train"]["log_every"]
-        expected = set(range(every, int(number(record, "steps")) + 1, every)) | {int(number(record, "steps"))}
+        expected = set(range(every, int(number(record, "steps")) + 1, every)) | {
+            int(number(record, "steps"))
+        }
         if not steps or sorted(set(steps)) != steps:
             yield where, 0, "steps do not rise strictly"
         elif missing := sorted(s for s in expected - set(steps) if s >= steps[0]):
@@ -266,19 +370,30 @@ def metric_recompute(repo: Repo) -> Found:
             truth["best_val_loss_nats"] = min(values)
         for name, value in truth.items():
             if number(record, name) is not None and number(record, name) != value:
-                yield repo.record_file(record.id), 0, f"{name} = {number(record, name)}, its log says {value}"
+                yield (
+                    repo.record_file(record.id),
+                    0,
+                    f"{name} = {number(record, name)}, its log says {value}",
+                )
 
 
 @rule(
     "COMMIT",
     title="Every record names a commit of this history",
     why="A commit nobody has cannot be re-run.",
-    hint="push the commit, or run again at one that exists (clones need their full history: fetch-depth 0)",
+    hint=(
+        "push the commit, or run again at one that exists (clones need their full history: "
+        "fetch-depth 0)"
+    ),
 )
 def commit(repo: Repo) -> Found:
     for record in repo.records.values():
         if record.code.commit not in repo.ancestors:
-            yield repo.record_file(record.id), 0, f"commit {record.code.commit[:12]} is not an ancestor of HEAD"
+            yield (
+                repo.record_file(record.id),
+                0,
+                f"commit {record.code.commit[:12]} is not an ancestor of HEAD",
+            )
 
 
 @rule(
@@ -291,7 +406,11 @@ def time(repo: Repo) -> Found:
     for record in repo.records.values():
         committed = repo.ancestors.get(record.code.commit)
         if committed and dt.datetime.fromisoformat(record.started_at).timestamp() < committed - 300:
-            yield repo.record_file(record.id), 0, f"started at {record.started_at}, before its commit"
+            yield (
+                repo.record_file(record.id),
+                0,
+                f"started at {record.started_at}, before its commit",
+            )
 
 
 @rule(
@@ -305,7 +424,11 @@ def dirty(repo: Repo) -> Found:
     standing |= {r for m in repo.registry for r in m.records.values()}
     for record_id in sorted(standing & repo.records.keys()):
         if repo.records[record_id].code.dirty:
-            yield repo.record_file(record_id), 0, "a gate or a release stands on it, and its code was not committed"
+            yield (
+                repo.record_file(record_id),
+                0,
+                "a gate or a release stands on it, and its code was not committed",
+            )
 
 
 @rule(
@@ -322,7 +445,11 @@ def spec_at_commit(repo: Repo) -> Found:
             texts[sha] = repo.git("show", f"{sha}:spec/spec.toml")
         text = texts.get(sha)
         if text is not None and f'version = "{record.spec.version}"' not in text:
-            yield repo.record_file(record.id), 0, f"says spec {record.spec.version}, its commit has another"
+            yield (
+                repo.record_file(record.id),
+                0,
+                f"says spec {record.spec.version}, its commit has another",
+            )
 
 
 @rule(
@@ -338,7 +465,11 @@ def waiver_expired(repo: Repo) -> Found:
             record = repo.records.get(record_id)
             for gate in record.gates if record else ():
                 if gate.waiver and dt.date.fromisoformat(gate.waiver.expires) < today:
-                    yield repo.record_file(record_id), 0, f"the waiver of {gate.id} expired on {gate.waiver.expires}"
+                    yield (
+                        repo.record_file(record_id),
+                        0,
+                        f"the waiver of {gate.id} expired on {gate.waiver.expires}",
+                    )
 
 
 @rule(
@@ -351,4 +482,8 @@ def record_gates(repo: Repo) -> Found:
     now = repo.spec.sha256
     for record in (r for r in repo.records.values() if r.spec.sha256 == now):
         if absent := left_out(repo.spec, record):
-            yield repo.record_file(record.id), 0, f"made without {len(absent)} gate(s): {', '.join(absent[:4])}"
+            yield (
+                repo.record_file(record.id),
+                0,
+                f"made without {len(absent)} gate(s): {', '.join(absent[:4])}",
+            )

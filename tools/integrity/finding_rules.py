@@ -32,7 +32,10 @@ def _names(repo: Repo, finding: Finding) -> list[str]:
     """What is wrong with the gates, the falsifier and the fix that a finding names."""
     wrong = [f"there is no gate {gate}" for gate in finding.gates if gate not in repo.spec.gates]
     path, test, name = finding.falsifier.partition("::")
-    if test and ((repo.root / path).is_file() is False or name.partition("[")[0] not in repo.python_functions(path)):
+    if test and (
+        (repo.root / path).is_file() is False
+        or name.partition("[")[0] not in repo.python_functions(path)
+    ):
         wrong.append(f"there is no test {finding.falsifier}")
     if not test and finding.falsifier not in repo.plants:
         wrong.append(f"there is no plant {finding.falsifier}")
@@ -44,13 +47,20 @@ def _names(repo: Repo, finding: Finding) -> list[str]:
 def _records(repo: Repo, finding: Finding) -> list[str]:
     """What is wrong with the records that a finding cites."""
     known = {e.record for e in repo.entries}
-    cited = [finding.negative, *([finding.positive] if finding.positive else []), *(r.evidence for r in finding.ruled_out)]
+    cited = [
+        finding.negative,
+        *([finding.positive] if finding.positive else []),
+        *(r.evidence for r in finding.ruled_out),
+    ]
     records = [c.partition("#")[0] for c in cited]
     if gone := [c for c, record in zip(cited, records) if record not in known]:
         return [f"{name} is not in the ledger" for name in gone]
     if changed := [record for record in dict.fromkeys(records) if record not in repo.accepted]:
         return [f"{name} is not the record that was accepted" for name in changed]
-    return [*_difference(repo, finding), *filter(None, (_unshown(repo, r) for r in finding.ruled_out))]
+    return [
+        *_difference(repo, finding),
+        *filter(None, (_unshown(repo, r) for r in finding.ruled_out)),
+    ]
 
 
 def _difference(repo: Repo, finding: Finding) -> list[str]:
@@ -63,14 +73,29 @@ def _difference(repo: Repo, finding: Finding) -> list[str]:
     after = _figure(repo, finding.positive, finding.metric)
     if after is None:
         return [f"{finding.positive} has no metric {finding.metric}"]
-    stated = {_metric(repo, cited, finding.metric).better for cited in (finding.negative, finding.positive)} - {"neither"}
+    stated = {
+        _metric(repo, cited, finding.metric).better
+        for cited in (finding.negative, finding.positive)
+    } - {"neither"}
     ways = stated | ({finding.better} if finding.better else set())
     if len(ways) != 1:
-        said = f"is said to be better {' and '.join(sorted(ways))}" if ways else "is not said to be better lower or higher"
+        said = (
+            f"is said to be better {' and '.join(sorted(ways))}"
+            if ways
+            else "is not said to be better lower or higher"
+        )
         records = " and ".join(sorted(stated)) or "nothing"
-        return [f"{finding.metric} {said}: its records say {records}, the finding {finding.better or 'nothing'}"]
+        return [
+            (
+                f"{finding.metric} {said}: its records say {records}, the finding "
+                f"{finding.better or 'nothing'}"
+            )
+        ]
     (way,) = ways
-    said = f"{finding.metric} is {before} in its negative record and {after} in its positive one, where {way} is better"
+    said = (
+        f"{finding.metric} is {before} in its negative record and {after} in its positive one, "
+        f"where {way} is better"
+    )
     return [] if _is_better(after, before, way) else [said]
 
 
@@ -99,9 +124,17 @@ def _unshown(repo: Repo, suspect: RuledOut) -> str:
     says = f"{suspect.evidence} does not eliminate that {suspect.hypothesis}"
     if not link:
         held = _figure(repo, record, suspect.metric)
-        return "" if held == suspect.value else f"{says}: its {suspect.metric} is {held}, not {suspect.value:g}"
+        return (
+            ""
+            if held == suspect.value
+            else f"{says}: its {suspect.metric} is {held}, not {suspect.value:g}"
+        )
     found = [x for x in repo.series(record, CHAIN) if x.get("id") == link]
     if not any(x.get("verdict") == "eliminated" for x in found):
-        return f"{says}: its chain holds no such link" if not found else f"{says}: the link's verdict is {found[0].get('verdict')}"
+        return (
+            f"{says}: its chain holds no such link"
+            if not found
+            else f"{says}: the link's verdict is {found[0].get('verdict')}"
+        )
     said = next(x.get("hypothesis") for x in found if x.get("verdict") == "eliminated")
     return "" if said == suspect.hypothesis else f"{says}: the link's hypothesis is that {said}"

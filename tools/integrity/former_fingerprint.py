@@ -1,7 +1,9 @@
-"""Fingerprints in their first form, as records made before `commit` of spec/carried.jsonl hold them.
+"""Fingerprints in their first form, as records made before `commit` of
+spec/carried.jsonl hold them.
 
-The first form hashed the source text of a check, docstrings and comments included, of every definition in
-`contracts` that it reached by name, and the check's module path. Only verification reads it.
+The first form hashed the source text of a check, docstrings and comments included, of every
+definition in `contracts` that it reached by name, and the check's module path. Only verification
+reads it.
 """
 
 import ast
@@ -10,15 +12,20 @@ from pathlib import Path
 
 from spec.canonical import sha256_bytes, sha256_json
 
-PLUMBING = {"contracts.gate", "contracts.keeper", "contracts.conditions"}  # left out of the first form
+# left out of the first form
+PLUMBING = {"contracts.gate", "contracts.keeper", "contracts.conditions"}
 
 
 def first_form(normative: dict, check: str, root: Path) -> str:
-    """Hex sha256 of a gate's normative fields, its check's path and the source text of the check below `root`."""
+    """Hex sha256 of a gate's normative fields, its check's path and the source text
+    of the check below `root`.
+    """
     seen: dict[tuple[str, str], str] = {}
     _collect(root, *check.split(":"), seen)
     text = "\n".join(seen[key] for key in sorted(seen))
-    return sha256_json({"normative": normative | {"check": check}, "check_source": sha256_bytes(text.encode())})
+    return sha256_json(
+        {"normative": normative | {"check": check}, "check_source": sha256_bytes(text.encode())}
+    )
 
 
 def _collect(root: Path, module: str, name: str, seen: dict[tuple[str, str], str]) -> None:
@@ -44,8 +51,14 @@ def _table(path: Path) -> tuple[dict[str, tuple[str, tuple[str, ...]]], dict[str
     for node in ast.parse(text).body:
         match node:
             case ast.FunctionDef() | ast.ClassDef() | ast.AsyncFunctionDef():
-                names, first = [node.name], min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            case ast.Assign(targets=[ast.Name(id=target)]) | ast.AnnAssign(target=ast.Name(id=target)):
+                names, first = (
+                    [node.name],
+                    min([node.lineno, *(d.lineno for d in node.decorator_list)]),
+                )
+            case (
+                ast.Assign(targets=[ast.Name(id=target)])
+                | ast.AnnAssign(target=ast.Name(id=target))
+            ):
                 names, first = [target], node.lineno
             case ast.ImportFrom(module=str(source)) if source.split(".")[0] == "contracts":
                 imports |= {a.asname or a.name: (source, a.name) for a in node.names}

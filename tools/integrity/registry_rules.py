@@ -22,13 +22,20 @@ def reg_ref(repo: Repo) -> Found:
         if model.commit not in repo.ancestors:
             yield PATH, 0, f"{model.id}: commit {model.commit[:12]} is not an ancestor of HEAD"
         if model.tag and not (repo.git("tag", "-l", model.tag) or "").strip():
-            yield PATH, 0, f"{model.id}: tag {model.tag} not found locally; if unpushed run `git push --tags`"
+            yield (
+                PATH,
+                0,
+                f"{model.id}: tag {model.tag} not found locally; if unpushed run `git push --tags`",
+            )
 
 
 @rule(
     "REG-RECORDS",
     title="A release has its four records, of the right kind, and they succeeded",
-    why="A model without its training, evaluation, resume and falsification records cannot be judged.",
+    why=(
+        "A model without its training, evaluation, resume and falsification records cannot be "
+        "judged."
+    ),
     hint="make the run, stack evidence add DIR, then name it in the registry",
 )
 def reg_records(repo: Repo) -> Found:
@@ -36,7 +43,14 @@ def reg_records(repo: Repo) -> Found:
         for kind in REQUIRED_RECORDS:
             record = repo.records.get(model.records.get(kind, ""))
             if record is None:
-                yield PATH, 0, f"{model.id}: no valid {kind} record {model.records.get(kind, '')!r} in the ledger"
+                yield (
+                    PATH,
+                    0,
+                    (
+                        f"{model.id}: no valid {kind} record {model.records.get(kind, '')!r} in "
+                        "the ledger"
+                    ),
+                )
             elif record.kind != kind:
                 yield PATH, 0, f"{model.id}: {record.id} is of kind {record.kind}, not {kind}"
             elif not record.succeeded:
@@ -53,7 +67,9 @@ def reg_files(repo: Repo) -> Found:
     for path in ("README.md", "CHANGELOG.md", "spec/CHANGELOG.md", "LICENSE"):
         if repo.registry and not (repo.root / path).is_file():
             yield path, 0, "is missing, and a release stands on it"
-    recipes = "".join(p.read_text("utf-8") for p in sorted((repo.root / "stack" / "recipes").glob("*.py")))
+    recipes = "".join(
+        p.read_text("utf-8") for p in sorted((repo.root / "stack" / "recipes").glob("*.py"))
+    )
     for model in repo.registry:
         if not (repo.root / model.card).is_file():
             yield PATH, 0, f"{model.id}: its card {model.card} does not exist"
@@ -72,9 +88,18 @@ def reg_params(repo: Repo) -> Found:
         record = repo.records.get(model.records.get("train", ""))
         if record is None:
             continue
-        expected = formulas.parameter_count(record.config["model"], int(number(record, "vocab_size")))
+        expected = formulas.parameter_count(
+            record.config["model"], int(number(record, "vocab_size"))
+        )
         if not model.n_params == expected == number(record, "n_params"):
-            yield PATH, 0, f"{model.id}: n_params = {model.n_params}, record {number(record, 'n_params'):.0f}, formula {expected}"
+            yield (
+                PATH,
+                0,
+                (
+                    f"{model.id}: n_params = {model.n_params}, record "
+                    f"{number(record, 'n_params'):.0f}, formula {expected}"
+                ),
+            )
 
 
 @rule(
@@ -88,6 +113,13 @@ def reg_weights(repo: Repo) -> Found:
         for kind, side in (("train", "outputs"), ("evaluate", "inputs")):
             record = repo.records.get(model.records.get(kind, ""))
             files = {a.sha256 for a in getattr(record, side)} if record else set()
-            for name, sha256 in (("weights", model.weights_sha256), ("tokenizer", model.tokenizer_sha256)):
+            for name, sha256 in (
+                ("weights", model.weights_sha256),
+                ("tokenizer", model.tokenizer_sha256),
+            ):
                 if record and sha256 not in files:
-                    yield PATH, 0, f"{model.id}: the {name} are not among the {side} of its {kind} record"
+                    yield (
+                        PATH,
+                        0,
+                        f"{model.id}: the {name} are not among the {side} of its {kind} record",
+                    )

@@ -87,13 +87,18 @@ def _number(version: str) -> tuple[int, ...]:
 def _releases(repo: Repo) -> list[dict]:
     """All frozen releases, oldest first."""
     files = (repo.root / "spec" / "releases").glob("*.json")
-    return sorted((json.loads(f.read_text("utf-8")) for f in files), key=lambda r: _number(r["version"]))
+    return sorted(
+        (json.loads(f.read_text("utf-8")) for f in files), key=lambda r: _number(r["version"])
+    )
 
 
 @rule(
     "SPEC-NOBUMP",
     title="A change of the spec comes with a new version",
-    why="Evidence binds to fingerprints; a silent change would leave old evidence standing for a new promise.",
+    why=(
+        "Evidence binds to fingerprints; a silent change would leave old evidence standing for a "
+        "new promise."
+    ),
     hint="raise spec/spec.toml's version and run python tools/freeze_spec.py",
 )
 def spec_nobump(repo: Repo) -> Found:
@@ -105,9 +110,20 @@ def spec_nobump(repo: Repo) -> Found:
     now = frozen_release(spec)["gates"]
     for gate_id in sorted(now.keys() | frozen["gates"].keys()):
         if gate_id not in frozen["gates"] or gate_id not in now:
-            yield "spec/spec.toml", 0, f"gate {gate_id} was {'added' if gate_id in now else 'removed'} without a new version"
+            yield (
+                "spec/spec.toml",
+                0,
+                (
+                    f"gate {gate_id} was {'added' if gate_id in now else 'removed'} without a new "
+                    "version"
+                ),
+            )
         elif frozen["gates"][gate_id]["fingerprint"] not in spec.fingerprints(gate_id):
-            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id} or its check differs from frozen version {spec.version}"
+            yield (
+                f"spec/gates/{gate_id.split('.')[0]}.toml",
+                0,
+                f"gate {gate_id} or its check differs from frozen version {spec.version}",
+            )
 
 
 @rule(
@@ -119,18 +135,26 @@ def spec_nobump(repo: Repo) -> Found:
 def spec_changelog(repo: Repo) -> Found:
     version = repo.spec.version
     path = repo.root / "spec" / "CHANGELOG.md"
-    if not path.is_file() or not re.search(rf"^## {re.escape(version)}\b", path.read_text("utf-8"), re.M):
+    if not path.is_file() or not re.search(
+        rf"^## {re.escape(version)}\b", path.read_text("utf-8"), re.M
+    ):
         yield "spec/CHANGELOG.md", 0, f"there is no section for version {version}"
     for release in _releases(repo):
         if _number(release["version"]) > _number(version):
-            yield "spec/spec.toml", 0, f"version {version} is older than the frozen {release['version']}"
+            yield (
+                "spec/spec.toml",
+                0,
+                f"version {version} is older than the frozen {release['version']}",
+            )
 
 
 @rule(
     "GOALPOST",
     title="A limit is loosened only by a new version that says so",
     why="A threshold moved after the run turns a failure into a success.",
-    hint="name the gate in the new version's section of spec/CHANGELOG.md; its evidence is re-opened",
+    hint=(
+        "name the gate in the new version's section of spec/CHANGELOG.md; its evidence is re-opened"
+    ),
 )
 def goalpost(repo: Repo) -> Found:
     spec, changelog = repo.spec, repo.root / "spec" / "CHANGELOG.md"
@@ -144,9 +168,15 @@ def goalpost(repo: Repo) -> Found:
             for name, old in frozen["limits"].items() if gate else ():
                 limit = gate.limits.get(name)
                 before = Limit(**old, why="as it was frozen")
-                if (limit is None or limit.looser_than(before)) and not (excused and gate_id in current):
+                if (limit is None or limit.looser_than(before)) and not (
+                    excused and gate_id in current
+                ):
                     now = "gone" if limit is None else f"{limit.value:g}"
-                    yield f"spec/gates/{gate.subsystem}.toml", 0, f"{gate_id}.{name}: {old['value']:g} in {release['version']}, now {now}"
+                    yield (
+                        f"spec/gates/{gate.subsystem}.toml",
+                        0,
+                        f"{gate_id}.{name}: {old['value']:g} in {release['version']}, now {now}",
+                    )
         if release["version"] != spec.version:
             break
 
@@ -183,8 +213,14 @@ def gate_killed(repo: Repo) -> Found:
     for gate_id, state in repo.states.items():
         current = repo.spec.fingerprints(gate_id)
         kills = _kills(repo, gate_id)
-        if state.state == "unproven" and not (kills and all(k.fingerprint not in current for k in kills)):
-            yield f"spec/gates/{gate_id.split('.')[0]}.toml", 0, f"gate {gate_id} is unproven: {state.reason}"
+        if state.state == "unproven" and not (
+            kills and all(k.fingerprint not in current for k in kills)
+        ):
+            yield (
+                f"spec/gates/{gate_id.split('.')[0]}.toml",
+                0,
+                f"gate {gate_id} is unproven: {state.reason}",
+            )
 
 
 @rule(
@@ -230,11 +266,19 @@ def plant_exists(repo: Repo) -> Found:
             yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} names no plant"
         for plant_id in gate.plants:
             if plant_id not in repo.plants:
-                yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} names the plant {plant_id}, which is not in the museum"
+                yield (
+                    f"spec/gates/{gate.subsystem}.toml",
+                    0,
+                    f"gate {gate.id} names the plant {plant_id}, which is not in the museum",
+                )
     for plant_id, fields in repo.plants.items():
         gate = repo.spec.gates.get(fields.get("gate", ""))
         if gate is None or plant_id not in gate.plants:
-            yield fields["path"], fields["line"], f"plant {plant_id} is for {fields.get('gate')}, which does not list it"
+            yield (
+                fields["path"],
+                fields["line"],
+                f"plant {plant_id} is for {fields.get('gate')}, which does not list it",
+            )
         if not fields.get("story") or not fields.get("sources"):
             yield fields["path"], fields["line"], f"plant {plant_id} lacks its story or its sources"
 
@@ -250,9 +294,17 @@ def check_exists(repo: Repo) -> Found:
         module, name = gate.check.split(":")
         path = module.replace(".", "/") + ".py"
         if name not in repo.python_functions(path):
-            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id}: {path} defines no {name}"
+            yield (
+                f"spec/gates/{gate.subsystem}.toml",
+                0,
+                f"gate {gate.id}: {path} defines no {name}",
+            )
         elif f'@decides("{gate.id}")' not in repo.text(path):
-            yield path, repo.python_functions(path)[name], f"{name} is not decorated with @decides({gate.id!r})"
+            yield (
+                path,
+                repo.python_functions(path)[name],
+                f"{name} is not decorated with @decides({gate.id!r})",
+            )
 
 
 @rule(
@@ -268,23 +320,41 @@ def test_exists(repo: Repo) -> Found:
         for test in (*gate.tests, *([gate.rates.measured_by] if gate.rates else ())):
             path, _, name = test.partition("::")
             if name not in repo.python_functions(path):
-                yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} cites {test}, which does not exist"
+                yield (
+                    f"spec/gates/{gate.subsystem}.toml",
+                    0,
+                    f"gate {gate.id} cites {test}, which does not exist",
+                )
 
 
 @rule(
     "RATES-STATED",
     title="Every gate states how often it is wrong, or why chance has no say in it",
-    why="A gate that decides on noise and does not say how often it errs cannot be weighed: its red may be luck, and its green blindness.",
-    hint="measure `rates` in tests/contracts/test_rates.py, or list the gate under a reason in spec/chance.toml",
+    why=(
+        "A gate that decides on noise and does not say how often it errs cannot be weighed: its "
+        "red may be luck, and its green blindness."
+    ),
+    hint=(
+        "measure `rates` in tests/contracts/test_rates.py, or list the gate under a reason in "
+        "spec/chance.toml"
+    ),
 )
 def rates_stated(repo: Repo) -> Found:
     for gate in repo.spec.gates.values():
         if gate.rates is None and gate.id not in repo.spec.certain:
-            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} states no rates, and spec/chance.toml does not say why"
+            yield (
+                f"spec/gates/{gate.subsystem}.toml",
+                0,
+                f"gate {gate.id} states no rates, and spec/chance.toml does not say why",
+            )
         if gate.rates is not None and gate.id in repo.spec.certain:
             yield "spec/chance.toml", 0, f"gate {gate.id} states rates, so it is not beyond chance"
         if gate.rates is not None and gate.rates.power <= gate.rates.false_alarm:
-            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} is red on its effect no more often than on a clean run"
+            yield (
+                f"spec/gates/{gate.subsystem}.toml",
+                0,
+                f"gate {gate.id} is red on its effect no more often than on a clean run",
+            )
     for gate_id in repo.spec.certain:
         if gate_id not in repo.spec.gates:
             yield "spec/chance.toml", 0, f"{gate_id} is no gate"
@@ -293,8 +363,14 @@ def rates_stated(repo: Repo) -> Found:
 @rule(
     "FAILURE-PLANTED",
     title="Every documented failure that can happen here has been planted",
-    why="A failure that is known and never planted is the next one nobody sees. One that cannot happen yet is counted as awaiting.",
-    hint="write the plant, or correct what spec/failures names; a capability that is built awaits nothing",
+    why=(
+        "A failure that is known and never planted is the next one nobody sees. One that cannot "
+        "happen yet is counted as awaiting."
+    ),
+    hint=(
+        "write the plant, or correct what spec/failures names; a capability that is built awaits "
+        "nothing"
+    ),
 )
 def failure_planted(repo: Repo) -> Found:
     for failure in repo.catalogue.failures.values():
@@ -311,7 +387,11 @@ def failure_planted(repo: Repo) -> Found:
 def _loose_ends(repo: Repo, failure: Failure) -> Iterator[str]:
     """What a failure names and the repository does not have."""
     gates = answering_gates(repo.spec, failure)
-    yield from (f"names the plant {p}, which is not in the museum" for p in failure.plants if p not in repo.plants)
+    yield from (
+        f"names the plant {p}, which is not in the museum"
+        for p in failure.plants
+        if p not in repo.plants
+    )
     yield from (f"names the rule {r}, which there is not" for r in failure.rules if r not in RULES)
     for test in failure.tests:
         path, _, name = test.partition("::")
@@ -326,7 +406,10 @@ def _loose_ends(repo: Repo, failure: Failure) -> Iterator[str]:
     "RUNNER-FED",
     title="Every runner feeds every gate of its kind",
     why="A monitor that hangs on another runner is on in every configuration and never looks.",
-    hint="show the event to the Gatekeeper in the runner's files, or correct its entry in spec/runners.toml",
+    hint=(
+        "show the event to the Gatekeeper in the runner's files, or correct its entry in "
+        "spec/runners.toml"
+    ),
 )
 def runner_fed(repo: Repo) -> Found:
     runners, path = load_runners(repo.root), "spec/runners.toml"
@@ -339,15 +422,28 @@ def runner_fed(repo: Repo) -> Found:
     kinds = {r.kind for r in runners.values()}
     for gate in repo.spec.gates.values():
         for kind in sorted(set(gate.kinds) - kinds) if gate.moment != "repository" else ():
-            yield f"spec/gates/{gate.subsystem}.toml", 0, f"gate {gate.id} is for runs of kind {kind}, and no runner is entered for them"
+            yield (
+                f"spec/gates/{gate.subsystem}.toml",
+                0,
+                f"gate {gate.id} is for runs of kind {kind}, and no runner is entered for them",
+            )
     yield from _unentered(repo, {file for r in runners.values() for file in r.files})
 
 
 def _unentered(repo: Repo, files: set[str]) -> Found:
-    """Places of the stack that ask gates without being a runner's file; the museum asks one gate at a time, and a replay as well."""
+    """Places of the stack that ask gates without being a runner's file; the museum asks one gate at
+    a time, and a replay as well.
+    """
     for path in repo.tracked:
-        if path.startswith("stack/") and path.endswith(".py") and path not in files and not path.startswith(ONE_GATE_AT_A_TIME):
-            for line, text in enumerate(repo.text(path).splitlines() if (repo.root / path).is_file() else (), start=1):
+        if (
+            path.startswith("stack/")
+            and path.endswith(".py")
+            and path not in files
+            and not path.startswith(ONE_GATE_AT_A_TIME)
+        ):
+            for line, text in enumerate(
+                repo.text(path).splitlines() if (repo.root / path).is_file() else (), start=1
+            ):
                 if "Gatekeeper(" in text:
                     yield path, line, "opens a Gatekeeper and is in no runner's files"
 
@@ -355,14 +451,19 @@ def _unentered(repo: Repo, files: set[str]) -> Found:
 @rule(
     "GATE-CARRIED",
     title="A gate is carried over only if both its fingerprints are those of the commit named",
-    why="The table lets old evidence stand for a gate in a new form; one false line would let it stand for any other gate.",
+    why=(
+        "The table lets old evidence stand for a gate in a new form; one false line would let it "
+        "stand for any other gate."
+    ),
     hint="restore spec/carried.jsonl from git; a gate that changed is proven again instead",
 )
 def gate_carried(repo: Repo) -> Found:
     for commit in sorted({row.commit for row in repo.spec.carried}):
         if commit not in repo.ancestors:
             if repo.lacks_history:
-                repo.not_verified.append(f"GATE-CARRIED: commit {commit[:12]} is not in this history")
+                repo.not_verified.append(
+                    f"GATE-CARRIED: commit {commit[:12]} is not in this history"
+                )
             else:
                 yield CARRIED, 0, f"commit {commit} is no ancestor of this one"
             continue
@@ -373,7 +474,9 @@ def gate_carried(repo: Repo) -> Found:
 def _carried_at(repo: Repo, commit: str, root: Path) -> Found:
     """Rows of a commit whose fingerprints are not what its files give."""
     entries = [
-        e for path in sorted((root / "spec" / "gates").glob("*.toml")) for e in tomllib.loads(path.read_text("utf-8")).get("gate", [])
+        e
+        for path in sorted((root / "spec" / "gates").glob("*.toml"))
+        for e in tomllib.loads(path.read_text("utf-8")).get("gate", [])
     ]
     gates = {entry["id"]: entry for entry in entries}
     for number, row in enumerate(repo.spec.carried, start=1):
@@ -384,6 +487,14 @@ def _carried_at(repo: Repo, commit: str, root: Path) -> Found:
             continue
         fields, check = normative_fields(gate), gate["check"]
         if first_form(fields, check, root) != row.old:
-            yield CARRIED, number, f"the old fingerprint of {row.gate} is not the one at commit {commit[:12]}"
+            yield (
+                CARRIED,
+                number,
+                f"the old fingerprint of {row.gate} is not the one at commit {commit[:12]}",
+            )
         if check_fingerprint(fields, check, root) != row.new:
-            yield CARRIED, number, f"the new fingerprint of {row.gate} is not the one at commit {commit[:12]}"
+            yield (
+                CARRIED,
+                number,
+                f"the new fingerprint of {row.gate} is not the one at commit {commit[:12]}",
+            )

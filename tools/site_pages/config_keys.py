@@ -1,4 +1,6 @@
-"""Configuration keys, read as text from `stack/config/`, so that the page needs neither pydantic models nor torch."""
+"""Configuration keys, read as text from `stack/config/`, so that the page needs neither
+pydantic models nor torch.
+"""
 
 import ast
 from dataclasses import dataclass, field, replace
@@ -38,33 +40,61 @@ def config_page(world: World) -> Page:
         return page.add("`stack/config/` is not part of this build.")
     sections = read_sections(folder)
     page.add(
-        "Values come from a recipe, then from a run file, then from `--set key=value`, in this order. "
-        "An unknown key is an error that names the nearest one. A key marked *set by the recipe* has no default of its own.",
-        f"The resolved values of a run, with the origin of every change, are in its {page.link('record', 'records.md')}.",
+        "Values come from a recipe, then from a run file, then from `--set key=value`, in this "
+        "order. An unknown key is an error that names the nearest one. A key marked *set by the "
+        "recipe* has no default of its own.",
+        "The resolved values of a run, with the origin of every change, are in its "
+        f"{page.link('record', 'records.md')}.",
     )
     return page.add(*_tables(sections, "RunConfig", "", ""))
 
 
 def read_sections(folder: Path) -> dict[str, Section]:
-    """Classes of the package by name, with the keys they inherit. Raises IntegrityError without a RunConfig."""
-    nodes = [n for path in sorted(folder.glob("*.py")) for n in ast.parse(path.read_text("utf-8")).body]
+    """Classes of the package by name, with the keys they inherit.
+    Raises IntegrityError without a RunConfig.
+    """
+    nodes = [
+        n for path in sorted(folder.glob("*.py")) for n in ast.parse(path.read_text("utf-8")).body
+    ]
     classes = {n.name: n for n in nodes if isinstance(n, ast.ClassDef)}
-    unions = {n.targets[0].id: n.value for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
-    sections = {name: Section(ast.get_docstring(node) or "", _keys(node, classes, unions)) for name, node in classes.items()}
+    unions = {
+        n.targets[0].id: n.value
+        for n in nodes
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+    }
+    sections = {
+        name: Section(ast.get_docstring(node) or "", _keys(node, classes, unions))
+        for name, node in classes.items()
+    }
     if "RunConfig" not in sections:
-        raise IntegrityError(f"{folder} defines no RunConfig", next_step="name the root of the configuration RunConfig")
+        raise IntegrityError(
+            f"{folder} defines no RunConfig",
+            next_step="name the root of the configuration RunConfig",
+        )
     return sections
 
 
-def _keys(node: ast.ClassDef, classes: dict[str, ast.ClassDef], unions: dict[str, ast.expr]) -> list[Key]:
-    """Keys of a class after those of its bases; a name that stands for a union is replaced by it."""
+def _keys(
+    node: ast.ClassDef, classes: dict[str, ast.ClassDef], unions: dict[str, ast.expr]
+) -> list[Key]:
+    """Keys of a class after those of its bases; a name that stands for
+    a union is replaced by it.
+    """
     found: dict[str, Key] = {}
     for base in reversed(node.bases):
         if isinstance(base, ast.Name) and base.id in classes:
             found |= {k.name: k for k in _keys(classes[base.id], classes, unions)}
-    own = [_key(x) for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
+    own = [
+        _key(x)
+        for x in node.body
+        if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
+    ]
     named = {n: u for n, u in unions.items() if any(c in ast.unparse(u) for c in classes)}
-    return [*(found | {k.name: replace(k, annotation=_Named(named).visit(k.annotation)) for k in own}).values()]
+    return [
+        *(
+            found | {k.name: replace(k, annotation=_Named(named).visit(k.annotation)) for k in own}
+        ).values()
+    ]
 
 
 class _Named(ast.NodeTransformer):
@@ -79,11 +109,21 @@ class _Named(ast.NodeTransformer):
 
 def _key(node: ast.AnnAssign) -> Key:
     value, name = node.value, node.target.id
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Field":
+    if (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Name)
+        and value.func.id == "Field"
+    ):
         options = {k.arg: ast.unparse(k.value) for k in value.keywords}
         default = ast.unparse(value.args[0]) if value.args else options.get("default", "")
-        allowed = ", ".join(f"{sign} {options[k].replace(' ** ', '^')}" for k, sign in CONSTRAINTS.items() if k in options)
-        meaning = next((ast.literal_eval(k.value) for k in value.keywords if k.arg == "description"), "")
+        allowed = ", ".join(
+            f"{sign} {options[k].replace(' ** ', '^')}"
+            for k, sign in CONSTRAINTS.items()
+            if k in options
+        )
+        meaning = next(
+            (ast.literal_eval(k.value) for k in value.keywords if k.arg == "description"), ""
+        )
         return Key(name, node.annotation, default, allowed, meaning)
     return Key(name, node.annotation, ast.unparse(value) if value is not None else "", "", "")
 
@@ -107,12 +147,23 @@ def _tables(sections: dict[str, Section], name: str, prefix: str, variant: str) 
         blocks.append(table(["key", "type", "allowed", "default", "meaning"], rows))
     for key, below in nested:
         for child in below:
-            blocks += _tables(sections, child, f"{prefix}{key.name}.", _kind(sections[child]) if len(below) > 1 else "")
+            blocks += _tables(
+                sections,
+                child,
+                f"{prefix}{key.name}.",
+                _kind(sections[child]) if len(below) > 1 else "",
+            )
     return blocks
 
 
 def _row(prefix: str, key: Key) -> list[str]:
-    return [code(prefix + key.name), code(_type(key.annotation)), esc(key.allowed or "–"), _default(key), prose(key.meaning or "–")]
+    return [
+        code(prefix + key.name),
+        code(_type(key.annotation)),
+        esc(key.allowed or "–"),
+        _default(key),
+        prose(key.meaning or "–"),
+    ]
 
 
 def _kind(section: Section) -> str:
@@ -121,8 +172,16 @@ def _kind(section: Section) -> str:
 
 def _type(annotation: ast.expr) -> str:
     text = ast.unparse(annotation)
-    return text.removeprefix("Literal[").removesuffix("]").replace(", ", " | ").replace("'", "") if text.startswith("Literal[") else text
+    return (
+        text.removeprefix("Literal[").removesuffix("]").replace(", ", " | ").replace("'", "")
+        if text.startswith("Literal[")
+        else text
+    )
 
 
 def _default(key: Key) -> str:
-    return code(key.default.replace("'", '"').replace("True", "true").replace("False", "false")) if key.default else "set by the recipe"
+    return (
+        code(key.default.replace("'", '"').replace("True", "true").replace("False", "false"))
+        if key.default
+        else "set by the recipe"
+    )

@@ -1,4 +1,6 @@
-"""Pages of what was eaten: the table of data sets, the sources of each, and what a run drew from its sources."""
+"""Pages of what was eaten: the table of data sets, the sources of each,
+and what a run drew from its sources.
+"""
 
 from spec.records import Record
 from tools.site_pages.markup import Page, code, esc, ev, number, table
@@ -11,31 +13,53 @@ def data_index(world: World) -> Page:
     """All accepted data sets, newest first, each with its sources."""
     page = Page("data/index.md", "Data sets")
     page.add(
-        "What accepted data sets were made of: every document that came in, and the reason for every one that did not come out. "
-        f"How to build one: {page.link('Data', 'data.md')}."
+        "What accepted data sets were made of: every document that came in, and the reason for "
+        f"every one that did not come out. How to build one: {page.link('Data', 'data.md')}."
     )
     records = [r for r in reversed(world.live) if r.kind == "data"]
     if not records:
         return page.add("The ledger holds no data set yet.")
     for record in records:
-        facts = f"{ev(record, 'documents_out')} of {ev(record, 'documents_in')} stayed; {ev(record, 'train_tokens')} to train on"
+        facts = (
+            f"{ev(record, 'documents_out')} of {ev(record, 'documents_in')} stayed; "
+            f"{ev(record, 'train_tokens')} to train on"
+        )
         page.add(f"## {record.id}", f"{page.run(record.id)} · {facts}", *sources(world, record))
     return page
 
 
 def sources(world: World, record: Record) -> list[str]:
-    """Sources of a data record: what they are, what came in and out, and the documents dropped by reason."""
-    rows = world.series(record, SOURCES, "name", "license", "documents_in", "documents_out", "dropped", "tokens")
+    """Sources of a data record: what they are, what came in and out,
+    and the documents dropped by reason.
+    """
+    rows = world.series(
+        record, SOURCES, "name", "license", "documents_in", "documents_out", "dropped", "tokens"
+    )
     if not rows:
         return []
     reasons = sorted({reason for row in rows for reason in row["dropped"]})
     shown = [
-        [code(r["name"]), esc(r["license"]), *(number(r[k]) for k in ("weight", "cap", "floor", "documents_in", "documents_out"))]
+        [
+            code(r["name"]),
+            esc(r["license"]),
+            *(number(r[k]) for k in ("weight", "cap", "floor", "documents_in", "documents_out")),
+        ]
         + [number(r["dropped"].get(reason, {}).get("documents", 0)) for reason in reasons]
         + [number(r["tokens"][split]) for split in ("train", "validation")]
         for r in rows
     ]
-    head = ["source", "licence", "weight", "cap", "floor", "in", "out", *reasons, "train tokens", "held-out tokens"]
+    head = [
+        "source",
+        "licence",
+        "weight",
+        "cap",
+        "floor",
+        "in",
+        "out",
+        *reasons,
+        "train tokens",
+        "held-out tokens",
+    ]
     return ["### Sources", table(head, shown)]
 
 
@@ -51,5 +75,8 @@ def draws(world: World, record: Record) -> list[str]:
     total = sum(rows.values())
     turns = [line for line in lines if line["event"] == "turn"]
     focus = {source: sum(t["focus"] == source for t in turns) for source in rows}
-    body = [[code(s), number(n), f"{n / total:.1%}", number(focus[s]) if turns else "–"] for s, n in sorted(rows.items())]
+    body = [
+        [code(s), number(n), f"{n / total:.1%}", number(focus[s]) if turns else "–"]
+        for s, n in sorted(rows.items())
+    ]
     return ["## Sources drawn", table(["source", "rows", "share", "turns in focus"], body)]

@@ -1,4 +1,6 @@
-"""Plants, read as text from `stack/museum/*.py`: nothing is imported, so the site builds without torch."""
+"""Plants, read as text from `stack/museum/*.py`: nothing is imported,
+so the site builds without torch.
+"""
 
 import ast
 from dataclasses import dataclass
@@ -22,12 +24,16 @@ class Exhibit:
 
 
 def read_exhibits(root: Path) -> dict[str, Exhibit]:
-    """All plants of a repository by id, in order of room and line. Raises IntegrityError if one is not made of literals."""
+    """All plants of a repository by id, in order of room and line.
+    Raises IntegrityError if one is not made of literals.
+    """
     found: dict[str, Exhibit] = {}
     for path in sorted((root / "stack" / "museum").glob("*.py")):
         for exhibit in _room(path, root):
             if exhibit.id in found:
-                raise IntegrityError(f"plant id {exhibit.id} is used twice", value=f"{exhibit.path}:{exhibit.line}")
+                raise IntegrityError(
+                    f"plant id {exhibit.id} is used twice", value=f"{exhibit.path}:{exhibit.line}"
+                )
             found[exhibit.id] = exhibit
     return found
 
@@ -41,7 +47,9 @@ def _room(path: Path, root: Path) -> list[Exhibit]:
 
 
 def _is_plant(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "plant"
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "plant"
+    )
 
 
 def _exhibit(function: ast.FunctionDef, call: ast.Call, path: str, lines: list[str]) -> Exhibit:
@@ -62,5 +70,7 @@ def _exhibit(function: ast.FunctionDef, call: ast.Call, path: str, lines: list[s
     except (ValueError, KeyError, IndexError) as e:
         raise IntegrityError(
             f"{path}:{call.lineno}: the plant {function.name} cannot be read as text: {e}",
-            allowed='@plant("id", gate="…", title="…", story="…", sources=("…",)) with literals only',
+            allowed=(
+                '@plant("id", gate="…", title="…", story="…", sources=("…",)) with literals only'
+            ),
         ) from e

@@ -8,7 +8,10 @@ from tools.site_pages.world import World
 def findings_page(world: World) -> Page:
     """All findings, newest first."""
     page = Page("findings.md", "Findings")
-    page.add("Causes that were found in this project, each with a record that shows the failure and one without it.")
+    page.add(
+        "Causes that were found in this project, each with a record that shows the failure and "
+        "one without it."
+    )
     for finding in sorted(world.findings, key=lambda f: f.date, reverse=True):
         _finding(page, world, finding)
     return page if world.findings else page.add("None is recorded.")
@@ -20,9 +23,16 @@ def _finding(page: Page, world: World, finding: Finding) -> None:
         f"Cause: {esc(finding.cause)}",
         f"Mechanism: {esc(finding.mechanism)}",
         f"Gates: {', '.join(page.link(code(g), f'gates/{g}.md') for g in finding.gates)}",
-        f"Shown by: {code(finding.metric)} {_figure(page, world, finding.negative, finding.metric)}",
-        f"Gone in: {code(finding.metric)} {_figure(page, world, finding.positive, finding.metric)}" if finding.positive else "",
-        f"Mended in {code(finding.fix[:12])}" if finding.fix else "**Gone around, not mended: its gates are not discharged.**",
+        (
+            f"Shown by: {code(finding.metric)} "
+            f"{_figure(page, world, finding.negative, finding.metric)}"
+        ),
+        f"Gone in: {code(finding.metric)} {_figure(page, world, finding.positive, finding.metric)}"
+        if finding.positive
+        else "",
+        f"Mended in {code(finding.fix[:12])}"
+        if finding.fix
+        else "**Gone around, not mended: its gates are not discharged.**",
         f"It comes back red in {code(finding.falsifier)}",
         *(f"Ruled out: {esc(r.hypothesis)} ({_cleared(page, r)})" for r in finding.ruled_out),
     ]

@@ -44,11 +44,22 @@ def gates_index(world: World) -> Page:
     for subsystem in SUBSYSTEMS:
         gates = [g for g in world.spec.gates.values() if g.subsystem == subsystem]
         rows = [
-            [page.gate(g.id), esc(g.title), g.moment, g.severity, chip(world.states[g.id].state), _limits_cell(g), str(len(g.plants))]
+            [
+                page.gate(g.id),
+                esc(g.title),
+                g.moment,
+                g.severity,
+                chip(world.states[g.id].state),
+                _limits_cell(g),
+                str(len(g.plants)),
+            ]
             for g in gates
         ]
         if rows:
-            page.add(f"## {subsystem}", table(["gate", "title", "moment", "severity", "state", "limits", "plants"], rows))
+            page.add(
+                f"## {subsystem}",
+                table(["gate", "title", "moment", "severity", "state", "limits", "plants"], rows),
+            )
     return page
 
 
@@ -73,7 +84,11 @@ def gate_page(world: World, gate: Gate) -> Page:
                 ["fingerprint", code(world.spec.fingerprint(gate.id))],
             ],
         ),
-        *(["## When it is red", esc(gate.hint[0].upper() + gate.hint[1:]) + "."] if gate.hint else []),
+        *(
+            ["## When it is red", esc(gate.hint[0].upper() + gate.hint[1:]) + "."]
+            if gate.hint
+            else []
+        ),
         "## Limits",
         _limits(gate),
         *_rates(world, gate),
@@ -95,14 +110,24 @@ def gate_page(world: World, gate: Gate) -> Page:
 
 def _when(gate: Gate) -> str:
     """The configuration a run needs for the gate to be installed."""
-    values = {key: " or ".join(value) if isinstance(value, tuple) else str(value).lower() for key, value in gate.when.items()}
+    values = {
+        key: " or ".join(value) if isinstance(value, tuple) else str(value).lower()
+        for key, value in gate.when.items()
+    }
     set_ = "".join(f", where {code(key)} is set" for key in gate.needs)
     return set_ + "".join(f", where {code(f'{key} = {value}')}" for key, value in values.items())
 
 
 def _limits(gate: Gate) -> str:
-    rows = [[code(n), x.direction.replace("-", " "), f"{x.value:g}", esc(x.unit), prose(x.why)] for n, x in gate.limits.items()]
-    return table(["limit", "direction", "value", "unit", "why"], rows) if rows else "This gate has no number; its statement is all."
+    rows = [
+        [code(n), x.direction.replace("-", " "), f"{x.value:g}", esc(x.unit), prose(x.why)]
+        for n, x in gate.limits.items()
+    ]
+    return (
+        table(["limit", "direction", "value", "unit", "why"], rows)
+        if rows
+        else "This gate has no number; its statement is all."
+    )
 
 
 def _rates(world: World, gate: Gate) -> list[str]:
@@ -123,29 +148,53 @@ def _check(world: World, gate: Gate) -> list[str]:
     path = world.root / (module.replace(".", "/") + ".py")
     place = f"{path.relative_to(world.root).as_posix()}:{_line_of(path, name)}"
     text = (
-        "The fingerprint covers what the text below computes: the check and every definition that it reaches, "
-        "without comments, docstrings, local names and the words of messages."
+        "The fingerprint covers what the text below computes: the check and every definition that "
+        "it reaches, without comments, docstrings, local names and the words of messages."
     )
-    return [f"{code(gate.check)} at {code(place)}. {text}", folded(f"Source of {name}", check_source(gate.check, world.root), "python")]
+    return [
+        f"{code(gate.check)} at {code(place)}. {text}",
+        folded(f"Source of {name}", check_source(gate.check, world.root), "python"),
+    ]
 
 
 def _line_of(path: Path, name: str) -> int:
     """Line of a top-level definition; 1 if the module only passes it on."""
     nodes = ast.parse(path.read_text("utf-8")).body
-    return next((n.lineno for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name), 1)
+    return next(
+        (
+            n.lineno
+            for n in nodes
+            if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name
+        ),
+        1,
+    )
 
 
 def _plants(world: World, gate: Gate, page: Page) -> str:
     if not gate.plants:
         return "None. A gate without a plant stays unproven."
-    rows = [[page.plant(p), esc(world.plants[p].title) if p in world.plants else "**not in the museum**"] for p in gate.plants]
+    rows = [
+        [
+            page.plant(p),
+            esc(world.plants[p].title) if p in world.plants else "**not in the museum**",
+        ]
+        for p in gate.plants
+    ]
     return table(["plant", "what it breaks"], rows)
 
 
 def _kills(world: World, gate: Gate, page: Page) -> str:
     current = world.spec.fingerprints(gate.id)
     rows = [
-        [page.run(r.id), page.plant(k.plant), k.outcome, k.control, esc(k.latency), pairs(k.measured), _age(k.fingerprint, current)]
+        [
+            page.run(r.id),
+            page.plant(k.plant),
+            k.outcome,
+            k.control,
+            esc(k.latency),
+            pairs(k.measured),
+            _age(k.fingerprint, current),
+        ]
         for r, k in reversed(world.kills_of(gate=gate.id))
     ]
     head = ["record", "plant", "outcome", "control", "latency", "measured", "fingerprint"]
@@ -159,10 +208,20 @@ def _age(fingerprint: str, current: frozenset[str]) -> str:
 def _records(world: World, gate: Gate, page: Page) -> str:
     current = world.spec.fingerprints(gate.id)
     rows = [
-        [page.run(r.id), verdict(g.verdict), number(g.checks), pairs(g.measured), _age(g.fingerprint, current)]
+        [
+            page.run(r.id),
+            verdict(g.verdict),
+            number(g.checks),
+            pairs(g.measured),
+            _age(g.fingerprint, current),
+        ]
         for r, g in reversed(world.results_of(gate.id))
     ]
-    return table(["record", "verdict", "checks", "measured", "fingerprint"], rows) if rows else "No accepted record held this gate."
+    return (
+        table(["record", "verdict", "checks", "measured", "fingerprint"], rows)
+        if rows
+        else "No accepted record held this gate."
+    )
 
 
 def coverage_page(world: World) -> Page:
@@ -171,16 +230,27 @@ def coverage_page(world: World) -> Page:
     counts = tally(world.states)
     page.add(
         "States are computed from the ledger at build time. Nobody types them.",
-        table(["state", "gates", "meaning"], [[f"{chip(s)} {s}", str(counts[s]), MEANINGS[s]] for s in STATES]),
+        table(
+            ["state", "gates", "meaning"],
+            [[f"{chip(s)} {s}", str(counts[s]), MEANINGS[s]] for s in STATES],
+        ),
     )
     catalogue = load_catalogue(world.root)
     page.add(
-        f"{len(catalogue.failures)} documented failures are in the {page.link('catalogue', 'failures.md')}; {len(catalogue.awaiting())} of "
-        "them await a part of the stack that is not built, and are counted as such."
+        f"{len(catalogue.failures)} documented failures are in the "
+        f"{page.link('catalogue', 'failures.md')}; {len(catalogue.awaiting())} of them await a "
+        "part of the stack that is not built, and are counted as such."
     )
     rows = []
     for gate_id, state in world.states.items():
         records = [page.run(r) for r in dict.fromkeys((*state.kill_records, *state.run_records))]
         name = f'<span id="{gate_id.replace(".", "-")}"></span>{page.gate(gate_id)}'
-        rows.append([name, f"{chip(state.state)} {state.state}", esc(state.reason), "<br>".join(records) or "–"])
+        rows.append(
+            [
+                name,
+                f"{chip(state.state)} {state.state}",
+                esc(state.reason),
+                "<br>".join(records) or "–",
+            ]
+        )
     return page.add("## Gates", table(["gate", "state", "why", "stands on"], rows))

@@ -1,11 +1,25 @@
-"""Blocks of the home page: verdict line, gate matrix, last run, what no record covers. And the machine-readable files."""
+"""Blocks of the home page: verdict line, gate matrix, last run, what no record covers.
+And the machine-readable files.
+"""
 
 import json
 
 from spec.coverage import State, tally
 from spec.gates import SUBSYSTEMS
 from spec.records import Record
-from tools.site_pages.markup import LETTERS, MEANINGS, Page, bullets, chip, code, esc, ev, prose, short_hash, table
+from tools.site_pages.markup import (
+    LETTERS,
+    MEANINGS,
+    Page,
+    bullets,
+    chip,
+    code,
+    esc,
+    ev,
+    prose,
+    short_hash,
+    table,
+)
 from tools.site_pages.runs import HEADLINE, chart_of, headline
 from tools.site_pages.world import World
 
@@ -14,17 +28,29 @@ REQUIRED_KINDS = ("falsification", "train", "evaluate", "resume", "rerun")
 
 
 def verdict(world: World, page: Page) -> str:
-    """Counts by state, each with its letter, with links to the failing gates; then commit, tree and build date."""
+    """Counts by state, each with its letter, with links to the failing gates; then commit,
+    tree and build date.
+    """
     counts = tally(world.states)
-    cells = [f"{chip(s)} {counts[s]} {s}" for s in READING_ORDER if counts[s] or s in ("discharged", "failed")]
-    red = [page.gate(g) for g, s in world.states.items() if s.state in ("failed", "stale", "waived")]
+    cells = [
+        f"{chip(s)} {counts[s]} {s}"
+        for s in READING_ORDER
+        if counts[s] or s in ("discharged", "failed")
+    ]
+    red = [
+        page.gate(g) for g, s in world.states.items() if s.state in ("failed", "stale", "waived")
+    ]
     tree = {True: "clean", False: "dirty", None: "unknown tree"}[world.clean]
     commit = short_hash(world.commit) if world.commit != "unknown" else "unknown"
     lines = [
         f"**{len(world.states)} gates**: {' · '.join(cells)}\n{{: .verdict }}",
-        f"Failed, stale or waived: {', '.join(red) or 'none'}. All states with their reasons: {page.link('coverage', 'coverage.md')}.",
-        f"Spec {esc(world.spec.version)} · commit {commit} · {tree} · built {world.built:%Y-%m-%d %H:%M} UTC · "
-        f"{len(world.live)} accepted records, {page.link('all runs', 'runs/index.md')}",
+        (
+            f"Failed, stale or waived: {', '.join(red) or 'none'}. All states with their reasons: "
+            f"{page.link('coverage', 'coverage.md')}."
+        ),
+        f"Spec {esc(world.spec.version)} · commit {commit} · {tree} · built "
+        f"{world.built:%Y-%m-%d %H:%M} UTC · {len(world.live)} accepted records, "
+        f"{page.link('all runs', 'runs/index.md')}",
     ]
     return "\n\n".join(lines)
 
@@ -39,14 +65,23 @@ def matrix(world: World, page: Page) -> str:
             room = f"**{subsystem}**" if i == 0 else ""
             name = page.link(f"{code(gate.id)}<br>{esc(gate.title)}", f"gates/{gate.id}.md")
             shown = page.link(chip(state.state), "coverage.md", f"{gate.id.replace('.', '-')}")
-            rows.append([room, name, gate.moment, gate.severity, shown, latest_record(world, page, gate.id)])
+            rows.append(
+                [room, name, gate.moment, gate.severity, shown, latest_record(world, page, gate.id)]
+            )
     legend = " · ".join(f"{chip(s)} {s}: {MEANINGS[s]}" for s in READING_ORDER)
-    return table(["subsystem", "gate", "moment", "severity", "state", "latest record"], rows) + f"\n\n{legend}\n{{: .legend }}"
+    return (
+        table(["subsystem", "gate", "moment", "severity", "state", "latest record"], rows)
+        + f"\n\n{legend}\n{{: .legend }}"
+    )
 
 
 def latest_record(world: World, page: Page, gate_id: str) -> str:
     """The newest accepted record that held the gate or killed one of its plants."""
-    holding = [r for r in world.live if any(g.id == gate_id for g in r.gates) or any(k.gate == gate_id for k in r.kills)]
+    holding = [
+        r
+        for r in world.live
+        if any(g.id == gate_id for g in r.gates) or any(k.gate == gate_id for k in r.kills)
+    ]
     return page.run(holding[-1].id) if holding else "none"
 
 
@@ -56,10 +91,16 @@ def last_run(world: World, page: Page) -> str:
     if not runs:
         return "No training record has been accepted yet."
     record = runs[-1]
-    facts = " · ".join(f"{code(n)} {ev(record, n)}" for n in headline(record)) or f"no metric among {', '.join(HEADLINE)}"
+    facts = (
+        " · ".join(f"{code(n)} {ev(record, n)}" for n in headline(record))
+        or f"no metric among {', '.join(HEADLINE)}"
+    )
     return "\n\n".join(
         [
-            f"{page.run(record.id)} · {record.status}: {esc(record.end_reason)} · finished {esc(record.finished_at)}",
+            (
+                f"{page.run(record.id)} · {record.status}: {esc(record.end_reason)} · finished "
+                f"{esc(record.finished_at)}"
+            ),
             f"> {prose(record.claim)}",
             facts,
             chart_of(world, record),
@@ -68,17 +109,26 @@ def last_run(world: World, page: Page) -> str:
 
 
 def uncovered(world: World, page: Page) -> str:
-    """Gates without any record, kinds of records that are missing, and what the newest run says it does not cover."""
+    """Gates without any record, kinds of records that are missing,
+    and what the newest run says it does not cover.
+    """
     silent = [g for g in world.spec.gates if latest_record(world, page, g) == "none"]
     kinds = [k for k in REQUIRED_KINDS if not any(r.kind == k for r in world.live)]
     items = []
     if kinds:
         items.append(f"Kinds of record not in the ledger: {', '.join(kinds)}.")
     if silent:
-        items.append(f"Gates that no record speaks of ({len(silent)}): {', '.join(page.gate(g) for g in silent)}.")
+        items.append(
+            f"Gates that no record speaks of ({len(silent)}): "
+            f"{', '.join(page.gate(g) for g in silent)}."
+        )
     runs: list[Record] = [r for r in world.live if r.kind in ("train", "tune", "resume")]
     items += [f"{prose(text)} ({page.run(r.id)})" for r in runs[-1:] for text in r.not_covered]
-    return bullets(items) if items else "Every gate has a record, and the newest run names nothing it leaves out."
+    return (
+        bullets(items)
+        if items
+        else "Every gate has a record, and the newest run names nothing it leaves out."
+    )
 
 
 BLOCKS = {"verdict": verdict, "matrix": matrix, "last-run": last_run, "uncovered": uncovered}
@@ -105,8 +155,17 @@ def evidence_json(world: World) -> str:
                 for gate_id, s in world.states.items()
             },
             "records": [
-                {"id": r.id, "kind": r.kind, "status": r.status, "sha256": r.sha256, "superseded_by": world.superseded.get(r.id)}
-                | {"finished_at": r.finished_at, "metrics": {n: m.model_dump() for n, m in r.metrics.items()}}
+                {
+                    "id": r.id,
+                    "kind": r.kind,
+                    "status": r.status,
+                    "sha256": r.sha256,
+                    "superseded_by": world.superseded.get(r.id),
+                }
+                | {
+                    "finished_at": r.finished_at,
+                    "metrics": {n: m.model_dump() for n, m in r.metrics.items()},
+                }
                 for r in world.records.values()
             ],
         },
@@ -118,6 +177,21 @@ def evidence_json(world: World) -> str:
 def badge_json(world: World) -> str:
     """Counts by letter for a badge; never a percentage."""
     counts = tally(world.states)
-    message = " · ".join(f"{LETTERS[s]} {counts[s]}" for s in READING_ORDER if counts[s]) or "no gates"
-    colour = "red" if counts["failed"] else "yellow" if counts["stale"] or counts["waived"] or counts["unproven"] else "blue"
-    return json.dumps({"schemaVersion": 1, "label": f"{len(world.states)} gates", "message": message, "color": colour})
+    message = (
+        " · ".join(f"{LETTERS[s]} {counts[s]}" for s in READING_ORDER if counts[s]) or "no gates"
+    )
+    colour = (
+        "red"
+        if counts["failed"]
+        else "yellow"
+        if counts["stale"] or counts["waived"] or counts["unproven"]
+        else "blue"
+    )
+    return json.dumps(
+        {
+            "schemaVersion": 1,
+            "label": f"{len(world.states)} gates",
+            "message": message,
+            "color": colour,
+        }
+    )

@@ -11,7 +11,14 @@ from spec.errors import IntegrityError
 from spec.gates import Limit
 from spec.records import Metric, Record, Scalar
 
-LETTERS: dict[State, str] = {"discharged": "P", "proven": "K", "unproven": "–", "stale": "S", "failed": "F", "waived": "W"}
+LETTERS: dict[State, str] = {
+    "discharged": "P",
+    "proven": "K",
+    "unproven": "–",
+    "stale": "S",
+    "failed": "F",
+    "waived": "W",
+}
 MEANINGS: dict[State, str] = {
     "discharged": "its plants were killed and the latest accepted real run passes it",
     "proven": "its plants were killed; no accepted real run yet",
@@ -49,18 +56,26 @@ def short_hash(digest: str) -> str:
 
 def chip(state: State) -> str:
     """A gate state as a letter in its colour; both carry the meaning."""
-    return f'<span class="state state--{state}" title="{state}: {esc(MEANINGS[state])}">{LETTERS[state]}</span>'
+    return (
+        f'<span class="state state--{state}" title="{state}: '
+        f'{esc(MEANINGS[state])}">{LETTERS[state]}</span>'
+    )
 
 
 def verdict(outcome: str) -> str:
     """A verdict as letter and word."""
     state = VERDICT_STATE[outcome]
     letter = "–" if outcome == "not_run" else LETTERS[state]
-    return f'<span class="nowrap"><span class="state state--{state}">{letter}</span> {esc(outcome)}</span>'
+    return (
+        f'<span class="nowrap"><span class="state state--{state}">{letter}</span> '
+        f"{esc(outcome)}</span>"
+    )
 
 
 def number(value: Scalar) -> str:
-    """A value for reading: six significant digits, thousands of whole numbers set apart by narrow spaces."""
+    """A value for reading: six significant digits, thousands of whole numbers
+    set apart by narrow spaces.
+    """
     match value:
         case bool() | None | str():
             return esc(value)
@@ -77,7 +92,9 @@ def optional(value: Scalar) -> str:
 
 
 def ev(record: Record, name: str) -> str:
-    """The one way a metric reaches a page: value, spread and unit. Raises IntegrityError if the record does not hold it."""
+    """The one way a metric reaches a page: value, spread and unit.
+    Raises IntegrityError if the record does not hold it.
+    """
     record.metric(name)
     return metric_text(record.metrics[name])
 
@@ -102,7 +119,11 @@ def limit_text(name: str, limit: Limit) -> str:
 
 def source_link(source: str) -> str:
     """A source as a link if it is an address, else as text."""
-    return f"[{esc(source)}](<{source}>)" if source.startswith(("https://", "http://")) else esc(source)
+    return (
+        f"[{esc(source)}](<{source}>)"
+        if source.startswith(("https://", "http://"))
+        else esc(source)
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -125,7 +146,13 @@ def folded(title: str, body: str, language: str) -> str:
     fence = "~~~~~~"
     if fence in body:
         raise ValueError("source text holds the fence of its own block")
-    lines = [f'??? abstract "{esc(title)}"', "", f"    {fence}{language}", *(f"    {line}" for line in body.splitlines()), f"    {fence}"]
+    lines = [
+        f'??? abstract "{esc(title)}"',
+        "",
+        f"    {fence}{language}",
+        *(f"    {line}" for line in body.splitlines()),
+        f"    {fence}",
+    ]
     return "\n".join(lines)
 
 
@@ -153,7 +180,11 @@ class Page:
 
     def link(self, text: str, target: str, anchor: str = "") -> str:
         """A link to another page, given by its path below the site's root."""
-        path = posixpath.relpath(target, posixpath.dirname(self.path) or ".") if target != self.path else ""
+        path = (
+            posixpath.relpath(target, posixpath.dirname(self.path) or ".")
+            if target != self.path
+            else ""
+        )
         return f"[{text}]({path}{'#' + anchor if anchor else ''})"
 
     def gate(self, gate_id: str) -> str:
@@ -169,7 +200,11 @@ class Page:
         """Front matter and body."""
         deep = "/" in self.path and not self.path.endswith("index.md")
         hide = "hide: [navigation]\n" if deep else ""
-        return f"---\ntitle: {json.dumps(self.title)}\n{hide}---\n\n# {esc(self.title)}\n\n" + "\n\n".join(self.blocks) + "\n"
+        return (
+            f"---\ntitle: {json.dumps(self.title)}\n{hide}---\n\n# {esc(self.title)}\n\n"
+            + "\n\n".join(self.blocks)
+            + "\n"
+        )
 
 
 def anchor(name: str) -> str:

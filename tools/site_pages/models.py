@@ -1,8 +1,21 @@
-"""Model cards, rendered from the registry and the records it names; a fact without a record stops the build."""
+"""Model cards, rendered from the registry and the records it names;
+a fact without a record stops the build.
+"""
 
 from spec.records import Record
 from spec.registry import REQUIRED_RECORDS, Release
-from tools.site_pages.markup import Page, bullets, code, esc, fenced, metric_text, number, optional, prose, table
+from tools.site_pages.markup import (
+    Page,
+    bullets,
+    code,
+    esc,
+    fenced,
+    metric_text,
+    number,
+    optional,
+    prose,
+    table,
+)
 from tools.site_pages.runs import chart_of
 from tools.site_pages.world import World
 
@@ -14,7 +27,14 @@ def models_index(world: World) -> Page:
     if not world.releases:
         return page.add("The registry is empty: no model has been released.")
     rows = [
-        [page.link(code(m.id), f"models/{m.id}.md"), m.status, number(m.n_params), esc(m.license), esc(m.recipe)] for m in world.releases
+        [
+            page.link(code(m.id), f"models/{m.id}.md"),
+            m.status,
+            number(m.n_params),
+            esc(m.license),
+            esc(m.recipe),
+        ]
+        for m in world.releases
     ]
     return page.add(table(["model", "status", "parameters", "licence", "recipe"], rows))
 
@@ -41,7 +61,13 @@ def model_page(world: World, model: Release) -> Page:
     )
     if "train" in records and (chart := chart_of(world, records["train"])):
         page.add("## Loss", chart)
-    page.add("## Records", table(["kind", "record", "status"], [[k, page.run(r.id), r.status] for k, r in records.items()]))
+    page.add(
+        "## Records",
+        table(
+            ["kind", "record", "status"],
+            [[k, page.run(r.id), r.status] for k, r in records.items()],
+        ),
+    )
     rerun = [
         f"git checkout {model.commit}",
         *(f"stack evidence rerun {r.id}" for r in records.values() if r.kind == "train"),
@@ -76,9 +102,22 @@ def _facts(model: Release) -> str:
 def _data(model: Release, records: dict[str, Record]) -> str:
     inputs = [a for r in records.values() for a in r.inputs]
     unique = {a.sha256: a for a in inputs}
-    rows = [[esc(a.name), code(a.sha256), number(a.bytes), optional(a.tokens), esc(a.license or "not stated")] for a in unique.values()]
+    rows = [
+        [
+            esc(a.name),
+            code(a.sha256),
+            number(a.bytes),
+            optional(a.tokens),
+            esc(a.license or "not stated"),
+        ]
+        for a in unique.values()
+    ]
     stated = f"Licence of the data: {esc(model.data_license)}."
-    return f"{stated}\n\n{table(['input', 'sha256', 'bytes', 'tokens', 'licence'], rows)}" if rows else stated
+    return (
+        f"{stated}\n\n{table(['input', 'sha256', 'bytes', 'tokens', 'licence'], rows)}"
+        if rows
+        else stated
+    )
 
 
 def _metrics(records: dict[str, Record], page: Page) -> str:
@@ -87,4 +126,8 @@ def _metrics(records: dict[str, Record], page: Page) -> str:
         for r in records.values()
         for name, m in sorted(r.metrics.items())
     ]
-    return table(["metric", "value", "n", "better", "record"], rows) if rows else "Its records hold no metric."
+    return (
+        table(["metric", "value", "n", "better", "record"], rows)
+        if rows
+        else "Its records hold no metric."
+    )

@@ -1,9 +1,22 @@
-"""The museum and its rooms: every deliberate bug with its story, what it changes, which gate killed it, how late and by which numbers."""
+"""The museum and its rooms: every deliberate bug with its story, what it changes, which gate killed
+it, how late and by which numbers.
+"""
 
 from spec.records import Scalar
 from tools.site_pages.diffs import plant_diff
 from tools.site_pages.exhibits import Exhibit
-from tools.site_pages.markup import Page, anchor, bullets, code, esc, folded, number, prose, source_link, table
+from tools.site_pages.markup import (
+    Page,
+    anchor,
+    bullets,
+    code,
+    esc,
+    folded,
+    number,
+    prose,
+    source_link,
+    table,
+)
 from tools.site_pages.proof import failures_of, latency_histogram
 from tools.site_pages.world import World
 
@@ -12,20 +25,35 @@ def museum_page(world: World) -> Page:
     """Who was killed by whom and how late; the way to the rooms."""
     page = Page("museum.md", "Museum")
     page.add(
-        "A plant is a deliberate bug. Each one here is put into the real stack for the length of a test, "
-        f"and a gate must turn red on it and green without it. {page.link('How this works', 'gates-guide.md')}.",
-        f"Who else turns red: {page.link('kill matrix', 'kill-matrix.md')}. How far limits stand: {page.link('margins', 'margins.md')}. "
-        f"What other people's runs have died of: {page.link('known failures', 'failures.md')}, "
-        f"{page.link('by symptom', 'symptoms.md')}.",
+        "A plant is a deliberate bug. Each one here is put into the real stack for the length of "
+        "a test, and a gate must turn red on it and green without it. "
+        f"{page.link('How this works', 'gates-guide.md')}.",
+        f"Who else turns red: {page.link('kill matrix', 'kill-matrix.md')}. How far limits stand: "
+        f"{page.link('margins', 'margins.md')}. What other people's runs have died of: "
+        f"{page.link('known failures', 'failures.md')}, {page.link('by symptom', 'symptoms.md')}.",
     )
     if histogram := latency_histogram(world):
         page.add("## How late", histogram)
     if not world.plants:
         return page.add("The museum is empty.")
-    page.add("## Rooms", bullets(f"{page.link(room, f'museum/{room}.md')}: {len(plants)} plants" for room, plants in _rooms(world).items()))
+    page.add(
+        "## Rooms",
+        bullets(
+            f"{page.link(room, f'museum/{room}.md')}: {len(plants)} plants"
+            for room, plants in _rooms(world).items()
+        ),
+    )
     head = ["plant", "gate", "outcome", "control", "latency", "record"]
     page.add("## Plants and their gates")
-    return page.add(table(head, [[page.plant(p.id), page.gate(p.gate), *_last(world, p, page)] for p in world.plants.values()]))
+    return page.add(
+        table(
+            head,
+            [
+                [page.plant(p.id), page.gate(p.gate), *_last(world, p, page)]
+                for p in world.plants.values()
+            ],
+        )
+    )
 
 
 def room_pages(world: World) -> list[Page]:
@@ -34,7 +62,8 @@ def room_pages(world: World) -> list[Page]:
     for room, plants in _rooms(world).items():
         page = Page(f"museum/{room}.md", f"Museum: {room}")
         page.add(
-            f"{page.link('Museum', 'museum.md')} · {len(plants)} plants", bullets(f"{page.plant(p.id)} {esc(p.title)}" for p in plants)
+            f"{page.link('Museum', 'museum.md')} · {len(plants)} plants",
+            bullets(f"{page.plant(p.id)} {esc(p.title)}" for p in plants),
         )
         for plant in plants:
             page.add(*_exhibit(world, plant, page))
@@ -55,7 +84,12 @@ def _last(world: World, plant: Exhibit, page: Page) -> list[str]:
     if not kills:
         return ["none yet", "–", "–", "–"]
     record, kill = kills[-1]
-    stale = "" if plant.gate in world.spec.gates and kill.fingerprint in world.spec.fingerprints(plant.gate) else " (older fingerprint)"
+    stale = (
+        ""
+        if plant.gate in world.spec.gates
+        and kill.fingerprint in world.spec.fingerprints(plant.gate)
+        else " (older fingerprint)"
+    )
     return [f"{kill.outcome}{stale}", kill.control, esc(kill.latency), page.run(record.id)]
 
 
@@ -63,8 +97,14 @@ def _exhibit(world: World, plant: Exhibit, page: Page) -> list[str]:
     outcome, control, latency, record = _last(world, plant, page)
     kills = world.kills_of(gate=plant.gate, plant=plant.id)
     kill = kills[-1][1] if kills else None
-    measured = f"<br>measured on the plant: {_line(kill.measured)}" if kill and kill.measured else ""
-    measured += f"<br>measured without it: {_line(kill.control_measured)}" if kill and kill.control_measured else ""
+    measured = (
+        f"<br>measured on the plant: {_line(kill.measured)}" if kill and kill.measured else ""
+    )
+    measured += (
+        f"<br>measured without it: {_line(kill.control_measured)}"
+        if kill and kill.control_measured
+        else ""
+    )
     measured += f"<br>{esc(kill.message)}" if kill and kill.message else ""
     diff = plant_diff(world.root, plant)
     return [

@@ -12,11 +12,14 @@ def cli_page(world: World) -> Page:
     """Every verb with usage, arguments, options and examples, from `spec/cli.json`."""
     page = Page("cli.md", "Command line")
     page.add(
-        "`stack` and `stackproof` are the same command. `--json` prints one JSON document on standard output and nothing else there; "
-        f"messages go to standard error. What the process returns: {page.link('exit codes', 'errors.md')}.",
+        "`stack` and `stackproof` are the same command. `--json` prints one JSON document on "
+        "standard output and nothing else there; messages go to standard error. What the process "
+        f"returns: {page.link('exit codes', 'errors.md')}.",
     )
     if world.cli is None:
-        return page.add("`spec/cli.json`, from which this page is written, is not part of this build.")
+        return page.add(
+            "`spec/cli.json`, from which this page is written, is not part of this build."
+        )
     for verb, described in sorted(world.cli["verbs"].items()):
         page.add(f"## stack {verb}", *_verb(verb, described))
     return page
@@ -24,9 +27,16 @@ def cli_page(world: World) -> Page:
 
 def _verb(verb: str, described: dict) -> list[str]:
     arguments, options = described.get("arguments", []), described.get("options", [])
-    usage = " ".join(["stack", verb, *map(_argument, arguments), *(["[OPTIONS]"] if options else [])])
-    rows = [[code(a["name"]), "yes" if a.get("required") else "no", prose(a.get("help") or "–")] for a in arguments]
-    flags = [[" ".join(map(code, o["flags"])), _takes(o), prose(o.get("help") or "–")] for o in options]
+    usage = " ".join(
+        ["stack", verb, *map(_argument, arguments), *(["[OPTIONS]"] if options else [])]
+    )
+    rows = [
+        [code(a["name"]), "yes" if a.get("required") else "no", prose(a.get("help") or "–")]
+        for a in arguments
+    ]
+    flags = [
+        [" ".join(map(code, o["flags"])), _takes(o), prose(o.get("help") or "–")] for o in options
+    ]
     examples = described.get("examples", [])
     return [
         prose(described.get("help", "")),
@@ -57,8 +67,15 @@ def errors_page(world: World) -> Page:
         table(["code", "meaning"], [[code(n), esc(text)] for n, text in errors.EXIT_CODES.items()]),
         "## Exceptions",
     )
-    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.StackproofError)]
-    rows = [[code(c.__name__), code(c.__mro__[1].__name__), str(c.exit_code), prose(_first_line(c))] for c in sorted(classes, key=_depth)]
+    classes = [
+        c
+        for _, c in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(c, errors.StackproofError)
+    ]
+    rows = [
+        [code(c.__name__), code(c.__mro__[1].__name__), str(c.exit_code), prose(_first_line(c))]
+        for c in sorted(classes, key=_depth)
+    ]
     return page.add(table(["exception", "is a", "exit code", "raised for"], rows))
 
 

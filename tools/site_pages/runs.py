@@ -26,14 +26,24 @@ from tools.site_pages.markup import (
 from tools.site_pages.probes import probes
 from tools.site_pages.world import World
 
-HEADLINE = ("val_bits_per_byte", "bits_per_byte", "val_loss_nats", "loss_nats", "train_loss_nats", "killed", "tokens_per_s")
+HEADLINE = (
+    "val_bits_per_byte",
+    "bits_per_byte",
+    "val_loss_nats",
+    "loss_nats",
+    "train_loss_nats",
+    "killed",
+    "tokens_per_s",
+)
 EVENT_LETTERS = {"resumed": "R", "nonfinite": "N"}
 MAX_SAMPLES = 16
 MAX_SAMPLE_CHARACTERS = 320
 
 
 def headline(record: Record) -> list[str]:
-    """Names of the metrics worth showing in one line: known ones first, else the first few the record holds."""
+    """Names of the metrics worth showing in one line: known ones first,
+    else the first few the record holds.
+    """
     known = [n for n in HEADLINE if n in record.metrics]
     return (known or sorted(record.metrics))[:3]
 
@@ -41,14 +51,23 @@ def headline(record: Record) -> list[str]:
 def runs_index(world: World) -> Page:
     """All accepted records, newest first."""
     page = Page("runs/index.md", "Runs")
-    page.add("Every accepted record, newest first. A record is never edited; a wrong one is superseded by a later one.")
+    page.add(
+        "Every accepted record, newest first. A record is never edited; a wrong one is superseded "
+        "by a later one."
+    )
     if not world.records:
         return page.add("The ledger is empty: no record has been accepted yet.")
     rows = []
     for r in reversed(world.records.values()):
         metrics = "<br>".join(f"{code(n)} {ev(r, n)}" for n in headline(r)) or "–"
-        status = f"superseded by {page.run(world.superseded[r.id])}" if r.id in world.superseded else r.status
-        rows.append([page.run(r.id), r.kind, status, esc(r.finished_at[:16].replace("T", " ")), metrics])
+        status = (
+            f"superseded by {page.run(world.superseded[r.id])}"
+            if r.id in world.superseded
+            else r.status
+        )
+        rows.append(
+            [page.run(r.id), r.kind, status, esc(r.finished_at[:16].replace("T", " ")), metrics]
+        )
     return page.add(table(["record", "kind", "status", "finished (UTC)", "metrics"], rows))
 
 
@@ -56,21 +75,48 @@ def run_page(world: World, record: Record) -> Page:
     """Everything one record says, and how to run it again."""
     page = Page(f"runs/{record.id}.md", record.id)
     if record.id in world.superseded:
-        page.add(f"**Superseded by {page.run(world.superseded[record.id])}.** It is kept, and discharges nothing.")
-    page.add(f"{page.link('All runs', 'runs/index.md')} · {record.kind} · {record.status}", f"> {prose(record.claim)}", _facts(record))
-    page.add("## What it does not cover", bullets(prose(t) for t in record.not_covered) or "The record names nothing.")
+        page.add(
+            f"**Superseded by {page.run(world.superseded[record.id])}.** It is kept, and "
+            "discharges nothing."
+        )
+    page.add(
+        f"{page.link('All runs', 'runs/index.md')} · {record.kind} · {record.status}",
+        f"> {prose(record.claim)}",
+        _facts(record),
+    )
+    page.add(
+        "## What it does not cover",
+        bullets(prose(t) for t in record.not_covered) or "The record names nothing.",
+    )
     if chart := chart_of(world, record):
         page.add("## Loss", chart)
     page.add(*sources(world, record), *draws(world, record))
     page.add(*probes(world, record))
-    page.add(*_metrics(record), *_gates(record, page), *_kills(record, page), *_samples(world, record))
+    page.add(
+        *_metrics(record), *_gates(record, page), *_kills(record, page), *_samples(world, record)
+    )
     page.add(*traces.sections(world, record))
     page.add("## How to repeat it", *_repeat(record), "## Configuration", *_config(record))
-    page.add("## Environment", table(["fact", "value"], [[code(k), number(v)] for k, v in sorted(record.environment.items())]))
-    page.add("## Files", _artefacts("in", record.inputs), _artefacts("out", record.outputs), _series(record))
-    parents = [page.run(p) if p in world.records else f"{code(p)} (not in the ledger)" for p in record.parents]
+    page.add(
+        "## Environment",
+        table(
+            ["fact", "value"], [[code(k), number(v)] for k, v in sorted(record.environment.items())]
+        ),
+    )
+    page.add(
+        "## Files",
+        _artefacts("in", record.inputs),
+        _artefacts("out", record.outputs),
+        _series(record),
+    )
+    parents = [
+        page.run(p) if p in world.records else f"{code(p)} (not in the ledger)"
+        for p in record.parents
+    ]
     page.add("## Parents", bullets(parents) or "None.")
-    return page.add("## The record", folded("metadata.json", pretty_json(record.to_bytes()), "json"))
+    return page.add(
+        "## The record", folded("metadata.json", pretty_json(record.to_bytes()), "json")
+    )
 
 
 def _facts(record: Record) -> str:
@@ -93,10 +139,18 @@ def chart_of(world: World, record: Record) -> str:
     stderr = {x["step"]: x["val_stderr_nats"] for x in lines if x.get("val_stderr_nats")}
     curves = [
         Curve("train loss", _points(lines, "loss_nats"), "nats/token"),
-        Curve("held-out loss ± stderr", _points(lines, "val_loss_nats"), "nats/token", "dot", stderr),
+        Curve(
+            "held-out loss ± stderr", _points(lines, "val_loss_nats"), "nats/token", "dot", stderr
+        ),
     ]
     title = f"Loss of {record.id} over steps"
-    return loss_chart(title, curves, _events(world, record, lines), x_label="optimizer step", y_label="loss, nats per token")
+    return loss_chart(
+        title,
+        curves,
+        _events(world, record, lines),
+        x_label="optimizer step",
+        y_label="loss, nats per token",
+    )
 
 
 def _points(lines: list[dict], key: str) -> list[tuple[float, float]]:
@@ -104,19 +158,39 @@ def _points(lines: list[dict], key: str) -> list[tuple[float, float]]:
 
 
 def _events(world: World, record: Record, lines: list[dict]) -> list[Flag]:
-    """Evaluations, red gates, verified checkpoints, resumes and the end, each from its own series."""
-    flags = [Flag(x["step"], "E", f"evaluation at step {x['step']}") for x in lines if x.get("val_loss_nats") is not None]
+    """Evaluations, red gates, verified checkpoints, resumes and the end,
+    each from its own series.
+    """
+    flags = [
+        Flag(x["step"], "E", f"evaluation at step {x['step']}")
+        for x in lines
+        if x.get("val_loss_nats") is not None
+    ]
     for entry in world.series(record, "gates.jsonl", "gate", "verdict"):
         gate, step = entry["gate"], entry.get("step")
         if step is not None and entry["verdict"] == "fail":
-            flags.append(Flag(step, "F", f"{gate} turned red at step {step}: {entry.get('message', '')}"))
+            flags.append(
+                Flag(step, "F", f"{gate} turned red at step {step}: {entry.get('message', '')}")
+            )
         elif step is not None and entry["verdict"] == "pass" and gate.startswith("checkpoint."):
             flags.append(Flag(step, "C", f"checkpoint at step {step}, verified by {gate}"))
     for entry in world.series(record, "events.jsonl", "event"):
         if entry["event"] in EVENT_LETTERS:
-            flags.append(Flag(entry["step"], EVENT_LETTERS[entry["event"]], f"{entry['event']} at step {entry['step']}"))
+            flags.append(
+                Flag(
+                    entry["step"],
+                    EVENT_LETTERS[entry["event"]],
+                    f"{entry['event']} at step {entry['step']}",
+                )
+            )
     if lines:
-        flags.append(Flag(lines[-1]["step"], "S", f"{record.status} after step {lines[-1]['step']}: {record.end_reason}"))
+        flags.append(
+            Flag(
+                lines[-1]["step"],
+                "S",
+                f"{record.status} after step {lines[-1]['step']}: {record.end_reason}",
+            )
+        )
     return flags
 
 
@@ -136,22 +210,59 @@ def _gates(record: Record, page: Page) -> list[str]:
         return []
     rows = []
     for g in record.gates:
-        waiver = f"<br>waived until {esc(g.waiver.expires)}: {esc(g.waiver.reason)}" if g.waiver else ""
+        waiver = (
+            f"<br>waived until {esc(g.waiver.expires)}: {esc(g.waiver.reason)}" if g.waiver else ""
+        )
         first = optional(g.first_failure_step)
         heartbeat = optional(g.heartbeat_last_step)
         measured = pairs(g.measured) + (f"<br>{esc(g.message)}" if g.message else "")
-        rows.append([page.gate(g.id), verdict(g.verdict) + waiver, number(g.checks), heartbeat, first, measured, pairs(g.limits)])
-    return ["## Gates", table(["gate", "verdict", "checks", "last heartbeat, step", "first red, step", "measured", "limits"], rows)]
+        rows.append(
+            [
+                page.gate(g.id),
+                verdict(g.verdict) + waiver,
+                number(g.checks),
+                heartbeat,
+                first,
+                measured,
+                pairs(g.limits),
+            ]
+        )
+    return [
+        "## Gates",
+        table(
+            [
+                "gate",
+                "verdict",
+                "checks",
+                "last heartbeat, step",
+                "first red, step",
+                "measured",
+                "limits",
+            ],
+            rows,
+        ),
+    ]
 
 
 def _kills(record: Record, page: Page) -> list[str]:
     if not record.kills:
         return []
     rows = [
-        [page.gate(k.gate), page.plant(k.plant), k.outcome, k.control, esc(k.latency), f"{number(k.seconds)} s", pairs(k.measured)]
+        [
+            page.gate(k.gate),
+            page.plant(k.plant),
+            k.outcome,
+            k.control,
+            esc(k.latency),
+            f"{number(k.seconds)} s",
+            pairs(k.measured),
+        ]
         for k in record.kills
     ]
-    return ["## Kills", table(["gate", "plant", "outcome", "control", "latency", "time", "measured"], rows)]
+    return [
+        "## Kills",
+        table(["gate", "plant", "outcome", "control", "latency", "time", "measured"], rows),
+    ]
 
 
 def _samples(world: World, record: Record) -> list[str]:
@@ -159,9 +270,18 @@ def _samples(world: World, record: Record) -> list[str]:
     if not samples:
         return []
     shown = thin(samples, MAX_SAMPLES)
-    rows = [[number(s["step"]), number(s["score"]), pairs(s.get("parts") or {}), _sample_text(s)] for s in shown]
-    count = "" if len(shown) == len(samples) else f" {len(shown)} of {len(samples)} shown, evenly spaced."
-    intro = f"Text drawn from the model during the run, with the coherence score of the audit.{count}"
+    rows = [
+        [number(s["step"]), number(s["score"]), pairs(s.get("parts") or {}), _sample_text(s)]
+        for s in shown
+    ]
+    count = (
+        ""
+        if len(shown) == len(samples)
+        else f" {len(shown)} of {len(samples)} shown, evenly spaced."
+    )
+    intro = (
+        f"Text drawn from the model during the run, with the coherence score of the audit.{count}"
+    )
     return ["## Samples", intro, table(["step", "score", "parts", "text"], rows)]
 
 
@@ -175,12 +295,19 @@ def _repeat(record: Record) -> list[str]:
     lines = [f"git checkout {record.code.commit}", shlex.join(record.command)]
     if record.kind == "train":
         lines.append(f"stack evidence rerun {record.id}")
-    note = "The tree was dirty: the commit alone does not give the same code." if record.code.dirty else ""
+    note = (
+        "The tree was dirty: the commit alone does not give the same code."
+        if record.code.dirty
+        else ""
+    )
     return [note, fenced("\n".join(lines), "sh")]
 
 
 def _config(record: Record) -> list[str]:
-    overrides = table(["changed key", "value", "from"], [[code(o.key), code(o.value), esc(o.source)] for o in record.overrides])
+    overrides = table(
+        ["changed key", "value", "from"],
+        [[code(o.key), code(o.value), esc(o.source)] for o in record.overrides],
+    )
     rows = [[code(k), code(v)] for k, v in _leaves(record.config)]
     return [
         f"sha256 {code(record.config_sha256)}",
@@ -192,16 +319,34 @@ def _config(record: Record) -> list[str]:
 def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
     leaves: list[tuple[str, object]] = []
     for key, value in tree.items():
-        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        leaves += (
+            _leaves(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else [(prefix + key, value)]
+        )
     return leaves
 
 
 def _artefacts(direction: str, artefacts: tuple[Artefact, ...]) -> str:
     if not artefacts:
         return f"No file {direction}."
-    rows = [[esc(a.name), code(a.path), code(a.sha256), number(a.bytes), optional(a.tokens), esc(a.license or "–")] for a in artefacts]
+    rows = [
+        [
+            esc(a.name),
+            code(a.path),
+            code(a.sha256),
+            number(a.bytes),
+            optional(a.tokens),
+            esc(a.license or "–"),
+        ]
+        for a in artefacts
+    ]
     return table([f"{direction}put", "path", "sha256", "bytes", "tokens", "licence"], rows)
 
 
 def _series(record: Record) -> str:
-    return table(["series", "sha256"], [[code(s.path), code(s.sha256)] for s in record.series]) if record.series else ""
+    return (
+        table(["series", "sha256"], [[code(s.path), code(s.sha256)] for s in record.series])
+        if record.series
+        else ""
+    )

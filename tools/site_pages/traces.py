@@ -1,4 +1,6 @@
-"""What was seen inside a model: heat maps over layers and slots of a trace or a comparison, and over the steps of a run."""
+"""What was seen inside a model: heat maps over layers and slots of a trace or a comparison,
+and over the steps of a run.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -27,12 +29,20 @@ def sections(world: World, record: Record) -> list[str]:
         case "train":
             return _history(world.series(record, POINTS, "step", "point", "layer", "stats"))
         case "trace":
-            return _profile(world.series(record, POINTS, "point", "layer", "slot", "stats", "robust_z"))
+            return _profile(
+                world.series(record, POINTS, "point", "layer", "slot", "stats", "robust_z")
+            )
         case "benchmark":
-            return _plants(world.series(record, PLANTS, "plant", "planted", "compared", "bisected", "runs"))
+            return _plants(
+                world.series(record, PLANTS, "plant", "planted", "compared", "bisected", "runs")
+            )
         case "compare":
-            rows = world.series(record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound")
-            gradients = world.series(record, GRADIENTS, "point", "rel_err", "added_err", "bound", "read_by")
+            rows = world.series(
+                record, POINTS, "point", "layer", "slot", "rel_err", "added_err", "bound"
+            )
+            gradients = world.series(
+                record, GRADIENTS, "point", "rel_err", "added_err", "bound", "read_by"
+            )
             return [
                 *_comparison(rows),
                 *_gradients(gradients),
@@ -45,15 +55,29 @@ def _profile(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     odd = [r for r in rows if r.get("anomalous")]
-    said = f"First point that stands out: {code(odd[0]['point'])}, {esc(odd[0].get('operation', ''))}." if odd else "No point stands out."
-    cells = [(r["layer"], r["slot"], _plain(r["stats"]["std"]), _by_z(r["robust_z"])) for r in rows if r["layer"] is not None]
-    body = [[code(r["point"]), *(_plain(r["stats"][k]) for k in FIGURES), _plain(r["robust_z"])] for r in rows]
+    said = (
+        f"First point that stands out: {code(odd[0]['point'])}, {esc(odd[0].get('operation', ''))}."
+        if odd
+        else "No point stands out."
+    )
+    cells = [
+        (r["layer"], r["slot"], _plain(r["stats"]["std"]), _by_z(r["robust_z"]))
+        for r in rows
+        if r["layer"] is not None
+    ]
+    body = [
+        [code(r["point"]), *(_plain(r["stats"][k]) for k in FIGURES), _plain(r["robust_z"])]
+        for r in rows
+    ]
     return [
         "## Points",
-        f"{said} Each cell holds the standard deviation; its shade is how far that lies from the median of its slot over the layers, in "
-        f"robust deviations, from {WARM} and from {HOT} on.",
+        f"{said} Each cell holds the standard deviation; its shade is how far that lies from the "
+        f"median of its slot over the layers, in robust deviations, from {WARM} and from {HOT} on.",
         _map(cells),
-        table(["point", "mean", "std", "largest", "kurtosis", "energy of the top token", "robust z"], body),
+        table(
+            ["point", "mean", "std", "largest", "kurtosis", "energy of the top token", "robust z"],
+            body,
+        ),
     ]
 
 
@@ -61,12 +85,29 @@ def _comparison(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     first = next((r for r in rows if _beyond(r) > 1), None)
-    said = f"First point that adds more than its bound: {code(first['point'])}." if first else "No point adds more than its bound."
-    cells = [(r["layer"], r["slot"], _plain(r["rel_err"]), _shade(_beyond(r), TIMES)) for r in rows if r["layer"] is not None]
-    body = [[code(r["point"]), *(_plain(r.get(k)) for k in ("rel_err", "cosine", "nmse", "added_err", "bound"))] for r in rows]
+    said = (
+        f"First point that adds more than its bound: {code(first['point'])}."
+        if first
+        else "No point adds more than its bound."
+    )
+    cells = [
+        (r["layer"], r["slot"], _plain(r["rel_err"]), _shade(_beyond(r), TIMES))
+        for r in rows
+        if r["layer"] is not None
+    ]
+    body = [
+        [
+            code(r["point"]),
+            *(_plain(r.get(k)) for k in ("rel_err", "cosine", "nmse", "added_err", "bound")),
+        ]
+        for r in rows
+    ]
     return [
         "## Points",
-        f"{said} Each cell holds the relative error that arrives there; its shade is what the point adds itself to right inputs.",
+        (
+            f"{said} Each cell holds the relative error that arrives there; its shade is what the "
+            "point adds itself to right inputs."
+        ),
         _map(cells),
         table(["point", "error that arrives", "cosine", "NMSE", "error added", "bound"], body),
     ]
@@ -77,14 +118,25 @@ def _gradients(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     first = next((r for r in rows if _beyond(r) > 1), None)
-    whose = f", in the derivative of what reads it: {esc(first['read_by'])}" if first and first["read_by"] else ""
+    whose = (
+        f", in the derivative of what reads it: {esc(first['read_by'])}"
+        if first and first["read_by"]
+        else ""
+    )
     said = (
         f"First gradient that adds more than its bound: {code(first['point'])}{whose}."
         if first
         else "No derivative adds more than its bound."
     )
-    body = [[code(r["point"]), *(_plain(r.get(k)) for k in ("rel_err", "cosine", "added_err", "bound"))] for r in rows]
-    return ["## Gradients", said, table(["gradient at", "error that arrives", "cosine", "error added", "bound"], body)]
+    body = [
+        [code(r["point"]), *(_plain(r.get(k)) for k in ("rel_err", "cosine", "added_err", "bound"))]
+        for r in rows
+    ]
+    return [
+        "## Gradients",
+        said,
+        table(["gradient at", "error that arrives", "cosine", "error added", "bound"], body),
+    ]
 
 
 def _chain(links: list[Row]) -> list[str]:
@@ -92,7 +144,13 @@ def _chain(links: list[Row]) -> list[str]:
     if not links:
         return []
     body = [
-        [x["id"], esc(x["hypothesis"]), x["verdict"], ", ".join(f"{esc(k)} {_plain(v)}" for k, v in x["evidence"].items())] for x in links
+        [
+            x["id"],
+            esc(x["hypothesis"]),
+            x["verdict"],
+            ", ".join(f"{esc(k)} {_plain(v)}" for k, v in x["evidence"].items()),
+        ]
+        for x in links
     ]
     return ["## Narrowing", table(["link", "hypothesis", "verdict", "evidence"], body)]
 
@@ -106,10 +164,28 @@ def _beyond(row: Row) -> float:
 def _plants(rows: list[Row]) -> list[str]:
     if not rows:
         return []
-    body = [[esc(r["plant"]), code(r["planted"]), _named(r), "<br>".join(map(code, r["bisected"])), str(r["runs"])] for r in rows]
+    body = [
+        [
+            esc(r["plant"]),
+            code(r["planted"]),
+            _named(r),
+            "<br>".join(map(code, r["bisected"])),
+            str(r["runs"]),
+        ]
+        for r in rows
+    ]
     return [
         "## Planted and named",
-        table(["plant", "planted at", "first by comparison", "by bisection", "forwards of the bisection"], body),
+        table(
+            [
+                "plant",
+                "planted at",
+                "first by comparison",
+                "by bisection",
+                "forwards of the bisection",
+            ],
+            body,
+        ),
     ]
 
 
@@ -130,15 +206,25 @@ def _history(lines: list[Row]) -> list[str]:
         ]
         blocks += [f"{title}:", _map(cells)] if cells else []
     spread = {(x["point"], x["step"]): x["stats"]["std"] for x in lines}
-    rows = [[code(p), *(_plain(spread.get((p, step))) for step in shown)] for p in dict.fromkeys(x["point"] for x in lines)]
-    return [*blocks, "Standard deviation of every point:", table(["point", *(f"step {step}" for step in shown)], rows)]
+    rows = [
+        [code(p), *(_plain(spread.get((p, step))) for step in shown)]
+        for p in dict.fromkeys(x["point"] for x in lines)
+    ]
+    return [
+        *blocks,
+        "Standard deviation of every point:",
+        table(["point", *(f"step {step}" for step in shown)], rows),
+    ]
 
 
 def _map(cells: Sequence[tuple[int, str, str, str]]) -> str:
     """Layers down, columns across in the order they come; each cell with its class."""
     columns = list(dict.fromkeys(column for _, column, _, _ in cells))
     held = {(layer, column): (text, shade) for layer, column, text, shade in cells}
-    rows = [[str(layer), *(_cell(*held.get((layer, c), ("", ""))) for c in columns)] for layer in sorted({layer for layer, *_ in cells})]
+    rows = [
+        [str(layer), *(_cell(*held.get((layer, c), ("", ""))) for c in columns)]
+        for layer in sorted({layer for layer, *_ in cells})
+    ]
     return table(["layer", *map(esc, columns)], rows)
 
 
@@ -157,4 +243,6 @@ def _shade(size: float, limits: Iterable[float]) -> str:
 
 def _plain(value: float | str | None) -> str:
     """Four digits; numbers that are none come as text."""
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else esc(value)
+    return (
+        "–" if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else esc(value)
+    )

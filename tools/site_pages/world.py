@@ -21,7 +21,9 @@ from tools.site_pages.exhibits import Exhibit, read_exhibits
 
 @dataclass(frozen=True)
 class World:
-    """A repository and its ledger at build time. `superseded` maps an old record's id to the one that replaced it."""
+    """A repository and its ledger at build time.
+    `superseded` maps an old record's id to the one that replaced it.
+    """
 
     root: Path
     evidence: Path
@@ -45,20 +47,26 @@ class World:
     def record(self, record_id: str) -> Record:
         """An accepted record. Raises IntegrityError if the ledger does not hold it."""
         if record_id not in self.records:
-            raise IntegrityError(f"the ledger holds no record {record_id}", next_step="stack evidence add DIR, or correct the reference")
+            raise IntegrityError(
+                f"the ledger holds no record {record_id}",
+                next_step="stack evidence add DIR, or correct the reference",
+            )
         return self.records[record_id]
 
     def results_of(self, gate_id: str) -> list[tuple[Record, GateResult]]:
         """Every run that held a gate, newest last."""
         return [(r, g) for r in self.live for g in r.gates if g.id == gate_id]
 
-    def kills_of(self, *, gate: str | None = None, plant: str | None = None) -> list[tuple[Record, Kill]]:
+    def kills_of(
+        self, *, gate: str | None = None, plant: str | None = None
+    ) -> list[tuple[Record, Kill]]:
         """Every kill of a gate or a plant, newest last."""
         kills = [(r, k) for r in self.live for k in r.kills]
         return [(r, k) for r, k in kills if gate in (None, k.gate) and plant in (None, k.plant)]
 
     def series(self, record: Record, name: str, *keys: str) -> list[dict]:
-        """Lines of a JSON-lines file beside a record, checked against its hash; empty if the record names no such file.
+        """Lines of a JSON-lines file beside a record, checked against its hash;
+        empty if the record names no such file.
 
         Raises IntegrityError if the file is missing or changed, or a line lacks one of `keys`.
         """
@@ -67,16 +75,28 @@ class World:
             return []
         path = self.evidence / record.id / name
         if not path.is_file() or sha256_file(path) != declared.sha256:
-            raise IntegrityError(f"{path} is missing or does not match the hash in record {record.id}", next_step="restore it from git")
-        lines = [parse_strict(line, origin=str(path)) for line in path.read_bytes().splitlines() if line.strip()]
+            raise IntegrityError(
+                f"{path} is missing or does not match the hash in record {record.id}",
+                next_step="restore it from git",
+            )
+        lines = [
+            parse_strict(line, origin=str(path))
+            for line in path.read_bytes().splitlines()
+            if line.strip()
+        ]
         for number, line in enumerate(lines, start=1):
             if missing := [k for k in keys if k not in line]:
-                raise IntegrityError(f"{path}:{number} lacks {', '.join(missing)}", allowed=f"every line has {', '.join(keys)}")
+                raise IntegrityError(
+                    f"{path}:{number} lacks {', '.join(missing)}",
+                    allowed=f"every line has {', '.join(keys)}",
+                )
         return lines
 
 
 def load_world(root: Path, evidence: Path) -> World:
-    """Read spec, ledger, registry, museum and command line of a repository. Raises IntegrityError on any contradiction."""
+    """Read spec, ledger, registry, museum and command line of a repository.
+    Raises IntegrityError on any contradiction.
+    """
     spec = load_spec(root)
     ledger = Ledger(evidence)
     if problems := ledger.problems():
@@ -112,8 +132,18 @@ def _build_time() -> dt.datetime:
 def _git_state(root: Path) -> tuple[str, bool | None]:
     """Commit and cleanliness; (`unknown`, None) outside a checkout or before the first commit."""
     try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20)
-        status = subprocess.run(["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, timeout=20)
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        status = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown", None
     if head.returncode or status.returncode:

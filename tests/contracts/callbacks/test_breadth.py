@@ -1,4 +1,6 @@
-"""Ways of training beyond the plain script: clean runs raise no alarm, and a plant in each is still caught."""
+"""Ways of training beyond the plain script: clean runs raise no alarm,
+and a plant in each is still caught.
+"""
 
 import json
 import os
@@ -16,7 +18,14 @@ from tests.contracts.callbacks.stock import Trainer, caught, collate, llama, row
 from tests.contracts.callbacks.test_plain import F, Tiny, batches
 
 ROOT = Path(__file__).resolve().parents[3]
-LOOKED = {"loss.next-token", "loss.token-weights", "optim.gradient-kept", "optim.moves", "runtime.finite", "model.future-blind"}
+LOOKED = {
+    "loss.next-token",
+    "loss.token-weights",
+    "optim.gradient-kept",
+    "optim.moves",
+    "runtime.finite",
+    "model.future-blind",
+}
 SAVES = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
@@ -28,7 +37,12 @@ def clean(callback, error=None):
 
 def adapted(**changes):
     peft = pytest.importorskip("peft")
-    told = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    told = {
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+    }
     return peft.get_peft_model(llama(), peft.LoraConfig(**told | changes))
 
 
@@ -57,11 +71,15 @@ def test_a_frozen_base_that_moves_under_its_adapters_is_caught(tmp_path):
                 base.view(-1)[7] += 1e-4 if self.state.global_step == 2 else 0.0
             return super().training_step(*args, **kwargs)
 
-    assert caught(script(tmp_path, model, trainer_class=Drifts), "optim.moves", 3)["frozen_moved"] == 1
+    assert (
+        caught(script(tmp_path, model, trainer_class=Drifts), "optim.moves", 3)["frozen_moved"] == 1
+    )
 
 
 def test_a_head_that_an_adapter_copies_is_no_longer_the_embedding(tmp_path):
-    assert not caught(script(tmp_path, adapted(modules_to_save=["lm_head"])), "model.tied-head", 0)["tied"]
+    assert not caught(script(tmp_path, adapted(modules_to_save=["lm_head"])), "model.tied-head", 0)[
+        "tied"
+    ]
 
 
 def test_checkpointed_activations_with_autocast_and_rows_grouped_by_length_are_clean(tmp_path):
@@ -84,7 +102,9 @@ def looped(model, watched, *, zero=True):
 
 @pytest.mark.parametrize("given", ["what was compiled", "what compiling gave"])
 def test_a_compiled_model_is_clean_and_a_plant_in_it_is_caught(given):
-    """Compiled by `aot_eager`: the graphs are those of any backend, without waiting for a C++ compiler."""
+    """Compiled by `aot_eager`: the graphs are those of any backend,
+    without waiting for a C++ compiler.
+    """
     torch.manual_seed(0)
     model = Tiny()
     compiled = torch.compile(model, backend="aot_eager")
@@ -117,10 +137,16 @@ def accelerated(accumulate: int = 3, clip: float = 1.0, divide: bool = True):
 def test_a_loop_of_accelerate_that_accumulates_is_clean():
     gate = accelerated()
     clean(gate)
-    assert gate.verdicts()["schedule.declared-rate"].passed and gate.verdicts()["optim.clip-norm"].passed
+    assert (
+        gate.verdicts()["schedule.declared-rate"].passed
+        and gate.verdicts()["optim.clip-norm"].passed
+    )
 
 
-@pytest.mark.parametrize(("plant", "gate_id"), [({"divide": False}, "loss.token-weights"), ({"clip": 0}, "optim.clip-norm")])
+@pytest.mark.parametrize(
+    ("plant", "gate_id"),
+    [({"divide": False}, "loss.token-weights"), ({"clip": 0}, "optim.clip-norm")],
+)
 def test_a_plant_in_a_loop_of_accelerate_is_caught(plant, gate_id):
     with pytest.raises(GateFailed) as e:
         accelerated(**plant)
@@ -129,17 +155,31 @@ def test_a_plant_in_a_loop_of_accelerate_is_caught(plant, gate_id):
 
 @pytest.mark.slow
 def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
-    """Clean runs are green in both; what moved in one process, and what differs from the first step on, stops both at the first save."""
-    told = ["--nproc-per-node", "2", "--standalone", str(Path(__file__).with_name("two_processes.py")), str(tmp_path)]
+    """Clean runs are green in both; what moved in one process, and what differs from the first step
+    on, stops both at the first save.
+    """
+    told = [
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        str(Path(__file__).with_name("two_processes.py")),
+        str(tmp_path),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *told], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "-m", "torch.distributed.run", *told],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for said in (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)):
         looked = {g for g, outcome in said["clean"]["outcomes"].items() if outcome == "pass"}
         assert said["clean"]["red"] == {} and LOOKED | {"checkpoint.reload"} <= looked
-        assert said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reload": 2}
+        assert (
+            said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reload": 2}
+        )
         assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.next-token"] == 1
     record = read_record(tmp_path / "clean" / "record" / "metadata.json")
     assert record.environment["world_size"] == 2 and record.status == "completed"

@@ -1,11 +1,22 @@
-"""Clean runs of a stock Trainer script: nothing fires, nothing is changed, and each gate has looked."""
+"""Clean runs of a stock Trainer script: nothing fires, nothing is changed,
+and each gate has looked.
+"""
 
 import json
 
 import pytest
 import torch
 
-from tests.contracts.callbacks.stock import EOS, PAD, GateCallback, collate, gpt2, llama, rows, script
+from tests.contracts.callbacks.stock import (
+    EOS,
+    PAD,
+    GateCallback,
+    collate,
+    gpt2,
+    llama,
+    rows,
+    script,
+)
 
 ALWAYS = {
     "data.learnable-batch",
@@ -34,7 +45,13 @@ CLEAN = {
     "untied": (lambda: llama(tie_word_embeddings=False), {}),
     "two epochs, warm-up, cosine, decay": (
         llama,
-        {"max_steps": -1, "num_train_epochs": 2, "warmup_steps": 3, "lr_scheduler_type": "cosine", "weight_decay": 0.1},
+        {
+            "max_steps": -1,
+            "num_train_epochs": 2,
+            "warmup_steps": 3,
+            "lr_scheduler_type": "cosine",
+            "weight_decay": 0.1,
+        },
     ),
     "no clipping": (llama, {"max_grad_norm": 0.0}),
     "label smoothing": (llama, {"label_smoothing_factor": 0.1}),
@@ -51,7 +68,9 @@ def test_nothing_fires_on_clean_runs(tmp_path, name):
     assert error is None and callback.first_failures() == {}
     looked = {g for g, v in callback.verdicts().items() if v.outcome == "pass"}
     assert looked >= ALWAYS, ALWAYS - looked
-    assert abs(callback.verdicts()["loss.token-weights"].measured["weight_max"] - 1) < (5e-3 if plan.get("bf16") else 1e-4)
+    assert abs(callback.verdicts()["loss.token-weights"].measured["weight_max"] - 1) < (
+        5e-3 if plan.get("bf16") else 1e-4
+    )
 
 
 def test_left_padding_prompts_and_frozen_parts_are_clean(tmp_path):
@@ -67,7 +86,9 @@ def test_left_padding_prompts_and_frozen_parts_are_clean(tmp_path):
 
 
 def test_a_model_in_bfloat16_is_clean_and_its_clipping_is_not_judged(tmp_path):
-    callback, error = script(tmp_path, llama().to(torch.bfloat16), gradient_accumulation_steps=2, **EVALUATES)
+    callback, error = script(
+        tmp_path, llama().to(torch.bfloat16), gradient_accumulation_steps=2, **EVALUATES
+    )
     assert error is None and callback.first_failures() == {}
     assert callback.verdicts()["optim.clip-norm"].outcome == "not_run"
 
@@ -75,7 +96,12 @@ def test_a_model_in_bfloat16_is_clean_and_its_clipping_is_not_judged(tmp_path):
 @pytest.mark.parametrize("model", [llama, gpt2])
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_resumed_run_is_clean(tmp_path, model, at):
-    plan = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "gradient_accumulation_steps": 3}
+    plan = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 8,
+        "gradient_accumulation_steps": 3,
+    }
     first, error = script(tmp_path, model(), **plan)
     assert error is None and first.verdicts()["checkpoint.reload"].passed
     again, error = script(tmp_path, model(1), resume=str(tmp_path / f"checkpoint-{at}"), **plan)
@@ -85,7 +111,13 @@ def test_a_resumed_run_is_clean(tmp_path, model, at):
 
 
 def test_training_is_bit_for_bit_what_it_is_without_the_callback(tmp_path):
-    plan = {"gradient_accumulation_steps": 2, "max_steps": 5, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    plan = {
+        "gradient_accumulation_steps": 2,
+        "max_steps": 5,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+    }
     watched, plain = gpt2(), gpt2()
     assert script(tmp_path / "a", watched, **plan)[1] is None
     script(tmp_path / "b", plain, callback=_Nothing(), **plan)
@@ -105,17 +137,26 @@ def test_in_mode_log_nothing_is_raised_and_every_verdict_is_written(tmp_path):
         made = collate(batch)
         return made | {"labels": torch.where(made["input_ids"] == EOS, PAD - 100, made["labels"])}
 
-    callback, error = script(tmp_path, callback=GateCallback(mode="log"), collator=masked, data=rows(12))
+    callback, error = script(
+        tmp_path, callback=GateCallback(mode="log"), collator=masked, data=rows(12)
+    )
     lines = [json.loads(line) for line in (tmp_path / "gates.jsonl").read_text().splitlines()]
     assert error is None and callback.first_failures() == {"data.learnable-batch": 1}
     red = [line for line in lines if line["verdict"] == "fail"]
     assert [line["step"] for line in red] == [1, 2, 3, 4] and red[0]["measured"]["n_stops"] == 2
-    assert {line["gate"] for line in lines if line["verdict"] == "pass"} >= {"model.future-blind", "optim.ownership"}
+    assert {line["gate"] for line in lines if line["verdict"] == "pass"} >= {
+        "model.future-blind",
+        "optim.ownership",
+    }
 
 
 def test_the_trainer_is_left_as_it_was(tmp_path):
     model = llama()
     before = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     callback, error = script(tmp_path, model)
-    assert error is None and sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == before
+    assert (
+        error is None
+        and sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        == before
+    )
     assert callback.verdicts()["checkpoint.state-restored"].outcome == "not_run"

@@ -1,4 +1,6 @@
-"""Bugs put into a stock Trainer script: which gate stops it, at which step, on which measured value."""
+"""Bugs put into a stock Trainer script: which gate stops it, at which step,
+on which measured value.
+"""
 
 import math
 import pathlib
@@ -7,7 +9,20 @@ import types
 import pytest
 import torch
 
-from tests.contracts.callbacks.stock import BOS, EOS, PAD, VOCAB, GateCallback, Trainer, caught, collate, gpt2, llama, rows, script
+from tests.contracts.callbacks.stock import (
+    BOS,
+    EOS,
+    PAD,
+    VOCAB,
+    GateCallback,
+    Trainer,
+    caught,
+    collate,
+    gpt2,
+    llama,
+    rows,
+    script,
+)
 
 nn, F = torch.nn, torch.nn.functional
 
@@ -28,7 +43,7 @@ def mean(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-# --- 1, 7, 8: the loss --------------------------------------------------------------------------------------------
+# --- 1, 7, 8: the loss ----------------------------------------------------------------------------
 
 
 def test_labels_that_are_not_shifted(tmp_path):
@@ -76,7 +91,11 @@ def test_a_mean_of_micro_batch_means(tmp_path):
         def value(self, logits, labels, n):
             return mean(logits[:, :-1], labels[:, 1:])
 
-    measured = caught(script(tmp_path, trainer_class=Means, gradient_accumulation_steps=4), "loss.token-weights", 1)
+    measured = caught(
+        script(tmp_path, trainer_class=Means, gradient_accumulation_steps=4),
+        "loss.token-weights",
+        1,
+    )
     assert measured["weight_min"] < 0.98 < 1.02 < measured["weight_max"]
 
 
@@ -87,11 +106,13 @@ def test_a_loss_that_is_not_divided_by_the_accumulation(tmp_path):
         def value(self, logits, labels, n):
             return mean(logits[:, :-1], labels[:, 1:])
 
-    outcome = script(tmp_path, trainer_class=Undivided, gradient_accumulation_steps=4, data=rows(ragged=False))
+    outcome = script(
+        tmp_path, trainer_class=Undivided, gradient_accumulation_steps=4, data=rows(ragged=False)
+    )
     assert caught(outcome, "loss.token-weights", 1)["weight_min"] == pytest.approx(4, rel=1e-3)
 
 
-# --- 2: the model -------------------------------------------------------------------------------------------------
+# --- 2: the model ---------------------------------------------------------------------------------
 
 
 def test_a_causal_mask_that_is_missing(tmp_path, monkeypatch):
@@ -99,8 +120,12 @@ def test_a_causal_mask_that_is_missing(tmp_path, monkeypatch):
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
         inner = layer.self_attn.forward
-        layer.self_attn.forward = lambda *a, inner=inner, **k: inner(*a, **k | {"attention_mask": None})
-    measured = caught(script(tmp_path, model), "model.future-blind", 0, also=("model.padding-blind",))
+        layer.self_attn.forward = lambda *a, inner=inner, **k: inner(
+            *a, **k | {"attention_mask": None}
+        )
+    measured = caught(
+        script(tmp_path, model), "model.future-blind", 0, also=("model.padding-blind",)
+    )
     assert measured["leak_rel"] > 1e-3
 
 
@@ -128,10 +153,13 @@ def test_padding_that_is_seen(tmp_path):
 def test_a_head_that_has_come_loose(tmp_path):
     model = llama()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert caught(script(tmp_path, model), "model.tied-head", 0) == {"tied": False, "declared": True}
+    assert caught(script(tmp_path, model), "model.tied-head", 0) == {
+        "tied": False,
+        "declared": True,
+    }
 
 
-# --- 3, 4: the optimizer ------------------------------------------------------------------------------------------
+# --- 3, 4: the optimizer --------------------------------------------------------------------------
 
 
 def test_a_frozen_parameter_that_moves(tmp_path):
@@ -145,14 +173,18 @@ def test_a_frozen_parameter_that_moves(tmp_path):
                 frozen.view(-1)[7] += 1e-4 if self.state.global_step == 2 else 0.0
             return super().training_step(*args, **kwargs)
 
-    assert caught(script(tmp_path, model, trainer_class=Drifts), "optim.moves", 3)["frozen_moved"] == 1
+    assert (
+        caught(script(tmp_path, model, trainer_class=Drifts), "optim.moves", 3)["frozen_moved"] == 1
+    )
 
 
 def test_a_parameter_that_is_not_in_the_optimizer(tmp_path):
     model = llama()
     left_out = [p for n, p in model.named_parameters() if "layers.1.mlp.up_proj" not in n]
     optimizer = torch.optim.AdamW(left_out, lr=1e-3)
-    measured = caught(script(tmp_path, model, more={"optimizers": (optimizer, None)}), "optim.ownership", 0)
+    measured = caught(
+        script(tmp_path, model, more={"optimizers": (optimizer, None)}), "optim.ownership", 0
+    )
     assert measured["missing"] == 1 and measured["strangers"] == 0
 
 
@@ -177,7 +209,9 @@ def test_an_update_that_does_nothing(tmp_path):
             made.step = lambda closure=None: None
             return made
 
-    measured = caught(script(tmp_path, trainer_class=Idle, warmup_steps=1, max_steps=8), "optim.moves", 5)
+    measured = caught(
+        script(tmp_path, trainer_class=Idle, warmup_steps=1, max_steps=8), "optim.moves", 5
+    )
     assert measured["longest_still"] == 4 and measured["moved_frac"] == 0
 
 
@@ -186,11 +220,13 @@ def test_gradients_that_are_not_clipped(tmp_path):
         def _clip_grad_norm(self, model):
             return torch.tensor(0.1)
 
-    measured = caught(script(tmp_path, trainer_class=Unclipped, max_grad_norm=0.1), "optim.clip-norm", 1)
+    measured = caught(
+        script(tmp_path, trainer_class=Unclipped, max_grad_norm=0.1), "optim.clip-norm", 1
+    )
     assert measured["clipped_grad_norm"] == measured["grad_norm"] > 0.5
 
 
-# --- 5, 6, 10: numbers and batches --------------------------------------------------------------------------------
+# --- 5, 6, 10: numbers and batches ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["logits", "loss"])
@@ -200,9 +236,16 @@ def test_a_nan_that_the_logger_hides(tmp_path, where):
 
         def value(self, logits, labels, n):
             bad = math.nan if self.state.global_step == 2 and self.model.training else 1.0
-            return mean(logits[:, :-1] * (bad if where == "logits" else 1.0), labels[:, 1:]) * (bad if where == "loss" else 1.0)
+            return mean(logits[:, :-1] * (bad if where == "logits" else 1.0), labels[:, 1:]) * (
+                bad if where == "loss" else 1.0
+            )
 
-    measured = caught(script(tmp_path, trainer_class=Poisoned, logging_nan_inf_filter=True), "runtime.finite", 3, also=("optim.clip-norm",))
+    measured = caught(
+        script(tmp_path, trainer_class=Poisoned, logging_nan_inf_filter=True),
+        "runtime.finite",
+        3,
+        also=("optim.clip-norm",),
+    )
     assert measured["loss_nats"] == "nan"
 
 
@@ -217,7 +260,10 @@ def test_a_nan_that_is_made_a_number_in_the_gradient(tmp_path):
     model = llama()
     for p in model.parameters():
         p.register_hook(torch.nan_to_num)
-    assert caught(script(tmp_path, model, trainer_class=Masked), "runtime.finite", 2)["loss_nats"] == "nan"
+    assert (
+        caught(script(tmp_path, model, trainer_class=Masked), "runtime.finite", 2)["loss_nats"]
+        == "nan"
+    )
 
 
 def test_a_batch_whose_labels_are_all_masked(tmp_path):
@@ -225,7 +271,9 @@ def test_a_batch_whose_labels_are_all_masked(tmp_path):
         made, seen[0] = collate(batch), seen[0] + 1
         return made | {"labels": torch.full_like(made["labels"], -100)} if seen[0] == 3 else made
 
-    assert caught(script(tmp_path, collator=third_is_empty), "data.learnable-batch", 3)["n_valid"] == 0
+    assert (
+        caught(script(tmp_path, collator=third_is_empty), "data.learnable-batch", 3)["n_valid"] == 0
+    )
 
 
 def test_ids_beyond_the_embedding(tmp_path):
@@ -265,7 +313,12 @@ def test_a_stop_token_that_is_masked_as_padding(tmp_path):
         ids = torch.where(made["attention_mask"] == 0, EOS, made["input_ids"])
         return made | {"input_ids": ids, "labels": torch.where(ids == EOS, -100, ids)}
 
-    outcome = script(tmp_path, llama(pad_token_id=EOS), collator=masks_padding, more={"processing_class": Words(pad=EOS)})
+    outcome = script(
+        tmp_path,
+        llama(pad_token_id=EOS),
+        collator=masks_padding,
+        more={"processing_class": Words(pad=EOS)},
+    )
     measured = caught(outcome, "data.learnable-batch", 1)
     assert measured["n_stops"] == 2 and measured["n_stops_learned"] == 0
 
@@ -273,19 +326,26 @@ def test_a_stop_token_that_is_masked_as_padding(tmp_path):
 def test_another_vocabulary_of_the_same_size(tmp_path):
     pattern = [{"input_ids": [BOS, *([5, 6, 7, 8, 9, 10] * 2), EOS]} for _ in range(24)]
     model = llama()
-    assert script(tmp_path, model, data=pattern, max_steps=80, learning_rate=1e-2, num_train_epochs=9)[1] is None
+    assert (
+        script(tmp_path, model, data=pattern, max_steps=80, learning_rate=1e-2, num_train_epochs=9)[
+            1
+        ]
+        is None
+    )
     permuted = [{"input_ids": [BOS, *(60 - i for i in r["input_ids"][1:-1]), EOS]} for r in pattern]
     measured = caught(script(tmp_path, model, data=permuted), "model.first-loss", 1)
     assert measured["loss_nats"] > measured["random_nats"] + 1
 
 
-# --- 9: the mode --------------------------------------------------------------------------------------------------
+# --- 9: the mode ----------------------------------------------------------------------------------
 
 
 def test_dropout_that_stays_on_in_evaluation(tmp_path):
     model = gpt2()
     model.eval = lambda: model.train(True)
-    measured = caught(script(tmp_path, model, eval_strategy="steps", eval_steps=2), "evaluation.mode", 2)
+    measured = caught(
+        script(tmp_path, model, eval_strategy="steps", eval_steps=2), "evaluation.mode", 2
+    )
     assert measured["phase"] == "evaluation" and measured["wrong_modules"] > 0
 
 
@@ -305,7 +365,7 @@ def test_training_that_stays_in_evaluation_mode(tmp_path):
     assert measured["phase"] == "training"
 
 
-# --- the schedule -------------------------------------------------------------------------------------------------
+# --- the schedule ---------------------------------------------------------------------------------
 
 
 def test_a_schedule_that_ticks_every_micro_step(tmp_path):
@@ -315,15 +375,20 @@ def test_a_schedule_that_ticks_every_micro_step(tmp_path):
             self.lr_scheduler.step()
             return loss
 
-    outcome = script(tmp_path, trainer_class=Ticks, gradient_accumulation_steps=2, lr_scheduler_type="cosine")
+    outcome = script(
+        tmp_path, trainer_class=Ticks, gradient_accumulation_steps=2, lr_scheduler_type="cosine"
+    )
     assert caught(outcome, "schedule.declared-rate", 1)["ticks"] == 2
 
 
 def test_a_rate_that_stays_zero(tmp_path):
-    assert caught(script(tmp_path, learning_rate=0.0), "schedule.declared-rate", 2)["zero_updates"] == 2
+    assert (
+        caught(script(tmp_path, learning_rate=0.0), "schedule.declared-rate", 2)["zero_updates"]
+        == 2
+    )
 
 
-# --- 11, 12: saving and going on ----------------------------------------------------------------------------------
+# --- 11, 12: saving and going on ------------------------------------------------------------------
 
 
 def test_tied_weights_that_come_back_as_two(tmp_path):
@@ -331,7 +396,11 @@ def test_tied_weights_that_come_back_as_two(tmp_path):
         def save_model(self, output_dir=None, _internal_call=False):
             super().save_model(output_dir, _internal_call)
             path = pathlib.Path(output_dir) / "config.json"
-            path.write_text(path.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+            path.write_text(
+                path.read_text().replace(
+                    '"tie_word_embeddings": true', '"tie_word_embeddings": false'
+                )
+            )
 
     outcome = script(tmp_path, trainer_class=Loosens, save_strategy="steps", save_steps=2)
     measured = caught(outcome, "checkpoint.reload", 2)
@@ -341,7 +410,9 @@ def test_tied_weights_that_come_back_as_two(tmp_path):
 def test_a_tensor_that_is_saved_as_another(tmp_path):
     class Rounds(Trainer):
         def _save(self, output_dir=None, state_dict=None):
-            super()._save(output_dir, {n: t.bfloat16().float() for n, t in self.model.state_dict().items()})
+            super()._save(
+                output_dir, {n: t.bfloat16().float() for n, t in self.model.state_dict().items()}
+            )
 
     outcome = script(tmp_path, trainer_class=Rounds, save_strategy="steps", save_steps=2)
     assert caught(outcome, "checkpoint.reload", 2)["differing"] >= 10
@@ -359,13 +430,17 @@ def test_a_resume_without_optimizer_state(tmp_path):
 
 def test_a_resume_that_starts_the_data_again(tmp_path):
     assert script(tmp_path, gpt2(), **SAVES)[1] is None
-    outcome = script(tmp_path, gpt2(), resume=str(tmp_path / "checkpoint-2"), ignore_data_skip=True, **SAVES)
+    outcome = script(
+        tmp_path, gpt2(), resume=str(tmp_path / "checkpoint-2"), ignore_data_skip=True, **SAVES
+    )
     assert caught(outcome, "checkpoint.state-restored", 2)["differing"] >= 1
 
 
 def test_a_resume_right_after_a_killed_run_that_starts_the_data_again(tmp_path):
     assert script(tmp_path, gpt2(), **SAVES | {"max_steps": 2})[1] is None
-    outcome = script(tmp_path, gpt2(), resume=str(tmp_path / "checkpoint-2"), ignore_data_skip=True, **SAVES)
+    outcome = script(
+        tmp_path, gpt2(), resume=str(tmp_path / "checkpoint-2"), ignore_data_skip=True, **SAVES
+    )
     assert caught(outcome, "checkpoint.state-restored", 2) == {"differing": 1, "compared": 1}
 
 

@@ -21,7 +21,9 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         (rows,) = batch
-        return F.cross_entropy(self.net(rows[:, :-1]).flatten(0, 1), rows[:, self.shift : self.shift + T].flatten())
+        return F.cross_entropy(
+            self.net(rows[:, :-1]).flatten(0, 1), rows[:, self.shift : self.shift + T].flatten()
+        )
 
     def validation_step(self, batch, batch_idx):
         self.log("val", self.training_step(batch, batch_idx))
@@ -29,38 +31,73 @@ class Module(pl.LightningModule):
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.tick}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": self.tick},
+        }
 
 
 def fit(folder, module=None, callback=None, resume=None, data=None, **plan):
     """Train on 16 rows; returns (callback, what was raised or None)."""
     torch.manual_seed(0)
     callback = callback or GateCallback()
-    rows = data if data is not None else torch.randint(0, VOCAB, (16, T + 1), generator=torch.Generator().manual_seed(1))
+    rows = (
+        data
+        if data is not None
+        else torch.randint(0, VOCAB, (16, T + 1), generator=torch.Generator().manual_seed(1))
+    )
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows), batch_size=2)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = pl.Trainer(
-        accelerator="cpu", default_root_dir=folder, callbacks=[callback], num_sanity_val_steps=0, **quiet | {"max_epochs": 2} | plan
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[callback],
+        num_sanity_val_steps=0,
+        **quiet | {"max_epochs": 2} | plan,
     )
     try:
-        trainer.fit(module or Module(), loader, loader, ckpt_path=resume, weights_only=False if resume else None)
+        trainer.fit(
+            module or Module(),
+            loader,
+            loader,
+            ckpt_path=resume,
+            weights_only=False if resume else None,
+        )
     except GateFailed as e:
         return callback, e, trainer
     return callback, None, trainer
 
 
-@pytest.mark.parametrize("plan", [{}, {"accumulate_grad_batches": 4}, {"gradient_clip_val": 0.5}, {"val_check_interval": 2}], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [{}, {"accumulate_grad_batches": 4}, {"gradient_clip_val": 0.5}, {"val_check_interval": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("tick", ["step", "epoch"])
 def test_nothing_fires_on_clean_runs(tmp_path, plan, tick):
     callback, error, _ = fit(tmp_path, Module(tick=tick), **plan)
     assert error is None and callback.first_failures() == {}
     green = {g for g, v in callback.verdicts().items() if v.passed}
-    assert green >= {"loss.next-token", "loss.token-weights", "optim.moves", "optim.clip-norm", "evaluation.mode", "schedule.declared-rate"}
+    assert green >= {
+        "loss.next-token",
+        "loss.token-weights",
+        "optim.moves",
+        "optim.clip-norm",
+        "evaluation.mode",
+        "schedule.declared-rate",
+    }
 
 
 def test_labels_that_are_not_shifted(tmp_path):
     callback, error, _ = fit(tmp_path, Module(shift=0))
-    assert error.gate_id == "loss.next-token" and callback.first_failures() == {"loss.next-token": 1}
+    assert error.gate_id == "loss.next-token" and callback.first_failures() == {
+        "loss.next-token": 1
+    }
 
 
 def test_gradients_that_are_left_from_before(tmp_path):
@@ -69,13 +106,17 @@ def test_gradients_that_are_left_from_before(tmp_path):
             pass
 
     callback, error, _ = fit(tmp_path, Stale())
-    assert error.gate_id == "optim.gradient-kept" and callback.first_failures() == {"optim.gradient-kept": 2}
+    assert error.gate_id == "optim.gradient-kept" and callback.first_failures() == {
+        "optim.gradient-kept": 2
+    }
 
 
 def test_a_module_left_out_of_the_optimizer(tmp_path):
     class Forgets(Module):
         def configure_optimizers(self):
-            return torch.optim.SGD([p for n, p in self.named_parameters() if "out" not in n], lr=0.1)
+            return torch.optim.SGD(
+                [p for n, p in self.named_parameters() if "out" not in n], lr=0.1
+            )
 
     _, error, _ = fit(tmp_path, Forgets())
     assert error.gate_id == "optim.ownership" and error.verdict.measured["missing"] == 2
@@ -87,7 +128,9 @@ def test_dropout_that_stays_on_in_validation(tmp_path):
             pass
 
     callback, error, _ = fit(tmp_path, Loud())
-    assert error.gate_id == "evaluation.mode" and callback.first_failures() == {"evaluation.mode": 8}
+    assert error.gate_id == "evaluation.mode" and callback.first_failures() == {
+        "evaluation.mode": 8
+    }
 
 
 def test_a_run_resumes_and_a_checkpoint_with_other_moments_does_not(tmp_path):

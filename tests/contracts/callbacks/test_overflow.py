@@ -1,4 +1,6 @@
-"""Where the direction of the first update is not known: after steps that a loss scale skips, and where nothing tells it."""
+"""Where the direction of the first update is not known: after steps that a loss scale skips,
+and where nothing tells it.
+"""
 
 import math
 from dataclasses import replace
@@ -16,7 +18,9 @@ from stack.museum import script
 
 
 class Scaled(torch.optim.SGD):
-    """Skips a step whose gradients are not finite, as an optimizer does that is handed what a loss scale found."""
+    """Skips a step whose gradients are not finite, as an optimizer does that is
+    handed what a loss scale found.
+    """
 
     def __init__(self, parameters, lr: float, direction: float = 1.0):
         super().__init__(parameters, lr=lr)
@@ -30,7 +34,9 @@ class Scaled(torch.optim.SGD):
 
 
 def overflown(direction: float, value: float, at: tuple[int, ...]) -> list[float | None]:
-    """`uphill` of three updates; one gradient is `value` in those `at`: of a kept tensor in the first, of one too large in the second."""
+    """`uphill` of three updates; one gradient is `value` in those `at`: of a kept tensor in the
+    first, of one too large in the second.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300_000, bias=False))
     optimizer, movement, found = Scaled(model.parameters(), 1e-6, direction), Movement(model), []
@@ -67,8 +73,13 @@ def test_a_direction_that_nothing_tells_is_no_pass(value):
     check = resolve(gate)(limits_of(gate))
     assert check.observe(moved).outcome == "not_run"
     after = Moved(2, (), 0, "", 1.0)
-    assert [check.observe(e).outcome for e in (after, LeftAlone(16, (), 20))] == ["not_run"] * 2, "the question stays open"
-    assert [check.observe(e).outcome for e in (replace(after, longest_still=9), LeftAlone(16, ("a",), 20))] == ["fail"] * 2
+    assert [check.observe(e).outcome for e in (after, LeftAlone(16, (), 20))] == ["not_run"] * 2, (
+        "the question stays open"
+    )
+    assert [
+        check.observe(e).outcome
+        for e in (replace(after, longest_still=9), LeftAlone(16, ("a",), 20))
+    ] == ["fail"] * 2
     assert resolve(gate)(limits_of(gate)).observe(after).outcome == "pass"
 
 
@@ -94,17 +105,29 @@ class Climbs(torch.optim.SGD):
 
 
 def scaled(make) -> Verdict:
-    """`optim.moves` after two steps under a GradScaler that calls the optimizer in a step that overflows too; the first does."""
+    """`optim.moves` after two steps under a GradScaler that calls the optimizer in a step that
+    overflows too; the first does.
+    """
     torch.manual_seed(0)
     model = script.Small()
     optimizer = make([p for p in model.parameters() if p.requires_grad])
-    scaler, drawn = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117), script.batches()
+    scaler, drawn = (
+        torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117),
+        script.batches(),
+    )
     with gated(model, optimizer, scaler=scaler, mode="log", only=("optim.moves",)) as gate:
         for overflows in (True, False):
             one = next(drawn)
             loss = script.loss_of(model(**script.inputs_of(one)), one, script.tokens_in([one]))
             scaler.scale(loss * (1e6 if overflows else 1.0)).backward()
-            assert all(bool(p.grad.isfinite().all()) for g in optimizer.param_groups for p in g["params"]) is not overflows
+            assert (
+                all(
+                    bool(p.grad.isfinite().all())
+                    for g in optimizer.param_groups
+                    for p in g["params"]
+                )
+                is not overflows
+            )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

@@ -14,7 +14,9 @@ VOCAB, T = 32, 12
 
 
 class Tiny(nn.Module):
-    """One causal attention layer with dropout, its own parameter names and a positional argument."""
+    """One causal attention layer with dropout, its own parameter names
+    and a positional argument.
+    """
 
     def __init__(self, causal: bool = True, drop: float = 0.1):
         super().__init__()
@@ -37,7 +39,17 @@ def batches(n: int = 5, seed: int = 0):
     return [torch.randint(0, VOCAB, (3, T + 1), generator=draw) for _ in range(n)]
 
 
-def loop(model=None, *, optimizer=None, data=None, loss=None, zero=True, before_step=lambda model: None, micro=1, **told):
+def loop(
+    model=None,
+    *,
+    optimizer=None,
+    data=None,
+    loss=None,
+    zero=True,
+    before_step=lambda model: None,
+    micro=1,
+    **told,
+):
     """Train by hand with the gates around it; returns the gate."""
     torch.manual_seed(0)
     model = model or Tiny()
@@ -45,7 +57,11 @@ def loop(model=None, *, optimizer=None, data=None, loss=None, zero=True, before_
     with gated(model, optimizer, **told) as gate:
         for i, rows in enumerate(data or batches()):
             logits = model(rows[:, :-1])
-            value = loss(logits, rows) if loss else F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            value = (
+                loss(logits, rows)
+                if loss
+                else F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            )
             (value / micro).backward()
             if (i + 1) % micro == 0:
                 before_step(model)
@@ -59,9 +75,21 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     gate = loop()
     verdicts = {g: v.outcome for g, v in gate.verdicts().items()}
     assert gate.first_failures() == {}
-    green = {"model.future-blind", "optim.ownership", "loss.next-token", "loss.token-weights", "optim.moves", "optim.gradient-kept"}
+    green = {
+        "model.future-blind",
+        "optim.ownership",
+        "loss.next-token",
+        "loss.token-weights",
+        "optim.moves",
+        "optim.gradient-kept",
+    }
     assert green <= {g for g, o in verdicts.items() if o == "pass"}
-    unasked = {"model.padding-blind", "tokenizer.fits-model", "optim.clip-norm", "schedule.declared-rate"}
+    unasked = {
+        "model.padding-blind",
+        "tokenizer.fits-model",
+        "optim.clip-norm",
+        "schedule.declared-rate",
+    }
     assert all(verdicts[g] == "not_run" for g in unasked)
 
 
@@ -97,7 +125,9 @@ PLANTS = {
     "clipped tensor by tensor": (
         "optim.gradient-kept",
         1,
-        lambda: loop(before_step=lambda m: [nn.utils.clip_grad_norm_(p, 0.05) for p in m.parameters()]),
+        lambda: loop(
+            before_step=lambda m: [nn.utils.clip_grad_norm_(p, 0.05) for p in m.parameters()]
+        ),
     ),
     "not clipped": ("optim.clip-norm", 1, lambda: loop(max_grad_norm=0.01)),
     "evaluation mode kept": ("evaluation.mode", 1, lambda: loop(Tiny().eval())),
@@ -105,7 +135,10 @@ PLANTS = {
     "NaN made zero in gradients": (
         "runtime.finite",
         1,
-        lambda: loop(loss=lambda a, b: future(a * torch.nan, b), before_step=lambda m: [p.grad.zero_() for p in m.parameters()]),
+        lambda: loop(
+            loss=lambda a, b: future(a * torch.nan, b),
+            before_step=lambda m: [p.grad.zero_() for p in m.parameters()],
+        ),
     ),
     "loss without the model": ("loss.next-token", 1, lambda: loop(loss=nothing)),
     "a branch detached": ("optim.moves", 4, lambda: loop(Detached())),
@@ -123,7 +156,9 @@ class Detached(Tiny):
 def with_schedule(rule):
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    return loop(model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rule))
+    return loop(
+        model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
+    )
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -145,10 +180,14 @@ def test_looking_at_a_model_leaves_it_bit_for_bit_as_it_was():
     model.forward = lambda idx: (model.count.add_(1), inner(idx))[1]
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    assert ask_all(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))["model.future-blind"].passed
+    assert ask_all(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))[
+        "model.future-blind"
+    ].passed
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors.items())
     assert all(torch.equal(p.grad, torch.full_like(p, 0.5)) for p in model.parameters())
-    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes and torch.equal(
+        torch.get_rng_state(), state
+    )
 
 
 def test_untouched_puts_back_after_an_error():
@@ -198,7 +237,10 @@ def test_an_unknown_mode_or_gate_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="mode"), gated(model, optimizer, mode="loud"):
         pass
-    with pytest.raises(ConfigError, match=r"loss\.golden"), gated(model, optimizer, skip=["loss.golden"]):
+    with (
+        pytest.raises(ConfigError, match=r"loss\.golden"),
+        gated(model, optimizer, skip=["loss.golden"]),
+    ):
         pass
 
 
@@ -218,7 +260,9 @@ def test_a_model_that_does_not_say_its_length_is_asked_within_it():
     gate = loop(model)
     assert gate.first_failures() == {} and gate.verdicts()["model.future-blind"].passed
     model.place, model.pos = nn.Identity(), nn.Embedding(7, 16)
-    assert max_length_of(model) == 7, "a table of positions is known by its name, also where nothing may be tried"
+    assert max_length_of(model) == 7, (
+        "a table of positions is known by its name, also where nothing may be tried"
+    )
 
 
 def test_a_check_that_breaks_on_a_model_is_told_and_stops_nobody(monkeypatch, caplog):
@@ -226,6 +270,10 @@ def test_a_check_that_breaks_on_a_model_is_told_and_stops_nobody(monkeypatch, ca
     monkeypatch.setattr(blackbox, "drawn", lambda *arguments: 1 / 0)
     gate = loop()
     broken = [v for v in gate.verdicts().values() if "ZeroDivisionError" in v.message]
-    assert broken and all(v.outcome == "not_run" for v in broken) and "ZeroDivisionError" in caplog.text
+    assert (
+        broken
+        and all(v.outcome == "not_run" for v in broken)
+        and "ZeroDivisionError" in caplog.text
+    )
     with pytest.raises(GateFailed, match=r"optim\.ownership"):
         loop(optimizer=torch.optim.AdamW(nn.Linear(2, 2).parameters()))

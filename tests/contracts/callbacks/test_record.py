@@ -1,4 +1,6 @@
-"""The record of a foreign run: valid, accepted by the ledger, able to discharge a gate, and honest about what went wrong."""
+"""The record of a foreign run: valid, accepted by the ledger, able to discharge a gate,
+and honest about what went wrong.
+"""
 
 import json
 
@@ -26,18 +28,35 @@ def recorded(folder, **plan):
 
 def test_a_clean_run_leaves_a_record_that_the_ledger_accepts(tmp_path):
     record, callback, error = recorded(tmp_path, gradient_accumulation_steps=2, **EVALUATES)
-    assert error is None and (record.kind, record.status, record.exit_code) == ("foreign", "completed", 0)
-    assert {g.id: g.verdict for g in record.gates} == {g: v.outcome for g, v in callback.verdicts().items()}
+    assert error is None and (record.kind, record.status, record.exit_code) == (
+        "foreign",
+        "completed",
+        0,
+    )
+    assert {g.id: g.verdict for g in record.gates} == {
+        g: v.outcome for g, v in callback.verdicts().items()
+    }
     spec = load_spec()
     assert all(g.fingerprint == spec.fingerprint(g.id) for g in record.gates)
     trainer, model = record.config["trainer"], record.config["model"]
-    assert (trainer["name"], trainer["package"]) == ("Trainer", "transformers") and trainer["version"][0].isdigit()
+    assert (trainer["name"], trainer["package"]) == ("Trainer", "transformers") and trainer[
+        "version"
+    ][0].isdigit()
     assert model["class"] == "LlamaForCausalLM" and model["parameters"] == model["trainable"] > 1000
-    assert record.config["told"]["gradient_accumulation_steps"] == 2 and "output_dir" not in record.config["told"]
-    assert record.environment["transformers"] == trainer["version"] and record.environment["torch"] == torch.__version__
+    assert (
+        record.config["told"]["gradient_accumulation_steps"] == 2
+        and "output_dir" not in record.config["told"]
+    )
+    assert (
+        record.environment["transformers"] == trainer["version"]
+        and record.environment["torch"] == torch.__version__
+    )
     looked = {g.id: g.heartbeat_last_step for g in record.gates if g.verdict == "pass"}
     assert looked["loss.next-token"] == looked["optim.moves"] == 4
-    assert record.metrics["gate_s_per_step"].value > 0 and record.metrics["gate_s_before_step_1"].value > 0
+    assert (
+        record.metrics["gate_s_per_step"].value > 0
+        and record.metrics["gate_s_before_step_1"].value > 0
+    )
     accept(tmp_path / "record", tmp_path / "evidence")
     assert verify(tmp_path / "evidence") == []
 
@@ -45,7 +64,11 @@ def test_a_clean_run_leaves_a_record_that_the_ledger_accepts(tmp_path):
 def test_what_was_not_asked_is_not_covered_and_says_why(tmp_path):
     record, _, _ = recorded(tmp_path)
     unasked = [g for g in record.gates if g.verdict == "not_run"]
-    assert {g.id for g in unasked} >= {"checkpoint.state-restored", "checkpoint.reload", "tokenizer.fits-model"}
+    assert {g.id for g in unasked} >= {
+        "checkpoint.state-restored",
+        "checkpoint.reload",
+        "tokenizer.fits-model",
+    }
     assert all(g.message and f"{g.id}: {g.message}" in record.not_covered for g in unasked)
 
 
@@ -55,13 +78,25 @@ def test_a_gate_that_is_proven_is_discharged_by_a_foreign_run_of_clean_code(tmp_
     kills = tuple(_kill(spec, gate_id, plant) for plant in spec.gates[gate_id].plants)
     clean = record.model_copy(update={"code": Code(commit="0" * 40, dirty=False), "kills": kills})
     assert gate_state(spec, gate_id, {record.id: clean}).state == "discharged"
-    for changed in ({"status": "halted"}, {"compute": "synthetic"}, {"code": Code(commit="unknown", dirty=False)}):
-        assert gate_state(spec, gate_id, {record.id: clean.model_copy(update=changed)}).state != "discharged", changed
+    for changed in (
+        {"status": "halted"},
+        {"compute": "synthetic"},
+        {"code": Code(commit="unknown", dirty=False)},
+    ):
+        assert (
+            gate_state(spec, gate_id, {record.id: clean.model_copy(update=changed)}).state
+            != "discharged"
+        ), changed
 
 
 def _kill(spec, gate_id, plant):
     sha256 = "0" * 64
-    told = {"gate": gate_id, "plant": plant, "plant_sha256": sha256, "fingerprint": spec.fingerprint(gate_id)}
+    told = {
+        "gate": gate_id,
+        "plant": plant,
+        "plant_sha256": sha256,
+        "fingerprint": spec.fingerprint(gate_id),
+    }
     return Kill(**told, outcome="killed", control="pass", latency="step 1", seconds=0.1)
 
 
@@ -71,7 +106,10 @@ def test_a_red_gate_leaves_a_record_of_a_halted_run(tmp_path):
         return made | {"labels": made["input_ids"].clone()}
 
     record, _, error = recorded(tmp_path, collator=labelled)
-    assert error.gate_id == "data.learnable-batch" and (record.status, record.exit_code) == ("halted", 4)
+    assert error.gate_id == "data.learnable-batch" and (record.status, record.exit_code) == (
+        "halted",
+        4,
+    )
     red = [g for g in record.gates if g.verdict == "fail"]
     assert [(g.id, g.first_failure_step) for g in red] == [("data.learnable-batch", 2)]
     assert record.metrics["steps"].value == 1 and "data.learnable-batch" in record.end_reason
@@ -107,7 +145,11 @@ def plain_run(folder, error=None):
 
 @pytest.mark.parametrize(
     ("error", "status", "code"),
-    [(None, "completed", 0), (KeyboardInterrupt(), "interrupted", 130), (ZeroDivisionError("a"), "failed", 1)],
+    [
+        (None, "completed", 0),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (ZeroDivisionError("a"), "failed", 1),
+    ],
     ids=["clean", "interrupted", "broken"],
 )
 def test_a_loop_of_ones_own_leaves_a_record_however_it_ends(tmp_path, error, status, code):
@@ -119,7 +161,9 @@ def test_a_loop_of_ones_own_leaves_a_record_however_it_ends(tmp_path, error, sta
     record = read_record(tmp_path / "metadata.json")
     assert (record.status, record.exit_code) == (status, code)
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in steps] == [1, 2, 3] and record.metrics["train_loss_nats"].value == steps[-1]["loss_nats"]
+    assert [s["step"] for s in steps] == [1, 2, 3] and record.metrics[
+        "train_loss_nats"
+    ].value == steps[-1]["loss_nats"]
 
 
 def test_a_folder_that_holds_a_record_is_not_written_to(tmp_path):

@@ -1,4 +1,6 @@
-"""Rows, positions, direction and waiting of a trainer that is not ours: green on what is common, red on each fault, by the real hooks."""
+"""Rows, positions, direction and waiting of a trainer that is not ours: green on what is common,
+red on each fault, by the real hooks.
+"""
 
 import json
 
@@ -30,14 +32,19 @@ def drawn(check: FreshRows, rows, step: int = 1, phase: str = "training"):
 
 
 def outcomes(check: FreshRows, epochs) -> set[str]:
-    return {drawn(check, epoch[i : i + 4]).outcome for epoch in epochs for i in range(0, len(epoch), 4)}
+    return {
+        drawn(check, epoch[i : i + 4]).outcome for epoch in epochs for i in range(0, len(epoch), 4)
+    }
 
 
 def test_an_epoch_in_the_same_order_is_seen():
     once = list(range(100, 140))
     assert outcomes(fresh(), [once]) == {"not_run", "pass"}
     assert outcomes(fresh(), [once, once]) == {"not_run", "pass", "fail"}
-    shuffled = [[once[i] for i in torch.randperm(40, generator=torch.Generator().manual_seed(e))] for e in range(20)]
+    shuffled = [
+        [once[i] for i in torch.randperm(40, generator=torch.Generator().manual_seed(e))]
+        for e in range(20)
+    ]
     assert outcomes(fresh(), shuffled) == {"not_run", "pass"}
 
 
@@ -58,29 +65,41 @@ def test_held_out_rows_that_were_trained_on_are_seen():
     assert verdict.outcome == "pass" and verdict.measured == {"trained_frac": 0.1, "scored": 10}
     assert drawn(check, [6], phase="evaluation").outcome == "fail"
     drawn(check, [300])
-    assert drawn(check, range(400, 408), phase="evaluation").outcome == "pass"  # a new evaluation counts anew
+    # a new evaluation counts anew
+    assert drawn(check, range(400, 408), phase="evaluation").outcome == "pass"
 
 
 def test_too_few_rows_are_no_pass():
     check = fresh()
     assert drawn(check, ()).outcome == "not_run", "short rows only"
     verdicts = [drawn(check, [row]) for row in range(26)]
-    assert [v.outcome for v in verdicts] == ["not_run"] * 25 + ["pass"] and "fewer than 26 rows" in verdicts[0].message
+    assert [v.outcome for v in verdicts] == ["not_run"] * 25 + [
+        "pass"
+    ] and "fewer than 26 rows" in verdicts[0].message
     same = fresh()
-    assert [drawn(same, [7]).outcome for _ in range(26)] == ["not_run"] * 25 + ["fail"], "red comes no sooner than green"
+    assert [drawn(same, [7]).outcome for _ in range(26)] == ["not_run"] * 25 + ["fail"], (
+        "red comes no sooner than green"
+    )
     before = fresh()
-    assert drawn(before, range(40), phase="evaluation").outcome == "not_run", "nothing was trained on"
+    assert drawn(before, range(40), phase="evaluation").outcome == "not_run", (
+        "nothing was trained on"
+    )
 
 
 def test_too_few_held_out_rows_are_no_pass():
     check = fresh()
     assert drawn(check, range(100)).outcome == "pass"
     verdict = drawn(check, range(7), phase="evaluation")
-    assert verdict.outcome == "not_run" and "7 rows that are long enough, 7 of them trained on" in verdict.message
+    assert (
+        verdict.outcome == "not_run"
+        and "7 rows that are long enough, 7 of them trained on" in verdict.message
+    )
     assert drawn(check, range(100, 104)).outcome == "not_run", "the question stays open"
     assert drawn(check, range(200, 208), phase="evaluation").outcome == "pass"
     assert drawn(check, range(104, 108)).outcome == "pass"
-    assert drawn(check, [300], phase="evaluation").outcome == "pass", "one held-out row after an evaluation that was judged"
+    assert drawn(check, [300], phase="evaluation").outcome == "pass", (
+        "one held-out row after an evaluation that was judged"
+    )
     assert drawn(check, [5], phase="evaluation").outcome == "not_run"
     assert drawn(check, range(108, 112)).outcome == "not_run"
     new = fresh()
@@ -90,14 +109,18 @@ def test_too_few_held_out_rows_are_no_pass():
     assert drawn(new, [207], phase="evaluation").outcome == "pass", "eight of one evaluation"
 
 
-@pytest.mark.parametrize("told", [Started(6, {}), StateRestored(6, (), 0)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "told", [Started(6, {}), StateRestored(6, (), 0)], ids=lambda e: type(e).__name__
+)
 def test_after_a_resume_only_what_is_known_is_judged(told):
     check = fresh()
     assert check.observe(told) is None
     first = drawn(check, range(100), step=7)
     assert first.outcome == "not_run" and "before step 6 are not known" in first.message
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).tolist()
-    assert drawn(check, order, step=8).outcome == "pass", "enough of them have come again, in another order"
+    assert drawn(check, order, step=8).outcome == "pass", (
+        "enough of them have come again, in another order"
+    )
     held_out = drawn(check, range(200, 240), step=8, phase="evaluation")
     assert held_out.outcome == "not_run" and "held-out rows may be among them" in held_out.message
     assert drawn(check, range(300, 340), step=9).outcome == "not_run", "the question stays open"
@@ -133,7 +156,9 @@ def repeated(**told) -> Verdict:
     batch_ = next(script.batches())
     with gated(model, optimizer, mode="log", only=("data.fresh-rows",), **told) as gate:
         for _ in range(12):
-            script.loss_of(model(**script.inputs_of(batch_)), batch_, script.tokens_in([batch_])).backward()
+            script.loss_of(
+                model(**script.inputs_of(batch_)), batch_, script.tokens_in([batch_])
+            ).backward()
             optimizer.step()
             optimizer.zero_grad()
     return gate.verdicts()["data.fresh-rows"]
@@ -153,15 +178,25 @@ def test_a_verdict_that_could_not_be_had_is_not_a_line_for_every_step(tmp_path):
 
 def test_rows_are_told_apart_by_their_tokens_alone():
     ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
-    rows = lambda ids, mask=None: batch.rows_seen(batch.read_rows(ids, mask), step=1, phase="evaluation").rows  # noqa: E731
+    rows = lambda ids, mask=None: (  # noqa: E731
+        batch.rows_seen(batch.read_rows(ids, mask), step=1, phase="evaluation").rows
+    )
     told = rows(ids)
     assert len(set(told)) == 64
-    padded = torch.cat([torch.zeros(64, 6, dtype=torch.long), ids], 1), torch.cat([torch.zeros(64, 6), torch.ones(64, 20)], 1)
+    padded = (
+        torch.cat([torch.zeros(64, 6, dtype=torch.long), ids], 1),
+        torch.cat([torch.zeros(64, 6), torch.ones(64, 20)], 1),
+    )
     assert rows(*padded) == told
-    right = torch.cat([ids, torch.ones(64, 3, dtype=torch.long)], 1), torch.cat([torch.ones(64, 20), torch.zeros(64, 3)], 1)
+    right = (
+        torch.cat([ids, torch.ones(64, 3, dtype=torch.long)], 1),
+        torch.cat([torch.ones(64, 20), torch.zeros(64, 3)], 1),
+    )
     assert rows(*right) == told
     told_in_training = batch.read(*right, None, None, pad_id=0, eos_id=1).rows
-    assert batch.rows_seen(told_in_training, step=1, phase="training").rows == told, "the same number in training"
+    assert batch.rows_seen(told_in_training, step=1, phase="training").rows == told, (
+        "the same number in training"
+    )
     for column in range(19):
         turned = ids.clone()
         turned[:, [column, column + 1]] = ids[:, [column + 1, column]]
@@ -190,17 +225,22 @@ def test_position_ids_count_where_a_token_stands_before():
     assert (seen.n_places, seen.n_places_up) == (10, 9)
     still = described(ids, None, torch.zeros_like(ids))
     assert (still.n_places, still.n_places_up) == (10, 0)
-    masked = described(ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]))
+    masked = described(
+        ids, T([[0, 0, 1, 1, 1, 1], [1] * 6]), T([[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
+    )
     assert (masked.n_places, masked.n_places_up) == (8, 8)
     assert described(ids).n_places == 0
-    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long)).n_places == 0  # positions in three axes are another matter
+    # positions in three axes are another matter
+    assert described(ids, None, torch.zeros(3, 2, 6, dtype=torch.long)).n_places == 0
 
 
 def optimizers() -> dict:
     o = torch.optim
     return {
         "SGD": lambda p: o.SGD(p, lr=1e-2),
-        "SGD with momentum and coupled decay": lambda p: o.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01),
+        "SGD with momentum and coupled decay": lambda p: o.SGD(
+            p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01
+        ),
         "Adam with coupled decay": lambda p: o.Adam(p, lr=1e-3, weight_decay=0.01),
         "AdamW": lambda p: o.AdamW(p, lr=1e-3, weight_decay=0.1),
         "AdamW with much decay": lambda p: o.AdamW(p, lr=1e-3, weight_decay=50.0),
@@ -212,24 +252,33 @@ def optimizers() -> dict:
         "Adafactor": lambda p: o.Adafactor(p, lr=1e-3),
         "Rprop": lambda p: o.Rprop(p, lr=1e-3),
         "Muon": lambda p: o.Muon([x for x in p if x.ndim == 2], lr=1e-3, weight_decay=0.0),
-        "Muon with much decay": lambda p: o.Muon([x for x in p if x.ndim == 2], lr=1e-3, weight_decay=0.1),
+        "Muon with much decay": lambda p: o.Muon(
+            [x for x in p if x.ndim == 2], lr=1e-3, weight_decay=0.1
+        ),
     }
 
 
-def slope(make, seed: int, *, dtype=torch.float32, sign: float = 1.0, at_zero: int = 0) -> float | None:
-    """`uphill` of the first update of a small model that moves it, after `at_zero` updates at rate 0, each on another batch.
+def slope(
+    make, seed: int, *, dtype=torch.float32, sign: float = 1.0, at_zero: int = 0
+) -> float | None:
+    """`uphill` of the first update of a small model that moves it, after `at_zero` updates at rate
+    0, each on another batch.
 
     With `sign` -1 the optimizer is given gradients turned around.
     """
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32)).to(dtype)
+    model = nn.Sequential(
+        nn.Embedding(32, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32)
+    ).to(dtype)
     optimizer, movement = make(list(model.parameters())), Movement(model)
     peak, found = optimizer.param_groups[0]["lr"], []
     for step in range(at_zero + 1):
         rate = optimizer.param_groups[0]["lr"] = peak if step == at_zero else 0.0
         optimizer.zero_grad()
         ids = torch.randint(0, 32, (4, 8))
-        nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.roll(-1, 1).flatten()).backward()
+        nn.functional.cross_entropy(
+            model(ids).flatten(0, 1).float(), ids.roll(-1, 1).flatten()
+        ).backward()
         movement.prepare(optimizer)
         for p in model.parameters():
             p.grad.mul_(sign)
@@ -244,13 +293,21 @@ def slope(make, seed: int, *, dtype=torch.float32, sign: float = 1.0, at_zero: i
 @pytest.mark.parametrize("at_zero", [0, 1, 3])
 @pytest.mark.parametrize("name", optimizers())
 def test_a_first_update_goes_downhill_with_every_optimizer(name, at_zero):
-    found = [slope(optimizers()[name], seed, dtype=d, at_zero=at_zero) for seed in range(6) for d in (torch.float32, torch.bfloat16)]
+    found = [
+        slope(optimizers()[name], seed, dtype=d, at_zero=at_zero)
+        for seed in range(6)
+        for d in (torch.float32, torch.bfloat16)
+    ]
     climbing = [slope(optimizers()[name], seed, sign=-1.0, at_zero=at_zero) for seed in range(3)]
-    assert max(found) < -0.02  # worst: -0.18 with Adafactor in the very first update, -0.048 with Rprop after one at rate 0
-    assert "much decay" in name or min(climbing) > 0.05  # least: 0.14 with Adafactor; a step that is nearly all decay is not judged
+    # worst: -0.18 with Adafactor in the very first update, -0.048 with Rprop after one at rate 0
+    assert max(found) < -0.02
+    # least: 0.14 with Adafactor; a step that is nearly all decay is not judged
+    assert "much decay" in name or min(climbing) > 0.05
 
 
-def moves(optimizer: torch.optim.Optimizer, movement: Movement, model: nn.Module, updates: int) -> list[float | None]:
+def moves(
+    optimizer: torch.optim.Optimizer, movement: Movement, model: nn.Module, updates: int
+) -> list[float | None]:
     """`uphill` of each of several updates on one batch."""
     found = []
     for step in range(1, updates + 1):
@@ -277,7 +334,9 @@ def test_the_direction_that_was_asked_for_is_the_right_one(maximize):
     for kind in (torch.optim.SGD, Adds):
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
-        found += moves(kind(model.parameters(), lr=1e-3, maximize=maximize), Movement(model), model, 1)
+        found += moves(
+            kind(model.parameters(), lr=1e-3, maximize=maximize), Movement(model), model, 1
+        )
     assert found == pytest.approx([-1.0, 1.0], abs=1e-3)
 
 
@@ -326,7 +385,9 @@ def warmed_up(make) -> dict[str, int | None]:
 
 def test_a_warm_up_that_begins_at_rate_0_hides_no_climbing():
     assert warmed_up(lambda p: torch.optim.AdamW(p, lr=1e-3)) == {}
-    assert warmed_up(lambda p: torch.optim.AdamW(p, lr=1e-3, maximize=True)) == {}, "the wanted direction is up"
+    assert warmed_up(lambda p: torch.optim.AdamW(p, lr=1e-3, maximize=True)) == {}, (
+        "the wanted direction is up"
+    )
     assert warmed_up(lambda p: Adds(p, lr=1e-3)) == {"optim.moves": 2}
     assert warmed_up(lambda p: Adds(p, lr=1e-3, maximize=True)) == {"optim.moves": 2}
 
@@ -355,10 +416,14 @@ def test_a_loss_that_runs_away_is_seen_in_a_loop_of_ones_own():
         model = script.Small()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
         drawn_batches = script.batches()
-        with gated(model, optimizer, mode="log", only=("runtime.trend", "runtime.loss-spike")) as gate:
+        with gated(
+            model, optimizer, mode="log", only=("runtime.trend", "runtime.loss-spike")
+        ) as gate:
             for _ in range(140):
                 one = next(drawn_batches)
-                script.loss_of(model(**script.inputs_of(one)), one, script.tokens_in([one])).backward()
+                script.loss_of(
+                    model(**script.inputs_of(one)), one, script.tokens_in([one])
+                ).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return gate.first_failures()
@@ -377,7 +442,12 @@ def test_a_mask_of_another_shape_is_not_read_and_blames_nobody():
     told = {}
     for mask in (seen, None):
         with gated(model, optimizer, mode="log", only=("data.learnable-batch",)) as gate:
-            model(input_ids=ids, labels=ids.masked_fill(ids == 0, -100), attention_mask=mask, position_ids=places).loss.backward()
+            model(
+                input_ids=ids,
+                labels=ids.masked_fill(ids == 0, -100),
+                attention_mask=mask,
+                position_ids=places,
+            ).loss.backward()
             told[mask is None] = gate.verdicts()["data.learnable-batch"].outcome
     assert told == {False: "pass", True: "fail"}
 

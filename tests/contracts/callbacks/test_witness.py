@@ -1,4 +1,6 @@
-"""Each check of what a foreign trainer shows, on numbers alone: one step inside its limit it is green, one step outside red."""
+"""Each check of what a foreign trainer shows, on numbers alone: one step inside its limit it is
+green, one step outside red.
+"""
 
 from dataclasses import replace
 
@@ -35,7 +37,16 @@ CASES = [
         ],
     ),
     ("loss.next-token", LOSS, [{"n_off_target": 1, "offset": 0}]),
-    ("loss.token-weights", LOSS, [{"weight_min": 0.97}, {"weight_max": 1.03}, {"n_masked_learned": 1}, {"weight_max": float("nan")}]),
+    (
+        "loss.token-weights",
+        LOSS,
+        [
+            {"weight_min": 0.97},
+            {"weight_max": 1.03},
+            {"n_masked_learned": 1},
+            {"weight_max": float("nan")},
+        ],
+    ),
     ("model.first-loss", LOSS, [{"mean_nats": 4.5}]),
     (
         "optim.gradient-kept",
@@ -49,7 +60,16 @@ CASES = [
             {"micro_steps": 1025},
         ],
     ),
-    ("optim.moves", MOVED, [{"frozen_moved": ("a",)}, {"longest_still": 4}, {"uphill": 1e-9}, {"uphill": float("nan")}]),
+    (
+        "optim.moves",
+        MOVED,
+        [
+            {"frozen_moved": ("a",)},
+            {"longest_still": 4},
+            {"uphill": 1e-9},
+            {"uphill": float("nan")},
+        ],
+    ),
     ("optim.moves", LeftAlone(16, (), 20), [{"changed": ("a",)}]),
     ("schedule.declared-rate", RATES, [{"used": (1e-3, 1.001e-3)}, {"ticks": 3}]),
     ("evaluation.mode", MODE, [{"wrong": ("drop",)}, {"repeat_abs": 1e-6}]),
@@ -76,12 +96,21 @@ def test_gradient_kept_sees_a_tensor_scaled_alone():
 
 def test_moves_counts_updates_without_one():
     check = watcher("optim.moves")
-    assert [check.observe(replace(MOVED, longest_still=n)).outcome for n in (2, 3, 4)] == ["pass", "pass", "fail"]
+    assert [check.observe(replace(MOVED, longest_still=n)).outcome for n in (2, 3, 4)] == [
+        "pass",
+        "pass",
+        "fail",
+    ]
 
 
 def test_a_rate_may_be_zero_once():
     check, zero = watcher("schedule.declared-rate"), RatesUsed(1, (0.0,), (0.0,), 0, 0)
-    assert [check.observe(e).outcome for e in (zero, RATES, zero, zero)] == ["pass", "pass", "pass", "fail"]
+    assert [check.observe(e).outcome for e in (zero, RATES, zero, zero)] == [
+        "pass",
+        "pass",
+        "pass",
+        "fail",
+    ]
 
 
 def test_nothing_that_could_be_judged_is_no_pass():
@@ -96,18 +125,27 @@ def fetched(*given, **told):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_target_and_weight_are_read_off_a_gradient(dtype, offset):
-    """Worst relative weight error over 20 draws and three offsets: 3.5e-7 in float32, 2.6e-3 in bfloat16."""
+    """Worst relative weight error over 20 draws and three offsets: 3.5e-7 in float32,
+    2.6e-3 in bfloat16.
+    """
     draw = torch.Generator().manual_seed(offset)
     ids = torch.randint(0, 50, (3, 12), generator=draw)
     logits = torch.randn(3, 12, 50, generator=draw).to(dtype).requires_grad_()
     targets = torch.full_like(ids, -100)
     targets[:, :-2] = ids[:, offset : offset + 10]
-    (0.25 * torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")).backward()
+    (
+        0.25
+        * torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), reduction="sum"
+        )
+    ).backward()
     found = fetched(logits.detach(), logits.grad, ids, torch.zeros(3, 11, dtype=torch.bool))
     same = (ids[:, 1:11] == targets[:, :10]).flatten().tolist()
     assert found.n_learned == found.n_judged == 30
     assert all(o == offset or (o == 1 and s) for o, s in zip(found.offsets, same))
-    assert max(abs(w - 0.25) for w in found.weights) < 0.25 * (1e-5 if dtype == torch.float32 else 1e-2)
+    assert max(abs(w - 0.25) for w in found.weights) < 0.25 * (
+        1e-5 if dtype == torch.float32 else 1e-2
+    )
 
 
 def test_a_gradient_is_read_through_a_head_as_at_the_logits():
@@ -116,7 +154,9 @@ def test_a_gradient_is_read_through_a_head_as_at_the_logits():
     hidden = torch.randn(2, 9, 24, generator=draw).requires_grad_()
     logits = hidden @ head.T
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    found = fetched(hidden.detach(), hidden.grad, ids, torch.zeros(2, 8, dtype=torch.bool), head=head)
+    found = fetched(
+        hidden.detach(), hidden.grad, ids, torch.zeros(2, 8, dtype=torch.bool), head=head
+    )
     assert set(found.offsets) == {1} and max(abs(w * 16 - 1) for w in found.weights) < 1e-4
 
 
@@ -134,10 +174,14 @@ def test_silence_is_read_from_labels_of_either_convention_mask_or_trailing_paddi
 
 
 def test_a_nan_among_the_values_is_found_at_its_place_at_once_and_in_one_column_within_all_turns():
-    ids, silent = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(3)), torch.zeros(2, 8, dtype=torch.bool)
+    ids, silent = (
+        torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(3)),
+        torch.zeros(2, 8, dtype=torch.bool),
+    )
     clean, gradient = torch.zeros(2, 9, 50), torch.full((2, 9, 50), 0.01)
     place, column = clean.clone(), clean.clone()
-    place[1, 8], column[1, 8, 37] = torch.nan, torch.nan  # the last place of a row is never among those judged one by one
+    # the last place of a row is never among those judged one by one
+    place[1, 8], column[1, 8, 37] = torch.nan, torch.nan
     found = {
         name: sum(not fetched(values, gradient, ids, silent, turn=t).finite for t in range(STRIPS))
         for name, values in (("clean", clean), ("place", place), ("column", column))

@@ -1,6 +1,8 @@
-"""Stock scripts in two processes: python -m torch.distributed.run --nproc-per-node 2 two_processes.py FOLDER.
+"""Stock scripts in two processes: python -m torch.distributed.run --nproc-per-node
+2 two_processes.py FOLDER.
 
-Each process writes FOLDER/RANK.json: by script, the first failures, whether the run was halted, and the outcome of every gate.
+Each process writes FOLDER/RANK.json: by script, the first failures, whether the run was halted, and
+the outcome of every gate.
 """
 
 import json
@@ -59,5 +61,9 @@ for name, case in CASES.items():
     plan = {"ddp_backend": "gloo"} | case.pop("plan")
     _, error = script(FOLDER / name, llama(), callback=callback, **case, **plan)
     outcomes = {g: v.outcome for g, v in callback.verdicts().items()}
-    said[name] = {"red": callback.first_failures(), "raised": error is not None, "outcomes": outcomes}
+    said[name] = {
+        "red": callback.first_failures(),
+        "raised": error is not None,
+        "outcomes": outcomes,
+    }
 (FOLDER / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(said))
