@@ -43,13 +43,13 @@ prove: $(VENV)/.train
 
 ## bench: rates next to those of installed peers, in the same run, about an hour; peers that are not installed are left out
 # Each part leaves a record in BENCH_DIR and is skipped while it is there; FRESH=1 begins anew. BENCH_PYTHON names an interpreter with
-# the peers, see docs/benchmarks-guide.md; BENCH_TEXT a text for time-to-quality.
+# the peers (stackproof need not be installed there), see docs/benchmarks-guide.md; BENCH_TEXT a text for time-to-quality.
 BENCH_DIR ?= runs/bench
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_TEXT ?=
 BENCH_PARTS := startup checkpoint cpu-kernels memory generation training-a training-b training-b-heap-kept time-to-quality gate-overhead \
 	foreign-overhead trace-overhead trace-every trace-plants reader tokenizer build
-BENCH := PYTHONPATH=$(CURDIR) $(BENCH_PYTHON)
+BENCH := PYTHONPATH=$(CURDIR)/tools/checkout $(BENCH_PYTHON)
 
 bench: $(if $(FRESH),bench-fresh) $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
 	$(foreach part,$(BENCH_PARTS),$(MAKE) --no-print-directory $(BENCH_DIR)/$(part)/metadata.json &&) true

@@ -100,7 +100,7 @@ def resolve(gate: Gate) -> Any:
     """The check object a gate names.
     Raises IntegrityError if it is missing or bound to another gate.
     """
-    module, name = gate.check.split(":")
+    module, name = f"stackproof.{gate.check}".split(":")
     check = getattr(importlib.import_module(module), name, None)
     if check is None or getattr(check, "gate_id", None) != gate.id:
         raise IntegrityError(

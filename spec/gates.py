@@ -94,7 +94,8 @@ class Certain(Frozen):
 
 
 class Gate(Frozen):
-    """An acceptance rule. `check` names the function or class in `contracts` that decides it.
+    """An acceptance rule. `check` names the function or class that decides it,
+    by its module below `stackproof`.
 
     A gate is installed in runs of its `kinds` whose configuration holds the values of `when`, by
     dotted key, and sets the keys in `needs` to more than 0. In all others it is absent: neither a

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from spec import ROOT
+from spec import IN_CHECKOUT, ROOT
 from spec.errors import IntegrityError
 from spec.gates import Frozen, Gate, Spec, _read_toml
 from spec.records import Record
@@ -126,14 +126,21 @@ def _announced(root: Path, files: Iterable[str]) -> set[str]:
     """Events that are made inside a call of something's `observe`, or by a function that says to
     return one and is called there.
     """
-    said = [_said(root / f) for f in files]
+    said = [_said(_source(root, f)) for f in files]
     made = {name: event for _, _, returns in said for name, event in returns}
     return {made.get(shown, shown) for shows, _, _ in said for shown in shows}
 
 
 def _given(root: Path, files: Iterable[str]) -> set[str]:
     """Keys of the dictionaries that are written out in files."""
-    return set().union(*(_said(root / f)[1] for f in files))
+    return set().union(*(_said(_source(root, f))[1] for f in files))
+
+
+def _source(root: Path, file: str) -> Path:
+    """A file of stack/, contracts/ or spec/; an installed package has
+    those of stack/ at its top.
+    """
+    return root / (file if IN_CHECKOUT or root != ROOT else file.removeprefix("stack/"))
 
 
 def _said(path: Path) -> tuple[frozenset[str], frozenset[str], frozenset[tuple[str, str]]]:

@@ -77,7 +77,6 @@ class Command:
         environment = {
             **(os.environ if environment is None else environment),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
         }
         self.process = _context().Process(
             target=_become, args=(code, arguments, str(folder), environment, str(self.said))

@@ -1,7 +1,9 @@
-"""Holds spec, code, evidence, registry, documents and git against each other. Needs no torch.
+"""Holds spec, code, evidence, registry, documents and git against each other.
+Needs the light install, no torch.
 
 python tools/check_integrity.py [--json | --list | --explain CODE | --write] [--root DIR]
-Exit code 0: nothing found. 6: findings. 2: usage.
+Runs the code of the checkout it stands in, whether that is installed or not; `pip install .` brings
+what it needs. Exit code 0: nothing found. 6: findings. 2: usage. 7: a package is missing.
 """
 
 import argparse
@@ -12,20 +14,28 @@ from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
-from tools.integrity import (  # noqa: E402, F401
-    blocks,
-    claim_rules,
-    docs_rules,
-    evidence_rules,
-    finding_rules,
-    kinship_rules,
-    registry_rules,
-    repo_rules,
-    spec_rules,
-)
-from tools.integrity.core import RULES, Finding, Repo  # noqa: E402
+try:
+    from tools.integrity import (  # noqa: F401
+        blocks,
+        claim_rules,
+        docs_rules,
+        evidence_rules,
+        finding_rules,
+        kinship_rules,
+        registry_rules,
+        repo_rules,
+        spec_rules,
+    )
+    from tools.integrity.core import RULES, Finding, Repo
+except ModuleNotFoundError as e:
+    print(
+        f"error: the integrity check needs {e.name}, which is not installed\n  next     pip "
+        "install .",
+        file=sys.stderr,
+    )
+    sys.exit(7)
 
 
 def check(root: Path) -> list[Finding]:

@@ -12,21 +12,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Bottom to top. A package may import itself and everything before it.
-# Modules directly in stack/ stand with stack.config.
-ORDER = (
-    "spec contracts stack.config stack.evidence stack.kernels stack.data stack.model "
-    "stack.evaluate stack.trace stack.surgery stack.export stack.tune stack.train stack.recipes "
-    "stack.museum stack.cli"
-).split()
+# The folder of a package, and the name it is imported by.
+NAMES = {"spec": "stackproof.spec", "contracts": "stackproof.contracts", "stack": "stackproof"}
+# Bottom to top. A package may import itself and everything before it. Modules directly in stack/
+# stand with config; __init__.py and __main__.py, which offer what the others hold, stand with cli.
+LAYERS = (
+    "spec contracts config evidence kernels data model evaluate trace export train recipes museum "
+    "cli"
+)
+ORDER = [f"stackproof.{layer}" for layer in LAYERS.split()]
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 # Nothing in these may import the named packages, at module level or anywhere.
 FORBIDDEN = {
     "spec": ("torch", "numpy", "typer", "rich", "tokenizers", "safetensors"),
-    "tools": ("torch", "numpy", "stack", "contracts", "tokenizers", "safetensors"),
-    "contracts": ("stack", "tools"),
+    "tools": ("torch", "numpy", "tokenizers", "safetensors"),
+    "contracts": ("tools",),
     "stack": ("transformers", "tools"),
 }
+# All that tools may import of the package.
+TOOLS_IMPORT = ("stackproof.spec",)
 # The other library is a witness in one place, and nowhere a part.
 WITNESS = {"stack/export/parity.py": "transformers"}
 # These are imported by commands that must answer without torch.
@@ -41,15 +45,18 @@ LIGHT_AT_IMPORT = (
 
 def package_of(module: str) -> str | None:
     """The layer a dotted module belongs to; None for modules that are not ours."""
-    parts = module.split(".")
-    if parts[0] in ("spec", "contracts"):
-        return parts[0]
-    if parts[0] != "stack":
+    if module.split(".")[0] != "stackproof":
         return None
-    named = f"stack.{parts[1]}" if len(parts) > 1 else "stack.config"
-    return (
-        named if named in RANK else ("stack.cli" if named == "stack.__main__" else "stack.config")
-    )
+    if module in ("stackproof", "stackproof.__main__"):
+        return ORDER[-1]
+    named = ".".join(module.split(".")[:2])
+    return named if named in RANK else "stackproof.config"
+
+
+def module_of(path: Path) -> str:
+    """The name that the file of a checkout is imported by."""
+    folder, *parts = path.with_suffix("").parts
+    return ".".join([NAMES.get(folder, folder), *(p for p in parts if p != "__init__")])
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
@@ -65,7 +72,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
                 yield from (
                     (
                         node.lineno,
-                        f"{module}.{a.name}" if module == "stack" else module,
+                        f"{module}.{a.name}" if module == "stackproof" else module,
                         id(node) in top,
                     )
                     for a in names
@@ -77,7 +84,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 def check_file(root: Path, path: Path) -> Iterator[str]:
     """Problems of one file as `path:line message`."""
     relative = path.relative_to(root)
-    own = package_of(".".join(relative.with_suffix("").parts))
+    own = package_of(module_of(relative))
     light = relative.parts[:2] == ("stack", "cli") or relative.as_posix() in LIGHT_AT_IMPORT
     for line, module, at_top in imports(ast.parse(path.read_text("utf-8"))):
         where, first = f"{relative.as_posix()}:{line}", module.split(".")[0]
@@ -88,7 +95,11 @@ def check_file(root: Path, path: Path) -> Iterator[str]:
             yield f"{where} {relative.parts[0]} must not import {first}"
         if light and at_top and first in ("torch", "numpy", "safetensors", "tokenizers"):
             yield f"{where} imports {first} at module level; commands must answer without it"
+        if first in NAMES:
+            yield f"{where} imports {module}; write {NAMES[first]}{module.removeprefix(first)}"
         target = package_of(module)
+        if relative.parts[0] == "tools" and target and target not in TOOLS_IMPORT:
+            yield f"{where} tools must not import {target}"
         if own and target and RANK[target] > RANK[own]:
             yield f"{where} {own} imports {target}, which stands above it"
 

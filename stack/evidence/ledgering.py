@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from spec import ROOT
+from spec import IN_CHECKOUT, ROOT
 from spec.canonical import sha256_file
 from spec.errors import IntegrityError
 from spec.gates import load_spec
@@ -24,9 +24,11 @@ MAGIC_OF_WEIGHTS = (
 
 
 def default_directory() -> Path:
-    """`evidence/` of the working directory if there is one, else that of the checkout."""
+    """`evidence/` of the working directory, or of the checkout this runs
+    from if only that one exists.
+    """
     here = Path.cwd() / "evidence"
-    return here if here.is_dir() else ROOT / "evidence"
+    return ROOT / "evidence" if IN_CHECKOUT and not here.is_dir() else here
 
 
 def accept(

@@ -113,9 +113,7 @@ def run(kernel: str, tests: Path) -> dict | None:
         errors = Path(folder) / "worst.json"
         command = [sys.executable, "-m", "pytest", "-q", str(tests / f"test_{kernel}.py")]
         done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "STACKPROOF_PARITY_OUT": str(errors)},
+            command, cwd=ROOT, env=os.environ | {"STACKPROOF_PARITY_OUT": str(errors)}
         )
         if done.returncode != 0:
             return None

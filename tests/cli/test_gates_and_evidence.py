@@ -104,8 +104,8 @@ def test_prove_one_gate_writes_a_record_of_its_kills(trained):
 def test_a_surviving_plant_is_reported_and_exits_4(trained):
     """A gate that looks away: its plant survives, and prove says so instead of passing."""
     code = (
-        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\nfrom "
-        "stack.cli import main\n"
+        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\n"
+        "from stack.cli import main\n"
         "def blind(limits): return passed()\nblind.gate_id = 'kernel.head-borders'\n"
         "kernel.head_borders = blind\nmain(sys.argv[1:])"
     )

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.cli.conftest import Stack, tiny
-from tests.processes import NO_PREFLIGHT, ROOT, STACK
+from tests.processes import NO_PREFLIGHT, STACK
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +233,7 @@ def test_contract_levels(stack, text_file, level, code):
         "--run-dir",
         "run",
     ]
-    environment = stack.environment | {
-        "STACK_CONTRACTS": level,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = stack.environment | {"STACK_CONTRACTS": level, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=stack.folder, env=environment, capture_output=True, text=True, timeout=240
     )

@@ -222,11 +222,7 @@ def start(tmp_path, cfg, folder):
     script = tmp_path / "script.py"
     script.write_text(BUILD)
     command = [sys.executable, str(script), cfg.model_dump_json(), str(folder)]
-    return subprocess.Popen(
-        command,
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    return subprocess.Popen(command, start_new_session=True)
 
 
 def wait_for(condition, seconds=60):

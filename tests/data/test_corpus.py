@@ -218,10 +218,8 @@ def test_the_standard_library_is_the_same_whatever_was_imported():
     """The text of C modules is theirs alone: not what a process happened to import, print to, or
     hook itself into as Typer does.
     """
-    code = (
-        "import sys, hashlib{}\nfrom stack.data import stdlib\n"
-        "print(hashlib.sha256(repr([*stdlib._builtin_docs()]).encode()).hexdigest())"
-    )
+    code = "import sys, hashlib{}\nfrom stack.data import stdlib\n"
+    code += "print(hashlib.sha256(repr([*stdlib._builtin_docs()]).encode()).hexdigest())"
     hooked = (
         "\nsys.excepthook = sys.displayhook = sys.unraisablehook = sys.breakpointhook = lambda "
         "*a: None\nsys.last_type = OSError"

@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 
-from spec import ROOT
 from stack.kernels import adamw, clip, flash_attention, linear_cross_entropy, rms_norm, rope, swiglu
 
 # what one program may use, by NVIDIA's compute capability
@@ -143,9 +142,7 @@ def compiled(launches: list[dict]) -> list[list]:
     """
     import os
 
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(ROOT)
-    }
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         input=json.dumps(launches),

@@ -53,7 +53,7 @@ def odd(n):
 '''
 CHECK = '''
 """The check."""
-import contracts.numbers as numbers
+import stackproof.contracts.numbers as numbers
 from contracts.gate import decide
 from contracts.numbers import spread, even
 
@@ -224,12 +224,7 @@ def test_the_installed_package_name_is_free(tree):
     before = digest(tree)
     for file in ("loss", "numbers"):
         path = tree / f"contracts/{file}.py"
-        path.write_text(
-            path.read_text()
-            .replace("from contracts", "from stackproof.contracts")
-            .replace("import contracts", "import stackproof.contracts")
-            .replace("from spec", "from stackproof.spec")
-        )
+        path.write_text(path.read_text().replace("stackproof.", ""))
     assert digest(tree) == digest(tree, "stackproof.contracts.loss:golden") == before
 
 

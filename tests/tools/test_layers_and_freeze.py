@@ -21,11 +21,15 @@ def test_the_repository_keeps_its_arrow():
     [
         ("spec/a.py", "import contracts.gate\n", "stands above"),
         ("spec/a.py", "def f():\n    import torch\n", "must not import torch"),
-        ("contracts/a.py", "from stack.config import RunConfig\n", "must not import stack"),
+        ("contracts/a.py", "from stack.config import RunConfig\n", "stands above"),
+        ("contracts/callbacks/a.py", "def f():\n    import stack.config\n", "stands above"),
+        ("contracts/a.py", "from tools import site\n", "must not import tools"),
+        ("stack/train/a.py", "from stackproof import open_model, cli\n", "stands above"),
+        ("stack/train/a.py", "import stackproof\n", "stands above"),
         (
-            "contracts/callbacks/a.py",
-            "def f():\n    import stack.config\n",
-            "must not import stack",
+            "tools/a.py",
+            "from stackproof.config import RunConfig\n",
+            "must not import stackproof.config",
         ),
         ("stack/data/a.py", "from stack.model import norm\n", "stands above"),
         ("stack/train/a.py", "from stack import cli\n", "stands above"),
@@ -38,7 +42,11 @@ def test_the_repository_keeps_its_arrow():
             "must not import transformers",
         ),
         ("stack/export/parity.py", "import transformers\n", "must not import transformers"),
-        ("tools/a.py", "from contracts.gate import Verdict\n", "must not import contracts"),
+        (
+            "tools/a.py",
+            "from contracts.gate import Verdict\n",
+            "must not import stackproof.contracts",
+        ),
         ("stack/model/a.py", "from . import norm\n", "relative import"),
     ],
 )
@@ -54,9 +62,19 @@ def test_imports_along_the_arrow_are_fine(tmp_path):
         "stack/train/a.py",
         "from stack.model import norm\nfrom contracts.gate import x\nfrom spec.gates import y\n",
     )
+    write(tmp_path, "stack/__init__.py", "def f():\n    import stackproof.cli.models\n")
+    write(tmp_path, "tools/a.py", "from stackproof.spec.gates import load_spec\n")
     write(tmp_path, "stack/cli/a.py", "def f():\n    import torch\n")
     write(tmp_path, "stack/export/parity.py", "def f():\n    import transformers\n")
     assert check_layers.check(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["spec", "contracts", "stack"])
+def test_an_import_by_the_name_of_a_folder_is_refused(tmp_path, folder):
+    write(tmp_path, "stack/train/a.py", f"from {folder}.data import x\n")
+    assert check_layers.check(tmp_path) == [
+        f"stack/train/a.py:1 imports {folder}.data; write {check_layers.NAMES[folder]}.data"
+    ]
 
 
 def test_nothing_to_read_is_not_green(tmp_path):

@@ -24,8 +24,8 @@ ROUTED = (
 
 
 class Waits(TorchFunctionMode):
-    """Counts what would wait for the device, were it a GPU, in what `stack.train` does for a step:
-    not in the model and its kernels.
+    """Counts what would wait for a GPU in `stack.train` itself,
+    without the model and its kernels.
     """
 
     def __init__(self):

@@ -44,15 +44,18 @@ def _swaps(body: ast.AST) -> Iterator[ast.Call]:
 
 
 def _imports(module: ast.Module) -> dict[str, str]:
-    """Name in a file → dotted path it stands for, of what comes from
-    the stack or from contracts.
-    """
-    nodes = (
-        n
-        for n in module.body
-        if isinstance(n, ast.ImportFrom) and str(n.module).split(".")[0] in ("stack", "contracts")
-    )
-    return {a.asname or a.name: f"{n.module}.{a.name}" for n in nodes for a in n.names}
+    """Name in a file → dotted path, by folders, of what comes from stack/ or contracts/."""
+    found = {}
+    for node in (n for n in module.body if isinstance(n, ast.ImportFrom)):
+        match str(node.module).split("."):
+            case ["stackproof", "contracts", *rest]:
+                home = ["contracts", *rest]
+            case ["stackproof", *rest] if rest[:1] != ["spec"]:
+                home = ["stack", *rest]
+            case _:
+                continue
+        found |= {a.asname or a.name: ".".join([*home, a.name]) for a in node.names}
+    return found
 
 
 def _definition(root: Path, dotted: str, inside: list[str]) -> tuple[str, str]:

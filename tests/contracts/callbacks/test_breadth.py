@@ -165,7 +165,9 @@ def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
         str(Path(__file__).with_name("two_processes.py")),
         str(tmp_path),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # for the package `tests`
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *told],
         env=environment,
