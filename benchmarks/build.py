@@ -5,7 +5,7 @@
         [--workers N] [--json PATH]
 
 The text is that of the files given, or else the sources and text files of the standard library.
-Ours is `stack.data.build` from a JSON-lines file to verified shards; the peers encode the same
+Ours is `stackproof.data.build` from a JSON-lines file to verified shards; the peers encode the same
 texts in memory and write nothing. MB are 10^6 bytes of UTF-8.
 """
 
@@ -32,9 +32,9 @@ from side_by_side import (
 )
 from tokenizer_speed import VOCAB_SIZE, batches, n_bytes, read_texts
 
-from stack.config import DataConfig, Files, FileTokenizer
-from stack.data import build as builder
-from stack.data.tokenizer import load_tokenizer, train_bpe
+from stackproof.config import DataConfig, Files, FileTokenizer
+from stackproof.data import build as builder
+from stackproof.data.tokenizer import load_tokenizer, train_bpe
 
 GOAL = 2.0
 OURS = "ours: build"

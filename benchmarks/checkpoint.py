@@ -37,12 +37,12 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from stack import tensorfile
-from stack.config import load_config
-from stack.recipes import recipe
-from stack.train import checkpoint
-from stack.train.digest import live_crc32
-from stack.train.state import TrainState
+from stackproof import tensorfile
+from stackproof.config import load_config
+from stackproof.recipes import recipe
+from stackproof.train import checkpoint
+from stackproof.train.digest import live_crc32
+from stackproof.train.state import TrainState
 
 OURS_SAVE, OURS_LOAD = "ours: save", "ours: load, verified"
 OURS_BEHIND = "ours: behind, until training goes on"

@@ -32,8 +32,8 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from stack.kernels import dispatch
-from stack.train.allocator import keep_heap
+from stackproof.kernels import dispatch
+from stackproof.train.allocator import keep_heap
 
 Call = Callable[[], object]
 # Kernel of our choice and torch's, of each operation.

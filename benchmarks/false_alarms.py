@@ -25,8 +25,8 @@ from pathlib import Path
 
 from side_by_side import open_record
 
-from spec.provenance import code_state
-from spec.records import Code, Record, read_record
+from stackproof.spec.provenance import code_state
+from stackproof.spec.records import Code, Record, read_record
 
 CONFIDENCE = 0.95
 PARTS = ("spec", "contracts", "stack")  # of the repository, that decide what a run does
@@ -165,7 +165,10 @@ def stack(arguments: list[str], log: Path) -> int:
     """One command of the stack in a process of its own; returns its exit code."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "stack", *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "stackproof", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     with open(log, "a") as f:
         f.write(f"$ stack {' '.join(arguments)}\n{done.stderr}\nexit {done.returncode}\n")
@@ -245,7 +248,16 @@ def unfit(folder: Path) -> bool:
 
 def kill_after(step: int, sets: list[str], folder: Path, log: Path) -> None:
     """Start a run and kill it, without a word, when its log reaches a step."""
-    command = [sys.executable, "-m", "stack", "train", "pocket", *sets, "--run-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "stackproof",
+        "train",
+        "pocket",
+        *sets,
+        "--run-dir",
+        str(folder),
+    ]
     with open(log, "a") as f:
         process = subprocess.Popen(
             command, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -391,7 +403,7 @@ def show(held: Counter, fired: Counter, looks: Counter, broken: list[str]) -> No
 
 def write_text(work: Path) -> Path:
     """The museum's text as JSON lines: real English that is on every machine."""
-    from stack.museum.collection import museum_texts
+    from stackproof.museum.collection import museum_texts
 
     work.mkdir(parents=True, exist_ok=True)
     path = work.resolve() / "text.jsonl"

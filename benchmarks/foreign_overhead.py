@@ -19,11 +19,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from contracts.callbacks.huggingface import GateCallback
-from contracts.callbacks.plain import gated
-from spec.building import RecordBuilder
-from spec.gates import load_spec
-from spec.provenance import environment
+from stackproof.contracts.callbacks.huggingface import GateCallback
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.spec.building import RecordBuilder
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
 
 CLAIM = (
     "Step time of a stock transformers.Trainer and of a hand-written loop with the gates over "

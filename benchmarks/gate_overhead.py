@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from our_run import announce, bare_step, gated_step, open_run
 
-from spec.building import RecordBuilder
-from spec.gates import load_spec
-from spec.provenance import environment
-from stack.config import load_config
-from stack.recipes import recipe
-from stack.train import session
+from stackproof.config import load_config
+from stackproof.recipes import recipe
+from stackproof.spec.building import RecordBuilder
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
+from stackproof.train import session
 
 CLAIM = "Median step time with all runtime gates over that without any, alternating in one process."
 NOT_COVERED = (

@@ -42,10 +42,10 @@ PACKAGES = ("torch", "transformers", "litgpt")
 def open_ours(shape: Shape) -> Generate:
     from shapes import SEED
 
-    from stack.config import load_config
-    from stack.evaluate.sampling import generate
-    from stack.model.build import build_model
-    from stack.recipes import recipe
+    from stackproof.config import load_config
+    from stackproof.evaluate.sampling import generate
+    from stackproof.model.build import build_model
+    from stackproof.recipes import recipe
 
     cfg, _ = load_config(recipe("tiny"), sets=shape.sets())
     model = build_model(cfg.model, shape.vocab_size, seed=SEED)

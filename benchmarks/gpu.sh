@@ -25,10 +25,10 @@ part() {
     "$@" && touch "$OUT_DIR/$name.done"
 }
 
-part doctor "$PYTHON" -m stack doctor
+part doctor "$PYTHON" -m stackproof doctor
 part tests "$PYTHON" -m pytest -m gpu -q tests
-part train "$PYTHON" -m stack train pocket --device cuda --run-dir "$OUT_DIR/pocket-cuda"
-part train-bf16 "$PYTHON" -m stack train pocket --device cuda --set train.dtype=bfloat16 --run-dir "$OUT_DIR/pocket-cuda-bf16"
+part train "$PYTHON" -m stackproof train pocket --device cuda --run-dir "$OUT_DIR/pocket-cuda"
+part train-bf16 "$PYTHON" -m stackproof train pocket --device cuda --set train.dtype=bfloat16 --run-dir "$OUT_DIR/pocket-cuda-bf16"
 part overhead "$PYTHON" benchmarks/gate_overhead.py --device cuda --run-dir "$OUT_DIR/gate-overhead"
 # needs transformers besides; left out where it is not installed
 "$PYTHON" -c 'import transformers' 2>/dev/null && part foreign-overhead "$PYTHON" benchmarks/foreign_overhead.py --device cuda --run-dir "$OUT_DIR/foreign-overhead"

@@ -43,8 +43,8 @@ def cut(text: Path | None, held_out: Path | None) -> Cut:
 
 def standard_library() -> str:
     """The documentation of the running Python, in a fixed order."""
-    from stack.config import StdlibDocs
-    from stack.data.corpus import read_documents
+    from stackproof.config import StdlibDocs
+    from stackproof.data.corpus import read_documents
 
     return "\n\n".join(document.text for document in read_documents(StdlibDocs()))
 
@@ -61,8 +61,8 @@ def bits_per_byte_of(step_folder: Path, text: str) -> float:
     """Bits per byte of a checkpoint of ours on a text: every byte scored once, with at least half
     of the model's context before it.
     """
-    from stack.cli.models import open_model
-    from stack.evaluate.bits_per_byte import evaluate_text
+    from stackproof.cli.models import open_model
+    from stackproof.evaluate.bits_per_byte import evaluate_text
 
     opened = open_model(step_folder)
     return evaluate_text(

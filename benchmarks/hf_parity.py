@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from stack.data.tokenizer import Bytes
-from stack.export import huggingface, reading
-from stack.model import names
+from stackproof.data.tokenizer import Bytes
+from stackproof.export import huggingface, reading
+from stackproof.model import names
 from tests.export import models
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"

@@ -45,9 +45,9 @@ from side_by_side import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spec.errors import EnvironmentUnfit
-from stack.kernels import attention as torch_attention
-from stack.kernels import eager
+from stackproof.kernels import attention as torch_attention
+from stackproof.kernels import eager
+from stackproof.spec.errors import EnvironmentUnfit
 
 Call = Callable[[], object]
 OURS = "ours: Triton"
@@ -99,7 +99,7 @@ def naive(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from stack.kernels import flash_attention
+    from stackproof.kernels import flash_attention
 
     return flash_attention.attention(q, k, v)
 
@@ -173,7 +173,7 @@ def copy(sizes: Sizes) -> tuple[Call, float]:
 def normalise(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
     """Forward and backward: x and its gradient each read and written once, x read again."""
     if triton:
-        from stack.kernels.rms_norm import rms_norm
+        from stackproof.kernels.rms_norm import rms_norm
     else:
         rms_norm = eager.rms_norm
     x, grad = (
@@ -190,7 +190,7 @@ def normalise(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
 def gate(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
     """Forward and backward: two read, one written; three read, two written."""
     if triton:
-        from stack.kernels.swiglu import swiglu
+        from stackproof.kernels.swiglu import swiglu
     else:
         swiglu = eager.swiglu
     gate, up, grad = (
@@ -213,7 +213,7 @@ def clipped(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
     The limit shrinks so that every call scales.
     """
     if triton:
-        from stack.kernels.clip import clip
+        from stackproof.kernels.clip import clip
     else:
         clip = eager.clip
     (gradients,) = lists(sizes, 1)
@@ -224,7 +224,7 @@ def clipped(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
 def updated(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
     """One step: four read, three written."""
     if triton:
-        from stack.kernels.adamw import adamw
+        from stackproof.kernels.adamw import adamw
     else:
         adamw = eager.adamw
     all_lists = lists(sizes, 4)
@@ -257,7 +257,7 @@ def lose(loss: Callable, sizes: Sizes) -> tuple[Call, float]:
 
 
 def our_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from stack.kernels.linear_cross_entropy import linear_cross_entropy
+    from stackproof.kernels.linear_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x, weight, labels)[0]
 
@@ -382,8 +382,8 @@ def try_tiles(sizes: Sizes, rounds: int) -> None:
     """Milliseconds of forward and of forward and backward for other tiles of flash attention, best
     first. Edit TILES by hand.
     """
-    from stack.kernels import flash_attention
-    from stack.kernels.flash_attention import TILES, Tile
+    from stackproof.kernels import flash_attention
+    from stackproof.kernels.flash_attention import TILES, Tile
 
     shapes = (
         [Tile(*t) for t in product((64, 128), (32, 64, 128), (4, 8), (2, 3))]
@@ -415,7 +415,7 @@ def try_tiles(sizes: Sizes, rounds: int) -> None:
 
 def open_gpu_record(options: argparse.Namespace, title: str):
     """The record, with the GPU's facts in place of the CPU's."""
-    from spec.provenance import environment
+    from stackproof.spec.provenance import environment
 
     builder = open_record(options, title)
     if builder is not None:

@@ -43,8 +43,8 @@ CONFIGURATIONS = {
 
 def configured(name: str, folder: Path):
     """The configuration and what was overridden, on a corpus of random tokens."""
-    from stack.config import load_config
-    from stack.recipes import recipe
+    from stackproof.config import load_config
+    from stackproof.recipes import recipe
 
     shape, sets = CONFIGURATIONS[name]
     corpus = write_corpus(folder, shape.vocab_size, CORPUS_TOKENS)
@@ -63,7 +63,7 @@ def used_bytes(name: str, folder: Path) -> dict[str, int]:
     """Measured and predicted peak of one configuration, bytes."""
     import our_run
 
-    from stack.train.memory import predict_bytes
+    from stackproof.train.memory import predict_bytes
 
     cfg, overrides = configured(name, folder)
     run = our_run.open_run(cfg, overrides, folder / "run")

@@ -5,13 +5,13 @@ gate of steps looking on.
 import time
 from pathlib import Path
 
-from contracts.events import Started
-from spec.gates import Gate, load_spec
-from spec.runners import required, watched_events
-from stack.train import loop, session
-from stack.train import step as steps
-from stack.train.listener import Listener
-from stack.train.rundir import RunDir
+from stackproof.contracts.events import Started
+from stackproof.spec.gates import Gate, load_spec
+from stackproof.spec.runners import required, watched_events
+from stackproof.train import loop, session
+from stackproof.train import step as steps
+from stackproof.train.listener import Listener
+from stackproof.train.rundir import RunDir
 
 STEPS = {"Started", "BatchDrawn", "StepTaken"}
 

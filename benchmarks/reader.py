@@ -49,10 +49,10 @@ from side_by_side import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from stack import tensorfile
-from stack.data.packing import ConcatenatedStream
-from stack.data.reader import Reader
-from stack.data.shards import MAX_SHARD_TOKENS
+from stackproof import tensorfile
+from stackproof.data.packing import ConcatenatedStream
+from stackproof.data.reader import Reader
+from stackproof.data.shards import MAX_SHARD_TOKENS
 
 ROWS, SEQ_LEN, VOCAB_SIZE, SEED = 64, 512, 65536, 20240607
 WINDOW = SEQ_LEN + 1

@@ -162,9 +162,9 @@ def open_record(options: Namespace, name: str):
     """
     if options.run_dir is None:
         return None
-    from spec.building import RecordBuilder
-    from spec.gates import load_spec
-    from spec.provenance import environment
+    from stackproof.spec.building import RecordBuilder
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.provenance import environment
 
     machine = facts(tuple(c for c in PEER_PACKAGES if not why_not(IMPORT_NAME.get(c, c))))
     versions = {f"peer_{k}": v for k, v in machine.pop("versions").items()}

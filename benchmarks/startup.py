@@ -31,8 +31,8 @@ from side_by_side import (
 
 OURS = "stack --help"
 COMMANDS = {
-    OURS: ("", ("-m", "stack", "--help")),
-    "stack train --help": ("", ("-m", "stack", "train", "--help")),
+    OURS: ("", ("-m", "stackproof", "--help")),
+    "stack train --help": ("", ("-m", "stackproof", "train", "--help")),
     "python -c pass": ("", ("-c", "pass")),
     "import torch": ("torch", ("-c", "import torch")),
     "litgpt --help": ("litgpt", ("-m", "litgpt", "--help")),

@@ -32,11 +32,11 @@ from pathlib import Path
 import held_out
 from side_by_side import facts, open_record, write_json
 
-from spec.canonical import sha256_json
-from spec.records import Record, read_record
-from stack.config import load_config
-from stack.recipes import recipe
-from stack.train import checkpoint
+from stackproof.config import load_config
+from stackproof.recipes import recipe
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.records import Record, read_record
+from stackproof.train import checkpoint
 
 PROBE_STEPS = 24
 PACKAGES = ("torch", "numpy")
@@ -140,7 +140,7 @@ def finished_run(name: str, sets: tuple[str, ...], folder: Path) -> Record:
         command = [
             sys.executable,
             "-m",
-            "stack",
+            "stackproof",
             "train",
             name,
             "--run-dir",

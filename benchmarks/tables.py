@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spec.records import Record, read_record
+from stackproof.spec.records import Record, read_record
 
 RATIO, WANTED = "ratio_to_", "wanted_ratio_to_"
 

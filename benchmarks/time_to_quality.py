@@ -40,7 +40,7 @@ import held_out
 import nanogpt
 from side_by_side import Row, against, as_json, close_record, facts, open_record, show, write_json
 
-from stack.train.listener import Listener
+from stackproof.train.listener import Listener
 
 OURS, NANOGPT = "ours", "nanogpt"
 GOAL = 2.0
@@ -84,7 +84,7 @@ def train_nanogpt(parts: held_out.Cut, seed: int, updates: int, folder: Path) ->
     import numpy as np
     import torch
 
-    from stack.evaluate.bits_per_byte import evaluate_tokens
+    from stackproof.evaluate.bits_per_byte import evaluate_tokens
 
     prepared = time.perf_counter()
     head, tail, sizes = symbols(parts)
@@ -193,9 +193,9 @@ def train_ours(
     """One real run of a recipe on the same text; the seconds of its parts,
     and its checkpoints with the clocks at each.
     """
-    from stack.config import load_config
-    from stack.recipes import recipe
-    from stack.train import session
+    from stackproof.config import load_config
+    from stackproof.recipes import recipe
+    from stackproof.train import session
 
     text = folder / "text.txt"
     text.write_text(parts.head, "utf-8")

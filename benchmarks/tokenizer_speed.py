@@ -115,8 +115,8 @@ def batches(texts: list[str]) -> list[list[str]]:
 
 
 def train_ours(texts: list[str]) -> Callable[[], str]:
-    from stack.config import BpeTokenizer
-    from stack.data.tokenizer import make_tokenizer
+    from stackproof.config import BpeTokenizer
+    from stackproof.data.tokenizer import make_tokenizer
 
     return lambda: make_tokenizer(BpeTokenizer(vocab_size=VOCAB_SIZE), texts).to_bytes().decode()
 
@@ -157,7 +157,7 @@ def encode_ours(saved: str, threads: int) -> Callable[[list[str]], list[list[int
 def our_tokenizer(saved: str):
     from tokenizers import Tokenizer
 
-    from stack.data.tokenizer import Bpe
+    from stackproof.data.tokenizer import Bpe
 
     return Bpe(Tokenizer.from_str(saved))
 
@@ -181,7 +181,7 @@ def encode_tiktoken(saved: str, threads: int) -> Callable[[list[str]], list[list
     """tiktoken with the same merges: ids are ranks, the end of text has none."""
     import tiktoken
 
-    from stack.data.tokenizer import _byte_alphabet
+    from stackproof.data.tokenizer import _byte_alphabet
 
     byte_of = {c: b for b, c in _byte_alphabet().items()}
     document = json.loads(saved)

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from our_run import bare_step, open_run
 
-from spec.building import RecordBuilder
-from spec.gates import load_spec
-from spec.provenance import environment
-from stack.config import load_config
-from stack.recipes import recipe
-from stack.train.points import points_lines
-from stack.train.rundir import RunDir
+from stackproof.config import load_config
+from stackproof.recipes import recipe
+from stackproof.spec.building import RecordBuilder
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
+from stackproof.train.points import points_lines
+from stackproof.train.rundir import RunDir
 
 CLAIM = (
     "Median time of recording all points of one micro-batch, with its lines written, over that of "

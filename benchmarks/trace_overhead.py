@@ -50,9 +50,9 @@ def ready(task: str, threads: int, folder: str):
     import torch
     from peers import huggingface_model
 
-    from stack.config import ModelConfig
-    from stack.model.build import build_model
-    from stack.trace import trace
+    from stackproof.config import ModelConfig
+    from stackproof.model.build import build_model
+    from stackproof.trace import trace
 
     torch.set_num_threads(threads)
     shape = SHAPES["b"]
@@ -100,8 +100,8 @@ def lens(ids, folder: str):
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
-    from stack.trace.points import Point
-    from stack.trace.stats import Gatherer
+    from stackproof.trace.points import Point
+    from stackproof.trace.stats import Gatherer
 
     model = TransformerBridge.boot_transformers(folder, device="cpu")
 
@@ -138,10 +138,10 @@ def comparison(threads: int):
     """
     import torch
 
-    from stack.config import ModelConfig
-    from stack.model.build import build_model, n_parameters
-    from stack.trace import compare, side
-    from stack.trace.trace import trace
+    from stackproof.config import ModelConfig
+    from stackproof.model.build import build_model, n_parameters
+    from stackproof.trace import compare, side
+    from stackproof.trace.trace import trace
 
     torch.set_num_threads(threads)
     good = build_model(ModelConfig(**LARGE), LARGE_VOCAB, seed=0).eval()

@@ -23,8 +23,8 @@ COLUMNS = ("plant", "planted", "compared", "added_err", "bisected", "runs")
 
 def cases() -> Iterator[tuple]:
     """Name of a plant, the point that it is at, ids, and a function that makes both sides anew."""
-    from stack.museum.plant import load_museum
-    from stack.trace import side
+    from stackproof.museum.plant import load_museum
+    from stackproof.trace import side
     from tests.trace import models
     from tests.trace.museum import EXHIBITS, Found
     from tests.trace.test_plants import PLANTS, planted
@@ -45,7 +45,7 @@ def cases() -> Iterator[tuple]:
 
 def row(name: str, point: str, ids: Any, sides: Callable[[], tuple]) -> dict:
     """What is named for one plant."""
-    from stack.trace import bisect, compare
+    from stackproof.trace import bisect, compare
 
     first = compare(*sides(), ids).first_divergence
     found = bisect(*sides(), ids)
@@ -77,7 +77,7 @@ def main() -> int:
     named = sum(r["compared"] == r["planted"] for r in rows)
     print(f"{named} of {len(rows)} named first by comparison")
     if builder is not None:
-        from spec.canonical import canonical_json
+        from stackproof.spec.canonical import canonical_json
 
         builder.claim = (
             "For each operation that was changed on purpose, comparison and bisection name these "

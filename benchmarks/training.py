@@ -81,8 +81,8 @@ def open_ours(
     import our_run
     from peers import LR, MAX_GRAD_NORM, matrix_parameters
 
-    from stack.config import load_config
-    from stack.recipes import recipe
+    from stackproof.config import load_config
+    from stackproof.recipes import recipe
 
     settings = (
         f"device={device}",
@@ -216,7 +216,7 @@ def product_rates(threads: int, device: str, dtype: str) -> Callable[[], tuple[f
     """
     import torch
 
-    from stack.kernels import dispatch
+    from stackproof.kernels import dispatch
 
     torch.set_num_threads(threads)
     size = PROBED[device]

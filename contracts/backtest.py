@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from contracts.events import Evaluated, Event, Sampled, Started, StepTaken
-from contracts.gate import limits_of, resolve
-from spec.errors import ConfigError, DataError
-from spec.gates import load_spec
+from stackproof.contracts.events import Evaluated, Event, Sampled, Started, StepTaken
+from stackproof.contracts.gate import limits_of, resolve
+from stackproof.spec.errors import ConfigError, DataError
+from stackproof.spec.gates import load_spec
 
 # Gates whose events a log line holds completely; the others watch things no log keeps.
 # Each with the key its lines must have.

@@ -3,7 +3,7 @@ from ids and mask to logits.
 
 B batch, T tokens, V vocab. A `probe` has `logits(ids_BT, mask_BT or None, labels_BT or None) ->
 logits_BTV`, `vocab_size`, `max_length`, `takes_mask`, `takes_labels` and `training(bool)`; it
-leaves the model as it was. See `contracts.callbacks.probe`.
+leaves the model as it was. See `stackproof.contracts.callbacks.probe`.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
 
 LENGTHS = (3, 17, 64)
 LONGEST = 512

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from contracts.events import Evaluated, Event, Finished, Started
-from contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.events import Evaluated, Event, Finished, Started
+from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
 REQUIRED_STATE = tuple(

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from contracts.events import Event, Sampled, Started
-from contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.events import Event, Sampled, Started
+from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
 
 WINDOW, STRIDE = 32, 16
 PASSAGE = 6  # words of a run that healthy text hardly ever says twice

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import icontract
 
-from spec.errors import ConfigError
+from stackproof.spec.errors import ConfigError
 
 LEVELS = ("off", "standard", "full")
 LEVEL = os.environ.get("STACK_CONTRACTS", "standard")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
 
 WORDS = (
     "amber bronze copper dune ember field grove harbour island jetty kelp lagoon meadow north "

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from contracts.events import BatchDrawn, Event, Started, StepTaken
-from contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.events import BatchDrawn, Event, Started, StepTaken
+from stackproof.contracts.gate import Verdict, decide, decides, failed
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
 TURNS, TREND = 90, 0.25  # nats per turn, ten times what the useful source adds to it

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from contracts.events import BatchDrawn, Event, Started
-from contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.events import BatchDrawn, Event, Started
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
 # ranks and rows; one row alone hides a stride that forgets the rows

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contracts.declared import (
+from stackproof.contracts.declared import (
     chooses,
     drawn_weights,
     kind_of,
@@ -19,10 +19,15 @@ from contracts.declared import (
     parameter_shapes,
     silent_kinds,
 )
-from contracts.gate import Verdict, decide, decides, failed
-from contracts.loss import IGNORE, gradient_errors
-from contracts.model import device_of, in_eval, packing, table_error
-from contracts.oracle import below, oracle_attention, oracle_attention_at_end, oracle_reading
+from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.loss import IGNORE, gradient_errors
+from stackproof.contracts.model import device_of, in_eval, packing, table_error
+from stackproof.contracts.oracle import (
+    below,
+    oracle_attention,
+    oracle_attention_at_end,
+    oracle_reading,
+)
 
 ORACLE_TOKENS, ORACLE_ROWS = 40, 4
 ASKING_AT_END = 3  # tokens at the end of a row of full length

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
 
 Draw = tuple[tuple[int, str], Tensor, Tensor]
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contracts.events import Evaluated, Event, Looked, Started
-from contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
-from contracts.oracle import documents
+from stackproof.contracts.events import Evaluated, Event, Looked, Started
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
+from stackproof.contracts.oracle import documents
 
 # --- conservation of bytes ------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
 
 DOCUMENTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 BYTES = {"F32": 4, "BF16": 2}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
 
-from contracts.events import (
+from stackproof.contracts.events import (
     BatchDrawn,
     Evaluated,
     Event,
@@ -20,7 +20,7 @@ from contracts.events import (
     Started,
     StepTaken,
 )
-from contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run, passed
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run, passed
 
 
 @decides("runtime.recomputed-step")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
-from contracts.events import Event
-from spec.errors import IntegrityError
-from spec.gates import Gate
+from stackproof.contracts.events import Event
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Gate
 
 Outcome = Literal["pass", "fail", "not_run"]
 Scalar = bool | int | float | str | None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed
 
 N_NEW, MANY_NEW = 8, 80  # so many that a stack may prepare the model for them
 LOGITS, SEEN = torch.linspace(-4.0, 4.0, 9), (0, 2, 2, 4, 7)

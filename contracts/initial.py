@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from contracts.declared import initial_law, parameter_shapes
-from contracts.gate import Verdict, decide, decides, failed
-from contracts.model import table_error
+from stackproof.contracts.declared import initial_law, parameter_shapes
+from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.model import table_error
 
 COMPARED = 2**16  # entries of two tensors that are held against each other
 
@@ -29,10 +29,10 @@ def init_law(
     """Each parameter follows its law: mean and spread lie where a sample of its size must, or every
     entry is the declared constant.
 
-    The laws are those of `contracts.declared.initial_law`. Draws are independent: neither two
-    parameters nor two halves of one go together; and they reach as far as normal ones do. Rotary
-    tables equal a fresh computation, and buffers that checkpoints hold are 0. `rotary_tables` is
-    None without rotary positions.
+    The laws are those of `stackproof.contracts.declared.initial_law`. Draws are independent:
+    neither two parameters nor two halves of one go together; and they reach as far as normal ones
+    do. Rotary tables equal a fresh computation, and buffers that checkpoints hold are 0.
+    `rotary_tables` is None without rotary positions.
     """
     parameters, a = dict(model.named_parameters()), declared_architecture
     laws = {

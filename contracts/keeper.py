@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from contracts.events import Event, Finished
-from contracts.gate import Verdict, call_check, limits_of, not_run, resolve
-from spec.errors import ConfigError, GateFailed
-from spec.gates import Gate, Spec
-from spec.records import GateResult, Waiver
-from spec.runners import Runner, load_runners
+from stackproof.contracts.events import Event, Finished
+from stackproof.contracts.gate import Verdict, call_check, limits_of, not_run, resolve
+from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.gates import Gate, Spec
+from stackproof.spec.records import GateResult, Waiver
+from stackproof.spec.runners import Runner, load_runners
 
 
 @dataclass

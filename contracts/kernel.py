@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.gate import Verdict, decide, decides, failed
-from contracts.loss import IGNORE, gradient_errors
+from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.loss import IGNORE, gradient_errors
 
 Step = Callable[[int], tuple[float, Mapping[str, Tensor]]]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed
 
 IGNORE = -100
 

@@ -7,8 +7,8 @@ import statistics
 from collections import deque
 from types import SimpleNamespace
 
-from contracts.events import Event, Recited, Sampled
-from contracts.gate import Stateless, Verdict, decide, decides, not_run
+from stackproof.contracts.events import Event, Recited, Sampled
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, not_run
 
 
 @decides("sampling.recitation")

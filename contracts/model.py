@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.declared import chooses, hard_capacity
-from contracts.gate import Verdict, decide, decides, failed
-from contracts.oracle import documents, rotary_angles
+from stackproof.contracts.declared import chooses, hard_capacity
+from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.oracle import documents, rotary_angles
 
 IGNORE = -100
 LENGTHS = (2, 17, 64, 65, 129, 2048)

@@ -11,9 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.events import Event, Started, StepTaken
-from contracts.gate import Verdict, decide, decides, failed, not_run
-from contracts.oracle import Routed, balance_of, choices, oracle_experts, oracle_reading, room
+from stackproof.contracts.events import Event, Started, StepTaken
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.oracle import (
+    Routed,
+    balance_of,
+    choices,
+    oracle_experts,
+    oracle_reading,
+    room,
+)
 
 TOKENS = 96
 

@@ -4,7 +4,7 @@ and of where the first of them goes.
 
 from dataclasses import dataclass
 
-from contracts.gate import Stateless, Verdict, decide, decides, not_run
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, not_run
 
 
 @dataclass(frozen=True, slots=True)

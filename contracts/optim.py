@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.events import Event, StepTaken
-from contracts.gate import Stateless, Verdict, decide, decides, failed
-from contracts.schedule import closed_form
+from stackproof.contracts.events import Event, StepTaken
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed
+from stackproof.contracts.schedule import closed_form
 
 RATE = 1e-2
 ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from contracts.gate import Stateless, Verdict, decide, decides, first_of
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.gate import Verdict, decide, decides
+from stackproof.contracts.gate import Verdict, decide, decides
 
 ROWS, WIDTH, VOCAB_SIZE, SCALE = 64, 4096, 8192, 3.0
 # far below where the gradients of a mean overflow float16, far above where they vanish in it

@@ -4,9 +4,9 @@ scored others than those trained on?
 
 from dataclasses import dataclass
 
-from contracts.events import Started
-from contracts.gate import Verdict, decides, failed, not_run, passed
-from contracts.witness import StateRestored
+from stackproof.contracts.events import Started
+from stackproof.contracts.gate import Verdict, decides, failed, not_run, passed
+from stackproof.contracts.witness import StateRestored
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-from contracts.events import (
+from stackproof.contracts.events import (
     BatchDrawn,
     Evaluated,
     Event,
@@ -20,8 +20,8 @@ from contracts.events import (
     Started,
     StepTaken,
 )
-from contracts.gate import Stateless, Verdict, decide, decides, failed, passed
-from contracts.witness import ModeSeen
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+from stackproof.contracts.witness import ModeSeen
 
 
 @decides("runtime.finite")

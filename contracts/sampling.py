@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed
 
 # --- cached decoding ------------------------------------------------------------------------------
 

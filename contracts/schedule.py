@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from contracts.events import Event, Started, StepTaken
-from contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.events import Event, Started, StepTaken
+from stackproof.contracts.gate import Verdict, decide, decides, failed
 
 
 def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_steps: int) -> float:

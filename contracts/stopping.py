@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
 
 NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
 CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from types import SimpleNamespace
 
-from contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed
 
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 # bytes that stand for themselves in a file

@@ -1,14 +1,14 @@
 """Gates of a trainer that is not ours, at run time: what its loss, gradients, weights,
 rates and modes show from outside.
 
-Each event holds plain numbers that `contracts.callbacks.watch` took at the source: at the logits,
-before any logger.
+Each event holds plain numbers that `stackproof.contracts.callbacks.watch` took at the source: at
+the logits, before any logger.
 """
 
 import math
 from dataclasses import dataclass
 
-from contracts.gate import Stateless, Verdict, decide, decides, not_run
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, not_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from contracts.callbacks.huggingface import GateCallback  # the first of two
+from stackproof.contracts.callbacks.huggingface import GateCallback  # the first of two
 
 LENGTH = 96
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spec.canonical import sha256_file, sha256_json
-from spec.gates import Spec
-from spec.provenance import code_state
-from spec.records import (
+from stackproof.spec.canonical import sha256_file, sha256_json
+from stackproof.spec.gates import Spec
+from stackproof.spec.provenance import code_state
+from stackproof.spec.records import (
     SCHEMA,
     Artefact,
     Code,

@@ -8,7 +8,7 @@ from typing import Any
 
 import rfc8785
 
-from spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError
 
 MAX_SAFE_INTEGER = 2**53 - 1
 MAX_JSON_BYTES = 64 * 2**20

@@ -1,8 +1,8 @@
 """The canonical form of Python definitions: what they compute, without words,
 names of locals and layout.
 
-`spec.fingerprint` hashes it. A definition is written as nested lists. What it refers to is counted,
-and listed beside the text, so that the names of other definitions do not enter.
+`stackproof.spec.fingerprint` hashes it. A definition is written as nested lists. What it refers to
+is counted, and listed beside the text, so that the names of other definitions do not enter.
 """
 
 import ast
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError
 
 VERDICTS = "contracts.gate"
 MESSAGE_AT = {"decide": 1, "failed": 0, "passed": 0, "not_run": 0, "Verdict": 1}
@@ -43,7 +43,7 @@ class Form(NamedTuple):
 
 
 class Names(Protocol):
-    """Resolves module-level names; see `spec.fingerprint.Code`."""
+    """Resolves module-level names; see `stackproof.spec.fingerprint.Code`."""
 
     def resolve(self, module: str, name: str) -> Key | str | None: ...
     def imported(self, source: str, name: str | None) -> Key | str: ...

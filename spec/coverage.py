@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from spec.findings import Finding, gone_around
-from spec.gates import Spec
-from spec.records import Record
+from stackproof.spec.findings import Finding, gone_around
+from stackproof.spec.gates import Spec
+from stackproof.spec.records import Record
 
 State = Literal["unproven", "proven", "discharged", "stale", "failed", "waived"]
 STATES: tuple[State, ...] = ("unproven", "proven", "discharged", "stale", "failed", "waived")

@@ -13,9 +13,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from spec import ROOT
-from spec.errors import IntegrityError
-from spec.gates import Frozen, Gate, Spec
+from stackproof.spec import ROOT
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Frozen, Gate, Spec
 
 Latency = Literal[
     "before step 1", "within k steps", "at checkpoint", "at evaluation", "at export", "in CI"

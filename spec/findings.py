@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from spec.gates import Frozen
-from spec.tables import read_tables
+from stackproof.spec.gates import Frozen
+from stackproof.spec.tables import read_tables
 
 FILE = "findings.toml"
 CITED = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}(#E\d+)?$"

@@ -2,7 +2,7 @@
 
 A check enters in a canonical form of its syntax tree, together with everything in `contracts` and
 `spec` that it reaches: functions, classes, constants, module-level branches, statements that change
-them, and the code in `contracts.gate` that turns measurements into verdicts.
+them, and the code in `stackproof.contracts.gate` that turns measurements into verdicts.
 
 The form leaves out what decides nothing, so that rewording, renaming and moving are free:
 docstrings, comments, layout, annotations, names of local variables, of parameters and of the
@@ -23,9 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from spec.canonical import sha256_json
-from spec.canonical_code import Form, Key, Writer, bound, imports, is_bare
-from spec.errors import IntegrityError
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.canonical_code import Form, Key, Writer, bound, imports, is_bare
+from stackproof.spec.errors import IntegrityError
 
 FORM = 2
 PACKAGE = "stackproof"

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spec import ROOT, SPEC_DIR
-from spec.canonical import sha256_json
-from spec.errors import IntegrityError
-from spec.fingerprint import Carried, check_fingerprint, read_carried
+from stackproof.spec import ROOT, SPEC_DIR
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.fingerprint import Carried, check_fingerprint, read_carried
 
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
 Severity = Literal["halt", "block-release", "warn"]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from spec.canonical import canonical_json, parse_strict, sha256_bytes
-from spec.errors import IntegrityError
-from spec.gates import Frozen
-from spec.records import HEX64, Record, parse_record
+from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import HEX64, Record, parse_record
 
 GENESIS = "0" * 64
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from spec.gates import Gate, Limit, Spec
-from spec.records import Kill, Scalar
+from stackproof.spec.gates import Gate, Limit, Spec
+from stackproof.spec.records import Kill, Scalar
 
 
 class Margin(NamedTuple):

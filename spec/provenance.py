@@ -7,9 +7,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from spec import ROOT
-from spec.canonical import sha256_bytes, sha256_file
-from spec.records import Code, Scalar
+from stackproof.spec import ROOT
+from stackproof.spec.canonical import sha256_bytes, sha256_file
+from stackproof.spec.records import Code, Scalar
 
 # What decides a computed number.
 # Documents, tests and evidence may be in flux without making a run dirty.

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from spec.canonical import canonical_json, parse_strict, sha256_bytes
-from spec.errors import IntegrityError
-from spec.gates import Frozen
+from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Frozen
 
 SCHEMA = "stackproof/record/1"
 Kind = Literal[

@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from spec.gates import Frozen
-from spec.records import HEX64
-from spec.tables import read_tables
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import HEX64
+from stackproof.spec.tables import read_tables
 
 
 class Release(Frozen):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from spec import IN_CHECKOUT, ROOT
-from spec.errors import IntegrityError
-from spec.gates import Frozen, Gate, Spec, _read_toml
-from spec.records import Record
+from stackproof.spec import IN_CHECKOUT, ROOT
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Frozen, Gate, Spec, _read_toml
+from stackproof.spec.records import Record
 
 
 class Runner(Frozen):

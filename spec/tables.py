@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError
 
 Kind = TypeVar("Kind", bound=BaseModel)
 

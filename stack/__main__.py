@@ -1,6 +1,6 @@
-"""`python -m stack` is the same as `stack`."""
+"""`python -m stackproof` is the same as `stack`."""
 
-from stack.cli import main
+from stackproof.cli import main
 
 if __name__ == "__main__":
     main()

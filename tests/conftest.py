@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """The museum's text as JSON lines: real English, on every machine."""
-    from stack.museum.collection import museum_texts
+    from stackproof.museum.collection import museum_texts
 
     path = tmp_path_factory.mktemp("text") / "topics.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in museum_texts()), "utf-8")
@@ -38,7 +38,7 @@ def private_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def museum_folder(tmp_path_factory):
     """The museum's sources and evaluation set as files."""
-    from stack.museum.collection import write_texts
+    from stackproof.museum.collection import write_texts
 
     folder = tmp_path_factory.mktemp("museum")
     write_texts(folder)
@@ -50,14 +50,14 @@ def small_cfg(museum_folder):
     """The museum's configuration: a mixture, packed documents, dropout, accumulation, grouped
     heads, length beyond 256.
     """
-    from stack.museum.collection import museum_config
+    from stackproof.museum.collection import museum_config
 
     return museum_config(museum_folder)
 
 
 @pytest.fixture(scope="session")
 def dataset(small_cfg, private_cache):
-    from stack.data.prepare import prepare
+    from stackproof.data.prepare import prepare
 
     return prepare(small_cfg.data)
 
@@ -67,7 +67,7 @@ def ingredients(small_cfg, dataset):
     """Everything preflight gates see, of the small run."""
     import torch
 
-    from stack.train.preflight import gather
+    from stackproof.train.preflight import gather
 
     torch.set_num_threads(1)
     return gather(small_cfg, dataset, torch.device("cpu"))[1]
@@ -75,6 +75,6 @@ def ingredients(small_cfg, dataset):
 
 @pytest.fixture(scope="session")
 def spec():
-    from spec.gates import load_spec
+    from stackproof.spec.gates import load_spec
 
     return load_spec()

@@ -18,11 +18,11 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-STACK = "from stack.cli import main; main()"
+STACK = "from stackproof.cli import main; main()"
 # For what is claimed of the run itself: preflight is most of the time that a run of seconds takes.
 NO_PREFLIGHT = f"""
-from spec.gates import load_spec
-from stack.train import session
+from stackproof.spec.gates import load_spec
+from stackproof.train import session
 later = [g.id for g in load_spec().gates.values() if g.moment != "preflight"]
 keeper = session.Gatekeeper
 session.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
@@ -30,10 +30,10 @@ session.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options 
 """
 PRELOADED = [
     "torch._dynamo",
-    "stack.cli",
-    "stack.train.session",
-    "stack.museum.prove",
-    "stack.evaluate.sampling",
+    "stackproof.cli",
+    "stackproof.train.session",
+    "stackproof.museum.prove",
+    "stackproof.evaluate.sampling",
 ]
 
 

@@ -9,8 +9,8 @@ import json
 
 import pytest
 
-from stack.config import Pangram
-from stack.data import corpus
+from stackproof.config import Pangram
+from stackproof.data import corpus
 from tests.cli.conftest import Stack
 
 REASON = "the pangram repeats itself, so its split cannot be disjoint and its tokens are few"

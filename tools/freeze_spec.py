@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
-from spec.gates import frozen_release, load_spec, release_path  # noqa: E402
+from stackproof.spec.gates import frozen_release, load_spec, release_path  # noqa: E402
 
 
 def freeze(root: Path) -> int:

@@ -19,7 +19,7 @@ from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 from mkdocs.structure.pages import Page as MkDocsPage  # noqa: E402
 
-from spec.errors import StackproofError  # noqa: E402
+from stackproof.spec.errors import StackproofError  # noqa: E402
 from tools.site_pages import home, reference  # noqa: E402
 from tools.site_pages.benchmarks import benchmarks_page  # noqa: E402
 from tools.site_pages.config_keys import config_page  # noqa: E402

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contracts.callbacks.reading import IGNORE, trailing_padding
-from contracts.rows import RowsSeen
-from contracts.witness import BatchSeen
+from stackproof.contracts.callbacks.reading import IGNORE, trailing_padding
+from stackproof.contracts.rows import RowsSeen
+from stackproof.contracts.witness import BatchSeen
 
 # where padding is the end of text, a row of packed documents may begin with one or two
 LEFT_PADS = 4

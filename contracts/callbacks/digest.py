@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.callbacks.probe import embedding_of, head_of, is_ids
-from contracts.witness import StateRestored
+from stackproof.contracts.callbacks.probe import embedding_of, head_of, is_ids
+from stackproof.contracts.witness import StateRestored
 
 FILE = "stack_gates.json"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

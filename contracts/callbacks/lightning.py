@@ -7,12 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from contracts.callbacks import digest
-from contracts.callbacks.probe import config_of, untouched
-from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
-from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
-from contracts.callbacks.watch import Facts, Watch
-from contracts.gate import Verdict
+from stackproof.contracts.callbacks import digest
+from stackproof.contracts.callbacks.probe import config_of, untouched
+from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
+from stackproof.contracts.callbacks.session import Cost, Mode, Session, ingredients_of
+from stackproof.contracts.callbacks.watch import Facts, Watch
+from stackproof.contracts.gate import Verdict
 
 STATE = "stack_gates"
 

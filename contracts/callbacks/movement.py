@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.callbacks.digest import checksums, gathered
-from contracts.moves import LeftAlone, Moved
+from stackproof.contracts.callbacks.digest import checksums, gathered
+from stackproof.contracts.moves import LeftAlone, Moved
 
 VISIBLE_RATE = 1e-7
 SLOPE_ENTRIES = 1_000_000  # of weights, copied once

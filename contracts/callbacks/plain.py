@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.callbacks import digest
-from contracts.callbacks.probe import config_of, untouched, unwrapped
-from contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
-from contracts.callbacks.session import Cost, Mode, Session, ingredients_of
-from contracts.callbacks.watch import Facts, Watch
+from stackproof.contracts.callbacks import digest
+from stackproof.contracts.callbacks.probe import config_of, untouched, unwrapped
+from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
+from stackproof.contracts.callbacks.session import Cost, Mode, Session, ingredients_of
+from stackproof.contracts.callbacks.watch import Facts, Watch
 
 
 class Gate:

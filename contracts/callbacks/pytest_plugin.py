@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(
 ) -> None:
     """One test for each gate, once a session, beside the folder the run was started in."""
     if config.getoption("--stack-gates"):
-        from spec.gates import load_spec
+        from stackproof.spec.gates import load_spec
 
         gates = [
             g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight"
@@ -55,7 +55,7 @@ class GateItem(pytest.Function):
 
 def _asks(gate):
     def ask(request):
-        from contracts.callbacks.session import ask_all
+        from stackproof.contracts.callbacks.session import ask_all
 
         given = {
             name: _fixture(request, f"stack_{name}") for name in ("model", "optimizer", "tokenizer")

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from contracts.callbacks.digest import of_tensors
-from contracts.callbacks.session import Session
-from contracts.events import StepTaken
-from contracts.gate import Verdict
-from spec.building import RecordBuilder, artefact
-from spec.canonical import sha256_json
-from spec.errors import ConfigError, GateFailed
-from spec.provenance import environment
-from spec.records import GateResult
+from stackproof.contracts.callbacks.digest import of_tensors
+from stackproof.contracts.callbacks.session import Session
+from stackproof.contracts.events import StepTaken
+from stackproof.contracts.gate import Verdict
+from stackproof.spec.building import RecordBuilder, artefact
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.provenance import environment
+from stackproof.spec.records import GateResult
 
 LOG, STEPS, RECORD = "gates.jsonl", "metrics.jsonl", "metadata.json"
 OUTSIDE = (

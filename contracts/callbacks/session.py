@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from contracts.callbacks.probe import Probe, config_of, embedding_of, head_of, untouched
-from contracts.events import StepTaken
-from contracts.gate import Verdict, call_check, not_run
-from contracts.keeper import Gatekeeper
-from spec.errors import ConfigError, GateFailed
-from spec.gates import load_spec
+from stackproof.contracts.callbacks.probe import Probe, config_of, embedding_of, head_of, untouched
+from stackproof.contracts.events import StepTaken
+from stackproof.contracts.gate import Verdict, call_check, not_run
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.gates import load_spec
 
 KIND = "foreign"
 ROWS_GATE = "data.fresh-rows"

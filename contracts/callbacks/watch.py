@@ -14,12 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from contracts.callbacks import batch, probe
-from contracts.callbacks.movement import Movement
-from contracts.callbacks.reading import IGNORE, Reading, Unread, read, resolve, silent_places
-from contracts.callbacks.session import Session, timed
-from contracts.events import Started, StepTaken
-from contracts.witness import GradientsSeen, LossRead, ModeSeen, RatesUsed
+from stackproof.contracts.callbacks import batch, probe
+from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.reading import (
+    IGNORE,
+    Reading,
+    Unread,
+    read,
+    resolve,
+    silent_places,
+)
+from stackproof.contracts.callbacks.session import Session, timed
+from stackproof.contracts.events import Started, StepTaken
+from stackproof.contracts.witness import GradientsSeen, LossRead, ModeSeen, RatesUsed
 
 BETWEEN_EVERY = 16  # updates; after an evaluation it is asked as well
 # backward passes without an update, from where on it is asked at each power of

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from spec.errors import EnvironmentUnfit, StackproofError
+from stackproof.spec.errors import EnvironmentUnfit, StackproofError
 
 TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 
 def _register() -> None:
-    from stack.cli import data, doctor, evidence, export, gates, look, tokenizer, trace, train
+    from stackproof.cli import data, doctor, evidence, export, gates, look, tokenizer, trace, train
 
     for module in (train, look, trace, export, data, tokenizer, gates, evidence, doctor):
         module.register(app)
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(document: dict, text: str, arguments: list[str]) -> None:
-    from stack.cli.output import emitted
+    from stackproof.cli.output import emitted
 
     if "--json" in arguments and not emitted():
         print(json.dumps(document))

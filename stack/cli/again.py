@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spec.canonical import parse_strict, sha256_file
-from spec.errors import IntegrityError
-from spec.records import Record, read_record
+from stackproof.spec.canonical import parse_strict, sha256_file
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.records import Record, read_record
 
 # A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure,
 # as sums are taken in another order. What a comparison measures of rounding itself is another
@@ -47,7 +47,7 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
     command = [
         sys.executable,
         "-m",
-        "stack",
+        "stackproof",
         *_without_files(record.command[1:]),
         "--run-dir",
         str(directory),

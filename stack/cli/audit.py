@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spec.errors import DataError
-from stack.cli.models import Opened, open_model
-from stack.cli.output import emit, stderr, stdout, table
-from stack.cli.paths import folder_at, model_at
+from stackproof.cli.models import Opened, open_model
+from stackproof.cli.output import emit, stderr, stdout, table
+from stackproof.cli.paths import folder_at, model_at
+from stackproof.spec.errors import DataError
 
 CLAIM = "Asked greedily, these weights gave these answers, and the suite's checks judged them so."
 NOT_COVERED = (
@@ -35,9 +35,9 @@ def audit_models(
     """Ask, judge, write a record with `audits.jsonl` beside it,
     and say since which step breadth stands still.
     """
-    from spec.building import artefact, write_atomically
-    from stack.evaluate import audit
-    from stack.evaluate.suite import load_suite, suite_file
+    from stackproof.evaluate import audit
+    from stackproof.evaluate.suite import load_suite, suite_file
+    from stackproof.spec.building import artefact, write_atomically
 
     for directory in earlier:
         folder_at(
@@ -104,23 +104,23 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 def _root(file: Path) -> Path:
     """What the path of a suite is told from: the installed code for one that comes along."""
-    from spec import ROOT
+    from stackproof.spec import ROOT
 
     return ROOT if file.resolve().is_relative_to(ROOT) else Path.cwd()
 
 
 def _folders(model: Path) -> list[Path]:
     """Step folders of a run, in the order of their steps."""
-    from stack.train import checkpoint
+    from stackproof.train import checkpoint
 
     root = checkpoint.find(model_at(model)).parent
     return sorted(p for p in root.glob("step-*") if (p / "manifest.json").is_file())
 
 
 def _builder(opened: Opened, suite_input: Any) -> Any:
-    from spec.building import RecordBuilder, artefact
-    from spec.gates import load_spec
-    from spec.provenance import environment
+    from stackproof.spec.building import RecordBuilder, artefact
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.provenance import environment
 
     builder = RecordBuilder(
         kind="evaluate",
@@ -139,9 +139,9 @@ def _earlier(
     directories: Sequence[Path], builder: Any, suite_sha256: str
 ) -> dict[int, dict[str, int]]:
     """Passes by domain by step of earlier audits of the same run by the same suite."""
-    from spec.canonical import sha256_file
-    from spec.records import read_record
-    from stack.evaluate import audit
+    from stackproof.evaluate import audit
+    from stackproof.spec.canonical import sha256_file
+    from stackproof.spec.records import read_record
 
     found: dict[int, dict[str, int]] = {}
     for directory in directories:

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from contracts.gate import Verdict
-from spec.gates import Gate
-from spec.records import Record
-from stack.cli.output import MARKS, measured_text, stderr, table
-from stack.train.listener import Listener
+from stackproof.cli.output import MARKS, measured_text, stderr, table
+from stackproof.contracts.gate import Verdict
+from stackproof.spec.gates import Gate
+from stackproof.spec.records import Record
+from stackproof.train.listener import Listener
 
 PLAIN_LINE_EVERY_S = 10.0
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from spec.errors import DataError, UsageError
-from stack.cli.output import MARKS, Json, emit, measured_text, stderr, stdout, table
-from stack.cli.paths import BUILDS_ONE, DATA_SET, folder_at
+from stackproof.cli.output import MARKS, Json, emit, measured_text, stderr, stdout, table
+from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
+from stackproof.spec.errors import DataError, UsageError
 
 app = typer.Typer(
     help="Data sets: built from text of many sources, verified, compared with evaluation sets.",
@@ -84,8 +84,8 @@ def build(
     """Read, filter, deduplicate, tokenise and write shards, every document accounted for.
     Leaves a record.
     """
-    from stack.data import account, prepare
-    from stack.data import build as builder
+    from stackproof.data import account, prepare
+    from stackproof.data import build as builder
 
     cfg = _config(
         sources,
@@ -142,8 +142,8 @@ def _config(
     sets: tuple[str, ...],
 ):
     """The data part of a configuration from what was said on the command line."""
-    from stack.config import load_config, load_mixture
-    from stack.recipes import recipe
+    from stackproof.config import load_config, load_mixture
+    from stackproof.recipes import recipe
 
     base = recipe("pocket")
     said: list[str] = []
@@ -228,7 +228,7 @@ class _Bar:
 
 
 def _document(folder: Path, manifest: dict, results: list) -> dict[str, Any]:
-    from stack.data import receipts
+    from stackproof.data import receipts
 
     return {
         "folder": str(folder),
@@ -244,7 +244,7 @@ def _document(folder: Path, manifest: dict, results: list) -> dict[str, Any]:
 
 
 def _show(manifest: dict, results: list) -> None:
-    from stack.data import account, receipts
+    from stackproof.data import account, receipts
 
     rows = receipts.table(manifest["sources"])
     shown = [
@@ -309,8 +309,8 @@ def _show(manifest: dict, results: list) -> None:
 
 
 def _open(folder: Path, verify: str = "size"):
-    from stack.config import DataConfig
-    from stack.data.prepare import open_folder
+    from stackproof.config import DataConfig
+    from stackproof.data.prepare import open_folder
 
     if not (
         folder_at(folder, "DIR", allowed=DATA_SET, next_step=BUILDS_ONE) / "manifest.json"
@@ -337,7 +337,7 @@ def verify(folder: Folder, json: Json = False) -> None:
     """Hash every shard and ask every gate that can judge a data set.
     Exit code 3 for damage, 4 for a red gate.
     """
-    from stack.data import account
+    from stackproof.data import account
 
     dataset = _open(folder, "full")
     account.require_recorded(folder)
@@ -364,8 +364,8 @@ def overlap(
     """Count training documents that share a run of 13 words with an evaluation set.
     Exit code 3 if the scanner finds no canary.
     """
-    from stack.data import account
-    from stack.data.files import evaluation_texts
+    from stackproof.data import account
+    from stackproof.data.files import evaluation_texts
 
     texts = [
         t
@@ -412,7 +412,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write the page of a data set: sources, drops by reason, examples, gates."""
-    from stack.data import account
+    from stackproof.data import account
 
     dataset = _open(folder)
     results = account.judge(dataset)

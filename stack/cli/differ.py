@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from spec.errors import UsageError
-from stack.cli.output import emit, stdout, table
-from stack.cli.trace import Asked, builder_of, heat, ids_of, number, write
+from stackproof.cli.output import emit, stdout, table
+from stackproof.cli.trace import Asked, builder_of, heat, ids_of, number, write
+from stackproof.spec.errors import UsageError
 
 CLAIM = (
     "Given these tokens, the two computations differ by these errors at these points, and the "
@@ -41,8 +41,8 @@ def differ(
     """
     import torch
 
-    from stack.cli.subjects import open_subject
-    from stack.trace import bisect, compare, compare_gradients, expect, side
+    from stackproof.cli.subjects import open_subject
+    from stackproof.trace import bisect, compare, compare_gradients, expect, side
 
     expected = [expect.parse(e, expect.OF_SIDES) for e in asked.expect]
     if check is not None and not bisecting:
@@ -183,7 +183,7 @@ def _with_swaps(bad: Any, swaps: tuple[str, ...]) -> Callable[[], AbstractContex
     """What must hold while the swapped side runs.
     Raises UsageError for a swap that cannot be read.
     """
-    from stack.trace.ways import swapped
+    from stackproof.trace.ways import swapped
 
     pairs = [s.split("=") for s in swaps]
     if wrong := next((s for s, p in zip(swaps, pairs) if len(p) != 2), None):

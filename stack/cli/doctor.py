@@ -6,8 +6,8 @@ import sys
 
 import typer
 
-from spec.errors import EnvironmentUnfit
-from stack.cli.output import Json, emit, stdout, table
+from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.spec.errors import EnvironmentUnfit
 
 OPTIONAL = {
     "tiktoken": "faster batches, the extra data",

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import IntegrityError
-from stack.cli.output import MARKS, Json, emit, stdout, table
-from stack.cli.paths import RecordDir, folder_at
+from stackproof.cli.output import MARKS, Json, emit, stdout, table
+from stackproof.cli.paths import RecordDir, folder_at
+from stackproof.spec.errors import IntegrityError
 
 app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
 Directory = Annotated[
@@ -21,7 +21,7 @@ def register(parent: typer.Typer) -> None:
 
 
 def _directory(given: Path | None) -> Path:
-    from stack.evidence.ledgering import default_directory
+    from stackproof.evidence.ledgering import default_directory
 
     return given or default_directory()
 
@@ -36,7 +36,7 @@ def add(
     json: Json = False,
 ) -> None:
     """Copy a run's record into the evidence folder and append it to the ledger."""
-    from stack.evidence.ledgering import accept
+    from stackproof.evidence.ledgering import accept
 
     folder_at(
         run_dir,
@@ -69,7 +69,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one record."""
-    from stack.evidence.ledgering import find
+    from stackproof.evidence.ledgering import find
 
     record = find(_directory(evidence), record_id)
     if emit(record.model_dump(by_alias=True, mode="json"), json):
@@ -106,8 +106,8 @@ def show(
 @app.command()
 def verify(evidence: Directory = None, json: Json = False) -> None:
     """Re-hash every record and the chain of the ledger. Exit code 6 if anything differs."""
-    from spec.ledger import Ledger
-    from stack.evidence.ledgering import verify as problems_of
+    from stackproof.evidence.ledgering import verify as problems_of
+    from stackproof.spec.ledger import Ledger
 
     directory = _directory(evidence)
     problems = problems_of(directory)
@@ -136,7 +136,7 @@ def diff(
     json: Json = False,
 ) -> None:
     """Fields in which two records differ, ids and clocks left out."""
-    from stack.evidence.ledgering import differences, find
+    from stackproof.evidence.ledgering import differences, find
 
     directory = _directory(evidence)
     found = differences(find(directory, a), find(directory, b))
@@ -167,10 +167,10 @@ def rerun(
 
     Exit code 6 if they differ.
     """
-    from stack.cli.again import rerun_trace
-    from stack.cli.console import ConsoleListener
-    from stack.evidence.ledgering import find
-    from stack.train.rerun import rerun as again
+    from stackproof.cli.again import rerun_trace
+    from stackproof.cli.console import ConsoleListener
+    from stackproof.evidence.ledgering import find
+    from stackproof.train.rerun import rerun as again
 
     record = find(_directory(evidence), record_id)
     if record.kind in ("trace", "compare"):
@@ -218,8 +218,8 @@ def certify_resume(
     """Train once straight and once through SIGKILLs, compare the weights byte for byte,
     write a record of kind resume.
     """
-    from stack.recipes import recipe as named
-    from stack.train.certificate import certify
+    from stackproof.recipes import recipe as named
+    from stackproof.train.certificate import certify
 
     record, directory = certify(
         named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir

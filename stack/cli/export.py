@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from spec.errors import GateFailed, IntegrityError, UsageError
-from stack.cli.output import MARKS, Json, emit, measured_text, stdout, table
-from stack.cli.paths import RecordDir, folder_at, tokenizer_at
+from stackproof.cli.output import MARKS, Json, emit, measured_text, stdout, table
+from stackproof.cli.paths import RecordDir, folder_at, tokenizer_at
+from stackproof.spec.errors import GateFailed, IntegrityError, UsageError
 
 EXPORT_CLAIM = (
     "This folder holds these weights, and the other library computes from it what the model "
@@ -70,11 +70,11 @@ def export(
             value=f"--to {to} --dtype {dtype}",
             allowed="--to hf with --dtype float32 or bfloat16",
         )
-    from stack.cli.models import open_model
-    from stack.evidence.exclusive import refuse_occupied
-    from stack.export import huggingface
-    from stack.export.card import card, training_only
-    from stack.model.build import n_parameters
+    from stackproof.cli.models import open_model
+    from stackproof.evidence.exclusive import refuse_occupied
+    from stackproof.export import huggingface
+    from stackproof.export.card import card, training_only
+    from stackproof.model.build import n_parameters
 
     refuse_occupied(out, "--out")
     opened = open_model(model)
@@ -155,11 +155,11 @@ def import_(
     """Read a folder of Hugging Face into a run directory, compared with what transformers computes.
     Leaves a record in it.
     """
-    from stack.evidence.exclusive import refuse_occupied
-    from stack.export import huggingface, parity, reading, vocabulary
-    from stack.model import names
-    from stack.recipes.imported import imported
-    from stack.train.adopted import write_run
+    from stackproof.evidence.exclusive import refuse_occupied
+    from stackproof.export import huggingface, parity, reading, vocabulary
+    from stackproof.model import names
+    from stackproof.recipes.imported import imported
+    from stackproof.train.adopted import write_run
 
     needed = "a folder of Hugging Face: config.json, safetensors and tokenizer.json"
     folder_at(
@@ -209,11 +209,11 @@ def import_(
 
 def _open(kind: str, config: dict, claim: str, parents: tuple[str, ...]) -> tuple[Any, Any]:
     """A record and the gates of its kind."""
-    from contracts.keeper import Gatekeeper
-    from spec.building import RecordBuilder
-    from spec.gates import load_spec
-    from spec.provenance import environment
-    from stack.export.parity import version
+    from stackproof.contracts.keeper import Gatekeeper
+    from stackproof.export.parity import version
+    from stackproof.spec.building import RecordBuilder
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.provenance import environment
 
     spec = load_spec()
     builder = RecordBuilder(
@@ -230,14 +230,14 @@ def _open(kind: str, config: dict, claim: str, parents: tuple[str, ...]) -> tupl
 
 def _record_of(run_dir: Path, record_id: str) -> Any:
     """The record of the run, if it lies beside the checkpoint and is that one."""
-    from spec.records import read_record
+    from stackproof.spec.records import read_record
 
     path = run_dir / "metadata.json"
     return record if path.is_file() and (record := read_record(path)).id == record_id else None
 
 
 def _artefacts(files: list[Path], root: Path) -> list[Any]:
-    from spec.building import artefact
+    from stackproof.spec.building import artefact
 
     return [artefact(f.resolve(), root=root.resolve()) for f in files]
 

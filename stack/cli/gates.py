@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import ConfigError, GateFailed
-from stack.cli.output import Json, emit, stderr, stdout, table
-from stack.cli.paths import RecordDir, bundle_at, file_at
+from stackproof.cli.output import Json, emit, stderr, stdout, table
+from stackproof.cli.paths import RecordDir, bundle_at, file_at
+from stackproof.spec.errors import ConfigError, GateFailed
 
 app = typer.Typer(
     help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True
@@ -24,11 +24,11 @@ def register(parent: typer.Typer) -> None:
 
 
 def _states(evidence: Path | None):
-    from spec.coverage import coverage
-    from spec.findings import FILE, read_findings
-    from spec.gates import load_spec
-    from spec.ledger import Ledger
-    from stack.evidence.ledgering import default_directory
+    from stackproof.evidence.ledgering import default_directory
+    from stackproof.spec.coverage import coverage
+    from stackproof.spec.findings import FILE, read_findings
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.ledger import Ledger
 
     spec, directory = load_spec(), evidence or default_directory()
     return spec, coverage(
@@ -46,7 +46,7 @@ def list_(
     json: Json = False,
 ) -> None:
     """All gates with their computed state."""
-    from spec.coverage import tally
+    from stackproof.spec.coverage import tally
 
     if runners:
         return _runners(json)
@@ -78,8 +78,8 @@ def _runners(as_json: bool) -> None:
     """
     from collections import Counter
 
-    from spec.gates import load_spec
-    from spec.runners import load_runners, required, unfed
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.runners import load_runners, required, unfed
 
     spec, rows = load_spec(), []
     for runner in load_runners(spec.root).values():
@@ -177,8 +177,8 @@ def coverage(evidence: Directory = None, json: Json = False) -> None:
     """How many gates are in which state, computed from the ledger, and how many documented failures
     await a part of the stack.
     """
-    from spec.coverage import tally
-    from spec.failures import load_catalogue
+    from stackproof.spec.coverage import tally
+    from stackproof.spec.failures import load_catalogue
 
     spec, states = _states(evidence)
     counts = tally(states)
@@ -225,10 +225,10 @@ def prove(
     """Run the control and every plant, and write the kills as a record.
     Exit code 4 if a plant survives or a control is red.
     """
-    from spec.failures import load_catalogue
-    from spec.gates import load_spec
-    from spec.margins import margins
-    from stack.museum import prove as prover
+    from stackproof.museum import prove as prover
+    from stackproof.spec.failures import load_catalogue
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.margins import margins
 
     def report(kill) -> None:
         colour = "green" if kill.outcome == "killed" and kill.control == "pass" else "red"
@@ -287,7 +287,7 @@ def prove(
 
 def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
     """Ask all gates about every plant, telling each row as it is done."""
-    from stack.museum.matrix import matrix
+    from stackproof.museum.matrix import matrix
 
     def report(row: dict) -> None:
         also = [g for g in row["red"] if g != row["gate"]]
@@ -317,7 +317,7 @@ def backtest(
     """Replay a log through a runtime gate: when would it have fired first,
     and what would that have saved?
     """
-    from contracts.backtest import replay
+    from stackproof.contracts.backtest import replay
 
     file_at(
         log, "LOG", allowed="JSON lines", next_step="give samples.jsonl or metrics.jsonl of a run"
@@ -354,7 +354,7 @@ def repro(
     """Replay the steps that turned a gate red, from the folder alone.
     Exit code 4 if it is red again, 0 if it is not.
     """
-    from stack.train.replay import replay
+    from stackproof.train.replay import replay
 
     held, outcome = replay(bundle_at(bundle, "BUNDLE"), device=device, base=base)
     measured = dict(outcome.verdict.measured) if outcome.verdict else {}

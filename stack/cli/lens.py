@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spec.canonical import canonical_json
-from spec.errors import DataError, UsageError
-from stack.cli.output import emit, stderr, stdout, table
+from stackproof.cli.output import emit, stderr, stdout, table
+from stackproof.spec.canonical import canonical_json
+from stackproof.spec.errors import DataError, UsageError
 
 LENS_FILE = "lens.safetensors"
 CLAIMS = {
@@ -63,7 +63,7 @@ def show_lens(
     `rows` gives a function that draws a batch of ids to fit it to,
     and held-out ids on which both lenses are compared.
     """
-    from stack.trace.lens import read_lens
+    from stackproof.trace.lens import read_lens
 
     if kind not in ("logit", "tuned"):
         raise UsageError("--lens", value=kind, allowed="logit or tuned")
@@ -83,8 +83,8 @@ def _tuned(
     case: Case, fitted: Path | None, rows: Callable, steps: int
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The lens, and what it and the raw one say on held-out text, if it was fitted now."""
-    from spec.building import artefact
-    from stack.trace.lens import load_lens, read_lens, save_lens, train_lens
+    from stackproof.spec.building import artefact
+    from stackproof.trace.lens import load_lens, read_lens, save_lens, train_lens
 
     if fitted is not None:
         case.builder.inputs.append(artefact(fitted, root=Path.cwd(), name="lens"))
@@ -173,7 +173,7 @@ def show_ablation(
     """The effect of taking away each target by itself; with `sample`,
     also what the model then writes.
     """
-    from stack.trace.patching import ablate, targets
+    from stackproof.trace.patching import ablate, targets
 
     if by not in ("zero", "mean"):
         raise UsageError("--ablate-with", value=by, allowed="zero or mean")
@@ -198,7 +198,7 @@ def show_ablation(
 
 def show_patch(case: Case, texts: list[str], *, source_ids: Any) -> None:
     """The effect of putting each target of another text's run into this one, by itself."""
-    from stack.trace.patching import patch, targets
+    from stackproof.trace.patching import patch, targets
 
     if source_ids is None:
         raise UsageError(
@@ -233,7 +233,7 @@ def _samples(
     """
     from contextlib import nullcontext
 
-    from stack.trace.patching import averaged, edited, held_at, means_of, zeroed
+    from stackproof.trace.patching import averaged, edited, held_at, means_of, zeroed
 
     means = means_of(held_at(case.model, over, chosen, case.where)[0]) if by == "mean" else {}
     contexts = {"": nullcontext()}
@@ -306,7 +306,7 @@ def _finish(
     show: Callable[[dict[str, Any]], None],
 ) -> None:
     """Write the document and its record, and print the one or show the other."""
-    from spec.building import write_atomically
+    from stackproof.spec.building import write_atomically
 
     document |= case.facts | {"input_ids": case.input_ids[0].tolist()}
     write_atomically(case.directory / name, canonical_json(document) + b"\n")
@@ -331,10 +331,10 @@ def run_rows(config: dict[str, Any], root: Path, seed: int = 0) -> tuple[Callabl
     """
     import torch
 
-    from stack.config import validate
-    from stack.data.prepare import prepare
-    from stack.data.reader import rows_batch
-    from stack.data.tokenizer import load_tokenizer
+    from stackproof.config import validate
+    from stackproof.data.prepare import prepare
+    from stackproof.data.reader import rows_batch
+    from stackproof.data.tokenizer import load_tokenizer
 
     cfg = validate(config)
     dataset, length = prepare(cfg.data), cfg.model.max_seq_len

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import DataError, UsageError
-from stack.cli.output import Json, emit, stdout, table
-from stack.cli.paths import RecordDir, model_at, text_at
+from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.cli.paths import RecordDir, model_at, text_at
+from stackproof.spec.errors import DataError, UsageError
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run directory or a checkpoint folder.")
@@ -93,7 +93,7 @@ def evaluate(
     prompts. Writes a record.
     """
     if suite is not None:
-        from stack.cli.audit import audit_models
+        from stackproof.cli.audit import audit_models
 
         _refuse_beside(
             "--suite",
@@ -112,10 +112,10 @@ def evaluate(
         "an evaluation without --suite",
         {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades},
     )
-    from spec.building import RecordBuilder, artefact
-    from spec.provenance import environment
-    from stack.cli.models import open_model
-    from stack.evaluate.bits_per_byte import evaluate_text
+    from stackproof.cli.models import open_model
+    from stackproof.evaluate.bits_per_byte import evaluate_text
+    from stackproof.spec.building import RecordBuilder, artefact
+    from stackproof.spec.provenance import environment
 
     opened = open_model(model, tokenizer)
     builder = _builder(RecordBuilder, opened, environment())
@@ -197,7 +197,7 @@ def _refuse_beside(what: str, flags: dict) -> None:
 
 
 def _builder(record_builder, opened, environment: dict):
-    from spec.gates import load_spec
+    from stackproof.spec.gates import load_spec
 
     return record_builder(
         kind="evaluate",
@@ -235,7 +235,7 @@ def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str
             )
         builder.inputs.append(artefact(text.resolve(), root=Path.cwd()))
         return [content], str(text)
-    from stack.data.prepare import prepare
+    from stackproof.data.prepare import prepare
 
     dataset = prepare(opened.cfg.data)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
@@ -248,7 +248,7 @@ def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str
 
 
 def _as_artefact(entry: dict):
-    from spec.records import Artefact
+    from stackproof.spec.records import Artefact
 
     return Artefact(**entry)
 
@@ -280,10 +280,10 @@ def sample(
     json: Json = False,
 ) -> None:
     """Continue a prompt, with a KV cache. Prints the text and its coherence score."""
-    from contracts.coherence import coherence
-    from stack.cli.models import open_model
-    from stack.evaluate.sampling import generate
-    from stack.train.randomness import generator
+    from stackproof.cli.models import open_model
+    from stackproof.contracts.coherence import coherence
+    from stackproof.evaluate.sampling import generate
+    from stackproof.train.randomness import generator
 
     if not 0 < top_p <= 1:
         raise UsageError("--top-p is a probability", value=top_p, allowed="above 0, at most 1")
@@ -337,9 +337,9 @@ def sample(
 
 def inspect(model: Model, json: Json = False) -> None:
     """Architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is INVALID."""
-    from spec.errors import CheckpointError
-    from spec.formulas import parameter_count
-    from stack.train import checkpoint
+    from stackproof.spec.errors import CheckpointError
+    from stackproof.spec.formulas import parameter_count
+    from stackproof.train import checkpoint
 
     document = checkpoint.describe(checkpoint.find(model_at(model)))
     if document["checksum"] == "VALID":

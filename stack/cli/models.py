@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spec.errors import DataError
-from stack.cli.paths import model_at, tokenizer_at
+from stackproof.cli.paths import model_at, tokenizer_at
+from stackproof.spec.errors import DataError
 
 
 @dataclass
@@ -26,10 +26,10 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> Opened:
     Raises UsageError for paths that name nothing of their kind, CheckpointError for a damaged
     checkpoint, DataError for another tokenizer.
     """
-    from stack.config import validate
-    from stack.data.tokenizer import load_tokenizer
-    from stack.model.build import build_model
-    from stack.train import checkpoint
+    from stackproof.config import validate
+    from stackproof.data.tokenizer import load_tokenizer
+    from stackproof.model.build import build_model
+    from stackproof.train import checkpoint
 
     folder = checkpoint.find(model_at(path))
     if tokenizer_file is not None:

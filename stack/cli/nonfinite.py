@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spec.canonical import canonical_json
-from stack.cli.output import emit, stdout, table
-from stack.cli.paths import bundle_at
+from stackproof.cli.output import emit, stdout, table
+from stackproof.cli.paths import bundle_at
+from stackproof.spec.canonical import canonical_json
 
 FILE = "nonfinite.jsonl"
 CLAIM = (
@@ -38,9 +38,9 @@ def trace_bundle(
     bundle: Path, *, device: str | None, base: Path | None, run_dir: Path | None, json: bool
 ) -> None:
     """Replay a bundle once with every operation watched, say what was found and write a record."""
-    from spec.building import artefact
-    from stack.evidence import repro
-    from stack.train.locate import locate
+    from stackproof.evidence import repro
+    from stackproof.spec.building import artefact
+    from stackproof.train.locate import locate
 
     held = repro.read_bundle(bundle_at(bundle, "--repro"))
     builder = record_builder(held.config, (held.record,))
@@ -66,8 +66,8 @@ def trace_bundle(
 
 def left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
     """What the bundle itself says of the points, as the model stood when the gate turned red."""
-    from spec.canonical import parse_strict
-    from stack.evidence import repro
+    from stackproof.evidence import repro
+    from stackproof.spec.canonical import parse_strict
 
     if not (bundle / repro.POINTS).is_file():
         return {
@@ -88,13 +88,13 @@ def left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
 
 
 def trace_model(case: Any, *, backward: bool) -> None:
-    """One forward of a case of `stack.cli.lens`, and with `backward` the derivative of
+    """One forward of a case of `stackproof.cli.lens`, and with `backward` the derivative of
     its mean next-token loss.
     """
     from torch.nn.functional import cross_entropy
 
-    from stack.trace.nonfinite import first_nonfinite
-    from stack.trace.trace import run
+    from stackproof.trace.nonfinite import first_nonfinite
+    from stackproof.trace.trace import run
 
     def loss() -> Any:
         return cross_entropy(
@@ -154,7 +154,7 @@ def finish(
     builder: Any, document: dict[str, Any], run_dir: Path | None, json: bool, *, clean: str
 ) -> None:
     """Write the document and its record, and show it."""
-    from spec.building import write_atomically
+    from stackproof.spec.building import write_atomically
 
     directory = run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
@@ -275,9 +275,9 @@ def _span(steps: Sequence[int]) -> str:
 
 def record_builder(config: dict[str, Any], parents: tuple[str, ...] = ()) -> Any:
     """The record of a search for what is not finite."""
-    from spec.building import RecordBuilder
-    from spec.gates import load_spec
-    from spec.provenance import environment
+    from stackproof.spec.building import RecordBuilder
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.provenance import environment
 
     said = {
         "claim": CLAIM,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import UsageError
+from stackproof.spec.errors import UsageError
 
 MODEL = "a run directory or a step folder"
 RUN = "a run directory, the folder that --run-dir named"

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from spec.errors import UsageError
-from stack.cli import lens as lenses
-from stack.cli import nonfinite as search
+from stackproof.cli import lens as lenses
+from stackproof.cli import nonfinite as search
+from stackproof.spec.errors import UsageError
 
 TARGET = (
     "POINT[@POSITION]: layers.3.attention_out, layers.*.ffn.out, layers.3 for a whole block; @-1 "
@@ -214,7 +214,7 @@ def asked(options: dict[str, Any]) -> Probe | None:
 
 def probe(what: Probe, text: str | None, asked: Any) -> None:
     """Do what was asked of the MODEL `text`, with the prompt and the folder of `asked`,
-    which is of `stack.cli.trace`.
+    which is of `stackproof.cli.trace`.
     """
     own = asked.prompt is not None or asked.input_ids is not None or what.backward
     bundle = what.repro or (
@@ -234,8 +234,8 @@ def probe(what: Probe, text: str | None, asked: Any) -> None:
         raise UsageError(
             "stack trace needs a MODEL, or --repro BUNDLE", next_step="stack trace runs/pocket-1"
         )
-    from stack.cli.subjects import open_subject
-    from stack.trace import side
+    from stackproof.cli.subjects import open_subject
+    from stackproof.trace import side
 
     subject = open_subject(text)
     one = side(subject.model, subject.way)
@@ -246,7 +246,7 @@ def probe(what: Probe, text: str | None, asked: Any) -> None:
 def _ask(what: Probe, subject: Any, one: Any, asked: Any) -> None:
     import torch
 
-    from stack.cli.trace import builder_of, ids_of
+    from stackproof.cli.trace import builder_of, ids_of
 
     read = lambda text: torch.tensor([ids_of(replace(asked, prompt=text, input_ids=None), subject)])  # noqa: E731
     ids, source = (
@@ -312,8 +312,8 @@ def _write(subject: Any, model: Any, prompt: list[int], n_tokens: int) -> str:
     """The likeliest text after a prompt.
     Raises UsageError for a model that this stack does not generate with.
     """
-    from stack.evaluate.sampling import generate
-    from stack.model.transformer import Transformer
+    from stackproof.evaluate.sampling import generate
+    from stackproof.model.transformer import Transformer
 
     if not isinstance(model, Transformer):
         raise UsageError(

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from spec.errors import DataError, UsageError
-from stack.cli.paths import MAKES_ONE
+from stackproof.cli.paths import MAKES_ONE
+from stackproof.spec.errors import DataError, UsageError
 
 SELF = "self"
 WRITTEN = "MODEL is a run directory, a checkpoint, a folder of Hugging Face or a .gguf file"
@@ -51,7 +51,7 @@ def open_subject(text: str, beside: Subject | None = None) -> Subject:
 
 def _split(text: str) -> tuple[str, str | None]:
     """Path and way of MODEL@WAY. A path that exists as it is written is never cut."""
-    from stack.trace.ways import SHORT, WAYS
+    from stackproof.trace.ways import SHORT, WAYS
 
     path, at, way = text.rpartition("@")
     if not at or Path(text).exists():
@@ -79,7 +79,7 @@ def _open(path: Path) -> Subject:
         return _of_transformers(
             path, path, tuple(sorted({path / "config.json", *path.glob("*.safetensors")}))
         )
-    from stack.cli.models import open_model
+    from stackproof.cli.models import open_model
 
     opened = open_model(path)
     return Subject(
@@ -110,7 +110,7 @@ def _whole(encoding: Any) -> list[int]:
 
 
 def _of_transformers(path: Path, folder: Path, files: tuple[Path, ...]) -> Subject:
-    from stack.export import parity
+    from stackproof.export import parity
 
     model = parity.theirs(path)
     config = model.config

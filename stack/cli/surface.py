@@ -1,6 +1,6 @@
 """The command line as data, for `spec/cli.json`: what verbs and options the project promises.
 
-python -m stack.cli.surface > spec/cli.json
+python -m stackproof.cli.surface > spec/cli.json
 """
 
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from stack.cli import app
+from stackproof.cli import app
 
 
 def surface() -> dict:

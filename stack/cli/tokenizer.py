@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import DataError, UsageError
-from stack.cli.output import Json, emit, stdout, table
-from stack.cli.paths import tokenizer_at
+from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.cli.paths import tokenizer_at
+from stackproof.spec.errors import DataError, UsageError
 
 app = typer.Typer(
     help="Tokenizers: train byte-level BPE, look at any tokenizer.json.", no_args_is_help=True
@@ -52,9 +52,9 @@ def train(
     json: Json = False,
 ) -> None:
     """Train byte-level BPE on all text of the sources. The same text gives the same file."""
-    from stack.config import Files
-    from stack.data import corpus
-    from stack.data.tokenizer import train_bpe
+    from stackproof.config import Files
+    from stackproof.data import corpus
+    from stackproof.data.tokenizer import train_bpe
 
     if out.exists():
         raise UsageError(f"{out} exists", next_step="choose another --out, or delete it")
@@ -93,7 +93,7 @@ def show(
     """What a tokenizer.json is: size, end of text, control tokens, hash,
     which library encodes batches.
     """
-    from stack.data.tokenizer import load_tokenizer
+    from stackproof.data.tokenizer import load_tokenizer
 
     document = {"path": str(path), **_facts(load_tokenizer(tokenizer_at(path, "FILE")))}
     if not emit(document, json):

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from spec.errors import UsageError
-from stack.cli import probing
-from stack.cli.output import Json, emit, stdout, table
-from stack.cli.paths import RecordDir
+from stackproof.cli import probing
+from stackproof.cli.output import Json, emit, stdout, table
+from stackproof.cli.paths import RecordDir
+from stackproof.spec.errors import UsageError
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 CLAIM = "Given these tokens, this model computes values with these statistics at these points."
@@ -161,7 +161,7 @@ def trace(
             "stack trace needs a MODEL, or --repro BUNDLE", next_step="stack trace runs/pocket-1"
         )
     if weights:
-        from stack.cli.weights import of_weights
+        from stackproof.cli.weights import of_weights
 
         probing.refuse_beside(  # nothing is run, so what says how to run says nothing
             "--weights",
@@ -186,7 +186,7 @@ def trace(
             allowed="one of them",
         )
     if against is not None or swap:
-        from stack.cli.differ import differ
+        from stackproof.cli.differ import differ
 
         if tokens != "all":
             raise UsageError(
@@ -214,10 +214,10 @@ def trace(
 
 def _single(text: str, asked: Asked, backward: bool) -> None:
     """One model by itself."""
-    from stack.cli.subjects import open_subject
-    from stack.trace import expect, side
-    from stack.trace import trace as traced
-    from stack.trace.profile import profile
+    from stackproof.cli.subjects import open_subject
+    from stackproof.trace import expect, side
+    from stackproof.trace import trace as traced
+    from stackproof.trace.profile import profile
 
     expected = [expect.parse(e, [*expect.FIGURES, *expect.OF_LAYERS]) for e in asked.expect]
     subject = open_subject(text)
@@ -347,11 +347,11 @@ def builder_of(
     """The record of a trace: models, tokens and options are its configuration,
     their files its inputs.
     """
-    from spec.building import RecordBuilder, artefact
-    from spec.canonical import to_jsonable
-    from spec.gates import load_spec
-    from spec.provenance import environment
-    from stack.export.parity import version
+    from stackproof.export.parity import version
+    from stackproof.spec.building import RecordBuilder, artefact
+    from stackproof.spec.canonical import to_jsonable
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.provenance import environment
 
     said = {
         "prompt": asked.prompt,
@@ -378,8 +378,8 @@ def write(builder: Any, document: dict[str, Any], asked: Asked) -> None:
     """Write the series that the document holds, trace.json, the CSV if wanted, and the record; the
     document then says where.
     """
-    from spec.building import artefact, write_atomically
-    from spec.canonical import canonical_json, to_jsonable
+    from stackproof.spec.building import artefact, write_atomically
+    from stackproof.spec.canonical import canonical_json, to_jsonable
 
     directory = asked.run_dir or Path("runs") / builder.id
     directory.mkdir(parents=True, exist_ok=True)
@@ -433,7 +433,7 @@ def _show(document: dict[str, Any], judged: Any) -> None:
     """Tables for people: figures, heat map, verdict."""
     import math
 
-    from stack.trace.profile import RATIO, ROBUST_Z
+    from stackproof.trace.profile import RATIO, ROBUST_Z
 
     lines = document["points"]
     rows = [

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from spec.errors import EnvironmentUnfit, UsageError
-from stack.cli.output import Json, emit, stdout
-from stack.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
+from stackproof.cli.output import Json, emit, stdout
+from stackproof.cli.paths import BUILDS_ONE, DATA_SET, MAKES_ONE, RUN, folder_at
+from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
 EXAMPLES = [
     "stack train",
@@ -110,9 +110,9 @@ def train(
     )
     if dry_run:
         return _dry_run(recipe, depth, data, sets, device, parent or resume, json)
-    from stack.cli.console import ConsoleListener
-    from stack.train import session
-    from stack.train.polish import parent_run
+    from stackproof.cli.console import ConsoleListener
+    from stackproof.train import session
+    from stackproof.train.polish import parent_run
 
     listener = ConsoleListener(quiet=json)
     if resume:
@@ -133,7 +133,7 @@ def train(
             else _base(recipe, depth, data)
         )
         cfg, overrides = _resolve(base, file, sets, device)
-        from stack.train.rundir import default_run_dir
+        from stackproof.train.rundir import default_run_dir
 
         directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
         record = session.start(
@@ -154,10 +154,10 @@ def _base(recipe: str | None, depth: int | None, data: Path | None):
     """The recipe a run file builds on, the named recipe, or what follows from a depth;
     and the file.
     """
-    from stack.config import read_run_file
-    from stack.recipes import recipe as named
-    from stack.recipes.depth import corpus_of
-    from stack.recipes.depth import depth as from_depth
+    from stackproof.config import read_run_file
+    from stackproof.recipes import recipe as named
+    from stackproof.recipes.depth import corpus_of
+    from stackproof.recipes.depth import depth as from_depth
 
     if depth:
         return from_depth(depth, corpus_of(data) if data else None), None
@@ -167,7 +167,7 @@ def _base(recipe: str | None, depth: int | None, data: Path | None):
 
 
 def _resolve(base, file: Path | None, sets: tuple[str, ...], device: str | None):
-    from stack.config import load_config
+    from stackproof.config import load_config
 
     return load_config(
         base, run_file=file, sets=sets, fixed={"device": (device, "--device")} if device else None
@@ -188,14 +188,14 @@ def _dry_run(
     """
 
     if parent:
-        from stack.train import session
+        from stackproof.train import session
 
         base, file = session.read_config(parent), None
     else:
         base, file = _base(recipe, depth, data)
     cfg, overrides = _resolve(base, file, sets, device)
     if cfg.data.corpus.kind in ("mixture", "built"):
-        from stack.data.curriculum import apply_shares, declared_sources
+        from stackproof.data.curriculum import apply_shares, declared_sources
 
         apply_shares(cfg.curriculum, declared_sources(cfg.data))
     derived = _derived(cfg)
@@ -228,8 +228,8 @@ def _derived(cfg) -> dict[str, float | str]:
     """Counts, memory and, if torch is there to probe the machine, time, at the share of the probed
     rate that the default recipe reaches.
     """
-    from spec.formulas import flops_per_token, parameter_count
-    from stack.train.memory import predict_bytes
+    from stackproof.spec.formulas import flops_per_token, parameter_count
+    from stackproof.train.memory import predict_bytes
 
     derived = {
         "tokens": cfg.train.max_steps * cfg.train.tokens_per_step,
@@ -255,8 +255,8 @@ def _derived(cfg) -> dict[str, float | str]:
     }
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
     try:
-        from stack.train.preflight import probe_peak_flops
-        from stack.train.session import resolve_device
+        from stackproof.train.preflight import probe_peak_flops
+        from stackproof.train.session import resolve_device
     except ModuleNotFoundError:
         return derived
     device = resolve_device(cfg.device)
@@ -272,9 +272,9 @@ def _derived(cfg) -> dict[str, float | str]:
 
 def _refusal(cfg, vocab_size: int, device) -> str:
     """Why this machine would not run it; empty if nothing speaks against it."""
-    from stack.train.memory import require_room
-    from stack.train.precision import refuse_emulated
-    from stack.train.state import AUTOCAST
+    from stackproof.train.memory import require_room
+    from stackproof.train.precision import refuse_emulated
+    from stackproof.train.state import AUTOCAST
 
     try:
         require_room(cfg, vocab_size, device)

@@ -5,9 +5,9 @@ and what they have changed by since an earlier checkpoint.
 from dataclasses import asdict
 from typing import Any
 
-from spec.errors import UsageError
-from stack.cli.output import emit, stdout, table
-from stack.cli.trace import builder_of, number, write
+from stackproof.cli.output import emit, stdout, table
+from stackproof.cli.trace import builder_of, number, write
+from stackproof.spec.errors import UsageError
 
 CLAIM = "These parameters have these statistics."
 NOT_COVERED = ("what the model computes with them",)
@@ -16,10 +16,10 @@ SHOWN = ("std", "rms", "absmax", "kurtosis", "frac_zero")
 
 def of_weights(text: str, against: str | None, asked: Any) -> None:
     """Trace the parameters of MODEL, with `against` as the earlier one."""
-    from stack.cli.subjects import open_subject
-    from stack.trace import expect
-    from stack.trace.profile import of_spreads
-    from stack.trace.weights import weights
+    from stackproof.cli.subjects import open_subject
+    from stackproof.trace import expect
+    from stackproof.trace.profile import of_spreads
+    from stackproof.trace.weights import weights
 
     expected = [expect.parse(e, [*expect.FIGURES, *expect.OF_LAYERS]) for e in asked.expect]
     subject = open_subject(text)

@@ -2,8 +2,8 @@
 and every value knows where it came from.
 """
 
-from stack.config.base import Frozen
-from stack.config.data import (
+from stackproof.config.base import Frozen
+from stackproof.config.data import (
     AnySource,
     Arm,
     BanditCurriculum,
@@ -32,7 +32,7 @@ from stack.config.data import (
     TailSplit,
     check_shares,
 )
-from stack.config.load import (
+from stackproof.config.load import (
     known_keys,
     load_config,
     load_mixture,
@@ -41,7 +41,7 @@ from stack.config.load import (
     validate,
     validate_data,
 )
-from stack.config.model import (
+from stackproof.config.model import (
     AuxiliaryLoss,
     BiasBalance,
     DifferentialAttention,
@@ -62,8 +62,8 @@ from stack.config.model import (
     SwiGLU,
     Unscaled,
 )
-from stack.config.optim import AdamW, Cosine, Muon, Optim, Schedule, Wsd
-from stack.config.run import (
+from stackproof.config.optim import AdamW, Cosine, Muon, Optim, Schedule, Wsd
+from stackproof.config.run import (
     CheckpointConfig,
     EvalConfig,
     GatesConfig,

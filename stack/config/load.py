@@ -12,11 +12,11 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from spec.canonical import parse_strict
-from spec.errors import ConfigError, IntegrityError
-from spec.records import Override
-from stack.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
-from stack.config.run import RunConfig
+from stackproof.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
+from stackproof.config.run import RunConfig
+from stackproof.spec.canonical import parse_strict
+from stackproof.spec.errors import ConfigError, IntegrityError
+from stackproof.spec.records import Override
 
 SHOWN = "the page Mixtures shows a whole file"
 # keys that mean the same in every kind

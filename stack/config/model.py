@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stack.config.base import Frozen
+from stackproof.config.base import Frozen
 
 # --- positions ------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stack.config.base import Frozen
+from stackproof.config.base import Frozen
 
 
 class AdamW(Frozen):

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from spec.records import Waiver
-from stack.config.base import Frozen
-from stack.config.data import BanditCurriculum, DataConfig, StaticCurriculum
-from stack.config.model import ModelConfig
-from stack.config.optim import Optim, Schedule, Wsd
+from stackproof.config.base import Frozen
+from stackproof.config.data import BanditCurriculum, DataConfig, StaticCurriculum
+from stackproof.config.model import ModelConfig
+from stackproof.config.optim import Optim, Schedule, Wsd
+from stackproof.spec.records import Waiver
 
 
 class TrainConfig(Frozen):

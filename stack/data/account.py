@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from contracts.gate import call_check, limits_of
-from spec.building import RecordBuilder, artefact, write_atomically
-from spec.canonical import canonical_json, sha256_file
-from spec.errors import DataError, GateFailed
-from spec.gates import load_spec
-from spec.provenance import environment
-from spec.records import GateResult, Record, read_record
-from stack.config import DataConfig
-from stack.data import corpus, dedup, receipts
-from stack.data.ingredients import folder_ingredients
-from stack.data.prepare import Dataset
+from stackproof.config import DataConfig
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.data import corpus, dedup, receipts
+from stackproof.data.ingredients import folder_ingredients
+from stackproof.data.prepare import Dataset
+from stackproof.spec.building import RecordBuilder, artefact, write_atomically
+from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.errors import DataError, GateFailed
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
+from stackproof.spec.records import GateResult, Record, read_record
 
 SOURCES = "sources.jsonl"
 JUDGED_SEQ_LEN = 512

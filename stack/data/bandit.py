@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from spec.canonical import sha256_json
-from stack.config import BanditCurriculum
-from stack.data import permutation
-from stack.data.order import Draws, Source, in_warmup, locate, shares
+from stackproof.config import BanditCurriculum
+from stackproof.data import permutation
+from stackproof.data.order import Draws, Source, in_warmup, locate, shares
+from stackproof.spec.canonical import sha256_json
 
 REWARD_SIGMAS = 2.0  # drops further from their mean than this count as this far
 

@@ -15,17 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from contracts.gate import call_check
-from spec.canonical import canonical_json, parse_strict
-from spec.errors import DataError, UsageError
-from spec.gates import load_spec
-from stack import tensorfile
-from stack.config import DataConfig, NearDedup
-from stack.data import corpus, dedup, filters, receipts
-from stack.data import tokenizer as tokenizers
-from stack.data.corpus import TextSource
-from stack.data.files import evaluation_texts
-from stack.data.stages import (
+from stackproof import tensorfile
+from stackproof.config import DataConfig, NearDedup
+from stackproof.contracts.gate import call_check
+from stackproof.data import corpus, dedup, filters, receipts
+from stackproof.data import tokenizer as tokenizers
+from stackproof.data.corpus import TextSource
+from stackproof.data.files import evaluation_texts
+from stackproof.data.stages import (
     SPLITS,
     Chunk,
     EncodeJob,
@@ -36,9 +33,12 @@ from stack.data.stages import (
     filter_part,
     write_json,
 )
-from stack.data.tokenizer import Tokenizer
-from stack.data.workers import Pool
-from stack.evidence.exclusive import alone
+from stackproof.data.tokenizer import Tokenizer
+from stackproof.data.workers import Pool
+from stackproof.evidence.exclusive import alone
+from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.gates import load_spec
 
 FORMAT = "stackproof/data/3"
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from spec.errors import DataError
-from stack.config import Files, Mixture, Pangram, StdlibCode, StdlibDocs
-from stack.data import filters, stdlib
-from stack.data.files import (
+from stackproof.config import Files, Mixture, Pangram, StdlibCode, StdlibDocs
+from stackproof.data import filters, stdlib
+from stackproof.data.files import (
     COMPRESSED,
     Document,
     Slice,
@@ -23,6 +22,7 @@ from stack.data.files import (
     read_whole,
     suffixes,
 )
+from stackproof.spec.errors import DataError
 
 EXTRACTOR_VERSION = 4
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".jsonl", ".parquet"))

@@ -7,11 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
-from spec.canonical import parse_strict
-from spec.errors import ConfigError, DataError
-from stack.config import BanditCurriculum, Built, DataConfig, Mixture, RunConfig, StaticCurriculum
-from stack.data.bandit import Bandit
-from stack.data.order import Source, StaticMixture, UniformOrder, shares
+from stackproof.config import (
+    BanditCurriculum,
+    Built,
+    DataConfig,
+    Mixture,
+    RunConfig,
+    StaticCurriculum,
+)
+from stackproof.data.bandit import Bandit
+from stackproof.data.order import Source, StaticMixture, UniformOrder, shares
+from stackproof.spec.canonical import parse_strict
+from stackproof.spec.errors import ConfigError, DataError
 
 
 def sources_of(

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from spec.errors import EnvironmentUnfit
-from stack.data.filters import UNSPACED
+from stackproof.data.filters import UNSPACED
+from stackproof.spec.errors import EnvironmentUnfit
 
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 GRAM_WORDS = 13  # arXiv:2005.14165, appendix C

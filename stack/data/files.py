@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spec.errors import DataError, EnvironmentUnfit
-from stack.config import Files
-from stack.data import filters
+from stackproof.config import Files
+from stackproof.data import filters
+from stackproof.spec.errors import DataError, EnvironmentUnfit
 
 COMPRESSED = (".gz", ".zst")
 MAX_DOCUMENT_BYTES = 16 * 2**20

@@ -16,9 +16,9 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from spec.canonical import sha256_json
-from spec.errors import ConfigError
-from spec.gates import load_spec
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.errors import ConfigError
+from stackproof.spec.gates import load_spec
 
 HEADER = re.compile(r"^#{1,6} ", re.MULTILINE)
 FINGERPRINTS = ("# Agent ", "Shadow Clone", "Your shard", "Read it. Become it", "This file defines")

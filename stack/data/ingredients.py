@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from contracts.data import PIECE_TOKENS, span_hashes, span_of
-from stack.config import BanditCurriculum, Mixture, RunConfig
-from stack.data import curriculum, dedup, files, filters, reader
-from stack.data import tokenizer as tokenizers
-from stack.data.order import Source
-from stack.data.prepare import Dataset
-from stack.data.shards import TokenStream
+from stackproof.config import BanditCurriculum, Mixture, RunConfig
+from stackproof.contracts.data import PIECE_TOKENS, span_hashes, span_of
+from stackproof.data import curriculum, dedup, files, filters, reader
+from stackproof.data import tokenizer as tokenizers
+from stackproof.data.order import Source
+from stackproof.data.prepare import Dataset
+from stackproof.data.shards import TokenStream
 
 # documents of the round trip, and tokens of each, so that one huge document costs no time
 HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096

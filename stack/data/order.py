@@ -2,8 +2,8 @@
 or a mixture by fixed shares.
 
 Sources are spans of windows of one stream. Sample numbers count over all ranks. The orders here are
-pure functions of (seed, number); a bandit's (stack.data.bandit) depends on what it measured, and
-its state travels in the checkpoint.
+pure functions of (seed, number); a bandit's (stackproof.data.bandit) depends on what it measured,
+and its state travels in the checkpoint.
 """
 
 import math
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from spec.errors import ConfigError
-from stack.config import check_shares
-from stack.data import permutation
+from stackproof.config import check_shares
+from stackproof.data import permutation
+from stackproof.spec.errors import ConfigError
 
 # rows in which the shares of a static mixture come out exactly;
 # the finest share is one row of a block

@@ -13,9 +13,9 @@ from typing import assert_never
 
 import numpy as np
 
-from contracts.conditions import require
-from stack.config import BestFit, Concatenated
-from stack.data.shards import TokenStream
+from stackproof.config import BestFit, Concatenated
+from stackproof.contracts.conditions import require
+from stackproof.data.shards import TokenStream
 
 Packing = Concatenated | BestFit
 IGNORE_INDEX = -100

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from contracts.conditions import require
+from stackproof.contracts.conditions import require
 
 ROUNDS = 6
 # neighbouring positions worked out together: up to some thousands the cost is that of the calls

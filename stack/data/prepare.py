@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from spec.canonical import parse_strict, sha256_file, sha256_json
-from spec.errors import DataError, IntegrityError
-from stack import tensorfile
-from stack.config import Built, DataConfig
-from stack.data import build, corpus, filters, packing
-from stack.data import tokenizer as tokenizers
-from stack.data.build import FORMAT, Progress
-from stack.data.packing import Packing
-from stack.data.shards import TokenStream
-from stack.data.stages import SPLITS
-from stack.data.tokenizer import Tokenizer
-from stack.tensorfile import BadTensorFile
+from stackproof import tensorfile
+from stackproof.config import Built, DataConfig
+from stackproof.data import build, corpus, filters, packing
+from stackproof.data import tokenizer as tokenizers
+from stackproof.data.build import FORMAT, Progress
+from stackproof.data.packing import Packing
+from stackproof.data.shards import TokenStream
+from stackproof.data.stages import SPLITS
+from stackproof.data.tokenizer import Tokenizer
+from stackproof.spec.canonical import parse_strict, sha256_file, sha256_json
+from stackproof.spec.errors import DataError, IntegrityError
+from stackproof.tensorfile import BadTensorFile
 
 WORKERS = os.cpu_count() or 1
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contracts.conditions import ensure, require
-from spec.errors import DataError, StreamExhausted
-from stack.data.order import Draws, Order, UniformOrder
-from stack.data.packing import IGNORE_INDEX, Rows
+from stackproof.contracts.conditions import ensure, require
+from stackproof.data.order import Draws, Order, UniformOrder
+from stackproof.data.packing import IGNORE_INDEX, Rows
+from stackproof.spec.errors import DataError, StreamExhausted
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from stack.data import dedup, filters
-from stack.data.files import Document, Unreadable
+from stackproof.data import dedup, filters
+from stackproof.data.files import Document, Unreadable
 
 
 def empty() -> dict[str, Any]:

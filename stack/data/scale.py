@@ -32,15 +32,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import get_args
 
-from contracts.conditions import require
-from spec.canonical import canonical_json, parse_strict
-from spec.errors import DataError, EnvironmentUnfit, IntegrityError
-from stack.config import Files, Language
-from stack.data import corpus, shards
-from stack.data.files import Unreadable
-from stack.data.filters import rejection
-from stack.data.tokenizer import Encoding, Tokenizer, load_tokenizer
-from stack.tensorfile import BadTensorFile
+from stackproof.config import Files, Language
+from stackproof.contracts.conditions import require
+from stackproof.data import corpus, shards
+from stackproof.data.files import Unreadable
+from stackproof.data.filters import rejection
+from stackproof.data.tokenizer import Encoding, Tokenizer, load_tokenizer
+from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.errors import DataError, EnvironmentUnfit, IntegrityError
+from stackproof.tensorfile import BadTensorFile
 
 try:
     from datatrove.data import Document
@@ -61,8 +61,8 @@ COUNTS = ("tokens", "bytes", "documents", "dropped_chars")
 
 
 class ReadBlock(PipelineStep):
-    """Documents of a task's share of the files, read as `stack.data.corpus` reads them; what is
-    unreadable is counted with its reason.
+    """Documents of a task's share of the files, read as `stackproof.data.corpus` reads them; what
+    is unreadable is counted with its reason.
 
     Raises DataError naming file and line of a damaged file or record;
     datatrove's own readers log it and go on without it.
@@ -93,8 +93,8 @@ class ReadBlock(PipelineStep):
 
 
 class FilterBlock(BaseFilter):
-    """Keeps what `stack.data.filters.rejection` has nothing against; `drop_counts` tells how many
-    were dropped for which reason.
+    """Keeps what `stackproof.data.filters.rejection` has nothing against; `drop_counts` tells how
+    many were dropped for which reason.
 
     `languages` hold for all documents. Without them each document names its own in
     `metadata["language"]`, as datatrove's language filter leaves it; DataError if one names none

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from contracts.conditions import require
-from spec.canonical import sha256_file
-from spec.errors import DataError
-from stack import tensorfile
+from stackproof import tensorfile
+from stackproof.contracts.conditions import require
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import DataError
 
 MAX_SHARD_TOKENS = 64 * 2**20
 GRIDS_KEPT = 64

@@ -14,13 +14,13 @@ from typing import assert_never
 
 import numpy as np
 
-from spec.canonical import canonical_json, parse_strict
-from stack import tensorfile
-from stack.config import ExactDedup, HashSplit, NearDedup, TailSplit
-from stack.data import corpus, dedup, filters, receipts, shards
-from stack.data import tokenizer as tokenizers
-from stack.data.corpus import Part, TextSource
-from stack.data.tokenizer import Tokenizer
+from stackproof import tensorfile
+from stackproof.config import ExactDedup, HashSplit, NearDedup, TailSplit
+from stackproof.data import corpus, dedup, filters, receipts, shards
+from stackproof.data import tokenizer as tokenizers
+from stackproof.data.corpus import Part, TextSource
+from stackproof.data.tokenizer import Tokenizer
+from stackproof.spec.canonical import canonical_json, parse_strict
 
 SPLITS = ("train", "validation")
 CHUNK_BYTES = 32 * 2**20

@@ -13,9 +13,9 @@ from typing import assert_never
 
 import numpy as np
 
-from spec.canonical import canonical_json, sha256_bytes
-from spec.errors import DataError
-from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
+from stackproof.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
+from stackproof.spec.canonical import canonical_json, sha256_bytes
+from stackproof.spec.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 # Tokens that end a text in the tokenizers people publish, most telling first.

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from spec.errors import DataError
-from stack.evaluate.sampling import generate
-from stack.evaluate.suite import Suite
+from stackproof.evaluate.sampling import generate
+from stackproof.evaluate.suite import Suite
+from stackproof.spec.errors import DataError
 
 AFTER = 2  # audits that must follow the widest one before breadth is said to stand still
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from contracts.conditions import require
-from spec.formulas import bits_per_byte
+from stackproof.contracts.conditions import require
+from stackproof.spec.formulas import bits_per_byte
 
 MAX_FIT_TOKENS = 20_000_000
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contracts.conditions import ensure, require
-from spec.errors import DataError
-from spec.formulas import bits_per_byte
+from stackproof.contracts.conditions import ensure, require
+from stackproof.spec.errors import DataError
+from stackproof.spec.formulas import bits_per_byte
 
 IGNORE = -100
 Autocast = Callable[[], AbstractContextManager]

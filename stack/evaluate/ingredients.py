@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contracts.declared import drawn_weights, parameter_shapes
-from contracts.evaluation import KNOWN
-from spec.formulas import parameter_count
-from stack.config import RunConfig
-from stack.evaluate import bits_per_byte, sampling, stopping
-from stack.model import moe
-from stack.model.build import build_model
-from stack.model.cache import KVCache
-from stack.model.transformer import Transformer
+from stackproof.config import RunConfig
+from stackproof.contracts.declared import drawn_weights, parameter_shapes
+from stackproof.contracts.evaluation import KNOWN
+from stackproof.evaluate import bits_per_byte, sampling, stopping
+from stackproof.model import moe
+from stackproof.model.build import build_model
+from stackproof.model.cache import KVCache
+from stackproof.model.transformer import Transformer
+from stackproof.spec.formulas import parameter_count
 
 IGNORE = bits_per_byte.IGNORE
 PROBE_DROPOUT = 0.1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stack.evaluate.bits_per_byte import evaluating
+from stackproof.evaluate.bits_per_byte import evaluating
 
 PASSAGES, PASSAGE_TOKENS = 32, 64  # the first half of a passage is given, the second asked for
 ROWS_AT_ONCE = 8  # so that the logits of a large vocabulary stay small

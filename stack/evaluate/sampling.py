@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from contracts.conditions import ensure, require
-from stack.evaluate.bits_per_byte import evaluating
-from stack.model.cache import KVCache
+from stackproof.contracts.conditions import ensure, require
+from stackproof.evaluate.bits_per_byte import evaluating
+from stackproof.model.cache import KVCache
 
 MASKED = float("-inf")
 COPY_PAYS_FROM_TOKENS = 64

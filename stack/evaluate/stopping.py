@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from contracts.conditions import require
+from stackproof.contracts.conditions import require
 
 
 @dataclass(frozen=True)

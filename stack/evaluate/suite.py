@@ -13,9 +13,9 @@ from typing import Annotated, Literal, Self, assert_never
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from spec.errors import DataError, UsageError
-from spec.gates import Frozen
-from stack.evaluate.syllables import syllables
+from stackproof.evaluate.syllables import syllables
+from stackproof.spec.errors import DataError, UsageError
+from stackproof.spec.gates import Frozen
 
 SUITES = Path(__file__).parent / "suites"
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"

@@ -3,13 +3,13 @@
 import shutil
 from pathlib import Path
 
-from spec import IN_CHECKOUT, ROOT
-from spec.canonical import sha256_file
-from spec.errors import IntegrityError
-from spec.gates import load_spec
-from spec.ledger import Entry, Ledger
-from spec.records import Record, read_record
-from spec.runners import left_out
+from stackproof.spec import IN_CHECKOUT, ROOT
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import load_spec
+from stackproof.spec.ledger import Entry, Ledger
+from stackproof.spec.records import Record, read_record
+from stackproof.spec.runners import left_out
 
 MAX_ARTEFACT_BYTES = 4 * 2**20
 MAGIC_OF_WEIGHTS = (

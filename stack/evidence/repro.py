@@ -15,10 +15,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from spec.canonical import parse_strict, sha256_file
-from spec.errors import DataError, IntegrityError
-from spec.gates import Frozen
-from spec.records import HEX64, Code, Scalar
+from stackproof.spec.canonical import parse_strict, sha256_file
+from stackproof.spec.errors import DataError, IntegrityError
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import HEX64, Code, Scalar
 
 SCHEMA = "stackproof/repro/1"
 DOCUMENT, TENSORS, TOKENIZER, CHECKPOINT, POINTS = (

@@ -4,10 +4,10 @@ none of them typed.
 
 from collections.abc import Sequence
 
-from spec.records import Record
-from stack.config import ModelConfig
-from stack.export.huggingface import Exported
-from stack.model.foreign import for_inference
+from stackproof.config import ModelConfig
+from stackproof.export.huggingface import Exported
+from stackproof.model.foreign import for_inference
+from stackproof.spec.records import Record
 
 
 def card(

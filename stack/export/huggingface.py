@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.keeper import Gatekeeper
-from spec.building import write_atomically
-from spec.errors import CheckpointError
-from spec.records import GateResult
-from stack import tensorfile
-from stack.data.tokenizer import Tokenizer
-from stack.evidence.exclusive import refuse_occupied
-from stack.export import parity, vocabulary
-from stack.export.reading import Folder, read_tensor
-from stack.model import names
-from stack.model.foreign import Kind, Row, plain_name, to_theirs
-from stack.model.transformer import Transformer
+from stackproof import tensorfile
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.tokenizer import Tokenizer
+from stackproof.evidence.exclusive import refuse_occupied
+from stackproof.export import parity, vocabulary
+from stackproof.export.reading import Folder, read_tensor
+from stackproof.model import names
+from stackproof.model.foreign import Kind, Row, plain_name, to_theirs
+from stackproof.model.transformer import Transformer
+from stackproof.spec.building import write_atomically
+from stackproof.spec.errors import CheckpointError
+from stackproof.spec.records import GateResult
 
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 ROUNDING_TOKENS = 64

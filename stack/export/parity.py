@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spec.canonical import sha256_file
-from spec.errors import CheckpointError, EnvironmentUnfit
-from stack.evaluate.bits_per_byte import evaluating
-from stack.evaluate.sampling import generate
-from stack.model.transformer import Transformer
+from stackproof.evaluate.bits_per_byte import evaluating
+from stackproof.evaluate.sampling import generate
+from stackproof.model.transformer import Transformer
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import CheckpointError, EnvironmentUnfit
 
 CALLED = ("their_logits", "their_continuation")
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec.errors import CheckpointError, ConfigError
-from stack import tensorfile
-from stack.config import LearnedPositions, ModelConfig
-from stack.model import names
-from stack.model.foreign import Kind, Row, plain_name, their_shape, to_ours
-from stack.model.transformer import Transformer
+from stackproof import tensorfile
+from stackproof.config import LearnedPositions, ModelConfig
+from stackproof.model import names
+from stackproof.model.foreign import Kind, Row, plain_name, their_shape, to_ours
+from stackproof.model.transformer import Transformer
+from stackproof.spec.errors import CheckpointError, ConfigError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 READABLE = ("F32", "F16", "BF16")

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, assert_never
 
-from spec.errors import DataError
-from stack.data.tokenizer import (
+from stackproof.data.tokenizer import (
     END_OF_TEXT,
     HARD_TEXTS,
     Bpe,
@@ -17,6 +16,7 @@ from stack.data.tokenizer import (
     _byte_alphabet,
     load_tokenizer,
 )
+from stackproof.spec.errors import DataError
 
 RESERVED = "<|reserved_{}|>"
 PLAIN_TEXTS = (

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.kernels import launch, tensor_list
+from stackproof.kernels import launch, tensor_list
+from stackproof.spec.errors import UsageError
 
 
 def adamw(
@@ -28,7 +28,7 @@ def adamw(
 
     Contiguous float32 tensors, of one device, the lists in the same order. Equals
     `torch.optim.AdamW` to float32 rounding. Raises UsageError for other tensors or numbers out of
-    range. Oracle: `stack.kernels.reference.adamw`. Source: arXiv:1711.05101.
+    range. Oracle: `stackproof.kernels.reference.adamw`. Source: arXiv:1711.05101.
     """
     if step < 1 or lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
         got = f"step {step}, lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}"

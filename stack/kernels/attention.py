@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.kernels import chunked_attention
+from stackproof.kernels import chunked_attention
+from stackproof.spec.errors import UsageError
 
 
 def attention(
@@ -29,7 +29,7 @@ def attention(
     `start_BS` (int64, start[p] <= p) is the first index of each position's document. `scale` is
     1/√H unless given. `chunks`: long rows by `chunked_attention`. Returns (B, N, T, H) in the dtype
     of the input. Raises UsageError for shapes that do not fit. Oracle:
-    `stack.kernels.reference.attention`.
+    `stackproof.kernels.reference.attention`.
     """
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
@@ -135,7 +135,7 @@ def document_attention(
     reads key/value head n // (N/K).
 
     Returns shape (B, N, T, H), dtype of the input.
-    Oracle: `stack.kernels.reference.document_attention`.
+    Oracle: `stackproof.kernels.reference.document_attention`.
     """
     return _attend(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale, chunks)
 

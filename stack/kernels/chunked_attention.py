@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stack.kernels.operation import operation
+from stackproof.kernels.operation import operation
 
 LEAST_QUERIES = 128  # shorter rows gain nothing
 LEAST_ROWS = 4  # B·G: with fewer, the products are too small
@@ -51,7 +51,7 @@ def attention(
 
     Query head n reads key/value head n // G; a query that sees no key gives zeros. Float32 or
     float64, any strides. Returns (B, N, T, H) in that type, laid out as (B, T, N, H). Has no second
-    derivative. Oracle: `stack.kernels.reference.document_attention`.
+    derivative. Oracle: `stackproof.kernels.reference.document_attention`.
     """
     return _forward(
         q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.kernels import launch, tensor_list
+from stackproof.kernels import launch, tensor_list
+from stackproof.spec.errors import UsageError
 
 EPS = 1e-6
 

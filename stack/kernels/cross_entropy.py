@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spec.errors import UsageError
-from stack.kernels import HEAD_CHUNK_BYTES, onednn
+from stackproof.kernels import HEAD_CHUNK_BYTES, onednn
+from stackproof.spec.errors import UsageError
 
 _workspace: dict[tuple, Tensor] = {}
 
@@ -33,8 +33,9 @@ def linear_cross_entropy(
     It holds logits, then probabilities, then the gradient; both gradients are therefore complete
     when the forward ends. Products run in the autocast type, those in float32 on the CPU
     `by_onednn` if wanted; the rest runs in float32.
-    Idea: github.com/linkedin/Liger-Kernel. Oracle: `stack.kernels.reference.linear_cross_entropy`.
-    Raises UsageError for a label outside the vocabulary, on the CPU.
+    Idea: github.com/linkedin/Liger-Kernel. Oracle:
+    `stackproof.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside the
+    vocabulary, on the CPU.
     """
     if not labels_R.is_cuda and len(labels_R):
         _refuse_strangers(labels_R, len(weight_VD), ignore_index)

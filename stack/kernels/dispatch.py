@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spec.errors import EnvironmentUnfit, UsageError
-from stack.kernels import attention as torch_attention
-from stack.kernels import cross_entropy, eager, launch, onednn, parity
+from stackproof.kernels import attention as torch_attention
+from stackproof.kernels import cross_entropy, eager, launch, onednn, parity
+from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ CANDIDATES: dict[str, dict[str, Plain | Triton]] = {
     },
 }
 # Operations that a training step takes from here; clipping and AdamW are torch's own,
-# `stack.train.optimizer`.
+# `stackproof.train.optimizer`.
 TRAINED = ("linear", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy")
 FUSED_BY_COMPILER = ("rms_norm", "rope", "swiglu")
 CPU_NAME = f"{cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
@@ -156,7 +156,9 @@ _by_hand: dict[str, str] = {}
 
 
 def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """A linear layer over the last axis; same arguments as `stack.kernels.reference.linear`."""
+    """A linear layer over the last axis; same arguments as
+    `stackproof.kernels.reference.linear`.
+    """
     return kernel("linear", x.device)(x, weight_MD, bias_M)
 
 
@@ -171,7 +173,7 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """Causal attention of the last T of S positions; same arguments as
-    `stack.kernels.reference.attention`.
+    `stackproof.kernels.reference.attention`.
 
     `mask_B1TS` stands for start and window where it was made once for all layers, or where visible
     keys are no range: never Triton's.
@@ -192,18 +194,18 @@ def rms_norm(
     x_BTD: Tensor, weight_D: Tensor, eps: float, residual_BTD: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalisation, with the residual sum before it if given; same arguments as
-    `stack.kernels.reference.rms_norm`.
+    `stackproof.kernels.reference.rms_norm`.
     """
     return kernel("rms_norm", x_BTD.device)(x_BTD, weight_D, eps, residual_BTD)
 
 
 def rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions; same arguments as `stack.kernels.reference.rope`."""
+    """Rotary positions; same arguments as `stackproof.kernels.reference.rope`."""
     return kernel("rope", x_BNTH.device)(x_BNTH, cos, sin)
 
 
 def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
-    """silu(gate)·up; same arguments as `stack.kernels.reference.swiglu`."""
+    """silu(gate)·up; same arguments as `stackproof.kernels.reference.swiglu`."""
     return kernel("swiglu", gate_BTF.device)(gate_BTF, up_BTF)
 
 
@@ -217,7 +219,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Sums of nats and of z-loss; same arguments as
-    `stack.kernels.reference.linear_cross_entropy`.
+    `stackproof.kernels.reference.linear_cross_entropy`.
     """
     loss = kernel("linear_cross_entropy", x_RD.device)
     return loss(
@@ -226,7 +228,7 @@ def linear_cross_entropy(
 
 
 def clip(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Clip by the global norm, in place; same arguments as `stack.kernels.reference.clip`."""
+    """Clip by the global norm, in place; same arguments as `stackproof.kernels.reference.clip`."""
     return kernel("clip", gradients[0].device if gradients else "cpu")(gradients, max_norm)
 
 
@@ -237,7 +239,7 @@ def adamw(
     second_moments: list[Tensor],
     **numbers: object,
 ) -> None:
-    """One AdamW step, in place; same arguments as `stack.kernels.reference.adamw`."""
+    """One AdamW step, in place; same arguments as `stackproof.kernels.reference.adamw`."""
     update = kernel("adamw", parameters[0].device if parameters else "cpu")
     update(parameters, gradients, first_moments, second_moments, **numbers)
 
@@ -250,12 +252,14 @@ def takes_masks(device: torch.device | str) -> bool:
 
 
 def document_mask(start_BT: Tensor) -> Tensor:
-    """The mask of packed rows; same arguments as `stack.kernels.reference.document_mask`."""
+    """The mask of packed rows; same arguments as `stackproof.kernels.reference.document_mask`."""
     return torch_attention.document_mask(start_BT)
 
 
 def window_mask(start: int, stop: int, window: int, device: torch.device | str) -> Tensor:
-    """The mask of a sliding window; same arguments as `stack.kernels.attention.window_mask`."""
+    """The mask of a sliding window; same arguments as
+    `stackproof.kernels.attention.window_mask`.
+    """
     return torch_attention.window_mask(start, stop, window, device)
 
 
@@ -358,7 +362,7 @@ def kernel(op: str, device: torch.device | str) -> Callable:
                     allowed=TORCH,
                 )
             parity.require(op)
-            return getattr(import_module(f"stack.kernels.{module}"), op)
+            return getattr(import_module(f"stackproof.kernels.{module}"), op)
 
 
 def device_name(device: torch.device) -> str:

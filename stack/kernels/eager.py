@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spec.errors import UsageError
+from stackproof.spec.errors import UsageError
 
 
 def rms_norm(

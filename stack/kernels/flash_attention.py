@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spec.errors import EnvironmentUnfit
-from stack.kernels import flash_attention_kernels as kernels
-from stack.kernels import launch
-from stack.kernels.attention import check_shapes
+from stackproof.kernels import flash_attention_kernels as kernels
+from stackproof.kernels import launch
+from stackproof.kernels.attention import check_shapes
+from stackproof.spec.errors import EnvironmentUnfit
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def attention(
     1/√H unless given. bfloat16, float16 or float32, any strides, H up to 256. Sums in float32;
     float32 products are not rounded to TF32. Returns (B, N, T, H) in the dtype of the input, laid
     out as (B, T, N, H). Raises UsageError for shapes or dtypes that do not fit, EnvironmentUnfit
-    where Triton cannot run. Oracle: `stack.kernels.reference.attention`.
+    where Triton cannot run. Oracle: `stackproof.kernels.reference.attention`.
     """
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window, max_head_dim=256)
     launch.require("attention", {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH, "start": start_BS})

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from spec.errors import EnvironmentUnfit, UsageError
+from stackproof.spec.errors import EnvironmentUnfit, UsageError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # a launch option whose default differs between releases of triton

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stack.kernels.operation import operation
+from stackproof.kernels.operation import operation
 
 # Why torch has no such products here; empty if it has.
 WHY_NOT = (
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor
     """x·weightᵀ + bias over the last axis, float32.
     What is small, of another type or under autocast is torch's own, and so are errors.
 
-    Has no second derivative. Oracle: `stack.kernels.reference.linear`.
+    Has no second derivative. Oracle: `stackproof.kernels.reference.linear`.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
     if n_rows * weight_MD.numel() < LEAST_MULTIPLY_ADDS or not _fits(x, weight_MD, bias_M):
@@ -135,7 +135,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Te
 _linear.derive(_gradients, _save)
 
 
-# ---- the products of a head in chunks, see `stack.kernels.cross_entropy.Products`
+# ---- the products of a head in chunks, see `stackproof.kernels.cross_entropy.Products`
 
 
 def head_input_gradient(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Which Triton kernels have passed their parity tests as they stand now.
 
-python -m stack.kernels.parity [--write]
+python -m stackproof.kernels.parity [--write]
 
 Without --write it shows the state of each kernel. With it, the parity tests are run (on a GPU if
 there is one, else in Triton's interpreter), and for each kernel whose tests pass the hash of its
@@ -17,9 +17,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from spec import ROOT
-from spec.canonical import sha256_bytes
-from spec.errors import IntegrityError
+from stackproof.spec import ROOT
+from stackproof.spec.canonical import sha256_bytes
+from stackproof.spec.errors import IntegrityError
 
 FOLDER = Path(__file__).parent
 FILE = FOLDER / "parity.json"
@@ -33,7 +33,7 @@ SOURCES = {
     "rope": ("rope.py", "launch.py"),
     "swiglu": ("swiglu.py", "launch.py"),
 }
-NEXT_STEP = "python -m stack.kernels.parity --write"
+NEXT_STEP = "python -m stackproof.kernels.parity --write"
 
 
 def source_hash(kernel: str, folder: Path = FOLDER) -> str:
@@ -72,7 +72,7 @@ def require(kernel: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stack.kernels.parity", description=__doc__.partition("\n")[0]
+        prog="python -m stackproof.kernels.parity", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
         "--write",

@@ -21,7 +21,7 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale·q·k)·v, one query at a time over the keys it may see; arguments as in
-    `stack.kernels.attention.attention`.
+    `stackproof.kernels.attention.attention`.
 
     Query head n reads key/value head n // G. Returns (B, N, T, H), dtype of the input; exact to
     float64 rounding for float64 input. Source: arXiv:1706.03762, eq. 1; grouped heads:

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spec.errors import UsageError
-from stack.kernels import launch
+from stackproof.kernels import launch
+from stackproof.spec.errors import UsageError
 
 MAX_FEATURES = 65536
 TILE_NUMBERS = 4096
@@ -26,7 +26,7 @@ def rms_norm(
 
     Statistics and products in float32. Any leading shape and strides; the sum and the result have
     the dtype that x + residual has. Raises UsageError for shapes or dtypes that do not fit. Oracle:
-    `stack.kernels.reference.rms_norm`. Source: arXiv:1910.07467.
+    `stackproof.kernels.reference.rms_norm`. Source: arXiv:1910.07467.
     """
     launch.require("rms_norm", {"x": x_BTD, "weight": weight_D, "residual": residual_BTD})
     D = x_BTD.shape[-1]

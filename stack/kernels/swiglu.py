@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spec.errors import UsageError
-from stack.kernels import launch
+from stackproof.kernels import launch
+from stackproof.spec.errors import UsageError
 
 BLOCK = 1024
 
@@ -20,7 +20,7 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """gate·sigmoid(gate)·up, element by element, computed in float32; shape and dtype of the input,
     any strides.
 
-    Raises UsageError if shapes or dtypes differ. Oracle: `stack.kernels.reference.swiglu`.
+    Raises UsageError if shapes or dtypes differ. Oracle: `stackproof.kernels.reference.swiglu`.
     Source: arXiv:2002.05202.
     """
     launch.require("swiglu", {"gate": gate_BTF, "up": up_BTF})

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from spec.errors import UsageError
+from stackproof.spec.errors import UsageError
 
 BLOCK = 4096
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stack.config import ModelConfig
-from stack.kernels import dispatch
-from stack.model.init import Linear, Parameter
-from stack.model.norm import RMSNorm
-from stack.model.reading import Reading
-from stack.model.rotary import rotate
+from stackproof.config import ModelConfig
+from stackproof.kernels import dispatch
+from stackproof.model.init import Linear, Parameter
+from stackproof.model.norm import RMSNorm
+from stackproof.model.reading import Reading
+from stackproof.model.rotary import rotate
 
 
 class Projections(nn.Module):

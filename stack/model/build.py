@@ -2,11 +2,11 @@
 
 import torch
 
-from contracts.conditions import ensure, require
-from spec.formulas import parameter_count
-from stack.config import ModelConfig
-from stack.model.init import initialise
-from stack.model.transformer import Transformer
+from stackproof.config import ModelConfig
+from stackproof.contracts.conditions import ensure, require
+from stackproof.model.init import initialise
+from stackproof.model.transformer import Transformer
+from stackproof.spec.formulas import parameter_count
 
 
 def n_parameters(model: torch.nn.Module) -> int:
@@ -20,7 +20,7 @@ def n_parameters(model: torch.nn.Module) -> int:
     lambda result, cfg, vocab_size: (
         n_parameters(result) == parameter_count(cfg.model_dump(), vocab_size)
     ),
-    "the model has as many parameters as spec.formulas.parameter_count says",
+    "the model has as many parameters as stackproof.spec.formulas.parameter_count says",
 )
 def build_model(
     cfg: ModelConfig, vocab_size: int, *, seed: int, device: torch.device | str = "cpu"

@@ -5,8 +5,8 @@ B batch, K key/value heads, T new tokens, S tokens so far, H head_dim.
 import torch
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.config import ModelConfig
+from stackproof.config import ModelConfig
+from stackproof.spec.errors import UsageError
 
 
 class LayerCache:

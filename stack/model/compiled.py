@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from spec.errors import EnvironmentUnfit
-from stack.model.reading import Report
+from stackproof.model.reading import Report
+from stackproof.spec.errors import EnvironmentUnfit
 
 
 def compile_features(model: nn.Module) -> Callable[..., tuple[Tensor, Report]]:

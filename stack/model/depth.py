@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stack.config import ModelConfig
-from stack.model.init import Linear
-from stack.model.reading import Reading
+from stackproof.config import ModelConfig
+from stackproof.model.init import Linear
+from stackproof.model.reading import Reading
 
 Residual = Callable[[Tensor, Reading], Tensor]
 NEVER = torch.iinfo(torch.int64).max

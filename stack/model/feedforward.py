@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stack.config import Gelu, ModelConfig
-from stack.kernels import dispatch
-from stack.model.init import Linear
-from stack.model.reading import Reading
+from stackproof.config import Gelu, ModelConfig
+from stackproof.kernels import dispatch
+from stackproof.model.init import Linear
+from stackproof.model.reading import Reading
 
 
 class SwiGLU(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from spec.errors import ConfigError
-from stack.config import AuxiliaryLoss, MixtureOfExperts, ModelConfig
+from stackproof.config import AuxiliaryLoss, MixtureOfExperts, ModelConfig
+from stackproof.spec.errors import ConfigError
 
 WRAPPERS = frozenset(("_orig_mod", "module"))
 _MISSING = object()

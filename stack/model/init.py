@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stack.config import ModelConfig
-from stack.kernels import dispatch
+from stackproof.config import ModelConfig
+from stackproof.kernels import dispatch
 
 
 class Linear(nn.Linear):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stack.config import MixtureOfExperts as Declared
-from stack.config import ModelConfig
-from stack.model.init import Linear
-from stack.model.reading import ExpertLoad, Reading
+from stackproof.config import MixtureOfExperts as Declared
+from stackproof.config import ModelConfig
+from stackproof.model.init import Linear
+from stackproof.model.reading import ExpertLoad, Reading
 
 
 def route(

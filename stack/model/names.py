@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from spec.errors import ConfigError
-from stack.config import LinearScaling, Llama3Scaling, ModelConfig, RotaryPositions
-from stack.model.foreign import Keys, Kind, unsaid
+from stackproof.config import LinearScaling, Llama3Scaling, ModelConfig, RotaryPositions
+from stackproof.model.foreign import Keys, Kind, unsaid
+from stackproof.spec.errors import ConfigError
 
 # Keys that no forward pass depends on.
 NEUTRAL = frozenset(

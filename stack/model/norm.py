@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stack.kernels import dispatch
-from stack.model.init import Parameter
+from stackproof.kernels import dispatch
+from stackproof.model.init import Parameter
 
 
 class RMSNorm(nn.Module):

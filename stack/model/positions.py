@@ -4,9 +4,9 @@ from typing import assert_never
 
 from torch import Tensor, nn
 
-from stack.config import DifferentialAttention, LearnedPositions, ModelConfig, RotaryPositions
-from stack.model.init import Embedding
-from stack.model.rotary import Rotary
+from stackproof.config import DifferentialAttention, LearnedPositions, ModelConfig, RotaryPositions
+from stackproof.model.init import Embedding
+from stackproof.model.rotary import Rotary
 
 
 class Learned(Embedding):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stack.model.cache import KVCache
+from stackproof.model.cache import KVCache
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from stack.config import LinearScaling, Llama3Scaling, Unscaled
-from stack.kernels import dispatch
+from stackproof.config import LinearScaling, Llama3Scaling, Unscaled
+from stackproof.kernels import dispatch
 
 Scaling = Unscaled | LinearScaling | Llama3Scaling
 

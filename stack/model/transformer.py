@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spec.errors import UsageError
-from stack.config import AuxiliaryLoss, BiasBalance, MixtureOfExperts, ModelConfig
-from stack.kernels import dispatch
-from stack.model import moe
-from stack.model.cache import KVCache
-from stack.model.init import Embedding, Linear
-from stack.model.positions import make_positions
-from stack.model.reading import ExpertLoad, Reading, Report
-from stack.model.recompute import run_block
-from stack.model.variants import make_attention, make_depth, make_feedforward, make_norm
+from stackproof.config import AuxiliaryLoss, BiasBalance, MixtureOfExperts, ModelConfig
+from stackproof.kernels import dispatch
+from stackproof.model import moe
+from stackproof.model.cache import KVCache
+from stackproof.model.init import Embedding, Linear
+from stackproof.model.positions import make_positions
+from stackproof.model.reading import ExpertLoad, Reading, Report
+from stackproof.model.recompute import run_block
+from stackproof.model.variants import make_attention, make_depth, make_feedforward, make_norm
+from stackproof.spec.errors import UsageError
 
 
 class Block(nn.Module):

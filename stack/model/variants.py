@@ -4,7 +4,7 @@ from typing import assert_never
 
 from torch import nn
 
-from stack.config import (
+from stackproof.config import (
     DifferentialAttention,
     FullDepth,
     Gelu,
@@ -18,7 +18,7 @@ from stack.config import (
     SoftmaxAttention,
     SwiGLU,
 )
-from stack.model import attention, depth, feedforward, moe, norm
+from stackproof.model import attention, depth, feedforward, moe, norm
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:

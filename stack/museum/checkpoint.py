@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from spec.errors import CheckpointError
-from stack.model import transformer
-from stack.museum.plant import plant, swap
-from stack.train import checkpoint
+from stackproof.model import transformer
+from stackproof.museum.plant import plant, swap
+from stackproof.spec.errors import CheckpointError
+from stackproof.train import checkpoint
 
 PATIENCE_S = 5.0  # a slow disk; enough for one update of a small model
 

@@ -4,7 +4,7 @@ import json
 import pydoc_data.topics
 from pathlib import Path
 
-from stack.config import (
+from stackproof.config import (
     BanditCurriculum,
     BestFit,
     BpeTokenizer,

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from stack.data import dedup, files, filters, packing, receipts
-from stack.museum.plant import plant, swap
+from stackproof.data import dedup, files, filters, packing, receipts
+from stackproof.museum.plant import plant, swap
 
 
 @plant(

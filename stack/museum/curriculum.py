@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from stack.data import bandit, reader
-from stack.data import curriculum as mixing
-from stack.museum.plant import plant, swap, touch
-from stack.train import optimizer as opt
-from stack.train import step as steps
+from stackproof.data import bandit, reader
+from stackproof.data import curriculum as mixing
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
 
 
 @plant(

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from contracts import data as checks
-from stack.data import permutation, reader, shards, stages
-from stack.museum.plant import plant, swap
-from stack.train import loop
+from stackproof.contracts import data as checks
+from stackproof.data import permutation, reader, shards, stages
+from stackproof.museum.plant import plant, swap
+from stackproof.train import loop
 
 
 @plant(

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch.nn.functional as F
 
-from stack.data import reader
-from stack.evaluate import bits_per_byte, stopping
-from stack.model import transformer
-from stack.museum.plant import plant, swap
-from stack.train import loop, run, session
-from stack.train import step as steps
+from stackproof.data import reader
+from stackproof.evaluate import bits_per_byte, stopping
+from stackproof.model import transformer
+from stackproof.museum.plant import plant, swap
+from stackproof.train import loop, run, session
+from stackproof.train import step as steps
 
 TENSORS = ("input_ids", "labels", "document_ids")
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from stack.export import huggingface, parity, reading
-from stack.model import foreign, names
-from stack.museum.plant import plant, swap, touch
+from stackproof.export import huggingface, parity, reading
+from stackproof.model import foreign, names
+from stackproof.museum.plant import plant, swap, touch
 
 
 @plant(

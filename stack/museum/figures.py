@@ -4,9 +4,9 @@ and results the machine does not repeat.
 
 import torch
 
-from stack.museum.plant import plant, swap, touch
-from stack.train import loop, operations
-from stack.train import step as steps
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import loop, operations
+from stackproof.train import step as steps
 
 
 @plant(

@@ -1,10 +1,10 @@
-"""Plants in a training script that is not ours; see `stack.museum.script`."""
+"""Plants in a training script that is not ours; see `stackproof.museum.script`."""
 
 import torch
 from torch.nn import functional as F
 
-from stack.museum import script
-from stack.museum.plant import plant, swap, touch
+from stackproof.museum import script
+from stackproof.museum.plant import plant, swap, touch
 
 
 @plant(

@@ -1,11 +1,11 @@
 """Plants in a training script that is not ours, where it updates, evaluates and saves;
-see `stack.museum.script`.
+see `stackproof.museum.script`.
 """
 
 import torch
 
-from stack.museum import script
-from stack.museum.plant import plant, swap
+from stackproof.museum import script
+from stackproof.museum.plant import plant, swap
 
 
 @plant(

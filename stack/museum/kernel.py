@@ -2,9 +2,9 @@
 
 import torch
 
-from stack.kernels import cross_entropy
-from stack.museum.plant import plant, swap
-from stack.train import state
+from stackproof.kernels import cross_entropy
+from stackproof.museum.plant import plant, swap
+from stackproof.train import state
 
 
 @plant(

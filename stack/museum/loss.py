@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from stack.museum.plant import plant, swap
-from stack.train import losses
-from stack.train import step as steps
+from stackproof.museum.plant import plant, swap
+from stackproof.train import losses
+from stackproof.train import step as steps
 
 
 @plant(

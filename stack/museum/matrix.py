@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from contracts.gate import call_check, not_run
-from spec.canonical import sha256_json
-from spec.errors import GateFailed
-from spec.gates import Gate
-from spec.records import Waiver
-from stack.config import RunConfig, load_config
-from stack.data.prepare import prepare
-from stack.museum.plant import Plant, load_museum
-from stack.museum.prove import Prover, selection, use_cache, workshop
-from stack.train import session
-from stack.train.listener import Listener
-from stack.train.preflight import gather
+from stackproof.config import RunConfig, load_config
+from stackproof.contracts.gate import call_check, not_run
+from stackproof.data.prepare import prepare
+from stackproof.museum.plant import Plant, load_museum
+from stackproof.museum.prove import Prover, selection, use_cache, workshop
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.errors import GateFailed
+from stackproof.spec.gates import Gate
+from stackproof.spec.records import Waiver
+from stackproof.train import session
+from stackproof.train.listener import Listener
+from stackproof.train.preflight import gather
 
 JUDGES_DATA = ("corpus", "data", "tokenizer")
 WHOLE = "the stack itself"  # what raised where no gate was being asked

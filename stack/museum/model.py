@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stack.kernels import attention, dispatch
-from stack.model import build, feedforward, norm, rotary, transformer
-from stack.museum.plant import plant, swap, touch
-from stack.train import losses
+from stackproof.kernels import attention, dispatch
+from stackproof.model import build, feedforward, norm, rotary, transformer
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import losses
 
 
 @plant(

@@ -5,8 +5,8 @@ or from a look at one tensor at a time.
 import torch
 import torch.nn.functional as F
 
-from stack.model import build, init, reading, rotary, transformer
-from stack.museum.plant import plant, swap
+from stackproof.model import build, init, reading, rotary, transformer
+from stackproof.museum.plant import plant, swap
 
 
 @plant(

@@ -4,8 +4,8 @@ weights of another convention.
 
 import torch
 
-from stack.model import moe
-from stack.museum.plant import plant, swap
+from stackproof.model import moe
+from stackproof.museum.plant import plant, swap
 
 
 @plant(

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from contracts import keeper
-from contracts.events import Evaluated, Event, Sampled
-from contracts.gate import Scalar, Verdict, resolve
-from spec.gates import Gate, Limit
-from spec.margins import measured_for
-from spec.records import Record
-from stack.museum.plant import swap, touches
-from stack.train.listener import Listener
-from stack.train.rundir import RunDir
+from stackproof.contracts import keeper
+from stackproof.contracts.events import Evaluated, Event, Sampled
+from stackproof.contracts.gate import Scalar, Verdict, resolve
+from stackproof.museum.plant import swap, touches
+from stackproof.spec.gates import Gate, Limit
+from stackproof.spec.margins import measured_for
+from stackproof.spec.records import Record
+from stackproof.train.listener import Listener
+from stackproof.train.rundir import RunDir
 
 TIMED = ("tokens_per_s", "wall_s", "at")
 

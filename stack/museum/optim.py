@@ -2,11 +2,11 @@
 
 import torch
 
-from stack.model import build, transformer
-from stack.museum.plant import plant, swap, touch
-from stack.train import muon
-from stack.train import optimizer as opt
-from stack.train import step as steps
+from stackproof.model import build, transformer
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import muon
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
 
 
 @plant(

@@ -1,8 +1,8 @@
 """Plants in what a whole train step does besides the optimizer's own rule."""
 
-from stack.museum.plant import plant, swap, touch
-from stack.train import optimizer as opt
-from stack.train import step as steps
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
 
 
 @plant(

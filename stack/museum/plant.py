@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from spec.canonical import sha256_bytes
+from stackproof.spec.canonical import sha256_bytes
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,5 @@ def touches() -> int:
 def load_museum() -> dict[str, Plant]:
     """Import every room and return all plants by id."""
     for room in ROOMS:
-        importlib.import_module(f"stack.museum.{room}")
+        importlib.import_module(f"stackproof.museum.{room}")
     return PLANTS

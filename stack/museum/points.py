@@ -2,9 +2,9 @@
 
 import torch
 
-from stack.model import reading
-from stack.museum.plant import plant, swap
-from stack.train import step as steps
+from stackproof.model import reading
+from stackproof.museum.plant import plant, swap
+from stackproof.train import step as steps
 
 
 def _after_each_update(change):

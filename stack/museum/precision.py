@@ -2,11 +2,11 @@
 
 import torch
 
-from stack.kernels import cross_entropy
-from stack.model import norm
-from stack.museum.plant import plant, swap
-from stack.train import state
-from stack.train import step as steps
+from stackproof.kernels import cross_entropy
+from stackproof.model import norm
+from stackproof.museum.plant import plant, swap
+from stackproof.train import state
+from stackproof.train import step as steps
 
 
 @plant(

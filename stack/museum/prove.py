@@ -15,27 +15,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-from contracts.gate import Verdict, call_check, not_run
-from contracts.keeper import Gatekeeper
-from spec.building import RecordBuilder, write_atomically
-from spec.canonical import canonical_json, sha256_file
-from spec.errors import ConfigError, GateFailed
-from spec.failures import load_catalogue
-from spec.gates import Gate, load_spec
-from spec.provenance import environment
-from spec.records import GateResult, Kill, Record
-from stack.config import RunConfig, load_config
-from stack.data.prepare import prepare
-from stack.data.tokenizer import Bytes
-from stack.export import huggingface, parity, reading
-from stack.model.build import build_model
-from stack.museum import script
-from stack.museum.collection import exportable, museum_config, write_texts
-from stack.museum.observe import Clock, fruits_of_run, moment_of, watching
-from stack.museum.plant import Plant, load_museum, touches
-from stack.train import session
-from stack.train.listener import Listener
-from stack.train.preflight import gather
+from stackproof.config import RunConfig, load_config
+from stackproof.contracts.gate import Verdict, call_check, not_run
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.prepare import prepare
+from stackproof.data.tokenizer import Bytes
+from stackproof.export import huggingface, parity, reading
+from stackproof.model.build import build_model
+from stackproof.museum import script
+from stackproof.museum.collection import exportable, museum_config, write_texts
+from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
+from stackproof.museum.plant import Plant, load_museum, touches
+from stackproof.spec.building import RecordBuilder, write_atomically
+from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.failures import load_catalogue
+from stackproof.spec.gates import Gate, load_spec
+from stackproof.spec.provenance import environment
+from stackproof.spec.records import GateResult, Kill, Record
+from stackproof.train import session
+from stackproof.train.listener import Listener
+from stackproof.train.preflight import gather
 
 CLAIM = "Each gate named here turned red on its plant and was green on the same stack without it."
 NOT_COVERED = (

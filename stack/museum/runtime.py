@@ -4,9 +4,9 @@ import dataclasses
 
 import torch
 
-from stack.museum.plant import plant, swap, touch
-from stack.train import loop, losses, run, session, state
-from stack.train import step as steps
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import loop, losses, run, session, state
+from stackproof.train import step as steps
 
 BAD_STEP = 7
 

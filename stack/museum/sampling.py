@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import torch
 
-from stack.evaluate import sampling
-from stack.model.cache import LayerCache
-from stack.museum.evaluation import one_page_over_and_over
-from stack.museum.plant import plant, swap, touch
-from stack.train import run
+from stackproof.evaluate import sampling
+from stackproof.model.cache import LayerCache
+from stackproof.museum.evaluation import one_page_over_and_over
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import run
 
 
 @plant(

@@ -2,10 +2,10 @@
 
 from types import SimpleNamespace
 
-from stack.museum.plant import plant, swap
-from stack.train import optimizer as opt
-from stack.train import schedule
-from stack.train import step as steps
+from stackproof.museum.plant import plant, swap
+from stackproof.train import optimizer as opt
+from stackproof.train import schedule
+from stackproof.train import step as steps
 
 
 @plant(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contracts.callbacks.plain import gated
-from contracts.gate import Verdict
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.gate import Verdict
 
 VOCAB, WIDTH, PAD, EOS, STEPS, MICRO, ROWS = 48, 16, 0, 1, 8, 2, 12
 INPUTS = ("input_ids", "attention_mask", "position_ids")

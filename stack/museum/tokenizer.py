@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 
-from contracts.tokenizer import WORDS
-from stack.data import prepare
-from stack.data import tokenizer as tokenizers
-from stack.museum.plant import plant, swap
+from stackproof.contracts.tokenizer import WORDS
+from stackproof.data import prepare
+from stackproof.data import tokenizer as tokenizers
+from stackproof.museum.plant import plant, swap
 
 
 @plant(

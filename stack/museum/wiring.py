@@ -6,8 +6,8 @@ import shutil
 
 import torch
 
-from stack.museum.plant import plant, swap, touch
-from stack.train import checkpoint, run
+from stackproof.museum.plant import plant, swap, touch
+from stackproof.train import checkpoint, run
 
 
 @plant(

@@ -5,10 +5,10 @@ Each is a function without arguments that returns a RunConfig.
 import difflib
 from collections.abc import Callable
 
-from spec.errors import ConfigError
-from stack.config import RunConfig
-from stack.recipes import sizes
-from stack.recipes.pocket import pocket, pocket_code
+from stackproof.config import RunConfig
+from stackproof.recipes import sizes
+from stackproof.recipes.pocket import pocket, pocket_code
+from stackproof.spec.errors import ConfigError
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "pocket": pocket,

@@ -4,10 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from spec.canonical import parse_strict
-from spec.errors import DataError, IntegrityError
-from spec.formulas import parameter_count
-from stack.config import (
+from stackproof.config import (
     BpeTokenizer,
     CheckpointConfig,
     DataConfig,
@@ -20,6 +17,9 @@ from stack.config import (
     TrainConfig,
     Wsd,
 )
+from stackproof.spec.canonical import parse_strict
+from stackproof.spec.errors import DataError, IntegrityError
+from stackproof.spec.formulas import parameter_count
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556)
 EPOCHS = 4  # up to here repeated text is worth as much as new (arXiv:2305.16264)

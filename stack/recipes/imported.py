@@ -4,7 +4,7 @@ rate, and text that is always there.
 
 from pathlib import Path
 
-from stack.config import (
+from stackproof.config import (
     AdamW,
     CheckpointConfig,
     Cosine,

@@ -2,7 +2,7 @@
 every Python installation has.
 """
 
-from stack.config import (
+from stackproof.config import (
     BpeTokenizer,
     CheckpointConfig,
     DataConfig,

@@ -2,7 +2,7 @@
 `--data DIR` or `--set data.corpus…`.
 """
 
-from stack.config import (
+from stackproof.config import (
     AdamW,
     BpeTokenizer,
     ByteTokenizer,

@@ -2,15 +2,15 @@
 the first NaN, lenses, patching.
 """
 
-from stack.trace.bisect import bisect
-from stack.trace.compare import compare
-from stack.trace.gradients import compare_gradients
-from stack.trace.lens import read_lens, train_lens
-from stack.trace.nonfinite import first_nonfinite, watching
-from stack.trace.patching import ablate, patch, targets
-from stack.trace.trace import trace
-from stack.trace.ways import side
-from stack.trace.weights import weights
+from stackproof.trace.bisect import bisect
+from stackproof.trace.compare import compare
+from stackproof.trace.gradients import compare_gradients
+from stackproof.trace.lens import read_lens, train_lens
+from stackproof.trace.nonfinite import first_nonfinite, watching
+from stackproof.trace.patching import ablate, patch, targets
+from stackproof.trace.trace import trace
+from stackproof.trace.ways import side
+from stackproof.trace.weights import weights
 
 __all__ = [
     "ablate",

@@ -17,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stack.trace.compare import Spill, coarsest, common_points, difference, record, widest
-from stack.trace.points import Point, select, sites
-from stack.trace.tap import tap
-from stack.trace.trace import run
-from stack.trace.ways import Side
+from stackproof.trace.compare import Spill, coarsest, common_points, difference, record, widest
+from stackproof.trace.points import Point, select, sites
+from stackproof.trace.tap import tap
+from stackproof.trace.trace import run
+from stackproof.trace.ways import Side
 
 Check = Callable[[Tensor], bool]
 # logits agree within this times ε·√(width·layers); two right computations of 2

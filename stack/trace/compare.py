@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.trace.kernel_errors import Kept, keeping, way_to_err
-from stack.trace.points import Point, select, sites
-from stack.trace.stats import SupportError
-from stack.trace.tap import tap
-from stack.trace.trace import run
-from stack.trace.ways import Side
+from stackproof.spec.errors import UsageError
+from stackproof.trace.kernel_errors import Kept, keeping, way_to_err
+from stackproof.trace.points import Point, select, sites
+from stackproof.trace.stats import SupportError
+from stackproof.trace.tap import tap
+from stackproof.trace.trace import run
+from stackproof.trace.ways import Side
 
 CHUNK = 2**20  # values that are compared at a time
 # What rounding adds at a point is at most this times ε·√width. Measured over 15 settings of

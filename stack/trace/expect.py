@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from spec.errors import UsageError
+from stackproof.spec.errors import UsageError
 
 FIGURES = (
     "n mean std rms absmax min max kurtosis frac_zero frac_nonfinite top_token_energy_frac "

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.trace.compare import Difference, Spill, coarsest, common_points, difference, widest
-from stack.trace.points import Point, read_by, select, sites
-from stack.trace.tap import Handler, tap
-from stack.trace.trace import backward_of, run
-from stack.trace.ways import Side
-from stack.trace.weights import point_of
+from stackproof.spec.errors import UsageError
+from stackproof.trace.compare import Difference, Spill, coarsest, common_points, difference, widest
+from stackproof.trace.points import Point, read_by, select, sites
+from stackproof.trace.tap import Handler, tap
+from stackproof.trace.trace import backward_of, run
+from stackproof.trace.ways import Side
+from stackproof.trace.weights import point_of
 
 # What rounding adds is at most FACTOR times ε·√width at a point, four times that where the gradient
 # comes out of a softmax and cancels, and at most ε·√width at a parameter, held against at least

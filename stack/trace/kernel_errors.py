@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stack.trace.points import Function
-from stack.trace.scores import HIDDEN, Call, call_of
+from stackproof.trace.points import Function
+from stackproof.trace.scores import HIDDEN, Call, call_of
 
 CLOSE = 0.01  # a way to err explains a kernel if it leaves at most this share of its error
 LARGEST = 2**24  # scores of a row that are held at once; beyond it nothing is tried

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contracts.conditions import ensure
-from spec.errors import CheckpointError, IntegrityError, UsageError
-from stack import tensorfile
-from stack.model.transformer import Transformer
-from stack.trace.maps import map_of
-from stack.trace.points import NameMap, Output, Place, sites
-from stack.trace.tap import tap
-from stack.trace.trace import logits_of
+from stackproof import tensorfile
+from stackproof.contracts.conditions import ensure
+from stackproof.model.transformer import Transformer
+from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
+from stackproof.trace.maps import map_of
+from stackproof.trace.points import NameMap, Output, Place, sites
+from stackproof.trace.tap import tap
+from stackproof.trace.trace import logits_of
 
 SCHEMA = "stackproof/lens/1"
 STREAM = ("embedding", "resid_out")  # slots that hold what later blocks add to

@@ -8,15 +8,32 @@ from typing import Any
 
 from torch import nn
 
-from spec.errors import UsageError
-from stack.config import Gelu, LearnedPositions, MixtureOfExperts, ModelConfig, SoftmaxAttention
-from stack.model import names
-from stack.model.foreign import Kind
-from stack.model.transformer import Transformer
-from stack.trace.points import Attention, Function, Input, NameMap, Output, Place, Routing, Silu
+from stackproof.config import (
+    Gelu,
+    LearnedPositions,
+    MixtureOfExperts,
+    ModelConfig,
+    SoftmaxAttention,
+)
+from stackproof.model import names
+from stackproof.model.foreign import Kind
+from stackproof.model.transformer import Transformer
+from stackproof.spec.errors import UsageError
+from stackproof.trace.points import (
+    Attention,
+    Function,
+    Input,
+    NameMap,
+    Output,
+    Place,
+    Routing,
+    Silu,
+)
 
-OUR_ATTENTION = Function("stack.kernels.dispatch", "attention")
-OUR_ROUTING = Routing("ffn", scores=2, chosen=0, weights=1, function=("stack.model.moe", "route"))
+OUR_ATTENTION = Function("stackproof.kernels.dispatch", "attention")
+OUR_ROUTING = Routing(
+    "ffn", scores=2, chosen=0, weights=1, function=("stackproof.model.moe", "route")
+)
 TORCH_ATTENTION = ("torch.nn.functional", "scaled_dot_product_attention")
 
 
@@ -54,7 +71,7 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
 
 
 def ours(cfg: ModelConfig) -> NameMap:
-    """The map of `stack.model.transformer.Transformer`."""
+    """The map of `stackproof.model.transformer.Transformer`."""
     places: dict[str, Place] = {"embedding": Input("layers.0")}
     layer: dict[str, Place] = {
         "attention_norm": Output("attention_norm"),
@@ -133,7 +150,7 @@ def _rows(place: Place) -> Place:
 
 def hugging_face(kind: Kind, model: Any) -> NameMap:
     """The map of a model that transformers has built, by the names that
-    `stack.model.names` holds for its kind.
+    `stackproof.model.names` holds for its kind.
 
     Attention is seen inside only where the model calls torch's own; its experts are one tensor,
     so none of them has points.

@@ -21,11 +21,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from spec.errors import UsageError
-from stack.trace.maps import map_of
-from stack.trace.points import Point, sites
-from stack.trace.tap import tap
-from stack.trace.whereabouts import Where, Whereabouts, whereabouts
+from stackproof.spec.errors import UsageError
+from stackproof.trace.maps import map_of
+from stackproof.trace.points import Point, sites
+from stackproof.trace.tap import tap
+from stackproof.trace.whereabouts import Where, Whereabouts, whereabouts
 
 EVENTS_MAX = 64  # told in one report
 SHOWN_MAX = 4  # tensors of a list that an operation takes or gives

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spec.errors import UsageError
-from stack.trace.lens import Names, divergence
-from stack.trace.maps import map_of
-from stack.trace.points import Point, sites
-from stack.trace.tap import tap
-from stack.trace.trace import run
+from stackproof.spec.errors import UsageError
+from stackproof.trace.lens import Names, divergence
+from stackproof.trace.maps import map_of
+from stackproof.trace.points import Point, sites
+from stackproof.trace.tap import tap
+from stackproof.trace.trace import run
 
 BRANCHES = ("attention_out", "ffn.out")  # what a block adds to the stream
 Edit = Callable[[Point, Tensor], Tensor]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import nn
 
-from spec.errors import UsageError
+from stackproof.spec.errors import UsageError
 
 # What makes the value at a point out of the points before it:
 # what is wrong when this point is the first that is.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from stack.trace.stats import Stat
-from stack.trace.trace import Trace
+from stackproof.trace.stats import Stat
+from stackproof.trace.trace import Trace
 
 # Replayed on the founding run (28 layers, 6 slots): the largest ratio to the layer before outside
 # the anomaly and what follows from it is 4.8 (ffn_norm of layer 1), the anomaly's 17.2; its robust

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stack.kernels import attention
-from stack.trace.room import Room
+from stackproof.kernels import attention
+from stackproof.trace.room import Room
 
 # scores that exist at once: half as many would fit a smaller cache,
 # and start twice as many operations
@@ -36,8 +36,8 @@ class Call:
 
 
 def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any]) -> Call:
-    """The call of `stack.kernels.dispatch.attention`, or of torch's scaled_dot_product_attention,
-    in common words.
+    """The call of `stackproof.kernels.dispatch.attention`, or of torch's
+    scaled_dot_product_attention, in common words.
     """
     offset = 0  # torch aligns its causal mask at the first key
     if name == "attention":

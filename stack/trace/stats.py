@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.trace.points import Point
-from stack.trace.room import Room, room_for
+from stackproof.spec.errors import UsageError
+from stackproof.trace.points import Point
+from stackproof.trace.room import Room, room_for
 
 SAMPLE = 4096  # values that quantiles are taken from
 QUANTILES = (0.001, 0.5, 0.999)

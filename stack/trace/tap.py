@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spec.errors import UsageError
-from stack.trace import scores
-from stack.trace.maps import map_of
-from stack.trace.points import (
+from stackproof.spec.errors import UsageError
+from stackproof.trace import scores
+from stackproof.trace.maps import map_of
+from stackproof.trace.points import (
     Attention,
     Function,
     Input,
@@ -32,7 +32,7 @@ from stack.trace.points import (
     Site,
     sites,
 )
-from stack.trace.room import Room, room_for
+from stackproof.trace.room import Room, room_for
 
 Handler = Callable[[Point, Tensor], Tensor | None]
 

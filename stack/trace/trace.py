@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spec.errors import UsageError
-from stack.trace.points import NameMap, Place, Point
-from stack.trace.stats import Gatherer, Stat
-from stack.trace.tap import tap
+from stackproof.spec.errors import UsageError
+from stackproof.trace.points import NameMap, Place, Point
+from stackproof.trace.stats import Gatherer, Stat
+from stackproof.trace.tap import tap
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spec.errors import UsageError
-from stack.kernels import attention, dispatch, reference
-from stack.model.compiled import building
-from stack.model.transformer import Transformer
-from stack.trace.maps import map_of
-from stack.trace.points import NameMap, Output
+from stackproof.kernels import attention, dispatch, reference
+from stackproof.model.compiled import building
+from stackproof.model.transformer import Transformer
+from stackproof.spec.errors import UsageError
+from stackproof.trace.maps import map_of
+from stackproof.trace.points import NameMap, Output
 
 PRECISIONS = {
     "float64": torch.float64,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from spec.errors import UsageError
-from stack.trace.points import Point
-from stack.trace.stats import Gatherer, Stat
+from stackproof.spec.errors import UsageError
+from stackproof.trace.points import Point
+from stackproof.trace.stats import Gatherer, Stat
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from spec import ROOT
+from stackproof.spec import ROOT
 
 Phase = Literal["forward", "backward", "update"]
 HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen", "<string>")

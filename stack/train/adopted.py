@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from spec.building import RecordBuilder, artefact, iso
-from spec.records import Record
-from stack.config import RunConfig
-from stack.data.tokenizer import Tokenizer
-from stack.evaluate.stopping import make_stop_rule
-from stack.evidence.exclusive import refuse_occupied
-from stack.train import checkpoint
-from stack.train import optimizer as opt
-from stack.train.randomness import seed_dropout
-from stack.train.rundir import RunDir
-from stack.train.state import TrainState
+from stackproof.config import RunConfig
+from stackproof.data.tokenizer import Tokenizer
+from stackproof.evaluate.stopping import make_stop_rule
+from stackproof.evidence.exclusive import refuse_occupied
+from stackproof.spec.building import RecordBuilder, artefact, iso
+from stackproof.spec.records import Record
+from stackproof.train import checkpoint
+from stackproof.train import optimizer as opt
+from stackproof.train.randomness import seed_dropout
+from stackproof.train.rundir import RunDir
+from stackproof.train.state import TrainState
 
 
 def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:

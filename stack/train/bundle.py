@@ -13,15 +13,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from contracts.events import Evaluated
-from contracts.gate import Verdict, limits_of
-from spec.canonical import canonical_json, sha256_file
-from spec.errors import StackproofError
-from stack.data.reader import Batch
-from stack.evidence import repro
-from stack.train.points import points_lines
-from stack.train.randomness import default_rng_state
-from stack.train.step import nonfinite_parts
+from stackproof.contracts.events import Evaluated
+from stackproof.contracts.gate import Verdict, limits_of
+from stackproof.data.reader import Batch
+from stackproof.evidence import repro
+from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.errors import StackproofError
+from stackproof.train.points import points_lines
+from stackproof.train.randomness import default_rng_state
+from stackproof.train.step import nonfinite_parts
 
 ROWS_BYTES_MAX = 256 * 2**20  # of rows that a run remembers, and so of those in a bundle
 CHECKPOINT_BYTES_MAX = 2**30  # of a state that is copied; of a larger one the place is named

@@ -9,16 +9,16 @@ import sys
 import time
 from pathlib import Path
 
-from spec.building import RecordBuilder, artefact
-from spec.canonical import sha256_file
-from spec.errors import ConfigError
-from spec.gates import load_spec
-from spec.provenance import environment
-from spec.records import Record
-from stack.config import RunConfig, load_config
-from stack.train import checkpoint
-from stack.train.randomness import stream_seed
-from stack.train.rundir import RunDir
+from stackproof.config import RunConfig, load_config
+from stackproof.spec.building import RecordBuilder, artefact
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import ConfigError
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
+from stackproof.spec.records import Record
+from stackproof.train import checkpoint
+from stackproof.train.randomness import stream_seed
+from stackproof.train.rundir import RunDir
 
 CLAIM = "Training killed at random moments and resumed each time ends in byte-identical weights."
 NOT_COVERED = (
@@ -68,7 +68,7 @@ def certify(
     command = [
         sys.executable,
         "-m",
-        "stack",
+        "stackproof",
         "train",
         base.recipe,
         *(f"--set={s}" for s in sets),
@@ -95,7 +95,7 @@ def _with_kills(
     """
     draw = random.Random(stream_seed(seed, "kills"))
     targets = sorted(draw.sample(range(steps // 4, steps - 1), kills))
-    resumed = [sys.executable, "-m", "stack", "train", "--resume", str(run_dir)]
+    resumed = [sys.executable, "-m", "stackproof", "train", "--resume", str(run_dir)]
     moments = []
     for target in targets:
         moments.append(_kill_at(command if not moments else resumed, run_dir, log, target, draw))

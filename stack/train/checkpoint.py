@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from contracts.conditions import ensure, require
-from spec.building import write_atomically
-from spec.canonical import canonical_json, parse_strict, sha256_bytes, sha256_file
-from spec.errors import CheckpointError, IntegrityError
-from stack import tensorfile
-from stack.config import ModelConfig, validate
-from stack.model.foreign import plain_name
-from stack.train import optimizer as opt
-from stack.train import stepfolder
-from stack.train.randomness import default_rng_state, set_default_rng_state
-from stack.train.state import TrainState
+from stackproof import tensorfile
+from stackproof.config import ModelConfig, validate
+from stackproof.contracts.conditions import ensure, require
+from stackproof.model.foreign import plain_name
+from stackproof.spec.building import write_atomically
+from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes, sha256_file
+from stackproof.spec.errors import CheckpointError, IntegrityError
+from stackproof.train import optimizer as opt
+from stackproof.train import stepfolder
+from stackproof.train.randomness import default_rng_state, set_default_rng_state
+from stackproof.train.state import TrainState
 
 SCHEMA, FORMER = "stackproof/checkpoint/3", "stackproof/checkpoint/2"
 FILES = ("model.safetensors", "state.safetensors", "state.json")

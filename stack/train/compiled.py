@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stack.config import RunConfig
-from stack.data.prepare import Dataset
-from stack.model.compiled import building
-from stack.train import step as steps
-from stack.train.state import TrainState, build_state
+from stackproof.config import RunConfig
+from stackproof.data.prepare import Dataset
+from stackproof.model.compiled import building
+from stackproof.train import step as steps
+from stackproof.train.state import TrainState, build_state
 
 # of float16: enough that gradients do not vanish, and far from an overflow,
 # which is no matter of the graph

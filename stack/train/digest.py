@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stack.model.foreign import plain_name
-from stack.train import checkpoint
-from stack.train.state import TrainState
+from stackproof.model.foreign import plain_name
+from stackproof.train import checkpoint
+from stackproof.train.state import TrainState
 
 
 def tensor_sha256(tensor: Tensor) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stack.config import RunConfig
-from stack.data.prepare import Dataset
-from stack.train import step as steps
-from stack.train.state import build_state
+from stackproof.config import RunConfig
+from stackproof.data.prepare import Dataset
+from stackproof.train import step as steps
+from stackproof.train.state import build_state
 
 ROWS, TOKENS = 1, 256  # of each micro-batch that are looked at
 

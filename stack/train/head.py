@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stack.config import RunConfig
-from stack.data.prepare import Dataset
-from stack.kernels import cross_entropy
-from stack.train import losses
-from stack.train import step as steps
-from stack.train.state import build_state
+from stackproof.config import RunConfig
+from stackproof.data.prepare import Dataset
+from stackproof.kernels import cross_entropy
+from stackproof.train import losses
+from stackproof.train import step as steps
+from stackproof.train.state import build_state
 
 CHUNK_ROWS = 8
 
@@ -46,7 +46,7 @@ def _small_chunks(vocab_size: int) -> Iterator[None]:
     borders. Nothing else of them changes.
     """
     knobs = [(cross_entropy, "HEAD_CHUNK_BYTES", 4 * vocab_size * CHUNK_ROWS)]
-    if (kernel := sys.modules.get("stack.kernels.linear_cross_entropy")) is not None:
+    if (kernel := sys.modules.get("stackproof.kernels.linear_cross_entropy")) is not None:
         knobs.append((kernel, "MIN_CHUNK", CHUNK_ROWS))
     former = [(owner, name, getattr(owner, name)) for owner, name, _ in knobs]
     try:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from contracts.gate import Verdict
-from spec.gates import Gate
-from spec.records import Record
+from stackproof.contracts.gate import Verdict
+from stackproof.spec.gates import Gate
+from stackproof.spec.records import Record
 
 
 class Listener:

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spec.errors import GateFailed
-from stack.evidence import repro
-from stack.trace.nonfinite import Report, watching
-from stack.train.replay import replaying, take_replayed_step
-from stack.train.run import Run
-from stack.train.step import nonfinite_parts
+from stackproof.evidence import repro
+from stackproof.spec.errors import GateFailed
+from stackproof.trace.nonfinite import Report, watching
+from stackproof.train.replay import replaying, take_replayed_step
+from stackproof.train.run import Run
+from stackproof.train.step import nonfinite_parts
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def locate(
 
     The model runs uncompiled, and on a CPU with torch's kernels: what a compiler or another kernel
     alone does is not seen. An overflow that the loss scale of float16 answers is none. Arguments
-    and errors otherwise as in `stack.train.replay.replaying`.
+    and errors otherwise as in `stackproof.train.replay.replaying`.
     """
     done: list[int] = []
     operations, seconds = 0, 0.0

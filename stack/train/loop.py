@@ -2,14 +2,14 @@
 
 import time
 
-from contracts.events import BatchDrawn
-from spec.errors import Stopped
-from stack.config import BanditCurriculum
-from stack.data.reader import Batch
-from stack.train import step as steps
-from stack.train.recompute import recomputed_step
-from stack.train.run import Run
-from stack.train.signals import STATUS_OF_SIGNAL, Requests, listening
+from stackproof.config import BanditCurriculum
+from stackproof.contracts.events import BatchDrawn
+from stackproof.data.reader import Batch
+from stackproof.spec.errors import Stopped
+from stackproof.train import step as steps
+from stackproof.train.recompute import recomputed_step
+from stackproof.train.run import Run
+from stackproof.train.signals import STATUS_OF_SIGNAL, Requests, listening
 
 
 def train_loop(run: Run) -> tuple[str, str]:

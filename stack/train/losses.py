@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from contracts.conditions import ensure, require
-from stack.kernels import dispatch
-from stack.model.reading import ExpertLoad
+from stackproof.contracts.conditions import ensure, require
+from stackproof.kernels import dispatch
+from stackproof.model.reading import ExpertLoad
 
 IGNORE_INDEX = -100
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from spec.formulas import parameter_count, perplexity
-from stack.evaluate.baselines import bigram_bits_per_byte, unigram_bits_per_byte
-from stack.train.run import Run
+from stackproof.evaluate.baselines import bigram_bits_per_byte, unigram_bits_per_byte
+from stackproof.spec.formulas import parameter_count, perplexity
+from stackproof.train.run import Run
 
 
 def state_metrics(run: Run, *, with_baselines: bool) -> None:

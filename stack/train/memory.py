@@ -5,10 +5,10 @@ F d_ff, D d_model, N and K heads, H head_dim.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spec.errors import EnvironmentUnfit
-from spec.formulas import parameter_count
-from stack.config import ModelConfig, RunConfig
-from stack.kernels import HEAD_CHUNK_BYTES
+from stackproof.config import ModelConfig, RunConfig
+from stackproof.kernels import HEAD_CHUNK_BYTES
+from stackproof.spec.errors import EnvironmentUnfit
+from stackproof.spec.formulas import parameter_count
 
 if TYPE_CHECKING:
     import torch

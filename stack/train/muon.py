@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.conditions import ensure, require
+from stackproof.contracts.conditions import ensure, require
 
 # a + b·s² + c·s⁴ times s, applied to each singular value: steep at zero,
 # and within 0.3 of one after five times.

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spec.formulas import flops_per_token
-from stack.config import RunConfig
-from stack.kernels import dispatch
-from stack.train import losses
-from stack.train.randomness import generator
+from stackproof.config import RunConfig
+from stackproof.kernels import dispatch
+from stackproof.spec.formulas import flops_per_token
+from stackproof.train import losses
+from stackproof.train.randomness import generator
 
 MAX_COUNTED_TOKENS = 128
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)

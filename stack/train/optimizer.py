@@ -11,9 +11,9 @@ from typing import Any, Literal, assert_never
 import torch
 from torch import Tensor, nn
 
-from contracts.conditions import ensure, require
-from stack.config import AdamW, Muon, Optim
-from stack.train import muon
+from stackproof.config import AdamW, Muon, Optim
+from stackproof.contracts.conditions import ensure, require
+from stackproof.train import muon
 
 
 @dataclass(frozen=True)

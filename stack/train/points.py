@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from stack.data.reader import Batch
-from stack.trace.stats import Gatherer
-from stack.trace.tap import tap
-from stack.train.state import TrainState
-from stack.train.step import on_device
+from stackproof.data.reader import Batch
+from stackproof.trace.stats import Gatherer
+from stackproof.trace.tap import tap
+from stackproof.train.state import TrainState
+from stackproof.train.step import on_device
 
 SHARE_MAX = 0.02  # of a run's time that recording is meant to take
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spec.building import artefact, write_atomically
-from spec.canonical import canonical_json, sha256_file
-from spec.errors import ConfigError
-from spec.records import Artefact, Override
-from stack.config import RunConfig, validate
-from stack.data import curriculum
-from stack.data.order import Order, Source
-from stack.data.prepare import Dataset
-from stack.train import checkpoint
-from stack.train.rundir import RunDir
+from stackproof.config import RunConfig, validate
+from stackproof.data import curriculum
+from stackproof.data.order import Order, Source
+from stackproof.data.prepare import Dataset
+from stackproof.spec.building import artefact, write_atomically
+from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.errors import ConfigError
+from stackproof.spec.records import Artefact, Override
+from stackproof.train import checkpoint
+from stackproof.train.rundir import RunDir
 
 POLISHABLE_KEYS = ("curriculum", "train.log_every", "checkpoint.keep", "gates.waive")
 SHARES = ("weight", "cap", "floor")

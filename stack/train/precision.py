@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from spec.errors import EnvironmentUnfit
+from stackproof.spec.errors import EnvironmentUnfit
 
 SIZE, ROUNDS = 384, 5
 # a processor with units reaches 1 to 4 times the float32 rate, one without them 0.04 to 0.1

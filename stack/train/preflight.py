@@ -13,30 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.keeper import Gatekeeper
-from spec.errors import DataError
-from spec.formulas import parameter_count
-from stack.config import AuxiliaryLoss, Optim, RunConfig
-from stack.data.ingredients import data_ingredients
-from stack.data.prepare import Dataset
-from stack.data.reader import Batch, eval_batches
-from stack.evaluate.ingredients import model_ingredients
-from stack.evaluate.stopping import batches_needed
-from stack.kernels import dispatch
-from stack.model import moe
-from stack.model.build import build_model
-from stack.model.reading import Report
-from stack.train import checkpoint, losses, operations
-from stack.train import optimizer as opt
-from stack.train import step as steps
-from stack.train.compiled import compiled_ingredients
-from stack.train.digest import digest, live_sha256
-from stack.train.dropout import branch_draws
-from stack.train.head import head_ingredients, loss_scale_ingredients
-from stack.train.randomness import generator, stream_seed
-from stack.train.reporting import applied_steps, begun, computed_dtypes, own_step, reported_steps
-from stack.train.shadow import shadow_ingredients
-from stack.train.state import TrainState, build_state
+from stackproof.config import AuxiliaryLoss, Optim, RunConfig
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.ingredients import data_ingredients
+from stackproof.data.prepare import Dataset
+from stackproof.data.reader import Batch, eval_batches
+from stackproof.evaluate.ingredients import model_ingredients
+from stackproof.evaluate.stopping import batches_needed
+from stackproof.kernels import dispatch
+from stackproof.model import moe
+from stackproof.model.build import build_model
+from stackproof.model.reading import Report
+from stackproof.spec.errors import DataError
+from stackproof.spec.formulas import parameter_count
+from stackproof.train import checkpoint, losses, operations
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
+from stackproof.train.compiled import compiled_ingredients
+from stackproof.train.digest import digest, live_sha256
+from stackproof.train.dropout import branch_draws
+from stackproof.train.head import head_ingredients, loss_scale_ingredients
+from stackproof.train.randomness import generator, stream_seed
+from stackproof.train.reporting import (
+    applied_steps,
+    begun,
+    computed_dtypes,
+    own_step,
+    reported_steps,
+)
+from stackproof.train.shadow import shadow_ingredients
+from stackproof.train.state import TrainState, build_state
 
 PROBE_WINDOWS = 24
 

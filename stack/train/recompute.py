@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from stack.data.reader import Batch
-from stack.train import optimizer as opt
-from stack.train import step as steps
-from stack.train.digest import gradient_crc32
-from stack.train.state import TrainState
+from stackproof.data.reader import Batch
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
+from stackproof.train.digest import gradient_crc32
+from stackproof.train.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,25 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from contracts.events import Evaluated, HeldOutRows, Resumed, Sampled, Started
-from contracts.gate import Verdict
-from contracts.keeper import Gatekeeper
-from contracts.points import Traced
-from spec.canonical import to_jsonable
-from spec.errors import DataError, GateFailed, IntegrityError
-from spec.gates import load_spec
-from stack.config import RunConfig, validate
-from stack.data.reader import Batch
-from stack.data.tokenizer import load_tokenizer
-from stack.evidence import repro
-from stack.train import checkpoint, loop
-from stack.train.listener import Listener
-from stack.train.randomness import default_rng_state
-from stack.train.run import Run
-from stack.train.rundir import RunDir
-from stack.train.session import resolve_device
-from stack.train.state import TrainState, state_around
-from stack.train.writing import InLine
+from stackproof.config import RunConfig, validate
+from stackproof.contracts.events import Evaluated, HeldOutRows, Resumed, Sampled, Started
+from stackproof.contracts.gate import Verdict
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.points import Traced
+from stackproof.data.reader import Batch
+from stackproof.data.tokenizer import load_tokenizer
+from stackproof.evidence import repro
+from stackproof.spec.canonical import to_jsonable
+from stackproof.spec.errors import DataError, GateFailed, IntegrityError
+from stackproof.spec.gates import load_spec
+from stackproof.train import checkpoint, loop
+from stackproof.train.listener import Listener
+from stackproof.train.randomness import default_rng_state
+from stackproof.train.run import Run
+from stackproof.train.rundir import RunDir
+from stackproof.train.session import resolve_device
+from stackproof.train.state import TrainState, state_around
+from stackproof.train.writing import InLine
 
 
 class Recorded:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contracts.optim import Applied, Move
-from stack.config import Muon, RunConfig
-from stack.data.prepare import Dataset
-from stack.evaluate.ingredients import talkative
-from stack.train import losses
-from stack.train import step as steps
-from stack.train.digest import live_sha256, tensor_sha256
-from stack.train.state import TrainState, build_state
+from stackproof.config import Muon, RunConfig
+from stackproof.contracts.optim import Applied, Move
+from stackproof.data.prepare import Dataset
+from stackproof.evaluate.ingredients import talkative
+from stackproof.train import losses
+from stackproof.train import step as steps
+from stackproof.train.digest import live_sha256, tensor_sha256
+from stackproof.train.state import TrainState, build_state
 
 LOW_NORM, FIRST_DRAWS = 1e-2, 8
 # entries looked at: of a tensor one by one, and of matrices as a whole together

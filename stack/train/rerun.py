@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from spec.errors import IntegrityError
-from spec.records import Record
-from stack.config import validate
-from stack.train import session
-from stack.train.listener import Listener
+from stackproof.config import validate
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.records import Record
+from stackproof.train import session
+from stackproof.train.listener import Listener
 
 
 def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contracts.coherence import coherence
-from contracts.data import Learned
-from contracts.events import (
+from stackproof.config import MixtureOfExperts, ModelConfig, RunConfig
+from stackproof.contracts.coherence import coherence
+from stackproof.contracts.data import Learned
+from stackproof.contracts.events import (
     Evaluated,
     HeldOutRows,
     Looked,
@@ -26,32 +27,31 @@ from contracts.events import (
     Saved,
     StepTaken,
 )
-from contracts.gate import Verdict
-from contracts.keeper import Gatekeeper
-from contracts.points import Traced
-from contracts.witness import ModeSeen
-from spec.building import RecordBuilder
-from spec.canonical import sha256_json
-from spec.records import Artefact
-from stack.config import MixtureOfExperts, ModelConfig, RunConfig
-from stack.data.ingredients import found_in, passages_found
-from stack.data.prepare import Dataset
-from stack.data.reader import Batch, batch_hash
-from stack.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
-from stack.evaluate.recitation import matched, passages
-from stack.evaluate.sampling import generate
-from stack.train import checkpoint
-from stack.train.bundle import Recent, write_bundle
-from stack.train.digest import gradient_crc32, live_crc32, trained_parts
-from stack.train.listener import Listener
-from stack.train.optimizer import peak_lrs
-from stack.train.points import SHARE_MAX, points_lines, sparse_enough
-from stack.train.randomness import generator
-from stack.train.recompute import Computed
-from stack.train.rundir import RunDir
-from stack.train.state import TrainState
-from stack.train.step import StepReport
-from stack.train.writing import Behind, InLine
+from stackproof.contracts.gate import Verdict
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.points import Traced
+from stackproof.contracts.witness import ModeSeen
+from stackproof.data.ingredients import found_in, passages_found
+from stackproof.data.prepare import Dataset
+from stackproof.data.reader import Batch, batch_hash
+from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches, evaluating, token_nats
+from stackproof.evaluate.recitation import matched, passages
+from stackproof.evaluate.sampling import generate
+from stackproof.spec.building import RecordBuilder
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.records import Artefact
+from stackproof.train import checkpoint
+from stackproof.train.bundle import Recent, write_bundle
+from stackproof.train.digest import gradient_crc32, live_crc32, trained_parts
+from stackproof.train.listener import Listener
+from stackproof.train.optimizer import peak_lrs
+from stackproof.train.points import SHARE_MAX, points_lines, sparse_enough
+from stackproof.train.randomness import generator
+from stackproof.train.recompute import Computed
+from stackproof.train.rundir import RunDir
+from stackproof.train.state import TrainState
+from stackproof.train.step import StepReport
+from stackproof.train.writing import Behind, InLine
 
 SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
 # of the training split, in which a suspicious sample is looked for

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spec.building import write_atomically
-from spec.canonical import canonical_json, parse_strict
-from spec.errors import CheckpointError, IntegrityError, UsageError
+from stackproof.spec.building import write_atomically
+from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
 
 SERIES = (
     "metrics.jsonl",

@@ -5,8 +5,8 @@ save or forget.
 import math
 from typing import assert_never
 
-from contracts.conditions import ensure, require
-from stack.config import Cosine, Schedule, Wsd
+from stackproof.config import Cosine, Schedule, Wsd
+from stackproof.contracts.conditions import ensure, require
 
 
 @require(lambda step: step >= 1, "steps count from 1")

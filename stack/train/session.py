@@ -11,10 +11,15 @@ from pathlib import Path
 
 import torch
 
-from contracts.events import Finished, Resumed, Started
-from contracts.keeper import Gatekeeper
-from spec.building import RecordBuilder, artefact, iso, utc_now
-from spec.errors import (
+from stackproof.config import BanditCurriculum, RunConfig, validate
+from stackproof.contracts.events import Finished, Resumed, Started
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.prepare import prepare
+from stackproof.data.reader import eval_batches, probe_batches
+from stackproof.evidence.exclusive import alone
+from stackproof.kernels import dispatch
+from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now
+from stackproof.spec.errors import (
     ConfigError,
     DataError,
     EnvironmentUnfit,
@@ -23,28 +28,23 @@ from spec.errors import (
     Stopped,
     StreamExhausted,
 )
-from spec.formulas import parameter_count
-from spec.gates import load_spec
-from spec.provenance import environment
-from spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
-from stack.config import BanditCurriculum, RunConfig, validate
-from stack.data.prepare import prepare
-from stack.data.reader import eval_batches, probe_batches
-from stack.evidence.exclusive import alone
-from stack.kernels import dispatch
-from stack.train import checkpoint, operations, polish
-from stack.train.allocator import keep_heap, lay_in_huge_pages
-from stack.train.listener import Listener
-from stack.train.loop import train_loop
-from stack.train.measures import state_metrics
-from stack.train.memory import require_room
-from stack.train.precision import refuse_emulated
-from stack.train.preflight import preflight, probe_peak_flops
-from stack.train.run import Run
-from stack.train.rundir import SERIES, RunDir
-from stack.train.state import AUTOCAST, build_state
-from stack.train.step import nonfinite_parts
-from stack.train.writing import make_writer
+from stackproof.spec.formulas import parameter_count
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
+from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
+from stackproof.train import checkpoint, operations, polish
+from stackproof.train.allocator import keep_heap, lay_in_huge_pages
+from stackproof.train.listener import Listener
+from stackproof.train.loop import train_loop
+from stackproof.train.measures import state_metrics
+from stackproof.train.memory import require_room
+from stackproof.train.precision import refuse_emulated
+from stackproof.train.preflight import preflight, probe_peak_flops
+from stackproof.train.run import Run
+from stackproof.train.rundir import SERIES, RunDir
+from stackproof.train.state import AUTOCAST, build_state
+from stackproof.train.step import nonfinite_parts
+from stackproof.train.writing import make_writer
 
 CLAIM = (
     "This configuration, on this data and code, gives these losses, weights and samples, with "

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stack.config import RunConfig
-from stack.model import moe
-from stack.model.variants import make_norm
-from stack.train import losses
-from stack.train.state import AUTOCAST, declared_autocast
+from stackproof.config import RunConfig
+from stackproof.model import moe
+from stackproof.model.variants import make_norm
+from stackproof.train import losses
+from stackproof.train.state import AUTOCAST, declared_autocast
 
 
 def shadow_ingredients(cfg: RunConfig, device: torch.device) -> dict[str, Any]:

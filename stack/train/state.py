@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from stack.config import RunConfig
-from stack.data import curriculum
-from stack.data.prepare import Dataset
-from stack.data.reader import Reader
-from stack.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
-from stack.model.build import build_model
-from stack.model.compiled import compile_features
-from stack.train import optimizer as opt
-from stack.train.randomness import seed_dropout, stream_seed
+from stackproof.config import RunConfig
+from stackproof.data import curriculum
+from stackproof.data.prepare import Dataset
+from stackproof.data.reader import Reader
+from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
+from stackproof.model.build import build_model
+from stackproof.model.compiled import compile_features
+from stackproof.train import optimizer as opt
+from stackproof.train.randomness import seed_dropout, stream_seed
 
 EMA_DECAY = 0.98
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

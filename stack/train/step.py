@@ -8,14 +8,14 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from contracts.conditions import require
-from spec.errors import DataError
-from stack.data.reader import Batch
-from stack.model import moe
-from stack.train import losses
-from stack.train import optimizer as opt
-from stack.train.schedule import lr_at
-from stack.train.state import TrainState
+from stackproof.contracts.conditions import require
+from stackproof.data.reader import Batch
+from stackproof.model import moe
+from stackproof.spec.errors import DataError
+from stackproof.train import losses
+from stackproof.train import optimizer as opt
+from stackproof.train.schedule import lr_at
+from stackproof.train.state import TrainState
 
 MAX_OVERFLOW_RETRIES = 24
 

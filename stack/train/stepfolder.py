@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spec.canonical import canonical_json, sha256_bytes
-from spec.errors import CheckpointError
-from stack import tensorfile
+from stackproof import tensorfile
+from stackproof.spec.canonical import canonical_json, sha256_bytes
+from stackproof.spec.errors import CheckpointError
 
 
 @dataclass(frozen=True)

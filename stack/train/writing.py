@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from stack.config import CheckpointConfig
+from stackproof.config import CheckpointConfig
 
 
 class InLine:

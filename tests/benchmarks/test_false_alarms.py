@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import false_alarms
 import pytest
 
-from spec.records import read_record
-from stack.config import load_config
-from stack.recipes import recipe
+from stackproof.config import load_config
+from stackproof.recipes import recipe
+from stackproof.spec.records import read_record
 
 
 def test_the_bound_is_that_of_clopper_and_pearson():

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from shapes import SHAPES, Shape, words_of, write_corpus
 from torch import nn
 
-from spec.formulas import flops_per_token
-from stack.config import load_config
-from stack.data.tokenizer import load_tokenizer
-from stack.model.build import build_model
-from stack.recipes import recipe
+from stackproof.config import load_config
+from stackproof.data.tokenizer import load_tokenizer
+from stackproof.model.build import build_model
+from stackproof.recipes import recipe
+from stackproof.spec.formulas import flops_per_token
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -18,7 +18,7 @@ from side_by_side import (
     why_not,
 )
 
-from spec.records import read_record
+from stackproof.spec.records import read_record
 
 
 def test_a_ratio_is_taken_within_each_round():

@@ -34,7 +34,7 @@ def in_process(tmp_path, monkeypatch, capsys):
     """Runs a command in this process, in an empty folder: exit code,
     and the JSON document it prints.
     """
-    from stack.cli import main, output
+    from stackproof.cli import main, output
 
     monkeypatch.chdir(tmp_path)
 

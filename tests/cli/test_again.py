@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from stack.cli.again import REL_TOLERANCE, _apart
+from stackproof.cli.again import REL_TOLERANCE, _apart
 
 
 def line(**figures):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stack.cli import main, output
+from stackproof.cli import main, output
 from tests.cli.conftest import Done, Stack, tiny
 
 HEAD = 'name = "mine"\ntemplate = "{prompt}"\nstop = []\nmax_new_tokens = 12\n'

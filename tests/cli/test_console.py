@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from contracts.gate import passed
-from stack.cli import console
+from stackproof.cli import console
+from stackproof.contracts.gate import passed
 
 
 def test_a_long_preflight_says_where_it_is_and_a_short_one_says_nothing(monkeypatch, capsys):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from stack.museum.collection import museum_texts
+from stackproof.museum.collection import museum_texts
 from tests.cli.conftest import Stack
 from tests.cli.test_train_errors import assert_standard
 from tests.processes import NO_PREFLIGHT, Command

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from spec.records import read_record
-from stack.cli import main
-from stack.data.tokenizer import Bytes, train_bpe
-from stack.export import parity, vocabulary
-from stack.model import names
-from stack.model.build import n_parameters
+from stackproof.cli import main
+from stackproof.data.tokenizer import Bytes, train_bpe
+from stackproof.export import parity, vocabulary
+from stackproof.model import names
+from stackproof.model.build import n_parameters
+from stackproof.spec.records import read_record
 from tests.export import models
 
 
@@ -23,7 +23,7 @@ def stack(in_process):
 @pytest.fixture
 def run_dir(stack, tmp_path):
     """A run directory, made by importing a random model of ours with a byte tokenizer."""
-    from stack.export import huggingface
+    from stackproof.export import huggingface
 
     source, kind, model = tmp_path / "source", names.KINDS[0], models.ours("plain", 257)
     source.mkdir()
@@ -104,9 +104,9 @@ def test_an_imported_model_is_trained_on_with_its_own_tokenizer(
     """
     import torch
 
-    from stack.config import load_config
-    from stack.train import checkpoint, session
-    from stack.train.listener import Listener
+    from stackproof.config import load_config
+    from stackproof.train import checkpoint, session
+    from stackproof.train.listener import Listener
 
     sets = (
         "train.max_steps=2 train.tokens_per_step=160 train.micro_batch_size=2 "
@@ -160,7 +160,7 @@ def test_names_that_transformers_cannot_read_are_compared_under_plain_ones(
 ):
     import torch
 
-    from stack import tensorfile
+    from stackproof import tensorfile
 
     path = tmp_path / "source" / "model.safetensors"
     tensors = {
@@ -183,8 +183,8 @@ def test_weights_misread_at_import_are_seen_under_any_names(
     """
     import torch
 
-    from stack import tensorfile
-    from stack.export import reading
+    from stackproof import tensorfile
+    from stackproof.export import reading
 
     path = tmp_path / "source" / "model.safetensors"
     tensorfile.write(

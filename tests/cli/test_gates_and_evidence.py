@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from spec.errors import EXIT_CODES
+from stackproof.spec.errors import EXIT_CODES
 from tests.cli.conftest import Stack, tiny
 from tests.processes import ROOT
 
@@ -47,8 +47,8 @@ def test_runners_are_listed_with_the_gates_they_feed(stack):
     )
     assert "export.complete" in rows["export"]["gates"] and rows["data"]["gates"] == []
     code = (
-        "import sys\nfrom spec import runners\nfrom stack.cli import main\noriginal = "
-        "runners.load_runners\n"
+        "import sys\nfrom stackproof.spec import runners\nfrom stackproof.cli import main\n"
+        "original = runners.load_runners\n"
         "def mute(root):\n    found = original(root)\n    fewer = tuple(e for e in "
         "found['train'].announces if e != 'Sampled')\n"
         "    return found | {'train': found['train'].model_copy(update={'announces': fewer})}\n"
@@ -104,8 +104,9 @@ def test_prove_one_gate_writes_a_record_of_its_kills(trained):
 def test_a_surviving_plant_is_reported_and_exits_4(trained):
     """A gate that looks away: its plant survives, and prove says so instead of passing."""
     code = (
-        "import sys\nfrom contracts import kernel\nfrom contracts.gate import passed\n"
-        "from stack.cli import main\n"
+        "import sys\nfrom stackproof.contracts import kernel\nfrom stackproof.contracts.gate "
+        "import passed\n"
+        "from stackproof.cli import main\n"
         "def blind(limits): return passed()\nblind.gate_id = 'kernel.head-borders'\n"
         "kernel.head_borders = blind\nmain(sys.argv[1:])"
     )
@@ -226,7 +227,7 @@ def test_light_install_needs_no_torch():
         "import sys\n"
         "for name in ('torch', 'numpy', 'safetensors', 'tokenizers', 'hypothesis', 'pytest'): "
         "sys.modules[name] = None\n"
-        "from stack.cli import main\n"
+        "from stackproof.cli import main\n"
         "main(sys.argv[1:])"
     )
     for arguments in (

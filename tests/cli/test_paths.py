@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stack.cli.surface import surface
+from stackproof.cli.surface import surface
 
 FOLDERS = (
     "evaluate PATH",

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from stack.evidence.exclusive import alone
+from stackproof.evidence.exclusive import alone
 from tests.cli.conftest import Stack, tiny
 from tests.cli.test_train_errors import assert_standard
 from tests.processes import NO_PREFLIGHT

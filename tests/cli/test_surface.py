@@ -7,21 +7,21 @@ import sys
 
 import pytest
 
-from spec import SPEC_DIR
-from stack.cli import main
-from stack.cli.surface import surface
+from stackproof.cli import main
+from stackproof.cli.surface import surface
+from stackproof.spec import SPEC_DIR
 from tests.processes import ROOT
 
 
 def test_cli_matches_the_spec():
     assert surface() == json.loads((SPEC_DIR / "cli.json").read_text()), (
-        "python -m stack.cli.surface > spec/cli.json"
+        "python -m stackproof.cli.surface > spec/cli.json"
     )
 
 
 def test_every_verb_answers_help_without_torch():
     code = (
-        "import sys\nfrom stack.cli.surface import surface\nimport typer, stack.cli\n"
+        "import sys\nfrom stackproof.cli.surface import surface\nimport typer, stackproof.cli\n"
         "assert surface()['verbs']\nassert 'torch' not in sys.modules and 'numpy' not in "
         "sys.modules"
     )
@@ -32,7 +32,7 @@ def test_every_verb_answers_help_without_torch():
 def test_help_of_each_verb(verb):
     from typer.testing import CliRunner
 
-    from stack.cli import app
+    from stackproof.cli import app
 
     result = CliRunner().invoke(app, [*verb.split(), "--help"])
     assert result.exit_code == 0 and "Usage" in result.output
@@ -56,7 +56,7 @@ def test_help_is_quick():
     """The promise is half a second; counted in processor time (measured 0.2 to 0.3 s), because
     others share the machine.
     """
-    assert min(_processor_s([sys.executable, "-m", "stack", "--help"]) for _ in range(3)) < 0.5
+    assert min(_processor_s([sys.executable, "-m", "stackproof", "--help"]) for _ in range(3)) < 0.5
 
 
 def _processor_s(command):

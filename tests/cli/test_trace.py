@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from spec.records import read_record
-from stack.cli import again, main, output
-from stack.data.tokenizer import Bytes
-from stack.export import huggingface, parity
-from stack.model import names
-from stack.museum.plant import load_museum, swap
-from stack.trace import ways
+from stackproof.cli import again, main, output
+from stackproof.data.tokenizer import Bytes
+from stackproof.export import huggingface, parity
+from stackproof.model import names
+from stackproof.museum.plant import load_museum, swap
+from stackproof.spec.records import read_record
+from stackproof.trace import ways
 from tests.export import models
 
 
@@ -286,7 +286,7 @@ def test_a_run_against_its_export_agrees_and_a_broken_one_is_named(
 def test_gradients_are_compared_and_a_wrong_derivative_is_named(
     stack, run_dir, tmp_path, monkeypatch
 ):
-    from stack.kernels import dispatch
+    from stackproof.kernels import dispatch
 
     code, document = stack(
         "trace", run_dir, "--against", "self@float64", "--backward", "--run-dir", "right", *SHORT
@@ -395,7 +395,7 @@ def test_a_cure_is_tried(stack, run_dir, said):
 
 def test_a_command_decides(stack, run_dir, broken, tmp_path):
     """The check reads the file with another library's eyes: it knows only the logits it wants."""
-    from stack.cli.models import open_model
+    from stackproof.cli.models import open_model
 
     ids = [int(i) for i in SHORT[1].split(",")]
     with torch.no_grad():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stack.export import parity
+from stackproof.export import parity
 from tests.export.models import stirred
 
 gguf = pytest.importorskip("gguf")

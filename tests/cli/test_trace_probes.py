@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spec.errors import GateFailed, IntegrityError
-from spec.records import read_record
-from stack.cli import main, output
-from stack.cli.models import open_model
-from stack.config import NeverStop
-from stack.museum.collection import museum_config
-from stack.train import session
-from stack.train import step as steps
-from stack.train.listener import Listener
+from stackproof.cli import main, output
+from stackproof.cli.models import open_model
+from stackproof.config import NeverStop
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import GateFailed, IntegrityError
+from stackproof.spec.records import read_record
+from stackproof.train import session
+from stackproof.train import step as steps
+from stackproof.train.listener import Listener
 from tests.cli.conftest import Done, Stack, tiny
 from tests.trace.test_patching import Nothing
 from tools.site_pages.probes import probes
@@ -142,7 +142,7 @@ def test_a_run_that_ended_in_a_nan_is_explained_by_one_command(
 
 
 def test_of_several_bundles_the_one_of_what_is_not_finite_is_taken_else_the_latest(tmp_path):
-    from stack.cli.nonfinite import newest_bundle
+    from stackproof.cli.nonfinite import newest_bundle
 
     assert newest_bundle(tmp_path) is None
     for name in ("runtime.loss-spike-step-90", "sampling.coherence-step-200"):
@@ -374,9 +374,9 @@ def test_the_history_of_a_runs_points_is_on_its_page(stack, text_file):
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """A folder of Hugging Face with a tokenizer, random weights."""
-    from stack.data.tokenizer import Bytes
-    from stack.export import huggingface
-    from stack.model import names
+    from stackproof.data.tokenizer import Bytes
+    from stackproof.export import huggingface
+    from stackproof.model import names
     from tests.export import models
 
     pytest.importorskip("transformers")
@@ -392,7 +392,7 @@ def test_a_folder_of_hugging_face_is_probed_as_its_own_model(theirs, stack):
     no corpus and no sampling, and both said.
     """
     folder, model = theirs
-    from stack.trace.patching import ablate, targets
+    from stackproof.trace.patching import ablate, targets
 
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
     expected = ablate(model, ids, targets(model, ["layers.*.ffn.out"], 6))

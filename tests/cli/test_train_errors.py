@@ -119,8 +119,8 @@ def test_pickle_offered_as_checkpoint(run):
 
 
 def test_another_tokenizer_at_evaluation(run, text_file):
-    from stack.config import BpeTokenizer
-    from stack.data.tokenizer import make_tokenizer
+    from stackproof.config import BpeTokenizer
+    from stackproof.data.tokenizer import make_tokenizer
 
     other = make_tokenizer(
         BpeTokenizer(vocab_size=384), ["entirely other words make entirely other merges " * 50] * 40
@@ -142,7 +142,7 @@ def test_truncated_shard(stack, text_file, tmp_path):
 
 FULL = """
 import resource, signal, sys
-from stack.train.run import Run
+from stackproof.train.run import Run
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 when, n_bytes = sys.argv[1], int(sys.argv[2])
@@ -197,7 +197,8 @@ def test_nan_planted_at_step_seven(tmp_path, text_file, cli_cache):
     the checkpoint of before is good.
     """
     code = (
-        "import sys; from stack.museum.plant import load_museum; from stack.cli import main\n"
+        "import sys; from stackproof.museum.plant import load_museum; from stackproof.cli import "
+        "main\n"
         "with load_museum()['runtime.nan-in-a-weight'].apply(): main(sys.argv[1:])"
     )
     stack = Stack(tmp_path, cli_cache)
@@ -227,7 +228,7 @@ def test_contract_levels(stack, text_file, level, code):
     command = [
         sys.executable,
         "-m",
-        "stack",
+        "stackproof",
         "train",
         *tiny(text_file, train__max_steps="9"),
         "--run-dir",

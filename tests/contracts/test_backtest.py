@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from contracts.backtest import REPLAYABLE, replay
-from spec.errors import ConfigError, DataError
+from stackproof.contracts.backtest import REPLAYABLE, replay
+from stackproof.spec.errors import ConfigError, DataError
 
 COLLAPSED = [
     "region " * 8,

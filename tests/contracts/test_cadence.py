@@ -4,20 +4,28 @@ import json
 
 import pytest
 
-from contracts.events import BatchDrawn, Evaluated, Finished, Recomputed, Sampled, Saved, Started
-from contracts.gate import limits_of
-from contracts.keeper import Gatekeeper
-from contracts.runtime import Cadence
-from spec import runners
-from spec.errors import ConfigError, GateFailed
-from spec.records import GateResult
-from stack.config import NeverStop
-from stack.museum.collection import museum_config
-from stack.museum.plant import load_museum
-from stack.recipes import RECIPES
-from stack.recipes.depth import depth
-from stack.train import session
-from stack.train.listener import Listener
+from stackproof.config import NeverStop
+from stackproof.contracts.events import (
+    BatchDrawn,
+    Evaluated,
+    Finished,
+    Recomputed,
+    Sampled,
+    Saved,
+    Started,
+)
+from stackproof.contracts.gate import limits_of
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.runtime import Cadence
+from stackproof.museum.collection import museum_config
+from stackproof.museum.plant import load_museum
+from stackproof.recipes import RECIPES
+from stackproof.recipes.depth import depth
+from stackproof.spec import runners
+from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.records import GateResult
+from stackproof.train import session
+from stackproof.train.listener import Listener
 from tests.contracts.test_optim import step_taken
 
 GATE = "runtime.cadence"
@@ -216,7 +224,8 @@ def test_a_runner_that_cannot_feed_a_gate_does_not_start(spec, monkeypatch):
             update={"announces": tuple(e for e in known["train"].announces if e != event)}
         )
         monkeypatch.setattr(
-            "contracts.keeper.load_runners", lambda root, mute=mute: known | {"train": mute}
+            "stackproof.contracts.keeper.load_runners",
+            lambda root, mute=mute: known | {"train": mute},
         )
         for only in (None, (gate,)):
             with pytest.raises(GateFailed, match=f"announces no {event}") as caught:
@@ -246,7 +255,7 @@ def test_a_gate_that_never_looked_can_neither_pass_nor_fail():
 def test_a_monitor_that_falls_silent_in_the_middle_is_seen_although_it_has_a_heartbeat(
     cfg, tmp_path, monkeypatch
 ):
-    from stack.train.run import Run
+    from stackproof.train.run import Run
 
     original = Run.sample
     monkeypatch.setattr(Run, "sample", lambda self: original(self) if self.state.step < 6 else None)

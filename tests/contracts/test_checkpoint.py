@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from contracts.gate import call_check
-from stack.museum.plant import load_museum
-from stack.train.digest import live_crc32
-from stack.train.preflight import micro
-from stack.train.state import build_state
+from stackproof.contracts.gate import call_check
+from stackproof.museum.plant import load_museum
+from stackproof.train.digest import live_crc32
+from stackproof.train.preflight import micro
+from stackproof.train.state import build_state
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def test_digest_holds_every_number_of_every_group(small_cfg, dataset):
     """Learning rate, peak, decay and what else a rule has: what a resume could put back wrongly."""
     import torch
 
-    from stack.train.digest import digest
-    from stack.train.preflight import shrunk
-    from stack.train.state import build_state
+    from stackproof.train.digest import digest
+    from stackproof.train.preflight import shrunk
+    from stackproof.train.state import build_state
 
     state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
     before = digest(state)

@@ -8,12 +8,19 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from contracts.coherence import PARTS, CoherenceWatch, Dominance, Loops, coherence, looping_end
-from contracts.events import Sampled, Started
-from contracts.gate import limits_of
-from contracts.keeper import GateFailed, Gatekeeper
-from stack.museum.plant import load_museum
-from stack.train import run
+from stackproof.contracts.coherence import (
+    PARTS,
+    CoherenceWatch,
+    Dominance,
+    Loops,
+    coherence,
+    looping_end,
+)
+from stackproof.contracts.events import Sampled, Started
+from stackproof.contracts.gate import limits_of
+from stackproof.contracts.keeper import GateFailed, Gatekeeper
+from stackproof.museum.plant import load_museum
+from stackproof.train import run
 from tests.contracts.test_optim import step_taken
 
 # the founding note ANDREA-120M and the founding note tinygpt validation: text,

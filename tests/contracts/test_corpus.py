@@ -6,9 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from contracts.corpus import GOOD, PLANTED, SENTENCES
-from contracts.gate import call_check
-from stack.config import (
+from stackproof.config import (
     BestFit,
     ByteTokenizer,
     Concatenated,
@@ -18,11 +16,13 @@ from stack.config import (
     HashSplit,
     TailSplit,
 )
-from stack.data import filters
-from stack.data.ingredients import data_ingredients, sampled_documents
-from stack.data.prepare import prepare
-from stack.museum.collection import QUESTIONS
-from stack.museum.plant import PLANTS, load_museum, swap, touches
+from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES
+from stackproof.contracts.gate import call_check
+from stackproof.data import filters
+from stackproof.data.ingredients import data_ingredients, sampled_documents
+from stackproof.data.prepare import prepare
+from stackproof.museum.collection import QUESTIONS
+from stackproof.museum.plant import PLANTS, load_museum, swap, touches
 
 GATES = ["corpus.filters", "corpus.no-repeats", "corpus.decontamination", "corpus.packing"]
 UNFIT = "region " * 60

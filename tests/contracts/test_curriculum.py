@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from contracts.curriculum import Draws, GradientShock
-from contracts.events import BatchDrawn, Started, StepTaken
-from contracts.gate import call_check, limits_of
-from stack.config import BanditCurriculum, StaticCurriculum
-from stack.data.curriculum import make_order
-from stack.data.ingredients import data_ingredients
-from stack.data.order import Source, StaticMixture
-from stack.museum.plant import PLANTS, load_museum, touches
-from stack.train import step as steps
-from stack.train.state import build_state
+from stackproof.config import BanditCurriculum, StaticCurriculum
+from stackproof.contracts.curriculum import Draws, GradientShock
+from stackproof.contracts.events import BatchDrawn, Started, StepTaken
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.data.curriculum import make_order
+from stackproof.data.ingredients import data_ingredients
+from stackproof.data.order import Source, StaticMixture
+from stackproof.museum.plant import PLANTS, load_museum, touches
+from stackproof.train import step as steps
+from stackproof.train.state import build_state
 from tests.contracts.test_optim import step_taken
 
 PREFLIGHT = ["curriculum.order", "curriculum.reward", "curriculum.state"]

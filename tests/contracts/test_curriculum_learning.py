@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from contracts.curriculum import TURNS, _play
-from contracts.gate import call_check
-from stack.data.order import StaticMixture
-from stack.museum.plant import PLANTS
+from stackproof.contracts.curriculum import TURNS, _play
+from stackproof.contracts.gate import call_check
+from stackproof.data.order import StaticMixture
+from stackproof.museum.plant import PLANTS
 from tests.contracts.test_curriculum import ARMS, PLAIN, Fixed, Redrawn
 
 

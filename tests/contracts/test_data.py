@@ -5,20 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 
-from contracts.data import Consumption, Learned
-from contracts.events import BatchDrawn, Started
-from contracts.gate import call_check, limits_of
-from spec.errors import GateFailed
-from stack.config import StaticCurriculum
-from stack.data import permutation
-from stack.data.curriculum import run_order
-from stack.data.ingredients import data_ingredients
-from stack.data.order import UniformOrder
-from stack.data.prepare import prepare
-from stack.data.reader import Reader
-from stack.museum.plant import PLANTS, load_museum, touches
-from stack.train import session
-from stack.train.listener import Listener
+from stackproof.config import StaticCurriculum
+from stackproof.contracts.data import Consumption, Learned
+from stackproof.contracts.events import BatchDrawn, Started
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.data import permutation
+from stackproof.data.curriculum import run_order
+from stackproof.data.ingredients import data_ingredients
+from stackproof.data.order import UniformOrder
+from stackproof.data.prepare import prepare
+from stackproof.data.reader import Reader
+from stackproof.museum.plant import PLANTS, load_museum, touches
+from stackproof.spec.errors import GateFailed
+from stackproof.train import session
+from stackproof.train.listener import Listener
 
 PREFLIGHT = [
     "data.order",
@@ -222,7 +222,7 @@ def test_integrity_is_red_on_one_start_astray(spec, ingredients):
 
 
 def test_integrity_reads_in_pieces_what_it_reads_at_once(spec, ingredients, monkeypatch):
-    monkeypatch.setattr("contracts.data.PIECE_TOKENS", 1009)
+    monkeypatch.setattr("stackproof.contracts.data.PIECE_TOKENS", 1009)
     assert call_check(spec.gates["data.integrity"], ingredients).outcome == "pass"
 
 

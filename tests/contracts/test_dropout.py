@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from contracts.gate import call_check
-from stack.museum.plant import load_museum
-from stack.train.dropout import branch_draws
-from stack.train.preflight import shrunk
+from stackproof.contracts.gate import call_check
+from stackproof.museum.plant import load_museum
+from stackproof.train.dropout import branch_draws
+from stackproof.train.preflight import shrunk
 
 CPU = torch.device("cpu")
 GATE = "model.dropout-law"

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from contracts.evaluation import Divergence, OverfitOnset, SameBatches
-from contracts.events import Evaluated
-from contracts.gate import call_check, limits_of
-from stack.config import EvalConfig, Patience
-from stack.evaluate.stopping import NeverStopRule, StopRule, batches_needed
-from stack.museum.plant import load_museum, touches
-from stack.train import run
-from stack.train.preflight import _wanted_batches, gather
+from stackproof.config import EvalConfig, Patience
+from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatches
+from stackproof.contracts.events import Evaluated
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
+from stackproof.museum.plant import load_museum, touches
+from stackproof.train import run
+from stackproof.train.preflight import _wanted_batches, gather
 
 FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
 GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
@@ -319,9 +319,9 @@ def test_drifting_plant_moves_the_batches():
 
 
 def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
-    from spec.errors import GateFailed
-    from stack.train import session
-    from stack.train.listener import Listener
+    from stackproof.spec.errors import GateFailed
+    from stackproof.train import session
+    from stackproof.train.listener import Listener
 
     cfg = small_cfg.model_copy(
         update={"train": small_cfg.train.model_copy(update={"max_steps": 16})}

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from contracts.gate import call_check
-from spec.errors import GateFailed
-from stack import tensorfile
-from stack.data.tokenizer import Bytes
-from stack.export import huggingface, parity
-from stack.model import names
-from stack.museum.plant import load_museum
+from stackproof import tensorfile
+from stackproof.contracts.gate import call_check
+from stackproof.data.tokenizer import Bytes
+from stackproof.export import huggingface, parity
+from stackproof.model import names
+from stackproof.museum.plant import load_museum
+from stackproof.spec.errors import GateFailed
 from tests.export import models
 
 # imports are proven in the museum
@@ -21,7 +21,7 @@ PLANTS = [
 
 
 def keeper(spec, only=None):
-    from contracts.keeper import Gatekeeper
+    from stackproof.contracts.keeper import Gatekeeper
 
     return Gatekeeper(spec, kind="export", only=only)
 
@@ -173,8 +173,8 @@ def test_each_plant_is_stopped_and_nothing_is_left(spec, tmp_path, plant_id):
 
 
 def test_a_hash_of_a_weight_file_is_that_of_its_bytes(folder):
-    from contracts.export import _header, _weights_sha256
-    from spec.canonical import sha256_file
+    from stackproof.contracts.export import _header, _weights_sha256
+    from stackproof.spec.canonical import sha256_file
 
     for path in folder.glob("*.safetensors"):
         assert _weights_sha256(folder)[path.name] == sha256_file(path)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from contracts.events import Evaluated, Finished, Recomputed, Started
-from contracts.figures import Clock, Learned, RecomputedStep, flops
-from contracts.gate import limits_of
+from stackproof.contracts.events import Evaluated, Finished, Recomputed, Started
+from stackproof.contracts.figures import Clock, Learned, RecomputedStep, flops
+from stackproof.contracts.gate import limits_of
 from tests.contracts.test_cadence import drawn
 from tests.contracts.test_optim import step_taken
 

@@ -5,12 +5,12 @@ and on a generator that is wrong by one token.
 import pytest
 import torch
 
-from contracts.gate import call_check
-from contracts.generation import N_NEW
-from stack.config import load_config
-from stack.evaluate.ingredients import model_ingredients
-from stack.model.build import build_model
-from stack.museum.plant import load_museum
+from stackproof.config import load_config
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.generation import N_NEW
+from stackproof.evaluate.ingredients import model_ingredients
+from stackproof.model.build import build_model
+from stackproof.museum.plant import load_museum
 
 GATE = "sampling.generation"
 VARIANTS = {

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contracts import differential
-from contracts.declared import kind_of, kinds, parameter_shapes, silent_kinds
-from contracts.gate import call_check
-from contracts.loss import IGNORE
-from stack.museum.plant import load_museum, swap, touches
-from stack.train.preflight import accumulated_gradients
+from stackproof.contracts import differential
+from stackproof.contracts.declared import kind_of, kinds, parameter_shapes, silent_kinds
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.loss import IGNORE
+from stackproof.museum.plant import load_museum, swap, touches
+from stackproof.train.preflight import accumulated_gradients
 from tests.contracts import variants
 from tests.contracts.test_model_variants import VARIANTS, declared
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from contracts.evaluation import HeldOut
-from contracts.events import Evaluated, HeldOutRows, Started
-from contracts.gate import limits_of
+from stackproof.contracts.evaluation import HeldOut
+from stackproof.contracts.events import Evaluated, HeldOutRows, Started
+from stackproof.contracts.gate import limits_of
 
 GATE = "evaluation.held-out"
 ROWS = HeldOutRows(n_rows=16, n_distinct=16, found_in_training_frac=0.1)

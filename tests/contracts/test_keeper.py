@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from contracts.events import StepTaken
-from contracts.keeper import Gatekeeper
-from spec.errors import GateFailed
-from spec.records import Waiver
+from stackproof.contracts.events import StepTaken
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.spec.errors import GateFailed
+from stackproof.spec.records import Waiver
 
 TWO = ("loss.golden", "optim.clip-spike")
 

@@ -8,19 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from contracts.gate import call_check
-from contracts.keeper import Gatekeeper
-from spec.errors import EnvironmentUnfit
-from stack.config import Concatenated, known_keys
-from stack.data.prepare import prepare
-from stack.model import compiled as compiling
-from stack.museum.plant import load_museum
-from stack.train import checkpoint
-from stack.train.compiled import compiled_ingredients
-from stack.train.digest import digest
-from stack.train.head import head_ingredients
-from stack.train.preflight import advance
-from stack.train.state import build_state
+from stackproof.config import Concatenated, known_keys
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.prepare import prepare
+from stackproof.model import compiled as compiling
+from stackproof.museum.plant import load_museum
+from stackproof.spec.errors import EnvironmentUnfit
+from stackproof.train import checkpoint
+from stackproof.train.compiled import compiled_ingredients
+from stackproof.train.digest import digest
+from stackproof.train.head import head_ingredients
+from stackproof.train.preflight import advance
+from stackproof.train.state import build_state
 from tests.train.test_checkpoint import document
 
 GATE = "kernel.compiled-graph"
@@ -242,7 +242,7 @@ def test_head_is_red_on_its_plant_and_on_one_percent_of_one_row(spec):
 
 
 def test_small_chunks_are_only_for_the_length_of_the_question():
-    from stack.kernels import cross_entropy
+    from stackproof.kernels import cross_entropy
 
     before = cross_entropy.HEAD_CHUNK_BYTES
     head_ingredients(CPU)["head_in_chunks"](

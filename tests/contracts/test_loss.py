@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from contracts.gate import call_check
-from contracts.loss import CANCELLED_FRAC, gradient_errors
-from stack.museum.plant import load_museum
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.loss import CANCELLED_FRAC, gradient_errors
+from stackproof.museum.plant import load_museum
 
 
 def test_golden_is_green_on_the_stack(spec, ingredients):

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from contracts.events import Recited, Sampled
-from contracts.gate import limits_of
-from contracts.memorisation import Memorised, Recitation, chance_of
-from stack.evaluate.recitation import PASSAGES, matched, passages
-from stack.evaluate.sampling import generate
-from stack.model.build import build_model
+from stackproof.contracts.events import Recited, Sampled
+from stackproof.contracts.gate import limits_of
+from stackproof.contracts.memorisation import Memorised, Recitation, chance_of
+from stackproof.evaluate.recitation import PASSAGES, matched, passages
+from stackproof.evaluate.sampling import generate
+from stackproof.model.build import build_model
 
 
 def sampled(step: int, text: str, **parts):

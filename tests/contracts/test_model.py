@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from contracts.gate import call_check
-from contracts.model import packing
-from stack.config import ModelConfig
-from stack.kernels import attention
-from stack.model import transformer
-from stack.model.build import build_model
-from stack.museum.plant import load_museum, swap, touches
-from stack.train.preflight import gather
+from stackproof.config import ModelConfig
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.model import packing
+from stackproof.kernels import attention
+from stackproof.model import transformer
+from stackproof.model.build import build_model
+from stackproof.museum.plant import load_museum, swap, touches
+from stackproof.train.preflight import gather
 from tests.contracts.test_model_variants import declared
 
 GATES = [
@@ -114,9 +114,9 @@ def test_init_law_raises_no_false_alarm(spec, seed):
 
 
 def wide_ingredients(seed=5):
-    from stack.data.tokenizer import Bytes
-    from stack.evaluate.ingredients import model_ingredients
-    from stack.recipes.pocket import pocket
+    from stackproof.data.tokenizer import Bytes
+    from stackproof.evaluate.ingredients import model_ingredients
+    from stackproof.recipes.pocket import pocket
 
     cfg = pocket()
     return model_ingredients(cfg, build_model(cfg.model, 257, seed=seed), Bytes())

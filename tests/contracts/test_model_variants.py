@@ -6,12 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contracts import differential
-from contracts.declared import initial_law, kind_of, kinds, parameter_shapes, silent_kinds
-from contracts.gate import call_check
-from stack.config import ModelConfig
-from stack.evaluate.ingredients import overfit_batch, overfit_lr
-from stack.museum.plant import swap
+from stackproof.config import ModelConfig
+from stackproof.contracts import differential
+from stackproof.contracts.declared import (
+    initial_law,
+    kind_of,
+    kinds,
+    parameter_shapes,
+    silent_kinds,
+)
+from stackproof.contracts.gate import call_check
+from stackproof.evaluate.ingredients import overfit_batch, overfit_lr
+from stackproof.museum.plant import swap
 from tests.contracts import variants
 
 SIZES = {

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contracts.events import Started
-from contracts.gate import call_check, limits_of
-from contracts.moe import RouterCollapse
-from stack.config import ModelConfig
-from stack.museum.plant import load_museum, swap, touches
+from stackproof.config import ModelConfig
+from stackproof.contracts.events import Started
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.moe import RouterCollapse
+from stackproof.museum.plant import load_museum, swap, touches
 from tests.contracts import variants
 from tests.contracts.test_optim import step_taken
 
@@ -75,7 +75,7 @@ def test_biases_of_experts_that_are_all_chosen_are_not_judged(spec):
 
 @pytest.mark.parametrize("plant_id", plants_of(*OF_GATE))
 def test_preflight_gate_is_red_on_its_plant(spec, monkeypatch, plant_id):
-    from stack.museum import moe as room
+    from stackproof.museum import moe as room
 
     monkeypatch.setattr(room, "moe", variants)
     plant, before = load_museum()[plant_id], touches()
@@ -293,7 +293,7 @@ def test_collapse_is_not_run_without_a_choice(spec):
 
 
 def test_collapse_is_red_under_its_plant(spec, monkeypatch):
-    from stack.museum import moe as room
+    from stackproof.museum import moe as room
 
     monkeypatch.setattr(room, "moe", variants)
     model = variants.Decoder(declared(AUXILIARY), 61, 3)

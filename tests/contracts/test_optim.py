@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contracts import optim as optim_checks
-from contracts.events import StepTaken
-from contracts.gate import call_check, limits_of
-from contracts.optim import ClipNorm
-from stack.config import AdamW, MixtureOfExperts, Muon
-from stack.museum.plant import load_museum
-from stack.train.optimizer import make_optimizer
-from stack.train.preflight import declared_law, gather
+from stackproof.config import AdamW, MixtureOfExperts, Muon
+from stackproof.contracts import optim as optim_checks
+from stackproof.contracts.events import StepTaken
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.optim import ClipNorm
+from stackproof.museum.plant import load_museum
+from stackproof.train.optimizer import make_optimizer
+from stackproof.train.preflight import declared_law, gather
 
 
 def step_taken(**changes) -> StepTaken:
@@ -239,7 +239,7 @@ def many_experts(small_cfg, n_experts=64):
 def test_census_excuses_an_expert_without_tokens_and_no_other(
     spec, small_cfg, dataset, monkeypatch
 ):
-    from stack.train.preflight import gather
+    from stackproof.train.preflight import gather
 
     gate = spec.gates["optim.parameter-census"]
     ingredients = gather(many_experts(small_cfg), dataset, torch.device("cpu"))[1]

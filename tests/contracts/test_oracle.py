@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from contracts.declared import parameter_shapes
-from contracts.oracle import (
+from stackproof.config import ModelConfig
+from stackproof.contracts.declared import parameter_shapes
+from stackproof.contracts.oracle import (
     balance_of,
     choices,
     lambda_init,
@@ -20,8 +21,7 @@ from contracts.oracle import (
     room,
     rotary_rates,
 )
-from spec.formulas import parameter_count
-from stack.config import ModelConfig
+from stackproof.spec.formulas import parameter_count
 from tests.contracts import variants
 from tests.contracts.test_oracle_transformers import (
     GPT2,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracts.declared import parameter_shapes
-from contracts.oracle import oracle_logits
-from stack.config import ModelConfig
+from stackproof.config import ModelConfig
+from stackproof.contracts.declared import parameter_shapes
+from stackproof.contracts.oracle import oracle_logits
 
 GOLDEN = Path(__file__).with_name("golden_logits.json")
 SIZES = {

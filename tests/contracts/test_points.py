@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from contracts.gate import limits_of, resolve
-from contracts.points import Traced
+from stackproof.contracts.gate import limits_of, resolve
+from stackproof.contracts.points import Traced
 
 CLEAN = {
     "layers.0.scores": {"n": 64, "mean": 1.0, "std": 2.0, "absmax": 40.0, "frac_nonfinite": 0.0},

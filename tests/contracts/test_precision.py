@@ -6,17 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contracts.gate import call_check
-from contracts.keeper import Gatekeeper
-from spec.gates import Gate
-from stack.config import AdamW, LayerNorm, MixtureOfExperts
-from stack.kernels import eager
-from stack.model import norm
-from stack.museum.plant import load_museum, swap, touches
-from stack.train import state
-from stack.train.head import loss_scale_ingredients
-from stack.train.preflight import gather, shrunk
-from stack.train.shadow import shadow_ingredients
+from stackproof.config import AdamW, LayerNorm, MixtureOfExperts
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.kernels import eager
+from stackproof.model import norm
+from stackproof.museum.plant import load_museum, swap, touches
+from stackproof.spec.gates import Gate
+from stackproof.train import state
+from stackproof.train.head import loss_scale_ingredients
+from stackproof.train.preflight import gather, shrunk
+from stackproof.train.shadow import shadow_ingredients
 
 GATE = "precision.shadow"
 CPU = torch.device("cpu")

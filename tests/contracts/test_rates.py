@@ -17,17 +17,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from contracts.coherence import Dominance, Loops, coherence
-from contracts.curriculum import GradientShock, _arm_fault
-from contracts.evaluation import OverfitOnset
-from contracts.events import BatchDrawn, Evaluated, Sampled, Started
-from contracts.gate import call_check, limits_of
-from contracts.initial import _law_z
-from contracts.memorisation import Memorised, chance_of
-from contracts.moe import RouterCollapse
-from contracts.rows import FreshRows, RowsSeen
-from contracts.runtime import LossNotConstant, LossSpike, Trend
-from stack.data.order import Source
+from stackproof.contracts.coherence import Dominance, Loops, coherence
+from stackproof.contracts.curriculum import GradientShock, _arm_fault
+from stackproof.contracts.evaluation import OverfitOnset
+from stackproof.contracts.events import BatchDrawn, Evaluated, Sampled, Started
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.initial import _law_z
+from stackproof.contracts.memorisation import Memorised, chance_of
+from stackproof.contracts.moe import RouterCollapse
+from stackproof.contracts.rows import FreshRows, RowsSeen
+from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
+from stackproof.data.order import Source
 from tests.contracts.test_optim import step_taken
 
 WORDS = 60  # of a sample of 96 tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from contracts.events import Started
-from contracts.gate import call_check, limits_of
-from contracts.runtime import (
+from stackproof.contracts.events import Started
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.runtime import (
     Finite,
     LossNotConstant,
     LossSpike,
@@ -19,8 +19,8 @@ from contracts.runtime import (
     TrainingMode,
     Trend,
 )
-from contracts.witness import ModeSeen
-from stack.museum.plant import load_museum
+from stackproof.contracts.witness import ModeSeen
+from stackproof.museum.plant import load_museum
 from tests.contracts.test_optim import step_taken
 
 PLAN = {"tokens_per_step": 100, "tokens_seen": 0, "random_loss_nats": 6.0, "warmup_steps": 5}

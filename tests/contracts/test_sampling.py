@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from contracts.gate import call_check
-from stack.museum.plant import load_museum, touches
-from stack.train.preflight import gather
+from stackproof.contracts.gate import call_check
+from stackproof.museum.plant import load_museum, touches
+from stackproof.train.preflight import gather
 
 
 @pytest.mark.parametrize("gate_id", ["sampling.cache-parity", "sampling.distribution"])

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.events import Started
-from contracts.gate import limits_of
-from contracts.schedule import ScheduleTrace, closed_form
-from spec.errors import ConfigError
-from stack.config import Cosine, Wsd, load_config
-from stack.recipes import recipe
-from stack.train.schedule import lr_at
+from stackproof.config import Cosine, Wsd, load_config
+from stackproof.contracts.events import Started
+from stackproof.contracts.gate import limits_of
+from stackproof.contracts.schedule import ScheduleTrace, closed_form
+from stackproof.recipes import recipe
+from stackproof.spec.errors import ConfigError
+from stackproof.train.schedule import lr_at
 from tests.contracts.test_optim import step_taken
 
 SCHEDULES = {

@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 import torch
 
-from contracts.gate import call_check, limits_of
-from contracts.optim import ClipNorm
-from spec import ROOT
+from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.optim import ClipNorm
+from stackproof.spec import ROOT
 from tests.contracts.test_optim import step_taken
 from tools.integrity.core import Repo
 

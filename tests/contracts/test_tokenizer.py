@@ -7,11 +7,11 @@ from pydoc_data import topics
 
 import pytest
 
-from contracts.gate import call_check
-from contracts.tokenizer import bpe_merges
-from stack.config import ByteTokenizer, CharTokenizer
-from stack.data.tokenizer import Bpe, Chars, Encoding, make_tokenizer, train_bpe
-from stack.museum.plant import PLANTS, load_museum
+from stackproof.config import ByteTokenizer, CharTokenizer
+from stackproof.contracts.gate import call_check
+from stackproof.contracts.tokenizer import bpe_merges
+from stackproof.data.tokenizer import Bpe, Chars, Encoding, make_tokenizer, train_bpe
+from stackproof.museum.plant import PLANTS, load_museum
 from tests.contracts.test_data import planted_verdict
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from contracts.checkpoint import Pointers
-from contracts.evaluation import LeavesNoTrace
-from contracts.events import Evaluated, Finished, Looked, Started
-from contracts.gate import limits_of
+from stackproof.contracts.checkpoint import Pointers
+from stackproof.contracts.evaluation import LeavesNoTrace
+from stackproof.contracts.events import Evaluated, Finished, Looked, Started
+from stackproof.contracts.gate import limits_of
 
 
 def pointers(spec, losses, *, began=0) -> Pointers:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stack.config import BanditCurriculum
-from stack.data.bandit import Bandit
-from stack.data.order import Source, shares
+from stackproof.config import BanditCurriculum
+from stackproof.data.bandit import Bandit
+from stackproof.data.order import Source, shares
 from tests.data.test_order import ARMS, A, B, C, bounded, once_per_epoch
 
 

@@ -16,9 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spec.errors import DataError, UsageError
-from stack import tensorfile
-from stack.config import (
+from stackproof import tensorfile
+from stackproof.config import (
     BpeTokenizer,
     ByteTokenizer,
     DataConfig,
@@ -29,8 +28,9 @@ from stack.config import (
     Mixture,
     NearDedup,
 )
-from stack.data import build, corpus, receipts, stages
-from stack.data import workers as processes
+from stackproof.data import build, corpus, receipts, stages
+from stackproof.data import workers as processes
+from stackproof.spec.errors import DataError, UsageError
 
 WORDS = [
     "".join(random.Random(n).choices("abcdefghijklmnopqrstuvw", k=3 + n % 7)) for n in range(2000)
@@ -201,8 +201,8 @@ def test_a_build_killed_at_any_single_write_ends_in_the_same_bytes(mixture, tmp_
 BUILD = """
 import sys
 from pathlib import Path
-from stack.config import DataConfig
-from stack.data import build, corpus
+from stackproof.config import DataConfig
+from stackproof.data import build, corpus
 
 if __name__ == "__main__":
     corpus.PART_BYTES = 60_000  # many parts, and worth a second process
@@ -503,8 +503,8 @@ def test_an_evaluation_set_without_a_run_of_words_is_refused(mixture, tmp_path):
 MEASURED = """
 import sys
 from pathlib import Path
-from stack.config import DataConfig
-from stack.data import build, corpus
+from stackproof.config import DataConfig
+from stackproof.data import build, corpus
 corpus.PART_BYTES = int(sys.argv[3])
 build.build(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss counts the parent too

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from spec.errors import DataError
-from stack.config import ByteTokenizer, DataConfig, Files, StdlibDocs
-from stack.data import account, corpus, files, shards, stdlib
-from stack.data.prepare import prepare
+from stackproof.config import ByteTokenizer, DataConfig, Files, StdlibDocs
+from stackproof.data import account, corpus, files, shards, stdlib
+from stackproof.data.prepare import prepare
+from stackproof.spec.errors import DataError
 
 GOOD = [
     f"Good document number {n} says something of its own, so that it stays." for n in range(100)
@@ -218,7 +218,7 @@ def test_the_standard_library_is_the_same_whatever_was_imported():
     """The text of C modules is theirs alone: not what a process happened to import, print to, or
     hook itself into as Typer does.
     """
-    code = "import sys, hashlib{}\nfrom stack.data import stdlib\n"
+    code = "import sys, hashlib{}\nfrom stackproof.data import stdlib\n"
     code += "print(hashlib.sha256(repr([*stdlib._builtin_docs()]).encode()).hexdigest())"
     hooked = (
         "\nsys.excepthook = sys.displayhook = sys.unraisablehook = sys.breakpointhook = lambda "

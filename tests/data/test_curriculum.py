@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from spec.errors import ConfigError, DataError
-from stack.config import BanditCurriculum, StaticCurriculum
-from stack.data.curriculum import make_order
-from stack.data.order import Source, UniformOrder
+from stackproof.config import BanditCurriculum, StaticCurriculum
+from stackproof.data.curriculum import make_order
+from stackproof.data.order import Source, UniformOrder
+from stackproof.spec.errors import ConfigError, DataError
 from tests.data.test_order import ARMS, A
 
 

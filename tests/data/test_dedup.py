@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contracts.corpus import SENTENCES
-from stack.data import dedup
-from stack.data.dedup import (
+from stackproof.contracts.corpus import SENTENCES
+from stackproof.data import dedup
+from stackproof.data.dedup import (
     GRAM_WORDS,
     SIGNATURE,
     first_of_each,
@@ -350,7 +350,7 @@ def test_hashes_are_the_same_in_every_process():
     corpus meet across processes.
     """
     code = (
-        "from stack.data.dedup import *; print(gram_set(['{0}'])[:3].tolist(), "
+        "from stackproof.data.dedup import *; print(gram_set(['{0}'])[:3].tolist(), "
         "signatures(['{0}'], 5)[0, :4].tolist())"
     ).format(" ".join(VOCABULARY[:20]))
     outputs = {

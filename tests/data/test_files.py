@@ -10,10 +10,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spec.errors import DataError
-from stack.config import Files
-from stack.data import corpus, files
-from stack.data.files import Document, Slice, Unreadable, chat_text, evaluation_texts, read_slice
+from stackproof.config import Files
+from stackproof.data import corpus, files
+from stackproof.data.files import (
+    Document,
+    Slice,
+    Unreadable,
+    chat_text,
+    evaluation_texts,
+    read_slice,
+)
+from stackproof.spec.errors import DataError
 
 
 def everything(*paths, **options):

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from contracts.corpus import GOOD, PLANTED, SENTENCES, WORDS
-from spec.errors import ConfigError
-from stack.config import DataConfig, FilesSource, Mixture, StdlibCodeSource, StdlibDocsSource
-from stack.data import filters
-from stack.data.filters import RULES, limits, load_plugins, reason_to_drop, rejection
+from stackproof.config import DataConfig, FilesSource, Mixture, StdlibCodeSource, StdlibDocsSource
+from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES, WORDS
+from stackproof.data import filters
+from stackproof.data.filters import RULES, limits, load_plugins, reason_to_drop, rejection
+from stackproof.spec.errors import ConfigError
 
 ANSWER = "< Understood, and so it shall be."
 FILLER = (

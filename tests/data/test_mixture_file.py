@@ -2,8 +2,8 @@
 
 import pytest
 
-from spec.errors import ConfigError
-from stack import config
+from stackproof import config
+from stackproof.spec.errors import ConfigError
 
 MIXTURE = """
 decontaminate = ["exam.jsonl"]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spec.errors import ConfigError
-from stack.data.order import BLOCK, Source, StaticMixture, quotas, shares
+from stackproof.data.order import BLOCK, Source, StaticMixture, quotas, shares
+from stackproof.spec.errors import ConfigError
 
 A, B, C = (
     Source("a", 0, 300, 2.0, 1.0, 0.0),

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.conditions import ContractError
-from spec.errors import DataError
-from stack.config import BestFit, Concatenated
-from stack.data import packing
-from stack.data.packing import IGNORE_INDEX, ConcatenatedStream, PackedStream, plan
-from stack.data.shards import write_split
+from stackproof.config import BestFit, Concatenated
+from stackproof.contracts.conditions import ContractError
+from stackproof.data import packing
+from stackproof.data.packing import IGNORE_INDEX, ConcatenatedStream, PackedStream, plan
+from stackproof.data.shards import write_split
+from stackproof.spec.errors import DataError
 
 EOS, VOCAB = 69_999, 70_000
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=40)

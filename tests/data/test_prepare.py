@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from spec.errors import DataError
-from stack.config import (
+from stackproof.config import (
     BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -19,9 +18,10 @@ from stack.config import (
     Pangram,
     TailSplit,
 )
-from stack.data import corpus, shards, stages
-from stack.data.prepare import prepare
-from stack.data.tokenizer import Chars
+from stackproof.data import corpus, shards, stages
+from stackproof.data.prepare import prepare
+from stackproof.data.tokenizer import Chars
+from stackproof.spec.errors import DataError
 
 PANGRAM = "the quick brown fox jumps over the lazy dog. " * 200
 
@@ -239,8 +239,8 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path):
 
 def test_the_same_corpus_gives_the_same_shards_in_every_process(texts, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from stack.config import DataConfig; from "
-        "stack.data.prepare import prepare\n"
+        "import sys; from pathlib import Path; from stackproof.config import DataConfig; from "
+        "stackproof.data.prepare import prepare\n"
         "d = prepare(DataConfig.model_validate_json(sys.argv[1]), cache_dir=Path(sys.argv[2])); "
         "print([r['sha256'] for r in d.inputs()])"
     )

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.conditions import ContractError
-from spec.errors import DataError, StreamExhausted
-from stack.data import permutation
-from stack.data.packing import IGNORE_INDEX, Rows
-from stack.data.permutation import Shuffle, permute, window_order
-from stack.data.reader import Reader, batch_hash, eval_batches, probe_batches
+from stackproof.contracts.conditions import ContractError
+from stackproof.data import permutation
+from stackproof.data.packing import IGNORE_INDEX, Rows
+from stackproof.data.permutation import Shuffle, permute, window_order
+from stackproof.data.reader import Reader, batch_hash, eval_batches, probe_batches
+from stackproof.spec.errors import DataError, StreamExhausted
 
 
 class Counting:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stack.config import BanditCurriculum
-from stack.data import permutation
-from stack.data.bandit import Bandit
-from stack.data.order import Source, StaticMixture, UniformOrder
-from stack.data.packing import Rows
-from stack.data.permutation import order_key, permute
-from stack.data.reader import Reader
+from stackproof.config import BanditCurriculum
+from stackproof.data import permutation
+from stackproof.data.bandit import Bandit
+from stackproof.data.order import Source, StaticMixture, UniformOrder
+from stackproof.data.packing import Rows
+from stackproof.data.permutation import order_key, permute
+from stackproof.data.reader import Reader
 
 SEED = 7
 # ranks, rows of each

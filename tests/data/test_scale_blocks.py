@@ -10,14 +10,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from spec.canonical import sha256_file
-from spec.errors import DataError
-from stack import tensorfile
-from stack.config import BpeTokenizer, Files
-from stack.data import corpus
-from stack.data.filters import rejection
-from stack.data.shards import TokenStream, document_hash
-from stack.data.tokenizer import load_tokenizer, make_tokenizer
+from stackproof import tensorfile
+from stackproof.config import BpeTokenizer, Files
+from stackproof.data import corpus
+from stackproof.data.filters import rejection
+from stackproof.data.shards import TokenStream, document_hash
+from stackproof.data.tokenizer import load_tokenizer, make_tokenizer
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import DataError
 
 TASKS, MAX_TOKENS = 2, 300
 WORDS = (
@@ -52,7 +52,7 @@ def _texts(file: int) -> list[str]:
 @pytest.fixture
 def scale():
     pytest.importorskip("datatrove")
-    from stack.data import scale
+    from stackproof.data import scale
 
     return scale
 
@@ -354,7 +354,7 @@ def test_counts_that_do_not_add_up_are_refused(scale, place, block, key):
 
 
 def test_without_datatrove_the_extra_is_named():
-    code = "import sys; sys.modules['datatrove'] = None; import stack.data.scale"
+    code = "import sys; sys.modules['datatrove'] = None; import stackproof.data.scale"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         done.returncode

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 
-from contracts.conditions import ContractError
-from spec.canonical import sha256_file
-from spec.errors import DataError
-from stack.data import shards
-from stack.data.packing import ConcatenatedStream
-from stack.data.shards import TokenStream, pack_ids, write_split
+from stackproof.contracts.conditions import ContractError
+from stackproof.data import shards
+from stackproof.data.packing import ConcatenatedStream
+from stackproof.data.shards import TokenStream, pack_ids, write_split
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import DataError
 
 VOCAB = 70_000
 
@@ -148,8 +148,8 @@ READ_ALL = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-from stack.data import shards
-from stack.data.packing import ConcatenatedStream
+from stackproof.data import shards
+from stackproof.data.packing import ConcatenatedStream
 folder, limit, mapped = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 if mapped:

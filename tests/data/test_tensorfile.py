@@ -21,9 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec.canonical import sha256_bytes
-from stack import tensorfile
-from stack.tensorfile import BadTensorFile
+from stackproof import tensorfile
+from stackproof.spec.canonical import sha256_bytes
+from stackproof.tensorfile import BadTensorFile
 
 
 def make(path, header: bytes, body: bytes = b"") -> None:
@@ -33,7 +33,7 @@ def make(path, header: bytes, body: bytes = b"") -> None:
 def test_equal_content_gives_equal_bytes_in_every_process(tmp_path):
     """The library's own metadata order changes from process to process; ours must not."""
     code = (
-        "import sys, numpy as np; from pathlib import Path; from stack import tensorfile\n"
+        "import sys, numpy as np; from pathlib import Path; from stackproof import tensorfile\n"
         "tensorfile.write(Path(sys.argv[1]), {'b': np.arange(3), 'a': np.ones(2, np.float32)}, "
         "{'z': '1', 'y': '2', 'x': '3'})"
     )
@@ -328,5 +328,5 @@ def test_a_disk_without_room_says_so_before_the_first_byte_and_one_that_cannot_t
 
 
 def test_reading_needs_no_torch():
-    code = "import sys; from stack import tensorfile; sys.exit('torch' in sys.modules)"
+    code = "import sys; from stackproof import tensorfile; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

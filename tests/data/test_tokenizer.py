@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec.errors import DataError
-from stack.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
-from stack.data.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer, train_bpe
+from stackproof.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
+from stackproof.data.tokenizer import END_OF_TEXT, load_tokenizer, make_tokenizer, train_bpe
+from stackproof.spec.errors import DataError
 
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 20, "naïve café 漢字 " * 10]
 BPE = make_tokenizer(BpeTokenizer(vocab_size=300), TEXTS)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from spec.errors import DataError
-from stack.config import ModelConfig
-from stack.data.tokenizer import Bytes
-from stack.evaluate.audit import (
+from stackproof.config import ModelConfig
+from stackproof.data.tokenizer import Bytes
+from stackproof.evaluate.audit import (
     Standstill,
     audit,
     breadth,
@@ -21,8 +20,9 @@ from stack.evaluate.audit import (
     standstill,
     to_lines,
 )
-from stack.evaluate.suite import load_suite, suite_file
-from stack.model.build import build_model
+from stackproof.evaluate.suite import load_suite, suite_file
+from stackproof.model.build import build_model
+from stackproof.spec.errors import DataError
 
 CFG = ModelConfig(
     d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32, max_seq_len=512

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.conditions import ContractError
-from spec.errors import DataError
-from stack.config import ModelConfig
-from stack.data.tokenizer import Bytes, Chars
-from stack.evaluate.bits_per_byte import (
+from stackproof.config import ModelConfig
+from stackproof.contracts.conditions import ContractError
+from stackproof.data.tokenizer import Bytes, Chars
+from stackproof.evaluate.bits_per_byte import (
     IGNORE,
     evaluate_batches,
     evaluate_text,
@@ -21,8 +20,9 @@ from stack.evaluate.bits_per_byte import (
     evaluating,
     windows,
 )
-from stack.evaluate.ingredients import UniformModel
-from stack.model.build import build_model
+from stackproof.evaluate.ingredients import UniformModel
+from stackproof.model.build import build_model
+from stackproof.spec.errors import DataError
 
 TINY = ModelConfig(
     d_model=16,

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.conditions import ContractError
-from stack.config import (
+from stackproof.config import (
     DifferentialAttention,
     Gelu,
     HardCapacity,
@@ -17,7 +16,8 @@ from stack.config import (
     ModelConfig,
     SoftmaxAttention,
 )
-from stack.evaluate.sampling import (
+from stackproof.contracts.conditions import ContractError
+from stackproof.evaluate.sampling import (
     COPY_PAYS_FROM_TOKENS,
     filtered_probs,
     generate,
@@ -29,7 +29,7 @@ from stack.evaluate.sampling import (
     pick,
     window_start,
 )
-from stack.model.build import build_model
+from stackproof.model.build import build_model
 
 TINY = ModelConfig(
     d_model=16,

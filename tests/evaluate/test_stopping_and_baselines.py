@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.conditions import ContractError
-from stack.config import NeverStop, Patience
-from stack.evaluate import baselines
-from stack.evaluate.stopping import (
+from stackproof.config import NeverStop, Patience
+from stackproof.contracts.conditions import ContractError
+from stackproof.evaluate import baselines
+from stackproof.evaluate.stopping import (
     NeverStopRule,
     StopRule,
     batches_needed,

@@ -10,9 +10,7 @@ import tomllib
 import pytest
 from pydantic import ValidationError
 
-from spec import ROOT
-from spec.errors import DataError, UsageError
-from stack.evaluate.suite import (
+from stackproof.evaluate.suite import (
     SUITES,
     ContainsFact,
     FlagExists,
@@ -24,7 +22,9 @@ from stack.evaluate.suite import (
     suite_file,
     verse,
 )
-from stack.evaluate.syllables import syllables
+from stackproof.evaluate.syllables import syllables
+from stackproof.spec import ROOT
+from stackproof.spec.errors import DataError, UsageError
 
 RAIN = "Rain's rhythmic refrain, Rivulets on the window, Respite from life's pain."
 POND = (

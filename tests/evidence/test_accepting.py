@@ -2,11 +2,11 @@
 
 import pytest
 
-from spec.errors import IntegrityError
-from stack.evidence import ledgering
-from stack.museum.collection import museum_config
-from stack.train import session
-from stack.train.listener import Listener
+from stackproof.evidence import ledgering
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import IntegrityError
+from stackproof.train import session
+from stackproof.train.listener import Listener
 
 
 def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
@@ -21,8 +21,8 @@ def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
     assert record.succeeded
     with pytest.raises(IntegrityError, match="made without gate") as caught:
         ledgering.accept(tmp_path / "run", tmp_path / "evidence")
-    from spec.gates import load_spec
-    from spec.runners import left_out, required
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.runners import left_out, required
 
     spec = load_spec()
     absent = left_out(spec, record)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from contracts.keeper import Gatekeeper
-from stack.data.tokenizer import Bytes
-from stack.export import huggingface
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.tokenizer import Bytes
+from stackproof.export import huggingface
 
 
 @pytest.fixture(scope="session")

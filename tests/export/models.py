@@ -4,7 +4,7 @@ B batch, T tokens, V vocab.
 
 import torch
 
-from stack.config import (
+from stackproof.config import (
     Gelu,
     LayerNorm,
     LearnedPositions,
@@ -15,8 +15,8 @@ from stack.config import (
     RotaryPositions,
     SoftmaxAttention,
 )
-from stack.evaluate.sampling import generate
-from stack.model.build import build_model
+from stackproof.evaluate.sampling import generate
+from stackproof.model.build import build_model
 
 VOCAB, CONTEXT = 101, 40
 LENGTHS = (1, 2, 17, 39, CONTEXT)

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from stack import tensorfile
-from stack.config import ModelConfig
-from stack.export import reading
-from stack.model import names
+from stackproof import tensorfile
+from stackproof.config import ModelConfig
+from stackproof.export import reading
+from stackproof.model import names
 from tests.export import models
 
 # float32, other orders of summation; measured worst case 2.6e-6 on logits of about 4

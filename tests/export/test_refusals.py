@@ -6,9 +6,8 @@ import struct
 import pytest
 import torch
 
-from spec.errors import CheckpointError, ConfigError, UsageError
-from stack import tensorfile
-from stack.config import (
+from stackproof import tensorfile
+from stackproof.config import (
     BiasBalance,
     DifferentialAttention,
     Gelu,
@@ -20,8 +19,9 @@ from stack.config import (
     ModelConfig,
     SoftmaxAttention,
 )
-from stack.export import reading
-from stack.model import names
+from stackproof.export import reading
+from stackproof.model import names
+from stackproof.spec.errors import CheckpointError, ConfigError, UsageError
 from tests.export import models
 
 LLAMA = {
@@ -207,7 +207,7 @@ def test_a_model_that_no_kind_says_is_refused_by_key_naming_all_kinds(change, sa
     ],
 )
 def test_what_acts_in_training_only_leaves_unsaid_but_is_told(change, left):
-    from stack.export.card import training_only
+    from stackproof.export.card import training_only
 
     cfg = ModelConfig(**(models.BASE | change))
     assert names.kind_for(cfg) and left in " ".join(training_only(cfg))

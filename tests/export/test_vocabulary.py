@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from spec.errors import DataError
-from stack.data.tokenizer import HARD_TEXTS, Bpe, Bytes, Chars, load_tokenizer, train_bpe
-from stack.export import vocabulary
-from stack.model import names
+from stackproof.data.tokenizer import HARD_TEXTS, Bpe, Bytes, Chars, load_tokenizer, train_bpe
+from stackproof.export import vocabulary
+from stackproof.model import names
+from stackproof.spec.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_tokenizer_that_answers_otherwise_over_there_is_refused(bpe, monkeypat
 
 def test_transformers_reads_the_exported_tokenizer(tmp_path, bpe):
     transformers = pytest.importorskip("transformers", reason="in the extras hf and dev")
-    from stack.config import ModelConfig
+    from stackproof.config import ModelConfig
     from tests.export.models import BASE
 
     (tmp_path / "tokenizer.json").write_text(vocabulary.to_library(bpe).to_str())

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from spec.errors import UsageError
-from stack.kernels import adamw, eager, reference
+from stackproof.kernels import adamw, eager, reference
+from stackproof.spec.errors import UsageError
 from tests.kernels.support import DEVICE, broken, cases, compare, flipped, is_red
 
 SHAPES = [(5000,), (3, 7), (1,), (0,), (4097,)]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spec.errors import UsageError
-from stack.kernels import attention as torch_attention
-from stack.kernels import flash_attention, flash_attention_kernels, reference
+from stackproof.kernels import attention as torch_attention
+from stackproof.kernels import flash_attention, flash_attention_kernels, reference
+from stackproof.spec.errors import UsageError
 from tests.kernels.support import (
     DEVICE,
     FLOATS,

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from spec.errors import UsageError
-from stack.kernels import clip, eager, reference
+from stackproof.kernels import clip, eager, reference
+from stackproof.spec.errors import UsageError
 from tests.kernels.support import DEVICE, broken, cases, compare, flipped, is_red
 
 AROUND = 1e15  # beyond the tensors; read by mistake it would be the norm

@@ -12,7 +12,15 @@ import sys
 import pytest
 import torch
 
-from stack.kernels import adamw, clip, flash_attention, linear_cross_entropy, rms_norm, rope, swiglu
+from stackproof.kernels import (
+    adamw,
+    clip,
+    flash_attention,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 # what one program may use, by NVIDIA's compute capability
 SHARED_BYTES = {80: 166_912, 90: 232_448}

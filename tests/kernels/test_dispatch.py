@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from spec.errors import EnvironmentUnfit, UsageError
-from stack.kernels import attention as torch_attention
-from stack.kernels import dispatch, eager, flash_attention, launch, swiglu
+from stackproof.kernels import attention as torch_attention
+from stackproof.kernels import dispatch, eager, flash_attention, launch, swiglu
+from stackproof.spec.errors import EnvironmentUnfit, UsageError
 from tests.kernels.support import DEVICE
 
 EVIDENCE = Path(dispatch.__file__).parents[2] / "evidence"
@@ -238,7 +238,7 @@ def test_gradients_of_gradients_are_refused_not_wrong():
 
 def test_triton_is_not_imported_until_it_is_chosen():
     code = (
-        "import sys, torch; from stack.kernels import dispatch; x = torch.zeros(1, 1, 4, "
+        "import sys, torch; from stackproof.kernels import dispatch; x = torch.zeros(1, 1, 4, "
         "32);dispatch.attention(x, x, x); dispatch.swiglu(x, x); dispatch.choices('cuda'); assert "
         "'triton' not in sys.modules"
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stack.kernels import eager
+from stackproof.kernels import eager
 
 X = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
 ANGLE = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))

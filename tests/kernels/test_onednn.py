@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stack.kernels import cross_entropy, onednn, reference
+from stackproof.kernels import cross_entropy, onednn, reference
 from tests.kernels.support import broken, compare, double, flipped, gradients, is_red, walled
 from tests.kernels.test_linear_cross_entropy import check as check_loss
 
@@ -288,7 +288,7 @@ def test_the_first_call_imports_no_compiler():
     """
     code = """
 import sys, torch
-from stack.kernels import chunked_attention, onednn
+from stackproof.kernels import chunked_attention, onednn
 onednn.LEAST_MULTIPLY_ADDS = 0
 onednn.linear(torch.ones(4, 8, requires_grad=True), torch.ones(6, 8)).sum().backward()
 chunked_attention.attention(*[torch.ones(4, 2, 128, 8, requires_grad=True)] * 3).sum().backward()

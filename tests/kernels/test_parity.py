@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from spec import ROOT
-from spec.errors import IntegrityError
-from stack.kernels import dispatch, parity
+from stackproof.kernels import dispatch, parity
+from stackproof.spec import ROOT
+from stackproof.spec.errors import IntegrityError
 
 KERNELS = ROOT / "stack" / "kernels"
 
@@ -57,7 +57,7 @@ def test_dispatch_refuses_a_kernel_whose_source_has_changed(monkeypatch):
             dispatch.using(swiglu="triton"),
         ):
             pass
-        assert caught.value.next_step == "python -m stack.kernels.parity --write"
+        assert caught.value.next_step == "python -m stackproof.kernels.parity --write"
     finally:
         parity.why_not.cache_clear()
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from spec.errors import UsageError
-from stack.kernels import eager, reference, rms_norm
+from stackproof.kernels import eager, reference, rms_norm
+from stackproof.spec.errors import UsageError
 from tests.kernels.support import (
     DEVICE,
     FLOATS,

@@ -9,11 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stack.config import ModelConfig
-from stack.kernels import dispatch, flash_attention, flash_attention_kernels, rms_norm, rope, swiglu
-from stack.model.build import build_model
-from stack.museum.plant import swap
-from stack.trace import bisect, compare, side
+from stackproof.config import ModelConfig
+from stackproof.kernels import (
+    dispatch,
+    flash_attention,
+    flash_attention_kernels,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from stackproof.model.build import build_model
+from stackproof.museum.plant import swap
+from stackproof.trace import bisect, compare, side
 from tests.kernels.support import DEVICE, broken
 
 OPERATIONS = ("attention", "rms_norm", "rope", "swiglu")

@@ -10,9 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from contracts.loss import gradient_errors
-from contracts.oracle import oracle_reading
-from stack.config import (
+from stackproof.config import (
     BiasBalance,
     DifferentialAttention,
     Gelu,
@@ -27,8 +25,10 @@ from stack.config import (
     RotaryPositions,
     SoftmaxAttention,
 )
-from stack.kernels import dispatch
-from stack.model.build import build_model
+from stackproof.contracts.loss import gradient_errors
+from stackproof.contracts.oracle import oracle_reading
+from stackproof.kernels import dispatch
+from stackproof.model.build import build_model
 
 VOCAB_SIZE, SEED = 50, 3
 SIZES = dict(

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from stack.model.build import build_model
-from stack.model.recompute import run_block
-from stack.train.digest import digest
-from stack.train.preflight import advance, shrunk
-from stack.train.state import build_state
+from stackproof.model.build import build_model
+from stackproof.model.recompute import run_block
+from stackproof.train.digest import digest
+from stackproof.train.preflight import advance, shrunk
+from stackproof.train.state import build_state
 
 
 def trained(small_cfg, dataset, recompute: str, **changes):

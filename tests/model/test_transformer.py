@@ -7,20 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts.conditions import ContractError
-from spec.errors import UsageError
-from spec.formulas import parameter_count
-from stack.config import ModelConfig
-from stack.kernels import dispatch, reference
-from stack.model.attention import SoftmaxAttention
-from stack.model.build import build_model, n_parameters
-from stack.model.cache import KVCache
-from stack.model.feedforward import SwiGLU
-from stack.model.init import row_of
-from stack.model.norm import RMSNorm
-from stack.model.reading import Reading
-from stack.model.rotary import Rotary, rotary_tables, rotate
-from stack.model.transformer import document_starts
+from stackproof.config import ModelConfig
+from stackproof.contracts.conditions import ContractError
+from stackproof.kernels import dispatch, reference
+from stackproof.model.attention import SoftmaxAttention
+from stackproof.model.build import build_model, n_parameters
+from stackproof.model.cache import KVCache
+from stackproof.model.feedforward import SwiGLU
+from stackproof.model.init import row_of
+from stackproof.model.norm import RMSNorm
+from stackproof.model.reading import Reading
+from stackproof.model.rotary import Rotary, rotary_tables, rotate
+from stackproof.model.transformer import document_starts
+from stackproof.spec.errors import UsageError
+from stackproof.spec.formulas import parameter_count
 
 TINY = ModelConfig(
     d_model=16,

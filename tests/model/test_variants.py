@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spec.formulas import flops_per_token, parameter_count
-from stack.config import (
+from stackproof.config import (
     AuxiliaryLoss,
     BiasBalance,
     DifferentialAttention,
@@ -31,10 +30,11 @@ from stack.config import (
     SoftmaxAttention,
     SwiGLU,
 )
-from stack.model import moe
-from stack.model.build import build_model, n_parameters
-from stack.model.cache import KVCache
-from stack.model.rotary import frequencies
+from stackproof.model import moe
+from stackproof.model.build import build_model, n_parameters
+from stackproof.model.cache import KVCache
+from stackproof.model.rotary import frequencies
+from stackproof.spec.formulas import flops_per_token, parameter_count
 
 SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=36)
 ATTENTIONS = [

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from contracts.gate import failed, passed
-from spec.errors import GateFailed
-from spec.failures import load_catalogue
-from stack.museum import observe
-from stack.museum import prove as prover
-from stack.museum.matrix import matrix
-from stack.museum.plant import PLANTS, Plant, load_museum, swap, touch
+from stackproof.contracts.gate import failed, passed
+from stackproof.museum import observe
+from stackproof.museum import prove as prover
+from stackproof.museum.matrix import matrix
+from stackproof.museum.plant import PLANTS, Plant, load_museum, swap, touch
+from stackproof.spec.errors import GateFailed
+from stackproof.spec.failures import load_catalogue
 
 PARTS = 8
 
@@ -42,8 +42,8 @@ def test_each_gate_has_a_plant_and_each_plant_a_story(spec):
 
 def test_a_plant_leaves_no_trace():
     """After its context every patched attribute is what it was."""
-    from stack.data import reader
-    from stack.train import checkpoint, losses, step
+    from stackproof.data import reader
+    from stackproof.train import checkpoint, losses, step
 
     watched = [
         (m, n, v)
@@ -171,7 +171,7 @@ def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp
     """On the real stack: a renamed local is nothing, one percent of the learning rate is something;
     no gate is asked.
     """
-    from stack.train import step as steps
+    from stackproof.train import step as steps
 
     def plant(factor):
         original = steps.lr_at
@@ -243,7 +243,7 @@ def test_a_row_of_the_matrix_stands_where_a_monitor_is_never_called(monkeypatch)
         "sampling.monitor-not-called": "sampling.coherence",
     }
     museum = {p: plant for p, plant in load_museum().items() if p in wanted}
-    monkeypatch.setattr("stack.museum.matrix.load_museum", lambda: museum)
+    monkeypatch.setattr("stackproof.museum.matrix.load_museum", lambda: museum)
     rows = {row["plant"]: row for row in matrix(tuple(wanted.values()))}
     assert rows.keys() == wanted.keys()
     for plant_id, row in rows.items():
@@ -271,7 +271,7 @@ def test_swap_counts_calls_and_restores():
         def value():
             return 1
 
-    from stack.museum.plant import touches
+    from stackproof.museum.plant import touches
 
     before = touches()
     with swap(Owner, "value", lambda: 2):

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec.errors import ConfigError, DataError
-from spec.formulas import parameter_count
-from stack.config import load_config
-from stack.recipes import RECIPES, recipe
-from stack.recipes.depth import EPOCHS, Corpus, corpus_of, depth, embedded
-from stack.recipes.imported import imported
+from stackproof.config import load_config
+from stackproof.recipes import RECIPES, recipe
+from stackproof.recipes.depth import EPOCHS, Corpus, corpus_of, depth, embedded
+from stackproof.recipes.imported import imported
+from stackproof.spec.errors import ConfigError, DataError
+from stackproof.spec.formulas import parameter_count
 
 
 def by_hand(v, d, layers, q, kv, f, ffn_matrices, *, norms, extras=0, head=1):

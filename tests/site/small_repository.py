@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-from spec import ROOT
-from spec.canonical import canonical_json, sha256_bytes, sha256_json
-from spec.gates import load_spec
-from spec.ledger import Ledger
-from spec.records import (
+from stackproof.spec import ROOT
+from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
+from stackproof.spec.gates import load_spec
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import (
     SCHEMA,
     Artefact,
     Code,

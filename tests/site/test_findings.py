@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spec.findings import Finding
+from stackproof.spec.findings import Finding
 from tools.site_pages.findings import findings_page
 from tools.site_pages.world import load_world
 

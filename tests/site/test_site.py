@@ -14,9 +14,9 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
-from spec import ROOT, records
-from spec.errors import IntegrityError
-from spec.gates import load_spec
+from stackproof.spec import ROOT, records
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import load_spec
 from tests.site import small_repository
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
 from tools.site_pages.markup import esc, ev

@@ -6,10 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec.canonical import canonical_json, parse_strict
-from spec.errors import IntegrityError
-from spec.formulas import bits_per_byte, flops_per_token, parameter_count, perplexity, tokens_seen
-from spec.ledger import Ledger
+from stackproof.spec.canonical import canonical_json, parse_strict
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.formulas import (
+    bits_per_byte,
+    flops_per_token,
+    parameter_count,
+    perplexity,
+    tokens_seen,
+)
+from stackproof.spec.ledger import Ledger
 from tests.tools import small_repo
 
 JSON = st.recursive(

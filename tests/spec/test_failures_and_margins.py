@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from spec.errors import IntegrityError
-from spec.failures import Failure, answering_gates, load_catalogue
-from spec.margins import margins, measured_for
-from spec.records import Kill
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.failures import Failure, answering_gates, load_catalogue
+from stackproof.spec.margins import margins, measured_for
+from stackproof.spec.records import Kill
 from tests.tools.small_repo import FAILURES, write
 
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from spec.errors import IntegrityError
-from spec.fingerprint import Carried, check_source, code_below, read_carried
-from spec.gates import load_spec
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.fingerprint import Carried, check_source, code_below, read_carried
+from stackproof.spec.gates import load_spec
 
 GATE = '''
 """Verdicts."""
@@ -27,7 +27,7 @@ def decide(ok, message, **measured):
 '''
 NUMBERS = '''
 import math
-from spec.errors import DataError
+from stackproof.spec.errors import DataError
 
 TABLE = {"a": 1.0}
 TABLE["b"] = 2.0
@@ -54,8 +54,8 @@ def odd(n):
 CHECK = '''
 """The check."""
 import stackproof.contracts.numbers as numbers
-from contracts.gate import decide
-from contracts.numbers import spread, even
+from stackproof.contracts.gate import decide
+from stackproof.contracts.numbers import spread, even
 
 class Base:
     width: int = 3
@@ -230,12 +230,14 @@ def test_the_installed_package_name_is_free(tree):
 
 def test_a_re_export_leads_to_the_definition(tree):
     before = digest(tree)
-    (tree / "contracts/front.py").write_text("from contracts.numbers import even, spread\n")
+    (tree / "contracts/front.py").write_text(
+        "from stackproof.contracts.numbers import even, spread\n"
+    )
     edit(
         tree,
         "loss",
-        "from contracts.numbers import spread, even",
-        "from contracts.front import spread, even",
+        "from stackproof.contracts.numbers import spread, even",
+        "from stackproof.contracts.front import spread, even",
     )
     assert digest(tree) == before
 
@@ -244,16 +246,16 @@ def test_what_cannot_be_followed_is_refused(tree):
     edit(
         tree,
         "loss",
-        "from contracts.numbers import spread, even",
-        "from contracts.numbers import *",
+        "from stackproof.contracts.numbers import spread, even",
+        "from stackproof.contracts.numbers import *",
     )
     with pytest.raises(IntegrityError, match="star or relative import"):
         digest(tree)
     edit(
         tree,
         "loss",
-        "from contracts.numbers import *",
-        "from contracts.numbers import spread, uneven as even",
+        "from stackproof.contracts.numbers import *",
+        "from stackproof.contracts.numbers import spread, uneven as even",
     )
     with pytest.raises(IntegrityError, match="defines no uneven"):
         digest(tree)

@@ -4,11 +4,11 @@ import datetime as dt
 
 import pytest
 
-from spec.coverage import STATES, coverage, gate_state, tally
-from spec.errors import IntegrityError
-from spec.fingerprint import check_source, code_below
-from spec.gates import ROOT, Gate, Limit, load_spec
-from spec.records import Record
+from stackproof.spec.coverage import STATES, coverage, gate_state, tally
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.fingerprint import check_source, code_below
+from stackproof.spec.gates import ROOT, Gate, Limit, load_spec
+from stackproof.spec.records import Record
 from tests.tools import small_repo
 
 WHY = "because it was measured"
@@ -105,7 +105,7 @@ def test_source_of_a_check_holds_what_it_reaches_over_modules(spec):
 
 
 def records_of(root) -> dict[str, Record]:
-    from spec.ledger import Ledger
+    from stackproof.spec.ledger import Ledger
 
     return Ledger(root / "evidence").records()
 

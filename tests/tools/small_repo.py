@@ -6,13 +6,13 @@ import math
 import subprocess
 from pathlib import Path
 
-from spec import failures
-from spec.canonical import canonical_json, sha256_bytes, sha256_json
-from spec.fingerprint import code_below
-from spec.formulas import parameter_count
-from spec.gates import _load_spec, frozen_release, load_spec
-from spec.ledger import Ledger
-from spec.records import SCHEMA, Record
+from stackproof.spec import failures
+from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
+from stackproof.spec.fingerprint import code_below
+from stackproof.spec.formulas import parameter_count
+from stackproof.spec.gates import _load_spec, frozen_release, load_spec
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import SCHEMA, Record
 
 GATE = """
 [[gate]]

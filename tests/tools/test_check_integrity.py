@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from spec.canonical import canonical_json, sha256_bytes
-from spec.fingerprint import check_fingerprint
-from spec.gates import normative_fields
-from spec.ledger import GENESIS, Entry
+from stackproof.spec.canonical import canonical_json, sha256_bytes
+from stackproof.spec.fingerprint import check_fingerprint
+from stackproof.spec.gates import normative_fields
+from stackproof.spec.ledger import GENESIS, Entry
 from tests.tools import small_repo
 from tests.tools.found import found_something
 from tests.tools.small_repo import edit, git, write

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError
 from tests.tools import small_repo
 from tests.tools.found import BAD, found_something
 from tools.check_integrity import check

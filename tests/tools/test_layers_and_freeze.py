@@ -19,10 +19,10 @@ def test_the_repository_keeps_its_arrow():
 @pytest.mark.parametrize(
     ("path", "source", "says"),
     [
-        ("spec/a.py", "import contracts.gate\n", "stands above"),
+        ("spec/a.py", "import stackproof.contracts.gate\n", "stands above"),
         ("spec/a.py", "def f():\n    import torch\n", "must not import torch"),
-        ("contracts/a.py", "from stack.config import RunConfig\n", "stands above"),
-        ("contracts/callbacks/a.py", "def f():\n    import stack.config\n", "stands above"),
+        ("contracts/a.py", "from stackproof.config import RunConfig\n", "stands above"),
+        ("contracts/callbacks/a.py", "def f():\n    import stackproof.config\n", "stands above"),
         ("contracts/a.py", "from tools import site\n", "must not import tools"),
         ("stack/train/a.py", "from stackproof import open_model, cli\n", "stands above"),
         ("stack/train/a.py", "import stackproof\n", "stands above"),
@@ -31,8 +31,8 @@ def test_the_repository_keeps_its_arrow():
             "from stackproof.config import RunConfig\n",
             "must not import stackproof.config",
         ),
-        ("stack/data/a.py", "from stack.model import norm\n", "stands above"),
-        ("stack/train/a.py", "from stack import cli\n", "stands above"),
+        ("stack/data/a.py", "from stackproof.model import norm\n", "stands above"),
+        ("stack/train/a.py", "from stackproof import cli\n", "stands above"),
         ("stack/config/load.py", "import torch\n", "at module level"),
         ("stack/cli/a.py", "import numpy as np\n", "at module level"),
         ("stack/model/a.py", "import transformers\n", "must not import transformers"),
@@ -44,7 +44,7 @@ def test_the_repository_keeps_its_arrow():
         ("stack/export/parity.py", "import transformers\n", "must not import transformers"),
         (
             "tools/a.py",
-            "from contracts.gate import Verdict\n",
+            "from stackproof.contracts.gate import Verdict\n",
             "must not import stackproof.contracts",
         ),
         ("stack/model/a.py", "from . import norm\n", "relative import"),
@@ -60,7 +60,8 @@ def test_imports_along_the_arrow_are_fine(tmp_path):
     write(
         tmp_path,
         "stack/train/a.py",
-        "from stack.model import norm\nfrom contracts.gate import x\nfrom spec.gates import y\n",
+        "from stackproof.model import norm\nfrom stackproof.contracts.gate import x\nfrom "
+        "stackproof.spec.gates import y\n",
     )
     write(tmp_path, "stack/__init__.py", "def f():\n    import stackproof.cli.models\n")
     write(tmp_path, "tools/a.py", "from stackproof.spec.gates import load_spec\n")

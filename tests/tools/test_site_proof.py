@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spec.failures import load_catalogue
-from spec.records import Kill, Record
+from stackproof.spec.failures import load_catalogue
+from stackproof.spec.records import Kill, Record
 from tools.site_pages import proof
 from tools.site_pages.diffs import plant_diff
 from tools.site_pages.museum import museum_page, room_pages

@@ -2,7 +2,7 @@
 
 import torch
 
-from stack.config import (
+from stackproof.config import (
     DifferentialAttention,
     Gelu,
     HardCapacity,
@@ -12,7 +12,7 @@ from stack.config import (
     ModelConfig,
     SoftGate,
 )
-from stack.model.build import build_model
+from stackproof.model.build import build_model
 from tests.export import models as exported
 
 VOCAB = exported.VOCAB

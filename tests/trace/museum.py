@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from stack.config import BiasBalance, MixtureOfExperts
-from stack.museum.plant import Plant
-from stack.trace.ways import Side
+from stackproof.config import BiasBalance, MixtureOfExperts
+from stackproof.museum.plant import Plant
+from stackproof.trace.ways import Side
 from tests.trace import models
 from tests.trace import museum_sides as ways
 from tests.trace.museum_sides import (

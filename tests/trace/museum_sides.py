@@ -12,17 +12,17 @@ from types import SimpleNamespace
 
 import torch
 
-from stack.config import AdamW, MixtureOfExperts, ModelConfig
-from stack.export import huggingface, reading
-from stack.kernels import cross_entropy
-from stack.model import names
-from stack.model.build import build_model
-from stack.model.cache import KVCache
-from stack.museum.plant import swap
-from stack.trace import side
-from stack.train import checkpoint
-from stack.train import state as states
-from stack.train import step as steps
+from stackproof.config import AdamW, MixtureOfExperts, ModelConfig
+from stackproof.export import huggingface, reading
+from stackproof.kernels import cross_entropy
+from stackproof.model import names
+from stackproof.model.build import build_model
+from stackproof.model.cache import KVCache
+from stackproof.museum.plant import swap
+from stackproof.trace import side
+from stackproof.train import checkpoint
+from stackproof.train import state as states
+from stackproof.train import step as steps
 from tests.export.models import stirred
 from tests.trace import models
 
@@ -160,7 +160,7 @@ def exported(plant, **changes):
 
 def run_config(dtype="float32", compiled=False, **changes):
     """A run of the small model."""
-    from stack.recipes.pocket import pocket
+    from stackproof.recipes.pocket import pocket
 
     cfg = pocket()
     train = cfg.train.model_copy(update={"dtype": dtype, "compile": compiled})

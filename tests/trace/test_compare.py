@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from spec.errors import UsageError
-from stack.config import ModelConfig
-from stack.export import reading
-from stack.kernels import attention, dispatch
-from stack.model.build import build_model
-from stack.trace import bisect, compare, side, stats
-from stack.trace.bisect import FAR
-from stack.trace.compare import Spill, difference
-from stack.trace.points import Point
-from stack.trace.room import Room
-from stack.trace.stats import SupportError
-from stack.trace.ways import in_precision, module_path, reference_kernels, swapped
+from stackproof.config import ModelConfig
+from stackproof.export import reading
+from stackproof.kernels import attention, dispatch
+from stackproof.model.build import build_model
+from stackproof.spec.errors import UsageError
+from stackproof.trace import bisect, compare, side, stats
+from stackproof.trace.bisect import FAR
+from stackproof.trace.compare import Spill, difference
+from stackproof.trace.points import Point
+from stackproof.trace.room import Room
+from stackproof.trace.stats import SupportError
+from stackproof.trace.ways import in_precision, module_path, reference_kernels, swapped
 from tests.trace import models
 
 # The worst share of the bound that rounding took, over everything below: 0.22 (output of
@@ -125,7 +125,7 @@ def test_a_difference_is_what_its_formula_says(a, b, rel_err, monkeypatch):
     found = difference(torch.tensor(a), torch.tensor(b))
     assert found.rel_err == pytest.approx(rel_err) and found.nmse == pytest.approx(rel_err**2)
     # the function of this name hides the module
-    monkeypatch.setattr(sys.modules["stack.trace.compare"], "CHUNK", 1)
+    monkeypatch.setattr(sys.modules["stackproof.trace.compare"], "CHUNK", 1)
     assert difference(torch.tensor(a), torch.tensor(b)).rel_err == pytest.approx(rel_err)
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from stack.trace import bisect, compare, compare_gradients, side, trace
+from stackproof.trace import bisect, compare, compare_gradients, side, trace
 from tests.trace import models
 
 DEVICES = [

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spec.errors import UsageError
-from stack.config import ModelConfig
-from stack.kernels import dispatch
-from stack.model.build import build_model
-from stack.museum.plant import load_museum, swap
-from stack.trace import compare, compare_gradients, side
-from stack.trace.ways import BETWEEN_BLOCKS, Side
+from stackproof.config import ModelConfig
+from stackproof.kernels import dispatch
+from stackproof.model.build import build_model
+from stackproof.museum.plant import load_museum, swap
+from stackproof.spec.errors import UsageError
+from stackproof.trace import compare, compare_gradients, side
+from stackproof.trace.ways import BETWEEN_BLOCKS, Side
 from tests.trace import models
 
 L = 1

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stack.kernels import attention
-from stack.museum.plant import swap
-from stack.trace import compare, kernel_errors, side
-from stack.trace.kernel_errors import WAYS, Kept, attend, way_to_err
-from stack.trace.scores import Call
+from stackproof.kernels import attention
+from stackproof.museum.plant import swap
+from stackproof.trace import compare, kernel_errors, side
+from stackproof.trace.kernel_errors import WAYS, Kept, attend, way_to_err
+from stackproof.trace.scores import Call
 from tests.trace import models
 from tests.trace.museum_sides import documents, prompt
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from contracts.conditions import ContractError
-from spec.errors import CheckpointError, IntegrityError, UsageError
-from stack.config import ModelConfig
-from stack.data.reader import eval_batches, rows_batch
-from stack.model.build import build_model
-from stack.trace import lens as lenses
-from stack.trace.lens import (
+from stackproof.config import ModelConfig
+from stackproof.contracts.conditions import ContractError
+from stackproof.data.reader import eval_batches, rows_batch
+from stackproof.model.build import build_model
+from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
+from stackproof.trace import lens as lenses
+from stackproof.trace.lens import (
     TunedLens,
     load_lens,
     read_lens,

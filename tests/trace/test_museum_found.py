@@ -4,9 +4,9 @@ where it is, or no forward shows it.
 
 import pytest
 
-from spec.failures import load_catalogue
-from stack.museum.plant import load_museum, touches
-from stack.trace import bisect, compare
+from stackproof.museum.plant import load_museum, touches
+from stackproof.spec.failures import load_catalogue
+from stackproof.trace import bisect, compare
 from tests.trace import models
 from tests.trace.museum import EXHIBITS, Found, Unseen
 

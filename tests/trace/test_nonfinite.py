@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stack.config import (
+from stackproof.config import (
     DifferentialAttention,
     HardCapacity,
     MixtureOfDepths,
@@ -15,9 +15,9 @@ from stack.config import (
     ModelConfig,
     SoftmaxAttention,
 )
-from stack.model.build import build_model
-from stack.trace.nonfinite import first_nonfinite, watching
-from stack.trace.trace import logits_of
+from stackproof.model.build import build_model
+from stackproof.trace.nonfinite import first_nonfinite, watching
+from stackproof.trace.trace import logits_of
 from tests.trace import models
 
 SIZES = dict(

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spec.errors import UsageError
-from stack.evaluate.sampling import generate
-from stack.trace.maps import map_of
-from stack.trace.patching import (
+from stackproof.evaluate.sampling import generate
+from stackproof.spec.errors import UsageError
+from stackproof.trace.maps import map_of
+from stackproof.trace.patching import (
     Target,
     ablate,
     averaged,
@@ -24,8 +24,8 @@ from stack.trace.patching import (
     targets,
     zeroed,
 )
-from stack.trace.points import sites
-from stack.trace.trace import run
+from stackproof.trace.points import sites
+from stackproof.trace.trace import run
 from tests.trace import models
 
 KINDS = [

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stack.kernels import dispatch
-from stack.trace import bisect, compare, side
-from stack.trace.compare import MISSING, MISSING_THERE
+from stackproof.kernels import dispatch
+from stackproof.trace import bisect, compare, side
+from stackproof.trace.compare import MISSING, MISSING_THERE
 from tests.trace import models
 
 L = 1
@@ -57,7 +57,7 @@ def weight_transposed(model):
 
 def wrong_rotation(model):
     attention = model.layers[L].attention
-    from stack.model.rotary import rotary_tables
+    from stackproof.model.rotary import rotary_tables
 
     original = attention.placed
     tables = rotary_tables(attention.head_dim, model.cfg.max_seq_len, model.cfg.rope_theta * 50)
@@ -143,8 +143,8 @@ PLANTS = {
 
 
 def built(changes):
-    from stack.config import ModelConfig, SoftmaxAttention
-    from stack.model.build import build_model
+    from stackproof.config import ModelConfig, SoftmaxAttention
+    from stackproof.model.build import build_model
     from tests.export.models import stirred
 
     attention = SoftmaxAttention(qkv_bias=changes.get("qkv_bias", False))
@@ -220,7 +220,7 @@ def test_head_expansion_order_is_named():
 
 
 def test_head_expansion_order_inside_the_kernel_is_named(monkeypatch):
-    from stack.kernels import attention
+    from stackproof.kernels import attention
 
     good, ids = built({}), models.ids()
     original, calls = attention.whole, []
@@ -404,7 +404,7 @@ THEIR_PLANTS = {
 @pytest.mark.parametrize("name", THEIR_PLANTS)
 def test_a_bug_in_another_library_is_named_against_ours(name, tmp_path):
     """The clean pair of the two libraries is a test of its own, in test_compare.py."""
-    from stack.export import reading
+    from stackproof.export import reading
 
     plant, named = THEIR_PLANTS[name]
     theirs = models.theirs("smollm2")
@@ -457,7 +457,7 @@ def their_router(model):
 def test_a_bug_in_the_experts_of_another_library_is_named_against_ours(
     plant, compared, bisected, tmp_path
 ):
-    from stack.export import reading
+    from stackproof.export import reading
 
     theirs = models.theirs("mixtral")
     theirs.save_pretrained(tmp_path)

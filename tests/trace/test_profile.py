@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stack.trace import profile as judged
-from stack.trace import trace
-from stack.trace.profile import of_spreads, profile
+from stackproof.trace import profile as judged
+from stackproof.trace import trace
+from stackproof.trace.profile import of_spreads, profile
 from tests.trace import models
 
 FOUNDING = Path(__file__).with_name("founding_run.csv")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spec.errors import UsageError
-from stack.trace import stats, trace
-from stack.trace.points import Point
-from stack.trace.stats import Gatherer, SupportError, ratio
+from stackproof.spec.errors import UsageError
+from stackproof.trace import stats, trace
+from stackproof.trace.points import Point
+from stackproof.trace.stats import Gatherer, SupportError, ratio
 from tests.trace import models
 
 POINT = Point("layers.0.x", 0, "x", 0)
@@ -257,8 +257,8 @@ def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(side, name):
     assert all(p.grad is None for p in model.parameters())
     missing = [t.point.name for t in traced.points if t.grad is None and t.point.flows]
     assert not [m for m in missing if "experts" not in m]
-    from stack.trace.tap import tap
-    from stack.trace.trace import run
+    from stackproof.trace.tap import tap
+    from stackproof.trace.trace import run
 
     for point in (
         "layers.0.attention_out",

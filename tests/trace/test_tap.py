@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spec.errors import UsageError
-from stack.kernels import dispatch
-from stack.model import names as hf_names
-from stack.trace import trace
-from stack.trace.maps import map_of
-from stack.trace.points import OPERATIONS, Input, NameMap, Output, sites
-from stack.trace.room import room_for
-from stack.trace.tap import tap
-from stack.trace.trace import logits_of
+from stackproof.kernels import dispatch
+from stackproof.model import names as hf_names
+from stackproof.spec.errors import UsageError
+from stackproof.trace import trace
+from stackproof.trace.maps import map_of
+from stackproof.trace.points import OPERATIONS, Input, NameMap, Output, sites
+from stackproof.trace.room import room_for
+from stackproof.trace.tap import tap
+from stackproof.trace.trace import logits_of
 from tests.trace import models
 
 
@@ -180,7 +180,7 @@ def test_scores_and_entropy_are_those_of_the_softmax_written_out(name):
 
 
 def test_chunks_of_scores_are_the_whole(monkeypatch):
-    from stack.trace import scores
+    from stackproof.trace import scores
 
     model, ids = models.ours("window"), models.ids(tokens=40)
     names = ["layers.*.scores", "layers.*.entropy"]
@@ -372,7 +372,7 @@ def test_another_routing_is_put_in_its_place(side, name):
 
 
 def test_a_routing_function_is_put_back_after_an_exception():
-    from stack.model import moe
+    from stackproof.model import moe
 
     model, original = models.ours("experts"), moe.route
 

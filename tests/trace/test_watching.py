@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stack.trace.nonfinite import is_finite, summary, watching
+from stackproof.trace.nonfinite import is_finite, summary, watching
 from tests.trace.test_nonfinite import VARIANTS, loss_of, model_of
 
 

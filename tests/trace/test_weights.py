@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from spec.errors import UsageError
-from stack.cli.weights import sizes
-from stack.trace import weights
-from stack.trace.profile import of_spreads
+from stackproof.cli.weights import sizes
+from stackproof.spec.errors import UsageError
+from stackproof.trace import weights
+from stackproof.trace.profile import of_spreads
 from tests.trace.models import ours
 
 

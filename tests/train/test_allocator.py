@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stack.train import allocator
+from stackproof.train import allocator
 
 glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or platform.system() != "Linux",
@@ -18,7 +18,7 @@ glibc = pytest.mark.skipif(
 # mapping is the system's own word for it.
 LAID = """
 import json, re, sys, torch
-from stack.train import allocator
+from stackproof.train import allocator
 said = allocator.lay_in_huge_pages(int(sys.argv[1])) if sys.argv[1] != "none" else allocator.keep_heap()
 block = torch.ones(40 * 2**18)  # 40 MiB
 address, flags = block.data_ptr() + 20 * 2**20, None

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from spec.canonical import canonical_json, sha256_bytes
-from spec.errors import CheckpointError
-from stack import tensorfile
-from stack.config import AdamW, Muon
-from stack.train import checkpoint
-from stack.train.digest import digest
-from stack.train.preflight import advance, micro, shrunk
-from stack.train.state import build_state
+from stackproof import tensorfile
+from stackproof.config import AdamW, Muon
+from stackproof.spec.canonical import canonical_json, sha256_bytes
+from stackproof.spec.errors import CheckpointError
+from stackproof.train import checkpoint
+from stackproof.train.digest import digest
+from stackproof.train.preflight import advance, micro, shrunk
+from stackproof.train.state import build_state
 from tests.processes import Command
 
 
@@ -43,10 +43,10 @@ STORM = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from stack.config import RunConfig
-from stack.data.prepare import prepare
-from stack.train import checkpoint
-from stack.train.state import build_state
+from stackproof.config import RunConfig
+from stackproof.data.prepare import prepare
+from stackproof.train import checkpoint
+from stackproof.train.state import build_state
 from tests.processes import Command
 from tests.train.test_checkpoint import document
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import stack
-from spec.errors import ConfigError
-from stack.config import FilesSource, known_keys, load_config, validate
-from stack.recipes import RECIPES, recipe
+import stackproof
+from stackproof.config import FilesSource, known_keys, load_config, validate
+from stackproof.recipes import RECIPES, recipe
+from stackproof.spec.errors import ConfigError
 
-STACK = Path(stack.__file__).parent
+STACK = Path(stackproof.__file__).parent
 
 
 def test_recipes_are_complete_and_survive_a_round_trip():
@@ -95,8 +95,8 @@ def test_every_key_is_read_somewhere():
 
 
 def test_waivers_must_name_a_gate_and_be_in_force(spec):
-    from contracts.keeper import Gatekeeper
-    from spec.records import Waiver
+    from stackproof.contracts.keeper import Gatekeeper
+    from stackproof.spec.records import Waiver
 
     with pytest.raises(ConfigError, match="no gate"):
         Gatekeeper(

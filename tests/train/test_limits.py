@@ -5,11 +5,11 @@ and memory that is not there.
 import pytest
 import torch
 
-from spec.errors import EnvironmentUnfit
-from stack.config import Muon
-from stack.recipes import recipe
-from stack.train import memory, precision
-from stack.train.memory import predict_bytes
+from stackproof.config import Muon
+from stackproof.recipes import recipe
+from stackproof.spec.errors import EnvironmentUnfit
+from stackproof.train import memory, precision
+from stackproof.train.memory import predict_bytes
 
 CPU = torch.device("cpu")
 
@@ -125,7 +125,7 @@ def test_muon_keeps_one_moment_of_a_matrix():
 
 def test_a_dry_run_says_that_this_machine_would_refuse(monkeypatch):
     """With both figures; and nothing of the kind where it would not."""
-    from stack.cli import train as cli
+    from stackproof.cli import train as cli
 
     cfg = recipe("pocket")
     assert cli._refusal(cfg, 1024, CPU) == "" and "this_machine_refuses" not in cli._derived(cfg)

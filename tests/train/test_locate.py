@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from spec.errors import DataError, GateFailed
-from stack.config import AdamW, NeverStop
-from stack.evidence import repro
-from stack.museum.collection import museum_config, write_texts
-from stack.museum.plant import load_museum
-from stack.train import bundle as bundles
-from stack.train import losses, session
-from stack.train import step as steps
-from stack.train.listener import Listener
-from stack.train.locate import locate
+from stackproof.config import AdamW, NeverStop
+from stackproof.evidence import repro
+from stackproof.museum.collection import museum_config, write_texts
+from stackproof.museum.plant import load_museum
+from stackproof.spec.errors import DataError, GateFailed
+from stackproof.train import bundle as bundles
+from stackproof.train import losses, session
+from stackproof.train import step as steps
+from stackproof.train.listener import Listener
+from stackproof.train.locate import locate
 
 FINITE = "runtime.finite"
 

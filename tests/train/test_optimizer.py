@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stack.config import AdamW, Muon
-from stack.model.build import build_model
-from stack.train import muon
-from stack.train import optimizer as opt
+from stackproof.config import AdamW, Muon
+from stackproof.model.build import build_model
+from stackproof.train import muon
+from stackproof.train import optimizer as opt
 
 MUON = Muon(lr=3e-3, adamw_lr=1e-3)
 SHAPES = [(8, 8), (24, 16), (16, 24), (24, 16)]

@@ -8,18 +8,18 @@ import shutil
 import pytest
 import torch
 
-from spec.errors import GateFailed, Stopped
-from spec.records import Override, read_record
-from stack.config import NeverStop
-from stack.museum.collection import museum_config
-from stack.trace.stats import Gatherer
-from stack.trace.tap import tap
-from stack.train import loop, points, session
-from stack.train import step as steps
-from stack.train.digest import digest
-from stack.train.listener import Listener
-from stack.train.rundir import RunDir
-from stack.train.state import build_state
+from stackproof.config import NeverStop
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import GateFailed, Stopped
+from stackproof.spec.records import Override, read_record
+from stackproof.trace.stats import Gatherer
+from stackproof.trace.tap import tap
+from stackproof.train import loop, points, session
+from stackproof.train import step as steps
+from stackproof.train.digest import digest
+from stackproof.train.listener import Listener
+from stackproof.train.rundir import RunDir
+from stackproof.train.state import build_state
 
 FEW = ("runtime.finite", "evaluation.leaves-no-trace")
 
@@ -206,7 +206,7 @@ def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, m
         torch.rand(1)
         return original(state, batch)
 
-    monkeypatch.setattr("stack.train.run.points_lines", careless)
+    monkeypatch.setattr("stackproof.train.run.points_lines", careless)
     with pytest.raises(GateFailed, match=r"leaves-no-trace.*the trace changed 1 of"):
         session.start(traced(cfg, 3), (), tmp_path / "run", Listener(), only=FEW)
 
@@ -239,7 +239,7 @@ def test_recordings_that_take_more_than_2_percent_are_said_once_with_the_interva
     """The time of a recording is set against that of a step: one step each time is 100 % here,
     a hundredth is 1 %.
     """
-    from stack.train import run as runs
+    from stackproof.train import run as runs
 
     original, asked = runs.sparse_enough, []
 

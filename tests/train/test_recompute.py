@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from spec.errors import GateFailed
-from stack.museum.collection import museum_config
-from stack.train import session
-from stack.train import step as steps
-from stack.train.digest import digest, gradient_crc32
-from stack.train.listener import Listener
-from stack.train.recompute import recomputed_step
-from stack.train.state import build_state
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import GateFailed
+from stackproof.train import session
+from stackproof.train import step as steps
+from stackproof.train.digest import digest, gradient_crc32
+from stackproof.train.listener import Listener
+from stackproof.train.recompute import recomputed_step
+from stackproof.train.state import build_state
 
 
 @pytest.fixture

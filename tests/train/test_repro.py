@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from spec.errors import DataError, GateFailed, IntegrityError
-from stack.config import NeverStop
-from stack.evidence import repro
-from stack.museum.collection import museum_config, write_texts
-from stack.museum.plant import load_museum
-from stack.train import bundle as bundles
-from stack.train import session
-from stack.train.listener import Listener
-from stack.train.replay import replay
+from stackproof.config import NeverStop
+from stackproof.evidence import repro
+from stackproof.museum.collection import museum_config, write_texts
+from stackproof.museum.plant import load_museum
+from stackproof.spec.errors import DataError, GateFailed, IntegrityError
+from stackproof.train import bundle as bundles
+from stackproof.train import session
+from stackproof.train.listener import Listener
+from stackproof.train.replay import replay
 from tests.processes import Command
 
 PLANTED = (
-    "import sys\nfrom stack.cli import main\nfrom stack.museum.plant import load_museum\n"
+    "import sys\nfrom stackproof.cli import main\nfrom stackproof.museum.plant import load_museum\n"
     "with load_museum()[sys.argv[1]].apply():\n    main(['gates', 'repro', sys.argv[2], "
     "'--json'])\n"
 )
@@ -140,7 +140,7 @@ def test_a_bundle_of_a_run_that_was_resumed_begins_at_its_checkpoint(cfg, tmp_pa
 
 def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_path, monkeypatch):
     """Held-out loss five times what it was, at step 14; replayed from the state of step 7."""
-    from stack.train.run import Run
+    from stackproof.train.run import Run
 
     original = Run.measure
 
@@ -170,8 +170,8 @@ def test_what_was_drawn_wrongly_is_in_the_bundle_and_needs_no_plant(cfg, tmp_pat
 
 
 def test_a_gate_that_only_warns_leaves_a_bundle_and_the_run_goes_on(cfg, tmp_path, monkeypatch):
-    from contracts import memorisation
-    from contracts.gate import failed, passed
+    from stackproof.contracts import memorisation
+    from stackproof.contracts.gate import failed, passed
 
     def warn(self, event):
         return (

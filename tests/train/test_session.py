@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
-from spec.records import read_record
-from stack.cli.models import open_model
-from stack.config import AdamW, Cosine, Muon, NeverStop, SampleConfig, Wsd
-from stack.data.order import Source, StaticMixture
-from stack.evaluate.sampling import generate
-from stack.museum.collection import museum_config
-from stack.train import precision, session
-from stack.train.listener import Listener
-from stack.train.randomness import generator
-from stack.train.signals import listening
+from stackproof.cli.models import open_model
+from stackproof.config import AdamW, Cosine, Muon, NeverStop, SampleConfig, Wsd
+from stackproof.data.order import Source, StaticMixture
+from stackproof.evaluate.sampling import generate
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
+from stackproof.spec.records import read_record
+from stackproof.train import precision, session
+from stackproof.train.listener import Listener
+from stackproof.train.randomness import generator
+from stackproof.train.signals import listening
 from tests.verdicts import all_green
 
 
@@ -98,7 +98,7 @@ def test_a_type_of_the_optimizer_that_is_only_emulated_is_refused_by_its_key(
 def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(
     cfg, tmp_path, monkeypatch, any_precision
 ):
-    from stack.train import step as steps
+    from stackproof.train import step as steps
 
     original, failed = steps.backward, []
 
@@ -230,7 +230,7 @@ def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):
     """A monitor that is wired to nothing: the run does not end well, also without the gate that
     sees it at the first gap.
     """
-    from stack.train.run import Run
+    from stackproof.train.run import Run
 
     monkeypatch.setattr(Run, "sample", lambda self: None)
     with pytest.raises(GateFailed, match=r"runtime\.cadence.*no Sampled for 3 steps"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stack.train.state import EMA_DECAY, TrainState
+from stackproof.train.state import EMA_DECAY, TrainState
 
 
 def test_the_running_mean_of_the_loss_and_its_lowest_are_their_formulas():

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from stack.config import load_config
-from stack.train import optimizer as opt
-from stack.train import step as steps
-from stack.train.preflight import micro
-from stack.train.state import build_state
+from stackproof.config import load_config
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
+from stackproof.train.preflight import micro
+from stackproof.train.state import build_state
 
 WAITING = [
     getattr(torch.Tensor, n)
@@ -24,7 +24,7 @@ ROUTED = (
 
 
 class Waits(TorchFunctionMode):
-    """Counts what would wait for a GPU in `stack.train` itself,
+    """Counts what would wait for a GPU in `stackproof.train` itself,
     without the model and its kernels.
     """
 

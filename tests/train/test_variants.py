@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 
-from contracts.keeper import Gatekeeper
-from stack.cli.models import open_model
-from stack.config import (
+from stackproof.cli.models import open_model
+from stackproof.config import (
     BiasBalance,
     DifferentialAttention,
     Gelu,
@@ -23,10 +22,11 @@ from stack.config import (
     RotaryPositions,
     SoftmaxAttention,
 )
-from stack.evaluate.sampling import generate
-from stack.museum.collection import museum_config
-from stack.train import checkpoint, session
-from stack.train.listener import Listener
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.evaluate.sampling import generate
+from stackproof.museum.collection import museum_config
+from stackproof.train import checkpoint, session
+from stackproof.train.listener import Listener
 from tests.verdicts import all_green
 
 STEPS, HALT = 14, 7

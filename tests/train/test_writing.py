@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
-from spec.errors import CheckpointError
-from spec.records import read_record
-from stack.config import NeverStop
-from stack.museum.collection import museum_config
-from stack.train import checkpoint, session, stepfolder
-from stack.train.listener import Listener
+from stackproof.config import NeverStop
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import CheckpointError
+from stackproof.spec.records import read_record
+from stackproof.train import checkpoint, session, stepfolder
+from stackproof.train.listener import Listener
 
 FEW = ("runtime.finite", "checkpoint.contract")
 

@@ -5,8 +5,8 @@
 import re
 from collections.abc import Callable
 
-from spec.coverage import tally
-from spec.errors import EXIT_CODES
+from stackproof.spec.coverage import tally
+from stackproof.spec.errors import EXIT_CODES
 from tools.integrity.core import RULES, Repo
 
 PATTERN = re.compile(r"(<!-- generated:([\w.:-]+) -->\n)(.*?)(<!-- /generated -->)", re.S)

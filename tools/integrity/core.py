@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from spec import findings
-from spec.canonical import sha256_file
-from spec.coverage import GateState, coverage
-from spec.errors import IntegrityError, StackproofError
-from spec.failures import Catalogue, load_catalogue
-from spec.gates import Spec, load_spec
-from spec.ledger import Entry, Ledger
-from spec.records import Record
-from spec.registry import Release, read_registry
+from stackproof.spec import findings
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.coverage import GateState, coverage
+from stackproof.spec.errors import IntegrityError, StackproofError
+from stackproof.spec.failures import Catalogue, load_catalogue
+from stackproof.spec.gates import Spec, load_spec
+from stackproof.spec.ledger import Entry, Ledger
+from stackproof.spec.records import Record
+from stackproof.spec.registry import Release, read_registry
 
 
 @dataclass(frozen=True)

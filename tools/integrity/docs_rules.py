@@ -222,7 +222,7 @@ def _holds(repo: Repo, expression: str) -> bool | None:
 def doc_command(repo: Repo) -> Found:
     file = repo.root / "spec" / "cli.json"
     if not file.is_file():
-        yield "spec/cli.json", 0, "is missing: python -m stack.cli.surface > spec/cli.json"
+        yield "spec/cli.json", 0, "is missing: python -m stackproof.cli.surface > spec/cli.json"
         return
     verbs = json.loads(file.read_text("utf-8"))["verbs"]
     makefile = repo.root / "Makefile"

@@ -4,11 +4,11 @@ import datetime as dt
 import math
 from collections.abc import Iterator
 
-from spec import formulas
-from spec.canonical import sha256_file
-from spec.errors import StackproofError
-from spec.records import Record
-from spec.runners import left_out
+from stackproof.spec import formulas
+from stackproof.spec.canonical import sha256_file
+from stackproof.spec.errors import StackproofError
+from stackproof.spec.records import Record
+from stackproof.spec.runners import left_out
 from tools.integrity.core import Repo, rule
 from tools.integrity.foreign import Found, admitted, flattery, gaps
 

@@ -2,8 +2,8 @@
 
 import math
 
-from spec.findings import FILE, Finding, RuledOut
-from spec.records import Metric
+from stackproof.spec.findings import FILE, Finding, RuledOut
+from stackproof.spec.records import Metric
 from tools.integrity.core import Repo, rule
 from tools.integrity.evidence_rules import number
 from tools.integrity.foreign import Found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from spec.records import GateResult, Record
+from stackproof.spec.records import GateResult, Record
 from tools.integrity.core import Repo
 
 Found = Iterator[tuple[str, int, str]]

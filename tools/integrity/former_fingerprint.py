@@ -10,7 +10,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from spec.canonical import sha256_bytes, sha256_json
+from stackproof.spec.canonical import sha256_bytes, sha256_json
 
 # left out of the first form
 PLUMBING = {"contracts.gate", "contracts.keeper", "contracts.conditions"}

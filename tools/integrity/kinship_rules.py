@@ -2,7 +2,7 @@
 and a run that was counted twice.
 """
 
-from spec.records import BESIDE_TRAINING, Record
+from stackproof.spec.records import BESIDE_TRAINING, Record
 from tools.integrity.core import Repo, rule
 from tools.integrity.evidence_rules import number
 from tools.integrity.foreign import Found

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from spec import formulas
-from spec.registry import REQUIRED_RECORDS
+from stackproof.spec import formulas
+from stackproof.spec.registry import REQUIRED_RECORDS
 from tools.integrity.core import Repo, rule
 from tools.integrity.evidence_rules import number
 

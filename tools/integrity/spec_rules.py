@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from spec.errors import StackproofError
-from spec.failures import Failure, answering_gates
-from spec.fingerprint import check_fingerprint
-from spec.gates import Limit, frozen_release, normative_fields
-from spec.ledger import Ledger
-from spec.records import read_record
-from spec.registry import read_registry
-from spec.runners import load_runners, unfed
+from stackproof.spec.errors import StackproofError
+from stackproof.spec.failures import Failure, answering_gates
+from stackproof.spec.fingerprint import check_fingerprint
+from stackproof.spec.gates import Limit, frozen_release, normative_fields
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import read_record
+from stackproof.spec.registry import read_registry
+from stackproof.spec.runners import load_runners, unfed
 from tools.integrity.core import RULES, Repo, rule
 from tools.integrity.former_fingerprint import first_form
 

@@ -2,7 +2,7 @@
 date and machine.
 """
 
-from spec.records import Record
+from stackproof.spec.records import Record
 from tools.site_pages.markup import Page, esc, table
 from tools.site_pages.world import World
 

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError
 from tools.site_pages.markup import Page, code, esc, prose, table
 from tools.site_pages.world import World
 

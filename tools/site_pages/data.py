@@ -2,7 +2,7 @@
 and what a run drew from its sources.
 """
 
-from spec.records import Record
+from stackproof.spec.records import Record
 from tools.site_pages.markup import Page, code, esc, ev, number, table
 from tools.site_pages.world import World
 

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
-from spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What was found to be wrong, from symptom to cure, with the records that show it."""
 
-from spec.findings import Finding, RuledOut
+from stackproof.spec.findings import Finding, RuledOut
 from tools.site_pages.markup import Page, bullets, code, esc
 from tools.site_pages.world import World
 

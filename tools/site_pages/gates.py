@@ -3,10 +3,10 @@
 import ast
 from pathlib import Path
 
-from spec.coverage import STATES, tally
-from spec.failures import load_catalogue
-from spec.fingerprint import check_source
-from spec.gates import SUBSYSTEMS, Gate
+from stackproof.spec.coverage import STATES, tally
+from stackproof.spec.failures import load_catalogue
+from stackproof.spec.fingerprint import check_source
+from stackproof.spec.gates import SUBSYSTEMS, Gate
 from tools.site_pages.markup import (
     MEANINGS,
     Page,

@@ -4,9 +4,9 @@ And the machine-readable files.
 
 import json
 
-from spec.coverage import State, tally
-from spec.gates import SUBSYSTEMS
-from spec.records import Record
+from stackproof.spec.coverage import State, tally
+from stackproof.spec.gates import SUBSYSTEMS
+from stackproof.spec.records import Record
 from tools.site_pages.markup import (
     LETTERS,
     MEANINGS,

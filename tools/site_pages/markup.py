@@ -5,11 +5,11 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 
-from spec.canonical import parse_strict
-from spec.coverage import State
-from spec.errors import IntegrityError
-from spec.gates import Limit
-from spec.records import Metric, Record, Scalar
+from stackproof.spec.canonical import parse_strict
+from stackproof.spec.coverage import State
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Limit
+from stackproof.spec.records import Metric, Record, Scalar
 
 LETTERS: dict[State, str] = {
     "discharged": "P",

@@ -2,8 +2,8 @@
 a fact without a record stops the build.
 """
 
-from spec.records import Record
-from spec.registry import REQUIRED_RECORDS, Release
+from stackproof.spec.records import Record
+from stackproof.spec.registry import REQUIRED_RECORDS, Release
 from tools.site_pages.markup import (
     Page,
     bullets,

@@ -2,7 +2,7 @@
 it, how late and by which numbers.
 """
 
-from spec.records import Scalar
+from stackproof.spec.records import Scalar
 from tools.site_pages.diffs import plant_diff
 from tools.site_pages.exhibits import Exhibit
 from tools.site_pages.markup import (

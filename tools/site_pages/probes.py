@@ -2,7 +2,7 @@
 the effects of ablation and patching.
 """
 
-from spec.records import Record
+from stackproof.spec.records import Record
 from tools.site_pages.markup import bullets, code, esc, number, optional, table
 from tools.site_pages.world import World
 

@@ -6,9 +6,9 @@ import html
 import math
 from collections import Counter
 
-from spec.failures import Catalogue, Failure, answering_gates, load_catalogue
-from spec.margins import margins
-from spec.records import Kill
+from stackproof.spec.failures import Catalogue, Failure, answering_gates, load_catalogue
+from stackproof.spec.margins import margins
+from stackproof.spec.records import Kill
 from tools.site_pages.markup import Page, bullets, code, esc, number, source_link, table
 from tools.site_pages.world import World
 

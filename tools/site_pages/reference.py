@@ -2,7 +2,7 @@
 
 import inspect
 
-from spec import errors
+from stackproof.spec import errors
 from tools.check_integrity import RULES
 from tools.site_pages.markup import Page, bullets, code, esc, fenced, prose, table
 from tools.site_pages.world import World
@@ -59,7 +59,7 @@ def _takes(option: dict) -> str:
 
 
 def errors_page(world: World) -> Page:
-    """Exit codes and the exception tree, from `spec.errors`."""
+    """Exit codes and the exception tree, from `stackproof.spec.errors`."""
     page = Page("errors.md", "Exit codes and errors")
     page.add(
         f"How an error message is built: {page.link('error messages', 'errors-standard.md')}.",

@@ -2,7 +2,7 @@
 
 import shlex
 
-from spec.records import Artefact, Record
+from stackproof.spec.records import Artefact, Record
 from tools.site_pages import traces
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
 from tools.site_pages.data import draws, sources

@@ -4,7 +4,7 @@ and over the steps of a run.
 
 from collections.abc import Iterable, Sequence
 
-from spec.records import Record
+from stackproof.spec.records import Record
 from tools.site_pages.chart import thin
 from tools.site_pages.markup import code, esc, table
 from tools.site_pages.world import World

@@ -7,15 +7,15 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from spec.canonical import parse_strict, sha256_file
-from spec.coverage import GateState, coverage
-from spec.errors import IntegrityError
-from spec.findings import FILE as FINDINGS
-from spec.findings import Finding, read_findings
-from spec.gates import Spec, load_spec
-from spec.ledger import Ledger
-from spec.records import GateResult, Kill, Record
-from spec.registry import Release, read_registry
+from stackproof.spec.canonical import parse_strict, sha256_file
+from stackproof.spec.coverage import GateState, coverage
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.findings import FILE as FINDINGS
+from stackproof.spec.findings import Finding, read_findings
+from stackproof.spec.gates import Spec, load_spec
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import GateResult, Kill, Record
+from stackproof.spec.registry import Release, read_registry
 from tools.site_pages.exhibits import Exhibit, read_exhibits
 
 

@@ -17,8 +17,8 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from contracts.callbacks.huggingface import GateCallback  # noqa: E402
-from spec.errors import GateFailed  # noqa: E402
+from stackproof.contracts.callbacks.huggingface import GateCallback  # noqa: E402
+from stackproof.spec.errors import GateFailed  # noqa: E402
 
 VOCAB, PAD, BOS, EOS = 64, 0, 1, 2
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracts.callbacks.plain import gated
-from spec.errors import GateFailed
-from spec.records import read_record
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.spec.errors import GateFailed
+from stackproof.spec.records import read_record
 from tests.contracts.callbacks.stock import Trainer, caught, collate, llama, rows, script
 from tests.contracts.callbacks.test_plain import F, Tiny, batches
 

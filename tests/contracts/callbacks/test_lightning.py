@@ -7,8 +7,8 @@ pytest.importorskip("lightning")
 
 import lightning.pytorch as pl
 
-from contracts.callbacks.lightning import GateCallback
-from spec.errors import GateFailed
+from stackproof.contracts.callbacks.lightning import GateCallback
+from stackproof.spec.errors import GateFailed
 from tests.contracts.callbacks.test_plain import VOCAB, T, Tiny
 
 F = torch.nn.functional

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from contracts.callbacks.movement import Movement
-from contracts.callbacks.plain import gated
-from contracts.gate import Verdict, limits_of, resolve
-from contracts.moves import LeftAlone, Moved
-from spec.gates import load_spec
-from stack.museum import script
+from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.gate import Verdict, limits_of, resolve
+from stackproof.contracts.moves import LeftAlone, Moved
+from stackproof.museum import script
+from stackproof.spec.gates import load_spec
 
 
 class Scaled(torch.optim.SGD):

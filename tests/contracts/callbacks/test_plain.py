@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from contracts import blackbox
-from contracts.callbacks.plain import gated
-from contracts.callbacks.probe import Probe, max_length_of, untouched
-from contracts.callbacks.session import ask_all
-from spec.errors import ConfigError, GateFailed
+from stackproof.contracts import blackbox
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.callbacks.probe import Probe, max_length_of, untouched
+from stackproof.contracts.callbacks.session import ask_all
+from stackproof.spec.errors import ConfigError, GateFailed
 
 nn, F = torch.nn, torch.nn.functional
 VOCAB, T = 32, 12

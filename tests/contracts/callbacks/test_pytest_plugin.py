@@ -22,7 +22,13 @@ def outcome(pytester, *arguments, causal=True, conftest=CONFTEST):
     pytester.makeconftest(conftest.format(causal=causal))
     pytester.makepyfile("def test_mine(): pass")
     return pytester.runpytest_inprocess(
-        "-p", "contracts.callbacks.pytest_plugin", "-p", "no:cacheprovider", "-rs", "-v", *arguments
+        "-p",
+        "stackproof.contracts.callbacks.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-rs",
+        "-v",
+        *arguments,
     )
 
 

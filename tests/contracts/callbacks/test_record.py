@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from contracts.callbacks.plain import gated
-from spec.coverage import gate_state
-from spec.errors import ConfigError, IntegrityError
-from spec.gates import load_spec
-from spec.records import Code, Kill, read_record
-from stack.evidence.ledgering import accept, verify
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.evidence.ledgering import accept, verify
+from stackproof.spec.coverage import gate_state
+from stackproof.spec.errors import ConfigError, IntegrityError
+from stackproof.spec.gates import load_spec
+from stackproof.spec.records import Code, Kill, read_record
 from tests.contracts.callbacks.stock import GateCallback, collate, llama, script
 from tests.contracts.callbacks.test_plain import F, Tiny, batches
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from contracts.callbacks import batch
-from contracts.callbacks.movement import Movement
-from contracts.callbacks.plain import gated
-from contracts.events import Started
-from contracts.gate import Verdict, limits_of, resolve
-from contracts.rows import FreshRows, RowsSeen
-from contracts.witness import StateRestored
-from spec.gates import load_spec
-from stack.museum import script
+from stackproof.contracts.callbacks import batch
+from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.events import Started
+from stackproof.contracts.gate import Verdict, limits_of, resolve
+from stackproof.contracts.rows import FreshRows, RowsSeen
+from stackproof.contracts.witness import StateRestored
+from stackproof.museum import script
+from stackproof.spec.gates import load_spec
 from tests.contracts.callbacks.stock import llama
 
 T = torch.tensor

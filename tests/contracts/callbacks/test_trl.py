@@ -19,7 +19,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from spec.errors import GateFailed  # noqa: E402
+from stackproof.spec.errors import GateFailed  # noqa: E402
 
 
 def tokenizer():

@@ -7,12 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contracts.callbacks import reading
-from contracts.callbacks.reading import STRIPS, is_ahead, read, silent_places
-from contracts.gate import limits_of, resolve
-from contracts.moves import LeftAlone, Moved
-from contracts.witness import BatchSeen, GradientsSeen, LossRead, ModeSeen, RatesUsed, StateRestored
-from spec.gates import load_spec
+from stackproof.contracts.callbacks import reading
+from stackproof.contracts.callbacks.reading import STRIPS, is_ahead, read, silent_places
+from stackproof.contracts.gate import limits_of, resolve
+from stackproof.contracts.moves import LeftAlone, Moved
+from stackproof.contracts.witness import (
+    BatchSeen,
+    GradientsSeen,
+    LossRead,
+    ModeSeen,
+    RatesUsed,
+    StateRestored,
+)
+from stackproof.spec.gates import load_spec
 
 BATCH = BatchSeen(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
 LOSS = LossRead(1, 100, 64, 0, 1, 0, 0.999, 1.001, 3.4, 32)
