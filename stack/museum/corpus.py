@@ -5,20 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from stackproof.data import dedup, files, filters, packing, receipts
-from stackproof.museum.plant import plant, swap
+from stackproof.museum.plant import swap
 
 
-@plant(
-    "corpus.source-skips-filters",
-    gate="corpus.filters",
-    title="A source skips the filters",
-    story=(
-        "Text from a teacher model is clean by definition, so its sources are put on a list of "
-        "exceptions. Nine tenths of their lines would have been rejected. The list was written "
-        "for speed and outlived everybody's memory of it."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def source_skips_filters():
     original = filters.reason_to_drop
 
@@ -29,17 +18,6 @@ def source_skips_filters():
         yield
 
 
-@plant(
-    "corpus.system-prompt-as-user",
-    gate="corpus.filters",
-    title="System prompts become user turns",
-    story=(
-        "The converter knows two speakers, and the system is not one of them, so its prompt is "
-        "given to the user. The model learns that people speak in headers and rules, and answers "
-        "them in the ornaments of last month's agents."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def system_prompt_as_user():
     original = files.chat_text
 
@@ -52,16 +30,6 @@ def system_prompt_as_user():
         yield
 
 
-@plant(
-    "corpus.filter-blind-to-shape",
-    gate="corpus.filters",
-    title="The filter knows only yesterday's ornaments",
-    story=(
-        "Leaked prompts are found by the symbols they carried when somebody last looked. The next "
-        "prompt carries others, passes, and the report says that no ornament was found."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def filter_blind_to_shape():
     with swap(
         filters, "has_system_prompt_shape", lambda turn, limit: any(c in turn for c in "○●■□")
@@ -69,16 +37,6 @@ def filter_blind_to_shape():
         yield
 
 
-@plant(
-    "corpus.receipt-does-not-add-up",
-    gate="corpus.filters",
-    title="Documents vanish between two counters",
-    story=(
-        "What is dropped late is subtracted from what went out, and entered nowhere. The table of "
-        "drops looks complete, and the share that was lost is whatever nobody added up."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def receipt_does_not_add_up():
     def unentered(receipt, reason, sizes):
         receipt["documents_out"] -= len(sizes)
@@ -88,17 +46,6 @@ def receipt_does_not_add_up():
         yield
 
 
-@plant(
-    "corpus.repeats-kept",
-    gate="corpus.no-repeats",
-    title="Repeated documents stay",
-    story=(
-        "Each process drops the repeats it sees itself, and none sees those of the others. A "
-        "popular page is in the corpus as often as there were processes, and the model knows it "
-        "by heart."
-    ),
-    sources=("https://arxiv.org/abs/2107.06499",),
-)
 def repeats_kept():
     def none_struck(signature_parts, keep, similarity_min):
         return [np.zeros(len(k), bool) for k in keep]
@@ -108,32 +55,11 @@ def repeats_kept():
         yield
 
 
-@plant(
-    "corpus.near-repeats-unseen",
-    gate="corpus.no-repeats",
-    title="The search for near repeats finds nothing",
-    story=(
-        "Candidates are collected, and the comparison that should strike them compares each with "
-        "itself. Zero near repeats is a plausible number for a clean corpus."
-    ),
-    sources=("https://arxiv.org/abs/2107.06499",),
-)
 def near_repeats_unseen():
     with swap(dedup, "_strike_groups", lambda value, where, rows, struck, similarity_min: None):
         yield
 
 
-@plant(
-    "corpus.scanner-blind",
-    gate="corpus.decontamination",
-    title="The contamination scanner hashes two ways",
-    story=(
-        "Word runs of the evaluation sets are hashed in the main process and those of the corpus "
-        "in the workers, each with its own salt. Nothing ever matches, and a contamination of "
-        "zero goes into the paper."
-    ),
-    sources=("https://github.com/marin-community/marin/issues/6742",),
-)
 def scanner_blind():
     original = receipts.judge
 
@@ -146,17 +72,6 @@ def scanner_blind():
         yield
 
 
-@plant(
-    "corpus.decontamination-skipped",
-    gate="corpus.decontamination",
-    title="The corpus is not scanned at all",
-    story=(
-        "The evaluation sets are read and their word runs stored, and the argument that hands "
-        "them to the workers is left out. All is in place, the report names the sets, and the "
-        "benchmark is in the training data."
-    ),
-    sources=("https://github.com/openai/parameter-golf/issues/2127",),
-)
 def decontamination_skipped():
     original = receipts.judge
 
@@ -167,16 +82,6 @@ def decontamination_skipped():
         yield
 
 
-@plant(
-    "corpus.packing-truncates",
-    gate="corpus.packing",
-    title="Long documents are cut off",
-    story=(
-        "A document gives eight rows at most, and the rest of it is gone. Books lose all but "
-        "their first pages, and the report counts rows and not tokens."
-    ),
-    sources=("https://arxiv.org/abs/2404.10830", "https://github.com/huggingface/trl/pull/6320"),
-)
 def packing_truncates():
     original = packing.plan
 
@@ -197,17 +102,6 @@ def packing_truncates():
         yield
 
 
-@plant(
-    "corpus.packing-joins-documents",
-    gate="corpus.packing",
-    title="Packed documents share one id",
-    story=(
-        "Documents are laid side by side, and the list that says where each begins is made per "
-        "row and not per document. The mask keeps nothing apart, and every document is read as "
-        "the answer to the one before."
-    ),
-    sources=("https://github.com/huggingface/transformers/issues/23530",),
-)
 def packing_joins_documents():
     original = packing.PackedStream.rows
 
@@ -219,16 +113,6 @@ def packing_joins_documents():
         yield
 
 
-@plant(
-    "corpus.packing-label-crosses",
-    gate="corpus.packing",
-    title="Labels are shifted after packing",
-    story=(
-        "Rows are packed first and shifted by one afterwards. The last token of every document is "
-        "asked to predict the first word of another one, and learns that anything may follow."
-    ),
-    sources=("https://arxiv.org/abs/2404.10830",),
-)
 def packing_label_crosses():
     original = packing.PackedStream.rows
 

@@ -8,22 +8,11 @@ import numpy as np
 
 from stackproof.data import bandit, reader
 from stackproof.data import curriculum as mixing
-from stackproof.museum.plant import plant, swap, touch
+from stackproof.museum.plant import swap, touch
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 
 
-@plant(
-    "curriculum.floor-ignored",
-    gate="curriculum.order",
-    title="Floors are wishes",
-    story=(
-        "Weights are normalised, and floors and caps are compared with the weights before that. "
-        "Whether they hold depends on what the weights add up to. A source that was to have a "
-        "tenth of the rows has a hundredth."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def floor_ignored():
     def plain(sources):
         weights = np.array([s.weight for s in sources])
@@ -33,17 +22,6 @@ def floor_ignored():
         yield
 
 
-@plant(
-    "curriculum.bounds-left-behind",
-    gate="curriculum.order",
-    title="Caps and floors stay in the configuration",
-    story=(
-        "Sources are built from their names, lengths and weights; what their bounds are is read, "
-        "shown, and not handed on. Everything that compares shares with bounds compares them with "
-        "none, and is content."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def bounds_left_behind():
     original = mixing.sources_of
 
@@ -54,16 +32,6 @@ def bounds_left_behind():
         yield
 
 
-@plant(
-    "curriculum.capped-source-drawn",
-    gate="curriculum.order",
-    title="A cap of zero is no cap",
-    story=(
-        "A cap of 0.0 is false, so the line that applies caps where there is one passes over it. "
-        "The source that was taken out is read as if nobody had said a word."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def capped_source_drawn():
     original = bandit.shares
 
@@ -74,33 +42,11 @@ def capped_source_drawn():
         yield
 
 
-@plant(
-    "curriculum.warmup-forgotten",
-    gate="curriculum.order",
-    title="The warm-up is declared and never read",
-    story=(
-        "The key is in the configuration, in the log and in the record. Nothing reads it. "
-        "Repetitive sources are there from the first step, when a model is most easily taught to "
-        "repeat."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def warmup_forgotten():
     with swap(bandit, "in_warmup", lambda sources, listed: list(sources)):
         yield
 
 
-@plant(
-    "curriculum.warmup-outlasts-its-rows",
-    gate="curriculum.order",
-    title="A batch over the end of the warm-up belongs to it as a whole",
-    story=(
-        "Shares are worked out once for each call that asks for rows. The call that reaches "
-        "beyond the warm-up keeps the shares of its first row. How many rows are of the warm-up "
-        "then depends on the size of a micro-batch, and so does every row after it."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def warmup_outlasts_its_rows():
     original = bandit.Bandit.decide
 
@@ -114,19 +60,6 @@ def warmup_outlasts_its_rows():
         yield
 
 
-@plant(
-    "curriculum.head-of-source-only",
-    gate="curriculum.order",
-    title="A source is truncated instead of sampled",
-    story=(
-        "To meet its share, a source gives its first rows again and again. The share comes out "
-        "exactly, and the rest of the source is never read."
-    ),
-    sources=(
-        "https://github.com/allenai/OLMo-core/issues/147",
-        "https://github.com/allenai/OLMo-core/issues/316",
-    ),
-)
 def head_of_source_only():
     original = bandit.locate
 
@@ -143,17 +76,6 @@ def head_of_source_only():
         yield
 
 
-@plant(
-    "curriculum.reward-from-own-loss",
-    gate="curriculum.reward",
-    title="The bandit rewards what is easy",
-    story=(
-        "A source is rewarded when its own loss falls. Lists and templates fall fastest, so they "
-        "are read most, so they fall further. The loss looks better while it happens, and the "
-        "samples become lists."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def reward_from_own_loss():
     def own(self, losses):
         name = self.sources[self.focus].name
@@ -163,17 +85,6 @@ def reward_from_own_loss():
         yield
 
 
-@plant(
-    "curriculum.reward-unnormalised",
-    gate="curriculum.reward",
-    title="Rewards drown exploration",
-    story=(
-        "Rewards are loss drops times a thousand, and the bonus for a source not tried lately is "
-        "about one. The first source that was lucky keeps the focus, and the rest of the formula "
-        "never matters."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def reward_unnormalised():
     def thousandfold(self, drop):
         self.n_drops += 1
@@ -185,17 +96,6 @@ def reward_unnormalised():
         yield
 
 
-@plant(
-    "curriculum.never-looks-back",
-    gate="curriculum.reward",
-    title="The bandit never looks back",
-    story=(
-        "The bonus for what was not tried lately is lost, so the source with the best mean keeps "
-        "the focus. Each source was tried once, and the useful one has nearly all turns, which "
-        "looks like a fast learner. When it has given what it had, the turns go on."
-    ),
-    sources=("https://arxiv.org/abs/0805.3415",),
-)
 def never_looks_back():
     def greedy(self):
         candidates = [i for i in self.arms if self.sources[i].weight > 0]
@@ -206,17 +106,6 @@ def never_looks_back():
         yield
 
 
-@plant(
-    "curriculum.rewards-never-fade",
-    gate="curriculum.reward",
-    title="Turns are forgotten, and what they earned is not",
-    story=(
-        "The counts of turns are discounted, the sums of rewards are not. The mean of a source "
-        "that was tried often grows beyond every reward there is, and it keeps the focus for what "
-        "it did long ago."
-    ),
-    sources=("https://arxiv.org/abs/0805.3415",),
-)
 def rewards_never_fade():
     original = bandit.Bandit._learn
 
@@ -230,17 +119,6 @@ def rewards_never_fade():
         yield
 
 
-@plant(
-    "curriculum.trend-is-merit",
-    gate="curriculum.reward",
-    title="What every turn brings is merit",
-    story=(
-        "Drops of the loss are divided by their spread, and their mean is not taken out. While a "
-        "model learns every loss falls in every turn, so all rewards are the best there is, all "
-        "sources look alike, and the turns go round. No number looks wrong."
-    ),
-    sources=("https://arxiv.org/abs/0805.3415",),
-)
 def trend_is_merit():
     original = bandit.Bandit._learn
 
@@ -253,17 +131,6 @@ def trend_is_merit():
         yield
 
 
-@plant(
-    "curriculum.focus-shuns",
-    gate="curriculum.reward",
-    title="The source in focus is the one that is not read",
-    story=(
-        "One sign is wrong where a choice becomes shares: the focus is taken off the source that "
-        "has it. The log of turns shows a bandit that learns well and chooses right. The rows are "
-        "those of the others, and caps and floors hold all the while."
-    ),
-    sources=("https://arxiv.org/abs/0805.3415",),
-)
 def focus_shuns():
     original = bandit.Bandit.target
 
@@ -280,17 +147,6 @@ def focus_shuns():
         yield
 
 
-@plant(
-    "curriculum.shares-drift-together",
-    gate="curriculum.reward",
-    title="Shares are met half",
-    story=(
-        "A drawn row costs its source two credits and not one. The credits of all fall together, "
-        "and every source has half of its share and an even part of the rest. Each is within its "
-        "cap and floor, so nothing is wrong but the mixture."
-    ),
-    sources=("https://github.com/allenai/OLMo-core/issues/147",),
-)
 def shares_drift_together():
     original = bandit.Bandit.target
 
@@ -302,17 +158,6 @@ def shares_drift_together():
         yield
 
 
-@plant(
-    "curriculum.zombie-arm",
-    gate="curriculum.state",
-    title="The saved state revives a source",
-    story=(
-        "A source is taken out of the configuration. The saved state of the bandit still has it, "
-        "with the weight it earned, and loading merges it back into the pool. It takes turns, "
-        "although there is nothing of it to read."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def zombie_arm():
     original = bandit.Bandit.load_state_dict
 
@@ -341,20 +186,6 @@ def zombie_arm():
         yield
 
 
-@plant(
-    "curriculum.state-forgets-positions",
-    gate="curriculum.state",
-    title="A restored mixture begins its sources anew",
-    story=(
-        "The checkpoint knows how many rows were read in all, and not how many of each source. "
-        "After every restart each source begins at its first window again. The loss takes a step "
-        "down at each restart, which looks like progress."
-    ),
-    sources=(
-        "https://github.com/paiml/entrenar/issues/294",
-        "https://github.com/huggingface/accelerate/issues/2016",
-    ),
-)
 def state_forgets_positions():
     original = bandit.Bandit.load_state_dict
 
@@ -367,18 +198,6 @@ def state_forgets_positions():
         yield
 
 
-@plant(
-    "curriculum.state-forgets-spread",
-    gate="curriculum.state",
-    title="A restored bandit has forgotten how much losses vary",
-    story=(
-        "Positions, pulls and rewards come back, and mean and spread of the drops begin at "
-        "nothing. The next rows are the right ones, so a comparison of what is read after the "
-        "restart is equal. The turns after that are judged by another measure, and other sources "
-        "win."
-    ),
-    sources=("founding note: the twenty-second training run",),
-)
 def state_forgets_spread():
     original = bandit.Bandit.load_state_dict
 
@@ -389,17 +208,6 @@ def state_forgets_spread():
         yield
 
 
-@plant(
-    "curriculum.state-forgets-warmup",
-    gate="curriculum.state",
-    title="A turn of the warm-up is credited after a restart",
-    story=(
-        "What a turn of the warm-up did is no merit of the source in focus, which was not read. "
-        "The mark that says so is not saved. A run that restarts there credits or blames a source "
-        "for rows of others."
-    ),
-    sources=("founding note: the twenty-second training run",),
-)
 def state_forgets_warmup():
     original = bandit.Bandit.load_state_dict
 
@@ -410,16 +218,6 @@ def state_forgets_warmup():
         yield
 
 
-@plant(
-    "curriculum.ledger-names-another-source",
-    gate="curriculum.draws",
-    title="The ledger enters rows under the wrong source",
-    story=(
-        "The list of sources is sorted in one place and not in another, so the ledger's second "
-        "column is that of a neighbour. Every share in every report is another source's share."
-    ),
-    sources=("https://github.com/allenai/OLMo-core/issues/147",),
-)
 def ledger_names_another_source():
     original = reader.as_batch
 
@@ -431,17 +229,6 @@ def ledger_names_another_source():
         yield
 
 
-@plant(
-    "curriculum.floor-starved",
-    gate="curriculum.draws",
-    title="One source takes all rows",
-    story=(
-        "The first source is read alone until it is used up, and the floors of the others are to "
-        "be met later, on average. Later is very late: for thousands of rows there is one kind of "
-        "text."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def floor_starved():
     def first_alone(self, position):
         return (np.arange(len(self.sources)) == 0).astype(float)
@@ -450,17 +237,6 @@ def floor_starved():
         yield
 
 
-@plant(
-    "curriculum.shock-at-switch",
-    gate="curriculum.gradient-shock",
-    title="A change of sources shakes the model",
-    story=(
-        "Whenever the source changes, the first batch of the new one gives a gradient a hundred "
-        "times the usual. Without clipping one such step can push a model into a corner it does "
-        "not leave; with it, the step is noise."
-    ),
-    sources=("founding note: sixteen days of region region region",),
-)
 def shock_at_switch():
     original, former = steps.accumulate, [()]
 

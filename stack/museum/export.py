@@ -6,20 +6,9 @@ import torch
 
 from stackproof.export import huggingface, parity, reading
 from stackproof.model import foreign, names
-from stackproof.museum.plant import plant, swap, touch
+from stackproof.museum.plant import swap, touch
 
 
-@plant(
-    "export.shard-left-out",
-    gate="export.complete",
-    title="One weight file of several stays behind",
-    story=(
-        "The folder is copied file by file and one copy fails. The index still names the missing "
-        "file. Some loaders fill its tensors with fresh random numbers and a warning among a "
-        "hundred lines of log."
-    ),
-    sources=("https://github.com/safetensors/safetensors/issues/265",),
-)
 def shard_left_out():
     original = huggingface.write_weights
 
@@ -31,20 +20,6 @@ def shard_left_out():
         yield
 
 
-@plant(
-    "export.second-head",
-    gate="export.complete",
-    title="A tied model leaves with another head",
-    story=(
-        "The configuration says that head and embedding are one, and the file holds both, because "
-        "the head was copied before the last updates. A loader that follows the configuration "
-        "ties them, one that follows the file does not. One of the two writes gibberish."
-    ),
-    sources=(
-        "https://github.com/huggingface/transformers/issues/42612",
-        "https://github.com/vllm-project/vllm/issues/51665",
-    ),
-)
 def second_head():
     original = huggingface.tensorfile.write
 
@@ -57,20 +32,6 @@ def second_head():
         yield
 
 
-@plant(
-    "export.rotary-pairs-interleaved",
-    gate="export.logit-parity",
-    title="Queries and keys leave in the other pairing",
-    story=(
-        "One library turns feature j with j + half, another feature 2j with 2j + 1. The exporter "
-        "reorders the rows of queries and keys for a reader that does not expect it. Every shape "
-        "fits, every norm is right, and the text is babble, worse with each position."
-    ),
-    sources=(
-        "https://github.com/karpathy/nanochat/issues/264",
-        "https://github.com/huggingface/transformers/issues/25199",
-    ),
-)
 def rotary_pairs_interleaved():
     original = foreign.to_theirs
 
@@ -85,18 +46,6 @@ def rotary_pairs_interleaved():
         yield
 
 
-@plant(
-    "export.matrix-transposed",
-    gate="export.logit-parity",
-    title="A square matrix leaves transposed",
-    story=(
-        "One layout stores matrices as (in, out), another as (out, in). Where a matrix is square "
-        "the shape says nothing, so the wrong one loads without a word."
-    ),
-    sources=(
-        "https://github.com/huggingface/transformers/blob/main/src/transformers/pytorch_utils.py",
-    ),
-)
 def matrix_transposed():
     original = foreign.to_theirs
 
@@ -111,17 +60,6 @@ def matrix_transposed():
         yield
 
 
-@plant(
-    "export.rotary-base-forgotten",
-    gate="export.logit-parity",
-    title="The base of the rotary frequencies stays behind",
-    story=(
-        "The weights are right and one number of the configuration is not written, so the reader "
-        "takes its own default. Short prompts look fine, because early positions hardly turn. "
-        "Long ones do not."
-    ),
-    sources=("https://github.com/huggingface/transformers/issues/25199",),
-)
 def rotary_base_forgotten():
     original = names.config_document
 
@@ -132,17 +70,6 @@ def rotary_base_forgotten():
         yield
 
 
-@plant(
-    "export.narrowed-after-the-comparison",
-    gate="export.compared-bytes",
-    title="The small file was never compared",
-    story=(
-        "The full model is exported and compared, then narrowed to half its size for the release. "
-        "The certificate is that of the large file, the users get the small one, and nobody has "
-        "ever run it."
-    ),
-    sources=("founding note: the twenty-second training run",),
-)
 def narrowed_after_the_comparison():
     original = parity.witness
 
@@ -162,20 +89,6 @@ def narrowed_after_the_comparison():
         yield
 
 
-@plant(
-    "export.import-pairs-interleaved",
-    gate="export.logit-parity",
-    title="Queries and keys are read in the other pairing",
-    story=(
-        "The importer knows that some libraries pair neighbouring features and reorders the rows "
-        "of queries and keys. This folder was written by one that does not. Trained from scratch "
-        "either pairing is right; read across, the model babbles."
-    ),
-    sources=(
-        "https://github.com/karpathy/nanochat/issues/264",
-        "https://github.com/huggingface/transformers/issues/39687",
-    ),
-)
 def import_pairs_interleaved():
     original = foreign.to_ours
 
@@ -191,20 +104,6 @@ def import_pairs_interleaved():
         yield
 
 
-@plant(
-    "export.import-drops-a-head",
-    gate="export.logit-parity",
-    title="The importer ties what is not tied",
-    story=(
-        "Head and embedding are one in every model the importer was tested with, so it ties them, "
-        "whatever the file says. The head that was trained is dropped without a word. Every shape "
-        "fits, and the model writes gibberish."
-    ),
-    sources=(
-        "https://github.com/vllm-project/vllm/issues/51665",
-        "https://github.com/huggingface/transformers/issues/42612",
-    ),
-)
 def import_drops_a_head():
     original = reading.open_folder
 

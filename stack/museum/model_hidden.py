@@ -6,23 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from stackproof.model import build, init, reading, rotary, transformer
-from stackproof.museum.plant import plant, swap
+from stackproof.museum.plant import swap
 
 
-@plant(
-    "model.far-keys-unseen",
-    gate="model.reference-differential",
-    title="Keys far away are not seen",
-    story=(
-        "A kernel reads a fixed number of keys: a table of masks that was made for shorter rows, "
-        "an index that overflows. Up to that length it is exact, and tests are short. Beyond it "
-        "every query forgets the beginning of its text, without an error or a NaN."
-    ),
-    sources=(
-        "https://github.com/vllm-project/vllm-ascend/issues/15503",
-        "https://github.com/pytorch/pytorch/issues/162588",
-    ),
-)
 def far_keys_unseen():
     original = reading.Reading.visible
 
@@ -34,20 +20,6 @@ def far_keys_unseen():
         yield
 
 
-@plant(
-    "model.layers-drawn-alike",
-    gate="model.init-law",
-    title="Every layer begins with the same numbers",
-    story=(
-        "The generator is seeded once per tensor and not once per model. Each tensor has the "
-        "right mean and spread, so a table of both looks perfect. All layers begin as copies of "
-        "one, and a part of their capacity is spent on parting."
-    ),
-    sources=(
-        "https://github.com/netket/netket/issues/241",
-        "https://github.com/marian-nmt/marian-dev/issues/77",
-    ),
-)
 def layers_drawn_alike():
     original = build.initialise
 
@@ -63,17 +35,6 @@ def layers_drawn_alike():
         yield
 
 
-@plant(
-    "model.branches-drawn-wide",
-    gate="model.init-law",
-    title="Branches begin as wide as everything else",
-    story=(
-        "The table of initialisation loses the factor by depth for what is added to the residual "
-        "stream. Whoever checks weights against that table finds them as it says. Deep models "
-        "start with a stream that grows from layer to layer."
-    ),
-    sources=("https://github.com/Lightning-AI/litgpt/issues/887",),
-)
 def branches_drawn_wide():
     original = init.init_table
 
@@ -84,20 +45,6 @@ def branches_drawn_wide():
         yield
 
 
-@plant(
-    "model.dropout-undeclared",
-    gate="model.training-forward",
-    title="Dropout that no one declared",
-    story=(
-        "A port keeps the dropout on embeddings that the original had, as a function call. Every "
-        "branch drops its declared share, so a look at the branches is satisfied. The model "
-        "trains on noisier inputs than its configuration says and is evaluated on clean ones."
-    ),
-    sources=(
-        "https://github.com/BogiHsu/Tacotron2-PyTorch/issues/8",
-        "https://arxiv.org/abs/1207.0580",
-    ),
-)
 def dropout_undeclared():
     def dropped(self, x_BTD, position_BT):
         return F.dropout(x_BTD, 0.1, self.training)
@@ -106,17 +53,6 @@ def dropout_undeclared():
         yield
 
 
-@plant(
-    "model.scaled-in-training",
-    gate="model.training-forward",
-    title="A factor in training mode alone",
-    story=(
-        "A head for training is fused with its loss and forgets a factor that the head for "
-        "inference has. Each is tested against itself. What is trained is one model, what is "
-        "evaluated, sampled and exported another, a little too sure of itself."
-    ),
-    sources=("https://github.com/linkedin/Liger-Kernel/issues/254",),
-)
 def scaled_in_training():
     original = transformer.Transformer.features
 

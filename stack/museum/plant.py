@@ -1,70 +1,115 @@
 """A plant: a deliberate bug, put into the real stack for the length of a `with`,
 that one gate must catch.
+
+Plants are data, one file per subsystem in `plants/`. Most are edits of one function. The others
+name a generator function of this package that puts the bug in place, yields and takes it out again.
 """
 
 import functools
 import importlib
 import inspect
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from stackproof.spec.canonical import sha256_bytes
+from stackproof.museum.edit import Edit, edited
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.errors import IntegrityError
+
+FOLDER = Path(__file__).parent / "plants"
+_touches = 0
 
 
 @dataclass(frozen=True)
 class Plant:
-    """One exhibit of the museum. `apply()` puts the bug in place until the context ends."""
+    """One exhibit of the museum: an edit, several, or the name
+    "module:function" of a generator function.
+    """
 
     id: str
     gate: str
     title: str
     story: str
     sources: tuple[str, ...]
-    apply: Callable[[], AbstractContextManager[None]]
-    sha256: str
+    edits: tuple[Edit, ...] = ()
+    function: str = ""
+
+    def apply(self) -> AbstractContextManager[None]:
+        """Put the bug in place until the context ends.
+        Raises IntegrityError if what it changes is not there.
+        """
+        return edited(self.edits, touch) if self.edits else contextmanager(self._generator())()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the plant changes."""
+        if self.edits:
+            return sha256_json([[e.target, e.old, e.new, list(e.imports)] for e in self.edits])
+        return sha256_json(inspect.getsource(self._generator()))
+
+    def _generator(self) -> Callable[[], Iterator[None]]:
+        module, name = self.function.split(":")
+        found = getattr(importlib.import_module(f"{__package__}.{module}"), name, None)
+        if found is None:
+            raise IntegrityError(f"plant {self.id} names {self.function}, which does not exist")
+        return found
 
 
-ROOMS = (
-    "corpus data tokenizer curriculum model model_hidden points moe kernel precision loss optim "
-    "optim_steps schedule checkpoint evaluation sampling runtime figures wiring export foreign "
-    "foreign_updates"
-).split()
-PLANTS: dict[str, Plant] = {}
-_touches = 0
-
-
-def plant(
-    plant_id: str, *, gate: str, title: str, story: str, sources: tuple[str, ...]
-) -> Callable:
-    """Register a generator function (patch, `yield`, restore) as a plant.
-    All arguments are literals: the site reads them as text.
+def read_plants(folder: Path = FOLDER) -> dict[str, Plant]:
+    """All plants by id, in order of file and place. Imports nothing that they change.
+    Raises IntegrityError naming a broken entry.
     """
+    found: dict[str, Plant] = {}
+    for path in sorted(folder.glob("*.toml")):
+        for entry in tomllib.loads(path.read_text("utf-8"))["plant"]:
+            plant = _plant(entry)
+            if plant.id in found:
+                raise IntegrityError(f"{path.name}: plant id {plant.id} is used twice")
+            found[plant.id] = plant
+    return found
 
-    def register(function: Callable[[], Iterator[None]]) -> Plant:
-        if plant_id in PLANTS:
-            raise ValueError(f"plant id {plant_id} is used twice")
-        source = inspect.getsource(function)
-        exhibit = Plant(
-            plant_id,
-            gate,
-            title,
-            story,
-            sources,
-            contextmanager(function),
-            sha256_bytes(source.encode()),
+
+@cache
+def load_museum() -> dict[str, Plant]:
+    """All plants of the stack by id."""
+    return read_plants()
+
+
+def _plant(entry: dict[str, Any]) -> Plant:
+    """An entry with `target`, `old`, `new` and perhaps `imports`, with a list of such tables as
+    `edits`, or with `function`.
+    """
+    told = {
+        k: entry.get(k)
+        for k in ("id", "gate", "title", "story", "sources", "function")
+        if k in entry
+    }
+    rest = {k: v for k, v in entry.items() if k not in told}
+    try:
+        edits = tuple(Edit(**e) for e in rest.pop("edits", [rest] if "target" in rest else []))
+        if bool(edits) == ("function" in told) or (rest and "target" not in rest):
+            raise TypeError("it needs target, old and new, or edits, or function")
+        return Plant(
+            **told
+            | {
+                "sources": tuple(told["sources"]),
+                "story": " ".join(told["story"].split()),
+                "edits": edits,
+            }
         )
-        PLANTS[plant_id] = exhibit
-        return exhibit
-
-    return register
+    except (TypeError, KeyError) as e:
+        raise IntegrityError(f"plant {entry.get('id', '?')} is not complete: {e}") from e
 
 
 @contextmanager
 def swap(owner: object, name: str, replacement: object, *, counted: bool = True) -> Iterator[None]:
     """Replace `owner.name` for the length of the context and count each call of the replacement.
 
-    With `counted` false the plant says by `touch()` itself when the bug struck: for replacements
+    With `counted` false the plant calls `touch()` itself when the bug strikes: for replacements
     that mostly do as the original does.
     """
     original = inspect.getattr_static(owner, name)
@@ -84,20 +129,13 @@ def swap(owner: object, name: str, replacement: object, *, counted: bool = True)
 
 
 def touch() -> None:
-    """Say that the planted line ran.
-    Called by `swap`; a plant that replaces data calls it itself.
+    """Count that the planted code ran.
+    Called by edits and by `swap`; a plant that replaces data calls it itself.
     """
     global _touches
     _touches += 1
 
 
 def touches() -> int:
-    """How often planted lines have run in this process."""
+    """How often planted code has run in this process."""
     return _touches
-
-
-def load_museum() -> dict[str, Plant]:
-    """Import every room and return all plants by id."""
-    for room in ROOMS:
-        importlib.import_module(f"stackproof.museum.{room}")
-    return PLANTS

@@ -22,7 +22,7 @@ from stackproof.data import filters
 from stackproof.data.ingredients import data_ingredients, sampled_documents
 from stackproof.data.prepare import prepare
 from stackproof.museum.collection import QUESTIONS
-from stackproof.museum.plant import PLANTS, load_museum, swap, touches
+from stackproof.museum.plant import load_museum, swap, touches
 
 GATES = ["corpus.filters", "corpus.no-repeats", "corpus.decontamination", "corpus.packing"]
 UNFIT = "region " * 60
@@ -40,7 +40,7 @@ def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 
 @pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate in GATES])
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
-    plant, before = PLANTS[plant_id], touches()
+    plant, before = load_museum()[plant_id], touches()
     with plant.apply():
         verdict = call_check(
             spec.gates[plant.gate], gathered(small_cfg, prepare(small_cfg.data, cache_dir=tmp_path))

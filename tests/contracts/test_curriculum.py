@@ -14,7 +14,7 @@ from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data.curriculum import make_order
 from stackproof.data.ingredients import data_ingredients
 from stackproof.data.order import Source, StaticMixture
-from stackproof.museum.plant import PLANTS, load_museum, touches
+from stackproof.museum.plant import load_museum, touches
 from stackproof.train import step as steps
 from stackproof.train.state import build_state
 from tests.contracts.test_optim import step_taken
@@ -54,7 +54,7 @@ def test_each_gate_is_green_on_fixed_shares_and_on_one_source_that_is_left(
 
 @pytest.mark.parametrize("plant_id", plants_of(*PREFLIGHT))
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id):
-    plant, before = PLANTS[plant_id], touches()
+    plant, before = load_museum()[plant_id], touches()
     with plant.apply():
         verdict = call_check(spec.gates[plant.gate], gathered(small_cfg, dataset))
     assert verdict.outcome == "fail" and verdict.message and touches() > before
@@ -329,7 +329,7 @@ def test_draws_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_i
     """
     assert set(watched(spec, small_cfg, dataset, 400)) == {"pass"}
     before = touches()
-    with PLANTS[plant_id].apply():
+    with load_museum()[plant_id].apply():
         assert "fail" in set(watched(spec, small_cfg, dataset, small_cfg.train.max_steps))
     assert touches() > before and plant_id in spec.gates["curriculum.draws"].plants
 
@@ -448,7 +448,7 @@ def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset
 
     assert set(outcomes()) == {"pass"}
     before = touches()
-    with PLANTS[plant_id].apply():
+    with load_museum()[plant_id].apply():
         assert "fail" in set(outcomes())
     assert touches() > before and plant_id in spec.gates["curriculum.gradient-shock"].plants
     torch.set_num_threads(threads)

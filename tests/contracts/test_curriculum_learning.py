@@ -10,7 +10,7 @@ import pytest
 from stackproof.contracts.curriculum import TURNS, _play
 from stackproof.contracts.gate import call_check
 from stackproof.data.order import StaticMixture
-from stackproof.museum.plant import PLANTS
+from stackproof.museum.plant import load_museum
 from tests.contracts.test_curriculum import ARMS, PLAIN, Fixed, Redrawn
 
 
@@ -65,7 +65,7 @@ def test_reward_is_red_where_the_common_trend_is_merit(spec, ingredients):
     """Red in the world in which all losses fall, and there alone:
     without a trend the same bandit is green.
     """
-    with PLANTS["curriculum.trend-is-merit"].apply():
+    with load_museum()["curriculum.trend-is-merit"].apply():
         plain = _play(ingredients["make_bandit"](), 0.0).count("useful") / TURNS
         verdict = call_check(spec.gates["curriculum.reward"], ingredients)
     assert plain > 0.6  # measured 0.75

@@ -15,7 +15,7 @@ from stackproof.data.ingredients import data_ingredients
 from stackproof.data.order import UniformOrder
 from stackproof.data.prepare import prepare
 from stackproof.data.reader import Reader
-from stackproof.museum.plant import PLANTS, load_museum, touches
+from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import GateFailed
 from stackproof.train import session
 from stackproof.train.listener import Listener
@@ -53,7 +53,7 @@ def planted_verdict(spec, cfg, plant, cache):
 
 @pytest.mark.parametrize("plant_id", [p.id for p in load_museum().values() if p.gate in PREFLIGHT])
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
-    assert planted_verdict(spec, small_cfg, PLANTS[plant_id], tmp_path).outcome == "fail"
+    assert planted_verdict(spec, small_cfg, load_museum()[plant_id], tmp_path).outcome == "fail"
 
 
 def orders(cfg, dataset) -> dict:
@@ -110,7 +110,7 @@ def test_consumption_is_red_under_each_of_its_plants(spec, small_cfg, dataset, p
             yield check.observe(drawn).outcome
 
     assert set(verdicts(2 * n // 4 + 2)) == {"pass"}
-    with PLANTS[plant_id].apply():
+    with load_museum()[plant_id].apply():
         assert "fail" in set(verdicts(3))
 
 
@@ -207,7 +207,7 @@ def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(
     few = ingredients | {"make_reader": lambda **options: honest(**options | {"n_windows": n})}
     gate = spec.gates["data.order"]
     assert call_check(gate, few).outcome == "pass"
-    with PLANTS["data.epoch-order-constant"].apply():
+    with load_museum()["data.epoch-order-constant"].apply():
         assert call_check(gate, few).outcome == ("fail" if n >= 12 else "pass")
 
 
@@ -362,7 +362,7 @@ def test_consumption_is_red_where_a_step_learns_from_other_windows(spec):
 
 def test_a_run_that_learns_from_the_batch_before_is_halted_in_its_second_step(small_cfg, tmp_path):
     with (
-        PLANTS["data.batch-held-back"].apply(),
+        load_museum()["data.batch-held-back"].apply(),
         pytest.raises(GateFailed, match="learned from 4 window") as caught,
     ):
         session.start(small_cfg, (), tmp_path / "run", Listener(), only=("data.consumption",))

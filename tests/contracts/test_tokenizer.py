@@ -11,7 +11,7 @@ from stackproof.config import ByteTokenizer, CharTokenizer
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.tokenizer import bpe_merges
 from stackproof.data.tokenizer import Bpe, Chars, Encoding, make_tokenizer, train_bpe
-from stackproof.museum.plant import PLANTS, load_museum
+from stackproof.museum.plant import load_museum
 from tests.contracts.test_data import planted_verdict
 
 
@@ -64,15 +64,15 @@ def test_pinning_is_red_on_one_shard(spec, ingredients):
     ],
 )
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
-    assert planted_verdict(spec, small_cfg, PLANTS[plant_id], tmp_path).outcome == "fail"
+    assert planted_verdict(spec, small_cfg, load_museum()[plant_id], tmp_path).outcome == "fail"
 
 
 def test_round_trip_is_red_where_both_paths_take_a_literal_seriously(spec, ingredients):
     """Then batch and single agree, and only the control id itself gives it away."""
     gate = spec.gates["tokenizer.round-trip"]
     with (
-        PLANTS["tokenizer.special-from-text"].apply(),
-        PLANTS["tokenizer.special-from-corpus"].apply(),
+        load_museum()["tokenizer.special-from-text"].apply(),
+        load_museum()["tokenizer.special-from-corpus"].apply(),
     ):
         verdict = call_check(gate, ingredients)
     assert verdict.outcome == "fail" and "literal" in verdict.message

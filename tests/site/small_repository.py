@@ -62,18 +62,26 @@ def adds_up(limits, *, a, b, c):
 class Finite:
     """Watches."""
 '''
-PLANTS = '''"""Plants."""
+PLANTS = """
+[[plant]]
+id = "loss.off-by-one"
+gate = "loss.adds-up"
+title = "One too many"
+story = "Somebody *added* one."
+sources = ["https://example.org/bug"]
+function = "loss:off_by_one"
 
-
-@plant("loss.off-by-one", gate="loss.adds-up", title="One too many", story="Somebody *added* one.", sources=("https://example.org/bug",))
-def off_by_one():
-    yield
-
-
-@plant("loss.swapped", gate="GATE", title="Arguments <swapped>", story="b came first.", sources=())
-def swapped():
-    yield
-'''
+[[plant]]
+id = "loss.swapped"
+gate = "GATE"
+title = "Arguments <swapped>"
+story = "b came first."
+sources = []
+target = "contracts.loss:adds_up"
+old = "a + b - c"
+new = "b + a - c"
+"""
+GENERATORS = "def off_by_one():\n    yield\n"
 CLI = {
     "verbs": {
         "train": {
@@ -93,13 +101,16 @@ CLI = {
 
 def write_repository(root: Path, *, gate_of_second_plant: str = "loss.adds-up") -> Path:
     """Spec, checks, museum, configuration and command line; no evidence."""
-    for folder in ("spec/gates", "contracts", "stack/museum", "evidence"):
+    for folder in ("spec/gates", "contracts", "stack/museum/plants", "evidence"):
         (root / folder).mkdir(parents=True)
     (root / "spec/spec.toml").write_text(SPEC)
     (root / "spec/gates/loss.toml").write_text(GATES)
     (root / "spec/cli.json").write_bytes(canonical_json(CLI))
     (root / "contracts/loss.py").write_text(CHECKS)
-    (root / "stack/museum/loss.py").write_text(PLANTS.replace("GATE", gate_of_second_plant))
+    (root / "stack/museum/plants/loss.toml").write_text(
+        PLANTS.replace("GATE", gate_of_second_plant)
+    )
+    (root / "stack/museum/loss.py").write_text(GENERATORS)
     shutil.copytree(
         ROOT / "stack/config", root / "stack/config", ignore=shutil.ignore_patterns("__pycache__")
     )

@@ -51,10 +51,20 @@ def train():
     keeper.preflight({"loss": 1.0})
 """
 PLANT = """
-@plant("loss.wrong", gate="loss.golden", title="Wrong", story="It is wrong and nobody sees it.", sources=("a thread",))
-def wrong():
-    yield
-"""  # noqa: E501
+[[plant]]
+id = "loss.wrong"
+gate = "loss.golden"
+title = "Wrong"
+story = "It is wrong and nobody sees it."
+sources = ["a thread"]
+target = "loss_of:total"
+old = "a + b"
+new = "a - b"
+"""
+LOSS_OF = """
+def total(a, b):
+    return a + b
+"""
 CHANCE = """
 [[certain]]
 why = "Compares a loss with the right one on numbers that are always the same."
@@ -288,7 +298,8 @@ def build(root: Path) -> None:
     write(root, "spec/runners.toml", RUNNER)
     write(root, "stack/train.py", TRAIN)
     write(root, "contracts/loss.py", CHECK)
-    write(root, "stack/museum/loss.py", PLANT)
+    write(root, "stack/museum/plants/loss.toml", PLANT)
+    write(root, "stack/loss_of.py", LOSS_OF)
     write(root, "stack/recipes/small.py", "def small():\n    return 1\n")
     write(root, "tests/test_loss.py", "def test_golden():\n    assert True\n")
     write(root, "docs/adr/0001-one.md", ADR)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -199,7 +198,9 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "STALE-KILL": stale,
     "GATE-FAILED": lambda r: rechain(r, "train", failed_gate),
     "MERGE-MARK": lambda r: edit(r, "README.md", "# Small\n", "# Small\n\n" + "<" * 7 + " HEAD\n"),
-    "PLANT-EXISTS": lambda r: edit(r, "stack/museum/loss.py", '"loss.wrong"', '"loss.other"'),
+    "PLANT-EXISTS": lambda r: edit(
+        r, "stack/museum/plants/loss.toml", '"loss.wrong"', '"loss.other"'
+    ),
     "RATES-STATED": lambda r: (r / "spec/chance.toml").unlink(),
     "FAILURE-PLANTED": lambda r: write(r, "stack/tune/masks.py", "def tune():\n    return 1\n"),
     "CHECK-EXISTS": lambda r: edit(
@@ -529,11 +530,37 @@ def test_the_real_repository_is_read_quickly_and_without_torch():
     assert float(done.stdout) < 4.0, "seconds of one processor; measured 1.4 on a quiet machine"
 
 
-def test_repo_reads_plants_from_their_decorators(repo):
-    plants = Repo(repo).plants
-    assert plants["loss.wrong"]["gate"] == "loss.golden" and re.match(
-        r"stack/museum/loss\.py", plants["loss.wrong"]["path"]
+def test_repo_reads_plants_with_their_places(repo):
+    exhibit = Repo(repo).plants["loss.wrong"]
+    assert exhibit.gate == "loss.golden" and (exhibit.path, exhibit.line) == (
+        "stack/museum/plants/loss.toml",
+        3,
     )
+
+
+def test_an_edit_whose_old_text_is_gone_is_found(repo):
+    """A refactoring that rewrites the line a plant edits has to take the plant along."""
+    edit(repo, "stack/loss_of.py", "a + b", "b + a")
+    messages = [f.message for f in check(repo) if f.code == "PLANT-EXISTS"]
+    assert (
+        len(messages) == 1
+        and "edits loss_of:total, where its old text 'a + b' does not stand once" in messages[0]
+    )
+
+
+def test_a_plant_that_names_no_function_of_the_museum_is_found(repo):
+    path = "stack/museum/plants/loss.toml"
+    edit(
+        repo,
+        path,
+        'target = "loss_of:total"\nold = "a + b"\nnew = "a - b"\n',
+        'function = "loss:gone"\n',
+    )
+    assert [
+        "names loss:gone, which does not exist" in f.message
+        for f in check(repo)
+        if f.code == "PLANT-EXISTS"
+    ] == [True]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger
 from stackproof.spec.records import Record
 from stackproof.spec.registry import Release, read_registry
+from tools.site_pages.exhibits import Exhibit, read_exhibits
 
 
 @dataclass(frozen=True)
@@ -226,23 +227,6 @@ class Repo:
         return self._functions[path]
 
     @cached_property
-    def plants(self) -> dict[str, dict]:
-        """Plants by id, read from the decorators in stack/museum: gate, title, story, sources,
-        path, line.
-        """
-        found: dict[str, dict] = {}
-        for file in sorted((self.root / "stack" / "museum").glob("*.py")):
-            for node in ast.parse(file.read_text("utf-8")).body:
-                for decorator in getattr(node, "decorator_list", []):
-                    if (
-                        isinstance(decorator, ast.Call)
-                        and getattr(decorator.func, "id", "") == "plant"
-                    ):
-                        fields = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
-                        plant_id = ast.literal_eval(decorator.args[0])
-                        where = {
-                            "path": file.relative_to(self.root).as_posix(),
-                            "line": node.lineno,
-                        }
-                        found[plant_id] = fields | where
-        return found
+    def plants(self) -> dict[str, Exhibit]:
+        """Plants by id, with their place. Nothing that they change is imported."""
+        return read_exhibits(self.root)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from stackproof.museum.plant import Plant
 from stackproof.spec.errors import StackproofError
 from stackproof.spec.failures import Failure, answering_gates
 from stackproof.spec.fingerprint import check_fingerprint
@@ -17,6 +18,7 @@ from stackproof.spec.registry import read_registry
 from stackproof.spec.runners import load_runners, unfed
 from tools.integrity.core import RULES, Repo, rule
 from tools.integrity.former_fingerprint import first_form
+from tools.site_pages.exhibits import source_of
 
 Found = Iterator[tuple[str, int, str]]
 CARRIED = "spec/carried.jsonl"
@@ -271,16 +273,39 @@ def plant_exists(repo: Repo) -> Found:
                     0,
                     f"gate {gate.id} names the plant {plant_id}, which is not in the museum",
                 )
-    for plant_id, fields in repo.plants.items():
-        gate = repo.spec.gates.get(fields.get("gate", ""))
-        if gate is None or plant_id not in gate.plants:
+    for exhibit in repo.plants.values():
+        gate, plant = repo.spec.gates.get(exhibit.gate), exhibit.plant
+        if gate is None or plant.id not in gate.plants:
             yield (
-                fields["path"],
-                fields["line"],
-                f"plant {plant_id} is for {fields.get('gate')}, which does not list it",
+                exhibit.path,
+                exhibit.line,
+                f"plant {plant.id} is for {plant.gate}, which does not list it",
             )
-        if not fields.get("story") or not fields.get("sources"):
-            yield fields["path"], fields["line"], f"plant {plant_id} lacks its story or its sources"
+        if not plant.story or not plant.sources:
+            yield exhibit.path, exhibit.line, f"plant {plant.id} lacks its story or its sources"
+        if plant.function and not exhibit.source:
+            yield (
+                exhibit.path,
+                exhibit.line,
+                f"plant {plant.id} names {plant.function}, which does not exist",
+            )
+        for target, olds in _edited(plant):
+            _, text = source_of(repo.root, target)
+            if missing := [old for old in olds if text.count(old) != 1]:
+                yield (
+                    exhibit.path,
+                    exhibit.line,
+                    (
+                        f"plant {plant.id} edits {target}, where its old text {missing[0]!r} does "
+                        "not stand once"
+                    ),
+                )
+
+
+def _edited(plant: Plant) -> Iterator[tuple[str, list[str]]]:
+    """Every function that a plant edits, with the old texts of the edits."""
+    for target in dict.fromkeys(e.target for e in plant.edits):
+        yield target, [e.old for e in plant.edits if e.target == target]
 
 
 @rule(

@@ -3,8 +3,7 @@ it, how late and by which numbers.
 """
 
 from stackproof.spec.records import Scalar
-from tools.site_pages.diffs import plant_diff
-from tools.site_pages.exhibits import Exhibit
+from tools.site_pages.exhibits import Exhibit, plant_diff
 from tools.site_pages.markup import (
     Page,
     anchor,
@@ -106,16 +105,18 @@ def _exhibit(world: World, plant: Exhibit, page: Page) -> list[str]:
         else ""
     )
     measured += f"<br>{esc(kill.message)}" if kill and kill.message else ""
-    diff = plant_diff(world.root, plant)
+    diff = plant_diff(world.root, plant.plant)
     return [
         f"## {esc(plant.title)} {{ #{anchor(plant.id)} }}",
         f"{code(plant.id)} must be caught by {page.gate(plant.gate)}",
-        prose(plant.story),
+        prose(plant.plant.story),
         failures_of(world, page, plant.id),
         f"Last kill: {outcome}, control {control}, latency {latency}, record {record}{measured}",
-        bullets(source_link(s) for s in plant.sources),
-        folded("What it replaces, and by what", diff, "diff") if diff else "",
-        folded(f"{plant.path}:{plant.line}", plant.source, "python"),
+        bullets(source_link(s) for s in plant.plant.sources),
+        f"Defined at {code(f'{plant.path}:{plant.line}')}.",
+        folded("What it changes", diff, "diff")
+        if diff
+        else folded("What puts it in place", plant.source, "python"),
     ]
 
 
