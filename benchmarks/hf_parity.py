@@ -15,7 +15,7 @@ import transformers
 
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, reading
-from stackproof.model import names
+from stackproof.model import hugging_face
 from tests.export import models
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
@@ -45,7 +45,7 @@ def rows():
     for name in models.OURS:
         with tempfile.TemporaryDirectory() as folder:
             model = models.ours(name, Bytes().vocab_size)
-            kind = names.kind_for(model.cfg)
+            kind = hugging_face.kind_for(model.cfg)
             huggingface.write_documents(Path(folder), kind, model, Bytes(), "float32")
             huggingface.write_weights(Path(folder), kind, model, "float32", 2**30)
             other = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,8 +1,7 @@
-"""What a declared architecture says about weights: their names and shapes, and how to draw some
-under which each of them shows.
+"""What a declared architecture requires of weights, and weights under which each of them shows.
 
-D d_model, Q width of all query heads, K width of all key/value heads, H head_dim, S width of a
-normalised head, F d_ff, E experts, V vocab
+Names, shapes and initial laws come from spec/architecture.py. The model does not read that table:
+`model.init-law` and `model.reference-differential` compare it with what the model built by itself.
 """
 
 import math
@@ -13,35 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackproof.spec.architecture import Buffer
+from stackproof.spec.resolved_model import tensors
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(a: Mapping[str, Any], vocab_size: int) -> Shapes:
-    """Names and shapes (out, in) of everything a checkpoint of the resolved `model` section holds,
-    selection biases included.
+    """Names and shapes (out, in) of all that a checkpoint of the resolved `model` section holds.
+
+    Selection biases are included. Raises ValueError for a variant without an entry in the table.
     """
-    d = a["d_model"]
-    shapes: Shapes = {"embed.weight": (vocab_size, d)}
-    if a["positions"]["kind"] == "learned":
-        shapes["positions.weight"] = (a["max_seq_len"], d)
-    for layer in range(a["n_layers"]):
-        parts = {
-            "attention_norm": _norm(a),
-            "attention": _attention(a),
-            "ffn_norm": _norm(a),
-            "ffn": _feedforward(a),
-        }
-        if chosen_depth(a, layer):
-            parts["depth.router"] = {"weight": (1, d), "bias": (1,)}
-        for part, own in parts.items():
-            shapes |= {f"layers.{layer}.{part}.{name}": shape for name, shape in own.items()}
-    shapes |= {f"final_norm.{name}": shape for name, shape in _norm(a).items()}
-    return shapes if a["tied_head"] else shapes | {"head.weight": (vocab_size, d)}
+    return {t.name: t.shape for t in tensors(a, vocab_size)}
 
 
-def chosen_depth(a: Mapping[str, Any], layer: int) -> bool:
-    """Whether `layer` (from 0) stands behind a gate."""
-    return a["depth"]["kind"] == "mixture-of-depths" and (layer + 1) % a["depth"]["every"] == 0
+def initial_laws(a: Mapping[str, Any], vocab_size: int) -> dict[str, tuple[str, float]]:
+    """Law of every parameter at step 0: ("normal", spread about 0) or ("constant", value)."""
+    held = tensors(a, vocab_size)
+    parameters = (t for t in held if not isinstance(t.weight, Buffer))
+    return {t.name: t.weight.law.resolve(a) for t in parameters}
 
 
 def chooses(a: Mapping[str, Any]) -> bool:
@@ -53,79 +42,6 @@ def chooses(a: Mapping[str, Any]) -> bool:
 
 def hard_capacity(a: Mapping[str, Any]) -> bool:
     return a["depth"]["kind"] == "mixture-of-depths" and a["depth"]["gate"]["kind"] == "hard"
-
-
-def _norm(a: Mapping[str, Any]) -> Shapes:
-    d = a["d_model"]
-    return {"weight": (d,), "bias": (d,)} if a["norm"]["kind"] == "layernorm" else {"weight": (d,)}
-
-
-def _attention(a: Mapping[str, Any]) -> Shapes:
-    declared, d, h = a["attention"], a["d_model"], a["head_dim"]
-    q, kv, halves = a["n_heads"] * h, a["n_kv_heads"] * h, declared["kind"] == "differential"
-    shapes: Shapes = {
-        "q.weight": (q, d),
-        "k.weight": (kv, d),
-        "v.weight": (kv, d),
-        "out.weight": (d, q),
-    }
-    if declared["qkv_bias"]:
-        shapes |= {"q.bias": (q,), "k.bias": (kv,), "v.bias": (kv,)}
-    if declared["out_bias"]:
-        shapes["out.bias"] = (d,)
-    if declared["qk_norm"]:
-        shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), (h // 2 if halves else h,))
-    if halves and declared["form"] == "paper":
-        shapes |= dict.fromkeys(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"), (h // 2,)) | {
-            "head_norm.weight": (h,)
-        }
-    if halves and declared["form"] == "scalar":
-        shapes["lambda_weight"] = (1,)
-    return shapes
-
-
-def _feedforward(a: Mapping[str, Any]) -> Shapes:
-    ffn = a["ffn"]
-    if ffn["kind"] != "moe":
-        return _expert(a, ffn)
-    shapes: Shapes = {"router.weight": (ffn["n_experts"], a["d_model"])}
-    if ffn["balance"]["kind"] == "selection-bias":
-        shapes["selection_bias"] = (ffn["n_experts"],)
-    for e in range(ffn["n_experts"]):
-        shapes |= {
-            f"experts.{e}.{name}": shape for name, shape in _expert(a, ffn["expert"]).items()
-        }
-    return shapes
-
-
-def _expert(a: Mapping[str, Any], declared: Mapping[str, Any]) -> Shapes:
-    d, f = a["d_model"], a["d_ff"]
-    if declared["kind"] == "swiglu":
-        return {"gate.weight": (f, d), "up.weight": (f, d), "down.weight": (d, f)}
-    return {"up.weight": (f, d), "down.weight": (d, f)} | (
-        {"up.bias": (f,), "down.bias": (d,)} if declared["bias"] else {}
-    )
-
-
-def initial_law(name: str, a: Mapping[str, Any]) -> tuple[str, float]:
-    """("normal", spread about 0) or ("constant", value) of a parameter at step 0.
-
-    What a branch adds to the residual stream is drawn so narrow that all 2·n_layers branches
-    together are as wide as the embedding (GPT-2, sec. 2.3); λ of differential attention begin as in
-    arXiv:2410.05258, the single one at a half.
-    """
-    match kind_of(name).split("."):
-        case [*_, last, "weight"] if last.endswith("norm"):
-            return "constant", 1.0
-        case [*_, "bias"]:
-            return "constant", 0.0
-        case [*_, "lambda_weight"]:
-            return "constant", 0.5
-        case [*_, ("lambda_q1" | "lambda_k1" | "lambda_q2" | "lambda_k2")]:
-            return "normal", 0.1
-        case ["attention", "out", _] | ["ffn", "down", _] | ["down", _]:
-            return "normal", a["init_std"] / math.sqrt(2 * a["n_layers"])
-    return "normal", a["init_std"]
 
 
 # --- weights under which everything shows ---------------------------------------------------------
@@ -162,8 +78,11 @@ def _drawn(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
             return 0.3 * noise
         case [*_, "weight"] if len(shape) == 1:
             return 1 + 0.3 * noise
-        case _:
+        case _ if len(shape) == 2:
             return noise / math.sqrt(shape[1])
+    raise ValueError(
+        f"contracts/declared.py has no draw for the vector {kind}; add one to `_drawn`"
+    )
 
 
 def silent_kinds(a: Mapping[str, Any]) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stackproof.contracts.declared import initial_law, parameter_shapes
+from stackproof.contracts.declared import initial_laws
 from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.model import table_error
 
@@ -29,17 +29,13 @@ def init_law(
     """Each parameter follows its law: mean and spread lie where a sample of its size must, or every
     entry is the declared constant.
 
-    The laws are those of `stackproof.contracts.declared.initial_law`. Draws are independent:
-    neither two parameters nor two halves of one go together; and they reach as far as normal ones
-    do. Rotary tables equal a fresh computation, and buffers that checkpoints hold are 0.
-    `rotary_tables` is None without rotary positions.
+    The laws are those of spec/architecture.py, which the model does not read. Draws are
+    independent: neither two parameters nor two halves of one correlate; and they reach as far as
+    normal ones do. Rotary tables equal a fresh computation, and buffers that checkpoints hold
+    are 0. `rotary_tables` is None without rotary positions.
     """
     parameters, a = dict(model.named_parameters()), declared_architecture
-    laws = {
-        n: initial_law(n, a)
-        for n in parameter_shapes(a, vocab_size)
-        if not n.endswith("selection_bias")
-    }
+    laws = initial_laws(a, vocab_size)
     if odd := sorted(parameters.keys() ^ laws.keys()):
         return failed(
             f"parameters without a declared law, or the reverse: {', '.join(odd)}",

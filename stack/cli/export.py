@@ -157,7 +157,7 @@ def import_(
     """
     from stackproof.evidence.exclusive import refuse_occupied
     from stackproof.export import huggingface, parity, reading, vocabulary
-    from stackproof.model import names
+    from stackproof.model import hugging_face
     from stackproof.recipes.imported import imported
     from stackproof.train.adopted import write_run
 
@@ -176,7 +176,7 @@ def import_(
     made, said = vocabulary.from_file(
         tokenizer or folder / "tokenizer.json",
         source.vocab_size,
-        names.end_of_text(source.document, settings),
+        hugging_face.end_of_text(source.document, settings),
     )
     cfg = imported(source.cfg, out.resolve() / "tokenizer.json")
     builder, keeper = _open("import", cfg.to_dict(), IMPORT_CLAIM, ())

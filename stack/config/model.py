@@ -137,6 +137,9 @@ class Gelu(Frozen):
     )
 
 
+Dense = SwiGLU | Gelu  # what one expert can be
+
+
 class AuxiliaryLoss(Frozen):
     """Experts · Σ share of choices · mean probability, added to the loss (arXiv:2101.03961), over
     all top_k choices; 1 when even.
@@ -166,7 +169,7 @@ class MixtureOfExperts(Frozen):
     kind: Literal["moe"] = "moe"
     n_experts: int = Field(8, ge=2, description="feed-forwards per layer, each of width d_ff")
     top_k: int = Field(2, ge=1, description="experts each token visits")
-    expert: Annotated[SwiGLU | Gelu, Field(discriminator="kind")] = SwiGLU()
+    expert: Annotated[Dense, Field(discriminator="kind")] = SwiGLU()
     balance: Annotated[AuxiliaryLoss | BiasBalance, Field(discriminator="kind")] = AuxiliaryLoss()
     capacity_factor: float | None = Field(
         None,
@@ -186,6 +189,8 @@ class MixtureOfExperts(Frozen):
             )
         return self
 
+
+FeedForward = Dense | MixtureOfExperts
 
 # --- depth ----------------------------------------------------------------------------------------
 
@@ -247,7 +252,7 @@ class ModelConfig(Frozen):
     attention: Annotated[SoftmaxAttention | DifferentialAttention, Field(discriminator="kind")] = (
         SoftmaxAttention()
     )
-    ffn: Annotated[SwiGLU | Gelu | MixtureOfExperts, Field(discriminator="kind")] = SwiGLU()
+    ffn: Annotated[FeedForward, Field(discriminator="kind")] = SwiGLU()
     depth: Annotated[FullDepth | MixtureOfDepths, Field(discriminator="kind")] = FullDepth()
     tied_head: bool = Field(True, description="use the embedding as the output head")
     dropout: float = Field(

@@ -25,7 +25,7 @@ from stackproof.contracts.evaluation import KNOWN
 from stackproof.evaluate import bits_per_byte, sampling, stopping
 from stackproof.model import moe
 from stackproof.model.build import build_model
-from stackproof.model.cache import KVCache
+from stackproof.model.forward_context import KVCache
 from stackproof.model.transformer import Transformer
 from stackproof.spec.formulas import parameter_count
 
@@ -105,7 +105,7 @@ def _random_ids(shape: tuple[int, ...], vocab_size: int, seed: int) -> Tensor:
 def _attend(model: Transformer, attention: nn.Module) -> Any:
     def attend(x_BTD: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         ids_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
-        return attention(x_BTD, model.reading(ids_BT, None, document_ids_BT))
+        return attention(x_BTD, model.forward_context(ids_BT, None, document_ids_BT))
 
     return attend
 

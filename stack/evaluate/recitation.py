@@ -33,7 +33,7 @@ def matched(
     with evaluating(model), torch.inference_mode():
         for rows in ids_NW.split(ROWS_AT_ONCE):
             with autocast():
-                x_RWD, _ = model.features(rows[:, :-1].to(device))
+                x_RWD, _ = model.hidden_states(rows[:, :-1].to(device))
                 best_RC = model.logits(x_RWD[:, given - 1 :]).argmax(-1)
             found += (best_RC.cpu() == rows[:, given:]).cumprod(1).sum(1).tolist()
     return found

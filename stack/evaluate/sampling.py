@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stackproof.contracts.conditions import ensure, require
 from stackproof.evaluate.bits_per_byte import evaluating
-from stackproof.model.cache import KVCache
+from stackproof.model.forward_context import KVCache
 
 MASKED = float("-inf")
 COPY_PAYS_FROM_TOKENS = 64
@@ -172,7 +172,7 @@ def next_logits(
     if use_cache and cache is None:
         cache = KVCache(model.cfg, device=model.embed.weight.device, dtype=model.embed.weight.dtype)
     unread = context[cache.length :] if use_cache else context
-    x_BTD, _ = model.features(torch.tensor([unread], device=model.embed.weight.device), cache)
+    x_BTD, _ = model.hidden_states(torch.tensor([unread], device=model.embed.weight.device), cache)
     return model.logits(x_BTD[:, -1:])[0, -1].cpu(), cache
 
 

@@ -21,7 +21,7 @@ from stackproof.data.tokenizer import Tokenizer
 from stackproof.evidence.exclusive import refuse_occupied
 from stackproof.export import parity, vocabulary
 from stackproof.export.reading import Folder, read_tensor
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, plain_name, to_theirs
 from stackproof.model.transformer import Transformer
 from stackproof.spec.building import write_atomically
@@ -60,7 +60,7 @@ def export(
     Raises ConfigError if no kind says the model, UsageError if `out` holds something, GateFailed if
     a gate is red; `out` is then untouched.
     """
-    kind = names.kind_for(model.cfg)
+    kind = hugging_face.kind_for(model.cfg)
     refuse_occupied(out, "--out")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".writing-{out.name}-{os.getpid()}"
@@ -117,12 +117,13 @@ def write_documents(
     """Configuration, generation settings and tokenizer."""
     cfg, eos_id = model.cfg, tokenizer.eos_id
     _write_json(
-        folder / "config.json", names.config_document(kind, cfg, model.vocab_size, eos_id, dtype)
+        folder / "config.json",
+        hugging_face.config_document(kind, cfg, model.vocab_size, eos_id, dtype),
     )
-    _write_json(folder / "generation_config.json", names.generation_document(cfg, eos_id))
+    _write_json(folder / "generation_config.json", hugging_face.generation_document(cfg, eos_id))
     _write_json(
         folder / "tokenizer_config.json",
-        names.tokenizer_document(cfg, vocabulary.eos_token(tokenizer)),
+        hugging_face.tokenizer_document(cfg, vocabulary.eos_token(tokenizer)),
     )
     write_atomically(
         folder / "tokenizer.json", vocabulary.to_library(tokenizer).to_str(pretty=False).encode()
@@ -164,7 +165,7 @@ def _write_shards(folder: Path, n_files: int, shards: Iterable[dict[str, Tensor]
         places |= dict.fromkeys(shard, file)
         tensorfile.write(folder / file, shard, {"format": "pt"})
     if n_files > 1:
-        _write_json(folder / names.INDEX, names.index_document(places, total))
+        _write_json(folder / hugging_face.INDEX, hugging_face.index_document(places, total))
 
 
 def _shards(

@@ -152,4 +152,4 @@ def own(model: Transformer) -> dict[str, Any]:
 def our_logits(model: Transformer, ids_BT: Tensor, last: int) -> Tensor:
     """Logits of the last positions, (B, ≤ last, V) float32."""
     with evaluating(model):
-        return model.logits(model.features(ids_BT)[0][:, -last:])
+        return model.logits(model.hidden_states(ids_BT)[0][:, -last:])

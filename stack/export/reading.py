@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stackproof import tensorfile
 from stackproof.config import LearnedPositions, ModelConfig
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind, Row, plain_name, their_shape, to_ours
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import CheckpointError, ConfigError
@@ -65,7 +65,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     that cannot be computed here.
     """
     document = read_json(path / "config.json")
-    kind = names.kind_of(document)
+    kind = hugging_face.kind_of(document)
     cfg, aside = kind.read(document)
     if max_seq_len is not None:
         cfg = _shortened(cfg, max_seq_len)
@@ -81,10 +81,17 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
     if not any(n.startswith(kind.base) for n in places):
         head = kind.modules["head"]
         places = {n if n.startswith(head) else kind.base + n: p for n, p in places.items()}
-    renamed = sum(n != p.name or bool(names.DERIVED.search(n)) for n, p in places.items())
-    places = {n: p for n, p in places.items() if not names.DERIVED.search(n)}
+    renamed = sum(n != p.name or bool(hugging_face.DERIVED.search(n)) for n, p in places.items())
+    places = {n: p for n, p in places.items() if not hugging_face.DERIVED.search(n)}
     return Folder(
-        path, document, kind, cfg, names.vocabulary_of(document), tuple(aside), places, renamed
+        path,
+        document,
+        kind,
+        cfg,
+        hugging_face.vocabulary_of(document),
+        tuple(aside),
+        places,
+        renamed,
     )
 
 
@@ -111,13 +118,13 @@ def _shortened(cfg: ModelConfig, max_seq_len: int) -> ModelConfig:
             allowed=f"2 to {cfg.max_seq_len}, and only for rotary positions",
         )
     attention = cfg.attention.model_copy(
-        update=names.within_context({"window": cfg.attention.window}, max_seq_len)
+        update=hugging_face.within_context({"window": cfg.attention.window}, max_seq_len)
     )
     return cfg.model_copy(update={"max_seq_len": max_seq_len, "attention": attention})
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index, single = path / names.INDEX, path / "model.safetensors"
+    index, single = path / hugging_face.INDEX, path / "model.safetensors"
     if index.is_file() and single.is_file():
         raise CheckpointError(
             f"{path} holds one weight file and an index of many",
@@ -126,7 +133,7 @@ def _weight_files(path: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        told = names.files_of_index(read_json(index))
+        told = hugging_face.files_of_index(read_json(index))
         return _checked_shards(path, told)
     if pickles := sorted(p.name for p in path.iterdir() if p.suffix in PICKLES):
         raise CheckpointError(
@@ -140,7 +147,7 @@ def _weight_files(path: Path) -> list[Path]:
         )
     raise CheckpointError(
         f"there are no weights in {path}",
-        allowed=f"model.safetensors, or {names.INDEX} with its files",
+        allowed=f"model.safetensors, or {hugging_face.INDEX} with its files",
     )
 
 
@@ -150,13 +157,13 @@ def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
     for file in files:
         if Path(file).name != file or not (path / file).is_file():
             raise CheckpointError(
-                f"{names.INDEX} names {file}, which is not in {path}",
+                f"{hugging_face.INDEX} names {file}, which is not in {path}",
                 next_step="fetch the folder again, all of it",
             )
         held = set(_header(path / file).tensors)
         if odd := sorted(held ^ {n for n, f in told.items() if f == file}):
             raise CheckpointError(
-                f"{file} and {names.INDEX} disagree on {odd[0]}", value=f"{len(odd)} tensors"
+                f"{file} and {hugging_face.INDEX} disagree on {odd[0]}", value=f"{len(odd)} tensors"
             )
     return [path / file for file in files]
 

@@ -1,8 +1,7 @@
-"""Translating a model into another library's words, whichever they are: keys that must all be read,
-tensors that are joined or turned.
+"""Translation of a model to another library's format: its configuration keys and its tensors.
 
-A kind can say a configuration if what it writes reads back as the same.
-So whatever it has no key for is found, not listed.
+An architecture of theirs supports a configuration if what it writes reads back as the same. So
+keys without a counterpart are found by reading back, not listed.
 """
 
 import json
@@ -23,15 +22,13 @@ _MISSING = object()
 
 
 class Keys:
-    """A configuration of theirs, of which every key has to be read."""
+    """A configuration of theirs. Every key must be read."""
 
     def __init__(self, document: Mapping[str, Any], defaults: Mapping[str, Any]):
         self.left, self.defaults = dict(document), defaults
 
     def take(self, key: str) -> Any:
-        """The value of a key, or what the kind takes where files leave it out.
-        Raises ConfigError for a key that must be there.
-        """
+        """The value of a key, or the reader's default. Raises ConfigError if there is neither."""
         value = self.left.pop(key, self.defaults.get(key, _MISSING))
         if value is _MISSING:
             raise ConfigError(
@@ -40,52 +37,51 @@ class Keys:
         return value
 
     def number(self, key: str) -> Any:
-        """A number, a truth value or none.
-        Raises ConfigError for anything else, and for a number below 0.
-        """
+        """A number from 0, a bool or None. Raises ConfigError for anything else."""
         value = self.take(key)
         if not isinstance(value, int | float | None) or (value is not None and value < 0):
             raise ConfigError(
-                f"{key} in config.json is no size",
+                f"{key} in config.json is not a size",
                 value=repr(value)[:80],
                 allowed="a number from 0",
             )
         return value
 
     def demand(self, key: str, allowed: Sequence[Any]) -> Any:
-        """A value that must be one of those under which the computation is ours."""
+        """A value for which the computation equals ours. Raises ConfigError for another."""
         value = self.take(key)
         if value not in allowed:
-            raise unsaid(key, value, f"{key} = {' or '.join(map(repr, allowed))}")
+            raise unsupported(key, value, f"{key} = {' or '.join(map(repr, allowed))}")
         return value
 
     def finish(
         self, neutral: frozenset[str] = frozenset(), aside: frozenset[str] = frozenset()
     ) -> list[str]:
-        """What was left of `aside`, as text.
-        Raises ConfigError naming a key that nobody read and that is not `neutral`.
+        """The keys of `aside` that were left, as text.
+
+        Raises ConfigError for a key that was not read and is not `neutral`.
         """
         if strange := sorted(self.left.keys() - neutral - aside):
-            raise unsaid(
+            raise unsupported(
                 strange[0], self.left[strange[0]], "keys whose effect on the computation is known"
             )
         return [f"{k} = {self.left[k]}" for k in sorted(aside & self.left.keys()) if self.left[k]]
 
 
-def unsaid(key: str, value: Any, allowed: str) -> ConfigError:
-    """The error for a value of theirs that this model cannot compute."""
+def unsupported(key: str, value: Any, allowed: str) -> ConfigError:
+    """The error for a value of theirs that our model does not support."""
     return ConfigError(
         f"{key} in config.json has no counterpart here",
         value=repr(value)[:120],
         allowed=allowed,
-        next_step="take a model without it",
+        next_step="choose a model without it",
     )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of theirs and ours: several of ours stand one below the other in it, and it may
-    lie transposed (in, out).
+    """One tensor of theirs: ours are its row blocks, in order; it may be transposed to (in,
+    out).
     """
 
     ours: tuple[str, ...]
@@ -95,17 +91,16 @@ class Row:
 
 class Kind:
     """One architecture: its keys for our sizes, the values it needs, its modules for ours.
-    `{}` stands for a number.
 
-    `fixed` are keys with the values under which the computation is ours, written and read; `absent`
-    are only read. `defaults` are what their reader takes for keys that files leave out. `aside` are
-    keys of training without a counterpart. `running` are modules that their library names otherwise
-    in memory than in files.
+    `{}` stands for a number. `fixed` are keys with the values for which the computation equals
+    ours; they are written and read, `absent` only read. `defaults` are those of their reader.
+    `aside` are keys of training without a counterpart. `running` are modules with another name in
+    memory than in files.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
-    base: ClassVar[str]  # what tensors of a model without its head may lack in front
+    base: ClassVar[str]  # a prefix that tensors of a model without its head may lack
     sizes: ClassVar[dict[str, str]]
     defaults: ClassVar[dict[str, Any]]
     fixed: ClassVar[dict[str, tuple]]
@@ -117,17 +112,15 @@ class Kind:
     running: ClassVar[Mapping[str, str]] = {}
 
     def parts(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Our choices of architecture, from their keys."""
+        """Our `model` section apart from sizes, from their keys."""
         raise NotImplementedError
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
-        """Their keys for our choices, as far as the kind has keys."""
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
+        """Their keys for our `model` section apart from sizes, as far as they exist."""
         raise NotImplementedError
 
     def read(self, document: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
-        """Our configuration, and keys of training that were left aside.
-        Raises ConfigError naming the key.
-        """
+        """Our configuration, and keys of training that were ignored. Raises ConfigError."""
         needed = self.fixed | self.absent
         keys = Keys(document, self.defaults | {k: v[0] for k, v in needed.items()})
         for key, allowed in needed.items():
@@ -149,7 +142,7 @@ class Kind:
             ) from e
 
     def write(self, cfg: ModelConfig, vocab_size: int) -> dict[str, Any]:
-        """Their configuration of a model, without ids of tokens."""
+        """Their configuration of a model, without token ids."""
         sizes = {theirs: getattr(cfg, ours) for ours, theirs in self.sizes.items()}
         fixed = {key: allowed[0] for key, allowed in self.fixed.items()}
         names = {
@@ -157,24 +150,20 @@ class Kind:
             "model_type": self.model_type,
             "vocab_size": vocab_size,
         }
-        return names | sizes | fixed | self.words(cfg)
+        return names | sizes | fixed | self.config_keys(cfg)
 
-    def cannot_say(self, cfg: ModelConfig) -> list[str]:
-        """Keys of our configuration that would be lost, with their values;
-        empty if the kind says all of it.
-        """
+    def lost_keys(self, cfg: ModelConfig) -> list[str]:
+        """Keys of our configuration that would be lost, with their values; empty if supported."""
         try:
-            told, _ = self.read(self.write(cfg, 2))
+            read_back, _ = self.read(self.write(cfg, 2))
         except ConfigError as e:
             return [e.what.removeprefix("config.json describes no model: ")]
         return _differences(
-            for_inference(cfg).model_dump(), for_inference(told).model_dump(), "model."
+            for_inference(cfg).model_dump(), for_inference(read_back).model_dump(), "model."
         )
 
     def rows(self, names: Iterable[str]) -> list[Row]:
-        """Which of our tensors, by name, make which of theirs.
-        Raises ConfigError for one that has no place.
-        """
+        """Their tensors made of ours, by name. Raises ConfigError for a tensor without a place."""
         order = {module: place for place, module in enumerate(self.modules)}
         places: dict[str, list[tuple[int, str]]] = {}
         for name in names:
@@ -198,7 +187,7 @@ class Kind:
 
 
 def for_inference(cfg: ModelConfig) -> ModelConfig:
-    """A configuration with everything that acts in training only set to nothing."""
+    """A configuration without what acts in training only."""
     update: dict[str, Any] = {"dropout": 0.0}
     if isinstance(cfg.ffn, MixtureOfExperts):
         balance = AuxiliaryLoss() if isinstance(cfg.ffn.balance, AuxiliaryLoss) else cfg.ffn.balance
@@ -207,9 +196,7 @@ def for_inference(cfg: ModelConfig) -> ModelConfig:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what compiling or wrapping puts into it,
-    wherever it stands and however often.
-    """
+    """A tensor's name without the parts that compiling or wrapping inserts."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -244,8 +231,9 @@ def numbers(name: str) -> list[str]:
 
 
 def _differences(ours: Any, theirs: Any, at: str) -> list[str]:
-    """Dotted keys with their value here, where two dumped configurations differ;
-    of another type its kind alone.
+    """Dotted keys, with our value, in which two dumped configurations differ.
+
+    Of a part of another kind, only the kind.
     """
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
         return [] if ours == theirs else [f"{at.removesuffix('.')} = {ours}"]

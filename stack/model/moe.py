@@ -1,5 +1,6 @@
-"""Mixture of experts. R tokens of a micro-batch in row-major order, D d_model, E experts,
-k choices per token, L layers.
+"""Mixture of experts.
+
+R tokens of a micro-batch in row-major order, D d_model, E experts, k choices per token, L layers
 """
 
 import math
@@ -10,19 +11,18 @@ from torch import Tensor, nn
 
 from stackproof.config import MixtureOfExperts as Declared
 from stackproof.config import ModelConfig
+from stackproof.model.forward_context import ExpertLoad, ForwardContext
 from stackproof.model.init import Linear
-from stackproof.model.reading import ExpertLoad, Reading
 
 
 def route(
     logits_RE: Tensor, top_k: int, selection_bias_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts of each token (R, k) int64, their weights (R, k) and all probabilities (R, E),
-    float32 or wider.
+    """The experts of each token (R, k) int64, their weights (R, k) and all probabilities (R, E).
 
-    Chosen by probability, plus `selection_bias_E` if there is one, which never enters a weight; of
-    equals the lower id. Weights are the probabilities of the chosen over their sum; with one
-    choice, the probability itself.
+    The highest probabilities are chosen, ties by the lower id; `selection_bias_E` is added for the
+    choice and never enters a weight. Weights are the chosen probabilities over their sum; with one
+    choice, the probability itself. Weights and probabilities are float32 or wider.
     """
     probs_RE = logits_RE.softmax(-1, dtype=torch.promote_types(logits_RE.dtype, torch.float32))
     scores_RE = (
@@ -38,11 +38,10 @@ def route(
 
 
 def balance(probs_RE: Tensor, experts_Rk: Tensor, row_R: Tensor | None = None) -> Tensor:
-    """E · Σ (share of all choices that went to e)·(mean probability of e), shape (): 1 when even.
-    Source: arXiv:2101.03961, eq. 4.
+    """E · Σ (share of all choices of e)·(mean probability of e), shape (): 1 when even.
 
     Taken row by row and averaged over tokens, so that the sum over a step does not depend on how
-    its rows fall into micro-batches.
+    its rows are split into micro-batches. Source: arXiv:2101.03961, eq. 4.
     """
     n_experts, k = probs_RE.shape[1], experts_Rk.shape[1]
     row_R = torch.zeros_like(experts_Rk[:, 0]) if row_R is None else row_R
@@ -65,12 +64,11 @@ def dispatch(
     capacity: int | None = None,
     row_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Send each token to its experts and add up weight·expert(token): (y_RD, tokens each expert
-    took (E,), dropped choices ()).
+    """Sum of weight·expert(token) over the experts of each token.
 
-    Each expert runs once on the tokens that chose it. Beyond `capacity` tokens of a row it drops
-    that row's later ones, which add nothing: so no row depends on another, and no token on a later
-    one.
+    Returns (y_RD, tokens each expert took (E,), dropped choices ()). Each expert runs once on the
+    tokens that chose it. Beyond `capacity` tokens of a row it drops that row's later ones, which
+    add nothing: no row depends on another, and no token on a later one.
     """
     k, choice_C = experts_Rk.shape[1], experts_Rk.flatten()
     load_E = torch.bincount(choice_C, minlength=len(experts))
@@ -89,9 +87,7 @@ def dispatch(
 
 
 def _place_in_group(expert_C: Tensor, row_C: Tensor) -> Tensor:
-    """How many choices of the same expert and row come before each one, (C,);
-    equal ones stand together.
-    """
+    """How many choices of the same expert and row precede each one, (C,); input is grouped."""
     index_C = torch.arange(len(expert_C), device=expert_C.device)
     begins_C = torch.ones_like(expert_C, dtype=torch.bool)
     begins_C[1:] = (expert_C[1:] != expert_C[:-1]) | (row_C[1:] != row_C[:-1])
@@ -100,6 +96,7 @@ def _place_in_group(expert_C: Tensor, row_C: Tensor) -> Tensor:
 
 class MixtureOfExperts(nn.Module):
     """A router without bias and `n_experts` feed-forwards.
+
     `selection_bias` (E,) is a buffer that no gradient reaches.
     """
 
@@ -113,9 +110,9 @@ class MixtureOfExperts(nn.Module):
             torch.zeros(declared.n_experts) if declared.balance.kind == "selection-bias" else None,
         )
 
-    def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
-        """Same shape and dtype as `x_BTD`; reports its load to `reading`."""
-        inside_BT = None if reading is None else reading.inside_BT
+    def forward(self, x_BTD: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """Same shape and dtype as `x_BTD`; adds its load to `context`."""
+        inside_BT = None if context is None else context.inside_BT
         inside_BT = (
             torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
             if inside_BT is None
@@ -124,19 +121,17 @@ class MixtureOfExperts(nn.Module):
         row_R = inside_BT.nonzero()[:, 0]
         x_RD = x_BTD[inside_BT]
         experts_Rk, weights_Rk, probs_RE = route(self.router(x_RD), self.top_k, self.selection_bias)
-        capacity = self.capacity(x_BTD.shape[1] if reading is None else reading.row_tokens)
+        capacity = self.capacity(x_BTD.shape[1] if context is None else context.row_tokens)
         y_RD, _, dropped = dispatch(x_RD, experts_Rk, weights_Rk, self.experts, capacity, row_R)
-        if reading is not None:
+        if context is not None:
             chosen_E = torch.bincount(experts_Rk.flatten(), minlength=len(self.experts))
-            reading.loads.append(
+            context.loads.append(
                 ExpertLoad(balance(probs_RE, experts_Rk, row_R) * len(x_RD), chosen_E, dropped)
             )
         return torch.zeros_like(x_BTD).masked_scatter(inside_BT[..., None], y_RD)
 
     def capacity(self, n_tokens: int) -> int | None:
-        """Tokens an expert takes of a row of `n_tokens` in training;
-        nothing is dropped otherwise.
-        """
+        """Tokens of a row of `n_tokens` that an expert takes in training; None: no limit."""
         if self.capacity_factor is None or not self.training:
             return None
         return math.ceil(self.capacity_factor * n_tokens * self.top_k / len(self.experts))
@@ -149,10 +144,10 @@ def totals(loads: Sequence[Sequence[ExpertLoad]]) -> list[Tensor]:
 
 @torch.no_grad()
 def update_selection_bias(model: nn.Module, loads_LE: Sequence[Tensor], rate: float) -> None:
-    """Move each expert's selection bias by `rate` against its load, layer by layer; once per
-    optimizer step, over all its micro-batches.
+    """Move each expert's selection bias by `rate` against its load, layer by layer.
 
-    Source: arXiv:2408.15664, algorithm 1.
+    Once per optimizer step, with the loads of all its micro-batches. Source: arXiv:2408.15664,
+    algorithm 1.
     """
     layers = [m for m in model.modules() if isinstance(m, MixtureOfExperts)]
     for layer, load_E in zip(layers, loads_LE, strict=True):

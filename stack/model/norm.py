@@ -5,34 +5,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackproof.kernels import dispatch
-from stackproof.model.init import Parameter
+from stackproof.model.init import empty_parameter
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight over the last axis.
-    Statistics in float32, or float64 for float64 input.
+    """x / √(mean(x²) + eps) · weight over the last axis. Source: arXiv:1910.07467.
 
-    Returns shape and dtype of the input. Source: arXiv:1910.07467.
+    Statistics in float32, or float64 for float64 input. Returns shape and dtype of the input.
     """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = Parameter(width)
+        self.weight = empty_parameter(width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return dispatch.rms_norm(x_BTD, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
-    """(x − mean) / √(variance + eps) · weight + bias over the last axis; statistics as in RMSNorm.
-    Source: arXiv:1607.06450.
+    """(x − mean) / √(variance + eps) · weight + bias over the last axis. Source: arXiv:1607.06450.
+
+    Statistics as in RMSNorm.
     """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = Parameter(width), Parameter(width)
+        self.weight, self.bias = empty_parameter(width), empty_parameter(width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()

@@ -1,27 +1,30 @@
 """A pre-norm decoder. B batch, T tokens, D d_model, V vocab, S keys, J rotated pairs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stackproof.config import AuxiliaryLoss, BiasBalance, MixtureOfExperts, ModelConfig
 from stackproof.kernels import dispatch
 from stackproof.model import moe
-from stackproof.model.cache import KVCache
+from stackproof.model.forward_context import ExpertLoad, ForwardContext, KVCache, Report
 from stackproof.model.init import Embedding, Linear
-from stackproof.model.positions import make_positions
-from stackproof.model.reading import ExpertLoad, Reading, Report
-from stackproof.model.recompute import run_block
-from stackproof.model.variants import make_attention, make_depth, make_feedforward, make_norm
+from stackproof.model.variants import (
+    make_attention,
+    make_feedforward,
+    make_gate,
+    make_norm,
+    make_positions,
+)
 from stackproof.spec.errors import UsageError
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normalised at its input and added to the residual stream;
-    `depth` says for which tokens.
-    """
+    """Attention, then feed-forward, each normalised at its input and added to the residual."""
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -29,53 +32,72 @@ class Block(nn.Module):
         self.attention = make_attention(cfg, layer)
         self.ffn_norm = make_norm(cfg)
         self.ffn = make_feedforward(cfg, cfg.ffn)
-        self.depth = make_depth(cfg, layer)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x_BTD: Tensor, reading: Reading) -> Tensor:
-        """One step of the residual stream, same shape."""
-        return self.depth(self.residual, x_BTD, reading)
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        """The residual stream behind both branches, same shape."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), context))
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), context))
 
-    def residual(self, x_BTD: Tensor, reading: Reading) -> Tensor:
-        """Both branches, for the tokens given."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), reading))
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), reading))
+
+class GatedBlock(Block):
+    """A block behind a gate of depth, which decides for which tokens it runs (arXiv:2404.02258)."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, gate: nn.Module):
+        super().__init__(cfg, layer)
+        self.depth = gate
+
+    def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        """The residual stream behind the gate, same shape."""
+        return self.depth(super().forward, x_BTD, context)
+
+
+def make_block(cfg: ModelConfig, layer: int) -> Block:
+    """Block `layer`, counted from 0, behind its gate if there is one."""
+    gate = make_gate(cfg, layer)
+    return Block(cfg, layer) if gate is None else GatedBlock(cfg, layer, gate)
+
+
+def run_block(block: nn.Module, x_BTD: Tensor, *context: Any, checkpointed: bool) -> Tensor:
+    """`block(x_BTD, *context)`, with activation checkpointing if `checkpointed` and in training.
+
+    Then only the input is kept, and the backward runs the block a second time, with the same
+    dropout and under the same autocast: gradients are bit-equal. Read what a block reports before
+    the backward, which makes it report again. Source: arXiv:1604.06174.
+    """
+    if checkpointed and block.training and torch.is_grad_enabled():
+        return checkpoint(block, x_BTD, *context, use_reentrant=False)
+    return block(x_BTD, *context)
 
 
 class Transformer(nn.Module):
-    """Token ids to next-token logits.
-    A tied head multiplies by the embedding itself, so no weight has two names.
-    """
+    """Token ids to next-token logits. A tied head is the embedding itself: one weight, one name."""
 
     def __init__(self, cfg: ModelConfig, vocab_size: int):
         super().__init__()
-        self.cfg, self.vocab_size, self.recompute = cfg, vocab_size, False
+        self.cfg, self.vocab_size, self.activation_checkpointing = cfg, vocab_size, False
         self.embed = Embedding(vocab_size, cfg.d_model)
         self.positions = make_positions(cfg)
-        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        self.layers = nn.ModuleList(make_block(cfg, i) for i in range(cfg.n_layers))
         self.final_norm = make_norm(cfg)
         if not cfg.tied_head:
             self.head = Linear(cfg.d_model, vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
-        """The (V, D) matrix that turns features into logits: the embedding itself if tied."""
+        """The (V, D) matrix that turns hidden states into logits: the embedding itself if tied."""
         return self.embed.weight if self.cfg.tied_head else self.head.weight
 
     @property
     def balance_weight(self) -> float:
-        """Factor of the experts' balance term in the loss; 0 where balance is kept another
-        way or there are no experts.
-        """
+        """Factor of the experts' balance term in the loss; 0 without such a term."""
         match self.cfg.ffn:
             case MixtureOfExperts(balance=AuxiliaryLoss(weight=weight)):
                 return weight
         return 0.0
 
     def after_update(self, loads: Sequence[Sequence[ExpertLoad]]) -> None:
-        """What follows an update besides the optimizer: selection biases move against the loads
-        of all its micro-batches.
-        """
+        """Update the selection biases, if any, from the loads of all micro-batches of the step."""
         match self.cfg.ffn:
             case MixtureOfExperts(balance=BiasBalance(rate=rate)):
                 moe.update_selection_bias(self, moe.totals(loads), rate)
@@ -87,40 +109,40 @@ class Transformer(nn.Module):
         document_ids_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) float32 (float64 for a float64 model).
-        With a cache, the ids continue the positions it holds.
 
-        `document_ids_BT` (B, T) int64 packs several documents into a row: each change of the id
-        begins one, and every document is read as if it stood alone, from position 0. Source:
-        arXiv:2404.10830.
-        Raises UsageError if the positions exceed max_seq_len, or for document ids of
-        another shape or beside a cache.
+        With a cache, the ids continue the positions it holds. `document_ids_BT` (B, T) int64 packs
+        several documents into a row: each change of the id begins one, and every document is read
+        as if it stood alone, from position 0. Source: arXiv:2404.10830.
+        Raises UsageError if the positions exceed max_seq_len, if document ids have another shape
+        than the input, or if they come with a cache.
         """
-        return self.logits(self.features(input_ids_BT, cache, document_ids_BT)[0])
+        return self.logits(self.hidden_states(input_ids_BT, cache, document_ids_BT)[0])
 
-    def features(
+    def hidden_states(
         self,
         input_ids_BT: Tensor,
         cache: KVCache | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Report]:
-        """What the head multiplies, (B, T, D), and what the blocks report.
+        """Normalised hidden states (B, T, D), the input of the head, and what the blocks report.
+
         Arguments and errors as in `forward`.
         """
-        reading = self.reading(input_ids_BT, cache, document_ids_BT)
-        x_BTD = self.positions.added(self.embed(input_ids_BT), reading.position_BT)
+        context = self.forward_context(input_ids_BT, cache, document_ids_BT)
+        x_BTD = self.positions.added(self.embed(input_ids_BT), context.position_BT)
         for block in self.layers:
-            x_BTD = run_block(block, x_BTD, reading, recompute=self.recompute)
+            x_BTD = run_block(block, x_BTD, context, checkpointed=self.activation_checkpointing)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
-        return self.final_norm(x_BTD), Report(tuple(reading.loads), tuple(reading.kept_fracs))
+        return self.final_norm(x_BTD), Report(tuple(context.loads), tuple(context.kept_fracs))
 
-    def reading(
+    def forward_context(
         self,
         input_ids_BT: Tensor,
         cache: KVCache | None = None,
         document_ids_BT: Tensor | None = None,
-    ) -> Reading:
-        """Positions, and what keeps documents apart in every block."""
+    ) -> ForwardContext:
+        """Positions of the tokens, and the masks that keep documents apart, for all blocks."""
         start = 0 if cache is None else cache.length
         stop, device = start + input_ids_BT.shape[1], input_ids_BT.device
         if stop > self.cfg.max_seq_len:
@@ -133,29 +155,20 @@ class Transformer(nn.Module):
         if document_ids_BT is None:
             narrow = window is not None and stop > window and dispatch.takes_masks(device)
             mask = dispatch.window_mask(start, stop, window, device) if narrow else None
-            return Reading(
-                index_1T,
-                None,
-                mask,
-                window,
-                self.positions.tables(start, stop),
-                stop - start,
-                cache=cache,
-            )
+            tables = self.positions.tables(start, stop)
+            return ForwardContext(index_1T, None, mask, window, tables, stop - start, cache=cache)
         _refuse_unfit(input_ids_BT, cache, document_ids_BT)
         start_BT = document_starts(document_ids_BT)
         first_BT = start_BT if window is None else start_BT.maximum(index_1T - window + 1)
         position_BT = index_1T - start_BT
         mask = dispatch.document_mask(first_BT) if dispatch.takes_masks(device) else None
-        return Reading(
-            position_BT, start_BT, mask, window, self.positions.at(position_BT), stop - start
-        )
+        tables = self.positions.at(position_BT)
+        return ForwardContext(position_BT, start_BT, mask, window, tables, stop - start)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        """Output head on the normalised stream, (B, T, V), float32 or wider."""
-        logits_BTV = (
-            dispatch.linear(x_BTD, self.embed.weight) if self.cfg.tied_head else self.head(x_BTD)
-        )
+        """Output head on normalised hidden states, (B, T, V), float32 or wider."""
+        tied = self.cfg.tied_head
+        logits_BTV = dispatch.linear(x_BTD, self.embed.weight) if tied else self.head(x_BTD)
         return logits_BTV if logits_BTV.dtype.itemsize >= 4 else logits_BTV.float()
 
 
@@ -175,9 +188,11 @@ def _refuse_unfit(input_ids_BT: Tensor, cache: KVCache | None, document_ids_BT: 
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:
-    """Index of the first token of each token's own document, (B, T) int64; each change of the id
-    along a row begins a document.
+    """Index of the first token of each token's document, (B, T) int64.
+
+    Each change of the id along a row begins a document.
     """
     index_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
-    begins_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
+    changes_BT = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    begins_BT = F.pad(changes_BT, (1, 0), value=True)
     return (index_T * begins_BT).cummax(1).values

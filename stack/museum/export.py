@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from stackproof.export import huggingface, parity, reading
-from stackproof.model import foreign, names
+from stackproof.model import foreign, hugging_face
 from stackproof.museum.plant import swap, touch
 
 
@@ -24,7 +24,7 @@ def second_head():
     original = huggingface.tensorfile.write
 
     def with_head(path, tensors, metadata):
-        head, embed = (f"{names.KINDS[0].modules[m]}.weight" for m in ("head", "embed"))
+        head, embed = (f"{hugging_face.KINDS[0].modules[m]}.weight" for m in ("head", "embed"))
         extra = {head: tensors[embed] * 1.01} if embed in tensors else {}
         original(path, tensors | extra, metadata)
 
@@ -61,12 +61,12 @@ def matrix_transposed():
 
 
 def rotary_base_forgotten():
-    original = names.config_document
+    original = hugging_face.config_document
 
     def without_base(kind, cfg, vocab_size, eos_id, dtype):
         return original(kind, cfg, vocab_size, eos_id, dtype) | {"rope_theta": 500_000.0}
 
-    with swap(names, "config_document", without_base):
+    with swap(hugging_face, "config_document", without_base):
         yield
 
 

@@ -8,12 +8,12 @@ from stackproof.train import state
 
 
 def compiled_gradient_zero():
-    original = state.compile_features
+    original = state.compile_hidden_states
 
     def losing(model):
         graph, lost = original(model), dict(model.named_parameters())["layers.0.ffn.up.weight"]
 
-        def features(*arguments):
+        def hidden_states(*arguments):
             def once(gradient):
                 hook.remove()
                 return torch.zeros_like(gradient)
@@ -21,9 +21,9 @@ def compiled_gradient_zero():
             hook = lost.register_hook(once)
             return graph(*arguments)
 
-        return features
+        return hidden_states
 
-    with swap(state, "compile_features", losing):
+    with swap(state, "compile_hidden_states", losing):
         yield
 
 

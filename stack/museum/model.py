@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stackproof.kernels import attention, dispatch
-from stackproof.model import build, feedforward, norm, rotary, transformer
+from stackproof.model import build, feed_forward, norm, positions, transformer
 from stackproof.museum.plant import swap, touch
 from stackproof.train import losses
 
@@ -43,7 +43,7 @@ def norm_garbage_buffer():
             self.cos.fill_(1e-3)
             self.sin.fill_(1e-3)
 
-    with swap(rotary.Rotary, "reset", left_as_found):
+    with swap(positions.Rotary, "reset", left_as_found):
         yield
 
 
@@ -103,12 +103,12 @@ def document_mask_off_by_one():
 
 
 def positions_restart_late():
-    original = rotary.Rotary.at
+    original = positions.Rotary.at
 
     def late(self, position_BT):
         return original(self, F.pad(position_BT[:, :-1] + 1, (1, 0)))
 
-    with swap(rotary.Rotary, "at", late):
+    with swap(positions.Rotary, "at", late):
         yield
 
 
@@ -141,7 +141,7 @@ def rope_bf16_table():
         angle_TJ = position_T[:, None] * frequency_J
         return angle_TJ.cos().float(), angle_TJ.sin().float()
 
-    with swap(rotary, "rotary_tables", coarse):
+    with swap(positions, "rotary_tables", coarse):
         yield
 
 
@@ -174,22 +174,22 @@ class _Doubled(torch.autograd.Function):
 
 
 def shared_gradient_clobbered():
-    def residual(self, x_BTD, reading):
+    def forward(self, x_BTD, context):
         x_BTD = x_BTD + _Doubled.apply(
-            self.dropout(self.attention(self.attention_norm(x_BTD), reading)) / 2
+            self.dropout(self.attention(self.attention_norm(x_BTD), context)) / 2
         )
-        return x_BTD + _Doubled.apply(self.dropout(self.ffn(self.ffn_norm(x_BTD), reading)) / 2)
+        return x_BTD + _Doubled.apply(self.dropout(self.ffn(self.ffn_norm(x_BTD), context)) / 2)
 
-    with swap(transformer.Block, "residual", residual):
+    with swap(transformer.Block, "forward", forward):
         yield
 
 
 def attention_branch_lost():
-    def without_attention(self, x_BTD, reading):
-        lost = self.attention(self.attention_norm(x_BTD), reading)
-        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), reading)) + 0 * lost
+    def without_attention(self, x_BTD, context):
+        lost = self.attention(self.attention_norm(x_BTD), context)
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD), context)) + 0 * lost
 
-    with swap(transformer.Block, "residual", without_attention):
+    with swap(transformer.Block, "forward", without_attention):
         yield
 
 
@@ -215,28 +215,28 @@ def dropout_unscaled():
 
 
 def dropout_on_one_branch():
-    def residual(self, x_BTD, reading):
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), reading))
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD), reading)
+    def forward(self, x_BTD, context):
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), context))
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD), context)
 
-    with swap(transformer.Block, "residual", residual):
+    with swap(transformer.Block, "forward", forward):
         yield
 
 
 def dropout_same_masks():
-    original = transformer.Transformer.features
+    original = transformer.Transformer.hidden_states
 
     def seeded(self, *inputs):
         if self.training:
             torch.manual_seed(0)
         return original(self, *inputs)
 
-    with swap(transformer.Transformer, "features", seeded):
+    with swap(transformer.Transformer, "hidden_states", seeded):
         yield
 
 
 def ffn_channels_apart():
-    def one_apart(self, x_BTD, reading=None):
+    def one_apart(self, x_BTD, context=None):
         return self.down(
             dispatch.swiglu(
                 self.gate(x_BTD), self.up(x_BTD).roll(1, -1) if self.layer == 1 else self.up(x_BTD)
@@ -251,6 +251,6 @@ def ffn_channels_apart():
 
     with (
         swap(transformer.Block, "__init__", numbered),
-        swap(feedforward.SwiGLU, "forward", one_apart),
+        swap(feed_forward.SwiGLU, "forward", one_apart),
     ):
         yield

@@ -5,18 +5,18 @@ or from a look at one tensor at a time.
 import torch
 import torch.nn.functional as F
 
-from stackproof.model import build, init, reading, rotary, transformer
+from stackproof.model import build, forward_context, init, positions, transformer
 from stackproof.museum.plant import swap
 
 
 def far_keys_unseen():
-    original = reading.Reading.visible
+    original = forward_context.ForwardContext.visible
 
     def near(self):
         seen = original(self)
         return seen | {"window": seen["window"] or 128}
 
-    with swap(reading.Reading, "visible", near):
+    with swap(forward_context.ForwardContext, "visible", near):
         yield
 
 
@@ -49,16 +49,16 @@ def dropout_undeclared():
     def dropped(self, x_BTD, position_BT):
         return F.dropout(x_BTD, 0.1, self.training)
 
-    with swap(rotary.Rotary, "added", dropped):
+    with swap(positions.Rotary, "added", dropped):
         yield
 
 
 def scaled_in_training():
-    original = transformer.Transformer.features
+    original = transformer.Transformer.hidden_states
 
     def scaled(self, *inputs):
         x_BTD, report = original(self, *inputs)
         return (0.9 * x_BTD if self.training else x_BTD), report
 
-    with swap(transformer.Transformer, "features", scaled):
+    with swap(transformer.Transformer, "hidden_states", scaled):
         yield

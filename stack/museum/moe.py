@@ -95,7 +95,7 @@ def bias_sign_flipped():
 def bias_per_micro_batch():
     original = moe.MixtureOfExperts.forward
 
-    def eager(self, x_BTD, reading=None):
+    def eager(self, x_BTD, context=None):
         if self.training and self.selection_bias is not None:
             with torch.no_grad():
                 probs_RE = self.router(x_BTD.flatten(0, -2)).softmax(-1)
@@ -106,7 +106,7 @@ def bias_per_micro_batch():
                 self.selection_bias += 1e-3 * torch.sign(load_E.mean() - load_E).to(
                     self.selection_bias
                 )
-        return original(self, x_BTD, reading)
+        return original(self, x_BTD, context)
 
     with swap(moe.MixtureOfExperts, "forward", eager):
         yield

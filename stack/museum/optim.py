@@ -150,7 +150,7 @@ def clip_before_unscale():
 
 
 def probe_in_a_list():
-    initialise, features = build.initialise, transformer.Transformer.features
+    initialise, hidden_states = build.initialise, transformer.Transformer.hidden_states
 
     def attaching(model, cfg, generator):
         initialise(model, cfg, generator)
@@ -162,12 +162,12 @@ def probe_in_a_list():
         ]
 
     def through_the_probe(self, *inputs):
-        x_BTD, report = features(self, *inputs)
+        x_BTD, report = hidden_states(self, *inputs)
         return x_BTD + self.probes[0](x_BTD), report
 
     with (
         swap(build, "initialise", attaching),
-        swap(transformer.Transformer, "features", through_the_probe),
+        swap(transformer.Transformer, "hidden_states", through_the_probe),
     ):
         yield
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from stackproof.model import reading
+from stackproof.model import forward_context
 from stackproof.museum.plant import swap
 from stackproof.train import step as steps
 
@@ -30,12 +30,12 @@ def queries_grow():
 
 
 def scores_sharpened():
-    original = reading.Reading.visible
+    original = forward_context.ForwardContext.visible
 
     def sharp(self):
         return original(self) | {"scale": 64.0}
 
-    with swap(reading.Reading, "visible", sharp):
+    with swap(forward_context.ForwardContext, "visible", sharp):
         yield
 
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from stackproof.evaluate import sampling
-from stackproof.model.cache import LayerCache
+from stackproof.model.forward_context import LayerCache
 from stackproof.museum.evaluation import one_page_over_and_over
 from stackproof.museum.plant import swap, touch
 from stackproof.train import run

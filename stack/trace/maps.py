@@ -4,21 +4,17 @@ models whose names a user gives.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 from torch import nn
 
-from stackproof.config import (
-    Gelu,
-    LearnedPositions,
-    MixtureOfExperts,
-    ModelConfig,
-    SoftmaxAttention,
-)
-from stackproof.model import names
+from stackproof.config import ModelConfig
+from stackproof.model import hugging_face
 from stackproof.model.foreign import Kind
 from stackproof.model.transformer import Transformer
+from stackproof.spec.architecture import Seen, Value
 from stackproof.spec.errors import UsageError
+from stackproof.spec.resolved_model import block_values
 from stackproof.trace.points import (
     Attention,
     Function,
@@ -53,15 +49,15 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
             )
     if isinstance(model, Transformer):
         return ours(model.cfg)
-    for kind in names.KINDS:
+    for kind in hugging_face.KINDS:
         if type(model).__name__ == kind.architecture:
-            return hugging_face(kind, model)
+            return theirs(kind, model)
     raise UsageError(
         "nobody has said where the points of this model are",
         value=type(model).__name__,
         allowed=(
-            f"Transformer, {', '.join(k.architecture for k in names.KINDS)}, or any module with a "
-            "map"
+            f"Transformer, {', '.join(k.architecture for k in hugging_face.KINDS)}, or any module "
+            "with a map"
         ),
         next_step=(
             "give a map of names: {'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}; {} stands for "
@@ -71,86 +67,46 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
 
 
 def ours(cfg: ModelConfig) -> NameMap:
-    """The map of `stackproof.model.transformer.Transformer`."""
+    """The map of `stackproof.model.transformer.Transformer`, from the architecture table."""
+    model = cfg.model_dump()
     places: dict[str, Place] = {"embedding": Input("layers.0")}
-    layer: dict[str, Place] = {
-        "attention_norm": Output("attention_norm"),
-        "q": Output("attention.q"),
-        "k": Output("attention.k"),
-        "v": Output("attention.v"),
-    }
-    if cfg.attention.qk_norm:
-        layer |= {
-            "q_norm": Output("attention.q_norm", "BNTH"),
-            "k_norm": Output("attention.k_norm", "BNTH"),
-        }
-    layer |= _attention(rotary=not isinstance(cfg.positions, LearnedPositions))
-    layer |= {
-        "attention_out": Output("attention"),
-        "resid_mid": Input("ffn_norm", shared=True),
-        "ffn_norm": Output("ffn_norm"),
-        **_ours_ffn(cfg.ffn),
-        "ffn.out": Output("ffn"),
-        "resid_out": Output(""),
-    }
-    places |= {f"layers.{{}}.{slot}": _below("layers.{}", place) for slot, place in layer.items()}
+    for value in block_values(model, layer=0):
+        if value.seen is not Seen.NOWHERE:
+            module = ".".join(name for name in ("layers.{}", value.module) if name)
+            places[f"layers.{{}}.{value.slot}"] = _place(value, module)
     places |= {"final_norm": Output("final_norm"), "logits": Output("")}
-    kind = "softmax" if isinstance(cfg.attention, SoftmaxAttention) else "differential"
-    return NameMap(
-        f"Transformer ({kind} attention, {cfg.ffn.kind})", places, "layers.{}", OUR_ATTENTION
-    )
+    family = f"Transformer ({cfg.attention.kind} attention, {cfg.ffn.kind})"
+    return NameMap(family, places, "layers.{}", OUR_ATTENTION)
 
 
-def _ours_ffn(ffn: Any) -> dict[str, Place]:
-    match ffn:
-        case MixtureOfExperts(expert=expert):
-            inner = {slot.removeprefix("ffn."): place for slot, place in _ours_ffn(expert).items()}
-            experts = {
-                f"experts.{{}}.{s}": _below("ffn.experts.{}", _rows(p), "ffn.")
-                for s, p in inner.items()
-            }
-            chosen = {"router": Output("ffn.router", "RF"), "routing": OUR_ROUTING}
-            return {**chosen, **experts, "experts.{}.out": Output("ffn.experts.{}", "RF")}
-        case Gelu():
-            return {"ffn.up": Output("ffn.up"), "ffn.act": Input("ffn.down")}
-        case _:
-            return {
-                "ffn.gate": Output("ffn.gate"),
-                "ffn.up": Output("ffn.up"),
-                "ffn.silu": Silu("ffn.gate"),
-                "ffn.swiglu": Input("ffn.down"),
-            }
+def _place(value: Value, module: str) -> Place:
+    """Where tracing reads a value of the table, at a module's full path."""
+    match value.seen:
+        case Seen.OUTPUT:
+            return Output(module, value.layout)
+        case Seen.INPUT:
+            return Input(module, value.layout)
+        case Seen.SHARED_INPUT:
+            return Input(module, value.layout, shared=True)
+        case Seen.SILU:
+            return Silu(module, value.layout)
+        case Seen.KERNEL:
+            return Attention(value.module, value.layout)
+        case Seen.ROUTING:
+            return replace(OUR_ROUTING, path=module)
+        case other:
+            assert_never(other)
 
 
 def _attention(rotary: bool) -> dict[str, Place]:
-    turned: dict[str, Place] = (
-        {"q_rotated": Attention("q"), "k_rotated": Attention("k")} if rotary else {}
-    )
+    turned = {"q_rotated": Attention("q"), "k_rotated": Attention("k")} if rotary else {}
     figures = {w: Attention(w, "BTF") for w in ("scores", "entropy")}
     return turned | figures | {"attention_mixed": Attention("mixed")}
 
 
-def _below(base: str, place: Place, cut: str = "") -> Place:
-    """The place with its path below `base`."""
-    match place:
-        case Attention():
-            return place
-        case Output(path) | Input(path) | Silu(path) | Routing(path):
-            return replace(place, path=_joined(base, path, cut))
-
-
-def _joined(base: str, path: str, cut: str) -> str:
-    return ".".join(p for p in (base, path.removeprefix(cut)) if p)
-
-
-def _rows(place: Place) -> Place:
-    """The place of an expert, which sees rows of tokens."""
-    return replace(place, layout="RF")
-
-
-def hugging_face(kind: Kind, model: Any) -> NameMap:
+def theirs(kind: Kind, model: Any) -> NameMap:
     """The map of a model that transformers has built, by the names that
-    `stackproof.model.names` holds for its kind.
+    `stackproof.model.hugging_face` holds for its kind.
 
     Attention is seen inside only where the model calls torch's own; its experts are one tensor,
     so none of them has points.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.kernels import attention, dispatch, reference
-from stackproof.model.compiled import building
+from stackproof.model.build import building
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import UsageError
 from stackproof.trace.maps import map_of

@@ -40,7 +40,7 @@ def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=torch.device("cpu"),
-        features=model.features,
+        features=model.hidden_states,
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stackproof.config import RunConfig
 from stackproof.data.prepare import Dataset
-from stackproof.model.compiled import building
+from stackproof.model.build import building
 from stackproof.train import step as steps
 from stackproof.train.state import TrainState, build_state
 
@@ -32,7 +32,7 @@ def compiled_ingredients(cfg: RunConfig, dataset: Dataset, device: torch.device)
         dataset,
         device,
     )
-    eager = replace(state, features=state.model.features)
+    eager = replace(state, features=state.model.hidden_states)
     batches = [state.reader.draw() for _ in range(2)]
 
     def gradients(bench: TrainState, i: int) -> tuple[float, dict[str, Tensor]]:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from stackproof.config import RunConfig
 from stackproof.data.prepare import Dataset
+from stackproof.model.forward_context import ForwardContext
+from stackproof.model.transformer import GatedBlock
 from stackproof.train import step as steps
 from stackproof.train.state import build_state
 
@@ -37,11 +39,15 @@ class _Watch:
             module.register_forward_hook(
                 lambda module, inputs, output, name=name: self.keep(name, output)
             )
-        block.residual = self.ending(block.residual)
+        if isinstance(block, GatedBlock):  # its gate runs the block on some of the tokens
+            gate = block.depth.forward
+            block.depth.forward = lambda branches, *inputs: gate(self.ending(branches), *inputs)
+        else:
+            block.forward = self.ending(block.forward)
 
-    def ending(self, residual: Callable) -> Callable:
-        def watched(x_BTD: Tensor, reading) -> Tensor:
-            out_BTD = residual(x_BTD, reading)
+    def ending(self, branches: Callable) -> Callable:
+        def watched(x_BTD: Tensor, context: ForwardContext) -> Tensor:
+            out_BTD = branches(x_BTD, context)
             self.keep("end", out_BTD)
             for branch, before, after in (
                 ("attention", "start", "middle"),
@@ -65,7 +71,7 @@ def branch_draws(
     D) float32.
     """
     state, draws = build_state(cfg, dataset, device), []
-    state.model.recompute = False  # or every block would be seen twice
+    state.model.activation_checkpointing = False  # or every block would be seen twice
     for layer, block in enumerate(state.model.layers):
         _Watch(layer, draws).attach(block)
     for _ in range(n_steps):

@@ -43,7 +43,7 @@ def locate(
     done: list[int] = []
     operations, seconds = 0, 0.0
     with replaying(folder, device=device, base=base) as (bundle, run):
-        run.state = replace(run.state, features=run.state.model.features)
+        run.state = replace(run.state, features=run.state.model.hidden_states)
         for step in (s.step for s in bundle.steps):
             with watching(run.state.model) as seen, suppress(GateFailed):
                 take_replayed_step(run, bundle)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stackproof.contracts.conditions import ensure, require
 from stackproof.kernels import dispatch
-from stackproof.model.reading import ExpertLoad
+from stackproof.model.forward_context import ExpertLoad
 
 IGNORE_INDEX = -100
 

@@ -1,14 +1,12 @@
-"""How much memory a run will need, from its configuration.
-F d_ff, D d_model, N and K heads, H head_dim.
-"""
+"""How much memory a run will need, from its configuration."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stackproof.config import ModelConfig, RunConfig
+from stackproof.config import RunConfig
 from stackproof.kernels import HEAD_CHUNK_BYTES
 from stackproof.spec.errors import EnvironmentUnfit
-from stackproof.spec.formulas import parameter_count
+from stackproof.spec.formulas import parameter_count, saved_per_token
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +29,10 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     benchmarks/memory.py. `preflight` comes and goes before step 1, so the larger of both is what
     must fit on a CPU.
     """
-    m, n_params = cfg.model, parameter_count(cfg.model.model_dump(), vocab_size)
+    m, declared = cfg.model, cfg.model.model_dump()
+    n_params = parameter_count(declared, vocab_size)
     n_tokens = cfg.train.micro_batch_size * m.max_seq_len
-    saved = (HALF if cfg.train.dtype != "float32" else FLOAT) * saved_per_token(m)
+    saved = (HALF if cfg.train.dtype != "float32" else FLOAT) * saved_per_token(declared)
     match cfg.train.activation_checkpointing:
         case "none":
             blocks = m.n_layers * saved
@@ -61,26 +60,6 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
         "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params,
         "copy": copy,
     }
-
-
-def saved_per_token(m: ModelConfig) -> int:
-    """Numbers a block keeps for the backward per token."""
-    q_width, kv_width = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
-    maps = 2 if m.attention.kind == "differential" else 1
-    attention = maps * 2 * (q_width + kv_width) + (q_width + kv_width if m.attention.qk_norm else 0)
-    match m.ffn.kind:
-        case "swiglu":
-            ffn = 3 * m.d_ff
-        case "gelu":
-            ffn = 2 * m.d_ff
-        case "moe":
-            ffn = (
-                m.ffn.top_k * ((3 if m.ffn.expert.kind == "swiglu" else 2) * m.d_ff + 3 * m.d_model)
-                + 4 * m.ffn.n_experts
-            )
-    dropped = m.d_model if m.dropout else 0
-    gated = 3 * m.d_model if m.depth.kind == "mixture-of-depths" else 0
-    return attention + ffn + 4 * m.d_model + dropped + gated
 
 
 def available_bytes(device: "torch.device") -> int | None:

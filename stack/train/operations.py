@@ -60,7 +60,7 @@ def matrix_flops(
         dispatch.using(linear="torch", linear_cross_entropy="torch"),
         FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter,
     ):
-        x_BTD, _ = model.features(ids[:, :-1])
+        x_BTD, _ = model.hidden_states(ids[:, :-1])
         losses.linear_cross_entropy_sum(x_BTD, model.head_weight, ids[:, 1:]).backward()
     counts = counter.get_flop_counts()["Global"]
     return sum(counts.get(op, 0) for op in MATRIX_PRODUCTS), 2 * seq_len

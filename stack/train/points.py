@@ -36,7 +36,7 @@ def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:
         state.autocast(),
         tap(state.model, None, gatherer.see, scratch=True) as points,
     ):
-        state.model.features(*on_device(batch, state.device))
+        state.model.hidden_states(*on_device(batch, state.device))
     stats = gatherer.finish()
     return [
         {

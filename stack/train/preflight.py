@@ -23,7 +23,7 @@ from stackproof.evaluate.stopping import batches_needed
 from stackproof.kernels import dispatch
 from stackproof.model import moe
 from stackproof.model.build import build_model
-from stackproof.model.reading import Report
+from stackproof.model.forward_context import Report
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import parameter_count
 from stackproof.train import checkpoint, losses, operations
@@ -191,7 +191,7 @@ def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device
 def _window_nats(state: TrainState, window: Batch) -> float:
     state.model.eval()
     with state.autocast():
-        x_BTD, _ = state.model.features(*steps.on_device(window, state.device))
+        x_BTD, _ = state.model.hidden_states(*steps.on_device(window, state.device))
         nats = losses.linear_cross_entropy_sum(
             x_BTD, state.model.head_weight, window.labels.to(state.device)
         )
@@ -311,7 +311,7 @@ def _bench(
     """
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     return SimpleNamespace(
-        features=model.features,
+        features=model.hidden_states,
         optimizer=optimizer,
         device=device,
         autocast=nullcontext,
@@ -369,7 +369,7 @@ def loss_of(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
     """Summed loss of a batch in nats, shape (), with its graph:
     every weight that the run's own forward uses.
     """
-    x_BTD, report = model.features(*steps.on_device(batch, device))
+    x_BTD, report = model.hidden_states(*steps.on_device(batch, device))
     nats = losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
     return nats + losses.balance_term(report.loads, model.balance_weight)
 
@@ -383,7 +383,7 @@ def accumulated_gradients(
     """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over
     micro-batches of ids, labels, documents.
     """
-    model.recompute = cfg.train.activation_checkpointing == "blocks"
+    model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
     batches = [
         Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents)
         for ids, labels, documents in parts
@@ -456,7 +456,7 @@ def _micro_batch_nats(
     """The mean the real accumulation reports when the model answers `logits_BTV`."""
     answer = logits_BTV.to(device, copy=True).requires_grad_(True)
     model = SimpleNamespace(
-        features=lambda ids: (answer * 1.0, Report((), ())),
+        hidden_states=lambda ids: (answer * 1.0, Report((), ())),
         head_weight=torch.eye(logits_BTV.shape[-1], device=device),
         balance_weight=0.0,
     )
@@ -494,7 +494,7 @@ def poisoned_step(
     before, passes = live_sha256(state.model), []
 
     def features(*inputs: Tensor | None) -> tuple[Tensor, Report]:
-        x_BTD, report = state.model.features(*inputs)
+        x_BTD, report = state.model.hidden_states(*inputs)
         passes.append(x_BTD)
         if len(passes) - 1 == which:
             x_BTD = x_BTD.clone()

@@ -11,8 +11,7 @@ from stackproof.data import curriculum
 from stackproof.data.prepare import Dataset
 from stackproof.data.reader import Reader
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
-from stackproof.model.build import build_model
-from stackproof.model.compiled import compile_features
+from stackproof.model.build import build_model, compile_hidden_states
 from stackproof.train import optimizer as opt
 from stackproof.train.randomness import seed_dropout, stream_seed
 
@@ -93,7 +92,7 @@ def state_around(
     """A fresh state that draws from a given reader."""
     model = build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
-    model.recompute = cfg.train.activation_checkpointing == "blocks"
+    model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
     seed_dropout(cfg.seed)
     return TrainState(
         cfg=cfg,
@@ -104,7 +103,7 @@ def state_around(
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=device,
-        features=compile_features(model) if cfg.train.compile else model.features,
+        features=compile_hidden_states(model) if cfg.train.compile else model.hidden_states,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from stackproof.cli import main
 from stackproof.data.tokenizer import Bytes, train_bpe
 from stackproof.export import parity, vocabulary
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.model.build import n_parameters
 from stackproof.spec.records import read_record
 from tests.export import models
@@ -25,7 +25,7 @@ def run_dir(stack, tmp_path):
     """A run directory, made by importing a random model of ours with a byte tokenizer."""
     from stackproof.export import huggingface
 
-    source, kind, model = tmp_path / "source", names.KINDS[0], models.ours("plain", 257)
+    source, kind, model = tmp_path / "source", hugging_face.KINDS[0], models.ours("plain", 257)
     source.mkdir()
     huggingface.write_documents(source, kind, model, Bytes(), "float32")
     huggingface.write_weights(source, kind, model, "float32", 2**30)

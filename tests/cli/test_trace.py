@@ -14,7 +14,7 @@ import torch
 from stackproof.cli import again, main, output
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.museum.plant import load_museum, swap
 from stackproof.spec.records import read_record
 from stackproof.trace import ways
@@ -42,7 +42,7 @@ def said(tmp_path, monkeypatch, capsys):
 
 
 def folder_of(model, path):
-    kind = names.KINDS[0]
+    kind = hugging_face.KINDS[0]
     path.mkdir()
     huggingface.write_documents(path, kind, model, Bytes(), "float32")
     huggingface.write_weights(path, kind, model, "float32", 2**30)

@@ -376,14 +376,14 @@ def theirs(tmp_path_factory):
     """A folder of Hugging Face with a tokenizer, random weights."""
     from stackproof.data.tokenizer import Bytes
     from stackproof.export import huggingface
-    from stackproof.model import names
+    from stackproof.model import hugging_face
     from tests.export import models
 
     pytest.importorskip("transformers")
     folder, model = tmp_path_factory.mktemp("theirs") / "hf", models.ours("plain", 257)
     folder.mkdir()
-    huggingface.write_documents(folder, names.KINDS[0], model, Bytes(), "float32")
-    huggingface.write_weights(folder, names.KINDS[0], model, "float32", 2**30)
+    huggingface.write_documents(folder, hugging_face.KINDS[0], model, Bytes(), "float32")
+    huggingface.write_weights(folder, hugging_face.KINDS[0], model, "float32", 2**30)
     return folder, model
 
 

@@ -9,7 +9,7 @@ from stackproof import tensorfile
 from stackproof.contracts.gate import call_check
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.museum.plant import load_museum
 from stackproof.spec.errors import GateFailed
 from tests.export import models
@@ -75,7 +75,7 @@ def test_complete_is_red_on_a_stranger_and_on_another_type(spec, complete, folde
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
-        names.INDEX,
+        hugging_face.INDEX,
     ],
 )
 def test_complete_is_red_without_a_document(spec, complete, folder, name):
@@ -84,9 +84,9 @@ def test_complete_is_red_without_a_document(spec, complete, folder, name):
 
 
 def test_complete_is_red_on_an_index_that_miscounts(spec, complete, folder):
-    index = json.loads((folder / names.INDEX).read_text())
+    index = json.loads((folder / hugging_face.INDEX).read_text())
     index["metadata"]["total_size"] += 4
-    (folder / names.INDEX).write_text(json.dumps(index))
+    (folder / hugging_face.INDEX).write_text(json.dumps(index))
     assert "bytes" in call_check(spec.gates["export.complete"], complete).message
 
 

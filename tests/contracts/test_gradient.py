@@ -91,7 +91,7 @@ def test_recomputed_blocks_are_judged_where_a_run_has_them(spec, small_cfg, ingr
 
     def accumulated(model, parts):
         found = accumulated_gradients(cfg, torch.device("cpu"), model, parts)
-        seen.append(model.recompute)
+        seen.append(model.activation_checkpointing)
         return found
 
     assert call_check(

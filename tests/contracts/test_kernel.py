@@ -12,7 +12,7 @@ from stackproof.config import Concatenated, known_keys
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.prepare import prepare
-from stackproof.model import compiled as compiling
+from stackproof.model import build as compiling
 from stackproof.museum.plant import load_museum
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.train import checkpoint
@@ -169,8 +169,10 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     with config.patch({"cpp.cxx": (None, str(tmp_path / "no-g++")), "fx_graph_cache": False}):
-        model = compiling.compile_features(
-            SimpleNamespace(features=torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()))
+        model = compiling.compile_hidden_states(
+            SimpleNamespace(
+                hidden_states=torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+            )
         )
         with pytest.raises(
             EnvironmentUnfit,
@@ -187,7 +189,7 @@ def test_a_model_that_needs_python_is_refused():
             return x + 1
 
     with pytest.raises(EnvironmentUnfit, match="cannot compile"):
-        compiling.compile_features(SimpleNamespace(features=Talking()))(torch.ones(2))
+        compiling.compile_hidden_states(SimpleNamespace(hidden_states=Talking()))(torch.ones(2))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from stackproof.config import ModelConfig
 from stackproof.contracts import differential
 from stackproof.contracts.declared import (
-    initial_law,
+    initial_laws,
     kind_of,
     kinds,
     parameter_shapes,
@@ -262,8 +262,9 @@ def test_init_law_wants_kept_buffers_at_zero_and_constants_met(spec):
     a = declared("biased experts", attention={"kind": "differential", "form": "scalar"})
     model = variants.Decoder(a, 61)
     draw = torch.Generator().manual_seed(3)
+    laws = initial_laws(a, 61)
     for name, p in model.named_parameters():
-        law, value = initial_law(name, a)
+        law, value = laws[name]
         p.data = (
             torch.full_like(p, value)
             if law == "constant"

@@ -10,7 +10,7 @@ import torch
 from stackproof import tensorfile
 from stackproof.config import ModelConfig
 from stackproof.export import reading
-from stackproof.model import names
+from stackproof.model import hugging_face
 from tests.export import models
 
 # float32, other orders of summation; measured worst case 2.6e-6 on logits of about 4
@@ -62,7 +62,7 @@ def test_what_leaves_comes_back_bit_for_bit(exported, name):
 def test_shards_hold_the_same_as_one_file(transformers, exported, tmp_path, name):
     model = models.ours(name, 257)
     folder, _ = exported(model, max_shard_bytes=20_000)
-    index = json.loads((folder / names.INDEX).read_text())
+    index = json.loads((folder / hugging_face.INDEX).read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 3 and set(index["weight_map"].values()) == {f.name for f in files}
     for file in files:
@@ -172,7 +172,7 @@ def test_old_and_new_keys_of_the_rotary_base_say_the_same(transformers, tmp_path
     kind = rope.pop("rope_type")
     if kind != "default":
         old["rope_scaling"] = rope | {"type": kind}
-    assert names.kind_of(old).read(old)[0] == names.kind_of(new).read(new)[0]
+    assert hugging_face.kind_of(old).read(old)[0] == hugging_face.kind_of(new).read(new)[0]
 
 
 def test_a_shorter_context_computes_the_same_within_it(transformers, tmp_path):
@@ -203,4 +203,4 @@ def test_a_window_wider_than_the_context_is_none(transformers, tmp_path, name):
             )
     document = json.loads((tmp_path / "config.json").read_text())
     wide = document | {"sliding_window": document["max_position_embeddings"] + 1}
-    assert names.kind_of(wide).read(wide)[0].attention.window is None
+    assert hugging_face.kind_of(wide).read(wide)[0].attention.window is None

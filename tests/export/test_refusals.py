@@ -20,7 +20,7 @@ from stackproof.config import (
     SoftmaxAttention,
 )
 from stackproof.export import reading
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.spec.errors import CheckpointError, ConfigError, UsageError
 from tests.export import models
 
@@ -50,7 +50,7 @@ GPT2 |= {"n_positions": 40}
 
 
 def read(document):
-    return names.kind_of(document).read(document)
+    return hugging_face.kind_of(document).read(document)
 
 
 @pytest.mark.parametrize("document", [LLAMA, QWEN2, MIXTRAL, GPT2])
@@ -193,9 +193,9 @@ LEARNED = {
 )
 def test_a_model_that_no_kind_says_is_refused_by_key_naming_all_kinds(change, says):
     with pytest.raises(ConfigError) as refused:
-        names.kind_for(ModelConfig(**(models.BASE | change)))
+        hugging_face.kind_for(ModelConfig(**(models.BASE | change)))
     assert says in str(refused.value) and all(
-        k.architecture in str(refused.value.value) for k in names.KINDS
+        k.architecture in str(refused.value.value) for k in hugging_face.KINDS
     )
 
 
@@ -210,7 +210,7 @@ def test_what_acts_in_training_only_leaves_unsaid_but_is_told(change, left):
     from stackproof.export.card import training_only
 
     cfg = ModelConfig(**(models.BASE | change))
-    assert names.kind_for(cfg) and left in " ".join(training_only(cfg))
+    assert hugging_face.kind_for(cfg) and left in " ".join(training_only(cfg))
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -311,23 +311,23 @@ def shards(exported):
 
 
 def edit_index(shards, change):
-    index = json.loads((shards / names.INDEX).read_text())
+    index = json.loads((shards / hugging_face.INDEX).read_text())
     change(index["weight_map"])
-    (shards / names.INDEX).write_text(json.dumps(index))
+    (shards / hugging_face.INDEX).write_text(json.dumps(index))
 
 
 def test_an_index_that_disagrees_with_its_files_is_refused(shards):
-    whole = (shards / names.INDEX).read_text()
+    whole = (shards / hugging_face.INDEX).read_text()
     edit_index(shards, lambda m: m.pop(NORM))
     with pytest.raises(CheckpointError, match=f"disagree on {NORM}"):
         load(shards)
     edit_index(shards, lambda m: m.update({NORM: "../model.safetensors"}))
     with pytest.raises(CheckpointError, match=r"names \.\./model"):
         load(shards)
-    (shards / names.INDEX).write_text("{}")
-    with pytest.raises(ConfigError, match="which tensor lies in which file"):
+    (shards / hugging_face.INDEX).write_text("{}")
+    with pytest.raises(ConfigError, match="does not map tensors to files"):
         load(shards)
-    (shards / names.INDEX).write_text(whole)
+    (shards / hugging_face.INDEX).write_text(whole)
     sorted(shards.glob("model-*.safetensors"))[1].unlink()
     with pytest.raises(CheckpointError, match="model-00002"):
         load(shards)
@@ -374,33 +374,34 @@ def test_no_other_file_of_the_stack_holds_names_of_hugging_face():
         "hidden_size num_attention_heads self_attn q_proj lm_head n_embd c_attn block_sparse_moe "
         "wte rope_scaling weight_map"
     ).split()
-    root = Path(names.__file__).parents[1]
+    root = Path(hugging_face.__file__).parents[1]
     held = {
         p.relative_to(root).as_posix()
         for p in root.rglob("*.py")
         if any(w in p.read_text("utf-8") for w in words)
     }
-    assert held == {"model/names.py"}
+    assert held == {"model/hugging_face.py"}
 
 
-def test_what_no_kind_can_say_names_the_nearest_and_what_it_lacks():
+def test_an_unsupported_model_is_refused_with_the_nearest_architecture():
     """GPT-2 has no rotary positions, Qwen3 normalises queries and keys: a model with both is
     nearest to the one that lacks less.
     """
     llama = ModelConfig(
         d_model=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=16
     )
-    assert names.kind_for(llama).architecture == "LlamaForCausalLM"
+    assert hugging_face.kind_for(llama).architecture == "LlamaForCausalLM"
     gated = llama.model_copy(update={"depth": MixtureOfDepths()})
     with pytest.raises(ConfigError) as caught:
-        names.kind_for(gated)
+        hugging_face.kind_for(gated)
     nearest = caught.value.what.partition("; ")[2].partition(" ")[0]
     lacks = {
-        part.partition(" cannot say ")[0]: part.partition(" cannot say ")[2]
+        part.partition(" does not support ")[0]: part.partition(" does not support ")[2]
         for part in caught.value.value.split("; ")
     }
     assert (
-        set(lacks) == {k.architecture for k in names.KINDS} and lacks[nearest] in caught.value.what
+        set(lacks) == {k.architecture for k in hugging_face.KINDS}
+        and lacks[nearest] in caught.value.what
     )
     assert len(lacks[nearest].split(", ")) == min(
         len(v.split(", ")) for k, v in lacks.items() if "config.json" not in v

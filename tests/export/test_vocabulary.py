@@ -8,7 +8,7 @@ import pytest
 
 from stackproof.data.tokenizer import HARD_TEXTS, Bpe, Bytes, Chars, load_tokenizer, train_bpe
 from stackproof.export import vocabulary
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.spec.errors import DataError
 
 
@@ -58,7 +58,7 @@ def test_transformers_reads_the_exported_tokenizer(tmp_path, bpe):
     from tests.export.models import BASE
 
     (tmp_path / "tokenizer.json").write_text(vocabulary.to_library(bpe).to_str())
-    settings = names.tokenizer_document(ModelConfig(**BASE), vocabulary.eos_token(bpe))
+    settings = hugging_face.tokenizer_document(ModelConfig(**BASE), vocabulary.eos_token(bpe))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.eos_token_id, theirs.bos_token_id, theirs.model_max_length) == (
@@ -113,7 +113,7 @@ def test_the_end_of_text_is_taken_by_writing_or_by_id(saved, bpe):
     ],
 )
 def test_where_the_end_of_text_is_looked_for(config, settings, end):
-    assert names.end_of_text(config, settings) == end
+    assert hugging_face.end_of_text(config, settings) == end
 
 
 def test_too_many_ids_are_refused(saved, bpe):

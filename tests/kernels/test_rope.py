@@ -60,7 +60,7 @@ def test_result_and_gradient_equal_float64(guard, device, dtype, T, H, own_posit
 
 
 def test_equals_what_the_model_does():
-    from stackproof.model.rotary import rotary_tables, rotate
+    from stackproof.model.positions import rotary_tables, rotate
 
     x, tables = (
         torch.randn(2, 3, 20, 16, device=DEVICE),

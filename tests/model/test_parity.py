@@ -134,7 +134,7 @@ def errors(
     )
     autocast = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
     with autocast, dispatch.using(**(kernels or {})):
-        x_BTD, _ = compile(model.features)(ids_BT, None, documents_BT)
+        x_BTD, _ = compile(model.hidden_states)(ids_BT, None, documents_BT)
         logits_BTV = model.logits(x_BTD).float()
         (logits_BTV * weigh_BTV).sum().backward()
     sure_BT = wanted.margin_BT > (SURE if dtype != torch.float32 else 0)

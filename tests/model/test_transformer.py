@@ -12,12 +12,11 @@ from stackproof.contracts.conditions import ContractError
 from stackproof.kernels import dispatch, reference
 from stackproof.model.attention import SoftmaxAttention
 from stackproof.model.build import build_model, n_parameters
-from stackproof.model.cache import KVCache
-from stackproof.model.feedforward import SwiGLU
+from stackproof.model.feed_forward import SwiGLU
+from stackproof.model.forward_context import ForwardContext, KVCache
 from stackproof.model.init import row_of
 from stackproof.model.norm import RMSNorm
-from stackproof.model.reading import Reading
-from stackproof.model.rotary import Rotary, rotary_tables, rotate
+from stackproof.model.positions import Rotary, rotary_tables, rotate
 from stackproof.model.transformer import document_starts
 from stackproof.spec.errors import UsageError
 from stackproof.spec.formulas import parameter_count
@@ -229,12 +228,12 @@ def test_gradients_equal_finite_differences_in_float64(layer):
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     rotary = tuple(t.double() for t in rotary_tables(4, 3, 10_000.0))
-    reading = Reading(torch.arange(3)[None], None, None, None, rotary, 3)
+    context = ForwardContext(torch.arange(3)[None], None, None, None, rotary, 3)
     x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
     names, values = zip(*module.named_parameters())
 
     def forward(x, *weights):
-        extra = (reading,) if layer == "attention" else ()
+        extra = (context,) if layer == "attention" else ()
         return torch.func.functional_call(module, dict(zip(names, weights)), (x, *extra))
 
     assert torch.autograd.gradcheck(forward, (x, *values), eps=1e-6, atol=1e-7, fast_mode=True)
@@ -290,7 +289,7 @@ def test_positions_restart_with_every_document():
         torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 9]]),
     )
     assert document_starts(documents).tolist() == [[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 5]]
-    cos, sin = model.reading(documents, None, documents).rotary
+    cos, sin = model.forward_context(documents, None, documents).rotary
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]])
     assert torch.equal(cos, model.positions.cos[positions][:, None]) and torch.equal(
         sin, model.positions.sin[positions][:, None]

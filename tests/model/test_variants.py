@@ -32,8 +32,9 @@ from stackproof.config import (
 )
 from stackproof.model import moe
 from stackproof.model.build import build_model, n_parameters
-from stackproof.model.cache import KVCache
-from stackproof.model.rotary import frequencies
+from stackproof.model.forward_context import KVCache
+from stackproof.model.positions import frequencies
+from stackproof.model.transformer import Block
 from stackproof.spec.formulas import flops_per_token, parameter_count
 
 SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=36)
@@ -99,7 +100,7 @@ def draw_ids(rows, length, seed=0):
 def test_every_parameter_gets_a_gradient_and_is_counted(cfg):
     model = build_model(cfg, 50, seed=1)
     assert n_parameters(model) == parameter_count(cfg.model_dump(), 50)
-    x_BTD, report = model.features(draw_ids(4, 33))
+    x_BTD, report = model.hidden_states(draw_ids(4, 33))
     (
         model.logits(x_BTD).logsumexp(-1).sum() + sum(load.balance_sum for load in report.loads)
     ).backward()
@@ -186,9 +187,9 @@ def test_scalar_lambda_of_zero_is_attention_on_the_first_halves():
         q[..., :4], k[..., :4], v, is_causal=True, enable_gqa=True
     )
     expected = attention.out(first.transpose(1, 2).flatten(2))
-    reading = model.reading(torch.zeros(2, 9, dtype=torch.int64))
+    context = model.forward_context(torch.zeros(2, 9, dtype=torch.int64))
     # measured 3e-17
-    torch.testing.assert_close(attention(x, reading), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(attention(x, context), expected, rtol=0, atol=1e-14)
 
 
 def test_lambda_starts_as_the_paper_has_it_and_the_second_map_is_subtracted():
@@ -208,17 +209,20 @@ def test_lambda_starts_as_the_paper_has_it_and_the_second_map_is_subtracted():
     with torch.no_grad():
         # both maps are uniform, so the difference is (1 − λ) times one of them
         scalar.k.weight.zero_()
-        x, reading = torch.randn(1, 5, 32), model.reading(torch.zeros(1, 5, dtype=torch.int64))
-        half = scalar(x, reading)
+        x, context = (
+            torch.randn(1, 5, 32),
+            model.forward_context(torch.zeros(1, 5, dtype=torch.int64)),
+        )
+        half = scalar(x, context)
         scalar.lambda_weight.zero_()
-        torch.testing.assert_close(2 * half, scalar(x, reading), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(2 * half, scalar(x, context), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 3, 33, SIZES["max_seq_len"]])
 def test_a_window_is_that_many_keys(window):
     cfg = ModelConfig(**SIZES, attention=SoftmaxAttention(window=window))
     model, ids = build_model(cfg, 50, seed=1).double().eval(), draw_ids(1, 33)
-    one_layer = lambda ids: model.layers[0].attention(model.embed(ids), model.reading(ids))  # noqa: E731
+    one_layer = lambda ids: model.layers[0].attention(model.embed(ids), model.forward_context(ids))  # noqa: E731
     with torch.no_grad():
         before = one_layer(ids)
         for t in range(33):
@@ -344,19 +348,19 @@ def test_selection_bias_chooses_but_never_weighs_and_moves_against_the_load():
 def test_a_soft_gate_wide_open_is_the_block_and_shut_is_nothing(bias, expected):
     model = build_model(ModelConfig(**SIZES, depth=MixtureOfDepths()), 50, seed=1).double()
     block, x = model.layers[0], torch.randn(2, 9, 32, dtype=torch.float64)
-    reading = model.reading(torch.zeros(2, 9, dtype=torch.int64))
+    context = model.forward_context(torch.zeros(2, 9, dtype=torch.int64))
     with torch.no_grad():
         block.depth.router.weight.zero_()
         block.depth.router.bias.fill_(bias)
-        whole = x if expected == "identity" else block.residual(x, reading)
-        torch.testing.assert_close(block(x, reading), whole, rtol=0, atol=1e-14)
+        whole = x if expected == "identity" else Block.forward(block, x, context)
+        torch.testing.assert_close(block(x, context), whole, rtol=0, atol=1e-14)
 
 
 def test_gates_sit_on_every_nth_block_and_start_half_open():
     model = build_model(
         ModelConfig(**SIZES, depth=MixtureOfDepths(gate=SoftGate(), every=2)), 50, seed=1
     )
-    assert [hasattr(b.depth, "router") for b in model.layers] == [False, True, False]
+    assert [hasattr(b, "depth") for b in model.layers] == [False, True, False]
     assert float(model.layers[1].depth.router(torch.zeros(32)).detach().sigmoid()) == 0.5
 
 
@@ -365,17 +369,17 @@ def test_gates_sit_on_every_nth_block_and_start_half_open():
 def test_hard_capacity_reads_the_highest_scores_so_far(share, length, seed):
     cfg = ModelConfig(**SIZES, depth=MixtureOfDepths(gate=HardCapacity(capacity_frac=share)))
     model, ids = build_model(cfg, 50, seed=seed).double().eval(), draw_ids(2, length, seed)
-    gate, reading = model.layers[0].depth, model.reading(ids)
+    gate, context = model.layers[0].depth, model.forward_context(ids)
     score = gate.rank(model.embed(ids))
-    read = gate.chosen(score, reading)
+    read = gate.chosen(score, context)
     for b in range(2):
         for t in range(length):
             higher = sum(float(score[b, s]) > float(score[b, t]) for s in range(t))
             assert bool(read[b, t]) == (higher < math.ceil(share * (t + 1)))
     with torch.no_grad():
-        after = model.layers[0](model.embed(ids), reading)
+        after = model.layers[0](model.embed(ids), context)
     assert torch.equal((after != model.embed(ids)).any(-1), read) and float(
-        reading.kept_fracs[0]
+        context.kept_fracs[0]
     ) == pytest.approx(float(read.double().mean()))
 
 

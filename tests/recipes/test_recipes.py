@@ -11,7 +11,8 @@ from stackproof.recipes import RECIPES, recipe
 from stackproof.recipes.depth import EPOCHS, Corpus, corpus_of, depth, embedded
 from stackproof.recipes.imported import imported
 from stackproof.spec.errors import ConfigError, DataError
-from stackproof.spec.formulas import parameter_count
+from stackproof.spec.formulas import flops_per_token, parameter_count
+from stackproof.train.memory import predict_bytes
 
 
 def by_hand(v, d, layers, q, kv, f, ffn_matrices, *, norms, extras=0, head=1):
@@ -60,6 +61,32 @@ def test_a_recipe_has_the_parameters_its_name_says(name):
         == PUBLISHED.get(name, SIZES[name])
     )
     assert cfg.recipe == name
+
+
+# (FLOPs per token at the context length, predicted peak bytes, of which activations)
+PREDICTED = {
+    "pocket": (6782976, 169459482, 86245376),
+    "pocket-code": (6782976, 169459482, 86245376),
+    "tiny": (5800704, 247638579, 168296448),
+    "huge": (141852672, 978616115, 233701376),
+    "nanolm": (66846720, 825264333, 322961408),
+    "llama-370m": (2227175424, 37155745792, 25803358208),
+    "gpt2-124m": (797815296, 9489053594, 5788139520),
+    "andrea-120m": (605164032, 5392192614, 2894069760),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_the_operations_and_the_memory_it_had(name):
+    cfg = recipe(name)
+    vocab_size, model = getattr(cfg.data.tokenizer, "vocab_size", 257), cfg.model.model_dump()
+    parts = predict_bytes(cfg, vocab_size)
+    found = (
+        flops_per_token(model, vocab_size, cfg.model.max_seq_len),
+        parts["peak"],
+        parts["activations"],
+    )
+    assert found == PREDICTED[name]
 
 
 def test_seeds_of_the_recipes():

@@ -15,9 +15,9 @@ import torch
 from stackproof.config import AdamW, MixtureOfExperts, ModelConfig
 from stackproof.export import huggingface, reading
 from stackproof.kernels import cross_entropy
-from stackproof.model import names
+from stackproof.model import hugging_face
 from stackproof.model.build import build_model
-from stackproof.model.cache import KVCache
+from stackproof.model.forward_context import KVCache
 from stackproof.museum.plant import swap
 from stackproof.trace import side
 from stackproof.train import checkpoint
@@ -144,8 +144,8 @@ def exported(plant, **changes):
 
     ours = built(**changes)
     with tempfile.TemporaryDirectory() as folder:
-        kind = names.kind_for(ours.cfg)
-        document = names.config_document(kind, ours.cfg, models.VOCAB, 0, "float32")
+        kind = hugging_face.kind_for(ours.cfg)
+        document = hugging_face.config_document(kind, ours.cfg, models.VOCAB, 0, "float32")
         huggingface._write_json(Path(folder) / "config.json", document)
         with plant.apply():
             huggingface.write_weights(

@@ -82,7 +82,7 @@ def residual(model):
         h = x + block.attention(block.attention_norm(x), reading)
         return Bent.apply(h, 1.001) + block.ffn(block.ffn_norm(h), reading)
 
-    block.residual = forward
+    block.forward = forward
 
 
 def head(model):
@@ -281,7 +281,7 @@ def test_values_are_put_right_before_norms_that_share_their_input():
         h = x + 1.1 * block.attention(block.attention_norm(x), reading)
         return h + block.ffn(block.ffn_norm(h), reading)
 
-    block.residual = forward
+    block.forward = forward
     found = compare_gradients(side(good), side(bad), models.ids())
     assert {s.point.name for s in found.suspects} == {"layers.1.attention_out"}
 

@@ -214,7 +214,7 @@ def test_the_derivative_of_a_root_at_zero_is_found_in_the_backward_with_the_line
     model = model_of()
 
     def call():
-        x = model.layers[1](model.embed(IDS), model.reading(IDS))
+        x = model.layers[1](model.embed(IDS), model.forward_context(IDS))
         return ((x - x.detach()).abs().sum(-1) + 0.0).sqrt().mean()
 
     report = first_nonfinite(call, models=model, backward=True)
@@ -284,7 +284,7 @@ def test_a_block_that_is_run_again_in_the_backward_keeps_its_places():
     that, and nothing is found twice.
     """
     model = model_of().train()
-    model.recompute = True
+    model.activation_checkpointing = True
     report = first_nonfinite(lambda: loss_of(model), models=model, backward=True)
     assert report.first is None and report.others == ()
     ffn = model.layers[1].ffn

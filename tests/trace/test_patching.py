@@ -117,10 +117,10 @@ def test_the_mean_is_that_of_the_source_text_and_is_put_at_every_token():
     held, _ = held_at(model, other, [target])
     with torch.no_grad():
         x = model.embed(other)
-        reading = model.reading(other)
-        x = model.layers[0](x, reading)
+        context = model.forward_context(other)
+        x = model.layers[0](x, context)
         block = model.layers[1]
-        x = x + block.attention(block.attention_norm(x), reading)
+        x = x + block.attention(block.attention_norm(x), context)
         own = block.ffn(block.ffn_norm(x)).double().mean((0, 1)).float()
     assert torch.equal(means_of(held)["layers.1.ffn.out"], own)
     seen = []

@@ -57,7 +57,7 @@ def weight_transposed(model):
 
 def wrong_rotation(model):
     attention = model.layers[L].attention
-    from stackproof.model.rotary import rotary_tables
+    from stackproof.model.positions import rotary_tables
 
     original = attention.placed
     tables = rotary_tables(attention.head_dim, model.cfg.max_seq_len, model.cfg.rope_theta * 50)
@@ -113,7 +113,7 @@ def head_row_corrupted(model):
 
 def residual_missing(model):
     block = model.layers[L]
-    block.residual = lambda x, reading: (
+    block.forward = lambda x, reading: (
         (h := x + block.attention(block.attention_norm(x), reading)) * 0
         + block.ffn(block.ffn_norm(h), reading)
     )
@@ -279,7 +279,7 @@ def test_two_sites_are_both_named_and_make_the_minimal_set():
 
 def norm_passed_by(model):
     block = model.layers[L]
-    block.residual = lambda x, reading: (
+    block.forward = lambda x, reading: (
         (h := x + block.attention(block.attention_norm(x), reading)) + block.ffn(h, reading)
     )
 

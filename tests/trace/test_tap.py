@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stackproof.kernels import dispatch
-from stackproof.model import names as hf_names
+from stackproof.model import hugging_face
 from stackproof.spec.errors import UsageError
 from stackproof.trace import trace
 from stackproof.trace.maps import map_of
@@ -423,7 +423,7 @@ def test_one_token_is_shown_like_many(name):
 
 def test_all_kinds_of_hugging_face_are_covered():
     traced = {type(models.theirs(n)).__name__ for n in models.THEIRS}
-    assert traced == {k.architecture for k in hf_names.KINDS}
+    assert traced == {k.architecture for k in hugging_face.KINDS}
 
 
 def test_derived_values_of_a_handler_that_keeps_them_are_its_own():

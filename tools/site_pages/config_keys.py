@@ -98,13 +98,13 @@ def _keys(
 
 
 class _Named(ast.NodeTransformer):
-    """Puts unions in the place of their names."""
+    """Replaces the names of unions, also those inside other unions."""
 
     def __init__(self, unions: dict[str, ast.expr]):
         self.unions = unions
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self.unions.get(node.id, node)
+        return self.visit(self.unions[node.id]) if node.id in self.unions else node
 
 
 def _key(node: ast.AnnAssign) -> Key:

@@ -1,18 +1,16 @@
-"""Feed-forwards of every token. B batch, T tokens, D d_model, F d_ff."""
+"""Dense feed-forwards. B batch, T tokens, D d_model, F d_ff."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackproof.config import Gelu, ModelConfig
 from stackproof.kernels import dispatch
+from stackproof.model.forward_context import ForwardContext
 from stackproof.model.init import Linear
-from stackproof.model.reading import Reading
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), no biases.
-    Source: GLU Variants Improve Transformer, arXiv:2002.05202.
-    """
+    """down(silu(gate(x)) · up(x)), no biases. Source: arXiv:2002.05202."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -20,7 +18,7 @@ class SwiGLU(nn.Module):
         self.up = Linear(cfg.d_model, cfg.d_ff, bias=False)
         self.down = Linear(cfg.d_ff, cfg.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Same shape and dtype as `x_BTD`."""
         return self.down(dispatch.swiglu(self.gate(x_BTD), self.up(x_BTD)))
 
@@ -34,6 +32,6 @@ class GeluMLP(nn.Module):
         self.up = Linear(cfg.d_model, cfg.d_ff, bias=gelu.bias)
         self.down = Linear(cfg.d_ff, cfg.d_model, bias=gelu.bias)
 
-    def forward(self, x_BTD: Tensor, reading: Reading | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Same shape and dtype as `x_BTD`."""
         return self.down(F.gelu(self.up(x_BTD), approximate=self.approximate))

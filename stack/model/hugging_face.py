@@ -1,4 +1,5 @@
-"""The names of Hugging Face, both ways: each kind's configuration keys and tensors, and ours.
+"""Names of Hugging Face, both ways: configuration keys and tensors of each architecture, and ours.
+
 No other file holds them.
 """
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stackproof.config import LinearScaling, Llama3Scaling, ModelConfig, RotaryPositions
-from stackproof.model.foreign import Keys, Kind, unsaid
+from stackproof.model.foreign import Keys, Kind, unsupported
 from stackproof.spec.errors import ConfigError
 
 # Keys that no forward pass depends on.
@@ -30,7 +31,7 @@ DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 
 
 class HuggingFace(Kind):
-    """What all kinds have in common."""
+    """Common to all architectures."""
 
     neutral, aside = NEUTRAL, ASIDE
     fixed: ClassVar[dict[str, tuple]] = {}
@@ -113,8 +114,8 @@ class Llama(HuggingFace):
     def ffn(self, keys: Keys) -> dict[str, Any]:
         return {"kind": "swiglu"}
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
-        return {"attention_bias": cfg.attention.qkv_bias, **_rope_words(cfg)}
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
+        return {"attention_bias": cfg.attention.qkv_bias, **_rope_keys(cfg)}
 
 
 class Qwen2(Llama):
@@ -133,8 +134,8 @@ class Qwen2(Llama):
     def attention(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
         return {"qkv_bias": True, "window": _window_of_layers(keys, sizes["n_layers"])}
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
-        return _window_words(cfg) | _rope_words(cfg)
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
+        return _window_keys(cfg) | _rope_keys(cfg)
 
 
 class Qwen3(Qwen2):
@@ -152,8 +153,8 @@ class Qwen3(Qwen2):
             "window": _window_of_layers(keys, sizes["n_layers"]),
         }
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
-        return super().words(cfg) | {"attention_bias": cfg.attention.qkv_bias}
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
+        return super().config_keys(cfg) | {"attention_bias": cfg.attention.qkv_bias}
 
 
 class Mistral(Llama):
@@ -166,8 +167,8 @@ class Mistral(Llama):
     def attention(self, keys: Keys, sizes: dict[str, Any]) -> dict[str, Any]:
         return {"window": keys.take("sliding_window")}
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
-        return {"sliding_window": cfg.attention.window, **_rope_words(cfg)}
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
+        return {"sliding_window": cfg.attention.window, **_rope_keys(cfg)}
 
 
 class Mixtral(Mistral):
@@ -188,13 +189,13 @@ class Mixtral(Mistral):
             )
         return {"kind": "moe", "n_experts": keys.take("num_local_experts"), "top_k": top_k}
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
         moe = (
             {"num_local_experts": cfg.ffn.n_experts, "num_experts_per_tok": cfg.ffn.top_k}
             if cfg.ffn.kind == "moe"
             else {}
         )
-        return super().words(cfg) | moe
+        return super().config_keys(cfg) | moe
 
 
 class Gpt2(HuggingFace):
@@ -261,7 +262,7 @@ class Gpt2(HuggingFace):
             },
         }
 
-    def words(self, cfg: ModelConfig) -> dict[str, Any]:
+    def config_keys(self, cfg: ModelConfig) -> dict[str, Any]:
         exact = cfg.ffn.kind == "gelu" and cfg.ffn.approximate == "none"
         return {
             "activation_function": "gelu" if exact else "gelu_new",
@@ -282,9 +283,7 @@ KINDS: tuple[Kind, ...] = (Llama(), Qwen2(), Qwen3(), Mistral(), Mixtral(), Gpt2
 
 
 def kind_of(document: Mapping[str, Any]) -> Kind:
-    """The kind a config.json names. Raises ConfigError for another architecture,
-    or a contradicting model_type.
-    """
+    """The architecture of a config.json. Raises ConfigError if it is unknown or contradictory."""
     known = {k.architecture: k for k in KINDS}
     named = document.get("architectures") or ["none"]
     if len(named) != 1 or named[0] not in known:
@@ -305,28 +304,31 @@ def kind_of(document: Mapping[str, Any]) -> Kind:
 
 
 def kind_for(cfg: ModelConfig) -> Kind:
-    """The first kind that can say a configuration.
-    Raises ConfigError naming what each of them cannot.
+    """The first architecture that supports a configuration.
+
+    Raises ConfigError with what each of them does not support.
     """
-    lost = {kind: kind.cannot_say(cfg) for kind in KINDS}
+    lost = {kind: kind.lost_keys(cfg) for kind in KINDS}
     for kind, missing in lost.items():
         if not missing:
             return kind
-    # so what else it lacks is not known
+    # the rest was not compared
     stopped_early = {k: any("config.json" in reason for reason in lost[k]) for k in KINDS}
     nearest = min(reversed(KINDS), key=lambda k: (stopped_early[k], len(lost[k])))
     raise ConfigError(
-        f"no kind of Hugging Face says this model; {nearest.architecture} comes nearest and "
-        f"cannot say {', '.join(lost[nearest])}",
-        value="; ".join(f"{k.architecture} cannot say {', '.join(v)}" for k, v in lost.items()),
-        allowed="a model that one kind describes entirely",
+        f"no Hugging Face architecture supports this model; {nearest.architecture} comes nearest "
+        f"and does not support {', '.join(lost[nearest])}",
+        value="; ".join(
+            f"{k.architecture} does not support {', '.join(v)}" for k, v in lost.items()
+        ),
+        allowed="a model that one architecture supports entirely",
         next_step="train without it, or keep the model as a run directory",
     )
 
 
 def _read_rope(keys: Keys) -> tuple[dict[str, Any], float]:
-    """Scaling and base of the rotary frequencies, from `rope_parameters` or the older
-    `rope_scaling` and `rope_theta`.
+    """Scaling and base of rotary frequencies: `rope_parameters`,
+    or older `rope_scaling` and `rope_theta`.
     """
     newer, older = keys.take("rope_parameters") or {}, keys.take("rope_scaling") or {}
     stated = keys.left.get("rope_theta")
@@ -352,27 +354,27 @@ def _read_rope(keys: Keys) -> tuple[dict[str, Any], float]:
             scaling = {"kind": "llama3", **{k: rope.take(k) for k in SCALED}}
             scaling["original_max_seq_len"] = rope.take("original_max_position_embeddings")
         case other:
-            raise unsaid("rope_type", other, "default, linear, llama3")
+            raise unsupported("rope_type", other, "default, linear, llama3")
     if rope.left.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise unsaid("partial_rotary_factor", "a part of each head", "1.0")
+        raise unsupported("partial_rotary_factor", "a part of each head", "1.0")
     rope.finish()
     return scaling, theta
 
 
-def _rope_words(cfg: ModelConfig) -> dict[str, Any]:
-    """The older keys, which newer readers understand too."""
-    words: dict[str, Any] = {"rope_theta": cfg.rope_theta}
+def _rope_keys(cfg: ModelConfig) -> dict[str, Any]:
+    """The older keys, which newer readers accept too."""
+    keys: dict[str, Any] = {"rope_theta": cfg.rope_theta}
     match cfg.positions:
         case RotaryPositions(scaling=LinearScaling(factor=factor)):
-            words["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+            keys["rope_scaling"] = {"rope_type": "linear", "factor": factor}
         case RotaryPositions(scaling=Llama3Scaling() as s):
-            words["rope_scaling"] = {"rope_type": "llama3", **{k: getattr(s, k) for k in SCALED}}
-            words["rope_scaling"]["original_max_position_embeddings"] = s.original_max_seq_len
-    return words
+            keys["rope_scaling"] = {"rope_type": "llama3", **{k: getattr(s, k) for k in SCALED}}
+            keys["rope_scaling"]["original_max_position_embeddings"] = s.original_max_seq_len
+    return keys
 
 
 def _window_of_layers(keys: Keys, n_layers: int) -> int | None:
-    """The window that all layers share. Raises ConfigError if some have one and some have none."""
+    """The window that all layers share. Raises ConfigError if only some have one."""
     used, window, first, types = (
         keys.take(k)
         for k in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
@@ -386,7 +388,7 @@ def _window_of_layers(keys: Keys, n_layers: int) -> int | None:
     if set(types) == {"full_attention"}:
         return None
     if set(types) != {"sliding_attention"} or len(types) != n_layers or not windowed:
-        raise unsaid(
+        raise unsupported(
             "layer_types",
             ", ".join(types),
             "one window for all layers (max_window_layers = 0), or none",
@@ -395,13 +397,13 @@ def _window_of_layers(keys: Keys, n_layers: int) -> int | None:
 
 
 def within_context(attention: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
-    """Attention without a window that is wider than the context, which hides nothing."""
+    """Attention without a window wider than the context, which has no effect."""
     return (
         attention | {"window": None} if (attention.get("window") or 0) > max_seq_len else attention
     )
 
 
-def _window_words(cfg: ModelConfig) -> dict[str, Any]:
+def _window_keys(cfg: ModelConfig) -> dict[str, Any]:
     if (window := cfg.attention.window) is None:
         return {"use_sliding_window": False}
     types = ["sliding_attention"] * cfg.n_layers
@@ -435,9 +437,7 @@ def generation_document(cfg: ModelConfig, eos_id: int) -> dict[str, Any]:
 
 
 def tokenizer_document(cfg: ModelConfig, eos_token: str) -> dict[str, Any]:
-    """tokenizer_config.json: the file tokenizer.json says the rest,
-    and nothing is put around a text.
-    """
+    """tokenizer_config.json; tokenizer.json holds the rest. No token is added around a text."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eos_token,
@@ -448,23 +448,22 @@ def tokenizer_document(cfg: ModelConfig, eos_token: str) -> dict[str, Any]:
 
 
 def index_document(places: Mapping[str, str], total_bytes: int) -> dict[str, Any]:
-    """The index of a sharded model: which tensor lies in which file."""
+    """The index of a sharded model: tensor to file."""
     return {"metadata": {"total_size": total_bytes}, "weight_map": dict(places)}
 
 
 def files_of_index(document: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor to file, from an index. Raises ConfigError if it is none."""
+    """Tensor to file, from an index. Raises ConfigError if the document is not an index."""
     match document:
         case {"weight_map": dict(places)} if all(isinstance(f, str) for f in places.values()):
             return places
     raise ConfigError(
-        f"{INDEX} does not say which tensor lies in which file",
-        allowed="weight_map, a table of file names",
+        f"{INDEX} does not map tensors to files", allowed="weight_map, a table of file names"
     )
 
 
 def vocabulary_of(document: Mapping[str, Any]) -> int:
-    """Rows of the embedding. Raises ConfigError if config.json does not say it."""
+    """Rows of the embedding. Raises ConfigError if config.json does not have them."""
     if not isinstance(size := document.get("vocab_size"), int) or size < 2:
         raise ConfigError(
             "config.json has no vocab_size", value=repr(size), allowed="an integer of at least 2"
@@ -473,9 +472,7 @@ def vocabulary_of(document: Mapping[str, Any]) -> int:
 
 
 def end_of_text(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | int | None:
-    """The token that ends a text, by its writing or its id; None where
-    neither file names a single one.
-    """
+    """The token that ends a text, as text or id; None if neither file names a single one."""
     match tokenizer.get("eos_token"):
         case str(token) | {"content": str(token)}:
             return token

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stackproof.model.build import build_model
-from stackproof.model.recompute import run_block
+from stackproof.model.transformer import run_block
 from stackproof.train.digest import digest
 from stackproof.train.preflight import advance, shrunk
 from stackproof.train.state import build_state
@@ -54,7 +54,7 @@ def test_gradients_are_equal_and_less_is_kept(small_cfg):
     gradients, kept = [], []
     for recompute in (False, True):
         model = build_model(cfg, 50, seed=1)
-        model.recompute = recompute
+        model.activation_checkpointing = recompute
         torch.manual_seed(3)
         model(ids_BT).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -74,10 +74,10 @@ def test_blocks_run_once_where_there_is_no_backward():
             return super().forward(x_BTD)
 
     block, x_BTD = Counting(3, 3), torch.ones(1, 2, 3)
-    run_block(block, x_BTD, recompute=True).sum().backward()
+    run_block(block, x_BTD, checkpointed=True).sum().backward()
     assert block.runs == 2
-    run_block(block, x_BTD, recompute=False).sum().backward()
+    run_block(block, x_BTD, checkpointed=False).sum().backward()
     with torch.no_grad():
-        run_block(block, x_BTD, recompute=True)
-    run_block(block.eval(), x_BTD, recompute=True).sum().backward()
+        run_block(block, x_BTD, checkpointed=True)
+    run_block(block.eval(), x_BTD, checkpointed=True).sum().backward()
     assert block.runs == 5

@@ -1,0 +1,153 @@
+"""What a resolved `model` section declares, by the architecture table: weights and values."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from stackproof.spec.architecture import (
+    AFTER_ATTENTION,
+    AFTER_FEED_FORWARD,
+    EMBEDDING,
+    FIRST_VARIANTS,
+    HEAD,
+    TABLE,
+    Mixture,
+    Model,
+    Value,
+    Weight,
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight with its full name and shape; `met` is the share of a block's tokens it serves."""
+
+    name: str
+    shape: tuple[int, ...]
+    weight: Weight
+    met: Fraction = Fraction(1)
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+
+def section(model: Model, key: str) -> Mapping[str, Any]:
+    """The declared section at a dotted key; the first variant where an old record has none."""
+    declared: Mapping[str, Any] = FIRST_VARIANTS | dict(model)
+    for name in key.split("."):
+        declared = declared[name]
+    return declared
+
+
+def part(model: Model, key: str) -> Any:
+    """The table's entry for the declared variant. Raises ValueError if there is none."""
+    kind = section(model, key)["kind"]
+    if (found := TABLE[key].get(kind)) is None:
+        raise ValueError(
+            f"the architecture table has no entry for model.{key}.kind = {kind}; "
+            f"known: {', '.join(TABLE[key])}. Add an entry to spec/architecture.py"
+        )
+    return found
+
+
+def sizes(model: Model, vocab_size: int = 0) -> dict[str, Any]:
+    """The numbers behind the symbols."""
+    experts = section(model, "ffn").get("n_experts", 1)
+    return dict(model) | {"vocab_size": vocab_size, "n_experts": experts}
+
+
+def tensors(model: Model, vocab_size: int) -> list[Tensor]:
+    """All that a checkpoint of the model holds, in its order, buffers included.
+
+    Raises ValueError for a variant without an entry.
+    """
+    shape = (vocab_size, model["d_model"])
+    found = [Tensor("embed.weight", shape, EMBEDDING), *_weights(model, "positions", "positions.")]
+    for layer in range(model["n_layers"]):
+        found += block_tensors(model, layer)
+    found += _weights(model, "norm", "final_norm.")
+    return found if model["tied_head"] else [*found, Tensor("head.weight", shape, HEAD)]
+
+
+def block_tensors(model: Model, layer: int) -> list[Tensor]:
+    """The weights and buffers of one block, `layer` counted from 0."""
+    at = f"layers.{layer}."
+    found = [
+        *_weights(model, "norm", at + "attention_norm."),
+        *_weights(model, "attention", at + "attention."),
+        *_weights(model, "norm", at + "ffn_norm."),
+        *_weights(model, "ffn", at + "ffn."),
+    ]
+    if isinstance(part(model, "ffn"), Mixture):
+        found += _weights(model, "ffn.balance", at + "ffn.")
+        n_experts, top_k = (section(model, "ffn")[key] for key in ("n_experts", "top_k"))
+        for e in range(n_experts):
+            own = f"{at}ffn.experts.{e}."
+            found += _weights(model, "ffn.expert", own, Fraction(top_k, n_experts))
+    if gated(model, layer):
+        found += _weights(model, "depth", at + "depth.")
+        found += _weights(model, "depth.gate", at + "depth.")
+    return found
+
+
+def _weights(model: Model, key: str, prefix: str, met: Fraction = Fraction(1)) -> Iterator[Tensor]:
+    declared, numbers = section(model, key), sizes(model)
+    for weight in part(model, key).weights:
+        if weight.when is None or weight.when.holds(declared):
+            shape = tuple(dim.of(numbers) for dim in weight.shape)
+            yield Tensor(prefix + weight.name, shape, weight, met)
+
+
+def gated(model: Model, layer: int) -> bool:
+    """Whether a gate decides which tokens block `layer` changes."""
+    return part(model, "depth").weights != () and (layer + 1) % model["depth"]["every"] == 0
+
+
+def share_of_tokens(model: Model, layer: int) -> float:
+    """Share of the tokens (0-1) that a block reads."""
+    if gated(model, layer) and (key := part(model, "depth.gate").share_key):
+        return section(model, "depth.gate")[key]
+    return 1.0
+
+
+def block_values(model: Model, layer: int) -> list[Value]:
+    """What the forward of a block makes, in execution order.
+
+    Slots and modules are relative to the block, with `{}` for the number of an expert, whose
+    values are kept once per expert that a token meets.
+    """
+
+    def of(key: str, slots: str = "", modules: str = "") -> Iterator[Value]:
+        return _values(part(model, key).values, section(model, key), slots, modules)
+
+    found = [
+        *of("norm", "attention_norm", "attention_norm"),
+        *of("attention", "", "attention."),
+        *of("positions"),
+        *_values(part(model, "attention").kernel, section(model, "attention")),
+        *_values(AFTER_ATTENTION, model),
+        *of("norm", "ffn_norm", "ffn_norm"),
+    ]
+    if isinstance(entry := part(model, "ffn"), Mixture):
+        found += [*of("ffn", "", "ffn."), *of("ffn.balance", "", "ffn.")]
+        own, top_k = section(model, "ffn.expert"), section(model, "ffn")["top_k"]
+        inside = part(model, "ffn.expert").values + entry.expert_values
+        for value in _values(inside, own, "experts.{}.", "ffn.experts.{}."):
+            found.append(replace(value, kept=top_k * value.kept, layout="RF"))
+    else:
+        found += of("ffn", "ffn.", "ffn.")
+    found += _values(AFTER_FEED_FORWARD, model)
+    return [*found, *of("depth"), *of("depth.gate")] if gated(model, layer) else found
+
+
+def _values(
+    values: tuple[Value, ...], declared: Mapping[str, Any], slots: str = "", modules: str = ""
+) -> Iterator[Value]:
+    """The values whose condition holds, with slots and modules behind these prefixes."""
+    for value in values:
+        if value.when is None or value.when.holds(declared):
+            module = (modules + value.module).removesuffix(".")
+            yield replace(value, slot=slots + value.slot, module=module)

@@ -1,0 +1,117 @@
+"""What all blocks of one forward share and report: positions, masks, the KV cache, expert loads.
+
+B batch, K key/value heads, T new tokens, S keys so far, H head_dim, E experts, J rotated pairs
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stackproof.config import ModelConfig
+from stackproof.spec.errors import UsageError
+
+
+class LayerCache:
+    """Preallocated keys and values of one layer.
+
+    A layer with hard capacity holds those of the tokens it read, their positions, and all scores.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype):
+        self.store = torch.zeros(2, *shape, device=device, dtype=dtype)
+        self.filled = 0
+        self.score_BT: Tensor | None = None
+        self.position_BS: Tensor | None = None
+
+    def append(self, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values; returns all of them, (B, K, S, H) each.
+
+        Raises UsageError beyond the context length.
+        """
+        stop, room = self.filled + k_BKTH.shape[2], self.store.shape[3]
+        if stop > room:
+            raise UsageError(
+                "the cache is full", value=f"{stop} positions", allowed=f"max_seq_len = {room}"
+            )
+        self.store[0, :, :, self.filled : stop] = k_BKTH
+        self.store[1, :, :, self.filled : stop] = v_BKTH
+        self.filled = stop
+        k_BKSH, v_BKSH = self.store[:, :, :, :stop]
+        return k_BKSH, v_BKSH
+
+
+class KVCache:
+    """The KV caches of all layers, and how many positions they hold."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        batch_size: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        shape = (batch_size, cfg.n_kv_heads, cfg.max_seq_len, cfg.head_dim)
+        self.layers = [LayerCache(shape, device, dtype) for _ in range(cfg.n_layers)]
+        self.length = 0
+
+    def advance(self, n_tokens: int) -> None:
+        """Count the tokens of a finished forward."""
+        self.length += n_tokens
+
+    def bytes(self) -> int:
+        """Memory of keys and values, bytes."""
+        return sum(c.store.numel() * c.store.element_size() for c in self.layers)
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Routing of one layer.
+
+    The balance term summed over tokens (), choices per expert before dropping (E,) int64, and
+    dropped choices ().
+    """
+
+    balance_sum: Tensor
+    load_E: Tensor
+    dropped: Tensor
+
+
+@dataclass
+class ForwardContext:
+    """What the blocks need to know about the tokens beside their hidden states.
+
+    Positions count from 0 in each document, indices along the row or the cache. `start_BT` is the
+    first index of each token's document (None: each row is one document). `mask_B1TS` marks the
+    visible keys of each query, where they were computed beforehand (None: all keys before it,
+    within document and window). `rotary` holds cosine and sine of the positions. `row_tokens` is
+    the length of a whole row; `inside_BT` marks the tokens that are not padding (None: all).
+    """
+
+    position_BT: Tensor
+    start_BT: Tensor | None
+    mask_B1TS: Tensor | None
+    window: int | None
+    rotary: tuple[Tensor, Tensor] | None
+    row_tokens: int
+    inside_BT: Tensor | None = None
+    cache: KVCache | None = None
+    loads: list[ExpertLoad] = field(default_factory=list)
+    kept_fracs: list[Tensor] = field(default_factory=list)
+
+    def visible(self) -> dict[str, Any]:
+        """The visible keys, as arguments of the attention kernel."""
+        return {"start_BS": self.start_BT, "window": self.window, "mask_B1TS": self.mask_B1TS}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the blocks of one forward report.
+
+    Expert loads by layer, and the share of tokens read by each block with hard capacity.
+    """
+
+    loads: tuple[ExpertLoad, ...]
+    kept_fracs: tuple[Tensor, ...]
