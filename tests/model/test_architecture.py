@@ -296,7 +296,7 @@ def test_a_new_variant_is_told_file_by_file_where_it_is_left_out(monkeypatch):
     with pytest.raises(AssertionError, match=r"stack/model/variants\.py lacks this variant"):
         require_everywhere(cfg)
     monkeypatch.setattr(
-        "stack.model.transformer.make_feedforward", lambda cfg, ffn: DoubledModule(cfg)
+        "stackproof.model.transformer.make_feedforward", lambda cfg, ffn: DoubledModule(cfg)
     )
     with pytest.raises(AssertionError, match="differ in weights"):
         require_everywhere(cfg)
