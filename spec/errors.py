@@ -84,6 +84,10 @@ class IntegrityError(StackproofError):
     exit_code = 6
 
 
+class NoHistory(IntegrityError):
+    """An archived record that cannot be read or verified: this checkout lacks the git history."""
+
+
 class EnvironmentUnfit(StackproofError):
     """The machine or installation cannot do what was asked."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stackproof.spec import ROOT, SPEC_DIR
+from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.fingerprint import Carried, check_fingerprint, read_carried
@@ -307,23 +307,3 @@ def _read_toml(path: Path) -> dict:
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as e:
         raise IntegrityError(f"cannot read {path}: {e}") from e
-
-
-def frozen_release(spec: Spec) -> dict:
-    """What `spec/releases/<version>.json` must hold: each gate's fingerprint and limits."""
-    return {
-        "version": spec.version,
-        "sha256": spec.sha256,
-        "gates": {
-            gate_id: {
-                "fingerprint": spec.fingerprint(gate_id),
-                "limits": gate.normative()["limits"],
-            }
-            for gate_id, gate in sorted(spec.gates.items())
-        },
-    }
-
-
-def release_path(version: str, root: Path = ROOT) -> Path:
-    """Where the frozen form of a spec version lies."""
-    return (SPEC_DIR if root == ROOT else root / "spec") / "releases" / f"{version}.json"

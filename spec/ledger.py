@@ -1,13 +1,15 @@
 """The evidence ledger: an append-only hash chain, one canonical JSON line per accepted record."""
 
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from stackproof.spec.archive import METADATA, Archive
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import Frozen
-from stackproof.spec.records import HEX64, Record, parse_record
+from stackproof.spec.records import HEX64, Record, Series, parse_record
 
 GENESIS = "0" * 64
 
@@ -28,11 +30,15 @@ class Entry(Frozen):
 
 
 class Ledger:
-    """The chain in `<directory>/ledger.jsonl` and the records beside it."""
+    """The chain in `<directory>/ledger.jsonl` and its records, in folders beside it or archived."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.path = self.directory / "ledger.jsonl"
+
+    @cached_property
+    def archive(self) -> Archive:
+        return Archive(self.directory)
 
     def lines(self) -> list[bytes]:
         """Raw lines without their newline; empty if there is no ledger yet."""
@@ -69,16 +75,23 @@ class Ledger:
             raise IntegrityError(f"record id {record_id!r} is not a plain name")
         return self.directory / record_id / "metadata.json"
 
+    def content(self, record_id: str, name: str = METADATA) -> bytes:
+        """A file of a record, from its folder or, if the record is archived, from git history.
+
+        Raises IntegrityError if neither holds it, NoHistory if this checkout lacks the history.
+        """
+        path = self.record_path(record_id).with_name(name)
+        if record_id in self.archive and not path.parent.is_dir():
+            return self.archive.read(record_id, name)
+        if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+            raise IntegrityError(f"{path} is missing or not a regular file")
+        return path.read_bytes()
+
     def read(self, entry: Entry) -> Record:
         """The record of an entry, hashed and parsed from the same bytes.
         Raises IntegrityError on any mismatch.
         """
-        path = self.record_path(entry.record)
-        if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
-            raise IntegrityError(
-                f"record {entry.record} is missing or not a regular file", value=path
-            )
-        data = path.read_bytes()
+        data = self.content(entry.record)
         if sha256_bytes(data) != entry.sha256:
             raise IntegrityError(
                 f"record {entry.record} was changed after it was accepted",
@@ -90,15 +103,50 @@ class Ledger:
                     "restore it from git; a wrong record is superseded by a new one, never edited"
                 ),
             )
-        return parse_record(data, origin=str(path))
+        return parse_record(data, origin=str(self.record_path(entry.record)))
+
+    def series(self, record: Record, series: Series) -> bytes:
+        """A file beside a record. Raises IntegrityError if it is missing,
+        changed or no plain file.
+        """
+        if "/" in series.path or series.path.startswith("."):
+            raise IntegrityError(f"series {series.path} of record {record.id} is not a plain file")
+        data = self.content(record.id, series.path)
+        if sha256_bytes(data) != series.sha256:
+            raise IntegrityError(
+                f"{record.id}/{series.path} does not match the hash in its record",
+                next_step="restore it from git",
+            )
+        return data
+
+    def accepted(self) -> dict[str, Record]:
+        """All accepted records in ledger order, each verified by hash.
+
+        Left out are archived records that this checkout cannot read: see `unread`.
+        """
+        return self._readable(self.entries())
 
     def records(self) -> dict[str, Record]:
-        """All accepted records that no later entry supersedes, in ledger order,
-        each verified by hash.
-        """
+        """Accepted records that no later entry supersedes."""
         entries = self.entries()
-        gone = {e.supersedes for e in entries if e.supersedes}
-        return {e.record: self.read(e) for e in entries if e.record not in gone}
+        gone = {e.supersedes for e in entries}
+        return self._readable([e for e in entries if e.record not in gone])
+
+    def _readable(self, entries: list[Entry]) -> dict[str, Record]:
+        found = {}
+        for entry in entries:
+            try:
+                found[entry.record] = self.read(entry)
+            except NoHistory:
+                continue
+        return found
+
+    def unread(self) -> list[str]:
+        """Archived records that cannot be verified here, because the checkout lacks the history."""
+        archive = self.archive
+        if archive.history.complete:
+            return []
+        return [a.record for a in archive.lines if a.commit not in archive.history.commits]
 
     def problems(self) -> list[tuple[int, str]]:
         """Breaks of the chain as (line number, what is wrong): sequence, previous hash, canonical

@@ -1,11 +1,9 @@
-"""Writes spec/releases/<version>.json: the fingerprints and limits of the current spec version,
-for ever.
+"""Appends the current spec version to spec/releases.jsonl: its fingerprints and limits, for ever.
 
 python tools/freeze_spec.py
 Exit code 0: written. 6: that version is already committed with other content.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,30 +11,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
-from stackproof.spec.gates import frozen_release, load_spec, release_path  # noqa: E402
+from stackproof.spec.gates import load_spec  # noqa: E402
+from stackproof.spec.releases import FILE, frozen_release, parse_releases, release_line  # noqa: E402
 
 
 def freeze(root: Path) -> int:
-    """Freeze the spec of a checkout."""
-    spec = load_spec(root)
-    path = release_path(spec.version, root)
-    text = json.dumps(frozen_release(spec), indent=1, sort_keys=True) + "\n"
-    committed = subprocess.run(
-        ["git", "-C", str(root), "show", f"HEAD:{path.relative_to(root).as_posix()}"],
-        capture_output=True,
-        text=True,
-    )
-    if committed.returncode == 0 and committed.stdout != text:
+    """Freeze the spec of a checkout. Lines that were never committed are replaced."""
+    spec, path = load_spec(root), root / FILE
+    release = frozen_release(spec)
+    committed = _committed(root)
+    if committed is None:
+        committed = path.read_bytes() if path.is_file() else b""
+    releases = parse_releases(committed, origin=FILE)
+    if releases.get(spec.version, release) != release:
         print(
-            f"error: version {spec.version} is already frozen and the spec has changed\n  next  "
-            "raise version in spec/spec.toml",
+            f"error: version {spec.version} is already frozen and the spec has changed\n"
+            "  next  raise version in spec/spec.toml",
             file=sys.stderr,
         )
         return 6
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
-    print(f"froze {len(spec.gates)} gates as {path.relative_to(root)}")
+    if spec.version not in releases:
+        previous = list(releases.values())[-1] if releases else {}
+        path.write_bytes(committed + release_line(previous, release))
+    print(f"froze {len(spec.gates)} gates as {spec.version} in {FILE}")
     return 0
+
+
+def _committed(root: Path) -> bytes | None:
+    """The file at HEAD; None where there is no commit of it."""
+    done = subprocess.run(["git", "-C", str(root), "show", f"HEAD:{FILE}"], capture_output=True)
+    return done.stdout if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tools.site_pages.markup import Page  # noqa: E402
 from tools.site_pages.models import model_page, models_index  # noqa: E402
 from tools.site_pages.museum import museum_page, room_pages  # noqa: E402
 from tools.site_pages.proof import failures_page, margins_page, matrix_page, symptoms_page  # noqa: E402
-from tools.site_pages.runs import run_page, runs_index  # noqa: E402
+from tools.site_pages.runs import archived_page, run_page, runs_index  # noqa: E402
 from tools.site_pages.world import World, load_world  # noqa: E402
 
 BLOCKS = home.BLOCKS | {"integrity-rules": reference.integrity_rules}
@@ -53,6 +53,7 @@ def generated_pages(world: World) -> list[Page]:
         findings_page(world),
         runs_index(world),
         *(run_page(world, record) for record in world.records.values()),
+        *(archived_page(archived) for archived in world.unread),
         data_index(world),
         benchmarks_page(world),
         models_index(world),

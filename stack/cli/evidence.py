@@ -1,5 +1,6 @@
-"""`stack evidence add | show | verify | diff | rerun | certify-resume`."""
+"""`stack evidence add | show | verify | archive | diff | rerun | certify-resume`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -105,7 +106,10 @@ def show(
 
 @app.command()
 def verify(evidence: Directory = None, json: Json = False) -> None:
-    """Re-hash every record and the chain of the ledger. Exit code 6 if anything differs."""
+    """Re-hash every record and the chain of the ledger, archived records from git history.
+
+    Exit code 6 if anything differs. Without the history, archived records count as not verified.
+    """
     from stackproof.evidence.ledgering import verify as problems_of
     from stackproof.spec.ledger import Ledger
 
@@ -115,17 +119,67 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
     lines = len(ledger.lines())
     if lines == 0:
         problems = [*problems, f"{ledger.path} holds no line, so there is nothing to verify"]
-    document = {"ok": not problems, "records": lines, "head": ledger.head, "problems": problems}
+    unread = len(ledger.unread()) if not problems else 0
+    document = {
+        "ok": not problems and not unread,
+        "records": lines,
+        "not_verified": unread,
+        "head": ledger.head,
+        "problems": problems,
+    }
     if not emit(document, json):
+        hold = f"all hashes {'of the others ' if unread else ''}hold"
         stdout.print(
-            f"{lines} record(s), head {document['head'][:16]}…: "
-            f"{'all hashes hold' if not problems else 'BROKEN'}"
+            f"{lines} record(s), head {document['head'][:16]}…: {'BROKEN' if problems else hold}"
         )
+        if unread:
+            stdout.print(
+                f"{unread} archived record(s) not verified: no git history to read them from",
+                style="yellow",
+            )
     if problems:
         raise IntegrityError(
             "the evidence does not verify: " + "; ".join(problems[:5]),
             next_step="restore evidence/ from git, or name another folder with --evidence",
         )
+
+
+@app.command()
+def archive(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what stays, why, and what would leave.")
+    ] = False,
+    evidence: Directory = None,
+    json: Json = False,
+) -> None:
+    """Move records that nothing stands on out of the tree; git history keeps them.
+
+    These stay: records of released models, records that a file of the tree names, runs that did not
+    succeed, the records that give each gate its state, one record of each kind, and the parents and
+    data sets of all these. The rest leaves: a line in archive.jsonl names the commit that holds it
+    and the sha256 of its files. `show`, `verify` and the integrity check read it from there.
+    Nothing is committed. Exit code 6 if the folder differs from its commit or the clone lacks
+    history.
+    """
+    from stackproof.evidence import archiving
+
+    directory = _directory(evidence)
+    plan = archiving.plan(directory) if dry_run else archiving.archive(directory)
+    leaving = [line.record for line in plan.lines]
+    document = {"dry_run": dry_run, "archived": leaving, "bytes": plan.n_bytes, "kept": plan.kept}
+    if emit(document, json):
+        return
+    stdout.print(
+        table(
+            f"{len(plan.kept)} record(s) stay",
+            ["record", "why"],
+            [[n, why] for n, why in plan.kept.items()],
+        )
+    )
+    for name in leaving:
+        stdout.print(name, markup=False)
+    done = "would leave the tree" if dry_run else "left the tree; commit the folder"
+    stdout.print(f"{len(leaving)} record(s), {plan.n_bytes} bytes, {done}")
 
 
 @app.command()
@@ -169,13 +223,19 @@ def rerun(
     """
     from stackproof.cli.again import rerun_trace
     from stackproof.cli.console import ConsoleListener
+    from stackproof.evidence.archiving import folder_of
     from stackproof.evidence.ledgering import find
     from stackproof.train.rerun import rerun as again
 
     record = find(_directory(evidence), record_id)
     if record.kind in ("trace", "compare"):
-        folder = Path(record_id) if Path(record_id).is_dir() else _directory(evidence) / record.id
-        outcome = rerun_trace(record, folder, run_dir)
+        given = Path(record_id)
+        with (
+            nullcontext(given)
+            if given.is_dir()
+            else folder_of(_directory(evidence), record.id) as folder
+        ):
+            outcome = rerun_trace(record, folder, run_dir)
     else:
         outcome = again(record, run_dir, ConsoleListener(quiet=json))
     if not emit(outcome, json):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stackproof.spec import IN_CHECKOUT, ROOT
 from stackproof.spec.canonical import sha256_file
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Entry, Ledger
 from stackproof.spec.records import Record, read_record
@@ -91,23 +91,29 @@ def _require_small_text(path: Path, name: str, sha256: str) -> None:
 
 
 def verify(directory: Path) -> list[str]:
-    """Problems of a ledger and its records, as messages; empty if all hashes and the chain hold."""
+    """Problems of a ledger and its records, as messages; empty if all hashes and the chain hold.
+
+    Archived records that this checkout cannot read are no problem: `Ledger.unread` lists them.
+    """
     ledger = Ledger(directory)
     try:
         found = [f"{ledger.path}:{line}: {message}" for line, message in ledger.problems()]
-        entries = ledger.entries()
+        entries, archived = ledger.entries(), ledger.archive.lines
     except IntegrityError as e:
         return [str(e)]
     for entry in entries:
         try:
             record = ledger.read(entry)
             for series in record.series:
-                path = directory / record.id / series.path
-                if not path.is_file() or sha256_file(path) != series.sha256:
-                    found.append(f"{path}: does not match the hash in its record")
+                ledger.series(record, series)
+        except NoHistory:
+            continue
         except IntegrityError as e:
             found.append(str(e))
     known = {e.record for e in entries}
+    found += [
+        f"{a.record}: is archived without a ledger line" for a in archived if a.record not in known
+    ]
     found += [
         f"{p.parent}: lies here without a ledger line"
         for p in directory.glob("*/metadata.json")

@@ -1,6 +1,7 @@
 """`stack gates …`, `stack evidence …` and `stack doctor` as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from stackproof.spec.errors import EXIT_CODES
 from tests.cli.conftest import Stack, tiny
 from tests.processes import ROOT
+from tests.tools import archived, small_repo
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,36 @@ def test_evidence_add_show_verify_and_tampering(trained):
     assert broken.code == 6 and "changed after it was accepted" in broken.err
     record.write_bytes(honest)
     assert trained("evidence", "show", "nothing").code == 6
+
+
+def test_evidence_archive_lists_moves_and_is_verified(stack, tmp_path):
+    gone, stays = archived.build(tmp_path / "repo")
+    stack.folder = tmp_path / "repo"
+    shown = stack("evidence", "show", gone, "--json")
+    assert shown.code == 0 and shown.json["id"] == gone
+    assert stack("evidence", "verify", "--json").json | {"head": ""} == {
+        "ok": True,
+        "records": 6,
+        "not_verified": 0,
+        "head": "",
+        "problems": [],
+    }
+    newer = archived.benchmark(stack.folder, 12)
+    assert stack("evidence", "archive").code == 6, "the new record is not committed"
+    small_repo.commit_all(stack.folder)
+    plan = stack("evidence", "archive", "--dry-run", "--json").json
+    assert plan["archived"] == [stays] and plan["dry_run"] and plan["bytes"] > 0
+    assert plan["kept"][newer] == "newest of kind benchmark" and gone not in plan["kept"]
+    done = stack("evidence", "archive")
+    assert done.code == 0 and "1 record(s)" in done.out and "left the tree" in done.out
+    assert not (stack.folder / "evidence" / stays).exists()
+    assert stack("evidence", "show", stays, "--json").json["id"] == stays
+    shutil.rmtree(stack.folder / ".git")
+    bare = stack("evidence", "verify", "--json")
+    assert bare.code == 0 and bare.json["ok"] is False and bare.json["not_verified"] == 2
+    assert "2 archived record(s) not verified" in stack("evidence", "verify").out
+    refused = stack("evidence", "show", gone)
+    assert refused.code == 6 and "lacks the history" in refused.err
 
 
 def test_same_seed_same_losses_and_diff_sees_only_clocks(trained):

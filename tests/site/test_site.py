@@ -192,7 +192,7 @@ def test_a_changed_series_stops_the_build_and_names_the_file(small, tmp_path, ca
     series.write_text(series.read_text().replace("6.99", "1.99"))
     with pytest.raises(Abort):
         build_site(tmp_path / "site", root, root / "evidence")
-    assert "metrics.jsonl is missing or does not match the hash" in caplog.text
+    assert "metrics.jsonl does not match the hash" in caplog.text
 
 
 def test_a_number_without_a_record_is_refused(small):

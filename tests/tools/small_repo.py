@@ -10,9 +10,10 @@ from stackproof.spec import failures
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.fingerprint import code_below
 from stackproof.spec.formulas import parameter_count
-from stackproof.spec.gates import _load_spec, frozen_release, load_spec
+from stackproof.spec.gates import _load_spec, load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import SCHEMA, Record
+from stackproof.spec.releases import FILE, frozen_release, release_line
 
 GATE = """
 [[gate]]
@@ -329,11 +330,7 @@ def build(root: Path) -> None:
 
 def freeze(root: Path) -> None:
     _load_spec.cache_clear()
-    write(
-        root,
-        "spec/releases/1.0.0.json",
-        json.dumps(frozen_release(load_spec(root)), indent=1, sort_keys=True),
-    )
+    write(root, FILE, release_line({}, frozen_release(load_spec(root))))
 
 
 def accept_evidence(root: Path) -> None:

@@ -15,10 +15,12 @@ from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.fingerprint import check_fingerprint
 from stackproof.spec.gates import normative_fields
 from stackproof.spec.ledger import GENESIS, Entry
-from tests.tools import small_repo
+from stackproof.spec.releases import read_releases, release_line, release_text
+from tests.tools import archived, small_repo
 from tests.tools.found import found_something
 from tests.tools.small_repo import edit, git, write
 from tools.check_integrity import check, explain, main
+from tools.freeze_spec import freeze
 from tools.integrity import core
 from tools.integrity.core import RULES, Repo
 from tools.integrity.former_fingerprint import first_form
@@ -121,7 +123,7 @@ def second_train(root: Path, minute: int = 9, **changes) -> None:
 
 
 def change_frozen(root: Path) -> None:
-    write(root, "spec/releases/1.0.0.json", (root / "spec/releases/1.0.0.json").read_text() + "\n")
+    edit(root, "spec/releases.jsonl", '"value":1e-05', '"value":1e-04')
 
 
 def loosen(root: Path) -> None:
@@ -156,6 +158,12 @@ def weights(root: Path) -> None:
 
 def link_evidence(root: Path) -> None:
     (folder(root, "train") / "extra.json").symlink_to("metadata.json")
+
+
+def shorten_archive(root: Path) -> None:
+    archived.append(root, folder(root, "resume").name)
+    small_repo.commit_all(root)
+    write(root, archived.LIST, "")
 
 
 def spec_of_another_version(root: Path) -> None:
@@ -221,6 +229,8 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "RECORD-ORPHAN": lambda r: shutil.copytree(
         folder(r, "resume"), r / "evidence" / "resume-20260101T000000Z-00000000"
     ),
+    "ARCHIVE": lambda r: archived.append(r, folder(r, "resume").name),
+    "ARCHIVE-APPEND-ONLY": shorten_archive,
     "ARTEFACT-HASH": lambda r: edit(
         r, f"evidence/{folder(r, 'train').name}/metrics.jsonl", "2.3", "2.2"
     ),
@@ -361,6 +371,48 @@ def test_a_run_that_only_recorded_more_rightly_ends_alike(repo):
         train=small_repo.CONFIG["train"] | {"log_every": 7, "max_steps": 99},
     )
     assert "DUP-METRICS" in found(repo)
+
+
+def _rewrite_releases(root: Path, **fields) -> None:
+    """Another release under the same version, its hash recomputed."""
+    (old,) = read_releases(root).values()
+    write(root, "spec/releases.jsonl", release_line({}, old | fields))
+
+
+def test_a_release_that_was_rewritten_with_its_hash_differs_from_history(repo):
+    _rewrite_releases(repo, sha256="f" * 64)
+    messages = [f.message for f in check(repo) if f.code == "RELEASE-FROZEN"]
+    assert len(messages) == 1 and messages[0].endswith("were changed or removed")
+    git(repo, "commit", "-qam", "rewritten")
+    assert "RELEASE-FROZEN" in found(repo)
+
+
+def test_a_release_is_what_history_holds_as_a_single_file(repo):
+    """Releases were files of their own before; the line must give each of them byte for byte."""
+    (release,) = read_releases(repo).values()
+    write(repo, "spec/releases/1.0.0.json", release_text(release))
+    small_repo.commit_all(repo)
+    git(repo, "rm", "-q", "spec/releases/1.0.0.json")
+    small_repo.commit_all(repo)
+    assert found(repo) == set()
+    for version in ("1.0.0", "0.9.0"):
+        write(repo, f"spec/releases/{version}.json", release_text(release) + b"\n")
+        small_repo.commit_all(repo)
+        messages = [f.message for f in check(repo) if f.code == "RELEASE-FROZEN"]
+        assert any(f"release {version} is not the one" in m for m in messages)
+
+
+def test_a_new_release_is_appended_and_both_are_read(repo):
+    before = (repo / "spec/releases.jsonl").read_bytes()
+    loosen(repo)
+    edit(repo, "spec/spec.toml", "1.0.0", "1.1.0")
+    small_repo.forget()
+    assert freeze(repo) == 0
+    assert (repo / "spec/releases.jsonl").read_bytes().startswith(before)
+    assert list(read_releases(repo)) == ["1.0.0", "1.1.0"]
+    assert not {"SPEC-NOBUMP", "RELEASE-FROZEN"} & found(repo)
+    edit(repo, "spec/spec.toml", "1.1.0", "1.0.5")
+    assert "SPEC-CHANGELOG" in found(repo), "1.0.5 is older than the released 1.1.0"
 
 
 def test_loosening_with_a_new_version_that_says_so_is_allowed(repo):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools import small_repo
-from tests.tools.small_repo import git, write
+from tests.tools.small_repo import edit, write
 from tools import check_layers, freeze_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,17 +85,24 @@ def test_nothing_to_read_is_not_green(tmp_path):
 def test_a_committed_release_is_not_rewritten(tmp_path, capsys):
     root = tmp_path / "repo"
     small_repo.build(root)
-    path = root / "spec/releases/1.0.0.json"
+    path = root / "spec/releases.jsonl"
     committed = path.read_bytes()
-    (root / "contracts/loss.py").write_text(
-        (root / "contracts/loss.py").read_text().replace("return x", "return 2 * x")
-    )
-    small_repo._load_spec.cache_clear()
+    edit(root, "spec/gates/loss.toml", "MUST be right", "MUST be quite right")
+    small_repo.forget()
     assert freeze_spec.freeze(root) == 6 and path.read_bytes() == committed
-    (root / "spec/spec.toml").write_text(
-        (root / "spec/spec.toml").read_text().replace("1.0.0", "1.0.1")
+    edit(root, "spec/spec.toml", "1.0.0", "1.0.1")
+    small_repo.forget()
+    assert freeze_spec.freeze(root) == 0 and path.read_bytes().startswith(committed)
+    frozen = path.read_bytes()
+    assert (
+        len(frozen.splitlines()) == 2
+        and freeze_spec.freeze(root) == 0
+        and path.read_bytes() == frozen
     )
-    small_repo._load_spec.cache_clear()
-    assert freeze_spec.freeze(root) == 0 and (root / "spec/releases/1.0.1.json").is_file()
-    assert git(root, "status", "--porcelain", "--", "spec/releases/1.0.0.json") == ""
+    edit(root, "spec/gates/loss.toml", "quite right", "wholly right")
+    small_repo.forget()
+    assert freeze_spec.freeze(root) == 0 and path.read_bytes() != frozen, (
+        "a line that was not committed is replaced"
+    )
+    assert len(path.read_bytes().splitlines()) == 2
     shutil.rmtree(root)

@@ -3,6 +3,7 @@ every file and git fact read once.
 """
 
 import ast
+import hashlib
 import io
 import json
 import subprocess
@@ -15,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 from stackproof.spec import findings
-from stackproof.spec.canonical import sha256_file
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError, StackproofError
 from stackproof.spec.failures import Catalogue, load_catalogue
@@ -93,6 +93,12 @@ def rule(code: str, *, title: str, why: str, hint: str) -> Callable:
     return register
 
 
+def git_blob_id(data: bytes, length: int = 40) -> str:
+    """The id that git gives to a file's content; 64 digits long in a sha256 repository."""
+    algorithm = hashlib.sha256 if length == 64 else hashlib.sha1
+    return algorithm(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class Repo:
     """A checkout. Everything is read lazily and once."""
 
@@ -140,6 +146,17 @@ class Repo:
         """Commits reachable from HEAD with their committer time, seconds."""
         lines = (self.git("log", "--format=%H %ct", "HEAD") or "").splitlines()
         return {sha: int(time) for sha, time in (line.split() for line in lines)}
+
+    def rewritten(self, path: str) -> str | None:
+        """The newest commit that held lines of an append-only file which a later form lacks."""
+        file = self.root / path
+        later = file.read_bytes().decode("utf-8", errors="replace") if file.is_file() else ""
+        for commit in (self.git("log", "--format=%H", "-50", "--", path) or "").split():
+            then = self.git("show", f"{commit}:{path}") or ""
+            if not later.startswith(then):
+                return commit
+            later = then
+        return None
 
     @cached_property
     def spec(self) -> Spec:
@@ -193,12 +210,13 @@ class Repo:
         """Lines of a series beside a record; empty if it has none, or if series or record is not
         what was hashed (other rules say so).
         """
-        path = self.root / "evidence" / record_id / name
         record = self.accepted.get(record_id)
-        expected = {s.path: s.sha256 for s in record.series} if record else {}
-        if not path.is_file() or sha256_file(path) != expected.get(name):
+        declared = next((s for s in record.series if s.path == name), None) if record else None
+        try:
+            data = self.ledger.series(record, declared) if declared else b""
+        except StackproofError:
             return []
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in data.decode("utf-8").splitlines()]
 
     @cached_property
     def markdown(self) -> list[str]:

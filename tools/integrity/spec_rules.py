@@ -1,6 +1,5 @@
 """Rules about the spec, its gates, checks, plants and tests."""
 
-import json
 import re
 import tomllib
 from collections import Counter
@@ -8,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stackproof.museum.plant import Plant
-from stackproof.spec.errors import StackproofError
+from stackproof.spec.errors import IntegrityError, StackproofError
 from stackproof.spec.failures import Failure, answering_gates
 from stackproof.spec.fingerprint import check_fingerprint
-from stackproof.spec.gates import Limit, frozen_release, normative_fields
+from stackproof.spec.gates import Limit, normative_fields
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import read_record
 from stackproof.spec.registry import read_registry
+from stackproof.spec.releases import FILE as RELEASES
+from stackproof.spec.releases import frozen_release, read_releases, release_text
 from stackproof.spec.runners import load_runners, unfed
-from tools.integrity.core import RULES, Repo, rule
+from tools.integrity.core import RULES, Repo, git_blob_id, rule
 from tools.integrity.former_fingerprint import first_form
 from tools.site_pages.exhibits import source_of
 
@@ -36,6 +37,7 @@ def schema(repo: Repo) -> Found:
         "spec": lambda: repo.spec,
         "spec/failures": lambda: repo.catalogue,
         "evidence/ledger.jsonl": lambda: Ledger(repo.root / "evidence").entries(),
+        "evidence/archive.jsonl": lambda: repo.ledger.archive.lines,
         "evidence/registry.toml": lambda: read_registry(repo.root / "evidence" / "registry.toml"),
     }
     for path in sorted((repo.root / "evidence").glob("*/metadata.json")):
@@ -77,21 +79,8 @@ def id_unique(repo: Repo) -> Found:
                 yield path, 0, f"the id {name} is used {count} times"
 
 
-def _release(repo: Repo, version: str) -> dict | None:
-    path = repo.root / "spec" / "releases" / f"{version}.json"
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
-
-
-def _releases(repo: Repo) -> list[dict]:
-    """All frozen releases, oldest first."""
-    files = (repo.root / "spec" / "releases").glob("*.json")
-    return sorted(
-        (json.loads(f.read_text("utf-8")) for f in files), key=lambda r: _number(r["version"])
-    )
 
 
 @rule(
@@ -105,9 +94,9 @@ def _releases(repo: Repo) -> list[dict]:
 )
 def spec_nobump(repo: Repo) -> Found:
     spec = repo.spec
-    frozen = _release(repo, spec.version)
+    frozen = read_releases(repo.root).get(spec.version)
     if frozen is None:
-        yield f"spec/releases/{spec.version}.json", 0, f"version {spec.version} was never frozen"
+        yield RELEASES, 0, f"version {spec.version} was never frozen"
         return
     now = frozen_release(spec)["gates"]
     for gate_id in sorted(now.keys() | frozen["gates"].keys()):
@@ -141,13 +130,9 @@ def spec_changelog(repo: Repo) -> Found:
         rf"^## {re.escape(version)}\b", path.read_text("utf-8"), re.M
     ):
         yield "spec/CHANGELOG.md", 0, f"there is no section for version {version}"
-    for release in _releases(repo):
-        if _number(release["version"]) > _number(version):
-            yield (
-                "spec/spec.toml",
-                0,
-                f"version {version} is older than the frozen {release['version']}",
-            )
+    for frozen in read_releases(repo.root):
+        if _number(frozen) > _number(version):
+            yield "spec/spec.toml", 0, f"version {version} is older than the frozen {frozen}"
 
 
 @rule(
@@ -163,7 +148,7 @@ def goalpost(repo: Repo) -> Found:
     text = changelog.read_text("utf-8") if changelog.is_file() else ""
     section = re.split(r"^## ", text, flags=re.M)
     current = next((s for s in section if s.startswith(spec.version)), "")
-    for release in reversed(_releases(repo)):
+    for release in reversed(read_releases(repo.root).values()):
         excused = release["version"] != spec.version
         for gate_id, frozen in release["gates"].items():
             gate = spec.gates.get(gate_id)
@@ -187,18 +172,28 @@ def goalpost(repo: Repo) -> Found:
     "RELEASE-FROZEN",
     title="A frozen release never changes",
     why="It is the memory of what was promised.",
-    hint="git checkout the file; make a new version instead",
+    hint="git checkout spec/releases.jsonl; make a new version instead",
 )
 def release_frozen(repo: Repo) -> Found:
-    log = repo.git("log", "--name-status", "--format=", "--", "spec/releases") or ""
-    added = Counter(line.split("\t")[-1] for line in log.splitlines() if line)
-    for path, changes in added.items():
-        if changes > 1:
-            yield path, 0, f"was changed {changes - 1} time(s) after it was committed"
-    for path in added:
-        committed, file = repo.git("show", f"HEAD:{path}"), repo.root / path
-        if committed is not None and (not file.is_file() or file.read_text("utf-8") != committed):
-            yield path, 0, "differs from its committed form"
+    try:
+        releases = read_releases(repo.root)
+    except IntegrityError as e:
+        yield RELEASES, 0, e.what
+        return
+    if commit := repo.rewritten(RELEASES):
+        yield RELEASES, 0, f"lines committed in {commit[:10]} were changed or removed"
+    for version, blob in _single_files(repo):
+        text = release_text(releases[version]) if version in releases else b""
+        if blob != git_blob_id(text, len(blob)):
+            yield RELEASES, 0, f"release {version} is not the one that was committed as a file"
+
+
+def _single_files(repo: Repo) -> Iterator[tuple[str, str]]:
+    """(version, git blob id) of every spec/releases/<version>.json that history holds."""
+    options = ("--raw", "--no-abbrev", "--no-renames", "--format=", "--diff-filter=AM")
+    for line in (repo.git("log", *options, "--", "spec/releases") or "").splitlines():
+        fields, path = line.split("\t")
+        yield Path(path).stem, fields.split()[3]
 
 
 def _kills(repo: Repo, gate_id: str) -> list:

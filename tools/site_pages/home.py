@@ -49,10 +49,19 @@ def verdict(world: World, page: Page) -> str:
             f"{page.link('coverage', 'coverage.md')}."
         ),
         f"Spec {esc(world.spec.version)} · commit {commit} · {tree} · built "
-        f"{world.built:%Y-%m-%d %H:%M} UTC · {len(world.live)} accepted records, "
+        f"{world.built:%Y-%m-%d %H:%M} UTC · {len(world.live)} accepted records{_unread(world)}, "
         f"{page.link('all runs', 'runs/index.md')}",
     ]
     return "\n\n".join(lines)
+
+
+def _unread(world: World) -> str:
+    """How many records are archived and not in this build, if any."""
+    return (
+        f" and {len(world.unread)} archived ones that this build could not verify"
+        if world.unread
+        else ""
+    )
 
 
 def matrix(world: World, page: Page) -> str:
@@ -154,6 +163,7 @@ def evidence_json(world: World) -> str:
                 }
                 for gate_id, s in world.states.items()
             },
+            "not_verified": [a.record for a in world.unread],
             "records": [
                 {
                     "id": r.id,

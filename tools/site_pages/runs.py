@@ -2,6 +2,7 @@
 
 import shlex
 
+from stackproof.spec.archive import Archived
 from stackproof.spec.records import Artefact, Record
 from tools.site_pages import traces
 from tools.site_pages.chart import Curve, Flag, loss_chart, thin
@@ -55,7 +56,7 @@ def runs_index(world: World) -> Page:
         "Every accepted record, newest first. A record is never edited; a wrong one is superseded "
         "by a later one."
     )
-    if not world.records:
+    if not world.records and not world.unread:
         return page.add("The ledger is empty: no record has been accepted yet.")
     rows = []
     for r in reversed(world.records.values()):
@@ -68,7 +69,25 @@ def runs_index(world: World) -> Page:
         rows.append(
             [page.run(r.id), r.kind, status, esc(r.finished_at[:16].replace("T", " ")), metrics]
         )
+    rows += [
+        [page.run(a.record), a.record.partition("-")[0], "archived", "–", "–"]
+        for a in reversed(world.unread)
+    ]
     return page.add(table(["record", "kind", "status", "finished (UTC)", "metrics"], rows))
+
+
+def archived_page(archived: Archived) -> Page:
+    """What is known of an archived record where the build has no git history to read it from."""
+    page = Page(f"runs/{archived.record}.md", archived.record)
+    page.add(page.link("All runs", "runs/index.md"), _where(archived))
+    page.add("This site was built without that history; the record is not verified.")
+    files = [[code(name), code(sha256)] for name, sha256 in archived.files.items()]
+    return page.add("## Files", table(["file", "sha256"], files))
+
+
+def _where(archived: Archived) -> str:
+    folder = code(f"evidence/{archived.record}")
+    return f"Archived: its files are in git history, commit {code(archived.commit)}, {folder}."
 
 
 def run_page(world: World, record: Record) -> Page:
@@ -79,6 +98,8 @@ def run_page(world: World, record: Record) -> Page:
             f"**Superseded by {page.run(world.superseded[record.id])}.** It is kept, and "
             "discharges nothing."
         )
+    if record.id in world.ledger.archive:
+        page.add(_where(world.ledger.archive.by_record[record.id]))
     page.add(
         f"{page.link('All runs', 'runs/index.md')} · {record.kind} · {record.status}",
         f"> {prose(record.claim)}",
@@ -110,7 +131,9 @@ def run_page(world: World, record: Record) -> Page:
         _series(record),
     )
     parents = [
-        page.run(p) if p in world.records else f"{code(p)} (not in the ledger)"
+        page.run(p)
+        if p in world.records or p in world.ledger.archive
+        else f"{code(p)} (not in the ledger)"
         for p in record.parents
     ]
     page.add("## Parents", bullets(parents) or "None.")

@@ -7,7 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from stackproof.spec.canonical import parse_strict, sha256_file
+from stackproof.spec.archive import Archived
+from stackproof.spec.canonical import parse_strict
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.findings import FILE as FINDINGS
@@ -22,14 +23,17 @@ from tools.site_pages.exhibits import Exhibit, read_exhibits
 @dataclass(frozen=True)
 class World:
     """A repository and its ledger at build time.
-    `superseded` maps an old record's id to the one that replaced it.
+
+    `superseded` maps an old record's id to the one that replaced it; `unread` are archived records
+    that the build cannot read for want of history.
     """
 
     root: Path
-    evidence: Path
+    ledger: Ledger
     spec: Spec
     records: dict[str, Record]
     superseded: dict[str, str]
+    unread: list[Archived]
     states: dict[str, GateState]
     plants: dict[str, Exhibit]
     releases: list[Release]
@@ -73,17 +77,9 @@ class World:
         declared = next((s for s in record.series if s.path == name), None)
         if declared is None:
             return []
-        path = self.evidence / record.id / name
-        if not path.is_file() or sha256_file(path) != declared.sha256:
-            raise IntegrityError(
-                f"{path} is missing or does not match the hash in record {record.id}",
-                next_step="restore it from git",
-            )
-        lines = [
-            parse_strict(line, origin=str(path))
-            for line in path.read_bytes().splitlines()
-            if line.strip()
-        ]
+        path = self.ledger.record_path(record.id).with_name(name)
+        data = self.ledger.series(record, declared)
+        lines = [parse_strict(x, origin=str(path)) for x in data.splitlines() if x.strip()]
         for number, line in enumerate(lines, start=1):
             if missing := [k for k in keys if k not in line]:
                 raise IntegrityError(
@@ -101,17 +97,16 @@ def load_world(root: Path, evidence: Path) -> World:
     ledger = Ledger(evidence)
     if problems := ledger.problems():
         raise IntegrityError(f"{ledger.path}:{problems[0][0]}: {problems[0][1]}")
-    entries = ledger.entries()
-    superseded = {e.supersedes: e.record for e in entries if e.supersedes}
     built = _build_time()
     commit, clean = _git_state(root)
     cli, findings = root / "spec" / "cli.json", read_findings(evidence / FINDINGS)
     return World(
         root=root,
-        evidence=evidence,
+        ledger=ledger,
         spec=spec,
-        records={e.record: ledger.read(e) for e in entries},
-        superseded=superseded,
+        records=ledger.accepted(),
+        superseded={e.supersedes: e.record for e in ledger.entries() if e.supersedes},
+        unread=[ledger.archive.by_record[name] for name in ledger.unread()],
         states=coverage(spec, ledger.records(), built.date(), findings),
         plants=read_exhibits(root),
         releases=read_registry(evidence / "registry.toml"),

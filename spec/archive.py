@@ -1,0 +1,160 @@
+"""Records that left the tree: an append-only list, and their files as git history holds them."""
+
+import subprocess
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError, model_validator
+
+from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
+from stackproof.spec.errors import IntegrityError, NoHistory
+from stackproof.spec.gates import Frozen
+from stackproof.spec.records import HEX64
+
+FILE = "archive.jsonl"
+METADATA = "metadata.json"
+
+
+class Archived(Frozen):
+    """One line: a record, a commit that holds its folder, and the sha256 of each file in it.
+
+    The commit is the last one that changed the folder before it left the tree.
+    """
+
+    record: str
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$")
+    files: dict[str, Annotated[str, Field(pattern=HEX64)]]
+
+    @model_validator(mode="after")
+    def _plain_names(self) -> "Archived":
+        if METADATA not in self.files:
+            raise ValueError(f"{self.record} lists no {METADATA}")
+        if bad := [n for n in (self.record, *self.files) if "/" in n or n.startswith(".")]:
+            raise ValueError(f"{bad[0]!r} is not a plain name")
+        return self
+
+    def place(self, name: str) -> str:
+        """Where history holds a file of the record, as `History.read` takes it."""
+        return f"{self.commit}:./{self.record}/{name}"
+
+    def to_line(self) -> bytes:
+        return canonical_json(self.model_dump()) + b"\n"
+
+
+class History:
+    """The commits of the repository that tracks an evidence folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def git(self, *arguments: str, stdin: bytes = b"") -> bytes | None:
+        """Output of a git command run in the folder; None if it failed or there is no git."""
+        command = ["git", "-C", str(self.folder), *arguments]
+        try:
+            done = subprocess.run(command, input=stdin, capture_output=True)
+        except OSError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether git holds the whole history: the ledger is tracked and the clone not shallow."""
+        tracked = self.git("ls-files", "--error-unmatch", "ledger.jsonl") is not None
+        return tracked and self.git("rev-parse", "--is-shallow-repository") == b"false\n"
+
+    @cached_property
+    def commits(self) -> frozenset[str]:
+        """HEAD and its ancestors, as far as this clone holds them."""
+        return frozenset((self.git("rev-list", "HEAD") or b"").decode().split())
+
+    def read(self, places: Sequence[str]) -> list[bytes | None]:
+        """Contents of `commit:./path` from one git process; None where there is none."""
+        found: list[bytes | None] = []
+        out = self.git("cat-file", "--batch", stdin="\n".join((*places, "")).encode())
+        at = 0
+        for _ in places if out is not None else ():
+            end = out.index(b"\n", at)
+            head, start = out[at:end], end + 1
+            if head.endswith(b" missing"):
+                found.append(None)
+                at = start
+            else:
+                at = start + int(head.split()[-1])
+                found.append(out[start:at])
+                at += 1
+        return found or [None] * len(places)
+
+
+class Archive:
+    """The list `<directory>/archive.jsonl`, and the files that it names."""
+
+    def __init__(self, directory: Path):
+        self.path = Path(directory) / FILE
+        self.history = History(Path(directory))
+
+    @cached_property
+    def lines(self) -> list[Archived]:
+        """All lines; empty if there is no list. Raises IntegrityError naming line and field."""
+        found = []
+        data = self.path.read_bytes() if self.path.is_file() else b""
+        for number, text in enumerate(data.split(b"\n")[:-1] if data else (), start=1):
+            where = f"{self.path}:{number}"
+            try:
+                line = Archived.model_validate(parse_strict(text, origin=where))
+            except ValidationError as e:
+                raise IntegrityError(f"{where}: {e.errors()[0]['msg']}") from e
+            if line.to_line() != text + b"\n":
+                raise IntegrityError(f"{where} is not canonical JSON")
+            found.append(line)
+        if not data.endswith(b"\n") and data:
+            raise IntegrityError(f"{self.path} ends in the middle of a line")
+        return found
+
+    @cached_property
+    def by_record(self) -> dict[str, Archived]:
+        return {line.record: line for line in self.lines}
+
+    def __contains__(self, record_id: str) -> bool:
+        return record_id in self.by_record
+
+    def read(self, record_id: str, name: str = METADATA) -> bytes:
+        """A file of an archived record, from the commit that its line names.
+
+        Raises NoHistory if this checkout lacks the commit because its history is not complete, and
+        IntegrityError if a complete history lacks it or holds other bytes.
+        """
+        line = self.by_record[record_id]
+        if line.commit not in self.history.commits:
+            if not self.history.complete:
+                raise NoHistory(
+                    f"record {record_id} is archived, and this checkout lacks the history that "
+                    "holds it",
+                    value=f"commit {line.commit}",
+                    next_step="git fetch --unshallow, or clone the repository with its history",
+                )
+            raise IntegrityError(
+                f"record {record_id} is archived at commit {line.commit[:12]}, which is not an "
+                "ancestor of HEAD"
+            )
+        data = (self._metadata if name == METADATA else self._series).get((record_id, name))
+        if data is None or sha256_bytes(data) != line.files[name]:
+            raise IntegrityError(
+                f"{record_id}/{name} at commit {line.commit[:12]} is missing or not what was "
+                "archived"
+            )
+        return data
+
+    @cached_property
+    def _metadata(self) -> dict[tuple[str, str], bytes | None]:
+        return self._read_all([(line.record, METADATA) for line in self.lines])
+
+    @cached_property
+    def _series(self) -> dict[tuple[str, str], bytes | None]:
+        named = [(line.record, name) for line in self.lines for name in line.files]
+        return self._read_all([(record, name) for record, name in named if name != METADATA])
+
+    def _read_all(self, files: list[tuple[str, str]]) -> dict[tuple[str, str], bytes | None]:
+        places = [self.by_record[record].place(name) for record, name in files]
+        return dict(zip(files, self.history.read(places)))

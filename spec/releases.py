@@ -1,0 +1,118 @@
+"""Released versions of the spec: `spec/releases.jsonl`, one line per release, only ever appended.
+
+A line holds the version, a JSON merge patch (RFC 7396) that turns the release before it into this
+one, and the sha256 of the whole release as text. Reading reconstructs every release and compares.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from stackproof.spec import ROOT
+from stackproof.spec.canonical import parse_strict, sha256_bytes
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Frozen, Spec
+from stackproof.spec.records import HEX64
+
+FILE = "spec/releases.jsonl"
+
+
+class ReleaseLine(Frozen):
+    """One line of the file. `patch` holds gates and the spec's hash; null removes a key."""
+
+    version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
+    sha256: str = Field(pattern=HEX64)
+    patch: dict[str, Any]
+
+
+def frozen_release(spec: Spec) -> dict:
+    """What a release keeps of a spec: its hash, and each gate's fingerprint and limits."""
+    return {
+        "version": spec.version,
+        "sha256": spec.sha256,
+        "gates": {
+            gate_id: {
+                "fingerprint": spec.fingerprint(gate_id),
+                "limits": gate.normative()["limits"],
+            }
+            for gate_id, gate in sorted(spec.gates.items())
+        },
+    }
+
+
+def release_text(release: dict) -> bytes:
+    """A release as the text whose sha256 its line holds."""
+    return (json.dumps(release, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_releases(root: Path = ROOT) -> dict[str, dict]:
+    """Releases by version, oldest first. A missing file holds none.
+
+    Raises IntegrityError naming the first line that cannot be read or reconstructed.
+    """
+    path = root / FILE
+    return parse_releases(path.read_bytes() if path.is_file() else b"", origin=FILE)
+
+
+def parse_releases(data: bytes, *, origin: str) -> dict[str, dict]:
+    """Like `read_releases`, of the bytes of a file."""
+    release: dict = {}
+    found: dict[str, dict] = {}
+    for number, text in enumerate(data.splitlines(), start=1):
+        where = f"{origin}:{number}"
+        try:
+            line = ReleaseLine.model_validate(parse_strict(text, origin=where))
+        except ValidationError as e:
+            raise IntegrityError(f"{where}: {e.errors()[0]['msg']}") from e
+        release = merge(release, line.patch) | {"version": line.version}
+        if sha256_bytes(release_text(release)) != line.sha256:
+            raise IntegrityError(
+                f"{where}: release {line.version} is not what was released",
+                value=f"sha256 {sha256_bytes(release_text(release))[:12]}…",
+                allowed=f"{line.sha256[:12]}…",
+                next_step=f"git checkout {FILE}",
+            )
+        if line.version in found:
+            raise IntegrityError(f"{where}: version {line.version} is released twice")
+        found[line.version] = release
+    return found
+
+
+def release_line(previous: dict, release: dict) -> bytes:
+    """The line of a release, given the release before it; the first follows an empty one."""
+    patch = changes(previous, release)
+    assert release_text(merge(previous, patch)) == release_text(release)
+    patch.pop("version")
+    line = ReleaseLine(
+        version=release["version"], sha256=sha256_bytes(release_text(release)), patch=patch
+    )
+    return json.dumps(line.model_dump(), sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def merge(old: dict, patch: dict) -> dict:
+    """Apply a JSON merge patch (RFC 7396)."""
+    merged = dict(old)
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            before = merged.get(key)
+            merged[key] = merge(before if isinstance(before, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def changes(old: dict, new: dict) -> dict:
+    """The JSON merge patch that turns `old` into `new`; neither may hold a null."""
+    patch: dict = dict.fromkeys(old.keys() - new.keys())
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            if inner := changes(before, value):
+                patch[key] = inner
+        elif json.dumps(before) != json.dumps(value):  # 1 and 1.0 are equal, their text is not
+            patch[key] = value
+    return patch

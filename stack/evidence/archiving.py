@@ -1,0 +1,246 @@
+"""Moves records that nothing in the tree stands on out of it, into the archive list."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stackproof.evidence.ledgering import verify
+from stackproof.spec.archive import FILE, Archived, History
+from stackproof.spec.canonical import sha256_bytes, sha256_file
+from stackproof.spec.coverage import gate_state
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import Spec, load_spec
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import Record
+from stackproof.spec.registry import read_registry
+
+RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Records that stay, each with the reason, and the lines and size of those that leave."""
+
+    kept: dict[str, str]
+    lines: tuple[Archived, ...]
+    n_bytes: int
+
+
+def archive(directory: Path) -> Plan:
+    """Append the lines of records that need not stay, then remove their folders. Commits nothing.
+
+    Raises IntegrityError if `plan` does.
+    """
+    made = plan(directory)
+    if made.lines:
+        with open(directory / FILE, "ab") as f:
+            f.write(b"".join(line.to_line() for line in made.lines))
+        for line in made.lines:
+            shutil.rmtree(directory / line.record)
+    return made
+
+
+def plan(directory: Path) -> Plan:
+    """What `archive` would do.
+
+    Raises IntegrityError if the clone lacks history, if the folder differs from its commit, if the
+    evidence does not verify, or if history does not give back every file that would leave.
+    """
+    history, ledger = History(directory), Ledger(directory)
+    if not history.complete:
+        raise IntegrityError(
+            f"{directory} is not tracked by git, or the clone is shallow",
+            next_step="archive in a clone with full history, where every record can be read back",
+        )
+    if changed := (history.git("status", "--porcelain", "--", ".") or b"").decode().splitlines():
+        raise IntegrityError(
+            f"{directory} differs from its commit",
+            value=changed[0].strip(),
+            next_step="commit or restore it first; only committed records can be archived",
+        )
+    if problems := verify(directory):
+        raise IntegrityError(f"the evidence does not verify: {problems[0]}")
+    records = ledger.accepted()
+    kept = kept_records(
+        load_spec(),
+        records,
+        superseded={e.supersedes for e in ledger.entries()},
+        archived=ledger.archive.by_record,
+        released={
+            record: model.id
+            for model in read_registry(directory / "registry.toml")
+            for record in model.records.values()
+        },
+        cited=citations(directory, records),
+    )
+    commits = last_commits(history)
+    lines = tuple(
+        _line(directory / name, commits)
+        for name in records
+        if name not in kept and name not in ledger.archive
+    )
+    _require_readable(history, lines)
+    folders = [directory / line.record for line in lines]
+    n_bytes = sum(f.stat().st_size for folder in folders for f in folder.iterdir())
+    return Plan({n: kept[n] for n in records if n in kept}, lines, n_bytes)
+
+
+def kept_records(
+    spec: Spec,
+    records: Mapping[str, Record],
+    *,
+    superseded: Collection[str] = (),
+    archived: Collection[str] = (),
+    released: Mapping[str, str],
+    cited: Mapping[str, str],
+) -> dict[str, str]:
+    """Which accepted records stay in the tree, each with the reason.
+
+    Records of released models (`released`: record to model); records that a file names (`cited`:
+    record to file); runs that did not succeed; the newest records that give each gate the state
+    that all records give it; one record of each kind; and the parents and data sets of those that
+    stay, and records in their claims. An archived record stays archived, and one in the tree takes
+    its place for a gate or a kind.
+    """
+    live = {name: record for name, record in records.items() if name not in superseded}
+    kept = {name: f"record of {model}" for name, model in released.items() if name in records}
+    kept = {name: f"named in {file}" for name, file in cited.items()} | kept
+    for name, record in records.items():
+        if not record.succeeded:
+            kept.setdefault(name, record.status)
+    before = -1
+    while before != len(kept):
+        before = len(kept)
+        for gate_id in spec.gates:
+            _keep_state(spec, gate_id, live, archived, kept)
+        _keep_named(live, records, kept)
+        if before == len(kept):
+            _keep_one_more_kind({n: r for n, r in live.items() if n not in archived}, kept)
+    return kept
+
+
+def _keep_state(
+    spec: Spec,
+    gate_id: str,
+    live: Mapping[str, Record],
+    archived: Collection[str],
+    kept: dict[str, str],
+) -> None:
+    """Keep the newest records of a gate until those kept give it the state that all give it.
+
+    Proofs that the state names come first, then runs that it names; archived records come last.
+    """
+    of_gate = {
+        name: record
+        for name, record in live.items()
+        if any(g.id == gate_id for g in record.gates)
+        or any(k.gate == gate_id for k in record.kills)
+    }
+    truth = gate_state(spec, gate_id, of_gate)
+    waiting = sorted(
+        (name for name in of_gate if name not in kept),
+        key=lambda name: (
+            name not in archived,
+            name in truth.kill_records,
+            name in truth.run_records,
+        ),
+    )
+    while truth.state != _state_of_kept(spec, gate_id, of_gate, kept):
+        kept[waiting.pop()] = f"{gate_id} is {truth.state} by it"
+
+
+def _state_of_kept(
+    spec: Spec, gate_id: str, of_gate: Mapping[str, Record], kept: Collection[str]
+) -> str:
+    return gate_state(spec, gate_id, {n: r for n, r in of_gate.items() if n in kept}).state
+
+
+def _keep_one_more_kind(live: Mapping[str, Record], kept: dict[str, str]) -> None:
+    """Keep a record of the kind of the newest record of whose kind none is kept.
+
+    It is the newest of that kind, of those whose parents are kept if there are any.
+    """
+    kinds = {live[name].kind for name in kept if name in live}
+    missing = next((r.kind for r in reversed(live.values()) if r.kind not in kinds), None)
+    if of_kind := [name for name, record in live.items() if record.kind == missing]:
+        complete = [name for name in of_kind if kept.keys() >= set(live[name].parents)]
+        kept[(complete or of_kind)[-1]] = f"newest of kind {missing}"
+
+
+def _keep_named(
+    live: Mapping[str, Record], records: Mapping[str, Record], kept: dict[str, str]
+) -> None:
+    """Keep the parents, the data sets and the records in claims of those that are kept."""
+    data = {o.sha256: r.id for r in live.values() if r.kind == "data" for o in r.outputs}
+    for record in [records[name] for name in kept]:
+        claimed = [match[0] for match in re.finditer(RECORD_ID, record.claim)]
+        built = [data[i.sha256] for i in record.inputs if i.sha256 in data]
+        for name in (*record.parents, *claimed, *built):
+            if name in records:
+                kept.setdefault(name, f"named by {record.id}")
+
+
+def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
+    """Records that tracked files name, each with the first such file; the name may be a prefix.
+
+    Records themselves, the ledger and the archive list are not searched.
+    """
+    top = History(directory).git("rev-parse", "--show-toplevel") or b""
+    root = Path(top.decode().rstrip("\n"))
+    inside = directory.resolve().relative_to(root.resolve()).as_posix()
+    beside = [f":!{inside}/{name}" for name in ("*/*", "ledger.jsonl", FILE)]
+    out = History(root).git("grep", "-zIoE", "-e", RECORD_ID, "--", ".", *beside) or b""
+    found: dict[str, str] = {}
+    for line in out.decode().splitlines():
+        path, _, cited = line.partition("\0")
+        for name in records:
+            if name.startswith(cited):
+                found.setdefault(name, path)
+    return found
+
+
+def last_commits(history: History) -> dict[str, str]:
+    """The last commit that changed each record's folder."""
+    out = history.git("log", "--format=%n%H", "--name-only", "--relative", "--", ".") or b""
+    found: dict[str, str] = {}
+    commit = ""
+    for line in out.decode().splitlines():
+        folder, slash, _ = line.partition("/")
+        if slash:
+            found.setdefault(folder, commit)
+        elif len(line) == 40:
+            commit = line
+    return found
+
+
+def _line(folder: Path, commits: Mapping[str, str]) -> Archived:
+    if folder.name not in commits:
+        raise IntegrityError(f"{folder} is not committed", next_step="commit the record first")
+    files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+    return Archived(record=folder.name, commit=commits[folder.name], files=files)
+
+
+def _require_readable(history: History, lines: Iterable[Archived]) -> None:
+    """Raises IntegrityError unless history gives back every file as it is in the tree."""
+    files = [(line, name) for line in lines for name in line.files]
+    contents = history.read([line.place(name) for line, name in files])
+    for (line, name), data in zip(files, contents):
+        if data is None or sha256_bytes(data) != line.files[name]:
+            raise IntegrityError(f"commit {line.commit[:12]} does not hold {line.record}/{name}")
+
+
+@contextmanager
+def folder_of(directory: Path, record_id: str) -> Iterator[Path]:
+    """The folder of a record; of an archived one a temporary copy from history."""
+    ledger = Ledger(directory)
+    if record_id not in ledger.archive:
+        yield directory / record_id
+        return
+    with tempfile.TemporaryDirectory() as made:
+        for name in ledger.archive.by_record[record_id].files:
+            (Path(made) / name).write_bytes(ledger.archive.read(record_id, name))
+        yield Path(made)

@@ -1,0 +1,266 @@
+"""Which records stay in the tree, and what the archive refuses."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from stackproof.evidence import archiving
+from stackproof.evidence.archiving import citations, folder_of, kept_records
+from stackproof.spec.archive import Archive
+from stackproof.spec.coverage import coverage
+from stackproof.spec.errors import IntegrityError
+from stackproof.spec.gates import load_spec
+from stackproof.spec.ledger import Ledger
+from stackproof.spec.records import GateResult, Kill, Record
+from tests.site import small_repository
+from tests.tools import archived, small_repo
+from tests.tools.small_repo import git, write
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_repository.write_repository(tmp_path_factory.mktemp("spec"))
+
+
+@pytest.fixture
+def made(small):
+    """Makes a record of the small spec: kinds in order, newest last."""
+
+    def make(kind: str, nonce: str, *, gates=(), kills=(), **parts) -> Record:
+        spec, old = load_spec(small), "0" * 64
+        results = tuple(
+            GateResult(
+                id="loss.adds-up",
+                fingerprint=old if verdict == "old" else spec.fingerprint("loss.adds-up"),
+                verdict="pass" if verdict == "old" else verdict,
+                checks=1,
+            )
+            for verdict in gates
+        )
+        receipts = tuple(
+            Kill(
+                gate="loss.adds-up",
+                fingerprint=old if outcome == "old" else spec.fingerprint("loss.adds-up"),
+                plant=plant,
+                plant_sha256=old,
+                outcome="killed" if outcome == "old" else outcome,
+                control="pass",
+                latency="preflight",
+                seconds=0.1,
+            )
+            for plant, outcome in kills
+        )
+        return small_repository.record(
+            small, kind, nonce * 8, gates=results, kills=receipts, **parts
+        )
+
+    return make
+
+
+def kept(small, *records: Record, **given) -> set[str]:
+    """Nonces of the records that stay."""
+    given = {"released": {}, "cited": {}} | given
+    names = kept_records(load_spec(small), {r.id: r for r in records}, **given)
+    return {name[-1] for name in names}
+
+
+BOTH = (("loss.off-by-one", "killed"), ("loss.swapped", "killed"))
+
+
+def test_of_proofs_and_runs_the_newest_that_give_the_state_stay(small, made):
+    proofs = [made("falsification", n, kills=BOTH) for n in "ab"]
+    runs = [made("train", n, gates=["pass"]) for n in "cde"]
+    assert kept(small, *proofs, *runs) == set("be")
+
+
+def test_a_proof_in_parts_stays_in_all_its_parts(small, made):
+    parts = [made("falsification", n, kills=[kill]) for n, kill in zip("ab", BOTH)]
+    between = made("falsification", "c", kills=[("loss.swapped", "old")])
+    assert kept(small, *parts, between) == set("ab")
+
+
+def test_a_stale_and_a_failed_gate_stay_so(small, made):
+    stale = made("falsification", "a", kills=[("loss.swapped", "old")])
+    assert kept(small, stale, made("falsification", "b")) == {"a"}
+    passed, failed = made("train", "c", gates=["pass"]), made("train", "d", gates=["fail"])
+    proof = made("falsification", "b", kills=BOTH)
+    assert kept(small, proof, passed, failed) == set("bd")
+
+
+def test_a_kept_failure_keeps_the_pass_that_came_after_it(small, made):
+    """Without the pass, the failure that another reason keeps would be the gate's last word."""
+    proof = made("falsification", "a", kills=BOTH)
+    failed, passed = made("train", "b", gates=["fail"]), made("train", "c", gates=["pass"])
+    assert kept(small, proof, failed, passed, cited={failed.id: "README.md"}) == set("abc")
+
+
+def test_the_states_of_the_kept_are_the_states_of_all(small, made):
+    records = [
+        made("falsification", "a", kills=BOTH),
+        made("train", "b", gates=["old"]),
+        made("falsification", "c", kills=[("loss.swapped", "missed")]),
+        made("train", "d", gates=["pass"]),
+        made("falsification", "e", kills=BOTH[1:]),
+        made("train", "f", gates=["pass"]),
+    ]
+    spec = load_spec(small)
+    for n in range(len(records) + 1):
+        of_all = {r.id: r for r in records[:n]}
+        stay = kept_records(spec, of_all, released={}, cited={})
+        of_kept = {name: r for name, r in of_all.items() if name in stay}
+        for gate_id, state in coverage(spec, of_all).items():
+            assert coverage(spec, of_kept)[gate_id].state == state.state, (n, gate_id)
+
+
+def test_released_cited_and_failed_records_stay_and_what_they_name(small, made):
+    parent = made("train", "a")
+    child = made("evaluate", "b", parents=(parent.id,))
+    claimed = made("benchmark", "c", claim=f"Faster than {child.id}.")
+    failed = made("benchmark", "d", status="halted", exit_code=4)
+    other = [made(kind, n) for kind, n in (("train", "e"), ("evaluate", "f"), ("benchmark", "0"))]
+    records = (parent, child, claimed, failed, *other)
+    assert kept(small, *records, cited={claimed.id: "README.md"}) == set("abcd")
+    assert kept(small, *records, released={child.id: "pocket-1"}) == set("abd")
+    assert kept(small, *records) == set("def"), "else the newest of each kind"
+
+
+def test_the_data_set_of_a_kept_run_stays(small, made):
+    manifest = small_repo.artefact("manifest.json", "e" * 64)
+    sets = [made("data", "a", outputs=[manifest]), made("data", "b")]
+    run = made("train", "c", inputs=[manifest])
+    assert kept(small, *sets, run) == set("ac")
+
+
+def test_of_a_kind_the_newest_stays_whose_parents_stay(small, made):
+    runs = [made("train", "a"), made("train", "b")]
+    traces = [made("trace", n, parents=(runs[n == "d"].id,)) for n in "cd"]
+    assert kept(small, *runs, *traces, cited={runs[0].id: "README.md"}) == set("ac")
+    assert kept(small, *runs, *traces[:1]) == set("ac")
+
+
+def test_a_record_in_the_tree_takes_the_place_of_an_archived_one(small, made):
+    proof = made("falsification", "a", kills=BOTH)
+    runs = [made("train", n, gates=["pass"]) for n in "bc"]
+    benchmarks = [made("benchmark", n) for n in "de"]
+    records = (proof, *runs, *benchmarks)
+    assert kept(small, *records) == set("ace")
+    assert kept(small, *records, archived={runs[1].id, benchmarks[1].id}) == set("abd")
+    gone = {r.id for r in (*runs, *benchmarks)}
+    assert kept(small, *records, archived=gone) == set("ac"), "without a run the state is another"
+
+
+def test_a_superseded_record_speaks_for_no_gate(small, made):
+    proof, wrong = (made("falsification", n, kills=BOTH) for n in "ab")
+    assert kept(small, proof, wrong, superseded={wrong.id}) == {"a"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("archived") / "repo"
+    small_repo.build(root)
+    for minute in (10, 11, 12):
+        archived.benchmark(root, minute)
+    small_repo.commit_all(root)
+    return root
+
+
+@pytest.fixture
+def repo(built, tmp_path):
+    shutil.copytree(built, tmp_path / "repo", symlinks=True)
+    return tmp_path / "repo"
+
+
+def named(root, minute: int) -> str:
+    return next((root / "evidence").glob(f"benchmark-*{minute:08x}")).name
+
+
+def test_a_file_of_the_tree_cites_a_record_by_id_or_prefix(repo):
+    first, second, _ = (named(repo, minute) for minute in (10, 11, 12))
+    write(repo, "docs/one.md", f"See {first}.\n")
+    write(repo, "docs/two.md", f"See {second[:-9]} and {first}.\n")
+    git(repo, "add", "-A")
+    everything = [e.record for e in Ledger(repo / "evidence").entries()]
+    found = citations(repo / "evidence", everything)
+    assert found[first] == "docs/one.md" and found[second] == "docs/two.md"
+    assert {v for k, v in found.items() if k not in (first, second)} == {"evidence/registry.toml"}
+    assert named(repo, 12) not in found, "a record, the ledger and the archive cite nothing"
+
+
+def test_the_commit_listed_is_the_last_that_changed_the_folder(repo):
+    gone, commit = named(repo, 10), git(repo, "rev-parse", "HEAD")
+    write(repo, "docs/more.md", "more\n")
+    small_repo.commit_all(repo)
+    ledger = (repo / "evidence" / "ledger.jsonl").read_bytes()
+    before = Ledger(repo / "evidence").records()
+    plan = archiving.plan(repo / "evidence")
+    assert (repo / "evidence" / gone).is_dir(), "a plan changes nothing"
+    assert archiving.archive(repo / "evidence") == plan
+    assert [line.commit for line in plan.lines] == [commit] * 2 and plan.n_bytes > 0
+    assert not (repo / "evidence" / gone).exists()
+    assert (repo / "evidence" / "ledger.jsonl").read_bytes() == ledger
+    assert Ledger(repo / "evidence").records() == before
+    assert set(before) == {*plan.kept, *(line.record for line in plan.lines)}
+
+
+def test_a_second_time_appends_what_is_new(repo):
+    directory = repo / "evidence"
+    archiving.archive(directory)
+    small_repo.commit_all(repo)
+    first = (directory / "archive.jsonl").read_bytes()
+    assert archiving.archive(directory).lines == ()
+    assert (directory / "archive.jsonl").read_bytes() == first
+    superseding = archived.benchmark(repo, 13)
+    small_repo.commit_all(repo)
+    (line,) = archiving.archive(directory).lines
+    assert line.record == Ledger(directory).entries()[-2].record != superseding
+    assert (directory / "archive.jsonl").read_bytes() == first + line.to_line()
+
+
+def test_only_a_committed_folder_in_a_full_clone_is_archived(repo, tmp_path):
+    directory, name = repo / "evidence", named(repo, 10)
+
+    def refuses(folder, says: str) -> None:
+        with pytest.raises(IntegrityError, match=says):
+            archiving.archive(folder)
+        assert (folder / name).is_dir() and not (folder / "archive.jsonl").exists()
+
+    subprocess.run(
+        ["git", "clone", "-q", "--depth", "1", f"file://{repo}", tmp_path / "s"], check=True
+    )
+    refuses(tmp_path / "s" / "evidence", "clone is shallow")
+    shutil.copytree(directory, tmp_path / "loose")
+    refuses(tmp_path / "loose", "not tracked by git")
+    write(repo, f"evidence/{name}/more.jsonl", "{}\n")
+    refuses(directory, "differs from its commit")
+    write(repo, ".gitignore", "more.jsonl\n")
+    small_repo.commit_all(repo)
+    refuses(directory, "does not hold .*more.jsonl")
+    (directory / name / "more.jsonl").unlink()
+    record = archived.benchmark(repo, 14)
+    refuses(directory, "differs from its commit")
+    write(repo, ".gitignore", f"*{record[-8:]}\n")
+    small_repo.commit_all(repo)
+    archived.benchmark(repo, 15)
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "one of two")
+    refuses(directory, f"{record} is not committed")
+
+
+def test_evidence_that_does_not_verify_is_not_archived(repo):
+    path = next((repo / "evidence").glob("train-*")) / "metrics.jsonl"
+    path.write_text(path.read_text().replace("2.3", "2.2", 1))
+    small_repo.commit_all(repo)
+    with pytest.raises(IntegrityError, match="does not match the hash"):
+        archiving.archive(repo / "evidence")
+
+
+def test_the_folder_of_an_archived_record_comes_back_for_a_rerun(repo):
+    directory, gone, stays = repo / "evidence", named(repo, 10), named(repo, 12)
+    files = {p.name: p.read_bytes() for p in (directory / gone).iterdir()}
+    archiving.archive(directory)
+    assert gone in Archive(directory)
+    with folder_of(directory, gone) as folder:
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
+    with folder_of(directory, stays) as folder:
+        assert folder == directory / stays
