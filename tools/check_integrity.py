@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools/checkout")]
 
 try:
-    from stackproof.spec.errors import StackproofError
     from tools.integrity import (  # noqa: F401
         archive_rules,
         blocks,
@@ -50,14 +49,6 @@ def findings_in(repo: Repo) -> list[Finding]:
     """`check`, of a repository that is already open."""
     found = [f for rule in RULES.values() for f in rule.run(repo)]
     return sorted(set(found), key=lambda f: (f.code, f.path, f.line, f.message))
-
-
-def unread(root: Path) -> int:
-    """How many archived records this checkout cannot read; 0 if the list itself is broken."""
-    try:
-        return len(Repo(root).ledger.unread())
-    except StackproofError:
-        return 0
 
 
 def explain(code: str) -> int:
@@ -102,8 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"wrote {path}", file=sys.stderr)
     repo = Repo(options.root)
     findings = findings_in(repo)
-    if unread_records := unread(options.root):
-        repo.not_verified.append(f"ARCHIVE: {unread_records} archived record(s)")
     if options.json:
         document = {
             "ok": not findings and not repo.not_verified,

@@ -15,6 +15,8 @@ PATH = f"evidence/{FILE}"
     hint="git checkout evidence/; archive with stack evidence archive, and keep the history",
 )
 def archive(repo: Repo) -> Found:
+    if unread := repo.ledger.unread():
+        repo.not_verified.append(f"ARCHIVE: {len(unread)} archived record(s)")
     hashes = {e.record: e.sha256 for e in repo.entries}
     released = {record for model in repo.registry for record in model.records.values()}
     seen: set[str] = set()
