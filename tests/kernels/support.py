@@ -4,6 +4,7 @@ memory, broken copies of a kernel.
 
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -186,10 +187,13 @@ def broken(module: ModuleType, old: str, new: str, folder) -> ModuleType:
     Operations it registers with torch get names of their own.
     """
     text = Path(module.__file__).read_text("utf-8")
-    assert old in text, f"{module.__name__} holds no {old!r}"
-    text = text.replace('operation("stackproof::', f'operation("copy{next(_COPIES)}::')
+    words = (re.escape(w) for w in re.findall(r"\w+|[^\w\s]", old))
+    wanted = r"\s*".join(rf",?\s*{w}" if w in (r"\)", r"\]") else w for w in words)
+    text, found = re.subn(wanted, lambda match: new, text)  # however it is broken into lines
+    assert found, f"{module.__name__} holds no {old!r}"
+    text = re.sub(r'(operation\(\s*)"stackproof::', rf'\1"copy{next(_COPIES)}::', text)
     path = folder / f"broken_{module.__name__.rpartition('.')[2]}.py"
-    path.write_text(text.replace(old, new), "utf-8")
+    path.write_text(text, "utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
