@@ -28,7 +28,7 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
     parameters = [p for p in command.params if p.name != "help"]
     options = [p for p in parameters if p.param_type_name == "option"]
     verbs[path] = {
-        "help": (command.help or "").strip(),
+        "help": _unwrapped(command.help or ""),
         "examples": (command.epilog or "").removeprefix("Examples: ").split(" · ")
         if command.epilog
         else [],
@@ -52,6 +52,11 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
             for o in options
         ],
     }
+
+
+def _unwrapped(text: str) -> str:
+    """Each paragraph on one line, as the terminal shows it whatever the source wraps."""
+    return "\n\n".join(" ".join(x.split()) for x in text.strip().split("\n\n"))
 
 
 if __name__ == "__main__":
