@@ -26,13 +26,14 @@ part() {
 }
 
 part doctor "$PYTHON" -m stackproof doctor
+part compare "$PYTHON" -m stackproof doctor --kernels
 part tests "$PYTHON" -m pytest -m gpu -q tests
 part train "$PYTHON" -m stackproof train pocket --device cuda --run-dir "$OUT_DIR/pocket-cuda"
 part train-bf16 "$PYTHON" -m stackproof train pocket --device cuda --set train.dtype=bfloat16 --run-dir "$OUT_DIR/pocket-cuda-bf16"
 part overhead "$PYTHON" benchmarks/gate_overhead.py --device cuda --run-dir "$OUT_DIR/gate-overhead"
 # needs transformers besides; left out where it is not installed
 "$PYTHON" -c 'import transformers' 2>/dev/null && part foreign-overhead "$PYTHON" benchmarks/foreign_overhead.py --device cuda --run-dir "$OUT_DIR/foreign-overhead"
-for name in attention-64 attention-128 forward-64 forward-128 naive-64 rms-norm swiglu clip adamw cross-entropy; do
+for name in attention-64 attention-128 forward-64 forward-128 naive-64 rms-norm swiglu cross-entropy; do
     part "kernels-$name" "$PYTHON" benchmarks/kernels.py --part "$name" --run-dir "$OUT_DIR/kernels-$name"
 done
 part training "$PYTHON" benchmarks/training.py --shape llama-370m --device cuda --rounds 3 --run-dir "$OUT_DIR/training-llama-370m"

@@ -5,18 +5,18 @@
     python benchmarks/kernels.py --part NAME --rehearse
 
 Parts: attention-64, attention-128 (head_dim; forward and backward), forward-64, forward-128,
-naive-64 (against attention as written in a textbook), rms-norm, swiglu, clip, adamw (bytes moved
-per second, against a copy), cross-entropy, and tiles, which tries other tiles of flash attention
-and records nothing. Without a CUDA device the exit code is 7. `--rehearse` runs the same on the CPU
-with tiny sizes in Triton's interpreter, to see that nothing breaks: its figures mean nothing and no
-record of them can be written.
+naive-64 (against attention as written in a textbook), rms-norm, swiglu (bytes moved per second,
+against a copy), cross-entropy, and tiles, which tries other tiles of flash attention and records
+nothing. `stack doctor --kernels` compares all kernels of this device by the same code and at other
+sizes. Without a CUDA device the exit code is 7. `--rehearse` runs the same on the CPU with tiny
+sizes in Triton's interpreter, to see that nothing breaks: its figures mean nothing and no record of
+them can be written.
 """
 
 import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +46,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stackproof.kernels import attention as torch_attention
-from stackproof.kernels import eager
+from stackproof.kernels import dispatch, eager
+from stackproof.kernels.case import Case, Layout
+from stackproof.kernels.compare import seconds_of, work
+from stackproof.kernels.table import OPERATIONS, TORCH, TRITON
 from stackproof.spec.errors import EnvironmentUnfit
 
 Call = Callable[[], object]
@@ -57,8 +60,8 @@ PACKAGES = ("torch", "triton", "liger-kernel")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: attention (B, N, T), rows × features, numbers of an optimizer, rows ×
-    width × vocabulary of a loss.
+    """What is measured: attention (B, N, T), rows × features,
+    rows × width × vocabulary of a loss.
     """
 
     device: str
@@ -69,24 +72,14 @@ class Sizes:
     naive_T: int
     rows: int
     features: int
-    tensors: int
-    numbers: int
     loss: tuple[int, int, int]
 
 
-GPU = Sizes(
-    "cuda", torch.bfloat16, 16, 16, 2048, 512, 65536, 4096, 64, 2**22, (16384, 2048, 128256)
-)
-REHEARSAL = Sizes("cpu", torch.float16, 1, 1, 70, 40, 6, 80, 3, 5000, (8, 16, 50))
+GPU = Sizes("cuda", torch.bfloat16, 16, 16, 2048, 512, 65536, 4096, (16384, 2048, 128256))
+REHEARSAL = Sizes("cpu", torch.float16, 1, 1, 70, 40, 6, 80, (8, 16, 50))
 
 
 # ---- attention
-
-
-def heads(sizes: Sizes, T: int, H: int) -> list[Tensor]:
-    """q, k, v and a gradient, as a projection leaves them: (B, T, N, H) in memory."""
-    draw = partial(torch.randn, sizes.B, T, sizes.N, H, device=sizes.device, dtype=sizes.dtype)
-    return [draw().transpose(1, 2).requires_grad_(i < 3) for i in range(4)]
 
 
 def naive(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
@@ -98,10 +91,12 @@ def naive(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
     ).softmax(-1) @ v_BNTH
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from stackproof.kernels import flash_attention
+def ours(op: str) -> Callable:
+    return dispatch.function_of(OPERATIONS[op].kernels[TRITON])
 
-    return flash_attention.attention(q, k, v)
+
+def forward_and_backward(case: Case, function: Callable) -> Call:
+    return work(case, function, case.draw())
 
 
 def attend(
@@ -116,14 +111,21 @@ def attend(
     """One call of an attention, and its floating-point operations in units of 10¹²: half of all
     pairs, five products backward.
     """
-    q, k, v, grad = heads(sizes, T, H)
+    heads = Layout((sizes.B, sizes.N, T, H), (T * sizes.N * H, H, sizes.N * H, 1), sizes.dtype)
+    case = Case(
+        OPERATIONS["attention"],
+        {"q_BNTH": heads, "k_BKSH": heads, "v_BKSH": heads},
+        torch.device(sizes.device),
+    )
+    if backward:
+        made = forward_and_backward(case, attention)
+    else:
+        qkv = case.draw().values()
+        made = torch.no_grad()(lambda: attention(*qkv))
 
     def call() -> object:
         with sdpa_kernel([backend]) if backend is not None else nullcontext():
-            if not backward:
-                with torch.no_grad():
-                    return attention(q, k, v)
-            return torch.autograd.grad(attention(q, k, v), (q, k, v), grad)
+            return made()
 
     products = 2 + 5 * backward
     return call, products * sizes.B * sizes.N * T * T * H / 1e12
@@ -139,7 +141,7 @@ def attention_part(H: int, *, backward: bool) -> list[Contestant]:
         (SDPBackend.MATH, None),
     ]
     return [
-        Contestant(OURS, "triton", lambda s: measured(ours, s, s.T)),
+        Contestant(OURS, "triton", lambda s: measured(ours("attention"), s, s.T)),
         *(
             Contestant(
                 f"SDPA {b.name.lower()}",
@@ -154,7 +156,9 @@ def attention_part(H: int, *, backward: bool) -> list[Contestant]:
 
 def naive_part(H: int) -> list[Contestant]:
     return [
-        Contestant(OURS, "triton", lambda s: attend(ours, s, s.naive_T, H, backward=True)),
+        Contestant(
+            OURS, "triton", lambda s: attend(ours("attention"), s, s.naive_T, H, backward=True)
+        ),
         Contestant(
             "naive", "", lambda s: attend(naive, s, s.naive_T, H, backward=True), NAIVE_RATIO
         ),
@@ -172,64 +176,31 @@ def copy(sizes: Sizes) -> tuple[Call, float]:
 
 def normalise(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
     """Forward and backward: x and its gradient each read and written once, x read again."""
-    if triton:
-        from stackproof.kernels.rms_norm import rms_norm
-    else:
-        rms_norm = eager.rms_norm
-    x, grad = (
-        torch.randn(sizes.rows, sizes.features, device=sizes.device, dtype=sizes.dtype)
-        for _ in range(2)
-    )
-    weight = torch.ones(sizes.features, device=sizes.device, requires_grad=True)
-    x.requires_grad_()
-    return lambda: torch.autograd.grad(
-        rms_norm(x, weight, 1e-5), (x, weight), grad
-    ), 5 * x.nbytes / 1e9
+    x, weight = dense(sizes, sizes.features), Layout((sizes.features,), (1,), torch.float32)
+    return one_of(
+        "rms_norm", {"x_BTD": x, "weight_D": weight, "eps": 1e-5}, sizes, triton
+    ), 5 * n_bytes(sizes) / 1e9
 
 
 def gate(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
     """Forward and backward: two read, one written; three read, two written."""
-    if triton:
-        from stackproof.kernels.swiglu import swiglu
-    else:
-        swiglu = eager.swiglu
-    gate, up, grad = (
-        torch.randn(sizes.rows, sizes.features, device=sizes.device, dtype=sizes.dtype)
-        for _ in range(3)
+    arguments = {"gate_BTF": dense(sizes, sizes.features), "up_BTF": dense(sizes, sizes.features)}
+    return one_of("swiglu", arguments, sizes, triton), 8 * n_bytes(sizes) / 1e9
+
+
+def dense(sizes: Sizes, features: int) -> Layout:
+    return Layout((sizes.rows, features), (features, 1), sizes.dtype)
+
+
+def n_bytes(sizes: Sizes) -> int:
+    return sizes.rows * sizes.features * sizes.dtype.itemsize
+
+
+def one_of(op: str, arguments: dict, sizes: Sizes, triton: bool) -> Call:
+    case = Case(OPERATIONS[op], arguments, torch.device(sizes.device))
+    return forward_and_backward(
+        case, ours(op) if triton else dispatch.function_of(OPERATIONS[op].kernels[TORCH])
     )
-    gate.requires_grad_(), up.requires_grad_()
-    return lambda: torch.autograd.grad(swiglu(gate, up), (gate, up), grad), 8 * gate.nbytes / 1e9
-
-
-def lists(sizes: Sizes, n: int) -> list[list[Tensor]]:
-    return [
-        [torch.rand(sizes.numbers, device=sizes.device) for _ in range(sizes.tensors)]
-        for _ in range(n)
-    ]
-
-
-def clipped(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
-    """Gradients beyond the limit: read for the norm, read and written for the scale.
-    The limit shrinks so that every call scales.
-    """
-    if triton:
-        from stackproof.kernels.clip import clip
-    else:
-        clip = eager.clip
-    (gradients,) = lists(sizes, 1)
-    limits = iter(0.999**i for i in range(10**9))
-    return lambda: clip(gradients, next(limits)), 3 * sum(g.nbytes for g in gradients) / 1e9
-
-
-def updated(sizes: Sizes, *, triton: bool) -> tuple[Call, float]:
-    """One step: four read, three written."""
-    if triton:
-        from stackproof.kernels.adamw import adamw
-    else:
-        adamw = eager.adamw
-    all_lists = lists(sizes, 4)
-    numbers = {"step": 5, "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    return lambda: adamw(*all_lists, **numbers), 7 * sum(p.nbytes for p in all_lists[0]) / 1e9
 
 
 def memory_part(work: Callable[..., tuple[Call, float]]) -> list[Contestant]:
@@ -248,18 +219,15 @@ def lose(loss: Callable, sizes: Sizes) -> tuple[Call, float]:
     rates in thousands of rows per second.
     """
     R, D, V = sizes.loss
-    x, weight = (
-        torch.randn(n, D, device=sizes.device, dtype=sizes.dtype, requires_grad=True)
-        for n in (R, V)
-    )
     labels = torch.randint(V, (R,), device=sizes.device)
-    return lambda: torch.autograd.grad(loss(x, weight, labels), (x, weight)), R / 1e3
-
-
-def our_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from stackproof.kernels.linear_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(x, weight, labels)[0]
+    arguments = {
+        "x_RD": Layout((R, D), (D, 1), sizes.dtype),
+        "weight_VD": Layout((V, D), (D, 1), sizes.dtype),
+        "labels_R": labels,
+    }
+    return forward_and_backward(
+        Case(OPERATIONS["linear_cross_entropy"], arguments, torch.device(sizes.device)), loss
+    ), R / 1e3
 
 
 def whole_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -273,13 +241,9 @@ def liger_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSS_PART = [
-    Contestant(OURS, "triton", partial(lose, our_loss)),
+    Contestant(OURS, "triton", lambda s: lose(ours("linear_cross_entropy"), s)),
     Contestant("all logits", "", partial(lose, whole_loss)),
-    Contestant(
-        "torch linear_cross_entropy",
-        "",
-        partial(lose, lambda *a: eager.library_linear_cross_entropy(*a)[0]),
-    ),
+    Contestant("torch linear_cross_entropy", "", partial(lose, eager.library_linear_cross_entropy)),
     Contestant("Liger", "liger_kernel", partial(lose, liger_loss)),
 ]
 
@@ -309,26 +273,8 @@ PARTS: dict[str, tuple[str, str, list[Contestant]]] = {
     "naive-64": ("causal attention against the textbook's, head_dim 64", "TFLOP/s", naive_part(64)),
     "rms-norm": ("RMSNorm forward and backward", "GB/s", memory_part(normalise)),
     "swiglu": ("SwiGLU forward and backward", "GB/s", memory_part(gate)),
-    "clip": ("clipping by the global norm", "GB/s", memory_part(clipped)),
-    "adamw": ("an AdamW step", "GB/s", memory_part(updated)),
     "cross-entropy": ("linear cross-entropy forward and backward", "thousand rows/s", LOSS_PART),
 }
-
-
-def seconds_of(call: Call, times: int, device: str) -> float:
-    """Seconds of one of `times` calls in a row, by the device's clock."""
-    if device == "cpu":
-        started = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - started) / times
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(times):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / times
 
 
 def peak_bytes(call: Call, device: str) -> int:
@@ -382,8 +328,8 @@ def try_tiles(sizes: Sizes, rounds: int) -> None:
     """Milliseconds of forward and of forward and backward for other tiles of flash attention, best
     first. Edit TILES by hand.
     """
-    from stackproof.kernels import flash_attention
-    from stackproof.kernels.flash_attention import TILES, Tile
+    from stackproof.kernels.triton import flash_attention
+    from stackproof.kernels.triton.flash_attention import TILES, Tile
 
     shapes = (
         [Tile(*t) for t in product((64, 128), (32, 64, 128), (4, 8), (2, 3))]

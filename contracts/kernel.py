@@ -1,9 +1,9 @@
 """Gates of kernels and compilers: what runs fast computes what the slow original computes."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,52 @@ from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.loss import IGNORE, gradient_errors
 
 Step = Callable[[int], tuple[float, Mapping[str, Tensor]]]
+
+
+class KernelCall(Protocol):
+    """One call of an operation, at the run's own shapes, by the kernel that
+    the run has chosen for it.
+    """
+
+    title: str
+    half: bool
+
+    def compared(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Outputs and gradients by name: of the kernel, and of its reference on
+        the same numbers in float64.
+        """
+
+
+@decides("kernel.reference")
+def reference(
+    limits: SimpleNamespace, *, kernel_calls: Callable[[], Sequence[KernelCall]]
+) -> Verdict:
+    """Every kernel that the run has chosen gives the outputs and gradients of its reference,
+    at the run's own shapes.
+
+    `kernel_calls()` are the distinct calls that one micro-batch of the run makes.
+    """
+    worst, where = {False: 0.0, True: 0.0}, {False: "", True: ""}
+    calls = kernel_calls()
+    for call in calls:
+        errors = gradient_errors(*call.compared())
+        name = max(errors, key=errors.__getitem__)
+        if errors[name] >= worst[call.half]:
+            worst[call.half], where[call.half] = errors[name], f"{name} of {call.title}"
+    if not calls:
+        return failed(
+            "the model has called no operation, so this check has seen no kernel", calls=0
+        )
+    limit = {False: limits.rel_error_max, True: limits.half_rel_error_max}
+    half = max(worst, key=lambda kind: worst[kind] / limit[kind])
+    return decide(
+        all(worst[kind] <= limit[kind] for kind in worst),
+        f"{where[half]} differs from the reference by {worst[half]:.2g}",
+        rel_error=worst[False],
+        half_rel_error=worst[True],
+        worst=where[half],
+        calls=len(calls),
+    )
 
 
 @decides("kernel.compiled-graph")

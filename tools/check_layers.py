@@ -17,7 +17,7 @@ NAMES = {"spec": "stackproof.spec", "contracts": "stackproof.contracts", "stack"
 # Bottom to top. A package may import itself and everything before it. Modules directly in stack/
 # stand with config; __init__.py and __main__.py, which offer what the others hold, stand with cli.
 LAYERS = (
-    "spec contracts config evidence kernels data model evaluate trace export train recipes museum "
+    "spec contracts kernels config evidence data model evaluate trace export train recipes museum "
     "cli"
 )
 ORDER = [f"stackproof.{layer}" for layer in LAYERS.split()]
@@ -41,11 +41,8 @@ TOOLS_IMPORT = (
 WITNESS = {"stack/export/parity.py": "transformers"}
 # These are imported by commands that must answer without torch.
 LIGHT_AT_IMPORT = (
-    "contracts/gate.py",
-    "contracts/keeper.py",
-    "contracts/events.py",
-    "contracts/conditions.py",
-    "stack/config/load.py",
+    *(f"contracts/{name}.py" for name in ("gate", "keeper", "events", "conditions")),
+    *("stack/config/load.py", "stack/kernels/table.py"),
 )
 
 

@@ -1,8 +1,9 @@
-"""`stack doctor`: environment against what is needed."""
+"""`stack doctor`: environment against what is needed, and the kernels of this device."""
 
 import importlib.util
 import shutil
 import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +23,25 @@ def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Compare all kernels on this device; train.kernels=auto then takes the fastest.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Compare this machine with what training needs. Exit code 7 if training cannot run here."""
     findings = list(_findings())
     ok = all(f["ok"] or not f["required"] for f in findings)
-    if not emit({"ok": ok, "findings": findings}, json):
+    document: dict[str, Any] = {"ok": ok, "findings": findings}
+    if importlib.util.find_spec("torch"):
+        if kernels:
+            document |= _comparison(quiet=json)
+        document["kernels"] = _chosen()
+    if not emit(document, json):
         stdout.print(
             table(
                 "Environment",
@@ -37,6 +52,17 @@ def doctor(json: Json = False) -> None:
                 ],
             )
         )
+        if chosen := document.get("kernels"):
+            rows = [
+                [c["operation"], c["dtype"], c["kernel"], c["origin"], c["reason"]] for c in chosen
+            ]
+            stdout.print(
+                table(
+                    "Kernels of train.kernels = auto",
+                    ["operation", "precision", "kernel", "from", "reason"],
+                    rows,
+                )
+            )
     if not ok:
         missing = [f["what"] for f in findings if f["required"] and not f["ok"]]
         raise EnvironmentUnfit(
@@ -101,3 +127,72 @@ def _torch_findings(finding):
         cuda or bf16,
         required=False,
     )
+
+
+def _device():
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _chosen() -> list[dict[str, str]]:
+    """What train.kernels = auto takes on this device, by operation;
+    another precision where it takes something else.
+    """
+    from stackproof.data.prepare import cache_directory
+    from stackproof.kernels import choice, measured
+    from stackproof.kernels.table import FLOATS
+
+    device = _device()
+    found = measured.read(cache_directory(), choice.device_name(device))
+    by_dtype = {d: choice.of_config("auto", device, dtype=d, measurement=found) for d in FLOATS}
+    rows = []
+    for op, usual in by_dtype["float32"].items():
+        for dtype, choices in by_dtype.items():
+            chosen = choices[op]
+            if dtype == "float32" or chosen.kernel != usual.kernel:
+                row = {"operation": op, "dtype": dtype, "kernel": chosen.kernel}
+                rows.append(row | {"origin": chosen.origin, "reason": chosen.reason})
+    return rows
+
+
+def _comparison(*, quiet: bool) -> dict[str, Any]:
+    """Compare all kernels on this device and keep the outcome in the user's cache."""
+    from stackproof.data.prepare import cache_directory
+    from stackproof.kernels import compare, measured
+    from stackproof.spec.gates import load_spec
+
+    limits = load_spec().gates["kernel.reference"].limits
+    found = compare.measure(
+        _device(),
+        lambda case: limits["half_rel_error_max" if case.half else "rel_error_max"].value,
+        on_case=lambda raced: None if quiet else _tell(raced),
+    )
+    path = measured.write(cache_directory(), found)
+    if not quiet:
+        stdout.print(f"kept in {path}", markup=False)
+    return {
+        "comparison": {
+            "file": str(path),
+            "device": found.device,
+            "winners": found.winners,
+            "rows": found.rows,
+        }
+    }
+
+
+def _tell(raced: list) -> None:
+    """One line for each kernel of a case."""
+    base = next(r for r in raced if r.kernel == "torch").seconds
+    for row in (r.row(base) for r in raced):
+        said = row["missing"] or (
+            (
+                f"{row['milliseconds']:.3g} ms, {row['times_torch']:.2f} times as fast as torch, "
+                f"error {row['rel_error']:.1e}"
+            )
+            if row["milliseconds"] and row["times_torch"]
+            else "torch's own does not run here"
+        )
+        stdout.print(
+            f"{row['operation']} by {row['kernel']}, {row['shapes']}: {said}", markup=False
+        )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from stackproof.config.data import Curriculum, DataConfig, FilesSource, StaticCurriculum
 from stackproof.config.run import RunConfig
+from stackproof.kernels.table import by_operation
 from stackproof.spec.canonical import parse_strict
 from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.records import Override
@@ -343,6 +344,9 @@ def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
     *path, leaf = key.split(".")
     node = tree
     for depth, part in enumerate(path):
+        if ".".join(path[: depth + 1]) == "train.kernels" and isinstance(node.get(part), str):
+            # one word for all becomes the table it stands for
+            node[part] = by_operation(node[part])
         if not isinstance(node.get(part), dict):
             raise unknown_key(key, origin, ".".join(path[:depth]) or None)
         node = node[part]
@@ -384,10 +388,13 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 def _named_tables() -> tuple[str, ...]:
     """Keys whose value is a table with names of the user's."""
-    return tuple(
-        f"curriculum.{k}"
-        for k, f in StaticCurriculum.model_fields.items()
-        if get_origin(f.annotation) is dict
+    return (
+        "train.kernels",
+        *(
+            f"curriculum.{k}"
+            for k, f in StaticCurriculum.model_fields.items()
+            if get_origin(f.annotation) is dict
+        ),
     )
 
 

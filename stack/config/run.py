@@ -2,12 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from stackproof.config.base import Frozen
 from stackproof.config.data import BanditCurriculum, DataConfig, StaticCurriculum
 from stackproof.config.model import ModelConfig
 from stackproof.config.optim import Optim, Schedule, Wsd
+from stackproof.kernels import table
+from stackproof.spec.errors import UsageError
 from stackproof.spec.records import Waiver
 
 
@@ -28,6 +31,13 @@ class TrainConfig(Frozen):
             "block is computed again"
         ),
     )
+    kernels: str | dict[str, str] = Field(
+        "auto",
+        description=(
+            "auto (the fastest by a shipped record or by stack doctor --kernels), torch, triton, "
+            "or one by name for each operation"
+        ),
+    )
     recompute_every: int = Field(
         500,
         ge=1,
@@ -36,6 +46,18 @@ class TrainConfig(Frozen):
         ),
     )
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _known_kernels(cls, value):
+        try:
+            table.by_operation(value)
+        except UsageError as e:
+            near = ", ".join(f"'{name}'" for name in e.allowed.split(", "))
+            raise PydanticCustomError(
+                "unknown_kernel", "{what}", {"what": e.what, "tag": e.value, "expected_tags": near}
+            ) from e
+        return value
 
 
 class EvalConfig(Frozen):

@@ -4,6 +4,8 @@ or on the CPU in chunks.
 B batch, N query heads, K key/value heads, T queries, S keys, H head_dim
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ def attention(
     *,
     start_BS: Tensor | None = None,
     window: int | None = None,
+    mask_B1TS: Tensor | None = None,
     scale: float | None = None,
     chunks: bool = False,
 ) -> Tensor:
@@ -26,11 +29,14 @@ def attention(
     query head n reads key/value head n // (N/K).
 
     The query at position p sees keys s with max(start[p], p - window + 1) <= s <= p, where
-    `start_BS` (int64, start[p] <= p) is the first index of each position's document. `scale` is
-    1/√H unless given. `chunks`: long rows by `chunked_attention`. Returns (B, N, T, H) in the dtype
-    of the input. Raises UsageError for shapes that do not fit. Oracle:
+    `start_BS` (int64, start[p] <= p) is the first index of each position's document. `mask_B1TS`
+    (bool, query by key) takes the place of start and window where one mask was made for all layers.
+    `scale` is 1/√H unless given. `chunks`: long rows by `chunked_attention`. Returns (B, N, T, H)
+    in the dtype of the input. Raises UsageError for shapes that do not fit. Oracle:
     `stackproof.kernels.reference.attention`.
     """
+    if mask_B1TS is not None:
+        return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale, chunks=chunks)
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     scaled = {} if scale is None else {"scale": scale}
@@ -47,6 +53,11 @@ def attention(
         index_S = torch.arange(S, device=q_BNTH.device)
         mask = mask & (index_S > index_S[:, None] - window)
     return document_attention(q_BNTH, k_BKSH, v_BKSH, mask[:, :, S - T :], chunks=chunks, **scaled)
+
+
+def in_chunks(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, **options: Any) -> Tensor:
+    """`attention`, long rows by `chunked_attention`."""
+    return attention(q_BNTH, k_BKSH, v_BKSH, **options, chunks=True)
 
 
 def check_shapes(
@@ -95,7 +106,7 @@ def check_shapes(
             "attention: head_dim",
             value=H,
             allowed=f"at most {max_head_dim}",
-            next_step='dispatch.using(attention="torch")',
+            next_step='train.kernels.attention = "torch"',
         )
 
 
@@ -135,7 +146,7 @@ def document_attention(
     reads key/value head n // (N/K).
 
     Returns shape (B, N, T, H), dtype of the input.
-    Oracle: `stackproof.kernels.reference.document_attention`.
+    Oracle: `stackproof.kernels.reference.attention`.
     """
     return _attend(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale, chunks)
 

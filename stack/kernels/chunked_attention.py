@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stackproof.kernels.operation import operation
+from stackproof.kernels.custom_op import custom_op
 
 LEAST_QUERIES = 128  # shorter rows gain nothing
 LEAST_ROWS = 4  # B·G: with fewer, the products are too small
@@ -51,7 +51,7 @@ def attention(
 
     Query head n reads key/value head n // G; a query that sees no key gives zeros. Float32 or
     float64, any strides. Returns (B, N, T, H) in that type, laid out as (B, T, N, H). Has no second
-    derivative. Oracle: `stackproof.kernels.reference.document_attention`.
+    derivative. Oracle: `stackproof.kernels.reference.attention`.
     """
     return _forward(
         q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale
@@ -66,7 +66,7 @@ def _heads_last(x_BNTH: Tensor) -> Tensor:
     return x_BNTH.new_empty_strided((B, N, T, H), (T * N * H, H, N * H, 1))
 
 
-@operation(
+@custom_op(
     "stackproof::chunked_attention", lambda q, k, v, mask, scale: _heads_last(q), derived=True
 )
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -81,7 +81,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
     return out if blind is None else out.masked_fill_(blind, 0)
 
 
-@operation(
+@custom_op(
     "stackproof::chunked_attention_backward",
     lambda grad, *qkv: tuple(_heads_last(x) for x in qkv[:3]),
 )

@@ -44,6 +44,13 @@ def linear_cross_entropy(
     )
 
 
+def by_onednn(
+    x_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, its products in float32 on the CPU by oneDNN."""
+    return linear_cross_entropy(x_RD, weight_VD, labels_R, **options, by_onednn=True)
+
+
 def _refuse_strangers(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
     strangers = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= vocab_size))]
     if len(strangers):

@@ -1,4 +1,4 @@
-"""Element-wise operations in plain torch, with derivatives written out so that few passes over
+"""Operations in plain torch, element-wise ones with derivatives written out so that few passes over
 memory and few saved tensors are left.
 
 A compiler that traces them gets the bare formula instead: it fuses passes itself. Where no gradient
@@ -7,7 +7,6 @@ arithmetic on one token.
 B batch, T tokens, N heads, D features, F inner features, H width that is rotated, J = H/2
 """
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stackproof.spec.errors import UsageError
+
+linear = F.linear
 
 
 def rms_norm(
@@ -149,46 +150,6 @@ def library_linear_cross_entropy(
         x_RD, weight_VD, labels_R, reduction="sum", ignore_index=ignore_index, options=options
     ).float()
     return nats, torch.zeros_like(nats)
-
-
-def clip(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale `gradients` in place by max_norm / (norm + 1e-6) if that is below 1 and the norm is
-    finite; return their norm, shape ().
-    """
-    if not max_norm > 0:
-        raise UsageError("clip: max_norm", value=max_norm, allowed="above 0")
-    if not gradients:
-        return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))
-    return norm
-
-
-def adamw(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    first_moments: list[Tensor],
-    second_moments: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """p -= lr·(m̂/(√v̂ + eps) + weight_decay·p) in place, by passes over lists of tensors;
-    `step` counts from 1.
-    """
-    beta1, beta2 = betas
-    torch._foreach_lerp_(first_moments, gradients, 1 - beta1)
-    torch._foreach_mul_(second_moments, beta2)
-    torch._foreach_addcmul_(second_moments, gradients, gradients, 1 - beta2)
-    roots = torch._foreach_sqrt(second_moments)
-    torch._foreach_div_(roots, math.sqrt(1 - beta2**step))
-    torch._foreach_add_(roots, eps)
-    torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-    torch._foreach_addcdiv_(parameters, first_moments, roots, -lr / (1 - beta1**step))
 
 
 def why_no_library_linear_cross_entropy() -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stackproof.kernels.operation import operation
+from stackproof.kernels.custom_op import custom_op
 
 # Why torch has no such products here; empty if it has.
 WHY_NOT = (
@@ -93,7 +93,7 @@ def _shaped(y_RM: Tensor, lead: torch.Size) -> Tensor:
     )
 
 
-@operation(
+@custom_op(
     "stackproof::linear",
     lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)),
     derived=True,
@@ -102,7 +102,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _shaped(outputs(_filled(x), weight, bias), x.shape[:-1])
 
 
-@operation(
+@custom_op(
     "stackproof::linear_input_gradient",
     lambda grad, weight: grad.new_empty(*grad.shape[:-1], weight.shape[1]),
 )
@@ -110,7 +110,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return _shaped(input_gradient(_filled(grad), weight), grad.shape[:-1])
 
 
-@operation(
+@custom_op(
     "stackproof::linear_weight_gradient",
     lambda grad, x: grad.new_empty(grad.shape[-1], x.shape[-1]),
 )

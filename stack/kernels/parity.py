@@ -17,29 +17,16 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from stackproof.kernels.table import FOLDER, OPERATIONS, TRITON, source_hash
 from stackproof.spec import ROOT
-from stackproof.spec.canonical import sha256_bytes
 from stackproof.spec.errors import IntegrityError
 
-FOLDER = Path(__file__).parent
 FILE = FOLDER / "parity.json"
-# kernel -> the files whose source decides what it computes
+# The files of every operation's Triton kernel.
 SOURCES = {
-    "adamw": ("adamw.py", "tensor_list.py", "launch.py"),
-    "attention": ("flash_attention.py", "flash_attention_kernels.py", "launch.py"),
-    "clip": ("clip.py", "tensor_list.py", "launch.py"),
-    "linear_cross_entropy": ("linear_cross_entropy.py", "launch.py"),
-    "rms_norm": ("rms_norm.py", "launch.py"),
-    "rope": ("rope.py", "launch.py"),
-    "swiglu": ("swiglu.py", "launch.py"),
+    op.name: op.kernels[TRITON].sources for op in OPERATIONS.values() if TRITON in op.kernels
 }
 NEXT_STEP = "python -m stackproof.kernels.parity --write"
-
-
-def source_hash(kernel: str, folder: Path = FOLDER) -> str:
-    """sha256 over the names and texts of a kernel's files."""
-    texts = [(name, (folder / name).read_text("utf-8")) for name in SOURCES[kernel]]
-    return sha256_bytes(json.dumps(texts).encode())
 
 
 def passed(file: Path = FILE) -> dict[str, dict]:
@@ -55,7 +42,7 @@ def why_not(kernel: str, folder: Path = FOLDER, file: Path = FILE) -> str:
     entry = passed(file).get(kernel)
     if entry is None:
         return "its parity tests have not been passed yet"
-    if entry["sha256"] != source_hash(kernel, folder):
+    if entry["sha256"] != source_hash(SOURCES[kernel], folder):
         return "its source has changed since it passed its parity tests"
     return ""
 
@@ -65,7 +52,7 @@ def require(kernel: str) -> None:
     if reason := why_not(kernel):
         raise IntegrityError(
             f"the Triton kernel {kernel} is not used: {reason}",
-            value=source_hash(kernel),
+            value=source_hash(SOURCES[kernel]),
             next_step=NEXT_STEP,
         )
 
@@ -103,7 +90,7 @@ def run(kernel: str, tests: Path) -> dict | None:
     """
     import torch
 
-    before = source_hash(kernel)
+    before = source_hash(SOURCES[kernel])
     where = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

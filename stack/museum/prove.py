@@ -34,6 +34,7 @@ from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import GateResult, Kill, Record
 from stackproof.train import session
+from stackproof.train.kernels import kernels_of
 from stackproof.train.listener import Listener
 from stackproof.train.preflight import gather
 
@@ -213,9 +214,9 @@ class Prover:
             fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()},
         )
         if gate.moment == "preflight":
-            dataset = prepare(cfg.data)
-            _, ingredients = gather(cfg, dataset, torch.device("cpu"))
-            return call_check(gate, ingredients), None
+            dataset, device = prepare(cfg.data), torch.device("cpu")
+            with kernels_of(cfg, device):
+                return call_check(gate, gather(cfg, dataset, device)[1]), None
         if "export" in gate.kinds:
             result = self._export(gate)
             if "import" in gate.kinds and result.verdict == "pass":

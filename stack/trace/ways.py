@@ -4,7 +4,6 @@ blocks; a whole model or one module.
 
 import copy
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.kernels import attention, dispatch, reference
+from stackproof.kernels import dispatch, reference
 from stackproof.model.build import building
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import UsageError
@@ -127,26 +126,8 @@ def reference_kernels() -> Iterator[None]:
     """Our model computes by the slow and plain kernels, in the whole
     process until the block ends.
     """
-    kernel, documents = dispatch.kernel, attention.document_attention
-
-    def masked(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor,
-        *,
-        scale: float | None = None,
-        chunks: bool = False,
-    ) -> Tensor:
-        q = q if scale is None else q * (scale * math.sqrt(q.shape[-1]))
-        return reference.document_attention(q, k, v, mask.expand(q.shape[0], *mask.shape[1:]))
-
-    dispatch.kernel = lambda op, device: getattr(reference, op)
-    attention.document_attention = masked
-    try:
+    with dispatch.replacing(lambda op, function: getattr(reference, op)):
         yield
-    finally:
-        dispatch.kernel, attention.document_attention = kernel, documents
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def _small_chunks(vocab_size: int) -> Iterator[None]:
     borders. Nothing else of them changes.
     """
     knobs = [(cross_entropy, "HEAD_CHUNK_BYTES", 4 * vocab_size * CHUNK_ROWS)]
-    if (kernel := sys.modules.get("stackproof.kernels.linear_cross_entropy")) is not None:
+    if (kernel := sys.modules.get("stackproof.kernels.triton.linear_cross_entropy")) is not None:
         knobs.append((kernel, "MIN_CHUNK", CHUNK_ROWS))
     former = [(owner, name, getattr(owner, name)) for owner, name, _ in knobs]
     try:

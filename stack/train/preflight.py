@@ -33,6 +33,7 @@ from stackproof.train.compiled import compiled_ingredients
 from stackproof.train.digest import digest, live_sha256
 from stackproof.train.dropout import branch_draws
 from stackproof.train.head import head_ingredients, loss_scale_ingredients
+from stackproof.train.kernels import kernel_calls
 from stackproof.train.randomness import generator, stream_seed
 from stackproof.train.reporting import (
     applied_steps,
@@ -133,6 +134,7 @@ def gather(
     ingredients |= compiled_ingredients(cfg, dataset, device)
     ingredients |= shadow_ingredients(cfg, device)
     ingredients |= operations.flops_ingredients(cfg, vocab_size, build, device)
+    ingredients |= {"kernel_calls": kernel_calls(cfg, dataset, device, build)}
     ingredients |= head_ingredients(device) | loss_scale_ingredients(shrunk(cfg), dataset, device)
     available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
     if available < 2:

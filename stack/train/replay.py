@@ -4,7 +4,7 @@ and one gate that looks.
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.spec.gates import load_spec
 from stackproof.train import checkpoint, loop
+from stackproof.train.kernels import kernels_of
 from stackproof.train.listener import Listener
 from stackproof.train.randomness import default_rng_state
 from stackproof.train.run import Run
@@ -119,16 +120,24 @@ def replaying(
     """A run that stands where the bundle's replay begins; `take_replayed_step` goes on from there.
 
     `base` is the step folder where the bundle only names one. Nothing outside the folder is read,
-    nothing is written. Raises DataError if the bundle lacks what is needed, IntegrityError if it
-    was changed, EnvironmentUnfit without its device.
+    nothing is written. On the bundle's kind of device its kernels are used, on another the default
+    ones of that.
+    Raises DataError if the bundle lacks what is needed, IntegrityError if it was changed,
+    EnvironmentUnfit without its device.
     """
     bundle = repro.read_bundle(folder)
     _refuse_unreplayable(bundle, base)
     place, threads = resolve_device(device or bundle.device), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(bundle.threads)
+    kernels = (
+        kernels_of(validate(bundle.config), place, bundle.environment)
+        if place.type == bundle.device
+        else nullcontext()
+    )
     try:
         with (
+            kernels,
             torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
             tempfile.TemporaryDirectory() as scratch,
         ):

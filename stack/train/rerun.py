@@ -10,8 +10,10 @@ from stackproof.train.listener import Listener
 
 
 def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
-    """Compare weights by hash and losses by value. Only train records can be re-run.
-    Raises IntegrityError for others.
+    """Compare weights by hash and losses by value, with the kernels that the record names.
+    Only train records can be re-run.
+
+    Raises IntegrityError for others, EnvironmentUnfit where one of the kernels cannot run here.
     """
     if record.kind != "train":
         raise IntegrityError(
@@ -20,7 +22,9 @@ def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
             next_step="repeat its command by hand",
         )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
-    again = session.start(validate(record.config), record.overrides, directory, listener)
+    again = session.start(
+        validate(record.config), record.overrides, directory, listener, recorded=record.environment
+    )
     names = ("val_loss_nats", "val_bits_per_byte", "train_loss_nats", "tokens_seen", "n_params")
     compared = [{"what": n, "recorded": record.metric(n), "now": again.metric(n)} for n in names]
     weights = [

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
 from stackproof.train import checkpoint, operations, polish
 from stackproof.train.allocator import keep_heap, lay_in_huge_pages
+from stackproof.train.kernels import kernels_of
 from stackproof.train.listener import Listener
 from stackproof.train.loop import train_loop
 from stackproof.train.measures import state_metrics
@@ -88,6 +89,7 @@ def start(
     parent: Path | None = None,
     polishing: bool = False,
     only: Sequence[str] | None = None,
+    recorded: Mapping[str, object] | None = None,
 ) -> Record:
     """A fresh run, or with `parent` a child that continues the parent's latest checkpoint
     under a changed configuration.
@@ -95,15 +97,16 @@ def start(
     `polishing` changes the curriculum alone, takes over the parent's histories and archives its
     samples and curriculum state.
 
-    `only` installs just these gates, for proving them one by one; no command offers it.
-    The record of a run that a gate halted travels with the exception as `error.record`.
+    `only` installs just these gates, for proving them one by one; no command offers it. `recorded`
+    is the environment of a record whose kernels are used, to repeat it. The record of a run that a
+    gate halted travels with the exception as `error.record`.
     """
     loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
     if polishing:
         polish.refuse(cfg, overrides, loaded)
     directory = RunDir(run_dir)
     directory.create()
-    with alone(run_dir, "run"):
+    with alone(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded):
         run = _open(
             cfg, overrides, directory, listener, runner="resume" if parent else "train", only=only
         )
@@ -142,23 +145,24 @@ def resume(
             )
             return record
         former = [Override.model_validate(o) for o in document["overrides"]]
-        run = _open(
-            changed, [*former, *sets], directory, listener, runner="resume", document=document
-        )
-        _require_same_data(run, document)
-        run.inherited_s = document["inherited_s"]
-        with _recording(run):
-            _check_before_step_one(run, document["n_eval_batches"])
-            cut = directory.rewind(loaded.state["step"])
-            _adopt(run, loaded)
-            directory.log(
-                "events.jsonl",
-                event="resumed",
-                step=run.state.step,
-                lines_cut=cut,
-                at=iso(utc_now()),
+        with kernels_of(changed, resolve_device(document["device"]), document["environment"]):
+            run = _open(
+                changed, [*former, *sets], directory, listener, runner="resume", document=document
             )
-            return _train(run)
+            _require_same_data(run, document)
+            run.inherited_s = document["inherited_s"]
+            with _recording(run):
+                _check_before_step_one(run, document["n_eval_batches"])
+                cut = directory.rewind(loaded.state["step"])
+                _adopt(run, loaded)
+                directory.log(
+                    "events.jsonl",
+                    event="resumed",
+                    step=run.state.step,
+                    lines_cut=cut,
+                    at=iso(utc_now()),
+                )
+                return _train(run)
 
 
 def _require_same_data(run: Run, document: dict) -> None:

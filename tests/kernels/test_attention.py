@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stackproof.kernels import attention as torch_attention
-from stackproof.kernels import flash_attention, flash_attention_kernels, reference
+from stackproof.kernels import reference
+from stackproof.kernels.triton import flash_attention, flash_attention_kernels
 from stackproof.spec.errors import UsageError
 from tests.kernels.support import (
     DEVICE,

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from stackproof.kernels import attention as torch_attention
-from stackproof.kernels import dispatch, eager, flash_attention, launch, swiglu
+from stackproof.kernels import choice, dispatch, eager, onednn
+from stackproof.kernels.choice import Choice, Fastest
+from stackproof.kernels.table import OPERATIONS
+from stackproof.kernels.triton import flash_attention, launch, swiglu
 from stackproof.spec.errors import EnvironmentUnfit, UsageError
 from tests.kernels.support import DEVICE
 
@@ -17,48 +20,42 @@ EVIDENCE = Path(dispatch.__file__).parents[2] / "evidence"
 
 
 def test_torch_is_chosen_until_something_else_was_measured(monkeypatch):
-    monkeypatch.setattr(dispatch, "MEASURED", {})
+    monkeypatch.setattr(choice, "MEASURED", {})
     for device in ("cpu", "cuda", "mps"):
-        assert {dispatch.choose(op, device)[0] for op in dispatch.CANDIDATES} == {"torch"}
-    assert dispatch.choose("rope", "cuda")[1].startswith("not measured on ") and dispatch.choose(
-        "rope", "mps"
-    )[1].startswith("no kernel")
-    monkeypatch.setitem(
-        dispatch.MEASURED,
-        (dispatch.device_name(torch.device("cuda")), "rope"),
-        dispatch.Fastest("triton", "benchmark-1"),
-    )
+        assert {dispatch.choose(op, device).kernel for op in OPERATIONS} == {"torch"}
+    assert dispatch.choose("rope", "cuda").reason.startswith("not measured on ")
+    assert dispatch.choose("rope", "mps").reason.startswith("no kernel")
+    name = choice.device_name(torch.device("cuda"))
+    monkeypatch.setitem(choice.MEASURED, (name, "rope"), Fastest("triton", "benchmark-1"))
     monkeypatch.setattr(launch, "why_not", lambda device: "")
-    name = dispatch.device_name(torch.device("cuda"))
-    assert dispatch.choose("rope", "cuda") == ("triton", f"fastest on {name}, record benchmark-1")
+    assert dispatch.choose("rope", "cuda") == Choice(
+        "triton", f"fastest on {name}, record benchmark-1", "shipped"
+    )
     assert (
-        dispatch.choose("rope", "cpu")[0] == "torch"
-        and dispatch.choose("swiglu", "cuda")[0] == "torch"
+        dispatch.choose("rope", "cpu").kernel == "torch"
+        and dispatch.choose("swiglu", "cuda").kernel == "torch"
     )
 
 
 def test_a_processor_is_its_maker_and_its_widest_instructions(monkeypatch):
     assert (
-        dispatch.device_name(torch.device("cpu"))
-        == f"{dispatch.cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
+        choice.device_name(torch.device("cpu"))
+        == f"{choice.cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
     )
     monkeypatch.setattr(
-        dispatch,
-        "MEASURED",
-        {(dispatch.CPU_NAME, "linear"): dispatch.Fastest("onednn", "benchmark-1")},
+        choice, "MEASURED", {(choice.CPU_NAME, "linear"): Fastest("onednn", "benchmark-1")}
     )
-    monkeypatch.setattr(dispatch.onednn, "WHY_NOT", "")
-    assert dispatch.choose("linear", "cpu") == (
-        "onednn",
-        f"fastest on {dispatch.CPU_NAME}, record benchmark-1",
+    monkeypatch.setattr(onednn, "WHY_NOT", "")
+    assert dispatch.choose("linear", "cpu") == Choice(
+        "onednn", f"fastest on {choice.CPU_NAME}, record benchmark-1", "shipped"
     )
-    monkeypatch.setattr(dispatch.onednn, "WHY_NOT", "it is not there")
-    assert dispatch.choose("linear", "cpu") == (
-        "torch",
-        "onednn is faster on this device but absent: it is not there",
+    monkeypatch.setattr(onednn, "WHY_NOT", "it is not there")
+    absent = "onednn is faster on this device but absent: it is not there"
+    assert dispatch.choose("linear", "cpu") == Choice("torch", absent, "default")
+    monkeypatch.setattr(choice, "CPU_NAME", "another")
+    assert dispatch.choose("linear", "cpu") == Choice(
+        "torch", "not measured on another yet", "default"
     )
-    monkeypatch.setattr(dispatch, "CPU_NAME", "another")
-    assert dispatch.choose("linear", "cpu") == ("torch", "not measured on another yet")
 
 
 def test_a_record_of_half_precision_names_what_runs_there(monkeypatch):
@@ -67,10 +64,13 @@ def test_a_record_of_half_precision_names_what_runs_there(monkeypatch):
         wide, half = dispatch.choices("cpu"), dispatch.choices("cpu", dtype="bfloat16")
     for op, name in by_hand.items():
         assert (
-            wide[op] == dispatch.CANDIDATES[op][name].title
-            and half[op] == dispatch.CANDIDATES[op]["torch"].title
+            wide[op] == OPERATIONS[op].kernels[name].title
+            and half[op] == OPERATIONS[op].kernels["torch"].title
         )
-        assert half[f"{op}_reason"] == f"{name} is for float32, this is bfloat16"
+        assert (
+            half[f"{op}_reason"] == f"{name} is for float32, this is bfloat16"
+            and half[f"{op}_name"] == name
+        )
 
 
 def test_what_is_for_the_cpu_is_refused_elsewhere(monkeypatch):
@@ -89,12 +89,12 @@ def test_what_is_for_the_cpu_is_refused_elsewhere(monkeypatch):
         dispatch.linear(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"))
 
 
-@pytest.mark.parametrize(("device", "op"), dispatch.MEASURED)
+@pytest.mark.parametrize(("device", "op"), choice.MEASURED)
 def test_a_default_is_what_its_record_shows_to_be_fastest(device, op):
     """In every section of the operation the slowest round beats torch's by more than nothing, or
     the record is not about it.
     """
-    winner = dispatch.MEASURED[device, op]
+    winner = choice.MEASURED[device, op]
     metrics = json.loads((EVIDENCE / winner.record / "metadata.json").read_text("utf-8"))["metrics"]
     section = {"linear_cross_entropy": "head"}.get(op, op)
     ratios = [
@@ -111,7 +111,7 @@ def test_a_default_is_what_its_record_shows_to_be_fastest(device, op):
 
 def test_choices_are_json_ready_and_give_every_reason():
     document = json.loads(json.dumps(dispatch.choices("cpu")))
-    assert all(document[op] and document[f"{op}_reason"] for op in dispatch.TRAINED)
+    assert all(document[op] and document[f"{op}_reason"] for op in OPERATIONS)
     with dispatch.using(attention="triton"):
         assert dispatch.choices("cpu")["attention"] == "triton flash attention"
         assert dispatch.choices("cpu")["attention_reason"] == "chosen by hand"
@@ -143,11 +143,11 @@ def test_what_is_unknown_is_refused_with_what_there_is():
         pass
     assert "attention" in caught.value.allowed
     with (
-        pytest.raises(UsageError, match="no kernel of this name") as caught,
+        pytest.raises(UsageError, match="rope has no kernel library") as caught,
         dispatch.using(rope="library"),
     ):
         pass
-    assert caught.value.allowed == "torch, triton"
+    assert sorted(caught.value.allowed.split(", ")) == ["torch", "triton"]
 
 
 def test_what_cannot_run_is_refused_with_the_reason(monkeypatch):
@@ -185,9 +185,6 @@ def test_every_operation_gives_the_same_through_either():
     labels, table = torch.randint(50, (9,), device=DEVICE), torch.rand(9, 16, device=DEVICE)
 
     def everything():
-        lists = [[torch.full((5,), float(i), device=DEVICE)] for i in range(4)]
-        dispatch.adamw(*lists, step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-        gradient = [torch.full((5,), 2.0, device=DEVICE)]
         return [
             dispatch.attention(q, q, q, window=4),
             dispatch.attention(q, q, q),
@@ -196,15 +193,12 @@ def test_every_operation_gives_the_same_through_either():
             dispatch.rope(q, table, table),
             dispatch.swiglu(x, x),
             *dispatch.linear_cross_entropy(x, weight, labels, softcap=5.0, z_loss=0.1),
-            *(t for xs in lists for t in xs),
-            dispatch.clip(gradient, 1.0),
-            *gradient,
         ]
 
-    with dispatch.using(**dict.fromkeys(dispatch.CANDIDATES, "torch")):
+    with dispatch.using(**dict.fromkeys(OPERATIONS, "torch")):
         by_torch = everything()
     with dispatch.using(
-        **{op: "triton" for op, kernels in dispatch.CANDIDATES.items() if "triton" in kernels}
+        **{name: "triton" for name, op in OPERATIONS.items() if "triton" in op.kernels}
     ):
         by_triton = everything()
     # float32 twice; measured worst case 5e-7

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from stackproof.kernels import dispatch, parity
+from stackproof.kernels.table import OPERATIONS, TRITON
 from stackproof.spec import ROOT
 from stackproof.spec.errors import IntegrityError
 
@@ -18,25 +19,25 @@ def test_every_kernel_has_passed_as_it_stands():
     assert {kernel: parity.why_not(kernel) for kernel in parity.SOURCES} == dict.fromkeys(
         parity.SOURCES, ""
     )
-    assert set(parity.SOURCES) == {
-        op for op, found in dispatch.CANDIDATES.items() if "triton" in found
-    }
+    assert set(parity.SOURCES) == {op.name for op in OPERATIONS.values() if TRITON in op.kernels}
 
 
 def test_every_source_that_imports_triton_is_bound_to_a_kernel():
     written_in_triton = {
-        p.name for p in KERNELS.glob("*.py") if "\nimport triton" in p.read_text("utf-8")
+        f"triton/{p.name}"
+        for p in (KERNELS / "triton").glob("*.py")
+        if "\nimport triton" in p.read_text("utf-8")
     }
     assert written_in_triton == {name for names in parity.SOURCES.values() for name in names} - {
-        "launch.py",
-        "tensor_list.py",
+        "triton/launch.py"
     }
+    assert not [p.name for p in KERNELS.glob("*.py") if "\nimport triton" in p.read_text("utf-8")]
 
 
 @pytest.mark.parametrize("kernel", sorted(parity.SOURCES))
 def test_one_more_blank_in_any_of_its_files_is_another_source(kernel, tmp_path):
     for name in parity.SOURCES[kernel]:
-        folder = tmp_path / name
+        folder = tmp_path / name.replace("/", "-")
         shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
         assert parity.why_not(kernel, folder, folder / "parity.json") == ""
         (folder / name).write_text((folder / name).read_text("utf-8") + "\n", "utf-8")
@@ -49,7 +50,7 @@ def test_a_kernel_that_never_passed_is_refused(tmp_path):
 
 
 def test_dispatch_refuses_a_kernel_whose_source_has_changed(monkeypatch):
-    monkeypatch.setattr(parity, "source_hash", lambda kernel, folder=KERNELS: "0" * 64)
+    monkeypatch.setattr(parity, "source_hash", lambda names, folder=KERNELS: "0" * 64)
     parity.why_not.cache_clear()
     try:
         with (

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from stackproof.kernels import eager, reference, rms_norm
+from stackproof.kernels import eager, reference
+from stackproof.kernels.triton import rms_norm
 from stackproof.spec.errors import UsageError
 from tests.kernels.support import (
     DEVICE,

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from stackproof.kernels import eager, reference, swiglu
+from stackproof.kernels import eager, reference
+from stackproof.kernels.triton import swiglu
 from stackproof.spec.errors import UsageError
 from tests.kernels.support import (
     DEVICE,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stackproof.config import ModelConfig
-from stackproof.kernels import (
-    dispatch,
+from stackproof.kernels import dispatch
+from stackproof.kernels.triton import (
     flash_attention,
     flash_attention_kernels,
     rms_norm,

@@ -142,10 +142,7 @@ def test_attention_equals_the_reference(rows, heads, n_new, n_cached, seed):
     )
     # float64, different summation order: measured worst case 4e-15 on values around 3
     torch.testing.assert_close(
-        dispatch.attention(q, key, value),
-        reference.causal_attention(q, key, value),
-        rtol=0,
-        atol=1e-12,
+        dispatch.attention(q, key, value), reference.attention(q, key, value), rtol=0, atol=1e-12
     )
 
 
@@ -171,11 +168,11 @@ def test_document_attention_equals_the_reference(heads, length, seed, data):
     (n, k), draw = heads, torch.Generator().manual_seed(seed)
     start = draw_starts(data.draw, 2, length)
     mask = dispatch.document_mask(start)
-    assert torch.equal(mask, reference.document_mask(start))
+    assert torch.equal(mask, reference.visible(length, length, start, None))
     q, key, value = (
         torch.randn(2, h, length, 4, generator=draw, dtype=torch.float64) * 3 for h in (n, k, k)
     )
-    expected = reference.document_attention(q, key, value, mask)
+    expected = reference.attention(q, key, value, start_BS=start)
     # float64, different summation order: measured worst case 4e-15 on values around 3
     torch.testing.assert_close(
         dispatch.attention(q, key, value, mask_B1TS=mask), expected, rtol=0, atol=1e-12
@@ -186,10 +183,10 @@ def test_one_document_is_plain_causal_attention():
     draw = torch.Generator().manual_seed(6)
     q, k, v = (torch.randn(2, h, 7, 4, generator=draw, dtype=torch.float64) for h in (4, 2, 2))
     mask = dispatch.document_mask(torch.zeros(2, 7, dtype=torch.int64))
-    expected = reference.causal_attention(q, k, v)
+    expected = reference.attention(q, k, v)
     for masked in (
         dispatch.attention(q, k, v, mask_B1TS=mask),
-        reference.document_attention(q, k, v, mask),
+        reference.attention(q, k, v, mask_B1TS=mask),
     ):
         torch.testing.assert_close(masked, expected, rtol=0, atol=1e-12)
 
@@ -202,19 +199,10 @@ def test_attention_gradient_equals_the_reference():
     ]
     grads = [
         torch.autograd.grad(f(*inputs).pow(2).sum(), inputs)
-        for f in (dispatch.attention, _autograd_reference)
+        for f in (dispatch.attention, reference.attention)
     ]
     for fast, slow in zip(*grads):
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)  # measured worst case 1e-14
-
-
-def _autograd_reference(q, k, v):
-    """The reference writes in place; the same rows, stacked, can be differentiated."""
-    whole = [
-        reference.causal_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
-        for t in range(q.shape[2])
-    ]
-    return torch.cat(whole, 2)
 
 
 @pytest.mark.parametrize("layer", ["attention", "swiglu", "rmsnorm"])
@@ -319,7 +307,9 @@ def test_plain_rows_take_the_plain_path_bit_for_bit(monkeypatch):
 def test_mask_and_positions_are_made_once_per_forward(monkeypatch):
     model, documents, calls = build_model(TINY, 30, seed=1), torch.tensor([[0, 0, 1, 1]]), []
     monkeypatch.setattr(
-        dispatch, "document_mask", lambda start: calls.append(1) or reference.document_mask(start)
+        dispatch,
+        "document_mask",
+        lambda start: calls.append(1) or reference.visible(4, 4, start, None),
     )
     model(documents, document_ids_BT=documents)
     assert len(calls) == 1 < TINY.n_layers

@@ -157,3 +157,53 @@ def test_a_rule_between_two_keys_names_the_one_that_was_not_changed():
     with pytest.raises(ConfigError) as caught:
         load_config(recipe("tiny"), sets=("train.max_steps=15", "schedule.warmup_steps=20"))
     assert "--dry-run" in caught.value.next_step, "both are the user's"
+
+
+def test_kernels_are_one_word_or_one_for_each_operation_named(tmp_path):
+    """A word becomes the table it stands for as soon as one operation is named;
+    old configurations have no key.
+    """
+    path = tmp_path / "run.toml"
+    path.write_text('[train.kernels]\nattention = "triton"\nlinear = "auto"\n')
+    of = lambda *sets, file=None: (  # noqa: E731
+        load_config(recipe("pocket"), run_file=file, sets=sets)[0].train.kernels
+    )
+    assert of() == "auto" and of("train.kernels=torch") == "torch"
+    assert of(file=path) == {"attention": "triton", "linear": "auto"}
+    assert of('train.kernels={rope="torch"}', "train.kernels.swiglu=triton") == {
+        "rope": "torch",
+        "swiglu": "triton",
+    }
+    mixed = of("train.kernels=triton", "train.kernels.rope=torch")
+    assert mixed["rope"] == "torch" and mixed["attention"] == "triton" and "linear" not in mixed
+    tree = recipe("pocket").to_dict()
+    del tree["train"]["kernels"]
+    assert validate(tree).train.kernels == "auto"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "allowed"),
+    [
+        (
+            "train.kernels=tirton",
+            "there is no choice of kernels called tirton",
+            "triton, auto, torch",
+        ),
+        ("train.kernels=3", "there is no choice of kernels called 3", "auto, torch, triton"),
+        (
+            "train.kernels.atention=triton",
+            "atention is not an operation with kernels",
+            "attention, linear",
+        ),
+        ("train.kernels.attention=cunks", "attention has no kernel cunks", "chunks, torch, triton"),
+        ("train.kernels.linear=triton", "linear has no kernel triton", "torch, onednn"),
+        ("train.kernels={rope=1}", "rope has no kernel 1", "torch, triton"),
+    ],
+)
+def test_an_unknown_kernel_is_refused_with_the_nearest_name_first(text, what, allowed):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe("pocket"), sets=(text,))
+    assert caught.value.what == f"train.kernels: {what}" and caught.value.allowed.startswith(
+        allowed
+    )
+    assert f"--set {text}" in str(caught.value.value)

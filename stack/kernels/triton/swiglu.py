@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stackproof.kernels import launch
+from stackproof.kernels.triton import launch
 from stackproof.spec.errors import UsageError
 
 BLOCK = 1024

@@ -11,7 +11,7 @@ from torch import Tensor
 Function = Callable[..., Any]
 
 
-class Operation:
+class CustomOp:
     """`name` is "namespace::name". `function` runs on a CPU, changes no input and returns none, nor
     a view; its annotations are its schema.
 
@@ -44,10 +44,10 @@ class Operation:
         )
 
 
-def operation(
+def custom_op(
     name: str, fake: Function, *, derived: bool = False
-) -> Callable[[Function], Operation]:
-    """Decorates the function of an `Operation`; `fake` gives results of the right shapes
+) -> Callable[[Function], CustomOp]:
+    """Decorates the function of a `CustomOp`; `fake` gives results of the right shapes
     and strides without values.
     """
-    return lambda function: Operation(name, function, fake, derived)
+    return lambda function: CustomOp(name, function, fake, derived)

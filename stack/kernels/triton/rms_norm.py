@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stackproof.kernels import launch
+from stackproof.kernels.triton import launch
 from stackproof.spec.errors import UsageError
 
 MAX_FEATURES = 65536
@@ -44,7 +44,7 @@ def rms_norm(
             "rms_norm: features",
             value=D,
             allowed=f"1 to {MAX_FEATURES}",
-            next_step='dispatch.using(rms_norm="torch")',
+            next_step='train.kernels.rms_norm = "torch"',
         )
     y_BTD, total_BTD = RMSNorm.apply(x_BTD, weight_D, eps, residual_BTD)
     return y_BTD if residual_BTD is None else (y_BTD, total_BTD)

@@ -63,7 +63,7 @@ def require(
         raise EnvironmentUnfit(
             f"the Triton kernel {kernel} cannot run on {device}: {reason}",
             allowed="a CUDA device, or TRITON_INTERPRET=1 set before triton is imported",
-            next_step=f'choose torch\'s own with dispatch.using({kernel}="torch")',
+            next_step=f'train.kernels.{kernel} = "torch"',
         )
     for name, x in tensors.items():
         if x.dtype not in dtypes and x.dtype != torch.int64:

@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stackproof.kernels import flash_attention_kernels as kernels
-from stackproof.kernels import launch
-from stackproof.kernels.attention import check_shapes
+from stackproof.kernels.attention import check_shapes, document_attention
+from stackproof.kernels.triton import flash_attention_kernels as kernels
+from stackproof.kernels.triton import launch
 from stackproof.spec.errors import EnvironmentUnfit
 
 
@@ -53,6 +53,7 @@ def attention(
     *,
     start_BS: Tensor | None = None,
     window: int | None = None,
+    mask_B1TS: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale·q·k + mask)·v for the last T of S positions;
@@ -63,8 +64,11 @@ def attention(
     1/√H unless given. bfloat16, float16 or float32, any strides, H up to 256. Sums in float32;
     float32 products are not rounded to TF32. Returns (B, N, T, H) in the dtype of the input, laid
     out as (B, T, N, H). Raises UsageError for shapes or dtypes that do not fit, EnvironmentUnfit
-    where Triton cannot run. Oracle: `stackproof.kernels.reference.attention`.
+    where Triton cannot run. With `mask_B1TS`, whose keys may be no range, it is torch's own.
+    Oracle: `stackproof.kernels.reference.attention`.
     """
+    if mask_B1TS is not None:
+        return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)
     check_shapes(q_BNTH, k_BKSH, v_BKSH, start_BS, window, max_head_dim=256)
     launch.require("attention", {"q": q_BNTH, "k": k_BKSH, "v": v_BKSH, "start": start_BS})
     refuse_broken_dot(q_BNTH)

@@ -1,0 +1,273 @@
+"""Which kernel of each operation is chosen on a device, from where, and what a record says of it.
+
+A choice has one of five origins: a key of the configuration, a record that comes with the package
+(`MEASURED`), a comparison made on this machine, the record of the run that is resumed or repeated,
+or none of them: then torch's own.
+"""
+
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stackproof.kernels import parity
+from stackproof.kernels.measured import Measurement
+from stackproof.kernels.table import (
+    CHUNKS,
+    ONEDNN,
+    OPERATIONS,
+    TORCH,
+    TRITON,
+    Operation,
+    by_operation,
+)
+from stackproof.spec.errors import EnvironmentUnfit
+
+Origin = Literal["key", "shipped", "measured-here", "recorded", "default"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel by name, where the choice comes from, and the reason in words."""
+
+    kernel: str
+    reason: str
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """The winner of a comparison on one kind of device, and the id of the
+    benchmark record that shows it.
+    """
+
+    kernel: str
+    record: str
+
+
+def cpu_maker() -> str:
+    """The processor's maker as /proc/cpuinfo names it; elsewhere its family."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")),
+        platform.machine(),
+    )
+
+
+CPU_NAME = f"{cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
+# (name of the device, operation) -> winner.
+# The only place to edit when a benchmark has been recorded.
+MEASURED: dict[tuple[str, str], Fastest] = {
+    ("AuthenticAMD AVX512", "linear"): Fastest(ONEDNN, "benchmark-20261122T091225Z-f056d3d8"),
+    ("AuthenticAMD AVX512", "attention"): Fastest(CHUNKS, "benchmark-20261122T091225Z-f056d3d8"),
+    ("AuthenticAMD AVX512", "linear_cross_entropy"): Fastest(
+        ONEDNN, "benchmark-20261122T091225Z-f056d3d8"
+    ),
+}
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU as torch names it; of a processor the maker and the widest
+    instructions that torch uses on it.
+    """
+    if device.type == "cpu":
+        return CPU_NAME
+    return (
+        torch.cuda.get_device_properties(device).name if torch.cuda.is_available() else device.type
+    )
+
+
+def by_default(op: str, device: torch.device) -> Choice:
+    """The winner of the record for this device; torch's own where none
+    is there or it cannot run.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return Choice(TORCH, f"no kernel of our own for {device.type}", "default")
+    fastest = MEASURED.get((device_name(device), op))
+    if fastest is None:
+        return Choice(TORCH, f"not measured on {device_name(device)} yet", "default")
+    if unfit := OPERATIONS[op].kernels[fastest.kernel].why_not(device):
+        return Choice(
+            TORCH, f"{fastest.kernel} is faster on this device but absent: {unfit}", "default"
+        )
+    return Choice(
+        fastest.kernel, f"fastest on {device_name(device)}, record {fastest.record}", "shipped"
+    )
+
+
+def of_config(
+    setting: str | Mapping[str, str],
+    device: torch.device,
+    *,
+    dtype: str = "float32",
+    compiled: bool = False,
+    measurement: Measurement | None = None,
+) -> dict[str, Choice]:
+    """The choice of a fresh run: what `train.kernels` names, else the shipped record, else
+    `measurement`, else torch's own.
+
+    A comparison runs each kernel by itself, so under torch.compile `measurement` is not used.
+    Raises EnvironmentUnfit where a named kernel cannot run on `device`, IntegrityError for a Triton
+    kernel whose source has not passed its parity tests.
+    """
+    named = by_operation(setting)
+    found = {}
+    for op in OPERATIONS.values():
+        if op.name in named:
+            require(op, named[op.name], device, 'choose another, or train.kernels = "auto"')
+            found[op.name] = Choice(named[op.name], f"train.kernels names {named[op.name]}", "key")
+            continue
+        choice = by_default(op.name, device)
+        if choice.origin == "default" and measurement is not None and not compiled:
+            choice = _measured_here(op, choice, device, dtype, measurement)
+        found[op.name] = choice
+    return found
+
+
+def _measured_here(
+    op: Operation, choice: Choice, device: torch.device, dtype: str, found: Measurement
+) -> Choice:
+    """The winner of the comparison on this machine if it still holds,
+    else `choice` with the reason.
+    """
+    winner = found.winners.get(dtype, {}).get(op.name)
+    if winner is None or winner not in op.kernels:
+        return choice
+    stale = found.why_stale(op, device_name(device)) or op.kernels[winner].why_not(device)
+    if not stale and op.kernels[winner].is_triton:
+        stale = parity.why_not(op.name)
+    if stale:
+        return replace(choice, reason=f"the comparison of {found.made_at} is void: {stale}")
+    return Choice(
+        winner,
+        f"fastest on {found.device} in {dtype}, compared here at {found.made_at}",
+        "measured-here",
+    )
+
+
+def require(op: Operation, name: str, device: torch.device, next_step: str) -> None:
+    """Raise EnvironmentUnfit where a kernel cannot run on `device`, IntegrityError for Triton
+    source that did not pass.
+    """
+    kernel = op.kernel(name)
+    if unfit := kernel.why_not(device):
+        raise EnvironmentUnfit(
+            f"{op.name}: the kernel {name} cannot run on {device.type}",
+            value=unfit,
+            allowed=", ".join(n for n, k in op.kernels.items() if not k.why_not(device)),
+            next_step=next_step,
+        )
+    if kernel.is_triton:
+        parity.require(op.name)
+
+
+# ---- what a record says
+
+
+def document(
+    choices: Mapping[str, Choice],
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    dtype: str = "float32",
+) -> dict[str, str]:
+    """Kernel of every operation with reason and origin, JSON-ready,
+    for the environment of a record.
+
+    `<operation>` is what computes in this precision, in words; `<operation>_name` is the choice.
+    """
+    found = {"device": device_name(device)}
+    for op in OPERATIONS.values():
+        choice = choices[op.name]
+        kernel, reason = op.kernels[choice.kernel], choice.reason
+        found |= {f"{op.name}_name": choice.kernel, f"{op.name}_origin": choice.origin}
+        if compiled and choice.kernel == TORCH and op.fused:
+            found |= {
+                op.name: "torch.compile",
+                f"{op.name}_reason": "the compiler is given the formula",
+            }
+            continue
+        if dtype not in kernel.dtypes:
+            kernel, reason = op.kernels[TORCH], f"{choice.kernel} is for float32, this is {dtype}"
+        found |= {op.name: kernel.title, f"{op.name}_reason": reason}
+        if kernel.is_triton:
+            found[f"{op.name}_parity"] = (
+                parity.why_not(op.name) or f"passed on {parity.passed()[op.name]['passed_on']}"
+            )
+    if choices["attention"].kernel != TRITON:
+        found["document_attention"] = f"{found['attention']}, boolean mask"
+    return found
+
+
+def of_record(
+    environment: Mapping[str, object], device: torch.device, next_step: str
+) -> dict[str, Choice]:
+    """The choice that a record's environment names, for a resume or a repetition.
+    Never a comparison made here.
+
+    An operation that the record does not name is chosen as by default. Raises EnvironmentUnfit
+    where a named kernel is unknown, cannot run here, or was chosen for other instructions of a CPU.
+    """
+    found = {}
+    for op in OPERATIONS.values():
+        name, reason = _recorded(op, environment)
+        if not name:
+            found[op.name] = by_default(op.name, device)
+            continue
+        if name not in op.kernels:
+            raise EnvironmentUnfit(
+                f"{op.name}: the run used the kernel {name}, which is not part of this version",
+                allowed=", ".join(op.kernels),
+                next_step=next_step,
+            )
+        require(op, name, device, next_step)
+        _require_instructions(op.name, name, environment, device, next_step)
+        found[op.name] = Choice(name, reason, "recorded")
+    return found
+
+
+def _recorded(op: Operation, environment: Mapping[str, object]) -> tuple[str, str]:
+    """Name and reason of an operation's kernel in a record's environment; empty if it names none.
+
+    Records made before names were written hold the title, which is as good, or of half precision
+    the title of torch's own with the chosen kernel in the reason.
+    """
+    title = str(environment.get(f"kernel_{op.name}", ""))
+    reason = str(environment.get(f"kernel_{op.name}_reason", ""))
+    if name := environment.get(f"kernel_{op.name}_name"):
+        return str(name), reason
+    chosen, sign, _ = reason.partition(" is for float32, this is ")
+    if sign or title == "torch.compile":
+        return (chosen if sign else TORCH), reason
+    return next(
+        (name for name, kernel in op.kernels.items() if kernel.title == title), title
+    ), reason
+
+
+def _require_instructions(
+    op: str, name: str, environment: Mapping[str, object], device: torch.device, next_step: str
+) -> None:
+    """Refuse a CPU kernel other than torch's own that was chosen for other instructions:
+    it would sum in another order.
+    """
+    of_reason = re.match(
+        r"fastest on (.+), record ", str(environment.get(f"kernel_{op}_reason", ""))
+    )
+    then = str(environment.get("kernel_device") or (of_reason[1] if of_reason else ""))
+    if name == TORCH or device.type != "cpu" or not then:
+        return
+    before, now = then.rpartition(" ")[2], CPU_NAME.rpartition(" ")[2]
+    if before != now:
+        raise EnvironmentUnfit(
+            f"{op}: the run's kernel {name} was chosen for another processor",
+            value=CPU_NAME,
+            allowed=f"a processor with the instructions of {then}",
+            next_step=next_step,
+        )

@@ -1,0 +1,90 @@
+"""The outcome of a comparison of all kernels made on this machine,
+as it lies in the user's cache.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stackproof.kernels.table import Operation
+
+FILE = "kernels.json"
+PACKAGES = ("torch", "triton", "stackproof")
+
+
+def versions() -> dict[str, str]:
+    """What is installed and decides how fast a kernel is."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def hashes(op: Operation) -> dict[str, str]:
+    """Hash of the source of every kernel of an operation."""
+    return {name: kernel.sha256 for name, kernel in op.kernels.items()}
+
+
+class Measurement(BaseModel):
+    """What was compared on one device.
+    `winners` is precision -> operation -> kernel; `sha256` operation -> kernel -> source.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    made_at: str
+    versions: dict[str, str]
+    sha256: dict[str, dict[str, str]]
+    winners: dict[str, dict[str, str]]
+    rows: list[dict[str, Any]] = []
+
+    def why_stale(self, op: Operation, device: str) -> str:
+        """Why its winner for an operation no longer holds on `device`; empty if it does."""
+        if self.device != device:
+            return f"it was made on {self.device}, this is {device}"
+        now = versions()
+        if changed := [n for n in PACKAGES if self.versions.get(n) != now[n]]:
+            return f"{changed[0]} was {self.versions.get(changed[0])}, now {now[changed[0]]}"
+        return (
+            ""
+            if self.sha256.get(op.name) == hashes(op)
+            else f"the source of a kernel of {op.name} has changed"
+        )
+
+
+class _File(BaseModel):
+    schema_: Literal["stackproof.kernels/1"] = Field("stackproof.kernels/1", alias="schema")
+    devices: dict[str, Measurement] = {}
+
+
+def _read(path: Path) -> _File:
+    """The file; without a comparison where it is not there or cannot be read."""
+    try:
+        return _File.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return _File()
+
+
+def read(folder: Path, device: str) -> Measurement | None:
+    """The comparison made on `device`; None if there is none or the file cannot be read."""
+    return _read(folder / FILE).devices.get(device)
+
+
+def write(folder: Path, found: Measurement) -> Path:
+    """Put a comparison into the cache, in the place of an earlier one on the same device.
+    Returns the file.
+    """
+    path = folder / FILE
+    document = _File(devices=_read(path).devices | {found.device: found})
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(document.model_dump_json(by_alias=True, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+    return path
