@@ -61,7 +61,7 @@ def bits_per_byte_of(step_folder: Path, text: str) -> float:
     """Bits per byte of a checkpoint of ours on a text: every byte scored once, with at least half
     of the model's context before it.
     """
-    from stackproof.cli.models import open_model
+    from stackproof.cli.load_model import open_model
     from stackproof.evaluate.bits_per_byte import evaluate_text
 
     opened = open_model(step_folder)

@@ -140,7 +140,7 @@ def comparison(threads: int):
 
     from stackproof.config import ModelConfig
     from stackproof.model.build import build_model, n_parameters
-    from stackproof.trace import compare, side
+    from stackproof.trace import compare, variant
     from stackproof.trace.trace import trace
 
     torch.set_num_threads(threads)
@@ -159,7 +159,7 @@ def comparison(threads: int):
     forward = child.status_bytes("VmHWM") - resident
     Path("/proc/self/clear_refs").write_text("5")
     resident, started = child.status_bytes("VmRSS"), time.perf_counter()
-    found = compare(side(good), side(bad), ids)
+    found = compare(variant(good), variant(bad), ids)
     document = {
         "n_params": n_parameters(good),
         "points": len(found.points),

@@ -24,7 +24,7 @@ COLUMNS = ("plant", "planted", "compared", "added_err", "bisected", "runs")
 def cases() -> Iterator[tuple]:
     """Name of a plant, the point that it is at, ids, and a function that makes both sides anew."""
     from stackproof.museum.plant import load_museum
-    from stackproof.trace import side
+    from stackproof.trace import variant
     from tests.trace import models
     from tests.trace.museum import EXHIBITS, Found
     from tests.trace.test_plants import PLANTS, planted
@@ -34,7 +34,7 @@ def cases() -> Iterator[tuple]:
             name,
             planted(name)[2],
             models.ids(),
-            lambda name=name: tuple(map(side, planted(name)[:2])),
+            lambda name=name: tuple(map(variant, planted(name)[:2])),
         )
     museum = load_museum()
     for name, exhibit in EXHIBITS.items():

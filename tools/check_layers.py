@@ -1,13 +1,14 @@
-"""Imports flow one way. Reads the source, runs nothing, needs no torch.
+"""Imports flow one way and never in a circle. Reads the source, runs nothing, needs no torch.
 
 python tools/check_layers.py [--root DIR]
-Exit code 0: nothing found. 6: an import against the arrow.
+Exit code 0: nothing found. 6: an import against the arrow, or a circle.
 """
 
 import argparse
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +108,34 @@ def check_file(root: Path, path: Path) -> Iterator[str]:
             yield f"{where} {own} imports {target}, which stands above it"
 
 
+def imported(tree: ast.AST, known: Collection[str]) -> set[str]:
+    """The modules among `known` that a file imports, also inside functions."""
+    found = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            full = [f"{node.module}.{a.name}" for a in node.names]
+            found |= {name if name in known else node.module for name in full}
+    return found & set(known)
+
+
+def check_circles(root: Path, files: Sequence[Path]) -> Iterator[str]:
+    """One import circle, if there is any."""
+    names = {
+        ".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in files
+    }
+    graph = {
+        name: imported(ast.parse(p.read_text("utf-8")), names) - {name} for name, p in names.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        circle = e.args[1][::-1]
+        yield (
+            f"{names[circle[0]].relative_to(root).as_posix()}: import circle {' -> '.join(circle)}"
+        )
+
+
 def check(root: Path) -> list[str]:
     """All problems of a checkout. An empty checkout is a problem."""
     files = [
@@ -116,7 +145,10 @@ def check(root: Path) -> list[str]:
     ]
     if not files:
         return [f"{root} holds no source file of spec, contracts, stack or tools"]
-    return [problem for path in files for problem in check_file(root, path)]
+    return [
+        *(problem for path in files for problem in check_file(root, path)),
+        *check_circles(root, files),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     problems = check(parser.parse_args(arguments).root.resolve())
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} import(s) against the arrow: {' < '.join(ORDER)}")
+    print(f"{len(problems)} problem(s) with imports; the arrow: {' < '.join(ORDER)}")
     return 6 if problems else 0
 
 

@@ -24,9 +24,19 @@ app = typer.Typer(
 
 
 def _register() -> None:
-    from stackproof.cli import data, doctor, evidence, export, gates, look, tokenizer, trace, train
+    from stackproof.cli import (
+        data,
+        doctor,
+        evaluate,
+        evidence,
+        export,
+        gates,
+        tokenizer,
+        trace,
+        train,
+    )
 
-    for module in (train, look, trace, export, data, tokenizer, gates, evidence, doctor):
+    for module in (train, evaluate, trace, export, data, tokenizer, gates, evidence, doctor):
         module.register(app)
 
 

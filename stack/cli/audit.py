@@ -1,5 +1,5 @@
-"""`stack evaluate --suite`: a suite of prompts asked of one checkpoint or of
-all that a run still has.
+"""`stack evaluate --suite`: run a suite of prompts on one checkpoint,
+or on all checkpoints of a run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stackproof.cli.models import Opened, open_model
-from stackproof.cli.output import emit, stderr, stdout, table
+from stackproof.cli.load_model import OpenedModel, open_model
+from stackproof.cli.output import stderr, stdout, table
 from stackproof.cli.paths import folder_at, model_at
+from stackproof.cli.recording import OpenRecord, open_record
 from stackproof.spec.errors import DataError
 
 CLAIM = "Asked greedily, these weights gave these answers, and the suite's checks judged them so."
@@ -32,8 +33,8 @@ def audit_models(
     run_dir: Path | None,
     json: bool,
 ) -> None:
-    """Ask, judge, write a record with `audits.jsonl` beside it,
-    and say since which step breadth stands still.
+    """Run and judge the suite; write a record with `audits.jsonl` beside it.
+    Reports the plateau of breadth over steps.
     """
     from stackproof.evaluate import audit
     from stackproof.evaluate.suite import load_suite, suite_file
@@ -49,11 +50,11 @@ def audit_models(
     file = suite_file(suite)
     made, folders = load_suite(file), _folders(model) if every_checkpoint else [model]
     suite_input, answers, steps = artefact(file.resolve(), root=_root(file), name="suite"), [], []
-    builder = None
+    record = None
     for folder in folders:
         opened = open_model(folder, tokenizer)
-        builder = builder or _builder(opened, suite_input)
-        builder.inputs.append(artefact(opened.folder / "model.safetensors", root=opened.run_dir))
+        record = record or _open(opened, suite_input, run_dir, json)
+        record.input(opened.folder / "model.safetensors", opened.run_dir)
         step = int(opened.state["step"])
         with _progress(f"asking {opened.folder}", sum(len(d.prompts) for d in made.domain)) as tell:
             answers += audit.audit(opened.model, opened.tokenizer, made, step=step, tell=tell)
@@ -61,32 +62,22 @@ def audit_models(
     answers = audit.graded(answers, grades) if grades else answers
     last = [a for a in answers if a.step == max(steps)]
     rounds = dict(
-        sorted((_earlier(earlier, builder, suite_input.sha256) | audit.by_step(answers)).items())
+        sorted(
+            (_earlier(earlier, record.builder, suite_input.sha256) | audit.by_step(answers)).items()
+        )
     )
-    document = _measured(builder, made, last, rounds, audit.standstill(rounds), audit.breadth(last))
-    directory = run_dir or Path("runs") / builder.id
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "audits.jsonl", audit.to_lines(answers))
-    record = builder.finish(
-        directory,
-        status="completed",
-        end_reason="asked every prompt",
-        exit_code=0,
-        series=("audits.jsonl",),
+    document = _measured(
+        record.builder, made, last, rounds, audit.standstill(rounds), audit.breadth(last)
     )
-    document |= {
-        "suite": made.name,
-        "checkpoint": str(opened.folder),
-        "record": record.id,
-        "run_dir": str(directory),
-    }
-    if not emit(document, json):
-        _show(document)
+    write_atomically(record.path("audits.jsonl"), audit.to_lines(answers))
+    record.series.append("audits.jsonl")
+    document |= {"suite": made.name, "checkpoint": str(opened.folder)}
+    record.close("asked every prompt", document, _show)
 
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, one line elsewhere."""
+    """A progress bar on a terminal, one line otherwise."""
     if not stderr.is_terminal:
         stderr.print(what, style="dim", markup=False)
         yield lambda prompt: None
@@ -103,42 +94,40 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _root(file: Path) -> Path:
-    """What the path of a suite is told from: the installed code for one that comes along."""
+    """The root of the path of a suite: the installed code for a bundled suite."""
     from stackproof.spec import ROOT
 
     return ROOT if file.resolve().is_relative_to(ROOT) else Path.cwd()
 
 
 def _folders(model: Path) -> list[Path]:
-    """Step folders of a run, in the order of their steps."""
+    """The checkpoints of a run in order."""
     from stackproof.train import checkpoint
 
     root = checkpoint.find(model_at(model)).parent
     return sorted(p for p in root.glob("step-*") if (p / "manifest.json").is_file())
 
 
-def _builder(opened: Opened, suite_input: Any) -> Any:
-    from stackproof.spec.building import RecordBuilder, artefact
-    from stackproof.spec.gates import load_spec
-    from stackproof.spec.provenance import environment
-
-    builder = RecordBuilder(
-        kind="evaluate",
-        spec=load_spec(),
-        config=opened.cfg.to_dict(),
-        claim=CLAIM,
-        not_covered=NOT_COVERED,
-        environment=environment(),
-        parents=(opened.state["record"],),
+def _open(opened: OpenedModel, suite_input: Any, run_dir: Path | None, json: bool) -> OpenRecord:
+    parents = (opened.state["record"],)
+    record = open_record(
+        "evaluate",
+        opened.cfg.to_dict(),
+        CLAIM,
+        NOT_COVERED,
+        run_dir=run_dir,
+        json=json,
+        parents=parents,
     )
-    builder.inputs = [suite_input, artefact(opened.run_dir / "tokenizer.json", root=opened.run_dir)]
-    return builder
+    record.builder.inputs.append(suite_input)
+    record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
+    return record
 
 
 def _earlier(
     directories: Sequence[Path], builder: Any, suite_sha256: str
 ) -> dict[int, dict[str, int]]:
-    """Passes by domain by step of earlier audits of the same run by the same suite."""
+    """Passes by step and domain of earlier audits of the same run with the same suite."""
     from stackproof.evaluate import audit
     from stackproof.spec.canonical import sha256_file
     from stackproof.spec.records import read_record
@@ -151,18 +140,18 @@ def _earlier(
         ) == suite_sha256 and record.parents == tuple(builder.parents)
         if record.kind != "evaluate" or not same:
             raise DataError(
-                f"{directory} is no audit of this run by this suite",
+                f"{directory} is not an audit of this run with this suite",
                 value=f"{record.kind} of {', '.join(record.parents) or 'no run'}",
                 allowed=(
                     f"an audit of {builder.parents[0]} with the suite of sha256 "
                     f"{suite_sha256[:12]}…"
                 ),
-                next_step="leave it out, or audit with the suite it was made with",
+                next_step="leave it out, or audit with its suite",
             )
         if {s.path: s.sha256 for s in record.series}.get("audits.jsonl") != sha256_file(path):
             raise DataError(
-                f"{path} is not what its record was made with",
-                next_step="restore it, or leave --earlier out; grades go into a copy",
+                f"{path} was changed since it was recorded",
+                next_step="restore it, or leave --earlier out; write grades into a copy",
             )
         for line in audit.read_answers(path):
             passes = found.setdefault(line["step"], {})
@@ -173,7 +162,7 @@ def _earlier(
 def _measured(
     builder: Any, suite: Any, last: list, rounds: dict, still: Any, passes: dict[str, int]
 ) -> dict[str, Any]:
-    """The document, its numbers stated in the record as well.
+    """The document, its numbers also written into the record.
     Answers are those of the last step.
     """
     n = {d.name: len(d.prompts) for d in suite.domain}
@@ -220,8 +209,7 @@ def _show(document: dict[str, Any]) -> None:
     lost = sum(a["lost_prompt_tokens"] > 0 for a in document["answers"])
     if lost:
         stdout.print(
-            f"{lost} prompt(s) are longer than the context: the model has not read their beginning",
-            style="yellow",
+            f"{lost} prompt(s) exceed the context: their beginning was cut", style="yellow"
         )
     rows = [[name, d["passes"], d["prompts"]] for name, d in document["domains"].items()]
     stdout.print(
@@ -250,6 +238,3 @@ def _show(document: dict[str, Any]) -> None:
             + (f"; lost again: {', '.join(still['lost'])}" if still and still["lost"] else ""),
             markup=False,
         )
-    stdout.print(
-        f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False
-    )

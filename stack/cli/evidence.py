@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from stackproof.cli.output import MARKS, Json, emit, stdout, table
-from stackproof.cli.paths import RecordDir, folder_at
+from stackproof.cli.paths import folder_at
+from stackproof.cli.recording import RecordDir, print_record, without_record
 from stackproof.spec.errors import IntegrityError
 
 app = typer.Typer(help="Records and the ledger.", no_args_is_help=True)
@@ -221,8 +222,8 @@ def rerun(
 
     Exit code 6 if they differ.
     """
-    from stackproof.cli.again import rerun_trace
     from stackproof.cli.console import ConsoleListener
+    from stackproof.cli.rerun import rerun_trace
     from stackproof.evidence.archiving import folder_of
     from stackproof.evidence.ledgering import find
     from stackproof.train.rerun import rerun as again
@@ -271,7 +272,10 @@ def certify_resume(
         list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder for both runs and the certificate.")
+        Path | None,
+        typer.Option(
+            "--run-dir", help="Folder for both runs and the certificate.", callback=without_record
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -284,14 +288,14 @@ def certify_resume(
     record, directory = certify(
         named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir
     )
-    document = {
-        "record": record.id,
-        "run_dir": str(directory),
-        "status": record.status,
-        "metrics": {n: m.value for n, m in record.metrics.items()},
-    }
-    if not emit(document, json):
-        stdout.print(f"{record.status}: {record.end_reason}")
+    document = {"status": record.status, "metrics": {n: m.value for n, m in record.metrics.items()}}
+    print_record(
+        record,
+        directory,
+        document,
+        json,
+        lambda document: stdout.print(f"{record.status}: {record.end_reason}"),
+    )
     if not record.succeeded:
         raise IntegrityError(
             "the resumed run is not the straight one",

@@ -1,12 +1,15 @@
 """`stack export`, `stack import`: models for other libraries and from them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stackproof.cli.output import MARKS, Json, emit, measured_text, stdout, table
-from stackproof.cli.paths import RecordDir, folder_at, tokenizer_at
+from stackproof.cli.output import MARKS, Json, measured_text, stdout, table
+from stackproof.cli.paths import folder_at, tokenizer_at
+from stackproof.cli.recording import OpenRecord, RecordDir, open_record
 from stackproof.spec.errors import GateFailed, IntegrityError, UsageError
 
 EXPORT_CLAIM = (
@@ -66,11 +69,11 @@ def export(
     """
     if to != "hf" or dtype not in ("float32", "bfloat16"):
         raise UsageError(
-            "there is no such export",
+            "unknown export format",
             value=f"--to {to} --dtype {dtype}",
             allowed="--to hf with --dtype float32 or bfloat16",
         )
-    from stackproof.cli.models import open_model
+    from stackproof.cli.load_model import open_model
     from stackproof.evidence.exclusive import refuse_occupied
     from stackproof.export import huggingface
     from stackproof.export.card import card, training_only
@@ -79,23 +82,17 @@ def export(
     refuse_occupied(out, "--out")
     opened = open_model(model)
     parent = opened.state["record"]
-    builder, keeper = _open(
-        "export",
-        opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}},
-        EXPORT_CLAIM,
-        (parent,),
-    )
-    run = _record_of(opened.run_dir, parent)
-    directory = run_dir or Path("runs") / builder.id
-    builder.inputs = _artefacts(
-        [opened.folder / "model.safetensors", opened.run_dir / "tokenizer.json"], opened.run_dir
-    )
+    config = opened.cfg.to_dict() | {"export": {"to": to, "dtype": dtype}}
+    record, keeper = _open("export", config, EXPORT_CLAIM, (parent,), run_dir, json)
+    record.input(opened.folder / "model.safetensors", opened.run_dir)
+    record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
+    run, export_id = _record_of(opened.run_dir, parent), record.builder.id
     facts = {
         "n_params": n_parameters(opened.model),
         "dtype": dtype,
         "run": run,
         "parent": parent,
-        "export": builder.id,
+        "export": export_id,
     }
     try:
         made = huggingface.export(
@@ -108,12 +105,13 @@ def export(
             card=lambda exported: card(exported, opened.cfg.model, **facts),
         )
     except GateFailed as e:
-        raise _refusal(builder, keeper, directory, e, f"nothing is at {out}") from e
+        _refuse(record, keeper, e, out)
     for name, value in made.rounding.items():
-        builder.metric(
+        record.builder.metric(
             name, value, "logits" if "error" in name else "share of positions", better="lower"
         )
-    builder.outputs = _artefacts([out / f for f in made.files], Path.cwd())
+    for file in made.files:
+        record.output((out / file).resolve(), Path.cwd())
     document = {
         "path": str(out),
         "architecture": made.kind.architecture,
@@ -122,8 +120,7 @@ def export(
         "not_carried": training_only(opened.cfg.model),
         **made.rounding,
     }
-    record = _finish(builder, keeper, directory)
-    _show("Export", document, record, directory, json)
+    _close("Export", record, keeper, document)
 
 
 def import_(
@@ -173,14 +170,15 @@ def import_(
     refuse_occupied(out, "--out")
     source = reading.open_folder(folder, max_seq_len=max_seq_len)
     settings = {} if tokenizer else vocabulary.settings(folder)
-    made, said = vocabulary.from_file(
+    made, notes = vocabulary.from_file(
         tokenizer or folder / "tokenizer.json",
         source.vocab_size,
         hugging_face.end_of_text(source.document, settings),
     )
     cfg = imported(source.cfg, out.resolve() / "tokenizer.json")
-    builder, keeper = _open("import", cfg.to_dict(), IMPORT_CLAIM, ())
-    builder.inputs = _artefacts([*source.files, tokenizer or folder / "tokenizer.json"], Path.cwd())
+    record, keeper = _open("import", cfg.to_dict(), IMPORT_CLAIM, (), None, json)
+    for file in (*source.files, tokenizer or folder / "tokenizer.json"):
+        record.input(file)
     model = reading.load_weights(source)
     try:
         with huggingface.readable(source) as readable:
@@ -188,7 +186,7 @@ def import_(
                 parity.own(model) | (parity.witness(readable) if parity.available() else {})
             )
     except GateFailed as e:
-        raise _refusal(builder, keeper, Path("runs") / builder.id, e, f"nothing is at {out}") from e
+        _refuse(record, keeper, e, out)
     document = {
         "run_dir": str(out),
         "architecture": source.kind.architecture,
@@ -196,99 +194,84 @@ def import_(
         "vocab_size": made.vocab_size,
         "renamed_tensors": source.renamed,
         "not_carried": list(source.aside),
-        "tokenizer": said,
+        "tokenizer": notes,
     }
-    builder.metric("n_params", document["n_params"], "parameters")
-    told = ("architecture", "renamed_tensors", "not_carried", "tokenizer")
-    described = {"folder": str(folder)} | {k: document[k] for k in told}
-    record = write_run(
-        out, cfg, model, made, builder, described, gates=keeper.results(), **_ending(keeper)
-    )
-    _show("Import", document, record, out, json)
+    record.builder.metric("n_params", document["n_params"], "parameters")
+    described = {"folder": str(folder)} | {
+        k: document[k] for k in ("architecture", "renamed_tensors", "not_carried", "tokenizer")
+    }
+    record.directory = out
+    finish = partial(write_run, out, cfg, model, made, record.builder, described)
+    _close("Import", record, keeper, document, finish)
 
 
-def _open(kind: str, config: dict, claim: str, parents: tuple[str, ...]) -> tuple[Any, Any]:
-    """A record and the gates of its kind."""
+def _open(
+    kind: str, config: dict, claim: str, parents: tuple[str, ...], run_dir: Path | None, json: bool
+) -> tuple[OpenRecord, Any]:
+    """A record, and the gates of its kind."""
     from stackproof.contracts.keeper import Gatekeeper
     from stackproof.export.parity import version
-    from stackproof.spec.building import RecordBuilder
-    from stackproof.spec.gates import load_spec
-    from stackproof.spec.provenance import environment
 
-    spec = load_spec()
-    builder = RecordBuilder(
-        kind=kind,
-        spec=spec,
-        config=config,
-        claim=claim,
-        not_covered=NOT_COVERED,
-        environment=environment(transformers=version()),
+    record = open_record(
+        kind,
+        config,
+        claim,
+        NOT_COVERED,
+        run_dir=run_dir,
+        json=json,
         parents=parents,
+        transformers=version(),
     )
-    return builder, Gatekeeper(spec, kind=kind)
+    return record, Gatekeeper(record.builder.spec, kind=kind)
 
 
 def _record_of(run_dir: Path, record_id: str) -> Any:
-    """The record of the run, if it lies beside the checkpoint and is that one."""
+    """The record of the run, if it is in the run directory and has this id."""
     from stackproof.spec.records import read_record
 
     path = run_dir / "metadata.json"
     return record if path.is_file() and (record := read_record(path)).id == record_id else None
 
 
-def _artefacts(files: list[Path], root: Path) -> list[Any]:
-    from stackproof.spec.building import artefact
-
-    return [artefact(f.resolve(), root=root.resolve()) for f in files]
-
-
-def _ending(keeper: Any) -> dict[str, Any]:
-    """How a record of gates that are not red ends; a comparison that was not made is said,
-    and is no pass.
-    """
-    unread = any(g.verdict == "not_run" for g in keeper.results())
-    return {
-        "status": "completed",
-        "end_reason": UNREAD if unread else "every gate passed",
-        "exit_code": 0,
-    }
-
-
-def _finish(builder: Any, keeper: Any, directory: Path) -> Any:
-    directory.mkdir(parents=True, exist_ok=True)
-    return builder.finish(directory, gates=keeper.results(), **_ending(keeper))
-
-
-def _refusal(
-    builder: Any, keeper: Any, directory: Path, error: GateFailed, left: str
-) -> IntegrityError:
-    """The error of a red gate, with its record written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    record = builder.finish(
-        directory, status="failed", end_reason=error.what, exit_code=6, gates=keeper.results()
-    )
-    return IntegrityError(
-        f"{error.what}; {left}",
-        value=f"record {record.id} in {directory}",
+def _refuse(record: OpenRecord, keeper: Any, error: GateFailed, out: Path) -> None:
+    """Write the record of a failed gate. Raises IntegrityError."""
+    record.gates = keeper.results()
+    refusal = IntegrityError(
+        f"{error.what}; nothing is at {out}",
+        value=f"record {record.builder.id} in {record.directory}",
         allowed="a folder from which the other library computes the same model",
         next_step=f"stack gates show {error.gate_id}",
     )
+    record.close(error.what, error=refusal)
 
 
-def _show(title: str, document: dict, record: Any, directory: Path, as_json: bool) -> None:
-    document |= {
-        "record": record.id,
-        "record_dir": str(directory),
-        "gates": [{"id": g.id, "verdict": g.verdict} for g in record.gates],
-    }
-    if emit(document, as_json):
-        return
-    stdout.print(
-        table(title, ["what", "value"], [[k, v] for k, v in document.items() if k != "gates"])
+def _close(
+    title: str,
+    record: OpenRecord,
+    keeper: Any,
+    document: dict,
+    finish: Callable[..., Any] | None = None,
+) -> None:
+    """Write the record. A comparison that was not made is stated, and does not count as passed."""
+    record.gates = keeper.results()
+    document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
+    unread = any(g.verdict == "not_run" for g in record.gates)
+
+    def show(document: dict) -> None:
+        rows = [[k, v] for k, v in document.items() if k not in ("gates", "record", "record_dir")]
+        stdout.print(table(title, ["what", "value"], rows))
+        rows = [
+            [g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))]
+            for g in record.gates
+        ]
+        stdout.print(table("Gates", ["gate", "verdict", "measured"], rows))
+        if unread:
+            stdout.print(UNREAD, style="yellow")
+
+    record.close(
+        UNREAD if unread else "every gate passed",
+        document,
+        show,
+        finish=finish,
+        directory_key="record_dir",
     )
-    rows = [
-        [g.id, MARKS[g.verdict], g.message or measured_text(dict(g.measured))] for g in record.gates
-    ]
-    stdout.print(table("Gates", ["gate", "verdict", "measured"], rows))
-    if any(g.verdict == "not_run" for g in record.gates):
-        stdout.print(UNREAD, style="yellow")

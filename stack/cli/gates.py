@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from stackproof.cli.output import Json, emit, stderr, stdout, table
-from stackproof.cli.paths import RecordDir, bundle_at, file_at
+from stackproof.cli.paths import bundle_at, file_at
+from stackproof.cli.recording import RecordDir, open_record, print_record
 from stackproof.spec.errors import ConfigError, GateFailed
 
 app = typer.Typer(
@@ -216,7 +217,7 @@ def prove(
     matrix: Annotated[
         bool,
         typer.Option(
-            "--matrix", help="Then ask all gates about every plant, which takes many times as long."
+            "--matrix", help="Then run all gates on every plant; takes many times as long."
         ),
     ] = False,
     run_dir: RecordDir = None,
@@ -226,6 +227,7 @@ def prove(
     Exit code 4 if a plant survives or a control is red.
     """
     from stackproof.museum import prove as prover
+    from stackproof.museum.collection import museum_config
     from stackproof.spec.failures import load_catalogue
     from stackproof.spec.gates import load_spec
     from stackproof.spec.margins import margins
@@ -238,12 +240,17 @@ def prove(
             soft_wrap=True,
         )
 
-    builder = prover.open_builder()
-    directory = run_dir or Path("runs") / builder.id
+    opened = open_record(
+        "falsification",
+        museum_config(Path()).to_dict(),
+        prover.CLAIM,
+        prover.NOT_COVERED,
+        run_dir=run_dir,
+        json=json,
+    )
     kills = prover.prove(gate_ids or (), report)
-    directory.mkdir(parents=True, exist_ok=True)
     crossed = _matrix(gate_ids or ()) if matrix else None
-    record = prover.falsification_record(kills, builder, directory, crossed)
+    record = prover.falsification_record(kills, opened.builder, opened.path(""), crossed)
     rows = [k.model_dump(exclude={"fingerprint", "plant_sha256"}) for k in kills]
     outcomes = ("killed", "missed", "crashed", "equivalent", "awaiting")
     counts = {o: sum(k.outcome == o for k in kills) for o in outcomes}
@@ -253,29 +260,20 @@ def prove(
         else [{"failure": f.id, "awaits": f.awaiting} for f in load_catalogue().awaiting()]
     )
     counts["awaiting"] += len(awaited)
-    document = {
-        "kills": rows,
-        "counts": counts,
-        "record": record.id,
-        "run_dir": str(directory),
-        "seconds": record.wall_s,
-    }
-    document |= {
-        "awaiting": awaited,
-        "margins": [prover.plain(m._asdict()) for m in margins(load_spec(), kills)],
-    }
+    document = {"kills": rows, "counts": counts, "seconds": record.wall_s, "awaiting": awaited}
+    document |= {"margins": [prover.plain(m._asdict()) for m in margins(load_spec(), kills)]}
     document |= {"matrix": crossed} if matrix else {}
-    if not emit(document, json):
+
+    def show(document: dict) -> None:
         if awaited:
             stdout.print(
                 f"{len(awaited)} documented failures await a part of the stack: stack gates "
                 "coverage",
                 markup=False,
             )
-        stdout.print(
-            f"{record.status}: {record.end_reason}\nrecord {directory / 'metadata.json'}",
-            markup=False,
-        )
+        stdout.print(f"{record.status}: {record.end_reason}", markup=False)
+
+    print_record(record, opened.directory, document, json, show)
     if not record.succeeded:
         first = next((k for k in kills if k.outcome != "killed" or k.control != "pass"), None)
         raise GateFailed(

@@ -1,4 +1,4 @@
-"""One JSON document on stdout, or tables and lines for people."""
+"""Output of a verb: one JSON document on stdout, or tables and lines."""
 
 import json
 import os
@@ -15,12 +15,12 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
 
-UNSEEN_WIDTH = 160  # columns of tables where no terminal says how many it has
+DEFAULT_WIDTH = 160  # columns of tables without a terminal
 
 
 def _width(stream: TextIO) -> int | None:
-    """What a console is told of its width: nothing where a terminal, or COLUMNS, says it."""
-    return None if stream.isatty() or "COLUMNS" in os.environ else UNSEEN_WIDTH
+    """Width of a console; None (detect it) for a terminal, or if COLUMNS is set."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else DEFAULT_WIDTH
 
 
 stdout = Console(highlight=False, soft_wrap=True, width=_width(sys.stdout))
@@ -31,14 +31,12 @@ _emitted = False
 
 
 def emitted() -> bool:
-    """Whether this process has printed its JSON document; an error that
-    follows must not print another.
-    """
+    """Whether this process has printed its JSON document; a later error must not print another."""
     return _emitted
 
 
 def emit(document: dict[str, Any], as_json: bool) -> bool:
-    """Print the document if JSON was asked for; says whether it did."""
+    """Print the document if `as_json`; returns `as_json`."""
     global _emitted
     if as_json:
         _emitted = True
@@ -60,7 +58,7 @@ MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "not_run": "[yellow]n
 
 
 def measured_text(measured: dict[str, Any], limit: int = 3) -> str:
-    """The first measurements of a verdict, short."""
+    """The first measurements of a verdict."""
     parts = [
         f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
         for k, v in list(measured.items())[:limit]

@@ -1,11 +1,10 @@
-"""What a path on the command line must name before anything is opened:
-bad input is a matter of usage, damage is not.
+"""Checks of arguments before anything is opened.
+A wrong path is a UsageError; damaged content is not.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from stackproof.spec.errors import UsageError
 
@@ -13,13 +12,11 @@ MODEL = "a run directory or a step folder"
 RUN = "a run directory, the folder that --run-dir named"
 DATA_SET, BUILDS_ONE = "a folder with manifest.json", "stack data build SRC… --out DIR makes one"
 MAKES_ONE = "stack train --run-dir DIR makes one"
-PICKLES = (b"\x80", b"PK")  # how a pickle begins, and the zip archive that torch.save lays one in
+PICKLES = (b"\x80", b"PK")  # first bytes of a pickle, and of the zip archive of torch.save
 
 
 def folder_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
-    """The path, if a folder is there. `what` names the argument.
-    Raises UsageError where nothing is, or a file.
-    """
+    """The path, if it is a folder. Raises UsageError otherwise; `what` names the argument."""
     if not path.is_dir():
         raise _wrong(
             path,
@@ -32,7 +29,7 @@ def folder_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
 
 
 def file_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
-    """The path, if something is there that is no folder. Raises UsageError otherwise."""
+    """The path, if it is a file. Raises UsageError otherwise."""
     if path.is_dir() or not path.exists():
         raise _wrong(
             path,
@@ -45,8 +42,8 @@ def file_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
 
 
 def model_at(path: Path) -> Path:
-    """The folder that MODEL names. Raises UsageError where nothing is, or a file;
-    a pickle is left to be refused as unsafe.
+    """The folder of MODEL. Raises UsageError otherwise, except for a pickle,
+    which is refused later as unsafe.
     """
     if path.is_file() and path.open("rb").read(2).startswith(PICKLES):
         return path
@@ -75,29 +72,17 @@ def bundle_at(path: Path, what: str) -> Path:
     )
 
 
-def untaken(run_dir: Path | None) -> Path | None:
-    """The folder a record is to be written to.
-    Raises UsageError where one lies already: a record is never written over.
-    """
-    if run_dir is not None and (run_dir / "metadata.json").exists():
-        raise UsageError(
-            f"--run-dir already holds a record: {run_dir}",
-            value=(run_dir / "metadata.json").absolute(),
-            allowed="a folder without metadata.json",
-            next_step="another --run-dir, or leave it out",
-        )
-    return run_dir
-
-
-RecordDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-dir", help="Folder of the record. Default: runs/<record id>.", callback=untaken
-    ),
-]
-
-
 def _wrong(path: Path, what: str, why: str, allowed: str, next_step: str) -> UsageError:
     return UsageError(
         f"{what} {why}: {path}", value=path.absolute(), allowed=allowed, next_step=next_step
     )
+
+
+def refuse_unused(beside: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for the first option with a value, because it
+    has no effect with `beside`.
+    """
+    if given := next((name for name, value in options.items() if value), None):
+        raise UsageError(
+            f"{given} has no effect with {beside}", next_step=f"leave out {given}, or see --help"
+        )

@@ -1,4 +1,5 @@
-"""The command line as data, for `spec/cli.json`: what verbs and options the project promises.
+"""The command line as data, for `spec/cli.json`: commands and options that
+the project keeps stable.
 
 python -m stackproof.cli.surface > spec/cli.json
 """
@@ -9,6 +10,7 @@ from typing import Any
 import typer
 
 from stackproof.cli import app
+from stackproof.cli.trace import SELECTORS, TraceGroup
 
 
 def surface() -> dict:
@@ -21,13 +23,17 @@ def surface() -> dict:
 
 
 def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
-    if hasattr(command, "commands"):
-        for name, child in command.commands.items():
-            _walk(child, f"{path} {name}".strip(), verbs)
+    if not hasattr(command, "commands"):
+        verbs[path] = _described(command, command.params)
         return
-    parameters = [p for p in command.params if p.name != "help"]
-    options = [p for p in parameters if p.param_type_name == "option"]
-    verbs[path] = {
+    for name, child in command.commands.items():
+        _walk(child, f"{path} {name}".strip(), verbs)
+    if isinstance(command, TraceGroup):
+        verbs[path] = _top_level_form(command)
+
+
+def _described(command: Any, params: list[Any]) -> dict[str, Any]:
+    return {
         "help": _unwrapped(command.help or ""),
         "examples": (command.epilog or "").removeprefix("Examples: ").split(" · ")
         if command.epilog
@@ -39,7 +45,7 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
                 "many": p.nargs == -1 or p.multiple is True,
                 "help": getattr(p, "help", "") or "",
             }
-            for p in parameters
+            for p in params
             if p.param_type_name == "argument"
         ],
         "options": [
@@ -49,7 +55,8 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
                 "many": bool(o.multiple),
                 "help": o.help or "",
             }
-            for o in options
+            for o in params
+            if o.param_type_name == "option" and o.name != "help"
         ],
     }
 
@@ -57,6 +64,26 @@ def _walk(command: Any, path: str, verbs: dict[str, dict]) -> None:
 def _unwrapped(text: str) -> str:
     """Each paragraph on one line, as the terminal shows it whatever the source wraps."""
     return "\n\n".join(" ".join(x.split()) for x in text.strip().split("\n\n"))
+
+
+def _top_level_form(group: TraceGroup) -> dict[str, Any]:
+    """`stack trace MODEL …`: options that select a command, and those of all commands."""
+    described = _described(group, group.commands["stats"].params)
+    known = {
+        flag: {
+            "flags": [flag],
+            "takes_value": takes_value,
+            "many": takes_value,
+            "help": f"Selects `stack trace {command}`.",
+        }
+        for flag, (command, takes_value) in SELECTORS.items()
+    }
+    for command in group.commands.values():
+        for option in _described(command, command.params)["options"]:
+            known.setdefault(option["flags"][0], option)
+    # --repro takes its place
+    arguments = [argument | {"required": False} for argument in described["arguments"]]
+    return described | {"arguments": arguments, "options": list(known.values())}
 
 
 if __name__ == "__main__":

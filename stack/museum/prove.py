@@ -31,7 +31,6 @@ from stackproof.spec.canonical import canonical_json, sha256_file
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
-from stackproof.spec.provenance import environment
 from stackproof.spec.records import GateResult, Kill, Record
 from stackproof.train import session
 from stackproof.train.kernels import kernels_of
@@ -384,16 +383,4 @@ def falsification_record(
         end_reason="; ".join(bad) if bad else "every plant killed, every control green",
         exit_code=4 if bad else 0,
         series=(MATRIX,),
-    )
-
-
-def open_builder() -> RecordBuilder:
-    """A record of kind falsification, opened before the proof runs."""
-    return RecordBuilder(
-        kind="falsification",
-        spec=load_spec(),
-        config=museum_config(Path()).to_dict(),
-        claim=CLAIM,
-        not_covered=NOT_COVERED,
-        environment=environment(),
     )

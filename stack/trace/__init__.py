@@ -1,4 +1,4 @@
-"""Look inside a model while it runs: points, statistics, comparison and bisection of two,
+"""Inspect a running model: activation statistics, comparison and bisection of two models,
 the first NaN, lenses, patching.
 """
 
@@ -6,10 +6,10 @@ from stackproof.trace.bisect import bisect
 from stackproof.trace.compare import compare
 from stackproof.trace.gradients import compare_gradients
 from stackproof.trace.lens import read_lens, train_lens
+from stackproof.trace.model_variant import variant
 from stackproof.trace.nonfinite import first_nonfinite, watching
 from stackproof.trace.patching import ablate, patch, targets
 from stackproof.trace.trace import trace
-from stackproof.trace.ways import side
 from stackproof.trace.weights import weights
 
 __all__ = [
@@ -20,10 +20,10 @@ __all__ = [
     "first_nonfinite",
     "patch",
     "read_lens",
-    "side",
     "targets",
     "trace",
     "train_lens",
+    "variant",
     "watching",
     "weights",
 ]

@@ -1,35 +1,40 @@
-"""Which operation is guilty of a difference: values of the good side are put into the bad run up to
-a cut, and the end is judged.
+"""Find the operation that causes a difference: values of the good run replace those
+of the bad run up to a cut.
 
-The cut is found by halving, so of n points about log₂ n runs are needed. A cut that cures clears
-every operation after it. The first and the last guilty operation are found apart; where they are
-not the same, modules are exchanged until a minimal set cures.
+Bisection finds the cut in about log₂ n runs of n points. A cut that cures clears every operation
+after it. The first and the last guilty operation are found separately; if they differ, modules are
+exchanged until a minimal set cures.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stackproof.trace.compare import Spill, coarsest, common_points, difference, record, widest
+from stackproof.trace.compare import (
+    Spill,
+    coarsest,
+    common_points,
+    difference,
+    fitted,
+    record,
+    widest,
+)
+from stackproof.trace.hooks import replaced
+from stackproof.trace.model_variant import ModelVariant
 from stackproof.trace.points import Point, select, sites
-from stackproof.trace.tap import tap
-from stackproof.trace.trace import run
-from stackproof.trace.ways import Side
 
 Check = Callable[[Tensor], bool]
-# logits agree within this times ε·√(width·layers); two right computations of 2
-# layers came within 0.15 of it
+# tolerance of logits, times ε·√(width·layers); two correct computations of 2
+# layers reached 0.15 of it
 CLOSE = 4.0
-# logits that are off by more are never called equal; in bfloat16 24 layers of
-# width 1024 differ by 0.015
-FAR = 0.05
+FAR = 0.05  # upper limit of that tolerance; in bfloat16 24 layers of width 1024 differ by 0.015
 UNITS = (
     "embed",
     "positions",
@@ -44,7 +49,7 @@ UNITS = (
 
 @dataclass(frozen=True)
 class Link:
-    """One hypothesis of the chain, what became of it, and the numbers it rests on."""
+    """One hypothesis of the chain, its verdict, and the numbers for it."""
 
     hypothesis: str
     verdict: Literal["eliminated", "kept"]
@@ -53,8 +58,8 @@ class Link:
 
 @dataclass
 class Bisection:
-    """The first and the last guilty point (none where there is nothing to find), the modules that
-    cure together, and how it was found.
+    """The first and the last guilty point (none if nothing was found),
+    the modules that cure together, and the chain.
     """
 
     guilty: tuple[Point, ...] = ()
@@ -71,12 +76,12 @@ class Bisection:
 
 
 class _Bench:
-    """Runs of both sides with values of the other put in, judged by one check."""
+    """Runs of both variants with values of the other one, judged by one check."""
 
     def __init__(
         self,
-        good: Side,
-        bad: Side,
+        good: ModelVariant,
+        bad: ModelVariant,
         input_ids: Tensor,
         names: Sequence[str],
         check: Check | None,
@@ -102,22 +107,18 @@ class _Bench:
         self.points = [seen[n] for n in there if seen[n].flows]
         self.found = Bisection(runs=2, tolerance=self.tolerance)
 
-    def passes(self, host: Side, values: str, cut: int) -> tuple[bool, float]:
-        """Whether `host` ends well with values of the other side at all points up to `cut`; and its
-        distance from the good logits.
+    def passes(self, host: ModelVariant, values: str, cut: int) -> tuple[bool, float]:
+        """Whether `host` passes with the values of variant `values` at all points up to `cut`;
+        and its error.
         """
-        put = {p.name for p in self.points[: cut + 1]}
-        spill = self.spills[values]
-
-        def handler(point: Point, x: Tensor) -> Tensor | None:
-            theirs = spill.read(point.name)
-            return theirs.to(x.device).reshape(x.shape) if theirs.numel() == x.numel() else None
-
-        with torch.no_grad(), host.around():
-            inputs = host.inputs()
-            with tap(host.model, sorted(put), handler, where=host.where):
-                logits = run(host.model, self.input_ids, inputs)
-        return self.judge(logits)
+        spill, names = self.spills[values], sorted({p.name for p in self.points[: cut + 1]})
+        with (
+            torch.no_grad(),
+            host.running(
+                self.input_ids, names, lambda p, x: fitted(spill.read(p.name), x)
+            ) as logits,
+        ):
+            return self.judge(logits)
 
     def judge(self, logits: Tensor) -> tuple[bool, float]:
         self.found.runs += 1
@@ -125,18 +126,19 @@ class _Bench:
 
 
 def bisect(
-    good: Side,
-    bad: Side,
+    good: ModelVariant,
+    bad: ModelVariant,
     input_ids: Tensor,
     check: Check | None = None,
     names: Iterable[str] | None = None,
 ) -> Bisection:
-    """Find what makes `bad` end otherwise than `good` on the same ids (B, T).
+    """Find the operations that make the logits of `bad` differ from those of
+    `good` on the same ids (B, T).
 
-    `check` says of logits (B, T, V) whether they are good; by default whether they are those of the
-    good side up to rounding. With one guilty operation 3 + ⌈log₂ points⌉ runs are needed; of
-    several the first and the last are named, and the smallest set of modules that cures when they
-    are exchanged, where both sides are built alike.
+    `check` returns whether logits (B, T, V) are good; default: equal to those of `good` up to
+    rounding. One guilty operation needs 3 + ⌈log₂ points⌉ runs. Of several, the first and the last
+    are named, and the smallest set of modules whose exchange cures, if both models have the same
+    modules.
     """
     common, _, _ = common_points(good, bad, names)
     with tempfile.TemporaryDirectory(prefix="stackproof-bisect-") as folder:
@@ -180,7 +182,7 @@ def bisect(
 
 
 def _reached(bench: _Bench) -> bool:
-    """Whether what is wrong lies at or before the last point. Where that is the logits, it does."""
+    """Whether the error lies at or before the last point; always true if that is the logits."""
     if not bench.points:
         bench.found.say("what is wrong lies between points that can be put right", False)
         return False
@@ -193,8 +195,8 @@ def _reached(bench: _Bench) -> bool:
 
 
 def _last(bench: _Bench) -> int:
-    """Index of the last guilty point: right values up to there cure,
-    and right values up to the one before do not.
+    """Index of the last guilty point: good values up to it cure,
+    good values up to the one before do not.
     """
     low, high = -1, len(bench.points) - 1
     while high - low > 1:
@@ -207,8 +209,8 @@ def _last(bench: _Bench) -> int:
 
 
 def _first(bench: _Bench, last: int) -> int:
-    """Index of the first guilty point: wrong values up to there spoil the good side, and wrong
-    values up to the one before do not.
+    """Index of the first guilty point: bad values up to it break the good run,
+    bad values up to the one before do not.
     """
     name = bench.points[last].name
     well, distance = bench.passes(bench.good, "bad", last - 1)
@@ -226,11 +228,11 @@ def _first(bench: _Bench, last: int) -> int:
     return high
 
 
-# ---- several sites: modules are exchanged
+# ---- several guilty operations: exchange modules
 
 
 def _units(bench: _Bench) -> list[str]:
-    """Paths of modules that both sides have alike: norms, attentions, feed-forwards,
+    """Paths of modules of the same type in both models: norms, attentions, feed-forwards,
     embedding and head.
     """
     theirs = dict(bench.good.model.named_modules())
@@ -245,28 +247,29 @@ def _units(bench: _Bench) -> list[str]:
 
 
 def _cures(bench: _Bench, paths: Sequence[str]) -> bool:
-    """Whether the bad side ends well with these modules of the good side in place of its own."""
-    with torch.no_grad(), bench.bad.around(), ExitStack() as undo:
-        for path in paths:
-            _lend(bench.good.model.get_submodule(path), bench.bad.model.get_submodule(path), undo)
-        cured, distance = bench.judge(run(bench.bad.model, bench.input_ids, bench.bad.inputs()))
+    """Whether `bad` passes with these modules of `good` in place of its own."""
+    good, bad = bench.good.model, bench.bad.model
+
+    @contextmanager
+    def exchanged() -> Iterator[None]:
+        with bench.bad.around(), ExitStack() as undo:
+            for path in paths:
+                undo.enter_context(
+                    replaced(bad.get_submodule(path), "forward", good.get_submodule(path).forward)
+                )
+            yield
+
+    with torch.no_grad(), replace(bench.bad, around=exchanged).running(bench.input_ids) as logits:
+        cured, distance = bench.judge(logits)
     bench.found.say(
         f"what is wrong lies within {', '.join(paths) or 'nothing'}", cured, rel_err=distance
     )
     return cured
 
 
-def _lend(module: nn.Module, to: nn.Module, undo: ExitStack) -> None:
-    own = vars(to).get("forward")
-    to.forward = module.forward
-    undo.callback(
-        lambda: to.__dict__.update(forward=own) if own is not None else to.__dict__.pop("forward")
-    )
-
-
 def _minimal(bench: _Bench) -> tuple[str, ...]:
-    """A set of modules that cures and no part of which does, by ddmin;
-    empty where exchanging all of them does not cure.
+    """A minimal set of modules whose exchange cures, by ddmin;
+    empty if exchanging all of them does not cure.
 
     Source: Zeller and Hildebrandt, Simplifying and Isolating Failure-Inducing Input, 2002.
     """

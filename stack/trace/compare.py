@@ -1,9 +1,9 @@
-"""Two computations of the same ids, point by point: the error that arrives at a point, and the
-error that its own operation adds.
+"""Compare two computations of the same ids, point by point: the error that arrives,
+and the error that is added.
 
-The first side runs once and leaves its tensors in a file. The second runs freely, and then once
-more with every value put right after it was compared: what still differs at a point was made there.
-One tensor of each side is in memory at a time.
+The reference `a` runs once and writes its tensors to a file. `b` runs freely, and then once more
+with every value replaced by that of `a` after it was compared: an error in this run was added by
+the operation before the point. One tensor of each variant is in memory at a time.
 """
 
 import math
@@ -17,31 +17,26 @@ import torch
 from torch import Tensor
 
 from stackproof.spec.errors import UsageError
-from stackproof.trace.kernel_errors import Kept, keeping, way_to_err
+from stackproof.trace.kernel_errors import Kept, keeping, known_error
+from stackproof.trace.model_variant import ModelVariant
 from stackproof.trace.points import Point, select, sites
 from stackproof.trace.stats import SupportError
-from stackproof.trace.tap import tap
-from stackproof.trace.trace import run
-from stackproof.trace.ways import Side
 
-CHUNK = 2**20  # values that are compared at a time
-# What rounding adds at a point is at most this times ε·√width. Measured over 15 settings of
-# transformers against ours, and all variants of ours against float64, reference kernels and
-# bfloat16, widths 48 to 56: 0.22 (differential attention's output), mostly 0.1 to 0.17. However
-# coarse the numbers are, no operation that is off by more than CAP of its value passes for
-# rounding: in bfloat16 rounding adds 0.0036 at width 256 and at 1024, and 0.012 at differential
-# attention's output.
+CHUNK = 2**20  # values compared at a time
+# Bound of what rounding adds at a point, times ε·√width. Measured over 15 settings of transformers
+# against ours, and all variants of ours against float64, reference kernels and bfloat16, widths 48
+# to 56: 0.22 (output of differential attention), mostly 0.1 to 0.17. CAP limits the bound whatever
+# the precision is: in bfloat16 rounding adds 0.0036 at widths 256 and 1024, and 0.012 at the output
+# of differential attention.
 FACTOR, CAP = 1.0, 0.03
 MISSING, MISSING_THERE = "did not run on this side", "did not run on the other side"
-# seen as what others are given
+# hooked as the inputs of other functions, so a missing one is no error of its own
 NOT_OWN = ("q_rotated", "k_rotated", "scores", "entropy", "attention_mixed", "resid_mid")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """‖a − b‖/‖b‖, the cosine of both, and Σ(a − b)²/Σb²; NaN against a
-    number is infinitely far.
-    """
+    """‖a − b‖/‖b‖, the cosine, and Σ(a − b)²/Σb². NaN against a number is an infinite error."""
 
     rel_err: float
     cosine: float
@@ -50,9 +45,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """One point of both sides. `arrived` is the error that is there in a free run, `added_err` what
-    the operation before it adds to right inputs; `excess` is the latter over its bound. `note` says
-    why a figure is missing.
+    """One point of both variants.
+
+    `arrived` is the error in a free run, `added_err` the error that the operation adds to correct
+    inputs, `excess` the latter over its bound. `note` gives the reason for a missing value.
     """
 
     point: Point
@@ -69,9 +65,9 @@ class Compared:
 @dataclass(frozen=True)
 class Comparison:
     """All common points in execution order.
-    `first_divergence` is the first that adds more than its bound; `suspects` rank all of these.
 
-    Where that is an attention kernel, `way` says in which usual way it errs, if in one of them.
+    `first_divergence` is the first point that adds more than its bound, `suspects` all such points
+    by excess. `way` is the known error of an attention kernel if that is the first divergence.
     """
 
     points: tuple[Compared, ...]
@@ -87,7 +83,7 @@ class Comparison:
 
 @dataclass
 class Spill:
-    """Tensors of a forward in a file, read back one at a time."""
+    """Tensors of one run in a file, read back one at a time."""
 
     folder: Path
     places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = field(default_factory=dict)
@@ -97,7 +93,7 @@ class Spill:
         self.path.touch()
 
     def write(self, name: str, x: Tensor) -> None:
-        """Append a tensor; a point that runs twice keeps the later one."""
+        """Append a tensor; of a point that runs twice the later one is kept."""
         x = x.detach().cpu().contiguous()
         self.places[name] = self.path.stat().st_size, tuple(x.shape), x.dtype
         if x.numel():
@@ -105,7 +101,7 @@ class Spill:
                 f.write(memoryview(x.view(-1).view(torch.uint8).numpy()))
 
     def read(self, name: str) -> Tensor:
-        """A tensor of its own, on the CPU."""
+        """A new tensor on the CPU."""
         at, shape, dtype = self.places[name]
         n_bytes = math.prod(shape) * dtype.itemsize
         if not n_bytes:
@@ -118,7 +114,7 @@ class Spill:
 
 @torch.no_grad()
 def difference(a: Tensor, b: Tensor) -> Difference:
-    """How far `a` is from `b`, which is taken as right, in float64, a chunk at a time."""
+    """The error of `a` against the reference `b`, in float64, one chunk at a time."""
     sums = torch.zeros(4, dtype=torch.float64)
     for x, y in zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK)):
         x, y = x.double().cpu(), y.double().cpu()
@@ -133,13 +129,14 @@ def difference(a: Tensor, b: Tensor) -> Difference:
     return Difference(math.sqrt(apart / bb), ab / math.sqrt(aa * bb) if aa else 0.0, apart / bb)
 
 
-def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = None) -> Comparison:
-    """Compare what two sides compute of the same ids (B, T): where their errors arrive,
-    and where they are made.
+def compare(
+    a: ModelVariant, b: ModelVariant, input_ids: Tensor, names: Iterable[str] | None = None
+) -> Comparison:
+    """Compare `b` with the reference `a` on the same ids (B, T): where errors arrive,
+    and where they are added.
 
-    Points that one side lacks are listed and not compared. Raises SupportError where a point has
-    another shape on the other side, unless which tokens it saw is the model's own choice, as with
-    experts; UsageError if no point is common.
+    Points of one variant only are listed. Raises SupportError if a point has another shape in the
+    other variant, except for experts, which choose their tokens; UsageError if no point is common.
     """
     common, only_a, only_b = common_points(a, b, names)
     points = [x.point for x in select(sites(b.model, b.where), common, b.where)]
@@ -161,7 +158,7 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
         )
         first = _first(rows)
         in_a_kernel = first is not None and first.point.slot == "attention_mixed"
-        way = _way(b, first.point, common, input_ids, spill) if in_a_kernel else ""
+        way = _diagnosis(b, first.point, common, input_ids, spill) if in_a_kernel else ""
     suspects = tuple(
         sorted(
             (r for r in rows if r.excess > 1 or r is first),
@@ -170,13 +167,15 @@ def compare(a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = N
     )
     logits = free["logits"] if isinstance(free.get("logits"), Difference) else None
     of = f"ε = {epsilon:.3g} of the coarser side and width {width}"
-    said = f"{FACTOR:g} · ε · √width, with {of}; times √tokens for rotations; at most {CAP:g}"
-    return Comparison(rows, first, suspects, only_a, only_b, said, logits, 3 + in_a_kernel, way)
+    bound = f"{FACTOR:g} · ε · √width, with {of}; times √tokens for rotations; at most {CAP:g}"
+    return Comparison(rows, first, suspects, only_a, only_b, bound, logits, 3 + in_a_kernel, way)
 
 
-def _way(b: Side, point: Point, names: list[str], input_ids: Tensor, spill: Spill) -> str:
-    """In which usual way the attention kernel at a point errs, from one more run on right values;
-    empty where in none.
+def _diagnosis(
+    b: ModelVariant, point: Point, names: list[str], input_ids: Tensor, spill: Spill
+) -> str:
+    """The known error of the attention kernel at a point, from one more run on correct inputs;
+    empty if unknown.
     """
     layers = sorted({s.point.layer for s in sites(b.model, b.where) if s.point.slot == point.slot})
     kept: list[Kept] = []
@@ -186,43 +185,48 @@ def _way(b: Side, point: Point, names: list[str], input_ids: Tensor, spill: Spil
         input_ids,
         spill,
         forced=True,
-        watched=lambda: keeping(b.where.function, layers.index(point.layer), kept),
+        inside=lambda: keeping(b.where.function, layers.index(point.layer), kept),
     )
-    return way_to_err(kept[0]) if kept else ""
+    return known_error(kept[0]) if kept else ""
 
 
 def _seen(
-    b: Side,
+    b: ModelVariant,
     names: list[str],
     input_ids: Tensor,
     spill: Spill,
     *,
     forced: bool,
-    watched: Callable[[], AbstractContextManager] = nullcontext,
+    inside: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Difference | str]:
-    """One run of a side against the tensors of the other; if `forced`,
-    each value is put right after it was compared.
+    """One run of `b` against the tensors of `a`; if `forced`,
+    each value is replaced after the comparison.
     """
     found: dict[str, Difference | str] = {}
 
     def handler(point: Point, x: Tensor) -> Tensor | None:
         theirs = spill.read(point.name) if point.name in spill.places else None
         found[point.name] = _compared(point, theirs, x)
-        right = forced and point.flows and theirs is not None and theirs.numel() == x.numel()
-        return theirs.to(x.device).reshape(x.shape) if right else None
+        return fitted(theirs, x) if forced and point.flows else None
 
-    with torch.no_grad(), b.around():
-        inputs = b.inputs()
-        with watched(), tap(b.model, names, handler, where=b.where):
-            run(b.model, input_ids, inputs)
-    return found
+    with torch.no_grad(), b.running(input_ids, names, handler, inside=inside):
+        return found
+
+
+def fitted(theirs: Tensor | None, x: Tensor) -> Tensor | None:
+    """`theirs` with device, dtype and shape of `x`; None if it is missing or has another size."""
+    return (
+        theirs.to(x.device, x.dtype).reshape(x.shape)
+        if theirs is not None and theirs.numel() == x.numel()
+        else None
+    )
 
 
 def common_points(
-    a: Side, b: Side, names: Iterable[str] | None
+    a: ModelVariant, b: ModelVariant, names: Iterable[str] | None
 ) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
-    """Names of the points of both sides in order, and of those that only one has."""
-    asked = [names] if isinstance(names, str) else None if names is None else list(names)
+    """Names of the points of both variants in order, of `a` alone, and of `b` alone."""
+    wanted = [names] if isinstance(names, str) else None if names is None else list(names)
     have = []
     for s in (a, b):
         found = sites(s.model, s.where, None)
@@ -230,13 +234,13 @@ def common_points(
             found if s.names is None else [x for x in found if x in select(found, s.names, s.where)]
         )
         have.append(
-            [x.point.name for x in (found if asked is None else select(found, asked, s.where))]
+            [x.point.name for x in (found if wanted is None else select(found, wanted, s.where))]
         )
     in_a, in_b = set(have[0]), set(have[1])
     common = [n for n in have[1] if n in in_a]
     if not common:
         raise UsageError(
-            "the two sides have no point in common", value=f"{a.where.family} and {b.where.family}"
+            "the two models have no point in common", value=f"{a.where.family} and {b.where.family}"
         )
     return (
         common,
@@ -245,15 +249,14 @@ def common_points(
     )
 
 
-def record(a: Side, names: list[str], input_ids: Tensor, spill: Spill) -> Tensor:
-    """Run a side once and keep its tensors; gives its logits."""
-    with torch.no_grad(), a.around():
-        inputs = a.inputs()
-        with tap(a.model, names, lambda p, x: spill.write(p.name, x), where=a.where):
-            logits = run(a.model, input_ids, inputs)
-    if "logits" not in spill.places:
-        spill.write("logits", logits)
-    return logits
+def record(a: ModelVariant, names: list[str], input_ids: Tensor, spill: Spill) -> None:
+    """Run a variant once and spill its tensors, the logits included."""
+    with (
+        torch.no_grad(),
+        a.running(input_ids, names, lambda p, x: spill.write(p.name, x)) as logits,
+    ):
+        if "logits" not in spill.places:
+            spill.write("logits", logits)
 
 
 def _compared(point: Point, theirs: Tensor | None, x: Tensor) -> Difference | str:
@@ -283,11 +286,11 @@ def _row(
 
 
 def _first(rows: Sequence[Compared]) -> Compared | None:
-    """The first point that adds more than its bound; or of the modules right before it that ran on
-    one side only, the first.
+    """The first point above its bound; if modules right before it ran in one variant only,
+    the first of these.
 
-    What is given to an attention function, or to a norm, is not seen where another is called,
-    and does not err for that.
+    Inputs of an attention function or a norm are not hooked if another function is called,
+    which is no error.
     """
     at = next((i for i, r in enumerate(rows) if r.excess > 1), None)
     if at is None:
@@ -298,20 +301,16 @@ def _first(rows: Sequence[Compared]) -> Compared | None:
     return next((r for r in rows[start:at] if r.point.slot not in NOT_OWN), rows[at])
 
 
-def coarsest(a: Side, b: Side) -> float:
-    """The largest ε among the dtypes of both sides' parameters,
-    and those in which they say that they compute.
-    """
+def coarsest(a: ModelVariant, b: ModelVariant) -> float:
+    """The largest ε of all parameter dtypes and declared compute dtypes."""
     held = {p.dtype for s in (a, b) for p in s.model.parameters()} | {
         s.computes for s in (a, b) if s.computes is not None
     }
     return max(torch.finfo(d).eps for d in held if d.is_floating_point)
 
 
-def widest(a: Side, b: Side) -> int:
-    """The largest of the matrices' smaller dimensions: d_model,
-    however long the vocabulary and the feed-forward are.
-    """
+def widest(a: ModelVariant, b: ModelVariant) -> int:
+    """d_model: the maximum over all matrices of their second-largest dimension."""
     return max(
         (sorted(p.shape)[-2] for s in (a, b) for p in s.model.parameters() if p.ndim >= 2),
         default=1,
@@ -319,7 +318,7 @@ def widest(a: Side, b: Side) -> int:
 
 
 def bound_of(point: Point, epsilon: float, width: int, tokens: int) -> float:
-    """What the operation of a point may add by rounding alone."""
+    """Upper bound of the rounding error that the operation of a point adds."""
     return min(
         CAP,
         FACTOR

@@ -24,7 +24,7 @@ FORM = re.compile(
 
 @dataclass(frozen=True)
 class Expectation:
-    """A figure of a point on one side of a number."""
+    """An inequality between a statistic of a point and a number."""
 
     text: str
     point: str
@@ -35,9 +35,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of a prediction: `not_run` where the point did not run or has no such figure,
-    which confirms nothing.
-    """
+    """A judged prediction; `not_run` if the point did not run or has no such statistic."""
 
     text: str
     verdict: Literal["confirmed", "refuted", "not_run"]
@@ -45,13 +43,11 @@ class Judged:
 
 
 def parse(text: str, figures: Iterable[str]) -> Expectation:
-    """Read one prediction. Raises UsageError, before anything runs,
-    for another form or a figure that will not be there.
-    """
+    """Parse one prediction. Raises UsageError for another form or an unknown statistic."""
     found, known = FORM.fullmatch(text), list(figures)
     if found is None or found["figure"] not in known:
         raise UsageError(
-            "this prediction cannot be judged",
+            "not a prediction",
             value=text,
             allowed=f"POINT.FIGURE {' | '.join(SIGNS)} NUMBER, with a figure of {', '.join(known)}",
             next_step="--expect 'layers.3.ffn.swiglu.std < 0.1'",
@@ -66,14 +62,14 @@ def judge(
     figures: Mapping[str, Mapping[str, float | None]],
     points: Iterable[str],
 ) -> list[Judged]:
-    """Judge predictions by the figures of points; what is no number refutes.
-    Raises UsageError for a point that is not there: a wrong name refutes nothing.
+    """Judge predictions by the statistics of points; NaN refutes.
+    Raises UsageError for an unknown point.
     """
     known, judged = set(points), []
     for one in expected:
         if one.point not in known:
             raise UsageError(
-                f"there is no point {one.point} among those looked at",
+                f"there is no point {one.point} among those traced",
                 value=one.text,
                 allowed=", ".join(sorted(known))[:400],
             )

@@ -1,10 +1,11 @@
-"""Derivatives of two computations of the same ids: the error that arrives in a gradient, and the
-error that its own derivative adds.
+"""Compare gradients of two computations of the same ids: the error that arrives,
+and the error that is added.
 
-The loss is the mean next-token loss. The first side runs forward and backward once and leaves
-values and gradients in a file. The second runs freely, and then once more with the value of every
-point put right, and its gradient after it was compared: what still differs was made by the
-derivative of what reads that point. A gradient that arrives on one side only is infinitely wrong.
+The loss is the mean next-token loss. The reference `a` runs forward and backward once and writes
+values and gradients to a file. `b` runs freely, and then once more with the value of every point
+replaced by that of `a`, and its gradient too after it was compared: an error in this run was added
+by the derivative of the operation that reads the point. A gradient in one variant only is an
+infinite error.
 """
 
 import math
@@ -17,17 +18,25 @@ import torch
 from torch import Tensor
 
 from stackproof.spec.errors import UsageError
-from stackproof.trace.compare import Difference, Spill, coarsest, common_points, difference, widest
+from stackproof.trace.compare import (
+    Difference,
+    Spill,
+    coarsest,
+    common_points,
+    difference,
+    fitted,
+    widest,
+)
+from stackproof.trace.hooks import Handler
+from stackproof.trace.model_variant import ModelVariant
 from stackproof.trace.points import Point, read_by, select, sites
-from stackproof.trace.tap import Handler, tap
-from stackproof.trace.trace import backward_of, run
-from stackproof.trace.ways import Side
+from stackproof.trace.trace import backward_of
 from stackproof.trace.weights import point_of
 
-# What rounding adds is at most FACTOR times ε·√width at a point, four times that where the gradient
-# comes out of a softmax and cancels, and at most ε·√width at a parameter, held against at least
-# FLOOR of the largest norm of any: a key's bias has a gradient of rounding alone. No derivative
-# that is off by more than CAP of itself passes for rounding, however coarse the numbers are.
+# Bounds of what rounding adds: FACTOR times ε·√width at a point, four times that if the gradient
+# comes out of a softmax and cancels, and PARAMETER_FACTOR times ε·√width at a parameter, relative
+# to at least FLOOR of the largest norm of all: the gradient of a key's bias is rounding alone. CAP
+# limits every bound.
 FACTOR, SOFTMAX_FACTOR, PARAMETER_FACTOR, FLOOR, CAP = 1.0, 4.0, 1.0, 1e-2, 0.1
 CANCELLING = ("q", "k", "v", "q_norm", "k_norm", "q_rotated", "k_rotated", "router", "routing")
 GRADIENT, PARAMETER, VALUE = "gradient ", "parameter ", "value "
@@ -35,9 +44,11 @@ GRADIENT, PARAMETER, VALUE = "gradient ", "parameter ", "value "
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient at one point, or of one parameter. `arrived` is its error in a free run,
-    `added_err` what its own derivative adds to right values and gradients; `excess` is the latter
-    over its bound. `read_by` says what has that derivative, for a point; `note` what is missing.
+    """The gradient at one point, or of one parameter.
+
+    `arrived` is the error in a free run, `added_err` the error that the derivative adds to correct
+    values and gradients, `excess` the latter over its bound. `read_by` names the operation with
+    that derivative.
     """
 
     point: Point
@@ -54,10 +65,10 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients at the common points in the order of the backward, then those of parameters that
-    both sides have by one name.
+    """Gradients at the common points in the order of the backward,
+    then of parameters with the same name.
 
-    `first` is the first whose derivative adds more than its bound; `suspects` rank all of these.
+    `first` is the first gradient above its bound, `suspects` all of them by excess.
     """
 
     points: tuple[Gradient, ...]
@@ -69,17 +80,16 @@ class Gradients:
 
 
 def compare_gradients(
-    a: Side, b: Side, input_ids: Tensor, names: Iterable[str] | None = None
+    a: ModelVariant, b: ModelVariant, input_ids: Tensor, names: Iterable[str] | None = None
 ) -> Gradients:
-    """Compare the gradients of both sides for the same ids (B, T), `a` taken as right: where errors
-    arrive, and where they are made.
+    """Compare gradients of `b` with those of the reference `a` on the same ids (B, T).
 
     Raises UsageError if no point is common, for fewer than two tokens,
-    or where no parameter of a side wants a gradient.
+    or if no parameter requires a gradient.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise UsageError(
-            "these ids have no next-token loss",
+            "the next-token loss needs two tokens",
             value=tuple(input_ids.shape),
             allowed="(B, T) with at least 2 tokens",
         )
@@ -118,7 +128,7 @@ def compare_gradients(
         ]
     judged = (*points, *parameters)
     suspects = tuple(sorted((g for g in judged if g.excess > 1), key=lambda g: -g.excess))
-    said = (
+    bound = (
         f"{FACTOR:g} · ε · √width, {SOFTMAX_FACTOR:g} times that before a softmax, at most "
         f"{CAP:g}, with ε · √width = {epsilon:.3g}"
     )
@@ -127,7 +137,7 @@ def compare_gradients(
         tuple(parameters),
         next((g for g in judged if g.excess > 1), None),
         suspects,
-        said,
+        bound,
     )
 
 
@@ -141,7 +151,7 @@ def _note(error: float) -> str:
 
 @dataclass
 class _Seen:
-    """Gradients of one run against those that are right: differences at points,
+    """Gradients of one run: differences from the reference at points,
     and the gradients of parameters.
     """
 
@@ -152,12 +162,12 @@ class _Seen:
 
 @dataclass
 class _Right:
-    """Values and gradients of the side that is taken as right."""
+    """Values and gradients of the reference."""
 
     spill: Spill
     largest: float = 0.0
 
-    def keep(self, a: Side, names: Sequence[str], input_ids: Tensor) -> None:
+    def keep(self, a: ModelVariant, names: Sequence[str], input_ids: Tensor) -> None:
         def value(point: Point, x: Tensor) -> None:
             self.spill.write(VALUE + point.name, x)
 
@@ -168,9 +178,11 @@ class _Right:
             self.spill.write(PARAMETER + name, grad)
             self.largest = max(self.largest, float(grad.double().norm()))
 
-    def against(self, b: Side, names: Sequence[str], input_ids: Tensor, *, forced: bool) -> _Seen:
-        """One forward and backward of a side; if `forced`, values are put right, and gradients
-        after they were compared.
+    def against(
+        self, b: ModelVariant, names: Sequence[str], input_ids: Tensor, *, forced: bool
+    ) -> _Seen:
+        """One forward and backward of `b`; if `forced`, values are replaced,
+        and gradients after the comparison.
         """
         seen = _Seen()
 
@@ -189,8 +201,8 @@ class _Right:
         return seen
 
     def error_at(self, point: Point, seen: _Seen) -> float | None:
-        """The error of a gradient at a point; infinite where it is there on one side only, None
-        where on none, or of other tokens.
+        """The error of the gradient at a point; infinite in one variant only,
+        None in neither or of other tokens.
         """
         here, there = point.name in seen.arrived, GRADIENT + point.name in self.spill.places
         if here != there:
@@ -198,7 +210,7 @@ class _Right:
         return seen.points[point.name].rel_err if point.name in seen.points else None
 
     def error_of(self, name: str, seen: _Seen) -> float | None:
-        """The same of a parameter that both sides have."""
+        """The same of a parameter."""
         here, there = name in seen.parameters, PARAMETER + name in self.spill.places
         if here != there:
             return math.inf
@@ -214,19 +226,11 @@ class _Right:
         return apart / norm if norm and not math.isnan(apart) else 0.0 if apart == 0 else math.inf
 
     def _like(self, name: str, x: Tensor) -> Tensor | None:
-        """What was kept by a name, as a tensor has it; None where it was not,
-        or in another size.
-        """
-        theirs = self.spill.read(name) if name in self.spill.places else None
-        return (
-            theirs.to(x.device, x.dtype).reshape(x.shape)
-            if theirs is not None and theirs.numel() == x.numel()
-            else None
-        )
+        return fitted(self.spill.read(name) if name in self.spill.places else None, x)
 
 
 class _PutRight(torch.autograd.Function):
-    """Another value in the place of one; gradients pass."""
+    """Replace a value; its gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx, x: Tensor, right: Tensor) -> Tensor:
@@ -238,12 +242,8 @@ class _PutRight(torch.autograd.Function):
 
 
 def _backward(
-    one: Side, names: Sequence[str], input_ids: Tensor, value: Handler, gradient: Handler
+    one: ModelVariant, names: Sequence[str], input_ids: Tensor, value: Handler, gradient: Handler
 ) -> dict[str, Tensor]:
-    """Gradients of a side's parameters, while values and gradients of its points are
-    shown and may be replaced.
-    """
-    with torch.enable_grad(), one.around():
-        inputs = one.inputs()
-        with tap(one.model, names, value, where=one.where, on_grad=gradient):
-            return backward_of(one.model, run(one.model, input_ids, inputs), input_ids)[1]
+    """Gradients of the parameters; handlers get values and gradients of the points."""
+    with torch.enable_grad(), one.running(input_ids, names, value, on_grad=gradient) as logits:
+        return backward_of(one.model, logits, input_ids)[1]

@@ -1,5 +1,5 @@
-"""In what way an attention kernel errs: its usual errors are computed in plain torch, and one of
-them may be what it computed.
+"""Diagnosis of a wrong attention kernel: known errors are computed in plain torch and
+compared with its output.
 
 B batch, T queries, S keys, N query heads, K key/value heads, H head_dim
 """
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackproof.trace.hooks import replaced
 from stackproof.trace.points import Function
 from stackproof.trace.scores import HIDDEN, Call, call_of
 
-CLOSE = 0.01  # a way to err explains a kernel if it leaves at most this share of its error
-LARGEST = 2**24  # scores of a row that are held at once; beyond it nothing is tried
+CLOSE = 0.01  # an error explains a kernel if it leaves at most this share of the difference
+LARGEST = 2**24  # scores of one row held in memory; longer rows are not diagnosed
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One call of an attention function as it was made, with what came out."""
+    """One call of an attention function with its output."""
 
     call: Call
     v_BKSH: Tensor
@@ -31,7 +32,7 @@ class Kept:
 
 @contextmanager
 def keeping(function: Function, number: int, kept: list[Kept]) -> Iterator[None]:
-    """Add the call of this number to `kept` while the block runs, its first row alone."""
+    """Append call number `number`, its first row only, to `kept` while the block runs."""
     module = importlib.import_module(function.module)
     original, count = getattr(module, function.name), 0
 
@@ -47,16 +48,13 @@ def keeping(function: Function, number: int, kept: list[Kept]) -> Iterator[None]
         count += 1
         return mixed
 
-    setattr(module, function.name, noted)
-    try:
+    with replaced(module, function.name, noted):
         yield
-    finally:
-        setattr(module, function.name, original)
 
 
-def way_to_err(kept: Kept) -> str:
-    """The one usual error that makes what the kernel made, in words; empty where none does, or
-    where the row is too long to try.
+def known_error(kept: Kept) -> str:
+    """The known error that reproduces the output of the kernel; empty if none does,
+    or if the row is too long.
     """
     call = kept.call
     if call.q_BNTH.shape[1] * call.q_BNTH.shape[2] * call.k_BKSH.shape[2] > LARGEST:
@@ -65,7 +63,7 @@ def way_to_err(kept: Kept) -> str:
     apart = float((wrong - attend(kept)).norm())
     left = {
         text: float((wrong - tried(kept)).nan_to_num(torch.inf).norm())
-        for text, tried in WAYS.items()
+        for text, tried in KNOWN_ERRORS.items()
     }
     best = min(left, key=left.__getitem__)
     return best if apart > 0 and left[best] <= CLOSE * apart else ""
@@ -75,7 +73,7 @@ def attend(
     kept: Kept, *, scale: float | None = None, visible: Tensor | None = None, tiled: bool = False
 ) -> Tensor:
     """softmax(scale·q·k)·v over visible keys in float64, (1, N, T, H);
-    as the call says unless something else is given.
+    arguments override those of the call.
     """
     call = kept.call
     q, k, v = (x.double() for x in (call.q_BNTH, call.k_BKSH, kept.v_BKSH))
@@ -84,12 +82,12 @@ def attend(
     scores = q @ k.transpose(-1, -2) * (call.scale if scale is None else scale)
     visible = seen_of(call) if visible is None else visible
     if call.mask is not None and call.mask.dtype != torch.bool:
-        scores = scores + call.mask.double().clamp(min=HIDDEN)  # a bias, as of distances
+        scores = scores + call.mask.double().clamp(min=HIDDEN)  # an additive bias, as in ALiBi
     return scores.masked_fill(~visible, HIDDEN).softmax(-1) @ v
 
 
 def seen_of(call: Call, later: int = 0) -> Tensor:
-    """Which keys each query sees, (…, T, S) bool; `later` of them beyond its own."""
+    """Which keys each query sees, (…, T, S) bool; `later` adds that many keys after its own."""
     T, S = call.q_BNTH.shape[2], call.k_BKSH.shape[2]
     index_S = torch.arange(S, device=call.q_BNTH.device)
     own_T1 = torch.arange(T, device=index_S.device)[:, None] + (
@@ -109,12 +107,12 @@ def seen_of(call: Call, later: int = 0) -> Tensor:
 
 
 def _causal(kept: Kept) -> Tensor:
-    """As if no mask but the causal one were there."""
+    """Attention with the causal mask alone."""
     offset = kept.call.k_BKSH.shape[2] - kept.call.q_BNTH.shape[2]
     return attend(kept, visible=seen_of(replace(kept.call, mask=None, causal=True, offset=offset)))
 
 
-WAYS: dict[str, Callable[[Kept], Tensor]] = {
+KNOWN_ERRORS: dict[str, Callable[[Kept], Tensor]] = {
     "scores are not scaled": lambda kept: attend(kept, scale=1.0),
     "scores are scaled twice": lambda kept: attend(kept, scale=kept.call.scale**2),
     "scores are multiplied by what they should be divided by": lambda kept: attend(

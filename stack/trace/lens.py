@@ -1,5 +1,5 @@
-"""What a model would say after each layer: its residual stream through final norm and head,
-as it is or translated.
+"""Logit lens and tuned lens: the residual stream after each layer,
+read through final norm and head.
 
 B batch, T tokens, D d_model, V vocab, k tokens shown
 """
@@ -18,22 +18,20 @@ from stackproof.contracts.conditions import ensure
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
 from stackproof.trace.maps import map_of
-from stackproof.trace.points import NameMap, Output, Place, sites
-from stackproof.trace.tap import tap
-from stackproof.trace.trace import logits_of
+from stackproof.trace.points import Output, sites
+from stackproof.trace.trace import Names, values_at
 
 SCHEMA = "stackproof/lens/1"
-STREAM = ("embedding", "resid_out")  # slots that hold what later blocks add to
-Names = NameMap | Mapping[str, str | Place] | None
+STREAM = ("embedding", "resid_out")  # slots of the residual stream
 
 
 @dataclass(frozen=True)
 class LensRow:
-    """What one point of the stream says.
-    Means over all tokens, in nats; `loss_nats` is that of the next token, None for one token.
+    """The lens at one point. Means over all tokens, in nats; `loss_nats` is the next-token loss,
+    None for one token.
 
-    `kl_nats` is KL(model's own distribution ‖ lens), `agrees_frac` the share of tokens whose
-    likeliest token is the model's.
+    `kl_nats` is KL(model ‖ lens), `agrees_frac` the share of tokens with the
+    same most likely next token.
     """
 
     point: str
@@ -63,8 +61,8 @@ class TunedLens(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, point: str, h_BTD: Tensor) -> Tensor:
-        """The stream as the last block would leave it, dtype of the input.
-        What has no translator is returned as it is.
+        """Predicted stream after the last block, dtype of the input;
+        unchanged for a point without a translator.
         """
         if point not in self.points:
             return h_BTD
@@ -77,9 +75,9 @@ def _key(point: str) -> str:
 
 
 def unembedding(model: nn.Module, where: Names = None) -> Callable[[Tensor], Tensor]:
-    """The model's own final norm and head as one function, (B, T, D) → (B, T, V).
+    """Final norm and head of the model as one function, (B, T, D) → (B, T, V).
 
-    Raises UsageError where the map of names does not say which modules these are.
+    Raises UsageError if the name map has no modules for them.
     """
     if isinstance(model, Transformer):
         return lambda h_BTD: model.logits(model.final_norm(h_BTD))
@@ -88,7 +86,7 @@ def unembedding(model: nn.Module, where: Names = None) -> Callable[[Tensor], Ten
     if not all(isinstance(place, Output) and place.path for place in found):
         raise UsageError(
             "a lens needs the final norm and the head of the model",
-            allowed="a map of names in which final_norm and logits are modules",
+            allowed="a name map in which final_norm and logits are modules",
             next_step=(
                 "where={'final_norm': 'path.of.norm', 'logits': 'path.of.head', "
                 "'layers.{}.resid_out': 'path.of.blocks.{}'}"
@@ -101,32 +99,21 @@ def unembedding(model: nn.Module, where: Names = None) -> Callable[[Tensor], Ten
 def stream(
     model: nn.Module, input_ids_BT: Tensor, where: Names = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The residual stream before the first block and after each, by point in order, and the model's
-    logits; in the mode it is in.
+    """The residual stream before the first block and after each, by point in order, and the logits;
+    in the current mode.
     """
-    held: dict[str, Tensor] = {}
-    with (
-        torch.no_grad(),
-        tap(
-            model,
-            stream_points(model, where),
-            lambda p, x: held.update({p.name: x.clone()}),
-            where=where,
-        ),
-    ):
-        logits_BTV = logits_of(model(input_ids_BT))
-    return held, logits_BTV
+    return values_at(model, input_ids_BT, stream_points(model, where), where)
 
 
 def stream_points(model: nn.Module, where: Names = None) -> list[str]:
-    """Names of the points of the residual stream, in order.
-    Raises UsageError where the map has no `layers.{}.resid_out`.
+    """Points of the residual stream, in order.
+    Raises UsageError if the map has no `layers.{}.resid_out`.
     """
     found = [s.point for s in sites(model, map_of(model, where)) if s.point.slot in STREAM]
     if not any(p.slot == "resid_out" for p in found):
         raise UsageError(
-            "a lens reads the stream after each layer",
-            allowed="a map of names with layers.{}.resid_out",
+            "a lens needs the stream after each layer",
+            allowed="a name map with layers.{}.resid_out",
         )
     return [p.name for p in found]
 
@@ -140,10 +127,9 @@ def read_lens(
     top_k: int = 5,
     where: Names = None,
 ) -> tuple[list[LensRow], Tensor]:
-    """What each point of the stream says, in order, and the model's logits.
-    Without `lens` the stream is read as it is.
+    """Lens rows of the stream in order, and the logits; the logit lens if `lens` is None.
 
-    The last row is the model itself: its logits are the model's, bit for bit.
+    The last row is the model itself, bit for bit.
     """
     held, logits_BTV = stream(model, input_ids_BT, where)
     unembed, log_final = unembedding(model, where), logits_BTV.float().log_softmax(-1)
@@ -181,14 +167,14 @@ def divergence(log_p_BTV: Tensor, log_q_BTV: Tensor) -> Tensor:
         {id(p) for g in result.param_groups for p in g["params"]}
         == {id(p) for p in lens.parameters()}
     ),
-    "the optimizer moves the lens and nothing else",
+    "the optimizer holds the parameters of the lens and no others",
 )
 @ensure(
     lambda result: any(p.numel() for g in result.param_groups for p in g["params"]),
-    "a lens has something to train",
+    "a lens has parameters",
 )
 def make_optimizer(lens: TunedLens, lr: float) -> torch.optim.Optimizer:
-    """Adam over every parameter of the lens. Raises ViolationError if there is none."""
+    """Adam over the parameters of the lens. Raises ViolationError if there are none."""
     return torch.optim.Adam([{"params": list(lens.parameters())}], lr=lr)
 
 
@@ -201,17 +187,16 @@ def train_lens(
     where: Names = None,
     tell: Callable[[int, float], None] = lambda step, kl_nats: None,
 ) -> TunedLens:
-    """Fit a lens for every point but the last to the model's own distribution, one batch of ids (B,
-    T) a step.
+    """Fit a lens for every point but the last to the distribution of the model,
+    one batch of ids (B, T) a step.
 
-    Minimises KL(model ‖ lens), averaged over tokens and summed over points; the rate falls linearly
-    to 0. `tell` hears the mean over points. The model keeps its weights and gradients. Raises
-    UsageError for a model in training mode or too few batches, IntegrityError if a weight of the
-    model changed all the same.
+    Minimises KL(model ‖ lens), averaged over tokens and summed over points, with a learning rate
+    that falls linearly to 0. `tell` gets step and mean KL over points. Raises UsageError for a
+    model in training mode or too few batches, IntegrityError if the weights of the model changed.
     """
     if model.training:
         raise UsageError(
-            "a lens is fitted to a model that does not change",
+            "a lens is fitted to a model in evaluation mode",
             value="training mode",
             next_step="model.eval()",
         )
@@ -221,12 +206,10 @@ def train_lens(
         ids = next(source, None)
         if ids is None:
             raise UsageError(
-                "there are too few batches to fit a lens",
-                value=step,
-                allowed=f"{steps}, one a step",
+                "too few batches to fit a lens", value=step, allowed=f"{steps}, one a step"
             )
         held, logits_BTV = stream(model, ids, where)
-        held.popitem()  # the last point is the model itself
+        held.popitem()  # the last point is the model
         if lens is None:
             lens = TunedLens(held, next(iter(held.values())).shape[-1]).to(ids.device)
             optimizer = make_optimizer(lens, lr)
@@ -249,7 +232,7 @@ def _fit(
     log_final: Tensor,
     optimizer: torch.optim.Optimizer,
 ) -> float:
-    """One step; the logits of one point at a time. Returns the mean KL over points, nats."""
+    """One step; logits of one point at a time. Returns the mean KL over points, nats."""
     total = 0.0
     for point, h_BTD in held.items():
         kl = divergence(log_final, unembed(lens(point, h_BTD)).float().log_softmax(-1))
@@ -262,7 +245,7 @@ def _fit(
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over names, types, shapes and bytes of every parameter and lasting buffer."""
+    """sha256 over names, dtypes, shapes and bytes of the state dict."""
     whole = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -273,7 +256,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def save_lens(lens: TunedLens, path: Path, model: nn.Module) -> None:
-    """Write a sidecar: safetensors, with the hash of the weights it belongs to."""
+    """Write a safetensors file with the hash of the model's weights."""
     tensors = {
         f"{p}.{n}": t.detach().cpu()
         for p in lens.points
@@ -289,9 +272,7 @@ def save_lens(lens: TunedLens, path: Path, model: nn.Module) -> None:
 
 
 def load_lens(path: Path, model: nn.Module) -> TunedLens:
-    """Read a sidecar. Raises CheckpointError for a file that is none or
-    belongs to other weights.
-    """
+    """Read a lens file. Raises CheckpointError if it is no lens or belongs to other weights."""
     try:
         header = tensorfile.read_header(path)
         points, d_model = header.metadata["points"].split(), int(header.metadata["d_model"])

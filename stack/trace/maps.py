@@ -1,5 +1,5 @@
-"""Which modules hold which points: our Transformer in all variants, the kinds of Hugging Face, and
-models whose names a user gives.
+"""Name maps: the modules that hold the points of our Transformer, of Hugging Face models,
+and of user models.
 """
 
 from collections.abc import Mapping
@@ -34,10 +34,10 @@ TORCH_ATTENTION = ("torch.nn.functional", "scaled_dot_product_attention")
 
 
 def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None = None) -> NameMap:
-    """The map that fits a model, or the one a user gives: {"layers.{}.ffn.out": "blocks.{}.mlp"}, a
-    path standing for its output.
+    """The name map of a model; or the `given` one, {"layers.{}.ffn.out": "blocks.{}.mlp"},
+    where a path means its output.
 
-    Raises UsageError for a model that nobody has a map of.
+    Raises UsageError for an unknown model without a map.
     """
     match given:
         case NameMap():
@@ -53,15 +53,15 @@ def map_of(model: nn.Module, given: NameMap | Mapping[str, str | Place] | None =
         if type(model).__name__ == kind.architecture:
             return theirs(kind, model)
     raise UsageError(
-        "nobody has said where the points of this model are",
+        "there is no name map for this model",
         value=type(model).__name__,
         allowed=(
             f"Transformer, {', '.join(k.architecture for k in hugging_face.KINDS)}, or any module "
             "with a map"
         ),
         next_step=(
-            "give a map of names: {'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}; {} stands for "
-            "the layer's number"
+            "give a name map: {'layers.{}.ffn.out': 'path.of.layers.{}.mlp'}; {} stands for the "
+            "layer's number"
         ),
     )
 
@@ -105,11 +105,11 @@ def _attention(rotary: bool) -> dict[str, Place]:
 
 
 def theirs(kind: Kind, model: Any) -> NameMap:
-    """The map of a model that transformers has built, by the names that
-    `stackproof.model.hugging_face` holds for its kind.
+    """The map of a transformers model, by the names of its kind in
+    `stackproof.model.hugging_face`.
 
-    Attention is seen inside only where the model calls torch's own; its experts are one tensor,
-    so none of them has points.
+    Points inside attention exist only if the model calls torch's function;
+    single experts have no points.
     """
     config, at = model.config, dict(kind.modules) | dict(kind.running)
     block, attention = _parent(at["layers.{}.attention_norm"]), _parent(at["layers.{}.attention.q"])

@@ -1,11 +1,10 @@
-"""The first operation that makes a NaN or an infinity, forward or backward, of any module or
-function that runs in plain torch.
+"""Find the first operation that creates a NaN or an infinity, forward or backward,
+in any code that runs in torch.
 
-Every operation below autograd is looked at as it runs. Values that are not finite carry the mark of
-where they come from to whatever is computed from them, so that of many such operations the one is
-named that reaches the result. An infinity that a mask puts in, or one that a later choice throws
-away, is told apart. What torch.compile or a Triton kernel does inside is one operation, or not seen
-at all.
+A dispatch mode checks every operation below autograd. Non-finite values are marked with their
+origin, and results inherit the mark, so the operation named is the one whose value reaches the
+result. Infinities of masks, and values that a later selection discards, are told apart. A compiled
+graph or a Triton kernel counts as one operation, or is not visible.
 """
 
 import math
@@ -22,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from stackproof.spec.errors import UsageError
+from stackproof.trace.call_site import CallSite, CallSites, track_call_sites
+from stackproof.trace.hooks import hook_points
 from stackproof.trace.maps import map_of
 from stackproof.trace.points import Point, sites
-from stackproof.trace.tap import tap
-from stackproof.trace.whereabouts import Where, Whereabouts, whereabouts
 
-EVENTS_MAX = 64  # told in one report
-SHOWN_MAX = 4  # tensors of a list that an operation takes or gives
+EVENTS_MAX = 64  # kept for one report
+SHOWN_MAX = 4  # tensors shown of a list
 UNWRITTEN = frozenset(
     f"aten::{n}"
     for n in "empty empty_like empty_strided empty_permuted new_empty new_empty_strided".split()
@@ -46,11 +45,10 @@ CONSTANT, HOST_READ, INTO_GRADIENT = (
 
 @dataclass(frozen=True)
 class Values:
-    """What a tensor held. Statistics are of its finite values, in float64;
-    None where there are none.
+    """Contents of a tensor. Statistics are of its finite values, in float64; None without any.
 
-    `held` says which parameter or buffer it is, if one; `first_bad` is the index of the first
-    value that is not finite.
+    `held` names the parameter or buffer, if it is one; `first_bad` is the index of
+    the first non-finite value.
     """
 
     name: str
@@ -70,18 +68,17 @@ class Values:
 
 @dataclass(frozen=True)
 class Event:
-    """An operation whose result is not finite, and nothing before it is the reason.
+    """An operation with a non-finite result that no earlier operation explains.
 
-    `made`: of finite inputs, or a NaN of infinities that were put in. `came in`: an input, which
-    may be `carrier`, held it before the trace began. `put in`: a constant that the code names
-    itself, as masks do. `number` counts operations from 1. `inputs` are as they were before the
-    operation: what was last good.
+    `made`: from finite inputs, or a NaN from infinities that were put in. `came in`: an input
+    (`carrier`, if named) held it before the trace began. `put in`: a constant of the code, such as
+    a mask value. `number` counts operations from 1. `inputs` are the values before the operation.
     """
 
     kind: Literal["made", "came in", "put in"]
     what: Literal["NaN", "Inf"]
     op: str
-    where: Where
+    where: CallSite
     number: int
     inputs: tuple[Values, ...]
     outputs: tuple[Values, ...]
@@ -90,7 +87,7 @@ class Event:
 
     @property
     def strong(self) -> bool:
-        """Whether what is computed from this is put down to it, and not looked at for itself."""
+        """Whether non-finite values computed from this one are attributed to it."""
         return self.kind == "made" or (
             self.kind == "came in" and (self.what == "NaN" or self.carrier.startswith("parameter"))
         )
@@ -98,12 +95,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Report:
-    """`first` made what reached the result; None where all of that is finite.
-    `others` reached nothing or came later.
+    """`first` is the origin of the result's non-finite values; None if it is finite.
+    `others` came later or had no effect.
 
-    `point` is the first place of the map of names that showed it, "" where no map fits or it passed
-    none; in a backward, by its gradient. `already` names parameters and buffers that were not
-    finite before; `ended_by` is the error that the call ended with, if one.
+    `point` is the first point of the name map that held the value (in a backward, its gradient), ""
+    if none did. `already` names parameters and buffers that were non-finite before, `ended_by` the
+    error that ended the call.
     """
 
     first: Event | None
@@ -117,9 +114,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Read:
-    """A tensor that an operation reads, as it was before: `values` is a copy where the operation
-    works in place on `tensor`.
-    """
+    """An input of an operation; `values` is a copy if the operation writes to `tensor` in place."""
 
     name: str
     index: int | None
@@ -129,11 +124,11 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Operation:
-    """One operation as it was called: arguments by name, and what it was about to read."""
+    """One call of an operation: arguments by name, and the tensors it reads."""
 
     func: Any
     given: dict[str, Any]
-    where: Where
+    where: CallSite
     read: list[_Read]
 
     @property
@@ -145,19 +140,18 @@ _Result = tuple[str, int | None, Tensor]
 
 
 class Watch(TorchDispatchMode):
-    """Looks at every operation for the time of a `with`.
+    """Dispatch mode that checks every operation.
     `held` names storages of parameters and buffers.
     """
 
-    def __init__(self, here: Whereabouts, held: Mapping[int, str]):
+    def __init__(self, here: CallSites, held: Mapping[int, str]):
         super().__init__()
         self.here, self.held = here, held
         self.events: list[Event] = []
-        # what reached a gradient, or a number that was read out of a tensor
-        self.landed: list[Event] = []
-        self.passed: list[tuple[str, Event]] = []  # points that showed something that is not finite
+        self.landed: list[Event] = []  # reached a gradient, or a number read out of a tensor
+        self.passed: list[tuple[str, Event]] = []  # points with a non-finite value
         self.operations, self.started = 0, time.perf_counter()
-        # the weak reference keeps the key from being used again
+        # the weak reference keeps the address from being reused
         self._marks: dict[int, tuple[StorageWeakRef, Event]] = {}
 
     def __torch_dispatch__(
@@ -166,7 +160,7 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         self.operations += 1
         given = _given(func, args, kwargs)
-        operation = _Operation(func, given, self.here.where(str(func)), _read(func, given))
+        operation = _Operation(func, given, self.here.current(str(func)), _read(func, given))
         result = func(*args, **kwargs)
         if operation.name == HOST_READ or operation.where.node == INTO_GRADIENT:
             self.landed += [
@@ -179,13 +173,13 @@ class Watch(TorchDispatchMode):
         return result
 
     def mark(self, tensor: Tensor) -> Event | None:
-        """Where what is not finite in the tensor comes from."""
+        """The origin of the non-finite values of a tensor, if known."""
         _, event = self._marks.get(storage_of(tensor)._cdata, (None, None))
         return event
 
     def pass_by(self, point: Point, tensor: Tensor) -> None:
-        """Note a point that shows what is not finite.
-        A handler of `tap`, for values and gradients.
+        """Note a point with a non-finite value.
+        A handler of `hook_points`, for values and gradients.
         """
         with _disable_current_modes():
             if not is_finite(tensor) and (mark := self.mark(tensor)):
@@ -203,7 +197,7 @@ class Watch(TorchDispatchMode):
             self._marks[storage._cdata] = (StorageWeakRef(storage), event)
 
     def _explain(self, operation: _Operation, bad: list[_Result]) -> Event:
-        """The event that a result that is not finite goes back to: an earlier one, or a new one."""
+        """The origin of a non-finite result: an earlier event, or a new one."""
         guilty = [r for r in operation.read if not is_finite(r.values)]
         marks = {id(r): self.mark(r.tensor) for r in guilty}
         if strong := [m for m in marks.values() if m is not None and m.strong]:
@@ -256,9 +250,7 @@ class Watch(TorchDispatchMode):
 
 
 def summary(tensor: Tensor, name: str, held: str = "") -> Values:
-    """Counts and statistics of a tensor.
-    Those of integers and truth values are of their numbers.
-    """
+    """Counts and statistics of a tensor; integers and booleans count as numbers."""
     wide = _plain(tensor).double()
     bad, n = ~wide.isfinite(), wide.numel()
     good = wide[~bad]
@@ -282,8 +274,8 @@ def summary(tensor: Tensor, name: str, held: str = "") -> Values:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is. One pass, and a second where the sum overflows.
-    True for types that hold no NaN, and for no values.
+    """Whether every value is finite: one pass, and a second if the sum overflows.
+    True for integers and empty tensors.
     """
     if tensor.device.type == "meta" or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
@@ -293,12 +285,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    """The memory of a tensor; of a sparse one, that of its values."""
+    """The storage of a tensor; for a sparse one, of its values."""
     return (tensor if tensor.layout == torch.strided else tensor._values()).untyped_storage()
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A tensor on which every function is defined: values of a sparse one, parts of a complex one,
+    """A dense real tensor: values of a sparse one, parts of a complex one,
     eight-bit floats as float32.
     """
     if tensor.layout != torch.strided:
@@ -309,12 +301,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _given(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names of the operation's schema."""
+    """Arguments by the names in the schema of the operation."""
     return dict(zip((a.name for a in func._schema.arguments), args)) | dict(kwargs)
 
 
 def _tensors(value: Any) -> list[tuple[int | None, Tensor]]:
-    """The tensors of an argument or result, numbered where it is a list."""
+    """The tensors of an argument or result, with their index if it is a list."""
     if isinstance(value, Tensor):
         return [(None, value)]
     return (
@@ -325,14 +317,14 @@ def _tensors(value: Any) -> list[tuple[int | None, Tensor]]:
 
 
 def _written(func: Any) -> set[str]:
-    """Arguments that the operation writes to."""
+    """Names of the arguments that the operation writes to."""
     return {
         a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
     }
 
 
 def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
-    """What the operation is about to read, with copies of what it writes to at the same time."""
+    """The tensors that the operation reads; those it also writes to are copied."""
     written, outs = _written(func), {a.name for a in func._schema.arguments if a.is_out}
     if func._schema.name in OVERWRITING:
         outs = outs | {"self"}
@@ -345,8 +337,8 @@ def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
 
 
 def _results(operation: _Operation, result: Any) -> list[_Result]:
-    """New values that the operation has made: results that are no views of what it read,
-    and what it wrote to.
+    """Values that the operation creates: arguments it wrote to,
+    and results that are no views of its inputs.
     """
     written = [
         (name, i, t)
@@ -365,9 +357,7 @@ def _results(operation: _Operation, result: Any) -> list[_Result]:
 
 
 def _has(given: dict[str, Any], what: str) -> bool:
-    """Whether a number among the arguments is such a value: infinities make a NaN
-    only with the help of others.
-    """
+    """Whether a number among the arguments is a NaN (`what` = NaN) or non-finite."""
     numbers = [v for v in tree_leaves(list(given.values())) if isinstance(v, float)]
     return any(math.isnan(v) if what == "NaN" else not math.isfinite(v) for v in numbers)
 
@@ -377,18 +367,17 @@ def _numbered(name: str, index: int | None) -> str:
 
 
 class Watching:
-    """What a `with watching(…)` has seen."""
+    """Findings of a `with watching(…)` block."""
 
     def __init__(self, watch: Watch, models: Mapping[str, nn.Module], already: tuple[str, ...]):
         self.watch, self.models, self.already, self.seconds = watch, models, already, 0.0
 
     def report(self, *results: Any, ended_by: str = "") -> Report:
-        """The event that reached `results`, the gradients or the weights; else one that was seen to
-        land in a gradient or a number.
+        """Report the event that reached `results`, gradients or weights;
+        else one that reached a gradient or a number.
 
-        A NaN of infinities that were put in goes back to them only where they land in a number
-        themselves, as a loss does. Of an error no more is known than what came before it, so the
-        first event is named.
+        Infinities that were put in count only if they themselves reach a number such as the loss.
+        If the call ended with an error, the first event is reported.
         """
         watch = self.watch
         tensors = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
@@ -411,11 +400,9 @@ class Watching:
 
 @contextmanager
 def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Iterator[Watching]:
-    """Look at every operation inside the `with`, and name places in the modules
-    of `models` by their paths.
+    """Check every operation inside the block; modules of `models` are named by their paths.
 
-    No hook stays behind. What is computed is the same to the bit; it takes several times as long:
-    measured in docs/probing.md.
+    All hooks are removed on exit. Results are bit-equal; docs/probing.md states the cost.
     """
     named = {"": models} if isinstance(models, nn.Module) else dict(models or {})
     held, already = {}, []
@@ -428,7 +415,7 @@ def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Itera
                 name = ".".join(filter(None, (key, path)))
                 held[storage_of(tensor)._cdata] = f"{kind} {name}"
                 already += [] if is_finite(tensor) else [name]
-    with whereabouts(named) as here:
+    with track_call_sites(named) as here:
         watch = Watch(here, held)
         seen = Watching(watch, named, tuple(already))
         try:
@@ -440,12 +427,12 @@ def watching(models: nn.Module | Mapping[str, nn.Module] | None = None) -> Itera
 
 @contextmanager
 def _passing_by(models: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
-    """Points of those models that a map of names fits."""
+    """Hook the points of the models that have a name map."""
     with ExitStack() as stack:
         for model in models.values():
             with suppress(UsageError):
                 names = [s.point.name for s in sites(model, map_of(model)) if not s.point.derived]
-                stack.enter_context(tap(model, names, watch.pass_by, on_grad=watch.pass_by))
+                stack.enter_context(hook_points(model, names, watch.pass_by, on_grad=watch.pass_by))
         yield
 
 
@@ -456,12 +443,12 @@ def first_nonfinite(
     backward: bool = False,
     **kwargs: Any,
 ) -> Report:
-    """Run `call(*args, **kwargs)` once and name the first operation that made a NaN or an
-    infinity of what it returns.
+    """Run `call(*args, **kwargs)` once and find the first operation that created a NaN
+    or infinity in its result.
 
-    A call that is a module is its own model. With `backward`, the sum of the floating results is
-    differentiated, and gradients of the models' parameters are results too. An error that comes
-    after such an operation is told in the report; others travel on.
+    A module as `call` is its own model. With `backward`, the sum of the floating-point results is
+    differentiated, and gradients of the parameters are results too. An error after such an
+    operation is part of the report; any other error is raised.
     """
     models = call if models is None and isinstance(call, nn.Module) else models
     result, ended_by = None, ""

@@ -1,9 +1,9 @@
-"""What hangs on a value: it is taken away, or put in from another text, and the loss is asked.
+"""Ablation and activation patching: replace an activation and measure the loss.
 B batch, T tokens, V vocab
 
-A target is written `POINT[@POSITION]`: `layers.3.attention_out`, `layers.*.ffn.out`, `layers.3` for
-both branches of a block at once; a position counts from 0 or, negative, from the end; `2:5` are
-three of them, `*` is each by itself.
+A target is written `POINT[@POSITION]`: `layers.3.attention_out`, `layers.*.ffn.out`, or `layers.3`
+for both branches of a block. Positions count from 0, negative ones from the end; `2:5` are three
+positions, `*` is each position by itself.
 """
 
 import fnmatch
@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackproof.spec.errors import UsageError
-from stackproof.trace.lens import Names, divergence
+from stackproof.trace.hooks import hook_points
+from stackproof.trace.lens import divergence
 from stackproof.trace.maps import map_of
 from stackproof.trace.points import Point, sites
-from stackproof.trace.tap import tap
-from stackproof.trace.trace import run
+from stackproof.trace.trace import Names, run, values_at
 
-BRANCHES = ("attention_out", "ffn.out")  # what a block adds to the stream
+BRANCHES = ("attention_out", "ffn.out")  # added to the residual stream by a block
 Edit = Callable[[Point, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Points that are changed together, in execution order, and where: `positions` are a first and
-    a last (exclusive), None all tokens.
+    """Points changed together, in execution order; `positions` are first and last (exclusive),
+    None for all tokens.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Target:
     positions: tuple[int, int] | None = None
 
     def within(self, n_tokens: int) -> slice:
-        """The positions in a text of `n_tokens`. Raises UsageError for those it does not have."""
+        """The positions in a text of `n_tokens`. Raises UsageError if they are out of range."""
         if self.positions is None:
             return slice(None)
         first, last = (p + n_tokens if p < 0 else p for p in self.positions)
@@ -54,13 +54,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one target does to the text.
-    Losses are means of the next token over the text, None for a single token.
+    """The effect of replacing one target.
+    Losses are mean next-token losses, None for a single token.
 
-    `kl_nats` is KL(before ‖ after), averaged over tokens. `restored_frac`, of a patch, is the share
-    of the way from the text's own last distribution to that of the other text, in KL: 1 is all of
-    it. `top_before` and `top_after` are the likeliest next token of the first row and its
-    probability.
+    `kl_nats` is KL(before ‖ after), averaged over tokens. `restored_frac` of a patch is 1 −
+    KL(source ‖ after) over KL(source ‖ before) at the last token. `top_before` and `top_after` are
+    the most likely next token of the first row and its probability.
     """
 
     target: Target
@@ -75,10 +74,10 @@ class Effect:
 def targets(
     model: nn.Module, texts: Iterable[str], n_tokens: int, where: Names = None
 ) -> list[Target]:
-    """The targets that `texts` stand for: one for each point or block that a pattern matches, and
-    for each position of `@*`.
+    """The targets in `texts`: one for each point or block that a pattern matches,
+    and for each position of `@*`.
 
-    Raises UsageError for points the model lacks, with the nearest, and for positions that are none.
+    Raises UsageError for unknown points, with the nearest ones, and for invalid positions.
     """
     return [t for text in texts for t in _expanded(model, text, n_tokens, where)]
 
@@ -121,7 +120,7 @@ def _positions(text: str, position: str) -> tuple[str, tuple[int, int] | None]:
         return "", None
     if not (found := re.fullmatch(r"(-?\d+)(?::(-?\d+))?", position)):
         raise UsageError(
-            f"{text} names no position",
+            f"{text} has an invalid position",
             value=position,
             allowed="a number, first:last (exclusive), or *",
         )
@@ -133,42 +132,40 @@ def _positions(text: str, position: str) -> tuple[str, tuple[int, int] | None]:
 
 
 def zeroed(target: Target, n_tokens: int | None) -> Edit:
-    """Zeros at the target. Without `n_tokens`, in every forward whatever its length,
-    as sampling needs it.
-    """
+    """Zeros at the target; if `n_tokens` is None, in forwards of any length, for sampling."""
     return lambda point, x: _put(
         target, x, n_tokens, torch.zeros((), dtype=x.dtype, device=x.device)
     )
 
 
 def averaged(target: Target, n_tokens: int | None, means: Mapping[str, Tensor]) -> Edit:
-    """The mean of each feature over the tokens of a text, from `means_of`."""
+    """The mean of each feature at the target, from `means_of`."""
     return lambda point, x: _put(target, x, n_tokens, means[point.name].to(x.dtype))
 
 
 def patched(target: Target, n_tokens: int, held: Mapping[str, Tensor], n_source: int) -> Edit:
-    """What the point held in another run, from `held_at`, at the same positions; negative ones
-    count from each text's own end.
+    """The values of another run, from `values_of`, at the same positions;
+    negative ones count from the end of each text.
     """
     return lambda point, x: _put(target, x, n_tokens, held[point.name][:, target.within(n_source)])
 
 
 def _put(target: Target, x: Tensor, n_tokens: int | None, new: Tensor) -> Tensor:
-    """`x` with other values at the target's positions."""
+    """`x` with `new` at the positions of the target."""
     if target.positions is not None and (n_tokens is None or x.shape[1] != n_tokens):
         raise UsageError(
-            f"{target.text}: this point does not hold one value for each position of the text",
+            f"{target.text}: this point has no value for each position of the text",
             value=f"shape {tuple(x.shape)}",
             next_step=(
-                "leave out the position: experts hold the tokens that chose them, and a sample "
-                "has no end yet"
+                "leave out the position: experts hold the tokens routed to them, and the length "
+                "of a sample is not known yet"
             ),
         )
     at = target.within(x.shape[1])
     there = x[:, at]
     if new.ndim >= there.ndim and new.shape[1:] != there.shape[1:]:
         raise UsageError(
-            f"{target.text}: the two texts do not fit",
+            f"{target.text}: the two texts have different lengths",
             value=f"{tuple(new.shape)} for {tuple(there.shape)}",
             next_step="name a position",
         )
@@ -177,29 +174,25 @@ def _put(target: Target, x: Tensor, n_tokens: int | None, new: Tensor) -> Tensor
     return changed
 
 
-def held_at(
+def values_of(
     model: nn.Module, input_ids_BT: Tensor, chosen: Iterable[Target], where: Names = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What the points of the targets hold while the model reads a text, and its logits."""
-    held: dict[str, Tensor] = {}
-    names = sorted({name for target in chosen for name in target.points})
-    with (
-        torch.no_grad(),
-        tap(model, names, lambda p, x: held.update({p.name: x.detach().clone()}), where=where),
-    ):
-        return held, run(model, input_ids_BT)
+    """The values at the points of the targets during one forward, and the logits."""
+    return values_at(
+        model, input_ids_BT, sorted({name for target in chosen for name in target.points}), where
+    )
 
 
 def means_of(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over batch and tokens of each feature of each point, in the type of the point."""
+    """Mean over batch and tokens of each feature of each point, in the dtype of the point."""
     return {name: x.double().mean((0, 1)).to(x.dtype) for name, x in held.items()}
 
 
 def edited(
     model: nn.Module, target: Target, edit: Edit, where: Names = None
 ) -> AbstractContextManager:
-    """The model with the target changed, for the length of a `with`."""
-    return tap(model, target.points, edit, where=where)
+    """Context manager: the model with the target replaced."""
+    return hook_points(model, target.points, edit, where=where)
 
 
 # ---- effects
@@ -215,15 +208,15 @@ def ablate(
     source_ids_BT: Tensor | None = None,
     where: Names = None,
 ) -> list[Effect]:
-    """The effect of taking each target away by itself: zeros, or its mean over `source_ids_BT`
-    (default: over the text itself).
+    """The effect of replacing each target by zeros, or by its mean over `source_ids_BT` (default:
+    over the text itself).
     """
     n, clean = input_ids_BT.shape[1], run(model, input_ids_BT)
     means = (
         means_of(
-            held_at(model, input_ids_BT if source_ids_BT is None else source_ids_BT, chosen, where)[
-                0
-            ]
+            values_of(
+                model, input_ids_BT if source_ids_BT is None else source_ids_BT, chosen, where
+            )[0]
         )
         if by == "mean"
         else {}
@@ -246,12 +239,12 @@ def patch(
     *,
     where: Names = None,
 ) -> list[Effect]:
-    """The effect of putting each target of another text's run into this one, by itself.
+    """The effect of replacing each target by its value in a run of another text.
 
-    Raises UsageError where the texts differ in length and a target names no position.
+    Raises UsageError if the texts differ in length and a target has no position.
     """
     n, n_source = input_ids_BT.shape[1], source_ids_BT.shape[1]
-    held, source = held_at(model, source_ids_BT, chosen, where)
+    held, source = values_of(model, source_ids_BT, chosen, where)
     clean, found = run(model, input_ids_BT), []
     for target in chosen:
         with edited(model, target, patched(target, n, held, n_source), where):

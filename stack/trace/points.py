@@ -1,5 +1,4 @@
-"""Where in a forward pass tracing looks: points, in execution order,
-and the places of a model that they stand for.
+"""Named points of a forward in execution order, and the places in a model that they stand for.
 
 B batch, T tokens, N heads, H head_dim, F features, R rows of tokens
 """
@@ -15,8 +14,8 @@ from torch import nn
 
 from stackproof.spec.errors import UsageError
 
-# What makes the value at a point out of the points before it:
-# what is wrong when this point is the first that is.
+# The operation that computes a point from the points before it:
+# guilty if this is the first wrong point.
 OPERATIONS = {
     "embedding": "token embedding, and learned positions where there are any",
     "attention_norm": "norm before attention",
@@ -47,8 +46,8 @@ OPERATIONS = {
     "final_norm": "final norm",
     "logits": "output head",
 }
-# What reads the value at a point next: whose derivative is wrong when the gradient there is the
-# first that is. After a bar what reads it in models that have none of the points before the bar.
+# The points that read a point: their derivative is guilty if its gradient is the first wrong one.
+# After a bar: the readers in models without the points before the bar.
 READERS = {
     "embedding": "attention_norm resid_mid",
     "attention_norm": "q k v",
@@ -79,10 +78,10 @@ Layout = Literal["BTF", "BNTH", "BTNH", "RF"]
 @dataclass(frozen=True)
 class Point:
     """A named place of one model: `layers.3.ffn.swiglu` has layer 3 and slot `ffn.swiglu`.
-    `order` counts from 0 as the model runs.
+    `order` counts from 0.
 
-    A `derived` value is worked out beside the model.
-    `flows` says whether the rest of the forward reads what is seen here.
+    A `derived` value is computed beside the model.
+    `flows`: the rest of the forward reads this value.
     """
 
     name: str
@@ -94,21 +93,19 @@ class Point:
 
     @property
     def operation(self) -> str:
-        """What makes the value here; the slot itself where nobody has said it."""
+        """The operation that computes this point; the slot if it is not listed."""
         return OPERATIONS.get(self.kind, self.slot)
 
     @property
     def kind(self) -> str:
-        """The slot, of an expert that of a plain feed-forward."""
+        """The slot; for an expert, that of a plain feed-forward."""
         return re.sub(r"^experts\.\d+\.", "ffn.", self.slot)
 
 
 def read_by(point: Point, looked_at: Sequence[Point], every: Sequence[Point]) -> str:
-    """What reads the value at a point, of all points of a model in order:
-    the operations that make the points after it.
+    """The operations that read a point, in words. `every` are all points of the model in order.
 
-    Where some of these are not looked at, or nobody has said them,
-    all that lies between it and the next point that is.
+    If a reader is unknown or not among `looked_at`: everything up to the next point that is.
     """
     seen = {p.name for p in looked_at}
     for group in READERS.get(point.kind, "").split("|"):
@@ -125,8 +122,8 @@ def read_by(point: Point, looked_at: Sequence[Point], every: Sequence[Point]) ->
 
 
 def _next(point: Point, kinds: Sequence[str], every: Sequence[Point]) -> list[Point]:
-    """The points of these kinds in the layer of a point; after a whole layer, or before all, in the
-    next one; else outside of layers.
+    """Points of these kinds in the layer of `point` (the next layer for `embedding` and
+    `resid_out`), else outside of layers.
     """
     layer = {"embedding": 0, "resid_out": (point.layer or 0) + 1}.get(point.kind, point.layer)
     of_expert = point.slot.rpartition(".")[0] if point.slot.startswith("experts.") else None
@@ -142,11 +139,10 @@ def _next(point: Point, kinds: Sequence[str], every: Sequence[Point]) -> list[Po
 
 @dataclass(frozen=True)
 class Output:
-    """What a module returns, or the first tensor of a tuple; `part` (i,
-    n) is the i-th of n equal parts of its features.
+    """The output of a module, or the first tensor of a tuple; `part` (i,
+    n) is part i of n equal parts of its features.
 
-    `flows` is false where the rest of the forward does not read this tensor but others that the
-    module returns beside it.
+    `flows` is false if the forward reads other outputs of the module and not this tensor.
     """
 
     path: str
@@ -157,8 +153,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Input:
-    """The first tensor that a module is given.
-    `shared` says that others read the same tensor, so that it is replaced where it lies.
+    """The first tensor argument of a module.
+    `shared`: others read the same tensor, so it is replaced in place.
     """
 
     path: str
@@ -168,9 +164,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Attention:
-    """A tensor of the attention function: what goes in as queries or keys, what comes out,
-    or a figure of its scores.
-    """
+    """A tensor of the attention function: queries, keys, output, or a statistic of its scores."""
 
     which: Literal["q", "k", "mixed", "scores", "entropy"]
     layout: Layout = "BNTH"
@@ -178,7 +172,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Silu:
-    """silu of what the module `path` returns, worked out beside the model."""
+    """silu of the output of the module `path`, computed beside the model."""
 
     path: str
     layout: Layout = "BTF"
@@ -186,11 +180,11 @@ class Silu:
 
 @dataclass(frozen=True)
 class Routing:
-    """The weight of each expert for each row of tokens, 0 where it was not chosen: (R, E).
+    """The weight of each expert for each row of tokens, 0 if not chosen: (R, E).
 
-    Read from the tuple that the module `path` returns, or `function` (module and name) when it is
-    called inside `path`; the numbers say where in it the scores of all experts (R, E), the ids of
-    the chosen ones (R, k) and their weights (R, k) are.
+    Read from the tuple that the module `path`, or a `function` (module, name) called inside it,
+    returns. The numbers are the indices of all scores (R, E), chosen expert ids (R, k) and their
+    weights (R, k).
     """
 
     path: str
@@ -205,8 +199,8 @@ Place = Output | Input | Attention | Silu | Routing
 
 @dataclass(frozen=True)
 class Function:
-    """The attention function a family of models calls, by module and name, with the heads it is
-    meant to have (None: those it gets).
+    """The attention function of a model family, by module and name, and its head counts (None:
+    as called).
     """
 
     module: str
@@ -217,11 +211,11 @@ class Function:
 
 @dataclass(frozen=True)
 class NameMap:
-    """The places of a family of models by point, in execution order.
+    """The places of a model family by point, in execution order.
     `{}` stands for a layer, a second one for an expert.
 
-    `blocks` are the modules of the layers, needed where `function` is.
-    `without` says of slots why this model does not have them.
+    `blocks` is the path of the layers, required with `function`.
+    `without` gives reasons for missing slots.
     """
 
     family: str
@@ -233,7 +227,7 @@ class NameMap:
 
 @dataclass(frozen=True)
 class Site:
-    """One point and its place, with all numbers filled in."""
+    """One point and its place, numbers filled in."""
 
     point: Point
     place: Place
@@ -243,8 +237,8 @@ def sites(model: nn.Module, where: NameMap, names: Iterable[str] | None = None) 
     """The points of a model in execution order: all, or those that `names` (exact,
     or with * and ?) select.
 
-    Raises UsageError for a place that the model lacks and for a name that no point has,
-    with what comes nearest.
+    Raises UsageError for a place that the model lacks and for an unknown name,
+    with the nearest ones.
     """
     modules = [name for name, _ in model.named_modules()]
     found = []
@@ -276,7 +270,7 @@ def sites(model: nn.Module, where: NameMap, names: Iterable[str] | None = None) 
 def _matches(
     place: Place, where: NameMap, modules: Sequence[str]
 ) -> list[tuple[tuple[int, ...], str]]:
-    """Numbers and path of every module that a place stands for."""
+    """Numbers and path of every module that a place matches."""
     path = where.blocks if isinstance(place, Attention) else place.path
     pattern = re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
     found = [
@@ -285,10 +279,10 @@ def _matches(
     if not found:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0)
         raise UsageError(
-            f"the map of names for {where.family} says {path}, and the model has no such module",
+            f"the name map of {where.family} has the path {path}, and the model has no such module",
             allowed=f"nearest: {', '.join(near)}",
             next_step=(
-                "give a map of this model's own names, in Python: where={'layers.{}.ffn.out': "
+                "give a name map of this model in Python: where={'layers.{}.ffn.out': "
                 "'path.of.layers.{}.mlp'}"
             ),
         )
@@ -296,8 +290,8 @@ def _matches(
 
 
 def _key(pattern: str, index: int, numbers: tuple[int, ...], patterns: Sequence[str]) -> tuple:
-    """Before all layers, layer by layer, after all layers; inside a layer as the map says,
-    expert by expert.
+    """Sort key: before all layers, layer by layer in the order of the map, expert by expert,
+    after all layers.
     """
     layered = [i for i, p in enumerate(patterns) if "{}" in p]
     if not numbers:
@@ -311,7 +305,7 @@ def _key(pattern: str, index: int, numbers: tuple[int, ...], patterns: Sequence[
 
 
 def select(found: Sequence[Site], names: Iterable[str], where: NameMap) -> list[Site]:
-    """Those sites whose names are asked for, in execution order."""
+    """The sites with these names, in execution order. Raises UsageError for an unknown name."""
     known = [s.point.name for s in found]
     chosen: set[str] = set()
     for name in [names] if isinstance(names, str) else names:

@@ -1,6 +1,4 @@
-"""One model by itself: each point against its layer before and against all layers, the first
-anomaly, and what follows from it.
-"""
+"""Anomalies of one model: each point compared with the layer before and with all layers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,14 +8,14 @@ from statistics import median
 from stackproof.trace.stats import Stat
 from stackproof.trace.trace import Trace
 
-# Replayed on the founding run (28 layers, 6 slots): the largest ratio to the layer before outside
-# the anomaly and what follows from it is 4.8 (ffn_norm of layer 1), the anomaly's 17.2; its robust
-# z is 2.85. Alone, neither figure names it: the last layer has 3.87 there.
+# On the founding run (28 layers, 6 slots) the anomaly has a ratio of 17.2 to the layer before and a
+# robust z of 2.85. Outside of it and its consequences the largest ratio is 4.8 (ffn_norm of layer
+# 1); the last layer has a z of 3.87. Neither value alone identifies the anomaly.
 RATIO = 8.0  # times the layer before, or one over it
 ROBUST_Z = 2.5
-FEWEST = 5  # layers without which a spread over layers says nothing
-# A massive activation is one token and one channel (arXiv:2402.17762): these shares of all energy,
-# among at least so many tokens.
+FEWEST = 5  # layers needed for a robust z
+# A massive activation is one token and one channel (arXiv:2402.17762) with these shares of the
+# energy of at least TOKENS tokens.
 TOKEN_SHARE, VALUE_SHARE, TOKENS = 0.5, 0.25, 8
 GAIN_RISE = 2.0  # times the layer before
 
@@ -27,9 +25,9 @@ class Row:
     """One slot in one layer. `ratio_to_previous` is std over that of the layer before, `robust_z`
     of log std over the layers of the slot.
 
-    `baseline` says what both were compared with; both are None where there is nothing to compare
-    with. `massive` says that one token and one channel hold the energy, or that this token still
-    does further on. `cascade` marks what comes after the first anomaly and is out of line as well.
+    `baseline` names what both are compared with; without a baseline both are None. `massive`: one
+    token and one channel hold the energy, or the same token does so after one. `cascade`: anomalous
+    after the first anomaly.
     """
 
     point: str
@@ -56,7 +54,7 @@ class Gain:
 @dataclass(frozen=True)
 class Profile:
     """All rows in execution order, the first anomaly, the gains of gated products,
-    and what they say in words.
+    and a verdict in words.
     """
 
     rows: tuple[Row, ...]
@@ -66,7 +64,7 @@ class Profile:
 
 
 def profile(trace: Trace) -> Profile:
-    """Judge the layers of a trace against each other."""
+    """Compare the layers of a trace with each other."""
     judged = (
         t
         for t in trace.points
@@ -77,20 +75,20 @@ def profile(trace: Trace) -> Profile:
 
 
 def _of_one_expert(slot: str) -> bool:
-    """Experts see other tokens in each layer, so their layers are no baseline of each other."""
+    """Experts process other tokens in each layer, so layers are no baseline for each other."""
     return slot.startswith("experts.")
 
 
 def _settled(stat: Stat) -> bool:
-    """One token has one key to look at: its entropy is 0 in every model."""
+    """The attention entropy of a single token is 0 in every model."""
     return stat.support.slot == "entropy" and stat.support.shape[1] == 1
 
 
 def of_spreads(
     std: Mapping[tuple[int, str], float], stats: Mapping[tuple[int, str], Stat] | None = None
 ) -> Profile:
-    """The same from the standard deviations by layer and slot, in execution order; `stats` tell
-    massive activations from bugs.
+    """Profile from standard deviations by (layer, slot) in execution order;
+    `stats` identify massive activations.
     """
     rows = _marked(
         [_row(layer, slot, std, (stats or {}).get((layer, slot)), stats) for layer, slot in std],
@@ -117,9 +115,7 @@ def of_spreads(
 
 
 def _marked(rows: Sequence[Row], stats: Mapping[tuple[int, str], Stat]) -> list[Row]:
-    """Massive is as well what a massive activation makes of its token further on,
-    spread over all channels by a matrix.
-    """
+    """Also mark later rows in which the token of a massive activation still holds the energy."""
     tokens: set[int] = set()
     marked = []
     for row in rows:
@@ -152,8 +148,9 @@ def _row(
     )
     ratio = value / previous if previous and comparable else None
     z = robust_z(value, over_layers)
-    # of the first layer only a large value is odd: the stream grows with depth
-    if ratio is None and previous is None and z is not None:
+    if (
+        ratio is None and previous is None and z is not None
+    ):  # in the first layer only a large value is anomalous: the stream grows with depth
         out = value / median(over_layers) >= RATIO and z >= ROBUST_Z
     else:
         out = (
@@ -179,8 +176,8 @@ def _row(
 
 
 def robust_z(value: float, over: Sequence[float]) -> float | None:
-    """Deviations of log `value` from the median of the logarithms, in units of 1.4826·MAD; None of
-    fewer than FEWEST or of a zero.
+    """Deviation of log `value` from the median of the logarithms in units of 1.4826·MAD; None for
+    fewer than FEWEST or a zero.
     """
     if len(over) < FEWEST or any(not math.isfinite(v) or v <= 0 for v in (value, *over)):
         return None
@@ -195,7 +192,7 @@ def robust_z(value: float, over: Sequence[float]) -> float | None:
 
 
 def massive(stat: Stat) -> bool:
-    """Whether one value holds the energy: one token with half of it and one channel with a quarter,
+    """Whether one token holds half of the energy and one value a quarter,
     among TOKENS tokens or more.
     """
     tokens = math.prod(stat.support.shape[:2])
@@ -207,9 +204,7 @@ def massive(stat: Stat) -> bool:
 
 
 def _high(row: Row, first: Row) -> bool:
-    """Above all but a few layers in the layer of the first anomaly or the next: what a large value
-    there makes of those after it.
-    """
+    """A high robust z in the layer of the first anomaly or the next one: a consequence of it."""
     return (
         row.layer - first.layer <= 1 and row.robust_z is not None and abs(row.robust_z) >= ROBUST_Z
     )
@@ -225,19 +220,19 @@ def _gains(std: Mapping[tuple[int, str], float]) -> tuple[Gain, ...]:
 
 
 def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
-    """What the figures say in words, and no more."""
+    """The finding in words."""
     if found is None:
         return "no layer is out of line with the layer before it and with all layers"
-    said = f"{found.point} is the first anomaly: std {found.std:.4g}"
-    said += (
+    text = f"{found.point} is the first anomaly: std {found.std:.4g}"
+    text += (
         f", {found.ratio_to_previous:.3g} times the layer before"
         if found.ratio_to_previous is not None
         else ""
     )
-    said += f", robust z {found.robust_z:.2f}" if found.robust_z is not None else ""
+    text += f", robust z {found.robust_z:.2f}" if found.robust_z is not None else ""
     if found.massive:
         return (
-            f"{said}; one token and one channel hold the energy: a massive activation, as trained "
+            f"{text}; one token and one channel hold the energy: a massive activation, as trained "
             "models have them, and no sign of a bug"
         )
     gain = next((g for g in gains if g.layer == found.layer), None)
@@ -247,16 +242,16 @@ def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
         and gain.ratio_to_previous is not None
         and gain.ratio_to_previous >= GAIN_RISE
     ):
-        said += (
+        text += (
             f"; gate and up are in line, their product is not: gain {gain.gain:.3g}, "
             f"{gain.ratio_to_previous:.3g} times the layer before"
         )
-        said += (
+        text += (
             ". Factors that are large in the same token and channel do that; a misaligned "
             "product, which pairs values that do not"
         )
-        said += " belong together, does not raise the gain"
-        said += (
+        text += " belong together, does not raise the gain"
+        text += (
             ""
             if has_stats
             else (
@@ -264,4 +259,4 @@ def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
                 "likely, and not shown"
             )
         )
-    return said
+    return text

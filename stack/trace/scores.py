@@ -1,5 +1,5 @@
-"""Figures of attention scores, worked out beside the model from what it passes to its attention
-function, a few queries at a time.
+"""Statistics of attention scores, computed from the arguments of the attention function,
+a few queries at a time.
 
 B batch, T queries, S keys, N query heads, K key/value heads, H head_dim, Z = B·K,
 R queries of one key head
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from stackproof.kernels import attention
-from stackproof.trace.room import Room
+from stackproof.trace.scratch import BufferPool
 
-# scores that exist at once: half as many would fit a smaller cache,
-# and start twice as many operations
-CHUNK = 2**19
+CHUNK = 2**19  # scores in memory at once: fewer fit a smaller cache but start more operations
 HIDDEN = -1e30  # a masked score: finite, so that its product with a weight of 0 is 0
 
 
@@ -36,8 +34,8 @@ class Call:
 
 
 def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any]) -> Call:
-    """The call of `stackproof.kernels.dispatch.attention`, or of torch's
-    scaled_dot_product_attention, in common words.
+    """The arguments of `stackproof.kernels.dispatch.attention` or torch's
+    scaled_dot_product_attention as a Call.
     """
     offset = 0  # torch aligns its causal mask at the first key
     if name == "attention":
@@ -69,11 +67,11 @@ def call_of(name: str, q: Tensor, k: Tensor, rest: tuple, options: dict[str, Any
     return Call(q, k, q.shape[-1] ** -0.5 if scale is None else float(scale), mask, causal, offset)
 
 
-def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
+def figures(call: Call, pool: BufferPool) -> tuple[Tensor, Tensor]:
     """The largest score of each query and head, and the entropy of its weights in nats: two (B, T,
-    N) float32, or wider for wider input.
+    N), at least float32.
 
-    At most CHUNK scores exist at once. Both are 0 for a query that sees no key.
+    At most CHUNK scores are in memory at once. Both are 0 for a query without visible keys.
     """
     q_BNTH, k_BKSH = call.q_BNTH, call.k_BKSH
     (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
@@ -83,7 +81,7 @@ def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
         torch.empty(B, N, T, dtype=wide, device=q_BNTH.device) for _ in range(2)
     )
     step = max(1, CHUNK // max(1, B * N * S))
-    halves = room.take(2 * B * N * min(T, step) * S, wide, q_BNTH.device).chunk(2)
+    halves = pool.take(2 * B * N * min(T, step) * S, wide, q_BNTH.device).chunk(2)
     for first in range(0, T, step):
         last = min(T, first + step)
         n_keys = min(S, last + call.offset) if call.causal else S
@@ -106,7 +104,7 @@ def figures(call: Call, room: Room) -> tuple[Tensor, Tensor]:
 def _hide(scores: Tensor, call: Call, first: int, last: int) -> None:
     """Apply the mask to scores (B, N, queries, keys) in place."""
     n_keys = scores.shape[-1]
-    if call.causal:  # keys before those of the first query are seen by all
+    if call.causal:  # earlier keys are visible to all queries of the chunk
         index_S = torch.arange(min(first + call.offset, n_keys), n_keys, device=scores.device)
         later = index_S > torch.arange(first, last, device=scores.device)[:, None] + call.offset
         scores[..., n_keys - len(index_S) :].masked_fill_(later, HIDDEN)

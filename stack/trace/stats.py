@@ -1,5 +1,4 @@
-"""Statistics of tensors, gathered on the device while a model runs and fetched at the end, each
-with what it was computed over.
+"""Statistics of tensors, computed on the device while a model runs and fetched at the end.
 
 R tokens (rows of the batch one after the other), C channels (all features,
 or all heads and their features)
@@ -17,22 +16,22 @@ from torch import Tensor
 
 from stackproof.spec.errors import UsageError
 from stackproof.trace.points import Point
-from stackproof.trace.room import Room, room_for
+from stackproof.trace.scratch import BufferPool, buffer_pool
 
-SAMPLE = 4096  # values that quantiles are taken from
+SAMPLE = 4096  # values for quantiles
 QUANTILES = (0.001, 0.5, 0.999)
-BLOCK = 2**19  # values that a temporary holds at once: what a core's cache holds too
-SHIFTED = 4.0  # mean² of so many variances, and the moments are taken again about the mean
-FEW = 1e-12  # share of mean² below which a variance is not told from rounding of float64 sums
+BLOCK = 2**19  # values of a temporary: fits the cache of a core
+SHIFTED = 4.0  # if mean² exceeds this many variances, moments are computed again about the mean
+FEW = 1e-12  # share of mean² below which a variance is rounding of float64 sums
 
 
 class SupportError(UsageError):
-    """Two statistics of different things were compared. `field` names what differs."""
+    """Two statistics with different supports were compared. `field` names the difference."""
 
     def __init__(self, field: str, a: Any, b: Any):
         self.field = field
         super().__init__(
-            f"these statistics are of different {field}, so their ratio says nothing",
+            f"the two statistics differ in {field}, so their ratio has no meaning",
             value=f"{a} and {b}",
             allowed="the same slot, shape, dtype, tokens and count",
             next_step="trace both over the same tokens and at the same point",
@@ -41,8 +40,8 @@ class SupportError(UsageError):
 
 @dataclass(frozen=True)
 class Support:
-    """What a statistic was computed over: point, shape as traced (batch and tokens first), dtype,
-    tokens, and the count of values.
+    """What a statistic was computed over: point, shape (batch and tokens first), dtype, tokens,
+    number of values.
     """
 
     point: str
@@ -54,9 +53,7 @@ class Support:
     n: int
 
     def differs(self, other: "Support") -> str | None:
-        """The first field in which another support is not the same; None if both can be compared.
-        Layers of one slot can.
-        """
+        """The first field that differs, except `point`; None if the statistics can be compared."""
         return next(
             (
                 f.name
@@ -74,14 +71,13 @@ class Support:
 
 @dataclass(frozen=True)
 class Stat:
-    """Figures of one tensor. Moments are those of the values themselves (÷ n);
-    kurtosis is 3 for a normal distribution.
+    """Statistics of one tensor. Moments divide by n; kurtosis is 3 for a normal distribution.
 
-    Squares that float32 cannot hold are summed in float64 on a CPU; on other devices the moments
-    are then infinite or NaN. `quantiles` are of `n_sampled` values at a fixed stride. `argmax` is
-    (token, channel) of the largest magnitude, tokens counted over the rows of the batch;
-    `top_token_energy_frac` is the share of the sum of squares that one token holds. Without any
-    value, or with one that is not finite, what depends on it is NaN.
+    If squares overflow float32, a CPU sums in float64; on other devices the moments are infinite or
+    NaN. `quantiles` are of `n_sampled` values at a fixed stride. `argmax` is (token, channel) of
+    the largest magnitude, tokens counted over the rows of the batch; `top_token_energy_frac` is the
+    largest share of one token in the sum of squares. For empty tensors and non-finite values,
+    dependent fields are NaN.
     """
 
     n: int
@@ -110,26 +106,24 @@ class Stat:
 
 
 def ratio(a: Stat, b: Stat, name: str = "std") -> float:
-    """`a.name / b.name`. Raises SupportError unless both were computed
-    over the same kind of thing.
-    """
+    """`a.name / b.name`. Raises SupportError if their supports differ."""
     a.support.require_same(b.support)
     below = getattr(b, name)
     return getattr(a, name) / below if below else math.nan
 
 
 class Gatherer:
-    """Takes the figures of tensors as they come; `finish` fetches all of them at once."""
+    """Collects statistics of tensors; `finish` fetches all of them at once."""
 
     def __init__(self, tokens: Literal["all", "last"] = "all"):
         self.tokens = tokens
         self.seen: dict[str, Stat | tuple[Support, tuple[Tensor, ...]]] = {}
-        self.room = room_for("figures")
+        self.pool = buffer_pool("figures")
 
     @torch.no_grad()
     def see(self, point: Point, x: Tensor) -> None:
-        """Note the figures of one tensor that begins with (B, T).
-        A point that runs twice keeps the later one.
+        """Collect statistics of one tensor that begins with (B, T);
+        of a point that runs twice the later one is kept.
         """
         x = x.detach()
         if self.tokens == "last":
@@ -147,12 +141,12 @@ class Gatherer:
             self.seen[point.name] = _stat(support)
             return
         x_RC = x.flatten(2).flatten(0, 1) if x.ndim > 2 else x.reshape(x.shape[0] * x.shape[1], 1)
-        found = (*moments(x_RC, self.room), _sample(x_RC))
+        found = (*moments(x_RC, self.pool), _sample(x_RC))
         # small tensors that outlive large ones would keep the heap of a CPU from shrinking
         self.seen[point.name] = _stat(support, *found) if _at_once(x) else (support, found)
 
     def finish(self) -> dict[str, Stat]:
-        """All figures by point; one transfer from the device for each dtype."""
+        """All statistics by point; one transfer from the device for each dtype."""
         away = {name: one for name, one in self.seen.items() if not isinstance(one, Stat)}
         host = iter(_fetch([t for _, found in away.values() for t in found]))
         return self.seen | {
@@ -162,32 +156,30 @@ class Gatherer:
 
 
 def _at_once(x: Tensor) -> bool:
-    """Whether a number of a tensor can be asked for without waiting: on other devices than a CPU
-    everything is fetched at the end.
-    """
+    """Whether reading a number needs no synchronisation: on a CPU."""
     return x.device.type == "cpu"
 
 
-def moments(x_RC: Tensor, room: Room) -> tuple[Tensor, ...]:
-    """Sums and extremes of one tensor on its device.
-    On a CPU they are taken again where the first pass was no good.
+def moments(x_RC: Tensor, pool: BufferPool) -> tuple[Tensor, ...]:
+    """Sums and extremes of one tensor on its device; on a CPU computed again if
+    the first pass was inexact.
     """
     if not _at_once(x_RC):
-        return _moments(x_RC, _sample(x_RC).mean(), room)
-    found = _moments(x_RC, None, room)
+        return _moments(x_RC, _sample(x_RC).mean(), pool)
+    found = _moments(x_RC, None, pool)
     sums = _sums(*found[:2])
     if (better := _better(x_RC, *sums)) is None:
         return found
     return _moments(
-        better, torch.tensor(sums[0] / x_RC.numel()) if better is x_RC else better.mean(), room
+        better, torch.tensor(sums[0] / x_RC.numel()) if better is x_RC else better.mean(), pool
     )
 
 
 def _better(
     x_RC: Tensor, total: float, squares: float, cubes: float, fourths: float
 ) -> Tensor | None:
-    """What to take the moments of again: the same where the mean hides the spread, float64 where
-    squares overflowed; None if neither.
+    """Input of a second pass: the same if the mean hides the spread, float64 if squares overflowed;
+    None if not needed.
     """
     if not math.isfinite(fourths):
         overflowed = x_RC.dtype != torch.float64 and bool(x_RC.isfinite().all())
@@ -197,8 +189,8 @@ def _better(
 
 
 def sampled(R: int, C: int) -> tuple[int, int]:
-    """Rows, and values of each, that quantiles of R rows of C values are taken from:
-    at most SAMPLE values in all.
+    """Rows, and values of each, in the quantile sample of R rows of C values:
+    at most SAMPLE values.
     """
     per_row = max(1, min(C, SAMPLE // R))
     return min(R, SAMPLE // per_row), per_row
@@ -206,8 +198,8 @@ def sampled(R: int, C: int) -> tuple[int, int]:
 
 @lru_cache(64)
 def _sampled_places(R: int, C: int, device: torch.device) -> Tensor:
-    """Where the sample of R rows of C values lies in them, counted through: a fixed stride, each
-    row read from another channel on.
+    """Flat indices of the sample of R rows of C values: a fixed stride,
+    each row from another first channel.
     """
     rows, per_row = sampled(R, C)
     at_r = torch.arange(rows, device=device)
@@ -216,17 +208,17 @@ def _sampled_places(R: int, C: int, device: torch.device) -> Tensor:
 
 
 def _sample(x_RC: Tensor) -> Tensor:
-    """The values that quantiles are taken from, float32 or wider."""
+    """The quantile sample, float32 or wider."""
     places = _sampled_places(*x_RC.shape, x_RC.device)
     return x_RC.take(places).to(torch.promote_types(x_RC.dtype, torch.float32))
 
 
-def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ...]:
-    """What is known of y = x − shift, on its device; what is left to sum is summed on the host.
+def _moments(x_RC: Tensor, shift: Tensor | None, pool: BufferPool) -> tuple[Tensor, ...]:
+    """Partial sums of y = x − shift, on the device; the host adds them up.
 
     (5, R) energy, max, min, Σy, Σy² of each row; (2, blocks) Σy³ and Σy⁴ of each block; the shift;
-    (4,) zeros, values that are not finite, row and column of the peak. A block of rows at a time:
-    few passes over memory that is still in the cache.
+    (4,) zeros, non-finite values, row and column of the peak. A block of rows at a time stays in
+    the cache.
     """
     wide = torch.promote_types(x_RC.dtype, torch.float32)
     c = None if shift is None else shift.to(wide)
@@ -234,7 +226,7 @@ def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ..
     for x in x_RC.split(max(1, BLOCK // x_RC.shape[1])):
         x = x.to(wide).contiguous()
         y = x if c is None else x - c
-        square = torch.mul(y, y, out=room.take(y.numel(), wide, y.device).view(y.shape))
+        square = torch.mul(y, y, out=pool.take(y.numel(), wide, y.device).view(y.shape))
         flat, flat_square = y.view(-1), square.view(-1)
         squares_R = square.sum(-1)
         energy_R = squares_R if c is None else torch.linalg.vector_norm(x, dim=-1).square_()
@@ -246,8 +238,8 @@ def _moments(x_RC: Tensor, shift: Tensor | None, room: Room) -> tuple[Tensor, ..
 
 
 def _places(x_RC: Tensor, rows_5R: Tensor, zeros: Tensor) -> Tensor:
-    """(4,) int64: zeros, values that are not finite, row and column of the peak.
-    On a CPU with fewer operations of torch.
+    """(4,) int64: zeros, non-finite values, row and column of the peak.
+    On a CPU with fewer torch operations.
     """
     if _at_once(x_RC):
         top_R, bottom_R, _, squares_R = rows_5R[1:].numpy()
@@ -281,8 +273,8 @@ def _fetch(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
-    """How many values are zero, (1,) int64.
-    On a CPU they are counted only where the smallest square is zero: a count costs four passes.
+    """The number of zeros, (1,) int64.
+    On a CPU counted only if the smallest square is zero: a count costs four passes.
     """
     # min() of all takes three times as long
     if _at_once(x) and square is not None and square.amin() > 0:
@@ -291,7 +283,7 @@ def _zeros(x: Tensor, square: Tensor | None) -> Tensor:
 
 
 def _stat(support: Support, *found: Tensor) -> Stat:
-    """The figures in words, from what `moments` gives and the sample, on the host."""
+    """Statistics from the results of `moments` and the sample, on the host."""
     if not found:
         none = math.nan
         levels = {str(q): none for q in QUANTILES}
@@ -358,7 +350,7 @@ def _stat(support: Support, *found: Tensor) -> Stat:
 
 
 def _quantiles(sample: np.ndarray) -> dict[str, float]:
-    """Quantiles, linear between neighbours; NaN if a value of the sample is."""
+    """Quantiles with linear interpolation; NaN if the sample holds a NaN."""
     values, found = np.sort(sample), {}
     for q in QUANTILES:
         place = q * (len(values) - 1)

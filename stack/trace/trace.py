@@ -1,4 +1,4 @@
-"""One forward of one model, with statistics of every point. B batch, T tokens, V vocab"""
+"""One forward of one model with statistics of every point. B batch, T tokens, V vocab"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackproof.spec.errors import UsageError
+from stackproof.trace.hooks import hook_points
 from stackproof.trace.points import NameMap, Place, Point
 from stackproof.trace.stats import Gatherer, Stat
-from stackproof.trace.tap import tap
+
+Names = NameMap | Mapping[str, str | Place] | None
 
 
 @dataclass(frozen=True)
 class Traced:
-    """One point with the statistics of its value, and of its gradient where one was
-    asked for and reached it.
-    """
+    """One point with the statistics of its value and, if traced, of its gradient."""
 
     point: Point
     stat: Stat
@@ -28,7 +28,7 @@ class Traced:
 @dataclass(frozen=True)
 class Trace:
     """The points of one forward in execution order.
-    `unseen` are points that did not run, or that these tokens do not say anything of.
+    `unseen` are points that did not run or hold other tokens.
     """
 
     points: tuple[Traced, ...]
@@ -37,7 +37,7 @@ class Trace:
     loss_nats: float | None = None
 
     def __getitem__(self, name: str) -> Traced:
-        """The point of a name. Raises UsageError if it was not traced."""
+        """The point of this name. Raises UsageError if it was not traced."""
         for traced in self.points:
             if traced.point.name == name:
                 return traced
@@ -47,8 +47,8 @@ class Trace:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of what a model returned: a tensor, the first of a tuple,
-    or the field of that name.
+    """The logits in the output of a model: a tensor, the first of a tuple,
+    or the field `logits`.
     """
     if isinstance(output, Tensor):
         return output
@@ -56,10 +56,20 @@ def logits_of(output: Any) -> Tensor:
 
 
 def run(model: nn.Module, input_ids_BT: Tensor, inputs: Mapping[str, Any] | None = None) -> Tensor:
-    """Logits of a forward, in the mode the model is in; `inputs` are what it
-    is given besides the ids.
-    """
+    """Logits of a forward in the current mode; `inputs` are further arguments."""
     return logits_of(model(input_ids_BT, **(inputs or {})))
+
+
+def values_at(
+    model: nn.Module, input_ids_BT: Tensor, names: Iterable[str] | None, where: Names = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Copies of the values at these points during one forward, by name in order, and the logits."""
+    held: dict[str, Tensor] = {}
+    with (
+        torch.no_grad(),
+        hook_points(model, names, lambda p, x: held.update({p.name: x.clone()}), where=where),
+    ):
+        return held, run(model, input_ids_BT)
 
 
 def trace(
@@ -69,29 +79,25 @@ def trace(
     *,
     backward: bool = False,
     tokens: Literal["all", "last"] = "all",
-    where: NameMap | Mapping[str, str | Place] | None = None,
+    where: Names = None,
 ) -> Trace:
-    """Statistics of every point, or of those that `names` select, while `model(input_ids)` runs
-    once; input_ids (B, T) int64.
+    """Statistics of the points that `names` select (None: all) while `model(input_ids)` runs once;
+    input_ids (B, T) int64.
 
-    The logits are those of the model without tracing, bit for bit. With `backward`, the gradient of
-    the mean next-token loss of the input at each point, and each parameter's own gradient is left
-    as it was. The model runs in the mode it is in. Raises UsageError for unknown points, for an
-    input that is no (B, T), and for gradients of fewer than two tokens.
+    Logits are bit-equal to those without tracing. `backward` adds gradients of the mean next-token
+    loss; `.grad` of the parameters stays unchanged. The model runs in its current mode. Raises
+    UsageError for unknown points, for ids that are not (B, T), and for gradients of fewer than two
+    tokens.
     """
     if not isinstance(input_ids, Tensor):
         raise UsageError(
-            "ids are a tensor",
+            "input_ids is not a tensor",
             value=type(input_ids).__name__,
             allowed="(B, T) int64",
             next_step="torch.tensor([[1, 2, 3]])",
         )
     if input_ids.ndim != 2 or input_ids.shape[1] < 1 + backward:
-        allowed = (
-            "(B, T) with at least 2 tokens, of which the first has a successor"
-            if backward
-            else "(B, T)"
-        )
+        allowed = "(B, T) with at least 2 tokens" if backward else "(B, T)"
         raise UsageError(
             "these ids cannot be traced", value=tuple(input_ids.shape), allowed=allowed
         )
@@ -107,7 +113,7 @@ def trace(
     on_grad = (lambda p, g: note(gradients, p, g)) if backward else None
     with (
         torch.set_grad_enabled(backward),
-        tap(
+        hook_points(
             model,
             names,
             lambda p, x: note(values, p, x),
@@ -128,14 +134,14 @@ def trace(
 def backward_of(
     model: nn.Module, logits_BTV: Tensor, input_ids_BT: Tensor
 ) -> tuple[float, dict[str, Tensor]]:
-    """The mean next-token loss in nats and its gradient at each parameter it depends on.
-    What parameters had as gradients stays.
+    """The mean next-token loss in nats and its gradient at each parameter;
+    `.grad` stays unchanged.
     """
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), input_ids_BT[:, 1:].flatten())
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not wanted:
         raise UsageError(
-            "no parameter of this model wants a gradient",
+            "no parameter of this model requires a gradient",
             next_step="model.requires_grad_(True), or trace without backward",
         )
     found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)

@@ -1,6 +1,4 @@
-"""Statistics of a model's parameters, and of what training has moved them by
-since an earlier checkpoint.
-"""
+"""Statistics of parameters, and of their change since an earlier checkpoint."""
 
 import re
 from dataclasses import dataclass
@@ -14,11 +12,10 @@ from stackproof.trace.stats import Gatherer, Stat
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. Rows of a matrix stand for tokens and columns for channels;
-    a vector is one column.
+    """One parameter. Rows of a matrix count as tokens, columns as channels; a vector is one column.
 
-    `update` is of the change since the earlier model, and `update_ratio` its rms over
-    that of the parameter before.
+    `update` are statistics of the change, `update_ratio` is its rms over that
+    of the earlier parameter.
     """
 
     point: Point
@@ -28,10 +25,10 @@ class Weight:
 
 
 def weights(model: nn.Module, before: nn.Module | None = None) -> tuple[Weight, ...]:
-    """Every parameter once, in the model's order; with `before`, what each has changed by since.
-    Nothing is run.
+    """Statistics of every parameter in the order of the model, and of its change since `before`;
+    no forward runs.
 
-    Raises UsageError where `before` has other parameters.
+    Raises UsageError if `before` has other parameters.
     """
     now = dict(model.named_parameters())
     points = [point_of(name, order) for order, name in enumerate(now)]
@@ -61,8 +58,8 @@ def _weight(point: Point, stat: Stat, update: Stat | None, before: Stat | None) 
 
 
 def point_of(name: str, order: int) -> Point:
-    """`layers.3.ffn.up.weight` has layer 3 and slot `ffn.up.weight`;
-    so has any name with one number for its block.
+    """`layers.3.ffn.up.weight` has layer 3 and slot `ffn.up.weight`:
+    the first number is the layer.
     """
     found = re.search(r"(?:^|\.)(\d+)\.", name)
     return Point(
@@ -84,7 +81,7 @@ def _refuse_others(now: dict[str, Tensor], then: dict[str, Tensor]) -> None:
     ]
     if odd:
         raise UsageError(
-            "these models have other parameters, so there is no change between them",
+            "the two models have other parameters, so there is no change to compute",
             value=", ".join(odd[:4]),
             allowed="two checkpoints of one run",
         )

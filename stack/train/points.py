@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from stackproof.data.reader import Batch
+from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
-from stackproof.trace.tap import tap
 from stackproof.train.state import TrainState
 from stackproof.train.step import on_device
 
@@ -34,7 +34,7 @@ def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         state.autocast(),
-        tap(state.model, None, gatherer.see, scratch=True) as points,
+        hook_points(state.model, None, gatherer.see, scratch=True) as points,
     ):
         state.model.hidden_states(*on_device(batch, state.device))
     stats = gatherer.finish()

@@ -253,8 +253,8 @@ def test_without_transformers_it_is_said_and_never_a_pass(
     ("arguments", "code", "says"),
     [
         (("export", "run", "--out", "full"), 2, "not empty"),
-        (("export", "run", "--out", "new", "--to", "gguf"), 2, "no such export"),
-        (("export", "run", "--out", "new", "--dtype", "float8"), 2, "no such export"),
+        (("export", "run", "--out", "new", "--to", "gguf"), 2, "unknown export format"),
+        (("export", "run", "--out", "new", "--dtype", "float8"), 2, "unknown export format"),
         (("import", "source", "--out", "run"), 2, "not empty"),
         (("import", "absent", "--out", "new"), 2, "FOLDER names nothing"),
         (("import", "source", "--out", "new", "--tokenizer", "absent.json"), 2, "absent.json"),

@@ -14,6 +14,14 @@ FOLDERS = (
     "sample PATH",
     "inspect PATH",
     "trace PATH",
+    "trace stats PATH",
+    "trace compare PATH --against self@bfloat16",
+    "trace bisect PATH --against self@bfloat16",
+    "trace nonfinite PATH",
+    "trace lens PATH",
+    "trace ablate PATH layers.0",
+    "trace patch PATH layers.0 --from text",
+    "trace weights PATH",
     "trace PATH --weights",
     "trace PATH --against self@bfloat16",
     "trace --repro PATH",
@@ -90,4 +98,4 @@ def test_every_command_that_takes_a_path_is_in_these_tables():
         if any(a["name"] in PATHS for a in parts["arguments"])
     }
     covered = {verb for verb in asked if any(c.startswith(f"{verb} ") for c in FOLDERS + FILES)}
-    assert asked == covered and len(asked) == 14
+    assert asked == covered and len(asked) == 22

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from stackproof.cli import again, main, output
+from stackproof.cli import main, output, rerun
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity
 from stackproof.model import hugging_face
 from stackproof.museum.plant import load_museum, swap
 from stackproof.spec.records import read_record
-from stackproof.trace import ways
+from stackproof.trace import model_variant
 from tests.export import models
 
 
@@ -151,7 +151,7 @@ def test_one_token_is_no_anomaly_and_one_point_is_not_called_in_line(stack, run_
     code, document = stack("trace", run_dir, *SHORT, "--points", "layers.1.ffn.swiglu")
     assert code == 0 and document["verdict"].startswith("nothing to hold these points against")
     code, document = stack("trace", run_dir, "--tokens", "last", "--backward", *SHORT)
-    assert code == 2 and "no next one" in document["what"]
+    assert code == 2 and "no next-token loss" in document["what"]
 
 
 def test_for_people_gradients_and_their_loss_stand_in_the_table(said, run_dir):
@@ -193,7 +193,7 @@ def test_a_check_that_calls_the_right_side_bad_is_no_check(
     assert found == code
     if code:
         assert (
-            "calls the right side bad" in document["what"]
+            "cannot tell good from bad" in document["what"]
             and "nothing_like_it" in document["value"]
         )
     else:
@@ -316,7 +316,7 @@ def test_gradients_are_compared_and_a_wrong_derivative_is_named(
             return grad / 2
 
     monkeypatch.setattr(
-        ways,
+        model_variant,
         "reference_kernels",
         lambda: swap(dispatch, "swiglu", lambda gate, up: original(HalfBack.apply(gate), up)),
     )
@@ -395,7 +395,7 @@ def test_a_cure_is_tried(stack, run_dir, said):
 
 def test_a_command_decides(stack, run_dir, broken, tmp_path):
     """The check reads the file with another library's eyes: it knows only the logits it wants."""
-    from stackproof.cli.models import open_model
+    from stackproof.cli.load_model import open_model
 
     ids = [int(i) for i in SHORT[1].split(",")]
     with torch.no_grad():
@@ -433,7 +433,7 @@ def test_a_command_decides(stack, run_dir, broken, tmp_path):
     assert stack("trace", broken, "--against", run_dir, "--check", "true", *SHORT)[0] == 2
 
 
-def test_what_says_nothing_is_refused(stack, run_dir, hf):
+def test_what_has_no_effect_is_refused(stack, run_dir, hf):
     for arguments in (
         (run_dir, "--bisect"),
         (run_dir, "--against", "self"),
@@ -520,17 +520,24 @@ def test_parameters_are_shown_with_their_change_and_nothing_is_run(stack, said, 
         "trace", broken, "--weights", "--against", run_dir, "--run-dir", "seen"
     )
     assert "÷ rms before" not in said("trace", broken, "--weights", "--run-dir", "alone")
-    code, document = stack("trace", broken, "--weights", "--prompt", "a")
-    assert code == 2 and "--prompt says nothing beside --weights" in document["what"]
-    for option in (("--tokens", "last"), ("--swap", "layers.0.ffn=reference"), ("--check", "true")):
+    for option in (
+        ("--prompt", "a"),
+        ("--tokens", "last"),
+        ("--swap", "layers.0.ffn=reference"),
+        ("--check", "true"),
+    ):
         code, document = stack("trace", broken, "--weights", *option)
-        assert code == 2 and f"{option[0]} says nothing beside --weights" in document["what"]
+        assert (
+            code == 2
+            and f"No such option: {option[0]}" in document["what"]
+            and document["next_step"] == "stack trace weights --help"
+        )
     for way in (
         (f"{broken}@bfloat16", "--weights"),
         (broken, "--weights", "--against", "self@bfloat16"),
     ):
         code, document = stack("trace", *way)
-        assert code == 2 and "@WAY" in document["next_step"], way
+        assert code == 2 and "@MODE" in document["next_step"], way
 
 
 def test_other_words_for_an_operation_are_no_other_figures(tmp_path):
@@ -549,7 +556,9 @@ def test_other_words_for_an_operation_are_no_other_figures(tmp_path):
     }
     for name, change in changes.items():
         (tmp_path / name).write_text(json.dumps(line | change))
-    apart = {name: again._apart(tmp_path / "same", tmp_path / name)[0] for name in changes}
+    apart = {
+        name: rerun.largest_difference(tmp_path / "same", tmp_path / name)[0] for name in changes
+    }
     assert apart == {
         "same": 0.0,
         "words": 0.0,
@@ -611,11 +620,13 @@ def test_a_trace_is_repeated_from_its_record_and_another_model_is_found_out(
     )
     assert (
         document["compared"][-1]["what"].startswith("points.jsonl (")
-        and document["compared"][-1]["now"] > again.REL_TOLERANCE
+        and document["compared"][-1]["now"] > rerun.REL_TOLERANCE
     )
     with open(tmp_path / "seen" / "points.jsonl", "ab") as f:
         f.write(b"{}\n")
     code, document = stack("evidence", "rerun", "seen", "--run-dir", "third")
     assert (
-        code == 6 and "as it was recorded" in document["what"] and not (tmp_path / "third").exists()
+        code == 6
+        and "changed since it was recorded" in document["what"]
+        and not (tmp_path / "third").exists()
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stackproof.cli import main, output
-from stackproof.cli.models import open_model
+from stackproof.cli.load_model import open_model
 from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, IntegrityError
@@ -142,7 +142,7 @@ def test_a_run_that_ended_in_a_nan_is_explained_by_one_command(
 
 
 def test_of_several_bundles_the_one_of_what_is_not_finite_is_taken_else_the_latest(tmp_path):
-    from stackproof.cli.nonfinite import newest_bundle
+    from stackproof.cli.trace.nonfinite import newest_bundle
 
     assert newest_bundle(tmp_path) is None
     for name in ("runtime.loss-spike-step-90", "sampling.coherence-step-200"):
@@ -173,7 +173,7 @@ def test_what_asks_for_the_model_itself_is_not_answered_by_an_old_bundle(
     done = stack("trace", broken, "--nonfinite", "--backward", "--json")
     assert done.code == 0 and done.json["first_nonfinite"] is None is done.json["step"]
     done = stack("trace", "--repro", broken / "repro" / "runtime.finite-step-17", "--backward")
-    assert done.code == 2 and "--backward says nothing beside --repro" in done.err
+    assert done.code == 2 and "--backward has no effect with --repro" in done.err
 
 
 def test_a_finite_model_is_said_to_be_finite_forward_and_backward(folder, stack):
@@ -422,7 +422,7 @@ def test_a_folder_of_hugging_face_is_probed_as_its_own_model(theirs, stack):
         == 0.0
     )
     for arguments, said in (
-        (("--lens", "tuned"), "is no run"),
+        (("--lens", "tuned"), "is not a run"),
         (("--ablate", "layers.0", "--sample", "3"), "a model of this stack"),
     ):
         done = stack("trace", folder, "--prompt", "abc", *arguments)
@@ -432,45 +432,48 @@ def test_a_folder_of_hugging_face_is_probed_as_its_own_model(theirs, stack):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("RUN", "--lens", "logit", "--expect", "x < 1"), "--expect says nothing beside --lens"),
-        (("RUN", "--ablate", "layers.0", "--backward"), "--backward says nothing"),
-        (("RUN", "--lens", "logit", "--tokens", "last"), "--tokens says nothing"),
-        (("RUN", "--lens", "logit", "--nonfinite"), "one at a time"),
-        (("RUN", "--lens", "sharp"), "logit or tuned"),
-        (("RUN", "--patch", "layers.0"), "needs the text"),
+        (("RUN", "--lens", "logit", "--expect", "x < 1"), "No such option: --expect"),
+        (("RUN", "--ablate", "layers.0", "--backward"), "No such option: --backward"),
+        (("RUN", "--lens", "logit", "--tokens", "last"), "No such option: --tokens"),
+        (
+            ("RUN", "--lens", "logit", "--nonfinite"),
+            "--lens and --nonfinite select different commands",
+        ),
+        (("RUN", "--lens", "sharp"), "not one of 'logit', 'tuned'"),
+        (("RUN", "--patch", "layers.0"), "Missing option '--from'"),
         (("RUN", "--ablate", "layers.0.atention_out"), "nearest: layers.0.attention_out"),
-        (("RUN", "--ablate", "layers.0", "--ablate-with", "noise"), "zero or mean"),
-        (("RUN", "--lens", "logit", "--from", "x"), "--from says nothing"),
+        (("RUN", "--ablate", "layers.0", "--ablate-with", "noise"), "not one of 'zero', 'mean'"),
+        (("RUN", "--lens", "logit", "--from", "x"), "No such option: --from"),
         (("RUN", "--nonfinite", "--prompt", "x", "--device", "cpu"), "repro bundle"),
         (("RUN", "--lens", "logit", "--input-ids", "1,x"), "token ids"),
         (("RUN", "--lens", "logit", "--input-ids", "1,99999"), "vocabulary"),
-        (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "say the same thing"),
+        (("RUN", "--lens", "logit", "--input-ids", "1", "--prompt", "x"), "both give the tokens"),
         (("--nonfinite",), "needs a MODEL"),
         (
             ("RUN", "--lens", "logit", "--lens-file", "a"),
-            "--lens-file says nothing beside --lens logit",
+            "--lens-file has no effect with a logit lens",
         ),
-        (("RUN", "--lens", "logit", "--text", "a"), "--text says nothing beside --lens logit"),
+        (("RUN", "--lens", "logit", "--text", "a"), "--text has no effect with a logit lens"),
         (
             ("RUN", "--lens", "logit", "--lens-steps", "3"),
-            "--lens-steps says nothing beside --lens logit",
+            "--lens-steps has no effect with a logit lens",
         ),
-        (("RUN", "--lens-steps", "3"), "--lens-steps says nothing without --lens"),
+        (("RUN", "--lens-steps", "3"), "No such option: --lens-steps"),
         (
             ("RUN", "--lens", "tuned", "--lens-file", "a", "--text", "b"),
-            "--text says nothing beside --lens-file",
+            "--text has no effect with --lens-file",
         ),
         (
             ("RUN", "--lens", "tuned", "--lens-file", "a", "--lens-steps", "3"),
-            "--lens-steps says nothing beside --lens-file",
+            "--lens-steps has no effect with --lens-file",
         ),
         (
             ("RUN", "--ablate", "layers.0", "--from", "x"),
-            "--from says nothing beside --ablate-with zero",
+            "--from has no effect with --ablate-with zero",
         ),
-        (("RUN", "--repro", "a"), "MODEL says nothing beside --repro"),
-        (("--repro", "a", "--prompt", "x"), "--prompt says nothing beside --repro"),
-        (("--repro", "a", "--input-ids", "1"), "--input-ids says nothing beside --repro"),
+        (("RUN", "--repro", "a"), "MODEL has no effect with --repro"),
+        (("--repro", "a", "--prompt", "x"), "--prompt has no effect with --repro"),
+        (("--repro", "a", "--input-ids", "1"), "--input-ids has no effect with --repro"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_exit_code_2(folder, stack, arguments, said):

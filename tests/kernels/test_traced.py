@@ -20,7 +20,7 @@ from stackproof.kernels.triton import (
 )
 from stackproof.model.build import build_model
 from stackproof.museum.plant import swap
-from stackproof.trace import bisect, compare, side
+from stackproof.trace import bisect, compare, variant
 from tests.kernels.support import DEVICE, broken
 
 OPERATIONS = ("attention", "rms_norm", "rope", "swiglu")
@@ -93,12 +93,12 @@ def with_kernels(model, module=None, copied=None):
                 stack.enter_context(swap(module, name, getattr(copied, name)))
             yield
 
-    return replace(side(copy.deepcopy(model)), around=around)
+    return replace(variant(copy.deepcopy(model)), around=around)
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 33, 80])
 def test_kernels_that_are_right_differ_by_rounding_at_every_point(model, tokens):
-    found = compare(side(model), with_kernels(model), ids(tokens))
+    found = compare(variant(model), with_kernels(model), ids(tokens))
     assert found.first_divergence is None and 0 < max(c.excess for c in found.points) < 0.4
 
 
@@ -107,7 +107,7 @@ def test_a_broken_kernel_is_named_by_what_it_computes(model, name, tmp_path):
     module, old, new, tokens = BROKEN[name]
     bad = with_kernels(model, module, broken(module, old, new, tmp_path))
     first, last = NAMED[module]
-    found = compare(side(model), bad, ids(tokens))
+    found = compare(variant(model), bad, ids(tokens))
     assert found.first_divergence.point.name == f"layers.0.{first}" and found.way == WAYS.get(
         name, ""
     )
@@ -119,12 +119,12 @@ def test_a_broken_kernel_is_named_by_what_it_computes(model, name, tmp_path):
         module.__name__.rpartition(".")[2], {first}
     )
     named = [f"layers.0.{first}", "final_norm" if last is None else f"layers.1.{last}"]
-    assert [p.name for p in bisect(side(model), bad, ids(tokens)).guilty] == named
+    assert [p.name for p in bisect(variant(model), bad, ids(tokens)).guilty] == named
 
 
 def test_what_shows_in_long_rows_alone_shows_in_them(model, tmp_path):
     """One tile of keys holds a short row, and nothing of an earlier one is rescaled."""
     module, old, new, tokens = BROKEN["sums of earlier tiles not rescaled"]
     bad = with_kernels(model, module, broken(module, old, new, tmp_path))
-    assert compare(side(model), bad, ids(16)).first_divergence is None
-    assert compare(side(model), bad, ids(tokens)).first_divergence is not None
+    assert compare(variant(model), bad, ids(16)).first_divergence is None
+    assert compare(variant(model), bad, ids(tokens)).first_divergence is not None

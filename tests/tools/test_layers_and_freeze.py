@@ -78,6 +78,24 @@ def test_an_import_by_the_name_of_a_folder_is_refused(tmp_path, folder):
     ]
 
 
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from stackproof.cli import a\n",
+        "import stackproof.cli.a\n",
+        "def f():\n    from stackproof.cli.a import x\n",
+    ],
+)
+def test_an_import_circle_is_named_also_inside_a_function(tmp_path, back):
+    write(tmp_path, "stack/cli/a.py", "from stackproof.cli.b import y\n")
+    write(tmp_path, "stack/cli/b.py", "from stackproof.cli import c\n")
+    write(tmp_path, "stack/cli/c.py", "y = 1\n")
+    assert check_layers.check(tmp_path) == []
+    write(tmp_path, "stack/cli/c.py", back)
+    (problem,) = check_layers.check(tmp_path)
+    assert "import circle" in problem and all(f"stackproof.cli.{name}" in problem for name in "abc")
+
+
 def test_nothing_to_read_is_not_green(tmp_path):
     assert check_layers.main(["--root", str(tmp_path)]) == 6
 

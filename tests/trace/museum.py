@@ -13,7 +13,7 @@ import torch
 
 from stackproof.config import BiasBalance, MixtureOfExperts
 from stackproof.museum.plant import Plant
-from stackproof.trace.ways import Side
+from stackproof.trace.model_variant import ModelVariant
 from tests.trace import models
 from tests.trace import museum_sides as ways
 from tests.trace.museum_sides import (
@@ -32,7 +32,7 @@ BIASED = {"ffn": MixtureOfExperts(n_experts=4, balance=BiasBalance(rate=1e-3))}
 LONG = {"max_seq_len": 300}
 DROPOUT = {"train": True, "dropout": 0.1, "around": ways.seeded}
 ENDS = ("embedding", "final_norm", "logits")
-Sides = Callable[[Plant], tuple[Side, Side]]
+Sides = Callable[[Plant], tuple[ModelVariant, ModelVariant]]
 
 
 @dataclass(frozen=True)

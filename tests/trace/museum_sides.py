@@ -19,7 +19,7 @@ from stackproof.model import hugging_face
 from stackproof.model.build import build_model
 from stackproof.model.forward_context import KVCache
 from stackproof.museum.plant import swap
-from stackproof.trace import side
+from stackproof.trace import variant
 from stackproof.train import checkpoint
 from stackproof.train import state as states
 from stackproof.train import step as steps
@@ -55,7 +55,7 @@ def running(plant, *, inputs=None, around=ExitStack, train=False, stir=None, **c
             stir(model)
         pair.append(
             replace(
-                side(model),
+                variant(model),
                 around=context,
                 **({} if inputs is None else {"inputs": partial(inputs, model)}),
             )
@@ -79,7 +79,7 @@ def drawn(plant):
     good = build_model(ModelConfig(**BASE), models.VOCAB, seed=5)
     with plant.apply():
         bad = build_model(ModelConfig(**BASE), models.VOCAB, seed=5)
-    return side(good.eval()), side(bad.eval())
+    return variant(good.eval()), variant(bad.eval())
 
 
 def documents(model):
@@ -122,7 +122,7 @@ def compiled(plant):
     """The plant acts when blocks are compiled."""
     model = built()
     with plant.apply():
-        return side(model), replace(side(model, "compiled"), around=plant.apply)
+        return variant(model), replace(variant(model, "compiled"), around=plant.apply)
 
 
 # ---- folders of another library
@@ -135,7 +135,7 @@ def imported(plant, name):
         theirs.save_pretrained(folder)
         with plant.apply():
             ours = reading.load_weights(reading.open_folder(Path(folder)))
-    return side(theirs), side(ours)
+    return variant(theirs), variant(ours)
 
 
 def exported(plant, **changes):
@@ -152,7 +152,7 @@ def exported(plant, **changes):
                 Path(folder), kind, ours, "float32", huggingface.MAX_SHARD_BYTES
             )
         theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return side(ours), side(theirs)
+    return variant(ours), variant(theirs)
 
 
 # ---- updates
@@ -212,7 +212,7 @@ def updated(plant, *, around=nullcontext, n=2, broken=False, **options):
             if broken:
                 break_a_token(state.model)
             learn(state, n)
-        pair.append(side(state.model.eval()))
+        pair.append(variant(state.model.eval()))
     return tuple(pair)
 
 
@@ -241,7 +241,7 @@ def resumed(plant, *, update=False):
                         learn(state)
                 yield
 
-        pair.append(replace(side(state.model), around=back))
+        pair.append(replace(variant(state.model), around=back))
     return tuple(pair)
 
 

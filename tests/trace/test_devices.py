@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from stackproof.trace import bisect, compare, compare_gradients, side, trace
+from stackproof.trace import bisect, compare, compare_gradients, trace, variant
 from tests.trace import models
 
 DEVICES = [
@@ -55,16 +55,18 @@ def test_a_planted_row_is_named_by_comparison_and_bisection(device):
     bad = copy.deepcopy(good)
     with torch.no_grad():
         bad.layers[1].ffn.up.weight[3] += 0.5
-    assert compare(side(good), side(bad), ids).first_divergence.point.name == "layers.1.ffn.up"
-    assert [p.name for p in bisect(side(good), side(bad), ids).guilty] == ["layers.1.ffn.up"]
-    assert compare(side(good), side(copy.deepcopy(good)), ids).first_divergence is None
+    assert (
+        compare(variant(good), variant(bad), ids).first_divergence.point.name == "layers.1.ffn.up"
+    )
+    assert [p.name for p in bisect(variant(good), variant(bad), ids).guilty] == ["layers.1.ffn.up"]
+    assert compare(variant(good), variant(copy.deepcopy(good)), ids).first_divergence is None
 
 
 @pytest.mark.parametrize("way", ["float64", "reference", "bfloat16"])
 def test_another_precision_and_the_reference_differ_by_rounding(device, way):
     model, ids = on(device)
-    assert compare(side(model), side(model, way), ids).first_divergence is None
-    assert compare_gradients(side(model), side(model, way), ids).first is None
+    assert compare(variant(model), variant(model, way), ids).first_divergence is None
+    assert compare_gradients(variant(model), variant(model, way), ids).first is None
 
 
 def test_what_is_not_finite_is_compared_where_it_lies(device):
@@ -72,9 +74,9 @@ def test_what_is_not_finite_is_compared_where_it_lies(device):
     bad = copy.deepcopy(good)
     with torch.no_grad():
         bad.layers[1].ffn.gate.weight[0] = float("nan")
-    found = compare(side(good), side(bad), ids)
+    found = compare(variant(good), variant(bad), ids)
     assert (
         found.first_divergence.point.name == "layers.1.ffn.gate"
         and found.first_divergence.added_err == float("inf")
     )
-    assert compare(side(bad), side(copy.deepcopy(bad)), ids).first_divergence is None
+    assert compare(variant(bad), variant(copy.deepcopy(bad)), ids).first_divergence is None

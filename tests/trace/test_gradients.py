@@ -14,8 +14,8 @@ from stackproof.kernels import dispatch
 from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum, swap
 from stackproof.spec.errors import UsageError
-from stackproof.trace import compare, compare_gradients, side
-from stackproof.trace.ways import BETWEEN_BLOCKS, Side
+from stackproof.trace import compare, compare_gradients, variant
+from stackproof.trace.model_variant import BETWEEN_BLOCKS, ModelVariant
 from tests.trace import models
 
 L = 1
@@ -124,10 +124,10 @@ def test_the_first_wrong_derivative_is_named_and_no_other_is_blamed(name):
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     plant(bad)
-    assert compare(side(good), side(bad), models.ids()).first_divergence is None, (
+    assert compare(variant(good), variant(bad), models.ids()).first_divergence is None, (
         "the forward is right"
     )
-    found = compare_gradients(side(good), side(bad), models.ids())
+    found = compare_gradients(variant(good), variant(bad), models.ids())
     assert found.first is not None and found.first.point.name == place
     assert {s.point.name for s in found.suspects} == {place}
     assert (found.first.read_by == reader) if reader else found.first in found.parameters
@@ -140,8 +140,8 @@ def test_right_derivatives_differ_by_rounding(name, way):
     parameter (a head norm's weight).
     """
     model = models.ours(name)
-    good = side(model, "float64") if way == "bfloat16" else side(model)
-    found = compare_gradients(good, side(model, way), models.ids())
+    good = variant(model, "float64") if way == "bfloat16" else variant(model)
+    found = compare_gradients(good, variant(model, way), models.ids())
     assert (
         found.first is None
         and len(found.points) > 20
@@ -155,10 +155,10 @@ def test_right_derivatives_differ_by_rounding(name, way):
 @pytest.mark.parametrize("name", models.THEIRS)
 def test_right_derivatives_of_transformers_differ_by_rounding(name):
     model = models.theirs(name)
-    found = compare_gradients(side(model), side(model, "float64"), models.ids())
+    found = compare_gradients(variant(model), variant(model, "float64"), models.ids())
     values = [
         p
-        for p in compare(side(model), side(model, "float64"), models.ids()).points
+        for p in compare(variant(model), variant(model, "float64"), models.ids()).points
         if not p.point.derived and p.point.flows
     ]
     assert (
@@ -178,8 +178,8 @@ def test_a_derivative_inside_the_attention_kernel_is_named_in_every_layer():
             lambda q, k, v, **more: original(q, Bent.apply(k, -1.0), v, **more),
         )
 
-    bad = Side(model, side(model).where, around=around)
-    found = compare_gradients(side(model), bad, models.ids())
+    bad = ModelVariant(model, variant(model).where, around=around)
+    found = compare_gradients(variant(model), bad, models.ids())
     assert found.first.point.name == "layers.1.k_rotated"
     assert {s.point.name for s in found.suspects} == {"layers.0.k_rotated", "layers.1.k_rotated"}
     assert found.first.read_by.startswith("attention kernel")
@@ -198,7 +198,9 @@ def test_half_precision_does_not_hide_a_derivative_that_is_off_by_a_fifth(d_mode
         d_ff=2 * d_model,
         max_seq_len=40,
     )
-    good, bad = (side(build_model(cfg, models.VOCAB, seed=0).eval(), "bfloat16") for _ in range(2))
+    good, bad = (
+        variant(build_model(cfg, models.VOCAB, seed=0).eval(), "bfloat16") for _ in range(2)
+    )
     assert compare_gradients(good, bad, models.ids()).first is None
     ffn = bad.model.layers[L].ffn
     original = ffn.forward
@@ -233,13 +235,13 @@ def test_a_gradient_that_is_lost_is_the_worst_of_errors(plant, place):
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     plant(bad)
-    found = compare_gradients(side(good), side(bad), models.ids())
+    found = compare_gradients(variant(good), variant(bad), models.ids())
     assert (
         found.first.point.name == place
         and math.isinf(found.first.added_err)
         and found.first.note == "a gradient on one side only"
     )
-    back = compare_gradients(side(bad), side(good), models.ids())
+    back = compare_gradients(variant(bad), variant(good), models.ids())
     assert math.isinf(
         {g.point.name: g.added_err for g in (*back.points, *back.parameters)}[place]
     ), "also where the right side lost it"
@@ -253,7 +255,7 @@ def test_where_few_points_are_looked_at_nothing_between_them_is_blamed_by_name(n
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     norm(bad)
-    first = compare_gradients(side(good), side(bad), models.ids(), names).first
+    first = compare_gradients(variant(good), variant(bad), models.ids(), names).first
     assert (
         first.point.name == "layers.0.resid_out"
         and first.read_by == f"what lies between it and {next_one}"
@@ -265,7 +267,7 @@ def test_choices_of_experts_are_compared_by_expert_and_not_by_rank():
     in bfloat16.
     """
     model = models.theirs("mixtral")
-    found = compare_gradients(side(model), side(model, "bfloat16"), models.ids(seed=0))
+    found = compare_gradients(variant(model), variant(model, "bfloat16"), models.ids(seed=0))
     assert found.first is None and {"layers.0.routing", "layers.1.routing"} <= {
         g.point.name for g in found.points
     }
@@ -282,7 +284,7 @@ def test_values_are_put_right_before_norms_that_share_their_input():
         return h + block.ffn(block.ffn_norm(h), reading)
 
     block.forward = forward
-    found = compare_gradients(side(good), side(bad), models.ids())
+    found = compare_gradients(variant(good), variant(bad), models.ids())
     assert {s.point.name for s in found.suspects} == {"layers.1.attention_out"}
 
 
@@ -290,7 +292,9 @@ def test_an_error_arrives_behind_the_place_where_it_is_made():
     good = models.ours("untied")
     bad = copy.deepcopy(good)
     projection(bad, "down")
-    rows = {r.point.name: r for r in compare_gradients(side(good), side(bad), models.ids()).points}
+    rows = {
+        r.point.name: r for r in compare_gradients(variant(good), variant(bad), models.ids()).points
+    }
     assert rows["layers.1.ffn.swiglu"].added_err == pytest.approx(0.01, rel=1e-3)
     assert (
         rows["layers.1.ffn.out"].arrived.rel_err
@@ -305,9 +309,9 @@ def test_the_museums_clobbered_gradient_is_named():
     """Its forward is right, so a comparison of values sees nothing."""
     model = models.ours("plain")
     plant = load_museum()["model.shared-gradient-clobbered"]
-    bad = Side(model, side(model).where, around=plant.apply)
-    assert compare(side(model), bad, models.ids()).first_divergence is None
-    found = compare_gradients(side(model), bad, models.ids())
+    bad = ModelVariant(model, variant(model).where, around=plant.apply)
+    assert compare(variant(model), bad, models.ids()).first_divergence is None
+    found = compare_gradients(variant(model), bad, models.ids())
     assert found.first is not None and found.first.point.name == CLOBBERED, [
         g.point.name for g in found.suspects
     ]
@@ -317,7 +321,7 @@ def test_gradients_that_were_there_stay_and_one_token_has_none():
     model = models.ours()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    compare_gradients(side(model), side(model), models.ids())
+    compare_gradients(variant(model), variant(model), models.ids())
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
     with pytest.raises(UsageError, match="at least 2 tokens"):
-        compare_gradients(side(model), side(model), models.ids(tokens=1))
+        compare_gradients(variant(model), variant(model), models.ids(tokens=1))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from stackproof.kernels import attention
 from stackproof.museum.plant import swap
-from stackproof.trace import compare, kernel_errors, side
-from stackproof.trace.kernel_errors import WAYS, Kept, attend, way_to_err
+from stackproof.trace import compare, kernel_errors, variant
+from stackproof.trace.kernel_errors import KNOWN_ERRORS, Kept, attend, known_error
 from stackproof.trace.scores import Call
 from tests.trace import models
 from tests.trace.museum_sides import documents, prompt
@@ -61,17 +61,20 @@ def whole(error):
 
 
 def planted(model, name, function, **changes):
-    return replace(side(model), around=lambda: swap(attention, name, function), **changes)
+    return replace(variant(model), around=lambda: swap(attention, name, function), **changes)
 
 
 def test_there_is_an_error_here_for_each_way():
-    assert set(WAYS) == {*ERRORS, "queries see all keys before them, whatever the mask says"}
+    assert set(KNOWN_ERRORS) == {
+        *ERRORS,
+        "queries see all keys before them, whatever the mask says",
+    }
 
 
 @pytest.mark.parametrize("way", ERRORS)
 def test_a_usual_error_of_a_kernel_is_said_in_words(way):
     model = models.ours()
-    found = compare(side(model), planted(model, "whole", whole(ERRORS[way])), models.ids())
+    found = compare(variant(model), planted(model, "whole", whole(ERRORS[way])), models.ids())
     assert (
         found.first_divergence.point.name == "layers.0.attention_mixed"
         and found.way == way
@@ -84,7 +87,7 @@ def test_it_is_said_of_a_kernel_that_goes_on_from_a_cache(way):
     model = models.ours()
     inputs = partial(prompt, model)
     good, bad = (
-        replace(side(model), inputs=inputs),
+        replace(variant(model), inputs=inputs),
         planted(model, "continued", whole(ERRORS[way]), inputs=inputs),
     )
     found = compare(good, bad, models.ids(tokens=5))
@@ -100,7 +103,7 @@ def test_a_kernel_that_forgets_the_mask_it_is_given():
         lambda q, k, v, mask, scale=None, chunks=False: attention.whole(q, k, v),
         inputs=inputs,
     )
-    found = compare(replace(side(model), inputs=inputs), bad, models.ids())
+    found = compare(replace(variant(model), inputs=inputs), bad, models.ids())
     assert found.first_divergence.point.name == "layers.0.attention_mixed"
     assert found.way == "queries see all keys before them, whatever the mask says"
 
@@ -108,7 +111,7 @@ def test_a_kernel_that_forgets_the_mask_it_is_given():
 @pytest.mark.parametrize("error", UNUSUAL.values(), ids=UNUSUAL)
 def test_of_an_unusual_error_nothing_is_said(error):
     model = models.ours()
-    found = compare(side(model), planted(model, "whole", whole(error)), models.ids())
+    found = compare(variant(model), planted(model, "whole", whole(error)), models.ids())
     assert (
         found.first_divergence.point.name == "layers.0.attention_mixed"
         and found.way == ""
@@ -121,7 +124,7 @@ def test_nothing_is_said_where_another_operation_errs_first():
     with torch.no_grad():
         bad.layers[0].attention.v.weight[0] *= 2
     found = compare(
-        side(good), planted(bad, "whole", whole(ERRORS["scores are not scaled"])), models.ids()
+        variant(good), planted(bad, "whole", whole(ERRORS["scores are not scaled"])), models.ids()
     )
     assert found.first_divergence.point.name == "layers.0.v" and found.way == "" and found.runs == 3
 
@@ -130,9 +133,9 @@ def test_rows_too_long_to_hold_their_scores_are_not_tried(monkeypatch):
     model = models.ours()
     bad = planted(model, "whole", whole(ERRORS["scores are not scaled"]))
     monkeypatch.setattr(kernel_errors, "LARGEST", 4 * 17 * 17)
-    assert compare(side(model), bad, models.ids()).way == "scores are not scaled"
+    assert compare(variant(model), bad, models.ids()).way == "scores are not scaled"
     monkeypatch.setattr(kernel_errors, "LARGEST", 4 * 17 * 17 - 1)
-    assert compare(side(model), bad, models.ids()).way == ""
+    assert compare(variant(model), bad, models.ids()).way == ""
 
 
 @pytest.mark.parametrize("name", ["llama-3", "qwen2-window"])
@@ -145,8 +148,8 @@ def test_it_is_said_of_transformers_too(name, monkeypatch):
         layer = (len(calls) - 1) % 2
         return SDPA(q, k, v, **options | ({"scale": 1.0} if layer == 1 else {}))
 
-    bad = replace(side(model), around=lambda: swap(F, "scaled_dot_product_attention", wrong))
-    found = compare(side(model), bad, models.ids())
+    bad = replace(variant(model), around=lambda: swap(F, "scaled_dot_product_attention", wrong))
+    found = compare(variant(model), bad, models.ids())
     assert found.first_divergence.point.name == "layers.1.attention_mixed"
     assert found.way == "scores are not scaled"
     assert F.scaled_dot_product_attention is SDPA
@@ -171,8 +174,8 @@ def test_a_bias_on_the_scores_is_part_of_what_is_right():
             q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), attn_mask=mask.float()
         )
         assert torch.allclose(attend(Kept(call, v, right)).float(), right, atol=1e-5)
-        assert way_to_err(Kept(call, v, attend(Kept(call, v, right)))) == "", "nothing is apart"
+        assert known_error(Kept(call, v, attend(Kept(call, v, right)))) == "", "nothing is apart"
         assert (
-            way_to_err(Kept(call, v, attend(Kept(call, v, right), scale=1.0).float()))
+            known_error(Kept(call, v, attend(Kept(call, v, right), scale=1.0).float()))
             == "scores are not scaled"
         )

@@ -17,11 +17,11 @@ from stackproof.trace.patching import (
     ablate,
     averaged,
     edited,
-    held_at,
     means_of,
     patch,
     patched,
     targets,
+    values_of,
     zeroed,
 )
 from stackproof.trace.points import sites
@@ -114,7 +114,7 @@ def test_a_report_has_a_line_for_each_branch_of_each_block():
 def test_the_mean_is_that_of_the_source_text_and_is_put_at_every_token():
     model, ids, other = models.ours("plain").eval(), models.ids(), models.ids(seed=9, tokens=11)
     target = only(model, "layers.1.ffn.out")
-    held, _ = held_at(model, other, [target])
+    held, _ = values_of(model, other, [target])
     with torch.no_grad():
         x = model.embed(other)
         context = model.forward_context(other)
@@ -162,7 +162,7 @@ def test_patching_the_whole_stream_brings_the_other_text_back_and_more_layers_br
         expected = run(model, source)[:, -1]
         target, (held, _) = (
             only(model, "layers.1.resid_out@-1"),
-            held_at(model, source, targets(model, ["layers.1.resid_out"], 17)),
+            values_of(model, source, targets(model, ["layers.1.resid_out"], 17)),
         )
         with edited(model, target, patched(target, 17, held, 17)):
             got = run(model, ids)
@@ -184,7 +184,7 @@ def test_texts_of_two_lengths_are_aligned_at_their_ends():
         expected = run(model, source)[:, -1]
     effect = patch(model, ids, source, targets(model, ["layers.1.resid_out@-1"], 9))[0]
     assert effect.restored_frac == 1.0 and effect.top_after[0] == int(expected.argmax())
-    with pytest.raises(UsageError, match="two texts do not fit"):
+    with pytest.raises(UsageError, match="two texts have different lengths"):
         patch(model, ids, source, targets(model, ["layers.1.resid_out"], 9))
 
 
@@ -238,21 +238,21 @@ def test_what_cannot_be_meant_is_refused():
     for text, message in (
         ("layers.0.atention_out", "no point"),
         ("layers.7", "no point"),
-        ("layers.0.ffn.out@x", "no position"),
+        ("layers.0.ffn.out@x", "an invalid position"),
         ("layers.0.ffn.out@17", "no such position"),
         ("layers.0.ffn.out@5:3", "no such position"),
-        ("layers.0.ffn.out@", "no position"),
+        ("layers.0.ffn.out@", "an invalid position"),
     ):
         with pytest.raises(UsageError, match=message):
             targets(model, [text], 17)
     expert = next(
         s.point.name for s in sites(model, map_of(model)) if s.point.slot.startswith("experts.")
     )
-    with pytest.raises(UsageError, match="one value for each position"):
+    with pytest.raises(UsageError, match="no value for each position"):
         ablate(model, models.ids(), targets(model, [f"{expert}@3"], 17))
-    with pytest.raises(UsageError, match="worked out beside"):
+    with pytest.raises(UsageError, match="computed beside"):
         ablate(model, models.ids(), targets(model, ["layers.0.scores"], 17))
-    with pytest.raises(UsageError, match="one value for each position"):
+    with pytest.raises(UsageError, match="no value for each position"):
         target = only(model, "layers.0.ffn.out@3")
         with edited(model, target, zeroed(target, None)):
             run(model, models.ids())

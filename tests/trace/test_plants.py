@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from stackproof.kernels import dispatch
-from stackproof.trace import bisect, compare, side
+from stackproof.trace import bisect, compare, variant
 from stackproof.trace.compare import MISSING, MISSING_THERE
 from tests.trace import models
 
@@ -163,7 +163,7 @@ def planted(name):
 @pytest.mark.parametrize("name", PLANTS)
 def test_comparison_names_the_planted_operation_as_rank_1(name):
     good, bad, point = planted(name)
-    found = compare(side(good), side(bad), models.ids())
+    found = compare(variant(good), variant(bad), models.ids())
     assert found.first_divergence is not None and found.first_divergence.point.name == point
     assert (
         found.suspects[0].point.operation == found.first_divergence.point.operation
@@ -182,21 +182,21 @@ def test_comparison_names_the_planted_operation_as_rank_1(name):
         for c in found.points
         if c.point.order < found.first_divergence.point.order
     )
-    clean = compare(side(good), side(copy.deepcopy(good)), models.ids())
+    clean = compare(variant(good), variant(copy.deepcopy(good)), models.ids())
     assert clean.first_divergence is None and clean.logits.rel_err == 0
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_bisection_names_the_planted_operation_within_log_n_runs(name):
     good, bad, point = planted(name)
-    found = bisect(side(good), side(bad), models.ids())
+    found = bisect(variant(good), variant(bad), models.ids())
     # scores are seen and cannot be put right; the first point after them that can is what they make
     wanted = {
         f"layers.{L}.scores": [f"layers.{L}.attention_mixed"],
         f"layers.{L}.q_rotated": [f"layers.{L}.{x}_rotated" for x in "qk"],
     }
     assert [p.name for p in found.guilty] == wanted.get(point, [point])
-    n = len([p for p in compare(side(good), side(bad), models.ids()).points if p.point.flows])
+    n = len([p for p in compare(variant(good), variant(bad), models.ids()).points if p.point.flows])
     assert found.runs <= 3 + math.ceil(math.log2(n)) * len(found.guilty) + (
         20 if len(found.guilty) > 1 else 0
     )
@@ -210,7 +210,7 @@ def test_head_expansion_order_is_named():
     good = built({})
     bad = copy.deepcopy(good)
     heads_tiled(bad)
-    found = compare(side(good), side(bad), models.ids())
+    found = compare(variant(good), variant(bad), models.ids())
     assert {
         c.note
         for c in found.points
@@ -246,14 +246,16 @@ def test_head_expansion_order_inside_the_kernel_is_named(monkeypatch):
         finally:
             wrong = False
 
-    bad = replace(side(good), around=around)
-    found = compare(side(good), bad, ids)
+    bad = replace(variant(good), around=around)
+    found = compare(variant(good), bad, ids)
     assert (
         found.first_divergence.point.name == f"layers.{L}.attention_mixed"
         and len(found.suspects) == 1
     )
     assert "head expansion" in found.first_divergence.point.operation
-    assert [p.name for p in bisect(side(good), bad, ids).guilty] == [f"layers.{L}.attention_mixed"]
+    assert [p.name for p in bisect(variant(good), bad, ids).guilty] == [
+        f"layers.{L}.attention_mixed"
+    ]
 
 
 def test_two_sites_are_both_named_and_make_the_minimal_set():
@@ -262,13 +264,13 @@ def test_two_sites_are_both_named_and_make_the_minimal_set():
     with torch.no_grad():
         bad.layers[0].ffn.down.weight[3] += 0.5
         bad.layers[2].attention.v.weight[1] *= -1
-    found = bisect(side(good), side(bad), models.ids())
+    found = bisect(variant(good), variant(bad), models.ids())
     assert [p.name for p in found.guilty] == ["layers.0.ffn.out", "layers.2.v"]
     assert found.minimal_set == ("layers.0.ffn", "layers.2.attention")
     assert [
         s.point.name
         for s in sorted(
-            compare(side(good), side(bad), models.ids()).suspects, key=lambda s: s.point.order
+            compare(variant(good), variant(bad), models.ids()).suspects, key=lambda s: s.point.order
         )
     ] == [
         "layers.0.ffn.out",
@@ -295,9 +297,9 @@ def test_a_module_that_is_passed_by_is_named_and_not_the_one_after_it(plant, pla
     good = built({})
     bad = copy.deepcopy(good)
     plant(bad)
-    first = compare(side(good), side(bad), models.ids()).first_divergence
+    first = compare(variant(good), variant(bad), models.ids()).first_divergence
     assert first.point.name == f"layers.{L}.{place}" and first.note == MISSING
-    assert compare(side(bad), side(good), models.ids()).first_divergence.note == MISSING_THERE
+    assert compare(variant(bad), variant(good), models.ids()).first_divergence.note == MISSING_THERE
 
 
 def test_another_way_to_the_same_numbers_is_no_fault():
@@ -307,7 +309,7 @@ def test_another_way_to_the_same_numbers_is_no_fault():
     ffn.forward = lambda x, *reading: ffn.down(
         F.silu(F.linear(x, ffn.gate.weight)) * F.linear(x, ffn.up.weight)
     )
-    found = compare(side(good), side(other), models.ids())
+    found = compare(variant(good), variant(other), models.ids())
     assert found.first_divergence is None and [
         c.note for c in found.points if c.point.name == f"layers.{L}.ffn.gate"
     ] == [MISSING]
@@ -317,8 +319,10 @@ def test_the_head_alone():
     good = built({})
     bad = copy.deepcopy(good)
     head_row_corrupted(bad)
-    assert compare(side(good), side(bad), models.ids()).first_divergence.point.name == "logits"
-    assert [p.name for p in bisect(side(good), side(bad), models.ids()).guilty] == ["logits"]
+    assert (
+        compare(variant(good), variant(bad), models.ids()).first_divergence.point.name == "logits"
+    )
+    assert [p.name for p in bisect(variant(good), variant(bad), models.ids()).guilty] == ["logits"]
 
 
 def test_what_lies_beyond_the_points_looked_at_is_blamed_on_none_of_them():
@@ -326,15 +330,17 @@ def test_what_lies_beyond_the_points_looked_at_is_blamed_on_none_of_them():
     bad = copy.deepcopy(good)
     head_row_corrupted(bad)
     for names in (["layers.*.ffn.out"], ["*.scores"]):
-        found = bisect(side(good), side(bad), models.ids(), names=names)
+        found = bisect(variant(good), variant(bad), models.ids(), names=names)
         assert found.guilty == () and found.chain[-1].verdict == "eliminated", names
-    swapped = bisect(side(good), side(bad), models.ids(), names=["layers.*.ffn.out", "logits"])
+    swapped = bisect(
+        variant(good), variant(bad), models.ids(), names=["layers.*.ffn.out", "logits"]
+    )
     assert [p.name for p in swapped.guilty] == ["logits"]
 
 
 def test_two_equal_sides_have_nothing_to_find():
     good = built({})
-    found = bisect(side(good), side(copy.deepcopy(good)), models.ids())
+    found = bisect(variant(good), variant(copy.deepcopy(good)), models.ids())
     assert found.guilty == () and found.runs == 2 and found.chain[-1].verdict == "eliminated"
 
 
@@ -347,7 +353,7 @@ def test_a_criterion_of_the_users_own_decides():
         bad.layers[L].ffn.up.weight[3] += 30
         assert int(bad(ids)[0, -1].argmax()) != token
     found = bisect(
-        side(good), side(bad), ids, check=lambda logits: int(logits[0, -1].argmax()) == token
+        variant(good), variant(bad), ids, check=lambda logits: int(logits[0, -1].argmax()) == token
     )
     assert [p.name for p in found.guilty] == [point] and found.tolerance is None
 
@@ -411,9 +417,9 @@ def test_a_bug_in_another_library_is_named_against_ours(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = reading.load_weights(reading.open_folder(tmp_path))
     plant(theirs)
-    found = compare(side(ours), side(theirs), models.ids())
+    found = compare(variant(ours), variant(theirs), models.ids())
     assert found.first_divergence.point.name == named[0] and found.suspects[0].point.name in named
-    guilty = [p.name for p in bisect(side(ours), side(theirs), models.ids()).guilty]
+    guilty = [p.name for p in bisect(variant(ours), variant(theirs), models.ids()).guilty]
     if name == "missing 1/√d":
         assert guilty == [f"layers.{L}.attention_mixed"]
     elif name == "wrong RoPE base":  # every layer is wrong: the first and the last rotation
@@ -462,12 +468,12 @@ def test_a_bug_in_the_experts_of_another_library_is_named_against_ours(
     theirs = models.theirs("mixtral")
     theirs.save_pretrained(tmp_path)
     ours = reading.load_weights(reading.open_folder(tmp_path))
-    assert compare(side(ours), side(theirs), models.ids()).first_divergence is None
+    assert compare(variant(ours), variant(theirs), models.ids()).first_divergence is None
     plant(theirs)
     assert (
-        compare(side(ours), side(theirs), models.ids()).first_divergence.point.name
+        compare(variant(ours), variant(theirs), models.ids()).first_divergence.point.name
         == f"layers.{L}.{compared}"
     )
-    assert [p.name for p in bisect(side(ours), side(theirs), models.ids()).guilty] == [
+    assert [p.name for p in bisect(variant(ours), variant(theirs), models.ids()).guilty] == [
         f"layers.{L}.{bisected}"
     ]

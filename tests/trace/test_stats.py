@@ -257,7 +257,7 @@ def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(side, name):
     assert all(p.grad is None for p in model.parameters())
     missing = [t.point.name for t in traced.points if t.grad is None and t.point.flows]
     assert not [m for m in missing if "experts" not in m]
-    from stackproof.trace.tap import tap
+    from stackproof.trace.hooks import hook_points
     from stackproof.trace.trace import run
 
     for point in (
@@ -269,7 +269,7 @@ def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(side, name):
     ):
         gain = torch.ones((), requires_grad=True)
         kept = {}
-        with tap(
+        with hook_points(
             model,
             [point],
             lambda p, x, g=gain, k=kept: k.setdefault("x", x.detach().clone()) * 0 + x * g,
@@ -278,7 +278,7 @@ def test_gradients_are_those_of_autograd_and_parameters_keep_theirs(side, name):
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         (along,) = torch.autograd.grad(loss, gain)
         gradients = {}
-        with tap(
+        with hook_points(
             model,
             [point],
             lambda p, x: None,
@@ -303,7 +303,7 @@ def test_what_cannot_be_traced_is_refused():
         trace(models.ours(), torch.arange(4))
     with pytest.raises(UsageError, match="cannot be traced"):
         trace(models.ours(), models.ids(tokens=1), backward=True)
-    with pytest.raises(UsageError, match="wants a gradient"):
+    with pytest.raises(UsageError, match="requires a gradient"):
         trace(models.ours().requires_grad_(False), models.ids(), backward=True)
     with pytest.raises(UsageError, match="was not traced"):
         trace(models.ours(), models.ids(), ["logits"])["layers.0.q"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackproof.cli.weights import sizes
+from stackproof.cli.trace.weights import sizes
 from stackproof.spec.errors import UsageError
 from stackproof.trace import weights
 from stackproof.trace.profile import of_spreads

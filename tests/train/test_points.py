@@ -12,8 +12,8 @@ from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, Stopped
 from stackproof.spec.records import Override, read_record
+from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
-from stackproof.trace.tap import tap
 from stackproof.train import loop, points, session
 from stackproof.train import step as steps
 from stackproof.train.digest import digest
@@ -141,7 +141,7 @@ def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
             seen.add(point.name)
             gatherer.see(point, x)
 
-    with tap(state.model, None, first) as known:
+    with hook_points(state.model, None, first) as known:
         steps.train_step(state, batches)
     own = gatherer.finish()
     assert [r["point"] for r in lines] == [p.name for p in known if p.name in own]

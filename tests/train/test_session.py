@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stackproof.cli.models import open_model
+from stackproof.cli.load_model import open_model
 from stackproof.config import AdamW, Cosine, Muon, NeverStop, SampleConfig, Wsd
 from stackproof.data.order import Source, StaticMixture
 from stackproof.evaluate.sampling import generate

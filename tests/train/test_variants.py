@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from stackproof.cli.models import open_model
+from stackproof.cli.load_model import open_model
 from stackproof.config import (
     BiasBalance,
     DifferentialAttention,

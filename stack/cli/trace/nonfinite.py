@@ -1,13 +1,17 @@
-"""`stack trace --nonfinite` and `--repro`: the first operation that made a NaN or an infinity."""
+"""`stack trace nonfinite`: the first operation that made a NaN or an infinity."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from stackproof.cli.output import emit, stdout, table
-from stackproof.cli.paths import bundle_at
-from stackproof.spec.canonical import canonical_json
+import typer
+
+from stackproof.cli.load_model import load_model
+from stackproof.cli.output import stdout, table
+from stackproof.cli.paths import bundle_at, refuse_unused
+from stackproof.cli.recording import OpenRecord, open_record
+from stackproof.cli.trace.common import Request, takes
+from stackproof.spec.errors import UsageError
 
 FILE = "nonfinite.jsonl"
 CLAIM = (
@@ -21,6 +25,59 @@ NOT_COVERED = (
     ),
     "operations inside one fused kernel",
 )
+EXAMPLES = (
+    "stack trace nonfinite runs/pocket-1",
+    "stack trace nonfinite --repro runs/pocket-1/repro/runtime.finite-step-7",
+)
+
+
+@takes("prompt", "input_ids", "backward")
+def nonfinite(
+    request: Request,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help=(
+                "A run: its newest repro bundle is replayed. Without one, a forward of the model "
+                "is watched."
+            ),
+        ),
+    ] = None,
+    repro: Annotated[
+        Path | None, typer.Option("--repro", help="Replay this repro bundle, in place of a MODEL.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="With a repro bundle: cpu or cuda. Default: cpu.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            help="With a repro bundle that only names its first checkpoint: that step folder.",
+        ),
+    ] = None,
+) -> None:
+    """Name the first operation that made a NaN or an infinity: in a repro bundle,
+    or in a forward.
+    """
+    forward = {
+        "--prompt": request.prompt is not None,
+        "--input-ids": request.input_ids is not None,
+        "--backward": request.backward,
+    }
+    if repro is not None:
+        refuse_unused("--repro", {"MODEL": model is not None, **forward})
+    elif model is None:
+        raise UsageError(
+            "stack trace nonfinite needs a MODEL, or --repro BUNDLE",
+            next_step="stack trace nonfinite runs/pocket-1",
+        )
+    bundle = repro or (None if any(forward.values()) else newest_bundle(Path(model)))
+    if bundle is not None:
+        return _replay(request, bundle, device, base)
+    refuse_unused("a model without a repro bundle", {"--device": device, "--base": base})
+    _watch(request, model)
 
 
 def newest_bundle(run: Path) -> Path | None:
@@ -34,18 +91,23 @@ def newest_bundle(run: Path) -> Path | None:
     return max(found, key=lambda f: (f[1], f[0]))[2] if found else None
 
 
-def trace_bundle(
-    bundle: Path, *, device: str | None, base: Path | None, run_dir: Path | None, json: bool
-) -> None:
-    """Replay a bundle once with every operation watched, say what was found and write a record."""
+def _replay(request: Request, bundle: Path, device: str | None, base: Path | None) -> None:
+    """Replay a bundle once with every operation watched."""
     from stackproof.evidence import repro
-    from stackproof.spec.building import artefact
     from stackproof.train.locate import locate
 
     held = repro.read_bundle(bundle_at(bundle, "--repro"))
-    builder = record_builder(held.config, (held.record,))
+    record = open_record(
+        "trace",
+        held.config,
+        CLAIM,
+        NOT_COVERED,
+        run_dir=request.run_dir,
+        json=request.json,
+        parents=(held.record,),
+    )
     _, found = locate(bundle, device=device or "cpu", base=base)
-    builder.inputs = [artefact(bundle / repro.DOCUMENT, root=Path.cwd(), name="repro bundle")]
+    record.input(bundle / repro.DOCUMENT, name="repro bundle")
     document = {
         "step": found.step,
         "steps_replayed": list(found.steps),
@@ -53,19 +115,19 @@ def trace_bundle(
         "gate": held.gate,
         "gate_step": held.step,
     }
-    report = {} if found.report is None else report_document(found.report)
-    document |= {"first_nonfinite": None, "others": [], "already": [], "ended_by": ""} | report
+    document |= {"first_nonfinite": None, "others": [], "already": [], "ended_by": ""}
+    document |= _report(found.report) if found.report else {}
     document |= {
         "operations": found.operations,
         "seconds": round(found.seconds, 3),
-        "left_by_run": left_by_run(bundle, held),
+        "left_by_run": _left_by_run(bundle, held),
     }
-    clean = f"every value of steps {_span(found.steps)} is finite on this code"
-    finish(builder, document, run_dir, json, clean=clean)
+    steps = f"{found.steps[0]} to {found.steps[-1]}" if found.steps else "none"
+    _close(record, document, clean=f"every value of steps {steps} is finite on this code")
 
 
-def left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
-    """What the bundle itself says of the points, as the model stood when the gate turned red."""
+def _left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
+    """The points in the bundle, recorded when the gate turned red."""
     from stackproof.evidence import repro
     from stackproof.spec.canonical import parse_strict
 
@@ -87,40 +149,49 @@ def left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
     return {"points": len(lines), "why_none": "", "first_nonfinite": next(broken, None)}
 
 
-def trace_model(case: Any, *, backward: bool) -> None:
-    """One forward of a case of `stackproof.cli.lens`, and with `backward` the derivative of
-    its mean next-token loss.
-    """
+def _watch(request: Request, model: str) -> None:
+    """Watch one forward, and with --backward the derivative of its mean next-token loss."""
+    import torch
     from torch.nn.functional import cross_entropy
 
-    from stackproof.trace.nonfinite import first_nonfinite
+    from stackproof.trace import first_nonfinite, variant
     from stackproof.trace.trace import run
+
+    loaded, backward = load_model(model), request.backward
+    one, ids = variant(loaded.model, loaded.mode), request.ids(loaded)
+    input_ids = torch.tensor([ids])
+    record = request.open(
+        "trace",
+        CLAIM,
+        NOT_COVERED,
+        [loaded],
+        nonfinite=True,
+        **({"backward": True} if backward else {}),
+    )
 
     def loss() -> Any:
         return cross_entropy(
-            run(case.model, case.input_ids)[:, :-1].flatten(0, 1).float(),
-            case.input_ids[:, 1:].flatten(),
+            run(one.model, input_ids)[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten()
         )
 
-    call = loss if backward else lambda: run(case.model, case.input_ids)
-    report = first_nonfinite(call, models=case.model, backward=backward)
-    clean = f"every value of {report.operations} operations is finite"
-    document = (
-        case.facts
-        | {"input_ids": case.input_ids[0].tolist(), "step": None}
-        | report_document(report)
+    with one.around():
+        report = first_nonfinite(
+            loss if backward else lambda: run(one.model, input_ids),
+            models=one.model,
+            backward=backward,
+        )
+    document = {"model": loaded.title, **loaded.facts, "input_ids": ids, "step": None} | _report(
+        report
     )
-    finish(case.builder, document, case.run_dir, case.json, clean=clean)
+    _close(record, document, clean=f"every value of {report.operations} operations is finite")
 
 
-def report_document(report: Any) -> dict[str, Any]:
-    """A report as JSON has it."""
+def _report(report: Any) -> dict[str, Any]:
+    """A report as JSON."""
     first = report.first
     return {
-        "first_nonfinite": None
-        if first is None
-        else event_document(first) | {"point": report.point},
-        "others": [event_document(e) for e in report.others],
+        "first_nonfinite": None if first is None else _event(first) | {"point": report.point},
+        "others": [_event(e) for e in report.others],
         "already": list(report.already),
         "ended_by": report.ended_by,
         "operations": report.operations,
@@ -128,8 +199,8 @@ def report_document(report: Any) -> dict[str, Any]:
     }
 
 
-def event_document(event: Any) -> dict[str, Any]:
-    """An event as JSON has it: where first, then what went in and came out."""
+def _event(event: Any) -> dict[str, Any]:
+    """An event as JSON."""
     where, lines = event.where, [asdict(line) for line in event.where.lines]
     return {
         "kind": event.kind,
@@ -150,29 +221,18 @@ def event_document(event: Any) -> dict[str, Any]:
     }
 
 
-def finish(
-    builder: Any, document: dict[str, Any], run_dir: Path | None, json: bool, *, clean: str
-) -> None:
-    """Write the document and its record, and show it."""
-    from stackproof.spec.building import write_atomically
-
-    directory = run_dir or Path("runs") / builder.id
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / FILE, canonical_json(document) + b"\n")
-    builder.metric("operations", document["operations"], "operations")
-    builder.metric("watched_s", document["seconds"], "s", better="lower")
+def _close(record: OpenRecord, document: dict[str, Any], *, clean: str) -> None:
+    """Write the document beside the record, and close it."""
     first = document["first_nonfinite"]
+    record.write_series(FILE, [document])
+    record.builder.metric("operations", document["operations"], "operations")
+    record.builder.metric("watched_s", document["seconds"], "s", better="lower")
     reason = clean if first is None else sentence(first, document["step"])
-    record = builder.finish(
-        directory, status="completed", end_reason=reason, exit_code=0, series=(FILE,)
-    )
-    document |= {"record": record.id, "run_dir": str(directory)}
-    if not emit(document, json):
-        show(document, reason)
+    record.close(reason, document, lambda document: _show(document, reason))
 
 
 def sentence(first: dict[str, Any], step: int | None) -> str:
-    """What happened, in one line."""
+    """The finding in one line."""
     how = {
         "made": f"made the first {first['what']}",
         "came in": (
@@ -190,7 +250,7 @@ def sentence(first: dict[str, Any], step: int | None) -> str:
     return f"{at}{first['op']} in {place}, {first['phase']}{derivative}, {how}"
 
 
-def show(document: dict[str, Any], reason: str) -> None:
+def _show(document: dict[str, Any], reason: str) -> None:
     """The finding as lines and tables."""
     first = document["first_nonfinite"]
     stdout.print(reason, style="bold green" if first is None else "bold red", markup=False)
@@ -236,20 +296,17 @@ def show(document: dict[str, Any], reason: str) -> None:
     if document["already"]:
         stdout.print(f"not finite before: {', '.join(document['already'][:8])}", markup=False)
     if (left := document.get("left_by_run")) and left["first_nonfinite"]:
-        said = (
+        text = (
             f"when the gate turned red, {left['first_nonfinite']} was the first point that was "
             "not finite; see points.jsonl of the bundle"
         )
-        stdout.print(said, markup=False)
+        stdout.print(text, markup=False)
     if strong := [e for e in document["others"] if e["kind"] != "put in"]:
         stdout.print(
             f"{len(strong)} other operation(s) made values that reached nothing or came later; "
             f"see {FILE}",
             markup=False,
         )
-    stdout.print(
-        f"record {document['run_dir']}/metadata.json  ({document['record']})", markup=False
-    )
 
 
 def _values(way: str, v: dict[str, Any]) -> list[Any]:
@@ -267,22 +324,3 @@ def _values(way: str, v: dict[str, Any]) -> list[Any]:
         *figures,
         *counts,
     ]
-
-
-def _span(steps: Sequence[int]) -> str:
-    return f"{steps[0]} to {steps[-1]}" if steps else "none"
-
-
-def record_builder(config: dict[str, Any], parents: tuple[str, ...] = ()) -> Any:
-    """The record of a search for what is not finite."""
-    from stackproof.spec.building import RecordBuilder
-    from stackproof.spec.gates import load_spec
-    from stackproof.spec.provenance import environment
-
-    said = {
-        "claim": CLAIM,
-        "not_covered": NOT_COVERED,
-        "environment": environment(),
-        "parents": parents,
-    }
-    return RecordBuilder(kind="trace", spec=load_spec(), config=config, **said)

@@ -1,12 +1,14 @@
 """`stack evaluate`, `stack sample`, `stack inspect`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from stackproof.cli.load_model import OpenedModel
 from stackproof.cli.output import Json, emit, stdout, table
-from stackproof.cli.paths import RecordDir, model_at, text_at
+from stackproof.cli.paths import model_at, refuse_unused, text_at
+from stackproof.cli.recording import OpenRecord, RecordDir, open_record
 from stackproof.spec.errors import DataError, UsageError
 
 Model = Annotated[
@@ -18,6 +20,11 @@ TokenizerFile = Annotated[
         "--tokenizer", help="Another tokenizer.json; refused unless it is the pinned one."
     ),
 ]
+CLAIM = "These weights give this code length on this text, every byte scored exactly once."
+NOT_COVERED = (
+    "other texts",
+    "the first tokens of the text, which have less context than later ones",
+)
 EVALUATIONS = (
     "stack evaluate runs/pocket-1",
     "stack evaluate runs/pocket-1 --suite domains --every-checkpoint",
@@ -41,31 +48,27 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            "--suite",
-            help="Ask a suite of prompts instead, greedily: domains, or a TOML file of your own.",
+            "--suite", help="Run a suite of prompts instead, greedily: domains, or a TOML file."
         ),
     ] = None,
     every_checkpoint: Annotated[
         bool,
         typer.Option(
-            "--every-checkpoint", help="With --suite: ask all checkpoints the run still has."
+            "--every-checkpoint", help="With --suite: run it on all checkpoints of the run."
         ),
     ] = False,
     earlier: Annotated[
         list[Path] | None,
         typer.Option(
             "--earlier",
-            help=(
-                "With --suite: folder of an earlier audit of this run; breadth is followed over "
-                "both."
-            ),
+            help="With --suite: folder of an earlier audit of this run, to include its steps.",
         ),
     ] = None,
     grades: Annotated[
         Path | None,
         typer.Option(
             "--grades",
-            help="With --suite: a copy of audits.jsonl in which a person has filled in grades.",
+            help="With --suite: a copy of audits.jsonl with grades filled in by a person.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -89,13 +92,13 @@ def evaluate(
     run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
-    """Bits per byte and per character, numerator and denominator over the same bytes; or a suite's
-    prompts. Writes a record.
+    """Bits per byte and per character of a text; or the passes of a suite of prompts.
+    Writes a record.
     """
     if suite is not None:
         from stackproof.cli.audit import audit_models
 
-        _refuse_beside(
+        refuse_unused(
             "--suite",
             {
                 "--text": text,
@@ -104,23 +107,29 @@ def evaluate(
                 "--strict-oov": strict_oov,
             },
         )
-        asked = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
+        options = {"every_checkpoint": every_checkpoint, "earlier": earlier or (), "grades": grades}
         return audit_models(
-            model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **asked
+            model, suite=suite, tokenizer=tokenizer, run_dir=run_dir, json=json, **options
         )
-    _refuse_beside(
+    refuse_unused(
         "an evaluation without --suite",
         {"--every-checkpoint": every_checkpoint, "--earlier": earlier, "--grades": grades},
     )
-    from stackproof.cli.models import open_model
+    from stackproof.cli.load_model import open_model
     from stackproof.evaluate.bits_per_byte import evaluate_text
-    from stackproof.spec.building import RecordBuilder, artefact
-    from stackproof.spec.provenance import environment
 
     opened = open_model(model, tokenizer)
-    builder = _builder(RecordBuilder, opened, environment())
-    texts, source = _texts(text, opened, builder, artefact)
-    seq_len = opened.cfg.model.max_seq_len
+    parents, seq_len = (opened.state["record"],), opened.cfg.model.max_seq_len
+    record = open_record(
+        "evaluate",
+        opened.cfg.to_dict(),
+        CLAIM,
+        NOT_COVERED,
+        run_dir=run_dir,
+        json=json,
+        parents=parents,
+    )
+    texts, source = _texts(text, opened, record)
     result = evaluate_text(
         opened.model,
         opened.tokenizer,
@@ -129,40 +138,32 @@ def evaluate(
         stride=min(stride or max(1, seq_len // 2), seq_len),
         batch_size=batch_size or 8,
     )
-    document = _stated(builder, result) | {"text": source, "checkpoint": str(opened.folder)}
-    refused = strict_oov and result.dropped_chars > 0
-    directory = run_dir or Path("runs") / builder.id
-    directory.mkdir(parents=True, exist_ok=True)
-    record = builder.finish(
-        directory,
-        status="failed" if refused else "completed",
-        end_reason=f"{result.dropped_chars} characters outside the vocabulary"
-        if refused
-        else "scored every byte",
-        exit_code=3 if refused else 0,
-    )
-    document |= {"record": record.id, "run_dir": str(directory)}
-    if not emit(document, json):
-        stdout.print(
-            table(
-                f"{opened.folder} on {source}",
-                ["what", "value"],
-                [[k, f"{v:,.4f}" if isinstance(v, float) else v] for k, v in document.items()],
-            )
-        )
-    if refused:
-        raise DataError(
+    document = _metrics(record, result) | {"text": source, "checkpoint": str(opened.folder)}
+    reason, error, dropped = "scored every byte", None, result.dropped_chars
+    if strict_oov and dropped:
+        reason = f"{dropped} characters outside the vocabulary"
+        error = DataError(
             "the text holds characters the tokenizer does not know",
-            value=f"{result.dropped_chars} of {result.chars + result.dropped_chars} characters",
+            value=f"{dropped} of {result.chars + dropped} characters",
             next_step=(
                 "drop --strict-oov to score the rest (they are counted), or train with a byte or "
                 "bpe tokenizer"
             ),
         )
+    record.close(reason, document, _show, error=error)
 
 
-def _stated(builder, result) -> dict:
-    """The numbers of a text's evaluation, stated in the record as well."""
+def _show(document: dict) -> None:
+    rows = [
+        [k, f"{v:,.4f}" if isinstance(v, float) else v]
+        for k, v in document.items()
+        if k not in ("record", "run_dir")
+    ]
+    stdout.print(table(f"{document['checkpoint']} on {document['text']}", ["what", "value"], rows))
+
+
+def _metrics(record: OpenRecord, result: Any) -> dict:
+    """The numbers of an evaluation, for the document; also written into the record."""
     names = (
         "bits_per_byte bits_per_char loss_nats total_nats bytes chars tokens dropped_chars "
         "dropped_bytes"
@@ -180,45 +181,18 @@ def _stated(builder, result) -> dict:
     }
     for name in names:
         better = "lower" if name in units else "neither"
-        builder.metric(
+        record.builder.metric(
             name, getattr(result, name), units.get(name, name), n=counts.get(name), better=better
         )
     return {name: getattr(result, name) for name in names}
 
 
-def _refuse_beside(what: str, flags: dict) -> None:
-    """Refuse what the other form of the verb would have to ignore."""
-    if given := [flag for flag, value in flags.items() if value]:
-        raise UsageError(
-            f"{given[0]} says nothing in {what}",
-            value=given[0],
-            next_step="leave one of them out; stack evaluate --help",
-        )
+def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[list[str], str]:
+    """The documents to score and their description; also the inputs of the record."""
+    from stackproof.spec.records import Artefact
 
-
-def _builder(record_builder, opened, environment: dict):
-    from stackproof.spec.gates import load_spec
-
-    return record_builder(
-        kind="evaluate",
-        spec=load_spec(),
-        config=opened.cfg.to_dict(),
-        claim="These weights give this code length on this text, every byte scored exactly once.",
-        not_covered=(
-            "other texts",
-            "the first tokens of the text, which have less context than later ones",
-        ),
-        environment=environment,
-        parents=(opened.state["record"],),
-    )
-
-
-def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str]:
-    """The documents to score and a word for them; states the inputs of the record."""
-    builder.inputs = [
-        artefact(opened.folder / "model.safetensors", root=opened.run_dir),
-        artefact(opened.run_dir / "tokenizer.json", root=opened.run_dir),
-    ]
+    record.input(opened.folder / "model.safetensors", opened.run_dir)
+    record.input(opened.run_dir / "tokenizer.json", opened.run_dir)
     if text is not None:
         try:
             content = text_at(text).read_text("utf-8")
@@ -233,24 +207,18 @@ def _texts(text: Path | None, opened, builder, artefact) -> tuple[list[str], str
                 f"the text {text} is empty, so there is nothing to score",
                 next_step="give --text another file",
             )
-        builder.inputs.append(artefact(text.resolve(), root=Path.cwd()))
+        record.input(text)
         return [content], str(text)
     from stackproof.data.prepare import prepare
 
     dataset = prepare(opened.cfg.data)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
         raise DataError(
-            "the run's corpus has changed since, so its held-out split is another one",
+            "the corpus of the run has changed, and its held-out split with it",
             next_step="give --text FILE",
         )
-    builder.inputs += [i for i in map(_as_artefact, dataset.inputs())]
+    record.builder.inputs += [Artefact(**entry) for entry in dataset.inputs()]
     return list(dataset.validation_texts()), f"held-out split of {opened.cfg.data.corpus.kind}"
-
-
-def _as_artefact(entry: dict):
-    from stackproof.spec.records import Artefact
-
-    return Artefact(**entry)
 
 
 def sample(
@@ -280,7 +248,7 @@ def sample(
     json: Json = False,
 ) -> None:
     """Continue a prompt, with a KV cache. Prints the text and its coherence score."""
-    from stackproof.cli.models import open_model
+    from stackproof.cli.load_model import open_model
     from stackproof.contracts.coherence import coherence
     from stackproof.evaluate.sampling import generate
     from stackproof.train.randomness import generator

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from stackproof.cli.again import REL_TOLERANCE, _apart
+from stackproof.cli.rerun import REL_TOLERANCE, largest_difference
 
 
 def line(**figures):
@@ -30,7 +30,7 @@ def line(**figures):
 def apart(tmp_path, now, before=None):
     for name, document in (("before", before or line()), ("now", now)):
         (tmp_path / name).write_text(json.dumps(document) + "\n")
-    return _apart(tmp_path / "before", tmp_path / "now")
+    return largest_difference(tmp_path / "before", tmp_path / "now")
 
 
 def test_equal_series_are_not_apart(tmp_path):

@@ -1,4 +1,6 @@
-"""`stack evidence rerun` of a trace: its own command once more, held against what was recorded."""
+"""`stack evidence rerun` of a trace: run its command again,
+and compare the result with the record.
+"""
 
 import math
 import re
@@ -13,25 +15,24 @@ from stackproof.spec.canonical import parse_strict, sha256_file
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.records import Record, read_record
 
-# A trace of the released model with one thread and with two differed by up to 1.4e-7 of a figure,
-# as sums are taken in another order. What a comparison measures of rounding itself is another
-# number on another processor, and is then said to be.
+# Traces of the released model with one thread and with two differed by up to 1.4e-7: another order
+# of summation. Rounding errors that a comparison measures differ on another processor, and are then
+# reported as different.
 REL_TOLERANCE = 1e-4
-# Of values that cancel, such as a mean near zero, rounding is a share of the values'
-# size and not of the figure.
+# The rounding error of a sum that cancels, such as a mean near zero,
+# is relative to the size of the values.
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
-# What a point is called in words may be said better later, and its name is compared;
-# how long it took is another time.
+# Descriptions may be reworded, and durations differ.
 NOT_COMPARED = ("operation", "read_by", "seconds")
-TAKES_A_FILE = ("--run-dir", "--csv")
+WRITES_TO = ("--run-dir", "--csv")
 
 
 def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str, Any]:
-    """Run a record's `stack trace` command again from here and compare inputs by hash and the
-    figures of each series by value.
+    """Run the `stack trace` command of a record again, and compare inputs by
+    hash and series by value.
 
-    `folder` holds the record's series.
-    Raises IntegrityError if the command fails, or if a series is gone or another.
+    `folder` holds the series. Raises IntegrityError if one is missing or changed,
+    or if the command fails.
     """
     for series in record.series:
         if (
@@ -39,9 +40,10 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
             or sha256_file(folder / series.path) != series.sha256
         ):
             raise IntegrityError(
-                f"record {record.id} has no {series.path} beside it as it was recorded",
+                f"{series.path} of record {record.id} is missing or was changed since it was "
+                "recorded",
                 value=str(folder),
-                allowed="stack evidence add",
+                next_step="stack evidence add",
             )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
     command = [
@@ -71,13 +73,12 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
         for a, b in zip(record.inputs, again.inputs)
     ]
     for series in record.series:
+        now = directory / series.path
         worst, where = (
-            _apart(folder / series.path, directory / series.path)
-            if (directory / series.path).is_file()
-            else (math.inf, "gone")
+            largest_difference(folder / series.path, now) if now.is_file() else (math.inf, "gone")
         )
-        said = {"what": f"{series.path} ({where})", "recorded": f"within {REL_TOLERANCE:g}"}
-        compared.append(said | {"now": worst, "equal": worst <= REL_TOLERANCE})
+        row = {"what": f"{series.path} ({where})", "recorded": f"within {REL_TOLERANCE:g}"}
+        compared.append(row | {"now": worst, "equal": worst <= REL_TOLERANCE})
     ok = all(row["equal"] for row in compared) and len(record.inputs) == len(again.inputs)
     return {
         "ok": ok,
@@ -89,21 +90,21 @@ def rerun_trace(record: Record, folder: Path, run_dir: Path | None) -> dict[str,
 
 
 def _without_files(arguments: tuple[str, ...]) -> list[str]:
-    """The command without the files that it wrote."""
+    """The command without the options that name files to write."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument.partition("=")[0] not in TAKES_A_FILE:
+        if not skip and argument.partition("=")[0] not in WRITES_TO:
             kept.append(argument)
-        skip = argument in TAKES_A_FILE and not skip
+        skip = argument in WRITES_TO and not skip
     return kept
 
 
-def _apart(recorded: Path, now: Path) -> tuple[float, str]:
-    """The largest difference between the numbers of two series, as a share of each, and where;
-    infinite where anything else differs.
+def largest_difference(recorded: Path, now: Path) -> tuple[float, str]:
+    """The largest relative difference between two series, and its path;
+    infinite if keys or text differ.
 
-    Figures in the units of the values are taken as shares of at least the values' rms,
-    a robust z of at least 1.
+    Statistics in the units of the values are relative to at least the rms,
+    a robust z to at least 1.
     """
     before, after = (
         dict(_leaves([parse_strict(x, origin=str(p)) for x in p.read_bytes().splitlines()]))
@@ -134,7 +135,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _least(path: str, figures: dict[str, Any]) -> float:
-    """The size below which a figure says nothing of its rounding."""
+    """The minimum that a difference is relative to."""
     if path.endswith(".robust_z"):
         return 1.0
     found = IN_UNITS.fullmatch(path)

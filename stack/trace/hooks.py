@@ -1,7 +1,6 @@
-"""Hooks for the length of a `with`: every value at a point is shown to a handler,
-which may put another in its place.
+"""Context manager that hooks named points of a model; the handler may return a replacement value.
 
-The model itself runs, nothing is computed again; what is left behind afterwards is nothing.
+The model's own modules run, nothing is recomputed, and all hooks are removed on exit.
 B batch, T tokens, N heads, K key/value heads, H head_dim, F features, R rows of tokens
 """
 
@@ -32,13 +31,13 @@ from stackproof.trace.points import (
     Site,
     sites,
 )
-from stackproof.trace.room import Room, room_for
+from stackproof.trace.scratch import BufferPool, buffer_pool
 
 Handler = Callable[[Point, Tensor], Tensor | None]
 
 
 @contextmanager
-def tap(
+def hook_points(
     model: nn.Module,
     names: Iterable[str] | None,
     handler: Handler,
@@ -47,15 +46,14 @@ def tap(
     on_grad: Handler | None = None,
     scratch: bool = False,
 ) -> Iterator[list[Point]]:
-    """Show `handler(point, tensor)` every value at the points `names` (None:
-    all) while the block runs; gives the points.
+    """Call `handler(point, tensor)` for every value at the points `names` (None: all);
+    yields the points.
 
-    Tensors begin with (B, T), experts and routers with (1, R). A tensor that the handler returns,
-    of the same shape, flows on in its place; points that do not flow are only shown. `on_grad` sees
-    gradients in the same layout, where there are any, and what it returns goes on in the backward
-    in their place. The handler is called as modules run, so a derived point comes with what it is
-    derived from. With `scratch`, derived values lie in memory that the next one is written to: for
-    handlers that keep nothing. Raises UsageError for unknown names.
+    Tensors begin with (B, T), those of experts and routers with (1, R). A tensor of the same shape
+    that the handler returns replaces the value; points with `flows=False` cannot be replaced.
+    `on_grad` is called with gradients in the same layout and may return a replacement too. Calls
+    come in the order in which modules run. With `scratch`, derived values share one buffer: only
+    for handlers that keep no tensor. Raises UsageError for unknown names.
     """
     where = map_of(model, where)
     chosen = sites(model, where, names)
@@ -75,10 +73,25 @@ def tap(
         yield [s.point for s in chosen]
 
 
+@contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[Any]:
+    """Set an attribute of a Python module or an nn.Module until the block ends;
+    yields the original.
+    """
+    original, own = getattr(holder, name), name in vars(holder)
+    setattr(holder, name, value)
+    try:
+        yield original
+    finally:
+        setattr(holder, name, original) if own else delattr(holder, name)
+
+
 @dataclass(frozen=True)
 class _Form:
-    """How a raw tensor is laid out, and what is taken of it before that; `grad` takes the same of
-    its gradient, and both are undone.
+    """Layout of a raw tensor, and which part of it the handler gets.
+
+    `take` selects the part and `back` puts a replacement in;
+    `grad` and `grad_back` do so for gradients.
     """
 
     layout: Layout
@@ -89,7 +102,7 @@ class _Form:
 
 
 def _part(layout: Layout, part: tuple[int, int] | None) -> _Form:
-    """The i-th of n equal parts of the features, or all of them."""
+    """Part `i` of `n` equal parts of the features; all features if `part` is None."""
     if part is None:
         return _Form(layout)
     i, n = part
@@ -103,13 +116,15 @@ def _part(layout: Layout, part: tuple[int, int] | None) -> _Form:
 
 
 class _Viewer:
-    """Shows one tensor in the layout that handlers see, and takes back what replaces it."""
+    """Passes tensors to the handlers in the documented layout, and converts replacements back."""
 
     def __init__(self, handler: Handler, on_grad: Handler | None, scratch: bool = False):
         self.handler, self.on_grad, self.scratch = handler, on_grad, scratch
 
     def show(self, point: Point, raw: Tensor, form: _Form) -> Tensor | None:
-        """The tensor to use instead of `raw`, or None."""
+        """The replacement for `raw`; None to keep it.
+        Raises UsageError if the point cannot take it.
+        """
         if self.on_grad is not None and raw.requires_grad and not point.derived:
             raw.register_hook(lambda grad: self._gradient(point, grad, form))
         seen = _shown(form.take(raw), form.layout)
@@ -117,25 +132,25 @@ class _Viewer:
         if new is None:
             return None
         if not point.flows:
-            how = (
-                "is worked out beside the model"
+            why = (
+                "is computed beside the model"
                 if point.derived
-                else "is returned beside what the model reads"
+                else "is an extra output of its module"
             )
             raise UsageError(
-                f"{point.name} {how}, so nothing flows on from it",
-                next_step="replace its sources, or what follows",
+                f"{point.name} {why}: the forward does not read it, so it cannot be replaced",
+                next_step="replace the points it is computed from, or those after it",
             )
         if new.shape != seen.shape:
             raise UsageError(
-                f"{point.name} cannot be replaced by another shape",
+                f"the replacement for {point.name} has the wrong shape",
                 value=tuple(new.shape),
                 allowed=tuple(seen.shape),
             )
         return form.back(_hidden(new.to(raw.dtype), form.layout), raw)
 
     def _gradient(self, point: Point, grad: Tensor, form: _Form) -> Tensor | None:
-        """The gradient to go on with, or None."""
+        """The replacement for a gradient; None to keep it."""
         new = self.on_grad(point, _shown((form.grad or form.take)(grad), form.layout))
         return (
             None
@@ -157,12 +172,12 @@ def _shown(x: Tensor, layout: Layout) -> Tensor:
 
 
 def _hidden(x: Tensor, layout: Layout) -> Tensor:
-    """Back from what handlers see."""
+    """Inverse of `_shown`."""
     return x[0] if layout == "RF" else _shown(x, layout)
 
 
 def _hook(model: nn.Module, site: Site, view: _Viewer) -> Any:
-    """Register the hook of a place that is a module's; gives the handle that removes it."""
+    """Register the hook of a place of a module; returns its handle."""
     point = site.point
     match site.place:
         case Output(path, layout, part, _):
@@ -179,7 +194,7 @@ def _hook(model: nn.Module, site: Site, view: _Viewer) -> Any:
                 lambda m, a, out: _routed(view, point, site.place, out)
             )
         case Input(path, layout, shared):
-            # where gradients are shown, nothing is written over: a graph may hold it
+            # with gradient handlers no tensor is overwritten: autograd may have saved it
             given = _given_shared if shared and view.on_grad is None else _given
             return model.get_submodule(path).register_forward_pre_hook(
                 lambda m, a, kw: given(a, kw, view, point, layout), with_kwargs=True
@@ -195,17 +210,17 @@ def _beside(view: _Viewer, point: Point, figure: Tensor, layout: Layout) -> None
 def _silu(x: Tensor, scratch: bool) -> Tensor:
     if not scratch:
         return F.silu(x)
-    held = room_for("derived").take(x.numel(), x.dtype, x.device).view(x.shape)
+    held = buffer_pool("derived").take(x.numel(), x.dtype, x.device).view(x.shape)
     return torch.ops.aten.silu.out(x.detach(), out=held)
 
 
 def _tensor(out: Any) -> Tensor:
-    """The first tensor of what a module returned."""
+    """The first tensor of a module's output."""
     return out if isinstance(out, Tensor) else next(o for o in out if isinstance(o, Tensor))
 
 
 def _with_first(out: Any, view: _Viewer, point: Point, form: _Form) -> Any:
-    # a whole model of transformers
+    # a model of transformers
     if not isinstance(out, Tensor | tuple | list) and hasattr(out, "logits"):
         new = view.show(point, out.logits, form)
         return None if new is None else type(out)(**(dict(out.items()) | {"logits": new}))
@@ -219,7 +234,7 @@ def _with_first(out: Any, view: _Viewer, point: Point, form: _Form) -> Any:
 def _given(
     args: tuple, kwargs: dict[str, Any], view: _Viewer, point: Point, layout: Layout
 ) -> tuple[tuple, dict] | None:
-    """Show the first tensor that goes in; where another takes its place, the arguments with it."""
+    """Show the first tensor argument; returns the changed arguments if it is replaced."""
     at, key, first = _first_given(args, kwargs)
     new = view.show(point, first, _Form(layout))
     if new is None:
@@ -232,10 +247,10 @@ def _given(
 def _given_shared(
     args: tuple, kwargs: dict[str, Any], view: _Viewer, point: Point, layout: Layout
 ) -> None:
-    """As `_given`, but the new value is written over the old one, which a sum later reads too.
+    """As `_given`, but a replacement is written into the tensor, because a later sum reads it too.
 
-    Where a backward follows, the handler is shown a copy: what it does with the value
-    must not see it overwritten.
+    If a backward follows, the handler gets a copy: autograd must not save a
+    tensor that is overwritten.
     """
     first = _first_given(args, kwargs)[2]
     wanted = torch.is_grad_enabled() and first.requires_grad
@@ -253,8 +268,8 @@ def _first_given(args: tuple, kwargs: dict[str, Any]) -> tuple[int, str | None, 
         if isinstance(value, Tensor):
             return -1, key, value
     raise UsageError(
-        "a module was called without any tensor, so its input is no point",
-        next_step="map the output of the one before it",
+        "a module was called without a tensor, so its input cannot be hooked",
+        next_step="map the output of the module before it",
     )
 
 
@@ -270,10 +285,10 @@ def _wrap_routing(
     def enter(*_: Any) -> None:
         original = getattr(holder, name)
 
-        def tapped(*args: Any, **options: Any) -> tuple:
+        def hooked(*args: Any, **options: Any) -> tuple:
             return _routed(view, site.point, site.place, original(*args, **options))
 
-        setattr(holder, name, tapped)
+        setattr(holder, name, hooked)
         around.append(original)
 
     def leave(*_: Any) -> None:
@@ -286,8 +301,8 @@ def _wrap_routing(
 
 
 def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
-    """Show the weights of all experts, and route by what replaces them: as many experts as before,
-    those of the largest weights.
+    """Show the weights of all experts; a replacement routes to its k largest weights,
+    k as before.
     """
     scores_RE, chosen_Rk, weights_Rk = (out[i] for i in (place.scores, place.chosen, place.weights))
     all_RE = weights_Rk.new_zeros(scores_RE.shape).scatter(1, chosen_Rk, weights_Rk)
@@ -296,25 +311,23 @@ def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
         chosen_Rk = new_RE.argsort(dim=-1, descending=True, stable=True)[:, : chosen_Rk.shape[1]]
     elif view.on_grad is None:
         return out
-    # a gradient passes all experts' weights, where it is shown
+    # so that the gradient of all weights is seen
     new_Rk = (all_RE if new_RE is None else new_RE).gather(1, chosen_Rk)
     return tuple(
         {place.weights: new_Rk, place.chosen: chosen_Rk}.get(i, x) for i, x in enumerate(out)
     )
 
 
-# ---- attention, which is a function
+# ---- attention, a function and not a module
 
 
 def _wrap(
     model: nn.Module, where: NameMap, inside: list[Site], view: _Viewer, undo: ExitStack
 ) -> None:
-    """Wrap the attention function; which layer calls it is known from
-    the blocks that are running.
-    """
+    """Wrap the attention function. Hooks on the blocks tell which layer calls it."""
     running: list[int] = []
-    # of scores, whose figures are taken out before those of another point are
-    room = room_for("figures")
+    # statistics of scores are read before the next user of the pool writes
+    pool = buffer_pool("figures")
     by_layer: dict[int, dict[str, Site]] = {}
     for site in inside:
         by_layer.setdefault(site.point.layer, {})[site.place.which] = site
@@ -331,18 +344,17 @@ def _wrap(
     module, name = importlib.import_module(where.function.module), where.function.name
     original = getattr(module, name)
 
-    def tapped(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def hooked(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
         if not running:
             return original(q, k, v, *rest, **options)
         found = by_layer[running[-1]]
         q, k = _replaced(found, view, where.function, q, k)
-        _figures(found, view, where.function, room, q, k, rest, options)
+        _figures(found, view, where.function, pool, q, k, rest, options)
         mixed = original(q, k, v, *rest, **options)
         new = _show_inside(found, "mixed", view, mixed, where.function.n_heads)
         return mixed if new is None else new
 
-    setattr(module, name, tapped)
-    undo.callback(setattr, module, name, original)
+    undo.enter_context(replaced(module, name, hooked))
 
 
 def _left(running: list[int]) -> None:
@@ -353,7 +365,7 @@ def _left(running: list[int]) -> None:
 def _replaced(
     found: dict[str, Site], view: _Viewer, function: Function, q: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys as they go on."""
+    """Queries and keys after the handler."""
     new_q = _show_inside(found, "q", view, q, function.n_heads)
     new_k = _show_inside(found, "k", view, k, function.n_kv_heads)
     return (q if new_q is None else new_q), (k if new_k is None else new_k)
@@ -363,11 +375,10 @@ def _show_inside(
     found: dict[str, Site], which: str, view: _Viewer, raw: Tensor, n_heads: int | None
 ) -> Tensor | None:
     """Show queries, keys or mixed values with `n_heads` heads,
-    however the model has laid them out for the kernel.
+    whatever layout the kernel is called with.
 
-    Keys that were already repeated for each query head are shown once, and a replacement is
-    repeated again; of one token, transformers lays the heads of a group along the tokens, which is
-    undone.
+    Keys already repeated for each query head are shown once, and a replacement is repeated again.
+    For a single token transformers lays the heads of a group along the tokens: undone as well.
     """
     if which not in found:
         return None
@@ -398,20 +409,20 @@ def _figures(
     found: dict[str, Site],
     view: _Viewer,
     function: Function,
-    room: Room,
+    pool: BufferPool,
     q: Tensor,
     k: Tensor,
     rest: tuple,
     options: dict,
 ) -> None:
-    """Show what the scores of this call are like, from what is really passed."""
+    """Show statistics of the scores of this call, computed from its actual arguments."""
     if not {"scores", "entropy"} & found.keys():
         return
     n_heads = function.n_heads or q.shape[1]
     q = q if q.shape[1] >= n_heads else q.reshape(q.shape[0], n_heads, -1, q.shape[-1])
     call = scores.call_of(function.name, q, k, rest, options)
     with torch.no_grad():
-        top_BTN, entropy_BTN = scores.figures(call, room)
+        top_BTN, entropy_BTN = scores.figures(call, pool)
     for which, figure in (("scores", top_BTN), ("entropy", entropy_BTN)):
         if which in found:
             _beside(view, found[which].point, figure, "BTF")

@@ -1,4 +1,4 @@
-"""Where in a program an operation runs: which module, which line, forward or backward."""
+"""The call site of an operation: module, source line, and phase (forward, backward or update)."""
 
 import linecache
 import re
@@ -28,7 +28,7 @@ CALLERS = 4
 
 @dataclass(frozen=True)
 class Line:
-    """A line of source: file as people know it, number from 1, function, and the text."""
+    """A line of source: short file name, line number from 1, function, and text."""
 
     file: str
     number: int
@@ -40,13 +40,12 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Where:
+class CallSite:
     """Where an operation ran. `module` is the dotted path of the innermost running module,
-    "" outside all of them.
+    "" outside of modules.
 
-    `node` is autograd's name of the derivative that ran and `of` the operation of the forward it
-    belongs to; both are "" in a forward. Of a derivative without Python code, `frames` are those of
-    the forward operation.
+    `node` is autograd's name of the derivative and `of` its forward operation; both are "" in a
+    forward. For a derivative without Python code, `frames` are those of the forward operation.
     """
 
     phase: Phase
@@ -77,7 +76,7 @@ def _line(code: Any, number: int) -> Line:
 
 
 def _shown(file: str) -> str:
-    """Below the project or an installed package: the path from there on."""
+    """The path relative to the project or to site-packages."""
     path = Path(file)
     if "site-packages" in path.parts:
         return "/".join(path.parts[path.parts.index("site-packages") + 1 :])
@@ -85,32 +84,30 @@ def _shown(file: str) -> str:
 
 
 @dataclass
-class Whereabouts:
-    """Knows at any moment which module runs, and to which forward
-    operation each derivative belongs.
+class CallSites:
+    """Tracks which module runs, and to which forward operation each derivative belongs.
 
-    Autograd numbers what it records; the number that is current while an operation runs forward is
-    that of its own derivative.
+    Autograd's sequence number during a forward operation is that of its derivative.
     """
 
     names: Mapping[int, str]
     running: list[str] = field(default_factory=list)
     updating: int = 0
-    recorded: dict[int, tuple[Where, str]] = field(default_factory=dict)
+    recorded: dict[int, tuple[CallSite, str]] = field(default_factory=dict)
 
-    def where(self, op: str) -> Where:
-        """Where the operation that runs now is. Called once for each, in order."""
+    def current(self, op: str) -> CallSite:
+        """The call site of the running operation. Call it once per operation, in order."""
         frames, below_engine = _frames()
         node = torch._C._current_autograd_node()
         module = self.running[-1] if self.running else ""
         if node is None:
-            here = Where("update" if self.updating else "forward", module, frames)
+            here = CallSite("update" if self.updating else "forward", module, frames)
             self.recorded.setdefault(torch.autograd._get_sequence_nr() - 1, (here, op))
             return here
         forward, of = self.recorded.get(node._sequence_nr(), (None, ""))
         if forward is None:
-            return Where("backward", module, frames, node.name(), of)
-        return Where(
+            return CallSite("backward", module, frames, node.name(), of)
+        return CallSite(
             "backward",
             module or forward.module,
             frames if below_engine else forward.frames,
@@ -120,8 +117,8 @@ class Whereabouts:
 
 
 def _frames() -> tuple[tuple[tuple[Any, int], ...], bool]:
-    """Code and line of the innermost frames outside torch, and whether the first lies below
-    autograd's engine: in a written derivative.
+    """Code and line of the innermost frames outside torch; and whether the first is a
+    derivative written in Python.
     """
     found: list[tuple[Any, int]] = []
     below, frame = False, sys._getframe(1)
@@ -141,18 +138,17 @@ def _hidden(frame: FrameType) -> bool:
 
 
 @contextmanager
-def whereabouts(models: Mapping[str, nn.Module]) -> Iterator[Whereabouts]:
-    """Follow modules for the time of the `with`.
-    Modules of `models` go by their dotted paths below its keys, others by class.
+def track_call_sites(models: Mapping[str, nn.Module]) -> Iterator[CallSites]:
+    """Track modules and optimizer steps while the block runs; all hooks are removed on exit.
 
-    No hook stays behind, also after an error.
+    Modules of `models` are named by key and dotted path, other modules by class.
     """
     names = {
         id(m): ".".join(filter(None, (key, path)))
         for key, model in models.items()
         for path, m in model.named_modules()
     }
-    here = Whereabouts(names)
+    here = CallSites(names)
 
     def enter(module: nn.Module, inputs: Any) -> None:
         here.running.append(names.get(id(module), type(module).__name__))

@@ -11,10 +11,10 @@ from stackproof.kernels import dispatch
 from stackproof.model import hugging_face
 from stackproof.spec.errors import UsageError
 from stackproof.trace import trace
+from stackproof.trace.hooks import hook_points
 from stackproof.trace.maps import map_of
 from stackproof.trace.points import OPERATIONS, Input, NameMap, Output, sites
-from stackproof.trace.room import room_for
-from stackproof.trace.tap import tap
+from stackproof.trace.scratch import buffer_pool
 from stackproof.trace.trace import logits_of
 from tests.trace import models
 
@@ -31,7 +31,7 @@ def test_logits_are_the_same_to_the_bit_and_every_point_is_seen_once_in_order(si
     model, ids, seen = any_model(side, name), models.ids(), []
     with torch.no_grad():
         plain = logits_of(model(ids))
-        with tap(model, None, lambda point, x: seen.append(point)) as points:
+        with hook_points(model, None, lambda point, x: seen.append(point)) as points:
             tapped = logits_of(model(ids))
         again = logits_of(model(ids))
     assert torch.equal(plain, tapped) and torch.equal(plain, again)
@@ -62,7 +62,7 @@ def test_nothing_stays_behind_also_after_an_exception(side, name):
             raise RuntimeError("stumbled")
 
     before = hooks()
-    with pytest.raises(RuntimeError, match="stumbled"), tap(model, None, stumble):
+    with pytest.raises(RuntimeError, match="stumbled"), hook_points(model, None, stumble):
         assert hooks() > before
         model(models.ids())
     assert (
@@ -80,7 +80,7 @@ def test_a_caught_exception_inside_does_not_shift_the_layers():
 
     with (
         torch.no_grad(),
-        tap(model, ["layers.*.scores", "layers.*.ffn.out", "layers.*.q"], stumble),
+        hook_points(model, ["layers.*.scores", "layers.*.ffn.out", "layers.*.q"], stumble),
     ):
         for _ in range(10):
             try:
@@ -115,7 +115,7 @@ def test_points_of_a_hugging_face_model_are_what_its_own_hooks_show(name):
         ]
     with (
         torch.no_grad(),
-        tap(model, None, lambda point, x: seen.__setitem__(point.name, x.clone())),
+        hook_points(model, None, lambda point, x: seen.__setitem__(point.name, x.clone())),
     ):
         states = model(ids, output_hidden_states=True).hidden_states
     for handle in handles:
@@ -155,7 +155,7 @@ def test_scores_and_entropy_are_those_of_the_softmax_written_out(name):
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(dispatch, "attention", noted)
-        with tap(
+        with hook_points(
             model,
             ["layers.*.scores", "layers.*.entropy"],
             lambda p, x: seen.__setitem__(p.name, x.clone()),
@@ -200,16 +200,19 @@ def test_every_point_can_be_replaced_and_what_is_put_there_flows_on(side, name):
     model, ids = any_model(side, name), models.ids()
     with torch.no_grad():
         plain = logits_of(model(ids)).clone()
-        with tap(model, None, lambda p, x: x.clone() if p.flows else None) as points:
+        with hook_points(model, None, lambda p, x: x.clone() if p.flows else None) as points:
             assert torch.equal(logits_of(model(ids)), plain)
         one = [p for p in points if p.layer in (None, 1)]
         for point in one:
             change = lambda p, x: x * 1.5 + 0.1  # noqa: E731
             if not point.flows:
-                with pytest.raises(UsageError, match="beside"), tap(model, [point.name], change):
+                with (
+                    pytest.raises(UsageError, match="cannot be replaced"),
+                    hook_points(model, [point.name], change),
+                ):
                     model(ids)
                 continue
-            with tap(model, [point.name], change):
+            with hook_points(model, [point.name], change):
                 changed = logits_of(model(ids))
             if "experts" not in point.name:  # the expert may have been chosen by nobody
                 assert not torch.equal(changed, plain), point.name
@@ -229,7 +232,9 @@ def test_the_residual_stream_is_replaced_as_a_whole(side, name):
 
     with (
         torch.no_grad(),
-        tap(model, ["layers.1.resid_mid", "layers.1.ffn.out", "layers.1.resid_out"], handler),
+        hook_points(
+            model, ["layers.1.resid_mid", "layers.1.ffn.out", "layers.1.resid_out"], handler
+        ),
     ):
         model(ids)
     assert torch.equal(seen["resid_out"], seen["ffn.out"]) and seen["resid_mid"].any()
@@ -238,25 +243,25 @@ def test_the_residual_stream_is_replaced_as_a_whole(side, name):
 def test_a_replacement_of_another_shape_is_refused():
     model = models.ours()
     with (
-        pytest.raises(UsageError, match="another shape"),
-        tap(model, ["layers.0.q"], lambda p, x: x[:, :1]),
+        pytest.raises(UsageError, match="wrong shape"),
+        hook_points(model, ["layers.0.q"], lambda p, x: x[:, :1]),
     ):
         model(models.ids())
 
 
 def test_names_select_by_pattern_and_an_unknown_one_is_refused_with_the_nearest():
     model = models.ours()
-    with tap(model, ["layers.*.ffn.swiglu", "logits"], lambda p, x: None) as points:
+    with hook_points(model, ["layers.*.ffn.swiglu", "logits"], lambda p, x: None) as points:
         assert [p.name for p in points] == ["layers.0.ffn.swiglu", "layers.1.ffn.swiglu", "logits"]
     with (
         pytest.raises(UsageError, match=r"layers\.1\.ffn\.swiglo") as error,
-        tap(model, ["layers.1.ffn.swiglo"], lambda p, x: None),
+        hook_points(model, ["layers.1.ffn.swiglo"], lambda p, x: None),
     ):
         pass
     assert "layers.1.ffn.swiglu" in str(error.value)
     with (
         pytest.raises(UsageError, match="all experts in one tensor"),
-        tap(models.theirs("mixtral"), ["layers.0.experts"], lambda p, x: None),
+        hook_points(models.theirs("mixtral"), ["layers.0.experts"], lambda p, x: None),
     ):
         pass
 
@@ -296,7 +301,7 @@ def test_any_module_is_traced_by_a_map_of_names():
         "layers.{}.in": Input("stages.{}"),
         "logits": "read",
     }
-    with pytest.raises(UsageError, match="nobody has said"):
+    with pytest.raises(UsageError, match="there is no name map"):
         trace(model, ids)
     traced = trace(model, ids, where=names)
     assert [t.point.name for t in traced.points] == (
@@ -334,7 +339,9 @@ def test_router_choice_and_sum_of_experts_of_transformers_are_what_its_own_hooks
     ]
     with (
         torch.no_grad(),
-        tap(model, ["layers.1.*"], lambda point, x: seen.__setitem__(point.slot, x.clone())),
+        hook_points(
+            model, ["layers.1.*"], lambda point, x: seen.__setitem__(point.slot, x.clone())
+        ),
     ):
         model(ids)
     for handle in handles:
@@ -364,7 +371,7 @@ def test_another_routing_is_put_in_its_place(side, name):
     )
     experts = model.layers[1].ffn.experts if side == "ours" else [model.model.layers[1].mlp.experts]
     handles = [e.register_forward_pre_hook(given) for e in experts]
-    with torch.no_grad(), tap(model, ["layers.1.routing"], first_two):
+    with torch.no_grad(), hook_points(model, ["layers.1.routing"], first_two):
         model(ids)
     for handle in handles:
         handle.remove()
@@ -382,7 +389,7 @@ def test_a_routing_function_is_put_back_after_an_exception():
     for names in (["layers.0.routing"], ["layers.0.router"], ["layers.1.experts.*.up"]):
         with (
             pytest.raises(RuntimeError, match="stumbled"),
-            tap(model, [*names, "layers.*.routing"], stumble),
+            hook_points(model, [*names, "layers.*.routing"], stumble),
         ):
             model(models.ids())
         assert moe.route is original
@@ -410,7 +417,7 @@ def test_one_token_is_shown_like_many(name):
     seen = {}
     with (
         torch.no_grad(),
-        tap(model, ["layers.0.*"], lambda p, x: seen.__setitem__(p.slot, x.clone())),
+        hook_points(model, ["layers.0.*"], lambda p, x: seen.__setitem__(p.slot, x.clone())),
     ):
         model(models.ids()[:, :1])
         single = dict(seen)
@@ -431,7 +438,7 @@ def test_derived_values_of_a_handler_that_keeps_them_are_its_own():
     model, kept = models.ours(), {}
     with (
         torch.no_grad(),
-        tap(model, ["*.ffn.silu", "*.ffn.gate"], lambda p, x: kept.__setitem__(p.name, x)),
+        hook_points(model, ["*.ffn.silu", "*.ffn.gate"], lambda p, x: kept.__setitem__(p.name, x)),
     ):
         model(models.ids())
     for layer in range(2):
@@ -441,7 +448,7 @@ def test_derived_values_of_a_handler_that_keeps_them_are_its_own():
     shared = {}
     with (
         torch.no_grad(),
-        tap(
+        hook_points(
             model,
             ["*.ffn.silu"],
             lambda p, x: shared.__setitem__(p.name, (x, x.clone())),
@@ -459,12 +466,12 @@ def test_derived_values_of_a_handler_that_keeps_them_are_its_own():
 
 
 def test_two_threads_work_in_rooms_of_their_own():
-    rooms = [room_for("figures")]
-    worker = threading.Thread(target=lambda: rooms.append(room_for("figures")))
+    rooms = [buffer_pool("figures")]
+    worker = threading.Thread(target=lambda: rooms.append(buffer_pool("figures")))
     worker.start()
     worker.join()
     assert (
-        rooms[0] is room_for("figures")
+        rooms[0] is buffer_pool("figures")
         and rooms[0] is not rooms[1]
-        and room_for("derived") is not rooms[0]
+        and buffer_pool("derived") is not rooms[0]
     )

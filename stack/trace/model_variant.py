@@ -1,11 +1,13 @@
-"""The same weights computed in another way: another precision, plain reference kernels, compiled
-blocks; a whole model or one module.
+"""A model as it runs in a comparison: as it is, in another precision, with reference kernels,
+or compiled.
+
+Also swaps how a single module computes.
 """
 
 import copy
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,10 @@ from stackproof.kernels import dispatch, reference
 from stackproof.model.build import building
 from stackproof.model.transformer import Transformer
 from stackproof.spec.errors import UsageError
+from stackproof.trace.hooks import Handler, hook_points, replaced
 from stackproof.trace.maps import map_of
 from stackproof.trace.points import NameMap, Output
+from stackproof.trace.trace import run
 
 PRECISIONS = {
     "float64": torch.float64,
@@ -27,68 +31,90 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-WAYS = (*PRECISIONS, "reference", "compiled")
+MODES = (*PRECISIONS, "reference", "compiled")
 BETWEEN_BLOCKS = ("embedding", "layers.*.resid_out", "final_norm", "logits")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a comparison: a model, its points (None: all), and what must hold while it runs.
+class ModelVariant:
+    """A model, its name map, the points to compare (None: all), and the context that it runs in.
 
-    `computes` is the dtype it computes in where that is not its parameters', as under autocast:
-    rounding of that size is then granted. `inputs` gives what the forward takes besides the ids,
-    anew for each run: documents packed into a row, or a cache that it fills.
+    `inputs` makes the arguments of the forward besides the ids, anew for each run: document ids or
+    a cache. `computes` is the dtype of the arithmetic if it is not that of the parameters, as under
+    autocast; it sets the bound for rounding.
     """
 
     model: nn.Module
     where: NameMap
-    title: str = "as it is"
     names: tuple[str, ...] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     inputs: Callable[[], Mapping[str, Any]] = dict
     computes: torch.dtype | None = None
 
+    @contextmanager
+    def running(
+        self,
+        input_ids: Tensor,
+        names: Iterable[str] = (),
+        handler: Handler = lambda point, x: None,
+        *,
+        on_grad: Handler | None = None,
+        inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Iterator[Tensor]:
+        """Logits of one forward with hooks at `names`; hooks and context
+        last until the block ends.
+        """
+        with self.around():
+            inputs = self.inputs()
+            with (
+                inside(),
+                hook_points(self.model, names, handler, where=self.where, on_grad=on_grad),
+            ):
+                yield run(self.model, input_ids, inputs)
 
-def side(model: nn.Module, way: str | None = None, where: Any = None) -> Side:
-    """The model computed in one of WAYS; None as it is. The model itself is not changed.
-    Raises UsageError for an unknown way.
+
+def variant(model: nn.Module, mode: str | None = None, where: Any = None) -> ModelVariant:
+    """The model computed in one of MODES; None as it is. `model` is not changed.
+    Raises UsageError for an unknown mode.
     """
     where = map_of(model, where)
-    way = SHORT.get(way or "", way)
-    match way:
+    mode = SHORT.get(mode or "", mode)
+    match mode:
         case None:
-            return Side(model, where)
+            return ModelVariant(model, where)
         case "float64" | "float32" | "bfloat16" | "float16":
-            made = in_precision(copy.deepcopy(model), PRECISIONS[way])
-            if way == "float64" and hasattr(made, "set_experts_implementation"):
+            made = in_precision(copy.deepcopy(model), PRECISIONS[mode])
+            if mode == "float64" and hasattr(made, "set_experts_implementation"):
                 made.set_experts_implementation("eager")  # torch's grouped product has no float64
-            return Side(made, where, way)
+            return ModelVariant(made, where)
         case "reference":
-            _require_ours(model, "reference")
-            return Side(model, where, way, around=reference_kernels)
+            _require_ours(model)
+            return ModelVariant(model, where, around=reference_kernels)
         case "compiled":
             made = copy.deepcopy(model)
             for path in _blocks(made, where):
                 _compile(made.get_submodule(path))
-            return Side(made, where, way, names=BETWEEN_BLOCKS)
+            return ModelVariant(made, where, names=BETWEEN_BLOCKS)
     raise UsageError(
-        f"there is no way {way} to compute a model", allowed=", ".join((*WAYS, *SHORT))
+        f"unknown compute mode {mode}",
+        allowed=", ".join((*MODES, *SHORT)),
+        next_step="MODEL@bfloat16",
     )
 
 
-def _require_ours(model: nn.Module, how: str) -> None:
+def _require_ours(model: nn.Module) -> None:
     if not isinstance(model, Transformer):
         raise UsageError(
-            f"only our own model has {how} kernels",
+            "only models of this stack have reference kernels",
             value=type(model).__name__,
             allowed="float64 or another precision",
-            next_step="to try a reference of ours, trace the run of ours --against this model",
+            next_step="to test one of our reference kernels, trace our run --against this model",
         )
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast parameters and not buffers: rotary tables stay as they were made, as they do in a model
-    that is loaded in half precision.
+    """Cast parameters, not buffers: a model loaded in half precision keeps
+    its rotary tables as well.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -98,7 +124,7 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _blocks(model: nn.Module, where: NameMap) -> list[str]:
     if not where.blocks:
         raise UsageError(
-            "this map does not say which modules are blocks",
+            "the name map does not name the blocks",
             next_step="give a NameMap with blocks='path.of.layers.{}'",
         )
     pattern = where.blocks.replace("{}", "")
@@ -110,7 +136,7 @@ def _blocks(model: nn.Module, where: NameMap) -> list[str]:
 
 
 def _compile(block: nn.Module) -> None:
-    """Compile what a block computes; hooks on the block itself stay outside of the graph."""
+    """Compile the forward of a block; hooks on the block itself stay outside of the graph."""
     eager = block.forward
     graph = torch.compile(eager)
 
@@ -123,63 +149,55 @@ def _compile(block: nn.Module) -> None:
 
 @contextmanager
 def reference_kernels() -> Iterator[None]:
-    """Our model computes by the slow and plain kernels, in the whole
-    process until the block ends.
-    """
+    """Our models use the reference kernels, in the whole process until the block ends."""
     with dispatch.replacing(lambda op, function: getattr(reference, op)):
         yield
 
 
 @contextmanager
 def swapped(model: nn.Module, where: NameMap, module: str, how: str) -> Iterator[str]:
-    """One module of a model computed otherwise until the block ends: `reference`, a precision, or
-    `eager` where it was compiled.
+    """Compute one module otherwise until the block ends: `reference`, a precision,
+    or `eager` if it was compiled.
 
-    `module` is a path in the model, or what points say of it (`layers.3.ffn`). Gives the path.
-    Raises UsageError if there is none.
+    `module` is a path in the model, or the prefix of its points (`layers.3.ffn`). Yields the path.
+    Raises UsageError for an unknown module or mode.
     """
     path = module_path(model, where, module)
-    part, way = model.get_submodule(path), SHORT.get(how, how)
-    own = vars(part).get("forward")
-    before, run = part.forward, part
-    match way:
+    part, mode = model.get_submodule(path), SHORT.get(how, how)
+    before = part.forward
+    match mode:
         case "reference":
-            _require_ours(model, "reference")
+            _require_ours(model)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 with reference_kernels():
                     return before(*args, **kwargs)
         case "eager":
-            if not hasattr(run, "eager_forward"):
+            if not hasattr(part, "eager_forward"):
                 raise UsageError(
-                    f"{path} is not compiled, so it runs eagerly already",
+                    f"{path} is not compiled, so it already runs eagerly",
                     value=f"{module}={how}",
                     next_step="MODEL@compiled",
                 )
-            forward = run.eager_forward
+            forward = part.eager_forward
         case "float64" | "float32" | "bfloat16" | "float16":
-            wide, dtype = in_precision(copy.deepcopy(part), PRECISIONS[way]), PRECISIONS[way]
+            cast, dtype = in_precision(copy.deepcopy(part), PRECISIONS[mode]), PRECISIONS[mode]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 given = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
                 args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
-                return _cast(wide(*args, **kwargs), given.dtype)
+                return _cast(cast(*args, **kwargs), given.dtype)
         case _:
             raise UsageError(
-                f"there is no way {how} to swap a module to",
+                f"unknown mode {how} to swap a module to",
                 allowed=", ".join(("reference", "eager", *PRECISIONS, *SHORT)),
             )
-    part.forward = forward
-    try:
+    with replaced(part, "forward", forward):
         yield path
-    finally:
-        del part.forward
-        if own is not None:
-            part.forward = own
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors in another dtype, inside tuples and tables too."""
+    """Cast floating-point tensors, also inside tuples, lists and dicts."""
     match value:
         case Tensor():
             return value.to(dtype) if value.is_floating_point() else value
@@ -191,8 +209,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def module_path(model: nn.Module, where: NameMap, name: str) -> str:
-    """The path of the module that a name means: a path itself,
-    or `layers.3.ffn` by what makes `layers.3.ffn.out`.
+    """Path of the module with this name: a path itself, or `layers.3.ffn` for the module that
+    computes `layers.3.ffn.out`.
     """
     paths = [n for n, _ in model.named_modules()]
     if name in paths and name:

@@ -1,6 +1,4 @@
-"""Memory to work in, kept from one use to the next: fresh memory for each tensor costs more
-than the arithmetic on it.
-"""
+"""Reusable scratch buffers: allocating one for each tensor costs more than the arithmetic on it."""
 
 import threading
 
@@ -11,14 +9,14 @@ LEAST = 2**20  # values
 _own = threading.local()
 
 
-class Room:
-    """One stretch of memory for each device and dtype, at least LEAST values long."""
+class BufferPool:
+    """One buffer for each device and dtype, of at least LEAST values."""
 
     def __init__(self):
         self.kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def take(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(n,) of whatever lies there. The next call gives the same memory again."""
+        """(n,) uninitialised values. The next call returns the same memory again."""
         have = self.kept.get((device, dtype))
         if have is None or len(have) < n:
             self.kept.pop((device, dtype), None)
@@ -26,9 +24,9 @@ class Room:
         return have[:n]
 
 
-def room_for(what: str) -> Room:
-    """The room of this thread for one purpose: what two purposes work
-    in at once must not be one.
+def buffer_pool(purpose: str) -> BufferPool:
+    """The pool of this thread for one purpose.
+    Two purposes in use at the same time need two pools.
     """
-    rooms: dict[str, Room] = vars(_own).setdefault("rooms", {})
-    return rooms.setdefault(what, Room())
+    pools: dict[str, BufferPool] = vars(_own).setdefault("pools", {})
+    return pools.setdefault(purpose, BufferPool())

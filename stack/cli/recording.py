@@ -1,0 +1,154 @@
+"""Records of the verbs: one helper opens a record, writes its files,
+closes it and prints the result.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stackproof.cli.output import emit, stdout
+from stackproof.spec.canonical import canonical_json, to_jsonable
+from stackproof.spec.errors import StackproofError, UsageError
+
+
+def without_record(run_dir: Path | None) -> Path | None:
+    """Raises UsageError if the folder holds a record: records are never overwritten."""
+    if run_dir is not None and (run_dir / "metadata.json").exists():
+        raise UsageError(
+            f"--run-dir already holds a record: {run_dir}",
+            value=(run_dir / "metadata.json").absolute(),
+            allowed="a folder without metadata.json",
+            next_step="another --run-dir, or leave it out",
+        )
+    return run_dir
+
+
+RecordDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        help="Folder of the record. Default: runs/<record id>.",
+        callback=without_record,
+    ),
+]
+
+
+@dataclass
+class OpenRecord:
+    """The record of a running verb. `builder` takes metrics, inputs and outputs;
+    `close` writes it.
+    """
+
+    builder: Any
+    directory: Path
+    json: bool
+    series: list[str] = field(default_factory=list)
+    gates: Sequence[Any] = ()
+
+    def path(self, name: str) -> Path:
+        """The path of a file beside the record; creates the folder."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return self.directory / name
+
+    def write_series(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write JSON lines beside the record."""
+        from stackproof.spec.building import write_atomically
+
+        write_atomically(self.path(name), b"".join(canonical_json(row) + b"\n" for row in rows))
+        self.series.append(name)
+
+    def output(self, path: Path, root: Path) -> None:
+        """State a written file as an output of the record."""
+        from stackproof.spec.building import artefact
+
+        self.builder.outputs.append(artefact(path, root=root))
+
+    def input(self, path: Path, root: Path | None = None, name: str | None = None) -> None:
+        """State a file as an input of the record, its path relative to `root` (default:
+        the working directory).
+        """
+        from stackproof.spec.building import artefact
+
+        self.builder.inputs.append(
+            artefact(path.resolve(), root=(root or Path.cwd()).resolve(), name=name)
+        )
+
+    def close(
+        self,
+        reason: str,
+        document: dict[str, Any] | None = None,
+        show: Callable[[dict[str, Any]], None] = lambda document: None,
+        *,
+        error: StackproofError | None = None,
+        finish: Callable[..., Any] | None = None,
+        directory_key: str = "run_dir",
+    ) -> None:
+        """Write the record, print the document, and raise `error` if the verb failed;
+        the record states its exit code.
+
+        `finish` writes the record in place of `builder.finish`;
+        `directory_key` is its folder in the document.
+        """
+        ending = (
+            {"status": "failed", "exit_code": error.exit_code}
+            if error
+            else {"status": "completed", "exit_code": 0}
+        )
+        record = (finish or self._finish)(end_reason=reason, gates=self.gates, **ending)
+        if document is not None:
+            print_record(record, self.directory, document, self.json, show, directory_key)
+        if error:
+            raise error
+
+    def _finish(self, **ending: Any) -> Any:
+        return self.builder.finish(self.path(""), series=self.series, **ending)
+
+
+def open_record(
+    kind: str,
+    config: Mapping[str, Any],
+    claim: str,
+    not_covered: Sequence[str],
+    *,
+    run_dir: Path | None,
+    json: bool,
+    parents: Iterable[str] = (),
+    **environment: Any,
+) -> OpenRecord:
+    """Open the record of a verb: id, clock and code state are those of this moment.
+    Nothing is written yet.
+
+    An error before `close` leaves no record.
+    """
+    from stackproof.spec.building import RecordBuilder
+    from stackproof.spec.gates import load_spec
+    from stackproof.spec.provenance import environment as measured
+
+    builder = RecordBuilder(
+        kind=kind,
+        spec=load_spec(),
+        config=to_jsonable(config),
+        claim=claim,
+        not_covered=not_covered,
+        environment=measured(**environment),
+        parents=tuple(parents),
+    )
+    return OpenRecord(builder, run_dir or Path("runs") / builder.id, json)
+
+
+def print_record(
+    record: Any,
+    directory: Path,
+    document: dict[str, Any],
+    json: bool,
+    show: Callable[[dict[str, Any]], None] = lambda document: None,
+    directory_key: str = "run_dir",
+) -> None:
+    """Print the document of a verb with its record: as JSON, or by `show` and one closing line."""
+    document |= {"record": record.id, directory_key: str(directory)}
+    if not emit(document, json):
+        show(document)
+        stdout.print(f"record {directory / 'metadata.json'}  ({record.id})", markup=False)

@@ -1,0 +1,368 @@
+"""`stack trace compare`: where two computations differ, and which
+operation adds the first error.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+import typer
+
+from stackproof.cli.load_model import SELF, load_model
+from stackproof.cli.output import stdout, table
+from stackproof.cli.trace.common import (
+    Model,
+    Request,
+    checked,
+    number,
+    show_expectations,
+    show_heat_map,
+    takes,
+)
+from stackproof.spec.errors import UsageError
+
+CLAIM = (
+    "Given these tokens, the two computations differ by these errors at these points, and the "
+    "first operation to err is the one named."
+)
+NOT_COVERED = (
+    "other tokens",
+    "points that only one side has",
+    "errors below the bound that rounding is granted",
+)
+EXAMPLES = (
+    "stack trace compare runs/pocket-1 --against hf/pocket",
+    "stack trace compare runs/pocket-1 --against self@bfloat16 --swap layers.3.ffn=float32",
+)
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        help="The reference MODEL; self@MODE is the same model in another compute mode.",
+    ),
+]
+Swap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--swap",
+        help=(
+            "Compute a module otherwise: layers.3.ffn=reference, =float32 or another precision, "
+            "=eager if compiled."
+        ),
+    ),
+]
+
+
+@takes("prompt", "input_ids", "points", "backward", "expect", "csv")
+def compare(
+    request: Request,
+    model: Model,
+    against: Against = None,
+    swap: Swap = None,
+) -> None:
+    """Compare MODEL with --against point by point, or a model with itself under --swap."""
+    compare_models(request, model, against, swap or [], bisect=False, check=None)
+
+
+def compare_models(
+    request: Request,
+    model: str,
+    against: str | None,
+    swaps: Sequence[str],
+    *,
+    bisection: Callable[..., dict[str, Any]] | None = None,
+    **options: Any,
+) -> None:
+    """Compare values, gradients with --backward, and bisect with `bisection`; write the record."""
+    import torch
+
+    from stackproof.trace import compare as compared
+    from stackproof.trace import compare_gradients, expect, variant
+
+    if against is None and not swaps:
+        raise UsageError(
+            "there is nothing to compare with",
+            next_step="give --against MODEL, or --swap MODULE=MODE",
+        )
+    expected = request.expected(expect.OF_SIDES)
+    loaded = load_model(model)
+    other = load_model(SELF if against is None else against, loaded)
+    ids = checked(request.ids(loaded), other)
+    good, bad = variant(other.model, other.mode), variant(loaded.model, loaded.mode)
+    if against is not None and other.model is loaded.model and other.mode == loaded.mode:
+        raise UsageError(
+            "both sides are the same computation",
+            value=against,
+            next_step="self@bfloat16, or another MODEL",
+        )
+    record = request.open(
+        "compare",
+        CLAIM,
+        NOT_COVERED,
+        [loaded, other],
+        ids=ids,
+        backward=request.backward,
+        swap=list(swaps),
+        **options,
+    )
+    changed = replace(bad, around=_swapping(bad, swaps)) if swaps else bad
+    input_ids, metric = torch.tensor([ids]), record.builder.metric
+    found = compared(good, bad if against is not None else changed, input_ids, request.points)
+    document = _document(found, loaded.title, other.title, ids)
+    if swaps and against is not None:
+        document["swaps"] = _effect_of_swaps(
+            found, compared(good, changed, input_ids, request.points), swaps
+        )
+    if request.backward:
+        gradients = _gradients(compare_gradients(good, changed, input_ids, request.points))
+        document["gradients"] = gradients | {
+            "swapped": f", with {', '.join(swaps)}" if swaps else ""
+        }
+        excess = [line["excess"] for line in (*gradients["points"], *gradients["parameters"])]
+        metric(
+            "gradient_worst_excess",
+            max(excess, default=0.0),
+            "times its bound",
+            n=len(excess),
+            better="lower",
+        )
+        metric(
+            "gradient_suspects",
+            len(gradients["suspects"]),
+            "gradients",
+            n=len(excess),
+            better="lower",
+        )
+    if bisection is not None:
+        document |= bisection(good, changed, input_ids, request.points, other.title)
+    figures = {line["point"]: line for line in document["points"]}
+    document["expectations"] = [asdict(j) for j in expect.judge(expected, figures, figures)]
+    worst = max((c.excess for c in found.points), default=0.0)
+    metric(
+        "worst_excess", worst, "times the bound of rounding", n=len(found.points), better="lower"
+    )
+    metric("suspects", len(found.suspects), "points", n=len(found.points), better="lower")
+    if found.logits is not None:
+        metric("logits_rel_err", found.logits.rel_err, "1", better="lower")
+    request.close(record, document, _show)
+
+
+@contextmanager
+def _swapped(bad: Any, pairs: Sequence[Sequence[str]]) -> Iterator[None]:
+    from stackproof.trace.model_variant import swapped
+
+    with bad.around(), ExitStack() as stack:
+        for module, mode in pairs:
+            stack.enter_context(swapped(bad.model, bad.where, module, mode))
+        yield
+
+
+def _swapping(bad: Any, swaps: Sequence[str]) -> Callable[[], Any]:
+    """The context that a variant runs in with its swaps.
+    Raises UsageError for a swap of another form.
+    """
+    pairs = [s.split("=") for s in swaps]
+    if wrong := next((s for s, p in zip(swaps, pairs) if len(p) != 2), None):
+        raise UsageError(
+            "not a swap", value=wrong, allowed="MODULE=MODE, as in layers.3.ffn=reference"
+        )
+    return lambda: _swapped(bad, pairs)
+
+
+def _document(found: Any, model: str, against: str, ids: list[int]) -> dict[str, Any]:
+    lines = [_line(c) for c in found.points]
+    first = found.first_divergence
+    return {
+        "model": model,
+        "against": against,
+        "input_ids": ids,
+        "points": lines,
+        "first_divergence": first
+        and next(line for line in lines if line["point"] == first.point.name),
+        "way": found.way or None,
+        "suspects": [c.point.name for c in found.suspects],
+        "bound": found.bound,
+        "only_here": list(found.only_b),
+        "only_there": list(found.only_a),
+        "logits": found.logits and asdict(found.logits),
+        "runs": found.runs,
+        "chain": [],
+    }
+
+
+def _line(c: Any) -> dict[str, Any]:
+    arrived = asdict(c.arrived) if c.arrived else dict.fromkeys(("rel_err", "cosine", "nmse"))
+    named = {
+        "point": c.point.name,
+        "layer": c.point.layer,
+        "slot": c.point.slot,
+        "operation": c.point.operation,
+    }
+    return (
+        named
+        | arrived
+        | {"added_err": c.added_err, "bound": c.bound, "excess": c.excess, "note": c.note}
+    )
+
+
+def _gradients(found: Any) -> dict[str, Any]:
+    """Gradients in the document. `read_by` names the operation whose derivative
+    makes the gradient at a point.
+    """
+
+    def line(c: Any) -> dict[str, Any]:
+        return _line(c) | {"operation": "", "read_by": c.read_by}
+
+    return {
+        "points": [line(c) for c in found.points],
+        "parameters": [line(c) for c in found.parameters],
+        "first": found.first and line(found.first),
+        "suspects": [c.point.name for c in found.suspects],
+        "bound": found.bound,
+    }
+
+
+def _effect_of_swaps(before: Any, after: Any, swaps: Sequence[str]) -> dict[str, Any]:
+    first = after.first_divergence
+    return {
+        "swapped": list(swaps),
+        "logits_rel_err_before": before.logits and before.logits.rel_err,
+        "logits_rel_err_after": after.logits and after.logits.rel_err,
+        "first_divergence_after": first and first.point.name,
+        "cured": before.first_divergence is not None and first is None,
+    }
+
+
+# ---- tables
+
+
+def _show(document: dict[str, Any]) -> None:
+    lines, first = document["points"], document["first_divergence"]
+    columns = {
+        "rel_err": "error that arrives",
+        "cosine": "cosine",
+        "nmse": "NMSE",
+        "added_err": "error added",
+        "bound": "bound",
+    }
+    title = (
+        f"{document['model']} against {document['against']}, {len(document['input_ids'])} tokens"
+    )
+    _show_errors(title, lines, columns, document["bound"])
+    cells = {
+        (line["layer"], line["slot"]): _decades(line) for line in lines if line["layer"] is not None
+    }
+    show_heat_map(cells, "added error in powers of ten above a tenth of its bound", 1.0)
+    if document["chain"]:
+        _show_bisection(document)
+    if "gradients" in document:
+        _show_gradients(document["gradients"])
+    if swaps := document.get("swaps"):
+        errors = (
+            f"{number(swaps['logits_rel_err_before'])} → {number(swaps['logits_rel_err_after'])}"
+        )
+        cured = "cured" if swaps["cured"] else "not cured"
+        stdout.print(
+            f"with {', '.join(swaps['swapped'])}: error of the logits {errors}; {cured}",
+            markup=False,
+        )
+    show_expectations(document)
+    verdict = (
+        "no operation adds more than rounding"
+        if first is None
+        else f"first to err: {first['point']}, the {first['operation']}"
+    )
+    verdict += f", which {first['note']}" if first is not None and first["note"] else ""
+    verdict += f": {document['way']}" if document["way"] else ""
+    stdout.print(verdict, style="bold", markup=False)
+
+
+def _show_errors(
+    title: str,
+    lines: list[dict[str, Any]],
+    columns: dict[str, str],
+    bound: str,
+    name: str = "point",
+) -> None:
+    rows = [
+        [
+            line["point"] + (" ◀" if line["excess"] > 1 else ""),
+            *(number(line[k]) for k in columns),
+            line["note"],
+        ]
+        for line in lines
+    ]
+    stdout.print(table(title, [name, *columns.values(), ""], rows))
+    stdout.print(f"bound of added errors: {bound}", style="dim", markup=False)
+
+
+def _show_bisection(document: dict[str, Any]) -> None:
+    for link in document["chain"]:
+        numbers = ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in link["evidence"].items()
+        )
+        stdout.print(
+            f"{link['id']:4} {link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False
+        )
+    for one in document["guilty"]:
+        stdout.print(f"guilty: {one['point']}, the {one['operation']}", style="bold", markup=False)
+    suspects = (
+        f"; the comparison suspects {len(document['suspects'])} points"
+        if len(document["guilty"]) > 1
+        else ""
+    )
+    tolerance = (
+        f" (tolerance of the logits {number(document['tolerance'])})"
+        if document["tolerance"] is not None
+        else ""
+    )
+    stdout.print(f"bisection: {document['conclusion']}{suspects}{tolerance}", markup=False)
+    if document["minimal_set"]:
+        stdout.print(
+            f"smallest set of modules that cures: {', '.join(document['minimal_set'])}",
+            markup=False,
+        )
+
+
+def _show_gradients(found: dict[str, Any]) -> None:
+    """Gradients in the order of the backward; of parameters those above their bound."""
+    lines = [*found["points"], *(line for line in found["parameters"] if line["excess"] > 1)]
+    columns = {
+        "rel_err": "error that arrives",
+        "cosine": "cosine",
+        "added_err": "error added",
+        "bound": "bound",
+    }
+    title = (
+        f"Gradients of the next-token loss, backwards; {len(found['parameters'])} "
+        f"parameters{found['swapped']}"
+    )
+    _show_errors(title, lines, columns, found["bound"], "gradient at")
+    first = found["first"]
+    if first is None:
+        return stdout.print("no derivative adds more than rounding", style="bold", markup=False)
+    whose = (
+        f"in the derivative of what reads it: {first['read_by']}"
+        if first["read_by"]
+        else "in its own derivative"
+    )
+    stdout.print(
+        f"first derivative to err: the gradient at {first['point']}, {first['note'] or whose}",
+        style="bold",
+        markup=False,
+    )
+
+
+def _decades(line: dict[str, Any]) -> float | None:
+    if line["added_err"] is None:
+        return None
+    return (
+        0.0
+        if line["excess"] <= 0.1
+        else math.inf
+        if math.isinf(line["excess"])
+        else math.log10(line["excess"] * 10)
+    )
