@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stackproof.cli.models import open_model
+    from stackproof.cli.load_model import open_model
     from stackproof.config import ModelConfig, RunConfig, load_config
     from stackproof.contracts.keeper import Gatekeeper
     from stackproof.model.build import build_model
@@ -40,7 +40,7 @@ _HOMES = {
     "build_model": "model.build",
     "load_config": "config",
     "load_spec": "spec.gates",
-    "open_model": "cli.models",
+    "open_model": "cli.load_model",
     "read_record": "spec.records",
     "recipe": "recipes",
 }
