@@ -41,8 +41,7 @@ from stackproof import tensorfile
 from stackproof.config import load_config
 from stackproof.recipes import recipe
 from stackproof.train import checkpoint
-from stackproof.train.digest import live_crc32
-from stackproof.train.state import TrainState
+from stackproof.train.state import TrainState, live_crc32
 
 OURS_SAVE, OURS_LOAD = "ours: save", "ours: load, verified"
 OURS_BEHIND = "ours: behind, until training goes on"
@@ -70,7 +69,7 @@ def open_state(megabytes: float, folder: Path) -> tuple[TrainState, dict]:
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         gates={},
-        record=run.builder.id,
+        record=run.output.record.id,
     )
     return run.state, document
 

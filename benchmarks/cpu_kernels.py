@@ -23,7 +23,7 @@ from stackproof.kernels import choice, samples
 from stackproof.kernels.case import Case
 from stackproof.kernels.compare import race
 from stackproof.kernels.table import OPERATIONS
-from stackproof.train.allocator import keep_heap
+from stackproof.train.memory import keep_heap
 
 CPU = torch.device("cpu")
 # Kernel of our choice and torch's, of each operation.

@@ -20,7 +20,7 @@ from stackproof.recipes import recipe
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
-from stackproof.train import session
+from stackproof.train.trainer import Trainer
 
 CLAIM = "Median step time with all runtime gates over that without any, alternating in one process."
 NOT_COVERED = (
@@ -29,7 +29,7 @@ NOT_COVERED = (
 )
 
 
-def timed_steps(run: session.Run, n: int, *, gated: bool) -> list[float]:
+def timed_steps(run: Trainer, n: int, *, gated: bool) -> list[float]:
     """Seconds of `n` real training steps."""
     taken = []
     for _ in range(n):
@@ -105,7 +105,7 @@ def main() -> int:
     return 0
 
 
-def reset_positions(run: session.Run) -> None:
+def reset_positions(run: Trainer) -> None:
     """Forget what the gates remember between blocks: blocks without gates leave holes
     that a run must not have.
     """

@@ -2,16 +2,17 @@
 gate of steps looking on.
 """
 
-import time
 from pathlib import Path
 
 from stackproof.contracts.events import Started
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.runners import required, watched_events
-from stackproof.train import loop, session
+from stackproof.train import loop, start
 from stackproof.train import step as steps
-from stackproof.train.listener import Listener
-from stackproof.train.rundir import RunDir
+from stackproof.train.callbacks import declared_plan
+from stackproof.train.run_dir import RunDir
+from stackproof.train.sdc_check import SdcCheck
+from stackproof.train.trainer import CallbackList, Trainer
 
 STEPS = {"Started", "BatchDrawn", "StepTaken"}
 
@@ -21,34 +22,32 @@ def fed(gate: Gate) -> bool:
     return gate.moment != "runtime" or set(watched_events(gate)) <= STEPS
 
 
-def open_run(cfg, overrides, folder: Path) -> session.Run:
-    """A run in a new folder, at step 0, its gates told that it starts."""
+def open_run(cfg, overrides, folder: Path) -> Trainer:
+    """A run in a new folder, at step 0, its gates told that it starts.
+    No step is computed twice.
+    """
     directory = RunDir(folder)
     directory.create()
-    run = session._open(
-        cfg,
-        overrides,
-        directory,
-        Listener(),
-        only=[g.id for g in required(load_spec(), "train") if fed(g)],
+    run = start.setup(
+        cfg, overrides, directory, only=[g.id for g in required(load_spec(), "train") if fed(g)]
+    )
+    run.callbacks = CallbackList(
+        [c for c in run.callbacks.callbacks if not isinstance(c, SdcCheck)]
     )
     announce(run)
     return run
 
 
-def announce(run: session.Run) -> None:
+def announce(run: Trainer) -> None:
     """Tell the gates that steps begin here."""
-    run.keeper.observe(Started(step=run.state.step, plan=run.plan()))
+    run.keeper.observe(Started(step=run.state.step, plan=declared_plan(run)))
 
 
-def gated_step(run: session.Run) -> None:
+def gated_step(run: Trainer) -> None:
     """What `stack train` does for every step: draw, update, look."""
-    started = time.perf_counter()
-    batches = loop.draw(run)
-    report = steps.train_step(run.state, batches)
-    run.after_step(report, batches, max(time.perf_counter() - started, 1e-9))
+    loop.take_step(run)
 
 
-def bare_step(run: session.Run) -> None:
+def bare_step(run: Trainer) -> None:
     """The same update with nobody looking."""
     steps.train_step(run.state, [run.state.reader.draw() for _ in range(run.cfg.accumulation())])

@@ -40,7 +40,9 @@ import held_out
 import nanogpt
 from side_by_side import Row, against, as_json, close_record, facts, open_record, show, write_json
 
-from stackproof.train.listener import Listener
+from stackproof.evaluate.stopping import Decision
+from stackproof.train.step import StepReport
+from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 
 OURS, NANOGPT = "ours", "nanogpt"
 GOAL = 2.0
@@ -147,7 +149,7 @@ def train_nanogpt(parts: held_out.Cut, seed: int, updates: int, folder: Path) ->
 # ---- our side
 
 
-class Clock(Listener):
+class Clock(Callback):
     """Notes when each step was taken, and how long evaluating,
     sampling and saving took since the first.
     """
@@ -167,24 +169,24 @@ class Clock(Listener):
         if name == "preflight":
             self.opened_s = self.lap()
 
-    def on_step(self, line: dict[str, Any], max_steps: int) -> None:
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
         now = time.perf_counter()
-        if self.begun is None:  # the first update began as many seconds ago as its rate says
-            self.begun = now - line["tokens_seen"] / line["tokens_per_s"]
+        if self.begun is None:
+            self.begun = now - report.wall_s
             self.preflight_s = self.begun - self.now
         self.now = now
-        self.trained_s[line["step"]] = now - self.begun - self.beside_s
+        self.trained_s[report.step] = now - self.begun - self.beside_s
 
-    def on_evaluation(self, step: int, result: Any, decision: Any) -> None:
+    def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
         self.beside_s += self.lap()
 
-    def on_sample(self, step: int, prompt: str, text: str, score: float) -> None:
+    def on_sample(self, trainer: Trainer, sample: Sample) -> None:
         self.beside_s += self.lap()
 
-    def on_saved(self, step: int, folder: Path) -> None:
+    def on_saved(self, trainer: Trainer, point: RestartPoint) -> None:
         self.beside_s += self.lap()
-        clocks = {"training_s": self.trained_s[step], "everything_s": self.now - self.begun}
-        self.saved.append({"step": step, "path": str(folder), **clocks})
+        clocks = {"training_s": self.trained_s[point.step], "everything_s": self.now - self.begun}
+        self.saved.append({"step": point.step, "path": str(point.folder), **clocks})
 
 
 def train_ours(
@@ -195,7 +197,8 @@ def train_ours(
     """
     from stackproof.config import load_config
     from stackproof.recipes import recipe
-    from stackproof.train import session
+    from stackproof.train.loop import train
+    from stackproof.train.start import fresh
 
     text = folder / "text.txt"
     text.write_text(parts.head, "utf-8")
@@ -207,7 +210,7 @@ def train_ours(
     keep_all = ("checkpoint.keep=1000000", "stop.kind=never", f"seed={seed}")
     cfg, overrides = load_config(recipe(name), sets=(*corpus, *keep_all, *sets))
     clock = Clock()
-    record = session.start(cfg, overrides, folder / "run", clock)
+    record = train(fresh(cfg, overrides, folder / "run", [clock]))
     if record.status != "completed":
         raise SystemExit(f"our run ended as {record.status}: {record.end_reason}")
     apart = {"prepare_s": clock.opened_s, "preflight_s": clock.preflight_s}

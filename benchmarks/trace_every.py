@@ -22,8 +22,8 @@ from stackproof.recipes import recipe
 from stackproof.spec.building import RecordBuilder
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
-from stackproof.train.points import points_lines
-from stackproof.train.rundir import RunDir
+from stackproof.trace.points_log import points_lines
+from stackproof.train.run_dir import RunDir
 
 CLAIM = (
     "Median time of recording all points of one micro-batch, with its lines written, over that of "

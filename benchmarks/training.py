@@ -101,7 +101,7 @@ def open_ours(
 
     def step() -> None:
         our_run.gated_step(run)
-        run.flush_line()
+        run.callbacks.on_step_end(run, run.report)
 
     return step, matrix_parameters(run.state.model)
 

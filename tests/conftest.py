@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-SLOW_ROOMS = ("tests/cli/", "tests/train/test_variants.py", "tests/train/test_session.py")
+SLOW_ROOMS = ("tests/cli/", "tests/train/test_variants.py", "tests/train/test_trainer.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -67,7 +67,7 @@ def ingredients(small_cfg, dataset):
     """Everything preflight gates see, of the small run."""
     import torch
 
-    from stackproof.train.preflight import gather
+    from stackproof.gate_inputs.preflight import gather
 
     torch.set_num_threads(1)
     return gather(small_cfg, dataset, torch.device("cpu"))[1]

@@ -22,16 +22,16 @@ STACK = "from stackproof.cli import main; main()"
 # For what is claimed of the run itself: preflight is most of the time that a run of seconds takes.
 NO_PREFLIGHT = f"""
 from stackproof.spec.gates import load_spec
-from stackproof.train import session
+from stackproof.train import start
 later = [g.id for g in load_spec().gates.values() if g.moment != "preflight"]
-keeper = session.Gatekeeper
-session.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
+keeper = start.Gatekeeper
+start.Gatekeeper = lambda *arguments, **options: keeper(*arguments, **options | {{"only": later}})
 {STACK}
 """
 PRELOADED = [
     "torch._dynamo",
     "stackproof.cli",
-    "stackproof.train.session",
+    "stackproof.train.start",
     "stackproof.museum.prove",
     "stackproof.evaluate.sampling",
 ]

@@ -11,15 +11,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stackproof.cli.output import MARKS, measured_text, stderr, table
 from stackproof.contracts.gate import Verdict
+from stackproof.evaluate.stopping import Decision
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Record
-from stackproof.train.listener import Listener
+from stackproof.train.step import StepReport
+from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 
 PLAIN_LINE_EVERY_S = 10.0
 
 
-class ConsoleListener(Listener):
-    """Writes to stderr: a live bar on a terminal, a line every ten seconds elsewhere."""
+class ProgressReporter(Callback):
+    """Reports a run on stderr: a live bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, *, quiet: bool = False):
         self.quiet = quiet
@@ -33,12 +35,12 @@ class ConsoleListener(Listener):
         self.last_line_s = time.monotonic()
         stderr.print(f"· {name}", style="dim")
 
-    def on_build(self, progress: Any) -> None:
+    def on_data(self, progress: Any) -> None:
         if progress.stage != self.stage:
             self.stage = progress.stage
             self.on_phase(progress.stage)
 
-    def on_opened(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
+    def on_setup(self, cfg: Any, dataset: Any, n_params: int, run_dir: Path) -> None:
         stderr.print(
             f"[bold]{cfg.recipe}[/]: {n_params:,} parameters, {dataset.train.n_tokens:,} training "
             f"tokens of {cfg.data.corpus.kind}, {cfg.train.max_steps} steps of "
@@ -69,30 +71,29 @@ class ConsoleListener(Listener):
             stderr.print(table("Preflight", ["gate", "verdict", "took", "measured"], self.rows))
             self.rows = []
 
-    def on_step(self, line: dict[str, Any], max_steps: int) -> None:
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
         self._show_preflight()
+        max_steps = trainer.cfg.train.max_steps
         if sys.stderr.isatty() and not self.quiet:
-            self._bar(line, max_steps)
+            self._bar(report, max_steps)
         elif (
-            line["step"] in (1, max_steps)
+            report.step in (1, max_steps)
             or time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S
         ):
             self.last_line_s = time.monotonic()
-            stderr.print(self._line(line, max_steps), markup=False, soft_wrap=True)
+            stderr.print(self._line(report, max_steps), markup=False, soft_wrap=True)
 
-    def _line(self, line: dict[str, Any], max_steps: int) -> str:
+    def _line(self, report: StepReport, max_steps: int) -> str:
         width = len(str(max_steps))
-        eta_s = (
-            (max_steps - line["step"]) * (line["tokens_seen"] / line["step"]) / line["tokens_per_s"]
-        )
+        eta_s = (max_steps - report.step) * (report.tokens_seen / report.step) / report.tokens_per_s
         bpb = f"  val bits/byte {self.last_bpb:.3f}" if self.last_bpb is not None else ""
         return (
-            f"step {line['step']:0{width}d}/{max_steps}  loss {line['loss_nats']:.3f}{bpb}  lr "
-            f"{line['lr']:.1e}  grad norm {line['grad_norm']:.2f}  tok/s "
-            f"{line['tokens_per_s']:.0f}  ETA {eta_s:.0f} s"
+            f"step {report.step:0{width}d}/{max_steps}  loss {report.loss_nats:.3f}{bpb}  lr "
+            f"{report.lr:.1e}  grad norm {report.grad_norm:.2f}  tok/s {report.tokens_per_s:.0f}  "
+            f"ETA {eta_s:.0f} s"
         )
 
-    def _bar(self, line: dict[str, Any], max_steps: int) -> None:
+    def _bar(self, report: StepReport, max_steps: int) -> None:
         if self.progress is None:
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -105,36 +106,29 @@ class ConsoleListener(Listener):
         task = self.progress.tasks[0].id
         self.progress.update(
             task,
-            completed=line["step"],
-            description=self._line(line, max_steps).rsplit("  ETA", 1)[0],
+            completed=report.step,
+            description=self._line(report, max_steps).rsplit("  ETA", 1)[0],
         )
 
-    def on_evaluation(self, step: int, result: Any, decision: Any) -> None:
-        self.last_bpb = result.bits_per_byte
+    def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
+        result, self.last_bpb = report.evaluation, report.evaluation.bits_per_byte
         waited = f"  no significant gain for {decision.wait}" if decision.wait else ""
-        stderr.print(
-            f"  eval @ {step}: {result.loss_nats:.4f} ± {result.stderr_nats:.4f} nats/token, "
-            f"{result.bits_per_byte:.4f} bits/byte{waited}",
-            markup=False,
-            soft_wrap=True,
-        )
+        loss = f"{result.loss_nats:.4f} ± {result.stderr_nats:.4f} nats/token"
+        text = f"  eval @ {report.step}: {loss}, {result.bits_per_byte:.4f} bits/byte{waited}"
+        stderr.print(text, markup=False, soft_wrap=True)
 
-    def on_sample(self, step: int, prompt: str, text: str, score: float) -> None:
-        shown = " ".join((prompt + text).split())
-        stderr.print(
-            f"  sample @ {step} (coherence {score:.0f}/100): {shown[:160]}",
-            style="cyan",
-            markup=False,
-            soft_wrap=True,
-        )
+    def on_sample(self, trainer: Trainer, sample: Sample) -> None:
+        shown = " ".join((sample.prompt + sample.text).split())
+        head = f"sample @ {sample.step} (coherence {sample.coherence.score:.0f}/100)"
+        stderr.print(f"  {head}: {shown[:160]}", style="cyan", markup=False, soft_wrap=True)
 
-    def on_saved(self, step: int, folder: Path) -> None:
-        stderr.print(f"  saved {folder}", style="dim", markup=False, soft_wrap=True)
+    def on_saved(self, trainer: Trainer, point: RestartPoint) -> None:
+        stderr.print(f"  saved {point.folder}", style="dim", markup=False, soft_wrap=True)
 
-    def on_event(self, message: str) -> None:
-        stderr.print(f"  {message}", markup=False, soft_wrap=True)
+    def on_message(self, text: str) -> None:
+        stderr.print(f"  {text}", markup=False, soft_wrap=True)
 
-    def on_finished(self, record: Record, run_dir: Path) -> None:
+    def on_close(self, record: Record, run_dir: Path) -> None:
         self._show_preflight()
         if self.progress is not None:
             self.progress.stop()

@@ -251,7 +251,7 @@ def sample(
     from stackproof.cli.load_model import open_model
     from stackproof.contracts.coherence import coherence
     from stackproof.evaluate.sampling import generate
-    from stackproof.train.randomness import generator
+    from stackproof.train.rng import generator
 
     if not 0 < top_p <= 1:
         raise UsageError("--top-p is a probability", value=top_p, allowed="above 0, at most 1")
@@ -309,7 +309,7 @@ def inspect(model: Model, json: Json = False) -> None:
     from stackproof.spec.formulas import parameter_count
     from stackproof.train import checkpoint
 
-    document = checkpoint.describe(checkpoint.find(model_at(model)))
+    document = _described(checkpoint.find(model_at(model)))
     if document["checksum"] == "VALID":
         document["n_params_formula"] = parameter_count(document["model"], document["vocab_size"])
     if not emit(document, json):
@@ -327,3 +327,50 @@ def inspect(model: Model, json: Json = False) -> None:
             value=document["value"],
             next_step="resume from an older step folder",
         )
+
+
+def _described(folder: Path) -> dict:
+    """Architecture, tensors, counts and checksum of a step folder.
+    A damaged folder is reported as INVALID.
+    """
+    import json
+
+    from stackproof.config import validate
+    from stackproof.spec.errors import CheckpointError
+    from stackproof.train import checkpoint
+
+    try:
+        loaded = checkpoint.load(folder)
+    except CheckpointError as e:
+        return {
+            "path": str(folder),
+            "checksum": "INVALID",
+            "problem": e.what,
+            "value": None if e.value is None else str(e.value),
+        }
+    tensors = [
+        {
+            "name": n,
+            "shape": list(t.shape),
+            "dtype": str(t.dtype).removeprefix("torch."),
+            "numel": t.numel(),
+        }
+        for n, t in loaded.model.items()
+    ]
+    return {
+        "path": str(folder),
+        "checksum": "VALID",
+        "architecture": validate(loaded.state["config"]).model.summary(),
+        "step": loaded.state["step"],
+        "tokens_seen": loaded.state["tokens_seen"],
+        "vocab_size": loaded.state["vocab_size"],
+        "model": loaded.state["config"]["model"],
+        "n_params": sum(t["numel"] for t in tensors),
+        "n_tensors": len(tensors),
+        "bytes": sum((folder / f).stat().st_size for f in (*checkpoint.FILES, "manifest.json")),
+        "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"][
+            "sha256"
+        ],
+        "best": checkpoint.pointed(folder.parent, "best") == folder,
+        "tensors": tensors,
+    }

@@ -222,11 +222,11 @@ def rerun(
 
     Exit code 6 if they differ.
     """
-    from stackproof.cli.console import ConsoleListener
+    from stackproof.cli.console import ProgressReporter
     from stackproof.cli.rerun import rerun_trace
     from stackproof.evidence.archiving import folder_of
     from stackproof.evidence.ledgering import find
-    from stackproof.train.rerun import rerun as again
+    from stackproof.replay.rerun import rerun as again
 
     record = find(_directory(evidence), record_id)
     if record.kind in ("trace", "compare"):
@@ -238,7 +238,7 @@ def rerun(
         ):
             outcome = rerun_trace(record, folder, run_dir)
     else:
-        outcome = again(record, run_dir, ConsoleListener(quiet=json))
+        outcome = again(record, run_dir, ProgressReporter(quiet=json))
     if not emit(outcome, json):
         stdout.print(
             table(
@@ -283,7 +283,7 @@ def certify_resume(
     write a record of kind resume.
     """
     from stackproof.recipes import recipe as named
-    from stackproof.train.certificate import certify
+    from stackproof.replay.certificate import certify
 
     record, directory = certify(
         named(recipe), steps=steps, kills=kills, sets=tuple(set_ or ()), run_dir=run_dir

@@ -154,9 +154,9 @@ def import_(
     """
     from stackproof.evidence.exclusive import refuse_occupied
     from stackproof.export import huggingface, parity, reading, vocabulary
+    from stackproof.export.import_model import write_run
     from stackproof.model import hugging_face
     from stackproof.recipes.imported import imported
-    from stackproof.train.adopted import write_run
 
     needed = "a folder of Hugging Face: config.json, safetensors and tokenizer.json"
     folder_at(

@@ -352,7 +352,7 @@ def repro(
     """Replay the steps that turned a gate red, from the folder alone.
     Exit code 4 if it is red again, 0 if it is not.
     """
-    from stackproof.train.replay import replay
+    from stackproof.replay.replay import replay
 
     held, outcome = replay(bundle_at(bundle, "BUNDLE"), device=device, base=base)
     measured = dict(outcome.verdict.measured) if outcome.verdict else {}

@@ -65,6 +65,10 @@ def train(
         Path | None, typer.Option("--data", help="Train on a folder that stack data build wrote.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option("--tracker", help="Mirror metrics to a tracker: tensorboard. Repeatable."),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -110,11 +114,24 @@ def train(
     )
     if dry_run:
         return _dry_run(recipe, depth, data, sets, device, parent or resume, json)
-    from stackproof.cli.console import ConsoleListener
-    from stackproof.train import session
-    from stackproof.train.polish import parent_run
+    from stackproof.cli.console import ProgressReporter
+    from stackproof.replay.bundle import ReproRecorder
+    from stackproof.train import loop, start
+    from stackproof.train.callbacks import TRACKERS
+    from stackproof.train.run_dir import parent_run
 
-    listener = ConsoleListener(quiet=json)
+    if unknown := [name for name in tracker or () if name not in TRACKERS]:
+        raise UsageError(
+            "--tracker names no tracker",
+            value=unknown[0],
+            allowed=", ".join(TRACKERS),
+            next_step="correct the name",
+        )
+    callbacks = [
+        ProgressReporter(quiet=json),
+        ReproRecorder(),
+        *(TRACKERS[name]() for name in tracker or ()),
+    ]
     if resume:
         if run_dir:
             raise UsageError(
@@ -122,23 +139,22 @@ def train(
                 value=str(run_dir),
                 next_step="drop --run-dir, or use --fork",
             )
-        original = session.read_config(resume)
-        changed, overrides = _resolve(original, None, sets, device)
-        record = session.resume(resume, overrides, changed, listener)
+        changed, overrides = _resolve(start.read_config(resume), None, sets, device)
+        given = (resume, overrides, changed, callbacks)
+        record = start.completed(*given) or loop.train(start.resume(*given))
         directory = resume
     else:
         base, file = (
-            (session.read_config(parent_run(parent)), None)
-            if parent
-            else _base(recipe, depth, data)
+            (start.read_config(parent_run(parent)), None) if parent else _base(recipe, depth, data)
         )
         cfg, overrides = _resolve(base, file, sets, device)
-        from stackproof.train.rundir import default_run_dir
+        from stackproof.train.run_dir import default_run_dir
 
         directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
-        record = session.start(
-            cfg, overrides, directory, listener, parent=parent, polishing=bool(polish)
+        run = start.fresh(
+            cfg, overrides, directory, callbacks, parent=parent, continued=bool(polish)
         )
+        record = loop.train(run)
     document = {
         "run_dir": str(directory),
         "record": record.id,
@@ -188,9 +204,9 @@ def _dry_run(
     """
 
     if parent:
-        from stackproof.train import session
+        from stackproof.train.start import read_config
 
-        base, file = session.read_config(parent), None
+        base, file = read_config(parent), None
     else:
         base, file = _base(recipe, depth, data)
     cfg, overrides = _resolve(base, file, sets, device)
@@ -255,8 +271,8 @@ def _derived(cfg) -> dict[str, float | str]:
     }
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
     try:
-        from stackproof.train.preflight import probe_peak_flops
-        from stackproof.train.session import resolve_device
+        from stackproof.gate_inputs.preflight import probe_peak_flops
+        from stackproof.train.memory import resolve_device
     except ModuleNotFoundError:
         return derived
     device = resolve_device(cfg.device)
@@ -272,8 +288,7 @@ def _derived(cfg) -> dict[str, float | str]:
 
 def _refusal(cfg, vocab_size: int, device) -> str:
     """Why this machine would not run it; empty if nothing speaks against it."""
-    from stackproof.train.memory import require_room
-    from stackproof.train.precision import refuse_emulated
+    from stackproof.train.memory import refuse_emulated, require_room
     from stackproof.train.state import AUTOCAST
 
     try:

@@ -303,6 +303,28 @@ class ModelConfig(Frozen):
             )
         return self
 
+    def summary(self) -> str:
+        """The kinds of the decoder's parts in one line."""
+        shared = (
+            f"{self.n_heads} heads on {self.n_kv_heads}"
+            if self.n_kv_heads < self.n_heads
+            else f"{self.n_heads} heads"
+        )
+        extras = [
+            name for name in ("qk_norm", "qkv_bias", "out_bias") if getattr(self.attention, name)
+        ]
+        extras += [f"window {self.attention.window}"] if self.attention.window else []
+        ffn = self.ffn.kind
+        if isinstance(self.ffn, MixtureOfExperts):
+            ffn = f"{self.ffn.n_experts} {self.ffn.expert.kind} experts, top {self.ffn.top_k}"
+        attention = ", ".join((f"{self.attention.kind} attention, {shared}", *extras))
+        parts = [self.norm.kind, f"{self.positions.kind} positions", attention, ffn]
+        if isinstance(self.depth, MixtureOfDepths):
+            parts.append(f"mixture of depths, {self.depth.gate.kind}")
+        return "decoder: " + "; ".join(
+            (*parts, "tied head" if self.tied_head else "head of its own")
+        )
+
     def ragged(self) -> str:
         """The choice that makes shapes depend on the data, by key; empty if there is none."""
         if isinstance(self.ffn, MixtureOfExperts):

@@ -22,6 +22,23 @@ class AdamW(Frozen):
         1.0, gt=0, description="global L2 norm to which gradients are clipped"
     )
 
+    @property
+    def dtype(self) -> str:
+        """Type in which updates are computed."""
+        return "float32"
+
+    def peak_lrs(self) -> dict[str, float]:
+        """Peak learning rate by parameter group."""
+        return {"decay": self.lr, "no-decay": self.lr}
+
+    def state_numbers(self, matrices: int, others: int) -> int:
+        """Numbers kept for so many parameters in the matrices of blocks, and so many others."""
+        return 2 * (matrices + others)
+
+    def in_float32(self) -> "AdamW":
+        """The same optimizer with updates computed in float32."""
+        return self
+
 
 class Muon(Frozen):
     """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024),
@@ -60,6 +77,18 @@ class Muon(Frozen):
     max_grad_norm: float = Field(
         1.0, gt=0, description="global L2 norm to which gradients are clipped"
     )
+
+    def peak_lrs(self) -> dict[str, float]:
+        """Peak learning rate by parameter group."""
+        return {"muon": self.lr, "decay": self.adamw_lr, "no-decay": self.adamw_lr}
+
+    def state_numbers(self, matrices: int, others: int) -> int:
+        """Numbers kept for so many parameters in the matrices of blocks, and so many others."""
+        return matrices + 2 * others
+
+    def in_float32(self) -> "Muon":
+        """The same optimizer with updates computed in float32."""
+        return self.model_copy(update={"dtype": "float32"})
 
 
 class Cosine(Frozen):

@@ -124,3 +124,57 @@ def apply_shares(
     ]
     shares(made)
     return made
+
+
+# --- continuing under another curriculum ----------------------------------------------------------
+
+SHARES = ("weight", "cap", "floor")
+
+
+def order_at(
+    cfg: RunConfig, dataset: Any, state: dict[str, Any]
+) -> UniformOrder | StaticMixture | Bandit:
+    """The order of an earlier run, at the state in its checkpoint."""
+    order = run_order(cfg, dataset, seed=0)
+    order.load_state_dict(state)
+    return order
+
+
+def rebased(order: UniformOrder | StaticMixture | Bandit, cursor: int) -> dict[str, Any]:
+    """State from which another curriculum continues with windows that this order
+    has not drawn in this epoch.
+
+    It holds the position and the number of samples drawn from each source before it.
+    """
+    counts = order.counts(cursor).tolist()
+    return {"start": cursor, "base": {s.name: n for s, n in zip(order.sources, counts) if n}}
+
+
+def changes(
+    former: RunConfig, cfg: RunConfig, dataset: Any, state: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Old and new value of every share by source, and of every other key of
+    the curriculum that differs.
+    """
+    old = {s.name: s for s in order_at(former, dataset, state).sources}
+    new = {s.name: s for s in run_order(cfg, dataset, seed=0).sources}
+    shares = [
+        {
+            "source": name,
+            "share": share,
+            "old": getattr(old.get(name), share, None),
+            "new": getattr(new.get(name), share, None),
+        }
+        for name in dict.fromkeys((*old, *new))
+        for share in SHARES
+    ]
+    before, after = (
+        c.curriculum.model_dump(mode="json", exclude={"weights", "caps", "floors"})
+        for c in (former, cfg)
+    )
+    keys = [
+        {"key": f"curriculum.{k}", "old": before.get(k), "new": after.get(k)}
+        for k in dict.fromkeys((*before, *after))
+        if before.get(k) != after.get(k)
+    ]
+    return {"shares": shares, "keys": keys}

@@ -5,6 +5,7 @@ The position is one integer; only a bandit's order has a state besides.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,20 @@ class Batch:
             if self.document_ids is None
             else int((self.labels != IGNORE_INDEX).sum())
         )
+
+
+def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
+    """A batch as the positional arguments of a model's forward, on `device`.
+
+    (ids,), or (ids, no cache, document ids) if documents are kept apart.
+    """
+    ids_BT = batch.input_ids.to(device, non_blocking=True)
+    documents_BT = getattr(batch, "document_ids", None)
+    return (
+        (ids_BT,)
+        if documents_BT is None
+        else (ids_BT, None, documents_BT.to(device, non_blocking=True))
+    )
 
 
 class Reader:

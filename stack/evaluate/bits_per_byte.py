@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import ensure, require
+from stackproof.data.reader import model_inputs
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import bits_per_byte
 
@@ -87,16 +88,8 @@ def batch_sums(
     """Summed nats and number of scored labels of one batch."""
     labels_BT = batch.labels.to(device)
     with autocast():
-        logits_BTV = model(*_inputs(batch, device))
+        logits_BTV = model(*model_inputs(batch, device))
     return float(token_nats(logits_BTV, labels_BT).sum()), int((batch.labels != IGNORE).sum())
-
-
-def _inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
-    """What the model takes of a batch: its ids, and where documents are kept apart (ids, no cache,
-    document ids).
-    """
-    ids_BT, documents_BT = batch.input_ids.to(device), getattr(batch, "document_ids", None)
-    return (ids_BT,) if documents_BT is None else (ids_BT, None, documents_BT.to(device))
 
 
 def label_bytes(labels: Tensor, token_bytes: np.ndarray) -> int:

@@ -4,6 +4,7 @@ N passages, W tokens each, T tokens of a row, V vocab.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,3 +61,40 @@ def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
                 & (batch.labels[row, place][:-1] >= 0).all()
             ):
                 yield batch.input_ids[row, place]
+
+
+@dataclass(frozen=True)
+class Memorization:
+    """How many passages of some batches a model continues word for word from their
+    first `prefix_tokens` tokens.
+
+    `matched_tokens` is how many tokens it repeats on average.
+    `held_out()` counts the same over `n_held_out` passages it was not trained on.
+    """
+
+    n_passages: int
+    n_recited: int
+    prefix_tokens: int
+    matched_tokens: float
+    n_held_out: int
+    held_out: Callable[[], int]
+
+
+def memorization(
+    model: nn.Module, read: Sequence[Any], unread: Sequence[Any], **options: Any
+) -> Memorization:
+    """Memorization of the batches `read`, with held-out batches to compare with.
+    `options` are those of `matched`.
+    """
+    read_NW, unread_NW = passages(read), passages(unread)
+    prefix = read_NW.shape[1] // 2
+    asked = read_NW.shape[1] - prefix
+    tokens = matched(model, read_NW, **options)
+    return Memorization(
+        n_passages=len(tokens),
+        n_recited=tokens.count(asked),
+        prefix_tokens=prefix,
+        matched_tokens=sum(tokens) / max(1, len(tokens)),
+        n_held_out=len(unread_NW),
+        held_out=lambda: matched(model, unread_NW, **options).count(asked),
+    )

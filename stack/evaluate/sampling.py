@@ -4,12 +4,13 @@ numbers. V vocab, R draws.
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import ensure, require
-from stackproof.evaluate.bits_per_byte import evaluating
+from stackproof.evaluate.bits_per_byte import Autocast, evaluating, token_nats
 from stackproof.model.forward_context import KVCache
 
 MASKED = float("-inf")
@@ -178,3 +179,19 @@ def next_logits(
 
 def _uniform(generator: torch.Generator) -> Tensor:
     return torch.rand(1, generator=generator, dtype=torch.float64)
+
+
+def sample_loss(
+    model: nn.Module,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    autocast: Autocast = nullcontext,
+) -> float:
+    """Mean loss of a model on what it drew itself, nats per token, at temperature 1."""
+    context = torch.tensor([*prompt_ids, *ids])[-model.cfg.max_seq_len - 1 :]
+    n = min(len(ids), len(context) - 1)
+    with evaluating(model), autocast():
+        logits_TV = model(context[None, :-1].to(device))[0, -n:]
+    return float(token_nats(logits_TV[None], context[None, -n:].to(device)).mean())

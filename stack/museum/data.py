@@ -232,8 +232,8 @@ def position_skips():
 def batch_held_back():
     original, held = loop.draw, []
 
-    def late(run):
-        held.append(original(run))
+    def late(trainer):
+        held.append(original(trainer))
         return held[-2:][0]
 
     with swap(loop, "draw", late):

@@ -12,7 +12,7 @@ from stackproof.data import reader
 from stackproof.evaluate import bits_per_byte, stopping
 from stackproof.model import transformer
 from stackproof.museum.plant import swap
-from stackproof.train import loop, run, session
+from stackproof.train import loop, start
 from stackproof.train import step as steps
 
 TENSORS = ("input_ids", "labels", "document_ids")
@@ -117,29 +117,29 @@ def stop_one_round_late():
 
 
 def diverging():
-    original = run.Run.measure
+    original = loop.held_out_loss
     factor = 1.0
 
-    def growing(self):
+    def growing(trainer):
         nonlocal factor
-        result = original(self)
+        result = original(trainer)
         loss = result.loss_nats * factor
         factor *= 3.0
         return dataclasses.replace(result, loss_nats=loss)
 
-    with swap(run.Run, "measure", growing):
+    with swap(loop, "held_out_loss", growing):
         yield
 
 
 def drifting_batches():
-    original = run.Run.evaluate
+    original = loop.evaluate
 
-    def drifting(self):
-        decision = original(self)
-        self.held_out = [*self.held_out[1:], self.held_out[0]]
-        return decision
+    def drifting(trainer):
+        stop = original(trainer)
+        trainer.held_out = [*trainer.held_out[1:], trainer.held_out[0]]
+        return stop
 
-    with swap(run.Run, "evaluate", drifting):
+    with swap(loop, "evaluate", drifting):
         yield
 
 
@@ -148,8 +148,8 @@ def one_page_over_and_over():
     """Every step reads the first 64 tokens of each row of the first step, sixteen times over."""
     original_draw, original_step, page = loop.draw, steps.train_step, []
 
-    def same(run):
-        drawn = original_draw(run)
+    def same(trainer):
+        drawn = original_draw(trainer)
         page.extend(
             []
             if page
@@ -161,9 +161,9 @@ def one_page_over_and_over():
 
     def again(state, batches):
         for _ in range(15):
-            before = state.step, state.tokens_seen
+            before = state.step, state.tokens_seen, state.ema_loss_nats, state.min_ema_loss_nats
             original_step(state, batches)
-            state.step, state.tokens_seen = before
+            state.step, state.tokens_seen, state.ema_loss_nats, state.min_ema_loss_nats = before
         return original_step(state, batches)
 
     with swap(loop, "draw", same), swap(steps, "train_step", again):
@@ -176,26 +176,26 @@ def page_learned_by_heart():
 
 
 def scored_on_training():
-    original = session._check_before_step_one
+    original = start.run_preflight
 
-    def from_training(run, n_eval_batches):
-        n = original(run, n_eval_batches)
-        run.held_out = session.eval_batches(
-            run.dataset.train, run.cfg.model.max_seq_len, run.cfg.eval.batch_size, n
+    def from_training(trainer, n_eval_batches):
+        original(trainer, n_eval_batches)
+        cfg, n = trainer.cfg, len(trainer.held_out)
+        trainer.held_out = start.eval_batches(
+            trainer.dataset.train, cfg.model.max_seq_len, cfg.eval.batch_size, n
         )
-        return n
 
-    with swap(session, "_check_before_step_one", from_training):
+    with swap(start, "run_preflight", from_training):
         yield
 
 
 def rows_repeated():
-    original = session.eval_batches
+    original = start.eval_batches
 
     def first_only(stream, seq_len, batch_size, n_batches):
         return original(stream, seq_len, batch_size, n_batches)[:1] * n_batches
 
-    with swap(session, "eval_batches", first_only):
+    with swap(start, "eval_batches", first_only):
         yield
 
 
@@ -205,18 +205,18 @@ def head_of_split():
             reader.rows_batch(stream, size * i + np.arange(size), seq_len) for i in range(n_batches)
         ]
 
-    with swap(session, "eval_batches", first_ones):
+    with swap(start, "eval_batches", first_ones):
         yield
 
 
 def best_from_zero():
-    original = run.Run.measure
+    original = loop.held_out_loss
 
-    def from_zero(self):
-        self.state.best = self.state.best or {"step": 0, "val_loss_nats": 0.0}
-        return original(self)
+    def from_zero(trainer):
+        trainer.state.best = trainer.state.best or {"step": 0, "val_loss_nats": 0.0}
+        return original(trainer)
 
-    with swap(run.Run, "measure", from_zero):
+    with swap(loop, "held_out_loss", from_zero):
         yield
 
 
@@ -232,7 +232,7 @@ def inputs_shifted():
 
 
 def documents_run_together():
-    with swap(bits_per_byte, "_inputs", lambda batch, device: (batch.input_ids.to(device),)):
+    with swap(bits_per_byte, "model_inputs", lambda batch, device: (batch.input_ids.to(device),)):
         yield
 
 

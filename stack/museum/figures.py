@@ -4,9 +4,10 @@ and results the machine does not repeat.
 
 import torch
 
+from stackproof.gate_inputs import operations
 from stackproof.museum.plant import swap, touch
-from stackproof.train import loop, operations
 from stackproof.train import step as steps
+from stackproof.train.trainer import StepTimer
 
 
 def wrong_product():
@@ -54,22 +55,16 @@ def update_undone():
 
 
 def time_without_backward():
-    original = loop.Run.after_step
+    original = StepTimer.stop
 
-    def early(self, report, batches, wall_s):
-        return original(self, report, batches, wall_s / 3)
-
-    with swap(loop.Run, "after_step", early):
+    with swap(StepTimer, "stop", lambda self: original(self) / 3):
         yield
 
 
 def milliseconds_for_seconds():
-    original = loop.Run.after_step
+    original = StepTimer.stop
 
-    def in_milliseconds(self, report, batches, wall_s):
-        return original(self, report, batches, wall_s * 1000)
-
-    with swap(loop.Run, "after_step", in_milliseconds):
+    with swap(StepTimer, "stop", lambda self: original(self) * 1000):
         yield
 
 

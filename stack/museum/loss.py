@@ -41,30 +41,46 @@ def bits_instead_of_nats():
 
 
 def mean_of_means():
+    original = steps.accumulate
+
     def accumulate(state, batches):
-        state.optimizer.zero_grad(set_to_none=True)
-        means = [
-            float(
-                steps.backward(
-                    state, b, losses.count_valid(b.labels) * len(batches), b.input_ids.numel()
-                )
-            )
-            / losses.count_valid(b.labels)
-            for b in batches
-        ]
-        return sum(means) / len(means), sum(losses.count_valid(b.labels) for b in batches)
+        parts = list(_one_by_one(original, state, batches))
+        _set_gradients(state, [(grads, 1 / len(parts)) for _, _, grads in parts])
+        return sum(nats for nats, _, _ in parts) / len(parts), sum(n for _, n, _ in parts)
 
     with swap(steps, "accumulate", accumulate):
         yield
 
 
+def _one_by_one(accumulate, state, batches):
+    """(mean nats, valid labels, gradients) of each micro-batch by itself."""
+    for batch in batches:
+        nats, n_valid = accumulate(state, [batch])
+        yield (
+            nats,
+            n_valid,
+            {p: p.grad.clone() for p in state.model.parameters() if p.grad is not None},
+        )
+
+
+def _set_gradients(state, weighted):
+    """Put a weighted sum of gradients into the model."""
+    state.optimizer.zero_grad(set_to_none=True)
+    for grads, weight in weighted:
+        for p, grad in grads.items():
+            p.grad = grad * weight if p.grad is None else p.grad + grad * weight
+
+
 def undivided_accumulation():
-    original = steps.backward
+    original = steps.accumulate
 
-    def undivided(state, batch, n_valid, n_tokens):
-        return original(state, batch, losses.count_valid(batch.labels), n_tokens)
+    def undivided(state, batches):
+        parts = list(_one_by_one(original, state, batches))
+        _set_gradients(state, [(grads, 1.0) for _, _, grads in parts])
+        n_valid = sum(n for _, n, _ in parts)
+        return sum(nats * n for nats, n, _ in parts) / n_valid, n_valid
 
-    with swap(steps, "backward", undivided):
+    with swap(steps, "accumulate", undivided):
         yield
 
 
@@ -97,18 +113,16 @@ def rows_leak():
 
 
 def nan_micro_batch_skipped():
-    original = steps.backward
+    original = steps.accumulate
 
-    def skipping(state, *arguments):
-        held = {p: None if p.grad is None else p.grad.clone() for p in state.model.parameters()}
-        nats = original(state, *arguments)
-        if bool(nats.isfinite()):
-            return nats
-        for parameter, gradient in held.items():
-            parameter.grad = gradient
-        return torch.zeros_like(nats)
+    def skipping(state, batches):
+        parts = list(_one_by_one(original, state, batches))
+        n_valid = sum(n for _, n, _ in parts)
+        kept = [(nats, n, grads) for nats, n, grads in parts if math.isfinite(nats)]
+        _set_gradients(state, [(grads, n / n_valid) for _, n, grads in kept])
+        return sum(nats * n for nats, n, _ in kept) / n_valid, n_valid
 
-    with swap(steps, "backward", skipping):
+    with swap(steps, "accumulate", skipping):
         yield
 
 

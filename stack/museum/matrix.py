@@ -12,21 +12,23 @@ import torch
 from stackproof.config import RunConfig, load_config
 from stackproof.contracts.gate import call_check, not_run
 from stackproof.data.prepare import prepare
+from stackproof.gate_inputs.preflight import gather
 from stackproof.museum.plant import Plant, load_museum
 from stackproof.museum.prove import Prover, selection, use_cache, workshop
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Waiver
-from stackproof.train import session
-from stackproof.train.listener import Listener
-from stackproof.train.preflight import gather
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
+from stackproof.train.step import StepReport
+from stackproof.train.trainer import Callback, Trainer
 
 JUDGES_DATA = ("corpus", "data", "tokenizer")
 WHOLE = "the stack itself"  # what raised where no gate was being asked
 
 
-class _Stopwatch(Listener):
+class _Stopwatch(Callback):
     """Seconds from the first step to the end of each."""
 
     def __init__(self) -> None:
@@ -35,8 +37,8 @@ class _Stopwatch(Listener):
     def on_phase(self, name: str) -> None:
         self.began = time.perf_counter()
 
-    def on_step(self, line: dict[str, Any], max_steps: int) -> None:
-        self.at[line["step"]] = time.perf_counter() - self.began
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.at[report.step] = time.perf_counter() - self.began
 
 
 Row = dict[str, Any]
@@ -129,7 +131,7 @@ def _asked_of_all(
     within = [g.id for g in here if g.moment != "preflight"]
     watch = _Stopwatch()
     with _raising("the run", raised), apply():
-        record = session.start(cfg, (), prover.run_dir(), watch, only=within)
+        record = train(fresh(cfg, (), prover.run_dir(), [watch], only=within))
         runtime = {g.id for g in here if g.moment == "runtime"}
         for result in (
             r for r in record.gates if r.verdict == "fail" or (r.id in runtime and not r.checks)

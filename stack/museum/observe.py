@@ -14,21 +14,22 @@ from stackproof.museum.plant import swap, touches
 from stackproof.spec.gates import Gate, Limit
 from stackproof.spec.margins import measured_for
 from stackproof.spec.records import Record
-from stackproof.train.listener import Listener
-from stackproof.train.rundir import RunDir
+from stackproof.train.run_dir import RunDir
+from stackproof.train.step import StepReport
+from stackproof.train.trainer import Callback, Trainer
 
 TIMED = ("tokens_per_s", "wall_s", "at")
 
 
-class Clock(Listener):
+class Clock(Callback):
     """Notes the step of a run in which the planted line first ran."""
 
     def __init__(self) -> None:
         self.before, self.began = touches(), None
 
-    def on_step(self, line: dict[str, Any], max_steps: int) -> None:
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
         if self.began is None and touches() > self.before:
-            self.began = line["step"]
+            self.began = report.step
 
     def lived(self, step: int) -> int:
         """Steps from the first in which the line ran to this one, both counted.

@@ -4,7 +4,6 @@ import torch
 
 from stackproof.model import build, transformer
 from stackproof.museum.plant import swap, touch
-from stackproof.train import muon
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 
@@ -83,33 +82,33 @@ def embedding_in_muon():
 
 
 def muon_without_nesterov():
-    original = muon.Muon._update
+    original = opt.Muon._update
 
     def behind(self, parameters, group):
         original(self, parameters, group | {"nesterov": False})
 
-    with swap(muon.Muon, "_update", behind):
+    with swap(opt.Muon, "_update", behind):
         yield
 
 
 def muon_wrong_axis():
-    original = muon.shape_factor
+    original = opt.shape_factor
 
     def smaller_axis(rows, columns, lr_scale):
         return original(min(rows, columns), min(rows, columns), lr_scale)
 
-    with swap(muon, "shape_factor", smaller_axis):
+    with swap(opt, "shape_factor", smaller_axis):
         yield
 
 
 def decay_by_the_wrong_rate():
-    original = muon.Muon._update
+    original = opt.Muon._update
 
     def decaying_by_shape(self, parameters, group):
-        factor = muon.shape_factor(*parameters[0].shape, group["lr_scale"])
+        factor = opt.shape_factor(*parameters[0].shape, group["lr_scale"])
         original(self, parameters, group | {"weight_decay": group["weight_decay"] * factor})
 
-    with swap(muon.Muon, "_update", decaying_by_shape):
+    with swap(opt.Muon, "_update", decaying_by_shape):
         yield
 
 
@@ -213,8 +212,10 @@ def eps_inside_the_root():
 def norm_reported_after_clipping():
     original = steps.StepReport
 
-    def calm(step, loss_nats, grad_norm, clipped, *rest):
-        return original(step, loss_nats, min(grad_norm, clipped), clipped, *rest)
+    def calm(**measured):
+        return original(
+            **measured | {"grad_norm": min(measured["grad_norm"], measured["clipped_grad_norm"])}
+        )
 
     with swap(steps, "StepReport", calm):
         yield

@@ -21,6 +21,7 @@ from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.prepare import prepare
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity, reading
+from stackproof.gate_inputs.preflight import gather
 from stackproof.model.build import build_model
 from stackproof.museum import script
 from stackproof.museum.collection import exportable, museum_config, write_texts
@@ -32,10 +33,10 @@ from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import GateResult, Kill, Record
-from stackproof.train import session
 from stackproof.train.kernels import kernels_of
-from stackproof.train.listener import Listener
-from stackproof.train.preflight import gather
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
+from stackproof.train.trainer import Callback
 
 CLAIM = "Each gate named here turned red on its plant and was green on the same stack without it."
 NOT_COVERED = (
@@ -113,15 +114,15 @@ class Prover:
         with watching() as worst:
             if together:
                 try:
-                    record = session.start(
-                        self.cfg, (), self.run_dir(), Listener(), only=tuple(g.id for g in together)
+                    record = train(
+                        fresh(self.cfg, (), self.run_dir(), only=tuple(g.id for g in together))
                     )
                 except GateFailed as e:
                     record = e.record
                 found |= {g.id: Control(g.verdict, dict(g.measured)) for g in record.gates}
             for gate in (g for g in gates if g not in together):
                 try:
-                    verdict, _ = self._run(gate, Listener())
+                    verdict, _ = self._run(gate)
                     found[gate.id] = Control(verdict.outcome, dict(verdict.measured))
                 except GateFailed as e:
                     found[gate.id] = Control("fail", dict(e.verdict.measured) if e.verdict else {})
@@ -196,15 +197,15 @@ class Prover:
             folder = self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=True)
             return {p.name: sha256_file(p) for p in folder.iterdir()}
         run_dir = self.run_dir()
-        return fruits_of_run(session.start(self.cfg, (), run_dir, Listener(), only=()), run_dir)
+        return fruits_of_run(train(fresh(self.cfg, (), run_dir, only=())), run_dir)
 
     def verdict_of(self, gate: Gate) -> Verdict:
         """The gate's verdict on the stack as it is now.
         Raises GateFailed where a red gate halts.
         """
-        return self._run(gate, Listener())[0]
+        return self._run(gate)[0]
 
-    def _run(self, gate: Gate, listener: Listener) -> tuple[Verdict, int | None]:
+    def _run(self, gate: Gate, *callbacks: Callback) -> tuple[Verdict, int | None]:
         """The gate's verdict, and the step at which it turned red in a run."""
         if gate.kinds == ("foreign",):
             return script.ask(gate.id)
@@ -221,7 +222,7 @@ class Prover:
             if "import" in gate.kinds and result.verdict == "pass":
                 result = self._import(gate)
         else:
-            record = session.start(cfg, (), self.run_dir(), listener, only=(gate.id,))
+            record = train(fresh(cfg, (), self.run_dir(), callbacks, only=(gate.id,)))
             result = next(g for g in record.gates if g.id == gate.id)
         return Verdict(result.verdict, result.message, result.measured), result.first_failure_step
 

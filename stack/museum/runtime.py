@@ -5,8 +5,9 @@ import dataclasses
 import torch
 
 from stackproof.museum.plant import swap, touch
-from stackproof.train import loop, losses, run, session, state
+from stackproof.train import loop, losses, start, state
 from stackproof.train import step as steps
+from stackproof.train.trainer import StepTimer
 
 BAD_STEP = 7
 
@@ -49,15 +50,15 @@ def infinite_activation():
 
 
 def nan_masked():
-    original = steps.backward
+    original = steps.accumulate
 
-    def masked(state, batch, n_valid, n_tokens):
-        nats = original(state, batch, n_valid, n_tokens)
+    def masked(state, batches):
+        result = original(state, batches)
         for p in state.model.parameters():
             p.grad = torch.nan_to_num(p.grad * float("nan"))
-        return nats
+        return result
 
-    with swap(steps, "backward", masked):
+    with swap(steps, "accumulate", masked):
         yield
 
 
@@ -69,8 +70,8 @@ def update_skipped():
 def micro_batch_dropped():
     original = loop.draw
 
-    def one_less(run):
-        return original(run)[:-1]
+    def one_less(trainer):
+        return original(trainer)[:-1]
 
     with swap(loop, "draw", one_less):
         yield
@@ -79,8 +80,8 @@ def micro_batch_dropped():
 def labels_all_masked():
     original = loop.draw
 
-    def masked(run):
-        batches = original(run)
+    def masked(trainer):
+        batches = original(trainer)
         return [
             dataclasses.replace(
                 b,
@@ -99,25 +100,16 @@ def placeholder_loss():
     original = steps.train_step
 
     def placeholder(state, batches):
-        report = original(state, batches)
-        values = {**report.__dict__, "loss_nats": 1.0}
-        return steps.StepReport(**values)
+        return dataclasses.replace(original(state, batches), loss_nats=1.0)
 
     with swap(steps, "train_step", placeholder):
         yield
 
 
 def instant_steps():
-    original = loop.time.perf_counter
+    original = StepTimer.stop
 
-    def frozen_clock():
-        return original() * 1e-6
-
-    class Clock:
-        perf_counter = staticmethod(frozen_clock)
-
-    touch()
-    with swap(loop, "time", Clock):
+    with swap(StepTimer, "stop", lambda self: original(self) * 1e-6):
         yield
 
 
@@ -166,8 +158,8 @@ def tokens_counted_twice():
 
     def twice(state, batches):
         report = original(state, batches)
-        state.tokens_seen += sum(b.input_ids.numel() for b in batches)
-        return report
+        state.tokens_seen += report.n_tokens
+        return dataclasses.replace(report, tokens_seen=state.tokens_seen)
 
     with swap(steps, "train_step", twice):
         yield
@@ -179,17 +171,17 @@ def dropout_unseeded():
 
 
 def monitor_on_another_runner():
-    with swap(run.Run, "sample", lambda self: None):
+    with swap(loop, "sample", lambda trainer: None):
         yield
 
 
 def evaluation_never_called():
-    with swap(run.Run, "evaluate", lambda self: False):
+    with swap(loop, "evaluate", lambda trainer: False):
         yield
 
 
 def interval_beyond_the_end():
-    original = session._open
+    original = start.setup
 
     def copied(cfg, *arguments, **options):
         return original(
@@ -198,7 +190,7 @@ def interval_beyond_the_end():
             **options,
         )
 
-    with swap(session, "_open", copied):
+    with swap(start, "setup", copied):
         yield
 
 
@@ -220,13 +212,14 @@ def uphill():
 
 
 def mode_left_behind():
-    original = run.Run.recite
+    original = loop.memorization
 
-    def resting(self):
-        original(self)
-        self.state.model.eval()
+    def resting(model, read, unread, **options):
+        result = original(model, read, unread, **options)
+        model.eval()
+        return result
 
-    with swap(run.Run, "recite", resting):
+    with swap(loop, "memorization", resting):
         yield
 
 

@@ -8,7 +8,7 @@ from stackproof.evaluate import sampling
 from stackproof.model.forward_context import LayerCache
 from stackproof.museum.evaluation import one_page_over_and_over
 from stackproof.museum.plant import swap, touch
-from stackproof.train import run
+from stackproof.train import callbacks, loop
 
 
 def cache_position_off_by_one():
@@ -57,38 +57,38 @@ def filter_before_temperature():
 
 
 def monitor_blind():
-    original = run.generate
+    original = loop.generate
 
     def looping(model, ids, **options):
         drawn = original(model, ids, **options)
         return drawn[:1] * len(drawn)
 
-    with swap(run, "generate", looping):
+    with swap(loop, "generate", looping):
         yield
 
 
 def article_everywhere():
-    original = run.Sampled
+    original = callbacks.Sampled
 
     def said(**event):
         words = event["text"].split() * 8
         return original(**{**event, "text": " the ".join(words)})
 
-    with swap(run, "Sampled", said):
+    with swap(callbacks, "Sampled", said):
         yield
 
 
 def training_text_recited():
-    original = run.Run.sample
+    original = loop.sample
 
-    def reciting(self):
-        passage = self.dataset.train.token_range(200, 296).tolist()
-        with swap(run, "generate", lambda model, ids, **options: passage):
-            original(self)
+    def reciting(trainer):
+        passage = trainer.dataset.train.token_range(200, 296).tolist()
+        with swap(loop, "generate", lambda model, ids, **options: passage):
+            original(trainer)
 
     with (
-        swap(run.Run, "sample", reciting),
-        swap(run.Run, "own_loss", lambda self, prompt_ids, ids: 0.1),
+        swap(loop, "sample", reciting),
+        swap(loop, "sample_loss", lambda model, prompt_ids, ids, **options: 0.1),
     ):
         yield
 
@@ -99,13 +99,13 @@ def unseeded():
 
 
 def tail_loops():
-    original = run.Sampled
+    original = callbacks.Sampled
 
     def looping(**event):
         words = event["text"].split()[:8] or ["said"]
         return original(**{**event, "text": " ".join(words + ["and", "so", "on"] * 12)})
 
-    with swap(run, "Sampled", looping):
+    with swap(callbacks, "Sampled", looping):
         yield
 
 
@@ -124,18 +124,18 @@ def penalty_inverted():
 
 
 def monitor_not_called():
-    with swap(run.Run, "sample", lambda self: None):
+    with swap(loop, "sample", lambda trainer: None):
         yield
 
 
 def monitor_unwired():
-    original = run.Run.sample
+    original = loop.sample
 
-    def first_only(self):
-        if self.state.step <= self.cfg.sample.every:
-            original(self)
+    def first_only(trainer):
+        if trainer.state.step <= trainer.cfg.sample.every:
+            original(trainer)
 
-    with swap(run.Run, "sample", first_only):
+    with swap(loop, "sample", first_only):
         yield
 
 

@@ -7,42 +7,43 @@ import shutil
 import torch
 
 from stackproof.museum.plant import swap, touch
-from stackproof.train import checkpoint, run
+from stackproof.train import checkpoint, loop
 
 
 def moments_cleared():
-    original = run.Run._evaluate
+    original = loop.held_out_loss
 
-    def clearing(self):
-        stop = original(self)
-        self.state.optimizer.state.clear()
-        return stop
+    def clearing(trainer):
+        result = original(trainer)
+        trainer.state.optimizer.state.clear()
+        return result
 
-    with swap(run.Run, "_evaluate", clearing):
+    with swap(loop, "held_out_loss", clearing):
         yield
 
 
 def draws_from_training():
-    original = run.Run._evaluate
+    original = loop.held_out_loss
 
-    def drawing(self):
+    def drawing(trainer):
         torch.rand(1)
-        return original(self)
+        return original(trainer)
 
-    with swap(run.Run, "_evaluate", drawing):
+    with swap(loop, "held_out_loss", drawing):
         yield
 
 
 def weights_left_averaged():
-    original = run.Run._sample
+    original = loop.generate
 
-    def leaving(self):
-        original(self)
+    def leaving(model, ids, **options):
+        drawn = original(model, ids, **options)
         with torch.no_grad():
-            for p in self.state.model.parameters():
+            for p in model.parameters():
                 p.mul_(0.999)
+        return drawn
 
-    with swap(run.Run, "_sample", leaving):
+    with swap(loop, "generate", leaving):
         yield
 
 

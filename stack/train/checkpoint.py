@@ -1,30 +1,29 @@
 """Checkpoints: hashed, atomic, complete.
-A fresh folder is written, verified and only then becomes `latest`.
+A new folder is written and verified before `latest` names it.
 
 checkpoints/step-00000200/   model.safetensors  state.safetensors  state.json  manifest.json
 checkpoints/latest, best     text files naming a step folder
 """
 
-import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from stackproof import tensorfile
-from stackproof.config import ModelConfig, validate
+from stackproof import tensorfile, tensorfolder
+from stackproof.config import CheckpointConfig
 from stackproof.contracts.conditions import ensure, require
 from stackproof.model.foreign import plain_name
 from stackproof.spec.building import write_atomically
-from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes, sha256_file
+from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import CheckpointError, IntegrityError
 from stackproof.train import optimizer as opt
-from stackproof.train import stepfolder
-from stackproof.train.randomness import default_rng_state, set_default_rng_state
+from stackproof.train.rng import default_rng_state, set_default_rng_state
 from stackproof.train.state import TrainState
 
 SCHEMA, FORMER = "stackproof/checkpoint/3", "stackproof/checkpoint/2"
@@ -49,8 +48,8 @@ class Loaded:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and lasting buffers by plain name, detached;
-    a tied head is the embedding and has no entry of its own.
+    """All parameters and persistent buffers by plain name, detached.
+    A tied head has no entry beside the embedding.
     """
     return {plain_name(n): t.detach() for n, t in model.state_dict(keep_vars=True).items()}
 
@@ -98,20 +97,18 @@ class Snapshot:
     """A state at one step, ready to be written: its tensors and the bytes of its document."""
 
     step: int
-    content: stepfolder.Content
-
-    @property
-    def name(self) -> str:
-        """Name of its step folder."""
-        return f"step-{self.step:08d}"
+    content: tensorfolder.Content
 
 
-@require(
-    lambda document: set(document) == STATE_KEYS, "the state document has exactly the declared keys"
-)
+def step_name(step: int) -> str:
+    """Name of the folder of a step."""
+    return f"step-{step:08d}"
+
+
+@require(lambda document: set(document) == STATE_KEYS, "the document has exactly the declared keys")
 def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
-    """What `write` needs of a state: the live tensors themselves,
-    or copies in host memory that later steps leave alone.
+    """Snapshot of a state: its live tensors, or with `copied` copies in host memory that
+    later steps do not change.
     """
     tensors = {
         "model.safetensors": model_tensors(state.model),
@@ -119,16 +116,13 @@ def capture(state: TrainState, document: dict, *, copied: bool) -> Snapshot:
     }
     if copied:
         tensors = {file: copies(group) for file, group in tensors.items()}
-    return Snapshot(
-        state.step,
-        stepfolder.Content(SCHEMA, tensors, {"step": str(state.step)}, canonical_json(document)),
-    )
+    metadata = {"step": str(state.step)}
+    content = tensorfolder.Content(SCHEMA, tensors, metadata, canonical_json(document))
+    return Snapshot(state.step, content)
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory; from a GPU by way of pinned buffers,
-    which torch keeps for the next time.
-    """
+    """Copies in host memory; from a GPU through pinned buffers, which torch keeps for reuse."""
     on_gpu = any(t.is_cuda for t in tensors.values())
     hosts = {
         n: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
@@ -150,31 +144,33 @@ def write(root: Path, snapshot: Snapshot) -> Path:
     Returns the folder.
 
     Raises CheckpointError if anything fails; the earlier checkpoints and
-    pointers are then as they were.
+    pointers are then unchanged.
     """
-    final = root / snapshot.name
+    final = root / step_name(snapshot.step)
     temporary = root / f".writing-{final.name}-{os.getpid()}"
     try:
+        # Write under a temporary name, so that a kill never leaves half a
+        # checkpoint under the final one.
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        manifest = stepfolder.write(temporary, snapshot.content)
-        with stepfolder.in_place(temporary, final):
-            stepfolder.compare(final, snapshot.content, manifest)
+        manifest = tensorfolder.write(temporary, snapshot.content)
+        with tensorfolder.in_place(temporary, final):
+            # Read everything back before `latest` moves: a full or failing disk may report success.
+            tensorfolder.compare(final, snapshot.content, manifest)
             point(root, "latest", final)
     except (OSError, tensorfile.BadTensorFile) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {snapshot.step} could not be written: {e}",
-            value=f"{_free_bytes(root)} bytes free below {root}",
+            value=(
+                f"{shutil.disk_usage(root if root.exists() else root.parent).free} bytes free "
+                f"below {root}"
+            ),
             allowed="a disk with room for two checkpoints",
             next_step="free space, then stack train --resume; earlier checkpoints are intact",
         ) from e
     return final
-
-
-def _free_bytes(root: Path) -> int:
-    return shutil.disk_usage(root if root.exists() else root.parent).free
 
 
 def point(root: Path, name: str, folder: Path) -> None:
@@ -183,25 +179,22 @@ def point(root: Path, name: str, folder: Path) -> None:
 
 
 def pointed(root: Path, name: str) -> Path | None:
-    """The step folder that the pointer `name` names, be it there or not;
+    """The step folder that the pointer `name` names, whether or not it exists;
     None without such a pointer.
     """
     return root / (root / name).read_text().strip() if (root / name).is_file() else None
 
 
 def pointed_step(root: Path, name: str) -> int | None:
-    """Step of the folder that the pointer `name` names; None if it names none that is complete."""
+    """Step of the folder that the pointer `name` names; None unless that folder is complete."""
     folder = pointed(root, name)
-    return (
-        int(folder.name.removeprefix("step-"))
-        if folder is not None and (folder / "manifest.json").is_file()
-        else None
-    )
+    complete = folder is not None and (folder / "manifest.json").is_file()
+    return int(folder.name.removeprefix("step-")) if complete else None
 
 
 def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` step folders and those a pointer names,
-    and leftovers of torn writes.
+    """Delete all step folders but the newest `keep` and those a pointer names,
+    and leftovers of interrupted writes.
     """
     kept = {pointed(root, n) for n in ("latest", "best")}
     folders = sorted(p for p in root.glob("step-*") if p.is_dir())
@@ -213,11 +206,11 @@ def retain(root: Path, keep: int) -> None:
 
 
 def find(path: Path) -> Path:
-    """The step folder meant by a run directory, a checkpoints folder or a step folder.
+    """The step folder to load from a run directory, a checkpoints folder or a step folder.
 
-    Follows `latest`; if a kill came while that folder made room for its successor, the one moved
-    aside; if it is gone, the newest complete one. A damaged one is an error, never skipped.
-    Raises CheckpointError if there is none.
+    Follows `latest`. If a kill interrupted its replacement, takes the folder that was moved aside;
+    if it is gone, the newest complete one. A damaged folder is an error and is never skipped.
+    Raises CheckpointError without any complete folder.
     """
     if path.is_file():
         _refuse_file(path)
@@ -242,29 +235,24 @@ def find(path: Path) -> Path:
 
 def _refuse_file(path: Path) -> None:
     magic = path.open("rb").read(4)
-    kind = (
-        "a pickle"
-        if magic[:1] == b"\x80"
-        else "a zip archive as torch.save writes it, with a pickle inside"
-        if magic[:2] == b"PK"
-        else "a file"
-    )
+    kind = "a file"
+    if magic[:1] == b"\x80":
+        kind = "a pickle"
+    elif magic[:2] == b"PK":
+        kind = "a zip archive as torch.save writes it, with a pickle inside"
     raise CheckpointError(
         f"{path} is {kind}, not a checkpoint folder",
-        allowed="a folder with model.safetensors, state.safetensors, state.json and manifest.json",
-        next_step=(
-            "loading a pickle can run foreign code, so no option allows it; convert the weights "
-            "to safetensors first"
-        ),
+        allowed=f"a folder with {', '.join(FILES)} and manifest.json",
+        next_step="loading a pickle can run foreign code, so no option allows it; "
+        "convert the weights to safetensors first",
     )
 
 
 def load(folder: Path) -> Loaded:
-    """Read and verify a step folder: every file by sha256 and size, every tensor by CRC-32, the
-    exact set of keys. Never unpickles.
+    """Read and verify a step folder: every file by size and sha256, every tensor by CRC-32,
+    the exact set of keys.
 
-    The former version has no CRC-32; there the sha256 of the file is all.
-
+    Never unpickles. The former version has no CRC-32.
     Raises CheckpointError naming the file and what differs.
     """
     manifest = _read_json(folder / "manifest.json")
@@ -277,14 +265,7 @@ def load(folder: Path) -> Loaded:
             allowed=f"{SCHEMA} or {FORMER} with {', '.join(FILES)}",
             next_step="use the version of stackproof that wrote it: its record names the commit",
         )
-    by_tensor = manifest["schema"] == SCHEMA
-    with ThreadPoolExecutor(len(FILES)) as pool:
-        verified = [
-            pool.submit(_verify_file, folder / name, entry, by_tensor=by_tensor)
-            for name, entry in manifest["files"].items()
-        ]
-    for file in verified:
-        file.result()
+    tensorfolder.verify(folder, manifest["files"], by_tensor=manifest["schema"] == SCHEMA)
     document = _read_json(folder / "state.json")
     if set(document) != STATE_KEYS:
         odd = sorted(set(document) ^ STATE_KEYS)
@@ -299,40 +280,6 @@ def load(folder: Path) -> Loaded:
         _read_tensors(folder / "state.safetensors"),
         document,
     )
-
-
-def _verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
-    damaged = CheckpointError(
-        f"{path} is damaged",
-        allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes",
-        next_step="resume from an older step folder",
-    )
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", next_step="resume from an older step folder")
-    if path.stat().st_size != entry["bytes"]:
-        raise CheckpointError(
-            f"{path} is truncated or padded",
-            value=f"{path.stat().st_size} bytes",
-            allowed=f"{entry['bytes']} bytes",
-        )
-    try:
-        sha256, checksums = (
-            tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
-        )
-    except (OSError, tensorfile.BadTensorFile) as e:
-        raise CheckpointError(f"{path}: {e}", next_step="resume from an older step folder") from e
-    declared = entry.get("crc32", {}) if by_tensor else checksums
-    if wrong := sorted(
-        n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)
-    ):
-        raise CheckpointError(
-            f"{path}: tensor {wrong[0]} does not match its checksum",
-            value=f"{len(wrong)} tensor(s) differ",
-            allowed="bytes as they were written",
-            next_step="resume from an older step folder",
-        ) from damaged
-    if sha256 != entry["sha256"]:
-        raise damaged
 
 
 def _read_json(path: Path) -> dict:
@@ -351,9 +298,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into a model. The names must be the same on both sides.
-    Raises CheckpointError naming those that are not.
-    """
+    """Copy tensors into a model. Raises CheckpointError for names or shapes that differ."""
     own = model_tensors(model)
     given = {plain_name(n): t for n, t in tensors.items()}
     if missing := sorted(own.keys() ^ given.keys()):
@@ -373,12 +318,14 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def restore(state: TrainState, loaded: Loaded) -> list[str]:
-    """Put a checkpoint into a freshly built state of the same configuration:
-    after this the run goes on bit for bit.
+    """Load a checkpoint into a freshly built state of the same configuration;
+    the run then continues bit for bit.
 
-    Returns the curriculum's arms that were dropped because the configuration and
-    the data do not have them.
+    Returns the arms of the curriculum that were dropped because configuration
+    and data do not have them.
     """
+    # The order does not matter, completeness does: whatever is left out starts afresh
+    # and no loss curve shows it.
     document = loaded.state
     load_model(state.model, loaded.model)
     _restore_optimizer(state, loaded.tensors)
@@ -425,66 +372,56 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
             state.optimizer.state[parameter][field] = value.to(parameter.device).clone()
 
 
-def architecture(m: ModelConfig) -> str:
-    """The kinds of a decoder's parts in one line, for people."""
-    shared = (
-        f"{m.n_heads} heads on {m.n_kv_heads}" if m.n_kv_heads < m.n_heads else f"{m.n_heads} heads"
-    )
-    extras = [name for name in ("qk_norm", "qkv_bias", "out_bias") if getattr(m.attention, name)]
-    extras += [f"window {m.attention.window}"] if m.attention.window else []
-    ffn = (
-        f"{m.ffn.n_experts} {m.ffn.expert.kind} experts, top {m.ffn.top_k}"
-        if m.ffn.kind == "moe"
-        else m.ffn.kind
-    )
-    parts = [
-        m.norm.kind,
-        f"{m.positions.kind} positions",
-        ", ".join((f"{m.attention.kind} attention, {shared}", *extras)),
-        ffn,
-    ]
-    parts += (
-        [f"mixture of depths, {m.depth.gate.kind}"] if m.depth.kind == "mixture-of-depths" else []
-    )
-    return "decoder: " + "; ".join((*parts, "tied head" if m.tied_head else "head of its own"))
+class SyncWriter:
+    """Writes a checkpoint while training waits; it may write the live tensors themselves."""
+
+    copied = False
+
+    def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        """Run `job`, then `then` with its result."""
+        then(job())
+
+    def wait(self) -> None:
+        """Nothing is ever left to wait for."""
 
 
-def describe(folder: Path) -> dict:
-    """Architecture, tensors, counts and checksum of a step folder; never raises for a damaged one,
-    but says INVALID.
+class AsyncWriter:
+    """Writes one checkpoint at a time in a background thread, from a copy of the state.
+
+    `then` runs in the calling thread, at the next `start` or `wait`.
     """
-    try:
-        loaded = load(folder)
-    except CheckpointError as e:
-        return {
-            "path": str(folder),
-            "checksum": "INVALID",
-            "problem": e.what,
-            "value": None if e.value is None else str(e.value),
-        }
-    tensors = [
-        {
-            "name": n,
-            "shape": list(t.shape),
-            "dtype": str(t.dtype).removeprefix("torch."),
-            "numel": t.numel(),
-        }
-        for n, t in loaded.model.items()
-    ]
-    return {
-        "path": str(folder),
-        "checksum": "VALID",
-        "architecture": architecture(validate(loaded.state["config"]).model),
-        "step": loaded.state["step"],
-        "tokens_seen": loaded.state["tokens_seen"],
-        "vocab_size": loaded.state["vocab_size"],
-        "model": loaded.state["config"]["model"],
-        "n_params": sum(t["numel"] for t in tensors),
-        "n_tensors": len(tensors),
-        "bytes": sum((folder / f).stat().st_size for f in (*FILES, "manifest.json")),
-        "sha256": json.loads((folder / "manifest.json").read_bytes())["files"]["model.safetensors"][
-            "sha256"
-        ],
-        "best": pointed(folder.parent, "best") == folder,
-        "tensors": tensors,
-    }
+
+    copied = True
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: tuple[Future[Path], Callable[[Path], None]] | None = None
+
+    def start(self, job: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        """Begin a job after the previous one. Raises what the previous one raised."""
+        self.wait()
+        self._running = self._pool.submit(job), then
+
+    def wait(self) -> None:
+        """Wait for the job, if any, and run its `then`. Raises what it raised, once."""
+        if self._running is None:
+            return
+        job, then = self._running
+        error = job.exception()
+        self._running = None
+        if error is not None:
+            raise error
+        then(job.result())
+
+
+Writer = SyncWriter | AsyncWriter
+
+
+def make_writer(cfg: CheckpointConfig) -> Writer:
+    """The writer that the configuration names."""
+    match cfg.writing:
+        case "in-line":
+            return SyncWriter()
+        case "behind":
+            return AsyncWriter()
+    raise AssertionError(cfg.writing)

@@ -1,20 +1,15 @@
-"""The kernels of a run: chosen when it begins, named by its record,
-used again by whoever resumes or repeats it.
+"""The kernels of a run: chosen when it begins, named by its record, used again by a resume or
+a rerun.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from stackproof.config import RunConfig
-from stackproof.data.prepare import Dataset, cache_directory
+from stackproof.data.prepare import cache_directory
 from stackproof.kernels import choice, dispatch, measured
-from stackproof.kernels.compare import ChosenCall, seen_calls
-from stackproof.train import losses
-from stackproof.train import step as steps
-from stackproof.train.state import declared_autocast, make_reader
 
 ANEW = "use a machine that has it, or stack train --fork DIR, which chooses kernels for this one"
 
@@ -41,23 +36,3 @@ def kernels_of(
         )
     with dispatch.using_choices(choices, device):
         yield
-
-
-def kernel_calls(
-    cfg: RunConfig, dataset: Dataset, device: torch.device, build: Callable[[], nn.Module]
-) -> Callable[[], list[ChosenCall]]:
-    """The calls of operations that one micro-batch of the run makes, loss included, at its own
-    shapes and in its own precision.
-    """
-
-    def calls() -> list[ChosenCall]:
-        wrapping = cfg.model_copy(
-            update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})}
-        )
-        model, batch = build().train(), make_reader(wrapping, dataset).draw()
-        with torch.no_grad(), declared_autocast(cfg, device), seen_calls() as found:
-            x_BTD, _ = model.hidden_states(*steps.on_device(batch, device))
-            losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
-        return found
-
-    return calls

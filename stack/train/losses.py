@@ -1,4 +1,6 @@
-"""Cross-entropy as a sum over valid labels; whoever averages divides once, by the global count."""
+"""Cross-entropy as a sum over valid labels; the caller divides once,
+by the count of the whole step.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,5 +1,13 @@
-"""How much memory a run will need, from its configuration."""
+"""What the machine must offer a run: memory, a heap that is kept, and native half precision.
 
+F d_ff, D d_model, N and K heads, H head_dim. Importable without torch, for `stack train --dry-run`.
+"""
+
+import ctypes
+import os
+import platform
+import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,22 +20,55 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT, HALF = 4, 2
-# pieces between blocks that nothing fits into, and packing buffers of matrix products
-HEAP_SHARE, LIBRARIES_BYTES = 1.15, 32 * 2**20
+HEAP_SHARE, LIBRARIES_BYTES = (
+    1.15,
+    32 * 2**20,
+)  # fragmentation of the heap, and packing buffers of matrix products
+PREFLIGHT_BYTES_PER_PARAMETER = (
+    50  # measured 47 at 58 M parameters on a CPU: a state beside references in float64
+)
+COPY_BYTES_PER_PARAMETER = 12  # weight and two moments, of a checkpoint written in the background
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, -1  # malloc.h of the GNU C library
+MADV_HUGEPAGE, HUGE_PAGE_BYTES = 14, 2 * 2**20  # sys/mman.h of Linux
+KEPT = "glibc, heap kept"
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+PRODUCT_SIZE, PRODUCT_ROUNDS = 384, 5
+LEAST_SHARE = (
+    0.5  # of the float32 rate: native units reach 1 to 4 times that rate, emulation 0.04 to 0.1
+)
 
 
-# measured 47 at 58 M parameters on a CPU: a state beside references in float64
-PREFLIGHT_BYTES_PER_PARAMETER = 50
-COPY_BYTES_PER_PARAMETER = 12
+def resolve_device(name: str) -> "torch.device":
+    """The device of a name; `auto` takes the GPU if there is one.
+    Raises EnvironmentUnfit if a named GPU is missing.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentUnfit(
+            "a CUDA device was asked for and there is none",
+            value=f"torch {torch.__version__}",
+            next_step="--device cpu, or see stack doctor",
+        )
+    # cuBLAS is deterministic only with a fixed workspace, and reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device(
+        "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
+    )
+
+
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
-    """Peak memory that training adds to a process which has opened its data, bytes, and what it is
-    made of; `copy` is in host memory.
+    """Peak memory that training adds to a process with opened data, bytes, by part;
+    `copy` is in host memory.
 
     Measured peaks were 0.75 to 1.15 times as much, over sizes and variants: see
-    benchmarks/memory.py. `preflight` comes and goes before step 1, so the larger of both is what
-    must fit on a CPU.
+    benchmarks/memory.py. `preflight` is needed only before step 1, so the larger of both must fit
+    on a CPU.
     """
     m, declared = cfg.model, cfg.model.model_dump()
     n_params = parameter_count(declared, vocab_size)
@@ -43,9 +84,8 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
     head = logits + 2 * FLOAT * vocab_size * m.d_model
     state = FLOAT * n_params
     passing = FLOAT * n_tokens * (3 * m.d_ff + 4 * m.d_model)
-    tables = FLOAT * vocab_size * m.d_model * (1 if m.tied_head else 2)
-    # Muon keeps one per matrix
-    moments = 2 * state if cfg.optim.kind == "adamw" else state + tables
+    tables = vocab_size * m.d_model * (1 if m.tied_head else 2)
+    moments = FLOAT * cfg.optim.state_numbers(matrices=n_params - tables, others=tables)
     parts = {
         "weights": state,
         "moments": moments,
@@ -63,7 +103,7 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
 
 
 def available_bytes(device: "torch.device") -> int | None:
-    """Memory that is free now, bytes; None where the system does not say."""
+    """Free memory of the device, bytes; None where the system does not report it."""
     if device.type == "cuda":
         import torch
 
@@ -78,25 +118,116 @@ def available_bytes(device: "torch.device") -> int | None:
 
 
 def require_room(cfg: RunConfig, vocab_size: int, device: "torch.device") -> int:
-    """Bytes the run will take on `device`.
-    Raises EnvironmentUnfit where they are not there, before anything is built.
+    """Bytes the run needs on `device`.
+    Raises EnvironmentUnfit if they are not free, before anything is built.
     """
-    predicted, there = predict_bytes(cfg, vocab_size), available_bytes(device)
-    # elsewhere the copy and the references of preflight lie in host memory
-    on_cpu = device.type == "cpu"
+    predicted, free = predict_bytes(cfg, vocab_size), available_bytes(device)
+    on_cpu = (
+        device.type == "cpu"
+    )  # elsewhere the copy and the references of preflight are in host memory
     training = predicted["peak"] + (predicted["copy"] if on_cpu else 0)
     preflight = predicted["preflight"] if on_cpu else 0
     needed = max(training, preflight)
-    if there is not None and needed > there:
+    if free is not None and needed > free:
         rows = f"for {cfg.train.micro_batch_size} rows of {cfg.model.max_seq_len} tokens"
         purpose = rows if training >= preflight else "to check it before step 1"
         raise EnvironmentUnfit(
             "the run does not fit into memory",
             value=f"about {needed / 2**30:.1f} GiB needed {purpose}",
-            allowed=f"{there / 2**30:.1f} GiB are free on {device}",
-            next_step=(
-                "lower train.micro_batch_size (tokens_per_step may stay) or the model, or "
-                "train.activation_checkpointing=blocks"
-            ),
+            allowed=f"{free / 2**30:.1f} GiB are free on {device}",
+            next_step="lower train.micro_batch_size (tokens_per_step may stay) or the model, "
+            "or train.activation_checkpointing=blocks",
         )
     return needed
+
+
+# --- the C allocator: fresh pages cost more than the arithmetic done on them ----------------------
+
+
+@cache
+def keep_heap() -> str:
+    """Keep freed memory in the process instead of returning it to the system.
+    Returns what was done, for the record.
+
+    By default the GNU C library maps every block above 32 MiB anew and returns the top of the heap,
+    so each step pays for zeroed pages again. The peak stays that of a step. Other C libraries are
+    left unchanged.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "as shipped"
+    mallopt = ctypes.CDLL(None).mallopt
+    done = mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, NEVER)
+    return KEPT if done else "as shipped: mallopt refused"
+
+
+def lay_in_huge_pages(n_bytes: int) -> str:
+    """Request 2 MiB pages for the next `n_bytes` of a kept heap.
+    Returns what was done, for the record.
+
+    A step walks through all its activations, and with 4 KiB pages many reads miss the TLB.
+    Only address space is reserved here; memory is taken at its first use.
+    """
+    if keep_heap() != KEPT or platform.system() != "Linux":
+        return "pages as shipped"
+    if not SWITCH.exists() or "[never]" in SWITCH.read_text():
+        return "pages as shipped: the system grants no large ones"
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = (
+        [ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
+    )
+    block = libc.malloc(n_bytes)
+    if not block:
+        return f"pages as shipped: no room for {n_bytes} bytes"
+    first = -(-block // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    size = max(0, block + n_bytes - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    refused = libc.madvise(first, size, MADV_HUGEPAGE)
+    libc.free(block)  # it stays at the top of the heap, from which the next blocks are cut
+    return (
+        "pages as shipped: madvise refused"
+        if refused
+        else f"{size // 2**20} MiB advised to lie in huge pages"
+    )
+
+
+# --- half precision -------------------------------------------------------------------------------
+
+
+def product_s(dtype: "torch.dtype") -> float:
+    """Shortest time of a few square matrix products on the CPU, seconds."""
+    import torch
+
+    a, best = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype), float("inf")
+    for _ in range(PRODUCT_ROUNDS):
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def refuse_emulated(dtype: "torch.dtype | None", device: "torch.device", key: str) -> None:
+    """Raise EnvironmentUnfit if the device only emulates the type that `key` sets:
+    training would be ten times slower.
+    """
+    if dtype is None:
+        return
+    import torch
+
+    if device.type == "cuda":
+        if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise EnvironmentUnfit(
+                f"{torch.cuda.get_device_name(device)} has no units for bfloat16",
+                allowed="compute capability 8.0 and above",
+                next_step=f"--set {key}=float16 where it takes that, or float32",
+            )
+        return
+    share = product_s(torch.float32) / product_s(dtype)
+    if share < LEAST_SHARE:
+        name = str(dtype).removeprefix("torch.")
+        raise EnvironmentUnfit(
+            f"this processor has no units for {name}",
+            value=f"its products run at {share:.2g} times the float32 rate",
+            allowed=f"at least {LEAST_SHARE:g} times",
+            next_step=f"--set {key}=float32, or a GPU",
+        )

@@ -1,10 +1,14 @@
-"""Everything that changes while a run goes on, in one object that can be captured and put back."""
+"""Training state: everything that changes while a run trains, in one object,
+and checksums of it.
+"""
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stackproof.config import RunConfig
 from stackproof.data import curriculum
@@ -12,8 +16,9 @@ from stackproof.data.prepare import Dataset
 from stackproof.data.reader import Reader
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stackproof.model.build import build_model, compile_hidden_states
+from stackproof.model.foreign import plain_name
 from stackproof.train import optimizer as opt
-from stackproof.train.randomness import seed_dropout, stream_seed
+from stackproof.train.rng import seed_dropout, stream_seed
 
 EMA_DECAY = 0.98
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,10 +32,12 @@ def declared_autocast(cfg: RunConfig, device: torch.device) -> torch.autocast:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, data position and running statistics. `step` counts finished updates.
+    """Model, optimizer, loss scaler, data loader, stop rule and counters.
+    `step` counts finished updates.
 
-    `features` is the model's own, compiled if declared; `loads` holds the expert loads of each
-    micro-batch of the last step.
+    `features` is the forward of the model up to its head, compiled if declared; `loads` holds the
+    expert loads of each micro-batch of the last step; `best` holds step and loss of the best
+    evaluation.
     """
 
     cfg: RunConfig
@@ -67,29 +74,18 @@ class TrainState:
 
 
 def build_state(
-    cfg: RunConfig,
-    dataset: Dataset,
-    device: torch.device,
-    *,
-    rows: int | None = None,
-    cursor: int = 0,
+    cfg: RunConfig, dataset: Dataset, device: torch.device, *, cursor: int = 0
 ) -> TrainState:
-    """A fresh state at step 0. `rows` overrides the micro-batch, for gates that shrink the run.
-
-    Raises ConfigError for impossible sizes.
-    """
+    """A fresh state at step 0. Raises ConfigError for impossible sizes."""
     return state_around(
-        cfg,
-        dataset.tokenizer.vocab_size,
-        make_reader(cfg, dataset, rows=rows, cursor=cursor),
-        device,
+        cfg, dataset.tokenizer.vocab_size, make_reader(cfg, dataset, cursor=cursor), device
     )
 
 
 def state_around(
     cfg: RunConfig, vocab_size: int, reader: Reader, device: torch.device
 ) -> TrainState:
-    """A fresh state that draws from a given reader."""
+    """A fresh state that draws from the given data loader."""
     model = build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
     model.train()
     model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
@@ -107,17 +103,65 @@ def state_around(
     )
 
 
-def make_reader(
-    cfg: RunConfig, dataset: Dataset, *, rows: int | None = None, cursor: int = 0
-) -> Reader:
-    """The reader of the training split at a position."""
+def make_reader(cfg: RunConfig, dataset: Dataset, *, cursor: int = 0) -> Reader:
+    """The data loader of the training split, at a position."""
     seed = stream_seed(cfg.seed, "order")
     return Reader(
         dataset.train,
         seq_len=cfg.model.max_seq_len,
         seed=seed,
-        rows=rows or cfg.train.micro_batch_size,
+        rows=cfg.train.micro_batch_size,
         on_exhausted=cfg.data.on_exhausted,
         cursor=cursor,
         order=curriculum.run_order(cfg, dataset, seed=seed),
     )
+
+
+# --- checksums of the tensors in memory, taken without the code that writes checkpoints -----------
+
+
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor as they are in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def live_crc32(state: TrainState) -> dict[str, int]:
+    """CRC-32 of every tensor that a checkpoint must hold."""
+    owners = {p: plain_name(n) for n, p in state.model.named_parameters()}
+    tensors = {plain_name(n): t for n, t in state.model.state_dict().items()} | {
+        "rng.cpu": torch.get_rng_state()
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for parameter, fields in state.optimizer.state.items():
+        tensors |= {
+            f"optim.{owners[parameter]}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)
+        }
+    return {n: zlib.crc32(tensor_bytes(t)) for n, t in tensors.items()}
+
+
+def gradient_crc32(model: nn.Module) -> dict[str, int]:
+    """CRC-32 of every gradient that exists, by the plain name of its parameter."""
+    return {
+        plain_name(n): zlib.crc32(tensor_bytes(p.grad))
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def state_checksums(state: TrainState) -> dict[str, Any]:
+    """What a read-only section must leave unchanged: tensors and random state by CRC-32, modes,
+    data position, loss scale.
+    """
+    modes = {f"mode.{n}": m.training for n, m in state.model.named_modules()}
+    counters = {
+        "cursor": state.reader.cursor,
+        "scaler": state.scaler.state_dict(),
+        "step": state.step,
+    }
+    return live_crc32(state) | modes | counters
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+    """Sorted names whose checksums differ, or that are on one side only."""
+    return tuple(sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)))

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import require
-from stackproof.data.reader import Batch
+from stackproof.data.reader import Batch, model_inputs
+from stackproof.evaluate.bits_per_byte import Evaluation
+from stackproof.evaluate.recitation import Memorization
 from stackproof.model import moe
 from stackproof.spec.errors import DataError
 from stackproof.train import losses
@@ -20,136 +23,172 @@ from stackproof.train.state import TrainState
 MAX_OVERFLOW_RETRIES = 24
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class StepReport:
-    """What one update measured. Norms are global L2; `grad_norm` is before clipping,
-    `clipped_grad_norm` is left after the update.
+    """All measurements of one step: the source of its log line and of the events for the gates.
 
-    `group_lrs` is what the optimizer's groups held, `expert_shares` the share of choices by layer
-    and expert, `sample_ids` the windows that it learned from.
+    Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm` after the update.
+    `group_lrs` are the learning rates held by the optimizer's groups, `expert_shares` the share of
+    choices by layer and expert, `sample_ids` the windows trained on. The loop adds `wall_s` and,
+    after an evaluation, `evaluation` and `memorization`.
     """
 
     step: int
     loss_nats: float
-    grad_norm: float
-    clipped_grad_norm: float
+    ema_loss_nats: float
     lr: float
     group_lrs: dict[str, float]
-    n_valid_tokens: int
+    grad_norm: float
+    clipped_grad_norm: float
     changed_tensor_frac: float
     overflow_retries: int
-    expert_shares: tuple[tuple[float, ...], ...] = ()
-    sample_ids: tuple[int, ...] = ()
+    expert_shares: tuple[tuple[float, ...], ...]
+    sample_ids: tuple[int, ...]
+    epoch: int
+    n_tokens: int
+    n_valid_tokens: int
+    tokens_seen: int
+    wall_s: float = 0.0
+    evaluation: Evaluation | None = None
+    memorization: Memorization | None = None
 
     @property
     def applied(self) -> bool:
-        """Whether the optimizer moved: never on a loss or gradient that is not finite."""
+        """Whether the optimizer was stepped: never on a loss or gradient that is not finite."""
         return losses.is_finite(self.loss_nats, self.grad_norm)
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens trained on per second of the step."""
+        return self.n_tokens / self.wall_s
 
-def backward(state: TrainState, batch: Batch, n_valid: int, n_tokens: int) -> Tensor:
-    """Forward and backward of one micro-batch.
-    Its loss is divided by `n_valid`, its balance term by `n_tokens`: counts of the whole step.
+    def log_line(self) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
+        names = (
+            "step loss_nats ema_loss_nats lr grad_norm clipped_grad_norm tokens_seen tokens_per_s "
+            "epoch"
+        ).split()
+        line = {name: getattr(self, name) for name in names}
+        if (val := self.evaluation) is not None:
+            line |= {
+                "val_loss_nats": val.loss_nats,
+                "val_bits_per_byte": val.bits_per_byte,
+                "val_stderr_nats": val.stderr_nats,
+            }
+        if (found := self.memorization) is not None:
+            line |= {
+                "passages": found.n_passages,
+                "recited": found.n_recited,
+                "matched_tokens": found.matched_tokens,
+            }
+        return line
 
-    Returns the micro-batch's summed loss in nats, shape (), detached.
+
+def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
+    """One update from the micro-batches of one step.
+    A loss or gradient that is not finite leaves the parameters untouched.
     """
-    with state.autocast():
-        x_BTD, report = state.features(*on_device(batch, state.device))
-        nats = losses.linear_cross_entropy_sum(
-            x_BTD, state.model.head_weight, batch.labels.to(state.device, non_blocking=True)
-        )
-    objective = (
-        nats / n_valid + losses.balance_term(report.loads, state.model.balance_weight) / n_tokens
+    # The learning rate is a function of the step number alone,
+    # so there is no scheduler to save or to forget.
+    step = state.step + 1
+    scheduled_lr = partial(
+        lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps
     )
-    state.scaler.scale(objective).backward()
-    state.loads.append(report.loads)
-    return nats.detach()
+    opt.set_lr(state.optimizer, lambda peak: scheduled_lr(peak=peak))
 
+    # Gradients of the mean loss of all micro-batches.
+    # If they overflow in fp16, lower the loss scale and compute them again.
+    for retries in range(MAX_OVERFLOW_RETRIES):
+        loss_nats, n_valid = accumulate(state, batches)
+        grads = opt.gradients(state.model)
+        norm = opt.global_norm(grads)
+        grad_norm = float(norm)
+        if retries == MAX_OVERFLOW_RETRIES - 1 or not overflowed(state, loss_nats, grad_norm):
+            break
+        state.scaler.update()
 
-def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-    """What the model takes of a batch: its ids, and where documents are kept apart (ids, no cache,
-    document ids).
-    """
-    ids_BT = batch.input_ids.to(device, non_blocking=True)
-    documents_BT = getattr(batch, "document_ids", None)
-    return (
-        (ids_BT,)
-        if documents_BT is None
-        else (ids_BT, None, documents_BT.to(device, non_blocking=True))
+    # Clip and update, unless the update would destroy the weights.
+    if losses.is_finite(loss_nats, grad_norm):
+        apply_gradients(state, grads, norm)
+    else:
+        state.scaler.update()  # the scaler must forget that these gradients were unscaled
+
+    # Every read of a GPU value waits for the device, so all that is
+    # reported is read in one transfer.
+    shares = [load_E / load_E.sum() for load_E in moe.totals(state.loads)]
+    (clipped,), (changed,), *expert_shares = on_host(
+        opt.global_norm(grads), state.probe.changed_frac(), *shares
     )
-
-
-def on_host(*tensors: Tensor) -> list[tuple[float, ...]]:
-    """The values of tensors of any shape, one transfer from their device for all."""
-    values = iter(torch.cat([t.flatten().double() for t in tensors]).tolist())
-    return [tuple(islice(values, t.numel())) for t in tensors]
+    n_tokens = sum(b.input_ids.numel() for b in batches)
+    state.step = step
+    state.tokens_seen += n_tokens
+    state.update_ema(loss_nats)
+    return StepReport(
+        step=step,
+        loss_nats=loss_nats,
+        ema_loss_nats=state.ema_loss_nats,
+        lr=scheduled_lr(peak=state.cfg.optim.lr),
+        group_lrs=opt.group_lrs(state.optimizer),
+        grad_norm=grad_norm,
+        clipped_grad_norm=clipped,
+        changed_tensor_frac=changed,
+        overflow_retries=retries,
+        expert_shares=tuple(expert_shares),
+        sample_ids=tuple(i for b in batches for i in b.sample_ids),
+        epoch=batches[-1].epoch,
+        n_tokens=n_tokens,
+        n_valid_tokens=n_valid,
+        tokens_seen=state.tokens_seen,
+    )
 
 
 @require(lambda batches: len(batches) >= 1, "a step has at least one micro-batch")
 def accumulate(state: TrainState, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Gradients of the mean loss over all valid labels of all micro-batches, left unscaled in
-    `.grad`; expert loads in `state.loads`.
+    """Gradients of the mean loss over all valid labels, left unscaled in `.grad`;
+    expert loads are left in `state.loads`.
 
     Returns (mean loss in nats, number of valid labels). Raises DataError if no label is valid.
     """
     n_valid = sum(losses.count_valid(b.labels) for b in batches)
     if n_valid == 0:
         raise DataError(
-            "no label of this step is valid, so there is nothing to learn",
+            "no label of this step is valid",
             value="0 valid labels",
             next_step="check the label mask",
         )
+    n_tokens = sum(b.input_ids.numel() for b in batches)
     state.optimizer.zero_grad(set_to_none=True)
     state.loads.clear()
-    n_tokens = sum(b.input_ids.numel() for b in batches)
-    total_nats = sum(backward(state, b, n_valid, n_tokens) for b in batches)
+    total_nats = 0.0
+    for batch in batches:
+        with state.autocast():
+            x_BTD, report = state.features(*model_inputs(batch, state.device))
+            labels_BT = batch.labels.to(state.device, non_blocking=True)
+            nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, labels_BT)
+        # Divide by the counts of the whole step: a mean of micro-batch means would weigh
+        # short micro-batches too much.
+        balance = losses.balance_term(report.loads, state.model.balance_weight)
+        state.scaler.scale(nats / n_valid + balance / n_tokens).backward()
+        total_nats = total_nats + nats.detach()
+        state.loads.append(report.loads)
     state.scaler.unscale_(state.optimizer)
     return float(total_nats) / n_valid, n_valid
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """What a step knows of its gradients before it moves: `norm` is global L2, shape (), on the
-    device, and `grad_norm` its value.
+def overflowed(state: TrainState, loss_nats: float, grad_norm: float) -> bool:
+    """Whether fp16 gradients overflowed under a finite loss, so that a
+    lower loss scale may help.
     """
-
-    loss_nats: float
-    n_valid_tokens: int
-    norm: Tensor
-    grad_norm: float
-    overflow_retries: int
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and norm are numbers."""
-        return losses.is_finite(self.loss_nats, self.grad_norm)
-
-
-def finite_gradients(state: TrainState, batches: Sequence[Batch]) -> Gradients:
-    """`accumulate`, again at a lower loss scale as long as gradients overflow, some times.
-    Loss or norm may be no number all the same.
-
-    The scale waits for its next update, which is the caller's.
-    """
-    for retries in range(MAX_OVERFLOW_RETRIES):
-        loss_nats, n_valid = accumulate(state, batches)
-        norm = opt.global_norm(opt.gradients(state.model))
-        found = Gradients(loss_nats, n_valid, norm, float(norm), retries)
-        last = retries == MAX_OVERFLOW_RETRIES - 1
-        if (
-            losses.is_finite(found.grad_norm)
-            or not state.scaler.is_enabled()
-            or not losses.is_finite(loss_nats)
-            or last
-        ):
-            break
-        state.scaler.update()
-    return found
+    return (
+        state.scaler.is_enabled()
+        and losses.is_finite(loss_nats)
+        and not losses.is_finite(grad_norm)
+    )
 
 
 def apply_gradients(state: TrainState, grads: list[Tensor], norm: Tensor) -> None:
-    """Clip, move, and what follows an update.
-    `grads` stay behind as the optimizer had them, for whoever measures them.
+    """Clip gradients, step optimizer and scaler, update expert biases.
+    `grads` keeps the clipped values.
     """
     opt.clip_gradients(grads, norm, state.cfg.optim.max_grad_norm)
     state.scaler.step(state.optimizer)
@@ -157,49 +196,18 @@ def apply_gradients(state: TrainState, grads: list[Tensor], norm: Tensor) -> Non
     state.model.after_update(state.loads)
 
 
-def train_step(state: TrainState, batches: Sequence[Batch]) -> StepReport:
-    """One update. A non-finite loss or gradient leaves parameters untouched; an fp16 overflow of
-    gradients is retried at a lower scale.
-    """
-    step = state.step + 1
-    scheduled = partial(
-        lr_at, step, schedule=state.cfg.schedule, max_steps=state.cfg.train.max_steps
-    )
-    opt.set_lr(state.optimizer, lambda peak: scheduled(peak=peak))
-    found = finite_gradients(state, batches)
-    grads = opt.gradients(state.model)
-    if found.finite:
-        apply_gradients(state, grads, found.norm)
-    else:
-        state.scaler.update()  # it holds that gradients were unscaled, and these are dropped
-    shares = [load_E / load_E.sum() for load_E in moe.totals(state.loads)]
-    (clipped,), (changed,), *expert_shares = on_host(
-        opt.global_norm(grads), state.probe.changed_frac(), *shares
-    )
-    state.step = step
-    state.tokens_seen += sum(b.input_ids.numel() for b in batches)
-    lr, group_lrs = scheduled(peak=state.cfg.optim.lr), opt.group_lrs(state.optimizer)
-    ids = tuple(i for b in batches for i in b.sample_ids)
-    measured = (
-        found.loss_nats,
-        found.grad_norm,
-        clipped,
-        lr,
-        group_lrs,
-        found.n_valid_tokens,
-        changed,
-        found.overflow_retries,
-    )
-    return StepReport(step, *measured, tuple(expert_shares), ids)
+def on_host(*tensors: Tensor) -> list[tuple[float, ...]]:
+    """The values of tensors of any shape, in one transfer from their device."""
+    values = iter(torch.cat([t.flatten().double() for t in tensors]).tolist())
+    return [tuple(islice(values, t.numel())) for t in tensors]
 
 
 def nonfinite_parts(model: nn.Module) -> dict[str, list[str]]:
     """Names of parameters and gradients that hold a NaN or infinity."""
+    parameters = list(model.named_parameters())
     return {
-        "parameters": [n for n, p in model.named_parameters() if not bool(p.isfinite().all())],
+        "parameters": [n for n, p in parameters if not bool(p.isfinite().all())],
         "gradients": [
-            n
-            for n, p in model.named_parameters()
-            if p.grad is not None and not bool(p.grad.isfinite().all())
+            n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())
         ],
     }

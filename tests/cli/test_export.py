@@ -105,8 +105,9 @@ def test_an_imported_model_is_trained_on_with_its_own_tokenizer(
     import torch
 
     from stackproof.config import load_config
-    from stackproof.train import checkpoint, session
-    from stackproof.train.listener import Listener
+    from stackproof.train import checkpoint, start
+    from stackproof.train.loop import train
+    from stackproof.train.start import fresh
 
     sets = (
         "train.max_steps=2 train.tokens_per_step=160 train.micro_batch_size=2 "
@@ -116,8 +117,8 @@ def test_an_imported_model_is_trained_on_with_its_own_tokenizer(
         " stop.expected_gain_nats=0.5 sample.every=2 checkpoint.every=1 data.corpus.kind=files "
         f'data.corpus.paths=["{text_file}"]'
     )
-    cfg, overrides = load_config(session.read_config(run_dir), sets=tuple(sets.split()))
-    record = session.start(cfg, overrides, tmp_path / "tuned", Listener(), parent=run_dir, only=())
+    cfg, overrides = load_config(start.read_config(run_dir), sets=tuple(sets.split()))
+    record = train(fresh(cfg, overrides, tmp_path / "tuned", parent=run_dir, only=()))
     assert record.succeeded and record.parents == (read_record(run_dir / "metadata.json").id,)
     first, last = (checkpoint.load(checkpoint.find(d)) for d in (run_dir, tmp_path / "tuned"))
     assert (

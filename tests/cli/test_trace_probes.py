@@ -17,9 +17,9 @@ from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, IntegrityError
 from stackproof.spec.records import read_record
-from stackproof.train import session
 from stackproof.train import step as steps
-from stackproof.train.listener import Listener
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
 from tests.cli.conftest import Done, Stack, tiny
 from tests.trace.test_patching import Nothing
 from tools.site_pages.probes import probes
@@ -66,7 +66,7 @@ def broken(museum_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "train_step", planted())
         with pytest.raises(GateFailed):
-            session.start(cfg, (), run, Listener(), only=("runtime.finite",))
+            train(fresh(cfg, (), run, only=("runtime.finite",)))
     return run
 
 

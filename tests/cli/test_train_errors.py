@@ -142,15 +142,15 @@ def test_truncated_shard(stack, text_file, tmp_path):
 
 FULL = """
 import resource, signal, sys
-from stackproof.train.run import Run
+from stackproof.train import loop
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 when, n_bytes = sys.argv[1], int(sys.argv[2])
 fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 if when == "at the start":
     fill()
-save = Run.save
-Run.save = lambda self: (fill(), save(self))
+save = loop.save
+loop.save = lambda trainer: (fill(), save(trainer))
 del sys.argv[1:3]
 """
 
@@ -281,3 +281,17 @@ def test_a_corpus_too_small_is_refused_and_a_waiver_with_its_reason_is_in_the_re
     record = json.loads((stack.folder / "waived" / "metadata.json").read_text())
     (gate,) = [g for g in record["gates"] if g["id"] == "data.corpus-budget"]
     assert gate["verdict"] == "fail" and gate["waiver"]["reason"] == "a test of the waiver"
+
+
+def test_a_tracker_is_chosen_by_name_and_another_name_is_refused(stack, text_file):
+    sets = tiny(text_file, train__max_steps="9")
+    assert_standard(
+        stack("train", *sets, "--tracker", "tensorbored", "--run-dir", "a"),
+        2,
+        "tensorbored",
+        "tensorboard",
+    )
+    assert not (stack.folder / "a").exists()
+    done = stack("train", *sets, "--tracker", "tensorboard", "--run-dir", "b", "--json")
+    assert done.code == 0, done.err
+    assert list((stack.folder / "b" / "tensorboard").glob("events.out.tfevents.*"))

@@ -24,8 +24,9 @@ from stackproof.recipes.depth import depth
 from stackproof.spec import runners
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.records import GateResult
-from stackproof.train import session
-from stackproof.train.listener import Listener
+from stackproof.train import loop
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
 from tests.contracts.test_optim import step_taken
 
 GATE = "runtime.cadence"
@@ -174,7 +175,7 @@ def cfg(museum_folder):
 )
 def test_plants_are_seen_at_the_first_missed_look(cfg, tmp_path, plant, step):
     with load_museum()[plant].apply(), pytest.raises(GateFailed, match=GATE) as caught:
-        session.start(cfg, (), tmp_path / "run", Listener(), only=(GATE,))
+        train(fresh(cfg, (), tmp_path / "run", only=(GATE,)))
     record = caught.value.record
     assert record.status == "halted" and record.gates[0].first_failure_step == step
     assert (tmp_path / "run" / "metrics.jsonl").exists() is (step > 0), (
@@ -255,12 +256,12 @@ def test_a_gate_that_never_looked_can_neither_pass_nor_fail():
 def test_a_monitor_that_falls_silent_in_the_middle_is_seen_although_it_has_a_heartbeat(
     cfg, tmp_path, monkeypatch
 ):
-    from stackproof.train.run import Run
-
-    original = Run.sample
-    monkeypatch.setattr(Run, "sample", lambda self: original(self) if self.state.step < 6 else None)
+    original = loop.sample
+    monkeypatch.setattr(
+        loop, "sample", lambda trainer: original(trainer) if trainer.state.step < 6 else None
+    )
     with pytest.raises(GateFailed, match=GATE) as caught:
-        session.start(cfg, (), tmp_path / "run", Listener(), only=(GATE, "sampling.coherence"))
+        train(fresh(cfg, (), tmp_path / "run", only=(GATE, "sampling.coherence")))
     looked = {g.id: g for g in caught.value.record.gates}
     assert looked["sampling.coherence"].checks == 2 and looked[GATE].first_failure_step == 7
     assert caught.value.verdict.measured["monitor"] == "Sampled"

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
+from stackproof.gate_inputs.preflight import micro
 from stackproof.museum.plant import load_museum
-from stackproof.train.digest import live_crc32
-from stackproof.train.preflight import micro
-from stackproof.train.state import build_state
+from stackproof.train.state import build_state, live_crc32
 
 
 @pytest.fixture
@@ -74,8 +73,8 @@ def test_digest_holds_every_number_of_every_group(small_cfg, dataset):
     """Learning rate, peak, decay and what else a rule has: what a resume could put back wrongly."""
     import torch
 
-    from stackproof.train.digest import digest
-    from stackproof.train.preflight import shrunk
+    from stackproof.gate_inputs.digest import digest
+    from stackproof.gate_inputs.preflight import shrunk
     from stackproof.train.state import build_state
 
     state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))

@@ -20,7 +20,7 @@ from stackproof.contracts.events import Sampled, Started
 from stackproof.contracts.gate import limits_of
 from stackproof.contracts.keeper import GateFailed, Gatekeeper
 from stackproof.museum.plant import load_museum
-from stackproof.train import run
+from stackproof.train import loop
 from tests.contracts.test_optim import step_taken
 
 # the founding note ANDREA-120M and the founding note tinygpt validation: text,
@@ -275,7 +275,7 @@ def test_coherence_plant_loops(spec, ingredients, dataset):
     with load_museum()["sampling.monitor-blind"].apply():
         for step in range(5):
             draw = torch.Generator().manual_seed(step)
-            ids = run.generate(
+            ids = loop.generate(
                 model,
                 [dataset.tokenizer.eos_id],
                 max_new_tokens=48,

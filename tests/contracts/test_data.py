@@ -17,8 +17,8 @@ from stackproof.data.prepare import prepare
 from stackproof.data.reader import Reader
 from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import GateFailed
-from stackproof.train import session
-from stackproof.train.listener import Listener
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
 
 PREFLIGHT = [
     "data.order",
@@ -365,7 +365,7 @@ def test_a_run_that_learns_from_the_batch_before_is_halted_in_its_second_step(sm
         load_museum()["data.batch-held-back"].apply(),
         pytest.raises(GateFailed, match="learned from 4 window") as caught,
     ):
-        session.start(small_cfg, (), tmp_path / "run", Listener(), only=("data.consumption",))
+        train(fresh(small_cfg, (), tmp_path / "run", only=("data.consumption",)))
     assert caught.value.gate_id == "data.consumption"
     assert (
         next(g.first_failure_step for g in caught.value.record.gates if g.id == "data.consumption")

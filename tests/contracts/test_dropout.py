@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
+from stackproof.gate_inputs.dropout import branch_draws
+from stackproof.gate_inputs.preflight import shrunk
 from stackproof.museum.plant import load_museum
-from stackproof.train.dropout import branch_draws
-from stackproof.train.preflight import shrunk
 
 CPU = torch.device("cpu")
 GATE = "model.dropout-law"

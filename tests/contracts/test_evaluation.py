@@ -18,9 +18,9 @@ from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatche
 from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
+from stackproof.gate_inputs.preflight import _wanted_batches, gather
 from stackproof.museum.plant import load_museum, touches
-from stackproof.train import run
-from stackproof.train.preflight import _wanted_batches, gather
+from stackproof.train import loop
 
 FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
 GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
@@ -277,12 +277,12 @@ def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):
     batch = SimpleNamespace(
         input_ids=ingredients["overfit_batch"].input_ids, labels=ingredients["overfit_batch"].labels
     )
-    state = SimpleNamespace(model=ingredients["model"], autocast=nullcontext)
-    held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch], device="cpu")
+    state = SimpleNamespace(model=ingredients["model"], autocast=nullcontext, device="cpu")
+    held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch])
 
     def verdicts():
         check, losses = Divergence(limits_of(spec.gates["evaluation.divergence"])), [None]
-        losses += [run.Run.measure(held).loss_nats for _ in range(2)]
+        losses += [loop.held_out_loss(held).loss_nats for _ in range(2)]
         return [
             check.observe(evaluated(now, before, dataset.tokenizer.vocab_size)).outcome
             for before, now in pairwise(losses)
@@ -314,14 +314,14 @@ def test_same_batches_sees_another_number_of_batches(spec):
 def test_drifting_plant_moves_the_batches():
     held = SimpleNamespace(held_out=["first", "second"])
     with load_museum()["evaluation.drifting-batches"].apply(), pytest.raises(AttributeError):
-        run.Run.evaluate(held)
+        loop.evaluate(held)
     assert held.held_out == ["first", "second"]
 
 
 def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
     from stackproof.spec.errors import GateFailed
-    from stackproof.train import session
-    from stackproof.train.listener import Listener
+    from stackproof.train.loop import train
+    from stackproof.train.start import fresh
 
     cfg = small_cfg.model_copy(
         update={"train": small_cfg.train.model_copy(update={"max_steps": 16})}
@@ -329,7 +329,7 @@ def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
     for plant_id in ("evaluation.drifting-batches", "evaluation.diverging"):
         plant = load_museum()[plant_id]
         with plant.apply(), pytest.raises(GateFailed) as caught:
-            session.start(cfg, (), tmp_path / plant_id, Listener(), only=(plant.gate,))
+            train(fresh(cfg, (), tmp_path / plant_id, only=(plant.gate,)))
         assert caught.value.gate_id == plant.gate
 
 

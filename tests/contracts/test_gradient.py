@@ -10,8 +10,8 @@ from stackproof.contracts import differential
 from stackproof.contracts.declared import kind_of, kinds, parameter_shapes, silent_kinds
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.loss import IGNORE
+from stackproof.gate_inputs.preflight import accumulated_gradients
 from stackproof.museum.plant import load_museum, swap, touches
-from stackproof.train.preflight import accumulated_gradients
 from tests.contracts import variants
 from tests.contracts.test_model_variants import VARIANTS, declared
 

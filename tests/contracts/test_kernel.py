@@ -13,17 +13,18 @@ from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.loss import gradient_errors
 from stackproof.data.prepare import prepare
+from stackproof.gate_inputs.compiled import compiled_ingredients
+from stackproof.gate_inputs.digest import digest
+from stackproof.gate_inputs.head import head_ingredients
+from stackproof.gate_inputs.kernels import kernel_calls
+from stackproof.gate_inputs.preflight import advance
 from stackproof.kernels.table import OPERATIONS
 from stackproof.model import build as compiling
 from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum
 from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.train import checkpoint
-from stackproof.train.compiled import compiled_ingredients
-from stackproof.train.digest import digest
-from stackproof.train.head import head_ingredients
-from stackproof.train.kernels import kernel_calls, kernels_of
-from stackproof.train.preflight import advance
+from stackproof.train.kernels import kernels_of
 from stackproof.train.state import build_state
 from tests.train.test_checkpoint import document
 

@@ -11,11 +11,11 @@ import torch
 from stackproof.config import ModelConfig
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.model import packing
+from stackproof.gate_inputs.preflight import gather
 from stackproof.kernels import attention
 from stackproof.model import transformer
 from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum, swap, touches
-from stackproof.train.preflight import gather
 from tests.contracts.test_model_variants import declared
 
 GATES = [

@@ -10,9 +10,9 @@ from stackproof.contracts import optim as optim_checks
 from stackproof.contracts.events import StepTaken
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.optim import ClipNorm
+from stackproof.gate_inputs.preflight import declared_law, gather
 from stackproof.museum.plant import load_museum
 from stackproof.train.optimizer import make_optimizer
-from stackproof.train.preflight import declared_law, gather
 
 
 def step_taken(**changes) -> StepTaken:
@@ -239,7 +239,7 @@ def many_experts(small_cfg, n_experts=64):
 def test_census_excuses_an_expert_without_tokens_and_no_other(
     spec, small_cfg, dataset, monkeypatch
 ):
-    from stackproof.train.preflight import gather
+    from stackproof.gate_inputs.preflight import gather
 
     gate = spec.gates["optim.parameter-census"]
     ingredients = gather(many_experts(small_cfg), dataset, torch.device("cpu"))[1]

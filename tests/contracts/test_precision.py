@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from stackproof.config import AdamW, LayerNorm, MixtureOfExperts
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.gate_inputs.head import loss_scale_ingredients
+from stackproof.gate_inputs.preflight import gather, shrunk
+from stackproof.gate_inputs.shadow import shadow_ingredients
 from stackproof.kernels import eager
 from stackproof.model import norm
 from stackproof.museum.plant import load_museum, swap, touches
 from stackproof.spec.gates import Gate
 from stackproof.train import state
-from stackproof.train.head import loss_scale_ingredients
-from stackproof.train.preflight import gather, shrunk
-from stackproof.train.shadow import shadow_ingredients
 
 GATE = "precision.shadow"
 CPU = torch.device("cpu")

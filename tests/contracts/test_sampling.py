@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
+from stackproof.gate_inputs.preflight import gather
 from stackproof.museum.plant import load_museum, touches
-from stackproof.train.preflight import gather
 
 
 @pytest.mark.parametrize("gate_id", ["sampling.cache-parity", "sampling.distribution"])

@@ -5,8 +5,8 @@ import pytest
 from stackproof.evidence import ledgering
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import IntegrityError
-from stackproof.train import session
-from stackproof.train.listener import Listener
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
 
 
 def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
@@ -15,9 +15,7 @@ def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
     """
     base = museum_config(museum_folder)
     cfg = base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14})})
-    record = session.start(
-        cfg, (), tmp_path / "run", Listener(), only=("runtime.finite", "runtime.cadence")
-    )
+    record = train(fresh(cfg, (), tmp_path / "run", only=("runtime.finite", "runtime.cadence")))
     assert record.succeeded
     with pytest.raises(IntegrityError, match="made without gate") as caught:
         ledgering.accept(tmp_path / "run", tmp_path / "evidence")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
+from stackproof.gate_inputs.kernels import kernel_calls, kernels_of
+from stackproof.gate_inputs.preflight import advance, micro
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import (
     flash_attention,
@@ -18,8 +20,6 @@ from stackproof.kernels.triton import (
 from stackproof.model.build import build_model
 from stackproof.museum.plant import swap
 from stackproof.spec.gates import load_spec
-from stackproof.train.kernels import kernel_calls, kernels_of
-from stackproof.train.preflight import advance, micro
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
 

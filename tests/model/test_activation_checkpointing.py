@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from stackproof.gate_inputs.digest import digest
+from stackproof.gate_inputs.preflight import advance, shrunk
 from stackproof.model.build import build_model
 from stackproof.model.transformer import run_block
-from stackproof.train.digest import digest
-from stackproof.train.preflight import advance, shrunk
 from stackproof.train.state import build_state
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,7 +102,7 @@ def seen(
             )
             self._fruits = {"train": 1, "export": 1}
 
-        def _run(self, gate, listener):
+        def _run(self, gate, *callbacks):
             if error:
                 raise error
             return verdict, step
@@ -169,10 +170,10 @@ def test_a_kill_that_comes_too_late_is_none(spec):
 
 def test_latency_counts_from_the_first_step_in_which_the_line_ran():
     clock = observe.Clock()
-    clock.on_step({"step": 1}, 9)
+    clock.on_step(None, SimpleNamespace(step=1))
     touch()
-    clock.on_step({"step": 4}, 9)
-    clock.on_step({"step": 5}, 9)
+    clock.on_step(None, SimpleNamespace(step=4))
+    clock.on_step(None, SimpleNamespace(step=5))
     assert (clock.began, clock.lived(6)) == (4, 3)
     assert observe.Clock().lived(7) == 1, "seen before the first line of the log"
 
@@ -202,7 +203,7 @@ def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp
             "a gate of preflight never runs the line"
         )
 
-        def blind(gate, listener):
+        def blind(gate, *callbacks):
             steps.lr_at(1, peak=1.0, schedule=judge.cfg.schedule, max_steps=9)
             return passed(**clean.measured), None
 

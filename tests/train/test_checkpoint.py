@@ -13,11 +13,11 @@ import torch
 
 from stackproof import tensorfile
 from stackproof.config import AdamW, Muon
+from stackproof.gate_inputs.digest import digest
+from stackproof.gate_inputs.preflight import advance, micro, shrunk
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import CheckpointError
 from stackproof.train import checkpoint
-from stackproof.train.digest import digest
-from stackproof.train.preflight import advance, micro, shrunk
 from stackproof.train.state import build_state
 from tests.processes import Command
 

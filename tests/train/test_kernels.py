@@ -13,12 +13,13 @@ from stackproof.kernels.choice import Choice, Fastest
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import launch
 from stackproof.museum.collection import museum_config
+from stackproof.replay.rerun import rerun
 from stackproof.spec.errors import EnvironmentUnfit, IntegrityError
 from stackproof.spec.records import read_record
-from stackproof.train import session
 from stackproof.train.kernels import kernels_of
-from stackproof.train.listener import Listener
-from stackproof.train.rerun import rerun
+from stackproof.train.loop import train
+from stackproof.train.start import fresh, read_config, resume
+from stackproof.train.trainer import Callback
 
 CPU, GATES = torch.device("cpu"), ("kernel.reference", "runtime.finite")
 HERE = choice.CPU_NAME
@@ -198,7 +199,7 @@ def test_the_record_names_kernels_and_origins_and_a_resume_uses_them_and_not_the
     monkeypatch.setattr(chunked_attention, "attention", lambda *a: taken.append(1) or original(*a))
 
     with pytest.raises(KeyboardInterrupt):
-        session.start(cfg, (), folder, interrupting(5), only=GATES)
+        train(fresh(cfg, (), folder, [interrupting(5)], only=GATES))
     environment = json.loads((folder / "run.json").read_text())["environment"]
     named = (
         "kernel_attention_name",
@@ -219,7 +220,7 @@ def test_the_record_names_kernels_and_origins_and_a_resume_uses_them_and_not_the
         choice, "MEASURED", {(HERE, "linear_cross_entropy"): Fastest("onednn", "benchmark-1")}
     )
     taken.clear()
-    record = session.resume(folder, (), cfg, Listener())
+    record = train(resume(folder, (), cfg))
     assert taken and record.environment["kernel_attention_name"] == "chunks"
     assert (
         record.environment["kernel_attention_origin"],
@@ -229,24 +230,23 @@ def test_the_record_names_kernels_and_origins_and_a_resume_uses_them_and_not_the
 
 
 def interrupting(step):
-    """A listener that ends the run as Ctrl-C does, after a step."""
+    """A callback that ends the run as Ctrl-C does, after a step."""
 
-    class Interrupting(Listener):
-        def on_step(self, line, max_steps):
-            if line["step"] == step:
+    class Interrupting(Callback):
+        def on_step(self, trainer, report):
+            if report.step == step:
                 raise KeyboardInterrupt
 
     return Interrupting()
 
 
 def test_a_rerun_uses_the_kernels_of_the_record(cfg, cache, tmp_path, monkeypatch):
-    first = session.start(
-        with_kernels(cfg, {"attention": "chunks"}), (), tmp_path / "first", Listener(), only=GATES
-    )
+    chunks = with_kernels(cfg, {"attention": "chunks"})
+    first = train(fresh(chunks, (), tmp_path / "first", only=GATES))
     assert first.environment["kernel_attention_origin"] == "key"
     measured.write(cache, compared(attention="torch", linear_cross_entropy="library"))
     repeated = record_with(first, train=first.config["train"] | {"kernels": "auto"})
-    found = rerun(repeated, tmp_path / "again", Listener())
+    found = rerun(repeated, tmp_path / "again", Callback())
     again = read_record(tmp_path / "again" / "metadata.json")
     assert (
         again.environment["kernel_attention_name"] == "chunks"
@@ -259,7 +259,7 @@ def test_a_rerun_uses_the_kernels_of_the_record(cfg, cache, tmp_path, monkeypatc
                 update={"environment": repeated.environment | {"kernel_attention_name": "rows"}}
             ),
             None,
-            Listener(),
+            Callback(),
         )
 
 
@@ -270,13 +270,8 @@ def record_with(record, **config):
 def test_a_resume_is_refused_where_a_kernel_is_gone(cfg, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        session.start(
-            with_kernels(cfg, {"linear_cross_entropy": "library"}),
-            (),
-            folder,
-            interrupting(4),
-            only=GATES,
-        )
+        library = with_kernels(cfg, {"linear_cross_entropy": "library"})
+        train(fresh(library, (), folder, [interrupting(4)], only=GATES))
     monkeypatch.setattr(
         "stackproof.kernels.eager.why_no_library_linear_cross_entropy",
         lambda: "torch 2.10 has none",
@@ -284,7 +279,7 @@ def test_a_resume_is_refused_where_a_kernel_is_gone(cfg, tmp_path, monkeypatch):
     with pytest.raises(
         EnvironmentUnfit, match="linear_cross_entropy: the kernel library cannot run on cpu"
     ) as caught:
-        session.resume(folder, (), session.read_config(folder), Listener())
+        train(resume(folder, (), read_config(folder)))
     assert caught.value.value == "torch 2.10 has none" and "--fork" in caught.value.next_step
     assert dispatch.choose("linear_cross_entropy", CPU).kernel != "library"
 

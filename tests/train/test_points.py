@@ -9,17 +9,20 @@ import pytest
 import torch
 
 from stackproof.config import NeverStop
+from stackproof.gate_inputs.digest import digest
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, Stopped
 from stackproof.spec.records import Override, read_record
+from stackproof.trace import points_log
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
-from stackproof.train import loop, points, session
+from stackproof.train import callbacks, loop
 from stackproof.train import step as steps
-from stackproof.train.digest import digest
-from stackproof.train.listener import Listener
-from stackproof.train.rundir import RunDir
+from stackproof.train.loop import train
+from stackproof.train.run_dir import RunDir
+from stackproof.train.start import fresh, resume
 from stackproof.train.state import build_state
+from stackproof.train.trainer import Callback
 
 FEW = ("runtime.finite", "evaluation.leaves-no-trace")
 
@@ -52,14 +55,14 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def plain(cfg, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "run"
-    session.start(cfg, (), folder, Listener(), only=FEW)
+    train(fresh(cfg, (), folder, only=FEW))
     return folder
 
 
 @pytest.fixture(scope="module")
 def recorded(cfg, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded") / "run"
-    session.start(traced(cfg, 3), (), folder, Listener(), only=FEW)
+    train(fresh(traced(cfg, 3), (), folder, only=FEW))
     return folder
 
 
@@ -93,7 +96,7 @@ def test_a_compiled_run_records_too_and_is_not_changed_by_it(cfg, tmp_path, monk
     )
     for every in (0, 2):
         folder = tmp_path / f"every-{every}"
-        session.start(traced(short, every), (), folder, Listener(), only=FEW)
+        train(fresh(traced(short, every), (), folder, only=FEW))
         ends.append(
             json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())[
                 "files"
@@ -132,7 +135,7 @@ def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
     batches = [state.reader.draw() for _ in range(small_cfg.accumulation())]
     assert small_cfg.model.dropout > 0 and len(batches) > 1
     before = digest(state)
-    lines = points.points_lines(state, batches[0])
+    lines = points_log.points_lines(state, batches[0])
     assert digest(state) == before
     gatherer, seen = Gatherer(), set()
 
@@ -157,18 +160,18 @@ def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(
     """
     original = loop.take_step
 
-    def stops(run):
-        original(run)
-        if run.state.step == 7:
+    def stops(trainer):
+        original(trainer)
+        if trainer.state.step == 7:
             raise Stopped("killed", exit_code=130)
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop, "take_step", stops)
-        session.start(traced(cfg, 3), (), folder, Listener(), only=FEW)
+        train(fresh(traced(cfg, 3), (), folder, only=FEW))
     assert steps_of(folder) == [3, 6]
     shutil.copytree(folder, tmp_path / "other")
-    session.resume(folder, (), traced(cfg, 3), Listener())
+    train(resume(folder, (), traced(cfg, 3)))
     assert (folder / "points.jsonl").read_bytes() == (recorded / "points.jsonl").read_bytes()
     assert (
         weights(folder)["model.safetensors"]["sha256"]
@@ -177,7 +180,7 @@ def test_a_resumed_run_goes_on_with_its_history_and_may_change_the_interval(
     changed = Override.model_validate(
         {"key": "trace.every", "value": 5, "from": "--set trace.every=5"}
     )
-    session.resume(tmp_path / "other", [changed], traced(cfg, 5), Listener())
+    train(resume(tmp_path / "other", [changed], traced(cfg, 5)))
     assert steps_of(tmp_path / "other") == [3, 5, 10]
     assert (
         weights(tmp_path / "other")["model.safetensors"]["sha256"]
@@ -200,22 +203,22 @@ def test_the_record_names_the_series_and_what_it_cost(plain, recorded):
 
 def test_a_recording_that_leaves_something_behind_halts_the_run(cfg, tmp_path, monkeypatch):
     """The gate that holds evaluations to leave no trace holds this too."""
-    original = points.points_lines
+    original = points_log.points_lines
 
     def careless(state, batch):
         torch.rand(1)
         return original(state, batch)
 
-    monkeypatch.setattr("stackproof.train.run.points_lines", careless)
+    monkeypatch.setattr("stackproof.train.callbacks.points_lines", careless)
     with pytest.raises(GateFailed, match=r"leaves-no-trace.*the trace changed 1 of"):
-        session.start(traced(cfg, 3), (), tmp_path / "run", Listener(), only=FEW)
+        train(fresh(traced(cfg, 3), (), tmp_path / "run", only=FEW))
 
 
 def test_recording_at_every_step_is_no_part_of_a_steps_time(cfg, tmp_path):
     """The second clock runs from the batch on: a recording between them would stand at
     half of a small model's step.
     """
-    record = session.start(traced(cfg, 1), (), tmp_path / "run", Listener())
+    record = train(fresh(traced(cfg, 1), (), tmp_path / "run"))
     gates = {g.id: g for g in record.gates}
     assert (
         record.status == "completed"
@@ -224,12 +227,12 @@ def test_recording_at_every_step_is_no_part_of_a_steps_time(cfg, tmp_path):
     )
 
 
-class Heard(Listener):
+class Heard(Callback):
     def __init__(self):
         self.said = []
 
-    def on_event(self, message):
-        self.said += [message] if "recording points" in message else []
+    def on_message(self, text):
+        self.said += [text] if "recording points" in text else []
 
 
 @pytest.mark.parametrize(("times_a_step", "every"), [(1.0, 50), (0.01, None)])
@@ -239,17 +242,15 @@ def test_recordings_that_take_more_than_2_percent_are_said_once_with_the_interva
     """The time of a recording is set against that of a step: one step each time is 100 % here,
     a hundredth is 1 %.
     """
-    from stackproof.train import run as runs
-
-    original, asked = runs.sparse_enough, []
+    original, asked = callbacks.sparse_enough, []
 
     def measured(interval, recording_s, step_s):
         asked.append((interval, recording_s, step_s))
         return original(interval, times_a_step * step_s, step_s)
 
-    monkeypatch.setattr(runs, "sparse_enough", measured)
+    monkeypatch.setattr(callbacks, "sparse_enough", measured)
     heard = Heard()
-    session.start(traced(cfg, 1), (), tmp_path / "run", heard, only=FEW)
+    train(fresh(traced(cfg, 1), (), tmp_path / "run", [heard], only=FEW))
     assert len(asked) == 1 and asked[0][0] == 1 and min(asked[0][1:]) > 0
     assert [said.rpartition("; ")[2] for said in heard.said] == (
         [f"trace.every = {every} keeps it within 2%"] if every else []

@@ -9,9 +9,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from stackproof.config import load_config
+from stackproof.gate_inputs.preflight import micro
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
-from stackproof.train.preflight import micro
 from stackproof.train.state import build_state
 
 WAITING = [

@@ -25,8 +25,10 @@ from stackproof.config import (
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.evaluate.sampling import generate
 from stackproof.museum.collection import museum_config
-from stackproof.train import checkpoint, session
-from stackproof.train.listener import Listener
+from stackproof.train import checkpoint, start
+from stackproof.train.loop import train
+from stackproof.train.start import fresh, resume
+from stackproof.train.trainer import Callback
 from tests.verdicts import all_green
 
 STEPS, HALT = 14, 7
@@ -59,11 +61,11 @@ VARIANTS = {
 }
 
 
-class HaltsAt(Listener):
+class HaltsAt(Callback):
     """Ends the process's run right behind the checkpoint of one step, as ctrl-C would."""
 
-    def on_saved(self, step, folder):
-        if step == HALT:
+    def on_saved(self, trainer, point):
+        if point.step == HALT:
             raise KeyboardInterrupt
 
 
@@ -79,7 +81,7 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(
         "stop": NeverStop(),
     }
     cfg = base.model_copy(update=parts)
-    record = session.start(cfg, (), tmp_path / "whole", Listener())
+    record = train(fresh(cfg, (), tmp_path / "whole"))
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
     lines = [
         json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
@@ -87,13 +89,11 @@ def test_a_variant_trains_under_all_gates_resumes_and_answers(
     assert lines[-1]["loss_nats"] < lines[0]["loss_nats"] - 0.05  # measured falls of 0.3 and more
 
     with pytest.raises(KeyboardInterrupt):
-        session.start(cfg, (), tmp_path / "halted", HaltsAt(), only=FEW)
+        train(fresh(cfg, (), tmp_path / "halted", [HaltsAt()], only=FEW))
     monkeypatch.setattr(
-        session,
-        "Gatekeeper",
-        lambda *given, **options: Gatekeeper(*given, **options | {"only": FEW}),
+        start, "Gatekeeper", lambda *given, **options: Gatekeeper(*given, **options | {"only": FEW})
     )
-    session.resume(tmp_path / "halted", (), cfg, Listener())
+    train(resume(tmp_path / "halted", (), cfg))
     whole, resumed = (
         checkpoint.load(checkpoint.find(tmp_path / folder)) for folder in ("whole", "halted")
     )
@@ -116,7 +116,7 @@ def test_differential_attention_and_depths_train_together_in_bfloat16(
     """With accumulation, clipping, a cosine and a held-out split,
     and what is saved is read back.
     """
-    monkeypatch.setattr(session, "refuse_emulated", lambda *asked: None)
+    monkeypatch.setattr(start, "refuse_emulated", lambda *asked: None)
     base = museum_config(museum_folder)
     parts = {
         "model": base.model.model_copy(
@@ -125,7 +125,7 @@ def test_differential_attention_and_depths_train_together_in_bfloat16(
         "train": base.train.model_copy(update={"dtype": "bfloat16"}),
         "stop": NeverStop(),
     }
-    record = session.start(base.model_copy(update=parts), (), tmp_path / "run", Listener())
+    record = train(fresh(base.model_copy(update=parts), (), tmp_path / "run"))
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
     assert base.accumulation() == 2
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

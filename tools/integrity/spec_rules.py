@@ -23,7 +23,7 @@ from tools.site_pages.exhibits import source_of
 
 Found = Iterator[tuple[str, int, str]]
 CARRIED = "spec/carried.jsonl"
-ONE_GATE_AT_A_TIME = ("stack/museum/", "stack/train/replay.py")
+ONE_GATE_AT_A_TIME = ("stack/museum/", "stack/replay/")
 
 
 @rule(

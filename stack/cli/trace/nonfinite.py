@@ -94,7 +94,7 @@ def newest_bundle(run: Path) -> Path | None:
 def _replay(request: Request, bundle: Path, device: str | None, base: Path | None) -> None:
     """Replay a bundle once with every operation watched."""
     from stackproof.evidence import repro
-    from stackproof.train.locate import locate
+    from stackproof.replay.locate import locate
 
     held = repro.read_bundle(bundle_at(bundle, "--repro"))
     record = open_record(

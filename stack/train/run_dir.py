@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stackproof.spec.building import write_atomically
+from stackproof.spec.building import RecordBuilder, iso, write_atomically
 from stackproof.spec.canonical import canonical_json, parse_strict
 from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
 
@@ -38,7 +38,22 @@ class RunDir:
             )
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def write_run(self, document: dict) -> None:
+    def write_run(
+        self, record: RecordBuilder, *, device: str, inherited_s: float = 0.0, **more: Any
+    ) -> None:
+        """Write run.json: everything that a resume needs to know before it loads a checkpoint."""
+        document = {
+            "record": record.id,
+            "config": record.config,
+            "overrides": [o.model_dump(by_alias=True, mode="json") for o in record.overrides],
+            "device": device,
+            "environment": record.environment,
+            "code": record.code.model_dump(),
+            "command": list(record.command),
+            "started_at": iso(record.started),
+            "inherited_s": inherited_s,
+            **more,
+        }
         write_atomically(self.path / "run.json", canonical_json(document))
 
     def read_run(self) -> dict:
@@ -113,3 +128,10 @@ def default_run_dir(recipe: str, seed: int) -> Path:
     while (path := Path("runs") / f"{recipe}-{n}").exists():
         n += 1
     return path
+
+
+def parent_run(parent: Path) -> Path:
+    """The run directory of a path: the path itself, or that of its
+    checkpoints folder or step folder.
+    """
+    return next((p for p in (parent, *parent.parents[:2]) if (p / "run.json").is_file()), parent)

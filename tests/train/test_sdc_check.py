@@ -1,18 +1,16 @@
 """A step computed twice: it leaves no trace, and shows one flipped bit."""
 
-import dataclasses
-
 import pytest
 import torch
 
+from stackproof.gate_inputs.digest import digest
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed
-from stackproof.train import session
 from stackproof.train import step as steps
-from stackproof.train.digest import digest, gradient_crc32
-from stackproof.train.listener import Listener
-from stackproof.train.recompute import recomputed_step
-from stackproof.train.state import build_state
+from stackproof.train.loop import train
+from stackproof.train.sdc_check import gradient_checksums
+from stackproof.train.start import fresh
+from stackproof.train.state import build_state, differing, gradient_crc32
 
 
 @pytest.fixture
@@ -31,13 +29,12 @@ def test_it_leaves_no_trace_and_foretells_the_step(state, small_cfg, dataset):
     assert small_cfg.model.dropout > 0
     batches = batches_of(state)
     before = digest(state)
-    first = recomputed_step(state, batches)
+    first = gradient_checksums(state, batches)
     assert digest(state) == before
     steps.train_step(state, batches)
-    assert first.differing(gradient_crc32(state.model)) == () and len(first.crc32) == sum(
+    assert differing(first, gradient_crc32(state.model)) == () and len(first) == sum(
         1 for _ in state.model.parameters()
     )
-    assert first.seconds > 0
 
 
 def test_a_run_that_computes_twice_is_the_run_that_does_not(small_cfg, dataset):
@@ -47,7 +44,7 @@ def test_a_run_that_computes_twice_is_the_run_that_does_not(small_cfg, dataset):
         for _ in range(3):
             batches = batches_of(state)
             if twice:
-                recomputed_step(state, batches)
+                gradient_checksums(state, batches)
             steps.train_step(state, batches)
         ends.append(digest(state))
     assert ends[0] == ends[1]
@@ -63,20 +60,20 @@ def test_float16_keeps_its_loss_scale(small_cfg, dataset):
     state = build_state(cfg, dataset, torch.device("cpu"))
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     batches = batches_of(state)
-    first = recomputed_step(state, batches)
+    first = gradient_checksums(state, batches)
     assert state.scaler.get_scale() == 2.0**40
     report = steps.train_step(state, batches)
-    assert report.overflow_retries > 0 and first.differing(gradient_crc32(state.model)) == ()
+    assert report.overflow_retries > 0 and differing(first, gradient_crc32(state.model)) == ()
 
 
 def test_a_gradient_on_one_side_only_differs(state):
     batches = batches_of(state)
-    first = recomputed_step(state, batches)
+    first = gradient_checksums(state, batches)
     steps.train_step(state, batches)
     again = gradient_crc32(state.model)
     name = next(iter(again))
-    assert first.differing({n: c for n, c in again.items() if n != name}) == (name,)
-    assert dataclasses.replace(first, crc32={}).differing(again) == tuple(sorted(again))
+    assert differing(first, {n: c for n, c in again.items() if n != name}) == (name,)
+    assert differing({}, again) == tuple(sorted(again))
 
 
 def test_one_flipped_bit_halts_the_run(museum_folder, tmp_path, monkeypatch):
@@ -101,7 +98,9 @@ def test_one_flipped_bit_halts_the_run(museum_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(steps, "accumulate", flipping)
     with pytest.raises(GateFailed) as caught:
-        session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.recomputed-step",))
+        train(fresh(cfg, (), tmp_path / "run", only=("runtime.recomputed-step",)))
+    (gate,) = caught.value.record.gates
+    assert gate.seconds > 0, "the time of the check is charged to its gate"
     assert (
         caught.value.gate_id == "runtime.recomputed-step"
         and caught.value.verdict.measured["differing"] == 1

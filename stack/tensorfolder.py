@@ -1,10 +1,8 @@
-"""A step folder on its way to the disk: written, hashed, put in its place
-and compared with memory.
-"""
+"""Durable folders of tensor files: written, hashed, moved into place and compared with memory."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,13 +11,13 @@ from pathlib import Path
 from torch import Tensor
 
 from stackproof import tensorfile
-from stackproof.spec.canonical import canonical_json, sha256_bytes
+from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_file
 from stackproof.spec.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a step folder is to hold, as it is in memory: the tensors of each file, their metadata,
+    """Content of a folder as it is in memory: the tensors of each file, their metadata,
     and the bytes of state.json.
     """
 
@@ -32,14 +30,15 @@ class Content:
 def write(folder: Path, content: Content) -> bytes:
     """Write and sync the files, then the manifest, then the folder. Returns the manifest.
 
-    Hashing and syncing follow the writing in threads, one each for a file.
+    Each file is hashed and synced by threads of its own, behind the writing.
     Raises OSError, BadTensorFile.
     """
     with ExitStack() as files_open, ThreadPoolExecutor(2 * len(content.tensors)) as pool:
         groups = sorted(
             content.tensors.items(), key=lambda item: -sum(t.nbytes for t in item[1].values())
         )
-        # All room first: a reservation blocks while another file is being synced.
+        # Reserve the space of all files first: a reservation blocks while
+        # another file is being synced.
         created = {
             n: files_open.enter_context(tensorfile.created(folder / n, tensors))
             for n, tensors in groups
@@ -67,11 +66,11 @@ def write(folder: Path, content: Content) -> bytes:
 
 @contextmanager
 def in_place(temporary: Path, final: Path) -> Iterator[None]:
-    """Rename a written folder to `final` for a block that proves it.
-    If the block fails, `final` is again what it was before.
+    """Rename a written folder to `final` for a block that verifies it.
+    If the block fails, restore what was there before.
 
-    An earlier folder of that name is moved aside first and deleted last, so that a kill at any
-    point leaves it or its successor.
+    An earlier folder of that name is moved aside first and deleted last, so a kill at any point
+    leaves it or its successor.
     """
     replaced = final.with_name(f".replaced-{final.name}-{os.getpid()}")
     if final.exists():
@@ -90,7 +89,7 @@ def in_place(temporary: Path, final: Path) -> Iterator[None]:
 
 
 def compare(folder: Path, content: Content, manifest: bytes) -> None:
-    """Open the files of a folder again and compare every byte with memory.
+    """Read the files of a folder back and compare every byte with memory.
     Raises CheckpointError naming what differs.
     """
     with ThreadPoolExecutor(len(content.tensors)) as pool:
@@ -108,12 +107,62 @@ def compare(folder: Path, content: Content, manifest: bytes) -> None:
             raise _changed(folder / name, "it is not what was written")
 
 
+def verify(folder: Path, files: Mapping[str, dict], *, by_tensor: bool) -> None:
+    """Compare every file with the manifest's size, sha256 and, with `by_tensor`,
+    the CRC-32 of each tensor.
+
+    Raises CheckpointError naming the file and what differs.
+    """
+    with ThreadPoolExecutor(len(files)) as pool:
+        verified = [
+            pool.submit(verify_file, folder / name, entry, by_tensor=by_tensor)
+            for name, entry in files.items()
+        ]
+    for file in verified:
+        file.result()
+
+
+def verify_file(path: Path, entry: dict, *, by_tensor: bool) -> None:
+    """`verify` of one file."""
+    older = {"next_step": "resume from an older step folder"}
+    damaged = CheckpointError(
+        f"{path} is damaged",
+        allowed=f"sha256 {entry['sha256'][:12]}…, {entry['bytes']} bytes",
+        **older,
+    )
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", **older)
+    if path.stat().st_size != entry["bytes"]:
+        raise CheckpointError(
+            f"{path} is truncated or padded",
+            value=f"{path.stat().st_size} bytes",
+            allowed=f"{entry['bytes']} bytes",
+            **older,
+        )
+    try:
+        sha256, checksums = (
+            tensorfile.digests(path) if path.suffix == ".safetensors" else (sha256_file(path), {})
+        )
+    except (OSError, tensorfile.BadTensorFile) as e:
+        raise CheckpointError(f"{path}: {e}", **older) from e
+    declared = entry.get("crc32", {}) if by_tensor else checksums
+    if wrong := sorted(
+        n for n in checksums.keys() | declared.keys() if checksums.get(n) != declared.get(n)
+    ):
+        raise CheckpointError(
+            f"{path}: tensor {wrong[0]} does not match its checksum",
+            value=f"{len(wrong)} tensor(s) differ",
+            allowed="bytes as they were written",
+            **older,
+        ) from damaged
+    if sha256 != entry["sha256"]:
+        raise damaged
+
+
 def _changed(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path} was written and read back otherwise: {what}",
-        allowed=(
-            "the bytes that are in memory, which nothing may change while a checkpoint is written"
-        ),
+        allowed="the bytes in memory, which nothing may change while a checkpoint is written",
         next_step="check the disk and the memory of this machine; earlier checkpoints are intact",
     )
 

@@ -1,19 +1,21 @@
-"""Trains a record's configuration again and compares the outcome with what was recorded."""
+"""Trains a record's configuration again and compares the outcome with the record."""
 
 from pathlib import Path
 
 from stackproof.config import validate
+from stackproof.replay.bundle import ReproRecorder
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.records import Record
-from stackproof.train import session
-from stackproof.train.listener import Listener
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
+from stackproof.train.trainer import Callback
 
 
-def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
+def rerun(record: Record, run_dir: Path | None, callback: Callback) -> dict:
     """Compare weights by hash and losses by value, with the kernels that the record names.
     Only train records can be re-run.
 
-    Raises IntegrityError for others, EnvironmentUnfit where one of the kernels cannot run here.
+    Raises IntegrityError for others, EnvironmentUnfit if one of the kernels cannot run here.
     """
     if record.kind != "train":
         raise IntegrityError(
@@ -22,8 +24,9 @@ def rerun(record: Record, run_dir: Path | None, listener: Listener) -> dict:
             next_step="repeat its command by hand",
         )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
-    again = session.start(
-        validate(record.config), record.overrides, directory, listener, recorded=record.environment
+    cfg, callbacks = validate(record.config), [callback, ReproRecorder()]
+    again = train(
+        fresh(cfg, record.overrides, directory, callbacks, recorded_in=record.environment)
     )
     names = ("val_loss_nats", "val_bits_per_byte", "train_loss_nats", "tokens_seen", "n_params")
     compared = [{"what": n, "recorded": record.metric(n), "now": again.metric(n)} for n in names]

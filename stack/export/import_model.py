@@ -1,6 +1,4 @@
-"""A model that was not trained here becomes a run: a run directory whose checkpoint is step 0 and
-whose optimizer has no memory.
-"""
+"""Import a model as a run: a run directory with a step-0 checkpoint and fresh optimizer state."""
 
 import os
 import shutil
@@ -16,19 +14,17 @@ from stackproof.config import RunConfig
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.evaluate.stopping import make_stop_rule
 from stackproof.evidence.exclusive import refuse_occupied
-from stackproof.spec.building import RecordBuilder, artefact, iso
+from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
 from stackproof.train import optimizer as opt
-from stackproof.train.randomness import seed_dropout
-from stackproof.train.rundir import RunDir
+from stackproof.train.rng import seed_dropout
+from stackproof.train.run_dir import RunDir
 from stackproof.train.state import TrainState
 
 
 def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
-    """The state of a run before its first step, without data:
-    position 0 of whatever text it will be given.
-    """
+    """The state of a run before its first step, without data: the data position is 0."""
     seed_dropout(cfg.seed)
     order = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
     return TrainState(
@@ -63,20 +59,7 @@ def write_run(
     try:
         temporary.create()
         tokenizer.save(temporary.path / "tokenizer.json")
-        temporary.write_run(
-            {
-                "record": builder.id,
-                "config": cfg.to_dict(),
-                "overrides": [],
-                "device": "cpu",
-                "environment": builder.environment,
-                "code": builder.code.model_dump(),
-                "imported_from": dict(source),
-                "command": list(builder.command),
-                "started_at": iso(builder.started),
-                "inherited_s": 0.0,
-            }
-        )
+        temporary.write_run(builder, device="cpu", imported_from=dict(source))
         state = first_state(cfg, model)
         document = checkpoint.state_document(
             state,

@@ -11,7 +11,7 @@ from stackproof.config import RunConfig
 from stackproof.kernels import dispatch
 from stackproof.spec.formulas import flops_per_token
 from stackproof.train import losses
-from stackproof.train.randomness import generator
+from stackproof.train.rng import generator
 
 MAX_COUNTED_TOKENS = 128
 MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)

@@ -13,12 +13,14 @@ from stackproof.config import AdamW, NeverStop
 from stackproof.evidence import repro
 from stackproof.museum.collection import museum_config, write_texts
 from stackproof.museum.plant import load_museum
+from stackproof.replay import bundle as bundles
+from stackproof.replay.bundle import ReproRecorder
+from stackproof.replay.locate import locate
 from stackproof.spec.errors import DataError, GateFailed
-from stackproof.train import bundle as bundles
-from stackproof.train import losses, session
+from stackproof.train import losses, start
 from stackproof.train import step as steps
-from stackproof.train.listener import Listener
-from stackproof.train.locate import locate
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
 
 FINITE = "runtime.finite"
 
@@ -34,7 +36,7 @@ def halted(cfg, folder: Path) -> Path:
     """The bundle of a run that ends because something is not finite."""
     torch.set_num_threads(1)
     with pytest.raises(GateFailed, match=FINITE):
-        session.start(cfg, (), folder / "run", Listener(), only=(FINITE,))
+        train(fresh(cfg, (), folder / "run", [ReproRecorder()], only=(FINITE,)))
     (found,) = (folder / "run" / "repro").iterdir()
     return found
 
@@ -155,7 +157,7 @@ def test_the_museum_is_read_to_the_line(cfg, tmp_path, plant, kind, what, line):
 def test_a_bundle_of_another_gate_is_finite_and_that_is_said(cfg, tmp_path):
     torch.set_num_threads(1)
     with load_museum()["runtime.update-skipped"].apply(), pytest.raises(GateFailed):
-        session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.params-changed",))
+        train(fresh(cfg, (), tmp_path / "run", [ReproRecorder()], only=("runtime.params-changed",)))
     (folder,) = (tmp_path / "run" / "repro").iterdir()
     with load_museum()["runtime.update-skipped"].apply():
         held, found = locate(folder)
@@ -171,7 +173,7 @@ def test_an_overflow_that_the_loss_scale_answers_is_no_finding(cfg, tmp_path, mo
     replay goes through all of that.
     """
     half = cfg.model_copy(update={"train": cfg.train.model_copy(update={"dtype": "float16"})})
-    monkeypatch.setattr(session, "refuse_emulated", lambda *_: None)
+    monkeypatch.setattr(start, "refuse_emulated", lambda *_: None)
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**34))
     original, attempts = steps.accumulate, []
     with at_step(monkeypatch, 4, explode):

@@ -1,9 +1,9 @@
-"""Replays a repro bundle: the state it holds, the rows it holds, the run's own steps,
-and one gate that looks.
+"""Replays a repro bundle: its state, its rows, the steps of the training loop,
+and the one gate that failed.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,18 @@ from stackproof.spec.canonical import to_jsonable
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
 from stackproof.spec.gates import load_spec
 from stackproof.train import checkpoint, loop
+from stackproof.train.callbacks import GateEvents, PointTracing
 from stackproof.train.kernels import kernels_of
-from stackproof.train.listener import Listener
-from stackproof.train.randomness import default_rng_state
-from stackproof.train.run import Run
-from stackproof.train.rundir import RunDir
-from stackproof.train.session import resolve_device
+from stackproof.train.memory import resolve_device
+from stackproof.train.rng import default_rng_state
+from stackproof.train.run_dir import RunDir
+from stackproof.train.sdc_check import SdcCheck
 from stackproof.train.state import TrainState, state_around
-from stackproof.train.writing import InLine
+from stackproof.train.trainer import CallbackList, RunOutput, Trainer
 
 
-class Recorded:
-    """Stands in for the reader of a run: gives out rows of a bundle, in their order,
+class RecordedRows:
+    """Data loader of a replay: returns the rows of a bundle in order,
     each with the position after it.
     """
 
@@ -47,7 +47,7 @@ class Recorded:
         self.order = SimpleNamespace(sources=names, load_state_dict=lambda state: [])
 
     def draw(self) -> Batch:
-        """The next rows. Raises DataError when there are none."""
+        """The next rows. Raises DataError if there are none left."""
         if not self.batches:
             raise DataError(
                 "the bundle holds no further rows: this code draws more than the run did"
@@ -56,33 +56,26 @@ class Recorded:
         return batch
 
 
-@dataclass
-class Replayed(Run):
-    """A run of recorded rows. What stands in the corpus is taken from the bundle,
-    which holds no corpus.
+@dataclass(frozen=True)
+class RecordedText:
+    """Results of searching the training split, as the bundle recorded them:
+    a bundle holds no corpus.
     """
 
-    found_frac: float = 0.0
-    found_in_training_frac: float = 0.0
+    found: float
+    found_in_training: float
 
-    def found_in_corpus(self, ids: list[int]) -> float:
-        return self.found_frac
+    def found_frac(self, ids: Sequence[int]) -> float:
+        return self.found
 
-    def record_points(self, batch: Batch) -> None:
-        """Only where the gate looks at points: to record them changes nothing else."""
-        if any(Traced in seat.watcher.events for seat in self.keeper.seats.values()):
-            super().record_points(batch)
-
-    def held_out_rows(self) -> HeldOutRows:
-        rows = [tuple(row) for batch in self.held_out for row in batch.input_ids.tolist()]
-        return HeldOutRows(len(rows), len(set(rows)), self.found_in_training_frac)
+    def held_out_rows(self, batches: Sequence[Batch]) -> HeldOutRows:
+        rows = [tuple(row) for batch in batches for row in batch.input_ids.tolist()]
+        return HeldOutRows(len(rows), len(set(rows)), self.found_in_training)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a replay showed. `same` says that what was measured equals what the bundle holds,
-    digit by digit.
-    """
+    """Result of a replay. `same`: the measurements equal those in the bundle, digit by digit."""
 
     reproduced: bool
     step: int | None
@@ -94,19 +87,14 @@ class Outcome:
 def replay(
     folder: Path, *, device: str | None = None, base: Path | None = None
 ) -> tuple[repro.Bundle, Outcome]:
-    """Go from the bundle's state through its steps until its gate is red again,
-    or its last step is over.
+    """Replay the bundle's steps until its gate fails again, or the last step is over.
 
     Arguments and errors are those of `replaying`.
     """
     red: list[tuple[int, Verdict]] = []
-    with replaying(
-        folder,
-        device=device,
-        base=base,
-        on_verdict=lambda gate, step, verdict: red.append((step, verdict)),
-    ) as (bundle, run):
-        return bundle, _play(folder, bundle, run, red)
+    note = lambda gate, step, verdict: red.append((step, verdict))  # noqa: E731
+    with replaying(folder, device=device, base=base, on_verdict=note) as (bundle, trainer):
+        return bundle, _play(folder, bundle, trainer, red)
 
 
 @contextmanager
@@ -116,14 +104,14 @@ def replaying(
     device: str | None = None,
     base: Path | None = None,
     on_verdict: Callable = lambda *_: None,
-) -> Iterator[tuple[repro.Bundle, Run]]:
-    """A run that stands where the bundle's replay begins; `take_replayed_step` goes on from there.
+) -> Iterator[tuple[repro.Bundle, Trainer]]:
+    """A trainer at the state where the bundle's replay begins;
+    `take_replayed_step` continues from there.
 
-    `base` is the step folder where the bundle only names one. Nothing outside the folder is read,
-    nothing is written. On the bundle's kind of device its kernels are used, on another the default
-    ones of that.
-    Raises DataError if the bundle lacks what is needed, IntegrityError if it was changed,
-    EnvironmentUnfit without its device.
+    `base` is the step folder if the bundle only names one. Nothing outside the folder is read,
+    nothing is written. On the bundle's kind of device its kernels are used, on another the
+    default ones. Raises DataError if the bundle lacks what is needed, IntegrityError if it was
+    changed, EnvironmentUnfit without its device.
     """
     bundle = repro.read_bundle(folder)
     _refuse_unreplayable(bundle, base)
@@ -142,14 +130,14 @@ def replaying(
             tempfile.TemporaryDirectory() as scratch,
         ):
             tensors = safetensors.torch.load_file(folder / repro.TENSORS)
-            run = _open(folder, bundle, tensors, place, RunDir(Path(scratch)), on_verdict)
+            trainer = _open(folder, bundle, tensors, place, RunDir(Path(scratch)), on_verdict)
             with suppress(GateFailed):
                 _begin(
-                    run,
+                    trainer,
                     bundle,
                     folder / repro.CHECKPOINT if bundle.base.kind == "checkpoint" else base,
                 )
-            yield bundle, run
+            yield bundle, trainer
     finally:
         torch.set_num_threads(threads)
 
@@ -171,7 +159,9 @@ def _refuse_unreplayable(bundle: repro.Bundle, base: Path | None) -> None:
         )
 
 
-def _play(folder: Path, bundle: repro.Bundle, run: Run, red: list[tuple[int, Verdict]]) -> Outcome:
+def _play(
+    folder: Path, bundle: repro.Bundle, trainer: Trainer, red: list[tuple[int, Verdict]]
+) -> Outcome:
     random_state = None
     try:
         for step in () if red else (s.step for s in bundle.steps):
@@ -182,20 +172,20 @@ def _play(folder: Path, bundle: repro.Bundle, run: Run, red: list[tuple[int, Ver
                     for n, t in default_rng_state().items()
                     if n in tensors
                 )
-            take_replayed_step(run, bundle)
+            take_replayed_step(trainer, bundle)
             if red:
                 break
     except GateFailed:
         pass
     if not red:
-        return Outcome(False, None, run.keeper.seats[bundle.gate].verdict, False, random_state)
+        return Outcome(False, None, trainer.keeper.seats[bundle.gate].verdict, False, random_state)
     step, verdict = red[0]
     now, then = ({k: _plain(v) for k, v in m.items()} for m in (verdict.measured, bundle.measured))
     return Outcome(True, step, verdict, now == then and step == bundle.step, random_state)
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back; what is not finite is text in either form."""
+    """A value as it is read back from JSON; a number that is not finite is text."""
     value = to_jsonable(value)
     return (
         {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(value, value)
@@ -204,38 +194,37 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _begin(run: Run, bundle: repro.Bundle, base: Path | None) -> None:
-    """The state, and what the gate knew, where the replay begins."""
+def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
+    """Load the state of model and gate where the replay begins."""
+    state, keeper = trainer.state, trainer.keeper
     if base is not None:
         with torch.no_grad():
-            checkpoint.restore(run.state, checkpoint.load(base))
-    if run.state.step != bundle.base.step:
+            checkpoint.restore(state, checkpoint.load(base))
+    if state.step != bundle.base.step:
         raise DataError(
-            f"{base} is the state after step {run.state.step}",
+            f"{base} is the state after step {state.step}",
             allowed=f"that after step {bundle.base.step}",
         )
-    run.keeper.load_state_dict(bundle.gates)
+    keeper.load_state_dict(bundle.gates)
     if bundle.continued:
-        run.keeper.observe(
-            Resumed(step=run.state.step, path=str(base), cursor=run.state.reader.cursor)
-        )
-    run.keeper.observe(Started(step=run.state.step, plan=bundle.plan))
+        keeper.observe(Resumed(step=state.step, path=str(base), cursor=state.reader.cursor))
+    keeper.observe(Started(step=state.step, plan=bundle.plan))
 
 
-def take_replayed_step(run: Run, bundle: repro.Bundle) -> None:
-    """One step of the run, with the evaluation or sample after it where the gate watches
+def take_replayed_step(trainer: Trainer, bundle: repro.Bundle) -> None:
+    """One step, with the evaluation or sample after it if the gate watches
     them and the run had one.
     """
-    loop.take_step(run)
-    watched = run.keeper.seats[bundle.gate].watcher.events
-    step, cfg = run.state.step, run.cfg
-    for event, every, look in (
-        (Evaluated, cfg.eval.every, run.evaluate),
-        (Sampled, cfg.sample.every, run.sample),
+    loop.take_step(trainer)
+    watched = trainer.keeper.seats[bundle.gate].watcher.events
+    step, cfg = trainer.state.step, trainer.cfg
+    for event, every, phase in (
+        (Evaluated, cfg.eval.every, loop.evaluate),
+        (Sampled, cfg.sample.every, loop.sample),
     ):
         was_last = step == bundle.step and bundle.event == event.__name__
         if event in watched and (was_last or step % every == 0 or step == cfg.train.max_steps):
-            look()
+            phase(trainer)
 
 
 def _open(
@@ -245,13 +234,14 @@ def _open(
     device: torch.device,
     directory: RunDir,
     on_verdict: Callable,
-) -> Run:
+) -> Trainer:
     cfg, tokenizer = validate(bundle.config), load_tokenizer(folder / repro.TOKENIZER)
+    only = (bundle.gate,)
     keeper = Gatekeeper(
         load_spec(),
         kind="train",
         runner="resume",
-        only=(bundle.gate,),
+        only=only,
         config=bundle.config,
         on_verdict=on_verdict,
     )
@@ -259,31 +249,28 @@ def _open(
         raise IntegrityError(
             f"gate {bundle.gate} is not asked in runs of this configuration", value=bundle.record
         )
-    state = open_state(cfg, bundle, tensors, device)
-    held_out = [_batch(tensors, f"held_out.{i}", _NOWHERE) for i in range(bundle.n_held_out)]
-    return Replayed(
-        cfg=cfg,
-        dir=directory,
-        device=device,
+    measured = {
+        k: float(bundle.measured.get(k) or 0.0) for k in ("found_frac", "found_in_training_frac")
+    }
+    callbacks = [GateEvents(RecordedText(*measured.values())), SdcCheck()]
+    if any(Traced in seat.watcher.events for seat in keeper.seats.values()):
+        callbacks.insert(0, PointTracing())
+    return Trainer(
+        state=open_state(cfg, bundle, tensors, device),
         dataset=SimpleNamespace(tokenizer=tokenizer),
+        output=RunOutput(directory, record=None, writer=checkpoint.SyncWriter()),
         keeper=keeper,
-        builder=None,
-        listener=Listener(),
-        state=state,
+        callbacks=CallbackList(callbacks),
         peak_flops=bundle.peak_flops,
         flops_per_step=bundle.flops_per_step,
-        writer=InLine(),
-        held_out=held_out,
-        random_loss_nats=bundle.plan["random_loss_nats"],
-        found_frac=float(bundle.measured.get("found_frac") or 0.0),
-        found_in_training_frac=float(bundle.measured.get("found_in_training_frac") or 0.0),
+        held_out=[_batch(tensors, f"held_out.{i}", _NOWHERE) for i in range(bundle.n_held_out)],
     )
 
 
 def open_state(
     cfg: RunConfig, bundle: repro.Bundle, tensors: dict[str, Tensor], device: torch.device
 ) -> TrainState:
-    """A fresh state that reads the bundle's rows."""
+    """A fresh state that draws the bundle's rows."""
     rows = []
     for step in bundle.steps:
         after = [*(b.cursor_after for b in step.batches[:-1]), step.cursor]
@@ -294,7 +281,7 @@ def open_state(
     return state_around(
         cfg,
         bundle.vocab_size,
-        Recorded(rows, bundle.plan["sources"], bundle.plan["cursor"]),
+        RecordedRows(rows, bundle.plan["sources"], bundle.plan["cursor"]),
         device,
     )
 

@@ -7,9 +7,9 @@ import torch
 
 from stackproof.config import DifferentialAttention, MixtureOfExperts, ModelConfig
 from stackproof.config.model import HardCapacity, MixtureOfDepths
+from stackproof.gate_inputs import operations
 from stackproof.model.build import build_model
 from stackproof.recipes import RECIPES
-from stackproof.train import operations
 
 SIZES = dict(d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, max_seq_len=64)
 DENSE = ModelConfig(**SIZES)

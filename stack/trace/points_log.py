@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 
-from stackproof.data.reader import Batch
+from stackproof.data.reader import Batch, model_inputs
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
-from stackproof.train.state import TrainState
-from stackproof.train.step import on_device
 
 SHARE_MAX = 0.02  # of a run's time that recording is meant to take
 
@@ -21,7 +19,7 @@ def sparse_enough(every: int, recording_s: float, step_s: float) -> int:
     return max(every, math.ceil(recording_s / (SHARE_MAX * step_s)))
 
 
-def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:
+def points_lines(state: Any, batch: Batch) -> list[dict[str, Any]]:
     """What the points hold while the model reads a micro-batch, with the weights, dropout and
     precision of the step to come.
 
@@ -36,7 +34,7 @@ def points_lines(state: TrainState, batch: Batch) -> list[dict[str, Any]]:
         state.autocast(),
         hook_points(state.model, None, gatherer.see, scratch=True) as points,
     ):
-        state.model.hidden_states(*on_device(batch, state.device))
+        state.model.hidden_states(*model_inputs(batch, state.device))
     stats = gatherer.finish()
     return [
         {

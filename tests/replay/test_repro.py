@@ -15,11 +15,13 @@ from stackproof.config import NeverStop
 from stackproof.evidence import repro
 from stackproof.museum.collection import museum_config, write_texts
 from stackproof.museum.plant import load_museum
+from stackproof.replay import bundle as bundles
+from stackproof.replay.bundle import ReproRecorder
+from stackproof.replay.replay import replay
 from stackproof.spec.errors import DataError, GateFailed, IntegrityError
-from stackproof.train import bundle as bundles
-from stackproof.train import session
-from stackproof.train.listener import Listener
-from stackproof.train.replay import replay
+from stackproof.train import loop
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
 from tests.processes import Command
 
 PLANTED = (
@@ -55,7 +57,7 @@ def broken(cfg, plant: str, gate: str, folder: Path) -> Path:
     """The bundle of a run that a plant turned red."""
     torch.set_num_threads(1)
     with load_museum()[plant].apply(), pytest.raises(GateFailed, match=gate):
-        session.start(cfg, (), folder / "run", Listener(), only=(gate,))
+        train(fresh(cfg, (), folder / "run", [ReproRecorder()], only=(gate,)))
     (found,) = (folder / "run" / "repro").iterdir()
     assert found.name.startswith(f"{gate}-step-")
     return found
@@ -120,15 +122,17 @@ def test_a_bundle_of_a_run_that_was_resumed_begins_at_its_checkpoint(cfg, tmp_pa
     those of the resumed run.
     """
     short = cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 14})})
-    session.start(short, (), tmp_path / "parent", Listener(), only=("runtime.loss-spike",))
+    train(fresh(short, (), tmp_path / "parent", [ReproRecorder()], only=("runtime.loss-spike",)))
     with load_museum()["runtime.lr-spike"].apply(), pytest.raises(GateFailed):
-        session.start(
-            cfg,
-            (),
-            tmp_path / "run",
-            Listener(),
-            parent=tmp_path / "parent",
-            only=("runtime.loss-spike",),
+        train(
+            fresh(
+                cfg,
+                (),
+                tmp_path / "run",
+                [ReproRecorder()],
+                parent=tmp_path / "parent",
+                only=("runtime.loss-spike",),
+            )
         )
     (folder,) = (tmp_path / "run" / "repro").iterdir()
     shutil.rmtree(tmp_path / "parent")
@@ -140,19 +144,17 @@ def test_a_bundle_of_a_run_that_was_resumed_begins_at_its_checkpoint(cfg, tmp_pa
 
 def test_an_evaluation_is_replayed_on_the_held_out_rows_of_the_bundle(cfg, tmp_path, monkeypatch):
     """Held-out loss five times what it was, at step 14; replayed from the state of step 7."""
-    from stackproof.train.run import Run
+    original = loop.held_out_loss
 
-    original = Run.measure
-
-    def diverging(self):
-        result = original(self)
+    def diverging(trainer):
+        result = original(trainer)
         return dataclasses.replace(
-            result, loss_nats=result.loss_nats * (5 if self.state.step == 14 else 1)
+            result, loss_nats=result.loss_nats * (5 if trainer.state.step == 14 else 1)
         )
 
-    monkeypatch.setattr(Run, "measure", diverging)
+    monkeypatch.setattr(loop, "held_out_loss", diverging)
     with pytest.raises(GateFailed, match="divergence"):
-        session.start(cfg, (), tmp_path / "run", Listener(), only=("evaluation.divergence",))
+        train(fresh(cfg, (), tmp_path / "run", [ReproRecorder()], only=("evaluation.divergence",)))
     folder = tmp_path / "run" / "repro" / "evaluation.divergence-step-14"
     assert repro.read_bundle(folder).n_held_out >= cfg.eval.batches
     assert replay(folder)[1].same
@@ -181,7 +183,9 @@ def test_a_gate_that_only_warns_leaves_a_bundle_and_the_run_goes_on(cfg, tmp_pat
         )
 
     monkeypatch.setattr(memorisation.Memorised, "observe", warn)
-    record = session.start(cfg, (), tmp_path / "run", Listener(), only=("sampling.memorised",))
+    record = train(
+        fresh(cfg, (), tmp_path / "run", [ReproRecorder()], only=("sampling.memorised",))
+    )
     assert record.status == "completed" and record.gates[0].verdict == "fail"
     (folder,) = (tmp_path / "run" / "repro").iterdir()
     assert folder.name == "sampling.memorised-step-4", "the first time, and once"
@@ -289,6 +293,6 @@ def test_a_full_disk_spoils_no_verdict(cfg, tmp_path, monkeypatch):
         load_museum()["runtime.update-skipped"].apply(),
         pytest.raises(GateFailed, match="params-changed"),
     ):
-        session.start(cfg, (), tmp_path / "run", Listener(), only=("runtime.params-changed",))
+        train(fresh(cfg, (), tmp_path / "run", [ReproRecorder()], only=("runtime.params-changed",)))
     assert list((tmp_path / "run" / "repro").iterdir()) == []
     assert "repro_failed" in (tmp_path / "run" / "events.jsonl").read_text()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stackproof.train import allocator
+from stackproof.train import memory
 
 glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or platform.system() != "Linux",
@@ -18,8 +18,8 @@ glibc = pytest.mark.skipif(
 # mapping is the system's own word for it.
 LAID = """
 import json, re, sys, torch
-from stackproof.train import allocator
-said = allocator.lay_in_huge_pages(int(sys.argv[1])) if sys.argv[1] != "none" else allocator.keep_heap()
+from stackproof.train import memory
+said = memory.lay_in_huge_pages(int(sys.argv[1])) if sys.argv[1] != "none" else memory.keep_heap()
 block = torch.ones(40 * 2**18)  # 40 MiB
 address, flags = block.data_ptr() + 20 * 2**20, None
 for line in open("/proc/self/smaps"):
@@ -28,7 +28,7 @@ for line in open("/proc/self/smaps"):
     elif inside and line.startswith("VmFlags:"):
         flags = line.split()[1:]
 print(json.dumps({"said": said, "advised": "hg" in flags}))
-"""  # noqa: E501
+"""
 
 
 def laid(n_bytes) -> dict:
@@ -61,21 +61,21 @@ def test_what_there_is_no_room_for_is_said():
 
 
 def test_a_system_that_grants_none_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(allocator, "keep_heap", lambda: allocator.KEPT)
-    monkeypatch.setattr(allocator.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(allocator, "SWITCH", tmp_path / "enabled")
-    assert allocator.lay_in_huge_pages(2**20).endswith("grants no large ones")
+    monkeypatch.setattr(memory, "keep_heap", lambda: memory.KEPT)
+    monkeypatch.setattr(memory.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(memory, "SWITCH", tmp_path / "enabled")
+    assert memory.lay_in_huge_pages(2**20).endswith("grants no large ones")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
-    assert allocator.lay_in_huge_pages(2**20).endswith("grants no large ones")
+    assert memory.lay_in_huge_pages(2**20).endswith("grants no large ones")
 
 
 def test_elsewhere_nothing_is_changed(monkeypatch):
-    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
-    allocator.keep_heap.cache_clear()
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    memory.keep_heap.cache_clear()
     try:
         assert (
-            allocator.keep_heap() == "as shipped"
-            and allocator.lay_in_huge_pages(2**20) == "pages as shipped"
+            memory.keep_heap() == "as shipped"
+            and memory.lay_in_huge_pages(2**20) == "pages as shipped"
         )
     finally:
-        allocator.keep_heap.cache_clear()
+        memory.keep_heap.cache_clear()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.config import Muon, RunConfig
+from stackproof.config import RunConfig
 from stackproof.contracts.optim import Applied, Move
 from stackproof.data.prepare import Dataset
 from stackproof.evaluate.ingredients import talkative
+from stackproof.gate_inputs.digest import live_sha256, tensor_sha256
 from stackproof.train import losses
 from stackproof.train import step as steps
-from stackproof.train.digest import live_sha256, tensor_sha256
 from stackproof.train.state import TrainState, build_state
 
 LOW_NORM, FIRST_DRAWS = 1e-2, 8
@@ -138,8 +138,7 @@ def applied_steps(
     smallest, MUON_ENTRIES entries or one. Muon multiplies in float32 here: in bfloat16 the
     gradients of a few rows, which span few directions, end 0.13 of the way apart.
     """
-    exact = cfg.optim.model_copy(update={"dtype": "float32"} if isinstance(cfg.optim, Muon) else {})
-    state = build_state(cfg.model_copy(update={"optim": exact}), dataset, device)
+    state = build_state(cfg.model_copy(update={"optim": cfg.optim.in_float32()}), dataset, device)
     state.step = max(0, min(cfg.schedule.warmup_steps - 1, cfg.train.max_steps - APPLIED_STEPS))
     seen, budget = {}, MUON_ENTRIES
     for name, p in sorted(state.model.named_parameters(), key=lambda item: item[1].numel()):

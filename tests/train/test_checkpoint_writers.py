@@ -5,12 +5,15 @@ import threading
 
 import pytest
 
+from stackproof import tensorfolder
 from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import CheckpointError
 from stackproof.spec.records import read_record
-from stackproof.train import checkpoint, session, stepfolder
-from stackproof.train.listener import Listener
+from stackproof.train import checkpoint
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
+from stackproof.train.trainer import Callback
 
 FEW = ("runtime.finite", "checkpoint.contract")
 
@@ -48,7 +51,7 @@ def tensor_files(run_dir) -> dict[str, str]:
 
 def test_what_is_written_behind_is_what_is_written_in_line(cfg, tmp_path):
     for writing in ("in-line", "behind"):
-        session.start(saving(cfg, writing), (), tmp_path / writing, Listener(), only=FEW)
+        train(fresh(saving(cfg, writing), (), tmp_path / writing, only=FEW))
     files = tensor_files(tmp_path / "behind")
     assert files == tensor_files(tmp_path / "in-line")
     assert {
@@ -71,13 +74,13 @@ def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, wri
             waited.append(later.wait(timeout=60 if goes_on else 1))
         return write(root, snapshot)
 
-    class Watching(Listener):
-        def on_step(self, line, max_steps):
-            if line["step"] == 4:
+    class Watching(Callback):
+        def on_step(self, trainer, report):
+            if report.step == 4:
                 later.set()
 
     monkeypatch.setattr(checkpoint, "write", slow)
-    record = session.start(saving(cfg, writing), (), tmp_path / "run", Watching(), only=FEW)
+    record = train(fresh(saving(cfg, writing), (), tmp_path / "run", [Watching()], only=FEW))
     assert waited == [goes_on]
     assert (
         record.succeeded
@@ -88,7 +91,7 @@ def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, wri
 def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(
     cfg, tmp_path, monkeypatch
 ):
-    calls, write = [], stepfolder.write
+    calls, write = [], tensorfolder.write
 
     def full(folder, content):
         calls.append(folder)
@@ -96,11 +99,9 @@ def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(
             raise OSError(28, "No space left on device")
         return write(folder, content)
 
-    monkeypatch.setattr(stepfolder, "write", full)
+    monkeypatch.setattr(tensorfolder, "write", full)
     with pytest.raises(CheckpointError, match="step 6 could not be written"):
-        session.start(
-            saving(cfg, "behind"), (), tmp_path / "run", Listener(), only=("runtime.finite",)
-        )
+        train(fresh(saving(cfg, "behind"), (), tmp_path / "run", only=("runtime.finite",)))
     record = read_record(tmp_path / "run/metadata.json")
     assert (record.status, record.exit_code) == ("failed", 5)
     assert checkpoint.load(checkpoint.find(tmp_path / "run")).state["step"] == 3
@@ -111,19 +112,19 @@ def test_two_failures_at_once_are_both_told(cfg, tmp_path, monkeypatch):
     the save's is an event.
     """
     monkeypatch.setattr(
-        stepfolder,
+        tensorfolder,
         "write",
         lambda folder, content: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
 
-    class Broken(Listener):
-        def on_step(self, line, max_steps):
-            if line["step"] == 4:
+    class Broken(Callback):
+        def on_step(self, trainer, report):
+            if report.step == 4:
                 raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        session.start(
-            saving(cfg, "behind"), (), tmp_path / "run", Broken(), only=("runtime.finite",)
+        train(
+            fresh(saving(cfg, "behind"), (), tmp_path / "run", [Broken()], only=("runtime.finite",))
         )
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert next(e["message"] for e in events if e["event"] == "save_failed").startswith(

@@ -17,8 +17,8 @@ from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint
-from stackproof.train.randomness import stream_seed
-from stackproof.train.rundir import RunDir
+from stackproof.train.rng import stream_seed
+from stackproof.train.run_dir import RunDir
 
 CLAIM = "Training killed at random moments and resumed each time ends in byte-identical weights."
 NOT_COVERED = (

@@ -3,7 +3,6 @@
 import json
 import signal
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,12 @@ from stackproof.evaluate.sampling import generate
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
 from stackproof.spec.records import read_record
-from stackproof.train import precision, session
-from stackproof.train.listener import Listener
-from stackproof.train.randomness import generator
+from stackproof.train import loop, memory, start
+from stackproof.train import step as steps
+from stackproof.train.loop import train
+from stackproof.train.rng import generator
 from stackproof.train.signals import listening
+from stackproof.train.start import fresh
 from tests.verdicts import all_green
 
 
@@ -48,16 +49,14 @@ FEW = ("runtime.finite", "schedule.trace", "runtime.params-changed")
 def plain(cfg, tmp_path_factory):
     """The folder of a run of `cfg` under all gates; tests only read it."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    session.start(cfg, (), folder, Listener())
+    train(fresh(cfg, (), folder))
     return folder
 
 
 def test_same_seed_same_losses_other_seed_other_losses(cfg, plain, tmp_path):
     """Whichever gates look on."""
     for name, seed in (("again", cfg.seed), ("other", cfg.seed + 1)):
-        session.start(
-            cfg.model_copy(update={"seed": seed}), (), tmp_path / name, Listener(), only=FEW
-        )
+        train(fresh(cfg.model_copy(update={"seed": seed}), (), tmp_path / name, only=FEW))
     first, again, other = (
         losses(folder) for folder in (plain, tmp_path / "again", tmp_path / "other")
     )
@@ -68,7 +67,7 @@ def test_same_seed_same_losses_other_seed_other_losses(cfg, plain, tmp_path):
 @pytest.fixture
 def any_precision(monkeypatch):
     """Lets half precision run on processors that only emulate it."""
-    monkeypatch.setattr(session, "refuse_emulated", lambda *asked: None)
+    monkeypatch.setattr(start, "refuse_emulated", lambda *asked: None)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -78,7 +77,7 @@ def test_half_precision_trains_under_all_gates_close_to_single(
     """After 14 steps the half-precision loss is within 0.05 nats of float32's;
     measured worst case 0.01.
     """
-    record = session.start(with_train(cfg, dtype=dtype), (), tmp_path / dtype, Listener())
+    record = train(fresh(with_train(cfg, dtype=dtype), (), tmp_path / dtype))
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
     assert abs(losses(tmp_path / dtype)[-1] - losses(plain)[-1]) < 0.05
 
@@ -86,41 +85,39 @@ def test_half_precision_trains_under_all_gates_close_to_single(
 def test_a_type_of_the_optimizer_that_is_only_emulated_is_refused_by_its_key(
     cfg, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(
-        precision, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 10.0
-    )
+    monkeypatch.setattr(memory, "product_s", lambda dtype: 1.0 if dtype == torch.float32 else 10.0)
     half = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(EnvironmentUnfit, match="no units for bfloat16") as caught:
-        session.start(half, (), tmp_path / "run", Listener())
+        train(fresh(half, (), tmp_path / "run"))
     assert "optim.dtype=float32" in str(caught.value)
 
 
 def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(
     cfg, tmp_path, monkeypatch, any_precision
 ):
-    from stackproof.train import step as steps
+    accumulate, unscale, now, failed = steps.accumulate, torch.amp.GradScaler.unscale_, [0], []
 
-    original, failed = steps.backward, []
+    def noting(state, batches):
+        now[0] = state.step
+        return accumulate(state, batches)
 
-    def overflowing(state, batch, n_valid, n_tokens):
-        nats = original(state, batch, n_valid, n_tokens)
-        if not failed and state.step == 3:
+    def overflowing(self, optimizer):
+        if not failed and now[0] == 3:
             failed.append(1)
-            next(state.model.parameters()).grad.fill_(float("inf"))
-        return nats
+            optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+        return unscale(self, optimizer)
 
-    monkeypatch.setattr(steps, "backward", overflowing)
+    monkeypatch.setattr(steps, "accumulate", noting)
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflowing)
     half = with_train(cfg, dtype="float16")
-    record = session.start(
-        half, (), tmp_path / "run", Listener(), only=(*FEW, "checkpoint.contract")
-    )
+    record = train(fresh(half, (), tmp_path / "run", only=(*FEW, "checkpoint.contract")))
     assert failed and record.status == "completed"
     state = json.loads((tmp_path / "run/checkpoints/step-00000014/state.json").read_text())
     assert state["scaler"]["scale"] == 2.0**15
 
 
 def test_the_record_is_what_is_written(cfg, tmp_path):
-    record = session.start(cfg, (), tmp_path / "run", Listener(), only=FEW)
+    record = train(fresh(cfg, (), tmp_path / "run", only=FEW))
     again = read_record(tmp_path / "run" / "metadata.json")
     assert again == record and again.sha256 == record.sha256
 
@@ -169,7 +166,7 @@ def test_samples_are_drawn_as_configured(cfg, tmp_path):
         asked = cfg.model_copy(
             update={"sample": SampleConfig(**plan), "schedule": Cosine(warmup_steps=1)}
         )
-        session.start(with_train(asked, max_steps=4), (), tmp_path / str(i), Listener(), only=FEW)
+        train(fresh(with_train(asked, max_steps=4), (), tmp_path / str(i), only=FEW))
         opened = open_model(tmp_path / str(i))
         (line,) = (
             json.loads(x) for x in (tmp_path / str(i) / "samples.jsonl").read_text().splitlines()
@@ -199,7 +196,7 @@ def test_every_rule_and_schedule_trains_under_all_gates(
 ):
     """And under fp16, whose scaler has to know both rules as one optimizer."""
     cfg = cfg.model_copy(update={"optim": optim, "schedule": schedule})
-    record = session.start(with_train(cfg, dtype="float16"), (), tmp_path / "run", Listener())
+    record = train(fresh(with_train(cfg, dtype="float16"), (), tmp_path / "run"))
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
     # measured falls of 0.1 and more
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.05
@@ -215,7 +212,7 @@ def test_a_compiled_run_ends_as_the_plain_one_and_names_its_gate(cfg, plain, tmp
         "compile",
         lambda model, *, fullgraph, options: real(model, fullgraph=fullgraph, backend="aot_eager"),
     )
-    compiled = session.start(with_train(cfg, compile=True), (), tmp_path / "compiled", Listener())
+    compiled = train(fresh(with_train(cfg, compile=True), (), tmp_path / "compiled"))
     plain = read_record(plain / "metadata.json")
     assert compiled.status == plain.status == "completed" and all_green(
         compiled.gates, compiled.metric("steps")
@@ -230,19 +227,13 @@ def test_a_gate_that_never_looked_fails_the_run(cfg, tmp_path, monkeypatch):
     """A monitor that is wired to nothing: the run does not end well, also without the gate that
     sees it at the first gap.
     """
-    from stackproof.train.run import Run
-
-    monkeypatch.setattr(Run, "sample", lambda self: None)
+    monkeypatch.setattr(loop, "sample", lambda trainer: None)
     with pytest.raises(GateFailed, match=r"runtime\.cadence.*no Sampled for 3 steps"):
-        session.start(
-            cfg,
-            (),
-            tmp_path / "gap",
-            Listener(),
-            only=(*FEW, "runtime.cadence", "sampling.coherence"),
+        train(
+            fresh(cfg, (), tmp_path / "gap", only=(*FEW, "runtime.cadence", "sampling.coherence"))
         )
     with pytest.raises(GateFailed, match=r"sampling\.coherence.*never looked") as caught:
-        session.start(cfg, (), tmp_path / "run", Listener(), only=(*FEW, "sampling.coherence"))
+        train(fresh(cfg, (), tmp_path / "run", only=(*FEW, "sampling.coherence")))
     assert caught.value.record.status == "halted"
     silent = next(g for g in caught.value.record.gates if g.id == "sampling.coherence")
     assert silent.verdict == "not_run" and silent.checks == 0
@@ -252,7 +243,7 @@ def test_a_folder_with_a_run_is_refused(cfg, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(UsageError, match="already holds a run"):
-        session.start(cfg, (), tmp_path / "run", Listener())
+        train(fresh(cfg, (), tmp_path / "run"))
 
 
 def test_certain_exhaustion_is_judged_where_the_run_stands(cfg):
@@ -264,18 +255,17 @@ def test_certain_exhaustion_is_judged_where_the_run_stands(cfg):
     cfg = with_train(cfg, max_steps=rows).model_copy(
         update={"data": cfg.data.model_copy(update={"on_exhausted": "error"})}
     )
-    for start, refused in ((250, False), (150, True), (0, True)):
+    for begin, refused in ((250, False), (150, True), (0, True)):
         order = StaticMixture([a, b], 7)
-        order.load_state_dict({"start": start, "base": {"a": start}})
-        run = SimpleNamespace(cfg=cfg, state=SimpleNamespace(reader=SimpleNamespace(order=order)))
+        order.load_state_dict({"start": begin, "base": {"a": begin}})
         with (
             pytest.raises(StreamExhausted, match="source b ends before the run does")
             if refused
             else nullcontext()
         ):
-            session._refuse_certain_exhaustion(run)
-    run.cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
-    session._refuse_certain_exhaustion(run)
+            start._refuse_exhaustion(cfg, order)
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+    start._refuse_exhaustion(cfg, order)
 
 
 def test_observing_more_often_does_not_change_training(cfg, plain, tmp_path):
@@ -289,7 +279,7 @@ def test_observing_more_often_does_not_change_training(cfg, plain, tmp_path):
         }
     )
     often = often.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"every": 3})})
-    session.start(often, (), tmp_path / "often", Listener(), only=FEW)
+    train(fresh(often, (), tmp_path / "often", only=FEW))
     assert losses(plain) == losses(tmp_path / "often")
 
 
@@ -312,9 +302,7 @@ def test_listening_to_signals_does_not_write_out_the_run():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_run_passes_every_gate_and_resumes_equal(cfg, tmp_path):
-    record = session.start(
-        cfg.model_copy(update={"device": "cuda"}), (), tmp_path / "run", Listener()
-    )
+    record = train(fresh(cfg.model_copy(update={"device": "cuda"}), (), tmp_path / "run"))
     assert record.status == "completed" and all_green(record.gates, record.metric("steps"))
     assert record.metric("peak_device_memory_bytes") > 0 and record.environment["device_uuid"]
 
@@ -326,4 +314,4 @@ def test_a_rate_that_leaves_no_number_is_left_to_the_gates(museum_folder, tmp_pa
     wild = museum_config(museum_folder).model_copy(update={"optim": AdamW(lr=1e18)})
     assert wild.stop.kind == "patience"
     with pytest.raises(GateFailed, match="not finite"):
-        session.start(wild, (), tmp_path / "run", Listener(), only=("optim.parameter-census",))
+        train(fresh(wild, (), tmp_path / "run", only=("optim.parameter-census",)))

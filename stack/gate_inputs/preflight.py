@@ -17,32 +17,33 @@ from stackproof.config import AuxiliaryLoss, Optim, RunConfig
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.ingredients import data_ingredients
 from stackproof.data.prepare import Dataset
-from stackproof.data.reader import Batch, eval_batches
+from stackproof.data.reader import Batch, eval_batches, model_inputs
 from stackproof.evaluate.ingredients import model_ingredients
 from stackproof.evaluate.stopping import batches_needed
-from stackproof.kernels import dispatch
-from stackproof.model import moe
-from stackproof.model.build import build_model
-from stackproof.model.forward_context import Report
-from stackproof.spec.errors import DataError
-from stackproof.spec.formulas import parameter_count
-from stackproof.train import checkpoint, losses, operations
-from stackproof.train import optimizer as opt
-from stackproof.train import step as steps
-from stackproof.train.compiled import compiled_ingredients
-from stackproof.train.digest import digest, live_sha256
-from stackproof.train.dropout import branch_draws
-from stackproof.train.head import head_ingredients, loss_scale_ingredients
-from stackproof.train.kernels import kernel_calls
-from stackproof.train.randomness import generator, stream_seed
-from stackproof.train.reporting import (
+from stackproof.gate_inputs import operations
+from stackproof.gate_inputs.compiled import compiled_ingredients
+from stackproof.gate_inputs.digest import digest, live_sha256
+from stackproof.gate_inputs.dropout import branch_draws
+from stackproof.gate_inputs.head import head_ingredients, loss_scale_ingredients
+from stackproof.gate_inputs.kernels import kernel_calls
+from stackproof.gate_inputs.reporting import (
     applied_steps,
     begun,
     computed_dtypes,
     own_step,
     reported_steps,
 )
-from stackproof.train.shadow import shadow_ingredients
+from stackproof.gate_inputs.shadow import shadow_ingredients
+from stackproof.kernels import dispatch
+from stackproof.model import moe
+from stackproof.model.build import build_model
+from stackproof.model.forward_context import Report
+from stackproof.spec.errors import DataError
+from stackproof.spec.formulas import parameter_count
+from stackproof.train import checkpoint, losses
+from stackproof.train import optimizer as opt
+from stackproof.train import step as steps
+from stackproof.train.rng import generator, stream_seed
 from stackproof.train.state import TrainState, build_state
 
 PROBE_WINDOWS = 24
@@ -193,7 +194,7 @@ def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device
 def _window_nats(state: TrainState, window: Batch) -> float:
     state.model.eval()
     with state.autocast():
-        x_BTD, _ = state.model.hidden_states(*steps.on_device(window, state.device))
+        x_BTD, _ = state.model.hidden_states(*model_inputs(window, state.device))
         nats = losses.linear_cross_entropy_sum(
             x_BTD, state.model.head_weight, window.labels.to(state.device)
         )
@@ -212,7 +213,6 @@ def advance_and_judge(state: TrainState) -> float:
     memory and the best step.
     """
     nats = advance(state)
-    state.update_ema(nats)
     state.last_val_nats = nats
     state.stopper.update((nats, 1.01 * nats))
     state.best = {"step": state.step, "val_loss_nats": nats}
@@ -371,7 +371,7 @@ def loss_of(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
     """Summed loss of a batch in nats, shape (), with its graph:
     every weight that the run's own forward uses.
     """
-    x_BTD, report = model.hidden_states(*steps.on_device(batch, device))
+    x_BTD, report = model.hidden_states(*model_inputs(batch, device))
     nats = losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
     return nats + losses.balance_term(report.loads, model.balance_weight)
 

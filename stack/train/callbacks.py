@@ -1,0 +1,324 @@
+"""Built-in callbacks: the logs, the events for the gates, tracing of activations,
+and mirrors to experiment trackers.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from stackproof.config import MixtureOfExperts
+from stackproof.contracts.data import Learned
+from stackproof.contracts.events import (
+    BatchDrawn,
+    Evaluated,
+    Finished,
+    HeldOutRows,
+    Recited,
+    Sampled,
+    Saved,
+    Started,
+    StepTaken,
+)
+from stackproof.contracts.points import Traced
+from stackproof.contracts.witness import ModeSeen
+from stackproof.data.ingredients import found_in, passages_found
+from stackproof.data.prepare import Dataset
+from stackproof.data.reader import Batch, batch_hash
+from stackproof.evaluate.baselines import uniform_loss_nats
+from stackproof.evaluate.stopping import Decision
+from stackproof.spec.canonical import sha256_json
+from stackproof.spec.errors import EnvironmentUnfit
+from stackproof.spec.records import Record
+from stackproof.trace.points_log import points_lines
+from stackproof.train import checkpoint
+from stackproof.train.step import StepReport
+from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
+
+SEARCHED_ROWS = 8  # of the held-out rows, evenly spread
+MAX_SEARCHED_TOKENS = 20_000_000  # of the training split, in which a suspicious sample is searched
+TRACING_SHARE_MAX = 0.02  # of a run's time
+
+
+class RunLog(Callback):
+    """Writes metrics.jsonl, samples.jsonl and the rows by source of curriculum.jsonl."""
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        names = [s.name for s in trainer.state.reader.order.sources]
+        if len(names) > 1:
+            rows = Counter(names[s] for b in trainer.batches for s in b.sources)
+            trainer.output.dir.log(
+                "curriculum.jsonl", step=report.step, event="rows", rows=dict(sorted(rows.items()))
+            )
+
+    def on_sample(self, trainer: Trainer, sample: Sample) -> None:
+        score = {"score": sample.coherence.score, "parts": dict(sample.coherence.parts)}
+        line = {
+            "step": sample.step,
+            "prompt": sample.prompt,
+            "text": sample.text,
+            "loss_nats": sample.loss_nats,
+        }
+        trainer.output.dir.log("samples.jsonl", **line, **score)
+
+    def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
+        cfg = trainer.cfg.train
+        if (
+            report.step % cfg.log_every == 0
+            or report.evaluation is not None
+            or report.step == cfg.max_steps
+        ):
+            trainer.output.dir.log("metrics.jsonl", **report.log_line())
+
+
+class TrainingText(Protocol):
+    """What gates look up in the training split."""
+
+    def found_frac(self, ids: Sequence[int]) -> float:
+        """Share of a text's spans of about 60 bytes that occur in the training split."""
+
+    def held_out_rows(self, batches: Sequence[Batch]) -> HeldOutRows:
+        """The rows of the held-out batches, compared with the training split."""
+
+
+class TrainingSplit:
+    """Looks up text in the training split of a data set."""
+
+    def __init__(self, dataset: Dataset, seq_len: int):
+        self.dataset, self.seq_len = dataset, seq_len
+
+    def found_frac(self, ids: Sequence[int]) -> float:
+        return found_in(ids, self.dataset.train, MAX_SEARCHED_TOKENS)
+
+    def held_out_rows(self, batches: Sequence[Batch]) -> HeldOutRows:
+        rows = [row for batch in batches for row in batch.input_ids.tolist()]
+        few = rows[:: max(1, len(rows) // SEARCHED_ROWS)]
+        found = passages_found(few, self.dataset.train, 10 * MAX_SEARCHED_TOKENS)
+        numbers = [n for batch in batches for n in batch.sample_ids]
+        reach = (max(numbers) - min(numbers) + 1) / self.dataset.validation.n_windows(self.seq_len)
+        return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
+
+
+class GateEvents(Callback):
+    """Shows a run to its runtime gates as the events of contracts/events.py."""
+
+    def __init__(self, text: TrainingText):
+        self.text = text
+        self.cursor_before = 0
+
+    def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
+        trainer.keeper.observe(Started(step=start.step, plan=start.plan))
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        self.cursor_before = trainer.state.reader.cursor
+
+    def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        trainer.keeper.observe(
+            BatchDrawn(
+                step=trainer.state.step + 1,
+                cursor_before=self.cursor_before,
+                cursor_after=trainer.state.reader.cursor,
+                sample_ids=tuple(i for b in batches for i in b.sample_ids),
+                epoch=batches[-1].epoch,
+                n_tokens=sum(b.input_ids.numel() for b in batches),
+                sources=tuple(s for b in batches for s in b.sources),
+                epochs=tuple(e for b in batches for e in b.epochs),
+            )
+        )
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        trainer.keeper.observe(Learned(report.step, report.sample_ids))
+        resting = tuple(
+            name for name, module in trainer.state.model.named_modules() if not module.training
+        )
+        trainer.keeper.observe(ModeSeen(step=report.step, phase="training", wrong=resting))
+        trainer.keeper.observe(
+            StepTaken(
+                step=report.step,
+                loss_nats=report.loss_nats,
+                grad_norm=report.grad_norm,
+                clipped_grad_norm=report.clipped_grad_norm,
+                max_grad_norm=trainer.cfg.optim.max_grad_norm,
+                lr=report.lr,
+                group_lrs=report.group_lrs,
+                n_valid_tokens=report.n_valid_tokens,
+                n_expected_tokens=report.n_tokens,
+                tokens_seen=report.tokens_seen,
+                wall_s=report.wall_s,
+                flops=trainer.flops_per_step,
+                peak_flops=trainer.peak_flops,
+                changed_tensor_frac=report.changed_tensor_frac,
+                overflow_retries=report.overflow_retries,
+                expert_shares=report.expert_shares,
+            )
+        )
+
+    def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
+        state, val, found = trainer.state, report.evaluation, report.memorization
+        trainer.keeper.observe(
+            Evaluated(
+                step=report.step,
+                loss_nats=val.loss_nats,
+                bits_per_byte=val.bits_per_byte,
+                batch_nats=tuple(val.batch_nats),
+                batch_hash=batch_hash(trainer.held_out),
+                previous_loss_nats=state.last_val_nats,
+                random_loss_nats=uniform_loss_nats(trainer.dataset.tokenizer.vocab_size),
+                train_loss_nats=state.ema_loss_nats,
+                pretrained=trainer.cfg.recipe == "imported",
+                best_step=state.best.get("step"),
+                best_loss_nats=state.best.get("val_loss_nats"),
+                rows=partial(self.text.held_out_rows, trainer.held_out),
+            )
+        )
+        trainer.keeper.observe(
+            Recited(
+                step=report.step,
+                n_windows=found.n_passages,
+                n_recited=found.n_recited,
+                prefix_tokens=found.prefix_tokens,
+                matched_tokens=found.matched_tokens,
+                n_held_out=found.n_held_out,
+                held_out=found.held_out,
+            )
+        )
+
+    def on_sample(self, trainer: Trainer, sample: Sample) -> None:
+        trainer.keeper.observe(
+            Sampled(
+                step=sample.step,
+                text=sample.text,
+                prompt=sample.prompt,
+                language=trainer.cfg.sample.language,
+                loss_nats=sample.loss_nats,
+                found_in_corpus=partial(self.text.found_frac, sample.ids),
+            )
+        )
+
+    def on_save(self, trainer: Trainer, folder: Path) -> None:
+        trainer.keeper.observe(Saved(step=trainer.state.step, path=str(folder)))
+
+    def on_train_end(self, trainer: Trainer, status: str) -> None:
+        pointed = {
+            f"{name}_step": checkpoint.pointed_step(trainer.output.dir.checkpoints, name)
+            for name in ("latest", "best")
+        }
+        trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
+
+
+def declared_plan(trainer: Trainer) -> dict[str, Any]:
+    """What a run declares to its gates, from where it stands."""
+    cfg, state = trainer.cfg, trainer.state
+    order, splits = state.reader.order, trainer.dataset.manifest["splits"]
+    rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
+    plan = {
+        "peak_lr": cfg.optim.lr,
+        "peak_lrs": cfg.optim.peak_lrs(),
+        "schedule": cfg.schedule.model_dump(),
+        "warmup_steps": cfg.schedule.warmup_steps,
+        "max_steps": cfg.train.max_steps,
+        "tokens_per_step": cfg.train.tokens_per_step,
+        "tokens_seen": state.tokens_seen,
+        "rows_per_step": rows_per_step,
+        "cursor": state.reader.cursor,
+        "sources": [
+            {k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")}
+            for s in order.sources
+        ],
+        "order": sha256_json(
+            [cfg.seed, cfg.model.max_seq_len, splits["train"], cfg.data.packing.kind]
+        ),
+        "drawn": order.counts(state.reader.cursor).tolist(),
+        "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
+        "warmup_sources": list(cfg.curriculum.warmup_sources),
+        "random_loss_nats": uniform_loss_nats(trainer.dataset.tokenizer.vocab_size),
+        "n_eval_batches": len(trainer.held_out),
+        "intervals": {
+            "Evaluated": (cfg.eval.every, "eval.every"),
+            "Sampled": (cfg.sample.every, "sample.every"),
+            "Saved": (cfg.checkpoint.every, "checkpoint.every"),
+            "Recomputed": (cfg.train.recompute_every, "train.recompute_every"),
+        },
+    }
+    match cfg.model.ffn:
+        case MixtureOfExperts(n_experts=n_experts, top_k=top_k):
+            plan |= {"expert_layers": cfg.model.n_layers, "n_experts": n_experts, "top_k": top_k}
+    return plan
+
+
+class PointTracing(Callback):
+    """Every `trace.every` steps, logs statistics of all activations on the next batch.
+    Not part of a step's time.
+    """
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        step, every = trainer.state.step + 1, trainer.cfg.trace.every
+        if every == 0 or step % every:
+            return
+        started = time.perf_counter()
+        with trainer.timer.paused():
+            with trainer.read_only("trace"):
+                lines = points_lines(trainer.state, batches[0])
+                for line in lines:
+                    trainer.output.dir.log("points.jsonl", step=step, **line)
+            trainer.keeper.observe(Traced(step, {line["point"]: line["stats"] for line in lines}))
+        self.recorded += 1
+        if (
+            trainer.report and self.recorded == 2
+        ):  # the first is slower: torch warms up, and the read-only section is verified
+            self._advise(trainer, every, time.perf_counter() - started)
+
+    def _advise(self, trainer: Trainer, every: int, spent_s: float) -> None:
+        step_s = trainer.report.wall_s
+        if (enough := sparse_enough(every, spent_s, step_s)) > every:
+            share = f"recording points takes {spent_s / (step_s * every):.1%} of the time of steps"
+            trainer.callbacks.on_message(
+                f"{share}; trace.every = {enough} keeps it within {TRACING_SHARE_MAX:.0%}"
+            )
+
+
+def sparse_enough(every: int, recording_s: float, step_s: float) -> int:
+    """`every`, or the smallest larger interval at which recordings take at most
+    TRACING_SHARE_MAX of the time of steps.
+    """
+    return max(every, math.ceil(recording_s / (TRACING_SHARE_MAX * step_s)))
+
+
+class TensorBoard(Callback):
+    """Mirrors every number of metrics.jsonl, and the samples, to event files in RUN/tensorboard."""
+
+    def __init__(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise EnvironmentUnfit(
+                "--tracker tensorboard needs the package tensorboard, which is not installed",
+                next_step="pip install 'stackproof[tensorboard]'",
+            ) from e
+        self.open, self.writer = SummaryWriter, None
+
+    def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
+        # A resumed run repeats the steps after its checkpoint: hide what was written for them.
+        self.writer = self.open(
+            str(trainer.output.dir.path / "tensorboard"), purge_step=start.step + 1
+        )
+
+    def on_sample(self, trainer: Trainer, sample: Sample) -> None:
+        self.writer.add_text("sample", sample.prompt + sample.text, sample.step)
+
+    def on_step_end(self, trainer: Trainer, report: StepReport) -> None:
+        for name, value in report.log_line().items():
+            self.writer.add_scalar(name, value, report.step)
+
+    def on_close(self, record: Record, run_dir: Path) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+TRACKERS = {"tensorboard": TensorBoard}

@@ -1,0 +1,430 @@
+"""Starting a run: fresh, resumed, forked, or continued under another curriculum
+(continued pre-training).
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from stackproof.config import BanditCurriculum, RunConfig, validate
+from stackproof.contracts.events import Resumed
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data import curriculum
+from stackproof.data.order import Order
+from stackproof.data.prepare import prepare
+from stackproof.data.reader import eval_batches, probe_batches
+from stackproof.evidence.exclusive import alone
+from stackproof.gate_inputs import operations
+from stackproof.gate_inputs.preflight import preflight, probe_peak_flops
+from stackproof.kernels import dispatch
+from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now, write_atomically
+from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.errors import ConfigError, DataError, StreamExhausted
+from stackproof.spec.formulas import parameter_count
+from stackproof.spec.gates import load_spec
+from stackproof.spec.provenance import environment
+from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
+from stackproof.train import checkpoint
+from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, TrainingSplit
+from stackproof.train.kernels import kernels_of
+from stackproof.train.memory import (
+    keep_heap,
+    lay_in_huge_pages,
+    refuse_emulated,
+    require_room,
+    resolve_device,
+)
+from stackproof.train.run_dir import RunDir, parent_run
+from stackproof.train.sdc_check import SdcCheck
+from stackproof.train.state import AUTOCAST, build_state
+from stackproof.train.trainer import Callback, CallbackList, RunOutput, Trainer, recorded
+
+CLAIM = (
+    "This configuration, on this data and code, gives these losses, weights and samples, "
+    "with every gate below looked at."
+)
+NOT_COVERED = (
+    "quality on any task or text other than the held-out split of this corpus",
+    "behaviour beyond the trained context length",
+    "bitwise equality on another processor, torch build or number of threads",
+)
+# What continued pre-training may change.
+CONTINUABLE_KEYS = ("curriculum", "train.log_every", "checkpoint.keep", "gates.waive")
+
+
+@contextmanager
+def fresh(
+    cfg: RunConfig,
+    overrides: Sequence[Override],
+    run_dir: Path,
+    callbacks: Sequence[Callback] = (),
+    *,
+    parent: Path | None = None,
+    continued: bool = False,
+    only: Sequence[str] | None = None,
+    recorded_in: Mapping[str, object] | None = None,
+) -> Iterator[Trainer]:
+    """A new run; with `parent` a child that begins at the parent's latest checkpoint
+    under a changed configuration.
+
+    With `continued` only the curriculum may change: the child takes over the parent's history and
+    archives its samples. `only` installs just these gates, to prove them one by one; no command
+    offers it. `recorded_in` is the environment of a record whose kernels are used, to repeat it.
+    An exception inside the context closes the record of the run and propagates.
+    """
+    loaded = checkpoint.load(checkpoint.find(parent)) if parent else None
+    if continued:
+        _refuse_continuing(cfg, overrides, loaded)
+    directory = RunDir(run_dir)
+    directory.create()
+    with alone(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
+        runner = "resume" if parent else "train"
+        trainer = setup(cfg, overrides, directory, callbacks, runner=runner, only=only)
+        with recorded(trainer):
+            if loaded is None:
+                _refuse_exhaustion(cfg, trainer.state.reader.order)
+            else:
+                trainer.output.inherited_s = loaded.state["wall_s"]
+            run_preflight(trainer, None)
+            trainer.dataset.tokenizer.save(directory.path / "tokenizer.json")
+            directory.write_run(
+                trainer.output.record,
+                device=trainer.state.device.type,
+                inherited_s=trainer.output.inherited_s,
+                data=trainer.dataset.manifest,
+                n_eval_batches=len(trainer.held_out),
+            )
+            if loaded is not None:
+                if continued:
+                    trainer.output.carried = _carry_over(trainer, parent, loaded)
+                _load(trainer, loaded)
+                trainer.output.record.parents = (loaded.state["record"],)
+            yield trainer
+
+
+@contextmanager
+def resume(
+    run_dir: Path, sets: Sequence[Override], changed: RunConfig, callbacks: Sequence[Callback] = ()
+) -> Iterator[Trainer]:
+    """A run continued at its latest checkpoint. `changed` is its configuration after `--set`.
+
+    Raises ConfigError if anything but the keys of BESIDE_TRAINING changes,
+    CheckpointError if nothing can be loaded.
+    """
+    directory = RunDir(run_dir)
+    document = directory.read_run()
+    _refuse_changes(validate(document["config"]), changed, sets)
+    device, environment_then = resolve_device(document["device"]), document["environment"]
+    with alone(run_dir, "run"), kernels_of(changed, device, environment_then):
+        loaded = checkpoint.load(checkpoint.find(run_dir))
+        former = [Override.model_validate(o) for o in document["overrides"]]
+        overrides = [*former, *sets]
+        trainer = setup(
+            changed, overrides, directory, callbacks, runner="resume", document=document
+        )
+        _refuse_other_data(trainer, document)
+        trainer.output.inherited_s = document["inherited_s"]
+        with recorded(trainer):
+            run_preflight(trainer, document["n_eval_batches"])
+            cut = directory.rewind(loaded.state["step"])
+            _load(trainer, loaded)
+            line = {
+                "event": "resumed",
+                "step": trainer.state.step,
+                "lines_cut": cut,
+                "at": iso(utc_now()),
+            }
+            directory.log("events.jsonl", **line)
+            yield trainer
+
+
+def completed(
+    run_dir: Path, sets: Sequence[Override], changed: RunConfig, callbacks: Sequence[Callback] = ()
+) -> Record | None:
+    """The record of a run that has completed, with its checkpoint verified; None if steps are left.
+    Raises as `resume`.
+    """
+    finished = run_dir / "metadata.json"
+    if not finished.is_file() or not (record := read_record(finished)).succeeded:
+        return None
+    _refuse_changes(read_config(run_dir), changed, sets)
+    with alone(run_dir, "run"):
+        checkpoint.load(checkpoint.find(run_dir))
+    done = (
+        f"{run_dir} is {record.status}; nothing is left to do. --fork continues it under a "
+        "changed configuration"
+    )
+    CallbackList(callbacks).on_message(done)
+    return record
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run directory was started with.
+    Raises CheckpointError if it is not a run directory.
+    """
+    return validate(RunDir(run_dir).read_run()["config"])
+
+
+def setup(
+    cfg: RunConfig,
+    overrides: Sequence[Override],
+    directory: RunDir,
+    callbacks: Sequence[Callback] = (),
+    *,
+    runner: str = "train",
+    document: dict | None = None,
+    only: Sequence[str] | None = None,
+) -> Trainer:
+    """Open data, record and gates and build the training state.
+    `document` is the run.json of a run that is resumed.
+    """
+    spec, watching = load_spec(), CallbackList(callbacks)
+    device = resolve_device(document["device"] if document else cfg.device)
+    allocator = keep_heap()
+    refuse_emulated(AUTOCAST[cfg.train.dtype], device, "train.dtype")
+    refuse_emulated(AUTOCAST[cfg.optim.dtype], device, "optim.dtype")
+    # As errors and not as warnings: attention's backward would sum in any order on a GPU.
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that is on by default here and costs 3 % of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+    # The record is opened before the data, so that it names the time and code from
+    # which they were prepared.
+    watching.on_phase("data")
+    record = RecordBuilder(
+        kind="train",
+        spec=spec,
+        config=cfg.to_dict(),
+        claim=CLAIM,
+        not_covered=NOT_COVERED,
+        overrides=overrides,
+    )
+    if document:
+        record.continue_record(document["record"], document["started_at"])
+    dataset = prepare(cfg.data, on_progress=watching.on_data)
+    vocab_size = dataset.tokenizer.vocab_size
+    needed_bytes = require_room(cfg, vocab_size, device)
+    if device.type == "cpu":
+        allocator = f"{allocator}, {lay_in_huge_pages(needed_bytes)}"
+    kernels = dispatch.choices(device, compiled=cfg.train.compile, dtype=cfg.train.dtype)
+    chosen = {f"kernel_{k}": str(v) for k, v in kernels.items()}
+    record.environment = environment(str(device), allocator=allocator, **chosen)
+    record.inputs = [Artefact(**i) for i in dataset.inputs()]
+    if cfg.data.verify != "full":
+        record.not_covered = (
+            *NOT_COVERED,
+            "bit flips in the token shards: only their sizes were compared",
+        )
+
+    watching.on_setup(
+        cfg, dataset, parameter_count(cfg.model.model_dump(), vocab_size), directory.path
+    )
+    keeper = Gatekeeper(
+        spec,
+        kind="train",
+        runner=runner,
+        waivers=cfg.gates.waive,
+        only=only,
+        config=cfg.to_dict(),
+        on_verdict=lambda gate_id, step, verdict: trainer.log_verdict(gate_id, step, verdict),
+    )
+    # Order matters: logs first, then the caller's callbacks, then the gates, which may end the run.
+    gate_events = GateEvents(TrainingSplit(dataset, cfg.model.max_seq_len))
+    trainer = Trainer(
+        state=build_state(cfg, dataset, device),
+        dataset=dataset,
+        output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint)),
+        keeper=keeper,
+        callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, SdcCheck()]),
+        peak_flops=probe_peak_flops(device),
+        flops_per_step=operations.flops_per_step(cfg, vocab_size),
+    )
+    return trainer
+
+
+def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
+    """Check all preflight gates and draw the held-out batches: as many as the stop rule needs,
+    or `n_eval_batches`.
+    """
+    cfg, dataset, callbacks = trainer.cfg, trainer.dataset, trainer.callbacks
+    callbacks.on_phase("preflight")
+    started = time.perf_counter()
+    device, report = trainer.state.device, callbacks.on_preflight
+    n = preflight(cfg, dataset, device, trainer.keeper, report, n_eval_batches=n_eval_batches)
+    trainer.output.record.metric(
+        "preflight_s", round(time.perf_counter() - started, 3), "s", better="lower"
+    )
+    seq_len = cfg.model.max_seq_len
+    trainer.held_out = eval_batches(dataset.validation, seq_len, cfg.eval.batch_size, n)
+    if isinstance(cfg.curriculum, BanditCurriculum):
+        trainer.probes = probe_batches(dataset.validation, seq_len, cfg.curriculum.probe_windows)
+        arms = [s for s in trainer.state.reader.order.sources if s.weight > 0 and s.cap > 0]
+        if blind := [s.name for s in arms if s.name not in trainer.probes]:
+            raise DataError(
+                f"source {blind[0]} has no held-out window, so the bandit cannot measure its "
+                "progress",
+                allowed=(
+                    "at least one held-out window of every source with a weight and a cap above 0"
+                ),
+                next_step=(
+                    f"raise data.split.validation_frac, --set curriculum.caps.{blind[0]}=0, or "
+                    "curriculum.kind=static"
+                ),
+            )
+
+
+def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
+    """Load a checkpoint into the fresh state.
+    A changed curriculum begins where the checkpoint's order stood.
+    """
+    state, callbacks = trainer.state, trainer.callbacks
+    with torch.no_grad():
+        dropped = checkpoint.restore(state, loaded)
+    former = validate(loaded.state["config"])
+    if former.curriculum != trainer.cfg.curriculum:
+        order = curriculum.order_at(former, trainer.dataset, loaded.state["curriculum"])
+        dropped = state.reader.order.load_state_dict(
+            curriculum.rebased(order, loaded.state["cursor"])
+        )
+    for name in dropped:
+        trainer.output.dir.log("events.jsonl", event="arm_dropped", step=state.step, source=name)
+        callbacks.on_message(
+            f"the curriculum's state has source {name}, which is not an arm of this run; dropped"
+        )
+    _refuse_exhaustion(trainer.cfg, state.reader.order)
+    trainer.keeper.load_state_dict(loaded.state["gates"])
+    trainer.started_from = loaded.path
+    trainer.keeper.observe(
+        Resumed(step=state.step, path=str(loaded.path), cursor=state.reader.cursor)
+    )
+    callbacks.on_message(f"continuing after step {state.step} from {loaded.path}")
+
+
+def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> list[Artefact]:
+    """Copy the parent's history up to the checkpoint, archive its samples and curriculum state,
+    write the table of changes.
+
+    Returns the written files for the record.
+    """
+    directory, source = trainer.output.dir, RunDir(parent_run(parent))
+    for name in ("metrics.jsonl", "curriculum.jsonl"):
+        directory.copy_history(source, name, loaded.state["step"])
+    archive = directory.path / "archive"
+    archive.mkdir()
+    if (source.path / "samples.jsonl").is_file():
+        write_atomically(archive / "samples.jsonl", (source.path / "samples.jsonl").read_bytes())
+    write_atomically(archive / "curriculum.json", canonical_json(loaded.state["curriculum"]))
+    former = validate(loaded.state["config"])
+    changes = curriculum.changes(former, trainer.cfg, trainer.dataset, loaded.state["curriculum"])
+    document = {
+        "parent": loaded.state["record"],
+        "step": loaded.state["step"],
+        "model_sha256": sha256_file(loaded.path / "model.safetensors"),
+        **changes,
+        "archived": {p.name: sha256_file(p) for p in sorted(archive.iterdir())},
+    }
+    write_atomically(directory.path / "polish.json", canonical_json(document))
+    return [
+        artefact(p, root=directory.path)
+        for p in (directory.path / "polish.json", *sorted(archive.iterdir()))
+    ]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def _refuse_continuing(
+    cfg: RunConfig, overrides: Sequence[Override], loaded: checkpoint.Loaded
+) -> None:
+    """Raise ConfigError for a changed key that is not continuable, for no change,
+    and for a run without steps left.
+    """
+    if loaded.state["step"] >= cfg.train.max_steps:
+        raise ConfigError(
+            "the run has taken all of its steps, so another mixture would change nothing",
+            value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
+            next_step=(
+                "--polish a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork "
+                "with more train.max_steps"
+            ),
+        )
+    if refused := _outside(overrides, CONTINUABLE_KEYS):
+        raise ConfigError(
+            f"polishing changes the mixture alone, and {refused[0].key} is something else",
+            value=f"{refused[0].value} from {refused[0].source}",
+            allowed=", ".join(CONTINUABLE_KEYS),
+            next_step="stack train --fork DIR changes anything, without the history",
+        )
+    if cfg.curriculum == validate(loaded.state["config"]).curriculum:
+        next_step = "--set curriculum.… says what changes; --resume changes nothing"
+        raise ConfigError("the mixture stays as it is", next_step=next_step)
+
+
+def _refuse_changes(original: RunConfig, changed: RunConfig, sets: Sequence[Override]) -> None:
+    """Raise ConfigError if a resumed run would compute something else."""
+    refused = _outside(sets, BESIDE_TRAINING)
+    if changed != original and refused:
+        raise ConfigError(
+            f"a resumed run keeps its configuration, and {refused[0].key} decides what is computed",
+            value=f"{refused[0].value} from {refused[0].source}",
+            allowed=f"changes of {', '.join(BESIDE_TRAINING)}",
+            next_step=(
+                f"stack train --fork DIR {' '.join(o.source for o in sets)} starts a child run "
+                "with the change recorded"
+            ),
+        )
+
+
+def _outside(overrides: Sequence[Override], keys: Sequence[str]) -> list[Override]:
+    """Overrides of keys that are not among `keys` or below them."""
+    return [o for o in overrides if not any(o.key == k or o.key.startswith(k + ".") for k in keys)]
+
+
+def _refuse_other_data(trainer: Trainer, document: dict) -> None:
+    """Raise DataError if the data are not those that the run was started on."""
+    manifest = trainer.dataset.manifest
+    if changed := [
+        k for k in ("tokenizer", "sources", "splits") if document["data"][k] != manifest[k]
+    ]:
+        raise DataError(
+            f"the data are not those the run was started on: {', '.join(changed)} differ",
+            allowed="the shards, sources and tokenizer named in run.json",
+            next_step="restore them, or --fork starts a child run on what is there now",
+        )
+
+
+def _refuse_exhaustion(cfg: RunConfig, order: Order) -> None:
+    """With `on_exhausted = "error"`, raise StreamExhausted if the plan needs more
+    windows than the corpus has.
+    """
+    rows = cfg.train.max_steps * cfg.train.tokens_per_step // cfg.model.max_seq_len
+    n_windows = sum(s.n_windows for s in order.sources)
+    planned = dict(
+        zip((s.name for s in order.sources), order.counts(rows).tolist())
+    )  # a bandit's draws are unknown
+    short = [
+        (s.name, planned[s.name], s.n_windows)
+        for s in order.sources
+        if planned[s.name] > s.n_windows
+    ]
+    if rows > n_windows:
+        short = [("all", rows, n_windows)]
+    if cfg.data.on_exhausted == "error" and short:
+        name, wanted, available = short[0]
+        raise StreamExhausted(
+            "the corpus ends before the run does"
+            if name == "all"
+            else f"source {name} ends before the run does",
+            value=(
+                f"{wanted} windows planned, {available} in the training split (data.on_exhausted "
+                "= error)"
+            ),
+            allowed=f"at most {available} windows of {cfg.model.max_seq_len} tokens",
+            next_step=(
+                "lower train.max_steps, add text, or --set data.on_exhausted=wrap for further "
+                "epochs"
+            ),
+        )

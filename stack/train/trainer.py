@@ -1,0 +1,401 @@
+"""The trainer: what a run is, what it writes and what watches it; and how its record is closed."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stackproof.config import RunConfig
+from stackproof.contracts.coherence import Coherence
+from stackproof.contracts.events import Looked
+from stackproof.contracts.gate import Verdict
+from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.prepare import Dataset
+from stackproof.data.reader import Batch
+from stackproof.evaluate.baselines import (
+    bigram_bits_per_byte,
+    uniform_loss_nats,
+    unigram_bits_per_byte,
+)
+from stackproof.evaluate.bits_per_byte import Evaluation
+from stackproof.evaluate.stopping import Decision
+from stackproof.spec.building import RecordBuilder, artefact
+from stackproof.spec.errors import GateFailed, StackproofError, Stopped
+from stackproof.spec.formulas import parameter_count, perplexity
+from stackproof.spec.gates import Gate
+from stackproof.spec.records import Artefact, Record
+from stackproof.train import checkpoint
+from stackproof.train.run_dir import SERIES, RunDir
+from stackproof.train.state import TrainState, differing, state_checksums
+from stackproof.train.step import StepReport, nonfinite_parts
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text drawn from the model after a step; `loss_nats` is the model's own mean loss on it."""
+
+    step: int
+    prompt: str
+    text: str
+    ids: Sequence[int]
+    loss_nats: float
+    coherence: Coherence
+
+
+@dataclass(frozen=True)
+class RestartPoint:
+    """Where a run can begin again: a step folder, or None for the seed,
+    with the declared plan and the gates' state there.
+    """
+
+    folder: Path | None
+    step: int
+    plan: dict[str, Any]
+    gates: dict[str, Any]
+
+
+class Callback:
+    """Watches a run and decides nothing.
+    Every hook does nothing by default; they are called in the order below.
+
+    An exception in a hook ends the run.
+    """
+
+    def on_phase(self, name: str) -> None:
+        """Setup enters a phase: data, preflight."""
+
+    def on_data(self, progress: Any) -> None:
+        """The data set is being prepared."""
+
+    def on_setup(self, cfg: RunConfig, dataset: Dataset, n_params: int, run_dir: Path) -> None:
+        """Data are open; the model is not built yet."""
+
+    def on_preflight(self, gate: Gate, verdict: Verdict, seconds: float) -> None:
+        """A preflight gate was checked."""
+
+    def on_train_start(self, trainer: "Trainer", start: RestartPoint) -> None:
+        """The loop begins."""
+
+    def on_step_start(self, trainer: "Trainer") -> None:
+        """Before the data of a step are drawn."""
+
+    def on_batch(self, trainer: "Trainer", batches: Sequence[Batch]) -> None:
+        """The micro-batches of the next step were drawn."""
+
+    def on_step(self, trainer: "Trainer", report: StepReport) -> None:
+        """The weights were updated."""
+
+    def on_evaluation(self, trainer: "Trainer", report: StepReport, decision: Decision) -> None:
+        """`report.evaluation` and `report.memorization` were measured."""
+
+    def on_sample(self, trainer: "Trainer", sample: Sample) -> None:
+        """A text was drawn."""
+
+    def on_step_end(self, trainer: "Trainer", report: StepReport) -> None:
+        """The report of the step is complete; a checkpoint may follow."""
+
+    def on_save(self, trainer: "Trainer", folder: Path) -> None:
+        """A checkpoint was handed to the writer."""
+
+    def on_saved(self, trainer: "Trainer", point: RestartPoint) -> None:
+        """A checkpoint is on disk."""
+
+    def on_gate_failure(
+        self, trainer: "Trainer", gate_id: str, step: int, verdict: Verdict
+    ) -> None:
+        """A runtime gate failed."""
+
+    def on_message(self, text: str) -> None:
+        """Something for a person to read."""
+
+    def on_train_end(self, trainer: "Trainer", status: str) -> None:
+        """The loop has ended without an exception."""
+
+    def on_close(self, record: Record, run_dir: Path) -> None:
+        """The record is written; also called for a run that failed."""
+
+
+class CallbackList(Callback):
+    """Several callbacks as one: each hook calls that of every member, in order."""
+
+    def __init__(self, callbacks: Sequence[Callback]):
+        self.callbacks = list(callbacks)
+
+    def _call(self, hook: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(*values)
+
+
+for _hook in [name for name in vars(Callback) if name.startswith("on_")]:
+    setattr(CallbackList, _hook, partialmethod(CallbackList._call, _hook))
+
+
+class StepTimer:
+    """Wall time of steps, without what `paused` excludes: work that is no part of training,
+    such as tracing.
+    """
+
+    def __init__(self) -> None:
+        self.total_s = self.paused_s = self._started = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> float:
+        """A step has ended; returns its seconds."""
+        seconds = time.perf_counter() - self._started
+        self.total_s += seconds
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block is no part of the step."""
+        began = time.perf_counter()
+        yield
+        spent = time.perf_counter() - began
+        self.paused_s += spent
+        self._started += spent
+
+
+@dataclass
+class RunOutput:
+    """What a run writes: its directory with logs, its record, its checkpoints.
+
+    `inherited_s` are the seconds that its parents had trained before;
+    `carried` are files taken over from a parent.
+    """
+
+    dir: RunDir
+    record: RecordBuilder
+    writer: checkpoint.Writer
+    inherited_s: float = 0.0
+    carried: list[Artefact] = field(default_factory=list)
+
+
+@dataclass
+class Trainer:
+    """A run: its training state and data, what it writes (`output`), and what watches it (`keeper`,
+    `callbacks`).
+
+    `batches`, `report` and `evaluation` are those of the latest step;
+    `started_from` is the step folder that was loaded.
+    """
+
+    state: TrainState
+    dataset: Dataset
+    output: RunOutput
+    keeper: Gatekeeper
+    callbacks: Callback
+    peak_flops: float
+    flops_per_step: float
+    held_out: list[Batch] = field(default_factory=list)
+    probes: dict[str, Batch] = field(default_factory=dict)
+    batches: Sequence[Batch] = ()
+    report: StepReport | None = None
+    evaluation: Evaluation | None = None
+    started_from: Path | None = None
+    timer: StepTimer = field(default_factory=StepTimer)
+    verified: set[str] = field(
+        default_factory=set
+    )  # kinds of read-only sections that left the state unchanged
+
+    @property
+    def cfg(self) -> RunConfig:
+        """The configuration of the run."""
+        return self.state.cfg
+
+    @contextmanager
+    def read_only(self, section: str) -> Iterator[None]:
+        """A section that must leave the training state unchanged;
+        the first of each kind in a process is verified.
+        """
+        if section in self.verified:
+            yield
+            return
+        self.verified.add(section)
+        started = time.perf_counter()
+        before, spent = state_checksums(self.state), time.perf_counter() - started
+        yield
+        started = time.perf_counter()
+        after = state_checksums(self.state)
+        changed = differing(before, after)
+        self.keeper.charge("evaluation.leaves-no-trace", spent + time.perf_counter() - started)
+        self.keeper.observe(
+            Looked(step=self.state.step, at=section, n_compared=len(after), differing=changed)
+        )
+
+    def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+        """Log a verdict and report a failing runtime gate to the callbacks."""
+        line = {
+            "verdict": verdict.outcome,
+            "measured": dict(verdict.measured),
+            "message": verdict.message,
+        }
+        self.output.dir.log("gates.jsonl", gate=gate_id, step=step, **line)
+        if verdict.outcome == "fail" and self.keeper.seats[gate_id].gate.moment == "runtime":
+            self.callbacks.on_gate_failure(self, gate_id, step, verdict)
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(trainer: Trainer) -> Iterator[None]:
+    """Write the record of a run that an exception ends.
+    The exception propagates; a GateFailed carries it as `record`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _finish_writing(trainer)
+        try:
+            record = close(trainer, *_ending(trainer, error))
+        except (
+            OSError
+        ) as e:  # a full disk prevents the record too; the first error is the one to report
+            trainer.callbacks.on_message(f"the record could not be written: {e}")
+        else:
+            if isinstance(error, GateFailed):
+                error.record = record
+        raise
+
+
+def _finish_writing(trainer: Trainer) -> None:
+    """Wait for the last checkpoint, which the record names.
+    A failure beside the error that ends the run is only logged.
+    """
+    try:
+        trainer.output.writer.wait()
+    except Exception as e:
+        trainer.output.dir.log(
+            "events.jsonl", event="save_failed", step=trainer.state.step, message=str(e)
+        )
+        trainer.callbacks.on_message(f"besides, the checkpoint behind the run failed: {e}")
+
+
+def _ending(trainer: Trainer, error: BaseException) -> tuple[str, str, int]:
+    """Status, reason and exit code of a run that an exception ended."""
+    match error:
+        case GateFailed():
+            if any(
+                g.id == "runtime.finite" and g.verdict == "fail" for g in trainer.keeper.results()
+            ):
+                parts = nonfinite_parts(trainer.state.model)
+                trainer.output.dir.log(
+                    "events.jsonl", event="nonfinite", step=trainer.state.step, **parts
+                )
+            return "halted", error.what, error.exit_code
+        case Stopped(exit_code=75):
+            return "preempted", error.what, 75
+        case Stopped():
+            return "interrupted", error.what, 130
+        case KeyboardInterrupt():
+            saved = (trainer.output.dir.checkpoints / "latest").is_file()
+            left = "the last checkpoint is good" if saved else "nothing was saved yet"
+            return "interrupted", f"stopped at once; {left}", 130
+        case StackproofError():
+            return "failed", error.what, error.exit_code
+    return "failed", f"{type(error).__name__}: {error}", 1
+
+
+def close(trainer: Trainer, status: str, reason: str, exit_code: int) -> Record:
+    """State the metrics and write the record; also for a run that failed."""
+    output, root = trainer.output, trainer.output.dir.path
+    _record_metrics(trainer, with_baselines=exit_code == 0)
+    output.record.device_s = max(0.0, trainer.state.wall_s - output.inherited_s)
+    if folder := checkpoint.pointed(output.dir.checkpoints, "latest"):
+        files = [folder / f for f in (*checkpoint.FILES, "manifest.json")]
+        output.record.outputs = [
+            artefact(p, root=root) for p in (*files, root / "tokenizer.json")
+        ] + output.carried
+    output.record.outputs += [
+        artefact(p, root=root) for p in sorted(root.glob("repro/*/repro.json"))
+    ]
+    ending = {"status": status, "end_reason": reason, "exit_code": exit_code}
+    record = output.record.finish(root, gates=trainer.keeper.results(), series=SERIES, **ending)
+    trainer.callbacks.on_close(record, root)
+    return record
+
+
+def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
+    """Every metric of a train record; baselines only for a run that completed."""
+    state, dataset, metric = trainer.state, trainer.dataset, trainer.output.record.metric
+    vocab_size = dataset.tokenizer.vocab_size
+    n_params = parameter_count(trainer.cfg.model.model_dump(), vocab_size)
+    metric("n_params", n_params, "parameters")
+    metric("vocab_size", vocab_size, "tokens")
+    metric("steps", state.step, "steps")
+    metric("tokens_seen", state.tokens_seen, "tokens")
+    metric("unique_tokens", dataset.train.n_tokens, "tokens")
+    metric("epochs", state.tokens_seen / dataset.train.n_tokens, "epochs")
+    metric("tokens_per_parameter", state.tokens_seen / n_params, "tokens per parameter")
+    metric("random_loss_nats", uniform_loss_nats(vocab_size), "nats per token")
+    if (loss_nats := _last_loss(trainer)) is not None:
+        n = trainer.cfg.train.tokens_per_step
+        metric("train_loss_nats", loss_nats, "nats per token", n=n, better="lower")
+        metric("ema_loss_nats", state.ema_loss_nats, "nats per token", better="lower")
+        metric("min_ema_loss_nats", state.min_ema_loss_nats, "nats per token", better="lower")
+        metric("train_s", round(state.wall_s, 3), "s", better="lower")
+        metric("tokens_per_s", state.tokens_seen / state.wall_s, "tokens/s", better="higher")
+        gate_s = sum(
+            seat.seconds for seat in trainer.keeper.seats.values() if seat.gate.moment == "runtime"
+        )
+        process_s = trainer.timer.total_s or state.wall_s
+        metric("gates_overhead_frac", gate_s / process_s, "1", better="lower")
+        if trainer.timer.paused_s:
+            metric("trace_overhead_frac", trainer.timer.paused_s / process_s, "1", better="lower")
+        if state.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(state.device)
+            metric("peak_device_memory_bytes", peak, "bytes", better="lower")
+    if (val := trainer.evaluation) is not None:
+        metric(
+            "val_loss_nats",
+            val.loss_nats,
+            "nats per token",
+            n=val.n_tokens,
+            stderr=val.stderr_nats,
+            better="lower",
+        )
+        metric("val_ppl", perplexity(val.loss_nats), "1", n=val.n_tokens, better="lower")
+        metric(
+            "val_bits_per_byte", val.bits_per_byte, "bits per byte", n=val.n_bytes, better="lower"
+        )
+        metric("val_batches", len(trainer.held_out), "batches")
+        if best := state.best:  # empty if no evaluation was called and the gate for that is waived
+            metric("best_val_loss_nats", best["val_loss_nats"], "nats per token", better="lower")
+            metric("best_step", best["step"], "steps")
+    if with_baselines:
+        parts, n = (
+            (dataset.train, dataset.validation, dataset.tokenizer),
+            dataset.validation.n_bytes,
+        )
+        metric(
+            "baseline_unigram_bits_per_byte",
+            unigram_bits_per_byte(*parts),
+            "bits per byte",
+            n=n,
+            better="lower",
+        )
+        metric(
+            "baseline_bigram_bits_per_byte",
+            bigram_bits_per_byte(*parts),
+            "bits per byte",
+            n=n,
+            better="lower",
+        )
+
+
+def _last_loss(trainer: Trainer) -> float | None:
+    """Loss of the latest step, of this process or in the log of an earlier one;
+    None before the first step.
+    """
+    if trainer.report is not None:
+        return trainer.report.loss_nats
+    lines = trainer.output.dir.read_lines("metrics.jsonl")
+    return lines[-1]["loss_nats"] if lines else None
