@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
-from stackproof.gate_inputs.kernels import kernel_calls, kernels_of
+from stackproof.gate_inputs.kernels import kernel_calls
 from stackproof.gate_inputs.preflight import advance, micro
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import (
@@ -20,6 +20,7 @@ from stackproof.kernels.triton import (
 from stackproof.model.build import build_model
 from stackproof.museum.plant import swap
 from stackproof.spec.gates import load_spec
+from stackproof.train.kernels import kernels_of
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
 
