@@ -1,6 +1,4 @@
-"""Plants in the mixing of sources: shares, warm-up, bandit, its state,
-and what happens when sources change.
-"""
+"""Plants in the mixing of sources that are more than changed text."""
 
 from dataclasses import replace
 

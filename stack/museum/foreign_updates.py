@@ -125,25 +125,6 @@ def rate_zero():
         yield
 
 
-def dropout_on():
-    def loud(model, batch):
-        with torch.no_grad():
-            return float(model(**script.inputs_of(batch)).sum())
-
-    with swap(script, "evaluate", loud):
-        yield
-
-
-def stays_in_evaluation():
-    def left_in_eval(model, batch):
-        model.eval()
-        with torch.no_grad():
-            return float(model(**script.inputs_of(batch)).sum())
-
-    with swap(script, "evaluate", left_in_eval):
-        yield
-
-
 def tensor_changed():
     original = script.saved
 
