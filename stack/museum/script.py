@@ -1,5 +1,5 @@
-"""A training script as anyone writes it: its own small model, loss and loop, none of it the
-stack's. Plants of foreign trainers go in here.
+"""A small training script with its own model, loss and loop, none of it the stack's. Plants of
+foreign trainers change it.
 
 B batch, T tokens, D width, V vocab
 """
@@ -56,10 +56,8 @@ class Small(nn.Module):
         x_BTD = self.drop(self.embed(input_ids) + self.place(places))
         q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, -1)
         seen = visible(input_ids, attention_mask)
-        return logits(
-            self.head,
-            x_BTD + self.out(mixed(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))),
-        )
+        mixed_BTD = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.head(x_BTD + self.out(mixed_BTD))
 
 
 def visible(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -70,14 +68,6 @@ def visible(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         if mask_BT is None
         else past[None] & (mask_BT[:, None, :] > 0) | torch.eye(ids_BT.shape[1], dtype=torch.bool)
     )
-
-
-def mixed(x_BTD: Tensor) -> Tensor:
-    return x_BTD
-
-
-def logits(head: nn.Module, x_BTD: Tensor) -> Tensor:
-    return head(x_BTD)
 
 
 def texts(n: int, seed: int) -> list[list[int]]:
@@ -149,22 +139,6 @@ def rate_at(update: int) -> float:
     return 1.0 / (1 + update)
 
 
-def micro_step_done(scheduler: Any) -> None:
-    """Nothing belongs here; a plant may think otherwise."""
-
-
-def before_update(model: nn.Module) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-
-def update(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step()
-
-
-def after_update(model: nn.Module) -> None:
-    model.zero_grad()
-
-
 def evaluate(model: nn.Module, batch: dict[str, Tensor]) -> float:
     model.eval()
     with torch.no_grad():
@@ -218,11 +192,10 @@ def _train(gate: Any, model: nn.Module, optimizer: torch.optim.Optimizer, schedu
         for batch in micro_batches:
             gate.batch(batch)
             loss_of(model(**inputs_of(batch)), batch, tokens_in(micro_batches)).backward()
-            micro_step_done(scheduler)
-        before_update(model)
-        update(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
         scheduler.step()
-        after_update(model)
+        model.zero_grad()
         evaluate(model, scored)
     state, kept = gate.state_dict(), saved(model, optimizer)
     other = Small()
