@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,22 +138,11 @@ class GateEvents(Callback):
         trainer.keeper.observe(ModeSeen(step=report.step, phase="training", wrong=resting))
         trainer.keeper.observe(
             StepTaken(
-                step=report.step,
-                loss_nats=report.loss_nats,
-                grad_norm=report.grad_norm,
-                clipped_grad_norm=report.clipped_grad_norm,
+                **shared(report, StepTaken),
                 max_grad_norm=trainer.cfg.optim.max_grad_norm,
-                lr=report.lr,
-                group_lrs=report.group_lrs,
-                n_valid_tokens=report.n_valid_tokens,
                 n_expected_tokens=report.n_tokens,
-                tokens_seen=report.tokens_seen,
-                wall_s=report.wall_s,
                 flops=trainer.flops_per_step,
                 peak_flops=trainer.peak_flops,
-                changed_tensor_frac=report.changed_tensor_frac,
-                overflow_retries=report.overflow_retries,
-                expert_shares=report.expert_shares,
             )
         )
 
@@ -207,6 +197,11 @@ class GateEvents(Callback):
             for name in ("latest", "best")
         }
         trainer.keeper.observe(Finished(step=trainer.state.step, status=status, **pointed))
+
+
+def shared(report: StepReport, event: type) -> dict[str, Any]:
+    """The fields that a step's report has in common with a kind of event."""
+    return {f.name: getattr(report, f.name) for f in fields(event) if hasattr(report, f.name)}
 
 
 def declared_plan(trainer: Trainer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from stackproof.cli import main, output
 from stackproof.cli.load_model import open_model
 from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
+from stackproof.replay.bundle import ReproRecorder
 from stackproof.spec.errors import GateFailed, IntegrityError
 from stackproof.spec.records import read_record
 from stackproof.train import step as steps
@@ -66,7 +67,7 @@ def broken(museum_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "train_step", planted())
         with pytest.raises(GateFailed):
-            train(fresh(cfg, (), run, only=("runtime.finite",)))
+            train(fresh(cfg, (), run, [ReproRecorder()], only=("runtime.finite",)))
     return run
 
 

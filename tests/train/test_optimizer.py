@@ -2,12 +2,15 @@
 rules behind one interface.
 """
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stackproof.config import AdamW, Muon
+from stackproof.config.optim import Optim
 from stackproof.model.build import build_model
 from stackproof.train import optimizer as opt
 
@@ -129,6 +132,43 @@ def test_parts_of_other_architectures_have_their_place(name, group):
 def test_a_name_nobody_declared_is_refused():
     with pytest.raises(KeyError, match="no row of PARAM_GROUP_RULES"):
         opt.group_of("layers.0.mystery", MUON)
+
+
+@pytest.mark.parametrize("kind", get_args(Optim))
+def test_every_optimizer_that_can_be_declared_has_its_row_in_the_table(
+    kind, small_cfg, monkeypatch
+):
+    """Its rules cover the groups that it declares, keep the state it declares,
+    and every parameter has one of its groups.
+    """
+    required = {name: 1e-3 for name, f in kind.model_fields.items() if f.is_required()}
+    cfg, model = kind(**required), build_model(small_cfg.model, 50, seed=1)
+    assert kind in opt.OPTIMIZERS, (
+        f"{kind.__name__} has no row of OPTIMIZERS in stack/train/optimizer.py"
+    )
+    assert opt.OPTIMIZERS[kind].keys() == cfg.peak_lrs().keys()
+    optimizer = opt.make_optimizer(model, cfg)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = sum(
+        t.numel()
+        for p in model.parameters()
+        for t in optimizer.state[p].values()
+        if t.shape == p.shape
+    )
+    others = model.embed.weight.numel() + sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    assert kept == cfg.state_numbers(
+        matrices=sum(p.numel() for p in model.parameters()) - others, others=others
+    )
+    assert {
+        p
+        for p, names in opt.state_fields(optimizer).items()
+        if set(names) == set(optimizer.state[p])
+    } == set(model.parameters())
+    monkeypatch.delitem(opt.OPTIMIZERS, kind)
+    with pytest.raises(KeyError, match=kind.__name__):
+        opt.make_optimizer(model, cfg)
 
 
 def test_two_rules_act_as_one(small_cfg):
