@@ -41,9 +41,7 @@ class TrainConfig(Frozen):
     recompute_every: int = Field(
         500,
         ge=1,
-        description=(
-            "steps between two that are computed twice and compared; the last one always is"
-        ),
+        description="repeat every Nth step, and the last, and compare gradients bit by bit",
     )
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
 
@@ -112,8 +110,8 @@ class CheckpointConfig(Frozen):
     writing: Literal["in-line", "behind"] = Field(
         "in-line",
         description=(
-            "whether training waits for the disk, or goes on while a copy of the state is written "
-            "behind it"
+            "write checkpoints synchronously, or behind training: in a background thread, from a "
+            "copy of the state"
         ),
     )
     signal_boundary: int = Field(

@@ -1,4 +1,4 @@
-"""What the gate of the compiled graph gets to see of a run."""
+"""Inputs of the gate of the compiled graph."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the gate of dropout gets to see of a run. B batch, T tokens, D d_model."""
+"""Inputs of the gate of dropout. B batch, T tokens, D d_model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the gates of the output head and of the loss scale get to see of a run.
+"""Inputs of the gates of the output head and of the loss scale.
 R rows (positions), D features, V vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""How many operations a step is said to have, and how many are counted."""
+"""Floating-point operations of a step: by formula, and counted."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,5 @@
-"""What preflight gates get to see: the run's own model, data, loss, optimizer and checkpoints,
-shrunk only in rows.
+"""Inputs of the preflight gates: the run's own model, data, loss, optimizer and checkpoints,
+with fewer rows.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""What the gates of reported and of applied steps get to see: real steps, and what happened in
-them, measured beside them.
+"""Inputs of `optim.step-report` and `optim.applied-update`:
+real steps with independent measurements.
 """
 
 from collections.abc import Callable, Mapping

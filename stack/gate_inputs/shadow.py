@@ -1,4 +1,4 @@
-"""What the gate of half precision gets to see of a run.
+"""Inputs of the gate of half precision.
 B batch, T tokens, D features, R tokens, E experts, V vocab.
 """
 

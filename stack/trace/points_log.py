@@ -1,6 +1,5 @@
-"""Statistics of every point of the model of a run, for its history."""
+"""Activation statistics of every point of a model on a training batch, as lines of a log."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,23 +8,14 @@ from stackproof.data.reader import Batch, model_inputs
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
 
-SHARE_MAX = 0.02  # of a run's time that recording is meant to take
-
-
-def sparse_enough(every: int, recording_s: float, step_s: float) -> int:
-    """`every`, or the least interval beyond it at which recordings take at most
-    SHARE_MAX of the time of steps.
-    """
-    return max(every, math.ceil(recording_s / (SHARE_MAX * step_s)))
-
 
 def points_lines(state: Any, batch: Batch) -> list[dict[str, Any]]:
-    """What the points hold while the model reads a micro-batch, with the weights, dropout and
-    precision of the step to come.
+    """Statistics of every point on a micro-batch, with the weights,
+    dropout and precision of the next step.
 
-    {"point", "layer", "stats", "support"} of each, in execution order. A forward of its own,
-    uncompiled and without gradients, up to the final norm. Random state, weights and gradients are
-    left as they are.
+    {"point", "layer", "stats", "support"} of each, in execution order, from an uncompiled forward
+    without gradients up to the final norm. Random state, weights and gradients are left unchanged.
+    `state` is a training state: model, device, autocast.
     """
     gatherer, devices = Gatherer(), [state.device] if state.device.type == "cuda" else []
     with (

@@ -1,1 +1,1 @@
-"""Training: state, step, loop, checkpoints, preflight and the run directory."""
+"""Training: the trainer, the loop, the step, and what they are made of."""

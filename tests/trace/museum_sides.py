@@ -187,7 +187,9 @@ def learn(state, n=2):
     """
     ids = models.ids(rows=4, tokens=18, seed=9)
     batches = [
-        SimpleNamespace(input_ids=x[:, :-1], labels=x[:, 1:].contiguous(), sample_ids=(0, 1))
+        SimpleNamespace(
+            input_ids=x[:, :-1], labels=x[:, 1:].contiguous(), sample_ids=(0, 1), epoch=0
+        )
         for x in ids.split(2)
     ]
     for _ in range(n):

@@ -1,0 +1,1 @@
+"""Inputs of the preflight gates, made from a run's own parts."""
