@@ -2,11 +2,13 @@
 in pieces is the whole one.
 """
 
+import json
+
 import pytest
 import torch
 
 from stackproof.contracts.loss import gradient_errors
-from stackproof.kernels import case, compare, dispatch, eager, samples
+from stackproof.kernels import case, choice, compare, dispatch, eager, samples
 from stackproof.kernels.case import Case, Layout
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import launch
@@ -151,3 +153,35 @@ def test_a_kernel_that_fails_is_told_and_does_not_win(monkeypatch, small):
         and torchs.seconds
     )
     assert compare.winner([[torchs, chunks]], lambda one: 1e-5) == "torch"
+
+
+def test_doctor_compares_keeps_and_shows(monkeypatch, small, tmp_path, capsys):
+    """Once without a comparison and once with; `auto` then takes what won, and says so."""
+    from stackproof.cli import doctor
+
+    monkeypatch.setenv("STACKPROOF_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "MEASURED", {})
+    monkeypatch.setattr(launch, "why_not", lambda device: "not here")
+    doctor.doctor(kernels=False, json=True)
+    before = json.loads(capsys.readouterr().out)
+    assert {(k["kernel"], k["origin"]) for k in before["kernels"]} == {
+        ("torch", "default")
+    } and "comparison" not in before
+    monkeypatch.setattr(compare, "winner", lambda raced, limit: raced[0][-1].kernel)
+    doctor.doctor(kernels=True, json=True)
+    after = json.loads(capsys.readouterr().out)
+    assert (
+        after["comparison"]["winners"]["float32"]["attention"] == "chunks"
+        and (tmp_path / "kernels.json").is_file()
+    )
+    shown = {k["operation"]: k for k in after["kernels"] if k["dtype"] == "float32"}
+    assert (
+        shown["attention"]["kernel"],
+        shown["attention"]["origin"],
+        shown["rope"]["kernel"],
+    ) == ("chunks", "measured-here", "torch")
+    doctor.doctor(kernels=True, json=False)
+    told = capsys.readouterr().out
+    assert (
+        "attention by chunks, q 3×4×9×6" in told and "kept in" in told and "measured-here" in told
+    )

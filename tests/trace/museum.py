@@ -221,6 +221,15 @@ EXHIBITS: dict[str, Found | Unseen] = {
     "kernel.row-twice-at-a-border": Unseen(
         running, IN_THE_LOSS, False, partial(updated, around=ways.small_chunks)
     ),
+    "kernel.keys-lost-in-long-rows": Found(
+        partial(running, around=ways.in_chunks, **LONG), **MIXED, ids=models.ids(tokens=160)
+    ),
+    "kernel.gradient-of-the-last-chunk": Unseen(
+        partial(running, around=ways.in_chunks),
+        IN_THE_BACKWARD,
+        False,
+        partial(updated, around=ways.in_chunks),
+    ),
     "model.labels-of-the-past": Unseen(running, IN_THE_LOSS, False, updated),
     "model.shared-gradient-clobbered": Unseen(running, IN_THE_BACKWARD, True, updated),
     # ---- other rooms that show the same failures

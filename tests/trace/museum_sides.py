@@ -14,7 +14,7 @@ import torch
 
 from stackproof.config import AdamW, MixtureOfExperts, ModelConfig
 from stackproof.export import huggingface, reading
-from stackproof.kernels import cross_entropy
+from stackproof.kernels import chunked_attention, cross_entropy, dispatch
 from stackproof.model import hugging_face
 from stackproof.model.build import build_model
 from stackproof.model.forward_context import KVCache
@@ -99,6 +99,18 @@ def seeded():
     """Dropout draws the same numbers on both sides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
+        yield
+
+
+@contextmanager
+def in_chunks():
+    """Attention in chunks of eight queries, however short the rows."""
+    with (
+        dispatch.using(attention="chunks"),
+        swap(chunked_attention, "LEAST_QUERIES", 1),
+        swap(chunked_attention, "LEAST_ROWS", 1),
+        swap(chunked_attention, "QUERIES", 8),
+    ):
         yield
 
 

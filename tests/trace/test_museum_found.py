@@ -11,12 +11,11 @@ from tests.trace import models
 from tests.trace.museum import EXHIBITS, Found, Unseen
 
 SUBSYSTEMS = ("model", "kernel", "precision", "moe")
-# Gates whose plants strike in the run's points or shapes: no forward of a small model shows them.
+# Gates whose plants strike in the run's points: no forward of a small model shows them.
 ELSEWHERE = {
     "model.attention-logits",
     "model.attention-entropy",
     "model.live-points",
-    "kernel.reference",
 }
 FAMILIES = ("SF-M", "SF-K", "SF-P0", "SF-ME")
 FOUND = {name: e for name, e in EXHIBITS.items() if isinstance(e, Found)}
