@@ -17,6 +17,7 @@ from stackproof.config import NeverStop
 from stackproof.museum.collection import museum_config
 from stackproof.replay.bundle import ReproRecorder
 from stackproof.spec.errors import GateFailed, IntegrityError
+from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import read_record
 from stackproof.train import step as steps
 from stackproof.train.loop import train
@@ -88,7 +89,7 @@ def page_of(run_dir) -> str:
     """What the site shows of a record, from files in the place where evidence keeps them."""
     record, evidence = read_record(Path(run_dir) / "metadata.json"), Path("evidence")
     shutil.copytree(run_dir, evidence / record.id, dirs_exist_ok=True)
-    world = SimpleNamespace(evidence=evidence)
+    world = SimpleNamespace(ledger=Ledger(evidence))
     world.series = partial(World.series, world)
     return "\n".join([*probes(world, record), *sections(world, record)])
 
