@@ -123,10 +123,7 @@ def imported(tree: ast.AST, known: Collection[str]) -> set[str]:
 
 def check_circles(root: Path, files: Sequence[Path]) -> Iterator[str]:
     """One import circle, if there is any."""
-    names = {
-        ".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p
-        for p in files
-    }
+    names = {module_of(p.relative_to(root)): p for p in files}
     graph = {
         name: imported(ast.parse(p.read_text("utf-8")), names) - {name} for name, p in names.items()
     }

@@ -1,5 +1,7 @@
 """The clocks, the cut of the text, and when ours counts as being as good."""
 
+from types import SimpleNamespace
+
 import held_out
 import pytest
 import time_to_quality as ttq
@@ -44,12 +46,12 @@ def test_the_clock_keeps_training_apart_from_what_is_done_beside_it(monkeypatch)
     clock.on_phase("data")
     clock.on_phase("preflight")  # at 3
     # ends at 20, so it began at 18
-    clock.on_step({"step": 1, "tokens_seen": 100, "tokens_per_s": 50.0}, 9)
-    clock.on_step({"step": 2, "tokens_seen": 200, "tokens_per_s": 50.0}, 9)  # at 22
-    clock.on_evaluation(2, None, None)  # until 27
-    clock.on_saved(2, "folder")  # until 28
-    clock.on_step({"step": 3, "tokens_seen": 300, "tokens_per_s": 50.0}, 9)  # at 31
-    clock.on_saved(3, "next")  # until 33
+    clock.on_step(None, SimpleNamespace(step=1, wall_s=2.0))
+    clock.on_step(None, SimpleNamespace(step=2, wall_s=2.0))  # at 22
+    clock.on_evaluation(None, None, None)  # until 27
+    clock.on_saved(None, SimpleNamespace(step=2, folder="folder"))  # until 28
+    clock.on_step(None, SimpleNamespace(step=3, wall_s=2.0))  # at 31
+    clock.on_saved(None, SimpleNamespace(step=3, folder="next"))  # until 33
     assert (clock.opened_s, clock.preflight_s, clock.beside_s) == (3.0, 15.0, 8.0)
     assert clock.saved[0] == {"step": 2, "path": "folder", "training_s": 4.0, "everything_s": 10.0}
     assert clock.saved[1] == {

@@ -191,7 +191,7 @@ def broken(module: ModuleType, old: str, new: str, folder) -> ModuleType:
     wanted = r"\s*".join(rf",?\s*{w}" if w in (r"\)", r"\]") else w for w in words)
     text, found = re.subn(wanted, lambda match: new, text)  # however it is broken into lines
     assert found, f"{module.__name__} holds no {old!r}"
-    text = re.sub(r'(operation\(\s*)"stackproof::', rf'\1"copy{next(_COPIES)}::', text)
+    text = re.sub(r'(custom_op\(\s*)"stackproof::', rf'\1"copy{next(_COPIES)}::', text)
     path = folder / f"broken_{module.__name__.rpartition('.')[2]}.py"
     path.write_text(text, "utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
