@@ -170,7 +170,7 @@ def normative_fields(entry: Mapping[str, Any]) -> dict:
     """Of a gate as it stands in TOML: id, statement, moment, severity, kinds,
     limits without their reasons, and conditions.
     """
-    limits = entry.get("limits", {})
+    limits, when = entry.get("limits", {}), entry.get("when", {})
     fields = {k: entry[k] for k in ("id", "statement", "moment", "severity")}
     fields["kinds"] = list(entry.get("kinds", ("train",)))
     fields["limits"] = {
@@ -179,7 +179,7 @@ def normative_fields(entry: Mapping[str, Any]) -> dict:
     }
     conditions = {
         "needs": list(entry.get("needs", ())),
-        "when": dict(sorted(entry.get("when", {}).items())),
+        "when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(when.items())},
     }
     return fields | {k: v for k, v in conditions.items() if v}
 
