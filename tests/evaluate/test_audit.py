@@ -39,7 +39,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.cfg, self.embed, self.script, self.read = CFG, nn.Embedding(1, 1), script, []
 
-    def features(self, ids_BT, cache):
+    def hidden_states(self, ids_BT, cache):
         self.read = [*self.read[: cache.length], *ids_BT[0].tolist()]
         cache.length += ids_BT.shape[1]
         return ids_BT[..., None].float(), None
