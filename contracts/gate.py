@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 from stackproof.contracts.events import Event
+from stackproof.contracts.subject import NotOffered, Subject
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import Gate
 
@@ -116,19 +117,20 @@ def limits_of(gate: Gate) -> SimpleNamespace:
     return SimpleNamespace(**{name: limit.value for name, limit in gate.limits.items()})
 
 
-def call_check(gate: Gate, ingredients: Mapping[str, Any]) -> Verdict:
-    """Run a preflight or artifact check, handing it the ingredients its signature names.
-
-    A check whose ingredient is absent yields `not_run`.
-    An exception is not a verdict and travels on.
+def call_check(gate: Gate, given: Any) -> Verdict:
+    """Run a preflight or artifact check on a subject. A capability that the trainer does not offer
+    yields `not_run` with its name. Any other exception is no verdict and travels on.
     """
     check = resolve(gate)
     wanted = [p for p in inspect.signature(check).parameters.values() if p.name != "limits"]
+    if [p.name for p in wanted] == ["subject"]:
+        try:
+            return check(limits_of(gate), given if isinstance(given, Subject) else given["subject"])
+        except NotOffered as e:
+            return not_run(str(e))
     missing = [
-        p.name for p in wanted if p.name not in ingredients and p.default is inspect.Parameter.empty
+        p.name for p in wanted if p.name not in given and p.default is inspect.Parameter.empty
     ]
     if missing:
         return not_run(f"needs {', '.join(missing)}")
-    return check(
-        limits_of(gate), **{p.name: ingredients[p.name] for p in wanted if p.name in ingredients}
-    )
+    return check(limits_of(gate), **{p.name: given[p.name] for p in wanted if p.name in given})

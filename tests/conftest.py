@@ -74,6 +74,17 @@ def ingredients(small_cfg, dataset):
 
 
 @pytest.fixture(scope="session")
+def subject(small_cfg, dataset):
+    """What the preflight gates judge, of the small run."""
+    import torch
+
+    from stackproof.subject.assemble import subject_of
+
+    torch.set_num_threads(1)
+    return subject_of(small_cfg, dataset, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
 def spec():
     from stackproof.spec.gates import load_spec
 

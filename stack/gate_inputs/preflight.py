@@ -40,6 +40,7 @@ from stackproof.model.build import build_model
 from stackproof.model.forward_context import Report
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import parameter_count
+from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
@@ -156,6 +157,7 @@ def gather(
         max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), available
     )
     ingredients |= {"paired_difference_std": difference_std, "n_eval_batches": n_batches}
+    ingredients |= {"subject": subject_of(cfg, dataset, device, n_eval_batches=n_batches)}
     return n_batches, ingredients
 
 

@@ -1,0 +1,820 @@
+"""What a gate judges: a trainer and its run, as typed parts that an adapter offers.
+
+A check receives one `Subject`. Each of its parts is an interface below; a trainer is adapted once,
+by subclasses of those that it can offer. A member that an adapter leaves out raises NotOffered, and
+the gate's verdict is `not_run` with the name of the missing capability.
+
+B batch, T tokens, D d_model, V vocab, R rows (tokens), E experts, L layers, k experts of a token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # commands that judge nothing answer without torch
+    import torch
+    from torch import Tensor, nn
+
+
+class NotOffered(Exception):
+    """A check needs a capability that the trainer does not offer."""
+
+    def __init__(self, capability: str):
+        super().__init__(f"the trainer does not offer {capability}")
+        self.capability = capability
+
+
+def capability(member: Callable) -> Callable:
+    """Mark a member of an interface. Used on an adapter that does not override it, it raises
+    NotOffered.
+    """
+    name = member.__qualname__
+
+    @wraps(member)
+    def refuse(self, *args, **kwargs):
+        raise NotOffered(name)
+
+    refuse.not_offered = True
+    return refuse
+
+
+def offers(method: Callable) -> bool:
+    """Whether an adapter overrides a method of an interface: `offers(subject.model.logits)`."""
+    return not getattr(method, "not_offered", False)
+
+
+# --- what is declared -----------------------------------------------------------------------------
+
+
+class Declared:
+    """What the configuration of a run promises."""
+
+    @property
+    @capability
+    def architecture(self) -> Mapping[str, Any]:
+        """The model's configuration: width, layers, variants, initial laws."""
+
+    @property
+    @capability
+    def n_parameters(self) -> int:
+        """Number of parameters by the formula of spec/formulas.py."""
+
+    @property
+    @capability
+    def tied_head(self) -> bool:
+        """Whether head and embedding are declared to be one tensor."""
+
+    @property
+    @capability
+    def dtype(self) -> str:
+        """Compute precision: float32, bfloat16 or float16."""
+
+    @property
+    @capability
+    def schedule(self) -> Mapping[str, Any]:
+        """The learning-rate schedule: kind, warmup_steps, final_lr_frac, …"""
+
+    @property
+    @capability
+    def max_steps(self) -> int:
+        """Number of optimizer updates."""
+
+    @property
+    @capability
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer update, over all micro-batches."""
+
+    @property
+    @capability
+    def max_grad_norm(self) -> float:
+        """Global L2 norm that gradients are clipped to."""
+
+    @capability
+    def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
+        """How one parameter is updated: rule (adamw or muon), lr, weight_decay and what else the
+        rule needs.
+        """
+
+    @property
+    @capability
+    def flops_per_step(self) -> float:
+        """Floating-point operations of one update by the formula, attention included."""
+
+    @property
+    @capability
+    def attention_flops_per_step(self) -> float:
+        """Those of attention's products of positions with positions."""
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+class Corpus:
+    """A data set that has been built: its splits, its manifest and the functions that made it."""
+
+    @property
+    @capability
+    def splits(self) -> Mapping[str, Any]:
+        """Token streams by name: train, validation."""
+
+    @property
+    @capability
+    def manifest(self) -> Mapping[str, Any]:
+        """What the build wrote down: sources, hashes, counts, filters."""
+
+    @capability
+    def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
+        """(source, text) of a share (0-1) of each source's training documents, at least
+        `minimum`, decoded from the shards.
+        """
+
+    @capability
+    def held_out_texts(self) -> Sequence[str]:
+        """Texts of the validation split."""
+
+    @capability
+    def rejection(self, text: str, languages: Sequence[str]) -> Any:
+        """Why the filters reject a text; empty or None where they keep it."""
+
+    @capability
+    def chat_text(self, turns: Any) -> str:
+        """A chat as the text that is tokenized."""
+
+    @capability
+    def near_repeats(self, texts: list[str]) -> list[bool]:
+        """Which of the texts deduplication drops as near repeats of an earlier one."""
+
+    @capability
+    def gram_set(self, texts: Iterable[str]) -> Any:
+        """The n-grams of texts, as decontamination keeps them."""
+
+    @capability
+    def shares_gram(self, text: str, grams: Any) -> bool:
+        """Whether decontamination finds one of the n-grams in a text."""
+
+    @property
+    @capability
+    def evaluation_grams(self) -> Any:
+        """The n-grams of the declared evaluation sets."""
+
+
+class DataLoader:
+    """Order and rows of the training split as a run reads them."""
+
+    @property
+    @capability
+    def seq_len(self) -> int:
+        """Tokens of a row."""
+
+    @property
+    @capability
+    def n_rows(self) -> int:
+        """Rows of one epoch."""
+
+    @property
+    @capability
+    def planned_tokens(self) -> int:
+        """Tokens that the whole run will read."""
+
+    @capability
+    def reader(self, *, n_rows: int | None = None, **options: Any) -> Any:
+        """A data loader over the first `n_rows` rows (default: all), from the beginning; `options`
+        override those of the run: seed, rows, cursor, on_exhausted, order.
+        """
+
+
+class Curriculum:
+    """The order in which sources are mixed."""
+
+    @capability
+    def run_order(self) -> Any:
+        """The order of this run, at its beginning."""
+
+    @capability
+    def bandit(self, capped: str = "") -> Any:
+        """A bandit order over the sources useful, list and other; `capped` may not be drawn."""
+
+    @property
+    @capability
+    def warmup_rows(self) -> int:
+        """Rows before the bandit chooses."""
+
+    @property
+    @capability
+    def warmup_sources(self) -> Sequence[str]:
+        """Sources drawn in that time."""
+
+    @property
+    @capability
+    def declared_shares(self) -> Mapping[str, tuple[float, float, float]]:
+        """(weight, cap, floor) by source."""
+
+
+class Tokenizer:
+    """The tokenizer of a run."""
+
+    @property
+    @capability
+    def tokenizer(self) -> Any:
+        """The object that encodes and decodes."""
+
+    @property
+    @capability
+    def n_ids(self) -> int:
+        """Number of ids that it may give."""
+
+    @property
+    @capability
+    def special_ids(self) -> Mapping[str, tuple[Any, Any]]:
+        """(tokenizer's id, model's id or ids) by name; None where one of them has none."""
+
+    @capability
+    def trained_merges(self, texts: Sequence[str], n: int) -> list[tuple[bytes, bytes]]:
+        """The first `n` merges that training a BPE tokenizer on texts gives."""
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+class Model:
+    """The model that is trained, before its first update."""
+
+    @property
+    @capability
+    def module(self) -> nn.Module:
+        """The live model."""
+
+    @property
+    @capability
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+
+    @property
+    @capability
+    def max_length(self) -> int:
+        """Longest row, tokens; 0 where unknown."""
+
+    @capability
+    def logits(
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) as the run computes them, on the CPU; the same random numbers in every
+        call. `mask_BT` is an attention mask, 1 for tokens that may be read.
+        """
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether `logits` takes an attention mask."""
+        return False
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether `logits` takes labels."""
+        return False
+
+    @property
+    def bitwise_rows(self) -> bool:
+        """Whether masked scores weigh exactly 0 and rows do not depend on each other, bit for bit;
+        the kernels of other trainers promise that to rounding only.
+        """
+        return False
+
+    @capability
+    def training(self, mode: bool) -> AbstractContextManager[None]:
+        """The whole model in training or evaluation mode; everything is put back."""
+
+    @capability
+    def packed_logits(self, ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of rows that hold several documents."""
+
+    @capability
+    def fresh(self) -> nn.Module:
+        """Another model of the run at step 0, on its device."""
+
+    @property
+    @capability
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+
+    @property
+    @capability
+    def head_weight(self) -> Tensor:
+        """Weight of the output head (V, D)."""
+
+    @property
+    @capability
+    def rotary_tables(self) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine (T, J) up to the longest row; None without rotary positions."""
+
+    @property
+    @capability
+    def attention_layers(self) -> Sequence[Callable[[Tensor, Tensor | None], Tensor]]:
+        """Attention of each layer: (x_BTD, document_ids_BT or None) to (B, T, D)."""
+
+
+class Experts:
+    """The parts of a mixture of experts."""
+
+    @capability
+    def route(self, logits_RE: Tensor, top_k: int, bias_E: Tensor | None) -> tuple:
+        """(experts (R, k), weights (R, k), probabilities (R, E))."""
+
+    @capability
+    def dispatch(self, *arguments: Any) -> Any:
+        """Send tokens through experts and add up what they return."""
+
+    @capability
+    def balance(self, probs_RE: Tensor, experts_Rk: Tensor) -> Any:
+        """The balance loss."""
+
+    @capability
+    def update_selection_bias(self, model: nn.Module, loads_LE: Any, rate: float) -> None:
+        """Move the selection biases after an update."""
+
+    @capability
+    def layer(self) -> nn.Module:
+        """A fresh layer of experts."""
+
+    @capability
+    def balance_gradients(self, weight: float, n_micro: int) -> tuple:
+        """Accumulation over equal micro-batches of one row with the balance loss at this weight:
+        (weights by name, ids_T, router gradients by name).
+        """
+
+    @capability
+    def bias_step(self, n_micro: int) -> tuple[Tensor, Tensor]:
+        """One update of a fresh model in `n_micro` micro-batches: (loads, selection biases after
+        it), both (L, E).
+        """
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one backward pass: ids and labels (B, T) int64, documents (B, T) or None. A label of
+    −100 does not count.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    document_ids: Tensor | None = None
+
+
+class StepReport(Protocol):
+    """What a trainer reports of one update. Norms are global L2."""
+
+    step: int
+    loss_nats: float
+    grad_norm: float
+    clipped_grad_norm: float
+    group_lrs: Mapping[str, float]
+    n_valid_tokens: int
+    changed_tensor_frac: float
+    applied: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraineeOptions:
+    """How a trainee differs from the run. None: as the run has it.
+
+    `first_row` is where its data begin, `updates_done` the step number it starts at. `exact`
+    computes in float32 throughout, Muon's iteration included.
+    """
+
+    exact: bool = False
+    seed_offset: int = 0
+    first_row: int = 0
+    updates_done: int = 0
+    max_grad_norm: float | None = None
+    loss_scale: float | None = None
+
+
+class Trainee:
+    """A training state made of the run's own parts, with few rows: model, optimizer, data, loss."""
+
+    @property
+    @capability
+    def model(self) -> nn.Module:
+        """The model, in training mode."""
+
+    @property
+    @capability
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its optimizer; every group has a name."""
+
+    @property
+    @capability
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by in backward."""
+
+    @property
+    @capability
+    def rows_per_step(self) -> int:
+        """Rows of one update."""
+
+    @capability
+    def draw(self) -> Sequence[MicroBatch]:
+        """The micro-batches of the next update, from the run's data loader."""
+
+    @capability
+    def draw_rows(self, n: int) -> Sequence[int]:
+        """Numbers of the rows of the next `n` micro-batches."""
+
+    @capability
+    def accumulate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean loss in nats over all labels that count; its gradient is left in `.grad`."""
+
+    @capability
+    def update(self, batches: Sequence[MicroBatch]) -> float:
+        """Accumulate, clip and move; returns the mean loss in nats."""
+
+    @capability
+    def step(self, batches: Sequence[MicroBatch]) -> StepReport:
+        """One train step of the run: schedule, accumulation, clipping, update."""
+
+    @capability
+    def advance(self) -> float:
+        """Draw and take one step, and change what an evaluation after it would change; returns the
+        loss in nats.
+        """
+
+    @capability
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
+        """Summed loss in nats with its graph, shape ()."""
+
+    @capability
+    def logits(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        """Logits (B, T, V)."""
+
+    @capability
+    def idle_parameters(self) -> set[str]:
+        """Names of the parameters of experts that no token of the last update was sent to."""
+
+    @capability
+    def digest(self) -> Mapping[str, Any]:
+        """Every part of the state as a hash or a number, taken without the code that saves."""
+
+
+class Training:
+    """How a run trains: fresh trainees, and its loss, clipping and optimizer by themselves."""
+
+    @capability
+    def trainee(self, options: TraineeOptions = TraineeOptions()) -> Trainee:
+        """A fresh trainee at step 0."""
+
+    @capability
+    def trainee_of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainee:
+        """A trainee around another model and optimizer, in float32; it draws no data."""
+
+    @capability
+    def make_optimizer(self, model: Any) -> torch.optim.Optimizer:
+        """The run's optimizer for the parameters of anything that names them as a module does."""
+
+    @property
+    def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
+        """(named parameters of the live model, groups of its live optimizer)."""
+        raise NotOffered("Training.live_optimizer")
+
+    @capability
+    def cross_entropy_sum(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+        """The run's loss from logits, summed, nats."""
+
+    @capability
+    def mean_nats(self, logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor) -> float:
+        """The loss that accumulation reports of a model that answers with these logits."""
+
+    @capability
+    def clip(self, gradients: list[Tensor]) -> float:
+        """Clip in place as a step does; returns the norm before."""
+
+    @capability
+    def clip_model(self, model: Any) -> float:
+        """Clip the gradients that a step finds in a model; returns the norm before."""
+
+    @capability
+    def branch_draws(self) -> Sequence[tuple[tuple[int, str], Tensor, Tensor]]:
+        """Of real steps, in order: ((layer, attention or ffn), what the branch gave, what was added
+        to the residual stream), both (T, D) float32.
+        """
+
+
+class Checkpoints:
+    """Saving and restoring."""
+
+    @capability
+    def save_small(self, root: Path, step: int) -> None:
+        """Write a checkpoint of a very small model, by the run's own writer."""
+
+    @capability
+    def load_step(self, root: Path) -> int:
+        """Load the newest checkpoint and return its step. Raises if it is damaged."""
+
+    @capability
+    def save(self, trainee: Trainee, root: Path) -> None:
+        """Write a checkpoint of a trainee."""
+
+    @capability
+    def resume(self, root: Path) -> Trainee:
+        """A trainee that goes on from the newest checkpoint."""
+
+
+class SavedCheckpoint:
+    """One checkpoint that was written, and the live state that it must hold."""
+
+    @property
+    @capability
+    def folder(self) -> Path:
+        """Where it was written."""
+
+    @property
+    @capability
+    def step(self) -> int:
+        """The step at which it was written."""
+
+    @property
+    @capability
+    def live_crc32(self) -> Mapping[str, int]:
+        """CRC-32 of every tensor in memory at the save, taken without the writer."""
+
+    @property
+    @capability
+    def reloaded_crc32(self) -> Mapping[str, int]:
+        """CRC-32 of every tensor after loading it again."""
+
+    @property
+    @capability
+    def tied(self) -> tuple[bool, bool]:
+        """Whether head and embedding are one tensor: (live, loaded again)."""
+
+
+# --- kernels and precision ------------------------------------------------------------------------
+
+
+class KernelCall(Protocol):
+    """One call of an operation, at the run's own shapes, by the kernel that the run has chosen."""
+
+    title: str
+    half: bool
+
+    def compared(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Outputs and gradients by name: of the kernel, and of its reference on the same numbers
+        in float64.
+        """
+
+
+class Kernels:
+    """The kernels and the compiled graph of a run."""
+
+    @capability
+    def calls(self) -> Sequence[KernelCall]:
+        """The distinct calls of operations that one micro-batch of the run makes."""
+
+    @property
+    @capability
+    def head_chunk_rows(self) -> int:
+        """Rows that `head_in_chunks` takes at a time."""
+
+    @capability
+    def head_in_chunks(self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor) -> tuple:
+        """The head in float32, a few rows at a time: (sum of nats, gradient of x, gradient of the
+        head).
+        """
+
+    @capability
+    def compiled_step(self, i: int) -> tuple[float, Mapping[str, Tensor]]:
+        """(loss in nats, gradient by name) of batch `i` (0 or 1) by the compiled graph, in training
+        mode.
+        """
+
+    @capability
+    def eager_step(self, i: int) -> tuple[float, Mapping[str, Tensor]]:
+        """The same without compilation, from the same random state."""
+
+    @capability
+    def matrix_flops(self) -> tuple[int, int]:
+        """(operations of the matrix products that torch counts in one forward and backward,
+        tokens).
+        """
+
+
+class HalfPrecision:
+    """The norm, the choice of experts and the loss of a run in half precision, as it calls them."""
+
+    @property
+    @capability
+    def dtype(self) -> torch.dtype:
+        """bfloat16 or float16."""
+
+    @capability
+    def norm(self, x_BTD: Tensor, gain_D: Tensor) -> Tensor:
+        """The declared norm with these gains and biases of 0."""
+
+    @capability
+    def route(self, logits_RE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(experts (R, k), weights (R, k), probabilities (R, E))."""
+
+    @capability
+    def loss(self, x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Sum of nats."""
+
+
+# --- evaluation, sampling, export -----------------------------------------------------------------
+
+
+class Evaluation:
+    """How held-out text is scored, and the rule that stops a run."""
+
+    @capability
+    def score_text(self, text: str) -> Any:
+        """Bits per byte of a text under the run's model and tokenizer, as `nats`, `n_bytes`, …"""
+
+    @property
+    @capability
+    def known_text(self) -> str:
+        """A text in which the tokenizer knows every character."""
+
+    @capability
+    def score_uniform(self, text: str) -> Any:
+        """The same under a model that gives each of `uniform_vocab_size` tokens the same chance,
+        and a tokenizer of ASCII characters that does not know `unknown_char`.
+        """
+
+    @property
+    @capability
+    def uniform_vocab_size(self) -> int: ...
+
+    @property
+    @capability
+    def unknown_char(self) -> str: ...
+
+    @capability
+    def score_pairs(self, text: str) -> Any:
+        """The same under a model whose logits follow from the token before alone."""
+
+    @property
+    @capability
+    def pair_logits(self) -> Tensor:
+        """The logits (V, V) of that model by the token before."""
+
+    @property
+    @capability
+    def model(self) -> nn.Module:
+        """The model that `score_rows` scores; it has dropout."""
+
+    @property
+    @capability
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Input ids, labels and document ids (rows, T) of a few held-out rows."""
+
+    @capability
+    def score_rows(self, batch_size: int) -> Any:
+        """The stack's own score of these rows in batches of that size."""
+
+    @property
+    @capability
+    def token_bytes(self) -> Any:
+        """Number of bytes of each token id (V,)."""
+
+
+class Stopping:
+    """The rule that ends a run early."""
+
+    @capability
+    def rule(self) -> Any:
+        """A fresh stop rule of the run."""
+
+    @property
+    @capability
+    def declared(self) -> Mapping[str, Any]:
+        """Its configuration."""
+
+    @property
+    @capability
+    def paired_difference_std(self) -> float:
+        """Spread over held-out batches of the loss difference between two evaluations, nats."""
+
+    @property
+    @capability
+    def n_eval_batches(self) -> int:
+        """Held-out batches of each evaluation."""
+
+
+class Sampling:
+    """How text is generated."""
+
+    @capability
+    def full_logits(self, ids_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of a whole row in one forward."""
+
+    @capability
+    def cached_logits(self, ids_BT: Tensor, cache: Any) -> Tensor:
+        """Logits of the new tokens of a row whose earlier keys and values are in `cache`."""
+
+    @capability
+    def cache(self, batch_size: int) -> Any:
+        """An empty key-value cache."""
+
+    @capability
+    def filtered_probs(self, logits_V: Tensor, **options: Any) -> Tensor:
+        """Probabilities (V,) after temperature, top-k, top-p and min-p."""
+
+    @capability
+    def pick(self, probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
+        """The token of each uniform number."""
+
+    @capability
+    def penalised(self, logits_V: Tensor, seen: Any, penalty: float) -> Tensor:
+        """Logits after the repetition penalty."""
+
+    @property
+    @capability
+    def model(self) -> nn.Module:
+        """The small model that `generate` runs; its tokens depend on the context."""
+
+    @capability
+    def generate(self, ids: list[int], **options: Any) -> Any:
+        """Tokens that the model goes on with."""
+
+    @property
+    @capability
+    def prompt(self) -> list[int]:
+        """Ids of a prompt for it."""
+
+
+class Exported:
+    """A folder that was exported, and both sides of its comparison."""
+
+    @property
+    @capability
+    def folder(self) -> Path: ...
+
+    @property
+    @capability
+    def live_shapes(self) -> Sequence[tuple[int, ...]]:
+        """Shapes of the tensors in memory."""
+
+    @property
+    @capability
+    def dtype(self) -> str:
+        """Declared dtype of the stored tensors, as safetensors names it."""
+
+    @property
+    @capability
+    def compared_sha256(self) -> Mapping[str, str]:
+        """Hash of each file that the other library read for the comparison."""
+
+    @capability
+    def our_logits(self, ids_BT: Tensor) -> Tensor: ...
+
+    @capability
+    def their_logits(self, ids_BT: Tensor) -> Tensor: ...
+
+    @capability
+    def our_continuation(self, ids: list[int]) -> list[int]: ...
+
+    @capability
+    def their_continuation(self, ids: list[int]) -> list[int]: ...
+
+    @property
+    @capability
+    def their_complaints(self) -> str:
+        """What the other library reports while loading: missing or unexpected keys."""
+
+    @property
+    @capability
+    def max_length(self) -> int: ...
+
+    @property
+    @capability
+    def vocab_size(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A trainer and its run, as a gate sees them. A part that an adapter does not give offers
+    nothing.
+    """
+
+    declared: Declared = field(default_factory=Declared)
+    corpus: Corpus = field(default_factory=Corpus)
+    data_loader: DataLoader = field(default_factory=DataLoader)
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    model: Model = field(default_factory=Model)
+    experts: Experts = field(default_factory=Experts)
+    training: Training = field(default_factory=Training)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    saved: SavedCheckpoint = field(default_factory=SavedCheckpoint)
+    kernels: Kernels = field(default_factory=Kernels)
+    half_precision: HalfPrecision = field(default_factory=HalfPrecision)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    stopping: Stopping = field(default_factory=Stopping)
+    sampling: Sampling = field(default_factory=Sampling)
+    exported: Exported = field(default_factory=Exported)

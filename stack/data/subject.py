@@ -1,0 +1,19 @@
+"""What the gates of corpus, data, tokenizer and curriculum judge of a data set and of a run."""
+
+from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Tokenizer
+
+
+class BuiltCorpus(Corpus):
+    """TODO"""
+
+
+class RunDataLoader(DataLoader):
+    """TODO"""
+
+
+class RunCurriculum(Curriculum):
+    """TODO"""
+
+
+class RunTokenizer(Tokenizer):
+    """TODO"""

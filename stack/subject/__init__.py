@@ -1,0 +1,1 @@
+"""The adapter of `stack train`: what its gates judge, made from the run's own parts."""

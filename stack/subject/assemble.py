@@ -1,0 +1,38 @@
+"""Assembles the subject of a run."""
+
+import torch
+
+from stackproof.config import RunConfig
+from stackproof.contracts.subject import Subject
+from stackproof.data.prepare import Dataset
+from stackproof.data.subject import BuiltCorpus, RunCurriculum, RunDataLoader, RunTokenizer
+from stackproof.subject.checkpoints import RunCheckpoints
+from stackproof.subject.declared import RunDeclared
+from stackproof.subject.evaluation import RunEvaluation, RunStopping
+from stackproof.subject.kernels import RunHalfPrecision, RunKernels
+from stackproof.subject.model import RunExperts, RunModel
+from stackproof.subject.sampling import RunSampling
+from stackproof.subject.training import RunTraining
+
+
+def subject_of(
+    cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_batches: int | None = None
+) -> Subject:
+    """What the preflight gates of a run judge. Nothing is computed before a gate needs it."""
+    parts = (cfg, dataset, device)
+    return Subject(
+        declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
+        corpus=BuiltCorpus(),
+        data_loader=RunDataLoader(),
+        curriculum=RunCurriculum(),
+        tokenizer=RunTokenizer(),
+        model=RunModel(*parts),
+        experts=RunExperts(*parts),
+        training=RunTraining(*parts),
+        checkpoints=RunCheckpoints(*parts),
+        kernels=RunKernels(*parts),
+        half_precision=RunHalfPrecision(*parts),
+        evaluation=RunEvaluation(*parts),
+        stopping=RunStopping(*parts),
+        sampling=RunSampling(*parts),
+    )

@@ -1,0 +1,77 @@
+"""What the configuration of a run promises."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from stackproof.config import RunConfig
+from stackproof.contracts.subject import Declared
+from stackproof.spec.formulas import flops_per_token, parameter_count
+
+
+@dataclass(frozen=True)
+class RunDeclared(Declared):
+    """The promises of a configuration, for a vocabulary of this size."""
+
+    cfg: RunConfig
+    vocab_size: int
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        return self.cfg.model.model_dump()
+
+    @property
+    def n_parameters(self) -> int:
+        return parameter_count(self.architecture, self.vocab_size)
+
+    @property
+    def tied_head(self) -> bool:
+        return self.cfg.model.tied_head
+
+    @property
+    def dtype(self) -> str:
+        return self.cfg.train.dtype
+
+    @property
+    def schedule(self) -> Mapping[str, Any]:
+        return self.cfg.schedule.model_dump()
+
+    @property
+    def max_steps(self) -> int:
+        return self.cfg.train.max_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.cfg.train.tokens_per_step
+
+    @property
+    def max_grad_norm(self) -> float:
+        return self.cfg.optim.max_grad_norm
+
+    def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
+        """Told by the parameter's shape and place, not by the optimizer's own table."""
+        optim = self.cfg.optim
+        decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}
+        in_block = parameter.ndim == 2 and name.startswith("layers.") and ".router." not in name
+        if optim.kind == "muon" and in_block:
+            return optim.model_dump() | {"rule": "muon"} | decay
+        return {
+            "rule": "adamw",
+            "lr": optim.adamw_lr if optim.kind == "muon" else optim.lr,
+            "betas": (optim.beta1, optim.beta2),
+            "eps": optim.eps,
+        } | decay
+
+    @property
+    def flops_per_step(self) -> float:
+        return self._flops_per_token(self.cfg.model.max_seq_len) * self.tokens_per_step
+
+    @property
+    def attention_flops_per_step(self) -> float:
+        in_attention = self._flops_per_token(self.cfg.model.max_seq_len) - self._flops_per_token(0)
+        return in_attention * self.tokens_per_step
+
+    def _flops_per_token(self, seq_len: int) -> int:
+        return flops_per_token(self.architecture, self.vocab_size, seq_len)

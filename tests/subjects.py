@@ -1,0 +1,30 @@
+"""Subjects with a part that is not as the trainer made it."""
+
+import copy
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from stackproof.contracts.subject import Subject
+
+
+def altered(part: Any, **members: Any) -> Any:
+    """A copy of a part of a subject in which some members are others: a value for a property, a
+    function for a method. Raises AttributeError for a member that its interface does not have.
+    """
+    kind, own = type(part), {}
+    for name, value in members.items():
+        former = getattr(kind, name)
+        constant = isinstance(former, (property, cached_property))
+        own[name] = property(lambda self, value=value: value) if constant else staticmethod(value)
+    other = copy.copy(part)
+    object.__setattr__(other, "__class__", type(kind.__name__, (kind,), own))
+    return other
+
+
+def changed(subject: Subject, **parts: dict[str, Any]) -> Subject:
+    """A subject with other members: `changed(subject, model={"logits": wrong})`."""
+    return replace(
+        subject,
+        **{name: altered(getattr(subject, name), **members) for name, members in parts.items()},
+    )
