@@ -1,19 +1,17 @@
-"""Gates of any causal language model, from outside: all they need is a function
-from ids and mask to logits.
+"""Gates of any causal language model, from outside.
 
-B batch, T tokens, V vocab. A `probe` has `logits(ids_BT, mask_BT or None, labels_BT or None) ->
-logits_BTV`, `vocab_size`, `max_length`, `takes_mask`, `takes_labels` and `training(bool)`; it
-leaves the model as it was. See `stackproof.contracts.callbacks.probe`.
+B batch, T tokens, V vocab
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.subject import Model, Subject
 
 LENGTHS = (3, 17, 64)
 LONGEST = 512
@@ -54,20 +52,21 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 @decides("model.future-blind")
 @torch.no_grad()
-def future_blind(limits: SimpleNamespace, *, probe) -> Verdict:
+def future_blind(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Changing tokens from a position on changes no logit before it, with and without a mask, in
     both modes; labels change none at all.
     """
+    model = subject.model
     worst, where, deaf = 0.0, "", 0
     for training in (False, True):
-        with probe.training(training):
-            for length in _lengths(probe.max_length):
-                ids = drawn(2, length, probe.vocab_size)
-                for mask in (None, torch.ones_like(ids)) if probe.takes_mask else (None,):
-                    before = probe.logits(ids, mask)
+        with model.training(training):
+            for length in _lengths(model.max_length):
+                ids = drawn(2, length, model.vocab_size)
+                for mask in (None, torch.ones_like(ids)) if model.takes_mask else (None,):
+                    before = model.logits(ids, mask)
                     for position in sorted({1, length // 2, length - 1}):
                         late = (torch.arange(length) >= position).expand(2, length)
-                        after = probe.logits(_other(ids, late, probe.vocab_size), mask)
+                        after = model.logits(_other(ids, late, model.vocab_size), mask)
                         gap = _gap(before[:, :position], after[:, :position])
                         deaf += bool(torch.equal(before[:, position:], after[:, position:]))
                         if gap > worst:
@@ -82,7 +81,7 @@ def future_blind(limits: SimpleNamespace, *, probe) -> Verdict:
         return failed(
             "changing a token does not change its own logits, so this check sees nothing", deaf=deaf
         )
-    labels_gap = _labels_gap(probe)
+    labels_gap = _labels_gap(model)
     ok = worst <= limits.leak_rel_max and labels_gap <= limits.leak_rel_max
     text = (
         f"earlier logits see a later token ({where})"
@@ -92,42 +91,43 @@ def future_blind(limits: SimpleNamespace, *, probe) -> Verdict:
     return decide(ok, text, leak_rel=worst, labels_leak_rel=labels_gap)
 
 
-def _labels_gap(probe) -> float:
+def _labels_gap(model: Model) -> float:
     """How far logits move when nothing but the labels changes; 0 where the model takes none."""
-    if not probe.takes_labels:
+    if not model.takes_labels:
         return 0.0
-    ids = drawn(2, _lengths(probe.max_length)[-1], probe.vocab_size)
-    other = _other(ids, torch.ones_like(ids, dtype=torch.bool), probe.vocab_size)
-    first = probe.logits(ids, None, ids)
-    return max(_gap(first, probe.logits(ids, None, other)), _gap(first, probe.logits(ids)))
+    ids = drawn(2, _lengths(model.max_length)[-1], model.vocab_size)
+    other = _other(ids, torch.ones_like(ids, dtype=torch.bool), model.vocab_size)
+    first = model.logits(ids, None, ids)
+    return max(_gap(first, model.logits(ids, None, other)), _gap(first, model.logits(ids)))
 
 
 @decides("model.padding-blind")
 @torch.no_grad()
-def padding_blind(limits: SimpleNamespace, *, probe) -> Verdict:
+def padding_blind(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Tokens under a mask of 0 change no logit of others, left or right of them, and more padding
     on the right changes none either.
     """
-    if not probe.takes_mask:
+    model = subject.model
+    if not model.takes_mask:
         return not_run("the model takes no attention mask")
-    length = max(_lengths(probe.max_length)[:-1] or [2])
-    ids, found = drawn(3, length, probe.vocab_size), {}
+    length = max(_lengths(model.max_length)[:-1] or [2])
+    ids, found = drawn(3, length, model.vocab_size), {}
     for side in ("right", "left"):
         for training in (False, True):
-            with probe.training(training):
+            with model.training(training):
                 mask = _ragged(3, length, side)
-                before = probe.logits(ids, mask)
-                after = probe.logits(_other(ids, mask == 0, probe.vocab_size), mask)
+                before = model.logits(ids, mask)
+                after = model.logits(_other(ids, mask == 0, model.vocab_size), mask)
                 found[f"ids under {side} padding"] = max(
                     found.get(f"ids under {side} padding", 0.0),
                     _gap(before[mask > 0], after[mask > 0]),
                 )
-    with probe.training(False):
+    with model.training(False):
         mask = _ragged(3, length, "right")
         more = [torch.cat([t, torch.zeros_like(t[:, :2])], 1) for t in (ids, mask)]
-        if not probe.max_length or length + 2 <= probe.max_length:
+        if not model.max_length or length + 2 <= model.max_length:
             found["more padding"] = _gap(
-                probe.logits(ids, mask)[mask > 0], probe.logits(*more)[:, :length][mask > 0]
+                model.logits(ids, mask)[mask > 0], model.logits(*more)[:, :length][mask > 0]
             )
     worst = max(found, key=found.get)
     limit = {
@@ -148,10 +148,10 @@ def _ragged(rows: int, length: int, side: str) -> Tensor:
 
 
 @decides("model.tied-head")
-def tied_head(
-    limits: SimpleNamespace, *, tied_declared: bool, embedding_weight: Tensor, head_weight: Tensor
-) -> Verdict:
-    """Embedding and head are one tensor exactly where the configuration says so."""
+def tied_head(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Embedding and head are one tensor exactly where the configuration declares it."""
+    tied_declared = subject.declared.tied_head
+    embedding_weight, head_weight = subject.model.embedding.weight, subject.model.head_weight
     same = embedding_weight is head_weight or embedding_weight.data_ptr() == head_weight.data_ptr()
     text = (
         "the configuration ties embedding and head, and they are two tensors"
@@ -162,19 +162,12 @@ def tied_head(
 
 
 @decides("tokenizer.fits-model")
-def fits_model(
-    limits: SimpleNamespace,
-    *,
-    tokenizer_size: int,
-    embedding_rows: int,
-    special_ids: Mapping[str, tuple],
-) -> Verdict:
+def fits_model(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Every id of the tokenizer has a row, few rows have no id, and model and tokenizer mean the
     same by their special ids.
-
-    `special_ids` maps a name to (tokenizer's id, model's id or ids);
-    None where one of them has none.
     """
+    tokenizer_size, embedding_rows = subject.tokenizer.n_ids, subject.model.vocab_size
+    special_ids = subject.tokenizer.special_ids
     differing = [
         f"{name} is {a} here, {b} there"
         for name, (a, b) in special_ids.items()
@@ -223,12 +216,11 @@ def _as_tuple(ids: int | Sequence[int]) -> tuple[int, ...]:
 
 
 @decides("optim.ownership")
-def ownership(
-    limits: SimpleNamespace, *, named_parameters: Sequence, param_groups: Sequence[Mapping]
-) -> Verdict:
+def ownership(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Each trainable parameter stands in the optimizer once, and nothing stands there that is
     no parameter of the model.
     """
+    named_parameters, param_groups = subject.training.live_optimizer
     count = Counter(id(p) for g in param_groups for p in g["params"])
     names = {id(p): n for n, p in named_parameters}
     missing = [n for n, p in named_parameters if p.requires_grad and id(p) not in count]
@@ -255,10 +247,9 @@ def ownership(
 
 
 @decides("optim.decay-groups")
-def decay_groups(
-    limits: SimpleNamespace, *, named_parameters: Sequence, param_groups: Sequence[Mapping]
-) -> Verdict:
+def decay_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Where groups differ in decay, biases and gains of norms are in those without it."""
+    named_parameters, param_groups = subject.training.live_optimizer
     names = {id(p): n for n, p in named_parameters}
     rows = [
         (names.get(id(p), "?"), p.ndim, g.get("weight_decay", 0.0))
@@ -283,17 +274,12 @@ def decay_groups(
 
 
 @decides("checkpoint.reload")
-def reload(
-    limits: SimpleNamespace,
-    *,
-    live: Mapping[str, int],
-    reloaded: Mapping[str, int],
-    live_tied: bool,
-    reloaded_tied: bool,
-) -> Verdict:
+def reload(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """A saved model, loaded again, has the live tensors bit for bit, and one head and embedding
     where the live model has one.
     """
+    live, reloaded = subject.saved.live_checksums, subject.saved.reloaded_checksums
+    live_tied, reloaded_tied = subject.saved.tied
     differing = sorted(n for n in live.keys() | reloaded.keys() if live.get(n) != reloaded.get(n))
     text = (
         f"saved and loaded again, {len(differing)} tensor(s) are others: {', '.join(differing[:4])}"

@@ -14,11 +14,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:  # commands that judge nothing answer without torch
     import torch
     from torch import Tensor, nn
+
+
+T = TypeVar("T")
 
 
 class NotOffered(Exception):
@@ -29,18 +32,32 @@ class NotOffered(Exception):
         self.capability = capability
 
 
-def capability(member: Callable) -> Callable:
-    """Mark a member of an interface. Used on an adapter that does not override it, it raises
+def capability(method: Callable) -> Callable:
+    """Mark a method of an interface. Called on an adapter that does not override it, it raises
     NotOffered.
     """
-    name = member.__qualname__
+    name = method.__qualname__
 
-    @wraps(member)
+    @wraps(method)
     def refuse(self, *args, **kwargs):
         raise NotOffered(name)
 
     refuse.not_offered = True
     return refuse
+
+
+class value(Generic[T]):
+    """Mark a value of an interface. An adapter sets an attribute of this name, or defines a
+    property; without either, reading it raises NotOffered.
+    """
+
+    def __init__(self, member: Callable[[Any], T]):
+        self.name, self.__doc__ = member.__qualname__, member.__doc__
+
+    def __get__(self, part: Any, owner: type) -> T:
+        if part is None:
+            return self
+        raise NotOffered(self.name)
 
 
 def offers(method: Callable) -> bool:
@@ -54,43 +71,35 @@ def offers(method: Callable) -> bool:
 class Declared:
     """What the configuration of a run promises."""
 
-    @property
-    @capability
+    @value
     def architecture(self) -> Mapping[str, Any]:
         """The model's configuration: width, layers, variants, initial laws."""
 
-    @property
-    @capability
+    @value
     def n_parameters(self) -> int:
         """Number of parameters by the formula of spec/formulas.py."""
 
-    @property
-    @capability
+    @value
     def tied_head(self) -> bool:
         """Whether head and embedding are declared to be one tensor."""
 
-    @property
-    @capability
+    @value
     def dtype(self) -> str:
         """Compute precision: float32, bfloat16 or float16."""
 
-    @property
-    @capability
+    @value
     def schedule(self) -> Mapping[str, Any]:
         """The learning-rate schedule: kind, warmup_steps, final_lr_frac, …"""
 
-    @property
-    @capability
+    @value
     def max_steps(self) -> int:
         """Number of optimizer updates."""
 
-    @property
-    @capability
+    @value
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer update, over all micro-batches."""
 
-    @property
-    @capability
+    @value
     def max_grad_norm(self) -> float:
         """Global L2 norm that gradients are clipped to."""
 
@@ -100,13 +109,11 @@ class Declared:
         rule needs.
         """
 
-    @property
-    @capability
+    @value
     def flops_per_step(self) -> float:
         """Floating-point operations of one update by the formula, attention included."""
 
-    @property
-    @capability
+    @value
     def attention_flops_per_step(self) -> float:
         """Those of attention's products of positions with positions."""
 
@@ -117,13 +124,11 @@ class Declared:
 class Corpus:
     """A data set that has been built: its splits, its manifest and the functions that made it."""
 
-    @property
-    @capability
+    @value
     def splits(self) -> Mapping[str, Any]:
         """Token streams by name: train, validation."""
 
-    @property
-    @capability
+    @value
     def manifest(self) -> Mapping[str, Any]:
         """What the build wrote down: sources, hashes, counts, filters."""
 
@@ -157,8 +162,7 @@ class Corpus:
     def shares_gram(self, text: str, grams: Any) -> bool:
         """Whether decontamination finds one of the n-grams in a text."""
 
-    @property
-    @capability
+    @value
     def evaluation_grams(self) -> Any:
         """The n-grams of the declared evaluation sets."""
 
@@ -166,18 +170,15 @@ class Corpus:
 class DataLoader:
     """Order and rows of the training split as a run reads them."""
 
-    @property
-    @capability
+    @value
     def seq_len(self) -> int:
         """Tokens of a row."""
 
-    @property
-    @capability
+    @value
     def n_rows(self) -> int:
         """Rows of one epoch."""
 
-    @property
-    @capability
+    @value
     def planned_tokens(self) -> int:
         """Tokens that the whole run will read."""
 
@@ -199,18 +200,15 @@ class Curriculum:
     def bandit(self, capped: str = "") -> Any:
         """A bandit order over the sources useful, list and other; `capped` may not be drawn."""
 
-    @property
-    @capability
+    @value
     def warmup_rows(self) -> int:
         """Rows before the bandit chooses."""
 
-    @property
-    @capability
+    @value
     def warmup_sources(self) -> Sequence[str]:
         """Sources drawn in that time."""
 
-    @property
-    @capability
+    @value
     def declared_shares(self) -> Mapping[str, tuple[float, float, float]]:
         """(weight, cap, floor) by source."""
 
@@ -218,18 +216,15 @@ class Curriculum:
 class Tokenizer:
     """The tokenizer of a run."""
 
-    @property
-    @capability
+    @value
     def tokenizer(self) -> Any:
         """The object that encodes and decodes."""
 
-    @property
-    @capability
+    @value
     def n_ids(self) -> int:
         """Number of ids that it may give."""
 
-    @property
-    @capability
+    @value
     def special_ids(self) -> Mapping[str, tuple[Any, Any]]:
         """(tokenizer's id, model's id or ids) by name; None where one of them has none."""
 
@@ -244,18 +239,15 @@ class Tokenizer:
 class Model:
     """The model that is trained, before its first update."""
 
-    @property
-    @capability
+    @value
     def module(self) -> nn.Module:
         """The live model."""
 
-    @property
-    @capability
+    @value
     def vocab_size(self) -> int:
         """Rows of the embedding."""
 
-    @property
-    @capability
+    @value
     def max_length(self) -> int:
         """Longest row, tokens; 0 where unknown."""
 
@@ -296,23 +288,19 @@ class Model:
     def fresh(self) -> nn.Module:
         """Another model of the run at step 0, on its device."""
 
-    @property
-    @capability
+    @value
     def embedding(self) -> nn.Module:
         """The token embedding."""
 
-    @property
-    @capability
+    @value
     def head_weight(self) -> Tensor:
         """Weight of the output head (V, D)."""
 
-    @property
-    @capability
+    @value
     def rotary_tables(self) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine (T, J) up to the longest row; None without rotary positions."""
 
-    @property
-    @capability
+    @value
     def attention_layers(self) -> Sequence[Callable[[Tensor, Tensor | None], Tensor]]:
         """Attention of each layer: (x_BTD, document_ids_BT or None) to (B, T, D)."""
 
@@ -399,23 +387,19 @@ class TraineeOptions:
 class Trainee:
     """A training state made of the run's own parts, with few rows: model, optimizer, data, loss."""
 
-    @property
-    @capability
+    @value
     def model(self) -> nn.Module:
         """The model, in training mode."""
 
-    @property
-    @capability
+    @value
     def optimizer(self) -> torch.optim.Optimizer:
         """Its optimizer; every group has a name."""
 
-    @property
-    @capability
+    @value
     def loss_scale(self) -> float:
         """What gradients are multiplied by in backward."""
 
-    @property
-    @capability
+    @value
     def rows_per_step(self) -> int:
         """Rows of one update."""
 
@@ -477,10 +461,9 @@ class Training:
     def make_optimizer(self, model: Any) -> torch.optim.Optimizer:
         """The run's optimizer for the parameters of anything that names them as a module does."""
 
-    @property
+    @value
     def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
         """(named parameters of the live model, groups of its live optimizer)."""
-        raise NotOffered("Training.live_optimizer")
 
     @capability
     def cross_entropy_sum(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -528,28 +511,23 @@ class Checkpoints:
 class SavedCheckpoint:
     """One checkpoint that was written, and the live state that it must hold."""
 
-    @property
-    @capability
+    @value
     def folder(self) -> Path:
         """Where it was written."""
 
-    @property
-    @capability
+    @value
     def step(self) -> int:
         """The step at which it was written."""
 
-    @property
-    @capability
-    def live_crc32(self) -> Mapping[str, int]:
-        """CRC-32 of every tensor in memory at the save, taken without the writer."""
+    @value
+    def live_checksums(self) -> Mapping[str, int]:
+        """A checksum of every tensor in memory at the save, by name, taken without the writer."""
 
-    @property
-    @capability
-    def reloaded_crc32(self) -> Mapping[str, int]:
-        """CRC-32 of every tensor after loading it again."""
+    @value
+    def reloaded_checksums(self) -> Mapping[str, int]:
+        """The same of every tensor after loading it again."""
 
-    @property
-    @capability
+    @value
     def tied(self) -> tuple[bool, bool]:
         """Whether head and embedding are one tensor: (live, loaded again)."""
 
@@ -576,8 +554,7 @@ class Kernels:
     def calls(self) -> Sequence[KernelCall]:
         """The distinct calls of operations that one micro-batch of the run makes."""
 
-    @property
-    @capability
+    @value
     def head_chunk_rows(self) -> int:
         """Rows that `head_in_chunks` takes at a time."""
 
@@ -607,8 +584,7 @@ class Kernels:
 class HalfPrecision:
     """The norm, the choice of experts and the loss of a run in half precision, as it calls them."""
 
-    @property
-    @capability
+    @value
     def dtype(self) -> torch.dtype:
         """bfloat16 or float16."""
 
@@ -635,8 +611,7 @@ class Evaluation:
     def score_text(self, text: str) -> Any:
         """Bits per byte of a text under the run's model and tokenizer, as `nats`, `n_bytes`, …"""
 
-    @property
-    @capability
+    @value
     def known_text(self) -> str:
         """A text in which the tokenizer knows every character."""
 
@@ -646,30 +621,25 @@ class Evaluation:
         and a tokenizer of ASCII characters that does not know `unknown_char`.
         """
 
-    @property
-    @capability
+    @value
     def uniform_vocab_size(self) -> int: ...
 
-    @property
-    @capability
+    @value
     def unknown_char(self) -> str: ...
 
     @capability
     def score_pairs(self, text: str) -> Any:
         """The same under a model whose logits follow from the token before alone."""
 
-    @property
-    @capability
+    @value
     def pair_logits(self) -> Tensor:
         """The logits (V, V) of that model by the token before."""
 
-    @property
-    @capability
+    @value
     def model(self) -> nn.Module:
         """The model that `score_rows` scores; it has dropout."""
 
-    @property
-    @capability
+    @value
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Input ids, labels and document ids (rows, T) of a few held-out rows."""
 
@@ -677,8 +647,7 @@ class Evaluation:
     def score_rows(self, batch_size: int) -> Any:
         """The stack's own score of these rows in batches of that size."""
 
-    @property
-    @capability
+    @value
     def token_bytes(self) -> Any:
         """Number of bytes of each token id (V,)."""
 
@@ -690,18 +659,15 @@ class Stopping:
     def rule(self) -> Any:
         """A fresh stop rule of the run."""
 
-    @property
-    @capability
+    @value
     def declared(self) -> Mapping[str, Any]:
         """Its configuration."""
 
-    @property
-    @capability
+    @value
     def paired_difference_std(self) -> float:
         """Spread over held-out batches of the loss difference between two evaluations, nats."""
 
-    @property
-    @capability
+    @value
     def n_eval_batches(self) -> int:
         """Held-out batches of each evaluation."""
 
@@ -733,8 +699,7 @@ class Sampling:
     def penalised(self, logits_V: Tensor, seen: Any, penalty: float) -> Tensor:
         """Logits after the repetition penalty."""
 
-    @property
-    @capability
+    @value
     def model(self) -> nn.Module:
         """The small model that `generate` runs; its tokens depend on the context."""
 
@@ -742,8 +707,7 @@ class Sampling:
     def generate(self, ids: list[int], **options: Any) -> Any:
         """Tokens that the model goes on with."""
 
-    @property
-    @capability
+    @value
     def prompt(self) -> list[int]:
         """Ids of a prompt for it."""
 
@@ -751,22 +715,18 @@ class Sampling:
 class Exported:
     """A folder that was exported, and both sides of its comparison."""
 
-    @property
-    @capability
+    @value
     def folder(self) -> Path: ...
 
-    @property
-    @capability
+    @value
     def live_shapes(self) -> Sequence[tuple[int, ...]]:
         """Shapes of the tensors in memory."""
 
-    @property
-    @capability
+    @value
     def dtype(self) -> str:
         """Declared dtype of the stored tensors, as safetensors names it."""
 
-    @property
-    @capability
+    @value
     def compared_sha256(self) -> Mapping[str, str]:
         """Hash of each file that the other library read for the comparison."""
 
@@ -782,17 +742,14 @@ class Exported:
     @capability
     def their_continuation(self, ids: list[int]) -> list[int]: ...
 
-    @property
-    @capability
+    @value
     def their_complaints(self) -> str:
         """What the other library reports while loading: missing or unexpected keys."""
 
-    @property
-    @capability
+    @value
     def max_length(self) -> int: ...
 
-    @property
-    @capability
+    @value
     def vocab_size(self) -> int: ...
 
 

@@ -1,6 +1,7 @@
 """Subjects with a part that is not as the trainer made it."""
 
 import copy
+import inspect
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,8 @@ def altered(part: Any, **members: Any) -> Any:
     """
     kind, own = type(part), {}
     for name, value in members.items():
-        former = getattr(kind, name)
-        constant = isinstance(former, (property, cached_property))
+        former = inspect.getattr_static(kind, name)
+        constant = isinstance(former, (property, cached_property, value))
         own[name] = property(lambda self, value=value: value) if constant else staticmethod(value)
     other = copy.copy(part)
     object.__setattr__(other, "__class__", type(kind.__name__, (kind,), own))

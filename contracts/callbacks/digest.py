@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.probe import embedding_of, head_of, is_ids
+from stackproof.contracts.callbacks.subject import ComparedWeights
+from stackproof.contracts.subject import Subject
 from stackproof.contracts.witness import StateRestored
 
 FILE = "stack_gates.json"
@@ -84,19 +86,20 @@ def of_run(
     )
 
 
-def of_both(model: nn.Module, other: nn.Module) -> dict[str, Any]:
-    """What the gate of reloading compares: a live model, and one made of what was saved."""
-    return {
-        "live": of_tensors(model.state_dict()),
-        "reloaded": of_tensors(other.state_dict()),
-        "live_tied": is_tied(model),
-        "reloaded_tied": is_tied(other),
-    }
+def reloaded(model: nn.Module, other: nn.Module) -> Subject:
+    """A live model beside one made of what was saved."""
+    return Subject(
+        saved=ComparedWeights(
+            of_tensors(model.state_dict()),
+            of_tensors(other.state_dict()),
+            (is_tied(model), is_tied(other)),
+        )
+    )
 
 
-def of_processes(model: nn.Module) -> dict[str, Any] | None:
-    """What the gate of reloading compares where several processes hold one model: this one's
-    tensors, and those of one that differs.
+def replicas(model: nn.Module) -> Subject | None:
+    """The tensors of this process beside those of one that differs, where several processes hold
+    one model.
 
     Every process has to call this at the same time, and all come to the same verdict.
     None where there is one process.
@@ -110,12 +113,11 @@ def of_processes(model: nn.Module) -> dict[str, Any] | None:
     group.all_gather(held, own)
     live, *others = ([int(x) for x in sums] for sums in (own, *held))
     other = next((sums for sums in others if sums != live), live)
-    return {
-        "live": dict(zip(names, live)),
-        "reloaded": dict(zip(names, other)),
-        "live_tied": is_tied(model),
-        "reloaded_tied": is_tied(model),
-    }
+    return Subject(
+        saved=ComparedWeights(
+            dict(zip(names, live)), dict(zip(names, other)), (is_tied(model),) * 2
+        )
+    )
 
 
 def is_tied(model: nn.Module) -> bool:

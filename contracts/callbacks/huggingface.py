@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import config_of, untouched
 from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
-from stackproof.contracts.callbacks.session import ROWS_GATE, Cost, Mode, Session, ingredients_of
+from stackproof.contracts.callbacks.session import ROWS_GATE, Cost, Mode, Session
+from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.callbacks.watch import Facts, Watch
 from stackproof.contracts.gate import Verdict
 
@@ -121,7 +122,7 @@ class GateCallback(TrainerCallback):
         if self._record and args.process_index == 0:
             self._open_record(args, state, model, inner, lr_scheduler)
         with untouched(model):
-            self.session.preflight(ingredients_of(model, inner, tokenizer))
+            self.session.preflight(foreign_subject(model, inner, tokenizer))
         self._watch = Watch(
             model,
             inner,
@@ -159,7 +160,7 @@ class GateCallback(TrainerCallback):
             return
         watch = self._watch
         # nobody reads on before the first process has written
-        if (replicas := digest.of_processes(model)) is not None:
+        if (replicas := digest.replicas(model)) is not None:
             self.session.artifact(replicas, state.global_step)
         document = self._memory.saved(
             digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step)
@@ -179,7 +180,7 @@ class GateCallback(TrainerCallback):
             self._reloaded = True
             with untouched(model):
                 other = type(model).from_pretrained(folder, dtype=model.dtype)
-                self.session.artifact(digest.of_both(model, other), state.global_step)
+                self.session.artifact(digest.reloaded(model, other), state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._detach()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import config_of, untouched
 from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
-from stackproof.contracts.callbacks.session import Cost, Mode, Session, ingredients_of
+from stackproof.contracts.callbacks.session import Cost, Mode, Session
+from stackproof.contracts.callbacks.subject import ForeignTraining, foreign_subject
 from stackproof.contracts.callbacks.watch import Facts, Watch
 from stackproof.contracts.gate import Verdict
 
@@ -102,13 +104,10 @@ class GateCallback(Callback):
                 **parts,
             )
         with untouched(pl_module):
-            given = ingredients_of(model, None, self._tokenizer)
-            if optimizer is not None:
-                given |= {
-                    "named_parameters": list(pl_module.named_parameters()),
-                    "param_groups": optimizer.param_groups,
-                }
-            self.session.preflight(given)
+            # The optimizer may own parameters of the module around the model.
+            training = ForeignTraining(pl_module, optimizer)
+            subject = foreign_subject(model, None, self._tokenizer)
+            self.session.preflight(replace(subject, training=training))
         if len(trainer.optimizers) != 1:
             return
         configs = trainer.lr_scheduler_configs

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import config_of, untouched, unwrapped
 from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
-from stackproof.contracts.callbacks.session import Cost, Mode, Session, ingredients_of
+from stackproof.contracts.callbacks.session import Cost, Mode, Session
+from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.callbacks.watch import Facts, Watch
 
 
@@ -63,7 +64,7 @@ class Gate:
         """A model made of what was saved: it must be the live one.
         Raises GateFailed if it is another.
         """
-        self._session.artifact(digest.of_both(self._watch.model, other), self._watch.step)
+        self._session.artifact(digest.reloaded(self._watch.model, other), self._watch.step)
 
     def verdicts(self) -> dict:
         """Verdict of every gate so far, by id."""
@@ -128,7 +129,7 @@ def gated(
             told=told,
         )
     with untouched(model):
-        session.preflight(ingredients_of(model, optimizer, tokenizer))
+        session.preflight(foreign_subject(model, optimizer, tokenizer))
     config = config_of(model)
     facts = Facts(
         pad_id=getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),

@@ -5,7 +5,7 @@ and the preflight on a live model.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,10 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from stackproof.contracts.callbacks.probe import Probe, config_of, embedding_of, head_of, untouched
+from stackproof.contracts.callbacks.probe import untouched
+from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.events import StepTaken
 from stackproof.contracts.gate import Verdict, call_check, not_run
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import load_spec
 
@@ -111,13 +113,13 @@ class Session:
             self.on_step(event)
         self._guard(lambda: self.keeper.observe(event))
 
-    def preflight(self, ingredients: Mapping[str, Any]) -> None:
+    def preflight(self, subject: Subject) -> None:
         """Ask every preflight gate. Raises GateFailed in mode `raise`.
         A check that breaks on this model is told, and is no verdict.
         """
         began = time.perf_counter()
         try:
-            self._guard(lambda: self.keeper.preflight(ingredients))
+            self._guard(lambda: self.keeper.preflight(subject))
         except GateFailed:
             raise
         except Exception as e:
@@ -129,9 +131,9 @@ class Session:
         finally:
             self._preflight_s += time.perf_counter() - began
 
-    def artifact(self, ingredients: Mapping[str, Any], step: int) -> None:
+    def artifact(self, subject: Subject, step: int) -> None:
         """Ask the artifact gates. Raises GateFailed in mode `raise`."""
-        self._guard(lambda: self.keeper.artifact(ingredients, step=step))
+        self._guard(lambda: self.keeper.artifact(subject, step=step))
 
     def forget(self, gate_id: str, why: str) -> None:
         """Take a gate out, because its question has no meaning here;
@@ -185,56 +187,6 @@ class Session:
             file.write(json.dumps(line) + "\n")
 
 
-def ingredients_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None
-) -> dict[str, Any]:
-    """What the preflight gates can be told about a live model; what cannot be had is absent,
-    and its gate says not_run.
-    """
-    given: dict[str, Any] = {}
-    probe = Probe(model)
-    if not probe.refusal and is_causal(model):
-        given |= {"probe": probe}
-    embedding, head, config = embedding_of(model), head_of(model), config_of(model)
-    tied = getattr(
-        getattr(model, "config", None),
-        "tie_word_embeddings",
-        getattr(config, "tie_word_embeddings", None),
-    )
-    if embedding is not None and getattr(head, "weight", None) is not None and tied is not None:
-        given |= {
-            "tied_declared": bool(tied),
-            "embedding_weight": embedding.weight,
-            "head_weight": head.weight,
-        }
-    if tokenizer is not None and embedding is not None and hasattr(tokenizer, "__len__"):
-        given |= {
-            "tokenizer_size": len(tokenizer),
-            "embedding_rows": int(embedding.weight.shape[0]),
-            "special_ids": {
-                n: (getattr(tokenizer, n, None), getattr(config, n, None))
-                for n in ("bos_token_id", "eos_token_id")
-            },
-        }
-    if optimizer is not None:
-        given |= {
-            "named_parameters": list(model.named_parameters()),
-            "param_groups": optimizer.param_groups,
-        }
-    return given
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model is meant to predict the next token.
-    One that says nothing about itself is taken at its user's word.
-    """
-    config = getattr(model, "config", None)
-    name = type(model).__name__
-    return not getattr(config, "is_encoder_decoder", False) and not any(
-        word in name for word in ("MaskedLM", "Classification", "Encoder")
-    )
-
-
 def ask_all(
     model: nn.Module,
     *,
@@ -251,5 +203,5 @@ def ask_all(
         if KIND in g.kinds and g.moment == "preflight" and only in ("", g.id)
     ]
     with untouched(model):
-        given = ingredients_of(model, optimizer, tokenizer)
-        return {g.id: call_check(g, given) for g in gates}
+        subject = foreign_subject(model, optimizer, tokenizer)
+        return {g.id: call_check(g, subject) for g in gates}

@@ -44,7 +44,7 @@ def test_each_gate_is_an_outcome_and_not_run_is_a_skip(pytester):
         ["*SKIPPED*model.padding-blind was not run: the model takes no attention mask*"]
     )
     result.stdout.fnmatch_lines(
-        ["*SKIPPED*tokenizer.fits-model was not run: needs tokenizer_size*"]
+        ["*SKIPPED*tokenizer.fits-model was not run: the trainer does not offer Tokenizer.n_ids*"]
     )
 
 
