@@ -347,12 +347,14 @@ class Experts:
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one backward pass: ids and labels (B, T) int64, documents (B, T) or None. A label of
-    −100 does not count.
+    −100 does not count. `sample_ids` are the numbers of the rows in the training split, of rows
+    that a data loader drew.
     """
 
     input_ids: Tensor
     labels: Tensor
     document_ids: Tensor | None = None
+    sample_ids: tuple[int, ...] = ()
 
 
 class StepReport(Protocol):
@@ -373,7 +375,8 @@ class TraineeOptions:
     """How a trainee differs from the run. None: as the run has it.
 
     `first_row` is where its data begin, `updates_done` the step number it starts at. `exact`
-    computes in float32 throughout, Muon's iteration included.
+    computes in float32 throughout, Muon's iteration included. `loss_scale` is what gradients are
+    multiplied by in backward.
     """
 
     exact: bool = False
@@ -385,7 +388,9 @@ class TraineeOptions:
 
 
 class Trainee:
-    """A training state made of the run's own parts, with few rows: model, optimizer, data, loss."""
+    """A training state made of the run's own parts, with few rows: model, optimizer, data, loss.
+    It may be changed at will: nothing of the run depends on it.
+    """
 
     @value
     def model(self) -> nn.Module:
@@ -395,21 +400,9 @@ class Trainee:
     def optimizer(self) -> torch.optim.Optimizer:
         """Its optimizer; every group has a name."""
 
-    @value
-    def loss_scale(self) -> float:
-        """What gradients are multiplied by in backward."""
-
-    @value
-    def rows_per_step(self) -> int:
-        """Rows of one update."""
-
     @capability
     def draw(self) -> Sequence[MicroBatch]:
         """The micro-batches of the next update, from the run's data loader."""
-
-    @capability
-    def draw_rows(self, n: int) -> Sequence[int]:
-        """Numbers of the rows of the next `n` micro-batches."""
 
     @capability
     def accumulate(self, batches: Sequence[MicroBatch]) -> float:
@@ -417,7 +410,9 @@ class Trainee:
 
     @capability
     def update(self, batches: Sequence[MicroBatch]) -> float:
-        """Accumulate, clip and move; returns the mean loss in nats."""
+        """Accumulate, clip and move, at the optimizer's present rate; returns the mean loss in
+        nats.
+        """
 
     @capability
     def step(self, batches: Sequence[MicroBatch]) -> StepReport:
@@ -437,9 +432,9 @@ class Trainee:
     def logits(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         """Logits (B, T, V)."""
 
-    @capability
     def idle_parameters(self) -> set[str]:
         """Names of the parameters of experts that no token of the last update was sent to."""
+        return set()
 
     @capability
     def digest(self) -> Mapping[str, Any]:
@@ -455,7 +450,9 @@ class Training:
 
     @capability
     def trainee_of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainee:
-        """A trainee around another model and optimizer, in float32; it draws no data."""
+        """A trainee around another model, in its present mode, and another optimizer, in float32.
+        It draws no data and takes no steps of a schedule: `accumulate` and `update` work.
+        """
 
     @capability
     def make_optimizer(self, model: Any) -> torch.optim.Optimizer:
@@ -474,12 +471,10 @@ class Training:
         """The loss that accumulation reports of a model that answers with these logits."""
 
     @capability
-    def clip(self, gradients: list[Tensor]) -> float:
-        """Clip in place as a step does; returns the norm before."""
-
-    @capability
-    def clip_model(self, model: Any) -> float:
-        """Clip the gradients that a step finds in a model; returns the norm before."""
+    def clip(self, model: Any) -> float:
+        """Clip the gradients in `.grad` of anything that names parameters as a module does, in
+        place as a step does; returns their norm before.
+        """
 
     @capability
     def branch_draws(self) -> Sequence[tuple[tuple[int, str], Tensor, Tensor]]:
