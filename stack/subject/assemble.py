@@ -23,7 +23,7 @@ def subject_of(
     return Subject(
         declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
         corpus=BuiltCorpus(),
-        data_loader=RunDataLoader(),
+        data_loader=RunDataLoader(dataset.train, cfg.model.max_seq_len),
         curriculum=RunCurriculum(),
         tokenizer=RunTokenizer(),
         model=RunModel(*parts),

@@ -7,6 +7,10 @@ from stackproof.subject.run import RunParts
 class RunModel(RunParts, Model):
     """TODO"""
 
+    @property
+    def max_length(self) -> int:
+        return self.cfg.model.max_seq_len
+
 
 class RunExperts(RunParts, Experts):
     """TODO"""
