@@ -12,7 +12,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from unittest import mock
 
 from stackproof.contracts.events import Evaluated, Event, Finished, Started
 from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.subject import SavedCheckpoint, Subject, TraineeOptions
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
 REQUIRED_STATE = tuple(
@@ -49,64 +50,82 @@ def _contents(path: Path) -> tuple[str, dict[str, int]]:
         return hashlib.sha256(view).hexdigest(), crcs
 
 
-@decides("checkpoint.contract")
-def contract(
-    limits: SimpleNamespace,
-    *,
-    checkpoint_dir: Path,
-    live_crc32: Mapping[str, int],
-    expected_step: int,
-) -> Verdict:
-    """A saved folder holds exactly the live state, every declared key, no pickle, matching hashes,
-    and `latest` names it.
+@decides("checkpoint.reloads")
+def reloads(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """What a save has written, read back, is the live state bit for bit, with one tensor where head
+    and embedding are one.
 
-    `live_crc32` are checksums of the parameters, buffers, moments (`optim.<parameter>.<field>`) and
-    random states (`rng.cpu`) in memory at the moment of the save, taken without the writer's help.
-    They are no defence against intent; the sha256 of the manifest are.
+    A folder in the format of `stack train` is read here, without its loader, and must be complete:
+    every declared key, matching hashes, no pickle, and `latest` names it. Elsewhere the trainer's
+    own loader has read the tensors. Checksums are no defence against intent; the sha256 of the
+    manifest are.
     """
-    if missing := [f for f in FILES if not (checkpoint_dir / f).is_file()]:
+    saved = subject.saved
+    if saved.folder is None:
+        return _reloaded(limits, saved)
+    folder, live = saved.folder, saved.live_checksums
+    if missing := [f for f in FILES if not (folder / f).is_file()]:
+        return failed(f"{folder.name} lacks {', '.join(missing)}", missing_files=len(missing))
+    if strangers := sorted(p.name for p in folder.iterdir() if p.name not in FILES):
         return failed(
-            f"{checkpoint_dir.name} lacks {', '.join(missing)}", missing_files=len(missing)
-        )
-    strangers = sorted(p.name for p in checkpoint_dir.iterdir() if p.name not in FILES)
-    if strangers:
-        return failed(
-            f"{checkpoint_dir.name} holds files nobody declared: {', '.join(strangers)}",
+            f"{folder.name} holds undeclared files: {', '.join(strangers)}",
             strangers=len(strangers),
         )
-    (model_sha256, weights), (state_sha256, moments) = (
-        _contents(checkpoint_dir / f) for f in FILES[:2]
-    )
+    (model_sha256, weights), (state_sha256, moments) = (_contents(folder / f) for f in FILES[:2])
     stored = weights | moments
-    if stored.keys() != live_crc32.keys():
-        odd = sorted(stored.keys() ^ live_crc32.keys())
+    if odd := sorted(stored.keys() ^ live.keys()):
         return failed(
-            f"stored and live tensors differ in name: {', '.join(odd[:4])}",
-            differing_names=len(odd),
+            f"stored and live tensors differ in name: {', '.join(odd[:4])}", differing=len(odd)
         )
-    if wrong := sorted(n for n in stored if stored[n] != live_crc32[n]):
-        return failed(f"stored tensor {wrong[0]} is not the live one", differing_tensors=len(wrong))
-    state = json.loads((checkpoint_dir / "state.json").read_bytes())
+    if wrong := sorted(n for n in stored if stored[n] != live[n]):
+        return failed(f"stored tensor {wrong[0]} is not the live one", differing=len(wrong))
+    state = json.loads((folder / "state.json").read_bytes())
     if absent := [k for k in REQUIRED_STATE if k not in state]:
         return failed(f"state.json lacks {', '.join(absent)}", absent_keys=len(absent))
     if "rng.cpu" not in moments:
         return failed("state.safetensors lacks the random state", absent_keys=1)
-    manifest = json.loads((checkpoint_dir / "manifest.json").read_bytes())["files"]
-    document_sha256 = hashlib.sha256((checkpoint_dir / "state.json").read_bytes()).hexdigest()
+    manifest = json.loads((folder / "manifest.json").read_bytes())["files"]
+    document_sha256 = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
     actual = dict(zip(FILES, (model_sha256, state_sha256, document_sha256), strict=False))
     if bad := [f for f in actual if manifest.get(f, {}).get("sha256") != actual[f]]:
         return failed(f"the manifest does not describe {', '.join(bad)}", bad_hashes=len(bad))
-    if state["step"] != expected_step:
+    if state["step"] != saved.step:
         return failed(
-            f"the folder says step {state['step']}, the run was at {expected_step}",
+            f"the folder says step {state['step']}, the run was at {saved.step}",
             stored_step=state["step"],
         )
-    latest = (checkpoint_dir.parent / "latest").read_text().strip()
+    latest = (folder.parent / "latest").read_text().strip()
     return decide(
-        latest == checkpoint_dir.name,
+        latest == folder.name,
         f"latest names {latest}",
-        tensors=len(stored),
-        differing_tensors=0,
+        differing=0,
+        compared=len(stored),
+    )
+
+
+def _reloaded(limits: SimpleNamespace, saved: SavedCheckpoint) -> Verdict:
+    """The live tensors against those that the trainer's own loader has read."""
+    live, reloaded, (live_tied, reloaded_tied) = (
+        saved.live_checksums,
+        saved.reloaded_checksums,
+        saved.tied,
+    )
+    differing = sorted(n for n in live.keys() | reloaded.keys() if live.get(n) != reloaded.get(n))
+    text = (
+        f"saved and loaded again, {len(differing)} tensor(s) are others: {', '.join(differing[:4])}"
+    )
+    if live_tied != reloaded_tied:
+        text = (
+            f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded again "
+            f"they are not; {text}"
+        )
+    return decide(
+        len(differing) <= limits.differing_max and live_tied == reloaded_tied,
+        text,
+        differing=len(differing),
+        compared=len(live),
+        live_tied=live_tied,
+        reloaded_tied=reloaded_tied,
     )
 
 
@@ -130,31 +149,25 @@ def _fault(target: str, at: int, error: BaseException) -> Iterator[list[int]]:
 
 
 @decides("checkpoint.durability")
-def durability(
-    limits: SimpleNamespace, *, save_checkpoint: Callable, load_checkpoint: Callable
-) -> Verdict:
-    """Whatever breaks during a save, an error is raised and a loadable checkpoint remains;
-    damaged ones are refused.
-
-    `save_checkpoint(root, step)` writes a real checkpoint; `load_checkpoint(root)` loads what
-    `latest` names and returns its step.
+def durability(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Whatever breaks during a save, an error is raised and a loadable checkpoint remains; damaged
+    ones are refused.
     """
+    save, load = subject.checkpoints.save_small, subject.checkpoints.load_step
     with tempfile.TemporaryDirectory(prefix="stackproof-durability-") as temporary:
         root = Path(temporary)
-        save_checkpoint(root, 1)
+        save(root, 1)
         faults = 0
         for target in ("fsync", "replace"):
             for at in range(1, int(limits.faults_per_call_min) + 1):
                 for error in (OSError(errno.ENOSPC, "No space left on device"), _Killed()):
-                    problem = _survives(root, target, at, error, save_checkpoint, load_checkpoint)
+                    problem = _survives(root, target, at, error, save, load)
                     if problem:
                         return failed(
                             f"{type(error).__name__} at os.{target} #{at}: {problem}", faults=faults
                         )
                     faults += 1
-        accepted = [
-            name for name, damage in _DAMAGES.items() if not _refuses(root, damage, load_checkpoint)
-        ]
+        accepted = [name for name, damage in _DAMAGES.items() if not _refuses(root, damage, load)]
         if accepted:
             return failed(
                 f"a damaged checkpoint was loaded: {', '.join(accepted)}",
@@ -237,42 +250,31 @@ def _refuses(root: Path, damage: Callable[[Path], None], load: Callable) -> bool
 
 
 @decides("checkpoint.resume-equivalence")
-def resume_equivalence(
-    limits: SimpleNamespace,
-    *,
-    fresh_state,
-    advance,
-    save_state,
-    resume_state,
-    digest,
-    epoch_samples: int,
-) -> Verdict:
+def resume_equivalence(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """A run interrupted twice, once before an epoch's end and once after it, equals the
     uninterrupted one bit for bit.
-
-    `fresh_state(cursor)` builds the run's own state; `advance(state)` makes one update and returns
-    its loss; `save_state(state, root)`, `resume_state(root)`; `digest(state)` maps every part of
-    the state to a hash.
     """
-    samples_per_step = digest(fresh_state(None))["samples_per_step"]
-    cursor = max(0, epoch_samples - 2 * samples_per_step)
-    state = fresh_state(cursor)
-    losses = [advance(state) for _ in range(4)]
-    expected = digest(state)
-    del state  # one state in memory at a time: a large model's are most of what it needs
+    checkpoints, epoch_rows = subject.checkpoints, subject.data_loader.n_rows
+    rows_per_step = sum(len(batch.input_ids) for batch in subject.training.trainee().draw())
+    first_row = max(0, epoch_rows - 2 * rows_per_step)
+    options = TraineeOptions(first_row=first_row)
+    trainee = subject.training.trainee(options)
+    losses = [trainee.advance() for _ in range(4)]
+    expected = trainee.digest()
+    del trainee  # one at a time: a large model's state is most of the memory that is needed
     with tempfile.TemporaryDirectory(prefix="stackproof-resume-") as temporary:
-        state, resumed_losses = fresh_state(cursor), []
+        trainee, resumed_losses = subject.training.trainee(options), []
         for part, n in enumerate((1, 2, 1)):
-            resumed_losses += [advance(state) for _ in range(n)]
+            resumed_losses += [trainee.advance() for _ in range(n)]
             if part < 2:
-                save_state(state, Path(temporary) / str(part))
-                del state
-                state = resume_state(Path(temporary) / str(part))
-        got = digest(state)
+                checkpoints.save(trainee, Path(temporary) / str(part))
+                del trainee
+                trainee = checkpoints.resume(Path(temporary) / str(part))
+        got = trainee.digest()
     differing = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))
     if losses != resumed_losses:
         differing.insert(0, "losses")
-    crossed = cursor + 4 * samples_per_step > epoch_samples
+    crossed = first_row + 4 * rows_per_step > epoch_rows
     return decide(
         len(differing) <= limits.differing_parts_max,
         f"a resumed run differs from the straight one in {', '.join(differing[:5])}",

@@ -59,6 +59,17 @@ def drawn_weights(shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
     return {name: _drawn(kind_of(name), shape, draw) for name, shape in shapes.items()}
 
 
+def contextual_weights(a: Mapping[str, Any], vocab_size: int) -> dict[str, Tensor]:
+    """Weights under which the next token depends on the context, and not, as at step 0 or under a
+    wide tied head, on the last token alone.
+    """
+    weights = drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(51))
+    return weights | {
+        "embed.weight": 0.3 * weights["embed.weight"],
+        "final_norm.weight": 3 * weights["final_norm.weight"],
+    }
+
+
 def _drawn(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=draw, dtype=torch.float64)
     match kind.split("."):

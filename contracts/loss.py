@@ -1,17 +1,21 @@
-"""Gates of the loss: hand-computed values, and a gradient that does not
-depend on how a batch is cut.
+"""Gates of the loss: values worked out by hand, and a gradient that does not depend on how a batch
+is cut into micro-batches.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stackproof.contracts.declared import contextual_weights
 from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.subject import MicroBatch, Model, Subject, Trainee, TraineeOptions
 
 IGNORE = -100
+LONGEST_ROW = 64
 
 
 # Softmax does not feel a key bias where positions are not rotated: that gradient is rounding alone,
@@ -40,42 +44,45 @@ def gradient_errors(
     return errors
 
 
-@decides("loss.golden")
-def golden(
-    limits: SimpleNamespace, *, cross_entropy_sum, micro_batch_nats, ignore_index: int = IGNORE
-) -> Verdict:
-    """The loss equals values worked out by hand, from logits and through the whole micro-step.
-
-    `cross_entropy_sum(logits_BTV, labels_BT)` is the stack's loss. `micro_batch_nats(logits_BTV,
-    input_ids_BT, labels_BT)` sends the same numbers through the real backward path with a model
-    that returns these logits, and gives the reported mean.
+def random_rows(model: Model, n_rows: int, seed: int) -> MicroBatch:
+    """Rows of random tokens, at most LONGEST_ROW long, and their next tokens as labels. No global
+    random state is used.
     """
+    length = min(model.max_length or LONGEST_ROW, LONGEST_ROW)
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, model.vocab_size, (n_rows, length + 1), generator=draw)
+    return MicroBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+@decides("loss.golden")
+def golden(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The loss equals values worked out by hand, from logits, and through accumulation with a model
+    that answers with these logits.
+    """
+    training = subject.training
     # Three positions over V=4 with logits ln of (1,2,3,4)/10: −log p = ln(10/k) for label k−1.
     row = torch.log(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     logits = row.expand(1, 3, 4).clone()
     logits[0, 1] = logits[0, 1].roll(1)
     labels = torch.tensor([[0, 0, 2]])
     by_hand = math.log(10 / 1) + math.log(10 / 4) + math.log(10 / 3)
-    errors = {"sum": abs(float(cross_entropy_sum(logits, labels)) - by_hand)}
+    errors = {"sum": abs(float(training.cross_entropy_sum(logits, labels)) - by_hand)}
 
-    masked = torch.tensor([[0, ignore_index, 2]])
-    errors["masked"] = abs(
-        float(cross_entropy_sum(logits, masked)) - (math.log(10) + math.log(10 / 3))
-    )
+    masked = torch.tensor([[0, IGNORE, 2]])
+    by_hand_masked = math.log(10) + math.log(10 / 3)
+    errors["masked"] = abs(float(training.cross_entropy_sum(logits, masked)) - by_hand_masked)
 
     padded = torch.cat([logits, torch.full((1, 5, 4), 3.0)], dim=1)
-    padding = torch.cat([labels, torch.full((1, 5), ignore_index)], dim=1)
-    errors["padding"] = abs(float(cross_entropy_sum(padded, padding)) - by_hand)
+    padding = torch.cat([labels, torch.full((1, 5), IGNORE)], dim=1)
+    errors["padding"] = abs(float(training.cross_entropy_sum(padded, padding)) - by_hand)
 
     # The same probabilities from logits that are not normalised: whatever is made of the log
     # normaliser must not be in the loss.
-    errors["shifted"] = abs(float(cross_entropy_sum(logits + 3.0, labels)) - by_hand)
+    errors["shifted"] = abs(float(training.cross_entropy_sum(logits + 3.0, labels)) - by_hand)
 
     ids = torch.tensor([[3, 0, 0]])
-    errors["micro_step"] = abs(micro_batch_nats(logits, ids, labels) - by_hand / 3)
-    errors["micro_step_masked"] = abs(
-        micro_batch_nats(logits, ids, masked) - (math.log(10) + math.log(10 / 3)) / 2
-    )
+    errors["micro_step"] = abs(training.mean_nats(logits, ids, labels) - by_hand / 3)
+    errors["micro_step_masked"] = abs(training.mean_nats(logits, ids, masked) - by_hand_masked / 2)
     worst = max(errors, key=lambda k: errors[k] if math.isfinite(errors[k]) else math.inf)
     ok = all(e <= limits.abs_error_max for e in errors.values())
     return decide(
@@ -87,95 +94,95 @@ def golden(
 
 
 @decides("loss.partition-equivalence")
-def partition_equivalence(
-    limits: SimpleNamespace, *, gradient_of, ragged_batch, eval_mode=True
-) -> Verdict:
-    """One batch, its micro-batches of unequal token counts, its permuted rows and a
-    repeated call give one gradient.
-
-    `gradient_of(list of (input_ids_BT, labels_BT)) -> (mean nats, dict name → gradient)` is the
-    stack's own accumulation with dropout off; `ragged_batch` is (input_ids, labels) with ≥ 4 rows
-    and a different number of valid labels per row.
+def partition_equivalence(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """One batch, its micro-batches of unequal token counts, its permuted rows and a repeated call
+    give one gradient, with dropout off.
     """
-    ids, labels = ragged_batch
+    batch = ragged_rows(subject.model)
+    ids, labels = batch.input_ids, batch.labels
     valid = (labels != IGNORE).sum(dim=1)
-    if len(ids) < 4 or len(set(valid.tolist())) < len(ids):
-        return failed("the batch given to the gate is not ragged", rows=len(ids))
-    whole_nats, whole = gradient_of([(ids, labels)])
+    if len(set(valid.tolist())) < len(ids):
+        return failed(
+            f"rows of {ids.shape[1]} tokens are too short to differ in their number of labels"
+        )
+    trainee = subject.training.trainee(TraineeOptions(exact=True))
+    trainee.model.eval()
+    whole_nats, whole = _accumulated(trainee, [batch])
     order = torch.arange(len(ids)).roll(1)
     partitions = {
-        "rows one by one": [(ids[i : i + 1], labels[i : i + 1]) for i in range(len(ids))],
-        "one and the rest": [(ids[:1], labels[:1]), (ids[1:], labels[1:])],
-        "rows permuted": [(ids[order], labels[order])],
-        "the same call again": [(ids, labels)],
+        "rows one by one": [MicroBatch(ids[i : i + 1], labels[i : i + 1]) for i in range(len(ids))],
+        "one and the rest": [MicroBatch(ids[:1], labels[:1]), MicroBatch(ids[1:], labels[1:])],
+        "rows permuted": [MicroBatch(ids[order], labels[order])],
+        "the same call again": [batch],
     }
     errors, loss_errors, worst_tensor = {}, {}, {}
     for name, parts in partitions.items():
-        nats, grads = gradient_of(parts)
-        per_tensor = gradient_errors(grads, whole, CANCELLED_FRAC)
+        nats, gradients = _accumulated(trainee, parts)
+        per_tensor = gradient_errors(gradients, whole, CANCELLED_FRAC)
         worst_tensor[name] = max(per_tensor, key=per_tensor.get)
-        errors[name], loss_errors[name] = (
-            per_tensor[worst_tensor[name]],
-            abs(nats - whole_nats) / abs(whole_nats),
-        )
+        errors[name] = per_tensor[worst_tensor[name]]
+        loss_errors[name] = abs(nats - whole_nats) / abs(whole_nats)
     worst = max(errors, key=errors.get)
-    n_valid = int(valid.sum())
-    scale_error = _scale_error(gradient_of, ids, labels, whole)
-    ok = (
-        errors[worst] <= limits.rel_error_max
-        and max(loss_errors.values()) <= limits.rel_error_max
-        and scale_error <= limits.rel_error_max
-    )
+    # Every row twice leaves the mean and its gradient as they are; a missing division doubles them.
+    _, doubled = _accumulated(trainee, [batch, batch])
+    scale_error = max(gradient_errors(doubled, whole, CANCELLED_FRAC).values())
+    rel_error, loss_rel_error = max(errors[worst], scale_error), max(loss_errors.values())
     return decide(
-        ok,
+        max(rel_error, loss_rel_error) <= limits.rel_error_max,
         f"the gradient depends on the partition: {worst} ({worst_tensor[worst]})",
-        rel_error=max(errors[worst], scale_error),
-        loss_rel_error=max(loss_errors.values()),
+        rel_error=rel_error,
+        loss_rel_error=loss_rel_error,
         partition=worst,
-        n_valid=n_valid,
+        n_valid=int(valid.sum()),
     )
 
 
-def _scale_error(gradient_of, ids, labels, whole) -> float:
-    """Repeating every row must leave the mean's gradient as it is;
-    a missing division doubles it.
-    """
-    _, doubled = gradient_of([(ids, labels), (ids, labels)])
-    return max(gradient_errors(doubled, whole, CANCELLED_FRAC).values())
+def ragged_rows(model: Model) -> MicroBatch:
+    """Five rows of random tokens with a different number of labels each."""
+    batch = random_rows(model, 5, seed=71)
+    labels = batch.labels.clone()
+    for row in range(5):
+        labels[row, : row * labels.shape[1] // 6] = IGNORE
+    return MicroBatch(batch.input_ids, labels)
+
+
+def _accumulated(
+    trainee: Trainee, batches: Sequence[MicroBatch]
+) -> tuple[float, dict[str, Tensor]]:
+    """(mean loss in nats, gradients by name) of accumulation."""
+    nats = trainee.accumulate(batches)
+    named = trainee.model.named_parameters()
+    return nats, {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
 
 
 @decides("loss.own-batch")
-def own_batch(
-    limits: SimpleNamespace, *, own_step: Callable[[], tuple[float, Sequence[tuple], Callable]]
-) -> Verdict:
+def own_batch(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The mean loss that a step reports on the run's own rows, whole and as they are packed, is the
-    one its logits give in float64.
+    one that its logits give in float64, with dropout off.
 
-    `own_step()` accumulates one step of drawn batches with dropout off and gives (its mean loss in
-    nats, (input_ids_BT, labels_BT, document_ids_BT or None) of every micro-batch, the model's
-    logits (B, T, V) by ids and document ids).
+    The weights make something of the context: at step 0 every label costs ln V, and one row could
+    not be told from another.
     """
-    reported, parts, logits_of = own_step()
+    trainee = subject.training.trainee(TraineeOptions(exact=True))
+    trainee.model.eval()
+    weights = contextual_weights(subject.declared.architecture, subject.model.vocab_size)
+    trainee.model.load_state_dict(weights)
+    batches = trainee.draw()
+    reported = trainee.accumulate(batches)
     nats = n_valid = n_rows = 0
-    with torch.no_grad():
-        for batch in parts:
-            for ids_T, labels_T, own_T in zip(
-                *(batch if batch[2] is not None else (*batch[:2], [None] * len(batch[0])))
-            ):
-                log_p_TV = (
-                    logits_of(ids_T[None], None if own_T is None else own_T[None])[0]
-                    .cpu()
-                    .double()
-                    .log_softmax(-1)
-                )
-                kept_T = labels_T != IGNORE
-                nats -= float(log_p_TV[kept_T].gather(1, labels_T[kept_T, None]).sum())
-                n_valid, n_rows = n_valid + int(kept_T.sum()), n_rows + 1
+    for batch in batches:
+        n_rows += len(batch.input_ids)
+        for row in range(len(batch.input_ids)):
+            labels_T = batch.labels[row]
+            kept_T = labels_T != IGNORE
+            log_p_TV = _log_probabilities(trainee, batch, row)
+            nats -= float(log_p_TV[kept_T].gather(1, labels_T[kept_T, None]).sum())
+            n_valid += int(kept_T.sum())
     mean = nats / max(n_valid, 1)
     error = abs(reported - mean) / max(mean, 1e-30)
     text = (
-        f"a step on {n_rows} rows of {parts[0][0].shape[1]} tokens reports {reported:.6g} nats, "
-        f"its logits give {mean:.6g}"
+        f"a step on {n_rows} rows of {batches[0].input_ids.shape[1]} tokens reports "
+        f"{reported:.6g} nats, its logits give {mean:.6g}"
     )
     return decide(
         error <= limits.rel_error_max and n_valid > 0,
@@ -186,19 +193,31 @@ def own_batch(
     )
 
 
-@decides("loss.nan-visible")
-def nan_visible(limits: SimpleNamespace, *, poisoned_step) -> Verdict:
-    """One number that is not one, in one of two micro-batches,
-    shows in the step's loss or gradient norm and moves nothing.
+@torch.no_grad()
+def _log_probabilities(trainee: Trainee, batch: MicroBatch, row: int) -> Tensor:
+    """Log-probabilities (T, V) of one row by itself, float64 of the model's logits."""
+    documents = batch.document_ids
+    logits_1TV = trainee.logits(
+        batch.input_ids[row, None], None if documents is None else documents[row, None]
+    )
+    return logits_1TV[0].cpu().double().log_softmax(-1)
 
-    `poisoned_step(which) -> (report, moved)` makes one whole train step; the report has
-    `loss_nats`, `grad_norm` and `applied`.
+
+@decides("loss.nan-visible")
+def nan_visible(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """A NaN in one feature of the last module's output, in one of two micro-batches, shows in the
+    step's loss or gradient norm and moves nothing.
     """
     hidden = moved = 0
+    batches = [random_rows(subject.model, 1, seed) for seed in (72, 73)]
     for which in (0, 1):
-        report, weights_moved = poisoned_step(which)
+        trainee = subject.training.trainee(TraineeOptions(exact=True))
+        before = {n: t.clone() for n, t in trainee.model.state_dict().items()}
+        with _nan_in_pass(_last_module(trainee, batches[0]), which):
+            report = trainee.step(batches)
         hidden += math.isfinite(report.loss_nats) and math.isfinite(report.grad_norm)
-        moved += bool(weights_moved or report.applied)
+        after = trainee.model.state_dict()
+        moved += report.applied or any(not torch.equal(t, after[n]) for n, t in before.items())
     ok = hidden <= limits.hidden_max and moved <= limits.moved_max
     return decide(
         ok,
@@ -206,3 +225,36 @@ def nan_visible(limits: SimpleNamespace, *, poisoned_step) -> Verdict:
         hidden=hidden,
         moved=moved,
     )
+
+
+@torch.no_grad()
+def _last_module(trainee: Trainee, batch: MicroBatch) -> nn.Module:
+    """The module that runs last in a forward pass."""
+    ran: list[nn.Module] = []
+    leaves = [m for m in trainee.model.modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(lambda module, *_: ran.append(module)) for m in leaves]
+    trainee.loss_sum(batch)
+    for hook in hooks:
+        hook.remove()
+    return ran[-1]
+
+
+@contextmanager
+def _nan_in_pass(module: nn.Module, which: int) -> Iterator[None]:
+    """One feature of a module's output is NaN in its `which`-th forward pass, counted from 0."""
+    n_passes = 0
+
+    def plant(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        nonlocal n_passes
+        n_passes += 1
+        if n_passes - 1 != which:
+            return output
+        output = output.clone()
+        output[0, -1, 0] = torch.nan
+        return output
+
+    hook = module.register_forward_hook(plant)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -2,78 +2,84 @@
 within the declared norm.
 """
 
-import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackproof.contracts.events import Event, StepTaken
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed
+from stackproof.contracts.loss import IGNORE, random_rows
 from stackproof.contracts.schedule import closed_form
+from stackproof.contracts.subject import (
+    Declared,
+    MicroBatch,
+    StepReport,
+    Subject,
+    Trainee,
+    TraineeOptions,
+    offers,
+)
 
 RATE = 1e-2
 ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it
+LOW_NORM = 1e-2
+# entries compared: of a tensor one by one, and of matrices as a whole together
+APPLIED_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21
+NamedParameters = Sequence[tuple[str, Tensor]]
+Found = tuple[str, dict[str, int | bool]]  # what is wrong, or nothing, and what was measured
 
 
-@decides("optim.parameter-census")
-def parameter_census(
-    limits: SimpleNamespace,
-    *,
-    build_model,
-    make_optimizer,
-    census_update,
-    census_batch,
-    loss_of,
-    declared_law,
-) -> Verdict:
-    """Every trainable parameter is owned once, in a group of its declared law, gets a gradient and
-    moves; frozen ones do not move.
-
-    `declared_law(name, parameter)` holds rule (adamw or muon), lr, weight_decay and what else the
-    rule needs. `census_update(model, optimizer, batch)` makes one update and returns the names of
-    parameters that no token was sent to; only these may lack a gradient. `loss_of(model, batch)` is
-    the loss with its graph: whatever wants a gradient there is a parameter of the model, also what
-    hangs in a list that the framework does not look into.
+@decides("optim.parameter-groups")
+def parameter_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Each trainable parameter is in the optimizer once, and nothing else is. Where laws are
+    declared, it is in a group of its law. Where fresh trainees are offered, it gets a gradient and
+    moves, and a frozen one does not.
     """
-    model = build_model()
-    names = {id(p): n for n, p in model.named_parameters()}
-    optimizer = make_optimizer(model)
-    owned = [(p, g) for g in optimizer.param_groups for p in g["params"]]
-    ids = [id(p) for p, _ in owned]
-    if strangers := [i for i in ids if i not in names]:
-        return failed(
-            f"the optimizer owns {len(strangers)} tensor(s) that are no parameter of the model",
-            strangers=len(strangers),
-        )
-    missing = sorted(
-        names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in set(ids)
-    )
-    twice = sorted({names[i] for i in ids if ids.count(i) > 1})
-    if missing or twice:
-        return failed(
-            f"not owned exactly once by the optimizer: {', '.join(missing + twice)}",
-            missing=len(missing),
-            twice=len(twice),
-        )
-    wrong = [names[id(p)] for p, g in owned if not _is_of(declared_law(names[id(p)], p), g)]
-    if wrong:
-        return failed(
-            f"rule, learning rate or weight decay is not the declared one: {wrong[0]}",
-            wrong_groups=len(wrong),
-        )
-    if unregistered := [
-        tuple(p.shape) for p in _leaves(loss_of(model, census_batch)) if id(p) not in names
-    ]:
-        return failed(
-            f"the loss depends on {len(unregistered)} weight(s) that are no parameter",
-            unregistered=len(unregistered),
-        )
-    return _movement(model, optimizer, census_update, census_batch)
+    named, groups = subject.training.live_optimizer
+    judged, (text, measured) = ["ownership"], _ownership(named, groups)
+    if not text and offers(subject.declared.update_law):
+        judged.append("laws")
+        text, more = _laws(named, groups, subject.declared)
+        measured |= more
+    if not text and offers(subject.training.trainee):
+        judged.append("movement")
+        text, more = _movement(subject)
+        measured |= more
+    return decide(not text, text, judged=", ".join(judged), **measured)
+
+
+def _ownership(named: NamedParameters, groups: Sequence[Mapping[str, Any]]) -> Found:
+    names, count = {id(p): n for n, p in named}, Counter(id(p) for g in groups for p in g["params"])
+    missing = [n for n, p in named if p.requires_grad and id(p) not in count]
+    twice = [names.get(i, "?") for i, n in count.items() if n > 1]
+    strangers = len(count.keys() - names.keys())
+    text = [
+        f"{what}: {', '.join(found[:4])}"
+        for what, found in (("not in the optimizer", missing), ("in the optimizer twice", twice))
+        if found
+    ]
+    if strangers:
+        text.append(f"{strangers} tensor(s) in the optimizer belong to no parameter of the model")
+    return "; ".join(text), {
+        "owned": len(count),
+        "missing": len(missing),
+        "twice": len(twice),
+        "strangers": strangers,
+    }
+
+
+def _laws(named: NamedParameters, groups: Sequence[Mapping[str, Any]], declared: Declared) -> Found:
+    names = {id(p): n for n, p in named}
+    owned = [(names[id(p)], p, g) for g in groups for p in g["params"]]
+    wrong = [n for n, p, g in owned if not _is_of(declared.update_law(n, p), g)]
+    text = f"rule, learning rate or weight decay is not the declared one: {', '.join(wrong[:4])}"
+    return text if wrong else "", {"wrong_groups": len(wrong)}
 
 
 def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
@@ -86,6 +92,56 @@ def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
         law["lr"],
         law["weight_decay"],
     )
+
+
+def _movement(subject: Subject) -> Found:
+    """Two updates of a fresh trainee on random rows, and a third with its first matrix frozen."""
+    trainee = subject.training.trainee(TraineeOptions(exact=True))
+    batch = random_rows(subject.model, 4, seed=74)
+    named = list(trainee.model.named_parameters())
+    known = {id(p) for _, p in named}
+    hidden = [tuple(p.shape) for p in _leaves(trainee.loss_sum(batch)) if id(p) not in known]
+    if hidden:
+        return (
+            f"the loss depends on {len(hidden)} weight(s) that are no parameter of the model, "
+            f"first of shape {hidden[0]}",
+            {"unregistered": len(hidden)},
+        )
+    before, dead, idle = {n: p.detach().clone() for n, p in named}, set(), []
+    for _ in range(2):
+        trainee.update([batch])
+        idle.append(trainee.idle_parameters())
+        dead |= {
+            n
+            for n, p in named
+            if p.requires_grad and n not in idle[-1] and (p.grad is None or not bool(p.grad.any()))
+        }
+    never = set.intersection(*idle)
+    still = {
+        n
+        for n, p in named
+        if p.requires_grad and n not in never and torch.equal(p.detach(), before[n])
+    }
+    infinite = sorted(n for n, p in named if not bool(p.detach().isfinite().all()))
+    measured = {
+        "still": len(still),
+        "dead": len(dead),
+        "unregistered": 0,
+        "unreached": len(never),
+        "infinite": len(infinite),
+    }
+    if still or dead:
+        names = ", ".join(sorted(still | dead)[:4])
+        return f"gets no gradient or does not move: {names}", measured
+    if infinite:
+        text = f"two updates leave {len(infinite)} parameters that are not finite"
+        return f"{text}, first {infinite[0]}", measured
+    name, frozen = next((n, p) for n, p in named if p.ndim >= 2)
+    frozen.requires_grad_(False)
+    kept = frozen.detach().clone()
+    trainee.update([batch])
+    moved = not torch.equal(frozen.detach(), kept)
+    return f"{name} was frozen and still moves" if moved else "", measured | {"frozen_moved": moved}
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -101,59 +157,35 @@ def _leaves(loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _movement(model, optimizer, census_update, batch) -> Verdict:
-    before, unreached = {n: p.detach().clone() for n, p in model.named_parameters()}, []
-    dead: set[str] = set()
-    for _ in range(2):
-        idle = census_update(model, optimizer, batch)
-        unreached.append(idle)
-        dead |= {
-            n
-            for n, p in model.named_parameters()
-            if p.requires_grad and n not in idle and (p.grad is None or not bool(p.grad.any()))
-        }
-    never = set.intersection(*unreached)
-    still = {
-        n
-        for n, p in model.named_parameters()
-        if p.requires_grad and n not in never and torch.equal(p.detach(), before[n])
-    }
-    if still or dead:
-        return failed(
-            f"gets no gradient or does not move: {', '.join(sorted(still | dead))}",
-            still=len(still),
-            dead=len(dead),
-        )
-    if infinite := sorted(
-        n for n, p in model.named_parameters() if not bool(p.detach().isfinite().all())
-    ):
-        return failed(
-            f"two updates leave {len(infinite)} parameters that are not finite, first "
-            f"{infinite[0]}",
-            infinite=len(infinite),
-        )
-    frozen_name, frozen = next((n, p) for n, p in model.named_parameters() if p.ndim >= 2)
-    frozen.requires_grad_(False)
-    kept = frozen.detach().clone()
-    census_update(model, optimizer, batch)
-    moved = not torch.equal(frozen.detach(), kept)
-    n_owned = sum(len(g["params"]) for g in optimizer.param_groups)
+@decides("optim.decay-groups")
+def decay_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Where groups differ in decay, biases and gains of norms are in those without it."""
+    named_parameters, param_groups = subject.training.live_optimizer
+    names = {id(p): n for n, p in named_parameters}
+    rows = [
+        (names.get(id(p), "?"), p.ndim, g.get("weight_decay", 0.0))
+        for g in param_groups
+        for p in g["params"]
+    ]
+    decays = {decay for _, _, decay in rows}
+    decayed = [n for n, ndim, decay in rows if ndim < 2 and decay > 0]
+    text = (
+        f"weight decay pulls {len(decayed)} bias(es) or gain(s) to zero: {', '.join(decayed[:4])}"
+    )
+    ok = len(decayed) <= limits.decayed_vectors_max or (
+        len(decays) == 1 and max(decays) <= limits.uniform_decay_max
+    )
     return decide(
-        not moved,
-        f"{frozen_name} was frozen and still moves",
-        owned=n_owned,
-        still=0,
-        dead=0,
-        unregistered=0,
-        unreached=len(never),
-        frozen_moved=moved,
+        ok,
+        text,
+        decayed_vectors=len(decayed),
+        groups=len(param_groups),
+        weight_decay=max(decays, default=0.0),
     )
 
 
 @decides("optim.reference-update")
-def reference_update(
-    limits: SimpleNamespace, *, build_model, make_optimizer, declared_law
-) -> Verdict:
+def reference_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Ten updates of the real optimizer equal each parameter's declared rule written out in
     float64, with a zero gradient among them.
 
@@ -163,12 +195,12 @@ def reference_update(
     so that rounding weighs the same for all. Where a parameter does not decay, a gradient that was
     always zero leaves it bit for bit.
     """
-    small = _Small(build_model())
-    if moved := _moved_by_nothing(small, make_optimizer, declared_law):
+    small, make_optimizer = _few_entries(subject), subject.training.make_optimizer
+    laws = {n: dict(subject.declared.update_law(n, p)) for n, p in small.pairs}
+    if moved := _moved_by_nothing(small, make_optimizer, laws):
         return failed(
             f"{moved[0]} does not decay and had zero gradients only, and moved", moved=len(moved)
         )
-    laws = {n: dict(declared_law(n, p)) for n, p in small.pairs}
     errors: dict[str, dict[str, float]] = {
         "error_over_lr": {},
         "muon_rel_error": {},
@@ -203,7 +235,7 @@ def reference_update(
 
 
 def _driven(
-    small: "_Small",
+    small: "_Parameters",
     make_optimizer: Callable,
     laws: Mapping[str, Any],
     first: Mapping[str, Tensor],
@@ -235,24 +267,37 @@ def _driven(
     return oracle
 
 
-class _Small:
-    """A model's parameter names and devices on tensors of a few entries: wide where the model's are
-    wide, tall where they are tall.
-    """
+class _Parameters:
+    """Tensors that name themselves as a module's parameters do."""
 
-    def __init__(self, model: torch.nn.Module):
-        draw = torch.Generator().manual_seed(5)
-        self.pairs = [
-            (n, torch.nn.Parameter(torch.randn(_few(p.shape), generator=draw).to(p.device)))
-            for n, p in model.named_parameters()
-            if p.requires_grad
-        ]
+    def __init__(self, pairs: Sequence[tuple[str, nn.Parameter]]):
+        self.pairs = pairs
 
-    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def named_parameters(self) -> Sequence[tuple[str, nn.Parameter]]:
         return self.pairs
 
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.pairs]
+
+
+def _few_entries(subject: Subject) -> _Parameters:
+    """The trainable parameters' names and devices on tensors of a few entries: wide where the
+    model's are wide, tall where they are tall.
+    """
+    draw, (named, _) = torch.Generator().manual_seed(5), subject.training.live_optimizer
+    return _Parameters(
+        [
+            (n, nn.Parameter(torch.randn(_few(p.shape), generator=draw).to(p.device)))
+            for n, p in named
+            if p.requires_grad
+        ]
+    )
+
+
+def _few(shape: torch.Size) -> tuple[int, ...]:
+    if len(shape) != 2:
+        return (5,) * len(shape)
+    return (6, 6) if shape[0] == shape[1] else (9, 6) if shape[0] > shape[1] else (6, 9)
 
 
 def _at_rate(optimizer: Any, declared: Mapping[int, float]) -> Any:
@@ -264,22 +309,19 @@ def _at_rate(optimizer: Any, declared: Mapping[int, float]) -> Any:
     return optimizer
 
 
-def _few(shape: torch.Size) -> tuple[int, ...]:
-    if len(shape) != 2:
-        return (5,) * len(shape)
-    return (6, 6) if shape[0] == shape[1] else (9, 6) if shape[0] > shape[1] else (6, 9)
-
-
-def _moved_by_nothing(small: _Small, make_optimizer: Callable, declared_law: Callable) -> list[str]:
+def _moved_by_nothing(
+    small: _Parameters, make_optimizer: Callable, laws: Mapping[str, Any]
+) -> list[str]:
     """Names of parameters that do not decay and move in two updates with gradients of zero."""
     optimizer, before = make_optimizer(small), [p.detach().clone() for _, p in small.pairs]
     for _ in range(2):
         for _, p in small.pairs:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-    still = [n for (n, p), kept in zip(small.pairs, before) if torch.equal(p.detach(), kept)]
     moved = [
-        n for n, p in small.pairs if n not in still and declared_law(n, p)["weight_decay"] == 0
+        n
+        for (n, p), kept in zip(small.pairs, before)
+        if laws[n]["weight_decay"] == 0 and not torch.equal(p.detach(), kept)
     ]
     for (_, p), kept in zip(small.pairs, before):
         p.data.copy_(kept)
@@ -322,60 +364,58 @@ def _muon(x: Tensor, gradient: Tensor, memory: dict, law: Mapping[str, Any], t: 
 _RULES = {"adamw": _adamw, "muon": _muon}
 
 
-@dataclass(frozen=True)
-class Move:
-    """What one real step did to one parameter, or to some entries of one: `gradient` is as backward
-    left it, None where there was none.
-    """
+# --- whole steps ----------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class _Watched:
+    """A parameter under its law; of its entries those in `places`, or all of a matrix."""
+
+    parameter: Tensor
     law: Mapping[str, Any]
-    before: Tensor
-    gradient: Tensor | None
-    after: Tensor
+    places: slice | None
 
-
-@dataclass(frozen=True)
-class Applied:
-    """One real step: its number, the norm of all its gradients before anybody scaled them, the one
-    it clipped by, and the moves.
-    """
-
-    step: int
-    grad_norm: float
-    said_norm: float
-    moves: Mapping[str, Move]
+    def copy(self, tensor: Tensor) -> Tensor:
+        """These entries of a tensor of the parameter's shape, on the CPU."""
+        tensor = tensor.detach()
+        kept = tensor if self.places is None else tensor.reshape(-1)[self.places]
+        return kept.to("cpu", copy=True)
 
 
 @decides("optim.applied-update")
-def applied_update(
-    limits: SimpleNamespace,
-    *,
-    applied_steps: Callable[[], Sequence[Applied]],
-    declared_updates: Mapping[str, Any],
-) -> Verdict:
-    """Whole train steps of the run move each parameter as clipping, schedule and rule say together,
-    and nothing else moves it.
+def applied_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Whole train steps move each parameter as clipping, schedule and rule say together, and
+    nothing else moves it.
 
-    `applied_steps()` makes real steps from fresh moments; `declared_updates` holds schedule,
-    max_steps and max_grad_norm. Each step is worked out in float64 from the weights before it and
-    the gradients of backward, at the rate of its number, and clipped by the norm that it says; that
-    norm is held against one in float64, since a float32 sum of half a million squares is off by
-    2e-5. AdamW is off by shares of the rate, beyond the rounding of the weight itself; Muon, in
-    float32, by shares of the way that was to go.
+    Steps around the end of the warm-up, from fresh moments. Each is worked out in float64 from the
+    weights before it and the gradients of backward, at the rate of its number, and clipped by the
+    norm that it reports; that norm is held against one in float64, since a float32 sum of half a
+    million squares is off by 2e-5. AdamW is off by shares of the rate, beyond the rounding of the
+    weight itself; Muon, in float32, by shares of the way that was to go.
     """
-    memory: dict[str, dict] = {}
+    declared = subject.declared
+    updates_done = min(declared.schedule["warmup_steps"] - 1, declared.max_steps - APPLIED_STEPS)
+    options = TraineeOptions(exact=True, updates_done=max(0, updates_done))
+    trainee = subject.training.trainee(options)
+    watched = _watched(trainee.model, declared)
+    memory: dict[str, dict] = {name: {"t": 0} for name in watched}
     errors: dict[str, tuple[float, str]] = {}
-    for applied in applied_steps():
-        norm_error = (
-            abs(applied.said_norm / applied.grad_norm - 1) if applied.grad_norm else math.inf
-        )
-        _worst(errors, "norm_rel_error", norm_error, f"the norm in step {applied.step}")
-        clip = min(1.0, declared_updates["max_grad_norm"] / (applied.said_norm + 1e-6))
-        for name, move in applied.moves.items():
-            kind, error = _move_error(
-                move, memory.setdefault(name, {"t": 0}), clip, applied.step, declared_updates
+    for _ in range(APPLIED_STEPS):
+        before = {name: w.copy(w.parameter) for name, w in watched.items()}
+        report, gradients, norm = _observed_step(trainee, trainee.draw(), watched)
+        norm_error = abs(report.grad_norm / norm - 1) if norm else math.inf
+        _worst(errors, "norm_rel_error", norm_error, f"the norm in step {report.step}")
+        clip = min(1.0, declared.max_grad_norm / (report.grad_norm + 1e-6))
+        for name, w in watched.items():
+            lr = closed_form(
+                report.step,
+                peak=w.law["lr"],
+                schedule=declared.schedule,
+                max_steps=declared.max_steps,
             )
-            _worst(errors, kind, error, f"{name} in step {applied.step}")
+            move = Move(w.law | {"lr": lr}, before[name], gradients.get(name), w.copy(w.parameter))
+            kind, error = move_error(move, memory[name], clip)
+            _worst(errors, kind, error, f"{name} in step {report.step}")
     allowed = {
         "error_over_lr": limits.rel_error_max,
         "muon_rel_error": limits.muon_rel_error_max,
@@ -388,8 +428,81 @@ def applied_update(
     ]
     text = f"a step moved what clipping, schedule and rule do not: {', '.join(over)}"
     return decide(
-        bool(errors) and not over, text, **{kind: error for kind, (error, _) in errors.items()}
+        bool(watched) and not over, text, **{kind: error for kind, (error, _) in errors.items()}
     )
+
+
+def _watched(model: nn.Module, declared: Declared) -> dict[str, _Watched]:
+    """Of a parameter under AdamW SAMPLED entries, evenly spread; of matrices under Muon the
+    smallest, MUON_ENTRIES entries or one.
+    """
+    watched, budget = {}, MUON_ENTRIES
+    for name, p in sorted(model.named_parameters(), key=lambda item: item[1].numel()):
+        law = declared.update_law(name, p)
+        if law["rule"] == "adamw":
+            watched[name] = _Watched(p, law, slice(None, None, max(1, p.numel() // SAMPLED)))
+        elif budget == MUON_ENTRIES or p.numel() <= budget:
+            watched[name], budget = _Watched(p, law, None), budget - p.numel()
+    return watched
+
+
+def _observed_step(
+    trainee: Trainee, batches: Sequence[MicroBatch], watched: Mapping[str, _Watched] = {}
+) -> tuple[StepReport, dict[str, Tensor], float]:
+    """(report of one step, gradients of watched parameters by name, global norm in float64).
+
+    Each gradient is read when autograd has added the last to it, before anything scales or
+    replaces it.
+    """
+    squares: dict[int, float] = {}
+    gradients: dict[str, Tensor] = {}
+    names = {id(w.parameter): name for name, w in watched.items()}
+
+    def keep(p: Tensor) -> None:
+        squares[id(p)] = _square(p.grad)
+        if (name := names.get(id(p))) is not None:
+            gradients[name] = watched[name].copy(p.grad)
+
+    trained = [p for p in trainee.model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(keep) for p in trained]
+    report = trainee.step(batches)
+    for hook in hooks:
+        hook.remove()
+    return report, gradients, sum(squares.values()) ** 0.5
+
+
+def _square(gradient: Tensor) -> float:
+    return float(gradient.detach().double().square().sum())
+
+
+@dataclass(frozen=True)
+class Move:
+    """What one step did to a parameter: `law` has the rate of the step, `gradient` is as backward
+    left it, None where there was none.
+    """
+
+    law: Mapping[str, Any]
+    before: Tensor
+    gradient: Tensor | None
+    after: Tensor
+
+
+def move_error(move: Move, memory: dict, clip: float) -> tuple[str, float]:
+    """(kind of error, how far a parameter is from where its law takes it). Without a gradient it
+    may not move at all. `memory` holds the moments and the count `t` of updates.
+    """
+    law, before = move.law, move.before.double()
+    kind = {"adamw": "error_over_lr", "muon": "muon_rel_error"}[law["rule"]]
+    if move.gradient is None:
+        return kind, float("inf") if bool((move.after.double() - before).any()) else 0.0
+    memory["t"] += 1
+    there = _RULES[law["rule"]](before, move.gradient.double() * clip, memory, law, memory["t"])
+    off = move.after.double() - there
+    if law["rule"] == "muon":
+        return kind, float(off.norm() / (there - before).norm().clamp(min=1e-300))
+    if not law["lr"]:
+        return kind, float(off.abs().max())
+    return kind, float((off.abs() - ULPS * before.abs()).clamp(min=0).max() / law["lr"])
 
 
 def _worst(errors: dict[str, tuple[float, str]], kind: str, error: float, where: str) -> None:
@@ -402,29 +515,50 @@ def _number(error: float | Tensor) -> float:
     return math.inf if math.isnan(error) else float(error)
 
 
-def _move_error(
-    move: Move, memory: dict, clip: float, step: int, declared: Mapping[str, Any]
-) -> tuple[str, float]:
-    """(kind of error, how far a parameter is from where its law takes it).
-    Without a gradient it may not move at all.
+@decides("optim.step-report")
+def step_report(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """What a step reports is what happened: norms before and after clipping, rates, labels, and the
+    share of tensors that moved.
+
+    Two steps, the second with the first matrix held still, under a maximum norm so low that
+    clipping has something to do. Watchers inside a run see the report alone.
     """
-    law, off = move.law, move.after.double() - move.before.double()
-    lr = closed_form(
-        step, peak=law["lr"], schedule=declared["schedule"], max_steps=declared["max_steps"]
-    )
-    kind = {"adamw": "error_over_lr", "muon": "muon_rel_error"}[law["rule"]]
-    if move.gradient is None:
-        return kind, float("inf") if bool(off.any()) else 0.0
-    memory["t"] += 1
-    there = _RULES[law["rule"]](
-        move.before.double(), move.gradient.double() * clip, memory, law | {"lr": lr}, memory["t"]
-    )
-    off = move.after.double() - there
-    if law["rule"] == "muon":
-        return kind, float(off.norm() / (there - move.before.double()).norm().clamp(min=1e-300))
-    return kind, float(
-        (off.abs() - ULPS * move.before.abs()).clamp(min=0).max() / lr
-    ) if lr else float(off.abs().max())
+    low = min(subject.declared.max_grad_norm, LOW_NORM)
+    trainee = subject.training.trainee(TraineeOptions(exact=True, max_grad_norm=low))
+    wrong, worst = [], 0.0
+    for number in (1, 2):
+        if number == 2:
+            next(p for p in trainee.model.parameters() if p.ndim >= 2).requires_grad_(False)
+        for name, (reported, happened) in _reported_and_measured(trainee).items():
+            error = abs(reported - happened) / max(abs(happened), 1e-30)
+            worst = max(worst, error)
+            if not error <= limits.rel_error_max:
+                wrong.append(
+                    f"{name} of step {number} is reported as {reported:.6g} and was {happened:.6g}"
+                )
+    return decide(not wrong, "; ".join(wrong[:3]), rel_error=worst, wrong=len(wrong))
+
+
+def _reported_and_measured(trainee: Trainee) -> dict[str, tuple[float, float]]:
+    """One step: (what it reports, what was measured beside it) by what it is."""
+    parameters, batches = list(trainee.model.parameters()), trainee.draw()
+    before = [p.detach().clone() for p in parameters]
+    report, _, norm_before = _observed_step(trainee, batches)
+    left = [_square(p.grad) for p in parameters if p.requires_grad and p.grad is not None]
+    moved = [not torch.equal(p.detach(), kept) for p, kept in zip(parameters, before)]
+    n_valid = sum(int((b.labels != IGNORE).sum()) for b in batches)
+    return {
+        "the norm before clipping": (report.grad_norm, norm_before),
+        "the norm after clipping": (report.clipped_grad_norm, sum(left) ** 0.5),
+        "the number of labels": (report.n_valid_tokens, n_valid),
+        "the share of tensors that moved": (report.changed_tensor_frac, sum(moved) / len(moved)),
+    } | {
+        f"the rate of {g['name']}": (report.group_lrs.get(g["name"], -1.0), g["lr"])
+        for g in trainee.optimizer.param_groups
+    }
+
+
+# --- clipping -------------------------------------------------------------------------------------
 
 
 @decides("optim.clip-norm")
@@ -453,27 +587,28 @@ class ClipNorm(Stateless):
 
 
 @decides("optim.clip-spike")
-def clip_spike(limits: SimpleNamespace, *, build_model, clip, clip_model) -> Verdict:
+def clip_spike(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """A planted spike is scaled to the declared norm, in its own direction, in whichever parameter
     it is; a small gradient is left.
-
-    `clip(list of gradients) -> max_norm` clips in place as the train step does and returns the
-    declared maximum. `clip_model(model)` does the same with the gradients that the step finds in a
-    model, and returns (norm before, max_norm). The model given to it has the names of the run's
-    own, on tensors of a few entries.
     """
-    draw = torch.Generator().manual_seed(3)
-    small = [torch.randn(4, 3, generator=draw) * 1e-3, torch.randn(5, generator=draw) * 1e-3]
-    kept = copy.deepcopy(small)
-    max_norm = clip(small)
-    if not all(torch.equal(a, b) for a, b in zip(small, kept)):
+    draw, max_norm = torch.Generator().manual_seed(3), subject.declared.max_grad_norm
+    model = _Parameters(
+        [(n, nn.Parameter(torch.zeros(s))) for n, s in (("a", (4, 3)), ("b", (5,)))]
+    )
+
+    def clipped(scale: float) -> tuple[Tensor, Tensor]:
+        """Gradients of this scale before and after clipping, flat."""
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draw) * scale
+        before = torch.cat([p.grad.flatten() for p in model.parameters()])
+        subject.training.clip(model)
+        return before, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    if not torch.equal(*clipped(1e-3)):
         return failed("a gradient below the maximum was changed")
-    spike = [torch.randn(4, 3, generator=draw) * 1e4, torch.randn(5, generator=draw) * 1e4]
-    before = torch.cat([g.flatten() for g in spike]).double()
-    clip(spike)
-    after = torch.cat([g.flatten() for g in spike]).double()
+    before, after = (g.double() for g in clipped(1e4))
     norm = float(after.norm())
-    cosine = float(torch.nn.functional.cosine_similarity(before, after, dim=0))
+    cosine = float(nn.functional.cosine_similarity(before, after, dim=0))
     if (
         abs(norm - max_norm) > limits.rel_excess_max * max_norm
         or cosine < 1 - limits.rel_excess_max
@@ -483,7 +618,7 @@ def clip_spike(limits: SimpleNamespace, *, build_model, clip, clip_model) -> Ver
             norm=norm,
             cosine=cosine,
         )
-    missed = _spikes_missed(_Small(build_model()), clip_model, limits.rel_excess_max)
+    missed = _spikes_missed(subject, limits.rel_excess_max)
     return decide(
         not missed,
         f"a spike in {', '.join(missed[:3])} alone is not clipped",
@@ -493,54 +628,17 @@ def clip_spike(limits: SimpleNamespace, *, build_model, clip, clip_model) -> Ver
     )
 
 
-def _spikes_missed(small: "_Small", clip_model: Callable, rel_excess_max: float) -> list[str]:
+def _spikes_missed(subject: Subject, rel_excess_max: float) -> list[str]:
     """Names of parameters in which a gradient a hundred times the maximum is not brought down to
-    it, or not seen in the norm.
+    it, or is not in the norm.
     """
-    missed = []
+    missed, small, max_norm = [], _few_entries(subject), subject.declared.max_grad_norm
     for name, spiked in small.pairs:
         for _, p in small.pairs:
             p.grad = torch.full_like(p, 1e-9)
-        _, max_norm = clip_model(small)
         spiked.grad = torch.ones_like(spiked) * (100 * max_norm / spiked.numel() ** 0.5)
-        norm, _ = clip_model(small)
+        norm = subject.training.clip(small)
         exact = abs(float(spiked.grad.double().norm()) - max_norm) <= rel_excess_max * max_norm
         if not exact or abs(norm - 100 * max_norm) > rel_excess_max * norm:
             missed.append(name)
     return missed
-
-
-@decides("optim.step-report")
-def step_report(
-    limits: SimpleNamespace, *, reported_steps: Callable[[], list[tuple[Any, Mapping[str, Any]]]]
-) -> Verdict:
-    """What a step says about itself is what happened: norms before and after clipping, rates,
-    labels, and how many tensors moved.
-
-    `reported_steps()` makes two real steps, the second with one tensor held still, and gives of
-    each (its report, what was measured beside it): norm_before, norm_after, group_lrs,
-    n_valid_tokens and changed_tensor_frac. Watchers inside a run see the report alone.
-    """
-    wrong, worst = [], 0.0
-    for number, (report, seen) in enumerate(reported_steps(), start=1):
-        pairs = {
-            "the norm before clipping": (report.grad_norm, seen["norm_before"]),
-            "the norm after clipping": (report.clipped_grad_norm, seen["norm_after"]),
-            "the number of labels": (report.n_valid_tokens, seen["n_valid_tokens"]),
-            "the share of tensors that moved": (
-                report.changed_tensor_frac,
-                seen["changed_tensor_frac"],
-            ),
-            **{
-                f"the rate of {name}": (report.group_lrs.get(name, -1.0), lr)
-                for name, lr in seen["group_lrs"].items()
-            },
-        }
-        for name, (said, happened) in pairs.items():
-            error = abs(said - happened) / max(abs(happened), 1e-30)
-            worst = max(worst, error)
-            if not error <= limits.rel_error_max:
-                wrong.append(
-                    f"{name} of step {number} is said to be {said:.6g} and was {happened:.6g}"
-                )
-    return decide(not wrong, "; ".join(wrong[:3]), rel_error=worst, wrong=len(wrong))

@@ -2,14 +2,16 @@
 R rows (tokens), D features, E experts, k top_k, V vocab.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackproof.contracts.gate import Verdict, decide, decides
+from stackproof.contracts.subject import StepReport, Subject, TraineeOptions
 
 ROWS, WIDTH, VOCAB_SIZE, SCALE = 64, 4096, 8192, 3.0
 # far below where the gradients of a mean overflow float16, far above where they vanish in it
@@ -74,47 +76,49 @@ def shadow(
 
 
 @decides("precision.declared")
-def declared(
-    limits: SimpleNamespace,
-    *,
-    computed_dtypes: Callable[[], Mapping[str, str]],
-    declared_dtype: str,
-) -> Verdict:
-    """Every matrix product of a real train step comes out in the declared type: neither half
-    precision nobody asked for, nor none.
-
-    `computed_dtypes()` makes one step and gives, by name, the type of what each
-    linear layer returned in it.
+def declared(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Every linear layer of a real train step returns numbers of the declared type: neither half
+    precision that is not declared, nor float32 where half precision is.
     """
-    found = computed_dtypes()
-    odd = [f"{name} in {dtype}" for name, dtype in found.items() if dtype != declared_dtype]
+    trainee, dtype = subject.training.trainee(), subject.declared.dtype
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, module in trainee.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: found[name].add(
+                    str(output.dtype).removeprefix("torch.")
+                )
+            )
+    trainee.step(trainee.draw())
+    odd = [f"{name} in {' and '.join(seen)}" for name, seen in found.items() if seen != {dtype}]
     text = (
-        f"train.dtype is {declared_dtype}, and {len(odd)} of {len(found)} layers compute "
-        f"otherwise: {', '.join(odd[:3])}"
+        f"train.dtype is {dtype}, and {len(odd)} of {len(found)} layers compute otherwise: "
+        f"{', '.join(odd[:3])}"
     )
     return decide(len(odd) <= limits.odd_max and bool(found), text, odd=len(odd), layers=len(found))
 
 
 @decides("precision.loss-scale")
-def loss_scale(
-    limits: SimpleNamespace, *, scaled_step: Callable[[float], tuple[float, float]]
-) -> Verdict:
-    """What the clip sees and what it leaves do not depend on the loss scale.
-
-    `scaled_step(scale)` makes one train step of the run's own state with this loss scale, always
-    from the same start, and returns the gradient norm before clipping and the one left after the
-    update.
+def loss_scale(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The gradient norm before clipping and the one that clipping leaves do not depend on the loss
+    scale: one step from the same start under each of SCALES.
     """
-    (low, low_left), (high, high_left) = (scaled_step(scale) for scale in SCALES)
-    before, left = abs(low / high - 1), abs(low_left / high_left - 1)
+
+    def step(scale: float) -> StepReport:
+        trainee = subject.training.trainee(TraineeOptions(loss_scale=scale))
+        return trainee.step(trainee.draw())
+
+    low, high = (step(scale) for scale in SCALES)
+    before = abs(low.grad_norm / high.grad_norm - 1)
+    left = abs(low.clipped_grad_norm / high.clipped_grad_norm - 1)
     return decide(
         max(before, left) <= limits.rel_error_max,
         f"a loss scale {SCALES[1] / SCALES[0]:g} times as large changes the gradient norm from "
-        f"{low:.4g} to {high:.4g} before clipping and from {low_left:.4g} to {high_left:.4g} "
-        "after it",
+        f"{low.grad_norm:.4g} to {high.grad_norm:.4g} before clipping and from "
+        f"{low.clipped_grad_norm:.4g} to {high.clipped_grad_norm:.4g} after it",
         rel_error=max(before, left),
-        norm=high,
-        norm_left=high_left,
+        norm=high.grad_norm,
+        norm_left=high.clipped_grad_norm,
     )
 
 

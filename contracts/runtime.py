@@ -4,7 +4,6 @@ Most see plain numbers the loop already has.
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,10 @@ from stackproof.contracts.events import (
     StepTaken,
 )
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+from stackproof.contracts.subject import Subject, TraineeOptions, Training
 from stackproof.contracts.witness import ModeSeen
+
+FIRST_DRAWS = 8
 
 
 @decides("runtime.finite")
@@ -74,22 +76,19 @@ class TrainingMode(Stateless):
 
 
 @decides("runtime.seed")
-def seed(
-    limits: SimpleNamespace, *, begun: Callable[[int], Mapping[str, Any]], epoch_samples: int
-) -> Verdict:
+def seed(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """A run is what its seed makes of it: the same seed begins the same run, another one another,
     in every use of chance.
 
-    `begun(offset)` gives what the run would begin with under its seed plus an offset, by name:
-    weights, order and masks. The order of a corpus too small to be shuffled otherwise
-    (`windows_min`) is not judged.
+    The order of a corpus too small to be shuffled otherwise (`windows_min`) is not judged.
     """
-    first, again, other = begun(0), begun(0), begun(1)
+    first, again, other = (_beginning(subject.training, offset) for offset in (0, 0, 1))
     unlike = [name for name in first if first[name] != again[name]]
     alike = [
         n
         for n in first
-        if first[n] == other[n] and (n != "order" or epoch_samples >= limits.windows_min)
+        if first[n] == other[n]
+        and (n != "order" or subject.data_loader.n_rows >= limits.windows_min)
     ]
     text = (
         f"two runs of one seed begin with other {', '.join(unlike)}"
@@ -103,6 +102,20 @@ def seed(
         alike=len(alike),
         uses=len(first),
     )
+
+
+def _beginning(training: Training, seed_offset: int) -> dict[str, Any]:
+    """What a run begins with under its seed plus an offset: its weights, the numbers of its first
+    rows, and the random state that dropout masks are drawn from.
+    """
+    trainee = training.trainee(TraineeOptions(seed_offset=seed_offset))
+    state = trainee.digest()
+    batches = [batch for _ in range(FIRST_DRAWS) for batch in trainee.draw()]
+    return {
+        "weights": {name: part for name, part in state.items() if name.startswith("weights.")},
+        "order": [number for batch in batches for number in batch.sample_ids],
+        "masks": state["rng.cpu"],
+    }
 
 
 @decides("runtime.params-changed")

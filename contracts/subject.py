@@ -438,7 +438,9 @@ class Trainee:
 
     @capability
     def digest(self) -> Mapping[str, Any]:
-        """Every part of the state as a hash or a number, taken without the code that saves."""
+        """Every part of the state as a hash or a number, taken without the code that saves:
+        `weights.<parameter>`, `optim.<parameter>.<field>`, `rng.cpu`, counters, …
+        """
 
 
 class Training:
@@ -504,11 +506,11 @@ class Checkpoints:
 
 
 class SavedCheckpoint:
-    """One checkpoint that was written, and the live state that it must hold."""
+    """One checkpoint that was written, and the live state that it must hold. `folder` is where, for
+    the format of `stack train`; None for any other.
+    """
 
-    @value
-    def folder(self) -> Path:
-        """Where it was written."""
+    folder: Path | None = None
 
     @value
     def step(self) -> int:
@@ -516,7 +518,9 @@ class SavedCheckpoint:
 
     @value
     def live_checksums(self) -> Mapping[str, int]:
-        """A checksum of every tensor in memory at the save, by name, taken without the writer."""
+        """A checksum of every tensor in memory at the save, by name, taken without the writer: in
+        the format of `stack train` crc32.
+        """
 
     @value
     def reloaded_checksums(self) -> Mapping[str, int]:

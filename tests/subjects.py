@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import Subject, Trainee, TraineeOptions, value
 
 
 def altered(part: Any, **members: Any) -> Any:
@@ -14,10 +15,10 @@ def altered(part: Any, **members: Any) -> Any:
     function for a method. Raises AttributeError for a member that its interface does not have.
     """
     kind, own = type(part), {}
-    for name, value in members.items():
+    for name, member in members.items():
         former = inspect.getattr_static(kind, name)
         constant = isinstance(former, (property, cached_property, value))
-        own[name] = property(lambda self, value=value: value) if constant else staticmethod(value)
+        own[name] = property(lambda self, m=member: m) if constant else staticmethod(member)
     other = copy.copy(part)
     object.__setattr__(other, "__class__", type(kind.__name__, (kind,), own))
     return other
@@ -29,3 +30,16 @@ def changed(subject: Subject, **parts: dict[str, Any]) -> Subject:
         subject,
         **{name: altered(getattr(subject, name), **members) for name, members in parts.items()},
     )
+
+
+def with_trainees(subject: Subject, **members: Callable[[Trainee], Any]) -> Subject:
+    """A subject whose fresh trainees have other members, each made from the trainee as it was:
+    `with_trainees(subject, step=lambda trainee: lambda batches: …)`.
+    """
+    honest = subject.training.trainee
+
+    def trainee(options: TraineeOptions = TraineeOptions()) -> Trainee:
+        fresh = honest(options)
+        return altered(fresh, **{name: make(fresh) for name, make in members.items()})
+
+    return changed(subject, training={"trainee": trainee})

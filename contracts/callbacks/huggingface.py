@@ -170,7 +170,7 @@ class GateCallback(TrainerCallback):
             self._folders[id(document)] = folder
         if not (folder / "config.json").is_file() and args.world_size == 1:
             self.session.forget(
-                "checkpoint.reload", "what is saved is no whole model, as with adapters"
+                "checkpoint.reloads", "what is saved is no whole model, as with adapters"
             )
         elif (
             not self._reloaded

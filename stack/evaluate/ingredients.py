@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.config import RunConfig
-from stackproof.contracts.declared import drawn_weights, parameter_shapes
+from stackproof.contracts.declared import contextual_weights
 from stackproof.contracts.evaluation import KNOWN
 from stackproof.evaluate import bits_per_byte, sampling, stopping
 from stackproof.model import moe
@@ -160,23 +160,11 @@ def _probe_model(
     return model
 
 
-def talkative(model: Transformer) -> dict[str, Tensor]:
-    """Weights under which the next token depends on the context, and not, as at step 0 or under a
-    wide tied head, on the last one alone.
-    """
-    weights = drawn_weights(
-        parameter_shapes(model.cfg.model_dump(), model.vocab_size),
-        torch.Generator().manual_seed(51),
-    )
-    return weights | {
-        "embed.weight": 0.3 * weights["embed.weight"],
-        "final_norm.weight": 3 * weights["final_norm.weight"],
-    }
-
-
 def _sampling_parts(cfg: RunConfig, model: Transformer, device: torch.device) -> dict[str, Any]:
     generating = _probe_model(cfg, model.vocab_size, 0.5, device)
-    generating.load_state_dict(talkative(generating))
+    generating.load_state_dict(
+        contextual_weights(generating.cfg.model_dump(), generating.vocab_size)
+    )
 
     def logits(ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         with bits_per_byte.evaluating(model):

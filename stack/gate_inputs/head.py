@@ -3,19 +3,15 @@ R rows (positions), D features, V vocabulary.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stackproof.config import RunConfig
-from stackproof.data.prepare import Dataset
 from stackproof.kernels import cross_entropy
 from stackproof.train import losses
-from stackproof.train import step as steps
-from stackproof.train.state import build_state
 
 CHUNK_ROWS = 8
 
@@ -56,26 +52,3 @@ def _small_chunks(vocab_size: int) -> Iterator[None]:
     finally:
         for owner, name, value in former:
             setattr(owner, name, value)
-
-
-def loss_scale_ingredients(
-    cfg: RunConfig, dataset: Dataset, device: torch.device
-) -> dict[str, Any]:
-    """`scaled_step(scale)` is one train step of `cfg` from its start under a loss scale: gradient
-    norms (before, left). Float16 alone.
-    """
-    if cfg.train.dtype != "float16":
-        return {}
-    return {"scaled_step": _scaled_step(cfg, dataset, device)}
-
-
-def _scaled_step(
-    cfg: RunConfig, dataset: Dataset, device: torch.device
-) -> Callable[[float], tuple[float, float]]:
-    def scaled_step(scale: float) -> tuple[float, float]:
-        state = build_state(cfg, dataset, device)
-        state.scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=True)
-        report = steps.train_step(state, [state.reader.draw() for _ in range(cfg.accumulation())])
-        return report.grad_norm, report.clipped_grad_norm
-
-    return scaled_step

@@ -16,50 +16,12 @@ from stackproof.model import moe
 from stackproof.model.build import build_model
 from stackproof.model.foreign import plain_name
 from stackproof.model.forward_context import Report
-from stackproof.subject.run import RunParts
+from stackproof.subject.run import RunParts, small_run
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.rng import stream_seed
 from stackproof.train.state import TrainState, build_state, tensor_bytes
-
-
-def small_run(cfg: RunConfig) -> RunConfig:
-    """The run with at most 2 rows and 2 micro-batches, eager, wrapping; model, length, dtype and
-    dropout stay.
-    """
-    rows, accumulation = min(cfg.train.micro_batch_size, 2), min(cfg.accumulation(), 2)
-    train = {
-        "micro_batch_size": rows,
-        "tokens_per_step": rows * cfg.model.max_seq_len * accumulation,
-        "compile": False,
-    }
-    return cfg.model_copy(
-        update={
-            "train": cfg.train.model_copy(update=train),
-            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
-        }
-    )
-
-
-def tiny_run(cfg: RunConfig) -> RunConfig:
-    """The run with a model of a few hundred parameters, for gates that judge files and not
-    arithmetic.
-    """
-    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 16}
-    sizes["max_seq_len"] = min(16, cfg.model.max_seq_len)
-    train = {
-        "micro_batch_size": 1,
-        "tokens_per_step": sizes["max_seq_len"],
-        "compile": False,
-    }
-    return cfg.model_copy(
-        update={
-            "model": cfg.model.model_copy(update=sizes),
-            "train": cfg.train.model_copy(update=train),
-            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
-        }
-    )
 
 
 class RunTraining(RunParts, Training):
@@ -162,7 +124,7 @@ class RunTrainee(Trainee):
         return self.state.optimizer
 
     def draw(self) -> list[Batch]:
-        return [self.state.reader.draw() for _ in range(self.state.cfg.accumulation())]
+        return draw(self.state)
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> float:
         return steps.accumulate(self.state, [_batch(b) for b in batches])[0]
@@ -178,7 +140,7 @@ class RunTrainee(Trainee):
 
     def advance(self) -> float:
         """An evaluation changes the running mean, the stop rule's memory and the best step."""
-        nats, state = self.step(self.draw()).loss_nats, self.state
+        state, nats = self.state, advance(self.state)
         state.last_val_nats = nats
         state.stopper.update((nats, 1.01 * nats))
         state.best = {"step": state.step, "val_loss_nats": nats}
@@ -216,6 +178,16 @@ def _batch(batch: MicroBatch) -> Batch:
         return batch
     n = len(batch.input_ids)
     return Batch(batch.input_ids, batch.labels, tuple(range(n)), 0, 0, n, batch.document_ids)
+
+
+def draw(state: TrainState) -> list[Batch]:
+    """The micro-batches of the next step."""
+    return [state.reader.draw() for _ in range(state.cfg.accumulation())]
+
+
+def advance(state: TrainState) -> float:
+    """Draw and take one step; returns the loss in nats."""
+    return steps.train_step(state, draw(state)).loss_nats
 
 
 def digest(state: TrainState) -> dict[str, Any]:

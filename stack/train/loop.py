@@ -6,12 +6,14 @@ from pathlib import Path
 
 from stackproof.config import BanditCurriculum
 from stackproof.contracts.coherence import coherence
+from stackproof.contracts.subject import Subject
 from stackproof.data.reader import Batch
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
 from stackproof.evaluate.recitation import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
 from stackproof.spec.errors import Stopped
 from stackproof.spec.records import Record
+from stackproof.subject.checkpoints import WrittenCheckpoint
 from stackproof.train import checkpoint
 from stackproof.train import step as steps
 from stackproof.train.callbacks import declared_plan
@@ -197,8 +199,8 @@ def _write(
     """
     root = trainer.output.dir.checkpoints
     folder = checkpoint.write(root, snapshot)
-    ingredients = {"checkpoint_dir": folder, "live_crc32": live, "expected_step": snapshot.step}
-    trainer.keeper.artifact(ingredients, step=snapshot.step)
+    saved = WrittenCheckpoint(folder, snapshot.step, live)
+    trainer.keeper.artifact(Subject(saved=saved), step=snapshot.step)
     if is_best:
         checkpoint.point(root, "best", folder)
     return folder

@@ -18,7 +18,6 @@ from stackproof.data.prepare import prepare
 from stackproof.data.reader import eval_batches, probe_batches
 from stackproof.evidence.exclusive import alone
 from stackproof.gate_inputs import operations
-from stackproof.gate_inputs.preflight import preflight, probe_peak_flops
 from stackproof.kernels import dispatch
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now, write_atomically
 from stackproof.spec.canonical import canonical_json, sha256_file
@@ -37,6 +36,7 @@ from stackproof.train.memory import (
     require_room,
     resolve_device,
 )
+from stackproof.train.preflight import preflight, probe_peak_flops
 from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.sdc_check import SdcCheck
 from stackproof.train.state import AUTOCAST, build_state

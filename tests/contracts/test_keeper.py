@@ -66,8 +66,8 @@ def test_every_gate_a_foreign_trainer_meets_says_where_to_look(spec):
 
 def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
     """The gate is waived, so that the run goes on to its next save."""
-    waiver = Waiver(id="checkpoint.reload", reason="to see what comes after", expires="9999-12-31")
-    keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reload",), waivers=(waiver,))
+    waiver = Waiver(id="checkpoint.reloads", reason="to see what comes after", expires="9999-12-31")
+    keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reloads",), waivers=(waiver,))
     same = {"live": {"w": "a"}, "reloaded": {"w": "a"}, "live_tied": False, "reloaded_tied": False}
     for step, given in (
         (1, same),

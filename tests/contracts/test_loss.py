@@ -1,42 +1,51 @@
 """Gates of the loss: green on the stack, red on a one percent error."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
-from stackproof.contracts.loss import CANCELLED_FRAC, gradient_errors
+from stackproof.contracts.loss import CANCELLED_FRAC, gradient_errors, ragged_rows
 from stackproof.museum.plant import load_museum
+from tests.subjects import changed, with_trainees
 
 
-def test_golden_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["loss.golden"], ingredients)
+def test_golden_is_green_on_the_stack(spec, subject):
+    verdict = call_check(spec.gates["loss.golden"], subject)
     assert verdict.outcome == "pass"
     assert verdict.measured["abs_error"] < 1e-6  # measured worst case 2.4e-7
 
 
-def test_golden_is_red_on_one_percent(spec, ingredients):
-    honest = ingredients["cross_entropy_sum"]
-    off = ingredients | {"cross_entropy_sum": lambda logits, labels: honest(logits, labels) * 1.01}
-    assert call_check(spec.gates["loss.golden"], off).outcome == "fail"
+def test_golden_is_red_on_one_percent(spec, subject):
+    honest, mean = subject.training.cross_entropy_sum, subject.training.mean_nats
+    for part in (
+        {"cross_entropy_sum": lambda logits, labels: honest(logits, labels) * 1.01},
+        {"mean_nats": lambda *given: mean(*given) * 1.01},
+    ):
+        verdict = call_check(spec.gates["loss.golden"], changed(subject, training=part))
+        assert verdict.outcome == "fail"
 
 
-def test_partition_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients)
+def test_partition_is_green_on_the_stack(spec, subject):
+    verdict = call_check(spec.gates["loss.partition-equivalence"], subject)
     assert verdict.outcome == "pass"
     assert verdict.measured["rel_error"] < 2e-5  # five times below the limit
 
 
-def test_partition_is_red_on_one_percent(spec, ingredients):
-    honest = ingredients["gradient_of"]
+def test_partition_is_red_on_one_percent(spec, subject):
+    def skewed(trainee):
+        def accumulate(batches):
+            nats = trainee.accumulate(batches)
+            for p in trainee.model.parameters():
+                p.grad.mul_(1.01 if len(batches) > 1 else 1.0)
+            return nats
 
-    def skewed(parts):
-        nats, grads = honest(parts)
-        return nats, {k: g * (1.01 if len(parts) > 1 else 1.0) for k, g in grads.items()}
+        return accumulate
 
     verdict = call_check(
-        spec.gates["loss.partition-equivalence"], ingredients | {"gradient_of": skewed}
+        spec.gates["loss.partition-equivalence"], with_trainees(subject, accumulate=skewed)
     )
     assert verdict.outcome == "fail"
     assert verdict.measured["rel_error"] == pytest.approx(0.01, rel=0.05)
@@ -92,23 +101,22 @@ def test_what_is_absent_or_not_a_number_is_infinitely_wrong():
     assert errors == {"a": math.inf, "b": math.inf, "zero": 0.0}
 
 
-def test_partition_refuses_a_batch_that_is_not_ragged(spec, ingredients):
-    ids, labels = ingredients["ragged_batch"]
-    full = labels.clone()
-    full[full == -100] = 1
-    verdict = call_check(
-        spec.gates["loss.partition-equivalence"], ingredients | {"ragged_batch": (ids, full)}
-    )
-    assert verdict.outcome == "fail" and "ragged" in verdict.message
+def test_partition_judges_rows_that_differ_in_their_labels(spec, subject):
+    """Rows too short to differ are no batch that the claim can be judged on."""
+    labels = ragged_rows(subject.model).labels
+    assert (labels != -100).sum(1).tolist() == [64, 54, 43, 32, 22]
+    short = changed(subject, model={"max_length": 3})
+    verdict = call_check(spec.gates["loss.partition-equivalence"], short)
+    assert verdict.outcome == "fail" and "too short" in verdict.message
 
 
 @pytest.mark.parametrize(
     "plant_id",
     ["loss.mean-of-means", "loss.undivided-accumulation", "loss.stale-gradients", "loss.rows-leak"],
 )
-def test_partition_names_the_partition_that_breaks(spec, ingredients, plant_id):
+def test_partition_names_the_partition_that_breaks(spec, subject, plant_id):
     with load_museum()[plant_id].apply():
-        verdict = call_check(spec.gates["loss.partition-equivalence"], ingredients)
+        verdict = call_check(spec.gates["loss.partition-equivalence"], subject)
     assert verdict.outcome == "fail"
     assert (
         verdict.measured["rel_error"]
@@ -116,15 +124,15 @@ def test_partition_names_the_partition_that_breaks(spec, ingredients, plant_id):
     )
 
 
-def test_nan_is_visible_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["loss.nan-visible"], ingredients)
+def test_nan_is_visible_on_the_stack(spec, subject):
+    verdict = call_check(spec.gates["loss.nan-visible"], subject)
     assert verdict.outcome == "pass" and verdict.measured == {"hidden": 0, "moved": 0}
 
 
 @pytest.mark.parametrize("plant_id", ["loss.nan-micro-batch-skipped", "loss.nan-made-zero"])
-def test_nan_visible_is_red_on_its_plants(spec, ingredients, plant_id):
+def test_nan_visible_is_red_on_its_plants(spec, subject, plant_id):
     with load_museum()[plant_id].apply():
-        verdict = call_check(spec.gates["loss.nan-visible"], ingredients)
+        verdict = call_check(spec.gates["loss.nan-visible"], subject)
     assert (
         verdict.outcome == "fail"
         and verdict.measured["hidden"] >= 1
@@ -132,44 +140,62 @@ def test_nan_visible_is_red_on_its_plants(spec, ingredients, plant_id):
     )
 
 
-def test_nan_visible_is_red_on_an_update_that_says_it_was_not_made(spec, ingredients):
-    honest = ingredients["poisoned_step"]
-    verdict = call_check(
-        spec.gates["loss.nan-visible"],
-        ingredients | {"poisoned_step": lambda which: (honest(which)[0], which == 1)},
-    )
-    assert verdict.outcome == "fail" and verdict.measured == {"hidden": 0, "moved": 1}
+def test_nan_visible_is_red_on_an_update_that_is_reported_as_not_made(spec, subject):
+    def moving(trainee):
+        def step(batches):
+            report = trainee.step(batches)
+            with torch.no_grad():
+                next(trainee.model.parameters()).mul_(0.999)
+            return report
+
+        return step
+
+    verdict = call_check(spec.gates["loss.nan-visible"], with_trainees(subject, step=moving))
+    assert verdict.outcome == "fail" and verdict.measured == {"hidden": 0, "moved": 2}
 
 
-def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, ingredients):
+def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, subject):
     """Logits of a normalised distribution have none, so a z-term shows only where they are shifted:
     measured 8.4e-3 nats.
     """
     with load_museum()["loss.z-term-reported"].apply():
-        verdict = call_check(spec.gates["loss.golden"], ingredients)
+        verdict = call_check(spec.gates["loss.golden"], subject)
     assert verdict.outcome == "fail" and verdict.measured["worst"] == "shifted"
 
 
-def test_own_batch_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["loss.own-batch"], ingredients)
-    assert verdict.outcome == "pass" and verdict.measured["rel_error"] < 1e-7  # measured 3.9e-10
+def test_own_batch_is_green_on_the_stack(spec, subject):
+    verdict = call_check(spec.gates["loss.own-batch"], subject)
+    assert verdict.outcome == "pass" and verdict.measured["rel_error"] < 1e-7  # measured 4.8e-8
     assert verdict.measured["n_valid"] > 1000, "rows of full length"
-    assert all(documents is not None for _, _, documents in ingredients["own_step"]()[1]), (
-        "packed rows"
-    )
+    batches = subject.training.trainee().draw()
+    assert all(batch.document_ids is not None for batch in batches), "packed rows"
 
 
-def test_own_batch_is_red_on_its_plants_and_on_one_label(spec, ingredients):
+def test_own_batch_is_red_on_its_plants_and_on_one_label(spec, subject):
     gate = spec.gates["loss.own-batch"]
     for plant_id in gate.plants:
         with load_museum()[plant_id].apply():
-            assert call_check(gate, ingredients).outcome == "fail", plant_id
-    nats, parts, logits_of = ingredients["own_step"]()
-    ids, labels, documents = parts[0]
-    assert call_check(gate, {"own_step": lambda: (1.01 * nats, parts, logits_of)}).outcome == "fail"
-    other = labels.clone()
-    other[0, -40] = (other[0, -40].clamp(min=0) + 1) % 384
-    cut = [(ids, labels, 9 * documents + (torch.arange(ids.shape[1]) >= 100)), *parts[1:]]
-    for changed in ([(ids, other, documents), *parts[1:]], cut, parts[1:]):
-        verdict = call_check(gate, {"own_step": lambda changed=changed: (nats, changed, logits_of)})
+            assert call_check(gate, subject).outcome == "fail", plant_id
+
+    def one_label(batch):
+        labels = batch.labels.clone()
+        labels[0, -40] = (labels[0, -40].clamp(min=0) + 1) % 384
+        return replace(batch, labels=labels)
+
+    def one_border(batch):
+        documents = 9 * batch.document_ids + (torch.arange(batch.input_ids.shape[1]) >= 100)
+        return replace(batch, document_ids=documents)
+
+    def misread(change):
+        """Accumulation of what is not the batch that was drawn."""
+        return lambda trainee: lambda batches: trainee.accumulate(change(batches))
+
+    for change in (
+        lambda batches: [one_label(batches[0]), *batches[1:]],
+        lambda batches: [one_border(batches[0]), *batches[1:]],
+        lambda batches: batches[1:],
+    ):
+        verdict = call_check(gate, with_trainees(subject, accumulate=misread(change)))
         assert verdict.outcome == "fail" and verdict.measured["rel_error"] > 5e-5
+    off = with_trainees(subject, accumulate=lambda t: lambda batches: 1.01 * t.accumulate(batches))
+    assert call_check(gate, off).outcome == "fail"

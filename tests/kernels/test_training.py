@@ -9,7 +9,6 @@ import torch
 
 from stackproof.contracts.gate import call_check
 from stackproof.gate_inputs.kernels import kernel_calls
-from stackproof.gate_inputs.preflight import advance, micro
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import (
     flash_attention,
@@ -20,6 +19,8 @@ from stackproof.kernels.triton import (
 from stackproof.model.build import build_model
 from stackproof.museum.plant import swap
 from stackproof.spec.gates import load_spec
+from stackproof.subject.run import tiny_run
+from stackproof.subject.training import advance
 from stackproof.train.kernels import kernels_of
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
@@ -31,7 +32,7 @@ PLACE = torch.device(DEVICE)
 @pytest.fixture(scope="module")
 def cfg(small_cfg):
     """A model of a few hundred parameters, and rows longer than one tile of attention."""
-    tiny = micro(small_cfg)
+    tiny = tiny_run(small_cfg)
     model = tiny.model.model_copy(update={"max_seq_len": 80})
     train = tiny.train.model_copy(
         update={"tokens_per_step": 160, "micro_batch_size": 2, "kernels": "triton"}

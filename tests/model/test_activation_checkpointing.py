@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from stackproof.gate_inputs.digest import digest
-from stackproof.gate_inputs.preflight import advance, shrunk
 from stackproof.model.build import build_model
 from stackproof.model.transformer import run_block
+from stackproof.subject.run import small_run
+from stackproof.subject.training import advance, digest
 from stackproof.train.state import build_state
 
 
@@ -16,7 +16,7 @@ def trained(small_cfg, dataset, recompute: str, **changes):
     """
     train = small_cfg.train.model_copy(update={"activation_checkpointing": recompute, **changes})
     state = build_state(
-        shrunk(small_cfg.model_copy(update={"train": train})), dataset, torch.device("cpu")
+        small_run(small_cfg.model_copy(update={"train": train})), dataset, torch.device("cpu")
     )
     return [advance(state) for _ in range(3)], digest(state)
 

@@ -13,13 +13,15 @@ import torch
 
 from stackproof import tensorfile
 from stackproof.config import AdamW, Muon
-from stackproof.gate_inputs.digest import digest
-from stackproof.gate_inputs.preflight import advance, micro, shrunk
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import CheckpointError
+from stackproof.subject.run import small_run, tiny_run
+from stackproof.subject.training import advance, digest
 from stackproof.train import checkpoint
 from stackproof.train.state import build_state
 from tests.processes import Command
+
+CPU = torch.device("cpu")
 
 
 def document(state, dataset):
@@ -34,7 +36,7 @@ def document(state, dataset):
 
 @pytest.fixture
 def state(small_cfg, dataset):
-    return build_state(micro(small_cfg), dataset, torch.device("cpu"))
+    return build_state(tiny_run(small_cfg), dataset, CPU)
 
 
 # In a process of its own: a fork copies pages as it touches them, and of forty forks of a worker
@@ -89,7 +91,7 @@ def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(small_cfg, d
     whatever `latest` names always loads.
     """
     done = Command(
-        micro(small_cfg).model_dump_json(),
+        tiny_run(small_cfg).model_dump_json(),
         str(tmp_path / "checkpoints"),
         folder=tmp_path,
         code=STORM,
@@ -146,12 +148,12 @@ OPTIMS = {"adamw": AdamW(lr=3e-3), "muon": Muon(lr=3e-3, adamw_lr=1e-3)}
 @pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
 def test_restored_state_is_the_saved_one_in_every_part(small_cfg, dataset, tmp_path, optim):
     small_cfg = small_cfg.model_copy(update={"optim": optim})
-    state = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
+    state = build_state(small_run(small_cfg), dataset, CPU)
     for _ in range(3):
         advance(state)
     expected = digest(state)
     checkpoint.save(tmp_path, state, document(state, dataset))
-    fresh = build_state(shrunk(small_cfg), dataset, torch.device("cpu"))
+    fresh = build_state(small_run(small_cfg), dataset, CPU)
     assert digest(fresh) != expected
     with torch.no_grad():
         checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path)))
@@ -167,8 +169,8 @@ def test_a_restored_run_goes_on_bit_for_bit(small_cfg, dataset, tmp_path, optim)
     """Three steps, a save, three more; the restored state makes the same last three,
     with dropout on.
     """
-    cfg = shrunk(small_cfg.model_copy(update={"optim": optim}))
-    state, fresh = (build_state(cfg, dataset, torch.device("cpu")) for _ in range(2))
+    cfg = small_run(small_cfg.model_copy(update={"optim": optim}))
+    state, fresh = (build_state(cfg, dataset, CPU) for _ in range(2))
     for _ in range(3):
         advance(state)
     checkpoint.save(tmp_path, state, document(state, dataset))
@@ -180,7 +182,7 @@ def test_a_restored_run_goes_on_bit_for_bit(small_cfg, dataset, tmp_path, optim)
 
 def test_the_state_of_another_optimizer_is_refused(small_cfg, dataset, tmp_path):
     mine, other = (
-        build_state(micro(small_cfg.model_copy(update={"optim": o})), dataset, torch.device("cpu"))
+        build_state(tiny_run(small_cfg.model_copy(update={"optim": o})), dataset, CPU)
         for o in OPTIMS.values()
     )
     advance(mine)
@@ -192,7 +194,7 @@ def test_the_state_of_another_optimizer_is_refused(small_cfg, dataset, tmp_path)
 def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(
     small_cfg, dataset, tmp_path
 ):
-    state, fresh = (build_state(shrunk(small_cfg), dataset, torch.device("cpu")) for _ in range(2))
+    state, fresh = (build_state(small_run(small_cfg), dataset, CPU) for _ in range(2))
     for turn in range(6):
         advance(state)
         state.reader.order.reward({n: 5.0 - (turn + i) / 7 for i, n in enumerate(dataset.sources)})

@@ -15,7 +15,7 @@ from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from stackproof.train.trainer import Callback
 
-FEW = ("runtime.finite", "checkpoint.contract")
+FEW = ("runtime.finite", "checkpoint.reloads")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, wri
     assert waited == [goes_on]
     assert (
         record.succeeded
-        and next(g for g in record.gates if g.id == "checkpoint.contract").checks >= 3
+        and next(g for g in record.gates if g.id == "checkpoint.reloads").checks >= 3
     )
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stackproof.config import NeverStop
-from stackproof.gate_inputs.digest import digest
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed, Stopped
 from stackproof.spec.records import Override, read_record
+from stackproof.subject.training import digest
 from stackproof.trace import points_log
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer

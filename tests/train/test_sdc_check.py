@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from stackproof.gate_inputs.digest import digest
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import GateFailed
+from stackproof.subject.training import digest
 from stackproof.train import step as steps
 from stackproof.train.loop import train
 from stackproof.train.sdc_check import gradient_checksums

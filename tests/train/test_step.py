@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from stackproof.config import load_config
-from stackproof.gate_inputs.preflight import micro
+from stackproof.subject.run import tiny_run
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.state import build_state
@@ -42,7 +42,7 @@ class Waits(TorchFunctionMode):
 
 
 def begun(cfg, dataset, n_layers=1, sets=()):
-    cfg = micro(cfg)
+    cfg = tiny_run(cfg)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"n_layers": n_layers})})
     state = build_state(load_config(cfg, sets=tuple(sets))[0], dataset, torch.device("cpu"))
     return state, [state.reader.draw() for _ in range(2)]

@@ -110,7 +110,7 @@ def test_fp16_overflow_is_retried_and_the_scale_survives_a_resume(
     monkeypatch.setattr(steps, "accumulate", noting)
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflowing)
     half = with_train(cfg, dtype="float16")
-    record = train(fresh(half, (), tmp_path / "run", only=(*FEW, "checkpoint.contract")))
+    record = train(fresh(half, (), tmp_path / "run", only=(*FEW, "checkpoint.reloads")))
     assert failed and record.status == "completed"
     state = json.loads((tmp_path / "run/checkpoints/step-00000014/state.json").read_text())
     assert state["scaler"]["scale"] == 2.0**15
@@ -314,4 +314,4 @@ def test_a_rate_that_leaves_no_number_is_left_to_the_gates(museum_folder, tmp_pa
     wild = museum_config(museum_folder).model_copy(update={"optim": AdamW(lr=1e18)})
     assert wild.stop.kind == "patience"
     with pytest.raises(GateFailed, match="not finite"):
-        train(fresh(wild, (), tmp_path / "run", only=("optim.parameter-census",)))
+        train(fresh(wild, (), tmp_path / "run", only=("optim.parameter-groups",)))

@@ -58,7 +58,7 @@ def test_adapters_on_a_frozen_base_with_a_tied_head_are_clean(tmp_path, name):
     callback, error = script(tmp_path, adapted(), **PLANS[name])
     clean(callback, error)
     if name == "saves":
-        assert "no whole model" in callback.verdicts()["checkpoint.reload"].message
+        assert "no whole model" in callback.verdicts()["checkpoint.reloads"].message
 
 
 def test_a_frozen_base_that_moves_under_its_adapters_is_caught(tmp_path):
@@ -178,9 +178,9 @@ def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for said in (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)):
         looked = {g for g, outcome in said["clean"]["outcomes"].items() if outcome == "pass"}
-        assert said["clean"]["red"] == {} and LOOKED | {"checkpoint.reload"} <= looked
+        assert said["clean"]["red"] == {} and LOOKED | {"checkpoint.reloads"} <= looked
         assert (
-            said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reload": 2}
+            said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reloads": 2}
         )
         assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.next-token"] == 1
     record = read_record(tmp_path / "clean" / "record" / "metadata.json")

@@ -31,7 +31,7 @@ ALWAYS = {
     "optim.decay-groups",
     "optim.gradient-kept",
     "optim.moves",
-    "optim.ownership",
+    "optim.parameter-groups",
     "runtime.finite",
     "runtime.loss-not-constant",
     "schedule.declared-rate",
@@ -103,7 +103,7 @@ def test_a_resumed_run_is_clean(tmp_path, model, at):
         "gradient_accumulation_steps": 3,
     }
     first, error = script(tmp_path, model(), **plan)
-    assert error is None and first.verdicts()["checkpoint.reload"].passed
+    assert error is None and first.verdicts()["checkpoint.reloads"].passed
     again, error = script(tmp_path, model(1), resume=str(tmp_path / f"checkpoint-{at}"), **plan)
     assert error is None and again.first_failures() == {}
     verdict = again.verdicts()["checkpoint.state-restored"]
@@ -146,7 +146,7 @@ def test_in_mode_log_nothing_is_raised_and_every_verdict_is_written(tmp_path):
     assert [line["step"] for line in red] == [1, 2, 3, 4] and red[0]["measured"]["n_stops"] == 2
     assert {line["gate"] for line in lines if line["verdict"] == "pass"} >= {
         "model.future-blind",
-        "optim.ownership",
+        "optim.parameter-groups",
     }
 
 

@@ -183,7 +183,7 @@ def test_a_parameter_that_is_not_in_the_optimizer(tmp_path):
     left_out = [p for n, p in model.named_parameters() if "layers.1.mlp.up_proj" not in n]
     optimizer = torch.optim.AdamW(left_out, lr=1e-3)
     measured = caught(
-        script(tmp_path, model, more={"optimizers": (optimizer, None)}), "optim.ownership", 0
+        script(tmp_path, model, more={"optimizers": (optimizer, None)}), "optim.parameter-groups", 0
     )
     assert measured["missing"] == 1 and measured["strangers"] == 0
 
@@ -403,7 +403,7 @@ def test_tied_weights_that_come_back_as_two(tmp_path):
             )
 
     outcome = script(tmp_path, trainer_class=Loosens, save_strategy="steps", save_steps=2)
-    measured = caught(outcome, "checkpoint.reload", 2)
+    measured = caught(outcome, "checkpoint.reloads", 2)
     assert measured["live_tied"] and not measured["reloaded_tied"] and measured["differing"] == 1
 
 
@@ -415,7 +415,7 @@ def test_a_tensor_that_is_saved_as_another(tmp_path):
             )
 
     outcome = script(tmp_path, trainer_class=Rounds, save_strategy="steps", save_steps=2)
-    assert caught(outcome, "checkpoint.reload", 2)["differing"] >= 10
+    assert caught(outcome, "checkpoint.reloads", 2)["differing"] >= 10
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}

@@ -119,7 +119,7 @@ def test_a_module_left_out_of_the_optimizer(tmp_path):
             )
 
     _, error, _ = fit(tmp_path, Forgets())
-    assert error.gate_id == "optim.ownership" and error.verdict.measured["missing"] == 2
+    assert error.gate_id == "optim.parameter-groups" and error.verdict.measured["missing"] == 2
 
 
 def test_dropout_that_stays_on_in_validation(tmp_path):

@@ -77,7 +77,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     assert gate.first_failures() == {}
     green = {
         "model.future-blind",
-        "optim.ownership",
+        "optim.parameter-groups",
         "loss.next-token",
         "loss.token-weights",
         "optim.moves",

@@ -66,7 +66,7 @@ def test_what_was_not_asked_is_not_covered_and_says_why(tmp_path):
     unasked = [g for g in record.gates if g.verdict == "not_run"]
     assert {g.id for g in unasked} >= {
         "checkpoint.state-restored",
-        "checkpoint.reload",
+        "checkpoint.reloads",
         "tokenizer.fits-model",
     }
     assert all(g.message and f"{g.id}: {g.message}" in record.not_covered for g in unasked)
