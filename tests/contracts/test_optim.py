@@ -7,12 +7,15 @@ import torch
 
 from stackproof.config import AdamW, MixtureOfExperts, Muon
 from stackproof.contracts import optim as optim_checks
+from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.events import StepTaken
 from stackproof.contracts.gate import call_check, limits_of
-from stackproof.contracts.optim import ClipNorm
-from stackproof.gate_inputs.preflight import declared_law, gather
+from stackproof.contracts.optim import ClipNorm, Move, move_error
+from stackproof.contracts.subject import Subject
+from stackproof.museum import script
 from stackproof.museum.plant import load_museum
-from stackproof.train.optimizer import make_optimizer
+from stackproof.subject.assemble import subject_of
+from tests.subjects import changed, with_trainees
 
 
 def step_taken(**changes) -> StepTaken:
@@ -35,40 +38,83 @@ def step_taken(**changes) -> StepTaken:
     return StepTaken(**values | changes)
 
 
-def test_census_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["optim.parameter-census"], ingredients)
+GROUPS = "optim.parameter-groups"
+
+
+def test_groups_are_green_on_the_stack(spec, subject):
+    verdict = call_check(spec.gates[GROUPS], subject)
     assert verdict.outcome == "pass", verdict.message
-    assert verdict.measured["owned"] == len(list(ingredients["build_model"]().parameters()))
+    named, _ = subject.training.live_optimizer
+    assert verdict.measured["owned"] == len(named)
+    assert verdict.measured["judged"] == "ownership, laws, movement"
 
 
-def test_census_sees_a_dead_parameter(spec, ingredients):
-    def with_dead_weight():
-        model = ingredients["build_model"]()
-        model.layers[0].unused = torch.nn.Linear(3, 3, bias=False)
-        return model
+def test_groups_measure_which_parts_were_judged(spec, subject):
+    """A live model and its optimizer, without laws and trainees, are judged for ownership alone."""
+    model = torch.nn.Linear(3, 2)
+    live = foreign_subject(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    verdict = call_check(spec.gates[GROUPS], live)
+    assert verdict.passed and verdict.measured["judged"] == "ownership"
+    without = call_check(spec.gates[GROUPS], foreign_subject(model))
+    assert without.outcome == "not_run" and "no optimizer" in without.message
+
+
+def test_groups_see_what_is_missing_twice_or_strange(spec, subject):
+    named, groups = subject.training.live_optimizer
+    first, *rest = groups
+    for params, measured in (
+        (first["params"][:-1], "missing"),
+        ([*first["params"], rest[0]["params"][0]], "twice"),
+        ([*first["params"], torch.nn.Parameter(torch.ones(2))], "strangers"),
+    ):
+        live = (named, [first | {"params": params}, *rest])
+        verdict = call_check(
+            spec.gates[GROUPS], changed(subject, training={"live_optimizer": live})
+        )
+        assert verdict.outcome == "fail" and verdict.measured[measured] == 1
+        assert verdict.measured["judged"] == "ownership"
+
+
+def test_groups_are_red_on_the_foreign_plant(spec):
+    with load_museum()["optim.foreign-parameter-missing"].apply():
+        verdict, _ = script.ask(GROUPS)
+    assert verdict.outcome == "fail" and verdict.measured["missing"] >= 1
+    assert script.ask(GROUPS)[0].passed
+
+
+@pytest.mark.parametrize("plant_id", ["optim.decay-on-norms", "optim.no-decay"])
+def test_decay_is_judged_where_biases_and_gains_decay(spec, subject, plant_id):
+    """The gate of biases and gains is red on the first alone: no decay at all pulls none."""
+    gate = spec.gates["optim.decay-groups"]
+    assert call_check(gate, subject).passed
+    with load_museum()[plant_id].apply():
+        verdict = call_check(gate, subject)
+    assert verdict.outcome == ("fail" if plant_id == "optim.decay-on-norms" else "pass")
+
+
+def test_groups_see_a_dead_parameter(spec, subject):
+    def with_dead_weight(options):
+        trainee = subject.training.trainee(options)
+        trainee.model.layers[0].unused = torch.nn.Linear(3, 3, bias=False)
+        return trainee
 
     verdict = call_check(
-        spec.gates["optim.parameter-census"], ingredients | {"build_model": with_dead_weight}
+        spec.gates[GROUPS], changed(subject, training={"trainee": with_dead_weight})
     )
     assert verdict.outcome == "fail" and "unused" in verdict.message
 
 
 @pytest.mark.parametrize("change", ["rule", "lr", "weight_decay"])
-def test_census_sees_a_parameter_in_the_wrong_group(spec, ingredients, change):
+def test_groups_see_a_parameter_in_the_wrong_group(spec, subject, change):
     """One parameter of all is declared otherwise than the optimizer has it."""
-    honest, other = (
-        ingredients["declared_law"],
-        {"rule": "adamw", "lr": 2.9e-3, "weight_decay": 0.0}[change],
-    )
+    other = {"rule": "adamw", "lr": 2.9e-3, "weight_decay": 0.0}[change]
 
     def otherwise(name, parameter):
-        return honest(name, parameter) | (
+        return subject.declared.update_law(name, parameter) | (
             {change: other} if name == "layers.1.ffn.up.weight" else {}
         )
 
-    verdict = call_check(
-        spec.gates["optim.parameter-census"], ingredients | {"declared_law": otherwise}
-    )
+    verdict = call_check(spec.gates[GROUPS], changed(subject, declared={"update_law": otherwise}))
     assert verdict.outcome == "fail" and "layers.1.ffn.up.weight" in verdict.message
 
 
@@ -83,18 +129,15 @@ OPTIMS = {
 }
 
 
-def parts_of(ingredients, optim) -> dict:
-    """The small run's ingredients with another optimizer."""
-    return ingredients | {
-        "make_optimizer": lambda model: make_optimizer(model, optim),
-        "declared_law": declared_law(optim),
-    }
+def under(optim, small_cfg, dataset) -> Subject:
+    """The small run with another optimizer."""
+    return subject_of(small_cfg.model_copy(update={"optim": optim}), dataset, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("optim", OPTIMS.values(), ids=OPTIMS)
-def test_reference_update_is_green_on_the_stack(spec, ingredients, optim):
-    for gate in ("optim.parameter-census", "optim.reference-update"):
-        verdict = call_check(spec.gates[gate], parts_of(ingredients, optim))
+def test_reference_update_is_green_on_the_stack(spec, small_cfg, dataset, optim):
+    for gate in (GROUPS, "optim.reference-update"):
+        verdict = call_check(spec.gates[gate], under(optim, small_cfg, dataset))
         assert verdict.outcome == "pass", (verdict.message, verdict.measured)
 
 
@@ -102,12 +145,11 @@ MUON_ONLY = ["momentum", "muon lr", "nesterov", "lr_scale", "ns_steps"]
 
 
 @pytest.mark.parametrize("change", ["weight_decay", "lr", "betas", *MUON_ONLY])
-def test_reference_update_is_red_on_one_percent(spec, ingredients, change):
+def test_reference_update_is_red_on_one_percent(spec, subject, change):
     """Of a number; or on another choice. The weakest, decay by Muon, is ten times its limit."""
-    honest = ingredients["declared_law"]
 
     def otherwise(name, parameter):
-        law = dict(honest(name, parameter))
+        law = dict(subject.declared.update_law(name, parameter))
         if (law["rule"] == "muon") != (change in MUON_ONLY) and change != "weight_decay":
             return law
         match change:
@@ -126,34 +168,34 @@ def test_reference_update_is_red_on_one_percent(spec, ingredients, change):
         return law
 
     verdict = call_check(
-        spec.gates["optim.reference-update"], ingredients | {"declared_law": otherwise}
+        spec.gates["optim.reference-update"], changed(subject, declared={"update_law": otherwise})
     )
     assert verdict.outcome == "fail"
     # measured 6.4e-3 and more
     assert verdict.measured["muon_rel_error" if change in MUON_ONLY else "error_over_lr"] > 5e-3
 
 
-def test_reference_update_is_far_from_its_limits_on_both_sides(spec, ingredients):
+def test_reference_update_is_far_from_its_limits_on_both_sides(spec, subject, small_cfg, dataset):
     """Clean distances a tenth of the limits (bfloat16: half);
     plants ten times the limit that sees them.
     """
     gate, plants = spec.gates["optim.reference-update"], load_museum()
     limit = {name: gate.limits[name].value for name in gate.limits}
-    clean = call_check(gate, ingredients).measured
+    clean = call_check(gate, subject).measured
     assert (
         clean["error_over_lr"] < limit["rel_error_max"] / 10
         and clean["muon_rel_error"] < limit["muon_rel_error_max"] / 10
     )
     # measured 1.1e-2
     assert (
-        call_check(gate, parts_of(ingredients, OPTIMS["muon in bfloat16"])).measured[
+        call_check(gate, under(OPTIMS["muon in bfloat16"], small_cfg, dataset)).measured[
             "muon_bf16_rel_error"
         ]
         < 0.015
     )
     for plant_id in gate.plants:
         with plants[plant_id].apply():
-            measured = call_check(gate, ingredients).measured
+            measured = call_check(gate, subject).measured
         far = (
             measured.get("error_over_lr", 0) > 0.1
             or measured.get("muon_rel_error", 0) > 10 * limit["muon_rel_error_max"]
@@ -161,17 +203,16 @@ def test_reference_update_is_far_from_its_limits_on_both_sides(spec, ingredients
         assert far or measured.get("moved", 0) > 0, plant_id
 
 
-def test_a_parameter_without_decay_stays_under_zero_gradients(spec, ingredients):
-    honest = ingredients["make_optimizer"]
-
+def test_a_parameter_without_decay_stays_under_zero_gradients(spec, subject):
     def with_decay_on_all(model):
-        optimizer = honest(model)
+        optimizer = subject.training.make_optimizer(model)
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.1
         return optimizer
 
     verdict = call_check(
-        spec.gates["optim.reference-update"], ingredients | {"make_optimizer": with_decay_on_all}
+        spec.gates["optim.reference-update"],
+        changed(subject, training={"make_optimizer": with_decay_on_all}),
     )
     assert (
         verdict.outcome == "fail"
@@ -180,31 +221,27 @@ def test_a_parameter_without_decay_stays_under_zero_gradients(spec, ingredients)
     )
 
 
-def test_clip_spike_is_green_on_the_stack(spec, ingredients):
-    assert call_check(spec.gates["optim.clip-spike"], ingredients).outcome == "pass"
+def test_clip_spike_is_green_on_the_stack(spec, subject):
+    assert call_check(spec.gates["optim.clip-spike"], subject).outcome == "pass"
 
 
-def test_clip_spike_is_red_on_a_sign_flip(spec, ingredients):
-    honest = ingredients["clip"]
+def test_clip_spike_is_red_on_a_sign_flip(spec, subject):
+    def flipped(model):
+        norm = subject.training.clip(model)
+        if norm > 1:
+            model.parameters()[0].grad.mul_(-1)
+        return norm
 
-    def flipped(grads):
-        bound = honest(grads)
-        if max(float(g.abs().max()) for g in grads) > 0.1 * bound:
-            grads[0].mul_(-1)
-        return bound
-
-    assert (
-        call_check(spec.gates["optim.clip-spike"], ingredients | {"clip": flipped}).outcome
-        == "fail"
+    verdict = call_check(
+        spec.gates["optim.clip-spike"], changed(subject, training={"clip": flipped})
     )
+    assert verdict.outcome == "fail" and verdict.measured["cosine"] < 0
 
 
-def test_clip_spike_is_red_on_its_plants(spec, ingredients):
+def test_clip_spike_is_red_on_its_plants(spec, subject):
     for plant_id in spec.gates["optim.clip-spike"].plants:
         with load_museum()[plant_id].apply():
-            assert call_check(spec.gates["optim.clip-spike"], ingredients).outcome == "fail", (
-                plant_id
-            )
+            assert call_check(spec.gates["optim.clip-spike"], subject).outcome == "fail", plant_id
 
 
 def test_clip_norm_band_is_two_sided(spec):
@@ -216,18 +253,18 @@ def test_clip_norm_band_is_two_sided(spec):
     assert not check.observe(step_taken(clipped_grad_norm=float("nan"))).passed
 
 
-def test_eps_under_the_root_is_seen_only_where_gradients_are_tiny(spec, ingredients, monkeypatch):
+def test_eps_under_the_root_is_seen_only_where_gradients_are_tiny(spec, subject, monkeypatch):
     """Measured 4.7 rates off with gradients as small as eps; without them the plant
     is 2e-4 off and would pass.
     """
     gate, plant = spec.gates["optim.reference-update"], load_museum()["optim.eps-inside-the-root"]
     with plant.apply():
-        assert call_check(gate, ingredients).measured["error_over_lr"] > 1
+        assert call_check(gate, subject).measured["error_over_lr"] > 1
         driven = optim_checks._driven
         monkeypatch.setattr(
             optim_checks, "_driven", lambda *arguments: driven(*arguments[:-1], False)
         )
-        assert call_check(gate, ingredients).passed
+        assert call_check(gate, subject).passed
 
 
 def many_experts(small_cfg, n_experts=64):
@@ -236,150 +273,183 @@ def many_experts(small_cfg, n_experts=64):
     return small_cfg.model_copy(update={"model": small_cfg.model.model_copy(update={"ffn": ffn})})
 
 
-def test_census_excuses_an_expert_without_tokens_and_no_other(
-    spec, small_cfg, dataset, monkeypatch
-):
-    from stackproof.gate_inputs.preflight import gather
-
-    gate = spec.gates["optim.parameter-census"]
-    ingredients = gather(many_experts(small_cfg), dataset, torch.device("cpu"))[1]
-    honest = ingredients["census_update"]
-    clean = call_check(gate, ingredients)
+def test_groups_excuse_an_expert_without_tokens_and_no_other(spec, small_cfg, dataset):
+    gate = spec.gates[GROUPS]
+    experts = subject_of(many_experts(small_cfg), dataset, torch.device("cpu"))
+    clean = call_check(gate, experts)
     assert clean.outcome == "pass" and clean.measured["unreached"] > 0, clean
-    unexcused = call_check(
-        gate, ingredients | {"census_update": lambda *arguments: honest(*arguments) and set()}
-    )
+    unexcused = call_check(gate, with_trainees(experts, idle_parameters=lambda trainee: set))
     assert unexcused.outcome == "fail" and "experts." in unexcused.message
 
-    def cut_off(model, optimizer, batch):
-        busy = model.layers[0].ffn.experts
-        hooks = [
+    def cut_off(options):
+        trainee = experts.training.trainee(options)
+        for expert in trainee.model.layers[0].ffn.experts:
             expert.register_forward_hook(lambda module, inputs, output: output.detach())
-            for expert in busy
-        ]
-        idle = honest(model, optimizer, batch)
-        for hook in hooks:
-            hook.remove()
-        return idle
+        return trainee
 
-    verdict = call_check(gate, ingredients | {"census_update": cut_off})
+    verdict = call_check(gate, changed(experts, training={"trainee": cut_off}))
     assert verdict.outcome == "fail" and "layers.0.ffn.experts." in verdict.message
 
 
-def test_census_sees_a_weight_that_is_no_parameter(spec, ingredients):
+def test_groups_see_a_weight_that_is_no_parameter(spec, subject):
     """A tied and a recomputed model have none; a probe in a list is one."""
-    honest, hidden = ingredients["loss_of"], torch.nn.Parameter(torch.ones(()))
+    hidden = torch.nn.Parameter(torch.ones(()))
     verdict = call_check(
-        spec.gates["optim.parameter-census"],
-        ingredients | {"loss_of": lambda model, batch: honest(model, batch) * hidden},
+        spec.gates[GROUPS],
+        with_trainees(subject, loss_sum=lambda t: lambda batch: t.loss_sum(batch) * hidden),
     )
     assert verdict.outcome == "fail" and verdict.measured["unregistered"] == 1
 
 
-def test_step_report_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["optim.step-report"], ingredients)
+@pytest.mark.parametrize("plant_id", ["optim.frozen-moves", "optim.probe-in-a-list"])
+def test_groups_are_red_on_plants_of_movement(spec, subject, plant_id):
+    with load_museum()[plant_id].apply():
+        verdict = call_check(spec.gates[GROUPS], subject)
+    assert verdict.outcome == "fail" and "movement" in verdict.measured["judged"]
+
+
+def reporting(**changes):
+    """Steps whose report is otherwise: a factor by field."""
+
+    def member(trainee):
+        def step(batches):
+            report = trainee.step(batches)
+            fields = {n: getattr(report, n) for n in changes}
+            return replace(report, **{n: _times(v, changes[n]) for n, v in fields.items()})
+
+        return step
+
+    return member
+
+
+def _times(value, factor):
+    return {k: factor * v for k, v in value.items()} if isinstance(value, dict) else factor * value
+
+
+def test_step_report_is_green_on_the_stack(spec, subject):
+    gate, reports = spec.gates["optim.step-report"], []
+
+    def kept(trainee):
+        return lambda batches: reports.append(trainee.step(batches)) or reports[-1]
+
+    verdict = call_check(gate, with_trainees(subject, step=kept))
     assert verdict.outcome == "pass", verdict.message
-    (_, first), (second, seen) = ingredients["reported_steps"]()
-    assert (
-        first["changed_tensor_frac"]
-        == 1
-        > seen["changed_tensor_frac"]
-        == second.changed_tensor_frac
-    )
-    assert first["norm_before"] > first["norm_after"], "something was clipped"
+    first, second = reports
+    assert first.changed_tensor_frac == 1 > second.changed_tensor_frac
+    assert first.grad_norm > first.clipped_grad_norm, "something was clipped"
 
 
-def test_step_report_is_red_on_its_plants_and_on_one_percent(spec, ingredients):
-    gate, honest = spec.gates["optim.step-report"], ingredients["reported_steps"]()
+def test_step_report_is_red_on_its_plants_and_on_one_percent(spec, subject):
+    gate = spec.gates["optim.step-report"]
     for plant_id in gate.plants:
         with load_museum()[plant_id].apply():
-            assert call_check(gate, ingredients).outcome == "fail", plant_id
-    for key in ("norm_before", "norm_after", "n_valid_tokens", "changed_tensor_frac"):
-        off = [(report, seen | {key: 1.01 * seen[key]}) for report, seen in honest]
-        assert call_check(gate, {"reported_steps": lambda off=off: off}).outcome == "fail", key
-    off = [
-        (report, seen | {"group_lrs": {n: 1.01 * lr for n, lr in seen["group_lrs"].items()}})
-        for report, seen in honest
-    ]
-    assert call_check(gate, {"reported_steps": lambda: off}).outcome == "fail"
+            assert call_check(gate, subject).outcome == "fail", plant_id
+    for field in (
+        "grad_norm",
+        "clipped_grad_norm",
+        "n_valid_tokens",
+        "changed_tensor_frac",
+        "group_lrs",
+    ):
+        off = with_trainees(subject, step=reporting(**{field: 1.01}))
+        assert call_check(gate, off).outcome == "fail", field
 
 
-def test_applied_update_is_green_on_the_stack(spec, ingredients):
-    verdict = call_check(spec.gates["optim.applied-update"], ingredients)
+def moving(change):
+    """Steps after which `change` is done to the model."""
+
+    def member(trainee):
+        @torch.no_grad()
+        def step(batches):
+            with torch.enable_grad():
+                report = trainee.step(batches)
+            change(trainee.model)
+            return report
+
+        return step
+
+    return member
+
+
+def test_applied_update_is_green_on_the_stack(spec, subject):
+    gate, drawn = spec.gates["optim.applied-update"], []
+
+    def kept(trainee):
+        return lambda: drawn.append(trainee.draw()) or drawn[-1]
+
+    verdict = call_check(gate, with_trainees(subject, draw=kept))
     assert verdict.outcome == "pass", verdict.message
     # measured 1.7e-7 and 6.4e-6
     assert verdict.measured["error_over_lr"] < 1e-5 and verdict.measured["muon_rel_error"] < 1e-4
-    steps = ingredients["applied_steps"]()
-    assert len(steps) == 3 and {*steps[0].moves} == {
-        n for n, _ in ingredients["build_model"]().named_parameters()
-    }
+    trainee = subject.training.trainee()
+    watched = optim_checks._watched(trainee.model, subject.declared)
+    assert len(drawn) == 3 and {*watched} == {n for n, _ in trainee.model.named_parameters()}
 
 
-def test_applied_update_is_red_on_plants_and_one_percent(spec, ingredients):
-    gate, honest, declared = (
-        spec.gates["optim.applied-update"],
-        ingredients["applied_steps"](),
-        ingredients["declared_updates"],
-    )
+def test_applied_update_is_red_on_its_plants(spec, subject):
+    gate = spec.gates["optim.applied-update"]
     for plant_id in gate.plants:
         with load_museum()[plant_id].apply():
-            assert call_check(gate, ingredients).outcome == "fail", plant_id
-    for change in ("lr", "weight_decay", "before", "gradient", "after"):
-        off = [replace(s, moves={n: _off(m, change) for n, m in s.moves.items()}) for s in honest]
-        verdict = call_check(
-            gate, {"applied_steps": lambda off=off: off, "declared_updates": declared}
-        )
-        assert verdict.outcome == "fail", change
-    factors = [1, 100, 100]  # no rule feels one factor for all
-    unclipped = [
-        replace(s, grad_norm=s.grad_norm * f, said_norm=s.said_norm * f)
-        for f, s in zip(factors, honest)
-    ]
-    assert (
-        call_check(gate, {"applied_steps": lambda: unclipped, "declared_updates": declared}).outcome
-        == "fail"
-    )
-    assert (
-        call_check(gate, {"applied_steps": lambda: [], "declared_updates": declared}).outcome
-        == "fail"
-    ), "nothing was looked at"
+            assert call_check(gate, subject).outcome == "fail", plant_id
 
 
-def test_applied_update_holds_the_norm_by_itself(spec, ingredients):
-    """A step that clips by a norm a percent too large or too small, and moves accordingly,
-    is red for the norm alone.
-    """
-    gate, honest, declared = (
-        spec.gates["optim.applied-update"],
-        ingredients["applied_steps"](),
-        ingredients["declared_updates"],
-    )
+@pytest.mark.parametrize("change", ["lr", "weight_decay"])
+def test_applied_update_is_red_on_another_law(spec, subject, change):
+    def otherwise(name, parameter):
+        law = subject.declared.update_law(name, parameter)
+        return law | {change: 1.01 * law[change]}
+
+    off = changed(subject, declared={"update_law": otherwise})
+    assert call_check(spec.gates["optim.applied-update"], off).outcome == "fail"
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01, float("nan")])
+def test_applied_update_is_red_on_a_weight_that_something_else_moves(spec, subject, factor):
+    off = with_trainees(subject, step=moving(lambda model: model.embed.weight.mul_(factor)))
+    verdict = call_check(spec.gates["optim.applied-update"], off)
+    assert verdict.outcome == "fail" and "weight in step" in verdict.message
+
+
+def test_applied_update_is_red_on_a_weight_that_moves_without_a_gradient(spec, subject):
+    def frozen(options):
+        trainee = subject.training.trainee(options)
+        trainee.model.embed.weight.requires_grad_(False)
+        return trainee
+
+    still = changed(subject, training={"trainee": frozen})
+    assert call_check(spec.gates["optim.applied-update"], still).passed
+    off = with_trainees(still, step=moving(lambda model: model.embed.weight.mul_(0.999)))
+    verdict = call_check(spec.gates["optim.applied-update"], off)
+    assert verdict.outcome == "fail" and "embed.weight" in verdict.message
+
+
+def test_applied_update_is_red_on_another_maximum_norm(spec, subject):
+    """No rule feels one factor for all steps; clipping turns it on from step to step."""
+    norms = []
+
+    def watched(trainee):
+        return lambda batches: norms.append(trainee.step(batches)) or norms[-1]
+
+    assert call_check(
+        spec.gates["optim.applied-update"], with_trainees(subject, step=watched)
+    ).passed
+    between = sum(report.grad_norm for report in norms) / len(norms)
+    off = changed(subject, declared={"max_grad_norm": between})
+    assert call_check(spec.gates["optim.applied-update"], off).outcome == "fail"
+
+
+def test_applied_update_holds_the_norm_by_itself(spec, subject):
+    """A step that reports a norm a percent too large or too small is red for the norm alone."""
+    gate = spec.gates["optim.applied-update"]
     # measured 2e-7 here, 2.4e-5 with half a million entries
-    assert call_check(gate, ingredients).measured["norm_rel_error"] < 1e-4
+    assert call_check(gate, subject).measured["norm_rel_error"] < 1e-4
     for factor in (0.99, 1.01, float("nan")):
-        off = [replace(s, grad_norm=s.grad_norm * factor) for s in honest]
-        verdict = call_check(
-            gate, {"applied_steps": lambda off=off: off, "declared_updates": declared}
-        )
+        verdict = call_check(gate, with_trainees(subject, step=reporting(grad_norm=factor)))
         assert (
             verdict.outcome == "fail"
             and "the norm in step" in verdict.message
             and "weight" not in verdict.message
         )
-
-
-def _off(move, change):
-    """A move that was one percent another, of a parameter without a gradient,
-    or to what is no number.
-    """
-    match change:
-        case "before":
-            return replace(move, before=0.99 * move.before)
-        case "gradient":
-            return replace(move, gradient=None)
-        case "after":
-            return replace(move, after=torch.nan * move.after)
-    return replace(move, law=move.law | {change: 1.01 * move.law[change]})
 
 
 def test_applied_update_holds_over_schedules_and_rules(spec, small_cfg, dataset):
@@ -391,25 +461,25 @@ def test_applied_update_holds_over_schedules_and_rules(spec, small_cfg, dataset)
         AdamW(lr=3e-3, weight_decay=0.0),
         Muon(lr=2e-2, adamw_lr=3e-4, dtype="bfloat16", nesterov=False),
     ):
-        cfg = small_cfg.model_copy(update={"optim": optim})
-        _, parts = gather(cfg, dataset, torch.device("cpu"))
-        verdict = call_check(spec.gates["optim.applied-update"], parts)
+        verdict = call_check(spec.gates["optim.applied-update"], under(optim, small_cfg, dataset))
         assert verdict.outcome == "pass", (optim, verdict.message)
 
 
-def test_census_calls_a_model_that_explodes_by_its_name(spec, ingredients):
-    """Not a frozen weight that moves: numbers that are none."""
+def test_groups_call_a_model_that_explodes_by_its_name(spec, subject):
+    """Not a frozen weight that moves: numbers that are not finite."""
 
-    def exploding(model, optimizer, batch):
-        idle = ingredients["census_update"](model, optimizer, batch)
-        with torch.no_grad():
-            for p in model.parameters():
+    def exploding(trainee):
+        @torch.no_grad()
+        def update(batches):
+            with torch.enable_grad():
+                nats = trainee.update(batches)
+            for p in trainee.model.parameters():
                 p.mul_(float("inf"))
-        return idle
+            return nats
 
-    verdict = call_check(
-        spec.gates["optim.parameter-census"], ingredients | {"census_update": exploding}
-    )
+        return update
+
+    verdict = call_check(spec.gates[GROUPS], with_trainees(subject, update=exploding))
     assert (
         verdict.outcome == "fail"
         and "not finite" in verdict.message
@@ -418,37 +488,32 @@ def test_census_calls_a_model_that_explodes_by_its_name(spec, ingredients):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_applied_update_is_red_on_a_muon_gradient_that_is_not_finite(spec, ingredients, value):
-    """A verdict also where the weight stood still; the decomposition of such a gradient raises."""
-    first, *others = ingredients["applied_steps"]()
-    name, move = next((n, m) for n, m in first.moves.items() if m.law["rule"] == "muon")
-    gradient = move.gradient.clone()
+def test_a_muon_gradient_that_is_not_finite_is_infinitely_wrong(subject, value):
+    """Also where the weight stood still; the decomposition of such a gradient raises."""
+    named, _ = subject.training.live_optimizer
+    laws = {n: subject.declared.update_law(n, p) for n, p in named}
+    before = next(p.detach() for n, p in named if laws[n]["rule"] == "muon")
+    law = next(law for law in laws.values() if law["rule"] == "muon")
+    gradient = torch.ones_like(before)
     gradient[0, 0] = value
-    for after in (move.after, move.before, value * move.after):
-        off = [
-            replace(
-                first, moves=first.moves | {name: replace(move, gradient=gradient, after=after)}
-            ),
-            *others,
-        ]
-        verdict = call_check(
-            spec.gates["optim.applied-update"], ingredients | {"applied_steps": lambda off=off: off}
-        )
-        assert verdict.outcome == "fail" and name in verdict.message
-        assert (
-            verdict.measured["muon_rel_error"] == float("inf")
-            and verdict.measured["error_over_lr"] < 1e-5
-        )
+    for after in (0.9 * before, before, value * before):
+        kind, error = move_error(Move(law, before, gradient, after), {"t": 0}, clip=1.0)
+        assert kind == "muon_rel_error" and not error <= 1e300
 
 
 @pytest.mark.parametrize("optim", [OPTIMS["adamw"], OPTIMS["muon"]], ids=["adamw", "muon"])
-def test_reference_update_is_red_where_one_weight_becomes_no_number(spec, ingredients, optim):
-    """Whichever of the weights it is: an error that is no number is compared with none."""
-    parts = parts_of(ingredients, optim)
+def test_reference_update_is_red_where_one_weight_becomes_no_number(
+    spec, small_cfg, dataset, optim
+):
+    """Whichever of the weights it is: an error that is NaN is larger than any limit."""
+    honest = under(optim, small_cfg, dataset)
 
     def breaking(place):
         def make(model):
-            optimizer, weight = parts["make_optimizer"](model), list(model.parameters())[place]
+            optimizer, weight = (
+                honest.training.make_optimizer(model),
+                list(model.parameters())[place],
+            )
             step = optimizer.step
 
             def broken():
@@ -461,8 +526,9 @@ def test_reference_update_is_red_where_one_weight_becomes_no_number(spec, ingred
 
         return make
 
-    for place in (0, 1, len(list(ingredients["build_model"]().parameters())) - 1):
+    for place in (0, 1, len(honest.training.live_optimizer[0]) - 1):
         verdict = call_check(
-            spec.gates["optim.reference-update"], parts | {"make_optimizer": breaking(place)}
+            spec.gates["optim.reference-update"],
+            changed(honest, training={"make_optimizer": breaking(place)}),
         )
         assert verdict.outcome == "fail" and float("inf") in verdict.measured.values(), place

@@ -2,6 +2,8 @@
 and on every path in half precision.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,14 +11,16 @@ import torch.nn.functional as F
 from stackproof.config import AdamW, LayerNorm, MixtureOfExperts
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.gate_inputs.head import loss_scale_ingredients
-from stackproof.gate_inputs.preflight import gather, shrunk
+from stackproof.contracts.precision import SCALES
+from stackproof.gate_inputs.preflight import gather
 from stackproof.gate_inputs.shadow import shadow_ingredients
 from stackproof.kernels import eager
 from stackproof.model import norm
 from stackproof.museum.plant import load_museum, swap, touches
 from stackproof.spec.gates import Gate
+from stackproof.subject.assemble import subject_of
 from stackproof.train import state
+from tests.subjects import altered, changed, with_trainees
 
 GATE = "precision.shadow"
 CPU = torch.device("cpu")
@@ -211,12 +215,13 @@ def test_a_choice_of_configurations_needs_one_for_the_museum(spec):
             Gate.model_validate(gate | {"museum": museum})
 
 
-def scaled(small_cfg, dataset):
-    return loss_scale_ingredients(shrunk(in_half(small_cfg, "float16")), dataset, CPU)
+def run_in(dtype, cfg, dataset):
+    """The subject of a run in another precision."""
+    return subject_of(in_half(cfg, dtype), dataset, CPU)
 
 
 def test_loss_scale_is_green_on_the_stack(spec, small_cfg, dataset):
-    verdict = call_check(spec.gates["precision.loss-scale"], scaled(small_cfg, dataset))
+    verdict = call_check(spec.gates["precision.loss-scale"], run_in("float16", small_cfg, dataset))
     # measured 8.2e-7 over three seeds
     assert verdict.passed and verdict.measured["rel_error"] < 1e-3
 
@@ -228,21 +233,30 @@ def test_loss_scale_is_red_on_its_plant(spec, small_cfg, dataset, kind):
     """
     gate = spec.gates["precision.loss-scale"]
     optim = small_cfg.optim if kind == "muon" else AdamW(lr=3e-3, max_grad_norm=0.5)
-    ingredients = scaled(small_cfg.model_copy(update={"optim": optim}), dataset)
-    assert call_check(gate, ingredients).passed
+    subject = run_in("float16", small_cfg.model_copy(update={"optim": optim}), dataset)
+    assert call_check(gate, subject).passed
     with load_museum()["precision.unscale-left-out"].apply():
-        verdict = call_check(gate, ingredients)
+        verdict = call_check(gate, subject)
     assert verdict.outcome == "fail" and verdict.measured["rel_error"] > 10
 
 
-def test_loss_scale_is_red_on_a_few_percent(spec):
-    norms = {2.0**9: (1.0, 0.5), 2.0**13: (1.0, 0.515)}
-    assert (
-        call_check(spec.gates["precision.loss-scale"], {"scaled_step": norms.get}).outcome == "fail"
-    )
-    assert call_check(
-        spec.gates["precision.loss-scale"], {"scaled_step": lambda scale: (1.0, 0.5)}
-    ).passed
+@pytest.mark.parametrize("field", ["grad_norm", "clipped_grad_norm"])
+def test_loss_scale_is_red_on_a_few_percent(spec, small_cfg, dataset, field):
+    """Of the norm before clipping or of the one after it, where the scale is the larger one."""
+
+    def dependent(options):
+        trainee = honest.training.trainee(options)
+        factor = 1.03 if options.loss_scale == SCALES[1] else 1.0
+
+        def step(batches):
+            report = trainee.step(batches)
+            return replace(report, **{field: factor * getattr(report, field)})
+
+        return altered(trainee, step=step)
+
+    honest = run_in("float16", small_cfg, dataset)
+    off = changed(honest, training={"trainee": dependent})
+    assert call_check(spec.gates["precision.loss-scale"], off).outcome == "fail"
 
 
 def test_loss_scale_is_for_float16_alone(spec, small_cfg):
@@ -255,19 +269,24 @@ def test_loss_scale_is_for_float16_alone(spec, small_cfg):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_declared_is_two_sided(spec, small_cfg, dataset, dtype, monkeypatch):
-    """Half precision is entered where it is declared and nowhere else;
-    one layer that is not is enough.
+    """Half precision is entered where it is declared and nowhere else; one layer that computes
+    otherwise is enough.
     """
-    cfg, gate = (
-        small_cfg.model_copy(update={"train": small_cfg.train.model_copy(update={"dtype": dtype})}),
-        spec.gates["precision.declared"],
-    )
-    parts = gather(cfg, dataset, torch.device("cpu"))[1]
-    verdict = call_check(gate, parts)
+    gate, subject = spec.gates["precision.declared"], run_in(dtype, small_cfg, dataset)
+    verdict = call_check(gate, subject)
     assert verdict.outcome == "pass" and verdict.measured["layers"] == 14
-    one_odd = parts["computed_dtypes"]() | {"layers.1.ffn.up": "float64"}
-    assert call_check(gate, parts | {"computed_dtypes": lambda: one_odd}).outcome == "fail"
-    assert call_check(gate, parts | {"computed_dtypes": dict}).outcome == "fail", "nothing was seen"
+
+    def one_odd(options=None):
+        trainee = subject.training.trainee()
+        layer = trainee.model.get_submodule("layers.1.ffn.up")
+        layer.register_forward_hook(lambda module, inputs, output: output.double())
+        return trainee
+
+    odd = call_check(gate, changed(subject, training={"trainee": one_odd}))
+    assert odd.outcome == "fail" and odd.measured["odd"] >= 1
+    assert "layers.1.ffn.up in float64" in odd.message
+    unseen = with_trainees(subject, step=lambda trainee: lambda batches: None)
+    assert call_check(gate, unseen).outcome == "fail", "no layer ran"
     other = {"float32": torch.bfloat16, "bfloat16": None}[dtype]
     monkeypatch.setitem(state.AUTOCAST, dtype, other)
-    assert call_check(gate, parts).measured["odd"] == 14
+    assert call_check(gate, subject).measured["odd"] == 14

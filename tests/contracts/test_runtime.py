@@ -3,9 +3,11 @@
 import json
 import math
 import random
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
 from stackproof.contracts.events import Started
 from stackproof.contracts.gate import call_check, limits_of
@@ -19,9 +21,11 @@ from stackproof.contracts.runtime import (
     TrainingMode,
     Trend,
 )
+from stackproof.contracts.subject import MicroBatch
 from stackproof.contracts.witness import ModeSeen
 from stackproof.museum.plant import load_museum
 from tests.contracts.test_optim import step_taken
+from tests.subjects import changed, with_trainees
 
 PLAN = {"tokens_per_step": 100, "tokens_seen": 0, "random_loss_nats": 6.0, "warmup_steps": 5}
 
@@ -235,24 +239,28 @@ def test_training_mode_is_red_on_one_module(spec):
         assert verdict.outcome == "fail" and (module or "the model") in verdict.message
 
 
-def test_seed_is_green_on_the_stack_and_red_on_what_it_does_not_reach(spec, ingredients):
+def test_seed_is_green_on_the_stack_and_red_on_what_it_does_not_reach(spec, subject):
     gate = spec.gates["runtime.seed"]
-    assert call_check(gate, ingredients).outcome == "pass"
+    assert call_check(gate, subject).outcome == "pass"
     for plant_id in gate.plants:
         with load_museum()[plant_id].apply():
-            assert call_check(gate, ingredients).outcome == "fail", plant_id
-    honest, calls = ingredients["begun"], []
-
-    def drifting(offset):
-        calls.append(offset)
-        return honest(offset) | {"masks": str(len(calls))}
-
-    for begun, said in (
-        (drifting, "one seed"),
-        (lambda offset: honest(offset) | {"masks": "same"}, "reach masks"),
+            assert call_check(gate, subject).outcome == "fail", plant_id
+    numbers = count()
+    for masks, text in (
+        (lambda: str(next(numbers)), "one seed"),
+        (lambda: "same", "reach masks"),
     ):
-        verdict = call_check(gate, ingredients | {"begun": begun})
-        assert verdict.outcome == "fail" and said in verdict.message
-    fixed = {"begun": lambda offset: honest(offset) | {"order": [1, 2]}, "epoch_samples": 31}
-    assert call_check(gate, ingredients | fixed).outcome == "pass", "a corpus of 31 windows"
-    assert call_check(gate, ingredients | fixed | {"epoch_samples": 32}).outcome == "fail"
+        off = with_trainees(
+            subject,
+            digest=lambda trainee, masks=masks: lambda: trainee.digest() | {"rng.cpu": masks()},
+        )
+        verdict = call_check(gate, off)
+        assert verdict.outcome == "fail" and text in verdict.message
+
+
+def test_seed_does_not_judge_the_order_of_a_small_corpus(spec, subject):
+    fixed = MicroBatch(torch.zeros(1, 4), torch.zeros(1, 4), sample_ids=(1, 2))
+    same_rows = with_trainees(subject, draw=lambda trainee: lambda: [fixed])
+    for n_rows, outcome in ((31, "pass"), (32, "fail")):
+        told = changed(same_rows, data_loader={"n_rows": n_rows})
+        assert call_check(spec.gates["runtime.seed"], told).outcome == outcome
