@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,7 @@ LOW_NORM = 1e-2
 # entries compared: of a tensor one by one, and of matrices as a whole together
 APPLIED_STEPS, SAMPLED, MUON_ENTRIES = 3, 4096, 2**21
 NamedParameters = Sequence[tuple[str, Tensor]]
+Errors = dict[str, tuple[float, str]]  # by kind: the largest, and where
 Found = tuple[str, dict[str, int | bool]]  # what is wrong, or nothing, and what was measured
 
 
@@ -83,15 +85,12 @@ def _laws(named: NamedParameters, groups: Sequence[Mapping[str, Any]], declared:
 
 
 def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's group has a law's rule, learning rate and decay.
-    The settings a group holds show its rule.
+    """Whether an optimizer's group has a law's rule, learning rate and decay. The settings that a
+    group holds show its rule.
     """
     rule = "adamw" if "betas" in group else "muon" if "momentum" in group else "unknown"
-    return (rule, group["lr"], group["weight_decay"]) == (
-        law["rule"],
-        law["lr"],
-        law["weight_decay"],
-    )
+    same_rate = (group["lr"], group["weight_decay"]) == (law["lr"], law["weight_decay"])
+    return rule == law["rule"] and same_rate
 
 
 def _movement(subject: Subject) -> Found:
@@ -117,19 +116,11 @@ def _movement(subject: Subject) -> Found:
             if p.requires_grad and n not in idle[-1] and (p.grad is None or not bool(p.grad.any()))
         }
     never = set.intersection(*idle)
-    still = {
-        n
-        for n, p in named
-        if p.requires_grad and n not in never and torch.equal(p.detach(), before[n])
-    }
+    movable = [(n, p) for n, p in named if p.requires_grad and n not in never]
+    still = {n for n, p in movable if torch.equal(p.detach(), before[n])}
     infinite = sorted(n for n, p in named if not bool(p.detach().isfinite().all()))
-    measured = {
-        "still": len(still),
-        "dead": len(dead),
-        "unregistered": 0,
-        "unreached": len(never),
-        "infinite": len(infinite),
-    }
+    measured = {"still": len(still), "dead": len(dead), "infinite": len(infinite)}
+    measured |= {"unregistered": 0, "unreached": len(never)}
     if still or dead:
         names = ", ".join(sorted(still | dead)[:4])
         return f"gets no gradient or does not move: {names}", measured
@@ -160,13 +151,10 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 @decides("optim.decay-groups")
 def decay_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Where groups differ in decay, biases and gains of norms are in those without it."""
-    named_parameters, param_groups = subject.training.live_optimizer
-    names = {id(p): n for n, p in named_parameters}
-    rows = [
-        (names.get(id(p), "?"), p.ndim, g.get("weight_decay", 0.0))
-        for g in param_groups
-        for p in g["params"]
-    ]
+    named, groups = subject.training.live_optimizer
+    names = {id(p): n for n, p in named}
+    owned = [(names.get(id(p), "?"), p.ndim, g) for g in groups for p in g["params"]]
+    rows = [(name, ndim, group.get("weight_decay", 0.0)) for name, ndim, group in owned]
     decays = {decay for _, _, decay in rows}
     decayed = [n for n, ndim, decay in rows if ndim < 2 and decay > 0]
     text = (
@@ -179,7 +167,7 @@ def decay_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
         ok,
         text,
         decayed_vectors=len(decayed),
-        groups=len(param_groups),
+        groups=len(groups),
         weight_decay=max(decays, default=0.0),
     )
 
@@ -201,37 +189,32 @@ def reference_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
         return failed(
             f"{moved[0]} does not decay and had zero gradients only, and moved", moved=len(moved)
         )
-    errors: dict[str, dict[str, float]] = {
-        "error_over_lr": {},
-        "muon_rel_error": {},
-        "muon_bf16_rel_error": {},
-    }
-    allowed = dict(
-        zip(
-            errors,
-            (limits.rel_error_max, limits.muon_rel_error_max, limits.muon_bf16_rel_error_max),
-        )
-    )
     first = {n: p.detach().clone() for n, p in small.pairs}
+    errors: Errors = {}
     for tiny in (False, True):
         oracle = _driven(small, make_optimizer, laws, first, tiny)
         for n, p in small.pairs:
             off, law = p.detach().double() - oracle[n], laws[n]
             if law["rule"] == "adamw":
-                errors["error_over_lr"][n] = max(
-                    _number(off.abs().max() / RATE), errors["error_over_lr"].get(n, 0.0)
-                )
+                _worst(errors, "error_over_lr", off.abs().max() / RATE, n)
             elif not tiny:
                 kind = "muon_rel_error" if law["dtype"] == "float32" else "muon_bf16_rel_error"
-                errors[kind][n] = _number(off.norm() / (oracle[n] - first[n].double()).norm())
-    worst = {
-        kind: max(found.items(), key=lambda item: item[1])
-        for kind, found in errors.items()
-        if found
-    }
-    over = [name for kind, (name, error) in worst.items() if not error <= allowed[kind]]
-    text = f"updates differ from the declared rule in float64, worst in {', '.join(over)}"
-    return decide(not over, text, **{kind: error for kind, (_, error) in worst.items()})
+                _worst(errors, kind, off.norm() / (oracle[n] - first[n].double()).norm(), n)
+    return _within(limits, errors, "updates differ from the declared rule in float64")
+
+
+def _worst(errors: Errors, kind: str, error: float | Tensor, where: str) -> None:
+    """Keep the largest error of each kind; NaN is larger than any."""
+    error = math.inf if math.isnan(error) else float(error)
+    errors[kind] = max(errors.get(kind, (0.0, "")), (error, where))
+
+
+def _within(limits: SimpleNamespace, errors: Errors, text: str) -> Verdict:
+    """Green if the largest error of every kind is within the limit of the kind."""
+    allowed = {kind: getattr(limits, f"{kind}_max", limits.rel_error_max) for kind in errors}
+    over = [f"{at} by {e:.3g}" for kind, (e, at) in errors.items() if not e <= allowed[kind]]
+    measured = {kind: error for kind, (error, _) in errors.items()}
+    return decide(bool(errors) and not over, f"{text}: {', '.join(over)}", **measured)
 
 
 def _driven(
@@ -247,10 +230,10 @@ def _driven(
     for n, p in small.pairs:
         p.data.copy_(first[n])
     oracle, memory = {n: p.double() for n, p in first.items()}, {n: {} for n in first}
-    optimizer, draw = (
-        _at_rate(make_optimizer(small), {id(p): laws[n]["lr"] for n, p in small.pairs}),
-        torch.Generator().manual_seed(7),
-    )
+    optimizer, draw = make_optimizer(small), torch.Generator().manual_seed(7)
+    declared = {id(p): laws[n]["lr"] for n, p in small.pairs}
+    for group in (g for g in optimizer.param_groups if g["params"]):
+        group["lr"] *= RATE / declared[id(group["params"][0])]
     for t in range(1, 11):
         for n, p in small.pairs:
             scale = 10.0 ** (t % 3 - 1) * (
@@ -298,15 +281,6 @@ def _few(shape: torch.Size) -> tuple[int, ...]:
     if len(shape) != 2:
         return (5,) * len(shape)
     return (6, 6) if shape[0] == shape[1] else (9, 6) if shape[0] > shape[1] else (6, 9)
-
-
-def _at_rate(optimizer: Any, declared: Mapping[int, float]) -> Any:
-    """The optimizer with each group's rate times RATE over what is declared for
-    the group's first parameter.
-    """
-    for group in (g for g in optimizer.param_groups if g["params"]):
-        group["lr"] *= RATE / declared[id(group["params"][0])]
-    return optimizer
 
 
 def _moved_by_nothing(
@@ -399,37 +373,22 @@ def applied_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
     trainee = subject.training.trainee(options)
     watched = _watched(trainee.model, declared)
     memory: dict[str, dict] = {name: {"t": 0} for name in watched}
-    errors: dict[str, tuple[float, str]] = {}
+    errors: Errors = {}
     for _ in range(APPLIED_STEPS):
         before = {name: w.copy(w.parameter) for name, w in watched.items()}
         report, gradients, norm = _observed_step(trainee, trainee.draw(), watched)
         norm_error = abs(report.grad_norm / norm - 1) if norm else math.inf
         _worst(errors, "norm_rel_error", norm_error, f"the norm in step {report.step}")
         clip = min(1.0, declared.max_grad_norm / (report.grad_norm + 1e-6))
+        rate = partial(
+            closed_form, report.step, schedule=declared.schedule, max_steps=declared.max_steps
+        )
         for name, w in watched.items():
-            lr = closed_form(
-                report.step,
-                peak=w.law["lr"],
-                schedule=declared.schedule,
-                max_steps=declared.max_steps,
-            )
-            move = Move(w.law | {"lr": lr}, before[name], gradients.get(name), w.copy(w.parameter))
+            law = w.law | {"lr": rate(peak=w.law["lr"])}
+            move = Move(law, before[name], gradients.get(name), w.copy(w.parameter))
             kind, error = move_error(move, memory[name], clip)
             _worst(errors, kind, error, f"{name} in step {report.step}")
-    allowed = {
-        "error_over_lr": limits.rel_error_max,
-        "muon_rel_error": limits.muon_rel_error_max,
-        "norm_rel_error": limits.norm_rel_error_max,
-    }
-    over = [
-        f"{where} by {error:.3g}"
-        for kind, (error, where) in errors.items()
-        if not error <= allowed[kind]
-    ]
-    text = f"a step moved what clipping, schedule and rule do not: {', '.join(over)}"
-    return decide(
-        bool(watched) and not over, text, **{kind: error for kind, (error, _) in errors.items()}
-    )
+    return _within(limits, errors, "a step moved what clipping, schedule and rule do not")
 
 
 def _watched(model: nn.Module, declared: Declared) -> dict[str, _Watched]:
@@ -503,16 +462,6 @@ def move_error(move: Move, memory: dict, clip: float) -> tuple[str, float]:
     if not law["lr"]:
         return kind, float(off.abs().max())
     return kind, float((off.abs() - ULPS * before.abs()).clamp(min=0).max() / law["lr"])
-
-
-def _worst(errors: dict[str, tuple[float, str]], kind: str, error: float, where: str) -> None:
-    """Keep the largest error of each kind."""
-    errors[kind] = max(errors.get(kind, (0.0, "")), (_number(error), where))
-
-
-def _number(error: float | Tensor) -> float:
-    """An error as a number; one that is none is larger than any."""
-    return math.inf if math.isnan(error) else float(error)
 
 
 @decides("optim.step-report")

@@ -4,10 +4,13 @@ import math
 
 import pytest
 
+from stackproof.contracts.callbacks.subject import ComparedWeights
 from stackproof.contracts.events import StepTaken
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.records import Waiver
+from tests.subjects import changed
 
 TWO = ("loss.golden", "optim.clip-spike")
 
@@ -16,10 +19,12 @@ def broken(*arguments):
     raise RuntimeError("out of order")
 
 
-def test_a_check_that_breaks_hides_no_red_gate(spec, ingredients):
+def test_a_check_that_breaks_hides_no_red_gate(spec, subject):
     keeper = Gatekeeper(spec, only=TWO)
     with pytest.raises(GateFailed) as caught:
-        keeper.preflight(ingredients | {"cross_entropy_sum": broken, "clip": lambda grads: 1.0})
+        keeper.preflight(
+            changed(subject, training={"cross_entropy_sum": broken, "clip": lambda model: 1.0})
+        )
     assert caught.value.gate_id == "optim.clip-spike" and isinstance(
         caught.value.__cause__, RuntimeError
     )
@@ -28,10 +33,10 @@ def test_a_check_that_breaks_hides_no_red_gate(spec, ingredients):
     assert said["optim.clip-spike"][:2] == ("fail", 1)
 
 
-def test_a_check_that_breaks_alone_is_an_error_and_the_others_were_asked(spec, ingredients):
+def test_a_check_that_breaks_alone_is_an_error_and_the_others_were_asked(spec, subject):
     keeper = Gatekeeper(spec, only=TWO)
     with pytest.raises(RuntimeError, match="out of order"):
-        keeper.preflight(ingredients | {"cross_entropy_sum": broken})
+        keeper.preflight(changed(subject, training={"cross_entropy_sum": broken}))
     assert {r.id: r.verdict for r in keeper.results()} == {
         "loss.golden": "not_run",
         "optim.clip-spike": "pass",
@@ -68,14 +73,9 @@ def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
     """The gate is waived, so that the run goes on to its next save."""
     waiver = Waiver(id="checkpoint.reloads", reason="to see what comes after", expires="9999-12-31")
     keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reloads",), waivers=(waiver,))
-    same = {"live": {"w": "a"}, "reloaded": {"w": "a"}, "live_tied": False, "reloaded_tied": False}
-    for step, given in (
-        (1, same),
-        (2, same | {"reloaded": {"w": "b"}}),
-        (3, same),
-        (4, same | {"reloaded": {"w": "c"}}),
-    ):
-        keeper.artifact(given, step=step)
+    for step, reloaded in ((1, 7), (2, 8), (3, 7), (4, 9)):
+        saved = ComparedWeights({"w": 7}, {"w": reloaded}, (False, False))
+        keeper.artifact(Subject(saved=saved), step=step)
         (result,) = keeper.results()
         expected = ("pass", None) if step == 1 else ("fail", 2)
         assert (

@@ -82,6 +82,13 @@ def test_groups_are_red_on_the_foreign_plant(spec):
     assert script.ask(GROUPS)[0].passed
 
 
+def test_decay_groups_are_red_on_the_foreign_plant(spec):
+    with load_museum()["optim.foreign-decay-on-norms"].apply():
+        verdict, _ = script.ask("optim.decay-groups")
+    assert verdict.outcome == "fail" and verdict.measured["decayed_vectors"] >= 1
+    assert script.ask("optim.decay-groups")[0].passed
+
+
 @pytest.mark.parametrize("plant_id", ["optim.decay-on-norms", "optim.no-decay"])
 def test_decay_is_judged_where_biases_and_gains_decay(spec, subject, plant_id):
     """The gate of biases and gains is red on the first alone: no decay at all pulls none."""
