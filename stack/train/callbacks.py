@@ -235,7 +235,7 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
             "Evaluated": (cfg.eval.every, "eval.every"),
             "Sampled": (cfg.sample.every, "sample.every"),
             "Saved": (cfg.checkpoint.every, "checkpoint.every"),
-            "Recomputed": (cfg.train.recompute_every, "train.recompute_every"),
+            "Recomputed": (cfg.train.sdc_check_every, "train.sdc_check_every"),
         },
     }
     match cfg.model.ffn:
