@@ -327,10 +327,10 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
         **changes,
         "archived": {p.name: sha256_file(p) for p in sorted(archive.iterdir())},
     }
-    write_atomically(directory.path / "polish.json", canonical_json(document))
+    write_atomically(directory.path / "continuation.json", canonical_json(document))
     return [
         artefact(p, root=directory.path)
-        for p in (directory.path / "polish.json", *sorted(archive.iterdir()))
+        for p in (directory.path / "continuation.json", *sorted(archive.iterdir()))
     ]
 
 
@@ -348,13 +348,13 @@ def _refuse_continuing(
             "the run has taken all of its steps, so another mixture would change nothing",
             value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
             next_step=(
-                "--polish a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork "
+                "--continue-from a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork "
                 "with more train.max_steps"
             ),
         )
     if refused := _outside(overrides, CONTINUABLE_KEYS):
         raise ConfigError(
-            f"polishing changes the mixture alone, and {refused[0].key} is something else",
+            f"--continue-from changes the mixture alone, and {refused[0].key} is something else",
             value=f"{refused[0].value} from {refused[0].source}",
             allowed=", ".join(CONTINUABLE_KEYS),
             next_step="stack train --fork DIR changes anything, without the history",
