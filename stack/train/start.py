@@ -348,8 +348,8 @@ def _refuse_continuing(
             "the run has taken all of its steps, so another mixture would change nothing",
             value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
             next_step=(
-                "--continue-from a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork "
-                "with more train.max_steps"
+                "--continue-from a checkpoint of an earlier step (DIR/checkpoints/step-…), or "
+                "--fork with more train.max_steps"
             ),
         )
     if refused := _outside(overrides, CONTINUABLE_KEYS):
