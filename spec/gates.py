@@ -134,27 +134,20 @@ class Gate(Frozen):
         A key of another variant is absent, so the gate is not for it.
         """
         set_ = all((_at(config, key) or 0) > 0 for key in self.needs)
-        return set_ and all(_at(config, key) in allowed for key, allowed in self._allowed().items())
-
-    def _allowed(self) -> dict[str, tuple]:
-        return {
-            key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()
-        }
+        return set_ and all(
+            _at(config, key) in allowed for key, allowed in _choices(self.when).items()
+        )
 
     @model_validator(mode="after")
-    def _known_subsystem(self):
+    def _consistent(self):
         if self.subsystem not in SUBSYSTEMS:
             raise ValueError(
                 f"gate {self.id}: {self.subsystem} is not a subsystem; known: "
                 f"{' '.join(SUBSYSTEMS)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _provable(self):
         if unset := [key for key in self.needs if not self.museum.get(key)]:
             raise ValueError(f"gate {self.id}: museum must set {unset[0]}, which the gate needs")
-        for key, allowed in self._allowed().items():
+        for key, allowed in _choices(self.when).items():
             if self.museum.get(key, allowed[0] if len(allowed) == 1 else None) not in allowed:
                 raise ValueError(
                     f"gate {self.id}: museum must hold one of the values of {key} in when: "
@@ -183,6 +176,11 @@ def normative_fields(entry: Mapping[str, Any]) -> dict:
         "when": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(when.items())},
     }
     return fields | {k: v for k, v in conditions.items() if v}
+
+
+def _choices(when: Mapping[str, Any]) -> dict[str, tuple]:
+    """The allowed values of each key of a condition."""
+    return {key: value if isinstance(value, tuple) else (value,) for key, value in when.items()}
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:
