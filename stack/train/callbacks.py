@@ -26,9 +26,9 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.points import Traced
 from stackproof.contracts.witness import ModeSeen
-from stackproof.data.ingredients import found_in, passages_found
 from stackproof.data.prepare import Dataset
 from stackproof.data.reader import Batch, batch_hash
+from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import uniform_loss_nats
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.canonical import sha256_json
