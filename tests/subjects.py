@@ -18,7 +18,7 @@ def altered(part: Any, **members: Any) -> Any:
     for name, member in members.items():
         former = inspect.getattr_static(kind, name)
         constant = isinstance(former, (property, cached_property, value))
-        own[name] = property(lambda self, m=member: m) if constant else staticmethod(member)
+        own[name] = property(lambda self, it=member: it) if constant else staticmethod(member)
     other = copy.copy(part)
     object.__setattr__(other, "__class__", type(kind.__name__, (kind,), own))
     return other

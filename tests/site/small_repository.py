@@ -332,7 +332,7 @@ def _write_series(folder: Path) -> tuple[Series, ...]:
             "message": "not finite",
         },
         {
-            "gate": "checkpoint.contract",
+            "gate": "checkpoint.reloads",
             "step": 200,
             "verdict": "pass",
             "measured": {},

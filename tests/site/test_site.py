@@ -118,7 +118,7 @@ def test_the_loss_curve_is_inline_small_and_names_its_axes_points_and_events(sit
     assert "optimizer step" in svg and "loss, nats per token" in svg
     assert "held-out loss ± stderr, step 300: 4.1000 nats/token" in svg
     assert "loss.stays-finite turned red at step 40" in svg
-    assert "checkpoint at step 200, verified by checkpoint.contract; resumed at step 200" in svg
+    assert "checkpoint at step 200, verified by checkpoint.reloads; resumed at step 200" in svg
     assert "currentColor" in (site / "assets" / "stackproof.css").read_text()
 
 
