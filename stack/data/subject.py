@@ -1,6 +1,9 @@
 """What the gates of corpus, data, tokenizer and curriculum judge of a data set and of a run."""
 
+from collections.abc import Mapping
+
 from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Tokenizer
+from stackproof.data import tokenizer as tokenizers
 
 
 class BuiltCorpus(Corpus):
@@ -16,4 +19,12 @@ class RunCurriculum(Curriculum):
 
 
 class RunTokenizer(Tokenizer):
-    """TODO"""
+    """A tokenizer of the stack."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self.tokenizer = tokenizer
+
+    @property
+    def special_ids(self) -> Mapping[str, tuple[int, None]]:
+        """The model holds no id of its own."""
+        return {"eos_token_id": (self.tokenizer.eos_id, None)}

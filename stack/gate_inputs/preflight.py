@@ -4,7 +4,7 @@ with fewer rows.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,6 @@ from stackproof.evaluate.stopping import batches_needed
 from stackproof.gate_inputs import operations
 from stackproof.gate_inputs.compiled import compiled_ingredients
 from stackproof.gate_inputs.digest import digest, live_sha256
-from stackproof.gate_inputs.dropout import branch_draws
 from stackproof.gate_inputs.head import head_ingredients, loss_scale_ingredients
 from stackproof.gate_inputs.kernels import kernel_calls
 from stackproof.gate_inputs.reporting import (
@@ -244,7 +243,6 @@ def _training_ingredients(
     return {
         "build_model": build,
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
-        "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
         "census_update": lambda model, optimizer, batch: census_update(
             cfg, device, model, optimizer, batch
         ),
@@ -259,9 +257,6 @@ def _training_ingredients(
         ),
         "gradient_of": _gradient_of(exact, dataset, device),
         "poisoned_step": lambda which: poisoned_step(exact, dataset, device, which),
-        "accumulated_gradients": lambda model, parts: accumulated_gradients(
-            cfg, device, model, parts
-        ),
         "ragged_batch": (ids, ragged),
         "balance_gradients": lambda weight, n_micro: balance_gradients(
             cfg, device, vocab_size, weight, n_micro
@@ -280,9 +275,6 @@ def _training_ingredients(
             "max_grad_norm": cfg.optim.max_grad_norm,
         },
         "clip_model": lambda model: _clip(cfg, opt.gradients(model)),
-        "branch_draws": lambda: branch_draws(shrunk(cfg), dataset, device),
-        "dropout": cfg.model.dropout,
-        "n_layers": cfg.model.n_layers,
     }
 
 
@@ -334,19 +326,6 @@ def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
     return loss_nats
 
 
-def train_on(
-    cfg: RunConfig,
-    device: torch.device,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-) -> float:
-    """One update of any model by the stack's own accumulation, clipping and what follows;
-    returns the loss in nats.
-    """
-    return _update(_bench(model, optimizer, device, cfg), [batch])
-
-
 def census_update(
     cfg: RunConfig,
     device: torch.device,
@@ -376,26 +355,6 @@ def loss_of(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
     x_BTD, report = model.hidden_states(*model_inputs(batch, device))
     nats = losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
     return nats + losses.balance_term(report.loads, model.balance_weight)
-
-
-def accumulated_gradients(
-    cfg: RunConfig,
-    device: torch.device,
-    model: nn.Module,
-    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-) -> tuple[float, dict[str, Tensor]]:
-    """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over
-    micro-batches of ids, labels, documents.
-    """
-    model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
-    batches = [
-        Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents)
-        for ids, labels, documents in parts
-    ]
-    nats, _ = steps.accumulate(
-        _bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches
-    )
-    return nats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def balance_gradients(
