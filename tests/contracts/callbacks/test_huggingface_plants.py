@@ -145,7 +145,7 @@ def test_padding_that_is_seen(tmp_path):
     model = llama()
     inner = model.model.forward
     model.model.forward = lambda *a, attention_mask=None, **k: inner(*a, **k)
-    assert caught(script(tmp_path, model), "model.isolation", 0)["leak_rel"] > 1e-3
+    assert caught(script(tmp_path, model), "model.isolation", 0)["padding_rel"] > 1e-3
 
 
 def test_a_head_that_has_come_loose(tmp_path):

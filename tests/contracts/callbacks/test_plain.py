@@ -267,7 +267,7 @@ def test_a_model_that_does_not_say_its_length_is_asked_within_it():
 
 def test_a_check_that_breaks_on_a_model_is_told_and_stops_nobody(monkeypatch, caplog):
     """No verdict, the reason in the log, and the loop goes on; a red gate beside it still halts."""
-    monkeypatch.setattr(causality, "draw_ids", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(causality, "draw_ids", lambda *arguments, **named: 1 / 0)
     gate = loop()
     broken = [v for v in gate.verdicts().values() if "ZeroDivisionError" in v.message]
     assert (
