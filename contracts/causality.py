@@ -3,7 +3,7 @@
 B batch, T tokens, V vocab
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stackproof.contracts.declared import chooses, hard_capacity
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
-from stackproof.contracts.model import device_of, draw_ids
+from stackproof.contracts.model import draw_ids
 from stackproof.contracts.oracle import documents
 from stackproof.contracts.subject import Model, Subject, offers
 
@@ -25,7 +25,7 @@ PACKED_LENGTHS = (17, 129)
 # --- how two forwards are compared ----------------------------------------------------------------
 
 
-def routed(subject: Subject) -> bool:
+def _routed(subject: Subject) -> bool:
     """Whether declared routers choose experts or tokens. Content then decides which tokens are
     computed together. Other trainers declare no architecture; their limits allow for rounding.
     """
@@ -33,11 +33,11 @@ def routed(subject: Subject) -> bool:
 
 
 @contextmanager
-def wide_if_routed(subject: Subject) -> Iterator[None]:
+def _wide_if_routed(subject: Subject) -> Iterator[None]:
     """The model in float64 where routers choose, so that rounding does not tip a choice. There and
     back no float32 weight changes.
     """
-    if not routed(subject):
+    if not _routed(subject):
         yield
         return
     model = subject.model.module
@@ -55,7 +55,7 @@ def _mode(subject: Subject, training: bool) -> Iterator[None]:
     same masks twice, so dropout is off there.
     """
     with subject.model.training(training):
-        if routed(subject) and hard_capacity(subject.declared.architecture):
+        if _routed(subject) and hard_capacity(subject.declared.architecture):
             for module in subject.model.module.modules():
                 module.training &= not isinstance(module, nn.Dropout)
         yield
@@ -107,12 +107,19 @@ class _Effects:
         if found > self.largest.setdefault(cause, 0.0):
             self.largest[cause], self.where[cause] = found, where
 
+    def judged(self, text: Mapping[str, str], allowed: Mapping[str, float]) -> Verdict:
+        """Each change against its limit; `text` is the message by cause."""
+        wrong = [text[cause] for cause, found in self.largest.items() if found > allowed[cause]]
+        unit = "rel" if self.relative else "abs"
+        measured = {f"{cause}_{unit}": found for cause, found in self.largest.items()}
+        return decide(not wrong, "; ".join(wrong), **measured)
+
 
 def _leak_max(limits: SimpleNamespace, subject: Subject) -> float:
     """How far logits may move that have to stay."""
     if not subject.model.bitwise_rows:
         return limits.leak_rel_max
-    return limits.regrouped_abs_max if routed(subject) else limits.leak_abs_max
+    return limits.regrouped_abs_max if _routed(subject) else limits.leak_abs_max
 
 
 # --- causality ------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ def causal(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """
     model, deaf = subject.model, 0
     effects = _Effects(relative=not model.bitwise_rows)
-    with wide_if_routed(subject):
+    with _wide_if_routed(subject):
         for training in (False, True):
             with _mode(subject, training):
                 mode = "training mode" if training else "evaluation mode"
@@ -145,14 +152,7 @@ def causal(limits: SimpleNamespace, subject: Subject) -> Verdict:
         "row": f"one row of a batch sees another ({effects.where.get('row', '')})",
         "labels_leak": "the labels change the logits",
     }
-    allowed = _leak_max(limits, subject)
-    wrong = [text[cause] for cause, found in effects.largest.items() if found > allowed]
-    unit = "rel" if effects.relative else "abs"
-    return decide(
-        not wrong,
-        "; ".join(wrong),
-        **{f"{cause}_{unit}": found for cause, found in effects.largest.items()},
-    )
+    return effects.judged(text, dict.fromkeys(text, _leak_max(limits, subject)))
 
 
 def _future(model: Model, length: int, effects: _Effects, mode: str) -> int:
@@ -215,14 +215,13 @@ def _documents_apart(limits: SimpleNamespace, subject: Subject) -> Verdict:
     pass between them; dropout is off. Where routers choose, in float64, as in `causal`.
     """
     model, found = subject.model, []
-    with wide_if_routed(subject), model.training(False):
+    with _wide_if_routed(subject), model.training(False):
         for length in sorted({min(n, model.max_length or n) for n in PACKED_LENGTHS}):
             packed = packing(length)
             ids = draw_ids((2, length), model.vocab_size, seed=length)
             ids[1, packed[1] == packed[1, -1]] = 0
             logits = _logits_between(model, ids, packed)
-            device = device_of(model.module)
-            found.append((*logits, *_gradients_between(model, ids.to(device), packed.to(device))))
+            found.append((*logits, *_gradients_between(model, ids, packed)))
     rel_error, leak, deaf, gradient, unlearned = (
         torch.tensor(found, dtype=torch.float64).amax(0).tolist()
     )
@@ -257,7 +256,7 @@ def packing(length: int) -> Tensor:
 
 def _each_document(documents_BT: Tensor) -> list[tuple[int, Tensor]]:
     """Row and places (T,) bool of every document."""
-    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    index_T = torch.arange(documents_BT.shape[1])
     return [
         (row, (index_T >= own.start) & (index_T < own.stop))
         for row, own in documents(documents_BT.shape, documents_BT)
@@ -331,13 +330,7 @@ def _padding_unread(limits: SimpleNamespace, subject: Subject) -> Verdict:
         "padding": f"logits of real tokens change with ids under {side_of} padding",
         "longer": "logits of real tokens change with more padding on the right",
     }
-    allowed = {"padding": limits.leak_rel_max, "longer": limits.longer_rel_max}
-    wrong = [text[cause] for cause, found in effects.largest.items() if found > allowed[cause]]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
-        **{f"{cause}_rel": found for cause, found in effects.largest.items()},
-    )
+    return effects.judged(text, {"padding": limits.leak_rel_max, "longer": limits.longer_rel_max})
 
 
 def _ragged(rows: int, length: int, side: str) -> Tensor:
