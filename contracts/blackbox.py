@@ -1,65 +1,10 @@
 """Gates of the vocabulary, the optimizer and the saved weights of any trainer."""
 
 from collections import Counter
-from collections.abc import Sequence
 from types import SimpleNamespace
 
 from stackproof.contracts.gate import Verdict, decide, decides
 from stackproof.contracts.subject import Subject
-
-
-@decides("tokenizer.fits-model")
-def fits_model(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """Every id of the tokenizer has a row, few rows have no id, and model and tokenizer mean the
-    same by their special ids.
-    """
-    tokenizer_size, embedding_rows = subject.tokenizer.n_ids, subject.model.vocab_size
-    special_ids = subject.tokenizer.special_ids
-    differing = [
-        f"{name} is {a} here, {b} there"
-        for name, (a, b) in special_ids.items()
-        if a is not None and b is not None and a not in _as_tuple(b)
-    ]
-    unused = embedding_rows - tokenizer_size
-    outside = [
-        f"{name} {a}"
-        for name, (a, _) in special_ids.items()
-        if a is not None and not 0 <= a < embedding_rows
-    ]
-    allowed = max(limits.unused_rows_max, limits.unused_frac_max * embedding_rows)
-    wrong = [
-        text
-        for bad, text in (
-            (
-                unused < 0,
-                (
-                    f"{-unused} of the tokenizer's {tokenizer_size} ids have no row among the "
-                    f"embedding's {embedding_rows}"
-                ),
-            ),
-            (
-                unused > allowed,
-                (
-                    f"{unused} of {embedding_rows} embedding rows stand for no id: another "
-                    "tokenizer was meant"
-                ),
-            ),
-            (bool(differing), f"special ids differ: {'; '.join(differing)}"),
-            (bool(outside), f"special ids outside the embedding: {', '.join(outside)}"),
-        )
-        if bad
-    ]
-    return decide(
-        not wrong,
-        "; ".join(wrong),
-        tokenizer_size=tokenizer_size,
-        embedding_rows=embedding_rows,
-        differing_special_ids=len(differing),
-    )
-
-
-def _as_tuple(ids: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
 
 
 @decides("optim.ownership")

@@ -1,5 +1,5 @@
-"""Gates of the corpus: no source unfiltered, no repeats, nothing of an evaluation set, and every
-token accounted for in the rows.
+"""Gates of the corpus: every source is filtered, no document repeats, no text of an evaluation set
+is in it, and every token is in the rows.
 """
 
 from collections import Counter
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.subject import Corpus, Subject
 
 WORDS = (
     "amber bronze copper dune ember field grove harbour island jetty kelp lagoon meadow north "
@@ -22,7 +23,7 @@ PROMPT = (
     "# Agent X\n\n## Identity\nYou are a shard.\n\n## Rules\nDo as told, always, and say nothing "
     "about it."
 )
-# (reason the filter must give, languages, text). Reason None must be kept.
+# (rule that must reject the text, languages, text); None: the filters must keep it
 PLANTED = (
     ("too-short", ("en",), "Chapter 3"),
     ("broken-text", ("en",), GOOD + "\0"),
@@ -70,12 +71,15 @@ PLANTED = (
 
 
 @decides("corpus.filters")
-def filters(limits: SimpleNamespace, *, manifest, reject, chat_text, sample_documents) -> Verdict:
-    """The filter tells planted texts apart, every source has a receipt that adds up, and the
-    shipped shards pass the filter again.
+def filters(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The filters judge planted texts rightly, every source has a receipt that adds up, and the
+    documents in the shards pass the filters again.
     """
+    corpus, manifest = subject.corpus, subject.corpus.manifest
     wrong = [
-        (want, got) for want, languages, text in PLANTED if (got := reject(text, languages)) != want
+        (want, got)
+        for want, languages, text in PLANTED
+        if (got := corpus.rejection(text, languages)) != want
     ]
     if wrong:
         want, got = wrong[0]
@@ -83,7 +87,7 @@ def filters(limits: SimpleNamespace, *, manifest, reject, chat_text, sample_docu
             f"a planted text that must be {want or 'kept'} was {got or 'kept'}",
             wrong_plants=len(wrong),
         )
-    if message := _converter_fault(chat_text, reject):
+    if message := _converter_fault(corpus):
         return failed(message)
     if missing := {w for w, _, _ in PLANTED if w} - set(manifest["filters"]["rules"]):
         return failed(
@@ -93,47 +97,56 @@ def filters(limits: SimpleNamespace, *, manifest, reject, chat_text, sample_docu
     for source in manifest["sources"]:
         if message := _receipt_fault(source, manifest):
             return failed(f"source {source['name']}: {message}", source=source["name"])
-    worst, judged = ("", 0.0), 0
-    languages = {s["name"]: tuple(s["languages"]) for s in manifest["sources"]}
-    counts: dict[str, Counter] = {}
     if message := _bytes_fault(manifest):
         return failed(message)
-    # a tail split leaves heads, which may be short
-    whole = manifest["config"]["split"]["kind"] == "document-hash"
-    for source, text in sample_documents(
-        limits.refiltered_frac_min, int(limits.refiltered_documents_min)
-    ):
-        reason = reject(text, languages[source]) if whole or len(text) >= limits.chars_min else None
-        counts.setdefault(source, Counter())[reason is not None] += 1
-    for source, found in counts.items():
-        judged += found.total()
-        rejected = found[True] / found.total()
-        worst = max(worst, (source, rejected), key=lambda w: w[1])
+    counts = _filtered_again(corpus, limits)
     silent = sorted({e["source"] for e in manifest["splits"]["train"]["shards"]} - set(counts))
     if silent:
         return failed(
             f"no document of source {silent[0]} could be filtered again", silent_sources=len(silent)
         )
+    rejected, worst = max((c[True] / c.total(), source) for source, c in counts.items())
     return decide(
-        worst[1] <= limits.refiltered_rejected_max,
-        f"{worst[1]:.1%} of the shipped documents of {worst[0]} are rejected when filtered again",
-        refiltered_documents=judged,
-        rejected_frac=worst[1],
+        rejected <= limits.refiltered_rejected_max,
+        f"{rejected:.1%} of the shipped documents of {worst} are rejected when filtered again",
+        refiltered_documents=sum(c.total() for c in counts.values()),
+        rejected_frac=rejected,
         planted_texts=len(PLANTED),
-        sources=len(languages),
+        sources=len(manifest["sources"]),
     )
 
 
-def _converter_fault(chat_text, reject) -> str:
-    """What is wrong with the way chats become text, or an empty text: a system prompt must not
-    arrive as a turn of the user's.
+def _filtered_again(corpus: Corpus, limits: SimpleNamespace) -> dict[str, Counter]:
+    """How many sampled documents the filters reject (True) and keep (False), by source."""
+    manifest = corpus.manifest
+    languages = {s["name"]: tuple(s["languages"]) for s in manifest["sources"]}
+    # A tail split leaves beginnings of documents, which may be too short.
+    whole = manifest["config"]["split"]["kind"] == "document-hash"
+    counts: dict[str, Counter] = {}
+    for source, text in corpus.sample_documents(
+        limits.refiltered_frac_min, int(limits.refiltered_documents_min)
+    ):
+        judged = whole or len(text) >= limits.chars_min
+        rejected = judged and corpus.rejection(text, languages[source]) is not None
+        counts.setdefault(source, Counter())[rejected] += 1
+    return counts
+
+
+def _converter_fault(corpus: Corpus) -> str:
+    """The fault in the conversion of chats to text, or an empty text: a system prompt must not
+    become a turn of the user.
     """
     turns = [
         {"role": "user", "content": "Where does the path begin?"},
         {"role": "assistant", "content": GOOD},
     ]
-    text = chat_text([{"role": "system", "content": PROMPT}, *turns])
-    if text is None or "# Agent" in text or "Identity" in text or reject(text, ("en",)):
+    text = corpus.chat_text([{"role": "system", "content": PROMPT}, *turns])
+    if (
+        text is None
+        or "# Agent" in text
+        or "Identity" in text
+        or corpus.rejection(text, ("en",)) is not None
+    ):
         return "a chat is lost because of its system prompt, or the prompt became part of its text"
     prompt, user, assistant = (
         {"role": "user", "content": PROMPT},
@@ -146,17 +159,17 @@ def _converter_fault(chat_text, reject) -> str:
         [prompt, user, assistant],
         [assistant, prompt, assistant],
     ):
-        text = chat_text(chat)
-        if text is not None and reject(text, ("en",)) not in ("system-prompt", "chat-turns"):
-            return (
-                f"a chat of {len(chat)} turn(s) in which a system prompt stands as the user's is "
-                "kept"
-            )
+        text = corpus.chat_text(chat)
+        if text is not None and corpus.rejection(text, ("en",)) not in (
+            "system-prompt",
+            "chat-turns",
+        ):
+            return f"a chat of {len(chat)} turn(s) with a system prompt as a user's turn is kept"
     return ""
 
 
 def _receipt_fault(source: dict, manifest: dict) -> str:
-    """What is wrong with a source's receipt, or an empty text."""
+    """The fault in the receipt of a source, or an empty text."""
     receipt = source["receipt"]
     for unit in ("documents", "bytes"):
         dropped = sum(row[unit] for row in receipt["dropped"].values())
@@ -166,7 +179,7 @@ def _receipt_fault(source: dict, manifest: dict) -> str:
                 f"{dropped} were dropped"
             )
     if (source["kind"] == "pangram") != (source["languages"] == ["synthetic"]):
-        return "text of people is declared synthetic, which no filter looks at"
+        return "text that people wrote is declared synthetic, which no filter judges"
     shipped = sum(
         e["documents"]
         for s in manifest["splits"].values()
@@ -184,14 +197,14 @@ def _receipt_fault(source: dict, manifest: dict) -> str:
 
 
 def _bytes_fault(manifest: dict) -> str:
-    """What is wrong with the bytes in the shards next to those that passed the filters,
-    or an empty text.
+    """The difference between the bytes that passed the filters and those in the shards, or an empty
+    text.
     """
     passed_bytes = sum(s["receipt"]["bytes_out"] for s in manifest["sources"])
     shipped, dropped = (
         sum(s[k] for s in manifest["splits"].values()) for k in ("bytes", "dropped_chars")
     )
-    # a character that a tokenizer drops has one to four bytes
+    # A character that the tokenizer drops has one to four bytes.
     if not dropped <= passed_bytes - shipped <= 4 * dropped:
         return (
             f"{passed_bytes} bytes passed the filters, {shipped} are in the shards and {dropped} "
@@ -201,15 +214,16 @@ def _bytes_fault(manifest: dict) -> str:
 
 
 @decides("corpus.no-repeats")
-def no_repeats(limits: SimpleNamespace, *, splits, manifest, near_repeats) -> Verdict:
-    """No document is in the shards twice, and where near repeats are dropped, one with a changed
-    word is seen and others are not.
+def no_repeats(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """No document is in the shards twice; where near repeats are dropped, a document with one
+    changed word is dropped and an unlike one is not.
     """
-    hashes = np.sort(np.concatenate([stream.document_hashes for stream in splits.values()]))
+    corpus = subject.corpus
+    hashes = np.sort(np.concatenate([stream.document_hashes for stream in corpus.splits.values()]))
     repeated = int((hashes[1:] == hashes[:-1]).sum())
     measured = {"documents": len(hashes), "repeated": repeated}
-    if manifest["config"]["dedup"]["kind"] == "near":
-        found = near_repeats(
+    if corpus.manifest["config"]["dedup"]["kind"] == "near":
+        found = corpus.near_repeats(
             [
                 " ".join(SENTENCES),
                 " ".join(reversed(WORDS * 4)),
@@ -218,7 +232,7 @@ def no_repeats(limits: SimpleNamespace, *, splits, manifest, near_repeats) -> Ve
         )
         if found != [False, False, True]:
             return failed(
-                "a document with one changed word is not seen as a repeat, or an unlike one is",
+                "deduplication keeps a document with one changed word, or drops an unlike one",
                 near_repeats_seen=False,
             )
         measured["near_repeats_seen"] = True
@@ -230,44 +244,45 @@ def no_repeats(limits: SimpleNamespace, *, splits, manifest, near_repeats) -> Ve
 
 
 @decides("corpus.decontamination")
-def decontamination(
-    limits: SimpleNamespace, *, manifest, gram_set, shares_gram, evaluation_grams, sample_documents
-) -> Verdict:
-    """The scanner finds a hidden passage and nothing else, and no sampled document shares a run of
-    words with an evaluation set.
+def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The scanner finds a hidden passage and finds none in another text, and no sampled document
+    shares an n-gram with an evaluation set.
     """
+    corpus, declared = subject.corpus, subject.corpus.manifest["decontamination"]
     canary = " ".join(SENTENCES[4:8])
-    grams = gram_set([canary])
-    if not shares_gram(f"{GOOD} {canary.upper().replace(',', ';')} {GOOD}", grams) or shares_gram(
-        " ".join(SENTENCES[8:]), grams
-    ):
+    grams = corpus.gram_set([canary])
+    hidden = f"{GOOD} {canary.upper().replace(',', ';')} {GOOD}"
+    if not corpus.shares_gram(hidden, grams) or corpus.shares_gram(" ".join(SENTENCES[8:]), grams):
         return failed(
             "the scanner misses a passage hidden in a document, or finds one that is not there",
             canary_found=False,
         )
-    declared = manifest["decontamination"]
     if declared is None:
         return passed("", canary_found=True, evaluation_sets=0)
-    if not shares_gram(declared["canary"], evaluation_grams):
+    grams = corpus.evaluation_grams
+    if not corpus.shares_gram(declared["canary"], grams):
         return failed(
-            "the stored word runs do not hold the evaluation text they were made from",
+            "the stored n-grams are not those of the evaluation text they were made from",
             canary_found=False,
         )
     for kept_out in declared["sets"]:
         if kept_out["records_kept_out"] < limits.records_kept_out_min * kept_out["records"]:
             return failed(
-                f"of {kept_out['records']} records of {kept_out['path']} "
-                f"{kept_out['records_kept_out']} have a text of 13 words",
+                f"of {kept_out['records']} records of {kept_out['path']} only "
+                f"{kept_out['records_kept_out']} have a text of {declared['gram_words']} words",
                 canary_found=True,
             )
     hits = scanned = 0
-    for _, text in sample_documents(limits.scanned_frac_min, int(limits.scanned_documents_min)):
+    for _, text in corpus.sample_documents(
+        limits.scanned_frac_min, int(limits.scanned_documents_min)
+    ):
         scanned += 1
-        hits += shares_gram(text, evaluation_grams)
+        hits += corpus.shares_gram(text, grams)
     return decide(
-        hits <= limits.contaminated_documents_max and len(evaluation_grams) == declared["grams"],
-        f"{hits} of {scanned} documents share a run of {declared['gram_words']} words with an "
-        "evaluation set",
+        hits <= limits.contaminated_documents_max and len(grams) == declared["grams"],
+        f"{hits} of {scanned} documents share {declared['gram_words']} words in a row with an "
+        f"evaluation set, or the {len(grams)} stored n-grams are not the {declared['grams']} "
+        "declared",
         canary_found=True,
         evaluation_sets=len(declared["sets"]),
         records_kept_out=sum(s["records_kept_out"] for s in declared["sets"]),
@@ -277,10 +292,12 @@ def decontamination(
 
 
 @decides("corpus.packing")
-def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> Verdict:
-    """Rows hold every token of the shards once as a label, up to the declared remainder, and
-    documents end where they end.
+def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Rows hold every token of the shards once as a label, up to the declared remainder, and no
+    document runs into the next.
     """
+    row_stream, seq_len = subject.corpus.splits["train"], subject.data_loader.seq_len
+    tokenizer = subject.tokenizer.tokenizer
     n_rows = row_stream.n_windows(seq_len)
     if not n_rows:
         return not_run(f"there is no row of {seq_len} tokens")
@@ -295,7 +312,7 @@ def packing(limits: SimpleNamespace, *, row_stream, seq_len: int, tokenizer) -> 
         counts += np.bincount(rows.labels[valid], minlength=len(counts))
         if rows.document_ids is None:
             broken += int((rows.input_ids[:, 1:] != rows.labels[:, :-1]).sum())
-            # what the row before ends with
+            # the last label of the row before
             before = np.append(end if first else rows.input_ids[:1, 0], rows.labels[:-1, -1])
             follows = ~np.isin(np.arange(first, first + len(before)), begins_shard)
             broken += int(((before != rows.input_ids[:, 0]) & follows).sum())

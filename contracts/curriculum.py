@@ -1,5 +1,5 @@
-"""Gates of the curriculum: rows come from the declared sources in the declared shares,
-and rewards cannot be had cheaply.
+"""Gates of the curriculum: rows come from the declared sources in the declared shares, and a
+source is rewarded only for what all sources gain.
 """
 
 import math
@@ -11,6 +11,7 @@ import numpy as np
 
 from stackproof.contracts.events import BatchDrawn, Event, Started, StepTaken
 from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.subject import Subject
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
 TURNS, TREND = 90, 0.25  # nats per turn, ten times what the useful source adds to it
@@ -38,41 +39,42 @@ def _stretch(order, first: int, n: int) -> np.ndarray:
 
 
 @decides("curriculum.order")
-def order(
-    limits: SimpleNamespace, *, make_run_order, warmup_rows: int, warmup_sources, declared_shares
-) -> Verdict:
-    """The run's own order: repeatable, warm-up and caps kept, shares in their bounds, windows once
-    per epoch and from everywhere.
+def order(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The run's sampler order: repeatable, warm-up and caps kept, shares in their bounds, windows
+    once per epoch and from everywhere.
 
     Rows that are decided one at a time, over the end of the warm-up, are those that are decided all
-    at once. `declared_shares` holds (weight, cap, floor) of every source by name, as the
-    configuration has them; one source alone has all rows.
+    at once. A single source has all rows.
     """
-    arms = make_run_order().sources
-    if len(arms) > 1 and (other := _undeclared(arms, declared_shares)):
+    curriculum, warmup_rows = subject.curriculum, subject.curriculum.warmup_rows
+    arms = curriculum.sampler_order().sources
+    if len(arms) > 1 and (other := _undeclared(arms, curriculum.declared_shares)):
         return failed(other)
-    listed = [i for i, s in enumerate(arms) if s.name in warmup_sources]
+    listed = [i for i, s in enumerate(arms) if s.name in curriculum.warmup_sources]
     warm = (
-        _stretch(make_run_order(), 0, min(warmup_rows, JUDGED_ROWS))
+        _stretch(curriculum.sampler_order(), 0, min(warmup_rows, JUDGED_ROWS))
         if warmup_rows
         else np.zeros((3, 0), np.int64)
     )
     early = int((~np.isin(warm[0], listed)).sum())
     if early:
         return failed(
-            f"{early} rows of the warm-up are of other sources than {', '.join(warmup_sources)}",
+            f"{early} rows of the warm-up are of other sources than "
+            f"{', '.join(curriculum.warmup_sources)}",
             early_rows=early,
         )
-    before = make_run_order().counts(warmup_rows)
-    sources, windows, epochs = _stretch(make_run_order(), warmup_rows, JUDGED_ROWS)
-    if not np.array_equal(sources, _stretch(make_run_order(), warmup_rows, JUDGED_ROWS)[0]):
+    before = curriculum.sampler_order().counts(warmup_rows)
+    sources, windows, epochs = _stretch(curriculum.sampler_order(), warmup_rows, JUDGED_ROWS)
+    if not np.array_equal(
+        sources, _stretch(curriculum.sampler_order(), warmup_rows, JUDGED_ROWS)[0]
+    ):
         return failed("the same seed gives two orders")
     for i, arm in enumerate(arms):
         mine = sources == i
         if message := _arm_fault(arm, int(before[i]), windows[mine], epochs[mine], limits):
             return failed(f"source {arm.name}: {message}", source=arm.name)
     n = min(warmup_rows, JUDGED_ROWS) + TURN_ROWS
-    one, singly = make_run_order(), make_run_order()
+    one, singly = curriculum.sampler_order(), curriculum.sampler_order()
     if not np.array_equal(
         _drawn(one, 0, n), np.concatenate([_drawn(singly, i, 1) for i in range(n)], axis=1)
     ):
@@ -88,7 +90,7 @@ def order(
 
 
 def _undeclared(arms, declared) -> str:
-    """Which source has other shares than were declared, or an empty text."""
+    """The first source with other shares than were declared, or an empty text."""
     held = {a.name: (a.weight, a.cap, a.floor) for a in arms}
     wrong = sorted(n for n in held.keys() | declared.keys() if held.get(n) != declared.get(n))
     parts = [
@@ -100,11 +102,11 @@ def _undeclared(arms, declared) -> str:
 def _arm_fault(
     arm, before: int, windows: np.ndarray, epochs: np.ndarray, limits: SimpleNamespace
 ) -> str:
-    """What is wrong with the windows drawn from one source, or an empty text."""
+    """The fault in the windows drawn from one source, or an empty text."""
     if len(windows) and arm.cap == 0:
         return f"its cap is 0 and {len(windows)} rows are drawn from it"
     if ((windows < arm.first) | (windows >= arm.first + arm.n_windows)).any():
-        return "rows of other sources are drawn in its name"
+        return "rows of other sources are entered under it"
     if len(np.unique(np.stack([epochs, windows]), axis=1).T) != len(windows):
         return "a window is drawn twice in one epoch"
     if not np.array_equal(epochs, (before + np.arange(len(epochs))) // max(1, arm.n_windows)):
@@ -176,15 +178,15 @@ def _share_error(bandit) -> float:
 
 
 @decides("curriculum.reward")
-def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
-    """Text that only makes itself predictable earns nothing: not by how far its own loss falls, nor
-    by the scale of the losses.
+def reward(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """A source that lowers only its own loss is not rewarded, and the scale of the losses does not
+    matter.
 
-    A source that does nothing at first, and from half of the turns on is the one that lowers every
-    loss, is found again. Where all losses fall whatever is read, as they do while a model trains,
-    the useful source is found as well. The rows of a turn follow its focus. `make_bandit()` has
-    sources without caps and floors, and `cfg.focus_share`.
+    A source that lowers every loss from half of the turns on, and none before, is found again. A
+    useful source is also found where all losses fall whatever is read, as they do in training. The
+    rows of a turn follow its focus.
     """
+    make_bandit = subject.curriculum.bandit
     plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
     if plain != cheap:
         return failed(
@@ -221,15 +223,16 @@ def reward(limits: SimpleNamespace, *, make_bandit) -> Verdict:
 
 
 @decides("curriculum.state")
-def state(limits: SimpleNamespace, *, make_bandit, make_run_order, warmup_rows: int) -> Verdict:
-    """A restored curriculum goes on, and goes on learning, as if never stopped; arms that the
+def state(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """A restored curriculum draws and learns as one that was never stopped; sources that the
     configuration does not have are dropped.
 
     It is saved inside a turn of the warm-up and inside a later one, and both go through the same
     turns of losses after that.
     """
-    for make in (make_bandit, make_run_order):
-        for saved_at in (max(2, min(warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
+    curriculum, make_bandit = subject.curriculum, subject.curriculum.bandit
+    for make in (make_bandit, curriculum.sampler_order):
+        for saved_at in (max(2, min(curriculum.warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
             whole, restored = make(), make()
             _stretch(whole, 0, saved_at // 2)
             _drawn(whole, saved_at // 2, saved_at - saved_at // 2)

@@ -1,4 +1,4 @@
-"""Gates of the data: what was consumed is what was declared, and nothing held out is trained on."""
+"""Gates of the data: a run reads what was declared, in a shuffled order, and no held-out text."""
 
 import math
 from collections import Counter, deque
@@ -10,6 +10,7 @@ import numpy as np
 
 from stackproof.contracts.events import BatchDrawn, Event, Started
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
+from stackproof.contracts.subject import DataLoader, Subject
 
 JUDGED_WINDOWS = 509  # prime, so that no world size or batch divides it
 # ranks and rows; one row alone hides a stride that forgets the rows
@@ -19,28 +20,34 @@ CANARY_TOKENS = 2**20  # training tokens of the copy in which the canary is hidd
 SPAN_BYTES, MIN_SPAN = 60, 16  # about a dozen English words
 
 
-def _ids(reader, n_rows: int) -> list[int]:
-    """Window numbers of the next `n_rows` rows a reader really delivers."""
+def _judged_rows(loader: DataLoader) -> int:
+    """Of a large corpus the first rows are judged."""
+    return min(loader.n_rows, JUDGED_WINDOWS)
+
+
+def _ids(reader, n: int) -> list[int]:
+    """Window numbers of the next `n` rows that a reader delivers."""
     drawn: list[int] = []
-    while len(drawn) < n_rows:
+    while len(drawn) < n:
         drawn += reader.draw().sample_ids
-    return drawn[:n_rows]
+    return drawn[:n]
 
 
 @decides("data.order")
-def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
+def order(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Order is a pure function of seed, epoch and index: repeatable, enterable anywhere, shuffled,
-    and new every epoch.
+    and new in every epoch.
     """
-    n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
-    twice = [_ids(make_reader(rows=3, n_windows=n), 2 * n) for _ in range(2)]
+    loader, n = subject.data_loader, _judged_rows(subject.data_loader)
+    twice = [_ids(loader.reader(rows=3, n_rows=n), 2 * n) for _ in range(2)]
     if twice[0] != twice[1]:
         return failed("the same seed gives two orders")
     middle = n // 2
-    if _ids(make_reader(rows=1, n_windows=n, cursor=middle), n) != twice[0][middle : middle + n]:
+    entered = _ids(loader.reader(rows=1, n_rows=n, cursor=middle), n)
+    if entered != twice[0][middle : middle + n]:
         return failed("entering in the middle gives another order than arriving there")
     first, second = np.array(twice[0][:n]), np.array(twice[0][n : 2 * n])
-    other_seed = np.array(_ids(make_reader(rows=1, n_windows=n, seed=987654321), n))
+    other_seed = np.array(_ids(loader.reader(rows=1, n_rows=n, seed=987654321), n))
     repeated = float((first == second).mean()), float((first == other_seed).mean())
     ranks = np.arange(n)
     trend = abs(float(np.corrcoef(ranks, first)[0, 1])) if n > 2 else 0.0
@@ -68,7 +75,7 @@ def order(limits: SimpleNamespace, *, make_reader) -> Verdict:
 
 
 @decides("data.coverage")
-def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
+def coverage(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Over all ranks of several world sizes every window is delivered exactly once per epoch,
     with the right tokens.
 
@@ -76,12 +83,10 @@ def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
     second one by readers that resume shortly before it begins, so that batches cross the end of an
     epoch.
     """
-    n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
+    loader, n = subject.data_loader, _judged_rows(subject.data_loader)
     for world_size, rows in WORLDS:
         for epoch, cursor in ((0, 0), (1, max(0, n - 5))):
-            ids, wrong_tokens, wrong_epoch = _delivered(
-                make_reader, n, seq_len, epoch, cursor, rows, world_size
-            )
+            ids, wrong_tokens, wrong_epoch = _delivered(loader, n, epoch, cursor, rows, world_size)
             twice, missing = len(ids) - len(set(ids)), n - len(set(ids))
             if twice or missing:
                 return failed(
@@ -110,26 +115,24 @@ def coverage(limits: SimpleNamespace, *, make_reader, seq_len: int) -> Verdict:
 
 
 def _delivered(
-    make_reader, n: int, seq_len: int, epoch: int, cursor: int, rows: int, world_size: int
+    loader: DataLoader, n: int, epoch: int, cursor: int, rows: int, world_size: int
 ) -> tuple[list[int], int, int]:
-    """What all ranks deliver of one epoch: window numbers, rows with other tokens than declared,
-    batches with a wrong epoch number.
+    """What all ranks deliver of one epoch: window numbers, number of rows with other tokens than
+    declared, number of batches with a wrong epoch number.
 
-    Places are counted here, not asked of the reader, so a position that stands still ends in a
-    verdict and not in an endless loop.
+    Positions are counted here and not read from the reader, so that a reader that stands still ends
+    in a verdict and not in an endless loop.
     """
     ids, wrong_tokens, wrong_epoch = [], 0, 0
     for rank in range(world_size):
-        reader = make_reader(
-            rows=rows, rank=rank, world_size=world_size, n_windows=n, cursor=cursor
-        )
+        reader = loader.reader(rows=rows, rank=rank, world_size=world_size, n_rows=n, cursor=cursor)
         for first in range(cursor + rank * rows, (epoch + 1) * n + rank * rows, rows * world_size):
             batch = reader.draw()
             places = range(first, first + rows)
             ids += [i for place, i in zip(places, batch.sample_ids) if place // n == epoch]
             wrong_epoch += batch.epoch != places[-1] // n
             if epoch == 0 and rank == world_size - 1:
-                truth = reader.stream.rows(np.array(batch.sample_ids), seq_len)
+                truth = reader.stream.rows(np.array(batch.sample_ids), loader.seq_len)
                 wrong = (batch.input_ids.numpy() != truth.input_ids).any(1) | (
                     batch.labels.numpy() != truth.labels
                 ).any(1)
@@ -139,8 +142,8 @@ def _delivered(
 
 
 def _not_shifted(batch) -> np.ndarray:
-    """Rows in which a label is not the next input, seen from the batch alone; bool (R,).
-    Borders of documents kept apart aside.
+    """Rows in which a label is not the next input, by the batch alone; bool (R,). Borders between
+    documents that are kept apart do not count.
     """
     labels, following = batch.labels.numpy()[:, :-1], batch.input_ids.numpy()[:, 1:]
     within = np.ones_like(labels, bool)
@@ -151,12 +154,12 @@ def _not_shifted(batch) -> np.ndarray:
 
 
 @decides("data.exhaustion")
-def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
-    """At the corpus' end `error` raises and delivers nothing;
-    `wrap` goes on with real windows of the next epoch.
+def exhaustion(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """At the end of the corpus `error` raises and delivers nothing; `wrap` goes on with real
+    windows of the next epoch.
     """
-    n = make_reader(rows=1, n_windows=JUDGED_WINDOWS).n_windows
-    strict = make_reader(rows=1, n_windows=n, cursor=n, on_exhausted="error")
+    loader, n = subject.data_loader, _judged_rows(subject.data_loader)
+    strict = loader.reader(rows=1, n_rows=n, cursor=n, on_exhausted="error")
     try:
         strict.draw()
     except Exception as e:
@@ -165,10 +168,10 @@ def exhaustion(limits: SimpleNamespace, *, make_reader) -> Verdict:
         return failed("a corpus that is exhausted still delivers a batch")
     if strict.cursor != n:
         return failed("a refused draw moved the position", cursor=strict.cursor)
-    if _delivers(make_reader(rows=2, n_windows=n, cursor=n - 1, on_exhausted="error")):
-        return failed("two windows are wanted, one is left, and a batch comes nevertheless")
-    last = make_reader(rows=1, n_windows=n, cursor=n - 1, on_exhausted="error").draw()
-    wrapping = make_reader(rows=1, n_windows=n, cursor=n - 1)
+    if _delivers(loader.reader(rows=2, n_rows=n, cursor=n - 1, on_exhausted="error")):
+        return failed("a batch of two windows is delivered although one is left")
+    last = loader.reader(rows=1, n_rows=n, cursor=n - 1, on_exhausted="error").draw()
+    wrapping = loader.reader(rows=1, n_rows=n, cursor=n - 1)
     batches = [wrapping.draw() for _ in range(3)]
     truth = wrapping.stream.rows(
         np.array([i for b in batches for i in b.sample_ids]), batches[0].input_ids.shape[1]
@@ -193,12 +196,13 @@ def _delivers(reader) -> bool:
 
 
 @decides("data.integrity")
-def integrity(limits: SimpleNamespace, *, splits, manifest, tokenizer) -> Verdict:
+def integrity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Ids fit their vocabulary, documents begin and end where they should,
     and tokens and bytes add up to the manifest.
     """
+    splits, tokenizer = subject.corpus.splits, subject.tokenizer.tokenizer
     for name, stream in splits.items():
-        declared = manifest["splits"][name]
+        declared = subject.corpus.manifest["splits"][name]
         n_read = min(stream.n_tokens, int(limits.tokens_read_max))
         highest, ends, n_bytes = _census(stream, n_read, tokenizer)
         if highest >= tokenizer.vocab_size:
@@ -306,7 +310,7 @@ def _finds_canary(held_out, train, places: np.ndarray, found: np.ndarray, span: 
     spliced into a copy of them.
     """
     absent = np.flatnonzero(~found)
-    if not absent.size:  # every run was found already, so the scanner sees
+    if not absent.size:  # the scanner works: it found every run already
         return bool(found.size)
     at = int(places[absent[absent.size // 2]])
     passage = held_out.token_range(at, at + span)
@@ -316,11 +320,11 @@ def _finds_canary(held_out, train, places: np.ndarray, found: np.ndarray, span: 
 
 
 @decides("data.leakage")
-def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
-    """No held-out document is in the training split, few of its long runs are,
-    and the scanner finds a canary first.
+def leakage(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """No held-out document is in the training split, and few runs of held-out tokens are. First the
+    scanner must find a hidden passage.
     """
-    train, held_out = splits["train"], splits["validation"]
+    train, held_out = subject.corpus.splits["train"], subject.corpus.splits["validation"]
     shared = np.intersect1d(train.document_hashes, held_out.document_hashes).size
     budget = int(limits.tokens_read_max)
     n_held, n_train = min(held_out.n_tokens, budget), min(train.n_tokens, budget)
@@ -358,11 +362,10 @@ def leakage(limits: SimpleNamespace, *, splits, tokenizer) -> Verdict:
 
 
 @decides("data.corpus-budget")
-def corpus_budget(
-    limits: SimpleNamespace, *, splits, n_params: int, planned_tokens: int
-) -> Verdict:
+def corpus_budget(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The corpus is large enough for the model and is not repeated too often."""
-    unique = splits["train"].n_tokens
+    declared, unique = subject.declared, subject.corpus.splits["train"].n_tokens
+    n_params, planned_tokens = declared.n_parameters, declared.max_steps * declared.tokens_per_step
     per_parameter, epochs = unique / n_params, planned_tokens / unique
     ok = per_parameter >= limits.unique_tokens_per_parameter_min and epochs <= limits.epochs_max
     return decide(

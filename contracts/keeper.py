@@ -61,11 +61,7 @@ class Gatekeeper:
         self.shown: Event | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
-            if gate_id not in spec.gates:
-                raise ConfigError(
-                    f"gates.waive names {gate_id}, which is no gate",
-                    allowed=", ".join(sorted(spec.gates)),
-                )
+            spec.gate(gate_id)
             if dt.date.fromisoformat(waiver.expires) < dt.date.today():
                 raise ConfigError(
                     f"the waiver of {gate_id} has expired",

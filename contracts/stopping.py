@@ -34,7 +34,7 @@ def stop_rule(
     the paired difference on.
 
     `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and
-    `wait`. `stop_declared` holds kind, patience, min_epochs, z and min_delta_nats.
+    `wait`. `stop_declared` holds kind, patience, min_evaluations, z and min_delta_nats.
     """
     if stop_declared["kind"] == "never":
         stopped = sum(d.stop for d in map(make_stop_rule().update, [[1.0, 1.1]] * 64))
@@ -139,7 +139,7 @@ def _plateau_delay(rule: Any, falling_rounds: int, declared: dict[str, Any]) -> 
     """Rounds by which the stop misses its declared place on a curve that falls steeply, then stays
     level. −1 if there is no stop.
     """
-    due = max(falling_rounds - 1 + declared["patience"], declared["min_epochs"] - 1)
+    due = max(falling_rounds - 1 + declared["patience"], declared["min_evaluations"] - 1)
     for r in range(due + 64):
         level = 10.0 - CLIFF_NATS * min(r, falling_rounds - 1)
         if rule.update([level, level + 0.3, level - 0.2]).stop:

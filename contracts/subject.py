@@ -130,7 +130,7 @@ class Corpus:
 
     @value
     def manifest(self) -> Mapping[str, Any]:
-        """What the build wrote down: sources, hashes, counts, filters."""
+        """What the build wrote down: sources, hashes, counts, filters, tokenizer."""
 
     @capability
     def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
@@ -138,17 +138,19 @@ class Corpus:
         `minimum`, decoded from the shards.
         """
 
-    @capability
+    @value
     def held_out_texts(self) -> Sequence[str]:
-        """Texts of the validation split."""
+        """The beginnings of some documents of the validation split."""
 
     @capability
-    def rejection(self, text: str, languages: Sequence[str]) -> Any:
-        """Why the filters reject a text; empty or None where they keep it."""
+    def rejection(self, text: str, languages: Sequence[str]) -> str | None:
+        """The filter rule that rejects a text; None where all keep it."""
 
     @capability
-    def chat_text(self, turns: Any) -> str:
-        """A chat as the text that is tokenized."""
+    def chat_text(self, turns: list[dict[str, str]]) -> str | None:
+        """A chat, given as turns with role and content, as the text that is tokenized; None where
+        the chat is not used.
+        """
 
     @capability
     def near_repeats(self, texts: list[str]) -> list[bool]:
@@ -164,11 +166,11 @@ class Corpus:
 
     @value
     def evaluation_grams(self) -> Any:
-        """The n-grams of the declared evaluation sets."""
+        """The n-grams of the declared evaluation sets; None if none were declared."""
 
 
 class DataLoader:
-    """Order and rows of the training split as a run reads them."""
+    """Rows of the training split as a run reads them."""
 
     @value
     def seq_len(self) -> int:
@@ -178,14 +180,11 @@ class DataLoader:
     def n_rows(self) -> int:
         """Rows of one epoch."""
 
-    @value
-    def planned_tokens(self) -> int:
-        """Tokens that the whole run will read."""
-
     @capability
-    def reader(self, *, n_rows: int | None = None, **options: Any) -> Any:
-        """A data loader over the first `n_rows` rows (default: all), from the beginning; `options`
-        override those of the run: seed, rows, cursor, on_exhausted, order.
+    def reader(self, *, n_rows: int | None = None, rows: int, **options: Any) -> Any:
+        """A data loader over the first `n_rows` rows (default: all), from the beginning, with
+        batches of `rows` rows. `options` override those of the run: seed, rank, world_size, cursor,
+        on_exhausted.
         """
 
 
@@ -193,12 +192,14 @@ class Curriculum:
     """The order in which sources are mixed."""
 
     @capability
-    def run_order(self) -> Any:
-        """The order of this run, at its beginning."""
+    def sampler_order(self) -> Any:
+        """The sampler order of this run, at its beginning."""
 
     @capability
     def bandit(self, capped: str = "") -> Any:
-        """A bandit order over the sources useful, list and other; `capped` may not be drawn."""
+        """A bandit order over the sources useful, list and other, without caps and floors; the cap
+        of source `capped` is 0.
+        """
 
     @value
     def warmup_rows(self) -> int:
@@ -210,7 +211,7 @@ class Curriculum:
 
     @value
     def declared_shares(self) -> Mapping[str, tuple[float, float, float]]:
-        """(weight, cap, floor) by source."""
+        """(weight, cap, floor) by source, as the configuration has them."""
 
 
 class Tokenizer:
@@ -221,11 +222,15 @@ class Tokenizer:
         """The object that encodes and decodes."""
 
     @value
+    def sha256(self) -> str:
+        """Hash of its saved form, which manifest and shards name."""
+
+    @value
     def n_ids(self) -> int:
         """Number of ids that it may give."""
 
     @value
-    def special_ids(self) -> Mapping[str, tuple[Any, Any]]:
+    def special_ids(self) -> Mapping[str, tuple[int | None, int | Sequence[int] | None]]:
         """(tokenizer's id, model's id or ids) by name; None where one of them has none."""
 
     @capability

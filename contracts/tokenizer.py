@@ -1,33 +1,48 @@
-"""Gates of the tokenizer: text survives, and the tokenizer is the one the shards were made with."""
+"""Gates of the tokenizer: text survives, merges are right, and the tokenizer is that of the data
+and the model.
+"""
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.subject import NotOffered, Subject
 
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
-# bytes that stand for themselves in a file
+# Bytes that stand for themselves in a file.
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+# Texts that tokenizers are known to change.
+HARD_TEXTS = (
+    "hello ! how are you ?  two  spaces, a\ttab, a\r\nline end and \u00a0 no-break space",
+    "naïve café — “quotes”, 漢字, עברית, emoji 👩‍👩‍👧 and a combining e\u0301",
+    "<|endoftext|> is text here, and so is <|endoftext|><|endoftext|>",
+    "def f(x):\n    return x**2  # 1e-5, 0x1F, ::, ->, ...\n",
+    "it's they'll we've I'M   \n\n  \t end  ",
+    "",
+    " ",
+    "\x00\x01\x7f",
+)
 
 
 @decides("tokenizer.round-trip")
-def round_trip(limits: SimpleNamespace, *, tokenizer, hard_texts, held_out_texts) -> Verdict:
+def round_trip(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """decode(encode(x)) is x for hard and for held-out texts, lengths in bytes add up, and text
     never becomes a control id.
     """
+    tokenizer = subject.tokenizer.tokenizer
     texts = [
-        *hard_texts,
+        *HARD_TEXTS,
         *(t for i in tokenizer.control_ids if (t := tokenizer.literal(i))),
-        *held_out_texts,
+        *subject.corpus.held_out_texts,
     ]
     checked = 0
     for text, batched in zip(texts, tokenizer.encode_batch(texts), strict=True):
         encoding = tokenizer.encode(text)
         if list(batched.ids) != list(encoding.ids):
             return failed(
-                "a text gives other ids in a batch, as shards are written, than alone, as prompts "
-                "are read",
+                "a text has other ids in a batch, as in shards, than alone, as in prompts",
                 checked=checked,
             )
         if not tokenizer.control_ids.isdisjoint(encoding.ids):
@@ -46,7 +61,7 @@ def round_trip(limits: SimpleNamespace, *, tokenizer, hard_texts, held_out_texts
             c for c in text if not tokenizer.encode(c).dropped_chars
         ):
             return failed(
-                "what is left after dropping unknown characters is not the rest of the text",
+                "decoding does not give the text without its unknown characters",
                 checked=checked,
             )
         if encoding.dropped_chars != len(text) - len(back):
@@ -76,12 +91,12 @@ def round_trip(limits: SimpleNamespace, *, tokenizer, hard_texts, held_out_texts
     )
 
 
-def bpe_merges(texts, n_merges: int) -> list[tuple[bytes, bytes]]:
-    """The first merges of byte-level BPE by counting every pair anew, with Python's integers: the
+def bpe_merges(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """The first merges of byte-level BPE, with every pair counted anew in Python's integers: the
     oracle of the gate and of tests.
 
-    Words are cut as GPT-2 cuts ASCII text. Of equally frequent pairs the one of the lower ids wins,
-    bytes being numbered in the order of their printable stand-ins and merges as they are made.
+    Words are split as GPT-2 splits ASCII text. Of equally frequent pairs the one of the lower ids
+    wins; bytes are numbered in the order of their printable stand-ins, merges as they are made.
     """
     words = Counter(w for text in texts for w in WORDS.findall(text))
     order = {
@@ -115,12 +130,12 @@ def _merged(pieces: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 
 @decides("tokenizer.merges")
-def merges(limits: SimpleNamespace, *, trained_merges, held_out_texts) -> Verdict:
-    """The trainer makes the merges that counting gives, also where one pair occurs more often
-    than a short counter holds.
+def merges(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """Training gives the merges that counting gives, also where one pair occurs more often than a
+    short counter holds.
     """
     sample, size = [], 0
-    for text in held_out_texts:
+    for text in subject.corpus.held_out_texts:
         ascii_text = text.encode("ascii", "ignore").decode()
         sample.append(ascii_text[: int(limits.sample_chars_max) - size])
         size += len(sample[-1])
@@ -128,7 +143,7 @@ def merges(limits: SimpleNamespace, *, trained_merges, held_out_texts) -> Verdic
             break
     texts = [*sample, " qz" * int(limits.frequent_pairs_min)]
     n = int(limits.merges_min)
-    wanted, made = bpe_merges(texts, n), trained_merges(texts, n)[:n]
+    wanted, made = bpe_merges(texts, n), subject.tokenizer.trained_merges(texts, n)[:n]
     wrong = next((i for i, (a, b) in enumerate(zip(wanted, made)) if a != b), None)
     return decide(
         wrong is None and len(made) == len(wanted),
@@ -140,20 +155,83 @@ def merges(limits: SimpleNamespace, *, trained_merges, held_out_texts) -> Verdic
     )
 
 
-@decides("tokenizer.pinning")
-def pinning(limits: SimpleNamespace, *, tokenizer, splits, manifest) -> Verdict:
-    """The loaded tokenizer is the one in the manifest and in every shard's header."""
-    pins = [p for stream in splits.values() for p in stream.tokenizer_sha256]
-    wrong = sum(p != tokenizer.sha256 for p in pins)
-    ok = (
-        not wrong
-        and len(pins) >= limits.pins_min
-        and manifest["tokenizer"]["sha256"] == tokenizer.sha256
-    )
-    ok = ok and manifest["tokenizer"]["vocab_size"] == tokenizer.vocab_size
-    return decide(
-        ok,
-        f"{wrong} of {len(pins)} shard(s) were encoded with another tokenizer",
-        pins=len(pins),
-        wrong=wrong,
-    )
+@decides("tokenizer.identity")
+def identity(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The tokenizer is the one that the shards and the model were made with. Each is compared where
+    the trainer offers it; `judged` names those that were.
+    """
+    faults, measured, judged, missing = [], {}, [], []
+    for other, compare in (("shards", _compare_shards), ("model", _compare_model)):
+        try:
+            found, numbers = compare(limits, subject)
+        except NotOffered as e:
+            missing.append(str(e))
+            continue
+        judged.append(other)
+        faults += found
+        measured |= numbers
+    if not judged:
+        return not_run("; ".join(missing))
+    return decide(not faults, "; ".join(faults), judged=" and ".join(judged), **measured)
+
+
+def _compare_shards(limits: SimpleNamespace, subject: Subject) -> tuple[list[str], dict[str, int]]:
+    """Faults and measurements: manifest and shards name the tokenizer's hash, the manifest its
+    size.
+    """
+    splits, declared = subject.corpus.splits, subject.corpus.manifest["tokenizer"]
+    sha256, n_ids = subject.tokenizer.sha256, subject.tokenizer.n_ids
+    pins = [pin for stream in splits.values() for pin in stream.tokenizer_sha256]
+    wrong = sum(pin != sha256 for pin in pins)
+    faults = []
+    if wrong:
+        faults.append(f"{wrong} of {len(pins)} shard(s) were encoded with another tokenizer")
+    if len(pins) < limits.pins_min:
+        faults.append(f"{len(pins)} shard(s) name a tokenizer")
+    if declared["sha256"] != sha256:
+        faults.append("the manifest names another tokenizer")
+    if declared["vocab_size"] != n_ids:
+        faults.append(f"the tokenizer has {n_ids} ids, the manifest {declared['vocab_size']}")
+    return faults, {"pins": len(pins), "wrong": wrong}
+
+
+def _compare_model(limits: SimpleNamespace, subject: Subject) -> tuple[list[str], dict[str, int]]:
+    """Faults and measurements: every id has an embedding row, few rows have no id, and special ids
+    are those of the model.
+    """
+    n_ids, special_ids = subject.tokenizer.n_ids, subject.tokenizer.special_ids
+    n_rows = len(subject.model.embedding.weight)
+    unused = n_rows - n_ids
+    differing = [
+        f"{name} is {ours} in the tokenizer, {theirs} in the model"
+        for name, (ours, theirs) in special_ids.items()
+        if ours is not None and theirs is not None and ours not in _as_tuple(theirs)
+    ]
+    outside = [
+        f"{name} {ours}"
+        for name, (ours, _) in special_ids.items()
+        if ours is not None and not 0 <= ours < n_rows
+    ]
+    faults = []
+    if unused < 0:
+        faults.append(
+            f"{-unused} of the tokenizer's {n_ids} ids have no row among the embedding's {n_rows}"
+        )
+    if unused > max(limits.unused_rows_max, limits.unused_frac_max * n_rows):
+        faults.append(
+            f"{unused} of {n_rows} embedding rows stand for no id: the model was made for another "
+            "tokenizer"
+        )
+    if differing:
+        faults.append(f"special ids differ: {'; '.join(differing)}")
+    if outside:
+        faults.append(f"special ids outside the embedding: {', '.join(outside)}")
+    return faults, {
+        "tokenizer_size": n_ids,
+        "embedding_rows": n_rows,
+        "differing_special_ids": len(differing),
+    }
+
+
+def _as_tuple(ids: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)

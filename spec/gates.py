@@ -2,6 +2,7 @@
 together with their checks.
 """
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_json
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import Carried, check_fingerprint, read_carried
 
 Moment = Literal["preflight", "runtime", "artifact", "repository"]
@@ -133,27 +134,20 @@ class Gate(Frozen):
         A key of another variant is absent, so the gate is not for it.
         """
         set_ = all((_at(config, key) or 0) > 0 for key in self.needs)
-        return set_ and all(_at(config, key) in allowed for key, allowed in self._allowed().items())
-
-    def _allowed(self) -> dict[str, tuple]:
-        return {
-            key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()
-        }
+        return set_ and all(
+            _at(config, key) in allowed for key, allowed in _choices(self.when).items()
+        )
 
     @model_validator(mode="after")
-    def _known_subsystem(self):
+    def _consistent(self):
         if self.subsystem not in SUBSYSTEMS:
             raise ValueError(
                 f"gate {self.id}: {self.subsystem} is not a subsystem; known: "
                 f"{' '.join(SUBSYSTEMS)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _provable(self):
         if unset := [key for key in self.needs if not self.museum.get(key)]:
             raise ValueError(f"gate {self.id}: museum must set {unset[0]}, which the gate needs")
-        for key, allowed in self._allowed().items():
+        for key, allowed in _choices(self.when).items():
             if self.museum.get(key, allowed[0] if len(allowed) == 1 else None) not in allowed:
                 raise ValueError(
                     f"gate {self.id}: museum must hold one of the values of {key} in when: "
@@ -184,12 +178,26 @@ def normative_fields(entry: Mapping[str, Any]) -> dict:
     return fields | {k: v for k, v in conditions.items() if v}
 
 
+def _choices(when: Mapping[str, Any]) -> dict[str, tuple]:
+    """The allowed values of each key of a condition."""
+    return {key: value if isinstance(value, tuple) else (value,) for key, value in when.items()}
+
+
 def _at(config: Mapping[str, Any], key: str) -> Any:
     """The value of a dotted key, or None where a table on the way is not there."""
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     return node
+
+
+class Tombstone(Frozen):
+    """A gate that is no more, since a version of the spec, and the gates that see its failures."""
+
+    id: str
+    successors: tuple[str, ...] = Field(min_length=1)
+    retired: str = Field(pattern=r"^\d+\.\d+\.\d+$")
+    why: str = Field(min_length=1)
 
 
 class Spec(Frozen):
@@ -202,8 +210,26 @@ class Spec(Frozen):
     scope: str
     gates: dict[str, Gate]
     certain: dict[str, str] = {}
+    tombstones: dict[str, Tombstone] = {}
     carried: tuple[Carried, ...] = Field(default=(), exclude=True)
     root: Path = Field(default=ROOT, exclude=True)
+
+    def gate(self, gate_id: str) -> Gate:
+        """A gate by id. Raises ConfigError, which names the successors of a retired gate."""
+        if gate_id in self.gates:
+            return self.gates[gate_id]
+        if (stone := self.tombstones.get(gate_id)) is not None:
+            raise ConfigError(
+                f"gate {gate_id} is retired since spec {stone.retired}: {stone.why}",
+                allowed=", ".join(stone.successors),
+                next_step=f"use {' and '.join(stone.successors)}",
+            )
+        near = difflib.get_close_matches(gate_id, self.gates, n=3)
+        raise ConfigError(
+            f"there is no gate {gate_id}",
+            allowed=f"nearest: {', '.join(near)}" if near else ", ".join(sorted(self.gates)),
+            next_step="stack gates list",
+        )
 
     def fingerprint(self, gate_id: str) -> str:
         """sha256 over the gate's normative fields and the canonical form of its check;
@@ -277,11 +303,36 @@ def _load_spec(root: Path) -> Spec:
             **head,
             gates=gates,
             certain=_certain(directory / "chance.toml"),
+            tombstones=_tombstones(directory / "tombstones.toml", gates),
             carried=carried,
             root=root,
         )
     except ValidationError as e:
         raise IntegrityError(f"spec.toml: {e.errors()[0]['msg']}") from e
+
+
+def _tombstones(path: Path, gates: Mapping[str, Gate]) -> dict[str, Tombstone]:
+    """Retired gates by id. Raises IntegrityError for an id that is in use, or a successor that is
+    no gate.
+    """
+    found: dict[str, Tombstone] = {}
+    for entry in _read_toml(path).get("tombstone", []) if path.is_file() else ():
+        try:
+            stone = Tombstone.model_validate(entry)
+        except ValidationError as e:
+            where = ".".join(map(str, e.errors()[0]["loc"]))
+            raise IntegrityError(
+                f"{path.name}: {entry.get('id', '?')}: {where}: {e.errors()[0]['msg']}"
+            ) from e
+        if stone.id in gates or stone.id in found:
+            raise IntegrityError(
+                f"{path.name}: gate id {stone.id} is retired and used again",
+                next_step="ids are never reused; choose another",
+            )
+        if lost := [s for s in stone.successors if s not in gates]:
+            raise IntegrityError(f"{path.name}: the successor {lost[0]} of {stone.id} is no gate")
+        found[stone.id] = stone
+    return found
 
 
 def _certain(path: Path) -> dict[str, str]:

@@ -57,7 +57,7 @@ ROWS_SHOWN = 40
 # --- the command lines ---
 
 SMALL = """
-    train.max_steps=20 train.tokens_per_step=512 train.micro_batch_size=4 train.recompute_every=10
+    train.max_steps=20 train.tokens_per_step=512 train.micro_batch_size=4 train.sdc_check_every=10
     schedule.warmup_steps=4 checkpoint.every=5 trace.every=10
     eval.every=10 eval.batches=4 sample.every=10 sample.max_new_tokens=16
     model.d_model=32 model.n_layers=2 model.n_heads=2 model.n_kv_heads=1 model.head_dim=16
@@ -82,7 +82,7 @@ VARIANTS = {
     "packed": f"""data.corpus.kind=mixture data.corpus.sources={SOURCES}
         data.packing.kind=best-fit data.dedup.kind=near
         curriculum.kind=bandit curriculum.probe_every=2 model.dropout=0.1
-        train.activation_checkpointing=blocks checkpoint.writing=behind""",
+        train.activation_checkpointing=blocks checkpoint.async_save=true""",
 }
 RESUMED = "packed"
 DOCUMENTS = {

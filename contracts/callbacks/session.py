@@ -94,6 +94,7 @@ class Session:
         spec = load_spec()
         known = {g.id for g in spec.gates.values() if KIND in g.kinds}
         if odd := sorted({*skip, *(only or ())} - known):
+            spec.gate(odd[0])
             raise ConfigError(f"no gate {odd[0]} is asked here", allowed=", ".join(sorted(known)))
         self.mode, self.log_path = mode, Path(log_path) if log_path else None
         self.only = (known if only is None else set(only)) - set(skip)

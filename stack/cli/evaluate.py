@@ -335,7 +335,7 @@ def _described(folder: Path) -> dict:
     """
     import json
 
-    from stackproof.config import validate
+    from stackproof.config import recorded_config
     from stackproof.spec.errors import CheckpointError
     from stackproof.train import checkpoint
 
@@ -360,7 +360,7 @@ def _described(folder: Path) -> dict:
     return {
         "path": str(folder),
         "checksum": "VALID",
-        "architecture": validate(loaded.state["config"]).model.summary(),
+        "architecture": recorded_config(loaded.state["config"]).model.summary(),
         "step": loaded.state["step"],
         "tokens_seen": loaded.state["tokens_seen"],
         "vocab_size": loaded.state["vocab_size"],

@@ -8,7 +8,7 @@ import typer
 from stackproof.cli.output import Json, emit, stderr, stdout, table
 from stackproof.cli.paths import bundle_at, file_at
 from stackproof.cli.recording import RecordDir, open_record, print_record
-from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.errors import GateFailed
 
 app = typer.Typer(
     help="Gates: what must be true, and whether it has been proven.", no_args_is_help=True
@@ -122,17 +122,9 @@ def show(
     json: Json = False,
 ) -> None:
     """One gate: statement, limits with reasons, plants, state and the records it stands on."""
-    import difflib
-
     spec, states = _states(evidence)
-    if gate_id not in spec.gates:
-        near = difflib.get_close_matches(gate_id, spec.gates, n=3, cutoff=0.3)
-        raise ConfigError(
-            f"there is no gate {gate_id}",
-            allowed=", ".join(near) or "stack gates list",
-            next_step="stack gates list",
-        )
-    gate, state = spec.gates[gate_id], states[gate_id]
+    gate = spec.gate(gate_id)
+    state = states[gate_id]
     document = gate.model_dump(mode="json") | {
         "fingerprint": spec.fingerprint(gate_id),
         "state": state.state,

@@ -33,7 +33,7 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
     Raises UsageError for a path of another kind, CheckpointError for a damaged checkpoint,
     DataError for another tokenizer.
     """
-    from stackproof.config import validate
+    from stackproof.config import recorded_config
     from stackproof.data.tokenizer import load_tokenizer
     from stackproof.model.build import build_model
     from stackproof.train import checkpoint
@@ -43,7 +43,7 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
         tokenizer_at(tokenizer_file)
     run_dir = folder.parent.parent
     loaded = checkpoint.load(folder)
-    cfg = validate(loaded.state["config"])
+    cfg = recorded_config(loaded.state["config"])
     file = tokenizer_file or run_dir / "tokenizer.json"
     if not file.is_file():
         raise DataError(

@@ -17,7 +17,7 @@ EXAMPLES = [
     "stack train --resume runs/pocket-1",
     "stack train --fork runs/pocket-1 --set optim.lr=1e-3",
     "stack train --data data/mix --set curriculum.kind=bandit",
-    "stack train --polish runs/pocket-1 --set curriculum.caps.wikitext=0.2",
+    "stack train --continue-from runs/pocket-1 --set curriculum.caps.wikitext=0.2",
     "stack train --depth 3 --dry-run",
 ]
 
@@ -48,9 +48,14 @@ def train(
         Path | None,
         typer.Option("--fork", help="Start a child run from this run's checkpoint, with changes."),
     ] = None,
-    polish: Annotated[
+    continue_from: Annotated[
         Path | None,
-        typer.Option("--polish", help="Continue this run under another mixture, with its history."),
+        typer.Option(
+            "--continue-from",
+            "--polish",
+            help="Continued pre-training: go on with this run under another mixture, with its "
+            "history.",
+        ),
     ] = None,
     depth: Annotated[
         int | None,
@@ -82,18 +87,18 @@ def train(
     Without arguments: a million parameters on the documentation of the running Python, offline,
     in a few minutes.
     """
-    parent = fork or polish
-    if sum(map(bool, (resume, fork, polish))) > 1:
+    parent = fork or continue_from
+    if sum(map(bool, (resume, fork, continue_from))) > 1:
         raise UsageError(
-            "--resume, --fork and --polish exclude each other",
+            "--resume, --fork and --continue-from exclude each other",
             next_step=(
-                "--resume keeps the configuration, --polish changes the mixture, --fork may "
+                "--resume keeps the configuration, --continue-from changes the mixture, --fork may "
                 "change anything"
             ),
         )
     if (resume or parent) and (recipe or data or depth):
         raise UsageError(
-            "a resumed, forked or polished run takes its configuration from its folder",
+            "a resumed, forked or continued run takes its configuration from its folder",
             value=recipe or str(data or f"--depth {depth}"),
             next_step="drop it; use --set",
         )
@@ -103,7 +108,11 @@ def train(
             value=f"{recipe} and --depth {depth}",
             next_step="drop one of them",
         )
-    for flag, folder in (("--resume", resume), ("--fork", fork), ("--polish", polish)):
+    for flag, folder in (
+        ("--resume", resume),
+        ("--fork", fork),
+        ("--continue-from", continue_from),
+    ):
         if folder is not None:
             folder_at(folder, flag, allowed=RUN, next_step=MAKES_ONE)
     if data is not None:
@@ -152,7 +161,7 @@ def train(
 
         directory = run_dir or default_run_dir(cfg.recipe, cfg.seed)
         run = start.fresh(
-            cfg, overrides, directory, callbacks, parent=parent, continued=bool(polish)
+            cfg, overrides, directory, callbacks, parent=parent, continued=bool(continue_from)
         )
         record = loop.train(run)
     document = {

@@ -37,6 +37,7 @@ from stackproof.config.load import (
     load_config,
     load_mixture,
     read_run_file,
+    recorded_config,
     unknown_key,
     validate,
     validate_data,

@@ -18,6 +18,7 @@ from stackproof.kernels.table import by_operation
 from stackproof.spec.canonical import parse_strict
 from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.records import Override
+from stackproof.spec.renamed_keys import current_key, renamed_keys, translated
 
 SHOWN = "the page Mixtures shows a whole file"
 # keys that mean the same in every kind
@@ -55,6 +56,13 @@ def load_config(
         overrides.append(Override(key=key, value=value, source=origin))
     overrides += _adopt_built(tree["data"], {o.key for o in overrides})
     return validate(tree, origins={o.key: o.source for o in overrides}), overrides
+
+
+def recorded_config(tree: dict) -> RunConfig:
+    """The configuration of a run directory, a checkpoint or a record, which may have been written
+    before a key was renamed. Raises ConfigError as `validate`.
+    """
+    return validate(translated(tree))
 
 
 def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
@@ -286,6 +294,13 @@ def unknown_key(key: str, origin: str, table: str | None = None) -> ConfigError:
             value=f"from {origin}",
             next_step=f"--set {table}.kind=… before it, or remove it",
         )
+    if (new := current_key(key)) != key:
+        return ConfigError(
+            f"{key} is now called {new}",
+            value=f"from {origin}",
+            allowed=_new_values(key) or new,
+            next_step=f"--set {new}=…",
+        )
     near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5) or [
         k for k in known_keys() if k.endswith("." + key.split(".")[-1])
     ]
@@ -295,6 +310,12 @@ def unknown_key(key: str, origin: str, table: str | None = None) -> ConfigError:
         allowed=f"nearest: {', '.join(near)}" if near else "stack train --dry-run lists all keys",
         next_step=f"--set {near[0]}=…" if near else "remove it",
     )
+
+
+def _new_values(key: str) -> str:
+    """How the values of a renamed key are written today; empty if they are the same."""
+    values = {o: n for r in renamed_keys() if r.old == key for o, n in r.values.items()}
+    return ", ".join(f"{json.dumps(new)} for {old}" for old, new in values.items())
 
 
 def known_keys() -> list[str]:

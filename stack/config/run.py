@@ -38,10 +38,13 @@ class TrainConfig(Frozen):
             "or one by name for each operation"
         ),
     )
-    recompute_every: int = Field(
+    sdc_check_every: int = Field(
         500,
         ge=1,
-        description="repeat every Nth step, and the last, and compare gradients bit by bit",
+        description=(
+            "steps between two checks for silent data corruption: the step is computed twice and "
+            "its gradients are compared bit by bit; the last step is checked too"
+        ),
     )
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics.jsonl")
 
@@ -75,7 +78,7 @@ class Patience(Frozen):
 
     kind: Literal["patience"] = "patience"
     patience: int = Field(5, ge=2, description="evaluations to wait")
-    min_epochs: int = Field(3, ge=1, description="evaluation rounds before a stop is possible")
+    min_evaluations: int = Field(3, ge=1, description="evaluations before a stop is possible")
     z: float = Field(
         2.0, gt=0, description="standard errors of the paired difference an improvement must exceed"
     )
@@ -107,11 +110,11 @@ class SampleConfig(Frozen):
 class CheckpointConfig(Frozen):
     every: int = Field(ge=1, description="steps between two checkpoints")
     keep: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
-    writing: Literal["in-line", "behind"] = Field(
-        "in-line",
+    async_save: bool = Field(
+        False,
         description=(
-            "write checkpoints synchronously, or behind training: in a background thread, from a "
-            "copy of the state"
+            "write checkpoints in a background thread, from a copy of the state, while training "
+            "goes on"
         ),
     )
     signal_boundary: int = Field(

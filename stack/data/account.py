@@ -10,8 +10,8 @@ from typing import Any
 from stackproof.config import DataConfig
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data import corpus, dedup, receipts
-from stackproof.data.ingredients import folder_ingredients
 from stackproof.data.prepare import Dataset
+from stackproof.data.subject import data_set_subject
 from stackproof.spec.building import RecordBuilder, artefact, write_atomically
 from stackproof.spec.canonical import canonical_json, sha256_file
 from stackproof.spec.errors import DataError, GateFailed
@@ -25,7 +25,7 @@ LOST_BYTES_FRAC = 0.5  # of a source that lost more, the end of a build says so
 MAX_INPUT_FILES = 1000
 GATES = (
     "corpus.filters corpus.no-repeats corpus.decontamination corpus.packing data.integrity "
-    "data.leakage tokenizer.round-trip tokenizer.pinning tokenizer.merges"
+    "data.leakage tokenizer.round-trip tokenizer.identity tokenizer.merges"
 ).split()
 DECLARED = (
     "name kind license languages weight cap floor files files_passed_over sha256 tokens".split()
@@ -58,10 +58,10 @@ def open_record(cfg: DataConfig) -> RecordBuilder:
 def judge(dataset: Dataset) -> list[GateResult]:
     """Ask every gate that can judge a data set without a run."""
     seq_len = min(JUDGED_SEQ_LEN, max(1, dataset.train.n_tokens // 4))
-    spec, ingredients, results = load_spec(), folder_ingredients(dataset, seq_len), []
+    spec, subject, results = load_spec(), data_set_subject(dataset, seq_len), []
     for gate_id in GATES:
         gate = spec.gates[gate_id]
-        verdict = call_check(gate, ingredients)
+        verdict = call_check(gate, subject)
         results.append(
             GateResult(
                 id=gate_id,

@@ -15,6 +15,57 @@ from stackproof.spec.canonical import sha256_json
 REWARD_SIGMAS = 2.0  # drops further from their mean than this count as this far
 
 
+class DropScale:
+    """Running mean and variance of drops of the loss; with a discount, older ones fade."""
+
+    def __init__(self, discount: float):
+        self.discount = discount
+        self.mean, self.var, self.n = 0.0, 0.0, 0
+
+    def standardised(self, drop: float) -> float:
+        """A drop in spreads from the mean of those before it, which then includes it."""
+        spread = math.sqrt(self.var)
+        z = (drop - self.mean) / spread if self.n > 1 and spread > 0 else 0.0
+        step = 1 / (min(self.n, 1 / (1 - self.discount)) + 1)
+        self.var += step * ((drop - self.mean) ** 2 * (1 - step) - self.var)
+        self.mean += step * (drop - self.mean)
+        self.n += 1
+        return z
+
+
+class DiscountedUcb:
+    """Discounted upper confidence bounds over arms (Garivier & Moulines, arXiv:0805.3415)."""
+
+    def __init__(self, n_arms: int, discount: float, exploration: float):
+        self.discount, self.exploration = discount, exploration
+        self.pulls, self.rewards = np.zeros(n_arms), np.zeros(n_arms)
+
+    def learn(self, arm: int, reward: float) -> None:
+        """Fade all arms and credit one with a reward in 0-1."""
+        self.pulls *= self.discount
+        self.rewards *= self.discount
+        self.pulls[arm] += 1
+        self.rewards[arm] += reward
+
+    def means(self) -> np.ndarray:
+        """Mean reward of each arm; 0.5 for one that was never tried."""
+        untried = np.full(len(self.pulls), 0.5)
+        return np.divide(self.rewards, self.pulls, out=untried, where=self.pulls > 0)
+
+    def choose(self, candidates: Sequence[int]) -> int:
+        """The candidate with the highest upper confidence bound; one never tried goes first.
+        Ties go to the first in order.
+        """
+        untried = [i for i in candidates if self.pulls[i] == 0]
+        if untried:
+            return untried[0]
+        bonus = self.exploration * np.sqrt(
+            np.log(1 + self.pulls.sum()) / np.maximum(self.pulls, 1e-9)
+        )
+        bound = self.means() + bonus
+        return max(candidates, key=lambda i: (bound[i], -i))
+
+
 class Bandit:
     """Shares that move towards one source per turn, chosen by discounted UCB on what a turn did to
     the held-out loss of all sources.
@@ -22,7 +73,7 @@ class Bandit:
     A turn's shares lie in [floor, cap] for every source, and rows follow them by smooth weighted
     round robin, so that over any n rows a source gets its share to within as many rows as there are
     sources. Rewards are drops of the weighted held-out loss, standardised by their own discounted
-    mean and spread and cut at ±REWARD_SIGMAS, in 0-1 (Garivier & Moulines, arXiv:0805.3415).
+    mean and spread and cut at ±REWARD_SIGMAS, in 0-1.
     """
 
     def __init__(
@@ -41,11 +92,10 @@ class Bandit:
     def _reset(self, drawn: np.ndarray) -> None:
         self.drawn = drawn
         self.credit = np.zeros(len(self.sources))
-        self.pulls, self.rewards = np.zeros(len(self.sources)), np.zeros(len(self.sources))
-        self.drop_mean, self.drop_var, self.n_drops = 0.0, 0.0, 0
+        self.ucb = DiscountedUcb(len(self.sources), self.cfg.discount, self.cfg.exploration)
+        self.scale = DropScale(self.cfg.discount)
         self.last_losses: dict[str, float] = {}
-        # whether the present turn has rows of the warm-up, from which nothing
-        # is learnt about its focus
+        # Nothing is learned about the focus of a turn that has rows of the warm-up.
         self.in_warmup = False
         self.focus = self._choose()
         self._decided = (0, np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -56,7 +106,7 @@ class Bandit:
         """
         if position < self._warmup_rows:
             return shares(self._warm)
-        if not self.last_losses and not self.n_drops:
+        if not self.last_losses and not self.scale.n:
             return self._base_shares
         # what the cap of the source in focus leaves goes to the others
         f = min(self.cfg.focus_share, 1 - 1e-6)
@@ -104,7 +154,7 @@ class Bandit:
         self.focus = self._choose()
         return line | {
             "next_focus": self.sources[self.focus].name,
-            "means": dict(zip(self._names(), self._means().tolist())),
+            "means": dict(zip(self._names(), self.ucb.means().tolist())),
         }
 
     def drop(self, losses: Mapping[str, float]) -> float:
@@ -119,37 +169,13 @@ class Bandit:
 
     def _learn(self, drop: float) -> float:
         """Credit the source in focus with a standardised drop."""
-        spread = math.sqrt(self.drop_var)
-        z = (drop - self.drop_mean) / spread if self.n_drops > 1 and spread > 0 else 0.0
+        z = self.scale.standardised(drop)
         reward = 0.5 + max(-1.0, min(1.0, z / REWARD_SIGMAS)) / 2
-        step = 1 / (min(self.n_drops, 1 / (1 - self.cfg.discount)) + 1)
-        self.drop_var += step * ((drop - self.drop_mean) ** 2 * (1 - step) - self.drop_var)
-        self.drop_mean += step * (drop - self.drop_mean)
-        self.n_drops += 1
-        self.pulls *= self.cfg.discount
-        self.rewards *= self.cfg.discount
-        self.pulls[self.focus] += 1
-        self.rewards[self.focus] += reward
+        self.ucb.learn(self.focus, reward)
         return reward
 
-    def _means(self) -> np.ndarray:
-        return np.divide(
-            self.rewards, self.pulls, out=np.full(len(self.sources), 0.5), where=self.pulls > 0
-        )
-
     def _choose(self) -> int:
-        """The arm with the highest upper confidence bound; one never tried goes first.
-        Ties go to the first in order.
-        """
-        candidates = [i for i in self.arms if self.sources[i].weight > 0]
-        untried = [i for i in candidates if self.pulls[i] == 0]
-        if untried:
-            return untried[0]
-        bonus = self.cfg.exploration * np.sqrt(
-            np.log(1 + self.pulls.sum()) / np.maximum(self.pulls, 1e-9)
-        )
-        bound = self._means() + bonus
-        return max(candidates, key=lambda i: (bound[i], -i))
+        return self.ucb.choose([i for i in self.arms if self.sources[i].weight > 0])
 
     def _names(self) -> list[str]:
         return [s.name for s in self.sources]
@@ -158,14 +184,12 @@ class Bandit:
         arms = {
             s.name: {
                 "drawn": int(self.drawn[i]),
-                **{k: float(getattr(self, k)[i]) for k in ("credit", "pulls", "rewards")},
+                "credit": float(self.credit[i]),
+                "pulls": float(self.ucb.pulls[i]),
+                "rewards": float(self.ucb.rewards[i]),
             }
             for i, s in enumerate(self.sources)
             if s.cap > 0
-        }
-        numbers = {
-            k: getattr(self, k)
-            for k in ("drop_mean", "drop_var", "n_drops", "last_losses", "in_warmup")
         }
         parked = {s.name: int(n) for s, n in zip(self.sources, self.drawn) if s.cap == 0 and n}
         return {
@@ -173,7 +197,11 @@ class Bandit:
             "arms": arms,
             "focus": self.sources[self.focus].name,
             "parked": parked,
-            **numbers,
+            "drop_mean": self.scale.mean,
+            "drop_var": self.scale.var,
+            "n_drops": self.scale.n,
+            "last_losses": self.last_losses,
+            "in_warmup": self.in_warmup,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -197,13 +225,10 @@ class Bandit:
             return dropped
         for i in self.arms:
             arm = state["arms"][self.sources[i].name]
-            self.credit[i], self.pulls[i], self.rewards[i] = (
-                float(arm[k]) for k in ("credit", "pulls", "rewards")
-            )
-        self.drop_mean, self.drop_var = float(state["drop_mean"]), float(state["drop_var"])
-        self.n_drops, self.last_losses = (
-            int(state["n_drops"]),
-            {n: float(v) for n, v in state["last_losses"].items()},
-        )
+            self.credit[i] = float(arm["credit"])
+            self.ucb.pulls[i], self.ucb.rewards[i] = float(arm["pulls"]), float(arm["rewards"])
+        self.scale.mean, self.scale.var = float(state["drop_mean"]), float(state["drop_var"])
+        self.scale.n = int(state["n_drops"])
+        self.last_losses = {n: float(v) for n, v in state["last_losses"].items()}
         self.focus, self.in_warmup = self._names().index(state["focus"]), bool(state["in_warmup"])
         return []

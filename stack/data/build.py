@@ -17,6 +17,7 @@ import numpy as np
 
 from stackproof import tensorfile
 from stackproof.config import DataConfig, NearDedup
+from stackproof.contracts import subject
 from stackproof.contracts.gate import call_check
 from stackproof.data import corpus, dedup, filters, receipts
 from stackproof.data import tokenizer as tokenizers
@@ -114,6 +115,19 @@ def _build(
     return manifest
 
 
+class GivenTokenizer(subject.Tokenizer):
+    """A tokenizer that a configuration names."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+
+class PlainText(subject.Corpus):
+    """One short text, before any file of the corpus is read."""
+
+    held_out_texts = ("A plain text, for a start.",)
+
+
 def _require_tokenizer(cfg: DataConfig) -> None:
     """Raises DataError for a given tokenizer through which text does not survive,
     before any text is read.
@@ -121,13 +135,8 @@ def _require_tokenizer(cfg: DataConfig) -> None:
     if cfg.tokenizer.kind != "file":
         return
     tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, ())
-    gate = load_spec().gates["tokenizer.round-trip"]
-    parts = {
-        "tokenizer": tokenizer,
-        "hard_texts": tokenizers.HARD_TEXTS,
-        "held_out_texts": ["A plain text, for a start."],
-    }
-    verdict = call_check(gate, parts)
+    given = subject.Subject(tokenizer=GivenTokenizer(tokenizer), corpus=PlainText())
+    verdict = call_check(load_spec().gates["tokenizer.round-trip"], given)
     if verdict.outcome != "pass":
         raise DataError(
             f"text does not survive the tokenizer {cfg.tokenizer.path}: {verdict.message}",

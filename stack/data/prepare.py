@@ -24,6 +24,8 @@ from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.tensorfile import BadTensorFile
 
 WORKERS = os.cpu_count() or 1
+# Of documents longer than this a sample holds only a few of each source.
+SAMPLED_TOKENS, LONG_DOCUMENTS = 65536, 2
 
 
 class Dataset:
@@ -86,6 +88,25 @@ class Dataset:
                 stop if max_tokens is None else min(stop, start + max_tokens),
             ):
                 yield text
+
+    def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
+        """(source, text) of a share of the training documents of every source, spread evenly,
+        decoded from the shards; at least `minimum`.
+        """
+        stream = self.train
+        bounds = np.append(stream.document_starts, stream.n_tokens)
+        source_of = np.repeat(
+            np.array(stream.shard_sources), [len(s) for s in stream.shard_document_starts()]
+        )
+        for source in dict.fromkeys(stream.shard_sources):
+            mine = np.flatnonzero(source_of == source)
+            n_long = 0
+            wanted = min(len(mine), max(minimum, round(frac * len(mine))))
+            for i in mine[(np.arange(wanted) * len(mine)) // wanted].tolist():
+                start, stop = int(bounds[i]), int(bounds[i + 1])
+                n_long += stop - start > SAMPLED_TOKENS
+                if stop - start <= SAMPLED_TOKENS or n_long <= LONG_DOCUMENTS:
+                    yield source, self.text(stream, start, stop)
 
     def text(self, stream: TokenStream, start: int, stop: int) -> str:
         """Tokens start … stop-1 of a split as text, without ends of text."""

@@ -1,21 +1,160 @@
-"""What the gates of corpus, data, tokenizer and curriculum judge of a data set and of a run."""
+"""What the gates of corpus, data, tokenizer and curriculum judge of a data set and of a run.
 
-from collections.abc import Mapping
+Functions of the stack are looked up in their modules at each call, so that plants reach them.
+"""
 
-from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Tokenizer
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from stackproof.config import BanditCurriculum, Mixture, RunConfig
+from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Subject, Tokenizer
+from stackproof.data import curriculum, dedup, files, filters, reader
 from stackproof.data import tokenizer as tokenizers
+from stackproof.data.order import Order, Source
+from stackproof.data.packing import Rows
+from stackproof.data.prepare import Dataset
+from stackproof.data.shards import TokenStream
+
+# Documents that gates read of the validation split, and tokens of each, so that one huge document
+# costs no time.
+HELD_OUT_TEXTS, HELD_OUT_TOKENS = 64, 4096
 
 
+def data_set_subject(dataset: Dataset, seq_len: int) -> Subject:
+    """What can be judged of a data set without a run, in rows of `seq_len` tokens."""
+    return Subject(
+        corpus=BuiltCorpus(dataset),
+        data_loader=RunDataLoader(dataset.train, seq_len, seed=0),
+        tokenizer=RunTokenizer(dataset.tokenizer),
+    )
+
+
+@dataclass(frozen=True)
 class BuiltCorpus(Corpus):
-    """TODO"""
+    """A data set that `stack data build` or a run has built."""
+
+    dataset: Dataset
+
+    @property
+    def splits(self) -> Mapping[str, TokenStream]:
+        return {"train": self.dataset.train, "validation": self.dataset.validation}
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        return self.dataset.manifest
+
+    def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
+        return self.dataset.sample_documents(frac, minimum)
+
+    @cached_property
+    def held_out_texts(self) -> Sequence[str]:
+        return list(islice(self.dataset.validation_texts(HELD_OUT_TOKENS), HELD_OUT_TEXTS))
+
+    def rejection(self, text: str, languages: Sequence[str]) -> str | None:
+        return filters.rejection(text, languages)
+
+    def chat_text(self, turns: list[dict[str, str]]) -> str | None:
+        return files.chat_text(turns, "planted")
+
+    def near_repeats(self, texts: list[str]) -> list[bool]:
+        how = self.manifest["config"]["dedup"]
+        signatures, keep = dedup.signatures(texts, how["shingle_words"]), np.ones(len(texts), bool)
+        return dedup.near_repeats([signatures], [keep], how["similarity_min"])[0].tolist()
+
+    def gram_set(self, texts: Iterable[str]) -> np.ndarray:
+        return dedup.gram_set(texts)
+
+    def shares_gram(self, text: str, grams: np.ndarray) -> bool:
+        return dedup.shares_gram(text, grams)
+
+    @property
+    def evaluation_grams(self) -> np.ndarray | None:
+        return self.dataset.evaluation_grams()
+
+
+class FirstRows:
+    """The first rows of a stream, so that order and coverage of a corpus of any size are judged in
+    bounded time.
+    """
+
+    def __init__(self, stream: TokenStream, n: int):
+        self.stream, self._n = stream, n
+        self.n_tokens, self.vocab_size = stream.n_tokens, stream.vocab_size
+
+    def n_windows(self, seq_len: int) -> int:
+        return min(self._n, self.stream.n_windows(seq_len))
+
+    def rows(self, numbers: np.ndarray, seq_len: int) -> Rows:
+        return self.stream.rows(numbers, seq_len)
 
 
 class RunDataLoader(DataLoader):
-    """TODO"""
+    """The data loader of `stack train` over a whole stream, without a mixture."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int):
+        self.stream, self.seq_len, self.seed = stream, seq_len, seed
+
+    @property
+    def n_rows(self) -> int:
+        return self.stream.n_windows(self.seq_len)
+
+    def reader(self, *, n_rows: int | None = None, rows: int, **options: Any) -> reader.Reader:
+        stream = FirstRows(self.stream, n_rows) if n_rows else self.stream
+        return reader.Reader(
+            stream, seq_len=self.seq_len, rows=rows, **{"seed": self.seed} | options
+        )
 
 
+@dataclass(frozen=True)
 class RunCurriculum(Curriculum):
-    """TODO"""
+    """The mixture of a run; `order_seed` is that of its sampler order."""
+
+    cfg: RunConfig
+    dataset: Dataset
+    order_seed: int
+
+    def sampler_order(self) -> Order:
+        return curriculum.run_order(self.cfg, self.dataset, seed=self.order_seed)
+
+    def bandit(self, capped: str = "") -> Order:
+        sources = [
+            Source(name, 1000 * i, 1000, 1.0, 0.0 if name == capped else 1.0, 0.0)
+            for i, name in enumerate(("useful", "list", "other"))
+        ]
+        return curriculum.make_order(
+            BanditCurriculum(), sources, seed=self.cfg.seed, rows_per_step=self._rows_per_step
+        )
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self.cfg.train.tokens_per_step // self.cfg.model.max_seq_len
+
+    @property
+    def warmup_rows(self) -> int:
+        return self.cfg.curriculum.warmup_steps * self._rows_per_step
+
+    @property
+    def warmup_sources(self) -> Sequence[str]:
+        return self.cfg.curriculum.warmup_sources
+
+    @property
+    def declared_shares(self) -> Mapping[str, tuple[float, float, float]]:
+        """The curriculum's shares, else the mixture's own; a built corpus has its manifest's."""
+        cfg, corpus = self.cfg.curriculum, self.cfg.data.corpus
+        tables = {"weight": cfg.weights, "cap": cfg.caps, "floor": cfg.floors}
+        if isinstance(corpus, Mixture):
+            own = {s.name: s.model_dump(include=set(tables)) for s in corpus.sources}
+        else:
+            own = self.dataset.sources
+        return {
+            name: tuple(float(table.get(name, shares[k])) for k, table in tables.items())
+            for name, shares in own.items()
+        }
 
 
 class RunTokenizer(Tokenizer):
@@ -25,6 +164,17 @@ class RunTokenizer(Tokenizer):
         self.tokenizer = tokenizer
 
     @property
+    def sha256(self) -> str:
+        return self.tokenizer.sha256
+
+    @property
+    def n_ids(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
     def special_ids(self) -> Mapping[str, tuple[int, None]]:
         """The model holds no id of its own."""
         return {"eos_token_id": (self.tokenizer.eos_id, None)}
+
+    def trained_merges(self, texts: Sequence[str], n: int) -> list[tuple[bytes, bytes]]:
+        return tokenizers.train_bpe(257 + n, texts).merges()

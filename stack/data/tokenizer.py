@@ -14,6 +14,7 @@ from typing import assert_never
 import numpy as np
 
 from stackproof.config import BpeTokenizer, ByteTokenizer, CharTokenizer, FileTokenizer
+from stackproof.contracts.tokenizer import HARD_TEXTS
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import DataError
 
@@ -435,15 +436,3 @@ def _from_library(saved: str, eos_token: str) -> Bpe:
     loaded = Bpe(inner, end)
     _ = loaded.token_bytes  # every id must stand for bytes
     return loaded
-
-
-HARD_TEXTS = (
-    "hello ! how are you ?  two  spaces, a\ttab, a\r\nline end and \u00a0 no-break space",
-    "naïve café — “quotes”, 漢字, עברית, emoji 👩‍👩‍👧 and a combining e\u0301",
-    "<|endoftext|> is text here, and so is <|endoftext|><|endoftext|>",
-    "def f(x):\n    return x**2  # 1e-5, 0x1F, ::, ->, ...\n",
-    "it's they'll we've I'M   \n\n  \t end  ",
-    "",
-    " ",
-    "\x00\x01\x7f",
-)

@@ -38,17 +38,17 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 class StopRule:
-    """Stop after `patience` rounds without an improvement, but not before `min_epochs` rounds.
+    """Stop after `patience` rounds without an improvement, but not before `min_evaluations` rounds.
 
     A round improves if its mean is below the best round's by more than `min_delta_nats` and by more
     than `z` standard errors of the difference, taken batch by batch. The held-out batches are the
     same each time, so most of their spread cancels.
     """
 
-    def __init__(self, patience: int, min_epochs: int, z: float, min_delta_nats: float):
-        self.patience, self.min_epochs, self.z, self.min_delta_nats = (
+    def __init__(self, patience: int, min_evaluations: int, z: float, min_delta_nats: float):
+        self.patience, self.min_evaluations, self.z, self.min_delta_nats = (
             patience,
-            min_epochs,
+            min_evaluations,
             z,
             min_delta_nats,
         )
@@ -68,7 +68,7 @@ class StopRule:
         else:
             self.wait += 1
         self.rounds += 1
-        stop = self.wait >= self.patience and self.rounds >= self.min_epochs
+        stop = self.wait >= self.patience and self.rounds >= self.min_evaluations
         return Decision(improved, stop, self.wait, self.best_round, se_diff)
 
     def _compare(self, batch_nats: Sequence[float]) -> tuple[float, bool]:
@@ -104,7 +104,7 @@ class NeverStopRule(StopRule):
     """Keeps the same books and never stops."""
 
     def __init__(self) -> None:
-        super().__init__(patience=1, min_epochs=1, z=0.0, min_delta_nats=0.0)
+        super().__init__(patience=1, min_evaluations=1, z=0.0, min_delta_nats=0.0)
 
     def update(self, batch_nats: Sequence[float]) -> Decision:
         """Take in one round; `stop` is always False."""
@@ -118,7 +118,7 @@ def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
     """The rule a `stop` section of the configuration asks for."""
     match cfg.kind:
         case "patience":
-            return StopRule(cfg.patience, cfg.min_epochs, cfg.z, cfg.min_delta_nats)
+            return StopRule(cfg.patience, cfg.min_evaluations, cfg.z, cfg.min_delta_nats)
         case "never":
             return NeverStopRule()
     raise ValueError(f"unknown stop rule {cfg.kind!r}")

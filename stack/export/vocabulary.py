@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, assert_never
 
+from stackproof.contracts.tokenizer import HARD_TEXTS
 from stackproof.data.tokenizer import (
     END_OF_TEXT,
-    HARD_TEXTS,
     Bpe,
     Bytes,
     Chars,

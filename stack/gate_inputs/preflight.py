@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from stackproof.config import AuxiliaryLoss, Optim, RunConfig
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.data.ingredients import data_ingredients
 from stackproof.data.prepare import Dataset
 from stackproof.data.reader import Batch, eval_batches, model_inputs
 from stackproof.evaluate.ingredients import model_ingredients
@@ -38,7 +37,6 @@ from stackproof.model import moe
 from stackproof.model.build import build_model
 from stackproof.model.forward_context import Report
 from stackproof.spec.errors import DataError
-from stackproof.spec.formulas import parameter_count
 from stackproof.subject.assemble import subject_of
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
@@ -118,18 +116,10 @@ def gather(
     the power check asks for.
     """
     vocab_size = dataset.tokenizer.vocab_size
-    n_params = parameter_count(cfg.model.model_dump(), vocab_size)
     build = lambda: build_model(  # noqa: E731
         cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device
     )
-    ingredients: dict[str, Any] = data_ingredients(
-        cfg,
-        dataset,
-        n_params=n_params,
-        planned_tokens=cfg.train.max_steps * cfg.train.tokens_per_step,
-        order_seed=stream_seed(cfg.seed, "order"),
-    )
-    ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
+    ingredients: dict[str, Any] = model_ingredients(cfg, build(), dataset.tokenizer)
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
     ingredients |= compiled_ingredients(cfg, dataset, device)

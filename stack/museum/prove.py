@@ -29,7 +29,7 @@ from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stackproof.museum.plant import Plant, load_museum, touches
 from stackproof.spec.building import RecordBuilder, write_atomically
 from stackproof.spec.canonical import canonical_json, sha256_file
-from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.errors import GateFailed
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import GateResult, Kill, Record
@@ -274,14 +274,7 @@ def _step_of(error: GateFailed, gate: Gate, cfg: RunConfig) -> int | None:
 def selection(gate_ids: Iterable[str]) -> list[Gate]:
     """The gates to prove; all with an empty selection. Raises ConfigError for an unknown id."""
     spec = load_spec()
-    wanted = list(gate_ids) or list(spec.gates)
-    if unknown := [g for g in wanted if g not in spec.gates]:
-        raise ConfigError(
-            f"there is no gate {unknown[0]}",
-            allowed="stack gates list",
-            next_step="stack gates prove without ids proves all",
-        )
-    return [spec.gates[g] for g in wanted]
+    return [spec.gate(g) for g in list(gate_ids) or spec.gates]
 
 
 def prove(

@@ -117,7 +117,7 @@ def llama_370m() -> RunConfig:
         schedule=Cosine(warmup_steps=1000, final_lr_frac=0.1),
         eval=EvalConfig(every=500),
         sample=SampleConfig(every=100),
-        checkpoint=CheckpointConfig(every=1000, writing="behind"),
+        checkpoint=CheckpointConfig(every=1000, async_save=True),
     )
 
 
@@ -151,7 +151,7 @@ def gpt2_124m() -> RunConfig:
         schedule=Cosine(warmup_steps=350, final_lr_frac=0.1),
         eval=EvalConfig(every=250),
         sample=SampleConfig(every=100),
-        checkpoint=CheckpointConfig(every=500, writing="behind"),
+        checkpoint=CheckpointConfig(every=500, async_save=True),
     )
 
 
@@ -185,5 +185,5 @@ def andrea_120m() -> RunConfig:
         schedule=Cosine(warmup_steps=2000, final_lr_frac=0.1),
         eval=EvalConfig(every=1000),
         sample=SampleConfig(every=100),
-        checkpoint=CheckpointConfig(every=2000, writing="behind"),
+        checkpoint=CheckpointConfig(every=2000, async_save=True),
     )

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from stackproof.config import RunConfig, validate
+from stackproof.config import RunConfig, recorded_config
 from stackproof.contracts.events import Evaluated, HeldOutRows, Resumed, Sampled, Started
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
@@ -119,7 +119,7 @@ def replaying(
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(bundle.threads)
     kernels = (
-        kernels_of(validate(bundle.config), place, bundle.environment)
+        kernels_of(recorded_config(bundle.config), place, bundle.environment)
         if place.type == bundle.device
         else nullcontext()
     )
@@ -235,7 +235,7 @@ def _open(
     directory: RunDir,
     on_verdict: Callable,
 ) -> Trainer:
-    cfg, tokenizer = validate(bundle.config), load_tokenizer(folder / repro.TOKENIZER)
+    cfg, tokenizer = recorded_config(bundle.config), load_tokenizer(folder / repro.TOKENIZER)
     only = (bundle.gate,)
     keeper = Gatekeeper(
         load_spec(),

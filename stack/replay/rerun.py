@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from stackproof.config import validate
+from stackproof.config import recorded_config
 from stackproof.replay.bundle import ReproRecorder
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.records import Record
+from stackproof.spec.renamed_keys import current_override
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from stackproof.train.trainer import Callback
@@ -24,10 +25,9 @@ def rerun(record: Record, run_dir: Path | None, callback: Callback) -> dict:
             next_step="repeat its command by hand",
         )
     directory = run_dir or Path("runs") / f"rerun-{record.id}"
-    cfg, callbacks = validate(record.config), [callback, ReproRecorder()]
-    again = train(
-        fresh(cfg, record.overrides, directory, callbacks, recorded_in=record.environment)
-    )
+    cfg, callbacks = recorded_config(record.config), [callback, ReproRecorder()]
+    overrides = [current_override(o) for o in record.overrides]
+    again = train(fresh(cfg, overrides, directory, callbacks, recorded_in=record.environment))
     names = ("val_loss_nats", "val_bits_per_byte", "train_loss_nats", "tokens_seen", "n_params")
     compared = [{"what": n, "recorded": record.metric(n), "now": again.metric(n)} for n in names]
     weights = [

@@ -13,6 +13,7 @@ from stackproof.subject.kernels import RunHalfPrecision, RunKernels
 from stackproof.subject.model import RunExperts, RunModel
 from stackproof.subject.sampling import RunSampling
 from stackproof.subject.training import RunTraining
+from stackproof.train.rng import stream_seed
 
 
 def subject_of(
@@ -22,9 +23,9 @@ def subject_of(
     parts = (cfg, dataset, device)
     return Subject(
         declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
-        corpus=BuiltCorpus(),
-        data_loader=RunDataLoader(),
-        curriculum=RunCurriculum(),
+        corpus=BuiltCorpus(dataset),
+        data_loader=RunDataLoader(dataset.train, cfg.model.max_seq_len, cfg.seed),
+        curriculum=RunCurriculum(cfg, dataset, stream_seed(cfg.seed, "order")),
         tokenizer=RunTokenizer(dataset.tokenizer),
         model=RunModel(*parts),
         experts=RunExperts(*parts),

@@ -26,9 +26,9 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.points import Traced
 from stackproof.contracts.witness import ModeSeen
-from stackproof.data.ingredients import found_in, passages_found
 from stackproof.data.prepare import Dataset
 from stackproof.data.reader import Batch, batch_hash
+from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import uniform_loss_nats
 from stackproof.evaluate.stopping import Decision
 from stackproof.spec.canonical import sha256_json
@@ -235,7 +235,7 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
             "Evaluated": (cfg.eval.every, "eval.every"),
             "Sampled": (cfg.sample.every, "sample.every"),
             "Saved": (cfg.checkpoint.every, "checkpoint.every"),
-            "Recomputed": (cfg.train.recompute_every, "train.recompute_every"),
+            "Recomputed": (cfg.train.sdc_check_every, "train.sdc_check_every"),
         },
     }
     match cfg.model.ffn:

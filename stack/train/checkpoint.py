@@ -419,9 +419,4 @@ Writer = SyncWriter | AsyncWriter
 
 def make_writer(cfg: CheckpointConfig) -> Writer:
     """The writer that the configuration names."""
-    match cfg.writing:
-        case "in-line":
-            return SyncWriter()
-        case "behind":
-            return AsyncWriter()
-    raise AssertionError(cfg.writing)
+    return AsyncWriter() if cfg.async_save else SyncWriter()

@@ -94,7 +94,7 @@ def predict_bytes(cfg: RunConfig, vocab_size: int) -> dict[str, int]:
         "head": head,
     }
     peak = round(HEAP_SHARE * sum(parts.values())) + LIBRARIES_BYTES
-    copy = COPY_BYTES_PER_PARAMETER * n_params if cfg.checkpoint.writing == "behind" else 0
+    copy = COPY_BYTES_PER_PARAMETER * n_params if cfg.checkpoint.async_save else 0
     return parts | {
         "peak": peak,
         "preflight": PREFLIGHT_BYTES_PER_PARAMETER * n_params,

@@ -20,7 +20,7 @@ GATE = "runtime.recomputed-step"
 
 
 class SdcCheck(Callback):
-    """Computes every `train.recompute_every`-th step, and the last,
+    """Computes every `train.sdc_check_every`-th step, and the last,
     once before it is taken and compares the gradients.
     """
 
@@ -30,7 +30,7 @@ class SdcCheck(Callback):
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         step, cfg = trainer.state.step + 1, trainer.cfg.train
-        if step % cfg.recompute_every == 0 or step == cfg.max_steps:
+        if step % cfg.sdc_check_every == 0 or step == cfg.max_steps:
             started = time.perf_counter()
             self.expected = gradient_checksums(trainer.state, batches)
             self.seconds = time.perf_counter() - started

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stackproof.config import BanditCurriculum, RunConfig, validate
+from stackproof.config import BanditCurriculum, RunConfig, recorded_config
 from stackproof.contracts.events import Resumed
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data import curriculum
@@ -27,6 +27,7 @@ from stackproof.spec.formulas import parameter_count
 from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
+from stackproof.spec.renamed_keys import current_override
 from stackproof.train import checkpoint
 from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, TrainingSplit
 from stackproof.train.kernels import kernels_of
@@ -116,11 +117,11 @@ def resume(
     """
     directory = RunDir(run_dir)
     document = directory.read_run()
-    _refuse_changes(validate(document["config"]), changed, sets)
+    _refuse_changes(recorded_config(document["config"]), changed, sets)
     device, environment_then = resolve_device(document["device"]), document["environment"]
     with alone(run_dir, "run"), kernels_of(changed, device, environment_then):
         loaded = checkpoint.load(checkpoint.find(run_dir))
-        former = [Override.model_validate(o) for o in document["overrides"]]
+        former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
         overrides = [*former, *sets]
         trainer = setup(
             changed, overrides, directory, callbacks, runner="resume", document=document
@@ -165,7 +166,7 @@ def read_config(run_dir: Path) -> RunConfig:
     """The configuration that a run directory was started with.
     Raises CheckpointError if it is not a run directory.
     """
-    return validate(RunDir(run_dir).read_run()["config"])
+    return recorded_config(RunDir(run_dir).read_run()["config"])
 
 
 def setup(
@@ -283,7 +284,7 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
     state, callbacks = trainer.state, trainer.callbacks
     with torch.no_grad():
         dropped = checkpoint.restore(state, loaded)
-    former = validate(loaded.state["config"])
+    former = recorded_config(loaded.state["config"])
     if former.curriculum != trainer.cfg.curriculum:
         order = curriculum.order_at(former, trainer.dataset, loaded.state["curriculum"])
         dropped = state.reader.order.load_state_dict(
@@ -317,7 +318,7 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
     if (source.path / "samples.jsonl").is_file():
         write_atomically(archive / "samples.jsonl", (source.path / "samples.jsonl").read_bytes())
     write_atomically(archive / "curriculum.json", canonical_json(loaded.state["curriculum"]))
-    former = validate(loaded.state["config"])
+    former = recorded_config(loaded.state["config"])
     changes = curriculum.changes(former, trainer.cfg, trainer.dataset, loaded.state["curriculum"])
     document = {
         "parent": loaded.state["record"],
@@ -326,10 +327,10 @@ def _carry_over(trainer: Trainer, parent: Path, loaded: checkpoint.Loaded) -> li
         **changes,
         "archived": {p.name: sha256_file(p) for p in sorted(archive.iterdir())},
     }
-    write_atomically(directory.path / "polish.json", canonical_json(document))
+    write_atomically(directory.path / "continuation.json", canonical_json(document))
     return [
         artefact(p, root=directory.path)
-        for p in (directory.path / "polish.json", *sorted(archive.iterdir()))
+        for p in (directory.path / "continuation.json", *sorted(archive.iterdir()))
     ]
 
 
@@ -347,18 +348,18 @@ def _refuse_continuing(
             "the run has taken all of its steps, so another mixture would change nothing",
             value=f"step {loaded.state['step']} of {cfg.train.max_steps}",
             next_step=(
-                "--polish a checkpoint of an earlier step (DIR/checkpoints/step-…), or --fork "
-                "with more train.max_steps"
+                "--continue-from a checkpoint of an earlier step (DIR/checkpoints/step-…), or "
+                "--fork with more train.max_steps"
             ),
         )
     if refused := _outside(overrides, CONTINUABLE_KEYS):
         raise ConfigError(
-            f"polishing changes the mixture alone, and {refused[0].key} is something else",
+            f"--continue-from changes the mixture alone, and {refused[0].key} is something else",
             value=f"{refused[0].value} from {refused[0].source}",
             allowed=", ".join(CONTINUABLE_KEYS),
             next_step="stack train --fork DIR changes anything, without the history",
         )
-    if cfg.curriculum == validate(loaded.state["config"]).curriculum:
+    if cfg.curriculum == recorded_config(loaded.state["config"]).curriculum:
         next_step = "--set curriculum.… says what changes; --resume changes nothing"
         raise ConfigError("the mixture stays as it is", next_step=next_step)
 

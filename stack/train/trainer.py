@@ -336,7 +336,9 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
     metric("epochs", state.tokens_seen / dataset.train.n_tokens, "epochs")
     metric("tokens_per_parameter", state.tokens_seen / n_params, "tokens per parameter")
     metric("random_loss_nats", uniform_loss_nats(vocab_size), "nats per token")
-    if (loss_nats := _last_loss(trainer)) is not None:
+    loss_nats = _last_loss(trainer)
+    # A resumed run that ends before its checkpoint is loaded has a log, but no state.
+    if loss_nats is not None and state.ema_loss_nats is not None:
         n = trainer.cfg.train.tokens_per_step
         metric("train_loss_nats", loss_nats, "nats per token", n=n, better="lower")
         metric("ema_loss_nats", state.ema_loss_nats, "nats per token", better="lower")

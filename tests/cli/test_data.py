@@ -144,7 +144,7 @@ def test_overlap_counts_and_needs_a_canary(built):
     )
 
 
-def test_training_on_the_folder_with_a_bandit_and_polishing_it(built):
+def test_training_on_the_folder_with_a_bandit_and_continuing_it(built):
     stack, _ = built
     sizes = {
         "model.d_model": "32", "model.n_layers": "1", "model.head_dim": "8", "model.d_ff": "64",
@@ -195,10 +195,10 @@ def test_training_on_the_folder_with_a_bandit_and_polishing_it(built):
         and "records" in rows[5]["rows"]
     )
     assert sum(x["event"] == "turn" for x in lines) == 8
-    check_polish(stack)
+    check_continued(stack)
 
 
-def check_polish(stack) -> None:
+def check_continued(stack) -> None:
     """The run goes on from step 12 under other shares: history kept, samples and state archived,
     weights those of the checkpoint.
     """
@@ -213,23 +213,23 @@ def check_polish(stack) -> None:
     )
     done = stack(
         "train",
-        "--polish",
+        "--continue-from",
         parent,
         *[a for c in changes for a in ("--set", c)],
         "--run-dir",
-        "polished",
+        "continued",
         "--json",
     )
     assert done.code == 0, done.err
     folder, table = (
-        stack.folder / "polished",
-        json.loads((stack.folder / "polished" / "polish.json").read_text()),
+        stack.folder / "continued",
+        json.loads((stack.folder / "continued" / "continuation.json").read_text()),
     )
     steps = [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 25))
     before, after = (
         (stack.folder / r / "metrics.jsonl").read_text().splitlines()[:18]
-        for r in ("run", "polished")
+        for r in ("run", "continued")
     )
     assert before == after
     shares = {(r["source"], r["share"]): (r["old"], r["new"]) for r in table["shares"]}

@@ -29,7 +29,7 @@ FOLDERS = (
     "import PATH --out out",
     "train --resume PATH",
     "train --fork PATH",
-    "train --polish PATH",
+    "train --continue-from PATH",
     "train --data PATH",
     "train --resume PATH --dry-run",
     "data show PATH",

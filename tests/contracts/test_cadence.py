@@ -34,7 +34,7 @@ EVERY = {
     "Evaluated": (10, "eval.every"),
     "Sampled": (5, "sample.every"),
     "Saved": (20, "checkpoint.every"),
-    "Recomputed": (25, "train.recompute_every"),
+    "Recomputed": (25, "train.sdc_check_every"),
 }
 
 
@@ -150,7 +150,7 @@ def test_every_recipe_keeps_the_cadence(spec):
             "Sampled": cfg.sample.every,
             "Saved": cfg.checkpoint.every,
         }
-        intervals["Recomputed"] = cfg.train.recompute_every
+        intervals["Recomputed"] = cfg.train.sdc_check_every
         verdict = make(spec).observe(
             started(max_steps=cfg.train.max_steps, **{k: (v, k) for k, v in intervals.items()})
         )

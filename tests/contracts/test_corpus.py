@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from stackproof.config import (
     BestFit,
@@ -19,22 +20,21 @@ from stackproof.config import (
 from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES
 from stackproof.contracts.gate import call_check
 from stackproof.data import filters
-from stackproof.data.ingredients import data_ingredients, sampled_documents
 from stackproof.data.prepare import prepare
+from stackproof.data.subject import data_set_subject
 from stackproof.museum.collection import QUESTIONS
 from stackproof.museum.plant import load_museum, swap, touches
+from stackproof.subject.assemble import subject_of
+from tests.contracts.test_data import With, with_splits
+from tests.subjects import changed
 
 GATES = ["corpus.filters", "corpus.no-repeats", "corpus.decontamination", "corpus.packing"]
 UNFIT = "region " * 60
 
 
-def gathered(cfg, dataset):
-    return data_ingredients(cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5)
-
-
 @pytest.mark.parametrize("gate_id", GATES)
-def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
-    verdict = call_check(spec.gates[gate_id], ingredients)
+def test_each_gate_is_green_on_the_stack(spec, subject, gate_id):
+    verdict = call_check(spec.gates[gate_id], subject)
     assert verdict.outcome == "pass", verdict.message
 
 
@@ -42,20 +42,19 @@ def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(
-            spec.gates[plant.gate], gathered(small_cfg, prepare(small_cfg.data, cache_dir=tmp_path))
-        )
+        dataset = prepare(small_cfg.data, cache_dir=tmp_path)
+        subject = subject_of(small_cfg, dataset, torch.device("cpu"))
+        verdict = call_check(spec.gates[plant.gate], subject)
     assert verdict.outcome == "fail" and verdict.message and touches() > before
     assert plant.id in spec.gates[plant.gate].plants
 
 
-def test_the_museum_can_show_what_the_gates_look_for(small_cfg, ingredients):
+def test_the_museum_can_show_what_the_gates_look_for(small_cfg, subject):
     """Documents for every reason, a chat with a system prompt, near repeats, an evaluation set,
     and packed rows.
     """
-    dropped = {
-        reason for s in ingredients["manifest"]["sources"] for reason in s["receipt"]["dropped"]
-    }
+    manifest = subject.corpus.manifest
+    dropped = {reason for s in manifest["sources"] for reason in s["receipt"]["dropped"]}
     assert {
         "exact-repeat",
         "near-repeat",
@@ -64,29 +63,19 @@ def test_the_museum_can_show_what_the_gates_look_for(small_cfg, ingredients):
         "low-diversity",
         "repetition",
     } <= dropped
-    assert ingredients["manifest"]["decontamination"] and isinstance(
-        small_cfg.data.packing, BestFit
-    )
+    assert manifest["decontamination"] and isinstance(small_cfg.data.packing, BestFit)
 
 
-class With:
-    """An object of which some attributes are replaced."""
-
-    def __init__(self, inner, **replaced):
-        self._inner = inner
-        vars(self).update(replaced)
-
-    def __getattr__(self, name):
-        return getattr(self._inner, name)
+def judge(gate_id, spec, subject, **corpus):
+    """The verdict on a corpus in which some members are others."""
+    return call_check(spec.gates[gate_id], changed(subject, corpus=corpus))
 
 
 # --- filters --------------------------------------------------------------------------------------
 
 
 def fifty(folder, unfit):
-    """A data set of fifty documents, `unfit` of which the filters would have rejected,
-    and what the gate sees of it.
-    """
+    """A data set of fifty documents, `unfit` of which the filters would have rejected."""
     texts = [
         f"Entry {n} of the harbour book. {SENTENCES[n % 17]} {SENTENCES[(n * 5 + 1) % 17]}"
         for n in range(50 - unfit)
@@ -111,21 +100,13 @@ def fifty(folder, unfit):
         return prepare(cfg, cache_dir=folder / "cache")
 
 
-def judge_filters(spec, ingredients, dataset):
-    parts = {
-        "manifest": dataset.manifest,
-        "sample_documents": lambda frac, least: sampled_documents(dataset, frac, least),
-    }
-    return call_check(spec.gates["corpus.filters"], ingredients | parts)
-
-
-def test_filters_are_red_on_one_bad_document_in_fifty(spec, ingredients, tmp_path):
+def test_filters_are_red_on_one_bad_document_in_fifty(spec, subject, tmp_path):
     for unfit in (0, 1):
         (tmp_path / str(unfit)).mkdir()
         dataset = fifty(tmp_path / str(unfit), unfit)
         assert dataset.manifest["corpus"]["documents"] == 50
-        in_training = sum(UNFIT in text for _, text in sampled_documents(dataset, 1.0, 1))
-        verdict = judge_filters(spec, ingredients, dataset)
+        in_training = sum(UNFIT in text for _, text in dataset.sample_documents(1.0, 1))
+        verdict = call_check(spec.gates["corpus.filters"], data_set_subject(dataset, 8))
         assert in_training == unfit and verdict.outcome == ("fail" if unfit else "pass"), (
             verdict.message
         )
@@ -135,8 +116,8 @@ def test_filters_are_red_on_one_bad_document_in_fifty(spec, ingredients, tmp_pat
         )
 
 
-def changed(manifest, number, **receipt):
-    """A manifest in which the receipt of one source says something else."""
+def with_receipt(manifest, number, **receipt):
+    """A manifest in which the receipt of one source is another."""
     sources = [dict(s) for s in manifest["sources"]]
     sources[number] |= {"receipt": {**sources[number]["receipt"], **receipt}}
     return manifest | {"sources": sources}
@@ -144,118 +125,109 @@ def changed(manifest, number, **receipt):
 
 @pytest.mark.parametrize("unit", ["documents", "bytes"])
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_filters_are_red_on_a_receipt_that_is_off_by_one(spec, ingredients, unit, side):
-    manifest, key = ingredients["manifest"], f"{unit}_{side}"
-    off = changed(manifest, 1, **{key: manifest["sources"][1]["receipt"][key] + 1})
-    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": off})
+def test_filters_are_red_on_a_receipt_that_is_off_by_one(spec, subject, unit, side):
+    manifest, key = subject.corpus.manifest, f"{unit}_{side}"
+    off = with_receipt(manifest, 1, **{key: manifest["sources"][1]["receipt"][key] + 1})
+    verdict = judge("corpus.filters", spec, subject, manifest=off)
     assert verdict.outcome == "fail" and verdict.measured["source"] == "objects"
 
 
-def test_filters_are_red_on_one_byte_that_is_in_no_shard(spec, ingredients):
-    manifest, gate = ingredients["manifest"], spec.gates["corpus.filters"]
+def test_filters_are_red_on_one_byte_that_is_in_no_shard(spec, subject):
+    manifest = subject.corpus.manifest
     for split in ("train", "validation"):
         entry = manifest["splits"][split]
         short = manifest | {
             "splits": manifest["splits"] | {split: entry | {"bytes": entry["bytes"] - 1}}
         }
-        verdict = call_check(gate, ingredients | {"manifest": short})
+        verdict = judge("corpus.filters", spec, subject, manifest=short)
         assert verdict.outcome == "fail" and "bytes passed the filters" in verdict.message
         declared = manifest | {
             "splits": manifest["splits"]
             | {split: entry | {"bytes": entry["bytes"] - 3, "dropped_chars": 1}}
         }
-        assert call_check(gate, ingredients | {"manifest": declared}).passed
+        assert judge("corpus.filters", spec, subject, manifest=declared).passed
 
 
 @pytest.mark.parametrize("keeps", [1, 2, 3])
-def test_filters_are_red_on_a_converter_that_lets_a_prompt_stand_as_the_users(
-    spec, ingredients, keeps
-):
-    """By the number of turns: a lone prompt, a prompt that the rules see as a chat, two user turns,
-    an assistant first.
+def test_filters_are_red_on_a_converter_that_lets_a_prompt_stand_as_the_users(spec, subject, keeps):
+    """By the number of turns: a lone prompt, a prompt that the rules take for a chat, two user
+    turns, an assistant first.
     """
-    honest = ingredients["chat_text"]
+    honest = subject.corpus.chat_text
     lax = lambda turns: (  # noqa: E731
         honest(turns) or (" ".join(t["content"] for t in turns) if len(turns) == keeps else None)
     )
-    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"chat_text": lax})
+    verdict = judge("corpus.filters", spec, subject, chat_text=lax)
     assert verdict.outcome == ("pass" if keeps == 2 else "fail")
 
 
-def test_filters_are_red_where_fewer_documents_are_shipped_than_passed(spec, ingredients):
+def test_filters_are_red_where_fewer_documents_are_shipped_than_passed(spec, subject):
     """The receipt adds up, and yet a document is missing from the shards."""
-    manifest = ingredients["manifest"]
+    manifest = subject.corpus.manifest
     receipt = manifest["sources"][0]["receipt"]
-    off = changed(
+    off = with_receipt(
         manifest,
         0,
         documents_in=receipt["documents_in"] + 1,
         documents_out=receipt["documents_out"] + 1,
     )
-    verdict = call_check(spec.gates["corpus.filters"], ingredients | {"manifest": off})
+    verdict = judge("corpus.filters", spec, subject, manifest=off)
     assert verdict.outcome == "fail" and "are in the shards" in verdict.message
 
 
-def test_filters_are_red_on_a_source_that_is_declared_synthetic(spec, ingredients):
-    manifest = ingredients["manifest"]
+def test_filters_are_red_on_a_source_that_is_declared_synthetic(spec, subject):
+    manifest = subject.corpus.manifest
     sources = [dict(s) for s in manifest["sources"]]
     sources[2]["languages"] = [filters.SYNTHETIC]
-    verdict = call_check(
-        spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"sources": sources}}
-    )
+    verdict = judge("corpus.filters", spec, subject, manifest=manifest | {"sources": sources})
     assert verdict.outcome == "fail" and "synthetic" in verdict.message
 
 
-def test_filters_are_red_on_a_source_of_which_nothing_is_judged(spec, ingredients):
-    honest = ingredients["sample_documents"]
-    silent = ingredients | {
-        "sample_documents": lambda frac, least: (d for d in honest(frac, least) if d[0] != "tools")
-    }
-    verdict = call_check(spec.gates["corpus.filters"], silent)
+def test_filters_are_red_on_a_source_of_which_nothing_is_judged(spec, subject):
+    honest = subject.corpus.sample_documents
+    silent = lambda frac, least: (d for d in honest(frac, least) if d[0] != "tools")  # noqa: E731
+    verdict = judge("corpus.filters", spec, subject, sample_documents=silent)
     assert verdict.outcome == "fail" and "tools" in verdict.message
 
 
 @pytest.mark.parametrize("rule", sorted({reason for reason, _, _ in PLANTED if reason}))
-def test_filters_are_red_where_one_rule_is_blind(spec, ingredients, rule):
+def test_filters_are_red_where_one_rule_is_blind(spec, subject, rule):
     assert rule in filters.RULES
     blind = {
         name: unfit if name != rule else lambda text, languages, limit: False
         for name, unfit in filters.RULES.items()
     }
     with swap(filters, "RULES", blind):
-        verdict = call_check(spec.gates["corpus.filters"], ingredients)
+        verdict = call_check(spec.gates["corpus.filters"], subject)
     assert verdict.outcome == "fail" and rule in verdict.message
 
 
 @pytest.mark.parametrize("rule", sorted({reason for reason, _, _ in PLANTED if reason}))
-def test_filters_are_red_on_a_corpus_built_without_a_rule(spec, ingredients, rule):
-    manifest = ingredients["manifest"]
+def test_filters_are_red_on_a_corpus_built_without_a_rule(spec, subject, rule):
+    manifest = subject.corpus.manifest
     built = manifest["filters"] | {"rules": [r for r in manifest["filters"]["rules"] if r != rule]}
-    verdict = call_check(
-        spec.gates["corpus.filters"], ingredients | {"manifest": manifest | {"filters": built}}
-    )
+    verdict = judge("corpus.filters", spec, subject, manifest=manifest | {"filters": built})
     assert verdict.outcome == "fail" and rule in verdict.message
 
 
-def test_a_filter_that_rejects_all_is_red_too(spec, ingredients):
-    verdict = call_check(
-        spec.gates["corpus.filters"], ingredients | {"reject": lambda text, languages: "too-short"}
-    )
+def test_a_filter_that_rejects_all_is_red_too(spec, subject):
+    rejection = lambda text, languages: "too-short"  # noqa: E731
+    verdict = judge("corpus.filters", spec, subject, rejection=rejection)
     assert verdict.outcome == "fail" and verdict.measured["wrong_plants"] > 6
 
 
 # --- repeats --------------------------------------------------------------------------------------
 
 
-def test_no_repeats_is_red_on_one_repeat(spec, ingredients):
+def test_no_repeats_is_red_on_one_repeat(spec, subject):
     """Within a split, and over both."""
-    gate, splits = spec.gates["corpus.no-repeats"], ingredients["splits"]
+    gate, splits = spec.gates["corpus.no-repeats"], subject.corpus.splits
     train, held_out = splits["train"].document_hashes, splits["validation"].document_hashes
     for again in (train[3], held_out[3]):
-        off = splits | {"train": With(splits["train"], document_hashes=np.append(train, again))}
-        verdict = call_check(gate, ingredients | {"splits": off})
+        off = With(splits["train"], document_hashes=np.append(train, again))
+        verdict = call_check(gate, with_splits(subject, train=off))
         assert verdict.outcome == "fail" and verdict.measured["repeated"] == 1
-    assert call_check(gate, ingredients).measured["repeated"] == 0
+    assert call_check(gate, subject).measured["repeated"] == 0
 
 
 def test_halves_of_a_tail_split_that_are_alike_are_no_repeats(spec, small_cfg, tmp_path):
@@ -279,81 +251,67 @@ def test_halves_of_a_tail_split_that_are_alike_are_no_repeats(spec, small_cfg, t
         }
     )
     dataset = prepare(cfg, cache_dir=tmp_path / "c")
-    parts = {
-        "splits": {"train": dataset.train, "validation": dataset.validation},
-        "manifest": dataset.manifest,
-        "near_repeats": None,
-    }
+    subject = data_set_subject(dataset, 8)
     assert len(dataset.train.document_hashes) > len(dataset.validation.document_hashes)
     gate, hashes = spec.gates["corpus.no-repeats"], dataset.train.document_hashes
-    assert call_check(gate, parts).passed
-    again = parts | {
-        "splits": parts["splits"]
-        | {"train": With(dataset.train, document_hashes=np.append(hashes, hashes[0]))}
-    }
-    assert call_check(gate, again).measured["repeated"] == 1
+    assert call_check(gate, subject).passed
+    again = With(dataset.train, document_hashes=np.append(hashes, hashes[0]))
+    assert call_check(gate, with_splits(subject, train=again)).measured["repeated"] == 1
 
 
-def test_no_repeats_is_red_where_unlike_documents_are_struck(spec, ingredients):
-    off = ingredients | {"near_repeats": lambda texts: [False] + [True] * (len(texts) - 1)}
-    assert call_check(spec.gates["corpus.no-repeats"], off).outcome == "fail"
+def test_no_repeats_is_red_where_unlike_documents_are_struck(spec, subject):
+    off = lambda texts: [False] + [True] * (len(texts) - 1)  # noqa: E731
+    assert judge("corpus.no-repeats", spec, subject, near_repeats=off).outcome == "fail"
 
 
 # --- evaluation sets ------------------------------------------------------------------------------
 
 
-def test_decontamination_is_red_on_one_evaluation_text(spec, ingredients):
+def test_decontamination_is_red_on_one_evaluation_text(spec, subject):
     """Thirteen words of a question inside one document are enough, twelve are not."""
-    words, honest = QUESTIONS[0].split(), ingredients["sample_documents"]
+    words, honest = QUESTIONS[0].split(), subject.corpus.sample_documents
     for length, outcome in ((13, "fail"), (12, "pass")):
         text = f"{GOOD} {' '.join(words[:length]).upper()}! {GOOD}"
-        tainted = ingredients | {
-            "sample_documents": lambda frac, least, text=text: [
-                *honest(frac, least),
-                ("tools", text),
-            ]
-        }
-        verdict = call_check(spec.gates["corpus.decontamination"], tainted)
+
+        def tainted(frac, least, text=text):
+            return [*honest(frac, least), ("tools", text)]
+
+        verdict = judge("corpus.decontamination", spec, subject, sample_documents=tainted)
         assert verdict.outcome == outcome and verdict.measured["contaminated"] == (length == 13)
 
 
-def test_decontamination_is_red_on_stored_runs_of_something_else(spec, ingredients):
-    gate, grams = spec.gates["corpus.decontamination"], np.asarray(ingredients["evaluation_grams"])
-    foreign = ingredients["gram_set"](SENTENCES[8:])
-    assert call_check(gate, ingredients | {"evaluation_grams": foreign}).outcome == "fail"
-    assert (
-        call_check(
-            gate, ingredients | {"evaluation_grams": np.append(grams, grams[-1] + np.uint64(1))}
-        ).outcome
-        == "fail"
-    )
+def test_decontamination_is_red_on_stored_runs_of_something_else(spec, subject):
+    grams = np.asarray(subject.corpus.evaluation_grams)
+    others = subject.corpus.gram_set(SENTENCES[8:]), np.append(grams, grams[-1] + np.uint64(1))
+    for other in others:
+        verdict = judge("corpus.decontamination", spec, subject, evaluation_grams=other)
+        assert verdict.outcome == "fail"
 
 
-def test_decontamination_is_red_on_a_set_that_is_mostly_too_short_to_be_found(spec, ingredients):
-    declared = ingredients["manifest"]["decontamination"]
+def test_decontamination_is_red_on_a_set_that_is_mostly_too_short_to_be_found(spec, subject):
+    declared = subject.corpus.manifest["decontamination"]
     for n, outcome in ((200, "fail"), (100, "pass")):
         sets = [declared["sets"][0] | {"records": n, "records_kept_out": 50}]
-        manifest = ingredients["manifest"] | {"decontamination": declared | {"sets": sets}}
-        assert (
-            call_check(
-                spec.gates["corpus.decontamination"], ingredients | {"manifest": manifest}
-            ).outcome
-            == outcome
-        )
+        manifest = subject.corpus.manifest | {"decontamination": declared | {"sets": sets}}
+        verdict = judge("corpus.decontamination", spec, subject, manifest=manifest)
+        assert verdict.outcome == outcome
 
 
-def test_decontamination_is_red_on_a_scanner_that_sees_it_everywhere(spec, ingredients):
-    verdict = call_check(
-        spec.gates["corpus.decontamination"],
-        ingredients | {"shares_gram": lambda text, grams: True},
-    )
+def test_decontamination_is_red_on_a_scanner_that_sees_it_everywhere(spec, subject):
+    shares_gram = lambda text, grams: True  # noqa: E731
+    verdict = judge("corpus.decontamination", spec, subject, shares_gram=shares_gram)
     assert verdict.outcome == "fail" and verdict.measured["canary_found"] is False
 
 
 # --- packing --------------------------------------------------------------------------------------
 
 
-def judged(spec, ingredients, stream, change):
+def packing(spec, subject, stream):
+    """The verdict on another training split."""
+    return call_check(spec.gates["corpus.packing"], with_splits(subject, train=stream))
+
+
+def judged(spec, subject, stream, change):
     """The verdict on a stream whose row 3 is changed; its place among the rows of a call varies."""
 
     def rows(numbers, seq_len):
@@ -362,9 +320,7 @@ def judged(spec, ingredients, stream, change):
             made = change(made, int(at))
         return made
 
-    return call_check(
-        spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)}
-    )
+    return packing(spec, subject, With(stream, rows=rows))
 
 
 def replaced(rows, key, at, value):
@@ -378,40 +334,38 @@ def row_stream(request, small_cfg):
     return prepare(small_cfg.data.model_copy(update={"packing": request.param})).train
 
 
-def test_packing_is_red_on_one_lost_token(spec, ingredients, row_stream):
-    whole = judged(spec, ingredients, row_stream, lambda rows, at: rows)
+def test_packing_is_red_on_one_lost_token(spec, subject, row_stream):
+    whole = judged(spec, subject, row_stream, lambda rows, at: rows)
     lost = judged(
-        spec, ingredients, row_stream, lambda rows, at: replaced(rows, "labels", (at, 0), -100)
+        spec, subject, row_stream, lambda rows, at: replaced(rows, "labels", (at, 0), -100)
     )
     assert whole.outcome == "pass" and whole.measured["unaccounted"] == 0
     assert lost.outcome == "fail" and lost.measured["unaccounted"] == 1
 
 
-def test_packing_is_red_on_rows_that_come_twice_where_others_never_do(
-    spec, ingredients, row_stream
-):
+def test_packing_is_red_on_rows_that_come_twice_where_others_never_do(spec, subject, row_stream):
     """Every second row is read twice: numbers of labels are as declared."""
     twice = With(row_stream, rows=lambda numbers, seq_len: row_stream.rows(numbers & ~1, seq_len))
     if row_stream.n_windows(288) % 2:
         twice.n_windows = lambda seq_len: row_stream.n_windows(seq_len) - 1
         twice.dropped_tokens = lambda seq_len: row_stream.dropped_tokens(seq_len) + 288
-    verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": twice})
+    verdict = packing(spec, subject, twice)
     assert verdict.outcome == "fail" and verdict.measured["unaccounted"]
 
 
-def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, ingredients, row_stream):
+def test_packing_is_red_on_one_label_that_is_not_the_next_token(spec, subject, row_stream):
     verdict = judged(
         spec,
-        ingredients,
+        subject,
         row_stream,
         lambda rows, at: replaced(rows, "labels", (at, 2), rows.labels[at, 2] ^ 1),
     )
     assert verdict.outcome == "fail" and "1 label(s) are not the next token" in verdict.message
 
 
-def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, ingredients, row_stream):
-    """What is declared may be a remainder, less than a row of every shard: eight rows of four
-    shards are more, one row is not.
+def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, subject, row_stream):
+    """The declared remainder must be less than a row of every shard: eight rows of four shards are
+    more, one row is not.
     """
     whole, honest = row_stream.n_windows(288), row_stream.dropped_tokens(288)
     for n_cut, outcome in ((8, "fail"), (1, "pass")):
@@ -422,11 +376,11 @@ def test_packing_is_red_on_rows_that_are_declared_as_dropped(spec, ingredients, 
             n_windows=lambda seq_len, n=whole - n_cut: n,
             dropped_tokens=lambda seq_len, lost=lost: lost,
         )
-        verdict = call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": shorter})
+        verdict = packing(spec, subject, shorter)
         assert verdict.measured["unaccounted"] == 0 and verdict.outcome == outcome
 
 
-def test_packing_is_red_on_two_documents_under_one_id(spec, ingredients, dataset):
+def test_packing_is_red_on_two_documents_under_one_id(spec, subject, dataset):
     stream, eos = dataset.train, dataset.tokenizer.eos_id
     labels = stream.rows(np.arange(stream.n_windows(288)), 288).labels
     n = int(np.flatnonzero(((labels[:, :-1] == eos) & (labels[:, 1:] != -100)).any(1))[0])
@@ -436,9 +390,7 @@ def test_packing_is_red_on_two_documents_under_one_id(spec, ingredients, dataset
         at = np.flatnonzero(np.asarray(numbers) == n)
         return replaced(made, "document_ids", at, 0) if len(at) else made
 
-    verdict = call_check(
-        spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)}
-    )
+    verdict = packing(spec, subject, With(stream, rows=rows))
     assert (
         verdict.outcome == "fail"
         and verdict.measured["crossed_borders"] >= 1
@@ -446,7 +398,7 @@ def test_packing_is_red_on_two_documents_under_one_id(spec, ingredients, dataset
     )
 
 
-def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, ingredients, small_cfg):
+def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, subject, small_cfg):
     """All labels are there, one each: the last ones of two rows have changed places."""
     stream = prepare(small_cfg.data.model_copy(update={"packing": Concatenated()})).train
     last = stream.rows(np.array([3, 5]), 288).labels[:, -1]
@@ -459,13 +411,8 @@ def test_packing_is_red_on_rows_that_end_with_another_rows_label(spec, ingredien
                 made = replaced(made, "labels", (int(at), -1), label)
         return made
 
-    assert (
-        call_check(spec.gates["corpus.packing"], ingredients | {"row_stream": stream}).outcome
-        == "pass"
-    )
-    verdict = call_check(
-        spec.gates["corpus.packing"], ingredients | {"row_stream": With(stream, rows=rows)}
-    )
+    assert packing(spec, subject, stream).outcome == "pass"
+    verdict = packing(spec, subject, With(stream, rows=rows))
     assert (
         verdict.outcome == "fail"
         and "2 label(s) are not the next token" in verdict.message

@@ -12,18 +12,21 @@ from stackproof.contracts.curriculum import Draws, GradientShock
 from stackproof.contracts.events import BatchDrawn, Started, StepTaken
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data.curriculum import make_order
-from stackproof.data.ingredients import data_ingredients
 from stackproof.data.order import Source, StaticMixture
 from stackproof.museum.plant import load_museum, touches
+from stackproof.subject.assemble import subject_of
 from stackproof.train import step as steps
 from stackproof.train.state import build_state
 from tests.contracts.test_optim import step_taken
+from tests.subjects import changed
 
+CPU = torch.device("cpu")
 PREFLIGHT = ["curriculum.order", "curriculum.reward", "curriculum.state"]
 
 
-def gathered(cfg, dataset):
-    return data_ingredients(cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5)
+def judge(gate_id, spec, subject, **curriculum):
+    """The verdict on a curriculum in which some members are others."""
+    return call_check(spec.gates[gate_id], changed(subject, curriculum=curriculum))
 
 
 def plants_of(*gate_ids):
@@ -31,8 +34,8 @@ def plants_of(*gate_ids):
 
 
 @pytest.mark.parametrize("gate_id", PREFLIGHT)
-def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
-    verdict = call_check(spec.gates[gate_id], ingredients)
+def test_each_gate_is_green_on_the_stack(spec, subject, gate_id):
+    verdict = call_check(spec.gates[gate_id], subject)
     assert verdict.outcome == "pass", verdict.message
 
 
@@ -45,10 +48,8 @@ def test_each_gate_is_green_on_fixed_shares_and_on_one_source_that_is_left(
         caps={"objects": 0.0, "tools": 0.0, "retired": 0.0}, floors={"objects": 0.0, "tools": 0.0}
     )
     for curriculum in (fixed, alone):
-        verdict = call_check(
-            spec.gates[gate_id],
-            gathered(small_cfg.model_copy(update={"curriculum": curriculum}), dataset),
-        )
+        cfg = small_cfg.model_copy(update={"curriculum": curriculum})
+        verdict = call_check(spec.gates[gate_id], subject_of(cfg, dataset, CPU))
         assert verdict.outcome == "pass", verdict.message
 
 
@@ -56,7 +57,7 @@ def test_each_gate_is_green_on_fixed_shares_and_on_one_source_that_is_left(
 def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(spec.gates[plant.gate], gathered(small_cfg, dataset))
+        verdict = call_check(spec.gates[plant.gate], subject_of(small_cfg, dataset, CPU))
     assert verdict.outcome == "fail" and verdict.message and touches() > before
     assert plant.id in spec.gates[plant.gate].plants
 
@@ -66,26 +67,26 @@ def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, dataset, pla
 def test_order_is_red_where_any_share_is_another_than_declared(
     spec, small_cfg, dataset, cfg, number
 ):
-    changed = {"weights": {"tools": 3.0}, "caps": {"tools": 0.7}, "floors": {"grammar": 0.05}}
-    given = gathered(small_cfg.model_copy(update={"curriculum": cfg(**changed)}), dataset)
-    declared = given["declared_shares"]
+    own = {"weights": {"tools": 3.0}, "caps": {"tools": 0.7}, "floors": {"grammar": 0.05}}
+    run = small_cfg.model_copy(update={"curriculum": cfg(**own)})
+    subject = subject_of(run, dataset, CPU)
+    declared = subject.curriculum.declared_shares
     assert (
         declared["tools"] == (3.0, 0.7, 0.1)
         and declared["grammar"] == (2.0, 1.0, 0.05)
         and declared["objects"] == (1.0, 0.5, 0.2)
     )
-    assert call_check(spec.gates["curriculum.order"], given).passed
-    made = given["make_run_order"]
+    assert call_check(spec.gates["curriculum.order"], subject).passed
 
     def other():
-        order = made()
+        order = subject.curriculum.sampler_order()
         order.sources = tuple(
             replace(s, **{number: getattr(s, number) * 0.99}) if s.name == "tools" else s
             for s in order.sources
         )
         return order
 
-    verdict = call_check(spec.gates["curriculum.order"], given | {"make_run_order": other})
+    verdict = judge("curriculum.order", spec, subject, sampler_order=other)
     assert verdict.outcome == "fail" and "source tools has weight, cap, floor" in verdict.message
 
 
@@ -117,28 +118,25 @@ ARMS = (
 PLAIN = {"warmup_rows": 0, "warmup_sources": (), "declared_shares": shares_of(ARMS)}
 
 
-def declared(spec, ingredients, **bounds):
+def declared(spec, subject, **bounds):
     """The verdict on a mixture of shares 1/4, 1/4 and 1/2 whose source `a` is
     declared with other bounds.
     """
     make = lambda: Declares(  # noqa: E731
         StaticMixture(ARMS, 5), lambda s: replace(s, **bounds) if s.name == "a" else s
     )
-    parts = PLAIN | {"make_run_order": make, "declared_shares": shares_of(make().sources)}
-    return call_check(spec.gates["curriculum.order"], ingredients | parts)
+    members = PLAIN | {"sampler_order": make, "declared_shares": shares_of(make().sources)}
+    return judge("curriculum.order", spec, subject, **members)
 
 
-def test_order_is_red_on_a_share_out_of_bounds(spec, ingredients):
+def test_order_is_red_on_a_share_out_of_bounds(spec, subject):
     """A share of 0.25 gives 250 or 251 of 1,000 rows: three of slack granted,
     0.246 is no cap of it and 0.254 no floor.
     """
-    assert declared(spec, ingredients).passed
-    assert (
-        declared(spec, ingredients, cap=0.25).passed
-        and declared(spec, ingredients, floor=0.25).passed
-    )
+    for bounds in ({}, {"cap": 0.25}, {"floor": 0.25}):
+        assert declared(spec, subject, **bounds).passed
     for bounds in ({"cap": 0.246}, {"floor": 0.254}):
-        verdict = declared(spec, ingredients, **bounds)
+        verdict = declared(spec, subject, **bounds)
         assert verdict.outcome == "fail" and 0 < verdict.measured["worst_excess_rows"] <= 2
 
 
@@ -153,13 +151,13 @@ class Redrawn(Declares):
         return self._change(self._inner.at(numbers), numbers)
 
 
-def redrawn(spec, ingredients, change, **parts):
-    parts = PLAIN | {"make_run_order": lambda: Redrawn(StaticMixture(ARMS, 5), change)} | parts
-    return call_check(spec.gates["curriculum.order"], ingredients | parts)
+def redrawn(spec, subject, change):
+    members = PLAIN | {"sampler_order": lambda: Redrawn(StaticMixture(ARMS, 5), change)}
+    return judge("curriculum.order", spec, subject, **members)
 
 
-def test_order_is_red_on_a_window_drawn_twice(spec, ingredients):
-    assert redrawn(spec, ingredients, lambda draws, numbers: draws).passed
+def test_order_is_red_on_a_window_drawn_twice(spec, subject):
+    assert redrawn(spec, subject, lambda draws, numbers: draws).passed
 
     def again(draws, numbers):
         mine = np.flatnonzero(draws.sources == 1)[:2]
@@ -167,7 +165,7 @@ def test_order_is_red_on_a_window_drawn_twice(spec, ingredients):
         windows[mine[1]] = windows[mine[0]]
         return replace(draws, windows=windows)
 
-    verdict = redrawn(spec, ingredients, again)
+    verdict = redrawn(spec, subject, again)
     assert (
         verdict.outcome == "fail"
         and "twice" in verdict.message
@@ -175,40 +173,38 @@ def test_order_is_red_on_a_window_drawn_twice(spec, ingredients):
     )
 
 
-def test_order_is_red_on_rows_of_a_neighbour(spec, ingredients):
+def test_order_is_red_on_rows_of_a_neighbour(spec, subject):
     def astray(draws, numbers):
         return replace(
             draws, windows=np.where(numbers == 17, (draws.windows + 700) % 1500, draws.windows)
         )
 
-    assert "of other sources" in redrawn(spec, ingredients, astray).message
+    assert "of other sources" in redrawn(spec, subject, astray).message
 
 
-def test_order_is_red_on_an_early_epoch(spec, ingredients):
+def test_order_is_red_on_an_early_epoch(spec, subject):
     def early(draws, numbers):
         return replace(draws, epochs=draws.epochs + (numbers > 4000))
 
-    assert "an epoch begins before" in redrawn(spec, ingredients, early).message
+    assert "an epoch begins before" in redrawn(spec, subject, early).message
 
 
-def test_order_is_red_on_an_order_that_is_not_repeatable(spec, ingredients):
+def test_order_is_red_on_an_order_that_is_not_repeatable(spec, subject):
     calls = iter(range(100))
 
     def make():
         return StaticMixture([*ARMS[:2], replace(ARMS[2], weight=2 + next(calls))], 5)
 
-    verdict = call_check(
-        spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make}
-    )
+    verdict = judge("curriculum.order", spec, subject, **PLAIN, sampler_order=make)
     assert verdict.outcome == "fail" and "two orders" in verdict.message
 
 
-def test_order_is_red_on_one_row_of_the_warm_up(spec, ingredients):
+def test_order_is_red_on_one_row_of_the_warm_up(spec, subject):
     """The 33rd row is no warm-up of 32 rows."""
     make = lambda: StaticMixture(ARMS, 5, warmup_rows=32, warmup_sources=("b",))  # noqa: E731
     for rows, outcome in ((32, "pass"), (33, "fail"), (34, "fail")):
-        parts = PLAIN | {"make_run_order": make, "warmup_rows": rows, "warmup_sources": ("b",)}
-        assert call_check(spec.gates["curriculum.order"], ingredients | parts).outcome == outcome
+        members = PLAIN | {"sampler_order": make, "warmup_rows": rows, "warmup_sources": ("b",)}
+        assert judge("curriculum.order", spec, subject, **members).outcome == outcome
 
 
 # --- reward and state -----------------------------------------------------------------------------
@@ -240,47 +236,38 @@ class Fixed:
         self.focus = next(self._turns)
 
 
-def test_reward_is_red_on_a_bandit_that_never_learns(spec, ingredients):
-    blind = call_check(
-        spec.gates["curriculum.reward"],
-        ingredients | {"make_bandit": lambda: Fixed(n % 3 for n in range(91))},
-    )
+def test_reward_is_red_on_a_bandit_that_never_learns(spec, subject):
+    in_turn = lambda: Fixed(n % 3 for n in range(91))  # noqa: E731
+    blind = judge("curriculum.reward", spec, subject, bandit=in_turn)
     assert blind.outcome == "fail" and blind.measured["useful_turns"] == pytest.approx(
         1 / 3, abs=0.02
     )
-    learned = call_check(spec.gates["curriculum.reward"], ingredients)
+    learned = call_check(spec.gates["curriculum.reward"], subject)
     assert learned.passed and learned.measured["useful_turns"] > 0.5  # measured 0.84
 
 
-def test_reward_is_red_where_a_source_is_never_tried(spec, ingredients):
-    verdict = call_check(
-        spec.gates["curriculum.reward"],
-        ingredients | {"make_bandit": lambda: Fixed(n % 2 for n in range(91))},
-    )
+def test_reward_is_red_where_a_source_is_never_tried(spec, subject):
+    two_of_three = lambda: Fixed(n % 2 for n in range(91))  # noqa: E731
+    verdict = judge("curriculum.reward", spec, subject, bandit=two_of_three)
     assert verdict.outcome == "fail" and "1 source(s) none" in verdict.message
 
 
-def test_state_is_red_on_a_revived_arm(spec, ingredients):
+def test_state_is_red_on_a_revived_arm(spec, subject):
     """A cap of 0 that is not looked at when a state is loaded: the source takes part again."""
-    honest = ingredients["make_bandit"]
-    assert call_check(spec.gates["curriculum.state"], ingredients).passed
-    verdict = call_check(
-        spec.gates["curriculum.state"], ingredients | {"make_bandit": lambda capped="": honest()}
-    )
+    honest = subject.curriculum.bandit
+    assert call_check(spec.gates["curriculum.state"], subject).passed
+    verdict = judge("curriculum.state", spec, subject, bandit=lambda capped="": honest())
     assert verdict.outcome == "fail" and "list" in verdict.message and verdict.measured["arms"] == 3
 
 
-def test_state_is_red_on_dropped_arms_that_nobody_names(spec, ingredients):
+def test_state_is_red_on_dropped_arms_that_are_not_named(spec, subject):
     def silent(capped=""):
-        made = ingredients["make_bandit"](capped)
+        made = subject.curriculum.bandit(capped)
         load = made.load_state_dict
         made.load_state_dict = lambda state: load(state) and []
         return made
 
-    assert (
-        call_check(spec.gates["curriculum.state"], ingredients | {"make_bandit": silent}).outcome
-        == "fail"
-    )
+    assert judge("curriculum.state", spec, subject, bandit=silent).outcome == "fail"
 
 
 # --- draws ----------------------------------------------------------------------------------------
@@ -308,7 +295,7 @@ def watched(spec, cfg, dataset, n_steps):
     """Outcomes of the gate over the first steps of the stack's own reader,
     with a turn of losses after every second one.
     """
-    reader = build_state(cfg, dataset, torch.device("cpu")).reader
+    reader = build_state(cfg, dataset, CPU).reader
     check = draws_gate(
         spec, plan_of(reader.order, warmup_rows=12, warmup_sources=cfg.curriculum.warmup_sources)
     )
@@ -425,7 +412,7 @@ def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset
 
     def outcomes():
         state, check = (
-            build_state(small_cfg, dataset, torch.device("cpu")),
+            build_state(small_cfg, dataset, CPU),
             GradientShock(limits_of(spec.gates["curriculum.gradient-shock"])),
         )
         for step in range(1, small_cfg.train.max_steps + 1):

@@ -11,10 +11,10 @@ from stackproof.contracts.curriculum import TURNS, _play
 from stackproof.contracts.gate import call_check
 from stackproof.data.order import StaticMixture
 from stackproof.museum.plant import load_museum
-from tests.contracts.test_curriculum import ARMS, PLAIN, Fixed, Redrawn
+from tests.contracts.test_curriculum import ARMS, PLAIN, Fixed, Redrawn, judge
 
 
-def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredients):
+def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, subject):
     """Of every call that decides more than one row, two rows of one source have changed places."""
 
     def exchanged(draws, numbers):
@@ -29,16 +29,14 @@ def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, ingredient
 
     def judged(change):
         make = lambda: Counted(StaticMixture(ARMS, 5), change)  # noqa: E731
-        return call_check(
-            spec.gates["curriculum.order"], ingredients | PLAIN | {"make_run_order": make}
-        )
+        return judge("curriculum.order", spec, subject, **PLAIN, sampler_order=make)
 
     assert judged(lambda draws, numbers: draws).passed
     verdict = judged(exchanged)
     assert verdict.outcome == "fail" and "at a time" in verdict.message
 
 
-def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, ingredients):
+def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, subject):
     """The useful source has nearly all turns at first; whether another is found later decides, to
     the turn: 18 of 45 are the limit.
     """
@@ -50,24 +48,22 @@ def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, ingredients):
         )
         names = [s.name for s in Fixed.sources]
         turns = [names.index(n) for n in first + second + ["useful"]]
-        return call_check(
-            spec.gates["curriculum.reward"], ingredients | {"make_bandit": lambda: Fixed(turns)}
-        )
+        return judge("curriculum.reward", spec, subject, bandit=lambda: Fixed(turns))
 
     assert verdict(18).passed
     red = verdict(17)
     assert red.outcome == "fail" and red.measured["regained_turns"] == pytest.approx(17 / 45)
-    learned = call_check(spec.gates["curriculum.reward"], ingredients)
+    learned = call_check(spec.gates["curriculum.reward"], subject)
     assert learned.passed and learned.measured["regained_turns"] > 0.6  # measured 0.84
 
 
-def test_reward_is_red_where_the_common_trend_is_merit(spec, ingredients):
+def test_reward_is_red_where_the_common_trend_is_merit(spec, subject):
     """Red in the world in which all losses fall, and there alone:
     without a trend the same bandit is green.
     """
     with load_museum()["curriculum.trend-is-merit"].apply():
-        plain = _play(ingredients["make_bandit"](), 0.0).count("useful") / TURNS
-        verdict = call_check(spec.gates["curriculum.reward"], ingredients)
+        plain = _play(subject.curriculum.bandit(), 0.0).count("useful") / TURNS
+        verdict = call_check(spec.gates["curriculum.reward"], subject)
     assert plain > 0.6  # measured 0.75
     assert verdict.outcome == "fail" and verdict.measured["useful_turns"] < 0.4  # measured 0.34
 
@@ -87,13 +83,13 @@ def test_reward_is_red_where_the_common_trend_is_merit(spec, ingredients):
         "rewards",
     ],
 )
-def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
-    """Every entry of the saved state that a fresh bandit has otherwise;
-    each is put back to what a fresh one says.
+def test_state_is_red_on_anything_that_is_not_restored(spec, subject, key):
+    """Every entry of the saved state that differs from a fresh bandit's is put back to that of a
+    fresh one.
     """
 
     def forgetful():
-        made = ingredients["make_run_order"]()
+        made = subject.curriculum.sampler_order()
         fresh, load = made.state_dict(), made.load_state_dict
 
         def restored(state):
@@ -111,20 +107,18 @@ def test_state_is_red_on_anything_that_is_not_restored(spec, ingredients, key):
         made.load_state_dict = restored
         return made
 
-    verdict = call_check(
-        spec.gates["curriculum.state"], ingredients | {"make_run_order": forgetful}
-    )
+    verdict = judge("curriculum.state", spec, subject, sampler_order=forgetful)
     assert verdict.outcome == "fail" and "never stopped" in verdict.message
 
 
 @pytest.mark.parametrize(("moved", "outcome"), [(1, "pass"), (4, "fail"), (-4, "fail")])
-def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, ingredients, moved, outcome):
+def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, subject, moved, outcome):
     """Some rows of every turn go to the source in focus instead of its neighbour, or the reverse;
     three rows are the slack.
     """
 
     def shifted():
-        made = ingredients["make_bandit"]()
+        made = subject.curriculum.bandit()
         at = made.at
 
         def moving(numbers):
@@ -137,7 +131,7 @@ def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, ingredients, mov
         made.at = moving
         return made
 
-    verdict = call_check(spec.gates["curriculum.reward"], ingredients | {"make_bandit": shifted})
+    verdict = judge("curriculum.reward", spec, subject, bandit=shifted)
     assert verdict.outcome == outcome and ("follow its focus" in verdict.message) == (
         outcome == "fail"
     )

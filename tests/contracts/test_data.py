@@ -1,9 +1,11 @@
 """Gates of the data: green on the stack, red on what they are for."""
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from stackproof.config import StaticCurriculum
 from stackproof.contracts.data import Consumption, Learned
@@ -11,14 +13,15 @@ from stackproof.contracts.events import BatchDrawn, Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data import permutation
 from stackproof.data.curriculum import run_order
-from stackproof.data.ingredients import data_ingredients
 from stackproof.data.order import UniformOrder
 from stackproof.data.prepare import prepare
 from stackproof.data.reader import Reader
 from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import GateFailed
+from stackproof.subject.assemble import subject_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
+from tests.subjects import changed
 
 PREFLIGHT = [
     "data.order",
@@ -31,22 +34,19 @@ PREFLIGHT = [
 
 
 @pytest.mark.parametrize("gate_id", PREFLIGHT)
-def test_each_gate_is_green_on_the_stack(spec, ingredients, gate_id):
-    verdict = call_check(spec.gates[gate_id], ingredients)
+def test_each_gate_is_green_on_the_stack(spec, subject, gate_id):
+    verdict = call_check(spec.gates[gate_id], subject)
     assert verdict.outcome == "pass", verdict.message
 
 
 def planted_verdict(spec, cfg, plant, cache):
-    """What a preflight gate says when data are prepared and handed over
-    while its plant is in place.
+    """The verdict of a preflight gate on data that are prepared and judged with its plant in
+    place.
     """
     before = touches()
     with plant.apply():
-        dataset = prepare(cfg.data, cache_dir=cache)
-        ingredients = data_ingredients(
-            cfg, dataset, n_params=20_000, planned_tokens=50_000, order_seed=5
-        )
-        verdict = call_check(spec.gates[plant.gate], ingredients)
+        subject = subject_of(cfg, prepare(cfg.data, cache_dir=cache), torch.device("cpu"))
+        verdict = call_check(spec.gates[plant.gate], subject)
     assert touches() > before, "the planted line never ran"
     return verdict
 
@@ -131,7 +131,7 @@ class Proxy:
         return getattr(self._reader, name)
 
 
-def test_order_is_red_on_half_a_shuffle(spec, ingredients, monkeypatch):
+def test_order_is_red_on_half_a_shuffle(spec, subject, monkeypatch):
     honest = permutation.permute
 
     def blockwise(positions, n, key):
@@ -141,28 +141,29 @@ def test_order_is_red_on_half_a_shuffle(spec, ingredients, monkeypatch):
         return np.minimum(block * 32 + inner, n - 1)
 
     monkeypatch.setattr(permutation, "permute", blockwise)
-    verdict = call_check(spec.gates["data.order"], ingredients)
+    verdict = call_check(spec.gates["data.order"], subject)
     assert verdict.outcome == "fail" and verdict.measured["trend"] > 0.9
 
 
-def test_coverage_is_red_on_one_lost_window(spec, ingredients):
-    honest = ingredients["make_reader"]
-    off = ingredients | {
-        "make_reader": lambda **options: Proxy(honest(**options), lambda i: 1 if i == 0 else i)
-    }
+def with_reader(subject, make):
+    """A subject whose readers are those that `make` makes of its own."""
+    honest = subject.data_loader.reader
+    return changed(subject, data_loader={"reader": lambda **options: make(honest(**options))})
+
+
+def test_coverage_is_red_on_one_lost_window(spec, subject):
+    off = with_reader(subject, lambda reader: Proxy(reader, lambda i: 1 if i == 0 else i))
     verdict = call_check(spec.gates["data.coverage"], off)
     assert verdict.outcome == "fail" and verdict.measured["missing"] == 1
 
 
-def test_coverage_sees_rows_of_other_tokens_and_of_another_epoch(spec, ingredients):
-    honest = ingredients["make_reader"]
-
+def test_coverage_sees_rows_of_other_tokens_and_of_another_epoch(spec, subject):
     def altered(change):
         class Altered(Proxy):
             def draw(self):
                 return change(self._reader.draw())
 
-        return ingredients | {"make_reader": lambda **options: Altered(honest(**options), None)}
+        return with_reader(subject, lambda reader: Altered(reader, None))
 
     stale = altered(lambda b: dataclasses.replace(b, input_ids=b.input_ids.roll(1, 1)))
     assert call_check(spec.gates["data.coverage"], stale).measured["wrong_rows"] > 0
@@ -171,21 +172,18 @@ def test_coverage_sees_rows_of_other_tokens_and_of_another_epoch(spec, ingredien
     assert verdict.outcome == "fail" and verdict.measured["wrong_epoch"] > 0
 
 
-def test_coverage_ends_on_a_reader_that_stands_still(spec, ingredients):
-    honest = ingredients["make_reader"]
-
+def test_coverage_ends_on_a_reader_that_stands_still(spec, subject):
     class Stuck(Proxy):
         def draw(self):
             self._reader.cursor = 0
             return self._reader.draw()
 
-    off = ingredients | {"make_reader": lambda **options: Stuck(honest(**options), None)}
+    off = with_reader(subject, lambda reader: Stuck(reader, None))
     assert call_check(spec.gates["data.coverage"], off).outcome == "fail"
 
 
-def test_exhaustion_refuses_a_part_of_a_batch(spec, ingredients):
+def test_exhaustion_refuses_a_part_of_a_batch(spec, subject):
     """Two rows are wanted, one is left: neither a short batch nor a padded one is right."""
-    honest = ingredients["make_reader"]
 
     class Lenient(Proxy):
         def draw(self):
@@ -193,49 +191,45 @@ def test_exhaustion_refuses_a_part_of_a_batch(spec, ingredients):
                 self._reader.rows = 1
             return self._reader.draw()
 
-    off = ingredients | {"make_reader": lambda **options: Lenient(honest(**options), None)}
+    off = with_reader(subject, lambda reader: Lenient(reader, None))
     verdict = call_check(spec.gates["data.exhaustion"], off)
     assert verdict.outcome == "fail" and "one is left" in verdict.message
 
 
 @pytest.mark.parametrize("n", [11, 40])
-def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(
-    spec, ingredients, n
-):
+def test_order_of_a_corpus_too_small_for_statistics_is_still_judged_on_repeats(spec, subject, n):
     """From twelve windows on, two wholly equal epochs are no chance."""
-    honest = ingredients["make_reader"]
-    few = ingredients | {"make_reader": lambda **options: honest(**options | {"n_windows": n})}
+    few = changed(subject, data_loader={"n_rows": n})
     gate = spec.gates["data.order"]
     assert call_check(gate, few).outcome == "pass"
     with load_museum()["data.epoch-order-constant"].apply():
         assert call_check(gate, few).outcome == ("fail" if n >= 12 else "pass")
 
 
-def test_integrity_is_red_on_one_start_astray(spec, ingredients):
-    starts = ingredients["splits"]["train"].document_starts.copy()
+def with_splits(subject, **splits):
+    """A subject in whose corpus some splits are others."""
+    return changed(subject, corpus={"splits": subject.corpus.splits | splits})
+
+
+def test_integrity_is_red_on_one_start_astray(spec, subject):
+    train = subject.corpus.splits["train"]
+    starts = train.document_starts.copy()
     starts[7] += 1
-    off = ingredients["splits"] | {
-        "train": With(ingredients["splits"]["train"], document_starts=starts)
-    }
-    verdict = call_check(spec.gates["data.integrity"], ingredients | {"splits": off})
+    off = with_splits(subject, train=With(train, document_starts=starts))
+    verdict = call_check(spec.gates["data.integrity"], off)
     assert verdict.outcome == "fail" and verdict.measured["astray"] == 1
 
 
-def test_integrity_reads_in_pieces_what_it_reads_at_once(spec, ingredients, monkeypatch):
+def test_integrity_reads_in_pieces_what_it_reads_at_once(spec, subject, monkeypatch):
     monkeypatch.setattr("stackproof.contracts.data.PIECE_TOKENS", 1009)
-    assert call_check(spec.gates["data.integrity"], ingredients).outcome == "pass"
+    assert call_check(spec.gates["data.integrity"], subject).outcome == "pass"
 
 
-def test_integrity_is_red_on_one_missing_byte(spec, ingredients):
-    manifest = {
-        **ingredients["manifest"],
-        "splits": {k: dict(v) for k, v in ingredients["manifest"]["splits"].items()},
-    }
+def test_integrity_is_red_on_one_missing_byte(spec, subject):
+    manifest = copy.deepcopy(subject.corpus.manifest)
     manifest["splits"]["train"]["bytes"] += 1
-    assert (
-        call_check(spec.gates["data.integrity"], ingredients | {"manifest": manifest}).outcome
-        == "fail"
-    )
+    off = changed(subject, corpus={"manifest": manifest})
+    assert call_check(spec.gates["data.integrity"], off).outcome == "fail"
 
 
 class With:
@@ -249,55 +243,44 @@ class With:
         return getattr(self._stream, name)
 
 
-def test_leakage_sees_one_shared_document(spec, ingredients):
-    train, held_out = ingredients["splits"]["train"], ingredients["splits"]["validation"]
+def test_leakage_sees_one_shared_document(spec, subject):
+    train, held_out = subject.corpus.splits["train"], subject.corpus.splits["validation"]
     tainted = With(
         train, document_hashes=np.append(train.document_hashes, held_out.document_hashes[3])
     )
-    verdict = call_check(
-        spec.gates["data.leakage"],
-        ingredients | {"splits": {"train": tainted, "validation": held_out}},
-    )
+    verdict = call_check(spec.gates["data.leakage"], with_splits(subject, train=tainted))
     assert verdict.outcome == "fail" and verdict.measured["shared_documents"] == 1
 
 
-def test_leakage_sees_passages_inside_documents_that_differ(spec, ingredients):
+def test_leakage_sees_passages_inside_documents_that_differ(spec, subject):
     """A third of the held-out text, pasted into the training text under no shared document hash,
     is measured as a third.
     """
-    train, held_out = ingredients["splits"]["train"], ingredients["splits"]["validation"]
+    train, held_out = subject.corpus.splits["train"], subject.corpus.splits["validation"]
     passage = held_out.token_range(0, held_out.n_tokens // 3)
     tokens = np.concatenate([train.token_range(0, train.n_tokens), passage])
     tainted = With(train, n_tokens=len(tokens), token_range=lambda start, stop: tokens[start:stop])
-    verdict = call_check(
-        spec.gates["data.leakage"],
-        ingredients | {"splits": {"train": tainted, "validation": held_out}},
-    )
+    verdict = call_check(spec.gates["data.leakage"], with_splits(subject, train=tainted))
     assert verdict.outcome == "fail" and verdict.measured["shared_documents"] == 0
     assert verdict.measured["run_overlap"] == pytest.approx(1 / 3, abs=0.01)
 
 
-def test_leakage_does_not_judge_a_split_shorter_than_a_run(spec, ingredients):
-    held_out = ingredients["splits"]["validation"]
-    splits = ingredients["splits"] | {"validation": With(held_out, n_tokens=9)}
-    assert (
-        call_check(spec.gates["data.leakage"], ingredients | {"splits": splits}).outcome
-        == "not_run"
-    )
+def test_leakage_does_not_judge_a_split_shorter_than_a_run(spec, subject):
+    short = With(subject.corpus.splits["validation"], n_tokens=9)
+    verdict = call_check(spec.gates["data.leakage"], with_splits(subject, validation=short))
+    assert verdict.outcome == "not_run"
 
 
-def test_budget_refuses_the_founding_failure(spec, ingredients):
+def test_budget_refuses_the_founding_failure(spec, subject):
     """18 M tokens for 370 M parameters: 0.05 each."""
-    n_tokens = ingredients["splits"]["train"].n_tokens
-    verdict = call_check(
-        spec.gates["data.corpus-budget"], ingredients | {"n_params": int(n_tokens / 0.0486)}
-    )
+    gate, n_tokens = spec.gates["data.corpus-budget"], subject.corpus.splits["train"].n_tokens
+    large = changed(subject, declared={"n_parameters": int(n_tokens / 0.0486)})
+    verdict = call_check(gate, large)
     assert verdict.outcome == "fail" and verdict.measured[
         "unique_tokens_per_parameter"
     ] == pytest.approx(0.0486, rel=1e-3)
-    too_often = call_check(
-        spec.gates["data.corpus-budget"], ingredients | {"planned_tokens": 17 * n_tokens}
-    )
+    long = changed(subject, declared={"max_steps": 17, "tokens_per_step": n_tokens})
+    too_often = call_check(gate, long)
     assert too_often.outcome == "fail" and too_often.measured["epochs"] == 17
 
 

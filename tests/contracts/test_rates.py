@@ -27,9 +27,10 @@ from stackproof.contracts.memorisation import Memorised, chance_of
 from stackproof.contracts.moe import RouterCollapse
 from stackproof.contracts.rows import FreshRows, RowsSeen
 from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import DataLoader, Subject
 from stackproof.data.order import Source
 from tests.contracts.test_optim import step_taken
+from tests.subjects import changed
 
 WORDS = 60  # of a sample of 96 tokens
 
@@ -282,25 +283,28 @@ def green(spec, gate_id, **ingredients):
     return call_check(spec.gates[gate_id], ingredients).passed
 
 
-def readers(key, spoil=lambda order: order):
-    """Makes readers of 120 windows, the fewest that the gate judges in full;
-    `spoil(order)` changes the order of each epoch.
+class Shuffled(DataLoader):
+    """A data loader over 120 windows, the fewest that the gate judges in full; `spoil(order)`
+    changes the order of each epoch.
     """
 
-    class Reader:
-        n_windows = 120
+    n_rows = 120
 
-        def __init__(self, rows=1, n_windows=0, cursor=0, seed=1):
-            epochs = [
-                spoil(np.random.default_rng([key, seed, epoch]).permutation(120))
-                for epoch in range(2)
-            ]
-            self.left = iter(np.concatenate(epochs)[cursor:].tolist())
+    def __init__(self, key, spoil=lambda order: order):
+        self.key, self.spoil = key, spoil
 
-        def draw(self):
-            return SimpleNamespace(sample_ids=list(itertools.islice(self.left, 120)))
+    def reader(self, *, n_rows, rows, cursor=0, seed=1):
+        epochs = [
+            self.spoil(np.random.default_rng([self.key, seed, epoch]).permutation(120))
+            for epoch in range(2)
+        ]
+        left = iter(np.concatenate(epochs)[cursor:].tolist())
+        draw = lambda: SimpleNamespace(sample_ids=list(itertools.islice(left, 120)))  # noqa: E731
+        return SimpleNamespace(draw=draw)
 
-    return Reader
+
+def shuffled_green(spec, key, *spoil):
+    return call_check(spec.gates["data.order"], Subject(data_loader=Shuffled(key, *spoil))).passed
 
 
 def in_halves(order):
@@ -323,12 +327,9 @@ def kept(order):
 
 def test_data_order(spec):
     """7,500 uniform orders; then 200 of each of three ways to shuffle only in part."""
-    false = sum(not green(spec, "data.order", make_reader=readers(key)) for key in range(7_500))
+    false = sum(not shuffled_green(spec, key) for key in range(7_500))
     ways = (in_halves, in_pairs, kept)
-    caught = [
-        sum(not green(spec, "data.order", make_reader=readers(key, spoil)) for key in range(200))
-        for spoil in ways
-    ]
+    caught = [sum(not shuffled_green(spec, key, way) for key in range(200)) for way in ways]
     stated(spec, "data.order", false, 7_500, min(caught), 200)
 
 
@@ -351,22 +352,23 @@ def test_curriculum_order(spec):
     stated(spec, "curriculum.order", false, 20_000, sum("one end" in f for f in faults), 500)
 
 
-def test_filters(spec, ingredients):
+def test_filters(spec, subject):
     """Sources of which 200 documents are filtered again: 5,000 in which one of 5,000 changed on its
     way, 1,000 with three bad in 100.
     """
-    draw, reject = random.Random(12), functools.cache(ingredients["reject"])
-    documents = [*ingredients["sample_documents"](0.01, 20)]
+    draw, reject = random.Random(12), functools.cache(subject.corpus.rejection)
+    documents = [*subject.corpus.sample_documents(0.01, 20)]
     others = {source: (source, text) for source, text in documents}
     _, (name, good) = others.popitem()
     assert reject(good, ("en",)) is None and reject("region " * 60, ("en",)) == "low-diversity"
 
     def passes(bad):
         mine = [(name, "region " * 60 if draw.random() < bad else good) for _ in range(200)]
-        shown = {"sample_documents": lambda frac, least: [*others.values(), *mine]}
-        return call_check(
-            spec.gates["corpus.filters"], ingredients | shown | {"reject": reject}
-        ).passed
+        corpus = {
+            "sample_documents": lambda frac, least: [*others.values(), *mine],
+            "rejection": reject,
+        }
+        return call_check(spec.gates["corpus.filters"], changed(subject, corpus=corpus)).passed
 
     false, caught = (
         sum(not passes(1 / 5000) for _ in range(5000)),

@@ -173,7 +173,7 @@ def test_a_zombie_arm_is_dropped_named_and_takes_nothing_along():
     assert revived.load_state_dict(state) == ["c", "zombie"]
     assert (
         set(revived.state_dict()["arms"]) == {"a", "b"}
-        and not revived.pulls.any()
+        and not revived.ucb.pulls.any()
         and not revived.last_losses
     )
     assert revived.drawn.tolist() == bandit.drawn.tolist()
@@ -202,13 +202,13 @@ def test_a_bandit_remembers_as_many_turns_as_its_discount_says(discount):
             step = 1 / (min(j, horizon) + 1)
             weights = [w * (1 - step) for w in weights] + [step]
         mean = float(np.dot(weights, drops[: k + 1]))
-        assert bandit.drop_mean == pytest.approx(mean, abs=1e-9)
-        assert bandit.drop_var == pytest.approx(
+        assert bandit.scale.mean == pytest.approx(mean, abs=1e-9)
+        assert bandit.scale.var == pytest.approx(
             float(np.dot(weights, (drops[: k + 1] - mean) ** 2)), abs=1e-9
         )
         if k < horizon - 1:
             assert mean == pytest.approx(drops[: k + 1].mean(), abs=1e-9)
-    assert bandit.pulls.sum() == pytest.approx((1 - discount**n) / (1 - discount))
+    assert bandit.ucb.pulls.sum() == pytest.approx((1 - discount**n) / (1 - discount))
 
 
 def test_nothing_is_learnt_in_the_warm_up():
@@ -221,10 +221,10 @@ def test_nothing_is_learnt_in_the_warm_up():
         straight_turn(bandit, 25 * turn, 25)
         assert (
             "reward" not in bandit.reward({"a": 5.0 - turn, "b": 5.0 - turn, "c": 5.0 - turn})
-            and not bandit.pulls.any()
+            and not bandit.ucb.pulls.any()
         )
     straight_turn(bandit, 125, 25)
-    assert "reward" in bandit.reward({"a": 0.0, "b": 0.0, "c": 0.0}) and bandit.pulls.sum() == 1
+    assert "reward" in bandit.reward({"a": 0.0, "b": 0.0, "c": 0.0}) and bandit.ucb.pulls.sum() == 1
 
 
 def test_a_turn_of_the_warm_up_stays_one_over_a_restore():
@@ -242,7 +242,7 @@ def test_a_turn_of_the_warm_up_stays_one_over_a_restore():
     for order in orders:
         straight_turn(order, 125, 25)
         lines.append(order.reward({"a": 4.0, "b": 4.0, "c": 4.0}))
-    assert lines[0] == lines[1] and "reward" not in lines[1] and not orders[1].pulls.any()
+    assert lines[0] == lines[1] and "reward" not in lines[1] and not orders[1].ucb.pulls.any()
 
 
 def test_other_shares_keep_positions_and_forget_rewards():
@@ -254,7 +254,7 @@ def test_other_shares_keep_positions_and_forget_rewards():
     assert changed.load_state_dict(bandit.state_dict()) == [] and np.array_equal(
         changed.drawn, bandit.drawn
     )
-    assert not changed.pulls.any() and not changed.credit.any() and changed.n_drops == 0
+    assert not changed.ucb.pulls.any() and not changed.credit.any() and changed.scale.n == 0
 
 
 def test_the_warm_up_of_a_bandit_reads_its_sources_alone_and_then_all():

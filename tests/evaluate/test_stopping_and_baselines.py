@@ -60,11 +60,11 @@ def test_replay_of_seed_002_waits_four_rounds_at_epoch_six():
     assert rule.update([9.9, 9.9]).stop
 
 
-@pytest.mark.parametrize(("patience", "min_epochs", "last"), [(2, 3, 2), (5, 3, 5), (2, 9, 8)])
-def test_a_plateau_stops_at_best_plus_patience_but_not_before_min_epochs(
-    patience, min_epochs, last
+@pytest.mark.parametrize(("patience", "min_evaluations", "last"), [(2, 3, 2), (5, 3, 5), (2, 9, 8)])
+def test_a_plateau_stops_at_best_plus_patience_but_not_before_min_evaluations(
+    patience, min_evaluations, last
 ):
-    rule = StopRule(patience, min_epochs, 2.0, 0.0)
+    rule = StopRule(patience, min_evaluations, 2.0, 0.0)
     assert [rule.update([1.0, 2.0]).stop for _ in range(last + 1)] == [False] * last + [True]
 
 

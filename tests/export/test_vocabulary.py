@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from stackproof.data.tokenizer import HARD_TEXTS, Bpe, Bytes, Chars, load_tokenizer, train_bpe
+from stackproof.contracts.tokenizer import HARD_TEXTS
+from stackproof.data.tokenizer import Bpe, Bytes, Chars, load_tokenizer, train_bpe
 from stackproof.export import vocabulary
 from stackproof.model import hugging_face
 from stackproof.spec.errors import DataError

@@ -5,7 +5,7 @@ import datetime as dt
 import pytest
 
 from stackproof.spec.coverage import STATES, coverage, gate_state, tally
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.fingerprint import check_source, code_below
 from stackproof.spec.gates import ROOT, Gate, Limit, load_spec
 from stackproof.spec.records import Record
@@ -61,6 +61,42 @@ def test_a_gate_yields_to_gates_that_exist(small):
         with pytest.raises(IntegrityError, match=f"yields to {other}, which is no other gate"):
             fresh(small)
         path.write_text(path.read_text().replace(f'\nyields_to = ["{other}"]', ""))
+
+
+STONE = """[[tombstone]]
+id = "{id}"
+successors = ["{successor}"]
+retired = "2.0.0"
+why = "it was a twin"
+"""
+
+
+def test_a_retired_gate_names_its_successor(small):
+    (small / "spec/tombstones.toml").write_text(
+        STONE.format(id="loss.old", successor="loss.golden")
+    )
+    small_repo._load_spec.cache_clear()
+    with pytest.raises(ConfigError, match=r"loss\.old is retired since spec 2\.0\.0") as caught:
+        load_spec(small).gate("loss.old")
+    assert caught.value.allowed == "loss.golden"
+    assert load_spec(small).gate("loss.golden").id == "loss.golden"
+    with pytest.raises(ConfigError, match=r"no gate loss\.goldn") as caught:
+        load_spec(small).gate("loss.goldn")
+    assert "loss.golden" in caught.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("stone", "what"),
+    [
+        ({"id": "loss.golden", "successor": "loss.golden"}, "retired and used again"),
+        ({"id": "loss.old", "successor": "loss.none"}, "successor loss.none of loss.old"),
+    ],
+)
+def test_a_tombstone_in_use_or_without_a_successor_is_refused(small, stone, what):
+    (small / "spec/tombstones.toml").write_text(STONE.format(**stone))
+    small_repo._load_spec.cache_clear()
+    with pytest.raises(IntegrityError, match=what):
+        load_spec(small)
 
 
 @pytest.fixture

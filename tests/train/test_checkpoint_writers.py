@@ -25,11 +25,11 @@ def cfg(museum_folder):
     return base.model_copy(update={"train": train, "stop": NeverStop()})
 
 
-def saving(cfg, writing: str):
+def saving(cfg, async_save: bool):
     return cfg.model_copy(
         update={
             "checkpoint": cfg.checkpoint.model_copy(
-                update={"every": 3, "keep": 9, "writing": writing}
+                update={"every": 3, "keep": 9, "async_save": async_save}
             )
         }
     )
@@ -49,21 +49,21 @@ def tensor_files(run_dir) -> dict[str, str]:
     }
 
 
-def test_what_is_written_behind_is_what_is_written_in_line(cfg, tmp_path):
-    for writing in ("in-line", "behind"):
-        train(fresh(saving(cfg, writing), (), tmp_path / writing, only=FEW))
-    files = tensor_files(tmp_path / "behind")
-    assert files == tensor_files(tmp_path / "in-line")
+def test_asynchronous_checkpoints_hold_what_synchronous_ones_hold(cfg, tmp_path):
+    for name, async_save in (("sync", False), ("async", True)):
+        train(fresh(saving(cfg, async_save), (), tmp_path / name, only=FEW))
+    files = tensor_files(tmp_path / "async")
+    assert files == tensor_files(tmp_path / "sync")
     assert {
         f"{s}/{f}.safetensors"
         for s in ("step-00000003", "step-00000006", "step-00000009")
         for f in ("model", "state")
     } <= set(files)
-    assert (tmp_path / "behind/checkpoints/latest").read_text() == "step-00000009"
+    assert (tmp_path / "async/checkpoints/latest").read_text() == "step-00000009"
 
 
-@pytest.mark.parametrize(("writing", "goes_on"), [("behind", True), ("in-line", False)])
-def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, writing, goes_on):
+@pytest.mark.parametrize(("async_save", "goes_on"), [(True, True), (False, False)])
+def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, async_save, goes_on):
     """The first write waits until a later step is taken; in line that step never comes,
     and the wait ends by itself.
     """
@@ -80,7 +80,7 @@ def test_training_goes_on_while_the_disk_is_busy(cfg, tmp_path, monkeypatch, wri
                 later.set()
 
     monkeypatch.setattr(checkpoint, "write", slow)
-    record = train(fresh(saving(cfg, writing), (), tmp_path / "run", [Watching()], only=FEW))
+    record = train(fresh(saving(cfg, async_save), (), tmp_path / "run", [Watching()], only=FEW))
     assert waited == [goes_on]
     assert (
         record.succeeded
@@ -101,7 +101,7 @@ def test_a_write_that_fails_behind_ends_the_run_and_leaves_the_one_before(
 
     monkeypatch.setattr(tensorfolder, "write", full)
     with pytest.raises(CheckpointError, match="step 6 could not be written"):
-        train(fresh(saving(cfg, "behind"), (), tmp_path / "run", only=("runtime.finite",)))
+        train(fresh(saving(cfg, True), (), tmp_path / "run", only=("runtime.finite",)))
     record = read_record(tmp_path / "run/metadata.json")
     assert (record.status, record.exit_code) == ("failed", 5)
     assert checkpoint.load(checkpoint.find(tmp_path / "run")).state["step"] == 3
@@ -123,9 +123,7 @@ def test_two_failures_at_once_are_both_told(cfg, tmp_path, monkeypatch):
                 raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        train(
-            fresh(saving(cfg, "behind"), (), tmp_path / "run", [Broken()], only=("runtime.finite",))
-        )
+        train(fresh(saving(cfg, True), (), tmp_path / "run", [Broken()], only=("runtime.finite",)))
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert next(e["message"] for e in events if e["event"] == "save_failed").startswith(
         "the checkpoint of step 3 could not be written"

@@ -128,7 +128,7 @@ def test_waivers_must_name_a_gate_and_be_in_force(spec):
             "model.attention.kind: there is no such kind",
             "differential, softmax",
         ),
-        (("checkpoint.writing=behnd",), "checkpoint.writing", "behind, in-line"),
+        (("train.dtype=bfloat",), "train.dtype", "bfloat16, float32"),
     ],
 )
 def test_an_error_names_the_cause_and_what_there_is(sets, what, rest):

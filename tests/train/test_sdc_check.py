@@ -83,7 +83,7 @@ def test_one_flipped_bit_halts_the_run(museum_folder, tmp_path, monkeypatch):
 
     cfg = museum_config(museum_folder)
     cfg = cfg.model_copy(
-        update={"train": cfg.train.model_copy(update={"max_steps": 6, "recompute_every": 4})}
+        update={"train": cfg.train.model_copy(update={"max_steps": 6, "sdc_check_every": 4})}
     )
     original, calls = steps.accumulate, [0]
 

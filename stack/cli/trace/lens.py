@@ -184,7 +184,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
     """Rows of the corpus of a run: batches of its training split, and held-out ids."""
     import torch
 
-    from stackproof.config import validate
+    from stackproof.config import recorded_config
     from stackproof.data.prepare import prepare
     from stackproof.data.reader import rows_batch
     from stackproof.data.tokenizer import load_tokenizer
@@ -193,7 +193,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
         raise UsageError(
             f"{loaded.title} is not a run, so it has no corpus", next_step="give --text FILE"
         )
-    cfg = validate(loaded.config)
+    cfg = recorded_config(loaded.config)
     dataset, length = prepare(cfg.data), cfg.model.max_seq_len
     if dataset.tokenizer.sha256 != load_tokenizer(loaded.root / "tokenizer.json").sha256:
         raise DataError(

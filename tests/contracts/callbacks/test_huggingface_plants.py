@@ -302,7 +302,7 @@ class Words:
 
 def test_a_tokenizer_with_more_ids_than_rows(tmp_path):
     outcome = script(tmp_path, more={"processing_class": Words(VOCAB + 1)})
-    assert caught(outcome, "tokenizer.fits-model", 0)["tokenizer_size"] == VOCAB + 1
+    assert caught(outcome, "tokenizer.identity", 0)["tokenizer_size"] == VOCAB + 1
 
 
 def test_a_stop_token_that_is_masked_as_padding(tmp_path):

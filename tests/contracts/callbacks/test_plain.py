@@ -86,7 +86,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     assert green <= {g for g, o in verdicts.items() if o == "pass"}
     unasked = {
         "model.isolation",
-        "tokenizer.fits-model",
+        "tokenizer.identity",
         "optim.clip-norm",
         "schedule.declared-rate",
     }

@@ -73,7 +73,7 @@ def test_supervised_fine_tuning_is_clean(tmp_path, plan):
     assert error is None and callback.first_failures() == {}
     assert (
         callback.verdicts()["loss.next-token"].passed
-        and callback.verdicts()["tokenizer.fits-model"].passed
+        and callback.verdicts()["tokenizer.identity"].passed
     )
 
 
