@@ -10,7 +10,7 @@ import torch
 
 from stackproof.contracts import model as model_gates
 from stackproof.contracts.gate import call_check
-from stackproof.contracts.subject import MicroBatch
+from stackproof.contracts.subject import MicroBatch, Subject
 from stackproof.data.tokenizer import Bytes
 from stackproof.kernels import attention
 from stackproof.model import transformer
@@ -18,6 +18,8 @@ from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum, swap, touches
 from stackproof.recipes.pocket import pocket
 from stackproof.subject.assemble import subject_of
+from stackproof.subject.declared import RunDeclared
+from stackproof.subject.model import RunModel
 from tests.subjects import changed
 
 CPU = torch.device("cpu")
@@ -118,7 +120,7 @@ def wide_subject(seed=5):
     """The default model for a vocabulary of bytes."""
     cfg = pocket()
     of_bytes = SimpleNamespace(tokenizer=Bytes())
-    subject = subject_of(cfg, of_bytes, CPU)
+    subject = Subject(declared=RunDeclared(cfg, 257), model=RunModel(cfg, of_bytes, CPU))
     return changed(subject, model={"module": build_model(cfg.model, 257, seed=seed)})
 
 
