@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackproof.contracts.causality import packing
 from stackproof.contracts.declared import (
     chooses,
     drawn_weights,
@@ -21,13 +22,14 @@ from stackproof.contracts.declared import (
 )
 from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.loss import IGNORE, gradient_errors
-from stackproof.contracts.model import device_of, in_eval, packing, table_error
+from stackproof.contracts.model import device_of, in_eval, table_error
 from stackproof.contracts.oracle import (
     below,
     oracle_attention,
     oracle_attention_at_end,
     oracle_reading,
 )
+from stackproof.contracts.subject import MicroBatch, Subject
 
 ORACLE_TOKENS, ORACLE_ROWS = 40, 4
 ASKING_AT_END = 3  # tokens at the end of a row of full length
@@ -35,26 +37,20 @@ ASKING_AT_END = 3  # tokens at the end of a row of full length
 
 @decides("model.reference-differential")
 @torch.no_grad()
-def reference_differential(
-    limits: SimpleNamespace,
-    *,
-    model: nn.Module,
-    build_model: Callable[[], nn.Module],
-    attention_layers: Sequence[Callable[[Tensor, Tensor | None], Tensor]],
-    weights: Mapping[str, Tensor],
-    declared_architecture: Mapping[str, Any],
-    rotary_tables: tuple[Tensor, Tensor] | None,
-    vocab_size: int,
-) -> Verdict:
+def reference_differential(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Attention on activations of scale 3, and whole logits, equal an oracle written out in
     float64; tables do so at full length.
 
-    `attention_layers` holds per layer (x_BTD, document_ids_BT or None) ↦ y_BTD of the run's own
-    module; `weights` what a checkpoint of `model` holds, by plain name. Logits are judged under the
-    run's own weights, and in a model from `build_model` under drawn ones: at step 0 biases are 0,
-    gains are 1 and gates are even, so that much of a model does not show.
+    Logits are compared under the run's own weights, and in a fresh model under drawn ones: at
+    step 0 biases are 0, gains are 1 and gates are even, so that much of a model has no effect.
     """
-    a, shapes = declared_architecture, parameter_shapes(declared_architecture, vocab_size)
+    a, model, vocab_size = (
+        subject.declared.architecture,
+        subject.model.module,
+        subject.model.vocab_size,
+    )
+    shapes, weights = parameter_shapes(a, vocab_size), dict(model.state_dict())
+    attention_layers = subject.model.attention_layers
     if odd := sorted(
         {n for n, _ in shapes.items() ^ {(n, tuple(w.shape)) for n, w in weights.items()}}
     ):
@@ -70,7 +66,7 @@ def reference_differential(
         vocab_size,
     )
     own_error, own_judged = _logit_error(limits, model, ids_BT, weights, a)
-    twin = build_model().eval()
+    twin = subject.model.fresh().eval()
     twin.load_state_dict(drawn_weights(shapes, torch.Generator().manual_seed(13)))
     drawn_error, drawn_judged = _logit_error(limits, twin, ids_BT, twin.state_dict(), a)
     effect, weakest = min(
@@ -79,7 +75,7 @@ def reference_differential(
         if kind not in silent_kinds(a)
     )
     far = max(_error_at_end(attend, weights, a, i) for i, attend in enumerate(attention_layers))
-    tables_off, judged = table_error(rotary_tables, a), min(own_judged, drawn_judged)
+    tables_off, judged = table_error(subject.model.rotary_tables, a), min(own_judged, drawn_judged)
     beyond = sum(_beyond_window(attend, a, device_of(model)) for attend in attention_layers)
     wrong = [
         text
@@ -228,30 +224,18 @@ def _put(values: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
 
 # --- gradients ------------------------------------------------------------------------------------
 
-Part = tuple[Tensor, Tensor, Tensor | None]
-
 
 @decides("model.gradient")
-def gradient(
-    limits: SimpleNamespace,
-    *,
-    build_model: Callable[[], nn.Module],
-    accumulated_gradients: Callable[
-        [nn.Module, Sequence[Part]], tuple[float, Mapping[str, Tensor]]
-    ],
-    declared_architecture: Mapping[str, Any],
-    vocab_size: int,
-) -> Verdict:
+def gradient(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The gradient of the mean loss of every parameter is the one that autograd takes through the
-    oracle, under drawn weights.
+    oracle, under drawn weights and with dropout off.
 
-    `accumulated_gradients(model, parts)` is the stack's own accumulation over micro-batches
-    (input_ids_BT, labels_BT, document_ids_BT or None) with the weights given and dropout off; it
-    returns the mean loss in nats, without any term of balance, and gradients by name. Each row is a
-    micro-batch; some are packed, and some labels masked. Where routers choose, there are twice as
-    many, and a row ends before its first token that depends on a choice within rounding of a tie.
+    Each row is a micro-batch; some are packed, and some labels masked. Where routers choose, there
+    are twice as many, and a row ends before its first token that depends on a choice within
+    rounding of a tie. The loss is compared without the balance loss, the gradients with it.
     """
-    a, model = declared_architecture, build_model().eval()
+    a, vocab_size = subject.declared.architecture, subject.model.vocab_size
+    model = subject.model.fresh().eval()
     model.load_state_dict(
         drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(16))
     )
@@ -260,7 +244,7 @@ def gradient(
         : ORACLE_ROWS if chooses(a) else 2
     ]
     nats, objective, read = _oracle_objective(limits, rows, leaves | dict(model.named_buffers()), a)
-    judged = sum(ids.numel() for ids, _, _ in read) / sum(ids.numel() for ids, _, _ in rows)
+    judged = _n_tokens(read) / _n_tokens(rows)
     if judged < limits.judged_frac_min:
         return failed(
             "the choices of too many tokens are within rounding of a tie", judged_frac=judged
@@ -268,7 +252,9 @@ def gradient(
     wanted = dict(
         zip(leaves, torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True))
     )
-    got_nats, got = accumulated_gradients(model, read)
+    trainee = subject.training.trainee_of(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    got_nats = trainee.accumulate(read)
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     errors = _errors(got, wanted, a)
     worst = max(errors, key=errors.__getitem__)
     loss_error = abs(got_nats - nats) / nats
@@ -284,24 +270,24 @@ def gradient(
     )
 
 
-def _labelled_rows(length: int, vocab_size: int) -> list[Part]:
+def _labelled_rows(length: int, vocab_size: int) -> list[MicroBatch]:
     """Micro-batches of one row, whole and packed by turns; every seventh label is masked."""
     ids_BT = _distinct_ids(ORACLE_ROWS, length + 1, vocab_size)
     labels_BT = ids_BT[:, 1:].clone()
     labels_BT[:, 3::7] = IGNORE
     documents = [own for packed in packing(length).split(1) for own in (None, packed)]
     return [
-        (ids[None, :-1], labels[None], own)
+        MicroBatch(ids[None, :-1], labels[None], own)
         for ids, labels, own in zip(ids_BT, labels_BT, documents)
     ]
 
 
 def _oracle_objective(
     limits: SimpleNamespace,
-    rows: Sequence[Part],
+    rows: Sequence[MicroBatch],
     weights: Mapping[str, Tensor],
     a: Mapping[str, Any],
-) -> tuple[float, Tensor, list[Part]]:
+) -> tuple[float, Tensor, list[MicroBatch]]:
     """(mean loss in nats, that and the balance term with its weight as a tensor with a graph, the
     rows as far as choices are clear).
     """
@@ -311,24 +297,31 @@ def _oracle_objective(
         [],
     )
     for row in rows:
-        reading = oracle_reading(row[0], weights, a, row[2])
+        reading = oracle_reading(row.input_ids, weights, a, row.document_ids)
         unclear_T = (reading.margin_BT[0] < limits.choice_margin_min).nonzero()
         if len(unclear_T):
-            row = tuple(None if t is None else t[:, : int(unclear_T[0])] for t in row)
-            if not row[0].numel():
+            row = _cut(row, int(unclear_T[0]))
+            if not row.input_ids.numel():
                 continue
-            reading = oracle_reading(row[0], weights, a, row[2])
+            reading = oracle_reading(row.input_ids, weights, a, row.document_ids)
         nats = nats + F.cross_entropy(
-            reading.logits_BTV[0], row[1][0], ignore_index=IGNORE, reduction="sum"
+            reading.logits_BTV[0], row.labels[0], ignore_index=IGNORE, reduction="sum"
         )
-        balance = balance + row[0].numel() * sum(reading.balance.values())
+        balance = balance + row.input_ids.numel() * sum(reading.balance.values())
         read.append(row)
-    n_valid, n_tokens = (
-        sum(int((labels != IGNORE).sum()) for _, labels, _ in read),
-        sum(ids.numel() for ids, _, _ in read),
-    )
+    n_valid, n_tokens = sum(int((r.labels != IGNORE).sum()) for r in read), _n_tokens(read)
     mean = nats / max(n_valid, 1)
     return float(mean.detach()), mean + _balance_weight(a) * balance / max(n_tokens, 1), read
+
+
+def _cut(batch: MicroBatch, length: int) -> MicroBatch:
+    """The first tokens of every row."""
+    parts = (batch.input_ids, batch.labels, batch.document_ids)
+    return MicroBatch(*(None if t is None else t[:, :length] for t in parts))
+
+
+def _n_tokens(batches: Sequence[MicroBatch]) -> int:
+    return sum(batch.input_ids.numel() for batch in batches)
 
 
 def _balance_weight(a: Mapping[str, Any]) -> float:

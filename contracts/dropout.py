@@ -3,33 +3,22 @@ every time. T tokens, D features.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 from torch import Tensor
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
-
-Draw = tuple[tuple[int, str], Tensor, Tensor]
+from stackproof.contracts.subject import Subject
 
 
 @decides("model.dropout-law")
-def law(
-    limits: SimpleNamespace,
-    *,
-    branch_draws: Callable[[], Iterable[Draw]],
-    dropout: float,
-    n_layers: int,
-) -> Verdict:
+def law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Every branch of every block drops the declared share, scales the rest to keep the mean, and
-    no two masks are the same.
-
-    `branch_draws()` trains two steps and gives ((layer, branch), what the branch gave (T, D), what
-    was added to the stream (T, D)) of every branch and micro-batch. With dropout 0 nothing may be
-    dropped.
+    no two masks are the same. With dropout 0 nothing may be dropped.
     """
-    draws = list(branch_draws())
+    a, draws = subject.declared.architecture, list(subject.training.branch_draws())
+    dropout, n_layers = a["dropout"], a["n_layers"]
     branches = {where for where, _, _ in draws}
     if len(branches) < 2 * n_layers:
         return failed(

@@ -3,39 +3,30 @@
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackproof.contracts.declared import initial_laws
 from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.model import table_error
+from stackproof.contracts.subject import Subject
 
 COMPARED = 2**16  # entries of two tensors that are held against each other
 
 
 @decides("model.init-law")
-def init_law(
-    limits: SimpleNamespace,
-    *,
-    model: nn.Module,
-    vocab_size: int,
-    declared_parameter_count: int,
-    declared_architecture: Mapping[str, Any],
-    rotary_tables: tuple[Tensor, Tensor] | None,
-    embedding_weight: Tensor,
-    head_weight: Tensor,
-) -> Verdict:
+def init_law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Each parameter follows its law: mean and spread lie where a sample of its size must, or every
     entry is the declared constant.
 
     The laws are those of spec/architecture.py, which the model does not read. Draws are
     independent: neither two parameters nor two halves of one correlate; and they reach as far as
     normal ones do. Rotary tables equal a fresh computation, and buffers that checkpoints hold
-    are 0. `rotary_tables` is None without rotary positions.
+    are 0.
     """
-    parameters, a = dict(model.named_parameters()), declared_architecture
-    laws = initial_laws(a, vocab_size)
+    model, a = subject.model.module, subject.declared.architecture
+    parameters = dict(model.named_parameters())
+    laws = initial_laws(a, subject.model.vocab_size)
     if odd := sorted(parameters.keys() ^ laws.keys()):
         return failed(
             f"parameters without a declared law, or the reverse: {', '.join(odd)}",
@@ -52,10 +43,9 @@ def init_law(
         {n: p.detach().flatten() for n, p in parameters.items() if laws[n][0] == "normal"}
     )
     held = [t for n, t in model.state_dict().items() if n not in parameters]
-    buffer_error = max(
-        [table_error(rotary_tables, a), *(float(t.double().abs().max()) for t in held)]
-    )
-    shared = embedding_weight.data_ptr() == head_weight.data_ptr()
+    tables_error = table_error(subject.model.rotary_tables, a)
+    buffer_error = max([tables_error, *(float(t.double().abs().max()) for t in held)])
+    n_declared = subject.declared.n_parameters
     wrong = [
         text
         for ok, text in (
@@ -66,12 +56,8 @@ def init_law(
                 "rotary tables differ from a fresh computation, or a kept buffer is not 0",
             ),
             (
-                shared == a["tied_head"],
-                "the head is tied where it should not be, or not where it should",
-            ),
-            (
-                n_entries == declared_parameter_count,
-                f"{n_entries} parameters, {declared_parameter_count} by the formula",
+                n_entries == n_declared,
+                f"{n_entries} parameters, {n_declared} by the formula",
             ),
         )
         if not ok

@@ -260,8 +260,8 @@ class Model:
     def logits(
         self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) as the run computes them, on the CPU; the same random numbers in every
-        call. `mask_BT` is an attention mask, 1 for tokens that may be read.
+        """Logits (B, T, V) in the model's present mode, on its device or on the CPU; the same
+        random numbers in every call. `mask_BT` is an attention mask, 1 for tokens that may be read.
         """
 
     @property
@@ -276,8 +276,9 @@ class Model:
 
     @property
     def bitwise_rows(self) -> bool:
-        """Whether masked scores weigh exactly 0 and rows do not depend on each other, bit for bit;
-        the kernels of other trainers promise that to rounding only.
+        """Whether masked scores weigh exactly 0 and rows do not depend on each other, bit for bit,
+        unless a router of the declared architecture computes tokens in other groups. The kernels of
+        other trainers promise that to rounding only.
         """
         return False
 
@@ -287,7 +288,9 @@ class Model:
 
     @capability
     def packed_logits(self, ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
-        """Logits (B, T, V) of rows that hold several documents."""
+        """As `logits`, of rows that hold several documents; each change of the id along a row
+        begins one. Gradients reach the output of `embedding`.
+        """
 
     @capability
     def fresh(self) -> nn.Module:

@@ -81,7 +81,9 @@ def subject(small_cfg, dataset):
     from stackproof.subject.assemble import subject_of
 
     torch.set_num_threads(1)
-    return subject_of(small_cfg, dataset, torch.device("cpu"))
+    subject = subject_of(small_cfg, dataset, torch.device("cpu"))
+    assert subject.model.module is not None, "built here, so that altered copies share it"
+    return subject
 
 
 @pytest.fixture(scope="session")

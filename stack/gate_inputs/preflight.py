@@ -3,7 +3,7 @@ with fewer rows.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,6 @@ from stackproof.evaluate.ingredients import model_ingredients
 from stackproof.evaluate.stopping import batches_needed
 from stackproof.gate_inputs import operations
 from stackproof.gate_inputs.compiled import compiled_ingredients
-from stackproof.gate_inputs.dropout import branch_draws
 from stackproof.gate_inputs.head import head_ingredients
 from stackproof.gate_inputs.kernels import kernel_calls
 from stackproof.gate_inputs.shadow import shadow_ingredients
@@ -127,17 +126,10 @@ def _training_ingredients(
     return {
         "build_model": build,
         "make_optimizer": lambda model: opt.make_optimizer(model, cfg.optim),
-        "train_on": lambda model, optimizer, batch: train_on(cfg, device, model, optimizer, batch),
-        "accumulated_gradients": lambda model, parts: accumulated_gradients(
-            cfg, device, model, parts
-        ),
         "balance_gradients": lambda weight, n_micro: balance_gradients(
             cfg, device, vocab_size, weight, n_micro
         ),
         "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
-        "branch_draws": lambda: branch_draws(shrunk(cfg), dataset, device),
-        "dropout": cfg.model.dropout,
-        "n_layers": cfg.model.n_layers,
     }
 
 
@@ -166,39 +158,6 @@ def _update(bench: SimpleNamespace, batches: list[Batch]) -> float:
     grads = opt.gradients(bench.model)
     steps.apply_gradients(bench, grads, opt.global_norm(grads))
     return loss_nats
-
-
-def train_on(
-    cfg: RunConfig,
-    device: torch.device,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-) -> float:
-    """One update of any model by the stack's own accumulation, clipping and what follows;
-    returns the loss in nats.
-    """
-    return _update(_bench(model, optimizer, device, cfg), [batch])
-
-
-def accumulated_gradients(
-    cfg: RunConfig,
-    device: torch.device,
-    model: nn.Module,
-    parts: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-) -> tuple[float, dict[str, Tensor]]:
-    """(mean loss in nats, gradients by name) of any model by the stack's own accumulation over
-    micro-batches of ids, labels, documents.
-    """
-    model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
-    batches = [
-        Batch(ids, labels, tuple(range(len(ids))), 0, 0, len(ids), documents)
-        for ids, labels, documents in parts
-    ]
-    nats, _ = steps.accumulate(
-        _bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches
-    )
-    return nats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def balance_gradients(

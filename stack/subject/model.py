@@ -1,9 +1,13 @@
 """The model and the experts of a run."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from stackproof.contracts.model import in_mode
 from stackproof.contracts.subject import Experts, Model
 from stackproof.model.build import build_model
 from stackproof.model.transformer import Transformer
@@ -12,20 +16,63 @@ from stackproof.train.rng import stream_seed
 
 
 class RunModel(RunParts, Model):
-    """TODO"""
+    """The model of a run at step 0, on its device."""
 
     @cached_property
     def module(self) -> Transformer:
+        return self.fresh()
+
+    def fresh(self) -> Transformer:
         seed = stream_seed(self.cfg.seed, "init")
         return build_model(self.cfg.model, self.vocab_size, seed=seed, device=self.device)
+
+    @property
+    def max_length(self) -> int:
+        return self.cfg.model.max_seq_len
+
+    @property
+    def bitwise_rows(self) -> bool:
+        return True
+
+    def logits(
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None
+    ) -> Tensor:
+        """The model takes neither a mask nor labels."""
+        return self._logits(ids_BT)
+
+    def packed_logits(self, ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
+        return self._logits(ids_BT, None, document_ids_BT.to(self.device))
+
+    def _logits(self, ids_BT: Tensor, *more: Tensor | None) -> Tensor:
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return self.module(ids_BT.to(self.device), *more)
+
+    def training(self, mode: bool) -> AbstractContextManager[None]:
+        return in_mode(self.module, mode)
 
     @property
     def embedding(self) -> nn.Module:
         return self.module.embed
 
     @property
-    def max_length(self) -> int:
-        return self.cfg.model.max_seq_len
+    def head_weight(self) -> Tensor:
+        return self.module.head_weight
+
+    @property
+    def rotary_tables(self) -> tuple[Tensor, Tensor] | None:
+        return self.module.positions.tables(0, self.max_length)
+
+    @property
+    def attention_layers(self) -> Sequence[Callable[[Tensor, Tensor | None], Tensor]]:
+        return [self._attend(layer.attention) for layer in self.module.layers]
+
+    def _attend(self, attention: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
+        def attend(x_BTD: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+            ids_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
+            return attention(x_BTD, self.module.forward_context(ids_BT, None, document_ids_BT))
+
+        return attend
 
 
 class RunExperts(RunParts, Experts):

@@ -16,6 +16,7 @@ from stackproof.model import moe
 from stackproof.model.build import build_model
 from stackproof.model.foreign import plain_name
 from stackproof.model.forward_context import Report
+from stackproof.subject.dropout import branch_draws
 from stackproof.subject.run import RunParts, small_run
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
@@ -93,6 +94,9 @@ class RunTraining(RunParts, Training):
         norm = opt.global_norm(gradients)
         opt.clip_gradients(gradients, norm, self.cfg.optim.max_grad_norm)
         return float(norm)
+
+    def branch_draws(self) -> Sequence[tuple[tuple[int, str], Tensor, Tensor]]:
+        return branch_draws(small_run(self.cfg), self.dataset, self.device)
 
 
 class _FixedLogits(nn.Module):

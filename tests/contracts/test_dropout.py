@@ -4,17 +4,12 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
-from stackproof.gate_inputs.dropout import branch_draws
-from stackproof.gate_inputs.preflight import shrunk
+from stackproof.contracts.subject import Declared, Subject, Training
 from stackproof.museum.plant import load_museum
+from stackproof.subject.assemble import subject_of
 
 CPU = torch.device("cpu")
 GATE = "model.dropout-law"
-
-
-def asked(cfg, dataset):
-    draws = lambda: branch_draws(shrunk(cfg), dataset, CPU)  # noqa: E731
-    return {"branch_draws": draws, "dropout": cfg.model.dropout, "n_layers": cfg.model.n_layers}
 
 
 def with_model(cfg, **changes):
@@ -23,7 +18,9 @@ def with_model(cfg, **changes):
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5])
 def test_gate_is_green_on_the_stack(spec, small_cfg, dataset, rate):
-    verdict = call_check(spec.gates[GATE], asked(with_model(small_cfg, dropout=rate), dataset))
+    verdict = call_check(
+        spec.gates[GATE], subject_of(with_model(small_cfg, dropout=rate), dataset, CPU)
+    )
     assert verdict.outcome == "pass", verdict.message
     assert verdict.measured["draws"] == 2 * 2 * 2 * 2, "steps, micro-batches, layers, branches"
     assert verdict.measured["scale_rel_error"] < 1e-4 and verdict.measured["likeness"] < 0.1, (
@@ -34,20 +31,31 @@ def test_gate_is_green_on_the_stack(spec, small_cfg, dataset, rate):
 def test_gate_is_red_on_its_plants(spec, small_cfg, dataset):
     for plant_id in spec.gates[GATE].plants:
         with load_museum()[plant_id].apply():
-            assert call_check(spec.gates[GATE], asked(small_cfg, dataset)).outcome == "fail", (
-                plant_id
-            )
+            verdict = call_check(spec.gates[GATE], subject_of(small_cfg, dataset, CPU))
+            assert verdict.outcome == "fail", plant_id
 
 
-def by_hand(mask_of, rate=0.1, factor=None):
+class Draws(Training):
+    def __init__(self, draws):
+        self.branch_draws = lambda: draws
+
+
+class Declaration(Declared):
+    def __init__(self, dropout, n_layers):
+        self.architecture = {"dropout": dropout, "n_layers": n_layers}
+
+
+def by_hand(mask_of, rate=0.1, factor=None, *, declared=None, n_layers=1, n_tokens=64):
     """Draws of two branches of one layer in two steps, with masks as drawn from a generator."""
     draw, factor = torch.Generator().manual_seed(5), 1 / (1 - rate) if factor is None else factor
     draws = []
     for _ in range(2):
         for branch in ("attention", "ffn"):
             given = torch.randn(64, 32, generator=draw)
-            draws.append(((0, branch), given, given * mask_of(draw) * factor))
-    return {"branch_draws": lambda: draws, "dropout": rate, "n_layers": 1}
+            added = given * mask_of(draw) * factor
+            draws.append(((0, branch), given[:n_tokens], added[:n_tokens]))
+    promised = Declaration(rate if declared is None else declared, n_layers)
+    return Subject(declared=promised, training=Draws(draws))
 
 
 def fresh(rate):
@@ -71,8 +79,8 @@ def test_gate_sees_other_rates_and_shared_masks(spec):
         "one mask for all features": by_hand(
             lambda draw: (torch.rand(64, 1, generator=draw) >= 0.1).expand(64, 32)
         ),
-        "a branch that nobody saw": by_hand(fresh(0.1)) | {"n_layers": 2},
-        "dropout where none is declared": by_hand(fresh(0.1), factor=1.0) | {"dropout": 0.0},
+        "a branch that nobody saw": by_hand(fresh(0.1), n_layers=2),
+        "dropout where none is declared": by_hand(fresh(0.1), factor=1.0, declared=0.0),
     }
     assert [
         name for name, given in wrong.items() if call_check(gate, given).outcome != "fail"
@@ -80,6 +88,5 @@ def test_gate_sees_other_rates_and_shared_masks(spec):
 
 
 def test_too_few_numbers_are_no_verdict(spec):
-    few = by_hand(fresh(0.1))
-    small = [(where, given[:4], added[:4]) for where, given, added in few["branch_draws"]()]
-    assert call_check(spec.gates[GATE], few | {"branch_draws": lambda: small}).outcome == "not_run"
+    few = by_hand(fresh(0.1), n_tokens=4)
+    assert call_check(spec.gates[GATE], few).outcome == "not_run"

@@ -17,6 +17,7 @@ from stackproof.config import EvalConfig, Patience
 from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatches
 from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.model import overfit_batch
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stackproof.gate_inputs.preflight import _wanted_batches, gather
 from stackproof.museum.plant import load_museum, touches
@@ -274,9 +275,8 @@ def test_a_rise_within_noise_is_no_onset(spec):
 
 
 def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):
-    batch = SimpleNamespace(
-        input_ids=ingredients["overfit_batch"].input_ids, labels=ingredients["overfit_batch"].labels
-    )
+    tokenizer = dataset.tokenizer
+    batch = overfit_batch(tokenizer.vocab_size, tokenizer.eos_id, 24)
     state = SimpleNamespace(model=ingredients["model"], autocast=nullcontext, device="cpu")
     held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch])
 

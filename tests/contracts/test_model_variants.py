@@ -4,7 +4,6 @@ it is one percent off or otherwise.
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from stackproof.config import ModelConfig
 from stackproof.contracts import differential
@@ -16,9 +15,9 @@ from stackproof.contracts.declared import (
     silent_kinds,
 )
 from stackproof.contracts.gate import call_check
-from stackproof.evaluate.ingredients import overfit_batch, overfit_lr
 from stackproof.museum.plant import swap
 from tests.contracts import variants
+from tests.subjects import changed
 
 SIZES = {
     "d_model": 32,
@@ -68,14 +67,14 @@ VARIANTS = {
 }
 
 
-def declared(variant="llama", **changed):
-    return ModelConfig(**SIZES | VARIANTS[variant] | changed).model_dump()
+def declared(variant="llama", **other):
+    return ModelConfig(**SIZES | VARIANTS[variant] | other).model_dump()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_differential_is_green_on_every_variant(spec, variant):
     verdict = call_check(
-        spec.gates["model.reference-differential"], variants.parts(declared(variant))
+        spec.gates["model.reference-differential"], variants.subject_of(declared(variant))
     )
     assert verdict.outcome == "pass", verdict.message
     measured = verdict.measured
@@ -85,26 +84,26 @@ def test_differential_is_green_on_every_variant(spec, variant):
     assert measured["judged_frac"] == 1 and measured["weakest_effect"] > 0.005
 
 
-@pytest.mark.parametrize("gate_id", ["model.causality", "model.document-isolation"])
+@pytest.mark.parametrize("gate_id", ["model.causal", "model.isolation"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_causality_and_isolation_are_green_on_every_variant(spec, variant, gate_id):
-    parts = variants.parts(declared(variant))
-    before = {n: p.clone() for n, p in parts["model"].state_dict().items()}
-    verdict = call_check(spec.gates[gate_id], parts)
+    subject = variants.subject_of(declared(variant))
+    before = {n: p.clone() for n, p in subject.model.module.state_dict().items()}
+    verdict = call_check(spec.gates[gate_id], subject)
     assert verdict.outcome == "pass", verdict.message
     # measured worst case 2e-15
     assert max(v for k, v in verdict.measured.items() if k in ("leak_abs", "row_abs")) < 1e-14
-    after = parts["model"].state_dict()
+    after = subject.model.module.state_dict()
     assert all(torch.equal(p, after[n]) and p.dtype == after[n].dtype for n, p in before.items())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_forward_is_green_on_every_variant(spec, variant):
-    parts = variants.parts(declared(variant))
-    modes = [m.training for m in parts["model"].modules()]
-    verdict = call_check(spec.gates["model.training-forward"], parts)
+    subject = variants.subject_of(declared(variant))
+    modes = [m.training for m in subject.model.module.modules()]
+    verdict = call_check(spec.gates["model.training-forward"], subject)
     assert verdict.outcome == "pass" and verdict.measured["rel_error"] < 1e-12, verdict.message
-    assert [m.training for m in parts["model"].modules()] == modes
+    assert [m.training for m in subject.model.module.modules()] == modes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -117,11 +116,8 @@ def test_differential_sees_one_percent_of_every_kind_of_parameter(spec, variant,
         if kind in silent_kinds(a) | {"ffn.selection_bias"} | blind_to_scale(a):
             continue
         louder = [n for n in shapes if kind_of(n) == kind]
-        parts = variants.parts(a)
-        parts["build_model"] = lambda louder=louder: one_percent_louder(
-            variants.Decoder(a, 61, 3), louder
-        )
-        verdict = call_check(gate, parts)
+        fresh = lambda louder=louder: one_percent_louder(variants.Decoder(a, 61, 3), louder)  # noqa: E731
+        verdict = call_check(gate, changed(variants.subject_of(a), model={"fresh": fresh}))
         assert verdict.outcome == "fail" and "logits differ" in verdict.message, kind
         # measured least 3.8e-4
         assert verdict.measured["drawn_rel_error"] > 2 * gate.limits["rel_error_max"].value, kind
@@ -203,7 +199,7 @@ WRONG = {
 def test_differential_sees_a_wrong_variant(spec, variant):
     with swap(*WRONG[variant]):
         verdict = call_check(
-            spec.gates["model.reference-differential"], variants.parts(declared(variant))
+            spec.gates["model.reference-differential"], variants.subject_of(declared(variant))
         )
     assert verdict.outcome == "fail", verdict.measured
     assert ("window" in verdict.message) == (variant == "wide window")
@@ -222,25 +218,24 @@ def test_differential_names_a_dead_parameter(spec):
     original = variants.Attention.forward
     with swap(variants.Attention, "forward", without_keys):
         measured = call_check(
-            spec.gates["model.reference-differential"], variants.parts(declared("windowed"))
+            spec.gates["model.reference-differential"], variants.subject_of(declared("windowed"))
         ).measured
     assert measured["weakest"] == "attention.k_norm.weight" and measured["weakest_effect"] == 0
 
 
 def test_differential_refuses_to_judge_ties(spec):
-    parts = variants.parts(declared("experts"))
+    subject = variants.subject_of(declared("experts"))
     with torch.no_grad():
-        parts["weights"]["layers.0.ffn.router.weight"].zero_()
-    verdict = call_check(spec.gates["model.reference-differential"], parts)
+        subject.model.module.layers[0].ffn.router.weight.zero_()
+    verdict = call_check(spec.gates["model.reference-differential"], subject)
     assert verdict.outcome == "fail" and verdict.measured["judged_frac"] == 0
 
 
 def test_differential_refuses_other_weights_than_declared(spec):
-    parts = variants.parts(declared("soft"))
-    verdict = call_check(
-        spec.gates["model.reference-differential"],
-        parts | {"declared_architecture": declared("llama")},
+    judged = changed(
+        variants.subject_of(declared("soft")), declared={"architecture": declared("llama")}
     )
+    verdict = call_check(spec.gates["model.reference-differential"], judged)
     assert verdict.outcome == "fail" and "depth.router" in verdict.message
 
 
@@ -254,7 +249,7 @@ def test_causality_sees_a_future_that_only_chooses(spec, variant):
     owner = variants.Depth if variant != "experts" else variants.Block
     original = owner.forward
     with swap(owner, "forward", peeking):
-        verdict = call_check(spec.gates["model.causality"], variants.parts(declared(variant)))
+        verdict = call_check(spec.gates["model.causal"], variants.subject_of(declared(variant)))
     assert verdict.outcome == "fail" and verdict.measured["leak_abs"] > 1e-4
 
 
@@ -270,58 +265,31 @@ def test_init_law_wants_kept_buffers_at_zero_and_constants_met(spec):
             if law == "constant"
             else value * torch.randn(p.shape, generator=draw)
         )
-    parts = variants.parts(a) | {"model": model, "embedding_weight": model.embed.weight}
-    parts |= {
-        "head_weight": model.embed.weight,
-        "declared_parameter_count": sum(p.numel() for p in model.parameters()),
-    }
+    subject = changed(variants.subject_of(a), model={"module": model})
     gate = spec.gates["model.init-law"]
-    assert call_check(gate, parts).passed
-    assert "rotary tables" in call_check(gate, parts | {"rotary_tables": None}).message
+    assert call_check(gate, subject).passed
+    without_tables = changed(subject, model={"rotary_tables": None})
+    assert "rotary tables" in call_check(gate, without_tables).message
     for tensor in (model.layers[1].ffn.selection_bias, model.layers[0].attention.lambda_weight):
         with torch.no_grad():
             tensor.add_(0.001)
-        assert call_check(gate, parts).outcome == "fail"
+        assert call_check(gate, subject).outcome == "fail"
         with torch.no_grad():
             tensor.sub_(0.001)
 
 
-def by_heart(spec, a):
-    """Verdict of model.overfit-one-batch; the loss that is reported leaves out the balance term."""
-
-    def train_on(model, optimizer, batch):
-        optimizer.zero_grad()
-        nats = F.cross_entropy(model(batch.input_ids).flatten(0, 1), batch.labels.flatten())
-        terms = (
-            [variants.balance(*layer.ffn.found) for layer in model.layers]
-            if a["ffn"]["kind"] == "moe"
-            else []
-        )
-        (nats + a["ffn"].get("balance", {}).get("weight", 0.0) * sum(terms)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        return float(nats.detach())
-
-    parts = {
-        "build_model": lambda: variants.Decoder(a, 61, 3),
-        "make_optimizer": lambda model: torch.optim.AdamW(
-            model.parameters(), weight_decay=0.1, betas=(0.9, 0.95)
-        ),
-        "train_on": train_on,
-        "overfit_batch": overfit_batch(61, 0, 24),
-        "overfit_lr": overfit_lr(a["d_model"]),
-        "eos_id": 0,
-    }
-    return call_check(spec.gates["model.overfit-one-batch"], parts)
+def overfit(spec, a):
+    """Verdict of model.overfit-one-batch; the loss that is reported leaves out the balance loss."""
+    return call_check(spec.gates["model.overfit-one-batch"], variants.subject_of(a))
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "hard"])
 def test_every_variant_learns_one_batch(spec, variant):
-    verdict = by_heart(spec, declared(variant, n_layers=2))
+    verdict = overfit(spec, declared(variant, n_layers=2))
     assert verdict.outcome == "pass", verdict.measured
 
 
 def test_a_model_that_may_pass_a_token_by_in_every_block_cannot_learn_one_batch(spec):
     few = HARD | {"gate": {"kind": "hard", "capacity_frac": 0.1}}
-    verdict = by_heart(spec, declared("hard", n_layers=2, depth=few))
+    verdict = overfit(spec, declared("hard", n_layers=2, depth=few))
     assert verdict.outcome == "fail" and verdict.measured["accuracy"] < 0.8, verdict.measured

@@ -61,7 +61,7 @@ def test_gate_is_red_on_its_plants_and_nothing_else_is(spec, small_cfg, dataset,
             "loss.partition-equivalence",
             "model.reference-differential",
             "model.gradient",
-            "model.document-isolation",
+            "model.isolation",
         ]
         assert all(call_check(spec.gates[gate_id], ingredients).passed for gate_id in others)
     assert verdict.outcome == "fail" and touches() > before and plant_id in gate.plants

@@ -402,9 +402,10 @@ def test_dropout_law(spec):
             )
 
     def passes(dropped):
-        return green(
-            spec, "model.dropout-law", branch_draws=lambda: draws(dropped), dropout=0.1, n_layers=2
-        )
+        training = SimpleNamespace(branch_draws=lambda: draws(dropped))
+        declared = SimpleNamespace(architecture={"dropout": 0.1, "n_layers": 2})
+        judged = Subject(declared=declared, training=training)
+        return call_check(spec.gates["model.dropout-law"], judged).passed
 
     assert worst <= rates.false_alarm < 1.2 * worst and all(passes(0.1) for _ in range(100))
     assert sum(not passes(0.2) for _ in range(100)) / 100 >= rates.power

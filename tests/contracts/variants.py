@@ -6,10 +6,17 @@ experts, k top_k, V vocab
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stackproof.contracts import subject
+from stackproof.contracts.model import in_mode
+
+VOCAB_SIZE = 61
 
 
 def route(
@@ -338,21 +345,107 @@ class Decoder(nn.Module):
         return attention
 
 
-def parts(a, vocab_size: int = 61, seed: int = 3) -> dict:
-    """Ingredients of the model's gates for a decoder of this declaration."""
-    model = Decoder(a, vocab_size, seed)
-    return {
-        "model": model,
-        "build_model": lambda: Decoder(a, vocab_size, seed),
-        "attention_layers": [model.attend(i) for i in range(a["n_layers"])],
-        "weights": model.state_dict(),
-        "declared_architecture": a,
-        "rotary_tables": model.tables,
-        "packed_logits": model,
-        "embedding": model.embed,
-        "vocab_size": vocab_size,
-        "max_seq_len": a["max_seq_len"],
-    }
+@dataclass(frozen=True)
+class VariantDeclared(subject.Declared):
+    architecture: dict
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in Decoder(self.architecture, VOCAB_SIZE).parameters())
+
+
+@dataclass(frozen=True)
+class VariantModel(subject.Model):
+    a: dict
+    seed: int = 3
+    vocab_size: int = VOCAB_SIZE
+    bitwise_rows: bool = True
+
+    @cached_property
+    def module(self) -> Decoder:
+        return self.fresh()
+
+    def fresh(self) -> Decoder:
+        return Decoder(self.a, self.vocab_size, self.seed)
+
+    @property
+    def max_length(self) -> int:
+        return self.a["max_seq_len"]
+
+    def logits(self, ids_BT, mask_BT=None, labels_BT=None) -> Tensor:
+        return self.packed_logits(ids_BT, None)
+
+    def packed_logits(self, ids_BT, document_ids_BT) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.module(ids_BT, document_ids_BT)
+
+    def training(self, mode: bool):
+        return in_mode(self.module, mode)
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.module.embed
+
+    @property
+    def rotary_tables(self):
+        return self.module.tables
+
+    @property
+    def attention_layers(self):
+        return [self.module.attend(i) for i in range(self.a["n_layers"])]
+
+
+@dataclass(frozen=True)
+class VariantTrainee(subject.Trainee):
+    """Cross-entropy by torch, the balance loss by `balance`, clipping by torch."""
+
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+
+    def accumulate(self, batches) -> float:
+        n_valid = sum(int((b.labels != -100).sum()) for b in batches)
+        n_tokens = sum(b.input_ids.numel() for b in batches)
+        self.optimizer.zero_grad()
+        nats = balanced = 0.0
+        for batch in batches:
+            logits_BTV = self.model(batch.input_ids, batch.document_ids)
+            nats = nats + F.cross_entropy(
+                logits_BTV.flatten(0, 1), batch.labels.flatten(), reduction="sum"
+            )
+            found = [m.ffn.found for m in self.model.layers if isinstance(m.ffn, MixtureOfExperts)]
+            balanced = balanced + sum(balance(*routed) * len(routed[0]) for routed in found)
+        weight = self.model.a["ffn"].get("balance", {}).get("weight", 0.0)
+        (nats / n_valid + weight * balanced / n_tokens).backward()
+        return float(nats.detach()) / n_valid
+
+    def update(self, batches) -> float:
+        nats = self.accumulate(batches)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+        self.optimizer.step()
+        return nats
+
+
+class VariantTraining(subject.Training):
+    def trainee_of(self, model, optimizer) -> VariantTrainee:
+        return VariantTrainee(model, optimizer)
+
+    def make_optimizer(self, model) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+
+
+class VariantTokenizer(subject.Tokenizer):
+    special_ids = {"eos_token_id": (0, None)}
+
+
+def subject_of(a, seed: int = 3) -> subject.Subject:
+    """What the model's gates judge of a decoder of this declaration."""
+    return subject.Subject(
+        declared=VariantDeclared(a),
+        model=VariantModel(a, seed),
+        training=VariantTraining(),
+        tokenizer=VariantTokenizer(),
+    )
 
 
 def moe_parts(a, vocab_size: int = 61, seed: int = 3) -> dict:

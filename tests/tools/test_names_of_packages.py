@@ -220,9 +220,7 @@ def test_the_pytest_plugin_asks_in_such_a_project(project):
         "--stack-gates",
         "-v",
     )
-    assert (
-        "stack-gate[model.future-blind] PASSED" in said and "test_mine.py::test_mine PASSED" in said
-    )
+    assert "stack-gate[model.causal] PASSED" in said and "test_mine.py::test_mine PASSED" in said
 
 
 def test_the_plugin_is_entered_by_its_module():

@@ -85,7 +85,7 @@ def test_every_plant_shows_its_diff_or_its_generator(bare):
 def test_the_state_of_a_failure_is_that_of_all_its_plants(bare):
     catalogue = load_catalogue(ROOT)
     failure = catalogue.failures["SF-M05"]
-    first, second = (kill(bare, "model.document-isolation", p) for p in failure.plants)
+    first, second = (kill(bare, "model.isolation", p) for p in failure.plants)
     state = lambda *kills: proof.failure_state(  # noqa: E731
         catalogue, failure, proof.newest_kills(proven(bare, *kills))
     )

@@ -24,7 +24,7 @@ LOOKED = {
     "optim.gradient-kept",
     "optim.moves",
     "runtime.finite",
-    "model.future-blind",
+    "model.causal",
 }
 SAVES = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 

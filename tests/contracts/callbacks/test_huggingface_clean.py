@@ -24,8 +24,8 @@ ALWAYS = {
     "loss.next-token",
     "loss.token-weights",
     "model.first-loss",
-    "model.future-blind",
-    "model.padding-blind",
+    "model.causal",
+    "model.isolation",
     "model.tied-head",
     "optim.clip-norm",
     "optim.decay-groups",
@@ -145,7 +145,7 @@ def test_in_mode_log_nothing_is_raised_and_every_verdict_is_written(tmp_path):
     red = [line for line in lines if line["verdict"] == "fail"]
     assert [line["step"] for line in red] == [1, 2, 3, 4] and red[0]["measured"]["n_stops"] == 2
     assert {line["gate"] for line in lines if line["verdict"] == "pass"} >= {
-        "model.future-blind",
+        "model.causal",
         "optim.parameter-groups",
     }
 

@@ -123,9 +123,7 @@ def test_a_causal_mask_that_is_missing(tmp_path, monkeypatch):
         layer.self_attn.forward = lambda *a, inner=inner, **k: inner(
             *a, **k | {"attention_mask": None}
         )
-    measured = caught(
-        script(tmp_path, model), "model.future-blind", 0, also=("model.padding-blind",)
-    )
+    measured = caught(script(tmp_path, model), "model.causal", 0, also=("model.isolation",))
     assert measured["leak_rel"] > 1e-3
 
 
@@ -140,14 +138,14 @@ def test_a_model_that_peeks_at_its_labels(tmp_path):
         return inner(inputs_embeds=embedded, attention_mask=attention_mask, labels=labels, **kwargs)
 
     model.forward = types.MethodType(forward, model)
-    assert caught(script(tmp_path, model), "model.future-blind", 0)["labels_leak_rel"] > 1e-3
+    assert caught(script(tmp_path, model), "model.causal", 0)["labels_leak_rel"] > 1e-3
 
 
 def test_padding_that_is_seen(tmp_path):
     model = llama()
     inner = model.model.forward
     model.model.forward = lambda *a, attention_mask=None, **k: inner(*a, **k)
-    assert caught(script(tmp_path, model), "model.padding-blind", 0)["leak_rel"] > 1e-3
+    assert caught(script(tmp_path, model), "model.isolation", 0)["padding_rel"] > 1e-3
 
 
 def test_a_head_that_has_come_loose(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stackproof.contracts import blackbox
+from stackproof.contracts import causality
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.contracts.callbacks.probe import Probe, max_length_of, untouched
 from stackproof.contracts.callbacks.session import ask_all
@@ -76,7 +76,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     verdicts = {g: v.outcome for g, v in gate.verdicts().items()}
     assert gate.first_failures() == {}
     green = {
-        "model.future-blind",
+        "model.causal",
         "optim.parameter-groups",
         "loss.next-token",
         "loss.token-weights",
@@ -85,7 +85,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     }
     assert green <= {g for g, o in verdicts.items() if o == "pass"}
     unasked = {
-        "model.padding-blind",
+        "model.isolation",
         "tokenizer.identity",
         "optim.clip-norm",
         "schedule.declared-rate",
@@ -118,7 +118,7 @@ def nothing(logits, rows):
 
 
 PLANTS = {
-    "causal mask lost": ("model.future-blind", None, lambda: loop(Tiny(causal=False))),
+    "causal mask lost": ("model.causal", None, lambda: loop(Tiny(causal=False))),
     "unshifted": ("loss.next-token", 1, lambda: loop(loss=future)),
     "accumulation not divided": ("loss.token-weights", 1, lambda: loop(loss=double)),
     "zero_grad forgotten": ("optim.gradient-kept", 2, lambda: loop(zero=False)),
@@ -181,7 +181,7 @@ def test_looking_at_a_model_leaves_it_bit_for_bit_as_it_was():
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
     assert ask_all(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))[
-        "model.future-blind"
+        "model.causal"
     ].passed
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors.items())
     assert all(torch.equal(p.grad, torch.full_like(p, 0.5)) for p in model.parameters())
@@ -206,7 +206,7 @@ def test_a_model_that_cannot_be_asked_is_not_run_and_says_why():
             return super().forward(idx)
 
     assert "image" in Probe(Needs()).refusal
-    assert ask_all(Needs())["model.future-blind"].outcome == "not_run"
+    assert ask_all(Needs())["model.causal"].outcome == "not_run"
 
 
 def test_a_run_that_goes_on_elsewhere_is_told():
@@ -258,7 +258,7 @@ def test_a_model_that_does_not_say_its_length_is_asked_within_it():
     model = Silent()
     assert Probe(model).max_length == T
     gate = loop(model)
-    assert gate.first_failures() == {} and gate.verdicts()["model.future-blind"].passed
+    assert gate.first_failures() == {} and gate.verdicts()["model.causal"].passed
     model.place, model.pos = nn.Identity(), nn.Embedding(7, 16)
     assert max_length_of(model) == 7, (
         "a table of positions is known by its name, also where nothing may be tried"
@@ -267,7 +267,7 @@ def test_a_model_that_does_not_say_its_length_is_asked_within_it():
 
 def test_a_check_that_breaks_on_a_model_is_told_and_stops_nobody(monkeypatch, caplog):
     """No verdict, the reason in the log, and the loop goes on; a red gate beside it still halts."""
-    monkeypatch.setattr(blackbox, "drawn", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(causality, "draw_ids", lambda *arguments, **named: 1 / 0)
     gate = loop()
     broken = [v for v in gate.verdicts().values() if "ZeroDivisionError" in v.message]
     assert (

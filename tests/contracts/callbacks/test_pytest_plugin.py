@@ -39,9 +39,9 @@ def test_without_the_option_there_is_nothing(pytester):
 def test_each_gate_is_an_outcome_and_not_run_is_a_skip(pytester):
     result = outcome(pytester, "--stack-gates")
     result.assert_outcomes(passed=4, skipped=3)
-    result.stdout.fnmatch_lines(["*stack-gate[[]model.future-blind]*PASSED*"])
+    result.stdout.fnmatch_lines(["*stack-gate[[]model.causal]*PASSED*"])
     result.stdout.fnmatch_lines(
-        ["*SKIPPED*model.padding-blind was not run: the model takes no attention mask*"]
+        ["*SKIPPED*model.isolation was not run: the model takes no attention mask*"]
     )
     result.stdout.fnmatch_lines(["*SKIPPED*tokenizer.identity was not run: *Tokenizer.n_ids*"])
 
@@ -49,9 +49,7 @@ def test_each_gate_is_an_outcome_and_not_run_is_a_skip(pytester):
 def test_a_red_gate_fails_with_what_it_measured(pytester):
     result = outcome(pytester, "--stack-gates", causal=False)
     result.assert_outcomes(passed=3, failed=1, skipped=3)
-    result.stdout.fnmatch_lines(
-        ["*model.future-blind: earlier logits see a later token*leak_rel = *"]
-    )
+    result.stdout.fnmatch_lines(["*model.causal: earlier logits see a later token*leak_rel = *"])
 
 
 def test_without_the_fixture_every_gate_fails_and_says_so(pytester):
