@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackproof.spec.architecture import Buffer
 from stackproof.spec.resolved_model import tensors
@@ -57,6 +57,18 @@ def drawn_weights(shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
     and biases are not 0.
     """
     return {name: _drawn(kind_of(name), shape, draw) for name, shape in shapes.items()}
+
+
+def contextual_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a model, by its declared names, under which the next token depends on the context.
+    At step 0, and under a wide tied head, it depends on the last token alone.
+    """
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    weights = drawn_weights(shapes, torch.Generator().manual_seed(51))
+    return weights | {
+        "embed.weight": 0.3 * weights["embed.weight"],
+        "final_norm.weight": 3 * weights["final_norm.weight"],
+    }
 
 
 def _drawn(kind: str, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:

@@ -280,7 +280,7 @@ def _derived(cfg) -> dict[str, float | str]:
     }
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
     try:
-        from stackproof.gate_inputs.preflight import probe_peak_flops
+        from stackproof.train.flops import probe_peak_flops
         from stackproof.train.memory import resolve_device
     except ModuleNotFoundError:
         return derived

@@ -2,8 +2,6 @@
 with fewer rows.
 """
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.config import AuxiliaryLoss, Optim, RunConfig
+from stackproof.config import Optim, RunConfig
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.ingredients import data_ingredients
 from stackproof.data.prepare import Dataset
-from stackproof.data.reader import Batch, eval_batches, model_inputs
+from stackproof.data.reader import Batch, model_inputs
 from stackproof.evaluate.ingredients import model_ingredients
-from stackproof.evaluate.stopping import batches_needed
-from stackproof.gate_inputs import operations
-from stackproof.gate_inputs.compiled import compiled_ingredients
 from stackproof.gate_inputs.digest import digest, live_sha256
 from stackproof.gate_inputs.dropout import branch_draws
-from stackproof.gate_inputs.head import head_ingredients, loss_scale_ingredients
-from stackproof.gate_inputs.kernels import kernel_calls
+from stackproof.gate_inputs.head import loss_scale_ingredients
 from stackproof.gate_inputs.reporting import (
     applied_steps,
     begun,
@@ -33,38 +27,17 @@ from stackproof.gate_inputs.reporting import (
     own_step,
     reported_steps,
 )
-from stackproof.gate_inputs.shadow import shadow_ingredients
-from stackproof.kernels import dispatch
 from stackproof.model import moe
 from stackproof.model.build import build_model
 from stackproof.model.forward_context import Report
-from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import parameter_count
 from stackproof.subject.assemble import subject_of
+from stackproof.subject.run import shrunk
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.rng import generator, stream_seed
 from stackproof.train.state import TrainState, build_state
-
-PROBE_WINDOWS = 24
-
-
-def shrunk(cfg: RunConfig) -> RunConfig:
-    """The run in small: at most 2 rows and 2 micro-steps, eager, wrapping; model, length,
-    dtype and dropout stay.
-    """
-    rows, accumulation = min(cfg.train.micro_batch_size, 2), min(cfg.accumulation(), 2)
-    train = cfg.train.model_copy(
-        update={
-            "micro_batch_size": rows,
-            "tokens_per_step": rows * cfg.model.max_seq_len * accumulation,
-            "compile": False,
-        }
-    )
-    return cfg.model_copy(
-        update={"train": train, "data": cfg.data.model_copy(update={"on_exhausted": "wrap"})}
-    )
 
 
 def micro(cfg: RunConfig) -> RunConfig:
@@ -133,75 +106,9 @@ def gather(
     ingredients |= model_ingredients(cfg, build(), dataset.tokenizer)
     ingredients |= _training_ingredients(cfg, dataset, device, build)
     ingredients |= _checkpoint_ingredients(cfg, dataset, device)
-    ingredients |= compiled_ingredients(cfg, dataset, device)
-    ingredients |= shadow_ingredients(cfg, device)
-    ingredients |= operations.flops_ingredients(cfg, vocab_size, build, device)
-    ingredients |= {"kernel_calls": kernel_calls(cfg, dataset, device, build)}
-    ingredients |= head_ingredients(device) | loss_scale_ingredients(shrunk(cfg), dataset, device)
-    available = dataset.validation.n_windows(cfg.model.max_seq_len) // cfg.eval.batch_size
-    if available < 2:
-        raise DataError(
-            "the held-out split is too short to evaluate on",
-            value=(
-                f"{dataset.validation.n_windows(cfg.model.max_seq_len)} windows of "
-                f"{cfg.model.max_seq_len} tokens"
-            ),
-            allowed=f"at least two batches of {cfg.eval.batch_size} (eval.batch_size)",
-            next_step=(
-                "add text, raise data.split.validation_frac, or lower eval.batch_size or "
-                "model.max_seq_len"
-            ),
-        )
-    difference_std = paired_difference_std(cfg, dataset, device)
-    n_batches = n_eval_batches or min(
-        max(cfg.eval.batches, _wanted_batches(cfg, difference_std)), available
-    )
-    ingredients |= {"paired_difference_std": difference_std, "n_eval_batches": n_batches}
-    ingredients |= {"subject": subject_of(cfg, dataset, device, n_eval_batches=n_batches)}
-    return n_batches, ingredients
-
-
-def _wanted_batches(cfg: RunConfig, difference_std: float) -> int:
-    # what is not finite, the gates say better
-    if cfg.stop.kind != "patience" or not math.isfinite(difference_std):
-        return cfg.eval.batches
-    return batches_needed(
-        difference_std,
-        min(x for x in (cfg.stop.expected_gain_nats, cfg.stop.min_delta_nats) if x > 0),
-    )
-
-
-def paired_difference_std(cfg: RunConfig, dataset: Dataset, device: torch.device) -> float:
-    """Standard deviation of the per-batch loss difference between two evaluations
-    around a few updates, nats.
-
-    Measured per window on the run's own model at the start, where it is largest,
-    and scaled to the batch size.
-    """
-    state = build_state(shrunk(cfg), dataset, device)
-    windows = eval_batches(
-        dataset.validation,
-        cfg.model.max_seq_len,
-        1,
-        min(PROBE_WINDOWS, dataset.validation.n_windows(cfg.model.max_seq_len)),
-    )
-    rounds = []
-    for _ in range(2):
-        advance(state)
-        rounds.append(torch.tensor([_window_nats(state, w) for w in windows]))
-    return float((rounds[1] - rounds[0]).std()) / cfg.eval.batch_size**0.5
-
-
-@torch.no_grad()
-def _window_nats(state: TrainState, window: Batch) -> float:
-    state.model.eval()
-    with state.autocast():
-        x_BTD, _ = state.model.hidden_states(*model_inputs(window, state.device))
-        nats = losses.linear_cross_entropy_sum(
-            x_BTD, state.model.head_weight, window.labels.to(state.device)
-        )
-    state.model.train()
-    return float(nats) / losses.count_valid(window.labels)
+    ingredients |= loss_scale_ingredients(shrunk(cfg), dataset, device)
+    subject = subject_of(cfg, dataset, device, n_eval_batches=n_eval_batches)
+    return subject.stopping.n_eval_batches, ingredients | {"subject": subject}
 
 
 def advance(state: TrainState) -> float:
@@ -263,10 +170,6 @@ def _training_ingredients(
             cfg, device, model, parts
         ),
         "ragged_batch": (ids, ragged),
-        "balance_gradients": lambda weight, n_micro: balance_gradients(
-            cfg, device, vocab_size, weight, n_micro
-        ),
-        "bias_step": lambda n_micro: bias_step(cfg, device, vocab_size, n_micro),
         "clip": lambda grads: _clip(cfg, grads)[1],
         "reported_steps": lambda: reported_steps(exact, dataset, device),
         "computed_dtypes": lambda: computed_dtypes(shrunk(cfg), dataset, device),
@@ -398,43 +301,6 @@ def accumulated_gradients(
     return nats, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def balance_gradients(
-    cfg: RunConfig, device: torch.device, vocab_size: int, weight: float, n_micro: int
-) -> tuple:
-    """Accumulation over equal micro-batches of one row, with the balance term at this weight:
-    (weights, ids_T, router gradients).
-    """
-    ffn = cfg.model.ffn.model_copy(
-        update={"balance": AuxiliaryLoss(weight=weight), "capacity_factor": None}
-    )
-    model = build_model(
-        cfg.model.model_copy(update={"ffn": ffn, "dropout": 0.0}),
-        vocab_size,
-        seed=cfg.seed,
-        device=device,
-    )
-    batches = _equal_rows(cfg, vocab_size, n_micro)
-    steps.accumulate(_bench(model, torch.optim.SGD(model.parameters(), lr=0.0), device), batches)
-    routers = {
-        n: p.grad.clone() for n, p in model.named_parameters() if n.endswith("ffn.router.weight")
-    }
-    return checkpoint.model_tensors(model), batches[0].input_ids[0], routers
-
-
-def bias_step(
-    cfg: RunConfig, device: torch.device, vocab_size: int, n_micro: int
-) -> tuple[Tensor, Tensor]:
-    """One update of a fresh model in `n_micro` micro-batches: (loads of the update, selection
-    biases after it), both (L, E).
-    """
-    model = build_model(cfg.model, vocab_size, seed=cfg.seed, device=device).train()
-    bench = _bench(model, opt.make_optimizer(model, cfg.optim), device, cfg)
-    _update(bench, _equal_rows(cfg, vocab_size, n_micro, step=1))
-    return torch.stack(moe.totals(bench.loads)), torch.stack(
-        [block.ffn.selection_bias for block in model.layers]
-    )
-
-
 def _equal_rows(cfg: RunConfig, vocab_size: int, n_micro: int, step: int = 0) -> list[Batch]:
     """Micro-batches of one row each; all alike, unless `step` makes each its own."""
     seq_len = min(cfg.model.max_seq_len, 64)
@@ -550,24 +416,3 @@ def _checkpoint_ingredients(
         "digest": digest,
         "epoch_samples": dataset.train.n_windows(cfg.model.max_seq_len),
     }
-
-
-def probe_peak_flops(device: torch.device) -> float:
-    """Floating-point operations per second of a large float32 (GPU: bfloat16) product by the kernel
-    of linear layers, best of ten.
-    """
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(10):
-        _wait(device)
-        started = time.perf_counter()
-        dispatch.linear(a, a)
-        _wait(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - started))
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -18,6 +18,7 @@ import torch
 from stackproof.config import RunConfig, load_config
 from stackproof.contracts.gate import Verdict, call_check, not_run
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.subject import Subject
 from stackproof.data.prepare import prepare
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity, reading
@@ -242,9 +243,7 @@ class Prover:
         )
         model = reading.load_weights(source)
         with huggingface.readable(source) as readable:
-            keeper.artifact(
-                parity.own(model) | (parity.witness(readable) if parity.available() else {})
-            )
+            keeper.artifact(Subject(exported=parity.Compared(model, readable)))
         return keeper.results()[0]
 
     def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:

@@ -236,12 +236,15 @@ def test_matrix_shows_who_else_turns_red():
     """A missing file and a head too many are seen by the comparison as well;
     nothing is red without a plant.
     """
-    rows = {row["plant"]: row for row in matrix(("export.complete",))}
-    assert set(rows) == {"export.shard-left-out", "export.second-head"}
-    assert all(
-        set(row["red"]) == {"export.complete", "export.logit-parity"} and row["asked"] == 3
-        for row in rows.values()
-    )
+    rows = {row["plant"]: row for row in matrix(("export.folder",))}
+    both = {"export.folder", "export.logit-parity"}
+    red = {
+        "export.shard-left-out": both,
+        "export.second-head": both,
+        "export.narrowed-after-the-comparison": {"export.folder"},
+    }
+    assert {plant: set(row["red"]) for plant, row in rows.items()} == red
+    assert all(row["asked"] == 2 for row in rows.values())
     assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())
 
 
