@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackproof.spec.architecture import Buffer
 from stackproof.spec.resolved_model import tensors
@@ -59,12 +59,11 @@ def drawn_weights(shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
     return {name: _drawn(kind_of(name), shape, draw) for name, shape in shapes.items()}
 
 
-def contextual_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a model, by its declared names, under which the next token depends on the context.
-    At step 0, and under a wide tied head, it depends on the last token alone.
+def contextual_weights(a: Mapping[str, Any], vocab_size: int) -> dict[str, Tensor]:
+    """Weights under which the next token depends on the context, and not, as at step 0 or under a
+    wide tied head, on the last token alone.
     """
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    weights = drawn_weights(shapes, torch.Generator().manual_seed(51))
+    weights = drawn_weights(parameter_shapes(a, vocab_size), torch.Generator().manual_seed(51))
     return weights | {
         "embed.weight": 0.3 * weights["embed.weight"],
         "final_norm.weight": 3 * weights["final_norm.weight"],

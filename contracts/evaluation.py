@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.declared import contextual_weights
 from stackproof.contracts.events import Evaluated, Event, Looked, Started
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
+from stackproof.contracts.generation import contextual_model
 from stackproof.contracts.loss import IGNORE
 from stackproof.contracts.oracle import documents
 from stackproof.contracts.subject import MicroBatch, Subject
@@ -162,14 +162,12 @@ def invariance(limits: SimpleNamespace, subject: Subject) -> Verdict:
     The model has dropout. Of the held-out rows the last one is partly masked. The score is also
     worked out here, in float64 on the model's own logits, each document as if it stood alone.
     """
-    model, token_bytes = subject.model.small(DROPOUT), subject.tokenizer.tokenizer.token_bytes
-    model.train()
+    model, token_bytes = contextual_model(subject, DROPOUT), subject.tokenizer.tokenizer.token_bytes
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return failed(
             "the model given to the gate has no dropout, so an evaluation in training mode would "
             "not show"
         )
-    model.load_state_dict(contextual_weights(model))
     seq_len = min(subject.model.max_length, ROW_TOKENS)
     rows = _held_out_rows(subject.model.vocab_size, seq_len)
 

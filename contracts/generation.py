@@ -15,7 +15,7 @@ from stackproof.contracts.declared import contextual_weights
 from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.subject import Subject
 
-DROPOUT = 0.5
+DROPOUT, MAX_LAYERS = 0.5, 2
 N_NEW, MANY_NEW = 8, 80  # so many that a stack may prepare the model for them
 LOGITS, SEEN = torch.linspace(-4.0, 4.0, 9), (0, 2, 2, 4, 7)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,8 +46,8 @@ def generation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     prompt nearly fills it.
     """
     sampling, max_seq_len = subject.sampling, subject.model.max_length
-    model, own_prompt = subject.model.small(DROPOUT), _prompt(subject.model.vocab_size, max_seq_len)
-    model.load_state_dict(contextual_weights(model.train()))
+    model = contextual_model(subject, DROPOUT)
+    own_prompt = _prompt(subject.model.vocab_size, max_seq_len)
     generate = partial(sampling.generate, model)
     modes, wrong, judged = [m.training for m in model.modules()], [], 0
     filling = (own_prompt * -(-max_seq_len // len(own_prompt)))[: max(1, max_seq_len - 3)]
@@ -106,6 +106,18 @@ def generation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     return decide(
         len(wrong) <= limits.wrong_max and enough, text, wrong=len(wrong), judged_tokens=judged
     )
+
+
+def contextual_model(subject: Subject, dropout: float) -> nn.Module:
+    """A small model of the run in training mode, with at least this dropout, whose next token
+    depends on the context.
+    """
+    architecture = subject.declared.architecture
+    n_layers = min(architecture["n_layers"], MAX_LAYERS)
+    model = subject.model.small(n_layers, dropout).train()
+    small = architecture | {"n_layers": n_layers}
+    model.load_state_dict(contextual_weights(small, subject.model.vocab_size))
+    return model
 
 
 def _prompt(vocab_size: int, max_seq_len: int) -> list[int]:

@@ -297,8 +297,8 @@ class Model:
         """Another model of the run at step 0, on its device."""
 
     @capability
-    def small(self, dropout: float) -> nn.Module:
-        """A model of the run with at most two layers and at least this dropout, on its device."""
+    def small(self, n_layers: int, dropout: float) -> nn.Module:
+        """A model of the run with so many layers and at least this dropout, on its device."""
 
     @value
     def embedding(self) -> nn.Module:

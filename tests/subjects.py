@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import Subject, value
 
 
 def altered(part: Any, **members: Any) -> Any:
@@ -14,10 +14,10 @@ def altered(part: Any, **members: Any) -> Any:
     function for a method. Raises AttributeError for a member that its interface does not have.
     """
     kind, own = type(part), {}
-    for name, value in members.items():
+    for name, member in members.items():
         former = inspect.getattr_static(kind, name)
         constant = isinstance(former, (property, cached_property, value))
-        own[name] = property(lambda self, value=value: value) if constant else staticmethod(value)
+        own[name] = property(lambda self, it=member: it) if constant else staticmethod(member)
     other = copy.copy(part)
     object.__setattr__(other, "__class__", type(kind.__name__, (kind,), own))
     return other

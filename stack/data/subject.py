@@ -1,10 +1,7 @@
 """What the gates of corpus, data, tokenizer and curriculum judge of a data set and of a run."""
 
-from dataclasses import dataclass
-from typing import Any
-
 from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Tokenizer
-from stackproof.data.prepare import Dataset
+from stackproof.data import tokenizer as tokenizers
 
 
 class BuiltCorpus(Corpus):
@@ -19,12 +16,8 @@ class RunCurriculum(Curriculum):
     """TODO"""
 
 
-@dataclass(frozen=True)
 class RunTokenizer(Tokenizer):
-    """TODO"""
+    """A tokenizer of the stack."""
 
-    dataset: Dataset
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.dataset.tokenizer
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self.tokenizer = tokenizer

@@ -94,4 +94,5 @@ def overfit_lr(d_model: int) -> float:
     return min(1e-2, 0.2 / d_model)
 
 
-talkative = contextual_weights
+def talkative(model: Transformer) -> dict[str, Tensor]:
+    return contextual_weights(model.cfg.model_dump(), model.vocab_size)

@@ -32,7 +32,7 @@ from stackproof.model.build import build_model
 from stackproof.model.forward_context import Report
 from stackproof.spec.formulas import parameter_count
 from stackproof.subject.assemble import subject_of
-from stackproof.subject.run import shrunk
+from stackproof.subject.run import small_run as shrunk
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps

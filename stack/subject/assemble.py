@@ -30,7 +30,7 @@ def subject_of(
         corpus=BuiltCorpus(),
         data_loader=RunDataLoader(),
         curriculum=RunCurriculum(),
-        tokenizer=RunTokenizer(dataset),
+        tokenizer=RunTokenizer(dataset.tokenizer),
         model=RunModel(*parts),
         experts=RunExperts(*parts),
         training=RunTraining(*parts),

@@ -13,7 +13,7 @@ from stackproof.contracts.subject import Evaluation, MicroBatch, Stopping
 from stackproof.data.reader import Batch, eval_batches, model_inputs
 from stackproof.evaluate import bits_per_byte, stopping
 from stackproof.spec.errors import DataError
-from stackproof.subject.run import RunParts, shrunk
+from stackproof.subject.run import RunParts, small_run
 from stackproof.train import losses
 from stackproof.train import step as steps
 from stackproof.train.state import TrainState, build_state
@@ -59,7 +59,7 @@ class RunStopping(RunParts, Stopping):
         """Measured around a few updates, on the run's own model at the start, where it is largest;
         per window, and scaled to the batch size.
         """
-        state = build_state(shrunk(self.cfg), self.dataset, self.device)
+        state = build_state(small_run(self.cfg), self.dataset, self.device)
         validation, seq_len = self.dataset.validation, self.cfg.model.max_seq_len
         n_windows = min(PROBE_WINDOWS, validation.n_windows(seq_len))
         windows = eval_batches(validation, seq_len, 1, n_windows)

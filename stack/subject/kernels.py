@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackproof.config import RunConfig
 from stackproof.contracts.subject import HalfPrecision, Kernels, NotOffered
 from stackproof.data.reader import Batch, model_inputs
 from stackproof.kernels import cross_entropy, dispatch
@@ -21,7 +22,7 @@ from stackproof.kernels.table import OPERATIONS, TORCH
 from stackproof.model import moe
 from stackproof.model.build import build_model, building
 from stackproof.model.variants import make_norm
-from stackproof.subject.run import RunParts, wrapping
+from stackproof.subject.run import RunParts
 from stackproof.train import losses
 from stackproof.train import step as steps
 from stackproof.train.rng import stream_seed
@@ -42,14 +43,16 @@ LOSS_SCALE = 1024.0
 class RunKernels(RunParts, Kernels):
     """The kernels in force, and the graph of a run that compiles."""
 
-    head_chunk_rows = HEAD_CHUNK_ROWS
+    @property
+    def head_chunk_rows(self) -> int:
+        return HEAD_CHUNK_ROWS
 
     def calls(self) -> list[ChosenCall]:
         """Those of one micro-batch, loss included, in the run's own precision."""
         cfg, device = self.cfg, self.device
         seed = stream_seed(cfg.seed, "init")
         model = build_model(cfg.model, self.vocab_size, seed=seed, device=device).train()
-        batch = make_reader(wrapping(cfg), self.dataset).draw()
+        batch = make_reader(_wrapping(cfg), self.dataset).draw()
         with torch.no_grad(), declared_autocast(cfg, device), seen_calls() as found:
             x_BTD, _ = model.hidden_states(*model_inputs(batch, device))
             losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
@@ -80,7 +83,7 @@ class RunKernels(RunParts, Kernels):
 
     @cached_property
     def _compiled(self) -> TrainState:
-        return build_state(wrapping(self.cfg), self.dataset, self.device)
+        return build_state(_wrapping(self.cfg), self.dataset, self.device)
 
     @cached_property
     def _batches(self) -> list[Batch]:
@@ -100,6 +103,11 @@ class RunKernels(RunParts, Kernels):
 
     def by_torch(self) -> AbstractContextManager[None]:
         return dispatch.using(**dict.fromkeys(OPERATIONS, TORCH))
+
+
+def _wrapping(cfg: RunConfig) -> RunConfig:
+    """The run with a data loader that begins again where the corpus ends."""
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
 
 
 @contextmanager

@@ -9,8 +9,6 @@ from stackproof.model.build import build_model
 from stackproof.subject.run import RunParts
 from stackproof.train.rng import stream_seed
 
-SMALL_LAYERS, SMALL_SEED = 2, 51
-
 
 class RunModel(RunParts, Model):
     """TODO: the parts that the gates of model judge."""
@@ -27,11 +25,7 @@ class RunModel(RunParts, Model):
         seed = stream_seed(self.cfg.seed, "init")
         return build_model(self.cfg.model, self.vocab_size, seed=seed, device=self.device)
 
-    def small(self, dropout: float) -> nn.Module:
-        model = self.cfg.model
-        changes = {
-            "n_layers": min(model.n_layers, SMALL_LAYERS),
-            "dropout": max(model.dropout, dropout),
-        }
-        cfg = model.model_copy(update=changes)
-        return build_model(cfg, self.vocab_size, seed=SMALL_SEED, device=self.device)
+    def small(self, n_layers: int, dropout: float) -> nn.Module:
+        changes = {"n_layers": n_layers, "dropout": max(self.cfg.model.dropout, dropout)}
+        cfg = self.cfg.model.model_copy(update=changes)
+        return build_model(cfg, self.vocab_size, seed=self.cfg.seed, device=self.device)

@@ -21,21 +21,39 @@ class RunParts:
         return self.dataset.tokenizer.vocab_size
 
 
-def shrunk(cfg: RunConfig) -> RunConfig:
-    """The run in small: at most 2 rows and 2 micro-steps, eager, wrapping; model, length,
-    dtype and dropout stay.
+def small_run(cfg: RunConfig) -> RunConfig:
+    """The run with at most 2 rows and 2 micro-batches, eager, wrapping; model, length, dtype and
+    dropout stay.
     """
     rows, accumulation = min(cfg.train.micro_batch_size, 2), min(cfg.accumulation(), 2)
-    train = cfg.train.model_copy(
+    train = {
+        "micro_batch_size": rows,
+        "tokens_per_step": rows * cfg.model.max_seq_len * accumulation,
+        "compile": False,
+    }
+    return cfg.model_copy(
         update={
-            "micro_batch_size": rows,
-            "tokens_per_step": rows * cfg.model.max_seq_len * accumulation,
-            "compile": False,
+            "train": cfg.train.model_copy(update=train),
+            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
         }
     )
-    return wrapping(cfg.model_copy(update={"train": train}))
 
 
-def wrapping(cfg: RunConfig) -> RunConfig:
-    """The run with a data loader that begins again where the corpus ends."""
-    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+def tiny_run(cfg: RunConfig) -> RunConfig:
+    """The run with a model of a few hundred parameters, for gates that judge files and not
+    arithmetic.
+    """
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 16}
+    sizes["max_seq_len"] = min(16, cfg.model.max_seq_len)
+    train = {
+        "micro_batch_size": 1,
+        "tokens_per_step": sizes["max_seq_len"],
+        "compile": False,
+    }
+    return cfg.model_copy(
+        update={
+            "model": cfg.model.model_copy(update=sizes),
+            "train": cfg.train.model_copy(update=train),
+            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
+        }
+    )

@@ -112,9 +112,7 @@ def test_a_surviving_plant_is_reported_and_exits_4(trained):
         "def blind(limits): return passed()\nblind.gate_id = 'kernel.parity'\n"
         "kernel.parity = blind\nmain(sys.argv[1:])"
     )
-    done = trained(
-        "gates", "prove", "kernel.parity", "--run-dir", "blind", "--json", code=code
-    )
+    done = trained("gates", "prove", "kernel.parity", "--run-dir", "blind", "--json", code=code)
     assert done.code == 4, done.err
     counts = json.loads(done.out.splitlines()[0])["counts"]
     assert counts["killed"] == 0 and counts["missed"] + counts["equivalent"] == 3
