@@ -85,7 +85,7 @@ def test_invariance_refuses_a_model_without_dropout(spec, subject):
 DECLARED = {
     "kind": "patience",
     "patience": 5,
-    "min_epochs": 3,
+    "min_evaluations": 3,
     "z": 2.0,
     "min_delta_nats": 0.0,
     "expected_gain_nats": 0.02,
@@ -142,8 +142,8 @@ def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_impr
         (lambda: StopRule(2, 3, 2.0, 0.0), {"patience": 2}),
         # a delta above the gain
         (lambda: StopRule(5, 3, 2.0, 0.5), {}),
-        # min_epochs not obeyed
-        (lambda: StopRule(5, 3, 2.0, 0.0), {"min_epochs": 12}),
+        # min_evaluations not obeyed
+        (lambda: StopRule(5, 3, 2.0, 0.0), {"min_evaluations": 12}),
         # another patience than declared
         (lambda: StopRule(6, 3, 2.0, 0.0), {}),
         (NeverStopRule, {}),
@@ -153,8 +153,8 @@ def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
     assert judged(spec, rule, **declared).outcome == "fail"
 
 
-def test_stop_rule_obeys_min_epochs_beyond_patience(spec):
-    assert judged(spec, lambda: StopRule(5, 12, 2.0, 0.0), min_epochs=12).passed
+def test_stop_rule_obeys_min_evaluations_beyond_patience(spec):
+    assert judged(spec, lambda: StopRule(5, 12, 2.0, 0.0), min_evaluations=12).passed
 
 
 def test_never_stop_passes_by_definition_and_is_held_to_it(spec):
