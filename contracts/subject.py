@@ -648,7 +648,9 @@ class Stopping:
 
     @value
     def declared(self) -> Mapping[str, Any]:
-        """Its configuration: kind, patience, min_evaluations, z, min_delta_nats, expected_gain_nats."""
+        """Its configuration: kind, patience, min_evaluations, z, min_delta_nats and
+        expected_gain_nats.
+        """
 
     @value
     def paired_difference_std(self) -> float:
