@@ -4,7 +4,6 @@ decisions beat the noise.
 
 import hashlib
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,57 +13,80 @@ from torch import Tensor, nn
 
 from stackproof.contracts.events import Evaluated, Event, Looked, Started
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
+from stackproof.contracts.generation import contextual_model
+from stackproof.contracts.loss import IGNORE
 from stackproof.contracts.oracle import documents
+from stackproof.contracts.subject import MicroBatch, Subject
 
 # --- conservation of bytes ------------------------------------------------------------------------
 
 KNOWN = (
     "The quick brown fox jumps over the lazy dog; 0123456789 times it did, and then it slept. " * 3
 )
-UNKNOWN_CHARS = 7
+UNKNOWN, UNKNOWN_CHARS = "Ω", 7
+
+
+class AsciiTokenizer:
+    """One id per ASCII character, an end-of-text token, and nothing else: the check knows which
+    characters it drops.
+    """
+
+    kind, eos_id, vocab_size = "char", 0, 128
+
+    def __init__(self) -> None:
+        self.token_bytes = np.array([0] + [1] * 127, dtype=np.int32)
+
+    def encode(self, text: str) -> SimpleNamespace:
+        """Ids of the ASCII characters; the rest is dropped and counted."""
+        ids = [ord(c) for c in text if 0 < ord(c) < 128]
+        return SimpleNamespace(ids=ids, dropped_chars=len(text) - len(ids))
+
+
+class UniformModel(nn.Module):
+    """Gives each of `vocab_size` tokens the same logit, at every position."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return torch.zeros(*ids_BT.shape, self.vocab_size, device=ids_BT.device)
+
+
+class PairModel(nn.Module):
+    """Logits that follow from the token before alone: a row of a fixed table (V, V)."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        draw = torch.Generator().manual_seed(54)
+        self.logits_VV = 3 * torch.randn(vocab_size, vocab_size, generator=draw)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.logits_VV.to(ids_BT.device)[ids_BT]
 
 
 @decides("evaluation.byte-conservation")
-def byte_conservation(
-    limits: SimpleNamespace,
-    *,
-    evaluate_known: Callable[[str], Any],
-    known_text: str,
-    evaluate_with_unknown: Callable[[str], Any],
-    evaluate_uniform: Callable[[str], Any],
-    uniform_vocab_size: int,
-    unknown_char: str,
-    evaluate_pairs: Callable[[str], Any],
-    pair_logits: Tensor,
-) -> Verdict:
+def byte_conservation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Each byte of a text is scored once, after the token before it; characters outside the
     vocabulary are counted and change no score; guessing costs log2 V.
 
-    `evaluate_known(text)` uses the run's own model and tokenizer, which knows every character of
-    `known_text`; `evaluate_with_unknown` a tokenizer that has ASCII but lacks `unknown_char`;
-    `evaluate_uniform` a model that gives every token the same logit and one token per character,
-    its code point; `evaluate_pairs` one that knows nothing but the token before: its logits are a
-    row of `pair_logits` (V, V), and a text begins after token 0. All go through the stack's own
-    evaluation and return bits_per_byte, bits_per_char, total_nats, bytes, chars, dropped_chars and
-    dropped_bytes.
+    Three models are scored: the run's own under its tokenizer, on a text in which it knows every
+    character; one that gives every token the same logit; and one whose logits follow from the token
+    before alone, where a text begins after token 0.
     """
-    own = evaluate_known(known_text)
-    lost_bytes = (
-        abs(own.bytes - len(known_text.encode())) + own.dropped_chars + abs(own.dropped_bytes)
-    )
+    score, tokenizer = subject.evaluation.score_text, subject.tokenizer.tokenizer
+    known, ascii_only = known_text(tokenizer), AsciiTokenizer()
+    own = score(subject.model.module, tokenizer, known)
+    lost_bytes = abs(own.bytes - len(known.encode())) + own.dropped_chars + abs(own.dropped_bytes)
     own_error = (
         abs(own.bits_per_byte - own.total_nats / math.log(2) / own.bytes) / own.bits_per_byte
     )
 
-    clean, dirty = (
-        evaluate_with_unknown(KNOWN),
-        evaluate_with_unknown(_with_unknown(KNOWN, unknown_char)),
-    )
-    counted = dirty.dropped_chars == UNKNOWN_CHARS and dirty.dropped_bytes == UNKNOWN_CHARS * len(
-        unknown_char.encode()
-    )
+    uniform = UniformModel(ascii_only.vocab_size)
+    clean, dirty = (score(uniform, ascii_only, text) for text in (KNOWN, _with_unknown(KNOWN)))
     counted = (
-        counted
+        dirty.dropped_chars == UNKNOWN_CHARS
+        and dirty.dropped_bytes == UNKNOWN_CHARS * len(UNKNOWN.encode())
         and clean.dropped_chars == 0
         and clean.bytes == len(KNOWN.encode())
         and clean.chars == len(KNOWN)
@@ -74,9 +96,9 @@ def byte_conservation(
         _rel(dirty.bits_per_char, clean.bits_per_char),
     )
 
-    uniform = evaluate_uniform(KNOWN)
-    uniform_error = abs(uniform.bits_per_char - math.log2(uniform_vocab_size))
-    paired, nats = evaluate_pairs(KNOWN), _nats_of_pairs(KNOWN, pair_logits)
+    uniform_error = abs(clean.bits_per_char - math.log2(ascii_only.vocab_size))
+    pairs = PairModel(ascii_only.vocab_size)
+    paired, nats = score(pairs, ascii_only, KNOWN), _nats_of_pairs(KNOWN, pairs.logits_VV)
     pair_error = max(
         _rel(paired.total_nats, nats), _rel(paired.bits_per_char * paired.chars, nats / math.log(2))
     )
@@ -95,6 +117,16 @@ def byte_conservation(
     )
 
 
+def known_text(tokenizer: Any) -> str:
+    """A text in which the tokenizer knows every character: English prose as far as possible,
+    else its own entries.
+    """
+    kept = {c for c in set(KNOWN) if not tokenizer.encode(c).dropped_chars}
+    if kept:
+        return "".join(c for c in KNOWN if c in kept)
+    return tokenizer.decode([i for i in range(tokenizer.vocab_size) if i != tokenizer.eos_id])
+
+
 def _nats_of_pairs(text: str, logits_VV: Tensor) -> float:
     """What a text costs if each character depends on the one before it alone,
     and the first on token 0.
@@ -103,11 +135,11 @@ def _nats_of_pairs(text: str, logits_VV: Tensor) -> float:
     return -float(logits_VV.double().log_softmax(-1)[ids[:-1], ids[1:]].sum())
 
 
-def _with_unknown(text: str, char: str) -> str:
-    """The text with UNKNOWN_CHARS characters put in at even distances."""
+def _with_unknown(text: str) -> str:
+    """The text with UNKNOWN_CHARS unknown characters put in at even distances."""
     step = len(text) // UNKNOWN_CHARS
     return "".join(
-        c + (char if i % step == step - 1 and i // step < UNKNOWN_CHARS else "")
+        c + (UNKNOWN if i % step == step - 1 and i // step < UNKNOWN_CHARS else "")
         for i, c in enumerate(text)
     )
 
@@ -119,31 +151,30 @@ def _rel(a: float, b: float) -> float:
 # --- invariance -----------------------------------------------------------------------------------
 
 
+DROPOUT, ROWS, ROW_TOKENS = 0.1, 6, 48
+
+
 @decides("evaluation.invariance")
-def invariance(
-    limits: SimpleNamespace,
-    *,
-    evaluated_model: nn.Module,
-    evaluate_rows: Callable[[int], Any],
-    evaluated_rows: tuple[Tensor, Tensor, Tensor],
-    token_bytes: np.ndarray,
-) -> Verdict:
+def invariance(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """One score at batch size 1 and 8 with a ragged end, bit-equal when repeated, and nothing about
     the model or torch has changed.
 
-    `evaluated_model` has dropout above 0. `evaluate_rows(batch_size)` scores the same held-out
-    rows, the last one partly masked, with the stack's own evaluation and returns loss_nats,
-    bits_per_byte, n_bytes, batch_nats and stderr_nats. `evaluated_rows` are their input_ids, labels
-    and document ids (R, T), from which the score is also worked out here, in float64 on the model's
-    own logits, each document as if it stood alone; `token_bytes[id]` is how many bytes an id stands
-    for.
+    The model has dropout. Of the held-out rows the last one is partly masked. The score is also
+    worked out here, in float64 on the model's own logits, each document as if it stood alone.
     """
-    model = evaluated_model.train()
+    model, token_bytes = contextual_model(subject, DROPOUT), subject.tokenizer.tokenizer.token_bytes
     if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return failed(
             "the model given to the gate has no dropout, so an evaluation in training mode would "
             "not show"
         )
+    seq_len = min(subject.model.max_length, ROW_TOKENS)
+    rows = _held_out_rows(subject.model.vocab_size, seq_len)
+
+    def evaluate_rows(batch_size: int) -> Any:
+        batches = zip(*(part.split(batch_size) for part in rows))
+        return subject.evaluation.score_batches(model, [MicroBatch(*batch) for batch in batches])
+
     still = next(m for m in reversed(list(model.modules())) if not isinstance(m, nn.Dropout))
     still.eval()
     before = _state(model)
@@ -154,7 +185,7 @@ def invariance(
     batch_error = max(
         _rel(eight.loss_nats, one.loss_nats), _rel(eight.bits_per_byte, one.bits_per_byte)
     )
-    nats, n_bytes = _worked_out(model, *evaluated_rows, token_bytes)
+    nats, n_bytes = _worked_out(model, *rows, token_bytes)
     own_error = max(
         _rel(one.loss_nats, nats),
         _rel(one.n_bytes, n_bytes),
@@ -186,6 +217,18 @@ def invariance(
         own_rel_error=own_error,
         changed=len(changed),
     )
+
+
+def _held_out_rows(vocab_size: int, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, labels and document ids (R, T) of fixed rows; most labels of the last row are
+    masked, and row r has r + 1 documents.
+    """
+    draw = torch.Generator().manual_seed(52)
+    ids = torch.randint(0, vocab_size, (ROWS, seq_len + 1), generator=draw)
+    labels = ids[:, 1:].clone()
+    labels[-1, max(1, seq_len // 3) :] = IGNORE
+    documents = torch.arange(seq_len) * torch.arange(1, ROWS + 1)[:, None] // seq_len
+    return ids[:, :-1], labels, documents
 
 
 def _worked_out(

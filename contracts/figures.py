@@ -7,6 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from stackproof.contracts.events import (
     BatchDrawn,
@@ -21,6 +26,7 @@ from stackproof.contracts.events import (
     StepTaken,
 )
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run, passed
+from stackproof.contracts.subject import MicroBatch, Subject
 
 
 @decides("runtime.recomputed-step")
@@ -149,30 +155,54 @@ class Clock(Stateless):
 
 
 @decides("runtime.flops")
-def flops(
-    limits: SimpleNamespace,
-    *,
-    declared_flops_per_step: float,
-    attention_flops_per_step: float,
-    tokens_per_step: int,
-    matrix_flops: Callable[[], tuple[int, int]],
-) -> Verdict:
-    """The operations that a run says its step has, less those of attention,
+def flops(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The operations that a run declares for its step, less those of attention,
     are those of its matrix products, counted.
 
-    `matrix_flops()` counts them in one forward and backward, head included: (operations, tokens).
-    Attention is left out since kernels visit keys that are masked, and a count of what a kernel
-    does is none of what it is for.
+    Attention is left out since kernels visit keys that are masked: a count of what a kernel does is
+    not the number of operations that attention needs.
     """
-    n_flops, n_tokens = matrix_flops()
-    declared, counted = (
-        declared_flops_per_step - attention_flops_per_step,
-        n_flops / n_tokens * tokens_per_step,
-    )
-    ratio = declared / counted
+    declared = subject.declared
+    matrix_flops = declared.flops_per_step - declared.attention_flops_per_step
+    counted, n_tokens = _counted_flops(subject)
+    counted_per_step = counted / n_tokens * declared.tokens_per_step
+    ratio = matrix_flops / counted_per_step
     return decide(
         limits.declared_over_counted_min <= ratio <= limits.declared_over_counted_max,
-        f"a step is said to have {declared:.4g} operations in matrix products, and {counted:.4g} "
-        "were counted",
+        f"a step is declared to have {matrix_flops:.4g} operations in matrix products, and "
+        f"{counted_per_step:.4g} were counted",
         declared_over_counted=ratio,
     )
+
+
+MAX_COUNTED_TOKENS = 128
+MATRIX_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+
+
+def _counted_flops(subject: Subject) -> tuple[int, int]:
+    """(operations of the matrix products that torch runs in one forward and backward of a fresh
+    model in evaluation mode, tokens): two rows, by torch's own kernels.
+    """
+    seq_len = min(subject.model.max_length, MAX_COUNTED_TOKENS // 2)
+    draw = torch.Generator().manual_seed(71)
+    ids = torch.randint(0, subject.model.vocab_size, (2, seq_len + 1), generator=draw)
+    model = subject.model.fresh()
+    trainee = subject.training.trainee_of(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    model.eval()
+    with (
+        subject.kernels.by_torch(),
+        FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter,
+    ):
+        trainee.loss_sum(MicroBatch(ids[:, :-1], ids[:, 1:])).backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(op, 0) for op in MATRIX_PRODUCTS), 2 * seq_len
+
+
+def _added_product(
+    total: Tensor, left: tuple[int, int], right: tuple[int, int], *rest: Any, **options: Any
+) -> int:
+    """Operations of `total += left @ right`, by shapes: two per multiply-add."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+_IN_PLACE = {torch.ops.aten.addmm_: _added_product}

@@ -1,7 +1,6 @@
 """Check, verdict and the decorator that binds a check to its gate."""
 
 import importlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,20 +116,11 @@ def limits_of(gate: Gate) -> SimpleNamespace:
     return SimpleNamespace(**{name: limit.value for name, limit in gate.limits.items()})
 
 
-def call_check(gate: Gate, given: Any) -> Verdict:
+def call_check(gate: Gate, subject: Subject) -> Verdict:
     """Run a preflight or artifact check on a subject. A capability that the trainer does not offer
     yields `not_run` with its name. Any other exception is no verdict and travels on.
     """
-    check = resolve(gate)
-    wanted = [p for p in inspect.signature(check).parameters.values() if p.name != "limits"]
-    if [p.name for p in wanted] == ["subject"]:
-        try:
-            return check(limits_of(gate), given if isinstance(given, Subject) else given["subject"])
-        except NotOffered as e:
-            return not_run(str(e))
-    missing = [
-        p.name for p in wanted if p.name not in given and p.default is inspect.Parameter.empty
-    ]
-    if missing:
-        return not_run(f"needs {', '.join(missing)}")
-    return check(limits_of(gate), **{p.name: given[p.name] for p in wanted if p.name in given})
+    try:
+        return resolve(gate)(limits_of(gate), subject)
+    except NotOffered as e:
+        return not_run(str(e))

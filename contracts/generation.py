@@ -1,17 +1,21 @@
-"""Gate of generation: what is drawn is what the model, the declared filters and the given chance
-say, token by token. V vocab.
+"""Gate of generation: each new token follows from the model, the declared filters and the given
+random numbers. V vocab.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stackproof.contracts.declared import contextual_weights
 from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.subject import Subject
 
+DROPOUT, MAX_LAYERS = 0.5, 2
 N_NEW, MANY_NEW = 8, 80  # so many that a stack may prepare the model for them
 LOGITS, SEEN = torch.linspace(-4.0, 4.0, 9), (0, 2, 2, 4, 7)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -30,31 +34,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @decides("sampling.generation")
-def generation(
-    limits: SimpleNamespace,
-    *,
-    generating_model: nn.Module,
-    generate: Callable,
-    generation_prompt: list[int],
-    penalised: Callable,
-    max_seq_len: int,
-) -> Verdict:
+def generation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Each token of a generation is the one that follows from the model's full forward in
     evaluation mode, written out here in float64.
 
-    `generate(ids, max_new_tokens=, temperature=, top_k=, top_p=, repetition_penalty=, generator=,
-    eos_id=, use_cache=)` is the stack's own on `generating_model`, which has dropout above 0 and is
-    in training mode when it is asked. One uniform float64 per token comes from `generator`; a token
-    is drawn by inverting the cumulative distribution in the order of ids. A token whose choice lies
-    within margin_min of another in probability is not judged, and the generation is compared up to
-    it. Where prompt and new tokens exceed `max_seq_len`, the model goes on with the last half of
-    its context: one prompt nearly fills it. `penalised(logits_V, seen, penalty)` is the stack's
-    penalty on repetition.
+    The model has dropout and is in training mode when generation begins; its tokens depend on the
+    context. One uniform float64 per token comes from `generator`; a token is drawn by inverting the
+    cumulative distribution in the order of ids. A token whose choice lies within margin_min of
+    another in probability is not judged, and the generation is compared up to it. Where prompt and
+    new tokens exceed the context length, the model goes on with the last half of its context: one
+    prompt nearly fills it.
     """
-    model, prompt = generating_model.train(), generation_prompt
+    sampling, max_seq_len = subject.sampling, subject.model.max_length
+    model = contextual_model(subject, DROPOUT)
+    own_prompt = _prompt(subject.model.vocab_size, max_seq_len)
+    generate = partial(sampling.generate, model)
     modes, wrong, judged = [m.training for m in model.modules()], [], 0
-    filling = (prompt * -(-max_seq_len // len(prompt)))[: max(1, max_seq_len - 3)]
-    asked = [(name, prompt, options) for name, options in SETTINGS.items()]
+    filling = (own_prompt * -(-max_seq_len // len(own_prompt)))[: max(1, max_seq_len - 3)]
+    asked = [(name, own_prompt, options) for name, options in SETTINGS.items()]
     asked.append(("beyond the context", filling, {"temperature": 1.0, "repetition_penalty": 1.3}))
     for name, prompt, options in asked:
         expected = _expected(
@@ -82,23 +79,22 @@ def generation(
         return failed(
             "a generation left modules in another mode than it found them in", wrong=len(wrong)
         )
-    prompt = generation_prompt
-    greedy = generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=None)
+    greedy = generate(own_prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=None)
     expected = _expected(
-        model, prompt, torch.Generator(), {"temperature": 0.0}, limits.margin_min, max_seq_len
+        model, own_prompt, torch.Generator(), {"temperature": 0.0}, limits.margin_min, max_seq_len
     )
     if (
-        generate(prompt, max_new_tokens=MANY_NEW, temperature=0.0, eos_id=None)[: len(expected)]
+        generate(own_prompt, max_new_tokens=MANY_NEW, temperature=0.0, eos_id=None)[: len(expected)]
         != expected
     ):
         wrong.append(f"{MANY_NEW} tokens asked for at once")
     if (
-        generate(prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=greedy[2])
+        generate(own_prompt, max_new_tokens=N_NEW, temperature=0.0, eos_id=greedy[2])
         != greedy[: greedy.index(greedy[2])]
     ):
         wrong.append("the end of text does not end it")
     if not torch.allclose(
-        penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0
+        sampling.penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0
     ):
         wrong.append("the penalty on repetition")
     enough = judged >= limits.judged_frac_min * len(asked) * N_NEW
@@ -110,6 +106,23 @@ def generation(
     return decide(
         len(wrong) <= limits.wrong_max and enough, text, wrong=len(wrong), judged_tokens=judged
     )
+
+
+def contextual_model(subject: Subject, dropout: float) -> nn.Module:
+    """A small model of the run in training mode, with at least this dropout, whose next token
+    depends on the context.
+    """
+    architecture = subject.declared.architecture
+    n_layers = min(architecture["n_layers"], MAX_LAYERS)
+    model = subject.model.small(n_layers, dropout).train()
+    small = architecture | {"n_layers": n_layers}
+    model.load_state_dict(contextual_weights(small, subject.model.vocab_size))
+    return model
+
+
+def _prompt(vocab_size: int, max_seq_len: int) -> list[int]:
+    length, draw = max(1, min(24, max_seq_len - 8)), torch.Generator().manual_seed(53)
+    return torch.randint(0, vocab_size, (length,), generator=draw).tolist()
 
 
 def _expected(

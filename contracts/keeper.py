@@ -10,6 +10,7 @@ from typing import Any
 
 from stackproof.contracts.events import Event, Finished
 from stackproof.contracts.gate import Verdict, call_check, limits_of, not_run, resolve
+from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
 from stackproof.spec.records import GateResult, Waiver
@@ -84,7 +85,7 @@ class Gatekeeper:
 
     def preflight(
         self,
-        ingredients: Mapping[str, Any],
+        subject: Subject,
         progress: Callable[[Gate, Verdict, float], None] = lambda *a: None,
     ) -> None:
         """Run all preflight gates on the user's own parts.
@@ -96,7 +97,7 @@ class Gatekeeper:
         red, broken = [], []
         for seat in self._moment("preflight"):
             try:
-                verdict = self._ask(seat, ingredients)
+                verdict = self._ask(seat, subject)
             except Exception as e:
                 seat.verdict = not_run(f"its check broke: {type(e).__name__}: {e}")
                 broken.append(e)
@@ -109,13 +110,13 @@ class Gatekeeper:
         if broken:
             raise broken[0]
 
-    def artifact(self, ingredients: Mapping[str, Any], *, step: int | None = None) -> None:
-        """Run all artifact gates whose ingredients are given.
+    def artifact(self, subject: Subject, *, step: int | None = None) -> None:
+        """Run all artifact gates that the subject offers something for.
         Raises GateFailed on the first red one.
         """
         for seat in self._moment("artifact"):
             before = seat.verdict
-            verdict = self._ask(seat, ingredients, step)
+            verdict = self._ask(seat, subject, step)
             if verdict.outcome == "not_run" and seat.checks > 1:
                 seat.verdict, seat.checks = before, seat.checks - 1
             if self._halts(seat, verdict):
@@ -199,12 +200,12 @@ class Gatekeeper:
     def _moment(self, moment: str) -> list[_Seat]:
         return [s for s in self.seats.values() if s.gate.moment == moment]
 
-    def _ask(self, seat: _Seat, ingredients: Mapping[str, Any], step: int | None = None) -> Verdict:
+    def _ask(self, seat: _Seat, subject: Subject, step: int | None = None) -> Verdict:
         """Ask once. The first red verdict stays, as that of a runtime gate does: of many saves one
         may be bad and the next good.
         """
         started = time.perf_counter()
-        verdict = call_check(seat.gate, ingredients)
+        verdict = call_check(seat.gate, subject)
         seat.seconds += time.perf_counter() - started
         seat.checks += 1
         seat.heartbeat_last_step = step

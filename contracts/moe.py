@@ -4,7 +4,8 @@ declared, and no router collapses.
 R tokens, D d_model, E experts, k top_k, L layers with experts, T tokens of a row
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,11 @@ from stackproof.contracts.oracle import (
     oracle_reading,
     room,
 )
+from stackproof.contracts.subject import Experts, MicroBatch, Subject
 
 TOKENS = 96
+# at most, of a row that passes the whole model; rows of an update with accumulation
+ROW_TOKENS, ROWS_OF_UPDATE = 64, 4
 
 
 def no_experts(a: Mapping[str, Any]) -> str:
@@ -43,37 +47,26 @@ def _noise(*shape: int, seed: int) -> Tensor:
 
 @decides("moe.dispatch-parity")
 @torch.no_grad()
-def dispatch_parity(
-    limits: SimpleNamespace,
-    *,
-    declared_architecture: Mapping[str, Any],
-    route: Callable,
-    dispatch: Callable,
-    make_moe_layer: Callable,
-) -> Verdict:
+def dispatch_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Choices, weights, outputs and counts equal those of a loop over tokens in float64, with and
     without room for all of them.
-
-    `route(logits_RE, top_k, selection_bias_E or None)` gives (experts (R, k), weights (R, k),
-    probabilities (R, E)); `dispatch(x_RD, experts_Rk, weights_Rk, experts, capacity or None)` gives
-    (y_RD, tokens each expert took (E,), choices dropped); `make_moe_layer()` gives a fresh layer of
-    the run, a module x_BTD ↦ y_BTD with router, experts and selection_bias.
     """
-    if reason := no_experts(declared_architecture):
+    architecture, experts = subject.declared.architecture, subject.experts
+    if reason := no_experts(architecture):
         return not_run(reason)
-    declared, layer = declared_architecture["ffn"], make_moe_layer().double()
+    declared, layer = architecture["ffn"], experts.layer().double()
     weights = {
         n: w + 0.05 * _noise(*w.shape, seed=i)
         for i, (n, w) in enumerate(layer.state_dict().items())
     }
     layer.load_state_dict(weights)
-    weight_error, sum_error, swapped = _routing_faults(route, declared["n_experts"])
+    weight_error, sum_error, swapped = _routing_faults(experts.route, declared["n_experts"])
     found = [
-        _dispatch_faults(dispatch, layer.experts, weights, declared_architecture, capacity)
+        _dispatch_faults(experts.dispatch, layer.experts, weights, architecture, capacity)
         for capacity in (None, room(declared | {"capacity_factor": 0.5}, TOKENS), 1)
     ]
     error, miscounted = max(e for e, _ in found), sum(m for _, m in found)
-    layer_error = _layer_error(layer, weights, declared_architecture)
+    layer_error = _layer_error(layer, weights, architecture)
     wrong = [
         text
         for ok, text in (
@@ -183,30 +176,17 @@ def _layer_error(layer: nn.Module, weights: Mapping[str, Tensor], a: Mapping[str
 
 
 @decides("moe.balance-loss")
-def balance_loss(
-    limits: SimpleNamespace,
-    *,
-    declared_architecture: Mapping[str, Any],
-    balance: Callable,
-    balance_gradients: Callable,
-) -> Verdict:
+def balance_loss(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The balance term follows its formula, is 1 when even and more when not, and enters the loss
     with its weight, once per update.
-
-    `balance(probs_RE, experts_Rk)` gives the term, shape (). `balance_gradients(weight, n_micro)`
-    builds a fresh model of the run whose term has this weight, without dropout and with room for
-    all tokens, and runs the run's own accumulation, without an update, over `n_micro` micro-batches
-    of one row, all of them `ids_T`: it gives (weights by name, ids_T, gradients of the routers by
-    name).
     """
-    if reason := no_experts(declared_architecture):
+    architecture, balance = subject.declared.architecture, subject.experts.balance
+    if reason := no_experts(architecture):
         return not_run(reason)
-    if declared_architecture["ffn"]["balance"]["kind"] != "auxiliary-loss":
+    declared = architecture["ffn"]
+    if declared["balance"]["kind"] != "auxiliary-loss":
         return not_run("model.ffn.balance.kind is selection-bias: no term is added to the loss")
-    n_experts, top_k = (
-        declared_architecture["ffn"]["n_experts"],
-        declared_architecture["ffn"]["top_k"],
-    )
+    n_experts, top_k = declared["n_experts"], declared["top_k"]
     formula_error = max(_formula_error(balance, n_experts, k) for k in {1, 2, top_k})
     even_error = abs(float(balance(*_assigned([1] * n_experts, 0.5))) - 1)
     excess = min(
@@ -214,7 +194,7 @@ def balance_loss(
         for counts in _uneven(n_experts)
         for sure in (0.2, 0.5, 1.0)
     )
-    entry_error = _entry_error(declared_architecture, balance_gradients)
+    entry_error = _entry_error(subject)
     wrong = [
         text
         for ok, text in (
@@ -280,7 +260,7 @@ def _uneven(n_experts: int) -> list[list[int]]:
     ]
 
 
-def _entry_error(a: Mapping[str, Any], balance_gradients: Callable) -> float:
+def _entry_error(subject: Subject) -> float:
     """How far what the term adds to the routers' gradients is from its weight times the oracle's
     gradient, whatever the accumulation.
 
@@ -288,50 +268,62 @@ def _entry_error(a: Mapping[str, Any], balance_gradients: Callable) -> float:
     two weights are subtracted, which leaves that of the term alone. Layers add up, as each has its
     own term.
     """
-    errors = []
+    errors, (row,) = [], _rows(subject, 1)
     for n_micro in (1, 2, 4):
-        (weights, ids_T, once), (_, _, thrice) = (
-            balance_gradients(weight, n_micro) for weight in (1.0, 3.0)
+        (weights, once), (_, thrice) = (
+            _router_gradients(subject, weight, [row] * n_micro) for weight in (1.0, 3.0)
         )
         leaves = {
             n: w.detach().double().cpu().requires_grad_(n in once) for n, w in weights.items()
         }
-        term = sum(oracle_reading(ids_T[None], leaves, a).balance.values())
-        wanted = torch.autograd.grad(term, [leaves[n] for n in once])
+        reading = oracle_reading(row.input_ids, leaves, subject.declared.architecture)
+        wanted = torch.autograd.grad(sum(reading.balance.values()), [leaves[n] for n in once])
         got = [(thrice[n] - once[n]).double().cpu() / 2 for n in once]
         errors += [float((g - w).norm() / w.norm()) for g, w in zip(got, wanted)]
     return max(errors)
+
+
+def _router_gradients(
+    subject: Subject, balance_weight: float, batches: Sequence[MicroBatch]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, gradients of the routers) by name, after the run's own accumulation."""
+    model = subject.experts.model(balance_weight).train()
+    subject.training.trainee_of(model, torch.optim.SGD(model.parameters(), lr=0.0)).accumulate(
+        batches
+    )
+    routers = {n: p.grad for n, p in model.named_parameters() if n.endswith("ffn.router.weight")}
+    return model.state_dict(), routers
+
+
+def _rows(subject: Subject, n: int) -> list[MicroBatch]:
+    """Micro-batches of one row each, of random tokens."""
+    shape = (n, min(subject.model.max_length, ROW_TOKENS) + 1)
+    draw = torch.Generator().manual_seed(61)
+    ids_BT = torch.randint(0, subject.model.vocab_size, shape, generator=draw)
+    return [MicroBatch(row[None, :-1], row[None, 1:]) for row in ids_BT]
 
 
 # --- the selection bias ---------------------------------------------------------------------------
 
 
 @decides("moe.bias-balance")
-def bias_balance(
-    limits: SimpleNamespace,
-    *,
-    declared_architecture: Mapping[str, Any],
-    build_model: Callable[[], nn.Module],
-    route: Callable,
-    update_selection_bias: Callable,
-    bias_step: Callable,
-) -> Verdict:
+def bias_balance(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Biases move by their rate against the load, once per update whatever the accumulation, and
     skewed loads become more even.
-
-    `update_selection_bias(model, loads_LE, rate)` is the run's own; `bias_step(n_micro)` makes one
-    whole update of a fresh model of the run in `n_micro` micro-batches and gives (loads of the
-    update (L, E), biases after it (L, E)).
     """
-    if reason := no_experts(declared_architecture):
+    architecture, ffn = subject.declared.architecture, subject.declared.architecture["ffn"]
+    if reason := no_experts(architecture):
         return not_run(reason)
-    ffn = declared_architecture["ffn"]
     if ffn["balance"]["kind"] != "selection-bias":
         return not_run("model.ffn.balance.kind is auxiliary-loss: there is no selection bias")
     if ffn["top_k"] == ffn["n_experts"]:
         return not_run("every token visits every expert, so that loads are always even")
-    step_error = max(_step_error(*bias_step(n_micro), ffn["balance"]["rate"]) for n_micro in (1, 4))
-    before, after = _closed_loop(limits, build_model(), route, update_selection_bias, ffn["top_k"])
+    rows = _rows(subject, ROWS_OF_UPDATE)
+    step_error = max(
+        _step_error(*_update(subject, batches), ffn["balance"]["rate"])
+        for batches in (rows[:1], rows)
+    )
+    before, after = _closed_loop(limits, subject.model.fresh(), subject.experts, ffn["top_k"])
     ok = step_error <= limits.step_error_max and after <= limits.skew_left_max * before
     text = (
         "biases do not reduce the skew of loads"
@@ -352,8 +344,43 @@ def _step_error(loads_LE: Tensor, biases_LE: Tensor, rate: float) -> float:
     )
 
 
+def _update(subject: Subject, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+    """One update of a fresh model: (choices of all its tokens, selection biases after it),
+    both (L, E).
+    """
+    model = subject.model.fresh().train()
+    trainee = subject.training.trainee_of(model, subject.training.make_optimizer(model))
+    top_k = subject.declared.architecture["ffn"]["top_k"]
+    with _counted(model, subject.experts.route, top_k) as loads:
+        trainee.update(batches)
+    biases = [b for n, b in model.named_buffers() if n.endswith("selection_bias")]
+    return torch.stack(list(loads.values())), torch.stack(biases)
+
+
+@contextmanager
+def _counted(model: nn.Module, route: Callable, top_k: int) -> Iterator[dict[str, Tensor]]:
+    """How often each expert is chosen (E,) until the block ends, by the name of its router."""
+    loads: dict[str, Tensor] = {}
+
+    def count(name: str, logits_RE: Tensor) -> None:
+        bias_E = model.get_buffer(f"{name.removesuffix('.router')}.selection_bias")
+        chosen = route(logits_RE.detach(), top_k, bias_E)[0].flatten()
+        loads[name] = loads.get(name, 0) + torch.bincount(chosen, minlength=len(bias_E))
+
+    hooks = [
+        router.register_forward_hook(lambda _, __, logits_RE, name=name: count(name, logits_RE))
+        for name, router in model.named_modules()
+        if name.endswith("ffn.router")
+    ]
+    try:
+        yield loads
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _closed_loop(
-    limits: SimpleNamespace, model: nn.Module, route: Callable, update: Callable, top_k: int
+    limits: SimpleNamespace, model: nn.Module, experts: Experts, top_k: int
 ) -> tuple[float, float]:
     """Excess of the busiest expert over its even share, before and after biases have met
     skewed scores for some updates.
@@ -365,7 +392,9 @@ def _closed_loop(
     )
 
     def loads_LE() -> Tensor:
-        chosen = [route(logits_RE, top_k, bias.double().cpu())[0].flatten() for bias in biases]
+        chosen = [
+            experts.route(logits_RE, top_k, bias.double().cpu())[0].flatten() for bias in biases
+        ]
         return torch.stack([torch.bincount(c, minlength=n_experts) for c in chosen])
 
     def skew() -> float:
@@ -373,7 +402,8 @@ def _closed_loop(
 
     before = skew()
     for _ in range(int(limits.updates)):
-        update(model, loads_LE().to(biases[0].device), 1 / (limits.updates * n_experts) * 4)
+        rate = 1 / (limits.updates * n_experts) * 4
+        experts.update_selection_bias(model, loads_LE().to(biases[0].device), rate)
     return before, skew()
 
 

@@ -20,37 +20,28 @@ ALONE = 8  # tokens whose loss is also taken by itself
 
 
 @decides("precision.shadow")
-def shadow(
-    limits: SimpleNamespace,
-    *,
-    half_dtype: torch.dtype,
-    half_norm: Callable[[Tensor, Tensor], Tensor],
-    half_route: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]],
-    half_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    declared_architecture: Mapping[str, Any],
-) -> Verdict:
+def shadow(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Norm, choice of experts and loss, given half-precision numbers of scale 3,
     equal float64 of the same numbers.
 
-    `half_norm(x_1RD, gain_D)` is the run's norm, with biases of 0; `half_route(logits_RE, top_k)`
-    gives (experts, weights, probabilities); `half_loss(x_1RD, head_VD, labels_1R)` the sum of nats.
     All run under the run's autocast. Errors are in roundings: the distance of 1 from the next
-    number of `half_dtype`. What rounds where it may is left out: the features of a norm may come
-    out rounded, so its factor is taken over a long row; logits come out of a product of one feature
-    each, which no type rounds.
+    number of the half-precision dtype. What rounds where it may is left out: the features of a norm
+    may come out rounded, so its factor is taken over a long row; logits come out of a product of
+    one feature each, which no dtype rounds.
     """
-    a, rounding = declared_architecture, torch.finfo(half_dtype).eps
+    half, half_dtype = subject.half_precision, subject.half_precision.dtype
+    a, rounding = subject.declared.architecture, torch.finfo(half_dtype).eps
     errors = {
         "norm": max(
-            _norm_error(half_norm, a, half_dtype),
-            _norm_error(half_norm, a, half_dtype, torch.float32),
+            _norm_error(half.norm, a, half_dtype),
+            _norm_error(half.norm, a, half_dtype, torch.float32),
         )
         / rounding,
-        "router": _router_error(half_route, a["ffn"], half_dtype) / rounding
+        "router": _router_error(half.route, a["ffn"], half_dtype) / rounding
         if a["ffn"]["kind"] == "moe"
         else 0.0,
         "loss": max(
-            _loss_error(half_loss, half_dtype), _loss_error(half_loss, half_dtype, torch.float32)
+            _loss_error(half.loss, half_dtype), _loss_error(half.loss, half_dtype, torch.float32)
         )
         / rounding,
     }

@@ -11,30 +11,22 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.subject import Subject
 
 # --- cached decoding ------------------------------------------------------------------------------
 
 
 @decides("sampling.cache-parity")
 @torch.no_grad()
-def cache_parity(
-    limits: SimpleNamespace,
-    *,
-    full_logits: Callable[[Tensor], Tensor],
-    cached_logits: Callable[[Tensor, Any], Tensor],
-    make_cache: Callable[[int], Any],
-    vocab_size: int,
-    max_seq_len: int,
-) -> Verdict:
+def cache_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Reading a text in one piece, token by token, and in chunks gives the same logits at every
     position, up to the last one.
-
-    `full_logits(ids_BT)` reads without cache, `cached_logits(ids_BT, cache)` continues what
-    `make_cache(batch_size)` holds.
     """
-    length = min(max_seq_len, 512)
-    ids = torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(21))
-    expected = full_logits(ids)
+    sampling, model = subject.sampling, subject.model.module
+    length = min(subject.model.max_length, 512)
+    draw = torch.Generator().manual_seed(21)
+    ids = torch.randint(0, subject.model.vocab_size, (2, length), generator=draw)
+    expected = sampling.logits(model, ids)
     scale = float(expected.double().std())
     short = min(length, 24)
     ways = {
@@ -44,9 +36,9 @@ def cache_parity(
     }
     errors = {}
     for name, sizes in ways.items():
-        cache, got, start = make_cache(len(ids)), [], 0
+        cache, got, start = sampling.cache(len(ids)), [], 0
         for size in sizes:
-            got.append(cached_logits(ids[:, start : start + size], cache))
+            got.append(sampling.logits(model, ids[:, start : start + size], cache))
             start += size
         errors[name] = float((torch.cat(got, 1) - expected[:, :start]).abs().max()) / scale
     worst = max(errors, key=lambda k: errors[k] if math.isfinite(errors[k]) else math.inf)
@@ -74,18 +66,11 @@ PROBS = (0.40, 0.25, 0.0, 0.15, 0.10, 0.06, 0.04, 0.0)
 
 
 @decides("sampling.distribution")
-def distribution(
-    limits: SimpleNamespace,
-    *,
-    filtered_probs: Callable[..., Tensor],
-    pick: Callable[[Tensor, Tensor], Tensor],
-) -> Verdict:
+def distribution(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Filters keep exactly the sets they declare, impossible tokens cannot be drawn, and counts
     follow the probabilities.
-
-    `filtered_probs(logits_V, temperature=, top_k=, top_p=)` gives probabilities;
-    `pick(probs_V, uniforms_R)` gives ids.
     """
+    filtered_probs, pick = subject.sampling.filtered_probs, subject.sampling.pick
     probs = torch.tensor(PROBS, dtype=torch.float64)
     logits = probs.log()
     wrong = [

@@ -3,28 +3,21 @@ never on the noise.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.subject import Subject
 
 NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
 CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4
 
 
 @decides("evaluation.stop-rule")
-def stop_rule(
-    limits: SimpleNamespace,
-    *,
-    make_stop_rule: Callable[[], Any],
-    stop_declared: dict[str, Any],
-    paired_difference_std: float,
-    n_eval_batches: int,
-    expected_gain_nats: float | None,
-) -> Verdict:
+def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The run's own rule does not stop on noise around a falling trend, stops on a plateau exactly
     when declared, and sees the gain it waits for: 2 standard errors of the paired difference at the
     run's own number of held-out batches are below it. Where the rule has a least improvement that
@@ -32,29 +25,25 @@ def stop_rule(
 
     A gain counts exactly from the larger of min_delta_nats and z standard errors of
     the paired difference on.
-
-    `make_stop_rule()` gives a fresh rule with `update(batch_nats)`, whose result has `stop` and
-    `wait`. `stop_declared` holds kind, patience, min_evaluations, z and min_delta_nats.
     """
-    if stop_declared["kind"] == "never":
-        stopped = sum(d.stop for d in map(make_stop_rule().update, [[1.0, 1.1]] * 64))
+    make_rule, declared = subject.stopping.rule, subject.stopping.declared
+    if declared["kind"] == "never":
+        stopped = sum(d.stop for d in map(make_rule().update, [[1.0, 1.1]] * 64))
         return (
             passed("the run trains all its steps", false_stops=0)
             if not stopped
             else failed("a rule that never stops stopped")
         )
-    simulated = (
-        _stops_on_noise(
-            make_stop_rule(), s, n_eval_batches, paired_difference_std, expected_gain_nats
-        )
-        for s in range(SIMULATIONS)
+    std, n_batches = subject.stopping.paired_difference_std, subject.stopping.n_eval_batches
+    gain = declared["expected_gain_nats"]
+    false_stops = sum(
+        _stops_on_noise(make_rule(), seed, n_batches, std, gain) for seed in range(SIMULATIONS)
     )
-    false_stops = sum(simulated)
-    misread = _threshold_fault(make_stop_rule, stop_declared, n_eval_batches)
-    late = _plateau_delay(make_stop_rule(), CLIFF_ROUNDS, stop_declared)
-    early = _plateau_delay(make_stop_rule(), 1, stop_declared)
-    detectable = 2 * paired_difference_std / math.sqrt(n_eval_batches)
-    to_see = min(x for x in (expected_gain_nats, stop_declared["min_delta_nats"]) if x > 0)
+    misread = _threshold_fault(make_rule, declared, n_batches)
+    late = _plateau_delay(make_rule(), CLIFF_ROUNDS, declared)
+    early = _plateau_delay(make_rule(), 1, declared)
+    detectable = 2 * std / math.sqrt(n_batches)
+    to_see = min(x for x in (gain, declared["min_delta_nats"]) if x > 0)
     rate = false_stops / SIMULATIONS
     wrong = [
         text
@@ -71,7 +60,7 @@ def stop_rule(
             (
                 detectable <= to_see,
                 (
-                    f"{n_eval_batches} held-out batches can see a gain of {detectable:.3g} nats, "
+                    f"{n_batches} held-out batches can see a gain of {detectable:.3g} nats, "
                     f"one of {to_see:g} is to be seen"
                 ),
             ),
@@ -84,8 +73,8 @@ def stop_rule(
         false_stop_rate=rate,
         plateau_delay_rounds=max(abs(late), abs(early)),
         detectable_gain_nats=detectable,
-        expected_gain_nats=expected_gain_nats,
-        n_eval_batches=n_eval_batches,
+        expected_gain_nats=gain,
+        n_eval_batches=n_batches,
     )
 
 
@@ -108,7 +97,7 @@ def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gai
 
 
 def _threshold_fault(
-    make_stop_rule: Callable[[], Any], declared: dict[str, Any], n_batches: int
+    make_rule: Callable[[], Any], declared: Mapping[str, Any], n_batches: int
 ) -> str:
     """What is wrong with the gain from which a round counts as better, or an empty text: one
     percent below and above it are tried.
@@ -122,7 +111,7 @@ def _threshold_fault(
             1e-6,
         )
         for factor, counts in ((0.99, False), (1.01, True)):
-            rule = make_stop_rule()
+            rule = make_rule()
             rule.update(level.tolist())
             better = rule.update((level - uneven - factor * threshold).tolist()).wait == 0
             if better != counts and not (
@@ -135,7 +124,7 @@ def _threshold_fault(
     return ""
 
 
-def _plateau_delay(rule: Any, falling_rounds: int, declared: dict[str, Any]) -> int:
+def _plateau_delay(rule: Any, falling_rounds: int, declared: Mapping[str, Any]) -> int:
     """Rounds by which the stop misses its declared place on a curve that falls steeply, then stays
     level. −1 if there is no stop.
     """

@@ -65,6 +65,14 @@ def offers(method: Callable) -> bool:
     return not getattr(method, "not_offered", False)
 
 
+def offered(read: Callable[[], T]) -> T | None:
+    """What reading a value gives; None where the adapter does not offer it."""
+    try:
+        return read()
+    except NotOffered:
+        return None
+
+
 # --- what is declared -----------------------------------------------------------------------------
 
 
@@ -296,6 +304,10 @@ class Model:
     def fresh(self) -> nn.Module:
         """Another model of the run at step 0, on its device."""
 
+    @capability
+    def small(self, n_layers: int, dropout: float) -> nn.Module:
+        """A model of the run with so many layers and at least this dropout, on its device."""
+
     @value
     def embedding(self) -> nn.Module:
         """The token embedding."""
@@ -318,15 +330,26 @@ class Experts:
 
     @capability
     def route(self, logits_RE: Tensor, top_k: int, bias_E: Tensor | None) -> tuple:
-        """(experts (R, k), weights (R, k), probabilities (R, E))."""
+        """(experts (R, k), weights (R, k), probabilities (R, E)); `bias_E` is added to the
+        probabilities for the choice alone.
+        """
 
     @capability
-    def dispatch(self, *arguments: Any) -> Any:
-        """Send tokens through experts and add up what they return."""
+    def dispatch(
+        self,
+        x_RD: Tensor,
+        experts_Rk: Tensor,
+        weights_Rk: Tensor,
+        experts: nn.ModuleList,
+        capacity: int | None,
+    ) -> tuple:
+        """Send tokens through their experts and add up what these return: (y (R, D), tokens that
+        each expert took (E,), choices dropped).
+        """
 
     @capability
-    def balance(self, probs_RE: Tensor, experts_Rk: Tensor) -> Any:
-        """The balance loss."""
+    def balance(self, probs_RE: Tensor, experts_Rk: Tensor) -> Tensor:
+        """The balance loss, shape ()."""
 
     @capability
     def update_selection_bias(self, model: nn.Module, loads_LE: Any, rate: float) -> None:
@@ -334,18 +357,14 @@ class Experts:
 
     @capability
     def layer(self) -> nn.Module:
-        """A fresh layer of experts."""
-
-    @capability
-    def balance_gradients(self, weight: float, n_micro: int) -> tuple:
-        """Accumulation over equal micro-batches of one row with the balance loss at this weight:
-        (weights by name, ids_T, router gradients by name).
+        """A fresh layer of experts (B, T, D) to (B, T, D), with router, experts and
+        selection_bias.
         """
 
     @capability
-    def bias_step(self, n_micro: int) -> tuple[Tensor, Tensor]:
-        """One update of a fresh model in `n_micro` micro-batches: (loads, selection biases after
-        it), both (L, E).
+    def model(self, balance_weight: float) -> nn.Module:
+        """A fresh model of the run whose balance loss has this weight, without dropout and without
+        a limit of capacity.
         """
 
 
@@ -547,6 +566,7 @@ class KernelCall(Protocol):
 
     title: str
     half: bool
+    is_reference: bool  # the kernel is torch's own, so there is nothing to compare it with
 
     def compared(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Outputs and gradients by name: of the kernel, and of its reference on the same numbers
@@ -582,10 +602,8 @@ class Kernels:
         """The same without compilation, from the same random state."""
 
     @capability
-    def matrix_flops(self) -> tuple[int, int]:
-        """(operations of the matrix products that torch counts in one forward and backward,
-        tokens).
-        """
+    def by_torch(self) -> AbstractContextManager[None]:
+        """Compute every operation by torch's own kernel, which its counter of operations sees."""
 
 
 class HalfPrecision:
@@ -612,51 +630,20 @@ class HalfPrecision:
 
 
 class Evaluation:
-    """How held-out text is scored, and the rule that stops a run."""
+    """How held-out text is scored."""
 
     @capability
-    def score_text(self, text: str) -> Any:
-        """Bits per byte of a text under the run's model and tokenizer, as `nats`, `n_bytes`, …"""
-
-    @value
-    def known_text(self) -> str:
-        """A text in which the tokenizer knows every character."""
-
-    @capability
-    def score_uniform(self, text: str) -> Any:
-        """The same under a model that gives each of `uniform_vocab_size` tokens the same chance,
-        and a tokenizer of ASCII characters that does not know `unknown_char`.
+    def score_text(self, model: nn.Module, tokenizer: Any, text: str) -> Any:
+        """Score of a text longer than one window: bits_per_byte, bits_per_char, total_nats, bytes,
+        chars, dropped_chars and dropped_bytes. A tokenizer has `encode`, `eos_id` and
+        `token_bytes`, a model gives logits (B, T, V) from ids (B, T).
         """
 
-    @value
-    def uniform_vocab_size(self) -> int: ...
-
-    @value
-    def unknown_char(self) -> str: ...
-
     @capability
-    def score_pairs(self, text: str) -> Any:
-        """The same under a model whose logits follow from the token before alone."""
-
-    @value
-    def pair_logits(self) -> Tensor:
-        """The logits (V, V) of that model by the token before."""
-
-    @value
-    def model(self) -> nn.Module:
-        """The model that `score_rows` scores; it has dropout."""
-
-    @value
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Input ids, labels and document ids (rows, T) of a few held-out rows."""
-
-    @capability
-    def score_rows(self, batch_size: int) -> Any:
-        """The stack's own score of these rows in batches of that size."""
-
-    @value
-    def token_bytes(self) -> Any:
-        """Number of bytes of each token id (V,)."""
+    def score_batches(self, model: nn.Module, batches: Sequence[MicroBatch]) -> Any:
+        """Score of batches under the run's tokenizer: loss_nats, total_nats, n_bytes,
+        bits_per_byte, batch_nats and stderr_nats.
+        """
 
 
 class Stopping:
@@ -664,11 +651,13 @@ class Stopping:
 
     @capability
     def rule(self) -> Any:
-        """A fresh stop rule of the run."""
+        """A fresh stop rule of the run: `update(batch_nats)` returns `stop` and `wait`."""
 
     @value
     def declared(self) -> Mapping[str, Any]:
-        """Its configuration."""
+        """Its configuration: kind, patience, min_evaluations, z, min_delta_nats and
+        expected_gain_nats.
+        """
 
     @value
     def paired_difference_std(self) -> float:
@@ -683,20 +672,18 @@ class Sampling:
     """How text is generated."""
 
     @capability
-    def full_logits(self, ids_BT: Tensor) -> Tensor:
-        """Logits (B, T, V) of a whole row in one forward."""
-
-    @capability
-    def cached_logits(self, ids_BT: Tensor, cache: Any) -> Tensor:
-        """Logits of the new tokens of a row whose earlier keys and values are in `cache`."""
+    def logits(self, model: nn.Module, ids_BT: Tensor, cache: Any = None) -> Tensor:
+        """Logits (B, T, V) in evaluation mode of rows, or of the new tokens of rows whose earlier
+        keys and values are in `cache`.
+        """
 
     @capability
     def cache(self, batch_size: int) -> Any:
-        """An empty key-value cache."""
+        """An empty key-value cache of the run's model."""
 
     @capability
     def filtered_probs(self, logits_V: Tensor, **options: Any) -> Tensor:
-        """Probabilities (V,) after temperature, top-k, top-p and min-p."""
+        """Probabilities (V,) after `temperature`, `top_k` and `top_p`."""
 
     @capability
     def pick(self, probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
@@ -706,55 +693,56 @@ class Sampling:
     def penalised(self, logits_V: Tensor, seen: Any, penalty: float) -> Tensor:
         """Logits after the repetition penalty."""
 
-    @value
-    def model(self) -> nn.Module:
-        """The small model that `generate` runs; its tokens depend on the context."""
-
     @capability
-    def generate(self, ids: list[int], **options: Any) -> Any:
-        """Tokens that the model goes on with."""
+    def generate(self, model: nn.Module, ids: list[int], **options: Any) -> list[int]:
+        """New tokens after `ids`; options are max_new_tokens, temperature, top_k, top_p,
+        repetition_penalty, generator, eos_id and use_cache.
+        """
 
-    @value
-    def prompt(self) -> list[int]:
-        """Ids of a prompt for it."""
+
+class LanguageModel(Protocol):
+    """A model as one side of a comparison."""
+
+    def logits(self, ids_BT: Tensor, last: int) -> Tensor:
+        """Logits of the last positions, (B, ≤ last, V) float32."""
+
+    def continuation(self, ids: Sequence[int], n_new: int) -> list[int]:
+        """The next tokens, the most likely one each time."""
 
 
 class Exported:
-    """A folder that was exported, and both sides of its comparison."""
+    """A folder that was exported or imported, and both sides of its comparison."""
 
     @value
     def folder(self) -> Path: ...
 
     @value
     def live_shapes(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of the tensors in memory."""
+        """Shapes of the model's tensors in memory."""
 
     @value
     def dtype(self) -> str:
         """Declared dtype of the stored tensors, as safetensors names it."""
 
     @value
-    def compared_sha256(self) -> Mapping[str, str]:
-        """Hash of each file that the other library read for the comparison."""
+    def ours(self) -> LanguageModel:
+        """The model in memory."""
 
-    @capability
-    def our_logits(self, ids_BT: Tensor) -> Tensor: ...
-
-    @capability
-    def their_logits(self, ids_BT: Tensor) -> Tensor: ...
-
-    @capability
-    def our_continuation(self, ids: list[int]) -> list[int]: ...
-
-    @capability
-    def their_continuation(self, ids: list[int]) -> list[int]: ...
+    @value
+    def theirs(self) -> LanguageModel:
+        """What the other library has read from the folder."""
 
     @value
     def their_complaints(self) -> str:
         """What the other library reports while loading: missing or unexpected keys."""
 
     @value
-    def max_length(self) -> int: ...
+    def compared_sha256(self) -> Mapping[str, str]:
+        """Hash of each weight file when the other library read it for the comparison."""
+
+    @value
+    def max_length(self) -> int:
+        """Longest row, tokens."""
 
     @value
     def vocab_size(self) -> int: ...

@@ -1,5 +1,5 @@
 """Fixtures shared by all rooms: a small real corpus, a small configuration,
-and the ingredients of its preflight.
+and what its gates judge.
 """
 
 import json
@@ -60,17 +60,6 @@ def dataset(small_cfg, private_cache):
     from stackproof.data.prepare import prepare
 
     return prepare(small_cfg.data)
-
-
-@pytest.fixture(scope="session")
-def ingredients(small_cfg, dataset):
-    """Everything preflight gates see, of the small run."""
-    import torch
-
-    from stackproof.gate_inputs.preflight import gather
-
-    torch.set_num_threads(1)
-    return gather(small_cfg, dataset, torch.device("cpu"))[1]
 
 
 @pytest.fixture(scope="session")

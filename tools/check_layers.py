@@ -23,10 +23,7 @@ LAYERS = (
 )
 ORDER = [f"stackproof.{layer}" for layer in LAYERS.split()]
 # The trainer calls what checks a run before step 1, and that is made of the trainer's own parts.
-TOGETHER = {
-    "stackproof.gate_inputs": "stackproof.train",
-    "stackproof.subject": "stackproof.train",
-}
+TOGETHER = {"stackproof.subject": "stackproof.train"}
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 # Nothing in these may import the named packages, at module level or anywhere.
 FORBIDDEN = {

@@ -162,7 +162,7 @@ def _comparison(*, quiet: bool) -> dict[str, Any]:
     from stackproof.kernels import compare, measured
     from stackproof.spec.gates import load_spec
 
-    limits = load_spec().gates["kernel.reference"].limits
+    limits = load_spec().gates["kernel.parity"].limits
     found = compare.measure(
         _device(),
         lambda case: limits["half_rel_error_max" if case.half else "rel_error_max"].value,

@@ -152,6 +152,7 @@ def import_(
     """Read a folder of Hugging Face into a run directory, compared with what transformers computes.
     Leaves a record in it.
     """
+    from stackproof.contracts.subject import Subject
     from stackproof.evidence.exclusive import refuse_occupied
     from stackproof.export import huggingface, parity, reading, vocabulary
     from stackproof.export.import_model import write_run
@@ -182,9 +183,7 @@ def import_(
     model = reading.load_weights(source)
     try:
         with huggingface.readable(source) as readable:
-            keeper.artifact(
-                parity.own(model) | (parity.witness(readable) if parity.available() else {})
-            )
+            keeper.artifact(Subject(exported=parity.Compared(model, readable)))
     except GateFailed as e:
         _refuse(record, keeper, e, out)
     document = {

@@ -280,8 +280,8 @@ def _derived(cfg) -> dict[str, float | str]:
     }
     derived |= {f"{part}_bytes": n for part, n in predict_bytes(cfg, vocab_size).items()}
     try:
+        from stackproof.train.flops import probe_peak_flops
         from stackproof.train.memory import resolve_device
-        from stackproof.train.preflight import probe_peak_flops
     except ModuleNotFoundError:
         return derived
     device = resolve_device(cfg.device)

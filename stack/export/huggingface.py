@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stackproof import tensorfile
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.subject import Subject
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.evidence.exclusive import refuse_occupied
 from stackproof.export import parity, vocabulary
@@ -186,13 +187,11 @@ def _shards(
 
 
 def judge(folder: Path, model: Transformer, keeper: Gatekeeper, dtype: str) -> None:
-    """Ask every gate of exports. Without the other library what needs it stays `not_run`.
+    """Ask every gate of exports. Without the other library the comparison stays `not_run`.
     Raises GateFailed.
     """
-    shapes = [tuple(t.shape) for t in own_tensors(model).values()]
-    keeper.artifact({"export_dir": folder, "live_shapes": shapes, "dtype": DTYPES[dtype][1]})
-    if parity.available():
-        keeper.artifact({"export_dir": folder} | parity.own(model) | parity.witness(folder))
+    written = parity.Written(model, folder, DTYPES[dtype][1])
+    keeper.artifact(Subject(exported=written))
 
 
 @contextmanager

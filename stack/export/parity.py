@@ -6,20 +6,20 @@ B batch, T tokens, V vocab
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stackproof.contracts.subject import Exported
 from stackproof.evaluate.bits_per_byte import evaluating
 from stackproof.evaluate.sampling import generate
 from stackproof.model.transformer import Transformer
 from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import CheckpointError, EnvironmentUnfit
-
-CALLED = ("their_logits", "their_continuation")
 
 
 def available() -> bool:
@@ -97,56 +97,82 @@ def _complaints(report: dict[str, Any]) -> str:
     )
 
 
-def witness(folder: Path) -> dict[str, Any]:
-    """What the other library computes from a folder, in float32,
-    and the hashes of the weight files it read.
+@dataclass(frozen=True)
+class Ours:
+    """The model's side of the comparison."""
+
+    model: Transformer
+
+    def logits(self, ids_BT: Tensor, last: int) -> Tensor:
+        return our_logits(self.model, ids_BT, last)
+
+    def continuation(self, ids: Sequence[int], n_new: int) -> list[int]:
+        return generate(self.model, ids, max_new_tokens=n_new, temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """The other library's model, as it has read a folder."""
+
+    model: Any
+
+    @torch.no_grad()
+    def logits(self, ids_BT: Tensor, last: int) -> Tensor:
+        last = min(last, ids_BT.shape[1])
+        return self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=last).logits
+
+    @torch.no_grad()
+    def continuation(self, ids: Sequence[int], n_new: int) -> list[int]:
+        """Greedy, with the other library's own cache."""
+        unread, past, made = torch.tensor([list(ids)]), None, []
+        for _ in range(n_new):
+            answer = self.model(input_ids=unread, past_key_values=past, use_cache=True)
+            past, token = answer.past_key_values, int(answer.logits[0, -1].argmax())
+            made.append(token)
+            unread = torch.tensor([[token]])
+        return made
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What the other library computes from a folder, in float32: its model (None where it could not
+    read one), its complaints, and the hashes of the weight files it read.
     """
+
+    model: Theirs | None
+    complaints: str
+    sha256: Mapping[str, str]
+
+
+def witness(folder: Path) -> Witness:
+    """Let the other library read a folder."""
     compared = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
     try:
         theirs, report = _read(folder)
     except Exception as e:  # whatever it raises, it has not read the model
-        return {
-            "their_complaints": f"{type(e).__name__}: {str(e)[:300]}",
-            "compared_sha256": compared,
-        } | dict.fromkeys(CALLED)
-    theirs.eval()
-    return {
-        "their_logits": lambda ids_BT, last: _their_logits(theirs, ids_BT, last),
-        "their_continuation": lambda prompt, n_new: _their_continuation(theirs, prompt, n_new),
-        "their_complaints": _complaints(report),
-        "compared_sha256": compared,
-    }
+        return Witness(None, f"{type(e).__name__}: {str(e)[:300]}", compared)
+    return Witness(Theirs(theirs.eval()), _complaints(report), compared)
 
 
-@torch.no_grad()
-def _their_logits(theirs: Any, ids_BT: Tensor, last: int) -> Tensor:
-    return theirs(
-        input_ids=ids_BT, use_cache=False, logits_to_keep=min(last, ids_BT.shape[1])
-    ).logits
+class Compared(Exported):
+    """A model and the folder that the other library has read, where it is installed."""
+
+    def __init__(self, model: Transformer, folder: Path):
+        self.ours = Ours(model)
+        self.max_length, self.vocab_size = model.cfg.max_seq_len, model.vocab_size
+        if available():
+            read = witness(folder)
+            self.theirs, self.their_complaints = read.model, read.complaints
+            self.compared_sha256 = read.sha256
 
 
-@torch.no_grad()
-def _their_continuation(theirs: Any, prompt: Sequence[int], n_new: int) -> list[int]:
-    """Greedy, with the other library's own cache."""
-    unread, past, made = torch.tensor([list(prompt)]), None, []
-    for _ in range(n_new):
-        answer = theirs(input_ids=unread, past_key_values=past, use_cache=True)
-        past, token = answer.past_key_values, int(answer.logits[0, -1].argmax())
-        made.append(token)
-        unread = torch.tensor([[token]])
-    return made
+class Written(Compared):
+    """A folder that was written from a model, its weights in `dtype` as safetensors names it."""
 
-
-def own(model: Transformer) -> dict[str, Any]:
-    """The model's side of the comparison."""
-    return {
-        "our_logits": lambda ids_BT, last: our_logits(model, ids_BT, last),
-        "our_continuation": lambda prompt, n_new: generate(
-            model, prompt, max_new_tokens=n_new, temperature=0.0
-        ),
-        "max_seq_len": model.cfg.max_seq_len,
-        "vocab_size": model.vocab_size,
-    }
+    def __init__(self, model: Transformer, folder: Path, dtype: str):
+        super().__init__(model, folder)
+        self.folder, self.dtype = folder, dtype
+        self.live_shapes = [tuple(t.shape) for t in model.state_dict().values()]
 
 
 def our_logits(model: Transformer, ids_BT: Tensor, last: int) -> Tensor:

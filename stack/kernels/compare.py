@@ -47,6 +47,11 @@ class ChosenCall:
         """Whether it computes in half precision."""
         return self.case.half
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the kernel is torch's own, which other kernels have to equal."""
+        return self.kernel == TORCH
+
     def compared(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs and gradients by name: of the kernel, and of the reference on
         the same numbers in float64.

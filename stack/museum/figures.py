@@ -4,8 +4,8 @@ and results the machine does not repeat.
 
 import torch
 
-from stackproof.gate_inputs import operations
 from stackproof.museum.plant import swap, touch
+from stackproof.train import flops
 from stackproof.train import step as steps
 from stackproof.train.trainer import StepTimer
 
@@ -69,17 +69,17 @@ def milliseconds_for_seconds():
 
 
 def flops_counted_twice():
-    original = operations.flops_per_step
+    original = flops.flops_per_step
 
     def twice(cfg, vocab_size):
         return 2 * original(cfg, vocab_size)
 
-    with swap(operations, "flops_per_step", twice):
+    with swap(flops, "flops_per_step", twice):
         yield
 
 
 def flops_without_head():
-    original = operations.flops_per_step
+    original = flops.flops_per_step
 
     def headless(cfg, vocab_size):
         return (
@@ -87,5 +87,5 @@ def flops_without_head():
             - 6 * vocab_size * cfg.model.d_model * cfg.train.tokens_per_step
         )
 
-    with swap(operations, "flops_per_step", headless):
+    with swap(flops, "flops_per_step", headless):
         yield

@@ -12,13 +12,13 @@ import torch
 from stackproof.config import RunConfig, load_config
 from stackproof.contracts.gate import call_check, not_run
 from stackproof.data.prepare import prepare
-from stackproof.gate_inputs.preflight import gather
 from stackproof.museum.plant import Plant, load_museum
 from stackproof.museum.prove import Prover, selection, use_cache, workshop
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.gates import Gate
 from stackproof.spec.records import Waiver
+from stackproof.subject.assemble import subject_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
 from stackproof.train.step import StepReport
@@ -124,10 +124,10 @@ def _asked_of_all(
     ]
     before = [g for g in here if g.moment == "preflight"]
     with _raising(WHOLE, raised), torch.random.fork_rng(devices=[]), apply():
-        _, ingredients = gather(cfg, prepare(cfg.data), torch.device("cpu"))
+        subject = subject_of(cfg, prepare(cfg.data), torch.device("cpu"))
         for one in before:
             with _raising(one.id, raised):
-                _note(red, one.id, lambda one=one: call_check(one, ingredients).outcome)
+                _note(red, one.id, lambda one=one: call_check(one, subject).outcome)
     within = [g.id for g in here if g.moment != "preflight"]
     watch = _Stopwatch()
     with _raising("the run", raised), apply():

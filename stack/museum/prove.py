@@ -18,10 +18,10 @@ import torch
 from stackproof.config import RunConfig, load_config
 from stackproof.contracts.gate import Verdict, call_check, not_run
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.contracts.subject import Subject
 from stackproof.data.prepare import prepare
 from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity, reading
-from stackproof.gate_inputs.preflight import gather
 from stackproof.model.build import build_model
 from stackproof.museum import script
 from stackproof.museum.collection import exportable, museum_config, write_texts
@@ -33,6 +33,7 @@ from stackproof.spec.errors import GateFailed
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
 from stackproof.spec.records import GateResult, Kill, Record
+from stackproof.subject.assemble import subject_of
 from stackproof.train.kernels import kernels_of
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
@@ -216,7 +217,7 @@ class Prover:
         if gate.moment == "preflight":
             dataset, device = prepare(cfg.data), torch.device("cpu")
             with kernels_of(cfg, device):
-                return call_check(gate, gather(cfg, dataset, device)[1]), None
+                return call_check(gate, subject_of(cfg, dataset, device)), None
         if "export" in gate.kinds:
             result = self._export(gate)
             if "import" in gate.kinds and result.verdict == "pass":
@@ -242,9 +243,7 @@ class Prover:
         )
         model = reading.load_weights(source)
         with huggingface.readable(source) as readable:
-            keeper.artifact(
-                parity.own(model) | (parity.witness(readable) if parity.available() else {})
-            )
+            keeper.artifact(Subject(exported=parity.Compared(model, readable)))
         return keeper.results()[0]
 
     def _write_folder(self, keeper: Gatekeeper, *, tied: bool) -> Path:

@@ -9,8 +9,9 @@ from stackproof.data.subject import BuiltCorpus, RunCurriculum, RunDataLoader, R
 from stackproof.subject.checkpoints import RunCheckpoints
 from stackproof.subject.declared import RunDeclared
 from stackproof.subject.evaluation import RunEvaluation, RunStopping
+from stackproof.subject.experts import RunExperts
 from stackproof.subject.kernels import RunHalfPrecision, RunKernels
-from stackproof.subject.model import RunExperts, RunModel
+from stackproof.subject.model import RunModel
 from stackproof.subject.sampling import RunSampling
 from stackproof.subject.training import RunTraining
 from stackproof.train.rng import stream_seed
@@ -19,7 +20,11 @@ from stackproof.train.rng import stream_seed
 def subject_of(
     cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_batches: int | None = None
 ) -> Subject:
-    """What the preflight gates of a run judge. Nothing is computed before a gate needs it."""
+    """What the preflight gates of a run judge. Nothing is computed before a gate needs it.
+
+    `n_eval_batches` is the number of held-out batches of a run that goes on; None: as many as the
+    stop rule needs.
+    """
     parts = (cfg, dataset, device)
     return Subject(
         declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
@@ -34,6 +39,6 @@ def subject_of(
         kernels=RunKernels(*parts),
         half_precision=RunHalfPrecision(*parts),
         evaluation=RunEvaluation(*parts),
-        stopping=RunStopping(*parts),
+        stopping=RunStopping(*parts, n_eval_batches),
         sampling=RunSampling(*parts),
     )

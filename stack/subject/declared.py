@@ -8,7 +8,8 @@ from torch import Tensor
 
 from stackproof.config import RunConfig
 from stackproof.contracts.subject import Declared
-from stackproof.spec.formulas import flops_per_token, parameter_count
+from stackproof.spec.formulas import parameter_count
+from stackproof.train import flops
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,8 @@ class RunDeclared(Declared):
 
     @property
     def flops_per_step(self) -> float:
-        return self._flops_per_token(self.cfg.model.max_seq_len) * self.tokens_per_step
+        return flops.flops_per_step(self.cfg, self.vocab_size)
 
     @property
     def attention_flops_per_step(self) -> float:
-        in_attention = self._flops_per_token(self.cfg.model.max_seq_len) - self._flops_per_token(0)
-        return in_attention * self.tokens_per_step
-
-    def _flops_per_token(self, seq_len: int) -> int:
-        return flops_per_token(self.architecture, self.vocab_size, seq_len)
+        return flops.attention_flops_per_step(self.cfg, self.vocab_size)

@@ -1,12 +1,156 @@
-"""Kernels, compiled graph and half precision of a run."""
+"""Kernels, compiled graph and half precision of a run.
 
-from stackproof.contracts.subject import HalfPrecision, Kernels
+B batch, T tokens, R rows (tokens), D features, E experts, V vocab
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stackproof.config import RunConfig
+from stackproof.contracts.subject import HalfPrecision, Kernels, NotOffered
+from stackproof.data.reader import Batch, model_inputs
+from stackproof.kernels import cross_entropy, dispatch
+from stackproof.kernels.compare import ChosenCall, seen_calls
+from stackproof.kernels.table import OPERATIONS, TORCH
+from stackproof.model import moe
+from stackproof.model.build import build_model, building
+from stackproof.model.variants import make_norm
 from stackproof.subject.run import RunParts
+from stackproof.train import losses
+from stackproof.train import step as steps
+from stackproof.train.rng import stream_seed
+from stackproof.train.state import (
+    AUTOCAST,
+    TrainState,
+    build_state,
+    declared_autocast,
+    make_reader,
+)
+
+HEAD_CHUNK_ROWS = 8
+# Of float16: large enough that gradients do not vanish, and far from an overflow, which has nothing
+# to do with the graph.
+LOSS_SCALE = 1024.0
 
 
 class RunKernels(RunParts, Kernels):
-    """TODO"""
+    """The kernels in force, and the graph of a run that compiles."""
+
+    @property
+    def head_chunk_rows(self) -> int:
+        return HEAD_CHUNK_ROWS
+
+    def calls(self) -> list[ChosenCall]:
+        """Those of one micro-batch, loss included, in the run's own precision."""
+        cfg, device = self.cfg, self.device
+        seed = stream_seed(cfg.seed, "init")
+        model = build_model(cfg.model, self.vocab_size, seed=seed, device=device).train()
+        batch = make_reader(_wrapping(cfg), self.dataset).draw()
+        with torch.no_grad(), declared_autocast(cfg, device), seen_calls() as found:
+            x_BTD, _ = model.hidden_states(*model_inputs(batch, device))
+            losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
+        return found
+
+    def head_in_chunks(
+        self, x_RD: Tensor, head_VD: Tensor, labels_R: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_1RD, head_VD = (
+            t.to(self.device, copy=True).requires_grad_() for t in (x_RD[None], head_VD)
+        )
+        with _small_chunks(len(head_VD)):
+            nats = losses.linear_cross_entropy_sum(x_1RD, head_VD, labels_R[None].to(self.device))
+            nats.backward()
+        return nats.detach(), x_1RD.grad[0], head_VD.grad
+
+    def compiled_step(self, i: int) -> tuple[float, Mapping[str, Tensor]]:
+        """Raises NotOffered in a run that does not compile, EnvironmentUnfit on a machine that
+        cannot build the graph.
+        """
+        if not self.cfg.train.compile:
+            raise NotOffered("Kernels.compiled_step: train.compile is false")
+        return self._gradients(self._compiled, i)
+
+    def eager_step(self, i: int) -> tuple[float, Mapping[str, Tensor]]:
+        state = self._compiled
+        return self._gradients(replace(state, features=state.model.hidden_states), i)
+
+    @cached_property
+    def _compiled(self) -> TrainState:
+        return build_state(_wrapping(self.cfg), self.dataset, self.device)
+
+    @cached_property
+    def _batches(self) -> list[Batch]:
+        return [self._compiled.reader.draw() for _ in range(2)]
+
+    def _gradients(self, state: TrainState, i: int) -> tuple[float, Mapping[str, Tensor]]:
+        kind = self.device.type
+        scaler = torch.amp.GradScaler(
+            kind, init_scale=LOSS_SCALE, enabled=self.cfg.train.dtype == "float16"
+        )
+        devices = [self.device] if kind == "cuda" else []
+        with torch.random.fork_rng(devices=devices), building():
+            torch.manual_seed(i)
+            loss_nats, _ = steps.accumulate(replace(state, scaler=scaler), [self._batches[i]])
+        parameters = state.model.named_parameters()
+        return loss_nats, {n: p.grad.detach().clone() for n, p in parameters if p.grad is not None}
+
+    def by_torch(self) -> AbstractContextManager[None]:
+        return dispatch.using(**dict.fromkeys(OPERATIONS, TORCH))
+
+
+def _wrapping(cfg: RunConfig) -> RunConfig:
+    """The run with a data loader that begins again where the corpus ends."""
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+
+
+@contextmanager
+def _small_chunks(vocab_size: int) -> Iterator[None]:
+    """Both heads that work in chunks take HEAD_CHUNK_ROWS rows at a time, so that few rows cross
+    borders. Nothing else of them changes.
+    """
+    settings = [(cross_entropy, "HEAD_CHUNK_BYTES", 4 * vocab_size * HEAD_CHUNK_ROWS)]
+    if (kernel := sys.modules.get("stackproof.kernels.triton.linear_cross_entropy")) is not None:
+        settings.append((kernel, "MIN_CHUNK", HEAD_CHUNK_ROWS))
+    former = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in former:
+            setattr(owner, name, value)
 
 
 class RunHalfPrecision(RunParts, HalfPrecision):
-    """TODO"""
+    """Parts of a run as it calls them: on its device, under its autocast."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises NotOffered in a run that computes in float32."""
+        if (dtype := AUTOCAST[self.cfg.train.dtype]) is None:
+            raise NotOffered("HalfPrecision.dtype: train.dtype is float32")
+        return dtype
+
+    def norm(self, x_BTD: Tensor, gain_D: Tensor) -> Tensor:
+        layer = make_norm(self.cfg.model.model_copy(update={"d_model": len(gain_D)}))
+        zeros = torch.zeros_like(gain_D)
+        weights = {n: gain_D if n == "weight" else zeros for n in layer.state_dict()}
+        layer.load_state_dict(weights)
+        return self._called(layer.to(self.device), x_BTD)
+
+    def route(self, logits_RE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._called(moe.route, logits_RE, top_k)
+
+    def loss(self, x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
+        return self._called(losses.linear_cross_entropy_sum, x_BTD, head_VD, labels_BT)
+
+    def _called(self, function: Callable, *inputs: Any) -> Any:
+        with declared_autocast(self.cfg, self.device):
+            return function(*(x.to(self.device) if isinstance(x, Tensor) else x for x in inputs))

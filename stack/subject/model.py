@@ -1,4 +1,4 @@
-"""The model and the experts of a run."""
+"""The model of a run."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.model import in_mode
-from stackproof.contracts.subject import Experts, Model
+from stackproof.contracts.subject import Model
 from stackproof.model.build import build_model
 from stackproof.model.transformer import Transformer
 from stackproof.subject.run import RunParts
@@ -74,6 +74,7 @@ class RunModel(RunParts, Model):
 
         return attend
 
-
-class RunExperts(RunParts, Experts):
-    """TODO"""
+    def small(self, n_layers: int, dropout: float) -> nn.Module:
+        changes = {"n_layers": n_layers, "dropout": max(self.cfg.model.dropout, dropout)}
+        cfg = self.cfg.model.model_copy(update=changes)
+        return build_model(cfg, self.vocab_size, seed=self.cfg.seed, device=self.device)

@@ -1,8 +1,36 @@
-"""How a run generates text."""
+"""How a run generates text.
+
+Functions are looked up in their module when they are called.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
 
 from stackproof.contracts.subject import Sampling
+from stackproof.evaluate import bits_per_byte, sampling
+from stackproof.model.forward_context import KVCache
 from stackproof.subject.run import RunParts
 
 
 class RunSampling(RunParts, Sampling):
-    """TODO"""
+    """Generation on the device of a run."""
+
+    def logits(self, model: nn.Module, ids_BT: Tensor, cache: Any = None) -> Tensor:
+        with bits_per_byte.evaluating(model):
+            return model(ids_BT.to(self.device), cache).cpu()
+
+    def cache(self, batch_size: int) -> KVCache:
+        return KVCache(self.cfg.model, batch_size, device=self.device)
+
+    def filtered_probs(self, logits_V: Tensor, **options: Any) -> Tensor:
+        return sampling.filtered_probs(logits_V, **options)
+
+    def pick(self, probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
+        return sampling.pick(probs_V, uniforms_R)
+
+    def penalised(self, logits_V: Tensor, seen: Any, penalty: float) -> Tensor:
+        return sampling.penalise_repetition(logits_V, seen, penalty)
+
+    def generate(self, model: nn.Module, ids: list[int], **options: Any) -> list[int]:
+        return sampling.generate(model, ids, **options)

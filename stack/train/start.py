@@ -17,7 +17,6 @@ from stackproof.data.order import Order
 from stackproof.data.prepare import prepare
 from stackproof.data.reader import eval_batches, probe_batches
 from stackproof.evidence.exclusive import alone
-from stackproof.gate_inputs import operations
 from stackproof.kernels import dispatch
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now, write_atomically
 from stackproof.spec.canonical import canonical_json, sha256_file
@@ -27,7 +26,7 @@ from stackproof.spec.gates import load_spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import BESIDE_TRAINING, Artefact, Override, Record, read_record
 from stackproof.spec.renamed_keys import current_override
-from stackproof.train import checkpoint
+from stackproof.train import checkpoint, flops
 from stackproof.train.callbacks import GateEvents, PointTracing, RunLog, TrainingSplit
 from stackproof.train.kernels import kernels_of
 from stackproof.train.memory import (
@@ -37,7 +36,7 @@ from stackproof.train.memory import (
     require_room,
     resolve_device,
 )
-from stackproof.train.preflight import preflight, probe_peak_flops
+from stackproof.train.preflight import preflight
 from stackproof.train.run_dir import RunDir, parent_run
 from stackproof.train.sdc_check import SdcCheck
 from stackproof.train.state import AUTOCAST, build_state
@@ -240,8 +239,8 @@ def setup(
         output=RunOutput(directory, record, checkpoint.make_writer(cfg.checkpoint)),
         keeper=keeper,
         callbacks=CallbackList([RunLog(), *callbacks, PointTracing(), gate_events, SdcCheck()]),
-        peak_flops=probe_peak_flops(device),
-        flops_per_step=operations.flops_per_step(cfg, vocab_size),
+        peak_flops=flops.probe_peak_flops(device),
+        flops_per_step=flops.flops_per_step(cfg, vocab_size),
     )
     return trainer
 

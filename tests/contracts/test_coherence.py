@@ -269,8 +269,8 @@ def test_a_loss_that_looks_well_does_not_hide_collapsed_samples(spec):
     }
 
 
-def test_coherence_plant_loops(spec, ingredients, dataset):
-    model, check = ingredients["model"], watch(spec)
+def test_coherence_plant_loops(spec, subject, dataset):
+    model, check = subject.model.module, watch(spec)
     verdicts = []
     with load_museum()["sampling.monitor-blind"].apply():
         for step in range(5):

@@ -18,10 +18,14 @@ from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatche
 from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.model import overfit_batch
+from stackproof.contracts.subject import Stopping, Subject
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
-from stackproof.gate_inputs.preflight import _wanted_batches, gather
 from stackproof.museum.plant import load_museum, touches
+from stackproof.spec.errors import DataError
+from stackproof.subject.assemble import subject_of
+from stackproof.subject.evaluation import wanted_batches
 from stackproof.train import loop
+from tests.subjects import changed
 
 FOUNDING = json.loads(Path(__file__).with_name("founding_runs.json").read_text())
 GATES = ["evaluation.byte-conservation", "evaluation.invariance", "evaluation.stop-rule"]
@@ -41,8 +45,8 @@ PLANTS = [
 
 
 @pytest.mark.parametrize("gate_id", GATES)
-def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
-    verdict = call_check(spec.gates[gate_id], ingredients)
+def test_gate_is_green_on_the_stack(spec, subject, gate_id):
+    verdict = call_check(spec.gates[gate_id], subject)
     assert verdict.outcome == "pass", verdict.message
 
 
@@ -50,66 +54,75 @@ def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(
-            spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1]
-        )
+        subject = subject_of(small_cfg, dataset, torch.device("cpu"))
+        verdict = call_check(spec.gates[plant.gate], subject)
     assert verdict.outcome == "fail" and verdict.message and touches() > before
 
 
 def test_mean_of_means_is_far_beyond_the_limit(spec, small_cfg, dataset):
     with load_museum()["evaluation.mean-of-means"].apply():
-        verdict = call_check(
-            spec.gates["evaluation.invariance"], gather(small_cfg, dataset, torch.device("cpu"))[1]
-        )
+        subject = subject_of(small_cfg, dataset, torch.device("cpu"))
+        verdict = call_check(spec.gates["evaluation.invariance"], subject)
     assert (
         verdict.measured["batch_rel_error"]
         > 50 * spec.gates["evaluation.invariance"].limits["batch_rel_error_max"].value
     )
 
 
-def test_invariance_refuses_a_model_without_dropout(spec, ingredients):
+def test_invariance_refuses_a_model_without_dropout(spec, subject):
+    def without_dropout(n_layers, dropout):
+        model = subject.model.small(n_layers, dropout)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
     verdict = call_check(
-        spec.gates["evaluation.invariance"],
-        ingredients | {"evaluated_model": torch.nn.Linear(2, 2)},
+        spec.gates["evaluation.invariance"], changed(subject, model={"small": without_dropout})
     )
     assert verdict.outcome == "fail" and "no dropout" in verdict.message
 
 
-def stop_parts(rule, **changes):
-    declared = {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0}
-    parts = {
-        "make_stop_rule": rule,
-        "stop_declared": declared,
-        "paired_difference_std": 0.03,
-        "n_eval_batches": 16,
-        "expected_gain_nats": 0.02,
-    }
-    return parts | changes
+DECLARED = {
+    "kind": "patience",
+    "patience": 5,
+    "min_evaluations": 3,
+    "z": 2.0,
+    "min_delta_nats": 0.0,
+    "expected_gain_nats": 0.02,
+}
+
+
+class FixedStopping(Stopping):
+    """A rule, what is declared of it, and a spread and a number of batches that were measured."""
+
+    paired_difference_std = 0.03
+
+    def __init__(self, rule, n_eval_batches=16, **declared):
+        self.rule, self.n_eval_batches, self.declared = rule, n_eval_batches, DECLARED | declared
+
+
+def judged(spec, rule, **changes):
+    subject = Subject(stopping=FixedStopping(rule, **changes))
+    return call_check(spec.gates["evaluation.stop-rule"], subject)
 
 
 def test_stop_rule_power_check_is_two_sided(spec):
-    gate, default = spec.gates["evaluation.stop-rule"], lambda: StopRule(5, 3, 2.0, 0.0)
+    default = lambda: StopRule(5, 3, 2.0, 0.0)  # noqa: E731
     needed = batches_needed(0.03, 0.02)
     assert needed == 9
-    assert call_check(gate, stop_parts(default, n_eval_batches=needed)).passed
-    verdict = call_check(gate, stop_parts(default, n_eval_batches=needed - 1))
+    assert judged(spec, default, n_eval_batches=needed).passed
+    verdict = judged(spec, default, n_eval_batches=needed - 1)
     assert verdict.outcome == "fail" and "can see a gain" in verdict.message
 
 
 def test_a_least_improvement_that_is_noise_is_refused(spec):
     """The standard error of the difference is 0.0075 nats at 16 batches, so half of 0.015."""
-    gate = spec.gates["evaluation.stop-rule"]
     for min_delta, outcome in ((0.0151, "pass"), (0.0149, "fail")):
-        declared = {
-            "kind": "patience",
-            "patience": 5,
-            "min_epochs": 3,
-            "z": 2.0,
-            "min_delta_nats": min_delta,
-        }
-        verdict = call_check(
-            gate,
-            stop_parts(lambda: StopRule(5, 3, 2.0, min_delta), stop_declared=declared),  # noqa: B023
+        verdict = judged(
+            spec,
+            lambda: StopRule(5, 3, 2.0, min_delta),  # noqa: B023
+            min_delta_nats=min_delta,
         )
         assert verdict.outcome == outcome, verdict.message
 
@@ -120,69 +133,47 @@ def test_sixteen_batches_are_the_default_and_more_are_taken_where_the_least_impr
     assert EvalConfig(every=1).batches == 16
     for changes, wanted in (({}, 1), ({"min_delta_nats": 0.1}, 9), ({"min_delta_nats": 1.0}, 1)):
         cfg = small_cfg.model_copy(update={"stop": Patience(expected_gain_nats=0.3, **changes)})
-        assert _wanted_batches(cfg, 0.15) == max(2, wanted)
+        assert wanted_batches(cfg.stop, 0.15) == max(2, wanted)
 
 
 @pytest.mark.parametrize(
     ("rule", "declared"),
     [
-        (
-            lambda: StopRule(2, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 2, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
-        ),  # the policy of the founding note ship-two-001
-        (
-            lambda: StopRule(5, 3, 2.0, 0.5),
-            {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
-        ),  # a delta above the gain
-        (
-            lambda: StopRule(5, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 5, "min_epochs": 12, "z": 2.0, "min_delta_nats": 0.0},
-        ),  # min_epochs not obeyed
-        (
-            lambda: StopRule(6, 3, 2.0, 0.0),
-            {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
-        ),  # another patience than declared
-        (
-            NeverStopRule,
-            {"kind": "patience", "patience": 5, "min_epochs": 3, "z": 2.0, "min_delta_nats": 0.0},
-        ),
+        # the policy of the founding note ship-two-001
+        (lambda: StopRule(2, 3, 2.0, 0.0), {"patience": 2}),
+        # a delta above the gain
+        (lambda: StopRule(5, 3, 2.0, 0.5), {}),
+        # min_evaluations not obeyed
+        (lambda: StopRule(5, 3, 2.0, 0.0), {"min_evaluations": 12}),
+        # another patience than declared
+        (lambda: StopRule(6, 3, 2.0, 0.0), {}),
+        (NeverStopRule, {}),
     ],
 )
 def test_stop_rule_is_red_on_unsound_rules(spec, rule, declared):
-    assert (
-        call_check(
-            spec.gates["evaluation.stop-rule"], stop_parts(rule, stop_declared=declared)
-        ).outcome
-        == "fail"
-    )
+    assert judged(spec, rule, **declared).outcome == "fail"
 
 
-def test_stop_rule_obeys_min_epochs_beyond_patience(spec):
-    declared = {
-        "kind": "patience",
-        "patience": 5,
-        "min_epochs": 12,
-        "z": 2.0,
-        "min_delta_nats": 0.0,
-    }
-    assert call_check(
-        spec.gates["evaluation.stop-rule"],
-        stop_parts(lambda: StopRule(5, 12, 2.0, 0.0), stop_declared=declared),
-    ).passed
+def test_stop_rule_obeys_min_evaluations_beyond_patience(spec):
+    assert judged(spec, lambda: StopRule(5, 12, 2.0, 0.0), min_evaluations=12).passed
 
 
 def test_never_stop_passes_by_definition_and_is_held_to_it(spec):
-    gate, declared = spec.gates["evaluation.stop-rule"], {"kind": "never"}
-    verdict = call_check(
-        gate, stop_parts(NeverStopRule, stop_declared=declared, expected_gain_nats=None)
-    )
+    verdict = judged(spec, NeverStopRule, kind="never")
     assert verdict.passed and "all its steps" in verdict.message
-    assert (
-        call_check(
-            gate, stop_parts(lambda: StopRule(5, 3, 2.0, 0.0), stop_declared=declared)
-        ).outcome
-        == "fail"
-    )
+    assert judged(spec, lambda: StopRule(5, 3, 2.0, 0.0), kind="never").outcome == "fail"
+
+
+def test_the_held_out_split_has_at_least_two_batches(small_cfg, dataset):
+    changes = {"batch_size": dataset.validation.n_windows(small_cfg.model.max_seq_len)}
+    cfg = small_cfg.model_copy(update={"eval": small_cfg.eval.model_copy(update=changes)})
+    with pytest.raises(DataError, match=r"(?s)too short to evaluate on.*at least two batches"):
+        _ = subject_of(cfg, dataset, torch.device("cpu")).stopping.n_eval_batches
+
+
+def test_a_run_that_goes_on_keeps_its_number_of_batches(small_cfg, dataset):
+    subject = subject_of(small_cfg, dataset, torch.device("cpu"), n_eval_batches=3)
+    assert subject.stopping.n_eval_batches == 3
 
 
 # --- runtime --------------------------------------------------------------------------------------
@@ -274,10 +265,10 @@ def test_a_rise_within_noise_is_no_onset(spec):
         assert verdicts[-1] == outcome
 
 
-def test_diverging_plant_more_than_doubles(spec, ingredients, dataset):
+def test_diverging_plant_more_than_doubles(spec, subject, dataset):
     tokenizer = dataset.tokenizer
     batch = overfit_batch(tokenizer.vocab_size, tokenizer.eos_id, 24)
-    state = SimpleNamespace(model=ingredients["model"], autocast=nullcontext, device="cpu")
+    state = SimpleNamespace(model=subject.model.module, autocast=nullcontext, device="cpu")
     held = SimpleNamespace(state=state, dataset=dataset, held_out=[batch])
 
     def verdicts():
@@ -334,12 +325,12 @@ def test_drifting_and_diverging_halt_a_real_run(small_cfg, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"z": 2.05}, {"z": 1.95}, {"min_delta_nats": 0.01}])
-def test_stop_rule_counts_a_gain_exactly_from_what_is_declared(spec, ingredients, change):
+def test_stop_rule_counts_a_gain_exactly_from_what_is_declared(spec, subject, change):
     """A rule that is two and a half percent stricter or laxer, or has another least improvement,
     than the one declared.
     """
-    declared = ingredients["stop_declared"] | change
+    declared = dict(subject.stopping.declared) | change
     verdict = call_check(
-        spec.gates["evaluation.stop-rule"], ingredients | {"stop_declared": declared}
+        spec.gates["evaluation.stop-rule"], changed(subject, stopping={"declared": declared})
     )
     assert verdict.outcome == "fail" and "is what counts" in verdict.message

@@ -9,6 +9,7 @@ from stackproof.contracts.figures import Clock, Learned, RecomputedStep, flops
 from stackproof.contracts.gate import limits_of
 from tests.contracts.test_cadence import drawn
 from tests.contracts.test_optim import step_taken
+from tests.subjects import changed
 
 
 def test_a_gradient_that_differs_is_named(spec):
@@ -102,18 +103,16 @@ def test_clock_leaves_out_what_lies_between_steps(spec):
     ] == pytest.approx(109 / 112)
 
 
-def test_flops_are_two_sided(spec):
-    limits = limits_of(spec.gates["runtime.flops"])
+def test_flops_are_two_sided(spec, subject):
+    limits, honest = limits_of(spec.gates["runtime.flops"]), subject.declared.flops_per_step
+    of_attention = subject.declared.attention_flops_per_step
 
-    def verdict(declared):
+    def verdict(factor):
+        of_matrices = factor * (honest - of_attention)
         return flops(
-            limits,
-            declared_flops_per_step=declared,
-            attention_flops_per_step=200.0,
-            tokens_per_step=40,
-            matrix_flops=lambda: (100, 4),
+            limits, changed(subject, declared={"flops_per_step": of_attention + of_matrices})
         )
 
-    assert verdict(1200.0).passed and verdict(1200.0).measured["declared_over_counted"] == 1.0
-    assert not verdict(1210.1).passed and not verdict(1189.9).passed, "one percent either way"
-    assert not verdict(2200.0).passed and not verdict(float("nan")).passed
+    assert verdict(1.0).passed and verdict(1.0).measured["declared_over_counted"] == 1.0
+    assert not verdict(1.0101).passed and not verdict(0.9899).passed, "one percent either way"
+    assert not verdict(2.0).passed and not verdict(float("nan")).passed

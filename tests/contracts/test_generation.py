@@ -8,9 +8,9 @@ import torch
 from stackproof.config import load_config
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.generation import N_NEW
-from stackproof.evaluate.ingredients import model_ingredients
-from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum
+from stackproof.subject.assemble import subject_of
+from tests.subjects import changed
 
 GATE = "sampling.generation"
 VARIANTS = {
@@ -30,13 +30,11 @@ VARIANTS = {
 
 @pytest.fixture
 def asked(small_cfg, dataset):
-    def ingredients(*sets):
+    def subject(*sets):
         cfg, _ = load_config(small_cfg, sets=sets)
-        return model_ingredients(
-            cfg, build_model(cfg.model, dataset.tokenizer.vocab_size, seed=1), dataset.tokenizer
-        )
+        return subject_of(cfg, dataset, torch.device("cpu"))
 
-    return ingredients
+    return subject
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,26 +52,25 @@ def test_gate_is_red_on_its_plants(spec, asked):
 
 def test_gate_sees_one_token_and_an_end_that_ends_nothing(spec, asked):
     honest = asked()
-    generate = honest["generate"]
+    generate = honest.sampling.generate
 
-    def last_token_off(ids, **options):
-        got = generate(ids, **options)
+    def last_token_off(model, ids, **options):
+        got = generate(model, ids, **options)
         return (
             [*got[:-1], (got[-1] + 1) % 384]
             if options["temperature"] == 1.0 and options["use_cache"]
             else got
         )
 
-    def endless(ids, **options):
-        return generate(ids, **options | {"eos_id": None})
+    def endless(model, ids, **options):
+        return generate(model, ids, **options | {"eos_id": None})
 
-    def leaves_evaluation_mode(ids, **options):
-        got = generate(ids, **options)
-        honest["generating_model"].layers[0].eval()
+    def leaves_evaluation_mode(model, ids, **options):
+        got = generate(model, ids, **options)
+        model.layers[0].eval()
         return got
 
     for wrong in (last_token_off, endless, leaves_evaluation_mode):
-        assert call_check(spec.gates[GATE], honest | {"generate": wrong}).outcome == "fail", (
-            wrong.__name__
-        )
+        subject = changed(honest, sampling={"generate": wrong})
+        assert call_check(spec.gates[GATE], subject).outcome == "fail", wrong.__name__
     assert torch.is_grad_enabled() and call_check(spec.gates[GATE], honest).outcome == "pass"

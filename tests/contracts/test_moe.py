@@ -15,8 +15,9 @@ from stackproof.contracts.events import Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.moe import RouterCollapse
 from stackproof.museum.plant import load_museum, swap, touches
-from tests.contracts import variants
+from tests.contracts import experts, variants
 from tests.contracts.test_optim import step_taken
+from tests.subjects import changed
 
 SIZES = {
     "d_model": 32,
@@ -43,10 +44,11 @@ def declared(ffn):
     return ModelConfig(**SIZES, ffn=ffn).model_dump()
 
 
-def judged(spec, gate_id, ffn=None, **changed):
-    return call_check(
-        spec.gates[gate_id], variants.moe_parts(declared(ffn or OF_GATE[gate_id])) | changed
-    )
+def judged(spec, gate_id, ffn=None, training=None, **changes):
+    """`changes` are members of the experts."""
+    subject = experts.subject_of(declared(ffn or OF_GATE[gate_id]))
+    subject = changed(subject, experts=changes, training=training or {})
+    return call_check(spec.gates[gate_id], subject)
 
 
 def plants_of(*gate_ids):
@@ -152,24 +154,22 @@ def test_dispatch_sees_wrong_counts(spec, lost):
 
 
 def test_balance_is_red_when_it_enters_once_per_micro_batch(spec):
-    honest = variants.moe_parts(declared(AUXILIARY))["balance_gradients"]
-    verdict = judged(
-        spec,
-        "moe.balance-loss",
-        balance_gradients=lambda weight, n_micro: honest(weight * n_micro, n_micro),
-    )
+    class Hasty(experts.SecondTrainee):
+        def accumulate(self, batches):
+            self.model.a["ffn"]["balance"]["weight"] *= len(batches)
+            return super().accumulate(batches)
+
+    verdict = judged(spec, "moe.balance-loss", training={"trainee_of": Hasty})
     assert verdict.outcome == "fail" and verdict.measured["entry_rel_error"] == pytest.approx(
         3, rel=1e-3
     )
 
 
 def test_balance_sees_one_percent(spec):
-    honest = variants.moe_parts(declared(AUXILIARY))["balance_gradients"]
-    entry = judged(
-        spec,
-        "moe.balance-loss",
-        balance_gradients=lambda weight, n_micro: honest(weight * 1.01, n_micro),
-    )
+    def louder(weight):
+        return experts.SecondExperts(declared(AUXILIARY)).model(weight * 1.01)
+
+    entry = judged(spec, "moe.balance-loss", model=louder)
     assert entry.outcome == "fail" and entry.measured["entry_rel_error"] == pytest.approx(
         0.01, rel=1e-2
     )
@@ -194,15 +194,12 @@ def test_balance_refuses_one_that_prefers_the_uneven(spec):
 
 
 def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
-    micro_batches = torch.tensor([[[9, 1, 3, 3]], [[8, 2, 3, 3]], [[9, 2, 2, 3]], [[2, 6, 5, 3]]])
+    class Forgetful(experts.SecondTrainee):
+        def mean_loss(self, batch):
+            self.loads_LE = 0
+            return super().mean_loss(batch)
 
-    def forgetful(n_micro):
-        counted_LE = micro_batches[-1] if n_micro > 1 else micro_batches.sum(0)
-        return micro_batches.sum(0), 1e-3 * torch.sign(
-            counted_LE.double().mean(-1, keepdim=True) - counted_LE
-        )
-
-    verdict = judged(spec, "moe.bias-balance", bias_step=forgetful)
+    verdict = judged(spec, "moe.bias-balance", training={"trainee_of": Forgetful})
     assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == pytest.approx(
         2
     )
@@ -219,8 +216,13 @@ def test_bias_loop_is_red_when_nothing_moves(spec):
 
 
 def test_bias_refuses_loads_that_show_nothing(spec):
-    even = torch.full((2, 8), 32)
-    verdict = judged(spec, "moe.bias-balance", bias_step=lambda n_micro: (even, torch.zeros(2, 8)))
+    def even(logits_RE, top_k, bias_E):
+        """Token after token, the next experts in turn."""
+        n_tokens, n_experts = logits_RE.shape
+        experts_Rk = torch.arange(n_tokens * top_k).view(n_tokens, top_k) % n_experts
+        return experts_Rk, None, None
+
+    verdict = judged(spec, "moe.bias-balance", route=even)
     assert verdict.outcome == "fail" and "NaN" in verdict.message
 
 

@@ -12,8 +12,7 @@ from stackproof.config import AdamW, LayerNorm, MixtureOfExperts
 from stackproof.contracts.gate import call_check
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.precision import SCALES
-from stackproof.gate_inputs.preflight import gather
-from stackproof.gate_inputs.shadow import shadow_ingredients
+from stackproof.contracts.subject import Declared, HalfPrecision, Subject
 from stackproof.kernels import eager
 from stackproof.model import norm
 from stackproof.museum.plant import load_museum, swap, touches
@@ -33,16 +32,13 @@ def in_half(cfg, dtype, **model):
     return cfg.model_copy(update={"train": train, "model": model})
 
 
-def parts(cfg):
-    return {**shadow_ingredients(cfg, CPU), "declared_architecture": cfg.model.model_dump()}
-
-
 @pytest.mark.parametrize(
     "changes", [{}, {"norm": LayerNorm()}, EXPERTS], ids=["plain", "layernorm", "experts"]
 )
 @pytest.mark.parametrize("dtype", HALVES)
-def test_gate_is_green_on_the_stack(spec, small_cfg, dtype, changes):
-    verdict = call_check(spec.gates[GATE], parts(in_half(small_cfg, dtype, **changes)))
+def test_gate_is_green_on_the_stack(spec, small_cfg, dataset, dtype, changes):
+    subject = subject_of(in_half(small_cfg, dtype, **changes), dataset, CPU)
+    verdict = call_check(spec.gates[GATE], subject)
     assert verdict.outcome == "pass", verdict.message
     measured = verdict.measured
     # measured 6.6e-3 and 8.5e-5
@@ -54,8 +50,8 @@ def test_gate_is_green_on_the_stack(spec, small_cfg, dtype, changes):
 def test_gate_is_red_on_its_plants_and_nothing_else_is(spec, small_cfg, dataset, plant_id):
     gate, before = spec.gates[GATE], touches()
     with load_museum()[plant_id].apply():
-        ingredients = gather(in_half(small_cfg, "bfloat16"), dataset, CPU)[1]
-        verdict = call_check(gate, ingredients)
+        subject = subject_of(in_half(small_cfg, "bfloat16"), dataset, CPU)
+        verdict = call_check(gate, subject)
         others = [
             "loss.golden",
             "loss.partition-equivalence",
@@ -63,35 +59,36 @@ def test_gate_is_red_on_its_plants_and_nothing_else_is(spec, small_cfg, dataset,
             "model.gradient",
             "model.isolation",
         ]
-        assert all(call_check(spec.gates[gate_id], ingredients).passed for gate_id in others)
+        assert all(call_check(spec.gates[gate_id], subject).passed for gate_id in others)
     assert verdict.outcome == "fail" and touches() > before and plant_id in gate.plants
     red = [name for name, error in verdict.measured.items() if name != "rounding" and error > 0.1]
     assert red == [f"{plant_id.split('.')[1].split('-')[0]}_roundings"]
 
 
-def by_hand(dtype, **wrong):
-    """Ingredients of a second implementation, of which some parts are computed otherwise."""
+def by_hand(small_cfg, dtype, **wrong):
+    """The subject of a second implementation, of which some parts are computed otherwise."""
     half = HALVES[dtype]
 
-    def rms(x, gain):
-        wide = x.float()
-        return (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain).to(x.dtype)
+    class ByHand(HalfPrecision):
+        dtype = half
 
-    def route(logits, top_k):
-        probs = logits.float().softmax(-1)
-        weights, experts = probs.topk(top_k)
-        return experts, weights / weights.sum(-1, keepdim=True), probs
+        def norm(self, x, gain):
+            wide = x.float()
+            return (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain).to(x.dtype)
 
-    def loss(x, head, labels):
-        return F.cross_entropy(
-            (x.to(half) @ head.to(half).T)[0].float(), labels[0], reduction="sum"
-        )
+        def route(self, logits, top_k):
+            probs = logits.float().softmax(-1)
+            weights, experts = probs.topk(top_k)
+            return experts, weights / weights.sum(-1, keepdim=True), probs
 
-    return {"half_dtype": half, "half_norm": rms, "half_route": route, "half_loss": loss} | wrong
+        def loss(self, x, head, labels):
+            logits = (x.to(half) @ head.to(half).T)[0].float()
+            return F.cross_entropy(logits, labels[0], reduction="sum")
 
-
-def declared(small_cfg):
-    return {"declared_architecture": in_half(small_cfg, "bfloat16", **EXPERTS).model.model_dump()}
+    declared = Declared()
+    declared.architecture = in_half(small_cfg, "bfloat16", **EXPERTS).model.model_dump()
+    subject = Subject(declared=declared, half_precision=ByHand())
+    return changed(subject, half_precision=wrong)
 
 
 def rounded_before_its_gain(x, gain):
@@ -103,9 +100,8 @@ def rounded_before_its_gain(x, gain):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gate_is_green_on_a_second_implementation(spec, small_cfg, dtype):
-    honest = by_hand(dtype) | declared(small_cfg)
-    assert call_check(spec.gates[GATE], honest).passed
-    verdict = call_check(spec.gates[GATE], honest | {"half_norm": rounded_before_its_gain})
+    assert call_check(spec.gates[GATE], by_hand(small_cfg, dtype)).passed
+    verdict = call_check(spec.gates[GATE], by_hand(small_cfg, dtype, norm=rounded_before_its_gain))
     assert verdict.passed and verdict.measured["norm_roundings"] < 0.028  # measured 0.025
 
 
@@ -131,8 +127,9 @@ def everything_in_half(half):
         return experts, weights / weights.sum(-1, keepdim=True), probs
 
     def weights_alone(logits, top_k):
-        experts, weights, probs = by_hand("bfloat16")["half_route"](logits, top_k)
-        return experts, weights.to(half), probs
+        probs = logits.float().softmax(-1)
+        weights, experts = probs.topk(top_k)
+        return experts, (weights / weights.sum(-1, keepdim=True)).to(half), probs
 
     def logits_kept(x, head, labels):
         return F.cross_entropy((x.to(half) @ head.to(half).T)[0], labels[0], reduction="sum")
@@ -145,9 +142,9 @@ def everything_in_half(half):
         )
 
     return {
-        "half_norm": (rms, under_autocast, factor),
-        "half_route": (route, weights_alone),
-        "half_loss": (logits_kept, sum_alone),
+        "norm": (rms, under_autocast, factor),
+        "route": (route, weights_alone),
+        "loss": (logits_kept, sum_alone),
     }
 
 
@@ -158,8 +155,8 @@ def everything_in_half(half):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gate_sees_one_path_in_half_precision(spec, small_cfg, dtype, part, number):
     wrong = {part: everything_in_half(HALVES[dtype])[part][number]}
-    verdict = call_check(spec.gates[GATE], by_hand(dtype, **wrong) | declared(small_cfg))
-    name = {"half_norm": "norm", "half_route": "router", "half_loss": "loss"}[part]
+    verdict = call_check(spec.gates[GATE], by_hand(small_cfg, dtype, **wrong))
+    name = {"route": "router"}.get(part, part)
     assert verdict.outcome == "fail" and name in verdict.message
     assert (
         verdict.measured[f"{name}_roundings"]
@@ -167,26 +164,24 @@ def test_gate_sees_one_path_in_half_precision(spec, small_cfg, dtype, part, numb
     )
 
 
-@pytest.mark.parametrize("part", ["half_norm", "half_loss"])
+@pytest.mark.parametrize("part", ["norm", "loss"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gate_sees_one_percent(spec, small_cfg, dtype, part):
-    honest = by_hand(dtype)[part]
-    verdict = call_check(
-        spec.gates[GATE],
-        by_hand(dtype, **{part: lambda *given: 1.01 * honest(*given)}) | declared(small_cfg),
-    )
+    honest = getattr(by_hand(small_cfg, dtype).half_precision, part)
+    louder = by_hand(small_cfg, dtype, **{part: lambda *given: 1.01 * honest(*given)})
+    verdict = call_check(spec.gates[GATE], louder)
     assert verdict.outcome == "fail"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gate_is_red_on_what_is_no_number(spec, small_cfg, value):
-    broken = by_hand("float16", half_loss=lambda x, head, labels: torch.tensor(value))
-    assert call_check(spec.gates[GATE], broken | declared(small_cfg)).outcome == "fail"
+    broken = by_hand(small_cfg, "float16", loss=lambda x, head, labels: torch.tensor(value))
+    assert call_check(spec.gates[GATE], broken).outcome == "fail"
 
 
-def test_the_path_that_trains_is_judged(spec, small_cfg):
+def test_the_path_that_trains_is_judged(spec, small_cfg, dataset):
     """With gradients wanted, the norm takes another way than without."""
-    told = parts(in_half(small_cfg, "bfloat16"))
+    told = subject_of(in_half(small_cfg, "bfloat16"), dataset, CPU)
     with swap(eager, "_normalised", lambda x, weight, eps: (torch.zeros_like(x), x[..., :1])):
         assert call_check(spec.gates[GATE], told).outcome == "fail"
     before = touches()
@@ -198,11 +193,9 @@ def test_the_path_that_trains_is_judged(spec, small_cfg):
         assert call_check(spec.gates[GATE], told).passed and touches() == before + 2
 
 
-def test_gate_is_absent_in_float32(spec, small_cfg, ingredients):
-    assert (
-        GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).seats
-        and "half_norm" not in ingredients
-    )
+def test_gate_is_absent_in_float32(spec, small_cfg, subject):
+    assert GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).seats
+    assert call_check(spec.gates[GATE], subject).outcome == "not_run"
     for dtype in HALVES:
         assert GATE in Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).seats
     assert spec.gates[GATE].normative()["when"] == {"train.dtype": ["bfloat16", "float16"]}

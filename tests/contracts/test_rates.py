@@ -279,10 +279,6 @@ def test_init_law(spec):
 # --- before step 1: order, mixture, corpus, dropout -----------------------------------------------
 
 
-def green(spec, gate_id, **ingredients):
-    return call_check(spec.gates[gate_id], ingredients).passed
-
-
 class Shuffled(DataLoader):
     """A data loader over 120 windows, the fewest that the gate judges in full; `spoil(order)`
     changes the order of each epoch.

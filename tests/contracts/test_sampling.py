@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
-from stackproof.gate_inputs.preflight import gather
 from stackproof.museum.plant import load_museum, touches
+from stackproof.subject.assemble import subject_of
+from tests.subjects import changed
 
 
 @pytest.mark.parametrize("gate_id", ["sampling.cache-parity", "sampling.distribution"])
-def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
-    verdict = call_check(spec.gates[gate_id], ingredients)
+def test_gate_is_green_on_the_stack(spec, subject, gate_id):
+    verdict = call_check(spec.gates[gate_id], subject)
     assert verdict.outcome == "pass", verdict.message
     if gate_id == "sampling.cache-parity":
         assert verdict.measured["rel_error"] < 3e-5  # measured worst case 4e-6
@@ -29,14 +30,13 @@ def test_gate_is_green_on_the_stack(spec, ingredients, gate_id):
 def test_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
     with plant.apply():
-        verdict = call_check(
-            spec.gates[plant.gate], gather(small_cfg, dataset, torch.device("cpu"))[1]
-        )
+        subject = subject_of(small_cfg, dataset, torch.device("cpu"))
+        verdict = call_check(spec.gates[plant.gate], subject)
     assert verdict.outcome == "fail" and verdict.message and touches() > before
 
 
-def test_chi_square_sees_two_percent(spec, ingredients):
-    honest = ingredients["pick"]
+def test_chi_square_sees_two_percent(spec, subject):
+    honest = subject.sampling.pick
 
     def skewed(probs, uniforms):
         moved = probs.clone()
@@ -44,7 +44,9 @@ def test_chi_square_sees_two_percent(spec, ingredients):
             moved[0], moved[1] = probs[0] - 0.02, probs[1] + 0.02
         return honest(moved, uniforms)
 
-    verdict = call_check(spec.gates["sampling.distribution"], ingredients | {"pick": skewed})
+    verdict = call_check(
+        spec.gates["sampling.distribution"], changed(subject, sampling={"pick": skewed})
+    )
     assert (
         verdict.outcome == "fail"
         and verdict.measured["p_value"] < 1e-12

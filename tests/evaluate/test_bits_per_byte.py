@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from stackproof.config import ModelConfig
 from stackproof.contracts.conditions import ContractError
+from stackproof.contracts.evaluation import UniformModel
 from stackproof.data.tokenizer import Bytes, Chars
 from stackproof.evaluate.bits_per_byte import (
     IGNORE,
@@ -20,7 +21,6 @@ from stackproof.evaluate.bits_per_byte import (
     evaluating,
     windows,
 )
-from stackproof.evaluate.ingredients import UniformModel
 from stackproof.model.build import build_model
 from stackproof.spec.errors import DataError
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
-from stackproof.gate_inputs.kernels import kernel_calls
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import (
     flash_attention,
@@ -19,11 +18,13 @@ from stackproof.kernels.triton import (
 from stackproof.model.build import build_model
 from stackproof.museum.plant import swap
 from stackproof.spec.gates import load_spec
+from stackproof.subject.assemble import subject_of
 from stackproof.subject.run import tiny_run
 from stackproof.subject.training import advance
 from stackproof.train.kernels import kernels_of
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
+from tests.subjects import changed
 
 TRITON = {name: "triton" for name, op in OPERATIONS.items() if "triton" in op.kernels}
 PLACE = torch.device(DEVICE)
@@ -41,10 +42,11 @@ def cfg(small_cfg):
 
 
 def verdict_of(cfg, dataset):
-    build = partial(build_model, cfg.model, dataset.tokenizer.vocab_size, seed=1, device=PLACE)
+    subject = subject_of(cfg, dataset, PLACE)
     with kernels_of(cfg, PLACE):
-        calls = kernel_calls(cfg, dataset, PLACE, build)()
-    return call_check(load_spec().gates["kernel.reference"], {"kernel_calls": lambda: calls}), calls
+        calls = subject.kernels.calls()
+    subject = changed(subject, kernels={"calls": lambda: calls})
+    return call_check(load_spec().gates["kernel.parity"], subject), calls
 
 
 def test_a_run_trains_with_triton_as_with_torch(cfg, dataset):

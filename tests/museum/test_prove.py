@@ -233,13 +233,17 @@ def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
 
 
 def test_matrix_shows_who_else_turns_red():
-    """A missing file and a head too many are seen by the comparison as well;
+    """A missing file, a head too many and narrowed weights are seen by the comparison as well;
     nothing is red without a plant.
     """
-    rows = {row["plant"]: row for row in matrix(("export.complete",))}
-    assert set(rows) == {"export.shard-left-out", "export.second-head"}
+    rows = {row["plant"]: row for row in matrix(("export.folder",))}
+    assert set(rows) == {
+        "export.shard-left-out",
+        "export.second-head",
+        "export.narrowed-after-the-comparison",
+    }
     assert all(
-        set(row["red"]) == {"export.complete", "export.logit-parity"} and row["asked"] == 3
+        set(row["red"]) == {"export.folder", "export.logit-parity"} and row["asked"] == 2
         for row in rows.values()
     )
     assert all(seen["seconds"] > 0 for row in rows.values() for seen in row["red"].values())

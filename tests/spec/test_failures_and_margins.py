@@ -63,7 +63,7 @@ def test_a_plant_of_two_failures_is_due_at_the_earlier(spec):
         "within k steps",
         2,
     )
-    assert both.deadline(spec.gates["export.complete"], "export.second-head") == ("at export", None)
+    assert both.deadline(spec.gates["export.folder"], "export.second-head") == ("at export", None)
 
 
 def kill(plant, control, measured, gate="loss.golden", **changes):

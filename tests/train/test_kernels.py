@@ -21,7 +21,7 @@ from stackproof.train.loop import train
 from stackproof.train.start import fresh, read_config, resume
 from stackproof.train.trainer import Callback
 
-CPU, GATES = torch.device("cpu"), ("kernel.reference", "runtime.finite")
+CPU, GATES = torch.device("cpu"), ("kernel.parity", "runtime.finite")
 HERE = choice.CPU_NAME
 
 

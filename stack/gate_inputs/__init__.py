@@ -1,1 +1,0 @@
-"""Inputs of the preflight gates, made from a run's own parts."""
