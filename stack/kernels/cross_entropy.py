@@ -249,14 +249,7 @@ def _add_head_gradient(sum_VD: Tensor | None, grad_CV: Tensor, x_CD: Tensor) -> 
     )
 
 
-# `_logits` is looked up at each call: the museum puts another in its place.
-TORCH = Products(
-    lambda x_CD, weight_VD: _logits(x_CD, weight_VD),
-    _input_gradient,
-    _add_head_gradient,
-    lambda sum_VD: sum_VD,
-    1,
-)
+TORCH = Products(_logits, _input_gradient, _add_head_gradient, lambda sum_VD: sum_VD, 1)
 # few rows do
 ONEDNN = Products(
     onednn.outputs, onednn.head_input_gradient, onednn.add_head_gradient, onednn.head_gradient, 2

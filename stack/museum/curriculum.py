@@ -7,6 +7,7 @@ from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 
 
+# Waits for a change of sources.
 def shock_at_switch():
     original, former = steps.accumulate, [()]
 

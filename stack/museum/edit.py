@@ -6,6 +6,7 @@ closure, runs the changed text. The changed place counts a touch each time it ru
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import textwrap
@@ -85,8 +86,8 @@ class Target:
 
 
 def find(name: str) -> Target:
-    """The Python function behind "module:name", under properties, class methods,
-    icontract and other decorators.
+    """The Python function behind "module:name", under properties, cached properties,
+    class methods, icontract and other decorators.
 
     Raises IntegrityError if there is none, or if it is compiled by torch or Triton and
     would not run its Python code.
@@ -115,6 +116,7 @@ def find(name: str) -> Target:
             getattr(found, "fget", None)
             or getattr(found, "__func__", None)
             or getattr(found, "__wrapped__", None)
+            or (found.func if isinstance(found, functools.cached_property) else None)
         )
         if hasattr(found, "cache_clear"):
             caches.append(found)

@@ -9,6 +9,7 @@ from stackproof.train import step as steps
 TENSORS = ("input_ids", "labels", "document_ids")
 
 
+# Keeps the first batches of a run, and takes each step many times.
 def one_page_over_and_over():
     """Every step reads the first 64 tokens of each row of the first step, sixteen times over."""
     draw, train_step, page = loop.draw, steps.train_step, []

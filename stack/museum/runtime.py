@@ -1,17 +1,15 @@
-"""Plants in the steps of the run itself."""
-
-import dataclasses
+"""Plants in the steps of the run itself that are more than changed text."""
 
 import torch
 
 from stackproof.museum.plant import swap, touch
-from stackproof.train import loop, losses, start, state
+from stackproof.train import losses
 from stackproof.train import step as steps
-from stackproof.train.trainer import StepTimer
 
 BAD_STEP = 7
 
 
+# Waits for a step.
 def nan_in_a_weight():
     original = steps.train_step
 
@@ -27,6 +25,7 @@ def nan_in_a_weight():
         yield
 
 
+# Waits for a step.
 def infinite_activation():
     original_step, original_loss = steps.train_step, losses.linear_cross_entropy_sum
     now = [0]
@@ -49,70 +48,7 @@ def infinite_activation():
         yield
 
 
-def nan_masked():
-    original = steps.accumulate
-
-    def masked(state, batches):
-        result = original(state, batches)
-        for p in state.model.parameters():
-            p.grad = torch.nan_to_num(p.grad * float("nan"))
-        return result
-
-    with swap(steps, "accumulate", masked):
-        yield
-
-
-def update_skipped():
-    with swap(torch.optim.AdamW, "step", lambda self, closure=None: None):
-        yield
-
-
-def micro_batch_dropped():
-    original = loop.draw
-
-    def one_less(trainer):
-        return original(trainer)[:-1]
-
-    with swap(loop, "draw", one_less):
-        yield
-
-
-def labels_all_masked():
-    original = loop.draw
-
-    def masked(trainer):
-        batches = original(trainer)
-        return [
-            dataclasses.replace(
-                b,
-                labels=b.labels.clone().index_fill_(
-                    1, torch.arange(2, b.labels.shape[1]), losses.IGNORE_INDEX
-                ),
-            )
-            for b in batches
-        ]
-
-    with swap(loop, "draw", masked):
-        yield
-
-
-def placeholder_loss():
-    original = steps.train_step
-
-    def placeholder(state, batches):
-        return dataclasses.replace(original(state, batches), loss_nats=1.0)
-
-    with swap(steps, "train_step", placeholder):
-        yield
-
-
-def instant_steps():
-    original = StepTimer.stop
-
-    with swap(StepTimer, "stop", lambda self: original(self) * 1e-6):
-        yield
-
-
+# Waits for step 17.
 def lr_spike():
     original = steps.lr_at
 
@@ -126,6 +62,7 @@ def lr_spike():
         yield
 
 
+# Patches a class of torch, and waits for a step.
 def skipped_update_counted():
     original, now = torch.amp.GradScaler.step, [0]
 
@@ -140,104 +77,31 @@ def skipped_update_counted():
         yield
 
 
-def weights_rounded_to_half():
-    original = steps.apply_gradients
+# Strikes in every second call alone.
+def wrong_product():
+    original, calls = steps.accumulate, [0]
 
-    @torch.no_grad()
-    def rounding(state, grads, norm):
-        original(state, grads, norm)
-        for p in state.model.parameters():
-            p.copy_(p.bfloat16())
-
-    with swap(steps, "apply_gradients", rounding):
-        yield
-
-
-def tokens_counted_twice():
-    original = steps.train_step
-
-    def twice(state, batches):
-        report = original(state, batches)
-        state.tokens_seen += report.n_tokens
-        return dataclasses.replace(report, tokens_seen=state.tokens_seen)
-
-    with swap(steps, "train_step", twice):
-        yield
-
-
-def dropout_unseeded():
-    with swap(state, "seed_dropout", lambda seed: torch.seed()):
-        yield
-
-
-def monitor_on_another_runner():
-    with swap(loop, "sample", lambda trainer: None):
-        yield
-
-
-def evaluation_never_called():
-    with swap(loop, "evaluate", lambda trainer: False):
-        yield
-
-
-def interval_beyond_the_end():
-    original = start.setup
-
-    def copied(cfg, *arguments, **options):
-        return original(
-            cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"every": 1000})}),
-            *arguments,
-            **options,
-        )
-
-    with swap(start, "setup", copied):
-        yield
-
-
-def uphill():
-    original_step, original_apply = steps.train_step, steps.apply_gradients
-    now = [0]
-
-    def counted(state, batches):
-        now[0] = state.step + 1
-        return original_step(state, batches)
-
-    def turned(state, grads, norm):
-        for grad in grads if now[0] > 40 else ():
-            grad.neg_()
-        original_apply(state, grads, norm)
-
-    with swap(steps, "train_step", counted), swap(steps, "apply_gradients", turned):
-        yield
-
-
-def mode_left_behind():
-    original = loop.memorization
-
-    def resting(model, read, unread, **options):
-        result = original(model, read, unread, **options)
-        model.eval()
+    def now_and_then(state, batches):
+        result = original(state, batches)
+        calls[0] += 1
+        if calls[0] % 2:
+            touch()
+            grad = next(p.grad for p in state.model.parameters() if p.grad is not None)
+            grad.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
         return result
 
-    with swap(loop, "memorization", resting):
+    with swap(steps, "accumulate", now_and_then, counted=False):
         yield
 
 
-def seed_not_passed_on():
-    original = state.stream_seed
-    with swap(
-        state,
-        "stream_seed",
-        lambda seed, name, index=0: original(0 if name == "init" else seed, name, index),
-    ):
-        yield
+# Takes another order in every call.
+def gradients_in_any_order():
+    original, calls = steps.accumulate, [0]
 
+    def unordered(state, batches):
+        calls[0] += 1
+        shift = calls[0] % max(len(batches), 1)
+        return original(state, [*batches[shift:], *batches[:shift]])
 
-def order_of_one_seed():
-    original = state.stream_seed
-    with swap(
-        state,
-        "stream_seed",
-        lambda seed, name, index=0: original(0 if name == "order" else seed, name, index),
-    ):
+    with swap(steps, "accumulate", unordered):
         yield

@@ -1,8 +1,5 @@
-"""Gates of mixtures of experts: green on a second implementation, red on every plant, and sharp
-enough to see small errors.
-
-The second implementation stands in for the stack's module, so that a plant is judged against code
-that shares nothing with the oracle.
+"""Gates of mixtures of experts: green on a second implementation, red on every plant in the stack,
+and sharp enough to see small errors.
 """
 
 from dataclasses import replace
@@ -14,6 +11,8 @@ from stackproof.config import ModelConfig
 from stackproof.contracts.events import Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.moe import RouterCollapse
+from stackproof.gate_inputs.preflight import gather
+from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum, swap, touches
 from tests.contracts import experts, variants
 from tests.contracts.test_optim import step_taken
@@ -76,16 +75,20 @@ def test_biases_of_experts_that_are_all_chosen_are_not_judged(spec):
 
 
 @pytest.mark.parametrize("plant_id", plants_of(*OF_GATE))
-def test_preflight_gate_is_red_on_its_plant(spec, monkeypatch, plant_id):
-    from stackproof.museum import moe as room
-
-    monkeypatch.setattr(room, "moe", variants)
+def test_preflight_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
+    model = ModelConfig(**SIZES, ffn=OF_GATE[plant.gate])
+    cfg = small_cfg.model_copy(update={"model": model})
+
+    def of_the_stack():
+        found = gather(cfg, dataset, torch.device("cpu"))[1]
+        return call_check(spec.gates[plant.gate], found)
+
     with plant.apply():
-        verdict = judged(spec, plant.gate)
+        verdict = of_the_stack()
     assert verdict.outcome == "fail" and verdict.message and touches() > before
     assert plant.id in spec.gates[plant.gate].plants
-    assert judged(spec, plant.gate).passed, "the plant leaves nothing behind"
+    assert of_the_stack().passed, "the plant leaves nothing behind"
 
 
 # --- dispatch -------------------------------------------------------------------------------------
@@ -294,16 +297,12 @@ def test_collapse_is_not_run_without_a_choice(spec):
     assert seen(watcher(spec, top_k=4), [1], EVEN, EVEN)[0].outcome == "not_run"
 
 
-def test_collapse_is_red_under_its_plant(spec, monkeypatch):
-    from stackproof.museum import moe as room
-
-    monkeypatch.setattr(room, "moe", variants)
-    model = variants.Decoder(declared(AUXILIARY), 61, 3)
+def test_collapse_is_red_under_its_plant(spec):
+    model = build_model(ModelConfig(**SIZES, ffn=AUXILIARY), 61, seed=3)
     ids_BT = torch.randint(0, 61, (8, 64), generator=torch.Generator().manual_seed(1))
     check = watcher(spec, n_experts=8, top_k=2)
     with load_museum()["moe.router-reads-the-mean"].apply(), torch.no_grad():
-        model(ids_BT)
-    chosen = [torch.bincount(layer.ffn.found[1].flatten(), minlength=8) for layer in model.layers]
-    shares = [tuple((c / c.sum()).tolist()) for c in chosen]
+        loads = model.hidden_states(ids_BT)[1].loads
+    shares = [tuple((load.load_E / load.load_E.sum()).tolist()) for load in loads]
     assert seen(check, range(11, 400), *shares)[-1].outcome == "fail"
     assert seen(check, [400], *shares)[0].measured["busiest_frac"] == 1.0

@@ -1,7 +1,7 @@
 """Functions that tests of plant edits change. Their texts are quoted there."""
 
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 
 from icontract import require
 
@@ -59,6 +59,10 @@ class Counter:
     @property
     def double(self):
         return 2 * self.n
+
+    @cached_property
+    def triple(self):
+        return 3 * self.n
 
     @classmethod
     def fresh(cls):

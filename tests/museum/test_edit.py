@@ -75,6 +75,7 @@ def test_imports_come_before_the_changed_text():
         ("remembered", "x * 2", "x * 3", lambda: code.remembered(5), 10, 15),
         ("Counter.up", "self.n += 1", "self.n += 2", lambda: code.Counter().up(), 2, 3),
         ("Counter.double", "2 *", "4 *", lambda: code.Counter().double, 2, 4),
+        ("Counter.triple", "3 *", "6 *", lambda: code.Counter().triple, 3, 6),
         ("Counter.fresh", "cls().n", "-cls().n", lambda: code.Counter.fresh(), 1, -1),
         ("Counter.one", "return 1", "return 7", lambda: code.Counter.one(), 1, 7),
         ("Child.up", "+ 10", "+ 20", lambda: code.Child().up(), 12, 22),

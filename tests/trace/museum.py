@@ -105,7 +105,7 @@ EXHIBITS: dict[str, Found | Unseen] = {
     "model.head-init-wrong": Found(
         drawn, "attention_out", ("ffn.out",), bisected=both("attention_out", "ffn.out")
     ),
-    "model.init-std-too-big": Found(drawn, "embedding", ("q",), (0,), ("embedding", "layers.0.q")),
+    "model.init-std-too-big": Found(drawn, "embedding"),
     "model.layers-drawn-alike": Found(
         drawn,
         "embedding",

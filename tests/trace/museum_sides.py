@@ -16,7 +16,7 @@ from stackproof.config import AdamW, MixtureOfExperts, ModelConfig
 from stackproof.export import huggingface, reading
 from stackproof.kernels import chunked_attention, cross_entropy, dispatch
 from stackproof.model import hugging_face
-from stackproof.model.build import build_model
+from stackproof.model.build import build_model, compile_hidden_states
 from stackproof.model.forward_context import KVCache
 from stackproof.museum.plant import swap
 from stackproof.trace import variant
@@ -131,10 +131,11 @@ def uneven(model):
 
 
 def compiled(plant):
-    """The plant acts when blocks are compiled."""
-    model = built()
+    """The plant acts when the forward is compiled."""
+    model, bad = built(), copy.deepcopy(built())
     with plant.apply():
-        return variant(model), replace(variant(model, "compiled"), around=plant.apply)
+        bad.hidden_states = compile_hidden_states(bad)
+    return variant(model), variant(bad)
 
 
 # ---- folders of another library
