@@ -18,8 +18,8 @@ def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Every kernel that the run has chosen gives the outputs and gradients of its reference at the
     run's own shapes, and the head those of float64 around the borders of its chunks.
 
-    Calls of torch's own kernels are counted and not compared: there is no other function that
-    they must equal.
+    Calls of torch's own kernels are counted and not compared: `model.gradient` compares what they
+    compute with float64, as parts of the whole model.
     """
     calls, chunk_rows = subject.kernels.calls(), subject.kernels.head_chunk_rows
     if not calls:

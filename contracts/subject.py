@@ -566,7 +566,7 @@ class KernelCall(Protocol):
 
     title: str
     half: bool
-    is_reference: bool  # the kernel is torch's own, so there is nothing to compare it with
+    is_reference: bool  # the kernel is torch's own
 
     def compared(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Outputs and gradients by name: of the kernel, and of its reference on the same numbers

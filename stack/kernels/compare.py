@@ -49,7 +49,7 @@ class ChosenCall:
 
     @property
     def is_reference(self) -> bool:
-        """Whether the kernel is torch's own, which other kernels have to equal."""
+        """Whether the kernel is torch's own."""
         return self.kernel == TORCH
 
     def compared(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
