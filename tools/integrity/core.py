@@ -23,7 +23,7 @@ from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger
 from stackproof.spec.records import Record
 from stackproof.spec.registry import Release, read_registry
-from tools.site_pages.exhibits import Exhibit, read_exhibits
+from tools.exhibits import Exhibit, read_exhibits
 
 
 @dataclass(frozen=True)

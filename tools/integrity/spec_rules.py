@@ -17,9 +17,9 @@ from stackproof.spec.registry import read_registry
 from stackproof.spec.releases import FILE as RELEASES
 from stackproof.spec.releases import frozen_release, read_releases, release_text
 from stackproof.spec.runners import load_runners, unfed
+from tools.exhibits import source_of
 from tools.integrity.core import RULES, Repo, git_blob_id, rule
 from tools.integrity.former_fingerprint import first_form
-from tools.site_pages.exhibits import source_of
 
 Found = Iterator[tuple[str, int, str]]
 CARRIED = "spec/carried.jsonl"
