@@ -528,7 +528,7 @@ def test_a_crashing_rule_is_a_finding(repo, monkeypatch):
         raise RuntimeError("oops")
         yield
 
-    monkeypatch.setitem(RULES, "CHAIN", core.Rule("CHAIN", "t", "w", "h", crash))
+    monkeypatch.setitem(RULES, "CHAIN", core.Rule("CHAIN", "t", "w", "h", crash, core.whole))
     assert "INTERNAL" in found(repo)
 
 

@@ -1,1 +1,1 @@
-"""Pages of the site, from the spec, the museum and the ledger. Needs the extra `docs`, not torch."""
+"""Pages of the site, from spec, museum and ledger. Needs the extra `docs`, not torch."""
