@@ -77,7 +77,7 @@ def _edited(source: str, edits: list[Edit]) -> str:
 
 
 def source_of(root: Path, target: str) -> tuple[str, str]:
-    """(file, text) of the function "module:Class.name"; the text is empty if there is none."""
+    """(file, text) of the function "module:Class.name"; an empty text without it."""
     module, _, name = target.partition(":")
     path = module.removeprefix("stackproof.").replace(".", "/") + ".py"
     if not (root / path).is_file() and (root / "stack" / path).is_file():

@@ -17,20 +17,17 @@ KINDS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @dataclass(frozen=True)
 class Definition:
-    """A function or class of a file."""
+    """A function or class: the line of its name, the lines of its text, and its file's text."""
 
-    node: KINDS
-    file: str  # its whole text
-
-    @property
-    def line(self) -> int:
-        return self.node.lineno
+    line: int
+    first: int
+    last: int
+    file: str
 
     @property
     def text(self) -> str:
         """The dedented source text, decorators included."""
-        first = min([self.line, *(d.lineno for d in self.node.decorator_list)])
-        return textwrap.dedent("\n".join(self.file.splitlines()[first - 1 : self.node.end_lineno]))
+        return textwrap.dedent("\n".join(self.file.splitlines()[self.first - 1 : self.last]))
 
 
 def definitions(path: Path) -> dict[str, Definition]:
@@ -40,12 +37,13 @@ def definitions(path: Path) -> dict[str, Definition]:
 
 @cache
 def _parsed(path: Path, mtime_ns: int) -> dict[str, Definition]:
-    text = path.read_text("utf-8")
-    return {name: Definition(node, text) for name, node in _named(ast.parse(text), "")}
+    file = path.read_text("utf-8")
+    return dict(_named(ast.parse(file), "", file))
 
 
-def _named(parent: ast.AST, prefix: str) -> Iterator[tuple[str, KINDS]]:
+def _named(parent: ast.AST, prefix: str, file: str) -> Iterator[tuple[str, Definition]]:
     for node in getattr(parent, "body", ()):
         if isinstance(node, KINDS):
-            yield f"{prefix}{node.name}", node
-            yield from _named(node, f"{prefix}{node.name}.")
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            yield f"{prefix}{node.name}", Definition(node.lineno, first, node.end_lineno, file)
+            yield from _named(node, f"{prefix}{node.name}.", file)

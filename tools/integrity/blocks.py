@@ -20,7 +20,7 @@ def find(text: str) -> list[tuple[str, int, str]]:
 
 
 def make(repo: Repo, name: str) -> str | None:
-    """The content of a block; None if there is no such generator."""
+    """The content of a block; None for an unknown generator."""
     generator, _, argument = name.partition(":")
     if generator not in GENERATORS:
         return None

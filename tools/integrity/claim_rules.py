@@ -36,7 +36,7 @@ def refuted(kind: str, values: list[float], bound: float | None = None) -> str:
 
 def table_column(lines: list[str], before: int, name: str) -> list[float]:
     """Numbers under the heading `name` in the last table with it that begins above line `before`;
-    empty if there is no such table.
+    empty without such a table.
     """
     for start in range(min(before, len(lines) - 1) - 1, -1, -1):
         cells = _cells(lines[start])
@@ -70,7 +70,7 @@ def _refuted(kind: str, name: str, bound: str, values: list[float]) -> list[str]
 
 
 def _unevaluated(text: str) -> str:
-    """A word that claims a curve without a series to evaluate; empty if there is none."""
+    """The first word that claims a curve without a series to evaluate, or an empty text."""
     word = IN_WORDS.search(text)
     return word.group() if word and not CLAIM.search(text) else ""
 

@@ -112,8 +112,10 @@ def at(path: str) -> Scope:
     return lambda repo: [(path, ())]
 
 
-def each_record(repo: "Repo") -> Iterable[tuple[str, tuple[Record]]]:
-    return ((repo.record_file(r.id), (r,)) for r in repo.records.values())
+def each_record(repo: "Repo", *, spec: str = "") -> Iterable[tuple[str, tuple[Record]]]:
+    """Records that no later one supersedes; only those of one spec if its sha256 is given."""
+    records = (r for r in repo.records.values() if spec in ("", r.spec.sha256))
+    return ((repo.record_file(r.id), (r,)) for r in records)
 
 
 def each_gate(repo: "Repo") -> Iterable[tuple[str, tuple]]:

@@ -131,7 +131,7 @@ def spec_changelog(repo: Repo) -> Messages:
 
 @rule(
     "GOALPOST",
-    title="A limit is loosened only by a new version that says so",
+    title="A limit is loosened only by a new version whose changelog names the gate",
     why="A threshold moved after the run turns a failure into a success.",
     hint="name the gate in the new version's section of spec/CHANGELOG.md, and prove it again",
 )
@@ -274,7 +274,7 @@ def check_exists(repo: Repo, gate: Gate) -> Messages:
     check = repo.python_functions(path).get(name)
     if check is None:
         yield f"gate {gate.id}: {path} defines no {name}"
-    elif f'@decides("{gate.id}")' not in repo.text(path):
+    elif f'@decides("{gate.id}")' not in check.text:
         yield At(f"{name} is not decorated with @decides({gate.id!r})", check.line, path)
 
 
@@ -377,8 +377,8 @@ def runner_fed(repo: Repo) -> Messages:
 
 
 def _unentered(repo: Repo, files: set[str]) -> Messages:
-    """Places of the stack that ask gates without being a runner's file; the museum asks one gate at
-    a time, and a replay as well.
+    """Files of the stack that open a Gatekeeper and belong to no runner. The museum and a replay
+    check one gate at a time.
     """
     for path in repo.source_files:
         if path.startswith("stack/") and path not in files:
