@@ -44,7 +44,7 @@ class Archived(Frozen):
 
 
 class History:
-    """The commits of the repository that tracks an evidence folder."""
+    """The commits of the git repository that tracks a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -60,9 +60,9 @@ class History:
 
     @cached_property
     def complete(self) -> bool:
-        """Whether git holds the whole history: the ledger is tracked and the clone not shallow."""
-        tracked = self.git("ls-files", "--error-unmatch", "ledger.jsonl") is not None
-        return tracked and self.git("rev-parse", "--is-shallow-repository") == b"false\n"
+        """Whether git tracks files of the folder and holds their whole history."""
+        shallow = self.git("rev-parse", "--is-shallow-repository")
+        return bool(self.git("ls-files", ".")) and shallow == b"false\n"
 
     @cached_property
     def commits(self) -> frozenset[str]:

@@ -30,7 +30,7 @@ try:
         repo_rules,
         spec_rules,
     )
-    from tools.integrity.core import RULES, Finding, Repo
+    from tools.integrity.core import RULES, Finding, Repo, findings_in
 except ModuleNotFoundError as e:
     print(
         f"error: the integrity check needs {e.name}, which is not installed\n  next     pip "
@@ -43,12 +43,6 @@ except ModuleNotFoundError as e:
 def check(root: Path) -> list[Finding]:
     """All findings of all rules in a checkout, ordered by rule and place, each once."""
     return findings_in(Repo(root))
-
-
-def findings_in(repo: Repo) -> list[Finding]:
-    """`check`, of a repository that is already open."""
-    found = [f for rule in RULES.values() for f in rule.run(repo)]
-    return sorted(set(found), key=lambda f: (f.code, f.path, f.line, f.message))
 
 
 def explain(code: str) -> int:

@@ -7,9 +7,10 @@ Exit code 0: nothing found. 6: an import against the arrow, or a circle.
 import argparse
 import ast
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,10 +26,11 @@ ORDER = [f"stackproof.{layer}" for layer in LAYERS.split()]
 # The trainer calls what checks a run before step 1, and that is made of the trainer's own parts.
 TOGETHER = {"stackproof.subject": "stackproof.train"}
 RANK = {name: rank for rank, name in enumerate(ORDER)}
+HEAVY = ("torch", "numpy", "tokenizers", "safetensors")
 # Nothing in these may import the named packages, at module level or anywhere.
 FORBIDDEN = {
-    "spec": ("torch", "numpy", "typer", "rich", "tokenizers", "safetensors"),
-    "tools": ("torch", "numpy", "tokenizers", "safetensors"),
+    "spec": (*HEAVY, "typer", "rich"),
+    "tools": HEAVY,
     "contracts": ("tools",),
     "stack": ("transformers", "tools"),
 }
@@ -66,89 +68,83 @@ def module_of(path: Path) -> str:
     return ".".join([NAMES.get(folder, folder), *(p for p in parts if p != "__init__")])
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
-    """(line, dotted module, at module level) of every import,
-    also inside functions and conditions.
+class Import(NamedTuple):
+    """An import statement of one name: `import module` if `name` is empty."""
+
+    line: int
+    module: str
+    name: str
+    is_at_top: bool
+
+    @property
+    def full(self) -> str:
+        return f"{self.module}.{self.name}" if self.name else self.module
+
+
+def imports(path: Path) -> list[Import]:
+    """Every import of a file, also inside functions and conditions. A relative one begins with a
+    dot.
     """
+    tree = ast.parse(path.read_text("utf-8"))
     top = {id(n) for n in ast.iter_child_nodes(tree)}
+    found = []
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
-                yield from ((node.lineno, a.name, id(node) in top) for a in names)
-            case ast.ImportFrom(module=str(module), names=names, level=0):
-                yield from (
-                    (
-                        node.lineno,
-                        f"{module}.{a.name}" if module == "stackproof" else module,
-                        id(node) in top,
-                    )
-                    for a in names
-                )
-            case ast.ImportFrom(level=level) if level > 0:
-                yield node.lineno, "." * level, id(node) in top
+                found += [Import(node.lineno, a.name, "", id(node) in top) for a in names]
+            case ast.ImportFrom(names=names, level=level):
+                module = "." * level + (node.module or "")
+                found += [Import(node.lineno, module, a.name, id(node) in top) for a in names]
+    return found
 
 
-def check_file(root: Path, path: Path) -> Iterator[str]:
+def check_file(path: str, found: Sequence[Import]) -> Iterator[str]:
     """Problems of one file as `path:line message`."""
-    relative = path.relative_to(root)
-    own = package_of(module_of(relative))
-    light = relative.parts[:2] == ("stack", "cli") or relative.as_posix() in LIGHT_AT_IMPORT
-    for line, module, at_top in imports(ast.parse(path.read_text("utf-8"))):
-        where, first = f"{relative.as_posix()}:{line}", module.split(".")[0]
+    folder, own = path.partition("/")[0], package_of(module_of(Path(path)))
+    light = path.startswith("stack/cli/") or path in LIGHT_AT_IMPORT
+    for each in found:
+        module = each.full if each.module == "stackproof" else each.module
+        where, first = f"{path}:{each.line}", module.partition(".")[0]
         if module.startswith("."):
             yield f"{where} relative import; write the full name"
-        witness = WITNESS.get(relative.as_posix()) == first and not at_top
-        if first in FORBIDDEN.get(relative.parts[0], ()) and not witness:
-            yield f"{where} {relative.parts[0]} must not import {first}"
-        if light and at_top and first in ("torch", "numpy", "safetensors", "tokenizers"):
+        witness = WITNESS.get(path) == first and not each.is_at_top
+        if first in FORBIDDEN.get(folder, ()) and not witness:
+            yield f"{where} {folder} must not import {first}"
+        if light and each.is_at_top and first in HEAVY:
             yield f"{where} imports {first} at module level; commands must answer without it"
         if first in NAMES:
             yield f"{where} imports {module}; write {NAMES[first]}{module.removeprefix(first)}"
         target = package_of(module)
-        if relative.parts[0] == "tools" and target and not module.startswith(TOOLS_IMPORT):
+        if folder == "tools" and target and not module.startswith(TOOLS_IMPORT):
             yield f"{where} tools must not import {target}"
         if own and target and RANK[target] > RANK[own]:
             yield f"{where} {own} imports {target}, which stands above it"
 
 
-def imported(tree: ast.AST, known: Collection[str]) -> set[str]:
-    """The modules among `known` that a file imports, also inside functions."""
-    found = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            full = [f"{node.module}.{a.name}" for a in node.names]
-            found |= {name if name in known else node.module for name in full}
-    return found & set(known)
-
-
-def check_circles(root: Path, files: Sequence[Path]) -> Iterator[str]:
-    """One import circle, if there is any."""
-    names = {module_of(p.relative_to(root)): p for p in files}
+def check_circles(files: dict[str, list[Import]]) -> Iterator[str]:
+    """The first import circle."""
+    paths = {module_of(Path(path)): path for path in files}
     graph = {
-        name: imported(ast.parse(p.read_text("utf-8")), names) - {name} for name, p in names.items()
+        name: ({i.full if i.full in paths else i.module for i in files[path]} & paths.keys())
+        - {name}
+        for name, path in paths.items()
     }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as e:
         circle = e.args[1][::-1]
-        yield (
-            f"{names[circle[0]].relative_to(root).as_posix()}: import circle {' -> '.join(circle)}"
-        )
+        yield f"{paths[circle[0]]}: import circle {' -> '.join(circle)}"
 
 
 def check(root: Path) -> list[str]:
     """All problems of a checkout. An empty checkout is a problem."""
-    files = [
-        p
-        for folder in ("spec", "contracts", "stack", "tools")
-        for p in sorted((root / folder).rglob("*.py"))
-    ]
+    folders = ("spec", "contracts", "stack", "tools")
+    paths = [p for folder in folders for p in sorted((root / folder).rglob("*.py"))]
+    files = {p.relative_to(root).as_posix(): imports(p) for p in paths}
     if not files:
         return [f"{root} holds no source file of spec, contracts, stack or tools"]
-    return [
-        *(problem for path in files for problem in check_file(root, path)),
-        *check_circles(root, files),
-    ]
+    problems = dict.fromkeys(x for path, found in files.items() for x in check_file(path, found))
+    return [*problems, *check_circles(files)]
 
 
 def main(arguments: list[str] | None = None) -> int:

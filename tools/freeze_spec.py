@@ -38,7 +38,7 @@ def freeze(root: Path) -> int:
 
 
 def _committed(root: Path) -> bytes | None:
-    """The file at HEAD; None where there is no commit of it."""
+    """The file at HEAD; None if it was never committed."""
     done = subprocess.run(["git", "-C", str(root), "show", f"HEAD:{FILE}"], capture_output=True)
     return done.stdout if done.returncode == 0 else None
 

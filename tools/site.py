@@ -26,10 +26,10 @@ from tools.site_pages.config_keys import config_page  # noqa: E402
 from tools.site_pages.data import data_index  # noqa: E402
 from tools.site_pages.findings import findings_page  # noqa: E402
 from tools.site_pages.gates import coverage_page, gate_page, gates_index  # noqa: E402
-from tools.site_pages.markup import Page  # noqa: E402
 from tools.site_pages.models import model_page, models_index  # noqa: E402
 from tools.site_pages.museum import museum_page, room_pages  # noqa: E402
 from tools.site_pages.proof import failures_page, margins_page, matrix_page, symptoms_page  # noqa: E402
+from tools.site_pages.render import Page  # noqa: E402
 from tools.site_pages.runs import archived_page, run_page, runs_index  # noqa: E402
 from tools.site_pages.world import World, load_world  # noqa: E402
 
@@ -58,9 +58,9 @@ def generated_pages(world: World) -> list[Page]:
         benchmarks_page(world),
         models_index(world),
         *(model_page(world, model) for model in world.releases),
-        reference.cli_page(world),
-        config_page(world),
-        reference.errors_page(world),
+        reference.cli_page(),
+        config_page(),
+        reference.errors_page(),
     ]
 
 
@@ -86,7 +86,6 @@ def on_page_markdown(markdown: str, page: MkDocsPage, config: MkDocsConfig, file
     """Put generated blocks where a hand-written page marks a place for them:
     `<!-- site:NAME -->` alone on a line.
     """
-    here = Page(page.file.src_uri, page.title or "")
 
     def block(match: re.Match) -> str:
         if match[1] not in BLOCKS:
@@ -94,7 +93,7 @@ def on_page_markdown(markdown: str, page: MkDocsPage, config: MkDocsConfig, file
                 f"{page.file.src_uri}: no block is called {match[1]}; known: {', '.join(BLOCKS)}"
             )
         try:
-            return BLOCKS[match[1]](_current["world"], here)
+            return BLOCKS[match[1]](_current["world"], page.file.src_uri)
         except StackproofError as e:
             raise PluginError(f"{page.file.src_uri}: {e}") from e
 

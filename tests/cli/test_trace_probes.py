@@ -91,7 +91,7 @@ def page_of(run_dir) -> str:
     shutil.copytree(run_dir, evidence / record.id, dirs_exist_ok=True)
     world = SimpleNamespace(ledger=Ledger(evidence))
     world.series = partial(World.series, world)
-    return "\n".join([*probes(world, record), *sections(world, record)])
+    return probes(world, record) + sections(world, record)
 
 
 @pytest.mark.parametrize(

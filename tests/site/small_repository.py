@@ -1,9 +1,7 @@
 """A small repository with two gates, two plants and an optional ledger, for tests of the site."""
 
-import shutil
 from pathlib import Path
 
-from stackproof.spec import ROOT
 from stackproof.spec.canonical import canonical_json, sha256_bytes, sha256_json
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Ledger
@@ -82,38 +80,19 @@ old = "a + b - c"
 new = "b + a - c"
 """
 GENERATORS = "def off_by_one():\n    yield\n"
-CLI = {
-    "verbs": {
-        "train": {
-            "help": "Train a model.",
-            "arguments": [
-                {"name": "recipe", "required": False, "many": False, "help": "recipe or run file"}
-            ],
-            "options": [
-                {"flags": ["--set"], "takes_value": True, "many": True, "help": "change a key"}
-            ],
-            "examples": ["stack train pocket --set optim.lr=3e-4"],
-        },
-        "gates list": {"help": "List gates.", "arguments": [], "options": [], "examples": []},
-    }
-}
 
 
 def write_repository(root: Path, *, gate_of_second_plant: str = "loss.adds-up") -> Path:
-    """Spec, checks, museum, configuration and command line; no evidence."""
+    """Spec, checks and museum; no evidence."""
     for folder in ("spec/gates", "contracts", "stack/museum/plants", "evidence"):
         (root / folder).mkdir(parents=True)
     (root / "spec/spec.toml").write_text(SPEC)
     (root / "spec/gates/loss.toml").write_text(GATES)
-    (root / "spec/cli.json").write_bytes(canonical_json(CLI))
     (root / "contracts/loss.py").write_text(CHECKS)
     (root / "stack/museum/plants/loss.toml").write_text(
         PLANTS.replace("GATE", gate_of_second_plant)
     )
     (root / "stack/museum/loss.py").write_text(GENERATORS)
-    shutil.copytree(
-        ROOT / "stack/config", root / "stack/config", ignore=shutil.ignore_patterns("__pycache__")
-    )
     return root
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from tests.tools import archived
 from tools.site_pages import home
-from tools.site_pages.markup import Page
 from tools.site_pages.runs import archived_page, run_page, runs_index
 from tools.site_pages.world import load_world
 
@@ -46,7 +45,5 @@ def test_without_history_it_is_listed_as_archived(built):
     page = archived_page(line)
     assert page.path == f"runs/{gone}.md" and "the record is not verified" in page.text()
     assert line.commit in page.text() and all(sha in page.text() for sha in line.files.values())
-    assert "and 1 archived ones that this build could not verify" in home.verdict(
-        world, Page("a", "b")
-    )
+    assert "and 1 archived ones that this build could not verify" in home.verdict(world, "a")
     assert gone in home.evidence_json(world)

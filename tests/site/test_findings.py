@@ -36,7 +36,9 @@ def test_what_was_gone_around_is_said_to_be(world, monkeypatch):
     first = world.findings[0].model_dump() | {"route_around": True, "fix": None, "positive": None}
     monkeypatch.setitem(vars(world), "findings", [Finding.model_validate(first)])
     text = findings_page(world).text()
-    assert "Gone around, not mended: its gates are not discharged" in text and "Gone in" not in text
+    assert (
+        "Worked around, not fixed: its gates are not discharged" in text and "Fixed in" not in text
+    )
     link = {"hypothesis": "the moon", "evidence": f"{first['negative']}#E4"}
     monkeypatch.setitem(
         vars(world), "findings", [Finding.model_validate(first | {"ruled_out": [link]})]

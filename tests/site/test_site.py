@@ -14,6 +14,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
+from stackproof.cli.surface import surface
 from stackproof.spec import ROOT, records
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.gates import load_spec
@@ -139,7 +140,11 @@ def test_museum_shows_story_and_outcome_under_an_anchor(site):
 
 
 def test_reference_pages_are_written_from_their_sources(site):
-    assert "stack train pocket --set optim.lr=3e-4" in text_of(site / "cli.html")
+    commands = text_of(site / "cli.html")
+    for name, command in surface()["verbs"].items():
+        assert f"stack {name}" in commands
+        assert all(flag in commands for option in command["options"] for flag in option["flags"])
+        assert all(example in commands for example in command["examples"])
     config = text_of(site / "config.html")
     assert (
         "optim.max_grad_norm" in config
@@ -240,7 +245,13 @@ def test_charts_thin_out_and_skip_what_is_not_finite():
     svg = loss_chart(
         "t", [Curve("train", points, "nats")], [Flag(3, "F", "a < b")], x_label="x", y_label="y"
     )
-    assert "nan" not in svg and "a &lt; b" in svg and "140 of 2000" in svg and "\n\n" not in svg
+    assert (
+        "nan" not in svg
+        and "<title>a < b</title>" in html.unescape(svg)
+        and "a < b" not in svg
+        and "140 of 2000" in svg
+        and "\n\n" not in svg
+    )
     assert (
         loss_chart("t", [Curve("train", [(1, float("inf"))], "nats")], x_label="x", y_label="y")
         == ""

@@ -27,7 +27,7 @@ def repo(text, claim="", series=()):
 
 
 def findings(*arguments, **options):
-    return [message for _, _, message in claim_series(repo(*arguments, **options))]
+    return [at.message for at in claim_series(repo(*arguments, **options))]
 
 
 def test_the_founding_table_is_not_monotone():
@@ -42,10 +42,10 @@ def test_the_founding_table_is_not_monotone():
 def test_the_words_alone_are_a_finding():
     assert findings(
         "\n".join([*FOUNDING, "loss curve is monotonically decreasing through warmup"])
-    ) == ["says monotonically of something that no claim evaluates"]
+    ) == ["uses 'monotonically' without a claim to evaluate"]
     assert findings("nothing is said") == []
     assert findings("", claim="The loss is monotonic.") == [
-        "the claim says monotonic and names no series"
+        "the claim uses 'monotonic' and names no series"
     ]
 
 

@@ -39,10 +39,10 @@ from tools.integrity.core import Repo
         ),
         (
             {"figures": (4, 3), "stated": ("higher", "neither")},
-            "better higher and lower: its records say higher, the finding lower",
+            "is higher and lower: its records state higher, the finding lower",
         ),
-        ({"better": None, "stated": ("lower", "higher")}, "better higher and lower"),
-        ({"better": None}, "is not said to be better lower or higher"),
+        ({"better": None, "stated": ("lower", "higher")}, "is higher and lower"),
+        ({"better": None}, "is not stated to be lower or higher"),
         ({"figures": ("NaN", 3)}, None),
         ({"figures": (3, "NaN")}, "3.0 in its negative record and nan in its positive one"),
         ({"figures": ("Infinity", 3)}, None),

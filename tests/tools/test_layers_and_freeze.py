@@ -96,6 +96,16 @@ def test_an_import_circle_is_named_also_inside_a_function(tmp_path, back):
     assert "import circle" in problem and all(f"stackproof.cli.{name}" in problem for name in "abc")
 
 
+def test_tools_import_instead_of_parsing_where_they_can():
+    """Only these parse Python: imports, definitions that need torch, and files of old commits."""
+    parsers = {
+        path.relative_to(ROOT / "tools").as_posix()
+        for path in (ROOT / "tools").rglob("*.py")
+        if any(each.full == "ast" for each in check_layers.imports(path))
+    }
+    assert parsers == {"check_layers.py", "source.py", "integrity/former_fingerprint.py"}
+
+
 def test_nothing_to_read_is_not_green(tmp_path):
     assert check_layers.main(["--root", str(tmp_path)]) == 6
 

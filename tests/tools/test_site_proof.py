@@ -10,8 +10,8 @@ from stackproof.museum.edit import Edit
 from stackproof.museum.plant import Plant
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.records import Kill, Record
+from tools.exhibits import plant_diff
 from tools.site_pages import proof
-from tools.site_pages.exhibits import plant_diff
 from tools.site_pages.museum import museum_page, room_pages
 from tools.site_pages.world import load_world
 

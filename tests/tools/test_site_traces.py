@@ -14,7 +14,7 @@ def world(rows):
 
 
 def blocks(kind, rows):
-    return "\n".join(sections(world(rows), SimpleNamespace(kind=kind)))
+    return sections(world(rows), SimpleNamespace(kind=kind))
 
 
 def point(layer, slot, z, std=0.5, **more):

@@ -1,9 +1,8 @@
-"""Rules about records that left the tree: the archive list against ledger, tree and history."""
+"""Rules about archived records: the archive list against ledger, tree and history."""
 
 from stackproof.spec.archive import FILE, METADATA, Archived
 from stackproof.spec.errors import NoHistory, StackproofError
-from tools.integrity.core import Repo, rule
-from tools.integrity.foreign import Found
+from tools.integrity.core import At, Messages, Repo, at, rule
 
 PATH = f"evidence/{FILE}"
 
@@ -11,33 +10,36 @@ PATH = f"evidence/{FILE}"
 @rule(
     "ARCHIVE",
     title="Archived records are in the ledger and in history, and not in the tree",
-    why="A record that can be neither read nor hashed is a record that was removed.",
+    why="A record that can be neither read nor hashed has been removed.",
     hint="git checkout evidence/; archive with stack evidence archive, and keep the history",
+    over=at(PATH),
 )
-def archive(repo: Repo) -> Found:
+def archive(repo: Repo) -> Messages:
     if unread := repo.ledger.unread():
         repo.not_verified.append(f"ARCHIVE: {len(unread)} archived record(s)")
     hashes = {e.record: e.sha256 for e in repo.entries}
     released = {record for model in repo.registry for record in model.records.values()}
     seen: set[str] = set()
     for number, line in enumerate(repo.ledger.archive.lines, start=1):
-        name = line.record
-        if name in seen:
-            yield PATH, number, f"{name} is listed twice"
+        name, accepted = line.record, repo.accepted.get(line.record)
+        problems = {
+            f"{name} is listed twice": name in seen,
+            f"{name} has no ledger line with this sha256": hashes.get(name) != line.files[METADATA],
+            f"{name} is listed as archived and is in the tree": (
+                repo.root / "evidence" / name
+            ).exists(),
+            f"{name} is a record of a released model, which stays in the tree": name in released,
+            f"{name} did not succeed; such records stay in the tree": (
+                accepted is not None and not accepted.succeeded
+            ),
+        }
+        messages = [message for message, found in problems.items() if found]
+        yield from (At(text, number) for text in (*messages, *_unreadable(repo, line)))
         seen.add(name)
-        if hashes.get(name) != line.files[METADATA]:
-            yield PATH, number, f"{name} has no ledger line with this sha256"
-        if (repo.root / "evidence" / name).exists():
-            yield PATH, number, f"{name} is listed as archived and is in the tree"
-        if name in released:
-            yield PATH, number, f"{name} is a record of a released model, which stays in the tree"
-        if name in repo.accepted and not repo.accepted[name].succeeded:
-            yield PATH, number, f"{name} did not succeed; such records stay in the tree"
-        yield from ((PATH, number, message) for message in _unreadable(repo, line))
 
 
 def _unreadable(repo: Repo, line: Archived) -> list[str]:
-    """What is wrong with the files of an archived record in history, where there is a history."""
+    """Problems with the files of an archived record in history; none without a history."""
     wrong = []
     for name in line.files:
         try:
@@ -54,7 +56,7 @@ def _unreadable(repo: Repo, line: Archived) -> list[str]:
     title="The archive list only ever grew",
     why="A line that is edited or removed makes a record unreachable.",
     hint="restore the committed lines",
+    over=at(PATH),
 )
-def append_only(repo: Repo) -> Found:
-    if commit := repo.rewritten(PATH):
-        yield PATH, 0, f"lines committed in {commit[:10]} were changed or removed"
+def append_only(repo: Repo) -> Messages:
+    return repo.rewritten(PATH)

@@ -1,23 +1,21 @@
-"""Claims are evaluated on what they speak of: `monotone(x)`, `falls(x)`, `below(x, bound)` on a
-series, breadth on its answers.
+"""Claims about curves are evaluated on their numbers: `monotone(x)`, `falls(x)`, `below(x, bound)`
+of a table above or of a record's log.
 """
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 
-from tools.integrity.core import Repo, rule
+from tools.integrity.core import At, Messages, Repo, rule
 
-Found = Iterator[tuple[str, int, str]]
 CLAIM = re.compile(
     r"\b(monotone|falls|below)\(([^(),]+?)(?:,\s*([-+.\de]+))?(?:\s+of\s+([\w-]+))?\)"
 )
 IN_WORDS = re.compile(r"\bmonotonic(ally)?\b", re.IGNORECASE)
+NUMBER = re.compile(r"[-−+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
 def refuted(kind: str, values: list[float], bound: float | None = None) -> str:
-    """What of the values speaks against the claim; empty if nothing does.
-    Fewer than two values support no claim.
+    """The values that refute a claim; empty if it holds. Fewer than two values support no claim.
 
     `monotone`: no value is above the one before it. `falls`: the last is below the first.
     `below`: each is below `bound`.
@@ -26,49 +24,39 @@ def refuted(kind: str, values: list[float], bound: float | None = None) -> str:
         return f"{len(values)} value(s) support no claim"
     match kind:
         case "monotone":
-            rises = [f"{a:g} is followed by {b:g}" for a, b in pairwise(values) if not b <= a]
-            return rises[0] if rises else ""
+            rises = (f"{a:g} is followed by {b:g}" for a, b in pairwise(values) if not b <= a)
+            return next(rises, "")
         case "falls":
-            return (
-                ""
-                if values[-1] < values[0]
-                else f"the first is {values[0]:g}, the last {values[-1]:g}"
-            )
+            falls = values[-1] < values[0]
+            return "" if falls else f"the first is {values[0]:g}, the last {values[-1]:g}"
         case "below" if bound is not None:
             return next((f"{v:g} is not below {bound:g}" for v in values if not v < bound), "")
     return "below(x, bound) needs its bound"
 
 
 def table_column(lines: list[str], before: int, name: str) -> list[float]:
-    """Numbers under the heading `name` of the last table that begins above line `before` and has
-    it; empty if there is none.
+    """Numbers under the heading `name` in the last table with it that begins above line `before`;
+    empty without such a table.
     """
-    for start in range(before - 1, -1, -1):
+    for start in range(min(before, len(lines) - 1) - 1, -1, -1):
         cells = _cells(lines[start])
-        if (
-            name in cells
-            and start + 1 < len(lines)
-            and re.match(r"\s*\|[\s:|-]+\|\s*$", lines[start + 1])
-        ):
+        if name in cells and re.match(r"\s*\|[\s:|-]+\|\s*$", lines[start + 1]):
             at, values = cells.index(name), []
-            for row in lines[start + 2 :]:
-                if not row.lstrip().startswith("|"):
+            for row in map(_cells, lines[start + 2 :]):
+                if not row:
                     break
                 values += [
-                    float(x.replace("−", "-"))
-                    for x in _cells(row)[at : at + 1]
-                    if re.fullmatch(r"[-−+]?\d+(\.\d+)?(e[-+]?\d+)?", x)
+                    float(x.replace("−", "-")) for x in row[at : at + 1] if NUMBER.fullmatch(x)
                 ]
             return values
     return []
 
 
 def _cells(line: str) -> list[str]:
-    return (
-        [c.strip().strip("`*") for c in line.strip().strip("|").split("|")]
-        if line.lstrip().startswith("|")
-        else []
-    )
+    """The cells of a table row; empty for other lines."""
+    if not line.lstrip().startswith("|"):
+        return []
+    return [cell.strip().strip("`*") for cell in line.strip().strip("|").split("|")]
 
 
 def _series(repo: Repo, record: str, name: str) -> list[float]:
@@ -76,66 +64,39 @@ def _series(repo: Repo, record: str, name: str) -> list[float]:
     return [float(line[name]) for line in lines if name in line]
 
 
+def _refuted(kind: str, name: str, bound: str, values: list[float]) -> list[str]:
+    problem = refuted(kind, values, float(bound) if bound else None)
+    return [f"{kind}({name}) does not hold: {problem}"] if problem else []
+
+
+def _unevaluated(text: str) -> str:
+    """The first word that claims a curve without a series to evaluate, or an empty text."""
+    word = IN_WORDS.search(text)
+    return word.group() if word and not CLAIM.search(text) else ""
+
+
 @rule(
     "CLAIM-SERIES",
     title="A claim about a curve holds on the curve",
     why="A loss was called monotonically decreasing beside a table in which it rose twice.",
-    hint=(
-        "write monotone(x), falls(x) or below(x, bound) of a table above or `of RECORD`, and let "
-        "the numbers decide; else drop the words"
-    ),
+    hint="write monotone(x), falls(x) or below(x, bound) of a table above or `of RECORD`, and let "
+    "the numbers decide; else drop the words",
 )
-def claim_series(repo: Repo) -> Found:
+def claim_series(repo: Repo) -> Messages:
     for path in repo.markdown:
-        text = repo.text(path)
-        if not CLAIM.search(text) and not IN_WORDS.search(text):
-            continue
-        lines = text.splitlines()
+        lines = repo.text(path).splitlines()
         for number, line in enumerate(lines, start=1):
             for kind, name, bound, record in CLAIM.findall(line):
                 values = (
                     _series(repo, record, name) if record else table_column(lines, number - 1, name)
                 )
-                if problem := refuted(kind, values, float(bound) if bound else None):
-                    yield path, number, f"{kind}({name}) does not hold: {problem}"
-            if IN_WORDS.search(line) and not CLAIM.search(line):
-                yield (
-                    path,
-                    number,
-                    f"says {IN_WORDS.search(line).group()} of something that no claim evaluates",
-                )
+                yield from (At(x, number, path) for x in _refuted(kind, name, bound, values))
+            if word := _unevaluated(line):
+                yield At(f"uses {word!r} without a claim to evaluate", number, path)
     for record_id, record in repo.records.items():
-        where = repo.record_file(record_id)
+        path = repo.record_file(record_id)
         for kind, name, bound, other in CLAIM.findall(record.claim):
-            if problem := refuted(
-                kind, _series(repo, other or record_id, name), float(bound) if bound else None
-            ):
-                yield where, 0, f"{kind}({name}) does not hold: {problem}"
-        if IN_WORDS.search(record.claim) and not CLAIM.search(record.claim):
-            yield (
-                where,
-                0,
-                f"the claim says {IN_WORDS.search(record.claim).group()} and names no series",
-            )
-
-
-@rule(
-    "AUDIT-RECOMPUTE",
-    title="The breadth of an audit is that of its answers",
-    why=(
-        "A breadth that was edited, or counted over other answers, is a capability nobody has seen."
-    ),
-    hint="supersede the record with a true one",
-)
-def audit_recompute(repo: Repo) -> Found:
-    for record in repo.records.values():
-        lines = repo.series(record.id, "audits.jsonl")
-        last = [line for line in lines if line["step"] == max(x["step"] for x in lines)]
-        truth = {
-            "passes": sum(line["passed"] for line in last),
-            "breadth": len({line["domain"] for line in last if line["passed"]}),
-        }
-        for name, value in truth.items() if lines else ():
-            stated = record.metrics[name].value if name in record.metrics else None
-            if stated != value:
-                yield repo.record_file(record.id), 0, f"{name} = {stated}, its answers say {value}"
+            values = _series(repo, other or record_id, name)
+            yield from (At(x, path=path) for x in _refuted(kind, name, bound, values))
+        if word := _unevaluated(record.claim):
+            yield At(f"the claim uses {word!r} and names no series", path=path)

@@ -1,21 +1,18 @@
-"""Findings, the rule decorator, and the repository as rules see it:
-every file and git fact read once.
-"""
+"""Rules of the repository, the loop that runs them, and the checkout as they read it."""
 
-import ast
 import hashlib
 import io
 import json
-import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from stackproof.spec import findings
+from stackproof.spec.archive import History
 from stackproof.spec.coverage import GateState, coverage
 from stackproof.spec.errors import IntegrityError, StackproofError
 from stackproof.spec.failures import Catalogue, load_catalogue
@@ -23,12 +20,16 @@ from stackproof.spec.gates import Spec, load_spec
 from stackproof.spec.ledger import Entry, Ledger
 from stackproof.spec.records import Record
 from stackproof.spec.registry import Release, read_registry
-from tools.site_pages.exhibits import Exhibit, read_exhibits
+from tools.exhibits import Exhibit, read_exhibits
+from tools.source import Definition, definitions
+
+LEDGER, REGISTRY = "evidence/ledger.jsonl", "evidence/registry.toml"
+SOURCES = ("spec/", "contracts/", "stack/", "tools/")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """A violated rule, with the place and the next step."""
 
     code: str
     path: str
@@ -38,108 +39,156 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class At:
+    """A message of a rule about another place than the first line of its subject's file."""
+
+    message: str
+    line: int = 0
+    path: str = ""
+
+
+Messages = Iterator[str | At]
+Scope = Callable[["Repo"], Iterable[tuple[str, tuple]]]
+
+
+@dataclass(frozen=True)
 class Rule:
-    """A named check of the repository. `look` yields (path, line, message)."""
+    """A named check of the repository. `scope` gives (path, arguments) of each subject;
+    `look(repo, *arguments)` yields a message for each violation.
+    """
 
     code: str
     title: str
     why: str
     hint: str
-    look: Callable[["Repo"], Iterator[tuple[str, int, str]]]
-
-    def run(self, repo: "Repo") -> list[Finding]:
-        """Findings of this rule. What it cannot read is itself a finding:
-        a checker that cannot look never says green.
-        """
-        try:
-            return [
-                Finding(self.code, path, line, message, self.hint)
-                for path, line, message in self.look(repo)
-            ]
-        except StackproofError as e:
-            return [
-                Finding(
-                    "SCHEMA",
-                    "",
-                    0,
-                    f"{self.code} could not look: {e.what}",
-                    "repair what SCHEMA names first",
-                )
-            ]
-        except Exception as e:
-            return [
-                Finding(
-                    "INTERNAL",
-                    "tools",
-                    0,
-                    f"rule {self.code} crashed: {type(e).__name__}: {e}",
-                    "this is a bug of the checker",
-                )
-            ]
+    look: Callable[..., Messages]
+    scope: Scope
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(code: str, *, title: str, why: str, hint: str) -> Callable:
-    """Register a generator `look(repo)` as a rule."""
+def whole(repo: "Repo") -> Iterable[tuple[str, tuple]]:
+    """The repository as the one subject of a rule."""
+    return [("", ())]
+
+
+def rule(code: str, *, title: str, why: str, hint: str, over: Scope = whole) -> Callable:
+    """Register a generator as a rule. Raises ValueError if the code is taken."""
 
     def register(look: Callable) -> Callable:
         if code in RULES:
             raise ValueError(f"rule {code} is defined twice")
-        RULES[code] = Rule(code, title, why, hint, look)
+        RULES[code] = Rule(code, title, why, hint, look, over)
         return look
 
     return register
 
 
+def findings_in(repo: "Repo") -> list[Finding]:
+    """The findings of all rules, ordered by rule and place, each once. A rule that cannot read its
+    subject or crashes is a finding too.
+    """
+    found: set[Finding] = set()
+    for each in RULES.values():
+        try:
+            found |= {
+                Finding(each.code, at.path or path, at.line, at.message, each.hint)
+                for path, arguments in each.scope(repo)
+                for message in each.look(repo, *arguments)
+                for at in [message if isinstance(message, At) else At(message)]
+            }
+        except StackproofError as e:
+            text = f"{each.code} could not look: {e.what}"
+            found.add(Finding("SCHEMA", "", 0, text, "repair what SCHEMA names first"))
+        except Exception as e:
+            text = f"rule {each.code} crashed: {type(e).__name__}: {e}"
+            found.add(Finding("INTERNAL", "tools", 0, text, "this is a bug of the checker"))
+    return sorted(found, key=lambda f: (f.code, f.path, f.line, f.message))
+
+
+def at(path: str) -> Scope:
+    """The scope of a rule about one file."""
+    return lambda repo: [(path, ())]
+
+
+def each_record(repo: "Repo", *, spec: str = "") -> Iterable[tuple[str, tuple[Record]]]:
+    """Records that no later one supersedes; only those of one spec if its sha256 is given."""
+    records = (r for r in repo.records.values() if spec in ("", r.spec.sha256))
+    return ((repo.record_file(r.id), (r,)) for r in records)
+
+
+def each_gate(repo: "Repo") -> Iterable[tuple[str, tuple]]:
+    return ((gate_file(gate_id), (gate,)) for gate_id, gate in repo.spec.gates.items())
+
+
+def each_release(repo: "Repo") -> Iterable[tuple[str, tuple[Release]]]:
+    return ((REGISTRY, (model,)) for model in repo.registry)
+
+
+def each_page(repo: "Repo") -> Iterable[tuple[str, tuple[str]]]:
+    """Hand-written Markdown files with their text."""
+    return ((path, (path, repo.text(path))) for path in repo.markdown)
+
+
+def gate_file(gate_id: str) -> str:
+    return f"spec/gates/{gate_id.partition('.')[0]}.toml"
+
+
+def number(record: Record, name: str) -> float | None:
+    """A metric as a number; None if the record lacks it."""
+    metric = record.metrics.get(name)
+    return float(metric.value) if metric is not None else None
+
+
 def git_blob_id(data: bytes, length: int = 40) -> str:
-    """The id that git gives to a file's content; 64 digits long in a sha256 repository."""
+    """The id of a file's content in git; 64 digits long in a sha256 repository."""
     algorithm = hashlib.sha256 if length == 64 else hashlib.sha1
     return algorithm(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Repo:
-    """A checkout. Everything is read lazily and once."""
+    """A checkout. Files and git facts are read lazily and once."""
 
     def __init__(self, root: Path):
         self.root = root.resolve()
-        self._functions: dict[str, dict[str, int]] = {}
-        self.not_verified: list[str] = []  # what rules could not look at for want of history
+        self.history = History(self.root)
+        self.not_verified: list[str] = []  # facts that need a history which the checkout lacks
 
     def git(self, *arguments: str) -> str | None:
-        """Output of a git command, or None if it failed."""
-        done = subprocess.run(["git", "-C", str(self.root), *arguments], capture_output=True)
-        return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None
+        """Output of a git command; None if it failed."""
+        done = self.history.git(*arguments)
+        return None if done is None else done.decode("utf-8", errors="replace")
 
     @contextmanager
     def tree_at(self, commit: str, *paths: str) -> Iterator[Path]:
         """A temporary folder with files as a commit holds them.
         Raises IntegrityError if git cannot read them.
         """
-        done = subprocess.run(
-            ["git", "-C", str(self.root), "archive", commit, "--", *paths], capture_output=True
-        )
-        if done.returncode:
-            raise IntegrityError(
-                f"commit {commit[:12]} cannot be read",
-                value=done.stderr.decode("utf-8", errors="replace").strip(),
-            )
+        archive = self.history.git("archive", commit, "--", *paths)
+        if archive is None:
+            raise IntegrityError(f"commit {commit[:12]} cannot be read", value=", ".join(paths))
         with (
             tempfile.TemporaryDirectory(prefix="stackproof-commit-") as folder,
-            tarfile.open(fileobj=io.BytesIO(done.stdout)) as files,
+            tarfile.open(fileobj=io.BytesIO(archive)) as files,
         ):
             files.extractall(folder, filter="data")
             yield Path(folder)
 
     @cached_property
-    def lacks_history(self) -> bool:
-        """Whether this is no git checkout, or a shallow clone of one."""
-        return (self.git("rev-parse", "--is-shallow-repository") or "true").strip() == "true"
-
-    @cached_property
     def tracked(self) -> list[str]:
-        return [p for p in (self.git("ls-files", "-z") or "").split("\0") if p]
+        """Files in git that exist in the working tree."""
+        listed = (self.git("ls-files", "-z") or "").split("\0")
+        return [path for path in listed if path and (self.root / path).is_file()]
+
+    @property
+    def source_files(self) -> list[str]:
+        """Tracked Python files of the package and of the tools."""
+        return [p for p in self.tracked if p.endswith(".py") and p.startswith(SOURCES)]
+
+    @property
+    def decisions(self) -> list[Path]:
+        return sorted((self.root / "docs" / "adr").glob("[0-9]*.md"))
 
     @cached_property
     def ancestors(self) -> dict[str, int]:
@@ -147,16 +196,16 @@ class Repo:
         lines = (self.git("log", "--format=%H %ct", "HEAD") or "").splitlines()
         return {sha: int(time) for sha, time in (line.split() for line in lines)}
 
-    def rewritten(self, path: str) -> str | None:
-        """The newest commit that held lines of an append-only file which a later form lacks."""
+    def rewritten(self, path: str) -> Messages:
+        """A message if a commit holds lines of an append-only file that a later form lacks."""
         file = self.root / path
         later = file.read_bytes().decode("utf-8", errors="replace") if file.is_file() else ""
         for commit in (self.git("log", "--format=%H", "-50", "--", path) or "").split():
             then = self.git("show", f"{commit}:{path}") or ""
             if not later.startswith(then):
-                return commit
+                yield f"lines committed in {commit[:10]} were changed or removed"
+                return
             later = then
-        return None
 
     @cached_property
     def spec(self) -> Spec:
@@ -176,7 +225,7 @@ class Repo:
 
     @cached_property
     def accepted(self) -> dict[str, Record]:
-        """Readable, hash-true records; the others are findings of their own rules."""
+        """Records that are readable and match their hash; RECORD-HASH reports the others."""
         found = {}
         for entry in self.entries:
             try:
@@ -201,14 +250,14 @@ class Repo:
 
     @cached_property
     def registry(self) -> list[Release]:
-        return read_registry(self.root / "evidence" / "registry.toml")
+        return read_registry(self.root / REGISTRY)
 
     def record_file(self, record_id: str, name: str = "metadata.json") -> str:
         return f"evidence/{record_id}/{name}"
 
     def series(self, record_id: str, name: str) -> list[dict]:
-        """Lines of a series beside a record; empty if it has none, or if series or record is not
-        what was hashed (other rules say so).
+        """Lines of a series beside a record. Empty if the record has none, or if a file does not
+        match its hash, which RECORD-HASH and ARTEFACT-HASH report.
         """
         record = self.accepted.get(record_id)
         declared = next((s for s in record.series if s.path == name), None) if record else None
@@ -220,31 +269,25 @@ class Repo:
 
     @cached_property
     def markdown(self) -> list[str]:
-        """Hand-written Markdown files, relative."""
-        wanted = [p for p in self.tracked if p.endswith(".md")]
-        return [
-            p
-            for p in wanted
-            if (self.root / p).is_file() and not p.startswith((".venv/", "evidence/"))
-        ]
+        """Hand-written Markdown files."""
+        outside = (".venv/", "evidence/")
+        return [p for p in self.tracked if p.endswith(".md") and not p.startswith(outside)]
 
     def text(self, path: str) -> str:
-        return (self.root / path).read_text("utf-8")
+        """The text of a file; empty if it does not exist."""
+        file = self.root / path
+        return file.read_text("utf-8") if file.is_file() else ""
 
-    def python_functions(self, path: str) -> dict[str, int]:
-        """Top-level functions and classes of a Python file with their line."""
-        if path not in self._functions:
-            file = self.root / path
-            body = ast.parse(file.read_text("utf-8")).body if file.is_file() else []
-            found = (
-                n
-                for n in body
-                if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-            )
-            self._functions[path] = {n.name: n.lineno for n in found}
-        return self._functions[path]
+    def python_functions(self, path: str) -> dict[str, Definition]:
+        """Functions and classes of a Python file by name."""
+        return definitions(self.root / path)
+
+    def missing_test(self, test: str) -> bool:
+        """Whether "path::name" or "path::name[case]" names no test. A path alone names a file."""
+        path, _, name = test.partition("::")
+        return name.partition("[")[0] not in self.python_functions(path)
 
     @cached_property
     def plants(self) -> dict[str, Exhibit]:
-        """Plants by id, with their place. Nothing that they change is imported."""
+        """Plants by id, with their place."""
         return read_exhibits(self.root)

@@ -2,14 +2,14 @@
 
 import datetime as dt
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import pairwise
 
 from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
-from stackproof.spec.records import Record
+from stackproof.spec.records import GateResult, Record
 from stackproof.spec.runners import left_out
-from tools.integrity.core import Repo, rule
-from tools.integrity.foreign import Found, admitted, flattery, gaps
+from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
 
 EXIT_OF_STATUS = {
     "completed": {0},
@@ -19,12 +19,7 @@ EXIT_OF_STATUS = {
     "interrupted": {130},
 }
 ROOFLINE_FLOPS = 2e15  # dense bf16 rate of one current accelerator, rounded up
-
-
-def number(record: Record, name: str) -> float | None:
-    """A metric as a number, or None if the record does not state it."""
-    metric = record.metrics.get(name)
-    return float(metric.value) if metric is not None else None
+LOG = "metrics.jsonl"
 
 
 @rule(
@@ -32,25 +27,21 @@ def number(record: Record, name: str) -> float | None:
     title="The ledger's chain is unbroken",
     why="A line that was edited, removed or reordered breaks the hash of the next.",
     hint="git checkout evidence/ledger.jsonl",
+    over=at(LEDGER),
 )
-def chain(repo: Repo) -> Found:
-    for line, message in repo.ledger.problems():
-        yield "evidence/ledger.jsonl", line, message
+def chain(repo: Repo) -> Messages:
+    return (At(message, line) for line, message in repo.ledger.problems())
 
 
 @rule(
     "LEDGER-APPEND-ONLY",
     title="The ledger only ever grew",
-    why="Whoever can shorten the ledger can forget a failure.",
+    why="A shortened ledger can hide a failure.",
     hint="restore the committed lines; a wrong record is superseded by a later one",
+    over=at(LEDGER),
 )
-def append_only(repo: Repo) -> Found:
-    if commit := repo.rewritten("evidence/ledger.jsonl"):
-        yield (
-            "evidence/ledger.jsonl",
-            0,
-            f"lines committed in {commit[:10]} were changed or removed",
-        )
+def append_only(repo: Repo) -> Messages:
+    return repo.rewritten(LEDGER)
 
 
 @rule(
@@ -59,14 +50,14 @@ def append_only(repo: Repo) -> Found:
     why="A figure edited after acceptance is a false claim.",
     hint="git checkout the record; a wrong one is superseded, never edited",
 )
-def record_hash(repo: Repo) -> Found:
+def record_hash(repo: Repo) -> Messages:
     for entry in repo.entries:
         try:
             repo.ledger.read(entry)
         except NoHistory:
             continue
         except StackproofError as e:
-            yield repo.record_file(entry.record), 0, e.what
+            yield At(e.what, path=repo.record_file(entry.record))
 
 
 @rule(
@@ -74,18 +65,15 @@ def record_hash(repo: Repo) -> Found:
     title="Folders and ledger lines correspond",
     why="A record outside the ledger can be swapped without a trace.",
     hint="stack evidence add DIR, or remove the folder",
+    over=at(LEDGER),
 )
-def record_orphan(repo: Repo) -> Found:
+def record_orphan(repo: Repo) -> Messages:
     known = {e.record for e in repo.entries}
-    folders = (
-        {p.name for p in (repo.root / "evidence").iterdir() if p.is_dir()}
-        if (repo.root / "evidence").is_dir()
-        else set()
-    )
+    folders = {p.name for p in (repo.root / "evidence").glob("*") if p.is_dir()}
     for name in sorted(folders - known):
-        yield f"evidence/{name}", 0, "lies here without a ledger line"
+        yield At("lies here without a ledger line", path=f"evidence/{name}")
     for name in sorted(known - folders - repo.ledger.archive.by_record.keys()):
-        yield "evidence/ledger.jsonl", 0, f"the folder of {name} is missing, and it is not archived"
+        yield f"the folder of {name} is missing, and it is not archived"
 
 
 @rule(
@@ -93,14 +81,14 @@ def record_orphan(repo: Repo) -> Found:
     title="Series beside a record match their hashes",
     why="The summary is only as good as the log it was computed from.",
     hint="git checkout the file",
+    over=each_record,
 )
-def artefact_hash(repo: Repo) -> Found:
-    for record in repo.records.values():
-        for series in record.series:
-            try:
-                repo.ledger.series(record, series)
-            except StackproofError as e:
-                yield repo.record_file(record.id, series.path), 0, e.what
+def artefact_hash(repo: Repo, record: Record) -> Messages:
+    for series in record.series:
+        try:
+            repo.ledger.series(record, series)
+        except StackproofError as e:
+            yield At(e.what, path=repo.record_file(record.id, series.path))
 
 
 @rule(
@@ -108,23 +96,13 @@ def artefact_hash(repo: Repo) -> Found:
     title="Perplexity is exp of the loss",
     why="Two figures of one quantity must agree.",
     hint="supersede the record with a true one",
+    over=each_record,
 )
-def ppl(repo: Repo) -> Found:
-    for record in repo.records.values():
-        for name in record.metrics:
-            loss = (
-                number(record, name.removesuffix("_ppl") + "_loss_nats")
-                if name.endswith("_ppl")
-                else None
-            )
-            if loss is not None and not math.isclose(
-                number(record, name), math.exp(loss), rel_tol=1e-4
-            ):
-                yield (
-                    repo.record_file(record.id),
-                    0,
-                    f"{name} = {number(record, name):.6g}, exp of the loss is {math.exp(loss):.6g}",
-                )
+def ppl(repo: Repo, record: Record) -> Messages:
+    for name in (name for name in record.metrics if name.endswith("_ppl")):
+        stated, loss = number(record, name), number(record, f"{name[:-4]}_loss_nats")
+        if loss is not None and not math.isclose(stated, math.exp(loss), rel_tol=1e-4):
+            yield f"{name} = {stated:.6g}, exp of the loss is {math.exp(loss):.6g}"
 
 
 @rule(
@@ -132,81 +110,55 @@ def ppl(repo: Repo) -> Found:
     title="Tokens are steps × batch × length × accumulation × world",
     why="A token count that does not close hides what was trained.",
     hint="supersede the record with a true one",
+    over=each_record,
 )
-def tokens(repo: Repo) -> Found:
-    for record in repo.records.values():
-        if record.kind != "train" or "tokens_seen" not in record.metrics:
-            continue
-        model, train = record.config["model"], record.config["train"]
-        world = int(record.environment.get("world_size") or 1)
-        accumulation = train["tokens_per_step"] // (
-            train["micro_batch_size"] * model["max_seq_len"] * world
-        )
-        expected = formulas.tokens_seen(
-            int(number(record, "steps")),
-            train["micro_batch_size"],
-            model["max_seq_len"],
-            accumulation,
-            world,
-        )
-        if number(record, "tokens_seen") != expected:
-            yield (
-                repo.record_file(record.id),
-                0,
-                (
-                    f"tokens_seen = {number(record, 'tokens_seen'):.0f}, the arithmetic gives "
-                    f"{expected}"
-                ),
-            )
+def tokens(repo: Repo, record: Record) -> Messages:
+    if record.kind != "train" or "tokens_seen" not in record.metrics:
+        return
+    length, train = record.config["model"]["max_seq_len"], record.config["train"]
+    batch, world = train["micro_batch_size"], int(record.environment.get("world_size") or 1)
+    accumulation = train["tokens_per_step"] // (batch * length * world)
+    steps, seen = int(number(record, "steps")), number(record, "tokens_seen")
+    expected = formulas.tokens_seen(steps, batch, length, accumulation, world)
+    if seen != expected:
+        yield f"tokens_seen = {seen:.0f}, the arithmetic gives {expected}"
 
 
 @rule(
     "WALL",
     title="Clocks are plausible",
-    why="Thousands of steps in a second, or an end before the start, did not happen.",
+    why="A run cannot end before it starts, or take thousands of steps in a second.",
     hint="supersede the record with a true one",
+    over=each_record,
 )
-def wall(repo: Repo) -> Found:
-    now = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=10)
-    for record in repo.records.values():
-        started, finished = (
-            dt.datetime.fromisoformat(record.started_at),
-            dt.datetime.fromisoformat(record.finished_at),
-        )
-        elapsed = (finished - started).total_seconds()
-        where = repo.record_file(record.id)
-        if elapsed < 0 or finished > now:
-            yield where, 0, f"it ran from {record.started_at} to {record.finished_at}"
-        if abs(elapsed - record.wall_s) > 5 + 0.05 * elapsed:
-            yield where, 0, f"wall_s = {record.wall_s}, the timestamps are {elapsed:.1f} s apart"
-        if record.kind == "train" and record.succeeded:
-            yield from (
-                (where, 0, message)
-                for message in _rate_problems(record, _wall_s_with_parents(repo, record))
-            )
+def wall(repo: Repo, record: Record) -> Messages:
+    started, finished = map(dt.datetime.fromisoformat, (record.started_at, record.finished_at))
+    elapsed = (finished - started).total_seconds()
+    if elapsed < 0 or finished > dt.datetime.now(dt.UTC) + dt.timedelta(minutes=10):
+        yield f"it ran from {record.started_at} to {record.finished_at}"
+    if abs(elapsed - record.wall_s) > 5 + 0.05 * elapsed:
+        yield f"wall_s = {record.wall_s}, the timestamps are {elapsed:.1f} s apart"
+    if record.kind == "train" and record.succeeded:
+        yield from _rate_problems(record, _wall_s_with_parents(repo, record))
 
 
 def _wall_s_with_parents(repo: Repo, record: Record) -> float:
     """Seconds of a record and of all it continues."""
-    return record.wall_s + sum(
-        _wall_s_with_parents(repo, repo.records[p]) for p in record.parents if p in repo.records
-    )
+    parents = (repo.records[p] for p in record.parents if p in repo.records)
+    return record.wall_s + sum(_wall_s_with_parents(repo, p) for p in parents)
 
 
-def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
+def _rate_problems(record: Record, wall_s: float) -> Messages:
     rate, seen, train_s = (number(record, n) for n in ("tokens_per_s", "tokens_seen", "train_s"))
     if not record.wall_s or rate is None or seen is None:
         yield "a finished training run states no time or no rate"
         return
-    if train_s and not 0.2 <= seen / train_s / rate <= 5:
-        yield (
-            f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are "
-            f"{seen / train_s:.0f}"
-        )
+    if train_s and not 0.2 <= (true := seen / train_s) / rate <= 5:
+        yield f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are {true:.0f}"
     if train_s and train_s > wall_s * 1.05 + 5:
-        yield f"train_s = {train_s} is longer than wall_s = {wall_s}, that of its parents among it"
-    model = record.config["model"]
-    flops = formulas.flops_per_token(model, int(number(record, "vocab_size")), model["max_seq_len"])
+        yield f"train_s = {train_s} is longer than wall_s = {wall_s}, its parents' included"
+    model, vocab_size = record.config["model"], int(number(record, "vocab_size"))
+    flops = formulas.flops_per_token(model, vocab_size, model["max_seq_len"])
     if rate * flops > ROOFLINE_FLOPS:
         yield f"{rate:.3g} tokens/s need {rate * flops:.2g} FLOP/s, more than one device has"
 
@@ -216,169 +168,164 @@ def _rate_problems(record: Record, wall_s: float) -> Iterator[str]:
     title="A finished run has finite numbers",
     why="Every comparison with NaN is silently false.",
     hint="supersede the record",
+    over=each_record,
 )
-def finite(repo: Repo) -> Found:
-    for record in repo.records.values():
-        bad = [
-            n
-            for n, m in record.metrics.items()
-            if not isinstance(m.value, int | float) or not math.isfinite(m.value)
-        ]
-        for name in bad if record.succeeded else ():
-            yield repo.record_file(record.id), 0, f"{name} = {record.metrics[name].value}"
-        for line in repo.series(record.id, "metrics.jsonl") if record.succeeded else ():
-            if any(isinstance(line.get(k), str) for k in ("loss_nats", "grad_norm")):
-                yield (
-                    repo.record_file(record.id, "metrics.jsonl"),
-                    0,
-                    f"step {line.get('step')} is not finite",
-                )
+def finite(repo: Repo, record: Record) -> Messages:
+    if not record.succeeded:
+        return
+    for name, metric in record.metrics.items():
+        if not isinstance(metric.value, int | float) or not math.isfinite(metric.value):
+            yield f"{name} = {metric.value}"
+    for line in repo.series(record.id, LOG):
+        if any(isinstance(line.get(k), str) for k in ("loss_nats", "grad_norm")):
+            yield At(f"step {line.get('step')} is not finite", path=_log_file(repo, record))
+
+
+def _log_file(repo: Repo, record: Record) -> str:
+    return repo.record_file(record.id, LOG)
 
 
 @rule(
     "STATUS",
     title="Status and exit code agree",
-    why="A failure recorded as success is the oldest trick.",
+    why="A failure must not be recorded as a success.",
     hint="supersede the record",
+    over=each_record,
 )
-def status(repo: Repo) -> Found:
-    for record in repo.records.values():
-        allowed = EXIT_OF_STATUS.get(record.status)
-        if (allowed is not None and record.exit_code not in allowed) or (
-            record.status == "failed" and record.exit_code == 0
-        ):
-            yield (
-                repo.record_file(record.id),
-                0,
-                f"status {record.status} with exit code {record.exit_code}",
-            )
-        red = [
-            g.id
-            for g in record.gates
-            if g.verdict != "pass" and not g.waiver and not admitted(record, g)
-        ]
-        if record.succeeded and red:
-            yield (
-                repo.record_file(record.id),
-                0,
-                f"a finished run whose gates did not all pass: {', '.join(red[:4])}",
-            )
-        for kill in record.kills:
-            if record.succeeded and (
-                kill.outcome not in ("killed", "awaiting") or kill.control != "pass"
-            ):
-                yield (
-                    repo.record_file(record.id),
-                    0,
-                    f"a finished proof with {kill.plant} {kill.outcome}, control {kill.control}",
-                )
+def status(repo: Repo, record: Record) -> Messages:
+    allowed = EXIT_OF_STATUS.get(record.status, {record.exit_code})
+    failed_with_0 = record.status == "failed" and record.exit_code == 0
+    if record.exit_code not in allowed or failed_with_0:
+        yield f"status {record.status} with exit code {record.exit_code}"
+    if not record.succeeded:
+        return
+    if red := [g.id for g in record.gates if g.verdict != "pass" and not _excused(record, g)]:
+        yield f"a finished run whose gates did not all pass: {', '.join(red[:4])}"
+    for kill in record.kills:
+        if kill.outcome not in ("killed", "awaiting") or kill.control != "pass":
+            yield f"a finished proof with {kill.plant} {kill.outcome}, control {kill.control}"
+
+
+def _excused(record: Record, gate: GateResult) -> bool:
+    """Whether a gate is waived, or did not run in another trainer and the record states why."""
+    stated = f"{gate.id}: {gate.message}" in record.not_covered
+    not_run = record.kind == "foreign" and gate.verdict == "not_run"
+    return bool(gate.waiver) or (not_run and stated)
 
 
 @rule(
     "PLACEHOLDER",
     title="No fingerprints of placeholders",
-    why=(
-        "A loss of exactly one, a perplexity of e, the same float three times: numbers nobody "
-        "measured."
-    ),
+    why="A loss of exactly one, a perplexity of e or a repeated float was not measured.",
     hint="find the code that returns a constant; supersede the record",
+    over=each_record,
 )
-def placeholder(repo: Repo) -> Found:
-    for record in repo.records.values():
-        for name in record.metrics:
-            if name.endswith("_ppl") and abs(number(record, name) - math.e) < 1e-6:
-                yield repo.record_file(record.id), 0, f"{name} is e, so the loss was exactly one"
-        lines = repo.series(record.id, "metrics.jsonl")
-        for a, b, c in zip(lines, lines[1:], lines[2:]):
-            if a.get("loss_nats") == b.get("loss_nats") == c.get("loss_nats"):
-                yield (
-                    repo.record_file(record.id, "metrics.jsonl"),
-                    0,
-                    f"steps {a['step']} to {c['step']} have the same loss {a['loss_nats']}",
-                )
-                break
-        if any(a.get("grad_norm") == b.get("grad_norm") == 1.0 for a, b in zip(lines, lines[1:])):
-            yield (
-                repo.record_file(record.id, "metrics.jsonl"),
-                0,
-                "the gradient norm is exactly one twice in a row",
-            )
+def placeholder(repo: Repo, record: Record) -> Messages:
+    for name in record.metrics:
+        if name.endswith("_ppl") and abs(number(record, name) - math.e) < 1e-6:
+            yield f"{name} is e, so the loss was exactly one"
+    lines, path = repo.series(record.id, LOG), _log_file(repo, record)
+    for a, b, c in zip(lines, lines[1:], lines[2:]):
+        if a.get("loss_nats") == b.get("loss_nats") == c.get("loss_nats"):
+            text = f"steps {a['step']} to {c['step']} have the same loss {a['loss_nats']}"
+            yield At(text, path=path)
+            break
+    if any(a.get("grad_norm") == b.get("grad_norm") == 1.0 for a, b in pairwise(lines)):
+        yield At("the gradient norm is exactly one twice in a row", path=path)
 
 
 @rule(
     "STEPS-CONTIGUOUS",
     title="The step log has no hole and reaches the end",
-    why="Whoever removes the rows of a spike removes the spike.",
+    why="Removed rows can hide a spike.",
     hint="git checkout the series",
+    over=each_record,
 )
-def steps_contiguous(repo: Repo) -> Found:
-    yield from gaps(repo)
-    for record in repo.records.values():
-        lines = repo.series(record.id, "metrics.jsonl")
-        if record.kind != "train" or not record.succeeded:
-            continue
-        where = repo.record_file(record.id, "metrics.jsonl")
-        steps = [line["step"] for line in lines]
-        every = record.config["train"]["log_every"]
-        expected = set(range(every, int(number(record, "steps")) + 1, every)) | {
-            int(number(record, "steps"))
-        }
-        if not steps or sorted(set(steps)) != steps:
-            yield where, 0, "steps do not rise strictly"
-        elif missing := sorted(s for s in expected - set(steps) if s >= steps[0]):
-            yield where, 0, f"{len(missing)} step(s) are missing, the first is {missing[0]}"
-        elif not record.parents and steps[0] > every:
-            yield where, 0, f"the log begins at step {steps[0]}"
+def steps_contiguous(repo: Repo, record: Record) -> Messages:
+    if record.succeeded and record.kind in ("train", "foreign"):
+        steps = [line["step"] for line in repo.series(record.id, LOG)]
+        find = _holes if record.kind == "train" else _foreign_holes
+        yield from (At(text, path=_log_file(repo, record)) for text in find(record, steps))
+
+
+def _holes(record: Record, steps: list[int]) -> Iterable[str]:
+    every, last = record.config["train"]["log_every"], int(number(record, "steps"))
+    expected = {*range(every, last + 1, every), last}
+    if not steps or sorted(set(steps)) != steps:
+        yield "steps do not rise strictly"
+    elif missing := sorted(s for s in expected - set(steps) if s >= steps[0]):
+        yield f"{len(missing)} step(s) are missing, the first is {missing[0]}"
+    elif not record.parents and steps[0] > every:
+        yield f"the log begins at step {steps[0]}"
+
+
+def _foreign_holes(record: Record, steps: list[int]) -> Iterable[str]:
+    first, last = record.config["first_step"] + 1, int(number(record, "steps"))
+    if not steps or steps != list(range(first, last + 1)):
+        yield f"a line for each step from {first} to {last} is required; found {len(steps)}"
 
 
 @rule(
     "METRIC-RECOMPUTE",
-    title="Summaries are what the log says",
+    title="Summaries follow from the log",
     why="A summary edited apart from its log is a claim without a source.",
     hint="supersede the record with a true one",
+    over=each_record,
 )
-def metric_recompute(repo: Repo) -> Found:
-    yield from flattery(repo)
-    for record in repo.records.values():
-        lines = repo.series(record.id, "metrics.jsonl")
-        if record.kind != "train" or not lines:
-            continue
-        values = [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]
-        truth = {
-            "train_loss_nats": lines[-1]["loss_nats"],
-            "tokens_seen": lines[-1]["tokens_seen"],
-            "ema_loss_nats": lines[-1]["ema_loss_nats"],
-        }
-        if values:
-            truth["val_loss_nats"] = values[-1]
-        if values and not record.parents:
-            truth["best_val_loss_nats"] = min(values)
-        for name, value in truth.items():
-            if number(record, name) is not None and number(record, name) != value:
-                yield (
-                    repo.record_file(record.id),
-                    0,
-                    f"{name} = {number(record, name)}, its log says {value}",
-                )
+def metric_recompute(repo: Repo, record: Record) -> Messages:
+    lines = repo.series(record.id, LOG)
+    if not lines:
+        return
+    if record.kind == "foreign" and record.succeeded:
+        loss = lines[-1]["loss_nats"]
+        if number(record, "train_loss_nats") != loss:
+            yield f"train_loss_nats is not the log's last loss, {loss}"
+    if record.kind == "train":
+        for name, value in _summary(record, lines).items():
+            if number(record, name) not in (None, value):
+                yield f"{name} = {number(record, name)}, its log gives {value}"
+
+
+def _summary(record: Record, lines: list[dict]) -> dict[str, float]:
+    """Metrics of a training run as its log gives them."""
+    names = {"train_loss_nats": "loss_nats"} | {n: n for n in ("tokens_seen", "ema_loss_nats")}
+    found = {metric: lines[-1][key] for metric, key in names.items()}
+    if held_out := [line["val_loss_nats"] for line in lines if "val_loss_nats" in line]:
+        found["val_loss_nats"] = held_out[-1]
+        if not record.parents:
+            found["best_val_loss_nats"] = min(held_out)
+    return found
+
+
+@rule(
+    "AUDIT-RECOMPUTE",
+    title="The breadth of an audit is that of its answers",
+    why="A breadth that does not follow from the answers was not measured.",
+    hint="supersede the record with a true one",
+    over=each_record,
+)
+def audit_recompute(repo: Repo, record: Record) -> Messages:
+    lines = repo.series(record.id, "audits.jsonl")
+    last = [line for line in lines if line["step"] == max(x["step"] for x in lines)]
+    passed = [line for line in last if line["passed"]]
+    truth = {"passes": len(passed), "breadth": len({line["domain"] for line in passed})}
+    for name, value in truth.items() if lines else ():
+        stated = record.metrics[name].value if name in record.metrics else None
+        if stated != value:
+            yield f"{name} = {stated}, its answers give {value}"
 
 
 @rule(
     "COMMIT",
     title="Every record names a commit of this history",
-    why="A commit nobody has cannot be re-run.",
-    hint=(
-        "push the commit, or run again at one that exists (clones need their full history: "
-        "fetch-depth 0)"
-    ),
+    why="A run can be repeated only at a commit that exists.",
+    hint="push the commit, or run again at one that exists (clones need their full history: "
+    "fetch-depth 0)",
+    over=each_record,
 )
-def commit(repo: Repo) -> Found:
-    for record in repo.records.values():
-        if record.code.commit not in repo.ancestors:
-            yield (
-                repo.record_file(record.id),
-                0,
-                f"commit {record.code.commit[:12]} is not an ancestor of HEAD",
-            )
+def commit(repo: Repo, record: Record) -> Messages:
+    if record.code.commit not in repo.ancestors:
+        yield f"commit {record.code.commit[:12]} is not an ancestor of HEAD"
 
 
 @rule(
@@ -386,16 +333,13 @@ def commit(repo: Repo) -> Found:
     title="No record is older than its commit",
     why="Code that was committed after the run is not the code that ran.",
     hint="run again at the commit",
+    over=each_record,
 )
-def time(repo: Repo) -> Found:
-    for record in repo.records.values():
-        committed = repo.ancestors.get(record.code.commit)
-        if committed and dt.datetime.fromisoformat(record.started_at).timestamp() < committed - 300:
-            yield (
-                repo.record_file(record.id),
-                0,
-                f"started at {record.started_at}, before its commit",
-            )
+def time(repo: Repo, record: Record) -> Messages:
+    committed = repo.ancestors.get(record.code.commit)
+    started = dt.datetime.fromisoformat(record.started_at).timestamp()
+    if committed and started < committed - 300:
+        yield f"started at {record.started_at}, before its commit"
 
 
 @rule(
@@ -404,16 +348,13 @@ def time(repo: Repo) -> Found:
     why="A diff that was never committed cannot be reviewed.",
     hint="commit, run again, add the new record",
 )
-def dirty(repo: Repo) -> Found:
+def dirty(repo: Repo) -> Messages:
     standing = {r for s in repo.states.values() for r in (*s.kill_records, *s.run_records)}
     standing |= {r for m in repo.registry for r in m.records.values()}
-    for record_id in sorted(standing & repo.records.keys()):
-        if repo.records[record_id].code.dirty:
-            yield (
-                repo.record_file(record_id),
-                0,
-                "a gate or a release stands on it, and its code was not committed",
-            )
+    for name in sorted(standing & repo.records.keys()):
+        if repo.records[name].code.dirty:
+            text = "a gate or a release stands on it, and its code was not committed"
+            yield At(text, path=repo.record_file(name))
 
 
 @rule(
@@ -422,19 +363,14 @@ def dirty(repo: Repo) -> Found:
     why="Evidence for another version of the spec proves another promise.",
     hint="run again at the commit",
 )
-def spec_at_commit(repo: Repo) -> Found:
-    texts: dict[str, str | None] = {}
+def spec_at_commit(repo: Repo) -> Messages:
+    commits = {r.code.commit for r in repo.records.values()} & repo.ancestors.keys()
+    texts = {sha: repo.git("show", f"{sha}:spec/spec.toml") for sha in commits}
     for record in repo.records.values():
-        sha = record.code.commit
-        if sha in repo.ancestors and sha not in texts:
-            texts[sha] = repo.git("show", f"{sha}:spec/spec.toml")
-        text = texts.get(sha)
+        text = texts.get(record.code.commit)
         if text is not None and f'version = "{record.spec.version}"' not in text:
-            yield (
-                repo.record_file(record.id),
-                0,
-                f"says spec {record.spec.version}, its commit has another",
-            )
+            message = f"states spec {record.spec.version}, its commit has another"
+            yield At(message, path=repo.record_file(record.id))
 
 
 @rule(
@@ -442,33 +378,22 @@ def spec_at_commit(repo: Repo) -> Found:
     title="No waiver has expired",
     why="A waiver is a debt with a date.",
     hint="mend the cause and run again, or renew the waiver in a new run",
+    over=each_record,
 )
-def waiver_expired(repo: Repo) -> Found:
-    today = dt.date.today()
-    for model in repo.registry:
-        for record_id in model.records.values():
-            record = repo.records.get(record_id)
-            for gate in record.gates if record else ():
-                if gate.waiver and dt.date.fromisoformat(gate.waiver.expires) < today:
-                    yield (
-                        repo.record_file(record_id),
-                        0,
-                        f"the waiver of {gate.id} expired on {gate.waiver.expires}",
-                    )
+def waiver_expired(repo: Repo, record: Record) -> Messages:
+    if any(record.id in model.records.values() for model in repo.registry):
+        for gate in record.gates:
+            if gate.waiver and dt.date.fromisoformat(gate.waiver.expires) < dt.date.today():
+                yield f"the waiver of {gate.id} expired on {gate.waiver.expires}"
 
 
 @rule(
     "RECORD-GATES",
     title="A record holds every gate of its kind and configuration",
-    why="A run with a gate left out is green where nobody looked.",
+    why="A gate that is left out of a run cannot turn red.",
     hint="run it again by its verb and supersede the record",
+    over=lambda repo: each_record(repo, spec=repo.spec.sha256),
 )
-def record_gates(repo: Repo) -> Found:
-    now = repo.spec.sha256
-    for record in (r for r in repo.records.values() if r.spec.sha256 == now):
-        if absent := left_out(repo.spec, record):
-            yield (
-                repo.record_file(record.id),
-                0,
-                f"made without {len(absent)} gate(s): {', '.join(absent[:4])}",
-            )
+def record_gates(repo: Repo, record: Record) -> Messages:
+    if absent := left_out(repo.spec, record):
+        yield f"made without {len(absent)} gate(s): {', '.join(absent[:4])}"

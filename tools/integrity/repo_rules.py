@@ -1,31 +1,35 @@
-"""Rules about the repository itself: no weights in git, legible files,
-a CI that runs what it claims.
-"""
+"""Rules about the repository itself: tracked files, file length, CI."""
 
 import re
-from collections.abc import Iterator
 
-from tools.integrity.core import Repo, rule
+from tools.integrity.core import At, Messages, Repo, rule
 
-Found = Iterator[tuple[str, int, str]]
 MAX_LINES = 600
+MAGICS = {b"GGUF": "GGUF", b"\x89HDF": "HDF5", b"ggml": "GGML", b"lmgg": "GGML"}
+ARCHIVES = (".pt", ".pth", ".bin", ".ckpt", ".npz")
+CI = {
+    ".ci/run": (
+        *("make test", "ruff check", "ruff format --check", "check_layers.py"),
+        *("check_integrity.py", "mkdocs build --strict"),
+    ),
+    ".github/workflows/ci.yml": (".ci/run", "fetch-depth: 0"),
+}
+# written in parts, so that this file is not a finding
+UNFINISHED = re.compile(
+    r"\b(" + "TO" + "DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error\(\)"
+)
 
 
 def looks_like_weights(head: bytes, name: str) -> str:
-    """What kind of weight file this is, by its first bytes; empty if none."""
+    """The kind of weight file that the first bytes show; empty for other files."""
     length = int.from_bytes(head[:8], "little") if len(head) > 9 else 0
     if 2 <= length < 2**27 and head[8:9] in (b"{", b" ") and b"\0" in head[:8]:
         return "safetensors"
     if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
         return "a pickle"
-    if head.startswith(b"PK\x03\x04") and (
-        name.endswith((".pt", ".pth", ".bin", ".ckpt", ".npz")) or b"data.pkl" in head
-    ):
+    if head.startswith(b"PK\x03\x04") and (name.endswith(ARCHIVES) or b"data.pkl" in head):
         return "a torch archive"
-    magics = {b"GGUF": "GGUF", b"\x89HDF": "HDF5", b"ggml": "GGML", b"lmgg": "GGML"}
-    if kind := magics.get(head[:4]):
-        return kind
-    return "ONNX" if name.endswith(".onnx") else ""
+    return MAGICS.get(head[:4]) or ("ONNX" if name.endswith(".onnx") else "")
 
 
 @rule(
@@ -34,117 +38,80 @@ def looks_like_weights(head: bytes, name: str) -> str:
     why="Weights swell a history for ever and cannot be reviewed.",
     hint="git rm --cached the file; the record keeps its hash",
 )
-def weights_in_git(repo: Repo) -> Found:
+def weights_in_git(repo: Repo) -> Messages:
     for path in repo.tracked:
-        file = repo.root / path
-        if file.is_file() and not file.is_symlink():
-            with open(file, "rb") as f:
-                kind = looks_like_weights(f.read(4096), path)
-            if kind:
-                yield path, 0, f"is {kind} by its first bytes"
+        if not (repo.root / path).is_symlink():
+            with open(repo.root / path, "rb") as f:
+                if kind := looks_like_weights(f.read(4096), path):
+                    yield At(f"is {kind} by its first bytes", path=path)
 
 
 @rule(
     "SYMLINK",
     title="Evidence holds regular files",
-    why="A link can point at somebody else's passing run.",
+    why="A link can point at the record of another run.",
     hint="replace the link by the file",
 )
-def symlink(repo: Repo) -> Found:
+def symlink(repo: Repo) -> Messages:
     for path in (repo.root / "evidence").rglob("*"):
         if path.is_symlink():
-            yield path.relative_to(repo.root).as_posix(), 0, "is a symbolic link"
+            yield At("is a symbolic link", path=path.relative_to(repo.root).as_posix())
 
 
 @rule(
     "MERGE-MARK",
     title="No mark of a merge is left in a text",
-    why=(
-        "What lies between the marks is two texts; a tool that reads the file takes both, one, or "
-        "neither."
-    ),
+    why="The lines between the marks are two texts, and a reader takes both, one or neither.",
     hint="decide which lines stay, and take the marks out",
 )
-def merge_mark(repo: Repo) -> Found:
+def merge_mark(repo: Repo) -> Messages:
     for path in repo.tracked:
         file = repo.root / path
-        if not file.is_file() or file.is_symlink() or b"\0" in (content := file.read_bytes()):
+        if file.is_symlink() or b"\0" in (content := file.read_bytes()):
             continue
         for number, line in enumerate(content.splitlines(), start=1):
             if line.startswith((b"<" * 7 + b" ", b">" * 7 + b" ")):
-                yield path, number, f"has the mark {line[:20].decode('utf-8', 'replace')}"
+                yield At(f"has the mark {line[:20].decode('utf-8', 'replace')}", number, path)
 
 
 @rule(
     "LOC",
-    title="Every source file fits its room",
+    title=f"No source file is longer than {MAX_LINES} lines",
     why="A file that cannot be read in one sitting is not reviewed.",
-    hint=(
-        f"split the file; a longer one than {MAX_LINES} lines needs a decision that names it in "
-        "docs/adr"
-    ),
+    hint="split the file by subject, or name it in a decision in docs/adr that gives the reason",
 )
-def loc(repo: Repo) -> Found:
-    excused = "".join(f.read_text("utf-8") for f in (repo.root / "docs" / "adr").glob("[0-9]*.md"))
-    for path in repo.tracked:
-        if (
-            path.endswith(".py")
-            and path.startswith(("spec/", "contracts/", "stack/", "tools/"))
-            and (repo.root / path).is_file()
-        ):
-            lines = repo.text(path).count("\n")
-            if lines > MAX_LINES and path not in excused:
-                yield path, MAX_LINES, f"has {lines} lines"
+def loc(repo: Repo) -> Messages:
+    excused = "".join(f.read_text("utf-8") for f in repo.decisions)
+    for path in repo.source_files:
+        lines = repo.text(path).count("\n")
+        if lines > MAX_LINES and path not in excused:
+            yield At(f"has {lines} lines", MAX_LINES, path)
 
 
 @rule(
     "CI-SELF",
     title="CI runs what it claims",
-    why="A check that is not run is worse than none.",
+    why="A check that is listed and never run gives false confidence.",
     hint="mend .ci/run or .github/workflows/ci.yml",
 )
-def ci_self(repo: Repo) -> Found:
-    script, workflow = repo.root / ".ci" / "run", repo.root / ".github" / "workflows" / "ci.yml"
-    for file, needed in (
-        (
-            script,
-            (
-                "make test",
-                "ruff check",
-                "ruff format --check",
-                "check_layers.py",
-                "check_integrity.py",
-                "mkdocs build --strict",
-            ),
-        ),
-        (workflow, (".ci/run", "fetch-depth: 0")),
-    ):
-        path = file.relative_to(repo.root).as_posix()
-        text = file.read_text("utf-8") if file.is_file() else ""
-        live = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-        for words in needed:
-            if words not in live:
-                yield path, 0, f"does not run `{words}`" if file.is_file() else "is missing"
-                if not file.is_file():
-                    break
+def ci_self(repo: Repo) -> Messages:
+    for path, needed in CI.items():
+        if not (repo.root / path).is_file():
+            yield At("is missing", path=path)
+            continue
+        lines = (x for x in repo.text(path).splitlines() if not x.lstrip().startswith("#"))
+        live = "\n".join(lines)
+        yield from (At(f"does not run `{x}`", path=path) for x in needed if x not in live)
 
 
 @rule(
     "UNFINISHED",
     title="No part is marked as missing",
-    why="A mark in the source that promises a part is a stub with a name.",
+    why="A mark that promises a part stands for code that does not exist.",
     hint="build it or delete it",
 )
-def unfinished(repo: Repo) -> Found:
-    pattern = re.compile(
-        r"\b(" + "TO" + "DO|FIX" + r"ME|XX" + r"X)\b|raise NotImplemented" + r"Error\(\)"
-    )
-    for path in repo.tracked:
-        if (
-            path.endswith(".py")
-            and path.startswith(("spec/", "contracts/", "stack/", "tools/"))
-            and (repo.root / path).is_file()
-        ):
-            for number, line in enumerate(repo.text(path).splitlines(), start=1):
-                if pattern.search(line):
-                    yield path, number, f"unfinished: {line.strip()[:60]}"
+def unfinished(repo: Repo) -> Messages:
+    for path in repo.source_files:
+        for number, line in enumerate(repo.text(path).splitlines(), start=1):
+            if UNFINISHED.search(line):
+                yield At(f"unfinished: {line.strip()[:60]}", number, path)

@@ -1,3 +1,1 @@
-"""Pages of the site that are written from the spec, the museum and the ledger.
-Imports spec, the standard library and mkdocs only.
-"""
+"""Pages of the site, from spec, museum and ledger. Needs the extra `docs`, not torch."""

@@ -1,187 +1,106 @@
-"""Configuration keys, read as text from `stack/config/`, so that the page needs neither
-pydantic models nor torch.
-"""
+"""The configuration page, from the JSON schema of `RunConfig`."""
 
-import ast
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from stackproof.spec.errors import IntegrityError
-from tools.site_pages.markup import Page, code, esc, prose, table
-from tools.site_pages.world import World
+from stackproof.config import RunConfig
+from tools.site_pages.render import Page, page
 
-CONSTRAINTS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}
+Schema = dict[str, Any]
+BOUNDS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+    "minLength": "length ≥",
+    "minItems": "length ≥",
+}
+TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "None"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """One field of a configuration class."""
+    """A configuration key with its type, bounds, default as JSON, and meaning."""
 
     name: str
-    annotation: ast.expr
-    default: str
+    type: str
     allowed: str
+    default: str | None
     meaning: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Section:
-    """A configuration class: its docstring and fields."""
+    """A table of the configuration; `kind` is set if it is one of several variants."""
 
-    doc: str
-    keys: list[Key] = field(default_factory=list)
+    prefix: str
+    kind: str
+    meaning: str
+    keys: list[Key]
 
 
-def config_page(world: World) -> Page:
+def config_page() -> Page:
     """Every key with type, range, default and meaning, one table per section or variant."""
-    page = Page("config.md", "Configuration")
-    folder = world.root / "stack" / "config"
-    if not folder.is_dir():
-        return page.add("`stack/config/` is not part of this build.")
-    sections = read_sections(folder)
-    page.add(
-        "Values come from a recipe, then from a run file, then from `--set key=value`, in this "
-        "order. An unknown key is an error that names the nearest one. A key marked *set by the "
-        "recipe* has no default of its own.",
-        "The resolved values of a run, with the origin of every change, are in its "
-        f"{page.link('record', 'records.md')}.",
-    )
-    return page.add(*_tables(sections, "RunConfig", "", ""))
+    schema = RunConfig.model_json_schema()
+    return page("config.md", "Configuration", "config.md.j2", sections=sections(schema))
 
 
-def read_sections(folder: Path) -> dict[str, Section]:
-    """Classes of the package by name, with the keys they inherit.
-    Raises IntegrityError without a RunConfig.
-    """
-    nodes = [
-        n for path in sorted(folder.glob("*.py")) for n in ast.parse(path.read_text("utf-8")).body
+def sections(schema: Schema) -> list[Section]:
+    """The sections of a configuration's schema, each before those below it."""
+    return list(_sections(schema, schema["$defs"], "", ""))
+
+
+def _sections(table: Schema, named: Schema, prefix: str, kind: str) -> Iterator[Section]:
+    fields = {f: (s, _tables(s, named)) for f, s in table.get("properties", {}).items()}
+    keys = [
+        _key(f"{prefix}{field}", schema)
+        for field, (schema, below) in fields.items()
+        if ("items" in schema or not below) and not (kind and field == "kind")
     ]
-    classes = {n.name: n for n in nodes if isinstance(n, ast.ClassDef)}
-    unions = {
-        n.targets[0].id: n.value
-        for n in nodes
-        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
-    }
-    sections = {
-        name: Section(ast.get_docstring(node) or "", _keys(node, classes, unions))
-        for name, node in classes.items()
-    }
-    if "RunConfig" not in sections:
-        raise IntegrityError(
-            f"{folder} defines no RunConfig",
-            next_step="name the root of the configuration RunConfig",
-        )
-    return sections
-
-
-def _keys(
-    node: ast.ClassDef, classes: dict[str, ast.ClassDef], unions: dict[str, ast.expr]
-) -> list[Key]:
-    """Keys of a class after those of its bases; a name that stands for
-    a union is replaced by it.
-    """
-    found: dict[str, Key] = {}
-    for base in reversed(node.bases):
-        if isinstance(base, ast.Name) and base.id in classes:
-            found |= {k.name: k for k in _keys(classes[base.id], classes, unions)}
-    own = [
-        _key(x)
-        for x in node.body
-        if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
-    ]
-    named = {n: u for n, u in unions.items() if any(c in ast.unparse(u) for c in classes)}
-    return [
-        *(
-            found | {k.name: replace(k, annotation=_Named(named).visit(k.annotation)) for k in own}
-        ).values()
-    ]
-
-
-class _Named(ast.NodeTransformer):
-    """Replaces the names of unions, also those inside other unions."""
-
-    def __init__(self, unions: dict[str, ast.expr]):
-        self.unions = unions
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self.visit(self.unions[node.id]) if node.id in self.unions else node
-
-
-def _key(node: ast.AnnAssign) -> Key:
-    value, name = node.value, node.target.id
-    if (
-        isinstance(value, ast.Call)
-        and isinstance(value.func, ast.Name)
-        and value.func.id == "Field"
-    ):
-        options = {k.arg: ast.unparse(k.value) for k in value.keywords}
-        default = ast.unparse(value.args[0]) if value.args else options.get("default", "")
-        allowed = ", ".join(
-            f"{sign} {options[k].replace(' ** ', '^')}"
-            for k, sign in CONSTRAINTS.items()
-            if k in options
-        )
-        meaning = next(
-            (ast.literal_eval(k.value) for k in value.keywords if k.arg == "description"), ""
-        )
-        return Key(name, node.annotation, default, allowed, meaning)
-    return Key(name, node.annotation, ast.unparse(value) if value is not None else "", "", "")
-
-
-def _classes(annotation: ast.expr, sections: dict[str, Section]) -> list[str]:
-    """Configuration classes an annotation names, in order; several for a tagged union."""
-    names = [n for n in ast.walk(annotation) if isinstance(n, ast.Name) and n.id in sections]
-    return [n.id for n in sorted(names, key=lambda n: (n.lineno, n.col_offset))]
-
-
-def _tables(sections: dict[str, Section], name: str, prefix: str, variant: str) -> list[str]:
-    section, blocks, rows, nested = sections[name], [], [], []
-    for key in section.keys:
-        if below := _classes(key.annotation, sections):
-            nested.append((key, below))
-        elif not (variant and key.name == "kind"):
-            rows.append(_row(prefix, key))
-    title = f"{prefix.rstrip('.') or 'The run'}" + (f": kind = {variant}" if variant else "")
-    blocks += [f"{'###' if variant else '##'} {esc(title)}", prose(section.doc)]
-    if rows:
-        blocks.append(table(["key", "type", "allowed", "default", "meaning"], rows))
-    for key, below in nested:
+    yield Section(prefix.removesuffix("."), kind, table.get("description", ""), keys)
+    for field, (_, below) in fields.items():
         for child in below:
-            blocks += _tables(
-                sections,
-                child,
-                f"{prefix}{key.name}.",
-                _kind(sections[child]) if len(below) > 1 else "",
-            )
-    return blocks
+            variant = child["properties"]["kind"]["const"] if len(below) > 1 else ""
+            yield from _sections(child, named, f"{prefix}{field}.", variant)
 
 
-def _row(prefix: str, key: Key) -> list[str]:
-    return [
-        code(prefix + key.name),
-        code(_type(key.annotation)),
-        esc(key.allowed or "–"),
-        _default(key),
-        prose(key.meaning or "–"),
-    ]
+def _tables(schema: Schema, named: Schema) -> list[Schema]:
+    """The tables that a field holds, itself or as items; several for a union."""
+    choices = schema.get("items", schema)
+    choices = choices.get("oneOf") or choices.get("anyOf") or choices.get("allOf") or [choices]
+    tables = (named.get(c.get("$ref", "").removeprefix("#/$defs/"), {}) for c in choices)
+    return [t for t in tables if t.get("type") == "object"]
 
 
-def _kind(section: Section) -> str:
-    return next((k.default.strip("'\"") for k in section.keys if k.name == "kind"), "")
+def _key(name: str, schema: Schema) -> Key:
+    limits = {k: v for part in (*schema.get("anyOf", ()), schema) for k, v in part.items()}
+    bounds = [f"{sign} {_number(limits[b])}" for b, sign in BOUNDS.items() if b in limits]
+    default = schema.get("default")
+    if "default" in schema:
+        default = "none" if default is None else json.dumps(default, ensure_ascii=False)
+    return Key(name, _type(schema), ", ".join(bounds), default, schema.get("description", ""))
 
 
-def _type(annotation: ast.expr) -> str:
-    text = ast.unparse(annotation)
-    return (
-        text.removeprefix("Literal[").removesuffix("]").replace(", ", " | ").replace("'", "")
-        if text.startswith("Literal[")
-        else text
-    )
+def _number(bound: float) -> str:
+    power = int(bound).bit_length() - 1
+    return f"2^{power}" if bound == 2**power and power > 16 else f"{bound:g}"
 
 
-def _default(key: Key) -> str:
-    return (
-        code(key.default.replace("'", '"').replace("True", "true").replace("False", "false"))
-        if key.default
-        else "set by the recipe"
-    )
+def _type(schema: Schema) -> str:
+    """A field's type in the terms of Python, or the values of an enumeration."""
+    match schema:
+        case {"enum": values}:
+            return " | ".join(map(str, values))
+        case {"const": value}:
+            return str(value)
+        case {"anyOf": choices}:
+            return " | ".join(map(_type, choices))
+        case {"type": "array", "items": items}:
+            return f"list[{_type(items)}]"
+        case {"type": "object", "additionalProperties": values}:
+            return f"dict[str, {_type(values)}]"
+        case {"$ref": _} | {"oneOf": _}:
+            return "table"
+    return TYPES[schema["type"]]
