@@ -11,9 +11,9 @@ from stackproof.config import ModelConfig
 from stackproof.contracts.events import Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.moe import RouterCollapse
-from stackproof.gate_inputs.preflight import gather
 from stackproof.model.build import build_model
 from stackproof.museum.plant import load_museum, swap, touches
+from stackproof.subject.assemble import subject_of
 from tests.contracts import experts, variants
 from tests.contracts.test_optim import step_taken
 from tests.subjects import changed
@@ -81,8 +81,7 @@ def test_preflight_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     cfg = small_cfg.model_copy(update={"model": model})
 
     def of_the_stack():
-        found = gather(cfg, dataset, torch.device("cpu"))[1]
-        return call_check(spec.gates[plant.gate], found)
+        return call_check(spec.gates[plant.gate], subject_of(cfg, dataset, torch.device("cpu")))
 
     with plant.apply():
         verdict = of_the_stack()
