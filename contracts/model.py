@@ -47,26 +47,6 @@ def table_error(tables: tuple[Tensor, Tensor] | None, a: Mapping[str, Any]) -> f
     )
 
 
-@decides("model.initial-loss")
-@torch.no_grad()
-def initial_loss(
-    limits: SimpleNamespace, *, model: nn.Module, loss_batch: tuple[Tensor, Tensor], vocab_size: int
-) -> Verdict:
-    """Before the first update the model knows nothing: its loss is that of guessing, ln V.
-    `loss_batch` is (input_ids, labels).
-    """
-    ids, labels = (t.to(device_of(model)) for t in loss_batch)
-    loss = _mean_nats(in_eval(model, ids), labels)
-    gap = abs(loss - math.log(vocab_size))
-    return decide(
-        gap <= limits.abs_gap_nats_max,
-        f"the first loss is {loss:.4g} nats, guessing gives ln {vocab_size} = "
-        f"{math.log(vocab_size):.4g}",
-        gap_nats=gap,
-        loss_nats=loss,
-    )
-
-
 def _mean_nats(logits_BTV: Tensor, labels_BT: Tensor) -> float:
     """Mean −log p of the labels that are not −100, in float64."""
     chosen = labels_BT != IGNORE

@@ -23,7 +23,7 @@ PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
 LOSS_GATES = (
     "loss.next-token",
     "loss.token-weights",
-    "model.first-loss",
+    "loss.first",
     "data.learnable-batch",
     "runtime.trend",
     "runtime.loss-spike",

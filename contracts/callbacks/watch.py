@@ -6,7 +6,7 @@ B batch, T tokens, V vocab
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,14 @@ from stackproof.contracts.callbacks.reading import (
     silent_places,
 )
 from stackproof.contracts.callbacks.session import Session, timed
-from stackproof.contracts.events import Started, StepTaken
-from stackproof.contracts.witness import GradientsSeen, LossRead, ModeSeen, RatesUsed
+from stackproof.contracts.events import (
+    GradientsAccumulated,
+    LossMeasured,
+    ModuleModes,
+    RatesUsed,
+    Started,
+    StepTaken,
+)
 
 BETWEEN_EVERY = 16  # updates; after an evaluation it is asked as well
 # backward passes without an update, from where on it is asked at each power of
@@ -127,7 +133,7 @@ class Watch:
                 "limit",
             )
         if scheduler is None:
-            session.forget("schedule.declared-rate", "no schedule was told")
+            session.forget("schedule.rate", "no schedule was told")
         self._most_passes = 0
         session.observe(
             Started(step, {"warmup_steps": self.facts.warmup_steps, "random_loss_nats": math.inf})
@@ -187,7 +193,7 @@ class Watch:
         if phase == "evaluation":
             self._evaluated = True
             wrong = tuple(n for n, m in self.model.named_modules() if m.training)
-            self.session.observe(ModeSeen(self.step, phase, wrong))
+            self.session.observe(ModuleModes(self.step, phase, wrong))
             if (
                 not module.training
                 and named.get("past_key_values") is None
@@ -210,7 +216,7 @@ class Watch:
         self.session.observe(batch.batch_seen(told, step=self.step + 1, **facts))
         self.session.observe(batch.rows_seen(told.rows, step=self.step + 1, phase=phase))
         idle = self.drops and not module.training
-        self.session.observe(ModeSeen(self.step + 1, phase, ("",) if idle else ()))
+        self.session.observe(ModuleModes(self.step + 1, phase, ("",) if idle else ()))
 
     def _mask_and_labels(
         self, ids: Tensor, named: Mapping[str, Any]
@@ -311,7 +317,7 @@ class Watch:
         finally:
             self._busy = False
         repeat = float((again.float() - logits.float()).abs().nan_to_num().max())
-        self.session.observe(ModeSeen(self.step, "evaluation", (), repeat))
+        self.session.observe(ModuleModes(self.step, "evaluation", (), repeat))
 
     # --- backward ---------------------------------------------------------------------------------
 
@@ -347,7 +353,7 @@ class Watch:
         now.passes += 1
         if now.passes > WAITING and now.passes & (now.passes - 1) == 0:
             self.session.observe(
-                GradientsSeen(self.step + 1, now.passes, 0.0, 0, 0.0, self._most_passes)
+                GradientsAccumulated(self.step + 1, now.passes, 0.0, 0, 0.0, self._most_passes)
             )
 
     @staticmethod
@@ -408,7 +414,7 @@ class Watch:
         self._observe_loss(step)
         spread = self._factor_spread(after, used)
         self.session.observe(
-            GradientsSeen(
+            GradientsAccumulated(
                 step, now.passes, float(stale.norm()), int(lost), spread, self._most_passes
             )
         )
@@ -417,9 +423,7 @@ class Watch:
     def _step_taken(self, step: int, loss: float, norm: float, clipped: float) -> StepTaken:
         n = sum(r.n_expected for r in self._now.readings)
         maximum = math.inf if self.facts.max_grad_norm is None else self.facts.max_grad_norm
-        return StepTaken(
-            step, loss, norm, clipped, maximum, self._rates[0], n, n, 0, 0.0, 0.0, 0.0, 0.0
-        )
+        return StepTaken(step, loss, norm, clipped, maximum, self._rates[0], n, n, 0, 0.0, 0.0, 0.0)
 
     def _mean_nats(self) -> float:
         nats = [x for r in self._now.readings for x in r.nats]
@@ -437,7 +441,7 @@ class Watch:
         counts = (expected, learned, sum(r.n_labels for r in readings))
         n = min(counts, key=lambda n: abs(max(weights) * n - 1))
         self.session.observe(
-            LossRead(
+            LossMeasured(
                 step=step,
                 n_learned=learned,
                 n_judged=len(offsets),
@@ -493,14 +497,18 @@ class Watch:
         ticks, done = self._tick - self.first_tick, self.updates - 1
         if isinstance(self.scheduler, LambdaLR):
             at = self.step - 1 if self.facts.ticks_per_update else self._tick
-            declared = tuple(
+            declared = [
                 float(base * rule(at))
                 for base, rule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas)
-            )
+            ]
         else:
             declared = (
-                tuple(map(float, self.scheduler.get_last_lr()))
+                [float(lr) for lr in self.scheduler.get_last_lr()]
                 if hasattr(self.scheduler, "get_last_lr")
-                else ()
+                else []
             )
-        return RatesUsed(self.step, self._rates, declared, ticks, done)
+        return RatesUsed(self.step, _by_group(self._rates), _by_group(declared), ticks, done)
+
+
+def _by_group(rates: Sequence[float]) -> dict[str, float]:
+    return {f"group {i}": rate for i, rate in enumerate(rates)}

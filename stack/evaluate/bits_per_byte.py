@@ -8,7 +8,7 @@ compares models with different tokenizers.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +28,8 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss over batches. `n_bytes` are those of the scored labels;
-    end-of-text tokens stand for none.
+    """Held-out loss over batches. `n_bytes` are those of the scored labels; end-of-text tokens
+    stand for none. `training_modules` names modules that were in training mode.
     """
 
     loss_nats: float
@@ -39,6 +39,7 @@ class Evaluation:
     bits_per_byte: float
     batch_nats: tuple[float, ...]
     stderr_nats: float
+    training_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,14 @@ def evaluate_batches(
     """
     with evaluating(model):
         sums = [batch_sums(model, b, device, autocast) for b in batches]
+        training = tuple(name for name, m in model.named_modules() if m.training)
     if not all(n for _, n in sums):
         raise DataError(
             "a held-out batch has no valid label, so it has no loss",
             next_step="check the label mask",
         )
-    return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches))
+    combined = _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches))
+    return replace(combined, training_modules=training)
 
 
 def _combine(sums: Sequence[tuple[float, int]], n_bytes: int) -> Evaluation:

@@ -47,16 +47,6 @@ def norm_garbage_buffer():
         yield
 
 
-def logits_scaled():
-    original = transformer.Transformer.logits
-
-    def hot(self, x_BTD):
-        return original(self, x_BTD) * 8
-
-    with swap(transformer.Transformer, "logits", hot):
-        yield
-
-
 def causal_mask_off_by_one():
     def leaky(q_BNTH, k_BKSH, v_BKSH, *, scale=None, chunks=False):
         length = q_BNTH.shape[2]

@@ -2,7 +2,6 @@
 and sharp enough to see small errors.
 """
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,6 @@ from tests.contracts.test_model_variants import declared
 
 GATES = [
     "model.init-law",
-    "model.initial-loss",
     "model.causality",
     "model.document-isolation",
     "model.reference-differential",
@@ -37,7 +35,6 @@ PLANTS = [
     "model.head-init-wrong",
     "model.init-std-too-big",
     "model.norm-garbage-buffer",
-    "model.logits-scaled",
     "model.causal-mask-off-by-one",
     "model.rows-mixed",
     "model.document-mask-lost",
@@ -120,17 +117,6 @@ def wide_ingredients(seed=5):
 
     cfg = pocket()
     return model_ingredients(cfg, build_model(cfg.model, 257, seed=seed), Bytes())
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_model_of_bytes_begins_at_ln_256(spec, seed):
-    """ln 256 = 5.545; measured 0.057 to 0.072 above it, with the 257th id, the end of text.
-    Guessing among half of the bytes is red.
-    """
-    gate, parts = spec.gates["model.initial-loss"], wide_ingredients(seed)
-    verdict = call_check(gate, parts)
-    assert verdict.passed and abs(verdict.measured["loss_nats"] - math.log(256)) < 0.3
-    assert call_check(gate, parts | {"vocab_size": 128}).outcome == "fail"
 
 
 @pytest.mark.parametrize("change", ["uniform", "halves"])

@@ -268,7 +268,7 @@ def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp
 
 def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
     """Of a run whose second of three steps was the worst, in the direction of each limit."""
-    gate = spec.gates["runtime.tokens-consumed"]
+    gate = spec.gates["data.rows"]
 
     class Script:
         events = ()

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
-from stackproof.spec.records import Record
-from stackproof.spec.runners import left_out
+from stackproof.spec.records import Record, left_out
 from tools.integrity.core import Repo, rule
 from tools.integrity.foreign import Found, admitted, flattery, gaps
 

@@ -16,14 +16,12 @@ from stackproof.spec.records import read_record
 from stackproof.spec.registry import read_registry
 from stackproof.spec.releases import FILE as RELEASES
 from stackproof.spec.releases import frozen_release, read_releases, release_text
-from stackproof.spec.runners import load_runners, unfed
 from tools.integrity.core import RULES, Repo, git_blob_id, rule
 from tools.integrity.former_fingerprint import first_form
 from tools.site_pages.exhibits import source_of
 
 Found = Iterator[tuple[str, int, str]]
 CARRIED = "spec/carried.jsonl"
-ONE_GATE_AT_A_TIME = ("stack/museum/", "stack/replay/")
 
 
 @rule(
@@ -420,52 +418,6 @@ def _loose_ends(repo: Repo, failure: Failure) -> Iterator[str]:
     early = failure.plants and failure.latency == "before step 1"
     if early and not any(repo.spec.gates[g].moment == "preflight" for g in gates):
         yield "says before step 1, and no gate of its plants looks there"
-
-
-@rule(
-    "RUNNER-FED",
-    title="Every runner feeds every gate of its kind",
-    why="A monitor that hangs on another runner is on in every configuration and never looks.",
-    hint=(
-        "show the event to the Gatekeeper in the runner's files, or correct its entry in "
-        "spec/runners.toml"
-    ),
-)
-def runner_fed(repo: Repo) -> Found:
-    runners, path = load_runners(repo.root), "spec/runners.toml"
-    for runner in runners.values():
-        for file in (*runner.files, *runner.ingredients):
-            if not (repo.root / file).is_file():
-                yield path, 0, f"runner {runner.name} names {file}, which does not exist"
-        for gate_id, why in unfed(repo.spec, runner):
-            yield path, 0, f"runner {runner.name} does not feed gate {gate_id}: {why}"
-    kinds = {r.kind for r in runners.values()}
-    for gate in repo.spec.gates.values():
-        for kind in sorted(set(gate.kinds) - kinds) if gate.moment != "repository" else ():
-            yield (
-                f"spec/gates/{gate.subsystem}.toml",
-                0,
-                f"gate {gate.id} is for runs of kind {kind}, and no runner is entered for them",
-            )
-    yield from _unentered(repo, {file for r in runners.values() for file in r.files})
-
-
-def _unentered(repo: Repo, files: set[str]) -> Found:
-    """Places of the stack that ask gates without being a runner's file; the museum asks one gate at
-    a time, and a replay as well.
-    """
-    for path in repo.tracked:
-        if (
-            path.startswith("stack/")
-            and path.endswith(".py")
-            and path not in files
-            and not path.startswith(ONE_GATE_AT_A_TIME)
-        ):
-            for line, text in enumerate(
-                repo.text(path).splitlines() if (repo.root / path).is_file() else (), start=1
-            ):
-                if "Gatekeeper(" in text:
-                    yield path, line, "opens a Gatekeeper and is in no runner's files"
 
 
 @rule(

@@ -86,10 +86,10 @@ def test_nothing_fires_on_clean_runs(tmp_path, plan, tick):
     assert green >= {
         "loss.next-token",
         "loss.token-weights",
-        "optim.moves",
+        "optim.movement",
         "optim.clip-norm",
-        "evaluation.mode",
-        "schedule.declared-rate",
+        "runtime.mode",
+        "schedule.rate",
     }
 
 
@@ -128,9 +128,7 @@ def test_dropout_that_stays_on_in_validation(tmp_path):
             pass
 
     callback, error, _ = fit(tmp_path, Loud())
-    assert error.gate_id == "evaluation.mode" and callback.first_failures() == {
-        "evaluation.mode": 8
-    }
+    assert error.gate_id == "runtime.mode" and callback.first_failures() == {"runtime.mode": 8}
 
 
 def test_a_run_resumes_and_a_checkpoint_with_other_moments_does_not(tmp_path):

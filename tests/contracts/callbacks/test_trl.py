@@ -85,7 +85,7 @@ def test_another_objective_is_not_judged_and_says_so(tmp_path):
     callback, error = script(tmp_path, trainer_class=Preference)
     verdict = callback.verdicts()["loss.next-token"]
     assert error is None and verdict.outcome == "not_run" and "Preference" in verdict.message
-    assert callback.verdicts()["optim.moves"].passed
+    assert callback.verdicts()["optim.movement"].passed
 
 
 def test_a_plant_is_caught_there_too(tmp_path):
