@@ -118,7 +118,8 @@ class Rows:
             return None
         others = sum((Counter(event.sample_ids) - Counter(self.sample_ids)).values())
         return failed(
-            f"step {event.step}: it trained on {others} window(s) that were not drawn for it",
+            f"step {event.step}: it trained on {len(event.sample_ids)} window(s), {others} of them "
+            f"not drawn for it; {len(self.sample_ids)} were drawn",
             not_drawn=others,
         )
 

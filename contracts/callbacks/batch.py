@@ -17,7 +17,7 @@ SHORT = 16  # tokens; shorter rows may well be alike
 
 
 class Numbers(NamedTuple):
-    """What one read of the device told of a batch: counts in the order of `batch_seen`,
+    """What one read of the device told of a batch: counts in the order of `model_input`,
     and sums and lengths of its rows.
     """
 
@@ -74,8 +74,8 @@ def read(
     )
 
 
-def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: int) -> ModelInput:
-    """The batch in the words of its gate."""
+def model_input(numbers: Numbers, *, step: int, max_length: int, embedding_rows: int) -> ModelInput:
+    """The event of a training batch."""
     (
         low,
         high,
@@ -111,7 +111,7 @@ def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: 
     )
 
 
-def rows_seen(told: list[int], *, step: int, phase: str) -> RowHashes:
+def row_hashes(told: list[int], *, step: int, phase: str) -> RowHashes:
     """Rows by their sums, out of sums and then lengths; short ones are left out."""
     rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
     return RowHashes(

@@ -73,7 +73,7 @@ def _cosine(
     return max(-1.0, min(along, along_coupled) / scale)
 
 
-class Movement:
+class MovementTracker:
     """Remembers a checksum of every parameter, and for how many updates each has stood still."""
 
     def __init__(self, model: nn.Module):

@@ -72,7 +72,7 @@ def test_our_models_begin_at_guessing(cfg, tmp_path):
     assert result.verdict == "pass" and "gap_nats" not in result.measured
 
 
-def test_logits_eight_times_too_large_halt_the_run_at_its_first_step(cfg, tmp_path):
+def test_logits_twelve_times_too_large_halt_the_run_at_its_first_step(cfg, tmp_path):
     plant = load_museum()["model.logits-scaled"]
     with plant.apply(), pytest.raises(GateFailed, match="the first loss is") as caught:
         train(fresh(cfg, (), tmp_path / "run", only=(GATE,)))

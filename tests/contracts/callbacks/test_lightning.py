@@ -100,6 +100,17 @@ def test_labels_that_are_not_shifted(tmp_path):
     }
 
 
+def test_weights_that_an_evaluation_changes(tmp_path):
+    class Writes(Module):
+        def on_validation_epoch_end(self):
+            with torch.no_grad():
+                next(self.net.parameters()).mul_(1.001)
+
+    callback, error, _ = fit(tmp_path, Writes(), val_check_interval=2)
+    assert error.gate_id == "optim.movement"
+    assert callback.first_failures() == {"optim.movement": 3}
+
+
 def test_gradients_that_are_left_from_before(tmp_path):
     class Stale(Module):
         def optimizer_zero_grad(self, *args):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.contracts.events import StateCompared, WeightsUpdated
 from stackproof.contracts.gate import Verdict, limits_of, resolve
@@ -39,7 +39,11 @@ def overflown(direction: float, value: float, at: tuple[int, ...]) -> list[float
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300_000, bias=False))
-    optimizer, movement, found = Scaled(model.parameters(), 1e-6, direction), Movement(model), []
+    optimizer, movement, found = (
+        Scaled(model.parameters(), 1e-6, direction),
+        MovementTracker(model),
+        [],
+    )
     for step in range(3):
         optimizer.zero_grad()
         model(torch.ones(2, 4)).square().sum().backward()
@@ -63,7 +67,7 @@ def test_a_step_that_was_skipped_for_its_overflow_hides_no_climbing(value):
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, 1e30])
 def test_a_direction_that_nothing_tells_is_no_pass(value):
     model = nn.Linear(4, 4, bias=False)
-    optimizer, movement = torch.optim.AdamW(model.parameters(), lr=1e-3), Movement(model)
+    optimizer, movement = torch.optim.AdamW(model.parameters(), lr=1e-3), MovementTracker(model)
     model.weight.grad = torch.full((4, 4), value)
     movement.prepare(optimizer)
     optimizer.step()
@@ -81,7 +85,7 @@ def test_a_direction_that_nothing_tells_is_no_pass(value):
 
 def test_gradients_that_are_gone_after_the_update_are_said_to_be():
     model = nn.Linear(4, 4)
-    optimizer, movement = torch.optim.SGD(model.parameters(), lr=1e-3), Movement(model)
+    optimizer, movement = torch.optim.SGD(model.parameters(), lr=1e-3), MovementTracker(model)
     model(torch.ones(2, 4)).square().sum().backward()
     movement.prepare(optimizer)
     optimizer.step()

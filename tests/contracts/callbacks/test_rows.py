@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stackproof.contracts.callbacks import batch
-from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.contracts.events import RowHashes, Started, StateRestored
 from stackproof.contracts.gate import Verdict, limits_of, resolve
@@ -178,7 +178,7 @@ def test_a_verdict_that_could_not_be_had_is_not_a_line_for_every_step(tmp_path):
 def test_rows_are_told_apart_by_their_tokens_alone():
     ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
     rows = lambda ids, mask=None: (  # noqa: E731
-        batch.rows_seen(batch.read_rows(ids, mask), step=1, phase="evaluation").rows
+        batch.row_hashes(batch.read_rows(ids, mask), step=1, phase="evaluation").rows
     )
     told = rows(ids)
     assert len(set(told)) == 64
@@ -193,7 +193,7 @@ def test_rows_are_told_apart_by_their_tokens_alone():
     )
     assert rows(*right) == told
     told_in_training = batch.read(*right, None, None, pad_id=0, eos_id=1).rows
-    assert batch.rows_seen(told_in_training, step=1, phase="training").rows == told, (
+    assert batch.row_hashes(told_in_training, step=1, phase="training").rows == told, (
         "the same number in training"
     )
     for column in range(19):
@@ -207,7 +207,7 @@ def test_rows_are_told_apart_by_their_tokens_alone():
 
 def described(ids, mask=None, places=None, pad_id=0):
     told = batch.read(ids, mask, None, places, pad_id=pad_id, eos_id=1)
-    return batch.batch_seen(told, step=1, max_length=0, embedding_rows=0)
+    return batch.model_input(told, step=1, max_length=0, embedding_rows=0)
 
 
 def test_left_padding_is_counted_only_where_no_mask_tells_it():
@@ -269,7 +269,7 @@ def slope(
     model = nn.Sequential(
         nn.Embedding(32, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32)
     ).to(dtype)
-    optimizer, movement = make(list(model.parameters())), Movement(model)
+    optimizer, movement = make(list(model.parameters())), MovementTracker(model)
     peak, found = optimizer.param_groups[0]["lr"], []
     for step in range(at_zero + 1):
         rate = optimizer.param_groups[0]["lr"] = peak if step == at_zero else 0.0
@@ -305,7 +305,7 @@ def test_a_first_update_goes_downhill_with_every_optimizer(name, at_zero):
 
 
 def moves(
-    optimizer: torch.optim.Optimizer, movement: Movement, model: nn.Module, updates: int
+    optimizer: torch.optim.Optimizer, movement: MovementTracker, model: nn.Module, updates: int
 ) -> list[float | None]:
     """`uphill` of each of several updates on one batch."""
     found = []
@@ -334,7 +334,7 @@ def test_the_direction_that_was_asked_for_is_the_right_one(maximize):
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
         found += moves(
-            kind(model.parameters(), lr=1e-3, maximize=maximize), Movement(model), model, 1
+            kind(model.parameters(), lr=1e-3, maximize=maximize), MovementTracker(model), model, 1
         )
     assert found == pytest.approx([-1.0, 1.0], abs=1e-3)
 
@@ -342,19 +342,19 @@ def test_the_direction_that_was_asked_for_is_the_right_one(maximize):
 def test_only_the_first_update_of_a_fresh_optimizer_is_asked():
     model = nn.Linear(4, 4)
     optimizer = Adds(model.parameters(), lr=1e-3)
-    found = moves(optimizer, Movement(model), model, 2)
+    found = moves(optimizer, MovementTracker(model), model, 2)
     assert found[0] > 0.5 and found[1] is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert moves(optimizer, Movement(model), model, 1)[0] < -0.5
-    assert moves(optimizer, Movement(model), model, 1) == [None], "an optimizer with a past"
-    filled_at_birth = Movement(model)
+    assert moves(optimizer, MovementTracker(model), model, 1)[0] < -0.5
+    assert moves(optimizer, MovementTracker(model), model, 1) == [None], "an optimizer with a past"
+    filled_at_birth = MovementTracker(model)
     filled_at_birth.prepare(torch.optim.Adagrad(model.parameters()))
     assert filled_at_birth.judge(1, optimizer, (1e-3,)).uphill is None
 
 
 def test_weights_that_are_loaded_while_the_rate_is_0_are_no_step():
     model = nn.Linear(4, 4)
-    optimizer, movement = Adds(model.parameters(), lr=0.0), Movement(model)
+    optimizer, movement = Adds(model.parameters(), lr=0.0), MovementTracker(model)
     assert moves(optimizer, movement, model, 1) == [None]
     with torch.no_grad():
         model.weight.neg_()
@@ -406,7 +406,9 @@ def test_an_update_that_no_longer_comes_is_seen_and_a_doubled_accumulation_is_no
         return gate.verdicts()["optim.gradient-kept"].message or "pass"
 
     assert passes(2, 2, 4, 16) == "pass"
-    assert "64 backward passes without an update; an update took at most 2 before" in passes(2, 2, 70)
+    assert "64 backward passes without an update; an update took at most 2 before" in passes(
+        2, 2, 70
+    )
 
 
 def test_a_loss_that_runs_away_is_seen_in_a_loop_of_ones_own():
