@@ -172,8 +172,8 @@ def verdict_of(gate_id: str) -> tuple[Verdict, int | None]:
     return gate.verdicts()[gate_id], gate.first_failures().get(gate_id)
 
 
-def run(gate_ids: tuple[str, ...]) -> tuple[Gate, nn.Module]:
-    """Train once, watched by some gates: their verdicts, and the trained model."""
+def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
+    """Train once under some gates, or all with None: their verdicts, and the trained model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Small()

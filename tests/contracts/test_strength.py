@@ -205,7 +205,7 @@ ELSEWHERE = {
     (
         "schedule.rate",
         "rel_error_max",
-    ): "tests/contracts/test_schedule.py::test_trace_is_red_on_one_percent",
+    ): "tests/contracts/test_schedule.py::test_rate_is_red_on_one_percent",
     (
         "model.dropout-law",
         "scale_rel_error_max",

@@ -3,12 +3,16 @@
 import math
 
 import pytest
+import torch
+from torch.nn import functional
 
 from stackproof.contracts.events import LossMeasured, Started
 from stackproof.contracts.gate import limits_of
 from stackproof.contracts.token_loss import FirstLoss
+from stackproof.model.build import build_model
 from stackproof.museum.collection import museum_config
 from stackproof.museum.plant import load_museum
+from stackproof.recipes.pocket import pocket
 from stackproof.spec.errors import GateFailed
 from stackproof.train.loop import train
 from stackproof.train.start import fresh
@@ -49,6 +53,23 @@ def test_a_resumed_run_is_judged_again(spec):
     resumed.load_state_dict(check.state_dict())
     resumed.observe(Started(1, {"untrained": False}))
     assert resumed.observe(LossMeasured(2, GUESSING - 3, 9, 257)).passed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_of_bytes_begins_at_ln_256(spec, seed):
+    """ln 256 = 5.545; measured 0.06 to 0.08 above it, with the 257th id, the end of text. Guessing
+    among half of the bytes is red.
+    """
+    model = build_model(pocket().model, 257, seed=seed).eval()
+    ids = torch.randint(0, 257, (2, 129), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        logits = model(ids[:, :-1])
+    loss = float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    assert abs(loss - math.log(256)) < 0.3
+    for vocab_size, outcome in ((257, "pass"), (128, "fail")):
+        check = FirstLoss(limits_of(spec.gates[GATE]))
+        check.observe(Started(0, {"untrained": True}))
+        assert check.observe(LossMeasured(1, loss, 256, vocab_size)).outcome == outcome
 
 
 @pytest.fixture
