@@ -8,7 +8,7 @@ compares models with different tokenizers.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -124,17 +124,25 @@ def evaluate_batches(
             "a held-out batch has no valid label, so it has no loss",
             next_step="check the label mask",
         )
-    combined = _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches))
-    return replace(combined, training_modules=training)
+    return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches), training)
 
 
-def _combine(sums: Sequence[tuple[float, int]], n_bytes: int) -> Evaluation:
+def _combine(
+    sums: Sequence[tuple[float, int]], n_bytes: int, training_modules: tuple[str, ...] = ()
+) -> Evaluation:
     total_nats, n_tokens = math.fsum(nats for nats, _ in sums), sum(n for _, n in sums)
     means = [nats / n for nats, n in sums]
     stderr = float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else 0.0
     per_byte = bits_per_byte(total_nats, n_bytes) if n_bytes else math.inf
     return Evaluation(
-        total_nats / n_tokens, total_nats, n_tokens, n_bytes, per_byte, tuple(means), stderr
+        loss_nats=total_nats / n_tokens,
+        total_nats=total_nats,
+        n_tokens=n_tokens,
+        n_bytes=n_bytes,
+        bits_per_byte=per_byte,
+        batch_nats=tuple(means),
+        stderr_nats=stderr,
+        training_modules=training_modules,
     )
 
 
