@@ -148,5 +148,4 @@ def _event(line: dict, number: int, key: str, previous: float | None) -> Event:
         wall_s=1 / rate if rate else 0.0,
         flops=0.0,
         peak_flops=0.0,
-        changed_tensor_frac=1.0,
     )

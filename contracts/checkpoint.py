@@ -18,8 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from stackproof.contracts.events import Evaluated, Event, Finished, Started
-from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.events import Evaluated, Event, Finished, Started, StateRestored
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
 from stackproof.contracts.subject import SavedCheckpoint, Subject, TraineeOptions
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
@@ -338,3 +338,20 @@ class Pointers:
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+@decides("checkpoint.state-restored")
+class Restored(Stateless):
+    """Weights, optimizer, schedule, random state and data continue where the checkpoint left
+    them.
+    """
+
+    events = (StateRestored,)
+
+    def observe(self, event: StateRestored) -> Verdict:
+        return decide(
+            len(event.differing) <= self.limits.differing_max and event.compared > 0,
+            f"step {event.step}: not as saved: {first_of(event.differing, 5)}",
+            differing=len(event.differing),
+            compared=event.compared,
+        )

@@ -1,14 +1,11 @@
 """Gates of the data: a run reads what was declared, in a shuffled order, and no held-out text."""
 
 import math
-from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
-from stackproof.contracts.events import BatchDrawn, Event, Started
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run, passed
 from stackproof.contracts.subject import DataLoader, Subject
 
@@ -376,110 +373,3 @@ def corpus_budget(limits: SimpleNamespace, subject: Subject) -> Verdict:
         epochs=epochs,
         chinchilla_ratio=planned_tokens / (20 * n_params),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """An optimizer step was taken on the gradient of the windows `sample_ids`."""
-
-    step: int
-    sample_ids: tuple[int, ...]
-
-
-@decides("data.consumption")
-class Consumption:
-    """The position moves on without gap, each step draws what was declared and learns from that,
-    and no window repeats within its epoch.
-    """
-
-    events = (Started, BatchDrawn, Learned)
-
-    def __init__(self, limits):
-        self.limits, self.plan, self.cursor = limits, None, None
-        self.order = ""
-        self.drawn: list[int] = []
-        self.announced: tuple[int, ...] = ()
-        self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
-
-    def observe(self, event: Event | Learned) -> Verdict | None:
-        if isinstance(event, Started):
-            if self.cursor is not None and self.cursor != event.plan["cursor"]:
-                return failed(
-                    f"the run goes on at sample {event.plan['cursor']}, it had stopped at "
-                    f"{self.cursor}",
-                    cursor=self.cursor,
-                )
-            order = event.plan.get("order", "")
-            if order != self.order:  # another seed, corpus or length: its windows are others
-                self.recent.clear()
-            self.plan, self.cursor, self.order = event.plan, event.plan["cursor"], order
-            self.drawn = list(event.plan["drawn"])
-            return None
-        if isinstance(event, Learned):
-            others = sum((Counter(event.sample_ids) - Counter(self.announced)).values())
-            if sorted(event.sample_ids) == sorted(self.announced):
-                return None
-            return failed(
-                f"step {event.step}: it learned from {others} window(s) that were not drawn for it",
-                not_drawn=others,
-            )
-        self.announced = event.sample_ids
-        rows = self.plan["rows_per_step"]
-        if (
-            event.cursor_before != self.cursor
-            or event.cursor_after != self.cursor + rows
-            or len(event.sample_ids) != rows
-        ):
-            return failed(
-                f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were "
-                f"drawn, {self.cursor} … {self.cursor + rows} declared",
-                cursor=event.cursor_after,
-            )
-        if event.n_tokens != self.plan["tokens_per_step"]:
-            return failed(
-                f"step {event.step}: {event.n_tokens} tokens drawn, "
-                f"{self.plan['tokens_per_step']} declared",
-                tokens=event.n_tokens,
-            )
-        self.cursor = event.cursor_after
-        return self._windows(event)
-
-    def _windows(self, event: BatchDrawn) -> Verdict:
-        """Every row is of the epoch its source is in, of windows that exist,
-        and new in that epoch.
-        """
-        wrong_epochs = outside = 0
-        for source, epoch, window in zip(
-            event.sources, event.epochs, event.sample_ids, strict=True
-        ):
-            arm = self.plan["sources"][source]
-            wrong_epochs += epoch != self.drawn[source] // arm["n_windows"]
-            outside += not arm["first"] <= window < arm["first"] + arm["n_windows"]
-            self.drawn[source] += 1
-        if wrong_epochs or event.epoch != max(event.epochs):
-            return failed(
-                f"step {event.step}: {wrong_epochs} row(s) are not of the epoch their source is in",
-                wrong_epochs=wrong_epochs,
-            )
-        keys = list(zip(event.epochs, event.sample_ids))
-        repeats = len(keys) - len(set(keys)) + len(set(keys) & set(self.recent))
-        self.recent.extend(keys)
-        return decide(
-            not repeats and not outside,
-            f"step {event.step}: {repeats} window(s) repeat within their epoch, {outside} are "
-            "outside the corpus",
-            repeats=repeats,
-            outside=outside,
-        )
-
-    def state_dict(self) -> dict:
-        return {
-            "cursor": self.cursor,
-            "order": self.order,
-            "recent": [list(k) for k in self.recent],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.cursor, self.order = state["cursor"], state.get("order", "")
-        self.recent.clear()
-        self.recent.extend((epoch, window) for epoch, window in state["recent"])

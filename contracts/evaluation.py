@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.events import Evaluated, Event, Looked, Started
+from stackproof.contracts.events import Evaluated, Event, Started, StateCompared
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
 from stackproof.contracts.generation import contextual_model
 from stackproof.contracts.loss import IGNORE
@@ -507,12 +507,12 @@ class LeavesNoTrace(Stateless):
     modes as they found them.
     """
 
-    events = (Looked,)
+    events = (StateCompared,)
 
     def observe(self, event: Event) -> Verdict:
         return decide(
             event.n_compared > 0 and len(event.differing) <= self.limits.differing_max,
-            f"step {event.step}: the {event.at} changed {len(event.differing)} of "
+            f"step {event.step}: the {event.section} changed {len(event.differing)} of "
             f"{event.n_compared} parts of the training state ({first_of(event.differing)})",
             differing=len(event.differing),
         )

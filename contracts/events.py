@@ -1,15 +1,22 @@
-"""What happens inside a run, as runtime gates see it.
-All numbers are plain Python values, read off the device by the caller.
+"""The events of a training run, as runtime gates receive them. Every trainer is adapted to them
+once. Numbers are plain Python values, already copied from the device.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Phase = Literal["training", "evaluation"]
+
+
+# --- the course of a run --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run begins or continues after `step`.
-    `plan` holds what was declared: peak_lr, peak_lrs, schedule, max_steps, …
+    """A run begins, or continues after `step`. `plan` holds what the trainer declares, such as
+    peak_lrs, schedule and max_steps; other trainers declare less than `stack train`.
     """
 
     step: int
@@ -17,9 +24,65 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """The training state was loaded from a checkpoint. `cursor` counts the samples drawn so far."""
+
+    step: int
+    path: str
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateRestored:
+    """The restored training state was compared with the saved one; `differing` names the parts
+    that differ.
+    """
+
+    step: int
+    differing: tuple[str, ...]
+    compared: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint of this step was handed to its writer. A failed write ends the run by itself."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The training loop has ended; the last event of a run. `latest_step` and `best_step` are
+    those of the folders that the checkpoint pointers name.
+    """
+
+    step: int
+    status: str
+    latest_step: int | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StateCompared:
+    """Training state was compared before and after a section that must not change it: an
+    evaluation, a sample, a save or a trace, or all between two updates. `differing` names what of
+    the `n_compared` parts changed.
+    """
+
+    step: int
+    section: str
+    n_compared: int
+    differing: tuple[str, ...]
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class BatchDrawn:
-    """The data of one optimizer step was drawn.
-    `cursor_before/after` count samples over the whole run.
+    """The data loader drew the data of one optimizer step. `cursor_before` and `cursor_after` count
+    samples over the whole run; `sources` and `epochs` have one entry per row.
     """
 
     step: int
@@ -33,13 +96,113 @@ class BatchDrawn:
 
 
 @dataclass(frozen=True, slots=True)
-class StepTaken:
-    """One optimizer step. Norms are global L2; `grad_norm` is before clipping,
-    `clipped_grad_norm` re-measured after it.
+class ModelInput:
+    """Statistics of one training batch, taken before the model's forward pass. `max_length` and
+    `embedding_rows` are 0 where unknown.
 
-    `expert_shares` holds per layer with experts the share (0-1) of the step's choices that went to
-    each, before any is dropped. `group_lrs` holds the learning rate by group as it stands in the
-    optimizer.
+    `n_stops` counts stop tokens that follow a learned token and are not padding, `n_stops_learned`
+    those of them that have a label. `n_left_padded` counts rows that begin with padding which no
+    attention mask marks. `n_places` counts position ids that follow another token, `n_places_up`
+    those of them that are one more than the one before.
+    """
+
+    step: int
+    n_rows: int
+    length: int
+    max_length: int
+    min_id: int
+    max_id: int
+    embedding_rows: int
+    n_labels: int
+    n_valid: int
+    n_stops: int = 0
+    n_stops_learned: int = 0
+    n_padding_labels: int = 0
+    n_left_padded: int = 0
+    n_places: int = 0
+    n_places_up: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowHashes:
+    """Hashes of the rows of one forward pass; equal rows have equal hashes. Short rows are left
+    out.
+    """
+
+    step: int
+    phase: Phase
+    rows: tuple[int, ...]
+
+
+# --- one optimizer step ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleModes:
+    """Modes of the model's modules in one phase: `wrong` names those in the mode of the other
+    phase. `repeat_abs` is the largest difference between the logits of two evaluations of one
+    batch, None where the batch was evaluated once.
+    """
+
+    step: int
+    phase: Phase
+    wrong: tuple[str, ...]
+    repeat_abs: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossMeasured:
+    """The mean loss of one optimizer step over the `n_learned` tokens of all its micro-steps, under
+    a vocabulary of `vocab_size` ids. `mean_nats` is NaN where no token could be measured.
+
+    The other fields come from the gradient at the logits and are left at their defaults without it.
+    `n_judged` positions were inspected one by one. At `n_off_target` of them the target is not the
+    next token; `offset` is the distance of the most frequent other target (-1: neither 0, 1 nor 2).
+    `weight_min` and `weight_max` are the weights of inspected positions in units of 1/N, N the
+    number of tokens to learn in this step. `n_masked_learned` counts positions that have a gradient
+    although label or mask exclude them. `absolute`: weights can be compared with 1/N, as within one
+    process.
+    """
+
+    step: int
+    mean_nats: float
+    n_learned: int
+    vocab_size: int
+    n_judged: int = 0
+    n_off_target: int = 0
+    offset: int = 1
+    n_masked_learned: int = 0
+    weight_min: float = math.nan
+    weight_max: float = math.nan
+    absolute: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GradientsAccumulated:
+    """Gradients between the backward passes of one step and its update. Emitted before every
+    update, and without one when there are many more backward passes than usual.
+
+    `stale_norm` is the gradient norm before the first backward pass. `lost` counts backward passes
+    after which gradients changed before the next. `factor_spread` is how much the factor between
+    the last backward pass and the update differs among tensors, relative to the largest. `usual` is
+    the largest number of backward passes of an earlier update, 0 before the first.
+    """
+
+    step: int
+    micro_steps: int
+    stale_norm: float
+    lost: int
+    factor_spread: float
+    usual: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTaken:
+    """One optimizer step. Norms are global L2; `grad_norm` is before clipping, `clipped_grad_norm`
+    measured again after it.
+
+    `expert_shares` holds, per layer with experts, the share (0-1) of the step's choices of each
+    expert, before any is dropped. `sample_ids` are the windows trained on.
     """
 
     step: int
@@ -54,16 +217,56 @@ class StepTaken:
     wall_s: float
     flops: float
     peak_flops: float
-    changed_tensor_frac: float
     overflow_retries: int = 0
     expert_shares: tuple[tuple[float, ...], ...] = ()
-    group_lrs: Mapping[str, float] = field(default_factory=dict)
+    sample_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RatesUsed:
+    """Learning rates of one update by parameter group, as the optimizer held them. `declared` are
+    those of the scheduler's own closed form, empty where the gate knows the schedule or nobody
+    does.
+
+    `ticks` counts the scheduler's steps and `updates` the optimizer's since the run was first
+    observed; both are 0 for a schedule that is a function of the step number.
+    """
+
+    step: int
+    used: Mapping[str, float]
+    declared: Mapping[str, float] = field(default_factory=dict)
+    ticks: int = 0
+    updates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsUpdated:
+    """What one update changed. `changed_frac` is the share (0-1) of changed tensors among those
+    with a visible learning rate; `every_tensor`: the trainer gives each of them a gradient at every
+    step, so that all must change. `lr` is the declared learning rate.
+
+    `frozen_changed` names changed tensors that require no gradient. `longest_still` is the longest
+    run of updates in which a tensor with a gradient has not changed, `stillest` that tensor.
+    `uphill` is the cosine of update and gradient at an optimizer's first update that changes
+    anything, None at all others. Its sign is turned where the optimizer maximizes, so that above 0
+    is always the wrong way. `unknown` says why the direction of that update cannot be known.
+    """
+
+    step: int
+    lr: float
+    changed_frac: float
+    every_tensor: bool = False
+    frozen_changed: tuple[str, ...] = ()
+    longest_still: int = 0
+    stillest: str = ""
+    uphill: float | None = None
+    unknown: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Recomputed:
-    """A step was computed twice from one state.
-    `differing` names what of the `n_compared` results was not the same to the bit.
+    """The gradients of a step were computed twice from one state. `differing` names those of the
+    `n_compared` gradients that differ in a bit.
     """
 
     step: int
@@ -72,10 +275,25 @@ class Recomputed:
 
 
 @dataclass(frozen=True, slots=True)
+class ActivationsTraced:
+    """Statistics of the activations of one step: by point n, mean, std, absmax and frac_nonfinite.
+
+    `layers.3.scores` holds the largest attention score of every query and head,
+    `layers.3.entropy` the entropy of the attention weights in nats.
+    """
+
+    step: int
+    points: Mapping[str, Mapping[str, float]]
+
+
+# --- evaluation and samples -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
 class HeldOutRows:
-    """Rows that an evaluation scores: how many, how many different ones, which share (0-1) of their
-    passages is in training, and over which share of the held-out split they reach from the first to
-    the last.
+    """The rows that an evaluation scores: their number, the number of distinct ones, the share
+    (0-1) of their passages that occurs in the training split, and the share of the held-out split
+    between the first and the last of them.
     """
 
     n_rows: int
@@ -88,10 +306,10 @@ class HeldOutRows:
 class Evaluated:
     """Held-out evaluation. `batch_nats` are per-batch mean losses over the same batches every time.
 
-    `train_loss_nats` is the run's exponential mean of the training loss; `pretrained` says that the
-    weights did not begin here. `best_step` and `best_loss_nats` are the best evaluation so far,
-    this one included, as the run remembers it. `rows()` looks at what is scored; it reads the
-    training split, and is asked once.
+    `train_loss_nats` is the run's exponential mean of the training loss; `pretrained`: the weights
+    did not begin here. `best_step` and `best_loss_nats` are the best evaluation so far, this one
+    included, as the run remembers it. `rows()` compares the scored rows with the training split; it
+    is slow and called once.
     """
 
     step: int
@@ -109,13 +327,12 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
-class Recited:
-    """The model was given the first `prefix_tokens` of passages it was trained on,
-    and went on with its most likely tokens.
+class MemorizationMeasured:
+    """The model continued the first `prefix_tokens` of training passages greedily.
 
-    `n_recited` of `n_windows` passages came out word for word to their end; `matched_tokens` is how
-    far it went on average. `held_out()` counts the same over `n_held_out` held-out passages, and is
-    only asked where the first count is suspicious.
+    `n_recited` of `n_windows` passages were continued word for word to their end; `matched_tokens`
+    is the mean length of the match. `held_out()` counts the same over `n_held_out` held-out
+    passages; it is called only where the first count is suspicious.
     """
 
     step: int
@@ -129,10 +346,10 @@ class Recited:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A text was drawn from the model for the audit; `language` chooses the word list.
+    """A text was sampled from the model; `language` selects the word list.
 
-    `loss_nats` is the model's own mean loss on it; `found_in_corpus()` says which share of its runs
-    is in the training text, and is only asked where the loss is suspicious.
+    `loss_nats` is the model's own mean loss on the text. `found_in_corpus()` returns the share of
+    its spans that occurs in the training text; it is called only where the loss is suspicious.
     """
 
     step: int
@@ -143,59 +360,25 @@ class Sampled:
     found_in_corpus: Callable[[], float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint of this step was given to its writer.
-    A write that fails ends the run by itself.
-    """
-
-    step: int
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """A run continued from a checkpoint."""
-
-    step: int
-    path: str
-    cursor: int
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """An evaluation, a sample or a save is over.
-    `differing` names what of the `n_compared` parts of the training state it changed.
-    """
-
-    step: int
-    at: str
-    n_compared: int
-    differing: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The loop has ended; the last event of every run.
-    `latest_step` and `best_step` are those of the folders that the pointers name.
-    """
-
-    step: int
-    status: str
-    latest_step: int | None = None
-    best_step: int | None = None
-
-
 Event = (
     Started
-    | BatchDrawn
-    | StepTaken
-    | Recomputed
-    | Evaluated
-    | Recited
-    | Sampled
-    | Saved
-    | Looked
     | Resumed
+    | StateRestored
+    | Saved
     | Finished
+    | BatchDrawn
+    | ModelInput
+    | RowHashes
+    | ModuleModes
+    | LossMeasured
+    | GradientsAccumulated
+    | StepTaken
+    | RatesUsed
+    | WeightsUpdated
+    | Recomputed
+    | ActivationsTraced
+    | Evaluated
+    | MemorizationMeasured
+    | Sampled
+    | StateCompared
 )

@@ -1,5 +1,5 @@
-"""The Gatekeeper: runs preflight gates, routes events to runtime gates,
-counts heartbeats and raises GateFailed.
+"""The Gatekeeper: runs the checks of gates, routes events to runtime gates, counts heartbeats and
+raises GateFailed.
 """
 
 import datetime as dt
@@ -14,7 +14,6 @@ from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
 from stackproof.spec.records import GateResult, Waiver
-from stackproof.spec.runners import Runner, load_runners
 
 
 @dataclass
@@ -27,18 +26,17 @@ class _Seat:
     seconds: float = 0.0
     heartbeat_last_step: int | None = None
     first_failure_step: int | None = None
-    verdict: Verdict = field(default_factory=lambda: not_run("was never asked"))
+    verdict: Verdict = field(default_factory=lambda: not_run("the check was not called"))
 
 
 class Gatekeeper:
-    """Holds every gate that applies to a kind of run and its resolved `config`.
-    The caller announces events; this class decides who looks.
+    """Holds every gate that applies to a kind of run and its resolved `config`, and passes each
+    event to the runtime gates that watch its type.
 
-    `runner` names the entry of spec/runners.toml that asks (default: the one named like `kind`).
-    One that is not entered there, is of another kind, or does not announce what an installed gate
-    watches is refused here, before anything runs. `on_verdict(gate_id, step,     verdict)` is
-    called for every preflight and artifact verdict, and of the runtime verdicts for each red one
-    and each green one that has something to say; `shown` is then its event.
+    `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict that is
+    not not_run, and of the runtime verdicts for each red one and each green one with a message;
+    `shown` is then the event. `only` installs just these gates. Raises ConfigError for a waiver of
+    an unknown gate or one that has expired.
     """
 
     def __init__(
@@ -46,7 +44,6 @@ class Gatekeeper:
         spec: Spec,
         *,
         kind: str = "train",
-        runner: str | None = None,
         waivers: Iterable[Waiver] = (),
         only: Iterable[str] | None = None,
         config: Mapping[str, Any] | None = None,
@@ -54,11 +51,7 @@ class Gatekeeper:
             None
         ),
     ):
-        self.spec, self.on_verdict, self.runner = (
-            spec,
-            on_verdict,
-            _entered(spec, runner or kind, kind),
-        )
+        self.spec, self.on_verdict = spec, on_verdict
         self.shown: Event | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
@@ -72,34 +65,29 @@ class Gatekeeper:
         wanted = set(only) if only is not None else None
         self.seats = {
             g.id: _Seat(g)
-            for g in spec.gates.values()
-            if kind in g.kinds
-            and g.moment != "repository"
-            and (wanted is None or g.id in wanted)
-            and g.applies_to(config or {})
+            for g in spec.required(kind)
+            if (wanted is None or g.id in wanted) and g.applies_to(config or {})
         }
         for seat in self.seats.values():
             if seat.gate.moment == "runtime":
                 seat.watcher = resolve(seat.gate)(limits_of(seat.gate))
-                self._require_fed(seat)
 
     def preflight(
         self,
         subject: Subject,
         progress: Callable[[Gate, Verdict, float], None] = lambda *a: None,
     ) -> None:
-        """Run all preflight gates on the user's own parts.
-        Every gate is asked before the first red one raises.
+        """Run all preflight checks, then raise GateFailed if a gate that halts is red.
 
-        A check that breaks is no verdict: its error travels on after all were asked, unless a red
-        gate says more about the cause.
+        A check that raises has no verdict. Its error is raised after all checks have run, unless a
+        red gate names the cause.
         """
         red, broken = [], []
         for seat in self._moment("preflight"):
             try:
-                verdict = self._ask(seat, subject)
+                verdict = self._run(seat, subject)
             except Exception as e:
-                seat.verdict = not_run(f"its check broke: {type(e).__name__}: {e}")
+                seat.verdict = not_run(f"the check raised {type(e).__name__}: {e}")
                 broken.append(e)
                 continue
             progress(seat.gate, verdict, seat.seconds)
@@ -111,20 +99,20 @@ class Gatekeeper:
             raise broken[0]
 
     def artifact(self, subject: Subject, *, step: int | None = None) -> None:
-        """Run all artifact gates that the subject offers something for.
-        Raises GateFailed on the first red one.
+        """Run all artifact checks on what was saved. Raises GateFailed on the first red gate that
+        halts. A check that cannot run on this subject keeps its earlier verdict.
         """
         for seat in self._moment("artifact"):
             before = seat.verdict
-            verdict = self._ask(seat, subject, step)
+            verdict = self._run(seat, subject, step)
             if verdict.outcome == "not_run" and seat.checks > 1:
                 seat.verdict, seat.checks = before, seat.checks - 1
             if self._halts(seat, verdict):
                 raise self._failure([seat])
 
     def observe(self, event: Event) -> None:
-        """Show an event to every runtime gate that watches its type.
-        Raises GateFailed on a red verdict that halts.
+        """Pass an event to every runtime gate that watches its type. Raises GateFailed on a red
+        verdict that halts, and after Finished for a gate without a heartbeat.
         """
         red, self.shown = [], event
         for seat in self._moment("runtime"):
@@ -152,14 +140,14 @@ class Gatekeeper:
             self._require_heartbeats()
 
     def charge(self, gate_id: str, seconds: float) -> None:
-        """Count time that the run spent on what a gate looks at, outside of its check,
-        as the gate's.
+        """Count time that the run spent on measurements for a gate, outside of its check, as the
+        gate's.
         """
         if gate_id in self.seats:
             self.seats[gate_id].seconds += seconds
 
     def results(self) -> list[GateResult]:
-        """What every installed gate said, ready for the record."""
+        """The result of every installed gate, ready for the record."""
         return [
             GateResult(
                 id=gate_id,
@@ -189,8 +177,8 @@ class Gatekeeper:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue counting where a checkpoint left off.
-        Gates the checkpoint does not know start afresh.
+        """Continue counting where a checkpoint left off. Gates that are not in the checkpoint start
+        anew.
         """
         for seat in self._moment("runtime"):
             if saved := state.get(seat.gate.id):
@@ -200,8 +188,8 @@ class Gatekeeper:
     def _moment(self, moment: str) -> list[_Seat]:
         return [s for s in self.seats.values() if s.gate.moment == moment]
 
-    def _ask(self, seat: _Seat, subject: Subject, step: int | None = None) -> Verdict:
-        """Ask once. The first red verdict stays, as that of a runtime gate does: of many saves one
+    def _run(self, seat: _Seat, subject: Subject, step: int | None = None) -> Verdict:
+        """Run a check once. The first red verdict is kept, as for a runtime gate: of many saves one
         may be bad and the next good.
         """
         started = time.perf_counter()
@@ -224,25 +212,6 @@ class Gatekeeper:
             and seat.gate.id not in self.waivers
         )
 
-    def _require_fed(self, seat: _Seat) -> None:
-        """A gate whose events nobody announces could never look; its runner does not start."""
-        if missing := [
-            e.__name__ for e in seat.watcher.events if e.__name__ not in self.runner.announces
-        ]:
-            raise GateFailed(
-                seat.gate.id,
-                what=(
-                    f"the runner {self.runner.name} announces no {', '.join(missing)}, so it "
-                    "could never look"
-                ),
-                value=f"announced: {', '.join(self.runner.announces) or 'nothing'}",
-                allowed="a runner that feeds every gate of its kind",
-                next_step=(
-                    "stack gates list --runners; show the event to the Gatekeeper and enter it in "
-                    "spec/runners.toml"
-                ),
-            )
-
     def _require_heartbeats(self) -> None:
         silent = [
             s for s in self._moment("runtime") if s.checks == 0 and s.gate.id not in self.waivers
@@ -251,19 +220,19 @@ class Gatekeeper:
             raise GateFailed(
                 silent[0].gate.id,
                 what=(
-                    "it never looked at this run (its events: "
+                    "the run ended without one verdict of this gate (its events: "
                     f"{', '.join(e.__name__ for e in silent[0].watcher.events)})"
                 ),
-                allowed="at least one heartbeat per run",
+                allowed="at least one verdict per run",
                 next_step=(
-                    "lower the interval that feeds it (eval.every, sample.every, "
-                    "checkpoint.every), or waive it with a reason"
+                    "lower the interval of its events (eval.every, sample.every, "
+                    "checkpoint.every), or waive the gate with a reason"
                 ),
             )
 
     def _failure(self, red: Sequence[_Seat]) -> GateFailed:
-        """The error that names the first cause among red gates; those that yield to
-        another red one come after it.
+        """The error that names the first cause among red gates: gates that yield to another red
+        one come after it.
         """
         ids = {s.gate.id for s in red}
         seat, *also = sorted(red, key=lambda s: len(ids.intersection(s.gate.yields_to)))
@@ -283,16 +252,3 @@ class Gatekeeper:
             allowed=allowed or seat.gate.statement,
             next_step="; ".join(filter(None, (seat.gate.hint, f"stack gates show {seat.gate.id}"))),
         )
-
-
-def _entered(spec: Spec, name: str, kind: str) -> Runner:
-    """A runner's entry. Raises ConfigError if there is none, or it is for another kind of run."""
-    runners = load_runners(spec.root)
-    if name not in runners or runners[name].kind != kind:
-        raise ConfigError(
-            f"no runner {name} for runs of kind {kind} is entered in spec/runners.toml, so "
-            "nothing says what it feeds",
-            allowed=", ".join(f"{r.name} ({r.kind})" for r in runners.values()),
-            next_step="enter it with the events it announces, or run under one that is",
-        )
-    return runners[name]

@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from types import SimpleNamespace
 
-from stackproof.contracts.events import Event, Recited, Sampled
+from stackproof.contracts.events import Event, MemorizationMeasured, Sampled
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, not_run
 
 
@@ -20,7 +20,7 @@ class Recitation(Stateless):
     Rows that hold no passage within one document are not judged. Source: arXiv:2012.07805.
     """
 
-    events = (Recited,)
+    events = (MemorizationMeasured,)
 
     def observe(self, event: Event) -> Verdict:
         if not event.n_windows:

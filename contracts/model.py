@@ -66,24 +66,6 @@ def table_error(tables: tuple[Tensor, Tensor] | None, a: Mapping[str, Any]) -> f
     )
 
 
-@decides("model.initial-loss")
-@torch.no_grad()
-def initial_loss(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """Before the first update the model knows nothing: its loss is that of guessing, ln V."""
-    model = subject.model
-    ids = draw_ids((4, min(model.max_length or 128, 128)), model.vocab_size, seed=31)
-    with model.training(False):
-        loss = _mean_nats(model.logits(ids[:, :-1]), ids[:, 1:])
-    gap = abs(loss - math.log(model.vocab_size))
-    return decide(
-        gap <= limits.abs_gap_nats_max,
-        f"the first loss is {loss:.4g} nats, guessing gives ln {model.vocab_size} = "
-        f"{math.log(model.vocab_size):.4g}",
-        gap_nats=gap,
-        loss_nats=loss,
-    )
-
-
 def _mean_nats(logits_BTV: Tensor, labels_BT: Tensor) -> float:
     """Mean −log p of the labels that are not −100, in float64."""
     labels_BT = labels_BT.to(logits_BTV.device)

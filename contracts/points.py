@@ -3,33 +3,19 @@ collapses, points that die or explode.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 
+from stackproof.contracts.events import ActivationsTraced
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """What the points of the model hold in a step: by point n, mean, std,
-    absmax and frac_nonfinite.
-
-    `layers.3.scores` holds the largest score of every query and head,
-    `layers.3.entropy` that of its weights in nats.
-    """
-
-    step: int
-    points: Mapping[str, Mapping[str, float]]
 
 
 @decides("model.attention-logits")
 class AttentionLogits(Stateless):
     """No attention score is so large that softmax is a choice of one and its gradient nothing."""
 
-    events = (Traced,)
+    events = (ActivationsTraced,)
 
-    def observe(self, event: Traced) -> Verdict:
+    def observe(self, event: ActivationsTraced) -> Verdict:
         scores = _at(event, "scores", "absmax")
         worst = max(scores, key=lambda name: math.inf if math.isnan(scores[name]) else scores[name])
         return decide(
@@ -61,9 +47,9 @@ class _InARow:
 class AttentionEntropy(_InARow):
     """In no layer do all heads look at one token each."""
 
-    events = (Traced,)
+    events = (ActivationsTraced,)
 
-    def observe(self, event: Traced) -> Verdict:
+    def observe(self, event: ActivationsTraced) -> Verdict:
         entropy = _at(event, "entropy", "mean")
         lowest = min(entropy, key=entropy.get)
         lasting = self.lasting(
@@ -83,9 +69,9 @@ class LivePoints(_InARow):
     what half precision can hold.
     """
 
-    events = (Traced,)
+    events = (ActivationsTraced,)
 
-    def observe(self, event: Traced) -> Verdict:
+    def observe(self, event: ActivationsTraced) -> Verdict:
         seen = {
             name: figures
             for name, figures in event.points.items()
@@ -119,7 +105,7 @@ class LivePoints(_InARow):
         )
 
 
-def _at(event: Traced, slot: str, figure: str) -> dict[str, float]:
+def _at(event: ActivationsTraced, slot: str, figure: str) -> dict[str, float]:
     """One figure of one slot by point."""
     return {
         name: figures[figure]

@@ -1,50 +1,233 @@
-"""Gate of the rows that a foreign trainer draws: are they shuffled anew, and are those that are
-scored others than those trained on?
+"""Gates of the rows that a trainer draws: they are trained on as declared, can be learned from,
+come in a new order each epoch, and held-out rows are not among them.
 """
 
-from dataclasses import dataclass
+from collections import Counter, deque
 
-from stackproof.contracts.events import Started
-from stackproof.contracts.gate import Verdict, decides, failed, not_run, passed
-from stackproof.contracts.witness import StateRestored
+from stackproof.contracts.events import (
+    BatchDrawn,
+    Event,
+    ModelInput,
+    RowHashes,
+    Started,
+    StateRestored,
+    StepTaken,
+)
+from stackproof.contracts.gate import (
+    Stateless,
+    Verdict,
+    decide,
+    decides,
+    failed,
+    not_run,
+    passed,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class RowsSeen:
-    """The rows of one forward pass as numbers that equal rows share.
-    `phase` is training or evaluation; short rows are left out.
+@decides("data.rows")
+class Rows:
+    """The position advances without a gap, each step draws what is declared and trains on it, every
+    token is counted once, and no window repeats within its epoch.
     """
 
-    step: int
-    phase: str
-    rows: tuple[int, ...]
+    events = (Started, BatchDrawn, StepTaken)
+
+    def __init__(self, limits):
+        self.limits, self.plan, self.cursor = limits, None, None
+        self.order, self.tokens_seen = "", 0
+        self.drawn: list[int] = []
+        self.sample_ids: tuple[int, ...] = ()
+        self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
+
+    def observe(self, event: Event) -> Verdict | None:
+        match event:
+            case Started():
+                return self._start(event)
+            case BatchDrawn():
+                self.sample_ids = event.sample_ids
+                return self._position(event) or self._windows(event)
+            case StepTaken():
+                return self._trained_on(event) or self._tokens(event)
+
+    def _start(self, event: Started) -> Verdict | None:
+        plan = event.plan
+        if self.cursor is not None and self.cursor != plan["cursor"]:
+            return failed(
+                f"the run continues at sample {plan['cursor']}; it had stopped at {self.cursor}",
+                cursor=self.cursor,
+            )
+        order = plan.get("order", "")
+        if order != self.order:  # another seed, corpus or length: its windows are others
+            self.recent.clear()
+        self.plan, self.cursor, self.order = plan, plan["cursor"], order
+        self.drawn, self.tokens_seen = list(plan["drawn"]), plan["tokens_seen"]
+        return None
+
+    def _position(self, event: BatchDrawn) -> Verdict | None:
+        """Red unless the step drew the declared number of samples and tokens, from the position
+        where the last step ended.
+        """
+        rows, tokens = self.plan["rows_per_step"], self.plan["tokens_per_step"]
+        expected = (self.cursor, self.cursor + rows, rows)
+        if (event.cursor_before, event.cursor_after, len(event.sample_ids)) != expected:
+            return failed(
+                f"step {event.step}: samples {event.cursor_before} … {event.cursor_after} were "
+                f"drawn, {self.cursor} … {self.cursor + rows} declared",
+                cursor=event.cursor_after,
+            )
+        if event.n_tokens != tokens:
+            return failed(
+                f"step {event.step}: {event.n_tokens} tokens drawn, {tokens} declared",
+                tokens=event.n_tokens,
+            )
+        self.cursor = event.cursor_after
+        return None
+
+    def _windows(self, event: BatchDrawn) -> Verdict:
+        """Every row belongs to the current epoch of its source, is a window that exists, and is new
+        in that epoch.
+        """
+        wrong_epochs = outside = 0
+        for source, epoch, window in zip(
+            event.sources, event.epochs, event.sample_ids, strict=True
+        ):
+            arm = self.plan["sources"][source]
+            wrong_epochs += epoch != self.drawn[source] // arm["n_windows"]
+            outside += not arm["first"] <= window < arm["first"] + arm["n_windows"]
+            self.drawn[source] += 1
+        if wrong_epochs or event.epoch != max(event.epochs):
+            return failed(
+                f"step {event.step}: {wrong_epochs} row(s) are not of the current epoch of their "
+                "source",
+                wrong_epochs=wrong_epochs,
+            )
+        keys = list(zip(event.epochs, event.sample_ids))
+        repeats = len(keys) - len(set(keys)) + len(set(keys) & set(self.recent))
+        self.recent.extend(keys)
+        return decide(
+            not repeats and not outside,
+            f"step {event.step}: {repeats} window(s) repeat within their epoch, {outside} are "
+            "outside the corpus",
+            repeats=repeats,
+            outside=outside,
+        )
+
+    def _trained_on(self, event: StepTaken) -> Verdict | None:
+        """Red if the step trained on other windows than were drawn for it."""
+        if sorted(event.sample_ids) == sorted(self.sample_ids):
+            return None
+        others = sum((Counter(event.sample_ids) - Counter(self.sample_ids)).values())
+        return failed(
+            f"step {event.step}: it trained on {len(event.sample_ids)} window(s), {others} of them "
+            f"not drawn for it; {len(self.sample_ids)} were drawn",
+            not_drawn=others,
+        )
+
+    def _tokens(self, event: StepTaken) -> Verdict:
+        """The step counts the declared tokens, most of them in the loss, and the total adds up."""
+        per_step = self.plan["tokens_per_step"]
+        self.tokens_seen += per_step
+        valid_frac = event.n_valid_tokens / per_step
+        return decide(
+            event.tokens_seen == self.tokens_seen
+            and event.n_expected_tokens == per_step
+            and self.limits.valid_frac_min <= valid_frac <= 1,
+            f"step {event.step}: {event.tokens_seen} tokens seen, {self.tokens_seen} declared; "
+            f"{event.n_valid_tokens} of {per_step} counted in the loss",
+            tokens_seen=event.tokens_seen,
+            declared_tokens=self.tokens_seen,
+            valid_frac=valid_frac,
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            "cursor": self.cursor,
+            "order": self.order,
+            "recent": [list(k) for k in self.recent],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.cursor, self.order = state["cursor"], state.get("order", "")
+        self.recent.clear()
+        self.recent.extend((epoch, window) for epoch, window in state["recent"])
+
+
+@decides("data.learnable-batch")
+class LearnableBatch(Stateless):
+    """Ids are in the vocabulary, rows fit the model, there are labels to learn, also on stop
+    tokens, and none on padding.
+    """
+
+    events = (ModelInput,)
+
+    def observe(self, event: ModelInput) -> Verdict:
+        limits = self.limits
+        bad_id = event.max_id if event.min_id >= 0 else event.min_id
+        problems = {
+            f"id {bad_id} is outside the embedding of {event.embedding_rows} rows": (
+                event.min_id < 0
+                or (bool(event.embedding_rows) and event.max_id >= event.embedding_rows)
+            ),
+            f"rows of {event.length} tokens exceed the {event.max_length} positions": (
+                bool(event.max_length) and event.length > event.max_length
+            ),
+            "no label is left to learn from": (
+                event.n_labels > 0 and event.n_valid < limits.valid_min
+            ),
+            f"{event.n_stops} stop token(s) end learned text, none has a label": (
+                event.n_stops > 0 and event.n_stops_learned == 0
+            ),
+            f"{event.n_padding_labels} label(s) are on padding": (
+                event.n_padding_labels > limits.padding_labels_max
+            ),
+            (
+                f"{event.n_left_padded} row(s) begin with padding that the attention_mask marks as "
+                "text"
+            ): event.n_left_padded > limits.left_padded_max,
+            (
+                f"only {event.n_places_up} of {event.n_places} position_ids are one more than the "
+                "one before"
+            ): event.n_places_up < limits.places_up_frac_min * event.n_places,
+        }
+        wrong = [text for text, found in problems.items() if found]
+        return decide(
+            not wrong,
+            f"step {event.step}: {'; '.join(wrong)}",
+            max_id=event.max_id,
+            embedding_rows=event.embedding_rows,
+            length=event.length,
+            n_valid=event.n_valid,
+            n_stops=event.n_stops,
+            n_stops_learned=event.n_stops_learned,
+            n_padding_labels=event.n_padding_labels,
+            n_left_padded=event.n_left_padded,
+            places_up_frac=event.n_places_up / event.n_places if event.n_places else 1.0,
+        )
 
 
 @decides("data.fresh-rows")
-class FreshRows:
-    """Rows do not come again in the order they had, and few of those that
-    are scored were trained on.
+class FreshRows(Stateless):
+    """Rows are not drawn again in the same order, and few of the scored rows were trained on.
 
-    An order is the same where each of many rows in a row comes the same distance after it came
-    before: an epoch that is not shuffled anew, or one batch again and again. Remembers the first
-    `MEMORY` rows. Where a red verdict could not have come, because too few rows were drawn or
-    scored, or rows are not known that were trained on before a resume or beyond the memory, it says
-    not_run. An evaluation of too few rows leaves the verdict of one before it, unless a row of it
-    was trained on.
+    The order is the same where each of many consecutive rows comes the same distance after its last
+    occurrence: an epoch that is not reshuffled, or one batch again and again. The first `MEMORY`
+    rows are kept. The verdict is not_run where it could not have been red: too few rows were drawn
+    or scored, or rows trained on before a resume or beyond the memory are unknown. An evaluation of
+    too few rows keeps the verdict of the one before it, unless one of its rows was trained on.
     """
 
-    events = (RowsSeen, Started, StateRestored)
+    events = (RowHashes, Started, StateRestored)
     MEMORY = 500_000
 
     def __init__(self, limits):
-        self.limits = limits
+        super().__init__(limits)
         self.trained: dict[int, int] = {}
         self.drawn = self.lag = self.in_order = self.again = 0
         self.scored = self.known = 0
         self.step, self.resumed_at, self.full, self.unscored, self.judged = 0, 0, False, "", False
 
-    def observe(self, event: RowsSeen | Started | StateRestored) -> Verdict | None:
-        if not isinstance(event, RowsSeen):
+    def observe(self, event: Event) -> Verdict | None:
+        if not isinstance(event, RowHashes):
             if event.step > self.step:
                 self.resumed_at = event.step
             return None
@@ -89,7 +272,7 @@ class FreshRows:
             else ""
         )
 
-    def _scored(self, event: RowsSeen) -> Verdict:
+    def _scored(self, event: RowHashes) -> Verdict:
         """All batches of one evaluation together, from the number of rows on at
         which a share says something.
         """
@@ -122,9 +305,3 @@ class FreshRows:
 
     def _unless(self, reason: str, measured: dict) -> Verdict:
         return not_run(reason) if reason else passed(**measured)
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        return None

@@ -13,6 +13,7 @@ from stackproof.contracts.events import (
     Evaluated,
     Event,
     Finished,
+    ModuleModes,
     Recomputed,
     Sampled,
     Saved,
@@ -21,7 +22,6 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, passed
 from stackproof.contracts.subject import Subject, TraineeOptions, Training
-from stackproof.contracts.witness import ModeSeen
 
 FIRST_DRAWS = 8
 
@@ -54,25 +54,33 @@ class Finite(Stateless):
         )
 
 
-@decides("runtime.training-mode")
-class TrainingMode(Stateless):
-    """Every step is taken with every module in training mode, also the one after an evaluation,
-    a sample or a save.
+@decides("runtime.mode")
+class Mode(Stateless):
+    """Training steps run in training mode, also after an evaluation, a sample or a save; held-out
+    batches are scored in evaluation mode, with the same logits each time.
     """
 
-    events = (ModeSeen,)
+    events = (ModuleModes,)
 
-    def observe(self, event: ModeSeen) -> Verdict:
-        n = len(event.wrong)
-        text = (
-            (
-                f"step {event.step}: {n} module(s) were in evaluation mode, first "
-                f"{event.wrong[0] or 'the model'}"
-            )
-            if n
-            else ""
+    def observe(self, event: ModuleModes) -> Verdict:
+        n, repeat = len(event.wrong), event.repeat_abs or 0.0
+        first = (event.wrong[0] or "the model") if n else ""
+        problems = {
+            f"{n} module(s) not in {event.phase} mode, first {first}": (
+                n > self.limits.wrong_modules_max
+            ),
+            f"two evaluations of one batch give logits {repeat:.3g} apart": (
+                repeat > self.limits.repeat_abs_max
+            ),
+        }
+        wrong = [text for text, found in problems.items() if found]
+        return decide(
+            not wrong,
+            f"step {event.step}, {event.phase}: {'; '.join(wrong)}",
+            phase=event.phase,
+            wrong_modules=n,
+            repeat_abs=repeat,
         )
-        return decide(n <= self.limits.wrong_modules_max, text, wrong_modules=n)
 
 
 @decides("runtime.seed")
@@ -116,66 +124,6 @@ def _beginning(training: Training, seed_offset: int) -> dict[str, Any]:
         "order": [number for batch in batches for number in batch.sample_ids],
         "masks": state["rng.cpu"],
     }
-
-
-@decides("runtime.params-changed")
-class ParamsChanged(Stateless):
-    """Every step moves the parameters it was meant to move.
-
-    Below `visible_lr_min` a step is smaller than float32's spacing at one, so gains of norms may
-    rightly stay; then any move counts.
-    """
-
-    events = (StepTaken,)
-
-    def observe(self, event: Event) -> Verdict:
-        visible = event.lr >= self.limits.visible_lr_min
-        return decide(
-            event.changed_tensor_frac >= self.limits.changed_tensor_frac_min
-            if visible
-            else event.changed_tensor_frac > 0,
-            f"step {event.step}: only {event.changed_tensor_frac:.0%} of the parameter tensors "
-            "moved",
-            changed_tensor_frac=event.changed_tensor_frac,
-        )
-
-
-@decides("runtime.tokens-consumed")
-class TokensConsumed:
-    """Each step consumes exactly the declared tokens, most of them count in the loss,
-    and the total adds up.
-    """
-
-    events = (Started, StepTaken)
-
-    def __init__(self, limits):
-        self.limits, self.per_step, self.total = limits, None, None
-
-    def observe(self, event: Event) -> Verdict | None:
-        if isinstance(event, Started):
-            self.per_step, self.total = event.plan["tokens_per_step"], event.plan["tokens_seen"]
-            return None
-        self.total += self.per_step
-        valid_frac = event.n_valid_tokens / self.per_step
-        ok = (
-            event.tokens_seen == self.total
-            and event.n_expected_tokens == self.per_step
-            and self.limits.valid_frac_min <= valid_frac <= 1
-        )
-        return decide(
-            ok,
-            f"step {event.step}: {event.tokens_seen} tokens seen, {self.total} declared; "
-            f"{event.n_valid_tokens} of {self.per_step} counted",
-            tokens_seen=event.tokens_seen,
-            declared_tokens=self.total,
-            valid_frac=valid_frac,
-        )
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        return None
 
 
 @decides("runtime.loss-not-constant")

@@ -1,17 +1,15 @@
-"""The gate of the schedule: the learning rates the optimizer really used equal the
-closed form at every update.
-"""
+"""The gate of the learning-rate schedule: every update uses the rate that is declared for it."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from stackproof.contracts.events import Event, Started, StepTaken
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.events import Event, RatesUsed, Started
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed
 
 
 def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_steps: int) -> float:
-    """Written independently of the stack, for both kinds of schedule.
+    """Learning rate of a step, computed independently of `stack/train/schedule.py`.
 
     cosine: peak·min(1, s/W)·(f + (1 − f)·(1 + cos πx)/2), x from 0 at step W, or at step 0 where
     the decay is declared to start there. wsd: peak·min(1, s/W)·(f + (1 − f)·r), r = 1 − x or 1 −
@@ -33,61 +31,94 @@ def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_step
 
 
 def _share(step: int, first: int, last: int) -> float:
-    """How much of the way from `first` to `last` is done, 0-1."""
+    """Share (0-1) of the way from `first` to `last` that is done at `step`."""
     return min(1.0, max(0.0, (step - first) / (last - first)))
 
 
-@decides("schedule.trace")
-class ScheduleTrace:
-    """One tick per optimizer update, the declared rate and that of every parameter group equal to
-    the closed form of what was declared.
+@decides("schedule.rate")
+class Rate(Stateless):
+    """Each update uses the declared rate in every parameter group, one tick per update.
+
+    The declared rate is the closed form of the declared schedule, with errors in units of the
+    group's peak; in a trainer that declares none, it is that of its own scheduler, with relative
+    errors.
     """
 
-    events = (Started, StepTaken)
+    events = (Started, RatesUsed)
 
     def __init__(self, limits):
-        self.limits, self.plan, self.last_step = limits, None, None
+        super().__init__(limits)
+        self.plan, self.last_step, self.zeros = None, 0, 0
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
             self.plan, self.last_step = event.plan, event.step
             return None
         if self.plan is None:
-            return failed("the run never declared its schedule")
-        if event.step != self.last_step + 1:
-            return failed(f"update {event.step} follows update {self.last_step}", step=event.step)
-        self.last_step = event.step
-        peaks = {"all": self.plan["peak_lr"], **self.plan["peak_lrs"]}
-        used = {"all": event.lr, **event.group_lrs}
-        if odd := sorted(peaks.keys() ^ used.keys()):
-            return failed(
-                f"step {event.step}: groups with a declared rate and groups with a rate differ: "
-                f"{', '.join(odd)}",
-                odd=len(odd),
-            )
-        declared = {
-            g: closed_form(
-                event.step,
-                peak=peak,
-                schedule=self.plan["schedule"],
-                max_steps=self.plan["max_steps"],
-            )
-            for g, peak in peaks.items()
+            return failed("the run did not declare its schedule")
+        declared = event.declared
+        if "schedule" in self.plan:
+            if event.step != self.last_step + 1:
+                return failed(
+                    f"update {event.step} follows update {self.last_step}", step=event.step
+                )
+            self.last_step = event.step
+            peaks = {"all": self.plan["peak_lr"], **self.plan["peak_lrs"]}
+            declared = {g: self._rate(event.step, peak) for g, peak in peaks.items()}
+            if odd := sorted(peaks.keys() ^ event.used.keys()):
+                return failed(
+                    f"step {event.step}: groups with a declared rate and groups with a rate "
+                    f"differ: {', '.join(odd)}",
+                    odd=len(odd),
+                )
+            error = {g: abs(event.used[g] - declared[g]) / peaks[g] for g in peaks}
+        else:
+            error = {g: _rel_error(event.used[g], rate) for g, rate in declared.items()}
+        return self._judged(event, declared, error)
+
+    def _judged(
+        self, event: RatesUsed, declared: Mapping[str, float], error: Mapping[str, float]
+    ) -> Verdict:
+        worst = max(error, key=lambda g: math.inf if math.isnan(error[g]) else error[g], default="")
+        rel_error = error.get(worst, 0.0)
+        self.zeros = self.zeros + 1 if min(event.used.values()) == 0 else 0
+        problems = {
+            (
+                f"the learning rate of {worst} is {event.used.get(worst, 0.0):.6g}, declared is "
+                f"{declared.get(worst, 0.0):.6g}"
+            ): not rel_error <= self.limits.rel_error_max,
+            f"the schedule has ticked {event.ticks} times in {event.updates} updates": (
+                event.ticks - event.updates > self.limits.ticks_ahead_max
+            ),
+            f"a learning rate is 0 at {self.zeros} updates in a row": (
+                self.zeros > self.limits.zero_updates_max
+            ),
         }
-        error = {g: abs(used[g] - declared[g]) / peaks[g] for g in peaks}
-        worst = max(error, key=lambda g: math.inf if math.isnan(error[g]) else error[g])
+        wrong = [text for text, found in problems.items() if found]
+        first = next(iter(event.used))
         return decide(
-            error[worst] <= self.limits.rel_error_max,
-            f"step {event.step}: learning rate of {worst} {used[worst]:.6g}, declared "
-            f"{declared[worst]:.6g}",
-            rel_error=error[worst],
-            lr=event.lr,
-            declared_lr=declared["all"],
-            groups=len(event.group_lrs),
+            not wrong,
+            f"step {event.step}: {'; '.join(wrong)}",
+            rel_error=rel_error,
+            ticks=event.ticks,
+            updates=event.updates,
+            zero_updates=self.zeros,
+            lr=event.used[first],
+            groups=len(event.used),
+            **({"declared_lr": declared[first]} if first in declared else {}),
+        )
+
+    def _rate(self, step: int, peak: float) -> float:
+        return closed_form(
+            step, peak=peak, schedule=self.plan["schedule"], max_steps=self.plan["max_steps"]
         )
 
     def state_dict(self) -> dict:
-        return {}
+        return {"zeros": self.zeros}
 
     def load_state_dict(self, state: dict) -> None:
-        return None
+        self.zeros = state["zeros"]
+
+
+def _rel_error(used: float, declared: float) -> float:
+    return abs(used - declared) / max(abs(declared), abs(used)) if used != declared else 0.0

@@ -248,6 +248,10 @@ class Spec(Frozen):
                 current.add(row.old)
         return frozenset(current)
 
+    def required(self, kind: str) -> list[Gate]:
+        """The gates of runs of one kind, for every configuration."""
+        return [g for g in self.gates.values() if kind in g.kinds and g.moment != "repository"]
+
     @property
     def sha256(self) -> str:
         """One hash of the version and every gate's fingerprint."""

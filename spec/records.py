@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError
-from stackproof.spec.gates import Frozen
+from stackproof.spec.gates import Frozen, Spec
 
 SCHEMA = "stackproof/record/1"
 Kind = Literal[
@@ -199,6 +199,16 @@ class Record(Frozen):
                 f"record {self.id} has no metric {name}", allowed=", ".join(sorted(self.metrics))
             )
         return self.metrics[name].value
+
+
+def left_out(spec: Spec, record: Record) -> list[str]:
+    """Ids of gates that runs of the record's kind and configuration hold and the record does not.
+    Valid only for a record of this version of the spec.
+    """
+    held = {g.id for g in record.gates}
+    return [
+        g.id for g in spec.required(record.kind) if g.applies_to(record.config) and g.id not in held
+    ]
 
 
 def parse_record(data: bytes, *, origin: str) -> Record:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.callbacks.reading import IGNORE, trailing_padding
-from stackproof.contracts.rows import RowsSeen
-from stackproof.contracts.witness import BatchSeen
+from stackproof.contracts.events import ModelInput, RowHashes
 
 # where padding is the end of text, a row of packed documents may begin with one or two
 LEFT_PADS = 4
@@ -18,7 +17,7 @@ SHORT = 16  # tokens; shorter rows may well be alike
 
 
 class Numbers(NamedTuple):
-    """What one read of the device told of a batch: counts in the order of `batch_seen`,
+    """What one read of the device told of a batch: counts in the order of `model_input`,
     and sums and lengths of its rows.
     """
 
@@ -75,8 +74,8 @@ def read(
     )
 
 
-def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: int) -> BatchSeen:
-    """The batch in the words of its gate."""
+def model_input(numbers: Numbers, *, step: int, max_length: int, embedding_rows: int) -> ModelInput:
+    """The event of a training batch."""
     (
         low,
         high,
@@ -93,7 +92,7 @@ def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: 
     ) = numbers.counts
     # labels stand with their own token, and are not those of another task
     own = 2 * n_same > n_valid
-    return BatchSeen(
+    return ModelInput(
         step=step,
         n_rows=len(numbers.rows) // 2,
         length=longest,
@@ -112,10 +111,10 @@ def batch_seen(numbers: Numbers, *, step: int, max_length: int, embedding_rows: 
     )
 
 
-def rows_seen(told: list[int], *, step: int, phase: str) -> RowsSeen:
+def row_hashes(told: list[int], *, step: int, phase: str) -> RowHashes:
     """Rows by their sums, out of sums and then lengths; short ones are left out."""
     rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
-    return RowsSeen(
+    return RowHashes(
         step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT)
     )
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.probe import embedding_of, head_of, is_ids
 from stackproof.contracts.callbacks.subject import ComparedWeights
+from stackproof.contracts.events import StateRestored
 from stackproof.contracts.subject import Subject
-from stackproof.contracts.witness import StateRestored
 
 FILE = "stack_gates.json"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -15,15 +15,16 @@ from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import config_of, untouched
 from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
 from stackproof.contracts.callbacks.session import ROWS_GATE, Cost, Mode, Session
+from stackproof.contracts.callbacks.settings import TrainerSettings
 from stackproof.contracts.callbacks.subject import foreign_subject
-from stackproof.contracts.callbacks.watch import Facts, Watch
+from stackproof.contracts.callbacks.watch import Watch
 from stackproof.contracts.gate import Verdict
 
 PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
 LOSS_GATES = (
     "loss.next-token",
     "loss.token-weights",
-    "model.first-loss",
+    "loss.first",
     "data.learnable-batch",
     "runtime.trend",
     "runtime.loss-spike",
@@ -128,7 +129,7 @@ class GateCallback(TrainerCallback):
             inner,
             self.session,
             scheduler=lr_scheduler,
-            facts=self._facts(args, model, tokenizer),
+            settings=self._settings(args, model, tokenizer),
             step=state.global_step,
             **({"phase": lambda: self._phase} if self._trainer else {}),
         )
@@ -163,7 +164,7 @@ class GateCallback(TrainerCallback):
         if (replicas := digest.replicas(model)) is not None:
             self.session.artifact(replicas, state.global_step)
         document = self._memory.saved(
-            digest.of_run(model, watch.optimizer, watch.scheduler, state.global_step)
+            digest.of_run(model, watch.optimizer, watch.rates.scheduler, state.global_step)
         )
         if args.process_index == 0:
             digest.write(folder, document)
@@ -227,7 +228,7 @@ class GateCallback(TrainerCallback):
             if verdict is not None:
                 self.session.observe(verdict)
             # prompts are a list of rows
-            self._watch.batch = dict(inputs) if isinstance(inputs, Mapping) else {}
+            self._watch.see_batch(dict(inputs) if isinstance(inputs, Mapping) else {})
             loss = self._during("training", step, model, inputs, *args, **kwargs)
             self._watch.tell_loss(loss)
             return loss
@@ -252,10 +253,10 @@ class GateCallback(TrainerCallback):
                 vars(self._trainer).pop(name, None)
         self._watch = self._trainer = None
 
-    def _facts(self, args, model, tokenizer) -> Facts:
+    def _settings(self, args, model, tokenizer) -> TrainerSettings:
         config, trainer = config_of(model), self._trainer
         scaler = getattr(getattr(trainer, "accelerator", None), "scaler", None)
-        return Facts(
+        return TrainerSettings(
             pad_id=getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
             eos_id=getattr(tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
             smoothing=float(args.label_smoothing_factor),

@@ -12,8 +12,9 @@ from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import config_of, untouched
 from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
 from stackproof.contracts.callbacks.session import Cost, Mode, Session
+from stackproof.contracts.callbacks.settings import TrainerSettings
 from stackproof.contracts.callbacks.subject import ForeignTraining, foreign_subject
-from stackproof.contracts.callbacks.watch import Facts, Watch
+from stackproof.contracts.callbacks.watch import Watch
 from stackproof.contracts.gate import Verdict
 
 STATE = "stack_gates"
@@ -116,7 +117,7 @@ class GateCallback(Callback):
             optimizer,
             self.session,
             scheduler=configs[0].scheduler if configs else None,
-            facts=self._facts(trainer, model, configs),
+            settings=self._settings(trainer, model, configs),
             step=trainer.global_step,
             phase=lambda: _phase(trainer),
             update_hooks=False,
@@ -137,7 +138,7 @@ class GateCallback(Callback):
             if isinstance(batch, (list, tuple))
             else {}
         )
-        self._watch.batch = dict(named)
+        self._watch.see_batch(dict(named))
         verdict, _ = self._memory.drawn(batch, trainer.current_epoch, trainer.global_step)
         if verdict is not None:
             self.session.observe(verdict)
@@ -173,17 +174,17 @@ class GateCallback(Callback):
 
     def _parts(self) -> dict[str, Any]:
         return digest.of_run(
-            self._watch.model, self._watch.optimizer, self._watch.scheduler, self._watch.step
+            self._watch.model, self._watch.optimizer, self._watch.rates.scheduler, self._watch.step
         )
 
     def _detach(self) -> None:
         if self._watch:
             self._watch.detach()
 
-    def _facts(self, trainer: Trainer, model: Any, configs: list) -> Facts:
+    def _settings(self, trainer: Trainer, model: Any, configs: list) -> TrainerSettings:
         config = config_of(model)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return Facts(
+        return TrainerSettings(
             pad_id=getattr(self._tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
             eos_id=getattr(self._tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
             max_grad_norm=math.inf

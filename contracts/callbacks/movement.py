@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.digest import checksums, gathered
-from stackproof.contracts.moves import LeftAlone, Moved
+from stackproof.contracts.events import StateCompared, WeightsUpdated
 
 VISIBLE_RATE = 1e-7
 SLOPE_ENTRIES = 1_000_000  # of weights, copied once
@@ -73,7 +73,7 @@ def _cosine(
     return max(-1.0, min(along, along_coupled) / scale)
 
 
-class Movement:
+class MovementTracker:
     """Remembers a checksum of every parameter, and for how many updates each has stood still."""
 
     def __init__(self, model: nn.Module):
@@ -90,10 +90,11 @@ class Movement:
         if self._kept:
             self._kept = []
 
-    def between(self, step: int) -> LeftAlone:
+    def between(self, step: int) -> StateCompared:
         """What has changed since the last update was judged."""
         changed = (checksums(self._parameters) != self._sums).tolist()
-        return LeftAlone(step, tuple(n for n, c in zip(self._names, changed) if c), len(changed))
+        names = tuple(n for n, c in zip(self._names, changed) if c)
+        return StateCompared(step, "time since the last update", len(changed), names)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep some weights as they are, if this optimizer has yet to take its first step.
@@ -167,7 +168,9 @@ class Movement:
         ]
         return bool(gathered([g.isfinite().all() for g in held], torch.int64).all())
 
-    def judge(self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]) -> Moved:
+    def judge(
+        self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]
+    ) -> WeightsUpdated:
         """What the update that ended `step` moved; `rates` are those it used,
         by group of the optimizer.
         """
@@ -191,12 +194,13 @@ class Movement:
         uphill, unknown = self._uphill(
             {id(p): rate for g, rate in zip(optimizer.param_groups, rates) for p in g["params"]}
         )
-        return Moved(
+        return WeightsUpdated(
             step=step,
-            frozen_moved=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),
+            lr=rates[0] if rates else 0.0,
+            frozen_changed=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
-            moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
+            changed_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
             uphill=uphill,
             unknown=unknown,
         )

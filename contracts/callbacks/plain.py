@@ -12,8 +12,9 @@ from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.probe import config_of, untouched, unwrapped
 from stackproof.contracts.callbacks.record import LOG, RunRecord, how_it_ended, trainer_of
 from stackproof.contracts.callbacks.session import Cost, Mode, Session
+from stackproof.contracts.callbacks.settings import TrainerSettings
 from stackproof.contracts.callbacks.subject import foreign_subject
-from stackproof.contracts.callbacks.watch import Facts, Watch
+from stackproof.contracts.callbacks.watch import Watch
 
 
 class Gate:
@@ -37,7 +38,7 @@ class Gate:
             if isinstance(batch, (list, tuple))
             else {}
         )
-        self._watch.batch = named
+        self._watch.see_batch(named)
         verdict, _ = self._memory.drawn(batch, epoch, self._watch.step)
         if verdict is not None:
             self._session.observe(verdict)
@@ -80,7 +81,7 @@ class Gate:
 
     def _parts(self) -> dict[str, Any]:
         watch = self._watch
-        return digest.of_run(watch.model, watch.optimizer, watch.scheduler, watch.step)
+        return digest.of_run(watch.model, watch.optimizer, watch.rates.scheduler, watch.step)
 
 
 @contextmanager
@@ -131,14 +132,14 @@ def gated(
     with untouched(model):
         session.preflight(foreign_subject(model, optimizer, tokenizer))
     config = config_of(model)
-    facts = Facts(
+    settings = TrainerSettings(
         pad_id=getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None)),
         eos_id=getattr(tokenizer, "eos_token_id", getattr(config, "eos_token_id", None)),
         max_grad_norm=max_grad_norm,
         loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
         absolute=not (torch.distributed.is_available() and torch.distributed.is_initialized()),
     )
-    watch = Watch(model, optimizer, session, scheduler=scheduler, facts=facts)
+    watch = Watch(model, optimizer, session, scheduler=scheduler, settings=settings)
     session.on_halt = watch.detach
     try:
         yield Gate(session, watch)

@@ -1,5 +1,6 @@
 """`stack gates list | show | prove | backtest | repro | coverage`."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def list_(
     evidence: Directory = None,
     runners: Annotated[
         bool,
-        typer.Option("--runners", help="Instead: who runs which gates, and which are not fed."),
+        typer.Option("--runners", help="Instead: every way of running, its gates and its events."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -74,44 +75,52 @@ def list_(
 
 
 def _runners(as_json: bool) -> None:
-    """Every runner, the gates of its kind by moment, and those it does not feed.
-    Exit code 4 if there is one.
+    """Every adapter, the gates of its kind by moment, and those that watch an event which it does
+    not emit; these are unknown (null) without torch. Exit code 4 if there is one.
     """
     from collections import Counter
 
-    from stackproof.spec.gates import load_spec
-    from stackproof.spec.runners import load_runners, required, unfed
+    from stackproof.contracts.adapters import ADAPTERS, Adapter
+    from stackproof.spec.gates import Gate, load_spec
+
+    def unfed(adapter: Adapter, gates: list[Gate]) -> list[dict[str, str]] | None:
+        if importlib.util.find_spec("torch") is None:
+            return None
+        from stackproof.contracts.gate import resolve
+
+        missing = {g.id: adapter.missing(resolve(g).events) for g in gates if g.moment == "runtime"}
+        return [
+            {"gate": gate, "why": f"the adapter does not emit {', '.join(events)}"}
+            for gate, events in missing.items()
+            if events
+        ]
 
     spec, rows = load_spec(), []
-    for runner in load_runners(spec.root).values():
-        gates, missing = (
-            required(spec, runner.kind),
-            [{"gate": g, "why": why} for g, why in unfed(spec, runner)],
-        )
-        counts = Counter(g.moment for g in gates)
+    for adapter in ADAPTERS:
+        gates = adapter.gates(spec)
         rows.append(
             {
-                "runner": runner.name,
-                "verb": runner.verb,
-                "kind": runner.kind,
-                "announces": list(runner.announces),
+                "runner": adapter.name,
+                "verb": adapter.verb,
+                "kind": adapter.kind,
+                "announces": [event.__name__ for event in adapter.events],
+                "gates": [g.id for g in gates],
+                "counts": dict(Counter(g.moment for g in gates)),
+                "unfed": unfed(adapter, gates),
             }
-            | {"gates": [g.id for g in gates], "counts": dict(counts), "unfed": missing}
         )
     if not emit({"runners": rows}, as_json):
         shown = [
-            [r["verb"], r["kind"], *(r["counts"].get(m, 0) for m in MOMENTS), len(r["unfed"])]
+            [r["verb"], r["kind"], *(r["counts"].get(m, 0) for m in MOMENTS), len(r["unfed"] or ())]
             for r in rows
         ]
-        stdout.print(
-            table(f"Runners of spec {spec.version}", ["runner", "kind", *MOMENTS, "not fed"], shown)
-        )
-    first = next(((r["runner"], m) for r in rows for m in r["unfed"]), None)
-    if first:
+        headings = ["runner", "kind", *MOMENTS, "not fed"]
+        stdout.print(table(f"Runners of spec {spec.version}", headings, shown))
+    if first := next(((r["runner"], m) for r in rows for m in r["unfed"] or ()), None):
         raise GateFailed(
             first[1]["gate"],
-            what=f"the runner {first[0]} does not feed it: {first[1]['why']}",
-            next_step="mend the runner, or its entry",
+            what=f"{first[0]}: {first[1]['why']}",
+            next_step="emit the event in the adapter, and list it in contracts/adapters.py",
         )
 
 

@@ -28,8 +28,8 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss over batches. `n_bytes` are those of the scored labels;
-    end-of-text tokens stand for none.
+    """Held-out loss over batches. `n_bytes` are those of the scored labels; end-of-text tokens
+    stand for none. `training_modules` names modules that were in training mode.
     """
 
     loss_nats: float
@@ -39,6 +39,7 @@ class Evaluation:
     bits_per_byte: float
     batch_nats: tuple[float, ...]
     stderr_nats: float
+    training_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,31 @@ def evaluate_batches(
     """
     with evaluating(model):
         sums = [batch_sums(model, b, device, autocast) for b in batches]
+        training = tuple(name for name, m in model.named_modules() if m.training)
     if not all(n for _, n in sums):
         raise DataError(
             "a held-out batch has no valid label, so it has no loss",
             next_step="check the label mask",
         )
-    return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches))
+    return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches), training)
 
 
-def _combine(sums: Sequence[tuple[float, int]], n_bytes: int) -> Evaluation:
+def _combine(
+    sums: Sequence[tuple[float, int]], n_bytes: int, training_modules: tuple[str, ...] = ()
+) -> Evaluation:
     total_nats, n_tokens = math.fsum(nats for nats, _ in sums), sum(n for _, n in sums)
     means = [nats / n for nats, n in sums]
     stderr = float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else 0.0
     per_byte = bits_per_byte(total_nats, n_bytes) if n_bytes else math.inf
     return Evaluation(
-        total_nats / n_tokens, total_nats, n_tokens, n_bytes, per_byte, tuple(means), stderr
+        loss_nats=total_nats / n_tokens,
+        total_nats=total_nats,
+        n_tokens=n_tokens,
+        n_bytes=n_bytes,
+        bits_per_byte=per_byte,
+        batch_nats=tuple(means),
+        stderr_nats=stderr,
+        training_modules=training_modules,
     )
 
 

@@ -8,8 +8,7 @@ from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Entry, Ledger
-from stackproof.spec.records import Record, read_record
-from stackproof.spec.runners import left_out
+from stackproof.spec.records import Record, left_out, read_record
 
 MAX_ARTEFACT_BYTES = 4 * 2**20
 MAGIC_OF_WEIGHTS = (

@@ -54,16 +54,13 @@ def matrix(
     turned red. Every plant meets all gates that apply to the configuration its own gate is proven
     under; a gate that is red there without the plant is left out. A runtime gate that never looked
     is red, as it is where no gate is waived: its step is None and its seconds are those of the run.
-    Plants of foreign trainers do not touch the stack and have no row.
+    Plants in the script of another trainer do not touch the stack and have no row.
     """
-    gates, museum, rows = (
-        [g for g in selection(gate_ids) if g.kinds != ("foreign",)],
-        load_museum(),
-        [],
-    )
+    museum = {p.id: p for p in load_museum().values() if p.trainer == "stack"}
+    rows: list[Row] = []
     with workshop() as root:
         prover, controls = Prover(root), {}
-        for gate in gates:
+        for gate in selection(gate_ids):
             cfg = _config(prover, gate)
             key = sha256_json([cfg.to_dict(), "export" in gate.kinds])
             for plant in (museum[p] for p in gate.plants if p in museum):

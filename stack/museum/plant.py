@@ -14,13 +14,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stackproof.museum.edit import Edit, edited
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import IntegrityError
 
 FOLDER = Path(__file__).parent / "plants"
+Trainer = Literal["stack", "script"]
 _touches = 0
 
 
@@ -37,6 +38,14 @@ class Plant:
     sources: tuple[str, ...]
     edits: tuple[Edit, ...] = ()
     function: str = ""
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that the plant changes: `stack train`, or the script of another trainer."""
+        places = [e.target.split(":")[0] for e in self.edits] or [
+            f"{__package__}.{self.function.split(':')[0]}"
+        ]
+        return "script" if f"{__package__}.script" in places else "stack"
 
     def apply(self) -> AbstractContextManager[None]:
         """Put the bug in place until the context ends.

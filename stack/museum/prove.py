@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stackproof.config import RunConfig, load_config
+from stackproof.contracts.callbacks.digest import of_tensors
 from stackproof.contracts.gate import Verdict, call_check, not_run
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
@@ -26,7 +27,7 @@ from stackproof.model.build import build_model
 from stackproof.museum import script
 from stackproof.museum.collection import exportable, museum_config, write_texts
 from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
-from stackproof.museum.plant import Plant, load_museum, touches
+from stackproof.museum.plant import Plant, Trainer, load_museum, touches
 from stackproof.spec.building import RecordBuilder, write_atomically
 from stackproof.spec.canonical import canonical_json, sha256_file
 from stackproof.spec.errors import GateFailed
@@ -94,6 +95,15 @@ class Control(NamedTuple):
 
 
 UNASKED = Control("not_run", {})
+Controls = dict[tuple[str, Trainer], Control]
+
+
+def trainers_of(gate: Gate) -> tuple[Trainer, ...]:
+    """The trainers in which a gate is proven: our own, and the script for those of other
+    trainers.
+    """
+    script_too: tuple[Trainer, ...] = ("script",) if "foreign" in gate.kinds else ()
+    return script_too if gate.kinds == ("foreign",) else ("stack", *script_too)
 
 
 class Prover:
@@ -105,32 +115,40 @@ class Prover:
         self._runs = 0
         self._fruits: dict[str, Any] = {}
 
-    def control(self, gates: list[Gate]) -> dict[str, Control]:
-        """Every gate on the clean stack: all in one run, and each that asks for another
-        configuration under that one.
+    def control(self, gates: list[Gate]) -> Controls:
+        """Every gate without a plant, in each trainer it is for. In our trainer one run serves all
+        gates but those that need another configuration.
         """
         use_cache(self.root / "cache")
-        found: dict[str, Control] = {}
-        together = [g for g in gates if "train" in g.kinds and not (g.when or g.needs)]
-        with watching() as worst:
-            if together:
+        found: Controls = {}
+        if together := [g for g in gates if "train" in g.kinds and not (g.when or g.needs)]:
+            with watching() as worst:
                 try:
                     record = train(
                         fresh(self.cfg, (), self.run_dir(), only=tuple(g.id for g in together))
                     )
                 except GateFailed as e:
                     record = e.record
-                found |= {g.id: Control(g.verdict, dict(g.measured)) for g in record.gates}
-            for gate in (g for g in gates if g not in together):
-                try:
-                    verdict, _ = self._run(gate)
-                    found[gate.id] = Control(verdict.outcome, dict(verdict.measured))
-                except GateFailed as e:
-                    found[gate.id] = Control("fail", dict(e.verdict.measured) if e.verdict else {})
-        return {g: c._replace(measured=c.measured | worst.get(g, {})) for g, c in found.items()}
+            for g in record.gates:
+                measured = dict(g.measured) | worst.get(g.id, {})
+                found[g.id, "stack"] = Control(g.verdict, measured)
+        for gate in gates:
+            for trainer in trainers_of(gate):
+                if (gate.id, trainer) not in found:
+                    found[gate.id, trainer] = self._control(gate, trainer)
+        return found
+
+    def _control(self, gate: Gate, trainer: Trainer) -> Control:
+        with watching() as worst:
+            try:
+                verdict, _ = self._run(gate, trainer)
+            except GateFailed as e:
+                verdict = e.verdict or Verdict("fail", str(e))
+        return Control(verdict.outcome, dict(verdict.measured) | worst.get(gate.id, {}))
 
     def planted(self, gate: Gate, plant: Plant, control: Control = UNASKED) -> Seen:
-        """One gate on one plant. Data are prepared under the plant where the gate judges data.
+        """One gate on one plant, in the trainer that the plant changes; `control` is the gate in
+        that trainer. Data are prepared under the plant where the gate judges data.
 
         Killed is only what the gate itself turned red on, in time,
         and only if the planted line ran.
@@ -141,7 +159,7 @@ class Prover:
         clock = Clock()
         try:
             with plant.apply():
-                verdict, step = self._run(gate, clock)
+                verdict, step = self._run(gate, plant.trainer, clock)
         except GateFailed as e:
             if e.gate_id != gate.id:
                 return Seen(
@@ -181,10 +199,10 @@ class Prover:
         return Seen("killed", verdict, moment if steps is None else f"step {step}", steps, ran)
 
     def _differs(self, gate: Gate, plant: Plant) -> bool:
-        """Whether anything a run or an export brings forth is other than without the plant.
+        """Whether the outputs of a run or an export differ from those without the plant.
         An error is a difference.
         """
-        kind = "export" if "export" in gate.kinds else "train"
+        kind = "export" if "export" in gate.kinds else plant.trainer
         if kind not in self._fruits:
             self._fruits[kind] = self._brought_forth(kind)
         try:
@@ -194,6 +212,8 @@ class Prover:
             return True
 
     def _brought_forth(self, kind: str) -> Any:
+        if kind == "script":
+            return of_tensors(script.run(())[1].state_dict())
         if kind == "export":
             folder = self._write_folder(Gatekeeper(self.spec, kind="export", only=()), tied=True)
             return {p.name: sha256_file(p) for p in folder.iterdir()}
@@ -204,12 +224,14 @@ class Prover:
         """The gate's verdict on the stack as it is now.
         Raises GateFailed where a red gate halts.
         """
-        return self._run(gate)[0]
+        return self._run(gate, "stack")[0]
 
-    def _run(self, gate: Gate, *callbacks: Callback) -> tuple[Verdict, int | None]:
-        """The gate's verdict, and the step at which it turned red in a run."""
-        if gate.kinds == ("foreign",):
-            return script.ask(gate.id)
+    def _run(
+        self, gate: Gate, trainer: Trainer, *callbacks: Callback
+    ) -> tuple[Verdict, int | None]:
+        """The gate's verdict in one trainer, and the step at which it turned red in a run."""
+        if trainer == "script":
+            return script.verdict_of(gate.id)
         cfg, _ = load_config(
             self.cfg,
             fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()},
@@ -289,18 +311,18 @@ def prove(
         controls = prover.control(gates)
         for gate in gates:
             for plant_id in gate.plants:
-                kill = _prove_one(
-                    prover, gate, plants.get(plant_id), plant_id, controls.get(gate.id, UNASKED)
-                )
+                kill = _prove_one(prover, gate, plants.get(plant_id), plant_id, controls)
                 kills.append(kill)
                 on_kill(kill)
     return kills
 
 
 def _prove_one(
-    prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, control: Control
+    prover: Prover, gate: Gate, plant: Plant | None, plant_id: str, controls: Controls
 ) -> Kill:
     started = time.perf_counter()
+    outcomes = [controls.get((gate.id, t), UNASKED).outcome for t in trainers_of(gate)]
+    control = controls.get((gate.id, plant.trainer), UNASKED) if plant else UNASKED
     seen = (
         Seen("awaiting", not_run("nobody built it"))
         if plant is None
@@ -312,7 +334,7 @@ def _prove_one(
         plant=plant_id,
         plant_sha256="0" * 64 if plant is None else plant.sha256,
         outcome=seen.outcome,
-        control=control.outcome,
+        control=next((o for o in outcomes if o != "pass"), "pass"),
         latency=seen.latency,
         seconds=round(time.perf_counter() - started, 3),
         measured=plain(seen.verdict.measured),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.callbacks.plain import Gate, gated
 from stackproof.contracts.gate import Verdict
 
 VOCAB, WIDTH, PAD, EOS, STEPS, MICRO, ROWS = 48, 16, 0, 1, 8, 2, 12
@@ -166,8 +166,14 @@ def loaded(kept: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimi
     optimizer.load_state_dict(kept["optimizer"])
 
 
-def ask(gate_id: str) -> tuple[Verdict, int | None]:
-    """Run the script with one gate around it: (its verdict, the step at which it was first red)."""
+def verdict_of(gate_id: str) -> tuple[Verdict, int | None]:
+    """The verdict of one gate on a run of the script, and the step at which it was first red."""
+    gate, _ = run((gate_id,))
+    return gate.verdicts()[gate_id], gate.first_failures().get(gate_id)
+
+
+def run(gate_ids: tuple[str, ...] | None) -> tuple[Gate, nn.Module]:
+    """Train once under some gates, or all with None: their verdicts, and the trained model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Small()
@@ -178,14 +184,14 @@ def ask(gate_id: str) -> tuple[Verdict, int | None]:
             "tokenizer": make_tokenizer(),
             "max_grad_norm": 1.0,
             "mode": "log",
-            "only": (gate_id,),
+            "only": gate_ids,
         }
         with gated(model, optimizer, **told) as gate:
             _train(gate, model, optimizer, scheduler)
-        return gate.verdicts()[gate_id], gate.first_failures().get(gate_id)
+        return gate, model
 
 
-def _train(gate: Any, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def _train(gate: Gate, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     drawn, scored = batches(), collate(held_out())
     for _ in range(STEPS):
         micro_batches = [next(drawn) for _ in range(MICRO)]

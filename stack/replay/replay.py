@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from stackproof.config import RunConfig, recorded_config
-from stackproof.contracts.events import Evaluated, HeldOutRows, Resumed, Sampled, Started
+from stackproof.contracts.events import (
+    ActivationsTraced,
+    Evaluated,
+    HeldOutRows,
+    Resumed,
+    Sampled,
+    Started,
+)
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.contracts.points import Traced
 from stackproof.data.reader import Batch
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evidence import repro
@@ -240,7 +246,6 @@ def _open(
     keeper = Gatekeeper(
         load_spec(),
         kind="train",
-        runner="resume",
         only=only,
         config=bundle.config,
         on_verdict=on_verdict,
@@ -253,7 +258,7 @@ def _open(
         k: float(bundle.measured.get(k) or 0.0) for k in ("found_frac", "found_in_training_frac")
     }
     callbacks = [GateEvents(RecordedText(*measured.values())), SdcCheck()]
-    if any(Traced in seat.watcher.events for seat in keeper.seats.values()):
+    if any(ActivationsTraced in seat.watcher.events for seat in keeper.seats.values()):
         callbacks.insert(0, PointTracing())
     return Trainer(
         state=open_state(cfg, bundle, tensors, device),

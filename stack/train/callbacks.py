@@ -11,21 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from stackproof.config import MixtureOfExperts
-from stackproof.contracts.data import Learned
+from stackproof.config import MixtureOfExperts, RunConfig
 from stackproof.contracts.events import (
+    ActivationsTraced,
     BatchDrawn,
     Evaluated,
     Finished,
     HeldOutRows,
-    Recited,
+    LossMeasured,
+    MemorizationMeasured,
+    ModuleModes,
+    RatesUsed,
     Sampled,
     Saved,
     Started,
     StepTaken,
+    WeightsUpdated,
 )
-from stackproof.contracts.points import Traced
-from stackproof.contracts.witness import ModeSeen
 from stackproof.data.prepare import Dataset
 from stackproof.data.reader import Batch, batch_hash
 from stackproof.data.search import found_in, passages_found
@@ -131,12 +133,10 @@ class GateEvents(Callback):
         )
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        trainer.keeper.observe(Learned(report.step, report.sample_ids))
-        resting = tuple(
-            name for name, module in trainer.state.model.named_modules() if not module.training
-        )
-        trainer.keeper.observe(ModeSeen(step=report.step, phase="training", wrong=resting))
-        trainer.keeper.observe(
+        observe, step = trainer.keeper.observe, report.step
+        evaluating = tuple(n for n, m in trainer.state.model.named_modules() if not m.training)
+        observe(ModuleModes(step, "training", wrong=evaluating))
+        observe(
             StepTaken(
                 **shared(report, StepTaken),
                 max_grad_norm=trainer.cfg.optim.max_grad_norm,
@@ -145,9 +145,15 @@ class GateEvents(Callback):
                 peak_flops=trainer.peak_flops,
             )
         )
+        vocab_size = trainer.dataset.tokenizer.vocab_size
+        observe(LossMeasured(step, report.loss_nats, report.n_valid_tokens, vocab_size))
+        observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))
+        # Every trained parameter has a gradient or decay, so an update changes all of them.
+        observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac, every_tensor=True))
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
         state, val, found = trainer.state, report.evaluation, report.memorization
+        trainer.keeper.observe(ModuleModes(report.step, "evaluation", val.training_modules))
         trainer.keeper.observe(
             Evaluated(
                 step=report.step,
@@ -158,14 +164,14 @@ class GateEvents(Callback):
                 previous_loss_nats=state.last_val_nats,
                 random_loss_nats=uniform_loss_nats(trainer.dataset.tokenizer.vocab_size),
                 train_loss_nats=state.ema_loss_nats,
-                pretrained=trainer.cfg.recipe == "imported",
+                pretrained=pretrained(trainer.cfg),
                 best_step=state.best.get("step"),
                 best_loss_nats=state.best.get("val_loss_nats"),
                 rows=partial(self.text.held_out_rows, trainer.held_out),
             )
         )
         trainer.keeper.observe(
-            Recited(
+            MemorizationMeasured(
                 step=report.step,
                 n_windows=found.n_passages,
                 n_recited=found.n_recited,
@@ -204,6 +210,11 @@ def shared(report: StepReport, event: type) -> dict[str, Any]:
     return {f.name: getattr(report, f.name) for f in fields(event) if hasattr(report, f.name)}
 
 
+def pretrained(cfg: RunConfig) -> bool:
+    """Whether the weights were imported, so that the run did not begin with untrained ones."""
+    return cfg.recipe == "imported"
+
+
 def declared_plan(trainer: Trainer) -> dict[str, Any]:
     """What a run declares to its gates, from where it stands."""
     cfg, state = trainer.cfg, trainer.state
@@ -217,6 +228,7 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
         "max_steps": cfg.train.max_steps,
         "tokens_per_step": cfg.train.tokens_per_step,
         "tokens_seen": state.tokens_seen,
+        "untrained": state.step == 0 and not pretrained(cfg),
         "rows_per_step": rows_per_step,
         "cursor": state.reader.cursor,
         "sources": [
@@ -262,7 +274,8 @@ class PointTracing(Callback):
                 lines = points_lines(trainer.state, batches[0])
                 for line in lines:
                     trainer.output.dir.log("points.jsonl", step=step, **line)
-            trainer.keeper.observe(Traced(step, {line["point"]: line["stats"] for line in lines}))
+            points = {line["point"]: line["stats"] for line in lines}
+            trainer.keeper.observe(ActivationsTraced(step, points))
         self.recorded += 1
         if (
             trainer.report and self.recorded == 2

@@ -81,8 +81,7 @@ def fresh(
     directory = RunDir(run_dir)
     directory.create()
     with alone(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
-        runner = "resume" if parent else "train"
-        trainer = setup(cfg, overrides, directory, callbacks, runner=runner, only=only)
+        trainer = setup(cfg, overrides, directory, callbacks, only=only)
         with recorded(trainer):
             if loaded is None:
                 _refuse_exhaustion(cfg, trainer.state.reader.order)
@@ -122,9 +121,7 @@ def resume(
         loaded = checkpoint.load(checkpoint.find(run_dir))
         former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
         overrides = [*former, *sets]
-        trainer = setup(
-            changed, overrides, directory, callbacks, runner="resume", document=document
-        )
+        trainer = setup(changed, overrides, directory, callbacks, document=document)
         _refuse_other_data(trainer, document)
         trainer.output.inherited_s = document["inherited_s"]
         with recorded(trainer):
@@ -174,7 +171,6 @@ def setup(
     directory: RunDir,
     callbacks: Sequence[Callback] = (),
     *,
-    runner: str = "train",
     document: dict | None = None,
     only: Sequence[str] | None = None,
 ) -> Trainer:
@@ -225,7 +221,6 @@ def setup(
     keeper = Gatekeeper(
         spec,
         kind="train",
-        runner=runner,
         waivers=cfg.gates.waive,
         only=only,
         config=cfg.to_dict(),

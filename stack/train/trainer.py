@@ -12,7 +12,7 @@ import torch
 
 from stackproof.config import RunConfig
 from stackproof.contracts.coherence import Coherence
-from stackproof.contracts.events import Looked
+from stackproof.contracts.events import StateCompared
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data.prepare import Dataset
@@ -227,7 +227,7 @@ class Trainer:
         changed = differing(before, after)
         self.keeper.charge("evaluation.leaves-no-trace", spent + time.perf_counter() - started)
         self.keeper.observe(
-            Looked(step=self.state.step, at=section, n_compared=len(after), differing=changed)
+            StateCompared(self.state.step, section, n_compared=len(after), differing=changed)
         )
 
     def log_verdict(self, gate_id: str, step: int | None, verdict: Verdict) -> None:

@@ -38,8 +38,8 @@ def test_gates_list_and_coverage_agree(trained):
     assert failures["awaits"]["SF-X01"] == "several-ranks" and "SF-L01" not in failures["awaits"]
 
 
-def test_runners_are_listed_with_the_gates_they_feed(stack):
-    """All are fed, and a runner whose entry names one event less is told with exit code 4."""
+def test_runners_are_listed_with_their_gates_and_events(stack):
+    """Exit code 4 where an adapter does not emit an event that a gate of its kind watches."""
     listed = stack("gates", "list", "--runners", "--json")
     rows = {r["runner"]: r for r in listed.json["runners"]}
     assert listed.code == 0 and all(r["unfed"] == [] for r in rows.values()), listed.err
@@ -48,19 +48,17 @@ def test_runners_are_listed_with_the_gates_they_feed(stack):
         and rows["train"]["counts"]["preflight"] > 30
     )
     assert "export.folder" in rows["export"]["gates"] and rows["data"]["gates"] == []
+    assert "Sampled" in rows["train"]["announces"] and rows["pytest"]["announces"] == []
+    assert set(rows["pytest"]["counts"]) == {"preflight"}
     code = (
-        "import sys\nfrom stackproof.spec import runners\nfrom stackproof.cli import main\n"
-        "original = runners.load_runners\n"
-        "def mute(root):\n    found = original(root)\n    fewer = tuple(e for e in "
-        "found['train'].announces if e != 'Sampled')\n"
-        "    return found | {'train': found['train'].model_copy(update={'announces': fewer})}\n"
-        "runners.load_runners = mute\nmain(sys.argv[1:])"
+        "import sys\nfrom dataclasses import replace\n"
+        "from stackproof.contracts import adapters, events\nfrom stackproof.cli import main\n"
+        "first, *others = adapters.ADAPTERS\n"
+        "fewer = tuple(e for e in first.events if e is not events.Sampled)\n"
+        "adapters.ADAPTERS = (replace(first, events=fewer), *others)\nmain(sys.argv[1:])"
     )
     done = stack("gates", "list", "--runners", code=code)
-    assert (
-        done.code == 4
-        and "the runner train does not feed it: it does not announce Sampled" in done.err
-    ), done.err
+    assert done.code == 4 and "train: the adapter does not emit Sampled" in done.err, done.err
 
 
 def test_gates_show_names_limits_and_nearest(trained):

@@ -1,4 +1,4 @@
-"""Runners that feed their gates, and monitors that look as often as they were declared to."""
+"""Monitors run as often as they are declared to."""
 
 import json
 
@@ -15,14 +15,12 @@ from stackproof.contracts.events import (
     Started,
 )
 from stackproof.contracts.gate import limits_of
-from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.runtime import Cadence
 from stackproof.museum.collection import museum_config
 from stackproof.museum.plant import load_museum
 from stackproof.recipes import RECIPES
 from stackproof.recipes.depth import depth
-from stackproof.spec import runners
-from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.errors import GateFailed
 from stackproof.spec.records import GateResult
 from stackproof.train import loop
 from stackproof.train.loop import train
@@ -181,65 +179,6 @@ def test_plants_are_seen_at_the_first_missed_look(cfg, tmp_path, plant, step):
     assert (tmp_path / "run" / "metrics.jsonl").exists() is (step > 0), (
         "a declared gap is refused before step 1"
     )
-
-
-# --- runners --------------------------------------------------------------------------------------
-
-
-def test_every_runner_feeds_every_gate_of_its_kind(spec):
-    for runner in runners.load_runners().values():
-        assert list(runners.unfed(spec, runner)) == [], runner.name
-    assert {k for g in spec.gates.values() if g.moment != "repository" for k in g.kinds} <= {
-        r.kind for r in runners.load_runners().values()
-    }
-
-
-def test_what_a_runner_says_is_held_against_what_its_files_do(spec):
-    train = runners.load_runners()["train"]
-    loop_alone = train.model_copy(update={"files": ("stack/train/loop.py",)})
-    assert (
-        "sampling.coherence",
-        "it is to announce Sampled, and none of its files shows one to the Gatekeeper",
-    ) in runners.unfed(spec, loop_alone)
-    mute = train.model_copy(
-        update={"announces": tuple(e for e in train.announces if e != "Evaluated")}
-    )
-    assert ("evaluation.divergence", "it does not announce Evaluated") in runners.unfed(spec, mute)
-    bare = train.model_copy(update={"ingredients": ()})
-    assert any(
-        gate == "loss.golden" and "none of its files makes" in why
-        for gate, why in runners.unfed(spec, bare)
-    )
-
-
-def test_a_runner_that_cannot_feed_a_gate_does_not_start(spec, monkeypatch):
-    """Also where it is one event of one gate. Without a change the same call opens."""
-    known = runners.load_runners()
-    Gatekeeper(spec, kind="train")
-    for event, gate in (
-        ("Sampled", "sampling.coherence"),
-        ("Evaluated", "evaluation.divergence"),
-        ("StepTaken", "curriculum.gradient-shock"),
-    ):
-        mute = known["train"].model_copy(
-            update={"announces": tuple(e for e in known["train"].announces if e != event)}
-        )
-        monkeypatch.setattr(
-            "stackproof.contracts.keeper.load_runners",
-            lambda root, mute=mute: known | {"train": mute},
-        )
-        for only in (None, (gate,)):
-            with pytest.raises(GateFailed, match=f"announces no {event}") as caught:
-                Gatekeeper(spec, kind="train", only=only)
-            assert caught.value.exit_code == 4
-        assert caught.value.gate_id == gate
-
-
-def test_a_runner_nobody_entered_and_one_of_another_kind_are_refused(spec):
-    with pytest.raises(ConfigError, match="no runner homemade"):
-        Gatekeeper(spec, kind="train", runner="homemade")
-    with pytest.raises(ConfigError, match="no runner export for runs of kind train"):
-        Gatekeeper(spec, kind="train", runner="export")
 
 
 def test_a_gate_that_never_looked_can_neither_pass_nor_fail():

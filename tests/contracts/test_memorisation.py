@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stackproof.contracts.events import Recited, Sampled
+from stackproof.contracts.events import MemorizationMeasured, Sampled
 from stackproof.contracts.gate import limits_of
 from stackproof.contracts.memorisation import Memorised, Recitation, chance_of
 from stackproof.evaluate.recitation import PASSAGES, matched, passages
@@ -20,7 +20,7 @@ def sampled(step: int, text: str, **parts):
 
 def verdict(spec, recited, n=32, held_out=0, m=32):
     asked = []
-    event = Recited(1, n, recited, 32, 3.0, m, lambda: asked.append(1) or held_out)
+    event = MemorizationMeasured(1, n, recited, 32, 3.0, m, lambda: asked.append(1) or held_out)
     return Recitation(limits_of(spec.gates["sampling.recitation"])).observe(event), bool(asked)
 
 

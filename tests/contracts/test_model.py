@@ -2,7 +2,6 @@
 and sharp enough to see small errors.
 """
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,6 @@ from tests.subjects import changed
 CPU = torch.device("cpu")
 GATES = [
     "model.init-law",
-    "model.initial-loss",
     "model.tied-head",
     "model.causal",
     "model.isolation",
@@ -43,7 +41,6 @@ PLANTS = [
     "model.head-init-wrong",
     "model.init-std-too-big",
     "model.norm-garbage-buffer",
-    "model.logits-scaled",
     "model.head-untied",
     "model.causal-mask-off-by-one",
     "model.rows-mixed",
@@ -122,17 +119,6 @@ def wide_subject(seed=5):
     of_bytes = SimpleNamespace(tokenizer=Bytes())
     subject = Subject(declared=RunDeclared(cfg, 257), model=RunModel(cfg, of_bytes, CPU))
     return changed(subject, model={"module": build_model(cfg.model, 257, seed=seed)})
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_model_of_bytes_begins_at_ln_256(spec, seed):
-    """ln 256 = 5.545; measured 0.057 to 0.072 above it, with the 257th id, the end of text.
-    Guessing among half of the bytes is red.
-    """
-    gate, subject = spec.gates["model.initial-loss"], wide_subject(seed)
-    verdict = call_check(gate, subject)
-    assert verdict.passed and abs(verdict.measured["loss_nats"] - math.log(256)) < 0.3
-    assert call_check(gate, changed(subject, model={"vocab_size": 128})).outcome == "fail"
 
 
 @pytest.mark.parametrize("change", ["uniform", "halves"])

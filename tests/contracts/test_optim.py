@@ -33,7 +33,6 @@ def step_taken(**changes) -> StepTaken:
         "wall_s": 0.1,
         "flops": 1e9,
         "peak_flops": 1e11,
-        "changed_tensor_frac": 1.0,
     }
     return StepTaken(**values | changes)
 

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from stackproof.contracts.events import ActivationsTraced
 from stackproof.contracts.gate import limits_of, resolve
-from stackproof.contracts.points import Traced
 
 CLEAN = {
     "layers.0.scores": {"n": 64, "mean": 1.0, "std": 2.0, "absmax": 40.0, "frac_nonfinite": 0.0},
@@ -27,7 +27,7 @@ CLEAN = {
 
 
 def traced(point=None, **changes):
-    return Traced(4, CLEAN | ({point: CLEAN[point] | changes} if point else {}))
+    return ActivationsTraced(4, CLEAN | ({point: CLEAN[point] | changes} if point else {}))
 
 
 def watcher(spec, gate_id):

@@ -20,12 +20,12 @@ import torch
 from stackproof.contracts.coherence import Dominance, Loops, coherence
 from stackproof.contracts.curriculum import GradientShock, _arm_fault
 from stackproof.contracts.evaluation import OverfitOnset
-from stackproof.contracts.events import BatchDrawn, Evaluated, Sampled, Started
+from stackproof.contracts.events import BatchDrawn, Evaluated, RowHashes, Sampled, Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.initial import _law_z
 from stackproof.contracts.memorisation import Memorised, chance_of
 from stackproof.contracts.moe import RouterCollapse
-from stackproof.contracts.rows import FreshRows, RowsSeen
+from stackproof.contracts.rows import FreshRows
 from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
 from stackproof.contracts.subject import DataLoader, Subject
 from stackproof.data.order import Source
@@ -115,12 +115,12 @@ def test_fresh_rows(spec):
         shuffled, sorted_ = FreshRows(limits), FreshRows(limits)
         orders = [draw.sample(range(8), 8) for _ in range(100)]
         false += any(
-            shuffled.observe(RowsSeen(1, "training", tuple(o[i : i + 4]))).outcome == "fail"
+            shuffled.observe(RowHashes(1, "training", tuple(o[i : i + 4]))).outcome == "fail"
             for o in orders
             for i in (0, 4)
         )
         caught += any(
-            sorted_.observe(RowsSeen(1, "training", tuple(orders[0][i : i + 4]))).outcome == "fail"
+            sorted_.observe(RowHashes(1, "training", tuple(orders[0][i : i + 4]))).outcome == "fail"
             for _ in orders
             for i in (0, 4)
         )

@@ -9,25 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from stackproof.contracts.events import Started
+from stackproof.contracts.events import ModuleModes, Started, StateCompared, WeightsUpdated
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.runtime import (
     Finite,
     LossNotConstant,
     LossSpike,
-    ParamsChanged,
+    Mode,
     StepTime,
-    TokensConsumed,
-    TrainingMode,
     Trend,
 )
 from stackproof.contracts.subject import MicroBatch
-from stackproof.contracts.witness import ModeSeen
+from stackproof.contracts.update import Movement
 from stackproof.museum.plant import load_museum
 from tests.contracts.test_optim import step_taken
 from tests.subjects import changed, with_trainees
 
-PLAN = {"tokens_per_step": 100, "tokens_seen": 0, "random_loss_nats": 6.0, "warmup_steps": 5}
+PLAN = {"random_loss_nats": 6.0, "warmup_steps": 5}
 
 
 def make(spec, cls):
@@ -44,23 +42,27 @@ def test_finite_is_red_on_nan_and_infinity(spec, bad):
     assert check.observe(step_taken(overflow_retries=20)).passed
 
 
-def test_params_changed_is_two_sided(spec):
-    check = make(spec, ParamsChanged)
-    assert check.observe(step_taken(changed_tensor_frac=0.9)).passed
-    assert not check.observe(step_taken(changed_tensor_frac=0.89)).passed
-    assert check.observe(step_taken(changed_tensor_frac=0.1, lr=1e-8)).passed
-    assert not check.observe(step_taken(changed_tensor_frac=0.0, lr=1e-8)).passed
+def updated(**changes) -> WeightsUpdated:
+    values = {"step": 1, "lr": 1e-3, "changed_frac": 1.0, "every_tensor": True}
+    return WeightsUpdated(**values | changes)
 
 
-def test_tokens_consumed_is_red_on_one_token(spec):
-    check = make(spec, TokensConsumed)
-    check.observe(Started(step=0, plan=PLAN))
-    assert check.observe(step_taken(tokens_seen=100)).passed
-    assert not check.observe(step_taken(tokens_seen=201)).passed
-    check.observe(Started(step=0, plan=PLAN))
-    assert not check.observe(step_taken(n_expected_tokens=99)).passed
-    check.observe(Started(step=0, plan=PLAN))
-    assert not check.observe(step_taken(n_valid_tokens=49)).passed
+def test_movement_is_two_sided(spec):
+    check = make(spec, Movement)
+    assert check.observe(updated(changed_frac=0.9)).passed
+    assert not check.observe(updated(changed_frac=0.89)).passed
+    assert check.observe(updated(changed_frac=0.1, lr=1e-8)).passed
+    assert not check.observe(updated(changed_frac=0.0, lr=1e-8)).passed
+    assert check.observe(updated(changed_frac=0.0, every_tensor=False)).passed, (
+        "in a trainer whose tensors may have no gradient"
+    )
+
+
+def test_movement_is_red_on_state_that_changes_without_an_update(spec):
+    check = make(spec, Movement)
+    assert check.observe(StateCompared(5, "evaluation", 9, ())).passed
+    red = check.observe(StateCompared(5, "evaluation", 9, ("layers.0.weight",)))
+    assert red.outcome == "fail" and "1 of 9" in red.message and "layers.0" in red.message
 
 
 def test_loss_not_constant_fires_at_the_third(spec):
@@ -231,12 +233,14 @@ def test_trend_goes_on_over_a_resume(spec):
     assert got["whole"] == got["halves"] and "fail" in got["whole"]
 
 
-def test_training_mode_is_red_on_one_module(spec):
-    check = make(spec, TrainingMode)
-    assert check.observe(ModeSeen(step=3, phase="training", wrong=())).passed
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_mode_is_red_on_one_module_in_either_phase(spec, phase):
+    check = make(spec, Mode)
+    assert check.observe(ModuleModes(3, phase, wrong=())).passed
     for module in ("", "layers.0.dropout"):
-        verdict = check.observe(ModeSeen(step=3, phase="training", wrong=(module,)))
+        verdict = check.observe(ModuleModes(3, phase, wrong=(module,)))
         assert verdict.outcome == "fail" and (module or "the model") in verdict.message
+        assert f"not in {phase} mode" in verdict.message
 
 
 def test_seed_is_green_on_the_stack_and_red_on_what_it_does_not_reach(spec, subject):

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stackproof.config import Cosine, Wsd, load_config
-from stackproof.contracts.events import Started
+from stackproof.contracts.events import RatesUsed, Started
 from stackproof.contracts.gate import limits_of
-from stackproof.contracts.schedule import ScheduleTrace, closed_form
+from stackproof.contracts.schedule import Rate, closed_form
 from stackproof.recipes import recipe
 from stackproof.spec.errors import ConfigError
 from stackproof.train.schedule import lr_at
-from tests.contracts.test_optim import step_taken
 
 SCHEDULES = {
     "cosine": Cosine(warmup_steps=10),
@@ -26,13 +25,13 @@ SCHEDULES = {
 PEAKS = {"muon": 2e-2, "decay": 1e-3, "no-decay": 1e-3}
 
 
-def rates(schedule, step: int, factor: float = 1.0) -> dict:
+def rates(schedule, step: int, factor: float = 1.0) -> RatesUsed:
     """What a healthy update under PEAKS reports, times a factor."""
     lrs = {
         g: closed_form(step, peak=peak, schedule=schedule.model_dump(), max_steps=100) * factor
         for g, peak in PEAKS.items()
     }
-    return {"step": step, "lr": lrs["decay"], "group_lrs": lrs}
+    return RatesUsed(step, {"all": lrs["decay"], **lrs})
 
 
 @pytest.fixture(params=SCHEDULES.values(), ids=SCHEDULES)
@@ -42,46 +41,45 @@ def schedule(request):
 
 @pytest.fixture
 def trace(spec, schedule):
-    check = ScheduleTrace(limits_of(spec.gates["schedule.trace"]))
+    check = Rate(limits_of(spec.gates["schedule.rate"]))
     plan = {"peak_lr": 1e-3, "peak_lrs": PEAKS, "schedule": schedule.model_dump(), "max_steps": 100}
     assert check.observe(Started(step=0, plan=plan)) is None
     return check
 
 
-def test_trace_is_green_on_the_closed_form(trace, schedule):
-    assert all(trace.observe(step_taken(**rates(schedule, s))).passed for s in range(1, 101))
+def test_rate_is_green_on_the_closed_form(trace, schedule):
+    assert all(trace.observe(rates(schedule, s)).passed for s in range(1, 101))
 
 
-def test_trace_is_red_on_one_percent(trace, schedule):
+def test_rate_is_red_on_one_percent(trace, schedule):
     for step in range(1, 100):
-        assert not trace.observe(step_taken(**rates(schedule, step, 1.01))).passed
+        assert not trace.observe(rates(schedule, step, 1.01)).passed
 
 
 @pytest.mark.parametrize("group", PEAKS)
-def test_trace_is_red_on_a_group_without_its_rate(trace, schedule, group):
+def test_rate_is_red_on_a_group_without_its_rate(trace, schedule, group):
     """One group one percent off, one group not reported, and one that nobody declared."""
-    honest = rates(schedule, 1)
-    lrs = honest["group_lrs"]
+    lrs = rates(schedule, 1).used
     wrong = [
         lrs | {group: lrs[group] * 1.01},
         {g: lr for g, lr in lrs.items() if g != group},
         lrs | {"stranger": 1e-3},
     ]
     for step, changed in enumerate(wrong, start=1):
-        verdict = trace.observe(step_taken(**rates(schedule, step) | {"group_lrs": changed}))
+        verdict = trace.observe(RatesUsed(step, changed))
         assert verdict.outcome == "fail" and (
             group in verdict.message or "stranger" in verdict.message
         )
 
 
-def test_trace_is_red_on_a_skipped_update(trace, schedule):
-    assert trace.observe(step_taken(**rates(schedule, 1))).passed
-    assert not trace.observe(step_taken(**rates(schedule, 3))).passed
+def test_rate_is_red_on_a_skipped_update(trace, schedule):
+    assert trace.observe(rates(schedule, 1)).passed
+    assert not trace.observe(rates(schedule, 3)).passed
 
 
-def test_trace_is_red_without_a_declared_plan(spec):
-    check = ScheduleTrace(limits_of(spec.gates["schedule.trace"]))
-    assert not check.observe(step_taken(**rates(SCHEDULES["cosine"], 1))).passed
+def test_rate_is_red_without_a_declared_plan(spec):
+    check = Rate(limits_of(spec.gates["schedule.rate"]))
+    assert not check.observe(rates(SCHEDULES["cosine"], 1)).passed
 
 
 @st.composite

@@ -227,9 +227,9 @@ ELSEWHERE = {
         "router_roundings_max",
     ): "tests/contracts/test_precision.py::test_gate_sees_one_path_in_half_precision",
     (
-        "schedule.trace",
+        "schedule.rate",
         "rel_error_max",
-    ): "tests/contracts/test_schedule.py::test_trace_is_red_on_one_percent",
+    ): "tests/contracts/test_schedule.py::test_rate_is_red_on_one_percent",
     (
         "model.dropout-law",
         "scale_rel_error_max",
@@ -284,7 +284,7 @@ NOT_SO = {
     "model.init-law": (
         "compares a sample of draws with their law; its sharpness stands in the rates"
     ),
-    "model.initial-loss": LEVEL,
+    "loss.first": LEVEL,
     "model.causal": BITWISE,
     ("model.isolation", "leak_abs_max"): BITWISE,
     ("model.isolation", "regrouped_abs_max"): BITWISE,

@@ -6,7 +6,7 @@ import pytest
 
 from stackproof.contracts.checkpoint import Pointers
 from stackproof.contracts.evaluation import LeavesNoTrace
-from stackproof.contracts.events import Evaluated, Finished, Looked, Started
+from stackproof.contracts.events import Evaluated, Finished, Started, StateCompared
 from stackproof.contracts.gate import limits_of
 
 
@@ -46,7 +46,7 @@ def test_pointers_remember_over_a_resume_and_a_child_may_have_no_best(spec):
 
 def test_what_an_evaluation_changes_is_named(spec):
     check = LeavesNoTrace(limits_of(spec.gates["evaluation.leaves-no-trace"]))
-    assert check.observe(Looked(5, "sample", 9, ())).passed
-    red = check.observe(Looked(5, "sample", 9, ("optim.embed.weight.exp_avg",)))
+    assert check.observe(StateCompared(5, "sample", 9, ())).passed
+    red = check.observe(StateCompared(5, "sample", 9, ("optim.embed.weight.exp_avg",)))
     assert not red.passed and "sample changed 1 of 9" in red.message and "exp_avg" in red.message
-    assert not check.observe(Looked(5, "sample", 0, ())).passed, "nothing compared is nothing shown"
+    assert not check.observe(StateCompared(5, "sample", 0, ())).passed, "nothing was compared"

@@ -20,11 +20,11 @@ def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
     with pytest.raises(IntegrityError, match="made without gate") as caught:
         ledgering.accept(tmp_path / "run", tmp_path / "evidence")
     from stackproof.spec.gates import load_spec
-    from stackproof.spec.runners import left_out, required
+    from stackproof.spec.records import left_out
 
     spec = load_spec()
     absent = left_out(spec, record)
-    wanted = [g.id for g in required(spec, "train") if g.applies_to(record.config)]
+    wanted = [g.id for g in spec.required("train") if g.applies_to(record.config)]
     assert str(caught.value.value).startswith(str(len(absent))) and len(absent) == len(wanted) - 2
     assert "kernel.compiled-graph" not in absent and "sampling.coherence" in absent
     assert not (tmp_path / "evidence").exists()

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from stackproof.contracts.gate import failed, passed
-from stackproof.museum import observe
+from stackproof.museum import observe, script
 from stackproof.museum import prove as prover
+from stackproof.museum.edit import Edit
 from stackproof.museum.matrix import matrix
 from stackproof.museum.plant import Plant, load_museum, swap, touch
 from stackproof.spec.errors import GateFailed
@@ -39,6 +40,59 @@ def test_each_gate_has_a_plant_and_each_plant_a_story(spec):
         assert gate.plants and all(museum[p].gate == gate.id for p in gate.plants)
     for plant in museum.values():
         assert len(plant.story) > 80 and plant.sources and plant.title
+
+
+def test_a_plant_is_put_into_the_trainer_that_it_changes(spec):
+    """Plants in the script run there, all others in our own trainer, and each gate is for the
+    trainer of each of its plants.
+    """
+    museum = load_museum()
+    assert museum["evaluation.foreign-dropout-on"].trainer == "script"
+    assert museum["runtime.nan-in-a-weight"].trainer == "stack", "a function"
+    assert museum["data.silent-wrap"].trainer == "stack", "an edit"
+    for plant in museum.values():
+        assert plant.trainer in prover.trainers_of(spec.gates[plant.gate]), plant.id
+
+
+def test_a_gate_of_both_trainers_is_green_only_if_it_is_green_in_both(spec, monkeypatch):
+    """Each control runs in its own trainer; one that is not green is the control of every plant
+    of the gate, and the measurements beside a plant are those of its own trainer.
+    """
+    gate = spec.gates["optim.clip-norm"]
+    assert prover.trainers_of(gate) == ("stack", "script")
+    with prover.workshop() as root:
+        controls = prover.Prover(root).control([gate])
+    assert {key: c.outcome for key, c in controls.items()} == {
+        (gate.id, "stack"): "pass",
+        (gate.id, "script"): "pass",
+    }
+    both = [c.measured["clipped_grad_norm"] for c in controls.values()]
+    assert both[0] != both[1], "each trainer has its own measurements"
+    controls[gate.id, "script"] = prover.Control("fail", {"clipped_grad_norm": 9.0})
+    judge = SimpleNamespace(spec=spec, planted=lambda *a: prover.Seen("killed", failed("red")))
+    kill = prover._prove_one(judge, gate, load_museum()[gate.plants[0]], gate.plants[0], controls)
+    assert kill.control == "fail" and kill.control_measured["clipped_grad_norm"] == both[0]
+
+
+def test_a_plant_in_the_script_that_changes_nothing_is_equivalent(spec):
+    """The trained weights of the script decide, where the gate measures the same."""
+    gate = spec.gates["optim.clip-norm"]
+
+    def plant(old, new):
+        edit = Edit("stackproof.museum.script:make_optimizer", old, new)
+        return Plant("x.y", gate.id, "t", "s", ("u",), edits=(edit,))
+
+    with prover.workshop() as root:
+        judge = prover.Prover(root)
+
+        def blind(gate, trainer, *callbacks):
+            script.make_optimizer(script.Small())
+            return passed(z=1.0), None
+
+        judge._run = blind
+        clean = prover.Control("pass", {"z": 1.0})
+        assert judge.planted(gate, plant("lr=1e-3", "lr=0.001"), clean).outcome == "equivalent"
+        assert judge.planted(gate, plant("lr=1e-3", "lr=2e-3"), clean).outcome == "missed"
 
 
 def test_a_plant_leaves_no_trace():
@@ -100,9 +154,9 @@ def seen(
                 spec,
                 load_catalogue(),
             )
-            self._fruits = {"train": 1, "export": 1}
+            self._fruits = {"stack": 1, "export": 1}
 
-        def _run(self, gate, *callbacks):
+        def _run(self, gate, trainer, *callbacks):
             if error:
                 raise error
             return verdict, step
@@ -203,7 +257,7 @@ def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp
             "a gate of preflight never runs the line"
         )
 
-        def blind(gate, *callbacks):
+        def blind(gate, trainer, *callbacks):
             steps.lr_at(1, peak=1.0, schedule=judge.cfg.schedule, max_steps=9)
             return passed(**clean.measured), None
 
@@ -214,7 +268,7 @@ def test_what_a_run_brings_forth_tells_an_equivalent_plant_from_a_missed_one(tmp
 
 def test_a_clean_run_tells_its_worst_and_not_its_last(spec):
     """Of a run whose second of three steps was the worst, in the direction of each limit."""
-    gate = spec.gates["runtime.tokens-consumed"]
+    gate = spec.gates["data.rows"]
 
     class Script:
         events = ()

@@ -32,8 +32,8 @@ PLANTED = (
 # plant, gate, where the replay begins
 CASES = [
     ("runtime.nan-in-a-weight", "runtime.finite", 0),
-    ("runtime.labels-all-masked", "runtime.tokens-consumed", 0),
-    ("runtime.update-skipped", "runtime.params-changed", 0),
+    ("runtime.labels-all-masked", "data.rows", 0),
+    ("runtime.update-skipped", "optim.movement", 0),
     ("runtime.placeholder-loss", "runtime.loss-not-constant", 0),
     ("runtime.lr-spike", "runtime.loss-spike", 14),
     ("runtime.monitor-on-another-runner", "runtime.cadence", 0),
@@ -167,7 +167,7 @@ def test_what_was_drawn_wrongly_is_in_the_bundle_and_needs_no_plant(cfg, tmp_pat
     """The fault lies in the rows or their position, and these are there:
     the gate of the draw is red again on clean code.
     """
-    folder = broken(cfg, plant, "data.consumption", tmp_path)
+    folder = broken(cfg, plant, "data.rows", tmp_path)
     assert replay(folder)[1].same
 
 
@@ -238,7 +238,7 @@ def test_a_bundle_holds_what_the_points_held_and_a_model_that_cannot_run_spoils_
 
 
 def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
-    folder = broken(cfg, "runtime.update-skipped", "runtime.params-changed", tmp_path)
+    folder = broken(cfg, "runtime.update-skipped", "optim.movement", tmp_path)
     document = json.loads((folder / repro.DOCUMENT).read_text())
     (folder / repro.DOCUMENT).write_text(json.dumps(document | {"surprise": 1}))
     with pytest.raises(IntegrityError, match="surprise"):
@@ -293,6 +293,6 @@ def test_a_full_disk_spoils_no_verdict(cfg, tmp_path, monkeypatch):
         load_museum()["runtime.update-skipped"].apply(),
         pytest.raises(GateFailed, match="params-changed"),
     ):
-        train(fresh(cfg, (), tmp_path / "run", [ReproRecorder()], only=("runtime.params-changed",)))
+        train(fresh(cfg, (), tmp_path / "run", [ReproRecorder()], only=("optim.movement",)))
     assert list((tmp_path / "run" / "repro").iterdir()) == []
     assert "repro_failed" in (tmp_path / "run" / "events.jsonl").read_text()

@@ -98,9 +98,7 @@ def test_margins_stand_on_the_worst_control_and_the_weakest_plant(spec):
 
 
 def test_margins_know_the_other_direction_and_a_limit_of_zero(spec):
-    (low,) = margins(
-        spec, [kill("a", {"valid_frac": 0.9}, {"valid_frac": 0.1}, gate="runtime.tokens-consumed")]
-    )
+    (low,) = margins(spec, [kill("a", {"valid_frac": 0.9}, {"valid_frac": 0.1}, gate="data.rows")])
     assert (
         low.direction == "at-least"
         and low.room == pytest.approx(5)

@@ -38,14 +38,6 @@ def golden(limits, *, loss):
 def helper(x):
     return x
 """
-RUNNER = """
-[[runner]]
-name = "train"
-verb = "stack train"
-kind = "train"
-files = ["stack/train.py"]
-ingredients = ["stack/train.py"]
-"""
 TRAIN = """
 def train():
     keeper = Gatekeeper(spec)
@@ -296,7 +288,6 @@ def build(root: Path) -> None:
         }
     }
     write(root, "spec/cli.json", json.dumps({"verbs": verbs}))
-    write(root, "spec/runners.toml", RUNNER)
     write(root, "stack/train.py", TRAIN)
     write(root, "contracts/loss.py", CHECK)
     write(root, "stack/museum/plants/loss.toml", PLANT)

@@ -214,7 +214,6 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "CHECK-EXISTS": lambda r: edit(
         r, "contracts/loss.py", '@decides("loss.golden")', '@decides("loss.other")'
     ),
-    "RUNNER-FED": lambda r: edit(r, "stack/train.py", '"loss"', '"los"'),
     "RECORD-GATES": lambda r: rechain(r, "train", put("gates", value=[])),
     "TEST-EXISTS": lambda r: edit(r, "tests/test_loss.py", "test_golden", "test_silver"),
     "CHAIN": drop_ledger_line,

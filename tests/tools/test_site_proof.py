@@ -113,7 +113,7 @@ def test_latency_is_counted_once_per_plant(bare):
         ),
         kill(
             bare,
-            "schedule.trace",
+            "schedule.rate",
             "schedule.decay-never-begins",
             moment="within k steps",
             latency_steps=9,

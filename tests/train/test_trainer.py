@@ -42,7 +42,7 @@ def with_train(cfg, **changes):
     return cfg.model_copy(update={"train": cfg.train.model_copy(update=changes)})
 
 
-FEW = ("runtime.finite", "schedule.trace", "runtime.params-changed")
+FEW = ("runtime.finite", "schedule.rate", "optim.movement")
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ from itertools import pairwise
 
 from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
-from stackproof.spec.records import GateResult, Record
-from stackproof.spec.runners import left_out
+from stackproof.spec.records import GateResult, Record, left_out
 from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
 
 EXIT_OF_STATUS = {

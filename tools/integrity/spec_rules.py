@@ -15,7 +15,6 @@ from stackproof.spec.records import Kill, read_record
 from stackproof.spec.registry import read_registry
 from stackproof.spec.releases import FILE as RELEASES
 from stackproof.spec.releases import frozen_release, read_releases, release_text
-from stackproof.spec.runners import load_runners, unfed
 from tools.exhibits import Exhibit, edits_by_target, source_of
 from tools.integrity.core import (
     LEDGER,
@@ -33,7 +32,6 @@ from tools.integrity.core import (
 from tools.integrity.former_fingerprint import first_form
 
 CARRIED, CHANGELOG, CHANCE = "spec/carried.jsonl", "spec/CHANGELOG.md", "spec/chance.toml"
-ONE_GATE_AT_A_TIME = ("stack/museum/", "stack/replay/")
 
 
 @rule(
@@ -348,45 +346,6 @@ def _loose_ends(repo: Repo, failure: Failure) -> Iterator[str]:
     moments = {repo.spec.gates[g].moment for g in answering_gates(repo.spec, failure)}
     if failure.plants and failure.latency == "before step 1" and "preflight" not in moments:
         yield "says before step 1, and no gate of its plants looks there"
-
-
-@rule(
-    "RUNNER-FED",
-    title="Every runner feeds every gate of its kind",
-    why="A monitor that hangs on another runner is on in every configuration and never looks.",
-    hint=(
-        "show the event to the Gatekeeper in the runner's files, or correct its entry in "
-        "spec/runners.toml"
-    ),
-    over=at("spec/runners.toml"),
-)
-def runner_fed(repo: Repo) -> Messages:
-    runners = load_runners(repo.root)
-    for runner in runners.values():
-        for file in (*runner.files, *runner.ingredients):
-            if not (repo.root / file).is_file():
-                yield f"runner {runner.name} names {file}, which does not exist"
-        for gate_id, why in unfed(repo.spec, runner):
-            yield f"runner {runner.name} does not feed gate {gate_id}: {why}"
-    kinds = {r.kind for r in runners.values()}
-    for gate in repo.spec.gates.values():
-        for kind in sorted(set(gate.kinds) - kinds) if gate.moment != "repository" else ():
-            text = f"gate {gate.id} is for runs of kind {kind}, and no runner is entered for them"
-            yield At(text, path=gate_file(gate.id))
-    yield from _unentered(repo, {file for r in runners.values() for file in r.files})
-
-
-def _unentered(repo: Repo, files: set[str]) -> Messages:
-    """Files of the stack that open a Gatekeeper and belong to no runner. The museum and a replay
-    check one gate at a time.
-    """
-    for path in repo.source_files:
-        if path.startswith("stack/") and path not in files:
-            if path.startswith(ONE_GATE_AT_A_TIME):
-                continue
-            for line, text in enumerate(repo.text(path).splitlines(), start=1):
-                if "Gatekeeper(" in text:
-                    yield At("opens a Gatekeeper and is in no runner's files", line, path)
 
 
 @rule(

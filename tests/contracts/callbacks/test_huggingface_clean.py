@@ -20,21 +20,21 @@ from tests.contracts.callbacks.stock import (
 
 ALWAYS = {
     "data.learnable-batch",
-    "evaluation.mode",
+    "runtime.mode",
     "loss.next-token",
     "loss.token-weights",
-    "model.first-loss",
+    "loss.first",
     "model.causal",
     "model.isolation",
     "model.tied-head",
     "optim.clip-norm",
     "optim.decay-groups",
     "optim.gradient-kept",
-    "optim.moves",
+    "optim.movement",
     "optim.parameter-groups",
     "runtime.finite",
     "runtime.loss-not-constant",
-    "schedule.declared-rate",
+    "schedule.rate",
 }
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 2}
 CLEAN = {

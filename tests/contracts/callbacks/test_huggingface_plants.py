@@ -171,9 +171,8 @@ def test_a_frozen_parameter_that_moves(tmp_path):
                 frozen.view(-1)[7] += 1e-4 if self.state.global_step == 2 else 0.0
             return super().training_step(*args, **kwargs)
 
-    assert (
-        caught(script(tmp_path, model, trainer_class=Drifts), "optim.moves", 3)["frozen_moved"] == 1
-    )
+    outcome = script(tmp_path, model, trainer_class=Drifts)
+    assert caught(outcome, "optim.movement", 3)["frozen_moved"] == 1
 
 
 def test_a_parameter_that_is_not_in_the_optimizer(tmp_path):
@@ -208,7 +207,7 @@ def test_an_update_that_does_nothing(tmp_path):
             return made
 
     measured = caught(
-        script(tmp_path, trainer_class=Idle, warmup_steps=1, max_steps=8), "optim.moves", 5
+        script(tmp_path, trainer_class=Idle, warmup_steps=1, max_steps=8), "optim.movement", 5
     )
     assert measured["longest_still"] == 4 and measured["moved_frac"] == 0
 
@@ -331,7 +330,7 @@ def test_another_vocabulary_of_the_same_size(tmp_path):
         is None
     )
     permuted = [{"input_ids": [BOS, *(60 - i for i in r["input_ids"][1:-1]), EOS]} for r in pattern]
-    measured = caught(script(tmp_path, model, data=permuted), "model.first-loss", 1)
+    measured = caught(script(tmp_path, model, data=permuted), "loss.first", 1)
     assert measured["loss_nats"] > measured["random_nats"] + 1
 
 
@@ -342,7 +341,7 @@ def test_dropout_that_stays_on_in_evaluation(tmp_path):
     model = gpt2()
     model.eval = lambda: model.train(True)
     measured = caught(
-        script(tmp_path, model, eval_strategy="steps", eval_steps=2), "evaluation.mode", 2
+        script(tmp_path, model, eval_strategy="steps", eval_steps=2), "runtime.mode", 2
     )
     assert measured["phase"] == "evaluation" and measured["wrong_modules"] > 0
 
@@ -351,15 +350,15 @@ def test_dropout_that_nobody_can_switch_off(tmp_path):
     model = llama()
     inner = model.model.embed_tokens.forward
     model.model.embed_tokens.forward = lambda ids: F.dropout(inner(ids), 0.1, training=True)
-    only = GateCallback(only=("evaluation.mode",))
+    only = GateCallback(only=("runtime.mode",))
     outcome = script(tmp_path, model, callback=only, eval_strategy="steps", eval_steps=2)
-    assert caught(outcome, "evaluation.mode", 2)["repeat_abs"] > 1e-3
+    assert caught(outcome, "runtime.mode", 2)["repeat_abs"] > 1e-3
 
 
 def test_training_that_stays_in_evaluation_mode(tmp_path):
     model = gpt2()
     model.train = lambda mode=True: nn.Module.train(model, False)
-    measured = caught(script(tmp_path, model), "evaluation.mode", 1)
+    measured = caught(script(tmp_path, model), "runtime.mode", 1)
     assert measured["phase"] == "training"
 
 
@@ -376,14 +375,11 @@ def test_a_schedule_that_ticks_every_micro_step(tmp_path):
     outcome = script(
         tmp_path, trainer_class=Ticks, gradient_accumulation_steps=2, lr_scheduler_type="cosine"
     )
-    assert caught(outcome, "schedule.declared-rate", 1)["ticks"] == 2
+    assert caught(outcome, "schedule.rate", 1)["ticks"] == 2
 
 
 def test_a_rate_that_stays_zero(tmp_path):
-    assert (
-        caught(script(tmp_path, learning_rate=0.0), "schedule.declared-rate", 2)["zero_updates"]
-        == 2
-    )
+    assert caught(script(tmp_path, learning_rate=0.0), "schedule.rate", 2)["zero_updates"] == 2
 
 
 # --- 11, 12: saving and going on ------------------------------------------------------------------

@@ -45,7 +45,7 @@ class DecaysInEvaluation(Trainer):
     ("trainer", "changed"), [(CastsForEvaluation, 20), (DecaysInEvaluation, 1)]
 )
 def test_weights_that_change_outside_an_update(tmp_path, trainer, changed):
-    measured = caught(script(tmp_path, trainer_class=trainer, **EVALUATES), "optim.moves", 3)
+    measured = caught(script(tmp_path, trainer_class=trainer, **EVALUATES), "optim.movement", 3)
     assert measured["changed_between"] == changed
 
 
@@ -56,7 +56,7 @@ def test_weights_that_change_after_every_update_are_seen_at_the_sixteenth(tmp_pa
                 model.model.norm.weight.add_(1e-3)
 
     assert (
-        caught(script(tmp_path, extra=(Noise(),), max_steps=17), "optim.moves", 16)[
+        caught(script(tmp_path, extra=(Noise(),), max_steps=17), "optim.movement", 16)[
             "changed_between"
         ]
         == 1
@@ -71,7 +71,7 @@ def test_a_train_call_inside_the_evaluation_loop(tmp_path):
             return made
 
     assert (
-        caught(script(tmp_path, gpt2(), trainer_class=Switches, **EVALUATES), "evaluation.mode", 2)[
+        caught(script(tmp_path, gpt2(), trainer_class=Switches, **EVALUATES), "runtime.mode", 2)[
             "phase"
         ]
         == "evaluation"
@@ -89,7 +89,7 @@ def test_a_scheduler_that_steps_twice(tmp_path):
     assert (
         caught(
             script(tmp_path, trainer_class=Twice, lr_scheduler_type="cosine"),
-            "schedule.declared-rate",
+            "schedule.rate",
             2,
         )["ticks"]
         == 2

@@ -86,10 +86,10 @@ def test_nothing_fires_on_clean_runs(tmp_path, plan, tick):
     assert green >= {
         "loss.next-token",
         "loss.token-weights",
-        "optim.moves",
+        "optim.movement",
         "optim.clip-norm",
-        "evaluation.mode",
-        "schedule.declared-rate",
+        "runtime.mode",
+        "schedule.rate",
     }
 
 
@@ -98,6 +98,17 @@ def test_labels_that_are_not_shifted(tmp_path):
     assert error.gate_id == "loss.next-token" and callback.first_failures() == {
         "loss.next-token": 1
     }
+
+
+def test_weights_that_an_evaluation_changes(tmp_path):
+    class Writes(Module):
+        def on_validation_epoch_end(self):
+            with torch.no_grad():
+                next(self.net.parameters()).mul_(1.001)
+
+    callback, error, _ = fit(tmp_path, Writes(), val_check_interval=2)
+    assert error.gate_id == "optim.movement"
+    assert callback.first_failures() == {"optim.movement": 3}
 
 
 def test_gradients_that_are_left_from_before(tmp_path):
@@ -128,9 +139,7 @@ def test_dropout_that_stays_on_in_validation(tmp_path):
             pass
 
     callback, error, _ = fit(tmp_path, Loud())
-    assert error.gate_id == "evaluation.mode" and callback.first_failures() == {
-        "evaluation.mode": 8
-    }
+    assert error.gate_id == "runtime.mode" and callback.first_failures() == {"runtime.mode": 8}
 
 
 def test_a_run_resumes_and_a_checkpoint_with_other_moments_does_not(tmp_path):

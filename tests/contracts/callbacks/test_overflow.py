@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.plain import gated
+from stackproof.contracts.events import StateCompared, WeightsUpdated
 from stackproof.contracts.gate import Verdict, limits_of, resolve
-from stackproof.contracts.moves import LeftAlone, Moved
 from stackproof.museum import script
 from stackproof.spec.gates import load_spec
 
@@ -39,7 +39,11 @@ def overflown(direction: float, value: float, at: tuple[int, ...]) -> list[float
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300_000, bias=False))
-    optimizer, movement, found = Scaled(model.parameters(), 1e-6, direction), Movement(model), []
+    optimizer, movement, found = (
+        Scaled(model.parameters(), 1e-6, direction),
+        MovementTracker(model),
+        [],
+    )
     for step in range(3):
         optimizer.zero_grad()
         model(torch.ones(2, 4)).square().sum().backward()
@@ -63,29 +67,25 @@ def test_a_step_that_was_skipped_for_its_overflow_hides_no_climbing(value):
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, 1e30])
 def test_a_direction_that_nothing_tells_is_no_pass(value):
     model = nn.Linear(4, 4, bias=False)
-    optimizer, movement = torch.optim.AdamW(model.parameters(), lr=1e-3), Movement(model)
+    optimizer, movement = torch.optim.AdamW(model.parameters(), lr=1e-3), MovementTracker(model)
     model.weight.grad = torch.full((4, 4), value)
     movement.prepare(optimizer)
     optimizer.step()
     moved = movement.judge(1, optimizer, (1e-3,))
     assert moved.uphill is None and "not known" in moved.unknown
-    gate = load_spec().gates["optim.moves"]
+    gate = load_spec().gates["optim.movement"]
     check = resolve(gate)(limits_of(gate))
     assert check.observe(moved).outcome == "not_run"
-    after = Moved(2, (), 0, "", 1.0)
-    assert [check.observe(e).outcome for e in (after, LeftAlone(16, (), 20))] == ["not_run"] * 2, (
-        "the question stays open"
-    )
-    assert [
-        check.observe(e).outcome
-        for e in (replace(after, longest_still=9), LeftAlone(16, ("a",), 20))
-    ] == ["fail"] * 2
+    after, compared = WeightsUpdated(2, 1e-3, 1.0), StateCompared(16, "section", 20, ())
+    assert [check.observe(e).outcome for e in (after, compared)] == ["not_run"] * 2
+    wrong = (replace(after, longest_still=9), replace(compared, differing=("a",)))
+    assert [check.observe(e).outcome for e in wrong] == ["fail"] * 2
     assert resolve(gate)(limits_of(gate)).observe(after).outcome == "pass"
 
 
 def test_gradients_that_are_gone_after_the_update_are_said_to_be():
     model = nn.Linear(4, 4)
-    optimizer, movement = torch.optim.SGD(model.parameters(), lr=1e-3), Movement(model)
+    optimizer, movement = torch.optim.SGD(model.parameters(), lr=1e-3), MovementTracker(model)
     model(torch.ones(2, 4)).square().sum().backward()
     movement.prepare(optimizer)
     optimizer.step()
@@ -105,7 +105,7 @@ class Climbs(torch.optim.SGD):
 
 
 def scaled(make) -> Verdict:
-    """`optim.moves` after two steps under a GradScaler that calls the optimizer in a step that
+    """`optim.movement` after two steps under a GradScaler that calls the optimizer in a step that
     overflows too; the first does.
     """
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def scaled(make) -> Verdict:
         torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117),
         script.batches(),
     )
-    with gated(model, optimizer, scaler=scaler, mode="log", only=("optim.moves",)) as gate:
+    with gated(model, optimizer, scaler=scaler, mode="log", only=("optim.movement",)) as gate:
         for overflows in (True, False):
             one = next(drawn)
             loss = script.loss_of(model(**script.inputs_of(one)), one, script.tokens_in([one]))
@@ -131,7 +131,7 @@ def scaled(make) -> Verdict:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-    return gate.verdicts()["optim.moves"]
+    return gate.verdicts()["optim.movement"]
 
 
 def test_a_loss_scale_that_overflows_first_hides_no_climbing():

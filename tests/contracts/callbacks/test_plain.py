@@ -80,7 +80,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
         "optim.parameter-groups",
         "loss.next-token",
         "loss.token-weights",
-        "optim.moves",
+        "optim.movement",
         "optim.gradient-kept",
     }
     assert green <= {g for g, o in verdicts.items() if o == "pass"}
@@ -88,7 +88,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
         "model.isolation",
         "tokenizer.identity",
         "optim.clip-norm",
-        "schedule.declared-rate",
+        "schedule.rate",
     }
     assert all(verdicts[g] == "not_run" for g in unasked)
 
@@ -130,8 +130,8 @@ PLANTS = {
         ),
     ),
     "not clipped": ("optim.clip-norm", 1, lambda: loop(max_grad_norm=0.01)),
-    "evaluation mode kept": ("evaluation.mode", 1, lambda: loop(Tiny().eval())),
-    "rate zero": ("schedule.declared-rate", 2, lambda: with_schedule(lambda i: 0.0)),
+    "evaluation mode kept": ("runtime.mode", 1, lambda: loop(Tiny().eval())),
+    "rate zero": ("schedule.rate", 2, lambda: with_schedule(lambda i: 0.0)),
     "NaN made zero in gradients": (
         "runtime.finite",
         1,
@@ -141,7 +141,7 @@ PLANTS = {
         ),
     ),
     "loss without the model": ("loss.next-token", 1, lambda: loop(loss=nothing)),
-    "a branch detached": ("optim.moves", 4, lambda: loop(Detached())),
+    "a branch detached": ("optim.movement", 4, lambda: loop(Detached())),
 }
 
 

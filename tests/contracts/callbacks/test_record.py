@@ -52,7 +52,7 @@ def test_a_clean_run_leaves_a_record_that_the_ledger_accepts(tmp_path):
         and record.environment["torch"] == torch.__version__
     )
     looked = {g.id: g.heartbeat_last_step for g in record.gates if g.verdict == "pass"}
-    assert looked["loss.next-token"] == looked["optim.moves"] == 4
+    assert looked["loss.next-token"] == looked["optim.movement"] == 4
     assert (
         record.metrics["gate_s_per_step"].value > 0
         and record.metrics["gate_s_before_step_1"].value > 0
@@ -119,14 +119,14 @@ def test_a_red_gate_that_was_only_logged_is_no_finished_run(tmp_path):
     callback = GateCallback(mode="log", record=tmp_path / "record")
     record, _, error = recorded(tmp_path, callback=callback, learning_rate=0.0)
     assert error is None and (record.status, record.exit_code) == ("failed", 4)
-    assert "schedule.declared-rate" in record.end_reason
+    assert "schedule.rate" in record.end_reason
 
 
 def test_a_run_with_a_gate_left_out_is_not_accepted(tmp_path):
-    callback = GateCallback(record=tmp_path / "record", skip=("optim.moves",))
+    callback = GateCallback(record=tmp_path / "record", skip=("optim.movement",))
     record, _, _ = recorded(tmp_path, callback=callback)
-    assert record.config["gates"]["left_out"] == ["optim.moves"]
-    with pytest.raises(IntegrityError, match=r"without gate optim\.moves"):
+    assert record.config["gates"]["left_out"] == ["optim.movement"]
+    with pytest.raises(IntegrityError, match=r"without gate optim\.movement"):
         accept(tmp_path / "record", tmp_path / "evidence")
 
 

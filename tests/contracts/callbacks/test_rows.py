@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from stackproof.contracts.callbacks import batch
-from stackproof.contracts.callbacks.movement import Movement
+from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.plain import gated
-from stackproof.contracts.events import Started
+from stackproof.contracts.events import RowHashes, Started, StateRestored
 from stackproof.contracts.gate import Verdict, limits_of, resolve
-from stackproof.contracts.rows import FreshRows, RowsSeen
-from stackproof.contracts.witness import StateRestored
+from stackproof.contracts.rows import FreshRows
 from stackproof.museum import script
 from stackproof.spec.gates import load_spec
 from tests.contracts.callbacks.stock import llama
@@ -28,7 +27,7 @@ def fresh() -> FreshRows:
 
 
 def drawn(check: FreshRows, rows, step: int = 1, phase: str = "training"):
-    return check.observe(RowsSeen(step, phase, tuple(rows)))
+    return check.observe(RowHashes(step, phase, tuple(rows)))
 
 
 def outcomes(check: FreshRows, epochs) -> set[str]:
@@ -179,7 +178,7 @@ def test_a_verdict_that_could_not_be_had_is_not_a_line_for_every_step(tmp_path):
 def test_rows_are_told_apart_by_their_tokens_alone():
     ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
     rows = lambda ids, mask=None: (  # noqa: E731
-        batch.rows_seen(batch.read_rows(ids, mask), step=1, phase="evaluation").rows
+        batch.row_hashes(batch.read_rows(ids, mask), step=1, phase="evaluation").rows
     )
     told = rows(ids)
     assert len(set(told)) == 64
@@ -194,7 +193,7 @@ def test_rows_are_told_apart_by_their_tokens_alone():
     )
     assert rows(*right) == told
     told_in_training = batch.read(*right, None, None, pad_id=0, eos_id=1).rows
-    assert batch.rows_seen(told_in_training, step=1, phase="training").rows == told, (
+    assert batch.row_hashes(told_in_training, step=1, phase="training").rows == told, (
         "the same number in training"
     )
     for column in range(19):
@@ -208,7 +207,7 @@ def test_rows_are_told_apart_by_their_tokens_alone():
 
 def described(ids, mask=None, places=None, pad_id=0):
     told = batch.read(ids, mask, None, places, pad_id=pad_id, eos_id=1)
-    return batch.batch_seen(told, step=1, max_length=0, embedding_rows=0)
+    return batch.model_input(told, step=1, max_length=0, embedding_rows=0)
 
 
 def test_left_padding_is_counted_only_where_no_mask_tells_it():
@@ -270,7 +269,7 @@ def slope(
     model = nn.Sequential(
         nn.Embedding(32, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 32)
     ).to(dtype)
-    optimizer, movement = make(list(model.parameters())), Movement(model)
+    optimizer, movement = make(list(model.parameters())), MovementTracker(model)
     peak, found = optimizer.param_groups[0]["lr"], []
     for step in range(at_zero + 1):
         rate = optimizer.param_groups[0]["lr"] = peak if step == at_zero else 0.0
@@ -306,7 +305,7 @@ def test_a_first_update_goes_downhill_with_every_optimizer(name, at_zero):
 
 
 def moves(
-    optimizer: torch.optim.Optimizer, movement: Movement, model: nn.Module, updates: int
+    optimizer: torch.optim.Optimizer, movement: MovementTracker, model: nn.Module, updates: int
 ) -> list[float | None]:
     """`uphill` of each of several updates on one batch."""
     found = []
@@ -335,7 +334,7 @@ def test_the_direction_that_was_asked_for_is_the_right_one(maximize):
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
         found += moves(
-            kind(model.parameters(), lr=1e-3, maximize=maximize), Movement(model), model, 1
+            kind(model.parameters(), lr=1e-3, maximize=maximize), MovementTracker(model), model, 1
         )
     assert found == pytest.approx([-1.0, 1.0], abs=1e-3)
 
@@ -343,19 +342,19 @@ def test_the_direction_that_was_asked_for_is_the_right_one(maximize):
 def test_only_the_first_update_of_a_fresh_optimizer_is_asked():
     model = nn.Linear(4, 4)
     optimizer = Adds(model.parameters(), lr=1e-3)
-    found = moves(optimizer, Movement(model), model, 2)
+    found = moves(optimizer, MovementTracker(model), model, 2)
     assert found[0] > 0.5 and found[1] is None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    assert moves(optimizer, Movement(model), model, 1)[0] < -0.5
-    assert moves(optimizer, Movement(model), model, 1) == [None], "an optimizer with a past"
-    filled_at_birth = Movement(model)
+    assert moves(optimizer, MovementTracker(model), model, 1)[0] < -0.5
+    assert moves(optimizer, MovementTracker(model), model, 1) == [None], "an optimizer with a past"
+    filled_at_birth = MovementTracker(model)
     filled_at_birth.prepare(torch.optim.Adagrad(model.parameters()))
     assert filled_at_birth.judge(1, optimizer, (1e-3,)).uphill is None
 
 
 def test_weights_that_are_loaded_while_the_rate_is_0_are_no_step():
     model = nn.Linear(4, 4)
-    optimizer, movement = Adds(model.parameters(), lr=0.0), Movement(model)
+    optimizer, movement = Adds(model.parameters(), lr=0.0), MovementTracker(model)
     assert moves(optimizer, movement, model, 1) == [None]
     with torch.no_grad():
         model.weight.neg_()
@@ -365,13 +364,13 @@ def test_weights_that_are_loaded_while_the_rate_is_0_are_no_step():
 
 
 def warmed_up(make) -> dict[str, int | None]:
-    """First failures of `optim.moves` in a loop whose warm-up begins at rate 0."""
+    """First failures of `optim.movement` in a loop whose warm-up begins at rate 0."""
     torch.manual_seed(0)
     model = script.Small()
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, i / 4))
     drawn_batches = script.batches()
-    with gated(model, optimizer, scheduler=scheduler, mode="log", only=("optim.moves",)) as gate:
+    with gated(model, optimizer, scheduler=scheduler, mode="log", only=("optim.movement",)) as gate:
         for _ in range(4):
             one = next(drawn_batches)
             loss = script.loss_of(model(**script.inputs_of(one)), one, script.tokens_in([one]))
@@ -379,7 +378,7 @@ def warmed_up(make) -> dict[str, int | None]:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    assert gate.verdicts()["optim.moves"].outcome in ("pass", "fail")
+    assert gate.verdicts()["optim.movement"].outcome in ("pass", "fail")
     return gate.first_failures()
 
 
@@ -388,8 +387,8 @@ def test_a_warm_up_that_begins_at_rate_0_hides_no_climbing():
     assert warmed_up(lambda p: torch.optim.AdamW(p, lr=1e-3, maximize=True)) == {}, (
         "the wanted direction is up"
     )
-    assert warmed_up(lambda p: Adds(p, lr=1e-3)) == {"optim.moves": 2}
-    assert warmed_up(lambda p: Adds(p, lr=1e-3, maximize=True)) == {"optim.moves": 2}
+    assert warmed_up(lambda p: Adds(p, lr=1e-3)) == {"optim.movement": 2}
+    assert warmed_up(lambda p: Adds(p, lr=1e-3, maximize=True)) == {"optim.movement": 2}
 
 
 def test_an_update_that_no_longer_comes_is_seen_and_a_doubled_accumulation_is_not():
@@ -407,7 +406,9 @@ def test_an_update_that_no_longer_comes_is_seen_and_a_doubled_accumulation_is_no
         return gate.verdicts()["optim.gradient-kept"].message or "pass"
 
     assert passes(2, 2, 4, 16) == "pass"
-    assert "64 backward passes and no update, which came after 2 before" in passes(2, 2, 70)
+    assert "64 backward passes without an update; an update took at most 2 before" in passes(
+        2, 2, 70
+    )
 
 
 def test_a_loss_that_runs_away_is_seen_in_a_loop_of_ones_own():

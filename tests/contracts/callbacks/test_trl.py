@@ -33,9 +33,10 @@ def tokenizer():
     )
 
 
-def fine_tune(folder, model, **plan):
+def fine_tune(folder, model, *, callback=None, evaluated=False, resume=None, **plan):
     text = [{"text": " ".join(f"w{i}" for i in r["input_ids"][1:-1])} for r in rows()]
-    callback = GateCallback()
+    callback = callback or GateCallback()
+    data = datasets.Dataset.from_list(text)
     config = trl.SFTConfig(
         **{
             k: v
@@ -54,12 +55,13 @@ def fine_tune(folder, model, **plan):
     trainer = trl.SFTTrainer(
         model,
         config,
-        train_dataset=datasets.Dataset.from_list(text),
+        train_dataset=data,
+        eval_dataset=data.select(range(6)) if evaluated else None,
         processing_class=tokenizer(),
         callbacks=[callback],
     )
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     except GateFailed as e:
         return callback, e
     return callback, None
@@ -85,7 +87,7 @@ def test_another_objective_is_not_judged_and_says_so(tmp_path):
     callback, error = script(tmp_path, trainer_class=Preference)
     verdict = callback.verdicts()["loss.next-token"]
     assert error is None and verdict.outcome == "not_run" and "Preference" in verdict.message
-    assert callback.verdicts()["optim.moves"].passed
+    assert callback.verdicts()["optim.movement"].passed
 
 
 def test_a_plant_is_caught_there_too(tmp_path):

@@ -1,4 +1,4 @@
-"""Each check of what a foreign trainer shows, on numbers alone: one step inside its limit it is
+"""Each check of the events of another trainer, on numbers alone: one step inside its limit it is
 green, one step outside red.
 """
 
@@ -9,24 +9,26 @@ import torch
 
 from stackproof.contracts.callbacks import reading
 from stackproof.contracts.callbacks.reading import STRIPS, is_ahead, read, silent_places
-from stackproof.contracts.gate import limits_of, resolve
-from stackproof.contracts.moves import LeftAlone, Moved
-from stackproof.contracts.witness import (
-    BatchSeen,
-    GradientsSeen,
-    LossRead,
-    ModeSeen,
+from stackproof.contracts.events import (
+    GradientsAccumulated,
+    LossMeasured,
+    ModelInput,
+    ModuleModes,
     RatesUsed,
+    Started,
+    StateCompared,
     StateRestored,
+    WeightsUpdated,
 )
+from stackproof.contracts.gate import limits_of, resolve
 from stackproof.spec.gates import load_spec
 
-BATCH = BatchSeen(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
-LOSS = LossRead(1, 100, 64, 0, 1, 0, 0.999, 1.001, 3.4, 32)
-GRADIENTS = GradientsSeen(1, 4, 0.0, 0, 1e-6)
-MOVED = Moved(1, (), 0, "", 1.0)
-RATES = RatesUsed(3, (1e-3, 1e-3), (1e-3, 1e-3), 2, 2)
-MODE = ModeSeen(1, "evaluation", (), 0.0)
+BATCH = ModelInput(1, 2, 8, 16, 0, 31, 32, 16, 9, 2, 2)
+LOSS = LossMeasured(1, 3.4, 100, 32, n_judged=64, weight_min=0.999, weight_max=1.001)
+GRADIENTS = GradientsAccumulated(1, 4, 0.0, 0, 1e-6)
+UPDATED = WeightsUpdated(1, 1e-3, 0.5)
+RATES = RatesUsed(3, {"a": 1e-3, "b": 1e-3}, {"a": 1e-3, "b": 1e-3}, 2, 2)
+MODE = ModuleModes(1, "evaluation", (), 0.0)
 STATE = StateRestored(5, (), 12)
 CASES = [
     (
@@ -54,7 +56,7 @@ CASES = [
             {"weight_max": float("nan")},
         ],
     ),
-    ("model.first-loss", LOSS, [{"mean_nats": 4.5}]),
+    ("loss.first", LOSS, [{"mean_nats": 4.5}]),
     (
         "optim.gradient-kept",
         GRADIENTS,
@@ -68,25 +70,28 @@ CASES = [
         ],
     ),
     (
-        "optim.moves",
-        MOVED,
+        "optim.movement",
+        UPDATED,
         [
-            {"frozen_moved": ("a",)},
+            {"frozen_changed": ("a",)},
             {"longest_still": 4},
             {"uphill": 1e-9},
             {"uphill": float("nan")},
         ],
     ),
-    ("optim.moves", LeftAlone(16, (), 20), [{"changed": ("a",)}]),
-    ("schedule.declared-rate", RATES, [{"used": (1e-3, 1.001e-3)}, {"ticks": 3}]),
-    ("evaluation.mode", MODE, [{"wrong": ("drop",)}, {"repeat_abs": 1e-6}]),
+    ("optim.movement", StateCompared(16, "section", 20, ()), [{"differing": ("a",)}]),
+    ("schedule.rate", RATES, [{"used": {"a": 1e-3, "b": 1.001e-3}}, {"ticks": 3}]),
+    ("runtime.mode", MODE, [{"wrong": ("drop",)}, {"repeat_abs": 1e-6}]),
     ("checkpoint.state-restored", STATE, [{"differing": ("weights.a",)}, {"compared": 0}]),
 ]
 
 
 def watcher(gate_id):
     gate = load_spec().gates[gate_id]
-    return resolve(gate)(limits_of(gate))
+    check = resolve(gate)(limits_of(gate))
+    if Started in check.events:
+        assert check.observe(Started(0, {})) is None
+    return check
 
 
 @pytest.mark.parametrize(("gate_id", "event", "changes"), CASES, ids=[c[0] for c in CASES])
@@ -101,9 +106,9 @@ def test_gradient_kept_sees_a_tensor_scaled_alone():
     assert verdict.outcome == "fail" and "factors 0.5 apart" in verdict.message
 
 
-def test_moves_counts_updates_without_one():
-    check = watcher("optim.moves")
-    assert [check.observe(replace(MOVED, longest_still=n)).outcome for n in (2, 3, 4)] == [
+def test_movement_counts_updates_without_a_change():
+    check = watcher("optim.movement")
+    assert [check.observe(replace(UPDATED, longest_still=n)).outcome for n in (2, 3, 4)] == [
         "pass",
         "pass",
         "fail",
@@ -111,7 +116,7 @@ def test_moves_counts_updates_without_one():
 
 
 def test_a_rate_may_be_zero_once():
-    check, zero = watcher("schedule.declared-rate"), RatesUsed(1, (0.0,), (0.0,), 0, 0)
+    check, zero = watcher("schedule.rate"), RatesUsed(1, {"a": 0.0}, {"a": 0.0})
     assert [check.observe(e).outcome for e in (zero, RATES, zero, zero)] == [
         "pass",
         "pass",

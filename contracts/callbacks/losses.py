@@ -1,0 +1,120 @@
+"""The loss of one step, read off the gradients at its logits, as an event.
+
+B batch, T tokens
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stackproof.contracts.callbacks.reading import Reading, Unread, read
+from stackproof.contracts.callbacks.settings import TrainerSettings
+from stackproof.contracts.events import LossMeasured
+
+
+@dataclass
+class LossPlace:
+    """One forward pass whose loss is read when its gradient comes. `silent` (B, T-1) marks the
+    places whose next token is not learned, `n_labels` counts labels, `loss` is the model's own.
+    """
+
+    ids_BT: Tensor
+    silent: Tensor
+    n_labels: Tensor | None
+    loss: Tensor | None
+    done: bool = False
+
+
+class LossReader:
+    """Collects the readings of all backward passes of a step, and the losses that the trainer
+    tells.
+    """
+
+    def __init__(self, settings: TrainerSettings):
+        self.settings = settings
+        self._turn = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self._unread: list[Unread] = []
+        self._told: list[Tensor | float] = []
+        self._readings: list[Reading] = []
+
+    def tell(self, loss: Tensor | float) -> None:
+        """The loss of one micro-step as the trainer computed it."""
+        self._told.append(loss.detach() if isinstance(loss, Tensor) else loss)
+
+    def add(self, place: LossPlace, values: Tensor, gradient: Tensor, head: Tensor | None) -> None:
+        """Read one backward pass; the figures stay on the device. `values` are logits, or what
+        enters a head of weight `head`.
+        """
+        self._turn += 1
+        reading = read(
+            values,
+            gradient,
+            place.ids_BT,
+            place.silent,
+            head=head,
+            turn=self._turn,
+            scale=self.settings.loss_scale(),
+            smoothing=self.settings.smoothing,
+            n_labels=place.n_labels,
+            loss=place.loss,
+        )
+        self._unread.append(reading)
+
+    def pending(self) -> tuple[list[Unread], list[Tensor]]:
+        """Readings and told losses that are still on the device."""
+        return self._unread, [torch.as_tensor(x).double().reshape(1) for x in self._told]
+
+    def fetched(self, readings: list[Reading], told: list[Tensor]) -> float:
+        """The mean loss of the step, from the fetched values of `pending`: the told losses, else
+        the mean over the places that were read. NaN if a value or gradient is not finite.
+        """
+        self._readings = readings
+        if not self.finite:
+            return math.nan
+        return float(sum(told)) if told else self._mean_nats()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values and gradients that were read are finite."""
+        return all(r.finite for r in self._readings)
+
+    @property
+    def n_expected(self) -> int:
+        """Tokens to learn in this step."""
+        return sum(r.n_expected for r in self._readings)
+
+    def measured(self, step: int) -> LossMeasured:
+        """The event of the step."""
+        readings = self._readings
+        offsets = [o for r in readings for o in r.offsets]
+        wrong = [o for o in offsets if o != 1]
+        learned = sum(r.n_learned for r in readings)
+        weights = [w for r in readings for w in r.weights] or [math.nan]
+        # A loss may leave out more than labels and mask do, such as a prompt: N is then the number
+        # of tokens that it learns. A trainer may count the first label of each row, which no logit
+        # predicts, as transformers 5.23 does for GPT-2 (26 of 28 on short rows).
+        counts = (self.n_expected, learned, sum(r.n_labels for r in readings))
+        n = min(counts, key=lambda n: abs(max(weights) * n - 1))
+        return LossMeasured(
+            step=step,
+            mean_nats=self._mean_nats(),
+            n_learned=learned,
+            vocab_size=max((r.vocab_size for r in readings), default=0),
+            n_judged=len(offsets),
+            n_off_target=len(wrong),
+            offset=max(set(wrong), key=wrong.count) if wrong else 1,
+            n_masked_learned=sum(r.n_masked_learned for r in readings),
+            weight_min=min(weights) * n,
+            weight_max=max(weights) * n,
+            absolute=self.settings.absolute,
+        )
+
+    def _mean_nats(self) -> float:
+        nats = [x for r in self._readings for x in r.nats]
+        return sum(nats) / len(nats) if nats else math.nan

@@ -1,0 +1,112 @@
+"""Gates of an update: the gradients that reach it, and the weights that it changes."""
+
+from stackproof.contracts.events import (
+    Event,
+    GradientsAccumulated,
+    StateCompared,
+    WeightsUpdated,
+)
+from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run
+
+
+@decides("optim.gradient-kept")
+class GradientKept(Stateless):
+    """Gradients are empty when a step begins, add up over its micro-steps, and reach the update
+    unchanged or scaled by one factor.
+    """
+
+    events = (GradientsAccumulated,)
+
+    def observe(self, event: GradientsAccumulated) -> Verdict:
+        limits = self.limits
+        problems = {
+            f"gradients of norm {event.stale_norm:.4g} were left from before": (
+                event.stale_norm > limits.stale_norm_max
+            ),
+            f"gradients changed after {event.lost} of {event.micro_steps} micro-steps": (
+                event.lost > limits.lost_max
+            ),
+            (
+                "some tensors' gradients were changed before the update, by factors "
+                f"{event.factor_spread:.3g} apart"
+            ): not event.factor_spread <= limits.factor_spread_max,
+            (
+                f"{event.micro_steps} backward passes without an update; an update took at most "
+                f"{event.usual} before"
+            ): event.micro_steps
+            > limits.passes_factor_max * (event.usual or limits.first_passes_max),
+        }
+        wrong = [text for text, found in problems.items() if found]
+        return decide(
+            not wrong,
+            f"step {event.step}: {'; '.join(wrong)}",
+            stale_norm=event.stale_norm,
+            lost=event.lost,
+            micro_steps=event.micro_steps,
+            factor_spread=event.factor_spread,
+        )
+
+
+@decides("optim.movement")
+class Movement(Stateless):
+    """An update changes what it must: trained tensors change, frozen ones do not, the first update
+    goes against the gradient, and nothing changes between updates.
+
+    Below `visible_lr_min` a step is smaller than float32's spacing at one, so gains of norms may
+    rightly stay; then any change counts. Once the direction of an optimizer's first update cannot
+    be known, the verdict is not_run, or what is wrong.
+    """
+
+    events = (WeightsUpdated, StateCompared)
+
+    def __init__(self, limits):
+        super().__init__(limits)
+        self.unknown = ""
+
+    def observe(self, event: Event) -> Verdict:
+        if isinstance(event, StateCompared):
+            verdict = self._unchanged(event)
+        else:
+            self.unknown = self.unknown or event.unknown
+            verdict = self._changed(event)
+        return not_run(self.unknown) if self.unknown and verdict.passed else verdict
+
+    def _unchanged(self, event: StateCompared) -> Verdict:
+        n = len(event.differing)
+        return decide(
+            n <= self.limits.changed_between_max,
+            f"step {event.step}: {n} of {event.n_compared} parts of the training state changed "
+            f"without an update ({event.section}): {first_of(event.differing, 4)}",
+            changed_between=n,
+            compared=event.n_compared,
+        )
+
+    def _changed(self, event: WeightsUpdated) -> Verdict:
+        limits = self.limits
+        least = limits.changed_tensor_frac_min if event.lr >= limits.visible_lr_min else 0.0
+        too_few = event.changed_frac < least or event.changed_frac == 0
+        problems = {
+            f"{first_of(event.frozen_changed, 4)} is frozen and changed": (
+                len(event.frozen_changed) > limits.frozen_moved_max
+            ),
+            (
+                f"{event.stillest} has a gradient and has not changed in {event.longest_still} "
+                "updates"
+            ): event.longest_still > limits.still_updates_max,
+            (
+                "the first update goes the wrong way along its gradient (cosine "
+                f"{event.uphill or 0.0:.3g})"
+            ): event.uphill is not None and not event.uphill <= limits.uphill_cosine_max,
+            f"only {event.changed_frac:.0%} of the parameter tensors changed": (
+                event.every_tensor and too_few
+            ),
+        }
+        wrong = [text for text, found in problems.items() if found]
+        return decide(
+            not wrong,
+            f"step {event.step}: {'; '.join(wrong)}",
+            frozen_moved=len(event.frozen_changed),
+            longest_still=event.longest_still,
+            **{"changed_tensor_frac" if event.every_tensor else "moved_frac": event.changed_frac},
+            **({} if event.uphill is None else {"uphill_cosine": event.uphill}),
+        )

@@ -1,0 +1,44 @@
+"""What our trainer shows to its runtime gates."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from stackproof.config import NeverStop
+from stackproof.evaluate import bits_per_byte
+from stackproof.museum.collection import museum_config
+from stackproof.spec.errors import GateFailed
+from stackproof.train.loop import train
+from stackproof.train.start import fresh
+
+
+@pytest.fixture
+def cfg(museum_folder):
+    base = museum_config(museum_folder)
+    return base.model_copy(
+        update={"train": base.train.model_copy(update={"max_steps": 8}), "stop": NeverStop()}
+    )
+
+
+def test_a_model_that_is_scored_in_training_mode_halts_the_run(cfg, tmp_path, monkeypatch):
+    """Both phases are judged: eight steps and two evaluations without the fault."""
+    only = ("runtime.mode",)
+    (result,) = train(fresh(cfg, (), tmp_path / "clean", only=only)).gates
+    assert (result.verdict, result.checks) == ("pass", 10)
+
+    @contextmanager
+    def without_switching(model):
+        with torch.no_grad():
+            yield
+
+    monkeypatch.setattr(bits_per_byte, "evaluating", without_switching)
+    with pytest.raises(GateFailed, match="not in evaluation mode") as caught:
+        train(fresh(cfg, (), tmp_path / "faulty", only=only))
+    assert caught.value.record.gates[0].first_failure_step == 7
+
+
+def test_the_first_update_and_each_read_only_section_are_judged_as_movement(cfg, tmp_path):
+    """Eight updates, and one section of each kind: evaluation, sample and save."""
+    (result,) = train(fresh(cfg, (), tmp_path / "run", only=("optim.movement",))).gates
+    assert (result.verdict, result.checks) == ("pass", 11)
