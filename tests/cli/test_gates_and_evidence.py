@@ -179,7 +179,7 @@ def test_evidence_archive_lists_moves_and_is_verified(stack, tmp_path):
     assert plan["archived"] == [stays] and plan["dry_run"] and plan["bytes"] > 0
     assert plan["kept"][newer] == "newest of kind benchmark" and gone not in plan["kept"]
     done = stack("evidence", "archive")
-    assert done.code == 0 and "1 record(s)" in done.out and "left the tree" in done.out
+    assert done.code == 0 and "1 record(s)" in done.out and "archived" in done.out
     assert not (stack.folder / "evidence" / stays).exists()
     assert stack("evidence", "show", stays, "--json").json["id"] == stays
     shutil.rmtree(stack.folder / ".git")

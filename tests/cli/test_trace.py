@@ -193,7 +193,7 @@ def test_a_check_that_calls_the_right_side_bad_is_no_check(
     assert found == code
     if code:
         assert (
-            "cannot tell good from bad" in document["what"]
+            "cannot separate good from bad" in document["what"]
             and "nothing_like_it" in document["value"]
         )
     else:
