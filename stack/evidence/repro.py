@@ -1,11 +1,11 @@
 """A repro bundle: one folder from which a failed runtime gate can be reproduced. Read strictly.
 
-    repro.json           the document below
-    tensors.safetensors  rows of every step since the base (int32), held-out rows if the gate
-                         judges them, random state
-    tokenizer.json       the tokenizer of the run
-    checkpoint/          the state at the start of the replay, unless it starts from the seed
-    points.jsonl         activation statistics of every point on the rows of the failed step
+repro.json           the document below
+tensors.safetensors  rows of every step since the base (int32), held-out rows if the gate
+                     judges them, random state
+tokenizer.json       the tokenizer of the run
+checkpoint/          the state at the start of the replay, unless it starts from the seed
+points.jsonl         activation statistics of every point on the rows of the failed step
 """
 
 from pathlib import Path
