@@ -100,7 +100,9 @@ class Archive:
 
     @cached_property
     def lines(self) -> list[Archived]:
-        """All lines; empty if there is no list. Raises IntegrityError naming line and field."""
+        """All lines; empty if the list does not exist. Raises IntegrityError naming line and
+        field.
+        """
         found = []
         data = self.path.read_bytes() if self.path.is_file() else b""
         for number, text in enumerate(data.split(b"\n")[:-1] if data else (), start=1):

@@ -62,7 +62,7 @@ class Failure(Frozen):
     name: str
     subsystem: str
     mechanism: str = Field(min_length=20)
-    symptom: str = Field(min_length=5, description="what a person sees, if anything")
+    symptom: str = Field(min_length=5, description="the visible symptom, if any")
     latency: Latency
     steps: int | None = Field(None, ge=1)
     severity: int = Field(

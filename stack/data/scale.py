@@ -5,14 +5,15 @@ A pipeline is a list of blocks, independent of the executor:
 
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 
-    files = Files(paths=("/corpus/*.jsonl.gz",), languages=("en", "de")) pipeline =
-    [ReadBlock(files), FilterBlock(files.languages), TokenizeBlock("/run/tokenizer.json",
-    "/shards")]
+    files = Files(paths=("/corpus/*.jsonl.gz",), languages=("en", "de"))
+    tokenize = TokenizeBlock("/run/tokenizer.json", "/shards")
+    pipeline = [ReadBlock(files), FilterBlock(files.languages), tokenize]
 
     LocalPipelineExecutor(pipeline, tasks=8, logging_dir="/logs").run()
-    SlurmPipelineExecutor(pipeline, tasks=4096, time="12:00:00", partition="cpu", mem_per_cpu_gb=4,
-    logging_dir="/logs").run() RayPipelineExecutor(pipeline, tasks=4096, workers=512,
-    mem_per_cpu_gb=4, logging_dir="/logs").run()
+    slurm = {"time": "12:00:00", "partition": "cpu", "mem_per_cpu_gb": 4, "logging_dir": "/logs"}
+    SlurmPipelineExecutor(pipeline, tasks=4096, **slurm).run()
+    ray = {"workers": 512, "mem_per_cpu_gb": 4, "logging_dir": "/logs"}
+    RayPipelineExecutor(pipeline, tasks=4096, **ray).run()
 
     split, drops = collect("/shards", "train", n_tasks=4096), drop_counts("/logs", n_tasks=4096)
 

@@ -45,8 +45,8 @@ class Encoding:
 
 
 class Tokenizer:
-    """Interface of all tokenizers. `sha256` is the hash of the saved form; shards, checkpoints and
-    evaluations compare it.
+    """Interface of all tokenizers. `sha256` is the hash of the saved form, compared by shards,
+    checkpoints and evaluations.
     """
 
     kind: str

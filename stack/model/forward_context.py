@@ -81,7 +81,7 @@ class ExpertLoad:
 
 @dataclass
 class ForwardContext:
-    """What the blocks need to know about the tokens beside their hidden states.
+    """Metadata of the tokens for all blocks, in addition to the hidden states.
 
     Positions count from 0 in each document, indices along the row or the cache. `start_BT` is the
     first index of each token's document (None: each row is one document). `mask_B1TS` marks the

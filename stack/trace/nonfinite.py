@@ -1,10 +1,10 @@
-"""Find the first operation that creates a NaN or an infinity, forward or backward,
-in any code that runs in torch.
+"""Find the first operation that creates a NaN or an infinity, forward or backward, in any code that
+runs in torch.
 
 A dispatch mode checks every operation below autograd. Non-finite values are marked with their
 origin, and results inherit the mark, so the operation named is the one whose value reaches the
-result. Infinities of masks, and values that a later selection discards, are told apart. A compiled
-graph or a Triton kernel counts as one operation, or is not visible.
+result. Infinities of masks, and values that a later selection discards, are reported separately. A
+compiled graph or a Triton kernel counts as one operation, or is not visible.
 """
 
 import math

@@ -149,7 +149,7 @@ def test_one_token_is_no_anomaly_and_one_point_is_not_called_in_line(stack, run_
         line["anomalous"] for line in document["points"] if line["slot"] == "entropy"
     )
     code, document = stack("trace", run_dir, *SHORT, "--points", "layers.1.ffn.swiglu")
-    assert code == 0 and document["verdict"].startswith("nothing to hold these points against")
+    assert code == 0 and document["verdict"].startswith("these points have no baseline")
     code, document = stack("trace", run_dir, "--tokens", "last", "--backward", *SHORT)
     assert code == 2 and "no next-token loss" in document["what"]
 
@@ -476,7 +476,7 @@ def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
     assert (
         "layers.1.ffn.swiglu" in text
         and "┌ resid_out" in text
-        and "no layer is out of line" in text
+        and "no layer is anomalous" in text
     )
     text = said("trace", broken, "--against", run_dir, "--bisect", *SHORT)
     assert (
