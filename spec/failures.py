@@ -180,7 +180,7 @@ def _load(root: Path) -> Catalogue:
     for failure in failures.values():
         if failure.awaiting is not None and failure.awaiting not in capabilities:
             raise IntegrityError(
-                f"{failure.id} awaits {failure.awaiting}, which is no capability",
+                f"{failure.id} awaits {failure.awaiting}, which is not a capability",
                 allowed=", ".join(sorted(capabilities)),
             )
     return Catalogue(failures=failures, capabilities=capabilities, root=root)

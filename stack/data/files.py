@@ -356,7 +356,7 @@ def chat_text(turns: list, place: str) -> str | None:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if role not in marks or not isinstance(content, str):
             raise DataError(
-                f"{place} has a chat turn nobody can place",
+                f"{place} has a chat turn of an unknown role",
                 value=f"role {role or type(turn).__name__!r}",
                 allowed=f"role {', '.join(marks)} with a text as content",
                 next_step="repair the record",

@@ -143,7 +143,7 @@ class Reader:
         return StreamExhausted(
             f"the corpus is exhausted after {before} samples: source {arm.name} has "
             f"{arm.n_windows} windows",
-            value=f"{after - before} windows wanted, {left} left",
+            value=f"{after - before} windows needed, {left} left",
             allowed="data.on_exhausted = wrap, or fewer steps",
             next_step="--set data.on_exhausted=wrap, or add text",
         )

@@ -308,7 +308,7 @@ def _task_counts(path: Path) -> Counter:
         blocks = [(b["name"], _numbers(b["stats"])) for b in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(
-            f"{path} does not tell what its task dropped: {e}",
+            f"{path} has no counts of dropped documents: {e}",
             next_step="wait for all tasks, or run the pipeline again",
         ) from e
     counted = [

@@ -10,7 +10,7 @@ SILENT = (
         r"(?<=[aeiouy][^aeiouy])(?<!l)e(?=(?:ly|less|ness|ment|fully?|some|thing|times?|where|"
         r"work|fore|name)s?$)"
     ),
-    re.compile(r"(?<=[^aeiouytd])(?<![^aeiouyl]l)e(?=d$)"),  # walked, and not wanted or handled
+    re.compile(r"(?<=[^aeiouytd])(?<![^aeiouyl]l)e(?=d$)"),  # walked, but not needed or handled
     # leaves, and not roses, branches, apples
     re.compile(r"(?<=[^aeiouyszxcg])(?<!ch)(?<!sh)(?<![^aeiouy]l)e(?=s$)"),
     re.compile(r"(?<![^aeiouy]l)e$"),  # rose, and not apple

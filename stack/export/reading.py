@@ -220,7 +220,8 @@ def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, 
             value=f"{places[head].file.name}",
             allowed="equal tensors, one tensor, or a configuration that does not tie them",
             next_step=(
-                "ask the publisher which head is correct; with the wrong one the model writes "
+                "find out from the publisher which head is correct; with the wrong one the model "
+                "writes "
                 "gibberish"
             ),
         )

@@ -11,7 +11,7 @@ from stackproof.config import LinearScaling, Llama3Scaling, ModelConfig, RotaryP
 from stackproof.model.foreign import Keys, Kind, unsupported
 from stackproof.spec.errors import ConfigError
 
-# Keys that no forward pass depends on.
+# Keys without effect on the forward.
 NEUTRAL = frozenset(
     (
         "_name_or_path architectures model_type transformers_version torch_dtype dtype use_cache "

@@ -75,7 +75,7 @@ def profile(trace: Trace) -> Profile:
 
 
 def _of_one_expert(slot: str) -> bool:
-    """Experts process other tokens in each layer, so layers are no baseline for each other."""
+    """Experts process other tokens in each layer, so layers are not a baseline for each other."""
     return slot.startswith("experts.")
 
 

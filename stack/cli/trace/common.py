@@ -121,8 +121,8 @@ class Request:
     def close(
         self, record: OpenRecord, document: dict[str, Any], show: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Write the points as series, the document as trace.json, the CSV file if asked for,
-        and the record.
+        """Write the points as series, the document as trace.json, the CSV file if requested, and
+        the record.
         """
         from stackproof.spec.building import write_atomically
         from stackproof.spec.canonical import canonical_json
