@@ -4,7 +4,7 @@ values, and a next step.
 
 
 class StackproofError(Exception):
-    """Base of every error a user can cause. `exit_code` is what the process returns."""
+    """Base of every error a user can cause. `exit_code` is the exit code of the process."""
 
     exit_code = 1
 

@@ -1,5 +1,5 @@
-"""Strict access to safetensors files: what is read is exactly what the header declares,
-and what is written is on the disk.
+"""Strict access to safetensors files: reads exactly the declared content, and syncs writes to
+disk.
 """
 
 import errno
@@ -69,7 +69,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file declares."""
+    """The declarations in the header of a file."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]

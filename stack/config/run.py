@@ -145,7 +145,7 @@ class GatesConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """Everything that decides what a run computes."""
+    """The configuration of a run."""
 
     recipe: str = Field(description="name of the recipe this was built from")
     seed: int = Field(1337, ge=0, lt=2**31)

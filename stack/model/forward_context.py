@@ -1,4 +1,4 @@
-"""What all blocks of one forward share and report: positions, masks, the KV cache, expert loads.
+"""Data that all blocks of one forward share or report: positions, masks, KV cache, expert loads.
 
 B batch, K key/value heads, T new tokens, S keys so far, H head_dim, E experts, J rotated pairs
 """
@@ -108,7 +108,7 @@ class ForwardContext:
 
 @dataclass(frozen=True)
 class Report:
-    """What the blocks of one forward report.
+    """Report of the blocks of one forward.
 
     Expert loads by layer, and the share of tokens read by each block with hard capacity.
     """

@@ -306,7 +306,7 @@ def kind_of(document: Mapping[str, Any]) -> Kind:
 def kind_for(cfg: ModelConfig) -> Kind:
     """The first architecture that supports a configuration.
 
-    Raises ConfigError with what each of them does not support.
+    Raises ConfigError with the unsupported parts for each architecture.
     """
     lost = {kind: kind.lost_keys(cfg) for kind in KINDS}
     for kind, missing in lost.items():
