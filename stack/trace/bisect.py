@@ -155,7 +155,7 @@ def bisect(
             found.conclusion = (
                 "the reference side fails the check, so the check cannot locate an error"
                 if not good_passes
-                else "the tested side passes the check, so the two sides do not differ by it"
+                else "the tested side passes the check, so there is no error to locate"
             )
             return found
         if not _reached(bench):

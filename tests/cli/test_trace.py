@@ -200,7 +200,7 @@ def test_a_check_that_calls_the_right_side_bad_is_no_check(
         assert (
             document["guilty"] == []
             and "the tested side passes the check" in document["conclusion"]
-            and "nothing to find" in said(*asked)
+            and "no error to locate" in said(*asked)
         )
 
 
@@ -480,7 +480,7 @@ def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
     assert (
         "first to err: layers.1.ffn.up, the up projection" in text
         and "eliminated" in text
-        and "guilty: layers.1.ffn.up" in text
+        and "cause: layers.1.ffn.up" in text
     )
 
 
