@@ -1,12 +1,11 @@
-"""Gates in a stock `transformers.Trainer`, and a record of what they said.
+"""Gates in a stock `transformers.Trainer`, and a record of their verdicts.
 
-pip install 'stackproof[hf]'
-python examples/huggingface.py [--out runs/huggingface] [--steps 24]
+pip install 'stackproof[hf]' python examples/huggingface.py [--out runs/huggingface] [--steps 24]
 
 A small Llama with random weights learns the standard library's documentation, byte by byte, in
-seconds on a CPU and without a network. The run stops half-way and goes on from its checkpoint, so
-that every gate has something to look at. Each half leaves a record in OUT: `first/` and `resumed/`.
-The two lines that bring in the gates are marked.
+seconds on a CPU and without a network. The run stops half-way and resumes from its checkpoint, so
+that every gate runs. Each half writes a record to OUT: `first/` and `resumed/`. Comments mark the
+two lines that add the gates.
 """
 
 import argparse
@@ -22,7 +21,7 @@ LENGTH = 96
 
 
 def rows(tokenizer: ByT5Tokenizer, n: int) -> list[dict]:
-    """Rows of ids of different length, each ended by the stop token."""
+    """Rows of ids with different lengths, each ended by the end-of-text token."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     draw, found, at = torch.Generator().manual_seed(0), [], 0
     for length in torch.randint(LENGTH // 2, LENGTH, (n,), generator=draw).tolist():
@@ -48,7 +47,7 @@ def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def train(out: Path, steps: int, *, stop_at: int | None, record: str) -> GateCallback:
-    """The whole script; it goes on from the last checkpoint if it did not begin anew."""
+    """The whole script. With `record="resumed"` it continues from the last checkpoint."""
     torch.manual_seed(0)
     tokenizer = ByT5Tokenizer(extra_ids=0)
     special = {
@@ -107,7 +106,7 @@ def train(out: Path, steps: int, *, stop_at: int | None, record: str) -> GateCal
 
 
 def _stop(step: int):
-    """Ends training after a step, as a job that runs out of time would."""
+    """Ends training after a step, as for a job that runs out of time."""
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):

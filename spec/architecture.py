@@ -1,8 +1,9 @@
-"""The architecture table: what every variant of every part of the decoder is made of. No torch.
+"""The architecture table: weights and values of every variant of every part of the decoder.
 
-An entry holds the weights of a variant, with symbolic shapes and initial laws, and the values its
-forward makes: their width, how many copies the backward keeps, and their trace point. Readers, by
-way of spec/resolved_model.py, which fills in the numbers of a configuration:
+Imports no torch. An entry holds the weights of a variant, with symbolic shapes and initial laws,
+and the values of its forward: their width, how many copies the backward keeps, and their trace
+point. spec/resolved_model.py fills in the numbers of a configuration. Through it these files read
+the table:
 
     spec/formulas.py         parameter count, FLOPs, kept activations
     contracts/declared.py    names, shapes and initial laws that gates require of a model
@@ -45,7 +46,7 @@ HEAD_DIM, HALF_HEAD = Dim(("head_dim",)), Dim(("head_dim",), over=2)
 
 @dataclass(frozen=True)
 class Law:
-    """How a weight is drawn at step 0: a constant, or normal about 0 with this spread."""
+    """Law of a weight at step 0: a constant, or normal with mean 0 and this standard deviation."""
 
     kind: Literal["constant", "normal"]
     value: Callable[[Model], float]
@@ -57,7 +58,7 @@ class Law:
 ZERO, ONES = Law("constant", lambda m: 0.0), Law("constant", lambda m: 1.0)
 HALF = Law("constant", lambda m: 0.5)
 INPUT = Law("normal", lambda m: m["init_std"])
-# All 2·n_layers branches together are as wide as the embedding (GPT-2, sec. 2.3).
+# The sum of all 2·n_layers branches has the standard deviation of the embedding (GPT-2, sec. 2.3).
 BRANCH = Law("normal", lambda m: m["init_std"] / math.sqrt(2 * m["n_layers"]))
 LAMBDA = Law("normal", lambda m: 0.1)  # arXiv:2410.05258
 
@@ -88,19 +89,21 @@ class Weight:
 
 
 class Matrix(Weight):
-    """(out, in), multiplied with every token that reaches it: 2 FLOPs per entry, forward."""
+    """(out, in), multiplied with every token that reaches it: 2 FLOPs per entry and token,
+    forward.
+    """
 
 
 class Lookup(Weight):
-    """(rows, features), of which rows are selected by index: no product."""
+    """(rows, features); rows are selected by index, without a matrix product."""
 
 
 class Vector(Weight):
-    """A bias, a gain or a scalar: no matrix product."""
+    """A bias, a gain or a scalar; takes part in no matrix product."""
 
 
 class Buffer(Weight):
-    """Saved with the weights, but not a parameter: no gradient reaches it."""
+    """A buffer: saved with the weights, without a gradient."""
 
 
 class Seen(Enum):
@@ -117,7 +120,8 @@ class Seen(Enum):
 
 @dataclass(frozen=True)
 class Value:
-    """What a forward makes per token: its trace point `slot`, and `kept` copies for the backward.
+    """A value of the forward, per token: its trace point `slot`, and `kept` copies for the
+    backward.
 
     `module` is a path below the part, or the name of the kernel's tensor. Slots of a feed-forward
     are below `ffn.` or `experts.{}.`, all others below the block.
@@ -156,9 +160,11 @@ class Attention(Part):
 
 @dataclass(frozen=True)
 class Mixture(Part):
-    """Beside it stand `n_experts` copies of the declared expert, of which a token meets `top_k`.
+    """A router over `n_experts` copies of the declared expert; each token is sent to `top_k` of
+    them.
 
-    `expert_values` are made by each expert that a token meets, beside the expert's own.
+    `expert_values` are computed by each expert that receives the token, in addition to the expert's
+    own.
     """
 
     expert_values: tuple[Value, ...] = ()
@@ -166,7 +172,9 @@ class Mixture(Part):
 
 @dataclass(frozen=True)
 class Gate(Part):
-    """A gate of depth. `share_key` names the share of tokens that the block reads; "": all."""
+    """A gate of depth. `share_key` is the key of the share of tokens that the block reads;
+    "": all.
+    """
 
     share_key: str = ""
 
@@ -281,7 +289,8 @@ DEPTH: dict[str, Part] = {
 }
 DEPTH_GATE: dict[str, Part] = {"soft": Gate(), "hard": Gate(share_key="capacity_frac")}
 
-# By key of the `model` section. Scaling of rotary positions is not here: it has no weights.
+# By key of the `model` section. Scaling of rotary positions has no entry, because it has no
+# weights.
 TABLE: dict[str, dict[str, Part]] = {
     "positions": POSITIONS,
     "norm": NORM,
@@ -292,12 +301,12 @@ TABLE: dict[str, dict[str, Part]] = {
     "depth": DEPTH,
     "depth.gate": DEPTH_GATE,
 }
-# What a `model` section means that was recorded before a part had variants: the first entry.
+# A `model` section recorded before a part had variants means the first entry of that part.
 FIRST_VARIANTS = {key: {"kind": next(iter(TABLE[key]))} for key in TABLE if "." not in key}
 
 EMBEDDING = Lookup("embed.weight", (VOCAB, D_MODEL), INPUT)
 HEAD = Matrix("head.weight", (VOCAB, D_MODEL), INPUT)  # if tied, the embedding takes its place
-# The values of a block behind its two branches.
+# The values of a block after its two branches.
 AFTER_ATTENTION = (
     Value("attention_out", Seen.OUTPUT, "attention", D_MODEL, 0),
     Value("resid_mid", Seen.SHARED_INPUT, "ffn_norm", D_MODEL),

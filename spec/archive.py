@@ -1,4 +1,6 @@
-"""Records that left the tree: an append-only list, and their files as git history holds them."""
+"""Archived records: the append-only list of records removed from the tree, and their files in git
+history.
+"""
 
 import subprocess
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ class Archived(Frozen):
         return self
 
     def place(self, name: str) -> str:
-        """Where history holds a file of the record, as `History.read` takes it."""
+        """The argument of `History.read` for a file of the record."""
         return f"{self.commit}:./{self.record}/{name}"
 
     def to_line(self) -> bytes:
@@ -66,11 +68,13 @@ class History:
 
     @cached_property
     def commits(self) -> frozenset[str]:
-        """HEAD and its ancestors, as far as this clone holds them."""
+        """HEAD and those of its ancestors that this clone holds."""
         return frozenset((self.git("rev-list", "HEAD") or b"").decode().split())
 
     def read(self, places: Sequence[str]) -> list[bytes | None]:
-        """Contents of `commit:./path` from one git process; None where there is none."""
+        """Contents of each `commit:./path`, from one git process; None for a file that is
+        missing.
+        """
         found: list[bytes | None] = []
         out = self.git("cat-file", "--batch", stdin="\n".join((*places, "")).encode())
         at = 0
@@ -88,7 +92,7 @@ class History:
 
 
 class Archive:
-    """The list `<directory>/archive.jsonl`, and the files that it names."""
+    """The list `<directory>/archive.jsonl`, and the files listed in it."""
 
     def __init__(self, directory: Path):
         self.path = Path(directory) / FILE
@@ -96,7 +100,9 @@ class Archive:
 
     @cached_property
     def lines(self) -> list[Archived]:
-        """All lines; empty if there is no list. Raises IntegrityError naming line and field."""
+        """All lines; empty if the list does not exist. Raises IntegrityError naming line and
+        field.
+        """
         found = []
         data = self.path.read_bytes() if self.path.is_file() else b""
         for number, text in enumerate(data.split(b"\n")[:-1] if data else (), start=1):
@@ -122,8 +128,8 @@ class Archive:
     def read(self, record_id: str, name: str = METADATA) -> bytes:
         """A file of an archived record, from the commit that its line names.
 
-        Raises NoHistory if this checkout lacks the commit because its history is not complete, and
-        IntegrityError if a complete history lacks it or holds other bytes.
+        Raises NoHistory if the history is incomplete and lacks the commit. Raises IntegrityError if
+        a complete history lacks it or holds other bytes.
         """
         line = self.by_record[record_id]
         if line.commit not in self.history.commits:

@@ -1,4 +1,4 @@
-"""Collects what one run has to say and writes it as `metadata.json`."""
+"""Collects the fields of one run's record and writes `metadata.json`."""
 
 import datetime as dt
 import os
@@ -43,7 +43,7 @@ def artefact(
     tokens: int | None = None,
     license: str | None = None,
 ) -> Artefact:
-    """A file by hash; its path is kept relative to `root` where it lies below it."""
+    """A file by hash. Its path is relative to `root` if the file lies below it."""
     shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
     return Artefact(
         name=name or path.name,
@@ -57,7 +57,7 @@ def artefact(
 
 @dataclass
 class RecordBuilder:
-    """Opened when a run starts: code state, clock and id are taken then, not at the end."""
+    """Builds a record. Code state, start time and id are taken when it is created."""
 
     kind: str
     spec: Spec
@@ -86,9 +86,7 @@ class RecordBuilder:
         self.id = f"{self.kind}-{self.started:%Y%m%dT%H%M%SZ}-{nonce}"
 
     def continue_record(self, record_id: str, started_at: str) -> None:
-        """Go on under the id and start of an interrupted run; its wall-clock time
-        then runs from that start.
-        """
+        """Continue the record of an interrupted run: take over its id and start time."""
         self.id, self.started, self._clock = record_id, dt.datetime.fromisoformat(started_at), None
 
     def metric(
@@ -101,7 +99,7 @@ class RecordBuilder:
         stderr: float | None = None,
         better: str = "neither",
     ) -> None:
-        """State one number."""
+        """Add one metric."""
         as_text = value if isinstance(value, int) or abs(value) < float("inf") else str(value)
         self.metrics[name] = Metric(value=as_text, unit=unit, n=n, stderr=stderr, better=better)
 
@@ -160,8 +158,8 @@ class RecordBuilder:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old or the new content,
-    also after a power cut.
+    """Replace a small file atomically and durably: a reader sees the old or the new content, also
+    after a power failure.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:

@@ -1,4 +1,4 @@
-"""Canonical JSON (RFC 8785), strict parsing and sha256, in one place."""
+"""Canonical JSON (RFC 8785), strict parsing, and sha256."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ MAX_JSON_BYTES = 64 * 2**20
 
 
 def to_jsonable(value: Any) -> Any:
-    """Map a value onto what canonical JSON can hold: non-finite floats and integers
-    beyond 2^53 become strings.
+    """Convert a value to types of canonical JSON. Non-finite floats and integers beyond 2^53 become
+    strings. Raises TypeError for a type without a JSON form.
     """
     match value:
         case bool() | None | str():
@@ -26,7 +26,7 @@ def to_jsonable(value: Any) -> Any:
         case float():
             if math.isnan(value):
                 return "NaN"
-            # written without exponent, it would be read back as an unsafe integer
+            # without an exponent it would be read back as an unsafe integer
             if MAX_SAFE_INTEGER < abs(value) < 1e21:
                 return str(int(value))
             return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
@@ -41,7 +41,7 @@ def to_jsonable(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> bytes:
-    """RFC 8785 bytes of `value` after `to_jsonable`. The same value always gives the same bytes."""
+    """RFC 8785 bytes of `value` after `to_jsonable`. Equal values give equal bytes."""
     return rfc8785.dumps(to_jsonable(value))
 
 
@@ -84,11 +84,10 @@ def _finite_float(text: str) -> float:
 
 
 def parse_strict(data: bytes, *, origin: str) -> Any:
-    """Parse JSON that an adversary may have written: UTF-8 only, no byte-order mark, duplicate key,
-    NaN or overflow.
+    """Parse untrusted JSON strictly.
 
-    Raises IntegrityError naming `origin` on anything else,
-    including nesting bombs and over-long integers.
+    Raises IntegrityError naming `origin` for other encodings than UTF-8, a byte-order mark,
+    duplicate keys, NaN, overflow, deep nesting, over-long integers, or text above MAX_JSON_BYTES.
     """
     if len(data) > MAX_JSON_BYTES:
         raise IntegrityError(

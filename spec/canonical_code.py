@@ -1,8 +1,8 @@
-"""The canonical form of Python definitions: what they compute, without words,
-names of locals and layout.
+"""The canonical form of Python definitions: the computation, without messages, names of locals and
+layout.
 
-`stackproof.spec.fingerprint` hashes it. A definition is written as nested lists. What it refers to
-is counted, and listed beside the text, so that the names of other definitions do not enter.
+`stackproof.spec.fingerprint` hashes it. A definition is written as nested lists. References to
+other definitions are numbered and listed beside the text, so that their names do not enter.
 """
 
 import ast
@@ -22,8 +22,8 @@ LEFT_OUT = {"ctx", "kind", "type_comment", "type_params", "returns", "annotation
 
 
 class Key(NamedTuple):
-    """A definition: the module's path below the repository root, dotted, and the name in it.
-    `*` is the whole module.
+    """A definition: dotted path of the module below the repository root, and the name in it; `*` is
+    the whole module.
     """
 
     module: str
@@ -31,10 +31,9 @@ class Key(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Canonical form of one definition: its JSON text, in which references are counted,
-    and what they refer to.
+    """Canonical form of one definition: JSON text with numbered references, and their targets.
 
-    `keywords` are the names that its calls pass by keyword to functions that are not known.
+    `keywords` are the names that its calls pass by keyword to unknown functions.
     """
 
     text: str
@@ -71,7 +70,7 @@ def imports(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, tuple[str,
 
 
 def is_bare(node: ast.AST) -> bool:
-    """Whether a statement computes nothing: `pass`, a docstring or another constant."""
+    """Whether a statement has no effect: `pass`, a docstring or another constant."""
     return isinstance(node, ast.Pass) or (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     )
@@ -134,8 +133,8 @@ def _parameters(arguments: ast.arguments) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Scope:
-    """Names of one function, comprehension or class body, with the number that a local
-    gets where it is first met.
+    """Names of one function, comprehension or class body. Locals are numbered in order of first
+    use.
     """
 
     names: set[str]
@@ -144,8 +143,8 @@ class Scope:
 
 
 class Writer:
-    """Writes the statements of one definition.
-    References to other definitions are counted in order.
+    """Writes the statements of one definition. References to other definitions are numbered in
+    order.
     """
 
     def __init__(self, code: Names, key: Key, kept: frozenset[str]):
@@ -282,7 +281,7 @@ class Writer:
         return ["bound", self._binds.index(name)] if name in self._binds else self.load(name)
 
     def reference(self, target: Key | str | None, name: str) -> Any:
-        """What a name outside all scopes stands for."""
+        """Canonical form of a name outside all scopes."""
         match target:
             case Key() if target == self.key:
                 return ["itself"]
@@ -293,7 +292,7 @@ class Writer:
         return ["builtin" if hasattr(builtins, name) else "unbound", name]
 
     def target(self, node: ast.AST) -> Key | str | None:
-        """What a dotted name stands for at module level; None for every other expression."""
+        """Canonical form of a dotted name at module level; None for any other expression."""
         match node:
             case ast.Name(id=name):
                 local = any(
@@ -317,7 +316,7 @@ class Writer:
     # Functions, calls and texts
 
     def decorator(self, node: ast.expr) -> Any:
-        """A decorator. Lambdas in it, as those of icontract, receive arguments by name."""
+        """A decorator. Its lambdas receive arguments by name, as in icontract."""
         for inner in ast.walk(node):
             if isinstance(inner, ast.Lambda):
                 self._keywords |= {a.arg for a in (*inner.args.posonlyargs, *inner.args.args)}
@@ -361,8 +360,8 @@ class Writer:
             return [type(node).__name__, loops, self.write(results)]
 
     def call(self, node: ast.Call) -> list:
-        """A call. Keywords of a known function enter by position,
-        so that its parameters may be renamed.
+        """A call. Keywords of a known function are written by position, so that renaming a
+        parameter changes nothing.
         """
         target = self.target(node.func)
         message = (
@@ -389,15 +388,13 @@ class Writer:
         return ["Call", self.write(node.func), args, keywords]
 
     def positions(self, target: Key | str | None) -> dict[str, int]:
-        """Positions of a known function's parameters by name, without
-        those that keep their names.
-        """
+        """Positions of a known function's parameters by name, without those in `kept`."""
         parameters = self.code.parameters(target) if isinstance(target, Key) else []
         return {name: i for i, name in enumerate(parameters) if name not in self.kept}
 
     def joined(self, node: ast.JoinedStr) -> list:
-        """Parts of an f-string. Neighbouring texts are one part: Python
-        versions split them differently.
+        """Parts of an f-string. Adjacent texts are joined, because Python versions split them
+        differently.
         """
         parts: list = []
         for value in node.values:
@@ -416,7 +413,7 @@ class Writer:
         return parts
 
     def words(self, node: ast.AST) -> Any:
-        """A message: its text is left out, the values in it stay."""
+        """A message: its text is omitted, its interpolated values are kept."""
         match node:
             case ast.Constant(value=str()):
                 return WORDS

@@ -1,5 +1,5 @@
 """The state of every gate, computed from the ledger.
-Nothing else may say what is proven or discharged.
+This module is the only source of the states proven and discharged.
 """
 
 import datetime as dt
@@ -16,7 +16,7 @@ STATES: tuple[State, ...] = ("unproven", "proven", "discharged", "stale", "faile
 
 
 class GateState(NamedTuple):
-    """A gate's state, why, and the records it stands on."""
+    """State of a gate, its reason, and the records that support it."""
 
     state: State
     reason: str
@@ -99,7 +99,7 @@ def coverage(
     findings: Sequence[Finding] = (),
 ) -> dict[str, GateState]:
     """State of every gate of the spec.
-    A gate whose cause of failure was only gone around is not discharged, whatever its runs say.
+    A finding with `route_around` keeps its gates at `proven`, even if their runs pass.
     """
     states = {gate_id: gate_state(spec, gate_id, records, today) for gate_id in spec.gates}
     for gate_id, finding in gone_around(findings).items():
@@ -111,6 +111,6 @@ def coverage(
 
 
 def tally(states: dict[str, GateState]) -> dict[State, int]:
-    """How many gates are in each state; every state is listed, also with zero."""
+    """Number of gates by state. States without gates have 0."""
     counts = Counter(s.state for s in states.values())
     return {state: counts.get(state, 0) for state in STATES}

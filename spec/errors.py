@@ -1,10 +1,10 @@
-"""The exception tree. Every user-facing error carries a cause, a value with its origin, what is
-allowed, and a next step.
+"""The exception tree. A user-facing error holds a cause, a value with its origin, the allowed
+values, and a next step.
 """
 
 
 class StackproofError(Exception):
-    """Base of every error a user can cause. `exit_code` is what the process returns."""
+    """Base of every error a user can cause. `exit_code` is the exit code of the process."""
 
     exit_code = 1
 
@@ -13,7 +13,7 @@ class StackproofError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """The message as four short labelled lines; empty parts are left out."""
+        """The message as up to four labelled lines; empty parts are omitted."""
         parts = [self.what]
         if self.value is not None:
             parts.append(f"  got      {self.value}")
@@ -36,30 +36,30 @@ class StackproofError(Exception):
 
 
 class UsageError(StackproofError):
-    """A command or argument that cannot be acted on."""
+    """An invalid command or argument."""
 
     exit_code = 2
 
 
 class ConfigError(StackproofError):
-    """A configuration that is wrong, contradictory or unknown."""
+    """An invalid, contradictory or unknown configuration."""
 
     exit_code = 2
 
 
 class DataError(StackproofError):
-    """A corpus, shard, tokenizer or text that cannot be trusted or read."""
+    """A corpus, shard, tokenizer or text that is unreadable or damaged."""
 
     exit_code = 3
 
 
 class StreamExhausted(DataError):
-    """The corpus has ended and `data.on_exhausted` is `error`."""
+    """The corpus is exhausted and `data.on_exhausted` is `error`."""
 
 
 class GateFailed(StackproofError):
-    """A gate of severity `halt` turned red.
-    `gate_id` names it, `verdict` holds what was measured, `record` the halted run's record.
+    """A gate of severity `halt` failed.
+    `gate_id` is the gate, `verdict` its verdict, `record` the record of the halted run.
     """
 
     exit_code = 4
@@ -79,23 +79,23 @@ class CheckpointError(StackproofError):
 
 
 class IntegrityError(StackproofError):
-    """Evidence, ledger, spec or registry that contradict each other."""
+    """Contradictions between evidence, ledger, spec and registry."""
 
     exit_code = 6
 
 
 class NoHistory(IntegrityError):
-    """An archived record that cannot be read or verified: this checkout lacks the git history."""
+    """An archived record that cannot be verified, because this checkout lacks the git history."""
 
 
 class EnvironmentUnfit(StackproofError):
-    """The machine or installation cannot do what was asked."""
+    """The machine or the installation lacks something that the command needs."""
 
     exit_code = 7
 
 
 class Stopped(StackproofError):
-    """A signal asked the run to stop; a good checkpoint was written first."""
+    """A signal stopped the run, after a complete checkpoint was written."""
 
     def __init__(self, what: str, *, exit_code: int, **parts):
         self.exit_code = exit_code

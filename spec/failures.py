@@ -1,8 +1,7 @@
-"""The catalogue of documented silent failures: which plants, rules and tests of this repository
-stand for each, computed where it can be.
+"""The catalogue of documented silent failures, and the plants, rules and tests that cover each.
 
-A failure that belongs to a part of the stack which is not built yet is *awaiting*.
-That is found out by looking for the part's signs in the tree, and is never counted as killed.
+A failure is *awaiting* if the part of the stack that it belongs to is not built yet. Signs of the
+part in the tree decide this. An awaiting failure never counts as killed.
 """
 
 import re
@@ -32,7 +31,8 @@ LATENCIES: tuple[Latency, ...] = (
 
 class Capability(Frozen):
     """A part of the stack that may not be built yet.
-    A sign is a glob below the root; after `::` a pattern that such a file must hold.
+    A sign is a glob below the root, optionally with `::` and a pattern that a matching file must
+    contain.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Capability(Frozen):
     why: str = Field(min_length=10, description="what counts as built")
 
     def exists(self, root: Path = ROOT) -> bool:
-        """Whether any sign is in the tree."""
+        """Whether a sign of the capability is in the tree."""
         return any(_is_there(root, sign) for sign in self.signs)
 
 
@@ -52,18 +52,17 @@ def _is_there(root: Path, sign: str) -> bool:
 
 class Failure(Frozen):
     """One documented silent failure.
-    `steps` is how many steps after its start it may live, where the latency is counted in steps.
 
-    It is realised by `plants` of the museum, by broken-repository tests of integrity `rules`, or by
-    `tests`. `awaiting` names the capability without which it cannot happen here. The gates that
-    answer are those of its plants.
+    `steps` is the allowed latency in steps, for the latency `within k steps`. It is covered by
+    `plants` of the museum, by broken-repository tests of integrity `rules`, or by `tests`. Without
+    the capability `awaiting` it cannot occur here. Its gates are those of its plants.
     """
 
     id: str = Field(pattern=r"^SF-[A-Z]+\d+$")
     name: str
     subsystem: str
     mechanism: str = Field(min_length=20)
-    symptom: str = Field(min_length=5, description="what a person sees, if anything")
+    symptom: str = Field(min_length=5, description="the visible symptom, if any")
     latency: Latency
     steps: int | None = Field(None, ge=1)
     severity: int = Field(
@@ -101,7 +100,7 @@ class Catalogue(Frozen):
 
     @cached_property
     def missing(self) -> frozenset[str]:
-        """Names of the capabilities that are not built yet, looked for once."""
+        """Names of the capabilities that are not built yet, cached."""
         return frozenset(
             name
             for name, capability in self.capabilities.items()
@@ -113,19 +112,18 @@ class Catalogue(Frozen):
         return failure.awaiting in self.missing
 
     def awaiting(self) -> list[Failure]:
-        """Failures that cannot happen here yet, because what would have them is not built."""
+        """Failures that cannot occur yet, because their capability is not built."""
         return [f for f in self.failures.values() if self.awaits(f)]
 
     def of_plant(self, plant_id: str) -> list[Failure]:
-        """Failures that a plant realises."""
+        """Failures that a plant covers."""
         return [f for f in self.failures.values() if plant_id in f.plants]
 
     def deadline(self, gate: Gate, plant_id: str) -> tuple[Latency, int | None]:
-        """The latest moment at which a kill of the plant still counts,
-        and steps where it is counted in steps.
+        """The latest moment at which a kill of the plant counts, and its number of steps if it is
+        counted in steps.
 
-        Stated by the plant's failures, the earliest of them; where none does,
-        it is the moment of the gate.
+        The earliest latency of the plant's failures; without failures, the moment of the gate.
         """
         stated = [(LATENCIES.index(f.latency), f.steps) for f in self.of_plant(plant_id)]
         if stated:
@@ -143,7 +141,7 @@ _MOMENTS: dict[str, Latency] = {
 
 
 def answering_gates(spec: Spec, failure: Failure) -> tuple[str, ...]:
-    """Ids of the gates that name one of the failure's plants."""
+    """Ids of the gates that list a plant of the failure."""
     return tuple(g.id for g in spec.gates.values() if set(g.plants) & set(failure.plants))
 
 
@@ -182,7 +180,7 @@ def _load(root: Path) -> Catalogue:
     for failure in failures.values():
         if failure.awaiting is not None and failure.awaiting not in capabilities:
             raise IntegrityError(
-                f"{failure.id} awaits {failure.awaiting}, which is no capability",
+                f"{failure.id} awaits {failure.awaiting}, which is not a capability",
                 allowed=", ".join(sorted(capabilities)),
             )
     return Catalogue(failures=failures, capabilities=capabilities, root=root)

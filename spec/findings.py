@@ -1,5 +1,5 @@
-"""What was found to be wrong, why, and what shows it: `evidence/findings.toml`.
-A cause that was gone around blocks its gates.
+"""Findings: causes of failures, with their evidence, from `evidence/findings.toml`.
+A finding with `route_around` keeps its gates from being discharged.
 """
 
 import datetime as dt
@@ -17,11 +17,10 @@ CITED = r"^[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{8}(#E\d+)?$"
 
 
 class RuledOut(Frozen):
-    """A suspicion that was eliminated: by a link of a record's narrowing chain (`evidence` with
-    `#E<n>`), or by a figure of a record.
+    """An eliminated hypothesis. Its evidence is a link of a record's narrowing chain (`#E<n>`) or a
+    metric of a record.
 
-    `hypothesis` is then the link's own; with a record, `metric` and `value` are
-    the figure that it holds.
+    With a link, `hypothesis` is that of the link. With a record, `metric` and `value` are required.
     """
 
     hypothesis: str = Field(min_length=1)
@@ -34,8 +33,7 @@ class RuledOut(Frozen):
         given = [self.metric is not None, self.value is not None]
         if "#" in self.evidence and any(given):
             raise ValueError(
-                "a link of a chain says itself what it eliminated; metric and value are those of "
-                "a record"
+                "a link of a chain states what it eliminated; metric and value belong to a record"
             )
         if "#" not in self.evidence and not all(given):
             raise ValueError(
@@ -46,12 +44,12 @@ class RuledOut(Frozen):
 
 
 class Finding(Frozen):
-    """One cause, from what was seen to what shows it gone.
+    """One cause: symptom, mechanism, fix and evidence.
 
-    `negative` is a record of the failure and `positive` one without it; `metric` is the figure that
-    is better in that one. `better` says which way, where the records do not state it. `falsifier`
-    is a test as PATH::NAME, or a plant. With `route_around` the cause still stands: then there is
-    no fix, and `gates` are not discharged.
+    `negative` is a record with the failure, `positive` one without it; `metric` is better in
+    `positive`. `better` is the direction, required if the records do not state it. `falsifier` is a
+    test (PATH::NAME) or a plant. With `route_around` the cause persists: there is no fix, and
+    `gates` are not discharged.
     """
 
     id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -74,7 +72,8 @@ class Finding(Frozen):
         lacking = [name for name in ("fix", "positive") if getattr(self, name) is None]
         if lacking and not self.route_around:
             raise ValueError(
-                f"{lacking[0]} is lacking; a cause that was only gone around says route_around = "
+                f"{lacking[0]} is missing; for a cause that is bypassed and not fixed, set "
+                "route_around = "
                 "true"
             )
         if self.fix is not None and self.route_around:
@@ -90,5 +89,5 @@ def read_findings(path: Path) -> list[Finding]:
 
 
 def gone_around(findings: Sequence[Finding]) -> dict[str, str]:
-    """Gates whose cause of failure still stands, with the finding that says so."""
+    """Gates with an unfixed cause of failure: gate id to finding id."""
     return {gate: f.id for f in findings if f.route_around for gate in f.gates}

@@ -1,18 +1,17 @@
-"""Fingerprints of gates: one hash over what a gate promises and what its check computes.
+"""Fingerprints of gates: one hash over the normative fields of a gate and the code of its check.
 
 A check enters in a canonical form of its syntax tree, together with everything in `contracts` and
 `spec` that it reaches: functions, classes, constants, module-level branches, statements that change
 them, and the code in `stackproof.contracts.gate` that turns measurements into verdicts.
 
-The form leaves out what decides nothing, so that rewording, renaming and moving are free:
-docstrings, comments, layout, annotations, names of local variables, of parameters and of the
-functions reached, module paths, and the words of verdict messages and errors. A function that is
-reached enters by the hash of its own form. The form is the same on every supported Python version;
-`ast.dump` is not.
+The form omits docstrings, comments, layout, annotations, names of local variables, of parameters
+and of reached functions, module paths, and the text of verdict messages and errors. So rewording,
+renaming and moving change no fingerprint. A reached function enters by the hash of its own form.
+The form is the same on every supported Python version; `ast.dump` is not.
 
-What stays visible: attributes and methods (also those of objects passed in), keyword-only
-parameters, parameters that a call may pass by keyword without naming the function, and dotted names
-of other packages. Code behind an object that is passed in is not part of the form.
+The form keeps attributes and methods (also those of objects passed in), keyword-only parameters,
+parameters that a call may pass by keyword without naming the function, and dotted names of other
+packages. The code of an object that is passed in is not part of the form.
 """
 
 import ast
@@ -29,13 +28,13 @@ from stackproof.spec.errors import IntegrityError
 
 FORM = 2
 PACKAGE = "stackproof"
-OPAQUE = {"spec.errors"}  # error classes hold words and exit codes; they enter by name
+OPAQUE = {"spec.errors"}  # error classes hold messages and exit codes; they enter by name
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.AnnAssign)
 
 
 class Carried(NamedTuple):
-    """One line of spec/carried.jsonl: an unchanged gate whose fingerprint was computed in
-    another form from `commit` on.
+    """One line of spec/carried.jsonl: an unchanged gate, its fingerprint in the previous and in the
+    new form, and the commit that changed the form.
     """
 
     gate: str
@@ -45,8 +44,8 @@ class Carried(NamedTuple):
 
 
 def read_carried(path: Path) -> tuple[Carried, ...]:
-    """The lines of spec/carried.jsonl; none if the file does not exist.
-    Raises IntegrityError naming a line that is not one.
+    """The lines of spec/carried.jsonl; empty if the file does not exist.
+    Raises IntegrityError naming an invalid line.
     """
     found = []
     for number, line in enumerate(
@@ -71,7 +70,7 @@ def check_fingerprint(normative: dict, check: str, root: Path) -> str:
 
 
 def check_source(check: str, root: Path) -> str:
-    """Source text of a check and of everything it reaches, in the order in which it is reached."""
+    """Source text of a check and of all definitions that it reaches, in order of discovery."""
     code = code_below(root)
     return "\n\n".join(
         text for key in code.reached(code.locate(check)) for text in code.sources(key)
@@ -80,7 +79,7 @@ def check_source(check: str, root: Path) -> str:
 
 @cache
 def code_below(root: Path) -> "Code":
-    """The code below a repository root, read once per process."""
+    """The code below a repository root, cached per process."""
     return Code(root)
 
 
@@ -95,7 +94,7 @@ class Code:
         self._hashes: dict[str, str] = {}
 
     def hash(self, check: str) -> str:
-        """Hex sha256 of the canonical form of `module:name` and all it reaches.
+        """Hex sha256 of the canonical form of `module:name` and of all definitions that it reaches.
 
         Raises IntegrityError if it does not exist.
         """
@@ -107,8 +106,8 @@ class Code:
         return self._hashes[check]
 
     def locate(self, check: str) -> Key:
-        """The definition that `module:name` names, through re-exports.
-        Raises IntegrityError if there is none.
+        """The definition of `module:name`, through re-exports.
+        Raises IntegrityError if it does not exist.
         """
         module, name = check.split(":")
         module = _below_root(module) or module
@@ -138,7 +137,7 @@ class Code:
         return [s.node for s in module.statements if key.name == "*" or s.defines(key.name)]
 
     def parameters(self, key: Key) -> list[str]:
-        """Positional parameters of a module-level function; none for anything else."""
+        """Positional parameters of a module-level function; empty for anything else."""
         module = self.module(key.module)
         function = module.functions.get(key.name) if module else None
         return (
@@ -173,8 +172,8 @@ class Code:
         return self._forms[place]
 
     def resolve(self, module: str, name: str) -> Key | str | None:
-        """What a module-level name stands for: a Key, a dotted path outside the project,
-        or None if it is not bound there.
+        """Resolve a module-level name: a Key, a dotted path outside the project, or None if it is
+        not bound there.
         """
         found = self.module(module)
         if found is None:
@@ -186,7 +185,7 @@ class Code:
         return Key(f"{module}.{name}", "*") if self.module(f"{module}.{name}") else None
 
     def imported(self, source: str, name: str | None) -> Key | str:
-        """What `import source` (name None) or `from source import name` binds."""
+        """Resolve `import source` (name None) or `from source import name`."""
         inside = _below_root(source)
         if inside is None:
             return source if name is None else f"{source}.{name}"
@@ -203,15 +202,15 @@ class Code:
 
 @dataclass(frozen=True)
 class Statement:
-    """A module-level statement: the names that it binds, and those it mentions."""
+    """A module-level statement, the names that it binds, and the names that it mentions."""
 
     node: ast.stmt
     binds: tuple[str, ...]
     mentions: frozenset[str]
 
     def defines(self, name: str) -> bool:
-        """Whether it is part of a name's definition.
-        A statement that is more than a definition may change what it mentions.
+        """Whether the statement is part of the definition of a name.
+        A statement that is not a plain definition may change the names that it mentions.
         """
         return name in self.binds or (not self._is_definition and name in self.mentions)
 
@@ -247,8 +246,8 @@ class Module:
 
 
 def _hashes(forms: dict[Key, Form]) -> dict[Key, str]:
-    """Hash of each form together with the hashes of what it refers to.
-    Definitions that refer to each other share theirs.
+    """Hash of each form together with the hashes of its references.
+    Definitions that refer to each other share one hash.
     """
     hashes: dict[Key, str] = {}
     for group in _components({key: form.references for key, form in forms.items()}):
@@ -297,7 +296,7 @@ def _components(edges: dict[Key, tuple[Key, ...]]) -> list[list[Key]]:
 
 
 def _below_root(module: str) -> str | None:
-    """The folder path of a module of this project, dotted; None for a module of another package."""
+    """The dotted folder path of a module of this project; None for a module of another package."""
     parts = module.removeprefix(f"{PACKAGE}.").split(".")
     if module == PACKAGE:
         return ""

@@ -1,7 +1,7 @@
-"""Numbers that follow from a configuration by arithmetic.
+"""Quantities computed from a configuration: parameters, FLOPs, activations, tokens.
 
-The stack asserts them, the integrity check recomputes them. What a variant is made of comes from
-spec/architecture.py.
+The stack asserts them, and the integrity check recomputes them. Weights and values of a variant
+come from spec/architecture.py.
 """
 
 import math
@@ -13,8 +13,8 @@ from stackproof.spec.architecture import Q_WIDTH, Buffer, Matrix, Model
 def parameter_count(model: Model, vocab_size: int) -> int:
     """Parameters of a decoder from its resolved `model` section.
 
-    A part that an old section does not mention counts as its first variant. Raises ValueError for
-    a variant without an entry in the architecture table.
+    A part that an old section omits counts as its first variant. Raises ValueError for a variant
+    without an entry in the architecture table.
     """
     held = resolved.tensors(model, vocab_size)
     return sum(t.entries for t in held if not isinstance(t.weight, Buffer))
@@ -23,12 +23,12 @@ def parameter_count(model: Model, vocab_size: int) -> int:
 def flops_per_token(model: Model, vocab_size: int, seq_len: int, *, backward: bool = True) -> int:
     """FLOPs of matrix products per trained token; a multiply-add counts as two.
 
-    6·(matrix entries that a token meets, head included), and for attention 12·q_width·(mean number
-    of visible keys) per layer (PaLM, arXiv:2204.02311, app. B, halved for causality). A token meets
-    top_k experts, and a block with hard capacity reads a share of the tokens. The forward alone
-    takes a third. A `seq_len` of 0 leaves out the products of attention.
+    6·(matrix entries used per token, head included), and for attention 12·q_width·(mean number of
+    visible keys) per layer (PaLM, arXiv:2204.02311, app. B, halved for causality). A token uses
+    top_k experts; a block with hard capacity reads a share of the tokens. The forward alone takes a
+    third. A `seq_len` of 0 omits the products of attention.
     """
-    per_token = 2.0 * vocab_size * model["d_model"]  # the head, or the embedding as a tied one
+    per_token = 2.0 * vocab_size * model["d_model"]  # the head, or the embedding if tied
     q_width = Q_WIDTH.of(resolved.sizes(model))
     mixing = resolved.part(model, "attention").products_per_key
     for layer in range(model["n_layers"]):
@@ -41,7 +41,9 @@ def flops_per_token(model: Model, vocab_size: int, seq_len: int, *, backward: bo
 
 
 def saved_per_token(model: Model) -> int:
-    """Numbers per token that a block keeps for the backward; of a gated block if there is one."""
+    """Activations per token that a block keeps for the backward; those of a gated block if the
+    model has one.
+    """
     numbers = resolved.sizes(model)
     return max(
         sum(value.kept * value.width.of(numbers) for value in resolved.block_values(model, layer))
@@ -50,7 +52,7 @@ def saved_per_token(model: Model) -> int:
 
 
 def _visible_keys(model: Model, seq_len: float) -> float:
-    """Keys that a query sees on average over a row, in a window if there is one."""
+    """Mean number of visible keys per query over a row, within the window if declared."""
     window = min(resolved.section(model, "attention").get("window") or seq_len, seq_len)
     return window - window * window / (2 * seq_len) if seq_len else 0.0
 
@@ -58,7 +60,7 @@ def _visible_keys(model: Model, seq_len: float) -> float:
 def tokens_seen(
     steps: int, micro_batch_size: int, seq_len: int, accumulation: int, world_size: int
 ) -> int:
-    """Tokens a run has consumed: steps × micro-batch rows × length × accumulation × ranks."""
+    """Tokens consumed by a run: steps × micro-batch rows × length × accumulation × ranks."""
     return steps * micro_batch_size * seq_len * accumulation * world_size
 
 

@@ -15,8 +15,8 @@ GENESIS = "0" * 64
 
 
 class Entry(Frozen):
-    """One line: sequence number from 0, record id, sha256 of its metadata.json,
-    sha256 of the previous line's bytes.
+    """One line: sequence number from 0, record id, sha256 of its metadata.json, and sha256 of the
+    bytes of the previous line.
     """
 
     seq: int = Field(ge=0)
@@ -30,7 +30,7 @@ class Entry(Frozen):
 
 
 class Ledger:
-    """The chain in `<directory>/ledger.jsonl` and its records, in folders beside it or archived."""
+    """The chain in `<directory>/ledger.jsonl`. Its records are in folders beside it or archived."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
@@ -41,7 +41,7 @@ class Ledger:
         return Archive(self.directory)
 
     def lines(self) -> list[bytes]:
-        """Raw lines without their newline; empty if there is no ledger yet."""
+        """Raw lines without their newline; empty if the ledger does not exist."""
         if not self.path.is_file():
             return []
         data = self.path.read_bytes()
@@ -70,7 +70,7 @@ class Ledger:
         return sha256_bytes(lines[-1]) if lines else GENESIS
 
     def record_path(self, record_id: str) -> Path:
-        """Where a record lies. Refuses ids that would leave the directory."""
+        """The folder of a record. Raises IntegrityError for an id that is a path."""
         if "/" in record_id or "\\" in record_id or record_id.startswith("."):
             raise IntegrityError(f"record id {record_id!r} is not a plain name")
         return self.directory / record_id / "metadata.json"
@@ -78,7 +78,8 @@ class Ledger:
     def content(self, record_id: str, name: str = METADATA) -> bytes:
         """A file of a record, from its folder or, if the record is archived, from git history.
 
-        Raises IntegrityError if neither holds it, NoHistory if this checkout lacks the history.
+        Raises IntegrityError if the file is in neither, NoHistory if this checkout lacks the
+        history.
         """
         path = self.record_path(record_id).with_name(name)
         if record_id in self.archive and not path.parent.is_dir():
@@ -96,7 +97,7 @@ class Ledger:
             raise IntegrityError(
                 f"record {entry.record} was changed after it was accepted",
                 value=(
-                    f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} says "
+                    f"sha256 {sha256_bytes(data)[:12]}…, ledger line {entry.seq + 1} holds "
                     f"{entry.sha256[:12]}…"
                 ),
                 next_step=(
@@ -106,8 +107,8 @@ class Ledger:
         return parse_record(data, origin=str(self.record_path(entry.record)))
 
     def series(self, record: Record, series: Series) -> bytes:
-        """A file beside a record. Raises IntegrityError if it is missing,
-        changed or no plain file.
+        """The bytes of a file beside a record. Raises IntegrityError if it is missing, changed or
+        not a plain file.
         """
         if "/" in series.path or series.path.startswith("."):
             raise IntegrityError(f"series {series.path} of record {record.id} is not a plain file")
@@ -122,12 +123,12 @@ class Ledger:
     def accepted(self) -> dict[str, Record]:
         """All accepted records in ledger order, each verified by hash.
 
-        Left out are archived records that this checkout cannot read: see `unread`.
+        Omits archived records that this checkout cannot read: see `unread`.
         """
         return self._readable(self.entries())
 
     def records(self) -> dict[str, Record]:
-        """Accepted records that no later entry supersedes."""
+        """Accepted records that are not superseded by a later entry."""
         entries = self.entries()
         gone = {e.supersedes for e in entries}
         return self._readable([e for e in entries if e.record not in gone])
@@ -142,15 +143,15 @@ class Ledger:
         return found
 
     def unread(self) -> list[str]:
-        """Archived records that cannot be verified here, because the checkout lacks the history."""
+        """Archived records that cannot be verified, because the checkout lacks the history."""
         archive = self.archive
         if archive.history.complete:
             return []
         return [a.record for a in archive.lines if a.commit not in archive.history.commits]
 
     def problems(self) -> list[tuple[int, str]]:
-        """Breaks of the chain as (line number, what is wrong): sequence, previous hash, canonical
-        form, unknown or double ids.
+        """Defects of the chain as (line number, message): sequence, previous hash, canonical form,
+        unknown or duplicate ids.
         """
         found, previous, seen = [], GENESIS, set()
         for number, line in enumerate(self.lines(), start=1):
@@ -180,7 +181,7 @@ class Ledger:
         return found
 
     def append(self, record: Record, *, supersedes: str | None = None) -> Entry:
-        """Append a record that already lies in `<directory>/<id>/metadata.json`.
+        """Append a record that is already at `<directory>/<id>/metadata.json`.
         Raises IntegrityError if the chain is broken.
         """
         if problems := self.problems():

@@ -1,5 +1,5 @@
-"""How far a gate's limits stand from the clean stack on one side and from its weakest plant on the
-other, computed from kills.
+"""Margins of a gate's limits, computed from kills: to the clean stack on one side, to the weakest
+plant on the other.
 """
 
 import math
@@ -11,12 +11,12 @@ from stackproof.spec.records import Kill, Scalar
 
 
 class Margin(NamedTuple):
-    """One limit between two worlds. Ratios are above 1 where the side is right, infinite where a
-    limit or a value of 0 makes them so.
+    """The margins of one limit. A ratio above 1 is on the right side of the limit; it is infinite
+    for a limit or a value of 0.
 
-    `clean` is the worst value on the clean stack; `room` how many times as far the limit is.
-    `value` is what the limit's weakest plant measured, of the `plants` that this limit alone would
-    catch; `reach` how many times it is beyond the limit.
+    `clean` is the worst value on the clean stack, `room` the ratio of the limit to it. `plants` are
+    the plants that this limit alone catches, `value` is the measurement of the weakest of them,
+    `reach` its ratio to the limit.
     """
 
     gate: str
@@ -33,8 +33,8 @@ class Margin(NamedTuple):
 
 
 def measured_for(name: str, limit: Limit, measured: Mapping[str, Scalar]) -> float | None:
-    """The worst of what a check reports for a limit; None if it reports none.
-    What is not a number is infinitely wrong.
+    """The worst measurement of a check for a limit; None without a measurement. NaN counts as
+    infinite.
     """
     names = limit.measured or (name.removesuffix("_max").removesuffix("_min"),)
     values = [_number(measured[n]) for n in names if n in measured]
@@ -53,21 +53,21 @@ def _number(value: Scalar) -> float | None:
 
 
 def _times(large: float, small: float) -> float:
-    """large over small, of numbers that are not negative; infinite over 0, also for 0."""
+    """`large` over `small`, both at least 0; infinite if `small` is 0."""
     return math.inf if small == 0 else large / small
 
 
 def _ahead(better: float, worse: float, limit: float) -> float:
-    """How many times one number is above another; of shares that must be large,
-    how many times less it misses of the whole.
+    """Ratio of a number to another. For shares with a lower limit, the ratio of their distances to
+    1.
     """
     share = 0.5 <= limit < 1 and 0 <= worse <= better <= 1
     return _times(1 - worse, 1 - better) if share else _times(better, worse)
 
 
 def margins(spec: Spec, kills: Iterable[Kill]) -> list[Margin]:
-    """A line for every limit that a check reports a number for,
-    both on the clean stack and on a plant that it caught.
+    """The margins of every limit with a measurement both on the clean stack and on a plant that the
+    check caught.
     """
     killed = [
         k for k in kills if k.outcome == "killed" and k.control == "pass" and k.gate in spec.gates
@@ -94,7 +94,7 @@ def _margin(gate: Gate, name: str, limit: Limit, kills: list[Kill]) -> Margin | 
         return None
     low = limit.direction == "at-least"
     worst = min(clean) if low else max(clean)
-    if not limit.allows(worst):  # it counts only together with another one
+    if not limit.allows(worst):  # it fails only together with another limit
         return None
     weakest = (max if low else min)(caught, key=caught.__getitem__)
     room = _ahead(worst, limit.value, limit.value) if low else _times(limit.value, worst)

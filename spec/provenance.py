@@ -11,8 +11,8 @@ from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.records import Code, Scalar
 
-# What decides a computed number.
-# Documents, tests and evidence may be in flux without making a run dirty.
+# Paths that can change a computed number.
+# # Uncommitted changes elsewhere (documents, tests, evidence) do not make a run dirty.
 CODE_PATHS = ("spec", "contracts", "stack", "pyproject.toml", "constraints.txt")
 
 
@@ -27,8 +27,8 @@ def _git(*arguments: str) -> str | None:
 
 
 def code_state() -> Code:
-    """Commit and cleanliness of the checkout this package runs from;
-    `unknown` for an installed wheel.
+    """Commit of the checkout that this package runs from, and whether it is clean; `unknown` for an
+    installed wheel.
     """
     lock = ROOT / "constraints.txt"
     lock_sha256 = sha256_file(lock) if lock.is_file() else None
@@ -63,8 +63,8 @@ def _cpu_model() -> str:
 
 
 def environment(device: str = "cpu", **extra: Scalar) -> dict[str, Scalar]:
-    """Versions, machine, threads and determinism flags.
-    Reads torch only if it has been imported.
+    """Versions, machine, threads and determinism flags. Those of torch are included only if torch
+    is imported.
     """
     facts: dict[str, Scalar] = {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The registry of released models and the records they stand on: `evidence/registry.toml`."""
+"""The registry of released models and the records that support them: `evidence/registry.toml`."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from stackproof.spec.tables import read_tables
 
 
 class Release(Frozen):
-    """One released model. Metrics are not repeated here: they are read from the records."""
+    """One released model. Its metrics are read from its records."""
 
     id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*$")
     series: str

@@ -1,7 +1,7 @@
-"""Released versions of the spec: `spec/releases.jsonl`, one line per release, only ever appended.
+"""Released versions of the spec: `spec/releases.jsonl`, append-only, one line per release.
 
-A line holds the version, a JSON merge patch (RFC 7396) that turns the release before it into this
-one, and the sha256 of the whole release as text. Reading reconstructs every release and compares.
+A line holds the version, a JSON merge patch (RFC 7396) from the previous release, and the sha256 of
+the text of the whole release. Reading reconstructs every release and compares its hash.
 """
 
 import json
@@ -28,7 +28,7 @@ class ReleaseLine(Frozen):
 
 
 def frozen_release(spec: Spec) -> dict:
-    """What a release keeps of a spec: its hash, and each gate's fingerprint and limits."""
+    """The release of a spec: its hash, and the fingerprint and limits of each gate."""
     return {
         "version": spec.version,
         "sha256": spec.sha256,
@@ -43,12 +43,12 @@ def frozen_release(spec: Spec) -> dict:
 
 
 def release_text(release: dict) -> bytes:
-    """A release as the text whose sha256 its line holds."""
+    """The text of a release, of which its line holds the sha256."""
     return (json.dumps(release, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_releases(root: Path = ROOT) -> dict[str, dict]:
-    """Releases by version, oldest first. A missing file holds none.
+    """Releases by version, oldest first; empty if the file is missing.
 
     Raises IntegrityError naming the first line that cannot be read or reconstructed.
     """
@@ -57,7 +57,7 @@ def read_releases(root: Path = ROOT) -> dict[str, dict]:
 
 
 def parse_releases(data: bytes, *, origin: str) -> dict[str, dict]:
-    """Like `read_releases`, of the bytes of a file."""
+    """`read_releases` for the bytes of a file."""
     release: dict = {}
     found: dict[str, dict] = {}
     for number, text in enumerate(data.splitlines(), start=1):
@@ -81,7 +81,7 @@ def parse_releases(data: bytes, *, origin: str) -> dict[str, dict]:
 
 
 def release_line(previous: dict, release: dict) -> bytes:
-    """The line of a release, given the release before it; the first follows an empty one."""
+    """The line of a release, given the previous release; an empty one for the first."""
     patch = changes(previous, release)
     assert release_text(merge(previous, patch)) == release_text(release)
     patch.pop("version")
@@ -106,13 +106,13 @@ def merge(old: dict, patch: dict) -> dict:
 
 
 def changes(old: dict, new: dict) -> dict:
-    """The JSON merge patch that turns `old` into `new`; neither may hold a null."""
+    """The JSON merge patch from `old` to `new`; neither may contain null."""
     patch: dict = dict.fromkeys(old.keys() - new.keys())
     for key, value in new.items():
         before = old.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
             if inner := changes(before, value):
                 patch[key] = inner
-        elif json.dumps(before) != json.dumps(value):  # 1 and 1.0 are equal, their text is not
+        elif json.dumps(before) != json.dumps(value):  # 1 == 1.0, but their texts differ
             patch[key] = value
     return patch

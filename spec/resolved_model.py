@@ -1,4 +1,4 @@
-"""What a resolved `model` section declares, by the architecture table: weights and values."""
+"""Weights and values that a resolved `model` section declares, by the architecture table."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,9 @@ from stackproof.spec.architecture import (
 
 @dataclass(frozen=True)
 class Tensor:
-    """A weight with its full name and shape; `met` is the share of a block's tokens it serves."""
+    """A weight with its full name and shape; `met` is the share of a block's tokens that it
+    processes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +37,9 @@ class Tensor:
 
 
 def section(model: Model, key: str) -> Mapping[str, Any]:
-    """The declared section at a dotted key; the first variant where an old record has none."""
+    """The declared section at a dotted key; the first variant if an old record has no such
+    section.
+    """
     declared: Mapping[str, Any] = FIRST_VARIANTS | dict(model)
     for name in key.split("."):
         declared = declared[name]
@@ -43,7 +47,7 @@ def section(model: Model, key: str) -> Mapping[str, Any]:
 
 
 def part(model: Model, key: str) -> Any:
-    """The table's entry for the declared variant. Raises ValueError if there is none."""
+    """The table's entry for the declared variant. Raises ValueError if the table has no entry."""
     kind = section(model, key)["kind"]
     if (found := TABLE[key].get(kind)) is None:
         raise ValueError(
@@ -54,13 +58,13 @@ def part(model: Model, key: str) -> Any:
 
 
 def sizes(model: Model, vocab_size: int = 0) -> dict[str, Any]:
-    """The numbers behind the symbols."""
+    """The value of each symbol."""
     experts = section(model, "ffn").get("n_experts", 1)
     return dict(model) | {"vocab_size": vocab_size, "n_experts": experts}
 
 
 def tensors(model: Model, vocab_size: int) -> list[Tensor]:
-    """All that a checkpoint of the model holds, in its order, buffers included.
+    """All weights of a checkpoint of the model in order, buffers included.
 
     Raises ValueError for a variant without an entry.
     """
@@ -114,10 +118,10 @@ def share_of_tokens(model: Model, layer: int) -> float:
 
 
 def block_values(model: Model, layer: int) -> list[Value]:
-    """What the forward of a block makes, in execution order.
+    """The values of the forward of a block, in execution order.
 
-    Slots and modules are relative to the block, with `{}` for the number of an expert, whose
-    values are kept once per expert that a token meets.
+    Slots and modules are relative to the block, with `{}` for the number of an expert. Values of an
+    expert are kept once per expert that receives the token.
     """
 
     def of(key: str, slots: str = "", modules: str = "") -> Iterator[Value]:
@@ -146,7 +150,7 @@ def block_values(model: Model, layer: int) -> list[Value]:
 def _values(
     values: tuple[Value, ...], declared: Mapping[str, Any], slots: str = "", modules: str = ""
 ) -> Iterator[Value]:
-    """The values whose condition holds, with slots and modules behind these prefixes."""
+    """The values with a true condition, slots and modules prefixed."""
     for value in values:
         if value.when is None or value.when.holds(declared):
             module = (modules + value.module).removesuffix(".")

@@ -1,5 +1,5 @@
-"""Reads a file of TOML tables that all have one key, such as `[[model]]`, into one kind of model,
-strictly.
+"""Reads a TOML file of tables with one key, such as `[[model]]`, strictly, into one pydantic
+model.
 """
 
 import tomllib
@@ -14,7 +14,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_tables(path: Path, key: str, kind: type[Kind]) -> list[Kind]:
-    """All tables of a key, in file order. A missing file has none.
+    """All tables of a key, in file order; empty if the file is missing.
     Raises IntegrityError naming the table by its id, and the field.
     """
     if not path.is_file():

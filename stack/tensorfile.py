@@ -1,5 +1,5 @@
-"""Strict access to safetensors files: what is read is exactly what the header declares,
-and what is written is on the disk.
+"""Strict access to safetensors files: reads exactly the declared content, and syncs writes to
+disk.
 """
 
 import errno
@@ -47,7 +47,7 @@ CODES = dict(
 )
 SLICE_BYTES = 4 * 2**20  # of a tensor at a time: written, hashed, compared
 READ_BYTES = 2**20  # at a time, while it lies in the processor's cache
-# what a file system, or a device, says that has no such call
+# errors of a file system or device without this call
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV)
 MAX_HEADER_BYTES = 100 * 2**20
 METADATA_KEY = "stackproof"
@@ -69,7 +69,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file declares."""
+    """The declarations in the header of a file."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]
@@ -78,7 +78,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """Parse and check a header: JSON at once, unique keys, tensors that cover the data exactly.
 
-    Raises BadTensorFile saying what is wrong, OSError if the file cannot be read.
+    Raises BadTensorFile for an invalid file, OSError for an unreadable one.
     """
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -100,17 +100,17 @@ def read_header(path: Path) -> Header:
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise BadTensorFile(f"the header is not valid: {type(e).__name__}: {e}") from e
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise BadTensorFile("the header is not valid: its metadata is no table of strings")
+        raise BadTensorFile("the header is not valid: its metadata is not a table of strings")
     _require_exact_cover(tensors, 8 + length, size)
     return Header(tensors, metadata)
 
 
 def _foreign(start: bytes) -> str:
-    """What a file that is no safetensors file is, if its first bytes tell; asked only once the
-    length field makes no sense.
+    """The format of a file that is not a safetensors file, by its first bytes; empty if unknown.
+    Called only for an invalid length field.
 
-    A sound header of 384 bytes begins with 0x80 0x01 as a pickle may,
-    so these bytes alone refuse nothing.
+    A valid header of 384 bytes begins with 0x80 0x01, as a pickle may, so these bytes alone are not
+    an error.
     """
     if start[:2] == b"PK":
         return (
@@ -129,8 +129,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, fields: dict[str, Any], base: int) -> Entry:
-    """One tensor's declaration. Sizes are multiplied as Python integers,
-    so that no product can wrap around.
+    """The declaration of one tensor. Sizes are multiplied as Python integers, so products cannot
+    overflow.
     """
     if set(fields) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name} declares {sorted(fields)}")
@@ -141,7 +141,7 @@ def _entry(name: str, fields: dict[str, Any], base: int) -> Entry:
     shape, (start, stop) = fields["shape"], fields["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(
-            f"tensor {name} has a shape or offset that is no count: {shape}, "
+            f"tensor {name} has a shape or offset that is not a count: {shape}, "
             f"{fields['data_offsets']}"
         )
     n_bytes = DTYPES[fields["dtype"]][0] * math.prod(shape)
@@ -163,7 +163,7 @@ def _require_exact_cover(tensors: dict[str, Entry], base: int, size: int) -> Non
 
 
 def digests(path: Path) -> tuple[str, dict[str, str]]:
-    """Hex sha256 of a file, and hex CRC-32 of every tensor's bytes in it by name, of one reading.
+    """Hex sha256 of a file, and hex CRC-32 of the bytes of every tensor by name, from one read.
     Raises BadTensorFile, OSError.
     """
     tensors = read_header(path).tensors
@@ -187,11 +187,11 @@ def digests(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Put numpy arrays or torch tensors of any type and device on the disk.
-    The same content gives the same bytes.
+    """Write numpy arrays or torch tensors of any dtype and device to disk. Equal content gives
+    equal bytes.
 
-    No copy of the whole is made. Raises OSError if it cannot be written,
-    BadTensorFile if it cannot be expressed.
+    Makes no copy of the whole. Raises OSError if the file cannot be written, BadTensorFile for an
+    unsupported dtype.
     """
     pieces = _pieces(tensors, metadata)
     with created(path, tensors) as f:
@@ -202,10 +202,10 @@ def write(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None
 
 @contextmanager
 def created(path: Path, tensors: dict[str, Any]) -> Iterator[BinaryIO]:
-    """A new file with room for tensors, where the system can reserve it: a full disk says so at
-    once, and writing costs less.
+    """A new file with reserved space for tensors, if the system supports it: a full disk fails
+    early, and writing is faster.
 
-    Less than the file will have, so that one that was cut off is never as long as a whole one.
+    The reserved size is below the final one, so that a truncated file never has the full length.
     Raises OSError.
     """
     with open(path, "wb") as f:
@@ -215,8 +215,8 @@ def created(path: Path, tensors: dict[str, Any]) -> Iterator[BinaryIO]:
 
 @dataclass(frozen=True)
 class Written:
-    """A file that was written: what `digests` would say of it, its sha256 once the hashing thread
-    is done, and when it is on the disk.
+    """A written file: its checksums as from `digests`, its sha256 when the hashing thread is done,
+    and its sync to disk.
     """
 
     sha256: Future[str]
@@ -230,9 +230,9 @@ def write_hashed(
     """As `write`, into a file of `created`.
     One thread of `pool` follows and hashes, another syncs while the next file is written.
 
-    A piece, a view of its tensor and not a copy, is given to the hashing thread once it is written.
-    In this order a tensor that changes meanwhile cannot agree with the hash, the file and a later
-    comparison at once. The caller closes the file when the pool is done.
+    The hashing thread receives a piece, a view of its tensor, after it is written. So a tensor that
+    changes meanwhile cannot agree with the hash, the file and a later comparison at the same time.
+    The caller closes the file when the pool is done.
     """
     checksums, written = dict.fromkeys(tensors, 0), SimpleQueue()
     sha256 = pool.submit(_hash, written)
@@ -265,7 +265,7 @@ def _sync(f: BinaryIO) -> None:
 
 
 def require_equal(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Read a file and compare it byte for byte with what `write` was given.
+    """Read a file and compare it byte for byte with the arguments of `write`.
     Raises BadTensorFile naming the first part that differs.
     """
     block = np.empty(SLICE_BYTES, np.uint8)
@@ -303,7 +303,7 @@ def _pieces(tensors: dict[str, Any], metadata: dict[str, str]) -> Iterator[tuple
     """A file from first to last byte: its header, named None, then each tensor by name in slices of
     at most SLICE_BYTES, at least one.
 
-    Raises BadTensorFile at once, before the first piece is asked for.
+    Raises BadTensorFile immediately, before the first piece is read.
     """
     codes = {name: _code(name, t) for name, t in tensors.items()}
     order = sorted(tensors, key=lambda name: (LAYOUT.index(codes[name]), name))

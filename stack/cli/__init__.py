@@ -9,8 +9,8 @@ from stackproof.spec.errors import EnvironmentUnfit, StackproofError
 
 TRAIN_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "rensa")
 
-# typer carries its own copy of click in newer versions and depends on it in older ones; both derive
-# their errors from this class.
+# Newer versions of typer include a copy of click, older ones depend on it; the errors of both
+# derive # from this class.
 ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ _register()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs a verb and maps errors onto the documented exit codes."""
+    """Entry point: run a verb and map errors to the documented exit codes."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(args=arguments, standalone_mode=False, prog_name="stack")

@@ -1,5 +1,5 @@
-"""`stack evaluate --suite`: run a suite of prompts on one checkpoint,
-or on all checkpoints of a run.
+"""`stack evaluate --suite`: run a suite of prompts on one checkpoint or all checkpoints of a
+run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +15,10 @@ from stackproof.cli.paths import folder_at, model_at
 from stackproof.cli.recording import OpenRecord, open_record
 from stackproof.spec.errors import DataError
 
-CLAIM = "Asked greedily, these weights gave these answers, and the suite's checks judged them so."
+CLAIM = "With greedy decoding, these weights gave these answers, with these verdicts of the checks."
 NOT_COVERED = (
-    "other prompts, other words for the same question",
-    "anything that sampling at a temperature would say",
+    "other prompts, other wordings of the same question",
+    "answers sampled at a temperature above 0",
 )
 
 
@@ -33,8 +33,8 @@ def audit_models(
     run_dir: Path | None,
     json: bool,
 ) -> None:
-    """Run and judge the suite; write a record with `audits.jsonl` beside it.
-    Reports the plateau of breadth over steps.
+    """Run and judge the suite, report the plateau of breadth over steps, and write a record with
+    `audits.jsonl`.
     """
     from stackproof.evaluate import audit
     from stackproof.evaluate.suite import load_suite, suite_file
@@ -72,7 +72,7 @@ def audit_models(
     write_atomically(record.path("audits.jsonl"), audit.to_lines(answers))
     record.series.append("audits.jsonl")
     document |= {"suite": made.name, "checkpoint": str(opened.folder)}
-    record.close("asked every prompt", document, _show)
+    record.close("ran every prompt", document, _show)
 
 
 @contextmanager
@@ -94,7 +94,9 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _root(file: Path) -> Path:
-    """The root of the path of a suite: the installed code for a bundled suite."""
+    """The folder that the path of a suite is relative to: the installed code for a bundled
+    suite.
+    """
     from stackproof.spec import ROOT
 
     return ROOT if file.resolve().is_relative_to(ROOT) else Path.cwd()
@@ -162,8 +164,8 @@ def _earlier(
 def _measured(
     builder: Any, suite: Any, last: list, rounds: dict, still: Any, passes: dict[str, int]
 ) -> dict[str, Any]:
-    """The document, its numbers also written into the record.
-    Answers are those of the last step.
+    """The document; its numbers are also written into the record. Answers are those of the last
+    step.
     """
     n = {d.name: len(d.prompts) for d in suite.domain}
     wide = sum(p > 0 for p in passes.values())
@@ -209,7 +211,7 @@ def _show(document: dict[str, Any]) -> None:
     lost = sum(a["lost_prompt_tokens"] > 0 for a in document["answers"])
     if lost:
         stdout.print(
-            f"{lost} prompt(s) exceed the context: their beginning was cut", style="yellow"
+            f"{lost} prompt(s) exceed the context: the beginning was cut off", style="yellow"
         )
     rows = [[name, d["passes"], d["prompts"]] for name, d in document["domains"].items()]
     stdout.print(
@@ -229,12 +231,14 @@ def _show(document: dict[str, Any]) -> None:
         )
         still = document["stands_still"]
         since = (
-            f"breadth stands still at {still['breadth']} since step {still['step']}"
+            f"breadth has been constant at {still['breadth']} since step {still['step']}"
             if still
-            else "breadth does not stand still yet"
+            else "breadth is still growing, or too few audits followed its maximum"
         )
         stdout.print(
             since
-            + (f"; lost again: {', '.join(still['lost'])}" if still and still["lost"] else ""),
+            + (
+                f"; no longer passed: {', '.join(still['lost'])}" if still and still["lost"] else ""
+            ),
             markup=False,
         )

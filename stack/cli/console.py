@@ -1,6 +1,4 @@
-"""What a person sees of a run: preflight table, progress, samples, verdicts,
-and what to try next.
-"""
+"""Console output of a run: preflight table, progress, samples, verdicts, and suggested commands."""
 
 import sys
 import time
@@ -60,7 +58,7 @@ class ProgressReporter(Callback):
         if time.monotonic() - self.last_line_s > PLAIN_LINE_EVERY_S:
             self.last_line_s = time.monotonic()
             stderr.print(
-                f"  {len(self.rows)} gates asked, the last {gate.id}",
+                f"  {len(self.rows)} gates checked, the last {gate.id}",
                 style="dim",
                 markup=False,
                 soft_wrap=True,

@@ -14,7 +14,8 @@ from stackproof.cli.paths import BUILDS_ONE, DATA_SET, folder_at
 from stackproof.spec.errors import DataError, UsageError
 
 app = typer.Typer(
-    help="Data sets: built from text of many sources, verified, compared with evaluation sets.",
+    help="Build data sets from text of many sources, verify them, compare them with evaluation "
+    "sets.",
     no_args_is_help=True,
 )
 Folder = Annotated[
@@ -40,7 +41,7 @@ def build(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", help="Folder of the data set. A killed build goes on where it was."),
+        typer.Option("--out", help="Folder of the data set. An interrupted build resumes here."),
     ],
     vocab_size: Annotated[
         int | None,
@@ -54,7 +55,9 @@ def build(
     ] = None,
     documents: Annotated[
         str | None,
-        typer.Option("--documents", help="What a document is: file (default), paragraph or line."),
+        typer.Option(
+            "--documents", help="Unit of one document: file (default), paragraph or line."
+        ),
     ] = None,
     text_field: Annotated[
         str | None,
@@ -70,7 +73,8 @@ def build(
         str | None, typer.Option("--license", help="Licence of the text, for the record.")
     ] = None,
     against: Annotated[
-        list[Path] | None, typer.Option("--against", help="Evaluation set to keep out. Repeatable.")
+        list[Path] | None,
+        typer.Option("--against", help="Evaluation set to exclude from the data. Repeatable."),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -81,8 +85,8 @@ def build(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read, filter, deduplicate, tokenise and write shards, every document accounted for.
-    Leaves a record.
+    """Read, filter, deduplicate and tokenise text, write shards, and account for every document.
+    Writes a record.
     """
     from stackproof.data import account, prepare
     from stackproof.data import build as builder
@@ -106,14 +110,14 @@ def build(
         )
     except KeyboardInterrupt:
         stderr.print(
-            f"\nstopped; what is finished lies in {out / '.work'}, and the same command goes on",
+            f"\nstopped; finished parts are in {out / '.work'}; the same command resumes the build",
             markup=False,
         )
         raise
     except OSError as e:
         raise UsageError(
             f"cannot write to {out}: {e.strerror}",
-            allowed="a folder that can be written",
+            allowed="a writable folder",
             next_step="another --out",
         ) from e
     seconds = time.perf_counter() - started
@@ -141,7 +145,7 @@ def _config(
     against,
     sets: tuple[str, ...],
 ):
-    """The data part of a configuration from what was said on the command line."""
+    """The `data` section of a configuration from the command line."""
     from stackproof.config import load_config, load_mixture
     from stackproof.recipes import recipe
 
@@ -151,20 +155,20 @@ def _config(
     if tokenizer is not None and vocab_size is not None:
         raise UsageError(
             "--tokenizer and --vocab-size exclude each other",
-            next_step="a given tokenizer has its own size",
+            next_step="leave out --vocab-size: the tokenizer defines it",
         )
     if len(sources) > 1 and any(s.endswith(".toml") for s in sources):
         raise UsageError(
-            "a mixture file is the only source of its build",
-            next_step="name the other sources in it, as [[source]] tables",
+            "a mixture file cannot be combined with other sources",
+            next_step="add the other sources to it, as [[source]] tables",
         )
     if len(sources) == 1 and sources[0].endswith(".toml"):
         if said_flags := [
             f"--{k.replace('_', '-')}" for k, v in {**flags, "language": language}.items() if v
         ]:
             raise UsageError(
-                f"{said_flags[0]} belongs into the mixture file",
-                next_step="write it into the [[source]] it is meant for",
+                f"{said_flags[0]} cannot be combined with a mixture file",
+                next_step="write the value into its [[source]] table",
             )
         base = base.model_copy(update={"data": load_mixture(Path(sources[0]))})
     else:
@@ -326,7 +330,7 @@ def _open(folder: Path, verify: str = "size"):
 
 @app.command()
 def show(folder: Folder, json: Json = False) -> None:
-    """Sources with what was dropped and why, shares, splits and tokenizer."""
+    """Show sources, dropped documents by reason, shares, splits and tokenizer."""
     manifest = _open(folder).manifest
     if not emit(_document(folder, manifest, []), json):
         _show(manifest, [])
@@ -334,8 +338,8 @@ def show(folder: Folder, json: Json = False) -> None:
 
 @app.command()
 def verify(folder: Folder, json: Json = False) -> None:
-    """Hash every shard and ask every gate that can judge a data set.
-    Exit code 3 for damage, 4 for a red gate.
+    """Hash every shard and run every gate that needs only a data set.
+    Exit code 3 for damage, 4 for a failed gate.
     """
     from stackproof.data import account
 
@@ -356,13 +360,13 @@ def overlap(
     field: Annotated[
         list[str] | None,
         typer.Option(
-            "--field", help="Key of a text in .jsonl. Repeatable. Default: all that hold text."
+            "--field", help="Key of a text in .jsonl. Repeatable. Default: all keys with text."
         ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Count training documents that share a run of 13 words with an evaluation set.
-    Exit code 3 if the scanner finds no canary.
+    Exit code 3 if the scanner does not find the canary.
     """
     from stackproof.data import account
     from stackproof.data.files import evaluation_texts
@@ -381,19 +385,20 @@ def overlap(
         stdout.print(
             table(
                 f"Overlap by {found['gram_words']} words",
-                ["source", "documents", "with a shared run"],
+                ["source", "documents", "with shared words"],
                 rows,
             )
         )
         stdout.print(
             f"{found['evaluation_texts_touched']:,} of {found['evaluation_texts_long_enough']:,} "
-            "evaluation texts are touched; the canary was "
+            "evaluation texts share words with the data; the canary was "
             f"{'found' if found['canary_found'] else 'NOT FOUND'}",
             markup=False,
         )
     if not found["canary_found"]:
         raise DataError(
-            "the scanner finds no hidden evaluation text, so its counts mean nothing",
+            "the scanner did not find the canary, an evaluation text hidden in a document, so its "
+            "counts are not valid",
             value=(
                 f"{found['evaluation_texts_long_enough']} texts of at least {found['gram_words']} "
                 "words"
@@ -411,7 +416,7 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write the page of a data set: sources, drops by reason, examples, gates."""
+    """Write an HTML report of a data set: sources, drops by reason, examples, gates."""
     from stackproof.data import account
 
     dataset = _open(folder)

@@ -1,4 +1,4 @@
-"""`stack doctor`: environment against what is needed, and the kernels of this device."""
+"""`stack doctor`: the environment against the requirements, and the kernels of this device."""
 
 import importlib.util
 import shutil
@@ -33,7 +33,9 @@ def doctor(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Compare this machine with what training needs. Exit code 7 if training cannot run here."""
+    """Compare this machine with the requirements of training. Exit code 7 if training cannot run
+    here.
+    """
     findings = list(_findings())
     ok = all(f["ok"] or not f["required"] for f in findings)
     document: dict[str, Any] = {"ok": ok, "findings": findings}
@@ -136,8 +138,8 @@ def _device():
 
 
 def _chosen() -> list[dict[str, str]]:
-    """What train.kernels = auto takes on this device, by operation;
-    another precision where it takes something else.
+    """The choice of train.kernels = auto on this device, by operation; another precision only where
+    its choice differs.
     """
     from stackproof.data.prepare import cache_directory
     from stackproof.kernels import choice, measured
@@ -157,7 +159,7 @@ def _chosen() -> list[dict[str, str]]:
 
 
 def _comparison(*, quiet: bool) -> dict[str, Any]:
-    """Compare all kernels on this device and keep the outcome in the user's cache."""
+    """Compare all kernels on this device and write the result to the user's cache."""
     from stackproof.data.prepare import cache_directory
     from stackproof.kernels import compare, measured
     from stackproof.spec.gates import load_spec
@@ -170,7 +172,7 @@ def _comparison(*, quiet: bool) -> dict[str, Any]:
     )
     path = measured.write(cache_directory(), found)
     if not quiet:
-        stdout.print(f"kept in {path}", markup=False)
+        stdout.print(f"written to {path}", markup=False)
     return {
         "comparison": {
             "file": str(path),
@@ -191,7 +193,7 @@ def _tell(raced: list) -> None:
                 f"error {row['rel_error']:.1e}"
             )
             if row["milliseconds"] and row["times_torch"]
-            else "torch's own does not run here"
+            else "torch's own kernel does not run here"
         )
         stdout.print(
             f"{row['operation']} by {row['kernel']}, {row['shapes']}: {said}", markup=False

@@ -23,7 +23,7 @@ TokenizerFile = Annotated[
 CLAIM = "These weights give this code length on this text, every byte scored exactly once."
 NOT_COVERED = (
     "other texts",
-    "the first tokens of the text, which have less context than later ones",
+    "the smaller context of the first tokens of the text",
 )
 EVALUATIONS = (
     "stack evaluate runs/pocket-1",
@@ -68,7 +68,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--grades",
-            help="With --suite: a copy of audits.jsonl with grades filled in by a person.",
+            help="With --suite: a copy of audits.jsonl with human grades.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -76,13 +76,13 @@ def evaluate(
         typer.Option(
             "--batch-size",
             min=1,
-            help="Rows per forward, 8 if not given; the result does not depend on it.",
+            help="Rows per forward. Default: 8. The result does not depend on it.",
         ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
-            "--stride", min=1, help="Tokens between two windows. Default: half the context."
+            "--stride", min=1, help="Tokens from one window to the next. Default: half the context."
         ),
     ] = None,
     strict_oov: Annotated[
@@ -92,8 +92,8 @@ def evaluate(
     run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
-    """Bits per byte and per character of a text; or the passes of a suite of prompts.
-    Writes a record.
+    """Measure bits per byte and per character of a text, or run a suite of prompts. Writes a
+    record.
     """
     if suite is not None:
         from stackproof.cli.audit import audit_models
@@ -143,7 +143,7 @@ def evaluate(
     if strict_oov and dropped:
         reason = f"{dropped} characters outside the vocabulary"
         error = DataError(
-            "the text holds characters the tokenizer does not know",
+            "the text holds characters that are not in the vocabulary",
             value=f"{dropped} of {result.chars + dropped} characters",
             next_step=(
                 "drop --strict-oov to score the rest (they are counted), or train with a byte or "
@@ -188,7 +188,7 @@ def _metrics(record: OpenRecord, result: Any) -> dict:
 
 
 def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[list[str], str]:
-    """The documents to score and their description; also the inputs of the record."""
+    """The documents to score and their description. Adds the inputs to the record."""
     from stackproof.spec.records import Artefact
 
     record.input(opened.folder / "model.safetensors", opened.run_dir)
@@ -204,7 +204,7 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
             ) from e
         if not content:
             raise DataError(
-                f"the text {text} is empty, so there is nothing to score",
+                f"the text {text} is empty",
                 next_step="give --text another file",
             )
         record.input(text)
@@ -214,7 +214,7 @@ def _texts(text: Path | None, opened: OpenedModel, record: OpenRecord) -> tuple[
     dataset = prepare(opened.cfg.data)
     if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
         raise DataError(
-            "the corpus of the run has changed, and its held-out split with it",
+            "the corpus of the run has changed, so its held-out split is not available",
             next_step="give --text FILE",
         )
     record.builder.inputs += [Artefact(**entry) for entry in dataset.inputs()]
@@ -226,7 +226,7 @@ def sample(
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "The ",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")
+        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 is greedy.")
     ] = 0.8,
     top_k: Annotated[
         int, typer.Option("--top-k", min=0, help="Keep the k most likely tokens; 0 keeps all.")
@@ -247,7 +247,7 @@ def sample(
     tokenizer: TokenizerFile = None,
     json: Json = False,
 ) -> None:
-    """Continue a prompt, with a KV cache. Prints the text and its coherence score."""
+    """Generate a continuation of a prompt, and print it with its coherence score."""
     from stackproof.cli.load_model import open_model
     from stackproof.contracts.coherence import coherence
     from stackproof.evaluate.sampling import generate
@@ -304,7 +304,9 @@ def sample(
 
 
 def inspect(model: Model, json: Json = False) -> None:
-    """Architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is INVALID."""
+    """Show architecture, tensors, counts and checksum of a checkpoint. Exit code 5 if it is
+    INVALID.
+    """
     from stackproof.spec.errors import CheckpointError
     from stackproof.spec.formulas import parameter_count
     from stackproof.train import checkpoint

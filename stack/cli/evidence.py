@@ -32,7 +32,8 @@ def _directory(given: Path | None) -> Path:
 def add(
     run_dir: Annotated[Path, typer.Argument(help="A folder with metadata.json.")],
     supersedes: Annotated[
-        str | None, typer.Option("--supersedes", help="Id of a wrong record this one replaces.")
+        str | None,
+        typer.Option("--supersedes", help="Id of a wrong record that this one replaces."),
     ] = None,
     evidence: Directory = None,
     json: Json = False,
@@ -44,7 +45,7 @@ def add(
         run_dir,
         "RUN_DIR",
         allowed="a folder with metadata.json",
-        next_step="give the folder that a run, an evaluation or a proof wrote",
+        next_step="give the folder of a run, an evaluation or a proof",
     )
     record, entry = accept(run_dir, _directory(evidence), supersedes=supersedes)
     if not emit(
@@ -59,7 +60,9 @@ def add(
     ):
         stdout.print(f"added {record.id} as line {entry.seq + 1}")
         if record.code.dirty:
-            stdout.print("its code was not committed, so it can discharge no gate", style="yellow")
+            stdout.print(
+                "its code was not committed, so it cannot discharge a gate", style="yellow"
+            )
 
 
 @app.command()
@@ -107,9 +110,10 @@ def show(
 
 @app.command()
 def verify(evidence: Directory = None, json: Json = False) -> None:
-    """Re-hash every record and the chain of the ledger, archived records from git history.
+    """Verify the hashes of every record and the chain of the ledger.
 
-    Exit code 6 if anything differs. Without the history, archived records count as not verified.
+    Archived records are read from git history; without history they count as not verified. Exit
+    code 6 if anything differs.
     """
     from stackproof.evidence.ledgering import verify as problems_of
     from stackproof.spec.ledger import Ledger
@@ -119,7 +123,7 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
     ledger = Ledger(directory)
     lines = len(ledger.lines())
     if lines == 0:
-        problems = [*problems, f"{ledger.path} holds no line, so there is nothing to verify"]
+        problems = [*problems, f"{ledger.path} holds no line"]
     unread = len(ledger.unread()) if not problems else 0
     document = {
         "ok": not problems and not unread,
@@ -148,18 +152,24 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
 @app.command()
 def archive(
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what stays, why, and what would leave.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only list the records that stay, with the reason, "
+            "and those that would be archived.",
+        ),
     ] = False,
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
-    """Move records that nothing stands on out of the tree; git history keeps them.
+    """Archive records that are not needed in the tree; git history keeps them.
 
-    These stay: records of released models, records that a file of the tree names, runs that did not
-    succeed, the records that give each gate its state, one record of each kind, and the parents and
-    data sets of all these. The rest leaves: a line in archive.jsonl names the commit that holds it
-    and the sha256 of its files. `show`, `verify` and the integrity check read it from there.
-    Nothing is committed. Exit code 6 if the folder differs from its commit or the clone lacks
+    These stay: records of released models, records cited by a file of the tree, runs that did not
+    succeed, the records that determine the state of each gate, one record of each kind, and the
+    parents and data sets of all these. The others are removed: a line in archive.jsonl holds the
+    commit and the sha256 of their files. `show`, `verify` and the integrity check read them from
+    history.
+    Nothing is committed. Exit code 6 if the folder differs from its commit, or if the clone lacks
     history.
     """
     from stackproof.evidence import archiving
@@ -179,7 +189,7 @@ def archive(
     )
     for name in leaving:
         stdout.print(name, markup=False)
-    done = "would leave the tree" if dry_run else "left the tree; commit the folder"
+    done = "would be archived" if dry_run else "archived; commit the folder"
     stdout.print(f"{len(leaving)} record(s), {plan.n_bytes} bytes, {done}")
 
 
@@ -190,7 +200,7 @@ def diff(
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
-    """Fields in which two records differ, ids and clocks left out."""
+    """Show the fields in which two records differ, without ids and times."""
     from stackproof.evidence.ledgering import differences, find
 
     directory = _directory(evidence)
@@ -217,8 +227,8 @@ def rerun(
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
-    """Train a record's configuration again, or repeat its trace, and compare: weights by hash,
-    figures by value.
+    """Repeat the training run or the trace of a record, and compare weights by hash and figures by
+    value.
 
     Exit code 6 if they differ.
     """
@@ -264,9 +274,7 @@ def certify_resume(
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps of each run.")] = 60,
     kills: Annotated[
         int,
-        typer.Option(
-            "--kills", help="How often the second run is killed with SIGKILL at a random moment."
-        ),
+        typer.Option("--kills", help="Number of SIGKILLs at random moments in the second run."),
     ] = 3,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change one value: a.b=v. Repeatable.")
@@ -279,8 +287,8 @@ def certify_resume(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train once straight and once through SIGKILLs, compare the weights byte for byte,
-    write a record of kind resume.
+    """Train once without interruption and once through SIGKILLs, compare the weights byte for byte,
+    and write a record of kind resume.
     """
     from stackproof.recipes import recipe as named
     from stackproof.replay.certificate import certify
@@ -298,7 +306,7 @@ def certify_resume(
     )
     if not record.succeeded:
         raise IntegrityError(
-            "the resumed run is not the straight one",
+            "the resumed run differs from the uninterrupted one",
             value=str(directory),
             next_step="stack evidence show " + str(directory),
         )

@@ -13,17 +13,17 @@ from stackproof.cli.recording import OpenRecord, RecordDir, open_record
 from stackproof.spec.errors import GateFailed, IntegrityError, UsageError
 
 EXPORT_CLAIM = (
-    "This folder holds these weights, and the other library computes from it what the model "
-    "computes, where a gate below says pass."
+    "This folder holds these weights, and transformers computes the same as the model, as far as "
+    "the gates below pass."
 )
 IMPORT_CLAIM = (
-    "This run directory holds the weights of this folder, and computes what the other library "
-    "computes from it, where a gate says pass."
+    "This run directory holds the weights of this folder, and computes the same as transformers, "
+    "as far as the gates below pass."
 )
 NOT_COVERED = (
     "lengths and tokens other than those compared",
     "speed, and arithmetic narrower than float32",
-    "other versions of the other library than the one named in the environment",
+    "other versions of transformers than the one in the environment",
 )
 UNREAD = (
     "transformers is not installed, so the logits were NOT compared: pip install "
@@ -52,11 +52,11 @@ def register(app: typer.Typer) -> None:
 def export(
     model: Model,
     out: Annotated[
-        Path, typer.Option("--out", help="The folder to write; one that holds anything is refused.")
+        Path, typer.Option("--out", help="The folder to write; it must be new or empty.")
     ],
     to: Annotated[str, typer.Option("--to", help="The format: hf.")] = "hf",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Type of the stored weights: float32 or bfloat16.")
+        str, typer.Option("--dtype", help="Dtype of the stored weights: float32 or bfloat16.")
     ] = "float32",
     max_shard_bytes: Annotated[
         int, typer.Option("--max-shard-bytes", min=1, help="Largest weight file, bytes of tensors.")
@@ -64,7 +64,7 @@ def export(
     run_dir: RecordDir = None,
     json: Json = False,
 ) -> None:
-    """Write a model as a folder of Hugging Face, compared with what transformers computes from it.
+    """Write a model as a Hugging Face folder, and compare its logits with those of transformers.
     Writes a record.
     """
     if to != "hf" or dtype not in ("float32", "bfloat16"):
@@ -132,25 +132,23 @@ def import_(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", help="The run directory to write; one that holds anything is refused."
-        ),
+        typer.Option("--out", help="The run directory to write; it must be new or empty."),
     ],
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Another tokenizer.json than the folder's.")
+        Path | None, typer.Option("--tokenizer", help="A tokenizer.json in place of the folder's.")
     ] = None,
     max_seq_len: Annotated[
         int | None,
         typer.Option(
             "--max-seq-len",
             min=2,
-            help="A shorter context than the folder declares, tokens; for rotary positions.",
+            help="Context length, tokens, below that of the folder; only for rotary positions.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read a folder of Hugging Face into a run directory, compared with what transformers computes.
-    Leaves a record in it.
+    """Import a Hugging Face folder as a run directory, and compare its logits with those of
+    transformers. Writes a record into it.
     """
     from stackproof.contracts.subject import Subject
     from stackproof.evidence.exclusive import refuse_occupied
@@ -159,12 +157,12 @@ def import_(
     from stackproof.model import hugging_face
     from stackproof.recipes.imported import imported
 
-    needed = "a folder of Hugging Face: config.json, safetensors and tokenizer.json"
+    needed = "a Hugging Face folder: config.json, safetensors and tokenizer.json"
     folder_at(
         folder,
         "FOLDER",
         allowed=needed,
-        next_step="fetch the model, all its files, and give their folder",
+        next_step="download all files of the model, and give their folder",
     )
     if tokenizer is not None:
         tokenizer_at(tokenizer)
@@ -236,9 +234,9 @@ def _refuse(record: OpenRecord, keeper: Any, error: GateFailed, out: Path) -> No
     """Write the record of a failed gate. Raises IntegrityError."""
     record.gates = keeper.results()
     refusal = IntegrityError(
-        f"{error.what}; nothing is at {out}",
+        f"{error.what}; {out} was not written",
         value=f"record {record.builder.id} in {record.directory}",
-        allowed="a folder from which the other library computes the same model",
+        allowed="a folder from which transformers computes the same logits",
         next_step=f"stack gates show {error.gate_id}",
     )
     record.close(error.what, error=refusal)
@@ -251,7 +249,7 @@ def _close(
     document: dict,
     finish: Callable[..., Any] | None = None,
 ) -> None:
-    """Write the record. A comparison that was not made is stated, and does not count as passed."""
+    """Write the record. A comparison that did not run is stated and does not count as passed."""
     record.gates = keeper.results()
     document["gates"] = [{"id": g.id, "verdict": g.verdict} for g in record.gates]
     unread = any(g.verdict == "not_run" for g in record.gates)

@@ -1,6 +1,4 @@
-"""Loads what MODEL names on the command line: a run, a checkpoint,
-a Hugging Face folder or a .gguf file.
-"""
+"""Loads the MODEL argument: a run, a checkpoint, a Hugging Face folder or a .gguf file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -53,11 +51,11 @@ def open_model(path: Path, tokenizer_file: Path | None = None) -> OpenedModel:
     tokenizer = load_tokenizer(file)
     if tokenizer.sha256 != loaded.state["tokenizer_sha256"]:
         raise DataError(
-            f"{file} is not the tokenizer this model was trained with",
+            f"{file} is not the tokenizer of this model",
             value=f"sha256 {tokenizer.sha256[:12]}…",
             allowed=f"sha256 {loaded.state['tokenizer_sha256'][:12]}…",
             next_step=(
-                "use the tokenizer.json of the run; scores with another vocabulary have no meaning"
+                "use the tokenizer.json of the run; scores with another vocabulary are not valid"
             ),
         )
     import torch
@@ -117,7 +115,7 @@ def _split(text: str) -> tuple[str, str | None]:
 def _load(path: Path) -> TraceModel:
     if not path.exists():
         raise UsageError(
-            f"there is nothing at {path}",
+            f"MODEL does not exist: {path}",
             value=path.absolute(),
             allowed=f"MODEL is {FORMATS}",
             next_step=MAKES_ONE,
@@ -149,7 +147,7 @@ def _complete(encoding: Any) -> list[int]:
     """The ids of a text. Raises DataError if the tokenizer dropped a character."""
     if encoding.dropped_chars:
         raise DataError(
-            "the prompt holds characters that the tokenizer does not know",
+            "the prompt holds characters that are not in the vocabulary",
             value=f"{encoding.dropped_chars} characters",
             next_step="leave them out, or give --input-ids",
         )
@@ -157,7 +155,7 @@ def _complete(encoding: Any) -> list[int]:
 
 
 def _load_foreign(path: Path, folder: Path, files: tuple[Path, ...]) -> TraceModel:
-    """A model of transformers, in its own implementation."""
+    """A model of transformers, in the implementation of that library."""
     from stackproof.export import parity
 
     model = parity.theirs(path)

@@ -31,7 +31,9 @@ _emitted = False
 
 
 def emitted() -> bool:
-    """Whether this process has printed its JSON document; a later error must not print another."""
+    """Whether this process has printed its JSON document. A later error must not print a second
+    one.
+    """
     return _emitted
 
 

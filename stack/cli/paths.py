@@ -1,6 +1,4 @@
-"""Checks of arguments before anything is opened.
-A wrong path is a UsageError; damaged content is not.
-"""
+"""Checks of path arguments before any file is opened. A wrong path is a UsageError."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 from stackproof.spec.errors import UsageError
 
 MODEL = "a run directory or a step folder"
-RUN = "a run directory, the folder that --run-dir named"
+RUN = "a run directory, the folder given to --run-dir"
 DATA_SET, BUILDS_ONE = "a folder with manifest.json", "stack data build SRC… --out DIR makes one"
 MAKES_ONE = "stack train --run-dir DIR makes one"
 PICKLES = (b"\x80", b"PK")  # first bytes of a pickle, and of the zip archive of torch.save
@@ -21,7 +19,7 @@ def folder_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
         raise _wrong(
             path,
             what,
-            "is a file, and it has to be a folder" if path.exists() else "names nothing",
+            "is a file and must be a folder" if path.exists() else "names nothing",
             allowed,
             next_step,
         )
@@ -34,7 +32,7 @@ def file_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
         raise _wrong(
             path,
             what,
-            "is a folder, and it has to be a file" if path.exists() else "names nothing",
+            "is a folder and must be a file" if path.exists() else "names nothing",
             allowed,
             next_step,
         )
@@ -42,8 +40,8 @@ def file_at(path: Path, what: str, *, allowed: str, next_step: str) -> Path:
 
 
 def model_at(path: Path) -> Path:
-    """The folder of MODEL. Raises UsageError otherwise, except for a pickle,
-    which is refused later as unsafe.
+    """The folder of MODEL. Raises UsageError for another path. A pickle passes here and is refused
+    later as unsafe.
     """
     if path.is_file() and path.open("rb").read(2).startswith(PICKLES):
         return path
@@ -59,7 +57,7 @@ def tokenizer_at(path: Path, what: str = "--tokenizer") -> Path:
         path,
         what,
         allowed="a tokenizer.json",
-        next_step="give the tokenizer.json of a run or of a folder of Hugging Face",
+        next_step="give the tokenizer.json of a run or of a Hugging Face folder",
     )
 
 
@@ -68,7 +66,7 @@ def bundle_at(path: Path, what: str) -> Path:
         path,
         what,
         allowed="a folder with repro.json",
-        next_step="RUN/repro holds one per gate that turned red",
+        next_step="RUN/repro holds one per failed runtime gate",
     )
 
 
@@ -79,9 +77,7 @@ def _wrong(path: Path, what: str, why: str, allowed: str, next_step: str) -> Usa
 
 
 def refuse_unused(beside: str, options: Mapping[str, Any]) -> None:
-    """Raises UsageError for the first option with a value, because it
-    has no effect with `beside`.
-    """
+    """Raises UsageError for the first option with a value: it has no effect with `beside`."""
     if given := next((name for name, value in options.items() if value), None):
         raise UsageError(
             f"{given} has no effect with {beside}", next_step=f"leave out {given}, or see --help"

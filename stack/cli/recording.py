@@ -1,6 +1,4 @@
-"""Records of the verbs: one helper opens a record, writes its files,
-closes it and prints the result.
-"""
+"""Records of the verbs: opens a record, writes its files, closes it and prints the result."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ def without_record(run_dir: Path | None) -> Path | None:
             f"--run-dir already holds a record: {run_dir}",
             value=(run_dir / "metadata.json").absolute(),
             allowed="a folder without metadata.json",
-            next_step="another --run-dir, or leave it out",
+            next_step="choose another --run-dir, or leave it out",
         )
     return run_dir
 
@@ -61,14 +59,14 @@ class OpenRecord:
         self.series.append(name)
 
     def output(self, path: Path, root: Path) -> None:
-        """State a written file as an output of the record."""
+        """Add a written file to the outputs of the record."""
         from stackproof.spec.building import artefact
 
         self.builder.outputs.append(artefact(path, root=root))
 
     def input(self, path: Path, root: Path | None = None, name: str | None = None) -> None:
-        """State a file as an input of the record, its path relative to `root` (default:
-        the working directory).
+        """Add a file to the inputs of the record, with its path relative to `root` (default: the
+        working directory).
         """
         from stackproof.spec.building import artefact
 
@@ -118,10 +116,9 @@ def open_record(
     parents: Iterable[str] = (),
     **environment: Any,
 ) -> OpenRecord:
-    """Open the record of a verb: id, clock and code state are those of this moment.
-    Nothing is written yet.
+    """Open the record of a verb with a new id, the start time and the code state.
 
-    An error before `close` leaves no record.
+    `close` writes it; an error before that leaves no record.
     """
     from stackproof.spec.building import RecordBuilder
     from stackproof.spec.gates import load_spec

@@ -1,5 +1,5 @@
-"""`stack evidence rerun` of a trace: run its command again,
-and compare the result with the record.
+"""`stack evidence rerun` of a trace: run its command again and compare the result with the
+record.
 """
 
 import math
@@ -15,12 +15,11 @@ from stackproof.spec.canonical import parse_strict, sha256_file
 from stackproof.spec.errors import IntegrityError
 from stackproof.spec.records import Record, read_record
 
-# Traces of the released model with one thread and with two differed by up to 1.4e-7: another order
-# of summation. Rounding errors that a comparison measures differ on another processor, and are then
-# reported as different.
+# Traces of the released model with one thread and with two differed by up to 1.4e-7, because the #
+# order of summation differs. Rounding errors measured by a comparison differ between processors and
+# # are reported as differences.
 REL_TOLERANCE = 1e-4
-# The rounding error of a sum that cancels, such as a mean near zero,
-# is relative to the size of the values.
+# The rounding error of a sum with cancellation, such as a mean near zero, scales with the values.
 IN_UNITS = re.compile(r"(.*\.(?:stats|grad|update))\.(?:mean|std|min|max|absmax|quantiles\..*)")
 # Descriptions may be reworded, and durations differ.
 NOT_COMPARED = ("operation", "read_by", "seconds")

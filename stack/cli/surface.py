@@ -1,5 +1,4 @@
-"""The command line as data, for `spec/cli.json`: commands and options that
-the project keeps stable.
+"""The stable command line as data, for `spec/cli.json`: commands, arguments and options.
 
 python -m stackproof.cli.surface > spec/cli.json
 """
@@ -62,7 +61,7 @@ def _described(command: Any, params: list[Any]) -> dict[str, Any]:
 
 
 def _unwrapped(text: str) -> str:
-    """Each paragraph on one line, as the terminal shows it whatever the source wraps."""
+    """The text with each paragraph on one line, independent of the line breaks in the source."""
     return "\n\n".join(" ".join(x.split()) for x in text.strip().split("\n\n"))
 
 
@@ -81,7 +80,7 @@ def _top_level_form(group: TraceGroup) -> dict[str, Any]:
     for command in group.commands.values():
         for option in _described(command, command.params)["options"]:
             known.setdefault(option["flags"][0], option)
-    # --repro takes its place
+    # --repro replaces it
     arguments = [argument | {"required": False} for argument in described["arguments"]]
     return described | {"arguments": arguments, "options": list(known.values())}
 

@@ -11,7 +11,7 @@ from stackproof.cli.paths import tokenizer_at
 from stackproof.spec.errors import DataError, UsageError
 
 app = typer.Typer(
-    help="Tokenizers: train byte-level BPE, look at any tokenizer.json.", no_args_is_help=True
+    help="Tokenizers: train byte-level BPE, inspect any tokenizer.json.", no_args_is_help=True
 )
 
 
@@ -34,12 +34,12 @@ def train(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", help="The tokenizer.json to write; an existing one is not replaced."),
+        typer.Option("--out", help="The tokenizer.json to write; an existing file is refused."),
     ],
     vocab_size: Annotated[
         int,
         typer.Option(
-            "--vocab-size", min=258, help="Entries with the 256 bytes and the control tokens."
+            "--vocab-size", min=258, help="Entries, including the 256 bytes and the control tokens."
         ),
     ] = 32_000,
     special: Annotated[
@@ -51,7 +51,7 @@ def train(
     ] = "text",
     json: Json = False,
 ) -> None:
-    """Train byte-level BPE on all text of the sources. The same text gives the same file."""
+    """Train byte-level BPE on all text of the sources. Equal text gives an equal file."""
     from stackproof.config import Files
     from stackproof.data import corpus
     from stackproof.data.tokenizer import train_bpe
@@ -81,7 +81,9 @@ def train(
         stdout.print(table("Tokenizer", ["what", "value"], [[k, v] for k, v in document.items()]))
         if tokenizer.vocab_size < vocab_size:
             stdout.print(
-                f"the text gives no more than {tokenizer.vocab_size:,} entries", style="yellow"
+                f"the text is too small for --vocab-size: it gives {tokenizer.vocab_size:,} "
+                "entries",
+                style="yellow",
             )
 
 
@@ -90,8 +92,8 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A tokenizer.json.")],
     json: Json = False,
 ) -> None:
-    """What a tokenizer.json is: size, end of text, control tokens, hash,
-    which library encodes batches.
+    """Show a tokenizer.json: size, end-of-text token, control tokens, hash, and the library that
+    encodes batches.
     """
     from stackproof.data.tokenizer import load_tokenizer
 

@@ -22,7 +22,9 @@ EXAMPLES = [
 ]
 
 
-REACHED_SHARE = 0.5  # of the matrix-product rate: small models lose the rest to passes over memory
+REACHED_SHARE = (
+    0.5  # share of the matrix-product rate; small models spend the rest on memory traffic
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -53,8 +55,8 @@ def train(
         typer.Option(
             "--continue-from",
             "--polish",
-            help="Continued pre-training: go on with this run under another mixture, with its "
-            "history.",
+            help="Continued pre-training: continue this run under another mixture, with "
+            "its history.",
         ),
     ] = None,
     depth: Annotated[
@@ -63,11 +65,11 @@ def train(
             "--depth",
             min=1,
             max=64,
-            help="Instead of a recipe: that many layers, all else follows.",
+            help="Instead of a recipe: number of layers, from which all other sizes are derived.",
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Train on a folder that stack data build wrote.")
+        Path | None, typer.Option("--data", help="Train on a folder written by stack data build.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
     tracker: Annotated[
@@ -82,10 +84,10 @@ def train(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a model under its gates and leave a record.
+    """Train a model with its gates and write a record.
 
-    Without arguments: a million parameters on the documentation of the running Python, offline,
-    in a few minutes.
+    Without arguments it trains a model of about a million parameters on the documentation of the
+    installed Python, offline, in a few minutes.
     """
     parent = fork or continue_from
     if sum(map(bool, (resume, fork, continue_from))) > 1:
@@ -104,7 +106,7 @@ def train(
         )
     if recipe and depth:
         raise UsageError(
-            "--depth takes the place of a recipe",
+            "--depth and a recipe exclude each other",
             value=f"{recipe} and --depth {depth}",
             next_step="drop one of them",
         )
@@ -131,7 +133,7 @@ def train(
 
     if unknown := [name for name in tracker or () if name not in TRACKERS]:
         raise UsageError(
-            "--tracker names no tracker",
+            "--tracker is unknown",
             value=unknown[0],
             allowed=", ".join(TRACKERS),
             next_step="correct the name",
@@ -176,8 +178,8 @@ def train(
 
 
 def _base(recipe: str | None, depth: int | None, data: Path | None):
-    """The recipe a run file builds on, the named recipe, or what follows from a depth;
-    and the file.
+    """The base configuration (the recipe of a run file, the named recipe, or that of a depth), and
+    the run file.
     """
     from stackproof.config import read_run_file
     from stackproof.recipes import recipe as named
@@ -208,9 +210,7 @@ def _dry_run(
     parent: Path | None,
     as_json: bool,
 ) -> None:
-    """Configuration and what follows from it by arithmetic; no data is
-    read and no model is built.
-    """
+    """The configuration and the quantities computed from it. Reads no data and builds no model."""
 
     if parent:
         from stackproof.train.start import read_config
@@ -243,15 +243,15 @@ def _dry_run(
         )
     if cfg.data.tokenizer.kind == "bpe":
         stdout.print(
-            "# a corpus too small for so many merges gives a smaller vocabulary, and then fewer "
+            "# a corpus too small for this number of merges gives a smaller vocabulary and fewer "
             "parameters",
             markup=False,
         )
 
 
 def _derived(cfg) -> dict[str, float | str]:
-    """Counts, memory and, if torch is there to probe the machine, time, at the share of the probed
-    rate that the default recipe reaches.
+    """Counts, memory and, if torch is installed, an estimate of the time: the probed rate of this
+    machine times the share that the default recipe reaches.
     """
     from stackproof.spec.formulas import flops_per_token, parameter_count
     from stackproof.train.memory import predict_bytes
@@ -296,7 +296,7 @@ def _derived(cfg) -> dict[str, float | str]:
 
 
 def _refusal(cfg, vocab_size: int, device) -> str:
-    """Why this machine would not run it; empty if nothing speaks against it."""
+    """Why this machine cannot run the configuration; empty if it can."""
     from stackproof.train.memory import refuse_emulated, require_room
     from stackproof.train.state import AUTOCAST
 
@@ -309,7 +309,7 @@ def _refusal(cfg, vocab_size: int, device) -> str:
 
 
 def _vocab_size(cfg) -> int | None:
-    """Entries of the vocabulary, where the configuration decides them."""
+    """Size of the vocabulary; None if the configuration does not define it."""
     match cfg.data.tokenizer.kind:
         case "bpe":
             return cfg.data.tokenizer.vocab_size

@@ -1,5 +1,5 @@
-"""Configuration: a frozen tree in which a variant is a type,
-and every value knows where it came from.
+"""Configuration: a frozen tree. A variant is a type, and every changed value has a recorded
+origin.
 """
 
 from stackproof.config.base import Frozen

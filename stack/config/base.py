@@ -1,4 +1,4 @@
-"""What every part of the configuration is."""
+"""Base class of every part of the configuration."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -1,5 +1,5 @@
-"""Where text comes from, how it is split, tokenised, cleaned and packed,
-and how sources are mixed.
+"""The `data` section: corpus, split, tokenizer, deduplication, packing, and the mixture of
+sources.
 """
 
 from typing import Annotated, Literal
@@ -46,23 +46,23 @@ class StdlibCode(Frozen):
 
 
 class Pangram(Frozen):
-    """One sentence with every letter, repeated: nothing to learn, for proving that the machinery
-    runs. Its text is part of the code.
+    """One sentence with every letter, repeated: a trivial corpus for tests of the pipeline. Its
+    text is part of the code.
     """
 
     kind: Literal["pangram"] = "pangram"
-    repeats: int = Field(200, ge=1, description="times the sentence is repeated")
+    repeats: int = Field(200, ge=1, description="number of repetitions of the sentence")
 
 
 class Files(Frozen):
-    """Text, JSON-lines or parquet files or folders of them, also gzipped
-    or compressed by zstandard.
+    """Text, JSON-lines or parquet files, or folders of them; also compressed by gzip or
+    zstandard.
     """
 
     kind: Literal["files"] = "files"
     paths: tuple[str, ...] = Field(min_length=1, description="files, folders or globs")
     documents: Literal["file", "paragraph", "line"] = Field(
-        "file", description="what one document of a text file is"
+        "file", description="unit of one document of a text file"
     )
     text_field: str = Field(
         "text", description="key of the text in a .jsonl line or .parquet column; dots reach inside"
@@ -70,13 +70,13 @@ class Files(Frozen):
     languages: tuple[Language, ...] = Field(
         ("en",),
         min_length=1,
-        description="languages of the text, which decide the scripts it may use",
+        description="languages of the text; they define the allowed scripts",
     )
     license: str = Field("unknown", description="licence of the text, for the record")
 
 
 class Arm(Frozen):
-    """What a source of a mixture has besides its text."""
+    """Name and shares of a source of a mixture."""
 
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="lower-case name, unique in the mixture"
@@ -84,7 +84,8 @@ class Arm(Frozen):
     weight: float = Field(
         1.0,
         ge=0,
-        description="share of the rows relative to the other weights; 0 only fills its floor",
+        description="share of the rows relative to the other weights; with 0 only the floor "
+        "applies",
     )
     cap: float = Field(
         1.0,
@@ -127,7 +128,7 @@ class Mixture(Frozen):
 
     kind: Literal["mixture"] = "mixture"
     sources: tuple[AnySource, ...] = Field(
-        min_length=1, description="in order; a document that several hold belongs to the first"
+        min_length=1, description="in order; a document of several sources belongs to the first"
     )
 
     @model_validator(mode="after")
@@ -139,8 +140,8 @@ class Mixture(Frozen):
 
 
 class Built(Frozen):
-    """A folder that `stack data build` wrote; its split, tokenizer and sources
-    are those it was built with.
+    """A folder written by `stack data build`, with the split, tokenizer and sources of the
+    build.
     """
 
     kind: Literal["built"] = "built"
@@ -148,7 +149,7 @@ class Built(Frozen):
 
 
 def check_shares(names: list[str], shares: list[tuple[float, float, float]]) -> None:
-    """Refuse (weight, cap, floor) rows that no mixture can satisfy.
+    """Refuse (weight, cap, floor) shares that no mixture can satisfy.
     Raises ValueError naming the source or the sum.
     """
     if twice := [n for i, n in enumerate(names) if n in names[:i]]:
@@ -159,21 +160,20 @@ def check_shares(names: list[str], shares: list[tuple[float, float, float]]) -> 
     floors = sum(floor for _, _, floor in shares)
     if floors > 1 + 1e-9:
         raise ValueError(
-            f"the floors of {', '.join(n for n, s in zip(names, shares) if s[2])} add up to "
-            f"{floors:g}, which is more than 1"
+            f"the floors of {', '.join(n for n, s in zip(names, shares) if s[2])} sum to "
+            f"{floors:g}; they must sum to at most 1"
         )
     alive = [s for s in shares if s[1] > 0]
     if not alive or sum(cap for _, cap, _ in alive) < 1 - 1e-9:
         raise ValueError(
-            f"the caps add up to {sum(cap for _, cap, _ in alive):g}, so they leave rows to "
-            "nobody; they must reach 1"
+            f"the caps sum to {sum(cap for _, cap, _ in alive):g}; they must sum to at least 1"
         )
     if not any(weight for weight, _, _ in alive):
-        raise ValueError("every source with a cap above 0 has weight 0")
+        raise ValueError("every source with a cap above 0 has weight 0; give one a weight above 0")
 
 
 class HashSplit(Frozen):
-    """A document's normalised hash decides its side, so equal documents can never be on both."""
+    """Split by the hash of the normalised document, so equal documents are on the same side."""
 
     kind: Literal["document-hash"] = "document-hash"
     validation_frac: float = Field(
@@ -182,7 +182,7 @@ class HashSplit(Frozen):
 
 
 class TailSplit(Frozen):
-    """The last part of every document is held out; for corpora of one or few documents."""
+    """Hold out the last part of every document; for corpora of one or few documents."""
 
     kind: Literal["tail"] = "tail"
     validation_frac: float = Field(
@@ -200,12 +200,12 @@ class BpeTokenizer(Frozen):
         description="entries including 256 bytes, the end-of-text token and the special tokens",
     )
     special_tokens: tuple[str, ...] = Field(
-        (), description="control tokens besides the end of text; text never becomes one"
+        (), description="control tokens besides the end-of-text token; text is never encoded as one"
     )
 
 
 class ByteTokenizer(Frozen):
-    """256 bytes and an end-of-text token."""
+    """One entry per byte (256), and an end-of-text token."""
 
     kind: Literal["byte"] = "byte"
 
@@ -219,24 +219,24 @@ class CharTokenizer(Frozen):
 
 
 class FileTokenizer(Frozen):
-    """A tokenizer.json that exists already: one of ours or any of the Hugging Face format."""
+    """An existing tokenizer.json: one of ours, or any in the Hugging Face format."""
 
     kind: Literal["file"] = "file"
     path: str = Field(description="the tokenizer.json")
     eos_token: str = Field(
-        "", description="token that ends a document; empty: the first known one the file has"
+        "", description="token that ends a document; empty: the first known one in the file"
     )
 
 
 class ExactDedup(Frozen):
-    """Drop documents that equal an earlier one but for case and white space."""
+    """Drop documents that equal an earlier one up to case and white space."""
 
     kind: Literal["exact"] = "exact"
 
 
 class NearDedup(Frozen):
-    """Drop exact repeats and documents whose word runs mostly occur in an earlier one (MinHash,
-    locality-sensitive hashing).
+    """Drop exact duplicates, and documents that share most word n-grams with an earlier one
+    (MinHash, locality-sensitive hashing).
     """
 
     kind: Literal["near"] = "near"
@@ -244,21 +244,21 @@ class NearDedup(Frozen):
         0.8,
         ge=0.5,
         le=0.95,
-        description="estimated Jaccard similarity from which a document is a repeat (0-1)",
+        description="estimated Jaccard similarity from which a document is a duplicate (0-1)",
     )
-    shingle_words: int = Field(5, ge=1, le=16, description="words of one compared run")
+    shingle_words: int = Field(5, ge=1, le=16, description="words of one compared n-gram")
 
 
 class Concatenated(Frozen):
-    """Windows are cut out of the stream of all documents; a row may see the
-    end of the document before.
+    """Rows are windows of the concatenation of all documents. A row may begin with the end of the
+    previous document.
     """
 
     kind: Literal["concatenated"] = "concatenated"
 
 
 class BestFit(Frozen):
-    """Documents are packed whole into rows by best fit and kept apart in attention;
+    """Documents are packed whole into rows by best fit. Attention is masked between documents, and
     positions start at 0 in each.
     """
 
@@ -274,35 +274,35 @@ class DataConfig(Frozen):
         BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, Field(discriminator="kind")
     ] = BpeTokenizer()
     filters: tuple[str, ...] = Field(
-        (), description="further filters as module:function, after the built-in ones"
+        (), description="additional filters as module:function, after the built-in ones"
     )
     dedup: Annotated[ExactDedup | NearDedup, Field(discriminator="kind")] = ExactDedup()
     decontaminate: tuple[str, ...] = Field(
         (),
-        description="evaluation sets; documents that share a run of 13 words with one are dropped",
+        description="evaluation sets; documents that share 13 consecutive words with one are "
+        "dropped",
     )
     decontaminate_fields: tuple[str, ...] = Field(
-        (), description="keys of the text in .jsonl evaluation sets; every text when empty"
+        (), description="keys of the text in .jsonl evaluation sets; empty: all keys with text"
     )
     packing: Annotated[Concatenated | BestFit, Field(discriminator="kind")] = Concatenated()
     on_exhausted: Literal["wrap", "error"] = Field(
-        "wrap", description="begin another epoch, or end the run with exit code 3"
+        "wrap",
+        description="at the end of the data: begin another epoch, or end the run with exit code 3",
     )
     verify: Literal["full", "size"] = Field(
-        "full", description="hash every shard at start, or only compare its size"
+        "full", description="at start, compare the hash of every shard, or only its size"
     )
 
 
 class Curriculum(Frozen):
-    """What both ways of mixing have in common.
-    Values by source name go before those of the mixture.
-    """
+    """Fields of every curriculum. Its values by source name override those of the mixture."""
 
     weights: dict[str, float] = Field({}, description="weight by source")
     caps: dict[str, float] = Field({}, description="largest share by source (0-1); 0 removes it")
     floors: dict[str, float] = Field({}, description="smallest share by source (0-1)")
     warmup_steps: int = Field(
-        0, ge=0, description="steps in which only the warm-up sources are read"
+        0, ge=0, description="first steps, in which only the warm-up sources are read"
     )
     warmup_sources: tuple[str, ...] = Field(
         (), description="sources of the warm-up; required with warmup_steps"
@@ -311,19 +311,21 @@ class Curriculum(Frozen):
     @model_validator(mode="after")
     def _consistent(self):
         if bool(self.warmup_steps) != bool(self.warmup_sources):
-            raise ValueError("curriculum.warmup_steps and curriculum.warmup_sources go together")
+            raise ValueError(
+                "curriculum.warmup_steps and curriculum.warmup_sources must be set together"
+            )
         return self
 
 
 class StaticCurriculum(Curriculum):
-    """Shares follow the weights; the source of every row is a pure function of seed and index."""
+    """Fixed shares by weight. The source of every row is a pure function of seed and index."""
 
     kind: Literal["static"] = "static"
 
 
 class BanditCurriculum(Curriculum):
-    """A discounted UCB bandit shifts rows towards the source whose turn lowered the held-out
-    loss of all sources most.
+    """A discounted UCB bandit. It shifts rows to the source with the largest drop of the held-out
+    loss of all sources during its turns.
     """
 
     kind: Literal["bandit"] = "bandit"
@@ -331,13 +333,13 @@ class BanditCurriculum(Curriculum):
         20, ge=1, description="steps of one turn; the held-out loss is measured at its end"
     )
     probe_windows: int = Field(
-        8, ge=1, description="held-out windows of each source, always the same ones"
+        8, ge=1, description="held-out windows of each source, the same in every turn"
     )
     focus_share: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="share of the rows that the source in focus gets on top of its floor (0-1)",
+        description="share of the rows for the source in focus, above its floor (0-1)",
     )
     discount: float = Field(
         0.97, gt=0, lt=1, description="weight of a turn relative to the next one (0-1)"

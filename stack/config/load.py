@@ -1,5 +1,5 @@
-"""A configuration from a recipe, a TOML file and `--set`,
-with the origin of every changed value.
+"""Builds a configuration from a recipe, a TOML file and `--set`, with the origin of every changed
+value.
 """
 
 import difflib
@@ -20,10 +20,10 @@ from stackproof.spec.errors import ConfigError, IntegrityError
 from stackproof.spec.records import Override
 from stackproof.spec.renamed_keys import current_key, renamed_keys, translated
 
-SHOWN = "the page Mixtures shows a whole file"
-# keys that mean the same in every kind
+SHOWN = "docs/mixtures.md shows a complete file"
+# keys with the same meaning in every kind
 COMMON = {"curriculum": tuple(Curriculum.model_fields), "schedule": ("warmup_steps",)}
-# what a build decides once and for all
+# keys that are fixed when the data set is built
 BUILT_KEYS = ("split", "tokenizer", "filters", "dedup", "decontaminate", "decontaminate_fields")
 
 
@@ -94,7 +94,7 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
         )
         if error["type"] == "union_tag_invalid":
             key, shown = f"{key}.kind", f"{error['ctx']['tag']!r} from {origin}"
-            message = "there is no such kind"
+            message = "unknown kind"
         raise ConfigError(
             message if whole else f"{key}: {message}",
             value=shown,
@@ -105,14 +105,14 @@ def validate(tree: dict, *, origins: dict[str, str] | None = None) -> RunConfig:
 
 
 def _missing(key: str, origin: str, origins: dict[str, str]) -> ConfigError:
-    """The error for a required key that is not there.
-    Another `kind` takes the values of the one before it away.
+    """The error for a missing required key.
+    Choosing another `kind` discards the values of the previous one.
     """
     table = key.rpartition(".")[0]
     if chosen := origins.get(f"{table}.kind"):
         return ConfigError(
-            f"{key} is missing: another {table}.kind begins without the values of the one before "
-            "it, and this one has no default",
+            f"{key} is missing: another {table}.kind discards the values of the previous one, and "
+            "this key has no default",
             value=f"{table}.kind from {chosen}",
             next_step=f"--set {key}=… after it",
         )
@@ -120,7 +120,7 @@ def _missing(key: str, origin: str, origins: dict[str, str]) -> ConfigError:
 
 
 def _named_in(message: str, origins: dict[str, str]) -> str:
-    """Where the changed values come from that a message names, or else the recipe."""
+    """The origins of the changed values in a message; the recipe if none was changed."""
     words = set(re.findall(r"[a-z_0-9.]+", message))
     named = {
         origin: None
@@ -131,8 +131,8 @@ def _named_in(message: str, origins: dict[str, str]) -> str:
 
 
 def _set_the_other(message: str, origins: dict[str, str]) -> str:
-    """A rule between two keys of which only one was changed is met by changing the other as well;
-    empty for any other message.
+    """The next step for a rule between two keys of which only one was changed: set the other too.
+    Empty for other messages.
     """
     named = list(dict.fromkeys(re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", message)))
     others = [key for key in named if key not in origins]
@@ -140,7 +140,7 @@ def _set_the_other(message: str, origins: dict[str, str]) -> str:
 
 
 def _allowed(error: Any) -> str:
-    """What an error of a union or an enumeration would have taken, the nearest first."""
+    """The allowed values in an error of a union or an enumeration, the nearest first."""
     context = error.get("ctx", {})
     choices = re.findall(
         r"'([^']*)'",
@@ -156,10 +156,9 @@ def _allowed(error: Any) -> str:
 
 
 def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
-    """For a built folder: the split, tokenizer and cleaning it was built with, so that the
-    configuration says what is used.
+    """Take over the split, tokenizer and cleaning of a built data set into the configuration.
 
-    Raises ConfigError where a chosen value contradicts the folder.
+    Raises ConfigError if a chosen value contradicts the data set.
     """
     if data["corpus"].get("kind") != "built":
         return []
@@ -168,18 +167,18 @@ def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
         built = parse_strict(path.read_bytes(), origin=str(path))["config"]
     except (OSError, IntegrityError, KeyError, TypeError) as e:
         raise ConfigError(
-            f"data.corpus.path names no built data: {path} ({type(e).__name__})",
-            next_step="stack data build SRC… --out DIR makes such a folder",
+            f"data.corpus.path is not a built data set: {path} ({type(e).__name__})",
+            next_step="build one: stack data build SRC… --out DIR",
         ) from e
     adopted = []
     for key in BUILT_KEYS:
         clash = [k for k in chosen if k == f"data.{key}" or k.startswith(f"data.{key}.")]
         if clash and data[key] != built[key]:
             raise ConfigError(
-                f"{clash[0]} differs from what {path.parent} was built with",
+                f"{clash[0]} differs from the value that {path.parent} was built with",
                 value=str(data[key]),
                 allowed=str(built[key]),
-                next_step="leave the key away, or build the data anew with it",
+                next_step="remove the key, or build the data again with it",
             )
         if data[key] != built[key]:
             data[key] = built[key]
@@ -190,8 +189,8 @@ def _adopt_built(data: dict, chosen: set[str]) -> list[Override]:
 
 
 def load_mixture(path: Path) -> DataConfig:
-    """The data part of a configuration from a mixture file: `[[source]]` tables beside keys such as
-    `[tokenizer]` and `[split]`.
+    """The `data` section from a mixture file: `[[source]]` tables, and keys such as `[tokenizer]`
+    and `[split]`.
 
     Paths are relative to the file. Raises ConfigError naming the file and the key.
     """
@@ -199,13 +198,13 @@ def load_mixture(path: Path) -> DataConfig:
     sources = tree.pop("source", [])
     if not sources:
         raise ConfigError(
-            f"{path} names no source",
+            f"{path} has no source",
             allowed="at least one [[source]] table with name and paths",
             next_step=SHOWN,
         )
     if not isinstance(sources, list) or not all(isinstance(s, dict) for s in sources):
         raise ConfigError(
-            f"{path}: sources are tables of a list",
+            f"{path}: [source] must be a list of tables",
             allowed="[[source]], with two brackets",
             next_step=SHOWN,
         )
@@ -219,7 +218,7 @@ def load_mixture(path: Path) -> DataConfig:
         tokenizer["path"] = str(path.parent / tokenizer["path"])
     if "corpus" in tree:
         raise ConfigError(
-            f"{path}: a mixture's corpus are its [[source]] tables",
+            f"{path}: `corpus` is not allowed; the [[source]] tables define the corpus",
             value="corpus",
             next_step="remove the key",
         )
@@ -230,7 +229,7 @@ def load_mixture(path: Path) -> DataConfig:
 
 
 def _beside(file: Path, paths: Any, what: str) -> list[str]:
-    """Paths relative to a file. Raises ConfigError unless they are a list of texts."""
+    """Paths relative to a file. Raises ConfigError unless they are a list of strings."""
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         raise ConfigError(
             f"{file}: {what} must be a list", value=repr(paths), next_step='for example ["notes/"]'
@@ -259,17 +258,17 @@ def validate_data(tree: dict, *, origin: str) -> DataConfig:
 
 
 def _readably(key: str, message: str, tree: dict) -> str:
-    """A message about a key, a source by its name instead of its number."""
+    """A message about a key, with the name of a source in place of its number."""
     parts = key.split(".")
     if parts[:2] == ["corpus", "sources"] and len(parts) > 2 and parts[2].isdigit():
         name = tree["corpus"]["sources"][int(parts[2])].get("name", int(parts[2]) + 1)
         key = f"source {name}: {'.'.join(parts[3:])}".rstrip(": ")
-    message = "it is not a key" if message.startswith("Extra inputs") else message
+    message = "unknown key" if message.startswith("Extra inputs") else message
     return f"{key}: {message}" if key else message
 
 
 def _default_kinds(data: dict) -> None:
-    """A source that does not say what it is, is made of files."""
+    """A source without `kind` gets the kind `files`."""
     corpus = data.get("corpus")
     for source in corpus.get("sources", ()) if isinstance(corpus, dict) else ():
         if isinstance(source, dict):
@@ -284,8 +283,8 @@ def _near(leaf: str) -> list[str]:
 
 
 def unknown_key(key: str, origin: str, table: str | None = None) -> ConfigError:
-    """The error for a key that does not exist, or not with the kind that was chosen for `table`,
-    naming the nearest that does.
+    """The error for a key that does not exist, or not with the chosen kind of `table`. Names the
+    nearest keys.
     """
     if key in known_keys():
         table = table or key.rpartition(".")[0]
@@ -319,7 +318,7 @@ def _new_values(key: str) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of the configuration, over all variants."""
+    """Every dotted key of the configuration, of all variants."""
     return sorted(set(_keys(RunConfig, "")))
 
 
@@ -366,7 +365,7 @@ def _assign(tree: dict, key: str, value: Any, origin: str) -> None:
     node = tree
     for depth, part in enumerate(path):
         if ".".join(path[: depth + 1]) == "train.kernels" and isinstance(node.get(part), str):
-            # one word for all becomes the table it stands for
+            # a single word is replaced by the table that it stands for
             node[part] = by_operation(node[part])
         if not isinstance(node.get(part), dict):
             raise unknown_key(key, origin, ".".join(path[:depth]) or None)
@@ -396,7 +395,7 @@ def _models_at(path: list[str]) -> list[type[BaseModel]]:
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """Values of the fields that need not be given, JSON-ready."""
+    """Values of the fields with a default, JSON-ready."""
     given = {
         n: f.get_default(call_default_factory=True)
         for n, f in model.model_fields.items()
@@ -408,7 +407,7 @@ def _defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _named_tables() -> tuple[str, ...]:
-    """Keys whose value is a table with names of the user's."""
+    """Keys whose value is a table with user-defined names."""
     return (
         "train.kernels",
         *(
@@ -429,11 +428,11 @@ def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _parse_set(text: str) -> tuple[str, Any]:
-    """`a.b=v` with v read as TOML, or as a bare string where it is none."""
+    """Parse `a.b=v`. v is TOML, or a bare string if it is not valid TOML."""
     key, separator, raw = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError(
-            "--set takes key=value", value=text, next_step="for example --set optim.lr=3e-4"
+            "--set needs key=value", value=text, next_step="for example --set optim.lr=3e-4"
         )
     try:
         return key.strip(), tomllib.loads(f"v = {raw}")["v"]
@@ -447,7 +446,7 @@ def read_run_file(path: Path) -> dict:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as e:
         raise ConfigError(
-            f"there is no file {path}",
+            f"the file {path} does not exist",
             value=path.absolute(),
             allowed="a TOML file",
             next_step="check the path of the .toml file",
@@ -455,5 +454,5 @@ def read_run_file(path: Path) -> dict:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"cannot read {path} as TOML: {e}",
-            next_step="repair the line; strings are quoted, tables are in brackets",
+            next_step="correct the line; quote strings, put table names in brackets",
         ) from e

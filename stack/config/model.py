@@ -1,4 +1,4 @@
-"""The model: sizes are numbers, and every choice of architecture is a type."""
+"""The `model` section: sizes are numbers, and every choice of architecture is a type."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from stackproof.config.base import Frozen
 
 
 class Unscaled(Frozen):
-    """Rotary frequencies as `rope_theta` gives them."""
+    """Rotary frequencies of `rope_theta`, unscaled."""
 
     kind: Literal["none"] = "none"
 
@@ -19,24 +19,29 @@ class LinearScaling(Frozen):
     """All rotary frequencies divided by one factor (arXiv:2306.15595)."""
 
     kind: Literal["linear"] = "linear"
-    factor: float = Field(
-        ge=1, description="how many times longer the context is than the one first trained on"
-    )
+    factor: float = Field(ge=1, description="context length over that of the original training")
 
 
 class Llama3Scaling(Frozen):
-    """Long rotary waves divided by a factor, short ones kept, those between blended (Llama 3.1)."""
+    """Low rotary frequencies divided by a factor, high ones kept, those between interpolated (Llama
+    3.1).
+    """
 
     kind: Literal["llama3"] = "llama3"
-    factor: float = Field(8.0, ge=1, description="divisor of frequencies whose wave is long")
+    factor: float = Field(8.0, ge=1, description="divisor of low frequencies")
     low_freq_factor: float = Field(
-        1.0, gt=0, description="waves longer than original_max_seq_len over this are divided"
+        1.0,
+        gt=0,
+        description="frequencies with a wavelength above original_max_seq_len over this "
+        "are divided",
     )
     high_freq_factor: float = Field(
-        4.0, gt=0, description="waves shorter than original_max_seq_len over this are kept"
+        4.0,
+        gt=0,
+        description="frequencies with a wavelength below original_max_seq_len over this are kept",
     )
     original_max_seq_len: int = Field(
-        8192, ge=2, description="context length first trained on, tokens"
+        8192, ge=2, description="context length of the original training, tokens"
     )
 
     @model_validator(mode="after")
@@ -50,8 +55,8 @@ class Llama3Scaling(Frozen):
 
 
 class RotaryPositions(Frozen):
-    """Queries and keys are turned by their position (arXiv:2104.09864);
-    the base is model.rope_theta.
+    """Rotary position embedding of queries and keys (arXiv:2104.09864); the base is
+    model.rope_theta.
     """
 
     kind: Literal["rotary"] = "rotary"
@@ -61,7 +66,7 @@ class RotaryPositions(Frozen):
 
 
 class LearnedPositions(Frozen):
-    """A learned vector per position is added to the embedding (GPT-2)."""
+    """A learned vector per position, added to the embedding (GPT-2)."""
 
     kind: Literal["learned"] = "learned"
 
@@ -85,7 +90,7 @@ class LayerNorm(Frozen):
 
 
 class Attention(Frozen):
-    """What both ways of attending have in common."""
+    """Fields of every kind of attention."""
 
     qk_norm: bool = Field(
         False, description="RMSNorm of each query and key head before rotation (Qwen3)"
@@ -95,7 +100,8 @@ class Attention(Frozen):
     window: int | None = Field(
         None,
         ge=1,
-        description="keys a query sees, itself included, tokens; none: all before it (Mistral)",
+        description="sliding window: visible keys per query, its own included, tokens; none: all "
+        "earlier keys (Mistral)",
     )
 
 
@@ -114,7 +120,7 @@ class DifferentialAttention(Attention):
 
     kind: Literal["differential"] = "differential"
     form: Literal["paper", "scalar"] = Field(
-        "paper", description="how λ is made, and whether heads are normalised"
+        "paper", description="parametrisation of λ, and whether heads are normalised"
     )
 
 
@@ -137,12 +143,12 @@ class Gelu(Frozen):
     )
 
 
-Dense = SwiGLU | Gelu  # what one expert can be
+Dense = SwiGLU | Gelu  # the kinds of an expert
 
 
 class AuxiliaryLoss(Frozen):
-    """Experts · Σ share of choices · mean probability, added to the loss (arXiv:2101.03961), over
-    all top_k choices; 1 when even.
+    """Load-balancing loss: n_experts · Σ (share of choices)·(mean probability) over all top_k
+    choices; 1 for an even load (arXiv:2101.03961).
     """
 
     kind: Literal["auxiliary-loss"] = "auxiliary-loss"
@@ -150,8 +156,8 @@ class AuxiliaryLoss(Frozen):
 
 
 class BiasBalance(Frozen):
-    """A bias per expert that enters the selection only, and is moved against the load after each
-    update (arXiv:2408.15664).
+    """A bias per expert that enters only the selection. Each update moves it against the load
+    (arXiv:2408.15664).
     """
 
     kind: Literal["selection-bias"] = "selection-bias"
@@ -159,24 +165,24 @@ class BiasBalance(Frozen):
 
 
 class MixtureOfExperts(Frozen):
-    """Each token is sent to `top_k` of `n_experts` feed-forwards by a router without bias; weights
-    are renormalised over the chosen ones.
+    """Mixture of experts: a router without bias sends each token to `top_k` of `n_experts`
+    feed-forwards, with weights renormalised over the chosen ones.
 
-    With top_k = 1 the weight is the probability itself: renormalised it would be 1, and the router
-    would learn nothing from the loss.
+    With top_k = 1 the weight is the probability itself. Renormalised it would be 1, and the router
+    would get no gradient from the loss.
     """
 
     kind: Literal["moe"] = "moe"
     n_experts: int = Field(8, ge=2, description="feed-forwards per layer, each of width d_ff")
-    top_k: int = Field(2, ge=1, description="experts each token visits")
+    top_k: int = Field(2, ge=1, description="experts per token")
     expert: Annotated[Dense, Field(discriminator="kind")] = SwiGLU()
     balance: Annotated[AuxiliaryLoss | BiasBalance, Field(discriminator="kind")] = AuxiliaryLoss()
     capacity_factor: float | None = Field(
         None,
         gt=0,
         description=(
-            "an expert takes this many times its even share of a micro-batch in training and "
-            "drops later tokens; none: no drops"
+            "capacity of an expert in training, over its even share of the tokens; later tokens "
+            "are dropped; none: no limit"
         ),
     )
 
@@ -196,20 +202,20 @@ FeedForward = Dense | MixtureOfExperts
 
 
 class FullDepth(Frozen):
-    """Every token goes through every block."""
+    """No mixture of depths: every block processes every token."""
 
     kind: Literal["full"] = "full"
 
 
 class SoftGate(Frozen):
-    """Each token takes σ(w·x + b) of what the block would change."""
+    """The change that the block makes to a token is scaled by σ(w·x + b)."""
 
     kind: Literal["soft"] = "soft"
 
 
 class HardCapacity(Frozen):
-    """A block reads the tokens whose score is among the highest `capacity_frac` of those so far, so
-    that none depends on later ones.
+    """A block reads a token if its score is among the highest `capacity_frac` so far. No token
+    depends on later ones.
     """
 
     kind: Literal["hard"] = "hard"
@@ -219,18 +225,20 @@ class HardCapacity(Frozen):
 
 
 class MixtureOfDepths(Frozen):
-    """Gated blocks change some tokens more than others, or skip them (arXiv:2404.02258)."""
+    """Mixture of depths: gated blocks scale their change per token, or skip tokens
+    (arXiv:2404.02258).
+    """
 
     kind: Literal["mixture-of-depths"] = "mixture-of-depths"
     gate: Annotated[SoftGate | HardCapacity, Field(discriminator="kind")] = SoftGate()
     every: int = Field(
         1,
         ge=1,
-        description="each block whose number is a multiple of this is gated; 1: all of them",
+        description="every n-th block is gated; 1: all blocks",
     )
 
 
-# --- the whole ------------------------------------------------------------------------------------
+# --- model ----------------------------------------------------------------------------------------
 
 
 class ModelConfig(Frozen):
@@ -259,7 +267,7 @@ class ModelConfig(Frozen):
         0.0,
         ge=0,
         lt=1,
-        description="share of residual-branch activations dropped in training (0-1)",
+        description="dropout probability of the residual branches in training (0-1)",
     )
     init_std: float = Field(
         0.02, gt=0, description="standard deviation of embedding and input projections at step 0"
@@ -294,7 +302,7 @@ class ModelConfig(Frozen):
         if (window := self.attention.window) is not None and window > self.max_seq_len:
             raise ValueError(
                 f"model.attention.window ({window}) is above model.max_seq_len "
-                f"({self.max_seq_len}), so no query would see less for it"
+                f"({self.max_seq_len}), so it has no effect"
             )
         if self.depth.kind == "mixture-of-depths" and self.depth.every > self.n_layers:
             raise ValueError(
@@ -304,7 +312,7 @@ class ModelConfig(Frozen):
         return self
 
     def summary(self) -> str:
-        """The kinds of the decoder's parts in one line."""
+        """One line with the kinds of the decoder's parts."""
         shared = (
             f"{self.n_heads} heads on {self.n_kv_heads}"
             if self.n_kv_heads < self.n_heads
@@ -326,7 +334,7 @@ class ModelConfig(Frozen):
         )
 
     def ragged(self) -> str:
-        """The choice that makes shapes depend on the data, by key; empty if there is none."""
+        """The key and value that make shapes depend on the data; empty for static shapes."""
         if isinstance(self.ffn, MixtureOfExperts):
             return "model.ffn.kind = moe"
         hard = isinstance(self.depth, MixtureOfDepths) and isinstance(self.depth.gate, HardCapacity)

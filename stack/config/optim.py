@@ -1,4 +1,4 @@
-"""How parameters are updated, and how the learning rate changes over a run."""
+"""The `optim` and `schedule` sections: optimizer and learning-rate schedule."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from stackproof.config.base import Frozen
 
 
 class AdamW(Frozen):
-    """Decoupled weight decay (arXiv:1711.05101), applied to matrices only."""
+    """AdamW: decoupled weight decay (arXiv:1711.05101), applied to matrices only."""
 
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0, description="peak learning rate")
@@ -24,7 +24,7 @@ class AdamW(Frozen):
 
     @property
     def dtype(self) -> str:
-        """Type in which updates are computed."""
+        """Dtype in which updates are computed."""
         return "float32"
 
     def peak_lrs(self) -> dict[str, float]:
@@ -41,17 +41,13 @@ class AdamW(Frozen):
 
 
 class Muon(Frozen):
-    """Orthogonalised momentum for the matrices inside blocks (Keller Jordan, 2024),
-    AdamW for all other parameters.
-    """
+    """Muon for the matrices inside blocks (Keller Jordan, 2024), AdamW for all other parameters."""
 
     kind: Literal["muon"] = "muon"
     lr: float = Field(gt=0, description="peak learning rate of the matrices inside blocks")
     adamw_lr: float = Field(gt=0, description="peak learning rate of all other parameters")
-    momentum: float = Field(
-        0.95, ge=0, lt=1, description="share of the running mean that an update keeps (0-1)"
-    )
-    nesterov: bool = Field(True, description="look one step of momentum ahead")
+    momentum: float = Field(0.95, ge=0, lt=1, description="momentum (0-1)")
+    nesterov: bool = Field(True, description="Nesterov momentum")
     ns_steps: int = Field(
         5, ge=1, le=20, description="Newton-Schulz iterations of one orthogonalisation"
     )
@@ -64,8 +60,8 @@ class Muon(Frozen):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description=(
-            "type of the orthogonalisation; bfloat16 is faster on a GPU, and far slower on a CPU "
-            "without units for it"
+            "dtype of the orthogonalisation; bfloat16 is faster on a GPU, and much slower on a CPU "
+            "without bfloat16 units"
         ),
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
@@ -105,14 +101,15 @@ class Cosine(Frozen):
     decay_from: Literal["peak", "start"] = Field(
         "peak",
         description=(
-            "the cosine begins when the warm-up ends, or at step 0 and the warm-up is a factor on "
+            "the cosine begins at the end of the warm-up, or at step 0 with the warm-up as a "
+            "factor on "
             "it"
         ),
     )
 
 
 class Wsd(Frozen):
-    """Linear warm-up, a stable peak, and a decay over the last share of the steps
+    """WSD: linear warm-up, constant peak, and a decay over the last share of the steps
     (arXiv:2404.06395, arXiv:2405.18392).
     """
 

@@ -1,4 +1,4 @@
-"""Everything that decides what a run computes."""
+"""The other sections of the configuration, and the configuration of a run."""
 
 from typing import Annotated, Literal
 
@@ -17,18 +17,20 @@ from stackproof.spec.records import Waiver
 class TrainConfig(Frozen):
     max_steps: int = Field(ge=1, description="optimizer steps")
     tokens_per_step: int = Field(
-        ge=1, description="tokens of one optimizer step, over all micro-steps and ranks"
+        ge=1,
+        description="tokens of one optimizer step, over all micro-steps (gradient "
+        "accumulation) and ranks",
     )
-    micro_batch_size: int = Field(ge=1, description="rows of one forward/backward")
+    micro_batch_size: int = Field(ge=1, description="rows of one forward and backward")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="autocast type; weights stay float32"
+        "float32", description="autocast dtype; weights stay float32"
     )
     compile: bool = Field(False, description="run the model through torch.compile")
     activation_checkpointing: Literal["none", "blocks"] = Field(
         "none",
         description=(
-            "what the forward keeps for the backward: all of it, or each block's input, and the "
-            "block is computed again"
+            "activations kept for the backward: all, or only the input of each block, which is "
+            "then recomputed (activation checkpointing)"
         ),
     )
     kernels: str | dict[str, str] = Field(
@@ -66,44 +68,49 @@ class EvalConfig(Frozen):
     batches: int = Field(
         16,
         ge=2,
-        description="held-out batches, the same ones each time; the power check may raise it",
+        description="held-out batches, the same in each evaluation; the power check may raise it",
     )
     batch_size: int = Field(8, ge=1, description="rows per held-out batch")
 
 
 class Patience(Frozen):
-    """Stop after `patience` evaluations without an improvement that
-    stands out of the paired noise.
+    """Early stopping: stop after `patience` evaluations without a significant improvement in a
+    paired comparison.
     """
 
     kind: Literal["patience"] = "patience"
-    patience: int = Field(5, ge=2, description="evaluations to wait")
+    patience: int = Field(
+        5, ge=2, description="evaluations without a significant improvement before the run stops"
+    )
     min_evaluations: int = Field(3, ge=1, description="evaluations before a stop is possible")
     z: float = Field(
-        2.0, gt=0, description="standard errors of the paired difference an improvement must exceed"
+        2.0,
+        gt=0,
+        description="standard errors of the paired difference that an improvement must exceed",
     )
-    min_delta_nats: float = Field(
-        0.0, ge=0, description="smallest improvement that counts, nats per token"
-    )
+    min_delta_nats: float = Field(0.0, ge=0, description="minimum improvement, nats per token")
     expected_gain_nats: float = Field(
-        0.02, gt=0, description="gain per evaluation the held-out set must be able to see"
+        0.02,
+        gt=0,
+        description="gain per evaluation that the held-out set must be able to detect, "
+        "nats per token",
     )
 
 
 class NeverStop(Frozen):
-    """Train all steps."""
+    """No early stopping: train all steps."""
 
     kind: Literal["never"] = "never"
 
 
 class SampleConfig(Frozen):
     every: int = Field(ge=1, description="steps between two audited samples")
-    prompt: str = Field("The ", description="text the sample continues")
+    prompt: str = Field("The ", description="prompt of the sample")
     max_new_tokens: int = Field(96, ge=8)
-    temperature: float = Field(0.8, ge=0, description="0 takes the most likely token")
+    temperature: float = Field(0.8, ge=0, description="sampling temperature; 0 is greedy")
     top_k: int = Field(50, ge=0, description="0 keeps all")
     language: Literal["en", "code", "any"] = Field(
-        "en", description="which word-likeness the coherence score uses"
+        "en", description="language of the words in the coherence score"
     )
 
 
@@ -127,7 +134,7 @@ class TraceConfig(Frozen):
         0,
         ge=0,
         description=(
-            "steps between two of which every point's statistics are recorded; 0 records none"
+            "steps between two records of the activation statistics of every point; 0: no records"
         ),
     )
 
@@ -140,7 +147,7 @@ class GatesConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """Everything that decides what a run computes."""
+    """The configuration of a run."""
 
     recipe: str = Field(description="name of the recipe this was built from")
     seed: int = Field(1337, ge=0, lt=2**31)
@@ -191,8 +198,7 @@ class RunConfig(Frozen):
             )
         if self.train.compile and (ragged := self.model.ragged()):
             raise ValueError(
-                f"train.compile cannot be combined with {ragged}: how many tokens meet which "
-                "weights depends on their content"
+                f"train.compile cannot be combined with {ragged}: shapes depend on the data"
             )
         if self.curriculum.warmup_steps >= self.train.max_steps:
             raise ValueError(

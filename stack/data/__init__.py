@@ -1,1 +1,3 @@
-"""From raw text to batches: corpora, tokenizers, shards and the reader."""
+"""From raw text to batches: corpora, tokenizers, shards, sampling order and the reader (data
+loader).
+"""

@@ -1,4 +1,4 @@
-"""A mixture whose shares follow what held-out loss gained from them."""
+"""A mixture with shares that follow the gain in held-out loss, by a bandit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from stackproof.data import permutation
 from stackproof.data.order import Draws, Source, in_warmup, locate, shares
 from stackproof.spec.canonical import sha256_json
 
-REWARD_SIGMAS = 2.0  # drops further from their mean than this count as this far
+REWARD_SIGMAS = 2.0  # limit of the standardised drop
 
 
 class DropScale:
@@ -67,13 +67,13 @@ class DiscountedUcb:
 
 
 class Bandit:
-    """Shares that move towards one source per turn, chosen by discounted UCB on what a turn did to
-    the held-out loss of all sources.
+    """Shares that move towards one source per turn. Discounted UCB chooses the source; the reward
+    is the drop of the held-out loss of all sources.
 
-    A turn's shares lie in [floor, cap] for every source, and rows follow them by smooth weighted
-    round robin, so that over any n rows a source gets its share to within as many rows as there are
-    sources. Rewards are drops of the weighted held-out loss, standardised by their own discounted
-    mean and spread and cut at ±REWARD_SIGMAS, in 0-1.
+    The shares of a turn are in [floor, cap] for every source. Rows follow them by smooth weighted
+    round robin: over any n rows the count of a source differs from its share by at most the number
+    of sources. Rewards are drops of the weighted held-out loss, standardised by their discounted
+    mean and standard deviation, clipped at ±REWARD_SIGMAS and scaled to 0-1.
     """
 
     def __init__(
@@ -101,22 +101,20 @@ class Bandit:
         self._decided = (0, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def target(self, position: int) -> np.ndarray:
-        """Shares of the present turn, each in [floor, cap]; in the warm-up those of
-        the listed sources alone.
+        """Shares of the current turn, each in [floor, cap]; in the warm-up, of the listed sources
+        only.
         """
         if position < self._warmup_rows:
             return shares(self._warm)
         if not self.last_losses and not self.scale.n:
             return self._base_shares
-        # what the cap of the source in focus leaves goes to the others
+        # the share above the cap of the source in focus goes to the others
         f = min(self.cfg.focus_share, 1 - 1e-6)
         wanted = (1 - f) * self._base_shares + f * (np.arange(len(self.sources)) == self.focus)
         return shares([replace(s, weight=float(w)) for s, w in zip(self.sources, wanted)])
 
     def decide(self, before: int, after: int) -> None:
-        """Choose the sources of samples before … after-1, going on with
-        each source where it stands.
-        """
+        """Choose the sources of samples before … after-1; each source continues at its position."""
         self.in_warmup = self.in_warmup or before < self._warmup_rows
         share, chosen, rank = (
             None,
@@ -143,8 +141,8 @@ class Bandit:
         return self.drawn.copy()
 
     def reward(self, losses: Mapping[str, float]) -> dict[str, Any]:
-        """End a turn with the held-out loss of every source in nats per token, and begin the next;
-        returns a line for the log.
+        """End a turn with the held-out loss of every source in nats per token, and start the next.
+        Returns a line for the log.
         """
         line: dict[str, Any] = {"focus": self.sources[self.focus].name, "losses_nats": dict(losses)}
         if self.last_losses and not self.in_warmup:
@@ -158,8 +156,8 @@ class Bandit:
         }
 
     def drop(self, losses: Mapping[str, float]) -> float:
-        """By how much the held-out loss of all sources, in their shares, fell during the turn;
-        nats per token.
+        """Drop of the held-out loss of all sources, weighted by shares, during the turn; nats per
+        token.
         """
         return sum(
             w * (self.last_losses[s.name] - losses[s.name])
@@ -205,10 +203,10 @@ class Bandit:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Arms are those of the configuration with windows and a cap above 0; others in the state
-        are dropped, with all they remember.
+        """Load a state. Arms of the configuration with windows and a cap above 0 are kept; other
+        arms of the state are dropped.
 
-        A state of other arms or shares than these gives its positions and nothing else.
+        If arms or shares of the state differ, only its positions are loaded.
         """
         saved = (
             {n: a["drawn"] for n, a in state["arms"].items()}
@@ -217,7 +215,7 @@ class Bandit:
         )
         known = {self.sources[i].name for i in self.arms}
         dropped = sorted(n for n in saved if n not in known)
-        # where a source without a share stands is kept, should it come back
+        # the position of a source without a share is kept for a later curriculum
         places = {**state.get("parked", {}), **saved}
         drawn = np.array([int(places.get(s.name, 0)) for s in self.sources], np.int64)
         self._reset(drawn)

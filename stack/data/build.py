@@ -1,10 +1,10 @@
-"""Builds a data set: read and filter, drop repeats, tokenise, write shards.
-Every stage works part by part and can be killed anywhere.
+"""Builds a data set: read and filter, deduplicate, tokenise, write shards.
 
-folder/.work/plan.json, part-00000/ what is finished; a second run of the
-same plan goes on from there
-folder/train-00000.safetensors …           shards of the splits
-folder/tokenizer.json, manifest.json       written last: a folder with a manifest is complete
+Every stage processes one part at a time and can be interrupted anywhere.
+
+    folder/.work/plan.json, part-00000/   finished parts; the next run of the same plan resumes here
+    folder/train-00000.safetensors …      shards of the splits
+    folder/tokenizer.json, manifest.json  written last: a folder with a manifest is complete
 """
 
 import os
@@ -46,8 +46,8 @@ FORMAT = "stackproof/data/3"
 
 @dataclass
 class Progress:
-    """How far a build is. Bytes are those of the source files in the first stage,
-    of kept text in the last.
+    """Progress of a build. Bytes are those of the source files in the first stage, of kept text in
+    the last.
     """
 
     stage: str
@@ -64,11 +64,10 @@ def build(
     workers: int = 1,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict:
-    """Build the data set in `folder` and return its manifest.
-    Killed and started again, it goes on where it was.
+    """Build the data set in `folder` and return its manifest. Resumes an interrupted build.
 
-    Raises DataError for what cannot be read, for an empty split, or if a source changed meanwhile;
-    UsageError if the folder holds another data set. What other folders hold is not touched.
+    Raises DataError for an unreadable source, an empty split, or a source that changed meanwhile;
+    UsageError if the folder holds another data set. Writes to no other folder.
     """
     plan, jobs = _plan(cfg, folder / ".work")
     _require_tokenizer(cfg)
@@ -129,9 +128,7 @@ class PlainText(subject.Corpus):
 
 
 def _require_tokenizer(cfg: DataConfig) -> None:
-    """Raises DataError for a given tokenizer through which text does not survive,
-    before any text is read.
-    """
+    """Raises DataError for a given tokenizer that loses text, before any text is read."""
     if cfg.tokenizer.kind != "file":
         return
     tokenizer = tokenizers.make_tokenizer(cfg.tokenizer, ())
@@ -146,7 +143,7 @@ def _require_tokenizer(cfg: DataConfig) -> None:
 
 
 def changed_meanwhile() -> DataError:
-    """The error for a corpus that somebody writes to."""
+    """The error for a corpus that changed during the build."""
     return DataError(
         "the corpus changed while it was read",
         next_step="run again when nothing writes to its files",
@@ -157,8 +154,8 @@ def changed_meanwhile() -> DataError:
 
 
 def _plan(cfg: DataConfig, work: Path) -> tuple[dict, list[FilterJob]]:
-    """What decides the result: configuration and the sizes and times of all files;
-    and the parts to read.
+    """The inputs that determine the result (configuration, sizes and times of all files), and the
+    parts to read.
     """
     filters.load_plugins(cfg.filters)
     if isinstance(cfg.dedup, NearDedup):
@@ -184,7 +181,7 @@ def _plan(cfg: DataConfig, work: Path) -> tuple[dict, list[FilterJob]]:
 
 
 def given_files(cfg: DataConfig) -> list[str]:
-    """Files besides the sources whose content decides the result."""
+    """Files other than the sources that affect the result."""
     return [*cfg.decontaminate, *([cfg.tokenizer.path] if cfg.tokenizer.kind == "file" else [])]
 
 
@@ -203,8 +200,8 @@ def _total(jobs: list[FilterJob]) -> int:
 
 
 def _finished(path: Path, plan: dict) -> dict:
-    """The manifest of a folder that is complete.
-    Raises UsageError if it was built from something else.
+    """The manifest of a complete folder.
+    Raises UsageError if it was built from other sources or another configuration.
     """
     built_from = path.with_name("plan.json")
     if not built_from.is_file() or built_from.read_bytes() != canonical_json(plan):
@@ -213,13 +210,13 @@ def _finished(path: Path, plan: dict) -> dict:
             allowed="a new folder, or the same sources and configuration",
             next_step="give another --out, or delete the folder",
         )
-    # of a build that was killed just before its end
+    # left by a build that was killed just before its end
     shutil.rmtree(path.with_name(".work"), ignore_errors=True)
     return parse_strict(path.read_bytes(), origin=str(path))
 
 
 def _open_work(folder: Path, plan: dict) -> Path:
-    """The work folder of this plan; what another plan left there is removed."""
+    """The work folder of this plan; files of another plan are removed."""
     work = folder / ".work"
     path = work / "plan.json"
     if work.exists() and not (path.is_file() and path.read_bytes() == canonical_json(plan)):
@@ -250,8 +247,8 @@ def _filter_all(
 
 
 def _evaluation_grams(cfg: DataConfig, work: Path) -> dict | None:
-    """Write the word runs of the evaluation sets and return their description.
-    The scanner must find a canary before its zero counts.
+    """Write the word n-grams of the evaluation sets and return their description.
+    Raises DataError if the scanner does not find a canary.
     """
     if not cfg.decontaminate:
         return None
@@ -302,8 +299,8 @@ def _drop_repeats(
     filtered: list[dict],
     on_progress: Callable[[Progress], None],
 ) -> list[Chunk]:
-    """All chunks in order, each with the documents that stay;
-    repeats are entered into the receipts of their parts.
+    """All chunks in order, each with its kept documents; duplicates are counted in the receipts of
+    their parts.
     """
     on_progress(Progress("deduplicate", documents=sum(r["documents_out"] for r in filtered)))
     places = [(job, c) for job, receipt in zip(jobs, filtered) for c in range(receipt["chunks"])]
@@ -326,8 +323,8 @@ def _drop_repeats(
 
 
 def _by_source(cfg: DataConfig, jobs: list[FilterJob], filtered: list[dict]) -> dict[str, dict]:
-    """The receipt of every source. Raises DataError for one of which nothing is left, with the
-    reason that took most of it.
+    """The receipt of every source. Raises DataError for a source without kept documents, with the
+    reason that dropped most of them.
     """
     whole = {}
     for name in corpus.sources_of(cfg.corpus):
@@ -350,8 +347,8 @@ def _tokenizer(
     work: Path,
     on_progress: Callable[[Progress], None],
 ) -> Tokenizer:
-    """The tokenizer, trained on the training side of what is kept, or loaded;
-    a finished one is not trained again.
+    """The tokenizer, trained on the kept documents of the training side, or loaded. A finished one
+    is not trained again.
     """
     path = work / "tokenizer.json"
     if path.is_file():
@@ -411,7 +408,7 @@ def _encode_all(
     folder: Path,
     on_progress: Callable[[Progress], None],
 ) -> list[dict]:
-    """What every chunk became, in order."""
+    """The encoded chunks, in order."""
     jobs = [
         EncodeJob(i, c.source, c.path, c.keep, cfg.split, work / "tokenizer.json", work, folder)
         for i, c in enumerate(chunks)

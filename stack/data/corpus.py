@@ -1,6 +1,6 @@
-"""Documents of a source in a fixed order: what can be read, and what cannot with the reason.
+"""Documents of a source in a fixed order, and unreadable ones with the reason.
 
-A source is cut into parts that processes can read apart from each other.
+A source is split into parts that processes read independently.
 """
 
 import glob
@@ -32,9 +32,7 @@ TextSource = StdlibDocs | StdlibCode | Pangram | Files
 
 @dataclass(frozen=True)
 class Part:
-    """What one process reads at a time: some slices of files,
-    or all of an embedded corpus (no slices).
-    """
+    """The unit of work of one process: slices of files, or a whole embedded corpus (no slices)."""
 
     slices: tuple[Slice, ...] = ()
     n_bytes: int = 0
@@ -42,14 +40,14 @@ class Part:
 
 def read_documents(cfg: TextSource) -> Iterator[Document]:
     """All readable documents of a source in a fixed order.
-    Raises DataError naming file and line of what must not be left out.
+    Raises DataError with file and line of a record that must not be skipped.
     """
     for part in parts(cfg):
         yield from (d for d in read_part(cfg, part) if isinstance(d, Document))
 
 
 def languages_of(cfg: TextSource) -> tuple[str, ...]:
-    """The declared languages of a source, as filters take them."""
+    """The declared languages of a source, as arguments of the filters."""
     match cfg:
         case StdlibDocs():
             return ("en",)
@@ -64,7 +62,7 @@ def languages_of(cfg: TextSource) -> tuple[str, ...]:
 
 
 def license_of(cfg: TextSource) -> str:
-    """Licence of the text; the standard library carries Python's."""
+    """Licence of the text; that of Python for the standard library."""
     match cfg:
         case StdlibDocs() | StdlibCode():
             return "PSF-2.0"
@@ -77,12 +75,12 @@ def license_of(cfg: TextSource) -> str:
 
 
 def sources_of(cfg: TextSource | Mixture) -> dict[str, TextSource]:
-    """Sources by name; a corpus that is no mixture is one source called after its kind."""
+    """Sources by name. A corpus that is not a mixture is one source, named after its kind."""
     return {s.name: s for s in cfg.sources} if isinstance(cfg, Mixture) else {cfg.kind: cfg}
 
 
 def source_paths(cfg: TextSource) -> list[Path]:
-    """Every file whose content decides the documents of a source."""
+    """Every file with content of a source."""
     match cfg:
         case StdlibDocs():
             from pydoc_data import topics
@@ -99,10 +97,10 @@ def source_paths(cfg: TextSource) -> list[Path]:
 
 
 def corpus_sha256(cfg: TextSource | Mixture) -> str:
-    """Hash of the content of every source file and of how it is read; no parsing.
+    """Hash of the content of every source file and of the reading options; without parsing.
 
-    Where the files lie, what a source is called and what its licence is do not enter: the same text
-    has the same hash everywhere.
+    Paths, the name and the licence of a source do not enter, so equal text has an equal hash
+    everywhere.
     """
     digest = hashlib.sha256(str(EXTRACTOR_VERSION).encode())
     for source in sources_of(cfg).values():
@@ -113,8 +111,8 @@ def corpus_sha256(cfg: TextSource | Mixture) -> str:
             kept.encode() + (sys.version.encode() if isinstance(source, StdlibDocs) else b"")
         )
         for path in source_paths(source):
-            # The suffix decides how a file is cut into documents; a document of the standard
-            # library carries its module's name.
+            # The suffix defines how a file is split into documents; a document of the standard
+            # library has the name of its module.
             name = "".join(suffixes(path)) if isinstance(source, Files) else path.name
             digest.update(name.encode() + b"\0" + bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
@@ -132,8 +130,8 @@ def file_sha256(path: Path) -> str:
 
 
 def resolve_paths(cfg: Files) -> list[Path]:
-    """Files meant by paths, folders and globs, sorted, each once.
-    Raises DataError if one names nothing.
+    """Files of paths, folders and globs, sorted, each once.
+    Raises DataError for a path or glob without readable files.
     """
     found: list[Path] = []
     for pattern in cfg.paths:
@@ -170,15 +168,15 @@ def resolve_paths(cfg: Files) -> list[Path]:
 
 
 def passed_over(cfg: TextSource) -> list[Path]:
-    """Files in the folders of a source that are of no kind that is read, sorted."""
+    """Files of unsupported types in the folders of a source, sorted."""
     folders = [Path(p).expanduser() for p in cfg.paths] if isinstance(cfg, Files) else []
     files = (p for folder in folders if folder.is_dir() for p in folder.rglob("*") if p.is_file())
     return sorted(p for p in files if suffixes(p)[0] not in TEXT_SUFFIXES)
 
 
 def parts(cfg: TextSource) -> list[Part]:
-    """A source as parts of about PART_BYTES: small files together, large plain files of lines cut.
-    Raises DataError for a lost file.
+    """Split a source into parts of about PART_BYTES: small files are grouped, large line-based
+    files split. Raises DataError for a file that has disappeared.
     """
     if not isinstance(cfg, Files):
         return [Part()]
@@ -213,7 +211,7 @@ def _slices(path: Path, cfg: Files) -> list[tuple[Slice, int]]:
 
 
 def read_part(cfg: TextSource, part: Part) -> Iterator[Document | Unreadable]:
-    """Everything in a part, in order.
+    """All documents and unreadable items of a part, in order.
     Raises DataError naming file and line of a damaged file or a record without its text.
     """
     match cfg:

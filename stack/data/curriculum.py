@@ -1,6 +1,4 @@
-"""From the configuration of a curriculum and the sources of a data set to the
-order in which a run draws.
-"""
+"""Builds the sampling order of a run from its curriculum and the sources of its data set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,8 +22,8 @@ from stackproof.spec.errors import ConfigError, DataError
 def sources_of(
     entries: Mapping[str, Mapping[str, Any]], spans: Mapping[str, tuple[int, int]]
 ) -> list[Source]:
-    """Arms out of a manifest's sources and their windows in the stream;
-    a source without a shard has no window.
+    """Arms from the sources of a manifest and their windows in the stream. A source without a shard
+    has no window.
     """
     return [
         Source(name, *spans.get(name, (0, 0)), *(float(e[k]) for k in ("weight", "cap", "floor")))
@@ -34,9 +32,7 @@ def sources_of(
 
 
 def declared_sources(cfg: DataConfig) -> list[Source]:
-    """The sources a configuration names, as far as they are known before any text is read;
-    of one window each.
-    """
+    """The sources in a configuration, known before reading text; with one window each."""
     match cfg.corpus:
         case Mixture(sources=sources):
             entries = {s.name: s.model_dump() for s in sources}
@@ -53,7 +49,7 @@ def declared_sources(cfg: DataConfig) -> list[Source]:
 
 
 def run_order(cfg: RunConfig, dataset: Any, *, seed: int) -> UniformOrder | StaticMixture | Bandit:
-    """The order in which a run draws from its data set."""
+    """The sampling order of a run over its data set."""
     seq_len = cfg.model.max_seq_len
     arms = sources_of(dataset.sources, dataset.train.spans(seq_len))
     return make_order(
@@ -68,8 +64,8 @@ def make_order(
     seed: int,
     rows_per_step: int,
 ) -> UniformOrder | StaticMixture | Bandit:
-    """The declared order. One source needs no mixing.
-    Raises ConfigError for names or shares that no order can meet.
+    """The declared order; for a single source, a shuffle without mixing.
+    Raises ConfigError for unknown names or shares that cannot be satisfied.
     """
     arms = apply_shares(cfg, sources)
     if len(arms) == 1 and isinstance(cfg, StaticCurriculum):
@@ -95,8 +91,8 @@ def make_order(
 def apply_shares(
     cfg: StaticCurriculum | BanditCurriculum, sources: Sequence[Source]
 ) -> list[Source]:
-    """Sources with the values of the configuration in place of their own.
-    Raises ConfigError for a name that is no source.
+    """Sources with their values overridden by the configuration.
+    Raises ConfigError for an unknown source.
     """
     names = [s.name for s in sources]
     tables = {
@@ -141,10 +137,10 @@ def order_at(
 
 
 def rebased(order: UniformOrder | StaticMixture | Bandit, cursor: int) -> dict[str, Any]:
-    """State from which another curriculum continues with windows that this order
-    has not drawn in this epoch.
+    """State from which another curriculum continues with the windows that this order has not drawn
+    in the current epoch.
 
-    It holds the position and the number of samples drawn from each source before it.
+    It holds the position, and the number of samples drawn from each source so far.
     """
     counts = order.counts(cursor).tolist()
     return {"start": cursor, "base": {s.name: n for s, n in zip(order.sources, counts) if n}}

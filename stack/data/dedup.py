@@ -1,9 +1,9 @@
-"""Repeats of documents, exact and near, and runs of words shared with evaluation sets.
+"""Deduplication of documents, exact and near, and word n-grams shared with evaluation sets.
 Memory is bounded by buckets.
 
-Near repeats: MinHash signatures (Broder 1997) of word runs by the library rensa; equal bands of
-rows find the candidates, the whole signature decides. With 128 values the estimate of the Jaccard
-similarity has a standard error of at most 0.045.
+Near duplicates: MinHash signatures (Broder 1997) of word n-grams by the library rensa. Equal bands
+of rows give the candidates, the whole signature decides. With 128 values the estimate of the
+Jaccard similarity has a standard error of at most 0.045.
 """
 
 import re
@@ -25,8 +25,8 @@ MINHASH_SEED = 42
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """32-bit hash of every word; case, marks and ways to write a letter aside;
-    the same in every process. uint64 (n,).
+    """32-bit hash of every word, uint64 (n,): without case, punctuation and Unicode variants; equal
+    in every process.
     """
     words = WORD.findall(
         (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
@@ -35,7 +35,7 @@ def word_hashes(text: str) -> np.ndarray:
 
 
 def runs(words: np.ndarray, length: int) -> np.ndarray:
-    """64-bit hash of every run of `length` words, uint64 (max(0, n − length + 1),)."""
+    """64-bit hash of every n-gram of `length` words, uint64 (max(0, n − length + 1),)."""
     n = max(0, len(words) - length + 1)
     return _folded((words[k : k + n] for k in range(length)), n)
 
@@ -53,8 +53,8 @@ def _folded(columns: Iterable[np.ndarray], n: int) -> np.ndarray:
 
 
 def first_of_each(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Which values are the first of their kind over all arrays in order;
-    bool arrays of the same lengths.
+    """Which values occur for the first time, over all arrays in order; bool arrays of the same
+    lengths.
     """
     keep = [np.ones(len(h), bool) for h in hashes]
     for bucket in _buckets(sum(map(len, hashes))):
@@ -67,7 +67,7 @@ def first_of_each(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _buckets(n: int) -> Iterator[tuple[int, int]]:
-    """(remainder, modulus) pairs that cut n values into pieces that fit in memory."""
+    """(remainder, modulus) pairs that split n values into buckets that fit in memory."""
     modulus = 1 + n // ROWS_IN_MEMORY
     yield from ((remainder, modulus) for remainder in range(modulus))
 
@@ -98,7 +98,7 @@ def _strike(keep: Sequence[np.ndarray], arrays: Sequence[np.ndarray], places: np
 
 
 def require_library() -> None:
-    """Raises EnvironmentUnfit if near repeats cannot be found here."""
+    """Raises EnvironmentUnfit if the library for near duplicates is missing."""
     try:
         import rensa  # noqa: F401
     except ImportError as e:
@@ -110,7 +110,7 @@ def require_library() -> None:
 
 def signatures(texts: Sequence[str], shingle_words: int) -> np.ndarray:
     """MinHash signatures, uint32 (n, SIGNATURE).
-    A text shorter than a run counts as one run, a text without words as one word.
+    A text shorter than an n-gram counts as one n-gram, a text without words as one word.
     """
     from rensa import RMinHash
 
@@ -129,18 +129,18 @@ def signatures(texts: Sequence[str], shingle_words: int) -> np.ndarray:
 def near_repeats(
     signature_parts: Sequence[np.ndarray], keep: Sequence[np.ndarray], similarity_min: float
 ) -> list[np.ndarray]:
-    """Which documents repeat an earlier kept one: estimated Jaccard similarity at least
-    `similarity_min`. bool arrays.
+    """Which documents are near duplicates of an earlier kept one: estimated Jaccard similarity at
+    least `similarity_min`. bool arrays.
 
-    `signature_parts` may open memory maps when they are indexed; one band of one bucket is held at
-    a time. A document that was struck for the sake of one that is struck itself comes back and is
-    compared again, so that the result is that of going through them in order.
+    Indexing `signature_parts` may open memory maps; one band of one bucket is in memory at a time.
+    If the document that a duplicate refers to is dropped too, the duplicate is compared again, so
+    the result equals that of a sequential pass.
     """
     if not keep:
         return []
     rows = _Rows(signature_parts)
     alive = np.concatenate(keep)
-    like = np.full(len(alive), -1)  # the earlier document that a struck one repeats
+    like = np.full(len(alive), -1)  # the earlier document that a dropped one duplicates
     while True:
         for band in range(_bands(similarity_min)):
             for bucket in _buckets(len(alive)):
@@ -161,15 +161,15 @@ def near_repeats(
 
 
 def _bands(similarity_min: float) -> int:
-    """Bands of a signature: 16 of 8 rows find nine tenths of what is 0.03 above 0.8,
-    32 of 4 rows as much from 0.5 on.
+    """Number of bands of a signature: 16 of 8 rows find 90 percent of the pairs 0.03 above a
+    similarity of 0.8; 32 of 4 rows do so from 0.5 on.
     """
     return 16 if similarity_min >= 0.8 else 32
 
 
 def _one_band(signature: np.ndarray, band: int, bands: int) -> np.ndarray:
-    """One hash per document over the rows of a band, uint64 (n,);
-    equal ones make two documents candidates.
+    """One hash per document over the rows of a band, uint64 (n,). Documents with equal hashes are
+    candidates.
     """
     width = SIGNATURE // bands
     columns = (
@@ -182,10 +182,11 @@ def _one_band(signature: np.ndarray, band: int, bands: int) -> np.ndarray:
 def _strike_groups(
     value: np.ndarray, where: np.ndarray, rows: "_Rows", like: np.ndarray, similarity_min: float
 ) -> None:
-    """Strike candidates that repeat an earlier one of their value. Sorted by value, then place.
+    """Drop candidates that duplicate an earlier one with the same hash. Input is sorted by hash,
+    then position.
 
-    In each round all groups at once: everybody is compared with the first of the group,
-    who then leaves it.
+    Each round handles all groups at once: all members are compared with the first of their group,
+    which then leaves it.
     """
     while len(value):
         first = np.concatenate([[True], value[1:] != value[:-1]])
@@ -201,7 +202,7 @@ def _strike_groups(
 
 
 class _Rows:
-    """Rows of several matrices as if they were one."""
+    """Row access to several matrices as one."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])
@@ -219,19 +220,19 @@ class _Rows:
 
 
 def gram_set(texts: Iterable[str]) -> np.ndarray:
-    """Hashes of all runs of GRAM_WORDS words of the texts, sorted, each once, uint64."""
+    """Hashes of all n-grams of GRAM_WORDS words of the texts, sorted, unique, uint64."""
     return np.unique(
         np.concatenate([np.zeros(0, np.uint64), *(runs(word_hashes(t), GRAM_WORDS) for t in texts)])
     )
 
 
 def is_long(text: str) -> bool:
-    """Whether a text has a run of GRAM_WORDS words, without which it cannot be found."""
+    """Whether a text has at least GRAM_WORDS words; shorter texts cannot be found."""
     return len(word_hashes(text)) >= GRAM_WORDS
 
 
 def shares_gram(text: str, grams: np.ndarray) -> bool:
-    """Whether a text holds any run of words of the set."""
+    """Whether a text contains an n-gram of the set."""
     own = runs(word_hashes(text), GRAM_WORDS)
     if not len(own) or not len(grams):
         return False

@@ -1,6 +1,4 @@
-"""Documents in text, JSON-lines and parquet files, read as streams,
-so that no file is too large.
-"""
+"""Documents in text, JSON-lines and parquet files, read as streams to bound the memory."""
 
 import gzip
 import io
@@ -23,7 +21,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name that says where it came from."""
+    """One text, and a name with its origin."""
 
     id: str
     text: str
@@ -31,7 +29,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What could not become a document: its place, the reason code and its size in bytes."""
+    """An unreadable item: its place, the reason code and its size in bytes."""
 
     id: str
     reason: str
@@ -40,8 +38,8 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes start … stop-1 of a file; documents belong to the slice in which they begin.
-    `stop` None is the end of the file.
+    """Bytes start … stop-1 of a file (None: to its end). A document belongs to the slice in which
+    it begins.
     """
 
     path: Path
@@ -50,23 +48,21 @@ class Slice:
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """What the content is and how it is compressed: `a.jsonl.gz` gives (.jsonl, .gz)."""
+    """Content type and compression: `a.jsonl.gz` gives (.jsonl, .gz)."""
     last = path.suffix.lower()
     kind, packed = (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, "")
     return ".jsonl" if kind == ".ndjson" else kind, packed
 
 
 def read_slice(piece: Slice, cfg: Files) -> Iterator[Document | Unreadable]:
-    """The documents of a slice. Raises DataError naming the file for every
-    way in which it can fail.
-    """
+    """The documents of a slice. Raises DataError with the file for every failure."""
     with _readable(piece.path):
         yield from _file(piece, cfg)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what reading a file can raise into a DataError."""
+    """Convert exceptions of reading a file to DataError."""
     try:
         yield
     except FileNotFoundError as e:
@@ -131,7 +127,7 @@ class _Zst(io.RawIOBase):
         return n
 
     def _advance(self) -> bool:
-        """Decompress the next block of the file; says whether there was one."""
+        """Decompress the next block of the file. Returns False at its end."""
         unused = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
         block = unused or self._file.read(2**17)
         if not block:
@@ -164,8 +160,8 @@ def read_whole(path: Path, name: str) -> Iterator[Document | Unreadable]:
 def _decoded(
     data: bytes, place: str, *, empty_counts: bool = False
 ) -> Iterator[Document | Unreadable]:
-    """Bytes as a document, if they are UTF-8 and hold more than white space.
-    A blank line is no document, an empty file is.
+    """Bytes as a document, if they are UTF-8 and not blank. A blank line gives no document; an
+    empty file gives one.
     """
     try:
         text = data.decode("utf-8")
@@ -181,12 +177,12 @@ def _decoded(
 
 
 def _skip(stream: BinaryIO) -> int:
-    """Read to the end without keeping anything; returns how many bytes that were."""
+    """Read to the end and discard the content. Returns the number of bytes."""
     return sum(len(block) for block in iter(lambda: stream.read(2**20), b""))
 
 
 def _raw_lines(piece: Slice) -> Iterator[tuple[str, bytes | int]]:
-    """(place, bytes) of every line that begins in a slice, without its end; of a line above
+    """(place, bytes) of every line that begins in a slice, without its line end; for a line above
     MAX_DOCUMENT_BYTES only the size.
     """
     with _open(piece.path) as stream:
@@ -208,7 +204,9 @@ def _raw_lines(piece: Slice) -> Iterator[tuple[str, bytes | int]]:
 
 
 def _line(stream: BinaryIO) -> tuple[bytes, int]:
-    """The next line with its end and its size; of a huge one only the beginning is kept."""
+    """The next line with its line end, and its size; only the beginning of an over-long line is
+    kept.
+    """
     line = stream.readline(MAX_DOCUMENT_BYTES + 1)
     size = len(line)
     while size > MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
@@ -293,7 +291,7 @@ def _parquet(path: Path, field: str) -> Iterator[Document | Unreadable]:
 
 
 def _rows(batch: Any, column: str, pyarrow: Any) -> list:
-    """Values of a column; strings as bytes, since nobody has checked that they are UTF-8."""
+    """Values of a column; strings as bytes, because they may be invalid UTF-8."""
     values = batch.column(column)
     text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
     return values.cast(pyarrow.large_binary()).to_pylist() if text else values.to_pylist()
@@ -340,10 +338,10 @@ def _at(value: Any, field: str) -> Any:
 
 
 def chat_text(turns: list, place: str) -> str | None:
-    """Turns as one text; what the system says is no turn and is left out.
-    None unless user and assistant take turns, the user first.
+    """Chat turns as one text, without system messages. None unless user and assistant alternate,
+    the user first.
 
-    Raises DataError for a turn of somebody else.
+    Raises DataError for a turn with another role.
     """
     marks = {
         "user": filters.USER,
@@ -358,7 +356,7 @@ def chat_text(turns: list, place: str) -> str | None:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if role not in marks or not isinstance(content, str):
             raise DataError(
-                f"{place} has a chat turn nobody can place",
+                f"{place} has a chat turn of an unknown role",
                 value=f"role {role or type(turn).__name__!r}",
                 allowed=f"role {', '.join(marks)} with a text as content",
                 next_step="repair the record",
@@ -379,7 +377,7 @@ def _no_field(place: str, field: str, keys: list[str]) -> DataError:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8; JSON can spell one that cannot."""
+    """Whether a text can be encoded as UTF-8; JSON escapes can hold lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -388,10 +386,10 @@ def _is_unicode(text: str) -> bool:
 
 
 def evaluation_texts(path: Path, fields: tuple[str, ...]) -> Iterator[list[str]]:
-    """The texts of each record of an evaluation set: of a .jsonl file the named fields, or all that
-    hold text; of another its paragraphs.
+    """The texts of each record of an evaluation set: in a .jsonl file the given fields, or all with
+    text; in other files the paragraphs.
 
-    Raises DataError naming file and line of a record with none of the fields.
+    Raises DataError with file and line of a record without any of the fields.
     """
     if not path.is_file():
         raise DataError(

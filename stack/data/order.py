@@ -1,9 +1,9 @@
-"""Which window of which source is sample number i: one shuffled stream,
-or a mixture by fixed shares.
+"""Samplers: which window of which source is sample number i. A shuffled stream, or a mixture by
+fixed shares.
 
 Sources are spans of windows of one stream. Sample numbers count over all ranks. The orders here are
-pure functions of (seed, number); a bandit's (stackproof.data.bandit) depends on what it measured,
-and its state travels in the checkpoint.
+pure functions of (seed, number). The order of a bandit (stackproof.data.bandit) depends on its
+measurements; its state is part of the checkpoint.
 """
 
 import math
@@ -18,8 +18,7 @@ from stackproof.config import check_shares
 from stackproof.data import permutation
 from stackproof.spec.errors import ConfigError
 
-# rows in which the shares of a static mixture come out exactly;
-# the finest share is one row of a block
+# rows of a block, in which a static mixture meets its shares exactly; the smallest share is one row
 BLOCK = 1024
 
 
@@ -47,14 +46,12 @@ class Draws:
 
 
 class Order(Protocol):
-    """What the reader asks."""
+    """Interface of a sampling order for the reader."""
 
     sources: Sequence[Source]
 
     def decide(self, before: int, after: int) -> None:
-        """Fix what samples before … after-1 are; orders that are pure
-        functions have nothing to fix.
-        """
+        """Decide samples before … after-1; orders that are pure functions do nothing."""
 
     def at(self, numbers: np.ndarray) -> Draws: ...
     def counts(self, after: int) -> np.ndarray:
@@ -62,8 +59,8 @@ class Order(Protocol):
 
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over a saved state; returns the names of arms that were dropped
-        because they are no arms here.
+        """Load a saved state. Returns the names of its arms that do not exist here and were
+        dropped.
         """
 
 
@@ -98,9 +95,9 @@ class UniformOrder:
 
 
 def shares(sources: Sequence[Source]) -> np.ndarray:
-    """Shares in proportion to the weights, pushed into [floor, cap], that sum to 1; float64.
+    """Shares in proportion to the weights, clipped to [floor, cap], with sum 1; float64.
 
-    Raises ConfigError if there are none.
+    Raises ConfigError if no such shares exist.
     """
     try:
         check_shares([s.name for s in sources], [(s.weight, s.cap, s.floor) for s in sources])
@@ -124,7 +121,7 @@ def shares(sources: Sequence[Source]) -> np.ndarray:
     for _ in range(200):
         middle = (low + high) / 2
         if middle in (low, high):
-            break  # no number lies between them any more
+            break  # adjacent floating-point numbers
         low, high = (
             (middle, high) if np.clip(middle * weight, floor, cap).sum() < 1 else (low, middle)
         )
@@ -132,9 +129,7 @@ def shares(sources: Sequence[Source]) -> np.ndarray:
 
 
 def in_warmup(sources: Sequence[Source], listed: Iterable[str]) -> list[Source]:
-    """The sources as they are while only the listed ones may be read:
-    their shares follow the weights alone.
-    """
+    """The sources during a warm-up from the listed ones: shares follow the weights alone."""
     listed = [s.name for s in sources if s.name in listed and s.cap > 0]
     unweighted = not any(s.weight for s in sources if s.name in listed)
     return [
@@ -147,8 +142,8 @@ def in_warmup(sources: Sequence[Source], listed: Iterable[str]) -> list[Source]:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of samples with fixed quotas per block; `base` counts what
-    each source had before it.
+    """A range of samples with fixed quotas per block; `base` counts the earlier samples of each
+    source.
     """
 
     start: int
@@ -172,8 +167,8 @@ def pattern(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Source of every position of a block, and how many positions before it have the same source;
     int64 (BLOCK,).
 
-    Smooth weighted round robin: over any stretch a source has its share to within as many
-    rows as there are sources.
+    Smooth weighted round robin: over any range the count of a source differs from its share by at
+    most the number of sources.
     """
     share, credit = np.array(quotas) / BLOCK, np.zeros(len(quotas))
     source, rank, drawn = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64), [0] * len(quotas)
@@ -187,9 +182,7 @@ def pattern(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StaticMixture:
-    """Fixed shares, met exactly in every block of BLOCK rows; warm-up, if any,
-    is a phase of its own.
-    """
+    """Fixed shares, met exactly in every block of BLOCK rows. A warm-up is a separate phase."""
 
     def __init__(
         self,
@@ -265,7 +258,7 @@ def quotas(sources: Sequence[Source]) -> np.ndarray:
 def _known_counts(
     state: Mapping[str, Any], sources: Sequence[Source]
 ) -> tuple[int, np.ndarray, list[str]]:
-    """(start, samples each source had before it, names in the state that are no source here)."""
+    """(start, earlier samples of each source, names in the state that are not sources here)."""
     base = state.get("base", {})
     known = {s.name for s in sources if s.cap > 0}
     counts = np.array([int(base.get(s.name, 0)) for s in sources], np.int64)

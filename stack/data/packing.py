@@ -1,9 +1,9 @@
-"""Rows for the model out of a token stream: windows of the concatenation,
-or whole documents packed by best fit.
+"""Rows for the model from a token stream: windows of the concatenation, or whole documents packed
+by best fit.
 
-R rows, T seq_len. Every label of a shard but its leading end of text is emitted exactly once by
-either way, up to the declared remainder: concatenation drops the last labels of a shard that fill
-no window, best fit drops none and pads instead.
+R rows, T seq_len. Both emit every label of a shard except its leading end-of-text token exactly
+once, up to the declared remainder: concatenation drops the last labels of a shard that do not fill
+a window; best fit drops none and pads.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 @dataclass(frozen=True)
 class Rows:
     """Model inputs and labels, int64 (R, T); the label −100 is padding.
-    `document_ids` int64 (R, T) where documents are kept apart.
+    `document_ids` int64 (R, T), if attention is masked between documents.
     """
 
     input_ids: np.ndarray
@@ -35,7 +35,7 @@ class Rows:
 def stream(
     folder: Path, split: dict, vocab_size: int, how: Packing
 ) -> "TokenStream | PackedStream":
-    """The stream of a split that packs as declared."""
+    """The stream of a split with the declared packing."""
     match how:
         case Concatenated():
             return ConcatenatedStream(folder, split, vocab_size)
@@ -46,8 +46,8 @@ def stream(
 
 
 class ConcatenatedStream(TokenStream):
-    """Rows are windows of seq_len + 1 neighbouring tokens; document borders are only
-    marked by the end of text.
+    """Rows are windows of seq_len + 1 consecutive tokens. Only the end-of-text token separates
+    documents.
     """
 
     def rows(self, numbers: np.ndarray, seq_len: int) -> Rows:
@@ -67,11 +67,10 @@ class ConcatenatedStream(TokenStream):
 
 
 class PackedStream(TokenStream):
-    """Rows are whole documents side by side, each in the company that leaves least room (best fit,
-    arXiv:2404.10830).
+    """Rows are whole documents packed by best fit (arXiv:2404.10830).
 
-    A document longer than a row is cut into pieces of seq_len labels, each kept apart like a
-    document of its own. Rows never cross shards, so they never mix sources.
+    A document longer than a row is split into pieces of seq_len labels, each treated as a separate
+    document. Rows never cross shards, so they never mix sources.
     """
 
     def shard_windows(self, seq_len: int) -> list[int]:
@@ -115,9 +114,7 @@ class PackedStream(TokenStream):
         return rows
 
     def _fill(self, rows: Rows, row: int, shard: int, number: int, seq_len: int) -> None:
-        """Lay the pieces of one row side by side; what is left is padding,
-        a document of its own.
-        """
+        """Concatenate the pieces of one row; the rest is padding with its own document id."""
         tokens, at = self._tokens[shard], 0
         pieces = self._plan(shard, seq_len).pieces_of(number)
         for document, (start, length) in enumerate(pieces):
@@ -169,10 +166,10 @@ class Plan:
 
 @require(lambda seq_len: seq_len >= 1, "a row holds at least one token")
 def plan(document_starts: np.ndarray, n_tokens: int, seq_len: int) -> Plan:
-    """Best-fit decreasing: long pieces first, each into the fullest row that still holds it.
+    """Best-fit decreasing: long pieces first, each into the fullest row with enough room.
 
-    The inputs of a document are the end of text before it and its own tokens but the last, an end
-    of text, so that its labels are exactly its tokens.
+    The inputs of a document are the end-of-text token before it and its tokens without the last
+    one, an end-of-text token; so its labels are exactly its tokens.
     """
     first = np.asarray(document_starts, np.int64) - 1
     n_labels = np.diff(np.append(first, n_tokens - 1))
@@ -191,9 +188,7 @@ def plan(document_starts: np.ndarray, n_tokens: int, seq_len: int) -> Plan:
 
 
 def _best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """Row of every piece. Bit r of `rooms` says that some row has room
-    for exactly r more tokens.
-    """
+    """Row of every piece. Bit r of `rooms` is set if a row has room for exactly r more tokens."""
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms, n_rows, chosen = 0, 0, []
     for length in lengths:

@@ -1,4 +1,4 @@
-"""A shuffled order without a shuffled list: a keyed bijection, evaluated where it is needed."""
+"""A shuffled order in O(1) memory: a keyed bijection, evaluated on demand."""
 
 import hashlib
 
@@ -7,14 +7,14 @@ import numpy as np
 from stackproof.contracts.conditions import require
 
 ROUNDS = 6
-# neighbouring positions worked out together: up to some thousands the cost is that of the calls
+# positions computed together: up to some thousands, the calls dominate the cost
 AHEAD = 4096
 BLOCKS_KEPT = 24
 
 
 def _mix(x: np.ndarray, key: int) -> np.ndarray:
     """splitmix64 finaliser of x + key; uint64 arrays in and out.
-    Arrays wrap around in silence, only scalars would warn.
+    Arrays wrap around without a warning, scalars warn.
     """
     x = x + np.uint64(key & 0xFFFFFFFFFFFFFFFF)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -26,9 +26,8 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
 def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
     """Image of `positions` (int64, 0 … n-1) under a keyed bijection of 0 … n-1.
 
-    A Feistel network over the next even number of bits; images outside the domain walk on until
-    they fall inside (cycle walking), so nothing is ever materialised: O(1) memory and start-up for
-    any n.
+    A Feistel network over the next even number of bits, with cycle walking for images outside the
+    domain: O(1) memory and start-up time for any n.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -46,9 +45,7 @@ def _feistel(x: np.ndarray, half: int, mask: np.uint64, key: int) -> np.ndarray:
 
 
 class Shuffle:
-    """`permute` for whoever asks for one neighbourhood after another: worked out in blocks, of
-    which the last few are kept.
-    """
+    """`permute` for sequential access: computed in blocks, the last few of which are cached."""
 
     def __init__(self):
         self._blocks: dict[tuple[int, int, int], np.ndarray] = {}

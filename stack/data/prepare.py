@@ -1,6 +1,4 @@
-"""Prepared data: the data set of a configuration, built once and cached by content,
-and opened after verification.
-"""
+"""The data set of a configuration: built once, cached by content, and verified when opened."""
 
 import os
 import secrets
@@ -44,7 +42,9 @@ class Dataset:
         return {s["name"]: s for s in self.manifest["sources"]}
 
     def evaluation_grams(self) -> np.ndarray | None:
-        """Hashes of the word runs of the evaluation sets the corpus was cleaned of, or None."""
+        """Hashes of the word n-grams of the evaluation sets that the corpus was decontaminated
+        with, or None.
+        """
         return (
             tensorfile.memmap(self.directory / "grams.safetensors", "grams")
             if self.manifest["decontamination"]
@@ -52,7 +52,7 @@ class Dataset:
         )
 
     def inputs(self) -> list[dict]:
-        """Shards, tokenizer and manifest as the record names them."""
+        """Shards, tokenizer and manifest, as inputs of a record."""
         rows = [
             {
                 "name": f"{split} tokens",
@@ -77,8 +77,8 @@ class Dataset:
         ]
 
     def validation_texts(self, max_tokens: int | None = None) -> Iterator[str]:
-        """Held-out documents as text, decoded from the shards; of each at most `max_tokens`.
-        Documents without a token are left out.
+        """Held-out documents as text, decoded from the shards; at most `max_tokens` of each.
+        Documents without tokens are skipped.
         """
         starts = [*self.validation.document_starts.tolist(), self.validation.n_tokens]
         for start, stop in zip(starts, starts[1:]):
@@ -109,7 +109,7 @@ class Dataset:
                     yield source, self.text(stream, start, stop)
 
     def text(self, stream: TokenStream, start: int, stop: int) -> str:
-        """Tokens start … stop-1 of a split as text, without ends of text."""
+        """Tokens start … stop-1 of a split as text, without end-of-text tokens."""
         ids = stream.token_range(start, stop)
         return self.tokenizer.decode(ids[ids != self.tokenizer.eos_id].tolist())
 
@@ -125,8 +125,8 @@ def prepare(
     cache_dir: Path | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Dataset:
-    """The data set of a configuration: built, or taken from the cache or a built
-    folder after verifying it.
+    """The data set of a configuration: built, or loaded from the cache or a built folder and
+    verified.
 
     Raises DataError for an unreadable or empty corpus, a split without documents, a cache that
     cannot be written, or a damaged one.
@@ -141,8 +141,8 @@ def prepare(
 
 
 def _cache_key(cfg: DataConfig, corpus_sha256: str) -> str:
-    """Names what decides the shards: the texts, what sources are called and declared to be, and
-    every key that a build reads.
+    """Key of the cache: hash of the texts, of names and declarations of sources, and of every key
+    that a build reads.
     """
     sources = [
         [n, corpus.license_of(s), *(getattr(s, k, None) for k in ("weight", "cap", "floor"))]
@@ -158,8 +158,8 @@ def _cache_key(cfg: DataConfig, corpus_sha256: str) -> str:
 def _build_aside(
     cfg: DataConfig, corpus_sha256: str, folder: Path, on_progress: Callable[[Progress], None]
 ) -> None:
-    """Build in a fresh folder and rename it into place; of two processes that build the same data
-    the second takes the first's.
+    """Build in a new folder and rename it into place. If another process has built the same data
+    meanwhile, that is used.
     """
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -179,7 +179,7 @@ def _build_aside(
 
 
 def open_folder(folder: Path, cfg: DataConfig) -> Dataset:
-    """Open what a build wrote, verified as `data.verify` says and packed as `data.packing` says.
+    """Open a built data set, verified by `data.verify` and packed by `data.packing`.
     Raises DataError if it is damaged.
     """
     path, rebuild = folder / "manifest.json", f"delete {folder} and run again to rebuild it"

@@ -1,5 +1,5 @@
-"""Draws training rows in a declared order.
-The position is one integer; only a bandit's order has a state besides.
+"""The data loader: draws training rows in a declared order.
+Its position is one integer; the order of a bandit has additional state.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ class Batch:
     """Rows of one micro-step. Shapes (R, T) int64; `sample_ids` are window numbers;
     cursors count samples over all ranks.
 
-    `document_ids` (R, T) where documents are kept apart; `sources` and `epochs` per row,
-    an epoch being one of its source.
+    `document_ids` (R, T) if attention is masked between documents. `sources` and `epochs` are per
+    row; epochs count per source.
     """
 
     input_ids: Tensor
@@ -38,7 +38,7 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the rows, padding aside."""
+        """Tokens of the rows, without padding."""
         return (
             self.input_ids.numel()
             if self.document_ids is None
@@ -49,7 +49,7 @@ class Batch:
 def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
     """A batch as the positional arguments of a model's forward, on `device`.
 
-    (ids,), or (ids, no cache, document ids) if documents are kept apart.
+    (ids,), or (ids, None, document ids) if attention is masked between documents.
     """
     ids_BT = batch.input_ids.to(device, non_blocking=True)
     documents_BT = getattr(batch, "document_ids", None)
@@ -61,12 +61,11 @@ def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
 
 
 class Reader:
-    """Batches of one rank. `cursor`, the number of samples drawn by all ranks together,
-    says where it is.
+    """Batches of one rank. The position `cursor` is the number of samples drawn by all ranks.
 
-    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is told of every epoch that
-    begins. Without an `order` the windows of the whole stream are shuffled. Raises DataError if the
-    stream is shorter than one window.
+    `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is called at the start of every
+    epoch after the first. Without an `order` the windows of the whole stream are shuffled. Raises
+    DataError if the stream is shorter than one window.
     """
 
     @require(
@@ -117,8 +116,8 @@ class Reader:
         lambda self, result: result.input_ids.shape == (self.rows, self.seq_len), "a batch is full"
     )
     def draw(self) -> Batch:
-        """The next rows of this rank. Raises StreamExhausted at the end of
-        a source unless it wraps.
+        """The next rows of this rank. Raises StreamExhausted at the end of a source if
+        `on_exhausted` is "error".
         """
         before = self.cursor
         after = before + self.rows * self.world_size
@@ -144,14 +143,14 @@ class Reader:
         return StreamExhausted(
             f"the corpus is exhausted after {before} samples: source {arm.name} has "
             f"{arm.n_windows} windows",
-            value=f"{after - before} windows wanted, {left} left",
+            value=f"{after - before} windows needed, {left} left",
             allowed="data.on_exhausted = wrap, or fewer steps",
             next_step="--set data.on_exhausted=wrap, or add text",
         )
 
 
 def as_batch(rows: Rows, draws: Draws, before: int, after: int) -> Batch:
-    """Rows of a stream and what they are, as tensors."""
+    """A batch of tensors from rows of a stream and their metadata."""
     ids = None if rows.document_ids is None else torch.from_numpy(rows.document_ids)
     return Batch(
         torch.from_numpy(rows.input_ids),
@@ -171,8 +170,8 @@ def as_batch(rows: Rows, draws: Draws, before: int, after: int) -> Batch:
     "sizes are at least 1",
 )
 def eval_batches(stream, seq_len: int, batch_size: int, n_batches: int) -> list[Batch]:
-    """Always the same windows, spread evenly over the stream.
-    Raises DataError naming what the split can give.
+    """Fixed held-out windows, spread evenly over the stream.
+    Raises DataError with the available number if the split is too short.
     """
     available, wanted = stream.n_windows(seq_len), batch_size * n_batches
     if wanted > available:
@@ -190,7 +189,7 @@ def eval_batches(stream, seq_len: int, batch_size: int, n_batches: int) -> list[
 
 
 def rows_batch(stream, numbers: np.ndarray, seq_len: int) -> Batch:
-    """Rows of a stream by number, outside any order."""
+    """A batch from rows of a stream by number."""
     nothing = np.zeros(len(numbers), np.int64)
     return as_batch(
         stream.rows(numbers, seq_len), Draws(nothing, numbers, nothing), 0, len(numbers)
@@ -198,8 +197,8 @@ def rows_batch(stream, numbers: np.ndarray, seq_len: int) -> Batch:
 
 
 def probe_batches(stream, seq_len: int, n_windows: int) -> dict[str, Batch]:
-    """For every source the same few windows of a split, spread evenly over it; a source without a
-    window there is left out.
+    """Fixed held-out windows for every source, spread evenly over the split; a source without a
+    window is skipped.
     """
     batches = {}
     for source, (first, available) in stream.spans(seq_len).items():

@@ -1,5 +1,5 @@
-"""Receipts of filtering: per source what came in, what went out, and what was dropped for which
-reason. They must add up.
+"""Receipts of filtering: per source the documents and bytes in, out, and dropped by reason. Their
+sums must match.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from stackproof.data.files import Document, Unreadable
 
 def empty() -> dict[str, Any]:
     """A receipt before the first document.
-    Bytes are UTF-8 bytes of text, or of the file for what could not be read.
+    Bytes are UTF-8 bytes of text; for an unreadable item, bytes of the file.
     """
     return {"documents_in": 0, "bytes_in": 0, "documents_out": 0, "bytes_out": 0, "dropped": {}}
 
@@ -25,7 +25,7 @@ def judge(
     plugins: Iterable[filters.Plugin],
     grams: np.ndarray | None,
 ) -> str | None:
-    """Filter one item and enter it; returns its text if it stays."""
+    """Filter one item and count it. Returns its text if it is kept."""
     if isinstance(item, Unreadable):
         _enter(receipt, item.reason, 1, item.n_bytes, item.id)
         return None
@@ -49,7 +49,7 @@ def _enter(receipt: dict, reason: str | None, documents: int, n_bytes: int, exam
 
 
 def drop_many(receipt: dict, reason: str, sizes: np.ndarray) -> None:
-    """Move documents that had passed so far, of these sizes in bytes, to the dropped ones."""
+    """Move kept documents with these sizes in bytes to the dropped ones."""
     if not len(sizes):
         return
     row = receipt["dropped"].setdefault(reason, {"documents": 0, "bytes": 0, "example": ""})
@@ -60,7 +60,7 @@ def drop_many(receipt: dict, reason: str, sizes: np.ndarray) -> None:
 
 
 def total(receipts: Iterable[dict]) -> dict:
-    """The sum of receipts; the first example of each reason stays."""
+    """The sum of receipts, with the first example of each reason."""
     whole = empty()
     for receipt in receipts:
         for key in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
@@ -75,7 +75,7 @@ def total(receipts: Iterable[dict]) -> dict:
 
 
 def worst(receipt: dict) -> str:
-    """The reason that dropped most documents, in words; empty if none was dropped."""
+    """Text with the reason that dropped most documents; empty without drops."""
     dropped = receipt["dropped"]
     reason = max(dropped, key=lambda r: dropped[r]["documents"], default="")
     where = (

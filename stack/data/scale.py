@@ -1,26 +1,26 @@
 """The per-document stages as blocks of datatrove, for corpora that one process cannot hold.
 Needs the extra `[scale]`.
 
-A pipeline is a list of blocks. Where it runs is configuration; the list stays the same:
+A pipeline is a list of blocks, independent of the executor:
 
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 
-    files = Files(paths=("/corpus/*.jsonl.gz",), languages=("en", "de")) pipeline =
-    [ReadBlock(files), FilterBlock(files.languages), TokenizeBlock("/run/tokenizer.json",
-    "/shards")]
+    files = Files(paths=("/corpus/*.jsonl.gz",), languages=("en", "de"))
+    tokenize = TokenizeBlock("/run/tokenizer.json", "/shards")
+    pipeline = [ReadBlock(files), FilterBlock(files.languages), tokenize]
 
     LocalPipelineExecutor(pipeline, tasks=8, logging_dir="/logs").run()
-    SlurmPipelineExecutor(pipeline, tasks=4096, time="12:00:00", partition="cpu", mem_per_cpu_gb=4,
-    logging_dir="/logs").run() RayPipelineExecutor(pipeline, tasks=4096, workers=512,
-    mem_per_cpu_gb=4, logging_dir="/logs").run()
+    slurm = {"time": "12:00:00", "partition": "cpu", "mem_per_cpu_gb": 4, "logging_dir": "/logs"}
+    SlurmPipelineExecutor(pipeline, tasks=4096, **slurm).run()
+    ray = {"workers": 512, "mem_per_cpu_gb": 4, "logging_dir": "/logs"}
+    RayPipelineExecutor(pipeline, tasks=4096, **ray).run()
 
     split, drops = collect("/shards", "train", n_tasks=4096), drop_counts("/logs", n_tasks=4096)
 
-A task takes every `tasks`-th file in sorted order and writes a folder of its own, which appears by
-one rename when it is complete. A task that died leaves nothing that could be taken for a part; one
-that is repeated replaces its part by the same bytes; one that is marked as done in `logging_dir` is
-not started again. Paths are local or on a file system that all tasks share. Repeated documents are
-not looked for here: that needs all documents at once.
+A task processes every `tasks`-th file in sorted order and writes its own folder, renamed into place
+when it is complete. A failed task leaves no part; a repeated task replaces its part by the same
+bytes; a task marked as done in `logging_dir` is not started again. Paths are local or on a file
+system that all tasks share. Duplicates are not removed here, because that needs all documents.
 """
 
 import json
@@ -61,11 +61,11 @@ COUNTS = ("tokens", "bytes", "documents", "dropped_chars")
 
 
 class ReadBlock(PipelineStep):
-    """Documents of a task's share of the files, read as `stackproof.data.corpus` reads them; what
-    is unreadable is counted with its reason.
+    """Documents of a task's share of the files, read by `stackproof.data.corpus`. Unreadable items
+    are counted by reason.
 
-    Raises DataError naming file and line of a damaged file or record;
-    datatrove's own readers log it and go on without it.
+    Raises DataError with file and line of a damaged file or record; datatrove's own readers log it
+    and continue without it.
     """
 
     name, type = "stackproof reader", "📖 - READER"
@@ -77,7 +77,7 @@ class ReadBlock(PipelineStep):
     def run(
         self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
-        """Documents that came before, then those of files rank, rank + world_size, …"""
+        """Documents of earlier blocks, then those of files rank, rank + world_size, …"""
         yield from data or ()
         for path in corpus.resolve_paths(self.files)[rank::world_size]:
             yield from self._readable(self.files.model_copy(update={"paths": (str(path),)}))
@@ -93,12 +93,12 @@ class ReadBlock(PipelineStep):
 
 
 class FilterBlock(BaseFilter):
-    """Keeps what `stackproof.data.filters.rejection` has nothing against; `drop_counts` tells how
-    many were dropped for which reason.
+    """Drops documents that `stackproof.data.filters.rejection` rejects; `drop_counts` returns their
+    number by reason.
 
-    `languages` hold for all documents. Without them each document names its own in
-    `metadata["language"]`, as datatrove's language filter leaves it; DataError if one names none
-    that is known. Dropped documents go to `exclusion_writer`, if given, with their `filter_reason`.
+    `languages` apply to all documents. Without them, each document has its language in
+    `metadata["language"]`, as set by datatrove's language filter; raises DataError for an unknown
+    language. Dropped documents go to `exclusion_writer`, if given, with their `filter_reason`.
     """
 
     name = "stackproof filter"
@@ -109,7 +109,7 @@ class FilterBlock(BaseFilter):
         self.languages = tuple(languages)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """True to keep, else False and the reason's code."""
+        """True to keep, else False and the code of the reason."""
         reason = rejection(doc.text, self.languages or _language(doc))
         return True if reason is None else (False, reason)
 
@@ -133,9 +133,9 @@ class TokenizeBlock(PipelineStep):
     the last block of a pipeline.
 
     `tokenizer_path` is the tokenizer.json of a run or prepared corpus, `source` the name of the
-    text in a mixture. A task writes `output/<split>-<rank>/`: shards of about `max_tokens` tokens,
-    and `part.json` that describes them. Raises DataError if the tokenizer cannot be read or the
-    shards cannot be written.
+    source in a mixture. A task writes `output/<split>-<rank>/`: shards of about `max_tokens`
+    tokens, and their description `part.json`. Raises DataError if the tokenizer is unreadable or
+    the shards cannot be written.
     """
 
     name, type = "stackproof shards", "🔢 - TOKENIZER"
@@ -165,8 +165,8 @@ class TokenizeBlock(PipelineStep):
     def run(
         self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1
     ) -> None:
-        """Write this task's part; one that is already there is replaced,
-        and what a killed attempt left is removed.
+        """Write the part of this task. Replaces an existing part and removes the remains of a
+        killed attempt.
         """
         tokenizer = load_tokenizer(self.tokenizer_path)
         part = part_folder(self.output, self.split, rank)
@@ -194,7 +194,7 @@ class TokenizeBlock(PipelineStep):
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _write(self, folder: Path, data: Iterable[Document], tokenizer: Tokenizer) -> dict:
-        """Shards in a folder; their description as a manifest has it."""
+        """Write shards to a folder. Returns their description in the format of a manifest."""
         counts: Counter = Counter()
         entries = shards.write_split(
             folder,
@@ -212,9 +212,7 @@ class TokenizeBlock(PipelineStep):
     def _encoded(
         self, data: Iterable[Document], tokenizer: Tokenizer, counts: Counter
     ) -> Iterator[tuple[list[int], int]]:
-        """(ids, document hash) of every document; the end-of-text id is
-        appended where they are written.
-        """
+        """(ids, document hash) of every document. The writer appends the end-of-text id."""
         for batch in batched(data, self.batch_size):
             with self.track_time("batch"):
                 encodings = tokenizer.encode_batch([d.text for d in batch])
@@ -231,17 +229,17 @@ class TokenizeBlock(PipelineStep):
 
 
 def part_folder(output: Path, split: str, rank: int) -> Path:
-    """Where the task of a rank writes."""
+    """The folder of the task of a rank."""
     return output / f"{split}-{rank:05d}"
 
 
 @require(lambda n_tasks: n_tasks >= 1, "a pipeline has at least one task")
 def collect(output: str | Path, split: str, n_tasks: int) -> dict:
-    """One split of all parts, in the order of ranks, as
-    `TokenStream(output, …)` and a manifest take it.
+    """One split of all parts, in the order of ranks, as an argument of `TokenStream(output, …)` and
+    an entry of a manifest.
 
-    Raises DataError if a part is missing, damaged, of another number of
-    tasks or of another tokenizer.
+    Raises DataError if a part is missing, damaged, of another number of tasks or of another
+    tokenizer.
     """
     output = Path(output)
     parts = [_part(output, split, rank, n_tasks) for rank in range(n_tasks)]
@@ -302,15 +300,15 @@ def drop_counts(logging_dir: str | Path, n_tasks: int) -> dict:
 
 
 def _task_counts(path: Path) -> Counter:
-    """Follows the documents of one task through its blocks, each of which must get what
-    the one before let through.
+    """The counts of one task by block. The input of each block must equal the output of the block
+    before it.
     """
     counts: Counter = Counter()
     try:
         blocks = [(b["name"], _numbers(b["stats"])) for b in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(
-            f"{path} does not tell what its task dropped: {e}",
+            f"{path} has no counts of dropped documents: {e}",
             next_step="wait for all tasks, or run the pipeline again",
         ) from e
     counted = [

@@ -35,13 +35,13 @@ def document_hash(text: str) -> int:
 
 
 def token_dtype(vocab_size: int) -> type:
-    """uint16 where every id fits, else uint32."""
+    """uint16 if every id fits, else uint32."""
     return np.uint16 if vocab_size <= 65536 else np.uint32
 
 
 def pack_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """Ids in the storage type. Raises DataError for an id outside the vocabulary,
-    before a cast could wrap it.
+    """Ids in the storage dtype. Raises DataError for an id outside the vocabulary, before the
+    cast.
     """
     array = np.asarray(ids, np.int64)
     if array.size and (array.min() < 0 or array.max() >= vocab_size):
@@ -63,8 +63,8 @@ def write_split(
     max_tokens: int = MAX_SHARD_TOKENS,
     first_number: int = 0,
 ) -> list[dict]:
-    """Write (ids, document hash) pairs as shards; an end-of-text id begins the
-    split and ends every document.
+    """Write (ids, document hash) pairs as shards. An end-of-text id precedes the split and ends
+    every document.
 
     Returns the manifest's entries: path, sha256, bytes, tokens, documents.
     """
@@ -114,11 +114,11 @@ def _write(
 
 
 class MappedShards(Sequence):
-    """Token arrays of shards by number, mapped when they are asked for; of more than `mappable()`
-    the least recently used go.
+    """Token arrays of shards by number, memory-mapped on first use. Beyond `mappable()` maps, the
+    least recently used is closed.
 
-    `lengths` int64 (n_shards,) are those of the manifest, so that opening a stream reads no
-    file but the first shard.
+    `lengths` int64 (n_shards,) come from the manifest, so opening a stream reads only the first
+    shard.
     """
 
     def __init__(self, paths: Sequence[Path], entries: Sequence[dict], vocab_size: int):
@@ -126,7 +126,7 @@ class MappedShards(Sequence):
         self.lengths = np.array([e["tokens"] for e in entries], np.int64)
         self._recent = lru_cache(mappable())(self._random_access)
         if len(paths):
-            self._recent(0)  # what was built for another vocabulary shows at once
+            self._recent(0)  # detects shards of another vocabulary immediately
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -135,15 +135,15 @@ class MappedShards(Sequence):
         return self._recent(number)
 
     def _random_access(self, number: int) -> np.ndarray:
-        """A map whose page faults read no neighbouring pages: rows are far apart."""
+        """A map without read-ahead, for random access to rows."""
         tokens = self.fresh(number)
         if isinstance(tokens, np.memmap) and hasattr(mmap, "MADV_RANDOM"):
             tokens._mmap.madvise(mmap.MADV_RANDOM)
-        return np.asarray(tokens)  # a slice of a memmap is another memmap, at five times the price
+        return np.asarray(tokens)  # a slice of a memmap is another memmap, at five times the cost
 
     def fresh(self, number: int) -> np.ndarray:
-        """A map of its own, for reading in order.
-        Raises DataError if the shard is not what the manifest says.
+        """A separate map for sequential reading.
+        Raises DataError if the shard contradicts the manifest.
         """
         path, dtype = self.paths[number], token_dtype(self.vocab_size)
         tokens = map_shard(path, "tokens")
@@ -160,8 +160,8 @@ class MappedShards(Sequence):
 
 
 def mappable() -> int:
-    """Shards that a stream may keep mapped: a quarter of the process's file descriptors,
-    one of which each map holds.
+    """Maximum number of mapped shards of a stream: a quarter of the process's file descriptors,
+    since each map uses one.
     """
     try:
         import resource
@@ -173,7 +173,7 @@ def mappable() -> int:
 
 def map_shard(path: Path, name: str) -> np.ndarray:
     """One array of a shard as a memory map.
-    Raises DataError saying what is wrong with the shard, or with the limits of the process.
+    Raises DataError for a damaged shard, or if a limit of the process is too low.
     """
     try:
         return tensorfile.memmap(path, name)
@@ -222,7 +222,7 @@ class TokenStream:
 
     @property
     def tokenizer_sha256(self) -> list[str]:
-        """What each shard's header says it was encoded with."""
+        """The tokenizer hash in the header of each shard."""
         return [tensorfile.read_header(p).metadata.get("tokenizer_sha256", "") for p in self.paths]
 
     def shard_document_starts(self) -> list[np.ndarray]:
@@ -241,8 +241,8 @@ class TokenStream:
 
     @require(lambda seq_len: seq_len >= 1, "a window has at least one input")
     def n_windows(self, seq_len: int) -> int:
-        """How many windows of seq_len + 1 tokens the shards hold;
-        the last few tokens of a shard may fill none.
+        """Number of windows of seq_len + 1 tokens in the shards; the last tokens of a shard may not
+        fill one.
         """
         return int(self._window_ends(seq_len)[-1]) if self.paths else 0
 
@@ -253,9 +253,7 @@ class TokenStream:
         return self._cuts[seq_len]
 
     def _make_grid(self, shard: int, seq_len: int) -> np.ndarray:
-        """A shard as a view (its windows, seq_len + 1) in which
-        neighbouring windows share a token.
-        """
+        """A shard as a view (n_windows, seq_len + 1); consecutive windows share a token."""
         return sliding_window_view(self._tokens[shard], seq_len + 1)[::seq_len]
 
     def shard_windows(self, seq_len: int) -> list[int]:
@@ -263,8 +261,8 @@ class TokenStream:
         return ((self._tokens.lengths - 1) // seq_len).tolist()
 
     def spans(self, seq_len: int) -> dict[str, tuple[int, int]]:
-        """(first window, number of windows) of every source, in order;
-        the shards of a source lie side by side.
+        """(first window, number of windows) of every source, in order; the shards of a source are
+        consecutive.
         """
         spans, first = {}, 0
         for source, n in zip(self.shard_sources, self.shard_windows(seq_len)):

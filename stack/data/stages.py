@@ -1,8 +1,7 @@
-"""What one process does with one part of a corpus: read and filter it into chunks,
-and turn a chunk into shards.
+"""The work of one process on one part of a corpus: read and filter it into chunks, and encode a
+chunk into shards.
 
-Both are functions of their job alone, write their result whole or not at all,
-and do nothing where it is already there.
+Both are pure functions of their job, write their result atomically, and skip a finished one.
 """
 
 import os
@@ -30,7 +29,7 @@ SHINGLES_AT_ONCE, ENCODED_AT_ONCE = 4096, 512
 
 @dataclass(frozen=True)
 class FilterJob:
-    """What a worker needs to read and filter one part."""
+    """Job: read and filter one part."""
 
     number: int
     source: str
@@ -44,7 +43,7 @@ class FilterJob:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What a worker needs to turn one chunk into shards."""
+    """Job: encode one chunk into shards."""
 
     number: int
     source: str
@@ -58,7 +57,7 @@ class EncodeJob:
 
 @dataclass
 class Chunk:
-    """Filtered documents of one source as they lie in a file of the work folder."""
+    """Filtered documents of one source in a file of the work folder."""
 
     source: str
     path: Path
@@ -66,15 +65,15 @@ class Chunk:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Write a JSON document whole or not at all."""
+    """Write a JSON document atomically."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     temporary.write_bytes(canonical_json(document))
     os.replace(temporary, path)
 
 
 def filter_part(job: FilterJob) -> dict:
-    """Read one part, keep what passes every filter, and write it as chunks; returns the receipt.
-    A finished part is not read again.
+    """Read one part, keep the documents that pass every filter, and write them as chunks. Returns
+    the receipt. A finished part is not read again.
     """
     final = job.work / f"part-{job.number:05d}"
     if (final / "receipt.json").is_file():
@@ -100,7 +99,9 @@ def filter_part(job: FilterJob) -> dict:
         n_chunks += 1
     receipt["chunks"] = n_chunks
     write_json(temporary / "receipt.json", receipt)
-    if (final / "receipt.json").is_file():  # somebody was faster; the result is the same
+    if (
+        final / "receipt.json"
+    ).is_file():  # another process finished it first, with the same result
         shutil.rmtree(temporary)
         return receipt
     shutil.rmtree(final, ignore_errors=True)
@@ -131,8 +132,8 @@ def _write_chunk(path: Path, texts: list[str], how: ExactDedup | NearDedup) -> N
 
 
 class Signatures(Sequence):
-    """MinHash signatures of chunks by number, mapped anew each time they are asked for, so that
-    what was read does not stay resident.
+    """MinHash signatures of chunks by number, memory-mapped on each access, so that pages do not
+    stay resident.
     """
 
     def __init__(self, paths: list[Path]):
@@ -158,8 +159,8 @@ def sides(
     """(split, text, document hash) of every text.
     Equal documents are always on one side of a hash split.
 
-    A tail split cuts each in two; the held-out half has the hash of the whole with HELD_OUT_MARK,
-    so that halves are told apart.
+    A tail split cuts each document in two; the hash of the held-out half is that of the whole with
+    HELD_OUT_MARK, so the halves differ.
     """
     match cfg:
         case HashSplit(validation_frac=frac):
@@ -185,7 +186,7 @@ def chunk_sides(cfg: HashSplit | TailSplit, chunk: Chunk) -> Iterator[tuple[str,
 
 
 def encode_chunk(job: EncodeJob) -> dict:
-    """Write the shards of one chunk; returns counts and manifest entries per split.
+    """Write the shards of one chunk. Returns counts and manifest entries per split.
     A finished chunk is not encoded again.
     """
     done = job.work / f"encoded-{job.number:05d}.json"

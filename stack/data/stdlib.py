@@ -16,8 +16,8 @@ SKIPPED_FOLDERS = frozenset(
     "test tests idle_test lib2to3 site-packages dist-packages __pycache__ ensurepip".split()
 )
 PANGRAM = "the quick brown fox jumps over the lazy dog. "
-# What a C module defines. Anything else found in one (open files, module state, what an import put
-# there) differs between processes.
+# Types that a C module defines. Other values in it (open files, module state, imports) differ
+# between # processes.
 C_DEFINED = (
     type,
     types.BuiltinFunctionType,
@@ -28,9 +28,9 @@ C_DEFINED = (
     types.ClassMethodDescriptorType,
     staticmethod,
 )
-# Places of `sys` where programs leave their own objects. The first two are left out; of the others
-# the original beside them is read (`sys.__displayhook__`), so that a corpus is the same under
-# Typer, pytest, a debugger and a bare interpreter.
+# Attributes of `sys` that programs replace. The first two are skipped; for the others the original
+# is # read (`sys.__displayhook__`), so that a corpus is the same under Typer, pytest, a debugger
+# and a bare # interpreter.
 LEFT_OUT = frozenset(("sys.excepthook", "sys.last_type"))
 HOOKS = frozenset(("sys.displayhook", "sys.unraisablehook", "sys.breakpointhook"))
 
@@ -69,8 +69,8 @@ def documentation() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Docstrings of a module and everything defined in it, outside in,
-    each under its name and signature.
+    """Docstrings of a module and of all definitions in it, outer ones first, each with name and
+    signature.
     """
     text = ast.get_docstring(node)
     if text and len(text) >= MIN_DOC_CHARS:
@@ -86,11 +86,10 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _builtin_docs() -> Iterator[tuple[str, str]]:
-    """Documentation of what is written in C: builtins and the modules
-    compiled into the interpreter.
+    """Documentation of builtins and of the modules compiled into the interpreter.
 
-    These modules are imported, so that the text does not depend on what the process
-    happened to import before.
+    These modules are imported first, so that the text does not depend on earlier imports of the
+    process.
     """
     for module in sorted({"builtins", *sys.builtin_module_names}):
         for name, value in _c_members(module):

@@ -1,7 +1,7 @@
-"""Byte-level BPE, byte and character tokenizers, and any of the Hugging Face format,
-behind one interface.
+"""Byte-level BPE, byte and character tokenizers, and any of the Hugging Face format, behind one
+interface.
 
-Text never becomes a control id.
+Text is never encoded as a control id.
 """
 
 import json
@@ -19,7 +19,7 @@ from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# Tokens that end a text in the tokenizers people publish, most telling first.
+# End-of-text tokens of published tokenizers, the most specific first.
 KNOWN_ENDS = (
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -30,24 +30,24 @@ KNOWN_ENDS = (
     "<｜end▁of▁sentence｜>",
     "[SEP]",
 )
-# tiktoken's pattern engine gives up on about a million white-space characters in a row,
-# and takes the process with it.
+# tiktoken's pattern engine crashes the process at about a million consecutive white-space
+# characters.
 FAST_CHARS_MAX = 500_000
-# GPT-2's way of cutting a text into words, which the byte-level pre-tokenizer shares.
+# GPT-2's pattern for splitting a text into words, also that of the byte-level pre-tokenizer.
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Token ids of a text and how many of its characters the tokenizer could not spell."""
+    """Token ids of a text, and the number of its characters outside the vocabulary."""
 
     ids: list[int]
     dropped_chars: int = 0
 
 
 class Tokenizer:
-    """What all tokenizers can do. `sha256` pins the saved form; shards,
-    checkpoints and evaluations compare it.
+    """Interface of all tokenizers. `sha256` is the hash of the saved form, compared by shards,
+    checkpoints and evaluations.
     """
 
     kind: str
@@ -56,32 +56,30 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """Ids that no text can become: the end of text and declared special tokens.
-        They stand for no bytes.
+        """Ids that text is never encoded as: the end-of-text token and declared special tokens.
+        They have 0 bytes.
         """
         return frozenset((self.eos_id,))
 
     def literal(self, control_id: int) -> str:
-        """How a control id is written; as text it must be spelled out.
-        Empty where it has no writing.
+        """The literal form of a control id, which is encoded as plain text; empty if it has
+        none.
         """
         return ""
 
     def encode(self, text: str) -> Encoding:
-        """Ids of a text; a literal end-of-text marker in it is spelled out like any other text."""
+        """Ids of a text. A literal end-of-text marker is encoded as plain text."""
         raise NotImplementedError
 
     def encode_batch(self, texts: list[str]) -> list[Encoding]:
         return [self.encode(t) for t in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; ids that cut a character in two give U+FFFD,
-        the end of text gives nothing.
-        """
+        """Text of ids. Incomplete characters give U+FFFD, end-of-text tokens give nothing."""
         raise NotImplementedError
 
     def to_bytes(self) -> bytes:
-        """The saved form; what `sha256` pins."""
+        """The saved form, of which `sha256` is the hash."""
         raise NotImplementedError
 
     @cached_property
@@ -90,9 +88,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each id stands for, int32 (vocab_size,); the
-        end of text stands for none.
-        """
+        """Number of bytes of each id, int32 (vocab_size,); 0 for the end-of-text token."""
         raise NotImplementedError
 
     def save(self, path: Path) -> None:
@@ -103,8 +99,8 @@ class Bpe(Tokenizer):
     """A tokenizer of the `tokenizers` library, saved in that library's own format; ours is
     byte-level BPE without a normaliser.
 
-    `eos_token` ends a document. Batches are encoded by tiktoken where it is installed and the
-    merges allow it: the ids are the same.
+    `eos_token` ends a document. Batches are encoded by tiktoken if it is installed and supports the
+    merges: the ids are equal.
     """
 
     kind = "bpe"
@@ -113,12 +109,12 @@ class Bpe(Tokenizer):
         self.inner = inner
         # A literal "<|endoftext|>" in a document is text and must not end it.
         self.inner.encode_special_tokens = True
-        # A file may say that texts are cut or filled up to a length; a corpus is neither.
+        # A file may declare truncation or padding; neither applies to a corpus.
         self.inner.no_truncation()
         self.inner.no_padding()
         self.vocab_size = inner.get_vocab_size()
         self.eos_id = inner.token_to_id(eos_token)
-        # Appended to the file when saved, because the format has no place for it.
+        # Appended to the saved file, because the format has no field for it.
         self.eos_token = eos_token
 
     @cached_property
@@ -156,13 +152,13 @@ class Bpe(Tokenizer):
 
     @property
     def encoder(self) -> str:
-        """Which library encodes batches."""
+        """The library that encodes batches."""
         return "tokenizers" if self._fast is None else "tiktoken"
 
     @cached_property
     def _fast(self):
-        """The same merges in tiktoken, or None where it is absent, cannot hold them, or answers
-        otherwise on a hard text.
+        """The same merges in tiktoken; None if it is not installed, does not support them, or gives
+        other ids on a test text.
         """
         ranks = _tiktoken_ranks(self.inner, self._pieces, self.control_ids)
         try:
@@ -187,8 +183,8 @@ class Bpe(Tokenizer):
 
     @cached_property
     def _pieces(self) -> list[bytes] | None:
-        """The exact bytes of every id, control ids none; None for a
-        vocabulary that is not byte-level.
+        """The exact bytes of every id, empty for control ids; None for a vocabulary that is not
+        byte-level.
         """
         if not _is_byte_level(self.inner):
             return None
@@ -222,7 +218,7 @@ class Bpe(Tokenizer):
         saved = self.inner.to_str(pretty=False)
         if self.eos_token == _known_end(self.inner):
             return saved.encode()
-        # The library's format has no place for the choice of another end of text.
+        # The format of the library has no field for another end-of-text token.
         return canonical_json(
             {"stackproof_tokenizer": "hf", "eos_token": self.eos_token, "tokenizer": saved}
         )
@@ -248,14 +244,14 @@ def _written_bytes(piece: str) -> int:
 
 
 def _saved_merges(saved: dict) -> list[list[str]]:
-    """Merges of a saved tokenizer, of which older files hold each as one string."""
+    """Merges of a saved tokenizer; older files hold each merge as one string."""
     return [m if isinstance(m, list) else m.split(" ") for m in saved["model"]["merges"]]
 
 
 def _tiktoken_ranks(
     inner, pieces: list[bytes] | None, control_ids: frozenset[int]
 ) -> dict[bytes, int] | None:
-    """Bytes to rank for tiktoken, or None for what it cannot express: another way of cutting words,
+    """Bytes to rank for tiktoken; None if it does not support the tokenizer: another word pattern,
     a normaliser, ids out of order.
     """
     saved = json.loads(inner.to_str())
@@ -339,10 +335,10 @@ class Chars(Tokenizer):
 def make_tokenizer(
     cfg: BpeTokenizer | ByteTokenizer | CharTokenizer | FileTokenizer, texts: Iterable[str]
 ) -> Tokenizer:
-    """Train the declared tokenizer on texts, or load it; the same texts in the same
-    order give the same bytes.
+    """Train the declared tokenizer on texts, or load it; the same texts in the same order give the
+    same bytes.
 
-    Raises DataError for a file that is no tokenizer, or texts too short for the vocabulary.
+    Raises DataError for a file that is not a tokenizer, or texts too short for the vocabulary.
     """
     match cfg:
         case BpeTokenizer():
@@ -360,8 +356,8 @@ def train_bpe(vocab_size: int, texts: Iterable[str], special_tokens: Iterable[st
     """Byte-level BPE by the `tokenizers` library.
     Ids: control tokens, 256 bytes, then merges in the order they were made.
 
-    Raises DataError for a special token that is a word of the texts,
-    since the two would share an id.
+    Raises DataError for a special token that is a word of the texts, because both would have one
+    id.
     """
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -394,7 +390,7 @@ def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
     """Read a saved tokenizer, ours or any tokenizer.json of the Hugging Face format.
 
     `eos_token` names the token that ends a document; empty takes the first known one.
-    Raises DataError naming the file if it is damaged, of an unknown kind, or has no such token.
+    Raises DataError with the file if it is damaged, of an unknown kind, or lacks the token.
     """
     try:
         return _parse(path.read_bytes(), eos_token)
@@ -407,8 +403,8 @@ def load_tokenizer(path: Path, *, eos_token: str = "") -> Tokenizer:
 
 
 def _parse(data: bytes, eos_token: str) -> Tokenizer:
-    """The tokenizer that bytes describe.
-    Raises ValueError or whatever the library raises if they describe none we can trust.
+    """The tokenizer in the saved form `bytes`.
+    Raises ValueError, or any exception of the library, if they are not a valid tokenizer.
     """
     match json.loads(data):
         case {"model": _}:
@@ -434,5 +430,5 @@ def _from_library(saved: str, eos_token: str) -> Bpe:
             f"it has no token {eos_token or ' or '.join(KNOWN_ENDS)} that could end a text"
         )
     loaded = Bpe(inner, end)
-    _ = loaded.token_bytes  # every id must stand for bytes
+    _ = loaded.token_bytes  # raises if an id has no bytes
     return loaded

@@ -1,4 +1,4 @@
-"""Processes that work through jobs and end with whoever started them."""
+"""Worker processes that end with their parent process."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +10,8 @@ from typing import Any
 
 
 def _die_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went, so that nothing is
-    written behind a restart's back.
+    """End this worker when its parent process has ended for any reason, so that it cannot write
+    during a restart.
     """
 
     def watch() -> None:
@@ -22,7 +22,7 @@ def _die_with_parent() -> None:
 
 
 class Pool:
-    """Runs jobs in this process or in several; yields (job, result) as they finish.
+    """Run jobs in this process or in several, and yield (job, result) as they finish.
     One worker is this process.
     """
 

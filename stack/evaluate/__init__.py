@@ -1,1 +1,1 @@
-"""What a model is worth on held-out text, what it writes, and when more training stops paying."""
+"""Held-out loss, sampling, suites of prompts, memorization, and early stopping."""

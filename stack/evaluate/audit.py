@@ -1,8 +1,8 @@
-"""Audits of what a model can do: a suite's prompts asked one by one, judged by machine,
-with room for a person's grade.
+"""Audits: answers of a model to the prompts of a suite, judged by checkers, with optional human
+grades.
 
-Breadth is the number of domains in which at least one prompt passes.
-Over the steps of a run it is a sign of convergence: see `standstill`.
+Breadth is the number of domains with at least one passed prompt. Its plateau over the steps of a
+run is a sign of convergence: see `standstill`.
 """
 
 import json
@@ -18,13 +18,13 @@ from stackproof.evaluate.sampling import generate
 from stackproof.evaluate.suite import Suite
 from stackproof.spec.errors import DataError
 
-AFTER = 2  # audits that must follow the widest one before breadth is said to stand still
+AFTER = 2  # audits that must follow the maximum of breadth before it counts as a plateau
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt at one step. `faults` are the machine's, empty where it passes; `grade` is a
-    person's, of whatever scale, or None.
+    """The answer to one prompt at one step. `faults` are those found by the checkers, empty if it
+    passes. `grade` is a human grade on any scale, or None.
     """
 
     step: int
@@ -47,10 +47,10 @@ def audit(
     step: int,
     tell: Callable[[str], None] = lambda prompt: None,
 ) -> list[Answer]:
-    """Ask every prompt, greedily: nothing is drawn, so the same weights give the same answers.
+    """Answer every prompt with greedy decoding, so equal weights give equal answers.
 
-    A context that is too short is cut as in all sampling; `lost_prompt_tokens` counts what of the
-    prompt the model has not read. `tell` hears the id of every prompt after it was asked.
+    A prompt that exceeds the context is cut as in all sampling; `lost_prompt_tokens` counts its
+    tokens outside the context. `tell` is called with the id of each finished prompt.
     """
     answers = []
     for domain in suite.domain:
@@ -90,7 +90,9 @@ def audit(
 
 
 def breadth(answers: Iterable[Answer]) -> dict[str, int]:
-    """Passes by domain, in the order of the suite; breadth is how many of them are above 0."""
+    """Passed prompts by domain, in the order of the suite; breadth is the number of domains above
+    0.
+    """
     passes: Counter[str] = Counter()
     for answer in answers:
         passes[answer.domain] += answer.passed
@@ -98,9 +100,9 @@ def breadth(answers: Iterable[Answer]) -> dict[str, int]:
 
 
 def graded(answers: Sequence[Answer], grades: Path) -> list[Answer]:
-    """Answers with the grades that a person has put into an earlier file of answers.
+    """The answers with the human grades of an earlier file of answers.
 
-    Raises DataError for a grade of another text: what was graded is not what is said now.
+    Raises DataError for a grade of another text, or of a prompt that was not run.
     """
     known = {
         (line["step"], line["prompt"]): line
@@ -121,20 +123,20 @@ def graded(answers: Sequence[Answer], grades: Path) -> list[Answer]:
     if known:
         step, prompt = next(iter(known))
         raise DataError(
-            f"{grades} grades {prompt} at step {step}, which is not asked here",
-            next_step="give the suite and run of that file",
+            f"{grades} grades {prompt} at step {step}, which is not part of this audit",
+            next_step="use the suite and run of that file",
         )
     return found
 
 
 def to_lines(answers: Iterable[Answer]) -> bytes:
-    """One JSON object per line, as `audits.jsonl` holds them."""
+    """The answers as lines of `audits.jsonl`, one JSON object each."""
     return b"".join(json.dumps(asdict(a), ensure_ascii=False).encode() + b"\n" for a in answers)
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """The lines of an `audits.jsonl`.
-    Raises DataError for one that is no answer, or whose grade is no number.
+    Raises DataError for a line that is not an answer, or with a grade that is not a number.
     """
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -151,7 +153,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
             grade is None or type(grade) in (int, float)
         ):
             raise DataError(
-                f"{path}, line {number}: no answer with a grade that is a number or null",
+                f"{path}, line {number}: not an answer with a number or null as grade",
                 next_step="correct the line",
             )
     return lines
@@ -159,8 +161,8 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Standstill:
-    """Since which step breadth has not grown, how wide it was there, how many audits followed, and
-    what was lost again by the last.
+    """A plateau of breadth: its first step, its breadth, the audits since, and the domains that
+    regressed by the last audit.
     """
 
     step: int
@@ -170,17 +172,17 @@ class Standstill:
 
 
 def standstill(rounds: Mapping[int, Mapping[str, int]]) -> Standstill | None:
-    """Where breadth came to stand still, of passes by domain by step; None while fewer than AFTER
-    audits have followed its widest.
+    """The plateau of breadth, from passed prompts by domain by step; None while fewer than AFTER
+    audits follow the maximum.
 
-    The first step of the greatest breadth counts. What was passed there and is not passed at the
-    last step is `lost`: a model that forgets stands still as well, but has not converged. Raises
-    DataError if the rounds are of other domains.
+    The plateau begins at the first step of the maximum. Domains passed there and not at the last
+    step are `lost`: a model that forgets has a plateau too, but has not converged. Raises DataError
+    if the audits have different domains.
     """
     steps = sorted(rounds)
     if len({frozenset(rounds[s]) for s in steps}) > 1:
         raise DataError(
-            "audits of different domains have no common breadth",
+            "these audits have different domains, so their breadths cannot be compared",
             next_step="compare audits of one suite",
         )
     wide = {s: sum(n > 0 for n in rounds[s].values()) for s in steps}
@@ -193,7 +195,7 @@ def standstill(rounds: Mapping[int, Mapping[str, int]]) -> Standstill | None:
 
 
 def by_step(answers: Iterable[Answer]) -> dict[int, dict[str, int]]:
-    """Passes by domain by step."""
+    """Passed prompts by domain, by step."""
     found: dict[int, list[Answer]] = {}
     for answer in answers:
         found.setdefault(answer.step, []).append(answer)

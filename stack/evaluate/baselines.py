@@ -1,5 +1,5 @@
-"""What counting alone reaches: unigram and bigram models fitted on training tokens,
-scored on held-out ones. V vocab.
+"""Count baselines: unigram and bigram models fitted on training tokens and scored on held-out ones.
+V vocab.
 """
 
 import math
@@ -66,8 +66,8 @@ def _bits_per_byte(probs: np.ndarray, labels: np.ndarray, tokenizer: Any) -> flo
 
 @require(lambda validation: validation.n_tokens >= 2, "there are held-out tokens to score")
 def unigram_bits_per_byte(train: Any, validation: Any, tokenizer: Any) -> float:
-    """Held-out bits per byte of the add-one unigram, fitted on at most MAX_FIT_TOKENS tokens; all
-    but the first held-out one are scored.
+    """Held-out bits per byte of the add-one unigram, fitted on at most MAX_FIT_TOKENS tokens. The
+    first held-out token is not scored.
     """
     labels = tokens_of(validation)[1:]
     probs = unigram_probs(tokens_of(train, MAX_FIT_TOKENS), tokenizer.vocab_size)
@@ -83,5 +83,5 @@ def bigram_bits_per_byte(train: Any, validation: Any, tokenizer: Any) -> float:
 
 
 def uniform_loss_nats(vocab_size: int) -> float:
-    """Loss of guessing every token alike: ln V."""
+    """Loss in nats of a uniform distribution over the vocabulary: ln V."""
     return math.log(vocab_size)

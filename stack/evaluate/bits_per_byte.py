@@ -1,8 +1,7 @@
 """Held-out loss in nats per token and bits per byte.
-Sums and counts are kept; each mean is divided once.
 
-B batch, T tokens, V vocab. Bits per byte, unlike loss per token,
-compares models with different tokenizers.
+B batch, T tokens, V vocab. Sums and counts are kept, and each mean is divided once. Bits per byte
+are comparable between tokenizers, loss per token is not.
 """
 
 import math
@@ -28,8 +27,9 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss over batches. `n_bytes` are those of the scored labels; end-of-text tokens
-    stand for none. `training_modules` names modules that were in training mode.
+    """Held-out loss over batches. `n_bytes` counts the bytes of the scored labels; an end-of-text
+    token has 0 bytes. `training_modules` names modules that were in training
+    mode.
     """
 
     loss_nats: float
@@ -44,8 +44,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """Held-out loss over texts. Nats, bytes and characters cover the same symbols:
-    those the tokenizer kept.
+    """Held-out loss over texts. Nats, bytes and characters cover the same symbols: those kept by
+    the tokenizer.
     """
 
     bits_per_byte: float
@@ -64,7 +64,7 @@ class TextEvaluation:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is put back afterwards."""
+    """Eval mode without gradients; the mode of every module is restored on exit."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -94,7 +94,7 @@ def batch_sums(
 
 
 def label_bytes(labels: Tensor, token_bytes: np.ndarray) -> int:
-    """UTF-8 bytes behind the scored labels."""
+    """UTF-8 bytes of the scored labels."""
     kept = labels[labels != IGNORE].cpu().numpy()
     return int(np.asarray(token_bytes)[kept].sum(dtype=np.int64))
 
@@ -109,19 +109,19 @@ def evaluate_batches(
     device: torch.device | str = "cpu",
     autocast: Autocast = nullcontext,
 ) -> Evaluation:
-    """Loss of `model` over batches with `input_ids` and `labels` (B, T) int64,
-    label −100 not scored.
+    """Loss of `model` over batches with `input_ids` and `labels` (B, T) int64, label −100 not
+    scored.
 
-    `token_bytes[id]` is the number of UTF-8 bytes an id stands for. `stderr_nats` is the standard
-    error of the mean over batches. Every module's mode and torch's random state are the same
-    afterwards. Raises DataError if a batch scores nothing.
+    `token_bytes[id]` is the number of UTF-8 bytes of an id. `stderr_nats` is the standard error of
+    the mean over batches. Modes of modules and torch's random state are unchanged. Raises DataError
+    if a batch has no valid label.
     """
     with evaluating(model):
         sums = [batch_sums(model, b, device, autocast) for b in batches]
         training = tuple(name for name, m in model.named_modules() if m.training)
     if not all(n for _, n in sums):
         raise DataError(
-            "a held-out batch has no valid label, so it has no loss",
+            "a held-out batch has no valid label",
             next_step="check the label mask",
         )
     return _combine(sums, sum(label_bytes(b.labels, token_bytes) for b in batches), training)
@@ -151,19 +151,19 @@ def _combine(
 
 @dataclass(frozen=True)
 class Window:
-    """Rows of equal length; labels of symbols scored elsewhere, and of padding, are −100."""
+    """Rows of equal length. Labels of symbols scored in other windows, and of padding, are −100."""
 
     input_ids: Tensor
     labels: Tensor
 
 
 def windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, stride: int, pad_id: int) -> Window:
-    """Overlapping windows over a token stream, so that each token but the
-    first is a label exactly once.
+    """Overlapping windows over a token stream, so that each token but the first is a label exactly
+    once.
 
         stream   E a b c d e f    seq_len 4, stride 2
         window 0 E a b c          scores a b c d
-        window 1     b c d e      scores e f (labels c d … were scored above, and serve as context)
+        window 1     b c d e      scores e f (c d were scored above and are context)
 
     Returns input_ids and labels, both (windows, seq_len) int64;
     the last window is padded with `pad_id`.
@@ -185,7 +185,7 @@ def windows(ids: Sequence[int] | np.ndarray, *, seq_len: int, stride: int, pad_i
 
 @require(
     lambda seq_len, stride: 1 <= stride <= seq_len,
-    "1 ≤ stride ≤ seq_len, or symbols would be skipped",
+    "1 ≤ stride ≤ seq_len; a larger stride skips symbols",
 )
 @require(lambda batch_size: batch_size >= 1, "a batch has at least one row")
 def evaluate_tokens(
@@ -203,12 +203,12 @@ def evaluate_tokens(
     """Loss over a whole token stream; its first token is context only.
     `batch_nats` holds one mean per window.
 
-    All windows have one length, so the batch size changes the result by no more than float32 matrix
-    products do (1e-6 relative). Raises DataError if there is nothing to score.
+    All windows have the same length, so the batch size changes the result only by the rounding of
+    float32 matrix products (1e-6 relative). Raises DataError for fewer than two tokens.
     """
     if len(ids) < 2:
         raise DataError(
-            "there is no token to score",
+            "the text has no token to score",
             value=f"{len(ids)} token(s)",
             next_step="give a longer text",
         )
@@ -247,10 +247,10 @@ def evaluate_text(
     """Score texts, joined by end-of-text tokens and beginning with one.
     Every byte the tokenizer keeps is scored exactly once.
 
-    Nats of the end-of-text tokens between texts are counted, and stand for 0 bytes; a single text
-    has none. Characters the tokenizer drops leave numerator and denominator alike, and are counted.
-    `stride` (default half of `seq_len`) is how far a window moves; the rest of it is context.
-    Raises DataError if nothing is left to score.
+    End-of-text tokens between texts count with their nats and 0 bytes; a single text has none.
+    Dropped characters are counted, and excluded from numerator and denominator. `stride` (default:
+    half of `seq_len`) is the step between windows; the rest of a window is context. Raises
+    DataError if the tokenizer keeps no character.
     """
     stride = max(1, seq_len // 2) if stride is None else stride
     encodings = [tokenizer.encode(text) for text in texts]
@@ -268,7 +268,7 @@ def evaluate_text(
     chars, n_bytes = kept_symbols(texts, result, dropped_chars)
     if not n_bytes:
         raise DataError(
-            "the tokenizer knows no character of the text",
+            "no character of the text is in the vocabulary",
             value=f"{dropped_chars} dropped",
             next_step="use a byte or bpe tokenizer",
         )
@@ -289,11 +289,11 @@ def evaluate_text(
 
 
 def kept_symbols(texts: Sequence[str], result: Evaluation, dropped_chars: int) -> tuple[int, int]:
-    """Characters and bytes behind the scored symbols: what the tokenizer dropped is in neither."""
+    """Characters and bytes of the scored symbols, without dropped characters."""
     return sum(len(t) for t in texts) - dropped_chars, result.n_bytes
 
 
 def n_dropped(encoding: Any) -> int:
-    """Characters a tokenizer left out, whether it gives their count or a list of them."""
+    """Number of dropped characters, from a tokenizer that returns their count or a list of them."""
     dropped = encoding.dropped_chars
     return dropped if isinstance(dropped, int) else len(dropped)

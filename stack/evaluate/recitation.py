@@ -1,4 +1,4 @@
-"""Does the model continue what it has read word for word?
+"""Memorization: whether the model continues passages of its training data word for word.
 N passages, W tokens each, T tokens of a row, V vocab.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stackproof.evaluate.bits_per_byte import evaluating
 
-PASSAGES, PASSAGE_TOKENS = 32, 64  # the first half of a passage is given, the second asked for
-ROWS_AT_ONCE = 8  # so that the logits of a large vocabulary stay small
+PASSAGES, PASSAGE_TOKENS = 32, 64  # the first half of a passage is the prompt
+ROWS_AT_ONCE = 8  # bounds the memory of logits over a large vocabulary
 
 
 def matched(
@@ -23,12 +23,11 @@ def matched(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[int]:
-    """How many tokens of each passage's second half the model's most likely tokens repeat
-    before the first that differs.
+    """Number of tokens of each passage's second half that greedy decoding repeats before the first
+    difference.
 
-    A greedy continuation is the passage word for word exactly if the most likely token is the
-    passage's at each place where all before it are, so one forward over the passage answers what
-    generating would.
+    Greedy decoding repeats the passage exactly as long as the most likely token is the next token
+    of the passage, so one forward over the passage is sufficient.
     """
     given, found = ids_NW.shape[1] // 2, []
     with evaluating(model), torch.inference_mode():
@@ -41,8 +40,8 @@ def matched(
 
 
 def passages(batches: Sequence[Any]) -> Tensor:
-    """Up to PASSAGES passages (N, W) int64 of the rows of some batches, each within one document; W
-    is at most a row's length.
+    """Up to PASSAGES passages (N, W) int64 from the rows of some batches, each within one document.
+    W is at most the length of a row.
     """
     width = min(PASSAGE_TOKENS, batches[0].input_ids.shape[1])
     chosen = [p for _, p in zip(range(PASSAGES), _of_rows(batches, width))]
@@ -65,11 +64,11 @@ def _of_rows(batches: Sequence[Any], width: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Memorization:
-    """How many passages of some batches a model continues word for word from their
-    first `prefix_tokens` tokens.
+    """Number of passages that a model continues word for word from their first `prefix_tokens`
+    tokens.
 
-    `matched_tokens` is how many tokens it repeats on average.
-    `held_out()` counts the same over `n_held_out` passages it was not trained on.
+    `matched_tokens` is the mean number of repeated tokens. `held_out()` counts the same over
+    `n_held_out` passages outside of the training data.
     """
 
     n_passages: int
@@ -83,7 +82,7 @@ class Memorization:
 def memorization(
     model: nn.Module, read: Sequence[Any], unread: Sequence[Any], **options: Any
 ) -> Memorization:
-    """Memorization of the batches `read`, with held-out batches to compare with.
+    """Memorization of the training batches `read`, with held-out batches for comparison.
     `options` are those of `matched`.
     """
     read_NW, unread_NW = passages(read), passages(unread)

@@ -1,4 +1,4 @@
-"""Drawing text from a model. Filters are pure functions on logits; chance comes in as uniform
+"""Sampling text from a model. Filters are pure functions of logits; randomness enters as uniform
 numbers. V vocab, R draws.
 """
 
@@ -18,8 +18,8 @@ COPY_PAYS_FROM_TOKENS = 64
 
 
 def penalise_repetition(logits_V: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
-    """Make tokens already present less likely: positive logits are divided by `penalty`, negative
-    ones multiplied. 1 changes nothing.
+    """Repetition penalty: divide positive logits of present tokens by `penalty`, multiply negative
+    ones. 1 changes nothing.
 
     Source: CTRL, arXiv:1909.05858, sec. 4.1.
     """
@@ -31,7 +31,7 @@ def penalise_repetition(logits_V: Tensor, seen: Iterable[int], penalty: float) -
 
 
 def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """Mask all but the k largest logits with −inf; of equal logits the lower id stays.
+    """Mask all but the k largest logits with −inf; of equal logits the lower id is kept.
     0, or k ≥ V, keeps all.
     """
     if k == 0 or k >= logits_V.shape[-1]:
@@ -43,8 +43,8 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probability reaches `p`, the token that
-    crosses it included. 1 keeps all.
+    """Nucleus sampling: keep the smallest set of most likely tokens with a total probability of at
+    least `p`. 1 keeps all.
 
     Source: The Curious Case of Neural Text Degeneration, arXiv:1904.09751, sec. 3.1.
     """
@@ -61,7 +61,7 @@ def filtered_probs(
     logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
     """Probabilities (V,) float64 after temperature, then top-k, then top-p.
-    Temperature 0 puts all on the most likely token.
+    With temperature 0 the most likely token has probability 1.
     """
     if temperature == 0.0:
         return torch.zeros_like(logits_V, dtype=torch.float64).index_fill(0, logits_V.argmax(), 1.0)
@@ -69,11 +69,11 @@ def filtered_probs(
 
 
 def pick(probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
-    """Ids (R,) int64 by inverting the cumulative distribution at `uniforms_R` in [0, 1]; an id of
-    probability 0 cannot come out.
+    """Ids (R,) int64 by inverting the cumulative distribution at `uniforms_R` in [0, 1]. An id of
+    probability 0 is never drawn.
 
-    The search runs over the support only, so neither u = 0 nor rounding at u → 1 can leave
-    it (pytorch/pytorch#48841).
+    The search runs over the support only, so neither u = 0 nor rounding at u → 1 leaves it
+    (pytorch/pytorch#48841).
     """
     support = probs_V.nonzero().flatten()
     cumulative = probs_V[support].cumsum(-1)
@@ -82,8 +82,8 @@ def pick(probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
 
 
 def window_start(n_tokens: int, start: int, max_seq_len: int) -> int:
-    """First position the model still sees.
-    A full context is cut to its last half, so re-reading it is rare.
+    """First position inside the context.
+    A full context is cut to its last half, so that it is recomputed rarely.
     """
     return n_tokens - max(1, max_seq_len // 2) if n_tokens - start > max_seq_len else start
 
@@ -102,10 +102,11 @@ def window_start(n_tokens: int, start: int, max_seq_len: int) -> int:
 )
 @require(
     lambda temperature, generator: temperature == 0 or generator is not None,
-    "drawing needs a generator: chance is never implicit",
+    "sampling needs an explicit generator",
 )
 @ensure(
-    lambda result, max_new_tokens: len(result) <= max_new_tokens, "at most max_new_tokens come back"
+    lambda result, max_new_tokens: len(result) <= max_new_tokens,
+    "at most max_new_tokens are returned",
 )
 def generate(
     model: nn.Module,
@@ -122,10 +123,9 @@ def generate(
 ) -> list[int]:
     """The new token ids after the prompt `ids`, without the end-of-text token that may end them.
 
-    One uniform float64 per token comes from `generator` (CPU), so a seed gives the same text with
-    any other rows in flight. Where prompt and new tokens exceed max_seq_len, the model goes on with
-    the last half of its context, read afresh, with and without cache alike. Every module's mode is
-    put back.
+    Each token takes one uniform float64 from `generator` (CPU), so a seed gives the same text in
+    any batch. If prompt and new tokens exceed max_seq_len, generation continues with the last half
+    of the context, recomputed, with and without a cache. The mode of every module is restored.
     """
     tokens, start, cache = list(ids), 0, None
     with evaluating(model), torch.inference_mode():
@@ -150,11 +150,10 @@ def generate(
 
 
 def laid_out_for_rows(model: nn.Module, n_tokens: int) -> nn.Module:
-    """The model; on a CPU, if enough tokens pay for it, a copy whose matrices hold the weights of
-    one input feature side by side.
+    """The model; on a CPU, for enough tokens, a copy with transposed storage of its matrices.
 
-    A product with a single row then reads its matrix as a stream; output by output, as they are
-    stored, it waits for memory.
+    A product with a single row then reads its matrix sequentially, which is faster than one output
+    after another.
     """
     if model.embed.weight.device.type != "cpu" or n_tokens < COPY_PAYS_FROM_TOKENS:
         return model
@@ -167,8 +166,8 @@ def laid_out_for_rows(model: nn.Module, n_tokens: int) -> nn.Module:
 def next_logits(
     model: nn.Module, context: Sequence[int], cache: KVCache | None, use_cache: bool
 ) -> tuple[Tensor, KVCache | None]:
-    """Logits (V,) after `context`, and the cache that now holds it.
-    Only positions the cache lacks are read, and the last gets logits.
+    """Logits (V,) of the last position of `context`, and the cache that holds it. Only positions
+    outside the cache are computed.
     """
     if use_cache and cache is None:
         cache = KVCache(model.cfg, device=model.embed.weight.device, dtype=model.embed.weight.dtype)
@@ -189,7 +188,7 @@ def sample_loss(
     device: torch.device | str = "cpu",
     autocast: Autocast = nullcontext,
 ) -> float:
-    """Mean loss of a model on what it drew itself, nats per token, at temperature 1."""
+    """Mean loss of a model on its own samples at temperature 1, nats per token."""
     context = torch.tensor([*prompt_ids, *ids])[-model.cfg.max_seq_len - 1 :]
     n = min(len(ids), len(context) - 1)
     with evaluating(model), autocast():

@@ -1,6 +1,4 @@
-"""When to stop: on a lack of gain that stands out of the noise, never on the noise.
-All losses in nats per token.
-"""
+"""Early stopping by a paired comparison of evaluations. All losses in nats per token."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +11,8 @@ from stackproof.contracts.conditions import require
 
 @dataclass(frozen=True)
 class Decision:
-    """What one evaluation round decided.
-    `se_diff` is the standard error of the paired difference to the best round.
+    """Decision after one evaluation. `se_diff` is the standard error of the paired difference to
+    the best evaluation.
     """
 
     improved: bool
@@ -25,10 +23,10 @@ class Decision:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for fewer than two values, which carry no notion of spread.
+    """Standard error of the mean; 0 for fewer than two values.
 
-    `statistics.stdev` works in fractions: sixteen times as long, for a relative difference of 4e-16
-    at most (20,000 random samples).
+    Not `statistics.stdev`, which computes in fractions: sixteen times slower, for a relative
+    difference of at most 4e-16 (20,000 random samples).
     """
     n = len(values)
     if n < 2:
@@ -38,11 +36,12 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 class StopRule:
-    """Stop after `patience` rounds without an improvement, but not before `min_evaluations` rounds.
+    """Stop after `patience` evaluations without an improvement, but not before `min_evaluations`
+    evaluations.
 
-    A round improves if its mean is below the best round's by more than `min_delta_nats` and by more
-    than `z` standard errors of the difference, taken batch by batch. The held-out batches are the
-    same each time, so most of their spread cancels.
+    An evaluation improves if its mean is below the best one by more than `min_delta_nats` and by
+    more than `z` standard errors of the paired difference. The held-out batches are the same in
+    each evaluation, so most of their variance cancels.
     """
 
     def __init__(self, patience: int, min_evaluations: int, z: float, min_delta_nats: float):
@@ -55,13 +54,13 @@ class StopRule:
         self.rounds, self.wait, self.best_round = 0, 0, -1
         self.best_batch_nats: list[float] = []
 
-    @require(lambda batch_nats: len(batch_nats) >= 1, "a round has at least one batch")
+    @require(lambda batch_nats: len(batch_nats) >= 1, "an evaluation has at least one batch")
     @require(
         lambda self, batch_nats: self.rounds == 0 or len(batch_nats) == len(self.best_batch_nats),
-        "the same batches in every round",
+        "every evaluation has the same batches",
     )
     def update(self, batch_nats: Sequence[float]) -> Decision:
-        """Take in one round's mean loss per batch."""
+        """Decide on one evaluation, given its mean loss per batch."""
         se_diff, improved = self._compare(batch_nats)
         if improved:
             self.best_round, self.best_batch_nats, self.wait = self.rounds, list(batch_nats), 0
@@ -82,7 +81,7 @@ class StopRule:
         return se_diff, fmean(differences) > max(self.min_delta_nats, self.z * se_diff)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, JSON-ready."""
+        """The state for a resume, JSON-ready."""
         return {
             "rounds": self.rounds,
             "wait": self.wait,
@@ -91,7 +90,7 @@ class StopRule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore a state from `state_dict`."""
         self.rounds, self.wait, self.best_round = (
             state["rounds"],
             state["wait"],
@@ -101,13 +100,13 @@ class StopRule:
 
 
 class NeverStopRule(StopRule):
-    """Keeps the same books and never stops."""
+    """Tracks the best evaluation and never stops."""
 
     def __init__(self) -> None:
         super().__init__(patience=1, min_evaluations=1, z=0.0, min_delta_nats=0.0)
 
     def update(self, batch_nats: Sequence[float]) -> Decision:
-        """Take in one round; `stop` is always False."""
+        """Decide on one evaluation; `stop` is always False."""
         decision = super().update(batch_nats)
         return Decision(
             decision.improved, False, decision.wait, decision.best_round, decision.se_diff
@@ -115,7 +114,7 @@ class NeverStopRule(StopRule):
 
 
 def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
-    """The rule a `stop` section of the configuration asks for."""
+    """The stopping rule of a `stop` section of the configuration."""
     match cfg.kind:
         case "patience":
             return StopRule(cfg.patience, cfg.min_evaluations, cfg.z, cfg.min_delta_nats)
@@ -125,18 +124,16 @@ def make_stop_rule(cfg: Any) -> StopRule | NeverStopRule:
 
 
 def detectable_gain(differences: Sequence[float]) -> float:
-    """Smallest gain that stands out of these paired per-batch differences: 2 standard errors,
-    nats.
-    """
+    """Smallest detectable gain in nats, from paired per-batch differences: 2 standard errors."""
     return 2 * standard_error(differences)
 
 
 @require(
     lambda diff_std, expected_gain: diff_std >= 0 and expected_gain > 0,
-    "a spread is not negative and an expected gain is positive",
+    "the standard deviation is at least 0 and the expected gain above 0",
 )
 def batches_needed(diff_std: float, expected_gain: float) -> int:
-    """Held-out batches for which 2 standard errors of the paired difference are at most
-    `expected_gain`; at least 2.
+    """Number of held-out batches, at least 2, for which 2 standard errors of the paired difference
+    are at most `expected_gain`.
     """
     return max(2, math.ceil((2 * diff_std / expected_gain) ** 2))

@@ -1,8 +1,8 @@
-"""A suite of prompts by domain, and the checkers that judge what a model answers.
+"""A suite of prompts by domain, and the checkers of the answers.
 
-A suite is TOML; `suites/domains.toml` is the one that comes along. Every prompt carries an answer
-that passes its checks, so that a check that cannot pass is refused when the suite is read, and so
-is one that cannot fail.
+A suite is a TOML file; `suites/domains.toml` is bundled. Every prompt has a sample answer that
+passes its checks. Reading a suite refuses checks that the sample answer fails, and checks that an
+empty answer or the question passes.
 """
 
 import re
@@ -23,9 +23,7 @@ FLAG = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 
 
 class Regex(Frozen):
-    """The answer holds a match of the pattern, without regard to case;
-    `^` and `$` are those of a line.
-    """
+    """The answer has a match of the pattern, case-insensitive; `^` and `$` match at lines."""
 
     kind: Literal["regex"] = "regex"
     pattern: str = Field(min_length=1)
@@ -36,13 +34,13 @@ class Regex(Frozen):
         try:
             re.compile(pattern)
         except re.error as e:
-            raise ValueError(f"{pattern!r} is no regular expression: {e}") from e
+            raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
         return pattern
 
 
 class Syllables(Frozen):
-    """The first lines of the answer have these syllables; a single line is cut at commas,
-    semicolons, slashes and full stops.
+    """The first lines of the answer have these numbers of syllables. A single line is split at
+    commas, semicolons, slashes and full stops.
     """
 
     kind: Literal["syllables"] = "syllables"
@@ -50,8 +48,8 @@ class Syllables(Frozen):
 
 
 class FlagExists(Frozen):
-    """The answer names the command with one of its flags, and no flag that the command does not
-    have. `flags` is all of them.
+    """The answer contains the command with one of its flags, and no flag outside `flags`, the
+    complete list.
     """
 
     kind: Literal["flag-exists"] = "flag-exists"
@@ -62,13 +60,13 @@ class FlagExists(Frozen):
     @classmethod
     def _are_flags(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [f for f in flags if not FLAG.fullmatch(f)]:
-            raise ValueError(f"{wrong[0]!r} is no flag; one begins with - or --")
+            raise ValueError(f"{wrong[0]!r} is not a flag; a flag begins with - or --")
         return flags
 
 
 class ContainsFact(Frozen):
-    """The answer has a word of every group in `needs`, as whole words without regard to case,
-    and none of `forbids`.
+    """The answer has a word of every group in `needs` and no word of `forbids`: whole words,
+    case-insensitive.
     """
 
     kind: Literal["contains-fact"] = "contains-fact"
@@ -80,7 +78,7 @@ Checker = Annotated[Regex | Syllables | FlagExists | ContainsFact, Field(discrim
 
 
 def fault(checker: Checker, text: str) -> str:
-    """What an answer lacks by one checker, or an empty text if it passes."""
+    """Why an answer fails one checker; empty if it passes."""
     match checker:
         case Regex(pattern=pattern):
             return (
@@ -94,17 +92,17 @@ def fault(checker: Checker, text: str) -> str:
         case FlagExists(command=command, flags=flags):
             named = set(FLAG.findall(text))
             if not _says(command, text):
-                return f"{command} is not named"
+                return f"the answer lacks {command}"
             if strange := sorted(f for f in named if not _known(f, flags)):
                 return f"{command} has no flag {strange[0]}"
-            return "" if named else f"no flag of {command} is named"
+            return "" if named else f"the answer has no flag of {command}"
         case ContainsFact(needs=needs, forbids=forbids):
             absent = [group for group in needs if not any(_says(word, text) for word in group)]
             wrong = [word for word in forbids if _says(word, text)]
             return (
-                f"{' or '.join(absent[0])} is not said"
+                f"the answer lacks {' or '.join(absent[0])}"
                 if absent
-                else f"{wrong[0]} is said"
+                else f"the answer contains {wrong[0]}"
                 if wrong
                 else ""
             )
@@ -113,14 +111,14 @@ def fault(checker: Checker, text: str) -> str:
 
 
 def _known(flag: str, flags: Sequence[str]) -> bool:
-    """Whether a flag is one of these, or several letters of them behind one dash."""
+    """Whether a flag is one of these, or a group of their letters behind one dash."""
     return flag in flags or (
         not flag.startswith("--") and all(f"-{letter}" in flags for letter in flag[1:])
     )
 
 
 def verse(text: str, n_lines: int) -> list[str]:
-    """The first lines that hold words; where the text is one line, its parts between marks."""
+    """The first lines with words; for a single line, its parts between punctuation marks."""
     lines = [line for line in text.splitlines() if re.search(r"[a-zA-Z]", line)]
     if len(lines) == 1:
         lines = [
@@ -134,8 +132,8 @@ def _says(words: str, text: str) -> bool:
 
 
 class Prompt(Frozen):
-    """One question. `answer` is an answer that passes all checks;
-    it is never shown to the model.
+    """One prompt. `answer` is a sample answer that passes all checks. The model does not receive
+    it.
     """
 
     id: str = Field(pattern=NAME)
@@ -144,31 +142,31 @@ class Prompt(Frozen):
     answer: str = Field(min_length=1)
 
     def faults(self, text: str) -> list[str]:
-        """What an answer lacks, by check; empty if it passes all."""
+        """Why an answer fails, by check; empty if it passes all."""
         return [why for checker in self.checks if (why := fault(checker, text))]
 
     @model_validator(mode="after")
     def _decides(self) -> Self:
         if why := self.faults(self.answer):
-            raise ValueError(f"prompt {self.id}: its own answer does not pass: {why[0]}")
-        for passing, text in (("an empty answer", ""), ("the question said again", self.text)):
+            raise ValueError(f"prompt {self.id}: its sample answer fails its checks: {why[0]}")
+        for passing, text in (("an empty answer", ""), ("the question itself", self.text)):
             if not self.faults(text):
                 raise ValueError(
-                    f"prompt {self.id}: {passing} passes its checks, so they say nothing"
+                    f"prompt {self.id}: {passing} passes its checks; add a check that it fails"
                 )
         return self
 
 
 class Domain(Frozen):
-    """Prompts about one thing."""
+    """Prompts of one domain."""
 
     name: str = Field(pattern=NAME)
     prompts: tuple[Prompt, ...] = Field(min_length=1)
 
 
 class Suite(Frozen):
-    """Prompts by domain, and how a model is asked.
-    `{prompt}` in `template` stands for the question; an answer ends at the first `stop`.
+    """Prompts by domain, and their format. `{prompt}` in `template` is replaced by the question; an
+    answer ends at the first `stop`.
     """
 
     name: str = Field(pattern=NAME)
@@ -180,35 +178,35 @@ class Suite(Frozen):
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         if "{prompt}" not in self.template:
-            raise ValueError("template has no {prompt}, so every question is the same")
+            raise ValueError("template must contain {prompt}")
         for what, names in (
             ("domain", [d.name for d in self.domain]),
             ("prompt", [p.id for d in self.domain for p in d.prompts]),
         ):
             if twice := [n for n in names if names.count(n) > 1]:
-                raise ValueError(f"{what} {twice[0]} comes twice")
+                raise ValueError(f"{what} {twice[0]} is used twice")
         return self
 
     def asked(self, prompt: Prompt) -> str:
-        """What the model reads."""
+        """The text that the model receives."""
         return self.template.replace("{prompt}", prompt.text)
 
     def cut(self, text: str) -> str:
-        """An answer up to the first mark that ends it, without blanks around it."""
+        """An answer up to the first stop text, stripped."""
         return text[
             : min([len(text), *(i for mark in self.stop if (i := text.find(mark)) >= 0)])
         ].strip()
 
 
 def suite_file(name: str) -> Path:
-    """The file of a suite that comes along, by its name, or else the path itself.
-    Raises UsageError if there is neither.
+    """The file of a bundled suite by name, or the path itself.
+    Raises UsageError if neither exists.
     """
     known = {p.stem: p for p in sorted(SUITES.glob("*.toml"))}
     path = known.get(name, Path(name))
     if not path.is_file():
         raise UsageError(
-            "there is no such suite",
+            "the suite does not exist",
             value=name,
             allowed=f"{', '.join(known)}, or a TOML file",
             next_step="correct --suite",
@@ -217,7 +215,7 @@ def suite_file(name: str) -> Path:
 
 
 def load_suite(path: Path) -> Suite:
-    """Read a suite. Raises DataError naming file, place and what is wrong."""
+    """Read a suite. Raises DataError naming file, place and defect."""
     try:
         return Suite.model_validate(tomllib.loads(path.read_text("utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
@@ -229,9 +227,9 @@ def load_suite(path: Path) -> Suite:
     except ValidationError as e:
         first = e.errors()[0]
         raise DataError(
-            f"the suite {path} is wrong at {_place(first['loc'])}: "
+            f"the suite {path} is invalid at {_place(first['loc'])}: "
             f"{first['msg'].removeprefix('Value error, ')}",
-            allowed="the form that docs/audits.md shows",
+            allowed="the format in docs/audits.md",
             next_step="correct the file",
         ) from e
 

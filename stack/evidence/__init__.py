@@ -1,1 +1,1 @@
-"""Builds and writes records, accepts them into the ledger, compares and re-runs them."""
+"""Records: acceptance into the ledger, archive, comparison, and repro bundles."""

@@ -1,4 +1,4 @@
-"""Moves records that nothing in the tree stands on out of it, into the archive list."""
+"""Archives records that are not needed in the tree: git history keeps their files."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
 
 @dataclass(frozen=True)
 class Plan:
-    """Records that stay, each with the reason, and the lines and size of those that leave."""
+    """Records that stay, each with the reason, and the lines and size of those to archive."""
 
     kept: dict[str, str]
     lines: tuple[Archived, ...]
@@ -31,7 +31,7 @@ class Plan:
 
 
 def archive(directory: Path) -> Plan:
-    """Append the lines of records that need not stay, then remove their folders. Commits nothing.
+    """Append the lines of the records to archive, then remove their folders. Commits nothing.
 
     Raises IntegrityError if `plan` does.
     """
@@ -45,10 +45,10 @@ def archive(directory: Path) -> Plan:
 
 
 def plan(directory: Path) -> Plan:
-    """What `archive` would do.
+    """Plan an `archive`.
 
     Raises IntegrityError if the clone lacks history, if the folder differs from its commit, if the
-    evidence does not verify, or if history does not give back every file that would leave.
+    evidence does not verify, or if history lacks a file to archive.
     """
     history, ledger = History(directory), Ledger(directory)
     if not history.complete:
@@ -100,11 +100,11 @@ def kept_records(
 ) -> dict[str, str]:
     """Which accepted records stay in the tree, each with the reason.
 
-    Records of released models (`released`: record to model); records that a file names (`cited`:
-    record to file); runs that did not succeed; the newest records that give each gate the state
-    that all records give it; one record of each kind; and the parents and data sets of those that
-    stay, and records in their claims. An archived record stays archived, and one in the tree takes
-    its place for a gate or a kind.
+    Records of released models (`released`: record to model); records cited by a file (`cited`:
+    record to file); runs that did not succeed; the newest records that are sufficient for the state
+    of each gate; one record of each kind; and the parents, data sets and claimed records of those
+    that stay. An archived record stays archived; for a gate or a kind, records in the tree are
+    preferred.
     """
     live = {name: record for name, record in records.items() if name not in superseded}
     kept = {name: f"record of {model}" for name, model in released.items() if name in records}
@@ -130,9 +130,9 @@ def _keep_state(
     archived: Collection[str],
     kept: dict[str, str],
 ) -> None:
-    """Keep the newest records of a gate until those kept give it the state that all give it.
+    """Keep the newest records of a gate until the kept ones give it the same state as all records.
 
-    Proofs that the state names come first, then runs that it names; archived records come last.
+    Order: proofs of the state, then its runs; archived records last.
     """
     of_gate = {
         name: record
@@ -150,7 +150,7 @@ def _keep_state(
         ),
     )
     while truth.state != _state_of_kept(spec, gate_id, of_gate, kept):
-        kept[waiting.pop()] = f"{gate_id} is {truth.state} by it"
+        kept[waiting.pop()] = f"gives {gate_id} the state {truth.state}"
 
 
 def _state_of_kept(
@@ -160,9 +160,9 @@ def _state_of_kept(
 
 
 def _keep_one_more_kind(live: Mapping[str, Record], kept: dict[str, str]) -> None:
-    """Keep a record of the kind of the newest record of whose kind none is kept.
+    """For the newest record of a kind without a kept record, keep one of its kind.
 
-    It is the newest of that kind, of those whose parents are kept if there are any.
+    This is the newest of the kind, preferably with kept parents.
     """
     kinds = {live[name].kind for name in kept if name in live}
     missing = next((r.kind for r in reversed(live.values()) if r.kind not in kinds), None)
@@ -174,7 +174,7 @@ def _keep_one_more_kind(live: Mapping[str, Record], kept: dict[str, str]) -> Non
 def _keep_named(
     live: Mapping[str, Record], records: Mapping[str, Record], kept: dict[str, str]
 ) -> None:
-    """Keep the parents, the data sets and the records in claims of those that are kept."""
+    """Keep the parents, the data sets and the claimed records of kept records."""
     data = {o.sha256: r.id for r in live.values() if r.kind == "data" for o in r.outputs}
     for record in [records[name] for name in kept]:
         claimed = [match[0] for match in re.finditer(RECORD_ID, record.claim)]
@@ -185,7 +185,7 @@ def _keep_named(
 
 
 def citations(directory: Path, records: Collection[str]) -> dict[str, str]:
-    """Records that tracked files name, each with the first such file; the name may be a prefix.
+    """Records cited by tracked files, each with the first such file; a unique prefix counts.
 
     Records themselves, the ledger and the archive list are not searched.
     """
@@ -225,7 +225,7 @@ def _line(folder: Path, commits: Mapping[str, str]) -> Archived:
 
 
 def _require_readable(history: History, lines: Iterable[Archived]) -> None:
-    """Raises IntegrityError unless history gives back every file as it is in the tree."""
+    """Raises IntegrityError unless history holds every file as it is in the tree."""
     files = [(line, name) for line in lines for name in line.files]
     contents = history.read([line.place(name) for line, name in files])
     for (line, name), data in zip(files, contents):
@@ -235,7 +235,7 @@ def _require_readable(history: History, lines: Iterable[Archived]) -> None:
 
 @contextmanager
 def folder_of(directory: Path, record_id: str) -> Iterator[Path]:
-    """The folder of a record; of an archived one a temporary copy from history."""
+    """The folder of a record; for an archived one, a temporary copy from history."""
     ledger = Ledger(directory)
     if record_id not in ledger.archive:
         yield directory / record_id

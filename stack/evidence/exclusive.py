@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock on a folder: one process at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from stackproof.spec.errors import UsageError
 
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder against others that do `what` in it.
-    Raises UsageError if one is at work there; a killed one lets go.
+    """Lock a folder for `what`. Raises UsageError if another process holds the lock. The lock ends
+    with its process.
     """
     with open(folder / ".lock", "w") as f:
         try:
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # nothing holds a folder here
+        except ImportError:  # no file locks on this platform
             pass
         except OSError as e:
             raise UsageError(
@@ -31,12 +31,10 @@ def alone(folder: Path, what: str) -> Iterator[None]:
 
 
 def refuse_occupied(path: Path, option: str) -> None:
-    """Raises UsageError unless `path` is a place for a new folder;
-    `option` is the flag that names it.
-    """
+    """Raises UsageError unless `path` is empty or does not exist; `option` is its flag."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(
             f"{path} is not empty",
-            allowed="a new folder",
-            next_step=f"choose another {option}; nothing is replaced",
+            allowed="a new or empty folder",
+            next_step=f"choose another {option}; existing files are never replaced",
         )

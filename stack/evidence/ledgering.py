@@ -23,9 +23,7 @@ MAGIC_OF_WEIGHTS = (
 
 
 def default_directory() -> Path:
-    """`evidence/` of the working directory, or of the checkout this runs
-    from if only that one exists.
-    """
+    """`evidence/` of the working directory; if it does not exist, that of the checkout."""
     here = Path.cwd() / "evidence"
     return ROOT / "evidence" if IN_CHECKOUT and not here.is_dir() else here
 
@@ -35,31 +33,31 @@ def accept(
 ) -> tuple[Record, Entry]:
     """Copy a run's record and its series into the evidence folder and append the ledger line.
 
-    Raises IntegrityError if the record is invalid, its series do not match their hashes, it names
-    no commit, or it lacks a gate that runs of its kind and configuration must hold.
+    Raises IntegrityError if the record is invalid, has series that do not match their hashes, has
+    no commit, or lacks a gate that its kind and configuration require.
     """
     record = read_record(run_dir / "metadata.json")
     if record.code.commit == "unknown":
         raise IntegrityError(
-            f"record {record.id} names no commit, so nobody could re-run it",
+            f"record {record.id} has no commit, so it cannot be re-run",
             next_step="run from a git checkout",
         )
     spec = load_spec()
     if record.spec.sha256 == spec.sha256 and (absent := left_out(spec, record)):
         raise IntegrityError(
-            f"record {record.id} was made without gate {absent[0]}",
+            f"record {record.id} lacks gate {absent[0]}",
             value=f"{len(absent)} gate(s) absent",
             allowed="a run with every gate of its kind installed",
-            next_step=(
-                "run it again by its verb; gates cannot be left out, only waived with a reason"
-            ),
+            next_step=("run its verb again; a gate cannot be omitted, only waived with a reason"),
         )
     files = [(run_dir / s.path, s.path, s.sha256) for s in record.series]
     for path, name, sha256 in files:
         _require_small_text(path, name, sha256)
     target = directory / record.id
     if target.exists():
-        raise IntegrityError(f"{target} exists already", next_step="records are added once")
+        raise IntegrityError(
+            f"{target} already exists", next_step="a record can be added only once"
+        )
     target.mkdir(parents=True)
     try:
         (target / "metadata.json").write_bytes(record.to_bytes())
@@ -85,14 +83,14 @@ def _require_small_text(path: Path, name: str, sha256: str) -> None:
     if sha256_file(path) != sha256:
         raise IntegrityError(
             f"series {name} was changed after the run",
-            next_step="run again; a record cannot be repaired",
+            next_step="run again; a record is never edited",
         )
 
 
 def verify(directory: Path) -> list[str]:
     """Problems of a ledger and its records, as messages; empty if all hashes and the chain hold.
 
-    Archived records that this checkout cannot read are no problem: `Ledger.unread` lists them.
+    Archived records that this checkout cannot read are not included: `Ledger.unread` lists them.
     """
     ledger = Ledger(directory)
     try:
@@ -111,10 +109,10 @@ def verify(directory: Path) -> list[str]:
             found.append(str(e))
     known = {e.record for e in entries}
     found += [
-        f"{a.record}: is archived without a ledger line" for a in archived if a.record not in known
+        f"{a.record}: archived without a ledger line" for a in archived if a.record not in known
     ]
     found += [
-        f"{p.parent}: lies here without a ledger line"
+        f"{p.parent}: not in the ledger"
         for p in directory.glob("*/metadata.json")
         if p.parent.name not in known
     ]
@@ -123,7 +121,7 @@ def verify(directory: Path) -> list[str]:
 
 def find(directory: Path, record_id: str) -> Record:
     """A record by id, unique prefix, or run directory.
-    Raises IntegrityError if there is none or more than one.
+    Raises IntegrityError for no or several matches.
     """
     if (Path(record_id) / "metadata.json").is_file():
         return read_record(Path(record_id) / "metadata.json")
@@ -131,7 +129,7 @@ def find(directory: Path, record_id: str) -> Record:
     if len(entries) != 1:
         known = ", ".join(e.record for e in Ledger(directory).entries()[-6:])
         raise IntegrityError(
-            f"{record_id!r} names {len(entries) or 'no'} record(s) of {directory}",
+            f"{record_id!r} matches {len(entries) or 'no'} record(s) of {directory}",
             allowed=known or "the ledger is empty",
             next_step="stack evidence show ID with a full id, or the path of a run directory",
         )
@@ -139,7 +137,7 @@ def find(directory: Path, record_id: str) -> Record:
 
 
 def differences(a: Record, b: Record) -> list[dict]:
-    """Fields in which two records differ, flattened to dotted keys, without ids and clocks."""
+    """Fields in which two records differ, flattened to dotted keys, without ids and times."""
     left, right = _flatten(a), _flatten(b)
     keys = [k for k in sorted(left.keys() | right.keys()) if left.get(k) != right.get(k)]
     return [{"key": k, "a": left.get(k), "b": right.get(k)} for k in keys]

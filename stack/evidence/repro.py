@@ -1,13 +1,11 @@
-"""A repro bundle: everything that is needed to see a red runtime gate again, in one folder,
-read strictly.
+"""A repro bundle: one folder from which a failed runtime gate can be reproduced. Read strictly.
 
 repro.json           the document below
-tensors.safetensors rows of every step since the base as int32,
-held-out rows where the gate judges them, random state
-tokenizer.json       the run's tokenizer
-checkpoint/          the state the replay begins from, unless it begins from the seed
-points.jsonl statistics of every point of the model on the rows of the step,
-as it stood when the gate turned red
+tensors.safetensors  rows of every step since the base (int32), held-out rows if the gate
+                     judges them, random state
+tokenizer.json       the tokenizer of the run
+checkpoint/          the state at the start of the replay, unless it starts from the seed
+points.jsonl         activation statistics of every point on the rows of the failed step
 """
 
 from pathlib import Path
@@ -38,18 +36,18 @@ class File(Frozen):
 
 
 class Base(Frozen):
-    """Where the replay begins: from the seed, from a step folder in the bundle,
-    or from one that was too large to copy.
+    """Start of the replay: the seed, a step folder in the bundle, or a step folder that was too
+    large to copy.
     """
 
     kind: Literal["seed", "checkpoint", "elsewhere"]
-    step: int = Field(ge=0, description="the last step that the state holds")
-    path: str = Field("", description="the step folder as the run saw it")
+    step: int = Field(ge=0, description="the last step of the state")
+    path: str = Field("", description="path of the step folder in the run")
 
 
 class MicroBatch(Frozen):
-    """Rows of one micro-step: which windows of which sources.
-    Their tokens are `step-N.M.input_ids` and so on.
+    """Rows of one micro-step: windows and sources. Their tokens are the tensors
+    `step-N.M.input_ids` and so on.
     """
 
     sample_ids: tuple[int, ...]
@@ -61,7 +59,7 @@ class MicroBatch(Frozen):
 
 
 class Step(Frozen):
-    """What was drawn for one step; `cursor` is where the reader then stood."""
+    """The rows of one step; `cursor` is the position of the reader after them."""
 
     step: int = Field(ge=1)
     cursor: int = Field(ge=0)
@@ -69,8 +67,8 @@ class Step(Frozen):
 
 
 class Bundle(Frozen):
-    """What fired, in which run, and how to come there again.
-    `gates` and `plan` are what the watcher knew where the replay begins.
+    """The failed gate, its run, and the inputs of the replay.
+    `gates` and `plan` are the state of the gates at the start of the replay.
     """
 
     schema_: str = Field(alias="schema", pattern=f"^{SCHEMA}$")
@@ -78,13 +76,13 @@ class Bundle(Frozen):
     fingerprint: str = Field(pattern=HEX64)
     spec_version: str
     severity: str
-    event: str = Field(description="the kind of event that turned the gate red")
+    event: str = Field(description="the kind of the event at which the gate failed")
     step: int = Field(ge=0)
     message: str
     measured: dict[str, Scalar]
     limits: dict[str, float]
     nonfinite: dict[str, tuple[str, ...]] = Field(
-        {}, description="the first parameters and gradients that hold a NaN or infinity"
+        {}, description="the first parameters and gradients with a NaN or infinity"
     )
     record: str
     config: dict
@@ -96,18 +94,14 @@ class Bundle(Frozen):
     peak_flops: float = Field(gt=0)
     flops_per_step: float = Field(ge=0)
     base: Base
-    continued: bool = Field(
-        description="whether the base is a state that a run had left, and not a fresh one"
-    )
+    continued: bool = Field(description="whether the base is a resumed state, not a fresh one")
     plan: dict
     gates: dict
     steps: tuple[Step, ...]
     n_held_out: int = Field(ge=0)
-    lacking: str = Field(
-        "", description="why the folder alone does not suffice; empty where it does"
-    )
+    lacking: str = Field("", description="why the folder alone is not sufficient; empty if it is")
     no_points: str = Field(
-        "", description="why the folder holds no statistics of points; empty where it does"
+        "", description="why the folder has no statistics of points; empty if it has"
     )
     command: tuple[str, ...]
     files: dict[str, File]
@@ -115,16 +109,16 @@ class Bundle(Frozen):
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """The document of a bundle, after every file was compared with its hash. Reads no weights.
+    """The document of a bundle, after comparing every file with its hash. Reads no weights.
 
-    Raises DataError if there is no bundle, IntegrityError naming the file or field that is wrong.
+    Raises DataError if the folder is not a bundle, IntegrityError naming an invalid file or field.
     """
     path = folder / DOCUMENT
     if not path.is_file():
         raise DataError(
-            f"{folder} is no repro bundle",
+            f"{folder} is not a repro bundle",
             allowed=f"a folder with {DOCUMENT}",
-            next_step="RUN/repro holds one per gate that turned red",
+            next_step="RUN/repro holds one per failed runtime gate",
         )
     try:
         bundle = Bundle.model_validate(parse_strict(path.read_bytes(), origin=str(path)))

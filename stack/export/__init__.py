@@ -1,3 +1,1 @@
-"""Models leave for other libraries and come from them, compared with what
-the other library computes.
-"""
+"""Export to and import from Hugging Face, compared with the computation of transformers."""

@@ -1,6 +1,4 @@
-"""The README of an exported folder: facts of the run's record and of the export,
-none of them typed.
-"""
+"""The model card of an exported folder, generated from the record of the run and of the export."""
 
 from collections.abc import Sequence
 
@@ -20,8 +18,8 @@ def card(
     parent: str,
     export: str,
 ) -> str:
-    """Markdown. `run` is the record of the run the weights are of, `parent` its id, `export` the id
-    of the export's own record.
+    """The card as Markdown. `run` is the record of the run that trained the weights, `parent` its
+    id, `export` the id of the record of the export.
     """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
@@ -38,8 +36,8 @@ def card(
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), '
         'AutoTokenizer.from_pretrained(".")\n```',
-        "A text begins with the end-of-text token. Its writing inside a text is read as that "
-        "token by other libraries; in training it was spelled out.",
+        "A text begins with the end-of-text token. Other libraries encode its literal form inside "
+        "a text as that token; in training it was encoded as plain text.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -58,7 +56,7 @@ def _facts(
     ]
     rounding = [(k, f"{v:.3g}") for k, v in made.rounding.items()]
     left = (
-        [("acts in training only, not in the file", ", ".join(aside))]
+        [("used in training only, not in the file", ", ".join(aside))]
         if (aside := training_only(cfg))
         else []
     )
@@ -73,8 +71,8 @@ def _facts(
 
 
 def training_only(cfg: ModelConfig) -> list[str]:
-    """Choices of the configuration that act in training only,
-    and so do not leave with the weights.
+    """Choices of the configuration that apply in training only, so the exported folder omits
+    them.
     """
     plain = for_inference(cfg)
     said = [f"dropout {cfg.dropout:g}"] if cfg.dropout != plain.dropout else []
@@ -99,13 +97,13 @@ def _verdicts(made: Exported) -> str:
 
 
 def _of_run(run: Record | None) -> list[str]:
-    """What the run's record states; says so if there is none."""
+    """Quality from the record of the run, or a note that the record is missing."""
     if run is None:
         return [
             "## Measured",
             (
-                "There is no record of the run beside its checkpoint, so nothing can be said "
-                "about its quality."
+                "The record of the run is not beside its checkpoint, so this card has no figures "
+                "of quality."
             ),
         ]
     metrics = [
@@ -129,7 +127,7 @@ def _of_run(run: Record | None) -> list[str]:
         f"`{run.code.commit[:12]}`, spec {run.spec.version}, compute {run.compute}.",
         _table(("metric", "value", "unit", "n"), metrics),
         "## Data",
-        "\n".join(f"- {d}" for d in data) or "The record names no licence.",
+        "\n".join(f"- {d}" for d in data) or "The record has no licence.",
         "## Not covered",
         "\n".join(f"- {n}" for n in run.not_covered),
     ]

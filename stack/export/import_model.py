@@ -24,7 +24,7 @@ from stackproof.train.state import TrainState
 
 
 def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
-    """The state of a run before its first step, without data: the data position is 0."""
+    """The state of a run at step 0, with data position 0."""
     seed_dropout(cfg.seed)
     order = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
     return TrainState(
@@ -49,8 +49,8 @@ def write_run(
     source: Mapping[str, Any],
     **ending: Any,
 ) -> Record:
-    """Write the run directory, its record last; `ending` goes to the record.
-    A failure leaves nothing at `run_dir`.
+    """Write the run directory, its record last; `ending` is passed to the record.
+    After a failure `run_dir` does not exist.
     """
     refuse_occupied(run_dir, "--out")
     run_dir.parent.mkdir(parents=True, exist_ok=True)

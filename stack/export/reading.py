@@ -1,5 +1,5 @@
-"""Reading a folder of Hugging Face: config.json and safetensors, one file or many, every tensor
-accounted for. Never a pickle.
+"""Reads a Hugging Face folder: config.json and safetensors, one file or several. Every tensor is
+accounted for; pickles are refused.
 """
 
 import json
@@ -25,7 +25,7 @@ READABLE = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: file, name in it, type and shape."""
+    """The place of a tensor: file, name in it, dtype and shape."""
 
     file: Path
     name: str
@@ -35,11 +35,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that can be read: its configuration in our words,
-    and the place of every tensor by its plain name.
+    """A readable folder: its configuration as ours, and the place of every tensor by its plain
+    name.
 
-    `aside` are keys of training in config.json that were not taken over, `renamed` counts tensors
-    that lie under another name or are of no use.
+    `aside` are training keys of config.json that are ignored. `renamed` counts tensors with another
+    name in the file, or unused ones.
     """
 
     path: Path
@@ -58,11 +58,11 @@ class Folder:
 
 
 def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
-    """Read config.json and the headers of all weight files; `max_seq_len` takes a shorter context
-    than the folder declares.
+    """Read config.json and the headers of all weight files. `max_seq_len` reduces the declared
+    context.
 
-    Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for a model
-    that cannot be computed here.
+    Raises CheckpointError for files that are missing, damaged or pickles, ConfigError for an
+    unsupported model.
     """
     document = read_json(path / "config.json")
     kind = hugging_face.kind_of(document)
@@ -74,7 +74,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
         for name, place in _places(file).items():
             if name in places:
                 raise CheckpointError(
-                    f"tensor {name} is there twice",
+                    f"tensor {name} exists twice",
                     value=f"{places[name].file.name} and {file.name}",
                 )
             places[name] = place
@@ -96,7 +96,7 @@ def open_folder(path: Path, *, max_seq_len: int | None = None) -> Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON table. Raises CheckpointError if it is none."""
+    """A JSON object. Raises CheckpointError for an unreadable file or another type."""
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError) as e:
@@ -106,14 +106,14 @@ def read_json(path: Path) -> dict[str, Any]:
             next_step="give the folder of a model",
         ) from e
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds no table")
+        raise CheckpointError(f"{path} is not a JSON object")
     return document
 
 
 def _shortened(cfg: ModelConfig, max_seq_len: int) -> ModelConfig:
     if isinstance(cfg.positions, LearnedPositions) or not 2 <= max_seq_len <= cfg.max_seq_len:
         raise ConfigError(
-            "the context cannot be cut to this length",
+            "the context cannot be reduced to this length",
             value=f"--max-seq-len {max_seq_len}",
             allowed=f"2 to {cfg.max_seq_len}, and only for rotary positions",
         )
@@ -127,8 +127,8 @@ def _weight_files(path: Path) -> list[Path]:
     index, single = path / hugging_face.INDEX, path / "model.safetensors"
     if index.is_file() and single.is_file():
         raise CheckpointError(
-            f"{path} holds one weight file and an index of many",
-            next_step="remove the one that is not meant",
+            f"{path} holds both a single weight file and an index of several",
+            next_step="remove the wrong one",
         )
     if single.is_file():
         return [single]
@@ -139,26 +139,27 @@ def _weight_files(path: Path) -> list[Path]:
         raise CheckpointError(
             f"the weights in {path} are pickles",
             value=", ".join(pickles),
-            allowed="safetensors: loading a pickle can run foreign code",
+            allowed="safetensors: loading a pickle can run arbitrary code",
             next_step=(
-                "convert them where you trust them: model.save_pretrained(DIR) of transformers "
+                "convert them on a machine where you trust them: model.save_pretrained(DIR) of "
+                "transformers "
                 "writes safetensors"
             ),
         )
     raise CheckpointError(
-        f"there are no weights in {path}",
+        f"{path} has no weights",
         allowed=f"model.safetensors, or {hugging_face.INDEX} with its files",
     )
 
 
 def _checked_shards(path: Path, told: Mapping[str, str]) -> list[Path]:
-    """The files of an index, which hold exactly the tensors it says."""
+    """The files of an index. Raises CheckpointError unless they hold exactly its tensors."""
     files = sorted(set(told.values()))
     for file in files:
         if Path(file).name != file or not (path / file).is_file():
             raise CheckpointError(
-                f"{hugging_face.INDEX} names {file}, which is not in {path}",
-                next_step="fetch the folder again, all of it",
+                f"{hugging_face.INDEX} lists {file}, which is not in {path}",
+                next_step="download the whole folder again",
             )
         held = set(_header(path / file).tensors)
         if odd := sorted(held ^ {n for n, f in told.items() if f == file}):
@@ -172,7 +173,7 @@ def _header(file: Path) -> tensorfile.Header:
     try:
         return tensorfile.read_header(file)
     except tensorfile.BadTensorFile as e:
-        raise CheckpointError(f"{file}: {e}", next_step="fetch the file again") from e
+        raise CheckpointError(f"{file}: {e}", next_step="download the file again") from e
 
 
 def _places(file: Path) -> dict[str, Place]:
@@ -189,10 +190,10 @@ def _places(file: Path) -> dict[str, Place]:
 
 
 def load_weights(folder: Folder) -> Transformer:
-    """The model with the folder's weights, float32. One tensor at a time is in memory besides it.
+    """The model with the folder's weights, float32. Peak memory is the model and one tensor.
 
-    Raises CheckpointError naming tensors that are missing, unexpected, of another shape or type,
-    or not finite.
+    Raises CheckpointError naming tensors that are missing, unexpected, of another shape or type, or
+    not finite.
     """
     with torch.device("meta"):
         model = Transformer(folder.cfg, folder.vocab_size)
@@ -209,9 +210,7 @@ def load_weights(folder: Folder) -> Transformer:
 
 
 def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, Place]:
-    """Drop a stored head that repeats the embedding it is tied to.
-    Raises CheckpointError if it is another.
-    """
+    """Drop a stored head that equals its tied embedding. Raises CheckpointError if they differ."""
     head, embed = (f"{folder.kind.modules[m]}.weight" for m in ("head", "embed"))
     if not folder.cfg.tied_head or head not in places or embed not in places:
         return places
@@ -221,7 +220,8 @@ def _without_second_head(folder: Folder, places: dict[str, Place]) -> dict[str, 
             value=f"{places[head].file.name}",
             allowed="equal tensors, one tensor, or a configuration that does not tie them",
             next_step=(
-                "ask its publisher which head is meant; with the wrong one the model writes "
+                "find out from the publisher which head is correct; with the wrong one the model "
+                "writes "
                 "gibberish"
             ),
         )
@@ -233,13 +233,13 @@ def _require_same_names(expected: set[str], given: set[str], folder: Folder) -> 
         raise CheckpointError(
             f"{folder.path} lacks {missing[0]}",
             value=f"{len(missing)} tensors missing",
-            allowed=f"{len(expected)} tensors by config.json",
+            allowed=f"{len(expected)} tensors according to config.json",
         )
     if strange := sorted(given - expected):
         raise CheckpointError(
             f"{folder.path} holds {strange[0]}, which {folder.kind.architecture} does not have",
             value=f"{len(strange)} unexpected tensors",
-            next_step="config.json describes another model than the weights",
+            next_step="use the config.json of these weights",
         )
 
 
@@ -249,7 +249,7 @@ def _fill(
 ) -> None:
     if place.shape != (wanted := their_shape(row, shapes)):
         raise CheckpointError(
-            f"tensor {row.theirs} has another shape than config.json says",
+            f"the shape of tensor {row.theirs} contradicts config.json",
             value=place.shape,
             allowed=wanted,
         )
@@ -268,7 +268,7 @@ def read_tensor(place: Place) -> Tensor:
         raise CheckpointError(
             f"tensor {place.name} is of type {place.dtype}",
             allowed=", ".join(READABLE),
-            next_step="take the weights before quantisation",
+            next_step="use the weights before quantisation",
         )
     stored = np.array(tensorfile.memmap(place.file, place.name))
     tensor = (

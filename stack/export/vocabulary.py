@@ -1,5 +1,5 @@
-"""Tokenizers on their way out and in: the other library's file must give the same ids, and every id
-of a model must stand for something.
+"""Export and import of tokenizers: both libraries must give the same ids, and every id of a model
+needs a token.
 """
 
 import json
@@ -26,14 +26,14 @@ PLAIN_TEXTS = (
 
 
 def eos_token(tokenizer: Tokenizer) -> str:
-    """How the end of text is written in the exported file."""
+    """The text of the end-of-text token in the exported file."""
     return tokenizer.literal(tokenizer.eos_id) or END_OF_TEXT
 
 
 def to_library(tokenizer: Tokenizer) -> Any:
     """The tokenizer in the form of the `tokenizers` library.
 
-    Raises DataError if it gives other ids than ours on a hard text.
+    Raises DataError if its ids differ from ours on a test text.
     """
     match tokenizer:
         case Bpe():
@@ -49,7 +49,7 @@ def to_library(tokenizer: Tokenizer) -> Any:
     for text in HARD_TEXTS:
         if made.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).ids:
             raise DataError(
-                f"a {tokenizer.kind} tokenizer gives other ids in the form of the tokenizers "
+                f"a {tokenizer.kind} tokenizer gives different ids in the format of the tokenizers "
                 "library",
                 value=repr(text[:40]),
             )
@@ -81,17 +81,17 @@ def _of_pieces(vocabulary: dict[str, int], eos_id: int, *, by_bytes: bool) -> An
 
 
 def from_file(file: Path, vocab_size: int, end: str | int | None) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of a model with `vocab_size` ids, and what is to be said about it.
+    """The tokenizer of a model with `vocab_size` ids, and notes for the record.
 
-    Ids beyond the file's become reserved control tokens, so that each row of the embedding keeps
-    its place. `end` names the token that ends a text, by writing or id; None takes the first known
-    one. Raises DataError naming a tokenizer that cannot be trusted.
+    Ids beyond those of the file become reserved control tokens, so that each row of the embedding
+    keeps its index. `end` is the end-of-text token as text or id; None: the first known one. Raises
+    DataError for a tokenizer that is missing, unreadable, lossy, or does not match the model.
     """
     if not file.is_file():
         raise DataError(
-            f"there is no {file}",
+            f"{file} does not exist",
             allowed="a tokenizer.json",
-            next_step="give --tokenizer FILE; other formats are not read",
+            next_step="give --tokenizer FILE; other formats are not supported",
         )
     token = _written(file, end) if isinstance(end, int) else end or ""
     tokenizer, said = load_tokenizer(file, eos_token=token), []
@@ -116,8 +116,8 @@ def from_file(file: Path, vocab_size: int, end: str | int | None) -> tuple[Token
 
 
 def _written(file: Path, token_id: int) -> str:
-    """How the token of an id is written; empty for a file of ours,
-    which says itself what ends a text.
+    """The text of the token with an id; empty for a file of ours, which declares its end-of-text
+    token.
     """
     from tokenizers import Tokenizer as Inner
 
@@ -156,32 +156,34 @@ def _padded(file: Path, tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
         inner.id_to_token(i) is None for i in range(vocab_size)
     ):
         raise DataError(
-            f"{file} leaves ids out, so the rows of the embedding cannot be told apart",
+            f"{file} has gaps in its ids, so rows of the embedding have no token",
             value=f"{tokenizer.vocab_size} ids",
         )
     return padded
 
 
 def _refuse_lossy(file: Path, tokenizer: Tokenizer) -> list[str]:
-    """Refuse what loses plain text; say what changes hard text."""
+    """Raise DataError for a tokenizer that loses plain text; return a note if it changes a hard
+    text.
+    """
     for text in PLAIN_TEXTS:
         if (back := tokenizer.decode(tokenizer.encode(text).ids)) != text:
             raise DataError(
-                f"{file} loses text: what it encodes it does not decode",
+                f"{file} loses text: decoding its ids gives another text",
                 value=f"{text!r} becomes {back!r}",
-                allowed="a tokenizer that gives every plain text back",
-                next_step="give --tokenizer FILE; scores per byte would be of another text",
+                allowed="a tokenizer that decodes every plain text exactly",
+                next_step="give --tokenizer FILE; otherwise scores per byte refer to another text",
             )
     changed = [t for t in HARD_TEXTS if tokenizer.decode(tokenizer.encode(t).ids) != t]
     return (
-        [f"the tokenizer does not give back {len(changed)} of {len(HARD_TEXTS)} hard texts exactly"]
+        [f"the tokenizer does not decode {len(changed)} of {len(HARD_TEXTS)} hard texts exactly"]
         if changed
         else []
     )
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, if there is one."""
+    """tokenizer_config.json; empty if the file is missing."""
     path = folder / "tokenizer_config.json"
     try:
         return json.loads(path.read_bytes()) if path.is_file() else {}

@@ -1,6 +1,6 @@
-"""Fast operations, each beside a slow reference with the same arguments;
-`dispatch` says which one runs and why.
+"""Fast operations, each with a slow reference that takes the same arguments. `dispatch` selects the
+kernels.
 """
 
-# float32 logits that the head holds at a time; more gains nothing, less starves the matrix products
+# float32 logits in memory at a time; more is not faster, less makes the matrix products too small
 HEAD_CHUNK_BYTES = 128 * 2**20

@@ -1,5 +1,5 @@
-"""One call of an operation, that any of its kernels and its reference can compute: forward and
-backward on the same numbers.
+"""One call of an operation, for any of its kernels and its reference: forward and backward on the
+same numbers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from stackproof.kernels.table import Operation
 
-PIECE_NUMBERS = 2**20  # of the largest tensor that the reference makes at a time, in float64
+PIECE_NUMBERS = 2**20  # in the largest float64 tensor of the reference
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of a tensor: its numbers are drawn anew."""
+    """Shape, strides and dtype of a tensor whose numbers are drawn again."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     def draw(self, device: torch.device, chance: torch.Generator) -> Tensor:
-        """Normal numbers laid out so; dimensions of stride 0 repeat one."""
+        """Normal numbers in this layout; dimensions of stride 0 repeat one number."""
         single = [1 if step == 0 else n for n, step in zip(self.shape, self.stride)]
         numbers = torch.empty_strided(single, self.stride, dtype=self.dtype, device=device)
         return numbers.copy_(torch.randn(single, generator=chance)).expand(self.shape)
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def shapes(self) -> str:
-        """The tensors' shapes and dtype, and numbers that were given, in words."""
+        """Text with the shapes and dtypes of the tensors, and the given numbers."""
         tensors = {n: a for n, a in self.arguments.items() if isinstance(a, Layout)}
         sizes = [f"{n.split('_')[0]} {'×'.join(map(str, a.shape))}" for n, a in tensors.items()]
         numbers = [
@@ -62,8 +62,8 @@ class Case:
         return self.autocast is not None or bool(dtypes & {torch.float16, torch.bfloat16})
 
     def draw(self) -> dict[str, Any]:
-        """Every argument, with numbers for each layout; weights are small enough that
-        outputs have the size of inputs.
+        """Every argument, with numbers drawn for each layout. Weights are scaled so that outputs
+        have the size of inputs.
         """
         chance = torch.Generator().manual_seed(self.seed)
         drawn = {
@@ -77,7 +77,7 @@ class Case:
         }
 
     def leaves(self, drawn: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The inputs that get a gradient, as fresh leaves."""
+        """The differentiable inputs, as fresh leaves."""
         return {
             n: drawn[n].detach().requires_grad_()
             for n, a in self.arguments.items()
@@ -90,7 +90,7 @@ class Case:
         return [o for o, _ in pairs], [g for _, g in pairs]
 
     def cotangents(self, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What the outputs are weighed by in the backward: normal numbers, 1 for a sum."""
+        """The cotangents of the outputs: normal numbers, 1 for a sum."""
         chance = torch.Generator().manual_seed(self.seed + 1)
         return [
             (torch.randn(o.shape, generator=chance) if o.ndim else torch.ones(())).to(
@@ -117,8 +117,8 @@ class Case:
         return _named([o.detach() for o in outputs], leaves)
 
     def expected(self, drawn: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The same of the reference in float64, worked out piece by piece so
-        that little memory is held.
+        """Outputs and gradients of the reference in float64, computed in pieces to bound the
+        memory.
         """
         rounded = (
             self.autocast if self.operation.name in ("linear", "linear_cross_entropy") else None
@@ -140,13 +140,13 @@ class Case:
 
 
 def _wide(x: Tensor, rounded: torch.dtype | None) -> Tensor:
-    """Numbers in float64, rounded before as autocast rounds them."""
+    """Numbers in float64, first rounded as autocast rounds them."""
     return (x if rounded is None else x.to(rounded)).double() if x.is_floating_point() else x
 
 
 def _bound(op: Operation, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Call by position up to the keyword-only arguments, so that each kernel may
-    name its tensors as it likes.
+    """Call by position up to the keyword-only arguments: kernels may name their tensors
+    differently.
     """
     kinds = signature(op.reference()).parameters
     positional = [
@@ -167,12 +167,14 @@ def _named(outputs: list[Tensor], leaves: Mapping[str, Tensor]) -> dict[str, Ten
     return found | {f"the gradient of {n.split('_')[0]}": x.grad for n, x in leaves.items()}
 
 
-# ---- pieces of a call that the reference can compute by themselves
+# ---- pieces of a call that the reference computes separately
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Arguments of one piece, where its output lies in the whole one, and the shape of that."""
+    """Arguments of one piece, the place of its output in the whole output, and the shape of
+    that.
+    """
 
     arguments: dict[str, Any]
     out: tuple[slice, ...] = ()
@@ -211,7 +213,7 @@ def _rows(name: str, arguments: dict[str, Any]) -> Iterator[Piece]:
 
 def _heads(arguments: dict[str, Any]) -> Iterator[Piece]:
     """Some queries of some key/value heads of some rows.
-    Queries t … of the last T see no key behind their own.
+    Queries t … of the last T see no later key than their own.
     """
     q, k, v = list(arguments.values())[:3]
     (B, N, T, _), (K, S) = q.shape, k.shape[1:3]

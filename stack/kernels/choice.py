@@ -1,8 +1,8 @@
-"""Which kernel of each operation is chosen on a device, from where, and what a record says of it.
+"""The choice of a kernel for each operation on a device, its origin, and its form in a record.
 
-A choice has one of five origins: a key of the configuration, a record that comes with the package
-(`MEASURED`), a comparison made on this machine, the record of the run that is resumed or repeated,
-or none of them: then torch's own.
+A choice has one of five origins: a key of the configuration, a shipped record (`MEASURED`), a
+comparison on this machine, the record of the run that is resumed or repeated, or the default,
+torch's own kernel.
 """
 
 import platform
@@ -32,7 +32,7 @@ Origin = Literal["key", "shipped", "measured-here", "recorded", "default"]
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel by name, where the choice comes from, and the reason in words."""
+    """A kernel by name, the origin of the choice, and the reason as text."""
 
     kernel: str
     reason: str
@@ -41,16 +41,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Fastest:
-    """The winner of a comparison on one kind of device, and the id of the
-    benchmark record that shows it.
-    """
+    """The fastest kernel on one kind of device, and the id of its benchmark record."""
 
     kernel: str
     record: str
 
 
 def cpu_maker() -> str:
-    """The processor's maker as /proc/cpuinfo names it; elsewhere its family."""
+    """The vendor of the processor in /proc/cpuinfo; on other systems its family."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -62,8 +60,7 @@ def cpu_maker() -> str:
 
 
 CPU_NAME = f"{cpu_maker()} {torch.backends.cpu.get_cpu_capability()}"
-# (name of the device, operation) -> winner.
-# The only place to edit when a benchmark has been recorded.
+# (name of the device, operation) -> winner. Edit this table after recording a benchmark.
 MEASURED: dict[tuple[str, str], Fastest] = {
     ("AuthenticAMD AVX512", "linear"): Fastest(ONEDNN, "benchmark-20261122T091225Z-f056d3d8"),
     ("AuthenticAMD AVX512", "attention"): Fastest(CHUNKS, "benchmark-20261122T091225Z-f056d3d8"),
@@ -74,8 +71,8 @@ MEASURED: dict[tuple[str, str], Fastest] = {
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU as torch names it; of a processor the maker and the widest
-    instructions that torch uses on it.
+    """The name of a GPU in torch; for a processor, its vendor and the widest instructions that
+    torch uses.
     """
     if device.type == "cpu":
         return CPU_NAME
@@ -85,8 +82,8 @@ def device_name(device: torch.device) -> str:
 
 
 def by_default(op: str, device: torch.device) -> Choice:
-    """The winner of the record for this device; torch's own where none
-    is there or it cannot run.
+    """The winner of the shipped record for this device; torch's own without a record, or if the
+    winner cannot run.
     """
     if device.type not in ("cpu", "cuda"):
         return Choice(TORCH, f"no kernel of our own for {device.type}", "default")
@@ -110,12 +107,12 @@ def of_config(
     compiled: bool = False,
     measurement: Measurement | None = None,
 ) -> dict[str, Choice]:
-    """The choice of a fresh run: what `train.kernels` names, else the shipped record, else
-    `measurement`, else torch's own.
+    """The choice of a fresh run by priority: `train.kernels`, the shipped record, `measurement`,
+    torch's own.
 
-    A comparison runs each kernel by itself, so under torch.compile `measurement` is not used.
-    Raises EnvironmentUnfit where a named kernel cannot run on `device`, IntegrityError for a Triton
-    kernel whose source has not passed its parity tests.
+    `measurement` compares isolated kernels, so it is not used under torch.compile. Raises
+    EnvironmentUnfit if a named kernel cannot run on `device`, IntegrityError for a Triton kernel
+    whose source has not passed its parity tests.
     """
     named = by_operation(setting)
     found = {}
@@ -134,8 +131,8 @@ def of_config(
 def _measured_here(
     op: Operation, choice: Choice, device: torch.device, dtype: str, found: Measurement
 ) -> Choice:
-    """The winner of the comparison on this machine if it still holds,
-    else `choice` with the reason.
+    """The winner of the comparison on this machine if it is still valid, else `choice` with the
+    reason.
     """
     winner = found.winners.get(dtype, {}).get(op.name)
     if winner is None or winner not in op.kernels:
@@ -153,8 +150,8 @@ def _measured_here(
 
 
 def require(op: Operation, name: str, device: torch.device, next_step: str) -> None:
-    """Raise EnvironmentUnfit where a kernel cannot run on `device`, IntegrityError for Triton
-    source that did not pass.
+    """Raise EnvironmentUnfit if a kernel cannot run on `device`, IntegrityError for Triton source
+    without passed parity tests.
     """
     kernel = op.kernel(name)
     if unfit := kernel.why_not(device):
@@ -168,7 +165,7 @@ def require(op: Operation, name: str, device: torch.device, next_step: str) -> N
         parity.require(op.name)
 
 
-# ---- what a record says
+# ---- choices in records
 
 
 def document(
@@ -178,10 +175,10 @@ def document(
     compiled: bool = False,
     dtype: str = "float32",
 ) -> dict[str, str]:
-    """Kernel of every operation with reason and origin, JSON-ready,
-    for the environment of a record.
+    """Kernel of every operation with reason and origin, JSON-ready, for the environment of a
+    record.
 
-    `<operation>` is what computes in this precision, in words; `<operation>_name` is the choice.
+    `<operation>` describes the computation in this precision; `<operation>_name` is the choice.
     """
     found = {"device": device_name(device)}
     for op in OPERATIONS.values():
@@ -209,11 +206,11 @@ def document(
 def of_record(
     environment: Mapping[str, object], device: torch.device, next_step: str
 ) -> dict[str, Choice]:
-    """The choice that a record's environment names, for a resume or a repetition.
-    Never a comparison made here.
+    """The choice in the environment of a record, for a resume or a repetition.
 
-    An operation that the record does not name is chosen as by default. Raises EnvironmentUnfit
-    where a named kernel is unknown, cannot run here, or was chosen for other instructions of a CPU.
+    An operation without an entry gets the default, never a comparison on this machine. Raises
+    EnvironmentUnfit if a kernel is unknown, cannot run here, or was chosen for other CPU
+    instructions.
     """
     found = {}
     for op in OPERATIONS.values():
@@ -234,10 +231,11 @@ def of_record(
 
 
 def _recorded(op: Operation, environment: Mapping[str, object]) -> tuple[str, str]:
-    """Name and reason of an operation's kernel in a record's environment; empty if it names none.
+    """Name and reason of an operation's kernel in the environment of a record; empty without an
+    entry.
 
-    Records made before names were written hold the title, which is as good, or of half precision
-    the title of torch's own with the chosen kernel in the reason.
+    Older records hold the title in place of the name, or, in half precision, the title of torch's
+    own with the chosen kernel in the reason.
     """
     title = str(environment.get(f"kernel_{op.name}", ""))
     reason = str(environment.get(f"kernel_{op.name}_reason", ""))
@@ -254,8 +252,8 @@ def _recorded(op: Operation, environment: Mapping[str, object]) -> tuple[str, st
 def _require_instructions(
     op: str, name: str, environment: Mapping[str, object], device: torch.device, next_step: str
 ) -> None:
-    """Refuse a CPU kernel other than torch's own that was chosen for other instructions:
-    it would sum in another order.
+    """Raise EnvironmentUnfit for a CPU kernel other than torch's own that was chosen for other
+    instructions, because its order of summation differs.
     """
     of_reason = re.match(
         r"fastest on (.+), record ", str(environment.get(f"kernel_{op}_reason", ""))

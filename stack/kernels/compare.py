@@ -1,9 +1,8 @@
-"""Kernels held against their reference and against each other: the same inputs,
-forward and backward.
+"""Compares kernels with their reference and with each other: the same inputs, forward and backward.
 
-A `Case` is one call of an operation: shapes, strides, dtypes, and the arguments that are no
-differentiable numbers, as they were given. `seen_calls` takes the cases of a model as it runs;
-`samples` makes those of the comparison that `stack doctor --kernels` and the benchmarks run.
+A `Case` is one call of an operation: shapes, strides, dtypes, and the values of non-differentiable
+arguments. `seen_calls` collects the cases of a running model; `samples` defines those of the
+comparison by `stack doctor --kernels` and the benchmarks.
 """
 
 import inspect
@@ -32,7 +31,7 @@ from stackproof.spec.errors import StackproofError
 
 @dataclass(frozen=True)
 class ChosenCall:
-    """A call that a model makes, with the kernel that is chosen for it."""
+    """A call of a model, with the chosen kernel."""
 
     case: Case
     kernel: str
@@ -53,8 +52,8 @@ class ChosenCall:
         return self.kernel == TORCH
 
     def compared(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Outputs and gradients by name: of the kernel, and of the reference on
-        the same numbers in float64.
+        """Outputs and gradients by name: of the kernel, and of the reference on the same numbers in
+        float64.
         """
         drawn = self.case.draw()
         return self.case.results(self.function, drawn), self.case.expected(drawn)
@@ -62,10 +61,10 @@ class ChosenCall:
 
 @contextmanager
 def seen_calls() -> Iterator[list[ChosenCall]]:
-    """The distinct calls of operations until the block ends; filled when it has ended.
+    """Collect the distinct calls of operations in the block; filled on exit.
 
-    Calls that differ in their number of rows alone, as those of experts do, are two:
-    most rows and fewest.
+    Of calls that differ only in their number of rows, as those of experts, two are kept: most rows
+    and fewest.
     """
     found: dict[tuple, dict[int, ChosenCall]] = {}
     result: list[ChosenCall] = []
@@ -105,7 +104,7 @@ def _held(op: Operation, name: str, value: Any) -> Any:
 
 
 def _told_apart(name: str, value: Any) -> tuple:
-    """What tells two calls apart: of activations all but the first axis."""
+    """The key of a call: for activations, all axes but the first."""
     match value:
         case Layout() | Tensor():
             whole = name.startswith(("weight", "bias", "cos", "sin"))
@@ -117,7 +116,7 @@ def _told_apart(name: str, value: Any) -> tuple:
 
 
 def seconds_of(call: Callable[[], object], times: int, device: str) -> float:
-    """Seconds of one of `times` calls in a row, by the device's clock."""
+    """Mean seconds per call over `times` calls, by the clock of the device."""
     if device == "cpu":
         started = time.perf_counter()
         for _ in range(times):
@@ -149,8 +148,8 @@ def work(
 
 @dataclass
 class Raced:
-    """One kernel on one case: its seconds per round, its worst relative error,
-    or why it did not run.
+    """One kernel on one case: seconds per round and worst relative error, or the reason why it did
+    not run.
     """
 
     case: Case
@@ -160,7 +159,7 @@ class Raced:
     missing: str = ""
 
     def row(self, torch_seconds: list[float]) -> dict[str, Any]:
-        """JSON-ready, with torch's time over its own, round by round: median and least."""
+        """JSON-ready, with the median and the minimum over rounds of torch's time over its time."""
         ratios = [a / b for a, b in zip(torch_seconds, self.seconds)]
         return {
             "operation": self.case.operation.name,
@@ -175,7 +174,7 @@ class Raced:
 
 
 def race(case: Case, names: Iterable[str], *, rounds: int, seconds: float) -> list[Raced]:
-    """Time kernels of one case in turn, and hold each against the reference in float64."""
+    """Time the kernels of one case in turn, and compare each with the reference in float64."""
     found, works, drawn = [Raced(case, name) for name in names], {}, case.draw()
     expected = case.expected(drawn)
     for raced in found:
@@ -192,7 +191,7 @@ def race(case: Case, names: Iterable[str], *, rounds: int, seconds: float) -> li
             once()
             times = max(1, round(seconds / max(seconds_of(once, 2, case.device.type), 1e-6)))
         except (RuntimeError, StackproofError) as e:
-            # no room on the device, or shapes the kernel refuses
+            # out of memory, or shapes that the kernel refuses
             raced.missing = f"does not run here: {str(e).splitlines()[0][:80]}"
             continue
         works[raced.kernel] = (raced, once, times)
@@ -205,8 +204,8 @@ def race(case: Case, names: Iterable[str], *, rounds: int, seconds: float) -> li
 
 
 def winner(raced: list[list[Raced]], limit: Callable[[Case], float]) -> str:
-    """The kernel that is faster than torch's own in every round of every case and within its error;
-    torch's own if none is.
+    """The fastest kernel among those faster than torch's own in every round of every case and
+    within its error; else torch's own.
     """
     least: dict[str, float] = {}
     for case in raced:
@@ -228,11 +227,11 @@ def measure(
     on_case: Callable[[list[Raced]], None] = lambda raced: None,
     cases: Callable[[Operation, torch.device, torch.dtype], list[Case]] = samples.cases,
 ) -> measured.Measurement:
-    """Compare all kernels of each operation on a device, in every precision that
-    has several of them there.
+    """Compare all kernels of each operation on a device, in every precision that has several of
+    them there.
 
     `limit` is the largest relative error that a case allows.
-    `on_case` is told each case when it is done.
+    `on_case` is called with each finished case.
     """
     rows: list[dict[str, Any]] = []
     winners: dict[str, dict[str, str]] = {}

@@ -1,5 +1,5 @@
-"""The operations of a training step, each computed by the kernel that is chosen for its device.
-The model calls kernels only here.
+"""The operations of a training step, each computed by the kernel chosen for its device.
+The model calls kernels only through this module.
 
 B batch, T tokens, S keys. Each operation takes the arguments of its reference in
 `stackproof.kernels.reference`.
@@ -21,22 +21,22 @@ from stackproof.kernels.table import OPERATIONS, TORCH, TRITON, Kernel, operatio
 
 Replace = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
-# Modules of kernels that are imported; those in Triton only once one is chosen.
+# Imported kernel modules; those in Triton are imported when one is chosen.
 _modules: dict[str, ModuleType] = {
     kernel.module: import_module(f"{__package__}.{kernel.module}")
     for op in OPERATIONS.values()
     for kernel in op.kernels.values()
     if not kernel.is_triton
 }
-# by operation, with the type of device it is for; empty: any
+# by operation, with the type of device that it is for; empty: any
 _chosen: dict[str, tuple[Choice, str]] = {}
 _NONE: tuple[Choice | None, str] = (None, "")
 _replace: Replace | None = None
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    """A function that computes an operation by the kernel chosen for the
-    device of its first argument.
+    """A function that computes an operation with the kernel chosen for the device of its first
+    argument.
     """
 
     def call(x: Tensor, *rest: Any, **options: Any) -> Any:
@@ -57,8 +57,8 @@ linear_cross_entropy = _operation("linear_cross_entropy")
 
 
 def takes_masks(device: torch.device | str) -> bool:
-    """Whether the attention of this device wants a mask made once for all layers,
-    and not the ranges it stands for.
+    """Whether the attention of this device takes one mask for all layers in place of ranges of
+    visible keys.
     """
     return choose("attention", device).kernel != TRITON
 
@@ -104,8 +104,8 @@ def using(**kernels: str) -> Iterator[None]:
 def using_choices(
     choices: Mapping[str, Choice], device: torch.device | None = None
 ) -> Iterator[None]:
-    """Use these choices in the whole process until the block ends; given a device, for tensors on
-    its type of device alone.
+    """Use these choices in the whole process until the block ends; with a device, only for tensors
+    on its type of device.
     """
     global _chosen
     before, where = _chosen, "" if device is None else device.type
@@ -118,9 +118,7 @@ def using_choices(
 
 @contextmanager
 def replacing(replace: Replace) -> Iterator[None]:
-    """Call `replace(operation, function)` in the place of each chosen
-    function until the block ends.
-    """
+    """Replace each chosen function by `replace(operation, function)` until the block ends."""
     global _replace
     before, _replace = _replace, replace
     try:
@@ -130,8 +128,8 @@ def replacing(replace: Replace) -> Iterator[None]:
 
 
 def choose(op: str, device: torch.device | str) -> Choice:
-    """The kernel in force for `op` on `device`: the run's or by hand,
-    else the default of the device.
+    """The kernel in use for `op` on `device`: that of the run, one chosen by hand, or the default
+    of the device.
     """
     device = torch.device(device) if isinstance(device, str) else device
     chosen, where = _chosen.get(op, _NONE)
@@ -143,11 +141,11 @@ def choose(op: str, device: torch.device | str) -> Choice:
 def kernel(
     op: str, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> Callable[..., Any]:
-    """The function in force for `op` on `device`.
+    """The function in use for `op` on `device`.
 
-    Raises EnvironmentUnfit where it cannot run, IntegrityError where its source has not passed its
-    parity tests; both were looked at already where a run has chosen. Triton's kernels have no
-    float64: there, where checks compare, it is torch's own.
+    Raises EnvironmentUnfit if it cannot run, IntegrityError if its source has not passed its parity
+    tests; the choice of a run has checked both already. Triton's kernels have no float64, which
+    checks use for comparison: float64 is computed by torch's own.
     """
     chosen, table = choose(op, device), OPERATIONS[op]
     found = table.kernels[chosen.kernel]
@@ -161,7 +159,7 @@ def kernel(
 
 
 def function_of(found: Kernel) -> Callable[..., Any]:
-    """The function of a kernel as its module holds it now."""
+    """The function of a kernel, looked up in its module at each call."""
     if found.module not in _modules:
         _modules[found.module] = import_module(f"{__package__}.{found.module}")
     return getattr(_modules[found.module], found.name)
@@ -170,7 +168,7 @@ def function_of(found: Kernel) -> Callable[..., Any]:
 def choices(
     device: torch.device | str, *, compiled: bool = False, dtype: str = "float32"
 ) -> dict[str, str]:
-    """What is in force on `device`, JSON-ready, for the environment of a record."""
+    """The kernels in use on `device`, JSON-ready, for the environment of a record."""
     device = torch.device(device)
     return choice.document(
         {op: choose(op, device) for op in OPERATIONS}, device, compiled=compiled, dtype=dtype

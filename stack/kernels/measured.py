@@ -1,6 +1,4 @@
-"""The outcome of a comparison of all kernels made on this machine,
-as it lies in the user's cache.
-"""
+"""The result of a comparison of all kernels on this machine, in the user's cache."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +14,7 @@ PACKAGES = ("torch", "triton", "stackproof")
 
 
 def versions() -> dict[str, str]:
-    """What is installed and decides how fast a kernel is."""
+    """Installed versions that affect the speed of a kernel."""
     found = {}
     for name in PACKAGES:
         try:
@@ -32,8 +30,8 @@ def hashes(op: Operation) -> dict[str, str]:
 
 
 class Measurement(BaseModel):
-    """What was compared on one device.
-    `winners` is precision -> operation -> kernel; `sha256` operation -> kernel -> source.
+    """The comparison on one device. `winners` is precision -> operation -> kernel; `sha256`
+    operation -> kernel -> source.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +44,7 @@ class Measurement(BaseModel):
     rows: list[dict[str, Any]] = []
 
     def why_stale(self, op: Operation, device: str) -> str:
-        """Why its winner for an operation no longer holds on `device`; empty if it does."""
+        """Why the winner for an operation is no longer valid on `device`; empty if it is valid."""
         if self.device != device:
             return f"it was made on {self.device}, this is {device}"
         now = versions()
@@ -65,7 +63,7 @@ class _File(BaseModel):
 
 
 def _read(path: Path) -> _File:
-    """The file; without a comparison where it is not there or cannot be read."""
+    """The content of the file; without comparisons if it is missing or unreadable."""
     try:
         return _File.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -73,13 +71,13 @@ def _read(path: Path) -> _File:
 
 
 def read(folder: Path, device: str) -> Measurement | None:
-    """The comparison made on `device`; None if there is none or the file cannot be read."""
+    """The comparison on `device`; None if it is missing or unreadable."""
     return _read(folder / FILE).devices.get(device)
 
 
 def write(folder: Path, found: Measurement) -> Path:
-    """Put a comparison into the cache, in the place of an earlier one on the same device.
-    Returns the file.
+    """Write a comparison to the cache; it replaces an earlier one on the same device. Returns the
+    file.
     """
     path = folder / FILE
     document = _File(devices=_read(path).devices | {found.device: found})

@@ -1,10 +1,10 @@
-"""Which Triton kernels have passed their parity tests as they stand now.
+"""Which Triton kernels have passed their parity tests with their current source.
 
 python -m stackproof.kernels.parity [--write]
 
-Without --write it shows the state of each kernel. With it, the parity tests are run (on a GPU if
-there is one, else in Triton's interpreter), and for each kernel whose tests pass the hash of its
-source is written to `parity.json`. `dispatch` refuses the others.
+Without --write it prints the state of each kernel. With --write it runs the parity tests, on a GPU
+or in Triton's interpreter, and writes the source hash of each kernel that passes to `parity.json`.
+`dispatch` refuses all other kernels.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NEXT_STEP = "python -m stackproof.kernels.parity --write"
 
 
 def passed(file: Path = FILE) -> dict[str, dict]:
-    """What `parity.json` says: kernel -> sha256, where the tests ran, versions, and the worst
+    """The content of `parity.json`: kernel -> sha256, device of the tests, versions, and the worst
     relative error per dtype.
     """
     return json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -38,7 +38,9 @@ def passed(file: Path = FILE) -> dict[str, dict]:
 
 @cache
 def why_not(kernel: str, folder: Path = FOLDER, file: Path = FILE) -> str:
-    """Why a kernel's parity is not shown for its source; empty if it is. Read once per process."""
+    """Why the source of a kernel does not count as passed; empty if it does. Read once per
+    process.
+    """
     entry = passed(file).get(kernel)
     if entry is None:
         return "its parity tests have not been passed yet"
@@ -48,7 +50,7 @@ def why_not(kernel: str, folder: Path = FOLDER, file: Path = FILE) -> str:
 
 
 def require(kernel: str) -> None:
-    """Refuse a kernel whose source is not the one that passed."""
+    """Raise IntegrityError for a kernel whose current source has not passed its parity tests."""
     if reason := why_not(kernel):
         raise IntegrityError(
             f"the Triton kernel {kernel} is not used: {reason}",
@@ -85,8 +87,8 @@ def main() -> int:
 
 
 def run(kernel: str, tests: Path) -> dict | None:
-    """Run a kernel's tests in a process of its own; what to write if all pass.
-    The hash is that of before the run.
+    """Run a kernel's tests in a new process. Returns its entry, with the source hash before the
+    run, or None after a failure.
     """
     import torch
 

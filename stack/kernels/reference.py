@@ -1,8 +1,8 @@
-"""Slow and plain: what the fast kernels must equal.
-Written from the definition, in whatever dtype comes in.
+"""Slow, simple references for the fast kernels, written from the definitions, in the dtype of the
+input.
 
-B batch, N query heads, K key/value heads, G = N/K query heads per key/value head, T queries,
-S keys, H head_dim
+B batch, N query heads, K key/value heads, G = N/K query heads per key/value head, T queries, S
+keys, H head_dim
 """
 
 import math
@@ -21,7 +21,7 @@ def attention(
     mask_B1TS: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale·q·k)·v over the keys that each query may see; arguments as in
+    """softmax(scale·q·k)·v over the visible keys of each query; arguments as in
     `stackproof.kernels.attention.attention`.
 
     Query head n reads key/value head n // G. A query that sees no key gives zeros. Returns (B, N,
@@ -32,7 +32,7 @@ def attention(
     k_BNSH, v_BNSH = (x.repeat_interleave(N // K, 1) for x in (k_BKSH, v_BKSH))
     scores_BNTS = q_BNTH @ k_BNSH.mT * (1 / math.sqrt(H) if scale is None else scale)
     seen = visible(T, S, start_BS, window, q_BNTH.device) if mask_B1TS is None else mask_B1TS
-    blind = ~seen.any(-1, keepdim=True)  # there is no softmax over no keys
+    blind = ~seen.any(-1, keepdim=True)  # softmax over no keys is undefined
     weights_BNTS = scores_BNTS.masked_fill(~(seen | blind), -math.inf).softmax(-1)
     return weights_BNTS.masked_fill(blind, 0) @ v_BNSH
 
@@ -40,8 +40,8 @@ def attention(
 def visible(
     T: int, S: int, start_BS: Tensor | None, window: int | None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Which of S keys each of the last T positions may see, bool, (T, S), or (B, 1, T,
-    S) with documents.
+    """Which of S keys are visible to each of the last T positions: bool, (T, S), or (B, 1, T, S)
+    with documents.
     """
     s_S, p_T1 = torch.arange(S, device=device), torch.arange(S - T, S, device=device)[:, None]
     seen = s_S <= p_T1
@@ -56,8 +56,8 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x·weightᵀ + bias over the last axis, multiplied and summed in float64,
-    rounded once to the dtype of the input.
+    """x·weightᵀ + bias over the last axis, computed in float64 and rounded once to the dtype of the
+    input.
     """
     y = x.double() @ weight_MD.double().T
     return (y if bias_M is None else y + bias_M.double()).to(x.dtype)

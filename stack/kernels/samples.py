@@ -1,4 +1,4 @@
-"""The sizes at which kernels are compared, by operation and kind of device.
+"""Sizes for comparing kernels, by operation and kind of device.
 
 B rows, N query heads, K key/value heads, T tokens, H head width, R rows (positions), D features, M
 outputs, F inner features, V vocabulary
@@ -9,7 +9,7 @@ import torch
 from stackproof.kernels.case import Case, Layout
 from stackproof.kernels.table import Operation
 
-# Those of a processor are shapes a and b of benchmarks/training.py and one of a larger model.
+# For a CPU: shapes a and b of benchmarks/training.py, and one of a larger model.
 LINEAR = {"cpu": ((4096, 128, 384), (4096, 256, 768), (2048, 1024, 1024))}  # R, D, M
 LINEAR["cuda"] = ((8192, 768, 2304), (16384, 1024, 2816), (16384, 4096, 4096))
 ATTENTION = {  # B, N, K, T, H
@@ -28,7 +28,7 @@ SWIGLU = {"cpu": ((4096, 384), (2048, 2816)), "cuda": ((8192, 2048), (16384, 281
 
 
 def cases(op: Operation, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The calls of an operation that its kernels are compared on."""
+    """The calls of an operation for comparing its kernels."""
 
     def case(**arguments: object) -> Case:
         return Case(op, arguments, device)
@@ -37,7 +37,7 @@ def cases(op: Operation, device: torch.device, dtype: torch.dtype) -> list[Case]
         return Layout(shape, torch.empty(shape, device="meta").stride(), of)
 
     def heads(B: int, N: int, T: int, H: int) -> Layout:
-        """As a projection leaves them: (B, T, N, H) in memory."""
+        """In the layout of a projection's output: (B, T, N, H) in memory."""
         return Layout((B, N, T, H), (T * N * H, H, N * H, 1), dtype)
 
     match op.name:

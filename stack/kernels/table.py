@@ -1,10 +1,9 @@
-"""Every operation a training step takes from here, and the kernels it can choose from.
-Imports neither torch nor triton.
+"""The table of operations of a training step, and their kernels. Imports neither torch nor triton.
 
-The choice, the configuration's validation, the parity list, the comparison and `stack doctor` all
-read this table. A kernel is added here, beside its file and its tests. The reference of an
-operation is the function of its name in `reference`, its inputs for a comparison come from the
-function of its name in `samples`.
+The choice, the validation of the configuration, the parity list, the comparison and `stack doctor`
+read this table. A new kernel needs a row here, a file and tests. The reference of an operation is
+the function with its name in `reference`; the inputs of its comparison come from the function with
+its name in `samples`.
 """
 
 import difflib
@@ -63,10 +62,10 @@ def with_triton(device: "torch.device") -> str:
 class Kernel:
     """One way to compute an operation.
 
-    `module`, below `stackproof.kernels` and imported when it is used, holds its function `name`.
-    `sources` are the files whose text decides what it computes. `dtypes` are the run's precisions
-    in which it computes itself; in others it calls torch's own. `why_not` gives the reason it
-    cannot run on a device, empty if it can.
+    `module`, below `stackproof.kernels` and imported on first use, defines its function `name`.
+    `sources` are the files with its code. `dtypes` are the precisions of a run that it computes; in
+    others it calls torch's own. `why_not` returns the reason why it cannot run on a device, empty
+    if it can.
     """
 
     module: str
@@ -93,9 +92,10 @@ def source_hash(names: tuple[str, ...], folder: Path = FOLDER) -> str:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation by name. `fused` says that torch.compile is given the formula in torch's place.
+    """An operation by name. With `fused`, torch.compile receives the formula in place of torch's
+    kernel.
 
-    `constants` are the floating-point arguments that get no gradient.
+    `constants` are the floating-point arguments without a gradient.
     """
 
     name: str
@@ -104,13 +104,13 @@ class Operation:
     constants: tuple[str, ...] = ()
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel of this name. Raises UsageError naming the nearest and the allowed ones."""
+        """The kernel with this name. Raises UsageError with the nearest and the allowed names."""
         if name not in self.kernels:
             raise unknown(f"{self.name} has no kernel {name}", name, self.kernels)
         return self.kernels[name]
 
     def reference(self) -> Callable[..., Any]:
-        """The slow and plain function, with the same arguments."""
+        """The slow reference, with the same arguments."""
         return getattr(import_module(f"{__package__}.reference"), self.name)
 
 
@@ -205,18 +205,18 @@ OPERATIONS = _table(
         },
     ),
 )
-WORDS = (AUTO, TORCH, TRITON)  # what `train.kernels` may be instead of a table
+WORDS = (AUTO, TORCH, TRITON)  # allowed words for `train.kernels` in place of a table
 
 
 def operation(name: str) -> Operation:
-    """The operation of this name. Raises UsageError naming the nearest and the allowed ones."""
+    """The operation with this name. Raises UsageError with the nearest and the allowed names."""
     if name not in OPERATIONS:
         raise unknown(f"{name} is not an operation with kernels", name, OPERATIONS)
     return OPERATIONS[name]
 
 
 def unknown(what: str, name: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> UsageError:
-    """The error for a name that is not in a list, the nearest names first."""
+    """The error for an unknown name, with the nearest names first."""
     near = difflib.get_close_matches(str(name), allowed, cutoff=0.4)
     return UsageError(
         what, value=name, allowed=", ".join([*near, *(a for a in allowed if a not in near)])
@@ -224,7 +224,7 @@ def unknown(what: str, name: str, allowed: Mapping[str, Any] | tuple[str, ...]) 
 
 
 def by_operation(setting: str | Mapping[str, str]) -> dict[str, str]:
-    """What `train.kernels` names, by operation; what it leaves open is absent.
+    """The kernels in `train.kernels` by operation, without operations that it leaves open.
 
     Raises UsageError for an unknown word, operation or kernel.
     """

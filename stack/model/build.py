@@ -50,8 +50,8 @@ def build_model(
 def compile_hidden_states(model: nn.Module) -> Callable[..., tuple[Tensor, Report]]:
     """`model.hidden_states` as one graph over the same parameters, compiled at its first call.
 
-    No part of it runs in Python, and dropout draws what it draws in eager mode. The call raises
-    EnvironmentUnfit if torch cannot compile the graph here.
+    The whole forward is in the graph, and dropout draws the same numbers as in eager mode. The call
+    raises EnvironmentUnfit if torch cannot compile the graph here.
     """
     # an environment variable can switch it on, and then eager mode runs without a warning
     torch._dynamo.config.suppress_errors = False

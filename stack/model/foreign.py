@@ -1,7 +1,7 @@
 """Translation of a model to another library's format: its configuration keys and its tensors.
 
-An architecture of theirs supports a configuration if what it writes reads back as the same. So
-keys without a counterpart are found by reading back, not listed.
+An architecture of theirs supports a configuration if its written form reads back as the same
+configuration. So keys without a counterpart are found by reading back, not by a list.
 """
 
 import json
@@ -187,7 +187,7 @@ class Kind:
 
 
 def for_inference(cfg: ModelConfig) -> ModelConfig:
-    """A configuration without what acts in training only."""
+    """A configuration without the keys that apply in training only."""
     update: dict[str, Any] = {"dropout": 0.0}
     if isinstance(cfg.ffn, MixtureOfExperts):
         balance = AuxiliaryLoss() if isinstance(cfg.ffn.balance, AuxiliaryLoss) else cfg.ffn.balance

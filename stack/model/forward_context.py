@@ -1,4 +1,4 @@
-"""What all blocks of one forward share and report: positions, masks, the KV cache, expert loads.
+"""Data that all blocks of one forward share or report: positions, masks, KV cache, expert loads.
 
 B batch, K key/value heads, T new tokens, S keys so far, H head_dim, E experts, J rotated pairs
 """
@@ -81,7 +81,7 @@ class ExpertLoad:
 
 @dataclass
 class ForwardContext:
-    """What the blocks need to know about the tokens beside their hidden states.
+    """Metadata of the tokens for all blocks, in addition to the hidden states.
 
     Positions count from 0 in each document, indices along the row or the cache. `start_BT` is the
     first index of each token's document (None: each row is one document). `mask_B1TS` marks the
@@ -108,7 +108,7 @@ class ForwardContext:
 
 @dataclass(frozen=True)
 class Report:
-    """What the blocks of one forward report.
+    """Report of the blocks of one forward.
 
     Expert loads by layer, and the share of tokens read by each block with hard capacity.
     """

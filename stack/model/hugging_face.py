@@ -11,7 +11,7 @@ from stackproof.config import LinearScaling, Llama3Scaling, ModelConfig, RotaryP
 from stackproof.model.foreign import Keys, Kind, unsupported
 from stackproof.spec.errors import ConfigError
 
-# Keys that no forward pass depends on.
+# Keys without effect on the forward.
 NEUTRAL = frozenset(
     (
         "_name_or_path architectures model_type transformers_version torch_dtype dtype use_cache "
@@ -306,7 +306,7 @@ def kind_of(document: Mapping[str, Any]) -> Kind:
 def kind_for(cfg: ModelConfig) -> Kind:
     """The first architecture that supports a configuration.
 
-    Raises ConfigError with what each of them does not support.
+    Raises ConfigError with the unsupported parts for each architecture.
     """
     lost = {kind: kind.lost_keys(cfg) for kind in KINDS}
     for kind, missing in lost.items():

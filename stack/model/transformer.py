@@ -62,8 +62,8 @@ def run_block(block: nn.Module, x_BTD: Tensor, *context: Any, checkpointed: bool
     """`block(x_BTD, *context)`, with activation checkpointing if `checkpointed` and in training.
 
     Then only the input is kept, and the backward runs the block a second time, with the same
-    dropout and under the same autocast: gradients are bit-equal. Read what a block reports before
-    the backward, which makes it report again. Source: arXiv:1604.06174.
+    dropout and under the same autocast: gradients are bit-equal. Read the report of a block before
+    the backward, which adds to it again. Source: arXiv:1604.06174.
     """
     if checkpointed and block.training and torch.is_grad_enabled():
         return checkpoint(block, x_BTD, *context, use_reentrant=False)
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         document_ids_BT: Tensor | None = None,
     ) -> tuple[Tensor, Report]:
-        """Normalised hidden states (B, T, D), the input of the head, and what the blocks report.
+        """Normalised hidden states (B, T, D), the input of the head, and the report of the blocks.
 
         Arguments and errors as in `forward`.
         """

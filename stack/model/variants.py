@@ -1,6 +1,6 @@
-"""From the types of the configuration to modules: the only file that knows all variants.
+"""Builds the module of each variant; the only file with a list of all variants.
 
-What each variant is made of is declared in spec/architecture.py.
+spec/architecture.py declares the weights and values of each variant.
 """
 
 from typing import assert_never

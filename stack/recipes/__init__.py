@@ -23,11 +23,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The configuration of a recipe. Raises ConfigError naming the nearest one."""
+    """The configuration of a recipe by name. Raises ConfigError with the nearest name if it is
+    unknown.
+    """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         raise ConfigError(
-            f"there is no recipe {name!r}",
+            f"unknown recipe {name!r}",
             allowed=", ".join(RECIPES),
             next_step=f"stack train {near[0]}"
             if near

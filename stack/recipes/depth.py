@@ -1,4 +1,4 @@
-"""One dial: everything else follows from the number of layers."""
+"""A configuration derived from one number: the number of layers."""
 
 import math
 from dataclasses import dataclass
@@ -22,32 +22,32 @@ from stackproof.spec.errors import DataError, IntegrityError
 from stackproof.spec.formulas import parameter_count
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (arXiv:2203.15556)
-EPOCHS = 4  # up to here repeated text is worth as much as new (arXiv:2305.16264)
-GPU_LAYERS = 8  # from here on a CPU would train for weeks, and every GPU of use has bfloat16 units
+EPOCHS = 4  # up to here a repeated epoch is as good as new text (arXiv:2305.16264)
+GPU_LAYERS = 8  # from here on training needs a GPU, and every suitable one has bfloat16 units
 SWEPT_WIDTH = 128  # of the default recipe
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads: its vocabulary, and how many different tokens there are to train on."""
+    """A corpus: size of its vocabulary, and number of its training tokens."""
 
     vocab_size: int
     unique_tokens: int
 
 
 def embedded(n_layers: int) -> Corpus:
-    """The standard library's documentation.
-    From four layers on in smaller pieces, so that there are tokens enough for the parameters.
+    """The documentation of the standard library, with a smaller vocabulary from four layers on, so
+    that the tokens are sufficient for the parameters.
     """
     return Corpus(2048, 850_000) if n_layers < 4 else Corpus(1024, 1_000_000)
 
 
 def depth(n_layers: int, corpus: Corpus | None = None) -> RunConfig:
-    """A model of `n_layers` blocks, 64 features wide per block, and a run sensible for it on a
-    corpus, the embedded text by default.
+    """A model of `n_layers` blocks with width 64·n_layers, and a matching run on a corpus (default:
+    the embedded text).
 
-    Optimizer, schedule and batch are those of the default recipe, rates by width^-0.75.
-    What was measured: docs/adr/0023.
+    Optimizer, schedule and batch are those of the default recipe; learning rates scale with
+    width^-0.75. Measurements: docs/adr/0023.
     """
     corpus = corpus or embedded(n_layers)
     d_model, max_seq_len = 64 * n_layers, 256 * 2 ** min(3, n_layers // 6)
@@ -89,8 +89,8 @@ def depth(n_layers: int, corpus: Corpus | None = None) -> RunConfig:
 
 
 def corpus_of(built: Path) -> Corpus:
-    """Vocabulary and training tokens of a folder that `stack data build` wrote.
-    Raises DataError for another.
+    """Vocabulary and training tokens of a folder written by `stack data build`.
+    Raises DataError for any other folder.
     """
     path = built / "manifest.json"
     try:
@@ -99,6 +99,6 @@ def corpus_of(built: Path) -> Corpus:
         return Corpus(manifest["tokenizer"]["vocab_size"], sum(s["tokens"] for s in shards))
     except (OSError, IntegrityError, KeyError, TypeError) as e:
         raise DataError(
-            f"{built} holds no built data: {type(e).__name__}: {e}",
+            f"{built} is not a built data set: {type(e).__name__}: {e}",
             next_step="stack data build SRC… --out DIR",
         ) from e

@@ -1,5 +1,5 @@
-"""How a model from elsewhere is trained on: its own architecture and tokenizer, a small learning
-rate, and text that is always there.
+"""Continued pre-training of an imported model: its architecture and tokenizer, a small learning
+rate, and the embedded text.
 """
 
 from pathlib import Path
@@ -23,7 +23,9 @@ TOKENS_PER_STEP = 4096
 
 
 def imported(model: ModelConfig, tokenizer_file: Path) -> RunConfig:
-    """What `stack train --fork` starts from; `--set data.corpus.…` names another text."""
+    """The base configuration of `stack train --fork`; `--set data.corpus.…` selects another
+    corpus.
+    """
     rows = max(1, TOKENS_PER_STEP // model.max_seq_len)
     return RunConfig(
         recipe="imported",

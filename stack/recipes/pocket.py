@@ -1,5 +1,5 @@
-"""About a million parameters, trained in minutes on two CPU cores on text
-every Python installation has.
+"""About a million parameters, trained in minutes on two CPU cores, on text of every Python
+installation.
 """
 
 from stackproof.config import (
@@ -21,8 +21,8 @@ from stackproof.config import (
 
 
 def pocket() -> RunConfig:
-    """The embedded default: English of the standard library's documentation.
-    How its settings were found: docs/adr/0023.
+    """The default recipe: English documentation of the standard library.
+    How its settings were chosen: docs/adr/0023.
     """
     return RunConfig(
         recipe="pocket",
@@ -48,7 +48,7 @@ def pocket() -> RunConfig:
 
 
 def pocket_code() -> RunConfig:
-    """The same model on the standard library's source."""
+    """The same model on the source files of the standard library."""
     docs = pocket()
     return docs.model_copy(
         update={

@@ -39,10 +39,10 @@ def tiny() -> RunConfig:
 
 
 def huge() -> RunConfig:
-    """Twelve layers of width 256 over 512 tokens, as the founding note
-    tinygpt validation trained them.
+    """Twelve layers of width 256 over 512 tokens, as the founding note tinygpt validation trained
+    them.
 
-    Its run had model.attention.kind=differential and model.depth.kind=mixture-of-depths besides.
+    That run also had model.attention.kind=differential and model.depth.kind=mixture-of-depths.
     """
     return RunConfig(
         recipe="huge",
@@ -122,7 +122,7 @@ def llama_370m() -> RunConfig:
 
 
 def gpt2_124m() -> RunConfig:
-    """The smallest GPT-2, with the batch and the learning rate of its open reproductions."""
+    """The smallest GPT-2, with the batch size and the learning rate of its open reproductions."""
     return RunConfig(
         recipe="gpt2-124m",
         data=DataConfig(tokenizer=BpeTokenizer(vocab_size=50_257)),

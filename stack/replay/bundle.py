@@ -24,16 +24,16 @@ from stackproof.train.rng import default_rng_state
 from stackproof.train.step import nonfinite_parts
 from stackproof.train.trainer import Callback, RestartPoint, Trainer
 
-ROWS_BYTES_MAX = 256 * 2**20  # of rows kept in memory, and so of those in a bundle
+ROWS_BYTES_MAX = 256 * 2**20  # rows kept in memory, and in a bundle
 CHECKPOINT_BYTES_MAX = (
     2**30
-)  # of a state that is copied; of a larger one the bundle only names the folder
+)  # size of a copied state; for a larger one the bundle holds only the path
 NAMES_MAX = 16
 
 
 @dataclass
 class Recent:
-    """The data drawn since `point`, the latest state that the run could begin again from.
+    """The data drawn since `point`, the latest state that a replay can start from.
 
     Rows are kept as int32, the oldest dropped beyond ROWS_BYTES_MAX; `rng` is torch's random state
     before the latest step, and `batch` its first micro-batch.
@@ -47,9 +47,7 @@ class Recent:
     dropped: int = 0
 
     def begin(self, point: RestartPoint) -> None:
-        """Drop the rows that a replay from `point` does not need;
-        later steps may have been drawn already.
-        """
+        """Drop the rows before `point`. Rows of later steps may have been drawn already."""
         self.point = point
         while self.steps and self.steps[0][0].step <= point.step:
             self.n_bytes -= size_of(self.steps.popleft()[1])
@@ -87,7 +85,7 @@ def size_of(tensors: dict[str, Tensor]) -> int:
 
 
 def without_rows(batches: Sequence[Batch]) -> tuple[repro.MicroBatch, ...]:
-    """What a document holds of batches."""
+    """The entries of batches in the document."""
     return tuple(
         repro.MicroBatch(**{name: getattr(b, name) for name in repro.MicroBatch.model_fields})
         for b in batches
@@ -133,10 +131,12 @@ class ReproRecorder(Callback):
             trainer.callbacks.on_message(f"the repro bundle of {gate_id} could not be written: {e}")
             return
         cause = (
-            f"; what made it: stack trace --repro {folder}" if gate_id == "runtime.finite" else ""
+            f"; to find its origin: stack trace --repro {folder}"
+            if gate_id == "runtime.finite"
+            else ""
         )
         message = (
-            f"gate {gate_id} is red at step {step}; to see it again: stack gates repro "
+            f"gate {gate_id} failed at step {step}; to reproduce it: stack gates repro "
             f"{folder}{cause}"
         )
         trainer.callbacks.on_message(message)
@@ -151,7 +151,7 @@ def write_bundle(
     point, keeper, record = recent.point, trainer.keeper, trainer.output.record
     gate, tokenizer = keeper.spec.gates[gate_id], trainer.dataset.tokenizer
     if point is None or gate_id not in point.gates:
-        raise StackproofError("the run had not begun, so there is nothing to begin again from")
+        raise StackproofError("the run has not begun, so a replay has no state to start from")
     held_out = trainer.held_out if Evaluated in keeper.seats[gate_id].watcher.events else []
     tensors = {name: t for _, rows in recent.steps for name, t in rows.items()} | recent.rng
     tensors |= {
@@ -166,7 +166,7 @@ def write_bundle(
         _write_points(folder / repro.POINTS, trainer, recent.batch, step),
     )
     lacking = (
-        "the state the replay begins from was too large to copy" if base.kind == "elsewhere" else ""
+        "the initial state of the replay was too large to copy" if base.kind == "elsewhere" else ""
     )
     if recent.dropped:
         first = f"the rows of the first {recent.dropped} steps since step {point.step}"
@@ -223,7 +223,7 @@ def write_bundle(
 
 def _write_points(path: Path, trainer: Trainer, batch: Batch | None, step: int) -> str:
     """Write the activation statistics of the latest batch.
-    Returns why that was impossible, or an empty text.
+    Returns the reason if that was impossible, else an empty text.
     """
     if batch is None:
         return "no step had been drawn"
@@ -232,14 +232,14 @@ def _write_points(path: Path, trainer: Trainer, batch: Batch | None, step: int) 
     except (
         RuntimeError,
         StackproofError,
-    ) as e:  # a broken device, or no memory left: the verdict matters more
+    ) as e:  # a failed device, or no memory left: the verdict has priority
         return f"the model could not be traced: {e}"
     path.write_bytes(b"".join(canonical_json({"step": step} | line) + b"\n" for line in lines))
     return ""
 
 
 def _base(folder: Path, point: RestartPoint) -> repro.Base:
-    """Copy the state that the replay begins from, or name its folder."""
+    """Copy the initial state of the replay, or store its path."""
     if point.folder is None:
         return repro.Base(kind="seed", step=point.step)
     path = point.folder.resolve()

@@ -1,5 +1,5 @@
-"""The resume certificate: one run straight, one through SIGKILLs at random moments,
-compared byte for byte.
+"""The resume certificate: an uninterrupted run and one with SIGKILLs at random moments, compared
+byte for byte.
 """
 
 import random
@@ -31,13 +31,13 @@ DEADLINE_S = 900.0
 def certify(
     base: RunConfig, *, steps: int, kills: int, sets: tuple[str, ...], run_dir: Path | None
 ) -> tuple[Record, Path]:
-    """Run both, compare, write the record. `base` is a recipe's configuration.
+    """Run both, compare them, and write the record. `base` is the configuration of a recipe.
 
-    Raises ConfigError if the plan leaves no room for the kills.
+    Raises ConfigError if there are too few steps for the kills.
     """
     if steps < 2 * (kills + 1):
         raise ConfigError(
-            f"{steps} steps leave no room for {kills} kills",
+            f"{steps} steps are too few for {kills} kills",
             allowed=f"at least {2 * (kills + 1)} steps",
             next_step="--steps 60",
         )
@@ -90,8 +90,8 @@ def _finish(command: list[str], log: Path) -> int:
 def _with_kills(
     command: list[str], run_dir: Path, log: Path, steps: int, kills: int, seed: int
 ) -> list[int]:
-    """Kill at randomly drawn steps after the first checkpoint; each time go on with --resume.
-    Returns the steps last logged.
+    """Kill the run at random steps after the first checkpoint, and continue with --resume each
+    time. Returns the last logged step of each kill.
     """
     draw = random.Random(stream_seed(seed, "kills"))
     targets = sorted(draw.sample(range(steps // 4, steps - 1), kills))

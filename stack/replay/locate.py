@@ -1,5 +1,5 @@
-"""Replays a repro bundle with every operation watched: which operation made the first NaN or
-infinity, and at which step.
+"""Replays a repro bundle and checks every operation: which one created the first NaN or infinity,
+and at which step.
 """
 
 import math
@@ -17,10 +17,10 @@ from stackproof.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Located:
-    """`step` is the first after which a loss, gradient or weight is not finite,
-    with the `report` of it; None without any.
+    """`step` is the first step with a non-finite loss, gradient or weight, and `report` its report;
+    None if all are finite.
 
-    `steps` are those that were replayed, in one pass.
+    `steps` are the replayed steps.
     """
 
     step: int | None
@@ -33,11 +33,11 @@ class Located:
 def locate(
     folder: Path, *, device: str = "cpu", base: Path | None = None
 ) -> tuple[repro.Bundle, Located]:
-    """Replay the bundle's steps, once, until one of them leaves a value that is not finite.
+    """Replay the steps of the bundle once, up to the first with a non-finite value.
 
-    The model runs uncompiled, and on a CPU with torch's kernels: faults of a compiler or of another
-    kernel are not seen. An overflow that fp16 loss scaling handles does not count. Arguments and
-    errors otherwise as in `stack.replay.replay.replaying`.
+    The model runs uncompiled, and on a CPU with torch's kernels, so faults of a compiler or of
+    another kernel are not detected. An overflow that fp16 loss scaling handles does not count.
+    Arguments and errors as in `stackproof.replay.replay.replaying`.
     """
     done: list[int] = []
     operations, seconds = 0, 0.0
@@ -55,9 +55,7 @@ def locate(
 
 
 def _bad(trainer: Trainer) -> bool:
-    """Whether the step left a NaN or an infinity in the weights,
-    the gradients or the numbers of its log line.
-    """
+    """Whether the weights, the gradients or the log line of the step have a NaN or an infinity."""
     line = trainer.report.log_line() if trainer.report else {}
     numbers = [v for v in line.values() if isinstance(v, float)]
     return any(nonfinite_parts(trainer.state.model).values()) or not all(

@@ -1,5 +1,5 @@
-"""Replays a repro bundle: its state, its rows, the steps of the training loop,
-and the one gate that failed.
+"""Replays a repro bundle: restores its state, runs the training steps on its rows, and checks the
+failed gate.
 """
 
 import tempfile
@@ -53,10 +53,10 @@ class RecordedRows:
         self.order = SimpleNamespace(sources=names, load_state_dict=lambda state: [])
 
     def draw(self) -> Batch:
-        """The next rows. Raises DataError if there are none left."""
+        """The next rows. Raises DataError after the last ones."""
         if not self.batches:
             raise DataError(
-                "the bundle holds no further rows: this code draws more than the run did"
+                "the bundle has no more rows: this code draws more rows than the run did"
             )
         batch, self.cursor = self.batches.pop(0)
         return batch
@@ -114,10 +114,10 @@ def replaying(
     """A trainer at the state where the bundle's replay begins;
     `take_replayed_step` continues from there.
 
-    `base` is the step folder if the bundle only names one. Nothing outside the folder is read,
-    nothing is written. On the bundle's kind of device its kernels are used, on another the
-    default ones. Raises DataError if the bundle lacks what is needed, IntegrityError if it was
-    changed, EnvironmentUnfit without its device.
+    `base` is the step folder if the bundle only names one. Reads nothing outside the folder and
+    writes nothing. Uses the kernels of the bundle on its kind of device, the default ones on
+    another. Raises DataError if the bundle is not sufficient, IntegrityError if it was changed,
+    EnvironmentUnfit if the device is not available.
     """
     bundle = repro.read_bundle(folder)
     _refuse_unreplayable(bundle, base)
@@ -151,17 +151,15 @@ def replaying(
 def _refuse_unreplayable(bundle: repro.Bundle, base: Path | None) -> None:
     if bundle.gate not in load_spec().gates:
         raise IntegrityError(
-            f"there is no gate {bundle.gate} any more",
+            f"gate {bundle.gate} does not exist in this version",
             next_step=f"use the code of the bundle: {bundle.code.commit}",
         )
     if bundle.lacking and not (bundle.base.kind == "elsewhere" and base):
         raise DataError(
-            f"the bundle does not suffice: {bundle.lacking}",
+            f"the bundle is not sufficient: {bundle.lacking}",
             value=bundle.base.path or None,
-            allowed="a bundle that holds its state and all rows since",
-            next_step=(
-                "stack gates repro BUNDLE --base STEP_FOLDER, where only the state is lacking"
-            ),
+            allowed="a bundle with its initial state and all rows since",
+            next_step=("stack gates repro BUNDLE --base STEP_FOLDER, if only the state is missing"),
         )
 
 
@@ -191,7 +189,7 @@ def _play(
 
 
 def _plain(value: Any) -> Any:
-    """A value as it is read back from JSON; a number that is not finite is text."""
+    """A value after a round trip through JSON; a non-finite number becomes text."""
     value = to_jsonable(value)
     return (
         {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(value, value)
@@ -201,7 +199,7 @@ def _plain(value: Any) -> Any:
 
 
 def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
-    """Load the state of model and gate where the replay begins."""
+    """Load the state of the model and the gate at the start of the replay."""
     state, keeper = trainer.state, trainer.keeper
     if base is not None:
         with torch.no_grad():
@@ -209,7 +207,7 @@ def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
     if state.step != bundle.base.step:
         raise DataError(
             f"{base} is the state after step {state.step}",
-            allowed=f"that after step {bundle.base.step}",
+            allowed=f"the state after step {bundle.base.step}",
         )
     keeper.load_state_dict(bundle.gates)
     if bundle.continued:
@@ -218,8 +216,8 @@ def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
 
 
 def take_replayed_step(trainer: Trainer, bundle: repro.Bundle) -> None:
-    """One step, with the evaluation or sample after it if the gate watches
-    them and the run had one.
+    """One step, and the evaluation or sample after it if the gate checks them and the run had
+    one.
     """
     loop.take_step(trainer)
     watched = trainer.keeper.seats[bundle.gate].watcher.events
@@ -252,7 +250,7 @@ def _open(
     )
     if bundle.gate not in keeper.seats:
         raise IntegrityError(
-            f"gate {bundle.gate} is not asked in runs of this configuration", value=bundle.record
+            f"gate {bundle.gate} does not apply to runs of this configuration", value=bundle.record
         )
     measured = {
         k: float(bundle.measured.get(k) or 0.0) for k in ("found_frac", "found_in_training_frac")
@@ -275,7 +273,7 @@ def _open(
 def open_state(
     cfg: RunConfig, bundle: repro.Bundle, tensors: dict[str, Tensor], device: torch.device
 ) -> TrainState:
-    """A fresh state that draws the bundle's rows."""
+    """A fresh training state that draws the rows of the bundle."""
     rows = []
     for step in bundle.steps:
         after = [*(b.cursor_after for b in step.batches[:-1]), step.cursor]

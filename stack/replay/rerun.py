@@ -1,4 +1,4 @@
-"""Trains a record's configuration again and compares the outcome with the record."""
+"""Repeats the training run of a record and compares the result with the record."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from stackproof.train.trainer import Callback
 
 
 def rerun(record: Record, run_dir: Path | None, callback: Callback) -> dict:
-    """Compare weights by hash and losses by value, with the kernels that the record names.
-    Only train records can be re-run.
+    """Repeat a run with the kernels in its record; compare weights by hash and losses by value.
 
-    Raises IntegrityError for others, EnvironmentUnfit if one of the kernels cannot run here.
+    Raises IntegrityError for a record of another kind than train, EnvironmentUnfit if a kernel
+    cannot run here.
     """
     if record.kind != "train":
         raise IntegrityError(

@@ -153,13 +153,13 @@ def bisect(
         found.say("the bad side fails the check", not bad_passes, rel_err=distance)
         if not good_passes or bad_passes:
             found.conclusion = (
-                "the right side fails the check: nothing can be found by it"
+                "the reference side fails the check, so the check cannot locate an error"
                 if not good_passes
-                else "the side that is looked into passes the check: there is nothing to find"
+                else "the tested side passes the check, so there is no error to locate"
             )
             return found
         if not _reached(bench):
-            found.conclusion = "what is wrong lies behind the points looked at, or between them"
+            found.conclusion = "the error lies after the traced points, or between them"
             return found
         last = _last(bench)
         first = last if last == 0 else _first(bench, last)
@@ -170,10 +170,7 @@ def bisect(
             more = (
                 ""
                 if found.minimal_set
-                else (
-                    "; modules cannot be exchanged, as the sides are built otherwise, or that "
-                    "does not cure"
-                )
+                else ("; exchanging modules does not cure, or the sides have different modules")
             )
             found.conclusion = (
                 f"several operations are guilty, of which these are the first and the last{more}"

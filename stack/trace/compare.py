@@ -30,7 +30,7 @@ CHUNK = 2**20  # values compared at a time
 # of differential attention.
 FACTOR, CAP = 1.0, 0.03
 MISSING, MISSING_THERE = "did not run on this side", "did not run on the other side"
-# hooked as the inputs of other functions, so a missing one is no error of its own
+# hooked as the inputs of other functions, so a missing one is not a separate error
 NOT_OWN = ("q_rotated", "k_rotated", "scores", "entropy", "attention_mixed", "resid_mid")
 
 
@@ -286,11 +286,11 @@ def _row(
 
 
 def _first(rows: Sequence[Compared]) -> Compared | None:
-    """The first point above its bound; if modules right before it ran in one variant only,
-    the first of these.
+    """The first point above its bound; if modules right before it ran in one variant only, the
+    first of these.
 
-    Inputs of an attention function or a norm are not hooked if another function is called,
-    which is no error.
+    Inputs of an attention function or a norm are not hooked if another function is called, which is
+    not an error.
     """
     at = next((i for i, r in enumerate(rows) if r.excess > 1), None)
     if at is None:

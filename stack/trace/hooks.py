@@ -324,7 +324,7 @@ def _routed(view: _Viewer, point: Point, place: Routing, out: tuple) -> tuple:
 def _wrap(
     model: nn.Module, where: NameMap, inside: list[Site], view: _Viewer, undo: ExitStack
 ) -> None:
-    """Wrap the attention function. Hooks on the blocks tell which layer calls it."""
+    """Wrap the attention function. Hooks on the blocks track the calling layer."""
     running: list[int] = []
     # statistics of scores are read before the next user of the pool writes
     pool = buffer_pool("figures")

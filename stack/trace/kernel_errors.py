@@ -87,7 +87,7 @@ def attend(
 
 
 def seen_of(call: Call, later: int = 0) -> Tensor:
-    """Which keys each query sees, (…, T, S) bool; `later` adds that many keys after its own."""
+    """The visible keys of each query, (…, T, S) bool; `later` adds that many keys after its own."""
     T, S = call.q_BNTH.shape[2], call.k_BKSH.shape[2]
     index_S = torch.arange(S, device=call.q_BNTH.device)
     own_T1 = torch.arange(T, device=index_S.device)[:, None] + (

@@ -174,7 +174,7 @@ def divergence(log_p_BTV: Tensor, log_q_BTV: Tensor) -> Tensor:
     "a lens has parameters",
 )
 def make_optimizer(lens: TunedLens, lr: float) -> torch.optim.Optimizer:
-    """Adam over the parameters of the lens. Raises ViolationError if there are none."""
+    """Adam over the parameters of the lens. Raises ViolationError for a lens without parameters."""
     return torch.optim.Adam([{"params": list(lens.parameters())}], lr=lr)
 
 
@@ -187,12 +187,13 @@ def train_lens(
     where: Names = None,
     tell: Callable[[int, float], None] = lambda step, kl_nats: None,
 ) -> TunedLens:
-    """Fit a lens for every point but the last to the distribution of the model,
-    one batch of ids (B, T) a step.
+    """Fit a lens for every point but the last to the distribution of the model, one batch of ids
+    (B, T) a step.
 
     Minimises KL(model ‖ lens), averaged over tokens and summed over points, with a learning rate
-    that falls linearly to 0. `tell` gets step and mean KL over points. Raises UsageError for a
-    model in training mode or too few batches, IntegrityError if the weights of the model changed.
+    that falls linearly to 0. `tell` is called with step and mean KL over points. Raises UsageError
+    for a model in training mode or too few batches, IntegrityError if the weights of the model
+    changed.
     """
     if model.training:
         raise UsageError(
@@ -272,13 +273,13 @@ def save_lens(lens: TunedLens, path: Path, model: nn.Module) -> None:
 
 
 def load_lens(path: Path, model: nn.Module) -> TunedLens:
-    """Read a lens file. Raises CheckpointError if it is no lens or belongs to other weights."""
+    """Read a lens file. Raises CheckpointError if it is not a lens or belongs to other weights."""
     try:
         header = tensorfile.read_header(path)
         points, d_model = header.metadata["points"].split(), int(header.metadata["d_model"])
     except (OSError, tensorfile.BadTensorFile, KeyError, ValueError) as e:
         raise CheckpointError(
-            f"{path} is no lens: {e}", next_step="stack trace MODEL --lens tuned makes one"
+            f"{path} is not a lens file: {e}", next_step="fit one: stack trace MODEL --lens tuned"
         ) from e
     if header.metadata.get("schema") != SCHEMA or header.metadata.get(
         "base_sha256"

@@ -39,7 +39,7 @@ BETWEEN_BLOCKS = ("embedding", "layers.*.resid_out", "final_norm", "logits")
 class ModelVariant:
     """A model, its name map, the points to compare (None: all), and the context that it runs in.
 
-    `inputs` makes the arguments of the forward besides the ids, anew for each run: document ids or
+    `inputs` creates the arguments of the forward other than the ids, for each run: document ids or
     a cache. `computes` is the dtype of the arithmetic if it is not that of the parameters, as under
     autocast; it sets the bound for rounding.
     """

@@ -1,10 +1,10 @@
-"""Find the first operation that creates a NaN or an infinity, forward or backward,
-in any code that runs in torch.
+"""Find the first operation that creates a NaN or an infinity, forward or backward, in any code that
+runs in torch.
 
 A dispatch mode checks every operation below autograd. Non-finite values are marked with their
 origin, and results inherit the mark, so the operation named is the one whose value reaches the
-result. Infinities of masks, and values that a later selection discards, are told apart. A compiled
-graph or a Triton kernel counts as one operation, or is not visible.
+result. Infinities of masks, and values that a later selection discards, are reported separately. A
+compiled graph or a Triton kernel counts as one operation, or is not visible.
 """
 
 import math
@@ -47,7 +47,7 @@ CONSTANT, HOST_READ, INTO_GRADIENT = (
 class Values:
     """Contents of a tensor. Statistics are of its finite values, in float64; None without any.
 
-    `held` names the parameter or buffer, if it is one; `first_bad` is the index of
+    `held` is the name of the parameter or buffer, if the tensor is one; `first_bad` is the index of
     the first non-finite value.
     """
 
@@ -337,8 +337,8 @@ def _read(func: Any, given: dict[str, Any]) -> list[_Read]:
 
 
 def _results(operation: _Operation, result: Any) -> list[_Result]:
-    """Values that the operation creates: arguments it wrote to,
-    and results that are no views of its inputs.
+    """Values that the operation creates: arguments it wrote to, and results that are not views of
+    its inputs.
     """
     written = [
         (name, i, t)

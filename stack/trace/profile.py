@@ -75,7 +75,7 @@ def profile(trace: Trace) -> Profile:
 
 
 def _of_one_expert(slot: str) -> bool:
-    """Experts process other tokens in each layer, so layers are no baseline for each other."""
+    """Experts process other tokens in each layer, so layers are not a baseline for each other."""
     return slot.startswith("experts.")
 
 
@@ -108,7 +108,7 @@ def of_spreads(
     verdict = _verdict(found, gains, stats is not None)
     if found is None and all(r.baseline == "none" for r in rows):
         verdict = (
-            "nothing to hold these points against: a layer is judged by the one before it and by "
+            "these points have no baseline: a layer is compared with the one before it and with "
             "the median of all"
         )
     return Profile(tuple(rows), found, gains, verdict)
@@ -222,7 +222,7 @@ def _gains(std: Mapping[tuple[int, str], float]) -> tuple[Gain, ...]:
 def _verdict(found: Row | None, gains: Sequence[Gain], has_stats: bool) -> str:
     """The finding in words."""
     if found is None:
-        return "no layer is out of line with the layer before it and with all layers"
+        return "no layer is anomalous compared with the layer before it and with all layers"
     text = f"{found.point} is the first anomaly: std {found.std:.4g}"
     text += (
         f", {found.ratio_to_previous:.3g} times the layer before"

@@ -22,7 +22,7 @@ HIDDEN = -1e30  # a masked score: finite, so that its product with a weight of 0
 class Call:
     """One call of attention. `mask` is bool, or a number to add, broadcast to (B, N, T, S).
 
-    If `causal`, query t sees keys up to t + offset.
+    If `causal`, keys up to t + offset are visible to query t.
     """
 
     q_BNTH: Tensor

@@ -40,8 +40,8 @@ class SupportError(UsageError):
 
 @dataclass(frozen=True)
 class Support:
-    """What a statistic was computed over: point, shape (batch and tokens first), dtype, tokens,
-    number of values.
+    """The support of a statistic: point, shape (batch and tokens first), dtype, tokens, number of
+    values.
     """
 
     point: str

@@ -98,7 +98,7 @@ def test_every_checkpoint_is_asked_and_again_the_same(stack):
     assert [(r["step"], r["breadth"]) for r in first.json["rounds"]] == [(8, 0), (16, 0), (24, 0)]
     assert first.json["stands_still"] == {"step": 8, "breadth": 0, "audits_since": 2, "lost": []}
     assert (
-        "breadth stands still at 0 since step 8" in again.out
+        "breadth has been constant at 0 since step 8" in again.out
         and "nothing matches xyzzy" in again.out
     )
     assert Path("a/audits.jsonl").read_bytes() == Path("b/audits.jsonl").read_bytes()

@@ -16,5 +16,5 @@ def test_a_long_preflight_says_where_it_is_and_a_short_one_says_nothing(monkeypa
         reporter.on_preflight(SimpleNamespace(id=gate), passed(), seconds)
     assert capsys.readouterr().err.splitlines() == [
         "· preflight",
-        "  3 gates asked, the last a.third",
+        "  3 gates checked, the last a.third",
     ]

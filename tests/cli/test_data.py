@@ -140,7 +140,7 @@ def test_overlap_counts_and_needs_a_canary(built):
     )
     (stack.folder / "words.jsonl").write_text(json.dumps({"text": "too few words"}) + "\n")
     assert_standard(
-        stack("data", "overlap", "mix", "--against", "words.jsonl"), 3, "hidden evaluation text"
+        stack("data", "overlap", "mix", "--against", "words.jsonl"), 3, "did not find the canary"
     )
 
 
@@ -316,7 +316,7 @@ def test_what_else_a_folder_or_a_command_line_holds_is_refused(built):
     assert_standard(
         stack("data", "build", "mix.toml", "plain.txt", "--out", "none"),
         2,
-        "a mixture file is the only source",
+        "a mixture file cannot be combined",
     )
     assert_standard(
         stack("data", "overlap", "mix", "--against", "nosuch.jsonl"),

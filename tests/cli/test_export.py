@@ -260,7 +260,7 @@ def test_without_transformers_it_is_said_and_never_a_pass(
         (("import", "source", "--out", "run"), 2, "not empty"),
         (("import", "absent", "--out", "new"), 2, "FOLDER names nothing"),
         (("import", "source", "--out", "new", "--tokenizer", "absent.json"), 2, "absent.json"),
-        (("import", "source", "--out", "new", "--max-seq-len", "41"), 2, "cannot be cut"),
+        (("import", "source", "--out", "new", "--max-seq-len", "41"), 2, "cannot be reduced"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
@@ -279,4 +279,4 @@ def test_the_record_of_another_run_is_not_taken_for_the_models(stack, run_dir, t
     text = (run_dir / "metadata.json").read_text()
     (run_dir / "metadata.json").write_text(text.replace('"id":"import-2', '"id":"import-3'))
     assert stack("export", run_dir, "--out", "out")[0] == 0
-    assert "no record of the run" in (tmp_path / "out" / "README.md").read_text()
+    assert "record of the run is not beside" in (tmp_path / "out" / "README.md").read_text()

@@ -77,12 +77,12 @@ def test_a_path_that_names_nothing_is_a_matter_of_usage(in_process, command):
 
 @pytest.mark.parametrize("command", FOLDERS)
 def test_a_file_where_a_folder_has_to_be_is_a_matter_of_usage(in_process, command):
-    assert "a file, and it has to be a folder" in refused(in_process, command, "file")["what"]
+    assert "a file and must be a folder" in refused(in_process, command, "file")["what"]
 
 
 @pytest.mark.parametrize("command", [c for c in FILES if "toml" not in c])
 def test_a_folder_where_a_file_has_to_be_is_a_matter_of_usage(in_process, command):
-    assert "a folder, and it has to be a file" in refused(in_process, command, "folder")["what"]
+    assert "a folder and must be a file" in refused(in_process, command, "folder")["what"]
 
 
 @pytest.mark.parametrize("command", LACKING)

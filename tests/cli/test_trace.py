@@ -149,7 +149,7 @@ def test_one_token_is_no_anomaly_and_one_point_is_not_called_in_line(stack, run_
         line["anomalous"] for line in document["points"] if line["slot"] == "entropy"
     )
     code, document = stack("trace", run_dir, *SHORT, "--points", "layers.1.ffn.swiglu")
-    assert code == 0 and document["verdict"].startswith("nothing to hold these points against")
+    assert code == 0 and document["verdict"].startswith("these points have no baseline")
     code, document = stack("trace", run_dir, "--tokens", "last", "--backward", *SHORT)
     assert code == 2 and "no next-token loss" in document["what"]
 
@@ -193,14 +193,14 @@ def test_a_check_that_calls_the_right_side_bad_is_no_check(
     assert found == code
     if code:
         assert (
-            "cannot tell good from bad" in document["what"]
+            "cannot separate good from bad" in document["what"]
             and "nothing_like_it" in document["value"]
         )
     else:
         assert (
             document["guilty"] == []
-            and "there is nothing to find" in document["conclusion"]
-            and "nothing to find" in said(*asked)
+            and "the tested side passes the check" in document["conclusion"]
+            and "no error to locate" in said(*asked)
         )
 
 
@@ -474,15 +474,13 @@ def test_without_transformers_a_folder_is_refused_with_the_line_to_install(stack
 def test_people_see_a_table_a_heat_map_and_the_verdict(said, run_dir, broken):
     text = said("trace", run_dir, *SHORT)
     assert (
-        "layers.1.ffn.swiglu" in text
-        and "┌ resid_out" in text
-        and "no layer is out of line" in text
+        "layers.1.ffn.swiglu" in text and "┌ resid_out" in text and "no layer is anomalous" in text
     )
     text = said("trace", broken, "--against", run_dir, "--bisect", *SHORT)
     assert (
         "first to err: layers.1.ffn.up, the up projection" in text
         and "eliminated" in text
-        and "guilty: layers.1.ffn.up" in text
+        and "cause: layers.1.ffn.up" in text
     )
 
 

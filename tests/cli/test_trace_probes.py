@@ -489,4 +489,4 @@ def test_a_text_too_short_for_a_lens_and_a_broken_bundle_are_data_errors(folder,
     assert done.code == 3 and "too short" in done.err
     Path("nothing").mkdir()
     done = stack("trace", "--repro", "nothing")
-    assert done.code == 3 and "no repro bundle" in done.err
+    assert done.code == 3 and "not a repro bundle" in done.err

@@ -166,7 +166,7 @@ def test_a_chat_becomes_turns_and_the_system_none_of_them(tmp_path):
     ],
 )
 def test_a_turn_that_nobody_can_place_is_named(turn):
-    with pytest.raises(DataError, match="line 7 has a chat turn nobody can place"):
+    with pytest.raises(DataError, match="line 7 has a chat turn of an unknown role"):
         chat_text([*TURNS, turn], "line 7")
 
 

@@ -48,7 +48,7 @@ def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path):
         (
             "weight = 2.0",
             "floor = 0.7\n[[source]]\nname = 'b'\npaths = ['x']\nfloor = 0.4",
-            r"floors of web, b add up to 1\.1",
+            r"floors of web, b sum to 1\.1",
         ),
         (
             "weight = 2.0",
@@ -58,7 +58,7 @@ def test_paths_of_a_mixture_file_are_relative_to_it(tmp_path):
         ("weight = 2.0", "cap = 1.5", "cap"),
         ('name = "web"', 'name = "Web!"', "name"),
         ('paths = ["texts/*.jsonl"]', "", "paths"),
-        (MIXTURE, "[tokenizer]\nkind = 'byte'", "names no source"),
+        (MIXTURE, "[tokenizer]\nkind = 'byte'", "has no source"),
         ("[tokenizer]", "[corpus]\nkind = 'files'\n[tokenizer]", r"\[\[source\]\] tables"),
     ],
 )

@@ -83,12 +83,12 @@ def test_a_floor_takes_from_the_others_in_proportion():
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([(1, 1, 0.6), (1, 1, 0.5)], r"floors of s0, s1 add up to 1\.1"),
-        ([(1, 0.4, 0), (1, 0.5, 0)], r"caps add up to 0\.9"),
+        ([(1, 1, 0.6), (1, 1, 0.5)], r"floors of s0, s1 sum to 1\.1"),
+        ([(1, 0.4, 0), (1, 0.5, 0)], r"caps sum to 0\.9"),
         ([(1, 0.4, 0.5), (1, 1, 0)], r"s0: floor \(0\.5\) is above its cap"),
         ([(0, 1, 0), (0, 1, 0)], "weight 0"),
         ([(1, 0.4, 0), (0, 1, 0.1)], r"can take 0\.5 of the rows"),
-        ([(1, 0, 0)], "caps add up to 0"),
+        ([(1, 0, 0)], "caps sum to 0"),
     ],
 )
 def test_shares_that_cannot_be_met_are_refused(rows, says):

@@ -102,7 +102,7 @@ def test_error_raises_at_the_end_and_keeps_its_place():
     reader.draw()
     reader.draw()
     with pytest.raises(
-        StreamExhausted, match=r"(?s)after 4 samples: .* has 5 windows.*2 windows wanted, 1 left"
+        StreamExhausted, match=r"(?s)after 4 samples: .* has 5 windows.*2 windows needed, 1 left"
     ):
         reader.draw()
     assert reader.cursor == 4

@@ -86,7 +86,7 @@ def test_a_model_that_knows_one_answer_of_each_of_two_domains_has_breadth_two():
     assert (
         wrong.text == "region region region"
         and not wrong.passed
-        and "is not said" in wrong.faults[0]
+        and "the answer lacks" in wrong.faults[0]
     )
 
 
@@ -173,7 +173,7 @@ def test_a_grade_stands_beside_the_verdict_and_only_beside_the_text_it_was_given
         DataError, match=f"grades another answer to {answers[5].prompt} at step 100"
     ):
         graded(answers, filled(path, answers, grade=9.5, text="something else"))
-    with pytest.raises(DataError, match="at step 7, which is not asked here"):
+    with pytest.raises(DataError, match="at step 7, which is not part of this audit"):
         graded(answers, filled(path, answers, grade=9.5, step=7))
     assert (
         graded(answers, filled(path, answers, text="ungraded text is nobody's concern")) == answers

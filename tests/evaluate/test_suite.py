@@ -196,7 +196,7 @@ def changed(path, value):
         (
             ("domain", 0, "prompts", 0, "answer"),
             "It is five.",
-            "two-and-two: its own answer does not pass: nothing matches four",
+            "two-and-two: its sample answer fails its checks: nothing matches four",
         ),
         (
             ("domain", 0, "prompts", 0, "checks"),
@@ -206,12 +206,12 @@ def changed(path, value):
         (
             ("domain", 0, "prompts", 0, "text"),
             "Is two and two four?",
-            "the question said again passes",
+            "the question itself passes",
         ),
         (
             ("domain", 0, "prompts", 0, "checks"),
             [{"kind": "regex", "pattern": "(four"}],
-            "no regular expression",
+            "not a regular expression",
         ),
         (
             ("domain", 0, "prompts", 0, "checks"),
@@ -221,13 +221,13 @@ def changed(path, value):
         (
             ("domain", 0, "prompts", 0, "checks"),
             [{"kind": "flag-exists", "command": "ls", "flags": ["long"]}],
-            "'long' is no flag",
+            "'long' is not a flag",
         ),
         (("domain", 0, "prompts", 0, "checks"), [], "at least 1"),
-        (("domain", 1, "name"), "sums", "domain sums comes twice"),
-        (("domain", 1, "prompts", 0, "id"), "two-and-two", "prompt two-and-two comes twice"),
+        (("domain", 1, "name"), "sums", "domain sums is used twice"),
+        (("domain", 1, "prompts", 0, "id"), "two-and-two", "prompt two-and-two is used twice"),
         (("domain",), GOOD["domain"][:1], "at least 2"),
-        (("template",), "Answer:", "every question is the same"),
+        (("template",), "Answer:", "template must contain"),
         (("surprise",), 1, "Extra inputs"),
         (("max_new_tokens",), 0, "greater than or equal to 1"),
     ],
@@ -241,7 +241,7 @@ def test_a_suite_that_says_nothing_is_refused(path, value, says):
 def test_a_bad_file_is_named_with_the_place(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("name = 'mine'\n[[domain]]\nname = 'a b'\nprompts = []\n")
-    with pytest.raises(DataError, match=r"mine\.toml is wrong at domain\.0\.name"):
+    with pytest.raises(DataError, match=r"mine\.toml is invalid at domain\.0\.name"):
         load_suite(path)
     path.write_text("name = ")
     with pytest.raises(DataError, match="cannot read the suite"):

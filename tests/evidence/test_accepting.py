@@ -17,7 +17,7 @@ def test_a_record_with_a_gate_left_out_is_refused(museum_folder, tmp_path):
     cfg = base.model_copy(update={"train": base.train.model_copy(update={"max_steps": 14})})
     record = train(fresh(cfg, (), tmp_path / "run", only=("runtime.finite", "runtime.cadence")))
     assert record.succeeded
-    with pytest.raises(IntegrityError, match="made without gate") as caught:
+    with pytest.raises(IntegrityError, match="lacks gate") as caught:
         ledgering.accept(tmp_path / "run", tmp_path / "evidence")
     from stackproof.spec.gates import load_spec
     from stackproof.spec.records import left_out

@@ -49,7 +49,7 @@ def test_the_exported_file_gives_the_same_ids(kind, bpe):
 
 def test_a_tokenizer_that_answers_otherwise_over_there_is_refused(bpe, monkeypatch):
     monkeypatch.setattr(Bpe, "encode", lambda self, text: Bytes().encode(text))
-    with pytest.raises(DataError, match="other ids"):
+    with pytest.raises(DataError, match="different ids"):
         vocabulary.to_library(bpe)
 
 
@@ -132,7 +132,7 @@ def test_a_tokenizer_that_loses_text_is_refused_by_name(saved, bpe):
 def test_unicode_normalisation_is_said(saved, bpe):
     changed(saved, normalizer={"type": "NFC"})
     assert vocabulary.from_file(saved, bpe.vocab_size, None)[1] == [
-        f"the tokenizer does not give back 1 of {len(HARD_TEXTS)} hard texts exactly"
+        f"the tokenizer does not decode 1 of {len(HARD_TEXTS)} hard texts exactly"
     ]
 
 
@@ -187,7 +187,7 @@ def test_pieces_with_a_marked_space_and_bytes_as_last_resort_are_read(tmp_path):
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, saved, bpe):
-    with pytest.raises(DataError, match=r"there is no .*absent\.json"):
+    with pytest.raises(DataError, match=r"absent\.json does not exist"):
         vocabulary.from_file(tmp_path / "absent.json", 300, None)
     Bytes().save(saved)
     with pytest.raises(DataError, match="fewer ids"):

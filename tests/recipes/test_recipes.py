@@ -157,7 +157,7 @@ def test_the_embedded_text_has_tokens_enough_for_four_layers(spec):
 
 
 def test_a_built_folder_tells_vocabulary_and_tokens(tmp_path):
-    with pytest.raises(DataError, match="holds no built data"):
+    with pytest.raises(DataError, match="is not a built data set"):
         corpus_of(tmp_path)
     (tmp_path / "manifest.json").write_text(
         '{"tokenizer":{"vocab_size":4096},"splits":{"train":{"shards":[{"tokens":70},{"tokens":30}'

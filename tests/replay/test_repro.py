@@ -252,7 +252,7 @@ def test_a_changed_or_foreign_bundle_is_refused(cfg, tmp_path):
     (folder / repro.TENSORS).write_bytes(data)
     with pytest.raises(IntegrityError, match="was changed"):
         replay(folder)
-    with pytest.raises(DataError, match="no repro bundle"):
+    with pytest.raises(DataError, match="not a repro bundle"):
         repro.read_bundle(tmp_path)
 
 

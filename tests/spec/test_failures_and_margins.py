@@ -38,7 +38,7 @@ def test_awaiting_ends_when_the_capability_is_there(tmp_path):
         ('id = "SF-T01"', 'id = "SF-L01"', "there twice"),
         ("severity = 5", "severity = 6", "severity"),
         ("severity = 5", "severity = 5\nblame = 1", "blame"),
-        ('awaiting = "tuning"', 'awaiting = "turning"', "which is no capability"),
+        ('awaiting = "tuning"', 'awaiting = "turning"', "which is not a capability"),
         ("steps = 3", "", "steps belongs"),
         ('plants = ["loss.wrong"]', "", "name a plant"),
         ("[[capability]]", "[[ability]]", "unknown table ability"),

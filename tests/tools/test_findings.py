@@ -115,7 +115,7 @@ def test_a_cause_that_was_gone_around_takes_the_discharge_from_its_gates(repo):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"fix": None}, "fix is lacking"),
+        ({"fix": None}, "fix is missing"),
         ({"route_around": True}, "exclude each other"),
         ({"speed": 1}, "speed"),
         ({"negative": "x"}, "negative"),
@@ -137,7 +137,7 @@ def test_a_cause_that_was_gone_around_takes_the_discharge_from_its_gates(repo):
                     "value": 3,
                 }
             },
-            "says itself",
+            "states what it eliminated",
         ),
     ],
 )

@@ -208,5 +208,5 @@ def test_what_a_lens_cannot_do_is_refused(tmp_path):
     with pytest.raises(UsageError, match="stream after each layer"):
         stream_points(net, {"logits": "2"})
     (tmp_path / "no.safetensors").write_bytes(b"PK\x03\x04 and so on")
-    with pytest.raises(CheckpointError, match="is no lens"):
+    with pytest.raises(CheckpointError, match="is not a lens"):
         load_lens(tmp_path / "no.safetensors", model)

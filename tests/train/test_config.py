@@ -58,7 +58,7 @@ def test_file_then_sets_then_flags_and_each_origin_is_kept(tmp_path):
         ("data.corpus.paths=['a']", "not a configuration key|Extra|paths"),
         ("train.max_steps=0", "greater than or equal to 1"),
         ("checkpoint.signal_boundary=0", "greater than or equal to 1"),
-        ("curriculum.warmup_steps=3", "go together"),
+        ("curriculum.warmup_steps=3", "set together"),
         ("curriculum.cap.wikitext=0.5", "curriculum.caps"),
         ("nonsense", "key=value"),
         ("model=3", "model"),
@@ -125,7 +125,7 @@ def test_waivers_must_name_a_gate_and_be_in_force(spec):
         ),
         (
             ("model.attention.kind=diff",),
-            "model.attention.kind: there is no such kind",
+            "model.attention.kind: unknown kind",
             "differential, softmax",
         ),
         (("train.dtype=bfloat",), "train.dtype", "bfloat16, float32"),

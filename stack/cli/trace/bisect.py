@@ -1,6 +1,4 @@
-"""`stack trace bisect`: compare two models, and find the operation that is
-guilty of the difference.
-"""
+"""`stack trace bisect`: compare two models, and find the operation that causes the difference."""
 
 import shlex
 import subprocess
@@ -30,13 +28,13 @@ def bisect(
         str | None,
         typer.Option(
             "--check",
-            help="Command that judges logits in a safetensors file: exit code 0 is good, 1 is bad.",
+            help="Command that judges logits in a safetensors file. Exit code 0: good, 1: bad.",
         ),
     ] = None,
     swap: Swap = None,
 ) -> None:
-    """Find the operation that is guilty of a difference, by replacing values of
-    MODEL with those of --against.
+    """Find the operation that causes a difference, by replacing values of MODEL with those of
+    --against.
     """
     judge = None if check is None else Check(check)
     bisection = lambda *sides: _bisected(judge, *sides)  # noqa: E731
@@ -58,7 +56,7 @@ def _bisected(
     found = search(good, bad, input_ids, check, points)
     if check is not None and found.chain[0].verdict == "eliminated":
         raise UsageError(
-            "the check calls the logits of --against bad, so it cannot tell good from bad",
+            "the check rejects the logits of --against, so it cannot separate good from bad",
             value=check.stderr or check.command,
             allowed=f"exit code 0 for the logits of {against}",
             next_step="run the check by itself on a safetensors file with logits",
@@ -76,9 +74,7 @@ def _bisected(
 
 
 class Check:
-    """Judges logits by a command. `stderr` is the end of what its first
-    run wrote to standard error.
-    """
+    """Judges logits by a command. `stderr` is the end of the standard error of its first run."""
 
     def __init__(self, command: str):
         self.command, self.stderr = command, None

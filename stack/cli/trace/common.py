@@ -21,7 +21,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A run directory, a checkpoint, a Hugging Face folder or a .gguf file; "
-        "MODEL@bfloat16, @float64, @reference or @compiled computes it that way.",
+        "MODEL@bfloat16, @float64, @reference or @compiled selects the compute mode.",
     ),
 ]
 
@@ -57,7 +57,9 @@ class Request:
     json: Json = False
 
     def ids(self, model: TraceModel) -> list[int]:
-        """The ids to run. Raises UsageError if there are none, or if the model cannot take them."""
+        """The ids to run. Raises UsageError for an empty list, or ids that the model cannot
+        process.
+        """
         if self.input_ids is not None:
             if self.prompt is not None:
                 raise UsageError(
@@ -119,8 +121,8 @@ class Request:
     def close(
         self, record: OpenRecord, document: dict[str, Any], show: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Write the points as series, the document as trace.json, the CSV file if asked for,
-        and the record.
+        """Write the points as series, the document as trace.json, the CSV file if requested, and
+        the record.
         """
         from stackproof.spec.building import write_atomically
         from stackproof.spec.canonical import canonical_json
@@ -143,8 +145,8 @@ class Request:
 
 
 def takes(*shared: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these options of Request, --run-dir and --json;
-    it receives them as its argument `request`.
+    """Add these options of Request, --run-dir and --json to a command, which receives them as its
+    argument `request`.
     """
     fields = {
         f.name: f for f in dataclasses.fields(Request) if f.name in (*shared, "run_dir", "json")
@@ -174,14 +176,16 @@ def encode(text: str, model: TraceModel) -> list[int]:
     """The ids of a text. Raises UsageError if the model has no tokenizer."""
     if model.encode is None:
         raise UsageError(
-            f"{model.title} has no tokenizer.json, so it cannot read a text",
+            f"{model.title} has no tokenizer.json, so it cannot encode a text",
             next_step="give --input-ids 1,2,3",
         )
     return model.encode(text)
 
 
 def checked(ids: list[int], model: TraceModel) -> list[int]:
-    """The ids, if the model can take them. Raises UsageError otherwise."""
+    """The ids. Raises UsageError if the list is empty, too long, or has ids outside the
+    vocabulary.
+    """
     if not ids:
         raise UsageError(
             "the text has no tokens", allowed="at least one token", next_step="--prompt 'a text'"
@@ -241,7 +245,9 @@ def show_expectations(document: dict[str, Any]) -> None:
 
 
 def show_heat_map(cells: dict[tuple[int, str], float | None], title: str, high: float) -> None:
-    """Layers by slots; values of half of `high` and of `high` are marked by sign and colour."""
+    """Print layers by slots; values from half of `high` and from `high` on are marked by sign and
+    colour.
+    """
     from rich.text import Text
 
     slots = list(dict.fromkeys(s for _, s in cells if not s.startswith("experts.")))

@@ -1,5 +1,5 @@
-"""`stack trace compare`: where two computations differ, and which
-operation adds the first error.
+"""`stack trace compare`: where two computations differ, and which operation adds the first
+error.
 """
 
 import math
@@ -29,8 +29,8 @@ CLAIM = (
 )
 NOT_COVERED = (
     "other tokens",
-    "points that only one side has",
-    "errors below the bound that rounding is granted",
+    "points of one side only",
+    "errors below the bound of rounding",
 )
 EXAMPLES = (
     "stack trace compare runs/pocket-1 --against hf/pocket",
@@ -83,7 +83,7 @@ def compare_models(
 
     if against is None and not swaps:
         raise UsageError(
-            "there is nothing to compare with",
+            "stack trace compare needs a second computation",
             next_step="give --against MODEL, or --swap MODULE=MODE",
         )
     expected = request.expected(expect.OF_SIDES)
@@ -308,7 +308,7 @@ def _show_bisection(document: dict[str, Any]) -> None:
             f"{link['id']:4} {link['verdict']:10} {link['hypothesis']}  ({numbers})", markup=False
         )
     for one in document["guilty"]:
-        stdout.print(f"guilty: {one['point']}, the {one['operation']}", style="bold", markup=False)
+        stdout.print(f"cause: {one['point']}, the {one['operation']}", style="bold", markup=False)
     suspects = (
         f"; the comparison suspects {len(document['suspects'])} points"
         if len(document["guilty"]) > 1

@@ -1,5 +1,5 @@
-"""`stack trace ablate` and `stack trace patch`: replace an activation,
-and measure the loss and the next token.
+"""`stack trace ablate` and `stack trace patch`: replace an activation, and measure its effect on
+loss and next token.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,10 @@ from stackproof.cli.paths import refuse_unused
 from stackproof.cli.trace.common import Model, Request, checked, encode, precise, takes
 from stackproof.spec.errors import UsageError
 
-CLAIM = (
-    "With this value taken away or exchanged, and nothing else, the model's loss and next token "
-    "are these."
-)
+CLAIM = "With only this value ablated or replaced, the model's loss and next token are these."
 NOT_COVERED = (
     "other texts",
-    "what other parts of the model would make of such a value after training with it",
+    "a model trained with such a value",
 )
 ABLATE_EXAMPLES = (
     "stack trace ablate runs/pocket-1 'layers.*.attention_out' --prompt 'The function'",
@@ -51,7 +48,7 @@ def ablate(
     targets: Targets,
     ablate_with: Annotated[
         Literal["zero", "mean"],
-        typer.Option("--ablate-with", help="Put in zeros, or the mean over the text."),
+        typer.Option("--ablate-with", help="Replace by zeros, or by the mean over the text."),
     ] = "zero",
     source: Annotated[
         str | None,
@@ -103,7 +100,7 @@ def patch(
     request: Request,
     model: Model,
     targets: Targets,
-    source: Annotated[str, typer.Option("--from", help="The text whose values are put in.")],
+    source: Annotated[str, typer.Option("--from", help="The text that supplies the values.")],
 ) -> None:
     """Replace each target by its value in a run of another text,
     and measure the effect on loss and next token.
@@ -223,7 +220,7 @@ def _show(document: dict[str, Any]) -> None:
     stdout.print(table(f"Replaced by {document['baseline']}; nats per token", columns, rows))
     if any(e["delta_nats"] == 0 and e["kl_nats"] for e in document["effects"]):
         stdout.print(
-            "a change at the last token alone has an effect on KL, and none on the loss",
+            "a change at the last token alone affects KL and not the loss",
             style="dim",
         )
     for written in document.get("samples", []):

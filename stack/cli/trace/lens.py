@@ -1,6 +1,4 @@
-"""`stack trace lens`: the logit lens, and the tuned lens,
-which is fitted here or read from a file.
-"""
+"""`stack trace lens`: the logit lens, and the tuned lens, fitted here or read from a file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +14,10 @@ from stackproof.cli.trace.common import Model, Request, encode, precise, takes
 from stackproof.spec.errors import DataError, UsageError
 
 FILE = "lens.safetensors"
-CLAIM = "Read through the model's own final norm and head, the stream says this after each layer."
+CLAIM = "Final norm and head map the residual stream after each layer to these predictions."
 NOT_COVERED = (
     "other texts",
-    "what other parts of the model would make of such a value after training with it",
+    "a model trained with such a value",
 )
 EXAMPLES = (
     "stack trace lens runs/pocket-1 logit --prompt 'The function'",
@@ -27,7 +25,7 @@ EXAMPLES = (
     "stack trace lens runs/pocket-1 tuned --lens-file runs/lens-1/lens.safetensors",
 )
 STEPS, FIT_ROWS, HELD_OUT_ROWS = 200, 8, 16
-MAX_ROW_TOKENS = 512  # of a row of --text
+MAX_ROW_TOKENS = 512  # per row of --text
 
 
 @takes("prompt", "input_ids")
@@ -177,7 +175,7 @@ def _show(document: dict[str, Any]) -> None:
         )
 
 
-# ---- text to fit a lens to: a function that draws a batch of ids, and held-out ids
+# ---- text for fitting a lens: a function that draws a batch of ids, and held-out ids
 
 
 def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], Any]:
@@ -197,7 +195,7 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
     dataset, length = prepare(cfg.data), cfg.model.max_seq_len
     if dataset.tokenizer.sha256 != load_tokenizer(loaded.root / "tokenizer.json").sha256:
         raise DataError(
-            "the corpus of the run has changed, and its tokens with it",
+            "the corpus of the run has changed, so its tokens are not available",
             next_step="give --text FILE",
         )
     chance, n = torch.Generator().manual_seed(seed), dataset.train.n_windows(length)

@@ -1,4 +1,4 @@
-"""`stack trace nonfinite`: the first operation that made a NaN or an infinity."""
+"""`stack trace nonfinite`: the first operation that created a NaN or an infinity."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +15,13 @@ from stackproof.spec.errors import UsageError
 
 FILE = "nonfinite.jsonl"
 CLAIM = (
-    "With these inputs on this code and machine, this operation was the first to make a value "
-    "that is not finite, or none did."
+    "With these inputs, code and machine, this operation was the first to create a non-finite "
+    "value, or no operation did."
 )
 NOT_COVERED = (
     (
-        "kernels of another device, and what a compiler fuses: the model ran uncompiled, on the "
-        "device named here"
+        "kernels of other devices, and compiled graphs: the model ran uncompiled, on the device "
+        "named here"
     ),
     "operations inside one fused kernel",
 )
@@ -58,8 +58,8 @@ def nonfinite(
         ),
     ] = None,
 ) -> None:
-    """Name the first operation that made a NaN or an infinity: in a repro bundle,
-    or in a forward.
+    """Find the first operation that created a NaN or an infinity, in a repro bundle or in a
+    forward.
     """
     forward = {
         "--prompt": request.prompt is not None,
@@ -81,8 +81,8 @@ def nonfinite(
 
 
 def newest_bundle(run: Path) -> Path | None:
-    """The repro bundle of a run in which something was not finite; else the one of the latest step;
-    None without any.
+    """The repro bundle of a run with a non-finite value, else that of the latest step; None without
+    bundles.
     """
     found = sorted(
         (int(p.name.rpartition("-")[2]), p.name.startswith("runtime.finite-"), p)
@@ -92,7 +92,7 @@ def newest_bundle(run: Path) -> Path | None:
 
 
 def _replay(request: Request, bundle: Path, device: str | None, base: Path | None) -> None:
-    """Replay a bundle once with every operation watched."""
+    """Replay a bundle once and check every operation."""
     from stackproof.evidence import repro
     from stackproof.replay.locate import locate
 
@@ -150,7 +150,7 @@ def _left_by_run(bundle: Path, held: Any) -> dict[str, Any]:
 
 
 def _watch(request: Request, model: str) -> None:
-    """Watch one forward, and with --backward the derivative of its mean next-token loss."""
+    """Check one forward, and with --backward the derivative of its mean next-token loss."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -303,8 +303,7 @@ def _show(document: dict[str, Any], reason: str) -> None:
         stdout.print(text, markup=False)
     if strong := [e for e in document["others"] if e["kind"] != "put in"]:
         stdout.print(
-            f"{len(strong)} other operation(s) made values that reached nothing or came later; "
-            f"see {FILE}",
+            f"{len(strong)} other operation(s) created values without effect, or later; see {FILE}",
             markup=False,
         )
 

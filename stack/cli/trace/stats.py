@@ -1,4 +1,4 @@
-"""`stack trace stats`: statistics of every point of a forward, and what is anomalous in them."""
+"""`stack trace stats`: statistics and anomalies of every point of a forward."""
 
 import math
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from stackproof.cli.trace.common import (
 from stackproof.spec.errors import UsageError
 
 CLAIM = "Given these tokens, this model computes values with these statistics at these points."
-NOT_COVERED = ("other tokens", "points that are listed as unseen")
+NOT_COVERED = ("other tokens", "points listed as unseen")
 EXAMPLES = (
     "stack trace stats runs/pocket-1",
     "stack trace stats hf/llama --prompt 'What is 2+2?' --expect 'layers.3.ffn.swiglu.std < 0.1'",

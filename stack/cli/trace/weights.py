@@ -1,5 +1,5 @@
-"""`stack trace weights`: statistics of parameters, and of their change
-since an earlier checkpoint.
+"""`stack trace weights`: statistics of parameters, and of their change since an earlier
+checkpoint.
 """
 
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from stackproof.cli.trace.common import Model, Request, number, show_expectation
 from stackproof.spec.errors import UsageError
 
 CLAIM = "These parameters have these statistics."
-NOT_COVERED = ("what the model computes with them",)
+NOT_COVERED = ("the computation of the model",)
 EXAMPLES = ("stack trace weights runs/pocket-1 --against runs/pocket-1/checkpoints/step-00000200",)
 SHOWN = ("std", "rms", "absmax", "kurtosis", "frac_zero")
 
@@ -69,8 +69,8 @@ def weights(
 
 
 def sizes(found: Any) -> dict[tuple[int, str], float]:
-    """rms of every matrix by layer and slot, without slots that are zero in all layers:
-    a usual initial value.
+    """rms of every matrix by layer and slot, without slots that are zero in all layers, a usual
+    initial value.
     """
     matrices = {
         (w.point.layer, w.point.slot): w.stat.rms

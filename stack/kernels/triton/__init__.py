@@ -1,3 +1,3 @@
-"""Kernels written in Triton. Each module imports triton, so none is imported before its kernel is
-chosen; `launch` is free of it.
+"""Kernels written in Triton. Each module imports triton, except `launch`, and is imported only when
+its kernel is chosen.
 """

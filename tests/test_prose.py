@@ -1,0 +1,69 @@
+"""Plain technical English: the prose of the project avoids the patterns of prose.toml."""
+
+import pytest
+
+from tests.prose import ROOT, RULES, Place, differences, pattern_in, places
+
+FILE = '''"""Returns the sum.
+
+What the gate says.
+"""
+# Nobody reads this.
+NAME = "what the gate says, as data"
+
+
+def f(x):
+    """Raises ValueError for what is no `nobody says`."""
+    if x:
+        raise ValueError(f"the file {x} wants a repair", "it goes on")
+    return option(help="asks for a name")
+'''
+
+
+def test_prose_has_no_pattern_beyond_the_allowances():
+    assert not (wrong := differences(places(ROOT), RULES["allowance"])), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("pattern", RULES["pattern"], ids=lambda p: p["name"])
+def test_a_pattern_finds_its_example_and_not_the_better_wording(pattern):
+    assert pattern_in(pattern["avoid"])
+    assert not pattern_in(pattern["better"])
+    assert pattern["why"]
+
+
+def test_each_pattern_is_needed_for_its_example():
+    """Without the pattern itself, or one before it, its example would pass."""
+    first = [pattern_in(p["avoid"]) for p in RULES["pattern"]]
+    assert first == [p["name"] for p in RULES["pattern"]]
+
+
+def test_docstrings_comments_errors_help_and_pages_are_read_and_code_is_not(tmp_path):
+    (tmp_path / "stack").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "stack/a.py").write_text(FILE)
+    (tmp_path / "docs/a.md").write_text(
+        "```sh\nwhoever says\n```\nThe page tells `what it says`.\n"
+    )
+    (tmp_path / "README.md").write_text("Plain.\n")
+    (tmp_path / "CONTRIBUTING.md").write_text("The build goes on.\n")
+    found = {(p.path, p.line, p.pattern) for p in places(tmp_path)}
+    assert found == {
+        ("stack/a.py", 3, "speech of a machine"),
+        ("stack/a.py", 5, "anonymous person"),
+        ("stack/a.py", 10, "negated noun"),
+        ("stack/a.py", 12, "mind of a machine"),
+        ("stack/a.py", 12, "idiom"),
+        ("stack/a.py", 13, "speech of a machine"),
+        ("docs/a.md", 4, "speech of a machine"),
+        ("CONTRIBUTING.md", 1, "idiom"),
+    }
+
+
+def test_an_allowance_is_exact_and_the_longest_path_counts():
+    found = [Place(path, 1, "idiom", "it goes on") for path in ("a/b.py", "a/c/d.py", "ab.py")]
+    assert differences(found, {"a": 1, "a/c": 1, "ab.py": 1}) == []
+    assert "a has 2 patterns to avoid, 1 allowed" in differences(found, {"a": 1, "ab.py": 1})[0]
+    assert differences(found, {"a": 3, "ab.py": 1}) == [
+        "a has 2 patterns to avoid: lower its allowance in tests/prose.toml"
+    ]
+    assert "ab.py has 1 patterns to avoid, 0 allowed" in differences(found, {"a": 2})[0]
