@@ -63,4 +63,6 @@ def gated_step(run: Trainer) -> None:
 
 def bare_step(run: Trainer) -> None:
     """The same update with nobody looking."""
-    steps.train_step(run.state, [run.state.reader.draw() for _ in range(run.cfg.accumulation())])
+    steps.train_step(
+        run.state, [run.state.data_loader.next_batch() for _ in range(run.cfg.accumulation())]
+    )

@@ -1,5 +1,5 @@
-"""Drawing batches of random windows: `Reader.draw` next to other loaders, in turn, in one run,
-on the same tokens.
+"""Batches of random windows: our data loader next to other loaders, in turn, in one run, on the
+same tokens.
 
     python benchmarks/reader.py [--tokens 100000000] [--rounds 9] [--seconds 0.4] [--json PATH]
 
@@ -16,7 +16,7 @@ litdata and mosaicml-streaming take part where they can be imported, and their r
 not. In an environment of your own:
 
     pip install "stackproof[train]" litdata mosaicml-streaming
-    python benchmarks/reader.py --json reader.json
+    python benchmarks/reader.py --json loader.json
 """
 
 import argparse
@@ -47,11 +47,11 @@ from side_by_side import (
     write_json,
 )
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils import data as torch_data
 
 from stackproof import tensorfile
+from stackproof.data.data_loader import DataLoader
 from stackproof.data.packing import ConcatenatedStream
-from stackproof.data.reader import Reader
 from stackproof.data.shards import MAX_SHARD_TOKENS
 
 ROWS, SEQ_LEN, VOCAB_SIZE, SEED = 64, 512, 65536, 20240607
@@ -116,10 +116,10 @@ def piece(start: int, *, folder: Path) -> Iterator[Tensor]:
 
 
 def open_ours(folder: Path) -> Draw:
-    reader = Reader(token_stream(folder), seq_len=SEQ_LEN, seed=SEED, rows=ROWS)
+    loader = DataLoader(token_stream(folder), seq_len=SEQ_LEN, seed=SEED, rows=ROWS)
 
     def draw() -> tuple[Tensor, Tensor]:
-        batch = reader.draw()
+        batch = loader.next_batch()
         return batch.input_ids, batch.labels
 
     return draw
@@ -189,7 +189,7 @@ def open_mds(folder: Path) -> Draw:
     clean_stale_shared_memory()
     dataset = StreamingDataset(local=str(target), shuffle=True, shuffle_seed=SEED, batch_size=ROWS)
     return from_loader(
-        DataLoader(dataset, batch_size=ROWS, num_workers=0, drop_last=True),
+        torch_data.DataLoader(dataset, batch_size=ROWS, num_workers=0, drop_last=True),
         lambda batch: batch["tokens"],
     )
 
@@ -212,7 +212,7 @@ def from_loader(loader: DataLoader, tokens_of: Callable) -> Draw:
     return draw
 
 
-OURS = "ours: Reader.draw"
+OURS = "ours: DataLoader.next_batch"
 CONTESTANTS = [
     Contestant(OURS, "", open_ours),
     Contestant("nanoGPT's crop loop", "", open_crops, goal=1.0),
@@ -307,7 +307,7 @@ class Seat:
 
 
 def resume_ms(folder: Path, n: int) -> list[float]:
-    """Milliseconds to open the shards, build a reader at a random cursor of the first four epochs,
+    """Milliseconds to open the shards, build a loader at a random cursor of the first four epochs,
     and draw its first batch.
     """
     cursors = np.random.default_rng(SEED).integers(
@@ -316,7 +316,9 @@ def resume_ms(folder: Path, n: int) -> list[float]:
     taken = []
     for cursor in cursors.tolist():
         started = time.perf_counter()
-        Reader(token_stream(folder), seq_len=SEQ_LEN, seed=SEED, rows=ROWS, cursor=cursor).draw()
+        torch_data.DataLoader(
+            token_stream(folder), seq_len=SEQ_LEN, seed=SEED, rows=ROWS, cursor=cursor
+        ).next_batch()
         taken.append((time.perf_counter() - started) * 1e3)
     return taken
 
@@ -357,7 +359,7 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    record = open_record(options, "the reader of batches")
+    record = open_record(options, "the loader of batches")
     torch.set_num_threads(options.threads)
     machine = facts(PACKAGES)
     with tempfile.TemporaryDirectory() as name:

@@ -68,7 +68,7 @@ def main() -> int:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(cfg, overrides, Path(folder) / "run")
-        batch, log = run.state.reader.draw(), RunDir(Path(folder) / "run")
+        batch, log = run.state.data_loader.next_batch(), RunDir(Path(folder) / "run")
         record = lambda: [  # noqa: E731
             log.log("points.jsonl", step=0, **line) for line in points_lines(run.state, batch)
         ]

@@ -74,7 +74,7 @@ def export(
             allowed="--to hf with --dtype float32 or bfloat16",
         )
     from stackproof.cli.load_model import open_model
-    from stackproof.evidence.exclusive import refuse_occupied
+    from stackproof.evidence.file_lock import refuse_occupied
     from stackproof.export import huggingface
     from stackproof.export.card import card, training_only
     from stackproof.model.build import n_parameters
@@ -151,7 +151,7 @@ def import_(
     transformers. Writes a record into it.
     """
     from stackproof.contracts.subject import Subject
-    from stackproof.evidence.exclusive import refuse_occupied
+    from stackproof.evidence.file_lock import refuse_occupied
     from stackproof.export import huggingface, parity, reading, vocabulary
     from stackproof.export.import_model import write_run
     from stackproof.model import hugging_face

@@ -9,7 +9,7 @@ import numpy as np
 
 from stackproof.config import BanditCurriculum
 from stackproof.data import permutation
-from stackproof.data.order import Draws, Source, in_warmup, locate, shares
+from stackproof.data.sampler import SampleIndices, Source, in_warmup, locate, shares
 from stackproof.spec.canonical import sha256_json
 
 REWARD_SIGMAS = 2.0  # limit of the standardised drop
@@ -66,7 +66,7 @@ class DiscountedUcb:
         return max(candidates, key=lambda i: (bound[i], -i))
 
 
-class Bandit:
+class BanditSampler:
     """Shares that move towards one source per turn. Discounted UCB chooses the source; the reward
     is the drop of the held-out loss of all sources.
 
@@ -132,10 +132,10 @@ class Bandit:
             self.drawn[source] += 1
         self._decided = (before, chosen, rank)
 
-    def at(self, numbers: np.ndarray) -> Draws:
+    def at(self, numbers: np.ndarray) -> SampleIndices:
         first, chosen, rank = self._decided
         source, k = chosen[numbers - first], rank[numbers - first]
-        return Draws(*locate(self.sources, source, k, self.seed, self._shuffle), source)
+        return SampleIndices(*locate(self.sources, source, k, self.seed, self._shuffle), source)
 
     def counts(self, after: int) -> np.ndarray:
         return self.drawn.copy()

@@ -36,7 +36,7 @@ from stackproof.data.stages import (
 )
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.data.workers import Pool
-from stackproof.evidence.exclusive import alone
+from stackproof.evidence.file_lock import file_lock
 from stackproof.spec.canonical import canonical_json, parse_strict
 from stackproof.spec.errors import DataError, UsageError
 from stackproof.spec.gates import load_spec
@@ -82,7 +82,7 @@ def build(
             allowed="an empty folder, or that of a build",
             next_step="another --out",
         )
-    with alone(folder, "build"):
+    with file_lock(folder, "build"):
         return _build(cfg, folder, plan, jobs, workers, on_progress)
 
 

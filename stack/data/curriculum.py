@@ -13,8 +13,8 @@ from stackproof.config import (
     RunConfig,
     StaticCurriculum,
 )
-from stackproof.data.bandit import Bandit
-from stackproof.data.order import Source, StaticMixture, UniformOrder, shares
+from stackproof.data.bandit import BanditSampler
+from stackproof.data.sampler import MixtureSampler, ShuffledSampler, Source, shares
 from stackproof.spec.canonical import parse_strict
 from stackproof.spec.errors import ConfigError, DataError
 
@@ -48,28 +48,30 @@ def declared_sources(cfg: DataConfig) -> list[Source]:
     return sources_of(entries, dict.fromkeys(entries, (0, 1)))
 
 
-def run_order(cfg: RunConfig, dataset: Any, *, seed: int) -> UniformOrder | StaticMixture | Bandit:
+def run_sampler(
+    cfg: RunConfig, dataset: Any, *, seed: int
+) -> ShuffledSampler | MixtureSampler | BanditSampler:
     """The sampling order of a run over its data set."""
     seq_len = cfg.model.max_seq_len
     arms = sources_of(dataset.sources, dataset.train.spans(seq_len))
-    return make_order(
+    return make_sampler(
         cfg.curriculum, arms, seed=seed, rows_per_step=cfg.train.tokens_per_step // seq_len
     )
 
 
-def make_order(
+def make_sampler(
     cfg: StaticCurriculum | BanditCurriculum,
     sources: Sequence[Source],
     *,
     seed: int,
     rows_per_step: int,
-) -> UniformOrder | StaticMixture | Bandit:
+) -> ShuffledSampler | MixtureSampler | BanditSampler:
     """The declared order; for a single source, a shuffle without mixing.
     Raises ConfigError for unknown names or shares that cannot be satisfied.
     """
     arms = apply_shares(cfg, sources)
     if len(arms) == 1 and isinstance(cfg, StaticCurriculum):
-        return UniformOrder(arms[0].n_windows, seed, arms[0].name)
+        return ShuffledSampler(arms[0].n_windows, seed, arms[0].name)
     for arm in arms:
         if arm.cap > 0 and not arm.n_windows:
             raise DataError(
@@ -79,11 +81,11 @@ def make_order(
     warmup_rows = cfg.warmup_steps * rows_per_step
     match cfg:
         case StaticCurriculum():
-            return StaticMixture(
+            return MixtureSampler(
                 arms, seed, warmup_rows=warmup_rows, warmup_sources=cfg.warmup_sources
             )
         case BanditCurriculum():
-            return Bandit(arms, seed, cfg, warmup_rows=warmup_rows)
+            return BanditSampler(arms, seed, cfg, warmup_rows=warmup_rows)
         case _:
             assert_never(cfg)
 
@@ -127,16 +129,16 @@ def apply_shares(
 SHARES = ("weight", "cap", "floor")
 
 
-def order_at(
+def sampler_at(
     cfg: RunConfig, dataset: Any, state: dict[str, Any]
-) -> UniformOrder | StaticMixture | Bandit:
+) -> ShuffledSampler | MixtureSampler | BanditSampler:
     """The order of an earlier run, at the state in its checkpoint."""
-    order = run_order(cfg, dataset, seed=0)
+    order = run_sampler(cfg, dataset, seed=0)
     order.load_state_dict(state)
     return order
 
 
-def rebased(order: UniformOrder | StaticMixture | Bandit, cursor: int) -> dict[str, Any]:
+def rebased(order: ShuffledSampler | MixtureSampler | BanditSampler, cursor: int) -> dict[str, Any]:
     """State from which another curriculum continues with the windows that this order has not drawn
     in the current epoch.
 
@@ -152,8 +154,8 @@ def changes(
     """Old and new value of every share by source, and of every other key of
     the curriculum that differs.
     """
-    old = {s.name: s for s in order_at(former, dataset, state).sources}
-    new = {s.name: s for s in run_order(cfg, dataset, seed=0).sources}
+    old = {s.name: s for s in sampler_at(former, dataset, state).sources}
+    new = {s.name: s for s in run_sampler(cfg, dataset, seed=0).sources}
     shares = [
         {
             "source": name,

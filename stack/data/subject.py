@@ -13,11 +13,11 @@ import numpy as np
 
 from stackproof.config import BanditCurriculum, Mixture, RunConfig
 from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Subject, Tokenizer
-from stackproof.data import curriculum, dedup, files, filters, reader
+from stackproof.data import curriculum, data_loader, dedup, files, filters
 from stackproof.data import tokenizer as tokenizers
-from stackproof.data.order import Order, Source
 from stackproof.data.packing import Rows
 from stackproof.data.prepare import Dataset
+from stackproof.data.sampler import Sampler, Source
 from stackproof.data.shards import TokenStream
 
 # Documents that gates read of the validation split, and tokens of each, so that one huge document
@@ -103,9 +103,11 @@ class RunDataLoader(DataLoader):
     def n_rows(self) -> int:
         return self.stream.n_windows(self.seq_len)
 
-    def reader(self, *, n_rows: int | None = None, rows: int, **options: Any) -> reader.Reader:
+    def reader(
+        self, *, n_rows: int | None = None, rows: int, **options: Any
+    ) -> data_loader.DataLoader:
         stream = FirstRows(self.stream, n_rows) if n_rows else self.stream
-        return reader.Reader(
+        return data_loader.DataLoader(
             stream, seq_len=self.seq_len, rows=rows, **{"seed": self.seed} | options
         )
 
@@ -118,15 +120,15 @@ class RunCurriculum(Curriculum):
     dataset: Dataset
     order_seed: int
 
-    def sampler_order(self) -> Order:
-        return curriculum.run_order(self.cfg, self.dataset, seed=self.order_seed)
+    def sampler_order(self) -> Sampler:
+        return curriculum.run_sampler(self.cfg, self.dataset, seed=self.order_seed)
 
-    def bandit(self, capped: str = "") -> Order:
+    def bandit(self, capped: str = "") -> Sampler:
         sources = [
             Source(name, 1000 * i, 1000, 1.0, 0.0 if name == capped else 1.0, 0.0)
             for i, name in enumerate(("useful", "list", "other"))
         ]
-        return curriculum.make_order(
+        return curriculum.make_sampler(
             BanditCurriculum(), sources, seed=self.cfg.seed, rows_per_step=self._rows_per_step
         )
 

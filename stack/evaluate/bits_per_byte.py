@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import ensure, require
-from stackproof.data.reader import model_inputs
+from stackproof.data.data_loader import model_inputs
 from stackproof.spec.errors import DataError
 from stackproof.spec.formulas import bits_per_byte
 

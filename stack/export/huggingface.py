@@ -19,7 +19,7 @@ from stackproof import tensorfile
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.data.tokenizer import Tokenizer
-from stackproof.evidence.exclusive import refuse_occupied
+from stackproof.evidence.file_lock import refuse_occupied
 from stackproof.export import parity, vocabulary
 from stackproof.export.reading import Folder, read_tensor
 from stackproof.model import hugging_face

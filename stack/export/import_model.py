@@ -13,7 +13,7 @@ from torch import nn
 from stackproof.config import RunConfig
 from stackproof.data.tokenizer import Tokenizer
 from stackproof.evaluate.stopping import make_stop_rule
-from stackproof.evidence.exclusive import refuse_occupied
+from stackproof.evidence.file_lock import refuse_occupied
 from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.records import Record
 from stackproof.train import checkpoint

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import Verdict, limits_of
-from stackproof.data.reader import Batch
+from stackproof.data.data_loader import Batch
 from stackproof.evidence import repro
 from stackproof.spec.canonical import canonical_json, sha256_file
 from stackproof.spec.errors import StackproofError
@@ -106,7 +106,7 @@ class ReproRecorder(Callback):
         self.recent.begin(start)
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        self.recent.draw(trainer.state.step + 1, batches, trainer.state.reader.cursor)
+        self.recent.draw(trainer.state.step + 1, batches, trainer.state.data_loader.cursor)
 
     def on_saved(self, trainer: Trainer, point: RestartPoint) -> None:
         self.recent.begin(point)

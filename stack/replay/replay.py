@@ -25,7 +25,7 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.data.reader import Batch
+from stackproof.data.data_loader import Batch
 from stackproof.data.tokenizer import load_tokenizer
 from stackproof.evidence import repro
 from stackproof.spec.canonical import to_jsonable
@@ -50,9 +50,9 @@ class RecordedRows:
     def __init__(self, batches: list[tuple[Batch, int]], sources: list[dict], cursor: int):
         self.batches, self.cursor = list(batches), cursor
         names = [SimpleNamespace(**s) for s in sources]
-        self.order = SimpleNamespace(sources=names, load_state_dict=lambda state: [])
+        self.sampler = SimpleNamespace(sources=names, load_state_dict=lambda state: [])
 
-    def draw(self) -> Batch:
+    def next_batch(self) -> Batch:
         """The next rows. Raises DataError after the last ones."""
         if not self.batches:
             raise DataError(
@@ -211,7 +211,7 @@ def _begin(trainer: Trainer, bundle: repro.Bundle, base: Path | None) -> None:
         )
     keeper.load_state_dict(bundle.gates)
     if bundle.continued:
-        keeper.observe(Resumed(step=state.step, path=str(base), cursor=state.reader.cursor))
+        keeper.observe(Resumed(step=state.step, path=str(base), cursor=state.data_loader.cursor))
     keeper.observe(Started(step=state.step, plan=bundle.plan))
 
 

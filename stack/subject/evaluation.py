@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stackproof.contracts.subject import Evaluation, MicroBatch, Stopping
-from stackproof.data.reader import Batch, eval_batches, model_inputs
+from stackproof.data.data_loader import Batch, eval_batches, model_inputs
 from stackproof.evaluate import bits_per_byte, stopping
 from stackproof.spec.errors import DataError
 from stackproof.subject.run import RunParts, small_run
@@ -65,7 +65,9 @@ class RunStopping(RunParts, Stopping):
         windows = eval_batches(validation, seq_len, 1, n_windows)
         rounds = []
         for _ in range(2):
-            steps.train_step(state, [state.reader.draw() for _ in range(state.cfg.accumulation())])
+            steps.train_step(
+                state, [state.data_loader.next_batch() for _ in range(state.cfg.accumulation())]
+            )
             rounds.append(torch.tensor([_window_nats(state, window) for window in windows]))
         return float((rounds[1] - rounds[0]).std()) / self.cfg.eval.batch_size**0.5
 

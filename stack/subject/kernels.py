@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stackproof.config import RunConfig
 from stackproof.contracts.subject import HalfPrecision, Kernels, NotOffered
-from stackproof.data.reader import Batch, model_inputs
+from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.kernels import cross_entropy, dispatch
 from stackproof.kernels.compare import ChosenCall, seen_calls
 from stackproof.kernels.table import OPERATIONS, TORCH
@@ -31,7 +31,7 @@ from stackproof.train.state import (
     TrainState,
     build_state,
     declared_autocast,
-    make_reader,
+    make_data_loader,
 )
 
 HEAD_CHUNK_ROWS = 8
@@ -52,7 +52,7 @@ class RunKernels(RunParts, Kernels):
         cfg, device = self.cfg, self.device
         seed = stream_seed(cfg.seed, "init")
         model = build_model(cfg.model, self.vocab_size, seed=seed, device=device).train()
-        batch = make_reader(_wrapping(cfg), self.dataset).draw()
+        batch = make_data_loader(_wrapping(cfg), self.dataset).next_batch()
         with torch.no_grad(), declared_autocast(cfg, device), seen_calls() as found:
             x_BTD, _ = model.hidden_states(*model_inputs(batch, device))
             losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
@@ -87,7 +87,7 @@ class RunKernels(RunParts, Kernels):
 
     @cached_property
     def _batches(self) -> list[Batch]:
-        return [self._compiled.reader.draw() for _ in range(2)]
+        return [self._compiled.data_loader.next_batch() for _ in range(2)]
 
     def _gradients(self, state: TrainState, i: int) -> tuple[float, Mapping[str, Tensor]]:
         kind = self.device.type

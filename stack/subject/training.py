@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stackproof.config import RunConfig
 from stackproof.contracts.subject import MicroBatch, Trainee, TraineeOptions, Training
-from stackproof.data.reader import Batch, model_inputs
+from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.model import moe
 from stackproof.model.build import build_model
 from stackproof.model.foreign import plain_name
@@ -186,7 +186,7 @@ def _batch(batch: MicroBatch) -> Batch:
 
 def draw(state: TrainState) -> list[Batch]:
     """The micro-batches of the next step."""
-    return [state.reader.draw() for _ in range(state.cfg.accumulation())]
+    return [state.data_loader.next_batch() for _ in range(state.cfg.accumulation())]
 
 
 def advance(state: TrainState) -> float:
@@ -202,13 +202,13 @@ def digest(state: TrainState) -> dict[str, Any]:
         n: hashlib.sha256(tensor_bytes(t)).hexdigest() for n, t in tensors.items()
     }
     parts |= {
-        "cursor": state.reader.cursor,
+        "cursor": state.data_loader.cursor,
         "step": state.step,
         "tokens_seen": state.tokens_seen,
         "ema_loss_nats": state.ema_loss_nats,
         "min_ema_loss_nats": state.min_ema_loss_nats,
         "last_val_nats": state.last_val_nats,
-        "curriculum": state.reader.order.state_dict(),
+        "curriculum": state.data_loader.sampler.state_dict(),
         "stopper": state.stopper.state_dict(),
         "best": dict(state.best),
         "scaler": state.scaler.state_dict(),

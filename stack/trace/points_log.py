@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from stackproof.data.reader import Batch, model_inputs
+from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.trace.hooks import hook_points
 from stackproof.trace.stats import Gatherer
 

@@ -28,8 +28,8 @@ from stackproof.contracts.events import (
     StepTaken,
     WeightsUpdated,
 )
+from stackproof.data.data_loader import Batch, batch_hash
 from stackproof.data.prepare import Dataset
-from stackproof.data.reader import Batch, batch_hash
 from stackproof.data.search import found_in, passages_found
 from stackproof.evaluate.baselines import uniform_loss_nats
 from stackproof.evaluate.stopping import Decision
@@ -50,7 +50,7 @@ class RunLog(Callback):
     """Writes metrics.jsonl, samples.jsonl and the rows by source of curriculum.jsonl."""
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        names = [s.name for s in trainer.state.reader.order.sources]
+        names = [s.name for s in trainer.state.data_loader.sampler.sources]
         if len(names) > 1:
             rows = Counter(names[s] for b in trainer.batches for s in b.sources)
             trainer.output.dir.log(
@@ -116,14 +116,14 @@ class GateEvents(Callback):
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
 
     def on_step_start(self, trainer: Trainer) -> None:
-        self.cursor_before = trainer.state.reader.cursor
+        self.cursor_before = trainer.state.data_loader.cursor
 
     def on_batch(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         trainer.keeper.observe(
             BatchDrawn(
                 step=trainer.state.step + 1,
                 cursor_before=self.cursor_before,
-                cursor_after=trainer.state.reader.cursor,
+                cursor_after=trainer.state.data_loader.cursor,
                 sample_ids=tuple(i for b in batches for i in b.sample_ids),
                 epoch=batches[-1].epoch,
                 n_tokens=sum(b.input_ids.numel() for b in batches),
@@ -218,7 +218,7 @@ def pretrained(cfg: RunConfig) -> bool:
 def declared_plan(trainer: Trainer) -> dict[str, Any]:
     """What a run declares to its gates, from where it stands."""
     cfg, state = trainer.cfg, trainer.state
-    order, splits = state.reader.order, trainer.dataset.manifest["splits"]
+    order, splits = state.data_loader.sampler, trainer.dataset.manifest["splits"]
     rows_per_step = cfg.train.tokens_per_step // cfg.model.max_seq_len
     plan = {
         "peak_lr": cfg.optim.lr,
@@ -230,7 +230,7 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
         "tokens_seen": state.tokens_seen,
         "untrained": state.step == 0 and not pretrained(cfg),
         "rows_per_step": rows_per_step,
-        "cursor": state.reader.cursor,
+        "cursor": state.data_loader.cursor,
         "sources": [
             {k: getattr(s, k) for k in ("name", "first", "n_windows", "cap", "floor")}
             for s in order.sources
@@ -238,7 +238,7 @@ def declared_plan(trainer: Trainer) -> dict[str, Any]:
         "order": sha256_json(
             [cfg.seed, cfg.model.max_seq_len, splits["train"], cfg.data.packing.kind]
         ),
-        "drawn": order.counts(state.reader.cursor).tolist(),
+        "drawn": order.counts(state.data_loader.cursor).tolist(),
         "warmup_rows": cfg.curriculum.warmup_steps * rows_per_step,
         "warmup_sources": list(cfg.curriculum.warmup_sources),
         "random_loss_nats": uniform_loss_nats(trainer.dataset.tokenizer.vocab_size),

@@ -74,8 +74,8 @@ def state_document(
         "schema": SCHEMA,
         "step": state.step,
         "tokens_seen": state.tokens_seen,
-        "cursor": state.reader.cursor,
-        "curriculum": state.reader.order.state_dict(),
+        "cursor": state.data_loader.cursor,
+        "curriculum": state.data_loader.sampler.state_dict(),
         "wall_s": round(state.wall_s, 3),
         "scaler": {k: float(v) for k, v in state.scaler.state_dict().items()},
         "stopper": state.stopper.state_dict(),
@@ -335,7 +335,7 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
             {k: int(v) if k == "_growth_tracker" else v for k, v in document["scaler"].items()}
         )
     state.stopper.load_state_dict(document["stopper"])
-    state.reader.cursor = document["cursor"]
+    state.data_loader.cursor = document["cursor"]
     state.step, state.tokens_seen, state.wall_s = (
         document["step"],
         document["tokens_seen"],
@@ -347,7 +347,7 @@ def restore(state: TrainState, loaded: Loaded) -> list[str]:
     )
     state.last_val_nats, state.best = document["last_val_nats"], document["best"]
     state.probe.changed_frac()
-    return state.reader.order.load_state_dict(document["curriculum"])
+    return state.data_loader.sampler.load_state_dict(document["curriculum"])
 
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from stackproof.config import BanditCurriculum
 from stackproof.contracts.coherence import coherence
 from stackproof.contracts.subject import Subject
-from stackproof.data.reader import Batch
+from stackproof.data.data_loader import Batch
 from stackproof.evaluate.bits_per_byte import Evaluation, evaluate_batches
-from stackproof.evaluate.recitation import memorization
+from stackproof.evaluate.memorization import memorization
 from stackproof.evaluate.sampling import generate, sample_loss
 from stackproof.spec.errors import Stopped
 from stackproof.spec.records import Record
@@ -97,7 +97,7 @@ def take_step(trainer: Trainer) -> None:
 
 def draw(trainer: Trainer) -> list[Batch]:
     """The micro-batches of one step."""
-    batches = [trainer.state.reader.draw() for _ in range(trainer.cfg.accumulation())]
+    batches = [trainer.state.data_loader.next_batch() for _ in range(trainer.cfg.accumulation())]
     trainer.callbacks.on_batch(trainer, batches)
     return batches
 
@@ -105,7 +105,7 @@ def draw(trainer: Trainer) -> list[Batch]:
 def probe(trainer: Trainer) -> None:
     """Measure the held-out loss of every source and end the bandit's turn with it."""
     losses = {source: _loss(trainer, [batch]).loss_nats for source, batch in trainer.probes.items()}
-    turn = trainer.state.reader.order.reward(losses)
+    turn = trainer.state.data_loader.sampler.reward(losses)
     trainer.output.dir.log("curriculum.jsonl", step=trainer.state.step, event="turn", **turn)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from stackproof.contracts.events import Recomputed
-from stackproof.data.reader import Batch
+from stackproof.data.data_loader import Batch
 from stackproof.train import losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps

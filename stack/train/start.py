@@ -13,10 +13,10 @@ from stackproof.config import BanditCurriculum, RunConfig, recorded_config
 from stackproof.contracts.events import Resumed
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data import curriculum
-from stackproof.data.order import Order
+from stackproof.data.data_loader import eval_batches, probe_batches
 from stackproof.data.prepare import prepare
-from stackproof.data.reader import eval_batches, probe_batches
-from stackproof.evidence.exclusive import alone
+from stackproof.data.sampler import Sampler
+from stackproof.evidence.file_lock import file_lock
 from stackproof.kernels import dispatch
 from stackproof.spec.building import RecordBuilder, artefact, iso, utc_now, write_atomically
 from stackproof.spec.canonical import canonical_json, sha256_file
@@ -80,11 +80,11 @@ def fresh(
         _refuse_continuing(cfg, overrides, loaded)
     directory = RunDir(run_dir)
     directory.create()
-    with alone(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
+    with file_lock(run_dir, "run"), kernels_of(cfg, resolve_device(cfg.device), recorded_in):
         trainer = setup(cfg, overrides, directory, callbacks, only=only)
         with recorded(trainer):
             if loaded is None:
-                _refuse_exhaustion(cfg, trainer.state.reader.order)
+                _refuse_exhaustion(cfg, trainer.state.data_loader.sampler)
             else:
                 trainer.output.inherited_s = loaded.state["wall_s"]
             run_preflight(trainer, None)
@@ -117,7 +117,7 @@ def resume(
     document = directory.read_run()
     _refuse_changes(recorded_config(document["config"]), changed, sets)
     device, environment_then = resolve_device(document["device"]), document["environment"]
-    with alone(run_dir, "run"), kernels_of(changed, device, environment_then):
+    with file_lock(run_dir, "run"), kernels_of(changed, device, environment_then):
         loaded = checkpoint.load(checkpoint.find(run_dir))
         former = [current_override(Override.model_validate(o)) for o in document["overrides"]]
         overrides = [*former, *sets]
@@ -148,7 +148,7 @@ def completed(
     if not finished.is_file() or not (record := read_record(finished)).succeeded:
         return None
     _refuse_changes(read_config(run_dir), changed, sets)
-    with alone(run_dir, "run"):
+    with file_lock(run_dir, "run"):
         checkpoint.load(checkpoint.find(run_dir))
     done = (
         f"{run_dir} is {record.status}; nothing is left to do. --fork continues it under a "
@@ -256,7 +256,7 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
     trainer.held_out = eval_batches(dataset.validation, seq_len, cfg.eval.batch_size, n)
     if isinstance(cfg.curriculum, BanditCurriculum):
         trainer.probes = probe_batches(dataset.validation, seq_len, cfg.curriculum.probe_windows)
-        arms = [s for s in trainer.state.reader.order.sources if s.weight > 0 and s.cap > 0]
+        arms = [s for s in trainer.state.data_loader.sampler.sources if s.weight > 0 and s.cap > 0]
         if blind := [s.name for s in arms if s.name not in trainer.probes]:
             raise DataError(
                 f"source {blind[0]} has no held-out window, so the bandit cannot measure its "
@@ -280,8 +280,8 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
         dropped = checkpoint.restore(state, loaded)
     former = recorded_config(loaded.state["config"])
     if former.curriculum != trainer.cfg.curriculum:
-        order = curriculum.order_at(former, trainer.dataset, loaded.state["curriculum"])
-        dropped = state.reader.order.load_state_dict(
+        order = curriculum.sampler_at(former, trainer.dataset, loaded.state["curriculum"])
+        dropped = state.data_loader.sampler.load_state_dict(
             curriculum.rebased(order, loaded.state["cursor"])
         )
     for name in dropped:
@@ -289,11 +289,11 @@ def _load(trainer: Trainer, loaded: checkpoint.Loaded) -> None:
         callbacks.on_message(
             f"the curriculum's state has source {name}, which is not an arm of this run; dropped"
         )
-    _refuse_exhaustion(trainer.cfg, state.reader.order)
+    _refuse_exhaustion(trainer.cfg, state.data_loader.sampler)
     trainer.keeper.load_state_dict(loaded.state["gates"])
     trainer.started_from = loaded.path
     trainer.keeper.observe(
-        Resumed(step=state.step, path=str(loaded.path), cursor=state.reader.cursor)
+        Resumed(step=state.step, path=str(loaded.path), cursor=state.data_loader.cursor)
     )
     callbacks.on_message(f"continuing after step {state.step} from {loaded.path}")
 
@@ -391,7 +391,7 @@ def _refuse_other_data(trainer: Trainer, document: dict) -> None:
         )
 
 
-def _refuse_exhaustion(cfg: RunConfig, order: Order) -> None:
+def _refuse_exhaustion(cfg: RunConfig, order: Sampler) -> None:
     """With `on_exhausted = "error"`, raise StreamExhausted if the plan needs more
     windows than the corpus has.
     """

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stackproof.config import RunConfig
 from stackproof.data import curriculum
+from stackproof.data.data_loader import DataLoader
 from stackproof.data.prepare import Dataset
-from stackproof.data.reader import Reader
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stackproof.model.build import build_model, compile_hidden_states
 from stackproof.model.foreign import plain_name
@@ -44,7 +44,7 @@ class TrainState:
     model: nn.Module
     optimizer: opt.Optimizer
     scaler: torch.amp.GradScaler
-    reader: Reader
+    data_loader: DataLoader
     stopper: StopRule | NeverStopRule
     probe: opt.ParameterProbe
     device: torch.device
@@ -78,12 +78,12 @@ def build_state(
 ) -> TrainState:
     """A fresh state at step 0. Raises ConfigError for impossible sizes."""
     return state_around(
-        cfg, dataset.tokenizer.vocab_size, make_reader(cfg, dataset, cursor=cursor), device
+        cfg, dataset.tokenizer.vocab_size, make_data_loader(cfg, dataset, cursor=cursor), device
     )
 
 
 def state_around(
-    cfg: RunConfig, vocab_size: int, reader: Reader, device: torch.device
+    cfg: RunConfig, vocab_size: int, data_loader: DataLoader, device: torch.device
 ) -> TrainState:
     """A fresh state that draws from the given data loader."""
     model = build_model(cfg.model, vocab_size, seed=stream_seed(cfg.seed, "init"), device=device)
@@ -95,7 +95,7 @@ def state_around(
         model=model,
         optimizer=opt.make_optimizer(model, cfg.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=cfg.train.dtype == "float16"),
-        reader=reader,
+        data_loader=data_loader,
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=device,
@@ -103,17 +103,17 @@ def state_around(
     )
 
 
-def make_reader(cfg: RunConfig, dataset: Dataset, *, cursor: int = 0) -> Reader:
+def make_data_loader(cfg: RunConfig, dataset: Dataset, *, cursor: int = 0) -> DataLoader:
     """The data loader of the training split, at a position."""
     seed = stream_seed(cfg.seed, "order")
-    return Reader(
+    return DataLoader(
         dataset.train,
         seq_len=cfg.model.max_seq_len,
         seed=seed,
         rows=cfg.train.micro_batch_size,
         on_exhausted=cfg.data.on_exhausted,
         cursor=cursor,
-        order=curriculum.run_order(cfg, dataset, seed=seed),
+        sampler=curriculum.run_sampler(cfg, dataset, seed=seed),
     )
 
 
@@ -155,7 +155,7 @@ def state_checksums(state: TrainState) -> dict[str, Any]:
     """
     modes = {f"mode.{n}": m.training for n, m in state.model.named_modules()}
     counters = {
-        "cursor": state.reader.cursor,
+        "cursor": state.data_loader.cursor,
         "scaler": state.scaler.state_dict(),
         "step": state.step,
     }

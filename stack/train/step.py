@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.conditions import require
-from stackproof.data.reader import Batch, model_inputs
+from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.evaluate.bits_per_byte import Evaluation
-from stackproof.evaluate.recitation import Memorization
+from stackproof.evaluate.memorization import Memorization
 from stackproof.model import moe
 from stackproof.spec.errors import DataError
 from stackproof.train import losses

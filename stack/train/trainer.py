@@ -15,8 +15,8 @@ from stackproof.contracts.coherence import Coherence
 from stackproof.contracts.events import StateCompared
 from stackproof.contracts.gate import Verdict
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data.data_loader import Batch
 from stackproof.data.prepare import Dataset
-from stackproof.data.reader import Batch
 from stackproof.evaluate.baselines import (
     bigram_bits_per_byte,
     uniform_loss_nats,

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from stackproof.evidence.exclusive import alone
+from stackproof.evidence.file_lock import file_lock
 from tests.cli.conftest import Stack, tiny
 from tests.cli.test_train_errors import assert_standard
 from tests.processes import NO_PREFLIGHT
@@ -145,7 +145,7 @@ def test_resuming_a_finished_run_changes_nothing(stack, text_file):
         and "nothing is left to do" in done.err
     )
     assert (stack.folder / "run" / "metadata.json").read_bytes() == before
-    with alone(stack.folder / "run", "run"):
+    with file_lock(stack.folder / "run", "run"):
         assert_standard(stack("train", "--resume", "run"), 2, "another run is writing to run")
 
 

@@ -11,8 +11,8 @@ from stackproof.config import BanditCurriculum, StaticCurriculum
 from stackproof.contracts.curriculum import Draws, GradientShock
 from stackproof.contracts.events import BatchDrawn, Started, StepTaken
 from stackproof.contracts.gate import call_check, limits_of
-from stackproof.data.curriculum import make_order
-from stackproof.data.order import Source, StaticMixture
+from stackproof.data.curriculum import make_sampler
+from stackproof.data.sampler import MixtureSampler, Source
 from stackproof.museum.plant import load_museum, touches
 from stackproof.subject.assemble import subject_of
 from stackproof.train import step as steps
@@ -123,7 +123,7 @@ def declared(spec, subject, **bounds):
     declared with other bounds.
     """
     make = lambda: Declares(  # noqa: E731
-        StaticMixture(ARMS, 5), lambda s: replace(s, **bounds) if s.name == "a" else s
+        MixtureSampler(ARMS, 5), lambda s: replace(s, **bounds) if s.name == "a" else s
     )
     members = PLAIN | {"sampler_order": make, "declared_shares": shares_of(make().sources)}
     return judge("curriculum.order", spec, subject, **members)
@@ -152,7 +152,7 @@ class Redrawn(Declares):
 
 
 def redrawn(spec, subject, change):
-    members = PLAIN | {"sampler_order": lambda: Redrawn(StaticMixture(ARMS, 5), change)}
+    members = PLAIN | {"sampler_order": lambda: Redrawn(MixtureSampler(ARMS, 5), change)}
     return judge("curriculum.order", spec, subject, **members)
 
 
@@ -193,7 +193,7 @@ def test_order_is_red_on_an_order_that_is_not_repeatable(spec, subject):
     calls = iter(range(100))
 
     def make():
-        return StaticMixture([*ARMS[:2], replace(ARMS[2], weight=2 + next(calls))], 5)
+        return MixtureSampler([*ARMS[:2], replace(ARMS[2], weight=2 + next(calls))], 5)
 
     verdict = judge("curriculum.order", spec, subject, **PLAIN, sampler_order=make)
     assert verdict.outcome == "fail" and "two orders" in verdict.message
@@ -201,7 +201,7 @@ def test_order_is_red_on_an_order_that_is_not_repeatable(spec, subject):
 
 def test_order_is_red_on_one_row_of_the_warm_up(spec, subject):
     """The 33rd row is no warm-up of 32 rows."""
-    make = lambda: StaticMixture(ARMS, 5, warmup_rows=32, warmup_sources=("b",))  # noqa: E731
+    make = lambda: MixtureSampler(ARMS, 5, warmup_rows=32, warmup_sources=("b",))  # noqa: E731
     for rows, outcome in ((32, "pass"), (33, "fail"), (34, "fail")):
         members = PLAIN | {"sampler_order": make, "warmup_rows": rows, "warmup_sources": ("b",)}
         assert judge("curriculum.order", spec, subject, **members).outcome == outcome
@@ -292,21 +292,25 @@ def draws_gate(spec, plan):
 
 
 def watched(spec, cfg, dataset, n_steps):
-    """Outcomes of the gate over the first steps of the stack's own reader,
+    """Outcomes of the gate over the first steps of the stack's own loader,
     with a turn of losses after every second one.
     """
-    reader = build_state(cfg, dataset, CPU).reader
+    loader = build_state(cfg, dataset, CPU).data_loader
     check = draws_gate(
-        spec, plan_of(reader.order, warmup_rows=12, warmup_sources=cfg.curriculum.warmup_sources)
+        spec,
+        plan_of(loader.sampler, warmup_rows=12, warmup_sources=cfg.curriculum.warmup_sources),
     )
     for step in range(1, n_steps + 1):
-        before, batches = reader.cursor, [reader.draw() for _ in range(cfg.accumulation())]
+        before, batches = (
+            loader.cursor,
+            [loader.next_batch() for _ in range(cfg.accumulation())],
+        )
         sources, windows = (
             [x for b in batches for x in getattr(b, key)] for key in ("sources", "sample_ids")
         )
         yield check.observe(drawn(step, before, sources, windows)).outcome
         if step % cfg.curriculum.probe_every == 0:
-            reader.order.reward({s.name: 5 - 0.01 * step for s in reader.order.sources})
+            loader.sampler.reward({s.name: 5 - 0.01 * step for s in loader.sampler.sources})
 
 
 @pytest.mark.parametrize("plant_id", plants_of("curriculum.draws"))
@@ -328,7 +332,7 @@ def alternating(n, period):
 
 
 def two(cap=1.0, floor=0.0):
-    return plan_of(StaticMixture(ARMS[:2], 5)) | {
+    return plan_of(MixtureSampler(ARMS[:2], 5)) | {
         "sources": [
             {"name": "a", "first": 0, "n_windows": 500, "cap": cap, "floor": 0.0},
             {"name": "b", "first": 500, "n_windows": 400, "cap": 1.0, "floor": floor},
@@ -417,8 +421,8 @@ def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset
         )
         for step in range(1, small_cfg.train.max_steps + 1):
             before, batches = (
-                state.reader.cursor,
-                [state.reader.draw() for _ in range(small_cfg.accumulation())],
+                state.data_loader.cursor,
+                [state.data_loader.next_batch() for _ in range(small_cfg.accumulation())],
             )
             sources, windows = (
                 [x for b in batches for x in getattr(b, key)] for key in ("sources", "sample_ids")
@@ -428,8 +432,8 @@ def test_gradient_shock_is_red_under_each_of_its_plants(spec, small_cfg, dataset
                 step_taken(step=step, grad_norm=steps.train_step(state, batches).grad_norm)
             ).outcome
             if step % small_cfg.curriculum.probe_every == 0:
-                state.reader.order.reward(
-                    {s.name: 5 - 0.01 * step for s in state.reader.order.sources}
+                state.data_loader.sampler.reward(
+                    {s.name: 5 - 0.01 * step for s in state.data_loader.sampler.sources}
                 )
         assert check.switches > 2
 
@@ -492,6 +496,6 @@ def test_runtime_gates_go_on_over_a_resume(spec):
 
 
 def test_a_run_of_one_source_has_nothing_to_judge(spec, dataset, small_cfg):
-    order = make_order(StaticCurriculum(), [ARMS[0]], seed=1, rows_per_step=4)
+    order = make_sampler(StaticCurriculum(), [ARMS[0]], seed=1, rows_per_step=4)
     check = draws_gate(spec, plan_of(order, floor=0.0))
     assert check.observe(drawn(1, 0, [0] * 100, range(100))).measured == {"rows": 100, "sources": 1}

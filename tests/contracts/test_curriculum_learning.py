@@ -9,7 +9,7 @@ import pytest
 
 from stackproof.contracts.curriculum import TURNS, _play
 from stackproof.contracts.gate import call_check
-from stackproof.data.order import StaticMixture
+from stackproof.data.sampler import MixtureSampler
 from stackproof.museum.plant import load_museum
 from tests.contracts.test_curriculum import ARMS, PLAIN, Fixed, Redrawn, judge
 
@@ -28,7 +28,7 @@ def test_order_is_red_where_rows_depend_on_how_many_are_decided(spec, subject):
             return self._change(draws, numbers) if len(numbers) > 1 else draws
 
     def judged(change):
-        make = lambda: Counted(StaticMixture(ARMS, 5), change)  # noqa: E731
+        make = lambda: Counted(MixtureSampler(ARMS, 5), change)  # noqa: E731
         return judge("curriculum.order", spec, subject, **PLAIN, sampler_order=make)
 
     assert judged(lambda draws, numbers: draws).passed

@@ -9,7 +9,7 @@ import torch
 from stackproof.contracts.events import MemorizationMeasured, Sampled
 from stackproof.contracts.gate import limits_of
 from stackproof.contracts.memorisation import Memorised, Recitation, chance_of
-from stackproof.evaluate.recitation import PASSAGES, matched, passages
+from stackproof.evaluate.memorization import PASSAGES, matched, passages
 from stackproof.evaluate.sampling import generate
 from stackproof.model.build import build_model
 

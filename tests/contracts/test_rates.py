@@ -28,7 +28,7 @@ from stackproof.contracts.moe import RouterCollapse
 from stackproof.contracts.rows import FreshRows
 from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
 from stackproof.contracts.subject import DataLoader, Subject
-from stackproof.data.order import Source
+from stackproof.data.sampler import Source
 from tests.contracts.test_optim import step_taken
 from tests.subjects import changed
 

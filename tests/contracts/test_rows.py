@@ -9,9 +9,9 @@ from stackproof.config import StaticCurriculum
 from stackproof.contracts.events import BatchDrawn, Started
 from stackproof.contracts.gate import limits_of
 from stackproof.contracts.rows import Rows
-from stackproof.data.curriculum import run_order
-from stackproof.data.order import UniformOrder
-from stackproof.data.reader import Reader
+from stackproof.data.curriculum import run_sampler
+from stackproof.data.data_loader import DataLoader
+from stackproof.data.sampler import ShuffledSampler
 from stackproof.museum.plant import load_museum
 from stackproof.spec.errors import GateFailed
 from stackproof.train.loop import train
@@ -27,27 +27,27 @@ def orders(cfg, dataset) -> dict:
         update={"curriculum": StaticCurriculum(warmup_steps=3, warmup_sources=("grammar", "tools"))}
     )
     return {
-        "uniform": lambda: UniformOrder(dataset.train.n_windows(288), 5),
-        "static": lambda: run_order(static, dataset, seed=5),
-        "bandit": lambda: run_order(cfg, dataset, seed=5),
+        "uniform": lambda: ShuffledSampler(dataset.train.n_windows(288), 5),
+        "static": lambda: run_sampler(static, dataset, seed=5),
+        "bandit": lambda: run_sampler(cfg, dataset, seed=5),
     }
 
 
 @pytest.mark.parametrize("order", ["uniform", "static", "bandit"])
 @pytest.mark.parametrize("plant_id", ["data.window-drawn-twice", "data.position-skips"])
 def test_rows_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id, order):
-    """Four rows a step from the stack's own reader: green for two epochs without the plant, red
+    """Four rows a step from the stack's own loader: green for two epochs without the plant, red
     within three steps with it.
     """
     n = dataset.train.n_windows(288)
 
     def verdicts(n_steps):
-        reader = Reader(
-            dataset.train, seq_len=288, seed=5, rows=4, order=orders(small_cfg, dataset)[order]()
+        loader = DataLoader(
+            dataset.train, seq_len=288, seed=5, rows=4, sampler=orders(small_cfg, dataset)[order]()
         )
         sources = [
             {"name": s.name, "first": s.first, "n_windows": s.n_windows}
-            for s in reader.order.sources
+            for s in loader.sampler.sources
         ]
         plan = {
             "rows_per_step": 4,
@@ -60,11 +60,11 @@ def test_rows_is_red_under_each_of_its_plants(spec, small_cfg, dataset, plant_id
         check = Rows(limits_of(spec.gates["data.rows"]))
         check.observe(Started(step=0, plan=plan))
         for step in range(1, n_steps + 1):
-            before, b = reader.cursor, reader.draw()
+            before, b = loader.cursor, loader.next_batch()
             drawn = BatchDrawn(
                 step,
                 before,
-                reader.cursor,
+                loader.cursor,
                 b.sample_ids,
                 b.epoch,
                 b.input_ids.numel(),

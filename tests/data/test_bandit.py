@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stackproof.config import BanditCurriculum
-from stackproof.data.bandit import Bandit
-from stackproof.data.order import Source, shares
-from tests.data.test_order import ARMS, A, B, C, bounded, once_per_epoch
+from stackproof.data.bandit import BanditSampler
+from stackproof.data.sampler import Source, shares
+from tests.data.test_sampler import ARMS, A, B, C, bounded, once_per_epoch
 
 
 def play(bandit, n_turns, rows, losses, batch=None):
@@ -46,7 +46,7 @@ def excess(arms, drawn, window=1000):
 )
 def test_bounds_hold_over_any_thousand_rows_whatever_the_rewards(arms, seed, focus_share, rows):
     """To within one row per source, which is what the gate grants."""
-    bandit = Bandit(arms, 1, BanditCurriculum(focus_share=focus_share))
+    bandit = BanditSampler(arms, 1, BanditCurriculum(focus_share=focus_share))
     noise = np.random.default_rng(seed)
     drawn = play(bandit, 2400 // rows, rows, lambda turn: 5 + noise.normal(0, 1, len(arms)))
     assert excess(arms, drawn) <= len(arms)
@@ -56,7 +56,10 @@ def test_a_focus_share_of_one_leaves_to_the_others_what_the_cap_does_not_take():
     """All rows go to the source in focus up to its cap, the rest has to come from somewhere."""
     arms = [replace(A, cap=0.6), replace(B, cap=0.6)]
     drawn = play(
-        Bandit(arms, 1, BanditCurriculum(focus_share=1.0)), 50, 40, lambda turn: [5.0 - turn, 5.0]
+        BanditSampler(arms, 1, BanditCurriculum(focus_share=1.0)),
+        50,
+        40,
+        lambda turn: [5.0 - turn, 5.0],
     )
     assert set(drawn.tolist()) == {0, 1} and excess(arms, drawn) <= 2
 
@@ -70,14 +73,14 @@ BOUNDED = (
 
 
 def test_a_source_with_cap_zero_is_never_drawn_and_never_in_focus():
-    bandit = Bandit(BOUNDED, 1, BanditCurriculum())
+    bandit = BanditSampler(BOUNDED, 1, BanditCurriculum())
     drawn = play(bandit, 200, 20, lambda turn: [5.0, 5.0, 5.0, 5.0 - turn])
     assert set(drawn.tolist()) == {0, 1, 2} and "d" not in bandit.state_dict()["arms"]
 
 
 @pytest.mark.parametrize("winner", [1, 2])
 def test_the_source_whose_turns_help_gets_more_within_its_cap(winner):
-    bandit, loss = Bandit(BOUNDED, 1, BanditCurriculum()), [5.0]
+    bandit, loss = BanditSampler(BOUNDED, 1, BanditCurriculum()), [5.0]
 
     def losses(turn):
         loss[0] -= 0.02 * (bandit.focus == winner)
@@ -96,7 +99,7 @@ def test_a_list_that_only_makes_itself_predictable_gains_nothing():
     arms = [replace(A, weight=1.0), B, replace(C, cap=0.4)]
 
     def world(own_drop):
-        bandit, loss = Bandit(arms, 1, BanditCurriculum()), np.full(3, 5.0)
+        bandit, loss = BanditSampler(arms, 1, BanditCurriculum()), np.full(3, 5.0)
         noise = np.random.default_rng(1)
 
         def losses(turn):
@@ -116,9 +119,9 @@ def test_a_list_that_only_makes_itself_predictable_gains_nothing():
 @given(st.integers(1, 60), st.integers(0, 2**32))
 def test_a_bandit_restored_through_json_goes_on_exactly(turns, seed):
     noise = np.random.default_rng(seed).normal(5, 0.3, (turns + 30, 4))
-    bandit = Bandit(BOUNDED, 7, BanditCurriculum())
+    bandit = BanditSampler(BOUNDED, 7, BanditCurriculum())
     play(bandit, turns, 13, lambda turn: noise[turn])
-    restored = Bandit(BOUNDED, 7, BanditCurriculum())
+    restored = BanditSampler(BOUNDED, 7, BanditCurriculum())
     assert restored.load_state_dict(json.loads(json.dumps(bandit.state_dict()))) == []
     assert restored.state_dict() == bandit.state_dict()
     for turn in range(turns, turns + 30):
@@ -136,7 +139,9 @@ def test_a_bandit_restored_through_json_goes_on_exactly(turns, seed):
 def test_a_bandit_is_deterministic_and_batches_do_not_matter():
     noise = np.random.default_rng(3).normal(5, 0.3, (80, 4))
     runs = [
-        play(Bandit(BOUNDED, 7, BanditCurriculum()), 80, 24, lambda turn: noise[turn], batch=b)
+        play(
+            BanditSampler(BOUNDED, 7, BanditCurriculum()), 80, 24, lambda turn: noise[turn], batch=b
+        )
         for b in (24, 24, 8, 1)
     ]
     assert all(np.array_equal(runs[0], r) for r in runs[1:])
@@ -144,7 +149,7 @@ def test_a_bandit_is_deterministic_and_batches_do_not_matter():
 
 def test_every_window_of_a_bandit_comes_once_per_epoch():
     bandit, noise, drawn = (
-        Bandit(BOUNDED, 7, BanditCurriculum()),
+        BanditSampler(BOUNDED, 7, BanditCurriculum()),
         np.random.default_rng(3).normal(5, 0.3, (150, 4)),
         [],
     )
@@ -165,11 +170,11 @@ def test_a_zombie_arm_is_dropped_named_and_takes_nothing_along():
     """Of a state with arms that are gone only positions are kept, that of a source without a share
     too, should it come back.
     """
-    bandit = Bandit(ARMS, 7, BanditCurriculum())
+    bandit = BanditSampler(ARMS, 7, BanditCurriculum())
     play(bandit, 30, 20, lambda turn: [5 - 0.1 * turn, 5, 5])
     state = json.loads(json.dumps(bandit.state_dict()))
     state["arms"]["zombie"] = dict(state["arms"]["a"], pulls=1.546)
-    revived = Bandit([A, B, replace(C, cap=0.0)], 7, BanditCurriculum())
+    revived = BanditSampler([A, B, replace(C, cap=0.0)], 7, BanditCurriculum())
     assert revived.load_state_dict(state) == ["c", "zombie"]
     assert (
         set(revived.state_dict()["arms"]) == {"a", "b"}
@@ -178,7 +183,7 @@ def test_a_zombie_arm_is_dropped_named_and_takes_nothing_along():
     )
     assert revived.drawn.tolist() == bandit.drawn.tolist()
     assert set(straight_turn(revived, 600, 500)[0].tolist()) == {0, 1}
-    back = Bandit(ARMS, 7, BanditCurriculum())
+    back = BanditSampler(ARMS, 7, BanditCurriculum())
     assert (
         back.load_state_dict(json.loads(json.dumps(revived.state_dict()))) == []
         and back.drawn[2] == bandit.drawn[2]
@@ -192,7 +197,7 @@ def test_a_bandit_remembers_as_many_turns_as_its_discount_says(discount):
     """
     horizon, n = 1 / (1 - discount), 200
     drops = np.random.default_rng(3).normal(0.1, 0.05, n)
-    bandit, loss = Bandit(ARMS, 1, BanditCurriculum(discount=discount)), 500.0
+    bandit, loss = BanditSampler(ARMS, 1, BanditCurriculum(discount=discount)), 500.0
     bandit.reward(dict.fromkeys(("a", "b", "c"), loss))
     for k, drop in enumerate(drops):
         loss -= drop
@@ -216,7 +221,7 @@ def test_nothing_is_learnt_in_the_warm_up():
     which they did not read.
     """
     cfg = BanditCurriculum(warmup_steps=11, warmup_sources=("a",))
-    bandit = Bandit(ARMS, 7, cfg, warmup_rows=110)
+    bandit = BanditSampler(ARMS, 7, cfg, warmup_rows=110)
     for turn in range(5):  # rows 0 … 124: the last turn straddles the end of the warm-up
         straight_turn(bandit, 25 * turn, 25)
         assert (
@@ -232,7 +237,7 @@ def test_a_turn_of_the_warm_up_stays_one_over_a_restore():
     which ends without a reward.
     """
     cfg = BanditCurriculum(warmup_steps=11, warmup_sources=("a",))
-    orders = [Bandit(ARMS, 7, cfg, warmup_rows=110) for _ in range(2)]
+    orders = [BanditSampler(ARMS, 7, cfg, warmup_rows=110) for _ in range(2)]
     for first in (0, 50):
         straight_turn(orders[0], first, 50)
         orders[0].reward({"a": 5.0, "b": 5.0, "c": 5.0})
@@ -247,8 +252,8 @@ def test_a_turn_of_the_warm_up_stays_one_over_a_restore():
 
 def test_other_shares_keep_positions_and_forget_rewards():
     bandit, changed = (
-        Bandit(ARMS, 7, BanditCurriculum()),
-        Bandit([replace(A, floor=0.3), B, C], 7, BanditCurriculum()),
+        BanditSampler(ARMS, 7, BanditCurriculum()),
+        BanditSampler([replace(A, floor=0.3), B, C], 7, BanditCurriculum()),
     )
     play(bandit, 30, 20, lambda turn: [5 - 0.1 * turn, 5, 5])
     assert changed.load_state_dict(bandit.state_dict()) == [] and np.array_equal(
@@ -258,7 +263,7 @@ def test_other_shares_keep_positions_and_forget_rewards():
 
 
 def test_the_warm_up_of_a_bandit_reads_its_sources_alone_and_then_all():
-    bandit = Bandit(
+    bandit = BanditSampler(
         ARMS, 7, BanditCurriculum(warmup_steps=5, warmup_sources=("b", "c")), warmup_rows=50
     )
     drawn = play(bandit, 10, 20, lambda turn: [5.0, 5.0, 5.0])
@@ -270,5 +275,7 @@ def test_a_source_of_weight_zero_only_fills_its_floor():
     no rows above the floor.
     """
     arms = [A, B, replace(C, weight=0.0, floor=0.1)]
-    drawn = play(Bandit(arms, 7, BanditCurriculum()), 100, 20, lambda turn: [5.0, 5.0, 5.0 - turn])
+    drawn = play(
+        BanditSampler(arms, 7, BanditCurriculum()), 100, 20, lambda turn: [5.0, 5.0, 5.0 - turn]
+    )
     assert np.bincount(drawn, minlength=3)[2] == pytest.approx(0.1 * 2000, abs=3)

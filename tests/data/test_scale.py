@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from stackproof.config import BanditCurriculum
 from stackproof.data import permutation
-from stackproof.data.bandit import Bandit
-from stackproof.data.order import Source, StaticMixture, UniformOrder
+from stackproof.data.bandit import BanditSampler
+from stackproof.data.data_loader import DataLoader
 from stackproof.data.packing import Rows
 from stackproof.data.permutation import order_key, permute
-from stackproof.data.reader import Reader
+from stackproof.data.sampler import MixtureSampler, ShuffledSampler, Source
 
 SEED = 7
 # ranks, rows of each
@@ -44,8 +44,8 @@ class Fake:
         return Rows(tokens_RT[:, :-1], tokens_RT[:, 1:])
 
 
-def uniform(n: int) -> UniformOrder:
-    return UniformOrder(n, SEED)
+def uniform(n: int) -> ShuffledSampler:
+    return ShuffledSampler(n, SEED)
 
 
 def simulate(
@@ -71,18 +71,18 @@ def simulate(
             "world_size": world_size,
             "cursor": cursor,
         }
-        ranks = [Reader(Fake(n), rank=r, order=order(n), **shape) for r in range(world_size)]
+        ranks = [DataLoader(Fake(n), rank=r, sampler=order(n), **shape) for r in range(world_size)]
         for r in ranks:
             if state:
-                r.order.load_state_dict(json.loads(state))
+                r.sampler.load_state_dict(json.loads(state))
             spoil(r)
         for _ in range(steps):
-            drawn += [r.draw().input_ids[:, 0].numpy() for r in ranks]
+            drawn += [r.next_batch().input_ids[:, 0].numpy() for r in ranks]
         assert len({r.cursor for r in ranks}) == 1, "ranks agree where they are"
         cursor, step = ranks[0].cursor, step + steps
         states = (
-            {json.dumps(r.order.state_dict()) for r in ranks}
-            if isinstance(ranks[0].order, Bandit)
+            {json.dumps(r.sampler.state_dict()) for r in ranks}
+            if isinstance(ranks[0].sampler, BanditSampler)
             else {""}
         )
         (state,) = states
@@ -158,12 +158,12 @@ def _sources(n: int) -> list[Source]:
     ]
 
 
-def static(n: int) -> StaticMixture:
-    return StaticMixture(_sources(n), SEED, warmup_rows=300, warmup_sources=("a", "b"))
+def static(n: int) -> MixtureSampler:
+    return MixtureSampler(_sources(n), SEED, warmup_rows=300, warmup_sources=("a", "b"))
 
 
-def bandit(n: int) -> Bandit:
-    return Bandit(_sources(n), SEED, BanditCurriculum())
+def bandit(n: int) -> BanditSampler:
+    return BanditSampler(_sources(n), SEED, BanditCurriculum())
 
 
 @pytest.mark.parametrize("order", [static, bandit])
@@ -185,24 +185,24 @@ def test_a_mixture_survives_other_ranks_too(order):
         assert len(own) > source.n_windows / 2 and faults(own, source.n_windows) == []
 
 
-def _shared_rank(r: Reader) -> None:
+def _shared_rank(r: DataLoader) -> None:
     r.rank = min(r.rank, r.world_size - 2)
 
 
-def _own_order(r: Reader) -> None:
-    r.order.seed += r.rank
+def _own_order(r: DataLoader) -> None:
+    r.sampler.seed += r.rank
 
 
-def _own_cursor(r: Reader) -> None:
+def _own_cursor(r: DataLoader) -> None:
     r.rank, r.world_size = 0, 1
 
 
-def _short_stride(r: Reader) -> None:
+def _short_stride(r: DataLoader) -> None:
     r.world_size -= 1
 
 
-def _no_tail(r: Reader) -> None:
-    r.order = uniform(r.n_windows - r.n_windows % (r.world_size * r.rows))
+def _no_tail(r: DataLoader) -> None:
+    r.sampler = uniform(r.n_windows - r.n_windows % (r.world_size * r.rows))
 
 
 @pytest.mark.parametrize("spoil", [_shared_rank, _own_order, _own_cursor, _short_stride, _no_tail])
@@ -218,7 +218,7 @@ def test_slices_that_leave_a_gap_or_overlap_are_noticed(monkeypatch, by):
     """Rows of neighbouring ranks that share a sample, or skip one,
     although every cursor is right.
     """
-    original = Reader.draw
+    original = DataLoader.next_batch
 
     def shifted(self):
         self.cursor += by * self.rank
@@ -227,7 +227,7 @@ def test_slices_that_leave_a_gap_or_overlap_are_noticed(monkeypatch, by):
         return batch
 
     assert faults(simulate(101, [(8, 4, 5)]), 101) == []
-    monkeypatch.setattr(Reader, "draw", shifted)
+    monkeypatch.setattr(DataLoader, "draw", shifted)
     assert faults(simulate(101, [(8, 4, 5)]), 101) != []
 
 
@@ -255,8 +255,8 @@ def test_a_cursor_that_does_not_count_samples_is_noticed(resume):
     assert faults(simulate(101, FEWER, resume=resume), 101) != []
 
 
-def mixed(n: int) -> StaticMixture:
-    return StaticMixture(
+def mixed(n: int) -> MixtureSampler:
+    return MixtureSampler(
         [Source("a", 0, n // 3, 0.9, 1.0, 0.0), Source("b", n // 3, n - n // 3, 0.1, 1.0, 0.0)],
         SEED,
     )
@@ -272,7 +272,7 @@ def draw_anywhere(n: int, order) -> None:
         2 * n,
         *np.random.default_rng(SEED).integers(0, 3 * n, 20).tolist(),
     ):
-        r = Reader(
+        r = DataLoader(
             Fake(n),
             seq_len=512,
             seed=SEED,
@@ -280,9 +280,9 @@ def draw_anywhere(n: int, order) -> None:
             rank=1023,
             world_size=1024,
             cursor=cursor,
-            order=order(n),
+            sampler=order(n),
         )
-        batches = [r.draw(), r.draw()]
+        batches = [r.next_batch(), r.next_batch()]
         assert r.cursor == cursor + 2 * 8192 and all(
             0 <= i < n for b in batches for i in b.sample_ids
         )
@@ -317,9 +317,14 @@ def test_sample_number_i_of_a_huge_index_is_the_same_for_any_number_of_ranks(ord
             "world_size": world_size,
             "cursor": cursor,
         }
-        ranks = [Reader(Fake(HUGE), rank=r, order=order(HUGE), **shape) for r in range(world_size)]
+        ranks = [
+            DataLoader(Fake(HUGE), rank=r, sampler=order(HUGE), **shape) for r in range(world_size)
+        ]
         return [
-            i for _ in range(24 // (world_size * rows)) for r in ranks for i in r.draw().sample_ids
+            i
+            for _ in range(24 // (world_size * rows))
+            for r in ranks
+            for i in r.next_batch().sample_ids
         ]
 
     assert drawn(1, 24) == drawn(3, 4) == drawn(24, 1) and len(set(drawn(1, 24))) == 24

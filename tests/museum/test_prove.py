@@ -97,12 +97,12 @@ def test_a_plant_in_the_script_that_changes_nothing_is_equivalent(spec):
 
 def test_a_plant_leaves_no_trace():
     """After its context every patched attribute is what it was."""
-    from stackproof.data import reader
+    from stackproof.data import data_loader
     from stackproof.train import checkpoint, losses, step
 
     watched = [
         (m, n, v)
-        for m in (reader, checkpoint, losses, step)
+        for m in (data_loader, checkpoint, losses, step)
         for n, v in vars(m).items()
         if callable(v)
     ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from stackproof.config import ModelConfig
 from stackproof.contracts.conditions import ContractError
-from stackproof.data.reader import eval_batches, rows_batch
+from stackproof.data.data_loader import eval_batches, rows_batch
 from stackproof.model.build import build_model
 from stackproof.spec.errors import CheckpointError, IntegrityError, UsageError
 from stackproof.trace import lens as lenses

@@ -197,17 +197,24 @@ def test_a_restored_bandit_remembers_its_turns_and_draws_the_same_rows(
     state, fresh = (build_state(small_run(small_cfg), dataset, CPU) for _ in range(2))
     for turn in range(6):
         advance(state)
-        state.reader.order.reward({n: 5.0 - (turn + i) / 7 for i, n in enumerate(dataset.sources)})
-    order, learnt = state.reader.order, state.reader.order.state_dict()
+        state.data_loader.sampler.reward(
+            {n: 5.0 - (turn + i) / 7 for i, n in enumerate(dataset.sources)}
+        )
+    order, learnt = state.data_loader.sampler, state.data_loader.sampler.state_dict()
     checkpoint.save(tmp_path, state, document(state, dataset))
-    assert fresh.reader.order.state_dict() != learnt and learnt["n_drops"] == 3
+    assert fresh.data_loader.sampler.state_dict() != learnt and learnt["n_drops"] == 3
     with torch.no_grad():
         assert checkpoint.restore(fresh, checkpoint.load(checkpoint.find(tmp_path))) == [], (
             "no arm is dropped"
         )
-    assert fresh.reader.order.state_dict() == learnt and fresh.reader.order.focus == order.focus
+    assert (
+        fresh.data_loader.sampler.state_dict() == learnt
+        and fresh.data_loader.sampler.focus == order.focus
+    )
     for _ in range(12):
-        assert fresh.reader.draw().sample_ids == state.reader.draw().sample_ids
+        assert (
+            fresh.data_loader.next_batch().sample_ids == state.data_loader.next_batch().sample_ids
+        )
 
 
 @pytest.mark.parametrize("missing", ["the schema", "the key"])

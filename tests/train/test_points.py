@@ -132,7 +132,7 @@ def test_it_is_what_the_steps_own_forward_holds(small_cfg, dataset):
     in its first micro-batch.
     """
     state = build_state(small_cfg, dataset, torch.device("cpu"))
-    batches = [state.reader.draw() for _ in range(small_cfg.accumulation())]
+    batches = [state.data_loader.next_batch() for _ in range(small_cfg.accumulation())]
     assert small_cfg.model.dropout > 0 and len(batches) > 1
     before = digest(state)
     lines = points_log.points_lines(state, batches[0])

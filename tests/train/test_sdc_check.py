@@ -19,7 +19,7 @@ def state(small_cfg, dataset):
 
 
 def batches_of(state):
-    return [state.reader.draw() for _ in range(state.cfg.accumulation())]
+    return [state.data_loader.next_batch() for _ in range(state.cfg.accumulation())]
 
 
 def test_it_leaves_no_trace_and_foretells_the_step(state, small_cfg, dataset):

@@ -45,7 +45,7 @@ def begun(cfg, dataset, n_layers=1, sets=()):
     cfg = tiny_run(cfg)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"n_layers": n_layers})})
     state = build_state(load_config(cfg, sets=tuple(sets))[0], dataset, torch.device("cpu"))
-    return state, [state.reader.draw() for _ in range(2)]
+    return state, [state.data_loader.next_batch() for _ in range(2)]
 
 
 @pytest.mark.parametrize("sets", [(), ROUTED], ids=["dense", "experts"])

@@ -9,7 +9,7 @@ import torch
 
 from stackproof.cli.load_model import open_model
 from stackproof.config import AdamW, Cosine, Muon, NeverStop, SampleConfig, Wsd
-from stackproof.data.order import Source, StaticMixture
+from stackproof.data.sampler import MixtureSampler, Source
 from stackproof.evaluate.sampling import generate
 from stackproof.museum.collection import museum_config
 from stackproof.spec.errors import EnvironmentUnfit, GateFailed, StreamExhausted, UsageError
@@ -256,7 +256,7 @@ def test_certain_exhaustion_is_judged_where_the_run_stands(cfg):
         update={"data": cfg.data.model_copy(update={"on_exhausted": "error"})}
     )
     for begin, refused in ((250, False), (150, True), (0, True)):
-        order = StaticMixture([a, b], 7)
+        order = MixtureSampler([a, b], 7)
         order.load_state_dict({"start": begin, "base": {"a": begin}})
         with (
             pytest.raises(StreamExhausted, match="source b ends before the run does")

@@ -183,8 +183,8 @@ def _corpus_rows(loaded: TraceModel, seed: int = 0) -> tuple[Callable[[], Any], 
     import torch
 
     from stackproof.config import recorded_config
+    from stackproof.data.data_loader import rows_batch
     from stackproof.data.prepare import prepare
-    from stackproof.data.reader import rows_batch
     from stackproof.data.tokenizer import load_tokenizer
 
     if "step" not in loaded.facts:

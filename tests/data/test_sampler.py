@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stackproof.data.order import BLOCK, Source, StaticMixture, quotas, shares
+from stackproof.data.sampler import BLOCK, MixtureSampler, Source, quotas, shares
 from stackproof.spec.errors import ConfigError
 
 A, B, C = (
@@ -129,7 +129,7 @@ def straight(order, n, size=97):
 @given(bounded(), st.integers(0, 3), st.integers(0, 2**31))
 def test_every_block_has_exactly_its_shares(arms, block, seed):
     try:
-        order, wanted = StaticMixture(arms, seed), quotas(arms)
+        order, wanted = MixtureSampler(arms, seed), quotas(arms)
     except ConfigError:
         return
     drawn = order.at(np.arange(block * BLOCK, (block + 1) * BLOCK)).sources
@@ -140,7 +140,7 @@ def test_every_block_has_exactly_its_shares(arms, block, seed):
 @given(bounded(), st.integers(0, 2 * BLOCK), st.integers(1, 900))
 def test_any_stretch_has_its_shares_to_within_one_row_per_source(arms, first, n):
     try:
-        order, share = StaticMixture(arms, 3), shares(arms)
+        order, share = MixtureSampler(arms, 3), shares(arms)
     except ConfigError:
         return
     counts = np.bincount(order.at(np.arange(first, first + n)).sources, minlength=len(arms))
@@ -151,7 +151,7 @@ def test_any_stretch_has_its_shares_to_within_one_row_per_source(arms, first, n)
 @settings(max_examples=30)
 @given(st.integers(0, 5000), st.integers(1, 200), st.integers(0, 2**31), st.integers(0, 600))
 def test_any_position_is_that_of_a_straight_run(first, n, seed, warmup):
-    make = lambda: StaticMixture(ARMS, seed, warmup_rows=warmup, warmup_sources=("b",))  # noqa: E731
+    make = lambda: MixtureSampler(ARMS, seed, warmup_rows=warmup, warmup_sources=("b",))  # noqa: E731
     whole = straight(make(), first + n)[:, first:]
     entered = make().at(np.arange(first, first + n))
     assert np.array_equal(whole, np.stack([entered.sources, entered.windows, entered.epochs]))
@@ -176,13 +176,15 @@ def once_per_epoch(arms, drawn):
 @settings(max_examples=15)
 @given(st.integers(0, 2**31), st.integers(0, 700))
 def test_every_window_comes_once_per_epoch_also_over_the_warm_up(seed, warmup):
-    drawn = straight(StaticMixture(ARMS, seed, warmup_rows=warmup, warmup_sources=("b", "c")), 4000)
+    drawn = straight(
+        MixtureSampler(ARMS, seed, warmup_rows=warmup, warmup_sources=("b", "c")), 4000
+    )
     once_per_epoch(ARMS, drawn)
     assert set(drawn[0, :warmup].tolist()) <= {1, 2} and (drawn[0, warmup:] == 0).any()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    drawn, other = straight(StaticMixture(ARMS, 1), 2000), straight(StaticMixture(ARMS, 2), 2000)
+    drawn, other = straight(MixtureSampler(ARMS, 1), 2000), straight(MixtureSampler(ARMS, 2), 2000)
     of = lambda rows, source, epoch: rows[1, (rows[0] == source) & (rows[2] == epoch)].tolist()  # noqa: E731
     assert of(drawn, 1, 0) != of(drawn, 1, 1) and of(drawn, 0, 0) != of(other, 0, 0)
     assert np.array_equal(drawn[0], other[0]), "the seed shuffles windows, not sources"
@@ -192,7 +194,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 @given(st.integers(0, 4000), st.integers(0, 700), st.integers(0, 3000))
 def test_counts_are_those_of_counting(after, warmup, start):
     """Also with what each source had before the mixture was changed at `start`."""
-    order = StaticMixture(ARMS, 5, warmup_rows=warmup, warmup_sources=("c",))
+    order = MixtureSampler(ARMS, 5, warmup_rows=warmup, warmup_sources=("c",))
     counted = lambda rows: np.bincount(rows[0].astype(np.int64), minlength=3)  # noqa: E731
     assert np.array_equal(
         order.counts(after), counted(straight(order, after)) if after else [0, 0, 0]
@@ -209,9 +211,9 @@ def test_a_changed_mixture_goes_on_with_windows_that_nobody_has_seen():
     """1,500 rows of one mixture, then rows of another: still every window
     once per epoch of its source.
     """
-    before = StaticMixture(ARMS, 9)
+    before = MixtureSampler(ARMS, 9)
     first = straight(before, 1500)
-    after = StaticMixture([replace(A, weight=0.5), replace(B, weight=3.0), C], 9)
+    after = MixtureSampler([replace(A, weight=0.5), replace(B, weight=3.0), C], 9)
     after.load_state_dict({"start": 1500, "base": dict(zip("abc", before.counts(1500).tolist()))})
     draws = after.at(np.arange(1500, 4000))
     once_per_epoch(
@@ -223,7 +225,7 @@ def test_a_changed_mixture_goes_on_with_windows_that_nobody_has_seen():
 @settings(max_examples=20)
 @given(st.integers(0, 3000), st.integers(1, 500))
 def test_a_restored_mixture_draws_on(start, n):
-    order, restored = StaticMixture(ARMS, 9), StaticMixture(ARMS, 9)
+    order, restored = MixtureSampler(ARMS, 9), MixtureSampler(ARMS, 9)
     order.load_state_dict({"start": start, "base": {"a": 40, "b": 7, "c": 900}})
     assert restored.load_state_dict(json.loads(json.dumps(order.state_dict()))) == []
     numbers = np.arange(start, start + n)
@@ -234,7 +236,7 @@ def test_a_restored_mixture_draws_on(start, n):
 
 
 def test_a_source_that_is_gone_is_dropped_and_named():
-    order = StaticMixture([A, replace(B, cap=0.0), C], 9)
+    order = MixtureSampler([A, replace(B, cap=0.0), C], 9)
     assert order.load_state_dict({"start": 10, "base": {"a": 4, "b": 3, "gone": 3}}) == [
         "b",
         "gone",
@@ -244,7 +246,7 @@ def test_a_source_that_is_gone_is_dropped_and_named():
 
 def test_a_cap_does_not_bind_in_the_warm_up():
     capped = [replace(A, cap=0.4), B, C]
-    warm = StaticMixture(capped, 3, warmup_rows=64, warmup_sources=("a",))
+    warm = MixtureSampler(capped, 3, warmup_rows=64, warmup_sources=("a",))
     assert (warm.at(np.arange(64)).sources == 0).all()
     later = warm.at(np.arange(64, 64 + 1024)).sources
     assert (later == 0).sum() <= 0.4 * 1024 + 1

@@ -35,7 +35,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleIndices:
     """Epoch, window number and source number of each sample, int64 (n,).
     Epochs count per source.
     """
@@ -45,7 +45,7 @@ class Draws:
     sources: np.ndarray
 
 
-class Order(Protocol):
+class Sampler(Protocol):
     """Interface of a sampling order for the reader."""
 
     sources: Sequence[Source]
@@ -53,7 +53,7 @@ class Order(Protocol):
     def decide(self, before: int, after: int) -> None:
         """Decide samples before … after-1; orders that are pure functions do nothing."""
 
-    def at(self, numbers: np.ndarray) -> Draws: ...
+    def at(self, numbers: np.ndarray) -> SampleIndices: ...
     def counts(self, after: int) -> np.ndarray:
         """Samples of each source among the first `after`, int64."""
 
@@ -64,7 +64,7 @@ class Order(Protocol):
         """
 
 
-class UniformOrder:
+class ShuffledSampler:
     """All windows shuffled, a new order every epoch."""
 
     def __init__(self, n_windows: int, seed: int, name: str = "all"):
@@ -75,12 +75,12 @@ class UniformOrder:
     def decide(self, before: int, after: int) -> None:
         return None
 
-    def at(self, numbers: np.ndarray) -> Draws:
+    def at(self, numbers: np.ndarray) -> SampleIndices:
         numbers = numbers - self._start + self._base
         epochs, windows = permutation.window_order(
             numbers, self.sources[0].n_windows, self.seed, self._shuffle
         )
-        return Draws(epochs, windows, np.zeros(len(numbers), np.int64))
+        return SampleIndices(epochs, windows, np.zeros(len(numbers), np.int64))
 
     def counts(self, after: int) -> np.ndarray:
         return np.array([after - self._start + self._base])
@@ -181,7 +181,7 @@ def pattern(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return source, rank
 
 
-class StaticMixture:
+class MixtureSampler:
     """Fixed shares, met exactly in every block of BLOCK rows. A warm-up is a separate phase."""
 
     def __init__(
@@ -207,8 +207,8 @@ class StaticMixture:
     def decide(self, before: int, after: int) -> None:
         return None
 
-    def at(self, numbers: np.ndarray) -> Draws:
-        draws = Draws(*(np.empty(len(numbers), np.int64) for _ in range(3)))
+    def at(self, numbers: np.ndarray) -> SampleIndices:
+        draws = SampleIndices(*(np.empty(len(numbers), np.int64) for _ in range(3)))
         starts = [p.start for p in self.phases]
         phase_of = np.searchsorted(starts, numbers, side="right") - 1
         for i, phase in enumerate(self.phases):

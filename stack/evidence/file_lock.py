@@ -8,7 +8,7 @@ from stackproof.spec.errors import UsageError
 
 
 @contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
+def file_lock(folder: Path, what: str) -> Iterator[None]:
     """Lock a folder for `what`. Raises UsageError if another process holds the lock. The lock ends
     with its process.
     """

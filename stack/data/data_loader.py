@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stackproof.contracts.conditions import ensure, require
-from stackproof.data.order import Draws, Order, UniformOrder
 from stackproof.data.packing import IGNORE_INDEX, Rows
+from stackproof.data.sampler import SampleIndices, Sampler, ShuffledSampler
 from stackproof.spec.errors import DataError, StreamExhausted
 
 
@@ -60,11 +60,11 @@ def model_inputs(batch: Any, device: torch.device | str) -> tuple[Any, ...]:
     )
 
 
-class Reader:
+class DataLoader:
     """Batches of one rank. The position `cursor` is the number of samples drawn by all ranks.
 
     `on_exhausted` is "wrap" or "error"; `on_wrap(epoch, tokens)` is called at the start of every
-    epoch after the first. Without an `order` the windows of the whole stream are shuffled. Raises
+    epoch after the first. Without a `sampler` the windows of the whole stream are shuffled. Raises
     DataError if the stream is shorter than one window.
     """
 
@@ -86,7 +86,7 @@ class Reader:
         world_size: int = 1,
         on_exhausted: str = "wrap",
         cursor: int = 0,
-        order: Order | None = None,
+        sampler: Sampler | None = None,
         on_wrap: Callable[[int, int], None] = lambda epoch, tokens: None,
     ):
         if not 0 <= rank < world_size:
@@ -109,24 +109,24 @@ class Reader:
                 allowed=f"at least {seq_len + 1}",
                 next_step="add text or lower model.max_seq_len",
             )
-        self.order = order or UniformOrder(self.n_windows, seed)
-        self._n_windows = np.array([max(1, s.n_windows) for s in self.order.sources])
+        self.sampler = sampler or ShuffledSampler(self.n_windows, seed)
+        self._n_windows = np.array([max(1, s.n_windows) for s in self.sampler.sources])
 
     @ensure(
         lambda self, result: result.input_ids.shape == (self.rows, self.seq_len), "a batch is full"
     )
-    def draw(self) -> Batch:
+    def next_batch(self) -> Batch:
         """The next rows of this rank. Raises StreamExhausted at the end of a source if
         `on_exhausted` is "error".
         """
         before = self.cursor
         after = before + self.rows * self.world_size
-        rounds = self.order.counts(before) // self._n_windows
-        self.order.decide(before, after)
-        counts = self.order.counts(after)
+        rounds = self.sampler.counts(before) // self._n_windows
+        self.sampler.decide(before, after)
+        counts = self.sampler.counts(after)
         if self.on_exhausted == "error" and (counts > self._n_windows).any():
             raise self._exhausted(before, after, int(np.argmax(counts - self._n_windows)))
-        draws = self.order.at(before + self.rank * self.rows + np.arange(self.rows))
+        draws = self.sampler.at(before + self.rank * self.rows + np.arange(self.rows))
         rows = self.stream.rows(draws.windows, self.seq_len)
         self.cursor = after
         if (counts // self._n_windows > rounds).any():
@@ -134,10 +134,10 @@ class Reader:
         return as_batch(rows, draws, before, after)
 
     def _exhausted(self, before: int, after: int, source: int) -> StreamExhausted:
-        arm = self.order.sources[source]
+        arm = self.sampler.sources[source]
         left = (
-            max(0, arm.n_windows - int(self.order.counts(before)[source]))
-            if len(self.order.sources) == 1
+            max(0, arm.n_windows - int(self.sampler.counts(before)[source]))
+            if len(self.sampler.sources) == 1
             else 0
         )
         return StreamExhausted(
@@ -149,7 +149,7 @@ class Reader:
         )
 
 
-def as_batch(rows: Rows, draws: Draws, before: int, after: int) -> Batch:
+def as_batch(rows: Rows, draws: SampleIndices, before: int, after: int) -> Batch:
     """A batch of tensors from rows of a stream and their metadata."""
     ids = None if rows.document_ids is None else torch.from_numpy(rows.document_ids)
     return Batch(
@@ -192,7 +192,7 @@ def rows_batch(stream, numbers: np.ndarray, seq_len: int) -> Batch:
     """A batch from rows of a stream by number."""
     nothing = np.zeros(len(numbers), np.int64)
     return as_batch(
-        stream.rows(numbers, seq_len), Draws(nothing, numbers, nothing), 0, len(numbers)
+        stream.rows(numbers, seq_len), SampleIndices(nothing, numbers, nothing), 0, len(numbers)
     )
 
 

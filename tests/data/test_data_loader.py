@@ -1,4 +1,4 @@
-"""The order of windows and the reader's one-integer state."""
+"""The order of windows and the loader's one-integer state."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from stackproof.contracts.conditions import ContractError
 from stackproof.data import permutation
+from stackproof.data.data_loader import DataLoader, batch_hash, eval_batches, probe_batches
 from stackproof.data.packing import IGNORE_INDEX, Rows
 from stackproof.data.permutation import Shuffle, permute, window_order
-from stackproof.data.reader import Reader, batch_hash, eval_batches, probe_batches
 from stackproof.spec.errors import DataError, StreamExhausted
 
 
@@ -68,15 +68,15 @@ def test_ranks_are_disjoint_and_complete(n, world_size, rows, seed):
     """Two epochs: all ranks together deliver every window exactly twice,
     in whatever way batches cross the epoch's end.
     """
-    readers = [
-        Reader(Counting(n), seq_len=4, seed=seed, rows=rows, rank=r, world_size=world_size)
+    loaders = [
+        DataLoader(Counting(n), seq_len=4, seed=seed, rows=rows, rank=r, world_size=world_size)
         for r in range(world_size)
     ]
     seen: list[tuple[int, int]] = []
-    while readers[0].cursor < 2 * n:
-        start = readers[0].cursor
-        for r, reader in enumerate(readers):
-            for k, window in enumerate(reader.draw().sample_ids):
+    while loaders[0].cursor < 2 * n:
+        start = loaders[0].cursor
+        for r, loader in enumerate(loaders):
+            for k, window in enumerate(loader.next_batch().sample_ids):
                 position = start + r * rows + k
                 seen += [(position // n, window)] if position < 2 * n else []
     assert sorted(seen) == [(epoch, window) for epoch in range(2) for window in range(n)]
@@ -84,33 +84,33 @@ def test_ranks_are_disjoint_and_complete(n, world_size, rows, seed):
 
 @given(st.integers(2, 100), st.integers(0, 300))
 def test_a_reader_entered_anywhere_goes_on_as_if_it_had_arrived(n, cursor):
-    straight = Reader(Counting(n), seq_len=4, seed=3, rows=1)
+    straight = DataLoader(Counting(n), seq_len=4, seed=3, rows=1)
     for _ in range(cursor):
-        straight.draw()
-    entered = Reader(Counting(n), seq_len=4, seed=3, rows=1, cursor=cursor)
+        straight.next_batch()
+    entered = DataLoader(Counting(n), seq_len=4, seed=3, rows=1, cursor=cursor)
     assert straight.cursor == entered.cursor
-    assert torch.equal(straight.draw().input_ids, entered.draw().input_ids)
+    assert torch.equal(straight.next_batch().input_ids, entered.next_batch().input_ids)
 
 
 def test_labels_are_the_next_tokens():
-    batch = Reader(Counting(9), seq_len=4, seed=0, rows=3).draw()
+    batch = DataLoader(Counting(9), seq_len=4, seed=0, rows=3).next_batch()
     assert torch.equal(batch.labels, batch.input_ids + 1)
 
 
 def test_error_raises_at_the_end_and_keeps_its_place():
-    reader = Reader(Counting(5), seq_len=4, seed=0, rows=2, on_exhausted="error")
-    reader.draw()
-    reader.draw()
+    loader = DataLoader(Counting(5), seq_len=4, seed=0, rows=2, on_exhausted="error")
+    loader.next_batch()
+    loader.next_batch()
     with pytest.raises(
         StreamExhausted, match=r"(?s)after 4 samples: .* has 5 windows.*2 windows needed, 1 left"
     ):
-        reader.draw()
-    assert reader.cursor == 4
+        loader.next_batch()
+    assert loader.cursor == 4
 
 
 def test_wrap_says_when_it_wraps():
     said = []
-    reader = Reader(
+    loader = DataLoader(
         Counting(5),
         seq_len=4,
         seed=0,
@@ -118,13 +118,13 @@ def test_wrap_says_when_it_wraps():
         on_wrap=lambda epoch, tokens: said.append((epoch, tokens)),
     )
     for _ in range(5):
-        reader.draw()
+        loader.next_batch()
     assert said == [(1, 24), (2, 40)]
 
 
 def test_every_row_names_its_epoch_and_the_batch_the_last_of_them():
-    reader = Reader(Counting(5), seq_len=4, seed=0, rows=2)
-    batches = [reader.draw() for _ in range(5)]
+    loader = DataLoader(Counting(5), seq_len=4, seed=0, rows=2)
+    batches = [loader.next_batch() for _ in range(5)]
     assert [b.epochs for b in batches] == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1)] and [
         b.epoch for b in batches
     ] == [0, 0, 1, 1, 1]
@@ -153,7 +153,7 @@ def test_too_few_held_out_windows_says_what_there_is():
 
 def test_corpus_shorter_than_a_window_is_refused():
     with pytest.raises(DataError, match="shorter than one window"):
-        Reader(Counting(0), seq_len=4, seed=0, rows=1)
+        DataLoader(Counting(0), seq_len=4, seed=0, rows=1)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_corpus_shorter_than_a_window_is_refused():
 )
 def test_impossible_readers_are_refused(wrong):
     with pytest.raises(ContractError):
-        Reader(Counting(9), **{"seq_len": 4, "seed": 0, "rows": 1} | wrong)
+        DataLoader(Counting(9), **{"seq_len": 4, "seed": 0, "rows": 1} | wrong)
 
 
 def test_a_rank_outside_its_world_is_refused():
     with pytest.raises(DataError, match="rank 2 is not one of 2"):
-        Reader(Counting(9), seq_len=4, seed=0, rows=1, rank=2, world_size=2)
+        DataLoader(Counting(9), seq_len=4, seed=0, rows=1, rank=2, world_size=2)
 
 
 def test_labels_that_do_not_count_have_one_number():
