@@ -66,9 +66,9 @@ def test_reloads_compares_what_another_loader_has_read(spec):
 
 def test_reloads_is_red_on_the_foreign_plant(spec):
     with load_museum()["checkpoint.foreign-tensor-changed"].apply():
-        verdict, _ = script.ask("checkpoint.reloads")
+        verdict, _ = script.verdict_of("checkpoint.reloads")
     assert verdict.outcome == "fail" and verdict.measured["differing"] >= 1
-    assert script.ask("checkpoint.reloads")[0].passed
+    assert script.verdict_of("checkpoint.reloads")[0].passed
 
 
 def test_durability_is_green_on_the_stack(spec, subject):

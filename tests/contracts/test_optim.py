@@ -76,16 +76,16 @@ def test_groups_see_what_is_missing_twice_or_strange(spec, subject):
 
 def test_groups_are_red_on_the_foreign_plant(spec):
     with load_museum()["optim.foreign-parameter-missing"].apply():
-        verdict, _ = script.ask(GROUPS)
+        verdict, _ = script.verdict_of(GROUPS)
     assert verdict.outcome == "fail" and verdict.measured["missing"] >= 1
-    assert script.ask(GROUPS)[0].passed
+    assert script.verdict_of(GROUPS)[0].passed
 
 
 def test_decay_groups_are_red_on_the_foreign_plant(spec):
     with load_museum()["optim.foreign-decay-on-norms"].apply():
-        verdict, _ = script.ask("optim.decay-groups")
+        verdict, _ = script.verdict_of("optim.decay-groups")
     assert verdict.outcome == "fail" and verdict.measured["decayed_vectors"] >= 1
-    assert script.ask("optim.decay-groups")[0].passed
+    assert script.verdict_of("optim.decay-groups")[0].passed
 
 
 @pytest.mark.parametrize("plant_id", ["optim.decay-on-norms", "optim.no-decay"])

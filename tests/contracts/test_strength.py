@@ -280,6 +280,19 @@ HALF = (
     "beside it"
 )
 NOT_SO = {
+    ("optim.movement", "uphill_cosine_max"): LEVEL,
+    ("optim.movement", "visible_lr_min"): SELECTS,
+    **{
+        ("optim.movement", name): COUNTS
+        for name in (
+            "changed_between_max",
+            "changed_tensor_frac_min",
+            "frozen_moved_max",
+            "still_updates_max",
+        )
+    },
+    ("schedule.rate", "ticks_ahead_max"): COUNTS,
+    ("schedule.rate", "zero_updates_max"): COUNTS,
     "loss.nan-visible": COUNTS,
     "model.init-law": (
         "compares a sample of draws with their law; its sharpness stands in the rates"

@@ -126,9 +126,9 @@ def test_identity_names_what_it_compared(spec, subject):
 
 def test_identity_is_red_on_the_tokenizer_of_another_trainer(spec):
     """The script of the museum with its plant; green without."""
-    assert script.ask("tokenizer.identity")[0].measured["judged"] == "model"
+    assert script.verdict_of("tokenizer.identity")[0].measured["judged"] == "model"
     with load_museum()["tokenizer.foreign-too-large"].apply():
-        verdict, step = script.ask("tokenizer.identity")
+        verdict, step = script.verdict_of("tokenizer.identity")
     assert verdict.outcome == "fail" and step == 0 and "have no row" in verdict.message
 
 
