@@ -22,11 +22,11 @@ def _judged_rows(loader: DataLoader) -> int:
     return min(loader.n_rows, JUDGED_WINDOWS)
 
 
-def _ids(reader, n: int) -> list[int]:
-    """Window numbers of the next `n` rows that a reader delivers."""
+def _ids(fresh, n: int) -> list[int]:
+    """Window numbers of the next `n` rows that a data loader delivers."""
     drawn: list[int] = []
     while len(drawn) < n:
-        drawn += reader.draw().sample_ids
+        drawn += fresh.next_batch().sample_ids
     return drawn[:n]
 
 
@@ -36,15 +36,15 @@ def order(limits: SimpleNamespace, subject: Subject) -> Verdict:
     and new in every epoch.
     """
     loader, n = subject.data_loader, _judged_rows(subject.data_loader)
-    twice = [_ids(loader.reader(rows=3, n_rows=n), 2 * n) for _ in range(2)]
+    twice = [_ids(loader.fresh(rows=3, n_rows=n), 2 * n) for _ in range(2)]
     if twice[0] != twice[1]:
         return failed("the same seed gives two orders")
     middle = n // 2
-    entered = _ids(loader.reader(rows=1, n_rows=n, cursor=middle), n)
+    entered = _ids(loader.fresh(rows=1, n_rows=n, cursor=middle), n)
     if entered != twice[0][middle : middle + n]:
         return failed("entering in the middle gives another order than arriving there")
     first, second = np.array(twice[0][:n]), np.array(twice[0][n : 2 * n])
-    other_seed = np.array(_ids(loader.reader(rows=1, n_rows=n, seed=987654321), n))
+    other_seed = np.array(_ids(loader.fresh(rows=1, n_rows=n, seed=987654321), n))
     repeated = float((first == second).mean()), float((first == other_seed).mean())
     ranks = np.arange(n)
     trend = abs(float(np.corrcoef(ranks, first)[0, 1])) if n > 2 else 0.0
@@ -77,7 +77,7 @@ def coverage(limits: SimpleNamespace, subject: Subject) -> Verdict:
     with the right tokens.
 
     Judged on drawn batches, at the end of the pipeline: the first epoch from its start, and the
-    second one by readers that resume shortly before it begins, so that batches cross the end of an
+    second one by data loaders that resume shortly before it begins, so that batches cross the end of an
     epoch.
     """
     loader, n = subject.data_loader, _judged_rows(subject.data_loader)
@@ -117,19 +117,19 @@ def _delivered(
     """What all ranks deliver of one epoch: window numbers, number of rows with other tokens than
     declared, number of batches with a wrong epoch number.
 
-    Positions are counted here and not read from the reader, so that a reader that stands still ends
+    Positions are counted here and not read from the data loader, so that a data loader that stands still ends
     in a verdict and not in an endless loop.
     """
     ids, wrong_tokens, wrong_epoch = [], 0, 0
     for rank in range(world_size):
-        reader = loader.reader(rows=rows, rank=rank, world_size=world_size, n_rows=n, cursor=cursor)
+        fresh = loader.fresh(rows=rows, rank=rank, world_size=world_size, n_rows=n, cursor=cursor)
         for first in range(cursor + rank * rows, (epoch + 1) * n + rank * rows, rows * world_size):
-            batch = reader.draw()
+            batch = fresh.next_batch()
             places = range(first, first + rows)
             ids += [i for place, i in zip(places, batch.sample_ids) if place // n == epoch]
             wrong_epoch += batch.epoch != places[-1] // n
             if epoch == 0 and rank == world_size - 1:
-                truth = reader.stream.rows(np.array(batch.sample_ids), loader.seq_len)
+                truth = fresh.stream.rows(np.array(batch.sample_ids), loader.seq_len)
                 wrong = (batch.input_ids.numpy() != truth.input_ids).any(1) | (
                     batch.labels.numpy() != truth.labels
                 ).any(1)
@@ -156,20 +156,20 @@ def exhaustion(limits: SimpleNamespace, subject: Subject) -> Verdict:
     windows of the next epoch.
     """
     loader, n = subject.data_loader, _judged_rows(subject.data_loader)
-    strict = loader.reader(rows=1, n_rows=n, cursor=n, on_exhausted="error")
+    strict = loader.fresh(rows=1, n_rows=n, cursor=n, on_exhausted="error")
     try:
-        strict.draw()
+        strict.next_batch()
     except Exception as e:
         raised = type(e).__name__
     else:
         return failed("a corpus that is exhausted still delivers a batch")
     if strict.cursor != n:
         return failed("a refused draw moved the position", cursor=strict.cursor)
-    if _delivers(loader.reader(rows=2, n_rows=n, cursor=n - 1, on_exhausted="error")):
+    if _delivers(loader.fresh(rows=2, n_rows=n, cursor=n - 1, on_exhausted="error")):
         return failed("a batch of two windows is delivered although one is left")
-    last = loader.reader(rows=1, n_rows=n, cursor=n - 1, on_exhausted="error").draw()
-    wrapping = loader.reader(rows=1, n_rows=n, cursor=n - 1)
-    batches = [wrapping.draw() for _ in range(3)]
+    last = loader.fresh(rows=1, n_rows=n, cursor=n - 1, on_exhausted="error").next_batch()
+    wrapping = loader.fresh(rows=1, n_rows=n, cursor=n - 1)
+    batches = [wrapping.next_batch() for _ in range(3)]
     truth = wrapping.stream.rows(
         np.array([i for b in batches for i in b.sample_ids]), batches[0].input_ids.shape[1]
     )
@@ -184,9 +184,9 @@ def exhaustion(limits: SimpleNamespace, subject: Subject) -> Verdict:
     )
 
 
-def _delivers(reader) -> bool:
+def _delivers(fresh) -> bool:
     try:
-        reader.draw()
+        fresh.next_batch()
     except Exception:
         return False
     return True

@@ -189,7 +189,7 @@ class DataLoader:
         """Rows of one epoch."""
 
     @capability
-    def loader(self, *, n_rows: int | None = None, rows: int, **options: Any) -> Any:
+    def fresh(self, *, n_rows: int | None = None, rows: int, **options: Any) -> Any:
         """A data loader over the first `n_rows` rows (default: all), from the beginning, with
         batches of `rows` rows. `options` override those of the run: seed, rank, world_size, cursor,
         on_exhausted.

@@ -1,3 +1,1 @@
-"""From raw text to batches: corpora, tokenizers, shards, sampling order and the reader (data
-loader).
-"""
+"""From raw text to batches: corpora, tokenizers, shards, samplers and the data loader."""

@@ -46,7 +46,7 @@ class SampleIndices:
 
 
 class Sampler(Protocol):
-    """Interface of a sampling order for the reader."""
+    """Interface of a sampler."""
 
     sources: Sequence[Source]
 

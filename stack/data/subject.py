@@ -103,7 +103,7 @@ class RunDataLoader(DataLoader):
     def n_rows(self) -> int:
         return self.stream.n_windows(self.seq_len)
 
-    def reader(
+    def fresh(
         self, *, n_rows: int | None = None, rows: int, **options: Any
     ) -> data_loader.DataLoader:
         stream = FirstRows(self.stream, n_rows) if n_rows else self.stream

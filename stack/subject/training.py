@@ -55,7 +55,7 @@ class RunTraining(RunParts, Training):
             model=model,
             optimizer=optimizer,
             scaler=torch.amp.GradScaler(self.device.type, enabled=False),
-            reader=None,
+            data_loader=None,
             stopper=None,
             probe=opt.ParameterProbe(model),
             device=self.device,

@@ -48,14 +48,14 @@ def test_each_gate_is_red_under_each_of_its_plants(spec, small_cfg, tmp_path, pl
 
 
 class Proxy:
-    """A reader whose rows are renumbered by a function."""
+    """A loader whose rows are renumbered by a function."""
 
-    def __init__(self, reader, renumber):
-        self._reader, self._renumber = reader, renumber
-        self.n_windows = reader.n_windows
+    def __init__(self, loader, renumber):
+        self._reader, self._renumber = loader, renumber
+        self.n_windows = loader.n_windows
 
-    def draw(self):
-        batch = self._reader.draw()
+    def next_batch(self):
+        batch = self._reader.next_batch()
         return dataclasses.replace(
             batch, sample_ids=tuple(self._renumber(i) for i in batch.sample_ids)
         )
@@ -78,14 +78,14 @@ def test_order_is_red_on_half_a_shuffle(spec, subject, monkeypatch):
     assert verdict.outcome == "fail" and verdict.measured["trend"] > 0.9
 
 
-def with_reader(subject, make):
+def with_loader(subject, make):
     """A subject whose readers are those that `make` makes of its own."""
-    honest = subject.data_loader.reader
-    return changed(subject, data_loader={"reader": lambda **options: make(honest(**options))})
+    honest = subject.data_loader.fresh
+    return changed(subject, data_loader={"fresh": lambda **options: make(honest(**options))})
 
 
 def test_coverage_is_red_on_one_lost_window(spec, subject):
-    off = with_reader(subject, lambda reader: Proxy(reader, lambda i: 1 if i == 0 else i))
+    off = with_loader(subject, lambda loader: Proxy(loader, lambda i: 1 if i == 0 else i))
     verdict = call_check(spec.gates["data.coverage"], off)
     assert verdict.outcome == "fail" and verdict.measured["missing"] == 1
 
@@ -93,10 +93,10 @@ def test_coverage_is_red_on_one_lost_window(spec, subject):
 def test_coverage_sees_rows_of_other_tokens_and_of_another_epoch(spec, subject):
     def altered(change):
         class Altered(Proxy):
-            def draw(self):
-                return change(self._reader.draw())
+            def next_batch(self):
+                return change(self._reader.next_batch())
 
-        return with_reader(subject, lambda reader: Altered(reader, None))
+        return with_loader(subject, lambda loader: Altered(loader, None))
 
     stale = altered(lambda b: dataclasses.replace(b, input_ids=b.input_ids.roll(1, 1)))
     assert call_check(spec.gates["data.coverage"], stale).measured["wrong_rows"] > 0
@@ -107,11 +107,11 @@ def test_coverage_sees_rows_of_other_tokens_and_of_another_epoch(spec, subject):
 
 def test_coverage_ends_on_a_reader_that_stands_still(spec, subject):
     class Stuck(Proxy):
-        def draw(self):
+        def next_batch(self):
             self._reader.cursor = 0
-            return self._reader.draw()
+            return self._reader.next_batch()
 
-    off = with_reader(subject, lambda reader: Stuck(reader, None))
+    off = with_loader(subject, lambda loader: Stuck(loader, None))
     assert call_check(spec.gates["data.coverage"], off).outcome == "fail"
 
 
@@ -119,12 +119,12 @@ def test_exhaustion_refuses_a_part_of_a_batch(spec, subject):
     """Two rows are wanted, one is left: neither a short batch nor a padded one is right."""
 
     class Lenient(Proxy):
-        def draw(self):
+        def next_batch(self):
             if self._reader.cursor == self.n_windows - 1:
                 self._reader.rows = 1
-            return self._reader.draw()
+            return self._reader.next_batch()
 
-    off = with_reader(subject, lambda reader: Lenient(reader, None))
+    off = with_loader(subject, lambda loader: Lenient(loader, None))
     verdict = call_check(spec.gates["data.exhaustion"], off)
     assert verdict.outcome == "fail" and "one is left" in verdict.message
 

@@ -289,7 +289,7 @@ class Shuffled(DataLoader):
     def __init__(self, key, spoil=lambda order: order):
         self.key, self.spoil = key, spoil
 
-    def reader(self, *, n_rows, rows, cursor=0, seed=1):
+    def fresh(self, *, n_rows, rows, cursor=0, seed=1):
         epochs = [
             self.spoil(np.random.default_rng([self.key, seed, epoch]).permutation(120))
             for epoch in range(2)
