@@ -1,6 +1,4 @@
-"""Gates of what a run says: each sample is scored, and loops,
-ruling words and recitals are seen while it goes on.
-"""
+"""Gates of the texts that a run samples: coherence, dominant words and loops."""
 
 import re
 import zlib
@@ -10,13 +8,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from stackproof.contracts.events import Event, Sampled, Started
-from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, passed
 
 WINDOW, STRIDE = 32, 16
-PASSAGE = 6  # words of a run that healthy text hardly ever says twice
-LONGEST_LOOP = 512  # units of the longest period that is looked for at the end of a text
+PASSAGE = 6  # words of a passage that healthy text hardly ever repeats
+LONGEST_LOOP = 512  # units of the longest period that is searched at the end of a text
 LONG_UNIT, PIECE, BLANK_RUN = 24, 6, 16
-RULING = re.compile(r"(\W)\1{3,}")  # one sign said four times or more
+RULING = re.compile(r"(\W)\1{3,}")  # one sign, four times or more
 VOWELS = set("aeiouy")
 COMMON_EN = frozenset(
     re.split(
@@ -38,8 +36,8 @@ PARTS = ("bigram", "trigram", "words", "letters")
 
 @dataclass(frozen=True)
 class Coherence:
-    """A text's score, 0-100, with the parts it is the sum of,
-    and further signs that are reported but not added.
+    """The score of a text, 0-100; the parts that it is the sum of, and further measurements that
+    are reported but not added.
     """
 
     score: float
@@ -47,19 +45,19 @@ class Coherence:
 
 
 def coherence(text: str, language: str = "en") -> Coherence:
-    """How much a text looks like writing and how little like a loop. `language` is en, code or any.
+    """Score of how much a text resembles writing rather than a loop. `language` is en, code or any.
 
     Units are lower-cased words without outer punctuation; a unit of punctuation only counts as one
     symbol. Diversity D_k is the share of distinct k-grams, averaged over windows of 32 k-grams
     (stride 16), so that it does not sink with the length of a text. Score = F · (35·ramp(D_2; 0.2,
     0.6) + 35·ramp(D_3; 0.3, 0.8) + 20·(share of word-like units) + 10·min(1, distinct letters /
-    16)). F = ramp(share of distinct 6-grams in the whole text; 0.4, 0.7) sees what windows of 32
-    cannot: a loop of whole sentences or paragraphs. Of the interpreter's help topics and any four
-    of them in a row the least share is 0.69; a passage said three times has 0.41 or less. An empty
-    text scores 0. Source: the founding note ANDREA-120M.
+    16)). F = ramp(share of distinct 6-grams in the whole text; 0.4, 0.7) lowers it for loops of
+    whole sentences or paragraphs, which windows of 32 do not show. For the interpreter's help
+    topics, and any four of them in a row, the least share is 0.69; a passage that comes three times
+    has 0.41 or less. An empty text scores 0. Source: the founding note ANDREA-120M.
 
-    Reported besides: the share of the most frequent unit, of the text's end that is a loop of three
-    rounds or more, and of zlib.
+    Also reported: the share of the most frequent unit, the share of the text that is a loop of
+    three rounds or more at its end, and its size under zlib as a share.
     """
     units = _units(text)
     if not units:
@@ -88,8 +86,8 @@ def coherence(text: str, language: str = "en") -> Coherence:
 
 
 def _units(text: str) -> list[str]:
-    """Words, symbols for punctuation and for long blank runs;
-    a run too long to be a word is cut into pieces.
+    """Words, and symbols for punctuation and long runs of blanks. A run too long to be a word is
+    cut into pieces.
     """
     units: list[str] = []
     for blank, raw in re.findall(r"(\s+)|(\S+)", text.lower()):
@@ -117,8 +115,8 @@ def _pieces(run: str) -> list[str]:
 
 
 def looping_end(units: Sequence[str]) -> float:
-    """Share of a text taken by a loop at its end, of one to LONGEST_LOOP units,
-    that has gone round three times or more.
+    """Share of a text that is a loop at its end: a period of one to LONGEST_LOOP units, three
+    rounds or more.
     """
     longest = 0
     for period in range(1, min(len(units) // 3, LONGEST_LOOP) + 1):
@@ -182,15 +180,15 @@ WORDLIKE: dict[str, Callable[[str], float]] = {
 
 
 @decides("sampling.coherence")
-class CoherenceWatch:
-    """Red at the sample that makes one more low score in a row than is allowed;
-    a good sample starts the count afresh.
-    """
+class CoherenceWatch(RuntimeCheck):
+    """Red if more samples in a row have a low score than allowed."""
 
     events = (Sampled,)
+    kept = ("low",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.low = limits, 0
+        super().__init__(limits)
+        self.low = 0
 
     def observe(self, event: Event) -> Verdict:
         result = coherence(event.text, event.language)
@@ -204,27 +202,21 @@ class CoherenceWatch:
             **result.parts,
         )
 
-    def state_dict(self) -> dict:
-        return {"low": self.low}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.low = state["low"]
-
 
 @decides("sampling.dominance")
-class Dominance:
-    """Red at the sample that makes one more in a row than is allowed in which a single
-    word has too large a share.
+class Dominance(RuntimeCheck):
+    """Red if a single word has too large a share in more samples in a row than allowed.
 
-    A model that has only learnt how frequent words are says the most frequent one too often;
-    samples of the warm-up do not count. The first such sample is a warning: a green verdict with a
-    message.
+    A model that has learned only the frequencies of words repeats the most frequent one. Samples of
+    the warm-up do not count. The first such sample is a warning: a green verdict with a message.
     """
 
     events = (Started, Sampled)
+    kept = ("high",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.high, self.warmup_steps = limits, 0, 0
+        super().__init__(limits)
+        self.high, self.warmup_steps = 0, 0
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
@@ -247,26 +239,21 @@ class Dominance:
             message if self.high else "", **measured
         )
 
-    def state_dict(self) -> dict:
-        return {"high": self.high}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.high = state["high"]
-
 
 @decides("sampling.loops")
-class Loops:
-    """Two samples in a row that end in a loop, or that zlib makes very short, are worth a look;
-    those of the warm-up do not count.
+class Loops(RuntimeCheck):
+    """Red if `in_a_row` samples after the warm-up end in a loop or become very short under zlib.
 
-    A ruling line is no loop: one sign said many times is shortened before the sample is judged.
-    Text that says nothing else is the business of `sampling.coherence`.
+    A line of one repeated sign is no loop; it is shortened before the sample is judged. A text of
+    nothing else is judged by `sampling.coherence`.
     """
 
     events = (Started, Sampled)
+    kept = ("in_a_row",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.warmup_steps, self.in_a_row = limits, 0, 0
+        super().__init__(limits)
+        self.warmup_steps, self.in_a_row = 0, 0
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
@@ -288,9 +275,3 @@ class Loops:
             compressed_frac=packed,
             in_a_row=self.in_a_row,
         )
-
-    def state_dict(self) -> dict:
-        return {"in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.in_a_row = state["in_a_row"]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from stackproof.contracts.events import BatchDrawn, Event, Started, StepTaken
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed
 from stackproof.contracts.subject import Subject
 
 JUDGED_ROWS, TURN_ROWS = 8192, 256
@@ -268,21 +268,23 @@ def state(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 @decides("curriculum.draws")
-class Draws:
-    """Every row is of the source it is entered under, the warm-up holds, and shares stay within
-    caps and floors over a rolling window.
+class Draws(RuntimeCheck):
+    """Every row belongs to its declared source, the warm-up draws from its own sources, and shares
+    stay within caps and floors over a rolling window.
     """
 
     events = (Started, BatchDrawn)
+    kept = ("recent", "bounds")
 
     def __init__(self, limits):
-        self.limits, self.plan, self.bounds = limits, None, []
+        super().__init__(limits)
+        self.plan, self.bounds = None, []
         self.recent: deque[int] = deque(maxlen=int(limits.window_rows))
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
             bounds = [[a["name"], a["cap"], a["floor"]] for a in event.plan["sources"]]
-            if bounds != self.bounds:  # a changed mixture is judged from its first row on
+            if bounds != self.bounds:  # a changed mixture is judged from its first row
                 self.recent.clear()
             self.plan, self.bounds = event.plan, bounds
             return None
@@ -293,8 +295,8 @@ class Draws:
             arm = arms[source]
             if not arm["first"] <= window < arm["first"] + arm["n_windows"]:
                 return failed(
-                    f"step {event.step}: window {window} is entered under source {arm['name']}, "
-                    "which does not hold it"
+                    f"step {event.step}: window {window} is declared as one of source "
+                    f"{arm['name']}, which does not hold it"
                 )
             if row < self.plan["warmup_rows"] and arm["name"] not in self.plan["warmup_sources"]:
                 return failed(
@@ -310,8 +312,8 @@ class Draws:
                 self.recent.append(source)
         if len(event.sources) != len(event.sample_ids):
             return failed(
-                f"step {event.step}: {len(event.sample_ids)} rows, {len(event.sources)} entries "
-                "in the ledger"
+                f"step {event.step}: {len(event.sample_ids)} rows, but {len(event.sources)} "
+                "sources of rows"
             )
         return self._bounds(event.step, arms)
 
@@ -325,32 +327,25 @@ class Draws:
         worst = max(over + under)
         return decide(
             worst[0] <= 0,
-            f"step {step}: source {worst[1]} leaves its bounds by {worst[0]:.1f} rows in the last "
-            f"{n}",
+            f"step {step}: source {worst[1]} is outside its bounds by {worst[0]:.1f} rows in the "
+            f"last {n}",
             rows=n,
             sources=len(arms),
             worst_excess_rows=float(worst[0]),
         )
 
-    def state_dict(self) -> dict:
-        return {"recent": list(self.recent), "bounds": self.bounds}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.recent.clear()
-        self.recent.extend(state["recent"])
-        self.bounds = state["bounds"]
-
 
 @decides("curriculum.gradient-shock")
-class GradientShock:
-    """After the mixture of a step changes, the gradient norm stays within a
-    multiple of its recent median.
+class GradientShock(RuntimeCheck):
+    """After the mixture of sources changes, the gradient norm stays within a multiple of its recent
+    median.
     """
 
     events = (BatchDrawn, StepTaken)
+    kept = ("norms", "mix", "since_switch", "switches", "worst")
 
     def __init__(self, limits):
-        self.limits = limits
+        super().__init__(limits)
         self.norms: deque[float] = deque(maxlen=int(limits.median_steps))
         self.mix: list[float] = []
         self.since_switch, self.switches, self.worst = 10**9, 0, 0.0
@@ -387,19 +382,3 @@ class GradientShock:
         if self.mix and changed >= self.limits.share_change_min:
             self.since_switch, self.switches = 0, self.switches + 1
         self.mix = mix
-
-    def state_dict(self) -> dict:
-        return {
-            "norms": list(self.norms),
-            "mix": self.mix,
-            "since_switch": self.since_switch,
-            "switches": self.switches,
-            "worst": self.worst,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.norms.clear()
-        self.norms.extend(state["norms"])
-        self.mix, self.since_switch, self.switches, self.worst = (
-            state[k] for k in ("mix", "since_switch", "switches", "worst")
-        )

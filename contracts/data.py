@@ -77,8 +77,8 @@ def coverage(limits: SimpleNamespace, subject: Subject) -> Verdict:
     with the right tokens.
 
     Judged on drawn batches, at the end of the pipeline: the first epoch from its start, and the
-    second one by data loaders that resume shortly before it begins, so that batches cross the end of an
-    epoch.
+    second one by data loaders that resume shortly before it begins, so that batches cross the
+    end of an epoch.
     """
     loader, n = subject.data_loader, _judged_rows(subject.data_loader)
     for world_size, rows in WORLDS:
@@ -117,8 +117,8 @@ def _delivered(
     """What all ranks deliver of one epoch: window numbers, number of rows with other tokens than
     declared, number of batches with a wrong epoch number.
 
-    Positions are counted here and not read from the data loader, so that a data loader that stands still ends
-    in a verdict and not in an endless loop.
+    Positions are counted here and not read from the data loader: one that stands still gives a
+    verdict and not an endless loop.
     """
     ids, wrong_tokens, wrong_epoch = [], 0, 0
     for rank in range(world_size):

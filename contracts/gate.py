@@ -1,11 +1,12 @@
-"""Check, verdict and the decorator that binds a check to its gate."""
+"""Checks of gates, their verdicts, and the decorator that binds a check to its gate."""
 
 import importlib
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from stackproof.contracts.events import Event
 from stackproof.contracts.subject import NotOffered, Subject
@@ -18,7 +19,7 @@ Scalar = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check decided and the numbers it decided on. `not_run` is never a pass."""
+    """The outcome of a check, and the measurements it is based on. `not_run` is never a pass."""
 
     outcome: Outcome
     message: str = ""
@@ -40,7 +41,7 @@ def failed(message: str, **measured: Scalar) -> Verdict:
 
 
 def not_run(message: str) -> Verdict:
-    """The check could not look; says why."""
+    """The verdict of a check that could not be carried out, with the reason."""
     return Verdict("not_run", message)
 
 
@@ -51,43 +52,48 @@ def decide(ok: bool, message: str, **measured: Scalar) -> Verdict:
     return passed("", **measured) if ok else failed(message, **measured)
 
 
-class RuntimeCheck(Protocol):
-    """A check that watches events. Built once per run with the gate's limits;
-    may keep JSON-ready state for resume.
-
-    `observe` returns None for an event it only learns from (such as Started); that is no heartbeat.
-    """
-
-    events: tuple[type, ...]
-
-    def __init__(self, limits: SimpleNamespace): ...
-    def observe(self, event: Event) -> Verdict | None: ...
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> None: ...
-
-
 def first_of(names: Sequence[str], n: int = 3) -> str:
     """The first few names of many, for a message."""
     return ", ".join(names[:n]) + (", …" if len(names) > n else "")
 
 
-class Stateless:
-    """Base for runtime checks that remember nothing."""
+class RuntimeCheck:
+    """Base of checks that watch `events`. One is built per run, with the gate's limits.
+
+    `kept` names the attributes that a resumed run continues with: JSON values, or deques of them.
+    """
+
+    events: tuple[type, ...]
+    kept: tuple[str, ...] = ()
 
     def __init__(self, limits: SimpleNamespace):
         self.limits = limits
 
+    def observe(self, event: Event) -> Verdict | None:
+        """The verdict on an event. None where it only informs the check, as Started does; that is
+        no heartbeat.
+        """
+        raise NotImplementedError
+
     def state_dict(self) -> dict:
-        return {}
+        """What a resumed run continues with, JSON-ready."""
+        state = {name: getattr(self, name) for name in self.kept}
+        return {n: list(v) if isinstance(v, deque) else v for n, v in state.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        return None
+        """Continue with the state of a checkpoint."""
+        for name in self.kept:
+            now = getattr(self, name)
+            kept = deque(state[name], now.maxlen) if isinstance(now, deque) else state[name]
+            setattr(self, name, kept)
+
+
+class Stateless(RuntimeCheck):
+    """Base of runtime checks whose state is not kept for a resume."""
 
 
 def decides(gate_id: str) -> Callable:
-    """Mark a function or runtime-check class as the one that decides `gate_id`;
-    the spec must name it back.
-    """
+    """Bind a function or a runtime check to a gate. The spec must name the same check."""
 
     def mark(check):
         check.gate_id = gate_id
@@ -97,8 +103,8 @@ def decides(gate_id: str) -> Callable:
 
 
 def resolve(gate: Gate) -> Any:
-    """The check object a gate names.
-    Raises IntegrityError if it is missing or bound to another gate.
+    """The check that a gate names. Raises IntegrityError if it is missing or bound to another
+    gate.
     """
     module, name = f"stackproof.{gate.check}".split(":")
     check = getattr(importlib.import_module(module), name, None)

@@ -1,4 +1,4 @@
-"""Gates of what the points of a model hold while it is trained: scores that grow, attention that
+"""Gates of the activations of a model in training: attention scores that grow, attention that
 collapses, points that die or explode.
 """
 
@@ -6,12 +6,12 @@ import math
 from types import SimpleNamespace
 
 from stackproof.contracts.events import ActivationsTraced
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of
+from stackproof.contracts.gate import RuntimeCheck, Stateless, Verdict, decide, decides, first_of
 
 
 @decides("model.attention-logits")
 class AttentionLogits(Stateless):
-    """No attention score is so large that softmax is a choice of one and its gradient nothing."""
+    """No attention score is so large that softmax selects one key and its gradient vanishes."""
 
     events = (ActivationsTraced,)
 
@@ -25,27 +25,24 @@ class AttentionLogits(Stateless):
         )
 
 
-class _InARow:
-    """Base of checks that look for what has been so for `in_a_row` traces."""
+class _InARow(RuntimeCheck):
+    """Base of checks that are red for what lasts `in_a_row` traces."""
+
+    kept = ("found",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.found = limits, {}
+        super().__init__(limits)
+        self.found: dict[str, int] = {}
 
     def lasting(self, now: list[str]) -> list[str]:
-        """Those points that have been found `in_a_row` times."""
+        """Those of the points that were found in the last `in_a_row` traces."""
         self.found = {name: self.found.get(name, 0) + 1 for name in now}
         return [name for name, times in self.found.items() if times >= self.limits.in_a_row]
-
-    def state_dict(self) -> dict:
-        return {"found": self.found}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.found = state["found"]
 
 
 @decides("model.attention-entropy")
 class AttentionEntropy(_InARow):
-    """In no layer do all heads look at one token each."""
+    """In no layer does every head attend to a single token."""
 
     events = (ActivationsTraced,)
 
@@ -65,8 +62,8 @@ class AttentionEntropy(_InARow):
 
 @decides("model.live-points")
 class LivePoints(_InARow):
-    """Every point varies over its tokens and features, and stays within
-    what half precision can hold.
+    """The activations at every point vary over tokens and features, and stay within the range of
+    half precision.
     """
 
     events = (ActivationsTraced,)
@@ -87,7 +84,7 @@ class LivePoints(_InARow):
         ]
         large = max(seen, key=lambda name: seen[name]["absmax"])
         wrong = [
-            *([f"{first_of(broken)} hold numbers that are none"] if broken else []),
+            *([f"{first_of(broken)} hold values that are not finite"] if broken else []),
             *([f"{first_of(dead)} no longer vary at all"] if dead else []),
             *(
                 [f"{large} has grown to {seen[large]['absmax']:.4g}"]

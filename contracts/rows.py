@@ -14,6 +14,7 @@ from stackproof.contracts.events import (
     StepTaken,
 )
 from stackproof.contracts.gate import (
+    RuntimeCheck,
     Stateless,
     Verdict,
     decide,
@@ -25,7 +26,7 @@ from stackproof.contracts.gate import (
 
 
 @decides("data.rows")
-class Rows:
+class Rows(RuntimeCheck):
     """The position advances without a gap, each step draws what is declared and trains on it, every
     token is counted once, and no window repeats within its epoch.
     """
@@ -33,7 +34,8 @@ class Rows:
     events = (Started, BatchDrawn, StepTaken)
 
     def __init__(self, limits):
-        self.limits, self.plan, self.cursor = limits, None, None
+        super().__init__(limits)
+        self.plan, self.cursor = None, None
         self.order, self.tokens_seen = "", 0
         self.drawn: list[int] = []
         self.sample_ids: tuple[int, ...] = ()

@@ -1,5 +1,5 @@
-"""Gates of every step: it did real, finite, bounded work, from the declared seed.
-Most see plain numbers the loop already has.
+"""Gates of every step: its numbers are finite and plausible, modes and intervals are as declared,
+and the seed decides.
 """
 
 import math
@@ -20,7 +20,15 @@ from stackproof.contracts.events import (
     Started,
     StepTaken,
 )
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, passed
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Stateless,
+    Verdict,
+    decide,
+    decides,
+    failed,
+    passed,
+)
 from stackproof.contracts.subject import Subject, TraineeOptions, Training
 
 FIRST_DRAWS = 8
@@ -38,19 +46,14 @@ class Finite(Stateless):
             and math.isfinite(event.grad_norm)
             and event.overflow_retries <= self.limits.overflow_retries_max
         )
-        return Verdict(
-            "pass" if ok else "fail",
-            ""
-            if ok
-            else (
-                f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, "
-                f"{event.overflow_retries} overflow(s)"
-            ),
-            {
-                "loss_nats": str(event.loss_nats),
-                "grad_norm": str(event.grad_norm),
-                "overflow_retries": event.overflow_retries,
-            },
+        # As text, since JSON has no NaN.
+        return decide(
+            ok,
+            f"step {event.step}: loss {event.loss_nats}, gradient norm {event.grad_norm}, "
+            f"{event.overflow_retries} overflow(s)",
+            loss_nats=str(event.loss_nats),
+            grad_norm=str(event.grad_norm),
+            overflow_retries=event.overflow_retries,
         )
 
 
@@ -85,10 +88,10 @@ class Mode(Stateless):
 
 @decides("runtime.seed")
 def seed(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """A run is what its seed makes of it: the same seed begins the same run, another one another,
-    in every use of chance.
+    """The seed decides every use of chance: the same seed begins the same run, another seed another
+    run.
 
-    The order of a corpus too small to be shuffled otherwise (`windows_min`) is not judged.
+    The order of a corpus of fewer than `windows_min` windows is not judged.
     """
     first, again, other = (_beginning(subject.training, offset) for offset in (0, 0, 1))
     unlike = [name for name in first if first[name] != again[name]]
@@ -127,21 +130,23 @@ def _beginning(training: Training, seed_offset: int) -> dict[str, Any]:
 
 
 @decides("runtime.loss-not-constant")
-class LossNotConstant:
-    """The same float loss several steps in a row is a placeholder, not a measurement; so is a loss
-    of 1 with a gradient norm of 1.
+class LossNotConstant(RuntimeCheck):
+    """The loss is measured. The same float several steps in a row is a placeholder, and so is a
+    loss of 1 with a gradient norm of 1.
     """
 
     events = (StepTaken,)
+    kept = ("last", "repeats")
 
     def __init__(self, limits):
-        self.limits, self.last, self.repeats = limits, None, 1
+        super().__init__(limits)
+        self.last, self.repeats = None, 1
 
     def observe(self, event: Event) -> Verdict:
         self.repeats = self.repeats + 1 if event.loss_nats == self.last else 1
         self.last = event.loss_nats
         if not math.isfinite(event.loss_nats + event.grad_norm):
-            # what is no number is the business of runtime.finite
+            # runtime.finite judges numbers that are not finite
             return passed("", equal_steps=self.repeats)
         off_one = max(abs(event.loss_nats - 1), abs(event.grad_norm - 1))
         return decide(
@@ -152,28 +157,23 @@ class LossNotConstant:
             off_one=off_one,
         )
 
-    def state_dict(self) -> dict:
-        return {"last": self.last, "repeats": self.repeats}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.last, self.repeats = state["last"], state["repeats"]
-
 
 @decides("runtime.step-time")
-class StepTime:
-    """A step takes the time its arithmetic needs: not faster than the machine can compute,
-    nor far below its own median.
+class StepTime(Stateless):
+    """A step takes the time its arithmetic needs: it is not faster than the machine can compute,
+    nor far below the median step.
 
-    Against the median alone a machine that was crowded and is free again would be accused; its
-    steps stay well below its peak rate. Where no rate is known (`flops` of 0, as in a log), the
-    median decides alone.
+    A step far below the median is red only near the peak rate, since a machine that was busy and is
+    free again is faster, too. Where no rate is known (`flops` of 0, as in a log), the median
+    decides alone.
     """
 
     events = (StepTaken,)
     WINDOW = 32
 
     def __init__(self, limits):
-        self.limits, self.recent = limits, deque(maxlen=self.WINDOW)
+        super().__init__(limits)
+        self.recent = deque(maxlen=self.WINDOW)
 
     def observe(self, event: Event) -> Verdict:
         rate = event.flops / event.peak_flops if event.flops else 0.0
@@ -192,27 +192,23 @@ class StepTime:
             median_frac=over_median,
         )
 
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        return None
-
 
 @decides("runtime.loss-spike")
-class LossSpike:
-    """Loss and gradient norm stay within a robust band of their recent past.
+class LossSpike(RuntimeCheck):
+    """The loss stays near its recent past, and below that of guessing.
 
-    Red if a loss stands more than `robust_z_max` scaled median deviations and `jump_nats_min` above
-    the recent median for `steps_in_a_row` steps, or if it is above random guessing by
-    `over_random_nats` after the warm-up.
+    Red if the loss is more than `robust_z_max` scaled median deviations and `jump_nats_min` above
+    the recent median for `steps_in_a_row` steps, or if it is more than `over_random_nats_max` above
+    random guessing after the warm-up.
     """
 
     events = (Started, StepTaken)
     WINDOW, WARM = 48, 12
+    kept = ("recent", "high")
 
     def __init__(self, limits):
-        self.limits, self.recent, self.high, self.plan = limits, deque(maxlen=self.WINDOW), 0, {}
+        super().__init__(limits)
+        self.recent, self.high, self.plan = deque(maxlen=self.WINDOW), 0, {}
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
@@ -243,20 +239,14 @@ class LossSpike:
             steps_high=self.high,
         )
 
-    def state_dict(self) -> dict:
-        return {"recent": list(self.recent), "high": self.high}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.recent, self.high = deque(state["recent"], maxlen=self.WINDOW), state["high"]
-
 
 @decides("runtime.cadence")
-class Cadence:
-    """Monitors are declared to look often enough, and look as often as they were declared to.
+class Cadence(RuntimeCheck):
+    """Monitors are declared to run often enough, and run as often as declared.
 
-    `Started.plan["intervals"]` holds by event name the steps between two of them and the key that
-    says so. They are judged before step 1; afterwards every event asks how long ago each of the
-    others was last announced.
+    `Started.plan["intervals"]` holds, by event name, the steps between two events and the
+    configuration key that sets them. They are judged before step 1. Afterwards every event judges
+    how long ago each of the others last came.
     """
 
     events = (Started, BatchDrawn, StepTaken, Recomputed, Evaluated, Sampled, Saved, Finished)
@@ -268,8 +258,11 @@ class Cadence:
         "Recomputed": "recomputed_gap_steps_max",
     }
 
+    kept = ("last", "every")
+
     def __init__(self, limits):
-        self.limits, self.intervals = limits, {}
+        super().__init__(limits)
+        self.intervals: dict[str, tuple[int, str]] = {}
         self.last: dict[str, int] = {}
         self.every: dict[str, int] = {}
 
@@ -293,8 +286,8 @@ class Cadence:
         )
 
     def _begin(self, event: Started) -> None:
-        """Clocks of a resumed run go on; one whose interval was changed meanwhile, and that of
-        saves, starts where the run does.
+        """Set the steps of the last events. Those of a resumed run are kept, but for saves and for
+        an interval that was changed, which count from here.
         """
         self.intervals = {
             **self.EVERY_STEP,
@@ -308,7 +301,7 @@ class Cadence:
         self.every = {name: every for name, (every, _) in self.intervals.items()}
 
     def _ended(self, event: Finished) -> Verdict:
-        """A run whose interval is longer than it is looks once, at its end; so does every other."""
+        """Every run evaluates and samples at its end, also if it is shorter than its intervals."""
         unseen = sorted(
             name for name in ("Evaluated", "Sampled") if self.last.get(name) != event.step
         )
@@ -319,9 +312,7 @@ class Cadence:
         )
 
     def _declared(self) -> Verdict:
-        """No monitor is without an interval, and none is slower than the spec allows.
-        The last step of a run is always looked at.
-        """
+        """Every monitor has an interval, and none is longer than the spec allows."""
         if absent := sorted(self.MONITORS.keys() - self.intervals.keys()):
             return failed(
                 f"the run declares no interval for {', '.join(absent)}", monitor=absent[0]
@@ -343,34 +334,25 @@ class Cadence:
             monitor="all",
         )
 
-    def state_dict(self) -> dict:
-        return {"last": self.last, "every": self.every}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.last, self.every = dict(state["last"]), dict(state["every"])
-
 
 @decides("runtime.trend")
-class Trend:
-    """The mean loss does not climb away from its minimum, nor the gradient norm from its own while
-    the loss no longer falls.
+class Trend(RuntimeCheck):
+    """The mean loss stays near its minimum, and so does the mean gradient norm while the loss no
+    longer falls.
 
     Both are exponential means over about `SPAN` steps, of the loss and of the logarithm of the
-    norm, so that no single step shows. A run that diverges slowly stays inside every band drawn
-    around its recent past; it cannot stay near its minimum.
+    norm, so that single steps do not count. A run that diverges slowly stays within any band around
+    its recent past, but not near its minimum.
     """
 
     events = (Started, StepTaken)
     SPAN = 50
 
     def __init__(self, limits):
-        self.limits, self.steps, self.away, self.warmup_steps = limits, 0, 0, 0
-        self.loss, self.log_norm, self.least_loss, self.least_log_norm = (
-            None,
-            None,
-            math.inf,
-            math.inf,
-        )
+        super().__init__(limits)
+        self.steps, self.away, self.warmup_steps = 0, 0, 0
+        self.loss, self.log_norm = None, None
+        self.least_loss, self.least_log_norm = math.inf, math.inf
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stackproof.contracts.events import Event, RatesUsed, Started
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed
 
 
 def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_steps: int) -> float:
@@ -36,7 +36,7 @@ def _share(step: int, first: int, last: int) -> float:
 
 
 @decides("schedule.rate")
-class Rate(Stateless):
+class Rate(RuntimeCheck):
     """Each update uses the declared rate in every parameter group, one tick per update.
 
     The declared rate is the closed form of the declared schedule, with errors in units of the
@@ -45,6 +45,7 @@ class Rate(Stateless):
     """
 
     events = (Started, RatesUsed)
+    kept = ("zeros",)
 
     def __init__(self, limits):
         super().__init__(limits)
@@ -112,12 +113,6 @@ class Rate(Stateless):
         return closed_form(
             step, peak=peak, schedule=self.plan["schedule"], max_steps=self.plan["max_steps"]
         )
-
-    def state_dict(self) -> dict:
-        return {"zeros": self.zeros}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.zeros = state["zeros"]
 
 
 def _rel_error(used: float, declared: float) -> float:

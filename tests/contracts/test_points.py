@@ -78,7 +78,7 @@ def test_a_point_that_dies_explodes_or_breaks_is_named(spec):
     verdict = check.observe(
         traced("layers.0.ffn.out", frac_nonfinite=0.01, absmax=math.nan, std=math.nan)
     )
-    assert verdict.outcome == "fail" and "numbers that are none" in verdict.message
+    assert verdict.outcome == "fail" and "values that are not finite" in verdict.message
     dead = traced("layers.0.ffn.out", std=0.0)
     assert check.observe(dead).passed, "a branch may begin at 0"
     verdict = check.observe(dead)

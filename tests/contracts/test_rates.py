@@ -23,7 +23,7 @@ from stackproof.contracts.evaluation import OverfitOnset
 from stackproof.contracts.events import BatchDrawn, Evaluated, RowHashes, Sampled, Started
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.initial import _law_z
-from stackproof.contracts.memorisation import Memorised, chance_of
+from stackproof.contracts.memorization import Memorized, chance_of
 from stackproof.contracts.moe import RouterCollapse
 from stackproof.contracts.rows import FreshRows
 from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
@@ -134,7 +134,7 @@ def test_memorised(spec):
     limits = limits_of(spec.gates["sampling.memorised"])
     draw, false, caught = np.random.default_rng(4), 0, 0
     for _ in range(300):
-        check, found = Memorised(limits), lambda: 1.0
+        check, found = Memorized(limits), lambda: 1.0
         honest = draw.normal(2.0, 0.25, 40)
         false += sum(
             not check.observe(
@@ -296,7 +296,7 @@ class Shuffled(DataLoader):
         ]
         left = iter(np.concatenate(epochs)[cursor:].tolist())
         draw = lambda: SimpleNamespace(sample_ids=list(itertools.islice(left, 120)))  # noqa: E731
-        return SimpleNamespace(draw=draw)
+        return SimpleNamespace(next_batch=draw)
 
 
 def shuffled_green(spec, key, *spoil):

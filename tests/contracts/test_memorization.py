@@ -8,7 +8,7 @@ import torch
 
 from stackproof.contracts.events import MemorizationMeasured, Sampled
 from stackproof.contracts.gate import limits_of
-from stackproof.contracts.memorisation import Memorised, Recitation, chance_of
+from stackproof.contracts.memorization import Memorized, Recitation, chance_of
 from stackproof.evaluate.memorization import PASSAGES, matched, passages
 from stackproof.evaluate.sampling import generate
 from stackproof.model.build import build_model
@@ -125,7 +125,7 @@ def test_memorised_needs_a_low_loss_and_a_passage(spec):
         return lambda: asked.append(share) or share
 
     def outcome(loss, share, usual=()):
-        watch = Memorised(limits_of(spec.gates["sampling.memorised"]))
+        watch = Memorized(limits_of(spec.gates["sampling.memorised"]))
         for step, nats in enumerate(usual):
             watch.observe(sampled(step, "a", loss_nats=nats, found_in_corpus=found(1.0)))
         return watch.observe(sampled(99, "b", loss_nats=loss, found_in_corpus=found(share))).outcome
@@ -137,7 +137,7 @@ def test_memorised_needs_a_low_loss_and_a_passage(spec):
     usual = [2.0, 2.1, 1.9, 2.05, 1.95, 2.0, 2.02]
     assert outcome(1.2, 0.9, usual) == "fail" and outcome(1.8, 0.9, usual) == "pass"
     assert (
-        Memorised(limits_of(spec.gates["sampling.memorised"])).observe(
+        Memorized(limits_of(spec.gates["sampling.memorised"])).observe(
             sampled(1, "foreign trainers may not know the loss")
         )
         is None

@@ -1,5 +1,5 @@
-"""Gates of learning by heart: training text is not continued word for word, and a sample that is
-too easy is looked up in the corpus.
+"""Gates of memorization: the model does not continue training text word for word, and a sample with
+a very low loss is searched in the corpus.
 """
 
 import math
@@ -8,23 +8,29 @@ from collections import deque
 from types import SimpleNamespace
 
 from stackproof.contracts.events import Event, MemorizationMeasured, Sampled
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, not_run
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Stateless,
+    Verdict,
+    decide,
+    decides,
+    not_run,
+)
 
 
 @decides("sampling.recitation")
 class Recitation(Stateless):
-    """Given the beginning of a passage, a model goes on word for word no more often in training
-    text than in text it never saw.
+    """A model continues training passages word for word no more often than held-out passages.
 
-    Held-out text is only asked where training text alone could be too many.
-    Rows that hold no passage within one document are not judged. Source: arXiv:2012.07805.
+    Held-out passages are continued only where the count of training passages alone could be red.
+    Rows without a passage within one document are not judged. Source: arXiv:2012.07805.
     """
 
     events = (MemorizationMeasured,)
 
     def observe(self, event: Event) -> Verdict:
         if not event.n_windows:
-            return not_run("no row of the step held a passage within one document")
+            return not_run("no row of the step has a passage within one document")
         m, held_out = event.n_held_out, 0
         if chance_of(event.n_recited, event.n_windows, 0, m) < self.limits.p_value_min:
             held_out = event.held_out()
@@ -33,7 +39,7 @@ class Recitation(Stateless):
             p >= self.limits.p_value_min,
             f"step {event.step}: {event.n_recited} of {event.n_windows} training passages are "
             f"continued word for word after {event.prefix_tokens} tokens, and {held_out} of {m} "
-            "held-out ones",
+            "held-out passages",
             recited_frac=event.n_recited / event.n_windows,
             held_out_frac=held_out / max(1, m),
             windows=event.n_windows,
@@ -43,11 +49,11 @@ class Recitation(Stateless):
 
 
 def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
-    """Probability that of all recited passages, of `n` read and `m` held out, so many or more are
-    read ones if it makes no difference.
+    """Probability of `recited` or more recited training passages of `n`, given the total with
+    `held_out` of `m`, if training makes no difference.
 
-    Fisher's exact test, one-sided. With nothing recited of 32 held-out passages it falls below 1e-4
-    at 12 passages of 32, and at 4 of 4; of fewer than 4 it cannot.
+    Fisher's exact test, one-sided. With no recited passage of 32 held-out ones it falls below 1e-4
+    at 12 passages of 32, and at 4 of 4; with fewer than 4 it cannot.
     """
     both = recited + held_out
     return sum(
@@ -56,13 +62,15 @@ def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
 
 
 @decides("sampling.memorised")
-class Memorised:
-    """A sample the model finds far too easy must not be a passage of the training text."""
+class Memorized(RuntimeCheck):
+    """A sample on which the model has a very low loss is no passage of the training text."""
 
     events = (Sampled,)
+    kept = ("losses",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.losses = limits, deque(maxlen=32)
+        super().__init__(limits)
+        self.losses = deque(maxlen=32)
 
     def observe(self, event: Event) -> Verdict | None:
         if event.loss_nats is None:
@@ -85,10 +93,3 @@ class Memorised:
             suspicious=suspicious,
             found_frac=found,
         )
-
-    def state_dict(self) -> dict:
-        return {"losses": list(self.losses)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.losses.clear()
-        self.losses.extend(state["losses"])
