@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,9 +86,17 @@ class BanditSampler:
         self._warm = (
             in_warmup(self.sources, cfg.warmup_sources) if warmup_rows else list(self.sources)
         )
-        self.arms = [i for i, s in enumerate(self.sources) if s.cap > 0]
-        self.fingerprint = sha256_json([[s.name, s.weight, s.cap, s.floor] for s in self.sources])
         self._reset(np.zeros(len(self.sources), np.int64))
+
+    @cached_property
+    def arms(self) -> list[int]:
+        """Numbers of the sources that may be drawn."""
+        return [i for i, s in enumerate(self.sources) if s.cap > 0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the arms and their declared shares."""
+        return sha256_json([[s.name, s.weight, s.cap, s.floor] for s in self.sources])
 
     def _reset(self, drawn: np.ndarray) -> None:
         self.drawn = drawn

@@ -147,8 +147,8 @@ def git_blob_id(data: bytes, length: int = 40) -> str:
     return algorithm(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class Repo:
-    """A checkout. Files and git facts are read lazily and once."""
+class Checkout:
+    """Files and history of a repository."""
 
     def __init__(self, root: Path):
         self.root = root.resolve()
@@ -186,9 +186,20 @@ class Repo:
         """Tracked Python files of the package and of the tools."""
         return [p for p in self.tracked if p.endswith(".py") and p.startswith(SOURCES)]
 
+    @cached_property
+    def markdown(self) -> list[str]:
+        """Hand-written Markdown files."""
+        outside = (".venv/", "evidence/")
+        return [p for p in self.tracked if p.endswith(".md") and not p.startswith(outside)]
+
     @property
     def decisions(self) -> list[Path]:
         return sorted((self.root / "docs" / "adr").glob("[0-9]*.md"))
+
+    def text(self, path: str) -> str:
+        """The text of a file; empty if it does not exist."""
+        file = self.root / path
+        return file.read_text("utf-8") if file.is_file() else ""
 
     @cached_property
     def ancestors(self) -> dict[str, int]:
@@ -206,6 +217,10 @@ class Repo:
                 yield f"lines committed in {commit[:10]} were changed or removed"
                 return
             later = then
+
+
+class Repo(Checkout):
+    """A checkout. Files and git facts are read lazily and once."""
 
     @cached_property
     def spec(self) -> Spec:
@@ -266,17 +281,6 @@ class Repo:
         except StackproofError:
             return []
         return [json.loads(line) for line in data.decode("utf-8").splitlines()]
-
-    @cached_property
-    def markdown(self) -> list[str]:
-        """Hand-written Markdown files."""
-        outside = (".venv/", "evidence/")
-        return [p for p in self.tracked if p.endswith(".md") and not p.startswith(outside)]
-
-    def text(self, path: str) -> str:
-        """The text of a file; empty if it does not exist."""
-        file = self.root / path
-        return file.read_text("utf-8") if file.is_file() else ""
 
     def python_functions(self, path: str) -> dict[str, Definition]:
         """Functions and classes of a Python file by name."""
