@@ -198,6 +198,9 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "ID-UNIQUE": lambda r: write(r, "docs/adr/0001-two.md", small_repo.ADR),
     "SPEC-NOBUMP": stale,
     "SPEC-CHANGELOG": lambda r: write(r, "spec/CHANGELOG.md", "# Changes\n"),
+    "GATE-TOMBSTONE": lambda r: edit(
+        r, "spec/gates/loss.toml", 'id = "loss.golden"', 'id = "loss.silver"'
+    ),
     "GOALPOST": loosen,
     "RELEASE-FROZEN": change_frozen,
     "GATE-KILLED": lambda r: rechain(

@@ -128,6 +128,19 @@ def spec_changelog(repo: Repo) -> Messages:
 
 
 @rule(
+    "GATE-TOMBSTONE",
+    title="A gate of an earlier release is there, or names its successors",
+    why="A gate that vanishes takes the failures that it detected out of sight.",
+    hint="add the id with its successors to spec/tombstones.toml",
+    over=at("spec/tombstones.toml"),
+)
+def gate_tombstone(repo: Repo) -> Messages:
+    released = {gate for release in read_releases(repo.root).values() for gate in release["gates"]}
+    for gate_id in sorted(released - repo.spec.gates.keys() - repo.spec.tombstones.keys()):
+        yield f"gate {gate_id} was released and is gone without a successor"
+
+
+@rule(
     "GOALPOST",
     title="A limit is loosened only by a new version whose changelog names the gate",
     why="A threshold moved after the run turns a failure into a success.",
