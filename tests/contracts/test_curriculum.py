@@ -407,9 +407,7 @@ def test_draws_is_red_on_one_wrong_row(spec):
     warm = two() | {"warmup_rows": 2, "warmup_sources": ["a"]}
     assert "in the warm-up" in draws_gate(spec, warm).observe(drawn(1, 0, *rows)).message
     assert draws_gate(spec, warm | {"warmup_rows": 1}).observe(drawn(1, 0, *rows)).passed
-    assert (
-        "sources of rows" in draws_gate(spec, two()).observe(drawn(1, 0, [0], [3, 4])).message
-    )
+    assert "sources of rows" in draws_gate(spec, two()).observe(drawn(1, 0, [0], [3, 4])).message
 
 
 # --- gradient shock -------------------------------------------------------------------------------
