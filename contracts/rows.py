@@ -259,7 +259,7 @@ class FreshRows(Stateless):
         self.lag, self.drawn, self.again = lag, self.drawn + 1, self.again + (lag > 0)
 
     def _unordered(self) -> str:
-        """Why an order could not have been seen, or nothing."""
+        """The reason why an order could not have been found, or an empty string."""
         least = int(self.limits.rows_in_order_max) + 2
         if self.drawn < least:
             return f"fewer than {least} rows that are long enough were drawn, too few for an order"
@@ -275,9 +275,7 @@ class FreshRows(Stateless):
         )
 
     def _scored(self, event: RowHashes) -> Verdict:
-        """All batches of one evaluation together, from the number of rows on at
-        which a share says something.
-        """
+        """Judge all batches of one evaluation together, from `scored_min` rows on."""
         self.scored, self.known = (
             self.scored + len(event.rows),
             self.known + sum(r in self.trained for r in event.rows),

@@ -1,6 +1,5 @@
-"""The gates inside trainers that are not ours: `plain`, `huggingface`, `lightning`,
-and a plugin for pytest.
+"""Adapters of other trainers: `plain`, `huggingface`, `lightning`, and a plugin for pytest.
 
-Nothing here is imported by `import stackproof.contracts.callbacks`,
-so that each works without the others' libraries.
+`import stackproof.contracts.callbacks` imports none of them, so that each works without the
+libraries of the others.
 """

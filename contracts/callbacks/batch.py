@@ -1,4 +1,4 @@
-"""One batch on its way into a model, in plain numbers.
+"""Statistics of one batch before the forward pass, as plain numbers.
 
 B batch, T tokens
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 from stackproof.contracts.callbacks.reading import IGNORE, trailing_padding
 from stackproof.contracts.events import ModelInput, RowHashes
 
-# where padding is the end of text, a row of packed documents may begin with one or two
+# Where padding is the end of text, a row of packed documents may begin with one or two.
 LEFT_PADS = 4
-SHORT = 16  # tokens; shorter rows may well be alike
+SHORT = 16  # tokens; shorter rows may be equal by chance
 
 
 class Numbers(NamedTuple):
-    """What one read of the device told of a batch: counts in the order of `model_input`,
-    and sums and lengths of its rows.
+    """What one copy from the device holds of a batch: counts in the order of `model_input`, and
+    sums and lengths of its rows.
     """
 
     counts: list[int]
@@ -35,15 +35,15 @@ def read(
     pad_id: int | None,
     eos_id: int | None,
 ) -> Numbers:
-    """All numbers of a batch that gates judge, with one read of the device.
-    `places` are position ids, where the model is given some.
+    """All numbers of a batch that gates judge, with one copy from the device. `places` are the
+    position ids, if the model is given any.
     """
     ids_BT = ids_BT.long()
     text = _text(ids_BT, mask_BT)
     padding = ~text
     if mask_BT is None and pad_id is not None:
         padding = trailing_padding(ids_BT, pad_id, eos_id)
-        # one end of text is text
+        # The first end of text is text.
         padding &= torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)
     valid = torch.ones_like(text) if labels_BT is None else labels_BT != IGNORE
     same = valid & (labels_BT == ids_BT) if labels_BT is not None else torch.zeros_like(text)
@@ -90,7 +90,7 @@ def model_input(numbers: Numbers, *, step: int, max_length: int, embedding_rows:
         n_places,
         n_up,
     ) = numbers.counts
-    # labels stand with their own token, and are not those of another task
+    # Labels are aligned with their own token, and are not those of another task.
     own = 2 * n_same > n_valid
     return ModelInput(
         step=step,
@@ -112,7 +112,7 @@ def model_input(numbers: Numbers, *, step: int, max_length: int, embedding_rows:
 
 
 def row_hashes(told: list[int], *, step: int, phase: str) -> RowHashes:
-    """Rows by their sums, out of sums and then lengths; short ones are left out."""
+    """The event of the rows, from their sums followed by their lengths; short rows are left out."""
     rows, lengths = told[: len(told) // 2], told[len(told) // 2 :]
     return RowHashes(
         step, phase, tuple(row for row, length in zip(rows, lengths) if length >= SHORT)
@@ -120,7 +120,7 @@ def row_hashes(told: list[int], *, step: int, phase: str) -> RowHashes:
 
 
 def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> Tensor:
-    """(B,) bool: rows that begin with padding, and go on, where no mask says so."""
+    """(B,) bool: rows that begin with padding before text, where no mask marks it."""
     if pad_id is None or ids_BT.shape[1] <= LEFT_PADS:
         return torch.zeros_like(ids_BT[:, 0], dtype=torch.bool)
     is_pad = ids_BT == pad_id
@@ -129,8 +129,8 @@ def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> 
 
 
 def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens that have a token before them, those of them whose position is one more); none where
-    positions are of another shape.
+    """(tokens that follow a token, those of them whose position is one more); all False where
+    positions have another shape.
     """
     if (
         places is None
@@ -144,20 +144,20 @@ def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_rows(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
-    """Sums of the rows of a batch, then their lengths, with one read of the device."""
+    """Sums of the rows of a batch, then their lengths, with one copy from the device."""
     return _row_sums(ids_BT.long(), _text(ids_BT, mask_BT)).flatten().tolist()
 
 
 def _text(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """(B, T) bool: what is no padding; everything where there is no mask."""
+    """(B, T) bool: what is not padding; everything if there is no mask."""
     return torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
 
 
 def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:
-    """(2, B) int64: of each row the sum of id times a number that depends on the token's place in
-    its text, wrapping; and its length.
+    """(2, B) int64: per row the wrapping sum of id times a key of the token's place in its text,
+    and the row's length.
 
-    Padding counts nothing on either side; equal sums of unequal rows are as rare as 1 in 2^64.
+    Padding on either side does not count. Unequal rows have equal sums with a chance of 2^-64.
     """
     rank_BT = text_BT.long().cumsum(1)
     keys_BT = (rank_BT * 0x1E3779B97F4A7C15 ^ rank_BT << 29) * 0x3F58476D1CE4E5B9

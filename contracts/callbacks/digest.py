@@ -1,4 +1,4 @@
-"""Exact, cheap fingerprints of weights, optimizer state, random state and batches."""
+"""Exact, cheap digests of weights, optimizer state, random state and batches."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """(N,) int64: the sum of each tensor's bits read as integers, on its device;
-    any single changed entry changes it.
+    """(N,) int64: the sum of each tensor's bits read as integers; any single changed entry changes
+    it. Computed on the tensor's device.
     """
     return gathered([_checksum(t.detach()) for t in tensors], torch.int64)
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Entries are added eight bytes at a time where they lie so: on a CPU 0.5 ms for 4M floats,
-    and 3.1 ms one by one.
+    """Entries are added eight bytes at a time where the alignment allows it: on a CPU 0.5 ms for 4M
+    floats, and 3.1 ms one by one.
     """
     flat = tensor.contiguous().reshape(-1)
     together = 8 // flat.element_size()
@@ -46,7 +46,7 @@ def gathered(scalars: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def of_tensors(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of every tensor's bytes, by name; complex and sub-byte types as they lie in memory."""
+    """sha256 of every tensor's bytes in memory, by name."""
     return {
         n: hashlib.sha256(
             t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -76,8 +76,8 @@ def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def of_run(
     model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, step: int
 ) -> dict[str, Any]:
-    """Everything a checkpoint must bring back but random state and data,
-    which are compared at the next batch.
+    """Everything that a checkpoint restores but random state and data, which are compared at the
+    next batch.
     """
     parts = {f"weights.{n}": h for n, h in of_tensors(dict(model.named_parameters())).items()}
     parts |= of_optimizer(optimizer) | {"step": step}
@@ -87,7 +87,7 @@ def of_run(
 
 
 def reloaded(model: nn.Module, other: nn.Module) -> Subject:
-    """A live model beside one made of what was saved."""
+    """A live model and one that was made from a checkpoint."""
     return Subject(
         saved=ComparedWeights(
             of_tensors(model.state_dict()),
@@ -98,11 +98,10 @@ def reloaded(model: nn.Module, other: nn.Module) -> Subject:
 
 
 def replicas(model: nn.Module) -> Subject | None:
-    """The tensors of this process beside those of one that differs, where several processes hold
-    one model.
+    """The tensors of this process and those of another that differs, if several processes hold one
+    model; None for one process.
 
-    Every process has to call this at the same time, and all come to the same verdict.
-    None where there is one process.
+    All processes must call this together, and reach the same verdict.
     """
     group = torch.distributed
     if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
@@ -127,7 +126,7 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def of_batch(batch: Any) -> str:
-    """sha256 over the integer tensors of a batch, by name; empty where there is none."""
+    """sha256 over the integer tensors of a batch, by name; empty if there is none."""
     named = (
         batch
         if isinstance(batch, Mapping)
@@ -153,8 +152,8 @@ def of_random() -> str:
 
 
 class Memory:
-    """Remembers at a save what the run was, and at its next batch what came then; compares both
-    when a run goes on from there.
+    """Keeps the state of a run at each save, and the batch that followed; compares both when a run
+    is resumed from there.
     """
 
     def __init__(self):
@@ -164,9 +163,7 @@ class Memory:
         self._due: dict | None = None
 
     def saved(self, parts: dict[str, Any]) -> dict:
-        """The document to keep beside the checkpoint.
-        It is completed when the next batch comes; see `drawn`.
-        """
+        """The document to write beside the checkpoint. The next call of `drawn` completes it."""
         document = {
             "parts": parts,
             "epoch": self.epoch,
@@ -177,8 +174,8 @@ class Memory:
         return document
 
     def restored(self, document: dict, parts: dict[str, Any]) -> StateRestored:
-        """What differs between a saved document and the run as it is now;
-        the next batch is compared when it comes.
+        """The differences between a saved document and the run now. The next batch is compared when
+        it comes.
         """
         kept = document["parts"]
         self._due = document
@@ -187,8 +184,8 @@ class Memory:
         return StateRestored(parts["step"], tuple(differing), len(kept))
 
     def drawn(self, batch: Any, epoch: int, step: int) -> tuple[StateRestored | None, list[dict]]:
-        """Called for every batch: (comparison with what came after the save, if it is due;
-        documents that are now complete).
+        """Called for every batch. Returns the comparison with the batch that followed the save, if
+        it is due, and the documents that are now complete.
         """
         if (
             not (self._open or self._due)
@@ -208,7 +205,7 @@ class Memory:
         return verdict, complete
 
     def _compare(self, came: dict, epoch: int, step: int) -> StateRestored | None:
-        """Exact where the straight run went on after the save; else a batch must not come twice in
+        """Exact if the saved run continued after the save. Otherwise a batch must not come twice in
         an epoch of distinct ones.
         """
         if wanted := self._due["next"]:
@@ -229,11 +226,11 @@ class Memory:
 
 
 def write(folder: Path, document: dict) -> None:
-    """Keep a document beside a checkpoint."""
+    """Write a document beside a checkpoint."""
     (folder / FILE).write_text(json.dumps(document), encoding="utf-8")
 
 
 def read(folder: Path) -> dict | None:
-    """The document beside a checkpoint, or None where there is none."""
+    """The document beside a checkpoint, or None if there is none."""
     path = folder / FILE
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Gates inside `transformers.Trainer` and what is built on it, such as TRL's:
+"""Gates inside `transformers.Trainer` and trainers built on it, such as those of TRL:
 `Trainer(…, callbacks=[GateCallback()])`.
 """
 
@@ -32,15 +32,15 @@ LOSS_GATES = (
 
 
 class GateCallback(TrainerCallback):
-    """Asks the preflight gates when training begins, then watches every step, evaluation, save and
-    resume of the Trainer it is given to.
+    """Runs the preflight gates when training begins, then judges every step, evaluation, save and
+    resume of its Trainer.
 
     Raises GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path`
     (JSON lines, default `gates.jsonl` in the output folder) and to logging, and nothing is raised.
-    `skip` leaves gates out by id. `record` names a folder for the record of the run; it is written
-    when training ends or a gate halts it, by the first process only. `reuses_rows` says that rows
-    come again in their order, or trained rows are scored, on purpose; a trainer of TRL whose
-    `num_iterations` is above 1 says so itself.
+    `skip` leaves out gates by id. `record` names a folder for the record of the run; the first
+    process writes it when training ends or a gate halts it. `reuses_rows`: rows come again in their
+    order, or trained rows are scored, on purpose; it follows from `num_iterations` above 1 in
+    trainers of TRL.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class GateCallback(TrainerCallback):
         return self.session.first_failures() if self.session else {}
 
     def cost(self) -> Cost | None:
-        """What looking has taken so far; None before training begins."""
+        """Time spent on gates so far; None before training begins."""
         return self.session.cost() if self.session else None
 
     # --- events of the trainer --------------------------------------------------------------------
@@ -160,7 +160,7 @@ class GateCallback(TrainerCallback):
         if self._watch is None or not (folder.is_dir() or args.world_size > 1):
             return
         watch = self._watch
-        # nobody reads on before the first process has written
+        # All processes compare their weights before the first writes.
         if (replicas := digest.replicas(model)) is not None:
             self.session.artifact(replicas, state.global_step)
         document = self._memory.saved(
@@ -171,7 +171,7 @@ class GateCallback(TrainerCallback):
             self._folders[id(document)] = folder
         if not (folder / "config.json").is_file() and args.world_size == 1:
             self.session.forget(
-                "checkpoint.reloads", "what is saved is no whole model, as with adapters"
+                "checkpoint.reloads", "the checkpoint is no whole model, as with adapters"
             )
         elif (
             not self._reloaded
@@ -209,11 +209,11 @@ class GateCallback(TrainerCallback):
         }
         RunRecord(self._record, self.session, trainer=trainer, told=told, **parts)
 
-    # --- what the trainer does not tell its callbacks ---------------------------------------------
+    # --- what the trainer does not pass to its callbacks ------------------------------------------
 
     def _wrap(self, trainer: Trainer) -> None:
-        """Stand around two methods of this one trainer: they hold the batch,
-        the loss before the logger, and the phase.
+        """Wrap two methods of this trainer, which have the batch, the loss before the logger, and
+        the phase.
         """
         step, predict = trainer.training_step, trainer.prediction_step
 
@@ -227,7 +227,7 @@ class GateCallback(TrainerCallback):
                     digest.write(folder, document)
             if verdict is not None:
                 self.session.observe(verdict)
-            # prompts are a list of rows
+            # prompts are a list and not a mapping
             self._watch.see_batch(dict(inputs) if isinstance(inputs, Mapping) else {})
             loss = self._during("training", step, model, inputs, *args, **kwargs)
             self._watch.tell_loss(loss)
@@ -271,8 +271,8 @@ class GateCallback(TrainerCallback):
 
 
 def _caller() -> tuple[Trainer | None, Any]:
-    """(the trainer that is calling, what it was asked to resume from).
-    The Trainer gives its callbacks no reference to itself.
+    """(the calling trainer, its argument `resume_from_checkpoint`). The Trainer passes no reference
+    to itself to its callbacks.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -284,6 +284,6 @@ def _caller() -> tuple[Trainer | None, Any]:
 
 
 def _other_objective(trainer: Trainer | None) -> bool:
-    """Whether a trainer of TRL learns something else than the next token; all but SFT do."""
+    """Whether a trainer of TRL has another objective than the next token; all but SFT do."""
     names = {c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")}
     return bool(names) and not any(n.startswith("SFT") for n in names)

@@ -21,15 +21,15 @@ STATE = "stack_gates"
 
 
 class GateCallback(Callback):
-    """Asks the preflight gates when fitting begins, then watches every step, validation,
-    save and resume.
+    """Runs the preflight gates when fitting begins, then judges every step, validation, save and
+    resume.
 
-    The language model is the LightningModule itself, or its one child that is called with ids (B,
-    T) and gives logits (B, T, V); `model` names the attribute where it cannot be guessed. Raises
-    GateFailed at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON
-    lines, default `gates.jsonl` in the root folder) and to logging, and nothing is raised. `record`
-    names a folder for the record of the run, written when it ends however it ends. `reuses_rows`
-    says that rows come again in their order, or trained rows are scored, on purpose.
+    The language model is the LightningModule itself, or its one child that maps ids (B, T) to
+    logits (B, T, V); `model` names its attribute if there are several children. Raises GateFailed
+    at the first red gate that halts; with `mode="log"` verdicts go to `log_path` (JSON lines,
+    default `gates.jsonl` in the root folder) and to logging, and nothing is raised. `record` names
+    a folder for the record of the run, written when it ends, also on an error. `reuses_rows`: rows
+    come again in their order, or trained rows are scored, on purpose.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class GateCallback(Callback):
         return self.session.first_failures() if self.session else {}
 
     def cost(self) -> Cost | None:
-        """What looking has taken so far; None before training begins."""
+        """Time spent on gates so far; None before training begins."""
         return self.session.cost() if self.session else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,11 +95,11 @@ class GateCallback(Callback):
                 "optimizer": optimizer,
                 "scheduler": configs[0].scheduler if configs else None,
             }
-            said = trainer_of(type(trainer), "lightning")
+            described = trainer_of(type(trainer), "lightning")
             RunRecord(
                 self._record,
                 self.session,
-                trainer=said,
+                trainer=described,
                 told=told,
                 first_step=trainer.global_step,
                 **parts,
@@ -207,8 +207,8 @@ def _phase(trainer: Trainer) -> str:
 
 
 def _language_model(pl_module: LightningModule) -> Any:
-    """The one child that has an embedding, or the module itself where parts of a
-    model lie in it side by side.
+    """The one child with parameters, or the module itself if several children are parts of the
+    model.
     """
     children = [m for m in pl_module.children() if any(True for _ in m.parameters())]
     return children[0] if len(children) == 1 and hasattr(children[0], "forward") else pl_module

@@ -1,5 +1,5 @@
-"""Which tensors an update moved, to the bit, and whether the first that moved
-anything went where it should.
+"""Which tensors an update changed, to the bit, and whether the first such update goes against the
+gradient.
 """
 
 import math
@@ -18,8 +18,8 @@ SLOPE_ENTRIES = 1_000_000  # of weights, copied once
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A parameter as it was before an update, and the sum of its gradients since its
-    optimizer has had no past.
+    """A parameter before an update, and the sum of its gradients while its optimizer had no
+    state.
     """
 
     parameter: Tensor
@@ -28,7 +28,7 @@ class _Kept:
     slopes: Tensor
 
     def slope(self) -> Tensor:
-        """The gradient to go against: turned around where the optimizer is asked to maximise."""
+        """The gradient to go against: with the sign turned where the optimizer maximizes."""
         return self.parameter.grad.detach().float() * (-1.0 if self.group.get("maximize") else 1.0)
 
     def products(self, slope: Tensor) -> list[float]:
@@ -53,10 +53,10 @@ class _Kept:
 def _cosine(
     kept: list[_Kept], slopes: list[Tensor], n_decays: int, rate_of: dict[int, float]
 ) -> float | None:
-    """Of the step and a slope in which coupled decay stands `n_decays` times, over all tensors;
-    decay of either kind is taken out.
+    """Cosine of the step and a slope that holds coupled decay `n_decays` times, over all tensors;
+    decay of either kind is removed.
 
-    None where there is none: the slope is zero, or something is not finite.
+    None if it is not defined: the slope is zero, or something is not finite.
     """
     along, along_coupled, moved, steep = 0.0, 0.0, 0.0, 0.0
     for k, slope in zip(kept, slopes):
@@ -74,7 +74,7 @@ def _cosine(
 
 
 class MovementTracker:
-    """Remembers a checksum of every parameter, and for how many updates each has stood still."""
+    """Keeps a checksum of every parameter, and the number of updates since each has changed."""
 
     def __init__(self, model: nn.Module):
         self._names, self._parameters = map(list, zip(*model.named_parameters()))
@@ -82,24 +82,22 @@ class MovementTracker:
         self._first = self._sums = checksums(self._parameters)
         self._still = [0] * len(self._parameters)
         self._kept: list[_Kept] | None = None
-        self._waited = 0  # updates since then
+        self._waited = 0  # updates whose gradients are in the sums
 
     def settle(self) -> None:
-        """Take the weights as they are, as when a checkpoint was loaded into them."""
+        """Accept the weights as they are, as after loading a checkpoint."""
         self._sums = checksums(self._parameters)
         if self._kept:
             self._kept = []
 
     def between(self, step: int) -> StateCompared:
-        """What has changed since the last update was judged."""
+        """The parameters that have changed since the last update."""
         changed = (checksums(self._parameters) != self._sums).tolist()
         names = tuple(n for n, c in zip(self._names, changed) if c)
         return StateCompared(step, "time since the last update", len(changed), names)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep some weights as they are, if this optimizer has yet to take its first step.
-        Whole tensors, up to SLOPE_ENTRIES.
-        """
+        """Copy whole tensors, up to SLOPE_ENTRIES, if the optimizer has taken no step yet."""
         if self._kept is not None:
             return
         self._kept, left = [], SLOPE_ENTRIES
@@ -115,13 +113,13 @@ class MovementTracker:
                     self._kept.append(_Kept(p, group, now.clone(), torch.zeros_like(now)))
 
     def _uphill(self, rate_of: dict[int, float]) -> tuple[float | None, str]:
-        """Cosine of movement and gradient in the first update that moves anything, or None, and why
-        it can never be known, or nothing.
+        """(cosine of update and gradient at the first update that changes anything, else None;
+        the reason why it cannot be known, or an empty string).
 
         A fresh optimizer steps against its gradient, whatever its rule: plain, scaled by entry, by
-        its sign, or orthogonalised. After updates at rate 0 its moments may hold their gradients
-        too, so that it must go along both the last one and the sum to be climbing. An update with a
-        gradient that is not finite and that moves nothing was skipped, as a loss scale does: the
+        sign, or orthogonalized. After updates at rate 0 its moments may hold their gradients too;
+        so an update climbs only if it goes along both the last gradient and the sum. An update that
+        changes nothing and whose gradient is not finite was skipped, as under a loss scale: the
         moments hold none of it.
         """
         kept = self._kept
@@ -132,8 +130,8 @@ class MovementTracker:
             return (
                 None,
                 (
-                    "gradients were gone when the first update was over, so that its direction is "
-                    "not known"
+                    "gradients were freed before the first update was over, so that its direction "
+                    "is not known"
                 ),
             )
         visible = [k for k in kept if rate_of.get(id(k.parameter), 0.0) >= VISIBLE_RATE]
@@ -155,14 +153,14 @@ class MovementTracker:
             return (
                 None,
                 (
-                    "the gradients of the first update that moved anything are zero or not "
+                    "the gradients of the first update that changed anything are zero or not "
                     "finite, so that its direction is not known"
                 ),
             )
         return min(last, both), ""
 
     def _finite(self) -> bool:
-        """Whether all gradients are, also those of tensors that are not kept."""
+        """Whether all gradients are finite, also those of tensors that are not copied."""
         held = [
             p.grad.detach() for p in self._parameters if p.grad is not None and not p.grad.is_sparse
         ]
@@ -171,8 +169,8 @@ class MovementTracker:
     def judge(
         self, step: int, optimizer: torch.optim.Optimizer, rates: tuple[float, ...]
     ) -> WeightsUpdated:
-        """What the update that ended `step` moved; `rates` are those it used,
-        by group of the optimizer.
+        """The event of the update that ended `step`; `rates` are those it used, by group of the
+        optimizer.
         """
         before, self._sums = self._sums, checksums(self._parameters)
         changed = (self._sums != before).tolist()

@@ -1,4 +1,4 @@
-"""Gates around a loop you wrote yourself: one import and one `with`, nothing inside the loop."""
+"""Gates around a plain training loop: one import and one `with`, nothing inside the loop."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ from stackproof.contracts.callbacks.watch import Watch
 
 
 class Gate:
-    """What a `with gated(…)` gives. The loop may tell it more than it can see;
-    nothing has to be told.
+    """The object of a `with gated(…)`. Its methods tell it what hooks do not show; calling them is
+    optional.
     """
 
     def __init__(self, session: Session, watch: Watch):
@@ -28,8 +28,8 @@ class Gate:
         self._epoch = 0
 
     def batch(self, batch: Any, *, epoch: int = 0) -> None:
-        """The batch about to be used: a mapping, or (ids, labels).
-        Needed where the model is not given mask and labels, and for resume.
+        """The batch that comes next: a mapping, or (ids, labels). Needed if the model is not given
+        mask and labels, and for resume.
         """
         named = (
             batch
@@ -44,26 +44,26 @@ class Gate:
             self._session.observe(verdict)
 
     def loss(self, loss: Tensor) -> Tensor:
-        """The loss of a micro-step, as it is; given back unchanged."""
+        """The loss of a micro-step; returned unchanged."""
         self._watch.tell_loss(loss.detach())
         return loss
 
     def state_dict(self) -> dict:
-        """To be kept in a checkpoint beside weights and optimizer: their hashes, and later what
-        batch came next. JSON-ready.
+        """To save with weights and optimizer: their hashes, and later the batch that came next.
+        JSON-ready.
         """
         return self._memory.saved(self._parts())
 
     def load_state_dict(self, state: dict) -> None:
-        """To be called when a run goes on, after weights, optimizer and schedule are restored.
-        Raises GateFailed if they are others.
+        """Call on resume, after weights, optimizer and schedule are restored. Raises GateFailed if
+        they differ from the saved ones.
         """
         self._watch.restored(state["parts"]["step"])
         self._session.observe(self._memory.restored(state, self._parts()))
 
     def reloaded(self, other: nn.Module) -> None:
-        """A model made of what was saved: it must be the live one.
-        Raises GateFailed if it is another.
+        """Compare a model that was loaded from a checkpoint with the live one. Raises GateFailed if
+        they differ.
         """
         self._session.artifact(digest.reloaded(self._watch.model, other), self._watch.step)
 
@@ -76,7 +76,7 @@ class Gate:
         return self._session.first_failures()
 
     def cost(self) -> Cost:
-        """What looking has taken so far."""
+        """Time spent on gates so far."""
         return self._session.cost()
 
     def _parts(self) -> dict[str, Any]:
@@ -100,15 +100,15 @@ def gated(
     record: str | Path | None = None,
     reuses_rows: bool = False,
 ) -> Iterator[Gate]:
-    """Ask the preflight gates on the live model, then watch every step until the block ends.
+    """Run the preflight gates on the live model, then judge every step until the block ends.
 
-    The model maps ids (B, T) to logits (B, T, V), alone or beside a loss, and is called as a
-    module. `max_grad_norm` is what the loop clips at (infinity: nothing), `scaler` a GradScaler.
-    Raises GateFailed at the first red gate that halts; with mode "log" nothing. `record` names a
-    folder for the record of the run, written when the block ends however it ends. What `accelerate`
-    has prepared may be given as it is, and so may a model that `torch.compile` has made; before
-    step 1 what it was made of is asked. `reuses_rows` says that rows come again in their order, or
-    trained rows are scored, on purpose.
+    The model maps ids (B, T) to logits (B, T, V), alone or with a loss, and is called as a module.
+    `max_grad_norm` is the norm that the loop clips to (infinity: no clipping), `scaler` a
+    GradScaler. Raises GateFailed at the first red gate that halts; with mode "log" nothing.
+    `record` names a folder for the record of the run, written when the block ends, also on an
+    error. Objects prepared by `accelerate` and compiled models are accepted; preflight judges the
+    original model. `reuses_rows`: rows come again in their order, or trained rows are scored, on
+    purpose.
     """
     model = unwrapped(model)
     optimizer, scheduler = (

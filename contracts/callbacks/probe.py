@@ -1,4 +1,4 @@
-"""Looks at a live model from outside and leaves it bit for bit as it was.
+"""Calls a live model and leaves it bit for bit as it was.
 
 B batch, T tokens, V vocab
 """
@@ -28,8 +28,8 @@ TRIED = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What `torch.compile` or a wrapper for several processes was made of;
-    other models are themselves.
+    """The original of a compiled model or of a wrapper for several processes; other models are
+    returned as they are.
     """
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -42,8 +42,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def untouched(*modules: nn.Module) -> Iterator[None]:
-    """Modes, buffers, gradients and every random stream (Python, numpy, torch, each GPU) are
-    afterwards as before, also after an error.
+    """Restore modes, buffers, gradients and every random stream (Python, numpy, torch, each GPU) at
+    the end, also after an error.
     """
     everything = [m for root in modules for m in root.modules()]
     modes = [(m, m.training) for m in everything]
@@ -64,7 +64,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_kept() -> Iterator[None]:
-    """All random streams are afterwards as before."""
+    """Restore all random streams at the end."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     other = numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(
@@ -152,8 +152,8 @@ def config_of(model: nn.Module) -> Any:
 
 
 def max_length_of(model: nn.Module) -> int:
-    """How many positions a model declares, or has in the shortest table of its own that is named
-    after positions; 0 where neither is.
+    """The number of positions that a model declares, else that of its shortest table that is named
+    after positions, else 0.
     """
     config = config_of(model)
     found = next(
@@ -187,7 +187,7 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits, where the model names it."""
+    """The output head, if the model names it."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
@@ -201,8 +201,8 @@ def dropout_names(model: nn.Module) -> list[str]:
 
 
 class Probe:
-    """A model as a function from ids and mask to logits on the CPU, in float32.
-    `refusal` says why it cannot be one, or is empty.
+    """A model as a function from ids and mask to logits on the CPU, in float32. `refusal` is the
+    reason why it cannot be called like that, or empty.
     """
 
     def __init__(self, model: nn.Module):
@@ -221,7 +221,7 @@ class Probe:
             self._try()
 
     def _try(self) -> None:
-        """One small forward; a model that cannot be called like this says why."""
+        """One small forward pass; sets `refusal` on an error."""
         with untouched(self.model), torch.no_grad():
             try:
                 self.logits(torch.zeros(1, 2, dtype=torch.long))
@@ -233,8 +233,8 @@ class Probe:
                 )
 
     def _learn_length(self) -> None:
-        """Where a model says nothing of its length: the longest of `TRIED` it takes.
-        Only on a CPU, where a row too long does no harm.
+        """Set the longest length of `TRIED` that a model without a declared length accepts. Only on
+        a CPU, where a row that is too long does no harm.
         """
         for length in TRIED if not self.max_length and self.device.type == "cpu" else ():
             try:
@@ -262,7 +262,7 @@ class Probe:
 
     @contextmanager
     def training(self, mode: bool) -> Iterator[None]:
-        """The whole model in one mode; everything is put back."""
+        """Put the whole model in one mode; everything is restored at the end."""
         with untouched(self.model):
             self.model.train(mode)
             yield

@@ -1,8 +1,7 @@
-"""`pytest --stack-gates`: each preflight gate becomes a test outcome on the
-model of your own fixtures.
+"""`pytest --stack-gates`: each preflight gate becomes a test on the model of your own fixtures.
 
-Define the fixture `stack_model`, and if you like `stack_optimizer` (given `stack_model`) and
-`stack_tokenizer`, in a conftest.py. A gate that could not look is a skip with its reason, never a
+Define the fixture `stack_model`, and optionally `stack_optimizer` (given `stack_model`) and
+`stack_tokenizer`, in a conftest.py. A gate that could not be run is a skip with its reason, never a
 pass.
 """
 
@@ -15,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("stackproof").addoption(
         "--stack-gates",
         action="store_true",
-        help="ask every preflight gate of stackproof on the model of the fixture stack_model",
+        help="run every preflight gate of stackproof on the model of the fixture stack_model",
     )
 
 
@@ -43,7 +42,7 @@ def _anchor(session: pytest.Session):
 
 
 class GateItem(pytest.Function):
-    """One gate asked on the fixtures' model."""
+    """One gate on the model of the fixtures."""
 
     def __init__(self, *, gate, parent, name: str, **kwargs):
         self.gate = gate
@@ -62,7 +61,7 @@ def _asks(gate):
         }
         if given["model"] is None:
             pytest.fail(
-                "define the fixture stack_model in a conftest.py; it returns the model to be asked"
+                "define the fixture stack_model in a conftest.py; it returns the model to judge"
             )
         verdict = ask_all(given.pop("model"), **given, only=gate.id)[gate.id]
         if verdict.outcome == "not_run":

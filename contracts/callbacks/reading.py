@@ -1,8 +1,7 @@
-"""Reads a loss from its gradient at the logits: what each position is taught,
-and how much that weighs.
+"""Reads a loss from its gradient at the logits: the target of each position, and its weight.
 
 For L = Σ w·CE(logits, y) the gradient at one position is w·(softmax − onehot(y)). So y and w can be
-read off, whoever computed the loss and wherever: in the model, in a trainer's own function or in a
+read off, wherever the loss was computed: in the model, in a trainer's own function or in a
 loop. In clean float32 runs of a Llama and a GPT-2 of width 32, w was right to 1e-6.
 
 Nothing here waits for the device: `read` leaves its figures there, and `resolve` fetches those of a
@@ -20,13 +19,13 @@ SAMPLED = 64
 STRIPS = 16
 # of the gradient's norm; the right target left at most 2.1e-3 in bfloat16, another 0.87 or more
 FIT_MAX = 0.1
-CLEAR = 0.05  # positions whose softmax is closer to their label than this tell nothing exact
+CLEAR = 0.05  # positions whose softmax is closer to their label than this are not inspected
 
 
 @dataclass
 class Reading:
-    """What one micro-step's gradient at the logits says.
-    `weights` are those of judged positions, times the loss's scale.
+    """What the gradient of one micro-step at the logits tells. `weights` are those of inspected
+    positions, times the scale of the loss.
     """
 
     n_learned: int = 0
@@ -50,8 +49,7 @@ def silent_places(
 ) -> Tensor:
     """Places t (B, T-1) whose next token is not to be learned: padding, or a label of -100.
 
-    Labels may stand with their own token, or already one place ahead;
-    which of both is read off the tokens.
+    Labels may be aligned with their own token or shifted by one place; the tokens tell which.
     """
     silent = torch.zeros_like(ids_BT[:, 1:], dtype=torch.bool)
     if mask_BT is not None and mask_BT.shape == ids_BT.shape:
@@ -66,16 +64,14 @@ def silent_places(
 
 
 def is_ahead(ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """() bool: whether labels stand one place ahead of their tokens,
-    as a loss that does not shift wants them.
-    """
+    """() bool: whether labels are shifted by one place, for a loss that does not shift them."""
     here, ahead = labels_BT == ids_BT, labels_BT[:, :-1] == ids_BT[:, 1:]
     valid = labels_BT != IGNORE
     return (ahead & valid[:, :-1]).sum() > (here & valid).sum()
 
 
 def trailing_padding(ids_BT: Tensor, pad_id: int, eos_id: int | None) -> Tensor:
-    """Places (B, T) of the run of `pad_id` that ends a row; the first of the run is text where
+    """(B, T) bool: the run of `pad_id` at the end of each row. Its first token is text where
     padding is also the stop token.
     """
     tail = (ids_BT == pad_id).flip(1).cumprod(1).flip(1).bool()
@@ -190,8 +186,8 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
 
 
 def _spread(wanted_BT: Tensor, otherwise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, place, whether it counts) of SAMPLED places spread evenly over those wanted, or over
-    the others where none is.
+    """(row, place, whether it counts) of SAMPLED places, evenly spread over the wanted ones, or
+    over the others if no place is wanted.
     """
     flags = torch.where(wanted_BT.any(), wanted_BT, otherwise_BT).flatten()
     so_far = flags.cumsum(0)
@@ -209,8 +205,8 @@ def _at(p_NV: Tensor, y_N: Tensor) -> Tensor:
 
 
 def _dot(a_ND: Tensor, b_ND: Tensor) -> Tensor:
-    """Row by row (N,), without a product as large as the rows: at 64 rows of a vocabulary making
-    those took most of the time.
+    """Row by row (N,), without an elementwise product: at 64 rows of a vocabulary, allocating it
+    took most of the time.
     """
     return torch.bmm(a_ND[:, None], b_ND[:, :, None]).flatten().double()
 
@@ -220,8 +216,8 @@ def _norm(x_ND: Tensor) -> Tensor:
 
 
 class _Fitted:
-    """How well gradients at places are those of cross-entropy with a given token; all that no token
-    decides is worked out once.
+    """How well gradients at places fit cross-entropy with a given token. What does not depend on
+    the token is computed once.
 
     The gradient for target y is w·d with d = p − s/V + (s − 1)·onehot(y), s the smoothing, times
     the head where there is one.
@@ -243,8 +239,8 @@ class _Fitted:
         self.gb = _dot(g_N, self.base) / scale
 
     def fit(self, ids_NT: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(share of the gradient not explained, weight, whether a place tells anything) if the
-        target is the token at `place_N`.
+        """(share of the gradient that is not explained, weight, whether the place is informative)
+        if the target is the token at `place_N`.
         """
         inside = place_N < ids_NT.shape[1]
         y_N = ids_NT.gather(1, place_N.clamp_max(ids_NT.shape[1] - 1)[:, None])[:, 0].long()

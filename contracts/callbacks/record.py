@@ -1,5 +1,5 @@
-"""The record of a run that is not ours: what trained, on what, what every gate said;
-`metadata.json` as any run of the stack leaves it.
+"""The record of a run of another trainer: trainer, model, environment and the results of all gates,
+in the `metadata.json` of any run.
 """
 
 import json
@@ -33,10 +33,10 @@ OUTSIDE = (
 
 
 class RunRecord:
-    """Opened before step 1; writes a line for every step, and `metadata.json` when the run is over.
+    """Opened before step 1; writes a line for every step, and `metadata.json` when the run ends.
 
-    Raises ConfigError if the folder holds a record already.
-    `trainer` says what trains: name, package and version.
+    `trainer` holds its name, package and version. Raises ConfigError if the folder holds a record
+    already.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RunRecord:
         self._last = line
 
     def close(self, status: str, end_reason: str, exit_code: int) -> None:
-        """Write the record; harmless when done twice."""
+        """Write the record. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -148,8 +148,8 @@ class RunRecord:
         )
 
     def _results(self) -> list[GateResult]:
-        """Every gate that was installed, those among it whose question has no meaning here; they
-        are `not_run` with the reason.
+        """Every gate that was installed, also those without a meaning in this run; they are
+        `not_run` with the reason.
         """
         spec = self.session.keeper.spec
         absent = [
@@ -183,8 +183,8 @@ def how_it_ended(error: BaseException | None) -> tuple[str, str, int]:
 
 
 def trainer_of(kind: type, package: str) -> dict[str, Any]:
-    """What a record says of a trainer: its class, and package and
-    version of what it is built on.
+    """The description of a trainer in a record: its class, and the package and version that it is
+    built on.
     """
     return {
         "name": kind.__name__,
@@ -195,7 +195,7 @@ def trainer_of(kind: type, package: str) -> dict[str, Any]:
 
 
 def _installed() -> dict[str, str]:
-    """Versions of what trainers stand on, as far as it was imported."""
+    """Versions of the imported training libraries."""
     return {
         name: metadata.version(name)
         for name in ("transformers", "accelerate", "trl", "peft", "lightning")

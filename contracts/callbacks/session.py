@@ -1,6 +1,4 @@
-"""One watched run: which gates are asked, what becomes of a red one,
-and the preflight on a live model.
-"""
+"""One run under the gates of other trainers: which gates are installed, and what a red one does."""
 
 import json
 import logging
@@ -29,8 +27,8 @@ logger = logging.getLogger("stackproof.gates")
 
 
 class Cost(NamedTuple):
-    """What looking took: seconds before step 1, seconds of all later looks,
-    and the optimizer steps these belong to.
+    """Time spent on gates: seconds before step 1, seconds after it, and the number of optimizer
+    steps.
     """
 
     preflight_s: float
@@ -43,7 +41,7 @@ class Cost(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds inside `with`; one inside another counts once."""
+    """Seconds inside `with`; nested blocks count once."""
 
     def __init__(self):
         self.seconds, self._depth, self._began = 0.0, 0, 0.0
@@ -60,7 +58,7 @@ class Stopwatch:
 
 
 def timed(method: Callable) -> Callable:
-    """A method of something that has a session; its time is counted there."""
+    """Count the time of a method, of an object with a `session`, on the session's clock."""
 
     @wraps(method)
     def counted(self, *args, **kwargs):
@@ -71,13 +69,13 @@ def timed(method: Callable) -> Callable:
 
 
 class Session:
-    """The gates of kind `foreign` in one run.
-    In mode `raise` a red one that halts raises GateFailed; in mode `log` nothing is raised.
+    """The gates of kind `foreign` in one run. In mode `raise` a red gate that halts raises
+    GateFailed; in mode `log` nothing is raised.
 
-    Every verdict of a preflight or artifact gate, and every red one of a runtime gate, becomes one
-    line of `log_path` and one of logging. `skip` leaves gates out by id. `reuses_rows` says that
-    rows come again in their order, or trained rows are scored, on purpose. Raises ConfigError for
-    an unknown mode or gate.
+    Every verdict of a preflight or artifact gate, and every red one of a runtime gate, is written
+    to `log_path` as one line, and to logging. `skip` leaves out gates by id. `reuses_rows`: rows
+    come again in their order, or trained rows are scored, on purpose. Raises ConfigError for an
+    unknown mode or gate.
     """
 
     def __init__(
@@ -95,7 +93,9 @@ class Session:
         known = {g.id for g in spec.gates.values() if KIND in g.kinds}
         if odd := sorted({*skip, *(only or ())} - known):
             spec.gate(odd[0])
-            raise ConfigError(f"no gate {odd[0]} is asked here", allowed=", ".join(sorted(known)))
+            raise ConfigError(
+                f"other trainers have no gate {odd[0]}", allowed=", ".join(sorted(known))
+            )
         self.mode, self.log_path = mode, Path(log_path) if log_path else None
         self.only = (known if only is None else set(only)) - set(skip)
         self.keeper = Gatekeeper(spec, kind=KIND, only=self.only, on_verdict=self._note)
@@ -109,14 +109,14 @@ class Session:
             self.forget(ROWS_GATE, "reuses_rows: rows come again on purpose")
 
     def observe(self, event: Any) -> None:
-        """Show an event to the gates. Raises GateFailed in mode `raise`."""
+        """Pass an event to the gates. Raises GateFailed in mode `raise`."""
         if isinstance(event, StepTaken):
             self.on_step(event)
         self._guard(lambda: self.keeper.observe(event))
 
     def preflight(self, subject: Subject) -> None:
-        """Ask every preflight gate. Raises GateFailed in mode `raise`.
-        A check that breaks on this model is told, and is no verdict.
+        """Run every preflight gate. Raises GateFailed in mode `raise`. A check that raises on this
+        model is logged and has no verdict.
         """
         began = time.perf_counter()
         try:
@@ -125,7 +125,7 @@ class Session:
             raise
         except Exception as e:
             logger.warning(
-                "a check could not be asked of this model and stays not_run: %s: %s",
+                "a check raised an error on this model and is not_run: %s: %s",
                 type(e).__name__,
                 e,
             )
@@ -133,22 +133,22 @@ class Session:
             self._preflight_s += time.perf_counter() - began
 
     def artifact(self, subject: Subject, step: int) -> None:
-        """Ask the artifact gates. Raises GateFailed in mode `raise`."""
+        """Run the artifact gates. Raises GateFailed in mode `raise`."""
         self._guard(lambda: self.keeper.artifact(subject, step=step))
 
     def forget(self, gate_id: str, why: str) -> None:
-        """Take a gate out, because its question has no meaning here;
-        its verdict stays `not_run` with the reason.
+        """Take out a gate that has no meaning in this run; its verdict is `not_run` with the
+        reason.
         """
         if self.keeper.seats.pop(gate_id, None):
             self.absent[gate_id] = not_run(why)
 
     def cost(self) -> Cost:
-        """What looking has taken so far."""
+        """Time spent on gates so far."""
         return Cost(self._preflight_s, self.clock.seconds, self.steps)
 
     def verdicts(self) -> dict[str, Verdict]:
-        """Verdict of every gate so far; one that was never asked is `not_run`."""
+        """Verdict of every gate so far; `not_run` for one whose check was not called."""
         return self.absent | {
             r.id: Verdict(r.verdict, r.message, r.measured) for r in self.keeper.results()
         }
@@ -195,8 +195,8 @@ def ask_all(
     tokenizer: Any = None,
     only: str = "",
 ) -> dict[str, Verdict]:
-    """Verdict of every preflight gate on a live model, or of one; none raises,
-    and the model is afterwards as before.
+    """Verdict of every preflight gate on a live model, or of one gate. None of them raises, and the
+    model stays as it was.
     """
     gates = [
         g

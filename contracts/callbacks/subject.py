@@ -1,4 +1,4 @@
-"""The adapter of a live model that another trainer trains: what can be seen of it from outside."""
+"""The adapter of a live model that another trainer trains."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -91,7 +91,7 @@ def test_gradients_that_are_gone_after_the_update_are_said_to_be():
     optimizer.step()
     optimizer.zero_grad()
     moved = movement.judge(1, optimizer, (1e-3,))
-    assert moved.uphill is None and "gradients were gone" in moved.unknown
+    assert moved.uphill is None and "gradients were freed" in moved.unknown
 
 
 class Climbs(torch.optim.SGD):
