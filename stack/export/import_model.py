@@ -26,13 +26,13 @@ from stackproof.train.state import TrainState
 def first_state(cfg: RunConfig, model: nn.Module) -> TrainState:
     """The state of a run at step 0, with data position 0."""
     seed_dropout(cfg.seed)
-    order = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
+    sampler = SimpleNamespace(state_dict=lambda: {"start": 0, "base": {}})
     return TrainState(
         cfg=cfg,
         model=model,
         optimizer=opt.make_optimizer(model, cfg.optim),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        reader=SimpleNamespace(cursor=0, order=order),
+        data_loader=SimpleNamespace(cursor=0, sampler=sampler),
         stopper=make_stop_rule(cfg.stop),
         probe=opt.ParameterProbe(model),
         device=torch.device("cpu"),

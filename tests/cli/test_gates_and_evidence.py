@@ -107,7 +107,7 @@ def test_a_surviving_plant_is_reported_and_exits_4(trained):
         "import sys\nfrom stackproof.contracts import kernel\nfrom stackproof.contracts.gate "
         "import passed\n"
         "from stackproof.cli import main\n"
-        "def blind(limits): return passed()\nblind.gate_id = 'kernel.parity'\n"
+        "def blind(limits, subject): return passed()\nblind.gate_id = 'kernel.parity'\n"
         "kernel.parity = blind\nmain(sys.argv[1:])"
     )
     done = trained("gates", "prove", "kernel.parity", "--run-dir", "blind", "--json", code=code)
@@ -193,6 +193,7 @@ def test_same_seed_same_losses_and_diff_sees_only_clocks(trained):
         "metrics.train_s",
         "metrics.preflight_s",
         "metrics.gates_overhead",
+        "environment.allocator",  # states how much of the heap lies in large pages
         "command",
         "inputs",
     )
