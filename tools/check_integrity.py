@@ -46,7 +46,7 @@ def check(root: Path) -> list[Finding]:
 
 
 def explain(code: str) -> int:
-    """Print what a rule holds, why, and how to mend a finding."""
+    """Print what a rule holds, why, and how to fix a finding."""
     if code not in RULES:
         near = difflib.get_close_matches(code, RULES, n=1, cutoff=0.3)
         print(
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--list", action="store_true", help="list all rules")
     parser.add_argument(
-        "--explain", metavar="CODE", help="what a rule holds, why, and how to mend a finding"
+        "--explain", metavar="CODE", help="what a rule holds, why, and how to fix a finding"
     )
     parser.add_argument(
         "--write", action="store_true", help="regenerate generated blocks, then check"

@@ -285,7 +285,7 @@ def prove(
 
 
 def _matrix(gate_ids: tuple[str, ...] | list[str]) -> list[dict]:
-    """Ask all gates about every plant, telling each row as it is done."""
+    """Run all gates on every plant; print each row when it is done."""
     from stackproof.museum.matrix import matrix
 
     def report(row: dict) -> None:
@@ -308,7 +308,9 @@ def backtest(
     seconds_per_step: Annotated[
         float | None,
         typer.Option(
-            "--seconds-per-step", min=0.0, help="Tells the time saved where the log does not."
+            "--seconds-per-step",
+            min=0.0,
+            help="Seconds per step, for the time saved, where the log has none.",
         ),
     ] = None,
     json: Json = False,
@@ -380,7 +382,7 @@ def repro(
                 f"{measured} at step {outcome.step}; in the run {held.measured} at step {held.step}"
             ),
             allowed=", ".join(f"{k} {v:g}" for k, v in held.limits.items()),
-            next_step=f"mend it and replay again; stack gates show {held.gate}",
+            next_step=f"fix it and replay again; stack gates show {held.gate}",
         )
     if not json:
         stdout.print(

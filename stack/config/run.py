@@ -121,7 +121,7 @@ class CheckpointConfig(Frozen):
         False,
         description=(
             "write checkpoints in a background thread, from a copy of the state, while training "
-            "goes on"
+            "continues"
         ),
     )
     signal_boundary: int = Field(

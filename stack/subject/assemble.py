@@ -22,7 +22,7 @@ def subject_of(
 ) -> Subject:
     """What the preflight gates of a run judge. Nothing is computed before a gate needs it.
 
-    `n_eval_batches` is the number of held-out batches of a run that goes on; None: as many as the
+    `n_eval_batches` is the number of held-out batches of a resumed run; None: as many as the
     stop rule needs.
     """
     parts = (cfg, dataset, device)

@@ -52,7 +52,7 @@ class RunDeclared(Declared):
         return self.cfg.optim.max_grad_norm
 
     def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
-        """Told by the parameter's shape and place, not by the optimizer's own table."""
+        """From the parameter's shape and place, not from the optimizer's own table."""
         optim = self.cfg.optim
         decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}
         in_block = parameter.ndim == 2 and name.startswith("layers.") and ".router." not in name

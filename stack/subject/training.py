@@ -68,7 +68,7 @@ class RunTraining(RunParts, Training):
 
     @property
     def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
-        """Those of a fresh model: before step 1 the live one is no other."""
+        """Those of a fresh model, which the live one equals before step 1."""
         model = build_model(
             self.cfg.model,
             self.vocab_size,

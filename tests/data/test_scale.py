@@ -227,7 +227,7 @@ def test_slices_that_leave_a_gap_or_overlap_are_noticed(monkeypatch, by):
         return batch
 
     assert faults(simulate(101, [(8, 4, 5)]), 101) == []
-    monkeypatch.setattr(DataLoader, "draw", shifted)
+    monkeypatch.setattr(DataLoader, "next_batch", shifted)
     assert faults(simulate(101, [(8, 4, 5)]), 101) != []
 
 

@@ -183,5 +183,7 @@ def test_doctor_compares_keeps_and_shows(monkeypatch, small, tmp_path, capsys):
     doctor.doctor(kernels=True, json=False)
     told = capsys.readouterr().out
     assert (
-        "attention by chunks, q 3×4×9×6" in told and "kept in" in told and "measured-here" in told
+        "attention by chunks, q 3×4×9×6" in told
+        and "written to" in told
+        and "measured-here" in told
     )

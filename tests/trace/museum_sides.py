@@ -188,9 +188,9 @@ def run_config(dtype="float32", compiled=False, **changes):
 
 def fresh(cfg):
     """A state at step 0 that draws from nothing."""
-    order = SimpleNamespace(state_dict=dict, load_state_dict=lambda document: [])
+    sampler = SimpleNamespace(state_dict=dict, load_state_dict=lambda document: [])
     return states.state_around(
-        cfg, models.VOCAB, SimpleNamespace(cursor=0, order=order), torch.device("cpu")
+        cfg, models.VOCAB, SimpleNamespace(cursor=0, sampler=sampler), torch.device("cpu")
     )
 
 

@@ -13,6 +13,7 @@ from tests.trace.museum import EXHIBITS, Found, Unseen
 SUBSYSTEMS = ("model", "kernel", "precision", "moe")
 # Gates whose plants strike in the run's points: no forward of a small model shows them.
 ELSEWHERE = {
+    "model.tied-head",  # a head of its own with the same values changes no forward at step 0
     "model.attention-logits",
     "model.attention-entropy",
     "model.live-points",

@@ -20,7 +20,7 @@ def benchmarks_page(world: World) -> Page:
 
 
 def ratios(record: Record) -> list[tuple[str, float, float, float, float | None]]:
-    """(peer, median, minimum and maximum over the rounds, wanted) of every ratio to a peer."""
+    """(peer, median, minimum and maximum over the rounds, target) of every ratio to a peer."""
     value = {name: float(m.value) for name, m in record.metrics.items()}
     peers = [n.removeprefix(RATIO) for n in value if n.startswith(RATIO) and f"{n}_min" in value]
     return [

@@ -126,7 +126,7 @@ def test_a_run_with_a_gate_left_out_is_not_accepted(tmp_path):
     callback = GateCallback(record=tmp_path / "record", skip=("optim.movement",))
     record, _, _ = recorded(tmp_path, callback=callback)
     assert record.config["gates"]["left_out"] == ["optim.movement"]
-    with pytest.raises(IntegrityError, match=r"without gate optim\.movement"):
+    with pytest.raises(IntegrityError, match=r"lacks gate optim\.movement"):
         accept(tmp_path / "record", tmp_path / "evidence")
 
 
