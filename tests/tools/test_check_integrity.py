@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ from tools.freeze_spec import freeze
 from tools.integrity import core
 from tools.integrity.core import RULES, Repo
 from tools.integrity.former_fingerprint import first_form
+from tools.integrity.kinship_rules import trained_by
 from tools.integrity.repo_rules import looks_like_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -361,6 +363,14 @@ def test_a_missing_commit_a_lost_tag_and_a_dead_link_are_named(repo):
         and findings[0].line == 3
         and "0002-two.md" in findings[0].message
     )
+
+
+def test_a_run_from_before_a_key_was_renamed_has_the_same_configuration():
+    before, now, other = (
+        SimpleNamespace(config={"seed": 1, "stop": stop})
+        for stop in ({"min_epochs": 3}, {"min_evaluations": 3}, {"min_evaluations": 4})
+    )
+    assert trained_by(before) == trained_by(now) != trained_by(other)
 
 
 def test_a_run_that_only_recorded_more_rightly_ends_alike(repo):

@@ -8,6 +8,7 @@ from itertools import pairwise
 from stackproof.spec import formulas
 from stackproof.spec.errors import NoHistory, StackproofError
 from stackproof.spec.records import GateResult, Record, left_out
+from stackproof.spec.renamed_keys import translated
 from tools.integrity.core import LEDGER, At, Messages, Repo, at, each_record, number, rule
 
 EXIT_OF_STATUS = {
@@ -114,7 +115,10 @@ def ppl(repo: Repo, record: Record) -> Messages:
 def tokens(repo: Repo, record: Record) -> Messages:
     if record.kind != "train" or "tokens_seen" not in record.metrics:
         return
-    length, train = record.config["model"]["max_seq_len"], record.config["train"]
+    length, train = (
+        translated(record.config)["model"]["max_seq_len"],
+        translated(record.config)["train"],
+    )
     batch, world = train["micro_batch_size"], int(record.environment.get("world_size") or 1)
     accumulation = train["tokens_per_step"] // (batch * length * world)
     steps, seen = int(number(record, "steps")), number(record, "tokens_seen")
@@ -156,7 +160,7 @@ def _rate_problems(record: Record, wall_s: float) -> Messages:
         yield f"tokens_per_s = {rate:.0f}, but {seen:.0f} tokens in {train_s} s are {true:.0f}"
     if train_s and train_s > wall_s * 1.05 + 5:
         yield f"train_s = {train_s} is longer than wall_s = {wall_s}, its parents' included"
-    model, vocab_size = record.config["model"], int(number(record, "vocab_size"))
+    model, vocab_size = translated(record.config)["model"], int(number(record, "vocab_size"))
     flops = formulas.flops_per_token(model, vocab_size, model["max_seq_len"])
     if rate * flops > ROOFLINE_FLOPS:
         yield f"{rate:.3g} tokens/s need {rate * flops:.2g} FLOP/s, more than one device has"
@@ -248,7 +252,7 @@ def steps_contiguous(repo: Repo, record: Record) -> Messages:
 
 
 def _holes(record: Record, steps: list[int]) -> Iterable[str]:
-    every, last = record.config["train"]["log_every"], int(number(record, "steps"))
+    every, last = translated(record.config)["train"]["log_every"], int(number(record, "steps"))
     expected = {*range(every, last + 1, every), last}
     if not steps or sorted(set(steps)) != steps:
         yield "steps do not rise strictly"

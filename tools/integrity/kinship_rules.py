@@ -1,6 +1,7 @@
 """Rules about relations between records: parents, the data of a run, and equal runs."""
 
 from stackproof.spec.records import BESIDE_TRAINING, Record
+from stackproof.spec.renamed_keys import translated
 from tools.integrity.core import At, Messages, Repo, each_record, number, rule
 
 
@@ -42,7 +43,7 @@ def trained_by(record: Record) -> dict:
         section: {k: v for k, v in keys.items() if f"{section}.{k}" not in BESIDE_TRAINING}
         if isinstance(keys, dict)
         else keys
-        for section, keys in record.config.items()
+        for section, keys in translated(record.config).items()
     }
     return {section: part for section, part in parts.items() if part != {}}
 

@@ -2,6 +2,7 @@
 
 from stackproof.spec import formulas
 from stackproof.spec.registry import REQUIRED_RECORDS, Release
+from stackproof.spec.renamed_keys import translated
 from tools.integrity.core import At, Messages, Repo, each_release, number, rule
 
 
@@ -66,7 +67,7 @@ def reg_files(repo: Repo, model: Release) -> Messages:
 def reg_params(repo: Repo, model: Release) -> Messages:
     if record := repo.records.get(model.records.get("train", "")):
         vocab_size, stated = int(number(record, "vocab_size")), number(record, "n_params")
-        expected = formulas.parameter_count(record.config["model"], vocab_size)
+        expected = formulas.parameter_count(translated(record.config)["model"], vocab_size)
         if not model.n_params == expected == stated:
             sides = f"n_params = {model.n_params}, record {stated:.0f}, formula {expected}"
             yield f"{model.id}: {sides}"
