@@ -66,7 +66,7 @@ ADAPTERS = (
     Adapter("train", "stack train", "train", STACK_EVENTS),
     Adapter(
         "resume",
-        "stack train --resume, --fork, --polish",
+        "stack train --resume, --fork, --continue-from",
         "train",
         (events.Resumed, *STACK_EVENTS),
     ),

@@ -95,7 +95,9 @@ def _scale(logits: Tensor) -> float:
 
 @dataclass
 class _Effects:
-    """By cause: the largest change of logits that had to stay, and where it was."""
+    """By cause: the largest change of logits that had to stay, and where it was. Infinite for
+    logits that are not finite.
+    """
 
     relative: bool
     largest: dict[str, float] = field(default_factory=dict)
@@ -103,7 +105,10 @@ class _Effects:
 
     def compare(self, cause: str, before: Tensor, after: Tensor, where: str = "") -> None:
         """Keep the difference of two tensors if it is the largest so far."""
-        found = difference(before, after, relative=self.relative) if before.numel() else 0.0
+        found = 0.0
+        if before.numel():
+            finite = bool(before.isfinite().all() and after.isfinite().all())
+            found = difference(before, after, relative=self.relative) if finite else torch.inf
         if found > self.largest.setdefault(cause, 0.0):
             self.largest[cause], self.where[cause] = found, where
 
@@ -319,6 +324,10 @@ def _padding_unread(limits: SimpleNamespace, subject: Subject) -> Verdict:
                 before = model.logits(ids, mask)
                 after = model.logits(_other(ids, mask == 0, model.vocab_size), mask)
                 effects.compare("padding", before[mask > 0], after[mask > 0], side)
+                moved = model.logits(_other(ids, mask > 0, model.vocab_size), mask)
+                if torch.equal(before[mask > 0], moved[mask > 0]):
+                    text = "changing tokens does not change their logits: this check sees nothing"
+                    return failed(text, deaf=1)
     if not model.max_length or length + 2 <= model.max_length:
         with model.training(False):
             mask = _ragged(3, length, "right")

@@ -120,8 +120,8 @@ def _reloaded(limits: SimpleNamespace, saved: SavedCheckpoint) -> Verdict:
             f"they are not; {text}"
         )
     return decide(
-        len(differing) <= limits.differing_max and live_tied == reloaded_tied,
-        text,
+        bool(live) and len(differing) <= limits.differing_max and live_tied == reloaded_tied,
+        text if live else "no tensor of the live model was compared",
         differing=len(differing),
         compared=len(live),
         live_tied=live_tied,

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from stackproof.contracts.gate import Verdict, decide, decides, failed
+from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
 from stackproof.contracts.subject import Subject, offered
 
 DOCUMENTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -97,7 +97,7 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
     files, and nothing else; every weight file is, byte for byte, the one that the other library had
     read when it was compared.
 
-    Without the other library there was no comparison: `compared` is False then.
+    Without the other library a complete folder is `not_run`, since nothing was compared.
     """
     exported, path = subject.exported, subject.exported.folder
     if missing := [name for name in DOCUMENTS if not (path / name).is_file()]:
@@ -120,7 +120,7 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
     changed = [] if compared is None else _changed(_weights_sha256(path), compared)
     stored = sum(_numel(e["shape"]) for e in entries)
     live = sum(map(_numel, exported.live_shapes))
-    return decide(
+    verdict = decide(
         stored == live and not changed,
         f"{', '.join(changed)} is not what was compared"
         if changed
@@ -130,6 +130,9 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
         compared=compared is not None,
         changed_files=len(changed),
     )
+    if verdict.passed and compared is None:
+        return not_run("the folder is complete; it was not compared, for want of the other library")
+    return verdict
 
 
 def _changed(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:

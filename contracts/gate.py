@@ -75,6 +75,10 @@ class RuntimeCheck:
         """
         raise NotImplementedError
 
+    def missing(self) -> str:
+        """What every run has and this check has not judged yet; empty if nothing."""
+        return ""
+
     def state_dict(self) -> dict:
         """What a resumed run continues with, JSON-ready."""
         state = {name: getattr(self, name) for name in self.kept}

@@ -214,14 +214,19 @@ class Gatekeeper:
 
     def _require_heartbeats(self) -> None:
         silent = [
-            s for s in self._moment("runtime") if s.checks == 0 and s.gate.id not in self.waivers
+            s
+            for s in self._moment("runtime")
+            if (s.checks == 0 or s.watcher.missing()) and s.gate.id not in self.waivers
         ]
         if silent:
             raise GateFailed(
                 silent[0].gate.id,
                 what=(
-                    "the run ended without one verdict of this gate (its events: "
-                    f"{', '.join(e.__name__ for e in silent[0].watcher.events)})"
+                    "the run ended without one verdict of this gate on "
+                    + (
+                        silent[0].watcher.missing()
+                        or ", ".join(e.__name__ for e in silent[0].watcher.events)
+                    )
                 ),
                 allowed="at least one verdict per run",
                 next_step=(

@@ -66,6 +66,8 @@ def _ownership(named: NamedParameters, groups: Sequence[Mapping[str, Any]]) -> F
         for what, found in (("not in the optimizer", missing), ("in the optimizer twice", twice))
         if found
     ]
+    if not count:
+        text.append("the optimizer owns no parameter")
     if strangers:
         text.append(f"{strangers} tensor(s) in the optimizer belong to no parameter of the model")
     return "; ".join(text), {

@@ -39,7 +39,12 @@ class Rows(RuntimeCheck):
         self.order, self.tokens_seen = "", 0
         self.drawn: list[int] = []
         self.sample_ids: tuple[int, ...] = ()
+        self.counted = False
         self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
+
+    def missing(self) -> str:
+        drawn = "" if self.sample_ids else "the rows that were drawn"
+        return drawn or ("" if self.counted else "the tokens of a step")
 
     def observe(self, event: Event) -> Verdict | None:
         match event:
@@ -49,6 +54,7 @@ class Rows(RuntimeCheck):
                 self.sample_ids = event.sample_ids
                 return self._position(event) or self._windows(event)
             case StepTaken():
+                self.counted = True
                 return self._trained_on(event) or self._tokens(event)
 
     def _start(self, event: Started) -> Verdict | None:

@@ -65,7 +65,15 @@ class Mode(Stateless):
 
     events = (ModuleModes,)
 
+    def __init__(self, limits):
+        super().__init__(limits)
+        self.trained = False
+
+    def missing(self) -> str:
+        return "" if self.trained else "the mode of a training step"
+
     def observe(self, event: ModuleModes) -> Verdict:
+        self.trained = self.trained or event.phase == "training"
         n, repeat = len(event.wrong), event.repeat_abs or 0.0
         first = (event.wrong[0] or "the model") if n else ""
         problems = {
@@ -82,7 +90,7 @@ class Mode(Stateless):
             f"step {event.step}, {event.phase}: {'; '.join(wrong)}",
             phase=event.phase,
             wrong_modules=n,
-            repeat_abs=repeat,
+            **({} if event.repeat_abs is None else {"repeat_abs": repeat}),
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stackproof.contracts.events import Event, RatesUsed, Started
-from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, not_run
 
 
 def closed_form(step: int, *, peak: float, schedule: Mapping[str, Any], max_steps: int) -> float:
@@ -75,7 +75,10 @@ class Rate(RuntimeCheck):
             error = {g: abs(event.used[g] - declared[g]) / peaks[g] for g in peaks}
         else:
             error = {g: _rel_error(event.used[g], rate) for g, rate in declared.items()}
-        return self._judged(event, declared, error)
+        verdict = self._judged(event, declared, error)
+        if verdict.passed and not declared:
+            return not_run(f"step {event.step}: neither the run nor its scheduler declares a rate")
+        return verdict
 
     def _judged(
         self, event: RatesUsed, declared: Mapping[str, float], error: Mapping[str, float]
@@ -100,7 +103,7 @@ class Rate(RuntimeCheck):
         return decide(
             not wrong,
             f"step {event.step}: {'; '.join(wrong)}",
-            rel_error=rel_error,
+            **({"rel_error": rel_error} if error else {}),
             ticks=event.ticks,
             updates=event.updates,
             zero_updates=self.zeros,

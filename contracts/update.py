@@ -61,12 +61,16 @@ class Movement(Stateless):
 
     def __init__(self, limits):
         super().__init__(limits)
-        self.unknown = ""
+        self.unknown, self.updated = "", False
+
+    def missing(self) -> str:
+        return "" if self.updated else "an update"
 
     def observe(self, event: Event) -> Verdict:
         if isinstance(event, StateCompared):
             verdict = self._unchanged(event)
         else:
+            self.updated = True
             self.unknown = self.unknown or event.unknown
             verdict = self._changed(event)
         return not_run(self.unknown) if self.unknown and verdict.passed else verdict
@@ -105,8 +109,14 @@ class Movement(Stateless):
         return decide(
             not wrong,
             f"step {event.step}: {'; '.join(wrong)}",
-            frozen_moved=len(event.frozen_changed),
-            longest_still=event.longest_still,
-            **{"changed_tensor_frac" if event.every_tensor else "moved_frac": event.changed_frac},
+            **(
+                {"changed_tensor_frac": event.changed_frac}
+                if event.every_tensor
+                else {
+                    "frozen_moved": len(event.frozen_changed),
+                    "longest_still": event.longest_still,
+                    "moved_frac": event.changed_frac,
+                }
+            ),
             **({} if event.uphill is None else {"uphill_cosine": event.uphill}),
         )

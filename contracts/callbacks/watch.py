@@ -341,7 +341,7 @@ class ForwardHooks:
                 again = probe.logits_of(module(*args, **kwargs))
         finally:
             self._repeating = False
-        repeat = float((again.float() - logits.float()).abs().nan_to_num().max())
+        repeat = float((again.float() - logits.float()).abs().nan_to_num(torch.inf).max())
         self.session.observe(ModuleModes(self.watch.step, "evaluation", (), repeat))
 
 

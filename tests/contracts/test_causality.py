@@ -2,6 +2,8 @@
 beyond rounding elsewhere.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -266,3 +268,25 @@ def test_isolation_judges_what_is_offered_and_names_it(spec, subject):
 
     verdict = call_check(gate, foreign_subject(Unmasked()))
     assert verdict.outcome == "not_run" and "no attention mask" in verdict.message
+
+
+class Wrong(Model):
+    """A model whose logits are not finite, or do not depend on its input."""
+
+    takes_mask, max_length, vocab_size = True, 32, 16
+
+    def __init__(self, value):
+        self.value = value
+
+    def logits(self, ids_BT, mask_BT=None, labels_BT=None):
+        return torch.full((*ids_BT.shape, self.vocab_size), self.value)
+
+    def training(self, mode):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.0])
+@pytest.mark.parametrize("gate_id", ["model.causal", "model.isolation"])
+def test_logits_that_are_not_finite_or_constant_are_red(spec, gate_id, value):
+    verdict = call_check(spec.gates[gate_id], Subject(model=Wrong(value)))
+    assert verdict.outcome == "fail", verdict

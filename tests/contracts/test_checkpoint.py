@@ -71,6 +71,12 @@ def test_reloads_is_red_on_the_foreign_plant(spec):
     assert script.verdict_of("checkpoint.reloads")[0].passed
 
 
+def test_reloads_is_red_where_nothing_was_compared(spec):
+    nothing = Subject(saved=ComparedWeights({}, {}, (False, False)))
+    verdict = call_check(spec.gates["checkpoint.reloads"], nothing)
+    assert verdict.outcome == "fail" and verdict.measured["compared"] == 0
+
+
 def test_durability_is_green_on_the_stack(spec, subject):
     verdict = call_check(spec.gates["checkpoint.durability"], subject)
     assert verdict.outcome == "pass", verdict.message

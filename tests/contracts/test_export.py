@@ -12,6 +12,7 @@ from stackproof.data.tokenizer import Bytes
 from stackproof.export import huggingface, parity
 from stackproof.model import hugging_face
 from stackproof.museum.plant import load_museum
+from stackproof.spec.canonical import sha256_file
 from stackproof.spec.errors import GateFailed
 from tests.export import models
 from tests.subjects import altered, changed
@@ -55,10 +56,13 @@ def compared(folder):
     return Subject(exported=parity.Written(models.ours("plain", 257), folder, "F32"))
 
 
-def test_folder_is_green_on_a_real_export(spec, written):
-    verdict = call_check(spec.gates["export.folder"], written)
+def test_folder_is_green_on_a_real_export_and_not_run_without_a_comparison(spec, written):
+    gate = spec.gates["export.folder"]
+    assert call_check(gate, written).outcome == "not_run"
+    read = {p.name: sha256_file(p) for p in written.exported.folder.glob("*.safetensors")}
+    verdict = call_check(gate, changed(written, exported={"compared_sha256": read}))
     assert verdict.outcome == "pass", verdict.message
-    assert verdict.measured["shards"] > 2 and not verdict.measured["compared"]
+    assert verdict.measured["shards"] > 2 and verdict.measured["compared"]
 
 
 def test_folder_is_red_on_a_stranger_and_on_another_type(spec, written, folder):
@@ -151,9 +155,9 @@ def test_without_the_other_library_nothing_is_called_a_pass(spec, tmp_path, monk
     found = {g.id: g for g in gates.results()}
     assert {gate_id: result.verdict for gate_id, result in found.items()} == {
         "export.logit-parity": "not_run",
-        "export.folder": "pass",
+        "export.folder": "not_run",
     }
-    assert found["export.folder"].measured["compared"] is False
+    assert "was not compared" in found["export.folder"].message
     assert "their_complaints" in found["export.logit-parity"].message
 
 

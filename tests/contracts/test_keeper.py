@@ -5,7 +5,13 @@ import math
 import pytest
 
 from stackproof.contracts.callbacks.subject import ComparedWeights
-from stackproof.contracts.events import StepTaken
+from stackproof.contracts.events import (
+    Finished,
+    ModuleModes,
+    StateCompared,
+    StepTaken,
+    WeightsUpdated,
+)
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import GateFailed
@@ -82,3 +88,23 @@ def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
             result.verdict,
             result.first_failure_step,
         ) == expected and result.checks == result.heartbeat_last_step == step
+
+
+@pytest.mark.parametrize(
+    ("gate_id", "half", "rest"),
+    [
+        (
+            "optim.movement",
+            StateCompared(1, "evaluation", 3, ()),
+            WeightsUpdated(2, 1e-3, 1.0, every_tensor=True),
+        ),
+        ("runtime.mode", ModuleModes(1, "evaluation", ()), ModuleModes(2, "training", ())),
+    ],
+)
+def test_a_gate_that_judged_one_half_of_what_it_is_for_is_silent(spec, gate_id, half, rest):
+    keeper = Gatekeeper(spec, kind="train", only=(gate_id,))
+    keeper.observe(half)
+    with pytest.raises(GateFailed, match="without one verdict of this gate on"):
+        keeper.observe(Finished(step=2, status="completed"))
+    keeper.observe(rest)
+    keeper.observe(Finished(step=2, status="completed"))

@@ -1,13 +1,14 @@
 """Gates of the optimizer: green on the stack, red on what they are for."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stackproof.config import AdamW, MixtureOfExperts, Muon
 from stackproof.contracts import optim as optim_checks
-from stackproof.contracts.callbacks.subject import foreign_subject
+from stackproof.contracts.callbacks.subject import ForeignTraining, foreign_subject
 from stackproof.contracts.events import StepTaken
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.optim import ClipNorm, Move, move_error
@@ -79,6 +80,13 @@ def test_groups_are_red_on_the_foreign_plant(spec):
         verdict, _ = script.verdict_of(GROUPS)
     assert verdict.outcome == "fail" and verdict.measured["missing"] >= 1
     assert script.verdict_of(GROUPS)[0].passed
+
+
+def test_groups_are_red_on_an_optimizer_that_owns_nothing(spec):
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    training = ForeignTraining(frozen, SimpleNamespace(param_groups=[]))
+    verdict = call_check(spec.gates[GROUPS], Subject(training=training))
+    assert verdict.outcome == "fail" and "owns no parameter" in verdict.message
 
 
 def test_decay_groups_are_red_on_the_foreign_plant(spec):

@@ -184,3 +184,12 @@ def test_a_decay_that_begins_in_the_warmup_is_refused():
         ].schedule.decay_begins(600)
         == 480
     )
+
+
+def test_a_rate_that_nobody_declares_is_no_pass(spec):
+    check = Rate(limits_of(spec.gates["schedule.rate"]))
+    check.observe(Started(step=0, plan={}))
+    unknown = check.observe(RatesUsed(1, {"all": 123.0}))
+    assert unknown.outcome == "not_run"
+    assert check.observe(RatesUsed(2, {"all": 1e-3}, declared={"all": 1e-3})).passed
+    assert not check.observe(RatesUsed(3, {"all": 1.01e-3}, declared={"all": 1e-3})).passed
