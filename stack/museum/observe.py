@@ -70,6 +70,9 @@ class _Attentive:
                     self.worst.update({n: known[n] for n in names if n in known})
         return verdict
 
+    def missing(self) -> str:
+        return self.check.missing()
+
     def state_dict(self) -> dict:
         return self.check.state_dict()
 
