@@ -19,7 +19,16 @@ from types import SimpleNamespace
 from unittest import mock
 
 from stackproof.contracts.events import Evaluated, Event, Finished, Started, StateRestored
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Stateless,
+    Verdict,
+    decide,
+    decides,
+    failed,
+    first_of,
+    passed,
+)
 from stackproof.contracts.subject import SavedCheckpoint, Subject, TraineeOptions
 
 FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
@@ -285,7 +294,7 @@ def resume_equivalence(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 @decides("checkpoint.pointers")
-class Pointers:
+class Pointers(RuntimeCheck):
     """At the end of a run `latest` names the folder of its last step, and `best` that of its lowest
     held-out loss; both folders are there.
 

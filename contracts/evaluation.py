@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.events import Evaluated, Event, Started, StateCompared
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed, first_of, passed
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Stateless,
+    Verdict,
+    decide,
+    decides,
+    failed,
+    first_of,
+    passed,
+)
 from stackproof.contracts.generation import contextual_model
 from stackproof.contracts.loss import IGNORE
 from stackproof.contracts.oracle import documents
@@ -316,7 +325,7 @@ class Divergence(Stateless):
 
 
 @decides("evaluation.held-out")
-class HeldOut:
+class HeldOut(RuntimeCheck):
     """What is scored is as many different rows as declared, of all the split and not trained on;
     the best evaluation is the lowest.
     """
@@ -406,7 +415,7 @@ class HeldOut:
 
 
 @decides("evaluation.same-batches")
-class SameBatches:
+class SameBatches(RuntimeCheck):
     """Every evaluation of a run scores the same batches; otherwise its differences
     say nothing about the model.
     """
@@ -440,7 +449,7 @@ class SameBatches:
 
 
 @decides("evaluation.overfit-onset")
-class OverfitOnset:
+class OverfitOnset(RuntimeCheck):
     """Training loss falls while held-out loss rises out of its noise.
 
     Both slopes are those of the last `rounds` evaluations. The rise from the first to the last of

@@ -25,7 +25,16 @@ from stackproof.contracts.events import (
     Started,
     StepTaken,
 )
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run, passed
+from stackproof.contracts.gate import (
+    RuntimeCheck,
+    Stateless,
+    Verdict,
+    decide,
+    decides,
+    first_of,
+    not_run,
+    passed,
+)
 from stackproof.contracts.subject import MicroBatch, Subject
 
 
@@ -46,7 +55,7 @@ class RecomputedStep(Stateless):
 
 
 @decides("runtime.learned")
-class Learned:
+class Learned(RuntimeCheck):
     """A run that has ended has a lower loss than the one it began with,
     over the first and the last `SPAN` steps.
     """

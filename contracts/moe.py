@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.events import Event, Started, StepTaken
-from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed, not_run
 from stackproof.contracts.oracle import (
     Routed,
     balance_of,
@@ -411,7 +411,7 @@ def _closed_loop(
 
 
 @decides("moe.router-collapse")
-class RouterCollapse:
+class RouterCollapse(RuntimeCheck):
     """In no layer one expert takes nearly all tokens, and no expert none,
     for many steps in a row after the warm-up.
 

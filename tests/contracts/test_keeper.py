@@ -12,6 +12,7 @@ from stackproof.contracts.events import (
     StepTaken,
     WeightsUpdated,
 )
+from stackproof.contracts.gate import RuntimeCheck, resolve
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import GateFailed
@@ -108,3 +109,11 @@ def test_a_gate_that_judged_one_half_of_what_it_is_for_is_silent(spec, gate_id, 
         keeper.observe(Finished(step=2, status="completed"))
     keeper.observe(rest)
     keeper.observe(Finished(step=2, status="completed"))
+
+
+def test_every_runtime_check_has_the_base_that_names_what_it_has_not_judged(spec):
+    checks = {g.id: resolve(g) for g in spec.gates.values() if g.moment == "runtime"}
+    without = [i for i, check in checks.items() if not issubclass(check, RuntimeCheck)]
+    assert checks and without == []
+        checks and [i for i, check in checks.items() if not issubclass(check, RuntimeCheck)] == []
+    )
