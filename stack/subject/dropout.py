@@ -75,5 +75,5 @@ def branch_draws(
     for layer, block in enumerate(state.model.layers):
         _Watch(layer, draws).attach(block)
     for _ in range(n_steps):
-        steps.train_step(state, [state.data_loader.next_batch() for _ in range(cfg.accumulation())])
+        steps.train_step(state, state.next_batches())
     return draws

@@ -65,9 +65,7 @@ class RunStopping(RunParts, Stopping):
         windows = eval_batches(validation, seq_len, 1, n_windows)
         rounds = []
         for _ in range(2):
-            steps.train_step(
-                state, [state.data_loader.next_batch() for _ in range(state.cfg.accumulation())]
-            )
+            steps.train_step(state, state.next_batches())
             rounds.append(torch.tensor([_window_nats(state, window) for window in windows]))
         return float((rounds[1] - rounds[0]).std()) / self.cfg.eval.batch_size**0.5
 

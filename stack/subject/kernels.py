@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stackproof.config import RunConfig
 from stackproof.contracts.subject import HalfPrecision, Kernels, NotOffered
 from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.kernels import cross_entropy, dispatch
 from stackproof.kernels.compare import ChosenCall, seen_calls
 from stackproof.kernels.table import OPERATIONS, TORCH
 from stackproof.model import moe
-from stackproof.model.build import build_model, building
+from stackproof.model.build import building
 from stackproof.model.variants import make_norm
-from stackproof.subject.run import RunParts
+from stackproof.subject.run import RunParts, wrapping
 from stackproof.train import losses
 from stackproof.train import step as steps
-from stackproof.train.rng import stream_seed
 from stackproof.train.state import (
     AUTOCAST,
     TrainState,
@@ -50,9 +48,8 @@ class RunKernels(RunParts, Kernels):
     def calls(self) -> list[ChosenCall]:
         """Those of one micro-batch, loss included, in the run's own precision."""
         cfg, device = self.cfg, self.device
-        seed = stream_seed(cfg.seed, "init")
-        model = build_model(cfg.model, self.vocab_size, seed=seed, device=device).train()
-        batch = make_data_loader(_wrapping(cfg), self.dataset).next_batch()
+        model = self.fresh_model().train()
+        batch = make_data_loader(wrapping(cfg), self.dataset).next_batch()
         with torch.no_grad(), declared_autocast(cfg, device), seen_calls() as found:
             x_BTD, _ = model.hidden_states(*model_inputs(batch, device))
             losses.linear_cross_entropy_sum(x_BTD, model.head_weight, batch.labels.to(device))
@@ -83,7 +80,7 @@ class RunKernels(RunParts, Kernels):
 
     @cached_property
     def _compiled(self) -> TrainState:
-        return build_state(_wrapping(self.cfg), self.dataset, self.device)
+        return build_state(wrapping(self.cfg), self.dataset, self.device)
 
     @cached_property
     def _batches(self) -> list[Batch]:
@@ -103,11 +100,6 @@ class RunKernels(RunParts, Kernels):
 
     def by_torch(self) -> AbstractContextManager[None]:
         return dispatch.using(**dict.fromkeys(OPERATIONS, TORCH))
-
-
-def _wrapping(cfg: RunConfig) -> RunConfig:
-    """The run with a data loader that begins again where the corpus ends."""
-    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
 
 
 @contextmanager

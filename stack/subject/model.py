@@ -12,7 +12,6 @@ from stackproof.contracts.subject import Model
 from stackproof.model.build import build_model
 from stackproof.model.transformer import Transformer
 from stackproof.subject.run import RunParts
-from stackproof.train.rng import stream_seed
 
 
 class RunModel(RunParts, Model):
@@ -23,8 +22,7 @@ class RunModel(RunParts, Model):
         return self.fresh()
 
     def fresh(self) -> Transformer:
-        seed = stream_seed(self.cfg.seed, "init")
-        return build_model(self.cfg.model, self.vocab_size, seed=seed, device=self.device)
+        return self.fresh_model()
 
     @property
     def max_length(self) -> int:

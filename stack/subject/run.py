@@ -6,6 +6,9 @@ import torch
 
 from stackproof.config import RunConfig
 from stackproof.data.prepare import Dataset
+from stackproof.model.build import build_model
+from stackproof.model.transformer import Transformer
+from stackproof.train.rng import stream_seed
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,16 @@ class RunParts:
     def vocab_size(self) -> int:
         return self.dataset.tokenizer.vocab_size
 
+    def fresh_model(self) -> Transformer:
+        """A model of the run at step 0, on its device."""
+        seed = stream_seed(self.cfg.seed, "init")
+        return build_model(self.cfg.model, self.vocab_size, seed=seed, device=self.device)
+
+
+def wrapping(cfg: RunConfig) -> RunConfig:
+    """The run with a data loader that begins again where the corpus ends."""
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"on_exhausted": "wrap"})})
+
 
 def small_run(cfg: RunConfig) -> RunConfig:
     """The run with at most 2 rows and 2 micro-batches, eager, wrapping; model, length, dtype and
@@ -31,12 +44,7 @@ def small_run(cfg: RunConfig) -> RunConfig:
         "tokens_per_step": rows * cfg.model.max_seq_len * accumulation,
         "compile": False,
     }
-    return cfg.model_copy(
-        update={
-            "train": cfg.train.model_copy(update=train),
-            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
-        }
-    )
+    return wrapping(cfg).model_copy(update={"train": cfg.train.model_copy(update=train)})
 
 
 def tiny_run(cfg: RunConfig) -> RunConfig:
@@ -50,10 +58,9 @@ def tiny_run(cfg: RunConfig) -> RunConfig:
         "tokens_per_step": sizes["max_seq_len"],
         "compile": False,
     }
-    return cfg.model_copy(
+    return wrapping(cfg).model_copy(
         update={
             "model": cfg.model.model_copy(update=sizes),
             "train": cfg.train.model_copy(update=train),
-            "data": cfg.data.model_copy(update={"on_exhausted": "wrap"}),
         }
     )

@@ -13,7 +13,6 @@ from stackproof.config import RunConfig
 from stackproof.contracts.subject import MicroBatch, Trainee, TraineeOptions, Training
 from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.model import moe
-from stackproof.model.build import build_model
 from stackproof.model.foreign import plain_name
 from stackproof.model.forward_context import Report
 from stackproof.subject.dropout import branch_draws
@@ -21,7 +20,6 @@ from stackproof.subject.run import RunParts, small_run
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
-from stackproof.train.rng import stream_seed
 from stackproof.train.state import TrainState, build_state, tensor_bytes
 
 
@@ -69,12 +67,7 @@ class RunTraining(RunParts, Training):
     @property
     def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
         """Those of a fresh model, which the live one equals before step 1."""
-        model = build_model(
-            self.cfg.model,
-            self.vocab_size,
-            seed=stream_seed(self.cfg.seed, "init"),
-            device=self.device,
-        )
+        model = self.fresh_model()
         return list(model.named_parameters()), self.make_optimizer(model).param_groups
 
     def cross_entropy_sum(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -128,7 +121,7 @@ class RunTrainee(Trainee):
         return self.state.optimizer
 
     def draw(self) -> list[Batch]:
-        return draw(self.state)
+        return self.state.next_batches()
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> float:
         return steps.accumulate(self.state, [_batch(b) for b in batches])[0]
@@ -184,14 +177,9 @@ def _batch(batch: MicroBatch) -> Batch:
     return Batch(batch.input_ids, batch.labels, tuple(range(n)), 0, 0, n, batch.document_ids)
 
 
-def draw(state: TrainState) -> list[Batch]:
-    """The micro-batches of the next step."""
-    return [state.data_loader.next_batch() for _ in range(state.cfg.accumulation())]
-
-
 def advance(state: TrainState) -> float:
     """Draw and take one step; returns the loss in nats."""
-    return steps.train_step(state, draw(state)).loss_nats
+    return steps.train_step(state, state.next_batches()).loss_nats
 
 
 def digest(state: TrainState) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def take_step(trainer: Trainer) -> None:
 
 def draw(trainer: Trainer) -> list[Batch]:
     """The micro-batches of one step."""
-    batches = [trainer.state.data_loader.next_batch() for _ in range(trainer.cfg.accumulation())]
+    batches = trainer.state.next_batches()
     trainer.callbacks.on_batch(trainer, batches)
     return batches
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stackproof.config import RunConfig
 from stackproof.data import curriculum
-from stackproof.data.data_loader import DataLoader
+from stackproof.data.data_loader import Batch, DataLoader
 from stackproof.data.prepare import Dataset
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, make_stop_rule
 from stackproof.model.build import build_model, compile_hidden_states
@@ -61,6 +61,10 @@ class TrainState:
     def autocast(self) -> torch.autocast:
         """The declared compute precision, as a context."""
         return declared_autocast(self.cfg, self.device)
+
+    def next_batches(self) -> list[Batch]:
+        """The micro-batches of the next step, from the data loader."""
+        return [self.data_loader.next_batch() for _ in range(self.cfg.accumulation())]
 
     def update_ema(self, loss_nats: float) -> None:
         """Exponential mean of the training loss (decay 0.98) and its minimum so far."""
