@@ -131,7 +131,9 @@ def folder(limits: SimpleNamespace, subject: Subject) -> Verdict:
         changed_files=len(changed),
     )
     if verdict.passed and compared is None:
-        return not_run("the folder is complete; it was not compared, for want of the other library")
+        return not_run(
+            "the folder is complete; it was not compared: the other library is not installed"
+        )
     return verdict
 
 
@@ -148,13 +150,13 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _index_problem(shards: Mapping[str, Mapping], indices: Sequence[Path]) -> str:
-    """What an index says that the files do not, or the other way round; empty if they agree."""
+    """How an index and the files differ; empty if they agree."""
     if not indices:
         return "" if len(shards) == 1 else f"{len(shards)} weight files and no index"
     document = json.loads(indices[0].read_bytes())
-    told = {(name, file) for name, file in document["weight_map"].items()}
+    indexed = {(name, file) for name, file in document["weight_map"].items()}
     held = {(name, file) for file, header in shards.items() for name in header}
-    if odd := sorted(told ^ held):
+    if odd := sorted(indexed ^ held):
         return f"index and files disagree on {len(odd)} tensors, first {odd[0][0]} in {odd[0][1]}"
     n_bytes = sum(
         BYTES.get(e["dtype"], 0) * _numel(e["shape"])

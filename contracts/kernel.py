@@ -86,7 +86,7 @@ def _head_in_float64(
     x_RD: Tensor, head_VD: Tensor, labels_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of −log p(label), and its gradients written out: p minus one at the label,
-    zero where there is none.
+    and 0 for a row without a label.
     """
     kept_R = labels_R != IGNORE
     log_p_RV = (x_RD @ head_VD.T).log_softmax(1)

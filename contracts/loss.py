@@ -160,8 +160,8 @@ def own_batch(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The mean loss that a step reports on the run's own rows, whole and as they are packed, is the
     one that its logits give in float64, with dropout off.
 
-    The weights make something of the context: at step 0 every label costs ln V, and one row could
-    not be told from another.
+    The weights make the logits depend on the context: at step 0 every label costs ln V, and rows
+    could not be distinguished.
     """
     trainee = subject.training.trainee(TraineeOptions(exact=True))
     trainee.model.eval()

@@ -175,7 +175,7 @@ def overfit_batch(vocab_size: int, eos_id: int, seq_len: int) -> MicroBatch:
     """Two rows over a handful of tokens, end of text among them, so that one token has many
     successors. T ≥ 2.
 
-    Each row begins with its own token; the rest can only be told apart by what came before. The
+    Each row begins with its own token; only the tokens before distinguish the rest. The
     last token is an end of text in both rows, followed by another one in the first only.
     """
     others = [i for i in range(min(vocab_size, 9)) if i != eos_id]
@@ -209,8 +209,8 @@ def _learned(model: nn.Module, batch: MicroBatch, eos_id: int) -> tuple[float, f
 
 
 def ambiguous(ids_BT: Tensor, labels_BT: Tensor) -> int:
-    """Number of tokens of a batch that have labels of more than one kind. Only the context tells
-    such labels apart.
+    """Number of tokens of a batch that have labels of more than one kind. Only the context
+    distinguishes such labels.
     """
     followers: dict[int, set[int]] = {}
     for token, label in zip(ids_BT.flatten().tolist(), labels_BT.flatten().tolist()):

@@ -360,7 +360,7 @@ class _Watched:
 
 @decides("optim.applied-update")
 def applied_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """Whole train steps move each parameter as clipping, schedule and rule say together, and
+    """Whole train steps move each parameter by the declared clipping, schedule and rule, and
     nothing else moves it.
 
     Steps around the end of the warm-up, from fresh moments. Each is worked out in float64 from the

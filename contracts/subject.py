@@ -603,7 +603,9 @@ class Kernels:
 
     @capability
     def by_torch(self) -> AbstractContextManager[None]:
-        """Compute every operation by torch's own kernel, which its counter of operations sees."""
+        """Compute every operation by torch's own kernel, which torch's counter of operations
+        counts.
+        """
 
 
 class HalfPrecision:
@@ -750,9 +752,7 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A trainer and its run, as a gate sees them. A part that an adapter does not give offers
-    nothing.
-    """
+    """A trainer and its run, as typed parts. A part that an adapter leaves out offers nothing."""
 
     declared: Declared = field(default_factory=Declared)
     corpus: Corpus = field(default_factory=Corpus)

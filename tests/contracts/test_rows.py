@@ -250,3 +250,26 @@ def test_rows_counts_the_epochs_over_a_resume_from_the_plan(spec):
             check.observe(drawn(2, 4, ids=(4, 5, 0, 1), epoch=1, epochs=(0, 0, 1, 1))).passed
             == passes
         )
+
+
+def test_rows_without_drawn_rows_or_without_counted_tokens_miss_a_half(spec):
+    plan = {"cursor": 0, "drawn": [0], "tokens_seen": 0, "rows_per_step": 1, "tokens_per_step": 4}
+    plan["sources"] = [{"name": "all", "first": 0, "n_windows": 9}]
+    check = Rows(limits_of(spec.gates["data.rows"]))
+    check.observe(Started(step=0, plan=plan))
+    assert check.missing() == "the rows that were drawn"
+    drawn = BatchDrawn(
+        step=1,
+        cursor_before=0,
+        cursor_after=1,
+        sample_ids=(3,),
+        epoch=0,
+        n_tokens=4,
+        sources=(0,),
+        epochs=(0,),
+    )
+    assert check.observe(drawn).passed and check.missing() == "the tokens of a step"
+    assert check.observe(
+        step_taken(step=1, sample_ids=(3,), tokens_seen=4, n_expected_tokens=4, n_valid_tokens=4)
+    ).passed
+    assert check.missing() == ""
