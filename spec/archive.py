@@ -1,5 +1,5 @@
-"""Archived records: the append-only list of records removed from the tree, and their files in git
-history.
+"""The archive: an append-only list of records and large series that were removed from the tree, and
+their files in git history.
 """
 
 import subprocess
@@ -20,9 +20,11 @@ METADATA = "metadata.json"
 
 
 class Archived(Frozen):
-    """One line: a record, a commit that holds its folder, and the sha256 of each file in it.
+    """One line: a record, a commit that holds its folder, and the sha256 of each archived file.
 
-    The commit is the last one that changed the folder before it left the tree.
+    The commit is the last one that changed the folder before the files left the tree. A line with
+    metadata.json archives the whole record; a line without it archives series of a record that
+    stays.
     """
 
     record: str
@@ -31,11 +33,16 @@ class Archived(Frozen):
 
     @model_validator(mode="after")
     def _plain_names(self) -> "Archived":
-        if METADATA not in self.files:
-            raise ValueError(f"{self.record} lists no {METADATA}")
+        if not self.files:
+            raise ValueError(f"{self.record} lists no file")
         if bad := [n for n in (self.record, *self.files) if "/" in n or n.startswith(".")]:
             raise ValueError(f"{bad[0]!r} is not a plain name")
         return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether the record itself is archived, not only series of it."""
+        return METADATA in self.files
 
     def place(self, name: str) -> str:
         """The argument of `History.read` for a file of the record."""
@@ -120,28 +127,36 @@ class Archive:
 
     @cached_property
     def by_record(self) -> dict[str, Archived]:
-        return {line.record: line for line in self.lines}
+        """The lines of records that are archived as a whole."""
+        return {line.record: line for line in self.lines if line.whole}
+
+    @cached_property
+    def by_file(self) -> dict[tuple[str, str], Archived]:
+        """The line of each archived file, by record and file name."""
+        return {(line.record, name): line for line in self.lines for name in line.files}
 
     def __contains__(self, record_id: str) -> bool:
         return record_id in self.by_record
 
     def read(self, record_id: str, name: str = METADATA) -> bytes:
-        """A file of an archived record, from the commit that its line names.
+        """An archived file, from the commit that its line names.
 
         Raises NoHistory if the history is incomplete and lacks the commit. Raises IntegrityError if
-        a complete history lacks it or holds other bytes.
+        the file is not in the list, or if a complete history lacks it or holds other bytes.
         """
-        line = self.by_record[record_id]
+        line = self.by_file.get((record_id, name))
+        if line is None:
+            raise IntegrityError(f"{self.path} does not list {record_id}/{name}")
         if line.commit not in self.history.commits:
             if not self.history.complete:
                 raise NoHistory(
-                    f"record {record_id} is archived, and this checkout lacks the history that "
+                    f"{record_id}/{name} is archived, and this checkout lacks the history that "
                     "holds it",
                     value=f"commit {line.commit}",
                     next_step="git fetch --unshallow, or clone the repository with its history",
                 )
             raise IntegrityError(
-                f"record {record_id} is archived at commit {line.commit[:12]}, which is not an "
+                f"{record_id}/{name} is archived at commit {line.commit[:12]}, which is not an "
                 "ancestor of HEAD"
             )
         data = (self._metadata if name == METADATA else self._series).get((record_id, name))
@@ -154,13 +169,12 @@ class Archive:
 
     @cached_property
     def _metadata(self) -> dict[tuple[str, str], bytes | None]:
-        return self._read_all([(line.record, METADATA) for line in self.lines])
+        return self._read_all([file for file in self.by_file if file[1] == METADATA])
 
     @cached_property
     def _series(self) -> dict[tuple[str, str], bytes | None]:
-        named = [(line.record, name) for line in self.lines for name in line.files]
-        return self._read_all([(record, name) for record, name in named if name != METADATA])
+        return self._read_all([file for file in self.by_file if file[1] != METADATA])
 
     def _read_all(self, files: list[tuple[str, str]]) -> dict[tuple[str, str], bytes | None]:
-        places = [self.by_record[record].place(name) for record, name in files]
+        places = [self.by_file[file].place(file[1]) for file in files]
         return dict(zip(files, self.history.read(places)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from stackproof.spec.archive import METADATA, Archive
+from stackproof.spec.archive import METADATA, Archive, Archived
 from stackproof.spec.canonical import canonical_json, parse_strict, sha256_bytes
 from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import Frozen
@@ -76,13 +76,13 @@ class Ledger:
         return self.directory / record_id / "metadata.json"
 
     def content(self, record_id: str, name: str = METADATA) -> bytes:
-        """A file of a record, from its folder or, if the record is archived, from git history.
+        """A file of a record, from its folder or, if the file is archived, from git history.
 
         Raises IntegrityError if the file is in neither, NoHistory if this checkout lacks the
         history.
         """
         path = self.record_path(record_id).with_name(name)
-        if record_id in self.archive and not path.parent.is_dir():
+        if (record_id, name) in self.archive.by_file and not path.exists():
             return self.archive.read(record_id, name)
         if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
             raise IntegrityError(f"{path} is missing or not a regular file")
@@ -144,10 +144,20 @@ class Ledger:
 
     def unread(self) -> list[str]:
         """Archived records that cannot be verified, because the checkout lacks the history."""
+        return [line.record for line in self._out_of_reach() if line.whole]
+
+    def unread_series(self) -> list[tuple[str, str]]:
+        """Archived series, as (record, file), that this checkout cannot verify, of records that
+        are in the tree.
+        """
+        return [(x.record, name) for x in self._out_of_reach() if not x.whole for name in x.files]
+
+    def _out_of_reach(self) -> list[Archived]:
+        """Lines whose commit this checkout lacks; none where the history is complete."""
         archive = self.archive
         if archive.history.complete:
             return []
-        return [a.record for a in archive.lines if a.commit not in archive.history.commits]
+        return [line for line in archive.lines if line.commit not in archive.history.commits]
 
     def problems(self) -> list[tuple[int, str]]:
         """Defects of the chain as (line number, message): sequence, previous hash, canonical form,

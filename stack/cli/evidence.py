@@ -124,7 +124,7 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
     lines = len(ledger.lines())
     if lines == 0:
         problems = [*problems, f"{ledger.path} holds no line"]
-    unread = len(ledger.unread()) if not problems else 0
+    unread = len(ledger.unread()) + len(ledger.unread_series()) if not problems else 0
     document = {
         "ok": not problems and not unread,
         "records": lines,
@@ -139,7 +139,7 @@ def verify(evidence: Directory = None, json: Json = False) -> None:
         )
         if unread:
             stdout.print(
-                f"{unread} archived record(s) not verified: no git history to read them from",
+                f"{unread} archived record(s) or series not verified: the checkout lacks history",
                 style="yellow",
             )
     if problems:
@@ -162,13 +162,13 @@ def archive(
     evidence: Directory = None,
     json: Json = False,
 ) -> None:
-    """Archive records that are not needed in the tree; git history keeps them.
+    """Archive records and large series that are not needed in the tree; git history keeps them.
 
     These stay: records of released models, records cited by a file of the tree, runs that did not
     succeed, the records that determine the state of each gate, one record of each kind, and the
-    parents and data sets of all these. The others are removed: a line in archive.jsonl holds the
-    commit and the sha256 of their files. `show`, `verify` and the integrity check read them from
-    history.
+    parents and data sets of all these. The others are removed, and so is each series above 256 KiB
+    of a record that stays: a line in archive.jsonl holds the commit and the sha256 of the files.
+    `show`, `verify` and the integrity check read them from history.
     Nothing is committed. Exit code 6 if the folder differs from its commit, or if the clone lacks
     history.
     """
@@ -176,8 +176,10 @@ def archive(
 
     directory = _directory(evidence)
     plan = archiving.plan(directory) if dry_run else archiving.archive(directory)
-    leaving = [line.record for line in plan.lines]
-    document = {"dry_run": dry_run, "archived": leaving, "bytes": plan.n_bytes, "kept": plan.kept}
+    leaving = [line.record for line in plan.lines if line.whole]
+    series = [f"{x.record}/{name}" for x in plan.lines if not x.whole for name in x.files]
+    document = {"dry_run": dry_run, "archived": leaving, "archived_series": series}
+    document |= {"bytes": plan.n_bytes, "kept": plan.kept}
     if emit(document, json):
         return
     stdout.print(
@@ -187,10 +189,10 @@ def archive(
             [[n, why] for n, why in plan.kept.items()],
         )
     )
-    for name in leaving:
+    for name in (*leaving, *series):
         stdout.print(name, markup=False)
     done = "would be archived" if dry_run else "archived; commit the folder"
-    stdout.print(f"{len(leaving)} record(s), {plan.n_bytes} bytes, {done}")
+    stdout.print(f"{len(leaving)} record(s), {len(series)} series, {plan.n_bytes} bytes, {done}")
 
 
 @app.command()

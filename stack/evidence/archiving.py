@@ -1,15 +1,15 @@
-"""Archives records that are not needed in the tree: git history keeps their files."""
+"""Archives records and large series that are not needed in the tree; git history keeps them."""
 
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from stackproof.evidence.ledgering import verify
-from stackproof.spec.archive import FILE, Archived, History
+from stackproof.spec.archive import FILE, METADATA, Archived, History
 from stackproof.spec.canonical import sha256_bytes, sha256_file
 from stackproof.spec.coverage import gate_state
 from stackproof.spec.errors import IntegrityError
@@ -18,12 +18,13 @@ from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import Record
 from stackproof.spec.registry import read_registry
 
+LARGE_SERIES_BYTES = 256 * 1024
 RECORD_ID = r"[a-z]+-[0-9]{8}T[0-9]{6}Z(-[0-9a-f]{8})?"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Records that stay, each with the reason, and the lines and size of those to archive."""
+    """Records that stay, each with the reason, and the lines and size of the files to archive."""
 
     kept: dict[str, str]
     lines: tuple[Archived, ...]
@@ -31,7 +32,7 @@ class Plan:
 
 
 def archive(directory: Path) -> Plan:
-    """Append the lines of the records to archive, then remove their folders. Commits nothing.
+    """Append the lines of the files to archive, then remove the files. Commits nothing.
 
     Raises IntegrityError if `plan` does.
     """
@@ -40,7 +41,10 @@ def archive(directory: Path) -> Plan:
         with open(directory / FILE, "ab") as f:
             f.write(b"".join(line.to_line() for line in made.lines))
         for line in made.lines:
-            shutil.rmtree(directory / line.record)
+            for name in line.files:
+                (directory / line.record / name).unlink()
+            if line.whole:
+                (directory / line.record).rmdir()
     return made
 
 
@@ -78,15 +82,14 @@ def plan(directory: Path) -> Plan:
         cited=citations(directory, records),
     )
     commits = last_commits(history)
-    lines = tuple(
-        _line(directory / name, commits)
-        for name in records
-        if name not in kept and name not in ledger.archive
-    )
+    lines, n_bytes = [], 0
+    for name in records:
+        files = _files_to_archive(directory / name, whole=name not in kept)
+        if files:
+            lines.append(_line(directory / name, files, commits))
+            n_bytes += sum(file.stat().st_size for file in files)
     _require_readable(history, lines)
-    folders = [directory / line.record for line in lines]
-    n_bytes = sum(f.stat().st_size for folder in folders for f in folder.iterdir())
-    return Plan({n: kept[n] for n in records if n in kept}, lines, n_bytes)
+    return Plan({n: kept[n] for n in records if n in kept}, tuple(lines), n_bytes)
 
 
 def kept_records(
@@ -217,11 +220,20 @@ def last_commits(history: History) -> dict[str, str]:
     return found
 
 
-def _line(folder: Path, commits: Mapping[str, str]) -> Archived:
+def _files_to_archive(folder: Path, *, whole: bool) -> list[Path]:
+    """All files of a record that leaves the tree; the large series of one that stays; none of an
+    archived one.
+    """
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    large = [f for f in files if f.name != METADATA and f.stat().st_size > LARGE_SERIES_BYTES]
+    return files if whole else large
+
+
+def _line(folder: Path, files: Sequence[Path], commits: Mapping[str, str]) -> Archived:
     if folder.name not in commits:
         raise IntegrityError(f"{folder} is not committed", next_step="commit the record first")
-    files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-    return Archived(record=folder.name, commit=commits[folder.name], files=files)
+    hashes = {file.name: sha256_file(file) for file in files}
+    return Archived(record=folder.name, commit=commits[folder.name], files=hashes)
 
 
 def _require_readable(history: History, lines: Iterable[Archived]) -> None:
@@ -235,12 +247,15 @@ def _require_readable(history: History, lines: Iterable[Archived]) -> None:
 
 @contextmanager
 def folder_of(directory: Path, record_id: str) -> Iterator[Path]:
-    """The folder of a record; for an archived one, a temporary copy from history."""
-    ledger = Ledger(directory)
-    if record_id not in ledger.archive:
-        yield directory / record_id
+    """The folder of a record; if files of it are archived, a temporary copy with all files."""
+    archive, folder = Ledger(directory).archive, directory / record_id
+    archived = [name for record, name in archive.by_file if record == record_id]
+    if not archived:
+        yield folder
         return
     with tempfile.TemporaryDirectory() as made:
-        for name in ledger.archive.by_record[record_id].files:
-            (Path(made) / name).write_bytes(ledger.archive.read(record_id, name))
+        if folder.is_dir():
+            shutil.copytree(folder, made, dirs_exist_ok=True)
+        for name in archived:
+            (Path(made) / name).write_bytes(archive.read(record_id, name))
         yield Path(made)

@@ -90,7 +90,8 @@ def _require_small_text(path: Path, name: str, sha256: str) -> None:
 def verify(directory: Path) -> list[str]:
     """Problems of a ledger and its records, as messages; empty if all hashes and the chain hold.
 
-    Archived records that this checkout cannot read are not included: `Ledger.unread` lists them.
+    Archived files that this checkout cannot read are not included: `Ledger.unread` and
+    `Ledger.unread_series` list them.
     """
     ledger = Ledger(directory)
     try:
@@ -101,12 +102,18 @@ def verify(directory: Path) -> list[str]:
     for entry in entries:
         try:
             record = ledger.read(entry)
-            for series in record.series:
-                ledger.series(record, series)
         except NoHistory:
             continue
         except IntegrityError as e:
             found.append(str(e))
+            continue
+        for series in record.series:
+            try:
+                ledger.series(record, series)
+            except NoHistory:
+                continue
+            except IntegrityError as e:
+                found.append(str(e))
     known = {e.record for e in entries}
     found += [
         f"{a.record}: archived without a ledger line" for a in archived if a.record not in known

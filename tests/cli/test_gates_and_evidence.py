@@ -181,7 +181,7 @@ def test_evidence_archive_lists_moves_and_is_verified(stack, tmp_path):
     shutil.rmtree(stack.folder / ".git")
     bare = stack("evidence", "verify", "--json")
     assert bare.code == 0 and bare.json["ok"] is False and bare.json["not_verified"] == 2
-    assert "2 archived record(s) not verified" in stack("evidence", "verify").out
+    assert "2 archived record(s) or series not verified" in stack("evidence", "verify").out
     refused = stack("evidence", "show", gone)
     assert refused.code == 6 and "lacks the history" in refused.err
 

@@ -7,9 +7,10 @@ import pytest
 
 from stackproof.evidence import archiving
 from stackproof.evidence.archiving import citations, folder_of, kept_records
+from stackproof.evidence.ledgering import verify
 from stackproof.spec.archive import Archive
 from stackproof.spec.coverage import coverage
-from stackproof.spec.errors import IntegrityError
+from stackproof.spec.errors import IntegrityError, NoHistory
 from stackproof.spec.gates import load_spec
 from stackproof.spec.ledger import Ledger
 from stackproof.spec.records import GateResult, Kill, Record
@@ -264,3 +265,61 @@ def test_the_folder_of_an_archived_record_comes_back_for_a_rerun(repo):
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
     with folder_of(directory, stays) as folder:
         assert folder == directory / stays
+
+
+def large(root, minute: int) -> tuple[str, str]:
+    """Accept a benchmark with a small series and a large one; returns its id and the large file."""
+    lines = {
+        archived.SERIES: [{"round": 1}],
+        "points.jsonl": [{"n": n, "text": "x" * 1000} for n in range(300)],
+    }
+    commit = git(root, "rev-list", "--max-parents=0", "HEAD")
+    made = small_repo.record(root, "benchmark", minute, commit, series_lines=lines)
+    small_repo.commit_all(root)
+    return made.id, "points.jsonl"
+
+
+def test_a_large_series_leaves_the_tree_and_its_record_stays(repo):
+    directory = repo / "evidence"
+    name, file = large(repo, 20)
+    data = (directory / name / file).read_bytes()
+    assert len(data) > archiving.LARGE_SERIES_BYTES
+    plan = archiving.archive(directory)
+    assert name in plan.kept
+    (line,) = [line for line in plan.lines if line.record == name]
+    assert list(line.files) == [file] and not line.whole
+    assert {f.name for f in (directory / name).iterdir()} == {"metadata.json", archived.SERIES}
+    ledger = Ledger(directory)
+    assert name not in ledger.archive and ledger.content(name, file) == data
+    with folder_of(directory, name) as folder:
+        assert (folder / file).read_bytes() == data and (folder / "metadata.json").is_file()
+    small_repo.commit_all(repo)
+    assert archiving.archive(directory).lines == (), "a listed series is not listed again"
+
+
+def test_a_record_without_its_large_series_is_archived_later(repo):
+    directory = repo / "evidence"
+    name, file = large(repo, 20)
+    data = (directory / name / file).read_bytes()
+    archiving.archive(directory)
+    small_repo.commit_all(repo)
+    archived.benchmark(repo, 21)
+    small_repo.commit_all(repo)
+    (line,) = archiving.archive(directory).lines
+    assert line.record == name and set(line.files) == {"metadata.json", archived.SERIES}
+    assert not (directory / name).exists()
+    assert Ledger(directory).content(name, file) == data
+
+
+def test_without_history_a_large_series_is_unread_and_its_record_is_read(repo, tmp_path):
+    name, file = large(repo, 20)
+    archiving.archive(repo / "evidence")
+    small_repo.commit_all(repo)
+    copy = tmp_path / "exported"
+    shutil.copytree(repo, copy, ignore=shutil.ignore_patterns(".git"))
+    ledger = Ledger(copy / "evidence")
+    assert ledger.unread_series() == [(name, file)] and name in ledger.records()
+    with pytest.raises(NoHistory, match="lacks the history"):
+        ledger.content(name, file)
+    assert verify(copy / "evidence") == []
+    assert Ledger(repo / "evidence").unread_series() == []

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
-from tests.tools import archived
+from stackproof.evidence import archiving
+from tests.tools import archived, small_repo
+from tests.tools.small_repo import git
 from tools.site_pages import home
 from tools.site_pages.runs import archived_page, run_page, runs_index
 from tools.site_pages.world import load_world
@@ -47,3 +49,23 @@ def test_without_history_it_is_listed_as_archived(built):
     assert line.commit in page.text() and all(sha in page.text() for sha in line.files.values())
     assert "and 1 archived ones that this build could not verify" in home.verdict(world, "a")
     assert gone in home.evidence_json(world)
+
+
+def test_a_page_names_an_archived_series_and_whether_it_was_read(tmp_path):
+    root = tmp_path / "repo"
+    archived.build(root)
+    lines = {"points.jsonl": [{"n": n, "text": "x" * 1000} for n in range(300)]}
+    commit = git(root, "rev-list", "--max-parents=0", "HEAD")
+    name = small_repo.record(root, "benchmark", 20, commit, series_lines=lines).id
+    small_repo.commit_all(root)
+    archiving.archive(root / "evidence")
+    small_repo.commit_all(root)
+    bare = tmp_path / "bare"
+    shutil.copytree(root, bare, ignore=shutil.ignore_patterns(".git"))
+    for where, n_lines in ((root, 300), (bare, 0)):
+        world = load_world(where, where / "evidence")
+        record = world.records[name]
+        assert len(world.series(record, "points.jsonl")) == n_lines
+        page = run_page(world, record).text()
+        assert "points.jsonl</code> is in git history" in page
+        assert ("not shown and not verified" in page) is (where == bare)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stackproof.evidence import archiving
 from stackproof.spec import ROOT
 from stackproof.spec.canonical import sha256_bytes
 from stackproof.spec.ledger import GENESIS, Entry, Ledger
@@ -131,6 +132,57 @@ def test_a_broken_list_is_a_finding_and_no_crash(repo):
     root, *_ = repo
     write(root, LIST, "{}\n")
     assert "SCHEMA" in found(root) and "INTERNAL" not in found(root)
+
+
+@pytest.fixture
+def series(repo):
+    """A repository with a record in the tree of which a large series is archived."""
+    root, *_ = repo
+    lines = {"points.jsonl": [{"n": n, "text": "x" * 1000} for n in range(300)]}
+    commit = git(root, "rev-list", "--max-parents=0", "HEAD")
+    name = small_repo.record(root, "benchmark", 20, commit, series_lines=lines).id
+    small_repo.commit_all(root)
+    archiving.archive(root / "evidence")
+    small_repo.commit_all(root)
+    return root, name
+
+
+def test_an_archived_series_has_no_finding_until_it_or_its_line_changes(series):
+    root, name = series
+    assert line_of(root, name)["files"].keys() == {"points.jsonl"} and found(root) == {}
+    edit(root, LIST, line_of(root, name)["files"]["points.jsonl"], "e" * 64)
+    codes = found(root)
+    assert "not what was archived" in codes["ARCHIVE"] or "declares no series" in codes["ARCHIVE"]
+    assert "points.jsonl" in codes["ARTEFACT-HASH"]
+
+
+def test_an_archived_series_is_declared_by_its_record_and_not_in_the_tree(series):
+    root, name = series
+    write(root, f"evidence/{name}/points.jsonl", "{}\n")
+    assert "is listed as archived and is in the tree" in found(root)["ARCHIVE"]
+    (root / "evidence" / name / "points.jsonl").unlink()
+    sha256 = line_of(root, name)["files"]["points.jsonl"]
+    edit(root, LIST, f'"points.jsonl":"{sha256}"', f'"other.jsonl":"{sha256}"')
+    messages = [f.message for f in check(root) if f.code == "ARCHIVE"]
+    assert any("declares no series other.jsonl" in m for m in messages)
+
+
+def test_a_series_that_is_removed_without_a_line_is_found(series):
+    root, _ = series
+    write(root, LIST, "".join(x + "\n" for x in (root / LIST).read_text().splitlines()[:-1]))
+    assert "points.jsonl" in found(root)["ARTEFACT-HASH"]
+
+
+def test_without_history_an_archived_series_is_not_verified(series, tmp_path):
+    root, _ = series
+    shutil.copytree(root, tmp_path / "bare", ignore=shutil.ignore_patterns(".git"))
+    command = [sys.executable, str(ROOT / "tools/check_integrity.py"), "--root"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "bare"), "--json"], capture_output=True, text=True
+    )
+    document = json.loads(done.stdout)
+    assert "ARCHIVE: 1 archived series" in document["not_verified"] and not document["ok"]
+    assert not {"ARTEFACT-HASH", "ARCHIVE"} & {f["code"] for f in document["findings"]}
 
 
 def test_a_checkout_without_history_is_not_verified_and_not_ok(repo, tmp_path):

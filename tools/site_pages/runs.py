@@ -59,6 +59,8 @@ def run_page(world: World, record: Record) -> Page:
         record=record,
         superseded_by=world.superseded.get(record.id),
         archived=archive.by_record.get(record.id),
+        archived_series={n: x for (r, n), x in archive.by_file.items() if r == record.id},
+        unread_series=[n for r, n in world.ledger.unread_series() if r == record.id],
         chart=chart_of(world, record),
         data=[sources(world, record), draws(world, record)],
         findings=[probes(world, record), traces.sections(world, record)],

@@ -76,12 +76,13 @@ class World:
         return gate_id in self.spec.gates and fingerprint in self.spec.fingerprints(gate_id)
 
     def series(self, record: Record, name: str, *keys: str) -> list[dict]:
-        """Lines of a JSON-lines file beside a record; empty if the record names no such file.
+        """Lines of a JSON-lines file beside a record; empty if the record names no such file, or
+        if the file is archived and the checkout lacks the history.
 
         Raises IntegrityError if the file does not match its hash, or if a line lacks one of `keys`.
         """
         declared = next((s for s in record.series if s.path == name), None)
-        if declared is None:
+        if declared is None or (record.id, name) in self.ledger.unread_series():
             return []
         path = self.ledger.record_path(record.id).with_name(name)
         data = self.ledger.series(record, declared)
