@@ -21,7 +21,6 @@ from unittest import mock
 from stackproof.contracts.events import Evaluated, Event, Finished, Started, StateRestored
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -302,9 +301,11 @@ class Pointers(RuntimeCheck):
     """
 
     events = (Started, Evaluated, Finished)
+    kept = ("least_nats", "least_step")
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.least_nats, self.least_step, self.began = limits, math.inf, 0, 0
+        super().__init__(limits)
+        self.least_nats, self.least_step, self.began = math.inf, 0, 0
 
     def observe(self, event: Event) -> Verdict | None:
         match event:
@@ -337,20 +338,9 @@ class Pointers(RuntimeCheck):
             best_step=self.least_step,
         )
 
-    def state_dict(self) -> dict:
-        return (
-            {"least_nats": self.least_nats, "least_step": self.least_step}
-            if self.least_step
-            else {}
-        )
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
 
 @decides("checkpoint.state-restored")
-class Restored(Stateless):
+class Restored(RuntimeCheck):
     """Weights, optimizer, schedule, random state and data continue where the checkpoint left
     them.
     """

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from stackproof.contracts.events import Evaluated, Event, Started, StateCompared
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -288,7 +287,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 @decides("evaluation.divergence")
-class Divergence(Stateless):
+class Divergence(RuntimeCheck):
     """Held-out loss is finite, at first not far above guessing,
     and never a multiple of the evaluation before.
 
@@ -331,15 +330,11 @@ class HeldOut(RuntimeCheck):
     """
 
     events = (Started, Evaluated)
+    kept = ("best",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.n_batches, self.best, self.rows, self.begun_at = (
-            limits,
-            None,
-            None,
-            None,
-            0,
-        )
+        super().__init__(limits)
+        self.n_batches, self.best, self.rows, self.begun_at = None, None, None, 0
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
@@ -407,12 +402,6 @@ class HeldOut(RuntimeCheck):
             )
         return ""
 
-    def state_dict(self) -> dict:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.best = state["best"]
-
 
 @decides("evaluation.same-batches")
 class SameBatches(RuntimeCheck):
@@ -421,9 +410,11 @@ class SameBatches(RuntimeCheck):
     """
 
     events = (Evaluated,)
+    kept = ("batch_hash", "n_batches", "changes")
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.batch_hash, self.n_batches, self.changes = limits, None, 0, 0
+        super().__init__(limits)
+        self.batch_hash, self.n_batches, self.changes = None, 0, 0
 
     def observe(self, event: Event) -> Verdict:
         if self.batch_hash is None:
@@ -437,16 +428,6 @@ class SameBatches(RuntimeCheck):
             n_batches=len(event.batch_nats),
         )
 
-    def state_dict(self) -> dict:
-        return {"batch_hash": self.batch_hash, "n_batches": self.n_batches, "changes": self.changes}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.batch_hash, self.n_batches, self.changes = (
-            state["batch_hash"],
-            state["n_batches"],
-            state["changes"],
-        )
-
 
 @decides("evaluation.overfit-onset")
 class OverfitOnset(RuntimeCheck):
@@ -458,9 +439,11 @@ class OverfitOnset(RuntimeCheck):
     """
 
     events = (Evaluated,)
+    kept = ("rounds",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.rounds = limits, []
+        super().__init__(limits)
+        self.rounds: list[list] = []
 
     def observe(self, event: Event) -> Verdict | None:
         if event.train_loss_nats is None:
@@ -485,12 +468,6 @@ class OverfitOnset(RuntimeCheck):
             rise_z=min(z, 1e9),
         )
 
-    def state_dict(self) -> dict:
-        return {"rounds": self.rounds}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rounds = state["rounds"]
-
 
 def _slope(values: list[float]) -> float:
     """Least-squares slope over equally spaced points."""
@@ -511,7 +488,7 @@ def _rise_z(first: list[float], last: list[float]) -> float:
 
 
 @decides("evaluation.leaves-no-trace")
-class LeavesNoTrace(Stateless):
+class LeavesNoTrace(RuntimeCheck):
     """An evaluation, a sample and a save leave weights, moments, random state, rows to come and
     modes as they found them.
     """

@@ -27,7 +27,6 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -39,7 +38,7 @@ from stackproof.contracts.subject import MicroBatch, Subject
 
 
 @decides("runtime.recomputed-step")
-class RecomputedStep(Stateless):
+class RecomputedStep(RuntimeCheck):
     """A step that was computed twice from one state came to the same bits."""
 
     events = (Recomputed,)
@@ -62,9 +61,11 @@ class Learned(RuntimeCheck):
 
     events = (Started, StepTaken, Finished)
     SPAN = 8
+    kept = ("first", "last")
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.first, self.unseen = limits, [], False
+        super().__init__(limits)
+        self.first, self.unseen = [], False
         self.last: deque[float] = deque(maxlen=self.SPAN)
 
     def observe(self, event: Event) -> Verdict | None:
@@ -95,15 +96,9 @@ class Learned(RuntimeCheck):
             loss_nats=ended,
         )
 
-    def state_dict(self) -> dict:
-        return {"first": list(self.first), "last": list(self.last)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.first, self.last = list(state["first"]), deque(state["last"], maxlen=self.SPAN)
-
 
 @decides("runtime.clock")
-class Clock(Stateless):
+class Clock(RuntimeCheck):
     """The time a step is said to take is the time that passes between what the run announces,
     on a clock of the gate's own.
 

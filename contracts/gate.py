@@ -4,6 +4,7 @@ import importlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -60,7 +61,8 @@ def first_of(names: Sequence[str], n: int = 3) -> str:
 class RuntimeCheck:
     """Base of checks that watch `events`. One is built per run, with the gate's limits.
 
-    `kept` names the attributes that a resumed run continues with: JSON values, or deques of them.
+    `kept` names the attributes that a resumed run continues with: JSON values, or deques of JSON
+    values or tuples.
     """
 
     events: tuple[type, ...]
@@ -80,20 +82,26 @@ class RuntimeCheck:
         return ""
 
     def state_dict(self) -> dict:
-        """What a resumed run continues with, JSON-ready."""
+        """What a resumed run continues with, JSON-ready. An infinite number is left out, since JSON
+        has none.
+        """
         state = {name: getattr(self, name) for name in self.kept}
-        return {n: list(v) if isinstance(v, deque) else v for n, v in state.items()}
+        return {
+            name: list(value) if isinstance(value, deque) else copy(value)
+            for name, value in state.items()
+            if not (isinstance(value, float) and math.isinf(value))
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with the state of a checkpoint."""
-        for name in self.kept:
-            now = getattr(self, name)
-            kept = deque(state[name], now.maxlen) if isinstance(now, deque) else state[name]
-            setattr(self, name, kept)
-
-
-class Stateless(RuntimeCheck):
-    """Base of runtime checks whose state is not kept for a resume."""
+        """Continue with the state of a checkpoint. What an older checkpoint does not have keeps its
+        initial value.
+        """
+        for name in state.keys() & set(self.kept):
+            now, value = getattr(self, name), copy(state[name])
+            if isinstance(now, deque):
+                items = (tuple(item) if isinstance(item, list) else item for item in value)
+                value = deque(items, now.maxlen)
+            setattr(self, name, value)
 
 
 def decides(gate_id: str) -> Callable:

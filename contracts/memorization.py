@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from stackproof.contracts.events import Event, MemorizationMeasured, Sampled
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -19,7 +18,7 @@ from stackproof.contracts.gate import (
 
 
 @decides("sampling.recitation")
-class Recitation(Stateless):
+class Recitation(RuntimeCheck):
     """A model continues training passages word for word no more often than held-out passages.
 
     Held-out passages are continued only where the count of training passages alone could be red.

@@ -421,9 +421,11 @@ class RouterCollapse(RuntimeCheck):
     """
 
     events = (Started, StepTaken)
+    kept = ("crowded", "idle")
 
     def __init__(self, limits):
-        self.limits, self.plan = limits, None
+        super().__init__(limits)
+        self.plan = None
         self.crowded: dict[str, int] = {}
         self.idle: dict[str, int] = {}
 
@@ -488,9 +490,3 @@ class RouterCollapse(RuntimeCheck):
             busiest_frac=max(visited.values()),
             idlest_frac=min(visited.values()),
         )
-
-    def state_dict(self) -> dict:
-        return {"crowded": self.crowded, "idle": self.idle}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.crowded, self.idle = dict(state["crowded"]), dict(state["idle"])

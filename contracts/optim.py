@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.events import Event, StepTaken
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, failed
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, failed
 from stackproof.contracts.loss import IGNORE, random_rows
 from stackproof.contracts.schedule import closed_form
 from stackproof.contracts.subject import (
@@ -513,7 +513,7 @@ def _reported_and_measured(trainee: Trainee) -> dict[str, tuple[float, float]]:
 
 
 @decides("optim.clip-norm")
-class ClipNorm(Stateless):
+class ClipNorm(RuntimeCheck):
     """After clipping, the re-measured global norm is at most the declared one and the
     direction was kept in length.
     """
