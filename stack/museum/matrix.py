@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stackproof.config import RunConfig, load_config
+from stackproof.config import RunConfig
 from stackproof.contracts.gate import call_check, not_run
 from stackproof.data.prepare import prepare
 from stackproof.museum.plant import Plant, load_museum
@@ -56,14 +56,14 @@ def matrix(
     is red, as it is where no gate is waived: its step is None and its seconds are those of the run.
     Plants in the script of another trainer do not touch the stack and have no row.
     """
-    museum = {p.id: p for p in load_museum().values() if p.trainer == "stack"}
+    plants = {p.id: p for p in load_museum().values() if p.trainer == "stack"}
     rows: list[Row] = []
     with workshop() as root:
         prover, controls = Prover(root), {}
         for gate in selection(gate_ids):
-            cfg = _config(prover, gate)
-            key = sha256_json([cfg.to_dict(), "export" in gate.kinds])
-            for plant in (museum[p] for p in gate.plants if p in museum):
+            for plant in (plants[p] for p in gate.plants if p in plants):
+                cfg = _config(prover, gate, plant)
+                key = sha256_json([cfg.to_dict(), "export" in gate.kinds])
                 if key not in controls:
                     controls[key] = _asked_of_all(prover, gate, cfg, nullcontext)[0]
                 rows.append(_row(prover, gate, cfg, plant, set(controls[key])))
@@ -71,13 +71,11 @@ def matrix(
     return rows
 
 
-def _config(prover: Prover, gate: Gate) -> RunConfig:
-    """The configuration a gate is proven under, with every gate of a run allowed to fail,
-    so that each of them is heard.
+def _config(prover: Prover, gate: Gate, plant: Plant) -> RunConfig:
+    """The configuration a plant is proven under, with every gate of a run waived, so that each of
+    them has a verdict.
     """
-    cfg, _ = load_config(
-        prover.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()}
-    )
+    cfg = prover.config(gate, plant)
     waive = tuple(
         Waiver(id=g.id, reason="the matrix asks all of them", expires="9999-12-31")
         for g in prover.spec.gates.values()
