@@ -19,6 +19,7 @@ from stackproof.contracts.loss import IGNORE, random_rows
 from stackproof.contracts.schedule import closed_form
 from stackproof.contracts.subject import (
     Declared,
+    NotOffered,
     StepReport,
     Subject,
     Trainee,
@@ -26,6 +27,11 @@ from stackproof.contracts.subject import (
     offers,
 )
 
+# what the formula of each rule reads of a law
+SETTINGS = {
+    "adamw": ("lr", "weight_decay", "betas", "eps"),
+    "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "lr_scale"),
+}
 RATE = 1e-2
 ULPS = 2.0**-22  # of a weight, by which two float32 operations may round it
 LOW_NORM = 1e-2
@@ -80,18 +86,24 @@ def _ownership(named: NamedParameters, groups: Sequence[Mapping[str, Any]]) -> F
 def _laws(named: NamedParameters, groups: Sequence[Mapping[str, Any]], declared: Declared) -> Found:
     names = {id(p): n for n, p in named}
     owned = [(names[id(p)], p, g) for g in groups for p in g["params"]]
-    wrong = [n for n, p, g in owned if not _is_of(declared.update_law(n, p), g)]
+    wrong = [n for n, p, g in owned if not _is_of(_law(declared, n, p), g)]
     text = f"rule, learning rate or weight decay is not the declared one: {', '.join(wrong[:4])}"
     return text if wrong else "", {"wrong_groups": len(wrong)}
 
 
 def _is_of(law: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's group has a law's rule, learning rate and decay. The settings that a
-    group holds show its rule.
+    """Whether an optimizer's group holds every setting of a law's rule, as declared."""
+    return all(key in group and group[key] == law[key] for key in SETTINGS[law["rule"]])
+
+
+def _law(declared: Declared, name: str, parameter: Tensor) -> Mapping[str, Any]:
+    """The declared law of a parameter. Raises NotOffered, with the rule, if there is no formula for
+    it.
     """
-    rule = "adamw" if "betas" in group else "muon" if "momentum" in group else "unknown"
-    same_rate = (group["lr"], group["weight_decay"]) == (law["lr"], law["weight_decay"])
-    return rule == law["rule"] and same_rate
+    law = declared.update_law(name, parameter)
+    if law["rule"] not in SETTINGS:
+        raise NotOffered(f"a rule with a known formula: {name} is updated by {law['rule']}")
+    return law
 
 
 def _movement(subject: Subject) -> Found:
@@ -185,7 +197,7 @@ def reference_update(limits: SimpleNamespace, subject: Subject) -> Verdict:
     always zero leaves it bit for bit.
     """
     small, make_optimizer = _few_entries(subject), subject.training.make_optimizer
-    laws = {n: dict(subject.declared.update_law(n, p)) for n, p in small.pairs}
+    laws = {n: _law(subject.declared, n, p) for n, p in small.pairs}
     if moved := _moved_by_nothing(small, make_optimizer, laws):
         return failed(
             f"{moved[0]} does not decay and had zero gradients only, and moved", moved=len(moved)
@@ -404,7 +416,7 @@ def _watched(model: nn.Module, declared: Declared) -> dict[str, _Watched]:
     """
     watched, budget = {}, MUON_ENTRIES
     for name, p in sorted(model.named_parameters(), key=lambda item: item[1].numel()):
-        law = declared.update_law(name, p)
+        law = _law(declared, name, p)
         if law["rule"] == "adamw":
             watched[name] = _Watched(p, law, slice(None, None, max(1, p.numel() // SAMPLED)))
         elif budget == MUON_ENTRIES or p.numel() <= budget:

@@ -113,8 +113,8 @@ class Declared:
 
     @capability
     def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
-        """How one parameter is updated: rule (adamw or muon), lr, weight_decay and what else the
-        rule needs.
+        """How one parameter is updated: rule (adamw, muon, or the class of another optimizer), lr,
+        weight_decay and what else the rule needs.
         """
 
     @value

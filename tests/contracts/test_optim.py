@@ -1,6 +1,5 @@
 """Gates of the optimizer: green on the stack, red on what they are for."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -286,6 +285,26 @@ def many_experts(small_cfg, n_experts=64):
     """So many experts that a batch of 256 tokens leaves some without any."""
     ffn = MixtureOfExperts(n_experts=n_experts, top_k=1)
     return small_cfg.model_copy(update={"model": small_cfg.model.model_copy(update={"ffn": ffn})})
+
+
+@pytest.mark.parametrize("gate_id", [GROUPS, "optim.reference-update", "optim.train-step"])
+def test_a_declared_rule_without_a_formula_is_not_run(spec, subject, gate_id):
+    def lion(name, parameter):
+        return subject.declared.update_law(name, parameter) | {"rule": "Lion"}
+
+    verdict = call_check(spec.gates[gate_id], changed(subject, declared={"update_law": lion}))
+    assert verdict.outcome == "not_run" and "is updated by Lion" in verdict.message
+
+
+@pytest.mark.parametrize("setting", ["eps", "betas"])
+def test_groups_hold_every_setting_of_the_declared_rule(spec, subject, setting):
+    """An optimizer of another rule may share settings, such as betas, with the declared one."""
+    named, groups = subject.training.live_optimizer
+    for other in ({k: v for k, v in g.items() if k != setting} for g in groups if setting in g):
+        rest = [g for g in groups if g["params"] is not other["params"]]
+        off = changed(subject, training={"live_optimizer": (named, [*rest, other])})
+        verdict = call_check(spec.gates[GROUPS], off)
+        assert verdict.outcome == "fail" and "not the declared one" in verdict.message
 
 
 def test_groups_excuse_an_expert_without_tokens_and_no_other(spec, small_cfg, dataset):
