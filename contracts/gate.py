@@ -2,8 +2,9 @@
 
 import importlib
 import math
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -142,3 +143,25 @@ def call_check(gate: Gate, subject: Subject) -> Verdict:
         return resolve(gate)(limits_of(gate), subject)
     except NotOffered as e:
         return not_run(str(e))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict of one check, the seconds that it took, and what it raised. A check that raised
+    is not_run.
+    """
+
+    verdict: Verdict
+    seconds: float
+    error: Exception | None = None
+
+
+def judge(gates: Iterable[Gate], subject: Subject) -> Iterator[tuple[Gate, Judgement]]:
+    """Run the preflight or artifact checks of gates on a subject, each when it is its turn."""
+    for gate in gates:
+        started = time.perf_counter()
+        try:
+            verdict, error = call_check(gate, subject), None
+        except Exception as e:
+            verdict, error = not_run(f"the check raised {type(e).__name__}: {e}"), e
+        yield gate, Judgement(verdict, time.perf_counter() - started, error)

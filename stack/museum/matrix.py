@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stackproof.config import RunConfig
-from stackproof.contracts.gate import call_check, not_run
+from stackproof.contracts.gate import judge, not_run
 from stackproof.data.prepare import prepare
 from stackproof.museum.plant import Plant, load_museum
 from stackproof.museum.prove import Prover, selection, use_cache, workshop
@@ -120,9 +120,11 @@ def _asked_of_all(
     before = [g for g in here if g.moment == "preflight"]
     with _raising(WHOLE, raised), torch.random.fork_rng(devices=[]), apply():
         subject = subject_of(cfg, prepare(cfg.data), torch.device("cpu"))
-        for one in before:
-            with _raising(one.id, raised):
-                _note(red, one.id, lambda one=one: call_check(one, subject).outcome)
+        for one, found in judge(before, subject):
+            if found.error is not None:
+                raised[one.id] = _first_line(found.error)
+            elif found.verdict.outcome == "fail":
+                red[one.id] = {"seconds": round(found.seconds, 4), "step": None}
     within = [g.id for g in here if g.moment != "preflight"]
     watch = _Stopwatch()
     with _raising("the run", raised), apply():
@@ -155,4 +157,8 @@ def _raising(who: str, raised: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raised[who] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:160]
+        raised[who] = _first_line(e)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
