@@ -34,7 +34,7 @@ def reloads(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """What a save has written, read back, is the live state bit for bit, with one tensor where head
     and embedding are one, and its files are as their format declares.
 
-    Processes that hold one model are compared first. Without a reload that alone is no pass.
+    Processes that hold one model are compared first. Without a reload the verdict is not_run.
     """
     saved = subject.saved
     live = saved.live_checksums

@@ -35,8 +35,8 @@ UNKNOWN, UNKNOWN_CHARS = "Ω", 7
 
 
 class AsciiTokenizer:
-    """One id per ASCII character, an end-of-text token, and nothing else: the check knows which
-    characters it drops.
+    """One id per ASCII character, an end-of-text token, and nothing else, so that the dropped
+    characters are defined.
     """
 
     kind, eos_id, vocab_size = "char", 0, 128
@@ -78,9 +78,9 @@ def byte_conservation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Each byte of a text is scored once, after the token before it; characters outside the
     vocabulary are counted and change no score; guessing costs log2 V.
 
-    Three models are scored: the run's own under its tokenizer, on a text in which it knows every
-    character; one that gives every token the same logit; and one whose logits follow from the token
-    before alone, where a text begins after token 0.
+    Three models are scored: the run's own under its tokenizer, on a text without unknown
+    characters; one that gives every token the same logit; and one whose logits follow from the
+    token before alone, where a text begins after token 0.
     """
     score, tokenizer = subject.evaluation.score_text, subject.tokenizer.tokenizer
     known, ascii_only = known_text(tokenizer), AsciiTokenizer()
@@ -126,8 +126,8 @@ def byte_conservation(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 def known_text(tokenizer: Any) -> str:
-    """A text in which the tokenizer knows every character: English prose as far as possible,
-    else its own entries.
+    """A text that the tokenizer encodes without dropping a character: English prose as far as
+    possible, else its own entries.
     """
     kept = {c for c in set(KNOWN) if not tokenizer.encode(c).dropped_chars}
     if kept:
@@ -362,7 +362,7 @@ class HeldOut(RuntimeCheck):
     def _problem(self, event: Evaluated) -> str:
         """What is wrong; empty if nothing is."""
         if self.rows is None:
-            return "nobody says which rows were scored"
+            return "the evaluation does not name the rows that were scored"
         if (
             self.rows.n_rows - self.rows.n_distinct
             > self.limits.repeated_rows_max * self.rows.n_rows
@@ -394,10 +394,10 @@ class HeldOut(RuntimeCheck):
             and event.best_loss_nats is not None
             and event.best_loss_nats < event.loss_nats
         ):
-            return ""  # a run that goes on may know of evaluations this gate has not seen
+            return ""  # the best evaluation may be one before a resume
         if [event.best_step, event.best_loss_nats] != expected:
             return (
-                f"the best evaluation is said to be {event.best_loss_nats} at step "
+                f"the best evaluation is reported as {event.best_loss_nats} at step "
                 f"{event.best_step}, it is {expected[1]} at {expected[0]}"
             )
         return ""
@@ -405,8 +405,8 @@ class HeldOut(RuntimeCheck):
 
 @decides("evaluation.same-batches")
 class SameBatches(RuntimeCheck):
-    """Every evaluation of a run scores the same batches; otherwise its differences
-    say nothing about the model.
+    """Every evaluation of a run scores the same batches; otherwise differences between evaluations
+    are not differences of the model.
     """
 
     events = (Evaluated,)

@@ -1,5 +1,5 @@
-"""Gates of what a run says about itself: how long its steps took, how many operations they are, and
-that the machine repeats them.
+"""Gates of what a run reports about itself: how long its steps took, how many operations they are,
+and that the machine repeats them.
 """
 
 import time
@@ -99,12 +99,12 @@ class Learned(RuntimeCheck):
 
 @decides("runtime.clock")
 class Clock(RuntimeCheck):
-    """The time a step is said to take is the time that passes between what the run announces,
-    on a clock of the gate's own.
+    """The reported time of a step agrees with the time between events, on a clock of the gate's
+    own.
 
-    From the batch to the step's end passes less than the step; from whatever was announced before
-    the batch passes more. Both are judged by the median of the last `WINDOW` steps, so that no
-    single hold-up counts.
+    The time from the batch to the end of the step is less than that of the step; the time from the
+    event before the batch is more. Both are judged by the median of the last `WINDOW` steps, so
+    that no single delay counts.
     """
 
     events = (
@@ -151,7 +151,7 @@ class Clock(RuntimeCheck):
         return decide(
             least >= self.limits.said_to_batch_frac_min
             and most <= self.limits.said_to_all_frac_max,
-            f"step {step}: steps are said to take {least:.2g} of the time from their batch to "
+            f"step {step}: steps are reported to take {least:.2g} of the time from their batch to "
             f"their end, {most:.2g} of all that passed",
             said_to_batch_frac=least,
             said_to_all_frac=most,

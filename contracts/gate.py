@@ -137,7 +137,7 @@ def limits_of(gate: Gate) -> SimpleNamespace:
 
 def call_check(gate: Gate, subject: Subject) -> Verdict:
     """Run a preflight or artifact check on a subject. A capability that the trainer does not offer
-    yields `not_run` with its name. Any other exception is no verdict and travels on.
+    yields `not_run` with its name. Any other exception is raised.
     """
     try:
         return resolve(gate)(limits_of(gate), subject)

@@ -214,9 +214,7 @@ class Gatekeeper:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue counting where a checkpoint left off. Gates that are not in the checkpoint start
-        anew.
-        """
+        """Continue counting from a checkpoint's state. A gate that is not in it starts at 0."""
         for mine in self._of("runtime"):
             if saved := state.get(mine.gate.id):
                 mine.checks, mine.heartbeat_last_step = saved["checks"], saved["heartbeat"]

@@ -62,7 +62,7 @@ def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
 
 @decides("sampling.memorised")
 class Memorized(RuntimeCheck):
-    """A sample on which the model has a very low loss is no passage of the training text."""
+    """A sample on which the model has a very low loss is not a passage of the training text."""
 
     events = (Sampled,)
     kept = ("losses",)

@@ -64,7 +64,7 @@ REQUIRED_STATE = (
 class WrittenCheckpoint(SavedCheckpoint):
     """A step folder, and the state that it was captured from. It is read without the loader.
 
-    Checksums are crc32; they are no defence against intent, the sha256 of the manifest are.
+    Checksums are crc32, which detect accidents; the sha256 of the manifest also detect intent.
     """
 
     folder: Path
