@@ -74,7 +74,7 @@ def main() -> int:
                 if round_number:
                     medians[gated].append(statistics.median(taken))
                 reset_positions(run)
-    gate_s = sum(seat.seconds for seat in run.keeper.seats.values()) / (
+    gate_s = sum(state.seconds for state in run.keeper.states.values()) / (
         (options.rounds + 1) * options.steps
     )
     ratio = statistics.median(a / b for a, b in zip(medians[True], medians[False]))
@@ -109,10 +109,10 @@ def reset_positions(run: Trainer) -> None:
     """Forget what the gates remember between blocks: blocks without gates leave holes
     that a run must not have.
     """
-    for seat in run.keeper.seats.values():
-        if hasattr(seat.watcher, "cursor"):
-            seat.watcher.cursor = None
-            seat.watcher.recent.clear()
+    for state in run.keeper.states.values():
+        if hasattr(state.watcher, "cursor"):
+            state.watcher.cursor = None
+            state.watcher.recent.clear()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Replays logged lines of any run through a runtime gate,
-and says what stopping there would have saved.
+"""Replays logged lines of any run through a runtime gate, and computes what stopping there would
+have saved.
 """
 
 import json
@@ -32,7 +32,7 @@ def replay(gate_id: str, log: Path, seconds_per_step: float | None = None) -> di
     "saved_s"} of a JSON-lines log.
 
     Saved is what came after the first red line: steps, their share of all, and seconds, by
-    `seconds_per_step` or by the speed the lines tell, else None. Raises ConfigError or DataError
+    `seconds_per_step` or by the speed in the lines, else None. Raises ConfigError or DataError
     for what cannot be replayed.
     """
     if gate_id not in REPLAYABLE:

@@ -6,22 +6,19 @@ import errno
 import hashlib
 import json
 import math
-import mmap
 import os
 import shutil
-import struct
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 from stackproof.contracts.events import Evaluated, Event, Finished, Started, StateRestored
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -29,113 +26,53 @@ from stackproof.contracts.gate import (
     first_of,
     passed,
 )
-from stackproof.contracts.subject import SavedCheckpoint, Subject, TraineeOptions
-
-FILES = ("model.safetensors", "state.safetensors", "state.json", "manifest.json")
-REQUIRED_STATE = tuple(
-    (
-        "step cursor curriculum tokens_seen scaler stopper gates config config_sha256 "
-        "tokenizer_sha256"
-    ).split()
-)
-
-
-def _contents(path: Path) -> tuple[str, dict[str, int]]:
-    """sha256 of a file, and crc32 of every tensor's bytes in it,
-    read with nothing but the format's definition.
-    """
-    with (
-        open(path, "rb") as f,
-        mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        memoryview(data) as view,
-    ):
-        (length,) = struct.unpack("<Q", view[:8])
-        header = json.loads(bytes(view[8 : 8 + length]))
-        spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
-        crcs = {}
-        for name, (start, stop) in spans.items():
-            with view[8 + length + start : 8 + length + stop] as body:
-                crcs[name] = zlib.crc32(body)
-        return hashlib.sha256(view).hexdigest(), crcs
+from stackproof.contracts.subject import Subject, TraineeOptions
 
 
 @decides("checkpoint.reloads")
 def reloads(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """What a save has written, read back, is the live state bit for bit, with one tensor where head
-    and embedding are one.
+    and embedding are one, and its files are as their format declares.
 
-    A folder in the format of `stack train` is read here, without its loader, and must be complete:
-    every declared key, matching hashes, no pickle, and `latest` names it. Elsewhere the trainer's
-    own loader has read the tensors. Checksums are no defence against intent; the sha256 of the
-    manifest are.
+    Processes that hold one model are compared first. Without a reload the verdict is not_run.
     """
     saved = subject.saved
-    if saved.folder is None:
-        return _reloaded(limits, saved)
-    folder, live = saved.folder, saved.live_checksums
-    if missing := [f for f in FILES if not (folder / f).is_file()]:
-        return failed(f"{folder.name} lacks {', '.join(missing)}", missing_files=len(missing))
-    if strangers := sorted(p.name for p in folder.iterdir() if p.name not in FILES):
-        return failed(
-            f"{folder.name} holds undeclared files: {', '.join(strangers)}",
-            strangers=len(strangers),
-        )
-    (model_sha256, weights), (state_sha256, moments) = (_contents(folder / f) for f in FILES[:2])
-    stored = weights | moments
-    if odd := sorted(stored.keys() ^ live.keys()):
-        return failed(
-            f"stored and live tensors differ in name: {', '.join(odd[:4])}", differing=len(odd)
-        )
-    if wrong := sorted(n for n in stored if stored[n] != live[n]):
-        return failed(f"stored tensor {wrong[0]} is not the live one", differing=len(wrong))
-    state = json.loads((folder / "state.json").read_bytes())
-    if absent := [k for k in REQUIRED_STATE if k not in state]:
-        return failed(f"state.json lacks {', '.join(absent)}", absent_keys=len(absent))
-    if "rng.cpu" not in moments:
-        return failed("state.safetensors lacks the random state", absent_keys=1)
-    manifest = json.loads((folder / "manifest.json").read_bytes())["files"]
-    document_sha256 = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
-    actual = dict(zip(FILES, (model_sha256, state_sha256, document_sha256), strict=False))
-    if bad := [f for f in actual if manifest.get(f, {}).get("sha256") != actual[f]]:
-        return failed(f"the manifest does not describe {', '.join(bad)}", bad_hashes=len(bad))
-    if state["step"] != saved.step:
-        return failed(
-            f"the folder says step {state['step']}, the run was at {saved.step}",
-            stored_step=state["step"],
-        )
-    latest = (folder.parent / "latest").read_text().strip()
-    return decide(
-        latest == folder.name,
-        f"latest names {latest}",
-        differing=0,
-        compared=len(stored),
-    )
-
-
-def _reloaded(limits: SimpleNamespace, saved: SavedCheckpoint) -> Verdict:
-    """The live tensors against those that the trainer's own loader has read."""
-    live, reloaded, (live_tied, reloaded_tied) = (
-        saved.live_checksums,
-        saved.reloaded_checksums,
-        saved.tied,
-    )
-    differing = sorted(n for n in live.keys() | reloaded.keys() if live.get(n) != reloaded.get(n))
-    text = (
-        f"saved and loaded again, {len(differing)} tensor(s) are others: {', '.join(differing[:4])}"
-    )
+    live = saved.live_checksums
+    if saved.replica_checksums is not None:
+        apart = _differing(live, saved.replica_checksums)
+        if len(apart) > limits.differing_max:
+            return failed(
+                f"two processes hold {len(apart)} other tensor(s): {first_of(apart, 4)}",
+                differing=len(apart),
+                compared=len(live),
+            )
+    stored, problems = saved.reloaded_checksums, list(saved.format_problems)
+    differing, (live_tied, reloaded_tied) = _differing(live, stored), saved.tied
+    if not live:
+        problems.append("no tensor of the live model was compared")
     if live_tied != reloaded_tied:
-        text = (
+        problems.append(
             f"embedding and head are {'one tensor' if live_tied else 'two tensors'}, loaded again "
-            f"they are not; {text}"
+            "they are not"
+        )
+    if len(differing) > limits.differing_max:
+        problems.append(
+            f"{len(differing)} tensor(s), loaded again, are not the live ones: "
+            f"{first_of(differing, 4)}"
         )
     return decide(
-        bool(live) and len(differing) <= limits.differing_max and live_tied == reloaded_tied,
-        text if live else "no tensor of the live model was compared",
+        not problems,
+        "; ".join(problems),
         differing=len(differing),
         compared=len(live),
         live_tied=live_tied,
         reloaded_tied=reloaded_tied,
     )
+
+
+def _differing(live: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of tensors that differ, or that one side lacks."""
+    return sorted(n for n in live.keys() | other.keys() if live.get(n) != other.get(n))
 
 
 class _Killed(BaseException):
@@ -283,10 +220,14 @@ def resume_equivalence(limits: SimpleNamespace, subject: Subject) -> Verdict:
     differing = sorted(k for k in expected.keys() | got.keys() if expected.get(k) != got.get(k))
     if losses != resumed_losses:
         differing.insert(0, "losses")
-    crossed = first_row + 4 * rows_per_step > epoch_rows
+    crossed = expected["cursor"] > epoch_rows
+    text = f"a resumed run differs from the straight one in {', '.join(differing[:5])}"
     return decide(
-        len(differing) <= limits.differing_parts_max,
-        f"a resumed run differs from the straight one in {', '.join(differing[:5])}",
+        len(differing) <= limits.differing_parts_max and crossed,
+        text
+        if crossed
+        else f"the run has drawn {expected['cursor']} rows, no more than the {epoch_rows} of an "
+        "epoch",
         differing_parts=len(differing),
         compared_parts=len(expected),
         crossed_epoch_end=crossed,
@@ -302,9 +243,11 @@ class Pointers(RuntimeCheck):
     """
 
     events = (Started, Evaluated, Finished)
+    kept = ("least_nats", "least_step")
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.least_nats, self.least_step, self.began = limits, math.inf, 0, 0
+        super().__init__(limits)
+        self.least_nats, self.least_step, self.began = math.inf, 0, 0
 
     def observe(self, event: Event) -> Verdict | None:
         match event:
@@ -337,20 +280,9 @@ class Pointers(RuntimeCheck):
             best_step=self.least_step,
         )
 
-    def state_dict(self) -> dict:
-        return (
-            {"least_nats": self.least_nats, "least_step": self.least_step}
-            if self.least_step
-            else {}
-        )
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
 
 @decides("checkpoint.state-restored")
-class Restored(Stateless):
+class Restored(RuntimeCheck):
     """Weights, optimizer, schedule, random state and data continue where the checkpoint left
     them.
     """

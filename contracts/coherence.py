@@ -244,8 +244,8 @@ class Dominance(RuntimeCheck):
 class Loops(RuntimeCheck):
     """Red if `in_a_row` samples after the warm-up end in a loop or become very short under zlib.
 
-    A line of one repeated sign is no loop; it is shortened before the sample is judged. A text of
-    nothing else is judged by `sampling.coherence`.
+    A line of one repeated sign does not count as a loop; it is shortened before the sample is
+    judged. A text of nothing else is judged by `sampling.coherence`.
     """
 
     events = (Started, Sampled)

@@ -320,8 +320,8 @@ def packing(limits: SimpleNamespace, subject: Subject) -> Verdict:
             continue
         same = (rows.document_ids[:, 1:] == rows.document_ids[:, :-1]) & valid[:, 1:]
         broken += int((same & (rows.input_ids[:, 1:] != rows.labels[:, :-1])).sum())
-        # Inside a document no label but its last is an end of text; where it goes on after one,
-        # two documents share an id.
+        # Only the last label of a document may be an end of text; a label after it shows that two
+        # documents share an id.
         crossed += int((same & (rows.labels[:, :-1] == tokenizer.eos_id)).sum())
     leading, dropped = len(row_stream.paths), row_stream.dropped_tokens(seq_len)
     unaccounted = 0

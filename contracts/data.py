@@ -117,8 +117,8 @@ def _delivered(
     """What all ranks deliver of one epoch: window numbers, number of rows with other tokens than
     declared, number of batches with a wrong epoch number.
 
-    Positions are counted here and not read from the data loader: one that stands still gives a
-    verdict and not an endless loop.
+    Positions are counted here and not read from the data loader, so that a position that does not
+    advance gives a verdict and not an endless loop.
     """
     ids, wrong_tokens, wrong_epoch = [], 0, 0
     for rank in range(world_size):
@@ -152,8 +152,8 @@ def _not_shifted(batch) -> np.ndarray:
 
 @decides("data.exhaustion")
 def exhaustion(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """At the end of the corpus `error` raises and delivers nothing; `wrap` goes on with real
-    windows of the next epoch.
+    """At the end of the corpus `error` raises and delivers nothing; `wrap` continues with
+    real windows of the next epoch.
     """
     loader, n = subject.data_loader, _judged_rows(subject.data_loader)
     strict = loader.fresh(rows=1, n_rows=n, cursor=n, on_exhausted="error")

@@ -331,11 +331,11 @@ def _balance_weight(a: Mapping[str, Any]) -> float:
 def _errors(
     got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Relative errors by name. What is rightly 0 is held against the norm of all gradients,
-    and all λ count as one tensor.
+    """Relative errors by name. A gradient that must be 0 is compared with the norm of all
+    gradients, and all λ count as one tensor.
 
-    An expert that nobody chose has a gradient of 0 or none. The gradient of one λ is a sum over all
-    positions that may cancel to almost nothing, and then is rounding alone.
+    An expert that no token chose has a gradient of 0 or none. The gradient of one λ is a sum over
+    all positions that may cancel to almost nothing, and then is rounding alone.
     """
     got = {n: torch.zeros_like(g) for n, g in wanted.items() if not g.any()} | got
     silent = {n for n in wanted if kind_of(n) in silent_kinds(a)}

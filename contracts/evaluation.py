@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from stackproof.contracts.events import Evaluated, Event, Started, StateCompared
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -36,8 +35,8 @@ UNKNOWN, UNKNOWN_CHARS = "Ω", 7
 
 
 class AsciiTokenizer:
-    """One id per ASCII character, an end-of-text token, and nothing else: the check knows which
-    characters it drops.
+    """One id per ASCII character, an end-of-text token, and nothing else, so that the dropped
+    characters are defined.
     """
 
     kind, eos_id, vocab_size = "char", 0, 128
@@ -79,9 +78,9 @@ def byte_conservation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Each byte of a text is scored once, after the token before it; characters outside the
     vocabulary are counted and change no score; guessing costs log2 V.
 
-    Three models are scored: the run's own under its tokenizer, on a text in which it knows every
-    character; one that gives every token the same logit; and one whose logits follow from the token
-    before alone, where a text begins after token 0.
+    Three models are scored: the run's own under its tokenizer, on a text without unknown
+    characters; one that gives every token the same logit; and one whose logits follow from the
+    token before alone, where a text begins after token 0.
     """
     score, tokenizer = subject.evaluation.score_text, subject.tokenizer.tokenizer
     known, ascii_only = known_text(tokenizer), AsciiTokenizer()
@@ -127,8 +126,8 @@ def byte_conservation(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 def known_text(tokenizer: Any) -> str:
-    """A text in which the tokenizer knows every character: English prose as far as possible,
-    else its own entries.
+    """A text that the tokenizer encodes without dropping a character: English prose as far as
+    possible, else its own entries.
     """
     kept = {c for c in set(KNOWN) if not tokenizer.encode(c).dropped_chars}
     if kept:
@@ -288,7 +287,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 @decides("evaluation.divergence")
-class Divergence(Stateless):
+class Divergence(RuntimeCheck):
     """Held-out loss is finite, at first not far above guessing,
     and never a multiple of the evaluation before.
 
@@ -331,15 +330,11 @@ class HeldOut(RuntimeCheck):
     """
 
     events = (Started, Evaluated)
+    kept = ("best",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.n_batches, self.best, self.rows, self.begun_at = (
-            limits,
-            None,
-            None,
-            None,
-            0,
-        )
+        super().__init__(limits)
+        self.n_batches, self.best, self.rows, self.begun_at = None, None, None, 0
 
     def observe(self, event: Event) -> Verdict | None:
         if isinstance(event, Started):
@@ -367,7 +362,7 @@ class HeldOut(RuntimeCheck):
     def _problem(self, event: Evaluated) -> str:
         """What is wrong; empty if nothing is."""
         if self.rows is None:
-            return "nobody says which rows were scored"
+            return "the evaluation does not name the rows that were scored"
         if (
             self.rows.n_rows - self.rows.n_distinct
             > self.limits.repeated_rows_max * self.rows.n_rows
@@ -399,31 +394,27 @@ class HeldOut(RuntimeCheck):
             and event.best_loss_nats is not None
             and event.best_loss_nats < event.loss_nats
         ):
-            return ""  # a run that goes on may know of evaluations this gate has not seen
+            return ""  # the best evaluation may be one before a resume
         if [event.best_step, event.best_loss_nats] != expected:
             return (
-                f"the best evaluation is said to be {event.best_loss_nats} at step "
+                f"the best evaluation is reported as {event.best_loss_nats} at step "
                 f"{event.best_step}, it is {expected[1]} at {expected[0]}"
             )
         return ""
 
-    def state_dict(self) -> dict:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.best = state["best"]
-
 
 @decides("evaluation.same-batches")
 class SameBatches(RuntimeCheck):
-    """Every evaluation of a run scores the same batches; otherwise its differences
-    say nothing about the model.
+    """Every evaluation of a run scores the same batches; otherwise differences between evaluations
+    are not differences of the model.
     """
 
     events = (Evaluated,)
+    kept = ("batch_hash", "n_batches", "changes")
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.batch_hash, self.n_batches, self.changes = limits, None, 0, 0
+        super().__init__(limits)
+        self.batch_hash, self.n_batches, self.changes = None, 0, 0
 
     def observe(self, event: Event) -> Verdict:
         if self.batch_hash is None:
@@ -437,16 +428,6 @@ class SameBatches(RuntimeCheck):
             n_batches=len(event.batch_nats),
         )
 
-    def state_dict(self) -> dict:
-        return {"batch_hash": self.batch_hash, "n_batches": self.n_batches, "changes": self.changes}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.batch_hash, self.n_batches, self.changes = (
-            state["batch_hash"],
-            state["n_batches"],
-            state["changes"],
-        )
-
 
 @decides("evaluation.overfit-onset")
 class OverfitOnset(RuntimeCheck):
@@ -458,9 +439,11 @@ class OverfitOnset(RuntimeCheck):
     """
 
     events = (Evaluated,)
+    kept = ("rounds",)
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.rounds = limits, []
+        super().__init__(limits)
+        self.rounds: list[list] = []
 
     def observe(self, event: Event) -> Verdict | None:
         if event.train_loss_nats is None:
@@ -485,12 +468,6 @@ class OverfitOnset(RuntimeCheck):
             rise_z=min(z, 1e9),
         )
 
-    def state_dict(self) -> dict:
-        return {"rounds": self.rounds}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rounds = state["rounds"]
-
 
 def _slope(values: list[float]) -> float:
     """Least-squares slope over equally spaced points."""
@@ -511,7 +488,7 @@ def _rise_z(first: list[float], last: list[float]) -> float:
 
 
 @decides("evaluation.leaves-no-trace")
-class LeavesNoTrace(Stateless):
+class LeavesNoTrace(RuntimeCheck):
     """An evaluation, a sample and a save leave weights, moments, random state, rows to come and
     modes as they found them.
     """

@@ -225,8 +225,8 @@ class StepTaken:
 @dataclass(frozen=True, slots=True)
 class RatesUsed:
     """Learning rates of one update by parameter group, as the optimizer held them. `declared` are
-    those of the scheduler's own closed form, empty where the gate knows the schedule or nobody
-    does.
+    those of the scheduler's own closed form, empty where the gate has the schedule or no form is
+    known.
 
     `ticks` counts the scheduler's steps and `updates` the optimizer's since the run was first
     observed; both are 0 for a schedule that is a function of the step number.
@@ -249,7 +249,7 @@ class WeightsUpdated:
     run of updates in which a tensor with a gradient has not changed, `stillest` that tensor.
     `uphill` is the cosine of update and gradient at an optimizer's first update that changes
     anything, None at all others. Its sign is turned where the optimizer maximizes, so that above 0
-    is always the wrong way. `unknown` says why the direction of that update cannot be known.
+    is always the wrong way. `unknown` is why the direction of that update cannot be known.
     """
 
     step: int

@@ -1,5 +1,5 @@
-"""Gates of what a run says about itself: how long its steps took, how many operations they are, and
-that the machine repeats them.
+"""Gates of what a run reports about itself: how long its steps took, how many operations they are,
+and that the machine repeats them.
 """
 
 import time
@@ -27,7 +27,6 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -39,7 +38,7 @@ from stackproof.contracts.subject import MicroBatch, Subject
 
 
 @decides("runtime.recomputed-step")
-class RecomputedStep(Stateless):
+class RecomputedStep(RuntimeCheck):
     """A step that was computed twice from one state came to the same bits."""
 
     events = (Recomputed,)
@@ -62,9 +61,11 @@ class Learned(RuntimeCheck):
 
     events = (Started, StepTaken, Finished)
     SPAN = 8
+    kept = ("first", "last")
 
     def __init__(self, limits: SimpleNamespace):
-        self.limits, self.first, self.unseen = limits, [], False
+        super().__init__(limits)
+        self.first, self.unseen = [], False
         self.last: deque[float] = deque(maxlen=self.SPAN)
 
     def observe(self, event: Event) -> Verdict | None:
@@ -95,21 +96,15 @@ class Learned(RuntimeCheck):
             loss_nats=ended,
         )
 
-    def state_dict(self) -> dict:
-        return {"first": list(self.first), "last": list(self.last)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.first, self.last = list(state["first"]), deque(state["last"], maxlen=self.SPAN)
-
 
 @decides("runtime.clock")
-class Clock(Stateless):
-    """The time a step is said to take is the time that passes between what the run announces,
-    on a clock of the gate's own.
+class Clock(RuntimeCheck):
+    """The reported time of a step agrees with the time between events, on a clock of the gate's
+    own.
 
-    From the batch to the step's end passes less than the step; from whatever was announced before
-    the batch passes more. Both are judged by the median of the last `WINDOW` steps, so that no
-    single hold-up counts.
+    The time from the batch to the end of the step is less than that of the step; the time from the
+    event before the batch is more. Both are judged by the median of the last `WINDOW` steps, so
+    that no single delay counts.
     """
 
     events = (
@@ -156,7 +151,7 @@ class Clock(Stateless):
         return decide(
             least >= self.limits.said_to_batch_frac_min
             and most <= self.limits.said_to_all_frac_max,
-            f"step {step}: steps are said to take {least:.2g} of the time from their batch to "
+            f"step {step}: steps are reported to take {least:.2g} of the time from their batch to "
             f"their end, {most:.2g} of all that passed",
             said_to_batch_frac=least,
             said_to_all_frac=most,

@@ -2,8 +2,10 @@
 
 import importlib
 import math
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -60,7 +62,8 @@ def first_of(names: Sequence[str], n: int = 3) -> str:
 class RuntimeCheck:
     """Base of checks that watch `events`. One is built per run, with the gate's limits.
 
-    `kept` names the attributes that a resumed run continues with: JSON values, or deques of them.
+    `kept` names the attributes that a resumed run continues with: JSON values, or deques of JSON
+    values or tuples.
     """
 
     events: tuple[type, ...]
@@ -80,20 +83,26 @@ class RuntimeCheck:
         return ""
 
     def state_dict(self) -> dict:
-        """What a resumed run continues with, JSON-ready."""
+        """What a resumed run continues with, JSON-ready. An infinite number is left out, since JSON
+        has none.
+        """
         state = {name: getattr(self, name) for name in self.kept}
-        return {n: list(v) if isinstance(v, deque) else v for n, v in state.items()}
+        return {
+            name: list(value) if isinstance(value, deque) else copy(value)
+            for name, value in state.items()
+            if not (isinstance(value, float) and math.isinf(value))
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with the state of a checkpoint."""
-        for name in self.kept:
-            now = getattr(self, name)
-            kept = deque(state[name], now.maxlen) if isinstance(now, deque) else state[name]
-            setattr(self, name, kept)
-
-
-class Stateless(RuntimeCheck):
-    """Base of runtime checks whose state is not kept for a resume."""
+        """Continue with the state of a checkpoint. What an older checkpoint does not have keeps its
+        initial value.
+        """
+        for name in state.keys() & set(self.kept):
+            now, value = getattr(self, name), copy(state[name])
+            if isinstance(now, deque):
+                items = (tuple(item) if isinstance(item, list) else item for item in value)
+                value = deque(items, now.maxlen)
+            setattr(self, name, value)
 
 
 def decides(gate_id: str) -> Callable:
@@ -128,9 +137,31 @@ def limits_of(gate: Gate) -> SimpleNamespace:
 
 def call_check(gate: Gate, subject: Subject) -> Verdict:
     """Run a preflight or artifact check on a subject. A capability that the trainer does not offer
-    yields `not_run` with its name. Any other exception is no verdict and travels on.
+    yields `not_run` with its name. Any other exception is raised.
     """
     try:
         return resolve(gate)(limits_of(gate), subject)
     except NotOffered as e:
         return not_run(str(e))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict of one check, the seconds that it took, and what it raised. A check that raised
+    is not_run.
+    """
+
+    verdict: Verdict
+    seconds: float
+    error: Exception | None = None
+
+
+def judge(gates: Iterable[Gate], subject: Subject) -> Iterator[tuple[Gate, Judgement]]:
+    """Run the preflight or artifact checks of gates on a subject, each when it is its turn."""
+    for gate in gates:
+        started = time.perf_counter()
+        try:
+            verdict, error = call_check(gate, subject), None
+        except Exception as e:
+            verdict, error = not_run(f"the check raised {type(e).__name__}: {e}"), e
+        yield gate, Judgement(verdict, time.perf_counter() - started, error)

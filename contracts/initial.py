@@ -11,7 +11,7 @@ from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.model import table_error
 from stackproof.contracts.subject import Subject
 
-COMPARED = 2**16  # entries of two tensors that are held against each other
+COMPARED = 2**16  # entries of two tensors that are compared
 
 
 @decides("model.init-law")

@@ -4,12 +4,20 @@ raises GateFailed.
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stackproof.contracts.events import Event, Finished
-from stackproof.contracts.gate import Verdict, call_check, limits_of, not_run, resolve
+from stackproof.contracts.gate import (
+    Judgement,
+    RuntimeCheck,
+    Verdict,
+    judge,
+    limits_of,
+    not_run,
+    resolve,
+)
 from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import ConfigError, GateFailed
 from stackproof.spec.gates import Gate, Spec
@@ -17,16 +25,46 @@ from stackproof.spec.records import GateResult, Waiver
 
 
 @dataclass
-class _Seat:
-    """One gate as installed in one run."""
+class GateState:
+    """One gate as installed in one run. `watcher` is the check of a runtime gate. `checks` counts
+    all calls of the check, `not_run` those of an artifact check without a verdict, with the last
+    reason.
+    """
 
     gate: Gate
-    watcher: Any = None
+    watcher: RuntimeCheck | None = None
     checks: int = 0
     seconds: float = 0.0
     heartbeat_last_step: int | None = None
     first_failure_step: int | None = None
     verdict: Verdict = field(default_factory=lambda: not_run("the check was not called"))
+    not_run: int = 0
+    not_run_reason: str = ""
+
+    def judged(self, found: Judgement, step: int | None) -> None:
+        """Enter the verdict of a preflight or artifact check. The first red one is kept, since of
+        many saves one may be bad and the next good; not_run replaces neither red nor green.
+        """
+        self.seconds += found.seconds
+        self.checks += 1
+        self.heartbeat_last_step = step
+        if found.verdict.outcome == "not_run":
+            self.not_run += 1
+            self.not_run_reason = f"step {step}: {found.verdict.message}"
+            if self.verdict.outcome != "not_run":
+                return
+        if self.first_failure_step is None:
+            self.verdict = found.verdict
+            if found.verdict.outcome == "fail":
+                self.first_failure_step = step if step is not None else 0
+
+    @property
+    def message(self) -> str:
+        """The verdict's message. One that is red or green names the checks that were not_run."""
+        if not self.not_run or self.verdict.outcome == "not_run":
+            return self.verdict.message
+        note = f"{self.not_run} of {self.checks} checks not_run, last at {self.not_run_reason}"
+        return "; ".join(filter(None, (self.verdict.message, note)))
 
 
 class Gatekeeper:
@@ -35,8 +73,8 @@ class Gatekeeper:
 
     `on_verdict(gate_id, step, verdict)` is called for every preflight and artifact verdict that is
     not not_run, and of the runtime verdicts for each red one and each green one with a message;
-    `shown` is then the event. `only` installs just these gates. Raises ConfigError for a waiver of
-    an unknown gate or one that has expired.
+    `event` is then the one that was judged. `only` installs just these gates. Raises ConfigError
+    for a waiver of an unknown gate or one that has expired.
     """
 
     def __init__(
@@ -52,7 +90,7 @@ class Gatekeeper:
         ),
     ):
         self.spec, self.on_verdict = spec, on_verdict
-        self.shown: Event | None = None
+        self.event: Event | None = None
         self.waivers = {w.id: w for w in waivers}
         for gate_id, waiver in self.waivers.items():
             spec.gate(gate_id)
@@ -60,17 +98,16 @@ class Gatekeeper:
                 raise ConfigError(
                     f"the waiver of {gate_id} has expired",
                     value=waiver.expires,
-                    next_step="renew it or mend the cause",
+                    next_step="renew it or fix the cause",
                 )
         wanted = set(only) if only is not None else None
-        self.seats = {
-            g.id: _Seat(g)
+        self.states = {
+            g.id: GateState(g)
             for g in spec.required(kind)
             if (wanted is None or g.id in wanted) and g.applies_to(config or {})
         }
-        for seat in self.seats.values():
-            if seat.gate.moment == "runtime":
-                seat.watcher = resolve(seat.gate)(limits_of(seat.gate))
+        for state in self._of("runtime"):
+            state.watcher = resolve(state.gate)(limits_of(state.gate))
 
     def preflight(
         self,
@@ -82,58 +119,58 @@ class Gatekeeper:
         A check that raises has no verdict. Its error is raised after all checks have run, unless a
         red gate names the cause.
         """
-        red, broken = [], []
-        for seat in self._moment("preflight"):
-            try:
-                verdict = self._run(seat, subject)
-            except Exception as e:
-                seat.verdict = not_run(f"the check raised {type(e).__name__}: {e}")
-                broken.append(e)
+        red, errors = [], []
+        for state, found in self._judge("preflight", subject):
+            if found.error is not None:
+                state.verdict = found.verdict
+                errors.append(found.error)
                 continue
-            progress(seat.gate, verdict, seat.seconds)
-            if self._halts(seat, verdict):
-                red.append(seat)
+            state.judged(found, None)
+            self._announce(state, None, found.verdict)
+            progress(state.gate, found.verdict, state.seconds)
+            if self._halts(state, found.verdict):
+                red.append(state)
         if red:
-            raise self._failure(red) from next(iter(broken), None)
-        if broken:
-            raise broken[0]
+            raise self._failure(red) from next(iter(errors), None)
+        if errors:
+            raise errors[0]
 
     def artifact(self, subject: Subject, *, step: int | None = None) -> None:
         """Run all artifact checks on what was saved. Raises GateFailed on the first red gate that
-        halts. A check that cannot run on this subject keeps its earlier verdict.
+        halts.
         """
-        for seat in self._moment("artifact"):
-            before = seat.verdict
-            verdict = self._run(seat, subject, step)
-            if verdict.outcome == "not_run" and seat.checks > 1:
-                seat.verdict, seat.checks = before, seat.checks - 1
-            if self._halts(seat, verdict):
-                raise self._failure([seat])
+        for state, found in self._judge("artifact", subject):
+            if found.error is not None:
+                raise found.error
+            state.judged(found, step)
+            self._announce(state, step, found.verdict)
+            if self._halts(state, found.verdict):
+                raise self._failure([state])
 
     def observe(self, event: Event) -> None:
         """Pass an event to every runtime gate that watches its type. Raises GateFailed on a red
         verdict that halts, and after Finished for a gate without a heartbeat.
         """
-        red, self.shown = [], event
-        for seat in self._moment("runtime"):
-            if not isinstance(event, seat.watcher.events):
+        red, self.event = [], event
+        for state in self._of("runtime"):
+            if not isinstance(event, state.watcher.events):
                 continue
             started = time.perf_counter()
-            verdict = seat.watcher.observe(event)
-            seat.seconds += time.perf_counter() - started
+            verdict = state.watcher.observe(event)
+            state.seconds += time.perf_counter() - started
             if verdict is None:
                 continue
-            seat.checks += 1
-            seat.heartbeat_last_step = event.step
-            if seat.first_failure_step is None:
-                seat.verdict = verdict
+            state.checks += 1
+            state.heartbeat_last_step = event.step
+            if state.first_failure_step is None:
+                state.verdict = verdict
             if verdict.outcome == "fail" or (verdict.passed and verdict.message):
-                self.on_verdict(seat.gate.id, event.step, verdict)
+                self.on_verdict(state.gate.id, event.step, verdict)
             if verdict.outcome == "fail":
-                if seat.first_failure_step is None:
-                    seat.first_failure_step, seat.verdict = event.step, verdict
-                if self._halts(seat, verdict):
-                    red.append(seat)
+                if state.first_failure_step is None:
+                    state.first_failure_step, state.verdict = event.step, verdict
+                if self._halts(state, verdict):
+                    red.append(state)
         if red:
             raise self._failure(red)
         if isinstance(event, Finished):
@@ -143,8 +180,8 @@ class Gatekeeper:
         """Count time that the run spent on measurements for a gate, outside of its check, as the
         gate's.
         """
-        if gate_id in self.seats:
-            self.seats[gate_id].seconds += seconds
+        if gate_id in self.states:
+            self.states[gate_id].seconds += seconds
 
     def results(self) -> list[GateResult]:
         """The result of every installed gate, ready for the record."""
@@ -152,17 +189,17 @@ class Gatekeeper:
             GateResult(
                 id=gate_id,
                 fingerprint=self.spec.fingerprint(gate_id),
-                verdict=seat.verdict.outcome,
-                checks=seat.checks,
-                heartbeat_last_step=seat.heartbeat_last_step,
-                first_failure_step=seat.first_failure_step,
-                measured=dict(seat.verdict.measured),
-                limits=vars(limits_of(seat.gate)),
-                message=seat.verdict.message,
-                seconds=round(seat.seconds, 4),
-                waiver=self.waivers.get(gate_id) if seat.verdict.outcome == "fail" else None,
+                verdict=state.verdict.outcome,
+                checks=state.checks,
+                heartbeat_last_step=state.heartbeat_last_step,
+                first_failure_step=state.first_failure_step,
+                measured=dict(state.verdict.measured),
+                limits=vars(limits_of(state.gate)),
+                message=state.message,
+                seconds=round(state.seconds, 4),
+                waiver=self.waivers.get(gate_id) if state.verdict.outcome == "fail" else None,
             )
-            for gate_id, seat in sorted(self.seats.items())
+            for gate_id, state in sorted(self.states.items())
         ]
 
     def state_dict(self) -> dict:
@@ -173,49 +210,39 @@ class Gatekeeper:
                 "heartbeat": s.heartbeat_last_step,
                 "watcher": s.watcher.state_dict(),
             }
-            for s in self._moment("runtime")
+            for s in self._of("runtime")
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue counting where a checkpoint left off. Gates that are not in the checkpoint start
-        anew.
-        """
-        for seat in self._moment("runtime"):
-            if saved := state.get(seat.gate.id):
-                seat.checks, seat.heartbeat_last_step = saved["checks"], saved["heartbeat"]
-                seat.watcher.load_state_dict(saved["watcher"])
+        """Continue counting from a checkpoint's state. A gate that is not in it starts at 0."""
+        for mine in self._of("runtime"):
+            if saved := state.get(mine.gate.id):
+                mine.checks, mine.heartbeat_last_step = saved["checks"], saved["heartbeat"]
+                mine.watcher.load_state_dict(saved["watcher"])
 
-    def _moment(self, moment: str) -> list[_Seat]:
-        return [s for s in self.seats.values() if s.gate.moment == moment]
+    def _of(self, moment: str) -> list[GateState]:
+        """The gates that are judged at one moment of a run."""
+        return [s for s in self.states.values() if s.gate.moment == moment]
 
-    def _run(self, seat: _Seat, subject: Subject, step: int | None = None) -> Verdict:
-        """Run a check once. The first red verdict is kept, as for a runtime gate: of many saves one
-        may be bad and the next good.
-        """
-        started = time.perf_counter()
-        verdict = call_check(seat.gate, subject)
-        seat.seconds += time.perf_counter() - started
-        seat.checks += 1
-        seat.heartbeat_last_step = step
-        if seat.first_failure_step is None:
-            seat.verdict = verdict
-            if verdict.outcome == "fail":
-                seat.first_failure_step = step if step is not None else 0
+    def _judge(self, moment: str, subject: Subject) -> Iterator[tuple[GateState, Judgement]]:
+        for gate, found in judge([s.gate for s in self._of(moment)], subject):
+            yield self.states[gate.id], found
+
+    def _announce(self, state: GateState, step: int | None, verdict: Verdict) -> None:
         if verdict.outcome != "not_run":
-            self.on_verdict(seat.gate.id, step, verdict)
-        return verdict
+            self.on_verdict(state.gate.id, step, verdict)
 
-    def _halts(self, seat: _Seat, verdict: Verdict) -> bool:
+    def _halts(self, state: GateState, verdict: Verdict) -> bool:
         return (
             verdict.outcome == "fail"
-            and seat.gate.severity == "halt"
-            and seat.gate.id not in self.waivers
+            and state.gate.severity == "halt"
+            and state.gate.id not in self.waivers
         )
 
     def _require_heartbeats(self) -> None:
         silent = [
             s
-            for s in self._moment("runtime")
+            for s in self._of("runtime")
             if (s.checks == 0 or s.watcher.missing()) and s.gate.id not in self.waivers
         ]
         if silent:
@@ -235,25 +262,26 @@ class Gatekeeper:
                 ),
             )
 
-    def _failure(self, red: Sequence[_Seat]) -> GateFailed:
+    def _failure(self, red: Sequence[GateState]) -> GateFailed:
         """The error that names the first cause among red gates: gates that yield to another red
         one come after it.
         """
         ids = {s.gate.id for s in red}
-        seat, *also = sorted(red, key=lambda s: len(ids.intersection(s.gate.yields_to)))
+        state, *also = sorted(red, key=lambda s: len(ids.intersection(s.gate.yields_to)))
+        gate = state.gate
         measured = ", ".join(
             f"{k} = {v:.6g}" if isinstance(v, float) else f"{k} = {v}"
-            for k, v in seat.verdict.measured.items()
+            for k, v in state.verdict.measured.items()
         )
         allowed = ", ".join(
-            f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in seat.gate.limits.items()
+            f"{k} {v.direction} {v.value:g} {v.unit}" for k, v in gate.limits.items()
         )
         return GateFailed(
-            seat.gate.id,
-            seat.verdict,
-            what=seat.verdict.message
+            gate.id,
+            state.verdict,
+            what=state.verdict.message
             + (f"; also red: {', '.join(s.gate.id for s in also)}" if also else ""),
             value=measured or None,
-            allowed=allowed or seat.gate.statement,
-            next_step="; ".join(filter(None, (seat.gate.hint, f"stack gates show {seat.gate.id}"))),
+            allowed=allowed or gate.statement,
+            next_step="; ".join(filter(None, (gate.hint, f"stack gates show {gate.id}"))),
         )

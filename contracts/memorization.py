@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from stackproof.contracts.events import Event, MemorizationMeasured, Sampled
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -19,7 +18,7 @@ from stackproof.contracts.gate import (
 
 
 @decides("sampling.recitation")
-class Recitation(Stateless):
+class Recitation(RuntimeCheck):
     """A model continues training passages word for word no more often than held-out passages.
 
     Held-out passages are continued only where the count of training passages alone could be red.
@@ -63,7 +62,7 @@ def chance_of(recited: int, n: int, held_out: int, m: int) -> float:
 
 @decides("sampling.memorised")
 class Memorized(RuntimeCheck):
-    """A sample on which the model has a very low loss is no passage of the training text."""
+    """A sample on which the model has a very low loss is not a passage of the training text."""
 
     events = (Sampled,)
     kept = ("losses",)

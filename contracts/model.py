@@ -54,7 +54,7 @@ def in_eval(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 def table_error(tables: tuple[Tensor, Tensor] | None, a: Mapping[str, Any]) -> float:
     """Largest difference of cosine and sine (max_seq_len, J) from the definition; infinite where
-    tables are missing or not wanted.
+    tables are missing, or present without rotary positions.
     """
     if tables is None or a["positions"]["kind"] != "rotary":
         return 0.0 if tables is None and a["positions"]["kind"] != "rotary" else math.inf

@@ -172,20 +172,29 @@ def _layer_error(layer: nn.Module, weights: Mapping[str, Tensor], a: Mapping[str
     return max(training, _rel(layer.eval()(x_BTD), oracle_experts(x_RD, weights, a["ffn"])))
 
 
-# --- the balance term -----------------------------------------------------------------------------
+# --- balance --------------------------------------------------------------------------------------
 
 
-@decides("moe.balance-loss")
-def balance_loss(limits: SimpleNamespace, subject: Subject) -> Verdict:
+@decides("moe.balance")
+def balance(limits: SimpleNamespace, subject: Subject) -> Verdict:
+    """The declared kind of balance acts as declared, once per update whatever the accumulation."""
+    architecture = subject.declared.architecture
+    if reason := no_experts(architecture):
+        return not_run(reason)
+    match architecture["ffn"]["balance"]["kind"]:
+        case "auxiliary-loss":
+            return _balance_term(limits, subject)
+        case "selection-bias":
+            return _selection_bias(limits, subject)
+        case kind:
+            return not_run(f"model.ffn.balance.kind is {kind}, which this gate has no rule for")
+
+
+def _balance_term(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The balance term follows its formula, is 1 when even and more when not, and enters the loss
     with its weight, once per update.
     """
-    architecture, balance = subject.declared.architecture, subject.experts.balance
-    if reason := no_experts(architecture):
-        return not_run(reason)
-    declared = architecture["ffn"]
-    if declared["balance"]["kind"] != "auxiliary-loss":
-        return not_run("model.ffn.balance.kind is selection-bias: no term is added to the loss")
+    declared, balance = subject.declared.architecture["ffn"], subject.experts.balance
     n_experts, top_k = declared["n_experts"], declared["top_k"]
     formula_error = max(_formula_error(balance, n_experts, k) for k in {1, 2, top_k})
     even_error = abs(float(balance(*_assigned([1] * n_experts, 0.5))) - 1)
@@ -198,7 +207,10 @@ def balance_loss(limits: SimpleNamespace, subject: Subject) -> Verdict:
     wrong = [
         text
         for ok, text in (
-            (formula_error <= limits.rel_error_max, "the balance term differs from its formula"),
+            (
+                formula_error <= limits.formula_rel_error_max,
+                "the balance term differs from its formula",
+            ),
             (
                 even_error <= limits.even_error_max,
                 "the balance term of an even assignment is not 1",
@@ -303,19 +315,11 @@ def _rows(subject: Subject, n: int) -> list[MicroBatch]:
     return [MicroBatch(row[None, :-1], row[None, 1:]) for row in ids_BT]
 
 
-# --- the selection bias ---------------------------------------------------------------------------
-
-
-@decides("moe.bias-balance")
-def bias_balance(limits: SimpleNamespace, subject: Subject) -> Verdict:
+def _selection_bias(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Biases move by their rate against the load, once per update whatever the accumulation, and
     skewed loads become more even.
     """
-    architecture, ffn = subject.declared.architecture, subject.declared.architecture["ffn"]
-    if reason := no_experts(architecture):
-        return not_run(reason)
-    if ffn["balance"]["kind"] != "selection-bias":
-        return not_run("model.ffn.balance.kind is auxiliary-loss: there is no selection bias")
+    ffn = subject.declared.architecture["ffn"]
     if ffn["top_k"] == ffn["n_experts"]:
         return not_run("every token visits every expert, so that loads are always even")
     rows = _rows(subject, ROWS_OF_UPDATE)
@@ -421,9 +425,11 @@ class RouterCollapse(RuntimeCheck):
     """
 
     events = (Started, StepTaken)
+    kept = ("crowded", "idle")
 
     def __init__(self, limits):
-        self.limits, self.plan = limits, None
+        super().__init__(limits)
+        self.plan = None
         self.crowded: dict[str, int] = {}
         self.idle: dict[str, int] = {}
 
@@ -488,9 +494,3 @@ class RouterCollapse(RuntimeCheck):
             busiest_frac=max(visited.values()),
             idlest_frac=min(visited.values()),
         )
-
-    def state_dict(self) -> dict:
-        return {"crowded": self.crowded, "idle": self.idle}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.crowded, self.idle = dict(state["crowded"]), dict(state["idle"])

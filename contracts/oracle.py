@@ -1,9 +1,9 @@
 """The decoder written out in float64 from its declaration and the papers: slow, plain,
 one document and one head at a time.
 
-B batch, T tokens of a row or of one document, Q of them that ask, R tokens in any order, D d_model,
-H head_dim, S width of a rotated head or half-head, J = S/2 rotated pairs, F d_ff, E experts, k
-top_k, V vocab
+B batch, T tokens of a row or of one document, Q of them with a query, R tokens in any order, D
+d_model, H head_dim, S width of a rotated head or half-head, J = S/2 rotated pairs, F d_ff, E
+experts, k top_k, V vocab
 """
 
 import math
@@ -56,8 +56,8 @@ def oracle_logits(
 
     `weights` maps plain parameter names to tensors of any float dtype, as `state_dict()` gives
     them; `architecture` is the resolved `model` section. Each change of `document_ids_BT` along a
-    row begins a document, which is read as if it stood alone. Raises ValueError for a kind it does
-    not know, KeyError for a weight that is not there.
+    row begins a document, which is read as if it stood alone. Raises ValueError for an
+    unknown kind, KeyError for a missing weight.
     """
     return oracle_reading(ids_BT, weights, architecture, document_ids_BT).logits_BTV
 
@@ -69,7 +69,7 @@ def oracle_reading(
     document_ids_BT: Tensor | None = None,
 ) -> Reading:
     """As `oracle_logits`, with margins and balance.
-    Gradients reach those `weights` that ask for them.
+    Gradients reach those `weights` that require them.
     """
     wide = {name: weight.double().cpu() for name, weight in weights.items()}
     ids_BT, routed, logits, margins = ids_BT.cpu(), {}, [], []
@@ -300,7 +300,7 @@ def _attention(
     """Attention of tokens of one document at their positions: one query head at a time,
     a table of allowed pairs.
 
-    With `last`, only so many tokens at the end ask: Q of T.
+    With `last`, only so many tokens at the end have a query: Q of T.
     """
     declared, h, group = a["attention"], a["head_dim"], a["n_heads"] // a["n_kv_heads"]
     q, k, v = (

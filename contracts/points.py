@@ -6,11 +6,11 @@ import math
 from types import SimpleNamespace
 
 from stackproof.contracts.events import ActivationsTraced
-from stackproof.contracts.gate import RuntimeCheck, Stateless, Verdict, decide, decides, first_of
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, first_of
 
 
 @decides("model.attention-logits")
-class AttentionLogits(Stateless):
+class AttentionLogits(RuntimeCheck):
     """No attention score is so large that softmax selects one key and its gradient vanishes."""
 
     events = (ActivationsTraced,)

@@ -133,8 +133,8 @@ def _norm_error(
     """Root mean square over rows of the relative error of the factor that a row was scaled by.
     `given` is the dtype of the input.
 
-    Gains differ, for otherwise the few numbers that the type knows would all be rounded alike, and
-    roundings would not cancel.
+    Gains differ: otherwise the few numbers that the type can represent would all be rounded alike,
+    and roundings would not cancel.
     """
     x_RD = (
         (

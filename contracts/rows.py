@@ -15,7 +15,6 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -32,13 +31,14 @@ class Rows(RuntimeCheck):
     """
 
     events = (Started, BatchDrawn, StepTaken)
+    kept = ("cursor", "order", "recent", "sample_ids", "counted")
 
     def __init__(self, limits):
         super().__init__(limits)
         self.plan, self.cursor = None, None
         self.order, self.tokens_seen = "", 0
         self.drawn: list[int] = []
-        self.sample_ids: tuple[int, ...] = ()
+        self.sample_ids: list[int] = []
         self.counted = False
         self.recent: deque[tuple[int, int]] = deque(maxlen=int(limits.recent_windows_min))
 
@@ -51,7 +51,7 @@ class Rows(RuntimeCheck):
             case Started():
                 return self._start(event)
             case BatchDrawn():
-                self.sample_ids = event.sample_ids
+                self.sample_ids = list(event.sample_ids)
                 return self._position(event) or self._windows(event)
             case StepTaken():
                 self.counted = True
@@ -147,21 +147,9 @@ class Rows(RuntimeCheck):
             valid_frac=valid_frac,
         )
 
-    def state_dict(self) -> dict:
-        return {
-            "cursor": self.cursor,
-            "order": self.order,
-            "recent": [list(k) for k in self.recent],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.cursor, self.order = state["cursor"], state.get("order", "")
-        self.recent.clear()
-        self.recent.extend((epoch, window) for epoch, window in state["recent"])
-
 
 @decides("data.learnable-batch")
-class LearnableBatch(Stateless):
+class LearnableBatch(RuntimeCheck):
     """Ids are in the vocabulary, rows fit the model, there are labels to learn, also on stop
     tokens, and none on padding.
     """
@@ -214,7 +202,7 @@ class LearnableBatch(Stateless):
 
 
 @decides("data.fresh-rows")
-class FreshRows(Stateless):
+class FreshRows(RuntimeCheck):
     """Rows are not drawn again in the same order, and few of the scored rows were trained on.
 
     The order is the same where each of many consecutive rows comes the same distance after its last

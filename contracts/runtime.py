@@ -22,7 +22,6 @@ from stackproof.contracts.events import (
 )
 from stackproof.contracts.gate import (
     RuntimeCheck,
-    Stateless,
     Verdict,
     decide,
     decides,
@@ -35,7 +34,7 @@ FIRST_DRAWS = 8
 
 
 @decides("runtime.finite")
-class Finite(Stateless):
+class Finite(RuntimeCheck):
     """Loss and gradient norm are finite at every step, before any masking."""
 
     events = (StepTaken,)
@@ -58,12 +57,13 @@ class Finite(Stateless):
 
 
 @decides("runtime.mode")
-class Mode(Stateless):
+class Mode(RuntimeCheck):
     """Training steps run in training mode, also after an evaluation, a sample or a save; held-out
     batches are scored in evaluation mode, with the same logits each time.
     """
 
     events = (ModuleModes,)
+    kept = ("trained",)
 
     def __init__(self, limits):
         super().__init__(limits)
@@ -167,7 +167,7 @@ class LossNotConstant(RuntimeCheck):
 
 
 @decides("runtime.step-time")
-class StepTime(Stateless):
+class StepTime(RuntimeCheck):
     """A step takes the time its arithmetic needs: it is not faster than the machine can compute,
     nor far below the median step.
 
@@ -355,6 +355,7 @@ class Trend(RuntimeCheck):
 
     events = (Started, StepTaken)
     SPAN = 50
+    kept = ("steps", "away", "loss", "log_norm", "least_loss", "least_log_norm")
 
     def __init__(self, limits):
         super().__init__(limits)
@@ -394,16 +395,3 @@ class Trend(RuntimeCheck):
 
     def _mean(self, before: float | None, now: float) -> float:
         return now if before is None else before + (now - before) / self.SPAN
-
-    def state_dict(self) -> dict:
-        means = {"loss": self.loss, "log_norm": self.log_norm}
-        least = (
-            {"least_loss": self.least_loss, "least_log_norm": self.least_log_norm}
-            if math.isfinite(self.least_loss)
-            else {}
-        )
-        return {"steps": self.steps, "away": self.away, **means, **least}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)

@@ -113,8 +113,8 @@ class Declared:
 
     @capability
     def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
-        """How one parameter is updated: rule (adamw or muon), lr, weight_decay and what else the
-        rule needs.
+        """How one parameter is updated: rule (adamw, muon, or the class of another optimizer), lr,
+        weight_decay and what else the rule needs.
         """
 
     @value
@@ -466,7 +466,7 @@ class Trainee:
     @capability
     def digest(self) -> Mapping[str, Any]:
         """Every part of the state as a hash or a number, taken without the code that saves:
-        `weights.<parameter>`, `optim.<parameter>.<field>`, `rng.cpu`, counters, …
+        `weights.<parameter>`, `optim.<parameter>.<field>`, `rng.cpu`, `cursor` (rows drawn), …
         """
 
 
@@ -533,29 +533,28 @@ class Checkpoints:
 
 
 class SavedCheckpoint:
-    """One checkpoint that was written, and the live state that it must hold. `folder` is where, for
-    the format of `stack train`; None for any other.
+    """One checkpoint that was written, and the live state that it must hold. `replica_checksums`
+    are those of another process that holds the model, of one that differs if there is one.
     """
 
-    folder: Path | None = None
+    replica_checksums: Mapping[str, int | str] | None = None
 
     @value
-    def step(self) -> int:
-        """The step at which it was written."""
+    def live_checksums(self) -> Mapping[str, int | str]:
+        """A checksum of every tensor in memory at the save, by name, taken without the writer."""
 
     @value
-    def live_checksums(self) -> Mapping[str, int]:
-        """A checksum of every tensor in memory at the save, by name, taken without the writer: in
-        the format of `stack train` crc32.
-        """
-
-    @value
-    def reloaded_checksums(self) -> Mapping[str, int]:
+    def reloaded_checksums(self) -> Mapping[str, int | str]:
         """The same of every tensor after loading it again."""
 
     @value
     def tied(self) -> tuple[bool, bool]:
         """Whether head and embedding are one tensor: (live, loaded again)."""
+
+    @property
+    def format_problems(self) -> Sequence[str]:
+        """What is wrong in the written files beside the tensors, where the adapter reads them."""
+        return ()
 
 
 # --- kernels and precision ------------------------------------------------------------------------

@@ -5,11 +5,11 @@ and with what weight.
 import math
 
 from stackproof.contracts.events import Event, LossMeasured, Started
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, not_run
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, not_run
 
 
 @decides("loss.first")
-class FirstLoss(Stateless):
+class FirstLoss(RuntimeCheck):
     """The first loss of an untrained model is that of guessing, ln V; that of any other model is
     not far above it.
 
@@ -47,7 +47,7 @@ class FirstLoss(Stateless):
 
 
 @decides("loss.next-token")
-class NextToken(Stateless):
+class NextToken(RuntimeCheck):
     """At every learned position the gradient at the logits is that of cross-entropy with the next
     token.
     """
@@ -72,7 +72,7 @@ class NextToken(Stateless):
 
 
 @decides("loss.token-weights")
-class TokenWeights(Stateless):
+class TokenWeights(RuntimeCheck):
     """Every token to learn has the weight 1/N of the step's N tokens, in whatever micro-batch it
     is; masked positions have none.
     """

@@ -92,7 +92,7 @@ def round_trip(limits: SimpleNamespace, subject: Subject) -> Verdict:
 
 
 def bpe_merges(texts: Iterable[str], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """The first merges of byte-level BPE, with every pair counted anew in Python's integers: the
+    """The first merges of byte-level BPE, with every pair counted again in Python's integers: the
     oracle of the gate and of tests.
 
     Words are split as GPT-2 splits ASCII text. Of equally frequent pairs the one of the lower ids

@@ -6,11 +6,11 @@ from stackproof.contracts.events import (
     StateCompared,
     WeightsUpdated,
 )
-from stackproof.contracts.gate import Stateless, Verdict, decide, decides, first_of, not_run
+from stackproof.contracts.gate import RuntimeCheck, Verdict, decide, decides, first_of, not_run
 
 
 @decides("optim.gradient-kept")
-class GradientKept(Stateless):
+class GradientKept(RuntimeCheck):
     """Gradients are empty when a step begins, add up over its micro-steps, and reach the update
     unchanged or scaled by one factor.
     """
@@ -48,7 +48,7 @@ class GradientKept(Stateless):
 
 
 @decides("optim.movement")
-class Movement(Stateless):
+class Movement(RuntimeCheck):
     """An update changes what it must: trained tensors change, frozen ones do not, the first update
     goes against the gradient, and nothing changes between updates.
 
@@ -58,6 +58,7 @@ class Movement(Stateless):
     """
 
     events = (WeightsUpdated, StateCompared)
+    kept = ("unknown", "updated")
 
     def __init__(self, limits):
         super().__init__(limits)

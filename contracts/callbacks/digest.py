@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.callbacks.probe import embedding_of, head_of, is_ids
-from stackproof.contracts.callbacks.subject import ComparedWeights
+from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import StateRestored
 from stackproof.contracts.subject import Subject
 
@@ -112,11 +112,7 @@ def replicas(model: nn.Module) -> Subject | None:
     group.all_gather(held, own)
     live, *others = ([int(x) for x in sums] for sums in (own, *held))
     other = next((sums for sums in others if sums != live), live)
-    return Subject(
-        saved=ComparedWeights(
-            dict(zip(names, live)), dict(zip(names, other)), (is_tied(model),) * 2
-        )
-    )
+    return Subject(saved=ComparedReplicas(dict(zip(names, live)), dict(zip(names, other))))
 
 
 def is_tied(model: nn.Module) -> bool:

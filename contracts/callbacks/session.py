@@ -14,7 +14,7 @@ from torch import nn
 from stackproof.contracts.callbacks.probe import untouched
 from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.events import StepTaken
-from stackproof.contracts.gate import Verdict, call_check, not_run
+from stackproof.contracts.gate import Verdict, judge, not_run
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import ConfigError, GateFailed
@@ -140,7 +140,7 @@ class Session:
         """Take out a gate that has no meaning in this run; its verdict is `not_run` with the
         reason.
         """
-        if self.keeper.seats.pop(gate_id, None):
+        if self.keeper.states.pop(gate_id, None):
             self.absent[gate_id] = not_run(why)
 
     def cost(self) -> Cost:
@@ -205,4 +205,7 @@ def ask_all(
     ]
     with untouched(model):
         subject = foreign_subject(model, optimizer, tokenizer)
-        return {g.id: call_check(g, subject) for g in gates}
+        found = {gate.id: one for gate, one in judge(gates, subject)}
+    if broken := [one.error for one in found.values() if one.error is not None]:
+        raise broken[0]
+    return {gate_id: one.verdict for gate_id, one in found.items()}

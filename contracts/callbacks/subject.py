@@ -137,12 +137,20 @@ class ForeignTraining(Training):
 
 
 class ComparedWeights(SavedCheckpoint):
-    """The live weights beside those that were loaded again, or that another process holds."""
+    """The live weights beside those that were loaded again."""
 
     def __init__(
         self, live: Mapping[str, int], reloaded: Mapping[str, int], tied: tuple[bool, bool]
     ):
         self.live_checksums, self.reloaded_checksums, self.tied = live, reloaded, tied
+
+
+@dataclass(frozen=True)
+class ComparedReplicas(SavedCheckpoint):
+    """The live weights beside those of another process; nothing was loaded again."""
+
+    live_checksums: Mapping[str, int]
+    replica_checksums: Mapping[str, int]
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -122,7 +122,7 @@ def build(
         ) from e
     seconds = time.perf_counter() - started
     dataset = prepare.open_folder(out, cfg)
-    results = account.judge(dataset)
+    results, failure = account.judge(dataset)
     if fresh or not (out / "metadata.json").is_file():
         account.write_record(record, cfg, dataset, results, seconds)
     (out / "report.html").write_text(account.page(dataset.manifest, results), "utf-8")
@@ -131,7 +131,8 @@ def build(
         stdout.print(f"record {out / 'metadata.json'}, page {out / 'report.html'}", markup=False)
         if all(r.verdict != "fail" for r in results):
             stdout.print(f"next  stack train --data {out}", markup=False)
-    account.require_green(results)
+    if failure is not None:
+        raise failure
 
 
 def _config(
@@ -345,10 +346,11 @@ def verify(folder: Folder, json: Json = False) -> None:
 
     dataset = _open(folder, "full")
     account.require_recorded(folder)
-    results = account.judge(dataset)
+    results, failure = account.judge(dataset)
     if not emit(_document(folder, dataset.manifest, results), json):
         _show(dataset.manifest, results)
-    account.require_green(results)
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -420,7 +422,7 @@ def report(
     from stackproof.data import account
 
     dataset = _open(folder)
-    results = account.judge(dataset)
+    results, _ = account.judge(dataset)
     path = out or folder / "report.html"
     path.write_text(account.page(dataset.manifest, results), "utf-8")
     if not emit({"page": str(path), **_document(folder, dataset.manifest, results)}, json):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stackproof.config import DataConfig
-from stackproof.contracts.gate import call_check, limits_of
+from stackproof.contracts.keeper import Gatekeeper
 from stackproof.data import corpus, dedup, receipts
 from stackproof.data.prepare import Dataset
 from stackproof.data.subject import data_set_subject
@@ -55,37 +55,17 @@ def open_record(cfg: DataConfig) -> RecordBuilder:
     )
 
 
-def judge(dataset: Dataset) -> list[GateResult]:
-    """Ask every gate that can judge a data set without a run."""
+def judge(dataset: Dataset) -> tuple[list[GateResult], GateFailed | None]:
+    """(the result of every gate that can judge a data set without a run, the error of the first red
+    one that halts).
+    """
     seq_len = min(JUDGED_SEQ_LEN, max(1, dataset.train.n_tokens // 4))
-    spec, subject, results = load_spec(), data_set_subject(dataset, seq_len), []
-    for gate_id in GATES:
-        gate = spec.gates[gate_id]
-        verdict = call_check(gate, subject)
-        results.append(
-            GateResult(
-                id=gate_id,
-                fingerprint=spec.fingerprint(gate_id),
-                verdict=verdict.outcome,
-                checks=1,
-                first_failure_step=0 if verdict.outcome == "fail" else None,
-                measured=dict(verdict.measured),
-                limits=vars(limits_of(gate)),
-                message=verdict.message,
-            )
-        )
-    return results
-
-
-def require_green(results: Iterable[GateResult]) -> None:
-    """Raises GateFailed for the first red gate that halts."""
-    spec = load_spec()
-    red = [r for r in results if r.verdict == "fail" and spec.gates[r.id].severity == "halt"]
-    if red:
-        also = f"; also red: {', '.join(r.id for r in red[1:])}" if red[1:] else ""
-        raise GateFailed(
-            red[0].id, what=red[0].message + also, next_step=f"stack gates show {red[0].id}"
-        )
+    keeper = Gatekeeper(load_spec(), only=GATES)
+    try:
+        keeper.preflight(data_set_subject(dataset, seq_len))
+    except GateFailed as failure:
+        return keeper.results(), failure
+    return keeper.results(), None
 
 
 def require_recorded(folder: Path) -> None:

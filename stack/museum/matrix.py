@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stackproof.config import RunConfig, load_config
-from stackproof.contracts.gate import call_check, not_run
+from stackproof.config import RunConfig
+from stackproof.contracts.gate import judge, not_run
 from stackproof.data.prepare import prepare
 from stackproof.museum.plant import Plant, load_museum
 from stackproof.museum.prove import Prover, selection, use_cache, workshop
@@ -56,14 +56,14 @@ def matrix(
     is red, as it is where no gate is waived: its step is None and its seconds are those of the run.
     Plants in the script of another trainer do not touch the stack and have no row.
     """
-    museum = {p.id: p for p in load_museum().values() if p.trainer == "stack"}
+    plants = {p.id: p for p in load_museum().values() if p.trainer == "stack"}
     rows: list[Row] = []
     with workshop() as root:
         prover, controls = Prover(root), {}
         for gate in selection(gate_ids):
-            cfg = _config(prover, gate)
-            key = sha256_json([cfg.to_dict(), "export" in gate.kinds])
-            for plant in (museum[p] for p in gate.plants if p in museum):
+            for plant in (plants[p] for p in gate.plants if p in plants):
+                cfg = _config(prover, gate, plant)
+                key = sha256_json([cfg.to_dict(), "export" in gate.kinds])
                 if key not in controls:
                     controls[key] = _asked_of_all(prover, gate, cfg, nullcontext)[0]
                 rows.append(_row(prover, gate, cfg, plant, set(controls[key])))
@@ -71,13 +71,11 @@ def matrix(
     return rows
 
 
-def _config(prover: Prover, gate: Gate) -> RunConfig:
-    """The configuration a gate is proven under, with every gate of a run allowed to fail,
-    so that each of them is heard.
+def _config(prover: Prover, gate: Gate, plant: Plant) -> RunConfig:
+    """The configuration a plant is proven under, with every gate of a run waived, so that each of
+    them has a verdict.
     """
-    cfg, _ = load_config(
-        prover.cfg, fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()}
-    )
+    cfg = prover.config(gate, plant)
     waive = tuple(
         Waiver(id=g.id, reason="the matrix asks all of them", expires="9999-12-31")
         for g in prover.spec.gates.values()
@@ -122,9 +120,11 @@ def _asked_of_all(
     before = [g for g in here if g.moment == "preflight"]
     with _raising(WHOLE, raised), torch.random.fork_rng(devices=[]), apply():
         subject = subject_of(cfg, prepare(cfg.data), torch.device("cpu"))
-        for one in before:
-            with _raising(one.id, raised):
-                _note(red, one.id, lambda one=one: call_check(one, subject).outcome)
+        for one, found in judge(before, subject):
+            if found.error is not None:
+                raised[one.id] = _first_line(found.error)
+            elif found.verdict.outcome == "fail":
+                red[one.id] = {"seconds": round(found.seconds, 4), "step": None}
     within = [g.id for g in here if g.moment != "preflight"]
     watch = _Stopwatch()
     with _raising("the run", raised), apply():
@@ -157,4 +157,8 @@ def _raising(who: str, raised: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raised[who] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:160]
+        raised[who] = _first_line(e)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]

@@ -9,9 +9,9 @@ import functools
 import importlib
 import inspect
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ _touches = 0
 @dataclass(frozen=True)
 class Plant:
     """One exhibit of the museum: an edit, several, or the name
-    "module:function" of a generator function.
+    "module:function" of a generator function. `museum` holds values of the configuration, by dotted
+    key, that the plant needs beside those of its gate.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Plant:
     sources: tuple[str, ...]
     edits: tuple[Edit, ...] = ()
     function: str = ""
+    museum: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trainer(self) -> Trainer:
@@ -55,10 +57,10 @@ class Plant:
 
     @property
     def sha256(self) -> str:
-        """Hash of what the plant changes."""
-        if self.edits:
-            return sha256_json([[e.target, e.old, e.new, list(e.imports)] for e in self.edits])
-        return sha256_json(inspect.getsource(self._generator()))
+        """Hash of what the plant changes, and of its own configuration."""
+        change: Any = [[e.target, e.old, e.new, list(e.imports)] for e in self.edits]
+        change = change or inspect.getsource(self._generator())
+        return sha256_json([change, dict(self.museum)] if self.museum else change)
 
     def _generator(self) -> Callable[[], Iterator[None]]:
         module, name = self.function.split(":")
@@ -94,7 +96,7 @@ def _plant(entry: dict[str, Any]) -> Plant:
     """
     told = {
         k: entry.get(k)
-        for k in ("id", "gate", "title", "story", "sources", "function")
+        for k in ("id", "gate", "title", "story", "sources", "function", "museum")
         if k in entry
     }
     rest = {k: v for k, v in entry.items() if k not in told}

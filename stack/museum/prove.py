@@ -29,7 +29,7 @@ from stackproof.museum.collection import exportable, museum_config, write_texts
 from stackproof.museum.observe import Clock, fruits_of_run, moment_of, watching
 from stackproof.museum.plant import Plant, Trainer, load_museum, touches
 from stackproof.spec.building import RecordBuilder, write_atomically
-from stackproof.spec.canonical import canonical_json, sha256_file
+from stackproof.spec.canonical import canonical_json, sha256_file, sha256_json
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.failures import load_catalogue
 from stackproof.spec.gates import Gate, load_spec
@@ -114,6 +114,7 @@ class Prover:
         self.cfg = museum_config(root)
         self._runs = 0
         self._fruits: dict[str, Any] = {}
+        self._controls: dict[str, Control] = {}
 
     def control(self, gates: list[Gate]) -> Controls:
         """Every gate without a plant, in each trainer it is for. In our trainer one run serves all
@@ -138,10 +139,24 @@ class Prover:
                     found[gate.id, trainer] = self._control(gate, trainer)
         return found
 
-    def _control(self, gate: Gate, trainer: Trainer) -> Control:
+    def config(self, gate: Gate, plant: Plant | None = None) -> RunConfig:
+        """The configuration under which a gate, or one of its plants, is proven."""
+        settings = gate.when | gate.museum | (dict(plant.museum) if plant else {})
+        fixed = {key: (value, f"gate {gate.id}") for key, value in settings.items()}
+        return load_config(self.cfg, fixed=fixed)[0]
+
+    def control_of(self, gate: Gate, plant: Plant) -> Control:
+        """The gate on the clean stack, under the configuration of one of its plants."""
+        key = sha256_json([gate.id, dict(plant.museum)])
+        if key not in self._controls:
+            use_cache(self.root / "cache")
+            self._controls[key] = self._control(gate, plant.trainer, plant)
+        return self._controls[key]
+
+    def _control(self, gate: Gate, trainer: Trainer, plant: Plant | None = None) -> Control:
         with watching() as worst:
             try:
-                verdict, _ = self._run(gate, trainer)
+                verdict, _ = self._run(gate, trainer, plant)
             except GateFailed as e:
                 verdict = e.verdict or Verdict("fail", str(e))
         return Control(verdict.outcome, dict(verdict.measured) | worst.get(gate.id, {}))
@@ -159,7 +174,7 @@ class Prover:
         clock = Clock()
         try:
             with plant.apply():
-                verdict, step = self._run(gate, plant.trainer, clock)
+                verdict, step = self._run(gate, plant.trainer, plant, clock)
         except GateFailed as e:
             if e.gate_id != gate.id:
                 return Seen(
@@ -227,15 +242,14 @@ class Prover:
         return self._run(gate, "stack")[0]
 
     def _run(
-        self, gate: Gate, trainer: Trainer, *callbacks: Callback
+        self, gate: Gate, trainer: Trainer, plant: Plant | None = None, *callbacks: Callback
     ) -> tuple[Verdict, int | None]:
-        """The gate's verdict in one trainer, and the step at which it turned red in a run."""
+        """The gate's verdict in one trainer, under the configuration of a plant, and the step at
+        which it turned red in a run.
+        """
         if trainer == "script":
             return script.verdict_of(gate.id)
-        cfg, _ = load_config(
-            self.cfg,
-            fixed={k: (v, f"gate {gate.id}") for k, v in (gate.when | gate.museum).items()},
-        )
+        cfg = self.config(gate, plant)
         if gate.moment == "preflight":
             dataset, device = prepare(cfg.data), torch.device("cpu")
             with kernels_of(cfg, device):
@@ -323,6 +337,9 @@ def _prove_one(
     started = time.perf_counter()
     outcomes = [controls.get((gate.id, t), UNASKED).outcome for t in trainers_of(gate)]
     control = controls.get((gate.id, plant.trainer), UNASKED) if plant else UNASKED
+    if plant and plant.museum:
+        control = prover.control_of(gate, plant)
+        outcomes.append(control.outcome)
     seen = (
         Seen("awaiting", not_run("nobody built it"))
         if plant is None

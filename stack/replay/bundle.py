@@ -112,7 +112,7 @@ class ReproRecorder(Callback):
         self.recent.begin(point)
 
     def on_gate_failure(self, trainer: Trainer, gate_id: str, step: int, verdict: Verdict) -> None:
-        if trainer.keeper.seats[gate_id].first_failure_step is not None:
+        if trainer.keeper.states[gate_id].first_failure_step is not None:
             return
         run_dir = trainer.output.dir
         folder = run_dir.path / "repro" / f"{gate_id}-step-{step}"
@@ -152,7 +152,7 @@ def write_bundle(
     gate, tokenizer = keeper.spec.gates[gate_id], trainer.dataset.tokenizer
     if point is None or gate_id not in point.gates:
         raise StackproofError("the run has not begun, so a replay has no state to start from")
-    held_out = trainer.held_out if Evaluated in keeper.seats[gate_id].watcher.events else []
+    held_out = trainer.held_out if Evaluated in keeper.states[gate_id].watcher.events else []
     tensors = {name: t for _, rows in recent.steps for name, t in rows.items()} | recent.rng
     tensors |= {
         f"held_out.{i}.{name}": t for i, b in enumerate(held_out) for name, t in rows_of(b).items()
@@ -183,7 +183,7 @@ def write_bundle(
         fingerprint=keeper.spec.fingerprint(gate_id),
         spec_version=keeper.spec.version,
         severity=gate.severity,
-        event=type(keeper.shown).__name__,
+        event=type(keeper.event).__name__,
         step=step,
         message=verdict.message,
         measured={

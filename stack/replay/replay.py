@@ -182,7 +182,7 @@ def _play(
     except GateFailed:
         pass
     if not red:
-        return Outcome(False, None, trainer.keeper.seats[bundle.gate].verdict, False, random_state)
+        return Outcome(False, None, trainer.keeper.states[bundle.gate].verdict, False, random_state)
     step, verdict = red[0]
     now, then = ({k: _plain(v) for k, v in m.items()} for m in (verdict.measured, bundle.measured))
     return Outcome(True, step, verdict, now == then and step == bundle.step, random_state)
@@ -220,7 +220,7 @@ def take_replayed_step(trainer: Trainer, bundle: repro.Bundle) -> None:
     one.
     """
     loop.take_step(trainer)
-    watched = trainer.keeper.seats[bundle.gate].watcher.events
+    watched = trainer.keeper.states[bundle.gate].watcher.events
     step, cfg = trainer.state.step, trainer.cfg
     for event, every, phase in (
         (Evaluated, cfg.eval.every, loop.evaluate),
@@ -248,7 +248,7 @@ def _open(
         config=bundle.config,
         on_verdict=on_verdict,
     )
-    if bundle.gate not in keeper.seats:
+    if bundle.gate not in keeper.states:
         raise IntegrityError(
             f"gate {bundle.gate} does not apply to runs of this configuration", value=bundle.record
         )
@@ -256,7 +256,7 @@ def _open(
         k: float(bundle.measured.get(k) or 0.0) for k in ("found_frac", "found_in_training_frac")
     }
     callbacks = [GateEvents(RecordedText(*measured.values())), SdcCheck()]
-    if any(ActivationsTraced in seat.watcher.events for seat in keeper.seats.values()):
+    if any(ActivationsTraced in state.watcher.events for state in keeper.states.values()):
         callbacks.insert(0, PointTracing())
     return Trainer(
         state=open_state(cfg, bundle, tensors, device),

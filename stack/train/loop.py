@@ -197,9 +197,10 @@ def _write(
     """Write a checkpoint, check it with the artifact gates, move the pointers.
     Reads nothing that a training step changes.
     """
-    root = trainer.output.dir.checkpoints
+    root, model = trainer.output.dir.checkpoints, trainer.state.model
     folder = checkpoint.write(root, snapshot)
-    saved = WrittenCheckpoint(folder, snapshot.step, live)
+    tied = model.head_weight is model.embed.weight
+    saved = WrittenCheckpoint(folder, snapshot.step, tied, live)
     trainer.keeper.artifact(Subject(saved=saved), step=snapshot.step)
     if is_best:
         checkpoint.point(root, "best", folder)

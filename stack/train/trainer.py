@@ -238,7 +238,7 @@ class Trainer:
             "message": verdict.message,
         }
         self.output.dir.log("gates.jsonl", gate=gate_id, step=step, **line)
-        if verdict.outcome == "fail" and self.keeper.seats[gate_id].gate.moment == "runtime":
+        if verdict.outcome == "fail" and self.keeper.states[gate_id].gate.moment == "runtime":
             self.callbacks.on_gate_failure(self, gate_id, step, verdict)
 
 
@@ -346,7 +346,7 @@ def _record_metrics(trainer: Trainer, *, with_baselines: bool) -> None:
         metric("train_s", round(state.wall_s, 3), "s", better="lower")
         metric("tokens_per_s", state.tokens_seen / state.wall_s, "tokens/s", better="higher")
         gate_s = sum(
-            seat.seconds for seat in trainer.keeper.seats.values() if seat.gate.moment == "runtime"
+            s.seconds for s in trainer.keeper.states.values() if s.gate.moment == "runtime"
         )
         process_s = trainer.timer.total_s or state.wall_s
         metric("gates_overhead_frac", gate_s / process_s, "1", better="lower")

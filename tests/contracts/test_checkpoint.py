@@ -1,19 +1,21 @@
 """Gates of checkpoints against real saves and real damage."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from stackproof.contracts.callbacks.subject import ComparedWeights
+from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.gate import call_check
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import Subject, TraineeOptions
 from stackproof.museum import script
 from stackproof.museum.plant import load_museum
-from stackproof.subject.checkpoints import WrittenCheckpoint
+from stackproof.subject.checkpoints import FILES, REQUIRED_STATE, WrittenCheckpoint
 from stackproof.subject.run import tiny_run
 from stackproof.subject.training import RunTrainee
 from stackproof.train.state import build_state, live_crc32
+from tests.subjects import changed
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def saved(small_cfg, dataset, subject, tmp_path) -> WrittenCheckpoint:
     state = build_state(tiny_run(small_cfg), dataset, torch.device("cpu"))
     live = live_crc32(state)
     subject.checkpoints.save(RunTrainee(state), tmp_path)
-    return WrittenCheckpoint(tmp_path / "step-00000000", 0, live)
+    return WrittenCheckpoint(tmp_path / "step-00000000", 0, True, live)
 
 
 def judged(spec, saved):
@@ -31,7 +33,8 @@ def judged(spec, saved):
 def test_reloads_is_green_on_a_real_save(spec, saved):
     verdict = judged(spec, saved)
     assert verdict.outcome == "pass", verdict.message
-    assert verdict.measured == {"differing": 0, "compared": len(saved.live_checksums)}
+    tied = {"live_tied": True, "reloaded_tied": True}
+    assert verdict.measured == {"differing": 0, "compared": len(saved.live_checksums)} | tied
 
 
 def test_reloads_is_red_on_one_flipped_bit(spec, saved):
@@ -43,9 +46,57 @@ def test_reloads_is_red_on_one_flipped_bit(spec, saved):
 
 
 def test_reloads_is_red_on_an_undeclared_file_and_on_a_wrong_step(spec, saved):
-    assert judged(spec, replace(saved, step=1)).outcome == "fail"
+    assert "has step 0, saved was 1" in judged(spec, replace(saved, step=1)).message
     (saved.folder / "optimizer.pt").write_bytes(b"PK\x03\x04")
-    assert "optimizer.pt" in judged(spec, saved).message
+    assert "undeclared files: optimizer.pt" in judged(spec, replace(saved)).message
+
+
+@pytest.mark.parametrize("key", REQUIRED_STATE)
+def test_reloads_is_red_on_a_document_without_a_key(spec, saved, key):
+    path = saved.folder / "state.json"
+    state = json.loads(path.read_bytes())
+    del state[key]
+    path.write_text(json.dumps(state))
+    message = judged(spec, saved).message
+    assert f"lacks {key}" in message and "does not describe state.json" in message
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_reloads_is_red_on_a_missing_file(spec, saved, file):
+    (saved.folder / file).unlink()
+    verdict = judged(spec, saved)
+    assert verdict.outcome == "fail" and f"lacks {file}" in verdict.message
+
+
+def test_reloads_is_red_where_latest_names_another_folder(spec, saved):
+    (saved.folder.parent / "latest").write_text("step-00000007")
+    assert "latest names step-00000007" in judged(spec, saved).message
+
+
+def test_reloads_judges_the_tied_head_of_a_folder(spec, saved):
+    verdict = judged(spec, replace(saved, live_tied=False))
+    assert verdict.outcome == "fail" and "two tensors" in verdict.message
+
+
+def test_reloads_allows_no_more_tensors_than_its_limit(spec):
+    """The limit is read: with one tensor allowed to differ, two are red."""
+    gate = spec.gates["checkpoint.reloads"]
+    one = gate.limits["differing_max"].model_copy(update={"value": 1})
+    lenient = gate.model_copy(update={"limits": {"differing_max": one}})
+    live = {"a": 1, "b": 2}
+    for n, outcome in ((1, "pass"), (2, "fail")):
+        other = live | dict.fromkeys(list(live)[:n], 9)
+        saved = ComparedWeights(live, other, (True, True))
+        assert call_check(lenient, Subject(saved=saved)).outcome == outcome
+
+
+def test_equal_replicas_alone_are_not_run_and_other_ones_are_red(spec):
+    """Several processes that hold one model have not reloaded it."""
+    live = {"a": 1, "b": 2}
+    verdict = judged(spec, ComparedReplicas(live, live))
+    assert verdict.outcome == "not_run" and "reloaded_checksums" in verdict.message
+    apart = judged(spec, ComparedReplicas(live, live | {"b": 3}))
+    assert apart.outcome == "fail" and "two processes hold 1 other tensor(s): b" in apart.message
 
 
 def test_reloads_is_red_on_a_tensor_that_is_left_out(spec, saved):
@@ -87,6 +138,21 @@ def test_resume_equivalence_is_green_on_the_stack(spec, subject):
     verdict = call_check(spec.gates["checkpoint.resume-equivalence"], subject)
     assert verdict.outcome == "pass", verdict.message
     assert verdict.measured["crossed_epoch_end"] is True and verdict.measured["compared_parts"] > 20
+
+
+def test_resume_equivalence_is_red_where_no_epoch_ends(spec, subject):
+    """Trainees that begin at the first row instead of near the end of an epoch."""
+
+    def at_the_beginning(options=TraineeOptions()):
+        return subject.training.trainee(replace(options, first_row=0))
+
+    verdict = call_check(
+        spec.gates["checkpoint.resume-equivalence"],
+        changed(subject, training={"trainee": at_the_beginning}),
+    )
+    assert verdict.outcome == "fail" and "of an epoch" in verdict.message
+    assert verdict.measured["crossed_epoch_end"] is False
+    assert verdict.measured["differing_parts"] == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stackproof.contracts.callbacks.subject import ComparedWeights
+from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import (
     Finished,
     ModuleModes,
@@ -12,7 +12,7 @@ from stackproof.contracts.events import (
     StepTaken,
     WeightsUpdated,
 )
-from stackproof.contracts.gate import RuntimeCheck, resolve
+from stackproof.contracts.gate import RuntimeCheck, judge, resolve
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import Subject
 from stackproof.spec.errors import GateFailed
@@ -55,7 +55,7 @@ def test_a_consequence_comes_after_its_cause(spec):
     taken = StepTaken(3, math.nan, math.nan, math.nan, 1.0, 1e-3, 8, 8, 0, 0.0, 0.0, 0.0)
     with pytest.raises(GateFailed) as caught:
         keeper.observe(taken)
-    assert [s.gate.id for s in keeper.seats.values()] == ["optim.clip-norm", "runtime.finite"], (
+    assert [s.gate.id for s in keeper.states.values()] == ["optim.clip-norm", "runtime.finite"], (
         "the order of the spec is the other way"
     )
     assert (
@@ -89,6 +89,41 @@ def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
             result.verdict,
             result.first_failure_step,
         ) == expected and result.checks == result.heartbeat_last_step == step
+
+
+@pytest.mark.parametrize("outcome", ["pass", "fail"])
+def test_an_artifact_that_is_later_not_run_shows_both(spec, outcome):
+    """Neither hides the other, in either order."""
+    waiver = Waiver(id="checkpoint.reloads", reason="to see what comes after", expires="9999-12-31")
+    compared = ComparedWeights({"w": 1}, {"w": 1 if outcome == "pass" else 2}, (False, False))
+    alone = ComparedReplicas({"w": 1}, {"w": 1})
+    for saves in ((alone, compared), (compared, alone), (alone, compared, alone)):
+        keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reloads",), waivers=(waiver,))
+        for step, saved in enumerate(saves, start=1):
+            keeper.artifact(Subject(saved=saved), step=step)
+        (result,) = keeper.results()
+        last = max(n for n, saved in enumerate(saves, start=1) if saved is alone)
+        note = f"{saves.count(alone)} of {len(saves)} checks not_run, last at step {last}: "
+        assert (result.verdict, result.checks) == (outcome, len(saves))
+        assert note in result.message and "reloaded_checksums" in result.message
+    keeper = Gatekeeper(spec, kind="foreign", only=("checkpoint.reloads",))
+    keeper.artifact(Subject(saved=alone), step=1)
+    keeper.artifact(Subject(saved=alone), step=2)
+    (result,) = keeper.results()
+    assert (result.verdict, result.checks) == ("not_run", 2), "no verdict was ever reached"
+
+
+def test_judging_many_gates_stops_at_none_and_keeps_what_was_raised(spec, subject):
+    gates = [spec.gates[i] for i in (*TWO, "export.folder")]
+    off = changed(subject, training={"cross_entropy_sum": broken})
+    found = {gate.id: one for gate, one in judge(gates, off)}
+    assert {i: one.verdict.outcome for i, one in found.items()} == {
+        "loss.golden": "not_run",
+        "optim.clip-spike": "pass",
+        "export.folder": "not_run",
+    }
+    assert [i for i, one in found.items() if one.error is not None] == ["loss.golden"]
+    assert all(one.seconds > 0 for one in found.values())
 
 
 @pytest.mark.parametrize(

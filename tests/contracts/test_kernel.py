@@ -145,10 +145,10 @@ def test_gate_refuses_an_eager_step_without_modules(spec, small_cfg, dataset):
 
 def test_gate_is_absent_where_nothing_is_compiled(spec, small_cfg, subject):
     """Neither a pass nor a gap: the record of such a run does not hold it."""
-    assert GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).seats
+    assert GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).states
     assert (
-        GATE not in Gatekeeper(spec).seats
-        and GATE in Gatekeeper(spec, config=compiling_run(small_cfg).to_dict()).seats
+        GATE not in Gatekeeper(spec).states
+        and GATE in Gatekeeper(spec, config=compiling_run(small_cfg).to_dict()).states
     )
     verdict = call_check(spec.gates[GATE], subject)
     assert verdict.outcome == "not_run" and "compiled_step" in verdict.message

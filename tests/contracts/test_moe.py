@@ -29,7 +29,11 @@ SIZES = {
     "dropout": 0.1,
 }
 AUXILIARY, BIASED = {"kind": "moe"}, {"kind": "moe", "balance": {"kind": "selection-bias"}}
-OF_GATE = {"moe.dispatch-parity": BIASED, "moe.balance-loss": AUXILIARY, "moe.bias-balance": BIASED}
+JUDGED = [
+    ("moe.dispatch-parity", BIASED),
+    ("moe.balance", AUXILIARY),
+    ("moe.balance", BIASED),
+]
 SHAPES = [
     {},
     {"n_experts": 4, "capacity_factor": 1.0},
@@ -43,9 +47,9 @@ def declared(ffn):
     return ModelConfig(**SIZES, ffn=ffn).model_dump()
 
 
-def judged(spec, gate_id, ffn=None, training=None, **changes):
+def judged(spec, gate_id, ffn, training=None, **changes):
     """`changes` are members of the experts."""
-    subject = experts.subject_of(declared(ffn or OF_GATE[gate_id]))
+    subject = experts.subject_of(declared(ffn))
     subject = changed(subject, experts=changes, training=training or {})
     return call_check(spec.gates[gate_id], subject)
 
@@ -54,30 +58,42 @@ def plants_of(*gate_ids):
     return [p.id for p in load_museum().values() if p.gate in gate_ids]
 
 
-@pytest.mark.parametrize("gate_id", OF_GATE)
+@pytest.mark.parametrize(("gate_id", "ffn"), JUDGED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_preflight_gate_is_green_on_a_second_implementation(spec, gate_id, shape):
-    verdict = judged(spec, gate_id, OF_GATE[gate_id] | shape)
+def test_preflight_gate_is_green_on_a_second_implementation(spec, gate_id, ffn, shape):
+    verdict = judged(spec, gate_id, ffn | shape)
     assert verdict.outcome == "pass", verdict.message
 
 
-@pytest.mark.parametrize("gate_id", OF_GATE)
-def test_what_does_not_apply_is_not_run(spec, gate_id):
-    other = {"moe.balance-loss": BIASED, "moe.bias-balance": AUXILIARY}
-    for ffn in ({"kind": "swiglu"}, *([other[gate_id]] if gate_id in other else [])):
-        verdict = judged(spec, gate_id, ffn)
-        assert verdict.outcome == "not_run" and "model.ffn" in verdict.message
+@pytest.mark.parametrize("gate_id", ["moe.dispatch-parity", "moe.balance"])
+def test_a_model_without_experts_is_not_run(spec, gate_id):
+    verdict = judged(spec, gate_id, {"kind": "swiglu"})
+    assert verdict.outcome == "not_run" and "model.ffn.kind" in verdict.message
+
+
+def test_balance_of_a_kind_without_a_rule_is_not_run(spec):
+    a = declared(AUXILIARY)
+    a["ffn"]["balance"] = {"kind": "by-hand"}
+    verdict = call_check(spec.gates["moe.balance"], experts.subject_of(a))
+    assert verdict.outcome == "not_run" and "model.ffn.balance.kind is by-hand" in verdict.message
+
+
+def test_balance_measures_what_its_declared_kind_has(spec):
+    term, bias = (judged(spec, "moe.balance", ffn).measured for ffn in (AUXILIARY, BIASED))
+    assert {"formula_rel_error", "entry_rel_error"} <= term.keys()
+    assert {"step_error_over_rate", "skew_after"} <= bias.keys() and not term.keys() & bias.keys()
 
 
 def test_biases_of_experts_that_are_all_chosen_are_not_judged(spec):
-    verdict = judged(spec, "moe.bias-balance", BIASED | {"n_experts": 2, "top_k": 2})
+    verdict = judged(spec, "moe.balance", BIASED | {"n_experts": 2, "top_k": 2})
     assert verdict.outcome == "not_run" and "every token" in verdict.message
 
 
-@pytest.mark.parametrize("plant_id", plants_of(*OF_GATE))
+@pytest.mark.parametrize("plant_id", plants_of("moe.dispatch-parity", "moe.balance"))
 def test_preflight_gate_is_red_on_its_plant(spec, small_cfg, dataset, plant_id):
     plant, before = load_museum()[plant_id], touches()
-    model = ModelConfig(**SIZES, ffn=OF_GATE[plant.gate])
+    term = plant.gate == "moe.balance" and not plant.museum
+    model = ModelConfig(**SIZES, ffn=AUXILIARY if term else BIASED)
     cfg = small_cfg.model_copy(update={"model": model})
 
     def of_the_stack():
@@ -98,7 +114,7 @@ def test_dispatch_sees_one_percent(spec):
         y_RD, load_E, dropped = variants.dispatch(*inputs)
         return y_RD * 1.01, load_E, dropped
 
-    verdict = judged(spec, "moe.dispatch-parity", dispatch=louder)
+    verdict = judged(spec, "moe.dispatch-parity", BIASED, dispatch=louder)
     limit = spec.gates["moe.dispatch-parity"].limits["rel_error_max"].value
     assert (
         verdict.outcome == "fail"
@@ -113,7 +129,7 @@ def test_dispatch_sees_ties_that_go_to_the_higher_id(spec):
         experts_Rk, weights_Rk, probs_RE = variants.route(logits_RE.flip(1), top_k, bias_E)
         return logits_RE.shape[1] - 1 - experts_Rk, weights_Rk, probs_RE.flip(1)
 
-    verdict = judged(spec, "moe.dispatch-parity", route=backwards)
+    verdict = judged(spec, "moe.dispatch-parity", BIASED, route=backwards)
     assert (
         verdict.outcome == "fail"
         and verdict.measured["swapped"] > 100
@@ -149,7 +165,7 @@ def test_dispatch_sees_wrong_counts(spec, lost):
         y_RD, load_E, dropped = variants.dispatch(*inputs)
         return y_RD, load_E - lost[0], dropped + lost[1]
 
-    assert "miscounted" in judged(spec, "moe.dispatch-parity", dispatch=miscounting).message
+    assert "miscounted" in judged(spec, "moe.dispatch-parity", BIASED, dispatch=miscounting).message
 
 
 # --- balance --------------------------------------------------------------------------------------
@@ -161,7 +177,7 @@ def test_balance_is_red_when_it_enters_once_per_micro_batch(spec):
             self.model.a["ffn"]["balance"]["weight"] *= len(batches)
             return super().accumulate(batches)
 
-    verdict = judged(spec, "moe.balance-loss", training={"trainee_of": Hasty})
+    verdict = judged(spec, "moe.balance", AUXILIARY, training={"trainee_of": Hasty})
     assert verdict.outcome == "fail" and verdict.measured["entry_rel_error"] == pytest.approx(
         3, rel=1e-3
     )
@@ -171,19 +187,19 @@ def test_balance_sees_one_percent(spec):
     def louder(weight):
         return experts.SecondExperts(declared(AUXILIARY)).model(weight * 1.01)
 
-    entry = judged(spec, "moe.balance-loss", model=louder)
+    entry = judged(spec, "moe.balance", AUXILIARY, model=louder)
     assert entry.outcome == "fail" and entry.measured["entry_rel_error"] == pytest.approx(
         0.01, rel=1e-2
     )
     value = judged(
-        spec, "moe.balance-loss", balance=lambda *inputs: variants.balance(*inputs) * 1.01
+        spec, "moe.balance", AUXILIARY, balance=lambda *inputs: variants.balance(*inputs) * 1.01
     )
     assert value.outcome == "fail" and value.measured["even_error"] == pytest.approx(0.01)
 
 
 def test_balance_refuses_one_that_prefers_the_uneven(spec):
     verdict = judged(
-        spec, "moe.balance-loss", balance=lambda *inputs: 2 - variants.balance(*inputs)
+        spec, "moe.balance", AUXILIARY, balance=lambda *inputs: 2 - variants.balance(*inputs)
     )
     assert (
         verdict.outcome == "fail"
@@ -201,7 +217,7 @@ def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
             self.loads_LE = 0
             return super().mean_loss(batch)
 
-    verdict = judged(spec, "moe.bias-balance", training={"trainee_of": Forgetful})
+    verdict = judged(spec, "moe.balance", BIASED, training={"trainee_of": Forgetful})
     assert verdict.outcome == "fail" and verdict.measured["step_error_over_rate"] == pytest.approx(
         2
     )
@@ -209,7 +225,7 @@ def test_bias_is_red_when_only_the_last_micro_batch_counts(spec):
 
 def test_bias_loop_is_red_when_nothing_moves(spec):
     verdict = judged(
-        spec, "moe.bias-balance", update_selection_bias=lambda model, loads_LE, rate: None
+        spec, "moe.balance", BIASED, update_selection_bias=lambda model, loads_LE, rate: None
     )
     assert (
         verdict.outcome == "fail"
@@ -224,7 +240,7 @@ def test_bias_refuses_loads_that_show_nothing(spec):
         experts_Rk = torch.arange(n_tokens * top_k).view(n_tokens, top_k) % n_experts
         return experts_Rk, None, None
 
-    verdict = judged(spec, "moe.bias-balance", route=even)
+    verdict = judged(spec, "moe.balance", BIASED, route=even)
     assert verdict.outcome == "fail" and "NaN" in verdict.message
 
 

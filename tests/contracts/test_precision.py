@@ -194,10 +194,10 @@ def test_the_path_that_trains_is_judged(spec, small_cfg, dataset):
 
 
 def test_gate_is_absent_in_float32(spec, small_cfg, subject):
-    assert GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).seats
+    assert GATE not in Gatekeeper(spec, config=small_cfg.to_dict()).states
     assert call_check(spec.gates[GATE], subject).outcome == "not_run"
     for dtype in HALVES:
-        assert GATE in Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).seats
+        assert GATE in Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).states
     assert spec.gates[GATE].normative()["when"] == {"train.dtype": ["bfloat16", "float16"]}
 
 
@@ -254,7 +254,7 @@ def test_loss_scale_is_red_on_a_few_percent(spec, small_cfg, dataset, field):
 
 def test_loss_scale_is_for_float16_alone(spec, small_cfg):
     seats = [
-        Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).seats
+        Gatekeeper(spec, config=in_half(small_cfg, dtype).to_dict()).states
         for dtype in ("bfloat16", "float16")
     ]
     assert ["precision.loss-scale" in s for s in seats] == [False, True]

@@ -184,7 +184,7 @@ CASES = {
     ("model.reference-differential", "rel_error_max"): one_layer,
     ("model.reference-differential", "table_abs_error_max"): tables,
     ("model.gradient", "rel_error_max"): accumulated,
-    ("optim.reference-update", "rel_error_max"): partial(updates, 1),
+    ("optim.reference-update", "error_over_lr_max"): partial(updates, 1),
     ("optim.reference-update", "muon_rel_error_max"): partial(updates, 2),
     ("optim.clip-spike", "rel_excess_max"): first_gradient,
     ("sampling.cache-parity", "rel_error_max"): cached_only,
@@ -207,11 +207,11 @@ ELSEWHERE = {
         "rel_error_max",
     ): "tests/contracts/test_moe.py::test_dispatch_sees_one_percent",
     (
-        "moe.balance-loss",
-        "rel_error_max",
+        "moe.balance",
+        "formula_rel_error_max",
     ): "tests/contracts/test_moe.py::test_balance_sees_one_percent",
     (
-        "moe.balance-loss",
+        "moe.balance",
         "entry_rel_error_max",
     ): "tests/contracts/test_moe.py::test_balance_sees_one_percent",
     (
@@ -235,21 +235,17 @@ ELSEWHERE = {
         "scale_rel_error_max",
     ): "tests/contracts/test_dropout.py::test_gate_sees_other_rates_and_shared_masks",
     (
-        "optim.step-report",
-        "rel_error_max",
-    ): "tests/contracts/test_optim.py::test_step_report_is_red_on_its_plants_and_on_one_percent",
+        "optim.train-step",
+        "report_rel_error_max",
+    ): "tests/contracts/test_optim.py::test_train_step_is_red_on_a_report_that_is_one_percent_off",
     (
-        "optim.applied-update",
-        "norm_rel_error_max",
-    ): "tests/contracts/test_optim.py::test_applied_update_holds_the_norm_by_itself",
+        "optim.train-step",
+        "error_over_lr_max",
+    ): "tests/contracts/test_optim.py::test_train_step_is_red_on_another_law",
     (
-        "optim.applied-update",
-        "rel_error_max",
-    ): "tests/contracts/test_optim.py::test_applied_update_is_red_on_another_law",
-    (
-        "optim.applied-update",
+        "optim.train-step",
         "muon_rel_error_max",
-    ): "tests/contracts/test_optim.py::test_applied_update_is_red_on_another_law",
+    ): "tests/contracts/test_optim.py::test_train_step_is_red_on_another_law",
     (
         "loss.own-batch",
         "rel_error_max",
@@ -274,6 +270,7 @@ BITWISE = (
     "both have is another gate's"
 )
 LEVEL = "is a level that a healthy run keeps far away from, not a comparison with what is right"
+CLOSED_LOOP = "a closed loop that must end level"
 SELECTS = "chooses what is judged; it judges nothing itself"
 HALF = (
     "half precision rounds by about a percent; errors of a percent are for the float32 limit "
@@ -317,11 +314,11 @@ NOT_SO = {
     ("optim.reference-update", "muon_bf16_rel_error_max"): HALF,
     ("kernel.compiled-graph", "half_rel_error_max"): HALF,
     ("kernel.parity", "half_rel_error_max"): HALF,
-    ("moe.balance-loss", "even_error_max"): LEVEL,
-    ("moe.balance-loss", "uneven_excess_min"): LEVEL,
-    "moe.bias-balance": (
-        "a closed loop that must end level, and steps of one size whose signs are compared exactly"
-    ),
+    ("moe.balance", "even_error_max"): LEVEL,
+    ("moe.balance", "uneven_excess_min"): LEVEL,
+    ("moe.balance", "step_error_max"): "steps of one size, whose signs are compared exactly",
+    ("moe.balance", "updates"): CLOSED_LOOP,
+    ("moe.balance", "skew_left_max"): CLOSED_LOOP,
     "moe.router-collapse": LEVEL,
     ("precision.loss-scale", "rel_error_max"): HALF,
     "precision.declared": COUNTS,

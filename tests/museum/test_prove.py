@@ -346,3 +346,20 @@ def test_swap_counts_calls_and_restores():
     with swap(Owner, "value", lambda: 2):
         assert Owner.value() == 2
     assert Owner.value() == 1 and touches() == before + 1
+
+
+def test_a_plant_with_a_configuration_of_its_own_has_a_control_under_it(spec):
+    gate = spec.gates["moe.balance"]
+    plants = load_museum()
+    term, bias = plants["moe.balance-left-out"], plants["moe.bias-sign-flipped"]
+    with prover.workshop() as root:
+        judge = prover.Prover(root)
+        kinds = [judge.config(gate, p).model.ffn.balance.kind for p in (term, bias)]
+        assert kinds == ["auxiliary-loss", "selection-bias"]
+        controls = {(gate.id, "stack"): prover.Control("pass", {"formula_rel_error": 0.0})}
+        kill = prover._prove_one(judge, gate, bias, bias.id, controls)
+        assert (kill.outcome, kill.control) == ("killed", "pass")
+        assert "skew_after" in kill.control_measured and "skew_after" in kill.measured
+        judge._controls = dict.fromkeys(judge._controls, prover.Control("not_run", {}))
+        assert prover._prove_one(judge, gate, bias, bias.id, controls).control == "not_run"
+    assert bias.sha256 != Plant(**vars(bias) | {"museum": {}}).sha256
