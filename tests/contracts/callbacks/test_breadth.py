@@ -58,7 +58,7 @@ def test_adapters_on_a_frozen_base_with_a_tied_head_are_clean(tmp_path, name):
     callback, error = script(tmp_path, adapted(), **PLANS[name])
     clean(callback, error)
     if name == "saves":
-        assert "no whole model" in callback.verdicts()["checkpoint.reloads"].message
+        assert "not hold a whole model" in callback.verdicts()["checkpoint.reloads"].message
 
 
 def test_a_frozen_base_that_moves_under_its_adapters_is_caught(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from stackproof.contracts import causality
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.contracts.callbacks.probe import Probe, max_length_of, untouched
-from stackproof.contracts.callbacks.session import ask_all
+from stackproof.contracts.callbacks.session import judge_model
 from stackproof.spec.errors import ConfigError, GateFailed
 
 nn, F = torch.nn, torch.nn.functional
@@ -180,7 +180,7 @@ def test_looking_at_a_model_leaves_it_bit_for_bit_as_it_was():
     model.forward = lambda idx: (model.count.add_(1), inner(idx))[1]
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    assert ask_all(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))[
+    assert judge_model(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))[
         "model.causal"
     ].passed
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors.items())
@@ -206,7 +206,7 @@ def test_a_model_that_cannot_be_asked_is_not_run_and_says_why():
             return super().forward(idx)
 
     assert "image" in Probe(Needs()).refusal
-    assert ask_all(Needs())["model.causal"].outcome == "not_run"
+    assert judge_model(Needs())["model.causal"].outcome == "not_run"
 
 
 def test_a_run_that_goes_on_elsewhere_is_told():
