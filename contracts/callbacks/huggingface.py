@@ -123,11 +123,9 @@ class GateCallback(GatedRun, TrainerCallback):
 
     def _reload(self, model: PreTrainedModel, folder: Path) -> SavedCheckpoint:
         """The checkpoint, loaded by the class of the model."""
-        if not (folder / "config.json").is_file():
-            why = "the checkpoint does not hold a whole model, as with adapters"
+        if not (folder / "config.json").is_file() or not hasattr(model, "from_pretrained"):
+            why = "the checkpoint is not a whole model that its class can load, as with adapters"
             return digest.NotReloaded(model, why)
-        if not hasattr(model, "from_pretrained"):
-            return digest.NotReloaded(model, f"{type(model).__name__} has no from_pretrained")
         self._reloaded = True
         return digest.reloaded(model, type(model).from_pretrained(folder, dtype=model.dtype))
 

@@ -1,5 +1,7 @@
 """A loop written by hand, around a model that gives logits and nothing else."""
 
+import math
+
 import pytest
 import torch
 
@@ -115,6 +117,45 @@ def double(logits, rows):
 
 def nothing(logits, rows):
     return logits.sum() * 0
+
+
+class Poisoned(Tiny):
+    """Evaluations give one logit that is `values`, in turn."""
+
+    def __init__(self, *values: float):
+        super().__init__(drop=0.0)
+        self.values = [1.0, *values]
+
+    def forward(self, idx):
+        logits = super().forward(idx)
+        if not self.training and torch.is_inference_mode_enabled():
+            logits[0, 0, 0] = self.values.pop()
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("values", "repeat"),
+    [
+        ((1.0, 1.0), 0.0),
+        ((math.nan, math.nan), 0.0),
+        ((math.inf, math.inf), 0.0),
+        ((1.0, math.nan), math.inf),
+        ((math.inf, 1.0), math.inf),
+        ((1.0, 1.5), 0.5),
+    ],
+)
+def test_two_evaluations_are_compared_as_the_gates_of_causality_do(values, repeat):
+    model = Poisoned(*values)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gated(model, optimizer, mode="log", only=("runtime.mode",)) as gate:
+        model.eval()
+        with torch.inference_mode():
+            model(batches()[0][:, :-1])
+    verdict = gate.verdicts()["runtime.mode"]
+    assert (verdict.outcome, verdict.measured["repeat_abs"]) == (
+        "fail" if repeat else "pass",
+        repeat,
+    )
 
 
 PLANTS = {
