@@ -26,7 +26,7 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
     """(N,) int64: the sum of each tensor's bits read as integers; any single changed entry changes
     it. Computed on the tensor's device.
     """
-    return gathered([_checksum(t.detach()) for t in tensors], torch.int64)
+    return gathered([_checksum(t.detach()) for t in tensors])
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -40,12 +40,12 @@ def _checksum(tensor: Tensor) -> Tensor:
     return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
-def gathered(scalars: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """(N,) on the CPU, with one copy for each device."""
-    out = torch.zeros(len(scalars), dtype=dtype)
+def gathered(scalars: list[Tensor]) -> Tensor:
+    """(N,) int64 on the CPU, with one copy for each device."""
+    out = torch.zeros(len(scalars), dtype=torch.int64)
     for device in {s.device for s in scalars}:
         places = [i for i, s in enumerate(scalars) if s.device == device]
-        out[places] = torch.stack([scalars[i].to(dtype) for i in places]).cpu()
+        out[places] = torch.stack([scalars[i].long() for i in places]).cpu()
     return out
 
 
@@ -59,33 +59,21 @@ def of_tensors(named: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Hashes of an optimizer's state by place, and each group's rate and decay."""
-    state, groups = optimizer.state_dict()["state"], optimizer.param_groups
-    tensors = {
-        f"optimizer.{i}.{k}": v
-        for i, values in state.items()
-        for k, v in values.items()
-        if isinstance(v, Tensor)
-    }
-    rates = {
-        f"group.{i}.{k}": float(g[k])
-        for i, g in enumerate(groups)
-        for k in ("lr", "weight_decay")
-        if k in g
-    }
-    return of_tensors(tensors) | rates
-
-
 def of_run(trained: Trained, step: int) -> dict[str, Any]:
     """Everything that a checkpoint restores but random state and data, which are compared at the
-    next batch.
+    next batch: hashes of weights and of the optimizer's state by place, each group's rate and
+    decay, the step, and that of the schedule.
     """
-    weights = of_tensors(dict(trained.model.named_parameters()))
-    parts = {f"weights.{n}": h for n, h in weights.items()}
-    parts |= of_optimizer(trained.optimizer) | {"step": step}
-    if hasattr(trained.scheduler, "last_epoch"):
-        parts["schedule.last_epoch"] = trained.scheduler.last_epoch
+    optimizer, scheduler = trained.optimizer, trained.scheduler
+    tensors = {f"weights.{n}": p for n, p in trained.model.named_parameters()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    parts = of_tensors(tensors) | {"step": step}
+    for i, group in enumerate(optimizer.param_groups):
+        rates = {k: float(group[k]) for k in ("lr", "weight_decay") if k in group}
+        parts |= {f"group.{i}.{k}": rate for k, rate in rates.items()}
+    if hasattr(scheduler, "last_epoch"):
+        parts["schedule.last_epoch"] = scheduler.last_epoch
     return parts
 
 

@@ -44,21 +44,11 @@ class GateCallback(GatedRun, TrainerCallback):
 
     # --- events of the trainer --------------------------------------------------------------------
 
-    def on_train_begin(
-        self,
-        args,
-        state,
-        control,
-        *,
-        model,
-        optimizer,
-        lr_scheduler,
-        processing_class=None,
-        **kwargs,
-    ):
+    def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, **kwargs):
         self._open(args.output_dir)
         self._trainer, resumed = _caller()
-        tokenizer = processing_class if hasattr(processing_class, "eos_token_id") else None
+        tokenizer = kwargs.get("processing_class")
+        tokenizer = tokenizer if hasattr(tokenizer, "eos_token_id") else None
         optimizer = getattr(optimizer, "optimizer", optimizer)
         trained = Trained(model, optimizer, lr_scheduler, tokenizer, state.global_step)
         self._leave_out_gates(args)

@@ -3,7 +3,7 @@
 B batch, T tokens
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class InputReader:
 
     def training(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> tuple[ModelInput, RowHashes, ModuleModes]:
+    ) -> Iterator[ModelInput | RowHashes | ModuleModes]:
         """The events of one training batch; `named` are the arguments of the call of `module`."""
         places, pad_id = named.get("position_ids"), self.settings.pad_id
         mask, labels = self.mask_and_labels(ids_BT, named)
@@ -49,7 +49,7 @@ class InputReader:
             pad_id=pad_id,
             eos_id=self.settings.eos_id,
         )
-        model_input = ModelInput(
+        yield ModelInput(
             step=step,
             n_rows=len(ids_BT),
             max_length=self.max_length,
@@ -57,24 +57,22 @@ class InputReader:
             n_labels=0 if labels is None else labels.numel(),
             **counts,
         )
+        yield RowHashes(step, "training", rows)
         idle = self.has_dropout and not module.training
-        modes = ModuleModes(step, "training", ("",) if idle else ())
-        return model_input, RowHashes(step, "training", rows), modes
-
-    def modes_of_evaluation(self, step: int) -> ModuleModes:
-        """Modules that are in training mode during an evaluation."""
-        wrong = tuple(n for n, m in self.model.named_modules() if m.training)
-        return ModuleModes(step, "evaluation", wrong)
+        yield ModuleModes(step, "training", ("",) if idle else ())
 
     def evaluation(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> RowHashes | None:
-        """The rows of one held-out batch; None for short rows and for steps of generation."""
+    ) -> Iterator[ModuleModes | RowHashes]:
+        """The modules in training mode, and the rows of one held-out batch; no rows where they are
+        short, and for steps of generation.
+        """
+        wrong = tuple(n for n, m in self.model.named_modules() if m.training)
+        yield ModuleModes(step, "evaluation", wrong)
         generates = named.get("past_key_values") is not None
-        if module.training or generates or ids_BT.shape[1] < SHORT:
-            return None
-        mask = _fitting(named.get(probe.MASK), ids_BT)
-        return RowHashes(step, "evaluation", read_rows(ids_BT, mask))
+        if not (module.training or generates or ids_BT.shape[1] < SHORT):
+            mask = _fitting(named.get(probe.MASK), ids_BT)
+            yield RowHashes(step, "evaluation", read_rows(ids_BT, mask))
 
     def mask_and_labels(
         self, ids_BT: Tensor, named: Mapping[str, Any]

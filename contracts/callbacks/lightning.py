@@ -32,10 +32,10 @@ class GateCallback(GatedRun, Callback):
         self._name, self._tokenizer = model, tokenizer
         self._document: dict | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer, pl_module):
         self._open(trainer.default_root_dir)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer, pl_module):
         model = getattr(pl_module, self._name) if self._name else _language_model(pl_module)
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         schedule = trainer.lr_scheduler_configs[0] if trainer.lr_scheduler_configs else None
@@ -62,37 +62,27 @@ class GateCallback(GatedRun, Callback):
             document, self._document = self._document, None
             self._restored(document)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self._watch is not None:
             self._drawn(batch, trainer.current_epoch, trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if self._watch is not None and loss is not None and not math.isfinite(float(loss)):
             self._watch.loss.tell(loss)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
-    ) -> None:
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if self._watch is not None:
             checkpoint[STATE] = self._saved()
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict
-    ) -> None:
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         self._document = checkpoint.get(STATE)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer, pl_module):
         self._detach()
         self.session.end(End.of(None))
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer, pl_module, exception):
         self._detach()
         if self.session is not None:
             self.session.end(End.of(exception))

@@ -153,7 +153,7 @@ class FirstUpdate:
     def _finite(self) -> bool:
         """Whether all gradients are finite, also those of tensors that are not copied."""
         held = [p.grad for p in self.parameters if p.grad is not None and not p.grad.is_sparse]
-        return bool(gathered([g.detach().isfinite().all() for g in held], torch.int64).all())
+        return bool(gathered([g.detach().isfinite().all() for g in held]).all())
 
 
 def _cosine(

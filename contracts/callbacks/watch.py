@@ -238,15 +238,14 @@ class ForwardHooks:
         if (ids := probe.ids_of(named)) is None:
             return
         self._outermost, self._inner = module, {}
-        inputs, step, observe = self.watch.inputs, self.watch.step, self.session.observe
+        inputs, step, events = self.watch.inputs, self.watch.step, ()
         if phase == "evaluation":
             self.evaluated = True
-            observe(inputs.modes_of_evaluation(step))
-            if event := inputs.evaluation(step, module, named, ids):
-                observe(event)
+            events = inputs.evaluation(step, module, named, ids)
         elif torch.is_grad_enabled():
-            for event in inputs.training(step + 1, module, named, ids):
-                observe(event)
+            events = inputs.training(step + 1, module, named, ids)
+        for event in events:
+            self.session.observe(event)
 
     @timed
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
