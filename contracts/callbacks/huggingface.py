@@ -46,6 +46,7 @@ class GateCallback(GatedRun, TrainerCallback):
 
     def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, **kwargs):
         self._open(args.output_dir)
+        self._reloaded = False
         self._trainer, resumed = _caller()
         tokenizer = kwargs.get("processing_class")
         tokenizer = tokenizer if hasattr(tokenizer, "eos_token_id") else None
@@ -179,12 +180,10 @@ def _caller() -> tuple[Trainer | None, Any]:
     """(the calling trainer, its argument `resume_from_checkpoint`). The Trainer passes no reference
     to itself to its callbacks.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        own = frame.f_locals.get("self")
-        if isinstance(own, Trainer) and "resume_from_checkpoint" in frame.f_locals:
-            return own, frame.f_locals["resume_from_checkpoint"]
-        frame = frame.f_back
+    for caller in inspect.stack(context=0):
+        found = caller.frame.f_locals
+        if isinstance(found.get("self"), Trainer) and "resume_from_checkpoint" in found:
+            return found["self"], found["resume_from_checkpoint"]
     return None, None
 
 

@@ -16,27 +16,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(
-    session: pytest.Session, config: pytest.Config, items: list
-) -> None:
+def pytest_collection_modifyitems(session, config: pytest.Config, items: list) -> None:
     """One test for each gate, once a session, beside the folder the run was started in."""
-    if config.getoption("--stack-gates"):
-        from stackproof.contracts.callbacks.session import preflight_gates
+    if not config.getoption("--stack-gates"):
+        return
+    from stackproof.contracts.callbacks.session import preflight_gates
 
-        home = next(
-            (i.getparent(pytest.Module) for i in items if i.getparent(pytest.Module)), None
-        ) or _anchor(session)
-        items += [
-            GateItem.from_parent(home, name=f"stack-gate[{g.id}]", gate=g)
-            for g in preflight_gates()
-        ]
-
-
-def _anchor(session: pytest.Session):
-    raise pytest.UsageError(
-        "--stack-gates needs at least one test beside the fixture stack_model, so that its "
-        "conftest.py is read"
-    )
+    home = next(filter(None, (item.getparent(pytest.Module) for item in items)), None)
+    if home is None:
+        raise pytest.UsageError(
+            "--stack-gates needs at least one test beside the fixture stack_model, so that its "
+            "conftest.py is read"
+        )
+    gates = preflight_gates()
+    items += [GateItem.from_parent(home, name=f"stack-gate[{g.id}]", gate=g) for g in gates]
 
 
 class GateItem(pytest.Function):

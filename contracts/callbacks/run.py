@@ -73,12 +73,10 @@ class GatedRun:
         self, trained: Trained, trainer: Mapping[str, Any], configured: Mapping[str, Any]
     ) -> None:
         """Open the record of the run, if there is to be one."""
-        if self._record:
+        if folder := self._record:
             session = self.session
             gates = {"mode": session.mode, "left_out": sorted(session.left_out)}
-            self.session.record = RunRecord(
-                self._record, session.spec, trained, trainer, configured, gates
-            )
+            session.record = RunRecord(folder, session.spec, trained, trainer, configured, gates)
 
     def _preflight(self, trained: Trained, owner: nn.Module | None = None) -> None:
         """Judge the live model. `owner` is the module that owns the optimizer's parameters, if that

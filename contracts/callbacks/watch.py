@@ -143,10 +143,10 @@ class Watch:
         step, observe = self.step + 1, self.session.observe
         scale, maximum = self.settings.loss_scale(), self.settings.max_grad_norm
         # Everything is fetched with one copy from the device.
-        unread, told = self.loss.pending()
-        readings, values = resolve(unread, [*self.gradients.pending(), *told])
-        (after, used, stale, lost), told = values[:4], values[4:]
-        loss = self.loss.fetched(readings, told)
+        unread, losses = self.loss.pending()
+        readings, values = resolve(unread, [*self.gradients.pending(), *losses])
+        after, used, stale, lost, *losses = values
+        loss = self.loss.fetched(readings, losses)
         norm = float(after.norm()) / scale
         observe(
             StepTaken(

@@ -2,9 +2,8 @@
 beyond rounding elsewhere.
 """
 
-from contextlib import nullcontext
-
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
