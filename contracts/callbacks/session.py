@@ -184,6 +184,7 @@ def judge_model(
     """Verdict of preflight gates on a live model, by default of all. None of them raises, and the
     model stays as it was.
     """
+    gates = gates or preflight_gates()
     with untouched(model):
         subject = foreign_subject(model, optimizer, tokenizer)
-        return {g.id: call_check(g, subject) for g in gates or preflight_gates()}
+        return {g.id: call_check(g, subject) for g in gates}
