@@ -119,8 +119,9 @@ def ids_of(named: Mapping[str, Any]) -> Tensor | None:
     """The ids (B, T) among named values: under one of the usual names, else the first that has the
     form of ids and the name of neither labels, a mask nor positions.
     """
-    others = (k for k in named if k not in LABELS and "mask" not in k and "position" not in k)
-    return next((named[n] for n in (*IDS, *others) if is_ids(named.get(n))), None)
+    found = {k: v for k, v in named.items() if is_ids(v)}
+    others = (k for k in found if k not in LABELS and "mask" not in k and "position" not in k)
+    return next((found[k] for k in (*IDS, *others) if k in found), None)
 
 
 def labels_of(named: Mapping[str, Any]) -> Tensor | None:
