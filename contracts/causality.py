@@ -79,12 +79,13 @@ def _other(ids_BT: Tensor, where_BT: Tensor, vocab_size: int) -> Tensor:
 
 def difference(before: Tensor, after: Tensor, *, relative: bool) -> float:
     """Largest difference of two tensors, if `relative` over the largest finite size in `before`.
-    Infinite where only one of them is NaN.
+    NaN equals NaN, and an infinity itself; the difference of either to anything else is infinite.
     """
     if torch.equal(before, after):
         return 0.0
     same = (before == after) | (before.isnan() & after.isnan())
-    gap = float(torch.where(same, 0.0, (before - after).abs()).nan_to_num(torch.inf).max())
+    gaps = torch.where(same, 0.0, (before - after).abs())
+    gap = float(torch.where(gaps.isnan(), torch.inf, gaps).max())
     return gap / _scale(before) if relative else gap
 
 

@@ -1,4 +1,6 @@
-"""Exact, cheap digests of weights, optimizer state, random state and batches."""
+"""Exact, cheap digests of weights, optimizer state, random state and batches, and what they show
+about saves and resumes.
+"""
 
 import hashlib
 import json
@@ -9,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks.probe import embedding_of, head_of, is_ids
+from stackproof.contracts.callbacks.probe import embedding_of, head_of
+from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.callbacks.subject import ComparedReplicas, ComparedWeights
 from stackproof.contracts.events import StateRestored
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import NotOffered, SavedCheckpoint
 
 FILE = "stack_gates.json"
+KEPT_BATCHES = 4096  # hashes of one epoch
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -22,7 +26,7 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
     """(N,) int64: the sum of each tensor's bits read as integers; any single changed entry changes
     it. Computed on the tensor's device.
     """
-    return gathered([_checksum(t.detach()) for t in tensors], torch.int64)
+    return gathered([_checksum(t.detach()) for t in tensors])
 
 
 def _checksum(tensor: Tensor) -> Tensor:
@@ -36,12 +40,12 @@ def _checksum(tensor: Tensor) -> Tensor:
     return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
-def gathered(scalars: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """(N,) on the CPU, with one copy for each device."""
-    out = torch.zeros(len(scalars), dtype=dtype)
+def gathered(scalars: list[Tensor]) -> Tensor:
+    """(N,) int64 on the CPU, with one copy for each device."""
+    out = torch.zeros(len(scalars), dtype=torch.int64)
     for device in {s.device for s in scalars}:
         places = [i for i, s in enumerate(scalars) if s.device == device]
-        out[places] = torch.stack([scalars[i].to(dtype) for i in places]).cpu()
+        out[places] = torch.stack([scalars[i].long() for i in places]).cpu()
     return out
 
 
@@ -55,64 +59,22 @@ def of_tensors(named: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Hashes of an optimizer's state by place, and each group's rate and decay."""
-    document = optimizer.state_dict()
-    tensors = {
-        f"optimizer.{i}.{k}": v
-        for i, state in document["state"].items()
-        for k, v in state.items()
-        if isinstance(v, Tensor)
-    }
-    rates = {
-        f"group.{i}.{k}": g[k]
-        for i, g in enumerate(document["param_groups"])
-        for k in ("lr", "weight_decay")
-        if k in g
-    }
-    return of_tensors(tensors) | {k: float(v) for k, v in rates.items()}
-
-
-def of_run(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, step: int
-) -> dict[str, Any]:
+def of_run(trained: Trained, step: int) -> dict[str, Any]:
     """Everything that a checkpoint restores but random state and data, which are compared at the
-    next batch.
+    next batch: hashes of weights and of the optimizer's state by place, each group's rate and
+    decay, the step, and that of the schedule.
     """
-    parts = {f"weights.{n}": h for n, h in of_tensors(dict(model.named_parameters())).items()}
-    parts |= of_optimizer(optimizer) | {"step": step}
-    return parts | (
-        {"schedule.last_epoch": scheduler.last_epoch} if hasattr(scheduler, "last_epoch") else {}
-    )
-
-
-def reloaded(model: nn.Module, other: nn.Module) -> Subject:
-    """A live model and one that was made from a checkpoint."""
-    return Subject(
-        saved=ComparedWeights(
-            of_tensors(model.state_dict()),
-            of_tensors(other.state_dict()),
-            (is_tied(model), is_tied(other)),
-        )
-    )
-
-
-def replicas(model: nn.Module) -> Subject | None:
-    """The tensors of this process and those of another that differs, if several processes hold one
-    model; None for one process.
-
-    All processes must call this together, and reach the same verdict.
-    """
-    group = torch.distributed
-    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
-        return None
-    names, tensors = zip(*model.named_parameters())
-    own = checksums(tensors).to(tensors[0].device)
-    held = [torch.empty_like(own) for _ in range(group.get_world_size())]
-    group.all_gather(held, own)
-    live, *others = ([int(x) for x in sums] for sums in (own, *held))
-    other = next((sums for sums in others if sums != live), live)
-    return Subject(saved=ComparedReplicas(dict(zip(names, live)), dict(zip(names, other))))
+    optimizer, scheduler = trained.optimizer, trained.scheduler
+    tensors = {f"weights.{n}": p for n, p in trained.model.named_parameters()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    parts = of_tensors(tensors) | {"step": step}
+    for i, group in enumerate(optimizer.param_groups):
+        rates = {k: float(group[k]) for k in ("lr", "weight_decay") if k in group}
+        parts |= {f"group.{i}.{k}": rate for k, rate in rates.items()}
+    if hasattr(scheduler, "last_epoch"):
+        parts["schedule.last_epoch"] = scheduler.last_epoch
+    return parts
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -121,33 +83,67 @@ def is_tied(model: nn.Module) -> bool:
     return all(w is not None for w in pair) and pair[0].data_ptr() == pair[1].data_ptr()
 
 
+# --- a checkpoint that was loaded again, and other processes --------------------------------------
+
+
+class NotReloaded(SavedCheckpoint):
+    """A checkpoint that was not loaded again, for the reason `why`."""
+
+    def __init__(self, model: nn.Module, why: str):
+        names, tensors = zip(*model.named_parameters())
+        self.live_checksums, self.why = dict(zip(names, checksums(tensors).tolist())), why
+
+    @property
+    def reloaded_checksums(self) -> Mapping[str, int]:
+        raise NotOffered(f"SavedCheckpoint.reloaded_checksums: {self.why}")
+
+
+def reloaded(model: nn.Module, other: nn.Module) -> SavedCheckpoint:
+    """A live model and one that was made from a checkpoint."""
+    live, loaded = of_tensors(model.state_dict()), of_tensors(other.state_dict())
+    return ComparedWeights(live, loaded, (is_tied(model), is_tied(other)))
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
+
+
+def other_replica(model: nn.Module) -> SavedCheckpoint | None:
+    """The tensors of this process and those of one that differs, if several processes hold one
+    model; None if all are equal. Equal replicas do not show that a checkpoint can be loaded.
+
+    All processes must call this together, and reach the same verdict.
+    """
+    if (n := world_size()) == 1:
+        return None
+    names, tensors = zip(*model.named_parameters())
+    own = checksums(tensors).to(tensors[0].device)
+    held = [torch.empty_like(own) for _ in range(n)]
+    torch.distributed.all_gather(held, own)
+    other = next((sums for sums in held if not torch.equal(sums, own)), None)
+    if other is None:
+        return None
+    live, differing = (dict(zip(names, sums.tolist())) for sums in (own, other))
+    return ComparedReplicas(live, differing)
+
+
+# --- saves, and the batches between them ----------------------------------------------------------
+
+
 def of_batch(batch: Any) -> str:
-    """sha256 over the integer tensors of a batch, by name; empty if there is none."""
-    named = (
-        batch
-        if isinstance(batch, Mapping)
-        else {
-            str(i): t for i, t in enumerate(batch if isinstance(batch, (list, tuple)) else [batch])
-        }
-    )
+    """sha256 over the integer tensors of a batch, by name; empty for a batch without any."""
+    if not isinstance(batch, Mapping):
+        batch = dict(enumerate(batch if isinstance(batch, (list, tuple)) else [batch]))
     found = {
-        str(k): t
-        for k, t in named.items()
-        if isinstance(t, Tensor) and (is_ids(t) or not t.is_floating_point())
+        str(k): t for k, t in batch.items() if isinstance(t, Tensor) and not t.is_floating_point()
     }
-    return (
-        hashlib.sha256(json.dumps(of_tensors(dict(sorted(found.items())))).encode()).hexdigest()
-        if found
-        else ""
-    )
+    hashes = json.dumps(of_tensors(dict(sorted(found.items()))))
+    return hashlib.sha256(hashes.encode()).hexdigest() if found else ""
 
 
-def of_random() -> str:
-    """sha256 of torch's random state on the CPU."""
-    return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-
-
-class Memory:
+class SaveHistory:
     """Keeps the state of a run at each save, and the batch that followed; compares both when a run
     is resumed from there.
     """
@@ -155,18 +151,21 @@ class Memory:
     def __init__(self):
         self.epoch_batches: list[str] = []
         self.epoch = 0
-        self._open: list[dict] = []
+        self._open: list[tuple[dict, Path | None]] = []
         self._due: dict | None = None
 
-    def saved(self, parts: dict[str, Any]) -> dict:
-        """The document to write beside the checkpoint. The next call of `drawn` completes it."""
+    def saved(self, parts: dict[str, Any], folder: Path | None = None) -> dict:
+        """The document to keep with a checkpoint, written to `folder`. The next call of `drawn`
+        completes it.
+        """
         document = {
             "parts": parts,
             "epoch": self.epoch,
             "epoch_batches": list(self.epoch_batches),
             "next": None,
         }
-        self._open.append(document)
+        self._open.append((document, folder))
+        _write(document, folder)
         return document
 
     def restored(self, document: dict, parts: dict[str, Any]) -> StateRestored:
@@ -179,54 +178,47 @@ class Memory:
         differing = sorted(k for k in kept.keys() | parts.keys() if kept.get(k) != parts.get(k))
         return StateRestored(parts["step"], tuple(differing), len(kept))
 
-    def drawn(self, batch: Any, epoch: int, step: int) -> tuple[StateRestored | None, list[dict]]:
-        """Called for every batch. Returns the comparison with the batch that followed the save, if
-        it is due, and the documents that are now complete.
+    def drawn(self, batch: Any, epoch: int, step: int) -> StateRestored | None:
+        """Called for every batch; completes the documents of the saves before it. Returns the
+        comparison with the batch that followed the restored save, once.
         """
-        if (
-            not (self._open or self._due)
-            and epoch == self.epoch
-            and len(self.epoch_batches) >= 4096
-        ):
-            return None, []
-        came = {"batch": of_batch(batch), "random": of_random()}
-        verdict = self._compare(came, epoch, step) if self._due else None
+        waiting = self._open or self._due
+        if not waiting and epoch == self.epoch and len(self.epoch_batches) >= KEPT_BATCHES:
+            return None
+        random = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        came = {"batch": of_batch(batch), "random": random}
+        event = self._compare(came, epoch, step) if self._due else None
         self._due = None
-        complete, self._open = self._open, []
-        for document in complete:
+        for document, folder in self._open:
             document["next"] = came
+            _write(document, folder)
+        self._open = []
         if epoch != self.epoch:
             self.epoch, self.epoch_batches = epoch, []
         self.epoch_batches.append(came["batch"])
-        return verdict, complete
+        return event
 
     def _compare(self, came: dict, epoch: int, step: int) -> StateRestored | None:
         """Exact if the saved run continued after the save. Otherwise a batch must not come twice in
         an epoch of distinct ones.
         """
-        if wanted := self._due["next"]:
-            differing = tuple(
-                name
-                for key, name in (("batch", "the next batch"), ("random", "random state"))
-                if wanted[key] != came[key]
-            )
+        if expected := self._due["next"]:
+            names = {"batch": "the next batch", "random": "random state"}
+            differing = tuple(names[k] for k in names if expected[k] != came[k])
             return StateRestored(step, differing, 2)
-        seen = self._due["epoch_batches"]
-        if epoch != self._due["epoch"] or len(set(seen)) < max(2, len(seen)):
+        before = self._due["epoch_batches"]
+        if epoch != self._due["epoch"] or len(set(before)) < max(2, len(before)):
             return None
-        return StateRestored(
-            step,
-            ("the next batch (it came before in this epoch)",) if came["batch"] in seen else (),
-            1,
-        )
+        repeated = ("the next batch (it came before in this epoch)",)
+        return StateRestored(step, repeated if came["batch"] in before else (), 1)
 
 
-def write(folder: Path, document: dict) -> None:
-    """Write a document beside a checkpoint."""
-    (folder / FILE).write_text(json.dumps(document), encoding="utf-8")
+def _write(document: dict, folder: Path | None) -> None:
+    if folder:
+        (folder / FILE).write_text(json.dumps(document), encoding="utf-8")
 
 
 def read(folder: Path) -> dict | None:
-    """The document beside a checkpoint, or None if there is none."""
+    """The document in the folder of a checkpoint, or None."""
     path = folder / FILE
     return json.loads(path.read_text("utf-8")) if path.is_file() else None

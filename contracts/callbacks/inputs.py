@@ -3,15 +3,20 @@
 B batch, T tokens
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.callbacks import batch, probe
+from stackproof.contracts.callbacks import probe
+from stackproof.contracts.callbacks.reading import IGNORE, trailing_padding
 from stackproof.contracts.callbacks.settings import TrainerSettings
 from stackproof.contracts.events import ModelInput, ModuleModes, RowHashes
+
+# Where padding is the end of text, a row of packed documents may begin with one or two.
+LEFT_PADS = 4
+SHORT = 16  # tokens; shorter rows may be equal by chance
 
 
 class InputReader:
@@ -23,50 +28,51 @@ class InputReader:
         self.model, self.settings = model, settings
         self.batch: Mapping[str, Any] = {}
         self.max_length = probe.max_length_of(model)
-        embedding = probe.embedding_of(model)
-        self.embedding_rows = int(embedding.weight.shape[0]) if embedding is not None else 0
-        self.has_dropout = bool(probe.dropout_names(model))
+        self.embedding_rows = probe.embedding_rows(model)
+        drops = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+        self.has_dropout = any(m.p > 0 for m in drops)
 
     def training(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> tuple[ModelInput, RowHashes, ModuleModes]:
+    ) -> Iterator[ModelInput | RowHashes | ModuleModes]:
         """The events of one training batch; `named` are the arguments of the call of `module`."""
-        places = named.get("position_ids")
-        places = places if isinstance(places, Tensor) else None
+        places, pad_id = named.get("position_ids"), self.settings.pad_id
         mask, labels = self.mask_and_labels(ids_BT, named)
-        pad_id = self.settings.pad_id
         if mask is None and named.get(probe.MASK) is not None:
             # A mask of another shape marks padding that is not read here.
             pad_id, places = None, None
-        numbers = batch.read(
-            ids_BT, mask, labels, places, pad_id=pad_id, eos_id=self.settings.eos_id
+        counts, rows = read(
+            ids_BT,
+            mask,
+            labels,
+            places if isinstance(places, Tensor) else None,
+            pad_id=pad_id,
+            eos_id=self.settings.eos_id,
         )
+        yield ModelInput(
+            step=step,
+            n_rows=len(ids_BT),
+            max_length=self.max_length,
+            embedding_rows=self.embedding_rows,
+            n_labels=0 if labels is None else labels.numel(),
+            **counts,
+        )
+        yield RowHashes(step, "training", rows)
         idle = self.has_dropout and not module.training
-        return (
-            batch.model_input(
-                numbers,
-                step=step,
-                max_length=self.max_length,
-                embedding_rows=self.embedding_rows,
-            ),
-            batch.row_hashes(numbers.rows, step=step, phase="training"),
-            ModuleModes(step, "training", ("",) if idle else ()),
-        )
-
-    def modes_of_evaluation(self, step: int) -> ModuleModes:
-        """Modules that are in training mode during an evaluation."""
-        wrong = tuple(n for n, m in self.model.named_modules() if m.training)
-        return ModuleModes(step, "evaluation", wrong)
+        yield ModuleModes(step, "training", ("",) if idle else ())
 
     def evaluation(
         self, step: int, module: nn.Module, named: Mapping[str, Any], ids_BT: Tensor
-    ) -> RowHashes | None:
-        """The rows of one held-out batch; None for short rows and for steps of generation."""
+    ) -> Iterator[ModuleModes | RowHashes]:
+        """The modules in training mode, and the rows of one held-out batch; no rows where they are
+        short, and for steps of generation.
+        """
+        wrong = tuple(n for n, m in self.model.named_modules() if m.training)
+        yield ModuleModes(step, "evaluation", wrong)
         generates = named.get("past_key_values") is not None
-        if module.training or generates or ids_BT.shape[1] < batch.SHORT:
-            return None
-        rows = batch.read_rows(ids_BT, _fitting(named.get(probe.MASK), ids_BT))
-        return batch.row_hashes(rows, step=step, phase="evaluation")
+        if not (module.training or generates or ids_BT.shape[1] < SHORT):
+            mask = _fitting(named.get(probe.MASK), ids_BT)
+            yield RowHashes(step, "evaluation", read_rows(ids_BT, mask))
 
     def mask_and_labels(
         self, ids_BT: Tensor, named: Mapping[str, Any]
@@ -75,7 +81,7 @@ class InputReader:
         the trainer drew, if its ids are the same.
         """
         mask, labels = named.get(probe.MASK), probe.labels_of(named)
-        own = probe.ids_of(self.batch) if self.batch else None
+        own = probe.ids_of(self.batch)
         same = own is not None and own.shape == ids_BT.shape
         if same and torch.equal(own.to(ids_BT.device), ids_BT):
             mask = self.batch.get(probe.MASK) if mask is None else mask
@@ -87,3 +93,103 @@ def _fitting(value: Any, ids_BT: Tensor) -> Tensor | None:
     """A tensor with one entry for each id, on the device of the ids; None for anything else."""
     fits = isinstance(value, Tensor) and value.shape == ids_BT.shape
     return value.to(ids_BT.device) if fits else None
+
+
+# --- numbers of one batch, with one copy from the device ------------------------------------------
+
+
+def read(
+    ids_BT: Tensor,
+    mask_BT: Tensor | None,
+    labels_BT: Tensor | None,
+    places: Tensor | None,
+    *,
+    pad_id: int | None,
+    eos_id: int | None,
+) -> tuple[dict[str, int], tuple[int, ...]]:
+    """(the fields of ModelInput that depend on values, hashes of the rows). `places` are the
+    position ids, if the model is given any.
+    """
+    ids_BT = ids_BT.long()
+    text = _text(ids_BT, mask_BT)
+    padding = ~text
+    if mask_BT is None and pad_id is not None:
+        padding = trailing_padding(ids_BT, pad_id, eos_id)
+        # The first end of text is text.
+        padding &= torch.cat([torch.zeros_like(padding[:, :1]), padding[:, :-1]], 1)
+    no_labels = labels_BT is None
+    valid = torch.ones_like(text) if no_labels else labels_BT != IGNORE
+    same = torch.zeros_like(text) if no_labels else valid & (labels_BT == ids_BT)
+    # Labels are aligned with their own token, and are not those of another task.
+    own = 2 * same.sum() > valid.sum()
+    ends = torch.zeros_like(text[:, 1:])
+    if eos_id is not None and (mask_BT is not None or pad_id != eos_id):
+        ends = (ids_BT == eos_id)[:, 1:] & text[:, 1:] & ~padding[:, 1:] & valid[:, :-1]
+    follows, up = _places_up(places, text)
+    longest = ids_BT.new_tensor(ids_BT.shape[1])
+    if places is not None and places.numel():
+        longest = places.max() + 1
+    counts = {
+        "min_id": ids_BT.min(),
+        "max_id": ids_BT.max(),
+        "length": longest,
+        "n_valid": torch.where(own | no_labels, valid[:, 1:].sum(), valid.sum()),
+        "n_stops": (ends & own).sum(),
+        "n_stops_learned": (ends & valid[:, 1:] & own).sum(),
+        "n_padding_labels": (valid & padding & own).sum(),
+        "n_left_padded": _left_padded(ids_BT, mask_BT, pad_id).sum(),
+        "n_places": follows.sum(),
+        "n_places_up": up.sum(),
+    }
+    sums = _row_sums(ids_BT, text)
+    fetched = torch.cat([torch.stack(list(counts.values())), sums.flatten()]).tolist()
+    return dict(zip(counts, fetched)), _hashes(fetched[len(counts) :])
+
+
+def read_rows(ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[int, ...]:
+    """Hashes of the rows of a batch."""
+    return _hashes(_row_sums(ids_BT.long(), _text(ids_BT, mask_BT)).flatten().tolist())
+
+
+def _hashes(sums: list[int]) -> tuple[int, ...]:
+    """The sums of rows, which are followed by their lengths; short rows are left out."""
+    rows, lengths = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+    return tuple(row for row, length in zip(rows, lengths) if length >= SHORT)
+
+
+def _left_padded(ids_BT: Tensor, mask_BT: Tensor | None, pad_id: int | None) -> Tensor:
+    """(B,) bool: rows that begin with padding before text, where no mask marks it."""
+    if pad_id is None or ids_BT.shape[1] <= LEFT_PADS:
+        return torch.zeros_like(ids_BT[:, 0], dtype=torch.bool)
+    is_pad = ids_BT == pad_id
+    unmasked = is_pad & _text(ids_BT, mask_BT)
+    return unmasked[:, :LEFT_PADS].all(1) & ~is_pad.all(1)
+
+
+def _places_up(places: Tensor | None, text_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens that follow a token, those of them whose position is one more); all False where
+    positions have another shape.
+    """
+    n_rows, length = text_BT.shape
+    if places is None or places.shape not in ((1, length), (n_rows, length)):
+        return (torch.zeros_like(text_BT[:, 1:]),) * 2
+    follows = text_BT[:, 1:] & text_BT[:, :-1]
+    return follows, follows & (places[:, 1:] - places[:, :-1] == 1)
+
+
+def _text(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """(B, T) bool: what is not padding; everything without a mask."""
+    return torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT > 0
+
+
+def _row_sums(ids_BT: Tensor, text_BT: Tensor) -> Tensor:
+    """(2, B) int64: per row the wrapping sum of id times a key of the token's place in its text,
+    and the row's length.
+
+    Padding on either side does not count. Unequal rows have equal sums with a chance of 2^-64.
+    """
+    rank_BT = text_BT.long().cumsum(1)
+    keys_BT = (rank_BT * 0x1E3779B97F4A7C15 ^ rank_BT << 29) * 0x3F58476D1CE4E5B9
+    return torch.stack(
+        [((ids_BT + 1) * (keys_BT ^ keys_BT >> 31) * text_BT).sum(1), rank_BT[:, -1]]
+    )

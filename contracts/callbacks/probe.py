@@ -6,7 +6,7 @@ B batch, T tokens, V vocab
 import inspect
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
     """Restore modes, buffers, gradients and every random stream (Python, numpy, torch, each GPU) at
     the end, also after an error.
     """
-    everything = [m for root in modules for m in root.modules()]
-    modes = [(m, m.training) for m in everything]
+    modes = [(m, m.training) for root in modules for m in root.modules()]
     buffers = [(b, b.detach().clone()) for root in modules for b in root.buffers()]
     gradients = [(p, p.grad) for root in modules for p in root.parameters()]
     with random_kept():
@@ -82,32 +81,25 @@ def logits_of(output: Any) -> Tensor | None:
     """The (B, T, V) tensor in what a model returned: itself, `.logits`, ["logits"],
     or the first of that shape in a tuple.
     """
-    if isinstance(output, Tensor):
-        return output if output.ndim == 3 and output.is_floating_point() else None
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is not None:
-        return logits_of(found) if isinstance(found, Tensor) else None
-    if isinstance(output, (tuple, list)):
-        return next(
-            (t for t in output if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()),
-            None,
-        )
-    return None
+    return _tensor_in(output, "logits", lambda t: t.ndim == 3 and t.is_floating_point())
 
 
 def loss_of(output: Any) -> Tensor | None:
     """The scalar loss in what a model returned, if it returned one."""
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if found is None and isinstance(output, (tuple, list)):
-        found = next((t for t in output if isinstance(t, Tensor) and t.ndim == 0), None)
-    return found if isinstance(found, Tensor) and found.ndim == 0 else None
+    return _tensor_in(output, "loss", lambda t: t.ndim == 0)
+
+
+def _tensor_in(output: Any, name: str, fits: Callable[[Tensor], bool]) -> Tensor | None:
+    named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    found = output if named is None else named
+    parts = found if isinstance(found, (tuple, list)) else [found]
+    return next((t for t in parts if isinstance(t, Tensor) and fits(t)), None)
 
 
 def is_ids(value: Any) -> bool:
     """Whether a value is a batch of token ids (B, T)."""
-    return (
-        isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int64, torch.int32)
-    )
+    integers = (torch.int64, torch.int32)
+    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in integers
 
 
 def arguments_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,20 +116,12 @@ def arguments_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> di
 
 
 def ids_of(named: Mapping[str, Any]) -> Tensor | None:
-    """The ids (B, T) among named values: under one of the usual names, else the first that looks
-    like ids and is no label or mask.
+    """The ids (B, T) among named values: under one of the usual names, else the first that has the
+    form of ids and the name of neither labels, a mask nor positions.
     """
-    for name in IDS:
-        if is_ids(named.get(name)):
-            return named[name]
-    return next(
-        (
-            v
-            for k, v in named.items()
-            if is_ids(v) and k not in LABELS and "mask" not in k and "position" not in k
-        ),
-        None,
-    )
+    found = {k: v for k, v in named.items() if is_ids(v)}
+    others = (k for k in found if k not in LABELS and "mask" not in k and "position" not in k)
+    return next((found[k] for k in (*IDS, *others) if k in found), None)
 
 
 def labels_of(named: Mapping[str, Any]) -> Tensor | None:
@@ -156,28 +140,17 @@ def max_length_of(model: nn.Module) -> int:
     after positions, else 0.
     """
     config = config_of(model)
-    found = next(
-        (getattr(config, name, None) for name in MAX_LENGTH if getattr(config, name, None)), 0
-    )
+    found = next(filter(None, (getattr(config, name, None) for name in MAX_LENGTH)), 0)
     if isinstance(found, int) and found:
         return found
-    named = [
-        (n.rpartition(".")[2].lower(), m.num_embeddings)
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Embedding)
-    ]
-    named += [
-        (n.rpartition(".")[2].lower(), p.shape[-2])
-        for n, p in model.named_parameters(recurse=True)
-        if p.ndim >= 2 and "." not in n
-    ]
+    tables = [(n, m.weight) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    tables += [(n, p) for n, p in model.named_parameters() if p.ndim >= 2 and "." not in n]
+    named = ((n.rpartition(".")[2].lower(), table.shape[-2]) for n, table in tables)
     return min((rows for name, rows in named if "pos" in name or name == "wpe"), default=0)
 
 
 def embedding_of(model: nn.Module) -> nn.Module | None:
-    """The module that looks up tokens: the model's own answer, else the embedding with most rows
-    that the first parameters belong to.
-    """
+    """The module that looks up tokens, as the model declares it, else its first embedding."""
     if hasattr(model, "get_input_embeddings"):
         try:
             return model.get_input_embeddings()
@@ -186,18 +159,15 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
     return next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
 
 
+def embedding_rows(model: nn.Module) -> int:
+    """The number of ids that the model can look up, 0 if no embedding was found."""
+    embedding = embedding_of(model)
+    return 0 if embedding is None else int(embedding.weight.shape[0])
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The output head, if the model names it."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def dropout_names(model: nn.Module) -> list[str]:
-    """Names of modules that drop something in training mode."""
-    return [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
-    ]
 
 
 class Probe:
@@ -208,29 +178,27 @@ class Probe:
     def __init__(self, model: nn.Module):
         self.model = model
         names = inspect.signature(model.forward).parameters
-        self.ids_name = next((n for n in IDS if n in names), next(iter(names), ""))
+        self.ids_name = next((n for n in (*IDS, *names) if n in names), "")
         self.labels_name = next((n for n in LABELS if n in names), "")
         self.takes_mask, self.takes_labels = MASK in names, bool(self.labels_name)
-        self.takes_cache = "use_cache" in names
+        self.options = {"use_cache": False} if "use_cache" in names else {}
         self.max_length = max_length_of(model)
-        embedding = embedding_of(model)
-        self.vocab_size = int(embedding.weight.shape[0]) if embedding is not None else 0
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.refusal = "" if self.vocab_size > 1 else "no embedding was found in the model"
-        if not self.refusal:
-            self._try()
+        self.refusal = self._refusal()
 
-    def _try(self) -> None:
-        """One small forward pass; sets `refusal` on an error."""
+    def _refusal(self) -> str:
+        """The error of one small forward pass, or empty."""
+        if embedding_rows(self.model) < 2:
+            return "no embedding was found in the model"
         with untouched(self.model), torch.no_grad():
             try:
                 self.logits(torch.zeros(1, 2, dtype=torch.long))
                 self._learn_length()
             except Exception as e:
-                self.refusal = (
-                    f"the model cannot be called with ids alone: {type(e).__name__}: "
-                    f"{str(e).splitlines()[0] if str(e) else ''}"
-                )
+                first_line = next(iter(str(e).splitlines()), "")
+                kind = type(e).__name__
+                return f"the model cannot be called with ids alone: {kind}: {first_line}"
+        return ""
 
     def _learn_length(self) -> None:
         """Set the longest length of `TRIED` that a model without a declared length accepts. Only on
@@ -247,14 +215,13 @@ class Probe:
         self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None
     ) -> Tensor:
         """Logits (B, T, V) in float32 on the CPU, with the same random numbers in every call.
-        Raises TypeError if there are none.
+        Raises TypeError for a model that returns none.
         """
-        given = {MASK: mask_BT, self.labels_name: labels_BT}
+        given = {self.ids_name: ids_BT, MASK: mask_BT, self.labels_name: labels_BT}
         kwargs = {name: t.to(self.device) for name, t in given.items() if name and t is not None}
-        kwargs |= {"use_cache": False} if self.takes_cache else {}
         with random_kept():
             torch.manual_seed(0)
-            output = self.model(**{self.ids_name: ids_BT.to(self.device)}, **kwargs)
+            output = self.model(**kwargs, **self.options)
         logits = logits_of(output)
         if logits is None or logits.shape[:2] != ids_BT.shape:
             raise TypeError("the model returns no logits of shape (rows, tokens, vocabulary)")
@@ -266,15 +233,3 @@ class Probe:
         with untouched(self.model):
             self.model.train(mode)
             yield
-
-    @torch.no_grad()
-    def drops(self) -> bool:
-        """Whether two forwards in training mode differ: dropout, or noise of another kind."""
-        ids = torch.arange(8)[None] % self.vocab_size
-        ids = ids[:, : self.max_length] if self.max_length else ids
-        with self.training(True):
-            kwargs = {self.ids_name: ids.to(self.device)} | (
-                {"use_cache": False} if self.takes_cache else {}
-            )
-            first, second = (logits_of(self.model(**kwargs)) for _ in range(2))
-        return not torch.equal(first, second)

@@ -7,8 +7,6 @@ pass.
 
 import pytest
 
-KIND = "foreign"
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.getgroup("stackproof").addoption(
@@ -18,27 +16,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(
-    session: pytest.Session, config: pytest.Config, items: list
-) -> None:
+def pytest_collection_modifyitems(session, config: pytest.Config, items: list) -> None:
     """One test for each gate, once a session, beside the folder the run was started in."""
-    if config.getoption("--stack-gates"):
-        from stackproof.spec.gates import load_spec
+    if not config.getoption("--stack-gates"):
+        return
+    from stackproof.contracts.callbacks.session import preflight_gates
 
-        gates = [
-            g for g in load_spec().gates.values() if KIND in g.kinds and g.moment == "preflight"
-        ]
-        home = next(
-            (i.getparent(pytest.Module) for i in items if i.getparent(pytest.Module)), None
-        ) or _anchor(session)
-        items += [GateItem.from_parent(home, name=f"stack-gate[{g.id}]", gate=g) for g in gates]
-
-
-def _anchor(session: pytest.Session):
-    raise pytest.UsageError(
-        "--stack-gates needs at least one test beside the fixture stack_model, so that its "
-        "conftest.py is read"
-    )
+    home = next(filter(None, (item.getparent(pytest.Module) for item in items)), None)
+    if home is None:
+        raise pytest.UsageError(
+            "--stack-gates needs at least one test beside the fixture stack_model, so that its "
+            "conftest.py is read"
+        )
+    gates = preflight_gates()
+    items += [GateItem.from_parent(home, name=f"stack-gate[{g.id}]", gate=g) for g in gates]
 
 
 class GateItem(pytest.Function):
@@ -46,15 +37,15 @@ class GateItem(pytest.Function):
 
     def __init__(self, *, gate, parent, name: str, **kwargs):
         self.gate = gate
-        super().__init__(name=name, parent=parent, callobj=_asks(gate), **kwargs)
+        super().__init__(name=name, parent=parent, callobj=_judge(gate), **kwargs)
 
     def reportinfo(self):
         return self.path, None, f"stack gate {self.gate.id}"
 
 
-def _asks(gate):
-    def ask(request):
-        from stackproof.contracts.callbacks.session import ask_all
+def _judge(gate):
+    def test(request):
+        from stackproof.contracts.callbacks.session import judge_model
 
         given = {
             name: _fixture(request, f"stack_{name}") for name in ("model", "optimizer", "tokenizer")
@@ -63,14 +54,14 @@ def _asks(gate):
             pytest.fail(
                 "define the fixture stack_model in a conftest.py; it returns the model to judge"
             )
-        verdict = ask_all(given.pop("model"), **given, only=gate.id)[gate.id]
+        verdict = judge_model(given.pop("model"), **given, gates=[gate])[gate.id]
         if verdict.outcome == "not_run":
             pytest.skip(f"{gate.id} was not run: {verdict.message}")
         if verdict.outcome == "fail":
             measured = ", ".join(f"{k} = {v}" for k, v in verdict.measured.items())
             pytest.fail(f"{gate.id}: {verdict.message} ({measured})", pytrace=False)
 
-    return ask
+    return test
 
 
 def _fixture(request, name: str):

@@ -4,25 +4,26 @@ in the `metadata.json` of any run.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from stackproof.contracts.callbacks.digest import of_tensors
-from stackproof.contracts.callbacks.session import Session
+from stackproof.contracts.callbacks.digest import of_tensors, world_size
+from stackproof.contracts.callbacks.settings import Trained
 from stackproof.contracts.events import StepTaken
-from stackproof.contracts.gate import Verdict
 from stackproof.spec.building import RecordBuilder, artefact
 from stackproof.spec.canonical import sha256_json
 from stackproof.spec.errors import ConfigError, GateFailed
+from stackproof.spec.gates import Spec
 from stackproof.spec.provenance import environment
 from stackproof.spec.records import GateResult
 
 LOG, STEPS, RECORD = "gates.jsonl", "metrics.jsonl", "metadata.json"
+LIBRARIES = ("transformers", "accelerate", "trl", "peft", "lightning")
 OUTSIDE = (
     (
         "the trainer's own code and the data it drew, of which the record holds no hash; the "
@@ -32,154 +33,125 @@ OUTSIDE = (
 )
 
 
+class Cost(NamedTuple):
+    """Time spent on gates: seconds before step 1, seconds after it, and the number of optimizer
+    steps.
+    """
+
+    preflight_s: float
+    watching_s: float
+    steps: int
+
+    @property
+    def per_step_s(self) -> float:
+        return self.watching_s / max(1, self.steps)
+
+
+class End(NamedTuple):
+    """How a run ended."""
+
+    status: str
+    reason: str
+    exit_code: int = 0
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> "End":
+        """The end of a run with an error, or without."""
+        first_line = next(iter(str(error).splitlines()), "")
+        match error:
+            case None:
+                return cls("completed", "the trainer came to its end")
+            case GateFailed():
+                return cls("halted", first_line, GateFailed.exit_code)
+            case KeyboardInterrupt():
+                return cls("interrupted", "interrupted from outside", 130)
+        return cls("failed", f"{type(error).__name__}: {first_line}", 1)
+
+
 class RunRecord:
     """Opened before step 1; writes a line for every step, and `metadata.json` when the run ends.
 
-    `trainer` holds its name, package and version. Raises ConfigError if the folder holds a record
-    already.
+    `trainer` holds the name, package and version of the trainer, `configured` its own settings.
+    Raises ConfigError if the folder holds a record already.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        session: Session,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
+        spec: Spec,
+        trained: Trained,
         trainer: Mapping[str, Any],
-        told: Mapping[str, Any],
-        first_step: int = 0,
+        configured: Mapping[str, Any],
+        gates: Mapping[str, Any],
     ):
-        self.folder, self.session, self._first, self._last, self._closed = (
-            Path(folder),
-            session,
-            first_step,
-            None,
-            False,
-        )
+        self.folder, self.trainer = Path(folder), trainer
+        self._first = self._last = trained.first_step
+        self._last_loss: float | None = None
         if (self.folder / RECORD).exists() or (self.folder / STEPS).exists():
             raise ConfigError(
                 f"{self.folder} holds the record of a run already",
                 allowed="a folder without one",
                 next_step="name another folder as record",
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         config = {
-            "trainer": dict(trainer),
-            "told": dict(told),
-            "first_step": first_step,
-            "model": _of_model(model),
-            "optimizer": _of_optimizer(optimizer),
-            "scheduler": type(scheduler).__name__ if scheduler is not None else None,
-            "gates": {"mode": session.mode, "left_out": sorted(session.left_out)},
+            "trainer": trainer,
+            "told": configured,
+            "first_step": trained.first_step,
+            "model": _of_model(trained.model),
+            "optimizer": _of_optimizer(trained.optimizer),
+            "scheduler": None if trained.scheduler is None else type(trained.scheduler).__name__,
+            "gates": gates,
         }
-        device = next(model.parameters()).device
         self.builder = RecordBuilder(
             kind="foreign",
-            spec=session.keeper.spec,
+            spec=spec,
             config=_plain(config),
             claim="",
             not_covered=OUTSIDE,
+            command=["python", *sys.argv] if sys.argv[0] else ["python"],
         )
-        self.builder.command = ["python", *sys.argv] if sys.argv[0] else ["python"]
-        world = (
-            torch.distributed.get_world_size()
-            if torch.distributed.is_available() and torch.distributed.is_initialized()
-            else 1
-        )
-        package = trainer["package"]
-        self.builder.environment = environment(
-            str(device), world_size=world, **{package: trainer["version"]} | _installed()
-        )
+        versions = {n: metadata.version(n) for n in LIBRARIES if n in sys.modules}
+        versions[trainer["package"]] = trainer["version"]
+        device = str(next(trained.model.parameters()).device)
+        self.builder.environment = environment(device, world_size=world_size(), **versions)
         script = Path(sys.argv[0] or ".")
         if script.is_file():
             self.builder.inputs.append(artefact(script.resolve(), root=Path.cwd(), name="script"))
-        session.on_step, session.on_end = self.step, self.close
 
     def step(self, event: StepTaken) -> None:
-        """One line of the step log. Figures that are not finite are written as strings."""
-        figures = {
-            "loss_nats": event.loss_nats,
-            "grad_norm": event.grad_norm,
-            "clipped_grad_norm": event.clipped_grad_norm,
-            "lr": event.lr,
-        }
-        line = {"step": event.step, **{k: v if v - v == 0 else str(v) for k, v in figures.items()}}
-        with (self.folder / STEPS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._last = line
+        """One line of the step log."""
+        names = ("step", "loss_nats", "grad_norm", "clipped_grad_norm", "lr")
+        append_line(self.folder / STEPS, {name: getattr(event, name) for name in names})
+        self._last, self._last_loss = event.step, event.loss_nats
 
-    def close(self, status: str, end_reason: str, exit_code: int) -> None:
-        """Write the record. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        results, builder, trainer = self._results(), self.builder, self.builder.config["trainer"]
+    def close(self, end: End, results: Sequence[GateResult], cost: Cost) -> None:
+        """Write the record."""
+        builder, trainer = self.builder, self.trainer
         red = [g.id for g in results if g.verdict == "fail"]
-        if red and status == "completed":
-            status, end_reason, exit_code = (
-                "failed",
-                f"{', '.join(red)} red, and nothing was raised",
-                GateFailed.exit_code,
-            )
-        taken = 0 if self._last is None else self._last["step"] - self._first
+        if red and end.status == "completed":
+            reason = f"{', '.join(red)} red, and nothing was raised"
+            end = End("failed", reason, GateFailed.exit_code)
         held = sum(g.verdict == "pass" for g in results)
         builder.claim = (
             f"{trainer['name']} of {trainer['package']} {trainer['version']} trained "
-            f"{builder.config['model']['class']} for {taken} step(s); {held} of {len(results)} "
-            f"gates held, {len(red)} were red."
+            f"{builder.config['model']['class']} for {self._last - self._first} step(s); {held} of "
+            f"{len(results)} gates held, {len(red)} were red."
         )
-        unasked = [f"{g.id}: {g.message}" for g in results if g.verdict == "not_run"]
-        builder.not_covered = (*OUTSIDE, *unasked)
-        cost = self.session.cost()
-        builder.metric("steps", self._first + taken, "1")
+        unjudged = [f"{g.id}: {g.message}" for g in results if g.verdict == "not_run"]
+        builder.not_covered = (*OUTSIDE, *unjudged)
+        builder.metric("steps", self._last, "1")
         builder.metric("gate_s_before_step_1", cost.preflight_s, "s", better="lower")
         builder.metric("gate_s_per_step", cost.per_step_s, "s", n=cost.steps, better="lower")
-        if self._last is not None and not isinstance(self._last["loss_nats"], str):
-            builder.metric("train_loss_nats", self._last["loss_nats"], "nats/token", better="lower")
+        if isinstance(loss := _plain(self._last_loss), float):
+            builder.metric("train_loss_nats", loss, "nats/token", better="lower")
         builder.finish(
             self.folder,
-            status=status,
-            end_reason=end_reason,
-            exit_code=exit_code,
+            status=end.status,
+            end_reason=end.reason,
+            exit_code=end.exit_code,
             gates=results,
             series=(STEPS, LOG),
         )
-
-    def _results(self) -> list[GateResult]:
-        """Every gate that was installed, also those without a meaning in this run; they are
-        `not_run` with the reason.
-        """
-        spec = self.session.keeper.spec
-        absent = [
-            _unasked(gate_id, spec.fingerprint(gate_id), verdict)
-            for gate_id, verdict in self.session.absent.items()
-        ]
-        return sorted([*self.session.keeper.results(), *absent], key=lambda g: g.id)
-
-
-def _unasked(gate_id: str, fingerprint: str, verdict: Verdict) -> GateResult:
-    return GateResult(
-        id=gate_id, fingerprint=fingerprint, verdict="not_run", checks=0, message=verdict.message
-    )
-
-
-def how_it_ended(error: BaseException | None) -> tuple[str, str, int]:
-    """(status, reason, exit code) of a run that ended with an error, or without."""
-    match error:
-        case None:
-            return "completed", "the trainer came to its end", 0
-        case GateFailed():
-            return "halted", str(error).splitlines()[0], GateFailed.exit_code
-        case KeyboardInterrupt():
-            return "interrupted", "interrupted from outside", 130
-        case _:
-            return (
-                "failed",
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                1,
-            )
 
 
 def trainer_of(kind: type, package: str) -> dict[str, Any]:
@@ -194,13 +166,11 @@ def trainer_of(kind: type, package: str) -> dict[str, Any]:
     }
 
 
-def _installed() -> dict[str, str]:
-    """Versions of the imported training libraries."""
-    return {
-        name: metadata.version(name)
-        for name in ("transformers", "accelerate", "trl", "peft", "lightning")
-        if name in sys.modules
-    }
+def append_line(path: Path, document: Mapping[str, Any]) -> None:
+    """Append a document to a file of JSON lines. Figures that are not finite become strings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(document)) + "\n")
 
 
 def _of_model(model: nn.Module) -> dict[str, Any]:

@@ -1,43 +1,30 @@
 """One run under the gates of other trainers: which gates are installed, and what a red one does."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from stackproof.contracts.callbacks.probe import untouched
+from stackproof.contracts.callbacks.record import Cost, End, RunRecord, append_line
 from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.events import StepTaken
 from stackproof.contracts.gate import Verdict, judge, not_run
 from stackproof.contracts.keeper import Gatekeeper
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import SavedCheckpoint, Subject
 from stackproof.spec.errors import ConfigError, GateFailed
-from stackproof.spec.gates import load_spec
+from stackproof.spec.gates import Gate, load_spec
+from stackproof.spec.records import GateResult
 
 KIND = "foreign"
 ROWS_GATE = "data.fresh-rows"
 Mode = Literal["raise", "log"]
 logger = logging.getLogger("stackproof.gates")
-
-
-class Cost(NamedTuple):
-    """Time spent on gates: seconds before step 1, seconds after it, and the number of optimizer
-    steps.
-    """
-
-    preflight_s: float
-    watching_s: float
-    steps: int
-
-    @property
-    def per_step_s(self) -> float:
-        return self.watching_s / max(1, self.steps)
 
 
 class Stopwatch:
@@ -69,13 +56,13 @@ def timed(method: Callable) -> Callable:
 
 
 class Session:
-    """The gates of kind `foreign` in one run. In mode `raise` a red gate that halts raises
-    GateFailed; in mode `log` nothing is raised.
+    """The gates of kind `foreign` in one run. In mode `raise` a red gate that halts calls `on_halt`
+    and raises GateFailed; in mode `log` nothing is raised.
 
     Every verdict of a preflight or artifact gate, and every red one of a runtime gate, is written
-    to `log_path` as one line, and to logging. `skip` leaves out gates by id. `reuses_rows`: rows
-    come again in their order, or trained rows are scored, on purpose. Raises ConfigError for an
-    unknown mode or gate.
+    to `log_path` as one line, and to logging. `skip` leaves out gates by id, `only` all others.
+    `reuses_rows`: rows come again in their order, or trained rows are scored, on purpose. Raises
+    ConfigError for an unknown mode or gate.
     """
 
     def __init__(
@@ -86,123 +73,118 @@ class Session:
         skip: Iterable[str] = (),
         only: Iterable[str] | None = None,
         reuses_rows: bool = False,
+        on_halt: Callable[[], None] = lambda: None,
     ):
         if mode not in ("raise", "log"):
             raise ConfigError("mode is neither raise nor log", value=mode, allowed="raise | log")
-        spec = load_spec()
-        known = {g.id for g in spec.gates.values() if KIND in g.kinds}
+        self.spec = spec = load_spec()
+        known = {g.id for g in spec.required(KIND)}
         if odd := sorted({*skip, *(only or ())} - known):
             spec.gate(odd[0])
             raise ConfigError(
                 f"other trainers have no gate {odd[0]}", allowed=", ".join(sorted(known))
             )
-        self.mode, self.log_path = mode, Path(log_path) if log_path else None
-        self.only = (known if only is None else set(only)) - set(skip)
-        self.keeper = Gatekeeper(spec, kind=KIND, only=self.only, on_verdict=self._note)
-        self.absent: dict[str, Verdict] = {}
-        self.left_out = known - self.only
-        self.on_halt = lambda: None
-        self.on_step: Callable[[StepTaken], None] = lambda event: None
-        self.on_end: Callable[[str, str, int], None] = lambda status, reason, exit_code: None
-        self.clock, self.steps, self._preflight_s = Stopwatch(), 0, 0.0
+        installed = (known if only is None else set(only)) - set(skip)
+        self.mode, self.log_path, self.on_halt = mode, Path(log_path) if log_path else None, on_halt
+        self.keeper = Gatekeeper(spec, kind=KIND, only=installed, on_verdict=self._log)
+        self.left_out = known - installed
+        self.record: RunRecord | None = None
+        self.preflight_clock, self.clock, self.steps = Stopwatch(), Stopwatch(), 0
+        self._absent: list[GateResult] = []
         if reuses_rows:
-            self.forget(ROWS_GATE, "reuses_rows: rows come again on purpose")
+            self.leave_out(ROWS_GATE, "reuses_rows: rows come again on purpose")
 
-    def observe(self, event: Any) -> None:
-        """Pass an event to the gates. Raises GateFailed in mode `raise`."""
-        if isinstance(event, StepTaken):
-            self.on_step(event)
-        self._guard(lambda: self.keeper.observe(event))
+    def leave_out(self, gate_id: str, why: str) -> None:
+        """Remove a gate that has no meaning in this run; its verdict is `not_run` with the
+        reason.
+        """
+        if self.keeper.states.pop(gate_id, None):
+            fingerprint = self.spec.fingerprint(gate_id)
+            self._absent.append(
+                GateResult(
+                    id=gate_id, fingerprint=fingerprint, verdict="not_run", checks=0, message=why
+                )
+            )
 
     def preflight(self, subject: Subject) -> None:
         """Run every preflight gate. Raises GateFailed in mode `raise`. A check that raises on this
         model is logged and has no verdict.
         """
-        began = time.perf_counter()
-        try:
-            self._guard(lambda: self.keeper.preflight(subject))
-        except GateFailed:
-            raise
-        except Exception as e:
-            logger.warning(
-                "a check raised an error on this model and is not_run: %s: %s",
-                type(e).__name__,
-                e,
-            )
-        finally:
-            self._preflight_s += time.perf_counter() - began
+        with self.preflight_clock:
+            try:
+                self._guard(lambda: self.keeper.preflight(subject))
+            except GateFailed:
+                raise
+            except Exception as e:
+                kind = type(e).__name__
+                logger.warning("a check raised an error and is not_run: %s: %s", kind, e)
 
-    def artifact(self, subject: Subject, step: int) -> None:
-        """Run the artifact gates. Raises GateFailed in mode `raise`."""
-        self._guard(lambda: self.keeper.artifact(subject, step=step))
+    def observe(self, event: Any) -> None:
+        """Pass an event to the gates. Raises GateFailed in mode `raise`."""
+        if self.record and isinstance(event, StepTaken):
+            self.record.step(event)
+        self._guard(lambda: self.keeper.observe(event))
 
-    def forget(self, gate_id: str, why: str) -> None:
-        """Take out a gate that has no meaning in this run; its verdict is `not_run` with the
-        reason.
-        """
-        if self.keeper.states.pop(gate_id, None):
-            self.absent[gate_id] = not_run(why)
+    def artifact(self, saved: SavedCheckpoint, step: int) -> None:
+        """Run the artifact gates on a checkpoint. Raises GateFailed in mode `raise`."""
+        self._guard(lambda: self.keeper.artifact(Subject(saved=saved), step=step))
+
+    def end(self, end: End) -> None:
+        """The run has ended: its record is written. A second call does nothing."""
+        if self.record:
+            record, self.record = self.record, None
+            record.close(end, self.results(), self.cost())
 
     def cost(self) -> Cost:
         """Time spent on gates so far."""
-        return Cost(self._preflight_s, self.clock.seconds, self.steps)
+        return Cost(self.preflight_clock.seconds, self.clock.seconds, self.steps)
 
-    def verdicts(self) -> dict[str, Verdict]:
-        """Verdict of every gate so far; `not_run` for one whose check was not called."""
-        return self.absent | {
-            r.id: Verdict(r.verdict, r.message, r.measured) for r in self.keeper.results()
-        }
+    def results(self) -> list[GateResult]:
+        """The result of every gate that is not left out by the user; `not_run` for one whose check
+        was not called.
+        """
+        return sorted([*self.keeper.results(), *self._absent], key=lambda g: g.id)
 
-    def first_failures(self) -> dict[str, int | None]:
-        """Step of the first red verdict by gate; a preflight gate's is 0."""
-        return {r.id: r.first_failure_step for r in self.keeper.results() if r.verdict == "fail"}
-
-    def _guard(self, ask) -> None:
+    def _guard(self, judge: Callable[[], None]) -> None:
         try:
-            ask()
+            judge()
         except GateFailed as e:
             if self.mode == "raise":
                 self.on_halt()
-                self.on_end("halted", str(e).splitlines()[0], e.exit_code)
+                self.end(End.of(e))
                 raise
 
-    def _note(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
+    def _log(self, gate_id: str, step: int | None, verdict: Verdict) -> None:
         level = logging.WARNING if verdict.outcome == "fail" else logging.DEBUG
         logger.log(level, "%s %s at step %s: %s", gate_id, verdict.outcome, step, verdict.message)
-        if self.log_path is None:
-            return
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        measured = {
-            k: str(v) if isinstance(v, float) and v - v != 0 else v
-            for k, v in verdict.measured.items()
-        }
-        line = {
-            "time": round(time.time(), 3),
-            "gate": gate_id,
-            "step": step,
-            "verdict": verdict.outcome,
-            "message": verdict.message,
-            "measured": measured,
-        }
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.log_path is not None:
+            line = {
+                "time": round(time.time(), 3),
+                "gate": gate_id,
+                "step": step,
+                "verdict": verdict.outcome,
+                "message": verdict.message,
+                "measured": verdict.measured,
+            }
+            append_line(self.log_path, line)
 
 
-def ask_all(
+def preflight_gates() -> list[Gate]:
+    """The gates that judge a live model before step 1."""
+    return [g for g in load_spec().required(KIND) if g.moment == "preflight"]
+
+
+def judge_model(
     model: nn.Module,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     tokenizer: Any = None,
-    only: str = "",
+    gates: Iterable[Gate] | None = None,
 ) -> dict[str, Verdict]:
-    """Verdict of every preflight gate on a live model, or of one gate. None of them raises, and the
+    """Verdict of preflight gates on a live model, by default of all. None of them raises, and the
     model stays as it was.
     """
-    gates = [
-        g
-        for g in load_spec().gates.values()
-        if KIND in g.kinds and g.moment == "preflight" and only in ("", g.id)
-    ]
+    gates = gates or preflight_gates()
     with untouched(model):
         subject = foreign_subject(model, optimizer, tokenizer)
         found = {gate.id: one for gate, one in judge(gates, subject)}

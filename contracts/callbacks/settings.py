@@ -1,12 +1,31 @@
-"""Settings of another trainer that its model and optimizer do not show."""
+"""What a trainer trains with, and the settings that its model and optimizer do not show."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stackproof.contracts.callbacks.probe import config_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The objects of one training run. `first_step` counts the steps before it, as after a
+    resume.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any = None
+    tokenizer: Any = None
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What an adapter tells about its trainer.
+    """Settings of a trainer.
 
     `max_grad_norm` is None where unknown and infinity where nothing is clipped. `ticks_per_update`:
     the schedule ticks once per update; otherwise it may tick more rarely. `loss_scale()` is the
@@ -23,3 +42,16 @@ class TrainerSettings:
     loss_scale: Callable[[], float] = lambda: 1.0
     absolute: bool = True
     warmup_steps: int = 12
+
+    @classmethod
+    def of(cls, trained: Trained, scaler: Any, **settings: Any) -> "TrainerSettings":
+        """Special ids from the tokenizer, else from the model's configuration; the loss scale from
+        a GradScaler, if there is one.
+        """
+        config = config_of(trained.model)
+        for name in ("pad", "eos"):
+            default = getattr(config, f"{name}_token_id", None)
+            settings[f"{name}_id"] = getattr(trained.tokenizer, f"{name}_token_id", default)
+        if scaler is not None:
+            settings["loss_scale"] = scaler.get_scale
+        return cls(**settings)

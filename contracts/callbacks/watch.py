@@ -7,6 +7,7 @@ B batch, T tokens, V vocab
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.rates import RateReader
 from stackproof.contracts.callbacks.reading import IGNORE, resolve, silent_places
 from stackproof.contracts.callbacks.session import Session, timed
-from stackproof.contracts.callbacks.settings import TrainerSettings
+from stackproof.contracts.callbacks.settings import Trained, TrainerSettings
+from stackproof.contracts.causality import difference
 from stackproof.contracts.events import ModuleModes, Started, StepTaken
 
 # Weights are compared between updates after an evaluation, and at every update of this number.
 COMPARED_EVERY = 16
+# Operations between the head and the loss, by the names of configurations.
+AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 Phase = Callable[[], str]
 
 
@@ -36,37 +40,42 @@ def phase_by_grad() -> str:
 class Watch:
     """One observed model and optimizer. Each reader measures one part of a step; their events go to
     the session. `phase()` is training, evaluation or empty, where nothing is to be observed.
+
+    With `backward_in_step` the trainer runs the backward pass inside the optimizer's step, so that
+    the step is judged after its update.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        trained: Trained,
         session: Session,
+        settings: TrainerSettings,
         *,
-        scheduler: Any = None,
-        settings: TrainerSettings | None = None,
-        step: int = 0,
         phase: Phase = phase_by_grad,
-        update_hooks: bool = True,
+        backward_in_step: bool = False,
     ):
-        self.model, self.optimizer, self.session = model, optimizer, session
-        self.settings = settings = settings or TrainerSettings()
-        self.step, self.updates, self._judged = step, 0, False
+        self.trained, self.session, self.settings = trained, session, settings
+        self.model, self.optimizer = model, optimizer = trained.model, trained.optimizer
+        self.step, self.updates, self._judged = trained.first_step, 0, False
         self.inputs = InputReader(model, settings)
         self.loss = LossReader(settings)
         self.gradients = GradientReader(model, settings)
         self.movement = MovementTracker(model)
-        self.rates = RateReader(optimizer, scheduler, settings)
+        self.rates = RateReader(optimizer, trained.scheduler, settings)
         self.forward = ForwardHooks(self, phase)
         self._leave_out_gates()
         plan = {"warmup_steps": settings.warmup_steps, "random_loss_nats": math.inf}
-        session.observe(Started(step, plan))
-        self._handles = [*self.forward.attach(), *self._attach(update_hooks)]
+        session.observe(Started(self.step, plan))
+        before = self.compare_weights if backward_in_step else self.before_update
+        self._handles = [
+            *self.forward.attach(),
+            optimizer.register_step_pre_hook(lambda *_: before()),
+            optimizer.register_step_post_hook(lambda *_: self.after_update()),
+        ]
 
     def _leave_out_gates(self) -> None:
-        """Take out the gates that cannot be judged in this run."""
-        leave_out = self.session.forget
+        """Remove the gates that cannot be judged in this run."""
+        leave_out = self.session.leave_out
         if self.settings.max_grad_norm is None:
             leave_out("optim.clip-norm", "the maximum gradient norm was not given")
         if any(p.requires_grad and p.element_size() < 4 for p in self.model.parameters()):
@@ -74,20 +83,8 @@ class Watch:
                 "optim.clip-norm",
                 "gradients are in half precision, whose norm is rounded by more than the limit",
             )
-        if self.rates.scheduler is None:
+        if self.trained.scheduler is None:
             leave_out("schedule.rate", "no scheduler was given")
-
-    def _attach(self, update_hooks: bool) -> list:
-        """Hooks on the update. Without `update_hooks` the trainer runs the backward pass inside the
-        optimizer's step, so that the step is judged after its update.
-        """
-        before = self.before_update if update_hooks else self.compare_weights
-        return [
-            self.optimizer.register_step_pre_hook(lambda *_: before()),
-            self.optimizer.register_step_post_hook(
-                lambda *_: self.after_update(also_before=not update_hooks)
-            ),
-        ]
 
     def detach(self) -> None:
         """Remove all hooks. A second call does nothing."""
@@ -99,17 +96,9 @@ class Watch:
         self.step = step
         self.movement.settle()
 
-    def see_batch(self, batch: Mapping[str, Any]) -> None:
-        """The batch that the trainer has drawn, by name."""
-        self.inputs.batch = batch
-
-    def tell_loss(self, loss: Tensor | float) -> None:
-        """The loss of one micro-step as the trainer computed it, before any logger."""
-        self.loss.tell(loss)
-
     @timed
     def backward(
-        self, place: LossPlace, values: Tensor, gradient: Tensor, head: Tensor | None
+        self, place: LossPlace, head: Tensor | None, values: Tensor, gradient: Tensor
     ) -> None:
         """The gradient at the logits, or at what enters a head of weight `head`, is computed."""
         if place.done:
@@ -127,30 +116,13 @@ class Watch:
         self.gradients.end_pass()
 
     @timed
-    def before_update(self, *, late: bool = False) -> None:
+    def before_update(self) -> None:
         """Judge everything that is known before weights change. Raises GateFailed in mode `raise`,
-        so that a bad update never lands. `late`: the update was made already.
+        so that a bad update never lands.
         """
-        if not self._judged:
-            self.rates.read()
-            self.movement.prepare(self.optimizer)
-        if not self.gradients.passes or self._judged:
-            return
-        self._judged = True
-        if not late:
+        if self.gradients.passes and not self._judged:
             self.compare_weights()
-        step, observe = self.step + 1, self.session.observe
-        scale = self.settings.loss_scale()
-        # Everything is fetched with one copy from the device.
-        unread, told = self.loss.pending()
-        readings, values = resolve(unread, [*self.gradients.pending(), *told])
-        (after, used, stale, lost), told = values[:4], values[4:]
-        loss = self.loss.fetched(readings, told)
-        norm, clipped = float(after.norm()) / scale, float(used.norm())
-        observe(self._step_taken(step, loss, norm, clipped))
-        if self.loss.finite and math.isfinite(norm):
-            observe(self.loss.measured(step))
-            observe(self.gradients.accumulated(step, after, used, stale, lost))
+        self._judge_step()
 
     @timed
     def compare_weights(self) -> None:
@@ -159,34 +131,53 @@ class Watch:
             self.forward.evaluated = False
             self.session.observe(self.movement.between(self.step + 1))
 
-    def _step_taken(self, step: int, loss: float, norm: float, clipped: float) -> StepTaken:
-        maximum = self.settings.max_grad_norm
-        return StepTaken(
-            step=step,
-            loss_nats=loss,
-            grad_norm=norm,
-            clipped_grad_norm=clipped,
-            max_grad_norm=math.inf if maximum is None else maximum,
-            lr=self.rates.used[0],
-            n_valid_tokens=self.loss.n_expected,
-            n_expected_tokens=self.loss.n_expected,
-            tokens_seen=0,
-            wall_s=0.0,
-            flops=0.0,
-            peak_flops=0.0,
+    def _judge_step(self) -> None:
+        """Judge loss and gradients, once per step."""
+        if self._judged:
+            return
+        self.rates.read()
+        self.movement.prepare(self.optimizer)
+        if not self.gradients.passes:
+            return
+        self._judged = True
+        step, observe = self.step + 1, self.session.observe
+        scale, maximum = self.settings.loss_scale(), self.settings.max_grad_norm
+        # Everything is fetched with one copy from the device.
+        unread, losses = self.loss.pending()
+        readings, values = resolve(unread, [*self.gradients.pending(), *losses])
+        after, used, stale, lost, *losses = values
+        loss = self.loss.fetched(readings, losses)
+        norm = float(after.norm()) / scale
+        observe(
+            StepTaken(
+                step=step,
+                loss_nats=loss,
+                grad_norm=norm,
+                clipped_grad_norm=float(used.norm()),
+                max_grad_norm=math.inf if maximum is None else maximum,
+                lr=self.rates.used[0],
+                n_valid_tokens=self.loss.n_expected,
+                n_expected_tokens=self.loss.n_expected,
+                tokens_seen=0,
+                wall_s=0.0,
+                flops=0.0,
+                peak_flops=0.0,
+            )
         )
+        if self.loss.finite and math.isfinite(norm):
+            observe(self.loss.measured(step))
+            observe(self.gradients.accumulated(step, after, used, stale, lost))
 
     @timed
-    def after_update(self, also_before: bool = False) -> None:
+    def after_update(self) -> None:
         """Judge what the update changed, and its rate."""
-        if also_before:
-            self.before_update(late=True)
+        self._judge_step()
         self.step, self.updates = self.step + 1, self.updates + 1
         self.session.steps = self.updates
         self.session.observe(self.movement.judge(self.step, self.optimizer, self.rates.used))
         if event := self.rates.event(self.step, self.updates):
             self.session.observe(event)
-        self._forget_step()
+        self._end_step()
 
     def close(self, skipped: bool = False) -> None:
         """The trainer ends a step. An update that did not come changed nothing; a skipped step is
@@ -195,11 +186,11 @@ class Watch:
         if not self.gradients.passes:
             return
         if skipped:
-            self._forget_step()
+            self._end_step()
         else:
             self.after_update()
 
-    def _forget_step(self) -> None:
+    def _end_step(self) -> None:
         self.loss.reset()
         self.gradients.reset()
         self._judged = False
@@ -213,69 +204,60 @@ class ForwardHooks:
     def __init__(self, watch: Watch, phase: Phase):
         self.watch, self.session, self.phase = watch, watch.session, phase
         self.evaluated = False  # since the weights were compared last
-        self._inside: nn.Module | None = None
+        self._outermost: nn.Module | None = None
         self._repeating, self._repeat_due = False, True
-        self._head_output: Tensor | None = None
-        self._hidden: Tensor | None = None
+        self._inner: dict[str, Any] = {}  # outputs of modules inside of the current forward pass
 
     def attach(self) -> list:
         """Register all hooks; returns their handles."""
         model = self.watch.model
-        # Observing is no part of a compiled graph.
+        # A compiled graph leaves out the hooks.
         eager = torch.compiler.disable if "torch._dynamo" in sys.modules else lambda hook: hook
-        parts = (nn.Embedding, nn.ModuleList)
-        candidates = [model, *(m for m in model.children() if not isinstance(m, parts))]
-        handles = [
-            m.register_forward_pre_hook(eager(self._before), with_kwargs=True) for m in candidates
-        ]
-        handles += [
-            m.register_forward_hook(eager(self._after), with_kwargs=True) for m in candidates
-        ]
-        if (head := probe.head_of(model)) is not None:
-            handles.append(head.register_forward_hook(eager(self._keep_head_output)))
+        parts, handles = (nn.Embedding, nn.ModuleList), []
+        for m in (model, *(m for m in model.children() if not isinstance(m, parts))):
+            handles += [
+                m.register_forward_pre_hook(eager(self._before), with_kwargs=True),
+                m.register_forward_hook(eager(self._after), with_kwargs=True),
+            ]
         base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-        if isinstance(base, nn.Module):
-            handles.append(base.register_forward_hook(eager(self._keep_hidden)))
+        for name, module in (("head", probe.head_of(model)), ("base", base)):
+            if isinstance(module, nn.Module):
+                handles.append(module.register_forward_hook(eager(partial(self._keep, name))))
         return handles
+
+    def _keep(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._outermost is not None:
+            self._inner[name] = output
 
     @timed
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._repeating or self._inside not in (None, module) or not (phase := self.phase()):
+        inside = self._outermost not in (None, module)
+        if self._repeating or inside or not (phase := self.phase()):
             return
         named = probe.arguments_of(module, args, kwargs)
-        ids = probe.ids_of(named)
-        if ids is None:
+        if (ids := probe.ids_of(named)) is None:
             return
-        self._inside, self._head_output = module, None
-        inputs, step, observe = self.watch.inputs, self.watch.step, self.session.observe
+        self._outermost, self._inner = module, {}
+        inputs, step, events = self.watch.inputs, self.watch.step, ()
         if phase == "evaluation":
             self.evaluated = True
-            observe(inputs.modes_of_evaluation(step))
-            if event := inputs.evaluation(step, module, named, ids):
-                observe(event)
+            events = inputs.evaluation(step, module, named, ids)
         elif torch.is_grad_enabled():
-            for event in inputs.training(step + 1, module, named, ids):
-                observe(event)
-
-    def _keep_hidden(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._inside is not None:
-            self._hidden = getattr(output, "last_hidden_state", None)
-
-    def _keep_head_output(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._inside is not None and isinstance(output, Tensor):
-            self._head_output = output
+            events = inputs.training(step + 1, module, named, ids)
+        for event in events:
+            self.session.observe(event)
 
     @timed
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._repeating or self._inside is not module:
+        if self._repeating or self._outermost is not module:
             return
-        self._inside, logits = None, probe.logits_of(output)
-        hidden, self._hidden = self._hidden, None
+        self._outermost, logits = None, probe.logits_of(output)
+        inner, self._inner = self._inner, {}
         if self.phase() == "evaluation":
             if logits is not None:
                 self._repeat(module, args, kwargs, logits)
             return
-        sources = self._sources(logits, hidden)
+        sources = self._sources(logits, inner)
         if not (torch.is_grad_enabled() and sources):
             return
         self._repeat_due = True
@@ -284,12 +266,8 @@ class ForwardHooks:
         if ids is None or ids.shape != sources[0][0].shape[:2]:
             return
         place = self._place(ids, named, probe.loss_of(output))
-        for tensor, head in sources:
-            tensor.register_hook(
-                lambda gradient, values=tensor.detach(), head=head: self.watch.backward(
-                    place, values, gradient, head
-                )
-            )
+        for values, head in sources:
+            values.register_hook(partial(self.watch.backward, place, head, values.detach()))
 
     def _place(self, ids: Tensor, named: Mapping[str, Any], loss: Tensor | None) -> LossPlace:
         mask, labels = self.watch.inputs.mask_and_labels(ids, named)
@@ -302,7 +280,7 @@ class ForwardHooks:
         )
 
     def _sources(
-        self, logits: Tensor | None, hidden: Tensor | None
+        self, logits: Tensor | None, inner: Mapping[str, Any]
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Tensors at whose gradient the loss can be read, each with the weight of the head that
         comes after it. The first that has a gradient counts.
@@ -311,22 +289,25 @@ class ForwardHooks:
         before that; and, where there are no logits, as with a fused loss, the input of the head, if
         the head is a matrix and nothing comes after it.
         """
-        raw, self._head_output = self._head_output, None
         if logits is None:
             head, config = probe.head_of(self.watch.model), probe.config_of(self.watch.model)
-            bent = any(
-                getattr(config, name, None)
-                for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-            )
-            plain = isinstance(head, nn.Linear) and head.bias is None and not bent
-            readable = plain and hidden is not None and hidden.requires_grad
+            hidden = getattr(inner.get("base"), "last_hidden_state", None)
+            matrix = isinstance(head, nn.Linear) and head.bias is None
+            last = not any(getattr(config, name, None) for name in AFTER_HEAD)
+            readable = matrix and last and hidden is not None and hidden.requires_grad
             return [(hidden, head.weight.detach())] if readable else []
         if not logits.requires_grad:
             return []
-        if raw is None or raw is logits or raw.shape != logits.shape or not raw.requires_grad:
-            return [(logits, None)]
-        same = torch.equal(raw.detach().float(), logits.detach().float())
-        return [(logits, None), (raw, None)] if same else [(logits, None)]
+        raw = inner.get("head")
+        if (
+            isinstance(raw, Tensor)
+            and raw is not logits
+            and raw.shape == logits.shape
+            and raw.requires_grad
+            and torch.equal(raw.detach().float(), logits.detach().float())
+        ):
+            return [(logits, None), (raw, None)]
+        return [(logits, None)]
 
     @torch.no_grad()
     def _repeat(self, module: nn.Module, args: tuple, kwargs: dict, logits: Tensor) -> None:
@@ -341,7 +322,7 @@ class ForwardHooks:
                 again = probe.logits_of(module(*args, **kwargs))
         finally:
             self._repeating = False
-        repeat = float((again.float() - logits.float()).abs().nan_to_num(torch.inf).max())
+        repeat = difference(logits.float(), again.float(), relative=False)
         self.session.observe(ModuleModes(self.watch.step, "evaluation", (), repeat))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from stackproof.config import NeverStop
 from stackproof.contracts.adapters import ADAPTERS, Adapter
-from stackproof.contracts.callbacks.session import ask_all
+from stackproof.contracts.callbacks.session import judge_model
 from stackproof.contracts.gate import Verdict, resolve
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.museum import script
@@ -100,7 +100,7 @@ def lightning(tmp_path, texts, only=None) -> Verdicts:
 def pytest_plugin(tmp_path, texts, only=None) -> Verdicts:
     """What the plugin calls for a model and an optimizer."""
     model = script.Small()
-    return ask_all(model, optimizer=script.make_optimizer(model))
+    return judge_model(model, optimizer=script.make_optimizer(model))
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,6 @@ def test_a_model_with_other_columns_offers_no_logits():
         def forward(self, input_ids):
             return self.embed(input_ids).mean()
 
-    verdicts = ask_all(Scores())
+    verdicts = judge_model(Scores())
     unread = verdicts["model.causal"]
     assert unread.outcome == "not_run" and "Model.logits" in unread.message

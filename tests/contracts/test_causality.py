@@ -2,6 +2,7 @@
 beyond rounding elsewhere.
 """
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -77,6 +78,25 @@ def test_a_difference_is_the_largest_and_a_lone_nan_is_infinite():
     assert difference(a, a + torch.tensor([0.0, 2.0, 0.0]), relative=False) == 2
     assert difference(a, a + torch.tensor([0.0, 2.0, 0.0]), relative=True) == 0.5
     assert difference(a, a.nan_to_num(1.0), relative=False) == float("inf")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("nan", "nan", 0.0),
+        ("inf", "inf", 0.0),
+        ("nan", "1", math.inf),
+        ("1", "nan", math.inf),
+        ("inf", "1", math.inf),
+        ("1", "-inf", math.inf),
+        ("inf", "-inf", math.inf),
+        ("inf", "nan", math.inf),
+    ],
+)
+def test_only_equal_values_that_are_not_finite_are_no_difference(before, after, expected, relative):
+    pair = (torch.tensor([2.0, float(x)]) for x in (before, after))
+    assert difference(*pair, relative=relative) == expected
 
 
 # --- causality ------------------------------------------------------------------------------------

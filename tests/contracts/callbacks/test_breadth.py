@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stackproof.contracts.callbacks import digest
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.spec.errors import GateFailed
 from stackproof.spec.records import read_record
@@ -58,7 +59,58 @@ def test_adapters_on_a_frozen_base_with_a_tied_head_are_clean(tmp_path, name):
     callback, error = script(tmp_path, adapted(), **PLANS[name])
     clean(callback, error)
     if name == "saves":
-        assert "no whole model" in callback.verdicts()["checkpoint.reloads"].message
+        assert "not a whole model" in callback.verdicts()["checkpoint.reloads"].message
+
+
+def replicas(monkeypatch, differing: int) -> None:
+    """A second process that holds the same weights, but for some tensors."""
+
+    def all_gather(held, own):
+        held[0].copy_(own)
+        held[1].copy_(own)
+        held[1][:differing] += 1
+
+    monkeypatch.setattr(digest, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome"), [(llama, "pass"), (adapted, "not_run")], ids=["whole", "adapter"]
+)
+def test_equal_replicas_are_no_checkpoint_that_was_loaded_again(
+    tmp_path, monkeypatch, model, outcome
+):
+    replicas(monkeypatch, 0)
+    callback, error = script(tmp_path, model(), **SAVES)
+    verdict = callback.verdicts()["checkpoint.reloads"]
+    assert error is None and verdict.outcome == outcome
+    assert ("SavedCheckpoint.reloaded_checksums" in verdict.message) == (outcome == "not_run")
+
+
+@pytest.mark.parametrize("model", [llama, adapted], ids=["whole", "adapter"])
+def test_replicas_that_differ_are_caught_at_the_first_save(tmp_path, monkeypatch, model):
+    replicas(monkeypatch, 3)
+    outcome = script(tmp_path, model(), **SAVES)
+    assert caught(outcome, "checkpoint.reloads", 2)["differing"] == 3
+
+
+class Plain(torch.nn.Module):
+    """A model of ones own around one of the library: without `from_pretrained`."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = llama(tie_word_embeddings=False)
+        self.config = self.net.config
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return self.net(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_that_cannot_be_loaded_again_is_not_run(tmp_path):
+    callback, error = script(tmp_path, Plain(), **SAVES)
+    verdict = callback.verdicts()["checkpoint.reloads"]
+    assert error is None and verdict.outcome == "not_run"
+    assert "SavedCheckpoint.reloaded_checksums" in verdict.message
 
 
 def test_a_frozen_base_that_moves_under_its_adapters_is_caught(tmp_path):

@@ -101,6 +101,25 @@ def test_each_check_is_green_inside_and_red_outside(gate_id, event, changes):
         assert watcher(gate_id).observe(replace(event, **change)).outcome == "fail", change
 
 
+@pytest.mark.parametrize(
+    ("gate_id", "event", "unmeasured", "fields"),
+    [
+        ("runtime.mode", MODE, {"repeat_abs": None}, {"repeat_abs"}),
+        ("optim.movement", replace(UPDATED, uphill=-0.5), {"uphill": None}, {"uphill_cosine"}),
+        (
+            "optim.movement",
+            UPDATED,
+            {"every_tensor": True, "changed_frac": 1.0},
+            {"frozen_moved", "longest_still", "moved_frac"},
+        ),
+    ],
+)
+def test_a_field_that_was_not_measured_is_left_out(gate_id, event, unmeasured, fields):
+    measured = set(watcher(gate_id).observe(event).measured)
+    without = set(watcher(gate_id).observe(replace(event, **unmeasured)).measured)
+    assert fields <= measured and not fields & without
+
+
 def test_gradient_kept_sees_a_tensor_scaled_alone():
     verdict = watcher("optim.gradient-kept").observe(replace(GRADIENTS, factor_spread=0.5))
     assert verdict.outcome == "fail" and "factors 0.5 apart" in verdict.message

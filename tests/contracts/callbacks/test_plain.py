@@ -1,12 +1,14 @@
 """A loop written by hand, around a model that gives logits and nothing else."""
 
+import math
+
 import pytest
 import torch
 
 from stackproof.contracts import causality
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.contracts.callbacks.probe import Probe, max_length_of, untouched
-from stackproof.contracts.callbacks.session import ask_all
+from stackproof.contracts.callbacks.session import judge_model
 from stackproof.spec.errors import ConfigError, GateFailed
 
 nn, F = torch.nn, torch.nn.functional
@@ -117,6 +119,45 @@ def nothing(logits, rows):
     return logits.sum() * 0
 
 
+class Poisoned(Tiny):
+    """Evaluations give one logit that is `values`, in turn."""
+
+    def __init__(self, *values: float):
+        super().__init__(drop=0.0)
+        self.values = [1.0, *values]
+
+    def forward(self, idx):
+        logits = super().forward(idx)
+        if not self.training and torch.is_inference_mode_enabled():
+            logits[0, 0, 0] = self.values.pop()
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("values", "repeat"),
+    [
+        ((1.0, 1.0), 0.0),
+        ((math.nan, math.nan), 0.0),
+        ((math.inf, math.inf), 0.0),
+        ((1.0, math.nan), math.inf),
+        ((math.inf, 1.0), math.inf),
+        ((1.0, 1.5), 0.5),
+    ],
+)
+def test_two_evaluations_are_compared_as_the_gates_of_causality_do(values, repeat):
+    model = Poisoned(*values)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gated(model, optimizer, mode="log", only=("runtime.mode",)) as gate:
+        model.eval()
+        with torch.inference_mode():
+            model(batches()[0][:, :-1])
+    verdict = gate.verdicts()["runtime.mode"]
+    assert (verdict.outcome, verdict.measured["repeat_abs"]) == (
+        "fail" if repeat else "pass",
+        repeat,
+    )
+
+
 PLANTS = {
     "causal mask lost": ("model.causal", None, lambda: loop(Tiny(causal=False))),
     "unshifted": ("loss.next-token", 1, lambda: loop(loss=future)),
@@ -180,7 +221,7 @@ def test_looking_at_a_model_leaves_it_bit_for_bit_as_it_was():
     model.forward = lambda idx: (model.count.add_(1), inner(idx))[1]
     tensors = {n: t.clone() for n, t in model.state_dict().items()}
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    assert ask_all(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))[
+    assert judge_model(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))[
         "model.causal"
     ].passed
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors.items())
@@ -206,7 +247,7 @@ def test_a_model_that_cannot_be_asked_is_not_run_and_says_why():
             return super().forward(idx)
 
     assert "image" in Probe(Needs()).refusal
-    assert ask_all(Needs())["model.causal"].outcome == "not_run"
+    assert judge_model(Needs())["model.causal"].outcome == "not_run"
 
 
 def test_a_run_that_goes_on_elsewhere_is_told():

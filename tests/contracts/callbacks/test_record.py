@@ -130,15 +130,19 @@ def test_a_run_with_a_gate_left_out_is_not_accepted(tmp_path):
         accept(tmp_path / "record", tmp_path / "evidence")
 
 
-def plain_run(folder, error=None):
+def plain_run(folder, error=None, *, steps=3, scored=False):
     torch.manual_seed(0)
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with gated(model, optimizer, record=folder):
-        for rows in batches(3):
+        for rows in batches(steps):
             F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
+        if scored:
+            model.eval()
+            with torch.no_grad():
+                model(batches()[0][:, :-1])
         if error:
             raise error
 
@@ -164,6 +168,23 @@ def test_a_loop_of_ones_own_leaves_a_record_however_it_ends(tmp_path, error, sta
     assert [s["step"] for s in steps] == [1, 2, 3] and record.metrics[
         "train_loss_nats"
     ].value == steps[-1]["loss_nats"]
+
+
+def test_what_was_not_measured_is_left_out_of_a_record(tmp_path):
+    """Two evaluations are compared only in a run that evaluates; the direction of an update is
+    measured only at the first.
+    """
+    measured = {}
+    for name, plan in (("first", {"steps": 1, "scored": True}), ("third", {"steps": 3})):
+        plain_run(tmp_path / name, **plan)
+        record = read_record(tmp_path / name / "metadata.json")
+        measured[name] = {g.id: g.measured for g in record.gates}
+        assert all(None not in fields.values() for fields in measured[name].values())
+    assert measured["first"]["runtime.mode"]["repeat_abs"] == 0.0
+    assert "repeat_abs" not in measured["third"]["runtime.mode"]
+    assert measured["first"]["optim.movement"]["uphill_cosine"] < 0
+    assert "uphill_cosine" not in measured["third"]["optim.movement"]
+    assert measured["third"]["schedule.rate"] == {}, "no scheduler was given"
 
 
 def test_a_folder_that_holds_a_record_is_not_written_to(tmp_path):

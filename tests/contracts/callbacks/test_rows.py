@@ -3,12 +3,13 @@ red on each fault, by the real hooks.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from stackproof.contracts.callbacks import batch
+from stackproof.contracts.callbacks import inputs
 from stackproof.contracts.callbacks.movement import MovementTracker
 from stackproof.contracts.callbacks.plain import gated
 from stackproof.contracts.events import RowHashes, Started, StateRestored
@@ -177,37 +178,32 @@ def test_a_verdict_that_could_not_be_had_is_not_a_line_for_every_step(tmp_path):
 
 def test_rows_are_told_apart_by_their_tokens_alone():
     ids = torch.randint(5, 60, (64, 20), generator=torch.Generator().manual_seed(1))
-    rows = lambda ids, mask=None: (  # noqa: E731
-        batch.row_hashes(batch.read_rows(ids, mask), step=1, phase="evaluation").rows
-    )
-    told = rows(ids)
+    told = inputs.read_rows(ids, None)
     assert len(set(told)) == 64
     padded = (
         torch.cat([torch.zeros(64, 6, dtype=torch.long), ids], 1),
         torch.cat([torch.zeros(64, 6), torch.ones(64, 20)], 1),
     )
-    assert rows(*padded) == told
+    assert inputs.read_rows(*padded) == told
     right = (
         torch.cat([ids, torch.ones(64, 3, dtype=torch.long)], 1),
         torch.cat([torch.ones(64, 20), torch.zeros(64, 3)], 1),
     )
-    assert rows(*right) == told
-    told_in_training = batch.read(*right, None, None, pad_id=0, eos_id=1).rows
-    assert batch.row_hashes(told_in_training, step=1, phase="training").rows == told, (
-        "the same number in training"
-    )
+    assert inputs.read_rows(*right) == told
+    _, in_training = inputs.read(*right, None, None, pad_id=0, eos_id=1)
+    assert in_training == told, "the same number in training"
     for column in range(19):
         turned = ids.clone()
         turned[:, [column, column + 1]] = ids[:, [column + 1, column]]
-        others = rows(turned)
+        others = inputs.read_rows(turned, None)
         same = (ids[:, column] == ids[:, column + 1]).tolist()
         assert [a == b for a, b in zip(told, others)] == same
-    assert rows(ids[:, :15]) == ()
+    assert inputs.read_rows(ids[:, :15], None) == ()
 
 
 def described(ids, mask=None, places=None, pad_id=0):
-    told = batch.read(ids, mask, None, places, pad_id=pad_id, eos_id=1)
-    return batch.model_input(told, step=1, max_length=0, embedding_rows=0)
+    counts, _ = inputs.read(ids, mask, None, places, pad_id=pad_id, eos_id=1)
+    return SimpleNamespace(**counts)
 
 
 def test_left_padding_is_counted_only_where_no_mask_tells_it():
