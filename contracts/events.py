@@ -161,7 +161,8 @@ class LossMeasured:
     most frequent other target (-1: neither 0, 1 nor 2, or no gradient). `weight_min` and
     `weight_max` are the weights of inspected positions in units of 1/N, N the number of tokens to
     learn in this step. `n_masked_learned` counts positions that have a gradient although label or
-    mask exclude them. `absolute`: weights can be compared with 1/N, as within one process.
+    mask exclude them. `absolute`: weights can be compared with 1/N, as within one process. `half`:
+    logits or gradients have a type of two bytes.
 
     Where every position is measured, `reported_nats` is the loss that the trainer reports for the
     step. `n_changed_rows` counts drawn rows that entered the model with other tokens or documents,
@@ -179,6 +180,7 @@ class LossMeasured:
     weight_min: float = math.nan
     weight_max: float = math.nan
     absolute: bool = True
+    half: bool = False
     reported_nats: float = math.nan
     n_changed_rows: int = 0
 

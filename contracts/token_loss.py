@@ -32,8 +32,9 @@ class FirstLoss(Stateless):
         guessing, measured = math.log(event.vocab_size), {"loss_nats": event.mean_nats}
         if not math.isnan(event.reported_nats):
             error = abs(event.reported_nats - event.mean_nats) / max(event.mean_nats, 1e-30)
-            measured["reported_rel_error"] = error
-            if error > self.limits.reported_rel_error_max:
+            half = "half_" if event.half else ""
+            measured[f"{half}reported_rel_error"] = error
+            if not error <= getattr(self.limits, f"{half}reported_rel_error_max"):
                 return failed(
                     f"step {event.step}: the reported loss is {event.reported_nats:.6g} nats, the "
                     f"logits give {event.mean_nats:.6g}",
@@ -97,9 +98,10 @@ class LogitGradient(Stateless):
         low, high = event.weight_min, event.weight_max
         spread = (high - low) / high if high > 0 else math.inf
         off = max(abs(high - 1), abs(low - 1)) if event.absolute else 0.0
-        measured |= {"rel_error": max(spread, off), "weight_min": low, "weight_max": high}
+        error, half = max(spread, off), "half_" if event.half else ""
+        measured |= {f"{half}rel_error": error, "weight_min": low, "weight_max": high}
         return decide(
-            measured["rel_error"] <= limits.rel_error_max,
+            error <= getattr(limits, f"{half}rel_error_max"),
             f"{step}tokens have {low:.4g} to {high:.4g} times the weight of one in "
             f"{event.n_learned}",
             **measured,

@@ -22,8 +22,7 @@ from stackproof.contracts.gate import Verdict
 
 PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
 LOSS_GATES = (
-    "loss.next-token",
-    "loss.token-weights",
+    "loss.logit-gradient",
     "loss.first",
     "data.learnable-batch",
     "runtime.trend",

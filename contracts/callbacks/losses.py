@@ -129,6 +129,7 @@ def loss_measured(
         weight_min=min(weights) * n,
         weight_max=max(weights) * n,
         absolute=absolute,
+        half=any(r.half for r in readings),
         reported_nats=reported_nats,
         n_changed_rows=n_changed_rows,
     )

@@ -26,7 +26,7 @@ CLEAR = 0.05  # positions whose softmax is closer to their label than this are n
 @dataclass
 class Reading:
     """What the gradient of one micro-step at the logits tells. `weights` are those of inspected
-    positions, times the scale of the loss.
+    positions, or means over groups of them.
     """
 
     n_learned: int = 0
@@ -38,6 +38,7 @@ class Reading:
     weights: list[float] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
     vocab_size: int = 0
+    half: bool = False
     finite: bool = True
 
 
@@ -89,6 +90,8 @@ class Unread:
     # (5, N) float64: whether a place is judged, its offset, weight, nats, and whether it counts
     places: Tensor
     vocab_size: int
+    half: bool  # values or gradient have a type of two bytes
+    group: int  # places whose weights are averaged
 
 
 @torch.no_grad()
@@ -133,7 +136,8 @@ def read(
     counts = torch.stack(
         [(norm_BT > 0).sum(), expected.sum(), (learned & silent).sum(), none, finite]
     ).double()
-    if next_BT is None:
+    every = next_BT is not None
+    if not every:
         next_BT = ids_BT.roll(-1, 1)
         rows, at, chosen = _spread(learned & expected, expected)
     else:
@@ -149,7 +153,10 @@ def read(
         parts.append(fitted.judged(targets, part[1] < last))
     places = torch.cat(parts, 1)
     places[0] *= chosen
-    return Unread(counts, torch.cat([places, chosen.double()[None]]), vocab_size)
+    places = torch.cat([places, chosen.double()[None]])
+    half = min(values.element_size(), gradient.element_size()) < 4
+    # Where a kernel rounds a logit the other way, one place is off and its neighbours are not.
+    return Unread(counts, places, vocab_size, half, SAMPLED if half and every else 1)
 
 
 def resolve(
@@ -175,6 +182,7 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
         n_labels=labels,
         n_masked_learned=masked,
         vocab_size=unread.vocab_size,
+        half=unread.half,
         finite=bool(finite),
     )
     if finite:
@@ -182,7 +190,8 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
         read_at = judged.bool() & (offsets >= 0)
         found.nats = nats[chosen.bool()].tolist()
         found.offsets = offsets[judged.bool()].int().tolist()
-        found.weights = weights[read_at].tolist()
+        groups = weights[read_at].tensor_split(max(1, int(read_at.sum()) // unread.group))
+        found.weights = [float(w.mean()) for w in groups if len(w)]
         found.n_judged = len(found.offsets)
     return found
 

@@ -78,8 +78,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     green = {
         "model.causal",
         "optim.parameter-groups",
-        "loss.next-token",
-        "loss.token-weights",
+        "loss.logit-gradient",
         "optim.movement",
         "optim.gradient-kept",
     }
@@ -119,8 +118,8 @@ def nothing(logits, rows):
 
 PLANTS = {
     "causal mask lost": ("model.causal", None, lambda: loop(Tiny(causal=False))),
-    "unshifted": ("loss.next-token", 1, lambda: loop(loss=future)),
-    "accumulation not divided": ("loss.token-weights", 1, lambda: loop(loss=double)),
+    "unshifted": ("loss.logit-gradient", 1, lambda: loop(loss=future)),
+    "accumulation not divided": ("loss.logit-gradient", 1, lambda: loop(loss=double)),
     "zero_grad forgotten": ("optim.gradient-kept", 2, lambda: loop(zero=False)),
     "clipped tensor by tensor": (
         "optim.gradient-kept",
@@ -140,7 +139,7 @@ PLANTS = {
             before_step=lambda m: [p.grad.zero_() for p in m.parameters()],
         ),
     ),
-    "loss without the model": ("loss.next-token", 1, lambda: loop(loss=nothing)),
+    "loss without the model": ("loss.logit-gradient", 1, lambda: loop(loss=nothing)),
     "a branch detached": ("optim.movement", 4, lambda: loop(Detached())),
 }
 
