@@ -27,15 +27,14 @@ CANCELLED_FRAC = 5e-5
 
 
 def gradient_errors(
-    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC
 ) -> dict[str, float]:
-    """‖got − wanted‖ / ‖wanted‖ by name, in float64; infinity for what is absent or not a number.
-
-    A tensor is held against no less than `least_frac` of the norm of all `wanted` together.
+    """‖got − expected‖ / ‖expected‖ by name, in float64; infinity for what is absent or not a
+    number. The divisor is at least `least_frac` of the norm of all `expected` together.
     """
-    least = least_frac * math.hypot(*(float(g.double().norm()) for g in wanted.values()))
+    least = least_frac * math.hypot(*(float(g.double().norm()) for g in expected.values()))
     errors = {}
-    for name, gradient in wanted.items():
+    for name, gradient in expected.items():
         off = float((got[name].double() - gradient.double()).norm()) if name in got else math.inf
         scale = max(float(gradient.double().norm()), least)
         error = off / scale if scale else (0.0 if off == 0 else math.inf)

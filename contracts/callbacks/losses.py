@@ -30,7 +30,7 @@ class LossPlace:
 
 class LossReader:
     """Collects the readings of all backward passes of a step, and the losses that the trainer
-    tells.
+    reports.
     """
 
     def __init__(self, settings: TrainerSettings):
@@ -41,12 +41,12 @@ class LossReader:
     def reset(self) -> None:
         """A new step begins."""
         self._unread: list[Unread] = []
-        self._told: list[Tensor | float] = []
+        self._reported: list[Tensor | float] = []
         self._readings: list[Reading] = []
 
     def tell(self, loss: Tensor | float) -> None:
         """The loss of one micro-step as the trainer computed it."""
-        self._told.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._reported.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def add(self, place: LossPlace, values: Tensor, gradient: Tensor, head: Tensor | None) -> None:
         """Read one backward pass; the figures stay on the device. `values` are logits, or what
@@ -68,17 +68,18 @@ class LossReader:
         self._unread.append(reading)
 
     def pending(self) -> tuple[list[Unread], list[Tensor]]:
-        """Readings and told losses that are still on the device."""
-        return self._unread, [torch.as_tensor(x).double().reshape(1) for x in self._told]
+        """Readings and reported losses that are still on the device."""
+        return self._unread, [torch.as_tensor(x).double().reshape(1) for x in self._reported]
 
-    def fetched(self, readings: list[Reading], told: list[Tensor]) -> float:
-        """The mean loss of the step, from the fetched values of `pending`: the told losses, else
+    def fetched(self, readings: list[Reading], reported: list[Tensor]) -> float:
+        """The mean loss of the step, from the fetched values of `pending`: the reported losses,
+        else
         the mean over the places that were read. NaN if a value or gradient is not finite.
         """
         self._readings = readings
         if not self.finite:
             return math.nan
-        return float(sum(told)) if told else mean_nats(self._readings)
+        return float(sum(reported)) if reported else mean_nats(self._readings)
 
     @property
     def finite(self) -> bool:

@@ -25,8 +25,8 @@ CLEAR = 0.05  # positions whose softmax is closer to their label than this are n
 
 @dataclass
 class Reading:
-    """What the gradient of one micro-step at the logits tells. `weights` are those of inspected
-    positions, or means over groups of them.
+    """What is read off the gradient of one micro-step at the logits. `weights` are those of
+    inspected positions, or means over groups of them.
     """
 
     n_learned: int = 0
@@ -51,7 +51,8 @@ def silent_places(
 ) -> Tensor:
     """Places t (B, T-1) whose next token is not to be learned: padding, or a label of -100.
 
-    Labels may be aligned with their own token or shifted by one place; the tokens tell which.
+    Labels may be aligned with their own token or shifted by one place; comparing tokens
+    shows which.
     """
     silent = torch.zeros_like(ids_BT[:, 1:], dtype=torch.bool)
     if mask_BT is not None and mask_BT.shape == ids_BT.shape:
@@ -196,18 +197,18 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
     return found
 
 
-def _spread(wanted_BT: Tensor, otherwise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, place, whether it counts) of SAMPLED places, evenly spread over the wanted ones, or
-    over the others if no place is wanted.
+def _spread(first_BT: Tensor, otherwise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, place, whether it counts) of SAMPLED places, evenly spread over those of the first
+    mask, or of the other where the first is empty.
     """
-    flags = torch.where(wanted_BT.any(), wanted_BT, otherwise_BT).flatten()
+    flags = torch.where(first_BT.any(), first_BT, otherwise_BT).flatten()
     so_far = flags.cumsum(0)
     n = so_far[-1:] if len(so_far) else so_far.new_zeros(1)
     steps = torch.arange(SAMPLED, device=flags.device, dtype=torch.float64) / (SAMPLED - 1)
-    wanted = 1 + (steps * (n - 1).clamp_min(0)).round().long()
-    index = torch.searchsorted(so_far, wanted).clamp_max(max(len(so_far) - 1, 0))
+    rank = 1 + (steps * (n - 1).clamp_min(0)).round().long()
+    index = torch.searchsorted(so_far, rank).clamp_max(max(len(so_far) - 1, 0))
     fresh = torch.cat([torch.ones_like(index[:1]), (index[1:] != index[:-1]).long()]).bool()
-    width = max(wanted_BT.shape[1], 1)
+    width = max(first_BT.shape[1], 1)
     return index // width, index % width, fresh & (n > 0)
 
 
