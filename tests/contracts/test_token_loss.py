@@ -177,7 +177,7 @@ def test_one_percent_of_a_weight_is_refused_but_in_half(spec):
 )
 def test_the_gradient_of_our_first_step_is_green(cfg, tmp_path, changes, half):
     """Every label of two packed micro-batches is judged; so is the first step of a continued run.
-    Measured 9.4e-7 in float32, 5.8e-3 in bfloat16 and 7.4e-4 in float16.
+    Measured 9.4e-7 in float32, 1.4e-3 in bfloat16 and 6.4e-5 in float16.
     """
     cfg, only = with_train(cfg, **changes), (GRADIENT, GATE)
     record = train(fresh(cfg, (), tmp_path / "run", only=only))
@@ -185,7 +185,7 @@ def test_the_gradient_of_our_first_step_is_green(cfg, tmp_path, changes, half):
     assert result.verdict == "pass" and (result.checks, result.heartbeat_last_step) == (1, 1)
     assert result.measured["n_judged"] == result.measured["n_learned"] > 1000
     if half:
-        assert 1e-5 < result.measured["half_rel_error"] < 0.01
+        assert 1e-5 < result.measured["half_rel_error"] < 5e-3
     else:
         assert result.measured["rel_error"] < 1e-5
     reported = "half_reported_rel_error" if half else "reported_rel_error"
