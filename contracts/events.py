@@ -152,16 +152,21 @@ class ModuleModes:
 
 @dataclass(frozen=True, slots=True)
 class LossMeasured:
-    """The mean loss of one optimizer step over the `n_learned` tokens of all its micro-steps, under
-    a vocabulary of `vocab_size` ids. `mean_nats` is NaN where no token could be measured.
+    """The loss of one optimizer step, read off its logits, or what enters the head, and their
+    gradient: the mean over the positions that were measured, under a vocabulary of `vocab_size`
+    ids. NaN where no position could be measured.
 
-    The other fields come from the gradient at the logits and are left at their defaults without it.
-    `n_judged` positions were inspected one by one. At `n_off_target` of them the target is not the
-    next token; `offset` is the distance of the most frequent other target (-1: neither 0, 1 nor 2).
-    `weight_min` and `weight_max` are the weights of inspected positions in units of 1/N, N the
-    number of tokens to learn in this step. `n_masked_learned` counts positions that have a gradient
-    although label or mask exclude them. `absolute`: weights can be compared with 1/N, as within one
-    process.
+    `n_learned` positions of all micro-batches have a gradient, `n_judged` were inspected one by
+    one. At `n_off_target` of them the target is not the next token; `offset` is the distance of the
+    most frequent other target (-1: neither 0, 1 nor 2, or no gradient). `weight_min` and
+    `weight_max` are the weights of inspected positions in units of 1/N, N the number of tokens to
+    learn in this step. `n_masked_learned` counts positions that have a gradient although label or
+    mask exclude them. `absolute`: weights can be compared with 1/N, as within one process. `half`:
+    logits or gradients have a type of two bytes.
+
+    Where every position is measured, `reported_nats` is the loss that the trainer reports for the
+    step. `n_changed_rows` counts drawn rows that entered the model with other tokens or documents,
+    or not at all.
     """
 
     step: int
@@ -175,6 +180,9 @@ class LossMeasured:
     weight_min: float = math.nan
     weight_max: float = math.nan
     absolute: bool = True
+    half: bool = False
+    reported_nats: float = math.nan
+    n_changed_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

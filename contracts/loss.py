@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from stackproof.contracts.declared import contextual_weights
 from stackproof.contracts.gate import Verdict, decide, decides, failed
 from stackproof.contracts.subject import MicroBatch, Model, Subject, Trainee, TraineeOptions
 
@@ -28,15 +27,14 @@ CANCELLED_FRAC = 5e-5
 
 
 def gradient_errors(
-    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], least_frac: float = ROUNDING_FRAC
 ) -> dict[str, float]:
-    """‖got − wanted‖ / ‖wanted‖ by name, in float64; infinity for what is absent or not a number.
-
-    A tensor is held against no less than `least_frac` of the norm of all `wanted` together.
+    """‖got − expected‖ / ‖expected‖ by name, in float64; infinity for what is absent or not a
+    number. The divisor is at least `least_frac` of the norm of all `expected` together.
     """
-    least = least_frac * math.hypot(*(float(g.double().norm()) for g in wanted.values()))
+    least = least_frac * math.hypot(*(float(g.double().norm()) for g in expected.values()))
     errors = {}
-    for name, gradient in wanted.items():
+    for name, gradient in expected.items():
         off = float((got[name].double() - gradient.double()).norm()) if name in got else math.inf
         scale = max(float(gradient.double().norm()), least)
         error = off / scale if scale else (0.0 if off == 0 else math.inf)
@@ -153,54 +151,6 @@ def _accumulated(
     nats = trainee.accumulate(batches)
     named = trainee.model.named_parameters()
     return nats, {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
-
-
-@decides("loss.own-batch")
-def own_batch(limits: SimpleNamespace, subject: Subject) -> Verdict:
-    """The mean loss that a step reports on the run's own rows, whole and as they are packed, is the
-    one that its logits give in float64, with dropout off.
-
-    The weights make the logits depend on the context: at step 0 every label costs ln V, and rows
-    could not be distinguished.
-    """
-    trainee = subject.training.trainee(TraineeOptions(exact=True))
-    trainee.model.eval()
-    weights = contextual_weights(subject.declared.architecture, subject.model.vocab_size)
-    trainee.model.load_state_dict(weights)
-    batches = trainee.draw()
-    reported = trainee.accumulate(batches)
-    nats = n_valid = n_rows = 0
-    for batch in batches:
-        n_rows += len(batch.input_ids)
-        for row in range(len(batch.input_ids)):
-            labels_T = batch.labels[row]
-            kept_T = labels_T != IGNORE
-            log_p_TV = _log_probabilities(trainee, batch, row)
-            nats -= float(log_p_TV[kept_T].gather(1, labels_T[kept_T, None]).sum())
-            n_valid += int(kept_T.sum())
-    mean = nats / max(n_valid, 1)
-    error = abs(reported - mean) / max(mean, 1e-30)
-    text = (
-        f"a step on {n_rows} rows of {batches[0].input_ids.shape[1]} tokens reports "
-        f"{reported:.6g} nats, its logits give {mean:.6g}"
-    )
-    return decide(
-        error <= limits.rel_error_max and n_valid > 0,
-        text,
-        rel_error=error,
-        rows=n_rows,
-        n_valid=n_valid,
-    )
-
-
-@torch.no_grad()
-def _log_probabilities(trainee: Trainee, batch: MicroBatch, row: int) -> Tensor:
-    """Log-probabilities (T, V) of one row by itself, float64 of the model's logits."""
-    documents = batch.document_ids
-    logits_1TV = trainee.logits(
-        batch.input_ids[row, None], None if documents is None else documents[row, None]
-    )
-    return logits_1TV[0].cpu().double().log_softmax(-1)
 
 
 @decides("loss.nan-visible")

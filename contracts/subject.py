@@ -455,10 +455,6 @@ class Trainee:
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Summed loss in nats with its graph, shape ()."""
 
-    @capability
-    def logits(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-        """Logits (B, T, V)."""
-
     def idle_parameters(self) -> set[str]:
         """Names of the parameters of experts that no token of the last update was sent to."""
         return set()

@@ -65,7 +65,7 @@ class GradientReader:
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
-        """(P,) float64: the norm of each parameter's gradient, 0 where there is none; on the device
+        """(P,) float64: the norm of each parameter's gradient, 0 without a gradient; on the device
         of the first parameter.
         """
         home = self._parameters[0].device

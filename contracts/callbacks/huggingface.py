@@ -21,8 +21,7 @@ from stackproof.contracts.subject import SavedCheckpoint
 
 PRIVATE = ("output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id")
 LOSS_GATES = (
-    "loss.next-token",
-    "loss.token-weights",
+    "loss.logit-gradient",
     "loss.first",
     "data.learnable-batch",
     "runtime.trend",

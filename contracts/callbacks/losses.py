@@ -4,6 +4,7 @@ B batch, T tokens
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class LossPlace:
 
 class LossReader:
     """Collects the readings of all backward passes of a step, and the losses that the trainer
-    tells.
+    reports.
     """
 
     def __init__(self, settings: TrainerSettings):
@@ -40,12 +41,12 @@ class LossReader:
     def reset(self) -> None:
         """A new step begins."""
         self._unread: list[Unread] = []
-        self._told: list[Tensor | float] = []
+        self._reported: list[Tensor | float] = []
         self._readings: list[Reading] = []
 
     def tell(self, loss: Tensor | float) -> None:
         """The loss of one micro-step as the trainer computed it."""
-        self._told.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        self._reported.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def add(self, place: LossPlace, values: Tensor, gradient: Tensor, head: Tensor | None) -> None:
         """Read one backward pass; the figures stay on the device. `values` are logits, or what
@@ -67,17 +68,18 @@ class LossReader:
         self._unread.append(reading)
 
     def pending(self) -> tuple[list[Unread], list[Tensor]]:
-        """Readings and told losses that are still on the device."""
-        return self._unread, [torch.as_tensor(x).double().reshape(1) for x in self._told]
+        """Readings and reported losses that are still on the device."""
+        return self._unread, [torch.as_tensor(x).double().reshape(1) for x in self._reported]
 
-    def fetched(self, readings: list[Reading], told: list[Tensor]) -> float:
-        """The mean loss of the step, from the fetched values of `pending`: the told losses, else
+    def fetched(self, readings: list[Reading], reported: list[Tensor]) -> float:
+        """The mean loss of the step, from the fetched values of `pending`: the reported losses,
+        else
         the mean over the places that were read. NaN if a value or gradient is not finite.
         """
         self._readings = readings
         if not self.finite:
             return math.nan
-        return float(sum(told)) if told else self._mean_nats()
+        return float(sum(reported)) if reported else mean_nats(self._readings)
 
     @property
     def finite(self) -> bool:
@@ -91,30 +93,50 @@ class LossReader:
 
     def measured(self, step: int) -> LossMeasured:
         """The event of the step."""
-        readings = self._readings
-        offsets = [o for r in readings for o in r.offsets]
-        wrong = [o for o in offsets if o != 1]
-        learned = sum(r.n_learned for r in readings)
-        weights = [w for r in readings for w in r.weights] or [math.nan]
-        # A loss may leave out more than labels and mask do, such as a prompt: N is then the number
-        # of tokens that it learns. A trainer may count the first label of each row, which no logit
-        # predicts, as transformers 5.23 does for GPT-2 (26 of 28 on short rows).
-        counts = (self.n_expected, learned, sum(r.n_labels for r in readings))
-        n = min(counts, key=lambda n: abs(max(weights) * n - 1))
-        return LossMeasured(
-            step=step,
-            mean_nats=self._mean_nats(),
-            n_learned=learned,
-            vocab_size=max((r.vocab_size for r in readings), default=0),
-            n_judged=len(offsets),
-            n_off_target=len(wrong),
-            offset=max(set(wrong), key=wrong.count) if wrong else 1,
-            n_masked_learned=sum(r.n_masked_learned for r in readings),
-            weight_min=min(weights) * n,
-            weight_max=max(weights) * n,
-            absolute=self.settings.absolute,
-        )
+        return loss_measured(step, self._readings, absolute=self.settings.absolute)
 
-    def _mean_nats(self) -> float:
-        nats = [x for r in self._readings for x in r.nats]
-        return sum(nats) / len(nats) if nats else math.nan
+
+def loss_measured(
+    step: int,
+    readings: Sequence[Reading],
+    *,
+    n_labels: int | None = None,
+    absolute: bool = True,
+    reported_nats: float = math.nan,
+    n_changed_rows: int = 0,
+) -> LossMeasured:
+    """The event of one step from the readings of its backward passes. `n_labels` is the number of
+    its labels, None where the trainer's loss may leave out some of them.
+    """
+    offsets = [o for r in readings for o in r.offsets]
+    wrong = [o for o in offsets if o != 1]
+    learned = sum(r.n_learned for r in readings)
+    weights = [w for r in readings for w in r.weights] or [math.nan]
+    # A loss may leave out more than labels and mask do, such as a prompt: N is then the number of
+    # tokens that it learns. A trainer may count the first label of each row, which no logit
+    # predicts, as transformers 5.23 does for GPT-2 (26 of 28 on short rows).
+    known = (sum(r.n_expected for r in readings), learned, sum(r.n_labels for r in readings))
+    counts = known if n_labels is None else (n_labels,)
+    n = min(counts, key=lambda n: abs(max(weights) * n - 1))
+    return LossMeasured(
+        step=step,
+        mean_nats=mean_nats(readings),
+        n_learned=learned,
+        vocab_size=max((r.vocab_size for r in readings), default=0),
+        n_judged=len(offsets),
+        n_off_target=len(wrong),
+        offset=max(set(wrong), key=wrong.count) if wrong else 1,
+        n_masked_learned=sum(r.n_masked_learned for r in readings),
+        weight_min=min(weights) * n,
+        weight_max=max(weights) * n,
+        absolute=absolute,
+        half=any(r.half for r in readings),
+        reported_nats=reported_nats,
+        n_changed_rows=n_changed_rows,
+    )
+
+
+def mean_nats(readings: Sequence[Reading]) -> float:
+    """The mean loss over the places that were read, NaN without any."""
+    nats = [x for r in readings for x in r.nats]
+    return sum(nats) / len(nats) if nats else math.nan

@@ -19,13 +19,14 @@ SAMPLED = 64
 STRIPS = 16
 # of the gradient's norm; the right target left at most 2.1e-3 in bfloat16, another 0.87 or more
 FIT_MAX = 0.1
+CHUNK_ENTRIES = 2**24  # logits that are held at a time
 CLEAR = 0.05  # positions whose softmax is closer to their label than this are not inspected
 
 
 @dataclass
 class Reading:
-    """What the gradient of one micro-step at the logits tells. `weights` are those of inspected
-    positions, times the scale of the loss.
+    """What is read off the gradient of one micro-step at the logits. `weights` are those of
+    inspected positions, or means over groups of them.
     """
 
     n_learned: int = 0
@@ -37,6 +38,7 @@ class Reading:
     weights: list[float] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
     vocab_size: int = 0
+    half: bool = False
     finite: bool = True
 
 
@@ -49,7 +51,8 @@ def silent_places(
 ) -> Tensor:
     """Places t (B, T-1) whose next token is not to be learned: padding, or a label of -100.
 
-    Labels may be aligned with their own token or shifted by one place; the tokens tell which.
+    Labels may be aligned with their own token or shifted by one place; comparing tokens
+    shows which.
     """
     silent = torch.zeros_like(ids_BT[:, 1:], dtype=torch.bool)
     if mask_BT is not None and mask_BT.shape == ids_BT.shape:
@@ -85,10 +88,11 @@ class Unread:
     """A reading whose figures are still on the device."""
 
     counts: Tensor  # (5,) float64: learned, expected, masked learned, labels, whether all is finite
-    # (5, SAMPLED) float64: whether a place is judged, its offset, weight, nats,
-    # and whether it counts at all
+    # (5, N) float64: whether a place is judged, its offset, weight, nats, and whether it counts
     places: Tensor
     vocab_size: int
+    half: bool  # values or gradient have a type of two bytes
+    group: int  # places whose weights are averaged
 
 
 @torch.no_grad()
@@ -98,6 +102,7 @@ def read(
     ids_BT: Tensor,
     silent: Tensor,
     *,
+    next_BT: Tensor | None = None,
     head: Tensor | None = None,
     scale: float = 1.0,
     smoothing: float = 0.0,
@@ -109,16 +114,18 @@ def read(
     `head` (V, D), and its gradient.
 
     A loss that never builds the logits, as fused ones do, is read through the head: a gradient g at
-    the logits is g·head before it. `silent` is (B, T-1) bool, `scale` what the loss was multiplied
-    with, as by a loss scaler. A NaN among the values is sought at every place, in a strip of one
-    STRIPS-th of the vocabulary, another at each `turn`; the gradient is read whole.
+    the logits is g·head before it. The head multiplies in the type of `values`, as in the run.
+    `silent` is (B, T-1) bool, `scale` what the loss was multiplied with, as by a loss scaler. A NaN
+    among the values is sought at every place, in a strip of one STRIPS-th of the vocabulary,
+    another at each `turn`; the gradient is read whole.
 
-    The last place of a row is counted and not judged: its next token is not in the row. At most
-    SAMPLED places are judged one by one, evenly spread; where nothing is learned, places that
-    should be.
+    Without `next_BT` the last place of a row is counted and not judged: its next token is not in
+    the row. At most SAMPLED places are then judged one by one, evenly spread; where nothing is
+    learned, places that should be. With `next_BT`, the token that follows each place, `silent` is
+    (B, T), and every place that is to be learned is judged, whether it has a gradient or not.
     """
     norm_BT = gradient.norm(dim=-1, dtype=torch.float32)
-    learned, expected = norm_BT[:, :-1] > 0, ~silent
+    learned, expected = norm_BT[:, : silent.shape[1]] > 0, ~silent
     finite = (
         norm_BT.isfinite().all() & ~values.tensor_split(STRIPS, -1)[turn % STRIPS].sum().isnan()
     )
@@ -130,25 +137,27 @@ def read(
     counts = torch.stack(
         [(norm_BT > 0).sum(), expected.sum(), (learned & silent).sum(), none, finite]
     ).double()
-    rows, at, chosen = _spread(learned & expected, expected)
-    own = values[rows, at].float()
-    p_NV = (own if head is None else own @ head.float().T).softmax(-1)
-    seen = _Fitted(p_NV, gradient[rows, at].float(), scale, smoothing, head)
-    fits, weights, clear = zip(*(seen.fit(ids_BT[rows], at + k) for k in (0, 1, 2)))
-    best = torch.where(fits[1] <= FIT_MAX, 1, torch.stack(fits).argmin(0))
-    fit = torch.stack(fits).amin(0)
-    weight = torch.stack(weights).gather(0, best[None])[0]
-    nats = -_at(p_NV, ids_BT[rows, (at + 1).clamp_max(ids_BT.shape[1] - 1)]).clamp_min(1e-300).log()
-    places = torch.stack(
-        [
-            (clear[1] & chosen).double(),
-            torch.where(fit <= FIT_MAX, best, -1).double(),
-            weight,
-            nats,
-            chosen.double(),
-        ]
-    )
-    return Unread(counts, places, values.shape[-1] if head is None else head.shape[0])
+    every = next_BT is not None
+    if not every:
+        next_BT = ids_BT.roll(-1, 1)
+        rows, at, chosen = _spread(learned & expected, expected)
+    else:
+        index = torch.arange(silent.numel(), device=ids_BT.device)
+        rows, at, chosen = index // silent.shape[1], index % silent.shape[1], expected.flatten()
+    head = None if head is None else head.to(values.dtype)
+    vocab_size = values.shape[-1] if head is None else head.shape[0]
+    last, parts = silent.shape[1] - 1, []
+    for part in zip(*(t.split(max(SAMPLED, CHUNK_ENTRIES // vocab_size)) for t in (rows, at))):
+        after = (part[1] + 1).clamp_max(last)
+        targets = [ids_BT[part], next_BT[part], next_BT[part[0], after]]
+        fitted = _Fitted(values[part], gradient[part].float(), scale, smoothing, head)
+        parts.append(fitted.judged(targets, part[1] < last))
+    places = torch.cat(parts, 1)
+    places[0] *= chosen
+    places = torch.cat([places, chosen.double()[None]])
+    half = min(values.element_size(), gradient.element_size()) < 4
+    # Where a kernel rounds a logit the other way, one place is off and its neighbours are not.
+    return Unread(counts, places, vocab_size, half, SAMPLED if half and every else 1)
 
 
 def resolve(
@@ -174,29 +183,32 @@ def _reading(unread: Unread, counts: Tensor, places: Tensor) -> Reading:
         n_labels=labels,
         n_masked_learned=masked,
         vocab_size=unread.vocab_size,
+        half=unread.half,
         finite=bool(finite),
     )
     if finite:
-        for judged, offset, weight, nats, chosen in zip(*places.reshape(5, -1).tolist()):
-            found.nats += [nats] if chosen else []
-            found.offsets += [int(offset)] if judged else []
-            found.weights += [weight] if judged and offset >= 0 else []
+        judged, offsets, weights, nats, chosen = places.reshape(5, -1)
+        read_at = judged.bool() & (offsets >= 0)
+        found.nats = nats[chosen.bool()].tolist()
+        found.offsets = offsets[judged.bool()].int().tolist()
+        groups = weights[read_at].tensor_split(max(1, int(read_at.sum()) // unread.group))
+        found.weights = [float(w.mean()) for w in groups if len(w)]
         found.n_judged = len(found.offsets)
     return found
 
 
-def _spread(wanted_BT: Tensor, otherwise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, place, whether it counts) of SAMPLED places, evenly spread over the wanted ones, or
-    over the others if no place is wanted.
+def _spread(first_BT: Tensor, otherwise_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, place, whether it counts) of SAMPLED places, evenly spread over those of the first
+    mask, or of the other where the first is empty.
     """
-    flags = torch.where(wanted_BT.any(), wanted_BT, otherwise_BT).flatten()
+    flags = torch.where(first_BT.any(), first_BT, otherwise_BT).flatten()
     so_far = flags.cumsum(0)
     n = so_far[-1:] if len(so_far) else so_far.new_zeros(1)
     steps = torch.arange(SAMPLED, device=flags.device, dtype=torch.float64) / (SAMPLED - 1)
-    wanted = 1 + (steps * (n - 1).clamp_min(0)).round().long()
-    index = torch.searchsorted(so_far, wanted).clamp_max(max(len(so_far) - 1, 0))
+    rank = 1 + (steps * (n - 1).clamp_min(0)).round().long()
+    index = torch.searchsorted(so_far, rank).clamp_max(max(len(so_far) - 1, 0))
     fresh = torch.cat([torch.ones_like(index[:1]), (index[1:] != index[:-1]).long()]).bool()
-    width = max(wanted_BT.shape[1], 1)
+    width = max(first_BT.shape[1], 1)
     return index // width, index % width, fresh & (n > 0)
 
 
@@ -219,39 +231,45 @@ class _Fitted:
     """How well gradients at places fit cross-entropy with a given token. What does not depend on
     the token is computed once.
 
-    The gradient for target y is w·d with d = p − s/V + (s − 1)·onehot(y), s the smoothing, times
-    the head where there is one.
+    `values` and gradients are logits (N, V), or enter a head of weight `head`. The gradient for
+    target y is w·d with d = p − s/V + (s − 1)·onehot(y), s the smoothing, times the head where
+    there is one.
     """
 
     def __init__(
-        self, p_NV: Tensor, g_N: Tensor, scale: float, smoothing: float, head: Tensor | None
+        self, values: Tensor, g_N: Tensor, scale: float, smoothing: float, head: Tensor | None
     ):
-        self.p_NV, self.g_N, self.scale, self.head, self.kept = (
-            p_NV,
-            g_N,
-            scale,
-            head,
-            1 - smoothing,
-        )
+        self.g_N, self.scale, self.kept = g_N, scale, 1 - smoothing
+        self.head = None if head is None else head.float()
+        logits_NV = values if head is None else values @ head.T
+        self.log_p_NV = logits_NV.float().log_softmax(-1)
+        p_NV = self.log_p_NV.exp()
         base = p_NV - smoothing / p_NV.shape[1] if smoothing else p_NV
-        self.base = base if head is None else base @ head.float()
+        self.base = base if head is None else base @ self.head
         self.gg, self.bb = (_norm(g_N) / scale).square(), _norm(self.base).square()
         self.gb = _dot(g_N, self.base) / scale
 
-    def fit(self, ids_NT: Tensor, place_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(share of the gradient that is not explained, weight, whether the place is informative)
-        if the target is the token at `place_N`.
+    def judged(self, targets: Sequence[Tensor], has_after: Tensor) -> Tensor:
+        """(4, N) float64: whether a place is informative, the offset of its target among the token
+        itself, the next and the one after (-1: none of them), weight, and nats of the next token.
         """
-        inside = place_N < ids_NT.shape[1]
-        y_N = ids_NT.gather(1, place_N.clamp_max(ids_NT.shape[1] - 1)[:, None])[:, 0].long()
+        inside = (torch.ones_like(has_after), torch.ones_like(has_after), has_after)
+        fits, weights = zip(*map(self._fit, targets, inside))
+        best = torch.where(fits[1] <= FIT_MAX, 1, torch.stack(fits).argmin(0))
+        offset = torch.where(torch.stack(fits).amin(0) <= FIT_MAX, best, -1)
+        weight = torch.stack(weights).gather(0, best[None])[0]
+        log_p = _at(self.log_p_NV, targets[1])
+        return torch.stack([(1 - log_p.exp() > CLEAR).double(), offset.double(), weight, -log_p])
+
+    def _fit(self, y_N: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """(share of the gradient that is not explained, weight) if the targets are `y_N`."""
         if self.head is None:
             g_y, b_y, y_y = _at(self.g_N, y_N), _at(self.base, y_N), 1.0
         else:
-            toward = self.head[y_N].float()
+            toward = self.head[y_N]
             g_y, b_y, y_y = _dot(self.g_N, toward), _dot(self.base, toward), _norm(toward).square()
         gd = self.gb - self.kept * g_y / self.scale
         dd = (self.bb - 2 * self.kept * b_y + self.kept**2 * y_y).clamp_min(1e-30)
         weight = gd / dd
         left = ((self.gg - gd * weight).clamp_min(0) / self.gg.clamp_min(1e-300)).sqrt()
-        left = torch.where(inside & (weight > 0), left, torch.inf)
-        return left, weight, inside & (1 - _at(self.p_NV, y_N) > CLEAR)
+        return torch.where(inside & (weight > 0), left, torch.inf), weight

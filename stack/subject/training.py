@@ -151,11 +151,6 @@ class RunTrainee(Trainee):
         nats = losses.linear_cross_entropy_sum(x_BTD, self.model.head_weight, labels_BT)
         return nats + losses.balance_term(report.loads, self.model.balance_weight)
 
-    def logits(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-        device = self.state.device
-        documents_BT = None if document_ids_BT is None else document_ids_BT.to(device)
-        return self.model(ids_BT.to(device), document_ids_BT=documents_BT)
-
     def idle_parameters(self) -> set[str]:
         idle = tuple(
             f"layers.{layer}.ffn.experts.{e}."

@@ -4,14 +4,19 @@ and mirrors to experiment trackers.
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from stackproof.config import MixtureOfExperts, RunConfig
+from stackproof.contracts.callbacks.losses import loss_measured
+from stackproof.contracts.callbacks.reading import IGNORE, read, resolve
 from stackproof.contracts.events import (
     ActivationsTraced,
     BatchDrawn,
@@ -38,6 +43,8 @@ from stackproof.spec.errors import EnvironmentUnfit
 from stackproof.spec.records import Record
 from stackproof.trace.points_log import points_lines
 from stackproof.train import checkpoint
+from stackproof.train.losses import count_valid
+from stackproof.train.state import AUTOCAST, TrainState
 from stackproof.train.step import StepReport
 from stackproof.train.trainer import Callback, RestartPoint, Sample, Trainer
 
@@ -105,12 +112,105 @@ class TrainingSplit:
         return HeldOutRows(len(rows), len({tuple(row) for row in rows}), found, reach)
 
 
+class LossOfFirstStep:
+    """Measures the loss of the first step of a process at the input of the head, at every position
+    and before the update, from the hidden states and their gradient.
+
+    While the step is taken, `state.features` is wrapped. The step's numbers stay as they are.
+    """
+
+    gate = "loss.logit-gradient"
+
+    def __init__(self) -> None:
+        self.done, self.seconds = False, 0.0
+
+    def watch(self, state: TrainState, batches: Sequence[Batch]) -> None:
+        """The next passes of the model are those of `batches`, in their order."""
+        if not self.done:
+            self.batches, self.features, self.n_forward = batches, state.features, 0
+            # of a step that is computed again, the last passes count
+            self.unread, self.changed = deque(maxlen=len(batches)), deque(maxlen=len(batches))
+            state.features = partial(self._forward, state)
+
+    def _forward(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Any]:
+        x_BTD, report = self.features(*inputs)
+        batch = self.batches[self.n_forward % len(self.batches)]
+        self.n_forward += 1
+        x_BTD.register_hook(partial(self._read, state, batch, inputs, x_BTD.detach()))
+        return x_BTD, report
+
+    def _read(
+        self,
+        state: TrainState,
+        batch: Batch,
+        inputs: tuple[Tensor | None, ...],
+        x_BTD: Tensor,
+        gradient: Tensor,
+    ) -> None:
+        began, device = time.perf_counter(), x_BTD.device
+        ids_BT, labels_BT = batch.input_ids.to(device), batch.labels.to(device)
+        # At the end of a piece of a document, the next token is not in the row.
+        within = torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
+        if batch.document_ids is not None:
+            within = batch.document_ids.diff().to(device) == 0
+        next_BT = labels_BT.clamp_min(0)
+        next_BT[:, :-1] = torch.where(within, ids_BT[:, 1:], next_BT[:, :-1])
+        dtype = AUTOCAST[state.cfg.train.dtype] or x_BTD.dtype
+        unread = read(
+            x_BTD.to(dtype),
+            gradient,
+            ids_BT,
+            labels_BT == IGNORE,
+            next_BT=next_BT,
+            head=state.model.head_weight.detach(),
+            scale=state.scaler.get_scale(),
+        )
+        self.unread.append(unread)
+        self.changed.append(changed_rows(inputs, batch, device))
+        self.seconds += time.perf_counter() - began
+
+    def measured(self, state: TrainState, report: StepReport) -> LossMeasured | None:
+        """The event of the step; None after the first, or if the update was not made."""
+        if self.done:
+            return None
+        began = time.perf_counter()
+        self.done, state.features = report.applied, self.features
+        if not self.done:
+            return None
+        readings, changed = resolve(self.unread, self.changed)
+        left_out = self.batches[len(readings) :]
+        event = loss_measured(
+            report.step,
+            readings,
+            n_labels=sum(count_valid(b.labels) for b in self.batches),
+            reported_nats=report.loss_nats,
+            n_changed_rows=int(sum(changed)) + sum(len(b.input_ids) for b in left_out),
+        )
+        self.seconds += time.perf_counter() - began
+        return event
+
+
+def changed_rows(inputs: tuple[Tensor | None, ...], batch: Batch, device: torch.device) -> Tensor:
+    """Number of rows that entered a forward pass with other tokens or document ids than they were
+    drawn with, (1,) float64.
+    """
+    drawn, entered = (batch.input_ids, batch.document_ids), (inputs[0], *inputs[2:3], None)
+    changed = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=device)
+    for wanted, got in zip(drawn, entered):
+        if wanted is None or got is None or wanted.shape != got.shape:
+            changed |= wanted is not got
+        else:
+            changed |= (wanted.to(device) != got).any(1)
+    return changed.sum(dtype=torch.float64)[None]
+
+
 class GateEvents(Callback):
     """Shows a run to its runtime gates as the events of contracts/events.py."""
 
     def __init__(self, text: TrainingText):
         self.text = text
         self.cursor_before = 0
+        self.loss = LossOfFirstStep()
 
     def on_train_start(self, trainer: Trainer, start: RestartPoint) -> None:
         trainer.keeper.observe(Started(step=start.step, plan=start.plan))
@@ -131,6 +231,7 @@ class GateEvents(Callback):
                 epochs=tuple(e for b in batches for e in b.epochs),
             )
         )
+        self.loss.watch(trainer.state, batches)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         observe, step = trainer.keeper.observe, report.step
@@ -145,8 +246,9 @@ class GateEvents(Callback):
                 peak_flops=trainer.peak_flops,
             )
         )
-        vocab_size = trainer.dataset.tokenizer.vocab_size
-        observe(LossMeasured(step, report.loss_nats, report.n_valid_tokens, vocab_size))
+        if loss := self.loss.measured(trainer.state, report):
+            trainer.keeper.charge(LossOfFirstStep.gate, self.loss.seconds)
+            observe(loss)
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))
         # Every trained parameter has a gradient or decay, so an update changes all of them.
         observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac, every_tensor=True))

@@ -1,7 +1,6 @@
 """Gates of the loss: green on the stack, red on a one percent error."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -161,41 +160,3 @@ def test_golden_is_red_on_a_term_of_the_log_normaliser(spec, subject):
     with load_museum()["loss.z-term-reported"].apply():
         verdict = call_check(spec.gates["loss.golden"], subject)
     assert verdict.outcome == "fail" and verdict.measured["worst"] == "shifted"
-
-
-def test_own_batch_is_green_on_the_stack(spec, subject):
-    verdict = call_check(spec.gates["loss.own-batch"], subject)
-    assert verdict.outcome == "pass" and verdict.measured["rel_error"] < 1e-7  # measured 4.8e-8
-    assert verdict.measured["n_valid"] > 1000, "rows of full length"
-    batches = subject.training.trainee().draw()
-    assert all(batch.document_ids is not None for batch in batches), "packed rows"
-
-
-def test_own_batch_is_red_on_its_plants_and_on_one_label(spec, subject):
-    gate = spec.gates["loss.own-batch"]
-    for plant_id in gate.plants:
-        with load_museum()[plant_id].apply():
-            assert call_check(gate, subject).outcome == "fail", plant_id
-
-    def one_label(batch):
-        labels = batch.labels.clone()
-        labels[0, -40] = (labels[0, -40].clamp(min=0) + 1) % 384
-        return replace(batch, labels=labels)
-
-    def one_border(batch):
-        documents = 9 * batch.document_ids + (torch.arange(batch.input_ids.shape[1]) >= 100)
-        return replace(batch, document_ids=documents)
-
-    def misread(change):
-        """Accumulation of what is not the batch that was drawn."""
-        return lambda trainee: lambda batches: trainee.accumulate(change(batches))
-
-    for change in (
-        lambda batches: [one_label(batches[0]), *batches[1:]],
-        lambda batches: [one_border(batches[0]), *batches[1:]],
-        lambda batches: batches[1:],
-    ):
-        verdict = call_check(gate, with_trainees(subject, accumulate=misread(change)))
-        assert verdict.outcome == "fail" and verdict.measured["rel_error"] > 5e-5
-    off = with_trainees(subject, accumulate=lambda t: lambda batches: 1.01 * t.accumulate(batches))
-    assert call_check(gate, off).outcome == "fail"

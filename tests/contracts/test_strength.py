@@ -247,9 +247,13 @@ ELSEWHERE = {
         "muon_rel_error_max",
     ): "tests/contracts/test_optim.py::test_train_step_is_red_on_another_law",
     (
-        "loss.own-batch",
+        "loss.logit-gradient",
         "rel_error_max",
-    ): "tests/contracts/test_loss.py::test_own_batch_is_red_on_its_plants_and_on_one_label",
+    ): "tests/contracts/test_token_loss.py::test_one_percent_of_a_weight_is_refused_but_in_half",
+    (
+        "loss.first",
+        "reported_rel_error_max",
+    ): "tests/contracts/test_token_loss.py::test_another_loss_than_that_of_the_logits_is_refused",
     (
         "model.training-forward",
         "rel_error_max",
@@ -294,7 +298,14 @@ NOT_SO = {
     "model.init-law": (
         "compares a sample of draws with their law; its sharpness stands in the rates"
     ),
-    "loss.first": LEVEL,
+    ("loss.first", "abs_gap_nats_max"): LEVEL,
+    ("loss.first", "over_random_nats_max"): LEVEL,
+    ("loss.first", "half_reported_rel_error_max"): HALF,
+    ("loss.logit-gradient", "half_rel_error_max"): HALF,
+    **{
+        ("loss.logit-gradient", name): COUNTS
+        for name in ("off_target_frac_max", "masked_learned_max", "changed_rows_max")
+    },
     "model.causal": BITWISE,
     ("model.isolation", "leak_abs_max"): BITWISE,
     ("model.isolation", "regrouped_abs_max"): BITWISE,

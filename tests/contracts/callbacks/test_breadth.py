@@ -20,8 +20,7 @@ from tests.contracts.callbacks.test_plain import F, Tiny, batches
 
 ROOT = Path(__file__).resolve().parents[3]
 LOOKED = {
-    "loss.next-token",
-    "loss.token-weights",
+    "loss.logit-gradient",
     "optim.gradient-kept",
     "optim.movement",
     "runtime.finite",
@@ -193,7 +192,7 @@ def test_a_loop_of_accelerate_that_accumulates_is_clean():
 
 @pytest.mark.parametrize(
     ("plant", "gate_id"),
-    [({"divide": False}, "loss.token-weights"), ({"clip": 0}, "optim.clip-norm")],
+    [({"divide": False}, "loss.logit-gradient"), ({"clip": 0}, "optim.clip-norm")],
 )
 def test_a_plant_in_a_loop_of_accelerate_is_caught(plant, gate_id):
     with pytest.raises(GateFailed) as e:
@@ -230,6 +229,6 @@ def test_two_processes_are_watched_without_a_false_alarm_or_a_hang(tmp_path):
         assert (
             said["moved on one"]["red"] == said["other weights"]["red"] == {"checkpoint.reloads": 2}
         )
-        assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.next-token"] == 1
+        assert said["unshifted"]["raised"] and said["unshifted"]["red"]["loss.logit-gradient"] == 1
     record = read_record(tmp_path / "clean" / "record" / "metadata.json")
     assert record.environment["world_size"] == 2 and record.status == "completed"

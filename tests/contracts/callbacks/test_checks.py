@@ -45,18 +45,19 @@ CASES = [
             {"n_places": 9, "n_places_up": 4},
         ],
     ),
-    ("loss.next-token", LOSS, [{"n_off_target": 1, "offset": 0}]),
     (
-        "loss.token-weights",
+        "loss.logit-gradient",
         LOSS,
         [
-            {"weight_min": 0.97},
-            {"weight_max": 1.03},
+            {"n_off_target": 1, "offset": 0},
+            {"n_changed_rows": 1},
+            {"weight_min": 0.99},
+            {"weight_max": 1.03, "half": True},
             {"n_masked_learned": 1},
             {"weight_max": float("nan")},
         ],
     ),
-    ("loss.first", LOSS, [{"mean_nats": 4.5}]),
+    ("loss.first", LOSS, [{"mean_nats": 4.5}, {"reported_nats": 3.4001}]),
     (
         "optim.gradient-kept",
         GRADIENTS,
@@ -145,8 +146,7 @@ def test_a_rate_may_be_zero_once():
 
 
 def test_nothing_that_could_be_judged_is_no_pass():
-    assert watcher("loss.next-token").observe(replace(LOSS, n_judged=0)).outcome == "not_run"
-    assert watcher("loss.token-weights").observe(replace(LOSS, n_judged=0)).outcome == "not_run"
+    assert watcher("loss.logit-gradient").observe(replace(LOSS, n_judged=0)).outcome == "not_run"
 
 
 def fetched(*given, **told):

@@ -21,8 +21,7 @@ from tests.contracts.callbacks.stock import (
 ALWAYS = {
     "data.learnable-batch",
     "runtime.mode",
-    "loss.next-token",
-    "loss.token-weights",
+    "loss.logit-gradient",
     "loss.first",
     "model.causal",
     "model.isolation",
@@ -68,7 +67,7 @@ def test_nothing_fires_on_clean_runs(tmp_path, name):
     assert error is None and callback.first_failures() == {}
     looked = {g for g, v in callback.verdicts().items() if v.outcome == "pass"}
     assert looked >= ALWAYS, ALWAYS - looked
-    assert abs(callback.verdicts()["loss.token-weights"].measured["weight_max"] - 1) < (
+    assert abs(callback.verdicts()["loss.logit-gradient"].measured["weight_max"] - 1) < (
         5e-3 if plan.get("bf16") else 1e-4
     )
 

@@ -51,7 +51,7 @@ def test_labels_that_are_not_shifted(tmp_path):
         def value(self, logits, labels, n):
             return mean(logits, labels)
 
-    measured = caught(script(tmp_path, trainer_class=Unshifted), "loss.next-token", 1)
+    measured = caught(script(tmp_path, trainer_class=Unshifted), "loss.logit-gradient", 1)
     assert measured["off_target_frac"] > 0.9 and measured["offset"] == 0
 
 
@@ -62,7 +62,7 @@ def test_labels_that_are_shifted_twice(tmp_path):
         made["labels"] = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
         return made
 
-    measured = caught(script(tmp_path, collator=shifted), "loss.next-token", 1)
+    measured = caught(script(tmp_path, collator=shifted), "loss.logit-gradient", 1)
     assert measured["off_target_frac"] > 0.9 and measured["offset"] == 2
 
 
@@ -71,8 +71,8 @@ def test_padding_that_is_learned(tmp_path):
         def value(self, logits, labels, n):
             return mean(logits[:, :-1], labels[:, 1:].clamp_min(PAD))
 
-    measured = caught(script(tmp_path, trainer_class=Padded), "loss.token-weights", 2)
-    assert measured["n_masked_learned"] > 0
+    measured = caught(script(tmp_path, trainer_class=Padded), "loss.logit-gradient", 2)
+    assert measured["masked_learned"] > 0
 
 
 def test_a_collator_that_labels_padding(tmp_path):
@@ -93,7 +93,7 @@ def test_a_mean_of_micro_batch_means(tmp_path):
 
     measured = caught(
         script(tmp_path, trainer_class=Means, gradient_accumulation_steps=4),
-        "loss.token-weights",
+        "loss.logit-gradient",
         1,
     )
     assert measured["weight_min"] < 0.98 < 1.02 < measured["weight_max"]
@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_divided_by_the_accumulation(tmp_path):
     outcome = script(
         tmp_path, trainer_class=Undivided, gradient_accumulation_steps=4, data=rows(ragged=False)
     )
-    assert caught(outcome, "loss.token-weights", 1)["weight_min"] == pytest.approx(4, rel=1e-3)
+    assert caught(outcome, "loss.logit-gradient", 1)["weight_min"] == pytest.approx(4, rel=1e-3)
 
 
 # --- 2: the model ---------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_a_loss_that_is_divided_by_the_accumulation_twice(tmp_path):
         tmp_path, trainer_class=Divided, gradient_accumulation_steps=2, data=rows(ragged=False)
     )
     # 0.5, or 6 in 11 of it where the first label of a row counts
-    assert caught(outcome, "loss.token-weights", 1)["weight_max"] < 0.6
+    assert caught(outcome, "loss.logit-gradient", 1)["weight_max"] < 0.6
 
 
 def test_gradients_that_are_emptied_at_every_micro_step(tmp_path):
@@ -154,7 +154,9 @@ def test_one_label_of_each_row_that_is_another_token(tmp_path):
         return made | {"labels": labels}
 
     assert (
-        0 < caught(script(tmp_path, collator=wrong), "loss.next-token", 1)["off_target_frac"] < 0.5
+        0
+        < caught(script(tmp_path, collator=wrong), "loss.logit-gradient", 1)["off_target_frac"]
+        < 0.5
     )
 
 

@@ -84,8 +84,7 @@ def test_nothing_fires_on_clean_runs(tmp_path, plan, tick):
     assert error is None and callback.first_failures() == {}
     green = {g for g, v in callback.verdicts().items() if v.passed}
     assert green >= {
-        "loss.next-token",
-        "loss.token-weights",
+        "loss.logit-gradient",
         "optim.movement",
         "optim.clip-norm",
         "runtime.mode",
@@ -95,8 +94,8 @@ def test_nothing_fires_on_clean_runs(tmp_path, plan, tick):
 
 def test_labels_that_are_not_shifted(tmp_path):
     callback, error, _ = fit(tmp_path, Module(shift=0))
-    assert error.gate_id == "loss.next-token" and callback.first_failures() == {
-        "loss.next-token": 1
+    assert error.gate_id == "loss.logit-gradient" and callback.first_failures() == {
+        "loss.logit-gradient": 1
     }
 
 
@@ -160,5 +159,5 @@ def test_a_run_resumes_and_a_checkpoint_with_other_moments_does_not(tmp_path):
 
 def test_in_mode_log_nothing_is_raised(tmp_path):
     callback, error, _ = fit(tmp_path, Module(shift=0), GateCallback(mode="log"))
-    assert error is None and callback.first_failures() == {"loss.next-token": 1}
-    assert '"loss.next-token"' in (tmp_path / "gates.jsonl").read_text()
+    assert error is None and callback.first_failures() == {"loss.logit-gradient": 1}
+    assert '"loss.logit-gradient"' in (tmp_path / "gates.jsonl").read_text()

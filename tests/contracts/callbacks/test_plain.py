@@ -80,8 +80,7 @@ def test_a_clean_loop_of_three_added_lines_is_green():
     green = {
         "model.causal",
         "optim.parameter-groups",
-        "loss.next-token",
-        "loss.token-weights",
+        "loss.logit-gradient",
         "optim.movement",
         "optim.gradient-kept",
     }
@@ -160,8 +159,8 @@ def test_two_evaluations_are_compared_as_the_gates_of_causality_do(values, repea
 
 PLANTS = {
     "causal mask lost": ("model.causal", None, lambda: loop(Tiny(causal=False))),
-    "unshifted": ("loss.next-token", 1, lambda: loop(loss=future)),
-    "accumulation not divided": ("loss.token-weights", 1, lambda: loop(loss=double)),
+    "unshifted": ("loss.logit-gradient", 1, lambda: loop(loss=future)),
+    "accumulation not divided": ("loss.logit-gradient", 1, lambda: loop(loss=double)),
     "zero_grad forgotten": ("optim.gradient-kept", 2, lambda: loop(zero=False)),
     "clipped tensor by tensor": (
         "optim.gradient-kept",
@@ -181,7 +180,7 @@ PLANTS = {
             before_step=lambda m: [p.grad.zero_() for p in m.parameters()],
         ),
     ),
-    "loss without the model": ("loss.next-token", 1, lambda: loop(loss=nothing)),
+    "loss without the model": ("loss.logit-gradient", 1, lambda: loop(loss=nothing)),
     "a branch detached": ("optim.movement", 4, lambda: loop(Detached())),
 }
 

@@ -52,7 +52,7 @@ def test_a_clean_run_leaves_a_record_that_the_ledger_accepts(tmp_path):
         and record.environment["torch"] == torch.__version__
     )
     looked = {g.id: g.heartbeat_last_step for g in record.gates if g.verdict == "pass"}
-    assert looked["loss.next-token"] == looked["optim.movement"] == 4
+    assert looked["loss.logit-gradient"] == looked["optim.movement"] == 4
     assert (
         record.metrics["gate_s_per_step"].value > 0
         and record.metrics["gate_s_before_step_1"].value > 0
@@ -73,7 +73,7 @@ def test_what_was_not_asked_is_not_covered_and_says_why(tmp_path):
 
 
 def test_a_gate_that_is_proven_is_discharged_by_a_foreign_run_of_clean_code(tmp_path):
-    spec, gate_id = load_spec(), "loss.token-weights"
+    spec, gate_id = load_spec(), "loss.logit-gradient"
     record, _, _ = recorded(tmp_path)
     kills = tuple(_kill(spec, gate_id, plant) for plant in spec.gates[gate_id].plants)
     clean = record.model_copy(update={"code": Code(commit="0" * 40, dirty=False), "kills": kills})

@@ -74,7 +74,7 @@ def test_supervised_fine_tuning_is_clean(tmp_path, plan):
     callback, error = fine_tune(tmp_path, llama(), **plan)
     assert error is None and callback.first_failures() == {}
     assert (
-        callback.verdicts()["loss.next-token"].passed
+        callback.verdicts()["loss.logit-gradient"].passed
         and callback.verdicts()["tokenizer.identity"].passed
     )
 
@@ -85,7 +85,7 @@ def test_another_objective_is_not_judged_and_says_so(tmp_path):
 
     Preference.__module__ = "trl.trainer.preference"
     callback, error = script(tmp_path, trainer_class=Preference)
-    verdict = callback.verdicts()["loss.next-token"]
+    verdict = callback.verdicts()["loss.logit-gradient"]
     assert error is None and verdict.outcome == "not_run" and "Preference" in verdict.message
     assert callback.verdicts()["optim.movement"].passed
 
