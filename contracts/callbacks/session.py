@@ -14,7 +14,7 @@ from stackproof.contracts.callbacks.probe import untouched
 from stackproof.contracts.callbacks.record import Cost, End, RunRecord, append_line
 from stackproof.contracts.callbacks.subject import foreign_subject
 from stackproof.contracts.events import StepTaken
-from stackproof.contracts.gate import Verdict, judge, not_run
+from stackproof.contracts.gate import Verdict, judge
 from stackproof.contracts.keeper import Gatekeeper
 from stackproof.contracts.subject import SavedCheckpoint, Subject
 from stackproof.spec.errors import ConfigError, GateFailed
