@@ -3,6 +3,7 @@ and sharp enough to see small errors.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,9 +45,11 @@ def declared(ffn):
 
 
 def judged(spec, gate_id, ffn=None, training=None, **changes):
-    """`changes` are members of the experts."""
+    """`changes` are members of the experts, or their functions."""
     subject = experts.subject_of(declared(ffn or OF_GATE[gate_id]))
-    subject = changed(subject, experts=changes, training=training or {})
+    members = {name: changes.pop(name) for name in ("layer", "model") if name in changes}
+    members["functions"] = SimpleNamespace(**vars(variants) | changes) if changes else variants
+    subject = changed(subject, experts=members, training=training or {})
     return call_check(spec.gates[gate_id], subject)
 
 
