@@ -26,9 +26,9 @@ PACKED_LENGTHS = (17, 129)
 
 
 def _bitwise(subject: Subject) -> bool:
-    """Whether an architecture is declared: it says that nothing but the tokens a logit may depend
-    on changes a bit of it. An undeclared model may compute a row as a whole, as a convolution by
-    Fourier transforms does, and is compared to rounding.
+    """Whether an architecture is declared: then only the tokens that a logit may depend on change a
+    bit of it. An undeclared model may compute a row as a whole, as a convolution by Fourier
+    transforms does, and is compared to rounding.
     """
     return offered(lambda: subject.declared.architecture) is not None
 

@@ -1,5 +1,5 @@
-"""Gate of dropout: what the configuration declares is what reaches the residual stream, drawn anew
-every time. T tokens, D features.
+"""Gate of dropout: what the configuration declares is what reaches the residual stream, with a new
+draw every time. B batch, T tokens, D features.
 """
 
 import math

@@ -42,7 +42,7 @@ def generation(limits: SimpleNamespace, subject: Subject) -> Verdict:
     context. One uniform float64 per token comes from `generator`; a token is drawn by inverting the
     cumulative distribution in the order of ids. A token whose choice lies within margin_min of
     another in probability is not judged, and the generation is compared up to it. Where prompt and
-    new tokens exceed the context length, the model goes on with the last half of its context: one
+    new tokens exceed the context length, the model continues with the last half of its context: one
     prompt nearly fills it.
     """
     sampling, max_seq_len = subject.sampling, subject.model.max_length

@@ -738,7 +738,7 @@ class Checkpoints:
 
     @capability
     def resume(self, root: Path) -> Trainee:
-        """A trainee that goes on from the newest checkpoint."""
+        """A trainee that continues from the newest checkpoint."""
 
 
 class SavedCheckpoint:
@@ -841,7 +841,7 @@ class HalfPrecision:
 
 
 class TextScore(Protocol):
-    """The score of a text. A dropped character is one that the tokenizer does not know."""
+    """The score of a text. A dropped character is one without an id."""
 
     bits_per_byte: float
     bits_per_char: float

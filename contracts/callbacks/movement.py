@@ -198,7 +198,7 @@ class MovementTracker:
             frozen_changed=tuple(n for n, f, e in zip(self._names, frozen, ever) if f and e),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
-            changed_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
+            moved_frac=sum(changed[i] for i in owned) / max(1, len(owned)),
             uphill=uphill,
             unknown=unknown,
         )

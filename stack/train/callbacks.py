@@ -149,7 +149,7 @@ class GateEvents(Callback):
         observe(LossMeasured(step, report.loss_nats, report.n_valid_tokens, vocab_size))
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))
         # Every trained parameter has a gradient or decay, so an update changes all of them.
-        observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac, every_tensor=True))
+        observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac))
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
         state, val, found = trainer.state, report.evaluation, report.memorization

@@ -97,7 +97,7 @@ def test_a_red_artifact_stays_red_when_the_next_one_is_good(spec):
         (
             "optim.movement",
             StateCompared(1, "evaluation", 3, ()),
-            WeightsUpdated(2, 1e-3, 1.0, every_tensor=True),
+            WeightsUpdated(2, 1e-3, 1.0),
         ),
         ("runtime.mode", ModuleModes(1, "evaluation", ()), ModuleModes(2, "training", ())),
     ],
