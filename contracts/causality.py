@@ -15,7 +15,7 @@ from stackproof.contracts.declared import chooses, hard_capacity
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
 from stackproof.contracts.model import draw_ids
 from stackproof.contracts.oracle import documents
-from stackproof.contracts.subject import Model, Subject, offers
+from stackproof.contracts.subject import Model, Subject, offered, offers
 
 LENGTHS = (2, 17, 64, 65, 129, 2048)  # around the tile sizes of fused kernels
 SHORT_LENGTHS, LONGEST = (3, 17, 64), 512  # where logits are compared to rounding only
@@ -25,28 +25,39 @@ PACKED_LENGTHS = (17, 129)
 # --- how two forwards are compared ----------------------------------------------------------------
 
 
+def _bitwise(subject: Subject) -> bool:
+    """Whether an architecture is declared: then only the tokens that a logit may depend on change a
+    bit of it. An undeclared model may compute a row as a whole, as a convolution by Fourier
+    transforms does, and is compared to rounding.
+    """
+    return offered(lambda: subject.declared.architecture) is not None
+
+
 def _routed(subject: Subject) -> bool:
     """Whether declared routers choose experts or tokens. Content then decides which tokens are
-    computed together. Other trainers declare no architecture; their limits allow for rounding.
+    computed together.
     """
-    return subject.model.bitwise_rows and chooses(subject.declared.architecture)
+    return _bitwise(subject) and chooses(subject.declared.architecture)
 
 
 @contextmanager
 def _wide_if_routed(subject: Subject) -> Iterator[None]:
-    """The model in float64 where routers choose, so that rounding does not tip a choice. There and
-    back no float32 weight changes.
+    """The model in float64 where routers choose, so that rounding does not tip a choice. Its
+    tensors get back the memory that they had.
     """
     if not _routed(subject):
         yield
         return
     model = subject.model.module
-    dtype = next(model.parameters()).dtype
-    model.double()
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    kept = [t.data for t in tensors]
+    for t in tensors:
+        t.data = t.data.double()
     try:
         yield
     finally:
-        model.to(dtype)
+        for t, data in zip(tensors, kept, strict=True):
+            t.data = data
 
 
 @contextmanager
@@ -61,12 +72,12 @@ def _mode(subject: Subject, training: bool) -> Iterator[None]:
         yield
 
 
-def _lengths(model: Model) -> list[int]:
+def _lengths(subject: Subject) -> list[int]:
     """Lengths around tile sizes up to the longest row where equality is bitwise. Elsewhere short
     ones, and the longest row if it is not far beyond them.
     """
-    longest = model.max_length
-    if model.bitwise_rows:
+    longest = subject.model.max_length
+    if _bitwise(subject):
         return sorted({min(n, longest) for n in LENGTHS})
     lengths = {*SHORT_LENGTHS, *((longest,) if longest <= LONGEST else ())}
     return sorted(n for n in lengths if n >= 2 and (not longest or n <= longest))
@@ -123,7 +134,7 @@ class _Effects:
 
 def _leak_max(limits: SimpleNamespace, subject: Subject) -> float:
     """How far logits may move that have to stay."""
-    if not subject.model.bitwise_rows:
+    if not _bitwise(subject):
         return limits.leak_rel_max
     return limits.regrouped_abs_max if _routed(subject) else limits.leak_abs_max
 
@@ -137,18 +148,18 @@ def causal(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Changing tokens from a position on changes no logit before it, changing a row changes no
     other row, and changing labels changes no logit; in both modes, with and without a mask.
 
-    In training mode both forwards draw the same dropout masks. Bit for bit where the trainer
-    promises that, in float64 where its routers choose, and relative to the largest logit elsewhere.
+    In training mode both forwards draw the same dropout masks. Bit for bit where an architecture is
+    declared, in float64 where its routers choose, and relative to the largest logit elsewhere.
     """
     model, deaf = subject.model, 0
-    effects = _Effects(relative=not model.bitwise_rows)
+    effects = _Effects(relative=not _bitwise(subject))
     with _wide_if_routed(subject):
         for training in (False, True):
             with _mode(subject, training):
                 mode = "training mode" if training else "evaluation mode"
-                deaf += sum(_future(model, n, effects, mode) for n in _lengths(model))
+                deaf += sum(_future(model, n, effects, mode) for n in _lengths(subject))
                 if model.takes_labels:
-                    _labels(model, effects)
+                    _labels(model, _lengths(subject)[-1], effects)
     if deaf:
         return failed(
             "changing a token does not change its own logits, so this check sees nothing", deaf=deaf
@@ -181,9 +192,8 @@ def _future(model: Model, length: int, effects: _Effects, mode: str) -> int:
     return deaf
 
 
-def _labels(model: Model, effects: _Effects) -> None:
+def _labels(model: Model, length: int, effects: _Effects) -> None:
     """Compare logits with these labels, with others and without any."""
-    length = _lengths(model)[-1]
     ids = draw_ids((2, length), model.vocab_size, seed=length)
     before = model.logits(ids, None, ids)
     effects.compare("labels_leak", before, model.logits(ids, None, (ids + 1) % model.vocab_size))
@@ -220,14 +230,14 @@ def _documents_apart(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Documents packed into a row have the logits they have alone, and neither logits nor gradients
     pass between them; dropout is off. Where routers choose, in float64, as in `causal`.
     """
-    model, found = subject.model, []
+    model, found, bitwise = subject.model, [], _bitwise(subject)
     with _wide_if_routed(subject), model.training(False):
         for length in sorted({min(n, model.max_length or n) for n in PACKED_LENGTHS}):
             packed = packing(length)
             ids = draw_ids((2, length), model.vocab_size, seed=length)
             ids[1, packed[1] == packed[1, -1]] = 0
-            logits = _logits_between(model, ids, packed)
-            found.append((*logits, *_gradients_between(model, ids, packed)))
+            error, leak, blind = _logits_between(model, ids, packed, relative=not bitwise)
+            found.append((error, leak, blind, *_gradients_between(model, ids, packed)))
     rel_error, leak, deaf, gradient, unlearned = (
         torch.tensor(found, dtype=torch.float64).amax(0).tolist()
     )
@@ -246,7 +256,7 @@ def _documents_apart(limits: SimpleNamespace, subject: Subject) -> Verdict:
         "packed documents are not kept apart (logits against those alone, effect on neighbours, "
         "or gradient at their tokens)"
     )
-    unit = "abs" if model.bitwise_rows else "rel"
+    unit = "abs" if bitwise else "rel"
     return decide(
         ok, text, **{"rel_error": rel_error, f"leak_{unit}": leak, "gradient_abs": gradient}
     )
@@ -270,9 +280,11 @@ def _each_document(documents_BT: Tensor) -> list[tuple[int, Tensor]]:
 
 
 @torch.no_grad()
-def _logits_between(model: Model, ids_BT: Tensor, documents_BT: Tensor) -> tuple[float, float, int]:
+def _logits_between(
+    model: Model, ids_BT: Tensor, documents_BT: Tensor, *, relative: bool
+) -> tuple[float, float, int]:
     """(worst relative error of a token's logits against those alone, largest effect on other
-    documents, documents without effect).
+    documents, documents without effect on their own).
     """
     packed, errors, leaks, deaf = model.packed_logits(ids_BT, documents_BT), [], [], 0
     for row, own_T in _each_document(documents_BT):
@@ -285,7 +297,7 @@ def _logits_between(model: Model, ids_BT: Tensor, documents_BT: Tensor) -> tuple
         moved_BT[row, own_T] = 0
         leaks.append(moved_BT.max())
     leak = float(torch.stack(leaks).max())
-    leak = leak if model.bitwise_rows else leak / _scale(packed)
+    leak = leak / _scale(packed) if relative else leak
     return float(torch.stack(errors).max()), leak, deaf
 
 
@@ -316,7 +328,7 @@ def _padding_unread(limits: SimpleNamespace, subject: Subject) -> Verdict:
     on the right changes none either.
     """
     model, effects = subject.model, _Effects(relative=True)
-    length = max(_lengths(model)[:-1] or [2])
+    length = max(_lengths(subject)[:-1] or [2])
     ids = draw_ids((3, length), model.vocab_size, seed=length)
     for side in ("right", "left"):
         mask = _ragged(3, length, side)

@@ -99,7 +99,12 @@ def durability(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Whatever breaks during a save, an error is raised and a loadable checkpoint remains; damaged
     ones are refused.
     """
-    save, load = subject.checkpoints.save_small, subject.checkpoints.load_step
+    load = subject.checkpoints.load_step
+
+    def save(root: Path, step: int) -> None:
+        options = TraineeOptions(tiny=True, updates_done=step)
+        subject.checkpoints.save(subject.training.trainee(options), root)
+
     with tempfile.TemporaryDirectory(prefix="stackproof-durability-") as temporary:
         root = Path(temporary)
         save(root, 1)

@@ -250,17 +250,17 @@ def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """
     corpus, declared = subject.corpus, subject.corpus.manifest["decontamination"]
     canary = " ".join(SENTENCES[4:8])
-    grams = corpus.gram_set([canary])
+    scanner = corpus.contamination_scanner([canary])
     hidden = f"{GOOD} {canary.upper().replace(',', ';')} {GOOD}"
-    if not corpus.shares_gram(hidden, grams) or corpus.shares_gram(" ".join(SENTENCES[8:]), grams):
+    if not scanner.finds(hidden) or scanner.finds(" ".join(SENTENCES[8:])):
         return failed(
             "the scanner misses a passage hidden in a document, or finds one that is not there",
             canary_found=False,
         )
     if declared is None:
         return passed("", canary_found=True, evaluation_sets=0)
-    grams = corpus.evaluation_grams
-    if not corpus.shares_gram(declared["canary"], grams):
+    scanner = corpus.contamination_scanner(None)
+    if not scanner.finds(declared["canary"]):
         return failed(
             "the stored n-grams are not those of the evaluation text they were made from",
             canary_found=False,
@@ -277,11 +277,11 @@ def decontamination(limits: SimpleNamespace, subject: Subject) -> Verdict:
         limits.scanned_frac_min, int(limits.scanned_documents_min)
     ):
         scanned += 1
-        hits += corpus.shares_gram(text, grams)
+        hits += scanner.finds(text)
     return decide(
-        hits <= limits.contaminated_documents_max and len(grams) == declared["grams"],
+        hits <= limits.contaminated_documents_max and scanner.n_grams == declared["grams"],
         f"{hits} of {scanned} documents share {declared['gram_words']} words in a row with an "
-        f"evaluation set, or the {len(grams)} stored n-grams are not the {declared['grams']} "
+        f"evaluation set, or the {scanner.n_grams} stored n-grams are not the {declared['grams']} "
         "declared",
         canary_found=True,
         evaluation_sets=len(declared["sets"]),

@@ -5,6 +5,7 @@ source is rewarded only for what all sources gain.
 import math
 import statistics
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from stackproof.contracts.subject import Subject
 JUDGED_ROWS, TURN_ROWS = 8192, 256
 TURNS, TREND = 90, 0.25  # nats per turn, ten times what the useful source adds to it
 LEARNT_ROWS = 6 * TURN_ROWS
+CAPS = {"useful": 1.0, "list": 1.0, "other": 1.0}
 
 
 def _drawn(order, first: int, n: int) -> np.ndarray:
@@ -186,7 +188,7 @@ def reward(limits: SimpleNamespace, subject: Subject) -> Verdict:
     useful source is also found where all losses fall whatever is read, as they do in training. The
     rows of a turn follow its focus.
     """
-    make_bandit = subject.curriculum.bandit
+    make_bandit = partial(subject.curriculum.bandit, CAPS)
     plain, cheap = _play(make_bandit(), 0.0), _play(make_bandit(), 0.4)
     if plain != cheap:
         return failed(
@@ -230,7 +232,7 @@ def state(limits: SimpleNamespace, subject: Subject) -> Verdict:
     It is saved inside a turn of the warm-up and inside a later one, and both go through the same
     turns of losses after that.
     """
-    curriculum, make_bandit = subject.curriculum, subject.curriculum.bandit
+    curriculum, make_bandit = subject.curriculum, partial(subject.curriculum.bandit, CAPS)
     for make in (make_bandit, curriculum.sampler_order):
         for saved_at in (max(2, min(curriculum.warmup_rows, LEARNT_ROWS)), LEARNT_ROWS):
             whole, restored = make(), make()
@@ -254,7 +256,7 @@ def state(limits: SimpleNamespace, subject: Subject) -> Verdict:
     document = saved.state_dict()
     zombie = dict(next(iter(document["arms"].values())))
     document["arms"] |= {"zombie": {**zombie, "pulls": 1.546, "drawn": 40}}
-    revived = make_bandit(capped="list")
+    revived = curriculum.bandit(CAPS | {"list": 0.0})
     dropped = revived.load_state_dict(document)
     drawn = {revived.sources[i].name for i in _drawn(revived, 500, 1000)[0].tolist()}
     arms = set(revived.state_dict()["arms"])

@@ -1,15 +1,19 @@
-"""Gate of dropout: what the configuration declares is what reaches the residual stream, with a
-fresh mask every time. T tokens, D features.
+"""Gate of dropout: what the configuration declares is what reaches the residual stream, with a new
+draw every time. B batch, T tokens, D features.
 """
 
 import math
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 from torch import Tensor
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, not_run
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import ResidualBlock, Subject, Training
+
+STEPS, ROWS, TOKENS = 2, 1, 256  # of each micro-batch the first rows and tokens are compared
+Draw = tuple[tuple[int, str], Tensor, Tensor]
 
 
 @decides("model.dropout-law")
@@ -17,7 +21,7 @@ def law(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Every branch of every block drops the declared share, scales the rest to keep the mean, and
     no two masks are the same. With dropout 0 nothing may be dropped.
     """
-    a, draws = subject.declared.architecture, list(subject.training.branch_draws())
+    a, draws = subject.declared.architecture, branch_draws(subject.training)
     dropout, n_layers = a["dropout"], a["n_layers"]
     branches = {where for where, _, _ in draws}
     if len(branches) < 2 * n_layers:
@@ -54,6 +58,45 @@ def law(limits: SimpleNamespace, subject: Subject) -> Verdict:
         likeness=alike,
         draws=len(draws),
     )
+
+
+def branch_draws(training: Training) -> list[Draw]:
+    """Of real steps, in order: ((layer, attention or ffn), what the branch gave, what was added to
+    the residual stream), both (T, D) float32.
+    """
+    trainee, draws = training.trainee(), []
+    for layer, block in enumerate(trainee.residual_blocks()):
+        _Watch(layer, draws).attach(block)
+    for _ in range(STEPS):
+        trainee.step(trainee.draw())
+    return draws
+
+
+@dataclass
+class _Watch:
+    """Keeps the residual stream around a block's branches and what they gave, and adds to `draws`
+    when the block ends.
+    """
+
+    layer: int
+    draws: list[Draw]
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def keep(self, name: str, x_BTD: Tensor) -> None:
+        self.seen[name] = x_BTD.detach()[:ROWS, :TOKENS].flatten(0, 1).float().cpu()
+
+    def attach(self, block: ResidualBlock) -> None:
+        for name, norm in (("start", block.attention_norm), ("middle", block.ffn_norm)):
+            norm.register_forward_pre_hook(lambda _, inputs, name=name: self.keep(name, inputs[0]))
+        for name, branch in (("attention", block.attention), ("ffn", block.ffn)):
+            branch.register_forward_hook(lambda _, __, out_BTD, name=name: self.keep(name, out_BTD))
+        block.on_output(self.end)
+
+    def end(self, x_BTD: Tensor) -> None:
+        self.keep("end", x_BTD)
+        for branch, before, after in (("attention", "start", "middle"), ("ffn", "middle", "end")):
+            added = self.seen[after] - self.seen[before]
+            self.draws.append(((self.layer, branch), self.seen[branch], added))
 
 
 def _rate_z(given: Tensor, added: Tensor, dropout: float) -> float:

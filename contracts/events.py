@@ -250,8 +250,9 @@ class RatesUsed:
 @dataclass(frozen=True, slots=True)
 class WeightsUpdated:
     """What one update changed. `changed_frac` is the share (0-1) of changed tensors among those
-    with a visible learning rate; `every_tensor`: the trainer gives each of them a gradient at every
-    step, so that all must change. `lr` is the declared learning rate.
+    that the update applies to; `moved_frac` that among tensors with a visible learning rate, of
+    which some may have no gradient. Each is None where it was not measured. `lr` is the declared
+    learning rate.
 
     `frozen_changed` names changed tensors that require no gradient. `longest_still` is the longest
     run of updates in which a tensor with a gradient has not changed, `stillest` that tensor.
@@ -262,8 +263,8 @@ class WeightsUpdated:
 
     step: int
     lr: float
-    changed_frac: float
-    every_tensor: bool = False
+    changed_frac: float | None = None
+    moved_frac: float | None = None
     frozen_changed: tuple[str, ...] = ()
     longest_still: int = 0
     stillest: str = ""

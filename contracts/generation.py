@@ -93,9 +93,9 @@ def generation(limits: SimpleNamespace, subject: Subject) -> Verdict:
         != greedy[: greedy.index(greedy[2])]
     ):
         wrong.append("the end of text does not end it")
-    if not torch.allclose(
-        sampling.penalised(LOGITS, SEEN, 1.7), _penalised(LOGITS, SEEN, 1.7), rtol=1e-6, atol=0
-    ):
+    penalised = sampling.token_probs(LOGITS.double(), repetition_penalty=1.7, seen=SEEN)
+    expected_V = _penalised(LOGITS.double(), SEEN, 1.7).softmax(-1)
+    if not torch.allclose(penalised.double(), expected_V, rtol=1e-6, atol=0):
         wrong.append("the penalty on repetition")
     enough = judged >= limits.judged_frac_min * len(asked) * N_NEW
     text = (
@@ -114,7 +114,7 @@ def contextual_model(subject: Subject, dropout: float) -> nn.Module:
     """
     architecture = subject.declared.architecture
     n_layers = min(architecture["n_layers"], MAX_LAYERS)
-    model = subject.model.small(n_layers, dropout).train()
+    model = subject.model.fresh(n_layers=n_layers, min_dropout=dropout).train()
     small = architecture | {"n_layers": n_layers}
     model.load_state_dict(contextual_weights(small, subject.model.vocab_size))
     return model

@@ -22,7 +22,7 @@ from stackproof.contracts.oracle import (
     oracle_reading,
     room,
 )
-from stackproof.contracts.subject import Experts, MicroBatch, Subject
+from stackproof.contracts.subject import ExpertFunctions, MicroBatch, Subject
 
 TOKENS = 96
 # at most, of a row that passes the whole model; rows of an update with accumulation
@@ -60,9 +60,11 @@ def dispatch_parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
         for i, (n, w) in enumerate(layer.state_dict().items())
     }
     layer.load_state_dict(weights)
-    weight_error, sum_error, swapped = _routing_faults(experts.route, declared["n_experts"])
+    weight_error, sum_error, swapped = _routing_faults(
+        experts.functions.route, declared["n_experts"]
+    )
     found = [
-        _dispatch_faults(experts.dispatch, layer.experts, weights, architecture, capacity)
+        _dispatch_faults(experts.functions.dispatch, layer.experts, weights, architecture, capacity)
         for capacity in (None, room(declared | {"capacity_factor": 0.5}, TOKENS), 1)
     ]
     error, miscounted = max(e for e, _ in found), sum(m for _, m in found)
@@ -194,7 +196,7 @@ def _balance_term(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """The balance term follows its formula, is 1 when even and more when not, and enters the loss
     with its weight, once per update.
     """
-    declared, balance = subject.declared.architecture["ffn"], subject.experts.balance
+    declared, balance = subject.declared.architecture["ffn"], subject.experts.functions.balance
     n_experts, top_k = declared["n_experts"], declared["top_k"]
     formula_error = max(_formula_error(balance, n_experts, k) for k in {1, 2, top_k})
     even_error = abs(float(balance(*_assigned([1] * n_experts, 0.5))) - 1)
@@ -327,7 +329,9 @@ def _selection_bias(limits: SimpleNamespace, subject: Subject) -> Verdict:
         _step_error(*_update(subject, batches), ffn["balance"]["rate"])
         for batches in (rows[:1], rows)
     )
-    before, after = _closed_loop(limits, subject.model.fresh(), subject.experts, ffn["top_k"])
+    before, after = _closed_loop(
+        limits, subject.model.fresh(), subject.experts.functions, ffn["top_k"]
+    )
     ok = step_error <= limits.step_error_max and after <= limits.skew_left_max * before
     text = (
         "biases do not reduce the skew of loads"
@@ -355,7 +359,7 @@ def _update(subject: Subject, batches: Sequence[MicroBatch]) -> tuple[Tensor, Te
     model = subject.model.fresh().train()
     trainee = subject.training.trainee_of(model, subject.training.make_optimizer(model))
     top_k = subject.declared.architecture["ffn"]["top_k"]
-    with _counted(model, subject.experts.route, top_k) as loads:
+    with _counted(model, subject.experts.functions.route, top_k) as loads:
         trainee.update(batches)
     biases = [b for n, b in model.named_buffers() if n.endswith("selection_bias")]
     return torch.stack(list(loads.values())), torch.stack(biases)
@@ -384,7 +388,7 @@ def _counted(model: nn.Module, route: Callable, top_k: int) -> Iterator[dict[str
 
 
 def _closed_loop(
-    limits: SimpleNamespace, model: nn.Module, experts: Experts, top_k: int
+    limits: SimpleNamespace, model: nn.Module, experts: ExpertFunctions, top_k: int
 ) -> tuple[float, float]:
     """Excess of the busiest expert over its even share, before and after biases have met
     skewed scores for some updates.

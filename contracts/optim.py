@@ -48,7 +48,8 @@ def parameter_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
     declared, it is in a group of its law. Where fresh trainees are offered, it gets a gradient and
     moves, and a frozen one does not.
     """
-    named, groups = subject.training.live_optimizer
+    groups = subject.training.optimizer.param_groups
+    named = list(subject.training.module.named_parameters())
     judged, (text, measured) = ["ownership"], _ownership(named, groups)
     if not text and offers(subject.declared.update_law):
         judged.append("laws")
@@ -164,8 +165,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 @decides("optim.decay-groups")
 def decay_groups(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Where groups differ in decay, biases and gains of norms are in those without it."""
-    named, groups = subject.training.live_optimizer
-    names = {id(p): n for n, p in named}
+    groups = subject.training.optimizer.param_groups
+    names = {id(p): n for n, p in subject.training.module.named_parameters()}
     owned = [(names.get(id(p), "?"), p.ndim, g) for g in groups for p in g["params"]]
     rows = [(name, ndim, group.get("weight_decay", 0.0)) for name, ndim, group in owned]
     decays = {decay for _, _, decay in rows}
@@ -280,7 +281,7 @@ def _few_entries(subject: Subject) -> _Parameters:
     """The trainable parameters' names and devices on tensors of a few entries: wide where the
     model's are wide, tall where they are tall.
     """
-    draw, (named, _) = torch.Generator().manual_seed(5), subject.training.live_optimizer
+    draw, named = torch.Generator().manual_seed(5), subject.training.module.named_parameters()
     return _Parameters(
         [
             (n, nn.Parameter(torch.randn(_few(p.shape), generator=draw).to(p.device)))

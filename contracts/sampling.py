@@ -70,17 +70,17 @@ def distribution(limits: SimpleNamespace, subject: Subject) -> Verdict:
     """Filters keep exactly the sets they declare, impossible tokens cannot be drawn, and counts
     follow the probabilities.
     """
-    filtered_probs, pick = subject.sampling.filtered_probs, subject.sampling.pick
+    token_probs, pick = subject.sampling.token_probs, subject.sampling.pick
     probs = torch.tensor(PROBS, dtype=torch.float64)
     logits = probs.log()
     wrong = [
         name
         for name, (options, kept) in _supports().items()
-        if _support(filtered_probs(logits, **options)) != kept
+        if _support(token_probs(logits, **options)) != kept
     ]
-    off = _identity_error(filtered_probs, logits, probs)
+    off = _identity_error(token_probs, logits, probs)
     impossible = _impossible_draws(pick, probs)
-    chi_square, p_value = _chi_square(filtered_probs, pick, logits, probs, int(limits.draws_min))
+    chi_square, p_value = _chi_square(token_probs, pick, logits, probs, int(limits.draws_min))
     if wrong:
         return failed(
             f"the kept set is wrong for: {', '.join(wrong)}",
@@ -128,7 +128,7 @@ def _support(probs_V: Tensor) -> set[int]:
     return set(probs_V.nonzero().flatten().tolist())
 
 
-def _identity_error(filtered_probs: Callable[..., Tensor], logits: Tensor, probs: Tensor) -> float:
+def _identity_error(token_probs: Callable[..., Tensor], logits: Tensor, probs: Tensor) -> float:
     """Largest difference to probabilities known in closed form: unfiltered, sharpened,
     and cut to two tokens.
     """
@@ -141,7 +141,7 @@ def _identity_error(filtered_probs: Callable[..., Tensor], logits: Tensor, probs
         ({"temperature": 1.0, "top_k": 2}, cut),
     )
     return max(
-        float((filtered_probs(logits, **options).double() - expected).abs().max())
+        float((token_probs(logits, **options).double() - expected).abs().max())
         for options, expected in cases
     )
 
@@ -172,16 +172,14 @@ def _impossible_draws(pick: Callable[[Tensor, Tensor], Tensor], probs: Tensor) -
 
 
 def _chi_square(
-    filtered_probs: Callable, pick: Callable, logits: Tensor, probs: Tensor, draws: int
+    token_probs: Callable, pick: Callable, logits: Tensor, probs: Tensor, draws: int
 ) -> tuple[float, float]:
     """Pearson's statistic of `draws` draws with a fixed seed and its p-value (Wilson-Hilferty),
     over the possible ids.
     """
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     counts = (
-        pick(filtered_probs(logits, temperature=1.0), uniforms)
-        .bincount(minlength=len(probs))
-        .double()
+        pick(token_probs(logits, temperature=1.0), uniforms).bincount(minlength=len(probs)).double()
     )
     possible = probs > 0
     expected = probs[possible] * draws

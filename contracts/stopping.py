@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from stackproof.contracts.gate import Verdict, decide, decides, failed, passed
-from stackproof.contracts.subject import Subject
+from stackproof.contracts.subject import Evaluation, Subject, Training
 
 NOISE_OVER_GAIN, TREND_ROUNDS, SIMULATIONS = 0.04 / 0.03, 24, 200
 CLIFF_NATS, CLIFF_ROUNDS = 0.5, 4
+PROBE_ROWS = 24
 
 
 @decides("evaluation.stop-rule")
@@ -34,7 +36,8 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
             if not stopped
             else failed("a rule that never stops stopped")
         )
-    std, n_batches = subject.stopping.paired_difference_std, subject.stopping.n_eval_batches
+    n_batches, batch_rows = subject.stopping.n_eval_batches, subject.stopping.batch_rows
+    std = paired_difference_std(subject.training, subject.evaluation, batch_rows)
     gain = declared["expected_gain_nats"]
     false_stops = sum(
         _stops_on_noise(make_rule(), seed, n_batches, std, gain) for seed in range(SIMULATIONS)
@@ -76,6 +79,18 @@ def stop_rule(limits: SimpleNamespace, subject: Subject) -> Verdict:
         expected_gain_nats=gain,
         n_eval_batches=n_batches,
     )
+
+
+def paired_difference_std(training: Training, evaluation: Evaluation, batch_rows: int) -> float:
+    """Spread over held-out batches of the loss difference between two evaluations, nats. Measured
+    around an update of a fresh model, where it is largest, row by row, and scaled to the batch.
+    """
+    trainee, rows = training.trainee(), evaluation.held_out_batches(1, PROBE_ROWS)
+    rounds = []
+    for _ in range(2):
+        trainee.step(trainee.draw())
+        rounds.append(torch.tensor([trainee.evaluate(row) for row in rows]))
+    return float((rounds[1] - rounds[0]).std()) / batch_rows**0.5
 
 
 def _stops_on_noise(rule: Any, seed: int, n_batches: int, paired_std: float, gain: float) -> bool:

@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypedDict, TypeVar
 
 if TYPE_CHECKING:  # commands that judge nothing answer without torch
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -51,10 +52,10 @@ class value(Generic[T]):
     property; without either, reading it raises NotOffered.
     """
 
-    def __init__(self, member: Callable[[Any], T]):
+    def __init__(self, member: Callable[..., T]):
         self.name, self.__doc__ = member.__qualname__, member.__doc__
 
-    def __get__(self, part: Any, owner: type) -> T:
+    def __get__(self, part: object, owner: type) -> T:
         if part is None:
             return self
         raise NotOffered(self.name)
@@ -76,12 +77,65 @@ def offered(read: Callable[[], T]) -> T | None:
 # --- what is declared -----------------------------------------------------------------------------
 
 
+class Architecture(TypedDict):
+    """The resolved `model` section that spec/architecture.py gives shapes and initial laws of. A
+    variant is a mapping with its `kind` and settings.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_seq_len: int
+    rope_theta: float
+    norm_eps: float
+    init_std: float
+    dropout: float
+    bias: bool
+    tied_head: bool
+    attention: Mapping[str, object]
+    ffn: Mapping[str, object]
+    norm: Mapping[str, object]
+    positions: Mapping[str, object]
+    depth: Mapping[str, object]
+
+
+class Schedule(TypedDict):
+    """A learning-rate schedule: warm-up from 0, then `kind` down to `final_lr_frac` of the peak."""
+
+    kind: str
+    warmup_steps: int
+    final_lr_frac: float
+
+
+class UpdateLaw(TypedDict, total=False):
+    """How an optimizer updates one parameter. `rule` is adamw, with betas and eps; muon, with what
+    follows them; or the class of another optimizer.
+    """
+
+    rule: str
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    lr_scale: str
+    dtype: str
+
+
 class Declared:
     """What the configuration of a run promises."""
 
     @value
-    def architecture(self) -> Mapping[str, Any]:
-        """The model's configuration: width, layers, variants, initial laws."""
+    def architecture(self) -> Architecture:
+        """The model's configuration. Such a model is attention, whose masked scores weigh exactly
+        0, and maps of single tokens: logits of one shape do not depend on what they may not read,
+        bit for bit, unless a router groups tokens.
+        """
 
     @value
     def n_parameters(self) -> int:
@@ -96,8 +150,8 @@ class Declared:
         """Compute precision: float32, bfloat16 or float16."""
 
     @value
-    def schedule(self) -> Mapping[str, Any]:
-        """The learning-rate schedule: kind, warmup_steps, final_lr_frac, …"""
+    def schedule(self) -> Schedule:
+        """The learning-rate schedule."""
 
     @value
     def max_steps(self) -> int:
@@ -112,10 +166,8 @@ class Declared:
         """Global L2 norm that gradients are clipped to."""
 
     @capability
-    def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
-        """How one parameter is updated: rule (adamw, muon, or the class of another optimizer), lr,
-        weight_decay and what else the rule needs.
-        """
+    def update_law(self, name: str, parameter: Tensor) -> UpdateLaw:
+        """How one parameter is updated."""
 
     @value
     def flops_per_step(self) -> float:
@@ -129,16 +181,61 @@ class Declared:
 # --- data -----------------------------------------------------------------------------------------
 
 
+class Rows(Protocol):
+    """Packed rows (R, T) int64; a label of −100 does not count."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    document_ids: np.ndarray | None
+
+
+class TokenStream(Protocol):
+    """The tokens of a split in its shards, and the rows that are cut from them."""
+
+    n_tokens: int
+    n_bytes: int
+    paths: Sequence[Path]
+    tokenizer_sha256: Sequence[str]
+    document_hashes: np.ndarray
+    document_starts: np.ndarray
+
+    def token_range(self, start: int, stop: int) -> np.ndarray: ...
+    def rows(self, numbers: np.ndarray, seq_len: int) -> Rows: ...
+    def n_windows(self, seq_len: int) -> int: ...
+    def shard_windows(self, seq_len: int) -> Sequence[int]: ...
+    def dropped_tokens(self, seq_len: int) -> int: ...
+    def padding(self, seq_len: int) -> int: ...
+
+
+class Manifest(TypedDict):
+    """What a build of a data set wrote down. `decontamination` is None without evaluation sets."""
+
+    config: Mapping[str, object]
+    filters: Mapping[str, object]
+    sources: Sequence[Mapping[str, object]]
+    splits: Mapping[str, Mapping[str, object]]
+    tokenizer: Mapping[str, object]
+    decontamination: Mapping[str, object] | None
+
+
+class ContaminationScanner(Protocol):
+    """Finds passages of evaluation texts in other texts."""
+
+    n_grams: int
+
+    def finds(self, text: str) -> bool: ...
+
+
 class Corpus:
     """A data set that has been built: its splits, its manifest and the functions that made it."""
 
     @value
-    def splits(self) -> Mapping[str, Any]:
+    def splits(self) -> Mapping[str, TokenStream]:
         """Token streams by name: train, validation."""
 
     @value
-    def manifest(self) -> Mapping[str, Any]:
-        """What the build wrote down: sources, hashes, counts, filters, tokenizer."""
+    def manifest(self) -> Manifest:
+        """What the build wrote down."""
 
     @capability
     def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
@@ -165,16 +262,29 @@ class Corpus:
         """Which of the texts deduplication drops as near repeats of an earlier one."""
 
     @capability
-    def gram_set(self, texts: Iterable[str]) -> Any:
-        """The n-grams of texts, as decontamination keeps them."""
+    def contamination_scanner(self, texts: Iterable[str] | None) -> ContaminationScanner:
+        """The scanner of decontamination for these texts; None: as it was stored for the declared
+        evaluation sets.
+        """
 
-    @capability
-    def shares_gram(self, text: str, grams: Any) -> bool:
-        """Whether decontamination finds one of the n-grams in a text."""
 
-    @value
-    def evaluation_grams(self) -> Any:
-        """The n-grams of the declared evaluation sets; None if none were declared."""
+class DrawnBatch(Protocol):
+    """A micro-batch as MicroBatch has it; `epoch` is that of its last row."""
+
+    input_ids: Tensor
+    labels: Tensor
+    document_ids: Tensor | None
+    sample_ids: Sequence[int]
+    epoch: int
+
+
+class RowLoader(Protocol):
+    """A data loader at a position: `cursor` counts the rows of all ranks that were drawn."""
+
+    cursor: int
+    stream: TokenStream
+
+    def next_batch(self) -> DrawnBatch: ...
 
 
 class DataLoader:
@@ -189,24 +299,74 @@ class DataLoader:
         """Rows of one epoch."""
 
     @capability
-    def fresh(self, *, n_rows: int | None = None, rows: int, **options: Any) -> Any:
-        """A data loader over the first `n_rows` rows (default: all), from the beginning, with
-        batches of `rows` rows. `options` override those of the run: seed, rank, world_size, cursor,
-        on_exhausted.
+    def fresh(
+        self,
+        *,
+        rows: int,
+        n_rows: int | None = None,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: int = 0,
+        on_exhausted: str = "wrap",
+    ) -> RowLoader:
+        """A data loader over the first `n_rows` rows (None: all) with batches of `rows` rows, at a
+        position; `seed` is None for the run's own. `on_exhausted` is wrap or error.
         """
+
+
+class Source(Protocol):
+    """A source of the mixture: its windows in the training split, its weight and bounds (0-1)."""
+
+    name: str
+    first: int
+    n_windows: int
+    weight: float
+    cap: float
+    floor: float
+
+
+class Draws(Protocol):
+    """Source, window and epoch of samples, int64 (n,)."""
+
+    sources: np.ndarray
+    windows: np.ndarray
+    epochs: np.ndarray
+
+
+class SamplerOrder(Protocol):
+    """Which window each sample of a run is. Samples are decided in order, then read."""
+
+    sources: Sequence[Source]
+
+    def decide(self, before: int, after: int) -> None: ...
+    def at(self, numbers: np.ndarray) -> Draws: ...
+    def counts(self, after: int) -> np.ndarray: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: Mapping) -> list[str]: ...
+
+
+class BanditOrder(SamplerOrder, Protocol):
+    """An order that learns from the held-out loss of each source; `focus` is the source of the
+    turn.
+    """
+
+    focus: int
+
+    def reward(self, losses_nats: Mapping[str, float]) -> None: ...
 
 
 class Curriculum:
     """The order in which sources are mixed."""
 
     @capability
-    def sampler_order(self) -> Any:
+    def sampler_order(self) -> SamplerOrder:
         """The sampler order of this run, at its beginning."""
 
     @capability
-    def bandit(self, capped: str = "") -> Any:
-        """A bandit order over the sources useful, list and other, without caps and floors; the cap
-        of source `capped` is 0.
+    def bandit(self, caps: Mapping[str, float]) -> BanditOrder:
+        """A bandit order over sources of these names and caps, of equal size and weight, without
+        floors.
         """
 
     @value
@@ -222,11 +382,38 @@ class Curriculum:
         """(weight, cap, floor) by source, as the configuration has them."""
 
 
+class Encoding(Protocol):
+    """Ids of a text, and the number of characters that have none."""
+
+    ids: Sequence[int]
+    dropped_chars: int
+
+
+class TextEncoder(Protocol):
+    """What encodes. `token_bytes` is the number of UTF-8 bytes of each id."""
+
+    eos_id: int
+    token_bytes: np.ndarray
+
+    def encode(self, text: str) -> Encoding: ...
+
+
+class TextTokenizer(TextEncoder, Protocol):
+    """What encodes and decodes."""
+
+    vocab_size: int
+    control_ids: frozenset[int]
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Encoding]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def literal(self, token_id: int) -> str: ...
+
+
 class Tokenizer:
     """The tokenizer of a run."""
 
     @value
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TextTokenizer:
         """The object that encodes and decodes."""
 
     @value
@@ -249,12 +436,19 @@ class Tokenizer:
 # --- model ----------------------------------------------------------------------------------------
 
 
+class NamedParameters(Protocol):
+    """Anything that names its parameters as a module does."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
 class Model:
     """The model that is trained, before its first update."""
 
     @value
     def module(self) -> nn.Module:
-        """The live model."""
+        """The run's own model. Leave it as it was."""
 
     @value
     def vocab_size(self) -> int:
@@ -282,14 +476,6 @@ class Model:
         """Whether `logits` takes labels."""
         return False
 
-    @property
-    def bitwise_rows(self) -> bool:
-        """Whether masked scores weigh exactly 0 and rows do not depend on each other, bit for bit,
-        unless a router of the declared architecture computes tokens in other groups. The kernels of
-        other trainers promise that to rounding only.
-        """
-        return False
-
     @capability
     def training(self, mode: bool) -> AbstractContextManager[None]:
         """The whole model in training or evaluation mode; everything is put back."""
@@ -301,12 +487,10 @@ class Model:
         """
 
     @capability
-    def fresh(self) -> nn.Module:
-        """Another model of the run at step 0, on its device."""
-
-    @capability
-    def small(self, n_layers: int, dropout: float) -> nn.Module:
-        """A model of the run with so many layers and at least this dropout, on its device."""
+    def fresh(self, *, n_layers: int | None = None, min_dropout: float = 0.0) -> nn.Module:
+        """Another model of the run at step 0, on its device: with `n_layers` layers (None: all) and
+        at least this dropout.
+        """
 
     @value
     def embedding(self) -> nn.Module:
@@ -325,16 +509,16 @@ class Model:
         """Attention of each layer: (x_BTD, document_ids_BT or None) to (B, T, D)."""
 
 
-class Experts:
-    """The parts of a mixture of experts."""
+class ExpertFunctions(Protocol):
+    """The functions that a mixture of experts is computed by."""
 
-    @capability
-    def route(self, logits_RE: Tensor, top_k: int, bias_E: Tensor | None) -> tuple:
+    def route(
+        self, logits_RE: Tensor, top_k: int, bias_E: Tensor | None, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(experts (R, k), weights (R, k), probabilities (R, E)); `bias_E` is added to the
         probabilities for the choice alone.
         """
 
-    @capability
     def dispatch(
         self,
         x_RD: Tensor,
@@ -342,18 +526,27 @@ class Experts:
         weights_Rk: Tensor,
         experts: nn.ModuleList,
         capacity: int | None,
-    ) -> tuple:
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Send tokens through their experts and add up what these return: (y (R, D), tokens that
         each expert took (E,), choices dropped).
         """
 
-    @capability
-    def balance(self, probs_RE: Tensor, experts_Rk: Tensor) -> Tensor:
+    def balance(self, probs_RE: Tensor, experts_Rk: Tensor, /) -> Tensor:
         """The balance loss, shape ()."""
 
-    @capability
-    def update_selection_bias(self, model: nn.Module, loads_LE: Any, rate: float) -> None:
+    def update_selection_bias(
+        self, model: nn.Module, loads_LE: Sequence[Tensor], rate: float, /
+    ) -> None:
         """Move the selection biases after an update."""
+
+
+class Experts:
+    """The parts of a mixture of experts."""
+
+    @value
+    def functions(self) -> ExpertFunctions:
+        """Routing, dispatch and balance, as a module or an object."""
 
     @capability
     def layer(self) -> nn.Module:
@@ -403,15 +596,31 @@ class TraineeOptions:
 
     `first_row` is where its data begin, `updates_done` the step number it starts at. `exact`
     computes in float32 throughout, Muon's iteration included. `loss_scale` is what gradients are
-    multiplied by in backward.
+    multiplied by in backward. `tiny` is a model of a few hundred parameters, for what judges files
+    and not arithmetic.
     """
 
     exact: bool = False
+    tiny: bool = False
     seed_offset: int = 0
     first_row: int = 0
     updates_done: int = 0
     max_grad_norm: float | None = None
     loss_scale: float | None = None
+
+
+class ResidualBlock(Protocol):
+    """A block of two branches, each added to the residual stream (B, T, D): the inputs of its
+    norms are the stream before a branch, `attention` and `ffn` give what dropout is applied to.
+    """
+
+    attention_norm: nn.Module
+    attention: nn.Module
+    ffn_norm: nn.Module
+    ffn: nn.Module
+
+    def on_output(self, keep: Callable[[Tensor], None]) -> None:
+        """From here on call `keep` with the stream behind both branches, before a gate of depth."""
 
 
 class Trainee:
@@ -460,7 +669,15 @@ class Trainee:
         return set()
 
     @capability
-    def digest(self) -> Mapping[str, Any]:
+    def evaluate(self, batch: MicroBatch) -> float:
+        """Mean loss in nats in evaluation mode, in the run's precision, without a gradient."""
+
+    @capability
+    def residual_blocks(self) -> Sequence[ResidualBlock]:
+        """The blocks of the model, which run once in a step from here on."""
+
+    @capability
+    def digest(self) -> Mapping[str, object]:
         """Every part of the state as a hash or a number, taken without the code that saves:
         `weights.<parameter>`, `optim.<parameter>.<field>`, `rng.cpu`, `cursor` (rows drawn), …
         """
@@ -480,12 +697,16 @@ class Training:
         """
 
     @capability
-    def make_optimizer(self, model: Any) -> torch.optim.Optimizer:
-        """The run's optimizer for the parameters of anything that names them as a module does."""
+    def make_optimizer(self, model: NamedParameters) -> torch.optim.Optimizer:
+        """A new optimizer as the run has it, for these parameters."""
 
     @value
-    def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
-        """(named parameters of the live model, groups of its live optimizer)."""
+    def module(self) -> nn.Module:
+        """The run's own module whose parameters are trained: the model, or one around it."""
+
+    @value
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The run's own optimizer, to be read only."""
 
     @capability
     def cross_entropy_sum(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -496,24 +717,12 @@ class Training:
         """The loss that accumulation reports of a model that answers with these logits."""
 
     @capability
-    def clip(self, model: Any) -> float:
-        """Clip the gradients in `.grad` of anything that names parameters as a module does, in
-        place as a step does; returns their norm before.
-        """
-
-    @capability
-    def branch_draws(self) -> Sequence[tuple[tuple[int, str], Tensor, Tensor]]:
-        """Of real steps, in order: ((layer, attention or ffn), what the branch gave, what was added
-        to the residual stream), both (T, D) float32.
-        """
+    def clip(self, model: NamedParameters) -> float:
+        """Clip the gradients in `.grad` in place as a step does; returns their norm before."""
 
 
 class Checkpoints:
     """Saving and restoring."""
-
-    @capability
-    def save_small(self, root: Path, step: int) -> None:
-        """Write a checkpoint of a very small model, by the run's own writer."""
 
     @capability
     def load_step(self, root: Path) -> int:
@@ -525,7 +734,7 @@ class Checkpoints:
 
     @capability
     def resume(self, root: Path) -> Trainee:
-        """A trainee that goes on from the newest checkpoint."""
+        """A trainee that continues from the newest checkpoint."""
 
 
 class SavedCheckpoint:
@@ -626,75 +835,141 @@ class HalfPrecision:
 # --- evaluation, sampling, export -----------------------------------------------------------------
 
 
+class TextScore(Protocol):
+    """The score of a text. A dropped character is one without an id."""
+
+    bits_per_byte: float
+    bits_per_char: float
+    total_nats: float
+    bytes: int
+    chars: int
+    dropped_chars: int
+    dropped_bytes: int
+
+
+class BatchScore(Protocol):
+    """The score of batches: `batch_nats` has the mean of each, `stderr_nats` is the standard error
+    of their mean.
+    """
+
+    loss_nats: float
+    total_nats: float
+    n_bytes: int
+    bits_per_byte: float
+    batch_nats: Sequence[float]
+    stderr_nats: float
+
+
 class Evaluation:
     """How held-out text is scored."""
 
     @capability
-    def score_text(self, model: nn.Module, tokenizer: Any, text: str) -> Any:
-        """Score of a text longer than one window: bits_per_byte, bits_per_char, total_nats, bytes,
-        chars, dropped_chars and dropped_bytes. A tokenizer has `encode`, `eos_id` and
-        `token_bytes`, a model gives logits (B, T, V) from ids (B, T).
+    def score_text(self, model: nn.Module, tokenizer: TextEncoder, text: str) -> TextScore:
+        """Score of a text longer than one window. The model gives logits (B, T, V) from ids
+        (B, T).
         """
 
     @capability
-    def score_batches(self, model: nn.Module, batches: Sequence[MicroBatch]) -> Any:
-        """Score of batches under the run's tokenizer: loss_nats, total_nats, n_bytes,
-        bits_per_byte, batch_nats and stderr_nats.
-        """
+    def score_batches(self, model: nn.Module, batches: Sequence[MicroBatch]) -> BatchScore:
+        """Score of batches under the run's tokenizer."""
+
+    @capability
+    def held_out_batches(self, n_rows: int, n_max: int) -> Sequence[MicroBatch]:
+        """At most `n_max` batches of `n_rows` rows each, spread over the held-out split."""
+
+
+class StopDeclaration(TypedDict):
+    """The configuration of a stop rule: patience, with what follows, or never."""
+
+    kind: str
+    patience: int
+    min_evaluations: int
+    z: float
+    min_delta_nats: float
+    expected_gain_nats: float
+
+
+class StopDecision(Protocol):
+    """Whether a run stops, and how many evaluations it has waited for a gain."""
+
+    stop: bool
+    wait: int
+
+
+class StopRule(Protocol):
+    """A stop rule with its memory."""
+
+    def update(self, batch_nats: Sequence[float], /) -> StopDecision: ...
 
 
 class Stopping:
     """The rule that ends a run early."""
 
     @capability
-    def rule(self) -> Any:
-        """A fresh stop rule of the run: `update(batch_nats)` returns `stop` and `wait`."""
+    def rule(self) -> StopRule:
+        """A fresh stop rule of the run."""
 
     @value
-    def declared(self) -> Mapping[str, Any]:
-        """Its configuration: kind, patience, min_evaluations, z, min_delta_nats and
-        expected_gain_nats.
-        """
-
-    @value
-    def paired_difference_std(self) -> float:
-        """Spread over held-out batches of the loss difference between two evaluations, nats."""
+    def declared(self) -> StopDeclaration:
+        """Its configuration."""
 
     @value
     def n_eval_batches(self) -> int:
         """Held-out batches of each evaluation."""
+
+    @value
+    def batch_rows(self) -> int:
+        """Rows of a held-out batch."""
 
 
 class Sampling:
     """How text is generated."""
 
     @capability
-    def logits(self, model: nn.Module, ids_BT: Tensor, cache: Any = None) -> Tensor:
+    def logits(self, model: nn.Module, ids_BT: Tensor, cache: object | None = None) -> Tensor:
         """Logits (B, T, V) in evaluation mode of rows, or of the new tokens of rows whose earlier
         keys and values are in `cache`.
         """
 
     @capability
-    def cache(self, batch_size: int) -> Any:
+    def cache(self, batch_size: int) -> object:
         """An empty key-value cache of the run's model."""
 
     @capability
-    def filtered_probs(self, logits_V: Tensor, **options: Any) -> Tensor:
-        """Probabilities (V,) after `temperature`, `top_k` and `top_p`."""
+    def token_probs(
+        self,
+        logits_V: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seen: Sequence[int] = (),
+    ) -> Tensor:
+        """Probabilities (V,) of the next token after the tokens `seen`; top_k 0 and top_p 1 keep
+        all.
+        """
 
     @capability
     def pick(self, probs_V: Tensor, uniforms_R: Tensor) -> Tensor:
         """The token of each uniform number."""
 
     @capability
-    def penalised(self, logits_V: Tensor, seen: Any, penalty: float) -> Tensor:
-        """Logits after the repetition penalty."""
-
-    @capability
-    def generate(self, model: nn.Module, ids: list[int], **options: Any) -> list[int]:
-        """New tokens after `ids`; options are max_new_tokens, temperature, top_k, top_p,
-        repetition_penalty, generator, eos_id and use_cache.
-        """
+    def generate(
+        self,
+        model: nn.Module,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        generator: torch.Generator | None = None,
+        eos_id: int | None = None,
+        use_cache: bool = True,
+    ) -> list[int]:
+        """New tokens after `ids`, one uniform float64 of `generator` for each."""
 
 
 class LanguageModel(Protocol):

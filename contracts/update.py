@@ -89,7 +89,7 @@ class Movement(RuntimeCheck):
     def _changed(self, event: WeightsUpdated) -> Verdict:
         limits = self.limits
         least = limits.changed_tensor_frac_min if event.lr >= limits.visible_lr_min else 0.0
-        too_few = event.changed_frac < least or event.changed_frac == 0
+        changed = event.changed_frac
         problems = {
             f"{first_of(event.frozen_changed, 4)} is frozen and changed": (
                 len(event.frozen_changed) > limits.frozen_moved_max
@@ -102,8 +102,8 @@ class Movement(RuntimeCheck):
                 "the first update goes the wrong way along its gradient (cosine "
                 f"{event.uphill or 0.0:.3g})"
             ): event.uphill is not None and not event.uphill <= limits.uphill_cosine_max,
-            f"only {event.changed_frac:.0%} of the parameter tensors changed": (
-                event.every_tensor and too_few
+            f"only {changed or 0.0:.0%} of the parameter tensors changed": (
+                changed is not None and (changed < least or changed == 0)
             ),
         }
         wrong = [text for text, found in problems.items() if found]
@@ -111,12 +111,12 @@ class Movement(RuntimeCheck):
             not wrong,
             f"step {event.step}: {'; '.join(wrong)}",
             **(
-                {"changed_tensor_frac": event.changed_frac}
-                if event.every_tensor
+                {"changed_tensor_frac": changed}
+                if changed is not None
                 else {
                     "frozen_moved": len(event.frozen_changed),
                     "longest_still": event.longest_still,
-                    "moved_frac": event.changed_frac,
+                    "moved_frac": event.moved_frac,
                 }
             ),
             **({} if event.uphill is None else {"uphill_cosine": event.uphill}),

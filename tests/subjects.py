@@ -5,12 +5,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 from stackproof.contracts.subject import Subject, Trainee, TraineeOptions, value
 
+T = TypeVar("T")
+TINY = TraineeOptions(tiny=True)
 
-def altered(part: Any, **members: Any) -> Any:
+
+def altered(part: T, **members: object) -> T:
     """A copy of a part of a subject in which some members are others: a value for a property, a
     function for a method. Raises AttributeError for a member that its interface does not have.
     """
@@ -24,7 +27,7 @@ def altered(part: Any, **members: Any) -> Any:
     return other
 
 
-def changed(subject: Subject, **parts: dict[str, Any]) -> Subject:
+def changed(subject: Subject, **parts: dict[str, object]) -> Subject:
     """A subject with other members: `changed(subject, model={"logits": wrong})`."""
     return replace(
         subject,
@@ -32,7 +35,7 @@ def changed(subject: Subject, **parts: dict[str, Any]) -> Subject:
     )
 
 
-def with_trainees(subject: Subject, **members: Callable[[Trainee], Any]) -> Subject:
+def with_trainees(subject: Subject, **members: Callable[[Trainee], object]) -> Subject:
     """A subject whose fresh trainees have other members, each made from the trainee as it was:
     `with_trainees(subject, step=lambda trainee: lambda batches: …)`.
     """

@@ -75,7 +75,7 @@ class MovementTracker:
             ),
             longest_still=self._still[stillest],
             stillest=self._names[stillest],
-            changed_frac=sum(changed[i] for i in trained) / max(1, len(trained)),
+            moved_frac=sum(changed[i] for i in trained) / max(1, len(trained)),
             uphill=uphill,
             unknown=unknown,
         )

@@ -1,9 +1,8 @@
 """The adapter of a live model that another trainer trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,9 @@ from stackproof.contracts.subject import (
 
 
 def foreign_subject(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, tokenizer: Any = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    tokenizer: object | None = None,
 ) -> Subject:
     """The subject of a live model, its optimizer and its tokenizer. What is not there or cannot be
     found is not offered.
@@ -51,12 +52,8 @@ class ForeignDeclared(Declared):
 class ForeignModel(Model):
     """A model that is called with ids and returns logits."""
 
-    def __init__(self, live: nn.Module):
-        self.live, self.probe = live, Probe(live)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.live
+    def __init__(self, module: nn.Module):
+        self.module, self.probe = module, Probe(module)
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +77,7 @@ class ForeignModel(Model):
         """Raises NotOffered for a model that does not predict the next token from ids alone."""
         if self.probe.refusal:
             raise NotOffered(f"Model.logits: {self.probe.refusal}")
-        if not is_causal(self.live):
+        if not is_causal(self.module):
             raise NotOffered("Model.logits: the model is not meant to predict the next token")
         return self.probe.logits(ids_BT, mask_BT, labels_BT)
 
@@ -89,13 +86,13 @@ class ForeignModel(Model):
 
     @property
     def embedding(self) -> nn.Module:
-        if (found := embedding_of(self.live)) is None:
+        if (found := embedding_of(self.module)) is None:
             raise NotOffered("Model.embedding: no embedding was found in the model")
         return found
 
     @property
     def head_weight(self) -> Tensor:
-        if (found := getattr(head_of(self.live), "weight", None)) is None:
+        if (found := getattr(head_of(self.module), "weight", None)) is None:
             raise NotOffered("Model.head_weight: no output head was found in the model")
         return found
 
@@ -105,16 +102,16 @@ class ForeignTokenizer(Tokenizer):
     """A tokenizer with a length and named special ids."""
 
     live: nn.Module
-    given: Any
+    given: object | None
 
     @property
     def n_ids(self) -> int:
-        if not hasattr(self.given, "__len__"):
+        if not isinstance(self.given, Sized):
             raise NotOffered("Tokenizer.n_ids: no tokenizer with a length was given")
         return len(self.given)
 
     @property
-    def special_ids(self) -> Mapping[str, tuple[Any, Any]]:
+    def special_ids(self) -> Mapping[str, tuple[int | None, int | list[int] | None]]:
         config = config_of(self.live)
         return {
             name: (getattr(self.given, name, None), getattr(config, name, None))
@@ -122,18 +119,17 @@ class ForeignTokenizer(Tokenizer):
         }
 
 
-@dataclass(frozen=True)
 class ForeignTraining(Training):
     """The live model and optimizer of another trainer."""
 
-    live: nn.Module
-    optimizer: torch.optim.Optimizer | None
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None):
+        self.module, self.given = module, optimizer
 
     @property
-    def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
-        if self.optimizer is None:
-            raise NotOffered("Training.live_optimizer: no optimizer was given")
-        return list(self.live.named_parameters()), self.optimizer.param_groups
+    def optimizer(self) -> torch.optim.Optimizer:
+        if self.given is None:
+            raise NotOffered("Training.optimizer: no optimizer was given")
+        return self.given
 
 
 class ComparedWeights(SavedCheckpoint):

@@ -7,12 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
 from stackproof.config import BanditCurriculum, Mixture, RunConfig
-from stackproof.contracts.subject import Corpus, Curriculum, DataLoader, Subject, Tokenizer
+from stackproof.contracts.subject import (
+    Corpus,
+    Curriculum,
+    DataLoader,
+    Manifest,
+    Subject,
+    Tokenizer,
+)
 from stackproof.data import curriculum, data_loader, dedup, files, filters
 from stackproof.data import tokenizer as tokenizers
 from stackproof.data.packing import Rows
@@ -45,7 +51,7 @@ class BuiltCorpus(Corpus):
         return {"train": self.dataset.train, "validation": self.dataset.validation}
 
     @property
-    def manifest(self) -> Mapping[str, Any]:
+    def manifest(self) -> Manifest:
         return self.dataset.manifest
 
     def sample_documents(self, frac: float, minimum: int) -> Iterator[tuple[str, str]]:
@@ -66,15 +72,23 @@ class BuiltCorpus(Corpus):
         signatures, keep = dedup.signatures(texts, how["shingle_words"]), np.ones(len(texts), bool)
         return dedup.near_repeats([signatures], [keep], how["similarity_min"])[0].tolist()
 
-    def gram_set(self, texts: Iterable[str]) -> np.ndarray:
-        return dedup.gram_set(texts)
+    def contamination_scanner(self, texts: Iterable[str] | None) -> "GramScanner":
+        stored = texts is None
+        return GramScanner(self.dataset.evaluation_grams() if stored else dedup.gram_set(texts))
 
-    def shares_gram(self, text: str, grams: np.ndarray) -> bool:
-        return dedup.shares_gram(text, grams)
+
+@dataclass(frozen=True)
+class GramScanner:
+    """Finds word n-grams, by their hashes."""
+
+    grams: np.ndarray
 
     @property
-    def evaluation_grams(self) -> np.ndarray | None:
-        return self.dataset.evaluation_grams()
+    def n_grams(self) -> int:
+        return len(self.grams)
+
+    def finds(self, text: str) -> bool:
+        return dedup.shares_gram(text, self.grams)
 
 
 class FirstRows:
@@ -104,12 +118,11 @@ class RunDataLoader(DataLoader):
         return self.stream.n_windows(self.seq_len)
 
     def fresh(
-        self, *, n_rows: int | None = None, rows: int, **options: Any
+        self, *, n_rows: int | None = None, seed: int | None = None, **options: int | str
     ) -> data_loader.DataLoader:
         stream = FirstRows(self.stream, n_rows) if n_rows else self.stream
-        return data_loader.DataLoader(
-            stream, seq_len=self.seq_len, rows=rows, **{"seed": self.seed} | options
-        )
+        seed = self.seed if seed is None else seed
+        return data_loader.DataLoader(stream, seq_len=self.seq_len, seed=seed, **options)
 
 
 @dataclass(frozen=True)
@@ -123,10 +136,10 @@ class RunCurriculum(Curriculum):
     def sampler_order(self) -> Sampler:
         return curriculum.run_sampler(self.cfg, self.dataset, seed=self.order_seed)
 
-    def bandit(self, capped: str = "") -> Sampler:
+    def bandit(self, caps: Mapping[str, float]) -> Sampler:
         sources = [
-            Source(name, 1000 * i, 1000, 1.0, 0.0 if name == capped else 1.0, 0.0)
-            for i, name in enumerate(("useful", "list", "other"))
+            Source(name, 1000 * i, 1000, 1.0, cap, 0.0)
+            for i, (name, cap) in enumerate(caps.items())
         ]
         return curriculum.make_sampler(
             BanditCurriculum(), sources, seed=self.cfg.seed, rows_per_step=self._rows_per_step

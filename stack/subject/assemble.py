@@ -15,30 +15,37 @@ from stackproof.subject.model import RunModel
 from stackproof.subject.sampling import RunSampling
 from stackproof.subject.training import RunTraining
 from stackproof.train.rng import stream_seed
+from stackproof.train.state import TrainState, build_state
 
 
 def subject_of(
-    cfg: RunConfig, dataset: Dataset, device: torch.device, *, n_eval_batches: int | None = None
+    cfg: RunConfig,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    state: TrainState | None = None,
+    n_eval_batches: int | None = None,
 ) -> Subject:
-    """What the preflight gates of a run judge. Nothing is computed before a gate needs it.
+    """What the preflight gates of a run judge. Nothing else is computed before a gate needs it.
 
-    `n_eval_batches` is the number of held-out batches of a resumed run; None: as many as the
-    stop rule needs.
+    `state` is the run's own, before its first update; None builds one. `n_eval_batches` is the
+    number of held-out batches of a resumed run; None: as many as the stop rule needs.
     """
-    parts = (cfg, dataset, device)
+    parts, state = (cfg, dataset, device), state or build_state(cfg, dataset, device)
+    training, evaluation = RunTraining(*parts, state), RunEvaluation(*parts)
     return Subject(
         declared=RunDeclared(cfg, dataset.tokenizer.vocab_size),
         corpus=BuiltCorpus(dataset),
         data_loader=RunDataLoader(dataset.train, cfg.model.max_seq_len, cfg.seed),
         curriculum=RunCurriculum(cfg, dataset, stream_seed(cfg.seed, "order")),
         tokenizer=RunTokenizer(dataset.tokenizer),
-        model=RunModel(*parts),
+        model=RunModel(*parts, state.model),
         experts=RunExperts(*parts),
-        training=RunTraining(*parts),
+        training=training,
         checkpoints=RunCheckpoints(*parts),
         kernels=RunKernels(*parts),
         half_precision=RunHalfPrecision(*parts),
-        evaluation=RunEvaluation(*parts),
-        stopping=RunStopping(*parts, n_eval_batches),
+        evaluation=evaluation,
+        stopping=RunStopping(cfg, dataset, training, evaluation, n_eval_batches),
         sampling=RunSampling(*parts),
     )

@@ -1,13 +1,11 @@
 """What the configuration of a run promises."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from stackproof.config import RunConfig
-from stackproof.contracts.subject import Declared
+from stackproof.contracts.subject import Architecture, Declared, Schedule, UpdateLaw
 from stackproof.spec.formulas import parameter_count
 from stackproof.train import flops
 
@@ -20,7 +18,7 @@ class RunDeclared(Declared):
     vocab_size: int
 
     @property
-    def architecture(self) -> Mapping[str, Any]:
+    def architecture(self) -> Architecture:
         return self.cfg.model.model_dump()
 
     @property
@@ -36,7 +34,7 @@ class RunDeclared(Declared):
         return self.cfg.train.dtype
 
     @property
-    def schedule(self) -> Mapping[str, Any]:
+    def schedule(self) -> Schedule:
         return self.cfg.schedule.model_dump()
 
     @property
@@ -51,7 +49,7 @@ class RunDeclared(Declared):
     def max_grad_norm(self) -> float:
         return self.cfg.optim.max_grad_norm
 
-    def update_law(self, name: str, parameter: Tensor) -> Mapping[str, Any]:
+    def update_law(self, name: str, parameter: Tensor) -> UpdateLaw:
         """From the parameter's shape and place, not from the optimizer's own table."""
         optim = self.cfg.optim
         decay = {"weight_decay": optim.weight_decay if parameter.ndim >= 2 else 0.0}

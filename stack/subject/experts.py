@@ -1,11 +1,8 @@
-"""The mixture of experts of a run.
+"""The mixture of experts of a run."""
 
-Functions are looked up in their module when they are called.
-"""
+from types import ModuleType
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from stackproof.config import AuxiliaryLoss
 from stackproof.contracts.subject import Experts
@@ -17,24 +14,9 @@ from stackproof.subject.run import RunParts
 class RunExperts(RunParts, Experts):
     """The experts of a run; its gates are installed only where it has some."""
 
-    def route(self, logits_RE: Tensor, top_k: int, bias_E: Tensor | None) -> tuple:
-        return moe.route(logits_RE, top_k, bias_E)
-
-    def dispatch(
-        self,
-        x_RD: Tensor,
-        experts_Rk: Tensor,
-        weights_Rk: Tensor,
-        experts: nn.ModuleList,
-        capacity: int | None,
-    ) -> tuple:
-        return moe.dispatch(x_RD, experts_Rk, weights_Rk, experts, capacity)
-
-    def balance(self, probs_RE: Tensor, experts_Rk: Tensor) -> Tensor:
-        return moe.balance(probs_RE, experts_Rk)
-
-    def update_selection_bias(self, model: nn.Module, loads_LE: Any, rate: float) -> None:
-        moe.update_selection_bias(model, loads_LE, rate)
+    @property
+    def functions(self) -> ModuleType:
+        return moe
 
     def layer(self) -> nn.Module:
         return build_model(self.cfg.model, 2, seed=self.cfg.seed).layers[0].ffn

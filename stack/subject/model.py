@@ -2,35 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stackproof.contracts.model import in_mode
 from stackproof.contracts.subject import Model
-from stackproof.model.build import build_model
 from stackproof.model.transformer import Transformer
 from stackproof.subject.run import RunParts
 
 
+@dataclass(frozen=True)
 class RunModel(RunParts, Model):
-    """The model of a run at step 0, on its device."""
+    """The run's own model, before its first update."""
 
-    @cached_property
-    def module(self) -> Transformer:
-        return self.fresh()
+    module: Transformer
 
-    def fresh(self) -> Transformer:
-        return self.fresh_model()
+    def fresh(self, *, n_layers: int | None = None, min_dropout: float = 0.0) -> Transformer:
+        declared = self.cfg.model
+        dropout = max(declared.dropout, min_dropout)
+        return self.fresh_model(n_layers=n_layers or declared.n_layers, dropout=dropout)
 
     @property
     def max_length(self) -> int:
         return self.cfg.model.max_seq_len
-
-    @property
-    def bitwise_rows(self) -> bool:
-        return True
 
     def logits(
         self, ids_BT: Tensor, mask_BT: Tensor | None = None, labels_BT: Tensor | None = None
@@ -71,8 +67,3 @@ class RunModel(RunParts, Model):
             return attention(x_BTD, self.module.forward_context(ids_BT, None, document_ids_BT))
 
         return attend
-
-    def small(self, n_layers: int, dropout: float) -> nn.Module:
-        changes = {"n_layers": n_layers, "dropout": max(self.cfg.model.dropout, dropout)}
-        cfg = self.cfg.model.model_copy(update=changes)
-        return build_model(cfg, self.vocab_size, seed=self.cfg.seed, device=self.device)

@@ -3,50 +3,45 @@ B batch, T tokens, V vocab.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stackproof.config import RunConfig
-from stackproof.contracts.subject import MicroBatch, Trainee, TraineeOptions, Training
+from stackproof.contracts.model import in_mode
+from stackproof.contracts.subject import (
+    MicroBatch,
+    NamedParameters,
+    ResidualBlock,
+    Trainee,
+    TraineeOptions,
+    Training,
+)
 from stackproof.data.data_loader import Batch, model_inputs
 from stackproof.model import moe
 from stackproof.model.foreign import plain_name
-from stackproof.model.forward_context import Report
-from stackproof.subject.dropout import branch_draws
+from stackproof.model.forward_context import ForwardContext, Report
+from stackproof.model.transformer import Block, GatedBlock
 from stackproof.subject.run import RunParts, small_run
 from stackproof.train import checkpoint, losses
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
-from stackproof.train.state import TrainState, build_state, tensor_bytes
+from stackproof.train.state import TrainState, tensor_bytes
 
 
+@dataclass(frozen=True)
 class RunTraining(RunParts, Training):
-    """Trainees by the run's own `build_state`, with few rows."""
+    """The run's own state, and trainees by its `build_state`, with few rows."""
+
+    state: TrainState
 
     def trainee(self, options: TraineeOptions = TraineeOptions()) -> "RunTrainee":
-        state = build_state(
-            self._small(options), self.dataset, self.device, cursor=options.first_row
-        )
-        state.step = options.updates_done
-        if (scale := options.loss_scale) is not None:
-            state.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=True)
-        return RunTrainee(state)
-
-    def _small(self, options: TraineeOptions) -> RunConfig:
-        cfg = small_run(self.cfg)
-        train, optim = cfg.train, cfg.optim
-        if options.exact:
-            train, optim = train.model_copy(update={"dtype": "float32"}), optim.in_float32()
-        if (norm := options.max_grad_norm) is not None:
-            optim = optim.model_copy(update={"max_grad_norm": norm})
-        seed = cfg.seed + options.seed_offset
-        return cfg.model_copy(update={"train": train, "optim": optim, "seed": seed})
+        return RunTrainee(self.build(options))
 
     def trainee_of(self, model: nn.Module, optimizer: opt.Optimizer) -> "RunTrainee":
-        cfg = self._small(TraineeOptions(exact=True))
+        cfg = small_run(self.cfg, TraineeOptions(exact=True))
         model.activation_checkpointing = cfg.train.activation_checkpointing == "blocks"
         state = TrainState(
             cfg=cfg,
@@ -61,14 +56,16 @@ class RunTraining(RunParts, Training):
         )
         return RunTrainee(state)
 
-    def make_optimizer(self, model: Any) -> opt.Optimizer:
+    def make_optimizer(self, model: NamedParameters) -> opt.Optimizer:
         return opt.make_optimizer(model, self.cfg.optim)
 
     @property
-    def live_optimizer(self) -> tuple[Sequence[tuple[str, Tensor]], Sequence[Mapping[str, Any]]]:
-        """Those of a fresh model, which the live one equals before step 1."""
-        model = self.fresh_model()
-        return list(model.named_parameters()), self.make_optimizer(model).param_groups
+    def module(self) -> nn.Module:
+        return self.state.model
+
+    @property
+    def optimizer(self) -> opt.Optimizer:
+        return self.state.optimizer
 
     def cross_entropy_sum(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """By the kernel of the run's device: the head is the identity."""
@@ -82,14 +79,11 @@ class RunTraining(RunParts, Training):
         trainee = self.trainee_of(model, torch.optim.SGD(model.parameters(), lr=0.0))
         return trainee.accumulate([MicroBatch(ids_BT, labels_BT)])
 
-    def clip(self, model: Any) -> float:
+    def clip(self, model: NamedParameters) -> float:
         gradients = opt.gradients(model)
         norm = opt.global_norm(gradients)
         opt.clip_gradients(gradients, norm, self.cfg.optim.max_grad_norm)
         return float(norm)
-
-    def branch_draws(self) -> Sequence[tuple[tuple[int, str], Tensor, Tensor]]:
-        return branch_draws(small_run(self.cfg), self.dataset, self.device)
 
 
 class _FixedLogits(nn.Module):
@@ -151,6 +145,19 @@ class RunTrainee(Trainee):
         nats = losses.linear_cross_entropy_sum(x_BTD, self.model.head_weight, labels_BT)
         return nats + losses.balance_term(report.loads, self.model.balance_weight)
 
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> float:
+        state, labels_BT = self.state, batch.labels.to(self.state.device)
+        with in_mode(state.model, False), state.autocast():
+            x_BTD, _ = state.model.hidden_states(*model_inputs(batch, state.device))
+            nats = losses.linear_cross_entropy_sum(x_BTD, state.model.head_weight, labels_BT)
+        return float(nats) / losses.count_valid(batch.labels)
+
+    def residual_blocks(self) -> "list[RunBlock]":
+        """Without activation checkpointing, which runs a block again in the backward."""
+        self.model.activation_checkpointing = False
+        return [RunBlock(block) for block in self.model.layers]
+
     def idle_parameters(self) -> set[str]:
         idle = tuple(
             f"layers.{layer}.ffn.experts.{e}."
@@ -162,6 +169,32 @@ class RunTrainee(Trainee):
 
     def digest(self) -> dict[str, Any]:
         return digest(self.state)
+
+
+class RunBlock(ResidualBlock):
+    """A block of a model that is used for nothing else."""
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.attention_norm, self.attention = block.attention_norm, block.attention
+        self.ffn_norm, self.ffn = block.ffn_norm, block.ffn
+
+    def on_output(self, keep: Callable[[Tensor], None]) -> None:
+        """A gate of depth runs its block on some of the tokens."""
+
+        def kept(branches: Callable) -> Callable:
+            def watched(x_BTD: Tensor, context: ForwardContext) -> Tensor:
+                out_BTD = branches(x_BTD, context)
+                keep(out_BTD)
+                return out_BTD
+
+            return watched
+
+        if isinstance(self.block, GatedBlock):
+            gate = self.block.depth.forward
+            self.block.depth.forward = lambda branches, *inputs: gate(kept(branches), *inputs)
+        else:
+            self.block.forward = kept(self.block.forward)
 
 
 def _batch(batch: MicroBatch) -> Batch:

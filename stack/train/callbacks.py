@@ -251,7 +251,7 @@ class GateEvents(Callback):
             observe(loss)
         observe(RatesUsed(step, {"all": report.lr, **report.group_lrs}))
         # Every trained parameter has a gradient or decay, so an update changes all of them.
-        observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac, every_tensor=True))
+        observe(WeightsUpdated(step, report.lr, report.changed_tensor_frac))
 
     def on_evaluation(self, trainer: Trainer, report: StepReport, decision: Decision) -> None:
         state, val, found = trainer.state, report.evaluation, report.memorization

@@ -247,8 +247,13 @@ def run_preflight(trainer: Trainer, n_eval_batches: int | None) -> None:
     cfg, dataset, callbacks = trainer.cfg, trainer.dataset, trainer.callbacks
     callbacks.on_phase("preflight")
     started = time.perf_counter()
-    device, report = trainer.state.device, callbacks.on_preflight
-    n = preflight(cfg, dataset, device, trainer.keeper, report, n_eval_batches=n_eval_batches)
+    n = preflight(
+        trainer.state,
+        dataset,
+        trainer.keeper,
+        callbacks.on_preflight,
+        n_eval_batches=n_eval_batches,
+    )
     trainer.output.record.metric(
         "preflight_s", round(time.perf_counter() - started, 3), "s", better="lower"
     )

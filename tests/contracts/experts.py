@@ -51,17 +51,7 @@ class SecondModel(Model):
 class SecondExperts(Experts):
     a: Mapping[str, Any]
 
-    def route(self, logits_RE, top_k, bias_E):
-        return variants.route(logits_RE, top_k, bias_E)
-
-    def dispatch(self, x_RD, experts_Rk, weights_Rk, experts, capacity):
-        return variants.dispatch(x_RD, experts_Rk, weights_Rk, experts, capacity)
-
-    def balance(self, probs_RE, experts_Rk):
-        return variants.balance(probs_RE, experts_Rk)
-
-    def update_selection_bias(self, model, loads_LE, rate):
-        variants.update_selection_bias(model, loads_LE, rate)
+    functions = variants
 
     def layer(self):
         return variants.MixtureOfExperts(self.a)

@@ -1,9 +1,10 @@
-"""Each adapter, in its smallest real training: it emits the events that the gates of its kind
-watch, and offers what they need, but for an explicit list.
+"""Each adapter, in its smallest real run: it emits the events that the gates of its kind watch, and
+offers what they need. A gate that is not judged is pinned with its reason, so that a capability
+that an adapter stops offering is found.
 """
 
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -13,15 +14,23 @@ from stackproof.contracts.adapters import ADAPTERS, Adapter
 from stackproof.contracts.callbacks.session import judge_model
 from stackproof.contracts.gate import Verdict, resolve
 from stackproof.contracts.keeper import Gatekeeper
+from stackproof.data import account
+from stackproof.data.prepare import prepare
+from stackproof.data.tokenizer import Bytes
+from stackproof.export import huggingface
 from stackproof.museum import script
 from stackproof.museum.collection import museum_config
 from stackproof.spec.gates import load_spec
+from stackproof.spec.records import GateResult, read_record
+from stackproof.subject.declared import RunDeclared
+from stackproof.subject.training import RunTraining
 from stackproof.train import callbacks as train_callbacks
 from stackproof.train import start
 from stackproof.train.loop import train
+from tests.cli.conftest import Stack
+from tests.export import models
 
 BY_NAME = {a.name: a for a in ADAPTERS}
-NOT_OFFERED = "the trainer does not offer"
 Verdicts = Mapping[str, Verdict]
 
 
@@ -34,9 +43,12 @@ def museum(folder, **changes):
     return cfg.model_copy(update=changes)
 
 
+def of(results: Iterable[GateResult]) -> Verdicts:
+    return {r.id: Verdict(r.verdict, r.message, r.measured) for r in results}
+
+
 def stack_fresh(tmp_path, texts, only=None) -> Verdicts:
-    record = train(start.fresh(museum(texts), (), tmp_path / "run", only=only))
-    return {g.id: Verdict(g.verdict, g.message) for g in record.gates}
+    return of(train(start.fresh(museum(texts), (), tmp_path / "run", only=only)).gates)
 
 
 def stack_resumed(tmp_path, texts, only=None) -> Verdicts:
@@ -45,8 +57,7 @@ def stack_resumed(tmp_path, texts, only=None) -> Verdicts:
     child = start.fresh(
         museum(texts, train=longer), (), tmp_path / "child", parent=tmp_path / "run", only=only
     )
-    record = train(child)
-    return {g.id: Verdict(g.verdict, g.message) for g in record.gates}
+    return of(train(child).gates)
 
 
 def plain(tmp_path, texts, only=None) -> Verdicts:
@@ -103,23 +114,109 @@ def pytest_plugin(tmp_path, texts, only=None) -> Verdicts:
     return judge_model(model, optimizer=script.make_optimizer(model))
 
 
+def data_build(tmp_path, texts) -> Verdicts:
+    return of(account.judge(prepare(museum(texts).data)))
+
+
+def exported(tmp_path, texts) -> Verdicts:
+    pytest.importorskip("transformers", reason="pip install 'stackproof[hf]'")
+    keeper, model = Gatekeeper(load_spec(), kind="export"), models.ours("plain", 257)
+    huggingface.export(model, Bytes(), tmp_path / "exported", keeper, card=lambda made: "")
+    return of(keeper.results())
+
+
+def imported(tmp_path, texts) -> Verdicts:
+    exported(tmp_path, texts)
+    stack = Stack(tmp_path, tmp_path / "cache")
+    assert stack("import", "exported", "--out", "imported").code == 0
+    return of(read_record(tmp_path / "imported" / "metadata.json").gates)
+
+
+def evaluated(tmp_path, texts) -> Verdicts:
+    imported(tmp_path, texts)
+    (tmp_path / "text.txt").write_text("a text that nobody has learned")
+    asked = ("evaluate", "imported", "--text", "text.txt", "--json")
+    said = Stack(tmp_path, tmp_path / "cache")(*asked).json
+    return of(read_record(tmp_path / said["run_dir"] / "metadata.json").gates)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One adapter: how it is run, and the gates that need a capability which it does not offer."""
+    """One adapter: how it is run; the gates that are not judged there, with their reasons; and of
+    gates with several parts those that are.
+    """
 
     adapter: Adapter
     run: Callable[..., Verdicts]
-    not_offered: Set[str] = frozenset()
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+    def gates(self, texts) -> set[str]:
+        """Every gate that has a verdict. That of a data set has a list of its own."""
+        if self.adapter.kind == "data":
+            return set(account.GATES)
+        config = museum(texts).to_dict() if self.adapter.kind == "train" else {}
+        return {g.id for g in self.adapter.gates(load_spec()) if g.applies_to(config)}
 
 
+NO_TOKENIZER = (
+    "the trainer does not offer Corpus.splits; the trainer does not offer Tokenizer.n_ids: no "
+    "tokenizer with a length was given"
+)
+FEW_ROWS = "fewer than 26 rows that are long enough were drawn, too few for an order"
+OWNED = {"optim.parameter-groups": "ownership"}
+PADDED = OWNED | {"model.isolation": "padding"}
+OURS = {
+    "model.isolation": "documents",
+    "optim.parameter-groups": "ownership, laws, movement",
+    "tokenizer.identity": "shards and model",
+}
 CASES = {
-    "stack train": Case(BY_NAME["train"], stack_fresh),
-    "stack train, continued": Case(BY_NAME["resume"], stack_resumed),
-    "plain": Case(BY_NAME["plain"], plain),
-    "Hugging Face": Case(BY_NAME["huggingface"], hugging_face, {"tokenizer.identity"}),
-    "TRL": Case(BY_NAME["huggingface"], trl),
-    "Lightning": Case(BY_NAME["lightning"], lightning, {"tokenizer.identity", "model.tied-head"}),
-    "pytest": Case(BY_NAME["pytest"], pytest_plugin, {"tokenizer.identity"}),
+    "stack train": Case(
+        BY_NAME["train"],
+        stack_fresh,
+        {"runtime.learned": "10 steps are too few to have learned"},
+        OURS,
+    ),
+    "stack train, continued": Case(
+        BY_NAME["resume"],
+        stack_resumed,
+        {"runtime.learned": "its beginning was not seen"},
+        OURS,
+    ),
+    "stack data build": Case(BY_NAME["data"], data_build, parts={"tokenizer.identity": "shards"}),
+    "stack export": Case(BY_NAME["export"], exported),
+    "stack import": Case(BY_NAME["import"], imported),
+    "stack evaluate": Case(BY_NAME["evaluate"], evaluated),
+    "plain": Case(BY_NAME["plain"], plain, {}, PADDED | {"tokenizer.identity": "model"}),
+    "Hugging Face": Case(
+        BY_NAME["huggingface"],
+        hugging_face,
+        {"data.fresh-rows": FEW_ROWS, "tokenizer.identity": NO_TOKENIZER},
+        PADDED,
+    ),
+    "TRL": Case(
+        BY_NAME["huggingface"],
+        trl,
+        {"data.fresh-rows": FEW_ROWS},
+        PADDED | {"tokenizer.identity": "model"},
+    ),
+    "Lightning": Case(
+        BY_NAME["lightning"],
+        lightning,
+        {
+            "checkpoint.reloads": "the check was not called",
+            "data.fresh-rows": FEW_ROWS,
+            "model.isolation": "the model takes no attention mask and no packed documents",
+            "model.tied-head": (
+                "the trainer does not offer Declared.tied_head: the model has no "
+                "config.tie_word_embeddings"
+            ),
+            "tokenizer.identity": NO_TOKENIZER,
+        },
+        OWNED,
+    ),
+    "pytest": Case(BY_NAME["pytest"], pytest_plugin, {"tokenizer.identity": NO_TOKENIZER}, PADDED),
 }
 
 
@@ -151,9 +248,30 @@ def test_an_adapter_emits_what_its_gates_watch_and_offers_what_they_need(
     verdicts = case.run(tmp_path, museum_folder)
     assert unwatched(case.adapter, emitted) == {}
     assert set(case.adapter.events) == emitted, "as the table of adapters says"
-    missing = {g for g, v in verdicts.items() if v.message.startswith(NOT_OFFERED)}
-    assert missing == case.not_offered
+    assert verdicts.keys() == case.gates(museum_folder)
+    assert {g: v.message for g, v in verdicts.items() if v.outcome == "not_run"} == case.not_run
+    assert parts_of(verdicts) == case.parts
     assert not [g for g, v in verdicts.items() if v.outcome == "fail"]
+
+
+def parts_of(verdicts: Verdicts) -> dict[str, str]:
+    """What was judged, of gates with several parts."""
+    return {g: v.measured["judged"] for g, v in verdicts.items() if g in OURS and v.passed}
+
+
+def test_every_adapter_is_run():
+    assert {case.adapter.name for case in CASES.values()} == BY_NAME.keys()
+
+
+def test_a_capability_that_an_adapter_stops_offering_is_found(tmp_path, museum_folder, monkeypatch):
+    """A whole gate is not judged without the loss from logits, and a part of one without laws."""
+    monkeypatch.delattr(RunTraining, "cross_entropy_sum")
+    monkeypatch.delattr(RunDeclared, "update_law")
+    gates = ("loss.golden", "optim.parameter-groups")
+    verdicts = stack_fresh(tmp_path, museum_folder, only=gates)
+    golden = verdicts["loss.golden"]
+    assert golden.outcome == "not_run" and "Training.cross_entropy_sum" in golden.message
+    assert parts_of(verdicts) == {"optim.parameter-groups": "ownership, movement"}
 
 
 def test_an_adapter_that_stops_emitting_an_event_is_found(

@@ -4,6 +4,7 @@ beyond rounding elsewhere.
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,8 +30,6 @@ CPU = torch.device("cpu")
 
 class Plain(Model):
     """A model that is called with ids, and with document ids if it takes them."""
-
-    bitwise_rows = True
 
     def __init__(self, module, vocab_size, max_length):
         self.module, self.vocab_size, self.max_length = module, vocab_size, max_length
@@ -115,8 +114,8 @@ def test_causal_leaves_mode_and_random_state(spec, subject):
 
 
 def test_a_rounding_is_no_leak_where_bits_are_not_promised(spec, subject):
-    """A future of 1e-6 of the logits: red under the promise of bits, green to rounding, and red
-    there too once it is 1e-3.
+    """A future of 1e-6 of the logits: red for a declared architecture, green to rounding without
+    one, and red there too once it is 1e-3.
     """
 
     def peeking(size):
@@ -127,16 +126,16 @@ def test_a_rounding_is_no_leak_where_bits_are_not_promised(spec, subject):
     small = changed(subject, model={"logits": peeking(1e-4)})
     verdict = call_check(gate, small)
     assert verdict.outcome == "fail" and verdict.measured["leak_abs"] < 1e-2
-    verdict = call_check(gate, changed(small, model={"bitwise_rows": False}))
+    verdict = call_check(gate, replace(small, declared=Declared()))
     assert verdict.passed and 0 < verdict.measured["leak_rel"] < 1e-4
-    large = changed(subject, model={"logits": peeking(1.0), "bitwise_rows": False})
-    verdict = call_check(gate, large)
+    large = changed(subject, model={"logits": peeking(1.0)})
+    verdict = call_check(gate, replace(large, declared=Declared()))
     assert verdict.outcome == "fail" and verdict.measured["leak_rel"] > 1e-3
 
 
 def test_causal_sees_rows_and_labels_of_any_trainer(spec, subject):
     honest, gate = subject.model.logits, spec.gates["model.causal"]
-    other = {"bitwise_rows": False, "takes_labels": True}
+    subject, other = replace(subject, declared=Declared()), {"takes_labels": True}
 
     def rows(ids, mask=None, labels=None):
         return honest(ids) + 0.01 * ids[0, 0]

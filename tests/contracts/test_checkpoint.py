@@ -12,15 +12,15 @@ from stackproof.contracts.subject import Subject, TraineeOptions
 from stackproof.museum import script
 from stackproof.museum.plant import load_museum
 from stackproof.subject.checkpoints import FILES, REQUIRED_STATE, WrittenCheckpoint
-from stackproof.subject.run import tiny_run
+from stackproof.subject.run import small_run
 from stackproof.subject.training import RunTrainee
 from stackproof.train.state import build_state, live_crc32
-from tests.subjects import changed
+from tests.subjects import TINY, changed
 
 
 @pytest.fixture
 def saved(small_cfg, dataset, subject, tmp_path) -> WrittenCheckpoint:
-    state = build_state(tiny_run(small_cfg), dataset, torch.device("cpu"))
+    state = build_state(small_run(small_cfg, TINY), dataset, torch.device("cpu"))
     live = live_crc32(state)
     subject.checkpoints.save(RunTrainee(state), tmp_path)
     return WrittenCheckpoint(tmp_path / "step-00000000", 0, True, live)

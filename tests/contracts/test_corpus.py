@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from stackproof.contracts.corpus import GOOD, PLANTED, SENTENCES
 from stackproof.contracts.gate import call_check
 from stackproof.data import filters
 from stackproof.data.prepare import prepare
-from stackproof.data.subject import data_set_subject
+from stackproof.data.subject import GramScanner, data_set_subject
 from stackproof.museum.collection import QUESTIONS
 from stackproof.museum.plant import load_museum, swap, touches
 from stackproof.subject.assemble import subject_of
@@ -281,10 +282,12 @@ def test_decontamination_is_red_on_one_evaluation_text(spec, subject):
 
 
 def test_decontamination_is_red_on_stored_runs_of_something_else(spec, subject):
-    grams = np.asarray(subject.corpus.evaluation_grams)
-    others = subject.corpus.gram_set(SENTENCES[8:]), np.append(grams, grams[-1] + np.uint64(1))
+    honest = subject.corpus.contamination_scanner
+    grams = np.asarray(honest(None).grams)
+    others = honest(SENTENCES[8:]), GramScanner(np.append(grams, grams[-1] + np.uint64(1)))
     for other in others:
-        verdict = judge("corpus.decontamination", spec, subject, evaluation_grams=other)
+        scanner = lambda texts, other=other: other if texts is None else honest(texts)  # noqa: E731
+        verdict = judge("corpus.decontamination", spec, subject, contamination_scanner=scanner)
         assert verdict.outcome == "fail"
 
 
@@ -298,8 +301,9 @@ def test_decontamination_is_red_on_a_set_that_is_mostly_too_short_to_be_found(sp
 
 
 def test_decontamination_is_red_on_a_scanner_that_sees_it_everywhere(spec, subject):
-    shares_gram = lambda text, grams: True  # noqa: E731
-    verdict = judge("corpus.decontamination", spec, subject, shares_gram=shares_gram)
+    everywhere = SimpleNamespace(n_grams=1, finds=lambda text: True)
+    scanner = {"contamination_scanner": lambda texts: everywhere}
+    verdict = judge("corpus.decontamination", spec, subject, **scanner)
     assert verdict.outcome == "fail" and verdict.measured["canary_found"] is False
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stackproof.config import BanditCurriculum, StaticCurriculum
-from stackproof.contracts.curriculum import Draws, GradientShock
+from stackproof.contracts.curriculum import CAPS, Draws, GradientShock
 from stackproof.contracts.events import BatchDrawn, Started, StepTaken
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.data.curriculum import make_sampler
@@ -237,7 +237,7 @@ class Fixed:
 
 
 def test_reward_is_red_on_a_bandit_that_never_learns(spec, subject):
-    in_turn = lambda: Fixed(n % 3 for n in range(91))  # noqa: E731
+    in_turn = lambda caps: Fixed(n % 3 for n in range(91))  # noqa: E731
     blind = judge("curriculum.reward", spec, subject, bandit=in_turn)
     assert blind.outcome == "fail" and blind.measured["useful_turns"] == pytest.approx(
         1 / 3, abs=0.02
@@ -247,7 +247,7 @@ def test_reward_is_red_on_a_bandit_that_never_learns(spec, subject):
 
 
 def test_reward_is_red_where_a_source_is_never_tried(spec, subject):
-    two_of_three = lambda: Fixed(n % 2 for n in range(91))  # noqa: E731
+    two_of_three = lambda caps: Fixed(n % 2 for n in range(91))  # noqa: E731
     verdict = judge("curriculum.reward", spec, subject, bandit=two_of_three)
     assert verdict.outcome == "fail" and "1 source(s) none" in verdict.message
 
@@ -256,13 +256,13 @@ def test_state_is_red_on_a_revived_arm(spec, subject):
     """A cap of 0 that is not looked at when a state is loaded: the source takes part again."""
     honest = subject.curriculum.bandit
     assert call_check(spec.gates["curriculum.state"], subject).passed
-    verdict = judge("curriculum.state", spec, subject, bandit=lambda capped="": honest())
+    verdict = judge("curriculum.state", spec, subject, bandit=lambda caps: honest(CAPS))
     assert verdict.outcome == "fail" and "list" in verdict.message and verdict.measured["arms"] == 3
 
 
 def test_state_is_red_on_dropped_arms_that_are_not_named(spec, subject):
-    def silent(capped=""):
-        made = subject.curriculum.bandit(capped)
+    def silent(caps):
+        made = subject.curriculum.bandit(caps)
         load = made.load_state_dict
         made.load_state_dict = lambda state: load(state) and []
         return made

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stackproof.contracts.curriculum import TURNS, _play
+from stackproof.contracts.curriculum import CAPS, TURNS, _play
 from stackproof.contracts.gate import call_check
 from stackproof.data.sampler import MixtureSampler
 from stackproof.museum.plant import load_museum
@@ -48,7 +48,7 @@ def test_reward_is_red_on_a_bandit_that_never_looks_back(spec, subject):
         )
         names = [s.name for s in Fixed.sources]
         turns = [names.index(n) for n in first + second + ["useful"]]
-        return judge("curriculum.reward", spec, subject, bandit=lambda: Fixed(turns))
+        return judge("curriculum.reward", spec, subject, bandit=lambda caps: Fixed(turns))
 
     assert verdict(18).passed
     red = verdict(17)
@@ -62,7 +62,7 @@ def test_reward_is_red_where_the_common_trend_is_merit(spec, subject):
     without a trend the same bandit is green.
     """
     with load_museum()["curriculum.trend-is-merit"].apply():
-        plain = _play(subject.curriculum.bandit(), 0.0).count("useful") / TURNS
+        plain = _play(subject.curriculum.bandit(CAPS), 0.0).count("useful") / TURNS
         verdict = call_check(spec.gates["curriculum.reward"], subject)
     assert plain > 0.6  # measured 0.75
     assert verdict.outcome == "fail" and verdict.measured["useful_turns"] < 0.4  # measured 0.34
@@ -117,8 +117,8 @@ def test_reward_is_red_where_rows_do_not_follow_the_focus(spec, subject, moved, 
     three rows are the slack.
     """
 
-    def shifted():
-        made = subject.curriculum.bandit()
+    def shifted(caps):
+        made = subject.curriculum.bandit(caps)
         at = made.at
 
         def moving(numbers):

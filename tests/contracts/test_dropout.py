@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stackproof.contracts.gate import call_check
-from stackproof.contracts.subject import Declared, Subject, Training
+from stackproof.contracts.subject import Declared, Subject, Trainee, Training
 from stackproof.museum.plant import load_museum
 from stackproof.subject.assemble import subject_of
 
@@ -35,9 +35,46 @@ def test_gate_is_red_on_its_plants(spec, small_cfg, dataset):
             assert verdict.outcome == "fail", plant_id
 
 
-class Draws(Training):
+class Block:
+    """A block whose branches give one tensor and add another one to the stream."""
+
+    def __init__(self):
+        self.attention_norm, self.attention, self.ffn_norm, self.ffn = (
+            torch.nn.Identity() for _ in range(4)
+        )
+
+    def on_output(self, keep):
+        self.keep = keep
+
+    def run(self, attention, ffn):
+        middle = attention[1]
+        self.attention_norm(torch.zeros_like(middle)[None])
+        self.attention(attention[0][None])
+        self.ffn_norm(middle[None])
+        self.ffn(ffn[0][None])
+        self.keep((middle + ffn[1])[None])
+
+
+class Replayed(Training, Trainee):
+    """A training in whose steps the branches give and add what was drawn by hand."""
+
     def __init__(self, draws):
-        self.branch_draws = lambda: draws
+        draws = list(draws)
+        self.blocks = [Block() for _ in range(1 + max(layer for (layer, _), _, _ in draws))]
+        self.drawn = iter([(given, added) for _, given, added in draws])
+
+    def trainee(self):
+        return self
+
+    def residual_blocks(self):
+        return self.blocks
+
+    def draw(self):
+        return ()
+
+    def step(self, batches):
+        for block, attention, ffn in zip(self.blocks, self.drawn, self.drawn):
+            block.run(attention, ffn)
 
 
 class Declaration(Declared):
@@ -55,7 +92,7 @@ def by_hand(mask_of, rate=0.1, factor=None, *, declared=None, n_layers=1, n_toke
             added = given * mask_of(draw) * factor
             draws.append(((0, branch), given[:n_tokens], added[:n_tokens]))
     promised = Declaration(rate if declared is None else declared, n_layers)
-    return Subject(declared=promised, training=Draws(draws))
+    return Subject(declared=promised, training=Replayed(draws))
 
 
 def fresh(rate):

@@ -18,7 +18,7 @@ from stackproof.contracts.evaluation import Divergence, OverfitOnset, SameBatche
 from stackproof.contracts.events import Evaluated
 from stackproof.contracts.gate import call_check, limits_of
 from stackproof.contracts.model import overfit_batch
-from stackproof.contracts.subject import Stopping, Subject
+from stackproof.contracts.subject import Evaluation, Stopping, Subject, Trainee, Training
 from stackproof.evaluate.stopping import NeverStopRule, StopRule, batches_needed
 from stackproof.museum.plant import load_museum, touches
 from stackproof.spec.errors import DataError
@@ -70,15 +70,15 @@ def test_mean_of_means_is_far_beyond_the_limit(spec, small_cfg, dataset):
 
 
 def test_invariance_refuses_a_model_without_dropout(spec, subject):
-    def without_dropout(n_layers, dropout):
-        model = subject.model.small(n_layers, dropout)
+    def without_dropout(**options):
+        model = subject.model.fresh(**options)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         return model
 
     verdict = call_check(
-        spec.gates["evaluation.invariance"], changed(subject, model={"small": without_dropout})
+        spec.gates["evaluation.invariance"], changed(subject, model={"fresh": without_dropout})
     )
     assert verdict.outcome == "fail" and "no dropout" in verdict.message
 
@@ -93,17 +93,45 @@ DECLARED = {
 }
 
 
-class FixedStopping(Stopping):
-    """A rule, what is declared of it, and a spread and a number of batches that were measured."""
+SPREAD = 0.03 * (1 - 1e-6)  # below the limit by more than float32 rounds
 
-    paired_difference_std = 0.03
+
+class FixedStopping(Stopping):
+    """A rule, what is declared of it, and a number of batches."""
+
+    batch_rows = 4
 
     def __init__(self, rule, n_eval_batches=16, **declared):
         self.rule, self.n_eval_batches, self.declared = rule, n_eval_batches, DECLARED | declared
 
 
+class Spread(Training, Evaluation, Trainee):
+    """A training whose update moves the losses of two held-out rows apart: SPREAD for batches of
+    four rows.
+    """
+
+    def __init__(self):
+        self.steps = 0
+
+    def trainee(self, options=None):
+        return self
+
+    def draw(self):
+        return ()
+
+    def step(self, batches):
+        self.steps += 1
+
+    def held_out_batches(self, n_rows, n_max):
+        return (-1, 1)
+
+    def evaluate(self, row):
+        return row * (self.steps - 1) * SPREAD * 2 / 2**0.5
+
+
 def judged(spec, rule, **changes):
-    subject = Subject(stopping=FixedStopping(rule, **changes))
+    measured = {"training": Spread(), "evaluation": Spread()}
+    subject = Subject(stopping=FixedStopping(rule, **changes), **measured)
     return call_check(spec.gates["evaluation.stop-rule"], subject)
 
 

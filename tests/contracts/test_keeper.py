@@ -132,7 +132,7 @@ def test_judging_many_gates_stops_at_none_and_keeps_what_was_raised(spec, subjec
         (
             "optim.movement",
             StateCompared(1, "evaluation", 3, ()),
-            WeightsUpdated(2, 1e-3, 1.0, every_tensor=True),
+            WeightsUpdated(2, 1e-3, 1.0),
         ),
         ("runtime.mode", ModuleModes(1, "evaluation", ()), ModuleModes(2, "training", ())),
     ],

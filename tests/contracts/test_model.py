@@ -117,8 +117,8 @@ def wide_subject(seed=5):
     """The default model for a vocabulary of bytes."""
     cfg = pocket()
     of_bytes = SimpleNamespace(tokenizer=Bytes())
-    subject = Subject(declared=RunDeclared(cfg, 257), model=RunModel(cfg, of_bytes, CPU))
-    return changed(subject, model={"module": build_model(cfg.model, 257, seed=seed)})
+    model = RunModel(cfg, of_bytes, CPU, build_model(cfg.model, 257, seed=seed))
+    return Subject(declared=RunDeclared(cfg, 257), model=model)
 
 
 @pytest.mark.parametrize("change", ["uniform", "halves"])

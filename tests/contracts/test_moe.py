@@ -3,6 +3,7 @@ and sharp enough to see small errors.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,9 +49,11 @@ def declared(ffn):
 
 
 def judged(spec, gate_id, ffn, training=None, **changes):
-    """`changes` are members of the experts."""
+    """`changes` are members of the experts, or their functions."""
     subject = experts.subject_of(declared(ffn))
-    subject = changed(subject, experts=changes, training=training or {})
+    members = {name: changes.pop(name) for name in ("layer", "model") if name in changes}
+    members["functions"] = SimpleNamespace(**vars(variants) | changes) if changes else variants
+    subject = changed(subject, experts=members, training=training or {})
     return call_check(spec.gates[gate_id], subject)
 
 

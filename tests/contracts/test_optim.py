@@ -44,7 +44,7 @@ GROUPS = "optim.parameter-groups"
 def test_groups_are_green_on_the_stack(spec, subject):
     verdict = call_check(spec.gates[GROUPS], subject)
     assert verdict.outcome == "pass", verdict.message
-    named, _ = subject.training.live_optimizer
+    named = list(subject.training.module.named_parameters())
     assert verdict.measured["owned"] == len(named)
     assert verdict.measured["judged"] == "ownership, laws, movement"
 
@@ -60,16 +60,15 @@ def test_groups_measure_which_parts_were_judged(spec, subject):
 
 
 def test_groups_see_what_is_missing_twice_or_strange(spec, subject):
-    named, groups = subject.training.live_optimizer
-    first, *rest = groups
+    first, *rest = subject.training.optimizer.param_groups
     for params, measured in (
         (first["params"][:-1], "missing"),
         ([*first["params"], rest[0]["params"][0]], "twice"),
         ([*first["params"], torch.nn.Parameter(torch.ones(2))], "strangers"),
     ):
-        live = (named, [first | {"params": params}, *rest])
+        optimizer = SimpleNamespace(param_groups=[first | {"params": params}, *rest])
         verdict = call_check(
-            spec.gates[GROUPS], changed(subject, training={"live_optimizer": live})
+            spec.gates[GROUPS], changed(subject, training={"optimizer": optimizer})
         )
         assert verdict.outcome == "fail" and verdict.measured[measured] == 1
         assert verdict.measured["judged"] == "ownership"
@@ -97,12 +96,12 @@ def test_decay_groups_are_red_on_the_foreign_plant(spec):
 
 
 @pytest.mark.parametrize("plant_id", ["optim.decay-on-norms", "optim.no-decay"])
-def test_decay_is_judged_where_biases_and_gains_decay(spec, subject, plant_id):
+def test_decay_is_judged_where_biases_and_gains_decay(spec, subject, small_cfg, dataset, plant_id):
     """The gate of biases and gains is red on the first alone: no decay at all pulls none."""
     gate = spec.gates["optim.decay-groups"]
     assert call_check(gate, subject).passed
     with load_museum()[plant_id].apply():
-        verdict = call_check(gate, subject)
+        verdict = call_check(gate, under(small_cfg.optim, small_cfg, dataset))
     assert verdict.outcome == ("fail" if plant_id == "optim.decay-on-norms" else "pass")
 
 
@@ -496,7 +495,7 @@ def test_groups_call_a_model_that_explodes_by_its_name(spec, subject):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_muon_gradient_that_is_not_finite_is_infinitely_wrong(subject, value):
     """Also where the weight stood still; the decomposition of such a gradient raises."""
-    named, _ = subject.training.live_optimizer
+    named = list(subject.training.module.named_parameters())
     laws = {n: subject.declared.update_law(n, p) for n, p in named}
     before = next(p.detach() for n, p in named if laws[n]["rule"] == "muon")
     law = next(law for law in laws.values() if law["rule"] == "muon")
@@ -532,7 +531,7 @@ def test_reference_update_is_red_where_one_weight_becomes_no_number(
 
         return make
 
-    for place in (0, 1, len(honest.training.live_optimizer[0]) - 1):
+    for place in (0, 1, len(list(honest.training.module.parameters())) - 1):
         verdict = call_check(
             spec.gates["optim.reference-update"],
             changed(honest, training={"make_optimizer": breaking(place)}),

@@ -29,6 +29,7 @@ from stackproof.contracts.rows import FreshRows
 from stackproof.contracts.runtime import LossNotConstant, LossSpike, Trend
 from stackproof.contracts.subject import DataLoader, Subject
 from stackproof.data.sampler import Source
+from tests.contracts.test_dropout import Replayed
 from tests.contracts.test_optim import step_taken
 from tests.subjects import changed
 
@@ -398,9 +399,8 @@ def test_dropout_law(spec):
             )
 
     def passes(dropped):
-        training = SimpleNamespace(branch_draws=lambda: draws(dropped))
         declared = SimpleNamespace(architecture={"dropout": 0.1, "n_layers": 2})
-        judged = Subject(declared=declared, training=training)
+        judged = Subject(declared=declared, training=Replayed(draws(dropped)))
         return call_check(spec.gates["model.dropout-law"], judged).passed
 
     assert worst <= rates.false_alarm < 1.2 * worst and all(passes(0.1) for _ in range(100))

@@ -56,12 +56,12 @@ def likeliest(wrong, subject):
     """The most likely token stands in the last place: the last token of the gate's distribution is
     impossible.
     """
-    honest = subject.sampling.filtered_probs
+    honest = subject.sampling.token_probs
 
-    def filtered_probs(logits_V, **options):
+    def token_probs(logits_V, **options):
         return wrong(honest(logits_V, **options).roll(-1)).roll(1)
 
-    return changed(subject, sampling={"filtered_probs": filtered_probs})
+    return changed(subject, sampling={"token_probs": token_probs})
 
 
 def cached_only(wrong, subject):

@@ -359,7 +359,6 @@ class VariantModel(subject.Model):
     a: dict
     seed: int = 3
     vocab_size: int = VOCAB_SIZE
-    bitwise_rows: bool = True
 
     @cached_property
     def module(self) -> Decoder:

@@ -19,12 +19,12 @@ from stackproof.model.build import build_model
 from stackproof.museum.plant import swap
 from stackproof.spec.gates import load_spec
 from stackproof.subject.assemble import subject_of
-from stackproof.subject.run import tiny_run
+from stackproof.subject.run import small_run
 from stackproof.subject.training import advance
 from stackproof.train.kernels import kernels_of
 from stackproof.train.state import build_state
 from tests.kernels.support import DEVICE, broken
-from tests.subjects import changed
+from tests.subjects import TINY, changed
 
 TRITON = {name: "triton" for name, op in OPERATIONS.items() if "triton" in op.kernels}
 PLACE = torch.device(DEVICE)
@@ -33,7 +33,7 @@ PLACE = torch.device(DEVICE)
 @pytest.fixture(scope="module")
 def cfg(small_cfg):
     """A model of a few hundred parameters, and rows longer than one tile of attention."""
-    tiny = tiny_run(small_cfg)
+    tiny = small_run(small_cfg, TINY)
     model = tiny.model.model_copy(update={"max_seq_len": 80})
     train = tiny.train.model_copy(
         update={"tokens_per_step": 160, "micro_batch_size": 2, "kernels": "triton"}

@@ -15,11 +15,12 @@ from stackproof import tensorfile
 from stackproof.config import AdamW, Muon
 from stackproof.spec.canonical import canonical_json, sha256_bytes
 from stackproof.spec.errors import CheckpointError
-from stackproof.subject.run import small_run, tiny_run
+from stackproof.subject.run import small_run
 from stackproof.subject.training import advance, digest
 from stackproof.train import checkpoint
 from stackproof.train.state import build_state
 from tests.processes import Command
+from tests.subjects import TINY
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def document(state, dataset):
 
 @pytest.fixture
 def state(small_cfg, dataset):
-    return build_state(tiny_run(small_cfg), dataset, CPU)
+    return build_state(small_run(small_cfg, TINY), dataset, CPU)
 
 
 # In a process of its own: a fork copies pages as it touches them, and of forty forks of a worker
@@ -91,7 +92,7 @@ def test_forty_sigkills_during_saves_always_leave_a_good_checkpoint(small_cfg, d
     whatever `latest` names always loads.
     """
     done = Command(
-        tiny_run(small_cfg).model_dump_json(),
+        small_run(small_cfg, TINY).model_dump_json(),
         str(tmp_path / "checkpoints"),
         folder=tmp_path,
         code=STORM,
@@ -182,7 +183,7 @@ def test_a_restored_run_goes_on_bit_for_bit(small_cfg, dataset, tmp_path, optim)
 
 def test_the_state_of_another_optimizer_is_refused(small_cfg, dataset, tmp_path):
     mine, other = (
-        build_state(tiny_run(small_cfg.model_copy(update={"optim": o})), dataset, CPU)
+        build_state(small_run(small_cfg.model_copy(update={"optim": o}), TINY), dataset, CPU)
         for o in OPTIMS.values()
     )
     advance(mine)

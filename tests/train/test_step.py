@@ -9,10 +9,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from stackproof.config import load_config
-from stackproof.subject.run import tiny_run
+from stackproof.subject.run import small_run
 from stackproof.train import optimizer as opt
 from stackproof.train import step as steps
 from stackproof.train.state import build_state
+from tests.subjects import TINY
 
 WAITING = [
     getattr(torch.Tensor, n)
@@ -42,7 +43,7 @@ class Waits(TorchFunctionMode):
 
 
 def begun(cfg, dataset, n_layers=1, sets=()):
-    cfg = tiny_run(cfg)
+    cfg = small_run(cfg, TINY)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"n_layers": n_layers})})
     state = build_state(load_config(cfg, sets=tuple(sets))[0], dataset, torch.device("cpu"))
     return state, [state.data_loader.next_batch() for _ in range(2)]
