@@ -33,7 +33,7 @@ def attention(
     (bool, query by key) takes the place of start and window where one mask was made for all layers.
     `scale` is 1/√H unless given. `chunks`: long rows by `chunked_attention`. Returns (B, N, T, H)
     in the dtype of the input. Raises UsageError for shapes that do not fit. Oracle:
-    `stackproof.kernels.reference.attention`.
+    `stackproof.contracts.kernel_reference.attention`.
     """
     if mask_B1TS is not None:
         return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale, chunks=chunks)
@@ -146,7 +146,7 @@ def document_attention(
     reads key/value head n // (N/K).
 
     Returns shape (B, N, T, H), dtype of the input.
-    Oracle: `stackproof.kernels.reference.attention`.
+    Oracle: `stackproof.contracts.kernel_reference.attention`.
     """
     return _attend(q_BNTH, k_BKTH, v_BKTH, mask_B1TT, scale, chunks)
 

@@ -51,7 +51,7 @@ def attention(
 
     Query head n reads key/value head n // G; a query that sees no key gives zeros. Float32 or
     float64, any strides. Returns (B, N, T, H) in that type, laid out as (B, T, N, H). Has no second
-    derivative. Oracle: `stackproof.kernels.reference.attention`.
+    derivative. Oracle: `stackproof.contracts.kernel_reference.attention`.
     """
     return _forward(
         q_BNTH, k_BKSH, v_BKSH, mask_B1TS, q_BNTH.shape[-1] ** -0.5 if scale is None else scale

@@ -33,9 +33,8 @@ def linear_cross_entropy(
     It holds logits, then probabilities, then the gradient; both gradients are therefore complete
     when the forward ends. Products run in the autocast type, those in float32 on the CPU
     `by_onednn` if wanted; the rest runs in float32.
-    Idea: github.com/linkedin/Liger-Kernel. Oracle:
-    `stackproof.kernels.reference.linear_cross_entropy`. Raises UsageError for a label outside the
-    vocabulary, on the CPU.
+    Idea: github.com/linkedin/Liger-Kernel. Raises UsageError for a label outside the vocabulary, on
+    the CPU. Oracle: `stackproof.contracts.kernel_reference.linear_cross_entropy`.
     """
     if not labels_R.is_cuda and len(labels_R):
         _refuse_strangers(labels_R, len(weight_VD), ignore_index)

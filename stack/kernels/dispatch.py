@@ -2,7 +2,7 @@
 The model calls kernels only through this module.
 
 B batch, T tokens, S keys. Each operation takes the arguments of its reference in
-`stackproof.kernels.reference`.
+`stackproof.contracts.kernel_reference`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ def _operation(name: str) -> Callable[..., Any]:
         return (function if _replace is None else _replace(name, function))(x, *rest, **options)
 
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"Same arguments as `stackproof.kernels.reference.{name}`."
+    call.__doc__ = f"Same arguments as `stackproof.contracts.kernel_reference.{name}`."
     return call
 
 

@@ -27,7 +27,7 @@ def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor
     """x·weightᵀ + bias over the last axis, float32.
     What is small, of another type or under autocast is torch's own, and so are errors.
 
-    Has no second derivative. Oracle: `stackproof.kernels.reference.linear`.
+    Has no second derivative. Oracle: `stackproof.contracts.kernel_reference.linear`.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
     if n_rows * weight_MD.numel() < LEAST_MULTIPLY_ADDS or not _fits(x, weight_MD, bias_M):

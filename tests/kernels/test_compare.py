@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from stackproof.contracts import kernel_call
+from stackproof.contracts.kernel_call import Case, Layout
+from stackproof.contracts.kernel_reference import REFERENCES
 from stackproof.contracts.loss import gradient_errors
-from stackproof.kernels import case, choice, compare, dispatch, eager, samples
-from stackproof.kernels.case import Case, Layout
+from stackproof.kernels import choice, compare, dispatch, eager, samples
 from stackproof.kernels.table import OPERATIONS
 from stackproof.kernels.triton import launch
 
@@ -38,8 +40,8 @@ def test_the_reference_in_pieces_is_the_whole_one(monkeypatch, op, numbers):
     """
     for one in samples.cases(OPERATIONS[op], CPU, torch.float64):
         drawn = one.draw()
-        whole = one.results(OPERATIONS[op].reference(), drawn)
-        monkeypatch.setattr(case, "PIECE_NUMBERS", numbers)
+        whole = one.results(REFERENCES[op], drawn)
+        monkeypatch.setattr(kernel_call, "PIECE_NUMBERS", numbers)
         assert max(gradient_errors(one.expected(drawn), whole).values()) < 1e-12
         by_torch = one.results(dispatch.function_of(OPERATIONS[op].kernels["torch"]), drawn)
         assert (
@@ -60,10 +62,10 @@ def test_pieces_keep_documents_masks_and_shared_heads(monkeypatch):
         {"start_BS": start, "window": 2},
         {"mask_B1TS": torch.rand(1, 1, 5, 7) < 0.6},
     ):
-        one = Case(OPERATIONS["attention"], qkv | seen, CPU)
-        whole = one.results(OPERATIONS["attention"].reference(), one.draw())
+        one = Case("attention", qkv | seen, CPU)
+        whole = one.results(REFERENCES["attention"], one.draw())
         for numbers in (1, 14, 30, 150):
-            monkeypatch.setattr(case, "PIECE_NUMBERS", numbers)
+            monkeypatch.setattr(kernel_call, "PIECE_NUMBERS", numbers)
             assert max(gradient_errors(one.expected(one.draw()), whole).values()) < 1e-12
 
 
@@ -88,7 +90,7 @@ def test_strides_and_repeated_dimensions_are_drawn_as_they_were():
 
 
 def raced(kernel, seconds, rel_error=1e-7):
-    return compare.Raced(Case(OPERATIONS["rope"], {}, CPU), kernel, seconds, rel_error)
+    return compare.Raced(Case("rope", {}, CPU), kernel, seconds, rel_error)
 
 
 @pytest.mark.parametrize(

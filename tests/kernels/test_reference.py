@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stackproof.kernels import reference
+from stackproof.contracts import kernel_reference as reference
 
 
 def one_query_at_a_time(q, k, v, sees, scale):

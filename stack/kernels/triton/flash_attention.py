@@ -65,7 +65,7 @@ def attention(
     float32 products are not rounded to TF32. Returns (B, N, T, H) in the dtype of the input, laid
     out as (B, T, N, H). Raises UsageError for shapes or dtypes that do not fit, EnvironmentUnfit
     where Triton cannot run. With `mask_B1TS`, whose keys may be no range, it is torch's own.
-    Oracle: `stackproof.kernels.reference.attention`.
+    Oracle: `stackproof.contracts.kernel_reference.attention`.
     """
     if mask_B1TS is not None:
         return document_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale=scale)

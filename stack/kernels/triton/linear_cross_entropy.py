@@ -39,7 +39,8 @@ def linear_cross_entropy(
     shape (). Products in the dtype of the inputs (under autocast in its dtype); softmax, sums and
     the weights' gradient over chunks in float32. Raises UsageError for inputs that do not fit and
     for labels out of range; on a GPU these end in a device-side assertion, as waiting for the
-    answer would stop the queue. Oracle: `stackproof.kernels.reference.linear_cross_entropy`.
+    answer would stop the queue.
+    Oracle: `stackproof.contracts.kernel_reference.linear_cross_entropy`.
     """
     launch.require("linear_cross_entropy", {"x": x_RD, "weight": weight_VD, "labels": labels_R})
     check(x_RD, weight_VD, labels_R, ignore_index, softcap, z_loss)

@@ -26,7 +26,7 @@ def rms_norm(
 
     Statistics and products in float32. Any leading shape and strides; the sum and the result have
     the dtype that x + residual has. Raises UsageError for shapes or dtypes that do not fit. Oracle:
-    `stackproof.kernels.reference.rms_norm`. Source: arXiv:1910.07467.
+    `stackproof.contracts.kernel_reference.rms_norm`. Source: arXiv:1910.07467.
     """
     launch.require("rms_norm", {"x": x_BTD, "weight": weight_D, "residual": residual_BTD})
     D = x_BTD.shape[-1]

@@ -24,7 +24,7 @@ def rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin` are (T, J), or (B, 1, T, J) where rows have positions of their own; they get no
     gradient. Computed in float32, any strides; returns the dtype of `x_BNTH`, laid out as (B, T, N,
     H). Raises UsageError for shapes or dtypes that do not fit. Oracle:
-    `stackproof.kernels.reference.rope`. Source: RoFormer, arXiv:2104.09864, sec. 3.4.2.
+    `stackproof.contracts.kernel_reference.rope`. Source: RoFormer, arXiv:2104.09864, sec. 3.4.2.
     """
     launch.require("rope", {"x": x_BNTH, "cos": cos, "sin": sin})
     B, _, T, H = x_BNTH.shape

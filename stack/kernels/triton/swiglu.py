@@ -20,8 +20,8 @@ def swiglu(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """gate·sigmoid(gate)·up, element by element, computed in float32; shape and dtype of the input,
     any strides.
 
-    Raises UsageError if shapes or dtypes differ. Oracle: `stackproof.kernels.reference.swiglu`.
-    Source: arXiv:2002.05202.
+    Raises UsageError if shapes or dtypes differ. Source: arXiv:2002.05202.
+    Oracle: `stackproof.contracts.kernel_reference.swiglu`.
     """
     launch.require("swiglu", {"gate": gate_BTF, "up": up_BTF})
     if gate_BTF.shape != up_BTF.shape or gate_BTF.dtype != up_BTF.dtype:
