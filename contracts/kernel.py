@@ -33,7 +33,7 @@ def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
             "the model has called no operation, so this check has seen no kernel", compared_calls=0
         )
     head, chunk_rows, borders = _head_errors(subject.kernels)
-    if not borders:
+    if chunk_rows and not borders:
         return failed(
             f"the head computes up to {HEAD_ROWS[-1]} rows in one chunk, so this check has seen "
             "no border",
@@ -67,13 +67,13 @@ def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
     )
 
 
-def scale_error(got: Tensor, wanted: Tensor) -> float:
-    """|⟨got, wanted⟩ / ⟨wanted, wanted⟩ − 1|. Rounding, which has no direction, adds little to it;
-    a factor adds all of it.
+def scale_error(got: Tensor, expected: Tensor) -> float:
+    """|⟨got, expected⟩ / ⟨expected, expected⟩ − 1|. Rounding errors mostly cancel in it; a factor
+    does not.
     """
-    wanted = wanted.double()
-    norm = float(wanted.square().sum())
-    error = abs(float((got.double() * wanted).sum()) / norm - 1) if norm else 0.0
+    expected = expected.double()
+    norm = float(expected.square().sum())
+    error = abs(float((got.double() * expected).sum()) / norm - 1) if norm else 0.0
     return error if error == error else math.inf
 
 
@@ -98,7 +98,8 @@ def _head_errors(kernels: Kernels) -> tuple[dict[str, float], int, int]:
     that were crossed).
 
     Every number of rows is tried, so that each border of a chunk lies at, before and behind the
-    last row once. Chunks are those that the head was seen to compute. Some labels do not count.
+    last row once. Chunks are those that the head was seen to compute; 0 rows where it is one
+    operation of a library, whose products are not seen. Some labels do not count.
     """
     errors, chunk_rows, borders = {}, 0, 0
     for rows in HEAD_ROWS:
@@ -110,7 +111,8 @@ def _head_errors(kernels: Kernels) -> tuple[dict[str, float], int, int]:
             with _ChunksOfLogits() as chunks:
                 nats = kernels.head_loss(x, head, labels)
             nats.backward()
-        chunk_rows, borders = max(chunk_rows, *chunks.rows), borders + len(chunks.rows) - 1
+        chunk_rows = max(chunk_rows, *chunks.rows, 0)
+        borders += max(0, len(chunks.rows) - 1)
         got = (nats.detach().cpu(), x.grad, head.grad)
         wanted = _head_in_float64(x.detach().double(), head.detach().double(), labels)
         parts = ("the loss", "the gradient of x", "the gradient of the head")
@@ -146,7 +148,7 @@ def compiled_graph(limits: SimpleNamespace, subject: Subject) -> Verdict:
     expected, of_eager = _watched(model, lambda: eager_step(1))
     if not of_eager:
         return failed(
-            "eager shows no module at work either, so this check sees nothing", eager_modules=0
+            "eager runs no module as Python code either, so nothing was observed", eager_modules=0
         )
     if ran:
         return failed(

@@ -383,8 +383,8 @@ def _held(name: str, value: Any) -> Any:
 
 
 def _key(name: str, value: Any) -> tuple:
-    """What tells calls apart: of activations all but the length of the first axis, of masks and
-    tables the numbers.
+    """Equal for calls that count as one: of activations all but the length of the first axis, of
+    masks and tables the numbers.
     """
     match value:
         case Layout():

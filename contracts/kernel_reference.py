@@ -24,8 +24,9 @@ def attention(
     """softmax(scale·q·k)·v over the visible keys of each query; arguments as in
     `stackproof.kernels.attention.attention`.
 
-    Query head n reads key/value head n // G. A query that sees no key gives zeros. Returns (B, N,
-    T, H), dtype of the input. Source: arXiv:1706.03762, eq. 1; grouped heads: arXiv:2305.13245.
+    Query head n reads key/value head n // G. A query without a visible key gives zeros. Returns
+    (B, N, T, H), dtype of the input. Source: arXiv:1706.03762, eq. 1; grouped heads:
+    arXiv:2305.13245.
     """
     N, T, H = q_BNTH.shape[1:]
     K, S = k_BKSH.shape[1:3]

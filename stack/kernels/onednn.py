@@ -85,8 +85,8 @@ def _filled(x: Tensor) -> Tensor:
 
 
 def _shaped(y_RM: Tensor, lead: torch.Size) -> Tensor:
-    """The first rows of y as (…, M): itself and no view of it, because nobody may change a view in
-    place that an operation returns.
+    """The first rows of y as (…, M): itself and no view of it, because a view that an operation
+    returns must not be changed in place.
     """
     return torch.ops.aten._unsafe_view(
         y_RM.resize_(lead.numel(), y_RM.shape[1]), (*lead, y_RM.shape[1])

@@ -132,7 +132,7 @@ def one_percent(i, loss, gradients):
 )
 def test_gate_sees_one_percent_of_one_gradient(spec, small_cfg, dataset, change, says):
     """And other differences. Both steps are eager here; the compiled one is
-    told apart by its silence.
+    the one that runs no Python code.
     """
     subject = subject_of(compiling_run(small_cfg), dataset, CPU)
     seen = {i: subject.kernels.eager_step(i) for i in (0, 1)}.__getitem__
@@ -147,7 +147,7 @@ def test_gate_refuses_an_eager_step_without_modules(spec, small_cfg, dataset):
     seen = {i: subject.kernels.eager_step(i) for i in (0, 1)}.__getitem__
     silent = changed(subject, kernels={"compiled_step": seen, "eager_step": seen})
     verdict = call_check(spec.gates[GATE], silent)
-    assert verdict.outcome == "fail" and "sees nothing" in verdict.message
+    assert verdict.outcome == "fail" and "nothing was observed" in verdict.message
 
 
 def test_gate_is_absent_where_nothing_is_compiled(spec, small_cfg, subject):
@@ -442,9 +442,9 @@ def test_long_calls_are_compared_in_part(spec, small_cfg, dataset, monkeypatch):
     def last_is_off(call):
         def wrong(x, *rest, **options):
             assert x.shape == next(iter(call.case.layouts.values())).shape
-            factor = torch.ones((*x.shape[:-1], 1))
-            factor[(-1,) * (factor.ndim - 1)] = 1.5
-            return call.function(x * factor, *rest, **options)
+            shift = torch.zeros((*x.shape[:-1], 1))
+            shift[(-1,) * (shift.ndim - 1)] = 0.5
+            return call.function(x + shift, *rest, **options)
 
         return replace(call, function=wrong)
 
@@ -467,8 +467,8 @@ def test_head_is_red_on_its_plant_and_on_one_percent_of_one_row(spec, subject):
 
 @pytest.mark.parametrize("kernel", ["torch", "onednn", "library"])
 def test_chunks_are_those_that_the_head_computes(spec, small_cfg, dataset, monkeypatch, kernel):
-    """Their rows are seen in the products, whatever the kernel does with the limit that it gets;
-    a head in one piece is refused.
+    """Their rows are seen in the products, whatever the kernel does with the limit that it gets,
+    except those of torch's library; a head in one piece is refused.
     """
     cfg = small_cfg.model_copy(
         update={"train": small_cfg.train.model_copy(update={"kernels": {LCE: kernel}})}
@@ -476,9 +476,9 @@ def test_chunks_are_those_that_the_head_computes(spec, small_cfg, dataset, monke
     subject = subject_of(cfg, dataset, CPU)
     with kernels_of(cfg, CPU):
         measured = call_check(spec.gates[PARITY], subject).measured
-    assert measured["borders"] >= 20 and 2 <= measured["chunk_rows"] <= 24
+    seen = (measured["borders"] >= 10, measured["chunk_rows"])
+    assert seen == {"torch": (True, 8), "onednn": (True, 4), "library": (False, 0)}[kernel]
     if kernel == "torch":
-        assert measured["chunk_rows"] == 8
         monkeypatch.setattr(cross_entropy, "chunks", lambda n_rows, vocab_size: [slice(0, n_rows)])
         verdict = call_check(spec.gates[PARITY], subject)
         assert verdict.outcome == "fail" and "in one chunk" in verdict.message

@@ -115,7 +115,7 @@ def test_what_may_win(of_triton, wins):
 
 @pytest.mark.usefixtures("small")
 def test_a_comparison_names_winners_of_what_has_a_choice(monkeypatch):
-    """A kernel that is wrong does not win however fast it is; one that fails is told so."""
+    """A kernel that is wrong does not win however fast it is; one that fails is reported."""
     wrong = lambda x, cos, sin: eager.rope(x, cos, sin) * 1.01  # noqa: E731
     real = dispatch.function_of
     monkeypatch.setattr(launch, "why_not", lambda device: "")
@@ -183,9 +183,9 @@ def test_doctor_compares_keeps_and_shows(monkeypatch, small, tmp_path, capsys):
         shown["rope"]["kernel"],
     ) == ("chunks", "measured-here", "torch")
     doctor.doctor(kernels=True, json=False)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "attention by chunks, q 3×4×9×6" in told
-        and "written to" in told
-        and "measured-here" in told
+        "attention by chunks, q 3×4×9×6" in printed
+        and "written to" in printed
+        and "measured-here" in printed
     )
