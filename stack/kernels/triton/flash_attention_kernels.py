@@ -5,9 +5,9 @@ keys of a tile, E head_dim padded to a power of two, R rows of either kind
 
 A query at absolute position p attends to keys s with low(p) <= s <= p. Tiles of keys that are
 masked for all queries of a tile are not visited; those visible to all need no mask. Scores are kept
-in base 2, since the hardware has exp2. The backward recomputes the weights from the logarithm of the
-row sums. Each program owns what it writes, so the sum over a group's heads has a fixed order and
-needs no atomics.
+in base 2, since the hardware has exp2. The backward recomputes the weights from the logarithm of
+the row sums. Each program owns what it writes, so the sum over a group's heads has a fixed order
+and needs no atomics.
 Source: FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.
 """
 
