@@ -61,7 +61,7 @@ def parity(limits: SimpleNamespace, subject: Subject) -> Verdict:
         torch_calls=sum(call.kernel == "torch" for call in calls),
         compared_rows=sum(call.case.part.compared for call in calls),
         rows=sum(call.case.part.total for call in calls),
-        precisions=sorted({str(call.case.dtype).removeprefix("torch.") for call in calls}),
+        precisions=", ".join(sorted({str(c.case.dtype).removeprefix("torch.") for c in calls})),
         borders=borders,
         chunk_rows=chunk_rows,
     )

@@ -36,8 +36,8 @@ def linear_cross_entropy(
     Idea: github.com/linkedin/Liger-Kernel. Raises UsageError for a label outside the vocabulary, on
     the CPU. Oracle: `stackproof.contracts.kernel_reference.linear_cross_entropy`.
     """
-    if not labels_R.is_cuda and len(labels_R):
-        _check_labels(labels_R, len(weight_VD), ignore_index)
+    if not labels_R.is_cuda:
+        check_labels(labels_R, len(weight_VD), ignore_index)
     return _LinearCrossEntropy.apply(
         x_RD, weight_VD, labels_R, _Rule(ignore_index, softcap, z_loss, by_onednn)
     )
@@ -50,7 +50,8 @@ def by_onednn(
     return linear_cross_entropy(x_RD, weight_VD, labels_R, **options, by_onednn=True)
 
 
-def _check_labels(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_labels(labels_R: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise UsageError for a label outside the vocabulary."""
     unknown = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= vocab_size))]
     if len(unknown):
         raise UsageError(

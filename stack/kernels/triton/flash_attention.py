@@ -100,13 +100,13 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q_BNTH, k_BKSH, v_BKSH, start_BS, window, scale):
         B, N, T, _ = q_BNTH.shape
         out_BNTH, lse_BNT = heads_last(q_BNTH), q_BNTH.new_empty(B, N, T, dtype=torch.float32)
-        call = Call.of(q_BNTH, k_BKSH, start_BS, window, scale)
+        call = Call.of(q_BNTH, k_BKSH, window, scale)
         tile, tensors = call.tiles()[0], (q_BNTH, k_BKSH, v_BKSH, out_BNTH)
         launch.run(
             kernels.forward,
             (triton.cdiv(T, tile.queries) * B * N,),
             *(*tensors, lse_BNT, start_BS),
-            *(*(x.stride() for x in tensors), call.start_stride()),
+            *(*(x.stride() for x in tensors), launch.strides(start_BS)),
             *call.sizes(),
             **call.options(tile),
         )
@@ -127,7 +127,7 @@ class FlashAttention(torch.autograd.Function):
         delta_BNT = torch.empty_like(lse_BNT)
         stop_BS = None if start_BS is None else last_readers(start_BS)
         inputs = (q_BNTH, k_BKSH, v_BKSH, grad_BNTH, lse_BNT, delta_BNT, start_BS, stop_BS)
-        strides = (*(x.stride() for x in inputs[:4]), call.start_stride())
+        strides = (*(x.stride() for x in inputs[:4]), launch.strides(start_BS))
         _, by_query, by_key = call.tiles()
         launch.run(
             kernels.row_delta,
@@ -164,28 +164,16 @@ class Call:
     itemsize: int
     window: int | None
     scale: float
-    documents: tuple[int, int] | None
 
     @classmethod
-    def of(
-        cls,
-        q_BNTH: Tensor,
-        k_BKSH: Tensor,
-        start_BS: Tensor | None,
-        window: int | None,
-        scale: float,
-    ) -> "Call":
+    def of(cls, q_BNTH: Tensor, k_BKSH: Tensor, window: int | None, scale: float) -> "Call":
         N, T, H = q_BNTH.shape[1:]
         K, S = k_BKSH.shape[1:3]
         E = max(32, triton.next_power_of_2(H))
-        documents = None if start_BS is None else start_BS.stride()
-        return cls(N, N // K, T, S, H, E, q_BNTH.element_size(), window, scale, documents)
+        return cls(N, N // K, T, S, H, E, q_BNTH.element_size(), window, scale)
 
     def tiles(self) -> tuple[Tile, Tile, Tile]:
         return TILES[self.itemsize, self.E]
-
-    def start_stride(self) -> tuple[int, int]:
-        return self.documents or (0, 0)
 
     def sizes(self) -> tuple:
         """N, G, T, S, window and scale, in the order of the kernels' arguments."""

@@ -76,6 +76,11 @@ def require(
             )
 
 
+def strides(x: Tensor | None) -> tuple[int, ...]:
+    """Those of an optional matrix; a kernel reads none where it is absent."""
+    return (0, 0) if x is None else x.stride()
+
+
 def run(kernel: Any, grid: tuple[int, ...], x: Tensor, *arguments: Any, **options: Any) -> None:
     """Launch a kernel with these arguments on the device of the first; triton itself takes the
     current device. An empty grid launches nothing.

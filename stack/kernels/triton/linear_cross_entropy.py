@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stackproof.kernels.cross_entropy import check_labels
 from stackproof.kernels.triton import launch
 from stackproof.spec.errors import UsageError
 
@@ -87,20 +88,11 @@ def check(
             allowed="softcap above 0, z_loss at least 0",
         )
     V = len(weight_VD)
-    good = ((labels_R == ignore_index) | ((labels_R >= 0) & (labels_R < V))).all()
-    message = (
-        f"linear_cross_entropy: a label is neither below the vocabulary's size {V} nor "
-        f"{ignore_index}"
-    )
     if labels_R.is_cuda:
-        torch._assert_async(good, message)
-    elif not good:
-        worst = labels_R[(labels_R != ignore_index) & ((labels_R < 0) | (labels_R >= V))][0]
-        raise UsageError(
-            message,
-            value=int(worst),
-            allowed=f"0 to {V - 1}, or {ignore_index} for a position without label",
-        )
+        known_R = (labels_R == ignore_index) | ((labels_R >= 0) & (labels_R < V))
+        torch._assert_async(known_R.all(), "linear_cross_entropy: a label is not in the vocabulary")
+    else:
+        check_labels(labels_R, V, ignore_index)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -69,7 +69,16 @@ class RMSNorm(torch.autograd.Function):
             forward,
             (triton.cdiv(len(x_RD), M),),
             *(x_RD, residual_RD, weight_D, y_RD, total_RD, rstd_R),
-            *(x_RD.stride(), strides(residual_RD), weight_D.stride(0), len(x_RD), D, eps, M, E),
+            *(
+                x_RD.stride(),
+                launch.strides(residual_RD),
+                weight_D.stride(0),
+                len(x_RD),
+                D,
+                eps,
+                M,
+                E,
+            ),
             num_warps=warps,
         )
         ctx.save_for_backward(x_RD if total_RD is None else total_RD, weight_D, rstd_R)
@@ -92,7 +101,7 @@ class RMSNorm(torch.autograd.Function):
             backward,
             (P,),
             *(x_RD, weight_D, rstd_R, grad_y_RD, grad_total_RD, dx_RD, partial_PD),
-            *(x_RD.stride(), weight_D.stride(0), grad_y_RD.stride(), strides(grad_total_RD)),
+            *(x_RD.stride(), weight_D.stride(0), grad_y_RD.stride(), launch.strides(grad_total_RD)),
             *(R, D, M, E),
             num_warps=warps,
         )
@@ -106,10 +115,6 @@ def tile(D: int) -> tuple[int, int, int]:
     E = triton.next_power_of_2(D)
     M = max(1, TILE_NUMBERS // E)
     return M, E, min(16, max(4, M * E // 1024))
-
-
-def strides(x_RD: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x_RD is None else x_RD.stride()
 
 
 def programs(device: torch.device) -> int:
